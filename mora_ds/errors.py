@@ -1,0 +1,23 @@
+"""What users can get wrong, told apart from what can break.
+
+`launch/pretrain.py` turns these into exit codes: 2 for `UserError`, 1 for `RunError` and everything else.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in a flag, a file or a setting. The message names what to change."""
+
+
+class RunError(RuntimeError):
+    """A failure while running (NaN loss, full disk, a damaged checkpoint met in mid-run)."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint such as " Did you mean 'merge_every'?" for a misspelt `word`, or "" when nothing is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""

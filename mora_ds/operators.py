@@ -1,0 +1,362 @@
+"""Compress, decompress, delta_weight and its adjoint: the whole mathematics of MoRA, as pure functions of tensors.
+
+A layer with frozen weight W0 (d_out, d_in) learns one square M (r_hat, r_hat):
+
+    h = W0 x + decompress(M compress(x))                                   MoRA, arXiv 2405.12130, eq. 3
+    delta_weight(M) @ x == decompress(M compress(x))   for every x         the contract of every operator here
+
+Shape legend:  D = d_in, O = d_out, R = r_hat, N = blocks the square is applied to (1 for truncate and share).
+
+    compress    (..., D) -> (..., N, R)        decompress    (..., N, R) -> (..., O)
+    delta_weight  (R, R) -> (O, D)             adjoint            (O, D) -> (R, R)
+
+Both `delta_weight` and the forward pass are built from the same few index rules, so they cannot drift apart:
+
+    padded input     position q of the padded input holds x[q mod D], q < ceil(D / R) * R   (wraps round, as the reference)
+    truncate         keep the first R inputs (zero-padded when R > D); zero-pad the output          eq. 4-5
+    share            group sums in, group members out; a group is a residue class (strided) or a
+                     run of neighbours (contiguous)                                                 eq. 6-7
+    decouple         block p of the padded input through M to block p of the output                 eq. 8
+    rotate           the same, input block i turned by RoPE angles i * 10000^(-2j/R) first          eq. 9-11
+
+With `Grouping.PERMUTED`, inputs and outputs are first shuffled by permutations drawn from `seed`: ReMoRA changes
+the seed every cycle, which is what lets the rank of the summed update grow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from enum import Enum
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mora_ds.errors import UserError, nearest
+
+ROTATE_BELOW_RANK = 64
+"""`default_kind` rotates below this LoRA-equivalent rank and shares from it on (the paper: rotate at 8, share at 256)."""
+
+
+class OperatorKind(str, Enum):
+    """The four families of compress / decompress pairs of the paper."""
+
+    TRUNCATE = "truncate"
+    SHARE = "share"
+    DECOUPLE = "decouple"
+    ROTATE = "rotate"
+
+
+class Grouping(str, Enum):
+    """Which inputs (outputs) meet in one slot. PLAIN and PERMUTED fit every kind; the others only `share`."""
+
+    PLAIN = "plain"
+    PERMUTED = "permuted"
+    STRIDED = "strided"
+    CONTIGUOUS = "contiguous"
+    CONTIGUOUS_STRIDED = "contiguous-strided"
+    STRIDED_CONTIGUOUS = "strided-contiguous"
+
+    @property
+    def contiguous_in(self) -> bool:
+        return self in (Grouping.CONTIGUOUS, Grouping.CONTIGUOUS_STRIDED)
+
+    @property
+    def contiguous_out(self) -> bool:
+        return self in (Grouping.CONTIGUOUS, Grouping.STRIDED_CONTIGUOUS)
+
+
+@dataclass(frozen=True)
+class OperatorSpec:
+    """Everything that fixes an operator: the ledger stores it beside each square.
+
+    Raises `UserError` for sizes or groupings that make no operator.
+    """
+
+    kind: OperatorKind
+    d_in: int
+    d_out: int
+    r_hat: int
+    grouping: Grouping = Grouping.PLAIN
+    seed: int = 0
+    """Seed of the permutations; read only when `grouping` is PERMUTED."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", _member(OperatorKind, self.kind, "operator"))
+        object.__setattr__(self, "grouping", _member(Grouping, self.grouping, "grouping"))
+        if min(self.d_in, self.d_out, self.r_hat) < 1:
+            raise UserError(f"an operator needs positive sizes, got {self}")
+        if self.kind is OperatorKind.ROTATE and self.r_hat % 2:
+            raise UserError(f"rotate pairs dimensions, so r_hat must be even, got {self.r_hat}")
+        if self.kind is not OperatorKind.SHARE and self.grouping not in (Grouping.PLAIN, Grouping.PERMUTED):
+            raise UserError(f"grouping {self.grouping.value!r} belongs to operator 'share', not {self.kind.value!r}")
+
+    @property
+    def blocks_in(self) -> int:
+        return math.ceil(self.d_in / self.r_hat)
+
+    @property
+    def blocks_out(self) -> int:
+        return math.ceil(self.d_out / self.r_hat)
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether M is applied to each of several blocks (decouple, rotate) instead of once."""
+        return self.kind in (OperatorKind.DECOUPLE, OperatorKind.ROTATE)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "kind": self.kind.value, "grouping": self.grouping.value}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> OperatorSpec:
+        return cls(**values)
+
+
+def _member(enum: type[Enum], value: Any, what: str) -> Any:
+    try:
+        return enum(value)
+    except ValueError:
+        known = [member.value for member in enum]
+        raise UserError(f"unknown {what} {value!r}; known: {', '.join(known)}.{nearest(str(value), known)}") from None
+
+
+def default_kind(rank: int) -> OperatorKind:
+    """The operator for a LoRA-equivalent `rank` when none is named: rotate for small ranks, share for large ones."""
+    return OperatorKind.ROTATE if rank < ROTATE_BELOW_RANK else OperatorKind.SHARE
+
+
+def square_size(d_in: int, d_out: int, rank: int, kind: OperatorKind) -> int:
+    """r_hat = floor(sqrt((d_in + d_out) * rank)): a square of a rank-`rank` LoRA's parameters (paper, section 3).
+
+    Rounded down to even for rotate. Raises `UserError` where the rank is too small for any square.
+    """
+    if rank < 1:
+        raise UserError(f"--mora_rank must be at least 1, got {rank}")
+    r_hat = math.isqrt((d_in + d_out) * rank)
+    return r_hat - r_hat % 2 if kind is OperatorKind.ROTATE else r_hat
+
+
+def permutation_seed(run_seed: int, layer: str, cycle: int) -> int:
+    """The seed of a layer's permutations in a cycle: a hash, so that it never depends on the order of layers."""
+    digest = hashlib.sha256(f"{run_seed}/{layer}/{cycle}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+def compress(spec: OperatorSpec, x: Tensor) -> Tensor:
+    """(..., D) -> (..., N, R)."""
+    if spec.grouping is Grouping.PERMUTED:
+        x = x.index_select(-1, _permutations(spec, x.device)[0])
+    if spec.kind is OperatorKind.TRUNCATE:
+        return _resize(x, spec.r_hat).unsqueeze(-2)
+    if spec.grouping.contiguous_in:
+        return _sum_runs(x, spec.r_hat).unsqueeze(-2)
+    blocks = _wrap(x, spec.blocks_in * spec.r_hat).unflatten(-1, (spec.blocks_in, spec.r_hat))
+    if spec.kind is OperatorKind.SHARE:
+        return blocks.sum(dim=-2, keepdim=True)
+    return _rotate(blocks, *_angles(spec, x)) if spec.kind is OperatorKind.ROTATE else blocks
+
+
+def decompress(spec: OperatorSpec, z: Tensor) -> Tensor:
+    """(..., N, R) -> (..., O). The inverse permutation, if any, comes last."""
+    if spec.kind is OperatorKind.TRUNCATE:
+        y = _resize(z.squeeze(-2), spec.d_out)
+    elif spec.grouping.contiguous_out:
+        y = z.squeeze(-2).index_select(-1, _contiguous_groups(spec.d_out, spec.r_hat, z.device))
+    else:
+        y = _deal(z, spec.blocks_out).flatten(-2)[..., : spec.d_out]
+    if spec.grouping is Grouping.PERMUTED:
+        y = y.index_select(-1, _inverse_permutations(spec, z.device)[1])
+    return y
+
+
+def mora_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
+    """decompress(M compress(x)): (..., D) -> (..., O), what the adapter adds to the frozen layer's output."""
+    return decompress(spec, F.linear(compress(spec, x), square))
+
+
+def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
+    """The (O, D) matrix that the square stands for, in the square's dtype and on its device.
+
+    Made of separate elementwise operations and copies only, so that every device rounds it alike.
+    """
+    if spec.blockwise:
+        padded = _place_blocks(spec, _rotated_squares(spec, square))
+    else:
+        padded = _columns_of(spec, square)
+    delta = _unwrap(padded, spec.d_in) if _wraps(spec) else padded
+    if spec.grouping is Grouping.PERMUTED:
+        rows, columns = (inverse for inverse in reversed(_inverse_permutations(spec, square.device)))
+        delta = delta.index_select(0, rows).index_select(1, columns)
+    return delta
+
+
+def adjoint(spec: OperatorSpec, gradient: Tensor) -> Tensor:
+    """The adjoint of `delta_weight`: the gradient with respect to M, from G = dL/dW of shape (O, D).
+
+    <delta_weight(M), G> == <M, adjoint(G)> for all M and G.
+    """
+    template = torch.zeros(spec.r_hat, spec.r_hat, dtype=gradient.dtype, device=gradient.device, requires_grad=True)
+    with torch.enable_grad():
+        (result,) = torch.autograd.grad(delta_weight(spec, template), template, gradient)
+    return result
+
+
+# -- index rules -------------------------------------------------------------------------------------------------
+
+
+def _wraps(spec: OperatorSpec) -> bool:
+    """Whether the input side reads the padded, wrapped-round input."""
+    return spec.kind is not OperatorKind.TRUNCATE and not spec.grouping.contiguous_in
+
+
+def _resize(x: Tensor, size: int) -> Tensor:
+    """First `size` entries of the last dimension, zero-padded when there are fewer."""
+    return x[..., :size] if x.shape[-1] >= size else F.pad(x, (0, size - x.shape[-1]))
+
+
+def _wrap(x: Tensor, size: int) -> Tensor:
+    """(..., D) -> (..., size >= D), position q holding x[q mod D]."""
+    d_in = x.shape[-1]
+    if size == d_in:
+        return x
+    copies = [x] * (size // d_in) + ([x[..., : size % d_in]] if size % d_in else [])
+    return torch.cat(copies, dim=-1)
+
+
+def _unwrap(columns: Tensor, d_in: int) -> Tensor:
+    """Transpose of `_wrap` on the last dimension: what position q carries is added to column q mod D."""
+    size = columns.shape[-1]
+    if size == d_in:
+        return columns
+    total = columns[:, :d_in].clone()
+    for start in range(d_in, size, d_in):
+        tail = columns[:, start : start + d_in]
+        total[:, : tail.shape[1]] += tail
+    return total
+
+
+def _deal(z: Tensor, blocks_out: int) -> Tensor:
+    """(..., N, R) -> (..., blocks_out, R): block p of max(N, blocks_out) goes from p mod N to p mod blocks_out."""
+    blocks_in = z.shape[-2]
+    if blocks_in < blocks_out:
+        return _wrap(z.transpose(-1, -2), blocks_out).transpose(-1, -2)
+    if blocks_in == blocks_out:
+        return z
+    rounds = math.ceil(blocks_in / blocks_out)
+    z = F.pad(z, (0, 0, 0, rounds * blocks_out - blocks_in))
+    return z.unflatten(-2, (rounds, blocks_out)).sum(dim=-3)
+
+
+def _sum_runs(x: Tensor, groups: int) -> Tensor:
+    """(..., D) -> (..., groups): sums over runs of neighbours, the first D mod groups of them one longer."""
+    long, short = _run_lengths(x.shape[-1], groups)
+    split = (x.shape[-1] % groups) * long
+    head = x[..., :split].unflatten(-1, (split // long, long)).sum(-1)
+    if short == 0:  # fewer inputs than groups: the last groups are empty
+        return _resize(head, groups)
+    tail = x[..., split:].unflatten(-1, (-1, short)).sum(-1)
+    return torch.cat((head, tail), dim=-1) if split else tail
+
+
+def _run_lengths(size: int, groups: int) -> tuple[int, int]:
+    return size // groups + 1, size // groups
+
+
+def _columns_of(spec: OperatorSpec, square: Tensor) -> Tensor:
+    """(O, padded D) for truncate and share: rows and columns of M copied to where their groups lie."""
+    device, r_hat = square.device, spec.r_hat
+    if spec.kind is OperatorKind.TRUNCATE:
+        kept = square[: spec.d_out, : spec.d_in]
+        return F.pad(kept, (0, spec.d_in - kept.shape[1], 0, spec.d_out - kept.shape[0]))
+    if spec.grouping.contiguous_out:
+        rows = _contiguous_groups(spec.d_out, r_hat, device)
+    else:
+        rows = _strided_groups(spec.d_out, r_hat, device)
+    if spec.grouping.contiguous_in:
+        columns = _contiguous_groups(spec.d_in, r_hat, device)
+    else:
+        columns = _strided_groups(spec.blocks_in * r_hat, r_hat, device)
+    return square.index_select(0, rows).index_select(1, columns)
+
+
+def _rotated_squares(spec: OperatorSpec, square: Tensor) -> Tensor:
+    """(N, R, R): M R_i for every input block i, since (M R_i) x = M (R_i x)."""
+    squares = square.expand(spec.blocks_in, -1, -1)
+    if spec.kind is OperatorKind.DECOUPLE:
+        return squares
+    cos, sin = _angles(spec, square)
+    return _rotate(squares, cos.unsqueeze(1), -sin.unsqueeze(1))
+
+
+def _place_blocks(spec: OperatorSpec, squares: Tensor) -> Tensor:
+    """(N, R, R) -> (O, padded D): square of input block i written where that block meets its output block."""
+    pairs = torch.arange(max(spec.blocks_in, spec.blocks_out), device=squares.device)
+    rows, columns = pairs % spec.blocks_out, pairs % spec.blocks_in
+    canvas = squares.new_zeros(spec.blocks_out, spec.blocks_in, spec.r_hat, spec.r_hat)
+    canvas = canvas.index_put((rows, columns), squares[columns])
+    return canvas.transpose(1, 2).reshape(spec.blocks_out * spec.r_hat, -1)[: spec.d_out]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on the last dimension with half-split pairing (as in Llama): (x1, x2) -> (x1 c - x2 s, x2 c + x1 s)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+# -- tables, shared by every layer of the same shape ---------------------------------------------------------------
+
+
+def _angles(spec: OperatorSpec, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (N, R/2), in the dtype and on the device of `like`."""
+    return _rope_table(spec.blocks_in, spec.r_hat, like.dtype, like.device)
+
+
+@lru_cache(maxsize=512)
+def _rope_table(blocks: int, r_hat: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Float32 as in the reference, and always taken on the CPU, so that every device reads the same table."""
+    with torch.inference_mode(False), torch.no_grad():
+        frequencies = 1.0 / (10000 ** (torch.arange(0, r_hat, 2).float() / r_hat))
+        angles = torch.outer(torch.arange(blocks), frequencies)
+        return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+@lru_cache(maxsize=512)
+def _strided_groups(size: int, groups: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(size, device=device) % groups
+
+
+@lru_cache(maxsize=512)
+def _contiguous_groups(size: int, groups: int, device: torch.device) -> Tensor:
+    """(size,): index -> group, runs as in `_sum_runs`."""
+    long, short = _run_lengths(size, groups)
+    lengths = torch.tensor([long] * (size % groups) + [short] * (groups - size % groups))
+    with torch.inference_mode(False):
+        return torch.repeat_interleave(torch.arange(groups), lengths).to(device)
+
+
+def _permutations(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    return _permutation_tables(spec.seed, spec.d_in, spec.d_out, device)[:2]
+
+
+def _inverse_permutations(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    return _permutation_tables(spec.seed, spec.d_in, spec.d_out, device)[2:]
+
+
+@lru_cache(maxsize=4096)
+def _permutation_tables(seed: int, d_in: int, d_out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Permutations of inputs and outputs and their inverses.
+
+    numpy's RandomState is the one generator whose stream is frozen for ever (NEP 19): a ledger replayed years later,
+    or on another device, must draw the same permutations.
+    """
+    stream = np.random.RandomState(seed)
+    forward = [torch.from_numpy(stream.permutation(size)) for size in (d_in, d_out)]
+    with torch.inference_mode(False):
+        pair = (*forward, *(torch.argsort(permutation) for permutation in forward))
+        return tuple(table.to(device) for table in pair)  # type: ignore[return-value]
