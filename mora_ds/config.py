@@ -1,0 +1,112 @@
+"""What a MoRA adapter is: one frozen dataclass, validated when made, and the operator each layer gets in each cycle."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from mora_ds.errors import UserError, nearest
+from mora_ds.operators import (
+    Grouping,
+    OperatorKind,
+    OperatorSpec,
+    default_kind,
+    permutation_seed,
+    square_size,
+)
+
+ALTERNATE = "alternate"
+"""Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd ones (share only)."""
+
+ALL_LINEAR = "all-linear"
+"""Target that stands for every linear layer but the output head."""
+
+
+@dataclass(frozen=True)
+class MoRAConfig:
+    """Which layers get a square, of what size, and how it is wired.
+
+    Raises `UserError` when a value makes no adapter; the message names the flag.
+    """
+
+    rank: int = 8
+    """LoRA rank whose parameter count each square matches: r_hat = floor(sqrt((d_in + d_out) * rank))."""
+
+    operator: str = "auto"
+    """truncate, share, decouple or rotate; auto takes rotate for ranks below 64 and share from there on."""
+
+    grouping: str = "permuted"
+    """permuted (fresh permutations every cycle), alternate (the paper's), plain, or one of share's fixed groupings."""
+
+    target_modules: tuple[str, ...] = (ALL_LINEAR,)
+    """Names (`q_proj`), globs (`*.mlp.*`), regular expressions (`re:.*layers\\.[0-3]\\..*`) or `all-linear`."""
+
+    dropout: float = 0.0
+    """Dropout on the adapter's input while training, in [0, 1)."""
+
+    train_embeddings: bool = False
+    train_norms: bool = False
+    train_head: bool = False
+    seed: int = 42
+    """Seed of the permutations, hashed with the layer's name and the cycle."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if self.rank < 1:
+            raise UserError(f"--mora_rank must be at least 1, got {self.rank}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"--mora_dropout must be in [0, 1), got {self.dropout}")
+        if not self.target_modules:
+            raise UserError("--target_modules names no module")
+        kinds = [kind.value for kind in OperatorKind]
+        if self.operator != "auto" and self.operator not in kinds:
+            raise UserError(
+                f"unknown --operator {self.operator!r}; known: auto, {', '.join(kinds)}.{nearest(self.operator, kinds)}"
+            )
+        policies = [ALTERNATE, *(grouping.value for grouping in Grouping)]
+        if self.grouping not in policies:
+            raise UserError(
+                f"unknown --grouping {self.grouping!r}; known: {', '.join(policies)}.{nearest(self.grouping, policies)}"
+            )
+        any_kind = (Grouping.PLAIN.value, Grouping.PERMUTED.value)
+        if self.kind is not OperatorKind.SHARE and self.grouping not in any_kind:
+            raise UserError(
+                f"--grouping {self.grouping} belongs to --operator share, but the operator is {self.kind.value}: "
+                f"use {' or '.join(any_kind)}"
+            )
+
+    @property
+    def kind(self) -> OperatorKind:
+        return default_kind(self.rank) if self.operator == "auto" else OperatorKind(self.operator)
+
+    def square_size(self, d_in: int, d_out: int) -> int:
+        """r_hat of a layer: the paper's size, at most the layer's longer side (a larger square adds nothing)."""
+        longest = max(d_in, d_out)
+        if self.kind is OperatorKind.ROTATE:
+            longest -= longest % 2
+        r_hat = min(square_size(d_in, d_out, self.rank, self.kind), longest)
+        if r_hat < 1:
+            raise UserError(f"--mora_rank {self.rank} is too small for a square on a layer of {d_in} x {d_out}")
+        return r_hat
+
+    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int) -> OperatorSpec:
+        """The operator of layer `layer` in cycle `cycle` (0 until the first merge): a pure function of its arguments."""
+        r_hat = self.square_size(d_in, d_out)
+        if self.grouping == ALTERNATE:
+            grouping = (Grouping.STRIDED, Grouping.CONTIGUOUS)[cycle % 2]
+        else:
+            grouping = Grouping(self.grouping)
+        seed = permutation_seed(self.seed, layer, cycle) if grouping is Grouping.PERMUTED else 0
+        return OperatorSpec(self.kind, d_in, d_out, r_hat, grouping, seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "target_modules": list(self.target_modules)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MoRAConfig:
+        """Strict: an unknown key is a `UserError` with the nearest known one."""
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise UserError(f"unknown key {key!r} in the adapter's settings.{nearest(key, known)}")
+        return cls(**values)

@@ -1,0 +1,248 @@
+"""Match, replace, freeze, report: a Hugging Face model becomes a model with squares.
+
+    inject(model, MoRAConfig(rank=8))
+      1. every matched linear layer becomes a `MoRALinear`               nothing matched is an error that lists what there is
+      2. every other parameter that is not to be trained becomes a buffer   tied tensors stay one tensor
+      3. a report: shapes, r_hat, trainable and total parameters
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mora_ds.config import ALL_LINEAR, MoRAConfig
+from mora_ds.errors import UserError, nearest
+from mora_ds.layer import MoRALinear, is_linear, linear_shape
+from mora_ds.operators import square_size
+
+
+@dataclass(frozen=True)
+class ShapeRow:
+    """All layers of one name ending and shape, e.g. the 32 q_proj of a model."""
+
+    name: str
+    count: int
+    d_in: int
+    d_out: int
+    r_hat: int
+    note: str
+
+
+@dataclass(frozen=True)
+class InjectionReport:
+    """What `inject` did. Counts are in parameters, each tied tensor counted once."""
+
+    rows: tuple[ShapeRow, ...]
+    operator: str
+    square_params: int
+    other_trainable_params: int
+    total_params: int
+
+    @property
+    def trainable_params(self) -> int:
+        return self.square_params + self.other_trainable_params
+
+    def __str__(self) -> str:
+        head = f"{'layer':<20} {'count':>5} {'d_in':>7} {'d_out':>7} {'r_hat':>6} {'squares':>13}"
+        lines = [head, "-" * len(head)]
+        for row in self.rows:
+            params = row.count * row.r_hat**2
+            note = f"  {row.note}" if row.note else ""
+            lines.append(
+                f"{row.name:<20} {row.count:>5} {row.d_in:>7} {row.d_out:>7} {row.r_hat:>6} {params:>13,}{note}"
+            )
+        share = 100 * self.trainable_params / self.total_params
+        lines.append(
+            f"operator {self.operator}: trainable {self.trainable_params:,} "
+            f"(squares {self.square_params:,}, other {self.other_trainable_params:,}) "
+            f"of {self.total_params:,} parameters = {share:.3f}%"
+        )
+        return "\n".join(lines)
+
+
+def inject(model: nn.Module, config: MoRAConfig) -> InjectionReport:
+    """Give `model` its squares and freeze the rest, in place.
+
+    Raises `UserError` when a target matches nothing, when the model already has squares, or when a target shares its
+    weight with another module (a merge would change both).
+    """
+    if mora_layers(model):
+        raise UserError("this model already has squares: inject it once")
+    targets = match_targets(model, config.target_modules)
+    _refuse_tied(model, targets)
+    total = count_parameters(model)
+    rows = _shape_rows(targets, config)
+    keep = _trainable_tensors(model, config)
+    for name, base in targets.items():
+        d_in, d_out = linear_shape(base)
+        layer = MoRALinear(base, config.operator_for(name, d_in, d_out, cycle=0), config.dropout)
+        layer.train(base.training)
+        _replace(model, name, layer)
+    _freeze_to_buffers(model, keep)
+    squares = sum(layer.square.numel() for layer in mora_layers(model).values())
+    trainable = sum(parameter.numel() for parameter in model.parameters())
+    return InjectionReport(
+        rows, f"{config.kind.value}/{config.grouping}", squares, trainable - squares, total + squares
+    )
+
+
+def mora_layers(model: nn.Module) -> dict[str, MoRALinear]:
+    """Module name -> layer with a square, in the model's own order (the same on every rank)."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoRALinear)}
+
+
+def set_cycle(model: nn.Module, config: MoRAConfig, cycle: int) -> None:
+    """Wire every layer as cycle `cycle` wants it (fresh permutations, or the next grouping)."""
+    for name, layer in mora_layers(model).items():
+        layer.spec = config.operator_for(name, layer.in_features, layer.out_features, cycle)
+
+
+def frozen_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> frozen base tensor, every name of a tied tensor included. What the model had as buffers is not in it."""
+    names: set[str] = getattr(model, "_mora_frozen", set())
+    return {name: tensor for name, tensor in model.named_buffers(remove_duplicate=False) if name in names}
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters and frozen base tensors, each tied tensor once."""
+    frozen = {tensor.data_ptr(): tensor.numel() for tensor in frozen_buffers(model).values()}
+    return sum(parameter.numel() for parameter in model.parameters()) + sum(frozen.values())
+
+
+def move_base(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Move and cast the frozen base, each tied tensor once.
+
+    `nn.Module.to` moves buffers one by one, which would untie tied ones; and DeepSpeed casts parameters, not buffers
+    (runtime/engine.py, `_cast_module_mixed_precision`).
+    """
+    moved: dict[int, Tensor] = {}
+    for name, tensor in frozen_buffers(model).items():
+        if id(tensor) not in moved:
+            moved[id(tensor)] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        _set_buffer(model, name, moved[id(tensor)])
+
+
+# -- matching ------------------------------------------------------------------------------------------------------
+
+
+def match_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Module name -> linear layer for every layer that a pattern matches, in the model's order."""
+    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+    if not linear:
+        raise UserError("the model has no nn.Linear or Conv1D layer that could take a square")
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matched = _match(pattern, linear, model)
+        if not matched:
+            endings = sorted({_ending(name) for name in linear})
+            raise UserError(
+                f"--target_modules {pattern!r} matches no linear layer; there are: {', '.join(endings)}."
+                + nearest(pattern, endings)
+            )
+        chosen |= matched
+    return {name: module for name, module in linear.items() if name in chosen}
+
+
+def _match(pattern: str, linear: dict[str, nn.Module], model: nn.Module) -> set[str]:
+    if pattern == ALL_LINEAR:
+        head = _output_head(model)
+        return {name for name, module in linear.items() if module is not head}
+    if pattern.startswith("re:"):
+        try:
+            regex = re.compile(pattern[3:])
+        except re.error as error:
+            raise UserError(f"--target_modules {pattern!r} is no regular expression: {error}") from error
+        return {name for name in linear if regex.fullmatch(name)}
+    if any(sign in pattern for sign in "*?["):
+        return {name for name in linear if fnmatch.fnmatchcase(name, pattern)}
+    return {name for name in linear if name == pattern or name.endswith("." + pattern)}
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if get else None
+
+
+def _ending(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _refuse_tied(model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    owners = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+    for name, module in targets.items():
+        if owners[id(module.weight)] > 1:
+            raise UserError(
+                f"--target_modules includes {name!r}, whose weight is tied to another module (the embeddings?): "
+                "merging its square would change both. Leave it out, or use --train_head"
+            )
+
+
+# -- replacing and freezing ------------------------------------------------------------------------------------------
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def _trainable_tensors(model: nn.Module, config: MoRAConfig) -> set[int]:
+    """ids of the parameters that stay trainable beside the squares."""
+    modules: list[nn.Module] = []
+    if config.train_embeddings:
+        modules += [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if config.train_norms:
+        modules += [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    if config.train_head:
+        head = _output_head(model)
+        if head is None:
+            raise UserError("--train_head: this model has no output head")
+        modules.append(head)
+    return {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+
+
+def _freeze_to_buffers(model: nn.Module, keep: set[int]) -> None:
+    """Every parameter but the squares and `keep` becomes a non-persistent buffer, one object per tied tensor."""
+    frozen: dict[int, Tensor] = {}
+    names: set[str] = set()
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, MoRALinear):
+            names |= {prefix + name for name, tensor in module.named_buffers(recurse=False) if tensor is not None}
+            continue
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None or id(parameter) in keep:
+                continue
+            tensor = frozen.setdefault(id(parameter), parameter.data)
+            del module._parameters[name]
+            module.register_buffer(name, tensor, persistent=False)
+            names.add(prefix + name)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model._mora_frozen = names  # type: ignore[assignment]
+
+
+def _set_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._buffers[child] = tensor
+
+
+def _shape_rows(targets: dict[str, nn.Module], config: MoRAConfig) -> tuple[ShapeRow, ...]:
+    counts = Counter((_ending(name), *linear_shape(module)) for name, module in targets.items())
+    rows = []
+    for (ending, d_in, d_out), count in counts.items():
+        r_hat = config.square_size(d_in, d_out)
+        wanted = square_size(d_in, d_out, config.rank, config.kind)
+        note = f"(rank {config.rank} asks for {wanted}: the longer side is enough)" if r_hat < wanted else ""
+        rows.append(ShapeRow(ending, count, d_in, d_out, r_hat, note))
+    return tuple(rows)

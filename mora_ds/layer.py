@@ -1,0 +1,58 @@
+"""`MoRALinear`: a frozen linear layer with one trainable square beside it.
+
+The frozen weight and bias are non-persistent *buffers*: DeepSpeed partitions parameters only, so they stay whole on
+every rank and no collective ever carries them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mora_ds.operators import OperatorSpec, mora_update
+
+
+class MoRALinear(nn.Module):
+    """y = W0 x + b + decompress(M compress(dropout(x))), with M (r_hat, r_hat) the only parameter.
+
+    Input (..., d_in), output (..., d_out). `weight` keeps the layout of the layer it replaces: (d_out, d_in), or
+    (d_in, d_out) when `transposed` (GPT-2's Conv1D).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, base: nn.Module, spec: OperatorSpec, dropout: float = 0.0) -> None:
+        """Takes over the tensors of `base` (`nn.Linear` or `Conv1D`) without copying them."""
+        super().__init__()
+        self.transposed = isinstance(base, Conv1D)
+        self.in_features, self.out_features = linear_shape(base)
+        weight, bias = base.weight.data, None if base.bias is None else base.bias.data
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.square = nn.Parameter(torch.zeros(spec.r_hat, spec.r_hat, dtype=weight.dtype, device=weight.device))
+        self.spec = spec
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.T if self.transposed else self.weight
+        return F.linear(x, weight, self.bias) + mora_update(self.spec, self.square.to(x.dtype), self.dropout(x))
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, r_hat={self.spec.r_hat}, "
+            f"operator={self.spec.kind.value}/{self.spec.grouping.value}"
+        )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module can take a square: `nn.Linear` (and its subclasses that keep its forward) or `Conv1D`."""
+    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of an `nn.Linear` or a `Conv1D`."""
+    rows, columns = module.weight.shape  # type: ignore[misc]
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)  # type: ignore[return-value]
