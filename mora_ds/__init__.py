@@ -1,0 +1,51 @@
+"""mora_ds: MoRA and ReMoRA for DeepSpeed. The names below are the public API, and nothing else is.
+
+    inject(model, MoRAConfig(rank=8))            a Hugging Face model gets its squares, the rest becomes buffers
+    engine, ... = initialize(model=model, config="ds.json")      in place of deepspeed.initialize
+    merger = ReMoRA.for_model(engine, ...); merger.merge(step)   at intervals
+    export_merged(checkpoint, output)                            a merged Hugging Face model
+
+Loaded lazily, so that `import mora_ds` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mora_ds.version import __version__
+
+if TYPE_CHECKING:
+    from mora_ds.config import MoRAConfig
+    from mora_ds.engine import initialize
+    from mora_ds.errors import RunError, UserError
+    from mora_ds.export import export_merged
+    from mora_ds.injection import InjectionReport, inject, mora_layers
+    from mora_ds.ledger import Ledger
+    from mora_ds.operators import OperatorKind, OperatorSpec, delta_weight, mora_update
+    from mora_ds.remora import ReMoRA
+
+_HOME = {
+    "MoRAConfig": "config",
+    "initialize": "engine",
+    "RunError": "errors",
+    "UserError": "errors",
+    "export_merged": "export",
+    "InjectionReport": "injection",
+    "inject": "injection",
+    "mora_layers": "injection",
+    "Ledger": "ledger",
+    "OperatorKind": "operators",
+    "OperatorSpec": "operators",
+    "delta_weight": "operators",
+    "mora_update": "operators",
+    "ReMoRA": "remora",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mora_ds' has no attribute {name!r}")
+    return getattr(import_module(f"mora_ds.{_HOME[name]}"), name)

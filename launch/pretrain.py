@@ -1,0 +1,28 @@
+"""Continual pretraining with MoRA under DeepSpeed.
+
+deepspeed launch/pretrain.py --deepspeed configs/zero3.json [RECIPE.yaml] [--flags, see --help]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
+
+from mora_ds import cli
+from mora_ds.arguments import parse
+
+
+def main() -> None:
+    arguments = parse(sys.argv[1:])
+    if arguments.embedded_default:
+        from mora_ds.demo import run_demo
+
+        run_demo(arguments)
+    else:
+        from mora_ds.pretrain import pretrain
+
+        pretrain(arguments)
+
+
+if __name__ == "__main__":
+    cli.run(main)

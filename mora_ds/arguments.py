@@ -1,0 +1,292 @@
+"""All settings of a training run: four dataclasses, parsed strictly, dumped beside the run.
+
+    [recipe.yaml] --flags -> parse -> Arguments -> validation.validate -> typed fields for the rooms below
+                                          \\-> dump -> run.yaml
+
+Flag names are Hugging Face's where it has one. `dump` writes what `parse` reads: the `run.yaml` of a run is a recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from mora_ds.config import MoRAConfig
+from mora_ds.ds_config import EngineSettings
+from mora_ds.flags import documented, parse_flat
+from mora_ds.schedules import Schedule, schedule_kind
+
+RECORDED_KEYS = ("versions", "resolved")
+"""Top-level keys under which `run.yaml` may record facts that are no settings; a recipe may carry them unread."""
+
+
+class AdapterKind(str, Enum):
+    """What is trained."""
+
+    MORA = "mora"
+    FULL = "full"
+
+
+class OptimizerReset(str, Enum):
+    """What a merge does to Adam's state."""
+
+    ZERO = "zero"
+
+
+class MergePrecision(str, Enum):
+    """How a merge forms the live weight."""
+
+    EXACT = "exact"
+    INCREMENTAL = "incremental"
+
+
+@dataclass(frozen=True)
+@documented
+class ModelArguments:
+    """Which model, and which tokenizer."""
+
+    model_name_or_path: str | None = None
+    """Folder or hub name of the model to go on training. Without it and without data: the embedded default."""
+    model_config: str | None = None
+    """A config.json (see configs/models/) to start from random weights instead of --model_name_or_path."""
+    tokenizer_name: str | None = None
+    """Folder, hub name or SentencePiece .model file of the tokenizer. Default: the model's own."""
+    train_tokenizer_vocab: int = 0
+    """Train a SentencePiece tokenizer of this many pieces on the training files; 0 for none."""
+    trust_remote_code: bool = False
+    """Run code that comes with a hub model."""
+    attn_implementation: str = "sdpa"
+    """Attention of the model: sdpa, eager, flash_attention_2 and so on, as in transformers."""
+
+
+@dataclass(frozen=True)
+@documented
+class AdapterArguments:
+    """What is trained, and when it is merged."""
+
+    adapter: str = AdapterKind.MORA.value
+    """mora (squares) or full (every parameter, a control)."""
+    mora_rank: int = 8
+    """LoRA rank whose parameter count each square matches: r_hat = floor(sqrt((d_in + d_out) * mora_rank))."""
+    operator: str = "auto"
+    """truncate, share, decouple or rotate. auto: rotate for ranks below 64, share from there on."""
+    grouping: str = "permuted"
+    """permuted (fresh permutations every cycle), alternate (the paper's strided, contiguous, strided, ... for share),
+    plain, or one of share's own: strided, contiguous, contiguous-strided, strided-contiguous."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Modules that get a square: names, globs, regular expressions after re:, or all-linear (all but the head)."""
+    mora_dropout: float = 0.0
+    """Dropout on the adapter's input, at least 0 and below 1."""
+    train_embeddings: bool = False
+    """Train the input embeddings too (sharded by ZeRO like the squares)."""
+    train_norms: bool = False
+    """Train the norms too."""
+    train_head: bool = False
+    """Train the output head too."""
+    merge_every: int = 0
+    """ReMoRA: optimizer steps from one merge to the next; 0 for none."""
+    restart_warmup_steps: int = 10
+    """Optimizer steps over which the rate climbs back after a merge (the paper: 50 of 2000)."""
+    optimizer_reset: str = OptimizerReset.ZERO.value
+    """What a merge does to Adam's state: zero (moments and step count)."""
+    merge_precision: str = MergePrecision.EXACT.value
+    """exact (original weight + all squares so far, summed in fp32, rounded once) or incremental (live weight + the
+    newest square, rounded at each merge; needs no original weights)."""
+    merge_at_end: bool = False
+    """Merge once more after the last step, so that the run ends with squares of zero."""
+
+    def mora_config(self, seed: int) -> MoRAConfig:
+        """These settings as the adapter's own config."""
+        return MoRAConfig(
+            rank=self.mora_rank,
+            operator=self.operator,
+            grouping=self.grouping,
+            target_modules=tuple(self.target_modules),
+            dropout=self.mora_dropout,
+            train_embeddings=self.train_embeddings,
+            train_norms=self.train_norms,
+            train_head=self.train_head,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+@documented
+class DataArguments:
+    """What is read, and how it becomes batches."""
+
+    train_files: list[str] = field(default_factory=list)
+    """Files or patterns to train on: text, JSON lines, Parquet, Arrow. Quote patterns: 'corpus/*.jsonl'."""
+    eval_files: list[str] = field(default_factory=list)
+    """Files or patterns whose perplexity is reported, each as PATH (named by its stem) or NAME=PATH."""
+    dataset_name: str | None = None
+    """Name or folder of a `datasets` data set to train on, instead of --train_files."""
+    text_column: str = "text"
+    """Column or JSON key that holds the text."""
+    seq_len: int = 512
+    """Tokens of one packed training sequence."""
+    document_mask: bool = True
+    """Restart positions at every document and keep attention inside it; --no_document_mask lets it cross."""
+    preprocessing_workers: int = 1
+    """Processes that tokenise, on each node."""
+    cache_dir: str | None = None
+    """Folder of the token cache. Default: one in the user's cache folder."""
+
+    def named_eval_files(self) -> list[tuple[str, str]]:
+        """(name, path or pattern) of each evaluation set."""
+        pairs = [entry.partition("=") for entry in self.eval_files]
+        named = [(name, path) if mark and "/" not in name else (None, name + mark + path) for name, mark, path in pairs]
+        return [(name or Path(path).stem, path) for name, path in named]
+
+
+@dataclass(frozen=True)
+@documented
+class TrainingArguments:
+    """The run itself."""
+
+    output_dir: str = "out"
+    """Folder that receives everything the run writes."""
+    overwrite_output_dir: bool = False
+    """Delete the run that --output_dir holds."""
+    resume_from_checkpoint: str | None = None
+    """latest (fails without one), auto (starts afresh without one), or the path of a checkpoint."""
+    deepspeed: str | None = None
+    """DeepSpeed's JSON file, such as configs/zero3.json. Default: ZeRO-3 with every value "auto"."""
+    max_steps: int = -1
+    """Optimizer steps of the run; -1: --num_train_epochs decides."""
+    num_train_epochs: float = 1.0
+    """Passes over the data, where --max_steps is -1."""
+    per_device_train_batch_size: int = 8
+    """Sequences per rank and micro-batch."""
+    per_device_eval_batch_size: int = 8
+    """Sequences per rank in evaluation."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    learning_rate: float = 4e-4
+    """Peak rate (the paper, 7B: 4e-4 to 5e-4 at rank 8, 5e-5 to 7e-5 at rank 256)."""
+    min_lr_ratio: float = 0.0
+    """The rate falls towards this share of the peak."""
+    lr_scheduler_type: str = "linear"
+    """linear, cosine or constant (constant_with_warmup is the same)."""
+    warmup_steps: int = 0
+    """Optimizer steps of the first warm-up."""
+    warmup_ratio: float = 0.0
+    """The same as a share of the run, where --warmup_steps is 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """Adam's decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Adam's decay of the second moment."""
+    adam_epsilon: float = 1e-8
+    """Adam's epsilon."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient to this norm; 0 for no clipping."""
+    bf16: bool = False
+    """Compute in bfloat16; masters of what is trained stay in fp32."""
+    fp16: bool = False
+    """Compute in float16 with loss scaling."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    gradient_checkpointing_reentrant: bool = False
+    """Use the older, re-entrant kind of checkpointing."""
+    logging_steps: int = 1
+    """Optimizer steps from one log line to the next."""
+    eval_steps: int = 0
+    """Optimizer steps from one evaluation to the next; 0: at start and end only."""
+    eval_on_start: bool = True
+    """Evaluate before the first step; --no_eval_on_start to skip it."""
+    max_eval_batches: int | None = None
+    """Batches per evaluation set, over all ranks. Default: all of it."""
+    save_steps: int = 0
+    """Optimizer steps from one checkpoint to the next; 0: one at the end."""
+    save_total_limit: int | None = None
+    """Checkpoints to keep, newest first. Default: all."""
+    seed: int = 42
+    """Seed of data order, initialisation, dropout and permutations."""
+    export_merged: bool = False
+    """Write a merged Hugging Face model to OUTPUT_DIR/merged at the end."""
+    local_rank: int = -1
+    """Set by the launcher."""
+
+    def engine_settings(self) -> EngineSettings:
+        """What the DeepSpeed config must agree with."""
+        return EngineSettings(
+            micro_batch_size=self.per_device_train_batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            learning_rate=self.learning_rate,
+            betas=(self.adam_beta1, self.adam_beta2),
+            epsilon=self.adam_epsilon,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            bf16=self.bf16,
+            fp16=self.fp16,
+        )
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Everything a run was told. Rooms below get the fields they need, never the whole."""
+
+    model: ModelArguments
+    adapter: AdapterArguments
+    data: DataArguments
+    training: TrainingArguments
+    given: frozenset[str] = frozenset()
+    """Names of the fields that flags or recipe set; the rest are defaults."""
+
+    @property
+    def embedded_default(self) -> bool:
+        """Whether neither model nor training data is named, so that the run is the embedded demonstration."""
+        return not (self.model.model_name_or_path or self.data.train_files or self.data.dataset_name)
+
+    def schedule(self, total_steps: int) -> Schedule:
+        """The schedule of a run of `total_steps` optimizer steps. Raises `UserError` for one that cannot be."""
+        training, adapter = self.training, self.adapter
+        return Schedule(
+            kind=schedule_kind(training.lr_scheduler_type),
+            peak=training.learning_rate,
+            total_steps=total_steps,
+            warmup_steps=training.warmup_steps or math.ceil(training.warmup_ratio * total_steps),
+            min_ratio=training.min_lr_ratio,
+            merge_every=adapter.merge_every,
+            restart_warmup_steps=adapter.restart_warmup_steps,
+        )
+
+
+_GROUPS: dict[str, Any] = {
+    "model": ModelArguments,
+    "adapter": AdapterArguments,
+    "data": DataArguments,
+    "training": TrainingArguments,
+}
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Arguments from a command line (without the program's name): an optional YAML recipe first, then flags.
+
+    Raises `UserError` for anything unknown or of a wrong type. `-h` prints help and raises SystemExit(0).
+    """
+    given = parse_flat(_GROUPS.values(), argv, "Continual pretraining with MoRA under DeepSpeed.", RECORDED_KEYS)
+    return from_flat(given)
+
+
+def from_flat(settings: dict[str, Any]) -> Arguments:
+    """Arguments from {field: value} of the right types; what is absent takes its default."""
+    groups = {}
+    for name, group in _GROUPS.items():
+        names = {entry.name for entry in dataclasses.fields(group)}
+        groups[name] = group(**{key: value for key, value in settings.items() if key in names})
+    return Arguments(**groups, given=frozenset(settings))
+
+
+def dump(arguments: Arguments) -> dict[str, Any]:
+    """{field: value} in plain types for `run.yaml`: a recipe that repeats the run. Without what differs by rank."""
+    flat = {key: value for name in _GROUPS for key, value in dataclasses.asdict(getattr(arguments, name)).items()}
+    del flat["local_rank"]
+    return flat

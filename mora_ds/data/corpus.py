@@ -1,0 +1,245 @@
+"""What the user names (files, globs, folders, a `datasets` name) -> a `Corpus`: documents that can be read again and again.
+
+    --train_files 'corpus/*.jsonl' notes.md folder/    ->  FilePart, FilePart, ...   in the order given, sorted within
+    --dataset_name NAME                                ->  DatasetPart
+
+A part is one file or one dataset: it knows its contents' hash and reads its own documents, one at a time. Nothing is
+copied: the only thing written from a corpus is its token cache.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mora_ds.data.readers import Document, check_column, file_kind, has_known_suffix, read_documents
+from mora_ds.errors import UserError, nearest
+
+
+class Part(Protocol):
+    """One file or dataset of a corpus. Parts are pickled to worker processes."""
+
+    @property
+    def label(self) -> str: ...
+
+    def documents(self) -> Iterator[Document]: ...
+
+    def content_hash(self) -> str:
+        """Changes whenever the contents do; the same contents elsewhere have the same hash."""
+        ...
+
+    def stamp(self) -> dict[str, Any]:
+        """What is cheap to look at and changes with the contents: while it stays, the hash is not taken again."""
+        ...
+
+    def size_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class FilePart:
+    path: Path
+    text_column: str
+
+    @property
+    def label(self) -> str:
+        return str(self.path)
+
+    def documents(self) -> Iterator[Document]:
+        return read_documents(self.path, self.text_column)
+
+    def content_hash(self) -> str:
+        digest = hashlib.sha256(file_kind(self.path).value.encode())
+        digest.update(self.path.suffix.lower().encode())
+        with self.path.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def stamp(self) -> dict[str, Any]:
+        status = self.path.stat()
+        return {"path": str(self.path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+    def size_bytes(self) -> int:
+        return self.path.stat().st_size
+
+
+@dataclass(frozen=True)
+class DatasetPart:
+    label: str
+    dataset: Any
+    """A map-style `datasets.Dataset`; it stays on disk and is read batch by batch."""
+    text_column: str
+
+    def documents(self) -> Iterator[Document]:
+        row = 0
+        for batch in self.dataset.select_columns([self.text_column]).iter(batch_size=1024):
+            for text in batch[self.text_column]:
+                row += 1
+                if text is None:
+                    raise UserError(f"{self.label}, row {row}: the text is null")
+                yield Document(text, f"{self.label}, row {row}")
+        if row == 0:
+            raise UserError(f"{self.label} is empty: it holds no row")
+
+    def content_hash(self) -> str:
+        return hashlib.sha256(self.dataset._fingerprint.encode()).hexdigest()
+
+    def stamp(self) -> dict[str, Any]:
+        return {"dataset": self.label, "fingerprint": self.dataset._fingerprint}
+
+    def size_bytes(self) -> int:
+        return int(self.dataset.data.nbytes)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of one named source. Iterating reads them from disk; `flag` is what its error messages name."""
+
+    parts: tuple[Part, ...]
+    text_column: str = "text"
+    flag: str = "--train_files"
+
+    def __iter__(self) -> Iterator[Document]:
+        for part in self.parts:
+            yield from self.documents_of(part)
+
+    def documents_of(self, part: Part) -> Iterator[Document]:
+        try:
+            yield from part.documents()
+        except UserError as error:
+            raise UserError(f"{self.flag}: {error}") from error
+
+    def texts(self) -> Iterator[str]:
+        """The bare texts, for training a tokenizer."""
+        return (document.text for document in self)
+
+    def size_bytes(self) -> int:
+        """Size on disk, compressed where the files are."""
+        return sum(part.size_bytes() for part in self.parts)
+
+
+def load_corpus(
+    patterns: Sequence[str] = (),
+    *,
+    dataset_name: str | None = None,
+    dataset_config: str | None = None,
+    dataset_split: str = "train",
+    text_column: str = "text",
+    flag: str = "--train_files",
+) -> Corpus:
+    """Files by name, glob or folder, or a `datasets` name (of the hub, or a folder on disk), as one corpus.
+
+    Looks at names, sizes and the first document of every part only; the rest is checked while it is read.
+    Raises `UserError`, which names `flag` or `--dataset_name`, for anything that is no corpus.
+    """
+    if bool(patterns) == bool(dataset_name):
+        raise UserError(f"give either {flag} or --dataset_name" + (", not both" if patterns else ""))
+    parts: tuple[Part, ...]
+    if dataset_name:
+        flag, parts = "--dataset_name", (_named_dataset(dataset_name, dataset_config, dataset_split, text_column),)
+    else:
+        parts = tuple(_file_part(path, text_column, flag) for path in resolve_files(patterns, flag))
+    corpus = Corpus(parts, text_column, flag)
+    for part in parts:
+        next(corpus.documents_of(part))
+    return corpus
+
+
+def resolve_files(patterns: Sequence[str], flag: str = "--train_files") -> list[Path]:
+    """Files (and folders that `datasets` saved) in the order of the patterns, sorted within each, each once.
+
+    A folder stands for all files within that have a known suffix. Raises `UserError` for a pattern without a match.
+    """
+    found: dict[str, Path] = {}
+    for pattern in patterns:
+        matches = [path for match in _matches(pattern) for path in _expand(match)]
+        if not matches:
+            raise UserError(f"{flag}: no file matches {pattern!r}.{_near_files(pattern)}")
+        for path in matches:
+            found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
+
+
+def _matches(pattern: str) -> list[Path]:
+    pattern = os.path.expanduser(pattern)
+    if os.path.exists(pattern):  # a name with [ or * in it is taken as it stands
+        return [Path(pattern)]
+    return [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+
+
+def _expand(path: Path) -> list[Path]:
+    if not path.is_dir() or _is_saved_dataset(path):
+        return [path]
+    files: list[Path] = []
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = (Path(folder) / name for name in sorted(names) if not name.startswith("."))
+        files += [file for file in inside if has_known_suffix(file)]
+    return files
+
+
+def _near_files(pattern: str) -> str:
+    folder = Path(pattern).expanduser().parent
+    if not folder.is_dir():
+        return f" There is no folder {str(folder)!r}." if not glob.has_magic(str(folder)) else ""
+    return nearest(Path(pattern).name, sorted(os.listdir(folder)))
+
+
+def _file_part(path: Path, text_column: str, flag: str) -> Part:
+    if path.is_dir():
+        return _dataset_part(str(path), _saved_dataset(path, "train", flag), text_column, flag)
+    try:
+        file_kind(path)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+    if path.stat().st_size == 0:
+        raise UserError(f"{flag}: {path} is empty")
+    return FilePart(path, text_column)
+
+
+# -- datasets ------------------------------------------------------------------------------------------------------
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _named_dataset(name: str, config: str | None, split: str, text_column: str) -> DatasetPart:
+    import datasets  # here, not above: it is slow to import and most runs read files
+
+    if _is_saved_dataset(Path(name)):
+        return _dataset_part(name, _saved_dataset(Path(name), split, "--dataset_name"), text_column, "--dataset_name")
+    try:
+        dataset = datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"--dataset_name {name!r} (--dataset_config {config!r}, --dataset_split {split!r}) cannot be loaded: {error}"
+        ) from error
+    return _dataset_part(name, dataset, text_column, "--dataset_name")
+
+
+def _saved_dataset(folder: Path, split: str, flag: str) -> Any:
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{flag}: {folder} is no folder that datasets.save_to_disk has written: {error}") from error
+    if not isinstance(dataset, datasets.DatasetDict):
+        return dataset
+    if split not in dataset:
+        raise UserError(f"{flag}: {folder} has no split {split!r}; there are: {', '.join(dataset)} (--dataset_split)")
+    return dataset[split]
+
+
+def _dataset_part(label: str, dataset: Any, text_column: str, flag: str) -> DatasetPart:
+    try:
+        check_column(dataset.features.arrow_schema, text_column, label)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+    return DatasetPart(label, dataset, text_column)

@@ -1,0 +1,55 @@
+"""A function over a stream of items in several processes: results in order, only a few items in flight at a time."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+from mora_ds.errors import RunError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_work: Callable[[Any], Any] | None = None
+"""The function of this worker process, sent once: it may hold a whole tokenizer."""
+
+
+def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], num_proc: int) -> Iterator[Result]:
+    """`map(work, items)`, in `num_proc` processes when there are to be more than one.
+
+    Unlike `Pool.imap` it never runs ahead of its consumer by more than a few items a process, so `items` may be far
+    larger than memory. Workers are spawned, not forked: the caller may hold CUDA contexts and threads.
+    Raises what `work` raises, and `RunError` when a worker is killed.
+    """
+    if num_proc <= 1:
+        yield from map(work, items)
+        return
+    pool = ProcessPoolExecutor(num_proc, mp_context=get_context("spawn"), initializer=_install, initargs=(work,))
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(_call, item))
+            if len(waiting) >= 4 * num_proc:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise RunError("a data worker was killed, perhaps for lack of memory; try a smaller number of them") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _install(work: Callable[[Any], Any]) -> None:
+    global _work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _work = work
+
+
+def _call(item: Any) -> Any:
+    assert _work is not None
+    return _work(item)

@@ -1,0 +1,278 @@
+"""One file -> its documents, checked as they are read: every error names the file and the line (or row).
+
+    .txt .md ...   one document a file, in pieces of about a million characters when it is long
+    .jsonl .json   one object a line, or one array of objects; the document is its text field
+    .parquet       one document a row
+    .arrow         one document a row (stream or file format, so also what `datasets` writes)
+    .gz            of text and JSON
+
+Nothing here holds more than one piece, line or record batch in memory (a `.json` array apart, which is parsed whole).
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet
+
+from mora_ds.errors import UserError, nearest
+
+PIECE_CHARACTERS = 1 << 20
+"""A text file longer than this is handed on in pieces of about this size, cut at line ends."""
+
+_READ_BYTES = 1 << 20
+_ROWS_PER_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document, or a piece of one that is too long to hold: the first piece `begins` it, the last one `ends` it."""
+
+    text: str
+    source: str
+    """File and line or row, for error messages."""
+    begins: bool = True
+    ends: bool = True
+
+
+class FileKind(str, Enum):
+    TEXT = "text"
+    JSON = "json"
+    PARQUET = "parquet"
+    ARROW = "arrow"
+
+
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".xml", ".py")
+_KINDS = {
+    **dict.fromkeys(TEXT_SUFFIXES, FileKind.TEXT),
+    ".json": FileKind.JSON,
+    ".jsonl": FileKind.JSON,
+    ".ndjson": FileKind.JSON,
+    ".parquet": FileKind.PARQUET,
+    ".arrow": FileKind.ARROW,
+}
+_UNREADABLE = (".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".pdf", ".docx", ".safetensors", ".bin", ".npy")
+
+
+def has_known_suffix(path: Path) -> bool:
+    """Whether a folder's scan takes this file."""
+    return _inner_suffix(path) in _KINDS
+
+
+def file_kind(path: Path) -> FileKind:
+    """The format of a file by its suffix; any unknown suffix is text. Raises `UserError` for one that cannot be read."""
+    suffix = _inner_suffix(path)
+    kind = _KINDS.get(suffix, FileKind.TEXT)
+    packed = path.suffix.lower() == ".gz"
+    if suffix in _UNREADABLE or (packed and kind in (FileKind.PARQUET, FileKind.ARROW)):
+        raise UserError(
+            f"{path}: {''.join(path.suffixes[-2:])} files are not read; "
+            "give text, JSON lines (both also as .gz), Parquet or Arrow"
+        )
+    return kind
+
+
+def read_documents(path: Path, text_column: str) -> Iterator[Document]:
+    """The documents of one file, in its order. Raises `UserError` at the first line or row that is none."""
+    kind = file_kind(path)
+    with _naming(path):
+        if kind is FileKind.TEXT:
+            yield from _read_text(path)
+        elif kind is FileKind.JSON:
+            yield from _read_json(path, text_column)
+        else:
+            batches = _parquet_batches if kind is FileKind.PARQUET else _arrow_batches
+            yield from _read_rows(path, batches(path, text_column))
+
+
+def text_field(row: Any, text_column: str, source: str) -> str:
+    """The text of one record; says which fields there are when the column is missing, and what is there instead."""
+    if not isinstance(row, dict):
+        raise UserError(f"{source}: a {type(row).__name__} where an object with a field {text_column!r} should be")
+    if text_column not in row:
+        raise _no_column(source, text_column, row)
+    text = row[text_column]
+    if not isinstance(text, str):
+        raise UserError(f"{source}: field {text_column!r} holds {type(text).__name__}, not text (see --text_column)")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{source}: field {text_column!r} holds half a surrogate pair, at {error.start}") from None
+    return text
+
+
+def check_column(schema: pa.Schema, text_column: str, source: str) -> None:
+    """Raises `UserError` unless the table has that column and it holds strings."""
+    if text_column not in schema.names:
+        raise _no_column(source, text_column, schema.names)
+    kind = schema.field(text_column).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()):
+        raise UserError(f"{source}: column {text_column!r} holds {kind}, not strings (see --text_column)")
+
+
+def _no_column(source: str, text_column: str, names: Iterable[str]) -> UserError:
+    names = list(names)
+    return UserError(
+        f"{source}: no field {text_column!r}; there are: {', '.join(names) or 'none'}. "
+        f"Name it with --text_column.{nearest(text_column, names)}"
+    )
+
+
+def _inner_suffix(path: Path) -> str:
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turns what the libraries raise for a broken file into a `UserError` that names it."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    return path.open("rb")
+
+
+# -- text ----------------------------------------------------------------------------------------------------------
+
+
+def _read_text(path: Path) -> Iterator[Document]:
+    """Pieces are cut behind the last line end, if any, so that no token is torn without need."""
+    held, begins = "", True
+    for block in _decoded(path):
+        held += block
+        while len(held) > PIECE_CHARACTERS:
+            cut = held.rfind("\n", 0, PIECE_CHARACTERS) + 1 or PIECE_CHARACTERS
+            yield Document(held[:cut], str(path), begins, ends=False)
+            held, begins = held[cut:], False
+    if begins and not held:
+        raise UserError(f"{path} is empty")
+    yield Document(held, str(path), begins)
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    """Blocks of text; a byte order mark is dropped, line ends stay as they are."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    lines, size = 1, 0
+    with _open(path) as stream:
+        while True:
+            block = stream.read(_READ_BYTES)
+            size += len(block)
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                lines += error.object[: error.start].count(b"\n")
+                raise _not_utf8(path, lines, size - len(error.object), error) from None
+            lines += text.count("\n")
+            yield text
+            if not block:
+                return
+
+
+def _not_utf8(path: Path, line: int, start: int, error: UnicodeDecodeError) -> UserError:
+    return UserError(
+        f"{path}, line {line}: not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {start + error.start}: "
+        f"{error.reason}); convert the file, for instance with iconv, or leave it out"
+    )
+
+
+# -- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path, text_column: str) -> Iterator[Document]:
+    found = False
+    rows = _array_rows(path) if _is_array(path) else _line_rows(path)
+    for source, row in rows:
+        found = True
+        yield Document(text_field(row, text_column, source), source)
+    if not found:
+        raise UserError(f"{path} is empty: it holds no JSON record")
+
+
+def _is_array(path: Path) -> bool:
+    with _open(path) as stream:
+        return stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def _line_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(file and line, value) of every line that is not blank."""
+    offset = 0
+    with _open(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield f"{path}, line {number}", _parse(path, line, number, offset)
+            offset += len(line)
+
+
+def _array_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with _open(path) as stream:
+        rows = _parse(path, stream.read().removeprefix(codecs.BOM_UTF8), 1, 0)
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}, element {number}", row
+
+
+def _parse(path: Path, data: bytes, line: int, offset: int) -> Any:
+    try:
+        return json.loads(data.decode())
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, line + data[: error.start].count(b"\n"), offset, error) from None
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
+        raise UserError(f"{where}: broken JSON: {error.msg} (one object a line, or one array of objects)") from None
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+def _parquet_batches(path: Path, text_column: str) -> Iterator[pa.Array]:
+    with pyarrow.parquet.ParquetFile(path) as table:
+        check_column(table.schema_arrow, text_column, str(path))
+        for batch in table.iter_batches(_ROWS_PER_BATCH, columns=[text_column]):
+            yield batch.column(0)
+
+
+def _arrow_batches(path: Path, text_column: str) -> Iterator[pa.Array]:
+    with pa.memory_map(str(path)) as source:
+        if source.read(6) == b"ARROW1":
+            file = pyarrow.ipc.open_file(source)
+            check_column(file.schema, text_column, str(path))
+            batches: Iterable[pa.RecordBatch] = map(file.get_batch, range(file.num_record_batches))
+        else:
+            source.seek(0)
+            batches = pyarrow.ipc.open_stream(source)
+            check_column(batches.schema, text_column, str(path))
+        for batch in batches:
+            yield batch.column(batch.schema.get_field_index(text_column))
+
+
+def _read_rows(path: Path, columns: Iterable[pa.Array]) -> Iterator[Document]:
+    row = 0
+    for column in columns:
+        for start in range(0, len(column), _ROWS_PER_BATCH):
+            for text in column.slice(start, _ROWS_PER_BATCH).to_pylist():
+                row += 1
+                if text is None:
+                    raise UserError(f"{path}, row {row}: the text is null")
+                yield Document(text, f"{path}, row {row}")
+    if row == 0:
+        raise UserError(f"{path} is empty: it holds no row")

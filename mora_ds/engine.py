@@ -1,0 +1,108 @@
+"""`mora_ds.initialize`: a model with squares -> a DeepSpeed engine whose base is whole on every rank.
+
+    model with squares -> base moved and cast (once per tied tensor) -> equal on all ranks? -> squares in parameter
+    group 0, other trainables in group 1 -> deepspeed.initialize
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from mora_ds import zero
+from mora_ds.base import tensor_checksum
+from mora_ds.ds_config import compute_dtype, load_ds_config
+from mora_ds.errors import RunError, UserError
+from mora_ds.injection import frozen_buffers, mora_layers, move_base
+
+SQUARE_GROUP = 0
+"""Index of the squares' parameter group in the engine's optimizer (a reset touches this group alone)."""
+
+
+def start_distributed(verbose: bool = False, timeout_s: float | None = None) -> None:
+    """Start `torch.distributed` the way the engine needs it; does nothing when it runs already."""
+    zero.prepare_backend(verbose)
+    if not dist.is_initialized():
+        extra = {} if timeout_s is None else {"timeout": _timeout(timeout_s)}
+        deepspeed.init_distributed(verbose=verbose, **extra)
+
+
+def initialize(
+    *,
+    model: nn.Module,
+    config: dict[str, Any] | str | Path,
+    check_base: bool = True,
+    **kwargs: Any,
+) -> tuple[zero.Engine, Any, Any, Any]:
+    """`deepspeed.initialize` for a model that `mora_ds.inject` prepared: same arguments, same four returns.
+
+    `config` is a DeepSpeed config (dict or path) with explicit values. The base is moved to this rank's device in
+    the config's dtype and, with `check_base`, compared over all ranks by checksum. Raises `UserError` for a model
+    without squares and `RunError` when the ranks hold different bases.
+    """
+    if not mora_layers(model):
+        raise UserError("the model has no squares: call mora_ds.inject(model, MoRAConfig(...)) first")
+    if "model_parameters" in kwargs:
+        raise UserError("mora_ds.initialize chooses the trainable parameters itself: leave model_parameters out")
+    settings = load_ds_config(config)
+    start_distributed()
+    dtype = getattr(torch, compute_dtype(settings))
+    device = torch.device(get_accelerator().current_device_name())
+    move_base(model, device, dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    if check_base:
+        check_base_equal(frozen_buffers(model).values())
+    return deepspeed.initialize(
+        model=model, config=settings, model_parameters=parameter_groups(model), **kwargs
+    )  # type: ignore[return-value]
+
+
+def initialize_full(*, model: nn.Module, config: dict[str, Any] | str | Path, **kwargs: Any) -> tuple[Any, ...]:
+    """The full-training control: every parameter trained under plain DeepSpeed, sharded like any model."""
+    settings = load_ds_config(config)
+    start_distributed()
+    dtype = getattr(torch, compute_dtype(settings))
+    model.to(get_accelerator().current_device_name(), dtype)
+    return deepspeed.initialize(model=model, config=settings, model_parameters=list(model.parameters()), **kwargs)
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Squares in group 0, whatever else is trained in group 1."""
+    squares = {id(layer.square): layer.square for layer in mora_layers(model).values()}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in squares]
+    groups = [{"params": list(squares.values())}, {"params": others}]
+    return [group for group in groups if group["params"]]
+
+
+def check_base_equal(tensors: Iterable[Tensor]) -> str:
+    """Checksum of the base, compared over all ranks (8 bytes a rank on the wire). Returns it in hexadecimal."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype} {tensor_checksum(tensor)}\n".encode())
+    mine = digest.hexdigest()[:16]
+    device = get_accelerator().current_device_name()
+    value = torch.tensor([int(mine[:8], 16), int(mine[8:], 16)], dtype=torch.int64, device=device)
+    everyone = [torch.zeros_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, value)
+    different = [rank for rank, other in enumerate(everyone) if not torch.equal(other, everyone[0])]
+    if different:
+        raise RunError(
+            f"the frozen base differs between ranks: {different} do not hold what rank 0 holds. "
+            "Do all nodes read the same files at --model_name_or_path?"
+        )
+    return mine
+
+
+def _timeout(seconds: float) -> Any:
+    from datetime import timedelta
+
+    return timedelta(seconds=seconds)

@@ -1,0 +1,215 @@
+"""Files that are there whole or not at all: atomic writes, links, manifests with hashes.
+
+    write beside (hidden or ".partial") -> fsync -> rename over -> fsync the folder
+
+Whatever kills the process, a reader finds the old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from mora_ds.errors import RunError, UserError
+
+MANIFEST = "manifest.json"
+"""Sizes and hashes of all other files of a folder."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turns a full disk (or quota) into a `RunError` that names `folder`; other errors pass unchanged."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise RunError(f"the disk that holds {folder} is full: {error.strerror}") from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes renames inside `folder` survive a power cut."""
+    _fsync(folder)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Every file and folder under `folder`, and `folder` itself."""
+    for path in sorted(folder.rglob("*")):
+        if not path.is_symlink():
+            _fsync(path)
+    _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Hands out a path beside `path`; what was written there takes its place if the block ends well, else goes."""
+    beside = path.with_name(f".{path.name}.partial")
+    with disk_errors(path.parent):
+        try:
+            yield beside
+            _fsync(beside)
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
+
+
+def write_json_atomic(path: Path, content: Any) -> None:
+    """Indented UTF-8 JSON, replaced atomically. Raises `RunError` on a full disk."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    with atomic_path(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises `UserError` naming the file when it is missing, damaged or no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: a JSON object was expected, not {type(content).__name__}")
+    return content
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def replace_symlink(link: Path, target: str) -> None:
+    """Makes `link` point at `target` (relative to the link's folder) by one atomic rename."""
+    beside = link.with_name(f".{link.name}.partial")
+    beside.unlink(missing_ok=True)
+    with disk_errors(link.parent):
+        beside.symlink_to(target)
+        os.replace(beside, link)
+    fsync_folder(link.parent)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """`target` becomes a hard link of `source`, or a copy where the file system has no links. Replaces atomically."""
+    if target.exists() and os.path.samefile(source, target):  # rename(2) between two links of one file does nothing
+        return
+    with atomic_path(target) as beside:
+        beside.unlink(missing_ok=True)
+        try:
+            os.link(source, beside)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            shutil.copyfile(source, beside)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Hands out an empty folder beside `folder`, which takes its place if the block ends well, else is removed.
+
+    An existing `folder` is replaced: moved aside, and deleted once the new one stands.
+    """
+    partial, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
+    with disk_errors(folder.parent):
+        _restore(old, folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            fsync_tree(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(partial, folder)
+        fsync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _restore(old: Path, folder: Path) -> None:
+    """Undoes a replacement that was killed between its two renames, or clears what it left after them."""
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes `manifest.json`: size and sha256 of every file under `folder`, each on disk before the manifest is."""
+    files = {}
+    with disk_errors(folder):
+        for path in _files_of(folder):
+            _fsync(path)
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+    write_json_atomic(folder / MANIFEST, {"format": 1, "files": files})
+
+
+def verify_manifest(folder: Path) -> list[str]:
+    """What is wrong with `folder`, one line a file; empty when every file is as the manifest says.
+
+    Files that the manifest does not know are no problem. Raises `UserError` for a missing or damaged manifest.
+    """
+    content = read_json(folder / MANIFEST)
+    with malformed(folder / MANIFEST):
+        listed = [(folder / name, int(facts["size"]), str(facts["sha256"])) for name, facts in content["files"].items()]
+    return [problem for entry in listed if (problem := file_problem(*entry))]
+
+
+def file_problem(path: Path, size: int, sha256: str | None) -> str:
+    """What is wrong with a file, "" for nothing: missing, another size, another hash (not read when it is `None`)."""
+    if not path.is_file():
+        return f"{path} is missing"
+    if path.stat().st_size != size:
+        return f"{path} has {path.stat().st_size:,} bytes instead of {size:,}"
+    if sha256 is not None and sha256_file(path) != sha256:
+        return f"{path} is damaged: its sha256 is not the one recorded"
+    return ""
+
+
+@contextmanager
+def malformed(path: Path) -> Iterator[None]:
+    """Turns the errors of picking a wrongly built JSON object apart into a `UserError` naming its file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error!r}") from error
+
+
+def require_format(path: Path, content: dict[str, Any], known: int = 1) -> None:
+    """Raises `UserError` for a file written in a format that this version does not know."""
+    if content.get("format") != known:
+        raise UserError(f"{path} has format {content.get('format')!r}; this version of mora_ds reads format {known}")
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+
+
+def remove_quietly(path: Path) -> None:
+    """Deletes a file that nobody refers to any more; a failure to do so is harmless."""
+    with suppress(OSError):
+        path.unlink()

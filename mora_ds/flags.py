@@ -1,0 +1,178 @@
+"""Strict command line and YAML for plain dataclasses.
+
+    argv -> [recipe.yaml] + flags -> one flat {field: value} -> dataclasses
+
+Each field is a flag of the same name; its docstring is its help. The first argument may be a YAML file with the same
+names as keys; flags win over it. Nothing unknown passes: an unknown key or flag, a value of another type, a key twice
+in a file are all `UserError`, with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from mora_ds.errors import UserError, nearest
+
+Class = TypeVar("Class", bound=type)
+_NOT_GIVEN = object()
+
+
+def documented(cls: Class) -> Class:
+    """Class decorator, under `@dataclass`: every field's docstring becomes its `metadata["help"]`.
+
+    One text serves the reader of the source and the reader of `--help`. A field without one is a TypeError.
+    """
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(tree, ast.ClassDef)
+    for statement, after in zip(tree.body, [*tree.body[1:], ast.Pass()], strict=True):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        name = statement.target.id
+        if not (isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)):
+            raise TypeError(f"{cls.__name__}.{name} has no docstring under it")
+        text = inspect.cleandoc(str(after.value.value)).replace("\n", " ")
+        metadata = {"help": text.replace("%", "%%")}
+        default = cls.__dict__[name]
+        if isinstance(default, dataclasses.Field):
+            default.metadata = types.MappingProxyType(metadata)
+        else:
+            setattr(cls, name, dataclasses.field(default=default, metadata=metadata))
+    return cls
+
+
+class StrictParser(HfArgumentParser):
+    """HfArgumentParser that raises `UserError` instead of leaving the process. `-h` still prints help and leaves."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse_flat(
+    groups: Iterable[type], argv: Sequence[str], description: str, ignored_keys: Iterable[str] = ()
+) -> dict[str, Any]:
+    """What `argv` sets, of all fields of the dataclasses `groups`; fields left at their defaults are absent.
+
+    `ignored_keys` are top-level keys of a recipe that are no settings. Raises `UserError`; `-h` prints help and
+    raises SystemExit(0).
+    """
+    groups = list(groups)
+    arguments = list(argv)
+    recipe = _pop_recipe(arguments)
+    given = read_recipe(recipe, groups, ignored_keys) if recipe else {}
+    parser = StrictParser(  # type: ignore[arg-type]
+        groups, description=description, allow_abbrev=False, usage="%(prog)s [recipe.yaml] [--flag value ...]"
+    )
+    names = [field.name for group in groups for field in dataclasses.fields(group)]
+    found, unknown = parser.parse_known_args(arguments, argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN)))
+    if unknown:
+        raise UserError(_unknown_flags(unknown, parser))
+    given.update({name: value for name, value in vars(found).items() if value is not _NOT_GIVEN})
+    return given
+
+
+def _pop_recipe(arguments: list[str]) -> str | None:
+    """Takes the recipe out of `arguments`. The launcher puts its `--local_rank` before everything else."""
+    position = 0
+    if arguments and arguments[0].replace("-", "_").startswith("__local_rank"):
+        position = 1 if "=" in arguments[0] else 2
+    if position < len(arguments) and not arguments[position].startswith("-"):
+        return arguments.pop(position)
+    return None
+
+
+def _unknown_flags(unknown: list[str], parser: StrictParser) -> str:
+    known = [option for option in parser._option_string_actions if option.startswith("--")]
+    flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
+    if not flags:
+        return f"unexpected argument {unknown[0]!r}: a YAML recipe comes first, and every value behind its flag"
+    return "\n".join(f"unknown flag {flag}.{nearest(flag, known)}" for flag in flags)
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where plain YAML keeps the last one without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_recipe(path: str, groups: Iterable[type], ignored_keys: Iterable[str] = ()) -> dict[str, Any]:
+    """The settings of a YAML recipe, checked against the fields of `groups`; all wrong ones in one `UserError`."""
+    content = _load_yaml(path)
+    hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    settings, problems = {}, []
+    for key, value in content.items():
+        if key in ignored_keys:
+            continue
+        if key not in hints:
+            problems.append(f"{path}: unknown key {key!r}.{nearest(str(key), hints)}")
+            continue
+        try:
+            settings[key] = _coerce(value, hints[key])
+        except ValueError as error:
+            problems.append(f"{path}: {key} {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return settings
+
+
+def _load_yaml(path: str) -> dict[Any, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the recipe {path}: {error}") from error
+    try:
+        content = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold `key: value` lines, not a {type(content).__name__}")
+    return content
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`. Raises ValueError that reads after the key's name."""
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is list:
+        (item,) = get_args(hint)
+        return [_coerce(part, item) for part in (value if isinstance(value, list) else [value])]
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        return _to_float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"must be {_NAMES[hint]}, got {value!r}")
+    return value
+
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string (in quotes)"}
+
+
+def _to_float(value: int | str) -> float:
+    """YAML 1.1 reads 4e-4, without a point, as a string: what is meant is plain."""
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"must be {_NAMES[float]}, got {value!r}") from None

@@ -1,0 +1,131 @@
+"""What a run reports: log line and progress bar (rank 0), TensorBoard and `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One logged optimizer step. `loss` is the mean over all predicted tokens of the global batch."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    """Tokens read since the first step, all ranks together."""
+    tokens_per_s: float
+    tokens_per_s_per_rank: float
+    step_time_s: float
+    peak_memory_bytes: int
+    bytes_gathered: int
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.loss)
+
+    def line(self, total_steps: int) -> str:
+        return (
+            f"step {self.step}/{total_steps}  loss {self.loss:.4f}  ppl {self.perplexity:.2f}  "
+            f"lr {self.learning_rate:.2e}  grad {self.grad_norm:.3f}  "
+            f"{self.tokens_per_s:,.0f} tok/s ({self.tokens_per_s_per_rank:,.0f}/rank)  {self.step_time_s:.3f} s  "
+            f"mem {self.peak_memory_bytes / 2**30:.2f} GiB  gathered {self.bytes_gathered / 1e6:.2f} MB"
+        )
+
+    def row(self) -> dict[str, Any]:
+        return {**vars(self), "perplexity": self.perplexity}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def peak_memory_bytes() -> int:
+    """Highest memory of this rank so far: allocated on the device where there is one, resident on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class MetricsLog:
+    """Sinks of one run. On ranks other than 0 (`enabled=False`) every call does nothing."""
+
+    def __init__(self, folder: Path, total_steps: int, enabled: bool, start_step: int = 0) -> None:
+        """Rows after `start_step` (written by a run that was interrupted later than its last checkpoint) are dropped,
+        so that a resumed curve reads as an uninterrupted one."""
+        self.total_steps, self.enabled = total_steps, enabled
+        if not enabled:
+            return
+        self._path = folder / "metrics.jsonl"
+        _keep_rows(self._path, start_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=1.0)
+
+    def step(self, metrics: StepMetrics) -> None:
+        if not self.enabled:
+            return
+        self._write(metrics.row())
+        for name, value in metrics.row().items():
+            if name != "step":
+                self._board.add_scalar(f"train/{name}", value, metrics.step)
+        self.say(metrics.line(self.total_steps))
+
+    def evaluation(self, step: int, perplexities: dict[str, float]) -> None:
+        if not self.enabled:
+            return
+        self._write({"step": step, "eval": perplexities})
+        for name, value in perplexities.items():
+            self._board.add_scalar(f"eval/{name}", value, step)
+        self.say(f"step {step}  perplexity " + "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items()))
+
+    def merge(self, step: int, cycle: int, square_norm: float) -> None:
+        if not self.enabled:
+            return
+        self._write({"step": step, "merge": {"cycle": cycle, "square_norm": square_norm}})
+        self._board.add_scalar("merge/square_norm", square_norm, step)
+
+    def advance(self, step: int) -> None:
+        if self.enabled:
+            self._bar.update(step - self._bar.n)
+
+    def say(self, text: str) -> None:
+        if self.enabled:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        if self.enabled:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+
+def _keep_rows(path: Path, last_step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break  # the line that a killed process was writing; nothing follows it
+        if row["step"] <= last_step:
+            kept.append(line + "\n")
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(kept), encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,158 @@
+"""Load the base: a Hugging Face folder or hub name -> (model, its original tensors on disk, which is which).
+
+Every rank reads the same files, whole; nothing here shards. The originals stay on disk for exact merging, so a base
+whose files do not hold the live tensors one to one (pickled weights, tensors fused at load, a model made from a config)
+is written once, under the live names, to a folder of the run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mora_ds.base import BaseCheckpoint, NotOneToOne, renamed_keys, verify_against_model, write_own_base
+from mora_ds.errors import UserError
+
+MODEL_FLAG = "--model_name_or_path"
+
+
+@dataclass
+class LoadedBase:
+    """A live model and where its original tensors lie."""
+
+    model: Any
+    base: BaseCheckpoint
+    keys: dict[str, str]
+    """Parameter name -> key in `base`."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What loading must know of the other ranks, without knowing how they talk."""
+
+    is_first: bool
+    """Rank 0."""
+    is_local_first: bool
+    """The first rank of this node: it downloads and writes for the others."""
+    barrier: Callable[[], None]
+    broadcast: Callable[[Any], Any]
+    """Rank 0's object, on every rank."""
+
+
+def resolve_folder(name: str, ranks: Ranks) -> Path:
+    """The local folder of a model: itself, or a snapshot of the hub's repository. Raises `UserError`."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{MODEL_FLAG} {name}: the folder has no config.json, so it is no Hugging Face model")
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{MODEL_FLAG} {name}: no such folder")
+    if not ranks.is_local_first:
+        ranks.barrier()
+    path = _download(name)
+    if ranks.is_local_first:
+        ranks.barrier()
+    return path
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (OSError, HFValidationError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{MODEL_FLAG} {name}: neither a folder here nor a hub model that can be had: {reason}") from error
+
+
+def load_base(
+    folder: Path,
+    own_base: Path,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    attn_implementation: str,
+    trust_remote_code: bool = False,
+) -> LoadedBase:
+    """The live model in `dtype` on the CPU, and the original of each of its parameters.
+
+    `own_base` is where the base is written if its files are not one to one. Raises `UserError` where weights are
+    missing or do not fit the config.
+    """
+    model = _from_pretrained(folder, dtype, attn_implementation, trust_remote_code)
+    found: Any = None
+    if ranks.is_first:
+        found = _originals(model, folder, own_base)
+    base_folder, keys = ranks.broadcast(found)
+    return LoadedBase(model, BaseCheckpoint.open(base_folder), keys)
+
+
+def create_base(config_file: Path, folder: Path, seed: int, tokenizer: Any = None, vocab_size: int | None = None) -> Path:
+    """A base with fresh random weights from a transformers config JSON, written to `folder` in fp32. One rank calls it."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(read_model_config(config_file, vocab_size), dtype=torch.float32)
+    write_own_base(model, folder, tokenizer)
+    return folder
+
+
+def read_model_config(config_file: Path, vocab_size: int | None = None) -> Any:
+    """The config object of a JSON such as `configs/models/tiny_llama.json`. Raises `UserError` naming --model_config."""
+    try:
+        values = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_config {config_file}: {error}") from error
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise UserError(f"--model_config {config_file}: no model_type in it")
+    if vocab_size is not None:
+        values["vocab_size"] = vocab_size
+    try:
+        return AutoConfig.for_model(**values)
+    except ValueError as error:
+        raise UserError(f"--model_config {config_file}: {error}") from error
+
+
+def _from_pretrained(folder: Path, dtype: torch.dtype, attn_implementation: str, trust_remote_code: bool) -> nn.Module:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except UserError:
+        raise
+    except Exception as error:  # transformers and safetensors raise many kinds; all mean that the folder is no model
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{MODEL_FLAG} {folder}: cannot be loaded as a causal language model: {reason}") from error
+    for what, problem in (("missing_keys", "weights are missing"), ("mismatched_keys", "weights do not fit the config")):
+        if info.get(what):
+            some = ", ".join(str(key) for key in list(info[what])[:3])
+            raise UserError(f"{MODEL_FLAG} {folder}: {problem} for {len(info[what])} tensors, e.g. {some}")
+    return model
+
+
+def _originals(model: Any, folder: Path, own_base: Path) -> tuple[Path, dict[str, str]]:
+    """Folder and keys of the originals; writes `own_base` when the model's own files will not do."""
+    try:
+        return folder, _map_and_verify(model, BaseCheckpoint.open(folder))
+    except NotOneToOne:
+        base = write_own_base(model, own_base)
+        return own_base, _map_and_verify(model, base)
+
+
+def _map_and_verify(model: Any, base: BaseCheckpoint) -> dict[str, str]:
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
+    keys = base.map_parameters(tensors, model.base_model_prefix, ties, renamed_keys(model, base.keys()))
+    verify_against_model(base, keys, tensors, tensors)
+    return keys

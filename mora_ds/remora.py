@@ -1,0 +1,157 @@
+"""ReMoRA: merge every layer's square into the base, record it, start a fresh one.
+
+At an accumulation boundary, on all ranks, layer by layer, in the same order:
+
+    square M in fp32 from the master partitions    (the only collective: r_hat^2 * 4 bytes a layer)
+    live weight = cast(original + all recorded deltas + this one), in place
+    the cycle's squares into the ledger             (one writer a folder; see `Ledger`)
+    squares, their masters and moments back to zero; the next cycle's grouping
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mora_ds import zero
+from mora_ds.base import BaseCheckpoint
+from mora_ds.config import MoRAConfig
+from mora_ds.errors import RunError
+from mora_ds.injection import mora_layers, set_cycle
+from mora_ds.layer import MoRALinear
+from mora_ds.ledger import LayerEntry, Ledger, live_weight
+from mora_ds.operators import OperatorSpec
+
+EXACT = "exact"
+INCREMENTAL = "incremental"
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did. `square_norm` is the Frobenius norm over all squares merged."""
+
+    cycle: int
+    step: int
+    layers: int
+    square_norm: float
+
+    def __str__(self) -> str:
+        return f"merged cycle {self.cycle} at step {self.step}: {self.layers} layers, |M| {self.square_norm:.4g}"
+
+
+def layer_entries(model: torch.nn.Module) -> dict[str, LayerEntry]:
+    """Module name -> what the ledger records of the layer as it is wired now."""
+    return {
+        name: LayerEntry(name, f"{name}.weight", layer.transposed, layer.spec)
+        for name, layer in mora_layers(model).items()
+    }
+
+
+class ReMoRA:
+    """Merges and replays for one engine.
+
+    `keys` maps a layer's weight name to its key in `base`. With `precision="exact"` the live base is always the
+    original plus all deltas, summed in fp32 and rounded once; with "incremental" each delta is added to the live
+    weight, which needs no base on disk and loses small deltas in bf16. `is_writer` marks one rank a node.
+    """
+
+    def __init__(
+        self,
+        engine: zero.Engine,
+        config: MoRAConfig,
+        ledger: Ledger,
+        base: BaseCheckpoint | None,
+        keys: dict[str, str],
+        precision: str = EXACT,
+        is_writer: bool | None = None,
+    ) -> None:
+        if precision == EXACT and base is None:
+            raise RunError("exact merging rereads the original base: give one, or choose incremental")
+        self.engine, self.config, self.ledger = engine, config, ledger
+        self.base, self.keys, self.precision = base, keys, precision
+        self.is_writer = dist.get_rank() == 0 if is_writer is None else is_writer
+
+    @property
+    def cycle(self) -> int:
+        """Number of merges so far, which is also the number of the running cycle."""
+        return self.ledger.cycles
+
+    def merge(self, step: int) -> MergeReport:
+        """Merge all squares after optimizer step `step`. Collective."""
+        if not zero.at_accumulation_boundary(self.engine):
+            raise RunError("a merge in the middle of gradient accumulation would lose gradients: call it after a step")
+        model, cycle = self.engine.module, self.cycle
+        entries = layer_entries(model)
+        recorded: dict[str, Tensor] = {}
+        norm = 0.0
+        for name, layer in mora_layers(model).items():
+            square = zero.full_fp32(self.engine, layer.square)
+            norm += square.double().square().sum().item()
+            self._write(name, layer, self._updates(name, layer, square))
+            if self.is_writer:
+                recorded[name] = square.cpu()
+        self._record(step, entries, recorded)
+        self._start_cycle(self.cycle)
+        return MergeReport(cycle, step, len(entries), norm**0.5)
+
+    def replay(self) -> None:
+        """Bring the live base to the ledger's state (after a resume) and wire the squares for the running cycle."""
+        if self.cycle and self.precision == INCREMENTAL:
+            self._replay_incrementally()
+        elif self.cycle:
+            for name, layer in mora_layers(self.engine.module).items():
+                self._write(name, layer, self.ledger.squares_of(name))
+        set_cycle(self.engine.module, self.config, self.cycle)
+
+    def _updates(self, name: str, layer: MoRALinear, square: Tensor) -> Iterator[tuple[OperatorSpec, Tensor]]:
+        if self.precision == EXACT:
+            yield from self.ledger.squares_of(name)
+        yield layer.spec, square
+
+    def _write(self, name: str, layer: MoRALinear, updates: Iterator[tuple[OperatorSpec, Tensor]]) -> None:
+        """In place, so that storages and ties stay."""
+        weight = layer.weight
+        original = weight if self.precision == INCREMENTAL else self._original(name)
+        layer.weight.copy_(live_weight(original, updates, layer.transposed, weight.dtype, weight.device))
+
+    def _original(self, name: str) -> Tensor:
+        assert self.base is not None
+        return self.base.read(self.keys[f"{name}.weight"])
+
+    def _replay_incrementally(self) -> None:
+        """The same roundings as the run made: one after each cycle."""
+        for name, layer in mora_layers(self.engine.module).items():
+            for update in self.ledger.squares_of(name):
+                self._write(name, layer, iter((update,)))
+
+    def _record(self, step: int, entries: dict[str, LayerEntry], squares: dict[str, Tensor]) -> None:
+        """Rank 0 appends first; then the writer of every node whose folder is not rank 0's folder."""
+        cycle, is_first = self.cycle, dist.get_rank() == 0
+        for writes in (is_first, self.is_writer and not is_first):
+            if writes and self._reopened().cycles == cycle:
+                self.ledger.append(step, entries, squares.items())
+            dist.barrier()
+        self.ledger = self._reopened()
+        if self.cycle != cycle + 1:
+            raise RunError(f"cycle {cycle} is not in the ledger at {self.ledger.folder} as this rank sees it")
+
+    def _reopened(self) -> Ledger:
+        """The ledger as it lies on this node's disk now (another rank may have appended to it)."""
+        return Ledger.open(self.ledger.folder, self.ledger.base_fingerprint, hashes=False)
+
+    def _start_cycle(self, cycle: int) -> None:
+        squares = [layer.square for layer in mora_layers(self.engine.module).values()]
+        zero.reset_group(self.engine, 0, squares, zero_state)
+        set_cycle(self.engine.module, self.config, cycle)
+
+
+def zero_state(key: str, value: Tensor) -> None:
+    """Both moments and the step count to zero: with the old count the first update would be 2.94 times too large."""
+    del key
+    value.zero_()
+
+

@@ -1,0 +1,138 @@
+"""Safetensors files, written tensor by tensor and read lazily.
+
+The file format (github.com/huggingface/safetensors, README): an 8-byte little-endian length, a JSON header that gives
+dtype, shape and byte range of every tensor, then the bytes. As the header needs shapes only, a file larger than
+memory can be written while its tensors are still being computed.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mora_ds.errors import UserError
+from mora_ds.files import atomic_path
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What a model may be trained and exported in, under the names that config.json uses."""
+
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The format's name of each dtype."""
+
+DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """"bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def compute_dtype(name: str) -> torch.dtype:
+    """The dtype called `name`. Raises `UserError` for one that no model is trained in."""
+    if name not in COMPUTE_DTYPES:
+        raise UserError(f"unknown dtype {name!r}; known: {', '.join(COMPUTE_DTYPES)}")
+    return COMPUTE_DTYPES[name]
+
+
+def tensor_nbytes(shape: Iterable[int], dtype: torch.dtype) -> int:
+    """Bytes of a dense tensor."""
+    size = dtype.itemsize
+    for side in shape:
+        size *= side
+    return size
+
+
+class SafetensorsWriter:
+    """Writes one safetensors file: all shapes first, then the tensors one by one, in any order.
+
+    `layout`: name -> (shape, dtype). Wide dtypes are laid out first, so that every tensor starts at a multiple of its
+    element size. Leaving the `with` block without an error checks that every tensor was written.
+    """
+
+    def __init__(
+        self, path: Path, layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str]
+    ) -> None:
+        self._layout = dict(layout)
+        self._missing = set(layout)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+        self._offsets: dict[str, int] = {}
+        end = 0
+        for name in sorted(layout, key=lambda name: -layout[name][1].itemsize):  # a stable sort
+            shape, dtype = layout[name]
+            self._offsets[name], end = end, end + tensor_nbytes(shape, dtype)
+            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [self._offsets[name], end]}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._start = 8 + len(text)
+        self._file = path.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._file.truncate(self._start + end)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Writes one tensor of the layout. Raises `ValueError` for a tensor that the layout does not hold."""
+        if name not in self._missing:
+            raise ValueError(f"{name!r} was not announced, or is written twice")
+        if (tuple(tensor.shape), tensor.dtype) != self._layout[name]:
+            raise ValueError(f"{name!r} is {tuple(tensor.shape)} {tensor.dtype}, announced was {self._layout[name]}")
+        self._file.seek(self._start + self._offsets[name])
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        self._file.write(memoryview(raw.numpy()))
+        self._missing.remove(name)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._file.close()
+        if kind is None and self._missing:
+            raise ValueError(f"never written: {', '.join(sorted(self._missing))}")
+
+
+def write_safetensors_atomic(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """All of `tensors` into one file, replaced atomically. Raises `RunError` on a full disk."""
+    layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    with atomic_path(path) as beside, SafetensorsWriter(beside, layout, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+def open_safetensors(path: Path) -> Any:
+    """A lazy, memory-mapped reader (`keys`, `metadata`, `get_tensor`, `get_slice`).
+
+    Raises `UserError` naming the file when it is missing, truncated or no safetensors file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or damaged: {error}") from error
+
+
+def shape_dtype(handle: Any, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of a tensor, from the header alone."""
+    view = handle.get_slice(name)
+    if view.get_dtype() not in DTYPES:
+        raise UserError(f"tensor {name!r} has dtype {view.get_dtype()}, which is not supported")
+    return tuple(view.get_shape()), DTYPES[view.get_dtype()]

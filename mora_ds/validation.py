@@ -1,0 +1,158 @@
+"""Every check of a run's settings that needs no file's contents, reported all at once.
+
+Files, tokenizers and models are checked by the rooms that read them; the DeepSpeed JSON by `ds_config`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from enum import Enum
+
+from mora_ds.arguments import (
+    AdapterArguments,
+    AdapterKind,
+    Arguments,
+    DataArguments,
+    MergePrecision,
+    OptimizerReset,
+    TrainingArguments,
+)
+from mora_ds.config import MoRAConfig
+from mora_ds.errors import UserError, nearest
+
+Check = tuple[bool, str]
+"""(whether it is wrong, what to say then)."""
+
+_UNKNOWN_LENGTH = 2**62
+"""Stands for the number of steps of a run that only the data will tell."""
+
+
+def validate(arguments: Arguments) -> None:
+    """Raises one `UserError` that lists everything wrong with `arguments`, one problem a line."""
+    checks = [
+        *_model_and_data(arguments),
+        *_data(arguments.data),
+        *_adapter(arguments.adapter),
+        *_steps(arguments.training),
+        *_optimizer(arguments.training),
+    ]
+    problems = [message for wrong, message in checks if wrong]
+    problems += _refusals(arguments)
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+
+
+def _model_and_data(arguments: Arguments) -> Iterator[Check]:
+    model, data = arguments.model, arguments.data
+    has_data = bool(data.train_files or data.dataset_name)
+    named = model.model_name_or_path is not None
+    yield named and model.model_config is not None, "--model_name_or_path and --model_config: give one of them"
+    yield named and not has_data, "--model_name_or_path without --train_files or --dataset_name: nothing to train on"
+    yield (
+        has_data and not named and model.model_config is None,
+        "--train_files or --dataset_name without a model: give --model_name_or_path or --model_config",
+    )
+    yield bool(data.train_files and data.dataset_name), "--train_files and --dataset_name: give one of them"
+    yield bool(data.eval_files) and not has_data, "--eval_files without --train_files or --dataset_name"
+    trains_tokenizer = model.train_tokenizer_vocab != 0
+    yield model.train_tokenizer_vocab < 0, _at_least("train_tokenizer_vocab", 0, model.train_tokenizer_vocab)
+    yield (
+        trains_tokenizer and model.tokenizer_name is not None,
+        "--tokenizer_name and --train_tokenizer_vocab: give one of them",
+    )
+    yield (
+        has_data and model.model_config is not None and not trains_tokenizer and model.tokenizer_name is None,
+        "--model_config comes without a tokenizer: give --tokenizer_name or --train_tokenizer_vocab",
+    )
+
+
+def _data(data: DataArguments) -> Iterator[Check]:
+    yield data.seq_len < 2, _at_least("seq_len", 2, data.seq_len)
+    yield data.preprocessing_workers < 1, _at_least("preprocessing_workers", 1, data.preprocessing_workers)
+    yield not data.text_column, "--text_column must not be empty"
+    counts = Counter(name for name, _ in data.named_eval_files())
+    twice = [name for name, count in counts.items() if count > 1]
+    yield bool(twice), f"--eval_files: {', '.join(twice)} would name two sets; write NAME=PATH"
+
+
+def _adapter(adapter: AdapterArguments) -> Iterator[Check]:
+    yield _choice("adapter", adapter.adapter, AdapterKind)
+    yield _choice("optimizer_reset", adapter.optimizer_reset, OptimizerReset)
+    yield _choice("merge_precision", adapter.merge_precision, MergePrecision)
+    merges = adapter.merge_every > 0 or adapter.merge_at_end
+    yield (
+        adapter.adapter == AdapterKind.FULL.value and merges,
+        "--adapter full has no squares to merge: drop --merge_every and --merge_at_end",
+    )
+
+
+def _steps(training: TrainingArguments) -> Iterator[Check]:
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        yield getattr(training, name) < 1, _at_least(name, 1, getattr(training, name))
+    yield training.logging_steps < 1, _at_least("logging_steps", 1, training.logging_steps)
+    for name in ("eval_steps", "save_steps", "seed"):
+        yield getattr(training, name) < 0, _at_least(name, 0, getattr(training, name))
+    for name in ("save_total_limit", "max_eval_batches"):
+        value = getattr(training, name)
+        yield value is not None and value < 1, _at_least(name, 1, value)
+    yield (
+        training.max_steps != -1 and training.max_steps < 1,
+        f"--max_steps must be at least 1, or -1 for --num_train_epochs to decide, got {training.max_steps}",
+    )
+    yield (
+        training.max_steps == -1 and not 0 < training.num_train_epochs < float("inf"),
+        f"--num_train_epochs must be above 0, got {training.num_train_epochs}",
+    )
+    yield (
+        training.overwrite_output_dir and training.resume_from_checkpoint is not None,
+        "--overwrite_output_dir would delete what --resume_from_checkpoint needs: give one of them",
+    )
+
+
+def _optimizer(training: TrainingArguments) -> Iterator[Check]:
+    yield training.bf16 and training.fp16, "--bf16 and --fp16: give one of them"
+    for name in ("adam_beta1", "adam_beta2"):
+        value = getattr(training, name)
+        yield not 0 <= value < 1, f"--{name} must be at least 0 and below 1, got {value}"
+    for name in ("weight_decay", "max_grad_norm"):
+        value = getattr(training, name)
+        yield not 0 <= value < float("inf"), f"--{name} must not be negative, got {value}"
+    yield not training.adam_epsilon > 0, f"--adam_epsilon must be above 0, got {training.adam_epsilon}"
+    yield not 0 <= training.warmup_ratio < 1, f"--warmup_ratio must be at least 0 and below 1, got {training.warmup_ratio}"
+    yield (
+        training.warmup_steps > 0 and training.warmup_ratio > 0,
+        "--warmup_steps and --warmup_ratio: give one of them",
+    )
+
+
+def _refusals(arguments: Arguments) -> list[str]:
+    """What the schedule and the adapter's config refuse, asked for one part at a time so that one hides no other."""
+    adapter = arguments.adapter
+    rank = max(adapter.mora_rank, 1)
+    steps = arguments.training.max_steps if arguments.training.max_steps > 0 else _UNKNOWN_LENGTH
+    attempts: list[Callable[[], object]] = [
+        lambda: MoRAConfig(rank=adapter.mora_rank),
+        lambda: MoRAConfig(rank=rank, operator=adapter.operator, grouping=adapter.grouping),
+        lambda: MoRAConfig(dropout=adapter.mora_dropout),
+        lambda: MoRAConfig(target_modules=tuple(adapter.target_modules)),
+        lambda: arguments.schedule(steps),
+    ]
+    return [line for attempt in attempts for line in _refusal_of(attempt)]
+
+
+def _refusal_of(attempt: Callable[[], object]) -> list[str]:
+    try:
+        attempt()
+    except UserError as error:
+        return str(error).splitlines()
+    return []
+
+
+def _choice(flag: str, value: str, enum: type[Enum]) -> Check:
+    known = [member.value for member in enum]
+    return value not in known, f"unknown --{flag} {value!r}; known: {', '.join(known)}.{nearest(value, known)}"
+
+
+def _at_least(flag: str, least: int, value: int | None) -> str:
+    return f"--{flag} must be at least {least}, got {value}"

@@ -1,0 +1,254 @@
+"""The only room that touches DeepSpeed's internals. Written against DeepSpeed 0.19.8; `tests/test_zero_contract.py`
+fails loudly when an upgrade moves one of the symbols named here.
+
+What the rest of the house needs from it:
+
+    prepare_backend     start gloo without compiling, quieten the logger
+    full_fp32           one parameter's fp32 master, gathered (r_hat^2 * 4 bytes)
+    reset_group         a parameter group back to zero: master, low-precision copies, moments, step count
+    CollectiveCounter   bytes that every collective carried, by kind
+
+The frozen base never appears here: it is made of buffers, which ZeRO does not see.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+Engine = deepspeed.DeepSpeedEngine
+StateReset = Callable[[str, Tensor], None]
+"""Changes one tensor of optimizer state (key, flat partition) in place."""
+
+
+def prepare_backend(verbose: bool = False) -> None:
+    """Call before `deepspeed.init_distributed`.
+
+    On CPU, DeepSpeed's backend compiles `deepspeed_shm_comm` at start (77 s, needs g++, and waits for ever on the
+    lock of a killed build): deepspeed/comm/torch.py, `build_shm_op`. gloo does the same work without it.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not verbose:
+        deepspeed_logger.setLevel(logging.WARNING)
+
+
+def is_stage3(engine: Engine) -> bool:
+    return engine.zero_optimization_stage() == 3
+
+
+def at_accumulation_boundary(engine: Engine) -> bool:
+    """Whether the last `step()` was a real optimizer step.
+
+    `engine.is_gradient_accumulation_boundary()` already speaks of the *next* micro-batch after `step()`: engine.py
+    counts `micro_steps` up at its end.
+    """
+    return engine.micro_steps % engine.gradient_accumulation_steps() == 0
+
+
+def full_fp32(engine: Engine, parameter: nn.Parameter) -> Tensor:
+    """The fp32 master of one trainable parameter, whole, on every rank. Collective under ZeRO: call in the same order
+    on all ranks."""
+    master = safe_get_full_fp32_param(parameter)
+    if master is not None:
+        return master.view(_full_shape(parameter))
+    optimizer = engine.optimizer
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        return _paired(optimizer.fp16_groups, optimizer.fp32_groups, parameter).detach().clone()
+    if isinstance(optimizer, FP16_Optimizer):
+        return _from_flat(optimizer.fp16_groups, optimizer.fp32_groups_flat, parameter)
+    return parameter.detach().float().clone()
+
+
+def reset_group(engine: Engine, group: int, parameters: Iterable[nn.Parameter], reset_state: StateReset) -> None:
+    """Zero a parameter group's fp32 master and every low-precision copy of it; change its optimizer state by
+    `reset_state`.
+
+    `parameters` are all parameters of the group. All copies must go: with the master left the square comes back at the
+    next step, with a low-precision copy left the old square acts for one step more.
+    """
+    for master, state in _masters(engine, group):
+        master.detach().zero_()
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                reset_state(key, value)
+    _reset_group_step(engine, group, reset_state)
+    for parameter in parameters:
+        if hasattr(parameter, "ds_tensor"):  # partition_parameters.py: this rank's shard
+            parameter.ds_tensor.data.zero_()
+        parameter.data.zero_()  # empty under ZeRO-3, unless still gathered
+
+
+def state_tensors(engine: Engine, group: int) -> Iterator[tuple[str, Tensor]]:
+    """(key, flat partition on this rank) of a group's optimizer state, e.g. ("exp_avg", ...)."""
+    for _, state in _masters(engine, group):
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                yield key, value
+
+
+def set_learning_rate(engine: Engine, learning_rate: float) -> None:
+    """The rate of the next optimizer step, for every group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def gradient_norm(engine: Engine) -> float:
+    """Global norm of the last step's gradients before clipping (engine.py, `get_global_grad_norm`)."""
+    norm = engine.get_global_grad_norm()
+    if norm is None:
+        return float("nan")
+    return norm.item() if isinstance(norm, Tensor) else float(norm)
+
+
+def step_was_skipped(engine: Engine) -> bool:
+    """Whether fp16 loss scaling dropped the last optimizer step because of an overflow."""
+    return bool(getattr(engine.optimizer, "overflow", False))
+
+
+# -- where each optimizer of DeepSpeed keeps its masters --------------------------------------------------------------
+
+
+def _masters(engine: Engine, group: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """(fp32 master tensor on this rank, its optimizer state) for each piece of parameter group `group`."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        yield from _stage3_masters(optimizer, group)
+        return
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        masters = [optimizer.single_partition_of_fp32_groups[group]]
+    elif isinstance(optimizer, BF16_Optimizer):
+        masters = [optimizer.fp32_groups_flat_partition[group]]
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        masters = optimizer.fp32_groups[group]
+    elif isinstance(optimizer, FP16_Optimizer):
+        masters = [optimizer.fp32_groups_flat[group]]
+    else:
+        masters = optimizer.param_groups[group]["params"]
+    for master in masters:
+        yield master, engine.basic_optimizer.state[master]
+
+
+def _stage3_masters(optimizer: Any, group: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Sub-groups of ZeRO-3 (stage3.py, `_create_fp16_partitions_with_defragmentation`), read from NVMe and written
+    back where they are swapped out."""
+    for index, master in enumerate(optimizer.fp32_partitioned_groups_flat):
+        if optimizer.sub_group_to_group_id[index] != group:
+            continue
+        swapped = optimizer._swappable_optimizer_subgroup(index)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_in(index)
+        yield master, optimizer.optimizer.state[master]
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_out(index)
+
+
+def _reset_group_step(engine: Engine, group: int, reset_state: StateReset) -> None:
+    """FusedAdam counts steps in the parameter group, torch's Adam in the state."""
+    settings = engine.basic_optimizer.param_groups[group]
+    if "step" in settings:
+        step = torch.as_tensor(settings["step"])
+        reset_state("step", step)
+        settings["step"] = step if isinstance(settings["step"], Tensor) else int(step)
+
+
+def _full_shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _paired(half_groups: list[list[Tensor]], masters: list[list[Tensor]], parameter: nn.Parameter) -> Tensor:
+    for halves, fulls in zip(half_groups, masters, strict=True):
+        for half, full in zip(halves, fulls, strict=True):
+            if half is parameter:
+                return full
+    raise KeyError("the parameter is not in the optimizer")
+
+
+def _from_flat(half_groups: list[list[Tensor]], flats: list[Tensor], parameter: nn.Parameter) -> Tensor:
+    for halves, flat in zip(half_groups, flats, strict=True):
+        start = 0
+        for half in halves:
+            if half is parameter:
+                return flat.detach().narrow(0, start, half.numel()).view_as(half).clone()
+            start += half.numel()
+    raise KeyError("the parameter is not in the optimizer")
+
+
+# -- counting -----------------------------------------------------------------------------------------------------------
+
+
+class CollectiveCounter:
+    """Bytes that collectives carried through `deepspeed.comm` since the last `reset`, by kind.
+
+    A call counts its largest tensor: the whole output of a gather, the whole input of a reduction.
+    DeepSpeed's own comms logger synchronises the device for every call; this one only adds sizes up.
+    """
+
+    _GATHERS = ("all_gather_into_tensor", "all_gather_base", "all_gather", "all_gather_coalesced")
+    _OTHERS = (
+        "all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast",
+        "all_to_all_single", "all_to_all", "gather", "scatter", "send", "isend",
+    )  # fmt: skip
+
+    def __init__(self, base: Iterable[Tensor] = ()) -> None:
+        """`base`: the frozen tensors; a collective that is handed memory of one of them counts into `base_bytes`."""
+        self.bytes: Counter[str] = Counter()
+        self.base_bytes = 0
+        self._base_storages = {tensor.untyped_storage().data_ptr() for tensor in base}
+
+    def reset(self) -> None:
+        self.bytes.clear()
+
+    @property
+    def gathered_bytes(self) -> int:
+        return sum(self.bytes[kind] for kind in self._GATHERS)
+
+    @contextmanager
+    def counting(self) -> Iterator[CollectiveCounter]:
+        """Count while the block runs. Wraps the methods of deepspeed/comm/comm.py's `cdb` backend object."""
+        backend = deepspeed.comm.comm.cdb
+        kinds = [kind for kind in (*self._GATHERS, *self._OTHERS) if hasattr(backend, kind)]
+        for kind in kinds:
+            setattr(backend, kind, self._counted(kind, getattr(backend, kind)))
+        try:
+            yield self
+        finally:
+            for kind in kinds:
+                delattr(backend, kind)
+
+    def _counted(self, kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            values = (*args, *kwargs.values())
+            self.bytes[kind] += max(_nbytes(value) for value in values)
+            self.base_bytes += sum(_nbytes(tensor) for tensor in _tensors(values) if self._is_base(tensor))
+            return call(*args, **kwargs)
+
+        return counted
+
+    def _is_base(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._base_storages
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _nbytes(value: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(value))

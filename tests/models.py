@@ -1,0 +1,55 @@
+"""Tiny random models of every family, and batches for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+_COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {**_COMMON},
+    "mistral": {**_COMMON, "head_dim": 8, "sliding_window": 12},
+    "qwen2": {**_COMMON, "tie_word_embeddings": True},
+    "qwen3": {**_COMMON, "head_dim": 16},
+    "gemma": {**_COMMON, "head_dim": 16},
+    "gemma2": {**_COMMON, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 12},
+    "gemma3_text": {**_COMMON, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 12},
+    "phi3": {**_COMMON},
+    "olmo2": {**_COMMON},
+    "gpt_neox": {**_COMMON},
+    "gpt2": {
+        "vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128,
+        "bos_token_id": 1, "eos_token_id": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    },
+}  # fmt: skip
+
+
+def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A randomly initialised causal LM; the same on every call with the same arguments."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+
+
+def tokens(rows: int, length: int = 16, seed: int = 0, vocab: int = 128) -> torch.Tensor:
+    """(rows, length) random token ids."""
+    return torch.randint(3, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def causal_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Mean next-token loss; works on models and engines."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())

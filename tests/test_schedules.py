@@ -1,0 +1,103 @@
+"""The learning rate at its corners, and the steps at which squares are merged."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+
+from mora_ds.errors import UserError
+from mora_ds.schedules import Schedule, ScheduleKind, schedule_kind
+
+JAGGED = Schedule(
+    ScheduleKind.COSINE,
+    peak=1.0,
+    total_steps=100,
+    warmup_steps=10,
+    min_ratio=0.1,
+    merge_every=25,
+    restart_warmup_steps=4,
+)
+
+
+def test_first_warmup_climbs_by_equal_steps_and_never_starts_at_zero() -> None:
+    schedule = Schedule(ScheduleKind.LINEAR, peak=1.1, total_steps=50, warmup_steps=10)
+    rates = [schedule.learning_rate(step) for step in range(11)]
+    assert rates == pytest.approx([0.1 * (step + 1) for step in range(11)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "middle", "end"),
+    [(ScheduleKind.LINEAR, 0.6, 0.2), (ScheduleKind.COSINE, 0.6, 0.2), (ScheduleKind.CONSTANT, 1.0, 1.0)],
+)
+def test_global_curve_at_its_corners(kind: ScheduleKind, middle: float, end: float) -> None:
+    schedule = Schedule(kind, peak=2e-3, total_steps=110, warmup_steps=10, min_ratio=0.2)
+    at = [schedule.learning_rate(step) / 2e-3 for step in (10, 60, 110, 500)]
+    assert at == pytest.approx([1.0, middle, end, end])
+
+
+def test_cosine_is_a_cosine() -> None:
+    schedule = Schedule(ScheduleKind.COSINE, peak=1.0, total_steps=100)
+    assert schedule.learning_rate(25) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_ramp_after_a_merge_is_a_straight_line_to_the_curve() -> None:
+    target = JAGGED.curve(29)
+    ramp = [JAGGED.learning_rate(step) for step in range(25, 30)]
+    assert ramp == pytest.approx([target * part / 5 for part in (1, 2, 3, 4, 5)])
+    assert JAGGED.learning_rate(24) == JAGGED.curve(24)
+    assert JAGGED.learning_rate(30) == JAGGED.curve(30)
+
+
+def test_last_merge_that_leaves_a_full_rate_step_is_kept_and_later_ones_are_not() -> None:
+    assert JAGGED.merge_steps() == [25, 50, 75]
+    assert dataclasses.replace(JAGGED, total_steps=80).merge_steps() == [25, 50, 75]
+    short = dataclasses.replace(JAGGED, total_steps=79)
+    assert short.merge_steps() == [25, 50]
+    assert short.learning_rate(75) == short.curve(75), "without a merge there is no ramp"
+
+
+def test_no_merge_before_the_first_warmup_ends() -> None:
+    assert dataclasses.replace(JAGGED, warmup_steps=26).merge_steps() == [50, 75]
+    assert dataclasses.replace(JAGGED, warmup_steps=25).merge_steps() == [25, 50, 75]
+
+
+def test_nothing_is_merged_at_interval_zero() -> None:
+    schedule = dataclasses.replace(JAGGED, merge_every=0)
+    assert schedule.merge_steps() == []
+    assert not any(schedule.merges_after(done) for done in range(101))
+    assert all(schedule.learning_rate(step) == schedule.curve(step) for step in range(100))
+
+
+@pytest.mark.parametrize("kind", list(ScheduleKind))
+def test_every_ramp_stays_below_the_curve_and_above_zero_for_many_settings(kind: ScheduleKind) -> None:
+    for total, warmup, every, ramp in itertools.product((7, 40, 101), (0, 3), (2, 5, 13), (1, 4, 12)):
+        if every <= ramp:
+            continue
+        schedule = Schedule(kind, 1.0, total, warmup, 0.05, every, ramp)
+        ramped = {merge + k for merge in schedule.merge_steps() for k in range(ramp)}
+        for step in range(total):
+            rate = schedule.learning_rate(step)
+            assert 0 < rate < schedule.curve(step) if step in ramped else rate == schedule.curve(step)
+        assert all(done + ramp < total for done in schedule.merge_steps()), "each cycle reaches the curve"
+        assert schedule.merge_steps() == [done for done in range(total + 1) if schedule.merges_after(done)]
+
+
+def test_names_of_schedules() -> None:
+    assert schedule_kind("constant_with_warmup") is ScheduleKind.CONSTANT
+    with pytest.raises(UserError, match=r"--lr_scheduler_type 'cosin'.*Did you mean 'cosine'"):
+        schedule_kind("cosin")
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        Schedule(ScheduleKind.LINEAR, peak=0.0, total_steps=5, warmup_steps=5, min_ratio=2.0, merge_every=3)
+    for flag in ("--learning_rate", "--warmup_steps", "--min_lr_ratio", "--merge_every"):
+        assert flag in str(caught.value)
+
+
+def test_merging_without_a_ramp_is_refused() -> None:
+    with pytest.raises(UserError, match="--restart_warmup_steps must be at least 1"):
+        Schedule(ScheduleKind.LINEAR, peak=1.0, total_steps=50, merge_every=10, restart_warmup_steps=0)
