@@ -1,5 +1,7 @@
 """What a checkpoint holds beside the ledger: the live squares, the other trained tensors, and which base they are for.
 
+Three files, each written atomically:
+
     adapter.json          AdapterFile: layers and operators of the current cycle, dtype, cycle, step, rank, facts
     adapter.safetensors   "<module name>.square" fp32 (r_hat, r_hat); other trained tensors fp32, by parameter name
     base.json             BaseReference: folder, fingerprint, and parameter name -> key in its safetensors

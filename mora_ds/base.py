@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]
 
 
 class NotOneToOne(UserError):
-    """The folder's tensors are not, one by one, the live model's weights. `names`: the parameters concerned, if known."""
+    """The folder's tensors are not, one by one, the live model's weights. `names`: the parameters concerned."""
 
     def __init__(self, message: str, names: Iterable[str] = ()) -> None:
         super().__init__(message)
@@ -236,9 +236,8 @@ def verify_against_model(
     for name in names:
         live, key = tensors[name].detach(), mapping[name]
         if base.shape_dtype(key)[0] != tuple(live.shape):
-            raise NotOneToOne(
-                f"{name} has shape {tuple(live.shape)} in the model, {base.shape_dtype(key)[0]} in {base.folder}", [name]
-            )
+            stored = base.shape_dtype(key)[0]
+            raise NotOneToOne(f"{name} is {tuple(live.shape)} in the model, {stored} in {base.folder}", [name])
         original = base.read(key).to(live.device, live.dtype)
         if not torch.equal(_as_bytes(live), _as_bytes(original)):
             raise NotOneToOne(f"{name} of the model is not the tensor {key!r} of {base.folder}", [name])

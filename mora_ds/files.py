@@ -62,6 +62,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Hands out a path beside `path`; what was written there takes its place if the block ends well, else goes."""
     beside = path.with_name(f".{path.name}.partial")
     with disk_errors(path.parent):
+        beside.unlink(missing_ok=True)  # left by a killed process, it may be a hard link: never write into it
         try:
             yield beside
             _fsync(beside)
@@ -116,7 +117,6 @@ def link_or_copy(source: Path, target: Path) -> None:
     if target.exists() and os.path.samefile(source, target):  # rename(2) between two links of one file does nothing
         return
     with atomic_path(target) as beside:
-        beside.unlink(missing_ok=True)
         try:
             os.link(source, beside)
         except OSError as error:

@@ -17,7 +17,7 @@ import textwrap
 import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -70,8 +70,11 @@ def parse_flat(
     arguments = list(argv)
     recipe = _pop_recipe(arguments)
     given = read_recipe(recipe, groups, ignored_keys) if recipe else {}
-    parser = StrictParser(  # type: ignore[arg-type]
-        groups, description=description, allow_abbrev=False, usage="%(prog)s [recipe.yaml] [--flag value ...]"
+    parser = StrictParser(
+        cast(Any, groups),
+        description=description,
+        allow_abbrev=False,
+        usage="%(prog)s [recipe.yaml] [--flag value ...]",
     )
     names = [field.name for group in groups for field in dataclasses.fields(group)]
     found, unknown = parser.parse_known_args(arguments, argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN)))

@@ -149,7 +149,7 @@ class Ledger:
             records = [CycleRecord(**record) for record in content["cycles"]]
             found = str(content["base_fingerprint"])
         if base_fingerprint is not None and found != base_fingerprint:
-            raise UserError(f"{path} belongs to another base: its fingerprint is {found}, the base's {base_fingerprint}")
+            raise UserError(f"{path} belongs to another base: fingerprint {found}, not {base_fingerprint}")
         ledger = cls(folder, found, records)
         ledger._check_records()
         ledger.verify(hashes)
@@ -217,8 +217,9 @@ class Ledger:
         The folder holds a valid ledger at every moment: an empty one until all files are in place.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        copy = Ledger.__new__(type(self))
-        Ledger.__init__(copy, folder, self.base_fingerprint, self._records)
+        if folder.samefile(self.folder):
+            return self
+        copy = Ledger(folder, self.base_fingerprint, self._records)
         copy._write([])
         for record in self._records:
             link_or_copy(self.folder / record.file, folder / record.file)
@@ -255,7 +256,7 @@ class Ledger:
         for expected, record in enumerate(self._records):
             if record.cycle != expected or record.file != f"cycle-{expected:05d}.safetensors":
                 raise UserError(
-                    f"{self.folder / LEDGER_FILE} has a hole: cycle {expected} is missing, {record.file} follows instead"
+                    f"{self.folder / LEDGER_FILE} has a hole: cycle {expected} is missing, {record.file} comes next"
                 )
             chain = _link(chain, record.sha256)
             if record.chain != chain:

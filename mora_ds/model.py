@@ -8,7 +8,6 @@ is written once, under the live names, to a folder of the run.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.base import BaseCheckpoint, NotOneToOne, renamed_keys, verify_against_model, write_own_base
 from mora_ds.errors import UserError
+from mora_ds.ranks import Ranks
 
 MODEL_FLAG = "--model_name_or_path"
 
@@ -31,19 +31,6 @@ class LoadedBase:
     base: BaseCheckpoint
     keys: dict[str, str]
     """Parameter name -> key in `base`."""
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """What loading must know of the other ranks, without knowing how they talk."""
-
-    is_first: bool
-    """Rank 0."""
-    is_local_first: bool
-    """The first rank of this node: it downloads and writes for the others."""
-    barrier: Callable[[], None]
-    broadcast: Callable[[Any], Any]
-    """Rank 0's object, on every rank."""
 
 
 def resolve_folder(name: str, ranks: Ranks) -> Path:
@@ -89,10 +76,7 @@ def load_base(
     missing or do not fit the config.
     """
     model = _from_pretrained(folder, dtype, attn_implementation, trust_remote_code)
-    found: Any = None
-    if ranks.is_first:
-        found = _originals(model, folder, own_base)
-    base_folder, keys = ranks.broadcast(found)
+    base_folder, keys = ranks.on_first(lambda: _originals(model, folder, own_base))
     return LoadedBase(model, BaseCheckpoint.open(base_folder), keys)
 
 

@@ -72,7 +72,7 @@ class Schedule:
     def _checks(self) -> list[tuple[bool, str]]:
         total, warmup, every, ramp = self.total_steps, self.warmup_steps, self.merge_every, self.restart_warmup_steps
         return [
-            (not self.peak > 0, f"--learning_rate must be above 0, got {self.peak}"),
+            (not 0 < self.peak < math.inf, f"--learning_rate must be above 0, got {self.peak}"),
             (not 0 <= self.min_ratio <= 1, f"--min_lr_ratio must lie in 0..1, got {self.min_ratio}"),
             (total < 1, f"a run needs at least one step, got {total} (--max_steps)"),
             (warmup < 0, f"--warmup_steps must not be negative, got {warmup}"),

@@ -44,7 +44,7 @@ DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """"bfloat16" for torch.bfloat16."""
+    """The name that config.json uses, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -97,7 +97,7 @@ class SafetensorsWriter:
             raise ValueError(f"{name!r} is {tuple(tensor.shape)} {tensor.dtype}, announced was {self._layout[name]}")
         self._file.seek(self._start + self._offsets[name])
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._file.write(memoryview(raw.numpy()))
+        self._file.write(raw.numpy().data)
         self._missing.remove(name)
 
     def __enter__(self) -> SafetensorsWriter:

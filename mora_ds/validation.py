@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from enum import Enum
 
 from mora_ds.arguments import (
@@ -20,6 +21,7 @@ from mora_ds.arguments import (
 )
 from mora_ds.config import MoRAConfig
 from mora_ds.errors import UserError, nearest
+from mora_ds.schedules import schedule_kind
 
 Check = tuple[bool, str]
 """(whether it is wrong, what to say then)."""
@@ -119,7 +121,10 @@ def _optimizer(training: TrainingArguments) -> Iterator[Check]:
         value = getattr(training, name)
         yield not 0 <= value < float("inf"), f"--{name} must not be negative, got {value}"
     yield not training.adam_epsilon > 0, f"--adam_epsilon must be above 0, got {training.adam_epsilon}"
-    yield not 0 <= training.warmup_ratio < 1, f"--warmup_ratio must be at least 0 and below 1, got {training.warmup_ratio}"
+    yield (
+        not 0 <= training.warmup_ratio < 1,
+        f"--warmup_ratio must be at least 0 and below 1, got {training.warmup_ratio}",
+    )
     yield (
         training.warmup_steps > 0 and training.warmup_ratio > 0,
         "--warmup_steps and --warmup_ratio: give one of them",
@@ -129,14 +134,18 @@ def _optimizer(training: TrainingArguments) -> Iterator[Check]:
 def _refusals(arguments: Arguments) -> list[str]:
     """What the schedule and the adapter's config refuse, asked for one part at a time so that one hides no other."""
     adapter = arguments.adapter
+    training = arguments.training
     rank = max(adapter.mora_rank, 1)
-    steps = arguments.training.max_steps if arguments.training.max_steps > 0 else _UNKNOWN_LENGTH
+    steps = training.max_steps if training.max_steps > 0 else _UNKNOWN_LENGTH
+    ratio = training.warmup_ratio if 0 <= training.warmup_ratio < 1 else 0.0
+    ramps = replace(arguments, training=replace(training, lr_scheduler_type="constant", warmup_ratio=ratio))
     attempts: list[Callable[[], object]] = [
         lambda: MoRAConfig(rank=adapter.mora_rank),
         lambda: MoRAConfig(rank=rank, operator=adapter.operator, grouping=adapter.grouping),
         lambda: MoRAConfig(dropout=adapter.mora_dropout),
         lambda: MoRAConfig(target_modules=tuple(adapter.target_modules)),
-        lambda: arguments.schedule(steps),
+        lambda: schedule_kind(training.lr_scheduler_type),
+        lambda: ramps.schedule(steps),
     ]
     return [line for attempt in attempts for line in _refusal_of(attempt)]
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mora_ds
 from mora_ds import zero
@@ -182,15 +183,15 @@ def test_a_merge_in_bf16_leaves_nothing_behind(stage: int) -> None:
         assert result["first"] == pytest.approx(LEARNING_RATE, rel=0.01)  # 2.94 x this with the old step count
 
 
-def count_bytes(accumulation: int, threshold: int) -> dict[str, Any]:
+def count_bytes(accumulation: int, zero_settings: dict[str, int]) -> dict[str, Any]:
     """Everything torch.distributed itself carries while one step runs, counted below DeepSpeed."""
     model = squares_model("share")
     config = ds_config(3, 3, accumulation)
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
+    config["zero_optimization"].update(zero_settings)
     engine, *_ = initialize(model=model, config=config)
     counter = zero.CollectiveCounter(frozen_buffers(model).values())
     seen: dict[str, int] = {}
-    with counter.counting(), counted_below(seen):
+    with counter.counting(), CountedBelow(seen):
         for step in range(3):
             counter.reset()
             seen.clear()
@@ -207,40 +208,37 @@ def count_bytes(accumulation: int, threshold: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class counted_below:  # noqa: N801
-    """Counts bytes at torch.distributed's own functions, independently of `CollectiveCounter`."""
+class CountedBelow(TorchDispatchMode):
+    """Counts the bytes of every c10d operator that reaches PyTorch's dispatcher, independently of `CollectiveCounter`."""
 
     def __init__(self, seen: dict[str, int]) -> None:
-        self.seen, self.saved = seen, {}
+        super().__init__()
+        self.seen = seen
 
-    def __enter__(self) -> None:
-        group = dist.distributed_c10d.ProcessGroup
-        for name in ("allgather", "_allgather_base", "allgather_into_tensor_coalesced", "allreduce", "broadcast",
-                     "_reduce_scatter_base", "reduce_scatter", "reduce"):  # fmt: skip
-            self.saved[name] = getattr(group, name)
-            setattr(group, name, self._wrap(name, self.saved[name]))
-
-    def __exit__(self, *error: object) -> None:
-        for name, original in self.saved.items():
-            setattr(dist.distributed_c10d.ProcessGroup, name, original)
-
-    def _wrap(self, name: str, original: Any) -> Any:
-        def counted(group: Any, *args: Any, **kwargs: Any) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name
             self.seen[name] = self.seen.get(name, 0) + max(zero._nbytes(value) for value in args)
-            return original(group, *args, **kwargs)
-
-        return counted
+        return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("threshold", [0, 10**6])
-def test_collectives_carry_the_squares_and_nothing_else(threshold: int) -> None:
-    for result in run_ranks(2, count_bytes, 1, threshold):
+@pytest.mark.parametrize(
+    ("passes", "accumulation", "settings"),
+    [
+        (1, 1, {}),  # gathered in forward, kept for backward
+        (3, 3, {}),  # once a micro-batch
+        (2, 1, {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}),  # forward and backward
+        (1, 1, {"stage3_param_persistence_threshold": 10**6}),  # kept gathered, refreshed once a step
+        (1, 3, {"stage3_param_persistence_threshold": 10**6}),
+    ],
+)
+def test_collectives_carry_the_squares_and_nothing_else(passes: int, accumulation: int, settings: dict[str, int]) -> None:
+    for result in run_ranks(2, count_bytes, accumulation, settings):
         gathers = sum(count for name, count in result["seen"].items() if "gather" in name)
-        passes = 2 if threshold == 0 else 1  # forward and backward; or once a step, where squares stay gathered
         assert result["gathered"] == gathers == passes * 4 * result["padded"]
         everything = sum(result["seen"].values())
-        assert everything <= (passes + 1) * 4 * result["padded"] + 256  # + one gradient reduction, + norms and flags
-        assert everything < 4 * result["base"] / 4
+        reductions = accumulation * 4 * result["padded"]
+        assert everything <= gathers + reductions + 512 * accumulation  # + norms and flags
         assert result["base_bytes"] == 0
 
 

@@ -1,4 +1,4 @@
-"""What the user names (files, globs, folders, a `datasets` name) -> a `Corpus`: documents that can be read again and again.
+"""What the user names (files, globs, folders, a `datasets` name) -> a `Corpus`, which is read as often as needed.
 
     --train_files 'corpus/*.jsonl' notes.md folder/    ->  FilePart, FilePart, ...   in the order given, sorted within
     --dataset_name NAME                                ->  DatasetPart
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from mora_ds.data.readers import Document, check_column, file_kind, has_known_suffix, read_documents
 from mora_ds.errors import UserError, nearest
+from mora_ds.files import sha256_file
 
 
 class Part(Protocol):
@@ -53,12 +54,9 @@ class FilePart:
         return read_documents(self.path, self.text_column)
 
     def content_hash(self) -> str:
-        digest = hashlib.sha256(file_kind(self.path).value.encode())
-        digest.update(self.path.suffix.lower().encode())
-        with self.path.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-        return digest.hexdigest()
+        packed = self.path.suffix.lower() == ".gz"
+        content = f"{file_kind(self.path).value} {packed} {sha256_file(self.path)}"
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def stamp(self) -> dict[str, Any]:
         status = self.path.stat()
@@ -217,9 +215,8 @@ def _named_dataset(name: str, config: str | None, split: str, text_column: str) 
     try:
         dataset = datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"--dataset_name {name!r} (--dataset_config {config!r}, --dataset_split {split!r}) cannot be loaded: {error}"
-        ) from error
+        wanted = f"split {split!r}" + (f", configuration {config!r}" if config else "")
+        raise UserError(f"--dataset_name {name!r} ({wanted}) cannot be loaded: {error}") from error
     return _dataset_part(name, dataset, text_column, "--dataset_name")
 
 
@@ -233,7 +230,7 @@ def _saved_dataset(folder: Path, split: str, flag: str) -> Any:
     if not isinstance(dataset, datasets.DatasetDict):
         return dataset
     if split not in dataset:
-        raise UserError(f"{flag}: {folder} has no split {split!r}; there are: {', '.join(dataset)} (--dataset_split)")
+        raise UserError(f"{flag}: {folder} has no split {split!r}; there are: {', '.join(dataset)}")
     return dataset[split]
 
 

@@ -39,7 +39,9 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], num_proc:
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise RunError("a data worker was killed, perhaps for lack of memory; try a smaller number of them") from error
+        raise RunError(
+            "a worker process of the data was killed, perhaps for lack of memory; lower --preprocessing_workers"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -71,7 +71,7 @@ def has_known_suffix(path: Path) -> bool:
 
 
 def file_kind(path: Path) -> FileKind:
-    """The format of a file by its suffix; any unknown suffix is text. Raises `UserError` for one that cannot be read."""
+    """The format of a file by its suffix; an unknown one is text. Raises `UserError` for one that cannot be read."""
     suffix = _inner_suffix(path)
     kind = _KINDS.get(suffix, FileKind.TEXT)
     packed = path.suffix.lower() == ".gz"
@@ -259,8 +259,9 @@ def _arrow_batches(path: Path, text_column: str) -> Iterator[pa.Array]:
             batches: Iterable[pa.RecordBatch] = map(file.get_batch, range(file.num_record_batches))
         else:
             source.seek(0)
-            batches = pyarrow.ipc.open_stream(source)
-            check_column(batches.schema, text_column, str(path))
+            stream = pyarrow.ipc.open_stream(source)
+            check_column(stream.schema, text_column, str(path))
+            batches = stream
         for batch in batches:
             yield batch.column(batch.schema.get_field_index(text_column))
 

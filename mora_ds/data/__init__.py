@@ -1,0 +1,38 @@
+"""Text on disk -> batches, the wing of the house that knows no model and no DeepSpeed.
+
+file -> document -> tokens -> packed (B, T)
+
+load_corpus        files, globs, folders or a `datasets` name        -> Corpus, read document by document
+load_tokenizer     the model's, a SentencePiece .model, one trained  -> a transformers tokenizer
+build_cache        Corpus + tokenizer, once, in several processes    -> TokenCache, memory-mapped
+PackedDataset      TokenCache + seq_len + seed                       -> batch(step, global_batch_size, rows)
+write_embedded     no file named at all                              -> the default corpora, out of Python itself
+"""
+
+from mora_ds.data.cache import TokenCache, build_cache
+from mora_ds.data.corpus import Corpus, load_corpus, resolve_files
+from mora_ds.data.embedded import EmbeddedCorpus, domain_documents, general_documents, write_embedded
+from mora_ds.data.packing import IGNORED, PackedDataset, TokenBlocks
+from mora_ds.data.pieces import train_sentencepiece
+from mora_ds.data.readers import Document
+from mora_ds.data.tokenizer import check_vocabulary, load_tokenizer, wants_bos
+
+__all__ = [
+    "IGNORED",
+    "Corpus",
+    "Document",
+    "EmbeddedCorpus",
+    "PackedDataset",
+    "TokenBlocks",
+    "TokenCache",
+    "build_cache",
+    "check_vocabulary",
+    "domain_documents",
+    "general_documents",
+    "load_corpus",
+    "load_tokenizer",
+    "resolve_files",
+    "train_sentencepiece",
+    "wants_bos",
+    "write_embedded",
+]

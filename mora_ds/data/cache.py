@@ -1,0 +1,286 @@
+"""Documents -> one memory-mapped stream of tokens on disk, made once for the same contents and settings.
+
+    <cache_dir>/<key>/tokens.bin      uint16 or uint32 (N,): [BOS] document EOS [BOS] document EOS ...
+    <cache_dir>/<key>/documents.bin   int64 (documents,): where each document ends in tokens.bin
+    <cache_dir>/<key>/meta.json       counts, dtype, settings, SHA-256 of the two files
+    <cache_dir>/index/<hash>.json     contents' hash and counts of a file, as long as its size and time stay
+
+A cache is written beside its place and renamed into it, so a folder named by its key is whole: a process killed in
+between leaves only a folder that nobody reads (and a later build sweeps up), and of two builders the first one wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from mora_ds.data.corpus import Corpus
+from mora_ds.data.inspection import PartFacts, inspect_parts
+from mora_ds.data.parallel import ordered_map
+from mora_ds.data.readers import Document
+from mora_ds.data.tokenizer import end_of_text_id, largest_id, tokenizer_fingerprint, wants_bos
+from mora_ds.errors import RunError, UserError
+from mora_ds.files import disk_errors, fsync_folder, fsync_tree, sha256_file
+
+FORMAT = 1
+TOKENS, DOCUMENTS, META = "tokens.bin", "documents.bin", "meta.json"
+PARALLEL_BYTES = 32_000_000
+"""Corpora smaller than this are tokenised in the calling process: starting others would take longer."""
+
+_BATCH_CHARACTERS = 1 << 18
+_PARTIAL = ".partial-"
+_STALE_S = 24 * 3600
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """An open cache. `tokens` and `ends` are memory maps: nothing is read before it is used."""
+
+    folder: Path
+    meta: dict[str, Any]
+    tokens: np.ndarray
+    """(N,) uint16 or uint32"""
+    ends: np.ndarray
+    """(documents,) int64: document d is tokens[ends[d-1]:ends[d]]"""
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenCache:
+        """Raises `RunError` for a cache that is damaged (build_cache would build it anew)."""
+        if not folder.exists():
+            raise RunError(f"there is no token cache {folder}: see the error of the rank that builds it")
+        if trouble := damage(folder):
+            raise RunError(f"the token cache {folder} is damaged: {trouble}; delete that folder")
+        meta = json.loads((folder / META).read_text())
+        tokens = np.memmap(folder / TOKENS, dtype=meta["dtype"], mode="r")
+        return cls(folder, meta, tokens, np.memmap(folder / DOCUMENTS, dtype="<i8", mode="r"))
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_documents(self) -> int:
+        return len(self.ends)
+
+    @property
+    def eos_id(self) -> int:
+        return int(self.meta["eos_id"])
+
+    def verify(self) -> None:
+        """Reads both files through and compares their hashes. Raises `RunError` where they differ."""
+        for name, wanted in self.meta["sha256"].items():
+            if sha256_file(self.folder / name) != wanted:
+                raise RunError(f"{self.folder / name} is not what was written; delete that folder")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A batch of documents -> (its tokens, where in them documents end). Pickled to the worker processes."""
+
+    tokenizer: PreTrainedTokenizerBase
+    bos_id: int | None
+    eos_id: int
+    dtype: str
+
+    def __call__(self, batch: list[Document]) -> tuple[np.ndarray, np.ndarray]:
+        texts = [document.text for document in batch]
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )["input_ids"]
+        bos = [] if self.bos_id is None else [self.bos_id]
+        rows = [
+            (bos if document.begins else []) + ids + ([self.eos_id] if document.ends else [])
+            for document, ids in zip(batch, encoded, strict=True)
+        ]
+        ends = np.cumsum([len(row) for row in rows], dtype="<i8")[[document.ends for document in batch]]
+        return np.concatenate([np.array(row, dtype=self.dtype) for row in rows]), ends
+
+
+def build_cache(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: Path,
+    *,
+    num_proc: int = 1,
+    is_builder: bool = True,
+    barrier: Callable[[], None] = lambda: None,
+    progress: bool = False,
+    add_bos: bool | None = None,
+) -> TokenCache:
+    """The corpus as tokens, from `cache_dir` or built into it.
+
+    Call it on every rank: only the one with `is_builder` (each node's local rank 0) reads and writes; all pass
+    `barrier` once and then open the result. `num_proc` processes tokenise; their number does not change the result.
+    `add_bos` None: as the tokenizer does by itself. Every document is followed by the end-of-text token.
+    Raises `UserError` for a file that cannot be read as text (before any is tokenised), an empty corpus or a tokenizer
+    without end-of-text token, and `RunError` for a full disk.
+    """
+    eos_id = end_of_text_id(tokenizer)
+    bos = wants_bos(tokenizer) if add_bos is None else add_bos
+    dtype = "<u2" if largest_id(tokenizer)[1] < 1 << 16 else "<u4"
+    encoder = Encoder(tokenizer, tokenizer.bos_token_id if bos else None, eos_id, dtype)
+    num_proc = _processes(corpus, tokenizer, num_proc)
+    settings = _settings(corpus, encoder)
+    if not is_builder:
+        barrier()
+        facts = inspect_parts(corpus, cache_dir, 1, False)
+        return TokenCache.open(cache_dir / _key(facts, settings))
+    try:
+        facts = inspect_parts(corpus, cache_dir, num_proc, progress)
+        folder = cache_dir / _key(facts, settings)
+        if damage(folder):
+            _build(corpus, encoder, folder, settings, facts, num_proc, progress)
+    finally:
+        barrier()  # also after an error: the others must not wait for ever
+    return TokenCache.open(folder)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the cache in `folder`, or None. Looks at sizes, not at every byte (see TokenCache.verify)."""
+    try:
+        meta = json.loads((folder / META).read_text())
+        if meta["format"] != FORMAT or meta["key"] != folder.name:
+            return "it is another cache"
+        sizes = {TOKENS: meta["tokens"] * np.dtype(meta["dtype"]).itemsize, DOCUMENTS: meta["documents"] * 8}
+        for name, size in sizes.items():
+            if (folder / name).stat().st_size != size:
+                return f"{name} is not {size} bytes long"
+    except FileNotFoundError as error:
+        return f"there is no {error.filename}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(error)
+    return None
+
+
+def _processes(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> int:
+    """One for small corpora, and for tokenizers whose class came with the model: it cannot be pickled to others."""
+    remote = type(tokenizer).__module__.startswith("transformers_modules")
+    return 1 if remote or corpus.size_bytes() < PARALLEL_BYTES else max(num_proc, 1)
+
+
+def _settings(corpus: Corpus, encoder: Encoder) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
+        "text_column": corpus.text_column,
+        "bos_id": encoder.bos_id,
+        "eos_id": encoder.eos_id,
+        "dtype": encoder.dtype,
+    }
+
+
+def _key(facts: list[PartFacts], settings: dict[str, Any]) -> str:
+    content = {**settings, "contents": [part.content_hash for part in facts]}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+# -- building ------------------------------------------------------------------------------------------------------
+
+
+def _build(
+    corpus: Corpus,
+    encoder: Encoder,
+    folder: Path,
+    settings: dict[str, Any],
+    facts: list[PartFacts],
+    num_proc: int,
+    progress: bool,
+) -> None:
+    characters = sum(part.characters for part in facts)
+    _check_space(folder.parent, characters, encoder.dtype)
+    _sweep(folder.parent)
+    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}{_PARTIAL}", dir=folder.parent))
+    try:
+        with disk_errors(folder.parent):
+            bar = tqdm(desc="tokenising", total=characters, unit="char", unit_scale=True, disable=not progress)
+            counts = _write(corpus, encoder, beside, num_proc, bar)
+            if not counts["documents"]:
+                raise UserError(f"{corpus.flag}: every document is empty")
+            meta = {**settings, **counts, "key": folder.name, "contents": [part.content_hash for part in facts]}
+            (beside / META).write_text(json.dumps(meta, indent=2) + "\n")
+            beside.chmod(0o755)  # mkdtemp's folders are private, but a cache may be shared
+            fsync_tree(beside)
+            _move_into_place(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)  # gone already when all went well
+
+
+def _write(corpus: Corpus, encoder: Encoder, folder: Path, num_proc: int, bar: tqdm) -> dict[str, Any]:
+    """Streams the tokens of all documents into `folder`; returns the counts and hashes for meta.json."""
+    files = {name: (folder / name).open("wb") for name in (TOKENS, DOCUMENTS)}
+    hashes = {name: hashlib.sha256() for name in files}
+    total = documents = 0
+    try:
+        for tokens, ends in ordered_map(encoder, _batches(corpus, bar), num_proc):
+            for name, data in ((TOKENS, tokens), (DOCUMENTS, ends + total)):
+                files[name].write(data.data)
+                hashes[name].update(data.data)
+            total, documents = total + len(tokens), documents + len(ends)
+    finally:
+        bar.close()
+        for file in files.values():
+            file.close()
+    digests = {name: digest.hexdigest() for name, digest in hashes.items()}
+    return {"tokens": total, "documents": documents, "sha256": digests}
+
+
+def _batches(corpus: Corpus, bar: tqdm) -> Iterator[list[Document]]:
+    """Documents in groups of about `_BATCH_CHARACTERS`; empty ones are left out."""
+    batch: list[Document] = []
+    size = 0
+    for document in corpus:
+        if document.begins and document.ends and not document.text:
+            continue
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            bar.update(size)
+            batch, size = [], 0
+    if batch:
+        yield batch
+        bar.update(size)
+
+
+def _check_space(cache_dir: Path, characters: int, dtype: str) -> None:
+    """Text has rarely more than 6 characters a token: with less room than that the build is bound to fail."""
+    needed, free = characters // 6 * np.dtype(dtype).itemsize, shutil.disk_usage(cache_dir).free
+    if free < needed:
+        raise UserError(
+            f"--cache_dir {cache_dir}: the disk has {free / 2**30:.1f} GiB left, the tokens need at least "
+            f"{needed / 2**30:.1f} GiB; name a folder on a larger disk"
+        )
+
+
+def _move_into_place(beside: Path, folder: Path) -> None:
+    """Another builder may have been faster (its cache stays), or a damaged cache may stand there (it goes)."""
+    if folder.exists() and damage(folder):
+        grave = Path(tempfile.mkdtemp(prefix=f"{folder.name}{_PARTIAL}", dir=folder.parent))
+        os.replace(folder, grave / "damaged")
+        shutil.rmtree(grave, ignore_errors=True)
+    try:
+        os.rename(beside, folder)
+    except OSError:
+        if damage(folder):
+            raise
+    fsync_folder(folder.parent)
+
+
+def _sweep(cache_dir: Path) -> None:
+    """Removes what builders killed a day or more ago have left. A living one writes to its folder all the time."""
+    for leftover in cache_dir.glob(f"*{_PARTIAL}*"):
+        newest = max((path.stat().st_mtime for path in (leftover, *leftover.glob("*"))), default=0.0)
+        if newest < time.time() - _STALE_S:
+            shutil.rmtree(leftover, ignore_errors=True)

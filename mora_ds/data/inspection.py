@@ -1,0 +1,89 @@
+"""Every part of a corpus read through once, before anything is tokenised: is it text, how much, and what is its hash?
+
+<cache_dir>/index/<hash of path, size and time>.json    the answer, for as long as the file stays as it is
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mora_ds.data.corpus import Corpus, Part
+from mora_ds.data.parallel import ordered_map
+from mora_ds.errors import UserError
+from mora_ds.files import disk_errors
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PartFacts:
+    """What reading one part of a corpus through has told."""
+
+    content_hash: str
+    documents: int
+    characters: int
+
+
+def inspect_parts(corpus: Corpus, cache_dir: Path, num_proc: int, progress: bool) -> list[PartFacts]:
+    """Facts of every part in order: from the index where it is unchanged, and else by reading it (and so checking it).
+
+    Raises `UserError` for the first file that is broken, and for a `cache_dir` that cannot be written to.
+    """
+    with _writable(cache_dir):
+        (cache_dir / "index").mkdir(parents=True, exist_ok=True)
+    entries = [_entry(cache_dir, part, corpus.text_column) for part in corpus.parts]
+    known = [_recall(entry) for entry in entries]
+    unknown = [index for index, facts in enumerate(known) if facts is None]
+    parts = [corpus.parts[index] for index in unknown]
+    read = ordered_map(partial(_inspect, corpus), parts, min(num_proc, len(parts)))
+    bar = tqdm(read, "checking files", len(parts), unit="file", disable=not (progress and parts))
+    for index, facts in zip(unknown, bar, strict=True):
+        known[index] = facts
+        _remember(entries[index], facts)
+    return [facts for facts in known if facts is not None]
+
+
+def _inspect(corpus: Corpus, part: Part) -> PartFacts:
+    documents = characters = 0
+    for document in corpus.documents_of(part):
+        documents += document.ends
+        characters += len(document.text)
+    return PartFacts(part.content_hash(), documents, characters)
+
+
+def _entry(cache_dir: Path, part: Part, text_column: str) -> Path:
+    stamp = json.dumps({"format": _FORMAT, "text_column": text_column, **part.stamp()}, sort_keys=True)
+    return cache_dir / "index" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.json"
+
+
+def _recall(entry: Path) -> PartFacts | None:
+    try:
+        return PartFacts(**json.loads(entry.read_text()))
+    except (OSError, ValueError, TypeError):  # not there, or not whole: then the part is read again
+        return None
+
+
+def _remember(entry: Path, facts: PartFacts) -> None:
+    with disk_errors(entry.parent), tempfile.NamedTemporaryFile("w", dir=entry.parent, delete=False) as beside:
+        json.dump(asdict(facts), beside)
+    os.chmod(beside.name, 0o644)
+    os.replace(beside.name, entry)
+
+
+@contextmanager
+def _writable(cache_dir: Path) -> Iterator[None]:
+    try:
+        with disk_errors(cache_dir):
+            yield
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"--cache_dir {cache_dir} cannot be written to: {error}") from error

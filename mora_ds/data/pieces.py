@@ -1,0 +1,250 @@
+"""SentencePiece: train a model on a corpus, and turn any `.model` file into a transformers tokenizer of the same ids.
+
+    texts -> runs of lines -> SentencePiece's trainer -> tokenizer.model
+    tokenizer.model -> tokenizers.Tokenizer -> PreTrainedTokenizerFast
+
+The wrapped tokenizer repeats what SentencePiece does, stage by stage:
+
+    normalise    the model's own character map; spaces squeezed and stripped, a leading space added, spaces -> U+2581
+    split        user-defined symbols come out whole
+    merge        BPE: every way to put a piece together, ranked by the piece's score; Unigram: the scores themselves
+    fall back    characters without a piece become their UTF-8 bytes
+
+Text is only text: "</s>" in a document is four characters, as in SentencePiece, never the end-of-text token.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mora_ds.errors import UserError
+
+MODEL_FILE = "tokenizer.model"
+_SPECIAL_PIECES = 4  # <unk> <s> </s> <pad>, ids 0 to 3 of a tokenizer trained here
+
+_SPACE = "\u2581"
+_LINE_BYTES = 4096
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
+_UNIGRAM, _BPE = 1, 2
+_PROBES = (
+    "Hello world. This is a test, isn't it?",
+    " one leading space",
+    "  two  inner  and trailing  ",
+    "def f(x):\n    if x:\n\treturn x  # tab\r\n\n\nprint(f(1))\n",
+    "café naïve Ελληνικά русский 漢字 かな 한국어 العربية 😀 é \u00a0 \u2028 \ufb01",
+    "0123456789 3.14e-10 [{(<a href='x'>&amp;</a>)}] foo_bar __init__ CamelCase $%^*|~`\\",
+    "\n",
+    "",
+    " ",
+)
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    vocab_size: int,
+    folder: Path,
+    *,
+    model_type: str = "bpe",
+    max_bytes: int = 128 << 20,
+) -> Path:
+    """Trains a SentencePiece model on `texts` and writes `folder`/tokenizer.model; returns that path.
+
+    Nothing of the text is normalised away (indentation, tabs and line ends are pieces like any other), and what has
+    no piece falls back to bytes, so decoding gives back every text. The same texts give the same file. Of a corpus
+    of more than about `max_bytes` a fixed random sample of that size is used.
+    Raises `UserError`, naming --train_tokenizer_vocab, where the corpus does not yield that many pieces.
+    """
+    smallest = 256 + _SPECIAL_PIECES + 1
+    if vocab_size < smallest:
+        raise UserError(f"--train_tokenizer_vocab must be at least {smallest} (256 bytes and the special pieces)")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            required_chars="<>/0123456789ABCDEFabcdefknpsux",  # spell the special pieces: see _unigram_model
+            character_coverage=0.9995,
+            max_sentence_length=4 * _LINE_BYTES,
+            input_sentence_size=max(max_bytes // _LINE_BYTES, 101),
+            shuffle_input_sentence=False,
+            num_threads=1,  # sums of floats over threads would make the pieces depend on their number
+            minloglevel=2,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+        )
+    except RuntimeError as error:
+        raise _training_error(vocab_size, str(error)) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / MODEL_FILE
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Runs of whole lines of up to about `_LINE_BYTES` bytes; the trainer would drop anything much longer."""
+    for text in texts:
+        start = 0
+        while start < len(text):
+            end = start + _LINE_BYTES
+            if end < len(text):
+                end = text.rfind("\n", start, end) + 1 or end
+            sentence = text[start:end]
+            if sentence.strip("\r\n"):
+                yield sentence
+            start = end
+
+
+def _training_error(vocab_size: int, message: str) -> UserError:
+    flag = f"--train_tokenizer_vocab {vocab_size}"
+    if limit := re.search(r"too high .*<= (\d+)", message):
+        return UserError(f"{flag}: the training text yields only {limit[1]} pieces; lower it, or give more text")
+    if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return UserError(f"{flag}: the characters of the training text alone need {needed[1]} pieces; raise it")
+    if "sentences_.empty()" in message:
+        return UserError(f"{flag}: there is no text to train a tokenizer on (--train_files)")
+    return UserError(f"{flag}: SentencePiece cannot train on this text: {message}")
+
+
+# -- a .model file as a transformers tokenizer ---------------------------------------------------------------------
+
+
+def wrap_sentencepiece(path: Path, add_bos: bool | None = None) -> PreTrainedTokenizerFast:
+    """The SentencePiece model as a tokenizer that `save_pretrained` and `AutoTokenizer.from_pretrained` carry over.
+
+    `add_bos` None: put BOS in front when the model defines one. Raises `UserError` for a file that is no model, or one
+    whose ids cannot be reproduced (checked on a set of awkward strings).
+    """
+    proto = _read_model(path)
+    tokenizer = Tokenizer(_bpe_model(proto) if proto.trainer_spec.model_type == _BPE else _unigram_model(proto))
+    tokenizer.normalizer = _normalizer(proto)
+    if splitter := _splitter(proto):
+        tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = _decoder(proto)
+    control = [piece.piece for piece in proto.pieces if piece.type in (_CONTROL, _UNKNOWN)]
+    tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
+    names = _special_tokens(proto)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        add_bos_token=("bos_token" in names) if add_bos is None else add_bos,
+        add_eos_token=False,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        **names,
+    )
+    _compare(path, proto, wrapped)
+    return wrapped
+
+
+def _read_model(path: Path) -> Any:
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except (OSError, DecodeError) as error:
+        raise UserError(f"--tokenizer_name {path} is no SentencePiece model: {error}") from error
+    if not proto.pieces:
+        raise UserError(f"--tokenizer_name {path} is no SentencePiece model: it holds no pieces")
+    odd = proto.trainer_spec.treat_whitespace_as_suffix or any(piece.type == _UNUSED for piece in proto.pieces)
+    if odd or proto.trainer_spec.model_type not in (_BPE, _UNIGRAM):
+        raise _not_reproduced(path, "only BPE and Unigram models without unused pieces or space suffixes are")
+    return proto
+
+
+def _not_reproduced(path: Path, why: str) -> UserError:
+    return UserError(
+        f"--tokenizer_name {path}: a transformers tokenizer cannot repeat this SentencePiece model: {why}; "
+        "pass the folder of the tokenizer's transformers version instead"
+    )
+
+
+def _special_tokens(proto: Any) -> dict[str, str]:
+    spec = proto.trainer_spec
+    ids = {"unk_token": spec.unk_id, "bos_token": spec.bos_id, "eos_token": spec.eos_id, "pad_token": spec.pad_id}
+    return {name: proto.pieces[number].piece for name, number in ids.items() if 0 <= number < len(proto.pieces)}
+
+
+def _bpe_model(proto: Any) -> models.BPE:
+    """Only normal pieces merge. SentencePiece joins the two neighbours whose union scores best, however it is split."""
+    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
+    merges = []
+    for piece, score in normal.items():
+        halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        merges += [(-score, left, right) for left, right in halves if left in normal and right in normal]
+    merges.sort(key=lambda merge: (merge[0], merge[1] + merge[2]))
+    return models.BPE(
+        vocab={piece.piece: number for number, piece in enumerate(proto.pieces)},
+        merges=[(left, right) for _, left, right in merges],
+        unk_token=proto.pieces[proto.trainer_spec.unk_id].piece,
+        fuse_unk=True,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+        ignore_merges=any(piece.type == _USER_DEFINED for piece in proto.pieces),
+    )
+
+
+def _unigram_model(proto: Any) -> models.Unigram:
+    """SentencePiece never finds its special and byte pieces in text, `tokenizers` does unless they cost too much.
+
+    (Where the text's spelling of such a piece needs characters without a piece of their own, it is still found.)
+    """
+    normal = [piece.score for piece in proto.pieces if piece.type == _NORMAL]
+    hidden = 16 * (min(normal, default=0.0) - 10.0)
+    visible = (_NORMAL, _USER_DEFINED)
+    return models.Unigram(
+        [(piece.piece, piece.score if piece.type in visible else hidden) for piece in proto.pieces],
+        unk_id=proto.trainer_spec.unk_id,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+    )
+
+
+def _normalizer(proto: Any) -> normalizers.Normalizer:
+    spec = proto.normalizer_spec
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:  # spaces only: line ends and tabs are left
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(" "))
+    if spec.escape_whitespaces:
+        steps.append(normalizers.Replace(" ", _SPACE))
+    return normalizers.Sequence(steps)
+
+
+def _splitter(proto: Any) -> pre_tokenizers.PreTokenizer | None:
+    symbols = sorted((piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED), key=len, reverse=True)
+    if not symbols:
+        return None
+    return pre_tokenizers.Split(Regex("|".join(map(re.escape, symbols))), behavior="isolated")
+
+
+def _decoder(proto: Any) -> decoders.Decoder:
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    spec = proto.normalizer_spec
+    if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
+        steps.append(decoders.Strip(content=" ", left=1))
+    return decoders.Sequence(steps)
+
+
+def _compare(path: Path, proto: Any, wrapped: PreTrainedTokenizerFast) -> None:
+    original = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    for probe in _PROBES:
+        if wrapped.encode(probe, add_special_tokens=False) != original.encode(probe):
+            raise _not_reproduced(path, f"the ids differ on {probe!r}")

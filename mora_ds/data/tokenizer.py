@@ -1,0 +1,96 @@
+"""Which tokenizer: the model's own, a SentencePiece `.model` file, or one trained on the corpus; and what it implies.
+
+load_tokenizer(folder | hub name | file.model)      ->  a transformers tokenizer
+train_sentencepiece(corpus.texts(), N, folder)      ->  folder/tokenizer.model, for load_tokenizer
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mora_ds.data.pieces import wrap_sentencepiece
+from mora_ds.errors import UserError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json", "*.model")
+"""A folder with none of these has no tokenizer (transformers would make up an empty one for some model types)."""
+
+
+def load_tokenizer(
+    name_or_path: str | Path, *, trust_remote_code: bool = False, flag: str = "--tokenizer_name"
+) -> PreTrainedTokenizerBase:
+    """A folder's or hub model's tokenizer, or a SentencePiece `.model` file as one.
+
+    Raises `UserError`, naming `flag`, where there is none or its code would have to be trusted first.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.suffix == ".model" or path.is_file():
+        if not path.is_file():
+            raise UserError(f"{flag}: there is no file {path}")
+        return wrap_sentencepiece(path)
+    if path.is_dir() and not any(next(path.glob(name), None) for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"{flag}: the folder {path} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}); "
+            "give one with --tokenizer_name, or train one with --train_tokenizer_vocab"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(path if path.is_dir() else name_or_path), trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError) as error:
+        hint = (
+            "" if trust_remote_code or "trust_remote_code" not in str(error) else " (--trust_remote_code runs its code)"
+        )
+        raise UserError(f"{flag}: no tokenizer can be loaded from {str(name_or_path)!r}{hint}: {error}") from error
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, flag: str = "--tokenizer_name") -> None:
+    """Raises `UserError` when the tokenizer has ids that the model's `vocab_size` embeddings do not reach."""
+    token, largest = largest_id(tokenizer)
+    if largest >= vocab_size:
+        raise UserError(
+            f"{flag}: the tokenizer does not fit the model: its token {token!r} has id {largest}, "
+            f"the model has embeddings for ids 0 to {vocab_size - 1} only; take the model's own tokenizer"
+        )
+
+
+def largest_id(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """(token, id) of the largest id, added tokens included. Not `len(tokenizer)`: ids may have gaps."""
+    return max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+
+
+def wants_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer, left to itself, puts BOS in front of a text."""
+    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] != bare[:1]
+
+
+def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id put behind every document. Raises `UserError` where the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path or ''} has no end-of-text token to put between documents: "
+            'set "eos_token" in its tokenizer_config.json (for a .model file: train it with an eos_id), '
+            "or give another --tokenizer_name"
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything that decides the ids; the same in every process and after save and load."""
+    facts: dict[str, Any] = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    facts["split_special_tokens"] = tokenizer.split_special_tokens
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        whole = json.loads(backend.to_str())
+        facts["backend"] = {key: value for key, value in whole.items() if key not in ("truncation", "padding")}
+    else:
+        facts["class"] = type(tokenizer).__name__
+        facts["vocabulary"] = tokenizer.get_vocab()
+        facts["settings"] = {key: str(value) for key, value in tokenizer.init_kwargs.items() if "file" not in key}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,93 @@
+"""The keys of a DeepSpeed JSON that DeepSpeed 0.19 reads, and those that a run with whole bases must not hold.
+
+DeepSpeed ignores an unknown top-level key without a word; a test holds these tables against the installed version.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+TOP_LEVEL = _words(
+    """
+    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer bf16 fp16
+    zero_optimization data_types checkpoint zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    communication_data_type prescale_gradients gradient_predivide_factor gradient_allreduce_op disable_allgather
+    managed_gradient_accumulation steps_per_print wall_clock_breakdown memory_breakdown dump_state log_level
+    disable_python_gc vocabulary_size dataloader_drop_last activation_checkpointing comms_logger flops_profiler
+    tensorboard wandb csv_monitor comet aio timers compile datastates_ckpt
+    """
+)
+
+SECTIONS: dict[str, frozenset[str]] = {
+    "zero_optimization": _words(
+        """
+        stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce
+        allgather_partitions allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights
+        elastic_checkpoint offload_param offload_optimizer zenflow sub_group_size cpu_offload_param
+        cpu_offload_use_pin_memory cpu_offload stage3_prefetch_bucket_size stage3_param_persistence_threshold
+        stage3_model_persistence_threshold stage3_max_live_parameters stage3_max_reuse_distance
+        stage3_gather_16bit_weights_on_model_save stage3_module_granularity_threshold
+        stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential stage3_gather_fp16_weights_on_model_save
+        ignore_unused_parameters legacy_stage1 round_robin_gradients parameter_alignment zero_hpz_partition_size
+        zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear
+        pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings enable_sanity_checks
+        save_muon_momentum_buffer_in_memory leaf_module
+        """
+    ),
+    "zero_optimization.offload_optimizer": _words(
+        """
+        device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio super_offload
+        cpuadam_cores_perc
+        """
+    ),
+    "bf16": _words(
+        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
+    ),
+    "fp16": _words(
+        """
+        enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
+        min_loss_scale fp16_master_weights_and_grads
+        """
+    ),
+    "data_types": _words("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
+    "optimizer": _words("type params legacy_fusion"),
+    "optimizer.params": _words(
+        "lr betas eps weight_decay torch_adam adam_w_mode bias_correction foreach fp32_optimizer_states"
+    ),
+}
+"""Keys of each section that is checked, by its dotted path."""
+
+_BASE_IS_WHOLE = "the frozen base is no parameter of DeepSpeed's here: every rank holds it whole"
+_TENSOR_PARALLEL = "mora_ds does not run under DeepSpeed's tensor parallelism"
+_MASTER = "the master copy of the squares and Adam's moments must stay in fp32"
+
+REFUSED: dict[str, str] = {
+    "scheduler": "the learning rate follows the merges: set it with --lr_scheduler_type, --warmup_steps, --merge_every",
+    "tensor_parallel": _TENSOR_PARALLEL,
+    "autotp": _TENSOR_PARALLEL,
+    "amp": 'apex is gone from DeepSpeed: use "bf16" or "fp16"',
+    "bfloat16": 'write "bf16"',
+    "torch_autocast": 'the base is loaded in the compute dtype: use "bf16" or "fp16"',
+    "pipeline": "mora_ds does not run on DeepSpeed's pipeline engine",
+    "expert_parallel": "mora_ds does not run under expert parallelism",
+    "sequence_parallel_size": "mora_ds does not run under sequence parallelism",
+    "hybrid_engine": "it is for generation in between training steps",
+    "data_efficiency": "batches are packed by mora_ds: a batch is a function of the step",
+    "weight_quantization": "it is for inference",
+    "zero_optimization.offload_param": f"{_BASE_IS_WHOLE}, and the squares are small",
+    "zero_optimization.cpu_offload_param": f"{_BASE_IS_WHOLE}, and the squares are small",
+    "zero_optimization.cpu_offload": 'write "offload_optimizer": {"device": "cpu"}',
+    "zero_optimization.zenflow": "it keeps Adam's state where a merge cannot reset it",
+    "bf16.bf16_master_weights_and_grads": _MASTER,
+    "bf16.bf16_optimizer_states": _MASTER,
+    "fp16.fp16_master_weights_and_grads": _MASTER,
+}
+"""Settings that cannot be, by dotted path, with the reason. `false`, `null` and `{"enabled": false}` pass."""
+
+QUIETLY_OFF: tuple[Any, ...] = (None, False, {}, {"enabled": False}, {"device": "none"})
+"""Values with which a refused key does nothing: it is dropped, as DeepSpeed refuses some of them even so."""

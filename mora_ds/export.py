@@ -1,0 +1,321 @@
+"""Going home: checkpoint -> a merged Hugging Face folder that plain `from_pretrained` loads.
+
+    checkpoint (manifest checked) -> base, ledger, live squares, trained tensors
+    for every tensor of the base:  replaced | base + all deltas, by `live_weight` | as it was  -> cast -> shard
+    beside it: config, generation config, tokenizer, model card -> (verify the logits) -> renamed into place
+
+One tensor is in memory at a time, whatever the size of the model; neither a GPU nor DeepSpeed is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mora_ds.adapter_files import ADAPTER_JSON, AdapterFile, AdapterTensors, BaseReference, read_adapter
+from mora_ds.base import INDEX_FILE, SINGLE_FILE, BaseCheckpoint
+from mora_ds.errors import RunError, UserError
+from mora_ds.export_check import Comparison, compare_logits
+from mora_ds.files import MANIFEST, atomic_folder, read_json, verify_manifest, write_json_atomic
+from mora_ds.ledger import LayerEntry, Ledger, live_weight
+from mora_ds.model_card import model_card
+from mora_ds.tensor_files import SafetensorsWriter, compute_dtype, dtype_name, tensor_nbytes
+
+LEDGER_FOLDER = "ledger"
+TOKENIZER_FOLDER = "tokenizer"
+PROBE_FILE = "probe.safetensors"
+
+COPIED_FROM_BASE = ("generation_config.json", "*.py", "LICENSE*")
+"""Beside the tokenizer: settings for sampling, a custom model's code, the licence."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.*",
+)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written."""
+
+    output: Path
+    files: tuple[str, ...]
+    """Names of the weight files."""
+    nbytes: int
+    dtype: str
+    tensors: int
+    merged: int
+    """Layers whose weight carries an update."""
+    replaced: int
+    """Trained embeddings, norms and heads."""
+    cycles: int
+    """Merged cycles in the ledger; the live squares come on top."""
+    seconds: float
+    comparison: Comparison | None = None
+    """Logits against the live model's, when asked for."""
+
+    def lines(self) -> list[str]:
+        """For humans."""
+        text = [
+            f"{self.output}: {self.tensors} tensors in {self.dtype}, {self.nbytes / 2**30:.3f} GiB in {len(self.files)}"
+            f" file(s), {self.seconds:.1f} s",
+            f"merged {self.merged} layers from {self.cycles} ledger cycle(s) and the live squares,"
+            f" replaced {self.replaced} trained tensor(s)",
+        ]
+        return text + ([self.comparison.line()] if self.comparison else [])
+
+
+@dataclass
+class _Run:
+    """A checkpoint, opened."""
+
+    checkpoint: Path
+    adapter: AdapterFile
+    tensors: AdapterTensors
+    reference: BaseReference
+    base: BaseCheckpoint
+    ledger: Ledger
+
+
+@dataclass
+class _Shard:
+    """Tensors that go into one file: key -> (shape, dtype)."""
+
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    nbytes: int = 0
+
+
+def export_merged(
+    checkpoint: Path,
+    output: Path,
+    base_folder: Path | None = None,
+    dtype: str = "auto",
+    max_shard_gib: float = 5.0,
+    verify: bool = False,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Writes the merged model of `checkpoint` to `output`, whole or not at all.
+
+    `checkpoint`: a step folder, a link to one, or a run's output folder (its latest is taken). `base_folder`: where
+    the base lies now, if it was moved. `dtype`: of all floating tensors; "auto" is the run's compute dtype. `verify`:
+    load the result and compare its logits with those recorded at save time (`export_check` has the tolerances).
+    Raises `UserError` naming the flag to change, and `RunError` for a damaged checkpoint, logits that differ, or a
+    full disk.
+    """
+    started = time.monotonic()
+    checkpoint = find_checkpoint(checkpoint)
+    if dtype != "auto":
+        compute_dtype(dtype)
+    if max_shard_gib <= 0:
+        raise UserError(f"--max_shard_gib must be positive, got {max_shard_gib}")
+    _check_manifest(checkpoint)
+    probe = checkpoint / PROBE_FILE
+    if verify and not probe.is_file():
+        raise UserError(f"--verify needs {PROBE_FILE}, which {checkpoint} does not have")
+    run = _open_run(checkpoint, base_folder)
+    _check_output(output, overwrite, run)
+    target = compute_dtype(run.adapter.dtype if dtype == "auto" else dtype)
+    trained = _trained_by_key(run)
+    shards = _plan_shards(run, target, int(max_shard_gib * 2**30))
+    with atomic_folder(output.absolute()) as folder:
+        names = _write_weights(run, folder, shards, trained, target)
+        _write_companions(run, folder, target)
+        comparison = compare_logits(folder, probe, target) if verify else None
+        card = model_card(run.checkpoint, run.adapter, run.ledger, run.reference, dtype_name(target), comparison)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return ExportReport(
+        output=output,
+        files=tuple(names),
+        nbytes=sum(shard.nbytes for shard in shards),
+        dtype=dtype_name(target),
+        tensors=sum(len(shard.layout) for shard in shards),
+        merged=len(run.adapter.layers),
+        replaced=len(trained),
+        cycles=run.ledger.cycles,
+        seconds=time.monotonic() - started,
+        comparison=comparison,
+    )
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The step folder that `path` means: itself, what it links to, or the latest of a run's output folder."""
+    for folder in (path, path / "checkpoints" / "latest", path / "latest"):
+        if (folder / ADAPTER_JSON).is_file() or (folder / MANIFEST).is_file():
+            return folder.resolve()
+    raise UserError(f"--checkpoint: {path} is neither a checkpoint nor the output folder of a run that has one")
+
+
+def _check_manifest(checkpoint: Path) -> None:
+    if not (checkpoint / MANIFEST).exists():
+        return
+    if problems := verify_manifest(checkpoint):
+        raise RunError("the checkpoint is damaged: " + "; ".join(problems))
+
+
+def _open_run(checkpoint: Path, base_folder: Path | None) -> _Run:
+    adapter = read_adapter(checkpoint)
+    tensors = AdapterTensors.open(checkpoint, adapter)
+    reference = BaseReference.read(checkpoint)
+    ledger = Ledger.open(checkpoint / LEDGER_FOLDER, reference.fingerprint)
+    if ledger.cycles != adapter.cycle:
+        raise UserError(
+            f"{ledger.folder} has {ledger.cycles} cycles, but {checkpoint / ADAPTER_JSON} was written in cycle"
+            f" {adapter.cycle}"
+        )
+    base = reference.open_base(checkpoint, base_folder, flag="--base")
+    run = _Run(checkpoint, adapter, tensors, reference, base, ledger)
+    _check_layers(run)
+    return run
+
+
+def _check_layers(run: _Run) -> None:
+    """Every layer and trained tensor must have its own tensor of the right shape in the base."""
+    users: dict[str, list[str]] = {}
+    for name, key in run.reference.keys.items():
+        users.setdefault(key, []).append(name)
+    for entry in run.adapter.layers.values():
+        sides = (entry.operator.d_out, entry.operator.d_in)
+        _check_shape(run, entry.weight, sides[::-1] if entry.transposed else sides)
+        if sharers := set(users[run.reference.keys[entry.weight]]) - {entry.weight}:
+            raise UserError(
+                f"{entry.weight} is tied to {', '.join(sorted(sharers))}, but only one of them has a square: no single"
+                " tensor can stand for both"
+            )
+    for name in run.adapter.trainables:
+        _check_shape(run, name, run.tensors.trained_shape(name))
+
+
+def _check_shape(run: _Run, name: str, shape: tuple[int, ...]) -> None:
+    key = run.reference.keys.get(name)
+    if key is None or key not in run.base:
+        raise UserError(f"{run.checkpoint / 'base.json'} names no tensor of {run.base.folder} for {name}")
+    if run.base.shape_dtype(key)[0] != shape:
+        raise UserError(f"{name} has shape {shape} in the checkpoint, {run.base.shape_dtype(key)[0]} in the base")
+
+
+def _check_output(output: Path, overwrite: bool, run: _Run) -> None:
+    """Refuses what would be destroyed: other things than a model, and the very folders that are read."""
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise UserError(f"--output {output} exists and is no folder")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"--output {output} exists already; give another folder, or --overwrite")
+    read = (run.base.folder.resolve(), run.checkpoint)
+    if any(output.resolve() in (folder, *folder.parents) for folder in read):
+        raise UserError(f"--output {output} holds the base or the checkpoint; give another folder")
+    if not (output / "config.json").is_file():
+        raise UserError(f"--output {output} holds something that is no model; it is not overwritten")
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def _exported_keys(run: _Run) -> Iterator[str]:
+    """The base's keys, less copies of a tied weight under its other name.
+
+    Some files hold lm_head.weight though it is tied; once the embedding is trained that copy would be a stale one,
+    and transformers unties weights that it finds different.
+    """
+    used = set(run.reference.keys.values())
+    for key in run.base.keys():  # noqa: SIM118  (not a mapping)
+        if key in used or key not in run.reference.keys:
+            yield key
+
+
+def _plan_shards(run: _Run, dtype: torch.dtype, limit: int) -> list[_Shard]:
+    """Tensors in the base's order, a new file whenever the next one would not fit."""
+    shards = [_Shard()]
+    for key in _exported_keys(run):
+        shape, stored = run.base.shape_dtype(key)
+        written = dtype if stored.is_floating_point else stored
+        size = tensor_nbytes(shape, written)
+        if shards[-1].layout and shards[-1].nbytes + size > limit:
+            shards.append(_Shard())
+        shards[-1].layout[key] = (shape, written)
+        shards[-1].nbytes += size
+    return shards
+
+
+def _trained_by_key(run: _Run) -> dict[str, str]:
+    """Key -> parameter name of the trained tensor that takes its place."""
+    return {run.reference.keys[name]: name for name in run.adapter.trainables}
+
+
+def _write_weights(
+    run: _Run, folder: Path, shards: list[_Shard], trained: dict[str, str], dtype: torch.dtype
+) -> list[str]:
+    layers = {run.reference.keys[entry.weight]: entry for entry in run.adapter.layers.values()}
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else [SINGLE_FILE]
+    for name, shard in zip(names, shards, strict=True):
+        with SafetensorsWriter(folder / name, shard.layout, {}) as writer:
+            for key, (_, written) in shard.layout.items():
+                if key in trained:
+                    tensor = run.tensors.trained(trained[key]).to(written)
+                elif key in layers:
+                    tensor = _merged(run, key, layers[key], dtype)
+                else:
+                    tensor = run.base.read(key).to(written)
+                writer.write(key, tensor)
+    if len(shards) > 1:
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard.layout}
+        metadata = {"total_size": sum(shard.nbytes for shard in shards)}
+        write_json_atomic(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    return names
+
+
+def _merged(run: _Run, key: str, entry: LayerEntry, dtype: torch.dtype) -> Tensor:
+    """The live weight with the current cycle's square merged too, as the next merge would form it."""
+    updates = [*run.ledger.squares_of(entry.module), (entry.operator, run.tensors.square(entry.module))]
+    return live_weight(run.base.read(key), updates, entry.transposed, dtype)
+
+
+# -- what stands beside the weights ------------------------------------------------------------------------------------
+
+
+def _write_companions(run: _Run, folder: Path, dtype: torch.dtype) -> None:
+    config = _with_dtype(read_json(run.base.folder / "config.json"), dtype_name(dtype))
+    config.setdefault("dtype", dtype_name(dtype))
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _copy(run.base.folder, folder, COPIED_FROM_BASE)
+    own = run.checkpoint / TOKENIZER_FOLDER
+    if own.is_dir():
+        _copy(own, folder, ("*",))
+    else:
+        _copy(run.base.folder, folder, TOKENIZER_FILES)
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Sets the dtype wherever the config, or the config of a part, states one (`torch_dtype`: transformers 4)."""
+    changed: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in ("dtype", "torch_dtype"):
+            changed[name] = dtype
+        elif name.endswith("_config") and isinstance(value, dict):
+            changed[name] = _with_dtype(value, dtype)
+        else:
+            changed[name] = value
+    return changed
+
+
+def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and not (target / path.name).exists():
+                shutil.copyfile(path, target / path.name)

@@ -1,0 +1,116 @@
+"""What a checkpoint holds beside DeepSpeed's shards: the live squares whole, the ledger, which base, tokenizer, probe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mora_ds import zero
+from mora_ds.adapter_files import AdapterFile, BaseReference, write_adapter
+from mora_ds.base import write_own_base
+from mora_ds.config import MoRAConfig
+from mora_ds.files import link_or_copy
+from mora_ds.injection import mora_layers
+from mora_ds.remora import ReMoRA, layer_entries
+
+PROBE_TOKENS = 8
+"""Length of the recorded probe: one row; its logits cost 4 * PROBE_TOKENS * vocabulary bytes."""
+
+
+@dataclass
+class RunWriter:
+    """Writes a MoRA run's own files into a checkpoint folder. Call on all ranks: the squares are gathered one by one."""
+
+    engine: zero.Engine
+    config: MoRAConfig
+    remora: ReMoRA
+    base: BaseReference
+    tokenizer_folder: Path | None
+    probe_ids: Tensor
+    """(1, PROBE_TOKENS) token ids whose logits are recorded for `export --verify`."""
+    facts: dict[str, Any]
+
+    def write(self, folder: Path, step: int) -> None:
+        squares = dict(self._gathered({name: m.square for name, m in mora_layers(self.engine.module).items()}))
+        trained = dict(self._gathered(other_trainables(self.engine.module)))
+        logits = probe_logits(self.engine, self.probe_ids)
+        if dist.get_rank() == 0:
+            write_adapter(folder, self._adapter_file(step, tuple(trained)), squares, trained)
+            self.base.write(folder)
+            self.remora.ledger.copy_to(folder / "ledger")
+            self._link_tokenizer(folder / "tokenizer")
+            probe = {"input_ids": self.probe_ids.cpu().long(), "logits": logits.cpu()}
+            save_file(probe, str(folder / "probe.safetensors"), {"dtype": self.base.dtype})
+
+    def _gathered(self, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole fp32 tensor), kept on rank 0 only; the other ranks take part and keep nothing."""
+        for name, parameter in parameters.items():
+            whole = zero.full_fp32(self.engine, parameter)
+            if dist.get_rank() == 0:
+                yield name, whole.cpu()
+
+    def _adapter_file(self, step: int, trainables: tuple[str, ...]) -> AdapterFile:
+        return AdapterFile(
+            layers=layer_entries(self.engine.module),
+            dtype=self.base.dtype,
+            cycle=self.remora.cycle,
+            step=step,
+            rank=self.config.rank,
+            trainables=trainables,
+            facts={"config": self.config.to_dict(), **self.facts},
+        )
+
+    def _link_tokenizer(self, target: Path) -> None:
+        if self.tokenizer_folder is None:
+            return
+        target.mkdir()
+        for path in self.tokenizer_folder.iterdir():
+            link_or_copy(path, target / path.name)
+
+
+def other_trainables(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameter name -> trained embeddings, norms, head (each tied tensor under its first name)."""
+    squares = {id(layer.square) for layer in mora_layers(model).values()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in squares}
+
+
+@torch.no_grad()
+def probe_logits(engine: zero.Engine, ids: Tensor) -> Tensor:
+    """(1, T, vocabulary) in fp32, without dropout. Collective under ZeRO-3."""
+    was_training = engine.training
+    engine.eval()
+    logits = engine(input_ids=ids.to(engine.device), use_cache=False).logits.float()
+    engine.train(was_training)
+    return logits
+
+
+def save_full_model(engine: zero.Engine, folder: Path, tokenizer: Any) -> None:
+    """The full-training control's model as a Hugging Face folder, gathered one parameter at a time onto rank 0."""
+    model = engine.module
+    gathered: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=zero.is_stage3(engine)):
+            if dist.get_rank() == 0:
+                gathered[name] = parameter.detach().cpu().clone()
+    if dist.get_rank() == 0:
+        write_own_base(_with_weights(model, gathered), folder, tokenizer)
+    dist.barrier()
+
+
+def _with_weights(model: Any, weights: dict[str, Tensor]) -> nn.Module:
+    """A fresh copy of `model` on the CPU that holds `weights` (tied ones under their first name)."""
+    with torch.device("meta"):
+        copy = type(model)(model.config)
+    copy = copy.to_empty(device="cpu")
+    copy.tie_weights()
+    for name, parameter in copy.named_parameters():
+        parameter.data = weights[name]
+    return copy

@@ -1,0 +1,48 @@
+"""Write the merged Hugging Face model of a checkpoint.
+
+    python tools/export_hf.py --checkpoint out/checkpoints/latest --output merged --verify
+
+Exit code 2: something to change in the command or the files; 1: a damaged checkpoint, differing logits, a full disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
+
+from mora_ds import cli
+from mora_ds.export import export_merged
+from mora_ds.tensor_files import COMPUTE_DTYPES
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    report = export_merged(
+        options.checkpoint,
+        options.output,
+        base_folder=options.base,
+        dtype=options.dtype,
+        max_shard_gib=options.max_shard_gib,
+        verify=options.verify,
+        overwrite=options.overwrite,
+    )
+    print("\n".join(report.lines()))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="step folder, link to one, or output folder")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new or empty")
+    parser.add_argument("--base", type=Path, help="where the base model lies now, if it was moved")
+    parser.add_argument("--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: as in training")
+    parser.add_argument("--max_shard_gib", type=float, default=5.0, help="largest weight file in GiB")
+    parser.add_argument("--verify", action="store_true", help="load it and compare logits with the live model's")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that stands at --output")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main)
