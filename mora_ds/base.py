@@ -211,14 +211,18 @@ def renamed_keys(model: Any, keys: Iterable[str]) -> dict[str, str]:
     return renamed
 
 
-def write_own_base(model: Any, folder: Path, tokenizer: Any = None) -> BaseCheckpoint:
+def write_own_base(
+    model: Any, folder: Path, tokenizer: Any = None, state_dict: Mapping[str, Tensor] | None = None
+) -> BaseCheckpoint:
     """Saves a live transformers model (before any injection) as a base: safetensors under the live names and dtypes.
 
-    Written beside `folder` and renamed, an older one being replaced. Raises `RunError` on a full disk.
+    Written beside `folder` and renamed, an older one being replaced. `state_dict` stands in for weights that the model
+    itself does not hold whole. Raises `RunError` on a full disk.
     """
+    weights = {} if state_dict is None else {"state_dict": dict(state_dict)}
     with atomic_folder(folder) as partial:
         try:
-            model.save_pretrained(partial, max_shard_size="5GB", save_original_format=False)
+            model.save_pretrained(partial, max_shard_size="5GB", save_original_format=False, **weights)
         except SafetensorError as error:  # the library reports a full disk in words only
             raise RunError(f"cannot write the base to {folder}: {error}") from error
         if tokenizer is not None:

@@ -98,6 +98,10 @@ class ReMoRA:
         self._start_cycle(self.cycle)
         return MergeReport(cycle, step, len(entries), norm**0.5)
 
+    def reopen(self) -> None:
+        """Look at the ledger's folder again, after somebody else has changed it."""
+        self.ledger = self._reopened()
+
     def replay(self) -> None:
         """Bring the live base to the ledger's state (after a resume) and wire the squares for the running cycle."""
         if self.cycle and self.precision == INCREMENTAL:
@@ -135,7 +139,7 @@ class ReMoRA:
             if writes and self._reopened().cycles == cycle:
                 self.ledger.append(step, entries, squares.items())
             dist.barrier()
-        self.ledger = self._reopened()
+        self.reopen()
         if self.cycle != cycle + 1:
             raise RunError(f"cycle {cycle} is not in the ledger at {self.ledger.folder} as this rank sees it")
 

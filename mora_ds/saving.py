@@ -101,16 +101,5 @@ def save_full_model(engine: zero.Engine, folder: Path, tokenizer: Any) -> None:
             if dist.get_rank() == 0:
                 gathered[name] = parameter.detach().cpu().clone()
     if dist.get_rank() == 0:
-        write_own_base(_with_weights(model, gathered), folder, tokenizer)
+        write_own_base(model, folder, tokenizer, state_dict=gathered)
     dist.barrier()
-
-
-def _with_weights(model: Any, weights: dict[str, Tensor]) -> nn.Module:
-    """A fresh copy of `model` on the CPU that holds `weights` (tied ones under their first name)."""
-    with torch.device("meta"):
-        copy = type(model)(model.config)
-    copy = copy.to_empty(device="cpu")
-    copy.tie_weights()
-    for name, parameter in copy.named_parameters():
-        parameter.data = weights[name]
-    return copy

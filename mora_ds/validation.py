@@ -64,7 +64,11 @@ def _model_and_data(arguments: Arguments) -> Iterator[Check]:
         "--tokenizer_name and --train_tokenizer_vocab: give one of them",
     )
     yield (
-        has_data and model.model_config is not None and not trains_tokenizer and model.tokenizer_name is None,
+        has_data
+        and not named
+        and model.model_config is not None
+        and not trains_tokenizer
+        and model.tokenizer_name is None,
         "--model_config comes without a tokenizer: give --tokenizer_name or --train_tokenizer_vocab",
     )
 

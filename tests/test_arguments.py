@@ -132,7 +132,8 @@ def test_the_command_line_wins_over_the_recipe(tmp_path: Path) -> None:
 def test_mistakes_in_a_recipe_are_listed_at_once(tmp_path: Path) -> None:
     path = recipe(
         tmp_path,
-        "mora_rnk: 8\nmax_steps: ten\nseq_len: 12.5\nbf16: 1\nseed: true\nlearning_rate: fast\ntrain_files: [1]\noutput_dir: null\n",
+        "mora_rnk: 8\nmax_steps: ten\nseq_len: 12.5\nbf16: 1\nseed: true\nlearning_rate: fast\n"
+        "train_files: [1]\noutput_dir: null\n",
     )
     with pytest.raises(UserError) as caught:
         parse([path])

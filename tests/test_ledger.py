@@ -134,7 +134,10 @@ def exchange(folder: Path) -> None:
         (damage_json(lambda content: content["cycles"].pop(0)), "hole: cycle 0 is missing"),
         (damage_json(lambda content: content["cycles"][1].pop("size")), "ledger.json is damaged"),
         (damage_json(lambda content: content.update(format=2)), "format 2"),
-        (damage_json(lambda content: content.update(base_fingerprint="e" * 64)), "chain of hashes is broken at cycle 0"),
+        (
+            damage_json(lambda content: content.update(base_fingerprint="e" * 64)),
+            "chain of hashes is broken at cycle 0",
+        ),
         (damage_json(lambda content: content["cycles"][1].update(sha256="0" * 64)), "broken at cycle 1"),
     ],
 )
@@ -279,7 +282,10 @@ def test_copy_replaces_a_longer_ledger(folder: Path, tmp_path: Path) -> None:
     append(run, ("a.q",))
     short.copy_to(folder)
     assert state(Ledger.open(folder)) == state(short)
-    assert sorted(path.name for path in folder.glob("cycle-*")) == ["cycle-00000.safetensors", "cycle-00001.safetensors"]
+    assert sorted(path.name for path in folder.glob("cycle-*")) == [
+        "cycle-00000.safetensors",
+        "cycle-00001.safetensors",
+    ]
     assert short.copy_to(short.folder).cycles == Ledger.open(short.folder).cycles == 2
 
 

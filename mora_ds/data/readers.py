@@ -220,7 +220,7 @@ def _line_rows(path: Path) -> Iterator[tuple[str, Any]]:
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
-                yield f"{path}, line {number}", _parse(path, line, number, offset)
+                yield f"{path}, line {number}", _parse(path, line.rstrip(b"\r\n"), number, offset)
             offset += len(line)
 
 

@@ -1,0 +1,216 @@
+"""Files of every format become documents, and every way in which they can be broken has its own clear error."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from mora_ds.data import load_corpus, readers, resolve_files
+from mora_ds.errors import UserError
+
+TEXTS = ["First document.\n", "Second, with ünïcödé 😀.", "  third\twith\r\nspace "]
+
+
+def texts(*patterns: str | Path, **settings: str) -> list[str]:
+    return list(load_corpus([str(pattern) for pattern in patterns], **settings).texts())
+
+
+def lines(rows: list[object]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def records() -> list[dict[str, str]]:
+    return [{"text": text} for text in TEXTS]
+
+
+def error(*patterns: str | Path, **settings: str) -> str:
+    with pytest.raises(UserError) as caught:
+        texts(*patterns, **settings)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.anything", "a"])
+def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes("one\r\ntwo\n\n\tthree é".encode())
+    assert texts(tmp_path / name) == ["one\r\ntwo\n\n\tthree é"]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_json_lines_and_arrays_plain_and_packed(tmp_path: Path, pack: object) -> None:
+    suffix = ".gz" if pack is gzip.compress else ""
+    for name, data in {
+        "a.jsonl": lines(records()).replace(b"\n", b"\n\n", 1),
+        "b.json": lines(records()),
+        "c.json": json.dumps(records(), indent=2).encode(),
+        "d.jsonl": b"\xef\xbb\xbf" + lines(records()),
+    }.items():
+        path = tmp_path / f"{name}{suffix}"
+        path.write_bytes(pack(data))  # type: ignore[operator]
+        assert texts(path) == TEXTS
+
+
+def test_packed_text_and_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbfhello\n"))
+    assert texts(tmp_path / "a.txt.gz") == ["hello\n"]
+
+
+def test_parquet_and_both_arrow_formats(tmp_path: Path) -> None:
+    table = pa.table({"other": [1, 2, 3], "body": pa.array(TEXTS, pa.large_string())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    with pa.ipc.new_file(tmp_path / "b.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    with pa.ipc.new_stream(tmp_path / "c.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    for name in ("a.parquet", "b.arrow", "c.arrow"):
+        assert texts(tmp_path / name, text_column="body") == TEXTS
+        assert f"{name}: no field 'text'; there are: other, body. Name it with --text_column" in error(tmp_path / name)
+        assert "'other' holds int64, not strings" in error(tmp_path / name, text_column="other")
+
+
+def test_a_saved_dataset_as_folder_and_by_name(tmp_path: Path) -> None:
+    dataset = datasets.Dataset.from_list(records())
+    dataset.save_to_disk(tmp_path / "plain")
+    datasets.DatasetDict({"train": dataset, "small": dataset.select([1])}).save_to_disk(tmp_path / "splits")
+    assert texts(tmp_path / "plain") == TEXTS == texts(tmp_path / "splits")
+    named = load_corpus(dataset_name=str(tmp_path / "splits"), dataset_split="small")
+    assert list(named.texts()) == TEXTS[1:2]
+    with pytest.raises(UserError, match=r"--dataset_name.*no split 'test'; there are: train, small"):
+        load_corpus(dataset_name=str(tmp_path / "splits"), dataset_split="test")
+    with pytest.raises(UserError, match=r"--dataset_name.*no field 'txt'; there are: text"):
+        load_corpus(dataset_name=str(tmp_path / "plain"), text_column="txt")
+
+
+def test_a_dataset_name_may_be_a_folder_of_files_and_an_unknown_one_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.jsonl").write_bytes(lines(records()))
+    assert list(load_corpus(dataset_name=str(tmp_path / "files")).texts()) == TEXTS
+    with pytest.raises(UserError, match=r"--dataset_name '/no/such/set'.*cannot be loaded"):
+        load_corpus(dataset_name="/no/such/set")
+
+
+def test_patterns_keep_their_order_and_name_each_file_once(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "deep/c.jsonl", "deep/.hidden.txt", "deep/skip.xyz", "[x].txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "t"}\n')
+    found = resolve_files([str(tmp_path / "b.txt"), str(tmp_path / "?.txt"), str(tmp_path)])
+    assert [path.name for path in found] == ["b.txt", "a.txt", "[x].txt", "c.jsonl"]
+    assert [path.name for path in resolve_files([str(tmp_path / "**/*.jsonl")])] == ["c.jsonl"]
+    assert [path.name for path in resolve_files([str(tmp_path / "[x].txt")])] == ["[x].txt"]
+
+
+def test_long_text_comes_in_pieces_that_join_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr(readers, "_READ_BYTES", 777)  # cuts two-byte characters in half
+    content = "".join(f"line {number} é\n" for number in range(500)) + "x" * 2500
+    (tmp_path / "a.txt").write_text(content)
+    pieces = list(load_corpus([str(tmp_path / "a.txt")]))
+    assert "".join(piece.text for piece in pieces) == content
+    assert [piece.begins for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert max(len(piece.text) for piece in pieces) <= 1000
+    assert all(piece.text.endswith("\n") for piece in pieces[:-4])
+
+
+def test_no_file_matches(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text("{}")
+    pattern = tmp_path / "corpsu.jsonl"
+    assert error(pattern) == f"--train_files: no file matches '{pattern}'. Did you mean 'corpus.jsonl'?"
+    assert "--eval_files: no file matches" in error(tmp_path / "*.txt", flag="--eval_files")
+    assert "There is no folder" in error(tmp_path / "nowhere" / "a.txt")
+    with pytest.raises(UserError, match="--train_files or --dataset_name"):
+        load_corpus([])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.txt", b""), ("a.jsonl", b"\n\n"), ("a.json", b"[]"), ("a.txt.gz", gzip.compress(b"")), ("a.jsonl", b"")],
+)
+def test_empty_files(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert f"--train_files: {tmp_path / name} is empty" in error(tmp_path / name)
+
+
+def test_empty_table(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    assert "a.parquet is empty" in error(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_text_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, bom: bytes) -> None:
+    monkeypatch.setattr(readers, "_READ_BYTES", 7)
+    data = bom + "fine\nalso fiñe\ncaf".encode() + b"\xe9 is Latin-1\n"
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    offset = data.index(b"\xe9 is")
+    assert f"{name}, line 3: not UTF-8 (byte 0xe9 at offset {offset}" in error(tmp_path / name)
+
+
+def test_text_that_ends_within_a_character(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("one\ntwo é".encode()[:-1])
+    assert "line 2: not UTF-8 (byte 0xc3 at offset 8: unexpected end of data)" in error(tmp_path / "a.txt")
+
+
+def test_json_that_is_not_utf8(tmp_path: Path) -> None:
+    first = lines(records())
+    (tmp_path / "a.jsonl").write_bytes(first + b'{"text": "caf\xe9"}\n')
+    message = error(tmp_path / "a.jsonl")
+    assert f"a.jsonl, line 4: not UTF-8 (byte 0xe9 at offset {len(first) + 13}" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"text": "cut', "line 4, column 10: broken JSON"),
+        (b'["text"]', "line 4: a list where an object with a field 'text' should be"),
+        (b'{"txt": "a", "id": 3}', "line 4: no field 'text'; there are: txt, id. Name it with --text_column. Did you"),
+        (b'{"text": 3}', "line 4: field 'text' holds int, not text"),
+        (b'{"text": null}', "line 4: field 'text' holds NoneType, not text"),
+        (b'{"text": "\\ud800"}', "line 4: field 'text' holds half a surrogate pair"),
+    ],
+)
+def test_broken_json_lines(tmp_path: Path, line: bytes, said: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(records()) + line + b"\n")
+    message = error(tmp_path / "a.jsonl")
+    assert message.startswith(f"--train_files: {tmp_path / 'a.jsonl'}, ") and said in message
+
+
+def test_broken_json_array_names_its_line_and_element(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[\n{"text": "a"},\n{"text": }\n]')
+    assert "a.json, line 3, column 10: broken JSON" in error(tmp_path / "a.json")
+    (tmp_path / "b.json").write_text('[{"text": "a"}, {"text": 1}]')
+    assert "b.json, element 2: field 'text' holds int" in error(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.txt.gz", "a.jsonl.gz"])
+def test_files_that_are_not_what_their_name_says(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"this is something else altogether")
+    assert f"{tmp_path / name} cannot be read" in error(tmp_path / name)
+
+
+def test_truncated_gzip(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(bytes(range(97, 122)) * 1000)[:-20])
+    assert "a.txt.gz cannot be read" in error(tmp_path / "a.txt.gz")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.zip", "a.parquet.gz", "a.pdf"])
+def test_formats_that_are_not_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    assert "files are not read; give text, JSON lines" in error(tmp_path / name)
+
+
+def test_null_in_a_table_names_its_row(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pa.table({"text": ["a", "b", None]}), tmp_path / "a.parquet")
+    assert "a.parquet, row 3: the text is null" in error(tmp_path / "a.parquet")
+
+
+def test_the_first_document_is_checked_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "good.jsonl").write_bytes(lines(records()))
+    (tmp_path / "other.jsonl").write_text('{"content": "a"}\n')
+    with pytest.raises(UserError, match=r"other.jsonl, line 1: no field 'text'"):
+        load_corpus([str(tmp_path / "*.jsonl")])

@@ -1,0 +1,180 @@
+"""Tokenizers: what is trained, wrapped and saved gives exactly SentencePiece's ids; misfits are told."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer, GPT2Config, LlamaConfig
+
+from mora_ds.data import check_vocabulary, load_tokenizer, train_sentencepiece, wants_bos
+from mora_ds.data.tokenizer import end_of_text_id, tokenizer_fingerprint
+from mora_ds.errors import UserError
+
+SOURCES = [Path(module.__file__ or "").read_text() for module in (json, random, io, pytest)]
+AWKWARD = [
+    "",
+    " ",
+    "\n",
+    "a",
+    " leading",
+    "   three spaces  inside and trailing  ",
+    "\tdef f(x):\n\t\treturn x\n",
+    "class A:\n    def b(self):\n        if self.c:\n            return [1,  2]\n\n\n",
+    "\r\nwindows\r\n",
+    "naïve café, 漢字かな交じり文, Ελλάδα, русский, עברית, 👩‍👩‍👧 é",
+    "\x00\x01\x7f \u00a0\u2028\ufeff\uffff \ufb01 \u2581literal",
+    "<s> </s> <pad> <unk> <0x0A> </s></s>",
+    "x" * 300 + " " * 300 + "\n" * 50,
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_sentencepiece(SOURCES, 600, tmp_path_factory.mktemp("trained"))
+
+
+def fuzz(count: int) -> list[str]:
+    """Random slices of code, and random strings over an alphabet that provokes ties and byte fallback."""
+    generator = random.Random(0)
+    alphabet = list("  \n\t.,()aaaeeesstt_=<>/sx0") + ["é", "漢", "😀", "self", "    ", "\n\n"]
+    strings = ["".join(generator.choices(alphabet, k=generator.randrange(1, 80))) for _ in range(count)]
+    for source in generator.choices(SOURCES, k=count):
+        start = generator.randrange(len(source))
+        strings.append(source[start : start + generator.randrange(400)])
+    return strings
+
+
+def test_ids_are_those_of_sentencepiece_and_survive_saving(trained: Path, tmp_path: Path) -> None:
+    original = sentencepiece.SentencePieceProcessor(model_file=str(trained))
+    wrapped = load_tokenizer(trained)
+    wrapped.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    for text in AWKWARD + SOURCES + fuzz(400):
+        ids = original.encode(text)
+        assert wrapped.encode(text, add_special_tokens=False) == ids
+        assert again.encode(text, add_special_tokens=False) == ids
+        assert wrapped.encode(text) == again.encode(text) == [original.bos_id(), *ids]
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(wrapped)
+
+
+def test_nothing_is_normalised_away(trained: Path) -> None:
+    wrapped = load_tokenizer(trained)
+    for text in AWKWARD + SOURCES:
+        ids = wrapped.encode(text, add_special_tokens=False)
+        assert wrapped.unk_token_id not in ids
+        assert wrapped.decode(ids) == text.replace("\u2581", " ")  # SentencePiece's own sign for a space
+
+
+def test_trained_tokenizer_has_its_ids_and_whole_indentations(trained: Path) -> None:
+    wrapped = load_tokenizer(trained)
+    names = (wrapped.unk_token_id, wrapped.bos_token_id, wrapped.eos_token_id, wrapped.pad_token_id)
+    assert names == (0, 1, 2, 3)
+    assert len(wrapped) == wrapped.vocab_size == 600
+    assert len(wrapped.encode(" " * 8, add_special_tokens=False)) == 1
+    assert wants_bos(wrapped) and end_of_text_id(wrapped) == 2
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(), GPT2Config()])
+def test_saved_beside_a_model_config_it_stays_itself(trained: Path, tmp_path: Path, config: LlamaConfig) -> None:
+    wrapped = load_tokenizer(trained)
+    config.save_pretrained(tmp_path)
+    wrapped.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(trained.read_bytes())
+    again = load_tokenizer(tmp_path)
+    assert all(again.encode(text) == wrapped.encode(text) for text in AWKWARD)
+
+
+def test_training_is_deterministic(tmp_path: Path) -> None:
+    first, second = (train_sentencepiece(iter(SOURCES), 400, tmp_path / name).read_bytes() for name in "ab")
+    assert first == second
+    small, again = (train_sentencepiece(SOURCES, 400, tmp_path / n, max_bytes=1).read_bytes() for n in "cd")
+    assert small == again
+
+
+@pytest.mark.parametrize("spec", ["llama", "t5", "symbols"])
+def test_foreign_models_are_wrapped_alike(tmp_path: Path, spec: str) -> None:
+    """Dummy prefix, NFKC and squeezed spaces, user-defined symbols: as other projects train theirs."""
+    settings = {
+        "llama": {"model_type": "bpe", "byte_fallback": True, "remove_extra_whitespaces": False},
+        "t5": {"model_type": "unigram", "bos_id": -1, "pad_id": 0, "eos_id": 1, "unk_id": 2},
+        "symbols": {"model_type": "bpe", "byte_fallback": True, "user_defined_symbols": ["<code>", "\n"]},
+    }[spec]
+    if spec == "llama":
+        settings["normalization_rule_name"] = "identity"
+    model = io.BytesIO()
+    sentences = [line for source in SOURCES for line in source.splitlines() if line]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, vocab_size=500, minloglevel=2, **settings
+    )
+    path = tmp_path / "spiece.model"
+    path.write_bytes(model.getvalue())
+    original = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    wrapped = load_tokenizer(path)
+    for text in [*AWKWARD[:9], "a<code>b <code> \n\nx", *fuzz(200)]:
+        ids, wanted = wrapped.encode(text, add_special_tokens=False), original.encode(text)
+        assert sorted(ids) == sorted(wanted), text  # Unigram may order pieces of equal sum differently
+        assert ids == wanted or spec == "t5", text
+    assert wants_bos(wrapped) == (spec != "t5")
+    text = "def f(x): return x"
+    assert wrapped.decode(wrapped.encode(text, add_special_tokens=False)) == text
+
+
+def test_vocabulary_must_fit_the_model(trained: Path) -> None:
+    wrapped = load_tokenizer(trained)
+    check_vocabulary(wrapped, 600)
+    with pytest.raises(UserError, match="does not fit the model.*id 599, the model has embeddings for ids 0 to 598"):
+        check_vocabulary(wrapped, 599)
+    wrapped.add_tokens(["<added>"])
+    with pytest.raises(UserError, match="'<added>' has id 600"):
+        check_vocabulary(wrapped, 600)
+
+
+@pytest.mark.parametrize(
+    ("texts", "size", "said"),
+    [
+        (["small corpus"], 5000, r"--train_tokenizer_vocab 5000: the training text yields only \d+ pieces"),
+        (["a"], 100, "--train_tokenizer_vocab must be at least 261"),
+        (SOURCES, 270, r"--train_tokenizer_vocab 270: the characters .* alone need \d+ pieces"),
+        ([], 1000, "--train_tokenizer_vocab 1000: there is no text"),
+        (["\n\n"], 1000, "--train_tokenizer_vocab 1000: there is no text"),
+    ],
+)
+def test_vocabulary_sizes_that_cannot_be(tmp_path: Path, texts: list[str], size: int, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        train_sentencepiece(texts, size, tmp_path)
+
+
+def test_a_broken_corpus_stops_the_training_with_its_own_error(tmp_path: Path) -> None:
+    def texts() -> object:
+        yield "fine"
+        raise UserError("--train_files: a.txt, line 3: not UTF-8")
+
+    with pytest.raises(UserError, match="line 3: not UTF-8"):
+        train_sentencepiece(texts(), 300, tmp_path)  # type: ignore[arg-type]
+
+
+def test_what_is_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "bad.model").write_bytes(b"\xff\xfe not a model")
+    for name in ("bad.model", "missing.model"):
+        with pytest.raises(UserError, match=r"--tokenizer_name"):
+            load_tokenizer(tmp_path / name)
+    LlamaConfig().save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"--model_name_or_path: the folder .* holds no tokenizer"):
+        load_tokenizer(tmp_path / "model", flag="--model_name_or_path")
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="no tokenizer can be loaded from"):
+        load_tokenizer(tmp_path / "model")
+    with pytest.raises(UserError, match="no tokenizer can be loaded from 'no-such/name'"):
+        load_tokenizer("no-such/name")
+
+
+def test_no_end_of_text_token(trained: Path) -> None:
+    wrapped = load_tokenizer(trained)
+    wrapped.eos_token = None
+    with pytest.raises(UserError, match=r"no end-of-text token.*\"eos_token\" in its tokenizer_config.json"):
+        end_of_text_id(wrapped)
