@@ -1,6 +1,6 @@
 """Continual pretraining with MoRA under DeepSpeed.
 
-deepspeed launch/pretrain.py --deepspeed configs/zero3.json [RECIPE.yaml] [--flags, see --help]
+deepspeed launch/pretrain.py [RECIPE.yaml] --deepspeed configs/zero3.json [--flags, see --help]
 """
 
 import sys

@@ -68,6 +68,9 @@ def save_checkpoint(
             beside.mkdir(parents=True)
         dist.barrier()
         engine.save_checkpoint(str(beside), tag=ENGINE_TAG, save_latest=False)
+        if rank == 0:
+            for script in beside.glob("zero_to_*.py"):  # DeepSpeed's, for models whose weights are in the shards
+                script.unlink()
         _save_rng(beside, rank)
         write_extras(beside)
         dist.barrier()

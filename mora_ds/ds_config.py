@@ -1,6 +1,7 @@
 """From DeepSpeed's JSON with "auto" values to the dictionary that `deepspeed.initialize` gets.
 
     load_ds_config(path)          read, with the place of a broken line
+    complete_ds_config(...)       for a loop without our flags: checks and defaults only
     resolve_ds_config(...)        fill "auto" from the flags, add our defaults, list every contradiction at once
     compute_dtype(ds_config)      dtype in which the base is to be loaded
     fill_bucket_sizes(...)        once the squares exist: buffers and thresholds of ZeRO from their sizes
@@ -120,6 +121,22 @@ def resolve_ds_config(
         source = config if isinstance(config, (str, Path)) else "the DeepSpeed config"
         raise UserError("\n".join(f"{source}: {problem}" for problem in problems))
     return resolved if trainable_numels is None else fill_bucket_sizes(resolved, trainable_numels)
+
+
+def complete_ds_config(config: dict[str, Any] | str | Path, trainable_numels: Sequence[int]) -> dict[str, Any]:
+    """For a loop of the user's own, where no flags are there to match: the same checks and defaults, all values given.
+
+    ZeRO's sizes may be "auto" or absent; any other "auto" is an error, as is all that `resolve_ds_config` refuses.
+    """
+    completed = load_ds_config(config)
+    _drop_null_sections(completed)
+    problems = list(_wrong_shapes(completed))
+    if not problems:
+        problems += [*_unknown_keys(completed), *_refused_keys(completed), *_zero(completed), *_optimizer(completed)]
+        problems += _left_auto(completed)
+    if problems:
+        raise UserError("\n".join(f"the DeepSpeed config: {problem}" for problem in problems))
+    return fill_bucket_sizes(completed, trainable_numels)
 
 
 def compute_dtype(ds_config: dict[str, Any]) -> str:

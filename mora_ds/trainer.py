@@ -8,6 +8,7 @@ micro-batch they fall into, so neither the number of ranks nor of micro-batches 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,14 +22,11 @@ from torch import Tensor
 
 from mora_ds import zero
 from mora_ds.checkpoint import TrainerState
-from mora_ds.data import PackedDataset
+from mora_ds.data import IGNORED, PackedDataset
 from mora_ds.errors import RunError
 from mora_ds.metrics import MetricsLog, StepMetrics, peak_memory_bytes, perplexity
 from mora_ds.remora import MergeReport
 from mora_ds.schedules import Schedule
-
-IGNORED = -100
-"""Label of a position that predicts nothing."""
 
 
 class Merger(Protocol):
@@ -195,9 +193,12 @@ class Trainer:
         """Every rank runs the same number of forwards, as ZeRO-3 needs."""
         self.engine.eval()
         nll, predicted = 0.0, 0
+        most = self.settings.max_eval_batches or sys.maxsize
         for index, batch in enumerate(data.eval_batches(self.rank, self.world, self.settings.eval_batch_size)):
-            if self.settings.max_eval_batches is not None and index >= self.settings.max_eval_batches:
+            if index * self.world >= most:
                 break
+            if index * self.world + self.rank >= most:  # the limit counts batches over all ranks
+                batch["labels"].fill_(IGNORED)
             batch = {name: tensor.to(self.engine.device) for name, tensor in batch.items()}
             nll += token_nll(self.engine, batch).item()
             predicted += int((batch["labels"] != IGNORED).sum())

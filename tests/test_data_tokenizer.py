@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
-from mora_ds.data import check_vocabulary, load_tokenizer, train_sentencepiece, wants_bos
+from mora_ds.data import check_reload, check_vocabulary, load_tokenizer, train_sentencepiece, wants_bos
 from mora_ds.data.tokenizer import end_of_text_id, tokenizer_fingerprint
 from mora_ds.errors import UserError
 
@@ -41,7 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fuzz(count: int) -> list[str]:
     """Random slices of code, and random strings over an alphabet that provokes ties and byte fallback."""
     generator = random.Random(0)
-    alphabet = list("  \n\t.,()aaaeeesstt_=<>/sx0") + ["é", "漢", "😀", "self", "    ", "\n\n"]
+    alphabet = [*"  \n\t.,()aaaeeesstt_=<>/sx0", "é", "漢", "😀", "self", "    ", "\n\n"]
     strings = ["".join(generator.choices(alphabet, k=generator.randrange(1, 80))) for _ in range(count)]
     for source in generator.choices(SOURCES, k=count):
         start = generator.randrange(len(source))
@@ -89,6 +89,13 @@ def test_saved_beside_a_model_config_it_stays_itself(trained: Path, tmp_path: Pa
     assert all(again.encode(text) == wrapped.encode(text) for text in AWKWARD)
 
 
+def test_a_model_type_that_would_change_the_tokenizer_is_told(trained: Path) -> None:
+    wrapped = load_tokenizer(trained)
+    check_reload(wrapped, "llama")
+    with pytest.raises(UserError, match=r"--train_tokenizer_vocab: .* beside a 'qwen2' model as Qwen2Tokenizer"):
+        check_reload(wrapped, "qwen2")
+
+
 def test_training_is_deterministic(tmp_path: Path) -> None:
     first, second = (train_sentencepiece(iter(SOURCES), 400, tmp_path / name).read_bytes() for name in "ab")
     assert first == second
@@ -127,7 +134,7 @@ def test_foreign_models_are_wrapped_alike(tmp_path: Path, spec: str) -> None:
 def test_vocabulary_must_fit_the_model(trained: Path) -> None:
     wrapped = load_tokenizer(trained)
     check_vocabulary(wrapped, 600)
-    with pytest.raises(UserError, match="does not fit the model.*id 599, the model has embeddings for ids 0 to 598"):
+    with pytest.raises(UserError, match=r"does not fit the model.*id 599, the model has embeddings for ids 0 to 598"):
         check_vocabulary(wrapped, 599)
     wrapped.add_tokens(["<added>"])
     with pytest.raises(UserError, match="'<added>' has id 600"):

@@ -67,16 +67,15 @@ class EmbeddedCorpus:
 def general_documents() -> list[EmbeddedDocument]:
     """Prose: every topic of the language reference, and one document of docstrings for each module that has some."""
     prose = [EmbeddedDocument(f"topic:{name}", text.strip() + "\n") for name, text in sorted(_topics().items())]
-    for document in _modules():
-        docstrings = [text for text in _docstrings(document.text) if _is_prose(text)]
-        if docstrings:
-            prose.append(EmbeddedDocument(document.source, "\n\n".join(docstrings) + "\n"))
+    for module in _modules():
+        if module.prose:
+            prose.append(EmbeddedDocument(module.source, "\n\n".join(module.prose) + "\n"))
     return _without_held_out_paragraphs(prose)
 
 
 def domain_documents() -> list[EmbeddedDocument]:
     """Code: one document for each source file of the standard library, unchanged."""
-    return list(_modules())
+    return [EmbeddedDocument(module.source, module.code) for module in _modules()]
 
 
 def write_embedded(
@@ -127,6 +126,15 @@ def _rank(name: str) -> int:
 # -- where the text comes from -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Module:
+    source: str
+    """Its dotted name."""
+    code: str
+    prose: tuple[str, ...]
+    """Its docstrings, those that are prose."""
+
+
 def _topics() -> dict[str, str]:
     try:
         from pydoc_data.topics import topics
@@ -140,7 +148,7 @@ def _no_text(what: str) -> UserError:
 
 
 @lru_cache(maxsize=1)
-def _modules() -> tuple[EmbeddedDocument, ...]:
+def _modules() -> tuple[_Module, ...]:
     """Every source file of the standard library that is UTF-8 and parses, by module name."""
     root = Path(sysconfig.get_path("stdlib"))
     found = []
@@ -149,12 +157,13 @@ def _modules() -> tuple[EmbeddedDocument, ...]:
             text = path.read_bytes().decode()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SyntaxWarning)
-                ast.parse(text)
+                tree = ast.parse(text)
         except (UnicodeDecodeError, SyntaxError, ValueError):  # a table in another encoding, a template: not code
             continue
         if text.strip():
-            found.append(EmbeddedDocument(_module_name(path.relative_to(root)), text))
-    if not any(document.source == "ast" for document in found):
+            prose = tuple(filter(_is_prose, _docstrings(tree)))
+            found.append(_Module(_module_name(path.relative_to(root)), text, prose))
+    if not any(module.source == "ast" for module in found):
         raise _no_text("the sources of the standard library")
     return tuple(found)
 
@@ -172,11 +181,8 @@ def _module_name(path: Path) -> str:
     return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
 
 
-def _docstrings(source: str) -> list[str]:
+def _docstrings(tree: ast.Module) -> list[str]:
     """Of the module and of everything defined in it, in the order of the file, dedented."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)
-        tree = ast.parse(source)
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, owners) and node.body]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,23 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, flag: 
         raise UserError(
             f"{flag}: the tokenizer does not fit the model: its token {token!r} has id {largest}, "
             f"the model has embeddings for ids 0 to {vocab_size - 1} only; take the model's own tokenizer"
+        )
+
+
+def check_reload(tokenizer: PreTrainedTokenizerBase, model_type: str, flag: str = "--train_tokenizer_vocab") -> None:
+    """Raises `UserError` when the tokenizer, saved beside a model of this type, would come back as another one.
+
+    For tokenizers that are not the model's own: transformers (5.24) reads whatever lies beside a "qwen2" model, for
+    one, as that model's byte-level tokenizer, and says nothing.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        (Path(folder) / "config.json").write_text(json.dumps({"model_type": model_type}))
+        again = load_tokenizer(folder, flag=flag)
+    if tokenizer_fingerprint(again) != tokenizer_fingerprint(tokenizer):
+        raise UserError(
+            f"{flag}: transformers loads any tokenizer beside a {model_type!r} model as {type(again).__name__}, "
+            "which would give this one's text other ids; take the model's own tokenizer"
         )
 
 

@@ -1,0 +1,253 @@
+"""The token cache: built once, whole or not at all, the same for any number of processes, new for new contents."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from mora_ds.data import TokenCache, build_cache, cache, load_corpus, load_tokenizer, readers, train_sentencepiece
+from mora_ds.data.cache import damage
+from mora_ds.errors import RunError, UserError
+
+TEXTS = [f"document {number}: " + "some words and more words\n" * (number % 7) for number in range(40)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    return load_tokenizer(train_sentencepiece(TEXTS, 300, tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    for name, texts in (("a.jsonl", TEXTS[:25]), ("b.jsonl", [*TEXTS[25:], ""])):
+        (tmp_path / name).write_text("".join(json.dumps({"text": text, "body": text + "!"}) + "\n" for text in texts))
+    return [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+
+
+def folders(cache_dir: Path) -> list[str]:
+    return sorted(path.name for path in cache_dir.iterdir() if path.name != "index")
+
+
+def forbid_building(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: object) -> None:
+        raise AssertionError("built although it was there")
+
+    monkeypatch.setattr(cache, "_build", build)
+
+
+def test_documents_between_bos_and_eos(
+    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_BATCH_CHARACTERS", 300)
+    built = build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+    wanted = [[1, *tokenizer.encode(text, add_special_tokens=False), 2] for text in TEXTS]
+    assert built.tokens.tolist() == [token for document in wanted for token in document]
+    assert built.ends.tolist() == np.cumsum([len(document) for document in wanted]).tolist()
+    assert built.tokens.dtype == np.uint16 and built.ends.dtype == np.int64
+    assert (built.n_documents, built.eos_id, built.meta["documents"]) == (40, 2, 40)
+    built.verify()
+    without = build_cache(load_corpus(files), tokenizer, tmp_path / "cache", add_bos=False)
+    assert without.n_tokens == built.n_tokens - 40 and without.tokens[0] != 1
+
+
+def test_large_vocabularies_take_four_bytes(files: list[str], tmp_path: Path) -> None:
+    wide = load_tokenizer(train_sentencepiece(TEXTS, 300, tmp_path))
+    wide.add_tokens([f"<extra_{number}>" for number in range(1 << 16)])
+    (tmp_path / "c.txt").write_text("hello <extra_65535>")
+    built = build_cache(load_corpus([str(tmp_path / "c.txt")]), wide, tmp_path / "cache")
+    assert built.tokens.dtype == np.uint32 and built.tokens[-2] == 300 + 65535
+
+
+def test_a_long_file_is_one_document(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "PIECE_CHARACTERS", 100)
+    text = "some words\n" * 100
+    (tmp_path / "a.txt").write_text(text)
+    built = build_cache(load_corpus([str(tmp_path / "a.txt")]), tokenizer, tmp_path / "cache")
+    assert built.ends.tolist() == [built.n_tokens]
+    assert tokenizer.decode(built.tokens[1:-1]) == text
+    assert built.tokens.tolist().count(1) == built.tokens.tolist().count(2) == 1
+
+
+def test_any_number_of_processes_gives_the_same(
+    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(cache, "_BATCH_CHARACTERS", 100)
+    one, two = (build_cache(load_corpus(files), tokenizer, tmp_path / str(n), num_proc=n) for n in (1, 2))
+    assert one.meta == two.meta and one.folder.name == two.folder.name
+    assert one.tokens.tobytes() == two.tokens.tobytes() and one.ends.tobytes() == two.ends.tobytes()
+
+
+def test_errors_of_worker_processes_arrive(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "PARALLEL_BYTES", 0)
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
+    with pytest.raises(UserError, match=r"--train_files: .*a\.jsonl, line 2: field 'text' holds int"):
+        build_cache(load_corpus([str(tmp_path / "*.jsonl")]), tokenizer, tmp_path / "cache", num_proc=2)
+
+
+def test_the_second_call_only_opens(
+    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+    forbid_building(monkeypatch)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = build_cache(load_corpus(files), load_tokenizer(tmp_path / "saved"), tmp_path / "cache")
+    assert again.folder == built.folder
+    os.utime(files[0])  # touched, not changed: read again, but not tokenised
+    copied = [shutil.copy(file, Path(file).with_suffix(".copy.jsonl")) for file in files]
+    for same in (files, copied):
+        assert build_cache(load_corpus([str(f) for f in same]), tokenizer, tmp_path / "cache").folder == built.folder
+
+
+def test_contents_order_and_settings_each_make_a_new_key(
+    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    def key(patterns: list[str], tokens: PreTrainedTokenizerBase = tokenizer, **settings: str) -> str:
+        return build_cache(load_corpus(patterns, **settings), tokens, tmp_path / "cache").folder.name
+
+    keys = [key(files), key(files[::-1]), key(files[:1]), key(files, text_column="body")]
+    keys.append(build_cache(load_corpus(files), tokenizer, tmp_path / "cache", add_bos=False).folder.name)
+    other = load_tokenizer(train_sentencepiece(TEXTS, 290, tmp_path))
+    keys.append(key(files, other))
+    changed = Path(files[0]).read_text().replace("document 0", "document X")
+    Path(files[0]).write_text(changed)
+    keys.append(key(files))
+    assert len(set(keys)) == len(keys) == len(folders(tmp_path / "cache"))
+
+
+def test_killed_while_writing_leaves_nothing_that_is_used(
+    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill leaves the partial folder as it is: so does this stand-in for the last write and for the clean-up."""
+    good = build_cache(load_corpus(files), tokenizer, tmp_path / "good")
+    cache_dir = tmp_path / "cache"
+    with monkeypatch.context() as patch:
+
+        def killed(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(cache, "fsync_tree", killed)
+        patch.setattr(cache.shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            build_cache(load_corpus(files), tokenizer, cache_dir)
+    (leftover,) = folders(cache_dir)
+    assert ".partial-" in leftover and (cache_dir / leftover / "meta.json").exists()
+    built = build_cache(load_corpus(files), tokenizer, cache_dir)
+    assert built.meta == good.meta
+    assert folders(cache_dir) == sorted([built.folder.name, leftover])  # a fresh one might be alive: it stays ...
+    old = time.time() - 2 * 24 * 3600
+    for path in (cache_dir / leftover, *(cache_dir / leftover).iterdir()):
+        os.utime(path, (old, old))
+    build_cache(load_corpus(files[:1]), tokenizer, cache_dir)
+    assert leftover not in folders(cache_dir)  # ... and a day later it goes
+
+
+def test_a_failed_build_leaves_nothing(
+    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "fsync_tree", full)
+    with pytest.raises(RunError, match="full"):
+        build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+    assert folders(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "meta.json"])
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_a_damaged_cache_is_found_and_rebuilt(
+    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, harm: str
+) -> None:
+    built = build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+    if harm == "cut":
+        os.truncate(built.folder / name, (built.folder / name).stat().st_size - 8)
+    else:
+        (built.folder / name).unlink()
+    assert damage(built.folder)
+    with pytest.raises(RunError, match="is damaged"):
+        TokenCache.open(built.folder)
+    again = build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+    again.verify()
+    assert again.meta == built.meta and folders(tmp_path / "cache") == [built.folder.name]
+
+
+def test_verify_finds_a_changed_byte(files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    built = build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+    with (built.folder / "tokens.bin").open("r+b") as stream:
+        stream.write(b"\x09")
+    with pytest.raises(RunError, match="is not what was written"):
+        built.verify()
+
+
+def test_only_the_builder_builds_and_all_meet_at_the_barrier(
+    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, cache_dir, met = load_corpus(files), tmp_path / "cache", []
+
+    def builder_meanwhile() -> None:
+        assert not cache_dir.exists()
+        build_cache(corpus, tokenizer, cache_dir, barrier=lambda: met.append("builder"))
+        forbid_building(monkeypatch)
+        met.append("other")
+
+    opened = build_cache(corpus, tokenizer, cache_dir, is_builder=False, barrier=builder_meanwhile)
+    assert opened.n_documents == 40 and met == ["builder", "other"]
+
+
+def test_a_failing_builder_still_meets_the_others(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
+    corpus, met = load_corpus([str(tmp_path / "a.jsonl")]), []
+    for is_builder in (True, False):
+        with pytest.raises(UserError, match="line 2"):
+            build_cache(corpus, tokenizer, tmp_path / "c", is_builder=is_builder, barrier=lambda: met.append(1))
+    assert met == [1, 1]
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n')
+    with pytest.raises(RunError, match=r"there is no token cache .* see the error of the rank that builds it"):
+        build_cache(corpus, tokenizer, tmp_path / "c", is_builder=False)
+
+
+def test_of_two_builders_at_once_the_first_wins(
+    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes with one shared folder: the other one finishes just before this one renames."""
+    sync, others = cache.fsync_tree, []
+
+    def late(folder: Path) -> None:
+        sync(folder)
+        if not others:
+            others.append(None)
+            others[0] = build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+
+    monkeypatch.setattr(cache, "fsync_tree", late)
+    mine = build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+    assert mine.meta == others[0].meta and folders(tmp_path / "cache") == [mine.folder.name]
+
+
+def test_nothing_to_tokenise(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
+    with pytest.raises(UserError, match="--train_files: every document is empty"):
+        build_cache(load_corpus([str(tmp_path / "a.jsonl")]), tokenizer, tmp_path / "cache")
+
+
+def test_cache_folders_that_cannot_be(
+    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"--cache_dir .* cannot be written to"):
+        build_cache(load_corpus(files), tokenizer, Path(files[0]))
+    full = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: full)
+    with pytest.raises(UserError, match=r"--cache_dir .*: the disk has 0.0 GiB left"):
+        build_cache(load_corpus(files), tokenizer, tmp_path / "cache")

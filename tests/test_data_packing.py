@@ -1,0 +1,143 @@
+"""Packing: every token once an epoch, documents apart, and batches that only depend on seed, step and batch size."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers.masking_utils import find_packed_sequence_indices
+
+from mora_ds.data import IGNORED, PackedDataset, TokenCache
+from mora_ds.errors import UserError
+
+EOS = 9999
+RECORDED = [9, 4, 3, 6, 2, 0, 5, 1, 7, 8, 5, 9, 8, 6, 4, 2, 0, 7, 1, 3]
+LENGTHS = [5, 1, 1, 17, 8, 30, 2, 8, 16, 3, 1]
+
+
+def make_cache(lengths: list[int]) -> TokenCache:
+    """Tokens are numbered, so that each can be found again."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    tokens = np.arange(ends[-1], dtype=np.uint16)
+    return TokenCache(Path("memory"), {"eos_id": EOS}, tokens, ends)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("seq_len", [1, 2, 7, 8, 16, 91, 92, 93, 200])
+def test_each_token_is_predicted_once_from_the_one_before_it(seq_len: int, mask: bool) -> None:
+    cache = make_cache(LENGTHS)
+    data = PackedDataset(cache, seq_len, document_mask=mask)
+    predicted, read = [], []
+    for index in range(data.n_blocks):
+        block = data.block(index)
+        assert all(value.shape == (seq_len,) and value.dtype == torch.int64 for value in block.values())
+        real = block["labels"] != IGNORED
+        predicted += block["labels"][real].tolist()
+        assert torch.equal(block["labels"][real], block["input_ids"][real] + 1)
+        read += [token for token in block["input_ids"].tolist() if token != EOS]
+    starts = {0, *cache.ends.tolist()} if mask else {0}
+    assert predicted == [token for token in range(cache.n_tokens) if token not in starts]
+    assert read in (list(range(cache.n_tokens)), list(range(cache.n_tokens - 1)))  # the very last predicts nothing
+
+
+@pytest.mark.parametrize("seq_len", [2, 7, 8, 16, 93, 200])
+def test_document_mask_keeps_documents_and_padding_apart(seq_len: int) -> None:
+    """As transformers reads the positions: same sequence if and only if same document within the block."""
+    cache = make_cache(LENGTHS)
+    data = PackedDataset(cache, seq_len)
+    owner = np.searchsorted(cache.ends, np.arange(cache.n_tokens), side="right")
+    for index in range(data.n_blocks):
+        block = data.block(index)
+        tokens = block["input_ids"].numpy()
+        real = int((tokens != EOS).sum())
+        documents = np.concatenate([owner[tokens[:real]], np.full(seq_len - real, -1)])
+        packed = find_packed_sequence_indices(block["position_ids"][None])
+        sequences = np.zeros(seq_len) if packed is None else packed[0].numpy()
+        assert ((sequences[:, None] == sequences) == (documents[:, None] == documents)).all()
+        position = block["position_ids"].tolist()
+        for offset in range(seq_len):
+            fresh = offset == 0 or documents[offset] != documents[offset - 1]
+            assert position[offset] == (0 if fresh else position[offset - 1] + 1)
+        assert (block["labels"][real:] == IGNORED).all()
+
+
+def test_without_the_mask_positions_run_through() -> None:
+    data = PackedDataset(make_cache(LENGTHS), 16, document_mask=False)
+    for index in range(data.n_blocks):
+        assert data.block(index)["position_ids"].tolist() == list(range(16))
+    assert (data.block(0)["labels"] == torch.arange(1, 17)).all()
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epoch_holds_every_block_once_and_epochs_join_within_a_batch(shuffle: bool) -> None:
+    data = PackedDataset(make_cache(LENGTHS), 7, seed=3, shuffle=shuffle)
+    blocks, size = data.n_blocks, 4
+    assert blocks % size  # so that batches straddle epochs
+    first_tokens = [t for step in range(3 * blocks) for t in data.batch(step, size)["input_ids"][:, 0].tolist()]
+    epochs = [first_tokens[start : start + blocks] for start in range(0, len(first_tokens), blocks)]
+    everything = [7 * index for index in range(blocks)]
+    assert all(sorted(epoch) == everything for epoch in epochs)
+    orders = {tuple(epoch) for epoch in epochs}
+    assert len(orders) == (len(epochs) if shuffle else 1)
+    if not shuffle:
+        assert epochs[0] == everything
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 12])
+def test_a_batch_is_the_same_for_any_number_of_ranks(world: int) -> None:
+    whole, rows = PackedDataset(make_cache(LENGTHS), 7, seed=1), 12 // world
+    for step in (0, 1, 7, 10**6):
+        parts = []
+        for rank in reversed(range(world)):  # each rank has a dataset of its own and asks in another order
+            part = PackedDataset(make_cache(LENGTHS), 7, seed=1).batch(step, 12, slice(rank * rows, (rank + 1) * rows))
+            assert part["labels"].shape == (rows, 7)
+            parts.insert(0, part)
+        for key, value in whole.batch(step, 12).items():
+            assert torch.equal(value, torch.cat([part[key] for part in parts]))
+
+
+def test_the_order_is_drawn_from_the_seed_and_never_changes() -> None:
+    """Recorded numbers: a run of today must resume on the numpy of tomorrow."""
+    data = PackedDataset(make_cache([80]), 8, seed=42)
+    assert [data.block_of_sample(sample) for sample in range(20)] == RECORDED
+    other = PackedDataset(make_cache([80]), 8, seed=43)
+    assert [other.block_of_sample(sample) for sample in range(20)] != RECORDED
+
+
+def test_a_late_step_is_as_quick_as_the_first() -> None:
+    data = PackedDataset(make_cache([10] * 6000), 16)
+    start = time.perf_counter()
+    batch = data.batch(10**6, 64)
+    assert time.perf_counter() - start < 0.5
+    assert batch["input_ids"].shape == (64, 16)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_evaluation_meets_every_block_once_over_all_ranks(world: int, batch_size: int) -> None:
+    data = PackedDataset(make_cache(LENGTHS), 7)
+    ranks = [list(data.eval_batches(rank, world, batch_size)) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    rows = [row for batches in ranks for batch in batches for row in zip(*batch.values(), strict=True)]
+    assert all(batch["labels"].shape == (batch_size, 7) for batches in ranks for batch in batches)
+    real = sorted((row for row in rows if (row[1] != IGNORED).any()), key=lambda row: int(row[0][0]))
+    assert [int(row[0][0]) for row in real] == [7 * index for index in range(data.n_blocks)]
+    for index, row in enumerate(real):
+        assert all(torch.equal(mine, kept) for mine, kept in zip(row, data.block(index).values(), strict=True))
+    assert len(rows) - len(real) < world * batch_size
+
+
+def test_a_corpus_shorter_than_one_batch() -> None:
+    data = PackedDataset(make_cache([50]), 8)
+    data.batch(0, 7)
+    with pytest.raises(UserError, match="50 tokens make 7 sequences of --seq_len 8, one global batch takes 8; give"):
+        data.batch(0, 8)
+    with pytest.raises(UserError, match="too short"):
+        PackedDataset(make_cache([1]), 8)
+    with pytest.raises(UserError, match="--seq_len must be at least 1, got 0"):
+        PackedDataset(make_cache([5]), 0)
+    with pytest.raises(IndexError):
+        data.block(7)
