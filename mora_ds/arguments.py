@@ -80,6 +80,9 @@ class AdapterArguments:
     plain, or one of share's own: strided, contiguous, contiguous-strided, strided-contiguous."""
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     """Modules that get a square: names, globs, regular expressions after re:, or all-linear (all but the head)."""
+    compute: str = "auto"
+    """activation (passes over the activations), weight (passes over the weight: faster from about as many tokens a
+    micro-batch as the layer is wide, but rounds small deltas in bf16) or auto (weight in fp32 where it is faster)."""
     mora_dropout: float = 0.0
     """Dropout on the adapter's input, at least 0 and below 1."""
     train_embeddings: bool = False
@@ -108,6 +111,7 @@ class AdapterArguments:
             grouping=self.grouping,
             target_modules=tuple(self.target_modules),
             dropout=self.mora_dropout,
+            compute=self.compute,
             train_embeddings=self.train_embeddings,
             train_norms=self.train_norms,
             train_head=self.train_head,

@@ -12,13 +12,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mora_ds import files, zero
@@ -27,6 +29,9 @@ from mora_ds.errors import RunError, UserError
 ENGINE_TAG = "engine"
 LATEST = "latest"
 AUTO = "auto"
+_WRITING = ".writing"
+_NOTHING_LEFT = 1 << 20
+"""Bytes: with less than this free, a write that failed has failed for lack of space."""
 
 
 @dataclass
@@ -38,6 +43,10 @@ class TrainerState:
     merges: list[int] = field(default_factory=list)
     perplexity_before: dict[str, float] = field(default_factory=dict)
     perplexity_last: dict[str, float] = field(default_factory=dict)
+    total_steps: int = 0
+    """Optimizer steps that the run was to have: the schedule hangs on them."""
+    finished: bool = False
+    """Whether all of them are done, with what follows the last one."""
     world_size: int = 1
     identity: dict[str, Any] = field(default_factory=dict)
 
@@ -58,15 +67,19 @@ def save_checkpoint(
     keep: int | None = None,
 ) -> Path:
     """Write `root/step-N` on all ranks together; `write_extras(folder)` adds the caller's files (called on every rank,
-    so that it may gather). Returns the final folder. Keeps the newest `keep` checkpoints."""
+    so that it may gather). Returns the final folder. Keeps the newest `keep` checkpoints.
+
+    Raises `RunError` when the disk is full; the checkpoints before are then untouched, and half of one goes.
+    """
     final = step_folder(root, state.step)
-    beside = root / f".{final.name}.writing"
+    beside = root / f".{final.name}{_WRITING}"
     rank = dist.get_rank()
-    with files.disk_errors(root):
+    with _disk_errors(root, beside):
         if rank == 0:
-            shutil.rmtree(beside, ignore_errors=True)
+            _clear_partial(root)
             beside.mkdir(parents=True)
         dist.barrier()
+        _check_space(root, engine)
         engine.save_checkpoint(str(beside), tag=ENGINE_TAG, save_latest=False)
         if rank == 0:
             for script in beside.glob("zero_to_*.py"):  # DeepSpeed's, for models whose weights are in the shards
@@ -77,11 +90,10 @@ def save_checkpoint(
         if rank == 0:
             files.write_json_atomic(beside / "trainer_state.json", asdict(state))
             files.write_manifest(beside)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(beside, final)
+            _replace_folder(beside, final)
             files.fsync_folder(root)
             files.replace_symlink(root / LATEST, final.name)
-            _retain(root, keep)
+            _retain(root, state.step, keep)
         dist.barrier()
     return final
 
@@ -89,17 +101,17 @@ def save_checkpoint(
 def find_checkpoint(wanted: str, root: Path, say: Callable[[str], None]) -> Path | None:
     """The folder that `--resume_from_checkpoint` means, its files verified.
 
-    latest: what the link names. auto: the newest that verifies, or None when there is none. Otherwise a path. Raises
-    `UserError` when the one asked for is missing or damaged.
+    latest: what the link names. auto: the newest that verifies, from that one backwards, or None when there is none.
+    Otherwise a path. Raises `UserError` when the one asked for is missing or damaged.
     """
     if wanted == AUTO:
-        for folder in reversed(complete_checkpoints(root)):
+        for folder in _newest_first(root):
             problems = _problems(folder)
             if not problems:
                 return folder
             say(f"skipped {folder}: {'; '.join(problems)}")
         return None
-    folder = (root / LATEST if wanted == LATEST else Path(wanted)).resolve()
+    folder = (root / LATEST if wanted == LATEST else Path(wanted).expanduser()).resolve()
     if not (folder / "manifest.json").is_file():
         raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint at {folder}")
     problems = _problems(folder)
@@ -120,19 +132,26 @@ def _problems(folder: Path) -> list[str]:
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """Renamed step folders, oldest first."""
-    return sorted((path for path in root.glob("step-*") if path.is_dir()), key=lambda path: int(path.name[5:]))
+    return sorted((path for path in root.glob("step-*") if path.is_dir()), key=_step)
 
 
-def load_checkpoint(folder: Path, engine: zero.Engine, identity: dict[str, Any]) -> TrainerState:
-    """Restore engine and random states from a verified folder. Raises `UserError` when the checkpoint belongs to
-    another run (each difference named) or to another number of ranks."""
+def _newest_first(root: Path) -> list[Path]:
+    """Those of the branch that `latest` is on: later ones are what a resume from an earlier checkpoint left behind."""
+    folders = complete_checkpoints(root)
+    latest = (root / LATEST).resolve()
+    return [folder for folder in reversed(folders) if latest not in folders or _step(folder) <= _step(latest)]
+
+
+def check_world_size(folder: Path, world: int) -> None:
+    """Raises `UserError` unless so many ranks saved the checkpoint."""
+    saved = TrainerState.read(folder).world_size
+    if saved != world:
+        raise UserError(f"{folder} was saved by {saved} ranks and this run has {world}: start as many ranks as before")
+
+
+def load_checkpoint(folder: Path, engine: zero.Engine) -> TrainerState:
+    """Restore engine and random states from a verified folder that was checked to belong to this run."""
     state = TrainerState.read(folder)
-    check_identity(folder, state.identity, identity)
-    if state.world_size != dist.get_world_size():
-        raise UserError(
-            f"{folder} was saved by {state.world_size} ranks and this run has {dist.get_world_size()}: "
-            "start as many ranks as before"
-        )
     loaded, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
     if loaded is None:
         raise RunError(f"DeepSpeed found nothing to load in {folder / ENGINE_TAG}")
@@ -141,22 +160,95 @@ def load_checkpoint(folder: Path, engine: zero.Engine, identity: dict[str, Any])
 
 
 def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """All differences at once."""
-    saved, now = json.loads(json.dumps(saved)), json.loads(json.dumps(now))
+    """Raises one `UserError` that names everything in which the checkpoint's run differs from this one."""
+    there, here = (_flat(json.loads(json.dumps(identity))) for identity in (saved, now))
     differences = [
-        f"{key}: {saved.get(key)!r} there, {now.get(key)!r} here"
-        for key in sorted({*saved, *now})
-        if saved.get(key) != now.get(key)
+        f"{_MEANING.get(key, key)}: {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted({*there, *here})
+        if there.get(key) != here.get(key)
     ]
     if differences:
         raise UserError(f"{folder} belongs to another run:\n  " + "\n  ".join(differences))
 
 
-def _retain(root: Path, keep: int | None) -> None:
+_MEANING = {
+    "base": "weights of --model_name_or_path",
+    "tokens": "tokens of the training text (--train_files, --dataset_name and the tokenizer)",
+    "adapter.kind": "--adapter",
+    "adapter.rank": "--mora_rank",
+    "adapter.dropout": "--mora_dropout",
+    "global_batch_size": "sequences a step, over all ranks (--per_device_train_batch_size and so on)",
+    "zero_stage": "ZeRO stage (--deepspeed)",
+    "dtype": "compute dtype (--bf16, --fp16)",
+}
+
+
+def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in identity.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def _retain(root: Path, step: int, keep: int | None) -> None:
+    """Later checkpoints than this one, of a branch that was left, neither count nor go."""
     if keep is None:
         return
-    for folder in complete_checkpoints(root)[:-keep]:
+    for folder in [folder for folder in complete_checkpoints(root) if _step(folder) <= step][:-keep]:
         shutil.rmtree(folder)
+
+
+# -- the disk --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _disk_errors(root: Path, beside: Path) -> Iterator[None]:
+    """`files.disk_errors` for torch and safetensors too, which report a full disk in words of their own. What was
+    written so far goes, which leaves the disk as it was."""
+    try:
+        with files.disk_errors(root):
+            yield
+    except (RunError, RuntimeError, SafetensorError) as error:
+        full = "No space left" in str(error) or (root.exists() and shutil.disk_usage(root).free < _NOTHING_LEFT)
+        shutil.rmtree(beside, ignore_errors=True)
+        if full and not isinstance(error, RunError):
+            raise RunError(f"the disk that holds {root} is full: {str(error).splitlines()[0]}") from error
+        raise
+
+
+def _check_space(root: Path, engine: zero.Engine) -> None:
+    """What is written is known beforehand, roughly: master and two moments in fp32, the whole tensors in fp32, a copy
+    in the compute dtype. Raises `RunError` on all ranks alike."""
+    numel = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
+    needed, free = 20 * numel, shutil.disk_usage(root).free
+    missing = torch.tensor(needed - free, dtype=torch.int64, device=engine.device)
+    dist.all_reduce(missing, op=dist.ReduceOp.MAX)
+    if missing.item() > 0:
+        raise RunError(
+            f"the disk that holds {root} is full: a checkpoint needs about {needed / 2**20:,.1f} MiB, "
+            f"{free / 2**20:,.1f} MiB are left. Older checkpoints can go by --save_total_limit"
+        )
+
+
+def _replace_folder(beside: Path, final: Path) -> None:
+    old = final.with_name(f".{final.name}.old{_WRITING}")
+    if final.exists():
+        os.replace(final, old)
+    os.replace(beside, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear_partial(root: Path) -> None:
+    """What killed runs have left."""
+    for partial in root.glob(f".step-*{_WRITING}"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+# -- random states ---------------------------------------------------------------------------------------------------
 
 
 def _save_rng(folder: Path, rank: int) -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -23,6 +24,8 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     Leaves by `os._exit`: gloo's threads often abort at interpreter exit after right results (torch 2.13).
     """
+    # DeepSpeed calls these on every rank, and a user of ours cannot mend it.
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     try:
         main()
     except (UserError, RunError) as error:

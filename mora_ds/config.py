@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from mora_ds.compute import Compute
 from mora_ds.errors import UserError, nearest
 from mora_ds.operators import (
     Grouping,
@@ -44,6 +45,9 @@ class MoRAConfig:
     dropout: float = 0.0
     """Dropout on the adapter's input while training, in [0, 1)."""
 
+    compute: str = "auto"
+    """How a layer is computed: activation, weight or auto (see `compute.py`)."""
+
     train_embeddings: bool = False
     train_norms: bool = False
     train_head: bool = False
@@ -62,6 +66,11 @@ class MoRAConfig:
         if self.operator != "auto" and self.operator not in kinds:
             raise UserError(
                 f"unknown --operator {self.operator!r}; known: auto, {', '.join(kinds)}.{nearest(self.operator, kinds)}"
+            )
+        paths = [path.value for path in Compute]
+        if self.compute not in paths:
+            raise UserError(
+                f"unknown --compute {self.compute!r}; known: {', '.join(paths)}.{nearest(self.compute, paths)}"
             )
         policies = [ALTERNATE, *(grouping.value for grouping in Grouping)]
         if self.grouping not in policies:

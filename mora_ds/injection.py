@@ -1,9 +1,9 @@
 """Match, replace, freeze, report: a Hugging Face model becomes a model with squares.
 
-    inject(model, MoRAConfig(rank=8))
-      1. every matched linear layer becomes a `MoRALinear`               nothing matched is an error that lists what there is
-      2. every other parameter that is not to be trained becomes a buffer   tied tensors stay one tensor
-      3. a report: shapes, r_hat, trainable and total parameters
+inject(model, MoRAConfig(rank=8))
+  1. every matched linear layer becomes a `MoRALinear`               nothing matched is an error that lists what there is
+  2. every other parameter that is not to be trained becomes a buffer   tied tensors stay one tensor
+  3. a report: shapes, r_hat, trainable and total parameters
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mora_ds.compute import Compute
 from mora_ds.config import ALL_LINEAR, MoRAConfig
 from mora_ds.errors import UserError, nearest
 from mora_ds.layer import MoRALinear, is_linear, linear_shape
@@ -69,19 +70,22 @@ class InjectionReport:
 def inject(model: nn.Module, config: MoRAConfig) -> InjectionReport:
     """Give `model` its squares and freeze the rest, in place.
 
-    Raises `UserError` when a target matches nothing, when the model already has squares, or when a target shares its
-    weight with another module (a merge would change both).
+    Raises `UserError` when a target matches nothing, when the model already has squares, when a target shares its
+    weight with another module (a merge would change both), or is to be trained as a whole.
     """
     if mora_layers(model):
         raise UserError("this model already has squares: inject it once")
     targets = match_targets(model, config.target_modules)
-    _refuse_tied(model, targets)
+    _refuse_shared(model, targets)
+    keep = _trainable_tensors(model, config)
+    _refuse_trained(targets, keep)
     total = count_parameters(model)
     rows = _shape_rows(targets, config)
-    keep = _trainable_tensors(model, config)
     for name, base in targets.items():
         d_in, d_out = linear_shape(base)
-        layer = MoRALinear(base, config.operator_for(name, d_in, d_out, cycle=0), config.dropout)
+        layer = MoRALinear(
+            base, config.operator_for(name, d_in, d_out, cycle=0), config.dropout, Compute(config.compute)
+        )
         layer.train(base.training)
         _replace(model, name, layer)
     _freeze_to_buffers(model, keep)
@@ -173,19 +177,23 @@ def _ending(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _refuse_tied(model: nn.Module, targets: dict[str, nn.Module]) -> None:
-    owners = Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
+def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    """Neither a weight with two owners nor a module with two places can have one square."""
+    modules = list(model.modules())
+    owners = Counter(id(parameter) for module in modules for parameter in module._parameters.values())
+    places = Counter(id(child) for module in modules for child in module._modules.values())
     for name, module in targets.items():
-        if owners[id(module.weight)] > 1:
+        if owners[id(module.weight)] > 1 or places[id(module)] > 1:
             raise UserError(
                 f"--target_modules includes {name!r}, whose weight is tied to another module (the embeddings?): "
                 "merging its square would change both. Leave it out, or use --train_head"
             )
+
+
+def _refuse_trained(targets: dict[str, nn.Module], keep: set[int]) -> None:
+    for name, module in targets.items():
+        if id(module.weight) in keep:
+            raise UserError(f"--target_modules includes {name!r}, which --train_head trains as a whole: choose one")
 
 
 # -- replacing and freezing ------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mora_ds.compute import Compute, mora_linear
 from mora_ds.operators import OperatorSpec, mora_update
 
 
@@ -24,7 +25,9 @@ class MoRALinear(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, base: nn.Module, spec: OperatorSpec, dropout: float = 0.0) -> None:
+    def __init__(
+        self, base: nn.Module, spec: OperatorSpec, dropout: float = 0.0, compute: Compute = Compute.AUTO
+    ) -> None:
         """Takes over the tensors of `base` (`nn.Linear` or `Conv1D`) without copying them."""
         super().__init__()
         self.transposed = isinstance(base, Conv1D)
@@ -34,11 +37,15 @@ class MoRALinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
         self.square = nn.Parameter(torch.zeros(spec.r_hat, spec.r_hat, dtype=weight.dtype, device=weight.device))
         self.spec = spec
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = dropout
+        self.compute = compute
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.T if self.transposed else self.weight
-        return F.linear(x, weight, self.bias) + mora_update(self.spec, self.square.to(x.dtype), self.dropout(x))
+        square = self.square.to(x.dtype)
+        if self.training and self.dropout:  # base and square read different inputs
+            return F.linear(x, weight, self.bias) + mora_update(self.spec, square, F.dropout(x, self.dropout))
+        return mora_linear(x, weight, self.bias, square, self.spec, self.compute)
 
     def extra_repr(self) -> str:
         return (

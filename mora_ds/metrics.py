@@ -14,6 +14,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from mora_ds.files import disk_errors
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -64,14 +66,14 @@ class MetricsLog:
 
     def __init__(self, folder: Path, total_steps: int, enabled: bool, start_step: int = 0) -> None:
         """Rows after `start_step` (written by a run that was interrupted later than its last checkpoint) are dropped,
-        so that a resumed curve reads as an uninterrupted one."""
+        so that a resumed curve reads as an uninterrupted one. 0 is a run's beginning: all rows are dropped."""
         self.total_steps, self.enabled = total_steps, enabled
         if not enabled:
             return
         self._path = folder / "metrics.jsonl"
         _keep_rows(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
         quiet = not sys.stderr.isatty()  # in a log file the lines are enough
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=quiet)
 
@@ -113,8 +115,16 @@ class MetricsLog:
             self._file.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with disk_errors(self._path.parent):
+            self._file.write(json.dumps(plain_json(row), allow_nan=False) + "\n")
+            self._file.flush()
+
+
+def plain_json(value: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON does not have (a perplexity may overflow)."""
+    if isinstance(value, dict):
+        return {key: plain_json(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _keep_rows(path: Path, last_step: int) -> None:
@@ -126,7 +136,7 @@ def _keep_rows(path: Path, last_step: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:
             break  # the line that a killed process was writing; nothing follows it
-        if row["step"] <= last_step:
+        if 0 < last_step >= row["step"]:
             kept.append(line + "\n")
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(kept), encoding="utf-8")

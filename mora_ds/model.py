@@ -34,7 +34,7 @@ class LoadedBase:
 
 
 def resolve_folder(name: str, ranks: Ranks) -> Path:
-    """The local folder of a model: itself, or a snapshot of the hub's repository. Raises `UserError`."""
+    """The local folder of a model: itself, or a snapshot of the hub's repository. Collective. Raises `UserError`."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -42,12 +42,8 @@ def resolve_folder(name: str, ranks: Ranks) -> Path:
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{MODEL_FLAG} {name}: no such folder")
-    if not ranks.is_local_first:
-        ranks.barrier()
-    path = _download(name)
-    if ranks.is_local_first:
-        ranks.barrier()
-    return path
+    ranks.agree(lambda: _download(name) if ranks.is_local_first else None)
+    return _download(name)
 
 
 def _download(name: str) -> Path:
@@ -102,6 +98,15 @@ def read_model_config(config_file: Path, vocab_size: int | None = None) -> Any:
         return AutoConfig.for_model(**values)
     except ValueError as error:
         raise UserError(f"--model_config {config_file}: {error}") from error
+
+
+def folder_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The config of a model folder. Raises `UserError` naming --model_name_or_path."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{MODEL_FLAG} {folder}: its config.json cannot be used: {reason}") from error
 
 
 def _from_pretrained(folder: Path, dtype: torch.dtype, attn_implementation: str, trust_remote_code: bool) -> nn.Module:

@@ -1,6 +1,6 @@
 """The main job, from settings to a summary: every room below is wired here, and only here.
 
-    settings -> output folder -> tokenizer -> token caches -> base -> squares -> engine -> (resume) -> Trainer.run -> export
+    settings -> output folder -> tokenizer, tokens -> base -> squares -> engine -> (resume) -> Trainer.run -> export
 
 What the user can get wrong is found in this order, cheapest first; nothing is trained before all of it has been.
 """
@@ -8,41 +8,46 @@ What the user can get wrong is found in this order, cheapest first; nothing is t
 from __future__ import annotations
 
 import math
-import os
+import shutil
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from mora_ds import zero
 from mora_ds.adapter_files import BaseReference
-from mora_ds.arguments import AdapterKind, Arguments, DataArguments, dump
-from mora_ds.checkpoint import TrainerState, find_checkpoint, load_checkpoint, save_checkpoint
-from mora_ds.data import (
-    PackedDataset,
-    TokenCache,
-    build_cache,
-    check_vocabulary,
-    load_corpus,
-    load_tokenizer,
-    train_sentencepiece,
+from mora_ds.arguments import AdapterKind, Arguments, dump
+from mora_ds.checkpoint import (
+    AUTO,
+    TrainerState,
+    check_identity,
+    check_world_size,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
 )
+from mora_ds.data import PackedDataset
+from mora_ds.data.tokenizer import largest_id
 from mora_ds.ds_config import compute_dtype, fill_bucket_sizes, resolve_ds_config
 from mora_ds.engine import initialize, initialize_full, start_distributed
 from mora_ds.errors import UserError
 from mora_ds.export import export_merged
 from mora_ds.files import write_json_atomic
-from mora_ds.injection import count_parameters, frozen_buffers, inject, mora_layers
+from mora_ds.injection import count_parameters, frozen_buffers, inject
 from mora_ds.ledger import Ledger
-from mora_ds.metrics import MetricsLog, peak_memory_bytes
-from mora_ds.model import LoadedBase, create_base, load_base, read_model_config, resolve_folder
+from mora_ds.metrics import MetricsLog, peak_memory_bytes, plain_json
+from mora_ds.model import LoadedBase, create_base, folder_config, load_base, read_model_config, resolve_folder
 from mora_ds.ranks import Ranks
 from mora_ds.remora import ReMoRA
-from mora_ds.run_folder import claim, write_run_file
+from mora_ds.run_data import RunData, load_data
+from mora_ds.run_folder import Reservation, reserve, write_run_file
 from mora_ds.saving import PROBE_TOKENS, RunWriter, save_full_model
+from mora_ds.schedules import Schedule
 from mora_ds.trainer import LoopSettings, Trainer
 from mora_ds.validation import validate
 
@@ -50,30 +55,44 @@ from mora_ds.validation import validate
 def pretrain(arguments: Arguments) -> dict[str, Any]:
     """Run the job that `arguments` describe, on this rank of all ranks. Returns what `summary.json` holds.
 
-    Raises `UserError` before anything expensive for what the user can mend, `RunError` for failures while running.
+    Raises `UserError` before anything expensive for what the user can mend, and the output folder is then as it was;
+    `RunError` for failures while running.
     """
     validate(arguments)
     start_distributed()
     ranks = Ranks.current()
-    ds_config = resolve_ds_config(arguments.training.deepspeed, arguments.training.engine_settings(), ranks.world)
-    folder = Path(arguments.training.output_dir)
-    checkpoint = ranks.on_first(lambda: _claim(arguments, folder))
+    if not (ranks.is_first and sys.stderr.isatty()):
+        disable_progress_bar()  # transformers' own, on every rank
     say = print if ranks.is_first else _silence
-    data = _load_data(arguments, ranks, folder, say)
-    loaded = _load_base(arguments, ranks, folder, data.tokenizer, ds_config)
-    if arguments.adapter.adapter == AdapterKind.FULL.value:
-        job = _full_job(arguments, loaded, ds_config, data, say)
-    else:
-        job = _mora_job(arguments, loaded, ds_config, data, folder, ranks, say)
-    return _train(arguments, job, data, folder, ranks, checkpoint)
+    training = arguments.training
+    ds_config = resolve_ds_config(_expanded(training.deepspeed), training.engine_settings(), ranks.world)
+    folder = Path(training.output_dir).expanduser()
+    checkpoint, reservation = ranks.on_first(lambda: _reserve(arguments, folder, ranks.world))
+    try:
+        place = _Place(folder, ranks, checkpoint, say)
+        job, data = _prepare(arguments, ds_config, place)
+        steps = _total_steps(arguments, data.train, ranks.world)
+        schedule = arguments.schedule(steps)
+        if checkpoint is not None and TrainerState.read(checkpoint).step > steps:
+            raise UserError(f"{checkpoint} is already beyond this run's {steps} steps: raise --max_steps")
+    except BaseException:
+        if ranks.is_first:
+            reservation.rollback()
+        raise
+    if ranks.is_first:
+        reservation.commit()
+    return _train(arguments, job, data, place, schedule)
 
 
 @dataclass(frozen=True)
-class _Data:
-    tokenizer: Any
-    tokenizer_folder: Path
-    train: PackedDataset
-    evaluation: dict[str, PackedDataset]
+class _Place:
+    """Where a run happens."""
+
+    folder: Path
+    ranks: Ranks
+    checkpoint: Path | None
+    """What it resumes from."""
+    say: Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -83,8 +102,8 @@ class _Job:
     engine: zero.Engine
     remora: ReMoRA | None
     write_extras: Callable[[Path, int], None]
-    finish: Callable[[Path], None]
-    """Writes the merged model into a folder."""
+    export: Callable[[Path, Path], None]
+    """Writes the merged model of a checkpoint into a folder."""
     base_tensors: Mapping[str, Tensor]
     trainable_params: int
     total_params: int
@@ -95,87 +114,35 @@ def _silence(*text: object) -> None:
     del text
 
 
-def _claim(arguments: Arguments, folder: Path) -> Path | None:
-    """The checkpoint to resume from, if any; the output folder is ready for this run afterwards."""
+def _expanded(path: str | None) -> Path | None:
+    return None if path is None else Path(path).expanduser()
+
+
+def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | None, Reservation]:
+    """The checkpoint to resume from, if any; the output folder is this run's afterwards, on trial."""
     training = arguments.training
-    wanted = training.resume_from_checkpoint
-    checkpoint = find_checkpoint(wanted, folder / "checkpoints", print) if wanted else None
-    claim(folder, training.overwrite_output_dir, resume=wanted is not None)
-    return checkpoint
+    wanted, root = training.resume_from_checkpoint, folder / "checkpoints"
+    checkpoint = find_checkpoint(wanted, root, print) if wanted else None
+    if checkpoint is not None:
+        check_world_size(checkpoint, world)
+    continues = wanted == AUTO or (checkpoint is not None and checkpoint.parent == root.resolve())
+    return checkpoint, reserve(folder, training.overwrite_output_dir, continues)
 
 
-# -- data ----------------------------------------------------------------------------------------------------------------
-
-
-def _load_data(arguments: Arguments, ranks: Ranks, folder: Path, say: Callable[..., None]) -> _Data:
-    data, model = arguments.data, arguments.model
-    corpus = load_corpus(data.train_files, dataset_name=data.dataset_name, text_column=data.text_column)
-    eval_corpora = {
-        name: load_corpus([path], text_column=data.text_column, flag="--eval_files")
-        for name, path in data.named_eval_files()
-    }
-    tokenizer = _tokenizer(arguments, ranks, folder, corpus)
-    if model.model_config is None:
-        _check_against_model(arguments, ranks, tokenizer)
-    tokenizer_folder = folder / "tokenizer"
-    ranks.on_first(lambda: tokenizer.save_pretrained(tokenizer_folder) and None)
-
-    def cached(part: Any, name: str) -> TokenCache:
-        say(f"tokens of {name}: {_cache_folder(data)}")
-        return ranks.agree(
-            lambda: build_cache(
-                part,
-                tokenizer,
-                _cache_folder(data),
-                num_proc=data.preprocessing_workers,
-                is_builder=ranks.is_local_first,
-                barrier=ranks.barrier,
-                progress=ranks.is_first,
-            )
-        )
-
-    training = arguments.training
-    packed = PackedDataset(cached(corpus, "the training corpus"), data.seq_len, training.seed, data.document_mask)
-    packed.check_batch_size(_rows_per_step(arguments, ranks.world))
-    evaluation = {
-        name: PackedDataset(cached(part, name), data.seq_len, 0, data.document_mask, shuffle=False)
-        for name, part in eval_corpora.items()
-    }
-    return _Data(tokenizer, tokenizer_folder, packed, evaluation)
-
-
-def _tokenizer(arguments: Arguments, ranks: Ranks, folder: Path, corpus: Any) -> Any:
-    model = arguments.model
-    if model.train_tokenizer_vocab:
-        path = folder / "tokenizer" / "tokenizer.model"
-        if not path.exists() or arguments.training.resume_from_checkpoint is None:
-            texts = (document.text for document in corpus)
-            ranks.on_first(lambda: train_sentencepiece(texts, model.train_tokenizer_vocab, path.parent))
-        return load_tokenizer(path)
-    if model.tokenizer_name is not None:
-        return load_tokenizer(model.tokenizer_name, trust_remote_code=model.trust_remote_code)
-    assert model.model_name_or_path is not None
-    place = resolve_folder(model.model_name_or_path, ranks)
-    return load_tokenizer(place, trust_remote_code=model.trust_remote_code, flag="--model_name_or_path")
-
-
-def _check_against_model(arguments: Arguments, ranks: Ranks, tokenizer: Any) -> None:
-    model = arguments.model
-    assert model.model_name_or_path is not None
-    config = read_model_config(resolve_folder(model.model_name_or_path, ranks) / "config.json")
-    check_vocabulary(tokenizer, config.get_text_config().vocab_size)
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and arguments.data.seq_len > longest:
-        raise UserError(
-            f"--seq_len {arguments.data.seq_len} is longer than the model's {longest} positions "
-            "(max_position_embeddings in its config.json)"
-        )
-
-
-def _cache_folder(data: DataArguments) -> Path:
-    if data.cache_dir is not None:
-        return Path(data.cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mora_ds" / "tokens"
+def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: _Place) -> tuple[_Job, RunData]:
+    """Everything up to the first step; nothing here is lost when it fails."""
+    model, ranks = arguments.model, place.ranks
+    if model.model_name_or_path is not None:
+        model_folder = resolve_folder(model.model_name_or_path, ranks)
+        config = folder_config(model_folder, model.trust_remote_code)
+    else:
+        assert model.model_config is not None
+        model_folder, config = None, read_model_config(Path(model.model_config).expanduser())
+    rows, resumes = _rows_per_step(arguments, ranks.world), place.checkpoint is not None
+    data = load_data(arguments, config, model_folder, place.folder, ranks, rows, resumes, place.say)
+    loaded = _load_base(arguments, model_folder, data.tokenizer, ds_config, place)
+    full = arguments.adapter.adapter == AdapterKind.FULL.value
+    return (_full_job if full else _mora_job)(arguments, loaded, ds_config, data, place), data
 
 
 def _rows_per_step(arguments: Arguments, world: int) -> int:
@@ -183,26 +150,21 @@ def _rows_per_step(arguments: Arguments, world: int) -> int:
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * world
 
 
-# -- model ---------------------------------------------------------------------------------------------------------------
+# -- model -----------------------------------------------------------------------------------------------------------
 
 
 def _load_base(
-    arguments: Arguments, ranks: Ranks, folder: Path, tokenizer: Any, ds_config: dict[str, Any]
+    arguments: Arguments, model_folder: Path | None, tokenizer: Any, ds_config: dict[str, Any], place: _Place
 ) -> LoadedBase:
-    model = arguments.model
-    own = folder / "base"
-    if model.model_config is not None:
-        config_file = Path(model.model_config)
-        if arguments.training.resume_from_checkpoint is None or not (own / "config.json").exists():
-            ranks.on_first(
-                lambda: create_base(config_file, own, arguments.training.seed, tokenizer, len(tokenizer)) and None
-            )
-        place = own
-    else:
-        assert model.model_name_or_path is not None
-        place = resolve_folder(model.model_name_or_path, ranks)
+    model, own, ranks = arguments.model, place.folder / "base", place.ranks
+    if model_folder is None:
+        config_file, vocabulary = Path(str(model.model_config)).expanduser(), largest_id(tokenizer)[1] + 1
+        if place.checkpoint is None or not (own / "config.json").exists():
+            seed = arguments.training.seed
+            ranks.on_first(lambda: create_base(config_file, own, seed, tokenizer, vocabulary))
+        model_folder = own
     dtype = getattr(torch, compute_dtype(ds_config))
-    loaded = load_base(place, own, ranks, dtype, model.attn_implementation, model.trust_remote_code)
+    loaded = load_base(model_folder, own, ranks, dtype, model.attn_implementation, model.trust_remote_code)
     training = arguments.training
     if training.gradient_checkpointing:
         reentrant = {"use_reentrant": training.gradient_checkpointing_reentrant}
@@ -213,60 +175,52 @@ def _load_base(
 
 
 def _mora_job(
-    arguments: Arguments,
-    loaded: LoadedBase,
-    ds_config: dict[str, Any],
-    data: _Data,
-    folder: Path,
-    ranks: Ranks,
-    say: Callable[..., None],
+    arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, place: _Place
 ) -> _Job:
-    config = arguments.adapter.mora_config(arguments.training.seed)
+    config, ranks = arguments.adapter.mora_config(arguments.training.seed), place.ranks
     report = inject(loaded.model, config)
-    say(report)
+    place.say(report)
     fingerprint = ranks.on_first(loaded.base.fingerprint)
+    precision = arguments.adapter.merge_precision
+    identity = {
+        "base": fingerprint,
+        "adapter": config.to_dict(),
+        "merge_precision": precision,
+        **_common_identity(arguments, data, ds_config, ranks.world),
+    }
+    _check_checkpoint(place.checkpoint, identity)
     ds_config = fill_bucket_sizes(ds_config, [parameter.numel() for parameter in loaded.model.parameters()])
     engine, *_ = initialize(model=loaded.model, config=ds_config)
-    if ranks.is_local_first and not (folder / "ledger" / "ledger.json").exists():
-        Ledger.create(folder / "ledger", fingerprint)
-    ranks.barrier()
-    ledger = Ledger.open(folder / "ledger", fingerprint)
-    precision = arguments.adapter.merge_precision
+    ledger = _open_ledger(place, fingerprint)
     remora = ReMoRA(engine, config, ledger, loaded.base, loaded.keys, precision, ranks.is_local_first)
     reference = BaseReference(str(loaded.base.folder.resolve()), fingerprint, loaded.keys, compute_dtype(ds_config))
     probe = data.train.block(0)["input_ids"][:PROBE_TOKENS].unsqueeze(0)
     facts = {"operator": config.kind.value, "merge_precision": precision, "seq_len": data.train.seq_len}
     writer = RunWriter(engine, config, remora, reference, data.tokenizer_folder, probe, facts)
 
-    def finish(target: Path) -> None:
-        ranks.on_first(lambda: export_merged(folder / "checkpoints" / "latest", target, overwrite=True) and None)
+    def export(checkpoint: Path, target: Path) -> None:
+        ranks.on_first(lambda: export_merged(checkpoint, target, overwrite=True) and None)
 
-    identity = {
-        "base": fingerprint,
-        "adapter": config.to_dict(),
-        "merge_precision": precision,
-        **_data_identity(arguments, data, ranks.world),
-    }
     return _Job(
-        engine, remora, writer.write, finish, frozen_buffers(loaded.model),
+        engine, remora, writer.write, export, frozen_buffers(loaded.model),
         report.trainable_params, report.total_params, identity,
     )  # fmt: skip
 
 
 def _full_job(
-    arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: _Data, say: Callable[..., None]
+    arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, place: _Place
 ) -> _Job:
     total = count_parameters(loaded.model)
-    say(f"full training, the control: all {total:,} parameters, sharded by ZeRO as ever")
+    place.say(f"full training, the control: all {total:,} parameters, sharded by ZeRO as ever")
+    identity = {"adapter": {"kind": "full"}, **_common_identity(arguments, data, ds_config, place.ranks.world)}
+    _check_checkpoint(place.checkpoint, identity)
     ds_config = fill_bucket_sizes(ds_config, [parameter.numel() for parameter in loaded.model.parameters()])
     engine, *_ = initialize_full(model=loaded.model, config=ds_config)
-    world = torch.distributed.get_world_size()
-    identity = {"adapter": {"kind": "full"}, **_data_identity(arguments, data, world)}
     return _Job(
         engine,
         None,
         lambda target, step: None,
-        lambda target: save_full_model(engine, target, data.tokenizer),
+        lambda checkpoint, target: save_full_model(engine, target, data.tokenizer),
         {},
         total,
         total,
@@ -274,8 +228,8 @@ def _full_job(
     )
 
 
-def _data_identity(arguments: Arguments, data: _Data, world: int) -> dict[str, Any]:
-    """What must not change in mid-run for the batches to follow on."""
+def _common_identity(arguments: Arguments, data: RunData, ds_config: dict[str, Any], world: int) -> dict[str, Any]:
+    """What must not change in mid-run for batches and states to follow on."""
     return {
         "tokens": data.train.blocks.cache.folder.name,
         "seq_len": data.train.seq_len,
@@ -283,38 +237,56 @@ def _data_identity(arguments: Arguments, data: _Data, world: int) -> dict[str, A
         "seed": arguments.training.seed,
         "global_batch_size": _rows_per_step(arguments, world),
         "merge_every": arguments.adapter.merge_every,
+        "dtype": compute_dtype(ds_config),
+        "zero_stage": ds_config["zero_optimization"]["stage"],
     }
 
 
-# -- the run -------------------------------------------------------------------------------------------------------------
-
-
-def _train(
-    arguments: Arguments, job: _Job, data: _Data, folder: Path, ranks: Ranks, checkpoint: Path | None
-) -> dict[str, Any]:
-    steps = _total_steps(arguments, data.train, ranks.world)
-    state = TrainerState(world_size=ranks.world, identity=job.identity)
+def _check_checkpoint(checkpoint: Path | None, identity: dict[str, Any]) -> None:
     if checkpoint is not None:
-        state = _resume(job, checkpoint, ranks)
-    elif job.remora is not None:
-        ranks.on_first(lambda: job.remora.ledger.truncate(0) if job.remora else None)
-        job.remora.reopen()
+        check_identity(checkpoint, TrainerState.read(checkpoint).identity, identity)
+
+
+def _open_ledger(place: _Place, fingerprint: str) -> Ledger:
+    """The run's ledger: that of the checkpoint, or an empty one. What a run without a checkpoint has left goes."""
+    folder = place.folder / "ledger"
+    if place.ranks.is_local_first:
+        if place.checkpoint is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            Ledger.create(folder, fingerprint)
+        else:
+            Ledger.open(place.checkpoint / "ledger", fingerprint).copy_to(folder)
+    place.ranks.barrier()
+    return Ledger.open(folder, fingerprint)
+
+
+# -- the run ---------------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: Arguments, job: _Job, data: RunData, place: _Place, schedule: Schedule) -> dict[str, Any]:
+    folder, ranks, steps = place.folder, place.ranks, schedule.total_steps
+    torch.manual_seed((arguments.training.seed << 16) + ranks.rank)  # dropout: other masks on every rank
+    state = TrainerState(total_steps=steps, world_size=ranks.world, identity=job.identity)
+    if place.checkpoint is not None:
+        state = _resume(job, place.checkpoint)
     if ranks.is_first:
         resolved = {"world_size": ranks.world, "steps": steps, "deepspeed": job.engine.config}
         write_run_file(folder, dump(arguments), resolved)
     log = MetricsLog(folder, steps, ranks.is_first, state.step)
+    if place.checkpoint is not None:
+        log.say(_resumed(place.checkpoint, state, steps))
+    state.total_steps = steps
     counter = zero.CollectiveCounter(job.base_tensors.values())
-    root = folder / "checkpoints"
 
     def save(now: TrainerState) -> Path:
         extras = lambda target: job.write_extras(target, now.step)  # noqa: E731
-        return save_checkpoint(root, job.engine, now, extras, arguments.training.save_total_limit)
+        return save_checkpoint(folder / "checkpoints", job.engine, now, extras, arguments.training.save_total_limit)
 
     trainer = Trainer(
         engine=job.engine,
         train_data=data.train,
         eval_data=data.evaluation,
-        schedule=arguments.schedule(steps),
+        schedule=schedule,
         settings=_loop_settings(arguments, steps),
         log=log,
         counter=counter,
@@ -322,28 +294,36 @@ def _train(
         save=save,
         merger=job.remora,
     )
-    trainer.last_checkpoint = checkpoint
+    trainer.last_checkpoint = place.checkpoint
+    nothing_to_do = trainer.is_finished
     state = trainer.run()
-    summary = _summary(job, state, trainer, counter)
-    if ranks.is_first:
+    summary = plain_json(_summary(job, state, trainer, counter))
+    if ranks.is_first and not (nothing_to_do and (folder / "summary.json").exists()):
         write_json_atomic(folder / "summary.json", summary)
     if arguments.training.export_merged:
+        assert trainer.last_checkpoint is not None, "a run ends with a checkpoint"
         log.say(f"writing the merged model to {folder / 'merged'}")
-        job.finish(folder / "merged")
+        job.export(trainer.last_checkpoint, folder / "merged")
     log.close()
     ranks.barrier()
     return summary
 
 
-def _resume(job: _Job, checkpoint: Path, ranks: Ranks) -> TrainerState:
-    state = load_checkpoint(checkpoint, job.engine, job.identity)
+def _resume(job: _Job, checkpoint: Path) -> TrainerState:
+    state = load_checkpoint(checkpoint, job.engine)
     if job.remora is not None:
-        if ranks.is_local_first:
-            Ledger.open(checkpoint / "ledger", job.remora.ledger.base_fingerprint).copy_to(job.remora.ledger.folder)
-        ranks.barrier()
-        job.remora.reopen()
         job.remora.replay()
     return state
+
+
+def _resumed(checkpoint: Path, state: TrainerState, steps: int) -> str:
+    text = f"resumed from {checkpoint} at step {state.step}"
+    if state.total_steps == steps:
+        return text
+    return (
+        f"{text}; it was on its way to {state.total_steps} steps and has {steps} now: "
+        "the learning rate follows the new length from here on"
+    )
 
 
 def _total_steps(arguments: Arguments, data: PackedDataset, world: int) -> int:

@@ -1,9 +1,15 @@
-"""The output folder of a run: who may write into it, and what stands in `run.yaml`."""
+"""The output folder of a run: who may write into it, and what stands in `run.yaml`.
+
+    reserve -> (settings, files and model are checked; some things are written) -> commit, or rollback as if never begun
+
+With --overwrite_output_dir the old run is set aside first and deleted by `commit`: a mistyped flag costs nothing.
+"""
 
 from __future__ import annotations
 
 import platform
 import shutil
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +20,7 @@ from mora_ds.errors import UserError
 from mora_ds.files import disk_errors
 
 RUN_FILE = "run.yaml"
+ASIDE, DELETING = ".overwritten", ".deleting"
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "safetensors")
 _OURS = (
     RUN_FILE, "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "ledger", "merged", "base", "tokenizer",
@@ -21,20 +28,44 @@ _OURS = (
 """Everything a run writes: what --overwrite_output_dir deletes, and nothing else."""
 
 
+@dataclass(frozen=True)
+class Reservation:
+    """An output folder that is this run's, until now only on trial. One rank holds it."""
+
+    folder: Path
+    is_new: bool
+    """Whether the folder itself was made for this run."""
+    kept: frozenset[str]
+    """What of a run was there before and stays."""
+
+    def commit(self) -> None:
+        """The run begins: what was set aside is deleted."""
+        if (self.folder / ASIDE).is_dir():
+            (self.folder / ASIDE).rename(self.folder / DELETING)
+            shutil.rmtree(self.folder / DELETING)
+
+    def rollback(self) -> None:
+        """The run does not begin: the folder is again as it was."""
+        for name in set(_OURS) - self.kept:
+            _remove(self.folder / name)
+        _bring_back(self.folder)
+        if self.is_new and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
 def claim(folder: Path, overwrite: bool, resume: bool) -> None:
+    """`reserve` and `commit` at once."""
+    reserve(folder, overwrite, resume).commit()
+
+
+def reserve(folder: Path, overwrite: bool, resume: bool) -> Reservation:
     """Make `folder` ready for a run. One rank calls it.
 
     Raises `UserError` when it holds another run (unless `overwrite` or `resume`), or is no folder to write into.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file")
-    if (folder / RUN_FILE).exists() and not resume:
-        if not overwrite:
-            raise UserError(
-                f"--output_dir {folder} holds another run: choose another folder, continue it with "
-                "--resume_from_checkpoint auto, or delete it with --overwrite_output_dir"
-            )
-        _clear(folder)
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -42,10 +73,19 @@ def claim(folder: Path, overwrite: bool, resume: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror or error}") from error
+    _recover(folder)
+    if (folder / RUN_FILE).exists() and not resume:
+        if not overwrite:
+            raise UserError(
+                f"--output_dir {folder} holds another run: choose another folder, continue it with "
+                "--resume_from_checkpoint auto, or delete it with --overwrite_output_dir"
+            )
+        _set_aside(folder)
+    return Reservation(folder, is_new, frozenset(name for name in _OURS if _exists(folder / name)))
 
 
 def write_run_file(folder: Path, settings: dict[str, Any], resolved: dict[str, Any]) -> None:
-    """`run.yaml`: the resolved settings, flat, so that the file is a recipe that repeats the run, and what it ran on."""
+    """`run.yaml`: the resolved settings, flat, so that it is a recipe that repeats the run, and what the run ran on."""
     content = {**settings, "versions": versions(), "resolved": resolved}
     with disk_errors(folder):
         beside = folder / f".{RUN_FILE}.partial"
@@ -57,10 +97,36 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
-def _clear(folder: Path) -> None:
+def _recover(folder: Path) -> None:
+    """After a run that was killed: bring back what was only set aside, finish deleting what was to be deleted."""
+    shutil.rmtree(folder / DELETING, ignore_errors=True)
     for name in _OURS:
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.exists() or path.is_symlink():
-            path.unlink()
+        if _exists(folder / ASIDE / name):
+            _remove(folder / name)
+    _bring_back(folder)
+
+
+def _set_aside(folder: Path) -> None:
+    (folder / ASIDE).mkdir()
+    for name in _OURS:
+        if _exists(folder / name):
+            (folder / name).rename(folder / ASIDE / name)
+
+
+def _bring_back(folder: Path) -> None:
+    for name in _OURS:
+        if _exists(folder / ASIDE / name):
+            (folder / ASIDE / name).rename(folder / name)
+    if (folder / ASIDE).is_dir():
+        (folder / ASIDE).rmdir()
+
+
+def _exists(path: Path) -> bool:
+    return path.is_symlink() or path.exists()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif _exists(path):
+        path.unlink()

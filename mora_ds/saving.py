@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside DeepSpeed's shards: the live squares whole, the ledger, which base, tokenizer, probe."""
+"""What a checkpoint holds beside DeepSpeed's shards: the live squares, the ledger, which base, tokenizer, probe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROBE_TOKENS = 8
 
 @dataclass
 class RunWriter:
-    """Writes a MoRA run's own files into a checkpoint folder. Call on all ranks: the squares are gathered one by one."""
+    """Writes a MoRA run's own files into a checkpoint folder. Call on all ranks: squares are gathered one by one."""
 
     engine: zero.Engine
     config: MoRAConfig

@@ -75,8 +75,17 @@ class Trainer:
         """Global batch size, in sequences."""
         return self.settings.micro_batch_size * self.settings.gradient_accumulation_steps * self.world
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether a run that was resumed had come to its end, last evaluation and checkpoint included."""
+        return self.state.finished and self.state.step == self.settings.total_steps
+
     def run(self) -> TrainerState:
         """Train from `state.step` to the end. Raises `RunError` when the loss is no number any more."""
+        if self.is_finished:
+            self.log.say(f"all {self.state.step} steps of this run are done: nothing left to train")
+            return self.state
+        self.state.finished = False
         with self.counter.counting():
             if self.state.step == 0 and self.settings.eval_on_start:
                 self.state.perplexity_before = self.evaluate()
@@ -96,7 +105,7 @@ class Trainer:
         self.state.step += 1
         self.state.tokens += self.rows_per_step * self.train_data.seq_len
         self.bytes_gathered_per_step = self.counter.gathered_bytes
-        self._stop_unless_finite(loss)
+        self._stop_unless_finite(loss, f"the loss is {loss} at step {self.state.step}")
         if self.state.step % self.settings.logging_steps == 0 or self.state.step == self.settings.total_steps:
             self.log.step(self._metrics(loss, rate, time.perf_counter() - started))
         self.log.advance(self.state.step)
@@ -129,12 +138,14 @@ class Trainer:
         dist.all_reduce(total)
         return total.item()
 
-    def _stop_unless_finite(self, loss: float) -> None:
-        if math.isfinite(loss):
+    def _stop_unless_finite(self, value: float, what: str) -> None:
+        if math.isfinite(value):
             return
+        if self.state.step == 0:
+            raise RunError(f"{what}, before any training: the model itself is broken, or needs another dtype")
         good = self.last_checkpoint or "none was written"
         raise RunError(
-            f"the loss is {loss} at step {self.state.step}. Last good checkpoint: {good}. "
+            f"{what}. Last good checkpoint: {good}. "
             "A lower --learning_rate, a longer --warmup_steps or a smaller --max_grad_norm may help"
         )
 
@@ -148,7 +159,18 @@ class Trainer:
         if settings.eval_steps and step % settings.eval_steps == 0 and not at_end:
             self.evaluate()
         if settings.save_steps and step % settings.save_steps == 0 and not at_end:
-            self.last_checkpoint = self.save(self.state)
+            self._save()
+
+    def _save(self) -> None:
+        """Not without a look at the loss of the batch to come: a step may have a finite loss and leave squares that
+        are no numbers, and a checkpoint of those would pass for a good one."""
+        batch = self._micro_batch(0)
+        with torch.no_grad():
+            self.engine.eval()
+            nll = self._sum_over_ranks(token_nll(self.engine, batch).item())
+            self.engine.train()
+        self._stop_unless_finite(nll, f"after step {self.state.step} the loss of the next batch is {nll}")
+        self.last_checkpoint = self.save(self.state)
 
     def _merge(self) -> None:
         assert self.merger is not None, "a schedule with merges needs a merger"
@@ -161,7 +183,8 @@ class Trainer:
         if self.settings.merge_at_end and self.state.step not in self.state.merges:
             self._merge()
         self.evaluate()
-        self.last_checkpoint = self.save(self.state)
+        self.state.finished = True
+        self._save()
 
     def _metrics(self, loss: float, rate: float, seconds: float) -> StepMetrics:
         tokens = self.rows_per_step * self.train_data.seq_len
@@ -182,7 +205,11 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Perplexity of each evaluation set, over all ranks; logged, and kept in the state."""
-        found = {name: perplexity(self._mean_nll(data)) for name, data in self.eval_data.items()}
+        found = {}
+        for name, data in self.eval_data.items():
+            nll = self._mean_nll(data)
+            self._stop_unless_finite(nll, f"the loss on {name!r} is {nll} after step {self.state.step}")
+            found[name] = perplexity(nll)
         if found:
             self.log.evaluation(self.state.step, found)
         self.state.perplexity_last = found

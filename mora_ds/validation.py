@@ -147,6 +147,7 @@ def _refusals(arguments: Arguments) -> list[str]:
         lambda: MoRAConfig(rank=adapter.mora_rank),
         lambda: MoRAConfig(rank=rank, operator=adapter.operator, grouping=adapter.grouping),
         lambda: MoRAConfig(dropout=adapter.mora_dropout),
+        lambda: MoRAConfig(compute=adapter.compute),
         lambda: MoRAConfig(target_modules=tuple(adapter.target_modules)),
         lambda: schedule_kind(training.lr_scheduler_type),
         lambda: ramps.schedule(steps),

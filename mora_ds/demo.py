@@ -1,0 +1,226 @@
+"""The embedded default: what runs when neither model nor text is named. No network, nothing but Python's own text.
+
+    prose (language reference, docstrings) + code (the standard library)      written out of the running Python
+    -> a SentencePiece tokenizer -> a small Llama, warm-started full-rank on the prose
+    -> continued on the code with MoRA and merges                             the job proper, the same as on 64 GPUs
+    -> a table: what was learned, what was kept, what crossed the wire; one continuation by the merged model
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mora_ds.arguments import Arguments, from_flat
+from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_embedded
+from mora_ds.engine import start_distributed
+from mora_ds.errors import UserError
+from mora_ds.model import create_base
+from mora_ds.pretrain import pretrain
+from mora_ds.ranks import Ranks
+from mora_ds.run_folder import claim
+
+MODEL_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "models" / "tiny_llama.json"
+VOCABULARY = 2048
+PROSE_BYTES, CODE_BYTES, EVAL_BYTES = 1_700_000, 2_500_000, 60_000
+
+_SHARED: dict[str, Any] = {"seq_len": 128, "per_device_eval_batch_size": 16, "gradient_accumulation_steps": 1}
+WARM_START: dict[str, Any] = {
+    **_SHARED,
+    "adapter": "full",
+    "max_steps": 240,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "cosine",
+    "min_lr_ratio": 0.1,
+    "warmup_steps": 20,
+    "weight_decay": 0.01,
+    "logging_steps": 20,
+    "eval_on_start": False,
+    "export_merged": True,
+}
+CONTINUE: dict[str, Any] = {
+    **_SHARED,
+    "mora_rank": 8,
+    "operator": "rotate",
+    "max_steps": 240,
+    "learning_rate": 4e-3,
+    "lr_scheduler_type": "cosine",
+    "min_lr_ratio": 0.1,
+    "warmup_steps": 10,
+    "merge_every": 60,
+    "restart_warmup_steps": 5,
+    "logging_steps": 20,
+    "eval_steps": 120,
+    "save_steps": 120,
+    "export_merged": True,
+}
+ROWS_PER_STEP = 16
+"""Global batch size, in sequences, shared out over the ranks."""
+PROMPT = "def "
+
+
+def run_demo(arguments: Arguments) -> None:
+    """Run the embedded default on all ranks. Flags that the user gave hold for the second part, the job proper.
+
+    Raises `UserError` as `pretrain` does, and where this Python comes without its own sources.
+    """
+    start_distributed()
+    ranks = Ranks.current()
+    started = time.monotonic()
+    folder = Path(arguments.training.output_dir)
+    rows = _rows_per_rank(arguments, ranks.world)
+    ranks.on_first(lambda: _prepare(arguments, folder))
+    paths = _Paths(folder / "demo")
+    if not paths.warm.is_dir():
+        warm = {**WARM_START, "per_device_train_batch_size": rows, "model_name_or_path": str(paths.start),
+                "train_files": [str(paths.corpus / "general_train.jsonl")],
+                "eval_files": [f"prose={paths.corpus / 'general_eval.jsonl'}"], "output_dir": str(paths.warm.parent),
+                "overwrite_output_dir": True, "cache_dir": str(paths.tokens), "deepspeed": arguments.training.deepspeed,
+                "seed": arguments.training.seed}  # fmt: skip
+        _say(ranks, f"\n1. warm start: every parameter trained on prose for {WARM_START['max_steps']} steps")
+        sharded = pretrain(from_flat(warm))
+    else:
+        sharded = None
+    _say(ranks, "\n2. the job proper: continued on code with MoRA, the base frozen and whole on every rank")
+    summary = pretrain(_continue_arguments(arguments, paths, rows))
+    if ranks.is_first:
+        _report(folder, summary, sharded, ranks.world, time.monotonic() - started)
+    ranks.barrier()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Paths:
+    root: Path
+
+    @property
+    def corpus(self) -> Path:
+        return self.root / "corpus"
+
+    @property
+    def start(self) -> Path:
+        return self.root / "start"
+
+    @property
+    def warm(self) -> Path:
+        return self.root / "warm_start" / "merged"
+
+    @property
+    def tokens(self) -> Path:
+        return self.root / "tokens"
+
+
+def _say(ranks: Ranks, text: str) -> None:
+    if ranks.is_first:
+        print(text, flush=True)
+
+
+def _rows_per_rank(arguments: Arguments, world: int) -> int:
+    if ROWS_PER_STEP % world and "per_device_train_batch_size" not in arguments.given:
+        raise UserError(
+            f"the embedded default shares {ROWS_PER_STEP} sequences a step over the ranks, and {world} does not divide "
+            "that: start another number of ranks, or name a --per_device_train_batch_size"
+        )
+    return max(1, ROWS_PER_STEP // world)
+
+
+def _prepare(arguments: Arguments, folder: Path) -> None:
+    """Corpora, tokenizer and the untrained model, unless a resumed run has them already."""
+    training = arguments.training
+    paths = _Paths(folder / "demo")
+    claim(folder, training.overwrite_output_dir, resume=training.resume_from_checkpoint is not None)
+    print(
+        "No --model_name_or_path and no --train_files: running the embedded default.\n"
+        "  general text: prose of Python's language reference and docstrings;  new domain: the standard library's code\n"
+        f"  everything is made here, without a network, and written to {folder}/"
+    )
+    if training.resume_from_checkpoint is not None and paths.warm.is_dir():
+        return
+    if paths.root.exists():
+        shutil.rmtree(paths.root)
+    written = write_embedded(
+        paths.corpus, general_bytes=PROSE_BYTES, domain_bytes=CODE_BYTES, eval_bytes=EVAL_BYTES
+    )
+    print("  corpora: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in written.text_bytes.items()))
+    corpus = load_corpus([str(written.general_train), str(written.domain_train)])
+    tokenizer = load_tokenizer(train_sentencepiece(corpus.texts(), VOCABULARY, paths.root / "tokenizer"))
+    print(f"  tokenizer: SentencePiece, {len(tokenizer)} pieces, trained on both")
+    create_base(MODEL_CONFIG, paths.start, training.seed, tokenizer, len(tokenizer))
+
+
+def _continue_arguments(arguments: Arguments, paths: _Paths, rows: int) -> Arguments:
+    ours = {
+        **CONTINUE,
+        "per_device_train_batch_size": rows,
+        "model_name_or_path": str(paths.warm),
+        "train_files": [str(paths.corpus / "domain_train.jsonl")],
+        "eval_files": [f"{name}={paths.corpus}/{stem}_eval.jsonl" for name, stem in (("prose", "general"), ("code", "domain"))],
+        "cache_dir": str(paths.tokens),
+    }
+    return from_flat({**ours, **_given(arguments)})
+
+
+def _given(arguments: Arguments) -> dict[str, Any]:
+    groups = (arguments.model, arguments.adapter, arguments.data, arguments.training)
+    return {key: value for group in groups for key, value in vars(group).items() if key in arguments.given}
+
+
+# -- the report ----------------------------------------------------------------------------------------------------------
+
+
+def _report(folder: Path, summary: dict[str, Any], sharded: dict[str, Any] | None, world: int, seconds: float) -> None:
+    before, after = summary["perplexity_before"], summary["perplexity_after"]
+    share = 100 * summary["trainable_params"] / summary["total_params"]
+    rows = [("", "before", "after", "change")]
+    for name in after:
+        change = 100 * (after[name] / before[name] - 1) if name in before else float("nan")
+        rows.append((f"perplexity on {name}", f"{before.get(name, float('nan')):.2f}", f"{after[name]:.2f}", f"{change:+.1f}%"))
+    print("\n" + "\n".join(f"{row[0]:<24}{row[1]:>12}{row[2]:>12}{row[3]:>10}" for row in rows))
+    facts = [
+        ("trained", f"{summary['trainable_params']:,} of {summary['total_params']:,} parameters ({share:.2f}%), "
+                    f"{summary['merges']} merges in {summary['steps']} steps"),
+        ("gathered a step, rank", _gathered(summary, sharded, world)),
+        ("bytes of the base", f"{summary['base_bytes_gathered']} in all collectives of the run"),
+        ("time", f"{seconds:.0f} s on {world} rank(s)"),
+        ("curves", f"tensorboard --logdir {folder / 'tensorboard'}   (numbers: {folder / 'metrics.jsonl'})"),
+    ]  # fmt: skip
+    merged = folder / "merged"
+    if merged.is_dir():
+        facts.append(("merged model", f"{merged}   (plain transformers loads it)"))
+    print("\n".join(f"{name:<24}{fact}" for name, fact in facts))
+    if merged.is_dir():
+        print(f"\nthe merged model goes on from {PROMPT!r}:\n" + _indent(sample(merged, PROMPT)))
+
+
+def _gathered(summary: dict[str, Any], sharded: dict[str, Any] | None, world: int) -> str:
+    if world == 1:
+        squares, everything = 4 * summary["trainable_params"], 4 * summary["total_params"]
+        return (
+            f"nothing, there is one; with more ranks the squares, {squares / 1e6:.2f} MB, "
+            f"where ZeRO-3 with a sharded base gathers {everything / 1e6:.2f} MB"
+        )
+    mine = f"{summary['bytes_gathered_per_step'] / 1e6:.2f} MB: the squares"
+    if sharded is None:
+        return mine
+    return f"{mine} (ZeRO-3 with the base sharded, in part 1: {sharded['bytes_gathered_per_step'] / 1e6:.2f} MB)"
+
+
+def sample(folder: Path, prompt: str, tokens: int = 60, seed: int = 0) -> str:
+    """A sampled continuation by a Hugging Face folder, loaded with plain transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=True, temperature=0.7, top_k=40)
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def _indent(text: str) -> str:
+    return "\n".join("    " + line for line in text.splitlines())
