@@ -42,7 +42,23 @@ _HOME = {
     "ReMoRA": "remora",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = [
+    "InjectionReport",
+    "Ledger",
+    "MoRAConfig",
+    "OperatorKind",
+    "OperatorSpec",
+    "ReMoRA",
+    "RunError",
+    "UserError",
+    "__version__",
+    "delta_weight",
+    "export_merged",
+    "initialize",
+    "inject",
+    "mora_layers",
+    "mora_update",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -51,7 +51,7 @@ def mora_linear(
     if path is Compute.AUTO:
         path = choose(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype)
     if path is Compute.WEIGHT:
-        return _WeightPath.apply(x, weight, bias, square, spec)  # type: ignore[no-any-return]
+        return _WeightPath.apply(x, weight, bias, square, spec)
     return F.linear(x, weight, bias) + mora_update(spec, square, x)
 
 
@@ -60,9 +60,7 @@ class _WeightPath(torch.autograd.Function):
     large as the input, the input itself, which layers that read the same tensor share."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, square: Tensor, spec: OperatorSpec
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
         ctx.spec = spec
         ctx.weight = weight
         ctx.save_for_backward(x if spec.blockwise else fold_input(spec, x), square)

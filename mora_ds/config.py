@@ -99,7 +99,7 @@ class MoRAConfig:
         return r_hat
 
     def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int) -> OperatorSpec:
-        """The operator of layer `layer` in cycle `cycle` (0 until the first merge): a pure function of its arguments."""
+        """The operator of a layer in a cycle (0 until the first merge): a pure function of its arguments."""
         r_hat = self.square_size(d_in, d_out)
         if self.grouping == ALTERNATE:
             grouping = (Grouping.STRIDED, Grouping.CONTIGUOUS)[cycle % 2]

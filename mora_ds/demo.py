@@ -1,9 +1,9 @@
 """The embedded default: what runs when neither model nor text is named. No network, nothing but Python's own text.
 
-    prose (language reference, docstrings) + code (the standard library)      written out of the running Python
-    -> a SentencePiece tokenizer -> a small Llama, warm-started full-rank on the prose
-    -> continued on the code with MoRA and merges                             the job proper, the same as on 64 GPUs
-    -> a table: what was learned, what was kept, what crossed the wire; one continuation by the merged model
+prose (language reference, docstrings) + code (the standard library)      written out of the running Python
+-> a SentencePiece tokenizer -> a small Llama, warm-started full-rank on the prose
+-> continued on the code with MoRA and merges                             the job proper, the same as on 64 GPUs
+-> a table: what was learned, what was kept, what crossed the wire; one continuation by the merged model
 """
 
 from __future__ import annotations
@@ -135,16 +135,14 @@ def _prepare(arguments: Arguments, folder: Path) -> None:
     claim(folder, training.overwrite_output_dir, resume=training.resume_from_checkpoint is not None)
     print(
         "No --model_name_or_path and no --train_files: running the embedded default.\n"
-        "  general text: prose of Python's language reference and docstrings;  new domain: the standard library's code\n"
+        "  general text: Python's language reference and docstrings;  new domain: the standard library's code\n"
         f"  everything is made here, without a network, and written to {folder}/"
     )
     if training.resume_from_checkpoint is not None and paths.warm.is_dir():
         return
     if paths.root.exists():
         shutil.rmtree(paths.root)
-    written = write_embedded(
-        paths.corpus, general_bytes=PROSE_BYTES, domain_bytes=CODE_BYTES, eval_bytes=EVAL_BYTES
-    )
+    written = write_embedded(paths.corpus, general_bytes=PROSE_BYTES, domain_bytes=CODE_BYTES, eval_bytes=EVAL_BYTES)
     print("  corpora: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in written.text_bytes.items()))
     corpus = load_corpus([str(written.general_train), str(written.domain_train)])
     tokenizer = load_tokenizer(train_sentencepiece(corpus.texts(), VOCABULARY, paths.root / "tokenizer"))
@@ -158,7 +156,9 @@ def _continue_arguments(arguments: Arguments, paths: _Paths, rows: int) -> Argum
         "per_device_train_batch_size": rows,
         "model_name_or_path": str(paths.warm),
         "train_files": [str(paths.corpus / "domain_train.jsonl")],
-        "eval_files": [f"{name}={paths.corpus}/{stem}_eval.jsonl" for name, stem in (("prose", "general"), ("code", "domain"))],
+        "eval_files": [
+            f"{name}={paths.corpus}/{stem}_eval.jsonl" for name, stem in (("prose", "general"), ("code", "domain"))
+        ],
         "cache_dir": str(paths.tokens),
     }
     return from_flat({**ours, **_given(arguments)})
@@ -169,7 +169,7 @@ def _given(arguments: Arguments) -> dict[str, Any]:
     return {key: value for group in groups for key, value in vars(group).items() if key in arguments.given}
 
 
-# -- the report ----------------------------------------------------------------------------------------------------------
+# -- the report ----------------------------------------------------------------------------------------------------
 
 
 def _report(folder: Path, summary: dict[str, Any], sharded: dict[str, Any] | None, world: int, seconds: float) -> None:
@@ -178,7 +178,9 @@ def _report(folder: Path, summary: dict[str, Any], sharded: dict[str, Any] | Non
     rows = [("", "before", "after", "change")]
     for name in after:
         change = 100 * (after[name] / before[name] - 1) if name in before else float("nan")
-        rows.append((f"perplexity on {name}", f"{before.get(name, float('nan')):.2f}", f"{after[name]:.2f}", f"{change:+.1f}%"))
+        rows.append(
+            (f"perplexity on {name}", f"{before.get(name, float('nan')):.2f}", f"{after[name]:.2f}", f"{change:+.1f}%")
+        )
     print("\n" + "\n".join(f"{row[0]:<24}{row[1]:>12}{row[2]:>12}{row[3]:>10}" for row in rows))
     facts = [
         ("trained", f"{summary['trainable_params']:,} of {summary['total_params']:,} parameters ({share:.2f}%), "
@@ -219,7 +221,7 @@ def sample(folder: Path, prompt: str, tokens: int = 60, seed: int = 0) -> str:
     torch.manual_seed(seed)
     with torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=True, temperature=0.7, top_k=40)
-    return tokenizer.decode(ids[0], skip_special_tokens=True)
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
 def _indent(text: str) -> str:

@@ -1,7 +1,7 @@
 """`mora_ds.initialize`: a model with squares -> a DeepSpeed engine whose base is whole on every rank.
 
-    model with squares -> base moved and cast (once per tied tensor) -> equal on all ranks? -> squares in parameter
-    group 0, other trainables in group 1 -> deepspeed.initialize
+model with squares -> base moved and cast (once per tied tensor) -> equal on all ranks? -> squares in parameter
+group 0, other trainables in group 1 -> deepspeed.initialize
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def initialize(
 ) -> tuple[zero.Engine, Any, Any, Any]:
     """`deepspeed.initialize` for a model that `mora_ds.inject` prepared: same arguments, same four returns.
 
-    `config` is a DeepSpeed config (dict or path); sizes of ZeRO's buckets may be "auto". The base is moved to this rank's device in
-    the config's dtype and, with `check_base`, compared over all ranks by checksum. Raises `UserError` for a model
-    without squares and `RunError` when the ranks hold different bases.
+    `config` is a DeepSpeed config (dict or path); sizes of ZeRO's buckets may be "auto". The base is moved to this
+    rank's device in the config's dtype and, with `check_base`, compared over all ranks by checksum. Raises `UserError`
+    for a model without squares and `RunError` when the ranks hold different bases.
     """
     if not mora_layers(model):
         raise UserError("the model has no squares: call mora_ds.inject(model, MoRAConfig(...)) first")
@@ -64,9 +64,7 @@ def initialize(
         parameter.data = parameter.data.to(device, dtype)
     if check_base:
         check_base_equal(frozen_buffers(model).values())
-    return deepspeed.initialize(
-        model=model, config=settings, model_parameters=parameter_groups(model), **kwargs
-    )  # type: ignore[return-value]
+    return deepspeed.initialize(model=model, config=settings, model_parameters=parameter_groups(model), **kwargs)
 
 
 def initialize_full(*, model: nn.Module, config: dict[str, Any] | str | Path, **kwargs: Any) -> tuple[Any, ...]:

@@ -1,8 +1,8 @@
 """Match, replace, freeze, report: a Hugging Face model becomes a model with squares.
 
 inject(model, MoRAConfig(rank=8))
-  1. every matched linear layer becomes a `MoRALinear`               nothing matched is an error that lists what there is
-  2. every other parameter that is not to be trained becomes a buffer   tied tensors stay one tensor
+  1. every matched linear layer becomes a `MoRALinear`       nothing matched is an error that lists what there is
+  2. every other parameter not to be trained becomes a buffer       tied tensors stay one tensor
   3. a report: shapes, r_hat, trainable and total parameters
 """
 

@@ -6,6 +6,8 @@ every rank and no collective ever carries them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,9 +27,7 @@ class MoRALinear(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(
-        self, base: nn.Module, spec: OperatorSpec, dropout: float = 0.0, compute: Compute = Compute.AUTO
-    ) -> None:
+    def __init__(self, base: Any, spec: OperatorSpec, dropout: float = 0.0, compute: Compute = Compute.AUTO) -> None:
         """Takes over the tensors of `base` (`nn.Linear` or `Conv1D`) without copying them."""
         super().__init__()
         self.transposed = isinstance(base, Conv1D)
@@ -59,7 +59,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int]:
+def linear_shape(module: Any) -> tuple[int, int]:
     """(d_in, d_out) of an `nn.Linear` or a `Conv1D`."""
-    rows, columns = module.weight.shape  # type: ignore[misc]
-    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)  # type: ignore[return-value]
+    rows, columns = module.weight.shape
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)

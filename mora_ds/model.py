@@ -55,7 +55,9 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (OSError, HFValidationError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{MODEL_FLAG} {name}: neither a folder here nor a hub model that can be had: {reason}") from error
+        raise UserError(
+            f"{MODEL_FLAG} {name}: neither a folder here nor a hub model that can be had: {reason}"
+        ) from error
 
 
 def load_base(
@@ -76,8 +78,10 @@ def load_base(
     return LoadedBase(model, BaseCheckpoint.open(base_folder), keys)
 
 
-def create_base(config_file: Path, folder: Path, seed: int, tokenizer: Any = None, vocab_size: int | None = None) -> Path:
-    """A base with fresh random weights from a transformers config JSON, written to `folder` in fp32. One rank calls it."""
+def create_base(
+    config_file: Path, folder: Path, seed: int, tokenizer: Any = None, vocab_size: int | None = None
+) -> Path:
+    """A base with fresh random weights from a config JSON, written to `folder` in fp32. One rank calls it."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(read_model_config(config_file, vocab_size), dtype=torch.float32)
     write_own_base(model, folder, tokenizer)
@@ -85,7 +89,7 @@ def create_base(config_file: Path, folder: Path, seed: int, tokenizer: Any = Non
 
 
 def read_model_config(config_file: Path, vocab_size: int | None = None) -> Any:
-    """The config object of a JSON such as `configs/models/tiny_llama.json`. Raises `UserError` naming --model_config."""
+    """The config of a JSON such as `configs/models/tiny_llama.json`. Raises `UserError` naming --model_config."""
     try:
         values = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -111,7 +115,7 @@ def folder_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
 def _from_pretrained(folder: Path, dtype: torch.dtype, attn_implementation: str, trust_remote_code: bool) -> nn.Module:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -123,7 +127,11 @@ def _from_pretrained(folder: Path, dtype: torch.dtype, attn_implementation: str,
     except Exception as error:  # transformers and safetensors raise many kinds; all mean that the folder is no model
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{MODEL_FLAG} {folder}: cannot be loaded as a causal language model: {reason}") from error
-    for what, problem in (("missing_keys", "weights are missing"), ("mismatched_keys", "weights do not fit the config")):
+    model, info = loaded
+    for what, problem in (
+        ("missing_keys", "weights are missing"),
+        ("mismatched_keys", "weights do not fit the config"),
+    ):
         if info.get(what):
             some = ", ".join(str(key) for key in list(info[what])[:3])
             raise UserError(f"{MODEL_FLAG} {folder}: {problem} for {len(info[what])} tensors, e.g. {some}")

@@ -12,7 +12,7 @@ Shape legend:  D = d_in, O = d_out, R = r_hat, N = blocks the square is applied 
 
 Both `delta_weight` and the forward pass are built from the same few index rules, so they cannot drift apart:
 
-    padded input     position q of the padded input holds x[q mod D], q < ceil(D / R) * R   (wraps round, as the reference)
+    padded input     position q of the padded input holds x[q mod D], q < ceil(D / R) * R  (wraps round)
     truncate         keep the first R inputs (zero-padded when R > D); zero-pad the output          eq. 4-5
     share            group sums in, group members out; a group is a residue class (strided) or a
                      run of neighbours (contiguous)                                                 eq. 6-7
@@ -40,7 +40,7 @@ from torch import Tensor
 from mora_ds.errors import UserError, nearest
 
 ROTATE_BELOW_RANK = 64
-"""`default_kind` rotates below this LoRA-equivalent rank and shares from it on (the paper: rotate at 8, share at 256)."""
+"""Below this LoRA-equivalent rank `default_kind` rotates, from it on it shares (paper: rotate at 8, share at 256)."""
 
 
 class OperatorKind(str, Enum):
@@ -171,7 +171,7 @@ def decompress(spec: OperatorSpec, z: Tensor) -> Tensor:
 
 
 def decompress_transpose(spec: OperatorSpec, g: Tensor) -> Tensor:
-    """The transpose of `decompress`: (..., O) -> (..., N, R), what a gradient of the output is to the square's output."""
+    """The transpose of `decompress`: (..., O) -> (..., N, R). Takes gradients back to the square's output."""
     if spec.grouping is Grouping.PERMUTED:
         g = _pick(g, _permutations(spec, g.device)[1])
     if spec.kind is OperatorKind.TRUNCATE:
@@ -183,7 +183,7 @@ def decompress_transpose(spec: OperatorSpec, g: Tensor) -> Tensor:
 
 
 def fold_input(spec: OperatorSpec, x: Tensor) -> Tensor:
-    """(..., D) -> (..., N, R): `compress` without rotate's turning, which `square_gradient` applies to products instead."""
+    """(..., D) -> (..., N, R): `compress` without rotate's turning, which `square_gradient` leaves to the products."""
     return _input_blocks(spec, x) if spec.blockwise else compress(spec, x)
 
 
@@ -206,7 +206,7 @@ def mora_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
 
 
 def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
-    """The (O, D) matrix that the square stands for, in the square's dtype and on its device.
+    """The (O, D) matrix that the square stands for, in its dtype and on its device, sharing no memory.
 
     Made of separate elementwise operations and copies only, so that every device rounds it alike.
     """
@@ -317,7 +317,7 @@ def _input_columns(spec: OperatorSpec, square: Tensor) -> Tensor:
 def _output_rows(spec: OperatorSpec, columns: Tensor) -> Tensor:
     """(R, D) -> (O, D) for truncate and share: each output's row."""
     if spec.kind is OperatorKind.TRUNCATE:
-        return _resize(columns.T, spec.d_out).T
+        return F.pad(columns[: spec.d_out], (0, 0, 0, max(0, spec.d_out - spec.r_hat))).clone()
     groups = _contiguous_groups if spec.grouping.contiguous_out else _strided_groups
     return columns.index_select(0, groups(spec.d_out, spec.r_hat, columns.device))
 
@@ -378,16 +378,16 @@ def _contiguous_groups(size: int, groups: int, device: torch.device) -> Tensor:
         return torch.repeat_interleave(torch.arange(groups), lengths).to(device)
 
 
-def _permutations(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+def _permutations(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, ...]:
     return _permutation_tables(spec.seed, spec.d_in, spec.d_out, device)[:2]
 
 
-def _inverse_permutations(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+def _inverse_permutations(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, ...]:
     return _permutation_tables(spec.seed, spec.d_in, spec.d_out, device)[2:]
 
 
 @lru_cache(maxsize=4096)
-def _permutation_tables(seed: int, d_in: int, d_out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _permutation_tables(seed: int, d_in: int, d_out: int, device: torch.device) -> tuple[Tensor, ...]:
     """Permutations of inputs and outputs and their inverses.
 
     numpy's RandomState is the one generator whose stream is frozen for ever (NEP 19): a ledger replayed years later,
@@ -397,4 +397,4 @@ def _permutation_tables(seed: int, d_in: int, d_out: int, device: torch.device) 
     with torch.inference_mode(False):
         forward = [torch.from_numpy(stream.permutation(size)) for size in (d_in, d_out)]
         pair = (*forward, *(torch.argsort(permutation) for permutation in forward))
-        return tuple(table.to(device) for table in pair)  # type: ignore[return-value]
+        return tuple(table.to(device) for table in pair)

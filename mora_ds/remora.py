@@ -157,5 +157,3 @@ def zero_state(key: str, value: Tensor) -> None:
     """Both moments and the step count to zero: with the old count the first update would be 2.94 times too large."""
     del key
     value.zero_()
-
-

@@ -17,11 +17,12 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import deepspeed
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -30,7 +31,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-Engine = deepspeed.DeepSpeedEngine
+Engine: TypeAlias = DeepSpeedEngine
 StateReset = Callable[[str, Tensor], None]
 """Changes one tensor of optimizer state (key, flat partition) in place."""
 
@@ -187,7 +188,7 @@ def _from_flat(half_groups: list[list[Tensor]], flats: list[Tensor], parameter: 
     raise KeyError("the parameter is not in the optimizer")
 
 
-# -- counting -----------------------------------------------------------------------------------------------------------
+# -- counting ----------------------------------------------------------------------------------------------------
 
 
 class CollectiveCounter:

@@ -18,7 +18,7 @@ from mora_ds.checkpoint import check_identity, complete_checkpoints, find_checkp
 from mora_ds.errors import UserError
 from mora_ds.files import replace_symlink, verify_manifest, write_manifest
 from tests.gloo import run_ranks
-from tests.jobs import Playground, job, launch, playground, run
+from tests.jobs import Playground, job, launch, playground, refused, run
 
 MERGING = ("--max_steps", 6, "--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 2)
 
@@ -212,3 +212,24 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_there(
     assert kept and (root / "latest").resolve() == kept[-1]
     assert all(verify_manifest(folder) == [] for folder in kept)
     assert not list(root.glob(".*")), "half a checkpoint would keep the disk full"
+
+
+def careless_job(argv: list[str]) -> tuple[str, str]:
+    """A run that does not look beforehand whether there is room."""
+    checkpoints._check_space = lambda root, engine: None
+    return refused(argv)
+
+
+@pytest.mark.gloo
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(user: Playground, small_disk: Path) -> None:
+    """Whoever writes first, DeepSpeed, torch or safetensors: none of them says so in the same way."""
+    out = small_disk / "out"
+    for ballast in range(4):
+        (small_disk / f"ballast-{ballast}").write_bytes(bytes(7_000))
+        argv = user.flags(out, "--save_steps", 1, "--max_steps", 60, "--logging_steps", 60)
+        kind, message = run_ranks(1, careless_job, argv)[0]
+        assert kind == "RunError" and f"the disk that holds {out}" in message and "is full" in message
+        kept = complete_checkpoints(out / "checkpoints")
+        assert kept and all(verify_manifest(folder) == [] for folder in kept)
+        assert (out / "checkpoints" / "latest").resolve() == kept[-1]
+        shutil.rmtree(out)

@@ -192,7 +192,7 @@ def test_injection_changes_no_output() -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"train_norms": True}, {"train_embeddings": True}])
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
-def test_ties_stay_one_tensor(family: str, changes: dict[str, bool]) -> None:
+def test_ties_stay_one_tensor(family: str, changes: dict[str, Any]) -> None:
     model = tiny_model(family)
     inject(model, MoRAConfig(rank=4, **changes))
     move_base(model, "cpu", torch.bfloat16)
@@ -219,6 +219,10 @@ def trained(model: Any) -> set[str]:
     return {name for name, _ in model.named_parameters(remove_duplicate=False) if not name.endswith(".square")}
 
 
+def train(what: list[str]) -> dict[str, Any]:
+    return {f"train_{name}": True for name in what}
+
+
 LLAMA_NORMS = in_layers("input_layernorm.weight", "post_attention_layernorm.weight") | {"model.norm.weight"}
 
 
@@ -238,7 +242,7 @@ LLAMA_NORMS = in_layers("input_layernorm.weight", "post_attention_layernorm.weig
 )
 def test_other_trainables(family: str, settings: list[str], expected: set[str]) -> None:
     model = tiny_model(family)
-    inject(model, MoRAConfig(rank=4, **{f"train_{name}": True for name in settings}))
+    inject(model, MoRAConfig(rank=4, **train(settings)))
     assert trained(model) == expected
     causal_loss(model, tokens(2)).backward()
     for name, parameter in model.named_parameters():

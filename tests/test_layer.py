@@ -16,9 +16,9 @@ D_IN, D_OUT, R_HAT = 14, 10, 6
 def base_layer(kind: str) -> nn.Module:
     torch.manual_seed(0)
     if kind == "conv1d":
-        layer = Conv1D(D_OUT, D_IN)
-        layer.bias.data.normal_()
-        return layer
+        conv = Conv1D(D_OUT, D_IN)
+        nn.init.normal_(conv.bias)
+        return conv
     return nn.Linear(D_IN, D_OUT, bias=kind == "linear with bias")
 
 

@@ -120,7 +120,9 @@ def test_a_branch_from_an_earlier_checkpoint_is_what_goes_on(user: Playground, w
     """Later checkpoints of the branch that was left neither push new ones out nor are taken by auto."""
     out = copied(whole, tmp_path)
     keep = (*MERGING, "--save_total_limit", 2)
-    first = user.flags(out, *keep, "--resume_from_checkpoint", out / "checkpoints" / "step-000002", "--learning_rate", 1)
+    first = user.flags(
+        out, *keep, "--resume_from_checkpoint", out / "checkpoints" / "step-000002", "--learning_rate", 1
+    )
     run_ranks(1, interrupted_job, first, 4)
     assert (out / "checkpoints" / "latest").resolve().name == "step-000004"
     with_rate = user.flags(out, *keep, "--resume_from_checkpoint", "auto", "--learning_rate", 1)

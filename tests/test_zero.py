@@ -37,7 +37,10 @@ def ds_config(stage: int, micro: int, accumulation: int = ACCUMULATION, **change
             "stage3_param_persistence_threshold": 0,
             "memory_efficient_linear": False,
         },
-        "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "eps": EPSILON, "weight_decay": 0.0, "torch_adam": True}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": LEARNING_RATE, "eps": EPSILON, "weight_decay": 0.0, "torch_adam": True},
+        },
         "steps_per_print": 10**9,
     }
     return {**config, **changes}
@@ -48,9 +51,7 @@ def squares_model(operator: str, **config: Any) -> torch.nn.Module:
     model = tiny_model("llama")
     inject(model, MoRAConfig(rank=4, operator=operator, **config))
     for index, layer in enumerate(mora_layers(model).values()):
-        layer.square.data = 0.02 * torch.randn(
-            layer.square.shape, generator=torch.Generator().manual_seed(index)
-        )
+        layer.square.data = 0.02 * torch.randn(layer.square.shape, generator=torch.Generator().manual_seed(index))
     return model
 
 
@@ -235,7 +236,9 @@ class CountedBelow(TorchDispatchMode):
         (1, 3, {"stage3_param_persistence_threshold": 10**6}),
     ],
 )
-def test_collectives_carry_the_squares_and_nothing_else(passes: int, accumulation: int, settings: dict[str, int]) -> None:
+def test_collectives_carry_the_squares_and_nothing_else(
+    passes: int, accumulation: int, settings: dict[str, int]
+) -> None:
     for result in run_ranks(2, count_bytes, accumulation, settings):
         gathers = sum(count for name, count in result["seen"].items() if "gather" in name)
         assert result["gathered"] == gathers == passes * 4 * result["padded"]
