@@ -19,7 +19,6 @@ import torch
 from mora_ds.arguments import Arguments, from_flat
 from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_embedded
 from mora_ds.engine import start_distributed
-from mora_ds.errors import UserError
 from mora_ds.model import create_base
 from mora_ds.pretrain import pretrain
 from mora_ds.ranks import Ranks
@@ -33,13 +32,13 @@ _SHARED: dict[str, Any] = {"seq_len": 128, "per_device_eval_batch_size": 16, "gr
 WARM_START: dict[str, Any] = {
     **_SHARED,
     "adapter": "full",
-    "max_steps": 240,
+    "max_steps": 420,
     "learning_rate": 3e-3,
     "lr_scheduler_type": "cosine",
     "min_lr_ratio": 0.1,
     "warmup_steps": 20,
     "weight_decay": 0.01,
-    "logging_steps": 20,
+    "logging_steps": 30,
     "eval_on_start": False,
     "export_merged": True,
 }
@@ -47,19 +46,19 @@ CONTINUE: dict[str, Any] = {
     **_SHARED,
     "mora_rank": 8,
     "operator": "rotate",
-    "max_steps": 240,
+    "max_steps": 360,
     "learning_rate": 4e-3,
     "lr_scheduler_type": "cosine",
     "min_lr_ratio": 0.1,
     "warmup_steps": 10,
-    "merge_every": 60,
+    "merge_every": 90,
     "restart_warmup_steps": 5,
-    "logging_steps": 20,
-    "eval_steps": 120,
-    "save_steps": 120,
+    "logging_steps": 30,
+    "eval_steps": 180,
+    "save_steps": 180,
     "export_merged": True,
 }
-ROWS_PER_STEP = 16
+ROWS_PER_STEP = 8
 """Global batch size, in sequences, shared out over the ranks."""
 PROMPT = "def "
 
@@ -73,7 +72,7 @@ def run_demo(arguments: Arguments) -> None:
     ranks = Ranks.current()
     started = time.monotonic()
     folder = Path(arguments.training.output_dir)
-    rows = _rows_per_rank(arguments, ranks.world)
+    rows = max(1, ROWS_PER_STEP // ranks.world)
     ranks.on_first(lambda: _prepare(arguments, folder))
     paths = _Paths(folder / "demo")
     if not paths.warm.is_dir():
@@ -117,15 +116,6 @@ class _Paths:
 def _say(ranks: Ranks, text: str) -> None:
     if ranks.is_first:
         print(text, flush=True)
-
-
-def _rows_per_rank(arguments: Arguments, world: int) -> int:
-    if ROWS_PER_STEP % world and "per_device_train_batch_size" not in arguments.given:
-        raise UserError(
-            f"the embedded default shares {ROWS_PER_STEP} sequences a step over the ranks, and {world} does not divide "
-            "that: start another number of ranks, or name a --per_device_train_batch_size"
-        )
-    return max(1, ROWS_PER_STEP // world)
 
 
 def _prepare(arguments: Arguments, folder: Path) -> None:

@@ -64,7 +64,9 @@ def initialize(
         parameter.data = parameter.data.to(device, dtype)
     if check_base:
         check_base_equal(frozen_buffers(model).values())
-    return deepspeed.initialize(model=model, config=settings, model_parameters=parameter_groups(model), **kwargs)
+    returned = deepspeed.initialize(model=model, config=settings, model_parameters=parameter_groups(model), **kwargs)
+    zero.scale_loss_without_zero(returned[0])
+    return returned
 
 
 def initialize_full(*, model: nn.Module, config: dict[str, Any] | str | Path, **kwargs: Any) -> tuple[Any, ...]:
@@ -73,7 +75,9 @@ def initialize_full(*, model: nn.Module, config: dict[str, Any] | str | Path, **
     start_distributed()
     dtype = getattr(torch, compute_dtype(settings))
     model.to(get_accelerator().current_device_name(), dtype)
-    return deepspeed.initialize(model=model, config=settings, model_parameters=list(model.parameters()), **kwargs)
+    returned = deepspeed.initialize(model=model, config=settings, model_parameters=list(model.parameters()), **kwargs)
+    zero.scale_loss_without_zero(returned[0])
+    return returned
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

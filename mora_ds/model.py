@@ -21,6 +21,8 @@ from mora_ds.errors import UserError
 from mora_ds.ranks import Ranks
 
 MODEL_FLAG = "--model_name_or_path"
+AUTO_ATTENTION = "auto"
+"""sdpa where the model has it, eager otherwise: what transformers takes when none is named."""
 
 
 @dataclass
@@ -118,14 +120,17 @@ def _from_pretrained(folder: Path, dtype: torch.dtype, attn_implementation: str,
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation=attn_implementation,
+            attn_implementation=None if attn_implementation == AUTO_ATTENTION else attn_implementation,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, and named
         )
     except UserError:
         raise
     except Exception as error:  # transformers and safetensors raise many kinds; all mean that the folder is no model
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "attn_implementation" in str(error) or "flash" in reason.lower():
+            raise UserError(f"--attn_implementation {attn_implementation}: {reason}") from error
         raise UserError(f"{MODEL_FLAG} {folder}: cannot be loaded as a causal language model: {reason}") from error
     model, info = loaded
     for what, problem in (

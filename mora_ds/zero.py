@@ -6,6 +6,7 @@ What the rest of the house needs from it:
     prepare_backend     start gloo without compiling, quieten the logger
     full_fp32           one parameter's fp32 master, gathered (r_hat^2 * 4 bytes)
     reset_group         a parameter group back to zero: master, low-precision copies, moments, step count
+    scale_loss_without_zero   what fp16 at stage 0 lacks
     CollectiveCounter   bytes that every collective carried, by kind
 
 The frozen base never appears here: it is made of buffers, which ZeRO does not see.
@@ -112,7 +113,26 @@ def gradient_norm(engine: Engine) -> float:
     norm = engine.get_global_grad_norm()
     if norm is None:
         return float("nan")
-    return norm.item() if isinstance(norm, Tensor) else float(norm)
+    scale = engine.optimizer.loss_scale_config.cur_scale if isinstance(engine.optimizer, FP16_UnfusedOptimizer) else 1.0
+    return float(norm) / scale  # the unfused optimizer keeps the norm of the scaled gradients
+
+
+def scale_loss_without_zero(engine: Engine) -> None:
+    """Make `engine.backward` scale the loss under fp16 without ZeRO, as it does with it.
+
+    In 0.19.8 it leaves the loss alone, though the optimizer's step divides the gradients by the loss scale: small
+    ones underflow and none is ever clipped (deepspeedai/DeepSpeed pull request 8393, open).
+    """
+    optimizer = engine.optimizer
+    if not isinstance(optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
+        return
+    backward = engine.backward
+
+    def scaled_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        scale = optimizer.loss_scale_config.cur_scale
+        return backward(loss.float() * scale, *args, **kwargs) / scale
+
+    engine.backward = scaled_backward
 
 
 def step_was_skipped(engine: Engine) -> bool:

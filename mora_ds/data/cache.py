@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mora_ds.data.corpus import Corpus
-from mora_ds.data.inspection import PartFacts, inspect_parts
+from mora_ds.data.inspection import PartFacts, inspect_parts, writable
 from mora_ds.data.parallel import ordered_map
 from mora_ds.data.readers import Document
 from mora_ds.data.tokenizer import end_of_text_id, largest_id, tokenizer_fingerprint, wants_bos
@@ -201,7 +201,8 @@ def _build(
     characters = sum(part.characters for part in facts)
     _check_space(folder.parent, characters, encoder.dtype)
     _sweep(folder.parent)
-    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}{_PARTIAL}", dir=folder.parent))
+    with writable(folder.parent):
+        beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}{_PARTIAL}", dir=folder.parent))
     try:
         with disk_errors(folder.parent):
             bar = tqdm(desc="tokenising", total=characters, unit="char", unit_scale=True, disable=not progress)

@@ -39,7 +39,7 @@ def inspect_parts(corpus: Corpus, cache_dir: Path, num_proc: int, progress: bool
 
     Raises `UserError` for the first file that is broken, and for a `cache_dir` that cannot be written to.
     """
-    with _writable(cache_dir):
+    with writable(cache_dir):
         (cache_dir / "index").mkdir(parents=True, exist_ok=True)
     entries = [_entry(cache_dir, part, corpus.text_column) for part in corpus.parts]
     known = [_recall(entry) for entry in entries]
@@ -49,7 +49,8 @@ def inspect_parts(corpus: Corpus, cache_dir: Path, num_proc: int, progress: bool
     bar = tqdm(read, "checking files", len(parts), unit="file", disable=not (progress and parts))
     for index, facts in zip(unknown, bar, strict=True):
         known[index] = facts
-        _remember(entries[index], facts)
+        with writable(cache_dir):
+            _remember(entries[index], facts)
     return [facts for facts in known if facts is not None]
 
 
@@ -74,16 +75,17 @@ def _recall(entry: Path) -> PartFacts | None:
 
 
 def _remember(entry: Path, facts: PartFacts) -> None:
-    with disk_errors(entry.parent), tempfile.NamedTemporaryFile("w", dir=entry.parent, delete=False) as beside:
+    with tempfile.NamedTemporaryFile("w", dir=entry.parent, delete=False) as beside:
         json.dump(asdict(facts), beside)
     os.chmod(beside.name, 0o644)
     os.replace(beside.name, entry)
 
 
 @contextmanager
-def _writable(cache_dir: Path) -> Iterator[None]:
+def writable(cache_dir: Path) -> Iterator[None]:
+    """Turns a refusal to write (a read-only file system, say) into a `UserError`, a full disk into a `RunError`."""
     try:
         with disk_errors(cache_dir):
             yield
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise UserError(f"--cache_dir {cache_dir} cannot be written to: {error}") from error
+    except OSError as error:
+        raise UserError(f"--cache_dir {cache_dir} cannot be written to: {error.strerror or error}") from error
