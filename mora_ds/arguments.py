@@ -176,7 +176,9 @@ class TrainingArguments:
     min_lr_ratio: float = 0.0
     """The rate falls towards this share of the peak."""
     lr_scheduler_type: str = "linear"
-    """linear, cosine or constant (constant_with_warmup is the same)."""
+    """linear, cosine, constant (constant_with_warmup is the same) or warmup_stable_decay (wsd)."""
+    decay_ratio: float = 0.2
+    """Share of the steps after the first warm-up in which warmup_stable_decay falls."""
     warmup_steps: int = 0
     """Optimizer steps of the first warm-up."""
     warmup_ratio: float = 0.0
@@ -258,6 +260,7 @@ class Arguments:
             total_steps=total_steps,
             warmup_steps=training.warmup_steps or math.ceil(training.warmup_ratio * total_steps),
             min_ratio=training.min_lr_ratio,
+            decay_ratio=training.decay_ratio,
             merge_every=adapter.merge_every,
             restart_warmup_steps=adapter.restart_warmup_steps,
         )

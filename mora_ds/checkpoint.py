@@ -149,9 +149,12 @@ def check_world_size(folder: Path, world: int) -> None:
         raise UserError(f"{folder} was saved by {saved} ranks and this run has {world}: start as many ranks as before")
 
 
-def load_checkpoint(folder: Path, engine: zero.Engine) -> TrainerState:
-    """Restore engine and random states from a verified folder that was checked to belong to this run."""
+def load_checkpoint(folder: Path, engine: zero.Engine, identity: dict[str, Any]) -> TrainerState:
+    """Restore engine and random states from a verified folder. Raises `UserError` when the checkpoint belongs to
+    another run (each difference named) or to another number of ranks."""
     state = TrainerState.read(folder)
+    check_world_size(folder, dist.get_world_size())
+    check_identity(folder, state.identity, identity)
     loaded, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
     if loaded is None:
         raise RunError(f"DeepSpeed found nothing to load in {folder / ENGINE_TAG}")

@@ -65,7 +65,7 @@ def initialize(
     if check_base:
         check_base_equal(frozen_buffers(model).values())
     returned = deepspeed.initialize(model=model, config=settings, model_parameters=parameter_groups(model), **kwargs)
-    zero.scale_loss_without_zero(returned[0])
+    zero.mend_stage_0(returned[0])
     return returned
 
 
@@ -76,7 +76,7 @@ def initialize_full(*, model: nn.Module, config: dict[str, Any] | str | Path, **
     dtype = getattr(torch, compute_dtype(settings))
     model.to(get_accelerator().current_device_name(), dtype)
     returned = deepspeed.initialize(model=model, config=settings, model_parameters=list(model.parameters()), **kwargs)
-    zero.scale_loss_without_zero(returned[0])
+    zero.mend_stage_0(returned[0])
     return returned
 
 

@@ -9,44 +9,27 @@ One tensor is in memory at a time, whatever the size of the model; neither a GPU
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mora_ds.adapter_files import ADAPTER_JSON, AdapterFile, AdapterTensors, BaseReference, read_adapter
-from mora_ds.base import INDEX_FILE, SINGLE_FILE, BaseCheckpoint
+from mora_ds.base import BaseCheckpoint
 from mora_ds.errors import RunError, UserError
 from mora_ds.export_check import Comparison, compare_logits
-from mora_ds.files import MANIFEST, atomic_folder, read_json, verify_manifest, write_json_atomic
+from mora_ds.files import MANIFEST, atomic_folder, verify_manifest
 from mora_ds.ledger import LayerEntry, Ledger, live_weight
 from mora_ds.model_card import model_card
-from mora_ds.tensor_files import SafetensorsWriter, compute_dtype, dtype_name, tensor_nbytes
+from mora_ds.model_folder import plan_shards, write_companions, write_shards
+from mora_ds.tensor_files import compute_dtype, dtype_name
 
 LEDGER_FOLDER = "ledger"
 TOKENIZER_FOLDER = "tokenizer"
 PROBE_FILE = "probe.safetensors"
-
-COPIED_FROM_BASE = ("generation_config.json", "*.py", "LICENSE*")
-"""Beside the tokenizer: settings for sampling, a custom model's code, the licence."""
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template.*",
-)
 
 
 @dataclass(frozen=True)
@@ -92,14 +75,6 @@ class _Run:
     ledger: Ledger
 
 
-@dataclass
-class _Shard:
-    """Tensors that go into one file: key -> (shape, dtype)."""
-
-    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
-    nbytes: int = 0
-
-
 def export_merged(
     checkpoint: Path,
     output: Path,
@@ -130,22 +105,22 @@ def export_merged(
     run = _open_run(checkpoint, base_folder)
     _check_output(output, overwrite, run)
     target = compute_dtype(run.adapter.dtype if dtype == "auto" else dtype)
-    trained = _trained_by_key(run)
-    shards = _plan_shards(run, target, int(max_shard_gib * 2**30))
+    shards = plan_shards(run.base, _exported_keys(run), target, int(max_shard_gib * 2**30))
+    tokenizer = run.checkpoint / TOKENIZER_FOLDER
     with atomic_folder(output.absolute()) as folder:
-        names = _write_weights(run, folder, shards, trained, target)
-        _write_companions(run, folder, target)
+        names = write_shards(folder, shards, _tensor_of(run))
+        write_companions(run.base, folder, target, tokenizer if tokenizer.is_dir() else None)
         comparison = compare_logits(folder, probe, target) if verify else None
         card = model_card(run.checkpoint, run.adapter, run.ledger, run.reference, dtype_name(target), comparison)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return ExportReport(
         output=output,
-        files=tuple(names),
+        files=names,
         nbytes=sum(shard.nbytes for shard in shards),
         dtype=dtype_name(target),
         tensors=sum(len(shard.layout) for shard in shards),
         merged=len(run.adapter.layers),
-        replaced=len(trained),
+        replaced=len(run.adapter.trainables),
         cycles=run.ledger.cycles,
         seconds=time.monotonic() - started,
         comparison=comparison,
@@ -238,84 +213,25 @@ def _exported_keys(run: _Run) -> Iterator[str]:
             yield key
 
 
-def _plan_shards(run: _Run, dtype: torch.dtype, limit: int) -> list[_Shard]:
-    """Tensors in the base's order, a new file whenever the next one would not fit."""
-    shards = [_Shard()]
-    for key in _exported_keys(run):
-        shape, stored = run.base.shape_dtype(key)
-        written = dtype if stored.is_floating_point else stored
-        size = tensor_nbytes(shape, written)
-        if shards[-1].layout and shards[-1].nbytes + size > limit:
-            shards.append(_Shard())
-        shards[-1].layout[key] = (shape, written)
-        shards[-1].nbytes += size
-    return shards
-
-
 def _trained_by_key(run: _Run) -> dict[str, str]:
     """Key -> parameter name of the trained tensor that takes its place."""
     return {run.reference.keys[name]: name for name in run.adapter.trainables}
 
 
-def _write_weights(
-    run: _Run, folder: Path, shards: list[_Shard], trained: dict[str, str], dtype: torch.dtype
-) -> list[str]:
+def _tensor_of(run: _Run) -> Callable[[str, torch.dtype], Tensor]:
+    """What becomes of each of the base's tensors: replaced, merged, or as it was."""
+    trained = _trained_by_key(run)
     layers = {run.reference.keys[entry.weight]: entry for entry in run.adapter.layers.values()}
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else [SINGLE_FILE]
-    for name, shard in zip(names, shards, strict=True):
-        with SafetensorsWriter(folder / name, shard.layout, {}) as writer:
-            for key, (_, written) in shard.layout.items():
-                if key in trained:
-                    tensor = run.tensors.trained(trained[key]).to(written)
-                elif key in layers:
-                    tensor = _merged(run, key, layers[key], dtype)
-                else:
-                    tensor = run.base.read(key).to(written)
-                writer.write(key, tensor)
-    if len(shards) > 1:
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard.layout}
-        metadata = {"total_size": sum(shard.nbytes for shard in shards)}
-        write_json_atomic(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-    return names
+
+    def tensor_of(key: str, dtype: torch.dtype) -> Tensor:
+        if key in trained:
+            return run.tensors.trained(trained[key]).to(dtype)
+        return _merged(run, key, layers[key], dtype) if key in layers else run.base.read(key).to(dtype)
+
+    return tensor_of
 
 
 def _merged(run: _Run, key: str, entry: LayerEntry, dtype: torch.dtype) -> Tensor:
     """The live weight with the current cycle's square merged too, as the next merge would form it."""
     updates = [*run.ledger.squares_of(entry.module), (entry.operator, run.tensors.square(entry.module))]
     return live_weight(run.base.read(key), updates, entry.transposed, dtype)
-
-
-# -- what stands beside the weights ------------------------------------------------------------------------------------
-
-
-def _write_companions(run: _Run, folder: Path, dtype: torch.dtype) -> None:
-    config = _with_dtype(read_json(run.base.folder / "config.json"), dtype_name(dtype))
-    config.setdefault("dtype", dtype_name(dtype))
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _copy(run.base.folder, folder, COPIED_FROM_BASE)
-    own = run.checkpoint / TOKENIZER_FOLDER
-    if own.is_dir():
-        _copy(own, folder, ("*",))
-    else:
-        _copy(run.base.folder, folder, TOKENIZER_FILES)
-
-
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Sets the dtype wherever the config, or the config of a part, states one (`torch_dtype`: transformers 4)."""
-    changed: dict[str, Any] = {}
-    for name, value in config.items():
-        if name in ("dtype", "torch_dtype"):
-            changed[name] = dtype
-        elif name.endswith("_config") and isinstance(value, dict):
-            changed[name] = _with_dtype(value, dtype)
-        else:
-            changed[name] = value
-    return changed
-
-
-def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    for pattern in patterns:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file() and not (target / path.name).exists():
-                shutil.copyfile(path, target / path.name)

@@ -310,7 +310,7 @@ def _train(arguments: Arguments, job: _Job, data: RunData, place: _Place, schedu
 
 
 def _resume(job: _Job, checkpoint: Path) -> TrainerState:
-    state = load_checkpoint(checkpoint, job.engine)
+    state = load_checkpoint(checkpoint, job.engine, job.identity)
     if job.remora is not None:
         job.remora.replay()
     return state

@@ -1,9 +1,9 @@
 """When to merge, and the learning rate at every step: pure functions of the step.
 
     rate
-    peak |    /\\___        merge                     a global curve (linear, cosine or constant) after a first warm-up;
-         |   /     \\__|     |                         at each merge the rate drops to almost nothing and climbs back to
-         |  /         |   /\\|    ___                  the curve along a straight line
+    peak |    /\\___        merge                     a global curve (linear, cosine, constant, stable-decay) after a
+         |   /     \\__|     |                         first warm-up; at a merge the rate drops to almost 0 and climbs
+         |  /         |   /\\|    ___                  back to the curve along a straight line
          | /          |  /  |   /   \\__
          |/           |_/   |__/
          +-------------------------------> step
@@ -28,9 +28,10 @@ class ScheduleKind(str, Enum):
     LINEAR = "linear"
     COSINE = "cosine"
     CONSTANT = "constant"
+    WARMUP_STABLE_DECAY = "warmup_stable_decay"
 
 
-ALIASES = {"constant_with_warmup": ScheduleKind.CONSTANT}
+ALIASES = {"constant_with_warmup": ScheduleKind.CONSTANT, "wsd": ScheduleKind.WARMUP_STABLE_DECAY}
 """Names that Hugging Face users know for the same curves: the warm-up is a setting of its own here."""
 
 
@@ -63,6 +64,8 @@ class Schedule:
     """Optimizer steps from one merge to the next; 0 for none."""
     restart_warmup_steps: int = 10
     """Steps of the ramp after each merge, all below the curve."""
+    decay_ratio: float = 0.2
+    """Share of the steps after the first warm-up in which warmup_stable_decay falls."""
 
     def __post_init__(self) -> None:
         problems = [message for wrong, message in self._checks() if wrong]
@@ -74,6 +77,7 @@ class Schedule:
         return [
             (not 0 < self.peak < math.inf, f"--learning_rate must be above 0, got {self.peak}"),
             (not 0 <= self.min_ratio <= 1, f"--min_lr_ratio must lie in 0..1, got {self.min_ratio}"),
+            (not 0 < self.decay_ratio <= 1, f"--decay_ratio must lie in 0..1 and above 0, got {self.decay_ratio}"),
             (total < 1, f"a run needs at least one step, got {total} (--max_steps)"),
             (warmup < 0, f"--warmup_steps must not be negative, got {warmup}"),
             (0 < total <= warmup, f"--warmup_steps {warmup} must be less than the run's {total} steps (--max_steps)"),
@@ -95,6 +99,7 @@ class Schedule:
             ScheduleKind.CONSTANT: 1.0,
             ScheduleKind.LINEAR: 1.0 - progress,
             ScheduleKind.COSINE: 0.5 * (1.0 + math.cos(math.pi * progress)),
+            ScheduleKind.WARMUP_STABLE_DECAY: min(1.0, (1.0 - progress) / self.decay_ratio),
         }[self.kind]
         return self.peak * (self.min_ratio + (1.0 - self.min_ratio) * height)
 

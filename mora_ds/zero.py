@@ -6,7 +6,7 @@ What the rest of the house needs from it:
     prepare_backend     start gloo without compiling, quieten the logger
     full_fp32           one parameter's fp32 master, gathered (r_hat^2 * 4 bytes)
     reset_group         a parameter group back to zero: master, low-precision copies, moments, step count
-    scale_loss_without_zero   what fp16 at stage 0 lacks
+    mend_stage_0        three faults of runs without ZeRO
     CollectiveCounter   bytes that every collective carried, by kind
 
 The frozen base never appears here: it is made of buffers, which ZeRO does not see.
@@ -117,22 +117,42 @@ def gradient_norm(engine: Engine) -> float:
     return float(norm) / scale  # the unfused optimizer keeps the norm of the scaled gradients
 
 
-def scale_loss_without_zero(engine: Engine) -> None:
-    """Make `engine.backward` scale the loss under fp16 without ZeRO, as it does with it.
+def mend_stage_0(engine: Engine) -> None:
+    """Without ZeRO, make up for what 0.19.8 leaves undone; with it there is nothing to do.
 
-    In 0.19.8 it leaves the loss alone, though the optimizer's step divides the gradients by the loss scale: small
-    ones underflow and none is ever clipped (deepspeedai/DeepSpeed pull request 8393, open).
+    fp16: `backward` does not scale the loss, though the step divides gradients by the loss scale: small ones underflow
+    and none is clipped (deepspeedai/DeepSpeed pull request 8393, open).
+    fp16, bf16: Adam's state is made by a step on zero gradients, which counts: the first update is 0.74 of what it
+    should be.
+    fp32: the gradient norm is computed for clipping and thrown away.
     """
-    optimizer = engine.optimizer
-    if not isinstance(optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
-        return
-    backward = engine.backward
+    if isinstance(engine.optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
+        _scale_loss(engine)
+        for group in range(len(engine.optimizer.param_groups)):
+            for key, value in state_tensors(engine, group):
+                if key == "step":
+                    value.zero_()
+            _reset_group_step(engine, group, lambda key, value: value.zero_())
+    elif not engine.zero_optimization():
+        _keep_norm(engine)
+
+
+def _scale_loss(engine: Engine) -> None:
+    optimizer, backward = engine.optimizer, engine.backward
 
     def scaled_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         scale = optimizer.loss_scale_config.cur_scale
         return backward(loss.float() * scale, *args, **kwargs) / scale
 
     engine.backward = scaled_backward
+
+
+def _keep_norm(engine: Engine) -> None:
+    def clip() -> None:
+        most = engine.gradient_clipping()
+        engine._global_grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), most).item()
+
+    engine.clip_fp32_gradients = clip
 
 
 def step_was_skipped(engine: Engine) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import random
@@ -72,6 +74,13 @@ def job(argv: list[str]) -> dict[str, Any]:
 def run(ranks: int, argv: list[str]) -> dict[str, Any]:
     """A run on so many ranks of this machine; rank 0's summary."""
     return run_ranks(ranks, job, argv)[0]
+
+
+def said(argv: list[str]) -> str:
+    """What a run prints. For `run_ranks`."""
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        pretrain(parse(argv))
+    return told.getvalue()
 
 
 def refused(argv: list[str]) -> tuple[str, str]:

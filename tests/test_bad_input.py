@@ -161,6 +161,27 @@ def test_all_ranks_agree_on_a_broken_file(user: Playground, tmp_path: Path) -> N
         assert kind == "UserError" and "late.txt, line 400001" in message
 
 
+@pytest.mark.gloo
+def test_a_read_only_cache(user: Playground, tmp_path: Path) -> None:
+    """It serves whoever finds everything in it; others are told which flag to change."""
+    cache = tmp_path / "cache"
+    argv = user.flags(tmp_path / "out", "--cache_dir", cache)
+    run(1, argv)
+    bind = [["mount", "--bind", str(cache), str(cache)], ["mount", "-o", "remount,ro,bind", str(cache)]]
+    if shutil.which("mount") is None or subprocess.run(bind[0], capture_output=True, check=False).returncode:
+        pytest.skip("a read-only mount needs root")
+    try:
+        subprocess.run(bind[1], check=True)
+        run(1, user.flags(tmp_path / "again", "--cache_dir", cache))
+        new = shutil.copy(user.train, tmp_path / "new.jsonl")
+        kind, message = run_ranks(
+            1, refused, user.flags(tmp_path / "third", "--cache_dir", cache, "--train_files", new)
+        )[0]
+    finally:
+        subprocess.run(["umount", str(cache)], check=True)
+    assert kind == "UserError" and f"--cache_dir {cache} cannot be written to: Read-only file system" in message
+
+
 # -- models and tokenizers -----------------------------------------------------------------------------------------
 
 
@@ -217,7 +238,10 @@ def test_models(user: Playground, models: dict[str, Path], tmp_path: Path) -> No
 def test_a_tokenizer_beyond_the_models_vocabulary(user: Playground, tmp_path: Path) -> None:
     texts = [json.loads(line)["text"] for line in user.train.read_text().splitlines()]
     path = train_sentencepiece(texts, 450, tmp_path)
-    cases = [user.flags(tmp_path / "out", "--tokenizer_name", path), user.flags(tmp_path / "out", "--tokenizer_name", user.train)]
+    cases = [
+        user.flags(tmp_path / "out", "--tokenizer_name", path),
+        user.flags(tmp_path / "out", "--tokenizer_name", user.train),
+    ]
     (kind, message), (other, no_model) = run_ranks(1, refused_each, cases)[0]
     assert kind == other == "UserError"
     for part in ("--tokenizer_name", "449", "0 to 399"):
@@ -256,7 +280,9 @@ def test_another_run_is_not_touched(user: Playground, other_run: Path, tmp_path:
         user.flags(other_run, *mistaken, "--train_files", tmp_path / "*.txt"),
         user.flags(other_run, *mistaken, "--target_modules", "q_prj"),
         user.flags(other_run, *mistaken, "--max_steps", -1, "--warmup_steps", 5_000),
-        user.flags(tmp_path / "out", "--resume_from_checkpoint", other_run / "checkpoints" / "latest", "--mora_rank", 4),
+        user.flags(
+            tmp_path / "out", "--resume_from_checkpoint", other_run / "checkpoints" / "latest", "--mora_rank", 4
+        ),
         user.flags(other_run / "run.yaml"),
     ]
     wanted = ["holds another run", "no file matches", "q_prj", "--warmup_steps", "--mora_rank: 2", "is a file"]
@@ -284,7 +310,9 @@ def test_overwriting_leaves_what_is_not_a_runs(user: Playground, other_run: Path
     (out / "notes.txt").write_text("mine")
     run(1, user.flags(out, "--overwrite_output_dir", "true", "--max_steps", 3))
     assert (out / "notes.txt").read_text() == "mine"
-    assert len(losses(out)) == 3 and [path.name for path in complete_checkpoints(out / "checkpoints")] == ["step-000003"]
+    assert len(losses(out)) == 3 and [path.name for path in complete_checkpoints(out / "checkpoints")] == [
+        "step-000003"
+    ]
     assert not list(out.glob(".*"))
 
 
@@ -328,7 +356,9 @@ def test_a_model_with_an_infinite_weight(user: Playground, tmp_path: Path) -> No
     tensors["model.norm.weight"][0] = torch.inf
     save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     argv = user.flags(tmp_path / "out", "--model_name_or_path", tmp_path / "model")
-    (kind, message), (later, at_step) = run_ranks(1, refused_each, [argv, [*argv, "--no_eval_on_start", "--overwrite_output_dir"]])[0]
+    (kind, message), (later, at_step) = run_ranks(
+        1, refused_each, [argv, [*argv, "--no_eval_on_start", "--overwrite_output_dir"]]
+    )[0]
     assert kind == later == "RunError"
     assert "before any training" in message
     assert "at step 1" in at_step and "none was written" in at_step
@@ -359,6 +389,11 @@ def test_the_launcher_says_it_once(
 def test_the_export_tool(tmp_path: Path) -> None:
     tool = [sys.executable, str(REPOSITORY / "tools" / "export_hf.py"), "--output", str(tmp_path / "merged")]
     done = subprocess.run(
-        [*tool, "--checkpoint", str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=60, check=False
+        [*tool, "--checkpoint", str(tmp_path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 2 and "--checkpoint" in done.stderr and "Traceback" not in done.stderr

@@ -197,13 +197,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_full_disk_stops_the_run_and_leaves_what_was_there(
-    user: Playground, small_disk: Path, tmp_path: Path, ranks: int
+    user: Playground, small_disk: Path, tmp_path: Path
 ) -> None:
     out = small_disk / "out"
     argv = user.flags(out, "--save_steps", 1, "--max_steps", 60, "--logging_steps", 60)
-    done = launch(ranks, argv, tmp_path)
+    done = launch(2, argv, tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"the disk that holds {out}" in done.stderr and "is full" in done.stderr
     assert done.stderr.count("error:") == 1

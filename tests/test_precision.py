@@ -96,7 +96,7 @@ EXACT_CASES = {
     "stage 1": Case(**TIED, stage=1, accumulation=2),
     "stage 2": Case(**TIED, stage=2, accumulation=2, checkpointing="reentrant"),
     "stage 2, offloaded": Case(**TIED, stage=2, zero=OFFLOAD),
-    "dropout off in evaluation": Case(adapter={"dropout": 0.0, "operator": "rotate", "rank": 8}),
+    "rotate": Case(adapter={"operator": "rotate", "rank": 8}),
 }
 ROUNDED_CASES = {
     f"{dtype}, {name}": Case(dtype=dtype, **settings)
@@ -179,6 +179,8 @@ def sharded_run(case: Case, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": [], "norms": [], "skipped": [], "probes": []}
     for step in range(STEPS):
         found["losses"].append(train_step(engine, batch(step, case.accumulation)))
+        if step == 0:
+            found["start"] = largest(masters(engine, squares))
         found["norms"].append(zero.gradient_norm(engine))
         found["skipped"].append(zero.step_was_skipped(engine))
         if step + 1 == MERGE_AFTER:
@@ -274,7 +276,7 @@ def test_fp32_follows_one_process_across_a_merge(name: str, runs: Any) -> None:
             assert found[part].keys() == expected[part].keys()
             for key, tensor in expected[part].items():
                 difference = found[part][key] - tensor  # Adam turns rounding of a gradient near zero into a step
-                assert difference.norm() <= 1e-4 * tensor.norm(), key
+                assert difference.norm() <= 1e-3 * tensor.norm(), key
                 assert difference.abs().max() <= 0.01 * LEARNING_RATE, key
 
 
@@ -286,7 +288,7 @@ def test_low_precision_stays_near_fp32(name: str, runs: Any) -> None:
     expected = plain_run(ROUNDED_CASES[name])
     for found in (rank[name] for rank in runs):
         assert not any(found["skipped"])
-        assert found["losses"] == pytest.approx(expected["losses"], abs=2e-2)
+        assert found["losses"] == pytest.approx(expected["losses"], abs=1e-2)
         assert found["norms"] == pytest.approx(expected["norms"], rel=0.05)
         assert found["dtypes"] == {f"torch.{ROUNDED_CASES[name].dtype}"}
         assert found["positions"] <= {"torch.float32"}, "rotary frequencies must not be rounded"
@@ -302,6 +304,7 @@ def test_a_merge_leaves_nothing_behind_and_touches_nothing_else(name: str, runs:
         assert found["left"] == 0.0
         assert found["state"].keys() >= {"exp_avg", "exp_avg_sq"}
         assert max(found["state"].values()) == 0.0
+        assert found["start"] == pytest.approx(LEARNING_RATE, rel=0.02)
         assert found["first"] == pytest.approx(LEARNING_RATE, rel=0.02)  # 2.94 x this with the old step count
         assert found["others_kept"]
     assert any(rank[name]["others_moved"] for rank in runs)  # a rank's share may be all zeros

@@ -1,4 +1,4 @@
-"""The main job as users run it: one curve for any number of ranks, every kind of input and setting, and the way home."""
+"""The main job as users run it: one curve for any number of ranks, every kind of input and setting, the way home."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def assert_close_evals(one: Path, other: Path, rel: float) -> None:
 
 @pytest.mark.gloo
 def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user: Playground, tmp_path: Path) -> None:
-    """12 sequences a step, shared out in five ways, with two merges, embeddings and norms trained too."""
+    """12 sequences a step, shared out in four ways, with two merges, embeddings and norms trained too."""
     more = (*MERGING, "--train_embeddings", "true", "--train_norms", "true", "--learning_rate", "5e-3")
-    shares = [(1, 12, 1), (1, 2, 6), (2, 3, 2), (3, 4, 1), (3, 2, 2)]
+    shares = [(1, 12, 1), (1, 3, 4), (2, 3, 2), (3, 4, 1)]
     outs = []
     for ranks, micro, accumulation in shares:
         out = tmp_path / f"{ranks}-{micro}-{accumulation}"
@@ -113,14 +113,14 @@ def test_full_training_under_zero3_with_export_and_resume(user: Playground, tmp_
     torch.testing.assert_close(losses(two), losses(one), rtol=1e-5, atol=0)
     model = AutoModelForCausalLM.from_pretrained(two / "merged")
     tokenizer = AutoTokenizer.from_pretrained(two / "merged")
-    data = PackedDataset(
-        build_cache(load_corpus([str(user.held)]), tokenizer, tmp_path / "cache"), 32, shuffle=False
-    )
+    data = PackedDataset(build_cache(load_corpus([str(user.held)]), tokenizer, tmp_path / "cache"), 32, shuffle=False)
     batch = next(data.eval_batches(0, 1, data.n_blocks))
     predicted = int((batch["labels"] != -100).sum())
     with torch.no_grad():
         found = torch.tensor(token_nll(model, batch).item() / predicted).exp().item()
-    assert found == pytest.approx(summary["perplexity_after"]["held"], rel=1e-5), "the export is the model that was trained"
+    assert found == pytest.approx(summary["perplexity_after"]["held"], rel=1e-5), (
+        "the export is the model that was trained"
+    )
     again = tmp_path / "again"
     run(2, user.flags(again, *more, "--resume_from_checkpoint", two / "checkpoints" / "step-000003"))
     assert torch.equal(losses(again), losses(two)[3:])
@@ -155,8 +155,13 @@ def test_the_same_documents_in_every_format_give_the_same_run(
 @pytest.mark.gloo
 def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user: Playground, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    fresh = ["--model_config", str(REPOSITORY / "configs" / "models" / "tiny_llama.json"), "--train_tokenizer_vocab", "420"]
-    argv = [word for word in user.flags(out, "--save_steps", 3, "--merge_every", 2, "--restart_warmup_steps", 1)]
+    fresh = [
+        "--model_config",
+        str(REPOSITORY / "configs" / "models" / "tiny_llama.json"),
+        "--train_tokenizer_vocab",
+        "420",
+    ]
+    argv = user.flags(out, "--save_steps", 3, "--merge_every", 2, "--restart_warmup_steps", 1)
     at = argv.index("--model_name_or_path")
     argv[at : at + 2] = fresh
     run(1, [*argv, "--export_merged", "true", "--train_embeddings", "true"])
@@ -312,7 +317,9 @@ def test_home_is_understood_where_no_shell_has_expanded_it(user: Playground, tmp
     shutil.copytree(user.model, tmp_path / "model")
     shutil.copy(user.train, tmp_path / "train.jsonl")
     shutil.copy(user.flags("x")[1], tmp_path / "zero3.json")
-    argv = user.flags("~/out", "--cache_dir", "~/cache", "--model_name_or_path", "~/model", "--train_files", "~/train.jsonl")
+    argv = user.flags(
+        "~/out", "--cache_dir", "~/cache", "--model_name_or_path", "~/model", "--train_files", "~/train.jsonl"
+    )
     run_ranks(1, home_job, str(tmp_path), [*argv, "--deepspeed", "~/zero3.json", "--save_steps", "3"])
     assert (tmp_path / "out" / "summary.json").is_file() and (tmp_path / "cache").is_dir()
     resume = ["--deepspeed", "~/zero3.json", "--resume_from_checkpoint", "~/out/checkpoints/step-000003"]
@@ -328,7 +335,11 @@ def test_torchrun_and_a_cache_shared_by_two_runs_at_once(user: Playground, tmp_p
     program = str(REPOSITORY / "launch" / "pretrain.py")
     started = [
         subprocess.Popen(
-            [*command, program, *argv], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+            [*command, program, *argv],
+            cwd=tmp_path,
+            env=environment(),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
         )
         for command, argv in zip((torchrun, torchrun), argvs, strict=True)
     ]

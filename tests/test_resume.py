@@ -18,7 +18,20 @@ from safetensors.torch import load_file
 from mora_ds.export import export_merged
 from mora_ds.trainer import Trainer
 from tests.gloo import run_ranks
-from tests.jobs import Playground, curve, environment, job, launch, launcher, losses, playground, refused, rows, run
+from tests.jobs import (
+    Playground,
+    curve,
+    environment,
+    job,
+    launch,
+    launcher,
+    losses,
+    playground,
+    refused,
+    rows,
+    run,
+    said,
+)
 
 MERGING = ("--max_steps", 9, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--eval_steps", 4)
 """Merges after steps 3 and 6; checkpoints at 2, 4, 6 (right after a merge), 8 and 9."""
@@ -158,9 +171,7 @@ def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(
 ) -> None:
     out = copied(whole, tmp_path)
     longer = user.flags(out, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 12)
-    done = launch(1, longer, tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "it was on its way to 9 steps and has 12 now" in done.stdout
+    assert "it was on its way to 9 steps and has 12 now" in run_ranks(1, said, longer)[0]
     assert torch.equal(losses(out)[:9], losses(whole))
     assert len(losses(out)) == 12
     shorter = user.flags(out, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 7)
@@ -175,10 +186,9 @@ def test_auto_skips_a_damaged_checkpoint_and_says_so(user: Playground, whole: Pa
     damaged.write_bytes(damaged.read_bytes()[:-1])
     kind, message = run_ranks(1, refused, user.flags(out, *MERGING, "--resume_from_checkpoint", "latest"))[0]
     assert kind == "UserError" and damaged.name in message and "--resume_from_checkpoint auto" in message
-    done = launch(1, user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"), tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" in done.stdout and damaged.name in done.stdout
-    assert "step-000008 at step 8" in done.stdout
+    told = run_ranks(1, said, user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"))[0]
+    assert "skipped" in told and damaged.name in told
+    assert "step-000008 at step 8" in told
     assert_same_run(out, whole)
 
 

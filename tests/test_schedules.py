@@ -101,3 +101,17 @@ def test_all_problems_are_listed_at_once() -> None:
 def test_merging_without_a_ramp_is_refused() -> None:
     with pytest.raises(UserError, match="--restart_warmup_steps must be at least 1"):
         Schedule(ScheduleKind.LINEAR, peak=1.0, total_steps=50, merge_every=10, restart_warmup_steps=0)
+
+
+def test_warmup_stable_decay_stays_then_falls_in_a_straight_line() -> None:
+    schedule = Schedule(
+        schedule_kind("wsd"), peak=1.0, total_steps=110, warmup_steps=10, min_ratio=0.1, decay_ratio=0.25
+    )
+    assert [schedule.learning_rate(step) for step in (10, 50, 85)] == [1.0, 1.0, 1.0]
+    assert schedule.learning_rate(97) == pytest.approx(0.1 + 0.9 * (1 - 87 / 100) / 0.25)
+    assert schedule.learning_rate(109) == pytest.approx(0.1 + 0.9 * 0.01 / 0.25)
+
+
+def test_decay_ratio_out_of_range_names_its_flag() -> None:
+    with pytest.raises(UserError, match="--decay_ratio"):
+        Schedule(schedule_kind("wsd"), peak=1.0, total_steps=10, decay_ratio=0.0)
