@@ -19,6 +19,7 @@ from typing import Any
 from mora_ds.config import MoRAConfig
 from mora_ds.ds_config import EngineSettings
 from mora_ds.flags import documented, parse_flat
+from mora_ds.resets import OptimizerReset
 from mora_ds.schedules import Schedule, schedule_kind
 
 RECORDED_KEYS = ("versions", "resolved")
@@ -30,12 +31,6 @@ class AdapterKind(str, Enum):
 
     MORA = "mora"
     FULL = "full"
-
-
-class OptimizerReset(str, Enum):
-    """What a merge does to Adam's state."""
-
-    ZERO = "zero"
 
 
 class MergePrecision(str, Enum):
@@ -96,7 +91,8 @@ class AdapterArguments:
     restart_warmup_steps: int = 10
     """Optimizer steps over which the rate climbs back after a merge (the paper: 50 of 2000)."""
     optimizer_reset: str = OptimizerReset.ZERO.value
-    """What a merge does to Adam's state: zero (moments and step count)."""
+    """What a merge does to Adam's state: zero (moments and step count), magnitude (the smallest 90% of each moment),
+    random (a random 99%), or keep."""
     merge_precision: str = MergePrecision.EXACT.value
     """exact (original weight + all squares so far, summed in fp32, rounded once) or incremental (live weight + the
     newest square, rounded at each merge; needs no original weights)."""

@@ -120,7 +120,7 @@ def export_merged(
         dtype=dtype_name(target),
         tensors=sum(len(shard.layout) for shard in shards),
         merged=len(run.adapter.layers),
-        replaced=len(run.adapter.trainables),
+        replaced=len(_trained_by_key(run)),
         cycles=run.ledger.cycles,
         seconds=time.monotonic() - started,
         comparison=comparison,

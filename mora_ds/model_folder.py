@@ -1,6 +1,8 @@
 """A Hugging Face folder, written anew after the pattern of a base: weights tensor by tensor, config, what lies beside.
 
     keys of the base -> plan_shards (shapes only) -> write_shards (one tensor in memory) -> config.json, copied files
+
+Export and compaction both write theirs through here.
 """
 
 from __future__ import annotations

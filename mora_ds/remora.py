@@ -10,7 +10,7 @@ At an accumulation boundary, on all ranks, layer by layer, in the same order:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,23 +24,55 @@ from mora_ds.errors import RunError
 from mora_ds.injection import mora_layers, set_cycle
 from mora_ds.layer import MoRALinear
 from mora_ds.ledger import LayerEntry, Ledger, live_weight
-from mora_ds.operators import OperatorSpec
+from mora_ds.operators import OperatorSpec, delta_weight
+from mora_ds.resets import STEP, OptimizerReset, rule
 
 EXACT = "exact"
 INCREMENTAL = "incremental"
 
 
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""How far a merge may move the probe's loss, relative to it: what rounding the weights to that dtype can explain."""
+
+
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did. `square_norm` is the Frobenius norm over all squares merged."""
+    """What a merge did. Norms are Frobenius norms over all merged layers."""
 
     cycle: int
     step: int
     layers: int
     square_norm: float
+    delta_norm: float
+    """Of what the squares stood for; `weight_norm` is that of the live weights before."""
+    weight_norm: float
+    rounding_loss: float
+    """Share of the deltas that the live weights' dtype did not take up (0 in fp32; the ledger has all of it)."""
+    states_zeroed: float
+    """Share of the squares' moments that is zero after the reset."""
+    loss_before: float | None = None
+    loss_after: float | None = None
+    """On a fixed probe batch, where there is one."""
 
     def __str__(self) -> str:
-        return f"merged cycle {self.cycle} at step {self.step}: {self.layers} layers, |M| {self.square_norm:.4g}"
+        probe = ""
+        if self.loss_before is not None and self.loss_after is not None:
+            probe = f", probe loss {self.loss_before:.6f} -> {self.loss_after:.6f}"
+        return (
+            f"merged cycle {self.cycle} at step {self.step}: {self.layers} layers, |M| {self.square_norm:.4g}, "
+            f"delta / weight {self.delta_norm / self.weight_norm:.2e}, lost to rounding {self.rounding_loss:.1%}, "
+            f"states zeroed {self.states_zeroed:.0%}{probe}"
+        )
+
+
+@dataclass
+class _Norms:
+    """Sums of squares, gathered layer by layer."""
+
+    square: float = 0.0
+    delta: float = 0.0
+    weight: float = 0.0
+    lost: float = 0.0
 
 
 def layer_entries(model: torch.nn.Module) -> dict[str, LayerEntry]:
@@ -68,12 +100,16 @@ class ReMoRA:
         keys: dict[str, str],
         precision: str = EXACT,
         is_writer: bool | None = None,
+        reset: OptimizerReset = OptimizerReset.ZERO,
     ) -> None:
         if precision == EXACT and base is None:
             raise RunError("exact merging rereads the original base: give one, or choose incremental")
         self.engine, self.config, self.ledger = engine, config, ledger
         self.base, self.keys, self.precision = base, keys, precision
         self.is_writer = dist.get_rank() == 0 if is_writer is None else is_writer
+        self.reset = reset
+        self.probe: Callable[[], float] | None = None
+        """Loss on a fixed batch, the same on every rank; measured before and after each merge."""
 
     @property
     def cycle(self) -> int:
@@ -81,22 +117,60 @@ class ReMoRA:
         return self.ledger.cycles
 
     def merge(self, step: int) -> MergeReport:
-        """Merge all squares after optimizer step `step`. Collective."""
+        """Merge all squares after optimizer step `step`. Collective.
+
+        Raises `RunError` when the probe's loss moves by more than rounding explains.
+        """
         if not zero.at_accumulation_boundary(self.engine):
             raise RunError("a merge in the middle of gradient accumulation would lose gradients: call it after a step")
         model, cycle = self.engine.module, self.cycle
         entries = layer_entries(model)
         recorded: dict[str, Tensor] = {}
-        norm = 0.0
+        norms = _Norms()
+        before = self.probe() if self.probe else None
         for name, layer in mora_layers(model).items():
             square = zero.full_fp32(self.engine, layer.square)
-            norm += square.double().square().sum().item()
-            self._write(name, layer, self._updates(name, layer, square))
+            self._merge_layer(name, layer, square, norms)
             if self.is_writer:
                 recorded[name] = square.cpu()
         self._record(step, entries, recorded)
-        self._start_cycle(self.cycle)
-        return MergeReport(cycle, step, len(entries), norm**0.5)
+        zeroed = self._start_cycle(self.cycle)
+        after = self.probe() if self.probe else None
+        self._check_probe(step, before, after)
+        return MergeReport(
+            cycle,
+            step,
+            len(entries),
+            norms.square**0.5,
+            norms.delta**0.5,
+            norms.weight**0.5,
+            (norms.lost / norms.delta) ** 0.5 if norms.delta else 0.0,
+            zeroed,
+            before,
+            after,
+        )
+
+    def _merge_layer(self, name: str, layer: MoRALinear, square: Tensor, norms: _Norms) -> None:
+        old = layer.weight.detach().clone()
+        self._write(name, layer, self._updates(name, layer, square))
+        delta = delta_weight(layer.spec, square)
+        delta = delta.T if layer.transposed else delta
+        norms.square += _energy(square)
+        norms.delta += _energy(delta)
+        norms.weight += _energy(old)
+        if old.dtype is not torch.float32:
+            norms.lost += _energy(layer.weight.float() - old.float() - delta)
+
+    def _check_probe(self, step: int, before: float | None, after: float | None) -> None:
+        if before is None or after is None:
+            return
+        dtype = next(iter(mora_layers(self.engine.module).values())).weight.dtype
+        if not abs(after - before) <= PROBE_TOLERANCE.get(dtype, 1e-4) * max(1.0, abs(before)):
+            raise RunError(
+                f"the merge at step {step} moved the loss on the probe batch from {before:.6f} to {after:.6f}, which "
+                f"rounding to {dtype} does not explain: the merged base is not the live model. Resume from the last "
+                "checkpoint; with --compute weight in low precision take activation"
+            )
 
     def reopen(self) -> None:
         """Look at the ledger's folder again, after somebody else has changed it."""
@@ -147,13 +221,20 @@ class ReMoRA:
         """The ledger as it lies on this node's disk now (another rank may have appended to it)."""
         return Ledger.open(self.ledger.folder, self.ledger.base_fingerprint, hashes=False)
 
-    def _start_cycle(self, cycle: int) -> None:
+    def _start_cycle(self, cycle: int) -> float:
+        """Returns the share of the squares' moments that is zero now, over all ranks."""
         squares = [layer.square for layer in mora_layers(self.engine.module).values()]
-        zero.reset_group(self.engine, 0, squares, zero_state)
+        change = rule(self.reset, self.config.seed, dist.get_rank(), cycle)
+        zero.reset_group(self.engine, 0, squares, change)
         set_cycle(self.engine.module, self.config, cycle)
+        moments = [value for key, value in zero.state_tensors(self.engine, 0) if key != STEP]
+        zeros = sum(int((value == 0).sum()) for value in moments)
+        counts = torch.tensor(
+            [zeros, sum(value.numel() for value in moments)], dtype=torch.float64, device=self.engine.device
+        )
+        dist.all_reduce(counts)
+        return (counts[0] / counts[1]).item() if counts[1] else 1.0
 
 
-def zero_state(key: str, value: Tensor) -> None:
-    """Both moments and the step count to zero: with the old count the first update would be 2.94 times too large."""
-    del key
-    value.zero_()
+def _energy(tensor: Tensor) -> float:
+    return torch.linalg.vector_norm(tensor.float()).item() ** 2

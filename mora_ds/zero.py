@@ -130,11 +130,15 @@ def mend_stage_0(engine: Engine) -> None:
         _scale_loss(engine)
         for group in range(len(engine.optimizer.param_groups)):
             for key, value in state_tensors(engine, group):
-                if key == "step":
-                    value.zero_()
-            _reset_group_step(engine, group, lambda key, value: value.zero_())
+                _zero_step(key, value)
+            _reset_group_step(engine, group, _zero_step)
     elif not engine.zero_optimization():
         _keep_norm(engine)
+
+
+def _zero_step(key: str, value: Tensor) -> None:
+    if key == "step":
+        value.zero_()
 
 
 def _scale_loss(engine: Engine) -> None:

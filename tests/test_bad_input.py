@@ -1,4 +1,4 @@
-"""What a user can get wrong: said once, by flag or file, at once, with exit code 2 (1 while running), nothing destroyed."""
+"""What a user can get wrong: said once, by flag or file, at once, exit code 2 (1 while running), nothing destroyed."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from tests.models import FAMILIES, causal_loss, tiny_model, tokens
 
 WORLD, ROWS, LEARNING_RATE = 2, 2, 1e-2
 
-ALSO_TRAINED = {
+ALSO_TRAINED: dict[str, dict[str, Any]] = {
     "llama": {"train_embeddings": True, "train_norms": True, "train_head": True},
     "qwen2": {"train_embeddings": True, "train_norms": True},  # tied
     "gpt2": {"train_embeddings": True},  # tied, and positions too

@@ -68,7 +68,7 @@ def test_merging_the_delta_leaves_the_output(kind: str, operator: OperatorKind) 
 @every_base
 def test_only_the_square_trains_and_is_saved(kind: str) -> None:
     base = base_layer(kind)
-    weight = base.weight
+    weight: Any = base.weight
     layer = MoRALinear(base, spec())
     assert [name for name, _ in layer.named_parameters()] == ["square"]
     assert list(layer.state_dict()) == ["square"]

@@ -6,6 +6,7 @@ does, leave nothing of the old squares behind, and touch nothing else that is tr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,9 @@ class Case:
         return model.train()
 
 
-TIED = {"family": "qwen2", "adapter": {"train_embeddings": True, "train_norms": True}}
-OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
-PERSISTENT = {"stage3_param_persistence_threshold": 10**6}
+TIED: dict[str, Any] = {"family": "qwen2", "adapter": {"train_embeddings": True, "train_norms": True}}
+OFFLOAD: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}}
+PERSISTENT: dict[str, Any] = {"stage3_param_persistence_threshold": 10**6}
 
 EXACT_CASES = {
     "reentrant checkpointing": Case(checkpointing="reentrant"),
@@ -98,30 +99,30 @@ EXACT_CASES = {
     "stage 2, offloaded": Case(**TIED, stage=2, zero=OFFLOAD),
     "rotate": Case(adapter={"operator": "rotate", "rank": 8}),
 }
+ROUNDED: dict[str, dict[str, Any]] = {
+    "stage 3": {},
+    "stage 3, tied": {**TIED, "accumulation": 2},
+    "stage 3, reentrant": {"checkpointing": "reentrant", "accumulation": 2},
+    "stage 3, non-reentrant": {"checkpointing": "non-reentrant"},
+    "stage 3, offloaded": {**TIED, "zero": OFFLOAD},
+    "stage 3, kept gathered": {**TIED, "zero": PERSISTENT},
+    "stage 2": {**TIED, "stage": 2, "accumulation": 2},
+    "stage 1": {**TIED, "stage": 1},
+    "stage 0": {**TIED, "stage": 0},
+}
 ROUNDED_CASES = {
     f"{dtype}, {name}": Case(dtype=dtype, **settings)
     for dtype in ("bfloat16", "float16")
-    for name, settings in {
-        "stage 3": {},
-        "stage 3, tied": {**TIED, "accumulation": 2},
-        "stage 3, reentrant": {"checkpointing": "reentrant", "accumulation": 2},
-        "stage 3, non-reentrant": {"checkpointing": "non-reentrant"},
-        "stage 3, offloaded": {**TIED, "zero": OFFLOAD},
-        "stage 3, kept gathered": {**TIED, "zero": PERSISTENT},
-        "stage 2": {**TIED, "stage": 2, "accumulation": 2},
-        "stage 1": {**TIED, "stage": 1},
-        "stage 0": {**TIED, "stage": 0},
-    }.items()
+    for name, settings in ROUNDED.items()
 }
-
+OVERFLOW: dict[str, dict[str, Any]] = {
+    "stage 3": {"accumulation": 2},
+    "stage 3, tied": TIED,
+    "stage 2": {**TIED, "stage": 2},
+    "stage 0": {**TIED, "stage": 0},
+}
 OVERFLOW_CASES = {
-    f"overflow, {name}": Case(dtype="float16", loss_scale_power=24, **settings)
-    for name, settings in {
-        "stage 3": {"accumulation": 2},
-        "stage 3, tied": {**TIED},
-        "stage 2": {**TIED, "stage": 2},
-        "stage 0": {**TIED, "stage": 0},
-    }.items()
+    f"overflow, {name}": Case(dtype="float16", loss_scale_power=24, **settings) for name, settings in OVERFLOW.items()
 }
 
 
@@ -163,7 +164,7 @@ def others_of(model: Any, squares: dict[str, Any]) -> dict[str, Any]:
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in ids}
 
 
-def detached(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def detached(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 

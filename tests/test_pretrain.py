@@ -118,9 +118,7 @@ def test_full_training_under_zero3_with_export_and_resume(user: Playground, tmp_
     predicted = int((batch["labels"] != -100).sum())
     with torch.no_grad():
         found = torch.tensor(token_nll(model, batch).item() / predicted).exp().item()
-    assert found == pytest.approx(summary["perplexity_after"]["held"], rel=1e-5), (
-        "the export is the model that was trained"
-    )
+    assert found == pytest.approx(summary["perplexity_after"]["held"], rel=1e-5)
     again = tmp_path / "again"
     run(2, user.flags(again, *more, "--resume_from_checkpoint", two / "checkpoints" / "step-000003"))
     assert torch.equal(losses(again), losses(two)[3:])
@@ -276,7 +274,7 @@ def test_tied_embeddings_trained_and_the_way_home(user: Playground, tmp_path: Pa
 
 @pytest.mark.gloo
 def test_recipe_flags_and_run_yaml(user: Playground, tmp_path: Path) -> None:
-    """A recipe with relative paths, flags over it, from a folder with a space in its name; then run.yaml as a recipe."""
+    """A recipe with relative paths, flags over it, in a folder with a space in its name; then run.yaml as a recipe."""
     place = tmp_path / "my work"
     shutil.copytree(user.model, place / "a model")
     shutil.copy(user.train, place / "some text.jsonl")
@@ -329,7 +327,7 @@ def test_home_is_understood_where_no_shell_has_expanded_it(user: Playground, tmp
 
 @pytest.mark.gloo
 def test_torchrun_and_a_cache_shared_by_two_runs_at_once(user: Playground, tmp_path: Path) -> None:
-    """Two runs start together on an empty cache, one under torchrun; both end with the same losses."""
+    """Two runs start together on an empty cache; both end with the same losses."""
     argvs = [user.flags(tmp_path / name, "--cache_dir", tmp_path / "cache") for name in ("one", "two")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
     program = str(REPOSITORY / "launch" / "pretrain.py")

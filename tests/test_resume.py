@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -209,16 +210,9 @@ def children_of(process: int) -> list[int]:
     return found + [grandchild for child in found for grandchild in children_of(child)]
 
 
-def is_rank(process: int) -> bool:
-    try:
-        return b"RANK=" in Path(f"/proc/{process}/environ").read_bytes().replace(b"LOCAL_RANK=", b"")
-    except OSError:
-        return False
-
-
 @pytest.mark.gloo
 def test_killed_ranks_and_auto(user: Playground, tmp_path: Path) -> None:
-    """SIGKILL for all ranks somewhere in mid-run, under the real launcher, at 2 ranks."""
+    """SIGKILL for both ranks and their launcher, somewhere in mid-run."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     more = ("--max_steps", 30, "--merge_every", 7, "--restart_warmup_steps", 2, "--save_steps", 4)
     run(2, user.flags(whole, *more))
@@ -230,10 +224,12 @@ def test_killed_ranks_and_auto(user: Playground, tmp_path: Path) -> None:
     while not (out / "checkpoints" / "step-000008").exists():
         assert time.monotonic() < deadline and process.poll() is None, "the run did not get to step 8"
         time.sleep(0.01)
-    for rank in [child for child in children_of(process.pid) if is_rank(child)]:
-        os.kill(rank, signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    family = children_of(process.pid)
+    assert len(family) >= 3, "launch.py and two ranks"
+    for child in reversed(family):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    process.communicate(timeout=60)  # its exit code says nothing: DeepSpeed's runner turns a signal into 0
     assert not (out / "summary.json").exists(), "killed too late"
     done = launch(2, flags, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
