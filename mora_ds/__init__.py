@@ -2,7 +2,7 @@
 
     inject(model, MoRAConfig(rank=8))            a Hugging Face model gets its squares, the rest becomes buffers
     engine, ... = initialize(model=model, config="ds.json")      in place of deepspeed.initialize
-    merger = ReMoRA.for_model(engine, ...); merger.merge(step)   at intervals
+    run = Run(engine, config, base=..., folder="out"); run.merge(step); run.save(step)
     export_merged(checkpoint, output)                            a merged Hugging Face model
 
 Loaded lazily, so that `import mora_ds` costs nothing.
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mora_ds.ledger import Ledger
     from mora_ds.operators import OperatorKind, OperatorSpec, delta_weight, mora_update
     from mora_ds.remora import ReMoRA
+    from mora_ds.run import Run
 
 _HOME = {
     "MoRAConfig": "config",
@@ -40,6 +41,7 @@ _HOME = {
     "delta_weight": "operators",
     "mora_update": "operators",
     "ReMoRA": "remora",
+    "Run": "run",
 }
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "OperatorKind",
     "OperatorSpec",
     "ReMoRA",
+    "Run",
     "RunError",
     "UserError",
     "__version__",

@@ -55,8 +55,8 @@ class ModelArguments:
     """Train a SentencePiece tokenizer of this many pieces on the training files; 0 for none."""
     trust_remote_code: bool = False
     """Run code that comes with a hub model."""
-    attn_implementation: str = "sdpa"
-    """Attention of the model: sdpa, eager, flash_attention_2 and so on, as in transformers."""
+    attn_implementation: str = "auto"
+    """auto (sdpa where the model has it), sdpa, eager, flash_attention_2 and so on, as in transformers."""
 
 
 @dataclass(frozen=True)

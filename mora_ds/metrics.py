@@ -94,11 +94,13 @@ class MetricsLog:
             self._board.add_scalar(f"eval/{name}", value, step)
         self.say(f"step {step}  perplexity " + "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items()))
 
-    def merge(self, step: int, cycle: int, square_norm: float) -> None:
+    def merge(self, step: int, facts: dict[str, Any]) -> None:
         if not self.enabled:
             return
-        self._write({"step": step, "merge": {"cycle": cycle, "square_norm": square_norm}})
-        self._board.add_scalar("merge/square_norm", square_norm, step)
+        self._write({"step": step, "merge": facts})
+        for name, value in facts.items():
+            if value is not None:
+                self._board.add_scalar(f"merge/{name}", value, step)
 
     def advance(self, step: int) -> None:
         if self.enabled:

@@ -8,7 +8,6 @@ What the user can get wrong is found in this order, cheapest first; nothing is t
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from mora_ds import zero
-from mora_ds.adapter_files import BaseReference
 from mora_ds.arguments import AdapterKind, Arguments, dump
 from mora_ds.checkpoint import (
     AUTO,
@@ -31,22 +29,22 @@ from mora_ds.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from mora_ds.data import PackedDataset
-from mora_ds.data.tokenizer import largest_id
+from mora_ds.data import PackedDataset, largest_id
 from mora_ds.ds_config import compute_dtype, fill_bucket_sizes, resolve_ds_config
 from mora_ds.engine import initialize, initialize_full, start_distributed
 from mora_ds.errors import UserError
 from mora_ds.export import export_merged
 from mora_ds.files import write_json_atomic
 from mora_ds.injection import count_parameters, frozen_buffers, inject
-from mora_ds.ledger import Ledger
 from mora_ds.metrics import MetricsLog, peak_memory_bytes, plain_json
 from mora_ds.model import LoadedBase, create_base, folder_config, load_base, read_model_config, resolve_folder
 from mora_ds.ranks import Ranks
 from mora_ds.remora import ReMoRA
+from mora_ds.resets import OptimizerReset
+from mora_ds.run import Run, run_identity
 from mora_ds.run_data import RunData, load_data
 from mora_ds.run_folder import Reservation, reserve, write_run_file
-from mora_ds.saving import PROBE_TOKENS, RunWriter, save_full_model
+from mora_ds.saving import PROBE_TOKENS, save_full_model
 from mora_ds.schedules import Schedule
 from mora_ds.trainer import LoopSettings, Trainer
 from mora_ds.validation import validate
@@ -100,14 +98,15 @@ class _Job:
     """An engine, and what a checkpoint and the report need of what it trains."""
 
     engine: zero.Engine
+    state: TrainerState
+    """Where it stands: at the beginning, or where the checkpoint left off."""
     remora: ReMoRA | None
-    write_extras: Callable[[Path, int], None]
+    save: Callable[[TrainerState, int | None], Path]
     export: Callable[[Path, Path], None]
     """Writes the merged model of a checkpoint into a folder."""
     base_tensors: Mapping[str, Tensor]
     trainable_params: int
     total_params: int
-    identity: dict[str, Any]
 
 
 def _silence(*text: object) -> None:
@@ -182,29 +181,32 @@ def _mora_job(
     place.say(report)
     fingerprint = ranks.on_first(loaded.base.fingerprint)
     precision = arguments.adapter.merge_precision
-    identity = {
-        "base": fingerprint,
-        "adapter": config.to_dict(),
-        "merge_precision": precision,
-        **_common_identity(arguments, data, ds_config, ranks.world),
-    }
-    _check_checkpoint(place.checkpoint, identity)
+    common = _common_identity(arguments, data, ds_config, ranks.world)
+    _check_checkpoint(place.checkpoint, run_identity(fingerprint, config, precision, common))
     ds_config = fill_bucket_sizes(ds_config, [parameter.numel() for parameter in loaded.model.parameters()])
     engine, *_ = initialize(model=loaded.model, config=ds_config)
-    ledger = _open_ledger(place, fingerprint)
-    remora = ReMoRA(engine, config, ledger, loaded.base, loaded.keys, precision, ranks.is_local_first)
-    reference = BaseReference(str(loaded.base.folder.resolve()), fingerprint, loaded.keys, compute_dtype(ds_config))
-    probe = data.train.block(0)["input_ids"][:PROBE_TOKENS].unsqueeze(0)
-    facts = {"operator": config.kind.value, "merge_precision": precision, "seq_len": data.train.seq_len}
-    writer = RunWriter(engine, config, remora, reference, data.tokenizer_folder, probe, facts)
+    _seed(arguments, ranks)
+    run = Run(
+        engine,
+        config,
+        loaded.base,
+        place.folder,
+        resume=place.checkpoint,
+        overwrite=True,
+        keys=loaded.keys,
+        precision=precision,
+        reset=OptimizerReset(arguments.adapter.optimizer_reset),
+        identity=common,
+        tokenizer_folder=data.tokenizer_folder,
+        probe_ids=data.train.block(0)["input_ids"][:PROBE_TOKENS].unsqueeze(0),
+        facts={"seq_len": data.train.seq_len},
+    )
 
     def export(checkpoint: Path, target: Path) -> None:
         ranks.on_first(lambda: export_merged(checkpoint, target, overwrite=True) and None)
 
-    return _Job(
-        engine, remora, writer.write, export, frozen_buffers(loaded.model),
-        report.trainable_params, report.total_params, identity,
-    )  # fmt: skip
+    base_tensors, counts = frozen_buffers(loaded.model), (report.trainable_params, report.total_params)
+    return _Job(engine, run.state, run.remora, run.save_state, export, base_tensors, *counts)
 
 
 def _full_job(
@@ -216,16 +218,23 @@ def _full_job(
     _check_checkpoint(place.checkpoint, identity)
     ds_config = fill_bucket_sizes(ds_config, [parameter.numel() for parameter in loaded.model.parameters()])
     engine, *_ = initialize_full(model=loaded.model, config=ds_config)
-    return _Job(
-        engine,
-        None,
-        lambda target, step: None,
-        lambda checkpoint, target: save_full_model(engine, target, data.tokenizer),
-        {},
-        total,
-        total,
-        identity,
-    )
+    _seed(arguments, place.ranks)
+    state = TrainerState(world_size=place.ranks.world, identity=identity)
+    if place.checkpoint is not None:
+        state = load_checkpoint(place.checkpoint, engine, identity)
+
+    def save(now: TrainerState, keep: int | None) -> Path:
+        return save_checkpoint(place.folder / "checkpoints", engine, now, lambda target: None, keep)
+
+    def export(checkpoint: Path, target: Path) -> None:
+        save_full_model(engine, target, data.tokenizer)
+
+    return _Job(engine, state, None, save, export, {}, total, total)
+
+
+def _seed(arguments: Arguments, ranks: Ranks) -> None:
+    """Before a checkpoint restores the random states: dropout draws other masks on every rank."""
+    torch.manual_seed((arguments.training.seed << 16) + ranks.rank)
 
 
 def _common_identity(arguments: Arguments, data: RunData, ds_config: dict[str, Any], world: int) -> dict[str, Any]:
@@ -247,28 +256,12 @@ def _check_checkpoint(checkpoint: Path | None, identity: dict[str, Any]) -> None
         check_identity(checkpoint, TrainerState.read(checkpoint).identity, identity)
 
 
-def _open_ledger(place: _Place, fingerprint: str) -> Ledger:
-    """The run's ledger: that of the checkpoint, or an empty one. What a run without a checkpoint has left goes."""
-    folder = place.folder / "ledger"
-    if place.ranks.is_local_first:
-        if place.checkpoint is None:
-            shutil.rmtree(folder, ignore_errors=True)
-            Ledger.create(folder, fingerprint)
-        else:
-            Ledger.open(place.checkpoint / "ledger", fingerprint).copy_to(folder)
-    place.ranks.barrier()
-    return Ledger.open(folder, fingerprint)
-
-
 # -- the run ---------------------------------------------------------------------------------------------------------
 
 
 def _train(arguments: Arguments, job: _Job, data: RunData, place: _Place, schedule: Schedule) -> dict[str, Any]:
     folder, ranks, steps = place.folder, place.ranks, schedule.total_steps
-    torch.manual_seed((arguments.training.seed << 16) + ranks.rank)  # dropout: other masks on every rank
-    state = TrainerState(total_steps=steps, world_size=ranks.world, identity=job.identity)
-    if place.checkpoint is not None:
-        state = _resume(job, place.checkpoint)
+    state = job.state
     if ranks.is_first:
         resolved = {"world_size": ranks.world, "steps": steps, "deepspeed": job.engine.config}
         write_run_file(folder, dump(arguments), resolved)
@@ -277,10 +270,6 @@ def _train(arguments: Arguments, job: _Job, data: RunData, place: _Place, schedu
         log.say(_resumed(place.checkpoint, state, steps))
     state.total_steps = steps
     counter = zero.CollectiveCounter(job.base_tensors.values())
-
-    def save(now: TrainerState) -> Path:
-        extras = lambda target: job.write_extras(target, now.step)  # noqa: E731
-        return save_checkpoint(folder / "checkpoints", job.engine, now, extras, arguments.training.save_total_limit)
 
     trainer = Trainer(
         engine=job.engine,
@@ -291,7 +280,7 @@ def _train(arguments: Arguments, job: _Job, data: RunData, place: _Place, schedu
         log=log,
         counter=counter,
         state=state,
-        save=save,
+        save=lambda now: job.save(now, arguments.training.save_total_limit),
         merger=job.remora,
     )
     trainer.last_checkpoint = place.checkpoint
@@ -307,13 +296,6 @@ def _train(arguments: Arguments, job: _Job, data: RunData, place: _Place, schedu
     log.close()
     ranks.barrier()
     return summary
-
-
-def _resume(job: _Job, checkpoint: Path) -> TrainerState:
-    state = load_checkpoint(checkpoint, job.engine, job.identity)
-    if job.remora is not None:
-        job.remora.replay()
-    return state
 
 
 def _resumed(checkpoint: Path, state: TrainerState, steps: int) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,6 +54,10 @@ class MergeReport:
     loss_before: float | None = None
     loss_after: float | None = None
     """On a fixed probe batch, where there is one."""
+
+    def row(self) -> dict[str, Any]:
+        """Everything but the step, for a log."""
+        return {name: value for name, value in vars(self).items() if name != "step"}
 
     def __str__(self) -> str:
         probe = ""

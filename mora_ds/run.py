@@ -1,31 +1,38 @@
 """One MoRA run around an engine: merge, save, resume. The trainer's, and that of a loop of the user's own.
 
-    run = Run(engine, config, base="path/of/the/model", folder="out")
-    run.merge(step)        at intervals: ReMoRA
-    run.save(step)         out/checkpoints/step-N, from which export_merged makes a model
-    run.resume()           engine, ledger and live base as the newest whole checkpoint has them
+run = Run(engine, config, base="path/of/the/model", folder="out")      resume="auto" continues what is there
+run.merge(step)        at intervals: ReMoRA
+run.save(step)         out/checkpoints/step-N, from which export_merged makes a model
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds import zero
 from mora_ds.adapter_files import BaseReference
 from mora_ds.base import BaseCheckpoint, renamed_keys, verify_against_model
-from mora_ds.checkpoint import AUTO, TrainerState, find_checkpoint, load_checkpoint, save_checkpoint
+from mora_ds.checkpoint import (
+    TrainerState,
+    check_identity,
+    complete_checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from mora_ds.config import MoRAConfig
 from mora_ds.errors import UserError
 from mora_ds.injection import frozen_buffers, mora_layers
 from mora_ds.ledger import Ledger
 from mora_ds.ranks import Ranks
 from mora_ds.remora import EXACT, MergeReport, ReMoRA
+from mora_ds.resets import OptimizerReset
 from mora_ds.saving import PROBE_TOKENS, RunWriter
 from mora_ds.tensor_files import dtype_name
 
@@ -33,8 +40,10 @@ from mora_ds.tensor_files import dtype_name
 class Run:
     """The ledger and the checkpoints of one engine, in `folder`. Make it, and call its methods, on all ranks.
 
-    `base` is the Hugging Face folder that the model was loaded from; it is reread at every merge and never written.
-    Raises `UserError` when the model does not hold that base, weight for weight.
+    `base` is the Hugging Face folder that the model was loaded from: it is reread at every merge and never written.
+    With `resume` ("auto", "latest", a path) engine, ledger and live base are as that checkpoint has them, and `state`
+    says where it stands; without, the folder must hold no other run, or `overwrite` its ledger.
+    Raises `UserError` when the model does not hold that base, weight for weight, or the checkpoint is another run's.
     """
 
     def __init__(
@@ -44,28 +53,27 @@ class Run:
         base: Path | str | BaseCheckpoint,
         folder: Path | str,
         *,
+        resume: Path | str | None = None,
+        overwrite: bool = False,
         keys: Mapping[str, str] | None = None,
         precision: str = EXACT,
+        reset: OptimizerReset = OptimizerReset.ZERO,
         identity: Mapping[str, Any] | None = None,
         tokenizer_folder: Path | None = None,
         probe_ids: Tensor | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         """`keys` maps parameter names to the base's keys where the caller has them already; `identity` is what a
-        resumed run must agree on beside base and adapter; `probe_ids` (1, T) are recorded with their logits."""
+        resumed run must agree on beside base and adapter; a `resume` that is a `Path` is one that was verified;
+        `probe_ids` (1, T) are recorded with their logits."""
         self.engine, self.folder, self.ranks = engine, Path(folder), Ranks.current()
         opened = base if isinstance(base, BaseCheckpoint) else BaseCheckpoint.open(base, "base")
         keys = dict(keys) if keys is not None else self._map(opened)
         fingerprint = self.ranks.on_first(opened.fingerprint)
-        self.remora = ReMoRA(
-            engine, config, self._ledger(fingerprint), opened, keys, precision, self.ranks.is_local_first
-        )
-        self.identity = {
-            "base": fingerprint,
-            "adapter": config.to_dict(),
-            "merge_precision": precision,
-            **(identity or {}),
-        }
+        self.identity = run_identity(fingerprint, config, precision, identity)
+        checkpoint = self._checkpoint(resume, overwrite)
+        ledger = self._open_ledger(checkpoint, fingerprint)
+        self.remora = ReMoRA(engine, config, ledger, opened, keys, precision, self.ranks.is_local_first, reset)
         dtype = dtype_name(next(iter(mora_layers(engine.module).values())).weight.dtype)
         self._writer = RunWriter(
             engine,
@@ -76,52 +84,49 @@ class Run:
             torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0) if probe_ids is None else probe_ids,
             {"operator": config.kind.value, "merge_precision": precision, **(facts or {})},
         )
-        self._merges: list[int] = []
+        self.state = TrainerState(world_size=self.ranks.world, identity=self.identity)
+        if checkpoint is not None:
+            self.state = load_checkpoint(checkpoint, engine, self.identity)
+            self.remora.replay()
 
     def merge(self, step: int) -> MergeReport:
         """Merge all squares after optimizer step `step` and start the next cycle."""
         report = self.remora.merge(step)
-        self._merges.append(step)
+        self.state.merges.append(step)
         return report
 
     def save(self, step: int, keep: int | None = None) -> Path:
         """Checkpoint `step`; the newest `keep` stay. Returns its folder."""
-        return self.save_state(TrainerState(step=step, merges=self._merges), keep)
+        self.state.step = step
+        return self.save_state(self.state, keep)
 
     def save_state(self, state: TrainerState, keep: int | None = None) -> Path:
         """The same with everything that a trainer knows of where it stands."""
-        state.world_size, state.identity = dist.get_world_size(), self.identity
-        return save_checkpoint(
-            self.folder / "checkpoints", self.engine, state, lambda target: self._writer.write(target, state.step), keep
-        )
-
-    def resume(self, checkpoint: Path | str = AUTO) -> TrainerState | None:
-        """Back to a checkpoint: "auto" (the newest whole one, None if there is none), "latest", or a path."""
         root = self.folder / "checkpoints"
-        found = self.ranks.on_first(lambda: find_checkpoint(str(checkpoint), root, print))
-        if found is None:
+        return save_checkpoint(root, self.engine, state, lambda target: self._writer.write(target, state.step), keep)
+
+    def _checkpoint(self, resume: Path | str | None, overwrite: bool) -> Path | None:
+        root = self.folder / "checkpoints"
+        if resume is None:
+            held = (self.folder / "ledger" / "ledger.json").exists() or bool(complete_checkpoints(root))
+            if self.ranks.on_first(lambda: held) and not overwrite:
+                raise UserError(f'{self.folder} holds another run: choose another folder, or resume="auto"')
             return None
-        state = load_checkpoint(found, self.engine, self.identity)
-        if self.ranks.is_local_first:
-            kept = self.remora.ledger
-            Ledger.open(found / "ledger", kept.base_fingerprint).copy_to(kept.folder)
-        self.ranks.barrier()
-        self.remora.reopen()
-        self.remora.replay()
-        self._merges = list(state.merges)
-        return state
+        verified = resume if isinstance(resume, Path) else None
+        found = verified or self.ranks.on_first(lambda: find_checkpoint(str(resume), root, print))
+        if found is not None:
+            check_identity(found, TrainerState.read(found).identity, self.identity)
+        return found
 
-    def start_afresh(self) -> None:
-        """Forget the cycles that an earlier run left in this folder's ledger."""
-        if self.ranks.is_local_first:
-            self.remora.ledger.truncate(0)
-        self.ranks.barrier()
-        self.remora.reopen()
-
-    def _ledger(self, fingerprint: str) -> Ledger:
+    def _open_ledger(self, checkpoint: Path | None, fingerprint: str) -> Ledger:
+        """That of the checkpoint, or an empty one. What a run without a checkpoint has left goes."""
         folder = self.folder / "ledger"
-        if self.ranks.is_local_first and not (folder / "ledger.json").exists():
-            Ledger.create(folder, fingerprint)
+        if self.ranks.is_local_first:
+            if checkpoint is None:
+                shutil.rmtree(folder, ignore_errors=True)
+                Ledger.create(folder, fingerprint)
+            else:
+                Ledger.open(checkpoint / "ledger", fingerprint).copy_to(folder)
         self.ranks.barrier()
         return Ledger.open(folder, fingerprint)
 
@@ -132,10 +137,18 @@ class Run:
         squares = {f"{name}.square" for name in mora_layers(model)}
         names = [*frozen, *(name for name, _ in model.named_parameters() if name not in squares)]
         ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
-        prefix = getattr(model, "base_model_prefix", "")
-        renamed = renamed_keys(model, base.keys()) if hasattr(model, "config") else {}
-        keys = base.map_parameters(names, prefix, ties, renamed)
+        keys = base.map_parameters(names, model.base_model_prefix, ties, renamed_keys(model, base.keys()))
         self.ranks.on_first(lambda: verify_against_model(base, keys, frozen, frozen))
-        if not frozen:
-            raise UserError("the model has no frozen base")
         return keys
+
+
+def run_identity(
+    fingerprint: str, config: MoRAConfig, precision: str, more: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a checkpoint and the run that continues it must have in common."""
+    return {
+        "base": fingerprint,
+        "adapter": config.to_dict(),
+        "merge_precision": precision,
+        **(more or {}),
+    }

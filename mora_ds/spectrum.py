@@ -42,6 +42,7 @@ THRESHOLD = 0.1
 """The MoRA paper's figure 5 counts singular values above it."""
 
 _FP32_EPS = torch.finfo(torch.float32).eps
+_COLUMNS_AT_ONCE = 256
 _CG_STEPS = 200
 _CG_TOLERANCE = 1e-10
 
@@ -166,7 +167,7 @@ class LayerSpectrum:
 
 def layer_spectra(updates: Sequence[Update], threshold: float = THRESHOLD) -> Iterator[LayerSpectrum]:
     """One after each of a layer's `updates`, in their order, computed on the device of the squares."""
-    frame = _Frame([spec for spec, _ in updates])
+    frame = _Frame(updates)
     total: Tensor | None = None
     earlier: dict[OperatorSpec, None] = {}
     span: tuple[Tensor, Tensor] | None = None
@@ -187,7 +188,7 @@ def layer_spectra(updates: Sequence[Update], threshold: float = THRESHOLD) -> It
 
 def cumulative_norms(updates: Sequence[Update]) -> list[float]:
     """Frobenius norm of the sum of deltas after each of a layer's updates. Decomposes nothing."""
-    frame = _Frame([spec for spec, _ in updates])
+    frame = _Frame(updates)
     norms, total = [], None
     for spec, square in updates:
         newest = frame.place(spec, square.double())
@@ -203,34 +204,35 @@ class _Frame:
     real one seen in the bases Q and Q'. Otherwise the deltas themselves.
     """
 
-    def __init__(self, specs: Sequence[OperatorSpec]) -> None:
+    def __init__(self, updates: Sequence[Update]) -> None:
+        specs = [spec for spec, _ in updates]
         self._specs = list(dict.fromkeys(specs))
         self._shape = (specs[0].d_out, specs[0].d_in)
         self._sides: dict[OperatorSpec, tuple[Tensor, Tensor]] = {}
         self.longest_side = max(self._shape)
         if not any(spec.blockwise for spec in specs) and sum(spec.r_hat for spec in self._specs) < min(self._shape):
-            self._sides = self._small_sides()
+            self._sides = self._small_sides(updates[0][1].device)
 
     def place(self, spec: OperatorSpec, square: Tensor) -> Tensor:
         """The delta of a float64 square."""
         if not self._sides:
             return delta_weight(spec, square)
         left, right = self._sides[spec]
-        return left.to(square.device) @ square @ right.to(square.device).T
+        return left @ square @ right.T
 
     def lift(self, spec: OperatorSpec, delta: Tensor) -> Tensor:
         """The adjoint of `place`."""
         if not self._sides:
             return adjoint(spec, delta)
         left, right = self._sides[spec]
-        return left.to(delta.device).T @ delta @ right.to(delta.device)
+        return left.T @ delta @ right
 
     def all_values(self, values: Tensor) -> Tensor:
         """A placed delta's singular values, with the zeros that the real one has on top."""
         return torch.cat((values, values.new_zeros(min(self._shape) - len(values))))
 
-    def _small_sides(self) -> dict[OperatorSpec, tuple[Tensor, Tensor]]:
-        lefts, rights = zip(*(_factors(spec) for spec in self._specs), strict=True)
+    def _small_sides(self, device: torch.device) -> dict[OperatorSpec, tuple[Tensor, Tensor]]:
+        lefts, rights = zip(*(_factors(spec, device) for spec in self._specs), strict=True)
         widths = [spec.r_hat for spec in self._specs]
         left, right = (
             torch.linalg.qr(torch.cat(factors, dim=1), mode="r").R.split(widths, dim=1) for factors in (lefts, rights)
@@ -238,11 +240,12 @@ class _Frame:
         return dict(zip(self._specs, zip(left, right, strict=True), strict=True))
 
 
-def _factors(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
+def _factors(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, Tensor]:
     """Truncate, share: left (O, R) and right (D, R) of delta_weight(M) = left @ M @ right^T, float64."""
-    slots = torch.eye(spec.r_hat, dtype=torch.float64)
-    inputs = torch.eye(spec.d_in, dtype=torch.float64)
-    return decompress(spec, slots.unsqueeze(-2)).T, compress(spec, inputs).squeeze(-2)
+    slots = torch.eye(spec.r_hat, dtype=torch.float64, device=device)
+    pieces = torch.arange(spec.d_in, device=device).split(_COLUMNS_AT_ONCE)
+    inputs = (torch.nn.functional.one_hot(piece, spec.d_in).double() for piece in pieces)
+    return decompress(spec, slots.unsqueeze(-2)).T, torch.cat([compress(spec, piece).squeeze(-2) for piece in inputs])
 
 
 def _decompose(total: Tensor, longest_side: int, vectors: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:

@@ -28,8 +28,13 @@ from mora_ds.metrics import MetricsLog, StepMetrics, peak_memory_bytes, perplexi
 from mora_ds.remora import MergeReport
 from mora_ds.schedules import Schedule
 
+PROBE_ROWS = 2
+"""Sequences of the batch whose loss is measured before and after a merge: the first of the corpus, on every rank."""
+
 
 class Merger(Protocol):
+    probe: Callable[[], float] | None
+
     def merge(self, step: int) -> MergeReport: ...
 
 
@@ -68,6 +73,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.last_checkpoint: Path | None = None
+        if self.merger is not None:
+            self.merger.probe = self._probe_loss
         self.bytes_gathered_per_step = 0
 
     @property
@@ -176,7 +183,7 @@ class Trainer:
         assert self.merger is not None, "a schedule with merges needs a merger"
         report = self.merger.merge(self.state.step)
         self.state.merges.append(self.state.step)
-        self.log.merge(report.step, report.cycle, report.square_norm)
+        self.log.merge(report.step, report.row())
         self.log.say(str(report))
 
     def _finish(self) -> None:
@@ -214,6 +221,16 @@ class Trainer:
             self.log.evaluation(self.state.step, found)
         self.state.perplexity_last = found
         return found
+
+    @torch.no_grad()
+    def _probe_loss(self) -> float:
+        """Mean loss of the corpus's first sequences, the same on every rank."""
+        rows = [self.train_data.block(index) for index in range(min(PROBE_ROWS, self.train_data.n_blocks))]
+        batch = {name: torch.stack([row[name] for row in rows]).to(self.engine.device) for name in rows[0]}
+        self.engine.eval()
+        nll = token_nll(self.engine, batch).item()
+        self.engine.train()
+        return nll / max(int((batch["labels"] != IGNORED).sum()), 1)
 
     @torch.no_grad()
     def _mean_nll(self, data: PackedDataset) -> float:

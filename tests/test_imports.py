@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "ds_config_keys"),
-    ("operators", "schedules", "files", "cli", "ranks", "flags", "ds_config", "zero", "resets"),
-    ("compute", "tensor_files", "metrics", "run_folder", "checkpoint", "spectrum"),
+    ("operators", "schedules", "files", "cli", "ranks", "flags", "ds_config", "zero"),
+    ("compute", "tensor_files", "metrics", "run_folder", "checkpoint", "spectrum", "resets"),
     ("config", "layer", "base", "export_check"),
     ("injection", "arguments", "ledger", "model", "model_folder", "data"),
     ("adapter_files", "engine", "remora", "validation", "run_data", "ledger_table"),

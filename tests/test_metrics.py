@@ -21,7 +21,7 @@ def test_a_row_has_the_promised_fields(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 3, enabled=True)
     log.step(metrics(1))
     log.evaluation(1, {"held": 7.5})
-    log.merge(1, 0, 0.25)
+    log.merge(1, {"cycle": 0, "square_norm": 0.25, "loss_before": None})
     log.close()
     step, evaluation, merge = rows(tmp_path)
     wanted = {"step": 1, "loss": 2.0, "learning_rate": 1e-3, "grad_norm": 0.5, "tokens": 64, "tokens_per_s": 128.0,
@@ -29,7 +29,7 @@ def test_a_row_has_the_promised_fields(tmp_path: Path) -> None:
     assert wanted.items() <= step.items()
     assert step["perplexity"] == pytest.approx(math.exp(2))
     assert evaluation == {"step": 1, "eval": {"held": 7.5}}
-    assert merge == {"step": 1, "merge": {"cycle": 0, "square_norm": 0.25}}
+    assert merge == {"step": 1, "merge": {"cycle": 0, "square_norm": 0.25, "loss_before": None}}
 
 
 def test_the_line_for_humans() -> None:
@@ -97,7 +97,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 3, enabled=False)
     log.step(metrics(1))
     log.evaluation(1, {})
-    log.merge(1, 0, 0.0)
+    log.merge(1, {"cycle": 0, "square_norm": 0.0})
     log.advance(1)
     log.say("nothing")
     log.close()

@@ -213,7 +213,7 @@ def count_bytes(accumulation: int, zero_settings: dict[str, int]) -> dict[str, A
 
 
 class CountedBelow(TorchDispatchMode):
-    """Counts the bytes of every c10d operator that reaches PyTorch's dispatcher, independently of `CollectiveCounter`."""
+    """Counts the bytes of every c10d operator at PyTorch's dispatcher, independently of `CollectiveCounter`."""
 
     def __init__(self, seen: dict[str, int]) -> None:
         super().__init__()

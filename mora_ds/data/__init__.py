@@ -15,7 +15,7 @@ from mora_ds.data.embedded import EmbeddedCorpus, domain_documents, general_docu
 from mora_ds.data.packing import IGNORED, PackedDataset, TokenBlocks
 from mora_ds.data.pieces import train_sentencepiece
 from mora_ds.data.readers import Document
-from mora_ds.data.tokenizer import check_reload, check_vocabulary, load_tokenizer, wants_bos
+from mora_ds.data.tokenizer import check_reload, check_vocabulary, largest_id, load_tokenizer, wants_bos
 
 __all__ = [
     "IGNORED",
@@ -30,6 +30,7 @@ __all__ = [
     "check_vocabulary",
     "domain_documents",
     "general_documents",
+    "largest_id",
     "load_corpus",
     "load_tokenizer",
     "resolve_files",

@@ -1,0 +1,89 @@
+"""What the README shows must run: the plugin's lines, word for word, in a loop over two ranks."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from mora_ds.base import write_own_base
+from tests.gloo import run_ranks
+from tests.models import tiny_model, tokens
+from tests.test_zero import ds_config
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def plugin_code() -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    return code
+
+
+class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Token rows as Hugging Face models take them."""
+
+    def __init__(self) -> None:
+        self.rows = tokens(24)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+def run_plugin_code(folder: str) -> int:
+    os.chdir(folder)
+    model_folder = Path("model")
+    if dist.get_rank() == 0:
+        write_own_base(tiny_model("llama"), model_folder)
+    dist.barrier()
+    names = {
+        "model": AutoModelForCausalLM.from_pretrained(model_folder),
+        "model_folder": model_folder,
+        "dataset": Rows(),
+        "ds_config": ds_config(3, 2, 1),
+    }
+    exec(plugin_code(), names)
+    return names["run"].remora.cycle  # type: ignore[attr-defined]
+
+
+@pytest.mark.gloo
+def test_the_plugin_lines_run_as_they_stand(tmp_path: Path) -> None:
+    assert len(plugin_code().splitlines()) <= 16
+    assert run_ranks(2, run_plugin_code, str(tmp_path)) == [1, 1]
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def resumed_run(folder: str) -> tuple[int, bool]:
+    """A second process: refused without `resume`, back at its place with it."""
+    import mora_ds
+
+    os.chdir(folder)
+    model = AutoModelForCausalLM.from_pretrained("model")
+    config = mora_ds.MoRAConfig(rank=8)
+    mora_ds.inject(model, config)
+    engine, *_ = mora_ds.initialize(model=model, config=ds_config(3, 2, 1))
+    try:
+        mora_ds.Run(engine, config, base="model", folder="out")
+    except mora_ds.UserError as error:
+        assert "another run" in str(error)
+    else:
+        raise AssertionError("a folder that holds a run was taken")
+    run = mora_ds.Run(engine, config, base="model", folder="out", resume="auto")
+    base = AutoModelForCausalLM.from_pretrained("model").state_dict()
+    moved = any(
+        not torch.equal(layer.weight, base[f"{name}.weight"]) for name, layer in mora_ds.mora_layers(model).items()
+    )
+    return run.state.step, moved
+
+
+@pytest.mark.gloo
+def test_a_run_of_ones_own_resumes(tmp_path: Path) -> None:
+    run_ranks(2, run_plugin_code, str(tmp_path))
+    assert run_ranks(2, resumed_run, str(tmp_path)) == [(6, True), (6, True)]
