@@ -18,11 +18,13 @@ import torch
 
 from mora_ds.arguments import Arguments, from_flat
 from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_embedded
+from mora_ds.ds_config import resolve_ds_config
 from mora_ds.engine import start_distributed
 from mora_ds.model import create_base
 from mora_ds.pretrain import pretrain
 from mora_ds.ranks import Ranks
-from mora_ds.run_folder import claim
+from mora_ds.run_folder import reserve
+from mora_ds.validation import validate
 
 MODEL_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "models" / "tiny_llama.json"
 VOCABULARY = 2048
@@ -73,8 +75,11 @@ def run_demo(arguments: Arguments) -> None:
     started = time.monotonic()
     folder = Path(arguments.training.output_dir)
     rows = max(1, ROWS_PER_STEP // ranks.world)
-    ranks.on_first(lambda: _prepare(arguments, folder))
     paths = _Paths(folder / "demo")
+    job = _continue_arguments(arguments, paths, rows)
+    validate(job)
+    resolve_ds_config(job.training.deepspeed, job.training.engine_settings(), ranks.world)
+    ranks.on_first(lambda: _prepare(arguments, folder))
     if not paths.warm.is_dir():
         warm = {**WARM_START, "per_device_train_batch_size": rows, "model_name_or_path": str(paths.start),
                 "train_files": [str(paths.corpus / "general_train.jsonl")],
@@ -86,7 +91,7 @@ def run_demo(arguments: Arguments) -> None:
     else:
         sharded = None
     _say(ranks, "\n2. the job proper: continued on code with MoRA, the base frozen and whole on every rank")
-    summary = pretrain(_continue_arguments(arguments, paths, rows))
+    summary = pretrain(job)
     if ranks.is_first:
         _report(folder, summary, sharded, ranks.world, time.monotonic() - started)
     ranks.barrier()
@@ -122,7 +127,7 @@ def _prepare(arguments: Arguments, folder: Path) -> None:
     """Corpora, tokenizer and the untrained model, unless a resumed run has them already."""
     training = arguments.training
     paths = _Paths(folder / "demo")
-    claim(folder, training.overwrite_output_dir, resume=training.resume_from_checkpoint is not None)
+    reserve(folder, training.overwrite_output_dir, resume=training.resume_from_checkpoint is not None).rollback()
     print(
         "No --model_name_or_path and no --train_files: running the embedded default.\n"
         "  general text: Python's language reference and docstrings;  new domain: the standard library's code\n"

@@ -76,9 +76,9 @@ class _Run:
 
 
 def export_merged(
-    checkpoint: Path,
-    output: Path,
-    base_folder: Path | None = None,
+    checkpoint: Path | str,
+    output: Path | str,
+    base_folder: Path | str | None = None,
     dtype: str = "auto",
     max_shard_gib: float = 5.0,
     verify: bool = False,
@@ -93,7 +93,8 @@ def export_merged(
     full disk.
     """
     started = time.monotonic()
-    checkpoint = find_checkpoint(checkpoint)
+    checkpoint, output = find_checkpoint(Path(checkpoint)), Path(output)
+    base_folder = None if base_folder is None else Path(base_folder)
     if dtype != "auto":
         compute_dtype(dtype)
     if max_shard_gib <= 0:

@@ -112,7 +112,7 @@ class Run:
             if self.ranks.on_first(lambda: held) and not overwrite:
                 raise UserError(f'{self.folder} holds another run: choose another folder, or resume="auto"')
             return None
-        verified = resume if isinstance(resume, Path) else None
+        verified = resume if isinstance(resume, Path) else None  # pretrain has verified it
         found = verified or self.ranks.on_first(lambda: find_checkpoint(str(resume), root, print))
         if found is not None:
             check_identity(found, TrainerState.read(found).identity, self.identity)

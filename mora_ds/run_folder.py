@@ -53,11 +53,6 @@ class Reservation:
             self.folder.rmdir()
 
 
-def claim(folder: Path, overwrite: bool, resume: bool) -> None:
-    """`reserve` and `commit` at once."""
-    reserve(folder, overwrite, resume).commit()
-
-
 def reserve(folder: Path, overwrite: bool, resume: bool) -> Reservation:
     """Make `folder` ready for a run. One rank calls it.
 

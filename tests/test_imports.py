@@ -44,7 +44,7 @@ DATA_SEES = {"errors", "files"}
 DEEPSPEED = {"zero", "engine", "saving"}
 """Rooms that may import deepspeed: internals in `zero`, its public functions in the others."""
 
-DISTRIBUTED = {"ranks", "engine", "checkpoint", "remora", "saving", "run", "trainer"}
+DISTRIBUTED = {"ranks", "engine", "checkpoint", "remora", "saving", "trainer"}
 """Rooms that may import torch.distributed."""
 
 STANDARD_LIBRARY_ONLY = {"errors", "version", "schedules", "ds_config_keys", "ds_config", "files", "cli"}
