@@ -29,15 +29,14 @@ import hashlib
 import math
 from dataclasses import asdict, dataclass
 from enum import Enum
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mora_ds.errors import UserError, nearest
+from mora_ds.tables import contiguous_groups, permutation_tables, rope_table, run_lengths, strided_groups
 
 ROTATE_BELOW_RANK = 64
 """Below this LoRA-equivalent rank `default_kind` rotates, from it on it shares (paper: rotate at 8, share at 256)."""
@@ -162,7 +161,7 @@ def decompress(spec: OperatorSpec, z: Tensor) -> Tensor:
     if spec.kind is OperatorKind.TRUNCATE:
         y = _resize(z.squeeze(-2), spec.d_out)
     elif spec.grouping.contiguous_out:
-        y = _pick(z.squeeze(-2), _contiguous_groups(spec.d_out, spec.r_hat, z.device))
+        y = _pick(z.squeeze(-2), contiguous_groups(spec.d_out, spec.r_hat, z.device))
     else:
         y = _deal(z, spec.blocks_out).flatten(-2)[..., : spec.d_out]
     if spec.grouping is Grouping.PERMUTED:
@@ -239,7 +238,9 @@ def adjoint(spec: OperatorSpec, gradient: Tensor) -> Tensor:
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
     """x[..., index]. In two dimensions, where `index_select` is up to five times faster on a CPU than in three."""
-    return x.flatten(0, -2).index_select(1, index).unflatten(0, x.shape[:-1]) if x.dim() > 1 else x[index]
+    return (
+        x.flatten(0, -2).index_select(1, index).unflatten(0, x.shape[:-1]) if x.dim() > 1 else x.index_select(0, index)
+    )
 
 
 def _input_blocks(spec: OperatorSpec, x: Tensor) -> Tensor:
@@ -291,7 +292,7 @@ def _deal(z: Tensor, blocks_out: int) -> Tensor:
 
 def _sum_runs(x: Tensor, groups: int) -> Tensor:
     """(..., D) -> (..., groups): sums over runs of neighbours, the first D mod groups of them one longer."""
-    long, short = _run_lengths(x.shape[-1], groups)
+    long, short = run_lengths(x.shape[-1], groups)
     split = (x.shape[-1] % groups) * long
     head = x[..., :split].unflatten(-1, (split // long, long)).sum(-1)
     if short == 0:  # fewer inputs than groups: the last groups are empty
@@ -300,17 +301,13 @@ def _sum_runs(x: Tensor, groups: int) -> Tensor:
     return torch.cat((head, tail), dim=-1) if split else tail
 
 
-def _run_lengths(size: int, groups: int) -> tuple[int, int]:
-    return size // groups + 1, size // groups
-
-
 def _input_columns(spec: OperatorSpec, square: Tensor) -> Tensor:
     """(R, D) for truncate and share: each input's column of M."""
     if spec.kind is OperatorKind.TRUNCATE:
         return _resize(square, spec.d_in)
     if spec.grouping.contiguous_in:
-        return square.index_select(1, _contiguous_groups(spec.d_in, spec.r_hat, square.device))
-    groups = _strided_groups(spec.blocks_in * spec.r_hat, spec.r_hat, square.device)
+        return square.index_select(1, contiguous_groups(spec.d_in, spec.r_hat, square.device))
+    groups = strided_groups(spec.blocks_in * spec.r_hat, spec.r_hat, square.device)
     return _unwrap(square.index_select(1, groups), spec.d_in)
 
 
@@ -318,7 +315,7 @@ def _output_rows(spec: OperatorSpec, columns: Tensor) -> Tensor:
     """(R, D) -> (O, D) for truncate and share: each output's row."""
     if spec.kind is OperatorKind.TRUNCATE:
         return F.pad(columns[: spec.d_out], (0, 0, 0, max(0, spec.d_out - spec.r_hat))).clone()
-    groups = _contiguous_groups if spec.grouping.contiguous_out else _strided_groups
+    groups = contiguous_groups if spec.grouping.contiguous_out else strided_groups
     return columns.index_select(0, groups(spec.d_out, spec.r_hat, columns.device))
 
 
@@ -346,55 +343,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-# -- tables, shared by every layer of the same shape ---------------------------------------------------------------
-
-
 def _angles(spec: OperatorSpec, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin, each (N, R/2), in the dtype and on the device of `like`."""
-    return _rope_table(spec.blocks_in, spec.r_hat, like.dtype, like.device)
-
-
-@lru_cache(maxsize=512)
-def _rope_table(blocks: int, r_hat: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Float32 as in the reference, and always taken on the CPU, so that every device reads the same table."""
-    with torch.inference_mode(False), torch.no_grad():
-        frequencies = 1.0 / (10000 ** (torch.arange(0, r_hat, 2).float() / r_hat))
-        angles = torch.outer(torch.arange(blocks), frequencies)
-        return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
-
-
-@lru_cache(maxsize=512)
-def _strided_groups(size: int, groups: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.arange(size, device=device) % groups
-
-
-@lru_cache(maxsize=512)
-def _contiguous_groups(size: int, groups: int, device: torch.device) -> Tensor:
-    """(size,): index -> group, runs as in `_sum_runs`."""
-    long, short = _run_lengths(size, groups)
-    with torch.inference_mode(False):
-        lengths = torch.tensor([long] * (size % groups) + [short] * (groups - size % groups))
-        return torch.repeat_interleave(torch.arange(groups), lengths).to(device)
+    return rope_table(spec.blocks_in, spec.r_hat, like.dtype, like.device)
 
 
 def _permutations(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, ...]:
-    return _permutation_tables(spec.seed, spec.d_in, spec.d_out, device)[:2]
+    """Of the inputs (D,) and of the outputs (O,)."""
+    return permutation_tables(spec.seed, spec.d_in, spec.d_out, device)[:2]
 
 
 def _inverse_permutations(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, ...]:
-    return _permutation_tables(spec.seed, spec.d_in, spec.d_out, device)[2:]
-
-
-@lru_cache(maxsize=4096)
-def _permutation_tables(seed: int, d_in: int, d_out: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Permutations of inputs and outputs and their inverses.
-
-    numpy's RandomState is the one generator whose stream is frozen for ever (NEP 19): a ledger replayed years later,
-    or on another device, must draw the same permutations.
-    """
-    stream = np.random.RandomState(seed)
-    with torch.inference_mode(False):
-        forward = [torch.from_numpy(stream.permutation(size)) for size in (d_in, d_out)]
-        pair = (*forward, *(torch.argsort(permutation) for permutation in forward))
-        return tuple(table.to(device) for table in pair)
+    return permutation_tables(spec.seed, spec.d_in, spec.d_out, device)[2:]

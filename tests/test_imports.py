@@ -18,7 +18,7 @@ import mora_ds
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version", "ds_config_keys"),
+    ("errors", "version", "ds_config_keys", "tables"),
     ("operators", "schedules", "files", "cli", "ranks", "flags", "ds_config", "zero"),
     ("compute", "tensor_files", "metrics", "run_folder", "checkpoint", "spectrum", "resets"),
     ("config", "layer", "base", "export_check"),
@@ -182,7 +182,8 @@ def test_torch_distributed_is_imported_by_few() -> None:
 def test_what_the_lowest_rooms_may_use() -> None:
     for room in STANDARD_LIBRARY_ONLY:
         assert not libraries(room), (room, libraries(room))
-    assert libraries("operators") == {"torch", "numpy"}
+    assert libraries("operators") == {"torch"}
+    assert libraries("tables") == {"torch", "numpy"}
     assert libraries("zero") == {"deepspeed", "torch"}
     assert not rooms_imported("zero"), "zero knows DeepSpeed, not MoRA"
 
