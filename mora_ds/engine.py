@@ -33,6 +33,8 @@ def start_distributed(verbose: bool = False, timeout_s: float | None = None) -> 
     """Start `torch.distributed` the way the engine needs it; does nothing when it runs already."""
     zero.prepare_backend(verbose)
     _share_cores()
+    # Every rank of a node sees all its devices; DeepSpeed's engine picks one, but too late for the base and for NCCL.
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         extra = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
         deepspeed.init_distributed(verbose=verbose, **extra)
