@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,12 @@ SQUARE_GROUP = 0
 
 
 def start_distributed(verbose: bool = False, timeout_s: float | None = None) -> None:
-    """Start `torch.distributed` the way the engine needs it; does nothing when it runs already."""
+    """Start `torch.distributed` the way the engine needs it; does nothing when it runs already.
+
+    Raises `UserError` in a process that no launcher has started.
+    """
+    if not dist.is_initialized():
+        _require_launcher()
     zero.prepare_backend(verbose)
     _share_cores()
     # Every rank of a node sees all its devices; DeepSpeed's engine picks one, but too late for the base and for NCCL.
@@ -107,6 +113,16 @@ def check_base_equal(tensors: Iterable[Tensor]) -> str:
             "Do all nodes read the same files at --model_name_or_path?"
         )
     return mine
+
+
+def _require_launcher() -> None:
+    """DeepSpeed takes a process without RANK for one of MPI's, which needs mpi4py."""
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and find_spec("mpi4py") is None:
+        raise UserError(
+            f"no launcher has started this process ({', '.join(missing)} not set): "
+            "write deepspeed in place of python, or use torchrun"
+        )
 
 
 def _share_cores() -> None:

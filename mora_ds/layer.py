@@ -55,8 +55,23 @@ class MoRALinear(nn.Module):
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module can take a square: `nn.Linear` (and its subclasses that keep its forward) or `Conv1D`."""
-    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+    """Whether a module can take a square: `Conv1D`, `nn.Linear`, or a subclass of it that computes the same."""
+    if isinstance(module, Conv1D):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    return type(module).forward is nn.Linear.forward or _computes_linear(module)
+
+
+@torch.no_grad()
+def _computes_linear(module: nn.Linear) -> bool:
+    """Asked of a forward of its own: Falcon's is the same product written otherwise, a router's is something else."""
+    x = torch.randn(3, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        found, expected = module(x), F.linear(x, module.weight, module.bias)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False  # other arguments, or a weight of another layout
+    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-2)
 
 
 def linear_shape(module: Any) -> tuple[int, int]:

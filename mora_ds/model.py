@@ -54,7 +54,10 @@ def _download(name: str) -> Path:
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        folder = Path(snapshot_download(name, allow_patterns=wanted))
+        if not any(folder.glob("*.safetensors")):  # an older model, such as facebook/opt-125m
+            folder = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin"]))
+        return folder
     except (OSError, HFValidationError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -46,7 +46,7 @@ from mora_ds.run_data import RunData, load_data
 from mora_ds.run_folder import Reservation, reserve, write_run_file
 from mora_ds.saving import PROBE_TOKENS, save_full_model
 from mora_ds.schedules import Schedule
-from mora_ds.trainer import LoopSettings, Trainer
+from mora_ds.trainer import LoopSettings, Trainer, check_document_mask
 from mora_ds.validation import validate
 
 
@@ -141,7 +141,10 @@ def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: _Place) -> 
     data = load_data(arguments, config, model_folder, place.folder, ranks, rows, resumes, place.say)
     loaded = _load_base(arguments, model_folder, data.tokenizer, ds_config, place)
     full = arguments.adapter.adapter == AdapterKind.FULL.value
-    return (_full_job if full else _mora_job)(arguments, loaded, ds_config, data, place), data
+    job = (_full_job if full else _mora_job)(arguments, loaded, ds_config, data, place)
+    if arguments.data.document_mask:
+        check_document_mask(job.engine, config.get_text_config().vocab_size)
+    return job, data
 
 
 def _rows_per_step(arguments: Arguments, world: int) -> int:

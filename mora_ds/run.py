@@ -119,15 +119,19 @@ class Run:
         return found
 
     def _open_ledger(self, checkpoint: Path | None, fingerprint: str) -> Ledger:
-        """That of the checkpoint, or an empty one. What a run without a checkpoint has left goes."""
+        """That of the checkpoint, or an empty one. What a run without a checkpoint has left goes.
+
+        Node by node: where they share the folder, two would write the same files at once.
+        """
         folder = self.folder / "ledger"
-        if self.ranks.is_local_first:
-            if checkpoint is None:
-                shutil.rmtree(folder, ignore_errors=True)
-                Ledger.create(folder, fingerprint)
-            else:
-                Ledger.open(checkpoint / "ledger", fingerprint).copy_to(folder)
-        self.ranks.barrier()
+        for turn in range(self.ranks.world):
+            if self.ranks.rank == turn and self.ranks.is_local_first:
+                if checkpoint is None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    Ledger.create(folder, fingerprint)
+                else:
+                    Ledger.open(checkpoint / "ledger", fingerprint).copy_to(folder)
+            self.ranks.barrier()
         return Ledger.open(folder, fingerprint)
 
     def _map(self, base: BaseCheckpoint) -> dict[str, str]:

@@ -7,6 +7,8 @@ With --overwrite_output_dir the old run is set aside first and deleted by `commi
 
 from __future__ import annotations
 
+import fcntl
+import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from mora_ds.files import disk_errors
 
 RUN_FILE = "run.yaml"
 ASIDE, DELETING = ".overwritten", ".deleting"
+LOCK = ".lock"
+"""An empty file, locked while a process writes to the folder; the lock goes with the process, however it ends."""
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "safetensors")
 _OURS = (
     RUN_FILE, "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "ledger", "merged", "base", "tokenizer",
@@ -49,14 +53,16 @@ class Reservation:
         for name in set(_OURS) - self.kept:
             _remove(self.folder / name)
         _bring_back(self.folder)
-        if self.is_new and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        _unlock(self.folder)
+        if self.is_new and [path.name for path in self.folder.iterdir()] == [LOCK]:
+            shutil.rmtree(self.folder)
 
 
 def reserve(folder: Path, overwrite: bool, resume: bool) -> Reservation:
     """Make `folder` ready for a run. One rank calls it.
 
-    Raises `UserError` when it holds another run (unless `overwrite` or `resume`), or is no folder to write into.
+    Raises `UserError` when it holds another run (unless `overwrite` or `resume`), one that is still running, or is no
+    folder to write into.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file")
@@ -68,6 +74,7 @@ def reserve(folder: Path, overwrite: bool, resume: bool) -> Reservation:
         probe.unlink()
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror or error}") from error
+    _lock(folder)
     _recover(folder)
     if (folder / RUN_FILE).exists() and not resume:
         if not overwrite:
@@ -90,6 +97,34 @@ def write_run_file(folder: Path, settings: dict[str, Any], resolved: dict[str, A
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+_locks: dict[Path, int] = {}
+"""Folder -> open lock file of this process: closing one would give the lock up, so they stay open to the end."""
+
+
+def _lock(folder: Path) -> None:
+    """Ranks outlive a launcher that was killed alone (deepspeed 0.19.8): a run resumed meanwhile would write among
+    their files. A POSIX lock, which worker processes do not inherit."""
+    if (place := folder.resolve()) in _locks:
+        return
+    file = os.open(place / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(file)
+        raise UserError(
+            f"--output_dir {folder}: another run is writing to it at this moment; end that one first"
+        ) from None
+    except OSError:  # a file system without locks: as good as it gets
+        pass
+    _locks[place] = file
+
+
+def _unlock(folder: Path) -> None:
+    file = _locks.pop(folder.resolve(), None)
+    if file is not None:
+        os.close(file)
 
 
 def _recover(folder: Path) -> None:

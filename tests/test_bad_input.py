@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.checkpoint import complete_checkpoints
 from mora_ds.data import train_sentencepiece
@@ -190,7 +191,7 @@ def models(user: Playground) -> dict[str, Path]:
     """Model folders with one thing wrong each."""
     root = user.root / "models"
     folders = {}
-    for name in ("no_config", "no_weights", "no_tokenizer", "torn", "other_shape", "missing", "odd_type"):
+    for name in ("no_config", "no_weights", "no_tokenizer", "torn", "other_shape", "missing", "odd_type", "no_mask"):
         folders[name] = Path(shutil.copytree(user.model, root / name))
     (folders["no_config"] / "config.json").unlink()
     (folders["no_weights"] / "model.safetensors").unlink()
@@ -204,6 +205,8 @@ def models(user: Playground) -> dict[str, Path]:
     tensors = load_file(folders["missing"] / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folders["missing"] / "model.safetensors", {"format": "pt"})
+    bloom = AutoConfig.for_model("bloom", vocab_size=400, hidden_size=32, n_layer=2, n_head=4)
+    AutoModelForCausalLM.from_config(bloom).save_pretrained(folders["no_mask"])
     folders["file"] = user.train
     folders["nowhere"] = root / "nowhere"
     return folders
@@ -232,6 +235,15 @@ def test_models(user: Playground, models: dict[str, Path], tmp_path: Path) -> No
         for part in ["--model_name_or_path", str(models[name]), *parts]:
             assert part in message, (name, message)
     assert not out.exists()
+
+
+@pytest.mark.gloo
+def test_documents_that_would_see_each_other(user: Playground, models: dict[str, Path], tmp_path: Path) -> None:
+    argv = user.flags(tmp_path / "out", "--model_name_or_path", models["no_mask"])
+    kind, message = run_ranks(1, refused, argv)[0]
+    assert kind == "UserError" and "--no_document_mask" in message
+    assert not (tmp_path / "out").exists()
+    assert run(1, [*argv, "--no_document_mask"])["steps"] == 6
 
 
 @pytest.mark.gloo
@@ -293,6 +305,25 @@ def test_another_run_is_not_touched(user: Playground, other_run: Path, tmp_path:
 
 
 @pytest.mark.gloo
+def test_a_folder_that_a_run_is_still_writing_to(user: Playground, other_run: Path, tmp_path: Path) -> None:
+    """Its launcher was killed, and it is resumed or overwritten while the ranks live on."""
+    out = Path(shutil.copytree(other_run, tmp_path / "out", symlinks=True))
+    before = contents(out)
+    holder = (
+        "import sys, pathlib as p; from mora_ds.run_folder import reserve; reserve(p.Path(sys.argv[1]), False, True)"
+    )
+    command = [sys.executable, "-c", f"{holder}; print('held', flush=True); input()", str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY, text=True) as living:
+        assert living.stdout is not None and living.stdout.readline() == "held\n"
+        cases = [user.flags(out, "--resume_from_checkpoint", "auto"), user.flags(out, "--overwrite_output_dir")]
+        for kind, message in run_ranks(1, refused_each, cases)[0]:
+            assert kind == "UserError" and f"--output_dir {out}" in message and "another run" in message
+        living.kill()
+    assert contents(out) == before
+    assert run(1, user.flags(out, "--resume_from_checkpoint", "auto"))["steps"] == 6
+
+
+@pytest.mark.gloo
 def test_a_checkpoint_from_elsewhere_does_not_go_into_another_run(
     user: Playground, other_run: Path, tmp_path: Path
 ) -> None:
@@ -313,7 +344,7 @@ def test_overwriting_leaves_what_is_not_a_runs(user: Playground, other_run: Path
     assert len(losses(out)) == 3 and [path.name for path in complete_checkpoints(out / "checkpoints")] == [
         "step-000003"
     ]
-    assert not list(out.glob(".*"))
+    assert [path.name for path in out.glob(".*")] == [".lock"]
 
 
 @pytest.mark.gloo

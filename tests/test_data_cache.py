@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -95,6 +98,22 @@ def test_errors_of_worker_processes_arrive(
         (tmp_path / f"{name}.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
     with pytest.raises(UserError, match=r"--train_files: .*a\.jsonl, line 2: field 'text' holds int"):
         build_cache(load_corpus([str(tmp_path / "*.jsonl")]), tokenizer, tmp_path / "cache", num_proc=2)
+
+
+def test_worker_processes_end_with_a_caller_that_is_killed(tmp_path: Path) -> None:
+    program = tmp_path / "caller.py"
+    program.write_text(
+        "import os, signal, itertools\n"
+        "from mora_ds.data.parallel import ordered_map\n"
+        "def work(item): return os.getpid()\n"
+        "if __name__ == '__main__':\n"
+        "    results = ordered_map(work, itertools.count(), 2)\n"
+        "    print(next(results), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    # Their pipe ends when the last of them has: `run` would wait for one that lives on.
+    ended = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == -signal.SIGKILL and ended.stdout.strip().isdigit(), ended.stderr
 
 
 def test_the_second_call_only_opens(

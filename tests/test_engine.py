@@ -31,6 +31,14 @@ def test_every_rank_takes_its_own_device_before_anything_is_placed() -> None:
     assert run_ranks(2, devices_chosen) == [[0], [1]]
 
 
+def test_a_process_without_a_launcher_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("mora_ds.engine.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"RANK.*write deepspeed in place of python"):
+        start_distributed()
+
+
 def different_base() -> str:
     model = tiny_model("llama", seed=dist.get_rank())
     inject(model, MoRAConfig(rank=4))

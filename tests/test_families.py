@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds import zero
 from mora_ds.adapter_files import BaseReference
@@ -28,7 +28,7 @@ from mora_ds.model import AUTO_ATTENTION, load_base
 from mora_ds.ranks import Ranks
 from mora_ds.remora import ReMoRA
 from mora_ds.saving import PROBE_TOKENS, RunWriter
-from mora_ds.trainer import token_nll
+from mora_ds.trainer import check_document_mask, token_nll
 from tests.gloo import run_ranks
 from tests.models import FAMILIES, causal_loss, tiny_model, tokens
 
@@ -262,6 +262,29 @@ def test_without_restarting_positions_they_do(family: str) -> None:
     with torch.no_grad():
         first, second = (logits_of(model, two_documents(seed)["input_ids"], positions)[:, FIRST:] for seed in (1, 2))
     assert (first - second).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_of_the_document_mask_lets_every_family_pass(family: str) -> None:
+    check_document_mask(adapted(family, "eager"), 128)
+
+
+@pytest.mark.parametrize("kind", ["opt", "bloom", "mamba"])
+def test_a_model_that_takes_no_mask_from_the_positions_is_found(kind: str) -> None:
+    """transformers 5.24: these let documents see each other, and say nothing."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **MASKLESS[kind]))
+    with pytest.raises(UserError, match="--no_document_mask"):
+        check_document_mask(model, 128)
+
+
+MASKLESS: dict[str, dict[str, Any]] = {
+    "opt": {
+        "vocab_size": 128, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 128,
+    },
+    "bloom": {"vocab_size": 128, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mamba": {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -127,3 +127,18 @@ def test_what_counts_as_linear() -> None:
 def test_repr_says_what_it_is() -> None:
     text = repr(MoRALinear(base_layer("linear"), spec()))
     assert "r_hat=6" in text and "rotate/permuted" in text
+
+
+def test_a_linear_subclass_is_taken_when_it_computes_the_same() -> None:
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    class Router(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).softmax(-1)
+
+    class Pair(torch.nn.Linear):
+        def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(x) + other
+
+    assert is_linear(FalconLinear(6, 4)) and is_linear(FalconLinear(6, 4, bias=False).to(torch.bfloat16))
+    assert not is_linear(Router(6, 4)) and not is_linear(Pair(6, 4))

@@ -360,3 +360,25 @@ def test_summary_and_files_of_a_run(plain: Path) -> None:
     assert names == {"run.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "ledger", "tokenizer"}
     assert [row["step"] for row in rows(plain) if "loss" in row] == list(range(1, 9))
     assert [step for step, _ in perplexities(plain)] == [0, 4, 8]
+
+
+# -- several nodes -----------------------------------------------------------------------------------------------------
+
+
+def job_of_a_node(argv: list[str]) -> dict[str, Any]:
+    """Every rank is the first of its node, and all nodes see the same folder."""
+    os.environ["LOCAL_RANK"] = "0"
+    return job(argv)
+
+
+@pytest.mark.gloo
+def test_nodes_that_share_the_output_folder(user: Playground, tmp_path: Path) -> None:
+    out, one = tmp_path / "nodes", tmp_path / "one"
+    short = user.flags(out, *MERGING, "--save_steps", 4)
+    summaries = run_ranks(3, job_of_a_node, short)
+    assert [summary["merges"] for summary in summaries] == [2, 2, 2]
+    shutil.rmtree(out / "checkpoints" / "step-000008")
+    again = run_ranks(3, job_of_a_node, [*short, "--resume_from_checkpoint", "auto"])
+    assert [summary["steps"] for summary in again] == [8, 8, 8]
+    run(1, user.flags(one, *MERGING, "--per_device_train_batch_size", 6))
+    torch.testing.assert_close(losses(out), losses(one), rtol=1e-4, atol=0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 from mora_ds.errors import RunError
@@ -48,8 +50,17 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], num_proc:
 
 def _install(work: Callable[[Any], Any]) -> None:
     global _work
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _work = work
+
+
+def _leave_with_parent() -> None:
+    """A pool's worker would wait for its next item for ever when the caller is killed (Python 3.11)."""
+    parent = parent_process()
+    assert parent is not None, "runs in worker processes only"
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _call(item: Any) -> Any:
