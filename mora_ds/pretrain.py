@@ -143,7 +143,7 @@ def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: _Place) -> 
     full = arguments.adapter.adapter == AdapterKind.FULL.value
     job = (_full_job if full else _mora_job)(arguments, loaded, ds_config, data, place)
     if arguments.data.document_mask:
-        check_document_mask(job.engine, config.get_text_config().vocab_size)
+        check_document_mask(job.engine, loaded.model.config.get_text_config().vocab_size)
     return job, data
 
 

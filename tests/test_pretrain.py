@@ -357,7 +357,8 @@ def test_summary_and_files_of_a_run(plain: Path) -> None:
     assert (summary["steps"], summary["tokens"], summary["merges"]) == (8, 8 * 4 * 32, 2)
     assert summary["perplexity_before"].keys() == summary["perplexity_after"].keys() == {"held", "short"}
     names = {path.name for path in plain.iterdir()}
-    assert names == {"run.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "ledger", "tokenizer"}
+    written = {"run.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "ledger", "tokenizer"}
+    assert names == {*written, ".lock"}
     assert [row["step"] for row in rows(plain) if "loss" in row] == list(range(1, 9))
     assert [step for step, _ in perplexities(plain)] == [0, 4, 8]
 
