@@ -26,9 +26,6 @@ from mora_ds.ds_config import complete_ds_config, compute_dtype
 from mora_ds.errors import RunError, UserError
 from mora_ds.injection import frozen_buffers, mora_layers, move_base
 
-SQUARE_GROUP = 0
-"""Index of the squares' parameter group in the engine's optimizer (a reset touches this group alone)."""
-
 
 def start_distributed(verbose: bool = False, timeout_s: float | None = None) -> None:
     """Start `torch.distributed` the way the engine needs it; does nothing when it runs already.
