@@ -19,9 +19,9 @@ def main() -> None:
 
         run_demo(arguments)
     else:
-        from mora_ds.pretrain import pretrain
+        from mora_ds.full_rank import run_job
 
-        pretrain(arguments)
+        run_job(arguments)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Three files, each written atomically:
 
     adapter.json          AdapterFile: layers and operators of the current cycle, dtype, cycle, step, rank, facts
-    adapter.safetensors   "<module name>.square" fp32 (r_hat, r_hat); other trained tensors fp32, by parameter name
+    adapter.safetensors   "<module name>.square" fp32 (r_hat, r_hat) (LoRA: ".factors", (rank, d_in + d_out));
+                          other trained tensors fp32, by parameter name
     base.json             BaseReference: folder, fingerprint, and parameter name -> key in its safetensors
 """
 
@@ -22,6 +23,7 @@ from mora_ds.errors import UserError
 from mora_ds.files import malformed, read_json, require_format, write_json_atomic
 from mora_ds.ledger import LayerEntry, layers_from_dict, layers_to_dict
 from mora_ds.tensor_files import compute_dtype, open_safetensors, shape_dtype, write_safetensors_atomic
+from mora_ds.updates import value_shape
 
 ADAPTER_JSON = "adapter.json"
 ADAPTER_TENSORS = "adapter.safetensors"
@@ -112,17 +114,17 @@ class AdapterTensors:
         """Checks names, shapes and dtypes against `adapter`. Raises `UserError` naming the file and the tensor."""
         path = folder / ADAPTER_TENSORS
         handle = open_safetensors(path)
-        sides = {entry.square: entry.operator.r_hat for entry in adapter.layers.values()}
-        if differing := set(handle.keys()) ^ (set(sides) | set(adapter.trainables)):
+        shapes = {entry.square: value_shape(entry.operator) for entry in adapter.layers.values()}
+        if differing := set(handle.keys()) ^ (set(shapes) | set(adapter.trainables)):
             raise UserError(f"{path} and {ADAPTER_JSON} do not list the same tensors, e.g. {min(differing)}")
         for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
             shape, dtype = shape_dtype(handle, name)
-            if dtype != torch.float32 or (name in sides and shape != (sides[name], sides[name])):
+            if dtype != torch.float32 or shape != shapes.get(name, shape):
                 raise UserError(f"{path}: {name} is {shape} {dtype}, which does not fit {ADAPTER_JSON}")
         return cls(handle, adapter)
 
     def square(self, module: str) -> Tensor:
-        """(r_hat, r_hat) fp32 on the CPU: the live square of the current cycle."""
+        """fp32 on the CPU: the live square (or factors) of the current cycle."""
         return self._handle.get_tensor(self._adapter.layers[module].square)
 
     def trained(self, name: str) -> Tensor:

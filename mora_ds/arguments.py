@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from mora_ds.config import MoRAConfig
+from mora_ds.config import AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.ds_config import EngineSettings
 from mora_ds.flags import documented, parse_flat
 from mora_ds.resets import OptimizerReset
@@ -30,7 +30,14 @@ class AdapterKind(str, Enum):
     """What is trained."""
 
     MORA = "mora"
+    LORA = "lora"
     FULL = "full"
+    NONE = "none"
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether it is something beside a frozen base, that can be merged into it."""
+        return self in (AdapterKind.MORA, AdapterKind.LORA)
 
 
 class MergePrecision(str, Enum):
@@ -65,16 +72,21 @@ class AdapterArguments:
     """What is trained, and when it is merged."""
 
     adapter: str = AdapterKind.MORA.value
-    """mora (squares) or full (every parameter, a control)."""
+    """mora (squares), or one of the controls: lora (with --merge_every: ReLoRA), full (every parameter, under plain
+    ZeRO), none (nothing: the base is evaluated)."""
     mora_rank: int = 8
     """LoRA rank whose parameter count each square matches: r_hat = floor(sqrt((d_in + d_out) * mora_rank))."""
+    lora_rank: int | None = None
+    """Rank of --adapter lora. Default: --mora_rank, for as many trainable parameters."""
+    lora_alpha: float | None = None
+    """LoRA's update is lora_alpha / lora_rank times B A. Default: twice the rank."""
     operator: str = "auto"
     """truncate, share, decouple or rotate. auto: rotate for ranks below 64, share from there on."""
     grouping: str = "permuted"
     """permuted (fresh permutations every cycle), alternate (the paper's strided, contiguous, strided, ... for share),
     plain, or one of share's own: strided, contiguous, contiguous-strided, strided-contiguous."""
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Modules that get a square: names, globs, regular expressions after re:, or all-linear (all but the head)."""
+    """Modules that are adapted: names, globs, regular expressions after re:, or all-linear (all but the head)."""
     compute: str = "auto"
     """activation (passes over the activations), weight (passes over the weight: faster from about as many tokens a
     micro-batch as the layer is wide, but rounds small deltas in bf16) or auto (weight in fp32 where it is faster)."""
@@ -96,22 +108,29 @@ class AdapterArguments:
     merge_precision: str = MergePrecision.EXACT.value
     """exact (original weight + all squares so far, summed in fp32, rounded once) or incremental (live weight + the
     newest square, rounded at each merge; needs no original weights)."""
+    full_rank_steps: int = 0
+    """Train every parameter for the first so many of the run's steps, under plain ZeRO, and adapt the model that comes
+    of it in the rest: ReLoRA's full-rank warm start. It is written to OUTPUT_DIR/full_rank."""
+    full_rank_learning_rate: float | None = None
+    """Peak rate of those steps. Default: a tenth of --learning_rate."""
     merge_at_end: bool = False
     """Merge once more after the last step, so that the run ends with squares of zero."""
 
-    def mora_config(self, seed: int) -> MoRAConfig:
+    def config(self, seed: int) -> AdapterConfig:
         """These settings as the adapter's own config."""
+        common: dict[str, Any] = {
+            "target_modules": tuple(self.target_modules),
+            "dropout": self.mora_dropout,
+            "train_embeddings": self.train_embeddings,
+            "train_norms": self.train_norms,
+            "train_head": self.train_head,
+            "seed": seed,
+        }
+        if self.adapter == AdapterKind.LORA.value:
+            rank = self.mora_rank if self.lora_rank is None else self.lora_rank
+            return LoRAConfig(rank=rank, alpha=self.lora_alpha, **common)
         return MoRAConfig(
-            rank=self.mora_rank,
-            operator=self.operator,
-            grouping=self.grouping,
-            target_modules=tuple(self.target_modules),
-            dropout=self.mora_dropout,
-            compute=self.compute,
-            train_embeddings=self.train_embeddings,
-            train_norms=self.train_norms,
-            train_head=self.train_head,
-            seed=seed,
+            rank=self.mora_rank, operator=self.operator, grouping=self.grouping, compute=self.compute, **common
         )
 
 

@@ -1,12 +1,19 @@
-"""What a MoRA adapter is: one frozen dataclass, validated when made, and the operator each layer gets in each cycle."""
+"""What an adapter is: a frozen dataclass, validated when made, and what each layer gets in each cycle.
+
+AdapterConfig          what all adapters share: rank, targets, dropout, what is trained beside them
+  MoRAConfig           squares
+  LoRAConfig           the control: LoRA's factors; merged at intervals it is ReLoRA
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from mora_ds.compute import Compute
 from mora_ds.errors import UserError, nearest
+from mora_ds.lora import LORA, LoRASpec
 from mora_ds.operators import (
     Grouping,
     OperatorKind,
@@ -15,6 +22,7 @@ from mora_ds.operators import (
     permutation_seed,
     square_size,
 )
+from mora_ds.updates import UpdateSpec
 
 ALTERNATE = "alternate"
 """Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd ones (share only)."""
@@ -23,21 +31,24 @@ ALL_LINEAR = "all-linear"
 """Target that stands for every linear layer but the output head."""
 
 
+MORA = "mora"
+
+Config = TypeVar("Config", bound="AdapterConfig")
+
+
 @dataclass(frozen=True)
-class MoRAConfig:
-    """Which layers get a square, of what size, and how it is wired.
+class AdapterConfig:
+    """Which layers are adapted, and what else is trained. Make one of its subclasses.
 
     Raises `UserError` when a value makes no adapter; the message names the flag.
     """
 
+    adapter: ClassVar[str]
+    """Value of --adapter."""
+    rank_flag: ClassVar[str] = "--mora_rank"
+
     rank: int = 8
-    """LoRA rank whose parameter count each square matches: r_hat = floor(sqrt((d_in + d_out) * rank))."""
-
-    operator: str = "auto"
-    """truncate, share, decouple or rotate; auto takes rotate for ranks below 64 and share from there on."""
-
-    grouping: str = "permuted"
-    """permuted (fresh permutations every cycle), alternate (the paper's), plain, or one of share's fixed groupings."""
+    """LoRA rank whose parameter count each layer's adapter has."""
 
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
     """Names (`q_proj`), globs (`*.mlp.*`), regular expressions (`re:.*layers\\.[0-3]\\..*`) or `all-linear`."""
@@ -45,23 +56,101 @@ class MoRAConfig:
     dropout: float = 0.0
     """Dropout on the adapter's input while training, in [0, 1)."""
 
-    compute: str = "auto"
-    """How a layer is computed: activation, weight or auto (see `compute.py`)."""
-
     train_embeddings: bool = False
     train_norms: bool = False
     train_head: bool = False
     seed: int = 42
-    """Seed of the permutations, hashed with the layer's name and the cycle."""
+    """Seed of what is drawn in each cycle (permutations, LoRA's A), hashed with the layer's name and the cycle."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         if self.rank < 1:
-            raise UserError(f"--mora_rank must be at least 1, got {self.rank}")
+            raise UserError(f"{self.rank_flag} must be at least 1, got {self.rank}")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"--mora_dropout must be in [0, 1), got {self.dropout}")
         if not self.target_modules:
             raise UserError("--target_modules names no module")
+
+    @property
+    def title(self) -> str:
+        """What a report calls it."""
+        raise NotImplementedError
+
+    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int) -> UpdateSpec:
+        """What a layer's value means in a cycle (0 until the first merge): a pure function of its arguments."""
+        raise NotImplementedError
+
+    def asked_for(self, d_in: int, d_out: int) -> int:
+        """Side of a square, or rank, that `rank` asks for where the layer is large enough."""
+        raise NotImplementedError
+
+    def first_seed(self, layer: str, cycle: int) -> int:
+        """Seed of the value that a layer starts a cycle from."""
+        return permutation_seed(self.seed, f"first/{layer}", cycle)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.adapter, **asdict(self), "target_modules": list(self.target_modules)}
+
+    @classmethod
+    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+        """Strict: an unknown key is a `UserError` with the nearest known one."""
+        known = [field.name for field in fields(cls)]
+        values = {key: value for key, value in values.items() if key != "kind"}
+        for key in values:
+            if key not in known:
+                raise UserError(f"unknown key {key!r} in the adapter's settings.{nearest(key, known)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class LoRAConfig(AdapterConfig):
+    """LoRA with the same targets, merge machinery and sharding as the squares."""
+
+    adapter: ClassVar[str] = LORA
+    rank_flag: ClassVar[str] = "--lora_rank"
+
+    alpha: float | None = None
+    """The update is alpha / rank times B A; None for twice the rank."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise UserError(f"--lora_alpha must be above 0, got {self.alpha}")
+
+    @property
+    def title(self) -> str:
+        return LORA
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, which stays where a layer's rank is cut."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+    def asked_for(self, d_in: int, d_out: int) -> int:
+        return self.rank
+
+    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int) -> LoRASpec:
+        rank = min(self.rank, d_in, d_out)
+        return LoRASpec(d_in, d_out, rank, self.scale * rank)
+
+
+@dataclass(frozen=True)
+class MoRAConfig(AdapterConfig):
+    """Which layers get a square, of what size, and how it is wired."""
+
+    adapter: ClassVar[str] = MORA
+
+    operator: str = "auto"
+    """truncate, share, decouple or rotate; auto takes rotate for ranks below 64 and share from there on."""
+
+    grouping: str = "permuted"
+    """permuted (fresh permutations every cycle), alternate (the paper's), plain, or one of share's fixed groupings."""
+
+    compute: str = "auto"
+    """How a layer is computed: activation, weight or auto (see `compute.py`)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         kinds = [kind.value for kind in OperatorKind]
         if self.operator != "auto" and self.operator not in kinds:
             raise UserError(
@@ -88,6 +177,13 @@ class MoRAConfig:
     def kind(self) -> OperatorKind:
         return default_kind(self.rank) if self.operator == "auto" else OperatorKind(self.operator)
 
+    @property
+    def title(self) -> str:
+        return f"{self.kind.value}/{self.grouping}"
+
+    def asked_for(self, d_in: int, d_out: int) -> int:
+        return square_size(d_in, d_out, self.rank, self.kind)
+
     def square_size(self, d_in: int, d_out: int) -> int:
         """r_hat of a layer: the paper's size, at most the layer's longer side (a larger square adds nothing)."""
         longest = max(d_in, d_out)
@@ -99,7 +195,6 @@ class MoRAConfig:
         return r_hat
 
     def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int) -> OperatorSpec:
-        """The operator of a layer in a cycle (0 until the first merge): a pure function of its arguments."""
         r_hat = self.square_size(d_in, d_out)
         if self.grouping == ALTERNATE:
             grouping = (Grouping.STRIDED, Grouping.CONTIGUOUS)[cycle % 2]
@@ -107,15 +202,3 @@ class MoRAConfig:
             grouping = Grouping(self.grouping)
         seed = permutation_seed(self.seed, layer, cycle) if grouping is Grouping.PERMUTED else 0
         return OperatorSpec(self.kind, d_in, d_out, r_hat, grouping, seed)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "target_modules": list(self.target_modules)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MoRAConfig:
-        """Strict: an unknown key is a `UserError` with the nearest known one."""
-        known = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise UserError(f"unknown key {key!r} in the adapter's settings.{nearest(key, known)}")
-        return cls(**values)

@@ -20,6 +20,7 @@ from mora_ds.arguments import Arguments, from_flat
 from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_embedded
 from mora_ds.ds_config import resolve_ds_config
 from mora_ds.engine import start_distributed
+from mora_ds.full_rank import run_job
 from mora_ds.model import create_base
 from mora_ds.pretrain import pretrain
 from mora_ds.ranks import Ranks
@@ -91,7 +92,7 @@ def run_demo(arguments: Arguments) -> None:
     else:
         sharded = None
     _say(ranks, "\n2. the job proper: continued on code with MoRA, the base frozen and whole on every rank")
-    summary = pretrain(job)
+    summary = run_job(job)
     if ranks.is_first:
         _report(folder, summary, sharded, ranks.world, time.monotonic() - started)
     ranks.barrier()

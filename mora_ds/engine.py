@@ -87,7 +87,7 @@ def initialize_full(*, model: nn.Module, config: dict[str, Any] | str | Path, **
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Squares in group 0, whatever else is trained in group 1."""
-    squares = {id(layer.square): layer.square for layer in mora_layers(model).values()}
+    squares = {id(layer.value): layer.value for layer in mora_layers(model).values()}
     others = [parameter for parameter in model.parameters() if id(parameter) not in squares]
     groups = [{"params": list(squares.values())}, {"params": others}]
     return [group for group in groups if group["params"]]

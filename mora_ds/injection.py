@@ -1,9 +1,9 @@
-"""Match, replace, freeze, report: a Hugging Face model becomes a model with squares.
+"""Match, replace, freeze, report: a Hugging Face model becomes a model with squares (or, as a control, LoRA's factors).
 
 inject(model, MoRAConfig(rank=8))
-  1. every matched linear layer becomes a `MoRALinear`       nothing matched is an error that lists what there is
+  1. every matched linear layer becomes an `AdaptedLinear`       nothing matched is an error that lists what there is
   2. every other parameter not to be trained becomes a buffer       tied tensors stay one tensor
-  3. a report: shapes, r_hat, trainable and total parameters
+  3. a report: shapes, sizes, trainable and total parameters
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from mora_ds.compute import Compute
-from mora_ds.config import ALL_LINEAR, MoRAConfig
+from mora_ds.config import ALL_LINEAR, AdapterConfig, MoRAConfig
 from mora_ds.errors import UserError, nearest
-from mora_ds.layer import MoRALinear, is_linear, linear_shape
-from mora_ds.operators import square_size
+from mora_ds.layer import AdaptedLinear, adapt, is_linear, linear_shape
+from mora_ds.updates import value_name, value_shape
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,10 @@ class ShapeRow:
     count: int
     d_in: int
     d_out: int
-    r_hat: int
+    size: int
+    """Side of the square, or LoRA's rank."""
+    params: int
+    """Of all `count` layers' squares (factors) together."""
     note: str
 
 
@@ -41,7 +44,10 @@ class InjectionReport:
 
     rows: tuple[ShapeRow, ...]
     operator: str
+    values: str
+    """What the layers have been given: squares, or factors."""
     square_params: int
+    """Elements of all of them."""
     other_trainable_params: int
     total_params: int
 
@@ -50,31 +56,31 @@ class InjectionReport:
         return self.square_params + self.other_trainable_params
 
     def __str__(self) -> str:
-        head = f"{'layer':<20} {'count':>5} {'d_in':>7} {'d_out':>7} {'r_hat':>6} {'squares':>13}"
+        size = "r_hat" if self.values == "squares" else "rank"
+        head = f"{'layer':<20} {'count':>5} {'d_in':>7} {'d_out':>7} {size:>6} {self.values:>13}"
         lines = [head, "-" * len(head)]
         for row in self.rows:
-            params = row.count * row.r_hat**2
             note = f"  {row.note}" if row.note else ""
             lines.append(
-                f"{row.name:<20} {row.count:>5} {row.d_in:>7} {row.d_out:>7} {row.r_hat:>6} {params:>13,}{note}"
+                f"{row.name:<20} {row.count:>5} {row.d_in:>7} {row.d_out:>7} {row.size:>6} {row.params:>13,}{note}"
             )
         share = 100 * self.trainable_params / self.total_params
         lines.append(
             f"operator {self.operator}: trainable {self.trainable_params:,} "
-            f"(squares {self.square_params:,}, other {self.other_trainable_params:,}) "
+            f"({self.values} {self.square_params:,}, other {self.other_trainable_params:,}) "
             f"of {self.total_params:,} parameters = {share:.3f}%"
         )
         return "\n".join(lines)
 
 
-def inject(model: nn.Module, config: MoRAConfig) -> InjectionReport:
-    """Give `model` its squares and freeze the rest, in place.
+def inject(model: nn.Module, config: AdapterConfig) -> InjectionReport:
+    """Give `model` its squares (`MoRAConfig`) or factors (`LoRAConfig`) and freeze the rest, in place.
 
-    Raises `UserError` when a target matches nothing, when the model already has squares, when a target shares its
+    Raises `UserError` when a target matches nothing, when the model already has an adapter, when a target shares its
     weight with another module (a merge would change both), or is to be trained as a whole.
     """
     if mora_layers(model):
-        raise UserError("this model already has squares: inject it once")
+        raise UserError("this model already has an adapter: inject it once")
     targets = match_targets(model, config.target_modules)
     _refuse_shared(model, targets)
     keep = _trainable_tensors(model, config)
@@ -83,25 +89,30 @@ def inject(model: nn.Module, config: MoRAConfig) -> InjectionReport:
     rows = _shape_rows(targets, config)
     for name, base in targets.items():
         d_in, d_out = linear_shape(base)
-        layer = MoRALinear(
-            base, config.operator_for(name, d_in, d_out, cycle=0), config.dropout, Compute(config.compute)
-        )
+        spec = config.operator_for(name, d_in, d_out, cycle=0)
+        compute = Compute(config.compute) if isinstance(config, MoRAConfig) else Compute.ACTIVATION
+        layer = adapt(base, spec, config.dropout, compute, config.first_seed(name, cycle=0))
         layer.train(base.training)
         _replace(model, name, layer)
     _freeze_to_buffers(model, keep)
-    squares = sum(layer.square.numel() for layer in mora_layers(model).values())
+    layers = list(mora_layers(model).values())
+    values = sum(layer.value.numel() for layer in layers)
     trainable = sum(parameter.numel() for parameter in model.parameters())
-    return InjectionReport(
-        rows, f"{config.kind.value}/{config.grouping}", squares, trainable - squares, total + squares
-    )
+    named = "squares" if value_name(layers[0].spec) == "square" else "factors"
+    return InjectionReport(rows, config.title, named, values, trainable - values, total + values)
 
 
-def mora_layers(model: nn.Module) -> dict[str, MoRALinear]:
-    """Module name -> layer with a square, in the model's own order (the same on every rank)."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MoRALinear)}
+def mora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Module name -> layer with a square (factors), in the model's own order (the same on every rank)."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
-def set_cycle(model: nn.Module, config: MoRAConfig, cycle: int) -> None:
+def value_names(model: nn.Module) -> set[str]:
+    """Parameter names of all squares (factors)."""
+    return {f"{name}.{value_name(layer.spec)}" for name, layer in mora_layers(model).items()}
+
+
+def set_cycle(model: nn.Module, config: AdapterConfig, cycle: int) -> None:
     """Wire every layer as cycle `cycle` wants it (fresh permutations, or the next grouping)."""
     for name, layer in mora_layers(model).items():
         layer.spec = config.operator_for(name, layer.in_features, layer.out_features, cycle)
@@ -204,7 +215,7 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, layer)
 
 
-def _trainable_tensors(model: nn.Module, config: MoRAConfig) -> set[int]:
+def _trainable_tensors(model: nn.Module, config: AdapterConfig) -> set[int]:
     """ids of the parameters that stay trainable beside the squares."""
     modules: list[nn.Module] = []
     if config.train_embeddings:
@@ -225,7 +236,7 @@ def _freeze_to_buffers(model: nn.Module, keep: set[int]) -> None:
     names: set[str] = set()
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        if isinstance(module, MoRALinear):
+        if isinstance(module, AdaptedLinear):
             names |= {prefix + name for name, tensor in module.named_buffers(recurse=False) if tensor is not None}
             continue
         for name, parameter in list(module._parameters.items()):
@@ -245,12 +256,13 @@ def _set_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
     model.get_submodule(parent)._buffers[child] = tensor
 
 
-def _shape_rows(targets: dict[str, nn.Module], config: MoRAConfig) -> tuple[ShapeRow, ...]:
+def _shape_rows(targets: dict[str, nn.Module], config: AdapterConfig) -> tuple[ShapeRow, ...]:
     counts = Counter((_ending(name), *linear_shape(module)) for name, module in targets.items())
     rows = []
     for (ending, d_in, d_out), count in counts.items():
-        r_hat = config.square_size(d_in, d_out)
-        wanted = square_size(d_in, d_out, config.rank, config.kind)
-        note = f"(rank {config.rank} asks for {wanted}: the longer side is enough)" if r_hat < wanted else ""
-        rows.append(ShapeRow(ending, count, d_in, d_out, r_hat, note))
+        shape = value_shape(config.operator_for(ending, d_in, d_out, cycle=0))
+        size, wanted = shape[0], config.asked_for(d_in, d_out)
+        side = "longer" if isinstance(config, MoRAConfig) else "shorter"
+        note = f"(rank {config.rank} asks for {wanted}: the {side} side is enough)" if size < wanted else ""
+        rows.append(ShapeRow(ending, count, d_in, d_out, size, count * shape[0] * shape[1], note))
     return tuple(rows)

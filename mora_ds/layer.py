@@ -1,4 +1,4 @@
-"""`MoRALinear`: a frozen linear layer with one trainable square beside it.
+"""A frozen linear layer with one trainable tensor beside it: `MoRALinear` with a square, `LoRALinear` with factors.
 
 The frozen weight and bias are non-persistent *buffers*: DeepSpeed partitions parameters only, so they stay whole on
 every rank and no collective ever carries them.
@@ -14,48 +14,91 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.compute import Compute, mora_linear
+from mora_ds.lora import LoRASpec, lora_update
 from mora_ds.operators import OperatorSpec, mora_update
+from mora_ds.updates import UpdateSpec, describe, first_value, value_name
 
 
-class MoRALinear(nn.Module):
-    """y = W0 x + b + decompress(M compress(dropout(x))), with M (r_hat, r_hat) the only parameter.
+class AdaptedLinear(nn.Module):
+    """y = W0 x + b + update(dropout(x)): what both adapters share.
 
     Input (..., d_in), output (..., d_out). `weight` keeps the layout of the layer it replaces: (d_out, d_in), or
-    (d_in, d_out) when `transposed` (GPT-2's Conv1D).
+    (d_in, d_out) when `transposed` (GPT-2's Conv1D). The only parameter is `value`, under the adapter's own name.
     """
 
     weight: Tensor
     bias: Tensor | None
+    spec: UpdateSpec
 
-    def __init__(self, base: Any, spec: OperatorSpec, dropout: float = 0.0, compute: Compute = Compute.AUTO) -> None:
-        """Takes over the tensors of `base` (`nn.Linear` or `Conv1D`) without copying them."""
+    def __init__(self, base: Any, spec: UpdateSpec, dropout: float = 0.0, seed: int = 0) -> None:
+        """Takes over the tensors of `base` (`nn.Linear` or `Conv1D`) without copying them. `seed`: of LoRA's A."""
         super().__init__()
         self.transposed = isinstance(base, Conv1D)
         self.in_features, self.out_features = linear_shape(base)
         weight, bias = base.weight.data, None if base.bias is None else base.bias.data
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-        self.square = nn.Parameter(torch.zeros(spec.r_hat, spec.r_hat, dtype=weight.dtype, device=weight.device))
+        value = first_value(spec, seed).to(weight.device, weight.dtype)
+        self.register_parameter(value_name(spec), nn.Parameter(value))
         self.spec = spec
         self.dropout = dropout
-        self.compute = compute
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.T if self.transposed else self.weight
-        square = self.square.to(x.dtype)
-        if self.training and self.dropout:  # base and square read different inputs
-            return F.linear(x, weight, self.bias) + mora_update(self.spec, square, F.dropout(x, self.dropout))
-        return mora_linear(x, weight, self.bias, square, self.spec, self.compute)
+    @property
+    def value(self) -> nn.Parameter:
+        """The square (r_hat, r_hat), or the factors (rank, d_in + d_out)."""
+        return self.get_parameter(value_name(self.spec))
+
+    @property
+    def stored_weight(self) -> Tensor:
+        """`weight` as (d_out, d_in), a view."""
+        return self.weight.T if self.transposed else self.weight
 
     def extra_repr(self) -> str:
+        shape = tuple(self.value.shape)
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, r_hat={self.spec.r_hat}, "
-            f"operator={self.spec.kind.value}/{self.spec.grouping.value}"
+            f"in_features={self.in_features}, out_features={self.out_features}, {value_name(self.spec)}={shape}, "
+            f"operator={describe(self.spec)}"
         )
 
 
+class MoRALinear(AdaptedLinear):
+    """y = W0 x + b + decompress(M compress(dropout(x))), with M (r_hat, r_hat) the only parameter."""
+
+    spec: OperatorSpec
+    square: nn.Parameter
+
+    def __init__(self, base: Any, spec: OperatorSpec, dropout: float = 0.0, compute: Compute = Compute.AUTO) -> None:
+        super().__init__(base, spec, dropout)
+        self.compute = compute
+
+    def forward(self, x: Tensor) -> Tensor:
+        square = self.square.to(x.dtype)
+        if self.training and self.dropout:  # base and square read different inputs
+            update = mora_update(self.spec, square, F.dropout(x, self.dropout))
+            return F.linear(x, self.stored_weight, self.bias) + update
+        return mora_linear(x, self.stored_weight, self.bias, square, self.spec, self.compute)
+
+
+class LoRALinear(AdaptedLinear):
+    """y = W0 x + b + (alpha / r) B A dropout(x), with [A | B^T] (rank, d_in + d_out) the only parameter."""
+
+    spec: LoRASpec
+    factors: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = F.dropout(x, self.dropout, self.training)
+        return F.linear(x, self.stored_weight, self.bias) + lora_update(self.spec, self.factors.to(x.dtype), dropped)
+
+
+def adapt(base: Any, spec: UpdateSpec, dropout: float, compute: Compute, seed: int) -> AdaptedLinear:
+    """The layer that takes the place of `base` (`nn.Linear` or `Conv1D`), for either kind of spec."""
+    if isinstance(spec, LoRASpec):
+        return LoRALinear(base, spec, dropout, seed)
+    return MoRALinear(base, spec, dropout, compute)
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module can take a square: `Conv1D`, `nn.Linear`, or a subclass of it that computes the same."""
+    """Whether a module can take an adapter: `Conv1D`, `nn.Linear`, or a subclass of it that computes the same."""
     if isinstance(module, Conv1D):
         return True
     if not isinstance(module, nn.Linear):

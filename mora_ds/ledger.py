@@ -6,6 +6,7 @@ The base on disk never changes; what the run has done to it is here. `live_weigh
 live weight: merge, resume and export all call it, so that they agree bit for bit.
 
     folder/cycle-00000.safetensors   "<module name>.square" -> fp32 (r_hat, r_hat); the layers in the header
+                                     (LoRA: "<module name>.factors" -> fp32 (rank, d_in + d_out))
     folder/ledger.json               the cycles' hashes, each chained to the one before, the first to the base
 
 A cycle exists once ledger.json names it. That file is replaced by an atomic rename after the cycle's own file is
@@ -38,11 +39,10 @@ from mora_ds.files import (
     sha256_file,
     write_json_atomic,
 )
-from mora_ds.operators import OperatorSpec, delta_weight
 from mora_ds.tensor_files import SafetensorsWriter, open_safetensors, shape_dtype
+from mora_ds.updates import UpdateSpec, delta_weight, spec_from_dict, value_name, value_shape
 
 LEDGER_FILE = "ledger.json"
-SQUARE_SUFFIX = ".square"
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class LayerEntry:
     """Name of its weight, e.g. model.layers.0.self_attn.q_proj.weight."""
     transposed: bool
     """Whether the weight is stored (d_in, d_out), as by GPT-2's Conv1D."""
-    operator: OperatorSpec
+    operator: UpdateSpec
 
     @property
     def square(self) -> str:
-        """The square's name in safetensors files."""
-        return self.module + SQUARE_SUFFIX
+        """The name of its square (or LoRA's factors) in safetensors files."""
+        return f"{self.module}.{value_name(self.operator)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Without the module name, which is the key that the entry stands under."""
@@ -68,7 +68,7 @@ class LayerEntry:
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> LayerEntry:
-        return cls(module, values["weight"], values["transposed"], OperatorSpec.from_dict(values["operator"]))
+        return cls(module, values["weight"], values["transposed"], spec_from_dict(values["operator"]))
 
 
 def layers_to_dict(layers: Mapping[str, LayerEntry]) -> dict[str, dict[str, Any]]:
@@ -84,7 +84,7 @@ def layers_from_dict(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Layer
 @torch.no_grad()
 def live_weight(
     original: Tensor,
-    updates: Iterable[tuple[OperatorSpec, Tensor]],
+    updates: Iterable[tuple[UpdateSpec, Tensor]],
     transposed: bool,
     dtype: torch.dtype,
     device: torch.device | str | None = None,
@@ -173,10 +173,10 @@ class Ledger:
         return self._layers[cycle]
 
     def square(self, cycle: int, module: str) -> Tensor:
-        """(r_hat, r_hat) fp32, on the CPU; do not write to it."""
-        return self._handle(cycle).get_tensor(module + SQUARE_SUFFIX)
+        """(r_hat, r_hat) fp32, or LoRA's factors, on the CPU; do not write to it."""
+        return self._handle(cycle).get_tensor(self.layers(cycle)[module].square)
 
-    def squares_of(self, module: str) -> Iterator[tuple[OperatorSpec, Tensor]]:
+    def squares_of(self, module: str) -> Iterator[tuple[UpdateSpec, Tensor]]:
         """(operator, square) of a layer, cycle after cycle; cycles that did not adapt the layer are passed over."""
         for cycle in range(self.cycles):
             entry = self.layers(cycle).get(module)
@@ -244,12 +244,12 @@ class Ledger:
             if problem:
                 raise UserError(f"the ledger is damaged at cycle {record.cycle}: {problem}")
             handle = self._handle(record.cycle)
-            expected = {entry.square: entry.operator.r_hat for entry in self.layers(record.cycle).values()}
+            expected = {entry.square: value_shape(entry.operator) for entry in self.layers(record.cycle).values()}
             if set(handle.keys()) != set(expected):
                 raise UserError(f"{self.folder / record.file} does not hold the squares that its header lists")
-            for name, r_hat in expected.items():
-                if shape_dtype(handle, name) != ((r_hat, r_hat), torch.float32):
-                    raise UserError(f"{self.folder / record.file}: {name} is not fp32 ({r_hat}, {r_hat})")
+            for name, shape in expected.items():
+                if shape_dtype(handle, name) != (shape, torch.float32):
+                    raise UserError(f"{self.folder / record.file}: {name} is not fp32 {shape}")
 
     def _check_records(self) -> None:
         chain = self.base_fingerprint
@@ -288,14 +288,13 @@ def _link(chain: str, sha256: str) -> str:
 def _write_cycle(
     path: Path, cycle: int, step: int, layers: Mapping[str, LayerEntry], squares: Iterable[tuple[str, Tensor]]
 ) -> None:
-    sides = {entry.square: entry.operator.r_hat for entry in layers.values()}
-    layout = {name: ((side, side), torch.float32) for name, side in sides.items()}
+    layout = {entry.square: (value_shape(entry.operator), torch.float32) for entry in layers.values()}
     metadata = {"layers": json.dumps(layers_to_dict(layers)), "cycle": str(cycle), "step": str(step)}
     with SafetensorsWriter(path, layout, metadata) as writer:
         for module, square in squares:
             if not torch.isfinite(square).all():
-                raise RunError(f"step {step}: the square of {module} is not finite and cannot be merged")
-            writer.write(module + SQUARE_SUFFIX, square)
+                raise RunError(f"step {step}: {layers[module].square} is not finite and cannot be merged")
+            writer.write(layers[module].square, square)
 
 
 def replay(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mora_ds.ledger import Ledger
-from mora_ds.operators import OperatorSpec
 from mora_ds.spectrum import Measures, cumulative_norms, measure, singular_values
+from mora_ds.updates import UpdateSpec, describe
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _summary(ledger: Ledger, cycle: int, cumulative_norm: float) -> CycleSummary
         cycle=cycle,
         step=record.step,
         layers=len(entries),
-        operators=", ".join(label for label, _ in Counter(map(operator_label, specs)).most_common()),
+        operators=", ".join(label for label, _ in Counter(map(describe, specs)).most_common()),
         square_norm=_total_norm(square.double().norm().item() for square in squares),
         delta_norm=_total_norm(each.norm for each in measures),
         cumulative_norm=cumulative_norm,
@@ -66,7 +66,7 @@ def _summary(ledger: Ledger, cycle: int, cumulative_norm: float) -> CycleSummary
     )
 
 
-def _measure(spec: OperatorSpec, square: Tensor) -> Measures:
+def _measure(spec: UpdateSpec, square: Tensor) -> Measures:
     return measure(singular_values(spec, square), max(spec.d_in, spec.d_out))
 
 
@@ -89,11 +89,6 @@ def _total_norm(norms: Iterable[float]) -> float:
 def modules_of(ledger: Ledger) -> list[str]:
     """Every layer that some cycle adapted, in the order of its first appearance."""
     return list(dict.fromkeys(module for cycle in range(ledger.cycles) for module in ledger.layers(cycle)))
-
-
-def operator_label(spec: OperatorSpec) -> str:
-    """Such as rotate/permuted."""
-    return f"{spec.kind.value}/{spec.grouping.value}"
 
 
 def mean(values: Iterable[float]) -> float:

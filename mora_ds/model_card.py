@@ -11,6 +11,7 @@ from mora_ds.adapter_files import AdapterFile, BaseReference
 from mora_ds.export_check import Comparison
 from mora_ds.files import read_json
 from mora_ds.ledger import Ledger
+from mora_ds.updates import describe, value_shape
 from mora_ds.version import __version__
 
 PERPLEXITIES = {"perplexity_before": "before", "perplexity_last": "after", "perplexity_after": "after"}
@@ -40,14 +41,15 @@ def model_card(
 
 
 def _facts(adapter: AdapterFile, ledger: Ledger, reference: BaseReference, dtype: str) -> dict[str, str]:
-    operators = Counter(entry.operator.kind.value for entry in adapter.layers.values())
-    sides = sorted({entry.operator.r_hat for entry in adapter.layers.values()})
+    operators = Counter(describe(entry.operator) for entry in adapter.layers.values())
+    shapes = sorted({value_shape(entry.operator) for entry in adapter.layers.values()})
+    sizes = ", ".join(f"{rows} x {columns}" for rows, columns in shapes)
     return {
         "base": f"`{reference.folder}`",
         "base fingerprint": f"`{reference.fingerprint}`",
         "rank (of a LoRA with as many parameters)": str(adapter.rank),
         "operator": ", ".join(operators),
-        "adapted layers": f"{len(adapter.layers)}, squares of side {', '.join(map(str, sides))}",
+        "adapted layers": f"{len(adapter.layers)}, with {sizes} numbers each",
         "other trained tensors": str(len(adapter.trainables)),
         "steps": str(adapter.step),
         "merges": str(ledger.cycles),

@@ -9,50 +9,35 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from mora_ds import zero
 from mora_ds.arguments import AdapterKind, Arguments, dump
-from mora_ds.checkpoint import (
-    AUTO,
-    TrainerState,
-    check_identity,
-    check_world_size,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
-from mora_ds.data import PackedDataset, largest_id
-from mora_ds.ds_config import compute_dtype, fill_bucket_sizes, resolve_ds_config
-from mora_ds.engine import initialize, initialize_full, start_distributed
+from mora_ds.checkpoint import AUTO, TrainerState, check_world_size, find_checkpoint
+from mora_ds.data import PackedDataset
+from mora_ds.ds_config import resolve_ds_config
+from mora_ds.engine import start_distributed
 from mora_ds.errors import UserError
-from mora_ds.export import export_merged
 from mora_ds.files import write_json_atomic
-from mora_ds.injection import count_parameters, frozen_buffers, inject
+from mora_ds.jobs import Job, Place, prepare_base, prepare_job, rows_per_step
 from mora_ds.metrics import MetricsLog, peak_memory_bytes, plain_json
-from mora_ds.model import LoadedBase, create_base, folder_config, load_base, read_model_config, resolve_folder
+from mora_ds.model import folder_config, read_model_config, resolve_folder
 from mora_ds.ranks import Ranks
-from mora_ds.remora import ReMoRA
-from mora_ds.resets import OptimizerReset
-from mora_ds.run import Run, run_identity
 from mora_ds.run_data import RunData, load_data
 from mora_ds.run_folder import Reservation, reserve, write_run_file
-from mora_ds.saving import PROBE_TOKENS, save_full_model
 from mora_ds.schedules import Schedule
 from mora_ds.trainer import LoopSettings, Trainer, check_document_mask
 from mora_ds.validation import validate
 
 
-def pretrain(arguments: Arguments) -> dict[str, Any]:
+def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     """Run the job that `arguments` describe, on this rank of all ranks. Returns what `summary.json` holds.
 
+    `base`: the model that --full_rank_steps have made of theirs; the job goes on from there, with the steps that are
+    left and the batches that follow.
     Raises `UserError` before anything expensive for what the user can mend, and the output folder is then as it was;
     `RunError` for failures while running.
     """
@@ -67,9 +52,9 @@ def pretrain(arguments: Arguments) -> dict[str, Any]:
     folder = Path(training.output_dir).expanduser()
     checkpoint, reservation = ranks.on_first(lambda: _reserve(arguments, folder, ranks.world))
     try:
-        place = _Place(folder, ranks, checkpoint, say)
+        place = Place(folder, ranks, checkpoint, say, base)
         job, data = _prepare(arguments, ds_config, place)
-        steps = _total_steps(arguments, data.train, ranks.world)
+        steps = _total_steps(arguments, data.train, ranks.world) - _first_batch(arguments, place)
         schedule = arguments.schedule(steps)
         if checkpoint is not None and TrainerState.read(checkpoint).step > steps:
             raise UserError(f"{checkpoint} is already beyond this run's {steps} steps: raise --max_steps")
@@ -79,34 +64,9 @@ def pretrain(arguments: Arguments) -> dict[str, Any]:
         raise
     if ranks.is_first:
         reservation.commit()
+    if arguments.adapter.adapter == AdapterKind.NONE.value:
+        return _evaluate(arguments, job, data, place)
     return _train(arguments, job, data, place, schedule)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a run happens."""
-
-    folder: Path
-    ranks: Ranks
-    checkpoint: Path | None
-    """What it resumes from."""
-    say: Callable[..., None]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """An engine, and what a checkpoint and the report need of what it trains."""
-
-    engine: zero.Engine
-    state: TrainerState
-    """Where it stands: at the beginning, or where the checkpoint left off."""
-    remora: ReMoRA | None
-    save: Callable[[TrainerState, int | None], Path]
-    export: Callable[[Path, Path], None]
-    """Writes the merged model of a checkpoint into a folder."""
-    base_tensors: Mapping[str, Tensor]
-    trainable_params: int
-    total_params: int
 
 
 def _silence(*text: object) -> None:
@@ -128,141 +88,28 @@ def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | Non
     return checkpoint, reserve(folder, training.overwrite_output_dir, continues)
 
 
-def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: _Place) -> tuple[_Job, RunData]:
+def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: Place) -> tuple[Job, RunData]:
     """Everything up to the first step; nothing here is lost when it fails."""
     model, ranks = arguments.model, place.ranks
-    if model.model_name_or_path is not None:
-        model_folder = resolve_folder(model.model_name_or_path, ranks)
+    if place.base is not None or model.model_name_or_path is not None:
+        model_folder = resolve_folder(str(place.base or model.model_name_or_path), ranks)
         config = folder_config(model_folder, model.trust_remote_code)
     else:
         assert model.model_config is not None
         model_folder, config = None, read_model_config(Path(model.model_config).expanduser())
-    rows, resumes = _rows_per_step(arguments, ranks.world), place.checkpoint is not None
+    rows, resumes = rows_per_step(arguments, ranks.world), place.checkpoint is not None
     data = load_data(arguments, config, model_folder, place.folder, ranks, rows, resumes, place.say)
-    loaded = _load_base(arguments, model_folder, data.tokenizer, ds_config, place)
-    full = arguments.adapter.adapter == AdapterKind.FULL.value
-    job = (_full_job if full else _mora_job)(arguments, loaded, ds_config, data, place)
+    loaded = prepare_base(arguments, model_folder, data.tokenizer, ds_config, place)
+    job = prepare_job(arguments, loaded, ds_config, data, place)
     if arguments.data.document_mask:
         check_document_mask(job.engine, loaded.model.config.get_text_config().vocab_size)
     return job, data
 
 
-def _rows_per_step(arguments: Arguments, world: int) -> int:
-    training = arguments.training
-    return training.per_device_train_batch_size * training.gradient_accumulation_steps * world
-
-
-# -- model -----------------------------------------------------------------------------------------------------------
-
-
-def _load_base(
-    arguments: Arguments, model_folder: Path | None, tokenizer: Any, ds_config: dict[str, Any], place: _Place
-) -> LoadedBase:
-    model, own, ranks = arguments.model, place.folder / "base", place.ranks
-    if model_folder is None:
-        config_file, vocabulary = Path(str(model.model_config)).expanduser(), largest_id(tokenizer)[1] + 1
-        if place.checkpoint is None or not (own / "config.json").exists():
-            seed = arguments.training.seed
-            ranks.on_first(lambda: create_base(config_file, own, seed, tokenizer, vocabulary))
-        model_folder = own
-    dtype = getattr(torch, compute_dtype(ds_config))
-    loaded = load_base(model_folder, own, ranks, dtype, model.attn_implementation, model.trust_remote_code)
-    training = arguments.training
-    if training.gradient_checkpointing:
-        reentrant = {"use_reentrant": training.gradient_checkpointing_reentrant}
-        loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
-        if training.gradient_checkpointing_reentrant:
-            loaded.model.enable_input_require_grads()
-    return loaded
-
-
-def _mora_job(
-    arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, place: _Place
-) -> _Job:
-    config, ranks = arguments.adapter.mora_config(arguments.training.seed), place.ranks
-    report = inject(loaded.model, config)
-    place.say(report)
-    fingerprint = ranks.on_first(loaded.base.fingerprint)
-    precision = arguments.adapter.merge_precision
-    common = _common_identity(arguments, data, ds_config, ranks.world)
-    _check_checkpoint(place.checkpoint, run_identity(fingerprint, config, precision, common))
-    ds_config = fill_bucket_sizes(ds_config, [parameter.numel() for parameter in loaded.model.parameters()])
-    engine, *_ = initialize(model=loaded.model, config=ds_config)
-    _seed(arguments, ranks)
-    run = Run(
-        engine,
-        config,
-        loaded.base,
-        place.folder,
-        resume=place.checkpoint,
-        overwrite=True,
-        keys=loaded.keys,
-        precision=precision,
-        reset=OptimizerReset(arguments.adapter.optimizer_reset),
-        identity=common,
-        tokenizer_folder=data.tokenizer_folder,
-        probe_ids=data.train.block(0)["input_ids"][:PROBE_TOKENS].unsqueeze(0),
-        facts={"seq_len": data.train.seq_len},
-    )
-
-    def export(checkpoint: Path, target: Path) -> None:
-        ranks.on_first(lambda: export_merged(checkpoint, target, overwrite=True) and None)
-
-    base_tensors, counts = frozen_buffers(loaded.model), (report.trainable_params, report.total_params)
-    return _Job(engine, run.state, run.remora, run.save_state, export, base_tensors, *counts)
-
-
-def _full_job(
-    arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, place: _Place
-) -> _Job:
-    total = count_parameters(loaded.model)
-    place.say(f"full training, the control: all {total:,} parameters, sharded by ZeRO as ever")
-    identity = {"adapter": {"kind": "full"}, **_common_identity(arguments, data, ds_config, place.ranks.world)}
-    _check_checkpoint(place.checkpoint, identity)
-    ds_config = fill_bucket_sizes(ds_config, [parameter.numel() for parameter in loaded.model.parameters()])
-    engine, *_ = initialize_full(model=loaded.model, config=ds_config)
-    _seed(arguments, place.ranks)
-    state = TrainerState(world_size=place.ranks.world, identity=identity)
-    if place.checkpoint is not None:
-        state = load_checkpoint(place.checkpoint, engine, identity)
-
-    def save(now: TrainerState, keep: int | None) -> Path:
-        return save_checkpoint(place.folder / "checkpoints", engine, now, lambda target: None, keep)
-
-    def export(checkpoint: Path, target: Path) -> None:
-        save_full_model(engine, target, data.tokenizer)
-
-    return _Job(engine, state, None, save, export, {}, total, total)
-
-
-def _seed(arguments: Arguments, ranks: Ranks) -> None:
-    """Before a checkpoint restores the random states: dropout draws other masks on every rank."""
-    torch.manual_seed((arguments.training.seed << 16) + ranks.rank)
-
-
-def _common_identity(arguments: Arguments, data: RunData, ds_config: dict[str, Any], world: int) -> dict[str, Any]:
-    """What must not change in mid-run for batches and states to follow on."""
-    return {
-        "tokens": data.train.blocks.cache.folder.name,
-        "seq_len": data.train.seq_len,
-        "document_mask": arguments.data.document_mask,
-        "seed": arguments.training.seed,
-        "global_batch_size": _rows_per_step(arguments, world),
-        "merge_every": arguments.adapter.merge_every,
-        "dtype": compute_dtype(ds_config),
-        "zero_stage": ds_config["zero_optimization"]["stage"],
-    }
-
-
-def _check_checkpoint(checkpoint: Path | None, identity: dict[str, Any]) -> None:
-    if checkpoint is not None:
-        check_identity(checkpoint, TrainerState.read(checkpoint).identity, identity)
-
-
 # -- the run ---------------------------------------------------------------------------------------------------------
 
 
-def _train(arguments: Arguments, job: _Job, data: RunData, place: _Place, schedule: Schedule) -> dict[str, Any]:
+def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule: Schedule) -> dict[str, Any]:
     folder, ranks, steps = place.folder, place.ranks, schedule.total_steps
     state = job.state
     if ranks.is_first:
@@ -279,7 +126,7 @@ def _train(arguments: Arguments, job: _Job, data: RunData, place: _Place, schedu
         train_data=data.train,
         eval_data=data.evaluation,
         schedule=schedule,
-        settings=_loop_settings(arguments, steps),
+        settings=_loop_settings(arguments, steps, _first_batch(arguments, place)),
         log=log,
         counter=counter,
         state=state,
@@ -301,6 +148,30 @@ def _train(arguments: Arguments, job: _Job, data: RunData, place: _Place, schedu
     return summary
 
 
+def _evaluate(arguments: Arguments, job: Job, data: RunData, place: Place) -> dict[str, Any]:
+    """--adapter none: the perplexities of the base, under the same names as any run's."""
+    settings, counter = _loop_settings(arguments, 0, 0), zero.CollectiveCounter()
+    schedule = arguments.schedule(1)
+    if place.ranks.is_first:
+        write_run_file(place.folder, dump(arguments), {"world_size": place.ranks.world, "steps": 0})
+    log = MetricsLog(place.folder, 0, place.ranks.is_first, 0)
+    trainer = Trainer(
+        job.engine, data.train, data.evaluation, schedule, settings, log, counter, job.state, lambda now: place.folder
+    )
+    job.state.perplexity_before = trainer.evaluate()
+    summary = plain_json(_summary(job, job.state, trainer, counter))
+    if place.ranks.is_first:
+        write_json_atomic(place.folder / "summary.json", summary)
+    log.close()
+    place.ranks.barrier()
+    return summary
+
+
+def _first_batch(arguments: Arguments, place: Place) -> int:
+    """How many batches the full-rank steps have used up."""
+    return arguments.adapter.full_rank_steps if place.base is not None else 0
+
+
 def _resumed(checkpoint: Path, state: TrainerState, steps: int) -> str:
     text = f"resumed from {checkpoint} at step {state.step}"
     if state.total_steps == steps:
@@ -315,13 +186,14 @@ def _total_steps(arguments: Arguments, data: PackedDataset, world: int) -> int:
     training = arguments.training
     if training.max_steps > 0:
         return training.max_steps
-    return max(1, math.ceil(training.num_train_epochs * data.n_blocks / _rows_per_step(arguments, world)))
+    return max(1, math.ceil(training.num_train_epochs * data.n_blocks / rows_per_step(arguments, world)))
 
 
-def _loop_settings(arguments: Arguments, steps: int) -> LoopSettings:
+def _loop_settings(arguments: Arguments, steps: int, first_batch: int) -> LoopSettings:
     training = arguments.training
     return LoopSettings(
         total_steps=steps,
+        first_batch=first_batch,
         micro_batch_size=training.per_device_train_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         eval_batch_size=training.per_device_eval_batch_size,
@@ -334,7 +206,7 @@ def _loop_settings(arguments: Arguments, steps: int) -> LoopSettings:
     )
 
 
-def _summary(job: _Job, state: TrainerState, trainer: Trainer, counter: zero.CollectiveCounter) -> dict[str, Any]:
+def _summary(job: Job, state: TrainerState, trainer: Trainer, counter: zero.CollectiveCounter) -> dict[str, Any]:
     return {
         "steps": state.step,
         "tokens": state.tokens,

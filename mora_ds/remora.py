@@ -5,7 +5,7 @@ At an accumulation boundary, on all ranks, layer by layer, in the same order:
     square M in fp32 from the master partitions    (the only collective: r_hat^2 * 4 bytes a layer)
     live weight = cast(original + all recorded deltas + this one), in place
     the cycle's squares into the ledger             (one writer a folder; see `Ledger`)
-    squares, their masters and moments back to zero; the next cycle's grouping
+    squares, their masters and moments back to zero; the next cycle's grouping (LoRA: a fresh A)
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from mora_ds import zero
 from mora_ds.base import BaseCheckpoint
-from mora_ds.config import MoRAConfig
+from mora_ds.config import AdapterConfig
 from mora_ds.errors import RunError
 from mora_ds.injection import mora_layers, set_cycle
-from mora_ds.layer import MoRALinear
+from mora_ds.layer import AdaptedLinear
 from mora_ds.ledger import LayerEntry, Ledger, live_weight
-from mora_ds.operators import OperatorSpec, delta_weight
 from mora_ds.resets import STEP, OptimizerReset, rule
+from mora_ds.updates import UpdateSpec, delta_weight, first_value
 
 EXACT = "exact"
 INCREMENTAL = "incremental"
@@ -99,7 +99,7 @@ class ReMoRA:
     def __init__(
         self,
         engine: zero.Engine,
-        config: MoRAConfig,
+        config: AdapterConfig,
         ledger: Ledger,
         base: BaseCheckpoint | None,
         keys: dict[str, str],
@@ -134,7 +134,7 @@ class ReMoRA:
         norms = _Norms()
         before = self.probe() if self.probe else None
         for name, layer in mora_layers(model).items():
-            square = zero.full_fp32(self.engine, layer.square)
+            square = zero.full_fp32(self.engine, layer.value)
             self._merge_layer(name, layer, square, norms)
             if self.is_writer:
                 recorded[name] = square.cpu()
@@ -155,7 +155,7 @@ class ReMoRA:
             after,
         )
 
-    def _merge_layer(self, name: str, layer: MoRALinear, square: Tensor, norms: _Norms) -> None:
+    def _merge_layer(self, name: str, layer: AdaptedLinear, square: Tensor, norms: _Norms) -> None:
         old = layer.weight.detach().clone()
         self._write(name, layer, self._updates(name, layer, square))
         delta = delta_weight(layer.spec, square)
@@ -190,12 +190,12 @@ class ReMoRA:
                 self._write(name, layer, self.ledger.squares_of(name))
         set_cycle(self.engine.module, self.config, self.cycle)
 
-    def _updates(self, name: str, layer: MoRALinear, square: Tensor) -> Iterator[tuple[OperatorSpec, Tensor]]:
+    def _updates(self, name: str, layer: AdaptedLinear, square: Tensor) -> Iterator[tuple[UpdateSpec, Tensor]]:
         if self.precision == EXACT:
             yield from self.ledger.squares_of(name)
         yield layer.spec, square
 
-    def _write(self, name: str, layer: MoRALinear, updates: Iterator[tuple[OperatorSpec, Tensor]]) -> None:
+    def _write(self, name: str, layer: AdaptedLinear, updates: Iterator[tuple[UpdateSpec, Tensor]]) -> None:
         """In place, so that storages and ties stay."""
         weight = layer.weight
         original = weight if self.precision == INCREMENTAL else self._original(name)
@@ -228,10 +228,14 @@ class ReMoRA:
 
     def _start_cycle(self, cycle: int) -> float:
         """Returns the share of the squares' moments that is zero now, over all ranks."""
-        squares = [layer.square for layer in mora_layers(self.engine.module).values()]
+        layers = mora_layers(self.engine.module)
         change = rule(self.reset, self.config.seed, dist.get_rank(), cycle)
-        zero.reset_group(self.engine, 0, squares, change)
+        zero.reset_group(self.engine, 0, [layer.value for layer in layers.values()], change)
         set_cycle(self.engine.module, self.config, cycle)
+        for name, layer in layers.items():
+            first = first_value(layer.spec, self.config.first_seed(name, cycle))
+            if first.any():  # LoRA's A
+                zero.set_fp32(self.engine, layer.value, first)
         moments = [value for key, value in zero.state_tensors(self.engine, 0) if key != STEP]
         zeros = sum(int((value == 0).sum()) for value in moments)
         counts = torch.tensor(

@@ -26,9 +26,9 @@ from mora_ds.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from mora_ds.config import MoRAConfig
+from mora_ds.config import AdapterConfig
 from mora_ds.errors import UserError
-from mora_ds.injection import frozen_buffers, mora_layers
+from mora_ds.injection import frozen_buffers, mora_layers, value_names
 from mora_ds.ledger import Ledger
 from mora_ds.ranks import Ranks
 from mora_ds.remora import EXACT, MergeReport, ReMoRA
@@ -49,7 +49,7 @@ class Run:
     def __init__(
         self,
         engine: zero.Engine,
-        config: MoRAConfig,
+        config: AdapterConfig,
         base: Path | str | BaseCheckpoint,
         folder: Path | str,
         *,
@@ -82,7 +82,7 @@ class Run:
             BaseReference(str(opened.folder.resolve()), fingerprint, keys, dtype),
             tokenizer_folder,
             torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0) if probe_ids is None else probe_ids,
-            {"operator": config.kind.value, "merge_precision": precision, **(facts or {})},
+            {"operator": config.title, "merge_precision": precision, **(facts or {})},
         )
         self.state = TrainerState(world_size=self.ranks.world, identity=self.identity)
         if checkpoint is not None:
@@ -138,7 +138,7 @@ class Run:
         """Keys of every parameter the model was loaded with; the frozen ones are compared bit for bit."""
         model: Any = self.engine.module
         frozen = frozen_buffers(model)
-        squares = {f"{name}.square" for name in mora_layers(model)}
+        squares = value_names(model)
         names = [*frozen, *(name for name, _ in model.named_parameters() if name not in squares)]
         ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
         keys = base.map_parameters(names, model.base_model_prefix, ties, renamed_keys(model, base.keys()))
@@ -147,7 +147,7 @@ class Run:
 
 
 def run_identity(
-    fingerprint: str, config: MoRAConfig, precision: str, more: Mapping[str, Any] | None = None
+    fingerprint: str, config: AdapterConfig, precision: str, more: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """What a checkpoint and the run that continues it must have in common."""
     return {

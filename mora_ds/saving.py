@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mora_ds import zero
 from mora_ds.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.base import write_own_base
-from mora_ds.config import MoRAConfig
+from mora_ds.config import AdapterConfig
 from mora_ds.files import link_or_copy
 from mora_ds.injection import mora_layers
 from mora_ds.remora import ReMoRA, layer_entries
@@ -30,7 +30,7 @@ class RunWriter:
     """Writes a MoRA run's own files into a checkpoint folder. Call on all ranks: squares are gathered one by one."""
 
     engine: zero.Engine
-    config: MoRAConfig
+    config: AdapterConfig
     remora: ReMoRA
     base: BaseReference
     tokenizer_folder: Path | None
@@ -39,7 +39,7 @@ class RunWriter:
     facts: dict[str, Any]
 
     def write(self, folder: Path, step: int) -> None:
-        squares = dict(self._gathered({name: m.square for name, m in mora_layers(self.engine.module).items()}))
+        squares = dict(self._gathered({name: m.value for name, m in mora_layers(self.engine.module).items()}))
         trained = dict(self._gathered(other_trainables(self.engine.module)))
         logits = probe_logits(self.engine, self.probe_ids)
         if dist.get_rank() == 0:
@@ -78,7 +78,7 @@ class RunWriter:
 
 def other_trainables(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameter name -> trained embeddings, norms, head (each tied tensor under its first name)."""
-    squares = {id(layer.square) for layer in mora_layers(model).values()}
+    squares = {id(layer.value) for layer in mora_layers(model).values()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in squares}
 
 

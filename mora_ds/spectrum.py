@@ -14,6 +14,7 @@ right (D, R) made of zeros and ones (truncate, share), or M on every block of in
                       less than min(O, D), everything is read off a matrix of that size
 
 Only where inputs wrap round (D no multiple of R) or the ranks exceed that is the matrix formed, one layer at a time.
+LoRA's deltas are read off the triangles of two thin QRs; their sums are formed.
 All in float64 from the fp32 squares.
 """
 
@@ -27,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mora_ds import lora
+from mora_ds.lora import LoRASpec
 from mora_ds.operators import (
     Grouping,
     OperatorKind,
@@ -35,8 +38,8 @@ from mora_ds.operators import (
     compress,
     decompress,
     decompress_transpose,
-    delta_weight,
 )
+from mora_ds.updates import UpdateSpec, delta_weight
 
 THRESHOLD = 0.1
 """The MoRA paper's figure 5 counts singular values above it."""
@@ -46,8 +49,8 @@ _COLUMNS_AT_ONCE = 256
 _CG_STEPS = 200
 _CG_TOLERANCE = 1e-10
 
-Update = tuple[OperatorSpec, Tensor]
-"""(operator, fp32 (R, R) square)."""
+Update = tuple[UpdateSpec, Tensor]
+"""(operator, fp32 (R, R) square), or LoRA's spec and factors."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,10 @@ def measure(values: Tensor, longest_side: int, threshold: float = THRESHOLD) -> 
 # -- one delta ---------------------------------------------------------------------------------------------------------
 
 
-def singular_values(spec: OperatorSpec, square: Tensor) -> Tensor:
+def singular_values(spec: UpdateSpec, square: Tensor) -> Tensor:
     """All min(O, D) singular values of delta_weight(spec, square), descending, float64, on the square's device."""
+    if isinstance(spec, LoRASpec):
+        return lora.singular_values(spec, square)
     plain = replace(spec, grouping=Grouping.PLAIN, seed=0) if spec.grouping is Grouping.PERMUTED else spec
     square = square.double()  # permutations of rows and columns change no singular value
     if not spec.blockwise:
@@ -169,7 +174,7 @@ def layer_spectra(updates: Sequence[Update], threshold: float = THRESHOLD) -> It
     """One after each of a layer's `updates`, in their order, computed on the device of the squares."""
     frame = _Frame(updates)
     total: Tensor | None = None
-    earlier: dict[OperatorSpec, None] = {}
+    earlier: dict[UpdateSpec, None] = {}
     span: tuple[Tensor, Tensor] | None = None
     for position, (spec, square) in enumerate(updates):
         newest = frame.place(spec, square.double())
@@ -206,14 +211,16 @@ class _Frame:
 
     def __init__(self, updates: Sequence[Update]) -> None:
         specs = [spec for spec, _ in updates]
-        self._specs = list(dict.fromkeys(specs))
+        slotted = (spec for spec in specs if isinstance(spec, OperatorSpec) and not spec.blockwise)
+        self._specs = list(dict.fromkeys(slotted))
         self._shape = (specs[0].d_out, specs[0].d_in)
-        self._sides: dict[OperatorSpec, tuple[Tensor, Tensor]] = {}
+        self._sides: dict[UpdateSpec, tuple[Tensor, Tensor]] = {}
         self.longest_side = max(self._shape)
-        if not any(spec.blockwise for spec in specs) and sum(spec.r_hat for spec in self._specs) < min(self._shape):
+        small = len(self._specs) == len(set(specs)) and sum(spec.r_hat for spec in self._specs) < min(self._shape)
+        if small:
             self._sides = self._small_sides(updates[0][1].device)
 
-    def place(self, spec: OperatorSpec, square: Tensor) -> Tensor:
+    def place(self, spec: UpdateSpec, square: Tensor) -> Tensor:
         """The delta of a float64 square."""
         if not self._sides:
             return delta_weight(spec, square)
@@ -231,7 +238,7 @@ class _Frame:
         """A placed delta's singular values, with the zeros that the real one has on top."""
         return torch.cat((values, values.new_zeros(min(self._shape) - len(values))))
 
-    def _small_sides(self, device: torch.device) -> dict[OperatorSpec, tuple[Tensor, Tensor]]:
+    def _small_sides(self, device: torch.device) -> dict[UpdateSpec, tuple[Tensor, Tensor]]:
         lefts, rights = zip(*(_factors(spec, device) for spec in self._specs), strict=True)
         widths = [spec.r_hat for spec in self._specs]
         left, right = (
@@ -267,8 +274,10 @@ def _outside_span(newest: Tensor, span: tuple[Tensor, Tensor] | None) -> float:
     return min(1.0, max(0.0, 1.0 - inside / energy))
 
 
-def _outside_reach(frame: _Frame, newest: Tensor, earlier: Sequence[OperatorSpec]) -> float:
+def _outside_reach(frame: _Frame, newest: Tensor, earlier: Sequence[UpdateSpec]) -> float:
     """Share of `newest` that is left after the best fit by any squares under the `earlier` operators.
+
+    Factors can be those of any matrix of their rank, so nothing is out of LoRA's reach.
 
     Least squares by conjugate gradients (CGLS; Hestenes & Stiefel 1952): a handful of steps, as permuted operators
     overlap little. An upper bound should they ever not suffice.
@@ -276,17 +285,20 @@ def _outside_reach(frame: _Frame, newest: Tensor, earlier: Sequence[OperatorSpec
     energy = newest.square().sum().item()
     if energy == 0.0 or not earlier:
         return float(energy > 0.0)
+    operators = [spec for spec in earlier if isinstance(spec, OperatorSpec)]
+    if len(operators) < len(earlier):
+        return 0.0
     residual = newest.clone()
-    gradient = [frame.lift(spec, residual) for spec in earlier]
+    gradient = [frame.lift(spec, residual) for spec in operators]
     direction = gradient
     power = first = _energy(gradient)
     for _ in range(_CG_STEPS):
         if power <= _CG_TOLERANCE * min(first, energy):
             break
-        step = sum(frame.place(spec, part) for spec, part in zip(earlier, direction, strict=True))
+        step = sum(frame.place(spec, part) for spec, part in zip(operators, direction, strict=True))
         assert isinstance(step, Tensor)
         residual -= power / step.square().sum() * step
-        gradient = [frame.lift(spec, residual) for spec in earlier]
+        gradient = [frame.lift(spec, residual) for spec in operators]
         power, before = _energy(gradient), power
         direction = [new + power / before * old for new, old in zip(gradient, direction, strict=True)]
     return min(1.0, residual.square().sum().item() / energy)

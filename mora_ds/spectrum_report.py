@@ -16,10 +16,10 @@ import torch
 from mora_ds.adapter_files import AdapterTensors
 from mora_ds.errors import UserError, nearest
 from mora_ds.files import write_json_atomic
-from mora_ds.ledger_table import mean, modules_of, operator_label, table
+from mora_ds.ledger_table import mean, modules_of, table
 from mora_ds.ledger_tools import Place
-from mora_ds.operators import OperatorSpec
 from mora_ds.spectrum import THRESHOLD, LayerSpectrum, Update, layer_spectra
+from mora_ds.updates import UpdateSpec, describe, value_shape
 
 Live = dict[str, Update]
 """Module -> (operator, square) of a cycle that is not merged yet."""
@@ -39,6 +39,7 @@ class Row:
     d_in: int
     d_out: int
     r_hat: int
+    """Side of the square, or LoRA's rank."""
     spectrum: LayerSpectrum
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,10 +79,10 @@ class Spectra:
             yield _row(module, spec, place, spectrum)
 
 
-def _row(module: str, spec: OperatorSpec, place: tuple[int, int, bool], spectrum: LayerSpectrum) -> Row:
+def _row(module: str, spec: UpdateSpec, place: tuple[int, int, bool], spectrum: LayerSpectrum) -> Row:
     cycle, step, is_live = place
-    label = operator_label(spec)
-    return Row(module, cycle, step, label, is_live, spec.d_in, spec.d_out, spec.r_hat, spectrum)
+    size = value_shape(spec)[0]
+    return Row(module, cycle, step, describe(spec), is_live, spec.d_in, spec.d_out, size, spectrum)
 
 
 # -- for reading -------------------------------------------------------------------------------------------------------

@@ -53,6 +53,8 @@ class LoopSettings:
     save_steps: int = 0
     """0: one checkpoint, at the end."""
     merge_at_end: bool = False
+    first_batch: int = 0
+    """Number of the first step's batch in the order of the data."""
 
 
 @dataclass
@@ -136,8 +138,8 @@ class Trainer:
 
     def _micro_batch(self, index: int) -> dict[str, Tensor]:
         size = self.settings.micro_batch_size
-        first = (index * self.world + self.rank) * size
-        batch = self.train_data.batch(self.state.step, self.rows_per_step, slice(first, first + size))
+        first, number = (index * self.world + self.rank) * size, self.settings.first_batch + self.state.step
+        batch = self.train_data.batch(number, self.rows_per_step, slice(first, first + size))
         return {name: tensor.to(self.engine.device) for name, tensor in batch.items()}
 
     def _sum_over_ranks(self, value: float) -> float:

@@ -19,7 +19,7 @@ from mora_ds.arguments import (
     OptimizerReset,
     TrainingArguments,
 )
-from mora_ds.config import MoRAConfig
+from mora_ds.config import LoRAConfig, MoRAConfig
 from mora_ds.errors import UserError, nearest
 from mora_ds.schedules import schedule_kind
 
@@ -36,6 +36,7 @@ def validate(arguments: Arguments) -> None:
         *_model_and_data(arguments),
         *_data(arguments.data),
         *_adapter(arguments.adapter),
+        *_parts(arguments),
         *_steps(arguments.training),
         *_optimizer(arguments.training),
     ]
@@ -86,10 +87,32 @@ def _adapter(adapter: AdapterArguments) -> Iterator[Check]:
     yield _choice("adapter", adapter.adapter, AdapterKind)
     yield _choice("optimizer_reset", adapter.optimizer_reset, OptimizerReset)
     yield _choice("merge_precision", adapter.merge_precision, MergePrecision)
-    merges = adapter.merge_every > 0 or adapter.merge_at_end
+    control = adapter.adapter in (AdapterKind.FULL.value, AdapterKind.NONE.value)
     yield (
-        adapter.adapter == AdapterKind.FULL.value and merges,
-        "--adapter full has no squares to merge: drop --merge_every and --merge_at_end",
+        control and (adapter.merge_every > 0 or adapter.merge_at_end),
+        f"--adapter {adapter.adapter} has nothing to merge: drop --merge_every and --merge_at_end",
+    )
+    yield adapter.full_rank_steps < 0, _at_least("full_rank_steps", 0, adapter.full_rank_steps)
+    yield (
+        control and adapter.full_rank_steps > 0,
+        f"--full_rank_steps come before an adapter, and there is none with --adapter {adapter.adapter}",
+    )
+    rate = adapter.full_rank_learning_rate
+    yield rate is not None and not 0 < rate < float("inf"), f"--full_rank_learning_rate must be above 0, got {rate}"
+
+
+def _parts(arguments: Arguments) -> Iterator[Check]:
+    """What the part of a run that --adapter or --full_rank_steps leave out would have done."""
+    adapter, training = arguments.adapter, arguments.training
+    nothing = adapter.adapter == AdapterKind.NONE.value
+    yield nothing and training.export_merged, "--adapter none trains nothing: drop --export_merged"
+    yield (
+        nothing and training.resume_from_checkpoint is not None,
+        "--adapter none trains nothing: there is nothing to resume, drop --resume_from_checkpoint",
+    )
+    yield (
+        adapter.full_rank_steps > 0 and training.max_steps <= adapter.full_rank_steps,
+        f"--full_rank_steps {adapter.full_rank_steps} must be less than --max_steps, got {training.max_steps}",
     )
 
 
@@ -140,7 +163,7 @@ def _refusals(arguments: Arguments) -> list[str]:
     adapter = arguments.adapter
     training = arguments.training
     rank = max(adapter.mora_rank, 1)
-    steps = training.max_steps if training.max_steps > 0 else _UNKNOWN_LENGTH
+    steps = training.max_steps - adapter.full_rank_steps if training.max_steps > 0 else _UNKNOWN_LENGTH
     ratio = training.warmup_ratio if 0 <= training.warmup_ratio < 1 else 0.0
     ramps = replace(arguments, training=replace(training, lr_scheduler_type="constant", warmup_ratio=ratio))
     attempts: list[Callable[[], object]] = [
@@ -150,7 +173,9 @@ def _refusals(arguments: Arguments) -> list[str]:
         lambda: MoRAConfig(compute=adapter.compute),
         lambda: MoRAConfig(target_modules=tuple(adapter.target_modules)),
         lambda: schedule_kind(training.lr_scheduler_type),
-        lambda: ramps.schedule(steps),
+        lambda: ramps.schedule(max(steps, 1)),
+        lambda: LoRAConfig(rank=adapter.mora_rank if adapter.lora_rank is None else adapter.lora_rank),
+        lambda: LoRAConfig(alpha=adapter.lora_alpha),
     ]
     return [line for attempt in attempts for line in _refusal_of(attempt)]
 

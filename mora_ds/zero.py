@@ -5,6 +5,7 @@ What the rest of the house needs from it:
 
     prepare_backend     start gloo without compiling, quieten the logger
     full_fp32           one parameter's fp32 master, gathered (r_hat^2 * 4 bytes)
+    set_fp32            its opposite: master and low-precision copies from a whole tensor, without a collective
     reset_group         a parameter group back to zero: master, low-precision copies, moments, step count
     mend_stage_0        three faults of runs without ZeRO
     CollectiveCounter   bytes that every collective carried, by kind
@@ -29,7 +30,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
 
 Engine: TypeAlias = DeepSpeedEngine
@@ -71,8 +72,31 @@ def full_fp32(engine: Engine, parameter: nn.Parameter) -> Tensor:
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         return _paired(optimizer.fp16_groups, optimizer.fp32_groups, parameter).detach().clone()
     if isinstance(optimizer, FP16_Optimizer):
-        return _from_flat(optimizer.fp16_groups, optimizer.fp32_groups_flat, parameter)
+        return _from_flat(optimizer.fp16_groups, optimizer.fp32_groups_flat, parameter).detach().clone()
     return parameter.detach().float().clone()
+
+
+@torch.no_grad()
+def set_fp32(engine: Engine, parameter: nn.Parameter, whole: Tensor) -> None:
+    """Set one trainable parameter to `whole` (its full shape, the same on every rank): its fp32 master and every
+    low-precision copy. Its optimizer state stays."""
+    whole = whole.to(engine.device, torch.float32)
+    optimizer = engine.optimizer
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3: equal shards, the last one padded (partition_parameters.py)
+        shard = parameter.ds_tensor
+        start = shard.numel() * optimizer._get_param_partition_rank(parameter)
+        own = whole.flatten()[start : start + shard.numel()]
+        own = nn.functional.pad(own, (0, shard.numel() - own.numel()))
+        safe_set_local_fp32_param(parameter, own)
+        shard.data.copy_(own)
+    elif hasattr(parameter, "_hp_mapping"):
+        safe_set_full_fp32_param(parameter, whole)
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        _paired(optimizer.fp16_groups, optimizer.fp32_groups, parameter).copy_(whole)
+    elif isinstance(optimizer, FP16_Optimizer):
+        _from_flat(optimizer.fp16_groups, optimizer.fp32_groups_flat, parameter).copy_(whole)
+    if parameter.numel():  # empty under ZeRO-3, unless still gathered
+        parameter.copy_(whole)
 
 
 def reset_group(engine: Engine, group: int, parameters: Iterable[nn.Parameter], reset_state: StateReset) -> None:
@@ -227,7 +251,7 @@ def _from_flat(half_groups: list[list[Tensor]], flats: list[Tensor], parameter: 
         start = 0
         for half in halves:
             if half is parameter:
-                return flat.detach().narrow(0, start, half.numel()).view_as(half).clone()
+                return flat.narrow(0, start, half.numel()).view_as(half)
             start += half.numel()
     raise KeyError("the parameter is not in the optimizer")
 

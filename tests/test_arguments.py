@@ -262,5 +262,5 @@ def test_schedule_takes_its_warmup_from_steps_or_ratio() -> None:
 
 
 def test_adapter_settings_become_the_adapters_config() -> None:
-    config = parse(["--mora_rank", "16", "--train_norms", "--target_modules", "q_proj"]).adapter.mora_config(seed=5)
+    config = parse(["--mora_rank", "16", "--train_norms", "--target_modules", "q_proj"]).adapter.config(seed=5)
     assert (config.rank, config.train_norms, config.target_modules, config.seed) == (16, True, ("q_proj",), 5)

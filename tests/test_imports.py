@@ -19,14 +19,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "ds_config_keys", "tables"),
-    ("operators", "schedules", "files", "cli", "ranks", "flags", "ds_config", "zero"),
-    ("compute", "tensor_files", "metrics", "run_folder", "checkpoint", "spectrum", "resets"),
-    ("config", "layer", "base", "export_check"),
+    ("operators", "lora", "schedules", "files", "cli", "ranks", "flags", "ds_config", "zero"),
+    ("compute", "updates", "tensor_files", "metrics", "run_folder", "checkpoint", "resets"),
+    ("config", "layer", "base", "export_check", "spectrum"),
     ("injection", "arguments", "ledger", "model", "model_folder", "data"),
     ("adapter_files", "engine", "remora", "validation", "run_data", "ledger_table"),
     ("saving", "model_card", "ledger_tools"),
     ("export", "run", "trainer", "compact", "spectrum_report"),
+    ("jobs",),
     ("pretrain",),
+    ("full_rank",),
     ("demo",),
 )
 
@@ -41,7 +43,7 @@ DATA_FLOORS: tuple[tuple[str, ...], ...] = (
 
 DATA_SEES = {"errors", "files"}
 
-DEEPSPEED = {"zero", "engine", "saving"}
+DEEPSPEED = {"zero", "engine", "saving", "jobs"}
 """Rooms that may import deepspeed: internals in `zero`, its public functions in the others."""
 
 DISTRIBUTED = {"ranks", "engine", "checkpoint", "remora", "saving", "trainer"}

@@ -126,7 +126,7 @@ def test_what_counts_as_linear() -> None:
 
 def test_repr_says_what_it_is() -> None:
     text = repr(MoRALinear(base_layer("linear"), spec()))
-    assert "r_hat=6" in text and "rotate/permuted" in text
+    assert "square=(6, 6)" in text and "rotate/permuted" in text
 
 
 def test_a_linear_subclass_is_taken_when_it_computes_the_same() -> None:

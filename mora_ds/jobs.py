@@ -1,0 +1,196 @@
+"""What is trained, made ready: a base and an adapter, or a control, become a job with an engine.
+
+--adapter mora, lora   base -> squares (factors) -> engine -> Run (ledger, checkpoints)
+--adapter full         every parameter under plain ZeRO
+--adapter none         the base as it is, to be evaluated
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from mora_ds.arguments import AdapterKind, Arguments
+from mora_ds.checkpoint import TrainerState, check_identity, load_checkpoint, save_checkpoint
+from mora_ds.data import largest_id
+from mora_ds.ds_config import compute_dtype, fill_bucket_sizes
+from mora_ds.engine import initialize, initialize_full
+from mora_ds.export import export_merged
+from mora_ds.injection import count_parameters, frozen_buffers, inject
+from mora_ds.model import LoadedBase, create_base, load_base
+from mora_ds.ranks import Ranks
+from mora_ds.remora import ReMoRA
+from mora_ds.resets import OptimizerReset
+from mora_ds.run import Run, run_identity
+from mora_ds.run_data import RunData
+from mora_ds.saving import PROBE_TOKENS, save_full_model
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run happens."""
+
+    folder: Path
+    ranks: Ranks
+    checkpoint: Path | None
+    """What it resumes from."""
+    say: Callable[..., None]
+    base: Path | None = None
+    """What it starts from in place of the model that the flags name: the result of --full_rank_steps."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """An engine, and what a checkpoint and the report need of what it trains."""
+
+    engine: Any
+    """A DeepSpeed engine, or for --adapter none the bare model."""
+    state: TrainerState
+    """Where it stands: at the beginning, or where the checkpoint left off."""
+    remora: ReMoRA | None
+    save: Callable[[TrainerState, int | None], Path]
+    export: Callable[[Path, Path], None]
+    """Writes the merged model of a checkpoint into a folder."""
+    base_tensors: Mapping[str, Tensor]
+    trainable_params: int
+    total_params: int
+
+
+def rows_per_step(arguments: Arguments, world: int) -> int:
+    """Global batch size, in sequences."""
+    training = arguments.training
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * world
+
+
+def prepare_job(
+    arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, place: Place
+) -> Job:
+    """The job that --adapter asks for, as its checkpoint has it where it resumes from one.
+
+    Raises `UserError` for targets that do not match and a checkpoint that is another run's.
+    """
+    if arguments.adapter.adapter == AdapterKind.NONE.value:
+        return _bare_job(loaded, place)
+    full = arguments.adapter.adapter == AdapterKind.FULL.value
+    return (_full_job if full else _adapter_job)(arguments, loaded, ds_config, data, place)
+
+
+def prepare_base(
+    arguments: Arguments, model_folder: Path | None, tokenizer: Any, ds_config: dict[str, Any], place: Place
+) -> LoadedBase:
+    """The base on this rank, whole; made from --model_config where that is what there is."""
+    model, own, ranks = arguments.model, place.folder / "base", place.ranks
+    if model_folder is None:
+        config_file, vocabulary = Path(str(model.model_config)).expanduser(), largest_id(tokenizer)[1] + 1
+        if place.checkpoint is None or not (own / "config.json").exists():
+            seed = arguments.training.seed
+            ranks.on_first(lambda: create_base(config_file, own, seed, tokenizer, vocabulary))
+        model_folder = own
+    dtype = getattr(torch, compute_dtype(ds_config))
+    loaded = load_base(model_folder, own, ranks, dtype, model.attn_implementation, model.trust_remote_code)
+    training = arguments.training
+    if training.gradient_checkpointing:
+        reentrant = {"use_reentrant": training.gradient_checkpointing_reentrant}
+        loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
+        if training.gradient_checkpointing_reentrant:
+            loaded.model.enable_input_require_grads()
+    return loaded
+
+
+def _adapter_job(
+    arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, place: Place
+) -> Job:
+    config, ranks = arguments.adapter.config(arguments.training.seed), place.ranks
+    report = inject(loaded.model, config)
+    place.say(report)
+    fingerprint = ranks.on_first(loaded.base.fingerprint)
+    precision = arguments.adapter.merge_precision
+    common = _common_identity(arguments, data, ds_config, ranks.world)
+    _check_checkpoint(place.checkpoint, run_identity(fingerprint, config, precision, common))
+    ds_config = fill_bucket_sizes(ds_config, [parameter.numel() for parameter in loaded.model.parameters()])
+    engine, *_ = initialize(model=loaded.model, config=ds_config)
+    _seed(arguments, ranks)
+    run = Run(
+        engine,
+        config,
+        loaded.base,
+        place.folder,
+        resume=place.checkpoint,
+        overwrite=True,
+        keys=loaded.keys,
+        precision=precision,
+        reset=OptimizerReset(arguments.adapter.optimizer_reset),
+        identity=common,
+        tokenizer_folder=data.tokenizer_folder,
+        probe_ids=data.train.block(0)["input_ids"][:PROBE_TOKENS].unsqueeze(0),
+        facts={"seq_len": data.train.seq_len},
+    )
+
+    def export(checkpoint: Path, target: Path) -> None:
+        ranks.on_first(lambda: export_merged(checkpoint, target, overwrite=True) and None)
+
+    base_tensors, counts = frozen_buffers(loaded.model), (report.trainable_params, report.total_params)
+    return Job(engine, run.state, run.remora, run.save_state, export, base_tensors, *counts)
+
+
+def _bare_job(loaded: LoadedBase, place: Place) -> Job:
+    total = count_parameters(loaded.model)
+    place.say(f"nothing is trained, the control: all {total:,} parameters stay as they are")
+    loaded.model.to(get_accelerator().current_device_name()).requires_grad_(False)
+
+    def refuse(*anything: object) -> Any:
+        raise AssertionError("there is nothing to save")
+
+    return Job(loaded.model, TrainerState(), None, refuse, refuse, {}, 0, total)
+
+
+def _full_job(arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, place: Place) -> Job:
+    total = count_parameters(loaded.model)
+    place.say(f"full training, the control: all {total:,} parameters, sharded by ZeRO as ever")
+    identity = {"adapter": {"kind": "full"}, **_common_identity(arguments, data, ds_config, place.ranks.world)}
+    _check_checkpoint(place.checkpoint, identity)
+    ds_config = fill_bucket_sizes(ds_config, [parameter.numel() for parameter in loaded.model.parameters()])
+    engine, *_ = initialize_full(model=loaded.model, config=ds_config)
+    _seed(arguments, place.ranks)
+    state = TrainerState(world_size=place.ranks.world, identity=identity)
+    if place.checkpoint is not None:
+        state = load_checkpoint(place.checkpoint, engine, identity)
+
+    def save(now: TrainerState, keep: int | None) -> Path:
+        return save_checkpoint(place.folder / "checkpoints", engine, now, lambda target: None, keep)
+
+    def export(checkpoint: Path, target: Path) -> None:
+        save_full_model(engine, target, data.tokenizer)
+
+    return Job(engine, state, None, save, export, {}, total, total)
+
+
+def _seed(arguments: Arguments, ranks: Ranks) -> None:
+    """Before a checkpoint restores the random states: dropout draws other masks on every rank."""
+    torch.manual_seed((arguments.training.seed << 16) + ranks.rank)
+
+
+def _common_identity(arguments: Arguments, data: RunData, ds_config: dict[str, Any], world: int) -> dict[str, Any]:
+    """What must not change in mid-run for batches and states to follow on."""
+    return {
+        "tokens": data.train.blocks.cache.folder.name,
+        "seq_len": data.train.seq_len,
+        "document_mask": arguments.data.document_mask,
+        "seed": arguments.training.seed,
+        "global_batch_size": rows_per_step(arguments, world),
+        "merge_every": arguments.adapter.merge_every,
+        "full_rank_steps": arguments.adapter.full_rank_steps,
+        "dtype": compute_dtype(ds_config),
+        "zero_stage": ds_config["zero_optimization"]["stage"],
+    }
+
+
+def _check_checkpoint(checkpoint: Path | None, identity: dict[str, Any]) -> None:
+    if checkpoint is not None:
+        check_identity(checkpoint, TrainerState.read(checkpoint).identity, identity)

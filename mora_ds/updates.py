@@ -1,0 +1,51 @@
+"""What a layer may learn beside its frozen weight, under one roof: a square with its operator, or LoRA's factors.
+
+A layer has one trainable tensor, its *value*, and a *spec* that says what the value means. Merge, ledger, export and
+spectra ask here, and need not know which adapter it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from mora_ds import lora, operators
+from mora_ds.lora import LORA, LoRASpec
+from mora_ds.operators import OperatorSpec
+
+UpdateSpec: TypeAlias = OperatorSpec | LoRASpec
+
+
+def value_name(spec: UpdateSpec) -> str:
+    """How the value is called, as the layer's parameter and in files."""
+    return "factors" if isinstance(spec, LoRASpec) else "square"
+
+
+def value_shape(spec: UpdateSpec) -> tuple[int, int]:
+    """(r_hat, r_hat), or (rank, d_in + d_out) for LoRA."""
+    return (spec.rank, spec.d_in + spec.d_out) if isinstance(spec, LoRASpec) else (spec.r_hat, spec.r_hat)
+
+
+def first_value(spec: UpdateSpec, seed: int) -> Tensor:
+    """What a cycle starts from, fp32 on the CPU; its delta is zero. `seed` is read by LoRA only."""
+    return lora.first_factors(spec, seed) if isinstance(spec, LoRASpec) else torch.zeros(value_shape(spec))
+
+
+def delta_weight(spec: UpdateSpec, value: Tensor) -> Tensor:
+    """The (d_out, d_in) matrix that the value stands for, in its dtype and on its device, sharing no memory."""
+    return lora.delta_weight(spec, value) if isinstance(spec, LoRASpec) else operators.delta_weight(spec, value)
+
+
+def describe(spec: UpdateSpec) -> str:
+    """For tables: rotate/permuted, lora."""
+    return LORA if isinstance(spec, LoRASpec) else f"{spec.kind.value}/{spec.grouping.value}"
+
+
+def spec_from_dict(values: Mapping[str, Any]) -> UpdateSpec:
+    """Inverse of either spec's `to_dict`. Raises `UserError` for an unknown kind, `TypeError` for other keys."""
+    if values.get("kind") != LORA:
+        return OperatorSpec.from_dict(dict(values))
+    return LoRASpec(**{key: value for key, value in values.items() if key != "kind"})
