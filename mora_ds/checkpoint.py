@@ -165,6 +165,7 @@ def load_checkpoint(folder: Path, engine: zero.Engine, identity: dict[str, Any])
 def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises one `UserError` that names everything in which the checkpoint's run differs from this one."""
     there, here = (_flat(json.loads(json.dumps(identity))) for identity in (saved, now))
+    there.setdefault("adapter.kind", "mora")  # checkpoints of version 0.1.0 do not say
     differences = [
         f"{_MEANING.get(key, key)}: {there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted({*there, *here})
@@ -178,7 +179,7 @@ _MEANING = {
     "base": "weights of --model_name_or_path",
     "tokens": "tokens of the training text (--train_files, --dataset_name and the tokenizer)",
     "adapter.kind": "--adapter",
-    "adapter.rank": "--mora_rank",
+    "adapter.rank": "rank of the adapter (--mora_rank, --lora_rank)",
     "adapter.dropout": "--mora_dropout",
     "global_batch_size": "sequences a step, over all ranks (--per_device_train_batch_size and so on)",
     "zero_stage": "ZeRO stage (--deepspeed)",

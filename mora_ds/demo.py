@@ -76,17 +76,14 @@ def run_demo(arguments: Arguments) -> None:
     started = time.monotonic()
     folder = Path(arguments.training.output_dir)
     rows = max(1, ROWS_PER_STEP // ranks.world)
-    paths = _Paths(folder / "demo")
+    paths = DemoPaths(folder / "demo")
     job = _continue_arguments(arguments, paths, rows)
     validate(job)
     resolve_ds_config(job.training.deepspeed, job.training.engine_settings(), ranks.world)
     ranks.on_first(lambda: _prepare(arguments, folder))
     if not paths.warm.is_dir():
-        warm = {**WARM_START, "per_device_train_batch_size": rows, "model_name_or_path": str(paths.start),
-                "train_files": [str(paths.corpus / "general_train.jsonl")],
-                "eval_files": [f"prose={paths.corpus / 'general_eval.jsonl'}"], "output_dir": str(paths.warm.parent),
-                "overwrite_output_dir": True, "cache_dir": str(paths.tokens), "deepspeed": arguments.training.deepspeed,
-                "seed": arguments.training.seed}  # fmt: skip
+        training = arguments.training
+        warm = {**warm_start_settings(paths, rows, training.seed), "deepspeed": training.deepspeed}
         _say(ranks, f"\n1. warm start: every parameter trained on prose for {WARM_START['max_steps']} steps")
         sharded = pretrain(from_flat(warm))
     else:
@@ -99,7 +96,9 @@ def run_demo(arguments: Arguments) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Paths:
+class DemoPaths:
+    """Where the demonstration keeps what it starts from."""
+
     root: Path
 
     @property
@@ -118,6 +117,30 @@ class _Paths:
     def tokens(self) -> Path:
         return self.root / "tokens"
 
+    def train_files(self, domain: str) -> list[str]:
+        """`domain`: general (prose) or domain (code)."""
+        return [str(self.corpus / f"{domain}_train.jsonl")]
+
+    @property
+    def eval_files(self) -> list[str]:
+        named = (("prose", "general"), ("code", "domain"))
+        return [f"{name}={self.corpus / f'{stem}_eval.jsonl'}" for name, stem in named]
+
+
+def warm_start_settings(paths: DemoPaths, rows: int, seed: int) -> dict[str, Any]:
+    """Settings of the run that makes `paths.warm` of `paths.start`. `rows`: sequences a rank and step."""
+    return {
+        **WARM_START,
+        "per_device_train_batch_size": rows,
+        "model_name_or_path": str(paths.start),
+        "train_files": paths.train_files("general"),
+        "eval_files": paths.eval_files[:1],
+        "output_dir": str(paths.warm.parent),
+        "overwrite_output_dir": True,
+        "cache_dir": str(paths.tokens),
+        "seed": seed,
+    }
+
 
 def _say(ranks: Ranks, text: str) -> None:
     if ranks.is_first:
@@ -127,7 +150,7 @@ def _say(ranks: Ranks, text: str) -> None:
 def _prepare(arguments: Arguments, folder: Path) -> None:
     """Corpora, tokenizer and the untrained model, unless a resumed run has them already."""
     training = arguments.training
-    paths = _Paths(folder / "demo")
+    paths = DemoPaths(folder / "demo")
     reserve(folder, training.overwrite_output_dir, resume=training.resume_from_checkpoint is not None).rollback()
     print(
         "No --model_name_or_path and no --train_files: running the embedded default.\n"
@@ -136,6 +159,11 @@ def _prepare(arguments: Arguments, folder: Path) -> None:
     )
     if training.resume_from_checkpoint is not None and paths.warm.is_dir():
         return
+    write_inputs(paths, training.seed)
+
+
+def write_inputs(paths: DemoPaths, seed: int) -> None:
+    """Corpora, a tokenizer and an untrained model, in place of what `paths` held."""
     if paths.root.exists():
         shutil.rmtree(paths.root)
     written = write_embedded(paths.corpus, general_bytes=PROSE_BYTES, domain_bytes=CODE_BYTES, eval_bytes=EVAL_BYTES)
@@ -143,18 +171,16 @@ def _prepare(arguments: Arguments, folder: Path) -> None:
     corpus = load_corpus([str(written.general_train), str(written.domain_train)])
     tokenizer = load_tokenizer(train_sentencepiece(corpus.texts(), VOCABULARY, paths.root / "tokenizer"))
     print(f"  tokenizer: SentencePiece, {len(tokenizer)} pieces, trained on both")
-    create_base(MODEL_CONFIG, paths.start, training.seed, tokenizer, len(tokenizer))
+    create_base(MODEL_CONFIG, paths.start, seed, tokenizer, len(tokenizer))
 
 
-def _continue_arguments(arguments: Arguments, paths: _Paths, rows: int) -> Arguments:
+def _continue_arguments(arguments: Arguments, paths: DemoPaths, rows: int) -> Arguments:
     ours = {
         **CONTINUE,
         "per_device_train_batch_size": rows,
         "model_name_or_path": str(paths.warm),
-        "train_files": [str(paths.corpus / "domain_train.jsonl")],
-        "eval_files": [
-            f"{name}={paths.corpus}/{stem}_eval.jsonl" for name, stem in (("prose", "general"), ("code", "domain"))
-        ],
+        "train_files": paths.train_files("domain"),
+        "eval_files": paths.eval_files,
         "cache_dir": str(paths.tokens),
     }
     return from_flat({**ours, **_given(arguments)})

@@ -3,7 +3,8 @@
     --full_rank_steps N    OUTPUT_DIR/full_rank/          steps 1 .. N, plain ZeRO, exported to full_rank/merged
                            OUTPUT_DIR/                    steps N + 1 .. --max_steps on that base: an ordinary run
 
-Both parts read one order of batches. The first one runs at a constant rate after --warmup_steps; the second has the
+Both parts read one order of batches. The first one runs at a constant rate after --warmup_steps (at most half
+of it); the second has the
 schedule that the flags describe, over the steps that are left.
 """
 
@@ -47,6 +48,7 @@ def run_job(arguments: Arguments) -> dict[str, Any]:
 
 def _full_rank_part(arguments: Arguments) -> Arguments:
     adapter, training = arguments.adapter, arguments.training
+    warmup = min(training.warmup_steps, adapter.full_rank_steps // 2)
     rate = adapter.full_rank_learning_rate or DEFAULT_RATIO * training.learning_rate
     return replace(
         arguments,
@@ -56,7 +58,8 @@ def _full_rank_part(arguments: Arguments) -> Arguments:
         ),
         training=replace(
             training, output_dir=str(Path(training.output_dir).expanduser() / FOLDER),
-            max_steps=adapter.full_rank_steps, learning_rate=rate, lr_scheduler_type="constant", export_merged=True,
+            max_steps=adapter.full_rank_steps, learning_rate=rate, warmup_steps=warmup, warmup_ratio=0.0,
+            lr_scheduler_type="constant", export_merged=True,
             resume_from_checkpoint=AUTO if training.resume_from_checkpoint else None,
         ),
     )  # fmt: skip

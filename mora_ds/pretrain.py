@@ -28,7 +28,7 @@ from mora_ds.model import folder_config, read_model_config, resolve_folder
 from mora_ds.ranks import Ranks
 from mora_ds.run_data import RunData, load_data
 from mora_ds.run_folder import Reservation, reserve, write_run_file
-from mora_ds.schedules import Schedule
+from mora_ds.schedules import Schedule, ScheduleKind
 from mora_ds.trainer import LoopSettings, Trainer, check_document_mask
 from mora_ds.validation import validate
 
@@ -151,7 +151,7 @@ def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule
 def _evaluate(arguments: Arguments, job: Job, data: RunData, place: Place) -> dict[str, Any]:
     """--adapter none: the perplexities of the base, under the same names as any run's."""
     settings, counter = _loop_settings(arguments, 0, 0), zero.CollectiveCounter()
-    schedule = arguments.schedule(1)
+    schedule = Schedule(ScheduleKind.CONSTANT, arguments.training.learning_rate, total_steps=1)
     if place.ranks.is_first:
         write_run_file(place.folder, dump(arguments), {"world_size": place.ranks.world, "steps": 0})
     log = MetricsLog(place.folder, 0, place.ranks.is_first, 0)

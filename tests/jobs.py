@@ -1,4 +1,4 @@
-"""Whole runs for the tests: a tiny model folder and corpus, `pretrain` on forked ranks, or the real launcher."""
+"""Whole runs for the tests: a tiny model folder and corpus, `run_job` on forked ranks, or the real launcher."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from mora_ds.arguments import parse
 from mora_ds.data import load_tokenizer, train_sentencepiece
 from mora_ds.errors import RunError, UserError
-from mora_ds.pretrain import pretrain
+from mora_ds.full_rank import run_job
 from tests.gloo import run_ranks
 from tests.models import tiny_model
 
@@ -68,7 +68,7 @@ def playground(root: Path) -> Playground:
 
 def job(argv: list[str]) -> dict[str, Any]:
     """One rank's share of a run. For `run_ranks`."""
-    return pretrain(parse(argv))
+    return run_job(parse(argv))
 
 
 def run(ranks: int, argv: list[str]) -> dict[str, Any]:
@@ -79,14 +79,14 @@ def run(ranks: int, argv: list[str]) -> dict[str, Any]:
 def said(argv: list[str]) -> str:
     """What a run prints. For `run_ranks`."""
     with contextlib.redirect_stdout(io.StringIO()) as told:
-        pretrain(parse(argv))
+        run_job(parse(argv))
     return told.getvalue()
 
 
 def refused(argv: list[str]) -> tuple[str, str]:
     """(kind of error, its message) of a run that must fail. For `run_ranks`."""
     try:
-        pretrain(parse(argv))
+        run_job(parse(argv))
     except (UserError, RunError) as error:
         return type(error).__name__, str(error)
     raise AssertionError("the run was not refused")

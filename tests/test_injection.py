@@ -127,7 +127,7 @@ def test_a_layer_that_is_used_twice_is_refused() -> None:
 def test_double_injection_is_refused() -> None:
     model = tiny_model()
     inject(model, MoRAConfig(target_modules=("q_proj",)))
-    with pytest.raises(UserError, match="already has squares"):
+    with pytest.raises(UserError, match="already has an adapter"):
         inject(model, MoRAConfig(target_modules=("k_proj",)))
 
 

@@ -1,0 +1,246 @@
+"""Which adapter learns a new domain best, at equal trainable parameters? One table, from one engine.
+
+    python tools/bench_learning.py [--work FOLDER] [--rank 8] [--steps 300] [--seeds 2] [--jobs 2] [--methods lora ...]
+
+A small Llama is warm-started on prose and continued on code (both are made out of the running Python) by every method
+at every rate of its sweep and with every seed; batches, their order and the schedule are the same for all. Each run is
+`launch/pretrain.py` with other flags, on one rank. A run that is done is kept: the command goes on where it was
+stopped. Prints, for each method's best mean rate, the perplexity on code and on prose, mean and largest deviation over
+seeds; writes results.json, and learning.png where matplotlib is there. Curves: tensorboard --logdir FOLDER/runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mora_ds import cli
+from mora_ds.demo import DemoPaths, warm_start_settings, write_inputs
+from mora_ds.errors import RunError, UserError, nearest
+from mora_ds.ledger_table import table
+
+ROOT = Path(__file__).resolve().parents[1]
+ADAPTER_RATES = (1e-3, 3e-3, 1e-2)
+FULL_RATES = (3e-4, 1e-3, 3e-3)
+MUON_RATES = (3e-4, 1e-3, 3e-3)
+ROWS, CYCLES, RAMP = 8, 4, 5
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table."""
+
+    flags: dict[str, Any]
+    rates: tuple[float, ...] = ADAPTER_RATES
+    merges: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "none": Method({"adapter": "none"}, rates=(1e-3,)),
+    "lora": Method({"adapter": "lora"}),
+    "relora": Method({"adapter": "lora"}, merges=True),
+    "mora-rotate": Method({"operator": "rotate"}),
+    "mora-share": Method({"operator": "share"}),
+    "remora-rotate": Method({"operator": "rotate"}, merges=True),
+    "remora-share": Method({"operator": "share"}, merges=True),
+    "remora-alternate": Method({"operator": "share", "grouping": "alternate"}, merges=True),
+    "mora-rotate-muon": Method({"operator": "rotate", "optimizer": "muon"}, rates=MUON_RATES),
+    "remora-rotate-muon": Method({"operator": "rotate", "optimizer": "muon"}, rates=MUON_RATES, merges=True),
+    "full": Method({"adapter": "full"}, rates=FULL_RATES),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run."""
+
+    method: str
+    rate: float
+    seed: int
+    folder: Path
+
+    @property
+    def summary(self) -> Path:
+        return self.folder / "summary.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at one rate, over all seeds."""
+
+    method: str
+    rate: float
+    trainable: int
+    code: tuple[float, ...]
+    prose: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.code) / len(self.code)
+
+
+def main() -> None:
+    options = _options()
+    unknown = [name for name in options.methods if name not in METHODS]
+    if unknown:
+        raise UserError(f"unknown --methods {unknown[0]}; known: {', '.join(METHODS)}.{nearest(unknown[0], METHODS)}")
+    if (
+        min(options.steps // CYCLES - 1, options.rank, options.seeds, options.jobs) < 1
+        or options.steps <= CYCLES * RAMP
+    ):
+        raise UserError(f"--steps must be more than {CYCLES * RAMP}; --rank, --seeds and --jobs at least 1")
+    paths = DemoPaths(options.work / "base")
+    if not paths.warm.is_dir():
+        write_inputs(paths, seed=42)
+        print("warm start on prose")
+        _launch(warm_start_settings(paths, ROWS, seed=42), paths.root / "warm.log")
+    trials = list(_trials(options))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for done, trial in enumerate(pool.map(lambda trial: _run(trial, paths, options), trials), 1):
+            print(f"{done}/{len(trials)}  {trial.folder.name}", flush=True)
+    rows = [_row(group) for group in _groups(trials)]
+    (options.work / "results.json").write_text(json.dumps([vars(row) for row in rows], indent=1), encoding="utf-8")
+    print("\n".join(_lines(rows, options)))
+    _plot(rows, options.work / "learning.png")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, default=Path("out/bench_learning"), help="folder for everything")
+    parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; squares have as many parameters")
+    parser.add_argument("--steps", type=int, default=300, help=f"steps of {ROWS} x 128 tokens")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each method at each rate")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    return parser.parse_args()
+
+
+def _trials(options: argparse.Namespace) -> Iterator[Trial]:
+    for name in options.methods:
+        seeds = 1 if name == "none" else options.seeds
+        for rate in METHODS[name].rates:
+            for seed in range(1, seeds + 1):
+                folder = f"r{options.rank}-{options.steps}-{name}-{rate:g}-{seed}"
+                yield Trial(name, rate, seed, options.work / "runs" / folder)
+
+
+def _run(trial: Trial, paths: DemoPaths, options: argparse.Namespace) -> Trial:
+    if not trial.summary.is_file():
+        method = METHODS[trial.method]
+        settings: dict[str, Any] = {
+            "seq_len": 128, "per_device_train_batch_size": ROWS, "per_device_eval_batch_size": 16,
+            "model_name_or_path": paths.warm, "train_files": paths.train_files("domain"),
+            "eval_files": paths.eval_files, "cache_dir": paths.tokens, "output_dir": trial.folder,
+            "overwrite_output_dir": True, "mora_rank": options.rank, "max_steps": options.steps,
+            "learning_rate": trial.rate, "lr_scheduler_type": "cosine", "min_lr_ratio": 0.1, "warmup_steps": 10,
+            "logging_steps": 10, "eval_on_start": False, "seed": trial.seed, **method.flags,
+        }  # fmt: skip
+        if method.merges:
+            settings |= {"merge_every": options.steps // CYCLES, "restart_warmup_steps": RAMP}
+        trial.folder.parent.mkdir(parents=True, exist_ok=True)
+        _launch(settings, trial.folder.with_suffix(".log"))
+    return trial
+
+
+def _launch(settings: dict[str, Any], log: Path) -> None:
+    """`launch/pretrain.py` as a launcher would start its only rank."""
+    flags = [part for name, value in settings.items() for part in (f"--{name}", *_words(value))]
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--deepspeed", str(ROOT / "configs/zero3.json")]
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port()}
+    with log.open("w", encoding="utf-8") as file:
+        environment = {**os.environ, **rank, "OMP_NUM_THREADS": "1"}
+        code = subprocess.run([*command, *flags], env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        raise RunError(f"a run failed: see {log}")
+
+
+def _words(value: Any) -> list[str]:
+    return [str(each) for each in value] if isinstance(value, list) else [str(value)]
+
+
+def _port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def _groups(trials: Sequence[Trial]) -> list[list[Trial]]:
+    keys = dict.fromkeys((trial.method, trial.rate) for trial in trials)
+    return [[trial for trial in trials if (trial.method, trial.rate) == key] for key in keys]
+
+
+def _row(trials: Sequence[Trial]) -> Row:
+    found = [json.loads(trial.summary.read_text(encoding="utf-8")) for trial in trials]
+    code, prose = (tuple(each["perplexity_after"][name] for each in found) for name in ("code", "prose"))
+    return Row(trials[0].method, trials[0].rate, found[0]["trainable_params"], code, prose)
+
+
+def _best(rows: Sequence[Row]) -> list[Row]:
+    return [min((row for row in rows if row.method == name), key=lambda row: row.mean) for name in _names(rows)]
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.method for row in rows))
+
+
+def _lines(rows: Sequence[Row], options: argparse.Namespace) -> list[str]:
+    titles = ["method", "trainable", "best rate", "code", "+-", "prose", "+-"]
+    cells = [
+        [
+            row.method, f"{row.trainable:,}", "-" if row.method == "none" else f"{row.rate:g}{_edge(row)}",
+            *_spread(row.code), *_spread(row.prose),
+        ]
+        for row in _best(rows)
+    ]  # fmt: skip
+    return [
+        f"perplexity after {options.steps} steps of {ROWS} x 128 tokens, rank {options.rank}, {options.seeds} seed(s);"
+        " the best rate on code of each sweep (*: at its edge)",
+        *table([titles, *cells]),
+    ]
+
+
+def _edge(row: Row) -> str:
+    rates = METHODS[row.method].rates
+    return "*" if row.rate in (min(rates), max(rates)) else ""
+
+
+def _spread(values: Sequence[float]) -> tuple[str, str]:
+    mean = sum(values) / len(values)
+    return f"{mean:.2f}", f"{max(abs(value - mean) for value in values):.2f}"
+
+
+def _plot(rows: Sequence[Row], path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("no matplotlib, no picture")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots()
+    for name in _names(rows):
+        swept = [row for row in rows if row.method == name]
+        axes.plot([row.rate for row in swept], [row.mean for row in swept], marker="o", label=name)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="perplexity on code", title="after continued pretraining")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    print(f"picture: {path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
