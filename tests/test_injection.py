@@ -297,8 +297,8 @@ def test_report_for_humans() -> None:
 def test_a_square_larger_than_its_layer_is_cut_and_said_so() -> None:
     report = inject(tiny_model(), MoRAConfig(rank=64, operator="share"))
     rows = {row.name: row for row in report.rows}
-    assert rows["q_proj"].r_hat == 32 and "asks for 64" in rows["q_proj"].note
-    assert rows["down_proj"].r_hat == 56 and "asks for 75" in rows["down_proj"].note
+    assert rows["q_proj"].size == 32 and "asks for 64" in rows["q_proj"].note
+    assert rows["down_proj"].size == 56 and "asks for 75" in rows["down_proj"].note
     assert "rank 64 asks for 64" in str(report)
     assert not any(row.note for row in inject(tiny_model(), MoRAConfig(rank=4)).rows)
 

@@ -173,7 +173,7 @@ def test_square_that_is_not_finite_is_not_merged(folder: Path, bad: float) -> No
     ledger, layers = Ledger.open(folder), layers_of(3)
     squares = squares_for(layers, 3)
     squares["a.v"][0, 0] = bad
-    with pytest.raises(RunError, match=r"a\.v is not finite"):
+    with pytest.raises(RunError, match=r"a\.v\.square is not finite"):
         ledger.append(400, layers, squares.items())
     assert ledger.cycles == 3 and Ledger.open(folder).cycles == 3
 
