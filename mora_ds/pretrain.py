@@ -248,7 +248,7 @@ def _common_identity(arguments: Arguments, data: RunData, ds_config: dict[str, A
         "document_mask": arguments.data.document_mask,
         "seed": arguments.training.seed,
         "global_batch_size": _rows_per_step(arguments, world),
-        "merge_every": arguments.adapter.merge_every,
+        **arguments.adapter.merge_identity(),
         "dtype": compute_dtype(ds_config),
         "zero_stage": ds_config["zero_optimization"]["stage"],
     }
@@ -331,6 +331,7 @@ def _loop_settings(arguments: Arguments, steps: int) -> LoopSettings:
         max_eval_batches=training.max_eval_batches,
         save_steps=training.save_steps,
         merge_at_end=arguments.adapter.merge_at_end,
+        stall=arguments.adapter.stall_rule(),
     )
 
 

@@ -6,6 +6,7 @@ What the rest of the house needs from it:
     prepare_backend     start gloo without compiling, quieten the logger
     full_fp32           one parameter's fp32 master, gathered (r_hat^2 * 4 bytes)
     reset_group         a parameter group back to zero: master, low-precision copies, moments, step count
+    group_energy        summed squares of a group's masters, this rank's share
     mend_stage_0        three faults of runs without ZeRO
     CollectiveCounter   bytes that every collective carried, by kind
 
@@ -15,6 +16,7 @@ The frozen base never appears here: it is made of buffers, which ZeRO does not s
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -100,6 +102,21 @@ def state_tensors(engine: Engine, group: int) -> Iterator[tuple[str, Tensor]]:
         for key, value in state.items():
             if isinstance(value, Tensor):
                 yield key, value
+
+
+def group_energy(engine: Engine, group: int) -> float:
+    """This rank's share of the summed squares of a group's fp32 masters: add it up over all ranks.
+
+    One pass over the local partition. Where every rank holds whole masters rank 0's count alone. With masters on NVMe
+    they are read for it.
+    """
+    whole = not isinstance(engine.optimizer, (DeepSpeedZeroOptimizer_Stage3, DeepSpeedZeroOptimizer, BF16_Optimizer))
+    if whole and engine.global_rank != 0:
+        return 0.0
+    norms = [
+        torch.linalg.vector_norm(master.detach(), dtype=torch.float64).item() for master, _ in _masters(engine, group)
+    ]
+    return math.fsum(norm * norm for norm in norms)
 
 
 def set_learning_rate(engine: Engine, learning_rate: float) -> None:
