@@ -20,7 +20,7 @@ _GUTTER = 9
 def start_lines(
     schedule: Schedule, rule: StallRule | None, merge_at_end: bool, done: int = 0, merges: Sequence[int] = ()
 ) -> list[str]:
-    """What will be merged when, and what will not, from `done` steps and past `merges` on; nothing for a run without."""
+    """What will be merged when, and what will not, from `done` steps and past `merges` on; nothing where nothing is."""
     if schedule.merge_when is MergeWhen.STALLED:
         assert rule is not None, "a schedule that waits for a stall needs a rule"
         lines = _rule_lines(schedule, rule)
@@ -35,17 +35,16 @@ def _plan_lines(schedule: Schedule, merge_at_end: bool, done: int, merges: Seque
     if not schedule.merges:
         return []
     planned = list(merges)
-    for step in range(done + 1, schedule.total_steps):
-        if schedule.merges_after(step, planned):
+    for step in range(schedule.merge_every, schedule.total_steps, schedule.merge_every):
+        if step > done and schedule.merges_after(step, planned):
             planned.append(step)
     coming = planned[len(merges) :]
     lines = [f"merges after {_steps(coming)} of {schedule.total_steps}"] if coming else []
     early = [step for step in schedule.merge_steps_in_warmup() if step > done]
     if early:
         lines.append(f"nothing is merged after {_steps(early)}: the first warm-up takes {schedule.warmup_steps}")
-    for step in schedule.merges_left_out():
-        lines.append(_left_out(schedule, step, merge_at_end))
-    if not coming and not lines:
+    lines += [_left_out(schedule, step, merge_at_end) for step in schedule.merges_left_out() if step > done]
+    if not lines:
         lines.append(f"no merge comes by itself: --merge_every is {schedule.merge_every}, {_ahead(schedule, done)}")
     return lines
 

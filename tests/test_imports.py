@@ -48,16 +48,8 @@ DISTRIBUTED = {"ranks", "engine", "checkpoint", "remora", "saving", "trainer"}
 """Rooms that may import torch.distributed."""
 
 STANDARD_LIBRARY_ONLY = {
-    "errors",
-    "version",
-    "schedules",
-    "stall",
-    "schedule_text",
-    "ds_config_keys",
-    "ds_config",
-    "files",
-    "cli",
-}
+    "errors", "version", "schedules", "stall", "schedule_text", "ds_config_keys", "ds_config", "files", "cli",
+}  # fmt: skip
 WITHOUT_DEEPSPEED = ("operators", "layer", "config", "injection", "data", "ledger", "export", "arguments", "validation")
 """Rooms that must not need DeepSpeed, not even through another room."""
 

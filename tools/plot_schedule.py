@@ -24,8 +24,8 @@ from mora_ds.errors import UserError
 from mora_ds.schedule_text import side_by_side, start_lines, text_plot
 from mora_ds.schedules import Schedule, ScheduleKind
 
-PANEL = (34, 6)
-"""Columns and rows of one of four plots."""
+PANEL_COLUMNS, PANEL_ROWS = 34, 6
+"""Of one of four plots."""
 
 
 def main() -> None:
@@ -47,8 +47,9 @@ def main() -> None:
 
 def _four(schedule: Schedule, merges: list[int]) -> list[str]:
     kinds = [ScheduleKind.COSINE, ScheduleKind.LINEAR, ScheduleKind.CONSTANT, ScheduleKind.WARMUP_STABLE_DECAY]
-    panels = [text_plot(dataclasses.replace(schedule, kind=kind), merges, *PANEL) for kind in kinds]
-    return [*side_by_side(*panels[:2]), "", *side_by_side(*panels[2:])]
+    schedules = [dataclasses.replace(schedule, kind=kind) for kind in kinds]
+    one, two, three, four = (text_plot(each, merges, PANEL_COLUMNS, PANEL_ROWS) for each in schedules)
+    return [*side_by_side(one, two), "", *side_by_side(three, four)]
 
 
 def _about_merges(arguments: Arguments, schedule: Schedule, given: list[int] | None) -> list[str]:
