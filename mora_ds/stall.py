@@ -122,6 +122,18 @@ class StallRule:
             f"--stall_tolerance is {self.tolerance:.2%}"
         )
 
+    def complaint(self, history: Sequence[float]) -> str | None:
+        """What to change where noise alone is wider than the tolerance, so that no stall can be seen; else None."""
+        found = self.judge(history)
+        if found is None or found.error < self.tolerance:
+            return None
+        needed = math.ceil(self.window * (found.error / self.tolerance) ** 2)
+        return (
+            f"{_NAMES[self.signal]} is too noisy for a stall to be seen: two standard errors over {self.window} steps "
+            f"are {found.error:.2%}, --stall_tolerance is {self.tolerance:.2%}. A --stall_window of more than "
+            f"{needed}, more sequences a step or a larger tolerance would do"
+        )
+
     def __str__(self) -> str:
         return (
             f"{_NAMES[self.signal]} moves by less than {self.tolerance:.3g} of itself over {self.window} steps, "

@@ -80,6 +80,7 @@ class Trainer:
         if self.merger is not None:
             self.merger.probe = self._probe_loss
         self.bytes_gathered_per_step = 0
+        self._has_complained = False
 
     @property
     def rows_per_step(self) -> int:
@@ -195,6 +196,10 @@ class Trainer:
         shared = torch.tensor(value, dtype=torch.float64, device=self.engine.device)
         dist.broadcast(shared, 0)
         state.stall_window = rule.noted(state.stall_window, shared.item())
+        complaint = None if self._has_complained else rule.complaint(state.stall_window)
+        if complaint:
+            self.log.say(f"step {state.step}: {complaint}")
+            self._has_complained = True
 
     def _merge_is_due(self) -> bool:
         """From the state alone, which is the same on all ranks and in every checkpoint."""
