@@ -26,6 +26,9 @@ LEAST_WINDOW = 3
 
 _STANDARD_ERRORS = 2.0
 
+_NOTHING = 1e-200
+"""Below it squares of floats are zeros: no mean that one could take a share of."""
+
 
 class StallSignal(str, Enum):
     """What is watched."""
@@ -54,11 +57,11 @@ class Trend:
 def trend(values: Sequence[float]) -> Trend | None:
     """The least-squares line through `values`, finite numbers at equal distances.
 
-    None where there are fewer than `LEAST_WINDOW` or their mean is zero (squares that have not moved yet).
+    None where there are fewer than `LEAST_WINDOW` or their mean is next to nothing (squares that have not moved yet).
     """
     count = len(values)
     mean = math.fsum(values) / count if count else 0.0
-    if count < LEAST_WINDOW or mean == 0:
+    if count < LEAST_WINDOW or abs(mean) < _NOTHING:
         return None
     places = [place - (count - 1) / 2 for place in range(count)]
     spread = count * (count * count - 1) / 12

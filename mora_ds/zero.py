@@ -16,7 +16,6 @@ The frozen base never appears here: it is made of buffers, which ZeRO does not s
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -113,10 +112,8 @@ def group_energy(engine: Engine, group: int) -> float:
     whole = not isinstance(engine.optimizer, (DeepSpeedZeroOptimizer_Stage3, DeepSpeedZeroOptimizer, BF16_Optimizer))
     if whole and engine.global_rank != 0:
         return 0.0
-    norms = [
-        torch.linalg.vector_norm(master.detach(), dtype=torch.float64).item() for master, _ in _masters(engine, group)
-    ]
-    return math.fsum(norm * norm for norm in norms)
+    norms = [torch.linalg.vector_norm(values.detach(), dtype=torch.float64) for values in _unpadded(engine, group)]
+    return torch.stack(norms).square().sum().item() if norms else 0.0
 
 
 def set_learning_rate(engine: Engine, learning_rate: float) -> None:
@@ -216,6 +213,21 @@ def _stage3_masters(optimizer: Any, group: int) -> Iterator[tuple[Tensor, dict[s
         yield master, optimizer.optimizer.state[master]
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_out(index)
+
+
+def _unpadded(engine: Engine, group: int) -> Iterator[Tensor]:
+    """The values in `_masters`. ZeRO-3 fills up each parameter's last partition with memory as it finds it
+    (partition_parameters.py, `_partition_param`), which any sum must leave out; the others fill up with zeros."""
+    optimizer = engine.optimizer
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        yield from (master for master, _ in _masters(engine, group))
+        return
+    indices = [index for index, owner in sorted(optimizer.sub_group_to_group_id.items()) if owner == group]
+    for index, (master, _) in zip(indices, _stage3_masters(optimizer, group), strict=True):
+        for parameter in optimizer.fp16_groups[index]:
+            _, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            before = optimizer._get_param_partition_rank(parameter) * size
+            yield master.narrow(0, offset, max(0, min(size, parameter.ds_numel - before)))
 
 
 def _reset_group_step(engine: Engine, group: int, reset_state: StateReset) -> None:
