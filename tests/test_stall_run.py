@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ def test_a_resumed_run_decides_as_the_uninterrupted_one(
     run_ranks(2, interrupted_job, flags, merges(whole)[1])
     run(2, flags)
     assert_same_run(out, whole)
-    assert state(out, STEPS - 2)["stall_window"] == state(whole, STEPS - 2)["stall_window"] != []
+    windows = [[state(each, step)["stall_window"] for step in range(3, STEPS, 3)] for each in (out, whole)]
+    assert windows[0] == windows[1] and any(windows[0])
 
 
 def test_one_rank_merges_at_the_same_steps(user: Playground, wholes: dict[str, Path], tmp_path: Path) -> None:
@@ -150,17 +152,20 @@ def test_the_rule_must_not_change_in_mid_run(user: Playground, wholes: dict[str,
     assert kind == "UserError" and "merge_when: 'stalled' there" in message
 
 
-def energies(stage: int, dtype: str) -> tuple[float, float]:
-    """(norm of group 0 from all ranks' shares, the same of the gathered master)."""
-    engine = new_engine(stage, dtype)
-    one_step(engine)
-    share = torch.tensor(zero.group_energy(engine, 0), dtype=torch.float64)
-    dist.all_reduce(share)
-    return share.sqrt().item(), zero.full_fp32(engine, engine.module.first).double().norm().item()
+def norms(stage: int) -> list[tuple[float, float]]:
+    """(norm of group 0 from all ranks' shares, the same of the gathered master) in every dtype."""
+    found = []
+    for dtype in ("float32", "bfloat16", "float16"):
+        engine = new_engine(stage, dtype)
+        one_step(engine)
+        share = torch.tensor(zero.group_energy(engine, 0), dtype=torch.float64)
+        dist.all_reduce(share)
+        found.append((share.sqrt().item(), zero.full_fp32(engine, engine.module.first).double().norm().item()))
+    return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_norm_of_a_group_is_put_together_from_all_ranks(stage: int, dtype: str) -> None:
-    for together, whole in run_ranks(2, energies, stage, dtype):
+def test_the_norm_of_a_group_is_put_together_from_all_ranks(stage: int) -> None:
+    """25 values on two ranks: one place is no value, and ZeRO-3 leaves in it what the memory held."""
+    for together, whole in itertools.chain(*run_ranks(2, norms, stage)):
         assert together == pytest.approx(whole, rel=1e-6) and whole > 1
