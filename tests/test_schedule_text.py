@@ -43,7 +43,7 @@ def test_a_merge_whose_ramp_would_not_end_is_announced_as_left_out() -> None:
     assert lines[0] == "merges after steps 25, 50 of 79"
     assert lines[1].startswith("the merge at step 75 is left out: 4 steps would follow and the ramp alone takes 4 ")
     assert "goes on to step 79; its squares stay live (--merge_at_end merges them)" in lines[1]
-    assert "its squares are merged then" in said(short, at_end=True)
+    assert "its squares are merged at the end" in said(short, at_end=True)
     assert "left out" not in said(dataclasses.replace(PLAIN, total_steps=80))
 
 
@@ -80,7 +80,7 @@ def test_a_plot_shows_ramps_merges_and_the_curve() -> None:
     assert title.strip() == "constant" and {len(line) for line in (title, *rows, axis)} == {109}
     assert [column for column, mark in enumerate(axis[9:]) if mark == "^"] == [25, 50, 75]
     assert [row[9 + 26] for row in rows] == [" ", " ", "*", " ", " "], "step 26 runs at 2/5"
-    assert rows[0][9:34] == "*" * 25 and rows[0][34:38] == " " * 4
+    assert rows[0][9:59] == "*" * 25 + " " * 3 + "*" * 22, "steps 25 to 27 lie below 4/5"
 
 
 def test_a_plot_wider_than_the_run_has_no_holes() -> None:
