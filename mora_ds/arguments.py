@@ -18,9 +18,11 @@ from typing import Any
 
 from mora_ds.config import AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.ds_config import EngineSettings
+from mora_ds.errors import member_named
 from mora_ds.flags import documented, parse_flat
 from mora_ds.resets import OptimizerReset
-from mora_ds.schedules import Schedule, schedule_kind
+from mora_ds.schedules import MergeWhen, Schedule, schedule_kind
+from mora_ds.stall import DEFAULT_TOLERANCE, StallRule, StallSignal
 
 RECORDED_KEYS = ("versions", "resolved")
 """Top-level keys under which `run.yaml` may record facts that are no settings; a recipe may carry them unread."""
@@ -99,7 +101,19 @@ class AdapterArguments:
     train_head: bool = False
     """Train the output head too."""
     merge_every: int = 0
-    """ReMoRA: optimizer steps from one merge to the next; 0 for none."""
+    """ReMoRA: optimizer steps from one merge to the next; 0 for none. With --merge_when stalled: steps of the shortest
+    cycle, 0 for as short as the ramp and --stall_window allow."""
+    merge_when: str = MergeWhen.STEPS.value
+    """steps (every --merge_every steps) or stalled (when --stall_signal has flattened)."""
+    stall_signal: str = StallSignal.LOSS.value
+    """What must flatten: loss (the training loss) or update (the norm of all squares, which start a cycle at 0)."""
+    stall_window: int = 200
+    """Optimizer steps at full rate over which it must be flat; the noisier the loss, the longer."""
+    stall_tolerance: float | None = None
+    """Flat is what moves by less than this share of itself over the window, two standard errors of a straight line
+    included. Default: 0.01 for loss, 0.05 for update."""
+    merge_at_latest: int = 0
+    """With --merge_when stalled: merge a cycle of this many steps even if nothing has stalled; 0 for no limit."""
     restart_warmup_steps: int = 10
     """Optimizer steps over which the rate climbs back after a merge (the paper: 50 of 2000)."""
     optimizer_reset: str = OptimizerReset.ZERO.value
@@ -115,6 +129,22 @@ class AdapterArguments:
     """Peak rate of those steps. Default: a tenth of --learning_rate."""
     merge_at_end: bool = False
     """Merge once more after the last step, so that the run ends with squares of zero."""
+
+    def stall_rule(self) -> StallRule | None:
+        """What decides about merges with --merge_when stalled. Raises `UserError` for settings that make no rule."""
+        if self.merge_when != MergeWhen.STALLED.value:
+            return None
+        signal = member_named(StallSignal, "stall_signal", self.stall_signal)
+        tolerance = DEFAULT_TOLERANCE[signal] if self.stall_tolerance is None else self.stall_tolerance
+        return StallRule(signal, self.stall_window, tolerance)
+
+    def merge_identity(self) -> dict[str, Any]:
+        """What must not change in mid-run for merges to come when they would have come."""
+        rule, identity = self.stall_rule(), {"merge_every": self.merge_every}
+        if rule is None:
+            return identity  # the same as before there were other rules: old checkpoints still resume
+        stalled = {"stall_signal": rule.signal.value, "stall_window": rule.window, "stall_tolerance": rule.tolerance}
+        return {**identity, "merge_when": self.merge_when, "merge_at_latest": self.merge_at_latest, **stalled}
 
     def config(self, seed: int) -> AdapterConfig:
         """These settings as the adapter's own config."""
@@ -278,6 +308,8 @@ class Arguments:
             decay_ratio=training.decay_ratio,
             merge_every=adapter.merge_every,
             restart_warmup_steps=adapter.restart_warmup_steps,
+            merge_when=member_named(MergeWhen, "merge_when", adapter.merge_when),
+            longest_cycle=adapter.merge_at_latest,
         )
 
 

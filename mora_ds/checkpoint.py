@@ -41,6 +41,8 @@ class TrainerState:
     step: int = 0
     tokens: int = 0
     merges: list[int] = field(default_factory=list)
+    stall_window: list[float] = field(default_factory=list)
+    """What `stall.StallRule` decides from: the newest values of its signal in the running cycle."""
     perplexity_before: dict[str, float] = field(default_factory=dict)
     perplexity_last: dict[str, float] = field(default_factory=dict)
     total_steps: int = 0

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from enum import Enum
+from typing import TypeVar
+
+Member = TypeVar("Member", bound=Enum)
 
 
 class UserError(ValueError):
@@ -21,3 +25,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """A hint such as " Did you mean 'merge_every'?" for a misspelt `word`, or "" when nothing is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def member_named(enum: type[Member], flag: str, name: str) -> Member:
+    """The member of `enum` whose value is `name`. Raises `UserError` that names `--flag` and all values."""
+    known = [str(member.value) for member in enum]
+    if name not in known:
+        raise UserError(f"unknown --{flag} {name!r}; known: {', '.join(known)}.{nearest(name, known)}")
+    return enum(name)

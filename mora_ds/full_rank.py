@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mora_ds.arguments import AdapterKind, Arguments
+from mora_ds.arguments import AdapterArguments, AdapterKind, Arguments
 from mora_ds.checkpoint import AUTO
 from mora_ds.engine import start_distributed
 from mora_ds.errors import UserError
@@ -52,10 +52,7 @@ def _full_rank_part(arguments: Arguments) -> Arguments:
     rate = adapter.full_rank_learning_rate or DEFAULT_RATIO * training.learning_rate
     return replace(
         arguments,
-        adapter=replace(
-            adapter, adapter=AdapterKind.FULL.value, merge_every=0, merge_at_end=False, full_rank_steps=0,
-            full_rank_learning_rate=None,
-        ),
+        adapter=AdapterArguments(adapter=AdapterKind.FULL.value),
         training=replace(
             training, output_dir=str(Path(training.output_dir).expanduser() / FOLDER),
             max_steps=adapter.full_rank_steps, learning_rate=rate, warmup_steps=warmup, warmup_ratio=0.0,

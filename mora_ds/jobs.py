@@ -184,7 +184,7 @@ def _common_identity(arguments: Arguments, data: RunData, ds_config: dict[str, A
         "document_mask": arguments.data.document_mask,
         "seed": arguments.training.seed,
         "global_batch_size": rows_per_step(arguments, world),
-        "merge_every": arguments.adapter.merge_every,
+        **arguments.adapter.merge_identity(),
         "full_rank_steps": arguments.adapter.full_rank_steps,
         "dtype": compute_dtype(ds_config),
         "zero_stage": ds_config["zero_optimization"]["stage"],

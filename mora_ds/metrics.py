@@ -102,6 +102,15 @@ class MetricsLog:
             if value is not None:
                 self._board.add_scalar(f"merge/{name}", value, step)
 
+    def stall(self, step: int, facts: dict[str, Any]) -> None:
+        """Where `stall.StallRule` stands after `step`; `facts` as it gives them."""
+        if not self.enabled:
+            return
+        self._write({"step": step, "stall": facts})
+        for name, value in facts.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(f"stall/{name}", value, step)
+
     def advance(self, step: int) -> None:
         if self.enabled:
             self._bar.update(step - self._bar.n)

@@ -203,6 +203,7 @@ def _loop_settings(arguments: Arguments, steps: int, first_batch: int) -> LoopSe
         max_eval_batches=training.max_eval_batches,
         save_steps=training.save_steps,
         merge_at_end=arguments.adapter.merge_at_end,
+        stall=arguments.adapter.stall_rule(),
     )
 
 

@@ -26,7 +26,9 @@ from mora_ds.data import IGNORED, PackedDataset
 from mora_ds.errors import RunError, UserError
 from mora_ds.metrics import MetricsLog, StepMetrics, peak_memory_bytes, perplexity
 from mora_ds.remora import MergeReport
+from mora_ds.schedule_text import start_lines
 from mora_ds.schedules import Schedule
+from mora_ds.stall import StallRule, StallSignal
 
 PROBE_ROWS = 2
 """Sequences of the batch whose loss is measured before and after a merge: the first of the corpus, on every rank."""
@@ -55,6 +57,8 @@ class LoopSettings:
     merge_at_end: bool = False
     first_batch: int = 0
     """Number of the first step's batch in the order of the data."""
+    stall: StallRule | None = None
+    """What makes a merge due where the schedule waits for a stall."""
 
 
 @dataclass
@@ -78,6 +82,7 @@ class Trainer:
         if self.merger is not None:
             self.merger.probe = self._probe_loss
         self.bytes_gathered_per_step = 0
+        self._has_complained = False
 
     @property
     def rows_per_step(self) -> int:
@@ -95,6 +100,9 @@ class Trainer:
             self.log.say(f"all {self.state.step} steps of this run are done: nothing left to train")
             return self.state
         self.state.finished = False
+        settings, state = self.settings, self.state
+        for line in start_lines(self.schedule, settings.stall, settings.merge_at_end, state.step, state.merges):
+            self.log.say(line)
         with self.counter.counting():
             if self.state.step == 0 and self.settings.eval_on_start:
                 self.state.perplexity_before = self.evaluate()
@@ -103,19 +111,24 @@ class Trainer:
             self._finish()
         return self.state
 
+    @property
+    def _logs_this_step(self) -> bool:
+        return self.state.step % self.settings.logging_steps == 0 or self.state.step == self.settings.total_steps
+
     # -- one optimizer step ----------------------------------------------------------------------------------------
 
     def _step(self) -> None:
         started = time.perf_counter()
         self.counter.reset()
-        rate = self.schedule.learning_rate(self.state.step)
+        rate = self.schedule.learning_rate(self.state.step, self.state.merges)
         zero.set_learning_rate(self.engine, rate)
         loss = self._forward_backward()
         self.state.step += 1
         self.state.tokens += self.rows_per_step * self.train_data.seq_len
         self.bytes_gathered_per_step = self.counter.gathered_bytes
         self._stop_unless_finite(loss, f"the loss is {loss} at step {self.state.step}")
-        if self.state.step % self.settings.logging_steps == 0 or self.state.step == self.settings.total_steps:
+        self._note_stall_signal(loss)
+        if self._logs_this_step:
             self.log.step(self._metrics(loss, rate, time.perf_counter() - started))
         self.log.advance(self.state.step)
         self._after_step()
@@ -162,13 +175,47 @@ class Trainer:
 
     def _after_step(self) -> None:
         step, settings = self.state.step, self.settings
-        if self.schedule.merges_after(step):
+        if self._merge_is_due():
             self._merge()
         at_end = step == settings.total_steps
         if settings.eval_steps and step % settings.eval_steps == 0 and not at_end:
             self.evaluate()
         if settings.save_steps and step % settings.save_steps == 0 and not at_end:
             self._save()
+
+    def _note_stall_signal(self, loss: float) -> None:
+        """The step just done goes into the running cycle's history, if it was one at full rate and not dropped by fp16
+        loss scaling. Rank 0's value, so that all ranks decide alike."""
+        rule, state = self.settings.stall, self.state
+        if rule is None or not self.schedule.at_full_rate(state.step - 1, state.merges):
+            return
+        if zero.step_was_skipped(self.engine):
+            return
+        value = loss
+        if rule.signal is StallSignal.UPDATE:
+            value = math.sqrt(self._sum_over_ranks(zero.group_energy(self.engine, 0)))
+            self._stop_unless_finite(value, f"the norm of the squares is {value} at step {state.step}")
+        shared = torch.tensor(value, dtype=torch.float64, device=self.engine.device)
+        dist.broadcast(shared, 0)
+        state.stall_window = rule.noted(state.stall_window, shared.item())
+        complaint = None if self._has_complained else rule.complaint(state.stall_window)
+        if complaint:
+            self.log.say(f"step {state.step}: {complaint}")
+            self._has_complained = True
+
+    def _merge_is_due(self) -> bool:
+        """From the state alone, which is the same on all ranks and in every checkpoint."""
+        rule, state = self.settings.stall, self.state
+        if rule is None:
+            return self.schedule.merges_after(state.step, state.merges)
+        stalled = rule.stalled(state.stall_window)
+        due = self.schedule.merges_after(state.step, state.merges, stalled)
+        if due or self._logs_this_step:
+            self.log.stall(state.step, {**rule.facts(state.stall_window), "merges": due})
+        if due:
+            reason = "stalled" if stalled else "at its longest (--merge_at_latest)"
+            self.log.say(f"step {state.step}: the cycle is {reason}: {rule.sentence(state.stall_window)}")
+        return due
 
     def _save(self) -> None:
         """Not without a look at the loss of the batch to come: a step may have a finite loss and leave squares that
@@ -185,6 +232,7 @@ class Trainer:
         assert self.merger is not None, "a schedule with merges needs a merger"
         report = self.merger.merge(self.state.step)
         self.state.merges.append(self.state.step)
+        self.state.stall_window = []
         self.log.merge(report.step, report.row())
         self.log.say(str(report))
 

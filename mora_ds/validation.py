@@ -20,8 +20,8 @@ from mora_ds.arguments import (
     TrainingArguments,
 )
 from mora_ds.config import LoRAConfig, MoRAConfig
-from mora_ds.errors import UserError, nearest
-from mora_ds.schedules import schedule_kind
+from mora_ds.errors import UserError, member_named, nearest
+from mora_ds.schedules import MergeWhen, schedule_kind
 
 Check = tuple[bool, str]
 """(whether it is wrong, what to say then)."""
@@ -87,10 +87,11 @@ def _adapter(adapter: AdapterArguments) -> Iterator[Check]:
     yield _choice("adapter", adapter.adapter, AdapterKind)
     yield _choice("optimizer_reset", adapter.optimizer_reset, OptimizerReset)
     yield _choice("merge_precision", adapter.merge_precision, MergePrecision)
+    stalled = adapter.merge_when == MergeWhen.STALLED.value
     control = adapter.adapter in (AdapterKind.FULL.value, AdapterKind.NONE.value)
     yield (
-        control and (adapter.merge_every > 0 or adapter.merge_at_end),
-        f"--adapter {adapter.adapter} has nothing to merge: drop --merge_every and --merge_at_end",
+        control and (adapter.merge_every > 0 or adapter.merge_at_end or stalled),
+        f"--adapter {adapter.adapter} has nothing to merge: drop --merge_every, --merge_when and --merge_at_end",
     )
     yield adapter.full_rank_steps < 0, _at_least("full_rank_steps", 0, adapter.full_rank_steps)
     yield (
@@ -99,6 +100,15 @@ def _adapter(adapter: AdapterArguments) -> Iterator[Check]:
     )
     rate = adapter.full_rank_learning_rate
     yield rate is not None and not 0 < rate < float("inf"), f"--full_rank_learning_rate must be above 0, got {rate}"
+    for name in ("stall_signal", "stall_window", "stall_tolerance", "merge_at_latest"):
+        changed = getattr(adapter, name) != getattr(AdapterArguments, name)
+        yield changed and not stalled, f"--{name} is for --merge_when stalled, and it is {adapter.merge_when}"
+    useless = adapter.restart_warmup_steps + adapter.stall_window
+    yield (
+        stalled and 0 < adapter.merge_at_latest <= useless,
+        f"--merge_at_latest {adapter.merge_at_latest} must be more than --restart_warmup_steps and --stall_window "
+        f"together, {useless}: no cycle would be judged",
+    )
 
 
 def _parts(arguments: Arguments) -> Iterator[Check]:
@@ -165,7 +175,12 @@ def _refusals(arguments: Arguments) -> list[str]:
     rank = max(adapter.mora_rank, 1)
     steps = training.max_steps - adapter.full_rank_steps if training.max_steps > 0 else _UNKNOWN_LENGTH
     ratio = training.warmup_ratio if 0 <= training.warmup_ratio < 1 else 0.0
-    ramps = replace(arguments, training=replace(training, lr_scheduler_type="constant", warmup_ratio=ratio))
+    when = adapter.merge_when if adapter.merge_when in list(MergeWhen) else MergeWhen.STEPS.value
+    ramps = replace(
+        arguments,
+        training=replace(training, lr_scheduler_type="constant", warmup_ratio=ratio),
+        adapter=replace(adapter, merge_when=when),
+    )
     attempts: list[Callable[[], object]] = [
         lambda: MoRAConfig(rank=adapter.mora_rank),
         lambda: MoRAConfig(rank=rank, operator=adapter.operator, grouping=adapter.grouping),
@@ -174,8 +189,10 @@ def _refusals(arguments: Arguments) -> list[str]:
         lambda: MoRAConfig(target_modules=tuple(adapter.target_modules)),
         lambda: schedule_kind(training.lr_scheduler_type),
         lambda: ramps.schedule(max(steps, 1)),
-        lambda: LoRAConfig(rank=adapter.mora_rank if adapter.lora_rank is None else adapter.lora_rank),
+        lambda: LoRAConfig(rank=rank if adapter.lora_rank is None else adapter.lora_rank),
         lambda: LoRAConfig(alpha=adapter.lora_alpha),
+        lambda: member_named(MergeWhen, "merge_when", adapter.merge_when),
+        lambda: adapter.stall_rule(),
     ]
     return [line for attempt in attempts for line in _refusal_of(attempt)]
 

@@ -7,6 +7,7 @@ What the rest of the house needs from it:
     full_fp32           one parameter's fp32 master, gathered (r_hat^2 * 4 bytes)
     set_fp32            its opposite: master and low-precision copies from a whole tensor, without a collective
     reset_group         a parameter group back to zero: master, low-precision copies, moments, step count
+    group_energy        summed squares of a group's masters, this rank's share
     mend_stage_0        three faults of runs without ZeRO
     CollectiveCounter   bytes that every collective carried, by kind
 
@@ -126,6 +127,19 @@ def state_tensors(engine: Engine, group: int) -> Iterator[tuple[str, Tensor]]:
                 yield key, value
 
 
+def group_energy(engine: Engine, group: int) -> float:
+    """This rank's share of the summed squares of a group's fp32 masters: add it up over all ranks.
+
+    One pass over the local partition. Where every rank holds whole masters rank 0's count alone. With masters on NVMe
+    they are read for it.
+    """
+    whole = not isinstance(engine.optimizer, (DeepSpeedZeroOptimizer_Stage3, DeepSpeedZeroOptimizer, BF16_Optimizer))
+    if whole and engine.global_rank != 0:
+        return 0.0
+    norms = [torch.linalg.vector_norm(values.detach(), dtype=torch.float64) for values in _unpadded(engine, group)]
+    return torch.stack(norms).square().sum().item() if norms else 0.0
+
+
 def set_learning_rate(engine: Engine, learning_rate: float) -> None:
     """The rate of the next optimizer step, for every group."""
     for group in engine.optimizer.param_groups:
@@ -223,6 +237,21 @@ def _stage3_masters(optimizer: Any, group: int) -> Iterator[tuple[Tensor, dict[s
         yield master, optimizer.optimizer.state[master]
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_out(index)
+
+
+def _unpadded(engine: Engine, group: int) -> Iterator[Tensor]:
+    """The values in `_masters`. ZeRO-3 fills up each parameter's last partition with memory as it finds it
+    (partition_parameters.py, `_partition_param`), which any sum must leave out; the others fill up with zeros."""
+    optimizer = engine.optimizer
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        yield from (master for master, _ in _masters(engine, group))
+        return
+    indices = [index for index, owner in sorted(optimizer.sub_group_to_group_id.items()) if owner == group]
+    for index, (master, _) in zip(indices, _stage3_masters(optimizer, group), strict=True):
+        for parameter in optimizer.fp16_groups[index]:
+            _, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            before = optimizer._get_param_partition_rank(parameter) * size
+            yield master.narrow(0, offset, max(0, min(size, parameter.ds_numel - before)))
 
 
 def _reset_group_step(engine: Engine, group: int, reset_state: StateReset) -> None:

@@ -13,6 +13,7 @@ from mora_ds.arguments import AdapterArguments, Arguments, TrainingArguments, du
 from mora_ds.errors import UserError
 from mora_ds.flags import documented
 from mora_ds.schedules import ScheduleKind
+from mora_ds.stall import StallRule, StallSignal
 from mora_ds.validation import validate
 
 RUN = ["--model_name_or_path", "model", "--train_files", "a.txt"]
@@ -185,6 +186,7 @@ def test_run_yaml_is_a_recipe_that_repeats_the_run(tmp_path: Path) -> None:
 
 # -- checks ------------------------------------------------------------------------------------------------------
 
+STALLED = {"merge_when": "stalled"}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"mora_rank": 0}, "--mora_rank must be at least 1, got 0"),
     "negative rank": ({"mora_rank": -4}, "--mora_rank must be at least 1"),
@@ -198,6 +200,20 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "precision": ({"merge_precision": "exat"}, "Did you mean 'exact'?"),
     "full merges": ({"adapter": "full", "merge_every": 50}, "no squares to merge"),
     "merge inside ramp": ({"merge_every": 10, "restart_warmup_steps": 10}, "must be more than --restart_warmup_steps"),
+    "merge when": (
+        {"merge_when": "staled"},
+        "unknown --merge_when 'staled'; known: steps, stalled. Did you mean 'stall",
+    ),
+    "stall signal": ({**STALLED, "stall_signal": "los"}, "unknown --stall_signal 'los'; known: loss, update."),
+    "stall window": ({**STALLED, "stall_window": 2}, "--stall_window must be at least 3, got 2"),
+    "stall tolerance": ({**STALLED, "stall_tolerance": 0.0}, "--stall_tolerance must be above 0"),
+    "stalled full": ({**STALLED, "adapter": "full"}, "no squares to merge"),
+    "stalled without ramp": ({**STALLED, "restart_warmup_steps": 0}, "--restart_warmup_steps must be at least 1"),
+    "short longest": ({**STALLED, "merge_at_latest": 210}, "--merge_at_latest 210 must be more than"),
+    "longest below shortest": ({**STALLED, "merge_every": 300, "merge_at_latest": 250}, "less than --merge_every 300"),
+    "negative longest": ({**STALLED, "merge_at_latest": -1}, "--merge_at_latest must not be negative"),
+    "stray stall flag": ({"stall_window": 50}, "--stall_window is for --merge_when stalled, and it is steps"),
+    "stray longest": ({"merge_at_latest": 50}, "--merge_at_latest is for --merge_when stalled"),
     "no ramp": ({"merge_every": 10, "restart_warmup_steps": 0}, "--restart_warmup_steps must be at least 1"),
     "scheduler": ({"lr_scheduler_type": "cosin"}, "Did you mean 'cosine'?"),
     "long warm-up": ({"max_steps": 10, "warmup_steps": 10}, "--warmup_steps 10 must be less than"),
@@ -259,6 +275,19 @@ def test_schedule_takes_its_warmup_from_steps_or_ratio() -> None:
     assert parse(["--warmup_ratio", "0.03"]).schedule(1000).warmup_steps == 30
     schedule = parse(["--warmup_steps", "7", "--lr_scheduler_type", "constant_with_warmup"]).schedule(1000)
     assert (schedule.warmup_steps, schedule.kind) == (7, ScheduleKind.CONSTANT)
+
+
+def test_a_stall_rule_has_the_tolerance_of_its_signal() -> None:
+    assert parse(["--merge_every", "50"]).adapter.stall_rule() is None
+    stalled = ["--merge_when", "stalled"]
+    assert parse(stalled).adapter.stall_rule() == StallRule(StallSignal.LOSS, 200, 0.01)
+    update = parse([*stalled, "--stall_signal", "update", "--stall_window", "30"])
+    assert update.adapter.stall_rule() == StallRule(StallSignal.UPDATE, 30, 0.05)
+    validate(from_flat({"model_name_or_path": "m", "train_files": ["a.txt"], "merge_when": "stalled"}))
+
+
+def test_checkpoints_from_before_there_were_stalls_still_belong_to_their_run() -> None:
+    assert parse(["--merge_every", "50"]).adapter.merge_identity() == {"merge_every": 50}
 
 
 def test_adapter_settings_become_the_adapters_config() -> None:

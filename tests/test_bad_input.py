@@ -57,6 +57,7 @@ FLAGS: list[tuple[list[Any], list[str]]] = [
     (["--max_steps", 0], ["--max_steps"]),
     (["--warmup_steps", 6], ["--warmup_steps 6", "6 steps"]),
     (["--merge_every", 5, "--restart_warmup_steps", 5], ["--merge_every 5", "--restart_warmup_steps 5"]),
+    (["--merge_when", "stalled", "--stall_window", 2], ["--stall_window must be at least 3, got 2"]),
     (["--adapter", "full", "--merge_every", 3], ["--adapter full", "--merge_every"]),
     (["--bf16", "true", "--fp16", "true"], ["--bf16", "--fp16"]),
     (["--learning_rate", "nan"], ["--learning_rate"]),

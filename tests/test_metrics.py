@@ -10,6 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mora_ds.metrics import MetricsLog, StepMetrics, peak_memory_bytes, perplexity, plain_json
+from mora_ds.stall import StallRule, StallSignal
 from tests.jobs import rows
 
 
@@ -30,6 +31,20 @@ def test_a_row_has_the_promised_fields(tmp_path: Path) -> None:
     assert step["perplexity"] == pytest.approx(math.exp(2))
     assert evaluation == {"step": 1, "eval": {"held": 7.5}}
     assert merge == {"step": 1, "merge": {"cycle": 0, "square_norm": 0.25, "loss_before": None}}
+
+
+def test_where_the_stall_rule_stands_is_in_both(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 3, enabled=True)
+    rule = StallRule(StallSignal.LOSS, 3, 0.1)
+    for step, history in ((1, [2.0]), (2, [2.0, 3.0, 2.5])):
+        log.stall(step, rule.facts(history))
+    log.close()
+    short, full = (row["stall"] for row in rows(tmp_path))
+    assert (short["value"], short["change"], short["error"]) == (2.0, None, None)
+    assert (full["value"], full["values"], full["tolerance"]) == (2.5, 3, 0.1) and full["change"] == pytest.approx(0.2)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("stall/value")] == [1, 2]
+    assert [event.step for event in board.Scalars("stall/change")] == [2]
 
 
 def test_the_line_for_humans() -> None:
@@ -98,6 +113,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log.step(metrics(1))
     log.evaluation(1, {})
     log.merge(1, {"cycle": 0, "square_norm": 0.0})
+    log.stall(1, {"value": 2.0})
     log.advance(1)
     log.say("nothing")
     log.close()

@@ -23,7 +23,7 @@ from mora_ds.data import PackedDataset, build_cache, load_corpus, load_tokenizer
 from mora_ds.export import export_merged
 from mora_ds.trainer import token_nll
 from tests.gloo import run_ranks
-from tests.jobs import REPOSITORY, Playground, environment, job, launch, losses, playground, rows, run
+from tests.jobs import REPOSITORY, Playground, environment, job, launch, losses, playground, rows, run, said
 from tests.models import tiny_model
 
 MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--max_steps", 8, "--eval_steps", 4)
@@ -361,6 +361,16 @@ def test_summary_and_files_of_a_run(plain: Path) -> None:
     assert names == {*written, ".lock"}
     assert [row["step"] for row in rows(plain) if "loss" in row] == list(range(1, 9))
     assert [step for step, _ in perplexities(plain)] == [0, 4, 8]
+
+
+@pytest.mark.gloo
+def test_a_run_says_beforehand_what_it_will_merge_and_what_not(user: Playground, tmp_path: Path) -> None:
+    short = ("--merge_every", 3, "--restart_warmup_steps", 2, "--max_steps", 8)
+    told = run_ranks(1, said, user.flags(tmp_path / "out", *short))[0]
+    before, _, after = told.partition("step 1/8")
+    assert "merges after step 3 of 8\n" in before and "merged cycle 0 at step 3" in after
+    assert "the merge at step 6 is left out: 2 steps would follow and the ramp alone takes 2" in before
+    assert [row["step"] for row in rows(tmp_path / "out") if "merge" in row] == [3]
 
 
 # -- several nodes -----------------------------------------------------------------------------------------------------

@@ -83,6 +83,13 @@ def test_swapped_subgroups_are_read_and_written_back_by_index() -> None:
     assert "fp32_partitioned_groups_flat[sub_group_id]" in source, "stage 3 keeps its masters elsewhere"
 
 
+def test_where_stage_3_says_how_its_partitions_are_filled() -> None:
+    for name in ("get_param_id", "_get_param_partition_rank"):
+        assert callable(getattr(zero.DeepSpeedZeroOptimizer_Stage3, name, None)), f"{name} is gone: see zero._unpadded"
+    source = inspect.getsource(zero.DeepSpeedZeroOptimizer_Stage3._get_fp32_opt_state_partition)
+    assert "group_idx, dest_offset, num_elements = self.grad_position[self.get_param_id(param)]" in source
+
+
 def test_only_zero_optimizers_get_a_scaled_loss() -> None:
     base = import_module("deepspeed.runtime.base_optimizer").ZeROOptimizer
     assert issubclass(zero.DeepSpeedZeroOptimizer, base) and issubclass(zero.BF16_Optimizer, base)
