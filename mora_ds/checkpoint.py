@@ -181,7 +181,7 @@ _MEANING = {
     "base": "weights of --model_name_or_path",
     "tokens": "tokens of the training text (--train_files, --dataset_name and the tokenizer)",
     "adapter.kind": "--adapter",
-    "adapter.rank": "rank of the adapter (--mora_rank, --lora_rank)",
+    "adapter.rank": "--mora_rank (or --lora_rank)",
     "adapter.dropout": "--mora_dropout",
     "global_batch_size": "sequences a step, over all ranks (--per_device_train_batch_size and so on)",
     "zero_stage": "ZeRO stage (--deepspeed)",

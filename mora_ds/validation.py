@@ -22,6 +22,7 @@ from mora_ds.arguments import (
 from mora_ds.config import LoRAConfig, MoRAConfig
 from mora_ds.errors import UserError, member_named, nearest
 from mora_ds.schedules import MergeWhen, schedule_kind
+from mora_ds.stall import StallSignal
 
 Check = tuple[bool, str]
 """(whether it is wrong, what to say then)."""
@@ -103,6 +104,10 @@ def _adapter(adapter: AdapterArguments) -> Iterator[Check]:
     for name in ("stall_signal", "stall_window", "stall_tolerance", "merge_at_latest"):
         changed = getattr(adapter, name) != getattr(AdapterArguments, name)
         yield changed and not stalled, f"--{name} is for --merge_when stalled, and it is {adapter.merge_when}"
+    yield (
+        stalled and adapter.adapter == AdapterKind.LORA.value and adapter.stall_signal == StallSignal.UPDATE.value,
+        "--stall_signal update reads the norm of the squares from 0 upwards, and LoRA's A starts elsewhere: use loss",
+    )
     useless = adapter.restart_warmup_steps + adapter.stall_window
     yield (
         stalled and 0 < adapter.merge_at_latest <= useless,

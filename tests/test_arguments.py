@@ -198,7 +198,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "adapter": ({"adapter": "mroa"}, "unknown --adapter 'mroa'; known: mora, full. Did you mean 'mora'?"),
     "reset": ({"optimizer_reset": "half"}, "--optimizer_reset"),
     "precision": ({"merge_precision": "exat"}, "Did you mean 'exact'?"),
-    "full merges": ({"adapter": "full", "merge_every": 50}, "no squares to merge"),
+    "full merges": ({"adapter": "full", "merge_every": 50}, "nothing to merge"),
     "merge inside ramp": ({"merge_every": 10, "restart_warmup_steps": 10}, "must be more than --restart_warmup_steps"),
     "merge when": (
         {"merge_when": "staled"},
@@ -207,7 +207,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "stall signal": ({**STALLED, "stall_signal": "los"}, "unknown --stall_signal 'los'; known: loss, update."),
     "stall window": ({**STALLED, "stall_window": 2}, "--stall_window must be at least 3, got 2"),
     "stall tolerance": ({**STALLED, "stall_tolerance": 0.0}, "--stall_tolerance must be above 0"),
-    "stalled full": ({**STALLED, "adapter": "full"}, "no squares to merge"),
+    "stalled full": ({**STALLED, "adapter": "full"}, "nothing to merge"),
     "stalled without ramp": ({**STALLED, "restart_warmup_steps": 0}, "--restart_warmup_steps must be at least 1"),
     "short longest": ({**STALLED, "merge_at_latest": 210}, "--merge_at_latest 210 must be more than"),
     "longest below shortest": ({**STALLED, "merge_every": 300, "merge_at_latest": 250}, "less than --merge_every 300"),
