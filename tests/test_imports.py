@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "ds_config_keys", "tables"),
-    ("operators", "schedules", "files", "cli", "ranks", "flags", "ds_config", "zero"),
-    ("compute", "tensor_files", "metrics", "run_folder", "checkpoint", "spectrum", "resets"),
+    ("operators", "schedules", "files", "cli", "ranks", "flags", "ds_optimizer", "zero", "muon"),
+    ("ds_config", "compute", "tensor_files", "metrics", "run_folder", "checkpoint", "spectrum", "resets"),
     ("config", "layer", "base", "export_check"),
     ("injection", "arguments", "ledger", "model", "model_folder", "data"),
     ("adapter_files", "engine", "remora", "validation", "run_data", "ledger_table"),
@@ -41,13 +41,22 @@ DATA_FLOORS: tuple[tuple[str, ...], ...] = (
 
 DATA_SEES = {"errors", "files"}
 
-DEEPSPEED = {"zero", "engine", "saving"}
-"""Rooms that may import deepspeed: internals in `zero`, its public functions in the others."""
+DEEPSPEED = {"zero", "muon", "engine", "saving"}
+"""Rooms that may import deepspeed: internals in `zero` and `muon`, its public functions in the others."""
 
 DISTRIBUTED = {"ranks", "engine", "checkpoint", "remora", "saving", "trainer"}
 """Rooms that may import torch.distributed."""
 
-STANDARD_LIBRARY_ONLY = {"errors", "version", "schedules", "ds_config_keys", "ds_config", "files", "cli"}
+STANDARD_LIBRARY_ONLY = {
+    "errors",
+    "version",
+    "schedules",
+    "ds_config_keys",
+    "ds_optimizer",
+    "ds_config",
+    "files",
+    "cli",
+}
 WITHOUT_DEEPSPEED = ("operators", "layer", "config", "injection", "data", "ledger", "export", "arguments", "validation")
 """Rooms that must not need DeepSpeed, not even through another room."""
 
