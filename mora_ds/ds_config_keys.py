@@ -90,6 +90,7 @@ REFUSED: dict[str, str] = {
     "zero_optimization.cpu_offload_param": f"{_BASE_IS_WHOLE}, and the squares are small",
     "zero_optimization.cpu_offload": 'write "offload_optimizer": {"device": "cpu"}',
     "zero_optimization.zenflow": "it keeps Adam's state where a merge cannot reset it",
+    "zero_optimization.round_robin_gradients": "masters then lie in another order than a merge reads them in",
     "optimizer.params.adam_lr": 'with Muon "lr" is the rate of AdamW\'s half and "muon_lr" that of the squares',
     "optimizer.params.per_head_muon": "a square is no attention projection",
     "bf16.bf16_master_weights_and_grads": _MASTER,
@@ -99,7 +100,6 @@ REFUSED: dict[str, str] = {
 """Settings that cannot be, by dotted path, with the reason. `false`, `null` and `{"enabled": false}` pass."""
 
 REFUSED_WITH_MUON: dict[str, str] = {
-    "zero_optimization.round_robin_gradients": "the squares come out wrong",
     "zero_optimization.save_muon_momentum_buffer_in_memory": "a resumed run would start with the momentum at zero",
     "zero_optimization.zero_quantized_gradients": "stage 3 refuses it",
     "zero_optimization.offload_optimizer.ratio": "Muon's momentum is offloaded whole",

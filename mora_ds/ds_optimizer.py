@@ -75,6 +75,9 @@ def _muon(config: dict[str, Any]) -> list[str]:
         wanted.append(("zero_optimization.reduce_scatter", False, "Muon needs whole gradients at stage 3"))
         # In low precision gradients and Muon's momentum would be gathered, and the momentum kept, in that.
         wanted.append(("communication_data_type", "fp32", "Muon's momentum is kept in that dtype at stage 3"))
+    method = at(config, "optimizer.params.ns_method")
+    if method not in (None, "gram", "standard"):
+        problems.append(f'optimizer.params.ns_method must be "gram" or "standard", got {json.dumps(method)}')
     if at(zero, "offload_optimizer.device") == "nvme":
         problems.append('zero_optimization.offload_optimizer.device = "nvme" has not been tried with Muon: use "cpu"')
     if zero.get("compute_grad_norm") is False:
