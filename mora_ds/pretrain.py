@@ -31,7 +31,6 @@ from mora_ds.checkpoint import (
 )
 from mora_ds.data import PackedDataset, largest_id
 from mora_ds.ds_config import compute_dtype, fill_bucket_sizes, resolve_ds_config
-from mora_ds.ds_optimizer import uses_muon
 from mora_ds.engine import initialize, initialize_full, start_distributed
 from mora_ds.errors import UserError
 from mora_ds.export import export_merged
@@ -252,7 +251,7 @@ def _common_identity(arguments: Arguments, data: RunData, ds_config: dict[str, A
         "merge_every": arguments.adapter.merge_every,
         "dtype": compute_dtype(ds_config),
         "zero_stage": ds_config["zero_optimization"]["stage"],
-        **({"optimizer": arguments.training.optimizer} if uses_muon(ds_config) else {}),
+        **({"optimizer": kind} if (kind := arguments.training.optimizer) != "adamw" else {}),
     }
 
 

@@ -47,7 +47,9 @@ def test_symbols(module: str, name: str) -> None:
 
 def step_calls(optimizer: type) -> list[str]:
     """Names of the methods on self that `step` calls, in order."""
-    words = inspect.getsource(optimizer.step).replace("(", " ").split()
+    source = inspect.getsource(optimizer)  # of the class: `step` may be decorated
+    step = source[source.index("    def step(self") :].split("\n    def ")[0]
+    words = step.replace("(", " ").split()
     return [word.removeprefix("self.") for word in words if word.startswith("self.")]
 
 
@@ -148,6 +150,6 @@ def everything(folder: str) -> dict[str, Any]:
 def test_the_faults_are_still_there(tmp_path: Any) -> None:
     for found in run_ranks(2, everything, str(tmp_path)):
         for case, norm in found["clipped"].items():
-            assert norm == pytest.approx(0.01, rel=0.01), f"{case}: the gradient is clipped now? See muon.mend_clipping"
+            assert 0.009 < norm <= 0.01, f"{case}: the gradient is clipped now? See muon.mend_clipping"
         assert not found["buffer resumed"], "save_muon_momentum_buffer_in_memory can be allowed now"
         assert found["tags"] == [True, False]
