@@ -18,6 +18,7 @@ from typing import Any
 
 from mora_ds.config import AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.ds_config import EngineSettings
+from mora_ds.ds_optimizer import OptimizerKind
 from mora_ds.errors import member_named
 from mora_ds.flags import documented, parse_flat
 from mora_ds.resets import OptimizerReset
@@ -117,8 +118,8 @@ class AdapterArguments:
     restart_warmup_steps: int = 10
     """Optimizer steps over which the rate climbs back after a merge (the paper: 50 of 2000)."""
     optimizer_reset: str = OptimizerReset.ZERO.value
-    """What a merge does to Adam's state: zero (moments and step count), magnitude (the smallest 90% of each moment),
-    random (a random 99%), or keep."""
+    """What a merge does to the optimizer's state: zero (moments and step count), magnitude (zeroes the smallest 90% of
+    each moment), random (a random 99%), or keep."""
     merge_precision: str = MergePrecision.EXACT.value
     """exact (original weight + all squares so far, summed in fp32, rounded once) or incremental (live weight + the
     newest square, rounded at each merge; needs no original weights)."""
@@ -216,6 +217,8 @@ class TrainingArguments:
     """Sequences per rank in evaluation."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
+    optimizer: str = OptimizerKind.ADAMW.value
+    """adamw, or muon: DeepSpeed's Muon on the squares, AdamW on whatever else is trained."""
     learning_rate: float = 4e-4
     """Peak rate (the paper, 7B: 4e-4 to 5e-4 at rank 8, 5e-5 to 7e-5 at rank 256)."""
     min_lr_ratio: float = 0.0
@@ -229,13 +232,18 @@ class TrainingArguments:
     warmup_ratio: float = 0.0
     """The same as a share of the run, where --warmup_steps is 0."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay, AdamW's and Muon's."""
     adam_beta1: float = 0.9
     """Adam's decay of the first moment."""
     adam_beta2: float = 0.999
     """Adam's decay of the second moment."""
     adam_epsilon: float = 1e-8
     """Adam's epsilon."""
+    muon_learning_rate: float = 0.01
+    """Peak rate of the squares under --optimizer muon; --learning_rate is then that of AdamW's half. Every update of a
+    square has about this spectral norm, whatever the gradient."""
+    muon_momentum: float = 0.95
+    """Muon's decay of the momentum."""
     max_grad_norm: float = 1.0
     """Clip the gradient to this norm; 0 for no clipping."""
     bf16: bool = False
@@ -277,7 +285,15 @@ class TrainingArguments:
             max_grad_norm=self.max_grad_norm,
             bf16=self.bf16,
             fp16=self.fp16,
+            optimizer=OptimizerKind(self.optimizer),
+            muon_learning_rate=self.muon_learning_rate,
+            muon_momentum=self.muon_momentum,
         )
+
+    @property
+    def peak_rate(self) -> float:
+        """The schedule's peak: that of the squares."""
+        return self.muon_learning_rate if self.optimizer == OptimizerKind.MUON.value else self.learning_rate
 
 
 @dataclass(frozen=True)
@@ -301,7 +317,7 @@ class Arguments:
         training, adapter = self.training, self.adapter
         return Schedule(
             kind=schedule_kind(training.lr_scheduler_type),
-            peak=training.learning_rate,
+            peak=training.peak_rate,
             total_steps=total_steps,
             warmup_steps=training.warmup_steps or math.ceil(training.warmup_ratio * total_steps),
             min_ratio=training.min_lr_ratio,

@@ -186,6 +186,7 @@ _MEANING = {
     "global_batch_size": "sequences a step, over all ranks (--per_device_train_batch_size and so on)",
     "zero_stage": "ZeRO stage (--deepspeed)",
     "dtype": "compute dtype (--bf16, --fp16)",
+    "optimizer": "--optimizer (None: adamw)",
 }
 
 

@@ -19,10 +19,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mora_ds.ds_config_keys import QUIETLY_OFF, REFUSED, SECTIONS, TOP_LEVEL
+from mora_ds.ds_config_keys import AUTO, REFUSED, SECTIONS, TOP_LEVEL
+from mora_ds.ds_config_keys import at as _at
+from mora_ds.ds_config_keys import fill as _fill
+from mora_ds.ds_config_keys import refused_keys as _refused_keys
+from mora_ds.ds_optimizer import OptimizerKind, match_optimizer, optimizer_problems
 from mora_ds.errors import UserError, nearest
-
-AUTO = "auto"
 
 PERSIST_BUDGET_BYTES = 64 * 2**20
 """A rank keeps gathered what fits in here, smallest parameters first: see `fill_bucket_sizes`."""
@@ -32,9 +34,6 @@ REDUCE_BUCKET_NUMEL = 2**25
 
 PREFETCH_PARAMETERS = 8
 """Squares fetched ahead: about those of one transformer block, which has seven linear layers."""
-
-NEVER = 2**31 - 1
-"""`steps_per_print` that keeps DeepSpeed quiet: the trainer logs."""
 
 _BUCKET_KEYS = (
     "reduce_bucket_size",
@@ -60,6 +59,9 @@ class EngineSettings:
     max_grad_norm: float
     bf16: bool
     fp16: bool
+    optimizer: OptimizerKind = OptimizerKind.ADAMW
+    muon_learning_rate: float = 0.0
+    muon_momentum: float = 0.0
 
 
 def load_ds_config(config: dict[str, Any] | str | Path | None) -> dict[str, Any]:
@@ -111,11 +113,12 @@ def resolve_ds_config(
     problems = list(_wrong_shapes(resolved))
     if not problems:
         problems += _unknown_keys(resolved)
-        problems += _refused_keys(resolved)
+        problems += _refused_keys(resolved, REFUSED)
         problems += _match_flags(resolved, settings, world_size)
+        problems += match_optimizer(resolved, settings.optimizer, settings.muon_learning_rate, settings.muon_momentum)
         problems += _precision(resolved, settings)
         problems += _zero(resolved)
-        problems += _optimizer(resolved)
+        problems += optimizer_problems(resolved)
         problems += _left_auto(resolved)
     if problems:
         source = config if isinstance(config, (str, Path)) else "the DeepSpeed config"
@@ -132,7 +135,12 @@ def complete_ds_config(config: dict[str, Any] | str | Path, trainable_numels: Se
     _drop_null_sections(completed)
     problems = list(_wrong_shapes(completed))
     if not problems:
-        problems += [*_unknown_keys(completed), *_refused_keys(completed), *_zero(completed), *_optimizer(completed)]
+        problems += [
+            *_unknown_keys(completed),
+            *_refused_keys(completed, REFUSED),
+            *_zero(completed),
+            *optimizer_problems(completed),
+        ]
         problems += _left_auto(completed)
     if problems:
         raise UserError("\n".join(f"the DeepSpeed config: {problem}" for problem in problems))
@@ -185,14 +193,6 @@ def _persistence_threshold(numels: list[int], bytes_each: int) -> int:
 # -- keys --------------------------------------------------------------------------------------------------------
 
 
-def _at(config: dict[str, Any], path: str) -> Any:
-    """The value at a dotted path, or None."""
-    value: Any = config
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
 def _drop_null_sections(config: dict[str, Any]) -> None:
     """Takes out sections that are null: they are as good as absent."""
     for path in SECTIONS:
@@ -221,16 +221,6 @@ def _unknown_keys(config: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _refused_keys(config: dict[str, Any]) -> list[str]:
-    problems = []
-    for path, reason in REFUSED.items():
-        parent, _, key = path.rpartition(".")
-        holder = _at(config, parent) if parent else config
-        if holder and key in holder and holder.pop(key) not in QUIETLY_OFF:
-            problems.append(f'"{path}" cannot be used: {reason}')
-    return problems
-
-
 def _left_auto(config: dict[str, Any], prefix: str = "") -> list[str]:
     """Every "auto" that neither we fill nor DeepSpeed understands."""
     problems = []
@@ -244,18 +234,6 @@ def _left_auto(config: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 # -- values ------------------------------------------------------------------------------------------------------
-
-
-def _fill(config: dict[str, Any], path: str, wanted: Any, flag: str) -> list[str]:
-    """Puts `wanted` at a dotted path that is absent or "auto"; a problem where another value stands there."""
-    *sections, key = path.split(".")
-    for section in sections:
-        config = config.setdefault(section, {})
-    found = config.get(key, AUTO)
-    if found in (AUTO, wanted):
-        config[key] = wanted
-        return []
-    return [f'{path} = {json.dumps(found)} but {flag}; set it to "auto"']
 
 
 def _match_flags(config: dict[str, Any], settings: EngineSettings, world_size: int) -> list[str]:
@@ -310,18 +288,3 @@ def _zero(config: dict[str, Any]) -> list[str]:
     elif low_precision_without_zero and types["grad_accum_dtype"] == "fp32":
         problems.append('data_types.grad_accum_dtype = "fp32" needs stage 1, 2 or 3 with bf16 or fp16; drop the key')
     return problems
-
-
-def _optimizer(config: dict[str, Any]) -> list[str]:
-    """AdamW of torch, which needs no compiler, also for states offloaded to the CPU; and a quiet engine."""
-    optimizer = config.setdefault("optimizer", {})
-    kind = optimizer.setdefault("type", "AdamW")
-    # "torch_adam": false gives DeepSpeed's own: FusedAdam, or CPUAdam with offload_optimizer, built at first use.
-    params = optimizer.setdefault("params", {})
-    if params.setdefault("torch_adam", True) and "bias_correction" in params:
-        return ['optimizer.params.bias_correction is for DeepSpeed\'s own Adam ("torch_adam": false)']
-    config.setdefault("steps_per_print", NEVER)
-    config.setdefault("wall_clock_breakdown", False)
-    if not isinstance(kind, str) or kind.lower() not in ("adam", "adamw"):
-        return [f"optimizer.type must be AdamW or Adam, got {json.dumps(kind)}: merges reset Adam's moments"]
-    return []

@@ -1,11 +1,15 @@
-"""The keys of a DeepSpeed JSON that DeepSpeed 0.19 reads, and those that a run with whole bases must not hold.
+"""The keys of a DeepSpeed JSON that DeepSpeed 0.19 reads, those that a run with whole bases must not hold, and how to
+reach them.
 
 DeepSpeed ignores an unknown top-level key without a word; a test holds these tables against the installed version.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Any
+
+AUTO = "auto"
 
 
 def _words(text: str) -> frozenset[str]:
@@ -57,7 +61,10 @@ SECTIONS: dict[str, frozenset[str]] = {
     "data_types": _words("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
     "optimizer": _words("type params legacy_fusion"),
     "optimizer.params": _words(
-        "lr betas eps weight_decay torch_adam adam_w_mode bias_correction foreach fp32_optimizer_states"
+        """
+        lr betas eps weight_decay torch_adam adam_w_mode bias_correction foreach fp32_optimizer_states
+        muon_lr momentum ns_method
+        """
     ),
 }
 """Keys of each section that is checked, by its dotted path."""
@@ -83,11 +90,57 @@ REFUSED: dict[str, str] = {
     "zero_optimization.cpu_offload_param": f"{_BASE_IS_WHOLE}, and the squares are small",
     "zero_optimization.cpu_offload": 'write "offload_optimizer": {"device": "cpu"}',
     "zero_optimization.zenflow": "it keeps Adam's state where a merge cannot reset it",
+    "zero_optimization.round_robin_gradients": "masters then lie in another order than a merge reads them in",
+    "optimizer.params.adam_lr": 'with Muon "lr" is the rate of AdamW\'s half and "muon_lr" that of the squares',
+    "optimizer.params.per_head_muon": "a square is no attention projection",
     "bf16.bf16_master_weights_and_grads": _MASTER,
     "bf16.bf16_optimizer_states": _MASTER,
     "fp16.fp16_master_weights_and_grads": _MASTER,
 }
 """Settings that cannot be, by dotted path, with the reason. `false`, `null` and `{"enabled": false}` pass."""
 
+REFUSED_WITH_MUON: dict[str, str] = {
+    "zero_optimization.save_muon_momentum_buffer_in_memory": "a resumed run would start with the momentum at zero",
+    "zero_optimization.zero_quantized_gradients": "stage 3 refuses it",
+    "zero_optimization.offload_optimizer.ratio": "Muon's momentum is offloaded whole",
+    "zero_optimization.offload_optimizer.super_offload": "it steps on its own Adam",
+}
+"""The same for what Muon cannot run with."""
+
+ONLY_FOR_ADAM = frozenset(("bias_correction", "fp32_optimizer_states"))
+ONLY_FOR_MUON = frozenset(("muon_lr", "momentum", "ns_method"))
+"""Keys of optimizer.params that the other optimizer would stumble over, or ignore."""
+
 QUIETLY_OFF: tuple[Any, ...] = (None, False, {}, {"enabled": False}, {"device": "none"})
 """Values with which a refused key does nothing: it is dropped, as DeepSpeed refuses some of them even so."""
+
+
+def at(config: dict[str, Any], path: str) -> Any:
+    """The value at a dotted path, or None."""
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def fill(config: dict[str, Any], path: str, wanted: Any, flag: str) -> list[str]:
+    """Puts `wanted` at a dotted path that is absent or "auto"; a problem where another value stands there."""
+    *sections, key = path.split(".")
+    for section in sections:
+        config = config.setdefault(section, {})
+    found = config.get(key, AUTO)
+    if found in (AUTO, wanted):
+        config[key] = wanted
+        return []
+    return [f'{path} = {json.dumps(found)} but {flag}; set it to "auto"']
+
+
+def refused_keys(config: dict[str, Any], table: dict[str, str]) -> list[str]:
+    """A problem for every key of `table` (dotted path -> reason) that is set; all of them are taken out."""
+    problems = []
+    for path, reason in table.items():
+        parent, _, key = path.rpartition(".")
+        holder = at(config, parent) if parent else config
+        if holder and key in holder and holder.pop(key) not in QUIETLY_OFF:
+            problems.append(f'"{path}" cannot be used: {reason}')
+    return problems

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
+from contextlib import nullcontext
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,9 +21,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from mora_ds import zero
+from mora_ds import muon, zero
 from mora_ds.base import tensor_checksum
 from mora_ds.ds_config import complete_ds_config, compute_dtype
+from mora_ds.ds_optimizer import uses_muon
 from mora_ds.errors import RunError, UserError
 from mora_ds.injection import frozen_buffers, mora_layers, move_base
 
@@ -69,14 +71,20 @@ def initialize(
         parameter.data = parameter.data.to(device, dtype)
     if check_base:
         check_base_equal(frozen_buffers(model).values())
-    returned = deepspeed.initialize(model=model, config=settings, model_parameters=parameter_groups(model), **kwargs)
+    groups = parameter_groups(model)
+    with muon.preparing(groups[0]["params"]) if uses_muon(settings) else nullcontext():
+        returned = deepspeed.initialize(model=model, config=settings, model_parameters=groups, **kwargs)
+    muon.mend_clipping(returned[0])
     zero.mend_stage_0(returned[0])
     return returned
 
 
 def initialize_full(*, model: nn.Module, config: dict[str, Any] | str | Path, **kwargs: Any) -> tuple[Any, ...]:
-    """The full-training control: every parameter trained under plain DeepSpeed, sharded like any model."""
+    """The full-training control: every parameter trained under plain DeepSpeed, sharded like any model. Raises
+    `UserError` for Muon."""
     settings = complete_ds_config(config, [parameter.numel() for parameter in model.parameters()])
+    if uses_muon(settings):
+        raise UserError("full training runs on AdamW here: Muon is for the squares")
     start_distributed()
     dtype = getattr(torch, compute_dtype(settings))
     model.to(get_accelerator().current_device_name(), dtype)
@@ -86,7 +94,9 @@ def initialize_full(*, model: nn.Module, config: dict[str, Any] | str | Path, **
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Squares in group 0, whatever else is trained in group 1."""
+    """Squares in group 0, whatever else is trained in group 1. With Muon, DeepSpeed splits each group into Muon's and
+    AdamW's half (engine.py, `_muon_param_groups`): squares are all Muon's, the others all AdamW's, so both stay whole.
+    """
     squares = {id(layer.value): layer.value for layer in mora_layers(model).values()}
     others = [parameter for parameter in model.parameters() if id(parameter) not in squares]
     groups = [{"params": list(squares.values())}, {"params": others}]

@@ -16,6 +16,7 @@ from typing import Any
 
 from mora_ds.arguments import AdapterArguments, AdapterKind, Arguments
 from mora_ds.checkpoint import AUTO
+from mora_ds.ds_optimizer import OptimizerKind
 from mora_ds.engine import start_distributed
 from mora_ds.errors import UserError
 from mora_ds.files import read_json
@@ -56,7 +57,7 @@ def _full_rank_part(arguments: Arguments) -> Arguments:
         training=replace(
             training, output_dir=str(Path(training.output_dir).expanduser() / FOLDER),
             max_steps=adapter.full_rank_steps, learning_rate=rate, warmup_steps=warmup, warmup_ratio=0.0,
-            lr_scheduler_type="constant", export_merged=True,
+            lr_scheduler_type="constant", optimizer=OptimizerKind.ADAMW.value, export_merged=True,
             resume_from_checkpoint=AUTO if training.resume_from_checkpoint else None,
         ),
     )  # fmt: skip

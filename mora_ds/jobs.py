@@ -188,6 +188,7 @@ def _common_identity(arguments: Arguments, data: RunData, ds_config: dict[str, A
         "full_rank_steps": arguments.adapter.full_rank_steps,
         "dtype": compute_dtype(ds_config),
         "zero_stage": ds_config["zero_optimization"]["stage"],
+        **({"optimizer": kind} if (kind := arguments.training.optimizer) != "adamw" else {}),
     }
 
 

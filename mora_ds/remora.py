@@ -21,10 +21,11 @@ from torch import Tensor
 from mora_ds import zero
 from mora_ds.base import BaseCheckpoint
 from mora_ds.config import AdapterConfig
-from mora_ds.errors import RunError
+from mora_ds.errors import RunError, UserError
 from mora_ds.injection import mora_layers, set_cycle
 from mora_ds.layer import AdaptedLinear
 from mora_ds.ledger import LayerEntry, Ledger, live_weight
+from mora_ds.muon import uses_muon
 from mora_ds.resets import STEP, OptimizerReset, rule
 from mora_ds.updates import UpdateSpec, delta_weight, first_value
 
@@ -109,6 +110,7 @@ class ReMoRA:
     ) -> None:
         if precision == EXACT and base is None:
             raise RunError("exact merging rereads the original base: give one, or choose incremental")
+        _check_reset(engine, reset)
         self.engine, self.config, self.ledger = engine, config, ledger
         self.base, self.keys, self.precision = base, keys, precision
         self.is_writer = dist.get_rank() == 0 if is_writer is None else is_writer
@@ -229,7 +231,7 @@ class ReMoRA:
     def _start_cycle(self, cycle: int) -> float:
         """Returns the share of the squares' moments that is zero now, over all ranks."""
         layers = mora_layers(self.engine.module)
-        change = rule(self.reset, self.config.seed, dist.get_rank(), cycle)
+        change = rule(self.reset, self.config.seed, zero.state_shard(self.engine), cycle)
         zero.reset_group(self.engine, 0, [layer.value for layer in layers.values()], change)
         set_cycle(self.engine.module, self.config, cycle)
         for name, layer in layers.items():
@@ -243,6 +245,14 @@ class ReMoRA:
         )
         dist.all_reduce(counts)
         return (counts[0] / counts[1]).item() if counts[1] else 1.0
+
+
+def _check_reset(engine: zero.Engine, reset: OptimizerReset) -> None:
+    """At stages 1 and 2 two ranks hold the same momentum of a square that lies across their border: pruned on each by
+    itself, the two halves of the square would go different ways."""
+    pruned = reset in (OptimizerReset.MAGNITUDE, OptimizerReset.RANDOM)
+    if pruned and uses_muon(engine) and engine.zero_optimization_stage() in (1, 2):
+        raise UserError(f"--optimizer_reset {reset.value} with Muon needs ZeRO stage 3 or 0: take it, or zero, or keep")
 
 
 def _energy(tensor: Tensor) -> float:

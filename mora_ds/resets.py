@@ -1,4 +1,5 @@
-"""What a merge does to Adam's state of the squares: rules that change one flat tensor of it in place.
+"""What a merge does to the optimizer's state of the squares: rules that change one flat tensor of it in place. Adam has
+two moments and a step count, Muon one moment, the momentum.
 
     zero        moments and step count to zero (ReMoRA's default)
     magnitude   the smallest 90% of each moment to zero, by absolute value        the two of ReLoRA

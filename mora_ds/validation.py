@@ -20,6 +20,7 @@ from mora_ds.arguments import (
     TrainingArguments,
 )
 from mora_ds.config import LoRAConfig, MoRAConfig
+from mora_ds.ds_optimizer import OptimizerKind
 from mora_ds.errors import UserError, member_named, nearest
 from mora_ds.schedules import MergeWhen, schedule_kind
 from mora_ds.stall import StallSignal
@@ -39,7 +40,7 @@ def validate(arguments: Arguments) -> None:
         *_adapter(arguments.adapter),
         *_parts(arguments),
         *_steps(arguments.training),
-        *_optimizer(arguments.training),
+        *_optimizer(arguments),
     ]
     problems = [message for wrong, message in checks if wrong]
     problems += _refusals(arguments)
@@ -154,9 +155,19 @@ def _steps(training: TrainingArguments) -> Iterator[Check]:
     )
 
 
-def _optimizer(training: TrainingArguments) -> Iterator[Check]:
+def _optimizer(arguments: Arguments) -> Iterator[Check]:
+    training = arguments.training
+    yield _choice("optimizer", training.optimizer, OptimizerKind)
+    muon = training.optimizer == OptimizerKind.MUON.value
+    yield (
+        muon and arguments.adapter.adapter != AdapterKind.MORA.value,
+        "--optimizer muon is for squares: --adapter mora, or --optimizer adamw",
+    )
+    for name in ("learning_rate", "muon_learning_rate"):
+        value = getattr(training, name)
+        yield not 0 < value < float("inf"), f"--{name} must be above 0, got {value}"
     yield training.bf16 and training.fp16, "--bf16 and --fp16: give one of them"
-    for name in ("adam_beta1", "adam_beta2"):
+    for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
         value = getattr(training, name)
         yield not 0 <= value < 1, f"--{name} must be at least 0 and below 1, got {value}"
     for name in ("weight_decay", "max_grad_norm"):
@@ -181,11 +192,9 @@ def _refusals(arguments: Arguments) -> list[str]:
     steps = training.max_steps - adapter.full_rank_steps if training.max_steps > 0 else _UNKNOWN_LENGTH
     ratio = training.warmup_ratio if 0 <= training.warmup_ratio < 1 else 0.0
     when = adapter.merge_when if adapter.merge_when in list(MergeWhen) else MergeWhen.STEPS.value
-    ramps = replace(
-        arguments,
-        training=replace(training, lr_scheduler_type="constant", warmup_ratio=ratio),
-        adapter=replace(adapter, merge_when=when),
-    )
+    tamed = replace(training, lr_scheduler_type="constant", warmup_ratio=ratio)
+    tamed = replace(tamed, learning_rate=1.0, muon_learning_rate=1.0)  # `_optimizer` looks at the rates
+    ramps = replace(arguments, training=tamed, adapter=replace(adapter, merge_when=when))
     attempts: list[Callable[[], object]] = [
         lambda: MoRAConfig(rank=adapter.mora_rank),
         lambda: MoRAConfig(rank=rank, operator=adapter.operator, grouping=adapter.grouping),

@@ -1,5 +1,5 @@
-"""The only room that touches DeepSpeed's internals. Written against DeepSpeed 0.19.8; `tests/test_zero_contract.py`
-fails loudly when an upgrade moves one of the symbols named here.
+"""The room that touches DeepSpeed's internals (but for its Muon: muon.py). Written against DeepSpeed 0.19.8;
+`tests/test_zero_contract.py` fails loudly when an upgrade moves one of the symbols named here.
 
 What the rest of the house needs from it:
 
@@ -141,9 +141,17 @@ def group_energy(engine: Engine, group: int) -> float:
 
 
 def set_learning_rate(engine: Engine, learning_rate: float) -> None:
-    """The rate of the next optimizer step, for every group."""
+    """The rate of the next optimizer step, for every group. Under Muon it is that of the squares; AdamW's half runs at
+    the same share of its own peak."""
+    peaks = engine.optimizer_params() or {}
+    others = peaks["lr"] / peaks["muon_lr"] if "muon_lr" in peaks else 1.0
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * (1.0 if group.get("use_muon", True) else others)
+
+
+def state_shard(engine: Engine) -> int:
+    """Number of the shard of optimizer state that this rank holds: its rank, or 0 where every rank holds all of it."""
+    return deepspeed.comm.get_rank() if engine.zero_optimization() else 0
 
 
 def gradient_norm(engine: Engine) -> float:

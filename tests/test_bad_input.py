@@ -298,7 +298,14 @@ def test_another_run_is_not_touched(user: Playground, other_run: Path, tmp_path:
         ),
         user.flags(other_run / "run.yaml"),
     ]
-    wanted = ["holds another run", "no file matches", "q_prj", "--warmup_steps", "--mora_rank (or --lora_rank): 2", "is a file"]
+    wanted = [
+        "holds another run",
+        "no file matches",
+        "q_prj",
+        "--warmup_steps",
+        "--mora_rank (or --lora_rank): 2",
+        "is a file",
+    ]
     for (kind, message), part in zip(run_ranks(1, refused_each, cases)[0], wanted, strict=True):
         assert kind == "UserError" and part in message
     assert contents(other_run) == before

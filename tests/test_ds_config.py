@@ -172,7 +172,7 @@ def test_contradictions_are_listed_at_once(tmp_path: Path) -> None:
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer needs stage 1, 2 or 3"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "the frozen base is no parameter"),
         ({"scheduler": {"type": "WarmupLR"}}, "--lr_scheduler_type"),
-        ({"optimizer": {"type": "Lamb"}}, 'optimizer.type must be AdamW or Adam, got "Lamb"'),
+        ({"optimizer": {"type": "Lamb"}}, 'optimizer.type must be AdamW, Adam or Muon, got "Lamb"'),
         ({"optimizer": {"params": {"bias_correction": True}}}, "bias_correction"),
         ({"gradient_allreduce_op": "sum"}, "average over tokens"),
         ({"managed_gradient_accumulation": False}, "must stay true"),

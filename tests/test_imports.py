@@ -19,8 +19,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "ds_config_keys", "tables"),
-    ("operators", "lora", "schedules", "stall", "files", "cli", "ranks", "flags", "ds_config", "zero"),
-    ("compute", "updates", "tensor_files", "metrics", "run_folder", "checkpoint", "resets", "schedule_text"),
+    ("operators", "lora", "schedules", "stall", "files", "cli", "ranks", "flags", "ds_optimizer", "zero", "muon"),
+    (
+        "ds_config",
+        "compute",
+        "updates",
+        "tensor_files",
+        "metrics",
+        "run_folder",
+        "checkpoint",
+        "resets",
+        "schedule_text",
+    ),
     ("config", "layer", "base", "export_check", "spectrum"),
     ("injection", "arguments", "ledger", "model", "model_folder", "data"),
     ("adapter_files", "engine", "remora", "validation", "run_data", "ledger_table"),
@@ -43,14 +53,15 @@ DATA_FLOORS: tuple[tuple[str, ...], ...] = (
 
 DATA_SEES = {"errors", "files"}
 
-DEEPSPEED = {"zero", "engine", "saving", "jobs"}
-"""Rooms that may import deepspeed: internals in `zero`, its public functions in the others."""
+DEEPSPEED = {"zero", "muon", "engine", "saving", "jobs"}
+"""Rooms that may import deepspeed: internals in `zero` and `muon`, its public functions in the others."""
 
 DISTRIBUTED = {"ranks", "engine", "checkpoint", "remora", "saving", "trainer"}
 """Rooms that may import torch.distributed."""
 
 STANDARD_LIBRARY_ONLY = {
-    "errors", "version", "schedules", "stall", "schedule_text", "ds_config_keys", "ds_config", "files", "cli",
+    "errors", "version", "schedules", "stall", "schedule_text", "ds_config_keys", "ds_optimizer", "ds_config", "files",
+    "cli",
 }  # fmt: skip
 WITHOUT_DEEPSPEED = ("operators", "layer", "config", "injection", "data", "ledger", "export", "arguments", "validation")
 """Rooms that must not need DeepSpeed, not even through another room."""

@@ -36,7 +36,8 @@ def merging_run(folder: str, dtype: str, merges: int, **options: Any) -> dict[st
     dist.barrier()
     config = MoRAConfig(rank=4, operator=options.get("operator", "share"))
     inject(model, config)
-    engine, *_ = initialize(model=model, config=ds_config(3, ROWS // world, 1, **half))
+    settings = ds_config(3, ROWS // world, 1, **{**half, **options.get("config", {})})
+    engine, *_ = initialize(model=model, config=settings)
     base = BaseCheckpoint.open(base_folder)
     if rank == 0:
         Ledger.create(Path(folder) / "ledger", base.fingerprint())

@@ -250,7 +250,12 @@ def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
     out = copied(whole, tmp_path)
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     message = differing(user, out, "--mora_rank", 4, "--operator", "share", "--seq_len", 16, "--bf16", "true")
-    for part in ("--mora_rank (or --lora_rank): 2 there, 4 here", "operator: 'auto' there", "seq_len: 32 there, 16 here", "--bf16"):
+    for part in (
+        "--mora_rank (or --lora_rank): 2 there, 4 here",
+        "operator: 'auto' there",
+        "seq_len: 32 there, 16 here",
+        "--bf16",
+    ):
         assert part in message
     assert "--adapter: " in differing(user, out, "--adapter", "full", "--merge_every", 0)
     other = playground(tmp_path / "other").model

@@ -31,9 +31,8 @@ from mora_ds.errors import RunError, UserError, nearest
 from mora_ds.ledger_table import table
 
 ROOT = Path(__file__).resolve().parents[1]
-ADAPTER_RATES = (1e-3, 3e-3, 1e-2)
-FULL_RATES = (3e-4, 1e-3, 3e-3)
-MUON_RATES = (3e-4, 1e-3, 3e-3)
+LORA_RATES = FULL_RATES = (1e-3, 3e-3, 1e-2)
+MORA_RATES = MUON_RATES = (3e-3, 1e-2, 3e-2)
 ROWS, CYCLES, RAMP = 8, 4, 5
 
 
@@ -42,21 +41,22 @@ class Method:
     """A row of the table."""
 
     flags: dict[str, Any]
-    rates: tuple[float, ...] = ADAPTER_RATES
+    rates: tuple[float, ...] = MORA_RATES
     merges: bool = False
+    rate_flag: str = "learning_rate"
 
 
 METHODS: dict[str, Method] = {
     "none": Method({"adapter": "none"}, rates=(1e-3,)),
-    "lora": Method({"adapter": "lora"}),
-    "relora": Method({"adapter": "lora"}, merges=True),
+    "lora": Method({"adapter": "lora"}, LORA_RATES),
+    "relora": Method({"adapter": "lora"}, LORA_RATES, merges=True),
     "mora-rotate": Method({"operator": "rotate"}),
     "mora-share": Method({"operator": "share"}),
     "remora-rotate": Method({"operator": "rotate"}, merges=True),
     "remora-share": Method({"operator": "share"}, merges=True),
     "remora-alternate": Method({"operator": "share", "grouping": "alternate"}, merges=True),
-    "mora-rotate-muon": Method({"operator": "rotate", "optimizer": "muon"}, rates=MUON_RATES),
-    "remora-rotate-muon": Method({"operator": "rotate", "optimizer": "muon"}, rates=MUON_RATES, merges=True),
+    "mora-muon": Method({"operator": "rotate", "optimizer": "muon"}, MUON_RATES, rate_flag="muon_learning_rate"),
+    "remora-muon": Method({"operator": "rotate", "optimizer": "muon"}, MUON_RATES, True, "muon_learning_rate"),
     "full": Method({"adapter": "full"}, rates=FULL_RATES),
 }
 
@@ -143,7 +143,7 @@ def _run(trial: Trial, paths: DemoPaths, options: argparse.Namespace) -> Trial:
             "model_name_or_path": paths.warm, "train_files": paths.train_files("domain"),
             "eval_files": paths.eval_files, "cache_dir": paths.tokens, "output_dir": trial.folder,
             "overwrite_output_dir": True, "mora_rank": options.rank, "max_steps": options.steps,
-            "learning_rate": trial.rate, "lr_scheduler_type": "cosine", "min_lr_ratio": 0.1, "warmup_steps": 10,
+            method.rate_flag: trial.rate, "lr_scheduler_type": "cosine", "min_lr_ratio": 0.1, "warmup_steps": 10,
             "logging_steps": 10, "eval_on_start": False, "seed": trial.seed, **method.flags,
         }  # fmt: skip
         if method.merges:
