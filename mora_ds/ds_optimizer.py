@@ -13,7 +13,7 @@ import json
 from enum import Enum
 from typing import Any
 
-from mora_ds.ds_config_keys import ONLY_FOR_ADAM, ONLY_FOR_MUON, REFUSED_WITH_MUON, at, fill, refused_keys
+from mora_ds.ds_config_keys import AUTO, ONLY_FOR_ADAM, ONLY_FOR_MUON, REFUSED_WITH_MUON, at, fill, refused_keys
 
 NEVER = 2**31 - 1
 """`steps_per_print` that keeps DeepSpeed quiet: the trainer logs."""
@@ -33,7 +33,9 @@ _NAMES = {OptimizerKind.ADAMW: ("AdamW", "Adam"), OptimizerKind.MUON: ("Muon",)}
 def match_optimizer(config: dict[str, Any], kind: OptimizerKind, muon_rate: float, momentum: float) -> list[str]:
     """Fills what the flags say, and names what contradicts them."""
     names, found = _NAMES[kind], at(config, "optimizer.type")
-    name = found if str(found).lower() in [known.lower() for known in names] else names[0]
+    others = {name.lower() for other, of_it in _NAMES.items() if other is not kind for name in of_it}
+    taken = found not in (None, AUTO) and str(found).lower() not in others  # an unknown one is told of later
+    name = found if taken else names[0]
     wanted: list[tuple[str, Any, str]] = [("optimizer.type", name, f"--optimizer = {kind.value}")]
     if kind is OptimizerKind.MUON:
         wanted.append(("optimizer.params.muon_lr", muon_rate, f"--muon_learning_rate = {muon_rate}"))
@@ -56,7 +58,7 @@ def optimizer_problems(config: dict[str, Any]) -> list[str]:
         return ['optimizer.params.bias_correction is for DeepSpeed\'s own Adam ("torch_adam": false)']
     config.setdefault("steps_per_print", NEVER)
     config.setdefault("wall_clock_breakdown", False)
-    known = {name.lower() for names in _NAMES.values() for name in names}
+    known = {name.lower() for of_it in _NAMES.values() for name in of_it}
     if not isinstance(kind, str) or kind.lower() not in known:
         return [
             f"optimizer.type must be AdamW, Adam or Muon, got {json.dumps(kind)}: merges reset the optimizer's state"

@@ -195,7 +195,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "grouping of another operator": ({"grouping": "strided", "operator": "rotate"}, "--grouping strided"),
     "grouping of another automatic operator": ({"grouping": "alternate"}, "--grouping alternate"),
     "dropout": ({"mora_dropout": 1.0}, "--mora_dropout"),
-    "adapter": ({"adapter": "mroa"}, "unknown --adapter 'mroa'; known: mora, full. Did you mean 'mora'?"),
+    "adapter": ({"adapter": "mroa"}, "unknown --adapter 'mroa'; known: mora, lora, full, none. Did you mean 'mora'?"),
     "reset": ({"optimizer_reset": "half"}, "--optimizer_reset"),
     "precision": ({"merge_precision": "exat"}, "Did you mean 'exact'?"),
     "full merges": ({"adapter": "full", "merge_every": 50}, "nothing to merge"),
