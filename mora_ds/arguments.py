@@ -213,6 +213,9 @@ class TrainingArguments:
     """Seed of data order, initialisation, dropout and permutations."""
     export_merged: bool = False
     """Write a merged Hugging Face model to OUTPUT_DIR/merged at the end."""
+    collective_timeout_s: float | None = None
+    """Seconds that a rank waits for the others in a collective, and for their start, before it gives up; longer than
+    rank 0 takes to hash a checkpoint. Default: DEEPSPEED_TIMEOUT (minutes) where that is set, otherwise 30 minutes."""
     local_rank: int = -1
     """Set by the launcher."""
 

@@ -57,7 +57,7 @@ def pretrain(arguments: Arguments) -> dict[str, Any]:
     `RunError` for failures while running.
     """
     validate(arguments)
-    start_distributed()
+    start_distributed(timeout_s=arguments.training.collective_timeout_s)
     ranks = Ranks.current()
     if not (ranks.is_first and sys.stderr.isatty()):
         disable_progress_bar()  # transformers' own, on every rank

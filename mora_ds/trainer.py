@@ -20,10 +20,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds import zero
+from mora_ds import stopping, zero
 from mora_ds.checkpoint import TrainerState
 from mora_ds.data import IGNORED, PackedDataset
-from mora_ds.errors import RunError, UserError
+from mora_ds.errors import RunError, Stopped, UserError
 from mora_ds.metrics import MetricsLog, StepMetrics, peak_memory_bytes, perplexity
 from mora_ds.remora import MergeReport
 from mora_ds.schedules import Schedule
@@ -76,6 +76,9 @@ class Trainer:
         if self.merger is not None:
             self.merger.probe = self._probe_loss
         self.bytes_gathered_per_step = 0
+        self._stop_asked = False
+        """Whether some rank was asked to stop; the same on all ranks."""
+        self._saved_step: int | None = None
 
     @property
     def rows_per_step(self) -> int:
@@ -88,14 +91,17 @@ class Trainer:
         return self.state.finished and self.state.step == self.settings.total_steps
 
     def run(self) -> TrainerState:
-        """Train from `state.step` to the end. Raises `RunError` when the loss is no number any more."""
+        """Train from `state.step` to the end. Raises `RunError` when the loss is no number any more, and `Stopped`
+        when a rank was asked to stop, all ranks at the same step and after a checkpoint."""
         if self.is_finished:
             self.log.say(f"all {self.state.step} steps of this run are done: nothing left to train")
             return self.state
         self.state.finished = False
-        with self.counter.counting():
+        with stopping.deferred(), self.counter.counting():
             if self.state.step == 0 and self.settings.eval_on_start:
                 self.state.perplexity_before = self.evaluate()
+            if self.state.evaluation_pending:
+                self.evaluate()
             while self.state.step < self.settings.total_steps:
                 self._step()
             self._finish()
@@ -132,7 +138,7 @@ class Trainer:
             self.engine.backward(batch_nll * scale)
             self.engine.step()
             nll += batch_nll.detach()
-        return self._sum_over_ranks(nll.item()) / total_predicted
+        return self._sum_and_requests(nll.item()) / total_predicted
 
     def _micro_batch(self, index: int) -> dict[str, Tensor]:
         size = self.settings.micro_batch_size
@@ -144,6 +150,14 @@ class Trainer:
         total = torch.tensor(value, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(total)
         return total.item()
+
+    def _sum_and_requests(self, value: float) -> float:
+        """The sum over ranks, and with it, in the same collective, whether any of them was asked to stop."""
+        pair = torch.tensor([value, float(stopping.requested())], dtype=torch.float64, device=self.engine.device)
+        dist.all_reduce(pair)
+        total, requests = pair.tolist()
+        self._stop_asked |= requests > 0
+        return total
 
     def _stop_unless_finite(self, value: float, what: str) -> None:
         if math.isfinite(value):
@@ -160,13 +174,32 @@ class Trainer:
 
     def _after_step(self) -> None:
         step, settings = self.state.step, self.settings
-        if self.schedule.merges_after(step):
+        at_end, merges = step == settings.total_steps, self.schedule.merges_after(step)
+        if merges:
             self._merge()
-        at_end = step == settings.total_steps
-        if settings.eval_steps and step % settings.eval_steps == 0 and not at_end:
+        self.state.evaluation_pending = bool(settings.eval_steps) and step % settings.eval_steps == 0 and not at_end
+        self._leave_if_asked(ask=merges)
+        if self.state.evaluation_pending:
             self.evaluate()
         if settings.save_steps and step % settings.save_steps == 0 and not at_end:
             self._save()
+            self._leave_if_asked(ask=True)
+
+    def _leave_if_asked(self, ask: bool) -> None:
+        """Save and raise `Stopped` once a rank was asked to stop; `ask`: hear them again, much time may have passed."""
+        if ask:
+            self._sum_and_requests(0.0)
+        if not self._stop_asked:
+            return
+        step = self.state.step
+        if step > 0 and self._saved_step != step:
+            self._save()
+        stopping.settle()
+        self.log.close()
+        dist.barrier()  # no rank is gone before all are settled
+        if step == 0:
+            raise Stopped("stopped before the first step, with nothing to save")
+        raise Stopped(f"stopped at step {step}, saved to {self.last_checkpoint}; --resume_from_checkpoint auto goes on")
 
     def _save(self) -> None:
         """Not without a look at the loss of the batch to come: a step may have a finite loss and leave squares that
@@ -178,6 +211,7 @@ class Trainer:
             self.engine.train()
         self._stop_unless_finite(nll, f"after step {self.state.step} the loss of the next batch is {nll}")
         self.last_checkpoint = self.save(self.state)
+        self._saved_step = self.state.step
 
     def _merge(self) -> None:
         assert self.merger is not None, "a schedule with merges needs a merger"
@@ -219,7 +253,7 @@ class Trainer:
             found[name] = perplexity(nll)
         if found:
             self.log.evaluation(self.state.step, found)
-        self.state.perplexity_last = found
+        self.state.perplexity_last, self.state.evaluation_pending = found, False
         return found
 
     @torch.no_grad()
@@ -241,6 +275,7 @@ class Trainer:
         for index, batch in enumerate(data.eval_batches(self.rank, self.world, self.settings.eval_batch_size)):
             if index * self.world >= most:
                 break
+            self._leave_if_asked(ask=True)
             if index * self.world + self.rank >= most:  # the limit counts batches over all ranks
                 batch["labels"].fill_(IGNORED)
             batch = {name: tensor.to(self.engine.device) for name, tensor in batch.items()}

@@ -18,9 +18,9 @@ import mora_ds
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version", "ds_config_keys", "tables"),
-    ("operators", "schedules", "files", "cli", "ranks", "flags", "ds_config", "zero"),
-    ("compute", "tensor_files", "metrics", "run_folder", "checkpoint", "spectrum", "resets"),
+    ("errors", "version", "ds_config_keys", "tables", "processes"),
+    ("operators", "schedules", "files", "ranks", "flags", "ds_config", "zero", "stopping"),
+    ("cli", "compute", "tensor_files", "metrics", "run_folder", "checkpoint", "spectrum", "resets"),
     ("config", "layer", "base", "export_check"),
     ("injection", "arguments", "ledger", "model", "model_folder", "data"),
     ("adapter_files", "engine", "remora", "validation", "run_data", "ledger_table"),
@@ -47,7 +47,17 @@ DEEPSPEED = {"zero", "engine", "saving"}
 DISTRIBUTED = {"ranks", "engine", "checkpoint", "remora", "saving", "trainer"}
 """Rooms that may import torch.distributed."""
 
-STANDARD_LIBRARY_ONLY = {"errors", "version", "schedules", "ds_config_keys", "ds_config", "files", "cli"}
+STANDARD_LIBRARY_ONLY = {
+    "errors",
+    "version",
+    "schedules",
+    "ds_config_keys",
+    "ds_config",
+    "files",
+    "cli",
+    "stopping",
+    "processes",
+}
 WITHOUT_DEEPSPEED = ("operators", "layer", "config", "injection", "data", "ledger", "export", "arguments", "validation")
 """Rooms that must not need DeepSpeed, not even through another room."""
 
