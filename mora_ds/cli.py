@@ -15,9 +15,8 @@ from typing import NoReturn
 
 from mora_ds import stopping
 from mora_ds.errors import RunError, Stopped, UserError
-from mora_ds.stopping import EXIT_FAILURE, EXIT_STOPPED, leave
-
-EXIT_USER_ERROR = 2
+from mora_ds.status import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR
+from mora_ds.stopping import leave
 
 _PATIENCE_S = 8.0
 """How long ranks other than 0 keep their error back: the launcher ends them as soon as rank 0 has told its own."""

@@ -58,8 +58,14 @@ def ranks_below(process: int) -> list[int]:
     """Descendants that a launcher has given a rank, without the workers that those have started themselves."""
     found = []
     for child in _children(process):
-        found += [child] if _has_rank(child) and not is_launcher(child) else ranks_below(child)
+        found += [child] if is_rank(child) else ranks_below(child)
     return found
+
+
+def is_rank(process: int) -> bool:
+    """Whether it is alive and a launcher gave it a rank."""
+    ranked = any(entry.startswith(b"RANK=") for entry in _read(process, "environ").split(b"\0"))
+    return ranked and parent_of(process) is not None and not is_launcher(process)
 
 
 def _children(process: int) -> list[int]:
@@ -69,10 +75,6 @@ def _children(process: int) -> list[int]:
 
 def _command(process: int) -> list[str]:
     return [os.fsdecode(word) for word in _read(process, "cmdline").split(b"\0") if word]
-
-
-def _has_rank(process: int) -> bool:
-    return any(entry.startswith(b"RANK=") for entry in _read(process, "environ").split(b"\0"))
 
 
 def _read(process: int, name: str) -> bytes:

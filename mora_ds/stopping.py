@@ -23,14 +23,7 @@ from typing import Any, NoReturn
 
 from mora_ds.errors import Stopped
 from mora_ds.processes import launchers_above, parent_of, siblings_alive
-
-EXIT_FAILURE = 1
-EXIT_STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: not done and not failed, run me again."""
-EXIT_INTERRUPTED = 130
-"""What shells give a process that SIGINT ended."""
-EXIT_FILE = "MORA_DS_EXIT_FILE"
-"""Environment variable: a file to which every rank adds "rank code" when it leaves; launchers keep codes back."""
+from mora_ds.status import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_STOPPED, Event, report
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _TICK_S = 0.5
@@ -45,6 +38,7 @@ def install() -> None:
     global _watch
     if _watch is None:
         _watch = _Watch()
+        report(Event.STARTED, os.getpid())
         os.register_at_fork(after_in_child=_in_child)
 
 
@@ -80,9 +74,7 @@ def settle() -> None:
 
 def leave(code: int) -> NoReturn:
     """End the process. By `os._exit`: gloo's threads often abort at interpreter exit after right results (2.13)."""
-    if path := os.environ.get(EXIT_FILE):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(f"{_rank()} {code}\n")
+    report(Event.LEFT, code)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -27,6 +27,7 @@ from mora_ds.errors import RunError, Stopped, UserError
 from mora_ds.metrics import MetricsLog, StepMetrics, peak_memory_bytes, perplexity
 from mora_ds.remora import MergeReport
 from mora_ds.schedules import Schedule
+from mora_ds.status import Event, report
 
 PROBE_ROWS = 2
 """Sequences of the batch whose loss is measured before and after a merge: the first of the corpus, on every rank."""
@@ -212,6 +213,7 @@ class Trainer:
         self._stop_unless_finite(nll, f"after step {self.state.step} the loss of the next batch is {nll}")
         self.last_checkpoint = self.save(self.state)
         self._saved_step = self.state.step
+        report(Event.SAVED, self.state.step)
 
     def _merge(self) -> None:
         assert self.merger is not None, "a schedule with merges needs a merger"

@@ -18,9 +18,9 @@ import mora_ds
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version", "ds_config_keys", "tables", "processes"),
+    ("errors", "version", "ds_config_keys", "tables", "processes", "status"),
     ("operators", "schedules", "files", "ranks", "flags", "ds_config", "zero", "stopping"),
-    ("cli", "compute", "tensor_files", "metrics", "run_folder", "checkpoint", "spectrum", "resets"),
+    ("cli", "restart", "compute", "tensor_files", "metrics", "run_folder", "checkpoint", "spectrum", "resets"),
     ("config", "layer", "base", "export_check"),
     ("injection", "arguments", "ledger", "model", "model_folder", "data"),
     ("adapter_files", "engine", "remora", "validation", "run_data", "ledger_table"),
