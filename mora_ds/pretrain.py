@@ -57,12 +57,12 @@ def pretrain(arguments: Arguments) -> dict[str, Any]:
     `RunError` for failures while running.
     """
     validate(arguments)
-    start_distributed(timeout_s=arguments.training.collective_timeout_s)
+    training = arguments.training
+    start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.peer_silence_s)
     ranks = Ranks.current()
     if not (ranks.is_first and sys.stderr.isatty()):
         disable_progress_bar()  # transformers' own, on every rank
     say = print if ranks.is_first else _silence
-    training = arguments.training
     ds_config = resolve_ds_config(_expanded(training.deepspeed), training.engine_settings(), ranks.world)
     folder = Path(training.output_dir).expanduser()
     checkpoint, reservation = ranks.on_first(lambda: _reserve(arguments, folder, ranks.world))

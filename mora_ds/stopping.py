@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
@@ -72,9 +72,37 @@ def settle() -> None:
         _watch.settled = True
 
 
+def is_installed() -> bool:
+    """Whether this process is a rank that may end itself, and not a program that only uses these rooms."""
+    return _watch is not None
+
+
+def before_failure(tell: Callable[[str], None]) -> None:
+    """`tell(reason)` is called once, before this rank ends with an error."""
+    global _tell
+    _tell = tell
+
+
+def tell_failure(reason: str) -> None:
+    """Let the other ranks know, if they do not yet."""
+    global _tell
+    tell, _tell = _tell, None
+    if tell is not None:
+        tell(reason)
+
+
+def leave_failed(reason: str) -> None:
+    """End the process for what befell another rank, unless this one is leaving already."""
+    if _watch is not None and not _watch.settled:
+        _say(reason)
+        leave(EXIT_FAILURE)
+
+
 def leave(code: int) -> NoReturn:
     """End the process. By `os._exit`: gloo's threads often abort at interpreter exit after right results (2.13)."""
     report(Event.LEFT, code)
+    if code not in (0, EXIT_STOPPED):
+        tell_failure(f"rank {_rank()} has ended with exit code {code}")
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -158,12 +186,12 @@ class _Watch:
             return
         alive = siblings_alive(os.getppid())
         self._alone = self._alone + 1 if 0 < alive < self._siblings else 0
-        if self._alone > 10 and not self.settled:
-            _say("another rank of this node has died: leaving without saving")
-            leave(EXIT_FAILURE)
+        if self._alone > 10:
+            leave_failed("another rank of this node has died: leaving without saving")
 
 
 _watch: _Watch | None = None
+_tell: Callable[[str], None] | None = None
 
 
 def _in_child() -> None:

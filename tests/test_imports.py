@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "ds_config_keys", "tables", "processes", "status"),
     ("operators", "schedules", "files", "ranks", "flags", "ds_config", "zero", "stopping"),
-    ("cli", "restart", "compute", "tensor_files", "metrics", "run_folder", "checkpoint", "spectrum", "resets"),
+    ("cli", "restart", "pulse", "compute", "tensor_files", "metrics", "run_folder", "checkpoint", "spectrum", "resets"),
     ("config", "layer", "base", "export_check"),
     ("injection", "arguments", "ledger", "model", "model_folder", "data"),
     ("adapter_files", "engine", "remora", "validation", "run_data", "ledger_table"),
@@ -44,7 +44,7 @@ DATA_SEES = {"errors", "files"}
 DEEPSPEED = {"zero", "engine", "saving"}
 """Rooms that may import deepspeed: internals in `zero`, its public functions in the others."""
 
-DISTRIBUTED = {"ranks", "engine", "checkpoint", "remora", "saving", "trainer"}
+DISTRIBUTED = {"ranks", "pulse", "engine", "checkpoint", "remora", "saving", "trainer"}
 """Rooms that may import torch.distributed."""
 
 STANDARD_LIBRARY_ONLY = {
