@@ -43,7 +43,7 @@ from mora_ds.remora import ReMoRA
 from mora_ds.resets import OptimizerReset
 from mora_ds.run import Run, run_identity
 from mora_ds.run_data import RunData, load_data
-from mora_ds.run_folder import Reservation, reserve, write_run_file
+from mora_ds.run_folder import Reservation, check_shared, reserve, write_run_file
 from mora_ds.saving import PROBE_TOKENS, save_full_model
 from mora_ds.schedules import Schedule
 from mora_ds.trainer import LoopSettings, Trainer, check_document_mask
@@ -67,6 +67,7 @@ def pretrain(arguments: Arguments) -> dict[str, Any]:
     folder = Path(training.output_dir).expanduser()
     checkpoint, reservation = ranks.on_first(lambda: _reserve(arguments, folder, ranks.world))
     try:
+        check_shared(folder, ranks)
         place = _Place(folder, ranks, checkpoint, say)
         job, data = _prepare(arguments, ds_config, place)
         steps = _total_steps(arguments, data.train, ranks.world)
