@@ -117,8 +117,8 @@ def _see(folder: Path, sign: str) -> None:
     while not (folder / sign).exists():
         if time.monotonic() > until:
             raise UserError(
-                f"--output_dir {folder} is not the same folder on all nodes: {platform.node()} does not see what rank 0 "
-                "writes there. It must lie on storage that all nodes share (--cache_dir and the model need not)"
+                f"--output_dir {folder} is not the same folder on all nodes: {platform.node()} does not see what rank 0"
+                " writes there. It must lie on storage that all nodes share (--cache_dir and the model need not)"
             )
         time.sleep(0.1)
 
