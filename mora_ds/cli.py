@@ -21,6 +21,8 @@ from mora_ds.stopping import leave
 _PATIENCE_S = 8.0
 """How long ranks other than 0 keep their error back: the launcher ends them as soon as rank 0 has told its own."""
 
+_AFTER_YOU_S = 3.0
+"""Launchers look for ended ranks every second or less."""
 
 _LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 """What gloo says when another rank has died or cannot be reached (torch 2.13, gloo/transport/tcp)."""
@@ -49,18 +51,27 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
 def _fail(error: BaseException) -> NoReturn:
     stopping.uninstall()  # the launcher's SIGTERM ends a rank that only waits to repeat what another has said
     foreseen = isinstance(error, (UserError, RunError))
-    lost = not foreseen and isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_CONTACT)
-    if not lost:
-        _wait_for_rank_0()
+    if not foreseen and isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_CONTACT):
+        _lose_contact(error)
+    _wait_for_rank_0()
     if foreseen:
         print(f"{_who()}error: {error}", file=sys.stderr)
-    elif lost:
-        print(f"{_who()}error: lost contact with another rank, which has failed (see its own error), was killed or "
-              f"cannot be reached: {str(error).splitlines()[0]}", file=sys.stderr)  # fmt: skip
     else:
         print(_who(), file=sys.stderr, end="")
         traceback.print_exception(error)
     leave(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE)
+
+
+def _lose_contact(error: RuntimeError) -> NoReturn:
+    """Not the cause but a consequence: the launcher is to see the exit code of the other rank first."""
+    print(
+        f"{_who()}error: lost contact with another rank, which has ended (see its own words), was killed or cannot be "
+        f"reached: {str(error).splitlines()[0]}",
+        file=sys.stderr,
+        flush=True,
+    )
+    time.sleep(_AFTER_YOU_S)
+    leave(EXIT_FAILURE)
 
 
 def _rank() -> int:

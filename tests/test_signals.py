@@ -15,8 +15,9 @@ import pytest
 
 from mora_ds import stopping
 from mora_ds.checkpoint import TrainerState
-from mora_ds.errors import Stopped
+from mora_ds.errors import Stopped, UserError
 from mora_ds.processes import is_rank, ranks_below
+from mora_ds.run_folder import reserve
 from mora_ds.status import EXIT_STOPPED
 from mora_ds.trainer import Trainer
 from tests.gloo import _free_port, run_ranks
@@ -262,7 +263,7 @@ def test_a_killed_rank_takes_the_job_down(start: Any) -> None:
     process, log, ranks = start()
     began = time.monotonic()
     os.kill(ranks[1], signal.SIGKILL)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=60) == 256 - signal.SIGKILL, "its code, not that of the ranks that lost it"
     assert gone_within(ranks, 60 - (time.monotonic() - began))
     assert "[rank 0] error: lost contact with another rank" in log.read_text()
 
@@ -301,6 +302,27 @@ def test_an_exception_on_one_rank_is_told_once_by_that_rank(start: Any, tmp_path
     told = log.read_text()
     assert told.count("Traceback") == 1 and "[rank 1] Traceback" in told
     assert told.count("ZeroDivisionError: on one rank only") == 1
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from mora_ds.run_folder import reserve
+
+reserve(Path(sys.argv[1]), False, True)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_lock_of_a_folder_goes_with_its_process_however_that_ends(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    ready(holder)
+    with pytest.raises(UserError, match="another run is writing to it"):
+        reserve(tmp_path, False, True)
+    holder.kill()
+    holder.wait()
+    reserve(tmp_path, False, True)
 
 
 # -- a rank that is silent -------------------------------------------------------------------------------------------
