@@ -9,10 +9,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
 from mora_ds import cli
-from mora_ds.arguments import parse
 
 
 def main() -> None:
+    from mora_ds.arguments import parse  # not above: it takes seconds, and signals must be watched before
+
     arguments = parse(sys.argv[1:])
     if arguments.embedded_default:
         from mora_ds.demo import run_demo
@@ -25,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, restartable=True)

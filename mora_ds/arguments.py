@@ -270,6 +270,11 @@ class TrainingArguments:
     """Seed of data order, initialisation, dropout and permutations."""
     export_merged: bool = False
     """Write a merged Hugging Face model to OUTPUT_DIR/merged at the end."""
+    collective_timeout_s: float | None = None
+    """Seconds that a rank waits for the others in a collective, and for their start, before it gives up; longer than
+    rank 0 takes to hash a checkpoint. Default: DEEPSPEED_TIMEOUT (minutes) where that is set, otherwise 30 minutes."""
+    peer_silence_s: float = 120.0
+    """Seconds after which a rank that gives no sign of life (a node or its link gone) takes the run down; 0: never."""
     local_rank: int = -1
     """Set by the launcher."""
 

@@ -49,6 +49,8 @@ class TrainerState:
     """Optimizer steps that the run was to have: the schedule hangs on them."""
     finished: bool = False
     """Whether all of them are done, with what follows the last one."""
+    evaluation_pending: bool = False
+    """Whether the evaluation after this step is still to be made: the run was stopped before it or in its midst."""
     world_size: int = 1
     identity: dict[str, Any] = field(default_factory=dict)
 

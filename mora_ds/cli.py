@@ -1,4 +1,7 @@
-"""How a program of ours ends: 0, 2 for a user's mistake, 1 for a failure; the message once, and first from rank 0."""
+"""How a program of ours ends: 0, 2 for a user's mistake, 75 when stopped by a signal, 1 for a failure.
+
+The message comes once, and first from rank 0; a rank that was torn down by another's end says so in one line.
+"""
 
 from __future__ import annotations
 
@@ -10,36 +13,65 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-from mora_ds.errors import RunError, UserError
-
-EXIT_FAILURE = 1
-EXIT_USER_ERROR = 2
+from mora_ds import stopping
+from mora_ds.errors import RunError, Stopped, UserError
+from mora_ds.status import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR
+from mora_ds.stopping import leave
 
 _PATIENCE_S = 8.0
 """How long ranks other than 0 keep their error back: the launcher ends them as soon as rank 0 has told its own."""
 
+_AFTER_YOU_S = 3.0
+"""Launchers look for ended ranks every second or less."""
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Run `main` and leave the process. Never returns.
+_LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+"""What gloo says when another rank has died or cannot be reached (torch 2.13, gloo/transport/tcp)."""
 
-    Leaves by `os._exit`: gloo's threads often abort at interpreter exit after right results (torch 2.13).
-    """
+
+def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
+    """Run `main` and leave the process. Never returns. `restartable`: signals stop it in order (`stopping`)."""
     # DeepSpeed calls these on every rank, and a user of ours cannot mend it.
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     try:
+        if restartable:
+            stopping.install()
         main()
-    except (UserError, RunError) as error:
-        _wait_for_rank_0()
+    except Stopped as stopped:
+        stopping.settle()
+        if _rank() == 0:
+            print(stopped, file=sys.stderr)
+        leave(EXIT_STOPPED)
+    except SystemExit as left:
+        leave(left.code if isinstance(left.code, int) else EXIT_FAILURE if left.code else 0)
+    except BaseException as error:
+        _fail(error)
+    leave(0)
+
+
+def _fail(error: BaseException) -> NoReturn:
+    stopping.uninstall()  # the launcher's SIGTERM ends a rank that only waits to repeat what another has said
+    foreseen = isinstance(error, (UserError, RunError))
+    if not foreseen and isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_CONTACT):
+        _lose_contact(error)
+    _wait_for_rank_0()
+    if foreseen:
         print(f"{_who()}error: {error}", file=sys.stderr)
-        _leave(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE)
-    except SystemExit as leave:
-        _leave(leave.code if isinstance(leave.code, int) else EXIT_FAILURE if leave.code else 0)
-    except BaseException:
-        _wait_for_rank_0()
+    else:
         print(_who(), file=sys.stderr, end="")
-        traceback.print_exc()
-        _leave(EXIT_FAILURE)
-    _leave(0)
+        traceback.print_exception(error)
+    leave(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE)
+
+
+def _lose_contact(error: RuntimeError) -> NoReturn:
+    """Not the cause but a consequence: the launcher is to see the exit code of the other rank first."""
+    print(
+        f"{_who()}error: lost contact with another rank, which has ended (see its own words), was killed or cannot be "
+        f"reached: {str(error).splitlines()[0]}",
+        file=sys.stderr,
+        flush=True,
+    )
+    time.sleep(_AFTER_YOU_S)
+    leave(EXIT_FAILURE)
 
 
 def _rank() -> int:
@@ -53,9 +85,3 @@ def _wait_for_rank_0() -> None:
 
 def _who() -> str:
     return f"[rank {_rank()}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-
-
-def _leave(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -71,7 +71,8 @@ def run_demo(arguments: Arguments) -> None:
 
     Raises `UserError` as `pretrain` does, and where this Python comes without its own sources.
     """
-    start_distributed()
+    training = arguments.training
+    start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.peer_silence_s)
     ranks = Ranks.current()
     started = time.monotonic()
     folder = Path(arguments.training.output_dir)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from mora_ds import muon, zero
+from mora_ds import muon, pulse, stopping, zero
 from mora_ds.base import tensor_checksum
 from mora_ds.ds_config import complete_ds_config, compute_dtype
 from mora_ds.ds_optimizer import uses_muon
@@ -29,9 +29,10 @@ from mora_ds.errors import RunError, UserError
 from mora_ds.injection import frozen_buffers, mora_layers, move_base
 
 
-def start_distributed(verbose: bool = False, timeout_s: float | None = None) -> None:
+def start_distributed(verbose: bool = False, timeout_s: float | None = None, silence_s: float | None = None) -> None:
     """Start `torch.distributed` the way the engine needs it; does nothing when it runs already.
 
+    `timeout_s`: of collectives; `silence_s`: ranks of the main job give up one that is silent for so long (`pulse`).
     Raises `UserError` in a process that no launcher has started.
     """
     if not dist.is_initialized():
@@ -43,6 +44,8 @@ def start_distributed(verbose: bool = False, timeout_s: float | None = None) -> 
     if not dist.is_initialized():
         extra = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
         deepspeed.init_distributed(verbose=verbose, **extra)
+    if silence_s and stopping.is_installed():
+        pulse.start(silence_s)
 
 
 def initialize(

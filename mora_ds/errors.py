@@ -1,6 +1,6 @@
 """What users can get wrong, told apart from what can break.
 
-`launch/pretrain.py` turns these into exit codes: 2 for `UserError`, 1 for `RunError` and everything else.
+`launch/pretrain.py` turns these into exit codes: 2 for `UserError`, 75 for `Stopped`, 1 for `RunError` and all else.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A failure while running (NaN loss, full disk, a damaged checkpoint met in mid-run)."""
+
+
+class Stopped(BaseException):
+    """Asked to stop, by a signal; the message says what was saved. No `Exception`: nobody on the way may swallow it."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

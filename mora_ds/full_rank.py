@@ -36,7 +36,8 @@ def run_job(arguments: Arguments) -> dict[str, Any]:
     if arguments.adapter.full_rank_steps < 1:
         return pretrain(arguments)
     validate(arguments)
-    start_distributed()
+    training = arguments.training
+    start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.peer_silence_s)
     ranks, first = Ranks.current(), _full_rank_part(arguments)
     folder = Path(first.training.output_dir)
     if not ranks.on_first(lambda: _is_done(arguments, folder)):

@@ -23,13 +23,14 @@ from mora_ds.engine import start_distributed
 from mora_ds.errors import UserError
 from mora_ds.files import write_json_atomic
 from mora_ds.jobs import Job, Place, prepare_base, prepare_job, rows_per_step
+from mora_ds.losses import check_document_mask
 from mora_ds.metrics import MetricsLog, peak_memory_bytes, plain_json
 from mora_ds.model import folder_config, read_model_config, resolve_folder
 from mora_ds.ranks import Ranks
 from mora_ds.run_data import RunData, load_data
-from mora_ds.run_folder import Reservation, reserve, write_run_file
+from mora_ds.run_folder import Reservation, check_shared, reserve, write_run_file
 from mora_ds.schedules import Schedule, ScheduleKind
-from mora_ds.trainer import LoopSettings, Trainer, check_document_mask
+from mora_ds.trainer import LoopSettings, Trainer
 from mora_ds.validation import validate
 
 
@@ -42,16 +43,17 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     `RunError` for failures while running.
     """
     validate(arguments)
-    start_distributed()
+    training = arguments.training
+    start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.peer_silence_s)
     ranks = Ranks.current()
     if not (ranks.is_first and sys.stderr.isatty()):
         disable_progress_bar()  # transformers' own, on every rank
     say = print if ranks.is_first else _silence
-    training = arguments.training
     ds_config = resolve_ds_config(_expanded(training.deepspeed), training.engine_settings(), ranks.world)
     folder = Path(training.output_dir).expanduser()
     checkpoint, reservation = ranks.on_first(lambda: _reserve(arguments, folder, ranks.world))
     try:
+        check_shared(folder, ranks)
         place = Place(folder, ranks, checkpoint, say, base)
         job, data = _prepare(arguments, ds_config, place)
         steps = _total_steps(arguments, data.train, ranks.world) - _first_batch(arguments, place)

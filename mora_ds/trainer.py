@@ -17,18 +17,19 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds import zero
+from mora_ds import stopping, zero
 from mora_ds.checkpoint import TrainerState
 from mora_ds.data import IGNORED, PackedDataset
-from mora_ds.errors import RunError, UserError
+from mora_ds.errors import RunError, Stopped
+from mora_ds.losses import token_nll
 from mora_ds.metrics import MetricsLog, StepMetrics, peak_memory_bytes, perplexity
 from mora_ds.remora import MergeReport
 from mora_ds.schedule_text import start_lines
 from mora_ds.schedules import Schedule
 from mora_ds.stall import StallRule, StallSignal
+from mora_ds.status import Event, report
 
 PROBE_ROWS = 2
 """Sequences of the batch whose loss is measured before and after a merge: the first of the corpus, on every rank."""
@@ -83,6 +84,9 @@ class Trainer:
             self.merger.probe = self._probe_loss
         self.bytes_gathered_per_step = 0
         self._has_complained = False
+        self._stop_asked = False
+        """Whether some rank was asked to stop; the same on all ranks."""
+        self._saved_step: int | None = None
 
     @property
     def rows_per_step(self) -> int:
@@ -95,7 +99,8 @@ class Trainer:
         return self.state.finished and self.state.step == self.settings.total_steps
 
     def run(self) -> TrainerState:
-        """Train from `state.step` to the end. Raises `RunError` when the loss is no number any more."""
+        """Train from `state.step` to the end. Raises `RunError` when the loss is no number any more, and `Stopped`
+        when a rank was asked to stop, all ranks at the same step and after a checkpoint."""
         if self.is_finished:
             self.log.say(f"all {self.state.step} steps of this run are done: nothing left to train")
             return self.state
@@ -103,9 +108,11 @@ class Trainer:
         settings, state = self.settings, self.state
         for line in start_lines(self.schedule, settings.stall, settings.merge_at_end, state.step, state.merges):
             self.log.say(line)
-        with self.counter.counting():
+        with stopping.deferred(), self.counter.counting():
             if self.state.step == 0 and self.settings.eval_on_start:
                 self.state.perplexity_before = self.evaluate()
+            if self.state.evaluation_pending:
+                self.evaluate()
             while self.state.step < self.settings.total_steps:
                 self._step()
             self._finish()
@@ -147,7 +154,7 @@ class Trainer:
             self.engine.backward(batch_nll * scale)
             self.engine.step()
             nll += batch_nll.detach()
-        return self._sum_over_ranks(nll.item()) / total_predicted
+        return self._sum_and_requests(nll.item()) / total_predicted
 
     def _micro_batch(self, index: int) -> dict[str, Tensor]:
         size = self.settings.micro_batch_size
@@ -159,6 +166,14 @@ class Trainer:
         total = torch.tensor(value, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(total)
         return total.item()
+
+    def _sum_and_requests(self, value: float) -> float:
+        """The sum over ranks, and with it, in the same collective, whether any of them was asked to stop."""
+        pair = torch.tensor([value, float(stopping.requested())], dtype=torch.float64, device=self.engine.device)
+        dist.all_reduce(pair)
+        total, requests = pair.tolist()
+        self._stop_asked |= requests > 0
+        return total
 
     def _stop_unless_finite(self, value: float, what: str) -> None:
         if math.isfinite(value):
@@ -175,13 +190,32 @@ class Trainer:
 
     def _after_step(self) -> None:
         step, settings = self.state.step, self.settings
-        if self._merge_is_due():
+        at_end, merges = step == settings.total_steps, self._merge_is_due()
+        if merges:
             self._merge()
-        at_end = step == settings.total_steps
-        if settings.eval_steps and step % settings.eval_steps == 0 and not at_end:
+        self.state.evaluation_pending = bool(settings.eval_steps) and step % settings.eval_steps == 0 and not at_end
+        self._leave_if_asked(ask=merges)
+        if self.state.evaluation_pending:
             self.evaluate()
         if settings.save_steps and step % settings.save_steps == 0 and not at_end:
             self._save()
+            self._leave_if_asked(ask=True)
+
+    def _leave_if_asked(self, ask: bool) -> None:
+        """Save and raise `Stopped` once a rank was asked to stop; `ask`: hear them again, much time may have passed."""
+        if ask:
+            self._sum_and_requests(0.0)
+        if not self._stop_asked:
+            return
+        step = self.state.step
+        if step > 0 and self._saved_step != step:
+            self._save()
+        stopping.settle()
+        self.log.close()
+        dist.barrier()  # no rank is gone before all are settled
+        if step == 0:
+            raise Stopped("stopped before the first step, with nothing to save")
+        raise Stopped(f"stopped at step {step}, saved to {self.last_checkpoint}; --resume_from_checkpoint auto goes on")
 
     def _note_stall_signal(self, loss: float) -> None:
         """The step just done goes into the running cycle's history, if it was one at full rate and not dropped by fp16
@@ -227,6 +261,8 @@ class Trainer:
             self.engine.train()
         self._stop_unless_finite(nll, f"after step {self.state.step} the loss of the next batch is {nll}")
         self.last_checkpoint = self.save(self.state)
+        self._saved_step = self.state.step
+        report(Event.SAVED, self.state.step)
 
     def _merge(self) -> None:
         assert self.merger is not None, "a schedule with merges needs a merger"
@@ -269,7 +305,7 @@ class Trainer:
             found[name] = perplexity(nll)
         if found:
             self.log.evaluation(self.state.step, found)
-        self.state.perplexity_last = found
+        self.state.perplexity_last, self.state.evaluation_pending = found, False
         return found
 
     @torch.no_grad()
@@ -291,6 +327,7 @@ class Trainer:
         for index, batch in enumerate(data.eval_batches(self.rank, self.world, self.settings.eval_batch_size)):
             if index * self.world >= most:
                 break
+            self._leave_if_asked(ask=True)
             if index * self.world + self.rank >= most:  # the limit counts batches over all ranks
                 batch["labels"].fill_(IGNORED)
             batch = {name: tensor.to(self.engine.device) for name, tensor in batch.items()}
@@ -298,45 +335,3 @@ class Trainer:
             predicted += int((batch["labels"] != IGNORED).sum())
         self.engine.train()
         return self._sum_over_ranks(nll) / max(self._sum_over_ranks(predicted), 1.0)
-
-
-def token_nll(model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor:
-    """Summed negative log-likelihood (nats, fp32) of a batch's labels, which are already shifted: labels[t] is what
-    follows input_ids[t], or IGNORED. Restarting `position_ids` keep attention inside each document."""
-    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits  # type: ignore[attr-defined]
-    labels = batch["labels"].flatten()
-    return F.cross_entropy(logits.flatten(0, -2).float(), labels, ignore_index=IGNORED, reduction="sum")
-
-
-# -- documents in one row ----------------------------------------------------------------------------------------------
-
-_DOCUMENT = 4
-"""Tokens of each of the two documents that `check_document_mask` packs into a row."""
-
-_NOT_ROUNDING = 0.05
-"""Share of a whole leak from which on one is seen: experts that get other tokens round otherwise, far below this."""
-
-
-@torch.no_grad()
-def check_document_mask(engine: zero.Engine, vocab_size: int) -> None:
-    """Raises `UserError` when the model lets a document see the one before it, restarting positions or not.
-
-    Only transformers' newer models take their mask from the positions (5.24: OPT, Bloom, MPT and GPT-OSS do not), and
-    state-space layers know no mask. Measured, not listed: what a changed first document does to the second one, against
-    what it does without the restart. Collective: two forwards of two short rows on every rank.
-    """
-    rows = torch.randint(vocab_size, (2, 2 * _DOCUMENT), generator=torch.Generator().manual_seed(0))
-    rows[1, _DOCUMENT:] = rows[0, _DOCUMENT:]
-    straight = torch.arange(2 * _DOCUMENT).expand(2, -1)
-    engine.eval()
-    effects = []
-    for positions in (straight % _DOCUMENT, straight):
-        inputs = {"input_ids": rows.to(engine.device), "position_ids": positions.to(engine.device)}
-        one, other = engine(**inputs, use_cache=False).logits[:, _DOCUMENT:].double()
-        effects.append((one - other).norm().item())
-    engine.train()
-    if effects[0] > _NOT_ROUNDING * effects[1]:
-        raise UserError(
-            "this model's attention does not stop at restarting positions, so documents packed into one row would see "
-            "each other: say --no_document_mask if they may"
-        )

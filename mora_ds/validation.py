@@ -149,6 +149,11 @@ def _steps(training: TrainingArguments) -> Iterator[Check]:
         training.max_steps == -1 and not 0 < training.num_train_epochs < float("inf"),
         f"--num_train_epochs must be above 0, got {training.num_train_epochs}",
     )
+    timeout = training.collective_timeout_s
+    yield (
+        timeout is not None and not 0 < timeout < float("inf"),
+        f"--collective_timeout_s must be above 0, got {timeout}",
+    )
     yield (
         training.overwrite_output_dir and training.resume_from_checkpoint is not None,
         "--overwrite_output_dir would delete what --resume_from_checkpoint needs: give one of them",

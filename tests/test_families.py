@@ -24,11 +24,11 @@ from mora_ds.errors import UserError
 from mora_ds.export import ExportReport, export_merged
 from mora_ds.injection import inject, mora_layers
 from mora_ds.ledger import Ledger
+from mora_ds.losses import check_document_mask, token_nll
 from mora_ds.model import AUTO_ATTENTION, load_base
 from mora_ds.ranks import Ranks
 from mora_ds.remora import ReMoRA
 from mora_ds.saving import PROBE_TOKENS, RunWriter
-from mora_ds.trainer import check_document_mask, token_nll
 from tests.gloo import run_ranks
 from tests.models import FAMILIES, causal_loss, tiny_model, tokens
 

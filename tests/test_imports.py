@@ -18,22 +18,15 @@ import mora_ds
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version", "ds_config_keys", "tables"),
-    ("operators", "lora", "schedules", "stall", "files", "cli", "ranks", "flags", "ds_optimizer", "zero", "muon"),
+    ("errors", "version", "ds_config_keys", "tables", "processes", "status"),
+    ("operators", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer", "zero", "muon", "stopping"),
     (
-        "ds_config",
-        "compute",
-        "updates",
-        "tensor_files",
-        "metrics",
-        "run_folder",
-        "checkpoint",
-        "resets",
-        "schedule_text",
+        *("cli", "restart", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder"),
+        *("checkpoint", "resets", "schedule_text"),
     ),
     ("config", "layer", "base", "export_check", "spectrum"),
     ("injection", "arguments", "ledger", "model", "model_folder", "data"),
-    ("adapter_files", "engine", "remora", "validation", "run_data", "ledger_table"),
+    ("adapter_files", "engine", "losses", "remora", "validation", "run_data", "ledger_table"),
     ("saving", "model_card", "ledger_tools"),
     ("export", "run", "trainer", "compact", "spectrum_report"),
     ("jobs",),
@@ -56,13 +49,13 @@ DATA_SEES = {"errors", "files"}
 DEEPSPEED = {"zero", "muon", "engine", "saving", "jobs"}
 """Rooms that may import deepspeed: internals in `zero` and `muon`, its public functions in the others."""
 
-DISTRIBUTED = {"ranks", "engine", "checkpoint", "remora", "saving", "trainer"}
+DISTRIBUTED = {"ranks", "pulse", "engine", "checkpoint", "remora", "saving", "trainer"}
 """Rooms that may import torch.distributed."""
 
 STANDARD_LIBRARY_ONLY = {
-    "errors", "version", "schedules", "stall", "schedule_text", "ds_config_keys", "ds_optimizer", "ds_config", "files",
-    "cli",
-}  # fmt: skip
+    *("errors", "version", "schedules", "stall", "schedule_text", "ds_config_keys", "ds_optimizer", "ds_config"),
+    *("files", "cli", "stopping", "processes"),
+}
 WITHOUT_DEEPSPEED = ("operators", "layer", "config", "injection", "data", "ledger", "export", "arguments", "validation")
 """Rooms that must not need DeepSpeed, not even through another room."""
 

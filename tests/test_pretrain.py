@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mora_ds.data import PackedDataset, build_cache, load_corpus, load_tokenizer, train_sentencepiece
 from mora_ds.export import export_merged
-from mora_ds.trainer import token_nll
+from mora_ds.losses import token_nll
 from tests.gloo import run_ranks
 from tests.jobs import REPOSITORY, Playground, environment, job, launch, losses, playground, rows, run, said
 from tests.models import tiny_model

@@ -1,0 +1,130 @@
+"""Two nodes with an address each: the same losses as on one; a cut cable ends the run, which then goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.jobs import REPOSITORY, Playground, losses, playground, run
+from tests.nodes import Node, trouble, two_nodes, wait_for
+from tests.test_resume import assert_same, final
+
+pytestmark = [pytest.mark.gloo, pytest.mark.heavy]
+
+MORE = ("--max_steps", 40, "--merge_every", 9, "--restart_warmup_steps", 1, "--save_steps", 4)
+PORT = "29511"
+"""Nobody else's: the nodes have a network of their own."""
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
+    return playground(tmp_path_factory.mktemp("user"))
+
+
+@pytest.fixture(scope="module")
+def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(2, user.flags(out, *MORE))
+    return out
+
+
+@pytest.fixture
+def nodes() -> Iterator[tuple[Node, Node]]:
+    if (reason := trouble()) is not None:
+        pytest.skip(reason)
+    with two_nodes() as pair:
+        yield pair
+
+
+def command(how: str, node: int, folder: Path, flags: list[str]) -> list[str]:
+    program, script = Path(sys.executable).with_name(how), str(REPOSITORY / "launch" / "pretrain.py")
+    place = ["--node_rank", str(node), "--master_addr", "10.77.0.1", "--master_port", PORT]
+    if how == "torchrun":
+        return [str(program), "--nnodes", "2", "--nproc_per_node", "1", *place, script, *flags]
+    hosts = folder / "hosts"
+    hosts.write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
+    return [str(program), "--hostfile", str(hosts), "--no_ssh", *place, script, *flags]
+
+
+def start(how: str, nodes: tuple[Node, Node], folder: Path, flags: list[str]) -> list[subprocess.Popen[str]]:
+    """Token caches are each node's own."""
+    return [
+        node.start(
+            command(how, number, folder, [*flags, "--cache_dir", str(folder / f"cache{number}")]),
+            folder / f"log{number}",
+        )
+        for number, node in enumerate(nodes)
+    ]
+
+
+def told(folder: Path) -> str:
+    return "".join((folder / f"log{number}").read_text() for number in (0, 1))
+
+
+@pytest.mark.parametrize("how", ["deepspeed", "torchrun"])
+def test_two_nodes_are_one_run(
+    user: Playground, whole: Path, nodes: tuple[Node, Node], tmp_path: Path, how: str
+) -> None:
+    out = tmp_path / "out"
+    processes = start(how, nodes, tmp_path, user.flags(out, *MORE))
+    assert [process.wait(timeout=200) for process in processes] == [0, 0], told(tmp_path)
+    assert torch.equal(losses(out), losses(whole))
+    assert_same(final(out), final(whole))
+
+
+def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(
+    user: Playground, whole: Path, nodes: tuple[Node, Node], tmp_path: Path
+) -> None:
+    """Collectives would wait for their half hour: it is the pulse that notices."""
+    out = tmp_path / "out"
+    flags = [*user.flags(out, *MORE), "--peer_silence_s", "10", "--resume_from_checkpoint", "auto"]
+    processes = start("deepspeed", nodes, tmp_path, flags)
+    wait_for(out / "checkpoints" / "step-000008", processes)
+    nodes[1].unplug()
+    began = time.monotonic()
+    codes = [process.wait(timeout=90) for process in processes]
+    assert 0 not in codes and time.monotonic() - began < 60, told(tmp_path)
+    assert "has not been heard of" in told(tmp_path)
+    nodes[1].run("ip", "link", "set", "veth", "up")
+    processes = start("deepspeed", nodes, tmp_path, flags)
+    assert [process.wait(timeout=200) for process in processes] == [0, 0], told(tmp_path)
+    assert torch.equal(losses(out), losses(whole))
+    assert_same(final(out), final(whole))
+
+
+def test_collectives_have_a_timeout(user: Playground, nodes: tuple[Node, Node], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = [*user.flags(out, *MORE), "--peer_silence_s", "0", "--collective_timeout_s", "20", "--max_steps", "5000"]
+    processes = start("deepspeed", nodes, tmp_path, flags)
+    wait_for(out / "checkpoints" / "step-000004", processes)
+    nodes[1].unplug()
+    began = time.monotonic()
+    codes = [process.wait(timeout=90) for process in processes]
+    assert 0 not in codes and time.monotonic() - began < 60, told(tmp_path)
+    assert "lost contact with another rank" in told(tmp_path)
+
+
+def test_folders_that_are_not_shared_are_refused_before_anything_is_trained(
+    user: Playground, nodes: tuple[Node, Node], tmp_path: Path
+) -> None:
+    processes = []
+    for number, node in enumerate(nodes):
+        flags = user.flags(tmp_path / f"out{number}", *MORE)
+        processes.append(node.start(command("torchrun", number, tmp_path, flags), tmp_path / f"log{number}"))
+    assert 0 not in [process.wait(timeout=120) for process in processes]
+    assert "is not the same folder on all nodes" in told(tmp_path)
+    assert not (tmp_path / "out0").exists(), "as if it had never begun"
+
+
+def test_namespaces_are_gone_afterwards() -> None:
+    if (reason := trouble()) is not None:
+        pytest.skip(reason)
+    with two_nodes() as pair:
+        assert all(Path(f"/proc/{node.holder}").exists() for node in pair)
+    assert all(not Path(f"/proc/{node.holder}").exists() for node in pair)
