@@ -30,7 +30,7 @@ class RankFailed(AssertionError):
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 240) -> list[Any]:
-    port = _free_port()
+    port = free_port()
     pipes, processes = [], []
     for rank in range(world):
         receiver, sender = _context.Pipe(duplex=False)
@@ -87,7 +87,7 @@ def _rank_main(rank: int, world: int, port: int, sender: Connection, function: C
     os._exit(0)  # gloo's threads often abort at interpreter exit, after right results
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]

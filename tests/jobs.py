@@ -20,7 +20,7 @@ from mora_ds.arguments import parse
 from mora_ds.data import load_tokenizer, train_sentencepiece
 from mora_ds.errors import RunError, UserError
 from mora_ds.full_rank import run_job
-from tests.gloo import run_ranks
+from tests.gloo import free_port, run_ranks
 from tests.models import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -101,7 +101,8 @@ def launch(ranks: int, argv: list[str], cwd: Path, timeout_s: float = 120) -> su
 
 def launcher(ranks: int, argv: list[str]) -> list[str]:
     program = Path(sys.executable).with_name("deepspeed")
-    return [str(program), "--num_gpus", str(ranks), str(REPOSITORY / "launch" / "pretrain.py"), *argv]
+    port = ["--master_port", str(free_port())]  # its default is taken where two test runs share a machine
+    return [str(program), *port, "--num_gpus", str(ranks), str(REPOSITORY / "launch" / "pretrain.py"), *argv]
 
 
 def environment() -> dict[str, str]:
