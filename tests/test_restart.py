@@ -16,7 +16,7 @@ from mora_ds.errors import UserError
 from mora_ds.processes import ranks_below
 from mora_ds.restart import Verdict, judge, with_resume
 from mora_ds.status import EXIT_STOPPED, Told
-from tests.gloo import _free_port
+from tests.gloo import free_port
 from tests.jobs import REPOSITORY, environment, launcher, playground, run
 from tests.nodes import wait_for
 from tests.test_resume import assert_same_run
@@ -161,7 +161,7 @@ def test_a_job_that_is_killed_and_stopped_finishes_as_if_nothing_had_been(tmp_pa
     more = ("--max_steps", 40, "--merge_every", 9, "--restart_warmup_steps", 1, "--save_steps", 4, "--eval_steps", 0)
     run(2, user.flags(whole, *more))
     words = launcher(2, user.flags(out, *more))
-    words[1:1] = ["--master_port", str(_free_port())]
+    words[1:1] = ["--master_port", str(free_port())]
     log = tmp_path / "log"
     with log.open("w") as file:
         process = subprocess.Popen(

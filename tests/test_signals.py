@@ -20,7 +20,7 @@ from mora_ds.processes import is_rank, ranks_below
 from mora_ds.run_folder import reserve
 from mora_ds.status import EXIT_STOPPED
 from mora_ds.trainer import Trainer
-from tests.gloo import _free_port, run_ranks
+from tests.gloo import free_port, run_ranks
 from tests.jobs import Playground, environment, job, launcher, playground, rows, run
 from tests.nodes import wait_for
 from tests.test_resume import assert_same_run
@@ -198,7 +198,7 @@ def start(user: Playground, tmp_path: Path) -> Any:
     def begin(*more: str | int, script: Path | None = None, past: str = "step-000003") -> tuple[Any, Path, list[int]]:
         out, log = tmp_path / "out", tmp_path / "log"
         words = launcher(2, user.flags(out, *MERGING, "--max_steps", 5000, "--eval_steps", 0, *more))
-        words[1:1] = ["--master_port", str(_free_port())]
+        words[1:1] = ["--master_port", str(free_port())]
         if script is not None:
             words[words.index("--num_gpus") + 2] = str(script)
         with log.open("w") as file:
@@ -344,7 +344,7 @@ cli.run(main, restartable=True)
 
 def test_a_rank_that_gives_no_sign_of_life_is_given_up() -> None:
     """Stopped, it keeps all connections open, as a node behind a cut link does."""
-    shared = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    shared = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", SILENT], env={**shared, "RANK": str(rank), "LOCAL_RANK": "0"},
