@@ -9,6 +9,7 @@ A checkpoint never holds a base weight.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,8 +24,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mora_ds import files, zero
+from mora_ds import files, partitions, zero
 from mora_ds.errors import RunError, UserError
+from mora_ds.shards import EngineShards
 
 ENGINE_TAG = "engine"
 LATEST = "latest"
@@ -80,10 +82,7 @@ def save_checkpoint(
             beside.mkdir(parents=True)
         dist.barrier()
         _check_space(root, engine)
-        engine.save_checkpoint(str(beside), tag=ENGINE_TAG, save_latest=False)
-        if rank == 0:
-            for script in beside.glob("zero_to_*.py"):  # DeepSpeed's, for models whose weights are in the shards
-                script.unlink()
+        partitions.write_layout(beside / ENGINE_TAG, partitions.save_shards(engine, beside, ENGINE_TAG))
         _save_rng(beside, rank)
         write_extras(beside)
         dist.barrier()
@@ -143,22 +142,28 @@ def _newest_first(root: Path) -> list[Path]:
 
 
 def check_world_size(folder: Path, world: int) -> None:
-    """Raises `UserError` unless so many ranks saved the checkpoint."""
-    saved = TrainerState.read(folder).world_size
-    if saved != world:
-        raise UserError(f"{folder} was saved by {saved} ranks and this run has {world}: start as many ranks as before")
+    """Raises `UserError` when so many ranks cannot go on with the checkpoint: its batch must divide by them."""
+    rows = TrainerState.read(folder).identity.get("global_batch_size")
+    if isinstance(rows, int) and rows % world:
+        able = [str(number) for number in range(1, rows + 1) if rows % number == 0]
+        raise UserError(
+            f"{folder} belongs to a run of {rows} sequences a step, which {world} ranks cannot share evenly: "
+            f"start {', '.join(able[:-1]) + ' or ' if able[:-1] else ''}{able[-1]} of them"
+        )
 
 
 def load_checkpoint(folder: Path, engine: zero.Engine, identity: dict[str, Any]) -> TrainerState:
-    """Restore engine and random states from a verified folder. Raises `UserError` when the checkpoint belongs to
-    another run (each difference named) or to another number of ranks."""
+    """Restore engine and random states from a verified folder, saved by any number of ranks under any ZeRO stage.
+
+    At the number of ranks that saved it the run goes on bit for bit; at another one masters, moments and step counts
+    are the same to the bit, and sums over ranks round otherwise. Raises `UserError` when the checkpoint belongs to
+    another run (each difference named).
+    """
     state = TrainerState.read(folder)
-    check_world_size(folder, dist.get_world_size())
     check_identity(folder, state.identity, identity)
-    loaded, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
-    if loaded is None:
-        raise RunError(f"DeepSpeed found nothing to load in {folder / ENGINE_TAG}")
-    _load_rng(folder, dist.get_rank())
+    partitions.restore(engine, EngineShards.open(folder / ENGINE_TAG))
+    _load_rng(folder, dist.get_rank(), state)
+    state.world_size = dist.get_world_size()
     return state
 
 
@@ -181,7 +186,6 @@ _MEANING = {
     "adapter.rank": "--mora_rank",
     "adapter.dropout": "--mora_dropout",
     "global_batch_size": "sequences a step, over all ranks (--per_device_train_batch_size and so on)",
-    "zero_stage": "ZeRO stage (--deepspeed)",
     "dtype": "compute dtype (--bf16, --fp16)",
 }
 
@@ -261,8 +265,18 @@ def _save_rng(folder: Path, rank: int) -> None:
     save_file(states, str(folder / f"rng-{rank:05d}.safetensors"))
 
 
-def _load_rng(folder: Path, rank: int) -> None:
-    states = load_file(str(folder / f"rng-{rank:05d}.safetensors"))
+def _load_rng(folder: Path, rank: int, state: TrainerState) -> None:
+    path = folder / f"rng-{rank:05d}.safetensors"
+    if not path.exists():  # fewer ranks saved the checkpoint: a state of this rank's own, the same at every resume
+        torch.manual_seed(_seed_of(state, rank))
+        return
+    states = load_file(str(path))
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _seed_of(state: TrainerState, rank: int) -> int:
+    """From the run's seed, the step and the rank. Dropout then draws other masks than with the old number of ranks."""
+    seed = state.identity.get("seed", state.identity.get("adapter", {}).get("seed", 0))
+    return int.from_bytes(hashlib.sha256(f"{seed}/{state.step}/{rank}".encode()).digest()[:8], "big") >> 1

@@ -250,7 +250,6 @@ def _common_identity(arguments: Arguments, data: RunData, ds_config: dict[str, A
         "global_batch_size": _rows_per_step(arguments, world),
         "merge_every": arguments.adapter.merge_every,
         "dtype": compute_dtype(ds_config),
-        "zero_stage": ds_config["zero_optimization"]["stage"],
     }
 
 

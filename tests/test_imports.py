@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "ds_config_keys", "tables"),
     ("operators", "schedules", "files", "cli", "ranks", "flags", "ds_config", "zero"),
-    ("compute", "tensor_files", "metrics", "run_folder", "checkpoint", "spectrum", "resets"),
-    ("config", "layer", "base", "export_check"),
-    ("injection", "arguments", "ledger", "model", "model_folder", "data"),
+    ("compute", "tensor_files", "metrics", "run_folder", "shards", "spectrum", "resets"),
+    ("config", "layer", "base", "export_check", "partitions"),
+    ("injection", "arguments", "ledger", "model", "model_folder", "data", "checkpoint"),
     ("adapter_files", "engine", "remora", "validation", "run_data", "ledger_table"),
     ("saving", "model_card", "ledger_tools"),
     ("export", "run", "trainer", "compact", "spectrum_report"),
@@ -41,14 +41,14 @@ DATA_FLOORS: tuple[tuple[str, ...], ...] = (
 
 DATA_SEES = {"errors", "files"}
 
-DEEPSPEED = {"zero", "engine", "saving"}
-"""Rooms that may import deepspeed: internals in `zero`, its public functions in the others."""
+DEEPSPEED = {"zero", "partitions", "engine", "saving"}
+"""Rooms that may import deepspeed: internals in `zero` and `partitions`, its public functions in the others."""
 
-DISTRIBUTED = {"ranks", "engine", "checkpoint", "remora", "saving", "trainer"}
+DISTRIBUTED = {"ranks", "engine", "checkpoint", "partitions", "remora", "saving", "trainer"}
 """Rooms that may import torch.distributed."""
 
 STANDARD_LIBRARY_ONLY = {"errors", "version", "schedules", "ds_config_keys", "ds_config", "files", "cli"}
-WITHOUT_DEEPSPEED = ("operators", "layer", "config", "injection", "data", "ledger", "export", "arguments", "validation")
+WITHOUT_DEEPSPEED = ("operators", "layer", "config", "injection", "data", "ledger", "export", "shards", "arguments", "validation")
 """Rooms that must not need DeepSpeed, not even through another room."""
 
 
