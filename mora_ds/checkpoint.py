@@ -10,12 +10,11 @@ A checkpoint never holds a base weight.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +24,39 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mora_ds import files, partitions, zero
-from mora_ds.errors import RunError, UserError
+from mora_ds.checkpoint_folder import (
+    AUTO,
+    ENGINE_TAG,
+    LATEST,
+    STATE_FILE,
+    TrainerState,
+    check_identity,
+    check_world_size,
+    complete_checkpoints,
+    find_checkpoint,
+    step_folder,
+    step_of,
+)
+from mora_ds.errors import RunError
 from mora_ds.shards import EngineShards
 
-ENGINE_TAG = "engine"
-LATEST = "latest"
-AUTO = "auto"
+__all__ = [
+    "AUTO",
+    "ENGINE_TAG",
+    "LATEST",
+    "TrainerState",
+    "check_identity",
+    "check_world_size",
+    "complete_checkpoints",
+    "find_checkpoint",
+    "load_checkpoint",
+    "save_checkpoint",
+    "step_folder",
+]
+
 _WRITING = ".writing"
 _NOTHING_LEFT = 1 << 20
 """Bytes: with less than this free, a write that failed has failed for lack of space."""
-
-
-@dataclass
-class TrainerState:
-    """Where a run stands. Everything a resumed run must agree on is in `identity`."""
-
-    step: int = 0
-    tokens: int = 0
-    merges: list[int] = field(default_factory=list)
-    perplexity_before: dict[str, float] = field(default_factory=dict)
-    perplexity_last: dict[str, float] = field(default_factory=dict)
-    total_steps: int = 0
-    """Optimizer steps that the run was to have: the schedule hangs on them."""
-    finished: bool = False
-    """Whether all of them are done, with what follows the last one."""
-    world_size: int = 1
-    identity: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, folder: Path) -> TrainerState:
-        return cls(**json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")))
-
-
-def step_folder(root: Path, step: int) -> Path:
-    return root / f"step-{step:06d}"
 
 
 def save_checkpoint(
@@ -87,7 +85,7 @@ def save_checkpoint(
         write_extras(beside)
         dist.barrier()
         if rank == 0:
-            files.write_json_atomic(beside / "trainer_state.json", asdict(state))
+            files.write_json_atomic(beside / STATE_FILE, asdict(state))
             files.write_manifest(beside)
             _replace_folder(beside, final)
             files.fsync_folder(root)
@@ -95,61 +93,6 @@ def save_checkpoint(
             _retain(root, state.step, keep)
         dist.barrier()
     return final
-
-
-def find_checkpoint(wanted: str, root: Path, say: Callable[[str], None]) -> Path | None:
-    """The folder that `--resume_from_checkpoint` means, its files verified.
-
-    latest: what the link names. auto: the newest that verifies, from that one backwards, or None when there is none.
-    Otherwise a path. Raises `UserError` when the one asked for is missing or damaged.
-    """
-    if wanted == AUTO:
-        for folder in _newest_first(root):
-            problems = _problems(folder)
-            if not problems:
-                return folder
-            say(f"skipped {folder}: {'; '.join(problems)}")
-        return None
-    folder = (root / LATEST if wanted == LATEST else Path(wanted).expanduser()).resolve()
-    if not (folder / "manifest.json").is_file():
-        raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint at {folder}")
-    problems = _problems(folder)
-    if problems:
-        raise UserError(
-            f"--resume_from_checkpoint {wanted}: {folder} is damaged: {'; '.join(problems)}. "
-            "--resume_from_checkpoint auto takes the newest one that is whole"
-        )
-    return folder
-
-
-def _problems(folder: Path) -> list[str]:
-    try:
-        return files.verify_manifest(folder)
-    except UserError as error:  # no manifest, or a damaged one
-        return [str(error)]
-
-
-def complete_checkpoints(root: Path) -> list[Path]:
-    """Renamed step folders, oldest first."""
-    return sorted((path for path in root.glob("step-*") if path.is_dir()), key=_step)
-
-
-def _newest_first(root: Path) -> list[Path]:
-    """Those of the branch that `latest` is on: later ones are what a resume from an earlier checkpoint left behind."""
-    folders = complete_checkpoints(root)
-    latest = (root / LATEST).resolve()
-    return [folder for folder in reversed(folders) if latest not in folders or _step(folder) <= _step(latest)]
-
-
-def check_world_size(folder: Path, world: int) -> None:
-    """Raises `UserError` when so many ranks cannot go on with the checkpoint: its batch must divide by them."""
-    rows = TrainerState.read(folder).identity.get("global_batch_size")
-    if isinstance(rows, int) and rows % world:
-        able = [str(number) for number in range(1, rows + 1) if rows % number == 0]
-        raise UserError(
-            f"{folder} belongs to a run of {rows} sequences a step, which {world} ranks cannot share evenly: "
-            f"start {', '.join(able[:-1]) + ' or ' if able[:-1] else ''}{able[-1]} of them"
-        )
 
 
 def load_checkpoint(folder: Path, engine: zero.Engine, identity: dict[str, Any]) -> TrainerState:
@@ -167,41 +110,11 @@ def load_checkpoint(folder: Path, engine: zero.Engine, identity: dict[str, Any])
     return state
 
 
-def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises one `UserError` that names everything in which the checkpoint's run differs from this one."""
-    there, here = (_flat(json.loads(json.dumps(identity))) for identity in (saved, now))
-    differences = [
-        f"{_MEANING.get(key, key)}: {there.get(key)!r} there, {here.get(key)!r} here"
-        for key in sorted({*there, *here})
-        if there.get(key) != here.get(key)
-    ]
-    if differences:
-        raise UserError(f"{folder} belongs to another run:\n  " + "\n  ".join(differences))
-
-
-_MEANING = {
-    "base": "weights of --model_name_or_path",
-    "tokens": "tokens of the training text (--train_files, --dataset_name and the tokenizer)",
-    "adapter.kind": "--adapter",
-    "adapter.rank": "--mora_rank",
-    "adapter.dropout": "--mora_dropout",
-    "global_batch_size": "sequences a step, over all ranks (--per_device_train_batch_size and so on)",
-    "dtype": "compute dtype (--bf16, --fp16)",
-}
-
-
-def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in identity.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
-
-
 def _retain(root: Path, step: int, keep: int | None) -> None:
     """Later checkpoints than this one, of a branch that was left, neither count nor go."""
     if keep is None:
         return
-    for folder in [folder for folder in complete_checkpoints(root) if _step(folder) <= step][:-keep]:
+    for folder in [folder for folder in complete_checkpoints(root) if step_of(folder) <= step][:-keep]:
         shutil.rmtree(folder)
 
 
@@ -249,10 +162,6 @@ def _clear_partial(root: Path) -> None:
     """What killed runs have left."""
     for partial in root.glob(f".step-*{_WRITING}"):
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
 
 
 # -- random states ---------------------------------------------------------------------------------------------------

@@ -262,7 +262,9 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
     for group, settings in enumerate(engine.basic_optimizer.param_groups):
         step = shards.group_step(group)
         if step is not None:
-            settings["step"] = torch.full_like(settings["step"], step) if isinstance(settings.get("step"), Tensor) else step
+            settings["step"] = (
+                torch.full_like(settings["step"], step) if isinstance(settings.get("step"), Tensor) else step
+            )
     for name, value in shards.first.counters.items():
         setattr(engine, name, value)
     for name, number in shards.first.scaler.items():
@@ -290,8 +292,8 @@ def _fill(piece: Piece, shards: EngineShards) -> None:
     _copy(piece.master, MASTER, piece.parts, shards)
     keys, scalars = shards.keys(names[0]), shards.scalars(names[0])
     for name in names[1:]:
-        if (shards.keys(name), {**shards.scalars(name)}) != (keys, scalars):
-            raise UserError(f"{shards.folder}: {names[0]} and {name} are one tensor here and have different state there")
+        if (shards.keys(name), shards.scalars(name)) != (keys, scalars):
+            raise UserError(f"{shards.folder}: {names[0]} and {name} are one tensor here, with different state there")
     for key in set(piece.state) - {*keys, *scalars}:
         del piece.state[key]
     for key in keys:

@@ -202,7 +202,7 @@ class EngineShards:
         return list(shard.moments(index))
 
     def scalars(self, name: str) -> dict[str, Any]:
-        """The rest of its state, such as step: one value for the whole parameter. Raises `UserError` if ranks differ."""
+        """The rest of its state, such as step: one value for all of it. Raises `UserError` if ranks differ."""
         found: dict[str, Any] | None = None
         for shard, index, _ in self._parts[name]:
             moments = shard.moments(index)
@@ -254,4 +254,6 @@ class EngineShards:
 
 
 def _equal(values: dict[str, Any], others: dict[str, Any]) -> bool:
-    return values.keys() == others.keys() and all(bool(torch.as_tensor(values[key] == others[key]).all()) for key in values)
+    return values.keys() == others.keys() and all(
+        bool(torch.as_tensor(values[key] == others[key]).all()) for key in values
+    )

@@ -124,7 +124,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[Combinati
 
 
 SAME = [(combination, combination) for combination in COMBINATIONS]
-CROSS = [((one, dtype), (other, dtype)) for dtype in ("float32", "bfloat16") for one, other in permutations(range(4), 2)]
+CROSS = [
+    ((one, dtype), (other, dtype)) for dtype in ("float32", "bfloat16") for one, other in permutations(range(4), 2)
+]
 
 
 @pytest.mark.parametrize(
@@ -267,9 +269,8 @@ def watched(argv: list[str], last: int) -> list[tuple[int, int, torch.Tensor]]:
 
     def watch(trainer: Trainer, index: int) -> dict[str, torch.Tensor]:
         batch = micro_batch(trainer, index)
-        if trainer.engine.training:
-            first = (index * trainer.world + trainer.rank) * trainer.settings.micro_batch_size
-            seen.append((trainer.state.step, first, batch["input_ids"].clone()))
+        first = (index * trainer.world + trainer.rank) * trainer.settings.micro_batch_size
+        seen.append((trainer.state.step, first, batch["input_ids"].clone()))
         return batch
 
     def stop(trainer: Trainer) -> None:
@@ -314,16 +315,15 @@ def test_a_run_goes_on_at_another_size_and_back(
     other = ("--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json")
     middle = in_order(run_ranks(world, watched, flags(user, out, world, *resume, *other), 6))
     last = in_order(run_ranks(2, watched, flags(user, out, 2, "--resume_from_checkpoint", "auto"), -1))
-    assert sorted(middle) == [4, 5] and sorted(last) == [6, 7]
+    assert set(middle) >= {4, 5} and set(last) >= {6, 7}  # and the batch that a save looks ahead at
     for step, ids in {**middle, **last}.items():
         assert ids.shape[0] == ROWS and torch.equal(ids, batches[step]), f"the batch of step {step}"
     torch.testing.assert_close(losses(out), losses(reference), rtol=0, atol=1e-5)
     assert [row["step"] for row in rows(out) if "merge" in row] == [3, 6]
 
 
-@pytest.mark.parametrize("world", [1, 2])
 def test_dropout_draws_masks_for_ranks_without_a_saved_state(user: Playground, tmp_path: Path) -> None:
-    """Saved by one rank, resumed at two: twice the same losses, and the second rank does not repeat the first's masks."""
+    """Saved by one rank, resumed at two: the same losses each time, with other masks than one rank draws."""
     first = tmp_path / "first"
     more = ("--mora_dropout", 0.5, "--max_steps", 4, "--merge_every", 0)
     run(1, flags(user, first, 1, *more))
