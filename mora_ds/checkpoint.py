@@ -34,6 +34,7 @@ from mora_ds.checkpoint_folder import (
     check_world_size,
     complete_checkpoints,
     find_checkpoint,
+    is_whole,
     step_folder,
     step_of,
 )
@@ -111,11 +112,20 @@ def load_checkpoint(folder: Path, engine: zero.Engine, identity: dict[str, Any])
 
 
 def _retain(root: Path, step: int, keep: int | None) -> None:
-    """Later checkpoints than this one, of a branch that was left, neither count nor go."""
+    """Later checkpoints than this one, of a branch that was left, neither count nor go; nor do folders that are not
+    whole: they are no checkpoints of this run's, or evidence. What goes is renamed first: half of one never counts."""
     if keep is None:
         return
-    for folder in [folder for folder in complete_checkpoints(root) if step_of(folder) <= step][:-keep]:
-        shutil.rmtree(folder)
+    whole = [folder for folder in complete_checkpoints(root) if step_of(folder) <= step and is_whole(folder)]
+    for folder in whole[:-keep]:
+        shutil.rmtree(_set_aside(folder))
+
+
+def _set_aside(folder: Path) -> Path:
+    old = folder.with_name(f".{folder.name}.old{_WRITING}")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(folder, old)
+    return old
 
 
 # -- the disk --------------------------------------------------------------------------------------------------------
@@ -151,11 +161,10 @@ def _check_space(root: Path, engine: zero.Engine) -> None:
 
 
 def _replace_folder(beside: Path, final: Path) -> None:
-    old = final.with_name(f".{final.name}.old{_WRITING}")
-    if final.exists():
-        os.replace(final, old)
+    old = _set_aside(final) if final.exists() else None
     os.replace(beside, final)
-    shutil.rmtree(old, ignore_errors=True)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _clear_partial(root: Path) -> None:

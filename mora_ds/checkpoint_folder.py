@@ -81,6 +81,14 @@ def problems_of(folder: Path) -> list[str]:
         return [str(error)]
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether every file of the manifest is there, in its size: cheap, as no file is read."""
+    try:
+        return not files.verify_manifest(folder, hashes=False)
+    except UserError:
+        return False
+
+
 def complete_checkpoints(root: Path) -> list[Path]:
     """Renamed step folders, oldest first."""
     return sorted((path for path in root.glob("step-*") if path.is_dir()), key=step_of)

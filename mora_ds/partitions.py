@@ -177,7 +177,7 @@ def save_shards(engine: zero.Engine, folder: Path, tag: str, write: Callable[[Pa
 
 def write_layout(folder: Path, layout: Layout) -> None:
     if layout.rank < layout.writers:
-        write_json_atomic(layout_path(folder, layout.rank), layout.to_dict())
+        write_json_atomic(layout_path(folder, layout.rank), layout.to_dict(), indent=None)
 
 
 _INNER = "optimizer_state_dict"
