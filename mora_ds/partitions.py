@@ -208,9 +208,18 @@ def _layout(engine: zero.Engine) -> Layout:
         state=state,
         flats=[piece.parts for piece in pieces(engine)],
         groups=_groups(engine) if rank == 0 else [],
+        settings=[_plain(group) for group in engine.basic_optimizer.param_groups],
         counters={name: int(getattr(engine, name)) for name in COUNTERS},
         scaler={name: getattr(_scaler(engine), name) for name in SCALER if hasattr(_scaler(engine), name)},
     )
+
+
+def _plain(group: dict[str, Any]) -> dict[str, Any]:
+    """What of a group's settings JSON can hold."""
+    values = {
+        key: value.item() if isinstance(value, Tensor) and not value.dim() else value for key, value in group.items()
+    }
+    return {key: value for key, value in values.items() if isinstance(value, (int, float, str, tuple, type(None)))}
 
 
 def _groups(engine: zero.Engine) -> list[dict[str, list[int]]]:
@@ -303,7 +312,9 @@ def _fill(piece: Piece, shards: EngineShards) -> None:
         _copy(piece.state[key], key, piece.parts, shards)
     for key, value in scalars.items():
         old = piece.state.get(key)
-        piece.state[key] = value.to(old.device) if isinstance(value, Tensor) and isinstance(old, Tensor) else value
+        if isinstance(value, Tensor):
+            value = value.item() if isinstance(old, int) else value.to(old.device if isinstance(old, Tensor) else "cpu")
+        piece.state[key] = value
 
 
 def _copy(flat: Tensor, key: str, parts: list[Part], shards: EngineShards) -> None:

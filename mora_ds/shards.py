@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from mora_ds.errors import UserError
-from mora_ds.files import malformed, read_json, require_format
+from mora_ds.files import atomic_path, malformed, read_json, require_format, write_json_atomic
+from mora_ds.tensor_files import SafetensorsWriter, open_safetensors
 
 MASTER = "master"
 """Key of a parameter's fp32 master; all other keys are the optimizer's own."""
 LAYOUT_FORMAT = 1
+WHOLE_FILE = "whole.safetensors"
 
 
 class _Attributes:
@@ -88,6 +90,8 @@ class Layout:
     """For each flat tensor, the parts in it."""
     groups: list[dict[str, list[int]]]
     """For each parameter group, its parameters and their shapes."""
+    settings: list[dict[str, Any]] = field(default_factory=list)
+    """Of each parameter group: learning rate, betas and so on; of some optimizers the step count."""
     counters: dict[str, int] = field(default_factory=dict)
     scaler: dict[str, float] = field(default_factory=dict)
     """The running values of fp16's loss scaler."""
@@ -143,10 +147,6 @@ class _Shard:
             states = found if isinstance(found, list) else found["state"]
             return states[flat] if flat in range(len(states)) else {}
 
-    def group_settings(self, group: int) -> dict[str, Any]:
-        found = self._at(self.layout.state)
-        return found["param_groups"][group] if isinstance(found, dict) else {}
-
     def moments(self, flat: int) -> dict[str, Tensor]:
         """The part of the state that has a value for every element, one-dimensional."""
         least = max((part.offset + part.numel for part in self.layout.flats[flat]), default=1)
@@ -155,6 +155,48 @@ class _Shard:
             for key, value in self.state(flat).items()
             if isinstance(value, Tensor) and value.dim() > 0 and value.numel() >= least
         }
+
+
+class _WholeFile(_Shard):
+    """A file of ours in a shard's place: every tensor whole, under "key/parameter name"."""
+
+    @property
+    def _handle(self) -> Any:
+        if self._content is None:
+            self._content = open_safetensors(self.path)
+        return self._content
+
+    def _name(self, flat: int) -> str:
+        return self.layout.flats[flat][0].name
+
+    def master(self, flat: int) -> Tensor:
+        return self._handle.get_tensor(f"{MASTER}/{self._name(flat)}").reshape(-1)
+
+    def state(self, flat: int) -> dict[str, Any]:
+        split = [name.partition("/") for name in self._handle.keys()]  # noqa: SIM118  (no mapping)
+        keys = [key for key, _, name in split if name == self._name(flat) and key != MASTER]
+        tensors = {key: self._handle.get_tensor(f"{key}/{self._name(flat)}") for key in keys}
+        counts = (torch.int64,)  # a Python number once
+        return {key: tensor.item() if tensor.dtype in counts else tensor for key, tensor in tensors.items()}
+
+
+def write_whole(folder: Path, shards: EngineShards, world_size: int) -> None:
+    """The same content as one safetensors file and its layout, which `EngineShards.open` reads like any shards."""
+    layout = {}
+    for name, shape in shards.shapes.items():
+        for key in (MASTER, *shards.keys(name)):
+            layout[f"{key}/{name}"] = (tuple(shape), shards.read(name, key, 0, 0).dtype)
+        for key, value in shards.scalars(name).items():
+            layout[f"{key}/{name}"] = ((), torch.as_tensor(value).dtype)
+    with atomic_path(folder / WHOLE_FILE) as beside, SafetensorsWriter(beside, layout, {}) as writer:
+        for name in shards.shapes:
+            for key in (MASTER, *shards.keys(name)):
+                writer.write(f"{key}/{name}", shards.whole(name, key))
+            for key, value in shards.scalars(name).items():
+                writer.write(f"{key}/{name}", torch.as_tensor(value))
+    flats = [[Part(name, 0, math.prod(shape), 0)] for name, shape in shards.shapes.items()]
+    whole = replace(shards.first, rank=0, world_size=world_size, writers=1, file=WHOLE_FILE, masters=[], state=[])
+    write_json_atomic(layout_path(folder, 0), replace(whole, flats=flats).to_dict(), indent=None)
 
 
 def _flattened(tensors: Any) -> Iterator[Tensor]:
@@ -173,7 +215,7 @@ class EngineShards:
         self.first = layouts[0]
         self.shapes = {name: tuple(shape) for group in self.first.groups for name, shape in group.items()}
         """Parameter name -> shape of the whole."""
-        self._shards = [_Shard(folder, layout) for layout in layouts]
+        self._shards = [(_WholeFile if layout.file == WHOLE_FILE else _Shard)(folder, layout) for layout in layouts]
         self._parts: dict[str, list[tuple[_Shard, int, Part]]] = {name: [] for name in self.shapes}
         for shard in self._shards:
             for index, flat in enumerate(shard.layout.flats):
@@ -214,7 +256,7 @@ class EngineShards:
 
     def group_step(self, group: int) -> int | None:
         """The step count of optimizers that keep it with the parameter group (DeepSpeed's FusedAdam)."""
-        step = self._shards[0].group_settings(group).get("step")
+        step = self.first.settings[group].get("step") if group < len(self.first.settings) else None
         return None if step is None else int(step)
 
     def read(self, name: str, key: str, start: int = 0, numel: int | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from tests.models import causal_loss, tiny_model, tokens
 from tests.test_zero import ds_config
 
 CONSTANT = 60 << 10
-"""Bytes, for two ranks and 19 tensors: random states, layouts, DeepSpeed's config in every shard, JSON, the probe's logits."""
+"""Bytes, for two ranks and 19 tensors: random states, layouts, DeepSpeed's config, JSON, the probe's logits."""
 
 
 def sizes(folder: str) -> dict[str, tuple[int, int]]:

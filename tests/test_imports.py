@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "ds_config_keys", "tables"),
     ("operators", "schedules", "files", "cli", "ranks", "flags", "ds_config", "zero"),
-    ("compute", "tensor_files", "metrics", "run_folder", "shards", "checkpoint_folder", "spectrum", "resets"),
-    ("config", "layer", "base", "export_check", "partitions"),
-    ("injection", "arguments", "ledger", "model", "model_folder", "data", "checkpoint"),
-    ("adapter_files", "engine", "remora", "validation", "run_data", "ledger_table"),
-    ("saving", "model_card", "ledger_tools", "verification"),
+    ("compute", "tensor_files", "metrics", "run_folder", "checkpoint_folder", "spectrum", "resets"),
+    ("config", "layer", "base", "export_check", "shards"),
+    ("injection", "arguments", "ledger", "model", "model_folder", "data", "partitions"),
+    ("adapter_files", "engine", "remora", "checkpoint", "validation", "run_data", "ledger_table"),
+    ("saving", "model_card", "ledger_tools", "verification", "universal", "portable"),
     ("export", "run", "trainer", "compact", "spectrum_report"),
     ("pretrain",),
     ("demo",),
@@ -50,7 +50,7 @@ DISTRIBUTED = {"ranks", "engine", "checkpoint", "partitions", "remora", "saving"
 STANDARD_LIBRARY_ONLY = {"errors", "version", "schedules", "ds_config_keys", "ds_config", "files", "cli"}
 WITHOUT_DEEPSPEED = (
     "operators", "layer", "config", "injection", "data", "ledger", "export", "shards", "checkpoint_folder",
-    "verification", "arguments", "validation",
+    "verification", "universal", "portable", "arguments", "validation",
 )  # fmt: skip
 """Rooms that must not need DeepSpeed, not even through another room."""
 
