@@ -13,9 +13,12 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_optimizer_state
 
 from mora_ds import partitions, zero
+from mora_ds.adapter_files import BaseReference
 from mora_ds.errors import UserError
+from mora_ds.export import export_merged
 from mora_ds.shards import _STAND_INS, MASTER, EngineShards, Layout, layout_path
 from mora_ds.trainer import Trainer
+from mora_ds.verification import verify
 from tests.gloo import run_ranks
 from tests.jobs import REPOSITORY, Playground, job, losses, playground, rows, run
 from tests.test_zero_contract import COMBINATIONS, new_engine, one_step
@@ -320,6 +323,24 @@ def test_a_run_goes_on_at_another_size_and_back(
         assert ids.shape[0] == ROWS and torch.equal(ids, batches[step]), f"the batch of step {step}"
     torch.testing.assert_close(losses(out), losses(reference), rtol=0, atol=1e-5)
     assert [row["step"] for row in rows(out) if "merge" in row] == [3, 6]
+    for step in (6, 8):  # saved by the other number of ranks, and by two again
+        report = export_merged(out / "checkpoints" / f"step-{step:06d}", tmp_path / f"merged-{step}", verify=True)
+        assert report.comparison is not None and report.cycles == 2
+        (verdict,) = verify(out / "checkpoints" / f"step-{step:06d}", user.model)
+        assert verdict.is_good, verdict.problems
+
+
+def test_the_base_may_lie_elsewhere(
+    user: Playground, two: tuple[Path, dict[int, torch.Tensor]], tmp_path: Path
+) -> None:
+    """Another path, the same fingerprint: the run goes on, and its checkpoints name the new place."""
+    reference, _ = two
+    out = Path(shutil.copytree(reference, tmp_path / "out", symlinks=True))
+    moved = Path(shutil.copytree(user.model, tmp_path / "elsewhere" / "model"))
+    resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000004", "--model_name_or_path", moved)
+    run(2, flags(user, out, 2, *resume))
+    assert torch.equal(losses(out), losses(reference))
+    assert BaseReference.read(out / "checkpoints" / "step-000008").folder == str(moved.resolve())
 
 
 def test_dropout_draws_masks_for_ranks_without_a_saved_state(user: Playground, tmp_path: Path) -> None:
