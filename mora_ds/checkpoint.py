@@ -22,8 +22,10 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mora_ds import files, partitions, zero
+from mora_ds.background import Background, Exchange, on_host
 from mora_ds.checkpoint_folder import (
     AUTO,
     ENGINE_TAG,
@@ -39,12 +41,13 @@ from mora_ds.checkpoint_folder import (
     step_of,
 )
 from mora_ds.errors import RunError
-from mora_ds.shards import EngineShards
+from mora_ds.shards import EngineShards, Layout
 
 __all__ = [
     "AUTO",
     "ENGINE_TAG",
     "LATEST",
+    "CheckpointWriter",
     "TrainerState",
     "check_identity",
     "check_world_size",
@@ -60,6 +63,102 @@ _NOTHING_LEFT = 1 << 20
 """Bytes: with less than this free, a write that failed has failed for lack of space."""
 
 
+Collect = Callable[[], Callable[[Path], None]]
+"""Called on every rank, so that it may gather; what it returns writes what was gathered into a folder, alone."""
+
+
+class CheckpointWriter:
+    """Writes `root/step-N` on all ranks together, and keeps the newest `keep`. Make it, and call it, on all ranks.
+
+    In the background, training waits for the copy into host memory only: each rank's thread writes its files, and
+    when all have, rank 0's hashes, renames, moves `latest` and deletes. An error there, a full disk say, is raised by
+    the next `save` or `wait`, on all ranks; the checkpoints before are untouched, and half of one goes.
+    """
+
+    def __init__(self, root: Path, engine: zero.Engine, background: bool = False) -> None:
+        self.root, self.engine = root, engine
+        self._background = Background() if background else None
+        self._exchange = Exchange() if background else None
+
+    def save(self, state: TrainerState, collect: Collect, keep: int | None = None) -> Path:
+        """Returns the final folder, which in the background is not there yet. Raises `RunError` on a full disk, or
+        for what befell the checkpoint before."""
+        self.wait()
+        final = step_folder(self.root, state.step)
+        beside = self.root / f".{final.name}{_WRITING}"
+        with _disk_errors(self.root, beside):
+            if dist.get_rank() == 0:
+                _clear_partial(self.root)
+                beside.mkdir(parents=True)
+            dist.barrier()
+            _check_space(self.root, self.engine)
+            if self._background is None:
+                layout = partitions.save_shards(self.engine, beside, ENGINE_TAG)
+                self._write(beside, layout, _rng_states(), collect())
+                dist.barrier()
+                self._complete(beside, final, asdict(state), keep)
+                dist.barrier()
+            else:
+                self._background.start(self._copied(beside, final, state, collect, keep), f"checkpoint {final.name}")
+        return final
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Until the checkpoint that is being written is there. Raises what went wrong with it."""
+        if self._background is not None:
+            self._background.wait(timeout_s)
+
+    def _copied(
+        self, beside: Path, final: Path, state: TrainerState, collect: Collect, keep: int | None
+    ) -> Callable[[], None]:
+        """Everything in host memory, and what the thread is to do with it."""
+        pending: list[tuple[Path, Any]] = []
+        layout = partitions.save_shards(
+            self.engine, beside, ENGINE_TAG, lambda path, content: pending.append((path, on_host(content)))
+        )
+        rng, write_extras, facts = _rng_states(), collect(), asdict(state)
+        exchange = self._exchange
+        assert exchange is not None
+
+        def write_own() -> None:
+            for path, content in pending:
+                partitions.write_now(path, content)
+            self._write(beside, layout, rng, write_extras)
+
+        def work() -> None:
+            with _disk_errors(self.root, beside):
+                exchange.agree(_error_of(write_own))
+                exchange.agree(_error_of(lambda: self._complete(beside, final, facts, keep)))
+
+        return work
+
+    def _write(
+        self, beside: Path, layout: Layout, rng: dict[str, Tensor], write_extras: Callable[[Path], None]
+    ) -> None:
+        """This rank's files; DeepSpeed's are there already."""
+        partitions.write_layout(beside / ENGINE_TAG, layout)
+        save_file(rng, str(beside / f"rng-{dist.get_rank():05d}.safetensors"))
+        write_extras(beside)
+
+    def _complete(self, beside: Path, final: Path, state: dict[str, Any], keep: int | None) -> None:
+        """What follows when all ranks have written."""
+        if dist.get_rank() != 0:
+            return
+        files.write_json_atomic(beside / STATE_FILE, state)
+        files.write_manifest(beside)
+        _replace_folder(beside, final)
+        files.fsync_folder(self.root)
+        files.replace_symlink(self.root / LATEST, final.name)
+        _retain(self.root, state["step"], keep)
+
+
+def _error_of(work: Callable[[], None]) -> BaseException | None:
+    try:
+        work()
+    except Exception as error:
+        return error
+    return None
+
+
 def save_checkpoint(
     root: Path,
     engine: zero.Engine,
@@ -67,33 +166,9 @@ def save_checkpoint(
     write_extras: Callable[[Path], None],
     keep: int | None = None,
 ) -> Path:
-    """Write `root/step-N` on all ranks together; `write_extras(folder)` adds the caller's files (called on every rank,
-    so that it may gather). Returns the final folder. Keeps the newest `keep` checkpoints.
-
-    Raises `RunError` when the disk is full; the checkpoints before are then untouched, and half of one goes.
-    """
-    final = step_folder(root, state.step)
-    beside = root / f".{final.name}{_WRITING}"
-    rank = dist.get_rank()
-    with _disk_errors(root, beside):
-        if rank == 0:
-            _clear_partial(root)
-            beside.mkdir(parents=True)
-        dist.barrier()
-        _check_space(root, engine)
-        partitions.write_layout(beside / ENGINE_TAG, partitions.save_shards(engine, beside, ENGINE_TAG))
-        _save_rng(beside, rank)
-        write_extras(beside)
-        dist.barrier()
-        if rank == 0:
-            files.write_json_atomic(beside / STATE_FILE, asdict(state))
-            files.write_manifest(beside)
-            _replace_folder(beside, final)
-            files.fsync_folder(root)
-            files.replace_symlink(root / LATEST, final.name)
-            _retain(root, state.step, keep)
-        dist.barrier()
-    return final
+    """One checkpoint, at once; `write_extras(folder)` adds the caller's files (called on every rank, so that it may
+    gather). As `CheckpointWriter.save`."""
+    return CheckpointWriter(root, engine).save(state, lambda: write_extras, keep)
 
 
 def load_checkpoint(folder: Path, engine: zero.Engine, identity: dict[str, Any]) -> TrainerState:
@@ -176,11 +251,11 @@ def _clear_partial(root: Path) -> None:
 # -- random states ---------------------------------------------------------------------------------------------------
 
 
-def _save_rng(folder: Path, rank: int) -> None:
+def _rng_states() -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    save_file(states, str(folder / f"rng-{rank:05d}.safetensors"))
+    return states
 
 
 def _load_rng(folder: Path, rank: int, state: TrainerState) -> None:

@@ -22,12 +22,12 @@ from mora_ds import zero
 from mora_ds.arguments import AdapterKind, Arguments, dump
 from mora_ds.checkpoint import (
     AUTO,
+    CheckpointWriter,
     TrainerState,
     check_identity,
     check_world_size,
     find_checkpoint,
     load_checkpoint,
-    save_checkpoint,
 )
 from mora_ds.data import PackedDataset, largest_id
 from mora_ds.ds_config import compute_dtype, fill_bucket_sizes, resolve_ds_config
@@ -102,6 +102,7 @@ class _Job:
     """Where it stands: at the beginning, or where the checkpoint left off."""
     remora: ReMoRA | None
     save: Callable[[TrainerState, int | None], Path]
+    wait: Callable[[float | None], None]
     export: Callable[[Path, Path], None]
     """Writes the merged model of a checkpoint into a folder."""
     base_tensors: Mapping[str, Tensor]
@@ -203,13 +204,14 @@ def _mora_job(
         tokenizer_folder=data.tokenizer_folder,
         probe_ids=data.train.block(0)["input_ids"][:PROBE_TOKENS].unsqueeze(0),
         facts={"seq_len": data.train.seq_len},
+        async_save=arguments.training.async_save,
     )
 
     def export(checkpoint: Path, target: Path) -> None:
         ranks.on_first(lambda: export_merged(checkpoint, target, overwrite=True) and None)
 
     base_tensors, counts = frozen_buffers(loaded.model), (report.trainable_params, report.total_params)
-    return _Job(engine, run.state, run.remora, run.save_state, export, base_tensors, *counts)
+    return _Job(engine, run.state, run.remora, run.save_state, run.wait, export, base_tensors, *counts)
 
 
 def _full_job(
@@ -226,13 +228,15 @@ def _full_job(
     if place.checkpoint is not None:
         state = load_checkpoint(place.checkpoint, engine, identity)
 
+    writer = CheckpointWriter(place.folder / "checkpoints", engine, arguments.training.async_save)
+
     def save(now: TrainerState, keep: int | None) -> Path:
-        return save_checkpoint(place.folder / "checkpoints", engine, now, lambda target: None, keep)
+        return writer.save(now, lambda: lambda target: None, keep)
 
     def export(checkpoint: Path, target: Path) -> None:
         save_full_model(engine, target, data.tokenizer)
 
-    return _Job(engine, state, None, save, export, {}, total, total)
+    return _Job(engine, state, None, save, writer.wait, export, {}, total, total)
 
 
 def _seed(arguments: Arguments, ranks: Ranks) -> None:
@@ -284,6 +288,7 @@ def _train(arguments: Arguments, job: _Job, data: RunData, place: _Place, schedu
         state=state,
         save=lambda now: job.save(now, arguments.training.save_total_limit),
         merger=job.remora,
+        wait=job.wait,
     )
     trainer.last_checkpoint = place.checkpoint
     nothing_to_do = trainer.is_finished

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +31,9 @@ from mora_ds.schedules import Schedule
 
 PROBE_ROWS = 2
 """Sequences of the batch whose loss is measured before and after a merge: the first of the corpus, on every rank."""
+
+PATIENCE_S = 60.0
+"""How long a run that fails waits for a checkpoint that is being written in the background."""
 
 
 class Merger(Protocol):
@@ -69,6 +73,8 @@ class Trainer:
     state: TrainerState
     save: Callable[[TrainerState], Path]
     merger: Merger | None = None
+    wait: Callable[[float | None], None] = lambda timeout_s: None
+    """Until the checkpoint that is being written is there, or so many seconds; raises what went wrong with it."""
 
     def __post_init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -88,7 +94,18 @@ class Trainer:
         return self.state.finished and self.state.step == self.settings.total_steps
 
     def run(self) -> TrainerState:
-        """Train from `state.step` to the end. Raises `RunError` when the loss is no number any more."""
+        """Train from `state.step` to the end. Raises `RunError` when the loss is no number any more, or a checkpoint
+        could not be written."""
+        try:
+            state = self._run()
+        except BaseException:
+            with suppress(RunError):  # what ended the run is what is told
+                self.wait(PATIENCE_S)
+            raise
+        self.wait(None)
+        return state
+
+    def _run(self) -> TrainerState:
         if self.is_finished:
             self.log.say(f"all {self.state.step} steps of this run are done: nothing left to train")
             return self.state

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "ds_config_keys", "tables"),
-    ("operators", "schedules", "files", "cli", "ranks", "flags", "ds_config", "zero"),
+    ("operators", "schedules", "files", "cli", "ranks", "background", "flags", "ds_config", "zero"),
     ("compute", "tensor_files", "metrics", "run_folder", "checkpoint_folder", "spectrum", "resets"),
     ("config", "layer", "base", "export_check", "shards"),
     ("injection", "arguments", "ledger", "model", "model_folder", "data", "partitions"),
@@ -44,7 +44,7 @@ DATA_SEES = {"errors", "files"}
 DEEPSPEED = {"zero", "partitions", "engine", "saving"}
 """Rooms that may import deepspeed: internals in `zero` and `partitions`, its public functions in the others."""
 
-DISTRIBUTED = {"ranks", "engine", "checkpoint", "partitions", "remora", "saving", "trainer"}
+DISTRIBUTED = {"ranks", "background", "engine", "checkpoint", "partitions", "remora", "saving", "trainer"}
 """Rooms that may import torch.distributed."""
 
 STANDARD_LIBRARY_ONLY = {"errors", "version", "schedules", "ds_config_keys", "ds_config", "files", "cli"}
