@@ -54,9 +54,7 @@ class Background:
             except BaseException as error:
                 self.error = error  # raised by the next `wait`
                 if dist.get_rank() == 0:
-                    print(
-                        f"warning: {what}: {error}; the run will stop when it saves next", file=sys.stderr, flush=True
-                    )
+                    print(f"warning: {what}: {error}; the next save will stop the run", file=sys.stderr, flush=True)
 
         self.thread = threading.Thread(target=run, name=what, daemon=True)
         self.thread.start()

@@ -63,8 +63,8 @@ _NOTHING_LEFT = 1 << 20
 """Bytes: with less than this free, a write that failed has failed for lack of space."""
 
 
-Collect = Callable[[], Callable[[Path], None]]
-"""Called on every rank, so that it may gather; what it returns writes what was gathered into a folder, alone."""
+Collect = Callable[[int], Callable[[Path], None]]
+"""Called on every rank with the step, so that it may gather; what it returns writes that into a folder, alone."""
 
 
 class CheckpointWriter:
@@ -75,12 +75,12 @@ class CheckpointWriter:
     the next `save` or `wait`, on all ranks; the checkpoints before are untouched, and half of one goes.
     """
 
-    def __init__(self, root: Path, engine: zero.Engine, background: bool = False) -> None:
-        self.root, self.engine = root, engine
+    def __init__(self, root: Path, engine: zero.Engine, collect: Collect, background: bool = False) -> None:
+        self.root, self.engine, self.collect = root, engine, collect
         self._background = Background() if background else None
         self._exchange = Exchange() if background else None
 
-    def save(self, state: TrainerState, collect: Collect, keep: int | None = None) -> Path:
+    def save(self, state: TrainerState, keep: int | None = None) -> Path:
         """Returns the final folder, which in the background is not there yet. Raises `RunError` on a full disk, or
         for what befell the checkpoint before."""
         self.wait()
@@ -94,12 +94,12 @@ class CheckpointWriter:
             _check_space(self.root, self.engine)
             if self._background is None:
                 layout = partitions.save_shards(self.engine, beside, ENGINE_TAG)
-                self._write(beside, layout, _rng_states(), collect())
+                self._write(beside, layout, _rng_states(), self.collect(state.step))
                 dist.barrier()
                 self._complete(beside, final, asdict(state), keep)
                 dist.barrier()
             else:
-                self._background.start(self._copied(beside, final, state, collect, keep), f"checkpoint {final.name}")
+                self._background.start(self._copied(beside, final, state, keep), f"checkpoint {final.name}")
         return final
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -107,15 +107,13 @@ class CheckpointWriter:
         if self._background is not None:
             self._background.wait(timeout_s)
 
-    def _copied(
-        self, beside: Path, final: Path, state: TrainerState, collect: Collect, keep: int | None
-    ) -> Callable[[], None]:
+    def _copied(self, beside: Path, final: Path, state: TrainerState, keep: int | None) -> Callable[[], None]:
         """Everything in host memory, and what the thread is to do with it."""
         pending: list[tuple[Path, Any]] = []
         layout = partitions.save_shards(
             self.engine, beside, ENGINE_TAG, lambda path, content: pending.append((path, on_host(content)))
         )
-        rng, write_extras, facts = _rng_states(), collect(), asdict(state)
+        rng, write_extras, facts = _rng_states(), self.collect(state.step), asdict(state)
         exchange = self._exchange
         assert exchange is not None
 
@@ -168,7 +166,7 @@ def save_checkpoint(
 ) -> Path:
     """One checkpoint, at once; `write_extras(folder)` adds the caller's files (called on every rank, so that it may
     gather). As `CheckpointWriter.save`."""
-    return CheckpointWriter(root, engine).save(state, lambda: write_extras, keep)
+    return CheckpointWriter(root, engine, lambda step: write_extras).save(state, keep)
 
 
 def load_checkpoint(folder: Path, engine: zero.Engine, identity: dict[str, Any]) -> TrainerState:

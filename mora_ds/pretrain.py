@@ -228,15 +228,14 @@ def _full_job(
     if place.checkpoint is not None:
         state = load_checkpoint(place.checkpoint, engine, identity)
 
-    writer = CheckpointWriter(place.folder / "checkpoints", engine, arguments.training.async_save)
-
-    def save(now: TrainerState, keep: int | None) -> Path:
-        return writer.save(now, lambda: lambda target: None, keep)
+    writer = CheckpointWriter(
+        place.folder / "checkpoints", engine, lambda step: _silence, arguments.training.async_save
+    )
 
     def export(checkpoint: Path, target: Path) -> None:
         save_full_model(engine, target, data.tokenizer)
 
-    return _Job(engine, state, None, save, writer.wait, export, {}, total, total)
+    return _Job(engine, state, None, writer.save, writer.wait, export, {}, total, total)
 
 
 def _seed(arguments: Arguments, ranks: Ranks) -> None:

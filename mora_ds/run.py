@@ -85,7 +85,7 @@ class Run:
             torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0) if probe_ids is None else probe_ids,
             {"operator": config.kind.value, "merge_precision": precision, **(facts or {})},
         )
-        self._checkpoints = CheckpointWriter(self.folder / "checkpoints", engine, async_save)
+        self._checkpoints = CheckpointWriter(self.folder / "checkpoints", engine, self._writer.collect, async_save)
         self.state = TrainerState(world_size=self.ranks.world, identity=self.identity)
         if checkpoint is not None:
             self.state = load_checkpoint(checkpoint, engine, self.identity)
@@ -104,7 +104,7 @@ class Run:
 
     def save_state(self, state: TrainerState, keep: int | None = None) -> Path:
         """The same with everything that a trainer knows of where it stands."""
-        return self._checkpoints.save(state, lambda: self._writer.collect(state.step), keep)
+        return self._checkpoints.save(state, keep)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """With `async_save`: until the last checkpoint is written. Call it before the process ends."""

@@ -71,7 +71,8 @@ def slow_job(argv: list[str]) -> tuple[list[float], int, dict[str, Any]]:
 
     partitions.write_now, Trainer._after_step = slowly, count  # type: ignore[method-assign]
     checkpoints.CheckpointWriter.save = timed  # type: ignore[method-assign]
-    return (blocked, beside, job(argv))
+    summary = job(argv)
+    return blocked, beside, summary
 
 
 def test_the_same_checkpoints_while_training_goes_on(user: Playground, whole: Path, tmp_path: Path) -> None:
