@@ -5,13 +5,13 @@
                     of ranks and any ZeRO stage (`shards.EngineShards`)
 
 Both go by `pieces`: for every flat tensor that the optimizer works on, which part of which parameter lies where in it.
-DeepSpeed's own `load_checkpoint` is not used: it unpickles without limits, and serves the same number of ranks only.
+DeepSpeed's own `load_checkpoint` unpickles without limits, and serves the same number of ranks only; it is used for a
+state that lies on NVMe alone, and gets its files through `ShardWriter.load`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,105 +20,24 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from mora_ds import zero
-from mora_ds.errors import RunError, UserError
+from mora_ds.errors import UserError
 from mora_ds.files import write_json_atomic
-from mora_ds.shards import MASTER, EngineShards, Layout, Part, layout_path
+from mora_ds.flat_tensors import Piece, groups_of, pieces, scaler_of, shape_of
+from mora_ds.shards import MASTER, EngineShards, Layout, Part, layout_path, load_pickled
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 """Attributes of the engine that its own checkpoints restore (engine.py, `_load_checkpoint`)."""
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What changes in a loss scaler (fp16/loss_scaler.py); LossScaleConfig of runs without ZeRO has the same names."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One flat tensor of this rank's optimizer."""
-
-    group: int
-    master: Tensor
-    """fp32."""
-    state: dict[str, Any]
-    parts: list[Part]
-
-
-Names = dict[int, str]
-"""id of a parameter -> its name in the model."""
-
-
-def pieces(engine: zero.Engine) -> Iterator[Piece]:
-    """Every flat tensor of this rank, in the order in which DeepSpeed saves them."""
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    optimizer = engine.optimizer
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        found = _stage3(optimizer, names)
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        found = _mapped(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, names)
-    elif isinstance(optimizer, BF16_Optimizer):
-        found = _mapped(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, names)
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        found = _one_by_one(optimizer.fp16_groups, optimizer.fp32_groups, names)
-    elif isinstance(optimizer, FP16_Optimizer):
-        found = _joined(optimizer.fp16_groups, optimizer.fp32_groups_flat, names)
-    else:
-        groups = [group["params"] for group in optimizer.param_groups]
-        found = _one_by_one(groups, groups, names)
-    for group, master, parts in found:
-        yield Piece(group, master, engine.basic_optimizer.state[master], parts)
-
-
-Found = Iterator[tuple[int, Tensor, list[Part]]]
-"""(parameter group, flat master, its parts)."""
-
-
-def _stage3(optimizer: Any, names: Names) -> Found:
-    """A sub-group is the shards of its parameters, one behind the other, the last rank's padded (stage3.py,
-    `_create_fp16_partitions_with_defragmentation`; partition_parameters.py, `_partition_param`)."""
-    rank = dist.get_rank(group=optimizer.dp_process_group)
-    for index, parameters in enumerate(optimizer.fp16_groups):
-        master, parts, offset = optimizer.fp32_partitioned_groups_flat[index], [], 0
-        for parameter in parameters:
-            size = parameter.ds_tensor.ds_numel
-            start = min(rank * size, parameter.ds_numel)
-            numel = min(size, parameter.ds_numel - start)
-            if numel:
-                parts.append(Part(names[id(parameter)], start, numel, offset))
-            offset += size
-        if offset != master.numel():
-            raise RunError(f"ZeRO-3 has laid out sub-group {index} in another way than this version knows")
-        yield optimizer.sub_group_to_group_id[index], master, parts
-
-
-def _mapped(groups: list[list[Tensor]], masters: list[Tensor], names: Names) -> Found:
-    """ZeRO 1 and 2 keep themselves which fragment is whose (utils/tensor_fragment.py)."""
-    for index, (parameters, master) in enumerate(zip(groups, masters, strict=True)):
-        parts = []
-        for parameter in parameters:
-            mapping: Any = getattr(parameter, "_hp_mapping", None)
-            if mapping is not None:
-                of_parameter, of_flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-                parts.append(Part(names[id(parameter)], of_parameter.start, of_parameter.numel, of_flat.start))
-        yield index, master, parts
-
-
-def _one_by_one(groups: list[list[Tensor]], masters: list[list[Tensor]], names: Names) -> Found:
-    for index, (parameters, fulls) in enumerate(zip(groups, masters, strict=True)):
-        for parameter, full in zip(parameters, fulls, strict=True):
-            yield index, full, [Part(names[id(parameter)], 0, parameter.numel(), 0)]
-
-
-def _joined(groups: list[list[Tensor]], masters: list[Tensor], names: Names) -> Found:
-    for index, (parameters, master) in enumerate(zip(groups, masters, strict=True)):
-        parts, offset = [], 0
-        for parameter in parameters:
-            parts.append(Part(names[id(parameter)], 0, parameter.numel(), offset))
-            offset += parameter.numel()
-        yield index, master, parts
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
@@ -148,7 +67,9 @@ class ShardWriter(CheckpointEngine):
         self._write(Path(path), state_dict)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        raise RunError(f"DeepSpeed was to unpickle {path}: mora_ds reads its shards itself")
+        """For a state on NVMe: DeepSpeed gets its own classes back, and nothing else that could run."""
+        del map_location
+        return load_pickled(Path(path), [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum])
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         del info
@@ -206,11 +127,12 @@ def _layout(engine: zero.Engine) -> Layout:
         file=Path(name).name,
         masters=masters,
         state=state,
-        flats=[piece.parts for piece in pieces(engine)],
-        groups=_groups(engine) if rank == 0 else [],
+        flats=[] if engine.zero_nvme_offload_optimizer() else [piece.parts for piece in pieces(engine)],
+        groups=groups_of(engine) if rank == 0 else [],
         settings=[_plain(group) for group in engine.basic_optimizer.param_groups],
+        swapped=bool(engine.zero_nvme_offload_optimizer()),
         counters={name: int(getattr(engine, name)) for name in COUNTERS},
-        scaler={name: getattr(_scaler(engine), name) for name in SCALER if hasattr(_scaler(engine), name)},
+        scaler={name: getattr(scaler_of(engine), name) for name in SCALER if hasattr(scaler_of(engine), name)},
     )
 
 
@@ -220,33 +142,6 @@ def _plain(group: dict[str, Any]) -> dict[str, Any]:
         key: value.item() if isinstance(value, Tensor) and not value.dim() else value for key, value in group.items()
     }
     return {key: value for key, value in values.items() if isinstance(value, (int, float, str, tuple, type(None)))}
-
-
-def _groups(engine: zero.Engine) -> list[dict[str, list[int]]]:
-    """Parameters and shapes of each group: masters do not tell, as a rank may have no part of one."""
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    optimizer = engine.optimizer
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        groups: list[list[Any]] = [[] for _ in optimizer.param_groups]
-        for index, parameters in enumerate(optimizer.fp16_groups):
-            groups[optimizer.sub_group_to_group_id[index]] += parameters
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        groups = optimizer.bit16_groups
-    elif isinstance(optimizer, BF16_Optimizer):
-        groups = optimizer.bf16_groups
-    elif isinstance(optimizer, (FP16_UnfusedOptimizer, FP16_Optimizer)):
-        groups = optimizer.fp16_groups
-    else:
-        groups = [group["params"] for group in optimizer.param_groups]
-    return [{names[id(parameter)]: list(_shape(parameter)) for parameter in group} for group in groups]
-
-
-def _shape(parameter: Any) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _scaler(engine: zero.Engine) -> Any:
-    return getattr(engine.optimizer, "loss_scaler", getattr(engine.optimizer, "loss_scale_config", None))
 
 
 # -- restoring ---------------------------------------------------------------------------------------------------------
@@ -259,6 +154,9 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
     Raises `UserError` when the shards hold other parameters than the model, or another optimizer's state.
     """
     _check(engine, shards)
+    if shards.first.swapped:
+        _restore_swapped(engine, shards)
+        return
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer.checkpoint_event_prologue()  # stage3.py: partition what is still gathered
@@ -277,12 +175,27 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
     for name, value in shards.first.counters.items():
         setattr(engine, name, value)
     for name, number in shards.first.scaler.items():
-        if hasattr(_scaler(engine), name):
-            setattr(_scaler(engine), name, number)
+        if hasattr(scaler_of(engine), name):
+            setattr(scaler_of(engine), name, number)
+
+
+def _restore_swapped(engine: zero.Engine, shards: EngineShards) -> None:
+    """DeepSpeed has saved files of its own for a state on NVMe (engine.py, `save_checkpoint`) and loads them itself."""
+    if shards.first.world_size != dist.get_world_size():
+        raise UserError(
+            f"{shards.folder}: an optimizer on NVMe (offload_optimizer) goes on at the number of ranks that saved it, "
+            f"{shards.first.world_size}, only"
+        )
+    own = engine.checkpoint_engine
+    engine.checkpoint_engine = ShardWriter(engine, write_now)
+    try:
+        engine.load_checkpoint(str(shards.folder.parent), tag=shards.folder.name, load_module_strict=False)
+    finally:
+        engine.checkpoint_engine = own
 
 
 def _check(engine: zero.Engine, shards: EngineShards) -> None:
-    here = {name: tuple(_shape(parameter)) for name, parameter in engine.module.named_parameters()}
+    here = {name: tuple(shape_of(parameter)) for name, parameter in engine.module.named_parameters()}
     different = sorted(name for name in {*here, *shards.shapes} if here.get(name) != shards.shapes.get(name))
     if different:
         name = different[0]

@@ -163,8 +163,7 @@ def _load_base(
     if model_folder is None:
         config_file, vocabulary = Path(str(model.model_config)).expanduser(), largest_id(tokenizer)[1] + 1
         if place.checkpoint is None or not (own / "config.json").exists():
-            seed = arguments.training.seed
-            ranks.on_first(lambda: create_base(config_file, own, seed, tokenizer, vocabulary))
+            ranks.on_first(lambda: create_base(config_file, own, arguments.training.seed, tokenizer, vocabulary))
         model_folder = own
     dtype = getattr(torch, compute_dtype(ds_config))
     loaded = load_base(model_folder, own, ranks, dtype, model.attn_implementation, model.trust_remote_code)
@@ -228,9 +227,8 @@ def _full_job(
     if place.checkpoint is not None:
         state = load_checkpoint(place.checkpoint, engine, identity)
 
-    writer = CheckpointWriter(
-        place.folder / "checkpoints", engine, lambda step: _silence, arguments.training.async_save
-    )
+    root = place.folder / "checkpoints"
+    writer = CheckpointWriter(root, engine, lambda step: _silence, arguments.training.async_save)
 
     def export(checkpoint: Path, target: Path) -> None:
         save_full_model(engine, target, data.tokenizer)

@@ -43,12 +43,14 @@ _STAND_INS: list[Any] = [
 """All that DeepSpeed 0.19.8 pickles beside tensors and plain containers (tests/test_elastic.py looks for more)."""
 
 
-def load_pickled(path: Path) -> Any:
-    """What a file of DeepSpeed's holds, mapped, on the CPU; nothing in it is executed. Raises `UserError`."""
+def load_pickled(path: Path, allowed: list[Any] | None = None) -> Any:
+    """What a file of DeepSpeed's holds, mapped, on the CPU; nothing in it is executed. Raises `UserError`.
+
+    `allowed`: classes that objects in it may have; by default the stand-ins."""
     if not path.is_file():
         raise UserError(f"{path} is missing")
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
+        with torch.serialization.safe_globals(_STAND_INS if allowed is None else allowed):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -90,6 +92,8 @@ class Layout:
     """For each flat tensor, the parts in it."""
     groups: list[dict[str, list[int]]]
     """For each parameter group, its parameters and their shapes."""
+    swapped: bool = False
+    """Whether masters and state lie on NVMe: then they are in files that only DeepSpeed reads."""
     settings: list[dict[str, Any]] = field(default_factory=list)
     """Of each parameter group: learning rate, betas and so on; of some optimizers the step count."""
     counters: dict[str, int] = field(default_factory=dict)
@@ -228,7 +232,8 @@ class EngineShards:
         first = Layout.read(folder, 0)
         layouts = [first, *(Layout.read(folder, rank) for rank in range(1, first.writers))]
         shards = cls(folder, layouts)
-        shards._check_whole()
+        if not first.swapped:
+            shards._check_whole()
         return shards
 
     @property

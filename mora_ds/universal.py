@@ -46,6 +46,8 @@ def to_universal(checkpoint: Path, output: Path) -> list[str]:
     checkpoint = checkpoint.resolve()
     _require(checkpoint, output)
     shards, state = EngineShards.open(checkpoint / ENGINE_TAG), TrainerState.read(checkpoint)
+    if shards.first.swapped:
+        raise UserError(f"{shards.folder}: an optimizer's state on NVMe cannot be converted")
     tag = f"step-{state.step:06d}"
     with atomic_folder(output.absolute()) as folder:
         place = folder / tag

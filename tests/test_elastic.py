@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mora_ds import partitions, zero
 from mora_ds.adapter_files import BaseReference
 from mora_ds.errors import UserError
 from mora_ds.export import export_merged
+from mora_ds.flat_tensors import scaler_of
 from mora_ds.shards import _STAND_INS, MASTER, EngineShards, Layout, layout_path
 from mora_ds.trainer import Trainer
 from mora_ds.verification import verify
@@ -94,7 +96,7 @@ def save_all(root: str) -> dict[Combination, Any]:
 
 
 def scale_of(engine: Any) -> Any:
-    return {name: getattr(partitions._scaler(engine), name, None) for name in partitions.SCALER}
+    return {name: getattr(scaler_of(engine), name, None) for name in partitions.SCALER}
 
 
 def next_loss(engine: Any) -> float:
@@ -193,6 +195,34 @@ def in_folder(folder: str, work: Any) -> Any:
 
     os.chdir(folder)
     return work()
+
+
+def by_deepspeed(folder: str) -> list[bool]:
+    """The path for a state on NVMe, without NVMe: DeepSpeed's own load, its files read as plain data."""
+    same = []
+    for combination in ((1, "float32"), (3, "float16")):
+        engine = trained(combination)
+        place_ = Path(folder) / str(combination[0])
+        layout = partitions.save_shards(engine, place_, "engine")
+        partitions.write_layout(place_ / "engine", replace(layout, flats=[], swapped=True))
+        dist.barrier()
+        again = restored(combination, place_)
+        ours, theirs = zero.full_fp32(engine, engine.module.first), zero.full_fp32(again, again.module.first)
+        same.append(torch.equal(ours, theirs) and scale_of(engine) == scale_of(again))
+    return same
+
+
+def at_another_size(folder: str) -> str:
+    try:
+        restored((3, "float16"), Path(folder) / "3")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_what_only_deepspeed_can_load_is_loaded_as_plain_data(tmp_path: Path) -> None:
+    assert run_ranks(2, by_deepspeed, str(tmp_path)) == [[True, True]] * 2
+    assert "at the number of ranks that saved it, 2, only" in run_ranks(1, at_another_size, str(tmp_path))[0]
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

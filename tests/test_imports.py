@@ -22,9 +22,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("operators", "schedules", "files", "cli", "ranks", "background", "flags", "ds_config", "zero"),
     ("compute", "tensor_files", "metrics", "run_folder", "checkpoint_folder", "spectrum", "resets"),
     ("config", "layer", "base", "export_check", "shards"),
-    ("injection", "arguments", "ledger", "model", "model_folder", "data", "partitions"),
-    ("adapter_files", "engine", "remora", "checkpoint", "validation", "run_data", "ledger_table"),
-    ("saving", "model_card", "ledger_tools", "verification", "universal", "portable"),
+    ("injection", "arguments", "ledger", "model", "model_folder", "data", "flat_tensors"),
+    ("adapter_files", "engine", "remora", "partitions", "validation", "run_data", "ledger_table"),
+    ("saving", "checkpoint", "model_card", "ledger_tools", "verification", "universal", "portable"),
     ("export", "run", "trainer", "compact", "spectrum_report"),
     ("pretrain",),
     ("demo",),
@@ -41,10 +41,12 @@ DATA_FLOORS: tuple[tuple[str, ...], ...] = (
 
 DATA_SEES = {"errors", "files"}
 
-DEEPSPEED = {"zero", "partitions", "engine", "saving"}
-"""Rooms that may import deepspeed: internals in `zero` and `partitions`, its public functions in the others."""
+DEEPSPEED = {"zero", "flat_tensors", "partitions", "engine", "saving"}
+"""Rooms that may import deepspeed: internals in the first three, its public functions in the others."""
 
-DISTRIBUTED = {"ranks", "background", "engine", "checkpoint", "partitions", "remora", "saving", "trainer"}
+DISTRIBUTED = {
+    "ranks", "background", "engine", "checkpoint", "flat_tensors", "partitions", "remora", "saving", "trainer",
+}  # fmt: skip
 """Rooms that may import torch.distributed."""
 
 STANDARD_LIBRARY_ONLY = {"errors", "version", "schedules", "ds_config_keys", "ds_config", "files", "cli"}
