@@ -59,6 +59,8 @@ __all__ = [
 ]
 
 _WRITING = ".writing"
+_EACH = 32 << 10
+"""Bytes of random state, layout and DeepSpeed's config, a rank; tokenizer and JSON files are two more of it."""
 _NOTHING_LEFT = 1 << 20
 """Bytes: with less than this free, a write that failed has failed for lack of space."""
 
@@ -220,10 +222,11 @@ def _disk_errors(root: Path, beside: Path) -> Iterator[None]:
 
 
 def _check_space(root: Path, engine: zero.Engine) -> None:
-    """What is written is known beforehand, roughly: master and two moments in fp32, the whole tensors in fp32, a copy
-    in the compute dtype. Raises `RunError` on all ranks alike."""
-    numel = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
-    needed, free = 20 * numel, shutil.disk_usage(root).free
+    """What is written is known beforehand, roughly: master and two moments in fp32, the whole tensors in fp32, and
+    what every rank, tensor and checkpoint has beside them. Raises `RunError` on all ranks alike."""
+    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()]
+    needed = 16 * sum(sizes) + 2048 * len(sizes) + _EACH * (2 + dist.get_world_size())
+    free = shutil.disk_usage(root).free
     missing = torch.tensor(needed - free, dtype=torch.int64, device=engine.device)
     dist.all_reduce(missing, op=dist.ReduceOp.MAX)
     if missing.item() > 0:
