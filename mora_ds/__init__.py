@@ -4,6 +4,7 @@
     engine, ... = initialize(model=model, config="ds.json")      in place of deepspeed.initialize
     run = Run(engine, config, base=..., folder="out"); run.merge(step); run.save(step)
     export_merged(checkpoint, output)                            a merged Hugging Face model
+    export_adapter(checkpoint, folder); load_adapter(base, folder)      the adapter alone, and onto the base again
 
 Loaded lazily, so that `import mora_ds` costs nothing.
 """
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mora_ds.injection import InjectionReport, inject, mora_layers
     from mora_ds.ledger import Ledger
     from mora_ds.operators import OperatorKind, OperatorSpec, delta_weight, mora_update
+    from mora_ds.portable import export_adapter, load_adapter
     from mora_ds.remora import ReMoRA
     from mora_ds.run import Run
 
@@ -31,11 +33,13 @@ _HOME = {
     "initialize": "engine",
     "RunError": "errors",
     "UserError": "errors",
+    "export_adapter": "portable",
     "export_merged": "export",
     "InjectionReport": "injection",
     "inject": "injection",
     "mora_layers": "injection",
     "Ledger": "ledger",
+    "load_adapter": "portable",
     "OperatorKind": "operators",
     "OperatorSpec": "operators",
     "delta_weight": "operators",
@@ -56,9 +60,11 @@ __all__ = [
     "UserError",
     "__version__",
     "delta_weight",
+    "export_adapter",
     "export_merged",
     "initialize",
     "inject",
+    "load_adapter",
     "mora_layers",
     "mora_update",
 ]

@@ -10,7 +10,7 @@ Three files, each written atomically:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,11 @@ class AdapterTensors:
             if dtype != torch.float32 or shape != shapes.get(name, shape):
                 raise UserError(f"{path}: {name} is {shape} {dtype}, which does not fit {ADAPTER_JSON}")
         return cls(handle, adapter)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, fp32 tensor on the CPU) of everything in the file; names are those of the model's parameters."""
+        for name in self._handle.keys():  # noqa: SIM118
+            yield name, self._handle.get_tensor(name)
 
     def square(self, module: str) -> Tensor:
         """fp32 on the CPU: the live square (or factors) of the current cycle."""

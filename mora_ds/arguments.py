@@ -266,6 +266,8 @@ class TrainingArguments:
     """Optimizer steps from one checkpoint to the next; 0: one at the end."""
     save_total_limit: int | None = None
     """Checkpoints to keep, newest first. Default: all."""
+    async_save: bool = False
+    """Write checkpoints in the background: training waits for the copy into host memory only."""
     seed: int = 42
     """Seed of data order, initialisation, dropout and permutations."""
     export_merged: bool = False

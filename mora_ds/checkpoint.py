@@ -9,12 +9,12 @@ A checkpoint never holds a base weight.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,45 +22,143 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from mora_ds import files, zero
-from mora_ds.errors import RunError, UserError
+from mora_ds import files, partitions, zero
+from mora_ds.background import Background, Exchange, on_host
+from mora_ds.checkpoint_folder import (
+    AUTO,
+    ENGINE_TAG,
+    LATEST,
+    STATE_FILE,
+    TrainerState,
+    check_identity,
+    check_world_size,
+    complete_checkpoints,
+    find_checkpoint,
+    is_whole,
+    step_folder,
+    step_of,
+)
+from mora_ds.errors import RunError
+from mora_ds.shards import EngineShards, Layout
+from mora_ds.status import Event, report
 
-ENGINE_TAG = "engine"
-LATEST = "latest"
-AUTO = "auto"
+__all__ = [
+    "AUTO",
+    "ENGINE_TAG",
+    "LATEST",
+    "CheckpointWriter",
+    "TrainerState",
+    "check_identity",
+    "check_world_size",
+    "complete_checkpoints",
+    "find_checkpoint",
+    "load_checkpoint",
+    "save_checkpoint",
+    "step_folder",
+]
+
 _WRITING = ".writing"
+_EACH = 32 << 10
+"""Bytes of random state, layout and DeepSpeed's config, a rank; tokenizer and JSON files are two more of it."""
 _NOTHING_LEFT = 1 << 20
 """Bytes: with less than this free, a write that failed has failed for lack of space."""
 
 
-@dataclass
-class TrainerState:
-    """Where a run stands. Everything a resumed run must agree on is in `identity`."""
-
-    step: int = 0
-    tokens: int = 0
-    merges: list[int] = field(default_factory=list)
-    stall_window: list[float] = field(default_factory=list)
-    """What `stall.StallRule` decides from: the newest values of its signal in the running cycle."""
-    perplexity_before: dict[str, float] = field(default_factory=dict)
-    perplexity_last: dict[str, float] = field(default_factory=dict)
-    total_steps: int = 0
-    """Optimizer steps that the run was to have: the schedule hangs on them."""
-    finished: bool = False
-    """Whether all of them are done, with what follows the last one."""
-    evaluation_pending: bool = False
-    """Whether the evaluation after this step is still to be made: the run was stopped before it or in its midst."""
-    world_size: int = 1
-    identity: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, folder: Path) -> TrainerState:
-        return cls(**json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")))
+Collect = Callable[[int], Callable[[Path], None]]
+"""Called on every rank with the step, so that it may gather; what it returns writes that into a folder, alone."""
 
 
-def step_folder(root: Path, step: int) -> Path:
-    return root / f"step-{step:06d}"
+class CheckpointWriter:
+    """Writes `root/step-N` on all ranks together, and keeps the newest `keep`. Make it, and call it, on all ranks.
+
+    In the background, training waits for the copy into host memory only: each rank's thread writes its files, and
+    when all have, rank 0's hashes, renames, moves `latest` and deletes. An error there, a full disk say, is raised by
+    the next `save` or `wait`, on all ranks; the checkpoints before are untouched, and half of one goes.
+    """
+
+    def __init__(self, root: Path, engine: zero.Engine, collect: Collect, background: bool = False) -> None:
+        self.root, self.engine, self.collect = root, engine, collect
+        self._background = Background() if background else None
+        self._exchange = Exchange() if background else None
+
+    def save(self, state: TrainerState, keep: int | None = None) -> Path:
+        """Returns the final folder, which in the background is not there yet. Raises `RunError` on a full disk, or
+        for what befell the checkpoint before."""
+        self.wait()
+        final = step_folder(self.root, state.step)
+        beside = self.root / f".{final.name}{_WRITING}"
+        with _disk_errors(self.root, beside):
+            if dist.get_rank() == 0:
+                _clear_partial(self.root)
+                beside.mkdir(parents=True)
+            dist.barrier()
+            _check_space(self.root, self.engine)
+            if self._background is None:
+                layout = partitions.save_shards(self.engine, beside, ENGINE_TAG)
+                self._write(beside, layout, _rng_states(), self.collect(state.step))
+                dist.barrier()
+                self._complete(beside, final, asdict(state), keep)
+                dist.barrier()
+            else:
+                self._background.start(self._copied(beside, final, state, keep), f"checkpoint {final.name}")
+        return final
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Until the checkpoint that is being written is there. Raises what went wrong with it."""
+        if self._background is not None:
+            self._background.wait(timeout_s)
+
+    def _copied(self, beside: Path, final: Path, state: TrainerState, keep: int | None) -> Callable[[], None]:
+        """Everything in host memory, and what the thread is to do with it."""
+        pending: list[tuple[Path, Any]] = []
+        layout = partitions.save_shards(
+            self.engine, beside, ENGINE_TAG, lambda path, content: pending.append((path, on_host(content)))
+        )
+        rng, write_extras, facts = _rng_states(), self.collect(state.step), asdict(state)
+        exchange = self._exchange
+        assert exchange is not None
+
+        def write_own() -> None:
+            for path, content in pending:
+                partitions.write_now(path, content)
+            self._write(beside, layout, rng, write_extras)
+
+        def work() -> None:
+            with _disk_errors(self.root, beside):
+                exchange.agree(_error_of(write_own))
+                exchange.agree(_error_of(lambda: self._complete(beside, final, facts, keep)))
+
+        return work
+
+    def _write(
+        self, beside: Path, layout: Layout, rng: dict[str, Tensor], write_extras: Callable[[Path], None]
+    ) -> None:
+        """This rank's files; DeepSpeed's are there already."""
+        partitions.write_layout(beside / ENGINE_TAG, layout)
+        save_file(rng, str(beside / f"rng-{dist.get_rank():05d}.safetensors"))
+        write_extras(beside)
+
+    def _complete(self, beside: Path, final: Path, state: dict[str, Any], keep: int | None) -> None:
+        """What follows when all ranks have written."""
+        if dist.get_rank() != 0:
+            return
+        files.write_json_atomic(beside / STATE_FILE, state)
+        files.write_manifest(beside)
+        _replace_folder(beside, final)
+        files.fsync_folder(self.root)
+        files.replace_symlink(self.root / LATEST, final.name)
+        report(Event.SAVED, state["step"])
+        _retain(self.root, state["step"], keep)
+
+
+def _error_of(work: Callable[[], None]) -> BaseException | None:
+    try:
+        work()
+    except Exception as error:
+        return error
+    return None
 
 
 def save_checkpoint(
@@ -70,141 +168,41 @@ def save_checkpoint(
     write_extras: Callable[[Path], None],
     keep: int | None = None,
 ) -> Path:
-    """Write `root/step-N` on all ranks together; `write_extras(folder)` adds the caller's files (called on every rank,
-    so that it may gather). Returns the final folder. Keeps the newest `keep` checkpoints.
-
-    Raises `RunError` when the disk is full; the checkpoints before are then untouched, and half of one goes.
-    """
-    final = step_folder(root, state.step)
-    beside = root / f".{final.name}{_WRITING}"
-    rank = dist.get_rank()
-    with _disk_errors(root, beside):
-        if rank == 0:
-            _clear_partial(root)
-            beside.mkdir(parents=True)
-        dist.barrier()
-        _check_space(root, engine)
-        engine.save_checkpoint(str(beside), tag=ENGINE_TAG, save_latest=False)
-        if rank == 0:
-            for script in beside.glob("zero_to_*.py"):  # DeepSpeed's, for models whose weights are in the shards
-                script.unlink()
-        _save_rng(beside, rank)
-        write_extras(beside)
-        dist.barrier()
-        if rank == 0:
-            files.write_json_atomic(beside / "trainer_state.json", asdict(state))
-            files.write_manifest(beside)
-            _replace_folder(beside, final)
-            files.fsync_folder(root)
-            files.replace_symlink(root / LATEST, final.name)
-            _retain(root, state.step, keep)
-        dist.barrier()
-    return final
-
-
-def find_checkpoint(wanted: str, root: Path, say: Callable[[str], None]) -> Path | None:
-    """The folder that `--resume_from_checkpoint` means, its files verified.
-
-    latest: what the link names. auto: the newest that verifies, from that one backwards, or None when there is none.
-    Otherwise a path. Raises `UserError` when the one asked for is missing or damaged.
-    """
-    if wanted == AUTO:
-        for folder in _newest_first(root):
-            problems = _problems(folder)
-            if not problems:
-                return folder
-            say(f"skipped {folder}: {'; '.join(problems)}")
-        return None
-    folder = (root / LATEST if wanted == LATEST else Path(wanted).expanduser()).resolve()
-    if not (folder / "manifest.json").is_file():
-        raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint at {folder}")
-    problems = _problems(folder)
-    if problems:
-        raise UserError(
-            f"--resume_from_checkpoint {wanted}: {folder} is damaged: {'; '.join(problems)}. "
-            "--resume_from_checkpoint auto takes the newest one that is whole"
-        )
-    return folder
-
-
-def _problems(folder: Path) -> list[str]:
-    try:
-        return files.verify_manifest(folder)
-    except UserError as error:  # no manifest, or a damaged one
-        return [str(error)]
-
-
-def complete_checkpoints(root: Path) -> list[Path]:
-    """Renamed step folders, oldest first."""
-    return sorted((path for path in root.glob("step-*") if path.is_dir()), key=_step)
-
-
-def _newest_first(root: Path) -> list[Path]:
-    """Those of the branch that `latest` is on: later ones are what a resume from an earlier checkpoint left behind."""
-    folders = complete_checkpoints(root)
-    latest = (root / LATEST).resolve()
-    return [folder for folder in reversed(folders) if latest not in folders or _step(folder) <= _step(latest)]
-
-
-def check_world_size(folder: Path, world: int) -> None:
-    """Raises `UserError` unless so many ranks saved the checkpoint."""
-    saved = TrainerState.read(folder).world_size
-    if saved != world:
-        raise UserError(f"{folder} was saved by {saved} ranks and this run has {world}: start as many ranks as before")
+    """One checkpoint, at once; `write_extras(folder)` adds the caller's files (called on every rank, so that it may
+    gather). As `CheckpointWriter.save`."""
+    return CheckpointWriter(root, engine, lambda step: write_extras).save(state, keep)
 
 
 def load_checkpoint(folder: Path, engine: zero.Engine, identity: dict[str, Any]) -> TrainerState:
-    """Restore engine and random states from a verified folder. Raises `UserError` when the checkpoint belongs to
-    another run (each difference named) or to another number of ranks."""
+    """Restore engine and random states from a verified folder, saved by any number of ranks under any ZeRO stage.
+
+    At the number of ranks that saved it the run goes on bit for bit; at another one masters, moments and step counts
+    are the same to the bit, and sums over ranks round otherwise. Raises `UserError` when the checkpoint belongs to
+    another run (each difference named).
+    """
     state = TrainerState.read(folder)
-    check_world_size(folder, dist.get_world_size())
     check_identity(folder, state.identity, identity)
-    loaded, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
-    if loaded is None:
-        raise RunError(f"DeepSpeed found nothing to load in {folder / ENGINE_TAG}")
-    _load_rng(folder, dist.get_rank())
+    partitions.restore(engine, EngineShards.open(folder / ENGINE_TAG))
+    _load_rng(folder, dist.get_rank(), state)
+    state.world_size = dist.get_world_size()
     return state
 
 
-def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises one `UserError` that names everything in which the checkpoint's run differs from this one."""
-    there, here = (_flat(json.loads(json.dumps(identity))) for identity in (saved, now))
-    there.setdefault("adapter.kind", "mora")  # checkpoints of version 0.1.0 do not say
-    differences = [
-        f"{_MEANING.get(key, key)}: {there.get(key)!r} there, {here.get(key)!r} here"
-        for key in sorted({*there, *here})
-        if there.get(key) != here.get(key)
-    ]
-    if differences:
-        raise UserError(f"{folder} belongs to another run:\n  " + "\n  ".join(differences))
-
-
-_MEANING = {
-    "base": "weights of --model_name_or_path",
-    "tokens": "tokens of the training text (--train_files, --dataset_name and the tokenizer)",
-    "adapter.kind": "--adapter",
-    "adapter.rank": "--mora_rank (or --lora_rank)",
-    "adapter.dropout": "--mora_dropout",
-    "global_batch_size": "sequences a step, over all ranks (--per_device_train_batch_size and so on)",
-    "zero_stage": "ZeRO stage (--deepspeed)",
-    "dtype": "compute dtype (--bf16, --fp16)",
-    "optimizer": "--optimizer (None: adamw)",
-}
-
-
-def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in identity.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
-
-
 def _retain(root: Path, step: int, keep: int | None) -> None:
-    """Later checkpoints than this one, of a branch that was left, neither count nor go."""
+    """Later checkpoints than this one, of a branch that was left, neither count nor go; nor do folders that are not
+    whole: they are no checkpoints of this run's, or evidence. What goes is renamed first: half of one never counts."""
     if keep is None:
         return
-    for folder in [folder for folder in complete_checkpoints(root) if _step(folder) <= step][:-keep]:
-        shutil.rmtree(folder)
+    whole = [folder for folder in complete_checkpoints(root) if step_of(folder) <= step and is_whole(folder)]
+    for folder in whole[:-keep]:
+        shutil.rmtree(_set_aside(folder))
+
+
+def _set_aside(folder: Path) -> Path:
+    old = folder.with_name(f".{folder.name}.old{_WRITING}")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(folder, old)
+    return old
 
 
 # -- the disk --------------------------------------------------------------------------------------------------------
@@ -226,10 +224,11 @@ def _disk_errors(root: Path, beside: Path) -> Iterator[None]:
 
 
 def _check_space(root: Path, engine: zero.Engine) -> None:
-    """What is written is known beforehand, roughly: master and two moments in fp32, the whole tensors in fp32, a copy
-    in the compute dtype. Raises `RunError` on all ranks alike."""
-    numel = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
-    needed, free = 20 * numel, shutil.disk_usage(root).free
+    """What is written is known beforehand, roughly: master and two moments in fp32, the whole tensors in fp32, and
+    what every rank, tensor and checkpoint has beside them. Raises `RunError` on all ranks alike."""
+    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()]
+    needed = 16 * sum(sizes) + 2048 * len(sizes) + _EACH * (2 + dist.get_world_size())
+    free = shutil.disk_usage(root).free
     missing = torch.tensor(needed - free, dtype=torch.int64, device=engine.device)
     dist.all_reduce(missing, op=dist.ReduceOp.MAX)
     if missing.item() > 0:
@@ -240,11 +239,10 @@ def _check_space(root: Path, engine: zero.Engine) -> None:
 
 
 def _replace_folder(beside: Path, final: Path) -> None:
-    old = final.with_name(f".{final.name}.old{_WRITING}")
-    if final.exists():
-        os.replace(final, old)
+    old = _set_aside(final) if final.exists() else None
     os.replace(beside, final)
-    shutil.rmtree(old, ignore_errors=True)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _clear_partial(root: Path) -> None:
@@ -253,22 +251,28 @@ def _clear_partial(root: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
 # -- random states ---------------------------------------------------------------------------------------------------
 
 
-def _save_rng(folder: Path, rank: int) -> None:
+def _rng_states() -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    save_file(states, str(folder / f"rng-{rank:05d}.safetensors"))
+    return states
 
 
-def _load_rng(folder: Path, rank: int) -> None:
-    states = load_file(str(folder / f"rng-{rank:05d}.safetensors"))
+def _load_rng(folder: Path, rank: int, state: TrainerState) -> None:
+    path = folder / f"rng-{rank:05d}.safetensors"
+    if not path.exists():  # fewer ranks saved the checkpoint: a state of this rank's own, the same at every resume
+        torch.manual_seed(_seed_of(state, rank))
+        return
+    states = load_file(str(path))
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _seed_of(state: TrainerState, rank: int) -> int:
+    """From the run's seed, the step and the rank. Dropout then draws other masks than with the old number of ranks."""
+    seed = state.identity.get("seed", state.identity.get("adapter", {}).get("seed", 0))
+    return int.from_bytes(hashlib.sha256(f"{seed}/{state.step}/{rank}".encode()).digest()[:8], "big") >> 1

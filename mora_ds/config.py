@@ -202,3 +202,9 @@ class MoRAConfig(AdapterConfig):
             grouping = Grouping(self.grouping)
         seed = permutation_seed(self.seed, layer, cycle) if grouping is Grouping.PERMUTED else 0
         return OperatorSpec(self.kind, d_in, d_out, r_hat, grouping, seed)
+
+
+def config_from_dict(values: dict[str, Any]) -> AdapterConfig:
+    """Inverse of `to_dict`, for either adapter; without a kind (version 0.1.0) it is MoRA's."""
+    kind: type[AdapterConfig] = LoRAConfig if values.get("kind") == LORA else MoRAConfig
+    return kind.from_dict(values)

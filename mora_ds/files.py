@@ -73,9 +73,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_folder(path.parent)
 
 
-def write_json_atomic(path: Path, content: Any) -> None:
-    """Indented UTF-8 JSON, replaced atomically. Raises `RunError` on a full disk."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+def write_json_atomic(path: Path, content: Any, indent: int | None = 2) -> None:
+    """UTF-8 JSON, indented or (`None`) in one line, replaced atomically. Raises `RunError` on a full disk."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
     with atomic_path(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
@@ -166,15 +166,17 @@ def write_manifest(folder: Path) -> None:
     write_json_atomic(folder / MANIFEST, {"format": 1, "files": files})
 
 
-def verify_manifest(folder: Path) -> list[str]:
-    """What is wrong with `folder`, one line a file; empty when every file is as the manifest says.
+def verify_manifest(folder: Path, hashes: bool = True) -> list[str]:
+    """What is wrong with `folder`, one line a file; empty when every file is as the manifest says (without `hashes`:
+    there, and of the right size).
 
     Files that the manifest does not know are no problem. Raises `UserError` for a missing or damaged manifest.
     """
     content = read_json(folder / MANIFEST)
     with malformed(folder / MANIFEST):
         listed = [(folder / name, int(facts["size"]), str(facts["sha256"])) for name, facts in content["files"].items()]
-    return [problem for entry in listed if (problem := file_problem(*entry))]
+    checked = ((path, size, sha256 if hashes else None) for path, size, sha256 in listed)
+    return [problem for entry in checked if (problem := file_problem(*entry))]
 
 
 def file_problem(path: Path, size: int, sha256: str | None) -> str:

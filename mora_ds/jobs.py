@@ -17,7 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from mora_ds.arguments import AdapterKind, Arguments
-from mora_ds.checkpoint import TrainerState, check_identity, load_checkpoint, save_checkpoint
+from mora_ds.checkpoint import CheckpointWriter, TrainerState, check_identity, load_checkpoint
 from mora_ds.data import largest_id
 from mora_ds.ds_config import compute_dtype, fill_bucket_sizes
 from mora_ds.engine import initialize, initialize_full
@@ -55,6 +55,8 @@ class Job:
     """Where it stands: at the beginning, or where the checkpoint left off."""
     remora: ReMoRA | None
     save: Callable[[TrainerState, int | None], Path]
+    wait: Callable[[float | None], None]
+    """Until what `save` began is written."""
     export: Callable[[Path, Path], None]
     """Writes the merged model of a checkpoint into a folder."""
     base_tensors: Mapping[str, Tensor]
@@ -130,13 +132,14 @@ def _adapter_job(
         tokenizer_folder=data.tokenizer_folder,
         probe_ids=data.train.block(0)["input_ids"][:PROBE_TOKENS].unsqueeze(0),
         facts={"seq_len": data.train.seq_len},
+        async_save=arguments.training.async_save,
     )
 
     def export(checkpoint: Path, target: Path) -> None:
         ranks.on_first(lambda: export_merged(checkpoint, target, overwrite=True) and None)
 
     base_tensors, counts = frozen_buffers(loaded.model), (report.trainable_params, report.total_params)
-    return Job(engine, run.state, run.remora, run.save_state, export, base_tensors, *counts)
+    return Job(engine, run.state, run.remora, run.save_state, run.wait, export, base_tensors, *counts)
 
 
 def _bare_job(loaded: LoadedBase, place: Place) -> Job:
@@ -147,7 +150,7 @@ def _bare_job(loaded: LoadedBase, place: Place) -> Job:
     def refuse(*anything: object) -> Any:
         raise AssertionError("there is nothing to save")
 
-    return Job(loaded.model, TrainerState(), None, refuse, refuse, {}, 0, total)
+    return Job(loaded.model, TrainerState(), None, refuse, _nothing, refuse, {}, 0, total)
 
 
 def _full_job(arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, place: Place) -> Job:
@@ -162,13 +165,17 @@ def _full_job(arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any
     if place.checkpoint is not None:
         state = load_checkpoint(place.checkpoint, engine, identity)
 
-    def save(now: TrainerState, keep: int | None) -> Path:
-        return save_checkpoint(place.folder / "checkpoints", engine, now, lambda target: None, keep)
+    root = place.folder / "checkpoints"
+    writer = CheckpointWriter(root, engine, lambda step: _nothing, arguments.training.async_save)
 
     def export(checkpoint: Path, target: Path) -> None:
         save_full_model(engine, target, data.tokenizer)
 
-    return Job(engine, state, None, save, export, {}, total, total)
+    return Job(engine, state, None, writer.save, writer.wait, export, {}, total, total)
+
+
+def _nothing(*anything: object) -> None:
+    del anything
 
 
 def _seed(arguments: Arguments, ranks: Ranks) -> None:
@@ -187,7 +194,6 @@ def _common_identity(arguments: Arguments, data: RunData, ds_config: dict[str, A
         **arguments.adapter.merge_identity(),
         "full_rank_steps": arguments.adapter.full_rank_steps,
         "dtype": compute_dtype(ds_config),
-        "zero_stage": ds_config["zero_optimization"]["stage"],
         **({"optimizer": kind} if (kind := arguments.training.optimizer) != "adamw" else {}),
     }
 

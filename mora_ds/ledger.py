@@ -155,6 +155,10 @@ class Ledger:
         ledger.verify(hashes)
         return ledger
 
+    def as_it_is(self) -> Ledger:
+        """The same cycles, whatever is appended to this one afterwards."""
+        return Ledger(self.folder, self.base_fingerprint, self._records)
+
     @property
     def cycles(self) -> int:
         """Number of merged cycles."""

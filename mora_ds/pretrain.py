@@ -134,6 +134,7 @@ def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule
         state=state,
         save=lambda now: job.save(now, arguments.training.save_total_limit),
         merger=job.remora,
+        wait=job.wait,
     )
     trainer.last_checkpoint = place.checkpoint
     nothing_to_do = trainer.is_finished

@@ -19,12 +19,12 @@ from mora_ds import zero
 from mora_ds.adapter_files import BaseReference
 from mora_ds.base import BaseCheckpoint, renamed_keys, verify_against_model
 from mora_ds.checkpoint import (
+    CheckpointWriter,
     TrainerState,
     check_identity,
     complete_checkpoints,
     find_checkpoint,
     load_checkpoint,
-    save_checkpoint,
 )
 from mora_ds.config import AdapterConfig
 from mora_ds.errors import UserError
@@ -62,10 +62,11 @@ class Run:
         tokenizer_folder: Path | None = None,
         probe_ids: Tensor | None = None,
         facts: Mapping[str, Any] | None = None,
+        async_save: bool = False,
     ) -> None:
         """`keys` maps parameter names to the base's keys where the caller has them already; `identity` is what a
         resumed run must agree on beside base and adapter; a `resume` that is a `Path` is one that was verified;
-        `probe_ids` (1, T) are recorded with their logits."""
+        `probe_ids` (1, T) are recorded with their logits; with `async_save`, `save` writes in the background."""
         self.engine, self.folder, self.ranks = engine, Path(folder), Ranks.current()
         opened = base if isinstance(base, BaseCheckpoint) else BaseCheckpoint.open(base, "base")
         keys = dict(keys) if keys is not None else self._map(opened)
@@ -84,6 +85,7 @@ class Run:
             torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0) if probe_ids is None else probe_ids,
             {"operator": config.title, "merge_precision": precision, **(facts or {})},
         )
+        self._checkpoints = CheckpointWriter(self.folder / "checkpoints", engine, self._writer.collect, async_save)
         self.state = TrainerState(world_size=self.ranks.world, identity=self.identity)
         if checkpoint is not None:
             self.state = load_checkpoint(checkpoint, engine, self.identity)
@@ -96,14 +98,17 @@ class Run:
         return report
 
     def save(self, step: int, keep: int | None = None) -> Path:
-        """Checkpoint `step`; the newest `keep` stay. Returns its folder."""
+        """Checkpoint `step`; the newest `keep` stay. Returns its folder, which with `async_save` comes later."""
         self.state.step = step
         return self.save_state(self.state, keep)
 
     def save_state(self, state: TrainerState, keep: int | None = None) -> Path:
         """The same with everything that a trainer knows of where it stands."""
-        root = self.folder / "checkpoints"
-        return save_checkpoint(root, self.engine, state, lambda target: self._writer.write(target, state.step), keep)
+        return self._checkpoints.save(state, keep)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """With `async_save`: until the last checkpoint is written. Call it before the process ends."""
+        self._checkpoints.wait(timeout_s)
 
     def _checkpoint(self, resume: Path | str | None, overwrite: bool) -> Path | None:
         root = self.folder / "checkpoints"

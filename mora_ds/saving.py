@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ PROBE_TOKENS = 8
 
 @dataclass
 class RunWriter:
-    """Writes a MoRA run's own files into a checkpoint folder. Call on all ranks: squares are gathered one by one."""
+    """A MoRA run's own files in a checkpoint. Call on all ranks: squares are gathered one by one."""
 
     engine: zero.Engine
     config: AdapterConfig
@@ -39,23 +39,33 @@ class RunWriter:
     facts: dict[str, Any]
 
     def write(self, folder: Path, step: int) -> None:
+        """Gathers and writes."""
+        self.collect(step)(folder)
+
+    def collect(self, step: int) -> Callable[[Path], None]:
+        """Gathers everything as it is now onto rank 0. What it returns writes it, whatever training does meanwhile."""
         squares = dict(self._gathered({name: m.value for name, m in mora_layers(self.engine.module).items()}))
         trained = dict(self._gathered(other_trainables(self.engine.module)))
-        logits = probe_logits(self.engine, self.probe_ids)
-        if dist.get_rank() == 0:
-            write_adapter(folder, self._adapter_file(step, tuple(trained)), squares, trained)
+        probe = {"input_ids": self.probe_ids.cpu().long(), "logits": probe_logits(self.engine, self.probe_ids).cpu()}
+        adapter, ledger = self._adapter_file(step, tuple(trained)), self.remora.ledger.as_it_is()
+
+        def write(folder: Path) -> None:
+            if dist.get_rank() != 0:
+                return
+            write_adapter(folder, adapter, squares, trained)
             self.base.write(folder)
-            self.remora.ledger.copy_to(folder / "ledger")
+            ledger.copy_to(folder / "ledger")
             self._link_tokenizer(folder / "tokenizer")
-            probe = {"input_ids": self.probe_ids.cpu().long(), "logits": logits.cpu()}
             save_file(probe, str(folder / "probe.safetensors"), {"dtype": self.base.dtype})
+
+        return write
 
     def _gathered(self, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
         """(name, whole fp32 tensor), kept on rank 0 only; the other ranks take part and keep nothing."""
         for name, parameter in parameters.items():
             whole = zero.full_fp32(self.engine, parameter)
             if dist.get_rank() == 0:
-                yield name, whole.cpu()
+                yield name, whole.to("cpu", copy=True)
 
     def _adapter_file(self, step: int, trainables: tuple[str, ...]) -> AdapterFile:
         return AdapterFile(

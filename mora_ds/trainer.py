@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -29,10 +30,12 @@ from mora_ds.remora import MergeReport
 from mora_ds.schedule_text import start_lines
 from mora_ds.schedules import Schedule
 from mora_ds.stall import StallRule, StallSignal
-from mora_ds.status import Event, report
 
 PROBE_ROWS = 2
 """Sequences of the batch whose loss is measured before and after a merge: the first of the corpus, on every rank."""
+
+PATIENCE_S = 60.0
+"""How long a run that fails waits for a checkpoint that is being written in the background."""
 
 
 class Merger(Protocol):
@@ -76,6 +79,8 @@ class Trainer:
     state: TrainerState
     save: Callable[[TrainerState], Path]
     merger: Merger | None = None
+    wait: Callable[[float | None], None] = lambda timeout_s: None
+    """Until the checkpoint that is being written is there, or so many seconds; raises what went wrong with it."""
 
     def __post_init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -99,8 +104,19 @@ class Trainer:
         return self.state.finished and self.state.step == self.settings.total_steps
 
     def run(self) -> TrainerState:
-        """Train from `state.step` to the end. Raises `RunError` when the loss is no number any more, and `Stopped`
-        when a rank was asked to stop, all ranks at the same step and after a checkpoint."""
+        """Train from `state.step` to the end. Raises `RunError` when the loss is no number any more or a checkpoint
+        could not be written, and `Stopped` when a rank was asked to stop, all ranks at the same step and after a
+        checkpoint."""
+        try:
+            state = self._run()
+        except BaseException:
+            with suppress(RunError):  # what ended the run is what is told
+                self.wait(PATIENCE_S)
+            raise
+        self.wait(None)
+        return state
+
+    def _run(self) -> TrainerState:
         if self.is_finished:
             self.log.say(f"all {self.state.step} steps of this run are done: nothing left to train")
             return self.state
@@ -210,6 +226,7 @@ class Trainer:
         step = self.state.step
         if step > 0 and self._saved_step != step:
             self._save()
+        self.wait(None)
         stopping.settle()
         self.log.close()
         dist.barrier()  # no rank is gone before all are settled
@@ -262,7 +279,6 @@ class Trainer:
         self._stop_unless_finite(nll, f"after step {self.state.step} the loss of the next batch is {nll}")
         self.last_checkpoint = self.save(self.state)
         self._saved_step = self.state.step
-        report(Event.SAVED, self.state.step)
 
     def _merge(self) -> None:
         assert self.merger is not None, "a schedule with merges needs a merger"

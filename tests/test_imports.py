@@ -22,12 +22,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("operators", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer", "zero", "muon", "stopping"),
     (
         *("cli", "restart", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder"),
-        *("checkpoint", "resets", "schedule_text"),
+        *("background", "checkpoint_folder", "resets", "schedule_text"),
     ),
-    ("config", "layer", "base", "export_check", "spectrum"),
-    ("injection", "arguments", "ledger", "model", "model_folder", "data"),
-    ("adapter_files", "engine", "losses", "remora", "validation", "run_data", "ledger_table"),
-    ("saving", "model_card", "ledger_tools"),
+    ("config", "layer", "base", "export_check", "spectrum", "shards"),
+    ("injection", "arguments", "ledger", "model", "model_folder", "data", "flat_tensors"),
+    ("adapter_files", "engine", "losses", "remora", "partitions", "validation", "run_data", "ledger_table"),
+    ("saving", "checkpoint", "model_card", "ledger_tools", "verification", "universal", "portable"),
     ("export", "run", "trainer", "compact", "spectrum_report"),
     ("jobs",),
     ("pretrain",),
@@ -46,17 +46,23 @@ DATA_FLOORS: tuple[tuple[str, ...], ...] = (
 
 DATA_SEES = {"errors", "files"}
 
-DEEPSPEED = {"zero", "muon", "engine", "saving", "jobs"}
-"""Rooms that may import deepspeed: internals in `zero` and `muon`, its public functions in the others."""
+DEEPSPEED = {"zero", "muon", "flat_tensors", "partitions", "engine", "saving", "jobs"}
+"""Rooms that may import deepspeed: internals in the first four, its public functions in the others."""
 
-DISTRIBUTED = {"ranks", "pulse", "engine", "checkpoint", "remora", "saving", "trainer"}
+DISTRIBUTED = {
+    *("ranks", "pulse", "background", "engine", "checkpoint", "flat_tensors", "partitions", "remora", "saving"),
+    "trainer",
+}
 """Rooms that may import torch.distributed."""
 
 STANDARD_LIBRARY_ONLY = {
     *("errors", "version", "schedules", "stall", "schedule_text", "ds_config_keys", "ds_optimizer", "ds_config"),
     *("files", "cli", "stopping", "processes"),
 }
-WITHOUT_DEEPSPEED = ("operators", "layer", "config", "injection", "data", "ledger", "export", "arguments", "validation")
+WITHOUT_DEEPSPEED = (
+    "operators", "layer", "config", "injection", "data", "ledger", "export", "shards", "checkpoint_folder",
+    "verification", "universal", "portable", "arguments", "validation",
+)  # fmt: skip
 """Rooms that must not need DeepSpeed, not even through another room."""
 
 

@@ -21,6 +21,7 @@ from mora_ds.injection import inject, mora_layers
 from mora_ds.layer import LoRALinear
 from mora_ds.ledger import Ledger, live_weight
 from mora_ds.lora import LoRASpec, delta_weight, first_factors, lora_update, singular_values
+from mora_ds.portable import load_adapter
 from mora_ds.run import Run
 from mora_ds.spectrum import layer_spectra
 from mora_ds.updates import spec_from_dict
@@ -176,6 +177,10 @@ def test_relora_live_base_is_its_replayed_ledger(tmp_path: Path, world: int, sta
             torch.testing.assert_close(result["starts"][name], result["expected"][name], rtol=0, atol=0)
     exported = export_merged(tmp_path / "out", tmp_path / "merged", verify=True)
     assert exported.comparison is not None
+    loaded = load_adapter(tmp_path / "base", tmp_path / "out")
+    for name, layer in mora_layers(loaded).items():
+        assert torch.equal(layer.weight, ranks[0]["weights"][name])
+        assert torch.equal(layer.value, ranks[0]["starts"][name].to(layer.weight.dtype))
 
 
 def set_everywhere() -> list[str]:

@@ -270,10 +270,11 @@ def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
 
 
 @pytest.mark.gloo
-def test_another_number_of_ranks_is_refused(user: Playground, whole: Path) -> None:
+def test_ranks_that_cannot_share_the_batch_are_refused(user: Playground, whole: Path) -> None:
     flags = user.flags(whole, *MERGING, "--resume_from_checkpoint", "auto", "--per_device_train_batch_size", 1)
-    for kind, message in run_ranks(2, refused, flags):
-        assert kind == "UserError" and "saved by 1 ranks and this run has 2" in message
+    for kind, message in run_ranks(3, refused, flags):
+        assert kind == "UserError" and "2 sequences a step, which 3 ranks cannot share" in message
+        assert "start 1 or 2 of them" in message
 
 
 @pytest.mark.gloo

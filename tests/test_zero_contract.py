@@ -28,6 +28,10 @@ SYMBOLS = {
     "deepspeed.accelerator": ["get_accelerator"],
     "deepspeed.comm.comm": ["cdb"],
     "deepspeed.runtime.bf16_optimizer": ["BF16_Optimizer"],
+    "deepspeed.runtime.checkpoint_engine.checkpoint_engine": ["CheckpointEngine", "CheckpointCommitInfo"],
+    "deepspeed.runtime.fp16.loss_scaler": ["LossScaler", "DynamicLossScaler"],
+    "deepspeed.runtime.zero.config": ["ZeroStageEnum"],
+    "deepspeed.utils.tensor_fragment": ["fragment_address"],
     "deepspeed.runtime.fp16.fused_optimizer": ["FP16_Optimizer"],
     "deepspeed.runtime.fp16.unfused_optimizer": ["FP16_UnfusedOptimizer"],
     "deepspeed.runtime.zero.stage3": ["DeepSpeedZeroOptimizer_Stage3"],
@@ -37,7 +41,16 @@ SYMBOLS = {
 ENGINE_METHODS = (
     "zero_optimization", "zero_optimization_stage", "gradient_accumulation_steps", "get_global_grad_norm",
     "clip_fp32_gradients", "gradient_clipping", "backward", "step", "save_checkpoint", "load_checkpoint", "destroy",
+    "_get_zero_ckpt_name", "_get_ckpt_name", "zero_nvme_offload_optimizer",
 )  # fmt: skip
+PARTITIONS = {
+    "deepspeed.runtime.zero.stage3": ("fp16_groups", "fp32_partitioned_groups_flat", "sub_group_to_group_id"),
+    "deepspeed.runtime.zero.stage_1_and_2": ("bit16_groups", "single_partition_of_fp32_groups", "_hp_mapping"),
+    "deepspeed.runtime.bf16_optimizer": ("bf16_groups", "fp32_groups_flat_partition", "_hp_mapping"),
+    "deepspeed.runtime.fp16.unfused_optimizer": ("fp16_groups", "fp32_groups", "loss_scale_config"),
+    "deepspeed.runtime.engine": ("save_zero_checkpoint", "self.checkpoint_engine.save(", "global_samples"),
+}
+"""What `flat_tensors` and `partitions` read in each module; tests/test_elastic.py has how it behaves."""
 STAGE3_METHODS = (
     "_swappable_optimizer_subgroup",
     "_optimizer_states_and_gradient_swap_in",
@@ -64,6 +77,13 @@ def test_methods() -> None:
         method = getattr(zero.DeepSpeedZeroOptimizer_Stage3, name, None)
         assert callable(method), f"DeepSpeedZeroOptimizer_Stage3.{name} is gone"
         assert list(inspect.signature(method).parameters)[:2] == ["self", "sub_group_id"], name
+
+
+@pytest.mark.parametrize("module", PARTITIONS)
+def test_names_that_partitions_are_found_by(module: str) -> None:
+    source = inspect.getsource(import_module(module))
+    for name in PARTITIONS[module]:
+        assert name in source, f"{name} is gone from {module}: see mora_ds/flat_tensors.py and mora_ds/partitions.py"
 
 
 def test_the_switch_that_avoids_a_build_is_read() -> None:

@@ -1,0 +1,46 @@
+"""Turn a checkpoint into another form: DeepSpeed's universal one, and back, or an adapter without its run.
+
+    python tools/convert_checkpoint.py universal out/checkpoints/latest --output universal
+    python tools/convert_checkpoint.py from_universal universal --output back/step-000100
+    python tools/convert_checkpoint.py adapter out/checkpoints/latest --output adapter
+
+Exit code 2: something to change in the command or the files; 1: a full disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
+
+from mora_ds import cli
+from mora_ds.portable import export_adapter
+from mora_ds.universal import from_universal, to_universal
+
+_ACTIONS = {
+    "universal": (to_universal, "what plain DeepSpeed loads with load_universal, at any number of ranks"),
+    "from_universal": (from_universal, "a checkpoint again, of what `universal` made"),
+    "adapter": (export_adapter, "squares and ledger alone, for mora_ds.load_adapter"),
+}
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    convert, _ = _ACTIONS[options.action]
+    print("\n".join(convert(options.path, options.output)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(_ACTIONS))
+    for name, (_, text) in _ACTIONS.items():
+        action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        action.add_argument("path", type=Path, help="the checkpoint to convert")
+        action.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main)

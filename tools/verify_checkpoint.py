@@ -1,0 +1,40 @@
+"""Check a checkpoint, or all of a run, offline: every file, and that they agree with each other.
+
+    python tools/verify_checkpoint.py out                           all checkpoints of a run, oldest first
+    python tools/verify_checkpoint.py out/checkpoints/latest --base MODEL
+
+Exit code 1 when anything is wrong with one of them, 2 for a mistake in the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
+
+from mora_ds import cli
+from mora_ds.errors import RunError
+from mora_ds.verification import verify
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    verdicts = verify(options.path, options.base)
+    for verdict in verdicts:
+        print("\n".join(verdict.lines()))
+    damaged = [verdict.folder.name for verdict in verdicts if not verdict.is_good]
+    if damaged:
+        raise RunError(f"{len(damaged)} of {len(verdicts)} checkpoint(s) damaged: {', '.join(damaged)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("path", type=Path, help="a checkpoint, a link to one, or a run's output folder")
+    parser.add_argument("--base", type=Path, help="the base's folder, to check that it is the right one")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main)
