@@ -119,8 +119,6 @@ def check_world_size(folder: Path, world: int) -> None:
 def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises one `UserError` that names everything in which the checkpoint's run differs from this one."""
     there, here = (_flat(json.loads(json.dumps(identity))) for identity in (saved, now))
-    there.setdefault("adapter.kind", "mora")  # checkpoints of version 0.1.0 do not say,
-    there.pop("zero_stage", None)  # and insisted on that
     differences = [
         f"{_MEANING.get(key, key)}: {there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted({*there, *here})
