@@ -24,12 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mora_ds import files, zero
+from mora_ds.checkpoint_care import LATEST, OLD, WRITING, ledger_problems, problems, retire, settle, sync_folders
 from mora_ds.errors import RunError, UserError
 
 ENGINE_TAG = "engine"
-LATEST = "latest"
 AUTO = "auto"
-_WRITING = ".writing"
 _NOTHING_LEFT = 1 << 20
 """Bytes: with less than this free, a write that failed has failed for lack of space."""
 
@@ -72,11 +71,11 @@ def save_checkpoint(
     Raises `RunError` when the disk is full; the checkpoints before are then untouched, and half of one goes.
     """
     final = step_folder(root, state.step)
-    beside = root / f".{final.name}{_WRITING}"
+    beside = root / f".{final.name}{WRITING}"
     rank = dist.get_rank()
     with _disk_errors(root, beside):
         if rank == 0:
-            _clear_partial(root)
+            settle(root)
             beside.mkdir(parents=True)
         dist.barrier()
         _check_space(root, engine)
@@ -90,6 +89,8 @@ def save_checkpoint(
         if rank == 0:
             files.write_json_atomic(beside / "trainer_state.json", asdict(state))
             files.write_manifest(beside)
+            sync_folders(beside)
+            _stop_if_unsound(beside)
             _replace_folder(beside, final)
             files.fsync_folder(root)
             files.replace_symlink(root / LATEST, final.name)
@@ -101,33 +102,33 @@ def save_checkpoint(
 def find_checkpoint(wanted: str, root: Path, say: Callable[[str], None]) -> Path | None:
     """The folder that `--resume_from_checkpoint` means, its files verified.
 
-    latest: what the link names. auto: the newest that verifies, from that one backwards, or None when there is none.
-    Otherwise a path. Raises `UserError` when the one asked for is missing or damaged.
+    latest: what the link names. auto: the newest that verifies, from that one backwards, or None where none was ever
+    completed. Otherwise a path. Raises `UserError` when the one asked for is missing or damaged, or `auto` finds
+    damaged ones only: a run is not begun afresh over its own remains.
     """
     if wanted == AUTO:
+        skipped = []
         for folder in _newest_first(root):
-            problems = _problems(folder)
-            if not problems:
+            found = problems(folder)
+            if not found:
                 return folder
-            say(f"skipped {folder}: {'; '.join(problems)}")
+            say(f"skipped {folder}: {'; '.join(found)}")
+            skipped.append(f"{folder}: {found[0]}")
+        if skipped:
+            raise UserError(
+                f"--resume_from_checkpoint {AUTO}: no checkpoint in {root} is whole. To begin afresh take another "
+                "--output_dir, or --overwrite_output_dir in place of this flag:\n  " + "\n  ".join(skipped)
+            )
         return None
     folder = (root / LATEST if wanted == LATEST else Path(wanted).expanduser()).resolve()
     if not (folder / "manifest.json").is_file():
         raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint at {folder}")
-    problems = _problems(folder)
-    if problems:
+    if found := problems(folder):
         raise UserError(
-            f"--resume_from_checkpoint {wanted}: {folder} is damaged: {'; '.join(problems)}. "
+            f"--resume_from_checkpoint {wanted}: {folder} is damaged: {'; '.join(found)}. "
             "--resume_from_checkpoint auto takes the newest one that is whole"
         )
     return folder
-
-
-def _problems(folder: Path) -> list[str]:
-    try:
-        return files.verify_manifest(folder)
-    except UserError as error:  # no manifest, or a damaged one
-        return [str(error)]
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
@@ -176,6 +177,7 @@ def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> 
 
 _MEANING = {
     "base": "weights of --model_name_or_path",
+    "model_config": "config.json of --model_name_or_path",
     "tokens": "tokens of the training text (--train_files, --dataset_name and the tokenizer)",
     "adapter.kind": "--adapter",
     "adapter.rank": "--mora_rank",
@@ -198,7 +200,7 @@ def _retain(root: Path, step: int, keep: int | None) -> None:
     if keep is None:
         return
     for folder in [folder for folder in complete_checkpoints(root) if _step(folder) <= step][:-keep]:
-        shutil.rmtree(folder)
+        retire(folder)
 
 
 # -- the disk --------------------------------------------------------------------------------------------------------
@@ -234,17 +236,17 @@ def _check_space(root: Path, engine: zero.Engine) -> None:
 
 
 def _replace_folder(beside: Path, final: Path) -> None:
-    old = final.with_name(f".{final.name}.old{_WRITING}")
+    old = final.with_name(f".{final.name}{OLD}{WRITING}")
     if final.exists():
         os.replace(final, old)
     os.replace(beside, final)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _clear_partial(root: Path) -> None:
-    """What killed runs have left."""
-    for partial in root.glob(f".step-*{_WRITING}"):
-        shutil.rmtree(partial, ignore_errors=True)
+def _stop_if_unsound(beside: Path) -> None:
+    """The files are those just written; the ledger's cycles are older, and merges have read them since."""
+    if found := ledger_problems(beside):
+        raise RunError(f"the ledger was damaged while the run went on: {found[0]}. Resume from an older checkpoint")
 
 
 def _step(folder: Path) -> int:

@@ -8,6 +8,7 @@ Whatever kills the process, a reader finds the old file or the new one, never ha
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -112,6 +113,31 @@ def replace_symlink(link: Path, target: str) -> None:
     fsync_folder(link.parent)
 
 
+@contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """While the block runs, `is_abandoned` tells other processes that `folder` is no killed one's leftover: the folder
+    itself is locked, and the lock goes with the process. On a file system without such locks nothing is told."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether nobody is `at_work` in `folder` any more. An empty one may be about to be locked."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return any(folder.iterdir())
+    except OSError:  # locked by its builder, or there are no locks here
+        return False
+    finally:
+        os.close(descriptor)
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """`target` becomes a hard link of `source`, or a copy where the file system has no links. Replaces atomically."""
     if target.exists() and os.path.samefile(source, target):  # rename(2) between two links of one file does nothing
@@ -163,7 +189,12 @@ def write_manifest(folder: Path) -> None:
         for path in _files_of(folder):
             _fsync(path)
             files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
-    write_json_atomic(folder / MANIFEST, {"format": 1, "files": files})
+    write_json_atomic(folder / MANIFEST, {"format": 1, "files": files, "seal": _seal(files)})
+
+
+def _seal(files: dict[str, Any]) -> str:
+    """sha256 of a manifest's own list: one that was cut, edited or lost a line is known by it."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def verify_manifest(folder: Path) -> list[str]:
@@ -173,6 +204,8 @@ def verify_manifest(folder: Path) -> list[str]:
     """
     content = read_json(folder / MANIFEST)
     with malformed(folder / MANIFEST):
+        if content["seal"] != _seal(content["files"]):
+            return [f"{folder / MANIFEST} is damaged: it does not list what it was written with"]
         listed = [(folder / name, int(facts["size"]), str(facts["sha256"])) for name, facts in content["files"].items()]
     return [problem for entry in listed if (problem := file_problem(*entry))]
 

@@ -29,6 +29,7 @@ from mora_ds.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from mora_ds.checkpoint_care import name_latest, settle
 from mora_ds.data import PackedDataset, largest_id
 from mora_ds.ds_config import compute_dtype, fill_bucket_sizes, resolve_ds_config
 from mora_ds.engine import initialize, initialize_full, start_distributed
@@ -37,13 +38,21 @@ from mora_ds.export import export_merged
 from mora_ds.files import write_json_atomic
 from mora_ds.injection import count_parameters, frozen_buffers, inject
 from mora_ds.metrics import MetricsLog, peak_memory_bytes, plain_json
-from mora_ds.model import LoadedBase, create_base, folder_config, load_base, read_model_config, resolve_folder
+from mora_ds.model import (
+    LoadedBase,
+    config_digest,
+    create_base,
+    folder_config,
+    load_base,
+    read_model_config,
+    resolve_folder,
+)
 from mora_ds.ranks import Ranks
 from mora_ds.remora import ReMoRA
 from mora_ds.resets import OptimizerReset
 from mora_ds.run import Run, run_identity
 from mora_ds.run_data import RunData, load_data
-from mora_ds.run_folder import Reservation, reserve, write_run_file
+from mora_ds.run_folder import Reservation, claim, reserve, write_run_file
 from mora_ds.saving import PROBE_TOKENS, save_full_model
 from mora_ds.schedules import Schedule
 from mora_ds.trainer import LoopSettings, Trainer, check_document_mask
@@ -79,6 +88,8 @@ def pretrain(arguments: Arguments) -> dict[str, Any]:
         raise
     if ranks.is_first:
         reservation.commit()
+        if checkpoint is not None:
+            name_latest(folder / "checkpoints", checkpoint)
     return _train(arguments, job, data, place, schedule)
 
 
@@ -121,6 +132,8 @@ def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | Non
     """The checkpoint to resume from, if any; the output folder is this run's afterwards, on trial."""
     training = arguments.training
     wanted, root = training.resume_from_checkpoint, folder / "checkpoints"
+    claim(folder)
+    settle(root)
     checkpoint = find_checkpoint(wanted, root, print) if wanted else None
     if checkpoint is not None:
         check_world_size(checkpoint, world)
@@ -137,8 +150,8 @@ def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: _Place) -> 
     else:
         assert model.model_config is not None
         model_folder, config = None, read_model_config(Path(model.model_config).expanduser())
-    rows, resumes = _rows_per_step(arguments, ranks.world), place.checkpoint is not None
-    data = load_data(arguments, config, model_folder, place.folder, ranks, rows, resumes, place.say)
+    rows = _rows_per_step(arguments, ranks.world)
+    data = load_data(arguments, config, model_folder, place.folder, ranks, rows, place.checkpoint, place.say)
     loaded = _load_base(arguments, model_folder, data.tokenizer, ds_config, place)
     full = arguments.adapter.adapter == AdapterKind.FULL.value
     job = (_full_job if full else _mora_job)(arguments, loaded, ds_config, data, place)
@@ -184,7 +197,7 @@ def _mora_job(
     place.say(report)
     fingerprint = ranks.on_first(loaded.base.fingerprint)
     precision = arguments.adapter.merge_precision
-    common = _common_identity(arguments, data, ds_config, ranks.world)
+    common = _common_identity(arguments, data, ds_config, ranks.world, loaded)
     _check_checkpoint(place.checkpoint, run_identity(fingerprint, config, precision, common))
     ds_config = fill_bucket_sizes(ds_config, [parameter.numel() for parameter in loaded.model.parameters()])
     engine, *_ = initialize(model=loaded.model, config=ds_config)
@@ -217,7 +230,7 @@ def _full_job(
 ) -> _Job:
     total = count_parameters(loaded.model)
     place.say(f"full training, the control: all {total:,} parameters, sharded by ZeRO as ever")
-    identity = {"adapter": {"kind": "full"}, **_common_identity(arguments, data, ds_config, place.ranks.world)}
+    identity = {"adapter": {"kind": "full"}, **_common_identity(arguments, data, ds_config, place.ranks.world, loaded)}
     _check_checkpoint(place.checkpoint, identity)
     ds_config = fill_bucket_sizes(ds_config, [parameter.numel() for parameter in loaded.model.parameters()])
     engine, *_ = initialize_full(model=loaded.model, config=ds_config)
@@ -240,9 +253,12 @@ def _seed(arguments: Arguments, ranks: Ranks) -> None:
     torch.manual_seed((arguments.training.seed << 16) + ranks.rank)
 
 
-def _common_identity(arguments: Arguments, data: RunData, ds_config: dict[str, Any], world: int) -> dict[str, Any]:
+def _common_identity(
+    arguments: Arguments, data: RunData, ds_config: dict[str, Any], world: int, loaded: LoadedBase
+) -> dict[str, Any]:
     """What must not change in mid-run for batches and states to follow on."""
     return {
+        "model_config": config_digest(loaded.model.config),
         "tokens": data.train.blocks.cache.folder.name,
         "seq_len": data.train.seq_len,
         "document_mask": arguments.data.document_mask,

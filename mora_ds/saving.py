@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from mora_ds import zero
 from mora_ds.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.base import write_own_base
 from mora_ds.config import MoRAConfig
-from mora_ds.files import link_or_copy
 from mora_ds.injection import mora_layers
 from mora_ds.remora import ReMoRA, layer_entries
 
@@ -46,7 +46,7 @@ class RunWriter:
             write_adapter(folder, self._adapter_file(step, tuple(trained)), squares, trained)
             self.base.write(folder)
             self.remora.ledger.copy_to(folder / "ledger")
-            self._link_tokenizer(folder / "tokenizer")
+            self._copy_tokenizer(folder / "tokenizer")
             probe = {"input_ids": self.probe_ids.cpu().long(), "logits": logits.cpu()}
             save_file(probe, str(folder / "probe.safetensors"), {"dtype": self.base.dtype})
 
@@ -68,12 +68,10 @@ class RunWriter:
             facts={"config": self.config.to_dict(), **self.facts},
         )
 
-    def _link_tokenizer(self, target: Path) -> None:
-        if self.tokenizer_folder is None:
-            return
-        target.mkdir()
-        for path in self.tokenizer_folder.iterdir():
-            link_or_copy(path, target / path.name)
+    def _copy_tokenizer(self, target: Path) -> None:
+        """No links: a few megabytes, and one damaged file would be damaged in every checkpoint."""
+        if self.tokenizer_folder is not None:
+            shutil.copytree(self.tokenizer_folder, target)
 
 
 def other_trainables(model: nn.Module) -> dict[str, nn.Parameter]:

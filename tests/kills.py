@@ -29,7 +29,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 import mora_ds.data.cache
 import mora_ds.data.inspection
-from mora_ds import checkpoint, export, files, ledger, metrics, pretrain, run_data, run_folder, saving, zero
+from mora_ds import checkpoint, export, files, ledger, metrics, pretrain, run_folder, saving, zero
 from mora_ds.remora import ReMoRA
 from mora_ds.run import Run
 from mora_ds.tensor_files import SafetensorsWriter
@@ -177,6 +177,8 @@ class Moment:
     steps 2 and 4."""
     passes: Passes = Passes.FIRST
     start: Start = Start.NOTHING
+    more: tuple[str | int, ...] = ()
+    """Flags beside `STEPS`."""
 
 
 STEPS = (
@@ -214,6 +216,7 @@ MOMENTS: dict[str, Moment] = {
     "before_latest": Moment(lambda: before(files, "replace_symlink", 3)),
     "before_the_first_latest": Moment(lambda: before(files, "replace_symlink", 1)),
     "before_the_last_latest": Moment(lambda: before(files, "replace_symlink", 6)),
+    "before_the_only_latest": Moment(lambda: before(files, "replace_symlink"), more=("--save_steps", 0)),
     "latest_made_and_not_moved": Moment(
         lambda: within(files, "replace_symlink", 3, lambda: after(Path, "symlink_to"))
     ),
@@ -332,9 +335,9 @@ def tree(out: Path) -> dict[str, bytes]:
 
 def _entries(out: Path) -> Iterator[Path]:
     for path in sorted(out.rglob("*")):
-        if path.is_symlink() or not path.is_dir() or not any(path.iterdir()):
-            if "tensorboard" not in path.parts:
-                yield path
+        is_leaf = path.is_symlink() or not path.is_dir() or not any(path.iterdir())
+        if is_leaf and "tensorboard" not in path.parts:
+            yield path
 
 
 def _content(path: Path) -> bytes:
@@ -347,7 +350,9 @@ def assert_same_outcome(out: Path, whole: Path) -> None:
     """Checkpoints (squares, moments, random states, manifest), ledger, merged model, curve: equal, and nothing more."""
     assert curve(out) == curve(whole)
     found, wanted = tree(out), tree(whole)
-    assert found.keys() == wanted.keys(), f"{found.keys() - wanted.keys()} too many, {wanted.keys() - found.keys()} lost"
+    assert found.keys() == wanted.keys(), (
+        f"{found.keys() - wanted.keys()} too many, {wanted.keys() - found.keys()} lost"
+    )
     assert [path for path in wanted if found[path] != wanted[path]] == []
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (out, whole)]
     for name in ("steps", "tokens", "merges", "perplexity_before", "perplexity_after"):

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "ds_config_keys", "tables"),
     ("operators", "schedules", "files", "cli", "ranks", "flags", "ds_config", "zero"),
-    ("compute", "tensor_files", "metrics", "run_folder", "checkpoint", "spectrum", "resets"),
-    ("config", "layer", "base", "export_check"),
+    ("compute", "tensor_files", "metrics", "run_folder", "checkpoint_care", "spectrum", "resets"),
+    ("config", "layer", "base", "export_check", "checkpoint"),
     ("injection", "arguments", "ledger", "model", "model_folder", "data"),
     ("adapter_files", "engine", "remora", "validation", "run_data", "ledger_table"),
     ("saving", "model_card", "ledger_tools"),

@@ -1,7 +1,7 @@
 """The kill matrix: SIGKILL at every moment that has a name, then the same command again: nothing has happened.
 
-    pytest tests/test_kill.py              every moment once, on two ranks
-    pytest tests/test_kill.py -m heavy     every moment x one rank or all x 2 and 3 ranks x fp32 and bf16
+pytest tests/test_kill.py              every moment once, on two ranks
+pytest tests/test_kill.py -m heavy     every moment x one rank or all x 2 and 3 ranks x fp32 and bf16
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mora_ds.files import replace_symlink
 from tests.jobs import Playground, playground, run
 from tests.kills import MOMENTS, STEPS, Passes, Start, assert_same_outcome, killed_run
 
+Whole = Callable[[int, str, tuple[str | int, ...]], Path]
 PRECISIONS = {"fp32": (), "bf16": ("--bf16", "true")}
 
 
@@ -25,21 +26,21 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
     return playground(tmp_path_factory.mktemp("user"))
 
 
-def command(user: Playground, out: Path, precision: str, *more: str | Path) -> list[str]:
+def command(user: Playground, out: Path, precision: str, *more: str | int | Path) -> list[str]:
     return user.flags(out, *STEPS, "--eval_files", f"short={user.other}", *PRECISIONS[precision], *map(str, more))
 
 
 @pytest.fixture(scope="module")
-def whole_of(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Path]:
-    """(ranks, precision) -> the output folder of a run that nothing has disturbed."""
-    done: dict[tuple[int, str], Path] = {}
+def whole_of(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """(ranks, precision, more flags) -> the output folder of a run that nothing has disturbed."""
+    done: dict[tuple[int, str, tuple[str | int, ...]], Path] = {}
 
-    def whole(ranks: int, precision: str) -> Path:
-        if (ranks, precision) not in done:
-            out = tmp_path_factory.mktemp("whole") / "out"
-            run(ranks, command(user, out, precision, "--resume_from_checkpoint", "auto"))
-            done[ranks, precision] = out
-        return done[ranks, precision]
+    def whole(ranks: int, precision: str, more: tuple[str | int, ...]) -> Path:
+        key = (ranks, precision, more)
+        if key not in done:
+            done[key] = tmp_path_factory.mktemp("whole") / "out"
+            run(ranks, command(user, done[key], precision, *more, "--resume_from_checkpoint", "auto"))
+        return done[key]
 
     return whole
 
@@ -52,7 +53,14 @@ def prepare(out: Path, whole: Path, start: Start) -> None:
         shutil.rmtree(out / "merged")
         replace_symlink(out / "checkpoints" / "latest", "step-000005")
     if start is Start.ANOTHER:
-        for name in ("run.yaml", "metrics.jsonl", "checkpoints/step-000009/one", "ledger/two", "base/three", "merged/x"):
+        for name in (
+            "run.yaml",
+            "metrics.jsonl",
+            "checkpoints/step-000009/one",
+            "ledger/two",
+            "base/three",
+            "merged/x",
+        ):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_text("of another run")
 
@@ -64,7 +72,7 @@ def kill_and_run_again(
     prepare(out, whole, start)
     how = ("--overwrite_output_dir", "true") if start is Start.ANOTHER else ("--resume_from_checkpoint", "auto")
     own_cache = ("--cache_dir", cache) if moment.startswith(("tokens", "corpus")) else ()
-    again = command(user, out, precision, *how, *own_cache)
+    again = command(user, out, precision, *MOMENTS[moment].more, *how, *own_cache)
     killed_run(ranks, again, moment, victims)
     run(ranks, again)
     assert_same_outcome(out, whole)
@@ -86,12 +94,12 @@ ONCE = [
 @pytest.mark.parametrize("moment, victims", ONCE, ids=[f"{moment}-{name}" for moment, (name, _) in ONCE])
 def test_killed(
     user: Playground,
-    whole_of: Callable[[int, str], Path],
+    whole_of: Whole,
     tmp_path: Path,
     moment: str,
     victims: tuple[str, list[int]],
 ) -> None:
-    kill_and_run_again(user, tmp_path, whole_of(2, "fp32"), moment, victims[1], 2, "fp32")
+    kill_and_run_again(user, tmp_path, whole_of(2, "fp32", MOMENTS[moment].more), moment, victims[1], 2, "fp32")
 
 
 EVERY = [
@@ -106,12 +114,12 @@ EVERY = [
 @pytest.mark.parametrize("moment, who, ranks, precision", EVERY)
 def test_killed_in_every_way(
     user: Playground,
-    whole_of: Callable[[int, str], Path],
+    whole_of: Whole,
     tmp_path: Path,
     moment: str,
     who: str,
     ranks: int,
     precision: str,
 ) -> None:
-    whole = whole_of(ranks, precision)
+    whole = whole_of(ranks, precision, MOMENTS[moment].more)
     kill_and_run_again(user, tmp_path, whole, moment, victims_of(moment, ranks)[who], ranks, precision)
