@@ -121,6 +121,11 @@ def find_checkpoint(wanted: str, root: Path, say: Callable[[str], None]) -> Path
             )
         return None
     folder = (root / LATEST if wanted == LATEST else Path(wanted).expanduser()).resolve()
+    if wanted == LATEST and folder.parent != root.resolve():
+        raise UserError(
+            f"--resume_from_checkpoint {LATEST}: {root / LATEST} leads to {folder}, which is no checkpoint of this "
+            f"run. --resume_from_checkpoint {AUTO} takes the newest one that is"
+        )
     if not (folder / "manifest.json").is_file():
         raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint at {folder}")
     if found := problems(folder):

@@ -23,18 +23,23 @@ from mora_ds.errors import RunError, UserError
 MANIFEST = "manifest.json"
 """Sizes and hashes of all other files of a folder."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+"""What a file system says that was remounted read-only after a fault, or is gone from the network."""
 
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns a full disk (or quota) into a `RunError` that names `folder`; other errors pass unchanged."""
+    """Turns a full disk (or quota) and one that refuses to be written to into a `RunError` that names `folder`; other
+    errors pass unchanged."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise RunError(f"the disk that holds {folder} is full: {error.strerror}") from error
+        if error.errno in FULL:
+            raise RunError(f"the disk that holds {folder} is full: {error.strerror}") from error
+        if error.errno in _REFUSED:
+            raise RunError(f"writing to {folder} failed: {error}") from error
+        raise
 
 
 def fsync_folder(folder: Path) -> None:
@@ -146,7 +151,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         try:
             os.link(source, beside)
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in FULL:
                 raise
             shutil.copyfile(source, beside)
 

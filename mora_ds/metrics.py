@@ -135,8 +135,9 @@ def _keep_rows(path: Path, last_step: int) -> None:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line + "\n" for line in lines if 0 < last_step >= _step_of(line)]
     beside = path.with_suffix(".tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(path)
+    with disk_errors(path.parent):
+        beside.write_text("".join(kept), encoding="utf-8")
+        beside.replace(path)
 
 
 def _step_of(line: str) -> float:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from mora_ds.data.corpus import Corpus, Part
 from mora_ds.data.parallel import ordered_map
-from mora_ds.errors import UserError
-from mora_ds.files import disk_errors
+from mora_ds.errors import RunError, UserError
+from mora_ds.files import FULL
 
 _FORMAT = 2
 
@@ -87,7 +87,8 @@ def _seal(facts: PartFacts) -> str:
 def writable(cache_dir: Path) -> Iterator[None]:
     """Turns a refusal to write (a read-only file system, say) into a `UserError`, a full disk into a `RunError`."""
     try:
-        with disk_errors(cache_dir):
-            yield
+        yield
     except OSError as error:
+        if error.errno in FULL:
+            raise RunError(f"the disk that holds {cache_dir} is full: {error.strerror}") from error
         raise UserError(f"--cache_dir {cache_dir} cannot be written to: {error.strerror or error}") from error
