@@ -156,6 +156,17 @@ def link_or_copy(source: Path, target: Path) -> None:
             shutil.copyfile(source, beside)
 
 
+def copy_folder(source: Path, target: Path) -> None:
+    """A copy of all files. Raises `RunError` on a full disk, where `shutil.copytree` has errors of its own."""
+    with disk_errors(target):
+        target.mkdir(parents=True)
+        for path in sorted(source.rglob("*")):
+            if path.is_dir():
+                (target / path.relative_to(source)).mkdir()
+            else:
+                shutil.copyfile(path, target / path.relative_to(source))
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Hands out an empty folder beside `folder`, which takes its place if the block ends well, else is removed.

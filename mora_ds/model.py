@@ -149,7 +149,8 @@ def _from_pretrained(folder: Path, dtype: torch.dtype, attn_implementation: str,
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "attn_implementation" in str(error) or "flash" in reason.lower():
             raise UserError(f"--attn_implementation {attn_implementation}: {reason}") from error
-        raise UserError(f"{MODEL_FLAG} {folder}: cannot be loaded as a causal language model: {reason}") from error
+        fault = _damaged_file(folder) or f"cannot be loaded as a causal language model: {reason}"
+        raise UserError(f"{MODEL_FLAG} {folder}: {fault}") from error
     model, info = loaded
     for what, problem in (
         ("missing_keys", "weights are missing"),
@@ -159,6 +160,17 @@ def _from_pretrained(folder: Path, dtype: torch.dtype, attn_implementation: str,
             some = ", ".join(str(key) for key in list(info[what])[:3])
             raise UserError(f"{MODEL_FLAG} {folder}: {problem} for {len(info[what])} tensors, e.g. {some}")
     return model
+
+
+def _damaged_file(folder: Path) -> str:
+    """Which file of the weights is truncated or missing, "" for none; transformers does not always say."""
+    try:
+        BaseCheckpoint.open(folder)
+    except NotOneToOne:
+        return ""
+    except UserError as error:
+        return str(error).removeprefix(f"{MODEL_FLAG}: ")
+    return ""
 
 
 def _originals(model: Any, folder: Path, own_base: Path) -> tuple[Path, dict[str, str]]:

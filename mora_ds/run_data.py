@@ -24,7 +24,7 @@ from mora_ds.data import (
     train_sentencepiece,
 )
 from mora_ds.errors import UserError
-from mora_ds.files import disk_errors
+from mora_ds.files import copy_folder, disk_errors
 from mora_ds.ranks import Ranks
 
 EVAL_FLAG = "--eval_files"
@@ -111,8 +111,7 @@ def _begin_tokenizer(target: Path, checkpoint: Path | None) -> None:
         return
     shutil.rmtree(target, ignore_errors=True)
     if saved is not None:
-        with disk_errors(target):
-            shutil.copytree(saved, target)
+        copy_folder(saved, target)
 
 
 def _tokenizer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from mora_ds import zero
 from mora_ds.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.base import write_own_base
 from mora_ds.config import MoRAConfig
+from mora_ds.files import copy_folder
 from mora_ds.injection import mora_layers
 from mora_ds.remora import ReMoRA, layer_entries
 
@@ -71,7 +71,7 @@ class RunWriter:
     def _copy_tokenizer(self, target: Path) -> None:
         """No links: a few megabytes, and one damaged file would be damaged in every checkpoint."""
         if self.tokenizer_folder is not None:
-            shutil.copytree(self.tokenizer_folder, target)
+            copy_folder(self.tokenizer_folder, target)
 
 
 def other_trainables(model: nn.Module) -> dict[str, nn.Parameter]:
