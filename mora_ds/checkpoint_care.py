@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 
 from mora_ds.errors import UserError
-from mora_ds.files import MANIFEST, fsync_folder, malformed, read_json, replace_symlink, verify_manifest
+from mora_ds.files import MANIFEST, disk_errors, fsync_folder, malformed, read_json, replace_symlink, verify_manifest
 
 LATEST = "latest"
 WRITING = ".writing"
@@ -26,14 +26,17 @@ _LEDGER = "ledger"
 
 
 def settle(root: Path) -> None:
-    """Makes good what a killed run has left. Only for whoever alone may write to `root`."""
-    for old in root.glob(f".step-*{OLD}{WRITING}"):
-        final = root / old.name.removeprefix(".").removesuffix(f"{OLD}{WRITING}")
-        if not final.exists():  # killed between the two renames: this may be the only good one
-            os.rename(old, final)
-    for partial in root.glob(f".step-*{WRITING}"):
-        shutil.rmtree(partial, ignore_errors=True)
-    (root / f".{LATEST}.partial").unlink(missing_ok=True)
+    """Makes good what a killed run has left. Only for whoever alone may write to `root`, which need not be there."""
+    if not root.is_dir():
+        return
+    with disk_errors(root):
+        for old in root.glob(f".step-*{OLD}{WRITING}"):
+            final = root / old.name.removeprefix(".").removesuffix(f"{OLD}{WRITING}")
+            if not final.exists():  # killed between the two renames: this may be the only good one
+                os.rename(old, final)
+        for partial in root.glob(f".step-*{WRITING}"):
+            shutil.rmtree(partial, ignore_errors=True)
+        (root / f".{LATEST}.partial").unlink(missing_ok=True)
 
 
 def problems(folder: Path) -> list[str]:
