@@ -149,8 +149,8 @@ def _from_pretrained(folder: Path, dtype: torch.dtype, attn_implementation: str,
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "attn_implementation" in str(error) or "flash" in reason.lower():
             raise UserError(f"--attn_implementation {attn_implementation}: {reason}") from error
-        fault = _damaged_file(folder) or f"cannot be loaded as a causal language model: {reason}"
-        raise UserError(f"{MODEL_FLAG} {folder}: {fault}") from error
+        reason = _damaged_file(folder) or reason
+        raise UserError(f"{MODEL_FLAG} {folder}: cannot be loaded as a causal language model: {reason}") from error
     model, info = loaded
     for what, problem in (
         ("missing_keys", "weights are missing"),

@@ -1,6 +1,6 @@
 """The long haul: 2,000 short steps, 40 merges, 20 kills at random moments; memory and file descriptors stay flat.
 
-    pytest tests/test_long_haul.py -m heavy                     two ranks; 10 minutes (two cores that others use as well)
+    pytest tests/test_long_haul.py -m heavy                     two ranks; 10 minutes
     LONG_HAUL_STEPS=400 pytest tests/test_long_haul.py -m heavy     a fifth of it: 8 merges, 4 kills
 
 The moments of the kills come from a seed (`LONG_HAUL_SEED`), so that a failure can be repeated.
