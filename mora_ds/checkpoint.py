@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mora_ds import files, partitions, zero
 from mora_ds.background import Background, Exchange, on_host
+from mora_ds.checkpoint_care import OLD, WRITING, ledger_problems, retire, settle, sync_folders
 from mora_ds.checkpoint_folder import (
     AUTO,
     ENGINE_TAG,
@@ -59,7 +60,6 @@ __all__ = [
     "step_folder",
 ]
 
-_WRITING = ".writing"
 _EACH = 32 << 10
 """Bytes of random state, layout and DeepSpeed's config, a rank; tokenizer and JSON files are two more of it."""
 _NOTHING_LEFT = 1 << 20
@@ -88,10 +88,10 @@ class CheckpointWriter:
         for what befell the checkpoint before."""
         self.wait()
         final = step_folder(self.root, state.step)
-        beside = self.root / f".{final.name}{_WRITING}"
+        beside = self.root / f".{final.name}{WRITING}"
         with _disk_errors(self.root, beside):
             if dist.get_rank() == 0:
-                _clear_partial(self.root)
+                settle(self.root)
                 beside.mkdir(parents=True)
             dist.barrier()
             _check_space(self.root, self.engine)
@@ -146,6 +146,8 @@ class CheckpointWriter:
             return
         files.write_json_atomic(beside / STATE_FILE, state)
         files.write_manifest(beside)
+        sync_folders(beside)
+        _stop_if_unsound(beside)
         _replace_folder(beside, final)
         files.fsync_folder(self.root)
         files.replace_symlink(self.root / LATEST, final.name)
@@ -195,14 +197,7 @@ def _retain(root: Path, step: int, keep: int | None) -> None:
         return
     whole = [folder for folder in complete_checkpoints(root) if step_of(folder) <= step and is_whole(folder)]
     for folder in whole[:-keep]:
-        shutil.rmtree(_set_aside(folder))
-
-
-def _set_aside(folder: Path) -> Path:
-    old = folder.with_name(f".{folder.name}.old{_WRITING}")
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(folder, old)
-    return old
+        retire(folder)
 
 
 # -- the disk --------------------------------------------------------------------------------------------------------
@@ -239,16 +234,17 @@ def _check_space(root: Path, engine: zero.Engine) -> None:
 
 
 def _replace_folder(beside: Path, final: Path) -> None:
-    old = _set_aside(final) if final.exists() else None
+    old = final.with_name(f".{final.name}{OLD}{WRITING}")
+    if final.exists():
+        os.replace(final, old)
     os.replace(beside, final)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _clear_partial(root: Path) -> None:
-    """What killed runs have left."""
-    for partial in root.glob(f".step-*{_WRITING}"):
-        shutil.rmtree(partial, ignore_errors=True)
+def _stop_if_unsound(beside: Path) -> None:
+    """The files are those just written; the ledger's cycles are older, and merges have read them since."""
+    if found := ledger_problems(beside):
+        raise RunError(f"the ledger was damaged while the run went on: {found[0]}. Resume from an older checkpoint")
 
 
 # -- random states ---------------------------------------------------------------------------------------------------

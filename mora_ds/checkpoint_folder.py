@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mora_ds import files
+from mora_ds.checkpoint_care import LATEST, problems
 from mora_ds.errors import UserError
 
 ENGINE_TAG = "engine"
-LATEST = "latest"
 AUTO = "auto"
 STATE_FILE = "trainer_state.json"
 
@@ -56,33 +56,38 @@ def step_folder(root: Path, step: int) -> Path:
 def find_checkpoint(wanted: str, root: Path, say: Callable[[str], None]) -> Path | None:
     """The folder that `--resume_from_checkpoint` means, its files verified.
 
-    latest: what the link names. auto: the newest that verifies, from that one backwards, or None when there is none.
-    Otherwise a path. Raises `UserError` when the one asked for is missing or damaged.
+    latest: what the link names. auto: the newest that verifies, from that one backwards, or None where none was ever
+    completed. Otherwise a path. Raises `UserError` when the one asked for is missing or damaged, or `auto` finds
+    damaged ones only: a run is not begun afresh over its own remains.
     """
     if wanted == AUTO:
+        skipped = []
         for folder in _newest_first(root):
-            problems = problems_of(folder)
-            if not problems:
+            found = problems(folder)
+            if not found:
                 return folder
-            say(f"skipped {folder}: {'; '.join(problems)}")
+            say(f"skipped {folder}: {'; '.join(found)}")
+            skipped.append(f"{folder}: {found[0]}")
+        if skipped:
+            raise UserError(
+                f"--resume_from_checkpoint {AUTO}: no checkpoint in {root} is whole. To begin afresh take another "
+                "--output_dir, or --overwrite_output_dir in place of this flag:\n  " + "\n  ".join(skipped)
+            )
         return None
     folder = (root / LATEST if wanted == LATEST else Path(wanted).expanduser()).resolve()
+    if wanted == LATEST and folder.parent != root.resolve():
+        raise UserError(
+            f"--resume_from_checkpoint {LATEST}: {root / LATEST} leads to {folder}, which is no checkpoint of this "
+            f"run. --resume_from_checkpoint {AUTO} takes the newest one that is"
+        )
     if not (folder / "manifest.json").is_file():
         raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint at {folder}")
-    problems = problems_of(folder)
-    if problems:
+    if found := problems(folder):
         raise UserError(
-            f"--resume_from_checkpoint {wanted}: {folder} is damaged: {'; '.join(problems)}. "
+            f"--resume_from_checkpoint {wanted}: {folder} is damaged: {'; '.join(found)}. "
             "--resume_from_checkpoint auto takes the newest one that is whole"
         )
     return folder
-
-
-def problems_of(folder: Path) -> list[str]:
-    try:
-        return files.verify_manifest(folder)
-    except UserError as error:  # no manifest, or a damaged one
-        return [str(error)]
 
 
 def is_whole(folder: Path) -> bool:
@@ -130,6 +135,7 @@ def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> 
 
 _MEANING = {
     "base": "weights of --model_name_or_path",
+    "model_config": "config.json of --model_name_or_path",
     "tokens": "tokens of the training text (--train_files, --dataset_name and the tokenizer)",
     "adapter.kind": "--adapter",
     "adapter.rank": "--mora_rank (or --lora_rank)",

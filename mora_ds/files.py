@@ -8,6 +8,7 @@ Whatever kills the process, a reader finds the old file or the new one, never ha
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -22,18 +23,23 @@ from mora_ds.errors import RunError, UserError
 MANIFEST = "manifest.json"
 """Sizes and hashes of all other files of a folder."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+"""What a file system says that was remounted read-only after a fault, or is gone from the network."""
 
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns a full disk (or quota) into a `RunError` that names `folder`; other errors pass unchanged."""
+    """Turns a full disk (or quota) and one that refuses to be written to into a `RunError` that names `folder`; other
+    errors pass unchanged."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise RunError(f"the disk that holds {folder} is full: {error.strerror}") from error
+        if error.errno in FULL:
+            raise RunError(f"the disk that holds {folder} is full: {error.strerror}") from error
+        if error.errno in _REFUSED:
+            raise RunError(f"writing to {folder} failed: {error}") from error
+        raise
 
 
 def fsync_folder(folder: Path) -> None:
@@ -112,6 +118,31 @@ def replace_symlink(link: Path, target: str) -> None:
     fsync_folder(link.parent)
 
 
+@contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """While the block runs, `is_abandoned` tells other processes that `folder` is no killed one's leftover: the folder
+    itself is locked, and the lock goes with the process. On a file system without such locks nothing is told."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether nobody is `at_work` in `folder` any more. An empty one may be about to be locked."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return any(folder.iterdir())
+    except OSError:  # locked by its builder, or there are no locks here
+        return False
+    finally:
+        os.close(descriptor)
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """`target` becomes a hard link of `source`, or a copy where the file system has no links. Replaces atomically."""
     if target.exists() and os.path.samefile(source, target):  # rename(2) between two links of one file does nothing
@@ -120,9 +151,20 @@ def link_or_copy(source: Path, target: Path) -> None:
         try:
             os.link(source, beside)
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in FULL:
                 raise
             shutil.copyfile(source, beside)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """A copy of all files. Raises `RunError` on a full disk, where `shutil.copytree` has errors of its own."""
+    with disk_errors(target):
+        target.mkdir(parents=True)
+        for path in sorted(source.rglob("*")):
+            if path.is_dir():
+                (target / path.relative_to(source)).mkdir()
+            else:
+                shutil.copyfile(path, target / path.relative_to(source))
 
 
 @contextmanager
@@ -163,7 +205,12 @@ def write_manifest(folder: Path) -> None:
         for path in _files_of(folder):
             _fsync(path)
             files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
-    write_json_atomic(folder / MANIFEST, {"format": 1, "files": files})
+    write_json_atomic(folder / MANIFEST, {"format": 1, "files": files, "seal": _seal(files)})
+
+
+def _seal(files: dict[str, Any]) -> str:
+    """sha256 of a manifest's own list: one that was cut, edited or lost a line is known by it."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def verify_manifest(folder: Path, hashes: bool = True) -> list[str]:
@@ -174,6 +221,8 @@ def verify_manifest(folder: Path, hashes: bool = True) -> list[str]:
     """
     content = read_json(folder / MANIFEST)
     with malformed(folder / MANIFEST):
+        if content["seal"] != _seal(content["files"]):
+            return [f"{folder / MANIFEST} is damaged: it does not list what it was written with"]
         listed = [(folder / name, int(facts["size"]), str(facts["sha256"])) for name, facts in content["files"].items()]
     checked = ((path, size, sha256 if hashes else None) for path, size, sha256 in listed)
     return [problem for entry in checked if (problem := file_problem(*entry))]

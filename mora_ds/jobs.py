@@ -23,7 +23,7 @@ from mora_ds.ds_config import compute_dtype, fill_bucket_sizes
 from mora_ds.engine import initialize, initialize_full
 from mora_ds.export import export_merged
 from mora_ds.injection import count_parameters, frozen_buffers, inject
-from mora_ds.model import LoadedBase, create_base, load_base
+from mora_ds.model import LoadedBase, config_digest, create_base, load_base
 from mora_ds.ranks import Ranks
 from mora_ds.remora import ReMoRA
 from mora_ds.resets import OptimizerReset
@@ -113,7 +113,7 @@ def _adapter_job(
     place.say(report)
     fingerprint = ranks.on_first(loaded.base.fingerprint)
     precision = arguments.adapter.merge_precision
-    common = _common_identity(arguments, data, ds_config, ranks.world)
+    common = _common_identity(arguments, data, ds_config, ranks.world, loaded)
     _check_checkpoint(place.checkpoint, run_identity(fingerprint, config, precision, common))
     ds_config = fill_bucket_sizes(ds_config, [parameter.numel() for parameter in loaded.model.parameters()])
     engine, *_ = initialize(model=loaded.model, config=ds_config)
@@ -156,7 +156,7 @@ def _bare_job(loaded: LoadedBase, place: Place) -> Job:
 def _full_job(arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, place: Place) -> Job:
     total = count_parameters(loaded.model)
     place.say(f"full training, the control: all {total:,} parameters, sharded by ZeRO as ever")
-    identity = {"adapter": {"kind": "full"}, **_common_identity(arguments, data, ds_config, place.ranks.world)}
+    identity = {"adapter": {"kind": "full"}, **_common_identity(arguments, data, ds_config, place.ranks.world, loaded)}
     _check_checkpoint(place.checkpoint, identity)
     ds_config = fill_bucket_sizes(ds_config, [parameter.numel() for parameter in loaded.model.parameters()])
     engine, *_ = initialize_full(model=loaded.model, config=ds_config)
@@ -183,9 +183,12 @@ def _seed(arguments: Arguments, ranks: Ranks) -> None:
     torch.manual_seed((arguments.training.seed << 16) + ranks.rank)
 
 
-def _common_identity(arguments: Arguments, data: RunData, ds_config: dict[str, Any], world: int) -> dict[str, Any]:
+def _common_identity(
+    arguments: Arguments, data: RunData, ds_config: dict[str, Any], world: int, loaded: LoadedBase
+) -> dict[str, Any]:
     """What must not change in mid-run for batches and states to follow on."""
     return {
+        "model_config": config_digest(loaded.model.config),
         "tokens": data.train.blocks.cache.folder.name,
         "seq_len": data.train.seq_len,
         "document_mask": arguments.data.document_mask,

@@ -141,14 +141,17 @@ def plain_json(value: Any) -> Any:
 def _keep_rows(path: Path, last_step: int) -> None:
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break  # the line that a killed process was writing; nothing follows it
-        if 0 < last_step >= row["step"]:
-            kept.append(line + "\n")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line + "\n" for line in lines if 0 < last_step >= _step_of(line)]
     beside = path.with_suffix(".tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(path)
+    with disk_errors(path.parent):
+        beside.write_text("".join(kept), encoding="utf-8")
+        beside.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """After every other one for a line that is damaged, or that a killed process was writing."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf

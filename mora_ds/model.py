@@ -7,6 +7,7 @@ is written once, under the live names, to a folder of the run.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,20 @@ def folder_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise UserError(f"{MODEL_FLAG} {folder}: its config.json cannot be used: {reason}") from error
 
 
+_NOT_THE_FUNCTION = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "output_attentions",
+    "output_hidden_states", "return_dict", "problem_type", "id2label", "label2id", "chunk_size_feed_forward",
+}  # fmt: skip
+"""Settings of a config that change with place, library or call, and not what the model computes."""
+
+
+def config_digest(config: Any) -> str:
+    """16 hex digits for what a model's config says of what the model computes: the weights' fingerprint does not see
+    another rope_theta or number of heads."""
+    values = {name: value for name, value in config.to_dict().items() if name not in _NOT_THE_FUNCTION}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def _from_pretrained(folder: Path, dtype: torch.dtype, attn_implementation: str, trust_remote_code: bool) -> nn.Module:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -134,6 +149,7 @@ def _from_pretrained(folder: Path, dtype: torch.dtype, attn_implementation: str,
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "attn_implementation" in str(error) or "flash" in reason.lower():
             raise UserError(f"--attn_implementation {attn_implementation}: {reason}") from error
+        reason = _damaged_file(folder) or reason
         raise UserError(f"{MODEL_FLAG} {folder}: cannot be loaded as a causal language model: {reason}") from error
     model, info = loaded
     for what, problem in (
@@ -144,6 +160,17 @@ def _from_pretrained(folder: Path, dtype: torch.dtype, attn_implementation: str,
             some = ", ".join(str(key) for key in list(info[what])[:3])
             raise UserError(f"{MODEL_FLAG} {folder}: {problem} for {len(info[what])} tensors, e.g. {some}")
     return model
+
+
+def _damaged_file(folder: Path) -> str:
+    """Which file of the weights is truncated or missing, "" for none; transformers does not always say."""
+    try:
+        BaseCheckpoint.open(folder)
+    except NotOneToOne:
+        return ""
+    except UserError as error:
+        return str(error).removeprefix(f"{MODEL_FLAG}: ")
+    return ""
 
 
 def _originals(model: Any, folder: Path, own_base: Path) -> tuple[Path, dict[str, str]]:

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from mora_ds import zero
 from mora_ds.arguments import AdapterKind, Arguments, dump
 from mora_ds.checkpoint import AUTO, TrainerState, check_world_size, find_checkpoint
+from mora_ds.checkpoint_care import name_latest, settle
 from mora_ds.data import PackedDataset
 from mora_ds.ds_config import resolve_ds_config
 from mora_ds.engine import start_distributed
@@ -28,7 +29,7 @@ from mora_ds.metrics import MetricsLog, peak_memory_bytes, plain_json
 from mora_ds.model import folder_config, read_model_config, resolve_folder
 from mora_ds.ranks import Ranks
 from mora_ds.run_data import RunData, load_data
-from mora_ds.run_folder import Reservation, check_shared, reserve, write_run_file
+from mora_ds.run_folder import Reservation, check_shared, claim, reserve, write_run_file
 from mora_ds.schedules import Schedule, ScheduleKind
 from mora_ds.trainer import LoopSettings, Trainer
 from mora_ds.validation import validate
@@ -66,6 +67,8 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
         raise
     if ranks.is_first:
         reservation.commit()
+        if checkpoint is not None:
+            name_latest(folder / "checkpoints", checkpoint)
     if arguments.adapter.adapter == AdapterKind.NONE.value:
         return _evaluate(arguments, job, data, place)
     return _train(arguments, job, data, place, schedule)
@@ -83,6 +86,8 @@ def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | Non
     """The checkpoint to resume from, if any; the output folder is this run's afterwards, on trial."""
     training = arguments.training
     wanted, root = training.resume_from_checkpoint, folder / "checkpoints"
+    claim(folder)
+    settle(root)
     checkpoint = find_checkpoint(wanted, root, print) if wanted else None
     if checkpoint is not None:
         check_world_size(checkpoint, world)
@@ -99,8 +104,8 @@ def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: Place) -> t
     else:
         assert model.model_config is not None
         model_folder, config = None, read_model_config(Path(model.model_config).expanduser())
-    rows, resumes = rows_per_step(arguments, ranks.world), place.checkpoint is not None
-    data = load_data(arguments, config, model_folder, place.folder, ranks, rows, resumes, place.say)
+    rows = rows_per_step(arguments, ranks.world)
+    data = load_data(arguments, config, model_folder, place.folder, ranks, rows, place.checkpoint, place.say)
     loaded = prepare_base(arguments, model_folder, data.tokenizer, ds_config, place)
     job = prepare_job(arguments, loaded, ds_config, data, place)
     if arguments.data.document_mask:

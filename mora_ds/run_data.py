@@ -24,7 +24,7 @@ from mora_ds.data import (
     train_sentencepiece,
 )
 from mora_ds.errors import UserError
-from mora_ds.files import disk_errors
+from mora_ds.files import copy_folder, disk_errors
 from mora_ds.ranks import Ranks
 
 EVAL_FLAG = "--eval_files"
@@ -47,11 +47,11 @@ def load_data(
     folder: Path,
     ranks: Ranks,
     rows_per_step: int,
-    keep_tokenizer: bool,
+    checkpoint: Path | None,
     say: Callable[..., None],
 ) -> RunData:
     """All text of a run, tokenised. `model_folder` has the model's own tokenizer, if there is a model; `folder` is the
-    run's; `keep_tokenizer`: a resumed run goes on with the tokenizer that it wrote before.
+    run's; a run that resumes from `checkpoint` goes on with the tokenizer that lies there.
 
     Raises `UserError` for files, tokenizers and lengths that do not fit, before anything is tokenised where possible.
     """
@@ -62,9 +62,7 @@ def load_data(
     }
     _check_positions(model_config, data.seq_len)
     target = folder / "tokenizer"
-    if not (keep_tokenizer and target.is_dir()):
-        # Removed, not overwritten: its files may be hard links of those in a checkpoint.
-        ranks.on_first(lambda: shutil.rmtree(target, ignore_errors=True))
+    ranks.on_first(lambda: _begin_tokenizer(target, checkpoint))
     tokenizer = _tokenizer(arguments, model_folder, model_config, target, corpus, ranks)
     ranks.on_first(lambda: _save_tokenizer(tokenizer, target))
     packed = {}
@@ -104,6 +102,16 @@ def _check_positions(model_config: Any, seq_len: int) -> None:
 
 
 # -- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def _begin_tokenizer(target: Path, checkpoint: Path | None) -> None:
+    """That of the checkpoint, whose files were verified; none for a new run. Full training keeps its own."""
+    saved = None if checkpoint is None else checkpoint / "tokenizer"
+    if saved is not None and not saved.is_dir():
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    if saved is not None:
+        copy_folder(saved, target)
 
 
 def _tokenizer(

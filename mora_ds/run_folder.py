@@ -78,7 +78,7 @@ def reserve(folder: Path, overwrite: bool, resume: bool) -> Reservation:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror or error}") from error
+        raise _unwritable(folder, error) from error
     _lock(folder)
     _recover(folder)
     if (folder / RUN_FILE).exists() and not resume:
@@ -121,6 +121,21 @@ def _see(folder: Path, sign: str) -> None:
                 " writes there. It must lie on storage that all nodes share (--cache_dir and the model need not)"
             )
         time.sleep(0.1)
+
+
+def claim(folder: Path) -> None:
+    """Before anybody looks for checkpoints in a folder that is there: lock it, and make good what a killed run has
+    left. Raises `UserError` when another run is writing to it. A folder without a run is left as it is."""
+    if folder.is_dir() and any(_exists(folder / name) for name in (*_OURS, ASIDE, DELETING)):
+        try:
+            _lock(folder)
+            _recover(folder)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"--output_dir {folder} cannot be written to: {error.strerror or error}")
 
 
 def write_run_file(folder: Path, settings: dict[str, Any], resolved: dict[str, Any]) -> None:

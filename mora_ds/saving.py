@@ -17,7 +17,7 @@ from mora_ds import zero
 from mora_ds.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.base import write_own_base
 from mora_ds.config import AdapterConfig
-from mora_ds.files import link_or_copy
+from mora_ds.files import copy_folder
 from mora_ds.injection import mora_layers
 from mora_ds.remora import ReMoRA, layer_entries
 
@@ -55,7 +55,7 @@ class RunWriter:
             write_adapter(folder, adapter, squares, trained)
             self.base.write(folder)
             ledger.copy_to(folder / "ledger")
-            self._link_tokenizer(folder / "tokenizer")
+            self._copy_tokenizer(folder / "tokenizer")
             save_file(probe, str(folder / "probe.safetensors"), {"dtype": self.base.dtype})
 
         return write
@@ -78,12 +78,10 @@ class RunWriter:
             facts={"config": self.config.to_dict(), **self.facts},
         )
 
-    def _link_tokenizer(self, target: Path) -> None:
-        if self.tokenizer_folder is None:
-            return
-        target.mkdir()
-        for path in self.tokenizer_folder.iterdir():
-            link_or_copy(path, target / path.name)
+    def _copy_tokenizer(self, target: Path) -> None:
+        """No links: a few megabytes, and one damaged file would be damaged in every checkpoint."""
+        if self.tokenizer_folder is not None:
+            copy_folder(self.tokenizer_folder, target)
 
 
 def other_trainables(model: nn.Module) -> dict[str, nn.Parameter]:

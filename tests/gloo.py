@@ -30,6 +30,19 @@ class RankFailed(AssertionError):
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 240) -> list[Any]:
+    pipes, processes = start_ranks(world, function, *arguments)
+    try:
+        return _collect(pipes, time.monotonic() + timeout_s)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.join(2)
+            process.kill()
+            process.join()
+
+
+def start_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> tuple[list[Connection], list[Any]]:
+    """The pipes that results come through and the processes, in rank order, for a caller that ends them itself."""
     port = free_port()
     pipes, processes = [], []
     for rank in range(world):
@@ -39,14 +52,7 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout
         sender.close()
         pipes.append(receiver)
         processes.append(process)
-    try:
-        return _collect(pipes, time.monotonic() + timeout_s)
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.join(2)
-            process.kill()
-            process.join()
+    return pipes, processes
 
 
 def _collect(pipes: list[Connection], deadline: float) -> list[Any]:

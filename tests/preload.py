@@ -2,5 +2,7 @@
 
 # isort: off
 import tests.conftest  # noqa: F401  (environment first)
-import deepspeed  # noqa: F401
+import deepspeed
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (the engine imports it late: half of a small run's time)
 import transformers.models.llama.modeling_llama  # noqa: F401
+import mora_ds.pretrain  # noqa: F401

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from mora_ds import files as mora_files
 from mora_ds.data import TokenCache, build_cache, cache, load_corpus, load_tokenizer, readers, train_sentencepiece
 from mora_ds.data.cache import damage
 from mora_ds.errors import RunError, UserError
@@ -146,10 +147,15 @@ def test_contents_order_and_settings_each_make_a_new_key(
     assert len(set(keys)) == len(keys) == len(folders(tmp_path / "cache"))
 
 
+def no_locks(*_: object) -> None:
+    raise OSError(95, "Operation not supported")
+
+
 def test_killed_while_writing_leaves_nothing_that_is_used(
     files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill leaves the partial folder as it is: so does this stand-in for the last write and for the clean-up."""
+    """A kill leaves the partial folder as it is: so does this stand-in for the last write and for the clean-up. Here
+    the file system has no locks, so that a builder at work cannot be told from a dead one."""
     good = build_cache(load_corpus(files), tokenizer, tmp_path / "good")
     cache_dir = tmp_path / "cache"
     with monkeypatch.context() as patch:
@@ -159,6 +165,7 @@ def test_killed_while_writing_leaves_nothing_that_is_used(
 
         patch.setattr(cache, "fsync_tree", killed)
         patch.setattr(cache.shutil, "rmtree", lambda *_, **__: None)
+        monkeypatch.setattr(mora_files.fcntl, "flock", no_locks)
         with pytest.raises(KeyboardInterrupt):
             build_cache(load_corpus(files), tokenizer, cache_dir)
     (leftover,) = folders(cache_dir)

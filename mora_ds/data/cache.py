@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,15 @@ from mora_ds.data.parallel import ordered_map
 from mora_ds.data.readers import Document
 from mora_ds.data.tokenizer import end_of_text_id, largest_id, tokenizer_fingerprint, wants_bos
 from mora_ds.errors import RunError, UserError
-from mora_ds.files import disk_errors, fsync_folder, fsync_tree, sha256_file
+from mora_ds.files import at_work, disk_errors, fsync_folder, fsync_tree, is_abandoned, sha256_file
 
 FORMAT = 1
 TOKENS, DOCUMENTS, META = "tokens.bin", "documents.bin", "meta.json"
 PARALLEL_BYTES = 32_000_000
 """Corpora smaller than this are tokenised in the calling process: starting others would take longer."""
+
+READ_THROUGH_BYTES = 1 << 30
+"""A second's reading. Above it a damaged byte is found where a file's time shows that somebody wrote to it."""
 
 _BATCH_CHARACTERS = 1 << 18
 _PARTIAL = ".partial-"
@@ -118,12 +121,14 @@ def build_cache(
     barrier: Callable[[], None] = lambda: None,
     progress: bool = False,
     add_bos: bool | None = None,
+    say: Callable[[str], None] = print,
 ) -> TokenCache:
     """The corpus as tokens, from `cache_dir` or built into it.
 
     Call it on every rank: only the one with `is_builder` (each node's local rank 0) reads and writes; all pass
     `barrier` once and then open the result. `num_proc` processes tokenise; their number does not change the result.
-    `add_bos` None: as the tokenizer does by itself. Every document is followed by the end-of-text token.
+    `add_bos` None: as the tokenizer does by itself. Every document is followed by the end-of-text token. A cache that
+    is damaged is built anew, and `say` says so.
     Raises `UserError` for a file that cannot be read as text (before any is tokenised), an empty corpus or a tokenizer
     without end-of-text token, and `RunError` for a full disk.
     """
@@ -140,7 +145,9 @@ def build_cache(
     try:
         facts = inspect_parts(corpus, cache_dir, num_proc, progress)
         folder = cache_dir / _key(facts, settings)
-        if damage(folder):
+        if trouble := damage(folder) or alteration(folder):
+            if folder.exists():
+                say(f"the token cache {folder} is damaged: {trouble}; it is built anew")
             _build(corpus, encoder, folder, settings, facts, num_proc, progress)
     finally:
         barrier()  # also after an error: the others must not wait for ever
@@ -153,6 +160,8 @@ def damage(folder: Path) -> str | None:
         meta = json.loads((folder / META).read_text())
         if meta["format"] != FORMAT or meta["key"] != folder.name:
             return "it is another cache"
+        if _key_of(meta, meta["contents"]) != folder.name:
+            return f"{META} is not what was written"
         sizes = {TOKENS: meta["tokens"] * np.dtype(meta["dtype"]).itemsize, DOCUMENTS: meta["documents"] * 8}
         for name, size in sizes.items():
             if (folder / name).stat().st_size != size:
@@ -164,10 +173,32 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def alteration(folder: Path) -> str | None:
+    """What is wrong with the contents of a cache whose sizes are right, or None.
+
+    Caches of up to `READ_THROUGH_BYTES` are read through each time, larger ones where a file is younger than
+    meta.json, which is written last.
+    """
+    paths = [folder / name for name in (TOKENS, DOCUMENTS)]
+    written = (folder / META).stat().st_mtime_ns
+    small = sum(path.stat().st_size for path in paths) <= READ_THROUGH_BYTES
+    if not small and all(path.stat().st_mtime_ns <= written for path in paths):
+        return None
+    wanted = json.loads((folder / META).read_text()).get("sha256")
+    if not isinstance(wanted, dict):
+        return f"{META} is not what was written"
+    return next(
+        (f"{path} is not what was written" for path in paths if sha256_file(path) != wanted.get(path.name)), None
+    )
+
+
 def _processes(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> int:
     """One for small corpora, and for tokenizers whose class came with the model: it cannot be pickled to others."""
     remote = type(tokenizer).__module__.startswith("transformers_modules")
     return 1 if remote or corpus.size_bytes() < PARALLEL_BYTES else max(num_proc, 1)
+
+
+_KEY_SETTINGS = ("format", "tokenizer", "text_column", "bos_id", "eos_id", "dtype")
 
 
 def _settings(corpus: Corpus, encoder: Encoder) -> dict[str, Any]:
@@ -182,7 +213,12 @@ def _settings(corpus: Corpus, encoder: Encoder) -> dict[str, Any]:
 
 
 def _key(facts: list[PartFacts], settings: dict[str, Any]) -> str:
-    content = {**settings, "contents": [part.content_hash for part in facts]}
+    return _key_of(settings, [part.content_hash for part in facts])
+
+
+def _key_of(settings: Mapping[str, Any], contents: list[str]) -> str:
+    """`settings` may hold more than what makes the key, as meta.json does."""
+    content = {**{name: settings[name] for name in _KEY_SETTINGS}, "contents": contents}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -204,7 +240,7 @@ def _build(
     with writable(folder.parent):
         beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}{_PARTIAL}", dir=folder.parent))
     try:
-        with disk_errors(folder.parent):
+        with disk_errors(folder.parent), at_work(beside):
             bar = tqdm(desc="tokenising", total=characters, unit="char", unit_scale=True, disable=not progress)
             counts = _write(corpus, encoder, beside, num_proc, bar)
             if not counts["documents"]:
@@ -267,7 +303,7 @@ def _check_space(cache_dir: Path, characters: int, dtype: str) -> None:
 
 def _move_into_place(beside: Path, folder: Path) -> None:
     """Another builder may have been faster (its cache stays), or a damaged cache may stand there (it goes)."""
-    if folder.exists() and damage(folder):
+    if folder.exists() and (damage(folder) or alteration(folder)):
         grave = Path(tempfile.mkdtemp(prefix=f"{folder.name}{_PARTIAL}", dir=folder.parent))
         os.replace(folder, grave / "damaged")
         shutil.rmtree(grave, ignore_errors=True)
@@ -280,8 +316,9 @@ def _move_into_place(beside: Path, folder: Path) -> None:
 
 
 def _sweep(cache_dir: Path) -> None:
-    """Removes what builders killed a day or more ago have left. A living one writes to its folder all the time."""
+    """Removes what killed builders have left: those that can be told from living ones at once, and others after a day
+    in which nothing was written."""
     for leftover in cache_dir.glob(f"*{_PARTIAL}*"):
         newest = max((path.stat().st_mtime for path in (leftover, *leftover.glob("*"))), default=0.0)
-        if newest < time.time() - _STALE_S:
+        if is_abandoned(leftover) or newest < time.time() - _STALE_S:
             shutil.rmtree(leftover, ignore_errors=True)

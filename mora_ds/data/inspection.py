@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,10 +17,10 @@ from tqdm import tqdm
 
 from mora_ds.data.corpus import Corpus, Part
 from mora_ds.data.parallel import ordered_map
-from mora_ds.errors import UserError
-from mora_ds.files import disk_errors
+from mora_ds.errors import RunError, UserError
+from mora_ds.files import FULL
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -69,23 +67,28 @@ def _entry(cache_dir: Path, part: Part, text_column: str) -> Path:
 
 def _recall(entry: Path) -> PartFacts | None:
     try:
-        return PartFacts(**json.loads(entry.read_text()))
-    except (OSError, ValueError, TypeError):  # not there, or not whole: then the part is read again
+        content = json.loads(entry.read_text())
+        facts = PartFacts(**content["facts"])
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or not whole: then the part is read again
         return None
+    return facts if content.get("seal") == _seal(facts) else None
 
 
 def _remember(entry: Path, facts: PartFacts) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=entry.parent, delete=False) as beside:
-        json.dump(asdict(facts), beside)
-    os.chmod(beside.name, 0o644)
-    os.replace(beside.name, entry)
+    """In place: half of an entry is no entry, and nothing beside it is left by a kill."""
+    entry.write_text(json.dumps({"facts": asdict(facts), "seal": _seal(facts)}))
+
+
+def _seal(facts: PartFacts) -> str:
+    return hashlib.sha256(json.dumps(asdict(facts)).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def writable(cache_dir: Path) -> Iterator[None]:
     """Turns a refusal to write (a read-only file system, say) into a `UserError`, a full disk into a `RunError`."""
     try:
-        with disk_errors(cache_dir):
-            yield
+        yield
     except OSError as error:
+        if error.errno in FULL:
+            raise RunError(f"the disk that holds {cache_dir} is full: {error.strerror}") from error
         raise UserError(f"--cache_dir {cache_dir} cannot be written to: {error.strerror or error}") from error
