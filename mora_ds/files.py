@@ -157,7 +157,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """A copy of all files, with their times. Raises `RunError` on a full disk, where `shutil.copytree` has errors of its own."""
+    """A copy of all files, with their times. Raises `RunError` on a full disk (`shutil.copytree` has its own error)."""
     with disk_errors(target):
         target.mkdir(parents=True)
         for path in sorted(source.rglob("*")):
