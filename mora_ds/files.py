@@ -157,14 +157,14 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """A copy of all files. Raises `RunError` on a full disk, where `shutil.copytree` has errors of its own."""
+    """A copy of all files, with their times. Raises `RunError` on a full disk (`shutil.copytree` has its own error)."""
     with disk_errors(target):
         target.mkdir(parents=True)
         for path in sorted(source.rglob("*")):
             if path.is_dir():
                 (target / path.relative_to(source)).mkdir()
             else:
-                shutil.copyfile(path, target / path.relative_to(source))
+                shutil.copy2(path, target / path.relative_to(source))
 
 
 @contextmanager
