@@ -25,12 +25,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 import mora_ds.data.cache
 import mora_ds.data.inspection
-from mora_ds import checkpoint, export, files, ledger, metrics, pretrain, run_folder, saving, zero
+from mora_ds import checkpoint, export, files, ledger, metrics, partitions, pretrain, run_folder, saving, zero
 from mora_ds.remora import ReMoRA
 from mora_ds.run import Run
 from mora_ds.tensor_files import SafetensorsWriter
@@ -194,23 +193,23 @@ MOMENTS: dict[str, Moment] = {
     "half_a_row_of_metrics": Moment(half_a_row),
     # a checkpoint
     "squares_are_gathered": Moment(
-        lambda: within(saving.RunWriter, "write", 3, lambda: before(zero, "full_fp32", 5)), Passes.ALL
+        lambda: within(saving.RunWriter, "collect", 3, lambda: before(zero, "full_fp32", 5)), Passes.ALL
     ),
     "engine_shard_half_written": Moment(
         lambda: within(
             DeepSpeedEngine,
             "save_checkpoint",
             3,
-            lambda: torn(TorchCheckpointEngine, "save", lambda engine, state_dict, path: Path(path)),
+            lambda: torn(partitions.ShardWriter, "save", lambda engine, state_dict, path: Path(path)),
         ),
         Passes.ALL,
     ),
-    "after_the_shards": Moment(lambda: before(checkpoint, "_save_rng", 3), Passes.ALL),
+    "after_the_shards": Moment(lambda: before(partitions, "write_layout", 3), Passes.ALL),
     "adapter_half_written": Moment(
         lambda: within(saving, "write_adapter", 3, lambda: after(SafetensorsWriter, "write", 4))
     ),
     "ledger_half_copied": Moment(
-        lambda: within(saving.RunWriter, "write", 5, lambda: before(ledger, "link_or_copy", 2))
+        lambda: within(ledger.Ledger, "copy_to", 5, lambda: before(ledger, "link_or_copy", 2))
     ),
     "before_the_manifest": Moment(lambda: before(files, "write_manifest", 3)),
     "before_the_rename": Moment(lambda: before(checkpoint, "_replace_folder", 3)),
