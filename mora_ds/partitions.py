@@ -218,16 +218,16 @@ def _fill(piece: Piece, shards: EngineShards) -> None:
             raise UserError(f"{shards.folder}: {names[0]} and {name} are one tensor here, with different state there")
     for key in set(piece.state) - {*keys, *scalars}:
         del piece.state[key]
+    for key, value in scalars.items():  # before the moments, as torch.optim.AdamW orders them: the same file again
+        old = piece.state.get(key)
+        if isinstance(value, Tensor):
+            value = value.item() if isinstance(old, int) else value.to(old.device if isinstance(old, Tensor) else "cpu")
+        piece.state[key] = value
     for key in keys:
         if not isinstance(piece.state.get(key), Tensor):
             dtype = shards.read(names[0], key, 0, 0).dtype
             piece.state[key] = torch.zeros_like(piece.master, dtype=dtype, requires_grad=False)
         _copy(piece.state[key], key, piece.parts, shards)
-    for key, value in scalars.items():
-        old = piece.state.get(key)
-        if isinstance(value, Tensor):
-            value = value.item() if isinstance(old, int) else value.to(old.device if isinstance(old, Tensor) else "cpu")
-        piece.state[key] = value
 
 
 def _copy(flat: Tensor, key: str, parts: list[Part], shards: EngineShards) -> None:
