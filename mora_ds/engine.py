@@ -66,6 +66,7 @@ def initialize(
     if "model_parameters" in kwargs:
         raise UserError("mora_ds.initialize chooses the trainable parameters itself: leave model_parameters out")
     settings = complete_ds_config(config, [parameter.numel() for parameter in model.parameters()])
+    check_compute_dtype(settings)
     start_distributed()
     dtype = getattr(torch, compute_dtype(settings))
     device = torch.device(get_accelerator().current_device_name())
@@ -88,12 +89,26 @@ def initialize_full(*, model: nn.Module, config: dict[str, Any] | str | Path, **
     settings = complete_ds_config(config, [parameter.numel() for parameter in model.parameters()])
     if uses_muon(settings):
         raise UserError("full training runs on AdamW here: Muon is for the squares")
+    check_compute_dtype(settings)
     start_distributed()
     dtype = getattr(torch, compute_dtype(settings))
     model.to(get_accelerator().current_device_name(), dtype)
     returned = deepspeed.initialize(model=model, config=settings, model_parameters=list(model.parameters()), **kwargs)
     zero.mend_stage_0(returned[0])
     return returned
+
+
+def check_compute_dtype(config: dict[str, Any]) -> None:
+    """Raises `UserError` if this device does not compute in the config's dtype (deepspeed engine.py,
+    `_do_sanity_check`, which comes after the base is loaded)."""
+    dtype, accelerator = compute_dtype(config), get_accelerator()
+    supported = {"float16": accelerator.is_fp16_supported, "bfloat16": accelerator.is_bf16_supported}
+    if dtype in supported and not supported[dtype]():
+        short = {"float16": "fp16", "bfloat16": "bf16"}
+        others = " or ".join(f"--{short[name]}" for name in supported if name != dtype and supported[name]())
+        raise UserError(
+            f"--{short[dtype]}: this device ({accelerator.device_name()}) does not support it; use {others or 'fp32'}"
+        )
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from mora_ds.checkpoint import AUTO, TrainerState, check_world_size, find_checkp
 from mora_ds.checkpoint_care import name_latest, settle
 from mora_ds.data import PackedDataset
 from mora_ds.ds_config import resolve_ds_config
-from mora_ds.engine import start_distributed
+from mora_ds.engine import check_compute_dtype, start_distributed
 from mora_ds.errors import UserError
 from mora_ds.files import write_json_atomic
 from mora_ds.jobs import Job, Place, prepare_base, prepare_job, rows_per_step
@@ -51,6 +51,7 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
         disable_progress_bar()  # transformers' own, on every rank
     say = print if ranks.is_first else _silence
     ds_config = resolve_ds_config(_expanded(training.deepspeed), training.engine_settings(), ranks.world)
+    check_compute_dtype(ds_config)
     folder = Path(training.output_dir).expanduser()
     checkpoint, reservation = ranks.on_first(lambda: _reserve(arguments, folder, ranks.world))
     try:

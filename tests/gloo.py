@@ -81,8 +81,12 @@ def _rank_main(rank: int, world: int, port: int, sender: Connection, function: C
     )  # fmt: skip
     torch.set_num_threads(1)
     try:
+        from deepspeed.accelerator import get_accelerator
+
         from mora_ds.engine import start_distributed
 
+        # DeepSpeed refuses fp16 on CPUs without an instruction for it; torch computes it on every one, only slower.
+        get_accelerator().is_fp16_supported = lambda: True
         start_distributed()
         buffer = io.BytesIO()
         torch.save(function(*args), buffer)

@@ -82,6 +82,7 @@ KINDS = (
     "adapter.json", "adapter.safetensors", "base.json", "probe.safetensors", "trainer_state.json", "manifest.json",
     "rng-00000.safetensors", "rng-00001.safetensors", "ledger/ledger.json", "ledger/cycle-00001.safetensors",
     "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
+    "engine/layout-00000.json", "engine/layout-00001.json",
     *(f"engine/zero_pp_rank_{rank}_mp_rank_00_{what}_states.pt" for rank in (0, 1) for what in ("model", "optim")),
 )  # fmt: skip
 

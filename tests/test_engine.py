@@ -10,7 +10,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from mora_ds.config import MoRAConfig
-from mora_ds.engine import initialize, parameter_groups, start_distributed
+from mora_ds.engine import check_compute_dtype, initialize, parameter_groups, start_distributed
 from mora_ds.errors import RunError, UserError
 from mora_ds.injection import inject, mora_layers
 from tests.gloo import run_ranks
@@ -29,6 +29,16 @@ def devices_chosen() -> list[Any]:
 @pytest.mark.gloo
 def test_every_rank_takes_its_own_device_before_anything_is_placed() -> None:
     assert run_ranks(2, devices_chosen) == [[0], [1]]
+
+
+@pytest.mark.parametrize(("section", "other"), [("fp16", "--bf16"), ("bf16", "--fp16")])
+def test_a_dtype_that_the_device_lacks_is_refused(section: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = get_accelerator()
+    for name in ("fp16", "bf16"):
+        monkeypatch.setattr(accelerator, f"is_{name}_supported", lambda name=name: name != section)
+    with pytest.raises(UserError, match=rf"--{section}.*use {other}"):
+        check_compute_dtype({section: {"enabled": True}})
+    check_compute_dtype({})
 
 
 def test_a_process_without_a_launcher_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
