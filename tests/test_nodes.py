@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import remote_shell
 from tests.jobs import REPOSITORY, Playground, losses, playground, run
-from tests.nodes import Node, trouble, two_nodes, wait_for
+from tests.nodes import INTERFACE, Node, trouble, two_nodes, wait_for
 from tests.test_resume import assert_same, final
 
 pytestmark = [pytest.mark.gloo, pytest.mark.heavy]
@@ -74,6 +76,26 @@ def test_two_nodes_are_one_run(
     out = tmp_path / "out"
     processes = start(how, nodes, tmp_path, user.flags(out, *MORE))
     assert [process.wait(timeout=200) for process in processes] == [0, 0], told(tmp_path)
+    assert torch.equal(losses(out), losses(whole))
+    assert_same(final(out), final(whole))
+
+
+def test_the_ssh_launcher_makes_one_run_of_two_nodes(
+    user: Playground, whole: Path, nodes: tuple[Node, Node], tmp_path: Path
+) -> None:
+    """Everything of DeepSpeed's but the connection; a node gets what it needs to know from .deepspeed_env alone."""
+    out, programs = tmp_path / "out", remote_shell.install(tmp_path / "bin")
+    (tmp_path / "hosts").write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n10.77.0.9 slots=1\n")
+    needed = {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    (tmp_path / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in needed.items()))
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+    holders = ",".join(f"{node.address}={node.holder}" for node in nodes)
+    program, script = str(Path(sys.executable).with_name("deepspeed")), str(REPOSITORY / "launch" / "pretrain.py")
+    place = ["--hostfile", str(tmp_path / "hosts"), "--exclude", "10.77.0.9", "--master_port", PORT]
+    words, outside = [program, *place, script, *user.flags(out, *MORE)], {"PATH": path, remote_shell.NODES: holders}
+    with (tmp_path / "log0").open("w") as log:
+        done = subprocess.run(words, env={**os.environ, **outside}, cwd=tmp_path, stdout=log, stderr=log, timeout=200)
+    assert done.returncode == 0, (tmp_path / "log0").read_text()
     assert torch.equal(losses(out), losses(whole))
     assert_same(final(out), final(whole))
 
