@@ -28,15 +28,12 @@ from mora_ds import files, partitions, zero
 from mora_ds.background import Background, Exchange, on_host
 from mora_ds.checkpoint_care import OLD, WRITING, ledger_problems, retire, settle, sync_folders
 from mora_ds.checkpoint_folder import (
-    AUTO,
     ENGINE_TAG,
     LATEST,
     STATE_FILE,
     TrainerState,
     check_identity,
-    check_world_size,
     complete_checkpoints,
-    find_checkpoint,
     is_whole,
     step_folder,
     step_of,
@@ -44,21 +41,6 @@ from mora_ds.checkpoint_folder import (
 from mora_ds.errors import RunError
 from mora_ds.shards import EngineShards, Layout
 from mora_ds.status import Event, report
-
-__all__ = [
-    "AUTO",
-    "ENGINE_TAG",
-    "LATEST",
-    "CheckpointWriter",
-    "TrainerState",
-    "check_identity",
-    "check_world_size",
-    "complete_checkpoints",
-    "find_checkpoint",
-    "load_checkpoint",
-    "save_checkpoint",
-    "step_folder",
-]
 
 _EACH = 32 << 10
 """Bytes of random state, layout and DeepSpeed's config, a rank; tokenizer and JSON files are two more of it."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mora_ds.arguments import AdapterArguments, AdapterKind, Arguments
-from mora_ds.checkpoint import AUTO
+from mora_ds.checkpoint_folder import AUTO
 from mora_ds.ds_optimizer import OptimizerKind
 from mora_ds.engine import start_distributed
 from mora_ds.errors import UserError

@@ -17,7 +17,8 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from mora_ds.arguments import AdapterKind, Arguments
-from mora_ds.checkpoint import CheckpointWriter, TrainerState, check_identity, load_checkpoint
+from mora_ds.checkpoint import CheckpointWriter, load_checkpoint
+from mora_ds.checkpoint_folder import TrainerState, check_identity
 from mora_ds.data import largest_id
 from mora_ds.ds_config import compute_dtype, fill_bucket_sizes
 from mora_ds.engine import initialize, initialize_full

@@ -16,8 +16,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from mora_ds import zero
 from mora_ds.arguments import AdapterKind, Arguments, dump
-from mora_ds.checkpoint import AUTO, TrainerState, check_world_size, find_checkpoint
 from mora_ds.checkpoint_care import name_latest, settle
+from mora_ds.checkpoint_folder import AUTO, TrainerState, check_world_size, find_checkpoint
 from mora_ds.data import PackedDataset
 from mora_ds.ds_config import resolve_ds_config
 from mora_ds.engine import check_compute_dtype, start_distributed

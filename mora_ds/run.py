@@ -18,14 +18,8 @@ from torch import Tensor
 from mora_ds import zero
 from mora_ds.adapter_files import BaseReference
 from mora_ds.base import BaseCheckpoint, renamed_keys, verify_against_model
-from mora_ds.checkpoint import (
-    CheckpointWriter,
-    TrainerState,
-    check_identity,
-    complete_checkpoints,
-    find_checkpoint,
-    load_checkpoint,
-)
+from mora_ds.checkpoint import CheckpointWriter, load_checkpoint
+from mora_ds.checkpoint_folder import TrainerState, check_identity, complete_checkpoints, find_checkpoint
 from mora_ds.config import AdapterConfig
 from mora_ds.errors import UserError
 from mora_ds.injection import frozen_buffers, mora_layers, value_names

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds import stopping, zero
-from mora_ds.checkpoint import TrainerState
+from mora_ds.checkpoint_folder import TrainerState
 from mora_ds.data import IGNORED, PackedDataset
 from mora_ds.errors import RunError, Stopped
 from mora_ds.losses import token_nll

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mora_ds import checkpoint as checkpoints
 from mora_ds import partitions
 from mora_ds.background import Background, on_host
-from mora_ds.checkpoint import complete_checkpoints
+from mora_ds.checkpoint_folder import complete_checkpoints
 from mora_ds.errors import RunError
 from mora_ds.shards import MASTER, EngineShards
 from mora_ds.trainer import Trainer

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mora_ds.checkpoint import complete_checkpoints
+from mora_ds.checkpoint_folder import complete_checkpoints
 from mora_ds.data import train_sentencepiece
 from mora_ds.files import verify_manifest
 from tests.gloo import run_ranks

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mora_ds import checkpoint as checkpoints
-from mora_ds.checkpoint import check_identity, complete_checkpoints, find_checkpoint
+from mora_ds.checkpoint_folder import check_identity, complete_checkpoints, find_checkpoint
 from mora_ds.errors import UserError
 from mora_ds.files import replace_symlink, verify_manifest, write_manifest
 from tests.gloo import run_ranks

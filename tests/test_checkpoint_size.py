@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import mora_ds
 from mora_ds.checkpoint import _retain as retain
-from mora_ds.checkpoint import complete_checkpoints
+from mora_ds.checkpoint_folder import complete_checkpoints
 from mora_ds.files import verify_manifest, write_manifest
 from tests.gloo import run_ranks
 from tests.models import causal_loss, tiny_model, tokens

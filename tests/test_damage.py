@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from mora_ds.adapter_files import BaseReference
-from mora_ds.checkpoint import complete_checkpoints, find_checkpoint
 from mora_ds.checkpoint_care import settle
+from mora_ds.checkpoint_folder import complete_checkpoints, find_checkpoint
 from mora_ds.data import build_cache, cache, inspection, load_corpus, load_tokenizer
 from mora_ds.errors import RunError, UserError
 from mora_ds.export import export_merged

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds import zero
 from mora_ds.adapter_files import BaseReference
-from mora_ds.checkpoint import TrainerState, save_checkpoint
+from mora_ds.checkpoint import save_checkpoint
+from mora_ds.checkpoint_folder import TrainerState
 from mora_ds.config import MoRAConfig
 from mora_ds.engine import initialize
 from mora_ds.errors import UserError

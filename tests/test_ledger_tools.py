@@ -391,7 +391,7 @@ def test_killed_compact_leaves_nothing(original: FakeRun, tmp_path: Path, monkey
 
 def test_resume_does_not_take_these_for_checkpoints(original: FakeRun, tmp_path: Path) -> None:
     """They have no engine to go on with."""
-    from mora_ds.checkpoint import find_checkpoint
+    from mora_ds.checkpoint_folder import find_checkpoint
 
     drop(original.checkpoint, [0], tmp_path / "new")
     with pytest.raises(UserError, match="no checkpoint at"):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mora_ds import stopping
-from mora_ds.checkpoint import TrainerState
+from mora_ds.checkpoint_folder import TrainerState
 from mora_ds.errors import Stopped, UserError
 from mora_ds.processes import is_rank, ranks_below
 from mora_ds.run_folder import reserve

@@ -46,7 +46,8 @@ def main() -> None:
     options = _parser().parse_args()
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
     os.environ.update({**alone, **os.environ})
-    from mora_ds.checkpoint import CheckpointWriter, TrainerState
+    from mora_ds.checkpoint import CheckpointWriter
+    from mora_ds.checkpoint_folder import TrainerState
 
     model = Stack(options.width, options.layers)
     report = mora_ds.inject(model, mora_ds.MoRAConfig(rank=options.rank))
