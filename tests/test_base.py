@@ -306,10 +306,10 @@ def test_checksum_sees_exchanges() -> None:
     assert tensor_checksum(pattern) != tensor_checksum(3 - pattern)
 
 
-def test_checksum_runs_at_memory_speed() -> None:
-    tensor = torch.ones(50_000_000)  # 200 MB
-    best = min(timed(lambda: tensor_checksum(tensor)) for _ in range(2))
-    assert best < 2.0  # about 0.06 s where nothing else runs
+def test_checksum_costs_a_few_passes_over_memory() -> None:
+    tensor = torch.ones(20_000_000)
+    checksum, one_pass = (min(timed(work) for _ in range(3)) for work in (lambda: tensor_checksum(tensor), tensor.sum))
+    assert checksum < 300 * one_pass  # about 20 where nothing else runs; a loop in Python takes thousands
 
 
 def timed(work: Any) -> float:
