@@ -221,6 +221,8 @@ def verify_manifest(folder: Path, hashes: bool = True) -> list[str]:
     """
     content = read_json(folder / MANIFEST)
     with malformed(folder / MANIFEST):
+        if "seal" not in content:
+            return [f"{folder / MANIFEST} has no seal: damaged, or written by mora_ds 0.1.0, which can still read it"]
         if content["seal"] != _seal(content["files"]):
             return [f"{folder / MANIFEST} is damaged: it does not list what it was written with"]
         listed = [(folder / name, int(facts["size"]), str(facts["sha256"])) for name, facts in content["files"].items()]
