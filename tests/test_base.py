@@ -378,7 +378,9 @@ def test_manifest_names_each_damage(tmp_path: Path) -> None:
     assert len(problems.splitlines()) == 4
     for words in ("deep/flipped is damaged", "/flipped is damaged", "short has 999 bytes", "gone is missing"):
         assert words in problems
-    (tmp_path / "manifest.json").write_text('{"files": {"a": 3}}')
+    (tmp_path / "manifest.json").write_text('{"files": {}}')
+    assert "no seal" in files.verify_manifest(tmp_path)[0]
+    (tmp_path / "manifest.json").write_text('{"seal": "a"}')
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         files.verify_manifest(tmp_path)
 
