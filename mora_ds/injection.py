@@ -50,6 +50,9 @@ class InjectionReport:
     """Elements of all of them."""
     other_trainable_params: int
     total_params: int
+    left_out: dict[str, int]
+    """With all-linear: elements of the frozen matrices in no linear layer (experts in one tensor, convolutions), by the
+    end of their name."""
 
     @property
     def trainable_params(self) -> int:
@@ -70,6 +73,9 @@ class InjectionReport:
             f"({self.values} {self.square_params:,}, other {self.other_trainable_params:,}) "
             f"of {self.total_params:,} parameters = {share:.3f}%"
         )
+        if self.left_out:
+            names = ", ".join(f"{name} ({numel:,} parameters)" for name, numel in self.left_out.items())
+            lines.append(f"left as they are, for they are no linear layers: {names}")
         return "\n".join(lines)
 
 
@@ -99,7 +105,8 @@ def inject(model: nn.Module, config: AdapterConfig) -> InjectionReport:
     values = sum(layer.value.numel() for layer in layers)
     trainable = sum(parameter.numel() for parameter in model.parameters())
     named = "squares" if value_name(layers[0].spec) == "square" else "factors"
-    return InjectionReport(rows, config.title, named, values, trainable - values, total + values)
+    left_out = _matrices_left_out(model) if ALL_LINEAR in config.target_modules else {}
+    return InjectionReport(rows, config.title, named, values, trainable - values, total + values, left_out)
 
 
 def mora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -254,6 +261,18 @@ def _freeze_to_buffers(model: nn.Module, keep: set[int]) -> None:
 def _set_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent)._buffers[child] = tensor
+
+
+def _matrices_left_out(model: nn.Module) -> dict[str, int]:
+    """Frozen by `_freeze_to_buffers`, of two dimensions or more, and neither adapted nor embedding nor head."""
+    head = _output_head(model)
+    found: Counter[str] = Counter()
+    for path, module in model.named_modules():
+        if not isinstance(module, (AdaptedLinear, nn.Embedding)) and module is not head:
+            for name, tensor in module.named_buffers(recurse=False):
+                if f"{path}.{name}" in model._mora_frozen and tensor.dim() > 1:  # type: ignore[operator]
+                    found[f"{_ending(path)}.{name}"] += tensor.numel()
+    return dict(found)
 
 
 def _shape_rows(targets: dict[str, nn.Module], config: AdapterConfig) -> tuple[ShapeRow, ...]:

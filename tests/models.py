@@ -29,6 +29,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {**_COMMON, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 12},
     "phi3": {**_COMMON},
     "olmo2": {**_COMMON},
+    "mixtral": {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "gpt_neox": {**_COMMON},
     "gpt2": {
         "vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128,

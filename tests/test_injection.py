@@ -346,3 +346,13 @@ def test_auto_operator() -> None:
     assert MoRAConfig(rank=8).kind is OperatorKind.ROTATE
     assert MoRAConfig(rank=128).kind is OperatorKind.SHARE
     assert MoRAConfig(rank=8, operator="decouple").kind is OperatorKind.DECOUPLE
+
+
+def test_matrices_that_are_no_linear_layers_are_told() -> None:
+    """Experts lie in one tensor each; a named target asks for no more than it names."""
+    report = inject(tiny_model("mixtral"), MoRAConfig(rank=4))
+    told = {"gate.weight": 2 * 4 * 32, "experts.gate_up_proj": 2 * 4 * 112 * 32, "experts.down_proj": 2 * 4 * 56 * 32}
+    assert report.left_out == told
+    assert f"experts.down_proj ({2 * 4 * 56 * 32:,} parameters)" in str(report)
+    assert not inject(tiny_model("mixtral"), MoRAConfig(rank=4, target_modules=("q_proj",))).left_out
+    assert not inject(tiny_model("gpt2"), MoRAConfig(rank=4)).left_out
