@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from deepspeed.accelerator import get_accelerator
 from mora_ds.config import MoRAConfig
 from mora_ds.engine import check_compute_dtype, initialize, parameter_groups, start_distributed
 from mora_ds.errors import RunError, UserError
-from mora_ds.injection import inject, mora_layers
+from mora_ds.injection import frozen_buffers, inject, mora_layers
+from mora_ds.model import AUTO_ATTENTION, load_base
+from mora_ds.ranks import Ranks
 from tests.gloo import run_ranks
 from tests.models import tiny_model
 from tests.test_zero import ds_config
@@ -63,6 +66,27 @@ def different_base() -> str:
 def test_ranks_that_hold_other_bases_are_named() -> None:
     for message in run_ranks(3, different_base):
         assert "[1, 2]" in message and "--model_name_or_path" in message
+
+
+def tensors_that_are_files(folder: str) -> tuple[int, int]:
+    """(tensors of the live base whose memory is a mapped file of the folder, all of them)"""
+    path = Path(folder)
+    model = load_base(path, path / "own", Ranks.current(), torch.bfloat16, AUTO_ATTENTION).model
+    inject(model, MoRAConfig(rank=4))
+    initialize(model=model, config={**ds_config(3, 2, 1), "bf16": {"enabled": True}})
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if folder in line]
+    mapped = [range(*(int(end, 16) for end in line[0].split("-"))) for line in lines]
+    base = frozen_buffers(model).values()
+    return sum(any(tensor.data_ptr() in part for part in mapped) for tensor in base), len(base)
+
+
+@pytest.mark.gloo
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_ranks_of_a_node_share_the_pages_of_the_base(tmp_path: Path) -> None:
+    """The live base is the file itself, mapped, where the file has the run's dtype: no rank has a copy."""
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    for mapped, tensors in run_ranks(2, tensors_that_are_files, str(tmp_path)):
+        assert mapped == tensors > 10
 
 
 def test_a_model_without_squares_is_refused() -> None:
