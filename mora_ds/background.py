@@ -24,12 +24,12 @@ class Exchange:
     """A gloo group of all ranks and what they tell each other. Made by all ranks together."""
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
     def agree(self, error: BaseException | None) -> None:
         """Every rank calls it with what went wrong there. Raises it there and a `RunError` elsewhere, if anything."""
         told: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}", group=self._group)
+        dist.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}", group=self.group)
         if error is not None:
             raise error
         for rank, text in enumerate(told):

@@ -39,6 +39,7 @@ from mora_ds.checkpoint_folder import (
     step_of,
 )
 from mora_ds.errors import RunError
+from mora_ds.followers import Followers
 from mora_ds.shards import EngineShards, Layout
 from mora_ds.status import Event, report
 
@@ -60,8 +61,12 @@ class CheckpointWriter:
     the next `save` or `wait`, on all ranks; the checkpoints before are untouched, and half of one goes.
     """
 
-    def __init__(self, root: Path, engine: zero.Engine, collect: Collect, background: bool = False) -> None:
-        self.root, self.engine, self.collect = root, engine, collect
+    def __init__(
+        self, root: Path, engine: zero.Engine, collect: Collect, background: bool = False,
+        followers: Followers | None = None,
+    ) -> None:  # fmt: skip
+        """`root` is on rank 0's node; on `followers` a folder of their own, for what is on its way there."""
+        self.root, self.engine, self.collect, self.followers = root, engine, collect, followers
         self._background = Background() if background else None
         self._exchange = Exchange() if background else None
 
@@ -75,12 +80,16 @@ class CheckpointWriter:
             if dist.get_rank() == 0:
                 settle(self.root)
                 beside.mkdir(parents=True)
+            elif self.followers is not None and self.followers.leads:
+                beside.mkdir(parents=True)
             dist.barrier()
             _check_space(self.root, self.engine)
             if self._background is None:
                 layout = partitions.save_shards(self.engine, beside, ENGINE_TAG)
                 self._write(beside, layout, _rng_states(), self.collect(state.step))
                 dist.barrier()
+                if self.followers is not None:
+                    self.followers.gather(beside, self.followers.ranks.group)
                 self._complete(beside, final, asdict(state), keep)
                 dist.barrier()
             else:
@@ -110,6 +119,9 @@ class CheckpointWriter:
         def work() -> None:
             with _disk_errors(self.root, beside):
                 exchange.agree(_error_of(write_own))
+                if self.followers is not None:
+                    followers = self.followers
+                    exchange.agree(_error_of(lambda: followers.gather(beside, exchange.group)))
                 exchange.agree(_error_of(lambda: self._complete(beside, final, facts, keep)))
 
         return work

@@ -23,6 +23,7 @@ from mora_ds.data import largest_id
 from mora_ds.ds_config import compute_dtype, fill_bucket_sizes
 from mora_ds.engine import initialize, initialize_full
 from mora_ds.export import export_merged
+from mora_ds.followers import Followers
 from mora_ds.injection import count_parameters, frozen_buffers, inject
 from mora_ds.model import LoadedBase, config_digest, create_base, load_base
 from mora_ds.ranks import Ranks
@@ -42,8 +43,9 @@ class Place:
     checkpoint: Path | None
     """What it resumes from."""
     say: Callable[..., None]
-    base: Path | None = None
+    base: Path | None
     """What it starts from in place of the model that the flags name: the result of --full_rank_steps."""
+    followers: Followers
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,18 @@ def prepare_base(
     model, own, ranks = arguments.model, place.folder / "base", place.ranks
     if model_folder is None:
         config_file, vocabulary = Path(str(model.model_config)).expanduser(), largest_id(tokenizer)[1] + 1
-        if place.checkpoint is None or not (own / "config.json").exists():
-            seed = arguments.training.seed
-            ranks.on_first(lambda: create_base(config_file, own, seed, tokenizer, vocabulary))
+
+        def create() -> None:
+            if place.checkpoint is None or not (own / "config.json").exists():
+                create_base(config_file, own, arguments.training.seed, tokenizer, vocabulary)
+
+        ranks.on_first(create)
+        place.followers.share(own)
         model_folder = own
     dtype = getattr(torch, compute_dtype(ds_config))
-    loaded = load_base(model_folder, own, ranks, dtype, model.attn_implementation, model.trust_remote_code)
+    loaded = load_base(
+        model_folder, own, ranks, dtype, model.attn_implementation, model.trust_remote_code, place.followers.share
+    )
     training = arguments.training
     if training.gradient_checkpointing:
         reentrant = {"use_reentrant": training.gradient_checkpointing_reentrant}
@@ -134,6 +142,7 @@ def _adapter_job(
         probe_ids=data.train.block(0)["input_ids"][:PROBE_TOKENS].unsqueeze(0),
         facts={"seq_len": data.train.seq_len},
         async_save=arguments.training.async_save,
+        followers=place.followers,
     )
 
     def export(checkpoint: Path, target: Path) -> None:
@@ -167,7 +176,7 @@ def _full_job(arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any
         state = load_checkpoint(place.checkpoint, engine, identity)
 
     root = place.folder / "checkpoints"
-    writer = CheckpointWriter(root, engine, lambda step: _nothing, arguments.training.async_save)
+    writer = CheckpointWriter(root, engine, lambda step: _nothing, arguments.training.async_save, place.followers)
 
     def export(checkpoint: Path, target: Path) -> None:
         save_full_model(engine, target, data.tokenizer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,15 +74,19 @@ def load_base(
     dtype: torch.dtype,
     attn_implementation: str,
     trust_remote_code: bool = False,
+    share: Callable[[Path], None] | None = None,
 ) -> LoadedBase:
     """The live model in `dtype` on the CPU, and the original of each of its parameters.
 
-    `own_base` is where the base is written if its files are not one to one. Raises `UserError` where weights are
+    `own_base` is where rank 0 writes the base if its files are not one to one; `share` then brings it to nodes that do
+    not see it. Raises `UserError` where weights are
     missing or do not fit the config.
     """
     model = _from_pretrained(folder, dtype, attn_implementation, trust_remote_code)
-    base_folder, keys = ranks.on_first(lambda: _originals(model, folder, own_base))
-    return LoadedBase(model, BaseCheckpoint.open(base_folder), keys)
+    is_own, keys = ranks.on_first(lambda: _originals(model, folder, own_base))
+    if is_own and share is not None:
+        share(own_base)
+    return LoadedBase(model, BaseCheckpoint.open(own_base if is_own else folder), keys)
 
 
 def create_base(
@@ -173,13 +178,12 @@ def _damaged_file(folder: Path) -> str:
     return ""
 
 
-def _originals(model: Any, folder: Path, own_base: Path) -> tuple[Path, dict[str, str]]:
-    """Folder and keys of the originals; writes `own_base` when the model's own files will not do."""
+def _originals(model: Any, folder: Path, own_base: Path) -> tuple[bool, dict[str, str]]:
+    """(whether they are in `own_base`, keys) of the originals; writes it when the model's own files will not do."""
     try:
-        return folder, _map_and_verify(model, BaseCheckpoint.open(folder))
+        return False, _map_and_verify(model, BaseCheckpoint.open(folder))
     except NotOneToOne:
-        base = write_own_base(model, own_base)
-        return own_base, _map_and_verify(model, base)
+        return True, _map_and_verify(model, write_own_base(model, own_base))
 
 
 def _map_and_verify(model: Any, base: BaseCheckpoint) -> dict[str, str]:

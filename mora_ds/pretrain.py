@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from mora_ds.ds_config import resolve_ds_config
 from mora_ds.engine import check_compute_dtype, start_distributed
 from mora_ds.errors import UserError
 from mora_ds.files import write_json_atomic
+from mora_ds.followers import Followers
 from mora_ds.jobs import Job, Place, prepare_base, prepare_job, rows_per_step
 from mora_ds.losses import check_document_mask
 from mora_ds.metrics import MetricsLog, peak_memory_bytes, plain_json
 from mora_ds.model import folder_config, read_model_config, resolve_folder
 from mora_ds.ranks import Ranks
 from mora_ds.run_data import RunData, load_data
-from mora_ds.run_folder import Reservation, check_shared, claim, reserve, write_run_file
+from mora_ds.run_folder import Reservation, claim, reserve, write_run_file
 from mora_ds.schedules import Schedule, ScheduleKind
 from mora_ds.trainer import LoopSettings, Trainer
 from mora_ds.validation import validate
@@ -54,25 +56,42 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     check_compute_dtype(ds_config)
     folder = Path(training.output_dir).expanduser()
     checkpoint, reservation = ranks.on_first(lambda: _reserve(arguments, folder, ranks.world))
+    followers = None
     try:
-        check_shared(folder, ranks)
-        place = Place(folder, ranks, checkpoint, say, base)
+        followers = Followers.find(folder, ranks)
+        place = _place(followers, checkpoint, base, say)
         job, data = _prepare(arguments, ds_config, place)
         steps = _total_steps(arguments, data.train, ranks.world) - _first_batch(arguments, place)
         schedule = arguments.schedule(steps)
-        if checkpoint is not None and TrainerState.read(checkpoint).step > steps:
+        if place.checkpoint is not None and TrainerState.read(place.checkpoint).step > steps:
             raise UserError(f"{checkpoint} is already beyond this run's {steps} steps: raise --max_steps")
     except BaseException:
         if ranks.is_first:
             reservation.rollback()
+        if followers is not None:
+            followers.close()
         raise
     if ranks.is_first:
         reservation.commit()
         if checkpoint is not None:
             name_latest(folder / "checkpoints", checkpoint)
-    if arguments.adapter.adapter == AdapterKind.NONE.value:
-        return _evaluate(arguments, job, data, place)
-    return _train(arguments, job, data, place, schedule)
+    try:
+        if arguments.adapter.adapter == AdapterKind.NONE.value:
+            return _evaluate(arguments, job, data, place)
+        return _train(arguments, job, data, place, schedule)
+    finally:
+        followers.close()
+
+
+def _place(followers: Followers, checkpoint: Path | None, base: Path | None, say: Callable[..., None]) -> Place:
+    """Where this rank works, and from copies of what on a node that does not see the run's folder."""
+    if followers.names:
+        say(f"{', '.join(followers.names)}: --output_dir is another folder there; the run is kept on rank 0's node")
+    if checkpoint is not None:
+        checkpoint = followers.fetch(checkpoint)
+    if base is not None:
+        base = followers.fetch(base)
+    return Place(followers.folder, followers.ranks, checkpoint, say, base, followers)
 
 
 def _silence(*text: object) -> None:
@@ -106,7 +125,7 @@ def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: Place) -> t
         assert model.model_config is not None
         model_folder, config = None, read_model_config(Path(model.model_config).expanduser())
     rows = rows_per_step(arguments, ranks.world)
-    data = load_data(arguments, config, model_folder, place.folder, ranks, rows, place.checkpoint, place.say)
+    data = load_data(arguments, config, model_folder, place.followers, rows, place.checkpoint, place.say)
     loaded = prepare_base(arguments, model_folder, data.tokenizer, ds_config, place)
     job = prepare_job(arguments, loaded, ds_config, data, place)
     if arguments.data.document_mask:

@@ -22,6 +22,7 @@ from mora_ds.checkpoint import CheckpointWriter, load_checkpoint
 from mora_ds.checkpoint_folder import TrainerState, check_identity, complete_checkpoints, find_checkpoint
 from mora_ds.config import AdapterConfig
 from mora_ds.errors import UserError
+from mora_ds.followers import Followers
 from mora_ds.injection import frozen_buffers, mora_layers, value_names
 from mora_ds.ledger import Ledger
 from mora_ds.ranks import Ranks
@@ -57,11 +58,15 @@ class Run:
         probe_ids: Tensor | None = None,
         facts: Mapping[str, Any] | None = None,
         async_save: bool = False,
+        followers: Followers | None = None,
     ) -> None:
         """`keys` maps parameter names to the base's keys where the caller has them already; `identity` is what a
         resumed run must agree on beside base and adapter; a `resume` that is a `Path` is one that was verified;
-        `probe_ids` (1, T) are recorded with their logits; with `async_save`, `save` writes in the background."""
-        self.engine, self.folder, self.ranks = engine, Path(folder), Ranks.current()
+        `probe_ids` (1, T) are recorded with their logits; with `async_save`, `save` writes in the background;
+        `followers` where they have been found already."""
+        self.engine, self.ranks = engine, Ranks.current()
+        self.followers = self._find_followers(Path(folder)) if followers is None else followers
+        self.folder = self.followers.folder
         opened = base if isinstance(base, BaseCheckpoint) else BaseCheckpoint.open(base, "base")
         keys = dict(keys) if keys is not None else self._map(opened)
         fingerprint = self.ranks.on_first(opened.fingerprint)
@@ -79,7 +84,9 @@ class Run:
             torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0) if probe_ids is None else probe_ids,
             {"operator": config.title, "merge_precision": precision, **(facts or {})},
         )
-        self._checkpoints = CheckpointWriter(self.folder / "checkpoints", engine, self._writer.collect, async_save)
+        self._checkpoints = CheckpointWriter(
+            self.folder / "checkpoints", engine, self._writer.collect, async_save, self.followers
+        )
         self.state = TrainerState(world_size=self.ranks.world, identity=self.identity)
         if checkpoint is not None:
             self.state = load_checkpoint(checkpoint, engine, self.identity)
@@ -104,6 +111,10 @@ class Run:
         """With `async_save`: until the last checkpoint is written. Call it before the process ends."""
         self._checkpoints.wait(timeout_s)
 
+    def _find_followers(self, folder: Path) -> Followers:
+        self.ranks.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+        return Followers.find(folder, self.ranks)
+
     def _checkpoint(self, resume: Path | str | None, overwrite: bool) -> Path | None:
         root = self.folder / "checkpoints"
         if resume is None:
@@ -111,8 +122,10 @@ class Run:
             if self.ranks.on_first(lambda: held) and not overwrite:
                 raise UserError(f'{self.folder} holds another run: choose another folder, or resume="auto"')
             return None
-        verified = resume if isinstance(resume, Path) else None  # pretrain has verified it
-        found = verified or self.ranks.on_first(lambda: find_checkpoint(str(resume), root, print))
+        if isinstance(resume, Path):  # pretrain has verified it, and this rank can read it
+            found: Path | None = resume
+        elif (found := self.ranks.on_first(lambda: find_checkpoint(str(resume), root, print))) is not None:
+            found = self.followers.fetch(found)
         if found is not None:
             check_identity(found, TrainerState.read(found).identity, self.identity)
         return found
@@ -120,7 +133,7 @@ class Run:
     def _open_ledger(self, checkpoint: Path | None, fingerprint: str) -> Ledger:
         """That of the checkpoint, or an empty one. What a run without a checkpoint has left goes.
 
-        Node by node: where they share the folder, two would write the same files at once.
+        Node by node: where they share the folder, two would write the same files at once. Followers have their own.
         """
         folder = self.folder / "ledger"
         for turn in range(self.ranks.world):

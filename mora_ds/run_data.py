@@ -25,6 +25,7 @@ from mora_ds.data import (
 )
 from mora_ds.errors import UserError
 from mora_ds.files import copy_folder, disk_errors
+from mora_ds.followers import Followers
 from mora_ds.ranks import Ranks
 
 EVAL_FLAG = "--eval_files"
@@ -44,26 +45,25 @@ def load_data(
     arguments: Arguments,
     model_config: Any,
     model_folder: Path | None,
-    folder: Path,
-    ranks: Ranks,
+    followers: Followers,
     rows_per_step: int,
     checkpoint: Path | None,
     say: Callable[..., None],
 ) -> RunData:
-    """All text of a run, tokenised. `model_folder` has the model's own tokenizer, if there is a model; `folder` is the
-    run's; a run that resumes from `checkpoint` goes on with the tokenizer that lies there.
+    """All text of a run, tokenised. `model_folder` has the model's own tokenizer, if there is a model; a run that
+    resumes from `checkpoint` goes on with the tokenizer that lies there.
 
     Raises `UserError` for files, tokenizers and lengths that do not fit, before anything is tokenised where possible.
     """
-    data = arguments.data
+    data, ranks = arguments.data, followers.ranks
     corpus = load_corpus(data.train_files, dataset_name=data.dataset_name, text_column=data.text_column)
     eval_corpora = {
         name: load_corpus([path], text_column=data.text_column, flag=EVAL_FLAG) for name, path in _eval_sets(data)
     }
     _check_positions(model_config, data.seq_len)
-    target = folder / "tokenizer"
+    target = followers.folder / "tokenizer"
     ranks.on_first(lambda: _begin_tokenizer(target, checkpoint))
-    tokenizer = _tokenizer(arguments, model_folder, model_config, target, corpus, ranks)
+    tokenizer = _tokenizer(arguments, model_folder, model_config, target, corpus, followers)
     ranks.on_first(lambda: _save_tokenizer(tokenizer, target))
     packed = {}
     for name, part in {"": corpus, **eval_corpora}.items():
@@ -115,13 +115,19 @@ def _begin_tokenizer(target: Path, checkpoint: Path | None) -> None:
 
 
 def _tokenizer(
-    arguments: Arguments, model_folder: Path | None, model_config: Any, target: Path, corpus: Corpus, ranks: Ranks
+    arguments: Arguments,
+    model_folder: Path | None,
+    model_config: Any,
+    target: Path,
+    corpus: Corpus,
+    followers: Followers,
 ) -> Any:
     """Trained on the corpus, named, or the model's own; the first two must fit a model that they do not come from."""
-    model = arguments.model
+    model, ranks = arguments.model, followers.ranks
     if model.train_tokenizer_vocab:
         flag, path = "--train_tokenizer_vocab", target / "tokenizer.model"
         ranks.on_first(lambda: _train_once(corpus, model.train_tokenizer_vocab, path))
+        followers.share(target)
         tokenizer = load_tokenizer(path, flag=flag)
     elif model.tokenizer_name is not None:
         flag = "--tokenizer_name"

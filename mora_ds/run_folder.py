@@ -11,25 +11,20 @@ import fcntl
 import os
 import platform
 import shutil
-import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import yaml
 
 from mora_ds.errors import UserError
 from mora_ds.files import disk_errors
-from mora_ds.ranks import Ranks
 
 RUN_FILE = "run.yaml"
 ASIDE, DELETING = ".overwritten", ".deleting"
 LOCK = ".lock"
 """An empty file, locked while a process writes to the folder; the lock goes with the process, however it ends."""
-_SEEN_WITHIN_S = 20.0
-"""How late a network file system may show a new file to other nodes."""
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "safetensors")
 _OURS = (
     RUN_FILE, "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "ledger", "merged", "base", "tokenizer",
@@ -89,38 +84,6 @@ def reserve(folder: Path, overwrite: bool, resume: bool) -> Reservation:
             )
         _set_aside(folder)
     return Reservation(folder, is_new, frozenset(name for name in _OURS if _exists(folder / name)))
-
-
-def check_shared(folder: Path, ranks: Ranks) -> None:
-    """Raises `UserError` on all ranks when some node does not see what rank 0 writes to `folder`. Collective.
-
-    Every rank writes its part of a checkpoint there, and rank 0 hashes, renames and, on resume, chooses for all.
-    """
-    sign = ranks.on_first(lambda: _put_up_sign(folder))
-    try:
-        ranks.agree(lambda: _see(folder, sign))
-    finally:
-        if ranks.is_first:
-            (folder / sign).unlink(missing_ok=True)
-
-
-def _put_up_sign(folder: Path) -> str:
-    """A name that no client of a network file system can have looked up before, and remember as missing."""
-    sign = f".seen-by-all-{uuid4().hex}"
-    with disk_errors(folder):
-        (folder / sign).touch()
-    return sign
-
-
-def _see(folder: Path, sign: str) -> None:
-    until = time.monotonic() + _SEEN_WITHIN_S
-    while not (folder / sign).exists():
-        if time.monotonic() > until:
-            raise UserError(
-                f"--output_dir {folder} is not the same folder on all nodes: {platform.node()} does not see what rank 0"
-                " writes there. It must lie on storage that all nodes share (--cache_dir and the model need not)"
-            )
-        time.sleep(0.1)
 
 
 def claim(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two "nodes" on one machine: network namespaces with an address each, joined by a cable that can be cut.
+"""Two "nodes" on one machine: namespaces with an address and mounts of their own, and a cable that can be cut.
 
 with two_nodes() as nodes:
     nodes[0].start(command, ...), nodes[1].start(command, ...), nodes[1].unplug()
@@ -26,7 +26,7 @@ class Node:
     address: str
 
     def command(self, words: Sequence[str]) -> list[str]:
-        return ["nsenter", "-t", str(self.holder), "-U", "-n", "--preserve-credentials", *words]
+        return ["nsenter", "-t", str(self.holder), "-U", "-n", "-m", "--preserve-credentials", *words]
 
     def start(self, words: Sequence[str], log: Path, **more: Any) -> subprocess.Popen[str]:
         """gloo would look for the machine's own name otherwise, which no namespace has an address for."""
@@ -36,6 +36,10 @@ class Node:
 
     def run(self, *words: str) -> None:
         subprocess.run(self.command(words), check=True, capture_output=True, text=True)
+
+    def mount(self, folder: Path) -> None:
+        """A disk of the node's own in place of what the others see there."""
+        self.run("mount", "-t", "tmpfs", "none", str(folder))
 
     def unplug(self) -> None:
         self.run("ip", "link", "set", INTERFACE, "down")
@@ -53,8 +57,8 @@ def trouble() -> str | None:
 @contextlib.contextmanager
 def two_nodes() -> Iterator[tuple[Node, Node]]:
     with contextlib.ExitStack() as stack:
-        first = Node(_hold(stack, ["unshare", "-rn"]), "10.77.0.1")
-        inner = ["nsenter", "-t", str(first.holder), "-U", "-n", "--preserve-credentials", "unshare", "-n"]
+        first = Node(_hold(stack, ["unshare", "-rnm"]), "10.77.0.1")
+        inner = first.command(["unshare", "-nm"])
         second = Node(_hold(stack, inner), "10.77.0.2")
         peer = ["peer", "name", INTERFACE, "netns", str(second.holder)]
         first.run("ip", "link", "add", INTERFACE, "type", "veth", *peer)

@@ -21,7 +21,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "ds_config_keys", "tables", "processes", "status"),
     ("operators", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer", "zero", "muon", "stopping"),
     (
-        *("cli", "restart", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder"),
+        *(
+            "cli",
+            "restart",
+            "pulse",
+            "ds_config",
+            "compute",
+            "updates",
+            "tensor_files",
+            "metrics",
+            "run_folder",
+            "followers",
+        ),
         *("background", "checkpoint_care", "resets", "schedule_text"),
     ),
     ("config", "layer", "base", "export_check", "spectrum", "checkpoint_folder"),
@@ -51,7 +62,18 @@ DEEPSPEED = {"zero", "muon", "flat_tensors", "partitions", "engine", "saving", "
 """Rooms that may import deepspeed: internals in the first four, its public functions in the others."""
 
 DISTRIBUTED = {
-    *("ranks", "pulse", "background", "engine", "checkpoint", "flat_tensors", "partitions", "remora", "saving"),
+    *(
+        "ranks",
+        "pulse",
+        "background",
+        "engine",
+        "checkpoint",
+        "followers",
+        "flat_tensors",
+        "partitions",
+        "remora",
+        "saving",
+    ),
     "trainer",
 }
 """Rooms that may import torch.distributed."""

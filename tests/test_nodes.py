@@ -132,16 +132,23 @@ def test_collectives_have_a_timeout(user: Playground, nodes: tuple[Node, Node], 
     assert "lost contact with another rank" in told(tmp_path)
 
 
-def test_folders_that_are_not_shared_are_refused_before_anything_is_trained(
-    user: Playground, nodes: tuple[Node, Node], tmp_path: Path
+def test_nodes_with_disks_of_their_own_are_one_run(
+    user: Playground, whole: Path, nodes: tuple[Node, Node], tmp_path: Path
 ) -> None:
-    processes = []
-    for number, node in enumerate(nodes):
-        flags = user.flags(tmp_path / f"out{number}", *MORE)
-        processes.append(node.start(command("torchrun", number, tmp_path, flags), tmp_path / f"log{number}"))
-    assert 0 not in [process.wait(timeout=120) for process in processes]
-    assert "is not the same folder on all nodes" in told(tmp_path)
-    assert not (tmp_path / "out0").exists(), "as if it had never begun"
+    """The second node's folder of that name is another; killed in mid-run, the run goes on where it was."""
+    out = tmp_path / "out"
+    out.mkdir()
+    nodes[1].mount(out)
+    flags = [*user.flags(out, *MORE), "--resume_from_checkpoint", "auto"]
+    processes = start("torchrun", nodes, tmp_path, flags)
+    wait_for(out / "checkpoints" / "step-000008", processes)
+    for process in processes:
+        process.kill()
+    processes = start("torchrun", nodes, tmp_path, flags)
+    assert [process.wait(timeout=200) for process in processes] == [0, 0], told(tmp_path)
+    assert "--output_dir is another folder there" in told(tmp_path) and "resumed from" in told(tmp_path)
+    assert torch.equal(losses(out), losses(whole))
+    assert_same(final(out), final(whole))
 
 
 def test_namespaces_are_gone_afterwards() -> None:
