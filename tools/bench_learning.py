@@ -31,7 +31,8 @@ from mora_ds.errors import RunError, UserError, nearest
 from mora_ds.ledger_table import table
 
 ROOT = Path(__file__).resolve().parents[1]
-LORA_RATES = MORA_RATES = MUON_RATES = (3e-3, 1e-2, 3e-2)
+LORA_RATES = MORA_RATES = (3e-3, 1e-2, 3e-2)
+MUON_RATES = (1e-2, 3e-2, 1e-1)
 FULL_RATES = (3e-4, 1e-3, 3e-3)
 ROWS, CYCLES, RAMP = 8, 4, 5
 
