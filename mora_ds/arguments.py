@@ -298,6 +298,11 @@ class TrainingArguments:
         )
 
     @property
+    def ranks_per_replica(self) -> int:
+        """Consecutive ranks that compute the same rows together."""
+        return 1
+
+    @property
     def peak_rate(self) -> float:
         """The schedule's peak: that of the squares."""
         return self.muon_learning_rate if self.optimizer == OptimizerKind.MUON.value else self.learning_rate

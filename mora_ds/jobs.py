@@ -70,7 +70,8 @@ class Job:
 def rows_per_step(arguments: Arguments, world: int) -> int:
     """Global batch size, in sequences."""
     training = arguments.training
-    return training.per_device_train_batch_size * training.gradient_accumulation_steps * world
+    replicas = world // training.ranks_per_replica
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * replicas
 
 
 def prepare_job(

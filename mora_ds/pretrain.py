@@ -52,7 +52,7 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     if not (ranks.is_first and sys.stderr.isatty()):
         disable_progress_bar()  # transformers' own, on every rank
     say = print if ranks.is_first else _silence
-    ds_config = resolve_ds_config(_expanded(training.deepspeed), training.engine_settings(), ranks.world)
+    ds_config = resolve_ds_config(_expanded(training.deepspeed), training.engine_settings(), ranks.world // training.ranks_per_replica)
     check_compute_dtype(ds_config)
     folder = Path(training.output_dir).expanduser()
     checkpoint, reservation = ranks.on_first(lambda: _reserve(arguments, folder, ranks.world))
@@ -159,6 +159,7 @@ def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule
         state=state,
         save=lambda now: job.save(now, arguments.training.save_total_limit),
         merger=job.remora,
+        ranks_per_replica=arguments.training.ranks_per_replica,
         wait=job.wait,
     )
     trainer.last_checkpoint = place.checkpoint

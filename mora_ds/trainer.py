@@ -1,8 +1,9 @@
 """The loop: a batch -> loss -> backward -> step -> merge, evaluate, log, save when it is time.
 
-A batch is a pure function of (seed, step, global batch size); micro-batch m of rank r holds the global rows
-[(m * world + r) * B, ... + B). The loss is the mean over all predicted tokens of the global batch, whichever rank and
-micro-batch they fall into, so neither the number of ranks nor of micro-batches changes the curve.
+A batch is a pure function of (seed, step, global batch size); micro-batch m of replica r (a rank, or the ranks that
+share its work) holds the global rows [(m * replicas + r) * B, ... + B). The loss is the mean over all predicted tokens
+of the global batch, whichever rank and micro-batch they fall into, so neither the number of ranks nor of micro-batches
+changes the curve.
 """
 
 from __future__ import annotations
@@ -79,11 +80,14 @@ class Trainer:
     state: TrainerState
     save: Callable[[TrainerState], Path]
     merger: Merger | None = None
+    ranks_per_replica: int = 1
+    """Consecutive ranks that compute the same rows together."""
     wait: Callable[[float | None], None] = lambda timeout_s: None
     """Until the checkpoint that is being written is there, or so many seconds; raises what went wrong with it."""
 
     def __post_init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.replica, self.replicas = self.rank // self.ranks_per_replica, self.world // self.ranks_per_replica
         self.last_checkpoint: Path | None = None
         if self.merger is not None:
             self.merger.probe = self._probe_loss
@@ -96,7 +100,7 @@ class Trainer:
     @property
     def rows_per_step(self) -> int:
         """Global batch size, in sequences."""
-        return self.settings.micro_batch_size * self.settings.gradient_accumulation_steps * self.world
+        return self.settings.micro_batch_size * self.settings.gradient_accumulation_steps * self.replicas
 
     @property
     def is_finished(self) -> bool:
@@ -174,7 +178,7 @@ class Trainer:
 
     def _micro_batch(self, index: int) -> dict[str, Tensor]:
         size = self.settings.micro_batch_size
-        first, number = (index * self.world + self.rank) * size, self.settings.first_batch + self.state.step
+        first, number = (index * self.replicas + self.replica) * size, self.settings.first_batch + self.state.step
         batch = self.train_data.batch(number, self.rows_per_step, slice(first, first + size))
         return {name: tensor.to(self.engine.device) for name, tensor in batch.items()}
 
@@ -340,11 +344,11 @@ class Trainer:
         self.engine.eval()
         nll, predicted = 0.0, 0
         most = self.settings.max_eval_batches or sys.maxsize
-        for index, batch in enumerate(data.eval_batches(self.rank, self.world, self.settings.eval_batch_size)):
-            if index * self.world >= most:
+        for index, batch in enumerate(data.eval_batches(self.replica, self.replicas, self.settings.eval_batch_size)):
+            if index * self.replicas >= most:
                 break
             self._leave_if_asked(ask=True)
-            if index * self.world + self.rank >= most:  # the limit counts batches over all ranks
+            if index * self.replicas + self.replica >= most:  # the limit counts batches over all replicas
                 batch["labels"].fill_(IGNORED)
             batch = {name: tensor.to(self.engine.device) for name, tensor in batch.items()}
             nll += token_nll(self.engine, batch).item()
