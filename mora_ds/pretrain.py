@@ -52,7 +52,8 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     if not (ranks.is_first and sys.stderr.isatty()):
         disable_progress_bar()  # transformers' own, on every rank
     say = print if ranks.is_first else _silence
-    ds_config = resolve_ds_config(_expanded(training.deepspeed), training.engine_settings(), ranks.world // training.ranks_per_replica)
+    replicas = ranks.world // training.ranks_per_replica
+    ds_config = resolve_ds_config(_expanded(training.deepspeed), training.engine_settings(), replicas)
     check_compute_dtype(ds_config)
     folder = Path(training.output_dir).expanduser()
     checkpoint, reservation = ranks.on_first(lambda: _reserve(arguments, folder, ranks.world))
