@@ -33,6 +33,9 @@ class Piece:
     """fp32."""
     state: dict[str, Any]
     parts: list[Part]
+    moments: list[Part]
+    """The parts of the state's tensors. Those of `parts`, but for Muon's momentum under ZeRO 1 and 2: there it holds
+    every square of which any part is this rank's, whole."""
 
 
 Names = dict[int, str]
@@ -57,7 +60,23 @@ def pieces(engine: zero.Engine) -> Iterator[Piece]:
         groups = [group["params"] for group in optimizer.param_groups]
         found = _one_by_one(groups, groups, names)
     for group, master, parts in found:
-        yield Piece(group, master, engine.basic_optimizer.state[master], parts)
+        moments = _moments(optimizer, group, parts, names)
+        yield Piece(group, master, engine.basic_optimizer.state[master], parts, moments)
+
+
+def _moments(optimizer: Any, group: int, parts: list[Part], names: Names) -> list[Part]:
+    """stage_1_and_2.py, `_muon_momentum_buffer`; with offload the momentum is cut like the master
+    (`_apply_muon_updates_cpu_offload`)."""
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload:
+        return parts
+    squares = optimizer.params_in_partition[group]
+    if not (squares and optimizer._is_muon_group(squares)):
+        return parts
+    whole, offset = [], 0
+    for square in squares:
+        whole.append(Part(names[id(square)], 0, square.numel(), offset))
+        offset += square.numel()
+    return whole
 
 
 Found = Iterator[tuple[int, Tensor, list[Part]]]

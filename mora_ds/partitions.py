@@ -118,6 +118,7 @@ def _layout(engine: zero.Engine) -> Layout:
     masters, state = next((masters, state) for kind, masters, state in _PLACES if isinstance(optimizer, kind))
     sharded = engine.save_zero_checkpoint  # not the same as a stage: BF16_Optimizer shards as well
     name = engine._get_zero_ckpt_name("", "") if sharded else engine._get_ckpt_name("", "")
+    found = [] if engine.zero_nvme_offload_optimizer() else list(pieces(engine))
     return Layout(
         rank=rank,
         world_size=dist.get_world_size(),
@@ -127,7 +128,8 @@ def _layout(engine: zero.Engine) -> Layout:
         file=Path(name).name,
         masters=masters,
         state=state,
-        flats=[] if engine.zero_nvme_offload_optimizer() else [piece.parts for piece in pieces(engine)],
+        flats=[piece.parts for piece in found],
+        moments=[piece.moments for piece in found],
         groups=groups_of(engine) if rank == 0 else [],
         settings=[_plain(group) for group in engine.basic_optimizer.param_groups],
         swapped=bool(engine.zero_nvme_offload_optimizer()),
@@ -227,7 +229,9 @@ def _fill(piece: Piece, shards: EngineShards) -> None:
         if not isinstance(piece.state.get(key), Tensor):
             dtype = shards.read(names[0], key, 0, 0).dtype
             piece.state[key] = torch.zeros_like(piece.master, dtype=dtype, requires_grad=False)
-        _copy(piece.state[key], key, piece.parts, shards)
+            if piece.moments != piece.parts:
+                piece.state[key] = piece.state[key].new_zeros(sum(part.numel for part in piece.moments))
+        _copy(piece.state[key], key, piece.moments, shards)
 
 
 def _copy(flat: Tensor, key: str, parts: list[Part], shards: EngineShards) -> None:

@@ -15,7 +15,7 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -90,6 +90,8 @@ class Layout:
     """Keys that lead to the optimizer's `state_dict`."""
     flats: list[list[Part]]
     """For each flat tensor, the parts in it."""
+    moments: list[list[Part]]
+    """For each, the parts of its optimizer state: not always the same ones (see `flat_tensors.Piece`)."""
     groups: list[dict[str, list[int]]]
     """For each parameter group, its parameters and their shapes."""
     swapped: bool = False
@@ -101,8 +103,7 @@ class Layout:
     """The running values of fp16's loss scaler."""
 
     def to_dict(self) -> dict[str, Any]:
-        flats = [[[part.name, part.start, part.numel, part.offset] for part in flat] for flat in self.flats]
-        return {"format": LAYOUT_FORMAT, **vars(self), "flats": flats}
+        return {"format": LAYOUT_FORMAT, **vars(self), "flats": _plain(self.flats), "moments": _plain(self.moments)}
 
     @classmethod
     def read(cls, folder: Path, rank: int) -> Layout:
@@ -112,8 +113,13 @@ class Layout:
         require_format(path, content, LAYOUT_FORMAT)
         with malformed(path):
             content.pop("format")
-            content["flats"] = [[Part(*part) for part in flat] for flat in content["flats"]]
+            for key in ("flats", "moments"):
+                content[key] = [[Part(*part) for part in flat] for flat in content[key]]
             return cls(**content)
+
+
+def _plain(flats: list[list[Part]]) -> list[list[list[str | int]]]:
+    return [[[part.name, part.start, part.numel, part.offset] for part in flat] for flat in flats]
 
 
 class _Shard:
@@ -153,7 +159,7 @@ class _Shard:
 
     def moments(self, flat: int) -> dict[str, Tensor]:
         """The part of the state that has a value for every element, one-dimensional."""
-        least = max((part.offset + part.numel for part in self.layout.flats[flat]), default=1)
+        least = max((part.offset + part.numel for part in self.layout.moments[flat]), default=1)
         return {
             key: value.reshape(-1)
             for key, value in self.state(flat).items()
@@ -200,7 +206,7 @@ def write_whole(folder: Path, shards: EngineShards, world_size: int) -> None:
                 writer.write(f"{key}/{name}", torch.as_tensor(value))
     flats = [[Part(name, 0, math.prod(shape), 0)] for name, shape in shards.shapes.items()]
     whole = replace(shards.first, rank=0, world_size=world_size, writers=1, file=WHOLE_FILE, masters=[], state=[])
-    write_json_atomic(layout_path(folder, 0), replace(whole, flats=flats).to_dict(), indent=None)
+    write_json_atomic(layout_path(folder, 0), replace(whole, flats=flats, moments=flats).to_dict(), indent=None)
 
 
 def _flattened(tensors: Any) -> Iterator[Tensor]:
@@ -209,6 +215,10 @@ def _flattened(tensors: Any) -> Iterator[Tensor]:
             yield from _flattened(entry)
         else:
             yield entry
+
+
+Places: TypeAlias = dict[str, list[tuple[_Shard, int, Part]]]
+"""Parameter name -> where its parts are: in which shard, in which flat tensor of it."""
 
 
 class EngineShards:
@@ -220,11 +230,8 @@ class EngineShards:
         self.shapes = {name: tuple(shape) for group in self.first.groups for name, shape in group.items()}
         """Parameter name -> shape of the whole."""
         self._shards = [(_WholeFile if layout.file == WHOLE_FILE else _Shard)(folder, layout) for layout in layouts]
-        self._parts: dict[str, list[tuple[_Shard, int, Part]]] = {name: [] for name in self.shapes}
-        for shard in self._shards:
-            for index, flat in enumerate(shard.layout.flats):
-                for part in flat:
-                    self._parts.setdefault(part.name, []).append((shard, index, part))
+        self._parts = self._places([layout.flats for layout in layouts])
+        self._moments = self._places([layout.moments for layout in layouts])
 
     @classmethod
     def open(cls, folder: Path) -> EngineShards:
@@ -236,6 +243,14 @@ class EngineShards:
             shards._check_whole()
         return shards
 
+    def _places(self, flats_of: list[list[list[Part]]]) -> Places:
+        found: Places = {name: [] for name in self.shapes}
+        for shard, flats in zip(self._shards, flats_of, strict=True):
+            for index, flat in enumerate(flats):
+                for part in flat:
+                    found.setdefault(part.name, []).append((shard, index, part))
+        return found
+
     @property
     def files(self) -> list[Path]:
         return [shard.path for shard in self._shards]
@@ -245,7 +260,7 @@ class EngineShards:
 
     def keys(self, name: str) -> list[str]:
         """Of the optimizer state that has a value for every element of a parameter, such as exp_avg."""
-        shard, index, _ = self._parts[name][0]
+        shard, index, _ = self._moments[name][0]
         return list(shard.moments(index))
 
     def scalars(self, name: str) -> dict[str, Any]:
@@ -269,7 +284,7 @@ class EngineShards:
         size = math.prod(self.shapes[name])
         end = size if numel is None else start + numel
         whole: Tensor | None = None
-        for shard, index, part in self._parts[name]:
+        for shard, index, part in (self._parts if key == MASTER else self._moments)[name]:
             first, last = max(start, part.start), min(end, part.start + part.numel)
             if first >= last and whole is not None:
                 continue
@@ -288,16 +303,22 @@ class EngineShards:
         return self.read(name, key).view(self.shapes[name])
 
     def _check_whole(self) -> None:
-        for name, places in self._parts.items():
-            if name not in self.shapes:
-                raise UserError(f"{self.folder}: a shard holds {name}, which no parameter group lists")
-            end = 0
-            for _, _, part in sorted(places, key=lambda place: place[2].start):
-                if part.start != end:
-                    break
-                end += part.numel
-            if not places or end != math.prod(self.shapes[name]):
-                raise UserError(f"{self.folder}: the shards do not hold all of {name}, and each element once")
+        for what, found in (("", self._parts), ("the optimizer's state of ", self._moments)):
+            for name, places in found.items():
+                if name not in self.shapes:
+                    raise UserError(f"{self.folder}: a shard holds {name}, which no parameter group lists")
+                if not _cover([part for _, _, part in places], math.prod(self.shapes[name]), once=not what):
+                    once = "" if what else ", and each element once"
+                    raise UserError(f"{self.folder}: the shards do not hold all of {what}{name}{once}")
+
+
+def _cover(parts: list[Part], numel: int, once: bool) -> bool:
+    end = 0
+    for part in sorted(parts, key=lambda part: part.start):
+        if part.start > end or (once and part.start < end):
+            return False
+        end = max(end, part.start + part.numel)
+    return bool(parts) and end == numel
 
 
 def _equal(values: dict[str, Any], others: dict[str, Any]) -> bool:

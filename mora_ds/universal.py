@@ -57,7 +57,7 @@ def to_universal(checkpoint: Path, output: Path) -> list[str]:
         for file in _MODEL_FILES:
             torch.save(_model_state(shards, state), place / file)
         shutil.copytree(checkpoint, place / OURS, ignore=shutil.ignore_patterns(ENGINE_TAG, MANIFEST))
-        write_json_atomic(layout_path(place / OURS, 0), replace(shards.first, flats=[]).to_dict())
+        write_json_atomic(layout_path(place / OURS, 0), replace(shards.first, flats=[], moments=[]).to_dict())
         write_manifest(place)
         (folder / LATEST_UNIVERSAL).write_text(tag, encoding="utf-8")
     return [f"wrote {output}: tag {tag}, {len(shards.shapes)} parameters, ZeRO 1 to 3, any number of ranks"]
@@ -159,7 +159,7 @@ class _Universal(EngineShards):
 
     def __init__(self, place: Path) -> None:
         first = Layout.read(place / OURS, 0)
-        super().__init__(place / ZERO_FOLDER, [replace(first, flats=[])])
+        super().__init__(place / ZERO_FOLDER, [replace(first, flats=[], moments=[])])
 
     def _file(self, name: str, key: str) -> Any:
         path = self.folder / name / f"{_file_of(key)}.pt"

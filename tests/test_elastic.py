@@ -386,3 +386,29 @@ def test_dropout_draws_masks_for_ranks_without_a_saved_state(user: Playground, t
         resumed.append(losses(out))
     assert torch.equal(*resumed)
     assert (resumed[0][2:] - losses(first)[2:]).abs().max() > 0
+
+
+MUON = ("--optimizer", "muon", "--muon_learning_rate", 0.02)
+
+
+@pytest.fixture(scope="module")
+def muon(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run of two ranks under ZeRO-3; steps 4 and 8 are inside a cycle, with a momentum to lose."""
+    out = tmp_path_factory.mktemp("muon") / "out"
+    run(2, flags(user, out, 2, *MUON))
+    return out
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 3), (3, 2), (2, 1)])
+def test_muons_momentum_goes_on_at_another_size_and_stage(
+    user: Playground, muon: Path, tmp_path: Path, world: int, stage: int
+) -> None:
+    out = Path(shutil.copytree(muon, tmp_path / "out", symlinks=True))
+    resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000004")
+    other = ("--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json")
+    run(world, flags(user, out, world, *MUON, *resume, *other))
+    torch.testing.assert_close(losses(out), losses(muon), rtol=0, atol=1e-5)
+    (verdict,) = verify(out / "checkpoints" / "step-000008", user.model)
+    assert verdict.is_good, verdict.problems
+    back = ("--resume_from_checkpoint", out / "checkpoints" / "step-000006")  # saved as it was resumed
+    run(2, flags(user, out, 2, *MUON, *back))
+    torch.testing.assert_close(losses(out), losses(muon), rtol=0, atol=1e-5)
