@@ -398,6 +398,7 @@ def muon(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(2, flags(user, out, 2, *MUON))
     return out
 
+
 @pytest.mark.parametrize(("world", "stage"), [(1, 3), (3, 2), (2, 1)])
 def test_muons_momentum_goes_on_at_another_size_and_stage(
     user: Playground, muon: Path, tmp_path: Path, world: int, stage: int
