@@ -239,7 +239,7 @@ class TrainingArguments:
     """Adam's decay of the second moment."""
     adam_epsilon: float = 1e-8
     """Adam's epsilon."""
-    muon_learning_rate: float = 0.01
+    muon_learning_rate: float = 0.03
     """Peak rate of the squares under --optimizer muon; --learning_rate is then that of AdamW's half. Every update of a
     square has about this spectral norm, whatever the gradient."""
     muon_momentum: float = 0.95
