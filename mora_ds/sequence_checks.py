@@ -62,7 +62,9 @@ def describe(config: Any, size: int, seq_len: int) -> str:
 
 def _heads(config: Any) -> tuple[int, int]:
     """(attention heads, key-value heads) of a text config."""
-    heads = int(config.num_attention_heads)
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        raise UserError(f"{FLAG}: this model's config names no number of attention heads to share out over ranks")
     return heads, int(getattr(config, "num_key_value_heads", None) or heads)
 
 

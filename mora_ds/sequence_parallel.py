@@ -20,7 +20,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +30,7 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mora_ds.errors import RunError, UserError
+from mora_ds.errors import UserError
 
 FLAG = "--sequence_parallel_size"
 CORES = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -74,10 +73,9 @@ def check_core(name: str) -> None:
     """Raises `UserError` for attention that Ulysses does not run on."""
     if name in CORES:
         return
-    why = "this model has no other here, such as Gemma 2, whose capped scores sdpa does not know: "
     raise UserError(
-        f"{FLAG}: {name} attention cannot be split over ranks{f'; {why}' if name == 'eager' else ': '}"
-        f"--attn_implementation must be one of {', '.join(CORES)}"
+        f"{FLAG}: {name} attention cannot be split over ranks; --attn_implementation must be one of "
+        f"{', '.join(CORES)}, where the model has it (Gemma 2 caps its scores, which rules out sdpa)"
     )
 
 
@@ -124,33 +122,17 @@ class SequenceParallel:
         """Whether the bound model is given parts of rows."""
         self.saw_window = False
         """Whether any attention was told of a sliding window."""
-        self._same_rows = False
         self._ulysses: dict[tuple[int, ...], UlyssesSPAttentionHF] = {}
         self._masks = _Masks()
 
     def split(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's tokens of a batch: tensors (B, T) -> (B, T/s). Labels are shifted before, so that the last token
         of a part still predicts the first of the next one.
-
-        The first batch is compared over the group. Raises `RunError` where ranks hold other rows.
         """
-        if not self._same_rows:
-            self._check_same_rows(batch)
         return {name: self._part(tensor) for name, tensor in batch.items()}
 
     def _part(self, tensor: Tensor) -> Tensor:
         return tensor.unflatten(1, (self.size, -1))[:, self.rank].contiguous()
-
-    def _check_same_rows(self, batch: Mapping[str, Tensor]) -> None:
-        digest = hashlib.sha256()
-        for tensor in batch.values():
-            digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.cpu().numpy().tobytes())
-        mine = torch.tensor(list(digest.digest()), dtype=torch.int64, device=next(iter(batch.values())).device)
-        everyone = [torch.zeros_like(mine) for _ in range(self.size)]
-        dist.all_gather(everyone, mine, group=self.group)
-        if any(not torch.equal(other, everyone[0]) for other in everyone):
-            raise RunError(f"ranks that share rows ({FLAG} {self.size}) were given different ones in the first batch")
-        self._same_rows = True
 
     def longest(self, positions: Tensor) -> Tensor:
         """(1,) the largest position of whole rows, from this rank's part of them."""

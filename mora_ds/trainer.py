@@ -28,6 +28,7 @@ from mora_ds.errors import RunError, Stopped
 from mora_ds.losses import token_nll
 from mora_ds.metrics import MetricsLog, StepMetrics, peak_memory_bytes, perplexity
 from mora_ds.remora import MergeReport
+from mora_ds.replicas import check_same_rows
 from mora_ds.schedule_text import start_lines
 from mora_ds.schedules import Schedule
 from mora_ds.stall import StallRule, StallSignal
@@ -95,6 +96,7 @@ class Trainer:
             self.merger.probe = self._probe_loss
         self.bytes_gathered_per_step = 0
         self._has_complained = False
+        self._rows_checked = False
         self._stop_asked = False
         """Whether some rank was asked to stop; the same on all ranks."""
         self._saved_step: int | None = None
@@ -182,7 +184,11 @@ class Trainer:
         size = self.settings.micro_batch_size
         first, number = (index * self.replicas + self.replica) * size, self.settings.first_batch + self.state.step
         batch = self.train_data.batch(number, self.rows_per_step, slice(first, first + size))
-        return self._own_part(batch)
+        batch = {name: tensor.to(self.engine.device) for name, tensor in batch.items()}
+        if self.ranks_per_replica > 1 and not self._rows_checked:
+            check_same_rows(batch, self.ranks_per_replica)
+            self._rows_checked = True
+        return self.split(batch)
 
     def _own_part(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.split({name: tensor.to(self.engine.device) for name, tensor in batch.items()})

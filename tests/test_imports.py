@@ -20,18 +20,20 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "ds_config_keys", "tables", "processes", "status"),
     (
-        "operators",
-        "lora",
-        "schedules",
-        "stall",
-        "files",
-        "ranks",
-        "flags",
-        "ds_optimizer",
-        "zero",
-        "muon",
-        "stopping",
-        "sequence_parallel",
+        *(
+            "operators",
+            "lora",
+            "schedules",
+            "stall",
+            "files",
+            "ranks",
+            "flags",
+            "ds_optimizer",
+            "zero",
+            "muon",
+            "stopping",
+        ),
+        *("sequence_parallel", "replicas"),
     ),
     (
         *(
@@ -51,15 +53,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "layer", "base", "export_check", "spectrum", "checkpoint_folder"),
     ("injection", "arguments", "ledger", "model", "model_folder", "data", "shards"),
     (
-        "adapter_files",
-        "engine",
-        "losses",
-        "remora",
-        "flat_tensors",
-        "validation",
-        "run_data",
-        "ledger_table",
-        "sequence_checks",
+        *("adapter_files", "engine", "losses", "remora", "flat_tensors", "validation", "run_data", "ledger_table"),
+        *("sequence_checks",),
     ),
     ("saving", "partitions", "model_card", "ledger_tools", "universal", "portable"),
     ("checkpoint", "verification"),
@@ -98,7 +93,7 @@ DISTRIBUTED = {
         "saving",
     ),
     "trainer",
-    "sequence_checks",
+    *("sequence_checks", "replicas"),
 }
 """Rooms that may import torch.distributed."""
 

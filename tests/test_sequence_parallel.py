@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from mora_ds.sequence_checks import check_split
 from mora_ds.sequence_parallel import share_rows
 from tests.gloo import run_ranks
 from tests.models import tiny_model, tokens
-from tests.test_zero import CLIP, EPSILON, LEARNING_RATE, ds_config, merge_by_hand
+from tests.test_zero import CLIP, EPSILON, LEARNING_RATE, ds_config
 
 pytestmark = pytest.mark.gloo
 
@@ -97,8 +98,7 @@ def plain_run(case: Case) -> dict[str, Any]:
         optimizer.zero_grad()
         found["losses"].append(loss.item())
     found["values"] = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for layer in mora_layers(model).values():
-        layer.weight += delta_weight(layer.spec, layer.square.data)
+    add_deltas(model, lambda square: square.data)
     found["base"] = {name: tensor.clone() for name, tensor in frozen_buffers(model).items()}
     return found
 
@@ -130,11 +130,17 @@ def split_run(case: Case, size: int, stage: int = 3) -> dict[str, Any]:
         found["losses"].append(total.item() / predicted)
         found["norms"].append(zero.gradient_norm(engine))
     found["values"] = {name: zero.full_fp32(engine, p).clone() for name, p in model.named_parameters()}
-    merge_by_hand(engine)
+    add_deltas(model, lambda square: zero.full_fp32(engine, square))
     base = frozen_buffers(model)
     found["checksums"] = {name: tensor_checksum(tensor) for name, tensor in base.items()}
     found["base"] = {name: tensor.clone() for name, tensor in base.items()} if dist.get_rank() == 0 else {}
     return found
+
+
+def add_deltas(model: Any, whole: Callable[[Any], Tensor]) -> None:
+    for layer in mora_layers(model).values():
+        delta = delta_weight(layer.spec, whole(layer.square))
+        layer.weight += delta.T if layer.transposed else delta
 
 
 def split_runs(cases: list[Case], size: int, stage: int = 3) -> list[dict[str, Any]]:
