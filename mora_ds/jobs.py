@@ -32,7 +32,7 @@ from mora_ds.resets import OptimizerReset
 from mora_ds.run import Run, run_identity
 from mora_ds.run_data import RunData
 from mora_ds.saving import PROBE_TOKENS, save_full_model
-from mora_ds.sequence_checks import check_split, describe
+from mora_ds.sequence_checks import describe
 from mora_ds.sequence_parallel import share_rows
 
 
@@ -90,9 +90,7 @@ def prepare_job(
     if sequence is None:
         return _unshared_job(arguments, loaded, ds_config, data, place)
     place.say(describe(loaded.model.config, size, data.train.seq_len))
-    job = _unshared_job(arguments, loaded, ds_config, data, place)
-    check_split(job.engine, loaded.model, sequence, arguments.data.document_mask)
-    return replace(job, split=sequence.split)
+    return replace(_unshared_job(arguments, loaded, ds_config, data, place), split=sequence.split)
 
 
 def _unshared_job(

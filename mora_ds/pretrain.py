@@ -33,8 +33,8 @@ from mora_ds.ranks import Ranks
 from mora_ds.run_data import RunData, load_data
 from mora_ds.run_folder import Reservation, claim, reserve, write_run_file
 from mora_ds.schedules import Schedule, ScheduleKind
-from mora_ds.sequence_checks import check_config, check_world
-from mora_ds.sequence_parallel import whole_rows
+from mora_ds.sequence_checks import check_config, check_split, check_world
+from mora_ds.sequence_parallel import bound, whole_rows
 from mora_ds.trainer import LoopSettings, Trainer
 from mora_ds.validation import validate
 
@@ -139,6 +139,9 @@ def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: Place) -> t
     if arguments.data.document_mask:
         with whole_rows(loaded.model):
             check_document_mask(job.engine, loaded.model.config.get_text_config().vocab_size)
+    sequence = bound(loaded.model)
+    if sequence is not None:
+        check_split(job.engine, loaded.model, sequence, arguments.data.document_mask)
     return job, data
 
 
