@@ -24,17 +24,19 @@ from mora_ds.sequence_checks import check_split
 from mora_ds.sequence_parallel import share_rows
 from tests.gloo import run_ranks
 from tests.models import tiny_model, tokens
-from tests.test_zero import CLIP, EPSILON, LEARNING_RATE, ds_config
+from tests.test_zero import CLIP, EPSILON, ds_config
 
 pytestmark = pytest.mark.gloo
 
 ROWS, ACCUMULATION, LENGTH, STEPS = 4, 2, 24, 5
 """Rows a micro-batch over all replicas, micro-batches, tokens (twice the sliding window of the tiny models), steps."""
+LEARNING_RATE = 2e-3
+"""Low: where queries and keys are normed, larger steps blow rounding up."""
 SERVED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3", "gpt_neox", "gpt2", "olmo2", "mixtral")
 EVERYTHING = {"train_embeddings": True, "train_norms": True, "train_head": True}
 LONG_ROPE = {
     "rope_parameters": {
-        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 8,
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16,
         "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 16.0, "partial_rotary_factor": 1.0,
     }
 }  # fmt: skip
@@ -111,7 +113,9 @@ def split_run(case: Case, size: int, stage: int = 3) -> dict[str, Any]:
     model = model_of(case)
     sequence = share_rows(model, size)
     assert sequence is not None
-    engine, *_ = initialize(model=model, config=ds_config(stage, micro, ACCUMULATION))
+    config = ds_config(stage, micro, ACCUMULATION)
+    config["optimizer"]["params"]["lr"] = LEARNING_RATE
+    engine, *_ = initialize(model=model, config=config)
     check_split(engine, model, sequence, case.documents)
     found: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(STEPS):
@@ -158,10 +162,9 @@ def assert_equal_runs(cases: list[Case], ranks: int, size: int, stage: int = 3) 
 
 
 def assert_equal_run(found: dict[str, Any], expected: dict[str, Any], case: Case) -> None:
-    assert found["losses"][0] == pytest.approx(expected["losses"][0], rel=1e-6), case
-    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-6), case
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6), case
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5), case
-    for what, tolerance in (("gradients", 1e-5), ("values", 1e-4), ("base", 1e-5)):
+    for what, tolerance in (("gradients", 1e-5), ("values", 2e-5), ("base", 1e-5)):
         for name, tensor in found[what].items():
             error, scale = (tensor - expected[what][name]).abs().max(), expected[what][name].abs().max()
             assert error <= tolerance * scale, (what, name, error, scale, case)
