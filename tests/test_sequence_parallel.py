@@ -35,10 +35,11 @@ LEARNING_RATE = 2e-3
 SERVED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3", "gpt_neox", "gpt2", "olmo2", "mixtral")
 EVERYTHING = {"train_embeddings": True, "train_norms": True, "train_head": True}
 LONG_ROPE = {
+    "original_max_position_embeddings": 16,  # within the rows, and beyond the first rank's part of them
     "rope_parameters": {
-        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16,
-        "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 16.0, "partial_rotary_factor": 1.0,
-    }
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+        "factor": 16.0, "partial_rotary_factor": 1.0,
+    },
 }  # fmt: skip
 
 
