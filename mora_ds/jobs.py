@@ -86,7 +86,7 @@ def prepare_job(
     Raises `UserError` for targets that do not match and a checkpoint that is another run's.
     """
     size = arguments.training.sequence_parallel_size
-    sequence = share_rows(loaded.model, size)
+    sequence = share_rows(loaded.model, size, arguments.training.collective_timeout_s)
     if sequence is None:
         return _unshared_job(arguments, loaded, ds_config, data, place)
     place.say(describe(loaded.model.config, size, data.train.seq_len))

@@ -22,10 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import deepspeed.comm as dist
 import torch
+import torch.distributed
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -46,16 +48,17 @@ _groups: dict[int, Any] = {}
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-def share_rows(model: nn.Module, size: int) -> SequenceParallel | None:
+def share_rows(model: nn.Module, size: int, timeout_s: float | None = None) -> SequenceParallel | None:
     """Let every `size` consecutive ranks share each row of `model`; None for a size of 1. Collective.
 
+    `timeout_s`: of the collectives among them (torch's default for None).
     Raises `UserError` for attention that cannot be split.
     """
     if size == 1:
         return None
     core = attention_of(model)
     check_core(core)
-    sequence = SequenceParallel(size)
+    sequence = SequenceParallel(size, _group(size, timeout_s))
     _dispatch(core)
     for module in model.modules():
         setattr(module, _BOUND, sequence)
@@ -114,10 +117,9 @@ def bound(module: nn.Module) -> SequenceParallel | None:
 class SequenceParallel:
     """The ranks that share this rank's rows, and how attention runs over them."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.group = _group(size)
-        self.rank = dist.get_rank(self.group)
+    def __init__(self, size: int, group: Any) -> None:
+        self.size, self.group = size, group
+        self.rank = dist.get_rank(group)
         self.splits = True
         """Whether the bound model is given parts of rows."""
         self.saw_window = False
@@ -264,12 +266,13 @@ def _share_longest_position(rotary: nn.Module, sequence: SequenceParallel) -> No
     rotary.forward = shared
 
 
-def _group(size: int) -> Any:
+def _group(size: int, timeout_s: float | None) -> Any:
     """This rank's group of `size` consecutive ranks, made once a process. Collective over all ranks."""
     if size not in _groups:
+        timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         for first in range(0, dist.get_world_size(), size):
             members = list(range(first, first + size))
-            group = dist.new_group(members)
+            group = torch.distributed.new_group(members, timeout=timeout)  # deepspeed.comm's takes none
             if dist.get_rank() in members:
                 _groups[size] = group
     return _groups[size]

@@ -93,7 +93,7 @@ DISTRIBUTED = {
         "saving",
     ),
     "trainer",
-    *("sequence_checks", "replicas"),
+    *("sequence_parallel", "sequence_checks", "replicas"),
 }
 """Rooms that may import torch.distributed."""
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mora_ds.errors import RunError, UserError
 from mora_ds.replicas import check_same_rows
@@ -53,6 +54,34 @@ def test_whole_rows_and_models_that_are_not_bound() -> None:
     assert {
         name: error for found in (first, second) for name, error in found.items() if name != "split" and error
     } == {}
+
+
+def handed_to_flash_attention() -> float:
+    """Largest difference of a split row's logits, with a stand-in for the kernel that goes by what it is told."""
+    batch = {"input_ids": tokens(1, LENGTH, seed=5), "position_ids": torch.arange(LENGTH).expand(1, -1).clone()}
+    batch["position_ids"][0, 7:] -= 7
+    model = tiny_model("mistral")
+    expected = model(**batch, use_cache=False).logits
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def kernel(module: Any, query: Any, key: Any, value: Any, mask: None, **told: Any) -> Any:
+        assert mask is None and query.shape[1:3] == (2, LENGTH) and key.shape[1:3] == (1, LENGTH)
+        index, document = torch.arange(LENGTH), (told["position_ids"].diff(prepend=torch.tensor([[-1]])) != 1).cumsum(1)
+        distance = index[:, None] - index
+        seen = (distance >= 0) & (distance < told["sliding_window"]) & (document == document.T)
+        return sdpa(module, query, key, value, seen[None, None], **told)
+
+    ALL_ATTENTION_FUNCTIONS.register("flash_attention_2", kernel)
+    model.config._attn_implementation = "flash_attention_2"
+    sequence = share_rows(model, 2)
+    assert sequence is not None
+    with torch.no_grad():
+        found = model(**sequence.split(batch), use_cache=False).logits
+    return float((found - sequence.split({"logits": expected})["logits"]).abs().max())
+
+
+def test_a_flash_attention_is_handed_whole_rows() -> None:
+    assert max(run_ranks(2, handed_to_flash_attention)) < 1e-5
 
 
 def told_apart() -> list[str]:
