@@ -42,6 +42,8 @@ flex_attention a plain causal mask whatever the model asks for."""
 _BOUND = "_mora_ds_sequence"
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies hang on the longest position of the batch (modeling_rope_utils.py)."""
+_OF_HEADS = ("s_aux", "position_bias")
+"""Tensors that transformers hands to attention beside queries, keys and values, with a part for each head."""
 _dispatched: set[str] = set()
 _groups: dict[int, Any] = {}
 
@@ -147,8 +149,7 @@ class SequenceParallel:
     ) -> tuple[Tensor, Tensor | None]:
         """One layer's attention: query (B, H, T/s, D), key and value (B, H_kv, T/s, D) -> (B, T/s, H, D). `core` runs
         over whole rows."""
-        if key.shape != value.shape:
-            raise UserError(f"{FLAG}: this model's keys and values differ in shape, which Ulysses does not serve")
+        _check_call(key, value, kwargs)
         self.saw_window |= kwargs.get("sliding_window") is not None
         ulysses = self._ulysses_for(query, key)
         ulysses.attn = core
@@ -187,6 +188,19 @@ class SequenceParallel:
             return core(module, query, key, value, mask, **kwargs)
 
         return attention
+
+
+def _check_call(key: Tensor, value: Tensor, told: Mapping[str, Any]) -> None:
+    """Raises `UserError` for a layer of attention that Ulysses would compute wrongly, or not at all."""
+    if key.shape != value.shape:
+        raise UserError(f"{FLAG}: this model's keys and values differ in shape, which Ulysses does not serve")
+    if told.get("position_ids") is None:
+        raise UserError(f"{FLAG}: this model does not tell its attention the tokens' positions, which Ulysses needs")
+    of_heads = [name for name in _OF_HEADS if told.get(name) is not None]
+    if of_heads:
+        raise UserError(
+            f"{FLAG}: this model's attention has a {of_heads[0]} for each head, which Ulysses does not split"
+        )
 
 
 class _Masks:
