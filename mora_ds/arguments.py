@@ -217,6 +217,9 @@ class TrainingArguments:
     """Sequences per rank in evaluation."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
+    sequence_parallel_size: int = 1
+    """Consecutive ranks that share every row, each with its part of the tokens (DeepSpeed's Ulysses), for sequences
+    too long for one; the base stays whole on every rank. Batch sizes then count the rows of such a group."""
     optimizer: str = OptimizerKind.ADAMW.value
     """adamw, or muon: DeepSpeed's Muon on the squares, AdamW on whatever else is trained."""
     learning_rate: float = 4e-4
@@ -300,7 +303,7 @@ class TrainingArguments:
     @property
     def ranks_per_replica(self) -> int:
         """Consecutive ranks that compute the same rows together."""
-        return 1
+        return self.sequence_parallel_size
 
     @property
     def peak_rate(self) -> float:

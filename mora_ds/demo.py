@@ -25,6 +25,7 @@ from mora_ds.model import create_base
 from mora_ds.pretrain import pretrain
 from mora_ds.ranks import Ranks
 from mora_ds.run_folder import reserve
+from mora_ds.sequence_checks import check_world
 from mora_ds.validation import validate
 
 MODEL_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "models" / "tiny_llama.json"
@@ -76,15 +77,18 @@ def run_demo(arguments: Arguments) -> None:
     ranks = Ranks.current()
     started = time.monotonic()
     folder = Path(arguments.training.output_dir)
-    rows = max(1, ROWS_PER_STEP // ranks.world)
+    check_world(training.sequence_parallel_size, ranks.world)
+    replicas = ranks.world // training.ranks_per_replica
+    rows = max(1, ROWS_PER_STEP // replicas)
     paths = DemoPaths(folder / "demo")
     job = _continue_arguments(arguments, paths, rows)
     validate(job)
-    resolve_ds_config(job.training.deepspeed, job.training.engine_settings(), ranks.world)
+    resolve_ds_config(job.training.deepspeed, job.training.engine_settings(), replicas)
     ranks.on_first(lambda: _prepare(arguments, folder))
     if not paths.warm.is_dir():
         training = arguments.training
         warm = {**warm_start_settings(paths, rows, training.seed), "deepspeed": training.deepspeed}
+        warm["sequence_parallel_size"] = training.sequence_parallel_size
         _say(ranks, f"\n1. warm start: every parameter trained on prose for {WARM_START['max_steps']} steps")
         sharded = pretrain(from_flat(warm))
     else:

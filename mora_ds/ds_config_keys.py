@@ -82,7 +82,7 @@ REFUSED: dict[str, str] = {
     "torch_autocast": 'the base is loaded in the compute dtype: use "bf16" or "fp16"',
     "pipeline": "mora_ds does not run on DeepSpeed's pipeline engine",
     "expert_parallel": "mora_ds does not run under expert parallelism",
-    "sequence_parallel_size": "mora_ds does not run under sequence parallelism",
+    "sequence_parallel_size": "set it with --sequence_parallel_size",
     "hybrid_engine": "it is for generation in between training steps",
     "data_efficiency": "batches are packed by mora_ds: a batch is a function of the step",
     "weight_quantization": "it is for inference",

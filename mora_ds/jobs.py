@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from mora_ds.resets import OptimizerReset
 from mora_ds.run import Run, run_identity
 from mora_ds.run_data import RunData
 from mora_ds.saving import PROBE_TOKENS, save_full_model
+from mora_ds.sequence_checks import describe
+from mora_ds.sequence_parallel import share_rows
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Job:
     base_tensors: Mapping[str, Tensor]
     trainable_params: int
     total_params: int
+    split: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda batch: batch
+    """A rank's part of rows that it shares with others."""
 
 
 def rows_per_step(arguments: Arguments, world: int) -> int:
@@ -81,6 +85,17 @@ def prepare_job(
 
     Raises `UserError` for targets that do not match and a checkpoint that is another run's.
     """
+    size = arguments.training.sequence_parallel_size
+    sequence = share_rows(loaded.model, size, arguments.training.collective_timeout_s)
+    if sequence is None:
+        return _unshared_job(arguments, loaded, ds_config, data, place)
+    place.say(describe(loaded.model.config, size, data.train.seq_len))
+    return replace(_unshared_job(arguments, loaded, ds_config, data, place), split=sequence.split)
+
+
+def _unshared_job(
+    arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, place: Place
+) -> Job:
     if arguments.adapter.adapter == AdapterKind.NONE.value:
         return _bare_job(loaded, place)
     full = arguments.adapter.adapter == AdapterKind.FULL.value

@@ -33,6 +33,8 @@ from mora_ds.ranks import Ranks
 from mora_ds.run_data import RunData, load_data
 from mora_ds.run_folder import Reservation, claim, reserve, write_run_file
 from mora_ds.schedules import Schedule, ScheduleKind
+from mora_ds.sequence_checks import check_config, check_split, check_world
+from mora_ds.sequence_parallel import bound, whole_rows
 from mora_ds.trainer import LoopSettings, Trainer
 from mora_ds.validation import validate
 
@@ -52,9 +54,12 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     if not (ranks.is_first and sys.stderr.isatty()):
         disable_progress_bar()  # transformers' own, on every rank
     say = print if ranks.is_first else _silence
+    check_world(training.sequence_parallel_size, ranks.world)
     replicas = ranks.world // training.ranks_per_replica
     ds_config = resolve_ds_config(_expanded(training.deepspeed), training.engine_settings(), replicas)
     check_compute_dtype(ds_config)
+    if training.sequence_parallel_size > 1:
+        ds_config.pop("train_batch_size")  # checked; DeepSpeed, told of no groups, would count every rank's rows
     folder = Path(training.output_dir).expanduser()
     checkpoint, reservation = ranks.on_first(lambda: _reserve(arguments, folder, ranks.world))
     followers = None
@@ -125,12 +130,18 @@ def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: Place) -> t
     else:
         assert model.model_config is not None
         model_folder, config = None, read_model_config(Path(model.model_config).expanduser())
+    training = arguments.training
+    check_config(config, training.sequence_parallel_size, model.attn_implementation, model.trust_remote_code)
     rows = rows_per_step(arguments, ranks.world)
     data = load_data(arguments, config, model_folder, place.followers, rows, place.checkpoint, place.say)
     loaded = prepare_base(arguments, model_folder, data.tokenizer, ds_config, place)
     job = prepare_job(arguments, loaded, ds_config, data, place)
     if arguments.data.document_mask:
-        check_document_mask(job.engine, loaded.model.config.get_text_config().vocab_size)
+        with whole_rows(loaded.model):
+            check_document_mask(job.engine, loaded.model.config.get_text_config().vocab_size)
+    sequence = bound(loaded.model)
+    if sequence is not None:
+        check_split(job.engine, loaded.model, sequence, arguments.data.document_mask)
     return job, data
 
 
@@ -161,6 +172,7 @@ def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule
         save=lambda now: job.save(now, arguments.training.save_total_limit),
         merger=job.remora,
         ranks_per_replica=arguments.training.ranks_per_replica,
+        split=job.split,
         wait=job.wait,
     )
     trainer.last_checkpoint = place.checkpoint
@@ -186,8 +198,9 @@ def _evaluate(arguments: Arguments, job: Job, data: RunData, place: Place) -> di
         write_run_file(place.folder, dump(arguments), {"world_size": place.ranks.world, "steps": 0})
     log = MetricsLog(place.folder, 0, place.ranks.is_first, 0)
     trainer = Trainer(
-        job.engine, data.train, data.evaluation, schedule, settings, log, counter, job.state, lambda now: place.folder
-    )
+        job.engine, data.train, data.evaluation, schedule, settings, log, counter, job.state, lambda now: place.folder,
+        ranks_per_replica=arguments.training.ranks_per_replica, split=job.split,
+    )  # fmt: skip
     job.state.perplexity_before = trainer.evaluate()
     summary = plain_json(_summary(job, job.state, trainer, counter))
     if place.ranks.is_first:

@@ -20,6 +20,7 @@ from mora_ds.config import AdapterConfig
 from mora_ds.files import copy_folder
 from mora_ds.injection import mora_layers
 from mora_ds.remora import ReMoRA, layer_entries
+from mora_ds.sequence_parallel import whole_rows
 
 PROBE_TOKENS = 8
 """Length of the recorded probe: one row; its logits cost 4 * PROBE_TOKENS * vocabulary bytes."""
@@ -95,7 +96,8 @@ def probe_logits(engine: zero.Engine, ids: Tensor) -> Tensor:
     """(1, T, vocabulary) in fp32, without dropout. Collective under ZeRO-3."""
     was_training = engine.training
     engine.eval()
-    logits = engine(input_ids=ids.to(engine.device), use_cache=False).logits.float()
+    with whole_rows(engine.module):
+        logits = engine(input_ids=ids.to(engine.device), use_cache=False).logits.float()
     engine.train(was_training)
     return logits
 

@@ -28,6 +28,7 @@ from mora_ds.errors import RunError, Stopped
 from mora_ds.losses import token_nll
 from mora_ds.metrics import MetricsLog, StepMetrics, peak_memory_bytes, perplexity
 from mora_ds.remora import MergeReport
+from mora_ds.replicas import check_same_rows
 from mora_ds.schedule_text import start_lines
 from mora_ds.schedules import Schedule
 from mora_ds.stall import StallRule, StallSignal
@@ -82,6 +83,8 @@ class Trainer:
     merger: Merger | None = None
     ranks_per_replica: int = 1
     """Consecutive ranks that compute the same rows together."""
+    split: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda batch: batch
+    """What this rank computes of its replica's rows."""
     wait: Callable[[float | None], None] = lambda timeout_s: None
     """Until the checkpoint that is being written is there, or so many seconds; raises what went wrong with it."""
 
@@ -93,6 +96,7 @@ class Trainer:
             self.merger.probe = self._probe_loss
         self.bytes_gathered_per_step = 0
         self._has_complained = False
+        self._rows_checked = False
         self._stop_asked = False
         """Whether some rank was asked to stop; the same on all ranks."""
         self._saved_step: int | None = None
@@ -180,7 +184,14 @@ class Trainer:
         size = self.settings.micro_batch_size
         first, number = (index * self.replicas + self.replica) * size, self.settings.first_batch + self.state.step
         batch = self.train_data.batch(number, self.rows_per_step, slice(first, first + size))
-        return {name: tensor.to(self.engine.device) for name, tensor in batch.items()}
+        batch = {name: tensor.to(self.engine.device) for name, tensor in batch.items()}
+        if self.ranks_per_replica > 1 and not self._rows_checked:
+            check_same_rows(batch, self.ranks_per_replica)
+            self._rows_checked = True
+        return self.split(batch)
+
+    def _own_part(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.split({name: tensor.to(self.engine.device) for name, tensor in batch.items()})
 
     def _sum_over_ranks(self, value: float) -> float:
         total = torch.tensor(value, dtype=torch.float64, device=self.engine.device)
@@ -330,13 +341,15 @@ class Trainer:
 
     @torch.no_grad()
     def _probe_loss(self) -> float:
-        """Mean loss of the corpus's first sequences, the same on every rank."""
+        """Mean loss of the corpus's first sequences, the same in every replica."""
         rows = [self.train_data.block(index) for index in range(min(PROBE_ROWS, self.train_data.n_blocks))]
-        batch = {name: torch.stack([row[name] for row in rows]).to(self.engine.device) for name in rows[0]}
+        batch = self._own_part({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
         self.engine.eval()
-        nll = token_nll(self.engine, batch).item()
+        nll, predicted = token_nll(self.engine, batch).item(), int((batch["labels"] != IGNORED).sum())
         self.engine.train()
-        return nll / max(int((batch["labels"] != IGNORED).sum()), 1)
+        if self.ranks_per_replica > 1:
+            nll, predicted = self._sum_over_ranks(nll), int(self._sum_over_ranks(predicted))
+        return nll / max(predicted, 1)
 
     @torch.no_grad()
     def _mean_nll(self, data: PackedDataset) -> float:
@@ -350,7 +363,7 @@ class Trainer:
             self._leave_if_asked(ask=True)
             if index * self.replicas + self.replica >= most:  # the limit counts batches over all replicas
                 batch["labels"].fill_(IGNORED)
-            batch = {name: tensor.to(self.engine.device) for name, tensor in batch.items()}
+            batch = self._own_part(batch)
             nll += token_nll(self.engine, batch).item()
             predicted += int((batch["labels"] != IGNORED).sum())
         self.engine.train()

@@ -40,6 +40,7 @@ def validate(arguments: Arguments) -> None:
         *_adapter(arguments.adapter),
         *_parts(arguments),
         *_steps(arguments.training),
+        *_sequence(arguments),
         *_optimizer(arguments),
     ]
     problems = [message for wrong, message in checks if wrong]
@@ -133,7 +134,12 @@ def _parts(arguments: Arguments) -> Iterator[Check]:
 
 
 def _steps(training: TrainingArguments) -> Iterator[Check]:
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+    for name in (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "sequence_parallel_size",
+    ):
         yield getattr(training, name) < 1, _at_least(name, 1, getattr(training, name))
     yield training.logging_steps < 1, _at_least("logging_steps", 1, training.logging_steps)
     for name in ("eval_steps", "save_steps", "seed"):
@@ -157,6 +163,18 @@ def _steps(training: TrainingArguments) -> Iterator[Check]:
     yield (
         training.overwrite_output_dir and training.resume_from_checkpoint is not None,
         "--overwrite_output_dir would delete what --resume_from_checkpoint needs: give one of them",
+    )
+
+
+def _sequence(arguments: Arguments) -> Iterator[Check]:
+    size, attention = arguments.training.sequence_parallel_size, arguments.model.attn_implementation
+    yield (
+        size > 1 and arguments.data.seq_len % size != 0,
+        f"--sequence_parallel_size {size} does not divide --seq_len {arguments.data.seq_len}",
+    )
+    yield (
+        size > 1 and attention == "eager",
+        "--sequence_parallel_size: --attn_implementation eager cannot be split over ranks; leave it to auto, or sdpa",
     )
 
 

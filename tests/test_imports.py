@@ -19,7 +19,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "ds_config_keys", "tables", "processes", "status"),
-    ("operators", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer", "zero", "muon", "stopping"),
+    (
+        *(
+            "operators",
+            "lora",
+            "schedules",
+            "stall",
+            "files",
+            "ranks",
+            "flags",
+            "ds_optimizer",
+            "zero",
+            "muon",
+            "stopping",
+        ),
+        *("sequence_parallel", "replicas"),
+    ),
     (
         *(
             "cli",
@@ -37,7 +52,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("config", "layer", "base", "export_check", "spectrum", "checkpoint_folder"),
     ("injection", "arguments", "ledger", "model", "model_folder", "data", "shards"),
-    ("adapter_files", "engine", "losses", "remora", "flat_tensors", "validation", "run_data", "ledger_table"),
+    (
+        *("adapter_files", "engine", "losses", "remora", "flat_tensors", "validation", "run_data", "ledger_table"),
+        *("sequence_checks",),
+    ),
     ("saving", "partitions", "model_card", "ledger_tools", "universal", "portable"),
     ("checkpoint", "verification"),
     ("export", "run", "trainer", "compact", "spectrum_report"),
@@ -58,8 +76,8 @@ DATA_FLOORS: tuple[tuple[str, ...], ...] = (
 
 DATA_SEES = {"errors", "files"}
 
-DEEPSPEED = {"zero", "muon", "flat_tensors", "partitions", "engine", "saving", "jobs"}
-"""Rooms that may import deepspeed: internals in the first four, its public functions in the others."""
+DEEPSPEED = {"zero", "muon", "flat_tensors", "partitions", "sequence_parallel", "engine", "saving", "jobs"}
+"""Rooms that may import deepspeed: internals in the first five, its public functions in the others."""
 
 DISTRIBUTED = {
     *(
@@ -75,6 +93,7 @@ DISTRIBUTED = {
         "saving",
     ),
     "trainer",
+    *("sequence_parallel", "sequence_checks", "replicas"),
 }
 """Rooms that may import torch.distributed."""
 
