@@ -6,6 +6,7 @@ every rank and no collective ever carries them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,8 +71,12 @@ class MoRALinear(AdaptedLinear):
     def __init__(self, base: Any, spec: OperatorSpec, dropout: float = 0.0, compute: Compute = Compute.AUTO) -> None:
         super().__init__(base, spec, dropout)
         self.compute = compute
+        self.split: Callable[[MoRALinear, Tensor], Tensor] | None = None
+        """Computes this rank's part, where ranks share the layer (`tensor_parallel.LayerSplit`)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.split is not None:
+            return self.split(self, x)
         square = self.square.to(x.dtype)
         if self.training and self.dropout:  # base and square read different inputs
             update = mora_update(self.spec, square, F.dropout(x, self.dropout))
