@@ -134,13 +134,15 @@ def trainable_numels(model: nn.Module, tensor_parallel_size: int = 1) -> list[in
 
 def check_splittable(config: dict[str, Any]) -> None:
     """What tensor parallelism needs of a config. Raises `UserError`."""
-    if config["zero_optimization"]["stage"] != 3:
-        raise UserError("--tensor_parallel_size above 1 needs ZeRO stage 3 (zero_optimization.stage in --deepspeed)")
-    if uses_muon(config):
+    flag, settings = "--tensor_parallel_size above 1", config["zero_optimization"]
+    if settings["stage"] != 3:
+        raise UserError(f"{flag} needs ZeRO stage 3 (zero_optimization.stage in --deepspeed)")
+    if (settings.get("offload_optimizer") or {}).get("device") == "nvme":
         raise UserError(
-            "--optimizer muon makes whole squares orthogonal, and with --tensor_parallel_size above 1 no rank has a "
-            "whole one: use adamw"
+            f'{flag} has not been tried with an optimizer on NVMe: offload_optimizer to "cpu", or not at all'
         )
+    if uses_muon(config):
+        raise UserError(f"{flag}: --optimizer muon makes whole squares orthogonal, and no rank has a whole one")
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

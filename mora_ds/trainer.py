@@ -82,6 +82,8 @@ class Trainer:
     merger: Merger | None = None
     ranks_per_replica: int = 1
     """Consecutive ranks that compute the same rows together."""
+    check_batch: Callable[[Tensor], None] = lambda token_ids: None
+    """Called with the first batch's token ids: whether all ranks that should have the same do."""
     wait: Callable[[float | None], None] = lambda timeout_s: None
     """Until the checkpoint that is being written is there, or so many seconds; raises what went wrong with it."""
 
@@ -93,6 +95,7 @@ class Trainer:
             self.merger.probe = self._probe_loss
         self.bytes_gathered_per_step = 0
         self._has_complained = False
+        self._has_checked = False
         self._stop_asked = False
         """Whether some rank was asked to stop; the same on all ranks."""
         self._saved_step: int | None = None
@@ -163,6 +166,9 @@ class Trainer:
     def _forward_backward(self) -> float:
         """All micro-batches and the optimizer's step. Returns the global mean loss."""
         micro_batches = [self._micro_batch(index) for index in range(self.settings.gradient_accumulation_steps)]
+        if not self._has_checked:
+            self.check_batch(torch.cat([batch["input_ids"] for batch in micro_batches]))
+            self._has_checked = True
         predicted = sum(int((batch["labels"] != IGNORED).sum()) for batch in micro_batches)
         total_predicted = max(self._sum_over_ranks(predicted), 1.0)
         # DeepSpeed divides by the number of micro-batches and averages over ranks: undo both, divide by tokens.

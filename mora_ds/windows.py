@@ -127,8 +127,8 @@ def _tables(part: Window, device: torch.device) -> _Tables:
     with torch.inference_mode(False), torch.no_grad():
         sources, places = _input_tables(part)
         slots, members, used = _output_tables(part)
-        moved = [table.to(device) for table in (sources, places, slots, members)]
-        return _Tables(*moved, None if used is None else used.to(device))
+        sources, places, slots, members = (table.to(device) for table in (sources, places, slots, members))
+        return _Tables(sources, places, slots, members, None if used is None else used.to(device))
 
 
 def _input_tables(part: Window) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,9 @@ def logits(model: Any) -> torch.Tensor:
 def assert_same_run(found: dict[str, Any], expected: dict[str, Any], where: object = "") -> None:
     for mine, theirs in zip(found["losses"], expected["losses"], strict=True):
         assert abs(mine - theirs) <= 1e-6 * max(1.0, abs(theirs)), (where, found["losses"], expected["losses"])
-    torch.testing.assert_close(found["logits"], expected["logits"], rtol=0, atol=2e-6, msg=lambda text: f"{where} {text}")
+    torch.testing.assert_close(
+        found["logits"], expected["logits"], rtol=0, atol=2e-6, msg=lambda text: f"{where} {text}"
+    )
     for mine, theirs in zip(found["norms"], expected["norms"], strict=True):
         assert abs(mine - theirs) <= 1e-5 * theirs, (where, found["norms"], expected["norms"])
     assert found["gradients"].keys() == expected["gradients"].keys()
@@ -128,4 +130,6 @@ def assert_same_run(found: dict[str, Any], expected: dict[str, Any], where: obje
         error = (found["gradients"][name] - gradient).norm() / gradient.norm()
         assert error <= 1e-5, (where, name, error.item())
     for name, value in expected["values"].items():
-        torch.testing.assert_close(found["values"][name], value, rtol=1e-4, atol=2e-5, msg=lambda text: f"{where} {text}")
+        torch.testing.assert_close(
+            found["values"][name], value, rtol=1e-4, atol=2e-5, msg=lambda text: f"{where} {text}"
+        )

@@ -97,8 +97,11 @@ def test_segments_confine_what_meets(shape: tuple[int, int, int], grouping: Grou
     d_in, d_out, r_hat = shape
     spec = OperatorSpec(OperatorKind.SHARE, d_in, d_out, r_hat, grouping, seed=5)
     for parts in (2, 4):
-        for spec, side in ((replace(spec, out_segments=SEGMENTS), "rows"), (replace(spec, in_segments=SEGMENTS), "columns")):
-            square, x, g = tensors(spec)
+        for spec, side in (
+            (replace(spec, out_segments=SEGMENTS), "rows"),
+            (replace(spec, in_segments=SEGMENTS), "columns"),
+        ):
+            square, x, _ = tensors(spec)
             expected = mora_update(spec, square, x)
             torch.testing.assert_close(x @ delta_weight(spec, square).T, expected)
             lanes = bounds(r_hat, parts)
