@@ -42,7 +42,7 @@ def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
     for name, layer in layers.items():
         assert isinstance(layer, MoRALinear)
         layer.split = LayerSplit(topology, plan.styles[name], layer.spec.in_segments > 1)
-        square = nn.Parameter(layer.split.own(layer.square.data).clone())
+        square = nn.Parameter(layer.split.own(layer.square.data).clone(memory_format=torch.contiguous_format))
         mark_split(square, topology.share(layer.spec.r_hat)[0], layer.spec.r_hat, layer.split.transposed)
         layer.square = square
     for name, style in plan.styles.items():
