@@ -1,0 +1,113 @@
+"""What tensor parallelism puts on the wire, counted, against what `tensor_cost` says; and the design's table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from mora_ds import zero
+from mora_ds.config import MoRAConfig
+from mora_ds.injection import frozen_buffers, inject
+from mora_ds.tensor_cost import Collective, costs
+from tests.gloo import run_ranks
+from tests.models import causal_loss, tokens
+from tests.tensor_parallel import Case, model_of, start
+
+ROWS, LENGTH = 2, 16
+PASSES = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+"""Squares are gathered in forward and again in backward, as at a size that matters."""
+SHAPE = {"num_key_value_heads": 4, "intermediate_size": 68}
+"""Squares of 16 and 20 rows: no padding."""
+CASES: dict[str, Case] = {
+    "gather": {"family": "llama", "model": SHAPE},
+    "aligned": {"family": "llama", "segments": 4, "model": SHAPE},
+    "fallback": {"family": "llama", "model": {**SHAPE, "num_key_value_heads": 1, "num_attention_heads": 1}},
+    "rotate": {"family": "llama", "operator": "rotate", "model": SHAPE},
+}
+DEGREE, REPLICAS = 2, 2
+
+
+def counted(case: Case) -> dict[str, Any]:
+    """Bytes of one micro-batch's forward and backward, by kind, and those of the base."""
+    engine, replica, replicas = start(case, DEGREE, **PASSES)
+    engine.module.enable_input_require_grads()  # or the first layers would be spared their backward
+    counter = zero.CollectiveCounter(frozen_buffers(engine.module).values())
+    ids = tokens(ROWS * replicas, LENGTH)[replica * ROWS :][:ROWS]
+    with counter.counting():
+        for index in range(3):  # ZeRO-3 traces the first micro-batch; the second ends a step
+            counter.reset()
+            engine.backward(causal_loss(engine, ids))
+            found = dict(counter.bytes)
+            if index < 2:
+                engine.step()
+    return {"bytes": found, "base": counter.base_bytes}
+
+
+def all_counted() -> dict[Any, Any]:
+    return {name: counted(case) for name, case in CASES.items()}
+
+
+KINDS = {
+    Collective.GATHER: "all_gather_into_tensor",
+    Collective.SCATTER: "reduce_scatter_tensor",
+    Collective.SUM: "all_reduce",
+}
+
+
+@pytest.mark.gloo
+def test_the_bytes_are_those_predicted_and_none_is_of_the_base() -> None:
+    ranks = run_ranks(DEGREE * REPLICAS, all_counted)
+    for name, case in CASES.items():
+        cost = costs(model_of(case), DEGREE, REPLICAS, ROWS * LENGTH)
+        expected = {KINDS[kind]: 4 * cost.payload(kind) for kind in Collective if cost.payload(kind)}
+        for found in (rank[name] for rank in ranks):
+            assert found["base"] == 0
+            assert found["bytes"] == expected, name
+
+
+def test_an_aligned_grouping_adds_nothing_for_the_squares() -> None:
+    """Only ZeRO's own gathers of the shares are left, half of what one replica's would be at t = 1."""
+    aligned, gather = (costs(model_of(CASES[name]), 2, 2, 32) for name in ("aligned", "gather"))
+    assert {item.ranks for item in aligned.traffic if item.what == "square"} == {2}
+    alone = costs(model_of(CASES["gather"]), 1, 2, 32)
+    assert aligned.wire("square") == alone.wire("square") / 2 < gather.wire("square")
+    assert aligned.wire("activation") == gather.wire("activation")
+
+
+# -- the design's table --------------------------------------------------------------------------------------------------
+
+
+def seven_billion(**config: Any) -> torch.nn.Module:
+    """One layer of Llama 7B, without memory, with squares of rank 256."""
+    llama = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=1, vocab_size=64
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(llama)
+    inject(model, MoRAConfig(rank=256, **config))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("degree", "segments", "tmac", "millions"),
+    [(1, 0, 1.90, 52), (2, 0, 2.15, 187), (8, 0, 2.99, 992), (2, 8, 1.90, 157), (8, 8, 1.90, 940)],
+)
+def test_the_table_for_8_ranks_of_4096_tokens(degree: int, segments: int, tmac: float, millions: int) -> None:
+    cost = costs(seven_billion(segments=segments), degree, 8 // degree, 4096 * degree)
+    assert round(cost.macs / 1e12, 2) == pytest.approx(tmac, abs=0.005)
+    assert round(cost.wire() / 1e6) == millions
+
+
+@pytest.mark.parametrize(("degree", "tmac", "millions"), [(2, 3.56, 166), (8, 13.5, 1006)])
+def test_the_table_where_every_rank_repeats_the_base(degree: int, tmac: float, millions: int) -> None:
+    model = seven_billion()
+    type(model.config).base_model_tp_plan, plan = None, type(model.config).base_model_tp_plan
+    try:
+        cost = costs(model, degree, 8 // degree, 4096 * degree)
+    finally:
+        type(model.config).base_model_tp_plan = plan
+    assert cost.macs / 1e12 == pytest.approx(tmac, abs=0.05)
+    assert round(cost.wire() / 1e6) == millions
