@@ -225,8 +225,8 @@ class TrainingArguments:
     deepspeed: str | None = None
     """DeepSpeed's JSON file, such as configs/zero3.json. Default: ZeRO-3 with every value "auto"."""
     tensor_parallel_size: int = 1
-    """Ranks that share the work of one: each computes a slice of every layer and holds a share of every square; the base
-    stays whole on each. Consecutive ranks, best of one node. Ranks of the run = this x data-parallel replicas."""
+    """Ranks that share the work of one: each computes a slice of every layer and holds a share of every square; the
+    base stays whole on each. Consecutive ranks, best of one node. Ranks of the run = this x data-parallel replicas."""
     dry_run: bool = False
     """Print what each rank would compute and store, and stop: nothing is trained, the output folder stays as it is."""
     max_steps: int = -1

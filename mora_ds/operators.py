@@ -85,7 +85,7 @@ class OperatorSpec:
     seed: int = 0
     """Seed of the permutations; read only when `grouping` is PERMUTED."""
     in_segments: int = 1
-    """Cut the inputs, and the columns of M, into so many runs; an input meets only columns of its own run. For share."""
+    """Cut the inputs and the columns of M into so many runs; an input meets columns of its own run only. For share."""
     out_segments: int = 1
     """The same of the outputs and the rows of M."""
 

@@ -27,7 +27,7 @@ from mora_ds.compute import Compute, choose
 from mora_ds.errors import RunError, UserError
 from mora_ds.injection import mora_layers
 from mora_ds.layer import MoRALinear
-from mora_ds.operators import OperatorSpec, compress, decompress
+from mora_ds.operators import OperatorSpec
 from mora_ds.tensor_plan import Style, TensorPlan, plan_of
 from mora_ds.topology import FLAG, Topology, mark_split
 from mora_ds.windows import Window, window
@@ -82,7 +82,8 @@ def _refuse(model: nn.Module, degree: int) -> None:
             raise UserError(f"{FLAG} {degree} splits squares: LoRA's factors run at 1 (--adapter mora)")
         if layer.spec.r_hat < degree:
             raise UserError(
-                f"{FLAG} {degree}: the square of {name} has {layer.spec.r_hat} rows: a larger --mora_rank, or fewer ranks"
+                f"{FLAG} {degree}: the square of {name} has {layer.spec.r_hat} rows: a larger --mora_rank, or a "
+                "smaller group"
             )
 
 
@@ -97,7 +98,7 @@ def _dropouts(model: nn.Module) -> dict[str, float]:
     return found
 
 
-# -- layers --------------------------------------------------------------------------------------------------------------
+# -- layers -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class LayerSplit:
     """Whether the shares are columns of M, held as rows of its transpose: for groupings aligned on the inputs."""
 
     def __call__(self, layer: MoRALinear, x: Tensor) -> Tensor:
-        """(..., d_in), or of a rowwise layer this rank's slice of it, to (..., d_out), or of a colwise one its slice."""
+        """(..., d_in) -> (..., d_out), where this rank's slice is a rowwise layer's input, a colwise one's output."""
         own = layer.square.to(x.dtype)
         if self.style is Style.WHOLE:
             return F.linear(x, layer.stored_weight, layer.bias) + self._fallback(layer.spec, own, x)
@@ -151,11 +152,13 @@ class LayerSplit:
         return window(spec, inputs=self.topology.share(spec.d_in), columns=lanes)
 
     def _fallback(self, spec: OperatorSpec, own: Tensor, x: Tensor) -> Tensor:
-        z = compress(spec, x)
+        part = window(spec)
+        z = _Compress.apply(x, part)
         if self.transposed:
-            return decompress(spec, _Sum.apply(_OwnLanes.apply(z, self.topology) @ own, self.topology))
-        u = F.linear(_SumGradient.apply(z, self.topology), own)
-        return decompress(spec, _AllLanes.apply(u, self.topology, spec.r_hat))
+            u = _Sum.apply(_OwnLanes.apply(z, self.topology) @ own, self.topology)
+        else:
+            u = _AllLanes.apply(F.linear(_SumGradient.apply(z, self.topology), own), self.topology, spec.r_hat)
+        return _Decompress.apply(u, part)
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ def _summed(topology: Topology, y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-# -- autograd ------------------------------------------------------------------------------------------------------------
+# -- autograd ---------------------------------------------------------------------------------------------------------
 
 
 class _SplitLinear(torch.autograd.Function):
@@ -261,6 +264,35 @@ def _all_rows(part: Window, gradient: Tensor) -> Tensor:
         return gradient
     whole = gradient.new_zeros(part.rows[1] - part.rows[0], gradient.shape[1])
     return whole.index_copy_(0, used, gradient)
+
+
+class _Compress(torch.autograd.Function):
+    """`operators.compress`, of gathers alone in backward too: it comes out alike on all ranks of a group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, part: Window) -> Tensor:
+        ctx.part = part
+        return windows.turned(part, windows.fold(part, x))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return windows.unfold(ctx.part, windows.turned(ctx.part, gradients[0], back=True)), None
+
+
+class _Decompress(torch.autograd.Function):
+    """`operators.decompress`, likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, part: Window) -> Tensor:
+        ctx.part = part
+        used = windows.rows_used(part, u.device)
+        return windows.deal_out(part, u if used is None else u[..., used])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        collected = windows.collect(ctx.part, gradients[0])
+        rows = _all_rows(ctx.part, collected.flatten(0, -2).T).T
+        return rows.unflatten(0, collected.shape[:-1]), None
 
 
 class _SumGradient(torch.autograd.Function):

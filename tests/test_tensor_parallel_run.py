@@ -11,8 +11,7 @@ import torch
 
 from mora_ds.shards import EngineShards
 from mora_ds.verification import verify
-from tests.gloo import run_ranks
-from tests.jobs import Playground, job, losses, playground, refused, rows, run, said
+from tests.jobs import Playground, losses, playground, rows, run
 
 pytestmark = pytest.mark.gloo
 
@@ -61,7 +60,10 @@ def test_it_is_the_run_of_one_rank(saved: tuple[str, Path, torch.Tensor], ground
         assert [verdict.problems for verdict in verify(out / folder)] == [[]]
         here, there = EngineShards.open(out / folder / "engine"), EngineShards.open(alone / folder / "engine")
         assert here.shapes == there.shapes
-        sizes = [{path.name: path.stat().st_size for path in (root / folder).glob("**/*.safetensors")} for root in (out, alone)]
+        sizes = [
+            {path.name: path.stat().st_size for path in (root / folder).glob("**/*.safetensors")}
+            for root in (out, alone)
+        ]
         assert {name: size for name, size in sizes[0].items() if not name.startswith("rng")} == {
             name: size for name, size in sizes[1].items() if not name.startswith("rng")
         }

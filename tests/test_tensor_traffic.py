@@ -77,7 +77,7 @@ def test_an_aligned_grouping_adds_nothing_for_the_squares() -> None:
     assert aligned.wire("activation") == gather.wire("activation")
 
 
-# -- the design's table --------------------------------------------------------------------------------------------------
+# -- the design's table -----------------------------------------------------------------------------------------------
 
 
 def seven_billion(**config: Any) -> torch.nn.Module:

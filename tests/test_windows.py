@@ -95,29 +95,22 @@ GROUPINGS = (Grouping.PERMUTED, Grouping.PLAIN, Grouping.CONTIGUOUS)
 def test_segments_confine_what_meets(shape: tuple[int, int, int], grouping: Grouping) -> None:
     """One definition for every way to compute, and a window of whole segments needs its own lanes only."""
     d_in, d_out, r_hat = shape
-    spec = OperatorSpec(OperatorKind.SHARE, d_in, d_out, r_hat, grouping, seed=5)
+    plain = OperatorSpec(OperatorKind.SHARE, d_in, d_out, r_hat, grouping, seed=5)
+    square, x, _ = tensors(plain)
     for parts in (2, 4):
-        for spec, side in (
-            (replace(spec, out_segments=SEGMENTS), "rows"),
-            (replace(spec, in_segments=SEGMENTS), "columns"),
-        ):
-            square, x, _ = tensors(spec)
-            expected = mora_update(spec, square, x)
-            torch.testing.assert_close(x @ delta_weight(spec, square).T, expected)
-            lanes = bounds(r_hat, parts)
-            if side == "rows":
-                pieces = [
-                    update(window(spec, outputs=part, rows=own), square, x)
-                    for part, own in zip(bounds(d_out, parts), lanes, strict=True)
-                ]
-                torch.testing.assert_close(torch.cat(pieces, dim=-1), expected)
-            else:
-                pieces = [
-                    update(window(spec, inputs=part, columns=own), square, x[..., slice(*part)])
-                    for part, own in zip(bounds(d_in, parts), lanes, strict=True)
-                ]
-                torch.testing.assert_close(torch.stack(pieces).sum(0), expected)
-            spec = replace(spec, in_segments=1, out_segments=1)
+        own = bounds(r_hat, parts)
+        outwards, inwards = replace(plain, out_segments=SEGMENTS), replace(plain, in_segments=SEGMENTS)
+        columns = [
+            update(window(outwards, outputs=part, rows=lanes), square, x)
+            for part, lanes in zip(bounds(d_out, parts), own, strict=True)
+        ]
+        rows = [
+            update(window(inwards, inputs=part, columns=lanes), square, x[..., slice(*part)])
+            for part, lanes in zip(bounds(d_in, parts), own, strict=True)
+        ]
+        for spec, found in ((outwards, torch.cat(columns, dim=-1)), (inwards, torch.stack(rows).sum(0))):
+            torch.testing.assert_close(found, mora_update(spec, square, x))
+            torch.testing.assert_close(found, x @ delta_weight(spec, square).T)
 
 
 def test_a_permutation_is_the_same_without_segments_and_new_with_every_seed() -> None:
