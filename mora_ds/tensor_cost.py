@@ -1,6 +1,7 @@
 """What tensor parallelism costs, counted from shapes: products and traffic of one micro-batch, forward and backward.
 
     costs(model, degree, replicas, tokens)      a model, injected, on any device (meta will do)
+    cost_table(...)                             ways to spend so many ranks, side by side
 
 `tokens` are those that a group computes together. A rank's products are counted in multiply-accumulates; the head, the
 attention scores and gradient checkpointing are left out. Traffic is a list of collectives: `payload` is what a counter
@@ -9,8 +10,8 @@ of whole tensors sees, `wire` what a ring sends from each rank: (k-1)/k of a gat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 from mora_ds.injection import count_parameters, mora_layers
 from mora_ds.layer import AdaptedLinear
 from mora_ds.operators import OperatorKind, OperatorSpec
-from mora_ds.tensor_plan import Style, TensorPlan, plan_of
+from mora_ds.tensor_plan import Style, TensorPlan, is_attention, plan_of
 
 PASSES_GATHERED = 2
 """ZeRO-3 gathers a square's shares in forward and again in backward."""
@@ -90,9 +91,12 @@ class Costs:
         )
 
 
-def costs(model: nn.Module, degree: int, replicas: int, tokens: int) -> Costs:
-    """Of an injected model that has not been split yet, `tokens` a group and micro-batch."""
+def costs(model: nn.Module, degree: int, replicas: int, tokens: int, split: bool = True) -> Costs:
+    """Of an injected model that has not been split yet, `tokens` a group and micro-batch. Without `split`: as if every
+    layer fell back."""
     plan, layers = plan_of(model, degree), mora_layers(model)
+    if not split:
+        plan = replace(plan, styles=dict.fromkeys(plan.styles, Style.WHOLE), blocks=())
     base = square = 0
     traffic: list[Traffic] = []
     for name, style in plan.styles.items():
@@ -109,6 +113,52 @@ def costs(model: nn.Module, degree: int, replicas: int, tokens: int) -> Costs:
     squares = sum(layer.value.numel() for layer in layers.values())
     whole = count_parameters(model) - sum(parameter.numel() for parameter in model.parameters())
     return Costs(base, square, tuple(traffic), whole, squares / degree / replicas)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to spend the ranks, per rank: multiply-accumulates and elements on the wire, both in all."""
+
+    name: str
+    macs: float
+    wire: float
+
+
+def cost_table(
+    gathered: nn.Module, aligned: nn.Module | None, ranks: int, degrees: Sequence[int], tokens: int
+) -> list[Row]:
+    """`gathered`, `aligned`: the model injected without and with segments; `tokens` a rank, whatever the degree."""
+    alone = costs(gathered, 1, ranks, tokens)
+    rows = [Row("data parallel only, base whole", alone.macs, alone.wire())]
+    for degree in degrees:
+        spent = (degree, ranks // degree, tokens * degree)
+        ways = [
+            (f"every rank repeats the base, t = {degree}", costs(gathered, *spent, split=False)),
+            (f"split, squares gathered, t = {degree}", costs(gathered, *spent)),
+        ]
+        if aligned is not None:
+            ways.append((f"split, squares aligned, t = {degree}", costs(aligned, *spent)))
+        rows += [Row(name, way.macs, way.wire()) for name, way in ways]
+    sharded = PASSES_GATHERED * _linear_elements(gathered) * (ranks - 1) / ranks
+    rows.append(Row("ZeRO-3 with the base sharded too", alone.macs, alone.wire() + sharded))
+    for degree in degrees:
+        moved = 2 * tokens * _attention_widths(gathered) * (degree - 1) / degree
+        rows.append(Row(f"sequence parallel (Ulysses), s = {degree}", alone.macs, alone.wire() + moved))
+    return rows
+
+
+def _linear_elements(model: nn.Module) -> int:
+    return sum(layer.in_features * layer.out_features for layer in mora_layers(model).values())
+
+
+def _attention_widths(model: nn.Module) -> int:
+    """Elements a token that Ulysses exchanges in a forward: queries, keys, values and what attention makes of them."""
+    total = 0
+    for name, style in plan_of(model, 1).styles.items():
+        if is_attention(model.get_submodule(name.rpartition(".")[0])) and style is not Style.WHOLE:
+            d_in, d_out = _shape(model.get_submodule(name))
+            total += d_out if style is Style.COLWISE else d_in
+    return total
 
 
 def _square_macs(spec: OperatorSpec, style: Style, degree: int) -> int:

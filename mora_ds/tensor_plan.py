@@ -82,6 +82,11 @@ def style_in_plan(model: nn.Module) -> dict[str, Style]:
     return plan_of(model, 1).styles
 
 
+def is_attention(block: nn.Module) -> bool:
+    """Whether what a block computes is cut into heads."""
+    return hasattr(block, "head_dim") or hasattr(block, "head_size")
+
+
 def _planned(model: nn.Module, name: str) -> str:
     """What the model's plan says of a module, "" for nothing."""
     plan = getattr(_config(model), "base_model_tp_plan", None) or {}
@@ -106,7 +111,7 @@ def _obstacle(model: nn.Module, block: str, wanted: dict[str, str], degree: int)
 
 def _indivisible(model: nn.Module, block: str, wanted: dict[str, str], degree: int) -> str:
     config, module = _config(model), model.get_submodule(block)
-    if hasattr(module, "head_dim") or hasattr(module, "head_size"):
+    if is_attention(module):
         heads = config.num_attention_heads
         shared = getattr(config, "num_key_value_heads", None) or heads
         if heads % degree or shared % degree:

@@ -22,9 +22,13 @@ Case = dict[str, Any]
 """family, checkpointing, model (changes of its config), and everything else for `MoRAConfig`."""
 
 
+def config_of(case: Case) -> MoRAConfig:
+    settings = {key: value for key, value in case.items() if key not in ("family", "checkpointing", "model")}
+    return MoRAConfig(**{"rank": 4, "operator": "share", **settings})
+
+
 def model_of(case: Case) -> torch.nn.Module:
     """A tiny model whose squares are not zero, and whose norms and biases are not ones and zeros."""
-    settings = {key: value for key, value in case.items() if key not in ("family", "checkpointing", "model")}
     model = tiny_model(case["family"], **case.get("model", {}))
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -32,7 +36,7 @@ def model_of(case: Case) -> torch.nn.Module:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     if case.get("checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    inject(model, MoRAConfig(**{"rank": 4, "operator": "share", **settings}))
+    inject(model, config_of(case))
     for layer in mora_layers(model).values():
         layer.square.data = 0.02 * torch.randn(layer.square.shape, generator=generator)
     return model.train()

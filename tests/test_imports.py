@@ -90,8 +90,7 @@ STANDARD_LIBRARY_ONLY = {
 }
 WITHOUT_DEEPSPEED = (
     "operators", "windows", "layer", "tensor_plan", "tensor_cost", "config", "injection", "data", "ledger", "export",
-    "shards", "checkpoint_folder",
-    "verification", "universal", "portable", "arguments", "validation",
+    "shards", "checkpoint_folder", "verification", "universal", "portable", "arguments", "validation",
 )  # fmt: skip
 """Rooms that must not need DeepSpeed, not even through another room."""
 

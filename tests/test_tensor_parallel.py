@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from mora_ds import zero
+from mora_ds.errors import RunError
+from mora_ds.injection import frozen_buffers
+from mora_ds.ledger import Ledger
+from mora_ds.remora import ReMoRA
+from mora_ds.tensor_parallel import check_same_batch
+from mora_ds.topology import Topology
 from tests.gloo import run_ranks
-from tests.tensor_parallel import Case, assert_same_run, plain_run, split_run
+from tests.models import causal_loss, tokens
+from tests.tensor_parallel import (
+    BATCHES,
+    Case,
+    assert_same_run,
+    batches,
+    config_of,
+    plain_run,
+    split_run,
+    start,
+    whole,
+)
 
 pytestmark = pytest.mark.gloo
 
@@ -46,6 +66,59 @@ def compare(world: int, degree: int, cases: list[Case]) -> None:
             assert_same_run(results[index], expected, case)
             for name, value in results[index]["values"].items():
                 assert torch.equal(value, ranks[0][index]["values"][name]), (case, name)
+
+
+# -- merging, batches --------------------------------------------------------------------------------------------------
+
+
+def merged(case: Case, degree: int, folder: str) -> dict[str, Any]:
+    """Two steps and a merge: the live base of this rank, and the loss before and after."""
+    engine, replica, replicas = start(case, degree)
+    if dist.get_rank() == 0:
+        Ledger.create(Path(folder), "0" * 64)
+    dist.barrier()
+    remora = ReMoRA(engine, config_of(case), Ledger.open(Path(folder)), None, {}, "incremental")
+    micro = BATCHES // replicas
+    for step in range(2):
+        for ids in batches(step):
+            engine.backward(causal_loss(engine, ids[replica * micro :][:micro]))
+            engine.step()
+    remora.probe = lambda: causal_loss(engine, batches(9)[0]).item()
+    report = remora.merge(2)
+    squares = whole(engine, lambda parameter: zero.full_fp32(engine, parameter))
+    assert all(not value.any() for name, value in squares.items() if name.endswith("square"))
+    base = {name: tensor.clone() for name, tensor in frozen_buffers(engine.module).items()}
+    return {"base": base, "before": report.loss_before, "after": report.loss_after, "norm": report.square_norm}
+
+
+@pytest.mark.parametrize("case", [CORE[0], CORE[1]], ids=["gather", "aligned"])
+def test_a_merge_is_the_same_bit_for_bit_on_all_ranks(case: Case, tmp_path: Path) -> None:
+    ranks = run_ranks(4, merged, case, 2, str(tmp_path / "split"))
+    (alone,) = run_ranks(1, merged, case, 1, str(tmp_path / "alone"))
+    for found in ranks:
+        assert found["after"] == pytest.approx(found["before"], abs=1e-6)
+        assert found["norm"] == pytest.approx(alone["norm"], rel=1e-5)
+        for name, tensor in alone["base"].items():
+            assert torch.equal(found["base"][name], ranks[0]["base"][name]), name
+            torch.testing.assert_close(found["base"][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def different_batches() -> str:
+    topology = Topology.of(2)
+    ids = tokens(2, seed=3)
+    check_same_batch(topology, ids)
+    if topology.index == 1:
+        ids[1, -1] += 1
+    try:
+        check_same_batch(topology, ids)
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+def test_the_same_batch_reaches_all_ranks_of_a_group() -> None:
+    for message in run_ranks(4, different_batches):
+        assert "got different batches (--tensor_parallel_size 2)" in message
 
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt_neox", "gpt2")
