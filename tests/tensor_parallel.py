@@ -127,8 +127,9 @@ def assert_same_run(found: dict[str, Any], expected: dict[str, Any], where: obje
     torch.testing.assert_close(
         found["logits"], expected["logits"], rtol=0, atol=2e-6, msg=lambda text: f"{where} {text}"
     )
-    for mine, theirs in zip(found["norms"], expected["norms"], strict=True):
-        assert abs(mine - theirs) <= 1e-5 * theirs, (where, found["norms"], expected["norms"])
+    for step, (mine, theirs) in enumerate(zip(found["norms"], expected["norms"], strict=True)):
+        # later norms tell of squares that Adam has moved: a rounding in the first step is larger there
+        assert abs(mine - theirs) <= (1e-4 if step else 2e-6) * theirs, (where, found["norms"], expected["norms"])
     assert found["gradients"].keys() == expected["gradients"].keys()
     for name, gradient in expected["gradients"].items():
         error = (found["gradients"][name] - gradient).norm() / gradient.norm()
