@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mora_ds.errors import UserError, nearest
+from mora_ds.lanes import deal, pick, resize, rotate, unwrap, wrap
 from mora_ds.tables import lane_members, permutation_tables, rope_table, run_lengths, segment_lanes, strided_groups
 
 ROTATE_BELOW_RANK = 64
@@ -164,34 +165,34 @@ def compress(spec: OperatorSpec, x: Tensor) -> Tensor:
     blocks = input_blocks(spec, x)
     if spec.kind is OperatorKind.SHARE:
         return blocks.sum(dim=-2, keepdim=True)
-    return _rotate(blocks, *_angles(spec, x)) if spec.kind is OperatorKind.ROTATE else blocks
+    return rotate(blocks, *_angles(spec, x)) if spec.kind is OperatorKind.ROTATE else blocks
 
 
 def decompress(spec: OperatorSpec, z: Tensor) -> Tensor:
     """(..., N, R) -> (..., O). The inverse permutation, if any, comes last."""
     if spec.kind is OperatorKind.TRUNCATE:
-        y = _resize(z.squeeze(-2), spec.d_out)
+        y = resize(z.squeeze(-2), spec.d_out)
     elif spec.grouping.contiguous_out or spec.out_segments > 1:
-        y = _pick(z.squeeze(-2), _output_lanes(spec, z.device))
+        y = pick(z.squeeze(-2), _output_lanes(spec, z.device))
     else:
         y = deal(z, spec.blocks_out).flatten(-2)[..., : spec.d_out]
     if spec.grouping is Grouping.PERMUTED:
-        y = _pick(y, _inverse_permutations(spec, z.device)[1])
+        y = pick(y, _inverse_permutations(spec, z.device)[1])
     return y
 
 
 def decompress_transpose(spec: OperatorSpec, g: Tensor) -> Tensor:
     """The transpose of `decompress`: (..., O) -> (..., N, R). Takes gradients back to the square's output."""
     if spec.grouping is Grouping.PERMUTED:
-        g = _pick(g, _permutations(spec, g.device)[1])
+        g = pick(g, _permutations(spec, g.device)[1])
     if spec.kind is OperatorKind.TRUNCATE:
-        return _resize(g, spec.r_hat).unsqueeze(-2)
+        return resize(g, spec.r_hat).unsqueeze(-2)
     if spec.out_segments > 1:
         members = lane_members(spec.d_out, spec.r_hat, spec.out_segments, spec.grouping.contiguous_out, g.device)
-        return _pick(F.pad(g, (0, 1)), members.flatten()).unflatten(-1, members.shape).sum(dim=-2, keepdim=True)
+        return pick(F.pad(g, (0, 1)), members.flatten()).unflatten(-1, members.shape).sum(dim=-2, keepdim=True)
     if spec.grouping.contiguous_out:
         return _sum_runs(g, spec.r_hat).unsqueeze(-2)
-    blocks = _resize(g, spec.blocks_out * spec.r_hat).unflatten(-1, (spec.blocks_out, spec.r_hat))
+    blocks = resize(g, spec.blocks_out * spec.r_hat).unflatten(-1, (spec.blocks_out, spec.r_hat))
     return deal(blocks, spec.blocks_in if spec.blockwise else 1)
 
 
@@ -209,7 +210,7 @@ def square_gradient(spec: OperatorSpec, folded: Tensor, g: Tensor) -> Tensor:
     products = z.permute(1, 2, 0) @ folded.flatten(0, -3).transpose(0, 1)
     if spec.kind is OperatorKind.ROTATE:
         cos, sin = _angles(spec, products)
-        products = _rotate(products, cos.unsqueeze(1), sin.unsqueeze(1))
+        products = rotate(products, cos.unsqueeze(1), sin.unsqueeze(1))
     return products.sum(dim=0)
 
 
@@ -227,7 +228,7 @@ def output_slots(spec: OperatorSpec) -> Tensor:
 def turn(spec: OperatorSpec, blocks: Tensor, back: bool = False) -> Tensor:
     """Rotate's turning of each input block (..., N, R), or its inverse."""
     cos, sin = _angles(spec, blocks)
-    return _rotate(blocks, cos, -sin if back else sin)
+    return rotate(blocks, cos, -sin if back else sin)
 
 
 def mora_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
@@ -241,7 +242,7 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
     Made of separate elementwise operations and copies only, so that every device rounds it alike.
     """
     if spec.blockwise:
-        delta = _unwrap(_place_blocks(spec, _rotated_squares(spec, square)), spec.d_in)
+        delta = unwrap(_place_blocks(spec, _rotated_squares(spec, square)), spec.d_in)
     else:
         delta = _input_columns(spec, square)  # rows come last: a gather of whole rows is as fast as a copy
     if spec.grouping is Grouping.PERMUTED:
@@ -267,61 +268,16 @@ def adjoint(spec: OperatorSpec, gradient: Tensor) -> Tensor:
 # -- index rules -------------------------------------------------------------------------------------------------
 
 
-def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """x[..., index]. In two dimensions, where `index_select` is up to five times faster on a CPU than in three."""
-    return (
-        x.flatten(0, -2).index_select(1, index).unflatten(0, x.shape[:-1]) if x.dim() > 1 else x.index_select(0, index)
-    )
-
-
 def input_blocks(spec: OperatorSpec, x: Tensor) -> Tensor:
     """(..., D) -> (..., N, R): permuted and padded input cut into blocks (share: those that will be summed)."""
     if spec.grouping is Grouping.PERMUTED:
-        x = _pick(x, _permutations(spec, x.device)[0])
+        x = pick(x, _permutations(spec, x.device)[0])
     if spec.kind is OperatorKind.TRUNCATE:
-        return _resize(x, spec.r_hat).unsqueeze(-2)
+        return resize(x, spec.r_hat).unsqueeze(-2)
     if spec.in_segments > 1 or spec.grouping.contiguous_in:
         members = lane_members(spec.d_in, spec.r_hat, spec.in_segments, spec.grouping.contiguous_in, x.device)
-        return _pick(F.pad(x, (0, 1)), members.flatten()).unflatten(-1, members.shape)
-    return _wrap(x, spec.blocks_in * spec.r_hat).unflatten(-1, (spec.blocks_in, spec.r_hat))
-
-
-def _resize(x: Tensor, size: int) -> Tensor:
-    """First `size` entries of the last dimension, zero-padded when there are fewer."""
-    return x[..., :size] if x.shape[-1] >= size else F.pad(x, (0, size - x.shape[-1]))
-
-
-def _wrap(x: Tensor, size: int) -> Tensor:
-    """(..., D) -> (..., size >= D), position q holding x[q mod D]."""
-    d_in = x.shape[-1]
-    if size == d_in:
-        return x
-    copies = [x] * (size // d_in) + ([x[..., : size % d_in]] if size % d_in else [])
-    return torch.cat(copies, dim=-1)
-
-
-def _unwrap(columns: Tensor, d_in: int) -> Tensor:
-    """Transpose of `_wrap` on the last dimension: what position q carries is added to column q mod D."""
-    size = columns.shape[-1]
-    if size == d_in:
-        return columns
-    total = columns[:, :d_in].clone()
-    for start in range(d_in, size, d_in):
-        tail = columns[:, start : start + d_in]
-        total[:, : tail.shape[1]] += tail
-    return total
-
-
-def deal(z: Tensor, blocks_out: int) -> Tensor:
-    """(..., N, R) -> (..., blocks_out, R): block p of max(N, blocks_out) goes from p mod N to p mod blocks_out."""
-    blocks_in = z.shape[-2]
-    if blocks_in < blocks_out:
-        return _wrap(z.transpose(-1, -2), blocks_out).transpose(-1, -2)
-    if blocks_in == blocks_out:
-        return z
-    rounds = math.ceil(blocks_in / blocks_out)
-    z = F.pad(z, (0, 0, 0, rounds * blocks_out - blocks_in))
-    return z.unflatten(-2, (rounds, blocks_out)).sum(dim=-3)
+        return pick(F.pad(x, (0, 1)), members.flatten()).unflatten(-1, members.shape)
+    return wrap(x, spec.blocks_in * spec.r_hat).unflatten(-1, (spec.blocks_in, spec.r_hat))
 
 
 def _sum_runs(x: Tensor, groups: int) -> Tensor:
@@ -330,7 +286,7 @@ def _sum_runs(x: Tensor, groups: int) -> Tensor:
     split = (x.shape[-1] % groups) * long
     head = x[..., :split].unflatten(-1, (split // long, long)).sum(-1)
     if short == 0:  # fewer inputs than groups: the last groups are empty
-        return _resize(head, groups)
+        return resize(head, groups)
     tail = x[..., split:].unflatten(-1, (-1, short)).sum(-1)
     return torch.cat((head, tail), dim=-1) if split else tail
 
@@ -338,12 +294,12 @@ def _sum_runs(x: Tensor, groups: int) -> Tensor:
 def _input_columns(spec: OperatorSpec, square: Tensor) -> Tensor:
     """(R, D) for truncate and share: each input's column of M."""
     if spec.kind is OperatorKind.TRUNCATE:
-        return _resize(square, spec.d_in)
+        return resize(square, spec.d_in)
     if spec.grouping.contiguous_in or spec.in_segments > 1:
         lanes = segment_lanes(spec.d_in, spec.r_hat, spec.in_segments, spec.grouping.contiguous_in, square.device)
         return square.index_select(1, lanes)
     groups = strided_groups(spec.blocks_in * spec.r_hat, spec.r_hat, square.device)
-    return _unwrap(square.index_select(1, groups), spec.d_in)
+    return unwrap(square.index_select(1, groups), spec.d_in)
 
 
 def _output_rows(spec: OperatorSpec, columns: Tensor) -> Tensor:
@@ -364,7 +320,7 @@ def _rotated_squares(spec: OperatorSpec, square: Tensor) -> Tensor:
     if spec.kind is OperatorKind.DECOUPLE:
         return squares
     cos, sin = _angles(spec, square)
-    return _rotate(squares, cos.unsqueeze(1), -sin.unsqueeze(1))
+    return rotate(squares, cos.unsqueeze(1), -sin.unsqueeze(1))
 
 
 def _place_blocks(spec: OperatorSpec, squares: Tensor) -> Tensor:
@@ -374,12 +330,6 @@ def _place_blocks(spec: OperatorSpec, squares: Tensor) -> Tensor:
     canvas = squares.new_zeros(spec.blocks_out, spec.blocks_in, spec.r_hat, spec.r_hat)
     canvas = canvas.index_put((rows, columns), squares[columns])
     return canvas.transpose(1, 2).reshape(spec.blocks_out * spec.r_hat, -1)[: spec.d_out]
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on the last dimension with half-split pairing (as in Llama): (x1, x2) -> (x1 c - x2 s, x2 c + x1 s)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def _angles(spec: OperatorSpec, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.operators import OperatorKind, OperatorSpec, deal, input_blocks, output_slots, turn
+from mora_ds.lanes import deal
+from mora_ds.operators import OperatorKind, OperatorSpec, input_blocks, output_slots, turn
 
 Range = tuple[int, int]
 """[start, stop)."""

@@ -18,7 +18,7 @@ import mora_ds
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version", "ds_config_keys", "tables", "processes", "status"),
+    ("errors", "version", "ds_config_keys", "lanes", "tables", "processes", "status"),
     (
         *("operators", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer", "zero", "muon"),
         *("stopping", "topology"),
