@@ -121,6 +121,28 @@ def test_the_same_batch_reaches_all_ranks_of_a_group() -> None:
         assert "got different batches (--tensor_parallel_size 2)" in message
 
 
+# -- engines -----------------------------------------------------------------------------------------------------------
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"offload_optimizer": {"device": "cpu"}},
+    {"stage3_param_persistence_threshold": 10**6},
+]
+
+
+def with_settings(case: Case) -> list[dict[str, Any]]:
+    return [split_run(case, 2, **settings) for settings in SETTINGS]
+
+
+def test_an_offloaded_optimizer_and_squares_that_stay_gathered() -> None:
+    expected = plain_run(CORE[0])
+    for results in run_ranks(4, with_settings, CORE[0]):
+        for found, settings in zip(results, SETTINGS, strict=True):
+            assert_same_run(found, expected, settings)
+
+
+# -- everything --------------------------------------------------------------------------------------------------------
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt_neox", "gpt2")
 OPERATORS = ("share", "rotate", "decouple", "truncate")
 
