@@ -151,6 +151,7 @@ def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground: Playground, tmp
     assert left == {"run.yaml": "seed: 1", "metrics.jsonl": ""}
 
 
+@pytest.mark.heavy
 def test_the_launcher_runs_it(ground: Playground, tmp_path: Path) -> None:
     argv = flags(ground, tmp_path / "out", 2, 1, "--max_steps", 2, "--save_steps", 0)
     done = launch(2, [*argv, "--per_device_train_batch_size", "2"], tmp_path)
