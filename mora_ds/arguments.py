@@ -50,6 +50,13 @@ class MergePrecision(str, Enum):
     INCREMENTAL = "incremental"
 
 
+class TPGrouping(str, Enum):
+    """What squares of split layers cost on the wire."""
+
+    GATHER = "gather"
+    ALIGNED = "aligned"
+
+
 @dataclass(frozen=True)
 @documented
 class ModelArguments:
@@ -93,6 +100,11 @@ class AdapterArguments:
     compute: str = "auto"
     """activation (passes over the activations), weight (passes over the weight: faster from about as many tokens a
     micro-batch as the layer is wide, but rounds small deltas in bf16) or auto (weight in fp32 where it is faster)."""
+    tp_grouping: str = TPGrouping.GATHER.value
+    """gather (any grouping; ranks of a tensor-parallel group gather a square to use it) or aligned (share's groupings,
+    confined to --tp_segments segments where the model's plan splits a layer: its square is never communicated)."""
+    tp_segments: int = 8
+    """Segments of --tp_grouping aligned; --tensor_parallel_size must divide it. The result hangs on it, at any size."""
     mora_dropout: float = 0.0
     """Dropout on the adapter's input, at least 0 and below 1."""
     train_embeddings: bool = False
@@ -161,7 +173,12 @@ class AdapterArguments:
             rank = self.mora_rank if self.lora_rank is None else self.lora_rank
             return LoRAConfig(rank=rank, alpha=self.lora_alpha, **common)
         return MoRAConfig(
-            rank=self.mora_rank, operator=self.operator, grouping=self.grouping, compute=self.compute, **common
+            rank=self.mora_rank,
+            operator=self.operator,
+            grouping=self.grouping,
+            compute=self.compute,
+            segments=self.tp_segments if self.tp_grouping == TPGrouping.ALIGNED.value else 0,
+            **common,
         )
 
 
@@ -207,6 +224,11 @@ class TrainingArguments:
     """latest (fails without one), auto (starts afresh without one), or the path of a checkpoint."""
     deepspeed: str | None = None
     """DeepSpeed's JSON file, such as configs/zero3.json. Default: ZeRO-3 with every value "auto"."""
+    tensor_parallel_size: int = 1
+    """Ranks that share the work of one: each computes a slice of every layer and holds a share of every square; the
+    base stays whole on each. Consecutive ranks, best of one node. Ranks of the run = this x data-parallel replicas."""
+    dry_run: bool = False
+    """Print what each rank would compute and store, and stop: nothing is trained, the output folder stays as it is."""
     max_steps: int = -1
     """Optimizer steps of the run; -1: --num_train_epochs decides."""
     num_train_epochs: float = 1.0
@@ -303,7 +325,7 @@ class TrainingArguments:
     @property
     def ranks_per_replica(self) -> int:
         """Consecutive ranks that compute the same rows together."""
-        return self.sequence_parallel_size
+        return self.tensor_parallel_size * self.sequence_parallel_size
 
     @property
     def peak_rate(self) -> float:

@@ -216,6 +216,8 @@ def _check_space(root: Path, engine: zero.Engine) -> None:
     """What is written is known beforehand, roughly: master and two moments in fp32, the whole tensors in fp32, and
     what every rank, tensor and checkpoint has beside them. Raises `RunError` on all ranks alike."""
     sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()]
+    if engine.mpu is not None:  # the other ranks of a tensor-parallel group hold as much of the squares
+        sizes = [size * engine.mpu.get_tensor_model_parallel_world_size() for size in sizes]
     needed = 16 * sum(sizes) + 2048 * len(sizes) + _EACH * (2 + dist.get_world_size())
     free = shutil.disk_usage(root).free
     missing = torch.tensor(needed - free, dtype=torch.int64, device=engine.device)

@@ -8,7 +8,7 @@ AdapterConfig          what all adapters share: rank, targets, dropout, what is 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 from mora_ds.compute import Compute
@@ -22,7 +22,7 @@ from mora_ds.operators import (
     permutation_seed,
     square_size,
 )
-from mora_ds.updates import UpdateSpec
+from mora_ds.updates import Side, UpdateSpec
 
 ALTERNATE = "alternate"
 """Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd ones (share only)."""
@@ -76,8 +76,10 @@ class AdapterConfig:
         """What a report calls it."""
         raise NotImplementedError
 
-    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int) -> UpdateSpec:
-        """What a layer's value means in a cycle (0 until the first merge): a pure function of its arguments."""
+    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, aligned: Side | None = None) -> UpdateSpec:
+        """What a layer's value means in a cycle (0 until the first merge): a pure function of its arguments.
+
+        `aligned`: the side on which a grouping in segments is confined, if the layer has one."""
         raise NotImplementedError
 
     def asked_for(self, d_in: int, d_out: int) -> int:
@@ -129,7 +131,7 @@ class LoRAConfig(AdapterConfig):
     def asked_for(self, d_in: int, d_out: int) -> int:
         return self.rank
 
-    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int) -> LoRASpec:
+    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, aligned: Side | None = None) -> LoRASpec:
         rank = min(self.rank, d_in, d_out)
         return LoRASpec(d_in, d_out, rank, self.scale * rank)
 
@@ -148,6 +150,10 @@ class MoRAConfig(AdapterConfig):
 
     compute: str = "auto"
     """How a layer is computed: activation, weight or auto (see `compute.py`)."""
+
+    segments: int = 0
+    """Confine the groupings of layers that tensor parallelism can split to so many segments, so that their squares need
+    no communication at any degree that divides it; 0: do not. A property of the run: the update is another one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,6 +178,10 @@ class MoRAConfig(AdapterConfig):
                 f"--grouping {self.grouping} belongs to --operator share, but the operator is {self.kind.value}: "
                 f"use {' or '.join(any_kind)}"
             )
+        if self.segments < 0:
+            raise UserError(f"--tp_segments must be at least 1, got {self.segments}")
+        if self.segments and self.kind is not OperatorKind.SHARE:
+            raise UserError(f"--tp_grouping aligned belongs to --operator share, but the operator is {self.kind.value}")
 
     @property
     def kind(self) -> OperatorKind:
@@ -194,14 +204,24 @@ class MoRAConfig(AdapterConfig):
             raise UserError(f"--mora_rank {self.rank} is too small for a square on a layer of {d_in} x {d_out}")
         return r_hat
 
-    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int) -> OperatorSpec:
+    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, aligned: Side | None = None) -> OperatorSpec:
         r_hat = self.square_size(d_in, d_out)
         if self.grouping == ALTERNATE:
             grouping = (Grouping.STRIDED, Grouping.CONTIGUOUS)[cycle % 2]
         else:
             grouping = Grouping(self.grouping)
         seed = permutation_seed(self.seed, layer, cycle) if grouping is Grouping.PERMUTED else 0
-        return OperatorSpec(self.kind, d_in, d_out, r_hat, grouping, seed)
+        spec = OperatorSpec(self.kind, d_in, d_out, r_hat, grouping, seed)
+        if aligned is None or not self.segments or r_hat < self.segments:
+            return spec
+        if aligned is Side.IN:
+            return replace(spec, in_segments=self.segments)
+        return replace(spec, out_segments=self.segments)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without segments where there are none: as before there were any."""
+        values = super().to_dict()
+        return values if self.segments else {key: value for key, value in values.items() if key != "segments"}
 
 
 def config_from_dict(values: dict[str, Any]) -> AdapterConfig:

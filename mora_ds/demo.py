@@ -20,12 +20,14 @@ from mora_ds.arguments import Arguments, from_flat
 from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_embedded
 from mora_ds.ds_config import resolve_ds_config
 from mora_ds.engine import start_distributed
+from mora_ds.errors import UserError
 from mora_ds.full_rank import run_job
 from mora_ds.model import create_base
 from mora_ds.pretrain import pretrain
 from mora_ds.ranks import Ranks
 from mora_ds.run_folder import reserve
 from mora_ds.sequence_checks import check_world
+from mora_ds.topology import check_degree
 from mora_ds.validation import validate
 
 MODEL_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "models" / "tiny_llama.json"
@@ -77,16 +79,19 @@ def run_demo(arguments: Arguments) -> None:
     ranks = Ranks.current()
     started = time.monotonic()
     folder = Path(arguments.training.output_dir)
+    if training.dry_run:
+        raise UserError("--dry_run needs a model and data that are there: name them")
     check_world(training.sequence_parallel_size, ranks.world)
+    check_degree(training.tensor_parallel_size, ranks.world)
     replicas = ranks.world // training.ranks_per_replica
-    rows = max(1, ROWS_PER_STEP // replicas)
     paths = DemoPaths(folder / "demo")
-    job = _continue_arguments(arguments, paths, rows)
+    job = _continue_arguments(arguments, paths, max(1, ROWS_PER_STEP // replicas))
     validate(job)
     resolve_ds_config(job.training.deepspeed, job.training.engine_settings(), replicas)
     ranks.on_first(lambda: _prepare(arguments, folder))
     if not paths.warm.is_dir():
         training = arguments.training
+        rows = max(1, ROWS_PER_STEP // (ranks.world // training.sequence_parallel_size))
         warm = {**warm_start_settings(paths, rows, training.seed), "deepspeed": training.deepspeed}
         warm["sequence_parallel_size"] = training.sequence_parallel_size
         _say(ranks, f"\n1. warm start: every parameter trained on prose for {WARM_START['max_steps']} steps")

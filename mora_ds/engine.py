@@ -27,6 +27,8 @@ from mora_ds.ds_config import complete_ds_config, compute_dtype
 from mora_ds.ds_optimizer import uses_muon
 from mora_ds.errors import RunError, UserError
 from mora_ds.injection import frozen_buffers, mora_layers, move_base
+from mora_ds.tensor_parallel import split_model
+from mora_ds.topology import Topology
 
 
 def start_distributed(verbose: bool = False, timeout_s: float | None = None, silence_s: float | None = None) -> None:
@@ -53,21 +55,29 @@ def initialize(
     model: nn.Module,
     config: dict[str, Any] | str | Path,
     check_base: bool = True,
+    tensor_parallel_size: int = 1,
     **kwargs: Any,
 ) -> tuple[zero.Engine, Any, Any, Any]:
     """`deepspeed.initialize` for a model that `mora_ds.inject` prepared: same arguments, same four returns.
 
     `config` is a DeepSpeed config (dict or path); sizes of ZeRO's buckets may be "auto". The base is moved to this
-    rank's device in the config's dtype and, with `check_base`, compared over all ranks by checksum. Raises `UserError`
-    for a model without squares and `RunError` when the ranks hold different bases.
+    rank's device in the config's dtype and, with `check_base`, compared over all ranks by checksum. With
+    `tensor_parallel_size` t, t consecutive ranks share the work of one, and get the same batch (`tensor_parallel`).
+    Raises `UserError` for a model without squares and `RunError` when the ranks hold different bases.
     """
     if not mora_layers(model):
         raise UserError("the model has no squares: call mora_ds.inject(model, MoRAConfig(...)) first")
     if "model_parameters" in kwargs:
         raise UserError("mora_ds.initialize chooses the trainable parameters itself: leave model_parameters out")
-    settings = complete_ds_config(config, [parameter.numel() for parameter in model.parameters()])
+    settings = complete_ds_config(config, trainable_numels(model, tensor_parallel_size))
     check_compute_dtype(settings)
+    if tensor_parallel_size > 1:
+        check_splittable(settings)
     start_distributed()
+    if tensor_parallel_size > 1:
+        topology = Topology.of(tensor_parallel_size)
+        split_model(model, topology)
+        kwargs["mpu"] = topology.mpu
     dtype = getattr(torch, compute_dtype(settings))
     device = torch.device(get_accelerator().current_device_name())
     move_base(model, device, dtype)
@@ -109,6 +119,30 @@ def check_compute_dtype(config: dict[str, Any]) -> None:
         raise UserError(
             f"--{short[dtype]}: this device ({accelerator.device_name()}) does not support it; use {others or 'fp32'}"
         )
+
+
+def trainable_numels(model: nn.Module, tensor_parallel_size: int = 1) -> list[int]:
+    """Elements of every trainable parameter as a tensor-parallel group will share the squares: of the largest share,
+    so that all ranks choose the same sizes."""
+    squares = {id(layer.value): layer.value.shape for layer in mora_layers(model).values()}
+    numels = []
+    for parameter in model.parameters():
+        rows, columns = squares.get(id(parameter), (0, 0))
+        numels.append(-(-rows // tensor_parallel_size) * columns if rows else parameter.numel())
+    return numels
+
+
+def check_splittable(config: dict[str, Any]) -> None:
+    """What tensor parallelism needs of a config. Raises `UserError`."""
+    flag, settings = "--tensor_parallel_size above 1", config["zero_optimization"]
+    if settings["stage"] != 3:
+        raise UserError(f"{flag} needs ZeRO stage 3 (zero_optimization.stage in --deepspeed)")
+    if (settings.get("offload_optimizer") or {}).get("device") == "nvme":
+        raise UserError(
+            f'{flag} has not been tried with an optimizer on NVMe: offload_optimizer to "cpu", or not at all'
+        )
+    if uses_muon(config):
+        raise UserError(f"{flag}: --optimizer muon makes whole squares orthogonal, and no rank has a whole one")
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

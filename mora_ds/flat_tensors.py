@@ -22,6 +22,7 @@ from torch import Tensor
 from mora_ds import zero
 from mora_ds.errors import RunError
 from mora_ds.shards import Part
+from mora_ds.topology import share_of
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def _stage3(optimizer: Any, names: Names) -> Found:
             start = min(rank * size, parameter.ds_numel)
             numel = min(size, parameter.ds_numel - start)
             if numel:
-                parts.append(Part(names[id(parameter)], start, numel, offset))
+                parts.append(Part(names[id(parameter)], first_element(parameter) + start, numel, offset))
             offset += size
         if offset != master.numel():
             raise RunError(f"ZeRO-3 has laid out sub-group {index} in another way than this version knows")
@@ -148,7 +149,28 @@ def groups_of(engine: zero.Engine) -> list[dict[str, list[int]]]:
 
 
 def shape_of(parameter: Any) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)
+    """Of the whole, also where this rank holds a share of a square."""
+    share = share_of(parameter)
+    return getattr(parameter, "ds_shape", parameter.shape) if share is None else torch.Size((share.r_hat, share.r_hat))
+
+
+def first_element(parameter: Any) -> int:
+    """Where what this rank's tensor-parallel place holds begins in the flattened whole."""
+    share = share_of(parameter)
+    return 0 if share is None else share.start * share.r_hat
+
+
+def transposed_names(engine: zero.Engine) -> set[str]:
+    """Squares whose shares are rows of the transpose."""
+    shares = {name: share_of(parameter) for name, parameter in engine.module.named_parameters()}
+    return {name for name, share in shares.items() if share is not None and share.transposed}
+
+
+def duplicates(engine: zero.Engine) -> set[str]:
+    """Parameters that this rank holds as another one of its tensor-parallel group does, which saves them."""
+    if engine.mpu is None or engine.mpu.get_tensor_model_parallel_rank() == 0:
+        return set()
+    return {name for name, parameter in engine.module.named_parameters() if share_of(parameter) is None}
 
 
 def scaler_of(engine: zero.Engine) -> Any:

@@ -20,7 +20,8 @@ from mora_ds.compute import Compute
 from mora_ds.config import ALL_LINEAR, AdapterConfig, MoRAConfig
 from mora_ds.errors import UserError, nearest
 from mora_ds.layer import AdaptedLinear, adapt, is_linear, linear_shape
-from mora_ds.updates import value_name, value_shape
+from mora_ds.tensor_plan import Style, style_in_plan
+from mora_ds.updates import Side, value_name, value_shape
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,15 @@ def inject(model: nn.Module, config: AdapterConfig) -> InjectionReport:
     _refuse_trained(targets, keep)
     total = count_parameters(model)
     rows = _shape_rows(targets, config)
+    styles = style_in_plan(model)
     for name, base in targets.items():
         d_in, d_out = linear_shape(base)
-        spec = config.operator_for(name, d_in, d_out, cycle=0)
+        aligned = _SIDES.get(styles[name])
+        spec = config.operator_for(name, d_in, d_out, 0, aligned)
         compute = Compute(config.compute) if isinstance(config, MoRAConfig) else Compute.ACTIVATION
         layer = adapt(base, spec, config.dropout, compute, config.first_seed(name, cycle=0))
         layer.train(base.training)
+        layer.aligned = aligned
         _replace(model, name, layer)
     _freeze_to_buffers(model, keep)
     layers = list(mora_layers(model).values())
@@ -107,6 +111,9 @@ def inject(model: nn.Module, config: AdapterConfig) -> InjectionReport:
     named = "squares" if value_name(layers[0].spec) == "square" else "factors"
     left_out = _matrices_left_out(model) if ALL_LINEAR in config.target_modules else {}
     return InjectionReport(rows, config.title, named, values, trainable - values, total + values, left_out)
+
+
+_SIDES = {Style.COLWISE: Side.OUT, Style.ROWWISE: Side.IN}
 
 
 def mora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -122,7 +129,7 @@ def value_names(model: nn.Module) -> set[str]:
 def set_cycle(model: nn.Module, config: AdapterConfig, cycle: int) -> None:
     """Wire every layer as cycle `cycle` wants it (fresh permutations, or the next grouping)."""
     for name, layer in mora_layers(model).items():
-        layer.spec = config.operator_for(name, layer.in_features, layer.out_features, cycle)
+        layer.spec = config.operator_for(name, layer.in_features, layer.out_features, cycle, layer.aligned)
 
 
 def frozen_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from mora_ds.checkpoint import CheckpointWriter, load_checkpoint
 from mora_ds.checkpoint_folder import TrainerState, check_identity
 from mora_ds.data import largest_id
 from mora_ds.ds_config import compute_dtype, fill_bucket_sizes
-from mora_ds.engine import initialize, initialize_full
+from mora_ds.engine import initialize, initialize_full, trainable_numels
 from mora_ds.export import export_merged
 from mora_ds.followers import Followers
 from mora_ds.injection import count_parameters, frozen_buffers, inject
@@ -34,6 +34,8 @@ from mora_ds.run_data import RunData
 from mora_ds.saving import PROBE_TOKENS, save_full_model
 from mora_ds.sequence_checks import describe
 from mora_ds.sequence_parallel import share_rows
+from mora_ds.tensor_cost import costs
+from mora_ds.tensor_plan import plan_of
 
 
 @dataclass(frozen=True)
@@ -134,14 +136,21 @@ def _adapter_job(
     arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, place: Place
 ) -> Job:
     config, ranks = arguments.adapter.config(arguments.training.seed), place.ranks
+    degree = arguments.training.tensor_parallel_size
     report = inject(loaded.model, config)
     place.say(report)
+    numels = trainable_numels(loaded.model, degree)
+    if degree > 1:
+        place.say(plan_of(loaded.model, degree))
+    tokens = arguments.training.per_device_train_batch_size * data.train.seq_len
+    tokens //= arguments.training.sequence_parallel_size
+    place.say(costs(loaded.model, degree, ranks.world // degree, tokens))
     fingerprint = ranks.on_first(loaded.base.fingerprint)
     precision = arguments.adapter.merge_precision
     common = _common_identity(arguments, data, ds_config, ranks.world, loaded)
     _check_checkpoint(place.checkpoint, run_identity(fingerprint, config, precision, common))
-    ds_config = fill_bucket_sizes(ds_config, [parameter.numel() for parameter in loaded.model.parameters()])
-    engine, *_ = initialize(model=loaded.model, config=ds_config)
+    ds_config = fill_bucket_sizes(ds_config, numels)
+    engine, *_ = initialize(model=loaded.model, config=ds_config, tensor_parallel_size=degree)
     _seed(arguments, ranks)
     run = Run(
         engine,
@@ -205,8 +214,8 @@ def _nothing(*anything: object) -> None:
 
 
 def _seed(arguments: Arguments, ranks: Ranks) -> None:
-    """Before a checkpoint restores the random states: dropout draws other masks on every rank."""
-    torch.manual_seed((arguments.training.seed << 16) + ranks.rank)
+    """Before a checkpoint restores the random states: dropout draws other masks on every replica."""
+    torch.manual_seed((arguments.training.seed << 16) + ranks.rank // arguments.training.ranks_per_replica)
 
 
 def _common_identity(

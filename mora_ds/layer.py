@@ -6,7 +6,7 @@ every rank and no collective ever carries them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,20 @@ from transformers.pytorch_utils import Conv1D
 from mora_ds.compute import Compute, mora_linear
 from mora_ds.lora import LoRASpec, lora_update
 from mora_ds.operators import OperatorSpec, mora_update
-from mora_ds.updates import UpdateSpec, describe, first_value, value_name
+from mora_ds.updates import Side, UpdateSpec, describe, first_value, value_name
+
+
+class Split(Protocol):
+    """How ranks share a layer (`tensor_parallel.LayerSplit`)."""
+
+    def __call__(self, layer: MoRALinear, x: Tensor) -> Tensor:
+        """This rank's part of the layer's output."""
+
+    def own(self, value: Tensor) -> Tensor:
+        """This rank's share of a value."""
+
+    def whole(self, own: Tensor) -> Tensor:
+        """The value, from all shares. Collective."""
 
 
 class AdaptedLinear(nn.Module):
@@ -42,11 +55,23 @@ class AdaptedLinear(nn.Module):
         self.register_parameter(value_name(spec), nn.Parameter(value))
         self.spec = spec
         self.dropout = dropout
+        self.split: Split | None = None
+        """Where ranks share the layer: the parameter is then this rank's share of the value."""
+        self.aligned: Side | None = None
+        """Where groupings of this layer are confined to segments, if they are at all."""
 
     @property
     def value(self) -> nn.Parameter:
         """The square (r_hat, r_hat), or the factors (rank, d_in + d_out)."""
         return self.get_parameter(value_name(self.spec))
+
+    def whole(self, own: Tensor) -> Tensor:
+        """The value of which this rank's parameter is `own`. Collective where ranks share the layer."""
+        return own if self.split is None else self.split.whole(own)
+
+    def own(self, value: Tensor) -> Tensor:
+        """What of a whole value this rank's parameter holds."""
+        return value if self.split is None else self.split.own(value)
 
     @property
     def stored_weight(self) -> Tensor:
@@ -72,6 +97,8 @@ class MoRALinear(AdaptedLinear):
         self.compute = compute
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.split is not None:
+            return self.split(self, x)
         square = self.square.to(x.dtype)
         if self.training and self.dropout:  # base and square read different inputs
             update = mora_update(self.spec, square, F.dropout(x, self.dropout))

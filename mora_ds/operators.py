@@ -36,7 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mora_ds.errors import UserError, nearest
-from mora_ds.tables import contiguous_groups, permutation_tables, rope_table, run_lengths, strided_groups
+from mora_ds.lanes import deal, pick, resize, rotate, unwrap, wrap
+from mora_ds.tables import lane_members, permutation_tables, rope_table, run_lengths, segment_lanes, strided_groups
 
 ROTATE_BELOW_RANK = 64
 """Below this LoRA-equivalent rank `default_kind` rotates, from it on it shares (paper: rotate at 8, share at 256)."""
@@ -84,6 +85,10 @@ class OperatorSpec:
     grouping: Grouping = Grouping.PLAIN
     seed: int = 0
     """Seed of the permutations; read only when `grouping` is PERMUTED."""
+    in_segments: int = 1
+    """Cut the inputs and the columns of M into so many runs; an input meets columns of its own run only. For share."""
+    out_segments: int = 1
+    """The same of the outputs and the rows of M."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", _member(OperatorKind, self.kind, "operator"))
@@ -94,6 +99,11 @@ class OperatorSpec:
             raise UserError(f"rotate pairs dimensions, so r_hat must be even, got {self.r_hat}")
         if self.kind is not OperatorKind.SHARE and self.grouping not in (Grouping.PLAIN, Grouping.PERMUTED):
             raise UserError(f"grouping {self.grouping.value!r} belongs to operator 'share', not {self.kind.value!r}")
+        segments = max(self.in_segments, self.out_segments)
+        if min(self.in_segments, self.out_segments) < 1 or (segments > 1 and self.kind is not OperatorKind.SHARE):
+            raise UserError(f"segments belong to operator 'share', and are at least 1, got {self}")
+        if segments > self.r_hat:
+            raise UserError(f"{segments} segments need a square of that side at least, got {self.r_hat}")
 
     @property
     def blocks_in(self) -> int:
@@ -109,7 +119,9 @@ class OperatorSpec:
         return self.kind in (OperatorKind.DECOUPLE, OperatorKind.ROTATE)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "kind": self.kind.value, "grouping": self.grouping.value}
+        """Without segments where there are none, as before there were any."""
+        values = {**asdict(self), "kind": self.kind.value, "grouping": self.grouping.value}
+        return {key: value for key, value in values.items() if not (key.endswith("_segments") and value == 1)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OperatorSpec:
@@ -148,42 +160,45 @@ def permutation_seed(run_seed: int, layer: str, cycle: int) -> int:
 
 def compress(spec: OperatorSpec, x: Tensor) -> Tensor:
     """(..., D) -> (..., N, R)."""
-    if spec.grouping.contiguous_in:
+    if spec.grouping.contiguous_in and spec.in_segments == 1:
         return _sum_runs(x, spec.r_hat).unsqueeze(-2)
-    blocks = _input_blocks(spec, x)
+    blocks = input_blocks(spec, x)
     if spec.kind is OperatorKind.SHARE:
         return blocks.sum(dim=-2, keepdim=True)
-    return _rotate(blocks, *_angles(spec, x)) if spec.kind is OperatorKind.ROTATE else blocks
+    return rotate(blocks, *_angles(spec, x)) if spec.kind is OperatorKind.ROTATE else blocks
 
 
 def decompress(spec: OperatorSpec, z: Tensor) -> Tensor:
     """(..., N, R) -> (..., O). The inverse permutation, if any, comes last."""
     if spec.kind is OperatorKind.TRUNCATE:
-        y = _resize(z.squeeze(-2), spec.d_out)
-    elif spec.grouping.contiguous_out:
-        y = _pick(z.squeeze(-2), contiguous_groups(spec.d_out, spec.r_hat, z.device))
+        y = resize(z.squeeze(-2), spec.d_out)
+    elif spec.grouping.contiguous_out or spec.out_segments > 1:
+        y = pick(z.squeeze(-2), _output_lanes(spec, z.device))
     else:
-        y = _deal(z, spec.blocks_out).flatten(-2)[..., : spec.d_out]
+        y = deal(z, spec.blocks_out).flatten(-2)[..., : spec.d_out]
     if spec.grouping is Grouping.PERMUTED:
-        y = _pick(y, _inverse_permutations(spec, z.device)[1])
+        y = pick(y, _inverse_permutations(spec, z.device)[1])
     return y
 
 
 def decompress_transpose(spec: OperatorSpec, g: Tensor) -> Tensor:
     """The transpose of `decompress`: (..., O) -> (..., N, R). Takes gradients back to the square's output."""
     if spec.grouping is Grouping.PERMUTED:
-        g = _pick(g, _permutations(spec, g.device)[1])
+        g = pick(g, _permutations(spec, g.device)[1])
     if spec.kind is OperatorKind.TRUNCATE:
-        return _resize(g, spec.r_hat).unsqueeze(-2)
+        return resize(g, spec.r_hat).unsqueeze(-2)
+    if spec.out_segments > 1:
+        members = lane_members(spec.d_out, spec.r_hat, spec.out_segments, spec.grouping.contiguous_out, g.device)
+        return pick(F.pad(g, (0, 1)), members.flatten()).unflatten(-1, members.shape).sum(dim=-2, keepdim=True)
     if spec.grouping.contiguous_out:
         return _sum_runs(g, spec.r_hat).unsqueeze(-2)
-    blocks = _resize(g, spec.blocks_out * spec.r_hat).unflatten(-1, (spec.blocks_out, spec.r_hat))
-    return _deal(blocks, spec.blocks_in if spec.blockwise else 1)
+    blocks = resize(g, spec.blocks_out * spec.r_hat).unflatten(-1, (spec.blocks_out, spec.r_hat))
+    return deal(blocks, spec.blocks_in if spec.blockwise else 1)
 
 
 def fold_input(spec: OperatorSpec, x: Tensor) -> Tensor:
     """(..., D) -> (..., N, R): `compress` without rotate's turning, which `square_gradient` leaves to the products."""
-    return _input_blocks(spec, x) if spec.blockwise else compress(spec, x)
+    return input_blocks(spec, x) if spec.blockwise else compress(spec, x)
 
 
 def square_gradient(spec: OperatorSpec, folded: Tensor, g: Tensor) -> Tensor:
@@ -195,8 +210,25 @@ def square_gradient(spec: OperatorSpec, folded: Tensor, g: Tensor) -> Tensor:
     products = z.permute(1, 2, 0) @ folded.flatten(0, -3).transpose(0, 1)
     if spec.kind is OperatorKind.ROTATE:
         cos, sin = _angles(spec, products)
-        products = _rotate(products, cos.unsqueeze(1), sin.unsqueeze(1))
+        products = rotate(products, cos.unsqueeze(1), sin.unsqueeze(1))
     return products.sum(dim=0)
+
+
+def output_slots(spec: OperatorSpec) -> Tensor:
+    """(O,) on the CPU: what each output reads. A row of M for share and truncate (-1 for none), a position in the
+    output blocks, one behind the other, for decouple and rotate."""
+    slots = torch.arange(spec.d_out)
+    if spec.kind is OperatorKind.TRUNCATE:
+        slots = slots.where(slots < spec.r_hat, -1)
+    elif spec.kind is OperatorKind.SHARE:
+        slots = _output_lanes(spec, slots.device)
+    return slots[_inverse_permutations(spec, slots.device)[1]] if spec.grouping is Grouping.PERMUTED else slots
+
+
+def turn(spec: OperatorSpec, blocks: Tensor, back: bool = False) -> Tensor:
+    """Rotate's turning of each input block (..., N, R), or its inverse."""
+    cos, sin = _angles(spec, blocks)
+    return rotate(blocks, cos, -sin if back else sin)
 
 
 def mora_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
@@ -210,7 +242,7 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
     Made of separate elementwise operations and copies only, so that every device rounds it alike.
     """
     if spec.blockwise:
-        delta = _unwrap(_place_blocks(spec, _rotated_squares(spec, square)), spec.d_in)
+        delta = unwrap(_place_blocks(spec, _rotated_squares(spec, square)), spec.d_in)
     else:
         delta = _input_columns(spec, square)  # rows come last: a gather of whole rows is as fast as a copy
     if spec.grouping is Grouping.PERMUTED:
@@ -236,58 +268,16 @@ def adjoint(spec: OperatorSpec, gradient: Tensor) -> Tensor:
 # -- index rules -------------------------------------------------------------------------------------------------
 
 
-def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """x[..., index]. In two dimensions, where `index_select` is up to five times faster on a CPU than in three."""
-    return (
-        x.flatten(0, -2).index_select(1, index).unflatten(0, x.shape[:-1]) if x.dim() > 1 else x.index_select(0, index)
-    )
-
-
-def _input_blocks(spec: OperatorSpec, x: Tensor) -> Tensor:
+def input_blocks(spec: OperatorSpec, x: Tensor) -> Tensor:
     """(..., D) -> (..., N, R): permuted and padded input cut into blocks (share: those that will be summed)."""
     if spec.grouping is Grouping.PERMUTED:
-        x = _pick(x, _permutations(spec, x.device)[0])
+        x = pick(x, _permutations(spec, x.device)[0])
     if spec.kind is OperatorKind.TRUNCATE:
-        return _resize(x, spec.r_hat).unsqueeze(-2)
-    return _wrap(x, spec.blocks_in * spec.r_hat).unflatten(-1, (spec.blocks_in, spec.r_hat))
-
-
-def _resize(x: Tensor, size: int) -> Tensor:
-    """First `size` entries of the last dimension, zero-padded when there are fewer."""
-    return x[..., :size] if x.shape[-1] >= size else F.pad(x, (0, size - x.shape[-1]))
-
-
-def _wrap(x: Tensor, size: int) -> Tensor:
-    """(..., D) -> (..., size >= D), position q holding x[q mod D]."""
-    d_in = x.shape[-1]
-    if size == d_in:
-        return x
-    copies = [x] * (size // d_in) + ([x[..., : size % d_in]] if size % d_in else [])
-    return torch.cat(copies, dim=-1)
-
-
-def _unwrap(columns: Tensor, d_in: int) -> Tensor:
-    """Transpose of `_wrap` on the last dimension: what position q carries is added to column q mod D."""
-    size = columns.shape[-1]
-    if size == d_in:
-        return columns
-    total = columns[:, :d_in].clone()
-    for start in range(d_in, size, d_in):
-        tail = columns[:, start : start + d_in]
-        total[:, : tail.shape[1]] += tail
-    return total
-
-
-def _deal(z: Tensor, blocks_out: int) -> Tensor:
-    """(..., N, R) -> (..., blocks_out, R): block p of max(N, blocks_out) goes from p mod N to p mod blocks_out."""
-    blocks_in = z.shape[-2]
-    if blocks_in < blocks_out:
-        return _wrap(z.transpose(-1, -2), blocks_out).transpose(-1, -2)
-    if blocks_in == blocks_out:
-        return z
-    rounds = math.ceil(blocks_in / blocks_out)
-    z = F.pad(z, (0, 0, 0, rounds * blocks_out - blocks_in))
-    return z.unflatten(-2, (rounds, blocks_out)).sum(dim=-3)
+        return resize(x, spec.r_hat).unsqueeze(-2)
+    if spec.in_segments > 1 or spec.grouping.contiguous_in:
+        members = lane_members(spec.d_in, spec.r_hat, spec.in_segments, spec.grouping.contiguous_in, x.device)
+        return pick(F.pad(x, (0, 1)), members.flatten()).unflatten(-1, members.shape)
+    return wrap(x, spec.blocks_in * spec.r_hat).unflatten(-1, (spec.blocks_in, spec.r_hat))
 
 
 def _sum_runs(x: Tensor, groups: int) -> Tensor:
@@ -296,7 +286,7 @@ def _sum_runs(x: Tensor, groups: int) -> Tensor:
     split = (x.shape[-1] % groups) * long
     head = x[..., :split].unflatten(-1, (split // long, long)).sum(-1)
     if short == 0:  # fewer inputs than groups: the last groups are empty
-        return _resize(head, groups)
+        return resize(head, groups)
     tail = x[..., split:].unflatten(-1, (-1, short)).sum(-1)
     return torch.cat((head, tail), dim=-1) if split else tail
 
@@ -304,19 +294,24 @@ def _sum_runs(x: Tensor, groups: int) -> Tensor:
 def _input_columns(spec: OperatorSpec, square: Tensor) -> Tensor:
     """(R, D) for truncate and share: each input's column of M."""
     if spec.kind is OperatorKind.TRUNCATE:
-        return _resize(square, spec.d_in)
-    if spec.grouping.contiguous_in:
-        return square.index_select(1, contiguous_groups(spec.d_in, spec.r_hat, square.device))
+        return resize(square, spec.d_in)
+    if spec.grouping.contiguous_in or spec.in_segments > 1:
+        lanes = segment_lanes(spec.d_in, spec.r_hat, spec.in_segments, spec.grouping.contiguous_in, square.device)
+        return square.index_select(1, lanes)
     groups = strided_groups(spec.blocks_in * spec.r_hat, spec.r_hat, square.device)
-    return _unwrap(square.index_select(1, groups), spec.d_in)
+    return unwrap(square.index_select(1, groups), spec.d_in)
 
 
 def _output_rows(spec: OperatorSpec, columns: Tensor) -> Tensor:
     """(R, D) -> (O, D) for truncate and share: each output's row."""
     if spec.kind is OperatorKind.TRUNCATE:
         return F.pad(columns[: spec.d_out], (0, 0, 0, max(0, spec.d_out - spec.r_hat))).clone()
-    groups = contiguous_groups if spec.grouping.contiguous_out else strided_groups
-    return columns.index_select(0, groups(spec.d_out, spec.r_hat, columns.device))
+    return columns.index_select(0, _output_lanes(spec, columns.device))
+
+
+def _output_lanes(spec: OperatorSpec, device: torch.device) -> Tensor:
+    """(O,) of share: the row of M that each output reads, before the inverse permutation."""
+    return segment_lanes(spec.d_out, spec.r_hat, spec.out_segments, spec.grouping.contiguous_out, device)
 
 
 def _rotated_squares(spec: OperatorSpec, square: Tensor) -> Tensor:
@@ -325,7 +320,7 @@ def _rotated_squares(spec: OperatorSpec, square: Tensor) -> Tensor:
     if spec.kind is OperatorKind.DECOUPLE:
         return squares
     cos, sin = _angles(spec, square)
-    return _rotate(squares, cos.unsqueeze(1), -sin.unsqueeze(1))
+    return rotate(squares, cos.unsqueeze(1), -sin.unsqueeze(1))
 
 
 def _place_blocks(spec: OperatorSpec, squares: Tensor) -> Tensor:
@@ -337,12 +332,6 @@ def _place_blocks(spec: OperatorSpec, squares: Tensor) -> Tensor:
     return canvas.transpose(1, 2).reshape(spec.blocks_out * spec.r_hat, -1)[: spec.d_out]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on the last dimension with half-split pairing (as in Llama): (x1, x2) -> (x1 c - x2 s, x2 c + x1 s)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 def _angles(spec: OperatorSpec, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin, each (N, R/2), in the dtype and on the device of `like`."""
     return rope_table(spec.blocks_in, spec.r_hat, like.dtype, like.device)
@@ -350,8 +339,12 @@ def _angles(spec: OperatorSpec, like: Tensor) -> tuple[Tensor, Tensor]:
 
 def _permutations(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, ...]:
     """Of the inputs (D,) and of the outputs (O,)."""
-    return permutation_tables(spec.seed, spec.d_in, spec.d_out, device)[:2]
+    return _all_permutations(spec, device)[:2]
 
 
 def _inverse_permutations(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, ...]:
-    return permutation_tables(spec.seed, spec.d_in, spec.d_out, device)[2:]
+    return _all_permutations(spec, device)[2:]
+
+
+def _all_permutations(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, ...]:
+    return permutation_tables(spec.seed, spec.d_in, spec.d_out, device, spec.in_segments, spec.out_segments)

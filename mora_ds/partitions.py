@@ -31,7 +31,16 @@ from torch import Tensor, nn
 from mora_ds import zero
 from mora_ds.errors import UserError
 from mora_ds.files import write_json_atomic
-from mora_ds.flat_tensors import Piece, groups_of, pieces, scaler_of, shape_of
+from mora_ds.flat_tensors import (
+    Piece,
+    duplicates,
+    first_element,
+    groups_of,
+    pieces,
+    scaler_of,
+    shape_of,
+    transposed_names,
+)
 from mora_ds.shards import MASTER, EngineShards, Layout, Part, layout_path, load_pickled
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -119,6 +128,11 @@ def _layout(engine: zero.Engine) -> Layout:
     sharded = engine.save_zero_checkpoint  # not the same as a stage: BF16_Optimizer shards as well
     name = engine._get_zero_ckpt_name("", "") if sharded else engine._get_ckpt_name("", "")
     found = [] if engine.zero_nvme_offload_optimizer() else list(pieces(engine))
+    held_elsewhere = duplicates(engine)
+
+    def own(parts: list[Part]) -> list[Part]:
+        return [part for part in parts if part.name not in held_elsewhere]
+
     return Layout(
         rank=rank,
         world_size=dist.get_world_size(),
@@ -128,13 +142,14 @@ def _layout(engine: zero.Engine) -> Layout:
         file=Path(name).name,
         masters=masters,
         state=state,
-        flats=[piece.parts for piece in found],
-        moments=[piece.moments for piece in found],
+        flats=[own(piece.parts) for piece in found],
+        moments=[own(piece.moments) for piece in found],
         groups=groups_of(engine) if rank == 0 else [],
         settings=[_plain(group) for group in engine.basic_optimizer.param_groups],
         swapped=bool(engine.zero_nvme_offload_optimizer()),
         counters={name: int(getattr(engine, name)) for name in COUNTERS},
         scaler={name: getattr(scaler_of(engine), name) for name in SCALER if hasattr(scaler_of(engine), name)},
+        transposed=sorted(transposed_names(engine)),
     )
 
 
@@ -162,10 +177,11 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer.checkpoint_event_prologue()  # stage3.py: partition what is still gathered
+    transposed = transposed_names(engine)
     for piece in pieces(engine):
-        _fill(piece, shards)
+        _fill(piece, shards, transposed)
     for name, parameter in engine.module.named_parameters():
-        _fill_copies(name, parameter, shards)
+        _fill_copies(name, parameter, shards, name in transposed)
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer.checkpoint_event_epilogue()  # gather the persistent ones again
     for group, settings in enumerate(engine.basic_optimizer.param_groups):
@@ -210,10 +226,10 @@ def _check(engine: zero.Engine, shards: EngineShards) -> None:
         raise UserError(f"{shards.folder} holds the state of {theirs}, this run's optimizer is {mine} (--deepspeed)")
 
 
-def _fill(piece: Piece, shards: EngineShards) -> None:
+def _fill(piece: Piece, shards: EngineShards, transposed: set[str]) -> None:
     """Padding, which no gradient reaches, is zero as in a fresh engine."""
     names = [part.name for part in piece.parts] or list(shards.first.groups[piece.group])[:1]
-    _copy(piece.master, MASTER, piece.parts, shards)
+    _copy(piece.master, MASTER, piece.parts, shards, transposed)
     keys, scalars = shards.keys(names[0]), shards.scalars(names[0])
     for name in names[1:]:
         if (shards.keys(name), shards.scalars(name)) != (keys, scalars):
@@ -231,17 +247,18 @@ def _fill(piece: Piece, shards: EngineShards) -> None:
             piece.state[key] = torch.zeros_like(piece.master, dtype=dtype, requires_grad=False)
             if piece.moments != piece.parts:
                 piece.state[key] = piece.state[key].new_zeros(sum(part.numel for part in piece.moments))
-        _copy(piece.state[key], key, piece.moments, shards)
+        _copy(piece.state[key], key, piece.moments, shards, transposed)
 
 
-def _copy(flat: Tensor, key: str, parts: list[Part], shards: EngineShards) -> None:
+def _copy(flat: Tensor, key: str, parts: list[Part], shards: EngineShards, transposed: set[str]) -> None:
     target = flat.detach().view(-1)
     target.zero_()
     for part in parts:
-        target.narrow(0, part.offset, part.numel).copy_(shards.read(part.name, key, part.start, part.numel))
+        values = shards.read(part.name, key, part.start, part.numel, part.name in transposed)
+        target.narrow(0, part.offset, part.numel).copy_(values)
 
 
-def _fill_copies(name: str, parameter: nn.Parameter, shards: EngineShards) -> None:
+def _fill_copies(name: str, parameter: nn.Parameter, shards: EngineShards, transposed: bool) -> None:
     """The copy that forward reads, in the compute dtype: rounded from the master as a step rounds it."""
     shard: Any = getattr(parameter, "ds_tensor", None)
     if shard is None:
@@ -249,6 +266,6 @@ def _fill_copies(name: str, parameter: nn.Parameter, shards: EngineShards) -> No
         return
     size, whole = shard.ds_numel, parameter.ds_numel  # type: ignore[attr-defined]
     start = min(dist.get_rank(group=parameter.ds_process_group) * size, whole)  # type: ignore[attr-defined]
-    mine = shards.read(name, MASTER, start, min(size, whole - start))
+    mine = shards.read(name, MASTER, first_element(parameter) + start, min(size, whole - start), transposed)
     shard.data.view(-1).zero_()
     shard.data.view(-1).narrow(0, 0, mine.numel()).copy_(mine)

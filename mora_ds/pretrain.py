@@ -21,7 +21,7 @@ from mora_ds.checkpoint_care import name_latest, settle
 from mora_ds.checkpoint_folder import AUTO, TrainerState, check_world_size, find_checkpoint
 from mora_ds.data import PackedDataset
 from mora_ds.ds_config import resolve_ds_config
-from mora_ds.engine import check_compute_dtype, start_distributed
+from mora_ds.engine import check_compute_dtype, check_splittable, start_distributed
 from mora_ds.errors import UserError
 from mora_ds.files import write_json_atomic
 from mora_ds.followers import Followers
@@ -35,6 +35,7 @@ from mora_ds.run_folder import Reservation, claim, reserve, write_run_file
 from mora_ds.schedules import Schedule, ScheduleKind
 from mora_ds.sequence_checks import check_config, check_split, check_world
 from mora_ds.sequence_parallel import bound, whole_rows
+from mora_ds.topology import check_degree
 from mora_ds.trainer import LoopSettings, Trainer
 from mora_ds.validation import validate
 
@@ -55,13 +56,16 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
         disable_progress_bar()  # transformers' own, on every rank
     say = print if ranks.is_first else _silence
     check_world(training.sequence_parallel_size, ranks.world)
+    check_degree(training.tensor_parallel_size, ranks.world)
     replicas = ranks.world // training.ranks_per_replica
     ds_config = resolve_ds_config(_expanded(training.deepspeed), training.engine_settings(), replicas)
     check_compute_dtype(ds_config)
+    if training.tensor_parallel_size > 1:
+        check_splittable(ds_config)
     if training.sequence_parallel_size > 1:
         ds_config.pop("train_batch_size")  # checked; DeepSpeed, told of no groups, would count every rank's rows
     folder = Path(training.output_dir).expanduser()
-    checkpoint, reservation = ranks.on_first(lambda: _reserve(arguments, folder, ranks.world))
+    checkpoint, reservation = ranks.on_first(lambda: _reserve(arguments, folder, replicas))
     followers = None
     try:
         followers = Followers.find(folder, ranks)
@@ -77,6 +81,12 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
         if followers is not None:
             followers.close()
         raise
+    if training.dry_run:
+        if ranks.is_first:
+            reservation.rollback()
+        followers.close()
+        say(f"dry run: nothing trained, {folder} is as it was")
+        return {"steps": 0, "trainable_params": job.trainable_params, "total_params": job.total_params}
     if ranks.is_first:
         reservation.commit()
         if checkpoint is not None:
@@ -108,7 +118,7 @@ def _expanded(path: str | None) -> Path | None:
     return None if path is None else Path(path).expanduser()
 
 
-def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | None, Reservation]:
+def _reserve(arguments: Arguments, folder: Path, replicas: int) -> tuple[Path | None, Reservation]:
     """The checkpoint to resume from, if any; the output folder is this run's afterwards, on trial."""
     training = arguments.training
     wanted, root = training.resume_from_checkpoint, folder / "checkpoints"
@@ -116,7 +126,7 @@ def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | Non
     settle(root)
     checkpoint = find_checkpoint(wanted, root, print) if wanted else None
     if checkpoint is not None:
-        check_world_size(checkpoint, world)
+        check_world_size(checkpoint, replicas)
     continues = wanted == AUTO or (checkpoint is not None and checkpoint.parent == root.resolve())
     return checkpoint, reserve(folder, training.overwrite_output_dir, continues)
 

@@ -136,7 +136,7 @@ class ReMoRA:
         norms = _Norms()
         before = self.probe() if self.probe else None
         for name, layer in mora_layers(model).items():
-            square = zero.full_fp32(self.engine, layer.value)
+            square = layer.whole(zero.full_fp32(self.engine, layer.value))
             self._merge_layer(name, layer, square, norms)
             if self.is_writer:
                 recorded[name] = square.cpu()
@@ -237,7 +237,7 @@ class ReMoRA:
         for name, layer in layers.items():
             first = first_value(layer.spec, self.config.first_seed(name, cycle))
             if first.any():  # LoRA's A
-                zero.set_fp32(self.engine, layer.value, first)
+                zero.set_fp32(self.engine, layer.value, layer.own(first))
         moments = [value for key, value in zero.state_tensors(self.engine, 0) if key != STEP]
         zeros = sum(int((value == 0).sum()) for value in moments)
         counts = torch.tensor(

@@ -45,8 +45,9 @@ class RunWriter:
 
     def collect(self, step: int) -> Callable[[Path], None]:
         """Gathers everything as it is now onto rank 0. What it returns writes it, whatever training does meanwhile."""
-        squares = dict(self._gathered({name: m.value for name, m in mora_layers(self.engine.module).items()}))
-        trained = dict(self._gathered(other_trainables(self.engine.module)))
+        layers, others = mora_layers(self.engine.module), other_trainables(self.engine.module)
+        squares = dict(self._gathered({name: (layer.value, layer.whole) for name, layer in layers.items()}))
+        trained = dict(self._gathered({name: (parameter, _as_it_is) for name, parameter in others.items()}))
         probe = {"input_ids": self.probe_ids.cpu().long(), "logits": probe_logits(self.engine, self.probe_ids).cpu()}
         adapter, ledger = self._adapter_file(step, tuple(trained)), self.remora.ledger.as_it_is()
 
@@ -61,10 +62,13 @@ class RunWriter:
 
         return write
 
-    def _gathered(self, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole fp32 tensor), kept on rank 0 only; the other ranks take part and keep nothing."""
-        for name, parameter in parameters.items():
-            whole = zero.full_fp32(self.engine, parameter)
+    def _gathered(
+        self, parameters: dict[str, tuple[nn.Parameter, Callable[[Tensor], Tensor]]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole fp32 tensor), kept on rank 0 only; the other ranks take part and keep nothing. With each
+        parameter, what makes a whole of a tensor-parallel rank's share."""
+        for name, (parameter, complete) in parameters.items():
+            whole = complete(zero.full_fp32(self.engine, parameter))
             if dist.get_rank() == 0:
                 yield name, whole.to("cpu", copy=True)
 
@@ -83,6 +87,10 @@ class RunWriter:
         """No links: a few megabytes, and one damaged file would be damaged in every checkpoint."""
         if self.tokenizer_folder is not None:
             copy_folder(self.tokenizer_folder, target)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def other_trainables(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -101,6 +101,8 @@ class Layout:
     counters: dict[str, int] = field(default_factory=dict)
     scaler: dict[str, float] = field(default_factory=dict)
     """The running values of fp16's loss scaler."""
+    transposed: list[str] = field(default_factory=list)
+    """Squares of which the shards hold the transpose (tensor parallelism with an aligned grouping)."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": LAYOUT_FORMAT, **vars(self), "flats": _plain(self.flats), "moments": _plain(self.moments)}
@@ -206,7 +208,8 @@ def write_whole(folder: Path, shards: EngineShards, world_size: int) -> None:
                 writer.write(f"{key}/{name}", torch.as_tensor(value))
     flats = [[Part(name, 0, math.prod(shape), 0)] for name, shape in shards.shapes.items()]
     whole = replace(shards.first, rank=0, world_size=world_size, writers=1, file=WHOLE_FILE, masters=[], state=[])
-    write_json_atomic(layout_path(folder, 0), replace(whole, flats=flats, moments=flats).to_dict(), indent=None)
+    whole = replace(whole, flats=flats, moments=flats, transposed=[])
+    write_json_atomic(layout_path(folder, 0), whole.to_dict(), indent=None)
 
 
 def _flattened(tensors: Any) -> Iterator[Tensor]:
@@ -279,8 +282,16 @@ class EngineShards:
         step = self.first.settings[group].get("step") if group < len(self.first.settings) else None
         return None if step is None else int(step)
 
-    def read(self, name: str, key: str, start: int = 0, numel: int | None = None) -> Tensor:
-        """(numel,) elements of a flattened parameter's master or moment, on the CPU, put together from all shards."""
+    def read(self, name: str, key: str, start: int = 0, numel: int | None = None, transposed: bool = False) -> Tensor:
+        """(numel,) elements of a flattened parameter's master or moment, on the CPU, put together from all shards.
+        `transposed`: of its transpose."""
+        if (name in self.first.transposed) is transposed:
+            return self._read(name, key, start, numel)
+        whole = self._read(name, key, 0, None).view(self.shapes[name]).T.flatten()
+        return whole[start : None if numel is None else start + numel].clone()
+
+    def _read(self, name: str, key: str, start: int, numel: int | None) -> Tensor:
+        """As it lies in the shards."""
         size = math.prod(self.shapes[name])
         end = size if numel is None else start + numel
         whole: Tensor | None = None

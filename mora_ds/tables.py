@@ -41,15 +41,49 @@ def contiguous_groups(size: int, groups: int, device: torch.device) -> Tensor:
         return torch.repeat_interleave(torch.arange(groups), lengths).to(device)
 
 
+@lru_cache(maxsize=512)
+def segment_lanes(size: int, groups: int, segments: int, contiguous: bool, device: torch.device) -> Tensor:
+    """(size,): index -> group, where `segments` runs of indices have a run of groups each; within a run strided or
+    contiguous."""
+    within = contiguous_groups if contiguous else strided_groups
+    if segments == 1:
+        return within(size, groups, device)
+    with torch.inference_mode(False):
+        runs = zip(segment_bounds(size, segments), segment_bounds(groups, segments), strict=True)
+        return torch.cat([first + within(stop - start, last - first, device) for (start, stop), (first, last) in runs])
+
+
+@lru_cache(maxsize=512)
+def lane_members(size: int, groups: int, segments: int, contiguous: bool, device: torch.device) -> Tensor:
+    """(K, groups): the indices in each group, filled up with `size`."""
+    with torch.inference_mode(False):
+        lanes = segment_lanes(size, groups, segments, contiguous, torch.device("cpu"))
+        order, counts = lanes.argsort(stable=True), torch.bincount(lanes, minlength=groups)
+        rank = torch.arange(size) - (counts.cumsum(0) - counts)[lanes[order]]
+        table = torch.full((int(counts.max()), groups), size)
+        table[rank, lanes[order]] = order
+        return table.to(device)
+
+
+def segment_bounds(size: int, segments: int) -> list[tuple[int, int]]:
+    """[start, stop) of each run."""
+    return [(size * index // segments, size * (index + 1) // segments) for index in range(segments)]
+
+
 @lru_cache(maxsize=1024)  # a 70B model has 560 layers; 8 bytes an index make 0.7 GB of a cycle's tables
-def permutation_tables(seed: int, d_in: int, d_out: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Permutations of inputs and outputs and their inverses.
+def permutation_tables(
+    seed: int, d_in: int, d_out: int, device: torch.device, in_segments: int = 1, out_segments: int = 1
+) -> tuple[Tensor, ...]:
+    """Permutations of inputs and outputs, within segments, and their inverses.
 
     numpy's RandomState is the one generator whose stream is frozen for ever (NEP 19): a ledger replayed years later,
     or on another device, must draw the same permutations.
     """
     stream = np.random.RandomState(seed)
     with torch.inference_mode(False):
-        forward = [torch.from_numpy(stream.permutation(size)) for size in (d_in, d_out)]
+        forward = [
+            torch.cat([start + torch.from_numpy(stream.permutation(stop - start)) for start, stop in bounds])
+            for bounds in (segment_bounds(d_in, in_segments), segment_bounds(d_out, out_segments))
+        ]
         inverse = [torch.argsort(permutation) for permutation in forward]
         return tuple(table.to(device) for table in (*forward, *inverse))

@@ -159,7 +159,7 @@ class _Universal(EngineShards):
 
     def __init__(self, place: Path) -> None:
         first = Layout.read(place / OURS, 0)
-        super().__init__(place / ZERO_FOLDER, [replace(first, flats=[], moments=[])])
+        super().__init__(place / ZERO_FOLDER, [replace(first, flats=[], moments=[], transposed=[])])
 
     def _file(self, name: str, key: str) -> Any:
         path = self.folder / name / f"{_file_of(key)}.pt"
@@ -178,7 +178,7 @@ class _Universal(EngineShards):
         keys = self.keys(name)
         return {key: value for key, value in self._stored(name).items() if key not in keys}
 
-    def read(self, name: str, key: str, start: int = 0, numel: int | None = None) -> Tensor:
+    def _read(self, name: str, key: str, start: int, numel: int | None) -> Tensor:
         found = self._file(name, key)
         if tuple(found.shape) != self.shapes[name]:
             raise UserError(f"{self.folder / name}: {key} is {tuple(found.shape)}, not {self.shapes[name]}")

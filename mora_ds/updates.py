@@ -7,6 +7,7 @@ spectra ask here, and need not know which adapter it is.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +16,14 @@ from torch import Tensor
 from mora_ds import lora, operators
 from mora_ds.lora import LORA, LoRASpec
 from mora_ds.operators import OperatorSpec
+
+
+class Side(str, Enum):
+    """Which side of a layer a tensor-parallel group splits, and an aligned grouping is confined on."""
+
+    IN = "in"
+    OUT = "out"
+
 
 UpdateSpec: TypeAlias = OperatorSpec | LoRASpec
 

@@ -17,6 +17,7 @@ from mora_ds.arguments import (
     DataArguments,
     MergePrecision,
     OptimizerReset,
+    TPGrouping,
     TrainingArguments,
 )
 from mora_ds.config import LoRAConfig, MoRAConfig
@@ -42,6 +43,7 @@ def validate(arguments: Arguments) -> None:
         *_steps(arguments.training),
         *_sequence(arguments),
         *_optimizer(arguments),
+        *_tensor_parallel(arguments),
     ]
     problems = [message for wrong, message in checks if wrong]
     problems += _refusals(arguments)
@@ -207,6 +209,52 @@ def _optimizer(arguments: Arguments) -> Iterator[Check]:
     )
 
 
+def _tensor_parallel(arguments: Arguments) -> Iterator[Check]:
+    """The world, the heads and the squares are looked at where they are known: `topology`, `tensor_plan`."""
+    adapter, degree = arguments.adapter, arguments.training.tensor_parallel_size
+    flag = f"--tensor_parallel_size {degree}"
+    yield degree < 1, _at_least("tensor_parallel_size", 1, degree)
+    yield _choice("tp_grouping", adapter.tp_grouping, TPGrouping)
+    yield adapter.tp_segments < 1, _at_least("tp_segments", 1, adapter.tp_segments)
+    aligned = adapter.tp_grouping == TPGrouping.ALIGNED.value
+    yield (
+        aligned and adapter.adapter != AdapterKind.MORA.value,
+        f"--tp_grouping aligned is for squares, and --adapter is {adapter.adapter}",
+    )
+    yield (
+        adapter.tp_segments != AdapterArguments.tp_segments and not aligned,
+        "--tp_segments is for --tp_grouping aligned, and it is gather",
+    )
+    yield (
+        aligned and degree > 1 and adapter.tp_segments % degree > 0,
+        f"{flag} does not divide --tp_segments {adapter.tp_segments}: a segment belongs to one rank",
+    )
+    yield (
+        degree > 1 and arguments.training.sequence_parallel_size > 1,
+        f"{flag} and --sequence_parallel_size {arguments.training.sequence_parallel_size}: one of them at a time",
+    )
+    if degree > 1:
+        yield from _split(arguments, flag)
+    yield (
+        arguments.training.dry_run and (arguments.embedded_default or adapter.full_rank_steps > 0),
+        "--dry_run needs a model and data that are there: name them, and leave --full_rank_steps out",
+    )
+
+
+def _split(arguments: Arguments, flag: str) -> Iterator[Check]:
+    adapter = arguments.adapter
+    yield (
+        adapter.adapter != AdapterKind.MORA.value,
+        f"{flag} splits squares, and --adapter {adapter.adapter} has none: leave it at 1",
+    )
+    yield adapter.full_rank_steps > 0, f"{flag}: --full_rank_steps train every parameter under plain ZeRO, at 1 only"
+    yield adapter.mora_dropout > 0, f"{flag}: every rank of a group would draw other masks, so --mora_dropout must be 0"
+    yield (
+        arguments.training.optimizer == OptimizerKind.MUON.value,
+        f"{flag}: --optimizer muon makes whole squares orthogonal, and no rank has a whole one: use adamw",
+    )
+
+
 def _refusals(arguments: Arguments) -> list[str]:
     """What the schedule and the adapter's config refuse, asked for one part at a time so that one hides no other."""
     adapter = arguments.adapter
@@ -221,6 +269,9 @@ def _refusals(arguments: Arguments) -> list[str]:
     attempts: list[Callable[[], object]] = [
         lambda: MoRAConfig(rank=adapter.mora_rank),
         lambda: MoRAConfig(rank=rank, operator=adapter.operator, grouping=adapter.grouping),
+        lambda: MoRAConfig(
+            rank=rank, operator=adapter.operator, segments=int(adapter.tp_grouping == TPGrouping.ALIGNED.value)
+        ),
         lambda: MoRAConfig(dropout=adapter.mora_dropout),
         lambda: MoRAConfig(compute=adapter.compute),
         lambda: MoRAConfig(target_modules=tuple(adapter.target_modules)),

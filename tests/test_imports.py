@@ -18,22 +18,10 @@ import mora_ds
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version", "ds_config_keys", "tables", "processes", "status"),
+    ("errors", "version", "ds_config_keys", "lanes", "tables", "processes", "status"),
     (
-        *(
-            "operators",
-            "lora",
-            "schedules",
-            "stall",
-            "files",
-            "ranks",
-            "flags",
-            "ds_optimizer",
-            "zero",
-            "muon",
-            "stopping",
-        ),
-        *("sequence_parallel", "replicas"),
+        *("operators", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer", "zero", "muon"),
+        *("stopping", "topology", "sequence_parallel", "replicas"),
     ),
     (
         *(
@@ -48,16 +36,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
             "run_folder",
             "followers",
         ),
-        *("background", "checkpoint_care", "resets", "schedule_text"),
+        *("background", "checkpoint_care", "resets", "schedule_text", "windows"),
     ),
     ("config", "layer", "base", "export_check", "spectrum", "checkpoint_folder"),
-    ("injection", "arguments", "ledger", "model", "model_folder", "data", "shards"),
+    ("tensor_plan", "arguments", "ledger", "model", "model_folder", "data", "shards"),
+    ("injection", "adapter_files", "losses", "flat_tensors", "validation", "run_data", "ledger_table"),
     (
-        *("adapter_files", "engine", "losses", "remora", "flat_tensors", "validation", "run_data", "ledger_table"),
-        *("sequence_checks",),
+        *("tensor_parallel", "tensor_cost", "remora", "partitions", "model_card", "ledger_tools", "universal"),
+        *("portable", "sequence_checks"),
     ),
-    ("saving", "partitions", "model_card", "ledger_tools", "universal", "portable"),
-    ("checkpoint", "verification"),
+    ("engine", "saving", "checkpoint", "verification"),
     ("export", "run", "trainer", "compact", "spectrum_report"),
     ("jobs",),
     ("pretrain",),
@@ -76,7 +64,9 @@ DATA_FLOORS: tuple[tuple[str, ...], ...] = (
 
 DATA_SEES = {"errors", "files"}
 
-DEEPSPEED = {"zero", "muon", "flat_tensors", "partitions", "sequence_parallel", "engine", "saving", "jobs"}
+DEEPSPEED = {
+    *("zero", "muon", "topology", "flat_tensors", "partitions", "sequence_parallel", "engine", "saving", "jobs"),
+}
 """Rooms that may import deepspeed: internals in the first five, its public functions in the others."""
 
 DISTRIBUTED = {
@@ -102,8 +92,8 @@ STANDARD_LIBRARY_ONLY = {
     *("files", "cli", "stopping", "processes"),
 }
 WITHOUT_DEEPSPEED = (
-    "operators", "layer", "config", "injection", "data", "ledger", "export", "shards", "checkpoint_folder",
-    "verification", "universal", "portable", "arguments", "validation",
+    "operators", "windows", "layer", "tensor_plan", "tensor_cost", "config", "injection", "data", "ledger", "export",
+    "shards", "checkpoint_folder", "verification", "universal", "portable", "arguments", "validation",
 )  # fmt: skip
 """Rooms that must not need DeepSpeed, not even through another room."""
 

@@ -1,0 +1,122 @@
+"""Who computes what together: world = t x dp. One of the rooms that touch DeepSpeed's internals (0.19.8).
+
+    ranks 0 .. t-1      one tensor-parallel group: the same rows of the batch, each rank a slice of every layer
+    ranks r, r+t, ...   one data-parallel group: the same slice, other rows; ZeRO partitions over it
+
+DeepSpeed learns of it by its `mpu` argument. Its own AutoTP stays off: it would shard the base.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed.comm as comm
+import torch
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from mora_ds.errors import UserError
+
+FLAG = "--tensor_parallel_size"
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This rank's place, and the collectives of its tensor-parallel group. All go through `deepspeed.comm`, which
+    counts them."""
+
+    degree: int
+    """t, ranks of a tensor-parallel group."""
+    index: int
+    """Of this rank within it."""
+    group: Any
+
+    @classmethod
+    def of(cls, degree: int) -> Topology:
+        """Makes the groups, once a process. Collective. Raises `UserError` where `degree` does not divide the world,
+        or differs from that of an engine that this process has made before."""
+        world = comm.get_world_size()
+        check_degree(degree, world)
+        groups._init_tp_mesh_device(tensor_model_parallel_size=degree)  # utils/groups.py: (dp, t), t innermost
+        group = groups.get_tensor_model_parallel_group()
+        if comm.get_world_size(group) != degree:
+            raise UserError(f"{FLAG} {degree}: this process has groups of {comm.get_world_size(group)} already")
+        return cls(degree, comm.get_rank(group), group)
+
+    @property
+    def mpu(self) -> Any:
+        """For `deepspeed.initialize`. It must not have `initialize_sequence_parallel`, which would turn the summing of
+        norms over the group off (zero/stage3.py, `__init__`)."""
+        return groups
+
+    def share(self, size: int) -> tuple[int, int]:
+        """[start, stop) of `size` things that are this rank's; shares differ by at most one."""
+        return share(size, self.degree, self.index)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over the group, in place."""
+        comm.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def gather(self, own: Tensor, size: int) -> Tensor:
+        """Shares of the first dimension -> (size, ...), on every rank of the group."""
+        padded = _padded(own, -(-size // self.degree))
+        whole = own.new_empty(len(padded) * self.degree, *own.shape[1:])
+        comm.all_gather_into_tensor(whole, padded, group=self.group)
+        return whole if len(whole) == size else torch.cat(self._shares_in(whole, size))
+
+    def sum_scatter(self, whole: Tensor) -> Tensor:
+        """(size, ...) -> this rank's share of the sum over the group."""
+        size, longest = len(whole), -(-len(whole) // self.degree)
+        start, stop = self.share(size)
+        if longest * self.degree != size:
+            pieces = [whole[slice(*share(size, self.degree, index))] for index in range(self.degree)]
+            whole = torch.cat([_padded(piece, longest) for piece in pieces])
+        own = whole.new_empty(longest, *whole.shape[1:])
+        comm.reduce_scatter_tensor(own, whole.contiguous(), group=self.group)
+        return own[: stop - start]
+
+    def _shares_in(self, padded: Tensor, size: int) -> list[Tensor]:
+        bounds = [share(size, self.degree, index) for index in range(self.degree)]
+        return [piece[: stop - start] for piece, (start, stop) in zip(padded.chunk(self.degree), bounds, strict=True)]
+
+
+def share(size: int, degree: int, index: int) -> tuple[int, int]:
+    """[start, stop) of share `index` of `degree`."""
+    return size * index // degree, size * (index + 1) // degree
+
+
+def check_degree(degree: int, world: int) -> None:
+    """Raises `UserError` naming the flag."""
+    if degree < 1 or world % degree:
+        able = ", ".join(str(number) for number in range(1, world + 1) if world % number == 0)
+        raise UserError(f"{FLAG} {degree} does not divide the {world} ranks of this run: {able} would")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which rows of a square a parameter holds on this rank."""
+
+    start: int
+    r_hat: int
+    transposed: bool
+    """Whether they are rows of its transpose."""
+
+
+def mark_split(parameter: nn.Parameter, start: int, r_hat: int, transposed: bool) -> None:
+    """Each rank of a group holds another part of a square, so each counts in the norm (runtime/utils.py,
+    `is_model_parallel_parameter`)."""
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    parameter.mora_share = Share(start, r_hat, transposed)  # type: ignore[attr-defined]
+
+
+def share_of(parameter: Tensor) -> Share | None:
+    """What `mark_split` noted; None for a parameter that every rank of a group holds."""
+    return getattr(parameter, "mora_share", None)
+
+
+def _padded(tensor: Tensor, length: int) -> Tensor:
+    if len(tensor) == length:
+        return tensor.contiguous()
+    return torch.cat((tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])))

@@ -1,0 +1,66 @@
+"""What a micro-batch costs a rank, by shapes alone: tensor parallel, data parallel, sequence parallel.
+
+python tools/tp_cost.py MODEL_FOLDER_OR_CONFIG.json [--mora_rank 256] [--ranks 8] [--degrees 2 8] [--tokens 4096]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from mora_ds import cli
+from mora_ds.config import MoRAConfig
+from mora_ds.errors import UserError
+from mora_ds.injection import inject, mora_layers
+from mora_ds.model import folder_config, read_model_config
+from mora_ds.operators import OperatorKind
+from mora_ds.tensor_cost import cost_table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--mora_rank", type=int, default=256)
+    parser.add_argument("--operator", default="auto")
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--degrees", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--tokens", type=int, default=4096, help="of a rank's micro-batch")
+    parser.add_argument("--tp_segments", type=int, default=8)
+    given = parser.parse_args()
+    if any(degree < 1 or given.ranks % degree for degree in given.degrees):
+        raise UserError(f"--degrees must divide --ranks {given.ranks}")
+    plain = MoRAConfig(rank=given.mora_rank, operator=given.operator)
+    gathered = model_of(given.config, plain)
+    shares = plain.kind is OperatorKind.SHARE
+    aligned = None
+    if shares:
+        aligned = model_of(
+            given.config, MoRAConfig(given.mora_rank, operator=given.operator, segments=given.tp_segments)
+        )
+    layers = gathered.config.get_text_config().num_hidden_layers
+    sizes = sorted({layer.value.shape[0] for layer in mora_layers(gathered).values()})
+    print(
+        f"{given.ranks} ranks, {given.tokens:,} tokens each, forward and backward, {plain.title}, rank "
+        f"{given.mora_rank}, r_hat {', '.join(map(str, sizes))}; a layer ({layers} in all) and rank\n"
+    )
+    print(f"{'':<40} {'TMAC':>8} {'M elements':>11}")
+    for row in cost_table(gathered, aligned, given.ranks, given.degrees, given.tokens):
+        print(f"{row.name:<40} {row.macs / layers / 1e12:>8.2f} {row.wire / layers / 1e6:>11.0f}")
+
+
+def model_of(path: Path, config: MoRAConfig) -> Any:
+    """Injected, without memory."""
+    read = folder_config(path) if path.is_dir() else read_model_config(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(read)
+    inject(model, config)
+    return model
+
+
+if __name__ == "__main__":
+    cli.run(main)
