@@ -67,7 +67,7 @@ DATA_SEES = {"errors", "files"}
 DEEPSPEED = {
     *("zero", "muon", "topology", "flat_tensors", "partitions", "sequence_parallel", "engine", "saving", "jobs"),
 }
-"""Rooms that may import deepspeed: internals in the first five, its public functions in the others."""
+"""Rooms that may import deepspeed: internals in the first six, its public functions in the others."""
 
 DISTRIBUTED = {
     *(
