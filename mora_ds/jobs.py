@@ -144,7 +144,8 @@ def _adapter_job(
         place.say(plan_of(loaded.model, degree))
     tokens = arguments.training.per_device_train_batch_size * data.train.seq_len
     tokens //= arguments.training.sequence_parallel_size
-    place.say(costs(loaded.model, degree, ranks.world // degree, tokens))
+    if ds_config["zero_optimization"]["stage"] == 3:
+        place.say(costs(loaded.model, degree, ranks.world // degree, tokens))
     fingerprint = ranks.on_first(loaded.base.fingerprint)
     precision = arguments.adapter.merge_precision
     common = _common_identity(arguments, data, ds_config, ranks.world, loaded)

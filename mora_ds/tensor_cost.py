@@ -67,6 +67,8 @@ class Costs:
     """Stored whole on every rank."""
     square_elements: float
     """Stored of all squares: r_hat^2 / world each."""
+    trained: str = "squares"
+    """What it calls them: LoRA has factors."""
 
     @property
     def macs(self) -> int:
@@ -83,10 +85,11 @@ class Costs:
     def __str__(self) -> str:
         return (
             f"each rank stores the whole base ({self.base_elements:,} elements) and {self.square_elements:,.0f} "
-            f"elements of the squares\n"
+            f"elements of the {self.trained}\n"
             f"each rank computes {self.macs / 1e9:,.3f} G multiply-accumulates a micro-batch (base "
-            f"{self.base_macs / 1e9:,.3f}, squares {self.square_macs / 1e9:,.3f}) and sends {self.wire() / 1e6:,.3f} M "
-            f"elements (squares {self.wire('square') / 1e6:,.3f}, activations {self.wire('activation') / 1e6:,.3f}, "
+            f"{self.base_macs / 1e9:,.3f}, {self.trained} {self.square_macs / 1e9:,.3f}) and sends "
+            f"{self.wire() / 1e6:,.3f} M elements ({self.trained} {self.wire('square') / 1e6:,.3f}, "
+            f"activations {self.wire('activation') / 1e6:,.3f}, "
             "base 0)"
         )
 
@@ -106,13 +109,17 @@ def costs(model: nn.Module, degree: int, replicas: int, tokens: int, split: bool
             base += 2 * d_in * d_out * tokens // (1 if style is Style.WHOLE else degree)
         if name in layers:
             spec = layers[name].spec
-            assert isinstance(spec, OperatorSpec)
-            square += 3 * tokens * _square_macs(spec, style, degree)
-            traffic += _square_traffic(spec, style, degree, replicas, tokens)
+            if isinstance(spec, OperatorSpec):
+                square += 3 * tokens * _square_macs(spec, style, degree)
+                traffic += _square_traffic(spec, style, degree, replicas, tokens)
+            else:  # LoRA's factors, at t = 1 only: each element is used once a token and product
+                square += 3 * tokens * layers[name].value.numel()
+                traffic += _zero_traffic(layers[name].value.numel(), replicas)
     traffic += _block_traffic(model, plan, tokens)
     squares = sum(layer.value.numel() for layer in layers.values())
     whole = count_parameters(model) - sum(parameter.numel() for parameter in model.parameters())
-    return Costs(base, square, tuple(traffic), whole, squares / degree / replicas)
+    trained = "squares" if all(isinstance(layer.spec, OperatorSpec) for layer in layers.values()) else "factors"
+    return Costs(base, square, tuple(traffic), whole, squares / degree / replicas, trained)
 
 
 @dataclass(frozen=True)
@@ -174,10 +181,7 @@ def _square_macs(spec: OperatorSpec, style: Style, degree: int) -> int:
 
 def _square_traffic(spec: OperatorSpec, style: Style, degree: int, replicas: int, tokens: int) -> Iterator[Traffic]:
     square = spec.r_hat**2
-    if replicas > 1:
-        share = -(-spec.r_hat // degree) * spec.r_hat
-        yield Traffic("square", Collective.GATHER, replicas, share, PASSES_GATHERED)
-        yield Traffic("square", Collective.SCATTER, replicas, share)
+    yield from _zero_traffic(-(-spec.r_hat // degree) * spec.r_hat, replicas)
     if degree == 1 or _is_aligned(spec, style, degree):
         return
     if style is not Style.WHOLE:
@@ -187,6 +191,12 @@ def _square_traffic(spec: OperatorSpec, style: Style, degree: int, replicas: int
     lanes = tokens * spec.r_hat * (spec.blocks_in if spec.blockwise else 1)
     yield Traffic("activation", Collective.GATHER, degree, lanes)
     yield Traffic("activation", Collective.SUM, degree, lanes)
+
+
+def _zero_traffic(elements: int, replicas: int) -> Iterator[Traffic]:
+    if replicas > 1:
+        yield Traffic("square", Collective.GATHER, replicas, elements, PASSES_GATHERED)
+        yield Traffic("square", Collective.SCATTER, replicas, elements)
 
 
 def _block_traffic(model: nn.Module, plan: TensorPlan, tokens: int) -> Iterator[Traffic]:
