@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mora_ds.arguments import AdapterArguments, AdapterKind, Arguments
+from mora_ds.adapter_arguments import AdapterArguments, AdapterKind
+from mora_ds.arguments import Arguments
 from mora_ds.checkpoint_folder import AUTO
 from mora_ds.ds_optimizer import OptimizerKind
 from mora_ds.engine import start_distributed

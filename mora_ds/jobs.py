@@ -16,7 +16,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from mora_ds.arguments import AdapterKind, Arguments
+from mora_ds.adapter_arguments import AdapterKind
+from mora_ds.arguments import Arguments
 from mora_ds.checkpoint import CheckpointWriter, load_checkpoint
 from mora_ds.checkpoint_folder import TrainerState, check_identity
 from mora_ds.data import largest_id

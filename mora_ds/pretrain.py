@@ -16,7 +16,8 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from mora_ds import zero
-from mora_ds.arguments import AdapterKind, Arguments, dump
+from mora_ds.adapter_arguments import AdapterKind
+from mora_ds.arguments import Arguments, dump
 from mora_ds.checkpoint_care import name_latest, settle
 from mora_ds.checkpoint_folder import AUTO, TrainerState, check_world_size, find_checkpoint
 from mora_ds.data import PackedDataset

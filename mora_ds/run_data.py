@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mora_ds.arguments import Arguments, DataArguments
+from mora_ds.arguments import Arguments
 from mora_ds.data import (
     Corpus,
     PackedDataset,
@@ -23,6 +23,7 @@ from mora_ds.data import (
     resolve_files,
     train_sentencepiece,
 )
+from mora_ds.data_arguments import DataArguments
 from mora_ds.errors import UserError
 from mora_ds.files import copy_folder, disk_errors
 from mora_ds.followers import Followers

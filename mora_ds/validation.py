@@ -10,21 +10,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from enum import Enum
 
-from mora_ds.arguments import (
-    AdapterArguments,
-    AdapterKind,
-    Arguments,
-    DataArguments,
-    MergePrecision,
-    OptimizerReset,
-    TPGrouping,
-    TrainingArguments,
-)
+from mora_ds.adapter_arguments import AdapterArguments, AdapterKind, MergePrecision, TPGrouping
+from mora_ds.arguments import Arguments
 from mora_ds.config import LoRAConfig, MoRAConfig
+from mora_ds.data_arguments import DataArguments
 from mora_ds.ds_optimizer import OptimizerKind
 from mora_ds.errors import UserError, member_named, nearest
+from mora_ds.resets import OptimizerReset
 from mora_ds.schedules import MergeWhen, schedule_kind
 from mora_ds.stall import StallSignal
+from mora_ds.training_arguments import TrainingArguments
 
 Check = tuple[bool, str]
 """(whether it is wrong, what to say then)."""

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from mora_ds.arguments import AdapterArguments, Arguments, TrainingArguments, dump, from_flat, parse
+from mora_ds.adapter_arguments import AdapterArguments
+from mora_ds.arguments import Arguments, dump, from_flat, parse
 from mora_ds.errors import UserError
 from mora_ds.flags import documented
 from mora_ds.schedules import ScheduleKind
 from mora_ds.stall import StallRule, StallSignal
+from mora_ds.training_arguments import TrainingArguments
 from mora_ds.validation import validate
 
 RUN = ["--model_name_or_path", "model", "--train_files", "a.txt"]

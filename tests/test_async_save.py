@@ -21,7 +21,7 @@ from mora_ds.shards import MASTER, EngineShards
 from mora_ds.trainer import Trainer
 from mora_ds.verification import verify
 from tests.gloo import run_ranks
-from tests.jobs import Playground, curve, job, playground, refused, run
+from tests.jobs import Playground, curve, job, refused, run
 
 pytestmark = pytest.mark.gloo
 
@@ -30,11 +30,6 @@ MORE = (
     "--max_steps", LAST_STEP, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2,
     "--train_norms", "true", "--mora_dropout", 0.1,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return playground(tmp_path_factory.mktemp("user"))
 
 
 @pytest.fixture(scope="module")

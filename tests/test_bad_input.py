@@ -25,16 +25,10 @@ from tests.jobs import (
     environment,
     launch,
     losses,
-    playground,
     refused,
     run,
 )
 from tests.models import tiny_model
-
-
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return playground(tmp_path_factory.mktemp("user"))
 
 
 def refused_each(cases: list[list[str]]) -> list[tuple[str, str]]:

@@ -18,14 +18,9 @@ from mora_ds.checkpoint_folder import check_identity, complete_checkpoints, find
 from mora_ds.errors import UserError
 from mora_ds.files import replace_symlink, verify_manifest, write_manifest
 from tests.gloo import run_ranks
-from tests.jobs import Playground, job, launch, playground, refused, run
+from tests.jobs import Playground, job, launch, refused, run
 
 MERGING = ("--max_steps", 6, "--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 2)
-
-
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return playground(tmp_path_factory.mktemp("user"))
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,9 @@ def test_recipes_of_the_paper_hold_the_papers_figures(name: str, rank: int, rate
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_leave_model_and_data_to_the_user(path: Path) -> None:
-    from mora_ds.arguments import AdapterArguments, DataArguments, ModelArguments, TrainingArguments
+    from mora_ds.adapter_arguments import AdapterArguments
+    from mora_ds.data_arguments import DataArguments, ModelArguments
+    from mora_ds.training_arguments import TrainingArguments
 
     keys = read_recipe(str(path), [ModelArguments, AdapterArguments, DataArguments, TrainingArguments])
     assert not {"model_name_or_path", "train_files", "output_dir"} & set(keys)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from mora_ds.data import PackedDataset
 from mora_ds.export import export_merged
 from tests.gloo import run_ranks
-from tests.jobs import Playground, curve, job, losses, playground, refused, rows, run
+from tests.jobs import Playground, curve, job, losses, refused, rows, run
 from tests.test_resume import interrupted_job
 
 pytestmark = pytest.mark.gloo
@@ -33,11 +33,6 @@ RELORA = (
     "--learning_rate",
     "5e-2",
 )
-
-
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return playground(tmp_path_factory.mktemp("user"))
 
 
 def test_relora_has_one_curve_for_1_and_2_ranks_and_goes_home(user: Playground, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from mora_ds.shards import MASTER, EngineShards
 from mora_ds.universal import from_universal, to_universal
 from mora_ds.verification import verify
 from tests.gloo import run_ranks
-from tests.jobs import REPOSITORY, Playground, losses, playground, run
+from tests.jobs import REPOSITORY, Playground, losses, run
 from tests.test_zero import ds_config
 
 pytestmark = pytest.mark.gloo
@@ -33,11 +33,6 @@ pytestmark = pytest.mark.gloo
 MORE = (
     "--max_steps", 6, "--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 5, "--train_norms", "true",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return playground(tmp_path_factory.mktemp("user"))
 
 
 @pytest.fixture(scope="module")

@@ -25,18 +25,13 @@ from mora_ds.files import replace_symlink, verify_manifest
 from mora_ds.ledger import Ledger
 from mora_ds.trainer import Trainer
 from tests.gloo import run_ranks
-from tests.jobs import Playground, playground, refused, rows, run
+from tests.jobs import Playground, refused, rows, run
 from tests.kills import assert_same_outcome, tree
 
 MERGING = (
     "--max_steps", 6, "--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 2, "--train_norms", "true",
 )  # fmt: skip
 """Checkpoints 2 (one cycle), 4 and 6 (two); each of the cycles is one file with a name in every checkpoint since."""
-
-
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return playground(tmp_path_factory.mktemp("user"))
 
 
 def command(user: Playground, out: Path, *more: str | int | Path) -> list[str]:

@@ -22,7 +22,7 @@ from mora_ds.shards import _STAND_INS, MASTER, EngineShards, Layout, layout_path
 from mora_ds.trainer import Trainer
 from mora_ds.verification import verify
 from tests.gloo import run_ranks
-from tests.jobs import REPOSITORY, Playground, job, losses, playground, rows, run
+from tests.jobs import REPOSITORY, Playground, job, losses, rows, run
 from tests.test_zero_contract import COMBINATIONS, new_engine, one_step
 
 pytestmark = pytest.mark.gloo
@@ -284,11 +284,6 @@ def test_shards_of_another_model_are_refused(saved: tuple[str, dict[Combination,
 ROWS = 12
 """Sequences a step: shared evenly by 1, 2, 3 and 4 ranks."""
 RUN = ("--max_steps", 8, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--train_norms", "true")
-
-
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return playground(tmp_path_factory.mktemp("user"))
 
 
 def flags(user: Playground, out: Path, world: int, *more: Any) -> list[str]:

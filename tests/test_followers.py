@@ -18,17 +18,12 @@ from mora_ds.followers import Followers
 from mora_ds.ranks import Ranks
 from mora_ds.verification import verify
 from tests.gloo import run_ranks
-from tests.jobs import Playground, job, losses, playground, run
+from tests.jobs import Playground, job, losses, run
 from tests.test_resume import assert_same, final
 
 pytestmark = pytest.mark.gloo
 
 MORE = ("--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 2, "--mora_dropout", 0.1, "--train_norms")
-
-
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return playground(tmp_path_factory.mktemp("user"))
 
 
 @pytest.fixture(scope="module")

@@ -24,26 +24,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("stopping", "topology", "sequence_parallel", "replicas"),
     ),
     (
-        *(
-            "cli",
-            "restart",
-            "pulse",
-            "ds_config",
-            "compute",
-            "updates",
-            "tensor_files",
-            "metrics",
-            "run_folder",
-            "followers",
-        ),
-        *("background", "checkpoint_care", "resets", "schedule_text", "windows"),
+        *("cli", "restart", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder"),
+        *("followers", "background", "checkpoint_care", "resets", "schedule_text", "windows", "data_arguments"),
     ),
-    ("config", "layer", "base", "export_check", "spectrum", "checkpoint_folder"),
-    ("tensor_plan", "arguments", "ledger", "model", "model_folder", "data", "shards"),
-    ("injection", "adapter_files", "losses", "flat_tensors", "validation", "run_data", "ledger_table"),
+    ("config", "layer", "base", "export_check", "spectrum", "checkpoint_folder", "training_arguments"),
+    ("tensor_plan", "adapter_arguments", "ledger", "model", "model_folder", "data", "shards"),
+    ("arguments", "injection", "adapter_files", "losses", "flat_tensors", "ledger_table"),
     (
         *("tensor_parallel", "tensor_cost", "remora", "partitions", "model_card", "ledger_tools", "universal"),
-        *("portable", "sequence_checks"),
+        *("portable", "sequence_checks", "validation", "run_data"),
     ),
     ("engine", "saving", "checkpoint", "verification"),
     ("export", "run", "trainer", "compact", "spectrum_report"),
@@ -70,20 +59,8 @@ DEEPSPEED = {
 """Rooms that may import deepspeed: internals in the first six, its public functions in the others."""
 
 DISTRIBUTED = {
-    *(
-        "ranks",
-        "pulse",
-        "background",
-        "engine",
-        "checkpoint",
-        "followers",
-        "flat_tensors",
-        "partitions",
-        "remora",
-        "saving",
-    ),
-    "trainer",
-    *("sequence_parallel", "sequence_checks", "replicas"),
+    *("ranks", "pulse", "background", "engine", "checkpoint", "followers", "flat_tensors", "partitions", "remora"),
+    *("saving", "trainer", "sequence_parallel", "sequence_checks", "replicas"),
 }
 """Rooms that may import torch.distributed."""
 

@@ -14,16 +14,11 @@ from pathlib import Path
 import pytest
 
 from mora_ds.files import replace_symlink
-from tests.jobs import Playground, playground, run
+from tests.jobs import Playground, run
 from tests.kills import MOMENTS, STEPS, Passes, Start, assert_same_outcome, killed_run
 
 Whole = Callable[[int, str, tuple[str | int, ...]], Path]
 PRECISIONS = {"fp32": (), "bf16": ("--bf16", "true")}
-
-
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return playground(tmp_path_factory.mktemp("user"))
 
 
 def command(user: Playground, out: Path, precision: str, *more: str | int | Path) -> list[str]:

@@ -22,7 +22,7 @@ from mora_ds.operators import delta_weight
 from mora_ds.resets import OptimizerReset
 from mora_ds.validation import validate
 from tests.gloo import run_ranks
-from tests.jobs import Playground, playground, refused, rows, run
+from tests.jobs import Playground, refused, rows, run
 from tests.models import causal_loss, tiny_model, tokens
 from tests.test_remora import merging_run
 from tests.test_resume import assert_same_run, interrupted_job
@@ -323,11 +323,6 @@ def test_without_zero_every_rank_prunes_alike(tmp_path: Path) -> None:
 
 
 # -- the main job --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return playground(tmp_path_factory.mktemp("user"))
 
 
 JOB = ("--optimizer", "muon", "--muon_learning_rate", 0.05, "--max_steps", 6, "--merge_every", 2,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests import remote_shell
-from tests.jobs import REPOSITORY, Playground, losses, playground, run
+from tests.jobs import REPOSITORY, Playground, losses, run
 from tests.nodes import INTERFACE, Node, trouble, two_nodes, wait_for
 from tests.test_resume import assert_same, final
 
@@ -22,11 +22,6 @@ pytestmark = [pytest.mark.gloo, pytest.mark.heavy]
 MORE = ("--max_steps", 40, "--merge_every", 9, "--restart_warmup_steps", 1, "--save_steps", 4)
 PORT = "29511"
 """Nobody else's: the nodes have a network of their own."""
-
-
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return playground(tmp_path_factory.mktemp("user"))
 
 
 @pytest.fixture(scope="module")

@@ -23,15 +23,10 @@ from mora_ds.data import PackedDataset, build_cache, load_corpus, load_tokenizer
 from mora_ds.export import export_merged
 from mora_ds.losses import token_nll
 from tests.gloo import run_ranks
-from tests.jobs import REPOSITORY, Playground, environment, job, launch, losses, playground, rows, run, said
+from tests.jobs import REPOSITORY, Playground, environment, job, launch, losses, rows, run, said
 from tests.models import tiny_model
 
 MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--max_steps", 8, "--eval_steps", 4)
-
-
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return playground(tmp_path_factory.mktemp("user"))
 
 
 def perplexities(out: Path) -> list[tuple[int, dict[str, float]]]:

@@ -38,11 +38,6 @@ MERGING = ("--max_steps", 9, "--merge_every", 3, "--restart_warmup_steps", 1, "-
 """Merges after steps 3 and 6; checkpoints at 2, 4, 6 (right after a merge), 8 and 9."""
 
 
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return playground(tmp_path_factory.mktemp("user"))
-
-
 def interrupted_job(argv: list[str], step: int) -> None:
     """A run that stops dead after optimizer step `step`, and whatever follows it (a merge, a checkpoint)."""
     after_step = Trainer._after_step

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.jobs import REPOSITORY, Playground, losses, playground, run
+from tests.jobs import REPOSITORY, Playground, losses, run
 
 pytestmark = [pytest.mark.gloo, pytest.mark.heavy]
 
@@ -22,11 +22,6 @@ KINDS = [("mora", "adamw"), ("mora", "muon"), ("lora", "adamw"), ("full", "adamw
 PLACES = [(0, "none"), *product((1, 2, 3), ("none", "cpu"))]
 LOOP = ("--max_steps", 7, "--save_steps", 2, "--gradient_accumulation_steps", 2, "--max_grad_norm", 0.5)
 MERGES = ("--merge_every", 3, "--restart_warmup_steps", 1, "--train_norms", "true")
-
-
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return playground(tmp_path_factory.mktemp("user"))
 
 
 def ds_config(folder: Path, stage: int, offload: str) -> Path:

@@ -12,7 +12,7 @@ import torch
 
 from mora_ds.export import export_merged
 from tests.gloo import run_ranks
-from tests.jobs import Playground, curve, job, launch, losses, playground, refused, rows, run, said
+from tests.jobs import Playground, curve, job, launch, losses, refused, rows, run, said
 
 pytestmark = pytest.mark.gloo
 
@@ -26,11 +26,6 @@ RUN = (
 
 DIFFERENCES = ("change", "error")
 """Of losses, in the rows of a stall."""
-
-
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return playground(tmp_path_factory.mktemp("user"))
 
 
 def flags(user: Playground, out: Path, ranks: int, size: int, *more: Any) -> list[str]:

@@ -21,18 +21,13 @@ from mora_ds.run_folder import reserve
 from mora_ds.status import EXIT_STOPPED
 from mora_ds.trainer import Trainer
 from tests.gloo import free_port, run_ranks
-from tests.jobs import Playground, environment, job, launcher, playground, rows, run
+from tests.jobs import Playground, environment, job, launcher, rows, run
 from tests.nodes import wait_for
 from tests.test_resume import assert_same_run
 
 MERGING = ("--max_steps", 9, "--merge_every", 4, "--restart_warmup_steps", 1, "--eval_steps", 4, "--save_steps", 3)
 """Merges and evaluations after steps 4 and 8; checkpoints at 3, 6 and 9."""
 AUTO = ("--resume_from_checkpoint", "auto")
-
-
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return playground(tmp_path_factory.mktemp("user"))
 
 
 @pytest.fixture(scope="module")

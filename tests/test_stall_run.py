@@ -15,7 +15,7 @@ from mora_ds import zero
 from mora_ds.arguments import parse
 from mora_ds.stall import StallRule, StallSignal
 from tests.gloo import run_ranks
-from tests.jobs import Playground, playground, refused, rows, run, said
+from tests.jobs import Playground, refused, rows, run, said
 from tests.test_resume import assert_same_run, interrupted_job
 from tests.test_zero_contract import new_engine, one_step
 
@@ -27,11 +27,6 @@ STALLED = (
     "--gradient_accumulation_steps", 2, "--per_device_train_batch_size", 2, "--merge_at_end", "true",
 )  # fmt: skip
 SIGNALS = {"loss": ("--stall_tolerance", 0.009), "update": ("--stall_signal", "update", "--stall_tolerance", 0.4)}
-
-
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return playground(tmp_path_factory.mktemp("user"))
 
 
 @pytest.fixture(scope="module")

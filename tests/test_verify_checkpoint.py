@@ -17,14 +17,9 @@ from safetensors.torch import load_file, save_file
 from mora_ds.errors import UserError
 from mora_ds.files import replace_symlink, write_manifest
 from mora_ds.verification import verify
-from tests.jobs import REPOSITORY, Playground, playground, run
+from tests.jobs import REPOSITORY, Playground, run
 
 pytestmark = pytest.mark.gloo
-
-
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return playground(tmp_path_factory.mktemp("user"))
 
 
 @pytest.fixture(scope="module")
