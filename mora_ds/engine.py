@@ -28,6 +28,7 @@ from mora_ds.ds_optimizer import uses_muon
 from mora_ds.errors import RunError, UserError
 from mora_ds.injection import frozen_buffers, mora_layers, move_base
 from mora_ds.tensor_parallel import split_model
+from mora_ds.tensor_plan import TPInputs
 from mora_ds.topology import Topology
 
 
@@ -56,13 +57,15 @@ def initialize(
     config: dict[str, Any] | str | Path,
     check_base: bool = True,
     tensor_parallel_size: int = 1,
+    tensor_parallel_inputs: TPInputs = TPInputs.AUTO,
     **kwargs: Any,
 ) -> tuple[zero.Engine, Any, Any, Any]:
     """`deepspeed.initialize` for a model that `mora_ds.inject` prepared: same arguments, same four returns.
 
     `config` is a DeepSpeed config (dict or path); sizes of ZeRO's buckets may be "auto". The base is moved to this
     rank's device in the config's dtype and, with `check_base`, compared over all ranks by checksum. With
-    `tensor_parallel_size` t, t consecutive ranks share the work of one, and get the same batch (`tensor_parallel`).
+    `tensor_parallel_size` t, t consecutive ranks share the work of one, and get the same batch (`tensor_parallel`);
+    `tensor_parallel_inputs` says how they keep what a block's layers read (`TPInputs`).
     Raises `UserError` for a model without squares and `RunError` when the ranks hold different bases.
     """
     if not mora_layers(model):
@@ -76,7 +79,7 @@ def initialize(
     start_distributed()
     if tensor_parallel_size > 1:
         topology = Topology.of(tensor_parallel_size)
-        split_model(model, topology)
+        split_model(model, topology, tensor_parallel_inputs)
         kwargs["mpu"] = topology.mpu
     dtype = getattr(torch, compute_dtype(settings))
     device = torch.device(get_accelerator().current_device_name())

@@ -36,7 +36,7 @@ from mora_ds.saving import PROBE_TOKENS, save_full_model
 from mora_ds.sequence_checks import describe
 from mora_ds.sequence_parallel import share_rows
 from mora_ds.tensor_cost import costs
-from mora_ds.tensor_plan import plan_of
+from mora_ds.tensor_plan import TPInputs, plan_of
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _adapter_job(
     arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, place: Place
 ) -> Job:
     config, ranks = arguments.adapter.config(arguments.training.seed), place.ranks
-    degree = arguments.training.tensor_parallel_size
+    degree, inputs = arguments.training.tensor_parallel_size, TPInputs(arguments.training.tp_inputs)
     report = inject(loaded.model, config)
     place.say(report)
     numels = trainable_numels(loaded.model, degree)
@@ -146,13 +146,15 @@ def _adapter_job(
     tokens = arguments.training.per_device_train_batch_size * data.train.seq_len
     tokens //= arguments.training.sequence_parallel_size
     if ds_config["zero_optimization"]["stage"] == 3:
-        place.say(costs(loaded.model, degree, ranks.world // degree, tokens))
+        place.say(costs(loaded.model, degree, ranks.world // degree, tokens, inputs=inputs))
     fingerprint = ranks.on_first(loaded.base.fingerprint)
     precision = arguments.adapter.merge_precision
     common = _common_identity(arguments, data, ds_config, ranks.world, loaded)
     _check_checkpoint(place.checkpoint, run_identity(fingerprint, config, precision, common))
     ds_config = fill_bucket_sizes(ds_config, numels)
-    engine, *_ = initialize(model=loaded.model, config=ds_config, tensor_parallel_size=degree)
+    engine, *_ = initialize(
+        model=loaded.model, config=ds_config, tensor_parallel_size=degree, tensor_parallel_inputs=inputs
+    )
     _seed(arguments, ranks)
     run = Run(
         engine,

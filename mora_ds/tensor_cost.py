@@ -20,7 +20,7 @@ from torch import nn
 from mora_ds.injection import count_parameters, mora_layers
 from mora_ds.layer import AdaptedLinear
 from mora_ds.operators import OperatorKind, OperatorSpec
-from mora_ds.tensor_plan import Style, TensorPlan, is_attention, plan_of
+from mora_ds.tensor_plan import Kept, Style, TensorPlan, TPInputs, is_attention, kept_inputs, plan_of
 
 PASSES_GATHERED = 2
 """ZeRO-3 gathers a square's shares in forward and again in backward."""
@@ -94,7 +94,9 @@ class Costs:
         )
 
 
-def costs(model: nn.Module, degree: int, replicas: int, tokens: int, split: bool = True) -> Costs:
+def costs(
+    model: nn.Module, degree: int, replicas: int, tokens: int, split: bool = True, inputs: TPInputs = TPInputs.AUTO
+) -> Costs:
     """Of an injected model that has not been split yet, `tokens` a group and micro-batch. Without `split`: as if every
     layer fell back."""
     plan, layers = plan_of(model, degree), mora_layers(model)
@@ -116,6 +118,7 @@ def costs(model: nn.Module, degree: int, replicas: int, tokens: int, split: bool
                 square += 3 * tokens * layers[name].value.numel()
                 traffic += _zero_traffic(layers[name].value.numel(), replicas)
     traffic += _block_traffic(model, plan, tokens)
+    traffic += _input_traffic(model, plan, tokens, inputs)
     squares = sum(layer.value.numel() for layer in layers.values())
     whole = count_parameters(model) - sum(parameter.numel() for parameter in model.parameters())
     trained = "squares" if all(isinstance(layer.spec, OperatorSpec) for layer in layers.values()) else "factors"
@@ -139,13 +142,12 @@ def cost_table(
     rows = [Row("data parallel only, base whole", alone.macs, alone.wire())]
     for degree in degrees:
         spent = (degree, ranks // degree, tokens * degree)
-        ways = [
-            (f"every rank repeats the base, t = {degree}", costs(gathered, *spent, split=False)),
-            (f"split, squares gathered, t = {degree}", costs(gathered, *spent)),
-        ]
-        if aligned is not None:
-            ways.append((f"split, squares aligned, t = {degree}", costs(aligned, *spent)))
-        rows += [Row(name, way.macs, way.wire()) for name, way in ways]
+        repeated = costs(gathered, *spent, split=False)
+        rows.append(Row(f"every rank repeats the base, t = {degree}", repeated.macs, repeated.wire()))
+        for name, model in {"gathered": gathered, "aligned": aligned}.items():
+            for inputs, words in {TPInputs.WHOLE: "", TPInputs.SPLIT: ", inputs split"}.items() if model else ():
+                way = costs(model, *spent, inputs=inputs)
+                rows.append(Row(f"split, squares {name}{words}, t = {degree}", way.macs, way.wire()))
     sharded = PASSES_GATHERED * _linear_elements(gathered) * (ranks - 1) / ranks
     rows.append(Row("ZeRO-3 with the base sharded too", alone.macs, alone.wire() + sharded))
     for degree in degrees:
@@ -208,6 +210,19 @@ def _block_traffic(model: nn.Module, plan: TensorPlan, tokens: int) -> Iterator[
             if style is Style.ROWWISE and name.rpartition(".")[0] == block
         )
         yield Traffic("activation", Collective.SUM, plan.degree, tokens * _shape(rowwise)[1], 2)
+
+
+def _input_traffic(model: nn.Module, plan: TensorPlan, tokens: int, inputs: TPInputs) -> Iterator[Traffic]:
+    """What ranks kept their tokens of, gathered again in backward."""
+    kept, padded = kept_inputs(model, plan, inputs), -(-tokens // plan.degree) * plan.degree
+    blocks = dict.fromkeys(name.rpartition(".")[0] for name, how in kept.items() if how is Kept.OWN_INPUT)
+    for block in blocks:
+        name = next(name for name, how in kept.items() if how is Kept.OWN_INPUT and name.startswith(f"{block}."))
+        yield Traffic("activation", Collective.GATHER, plan.degree, padded * _shape(model.get_submodule(name))[0])
+    for name, how in kept.items():
+        if how is Kept.OWN_FOLDED:
+            layer: Any = model.get_submodule(name)
+            yield Traffic("activation", Collective.GATHER, plan.degree, padded * layer.spec.r_hat)
 
 
 def _is_aligned(spec: OperatorSpec, style: Style, degree: int) -> bool:

@@ -23,25 +23,30 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds import windows
+from mora_ds.collectives import AllLanes, OwnLanes, Sum, SumGradient
 from mora_ds.compute import Compute, choose
 from mora_ds.errors import UserError
 from mora_ds.injection import mora_layers
 from mora_ds.layer import MoRALinear
 from mora_ds.operators import OperatorSpec
-from mora_ds.tensor_plan import Style, TensorPlan, plan_of
+from mora_ds.tensor_inputs import BlockInput, Keeping, smaller_of
+from mora_ds.tensor_plan import Kept, Style, TensorPlan, TPInputs, kept_inputs, plan_of
 from mora_ds.topology import FLAG, Topology, mark_split
 from mora_ds.windows import Window, window
 
 
-def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
+def split_model(model: nn.Module, topology: Topology, inputs: TPInputs = TPInputs.AUTO) -> TensorPlan:
     """Every layer of an injected model computes its part, and holds its share of the square. In place; returns the
     plan. Raises `UserError` for what cannot be split: dropout, LoRA, squares with fewer rows than ranks."""
     _refuse(model, topology.degree)
     plan = plan_of(model, topology.degree)
-    layers = mora_layers(model)
+    layers, kept = mora_layers(model), kept_inputs(model, plan, inputs)
+    blocks = {name: BlockInput(topology) for name in plan.blocks}
     for name, layer in layers.items():
         assert isinstance(layer, MoRALinear)
-        layer.split = LayerSplit(topology, plan.styles[name], layer.spec.in_segments > 1)
+        block = blocks.get(name.rpartition(".")[0])
+        aligned_inside = layer.spec.in_segments > 1
+        layer.split = LayerSplit(topology, plan.styles[name], aligned_inside, kept.get(name, Kept.SMALLER), block)
         square = nn.Parameter(layer.split.own(layer.square.data).clone(memory_format=torch.contiguous_format))
         mark_split(square, topology.share(layer.spec.r_hat)[0], layer.spec.r_hat, layer.split.transposed)
         layer.square = square
@@ -49,8 +54,10 @@ def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
         if style is not Style.WHOLE and name not in layers:
             module: Any = model.get_submodule(name)
             module.forward = _PlainSplit(module, topology, style)
-    for name in plan.blocks:
-        model.get_submodule(name).register_forward_pre_hook(_InputHook(topology), with_kwargs=True)
+    for name, block in blocks.items():
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(_InputHook(topology, block), with_kwargs=True)
+        module.register_forward_hook(lambda *given, block=block: block.leave(), always_call=True)
     for name in plan.summed:
         for parameter in model.get_submodule(name).parameters():
             parameter.register_hook(lambda gradient: topology.sum_(gradient.clone()))
@@ -97,6 +104,10 @@ class LayerSplit:
     style: Style
     transposed: bool
     """Whether the shares are columns of M, held as rows of its transpose: for groupings aligned on the inputs."""
+    kept: Kept
+    """What of its input a split layer keeps for M's gradient."""
+    block: BlockInput | None
+    """Of the block that the layer is split with."""
 
     def __call__(self, layer: MoRALinear, x: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out), where this rank's slice is a rowwise layer's input, a colwise one's output."""
@@ -104,7 +115,8 @@ class LayerSplit:
         if self.style is Style.WHOLE:
             return F.linear(x, layer.stored_weight, layer.bias) + self._fallback(layer.spec, own, x)
         weight, bias = _slices(self.topology, self.style, layer.stored_weight, layer.bias)
-        y = _SplitLinear.apply(x, weight, bias, own, self._window(layer.spec), self, layer.compute)
+        part = self._window(layer.spec)
+        y = _SplitLinear.apply(x, weight, bias, own, part, self, layer.compute, self._keeping(x, part))
         return y if self.style is Style.COLWISE else _summed(self.topology, y, layer.bias)
 
     def own(self, square: Tensor) -> Tensor:
@@ -129,6 +141,12 @@ class LayerSplit:
             square = square.T
         return square.contiguous() if self._is_aligned(part.spec) else self.topology.sum_scatter(square)
 
+    def _keeping(self, x: Tensor, part: Window) -> Keeping:
+        keeping = None
+        if self.block is not None and torch.is_grad_enabled():
+            keeping = self.block.keeping(self.kept, x)
+        return keeping or smaller_of(part)
+
     def _is_aligned(self, spec: OperatorSpec) -> bool:
         segments = spec.out_segments if self.style is Style.COLWISE else spec.in_segments
         return segments > 1 and segments % self.topology.degree == 0
@@ -143,9 +161,9 @@ class LayerSplit:
         part = window(spec)
         z = _Compress.apply(x, part)
         if self.transposed:
-            u = _Sum.apply(_OwnLanes.apply(z, self.topology) @ own, self.topology)
+            u = Sum.apply(OwnLanes.apply(z, self.topology) @ own, self.topology)
         else:
-            u = _AllLanes.apply(F.linear(_SumGradient.apply(z, self.topology), own), self.topology, spec.r_hat)
+            u = AllLanes.apply(F.linear(SumGradient.apply(z, self.topology), own), self.topology, spec.r_hat)
         return _Decompress.apply(u, part)
 
 
@@ -166,15 +184,16 @@ class _PlainSplit:
 
 @dataclass(frozen=True)
 class _InputHook:
-    """On the input of a split block: its ranks' gradients are parts of a sum."""
+    """On the input of a split block: its ranks' gradients are parts of a sum, and its layers share what they keep."""
 
     topology: Topology
+    block: BlockInput
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         del module
-        if args:
-            return (_SumGradient.apply(args[0], self.topology), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": _SumGradient.apply(kwargs["hidden_states"], self.topology)}
+        x = SumGradient.apply(args[0] if args else kwargs["hidden_states"], self.topology)
+        self.block.enter(x)
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
 
 def _slices(topology: Topology, style: Style, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -187,7 +206,7 @@ def _slices(topology: Topology, style: Style, weight: Tensor, bias: Tensor | Non
 
 
 def _summed(topology: Topology, y: Tensor, bias: Tensor | None) -> Tensor:
-    y = _Sum.apply(y, topology)
+    y = Sum.apply(y, topology)
     return y if bias is None else y + bias
 
 
@@ -195,19 +214,18 @@ def _summed(topology: Topology, y: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _SplitLinear(torch.autograd.Function):
-    """A window of a layer with a square: neither M nor anything of the size of W0 is kept for backward, but the input
-    (for share and truncate the folded one where that is smaller)."""
+    """A window of a layer with a square: neither M nor anything of the size of W0 is kept for backward, but what
+    `keeping` keeps of the input."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, own: Tensor, part: Window, split: LayerSplit,
-        path: Compute,
+        path: Compute, keeping: Keeping,
     ) -> Tensor:  # fmt: skip
-        ctx.part, ctx.split, ctx.weight = part, split, weight
+        ctx.part, ctx.split, ctx.weight, ctx.keeping = part, split, weight, keeping
         ctx.by_weight = _by_weight(part, x, path)
         square, z = _used_rows(part, split.for_compute(own, part)), windows.fold(part, x)
-        ctx.keeps_folded = not part.spec.blockwise and z.shape[-1] < x.shape[-1]
-        ctx.save_for_backward(z if ctx.keeps_folded else x, own)
+        ctx.save_for_backward(keeping.keep(x, z), own)
         if ctx.by_weight:
             return F.linear(x, windows.delta(part, square).add_(weight), bias)
         update = windows.deal_out(part, F.linear(windows.turned(part, z), square))
@@ -226,10 +244,10 @@ class _SplitLinear(torch.autograd.Function):
             else:
                 g_x = g @ ctx.weight + windows.unfold(part, windows.turned(part, collected @ square, back=True))
         if ctx.needs_input_grad[3]:
-            z = windows.turned(part, saved if ctx.keeps_folded else windows.fold(part, saved))
+            z = windows.turned(part, ctx.keeping.folded(part, saved))
             g_square = collected.flatten(0, -2).T @ z.flatten(0, -2)
             g_own = split.gradient(_all_rows(part, g_square), part)
-        return g_x, None, None, g_own, None, None, None
+        return g_x, None, None, g_own, None, None, None, None
 
 
 def _by_weight(part: Window, x: Tensor, path: Compute) -> bool:
@@ -281,57 +299,3 @@ class _Decompress(torch.autograd.Function):
         collected = windows.collect(ctx.part, gradients[0])
         rows = _all_rows(ctx.part, collected.flatten(0, -2).T).T
         return rows.unflatten(0, collected.shape[:-1]), None
-
-
-class _SumGradient(torch.autograd.Function):
-    """x -> x; the gradient is summed over the group."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, topology: Topology) -> Tensor:
-        ctx.topology = topology
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.topology.sum_(gradients[0].clone(memory_format=torch.contiguous_format)), None
-
-
-class _Sum(torch.autograd.Function):
-    """The sum of all ranks' y, in place; its gradient is every rank's."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, topology: Topology) -> Tensor:
-        ctx.mark_dirty(y)
-        return topology.sum_(y)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-class _AllLanes(torch.autograd.Function):
-    """(..., share of R) -> (..., R); each rank's share of the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, topology: Topology, r_hat: int) -> Tensor:
-        ctx.topology = topology
-        return topology.gather(own.movedim(-1, 0), r_hat).movedim(0, -1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        start, stop = ctx.topology.share(gradients[0].shape[-1])
-        return gradients[0][..., start:stop], None, None
-
-
-class _OwnLanes(torch.autograd.Function):
-    """(..., R) -> (..., share of R); all shares of the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, topology: Topology) -> Tensor:
-        ctx.topology, ctx.r_hat = topology, z.shape[-1]
-        start, stop = topology.share(z.shape[-1])
-        return z[..., start:stop]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.topology.gather(gradients[0].movedim(-1, 0), ctx.r_hat).movedim(0, -1), None

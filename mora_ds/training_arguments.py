@@ -25,6 +25,9 @@ class TrainingArguments:
     tensor_parallel_size: int = 1
     """Ranks that share the work of one: each computes a slice of every layer and holds a share of every square; the
     base stays whole on each. Consecutive ranks, best of one node. Ranks of the run = this x data-parallel replicas."""
+    tp_inputs: str = "auto"
+    """How the ranks of such a group keep the input that layers share (q, k, v; gate, up) until backward: split (each
+    its tokens; gathered again), whole (no such gather), or auto: split, but whole with --gradient_checkpointing."""
     dry_run: bool = False
     """Print what each rank would compute and store, and stop: nothing is trained, the output folder stays as it is."""
     max_steps: int = -1

@@ -19,6 +19,7 @@ from mora_ds.errors import UserError, member_named, nearest
 from mora_ds.resets import OptimizerReset
 from mora_ds.schedules import MergeWhen, schedule_kind
 from mora_ds.stall import StallSignal
+from mora_ds.tensor_plan import TPInputs
 from mora_ds.training_arguments import TrainingArguments
 
 Check = tuple[bool, str]
@@ -210,6 +211,7 @@ def _tensor_parallel(arguments: Arguments) -> Iterator[Check]:
     flag = f"--tensor_parallel_size {degree}"
     yield degree < 1, _at_least("tensor_parallel_size", 1, degree)
     yield _choice("tp_grouping", adapter.tp_grouping, TPGrouping)
+    yield _choice("tp_inputs", arguments.training.tp_inputs, TPInputs)
     yield adapter.tp_segments < 1, _at_least("tp_segments", 1, adapter.tp_segments)
     aligned = adapter.tp_grouping == TPGrouping.ALIGNED.value
     yield (

@@ -12,6 +12,7 @@ from mora_ds import zero
 from mora_ds.config import MoRAConfig
 from mora_ds.engine import initialize
 from mora_ds.injection import inject, mora_layers
+from mora_ds.tensor_plan import TPInputs
 from tests.models import causal_loss, tiny_model, tokens
 
 ROWS, STEPS, ACCUMULATION, LEARNING_RATE, CLIP, EPSILON = 4, 5, 2, 1e-2, 0.5, 1e-4
@@ -19,11 +20,12 @@ BATCHES = 2
 """Sequences of a micro-batch, over all replicas."""
 
 Case = dict[str, Any]
-"""family, checkpointing, model (changes of its config), and everything else for `MoRAConfig`."""
+"""family, checkpointing, model (changes of its config), inputs (`TPInputs`), and everything else for `MoRAConfig`."""
+OWN_KEYS = ("family", "checkpointing", "model", "inputs")
 
 
 def config_of(case: Case) -> MoRAConfig:
-    settings = {key: value for key, value in case.items() if key not in ("family", "checkpointing", "model")}
+    settings = {key: value for key, value in case.items() if key not in OWN_KEYS}
     return MoRAConfig(**{"rank": 4, "operator": "share", **settings})
 
 
@@ -81,7 +83,10 @@ def start(case: Case, degree: int, **zero_settings: Any) -> tuple[Any, int, int]
     """(engine, replica, replicas) of this rank."""
     replicas = dist.get_world_size() // degree
     config = ds_config(BATCHES // replicas, **zero_settings)
-    engine, *_ = initialize(model=model_of(case), config=config, tensor_parallel_size=degree)
+    inputs = TPInputs(case.get("inputs", "auto"))
+    engine, *_ = initialize(
+        model=model_of(case), config=config, tensor_parallel_size=degree, tensor_parallel_inputs=inputs
+    )
     return engine, dist.get_rank() // degree, replicas
 
 

@@ -26,10 +26,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         *("cli", "restart", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder"),
         *("followers", "background", "checkpoint_care", "resets", "schedule_text", "windows", "data_arguments"),
+        "collectives",
     ),
     ("config", "layer", "base", "export_check", "spectrum", "checkpoint_folder", "training_arguments"),
     ("tensor_plan", "adapter_arguments", "ledger", "model", "model_folder", "data", "shards"),
-    ("arguments", "injection", "adapter_files", "losses", "flat_tensors", "ledger_table"),
+    ("arguments", "injection", "adapter_files", "losses", "flat_tensors", "ledger_table", "tensor_inputs"),
     (
         *("tensor_parallel", "tensor_cost", "remora", "partitions", "model_card", "ledger_tools", "universal"),
         *("portable", "sequence_checks", "validation", "run_data"),

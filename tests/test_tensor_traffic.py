@@ -16,6 +16,7 @@ from mora_ds import zero
 from mora_ds.config import MoRAConfig
 from mora_ds.injection import frozen_buffers, inject
 from mora_ds.tensor_cost import Collective, cost_table, costs
+from mora_ds.tensor_plan import TPInputs
 from tests.gloo import run_ranks
 from tests.models import causal_loss, tokens
 from tests.tensor_parallel import Case, model_of, start
@@ -30,6 +31,10 @@ CASES: dict[str, Case] = {
     "aligned": {"family": "llama", "segments": 4, "model": SHAPE},
     "fallback": {"family": "llama", "model": {**SHAPE, "num_key_value_heads": 1, "num_attention_heads": 1}},
     "rotate": {"family": "llama", "operator": "rotate", "model": SHAPE},
+    "folded inputs": {"family": "llama", "rank": 1, "model": SHAPE},  # squares of 8 and 10: 24 and 20 lanes of 32
+    "whole inputs": {"family": "llama", "model": SHAPE, "inputs": "whole"},
+    "checkpointing": {"family": "llama", "model": SHAPE, "checkpointing": True},
+    "both": {"family": "llama", "model": SHAPE, "checkpointing": True, "inputs": "split"},
 }
 DEGREE, REPLICAS = 2, 2
 
@@ -65,7 +70,8 @@ KINDS = {
 def test_the_bytes_are_those_predicted_and_none_is_of_the_base() -> None:
     ranks = run_ranks(DEGREE * REPLICAS, all_counted)
     for name, case in CASES.items():
-        cost = costs(model_of(case), DEGREE, REPLICAS, ROWS * LENGTH)
+        inputs = TPInputs(case.get("inputs", "auto"))
+        cost = costs(model_of(case), DEGREE, REPLICAS, ROWS * LENGTH, inputs=inputs)
         expected = {KINDS[kind]: 4 * cost.payload(kind) for kind in Collective if cost.payload(kind)}
         for found in (rank[name] for rank in ranks):
             assert found["base"] == 0

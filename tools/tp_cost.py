@@ -48,9 +48,9 @@ def main() -> None:
         f"{given.ranks} ranks, {given.tokens:,} tokens each, forward and backward, {plain.title}, rank "
         f"{given.mora_rank}, r_hat {', '.join(map(str, sizes))}; a layer ({layers} in all) and rank\n"
     )
-    print(f"{'':<40} {'TMAC':>8} {'M elements':>11}")
+    print(f"{'':<46} {'TMAC':>8} {'M elements':>11}")
     for row in cost_table(gathered, aligned, given.ranks, given.degrees, given.tokens):
-        print(f"{row.name:<40} {row.macs / layers / 1e12:>8.2f} {row.wire / layers / 1e6:>11.0f}")
+        print(f"{row.name:<46} {row.macs / layers / 1e12:>8.2f} {row.wire / layers / 1e6:>11.0f}")
 
 
 def model_of(path: Path, config: MoRAConfig) -> Any:
