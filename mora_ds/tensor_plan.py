@@ -82,7 +82,8 @@ def kept_inputs(model: nn.Module, plan: TensorPlan, inputs: TPInputs = TPInputs.
     if plan.degree == 1:
         return {}
     if inputs is TPInputs.AUTO:
-        inputs = TPInputs.WHOLE if getattr(model, "is_gradient_checkpointing", False) else TPInputs.SPLIT
+        recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        inputs = TPInputs.WHOLE if recomputed else TPInputs.SPLIT
     kept = {}
     for block in plan.blocks:
         layers: dict[str, Any] = {name: model.get_submodule(name) for name in plan.styles if _parent(name) == block}

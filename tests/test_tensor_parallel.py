@@ -34,9 +34,9 @@ ALIGNED = {"operator": "share", "segments": 4}
 CORE: list[Case] = [
     {"family": "llama", "operator": "share", **ALL},
     {"family": "llama", **ALIGNED},  # at t = 4 the attention falls back
-    {"family": "llama", "operator": "rotate", "checkpointing": True},
+    {"family": "llama", "operator": "rotate", "checkpointing": True, "inputs": "split"},
     {"family": "llama", "operator": "decouple", "target_modules": ("q_proj", "down_proj")},
-    {"family": "llama", "operator": "truncate", "rank": 3},
+    {"family": "llama", "operator": "truncate", "rank": 1},  # 3 squares of 8 rows: the folded inputs are smaller
     {"family": "qwen3", "operator": "share", "train_norms": True, "checkpointing": True},
     {"family": "qwen2", "operator": "share", "compute": "weight", "train_embeddings": True},
     {"family": "gpt_neox", "operator": "rotate"},
