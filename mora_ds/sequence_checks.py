@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds.errors import UserError
 from mora_ds.model import AUTO_ATTENTION
-from mora_ds.sequence_parallel import FLAG, SequenceParallel, attention_of, check_core, check_heads, whole_rows
+from mora_ds.sequence_parallel import FLAG, SequenceParallel, check_core, check_heads, core_of, whole_rows
 
 _TOKENS = 4
 """Tokens a rank in the rows of `check_split`."""
@@ -47,7 +47,7 @@ def check_config(config: Any, size: int, attn_implementation: str, trust_remote_
     if attn_implementation == AUTO_ATTENTION:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
-        attn_implementation = attention_of(model)
+        attn_implementation = core_of(model)
     check_core(attn_implementation)
 
 

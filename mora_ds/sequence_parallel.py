@@ -11,8 +11,9 @@
 `UlyssesSPAttentionHF` (deepspeed/runtime/sequence_parallel/ulysses_sp.py) does the trading. Of what surrounds it there:
 
 - `register_with_transformers` is not used: it wants one batch size for good, num_key_value_heads in the config, and
-  drops every mask. Here an instance is made for each shape that attention meets, sdpa gets the mask of the whole rows
-  (documents, sliding window) from the positions that Ulysses gathers, and models that are not bound are left alone.
+  drops every mask. Here an instance is made for each shape that attention meets, sdpa and `capped_attention` get the
+  mask of the whole rows (documents, sliding window) from the positions that Ulysses gathers, and models that are not
+  bound are left alone.
 - No mpu is given to DeepSpeed (deepspeed/utils/groups.py): all ranks are equals to ZeRO. The loss is a sum over tokens,
   so the gradient of the global batch is the sum over all ranks, whichever tokens they hold; and nothing of sharding,
   checkpoints or merging knows of s.
@@ -32,12 +33,15 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mora_ds import capped_attention
+from mora_ds.capped_attention import caps_scores, use_capped_attention
 from mora_ds.errors import UserError
 
 FLAG = "--sequence_parallel_size"
-CORES = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+CORES = ("sdpa", capped_attention.NAME, "flash_attention_2", "flash_attention_3", "flash_attention_4")
+_MASKED = CORES[:2]
 """Attention of transformers that can run inside: eager needs scores of (T, T) for every head, DeepSpeed's Ulysses gives
-flex_attention a plain causal mask whatever the model asks for."""
+flex_attention a plain causal mask whatever the model asks for. `_MASKED` of them read masks, not positions."""
 
 _BOUND = "_mora_ds_sequence"
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -58,6 +62,7 @@ def share_rows(model: nn.Module, size: int, timeout_s: float | None = None) -> S
     """
     if size == 1:
         return None
+    use_capped_attention(model)
     core = attention_of(model)
     check_core(core)
     sequence = SequenceParallel(size, _group(size, timeout_s))
@@ -74,13 +79,19 @@ def attention_of(model: Any) -> str:
     return str(model.config.get_text_config()._attn_implementation)
 
 
+def core_of(model: Any) -> str:
+    """The name of that which it will run on over split rows: where it caps its scores, ours in the place of eager."""
+    name = attention_of(model)
+    return capped_attention.NAME if name == "eager" and caps_scores(model.config.get_text_config()) else name
+
+
 def check_core(name: str) -> None:
     """Raises `UserError` for attention that Ulysses does not run on."""
     if name in CORES:
         return
     raise UserError(
-        f"{FLAG}: {name} attention cannot be split over ranks; --attn_implementation must be one of "
-        f"{', '.join(CORES)}, where the model has it (Gemma 2 caps its scores, which rules out sdpa)"
+        f"{FLAG}: {name} attention cannot be split over ranks; --attn_implementation must be one of auto, sdpa, "
+        "flash_attention_2, flash_attention_3, flash_attention_4, where the model has it"
     )
 
 
@@ -179,7 +190,7 @@ class SequenceParallel:
         return self._ulysses[shape]
 
     def masked(self, core: Attention) -> Attention:
-        """`core` for sdpa, which reads neither positions nor windows: it gets the mask that says the same."""
+        """`core` for one that reads neither positions nor windows: it gets the mask that says the same."""
 
         def attention(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
@@ -252,7 +263,7 @@ def _dispatch(name: str) -> None:
         sequence = bound(module)
         if sequence is None or not sequence.splits:
             return core(module, query, key, value, attention_mask, **kwargs)
-        over_rows = sequence.masked(core) if name == "sdpa" else core
+        over_rows = sequence.masked(core) if name in _MASKED else core
         return sequence.attend(over_rows, module, query, key, value, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS.register(name, fork)

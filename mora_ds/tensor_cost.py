@@ -144,8 +144,9 @@ def cost_table(
         spent = (degree, ranks // degree, tokens * degree)
         repeated = costs(gathered, *spent, split=False)
         rows.append(Row(f"every rank repeats the base, t = {degree}", repeated.macs, repeated.wire()))
-        for name, model in {"gathered": gathered, "aligned": aligned}.items():
-            for inputs, words in {TPInputs.WHOLE: "", TPInputs.SPLIT: ", inputs split"}.items() if model else ():
+        models = {"gathered": gathered} if aligned is None else {"gathered": gathered, "aligned": aligned}
+        for name, model in models.items():
+            for inputs, words in {TPInputs.WHOLE: "", TPInputs.SPLIT: ", inputs split"}.items():
                 way = costs(model, *spent, inputs=inputs)
                 rows.append(Row(f"split, squares {name}{words}, t = {degree}", way.macs, way.wire()))
     sharded = PASSES_GATHERED * _linear_elements(gathered) * (ranks - 1) / ranks

@@ -18,7 +18,7 @@ import mora_ds
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version", "ds_config_keys", "lanes", "tables", "processes", "status"),
+    ("errors", "version", "ds_config_keys", "lanes", "tables", "processes", "status", "capped_attention"),
     (
         *("operators", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer", "zero", "muon"),
         *("stopping", "topology", "sequence_parallel", "replicas"),

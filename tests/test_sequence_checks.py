@@ -117,7 +117,7 @@ def config_of(kind: str, **values: Any) -> Any:
         (config_of("llama", num_attention_heads=8, num_key_value_heads=6), 4, "auto", ["6 key-value heads"]),
         (config_of("llama"), 2, "eager", ["eager", "--attn_implementation", "sdpa"]),
         (config_of("llama"), 2, "flex_attention", ["flex_attention", "--attn_implementation"]),
-        (config_of("gemma2"), 2, "auto", ["eager attention cannot be split", "Gemma 2"]),
+        (config_of("gemma2"), 2, "eager", ["eager attention cannot be split", "must be one of auto"]),
         (config_of("bloom", hidden_size=32, n_layer=2, n_head=4), 2, "auto", ["eager attention cannot be split"]),
         (config_of("mamba", hidden_size=32, num_hidden_layers=2), 2, "auto", ["no number of attention heads"]),
         (config_of("llama4_text"), 2, "sdpa", ["attends in chunks"]),

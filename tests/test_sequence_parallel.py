@@ -32,7 +32,20 @@ ROWS, ACCUMULATION, LENGTH, STEPS = 4, 2, 24, 5
 """Rows a micro-batch over all replicas, micro-batches, tokens (twice the sliding window of the tiny models), steps."""
 LEARNING_RATE = 2e-3
 """Low: where queries and keys are normed, larger steps blow rounding up."""
-SERVED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3", "gpt_neox", "gpt2", "olmo2", "mixtral")
+SERVED = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt_neox",
+    "gpt2",
+    "olmo2",
+    "mixtral",
+)
 EVERYTHING = {"train_embeddings": True, "train_norms": True, "train_head": True}
 LONG_ROPE = {
     "original_max_position_embeddings": 16,  # within the rows, and beyond the first rank's part of them
@@ -177,6 +190,7 @@ CORE = [
         Case("mistral", "rotate", checkpointing="not reentrant"),
         Case("phi3", "decouple", documents=False, model=LONG_ROPE),
         Case("gpt_neox", "truncate"),
+        Case("gemma2", "share"),
     ]),
     (4, 4, [Case("qwen2", "rotate", checkpointing="reentrant")]),
     (4, 2, [Case("qwen3", "share", adapter=EVERYTHING)]),
