@@ -12,10 +12,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mora_ds.adapter_arguments import AdapterArguments
 from mora_ds.data_arguments import DataArguments, ModelArguments
+from mora_ds.ds_config import load_ds_config
+from mora_ds.ds_tensor_parallel import degree_in
 from mora_ds.errors import member_named
 from mora_ds.flags import parse_flat
 from mora_ds.schedules import MergeWhen, Schedule, schedule_kind
@@ -69,9 +72,14 @@ _GROUPS: dict[str, Any] = {
 def parse(argv: Sequence[str]) -> Arguments:
     """Arguments from a command line (without the program's name): an optional YAML recipe first, then flags.
 
-    Raises `UserError` for anything unknown or of a wrong type. `-h` prints help and raises SystemExit(0).
+    The DeepSpeed file may name the degree of tensor parallelism, where no flag does. Raises `UserError` for anything
+    unknown or of a wrong type, and for such a file that cannot be read. `-h` prints help and raises SystemExit(0).
     """
     given = parse_flat(_GROUPS.values(), argv, "Continual pretraining with MoRA under DeepSpeed.", RECORDED_KEYS)
+    file = given.get("deepspeed")
+    if file is not None and "tensor_parallel_size" not in given:
+        degree = degree_in(load_ds_config(Path(file).expanduser()))
+        given.update({} if degree is None else {"tensor_parallel_size": degree})
     return from_flat(given)
 
 

@@ -24,6 +24,7 @@ from mora_ds.ds_config_keys import at as _at
 from mora_ds.ds_config_keys import fill as _fill
 from mora_ds.ds_config_keys import refused_keys as _refused_keys
 from mora_ds.ds_optimizer import OptimizerKind, match_optimizer, optimizer_problems
+from mora_ds.ds_tensor_parallel import take_degree
 from mora_ds.errors import UserError, nearest
 
 PERSIST_BUDGET_BYTES = 64 * 2**20
@@ -62,6 +63,8 @@ class EngineSettings:
     optimizer: OptimizerKind = OptimizerKind.ADAMW
     muon_learning_rate: float = 0.0
     muon_momentum: float = 0.0
+    tensor_parallel_size: int | None = None
+    """None: whatever the config says is let pass, as full training runs at 1."""
 
 
 def load_ds_config(config: dict[str, Any] | str | Path | None) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def resolve_ds_config(
     """
     resolved = load_ds_config(config)
     _drop_null_sections(resolved)
-    problems = list(_wrong_shapes(resolved))
+    problems = [*_wrong_shapes(resolved), *take_degree(resolved, settings.tensor_parallel_size)]
     if not problems:
         problems += _unknown_keys(resolved)
         problems += _refused_keys(resolved, REFUSED)
@@ -126,14 +129,16 @@ def resolve_ds_config(
     return resolved if trainable_numels is None else fill_bucket_sizes(resolved, trainable_numels)
 
 
-def complete_ds_config(config: dict[str, Any] | str | Path, trainable_numels: Sequence[int]) -> dict[str, Any]:
+def complete_ds_config(
+    config: dict[str, Any] | str | Path, trainable_numels: Sequence[int], tensor_parallel_size: int | None = None
+) -> dict[str, Any]:
     """For a loop of the user's own, where no flags are there to match: the same checks and defaults, all values given.
 
     ZeRO's sizes may be "auto" or absent; any other "auto" is an error, as is all that `resolve_ds_config` refuses.
     """
     completed = load_ds_config(config)
     _drop_null_sections(completed)
-    problems = list(_wrong_shapes(completed))
+    problems = [*_wrong_shapes(completed), *take_degree(completed, tensor_parallel_size)]
     if not problems:
         problems += [
             *_unknown_keys(completed),

@@ -70,13 +70,11 @@ SECTIONS: dict[str, frozenset[str]] = {
 """Keys of each section that is checked, by its dotted path."""
 
 _BASE_IS_WHOLE = "the frozen base is no parameter of DeepSpeed's here: every rank holds it whole"
-_TENSOR_PARALLEL = "mora_ds does not run under DeepSpeed's tensor parallelism"
 _MASTER = "the master copy of the squares and Adam's moments must stay in fp32"
 
 REFUSED: dict[str, str] = {
     "scheduler": "the learning rate follows the merges: set it with --lr_scheduler_type, --warmup_steps, --merge_every",
-    "tensor_parallel": _TENSOR_PARALLEL,
-    "autotp": _TENSOR_PARALLEL,
+    "autotp": 'it would shard the base; write "tensor_parallel": {"autotp_size": t}',
     "amp": 'apex is gone from DeepSpeed: use "bf16" or "fp16"',
     "bfloat16": 'write "bf16"',
     "torch_autocast": 'the base is loaded in the compute dtype: use "bf16" or "fp16"',

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from mora_ds import muon, pulse, stopping, zero
 from mora_ds.base import tensor_checksum
-from mora_ds.ds_config import complete_ds_config, compute_dtype
+from mora_ds.ds_config import complete_ds_config, compute_dtype, load_ds_config
 from mora_ds.ds_optimizer import uses_muon
+from mora_ds.ds_tensor_parallel import degree_in
 from mora_ds.errors import RunError, UserError
 from mora_ds.injection import frozen_buffers, mora_layers, move_base
 from mora_ds.tensor_parallel import split_model
@@ -56,7 +57,7 @@ def initialize(
     model: nn.Module,
     config: dict[str, Any] | str | Path,
     check_base: bool = True,
-    tensor_parallel_size: int = 1,
+    tensor_parallel_size: int | None = None,
     tensor_parallel_inputs: TPInputs = TPInputs.AUTO,
     **kwargs: Any,
 ) -> tuple[zero.Engine, Any, Any, Any]:
@@ -65,6 +66,7 @@ def initialize(
     `config` is a DeepSpeed config (dict or path); sizes of ZeRO's buckets may be "auto". The base is moved to this
     rank's device in the config's dtype and, with `check_base`, compared over all ranks by checksum. With
     `tensor_parallel_size` t, t consecutive ranks share the work of one, and get the same batch (`tensor_parallel`);
+    by default it is what the config says ("tensor_parallel": {"autotp_size": t}), or 1.
     `tensor_parallel_inputs` says how they keep what a block's layers read (`TPInputs`).
     Raises `UserError` for a model without squares and `RunError` when the ranks hold different bases.
     """
@@ -72,13 +74,14 @@ def initialize(
         raise UserError("the model has no squares: call mora_ds.inject(model, MoRAConfig(...)) first")
     if "model_parameters" in kwargs:
         raise UserError("mora_ds.initialize chooses the trainable parameters itself: leave model_parameters out")
-    settings = complete_ds_config(config, trainable_numels(model, tensor_parallel_size))
+    degree = tensor_parallel_size or degree_in(load_ds_config(config)) or 1
+    settings = complete_ds_config(config, trainable_numels(model, degree), tensor_parallel_size)
     check_compute_dtype(settings)
-    if tensor_parallel_size > 1:
+    if degree > 1:
         check_splittable(settings)
     start_distributed()
-    if tensor_parallel_size > 1:
-        topology = Topology.of(tensor_parallel_size)
+    if degree > 1:
+        topology = Topology.of(degree)
         split_model(model, topology, tensor_parallel_inputs)
         kwargs["mpu"] = topology.mpu
     dtype = getattr(torch, compute_dtype(settings))

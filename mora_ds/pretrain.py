@@ -7,6 +7,7 @@ What the user can get wrong is found in this order, cheapest first; nothing is t
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Callable
@@ -59,7 +60,10 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     check_world(training.sequence_parallel_size, ranks.world)
     check_degree(training.tensor_parallel_size, ranks.world)
     replicas = ranks.world // training.ranks_per_replica
-    ds_config = resolve_ds_config(_expanded(training.deepspeed), training.engine_settings(), replicas)
+    settings = training.engine_settings()
+    if arguments.adapter.adapter == AdapterKind.FULL.value:
+        settings = dataclasses.replace(settings, tensor_parallel_size=None)
+    ds_config = resolve_ds_config(_expanded(training.deepspeed), settings, replicas)
     check_compute_dtype(ds_config)
     if training.tensor_parallel_size > 1:
         check_splittable(ds_config)

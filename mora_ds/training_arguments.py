@@ -24,7 +24,8 @@ class TrainingArguments:
     """DeepSpeed's JSON file, such as configs/zero3.json. Default: ZeRO-3 with every value "auto"."""
     tensor_parallel_size: int = 1
     """Ranks that share the work of one: each computes a slice of every layer and holds a share of every square; the
-    base stays whole on each. Consecutive ranks, best of one node. Ranks of the run = this x data-parallel replicas."""
+    base stays whole on each. Consecutive ranks, best of one node. Ranks of the run = this x data-parallel replicas.
+    Default: what --deepspeed says ("tensor_parallel": {"autotp_size": t}), or 1."""
     tp_inputs: str = "auto"
     """How the ranks of such a group keep the input that layers share (q, k, v; gate, up) until backward: split (each
     its tokens; gathered again), whole (no such gather), or auto: split, but whole with --gradient_checkpointing."""
@@ -121,6 +122,7 @@ class TrainingArguments:
             optimizer=OptimizerKind(self.optimizer),
             muon_learning_rate=self.muon_learning_rate,
             muon_momentum=self.muon_momentum,
+            tensor_parallel_size=self.tensor_parallel_size,
         )
 
     @property

@@ -79,14 +79,16 @@ def ds_config(micro: int, **zero_settings: Any) -> dict[str, Any]:
     }
 
 
-def start(case: Case, degree: int, **zero_settings: Any) -> tuple[Any, int, int]:
-    """(engine, replica, replicas) of this rank."""
+def start(case: Case, degree: int, said_by_config: bool = False, **zero_settings: Any) -> tuple[Any, int, int]:
+    """(engine, replica, replicas) of this rank. The degree is an argument, or stands in the config."""
     replicas = dist.get_world_size() // degree
     config = ds_config(BATCHES // replicas, **zero_settings)
-    inputs = TPInputs(case.get("inputs", "auto"))
-    engine, *_ = initialize(
-        model=model_of(case), config=config, tensor_parallel_size=degree, tensor_parallel_inputs=inputs
-    )
+    how: dict[str, Any] = {"tensor_parallel_inputs": TPInputs(case.get("inputs", "auto"))}
+    if said_by_config:
+        config["tensor_parallel"] = {"autotp_size": degree}
+    else:
+        how["tensor_parallel_size"] = degree
+    engine, *_ = initialize(model=model_of(case), config=config, **how)
     return engine, dist.get_rank() // degree, replicas
 
 

@@ -20,7 +20,7 @@ MODELS = sorted((CONFIGS / "models").glob("*.json"))
 
 def test_there_is_something_of_each_kind() -> None:
     names = {path.stem for path in DEEPSPEED}
-    assert {"zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer"} <= names
+    assert {"zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer", "zero3_tp2"} <= names
     assert {"continual_7b_r8", "continual_7b_r256"} <= {path.stem for path in RECIPES}
     assert "tiny_llama" in {path.stem for path in MODELS}
 
@@ -28,7 +28,9 @@ def test_there_is_something_of_each_kind() -> None:
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
 @pytest.mark.parametrize(("flags", "dtype"), [([], "float32"), (["--bf16"], "bfloat16"), (["--fp16"], "float16")])
 def test_deepspeed_configs_follow_the_flags(path: Path, flags: list[str], dtype: str) -> None:
-    settings = parse([*flags, "--per_device_train_batch_size", "3"]).training.engine_settings()
+    training = parse(["--deepspeed", str(path), *flags, "--per_device_train_batch_size", "3"]).training
+    assert training.tensor_parallel_size == (2 if path.stem.endswith("tp2") else 1)
+    settings = training.engine_settings()
     resolved = resolve_ds_config(path, settings, world_size=2, trainable_numels=[64, 128])
     assert compute_dtype(resolved) == dtype
     assert resolved["train_batch_size"] == 6

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from mora_ds.arguments import parse
 from mora_ds.ds_config import (
     AUTO,
     PERSIST_BUDGET_BYTES,
     REDUCE_BUCKET_NUMEL,
     EngineSettings,
+    complete_ds_config,
     compute_dtype,
     fill_bucket_sizes,
     load_ds_config,
@@ -195,6 +197,48 @@ def test_refused_keys_give_their_reason_and_pass_when_off(path: str) -> None:
     assert REFUSED[path] in refusal(nested({"enabled": True, "device": "cpu"}))
     for off in (False, None, {"enabled": False}):
         assert resolve_ds_config(nested(off), SETTINGS, 1)
+
+
+@pytest.mark.parametrize(
+    ("section", "wanted", "expected"),
+    [
+        ({"autotp_size": 2}, 1, "tensor_parallel.autotp_size = 2 but --tensor_parallel_size = 1"),
+        ({"autotp_size": 1}, 2, "tensor_parallel.autotp_size = 1 but --tensor_parallel_size = 2"),
+        ({"autotp_size": 2, "tp": {"tp_size": 2}}, 2, '"tensor_parallel.tp" cannot be used: it is for AutoTP'),
+        ({"autotp_size": "two"}, 2, 'tensor_parallel.autotp_size must be a whole number or "auto", got "two"'),
+        ({"autotp_size": -2}, 2, "must be a whole number"),
+        (2, 2, '"tensor_parallel" must be an object'),
+    ],
+)
+def test_a_degree_that_the_flag_does_not_say(section: Any, wanted: int, expected: str) -> None:
+    with pytest.raises(UserError) as found:
+        resolve_ds_config({"tensor_parallel": section}, replace(SETTINGS, tensor_parallel_size=wanted), 1)
+    assert expected in str(found.value)
+
+
+@pytest.mark.parametrize("section", [{"autotp_size": 2}, {"autotp_size": "auto"}, {}, None])
+def test_deepspeed_never_sees_a_degree(section: Any) -> None:
+    resolved = resolve_ds_config({"tensor_parallel": section}, replace(SETTINGS, tensor_parallel_size=2), 1)
+    assert "tensor_parallel" not in resolved
+    assert "tensor_parallel" not in complete_ds_config({"tensor_parallel": section}, [64])
+
+
+def test_the_degree_goes_by_deepspeeds_name() -> None:
+    from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
+
+    assert TPTrainingConfig.model_fields["autotp_size"].default == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "flags", "degree"),
+    [(2, [], 2), (0, [], 1), ("auto", [], 1), ("auto", ["--tensor_parallel_size", "4"], 4)],
+)
+def test_a_file_says_the_degree_for_a_flag_that_is_not_given(
+    tmp_path: Path, value: Any, flags: list[str], degree: int
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"tensor_parallel": {"autotp_size": value}}))
+    assert parse(["--deepspeed", str(path), *flags]).training.tensor_parallel_size == degree
 
 
 def test_both_precisions_are_refused() -> None:

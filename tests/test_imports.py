@@ -20,7 +20,19 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "ds_config_keys", "lanes", "tables", "processes", "status", "capped_attention"),
     (
-        *("operators", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer", "zero", "muon"),
+        *(
+            "operators",
+            "lora",
+            "schedules",
+            "stall",
+            "files",
+            "ranks",
+            "flags",
+            "ds_optimizer",
+            "ds_tensor_parallel",
+            "zero",
+            "muon",
+        ),
         *("stopping", "topology", "sequence_parallel", "replicas"),
     ),
     (
@@ -66,7 +78,17 @@ DISTRIBUTED = {
 """Rooms that may import torch.distributed."""
 
 STANDARD_LIBRARY_ONLY = {
-    *("errors", "version", "schedules", "stall", "schedule_text", "ds_config_keys", "ds_optimizer", "ds_config"),
+    *(
+        "errors",
+        "version",
+        "schedules",
+        "stall",
+        "schedule_text",
+        "ds_config_keys",
+        "ds_optimizer",
+        "ds_tensor_parallel",
+        "ds_config",
+    ),
     *("files", "cli", "stopping", "processes"),
 }
 WITHOUT_DEEPSPEED = (

@@ -53,7 +53,7 @@ def test_consecutive_ranks_are_a_group() -> None:
 
 
 def engine_facts(folder: str) -> list[str]:
-    engine, _, _ = start(CASE, 2)
+    engine, _, _ = start(CASE, 2, said_by_config=True)
     square = engine.module.model.layers[0].self_attn.q_proj.square
     norm = engine.module.model.layers[0].input_layernorm.weight
     engine.save_checkpoint(folder, tag="tag", save_latest=False)
