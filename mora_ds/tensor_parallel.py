@@ -31,7 +31,7 @@ from mora_ds.layer import MoRALinear
 from mora_ds.operators import OperatorSpec
 from mora_ds.tensor_inputs import BlockInput, Keeping, smaller_of
 from mora_ds.tensor_plan import Kept, Style, TensorPlan, TPInputs, kept_inputs, plan_of
-from mora_ds.topology import FLAG, Topology, mark_split
+from mora_ds.topology import FLAG, Topology, mark_split, share_of
 from mora_ds.windows import Window, window
 
 
@@ -58,10 +58,19 @@ def split_model(model: nn.Module, topology: Topology, inputs: TPInputs = TPInput
         module = model.get_submodule(name)
         module.register_forward_pre_hook(_InputHook(topology, block), with_kwargs=True)
         module.register_forward_hook(lambda *given, block=block: block.leave(), always_call=True)
-    for name in plan.summed:
-        for parameter in model.get_submodule(name).parameters():
-            parameter.register_hook(lambda gradient: topology.sum_(gradient.clone()))
+    _keep_equal(model, plan, topology)
     return plan
+
+
+def _keep_equal(model: nn.Module, plan: TensorPlan, topology: Topology) -> None:
+    """What every rank of a group trains (norms, embeddings, head) gets one gradient: the sum where each saw its heads
+    alone, the first rank's otherwise. Ranks compute that alike, but not to the bit where a device's kernels add in any
+    order (attention's backward on GPUs), and what has drifted apart stays so."""
+    summed = {id(p) for name in plan.summed for p in model.get_submodule(name).parameters()}
+    for parameter in model.parameters():
+        if parameter.requires_grad and share_of(parameter) is None:
+            agree = topology.sum_ if id(parameter) in summed else topology.first_
+            parameter.register_hook(lambda gradient, agree=agree: agree(gradient.contiguous().clone()))
 
 
 def _refuse(model: nn.Module, degree: int) -> None:

@@ -59,6 +59,11 @@ class Topology:
         comm.all_reduce(tensor, group=self.group)
         return tensor
 
+    def first_(self, tensor: Tensor) -> Tensor:
+        """That of the group's first rank, in place."""
+        comm.broadcast(tensor, src=comm.get_global_rank(self.group, 0), group=self.group)
+        return tensor
+
     def gather(self, own: Tensor, size: int) -> Tensor:
         """Shares of the first dimension -> (size, ...), on every rank of the group."""
         padded = _padded(own, -(-size // self.degree))

@@ -79,10 +79,14 @@ def ds_config(micro: int, **zero_settings: Any) -> dict[str, Any]:
     }
 
 
-def start(case: Case, degree: int, said_by_config: bool = False, **zero_settings: Any) -> tuple[Any, int, int]:
-    """(engine, replica, replicas) of this rank. The degree is an argument, or stands in the config."""
+def start(
+    case: Case, degree: int, said_by_config: bool = False, more: dict[str, Any] | None = None, **zero_settings: Any
+) -> tuple[Any, int, int]:
+    """(engine, replica, replicas) of this rank. The degree is an argument, or stands in the config, which `more`
+    changes."""
     replicas = dist.get_world_size() // degree
     config = ds_config(BATCHES // replicas, **zero_settings)
+    config.update(more or {})
     how: dict[str, Any] = {"tensor_parallel_inputs": TPInputs(case.get("inputs", "auto"))}
     if said_by_config:
         config["tensor_parallel"] = {"autotp_size": degree}

@@ -20,20 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "ds_config_keys", "lanes", "tables", "processes", "status", "capped_attention"),
     (
-        *(
-            "operators",
-            "lora",
-            "schedules",
-            "stall",
-            "files",
-            "ranks",
-            "flags",
-            "ds_optimizer",
-            "ds_tensor_parallel",
-            "zero",
-            "muon",
-        ),
-        *("stopping", "topology", "sequence_parallel", "replicas"),
+        *("operators", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer", "zero", "muon"),
+        *("ds_tensor_parallel", "stopping", "topology", "sequence_parallel", "replicas"),
     ),
     (
         *("cli", "restart", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder"),
@@ -78,18 +66,8 @@ DISTRIBUTED = {
 """Rooms that may import torch.distributed."""
 
 STANDARD_LIBRARY_ONLY = {
-    *(
-        "errors",
-        "version",
-        "schedules",
-        "stall",
-        "schedule_text",
-        "ds_config_keys",
-        "ds_optimizer",
-        "ds_tensor_parallel",
-        "ds_config",
-    ),
-    *("files", "cli", "stopping", "processes"),
+    *("errors", "version", "schedules", "stall", "schedule_text", "ds_config_keys", "ds_optimizer", "ds_config"),
+    *("ds_tensor_parallel", "files", "cli", "stopping", "processes"),
 }
 WITHOUT_DEEPSPEED = (
     "operators", "windows", "layer", "tensor_plan", "tensor_cost", "config", "injection", "data", "ledger", "export",

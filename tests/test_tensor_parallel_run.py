@@ -19,6 +19,7 @@ from tests.jobs import Playground, launch, losses, playground, refused, rows, ru
 
 pytestmark = pytest.mark.gloo
 
+ZERO3_TP2 = str(Path(__file__).parents[1] / "configs" / "zero3_tp2.json")
 STEPS, HALF = 6, 4
 ROWS = 4
 """Sequences a step."""
@@ -141,7 +142,7 @@ def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground: Playground, tmp
     out.mkdir()
     (out / "run.yaml").write_text("seed: 1")
     (out / "metrics.jsonl").write_text("")
-    argv = ground.flags(out, "--tensor_parallel_size", 2, "--dry_run", "--overwrite_output_dir")
+    argv = ground.flags(out, "--deepspeed", ZERO3_TP2, "--dry_run", "--overwrite_output_dir")
     text = run_ranks(2, said, argv)[0]
     assert "tensor parallel, 2 ranks a group, the base whole on each" in text
     assert "split: 2 q_proj" in text and "whole on every rank: lm_head" in text
@@ -153,7 +154,6 @@ def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground: Playground, tmp
 
 @pytest.mark.heavy
 def test_the_launcher_runs_it(ground: Playground, tmp_path: Path) -> None:
-    argv = flags(ground, tmp_path / "out", 2, 1, "--max_steps", 2, "--save_steps", 0)
-    done = launch(2, [*argv, "--per_device_train_batch_size", "2"], tmp_path)
+    done = launch(2, ground.flags(tmp_path / "out", "--deepspeed", ZERO3_TP2, "--max_steps", 2), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tensor parallel, 2 ranks a group" in done.stdout and "step 2/2" in done.stdout
