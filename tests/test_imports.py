@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("followers", "background", "checkpoint_care", "resets", "schedule_text", "windows", "data_arguments"),
         "collectives",
     ),
-    ("config", "layer", "base", "export_check", "spectrum", "checkpoint_folder", "training_arguments"),
+    ("deltas", "config", "layer", "base", "export_check", "spectrum", "checkpoint_folder", "training_arguments"),
     ("tensor_plan", "adapter_arguments", "ledger", "model", "model_folder", "data", "shards"),
     ("arguments", "injection", "adapter_files", "losses", "flat_tensors", "ledger_table", "tensor_inputs"),
     (
