@@ -13,7 +13,7 @@ from mora_ds.config import MoRAConfig
 from mora_ds.errors import UserError
 from mora_ds.injection import inject, mora_layers
 from mora_ds.tensor_parallel import split_model
-from mora_ds.tensor_plan import Style, plan_of
+from mora_ds.tensor_plan import Kept, Style, TPInputs, kept_inputs, plan_of
 from mora_ds.topology import Topology, check_degree, share
 from mora_ds.validation import validate
 from tests.models import FAMILIES, tiny_model
@@ -115,6 +115,7 @@ def test_a_degree_that_does_not_divide_the_ranks() -> None:
         (["--tensor_parallel_size", "2", "--optimizer", "muon"], "no rank has a whole one: use adamw"),
         (["--tensor_parallel_size", "2", "--full_rank_steps", "3", "--max_steps", "9"], "under plain ZeRO, at 1 only"),
         (["--tp_grouping", "algned"], "unknown --tp_grouping 'algned'"),
+        (["--tp_inputs", "halved"], "unknown --tp_inputs 'halved'"),
         (["--tp_grouping", "aligned", "--operator", "rotate"], "belongs to --operator share"),
         (["--tp_segments", "4"], "--tp_segments is for --tp_grouping aligned"),
         (["--tp_grouping", "aligned", "--adapter", "lora"], "--tp_grouping aligned is for squares"),
@@ -133,6 +134,43 @@ def test_settings_that_do_not_go_together(flags: list[str], message: str) -> Non
 def test_a_dry_run_needs_something_to_look_at() -> None:
     with pytest.raises(UserError, match="--dry_run needs a model and data"):
         validate(parse(["--dry_run"]))
+
+
+# -- what is kept of inputs --------------------------------------------------------------------------------------------
+
+
+def kept(inputs: TPInputs = TPInputs.AUTO, attention: str = "sdpa", **config: Any) -> dict[str, Kept]:
+    """By layer of the first block of each kind."""
+    model = tiny_model("llama")
+    model.config._attn_implementation = attention
+    if config.pop("checkpointing", False):
+        model.gradient_checkpointing_enable()
+    inject(model, MoRAConfig(**{"rank": 4, "operator": "share", **config}))
+    found = kept_inputs(model, plan_of(model, 2), inputs)
+    return {name.rpartition(".")[2]: how for name, how in found.items() if ".layers.0." in name}
+
+
+def test_a_shared_input_is_kept_by_whichever_is_smaller() -> None:
+    """Squares of rank 4 have 16, 13 and 13 rows for q, k and v, of rank 1 8, 6 and 6: of 32 inputs."""
+    large, small, rotate = kept(), kept(rank=1), kept(rank=1, operator="rotate")
+    assert {large[name] for name in ("q_proj", "k_proj", "v_proj")} == {Kept.OWN_INPUT}
+    assert {small[name] for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")} == {Kept.OWN_FOLDED}
+    assert {rotate[name] for name in ("q_proj", "gate_proj")} == {Kept.OWN_INPUT}
+    assert kept(rank=2, target_modules=("q_proj", "o_proj"))["q_proj"] is Kept.OWN_FOLDED
+
+
+def test_rowwise_layers_keep_what_a_rank_has_of_their_inputs() -> None:
+    assert kept()["o_proj"] is Kept.INPUT and kept()["down_proj"] is Kept.SMALLER
+    assert kept(attention="eager")["o_proj"] is Kept.SMALLER
+
+
+def test_inputs_stay_whole_where_they_are_asked_to_or_recomputed() -> None:
+    for found in (kept(TPInputs.WHOLE), kept(checkpointing=True)):
+        assert found["q_proj"] is found["gate_proj"] is Kept.SMALLER
+    assert kept(TPInputs.SPLIT, checkpointing=True)["q_proj"] is Kept.OWN_INPUT
+    model = tiny_model("llama")
+    inject(model, MoRAConfig(rank=4))
+    assert kept_inputs(model, plan_of(model, 1)) == {}, "nothing is shared by one rank"
 
 
 # -- segments are the run's -------------------------------------------------------------------------------------------
