@@ -125,7 +125,7 @@ def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> 
     """Raises one `UserError` that names everything in which the checkpoint's run differs from this one."""
     there, here = (_flat(json.loads(json.dumps(identity))) for identity in (saved, now))
     differences = [
-        f"{_MEANING.get(key, key)}: {there.get(key)!r} there, {here.get(key)!r} here"
+        f"{_meaning(key)}: {there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted({*there, *here})
         if there.get(key) != here.get(key)
     ]
@@ -137,6 +137,7 @@ _MEANING = {
     "base": "weights of --model_name_or_path",
     "model_config": "config.json of --model_name_or_path",
     "tokens": "tokens of the training text (--train_files, --dataset_name and the tokenizer)",
+    **{f"mixture.{part}": f"{part} of --mixture" for part in ("sources", "weights", "epochs")},
     "adapter.kind": "--adapter",
     "adapter.rank": "--mora_rank (or --lora_rank)",
     "adapter.dropout": "--mora_dropout",
@@ -144,6 +145,12 @@ _MEANING = {
     "dtype": "compute dtype (--bf16, --fp16)",
     "optimizer": "--optimizer (None: adamw)",
 }
+
+
+def _meaning(key: str) -> str:
+    """In the user's words; of a mixture, with the source's name or the phase."""
+    part, _, name = key.partition("mixture.")[2].partition(".")
+    return f"{_MEANING[f'mixture.{part}']}, {name}" if name else _MEANING.get(key, key)
 
 
 def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:

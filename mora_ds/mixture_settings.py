@@ -1,9 +1,9 @@
 """What a run is told about its sources: flags and mix.yaml -> a `MixturePlan`, or None for one plain source.
 
-    --train_files web='web/*.jsonl':0.7 code='src/**/*.py':0.3      sources with a weight each
-    --mixture mix.yaml                                              the same, with lists of files, epochs and phases
-    --replay general='old/*.jsonl':0.05                             5% of every batch, whatever the others weigh
-    --replay general:0.05                                           the same of a source that is there already
+--train_files web='web/*.jsonl':0.7 code='src/**/*.py':0.3      sources with a weight each
+--mixture mix.yaml                                              the same, with lists of files, epochs and phases
+--replay general='old/*.jsonl':0.05                             5% of every batch, whatever the others weigh
+--replay general:0.05                                           the same of a source that is there already
 """
 
 from __future__ import annotations

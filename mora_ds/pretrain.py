@@ -20,7 +20,7 @@ from mora_ds.adapter_arguments import AdapterKind
 from mora_ds.arguments import Arguments, dump
 from mora_ds.checkpoint_care import name_latest, settle
 from mora_ds.checkpoint_folder import AUTO, TrainerState, check_world_size, find_checkpoint
-from mora_ds.data import PackedDataset
+from mora_ds.data import Mixture, TrainData
 from mora_ds.ds_config import resolve_ds_config
 from mora_ds.engine import check_compute_dtype, check_splittable, start_distributed
 from mora_ds.errors import UserError
@@ -236,11 +236,18 @@ def _resumed(checkpoint: Path, state: TrainerState, steps: int) -> str:
     )
 
 
-def _total_steps(arguments: Arguments, data: PackedDataset, world: int) -> int:
+def _total_steps(arguments: Arguments, data: TrainData, world: int) -> int:
     training = arguments.training
+    most = data.max_steps if isinstance(data, Mixture) else None
     if training.max_steps > 0:
+        if most is not None and training.max_steps > most:
+            raise UserError(
+                f"--max_steps {training.max_steps}: all sources are used up after {most} steps, since each has its "
+                "`epochs`: raise or drop one of them, or lower --max_steps"
+            )
         return training.max_steps
-    return max(1, math.ceil(training.num_train_epochs * data.n_blocks / rows_per_step(arguments, world)))
+    steps = max(1, math.ceil(training.num_train_epochs * data.n_blocks / rows_per_step(arguments, world)))
+    return steps if most is None else min(steps, most)
 
 
 def _loop_settings(arguments: Arguments, steps: int, first_batch: int) -> LoopSettings:

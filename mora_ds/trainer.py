@@ -23,14 +23,15 @@ from torch import Tensor
 
 from mora_ds import stopping, zero
 from mora_ds.checkpoint_folder import TrainerState
-from mora_ds.data import IGNORED, PackedDataset
+from mora_ds.data import IGNORED, Mixture, PackedDataset, TrainData
 from mora_ds.errors import RunError, Stopped
-from mora_ds.losses import token_nll
+from mora_ds.losses import row_nll, token_nll
 from mora_ds.metrics import MetricsLog, StepMetrics, peak_memory_bytes, perplexity
 from mora_ds.remora import MergeReport
 from mora_ds.replicas import check_same_rows
 from mora_ds.schedule_text import start_lines
 from mora_ds.schedules import Schedule
+from mora_ds.source_losses import SourceLosses
 from mora_ds.stall import StallRule, StallSignal
 
 PROBE_ROWS = 2
@@ -72,7 +73,7 @@ class Trainer:
     """One run on one engine. `save(state)` writes a checkpoint on all ranks and returns its folder."""
 
     engine: zero.Engine
-    train_data: PackedDataset
+    train_data: TrainData
     eval_data: Mapping[str, PackedDataset]
     schedule: Schedule
     settings: LoopSettings
@@ -100,6 +101,9 @@ class Trainer:
         self._stop_asked = False
         """Whether some rank was asked to stop; the same on all ranks."""
         self._saved_step: int | None = None
+        data = self.train_data
+        self._mixture = data if isinstance(data, Mixture) and len(data.names) > 1 else None
+        self._source_losses = SourceLosses(self._mixture.names if self._mixture else [])
 
     @property
     def rows_per_step(self) -> int:
@@ -161,6 +165,7 @@ class Trainer:
         self._note_stall_signal(loss)
         if self._logs_this_step:
             self.log.step(self._metrics(loss, rate, time.perf_counter() - started))
+            self._log_sources()
         self.log.advance(self.state.step)
         self._after_step()
 
@@ -173,17 +178,31 @@ class Trainer:
         scale = self.settings.gradient_accumulation_steps * self.world / total_predicted
         nll = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         self.engine.train()
-        for batch in micro_batches:
-            batch_nll = token_nll(self.engine, batch)
+        self._source_losses.reset()
+        for index, batch in enumerate(micro_batches):
+            batch_nll = self._nll(index, batch)
             self.engine.backward(batch_nll * scale)
             self.engine.step()
             nll += batch_nll.detach()
-        return self._sum_and_requests(nll.item()) / total_predicted
+        total, *self._source_sums = self._sums_and_requests([nll.item(), *self._source_losses.sums()])
+        return total / total_predicted
+
+    def _nll(self, index: int, batch: dict[str, Tensor]) -> Tensor:
+        """The summed loss of micro-batch `index`, noted by source where there are several."""
+        if self._mixture is None:
+            return token_nll(self.engine, batch)
+        rows = row_nll(self.engine, batch)
+        self._source_losses.add(self._mixture.sources_of(*self._place(index)), rows, batch["labels"])
+        return rows.sum()
+
+    def _place(self, index: int) -> tuple[int, int, slice]:
+        """(batch, its size, rows) of this rank's micro-batch `index` in the order of the data."""
+        size = self.settings.micro_batch_size
+        first = (index * self.replicas + self.replica) * size
+        return self.settings.first_batch + self.state.step, self.rows_per_step, slice(first, first + size)
 
     def _micro_batch(self, index: int) -> dict[str, Tensor]:
-        size = self.settings.micro_batch_size
-        first, number = (index * self.replicas + self.replica) * size, self.settings.first_batch + self.state.step
-        batch = self.train_data.batch(number, self.rows_per_step, slice(first, first + size))
+        batch = self.train_data.batch(*self._place(index))
         batch = {name: tensor.to(self.engine.device) for name, tensor in batch.items()}
         if self.ranks_per_replica > 1 and not self._rows_checked:
             check_same_rows(batch, self.ranks_per_replica)
@@ -198,13 +217,14 @@ class Trainer:
         dist.all_reduce(total)
         return total.item()
 
-    def _sum_and_requests(self, value: float) -> float:
-        """The sum over ranks, and with it, in the same collective, whether any of them was asked to stop."""
-        pair = torch.tensor([value, float(stopping.requested())], dtype=torch.float64, device=self.engine.device)
-        dist.all_reduce(pair)
-        total, requests = pair.tolist()
+    def _sums_and_requests(self, values: list[float]) -> list[float]:
+        """The sums over ranks, and with them, in the same collective, whether any of them was asked to stop."""
+        numbers = [*values, float(stopping.requested())]
+        everyone = torch.tensor(numbers, dtype=torch.float64, device=self.engine.device)
+        dist.all_reduce(everyone)
+        *totals, requests = everyone.tolist()
         self._stop_asked |= requests > 0
-        return total
+        return totals
 
     def _stop_unless_finite(self, value: float, what: str) -> None:
         if math.isfinite(value):
@@ -235,7 +255,7 @@ class Trainer:
     def _leave_if_asked(self, ask: bool) -> None:
         """Save and raise `Stopped` once a rank was asked to stop; `ask`: hear them again, much time may have passed."""
         if ask:
-            self._sum_and_requests(0.0)
+            self._sums_and_requests([])
         if not self._stop_asked:
             return
         step = self.state.step
@@ -325,6 +345,11 @@ class Trainer:
             bytes_gathered=self.bytes_gathered_per_step,
         )
 
+    def _log_sources(self) -> None:
+        if self._mixture is not None:
+            tokens = self._mixture.tokens(self.settings.first_batch + self.state.step)
+            self.log.sources(self.state.step, self._source_losses.facts(self._source_sums, tokens))
+
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float]:
@@ -342,8 +367,7 @@ class Trainer:
     @torch.no_grad()
     def _probe_loss(self) -> float:
         """Mean loss of the corpus's first sequences, the same in every replica."""
-        rows = [self.train_data.block(index) for index in range(min(PROBE_ROWS, self.train_data.n_blocks))]
-        batch = self._own_part({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+        batch = self._own_part(self.train_data.first_rows(PROBE_ROWS))
         self.engine.eval()
         nll, predicted = token_nll(self.engine, batch).item(), int((batch["labels"] != IGNORED).sum())
         self.engine.train()

@@ -87,9 +87,15 @@ def _data(data: DataArguments) -> Iterator[Check]:
 
 def _streaming(arguments: Arguments) -> Iterator[Check]:
     data = arguments.data
-    yield not 0 <= data.held_out_share < 1, f"--held_out_share must be at least 0 and below 1, got {data.held_out_share}"
+    yield (
+        not 0 <= data.held_out_share < 1,
+        f"--held_out_share must be at least 0 and below 1, got {data.held_out_share}",
+    )
     yield data.shuffle_buffer < 0, _at_least("shuffle_buffer", 0, data.shuffle_buffer)
-    yield not 0 <= data.stream_retry_s < float("inf"), f"--stream_retry_s must not be negative, got {data.stream_retry_s}"
+    yield (
+        not 0 <= data.stream_retry_s < float("inf"),
+        f"--stream_retry_s must not be negative, got {data.stream_retry_s}",
+    )
     yield bool(data.replay) and not data.names_text, "--replay without --train_files, --dataset_name or --mixture"
     yield data.exclude_eval_documents and not data.eval_files, "--exclude_eval_documents without --eval_files"
     try:

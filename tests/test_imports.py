@@ -27,9 +27,21 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("cli", "restart", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder"),
         *("followers", "background", "checkpoint_care", "resets", "schedule_text", "windows", "data_arguments"),
     ),
-    ("config", "layer", "base", "export_check", "spectrum", "checkpoint_folder", "training_arguments"),
+    (
+        "config",
+        "layer",
+        "base",
+        "export_check",
+        "spectrum",
+        "checkpoint_folder",
+        "training_arguments",
+        "mixture_settings",
+    ),
     ("tensor_plan", "adapter_arguments", "ledger", "model", "model_folder", "data", "shards"),
-    ("arguments", "injection", "adapter_files", "losses", "flat_tensors", "ledger_table"),
+    (
+        *("arguments", "injection", "adapter_files", "losses", "flat_tensors", "ledger_table", "run_sources"),
+        *("source_losses",),
+    ),
     (
         *("tensor_parallel", "tensor_cost", "remora", "partitions", "model_card", "ledger_tools", "universal"),
         *("portable", "sequence_checks", "validation", "run_data"),
@@ -43,11 +55,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 
 DATA_FLOORS: tuple[tuple[str, ...], ...] = (
-    ("parallel", "pieces", "readers", "embedded"),
-    ("corpus", "tokenizer"),
+    ("parallel", "pieces", "readers", "embedded", "shares"),
+    ("held_out", "tokenizer"),
+    ("corpus",),
     ("inspection",),
     ("cache",),
     ("packing",),
+    ("mixture",),
 )
 """Within the wing `data`; of the house it sees no more than `DATA_SEES`."""
 

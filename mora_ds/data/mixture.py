@@ -1,4 +1,4 @@
-"""Several named sources -> batches with exact shares: like `PackedDataset`, a pure function of (seed, step, batch size).
+"""Several named sources -> batches with exact shares; like `PackedDataset`'s a pure function of the step.
 
     sample i  --shares.Shares-->  (source, number n of its samples)  --the source's own order-->  block
 
@@ -100,11 +100,12 @@ class Mixture:
         """What a resumed run must agree on."""
         sources = {name: source.identity for name, source in zip(self.names, self.sources, strict=True)}
         weights = {f"from step {step}": dict(zip(self.names, part, strict=True)) for step, part in self._phases}
-        return {"mixture": {"sources": sources, "weights": weights, "epochs": dict(zip(self.names, self._epochs))}}
+        epochs = dict(zip(self.names, self._epochs, strict=True))
+        return {"mixture": {"sources": sources, "weights": weights, "epochs": epochs}}
 
-    def block(self, index: int) -> dict[str, Tensor]:
-        """A sequence of the first source, for what must be the same in every step."""
-        return {key: value[0] for key, value in stack([self.sources[0].probe(index)]).items()}
+    def first_rows(self, count: int) -> dict[str, Tensor]:
+        """`count` sequences of the first source, for what must be the same in every step."""
+        return stack([self.sources[0].probe(index) for index in range(count)])
 
     def check_batch_size(self, global_batch_size: int) -> None:
         """Raises `UserError` when all sources together do not fill one global batch."""
@@ -133,3 +134,7 @@ class Mixture:
     def _sample(self, sample: int) -> Block:
         source, number = self.shares.locate(sample)
         return self.sources[source].sample(number)
+
+
+TrainData = PackedDataset | Mixture
+"""What a run trains on."""

@@ -114,6 +114,10 @@ class PackedDataset:
         """Block `index` of the stream, unshuffled: input_ids, labels, position_ids, each int64 (T,)."""
         return {key: torch.from_numpy(value) for key, value in self.blocks.block(index).items()}
 
+    def first_rows(self, count: int) -> dict[str, Tensor]:
+        """The first `count` blocks, or as many as there are: input_ids, labels, position_ids, int64 (rows, T)."""
+        return stack([self.blocks.block(index) for index in range(min(count, self.n_blocks))])
+
     @property
     def identity(self) -> dict[str, Any]:
         """What a resumed run must agree on."""
