@@ -37,6 +37,8 @@ class TrainerState:
     """Whether all of them are done, with what follows the last one."""
     evaluation_pending: bool = False
     """Whether the evaluation after this step is still to be made: the run was stopped before it or in its midst."""
+    stream: dict[str, Any] | None = None
+    """Where streamed sources stand before the next step's batch."""
     world_size: int = 1
     identity: dict[str, Any] = field(default_factory=dict)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mora_ds.arguments import Arguments
+from mora_ds.checkpoint_folder import TrainerState
 from mora_ds.data import (
     Corpus,
     PackedDataset,
@@ -30,7 +31,7 @@ from mora_ds.files import copy_folder, disk_errors
 from mora_ds.followers import Followers
 from mora_ds.mixture_settings import mixture_plan
 from mora_ds.ranks import Ranks
-from mora_ds.run_sources import filtered, held_out_sets, load_sources, train_data, whole
+from mora_ds.run_sources import Tokenising, filtered, held_out_sets, load_sources, train_data, whole
 
 EVAL_FLAG = "--eval_files"
 
@@ -79,7 +80,9 @@ def load_data(
     def tokenise(corpus: Corpus) -> TokenCache:
         return _tokenise(corpus, tokenizer, data, ranks)
 
-    train = train_data(data, plan, corpora, tokenise, arguments.training.seed, rows_per_step, say)
+    state = None if checkpoint is None else TrainerState.read(checkpoint).stream
+    tokenising = Tokenising(tokenizer, tokenise, ranks, say)
+    train = train_data(data, plan, corpora, tokenising, arguments.training.seed, rows_per_step, state)
     train.check_batch_size(rows_per_step)
     packed = {}
     for name, part in {**evaluation, **held_out}.items():

@@ -5,28 +5,38 @@ DataArguments -> MixturePlan -> {name: Corpus} -> (documents held out, or of --e
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from mora_ds.data import (
     CachedSource,
     Corpus,
     DocumentFilter,
+    DocumentStream,
     Mixture,
     PackedDataset,
+    Share,
     Source,
+    StreamMixture,
+    StreamSettings,
+    StreamSource,
     TokenCache,
     TrainData,
+    encoder_of,
     hashes_of,
     load_corpus,
+    stream_dataset,
+    tokenizer_fingerprint,
 )
 from mora_ds.data_arguments import DataArguments
-from mora_ds.mixture_settings import PLAIN, MixturePlan
+from mora_ds.mixture_settings import PLAIN, MixturePlan, SourcePlan
 
 HELD_OUT = "held_out"
 """Name of the evaluation set that --held_out_share makes; of a mixture, with the source's name behind it."""
-
-Tokenise = Callable[[Corpus], TokenCache]
 
 
 def load_sources(data: DataArguments, plan: MixturePlan | None) -> dict[str, Corpus]:
@@ -37,6 +47,9 @@ def load_sources(data: DataArguments, plan: MixturePlan | None) -> dict[str, Cor
     for source in plan.sources:
         flag = "--train_files" if plan_is_plain(plan) else f"source {source.name!r}"
         column = source.text_column or data.text_column
+        if source.streaming and source.dataset is not None and not Path(source.dataset, "state.json").is_file():
+            corpora[source.name] = stream_dataset(source.dataset, column, flag)
+            continue
         corpora[source.name] = load_corpus(source.files, dataset_name=source.dataset, text_column=column, flag=flag)
     return corpora
 
@@ -71,32 +84,68 @@ def whole(corpora: Mapping[str, Corpus]) -> Corpus:
     return replace(first, parts=first.parts + tuple(part for other in others for part in other.parts))
 
 
+@dataclass(frozen=True)
+class Tokenising:
+    """How text becomes tokens in this run."""
+
+    tokenizer: Any
+    cached: Callable[[Corpus], TokenCache]
+    """A corpus through the cache."""
+    share: Share
+    """The ranks, which tokenise a stream together."""
+    say: Callable[[str], None]
+
+
 def train_data(
     data: DataArguments,
     plan: MixturePlan | None,
     corpora: Mapping[str, Corpus],
-    tokenise: Tokenise,
+    tokenising: Tokenising,
     seed: int,
     rows_per_step: int,
-    say: Callable[[str], None],
+    stream_state: dict[str, Any] | None,
 ) -> TrainData:
-    """Packed sources, mixed where the plan says so."""
+    """Packed sources, mixed where the plan says so; streams go on from `stream_state`, where there is one."""
+    say = tokenising.say
     if plan is None:
-        cache = tokenise(corpora[PLAIN])
+        cache = tokenising.cached(corpora[PLAIN])
         _tell_left_out(PLAIN, cache, say)
         return PackedDataset(cache, data.seq_len, seed, data.document_mask)
     sources: dict[str, Source] = {}
     for source in plan.sources:
-        cache = tokenise(corpora[source.name])
+        own_seed = f"{seed}/{source.name}"
+        if source.streaming:
+            sources[source.name] = _stream(data, source, corpora[source.name], tokenising, own_seed)
+            continue
+        cache = tokenising.cached(corpora[source.name])
         _tell_left_out(source.name, cache, say)
-        sources[source.name] = CachedSource(
-            PackedDataset(cache, data.seq_len, f"{seed}/{source.name}", data.document_mask)
-        )
+        sources[source.name] = CachedSource(PackedDataset(cache, data.seq_len, own_seed, data.document_mask))
     epochs = [source.epochs for source in plan.sources]
-    mixture = Mixture(sources, plan.phases, epochs, data.seq_len, rows_per_step)
+    mixture = (
+        StreamMixture(sources, plan.phases, epochs, data.seq_len, rows_per_step, states=stream_state)
+        if plan.streams
+        else Mixture(sources, plan.phases, epochs, data.seq_len, rows_per_step)
+    )
     for line in _table(plan, mixture):
         say(line)
     return mixture
+
+
+def _stream(data: DataArguments, source: SourcePlan, corpus: Corpus, tokenising: Tokenising, seed: str) -> StreamSource:
+    settings = StreamSettings(data.shuffle_buffer, seed, data.stream_retry_s)
+    facts = {
+        "files": [(Path(part.label).name, part.size_bytes()) for part in corpus.parts],
+        "text_column": corpus.text_column,
+        "left_out": None if corpus.keep is None else corpus.keep.identity,
+        "tokenizer": tokenizer_fingerprint(tokenising.tokenizer),
+    }
+    identity = {
+        "text": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32],
+        "shuffle_buffer": data.shuffle_buffer,
+    }
+    documents = DocumentStream(source.name, corpus, settings, tokenising.say)
+    encoder = encoder_of(tokenising.tokenizer)
+    return StreamSource(documents, encoder, data.seq_len, data.document_mask, identity, tokenising.share, source.epochs)
 
 
 def _tell_left_out(name: str, cache: TokenCache, say: Callable[[str], None]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mora_ds import stopping, zero
 from mora_ds.checkpoint_folder import TrainerState
-from mora_ds.data import IGNORED, Mixture, PackedDataset, TrainData
+from mora_ds.data import IGNORED, Mixture, PackedDataset, StreamMixture, TrainData
 from mora_ds.errors import RunError, Stopped
 from mora_ds.losses import row_nll, token_nll
 from mora_ds.metrics import MetricsLog, StepMetrics, peak_memory_bytes, perplexity
@@ -312,6 +312,8 @@ class Trainer:
             nll = self._sum_over_ranks(token_nll(self.engine, batch).item())
             self.engine.train()
         self._stop_unless_finite(nll, f"after step {self.state.step} the loss of the next batch is {nll}")
+        if isinstance(self.train_data, StreamMixture):
+            self.state.stream = self.train_data.states_at(self.settings.first_batch + self.state.step)
         self.last_checkpoint = self.save(self.state)
         self._saved_step = self.state.step
 

@@ -58,10 +58,11 @@ DATA_FLOORS: tuple[tuple[str, ...], ...] = (
     ("parallel", "pieces", "readers", "embedded", "shares"),
     ("held_out", "tokenizer"),
     ("corpus",),
-    ("inspection",),
+    ("inspection", "hub_stream"),
     ("cache",),
     ("packing",),
-    ("mixture",),
+    ("mixture", "stream"),
+    ("stream_blocks",),
 )
 """Within the wing `data`; of the house it sees no more than `DATA_SEES`."""
 

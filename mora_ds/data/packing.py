@@ -99,7 +99,7 @@ class PackedDataset:
         self.blocks = TokenBlocks(cache, seq_len, document_mask)
         self.seed = seed
         self.shuffle = shuffle
-        self._order = lru_cache(maxsize=2)(_epoch_order)  # of this source: a batch may straddle two epochs
+        self._order = lru_cache(maxsize=2)(epoch_order)  # of this source: a batch may straddle two epochs
 
     @property
     def seq_len(self) -> int:
@@ -165,7 +165,7 @@ def stack(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
     return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in _KEYS}
 
 
-def _epoch_order(seed: int | str, epoch: int, n_blocks: int) -> np.ndarray:
+def epoch_order(seed: int | str, epoch: int, n_blocks: int) -> np.ndarray:
     """A permutation of the blocks: RandomState's stream is frozen for ever (NEP 19), so a run resumes years later."""
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     order = np.arange(n_blocks, dtype=np.uint32 if n_blocks < 1 << 32 else np.uint64)
