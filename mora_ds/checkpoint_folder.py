@@ -31,6 +31,9 @@ class TrainerState:
     """What `stall.StallRule` decides from: the newest values of its signal in the running cycle."""
     perplexity_before: dict[str, float] = field(default_factory=dict)
     perplexity_last: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
+    """The evaluated step of the least weighted loss so far (`forgetting.Watch.score`); 0: none yet."""
+    best_score: float | None = None
     total_steps: int = 0
     """Optimizer steps that the run was to have: the schedule hangs on them."""
     finished: bool = False

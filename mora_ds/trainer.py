@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +25,7 @@ from mora_ds import stopping, zero
 from mora_ds.checkpoint_folder import TrainerState
 from mora_ds.data import IGNORED, Mixture, PackedDataset, StreamMixture, TrainData
 from mora_ds.errors import RunError, Stopped
+from mora_ds.forgetting import Watch, report
 from mora_ds.losses import row_nll, token_nll
 from mora_ds.metrics import MetricsLog, StepMetrics, peak_memory_bytes, perplexity
 from mora_ds.remora import MergeReport
@@ -89,6 +90,9 @@ class Trainer:
     wait: Callable[[float | None], None] = lambda timeout_s: None
     """Until the checkpoint that is being written is there, or so many seconds; raises what went wrong with it."""
 
+    watch: Watch = field(default_factory=lambda: Watch({}, {}))
+    """What is looked at after every evaluation."""
+
     def __post_init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.replica, self.replicas = self.rank // self.ranks_per_replica, self.world // self.ranks_per_replica
@@ -113,7 +117,7 @@ class Trainer:
     @property
     def is_finished(self) -> bool:
         """Whether a run that was resumed had come to its end, last evaluation and checkpoint included."""
-        return self.state.finished and self.state.step == self.settings.total_steps
+        return self.state.finished and (self.state.step == self.settings.total_steps or self._forgotten is not None)
 
     def run(self) -> TrainerState:
         """Train from `state.step` to the end. Raises `RunError` when the loss is no number any more or a checkpoint
@@ -130,7 +134,7 @@ class Trainer:
 
     def _run(self) -> TrainerState:
         if self.is_finished:
-            self.log.say(f"all {self.state.step} steps of this run are done: nothing left to train")
+            self.log.say(self._forgotten or f"all {self.state.step} steps of this run are done: nothing left to train")
             return self.state
         self.state.finished = False
         settings, state = self.settings, self.state
@@ -140,8 +144,8 @@ class Trainer:
             if self.state.step == 0 and self.settings.eval_on_start:
                 self.state.perplexity_before = self.evaluate()
             if self.state.evaluation_pending:
-                self.evaluate()
-            while self.state.step < self.settings.total_steps:
+                self._evaluate_and_keep()
+            while self.state.step < self.settings.total_steps and not self._forgotten:
                 self._step()
             self._finish()
         return self.state
@@ -247,9 +251,10 @@ class Trainer:
         self.state.evaluation_pending = bool(settings.eval_steps) and step % settings.eval_steps == 0 and not at_end
         self._leave_if_asked(ask=merges)
         if self.state.evaluation_pending:
-            self.evaluate()
+            self._evaluate_and_keep()
         if settings.save_steps and step % settings.save_steps == 0 and not at_end:
-            self._save()
+            if self._saved_step != step:
+                self._save()
             self._leave_if_asked(ask=True)
 
     def _leave_if_asked(self, ask: bool) -> None:
@@ -326,9 +331,15 @@ class Trainer:
         self.log.say(str(report))
 
     def _finish(self) -> None:
+        early = self.state.step < self.settings.total_steps
+        if early:
+            self.log.say(f"stopping after step {self.state.step} of {self.settings.total_steps}: {self._forgotten}")
         if self.settings.merge_at_end and self.state.step not in self.state.merges:
             self._merge()
-        self.evaluate()
+        if not early or self.settings.merge_at_end:
+            self.evaluate()
+        for line in report(self.state.perplexity_before, self.state.perplexity_last):
+            self.log.say(line)
         self.state.finished = True
         self._save()
 
@@ -364,7 +375,27 @@ class Trainer:
         if found:
             self.log.evaluation(self.state.step, found)
         self.state.perplexity_last, self.state.evaluation_pending = found, False
+        self._note_best(found)
         return found
+
+    def _evaluate_and_keep(self) -> None:
+        """In mid-run: the checkpoint of the best evaluation is written at once, whatever --save_steps says."""
+        self.evaluate()
+        if self.state.best_step == self.state.step:
+            self._save()
+
+    @property
+    def _forgotten(self) -> str | None:
+        """Why the run is to end here, if it is."""
+        return self.watch.forgotten(self.state.perplexity_before, self.state.perplexity_last)
+
+    def _note_best(self, found: dict[str, float]) -> None:
+        score = self.watch.score(found)
+        if score is None or self.state.step == 0:
+            return
+        if self.state.best_score is None or score < self.state.best_score:
+            self.state.best_step, self.state.best_score = self.state.step, score
+            self.log.say(f"step {self.state.step}: the best so far by --best_by, {score:.4f}")
 
     @torch.no_grad()
     def _probe_loss(self) -> float:

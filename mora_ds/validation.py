@@ -16,6 +16,7 @@ from mora_ds.config import LoRAConfig, MoRAConfig
 from mora_ds.data_arguments import DataArguments
 from mora_ds.ds_optimizer import OptimizerKind
 from mora_ds.errors import UserError, member_named, nearest
+from mora_ds.forgetting import Watch
 from mora_ds.mixture_settings import mixture_plan
 from mora_ds.resets import OptimizerReset
 from mora_ds.schedules import MergeWhen, schedule_kind
@@ -38,6 +39,7 @@ def validate(arguments: Arguments) -> None:
         *_adapter(arguments.adapter),
         *_parts(arguments),
         *_steps(arguments.training),
+        *_forgetting(arguments.training),
         *_sequence(arguments),
         *_optimizer(arguments),
         *_tensor_parallel(arguments),
@@ -200,6 +202,16 @@ def _steps(training: TrainingArguments) -> Iterator[Check]:
     )
 
 
+def _forgetting(training: TrainingArguments) -> Iterator[Check]:
+    for name in ("stop_when_forgotten", "best_by"):
+        given = bool(getattr(training, name))
+        yield given and training.eval_steps == 0, f"--{name} looks at evaluations: give --eval_steps"
+    yield (
+        bool(training.stop_when_forgotten) and not training.eval_on_start,
+        "--stop_when_forgotten compares with the start: drop --no_eval_on_start",
+    )
+
+
 def _sequence(arguments: Arguments) -> Iterator[Check]:
     size, attention = arguments.training.sequence_parallel_size, arguments.model.attn_implementation
     yield (
@@ -313,6 +325,8 @@ def _refusals(arguments: Arguments) -> list[str]:
         lambda: LoRAConfig(alpha=adapter.lora_alpha),
         lambda: member_named(MergeWhen, "merge_when", adapter.merge_when),
         lambda: adapter.stall_rule(),
+        lambda: Watch.of(training.stop_when_forgotten, ()),
+        lambda: Watch.of((), training.best_by),
     ]
     return [line for attempt in attempts for line in _refusal_of(attempt)]
 

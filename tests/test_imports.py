@@ -25,7 +25,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("cli", "restart", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder"),
-        *("followers", "background", "checkpoint_care", "resets", "schedule_text", "windows", "data_arguments"),
+        *(
+            "followers",
+            "background",
+            "checkpoint_care",
+            "resets",
+            "schedule_text",
+            "windows",
+            "data_arguments",
+            "forgetting",
+        ),
     ),
     (
         "config",
