@@ -87,7 +87,7 @@ class TrainingArguments:
     """Evaluation sets as NAME:RATIO (general:1.10): save and stop once one's perplexity passes this ratio to its
     start."""
     best_by: list[str] = field(default_factory=list)
-    """Evaluation sets as NAME:WEIGHT: the checkpoint of the least weighted sum of losses is kept as checkpoints/best."""
+    """Evaluation sets as NAME:WEIGHT: the checkpoint of the least weighted sum of losses stays as checkpoints/best."""
     max_eval_batches: int | None = None
     """Batches per evaluation set, over all ranks. Default: all of it."""
     save_steps: int = 0
