@@ -309,18 +309,26 @@ class Trainer:
         return due
 
     def _save(self) -> None:
-        """Not without a look at the loss of the batch to come: a step may have a finite loss and leave squares that
-        are no numbers, and a checkpoint of those would pass for a good one."""
-        batch = self._micro_batch(0)
-        with torch.no_grad():
-            self.engine.eval()
-            nll = self._sum_over_ranks(token_nll(self.engine, batch).item())
-            self.engine.train()
+        """Not without a look at the loss of another batch: a step may have a finite loss and leave squares that are no
+        numbers, and a checkpoint of those would pass for a good one."""
+        nll = self._sum_over_ranks(self._loss_to_come())
         self._stop_unless_finite(nll, f"after step {self.state.step} the loss of the next batch is {nll}")
         if isinstance(self.train_data, StreamMixture):
             self.state.stream = self.train_data.states_at(self.settings.first_batch + self.state.step)
         self.last_checkpoint = self.save(self.state)
         self._saved_step = self.state.step
+
+    @torch.no_grad()
+    def _loss_to_come(self) -> float:
+        """Of the next micro-batch; of a mixture, which may have no next one or not be able to read it, of its first
+        sequences."""
+        if isinstance(self.train_data, Mixture):
+            return self._probe_loss()
+        batch = self._micro_batch(0)
+        self.engine.eval()
+        nll = token_nll(self.engine, batch).item()
+        self.engine.train()
+        return nll
 
     def _merge(self) -> None:
         assert self.merger is not None, "a schedule with merges needs a merger"

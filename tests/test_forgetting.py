@@ -35,7 +35,7 @@ def test_bounds_and_scores() -> None:
     [
         (["old"], [], "--stop_when_forgotten old: must be NAME:NUMBER"),
         (["old:x"], [], "must be NAME:NUMBER"),
-        (["old:0.9"], [], "a ratio to the start, above 1"),
+        (["old:0.9"], [], "a ratio to the start is meant, above 1"),
         (["old:2", "old:3"], [], "old is given twice"),
         ([], ["old:-1"], "--best_by: weights must not be negative"),
         ([], ["old:0"], "one must be above 0"),
@@ -48,14 +48,18 @@ def test_what_is_no_bound_or_weight(bounds: list[str], weights: list[str], said:
     assert said in str(error.value)
 
 
-FORGETS = ("--learning_rate", 3.0, "--max_grad_norm", 0, "--max_steps", 12, "--eval_steps", 2, "--save_steps", 3)
-"""A rate that ruins the model: every set gets worse within a few steps."""
+def forgetting(user: Playground, out: Path, *more: Any) -> list[str]:
+    """A run that learns two letters by heart and, from its third step on, forgets the rest."""
+    odd = user.root / "odd.txt"
+    odd.write_text("zq " * 4000)
+    all_of_it = ("--train_embeddings", "true", "--train_head", "true", "--learning_rate", 0.03, "--max_steps", 12)
+    return user.flags(out, "--train_files", odd, *all_of_it, "--eval_steps", 2, "--save_steps", 3, *more)
 
 
 @pytest.mark.gloo
 def test_a_run_stops_when_a_set_is_forgotten(user: Playground, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    argv = user.flags(out, *FORGETS, "--stop_when_forgotten", "held:1.2", "--resume_from_checkpoint", "auto")
+    argv = forgetting(user, out, "--stop_when_forgotten", "held:1.2", "--resume_from_checkpoint", "auto")
     run_ranks(1, interrupted_job, argv, 1)
     told = run_ranks(1, said, argv)[0]
     summary = json.loads((out / "summary.json").read_text())
@@ -75,10 +79,10 @@ def test_a_run_stops_when_a_set_is_forgotten(user: Playground, tmp_path: Path) -
 
 @pytest.mark.gloo
 def test_the_best_checkpoint_stays(user: Playground, tmp_path: Path) -> None:
-    """Best at step 2, before the rate has ruined it; named at once, kept beyond --save_total_limit, resumed alike."""
-    more = (*FORGETS, "--warmup_steps", 11, "--save_total_limit", 1, "--best_by", "held:1", "short:0.5")
+    """Best at step 2, before the rest is forgotten; named at once, kept beyond --save_total_limit, resumed alike."""
+    more = ("--save_total_limit", 1, "--best_by", "held:1", "short:0.5")
     whole, out = tmp_path / "whole", tmp_path / "out"
-    summary = run(1, user.flags(whole, *more))
+    summary = run(1, forgetting(user, whole, *more))
     scores = {
         row["step"]: math.log(row["eval"]["held"]) + 0.5 * math.log(row["eval"]["short"])
         for row in rows(whole)
@@ -91,7 +95,7 @@ def test_the_best_checkpoint_stays(user: Playground, tmp_path: Path) -> None:
     assert (root / "best").resolve().name == f"step-{best:06d}"
     assert sorted(path.name for path in root.glob("step-*")) == [f"step-{best:06d}", "step-000012"]
     assert TrainerState.read(root / "best").step == best
-    argv = user.flags(out, *more, "--resume_from_checkpoint", "auto", "--async_save")
+    argv = forgetting(user, out, *more, "--resume_from_checkpoint", "auto", "--async_save")
     for step in (5, 8):
         run_ranks(1, interrupted_job, argv, step)
     (out / "checkpoints" / "best").unlink()  # as a kill between two renames would leave it
