@@ -144,9 +144,9 @@ class CheckpointWriter:
         _stop_if_unsound(beside)
         _replace_folder(beside, final)
         files.fsync_folder(self.root)
-        files.replace_symlink(self.root / LATEST, final.name)
         if state["best_step"]:
             name_best(self.root, step_folder(self.root, state["best_step"]))
+        files.replace_symlink(self.root / LATEST, final.name)
         report(Event.SAVED, state["step"])
         _retain(self.root, state["step"], keep)
 

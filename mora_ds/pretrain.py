@@ -167,7 +167,7 @@ def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule
     folder, ranks, steps = place.folder, place.ranks, schedule.total_steps
     state = job.state
     if ranks.is_first:
-        resolved = {"world_size": ranks.world, "steps": steps, "deepspeed": job.engine.config}
+        resolved = {"world_size": ranks.world, "steps": steps, "deepspeed": job.engine.config, **data.train.identity}
         write_run_file(folder, dump(arguments), resolved)
     log = MetricsLog(folder, steps, ranks.is_first, state.step)
     if place.checkpoint is not None:
