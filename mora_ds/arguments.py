@@ -42,7 +42,7 @@ class Arguments:
     @property
     def embedded_default(self) -> bool:
         """Whether neither model nor training data is named, so that the run is the embedded demonstration."""
-        return not (self.model.model_name_or_path or self.data.train_files or self.data.dataset_name)
+        return not (self.model.model_name_or_path or self.data.names_text)
 
     def schedule(self, total_steps: int) -> Schedule:
         """The schedule of a run of `total_steps` optimizer steps. Raises `UserError` for one that cannot be."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mora_ds import files, partitions, zero
 from mora_ds.background import Background, Exchange, on_host
-from mora_ds.checkpoint_care import OLD, WRITING, ledger_problems, retire, settle, sync_folders
+from mora_ds.checkpoint_care import BEST, OLD, WRITING, ledger_problems, name_best, retire, settle, sync_folders
 from mora_ds.checkpoint_folder import (
     ENGINE_TAG,
     LATEST,
@@ -144,6 +144,8 @@ class CheckpointWriter:
         _stop_if_unsound(beside)
         _replace_folder(beside, final)
         files.fsync_folder(self.root)
+        if state["best_step"]:
+            name_best(self.root, step_folder(self.root, state["best_step"]))
         files.replace_symlink(self.root / LATEST, final.name)
         report(Event.SAVED, state["step"])
         _retain(self.root, state["step"], keep)
@@ -191,7 +193,8 @@ def _retain(root: Path, step: int, keep: int | None) -> None:
         return
     whole = [folder for folder in complete_checkpoints(root) if step_of(folder) <= step and is_whole(folder)]
     for folder in whole[:-keep]:
-        retire(folder)
+        if folder.resolve() != (root / BEST).resolve():
+            retire(folder)
 
 
 # -- the disk --------------------------------------------------------------------------------------------------------

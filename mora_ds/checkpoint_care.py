@@ -4,6 +4,7 @@ settle(root)        before anybody looks: undo a replacement that stopped half w
 problems(folder)    what is wrong with a checkpoint: its manifest, every file, its ledger
 retire(folder)      delete one so that a kill leaves no half of it under its name
 name_latest         give `latest` back its target
+name_best           let `best` name the checkpoint of the best evaluation
 
 .step-000100.writing        being written       .step-000100.old.writing    replaced by one that was being renamed
 .step-000100.gone.writing   being deleted
@@ -19,6 +20,7 @@ from mora_ds.errors import UserError
 from mora_ds.files import MANIFEST, disk_errors, fsync_folder, malformed, read_json, replace_symlink, verify_manifest
 
 LATEST = "latest"
+BEST = "best"
 WRITING = ".writing"
 OLD = ".old"
 _GONE = ".gone"
@@ -36,7 +38,8 @@ def settle(root: Path) -> None:
                 os.rename(old, final)
         for partial in root.glob(f".step-*{WRITING}"):
             shutil.rmtree(partial, ignore_errors=True)
-        (root / f".{LATEST}.partial").unlink(missing_ok=True)
+        for link in (LATEST, BEST):
+            (root / f".{link}.partial").unlink(missing_ok=True)
 
 
 def problems(folder: Path) -> list[str]:
@@ -75,6 +78,12 @@ def name_latest(root: Path, checkpoint: Path) -> None:
     its only checkpoint and `latest` would else be finished without a latest one."""
     if checkpoint.parent.resolve() == root.resolve() and not (root / LATEST).exists():
         replace_symlink(root / LATEST, checkpoint.name)
+
+
+def name_best(root: Path, best: Path) -> None:
+    """Lets `best` name that checkpoint, if it is there and another one is named."""
+    if best.is_dir() and (root / BEST).resolve() != best.resolve():
+        replace_symlink(root / BEST, best.name)
 
 
 def sync_folders(folder: Path) -> None:

@@ -31,12 +31,17 @@ class TrainerState:
     """What `stall.StallRule` decides from: the newest values of its signal in the running cycle."""
     perplexity_before: dict[str, float] = field(default_factory=dict)
     perplexity_last: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
+    """The evaluated step of the least weighted loss so far (`forgetting.Watch.score`); 0: none yet."""
+    best_score: float | None = None
     total_steps: int = 0
     """Optimizer steps that the run was to have: the schedule hangs on them."""
     finished: bool = False
     """Whether all of them are done, with what follows the last one."""
     evaluation_pending: bool = False
     """Whether the evaluation after this step is still to be made: the run was stopped before it or in its midst."""
+    stream: dict[str, Any] | None = None
+    """Where streamed sources stand before the next step's batch."""
     world_size: int = 1
     identity: dict[str, Any] = field(default_factory=dict)
 
@@ -125,7 +130,7 @@ def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> 
     """Raises one `UserError` that names everything in which the checkpoint's run differs from this one."""
     there, here = (_flat(json.loads(json.dumps(identity))) for identity in (saved, now))
     differences = [
-        f"{_MEANING.get(key, key)}: {there.get(key)!r} there, {here.get(key)!r} here"
+        f"{_meaning(key)}: {there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted({*there, *here})
         if there.get(key) != here.get(key)
     ]
@@ -137,6 +142,7 @@ _MEANING = {
     "base": "weights of --model_name_or_path",
     "model_config": "config.json of --model_name_or_path",
     "tokens": "tokens of the training text (--train_files, --dataset_name and the tokenizer)",
+    **{f"mixture.{part}": f"{part} of --mixture" for part in ("sources", "weights", "epochs")},
     "adapter.kind": "--adapter",
     "adapter.rank": "--mora_rank (or --lora_rank)",
     "adapter.dropout": "--mora_dropout",
@@ -144,6 +150,12 @@ _MEANING = {
     "dtype": "compute dtype (--bf16, --fp16)",
     "optimizer": "--optimizer (None: adamw)",
 }
+
+
+def _meaning(key: str) -> str:
+    """In the user's words; of a mixture, with the source's name or the phase."""
+    part, _, name = key.partition("mixture.")[2].partition(".")
+    return f"{_MEANING[f'mixture.{part}']}, {name}" if name else _MEANING.get(key, key)
 
 
 def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -33,7 +33,22 @@ class DataArguments:
     """What is read, and how it becomes batches."""
 
     train_files: list[str] = field(default_factory=list)
-    """Files or patterns to train on: text, JSON lines, Parquet, Arrow. Quote patterns: 'corpus/*.jsonl'."""
+    """Files or patterns to train on: text, JSON lines, Parquet, Arrow. Quote patterns: 'corpus/*.jsonl'. Each as PATH,
+    or each as NAME=PATH:WEIGHT, a source of a mixture with that weight."""
+    mixture: str | None = None
+    """A YAML file that names several sources with their weights, epochs and phases, instead of --train_files."""
+    replay: list[str] = field(default_factory=list)
+    """Text of the old domain, as NAME=PATH:SHARE: so much of every batch. Or NAME:SHARE of a source that is there."""
+    held_out_share: float = 0.0
+    """Share of the documents, by a hash of each, that is never trained on and evaluated under the name held_out."""
+    exclude_eval_documents: bool = False
+    """Leave documents of --eval_files, known by a hash, out of training."""
+    streaming: bool = False
+    """Read and tokenise the training text while training instead of caching it first. Needs --max_steps."""
+    shuffle_buffer: int = 10000
+    """With --streaming: documents that are shuffled together; 0 keeps the order of the files."""
+    stream_retry_s: float = 120.0
+    """With --streaming: seconds for which a source that cannot be read is tried again before the run ends."""
     eval_files: list[str] = field(default_factory=list)
     """Files or patterns whose perplexity is reported, each as PATH (named by its stem) or NAME=PATH."""
     dataset_name: str | None = None
@@ -48,6 +63,11 @@ class DataArguments:
     """Processes that tokenise, on each node."""
     cache_dir: str | None = None
     """Folder of the token cache. Default: one in the user's cache folder."""
+
+    @property
+    def names_text(self) -> bool:
+        """Whether any training text is named."""
+        return bool(self.train_files or self.dataset_name or self.mixture)
 
     def named_eval_files(self) -> list[tuple[str, str]]:
         """(name, path or pattern) of each evaluation set."""

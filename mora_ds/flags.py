@@ -120,7 +120,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def read_recipe(path: str, groups: Iterable[type], ignored_keys: Iterable[str] = ()) -> dict[str, Any]:
     """The settings of a YAML recipe, checked against the fields of `groups`; all wrong ones in one `UserError`."""
-    content = _load_yaml(path)
+    content = load_yaml(path, "the recipe")
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
     settings, problems = {}, []
     for key, value in content.items():
@@ -138,11 +138,12 @@ def read_recipe(path: str, groups: Iterable[type], ignored_keys: Iterable[str] =
     return settings
 
 
-def _load_yaml(path: str) -> dict[Any, Any]:
+def load_yaml(path: str, what: str) -> dict[Any, Any]:
+    """The mapping in a YAML file that gives no key twice. Raises `UserError`, which calls the file `what`."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe {path}: {error}") from error
+        raise UserError(f"cannot read {what} {path}: {error}") from error
     try:
         content = yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:

@@ -168,7 +168,7 @@ def _adapter_job(
         reset=OptimizerReset(arguments.adapter.optimizer_reset),
         identity=common,
         tokenizer_folder=data.tokenizer_folder,
-        probe_ids=data.train.block(0)["input_ids"][:PROBE_TOKENS].unsqueeze(0),
+        probe_ids=data.train.first_rows(1)["input_ids"][:, :PROBE_TOKENS],
         facts={"seq_len": data.train.seq_len},
         async_save=arguments.training.async_save,
         followers=place.followers,
@@ -228,7 +228,7 @@ def _common_identity(
     """What must not change in mid-run for batches and states to follow on."""
     return {
         "model_config": config_digest(loaded.model.config),
-        "tokens": data.train.blocks.cache.folder.name,
+        **data.train.identity,
         "seq_len": data.train.seq_len,
         "document_mask": arguments.data.document_mask,
         "seed": arguments.training.seed,

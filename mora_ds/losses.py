@@ -21,6 +21,14 @@ def token_nll(model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tens
     return F.cross_entropy(logits.flatten(0, -2).float(), labels, ignore_index=IGNORED, reduction="sum")
 
 
+def row_nll(model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor:
+    """(B,): the same, row by row."""
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits  # type: ignore[attr-defined]
+    labels = batch["labels"]
+    nll = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return nll.view(labels.shape).sum(dim=-1)
+
+
 # -- documents in one row ----------------------------------------------------------------------------------------------
 
 _DOCUMENT = 4

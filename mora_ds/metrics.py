@@ -102,6 +102,16 @@ class MetricsLog:
             if value is not None:
                 self._board.add_scalar(f"merge/{name}", value, step)
 
+    def sources(self, step: int, facts: dict[str, dict[str, Any]]) -> None:
+        """Loss, perplexity and tokens of every source of the mixture in `step`."""
+        if not self.enabled:
+            return
+        self._write({"step": step, "sources": facts})
+        for name, values in facts.items():
+            for key, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(f"sources/{name}/{key}", value, step)
+
     def stall(self, step: int, facts: dict[str, Any]) -> None:
         """Where `stall.StallRule` stands after `step`; `facts` as it gives them."""
         if not self.enabled:

@@ -19,14 +19,15 @@ from transformers.utils.logging import disable_progress_bar
 from mora_ds import zero
 from mora_ds.adapter_arguments import AdapterKind
 from mora_ds.arguments import Arguments, dump
-from mora_ds.checkpoint_care import name_latest, settle
-from mora_ds.checkpoint_folder import AUTO, TrainerState, check_world_size, find_checkpoint
-from mora_ds.data import PackedDataset
+from mora_ds.checkpoint_care import name_best, name_latest, settle
+from mora_ds.checkpoint_folder import AUTO, TrainerState, check_world_size, find_checkpoint, step_folder
+from mora_ds.data import Mixture, TrainData
 from mora_ds.ds_config import resolve_ds_config
 from mora_ds.engine import check_compute_dtype, check_splittable, start_distributed
 from mora_ds.errors import UserError
 from mora_ds.files import write_json_atomic
 from mora_ds.followers import Followers
+from mora_ds.forgetting import Watch, change
 from mora_ds.jobs import Job, Place, prepare_base, prepare_job, rows_per_step
 from mora_ds.losses import check_document_mask
 from mora_ds.metrics import MetricsLog, peak_memory_bytes, plain_json
@@ -96,6 +97,8 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
         reservation.commit()
         if checkpoint is not None:
             name_latest(folder / "checkpoints", checkpoint)
+            if best := TrainerState.read(checkpoint).best_step:
+                name_best(folder / "checkpoints", step_folder(folder / "checkpoints", best))
     try:
         if arguments.adapter.adapter == AdapterKind.NONE.value:
             return _evaluate(arguments, job, data, place)
@@ -149,6 +152,7 @@ def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: Place) -> t
     check_config(config, training.sequence_parallel_size, model.attn_implementation, model.trust_remote_code)
     rows = rows_per_step(arguments, ranks.world)
     data = load_data(arguments, config, model_folder, place.followers, rows, place.checkpoint, place.say)
+    _watch(arguments).check_names(list(data.evaluation))
     loaded = prepare_base(arguments, model_folder, data.tokenizer, ds_config, place)
     job = prepare_job(arguments, loaded, ds_config, data, place)
     if arguments.data.document_mask:
@@ -167,7 +171,7 @@ def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule
     folder, ranks, steps = place.folder, place.ranks, schedule.total_steps
     state = job.state
     if ranks.is_first:
-        resolved = {"world_size": ranks.world, "steps": steps, "deepspeed": job.engine.config}
+        resolved = {"world_size": ranks.world, "steps": steps, "deepspeed": job.engine.config, **data.train.identity}
         write_run_file(folder, dump(arguments), resolved)
     log = MetricsLog(folder, steps, ranks.is_first, state.step)
     if place.checkpoint is not None:
@@ -189,6 +193,7 @@ def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule
         ranks_per_replica=arguments.training.ranks_per_replica,
         split=job.split,
         wait=job.wait,
+        watch=_watch(arguments),
     )
     trainer.last_checkpoint = place.checkpoint
     nothing_to_do = trainer.is_finished
@@ -240,11 +245,18 @@ def _resumed(checkpoint: Path, state: TrainerState, steps: int) -> str:
     )
 
 
-def _total_steps(arguments: Arguments, data: PackedDataset, world: int) -> int:
+def _total_steps(arguments: Arguments, data: TrainData, world: int) -> int:
     training = arguments.training
+    most = data.max_steps if isinstance(data, Mixture) else None
     if training.max_steps > 0:
+        if most is not None and training.max_steps > most:
+            raise UserError(
+                f"--max_steps {training.max_steps}: all sources are used up after {most} steps, since each has its "
+                "`epochs`: raise or drop one of them, or lower --max_steps"
+            )
         return training.max_steps
-    return max(1, math.ceil(training.num_train_epochs * data.n_blocks / rows_per_step(arguments, world)))
+    steps = max(1, math.ceil(training.num_train_epochs * data.n_blocks / rows_per_step(arguments, world)))
+    return steps if most is None else min(steps, most)
 
 
 def _loop_settings(arguments: Arguments, steps: int, first_batch: int) -> LoopSettings:
@@ -265,6 +277,10 @@ def _loop_settings(arguments: Arguments, steps: int, first_batch: int) -> LoopSe
     )
 
 
+def _watch(arguments: Arguments) -> Watch:
+    return Watch.of(arguments.training.stop_when_forgotten, arguments.training.best_by)
+
+
 def _summary(job: Job, state: TrainerState, trainer: Trainer, counter: zero.CollectiveCounter) -> dict[str, Any]:
     return {
         "steps": state.step,
@@ -274,6 +290,8 @@ def _summary(job: Job, state: TrainerState, trainer: Trainer, counter: zero.Coll
         "merges": len(state.merges),
         "perplexity_before": state.perplexity_before,
         "perplexity_after": state.perplexity_last,
+        "perplexity_change_percent": change(state.perplexity_before, state.perplexity_last),
+        **({"best_step": state.best_step} if state.best_step else {}),
         "bytes_gathered_per_step": trainer.bytes_gathered_per_step,
         "base_bytes_gathered": counter.base_bytes,
         "peak_memory_bytes": peak_memory_bytes(),

@@ -62,6 +62,20 @@ class Ranks:
             raise value
         return value
 
+    @property
+    def width(self) -> int:
+        """How many pieces of work a call does at a time."""
+        return self.world
+
+    def __call__(self, work: Callable[[int], Any], count: int) -> list[Any]:
+        """[work(0), ..., work(count - 1)] on every rank, each done by one of them. A `data.Share`."""
+        mine = {number: work(number) for number in range(self.rank, count, self.world)}
+        if self.world == 1:
+            return [mine[number] for number in range(count)]
+        everyone: list[dict[int, Any]] = [{}] * self.world
+        dist.all_gather_object(everyone, mine, group=self.group)
+        return [everyone[number % self.world][number] for number in range(count)]
+
     def agree(self, work: Callable[[], Result]) -> Result:
         """`work()` on every rank; when it is a `UserError` or `RunError` on one, it is raised on all."""
         mine: Result | None = None

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mora_ds.arguments import Arguments
+from mora_ds.checkpoint_folder import TrainerState
 from mora_ds.data import (
     Corpus,
     PackedDataset,
     TokenCache,
+    TrainData,
     build_cache,
     check_reload,
     check_vocabulary,
@@ -27,7 +29,9 @@ from mora_ds.data_arguments import DataArguments
 from mora_ds.errors import UserError
 from mora_ds.files import copy_folder, disk_errors
 from mora_ds.followers import Followers
+from mora_ds.mixture_settings import mixture_plan
 from mora_ds.ranks import Ranks
+from mora_ds.run_sources import Tokenising, filtered, held_out_sets, load_sources, train_data, whole
 
 EVAL_FLAG = "--eval_files"
 
@@ -38,7 +42,7 @@ class RunData:
 
     tokenizer: Any
     tokenizer_folder: Path
-    train: PackedDataset
+    train: TrainData
     evaluation: dict[str, PackedDataset]
 
 
@@ -57,24 +61,34 @@ def load_data(
     Raises `UserError` for files, tokenizers and lengths that do not fit, before anything is tokenised where possible.
     """
     data, ranks = arguments.data, followers.ranks
-    corpus = load_corpus(data.train_files, dataset_name=data.dataset_name, text_column=data.text_column)
-    eval_corpora = {
+    plan = mixture_plan(data)
+    corpora = load_sources(data, plan)
+    evaluation = {
         name: load_corpus([path], text_column=data.text_column, flag=EVAL_FLAG) for name, path in _eval_sets(data)
     }
+    held_out = held_out_sets(data, corpora)
+    if twice := sorted(set(held_out) & set(evaluation)):
+        raise UserError(f"{EVAL_FLAG}: {twice[0]} is the name of what --held_out_share holds out; take another")
+    corpora = filtered(data, corpora, evaluation)
     _check_positions(model_config, data.seq_len)
     target = followers.folder / "tokenizer"
     ranks.on_first(lambda: _begin_tokenizer(target, checkpoint))
-    tokenizer = _tokenizer(arguments, model_folder, model_config, target, corpus, followers)
+    tokenizer = _tokenizer(arguments, model_folder, model_config, target, whole(corpora), followers)
     ranks.on_first(lambda: _save_tokenizer(tokenizer, target))
+    say(f"tokens of the training corpus: {_cache_folder(data)}")
+
+    def tokenise(corpus: Corpus) -> TokenCache:
+        return _tokenise(corpus, tokenizer, data, ranks)
+
+    state = None if checkpoint is None else TrainerState.read(checkpoint).stream
+    tokenising = Tokenising(tokenizer, tokenise, ranks, say)
+    train = train_data(data, plan, corpora, tokenising, arguments.training.seed, rows_per_step, state)
+    train.check_batch_size(rows_per_step)
     packed = {}
-    for name, part in {"": corpus, **eval_corpora}.items():
-        say(f"tokens of {name or 'the training corpus'}: {_cache_folder(data)}")
-        cache = _tokenise(part, tokenizer, data, ranks)
-        seed = arguments.training.seed if part is corpus else 0
-        packed[name] = PackedDataset(cache, data.seq_len, seed, data.document_mask, shuffle=part is corpus)
-        if part is corpus:
-            packed[name].check_batch_size(rows_per_step)
-    return RunData(tokenizer, target, packed.pop(""), packed)
+    for name, part in {**evaluation, **held_out}.items():
+        say(f"tokens of {name}: {_cache_folder(data)}")
+        packed[name] = PackedDataset(tokenise(part), data.seq_len, 0, data.document_mask, shuffle=False)
+    return RunData(tokenizer, target, train, packed)
 
 
 def _eval_sets(data: DataArguments) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -23,14 +23,16 @@ from torch import Tensor
 
 from mora_ds import stopping, zero
 from mora_ds.checkpoint_folder import TrainerState
-from mora_ds.data import IGNORED, PackedDataset
+from mora_ds.data import IGNORED, Mixture, PackedDataset, StreamMixture, TrainData
 from mora_ds.errors import RunError, Stopped
-from mora_ds.losses import token_nll
+from mora_ds.forgetting import Watch, report
+from mora_ds.losses import row_nll, token_nll
 from mora_ds.metrics import MetricsLog, StepMetrics, peak_memory_bytes, perplexity
 from mora_ds.remora import MergeReport
 from mora_ds.replicas import check_same_rows
 from mora_ds.schedule_text import start_lines
 from mora_ds.schedules import Schedule
+from mora_ds.source_losses import SourceLosses
 from mora_ds.stall import StallRule, StallSignal
 
 PROBE_ROWS = 2
@@ -72,7 +74,7 @@ class Trainer:
     """One run on one engine. `save(state)` writes a checkpoint on all ranks and returns its folder."""
 
     engine: zero.Engine
-    train_data: PackedDataset
+    train_data: TrainData
     eval_data: Mapping[str, PackedDataset]
     schedule: Schedule
     settings: LoopSettings
@@ -88,6 +90,9 @@ class Trainer:
     wait: Callable[[float | None], None] = lambda timeout_s: None
     """Until the checkpoint that is being written is there, or so many seconds; raises what went wrong with it."""
 
+    watch: Watch = field(default_factory=lambda: Watch({}, {}))
+    """What is looked at after every evaluation."""
+
     def __post_init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.replica, self.replicas = self.rank // self.ranks_per_replica, self.world // self.ranks_per_replica
@@ -100,6 +105,9 @@ class Trainer:
         self._stop_asked = False
         """Whether some rank was asked to stop; the same on all ranks."""
         self._saved_step: int | None = None
+        data = self.train_data
+        self._mixture = data if isinstance(data, Mixture) and len(data.names) > 1 else None
+        self._source_losses = SourceLosses(self._mixture.names if self._mixture else [])
 
     @property
     def rows_per_step(self) -> int:
@@ -109,7 +117,7 @@ class Trainer:
     @property
     def is_finished(self) -> bool:
         """Whether a run that was resumed had come to its end, last evaluation and checkpoint included."""
-        return self.state.finished and self.state.step == self.settings.total_steps
+        return self.state.finished and (self.state.step == self.settings.total_steps or self._forgotten is not None)
 
     def run(self) -> TrainerState:
         """Train from `state.step` to the end. Raises `RunError` when the loss is no number any more or a checkpoint
@@ -126,7 +134,7 @@ class Trainer:
 
     def _run(self) -> TrainerState:
         if self.is_finished:
-            self.log.say(f"all {self.state.step} steps of this run are done: nothing left to train")
+            self.log.say(self._forgotten or f"all {self.state.step} steps of this run are done: nothing left to train")
             return self.state
         self.state.finished = False
         settings, state = self.settings, self.state
@@ -136,8 +144,8 @@ class Trainer:
             if self.state.step == 0 and self.settings.eval_on_start:
                 self.state.perplexity_before = self.evaluate()
             if self.state.evaluation_pending:
-                self.evaluate()
-            while self.state.step < self.settings.total_steps:
+                self._evaluate_and_keep()
+            while self.state.step < self.settings.total_steps and not self._forgotten:
                 self._step()
             self._finish()
         return self.state
@@ -161,6 +169,7 @@ class Trainer:
         self._note_stall_signal(loss)
         if self._logs_this_step:
             self.log.step(self._metrics(loss, rate, time.perf_counter() - started))
+            self._log_sources()
         self.log.advance(self.state.step)
         self._after_step()
 
@@ -173,17 +182,31 @@ class Trainer:
         scale = self.settings.gradient_accumulation_steps * self.world / total_predicted
         nll = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         self.engine.train()
-        for batch in micro_batches:
-            batch_nll = token_nll(self.engine, batch)
+        self._source_losses.reset()
+        for index, batch in enumerate(micro_batches):
+            batch_nll = self._nll(index, batch)
             self.engine.backward(batch_nll * scale)
             self.engine.step()
             nll += batch_nll.detach()
-        return self._sum_and_requests(nll.item()) / total_predicted
+        total, *self._source_sums = self._sums_and_requests([nll.item(), *self._source_losses.sums()])
+        return total / total_predicted
+
+    def _nll(self, index: int, batch: dict[str, Tensor]) -> Tensor:
+        """The summed loss of micro-batch `index`, noted by source where there are several."""
+        if self._mixture is None:
+            return token_nll(self.engine, batch)
+        rows = row_nll(self.engine, batch)
+        self._source_losses.add(self._mixture.sources_of(*self._place(index)), rows, batch["labels"])
+        return rows.sum()
+
+    def _place(self, index: int) -> tuple[int, int, slice]:
+        """(batch, its size, rows) of this rank's micro-batch `index` in the order of the data."""
+        size = self.settings.micro_batch_size
+        first = (index * self.replicas + self.replica) * size
+        return self.settings.first_batch + self.state.step, self.rows_per_step, slice(first, first + size)
 
     def _micro_batch(self, index: int) -> dict[str, Tensor]:
-        size = self.settings.micro_batch_size
-        first, number = (index * self.replicas + self.replica) * size, self.settings.first_batch + self.state.step
-        batch = self.train_data.batch(number, self.rows_per_step, slice(first, first + size))
+        batch = self.train_data.batch(*self._place(index))
         batch = {name: tensor.to(self.engine.device) for name, tensor in batch.items()}
         if self.ranks_per_replica > 1 and not self._rows_checked:
             check_same_rows(batch, self.ranks_per_replica)
@@ -198,13 +221,14 @@ class Trainer:
         dist.all_reduce(total)
         return total.item()
 
-    def _sum_and_requests(self, value: float) -> float:
-        """The sum over ranks, and with it, in the same collective, whether any of them was asked to stop."""
-        pair = torch.tensor([value, float(stopping.requested())], dtype=torch.float64, device=self.engine.device)
-        dist.all_reduce(pair)
-        total, requests = pair.tolist()
+    def _sums_and_requests(self, values: list[float]) -> list[float]:
+        """The sums over ranks, and with them, in the same collective, whether any of them was asked to stop."""
+        numbers = [*values, float(stopping.requested())]
+        everyone = torch.tensor(numbers, dtype=torch.float64, device=self.engine.device)
+        dist.all_reduce(everyone)
+        *totals, requests = everyone.tolist()
         self._stop_asked |= requests > 0
-        return total
+        return totals
 
     def _stop_unless_finite(self, value: float, what: str) -> None:
         if math.isfinite(value):
@@ -227,15 +251,16 @@ class Trainer:
         self.state.evaluation_pending = bool(settings.eval_steps) and step % settings.eval_steps == 0 and not at_end
         self._leave_if_asked(ask=merges)
         if self.state.evaluation_pending:
-            self.evaluate()
+            self._evaluate_and_keep()
         if settings.save_steps and step % settings.save_steps == 0 and not at_end:
-            self._save()
+            if self._saved_step != step:
+                self._save()
             self._leave_if_asked(ask=True)
 
     def _leave_if_asked(self, ask: bool) -> None:
         """Save and raise `Stopped` once a rank was asked to stop; `ask`: hear them again, much time may have passed."""
         if ask:
-            self._sum_and_requests(0.0)
+            self._sums_and_requests([])
         if not self._stop_asked:
             return
         step = self.state.step
@@ -284,16 +309,26 @@ class Trainer:
         return due
 
     def _save(self) -> None:
-        """Not without a look at the loss of the batch to come: a step may have a finite loss and leave squares that
-        are no numbers, and a checkpoint of those would pass for a good one."""
-        batch = self._micro_batch(0)
-        with torch.no_grad():
-            self.engine.eval()
-            nll = self._sum_over_ranks(token_nll(self.engine, batch).item())
-            self.engine.train()
+        """Not without a look at the loss of another batch: a step may have a finite loss and leave squares that are no
+        numbers, and a checkpoint of those would pass for a good one."""
+        nll = self._sum_over_ranks(self._loss_to_come())
         self._stop_unless_finite(nll, f"after step {self.state.step} the loss of the next batch is {nll}")
+        if isinstance(self.train_data, StreamMixture):
+            self.state.stream = self.train_data.states_at(self.settings.first_batch + self.state.step)
         self.last_checkpoint = self.save(self.state)
         self._saved_step = self.state.step
+
+    @torch.no_grad()
+    def _loss_to_come(self) -> float:
+        """Of the next micro-batch; of a mixture, which may have no next one or not be able to read it, of its first
+        sequences."""
+        if isinstance(self.train_data, Mixture):
+            return self._probe_loss()
+        batch = self._micro_batch(0)
+        self.engine.eval()
+        nll = token_nll(self.engine, batch).item()
+        self.engine.train()
+        return nll
 
     def _merge(self) -> None:
         assert self.merger is not None, "a schedule with merges needs a merger"
@@ -304,9 +339,15 @@ class Trainer:
         self.log.say(str(report))
 
     def _finish(self) -> None:
+        early = self.state.step < self.settings.total_steps
+        if early:
+            self.log.say(f"stopping after step {self.state.step} of {self.settings.total_steps}: {self._forgotten}")
         if self.settings.merge_at_end and self.state.step not in self.state.merges:
             self._merge()
-        self.evaluate()
+        if not early or self.settings.merge_at_end:
+            self.evaluate()
+        for line in report(self.state.perplexity_before, self.state.perplexity_last):
+            self.log.say(line)
         self.state.finished = True
         self._save()
 
@@ -325,6 +366,11 @@ class Trainer:
             bytes_gathered=self.bytes_gathered_per_step,
         )
 
+    def _log_sources(self) -> None:
+        if self._mixture is not None:
+            tokens = self._mixture.tokens(self.settings.first_batch + self.state.step)
+            self.log.sources(self.state.step, self._source_losses.facts(self._source_sums, tokens))
+
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float]:
@@ -337,13 +383,32 @@ class Trainer:
         if found:
             self.log.evaluation(self.state.step, found)
         self.state.perplexity_last, self.state.evaluation_pending = found, False
+        self._note_best(found)
         return found
+
+    def _evaluate_and_keep(self) -> None:
+        """In mid-run: the checkpoint of the best evaluation is written at once, whatever --save_steps says."""
+        self.evaluate()
+        if self.state.best_step == self.state.step:
+            self._save()
+
+    @property
+    def _forgotten(self) -> str | None:
+        """Why the run is to end here, if it is."""
+        return self.watch.forgotten(self.state.perplexity_before, self.state.perplexity_last)
+
+    def _note_best(self, found: dict[str, float]) -> None:
+        score = self.watch.score(found)
+        if score is None or self.state.step == 0:
+            return
+        if self.state.best_score is None or score < self.state.best_score:
+            self.state.best_step, self.state.best_score = self.state.step, score
+            self.log.say(f"step {self.state.step}: the best so far by --best_by, {score:.4f}")
 
     @torch.no_grad()
     def _probe_loss(self) -> float:
         """Mean loss of the corpus's first sequences, the same in every replica."""
-        rows = [self.train_data.block(index) for index in range(min(PROBE_ROWS, self.train_data.n_blocks))]
-        batch = self._own_part({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+        batch = self._own_part(self.train_data.first_rows(PROBE_ROWS))
         self.engine.eval()
         nll, predicted = token_nll(self.engine, batch).item(), int((batch["labels"] != IGNORED).sum())
         self.engine.train()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mora_ds.ds_config import EngineSettings
 from mora_ds.ds_optimizer import OptimizerKind
@@ -87,6 +87,11 @@ class TrainingArguments:
     """Optimizer steps from one evaluation to the next; 0: at start and end only."""
     eval_on_start: bool = True
     """Evaluate before the first step; --no_eval_on_start to skip it."""
+    stop_when_forgotten: list[str] = field(default_factory=list)
+    """Evaluation sets as NAME:RATIO (general:1.10): save and stop once one's perplexity passes this ratio to its
+    start."""
+    best_by: list[str] = field(default_factory=list)
+    """Evaluation sets as NAME:WEIGHT: the checkpoint of the least weighted sum of losses stays as checkpoints/best."""
     max_eval_batches: int | None = None
     """Batches per evaluation set, over all ranks. Default: all of it."""
     save_steps: int = 0

@@ -16,6 +16,8 @@ from mora_ds.config import LoRAConfig, MoRAConfig
 from mora_ds.data_arguments import DataArguments
 from mora_ds.ds_optimizer import OptimizerKind
 from mora_ds.errors import UserError, member_named, nearest
+from mora_ds.forgetting import Watch
+from mora_ds.mixture_settings import mixture_plan
 from mora_ds.resets import OptimizerReset
 from mora_ds.schedules import MergeWhen, schedule_kind
 from mora_ds.stall import StallSignal
@@ -34,9 +36,11 @@ def validate(arguments: Arguments) -> None:
     checks = [
         *_model_and_data(arguments),
         *_data(arguments.data),
+        *_streaming(arguments),
         *_adapter(arguments.adapter),
         *_parts(arguments),
         *_steps(arguments.training),
+        *_forgetting(arguments.training),
         *_sequence(arguments),
         *_optimizer(arguments),
         *_tensor_parallel(arguments),
@@ -49,7 +53,7 @@ def validate(arguments: Arguments) -> None:
 
 def _model_and_data(arguments: Arguments) -> Iterator[Check]:
     model, data = arguments.model, arguments.data
-    has_data = bool(data.train_files or data.dataset_name)
+    has_data = data.names_text
     named = model.model_name_or_path is not None
     yield named and model.model_config is not None, "--model_name_or_path and --model_config: give one of them"
     yield named and not has_data, "--model_name_or_path without --train_files or --dataset_name: nothing to train on"
@@ -82,6 +86,41 @@ def _data(data: DataArguments) -> Iterator[Check]:
     counts = Counter(name for name, _ in data.named_eval_files())
     twice = [name for name, count in counts.items() if count > 1]
     yield bool(twice), f"--eval_files: {', '.join(twice)} would name two sets; write NAME=PATH"
+
+
+def _streaming(arguments: Arguments) -> Iterator[Check]:
+    data = arguments.data
+    yield (
+        not 0 <= data.held_out_share < 1,
+        f"--held_out_share must be at least 0 and below 1, got {data.held_out_share}",
+    )
+    yield data.shuffle_buffer < 0, _at_least("shuffle_buffer", 0, data.shuffle_buffer)
+    yield (
+        not 0 <= data.stream_retry_s < float("inf"),
+        f"--stream_retry_s must not be negative, got {data.stream_retry_s}",
+    )
+    yield bool(data.replay) and not data.names_text, "--replay without --train_files, --dataset_name or --mixture"
+    yield data.exclude_eval_documents and not data.eval_files, "--exclude_eval_documents without --eval_files"
+    try:
+        plan = mixture_plan(data)
+    except UserError as error:
+        yield True, str(error)
+        return
+    if plan is None or not plan.streams:
+        return
+    yield (
+        arguments.training.max_steps < 1,
+        "--streaming: nobody knows how long a stream is, so the steps must be given with --max_steps",
+    )
+    yield (
+        data.held_out_share > 0,
+        "--held_out_share reads the whole text before training, which --streaming does not: name held-out text with "
+        "--eval_files, and keep it out of training with --exclude_eval_documents",
+    )
+    yield (
+        arguments.model.train_tokenizer_vocab > 0,
+        "--train_tokenizer_vocab reads the whole text before training, which --streaming does not: --tokenizer_name",
+    )
 
 
 def _adapter(adapter: AdapterArguments) -> Iterator[Check]:
@@ -161,6 +200,16 @@ def _steps(training: TrainingArguments) -> Iterator[Check]:
     yield (
         training.overwrite_output_dir and training.resume_from_checkpoint is not None,
         "--overwrite_output_dir would delete what --resume_from_checkpoint needs: give one of them",
+    )
+
+
+def _forgetting(training: TrainingArguments) -> Iterator[Check]:
+    for name in ("stop_when_forgotten", "best_by"):
+        given = bool(getattr(training, name))
+        yield given and training.eval_steps == 0, f"--{name} looks at evaluations: give --eval_steps"
+    yield (
+        bool(training.stop_when_forgotten) and not training.eval_on_start,
+        "--stop_when_forgotten compares with the start: drop --no_eval_on_start",
     )
 
 
@@ -278,6 +327,8 @@ def _refusals(arguments: Arguments) -> list[str]:
         lambda: LoRAConfig(alpha=adapter.lora_alpha),
         lambda: member_named(MergeWhen, "merge_when", adapter.merge_when),
         lambda: adapter.stall_rule(),
+        lambda: Watch.of(training.stop_when_forgotten, ()),
+        lambda: Watch.of((), training.best_by),
     ]
     return [line for attempt in attempts for line in _refusal_of(attempt)]
 

@@ -186,6 +186,9 @@ STEPS = (
     "--mora_dropout", 0.1, "--train_norms", "true", "--export_merged", "true",
 )  # fmt: skip
 
+BEST = ("--best_by", "short:1", "--eval_steps", 1)
+"""Every step has an evaluation, and with most of them a new best checkpoint."""
+
 MOMENTS: dict[str, Moment] = {
     # a step
     "before_the_optimizer_step": Moment(lambda: before(DeepSpeedEngine, "step", 4), Passes.ALL),
@@ -220,6 +223,8 @@ MOMENTS: dict[str, Moment] = {
     "latest_made_and_not_moved": Moment(
         lambda: within(files, "replace_symlink", 3, lambda: after(Path, "symlink_to"))
     ),
+    "before_the_best": Moment(lambda: before(checkpoint, "name_best", 3), more=BEST),
+    "after_the_best": Moment(lambda: after(checkpoint, "name_best", 6), more=BEST),
     "between_the_two_renames": Moment(
         lambda: within(checkpoint, "_replace_folder", 1, lambda: after(os, "replace")), start=Start.UNNAMED
     ),

@@ -8,20 +8,23 @@ from pathlib import Path
 import pytest
 
 from mora_ds.arguments import parse
+from mora_ds.data_arguments import DataArguments
 from mora_ds.ds_config import compute_dtype, resolve_ds_config
 from mora_ds.flags import read_recipe
+from mora_ds.mixture_settings import mixture_plan
 from mora_ds.validation import validate
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEEPSPEED = sorted(CONFIGS.glob("*.json"))
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
+MIXTURES = sorted((CONFIGS / "mixtures").glob("*.yaml"))
 MODELS = sorted((CONFIGS / "models").glob("*.json"))
 
 
 def test_there_is_something_of_each_kind() -> None:
     names = {path.stem for path in DEEPSPEED}
     assert {"zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer", "zero3_tp2"} <= names
-    assert {"continual_7b_r8", "continual_7b_r256"} <= {path.stem for path in RECIPES}
+    assert {"continual_7b_r8", "continual_7b_r256", "continual_7b_replay"} <= {path.stem for path in RECIPES}
     assert "tiny_llama" in {path.stem for path in MODELS}
 
 
@@ -62,11 +65,18 @@ def test_recipes_of_the_paper_hold_the_papers_figures(name: str, rank: int, rate
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_leave_model_and_data_to_the_user(path: Path) -> None:
     from mora_ds.adapter_arguments import AdapterArguments
-    from mora_ds.data_arguments import DataArguments, ModelArguments
+    from mora_ds.data_arguments import ModelArguments
     from mora_ds.training_arguments import TrainingArguments
 
     keys = read_recipe(str(path), [ModelArguments, AdapterArguments, DataArguments, TrainingArguments])
     assert not {"model_name_or_path", "train_files", "output_dir"} & set(keys)
+
+
+@pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
+def test_mixtures_make_plans(path: Path) -> None:
+    plan = mixture_plan(DataArguments(mixture=str(path), replay=["general=old/*.jsonl:0.05"]))
+    assert plan is not None and len(plan.sources) == 3 and len(plan.phases) == 2
+    assert all(weights[-1] == 0.05 and sum(weights) == pytest.approx(1) for _, weights in plan.phases)
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)

@@ -198,7 +198,7 @@ def test_truncated_gzip(tmp_path: Path) -> None:
     assert "a.txt.gz cannot be read" in error(tmp_path / "a.txt.gz")
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.zip", "a.parquet.gz", "a.pdf"])
+@pytest.mark.parametrize("name", ["a.jsonl.bz2", "a.zip", "a.parquet.gz", "a.pdf"])
 def test_formats_that_are_not_read(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     assert "files are not read; give text, JSON lines" in error(tmp_path / name)

@@ -18,25 +18,30 @@ import mora_ds
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version", "ds_config_keys", "lanes", "tables", "processes", "status", "capped_attention"),
     (
-        *("operators", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer", "zero", "muon"),
-        *("ds_tensor_parallel", "stopping", "topology", "sequence_parallel", "replicas"),
+        *("errors", "version", "ds_config_keys", "lanes", "tables", "processes", "status", "capped_attention"),
+        *("zero", "muon"),
     ),
     (
-        *("cli", "restart", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder"),
-        *("followers", "background", "checkpoint_care", "resets", "schedule_text", "windows", "data_arguments"),
-        "collectives",
+        *("operators", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer", "ds_tensor_parallel"),
+        *("stopping", "topology", "sequence_parallel", "replicas", "restart", "background", "forgetting"),
     ),
-    ("deltas", "config", "layer", "base", "export_check", "spectrum", "checkpoint_folder", "training_arguments"),
-    ("tensor_plan", "adapter_arguments", "ledger", "model", "model_folder", "data", "shards"),
-    ("arguments", "injection", "adapter_files", "losses", "flat_tensors", "ledger_table", "tensor_inputs"),
     (
-        *("tensor_parallel", "tensor_cost", "remora", "partitions", "model_card", "ledger_tools", "universal"),
-        *("portable", "sequence_checks", "validation", "run_data"),
+        *("cli", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder", "followers"),
+        *("checkpoint_care", "resets", "schedule_text", "windows", "data_arguments", "collectives", "data"),
     ),
-    ("engine", "saving", "checkpoint", "verification"),
-    ("export", "run", "trainer", "compact", "spectrum_report"),
+    (
+        *("deltas", "config", "layer", "base", "export_check", "spectrum", "checkpoint_folder", "training_arguments"),
+        *("mixture_settings", "shards", "losses", "source_losses"),
+    ),
+    ("tensor_plan", "adapter_arguments", "ledger", "model", "model_folder", "flat_tensors", "run_sources"),
+    ("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "partitions", "sequence_checks"),
+    (
+        *("tensor_parallel", "tensor_cost", "remora", "model_card", "ledger_tools", "universal", "portable"),
+        *("validation", "run_data", "checkpoint", "verification"),
+    ),
+    ("engine", "saving", "export", "trainer", "compact", "spectrum_report"),
+    ("run",),
     ("jobs",),
     ("pretrain",),
     ("full_rank",),
@@ -44,11 +49,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 
 DATA_FLOORS: tuple[tuple[str, ...], ...] = (
-    ("parallel", "pieces", "readers", "embedded"),
-    ("corpus", "tokenizer"),
-    ("inspection",),
+    ("parallel", "pieces", "readers", "embedded", "shares"),
+    ("held_out", "tokenizer"),
+    ("corpus",),
+    ("inspection", "hub_stream"),
     ("cache",),
     ("packing",),
+    ("mixture", "stream"),
+    ("stream_blocks",),
 )
 """Within the wing `data`; of the house it sees no more than `DATA_SEES`."""
 

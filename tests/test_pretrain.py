@@ -347,6 +347,7 @@ def test_summary_and_files_of_a_run(plain: Path) -> None:
     summary = json.loads((plain / "summary.json").read_text())
     assert {
         "steps", "tokens", "trainable_params", "total_params", "merges", "perplexity_before", "perplexity_after",
+        "perplexity_change_percent",
         "bytes_gathered_per_step", "base_bytes_gathered", "peak_memory_bytes",
     } <= summary.keys()  # fmt: skip
     assert (summary["steps"], summary["tokens"], summary["merges"]) == (8, 8 * 4 * 32, 2)

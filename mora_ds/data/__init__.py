@@ -6,34 +6,63 @@ load_corpus        files, globs, folders or a `datasets` name        -> Corpus, 
 load_tokenizer     the model's, a SentencePiece .model, one trained  -> a transformers tokenizer
 build_cache        Corpus + tokenizer, once, in several processes    -> TokenCache, memory-mapped
 PackedDataset      TokenCache + seq_len + seed                       -> batch(step, global_batch_size, rows)
+Mixture            several sources, weights, phases                  -> the same, with exact shares
+StreamSource       documents, tokenised while training               -> the blocks that a cache would give, in order
 write_embedded     no file named at all                              -> the default corpora, out of Python itself
 """
 
-from mora_ds.data.cache import TokenCache, build_cache
+from mora_ds.data.cache import TokenCache, build_cache, encoder_of
 from mora_ds.data.corpus import Corpus, load_corpus, resolve_files
 from mora_ds.data.embedded import EmbeddedCorpus, domain_documents, general_documents, write_embedded
+from mora_ds.data.held_out import DocumentFilter, document_hash, hashes_of
+from mora_ds.data.hub_stream import stream_dataset
+from mora_ds.data.mixture import CachedSource, Mixture, Source, TrainData
 from mora_ds.data.packing import IGNORED, PackedDataset, TokenBlocks
 from mora_ds.data.pieces import train_sentencepiece
 from mora_ds.data.readers import Document
-from mora_ds.data.tokenizer import check_reload, check_vocabulary, largest_id, load_tokenizer, wants_bos
+from mora_ds.data.stream import DocumentStream, StreamSettings
+from mora_ds.data.stream_blocks import Share, StreamMixture, StreamSource
+from mora_ds.data.tokenizer import (
+    check_reload,
+    check_vocabulary,
+    largest_id,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    wants_bos,
+)
 
 __all__ = [
     "IGNORED",
+    "CachedSource",
     "Corpus",
     "Document",
+    "DocumentFilter",
+    "DocumentStream",
     "EmbeddedCorpus",
+    "Mixture",
     "PackedDataset",
+    "Share",
+    "Source",
+    "StreamMixture",
+    "StreamSettings",
+    "StreamSource",
     "TokenBlocks",
     "TokenCache",
+    "TrainData",
     "build_cache",
     "check_reload",
     "check_vocabulary",
+    "document_hash",
     "domain_documents",
+    "encoder_of",
     "general_documents",
+    "hashes_of",
     "largest_id",
     "load_corpus",
     "load_tokenizer",
     "resolve_files",
+    "stream_dataset",
+    "tokenizer_fingerprint",
     "train_sentencepiece",
     "wants_bos",
     "write_embedded",

@@ -98,17 +98,28 @@ class Encoder:
     dtype: str
 
     def __call__(self, batch: list[Document]) -> tuple[np.ndarray, np.ndarray]:
+        rows = self.rows(batch)
+        ends = np.cumsum([len(row) for row in rows], dtype="<i8")[[document.ends for document in batch]]
+        return np.concatenate(rows), ends
+
+    def rows(self, batch: list[Document]) -> list[np.ndarray]:
+        """The tokens of each document (or piece), with what stands before and behind it."""
         texts = [document.text for document in batch]
         encoded = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )["input_ids"]
         bos = [] if self.bos_id is None else [self.bos_id]
-        rows = [
-            (bos if document.begins else []) + ids + ([self.eos_id] if document.ends else [])
+        return [
+            np.array((bos if document.begins else []) + ids + ([self.eos_id] if document.ends else []), self.dtype)
             for document, ids in zip(batch, encoded, strict=True)
         ]
-        ends = np.cumsum([len(row) for row in rows], dtype="<i8")[[document.ends for document in batch]]
-        return np.concatenate([np.array(row, dtype=self.dtype) for row in rows]), ends
+
+
+def encoder_of(tokenizer: PreTrainedTokenizerBase, add_bos: bool | None = None) -> Encoder:
+    """`add_bos` None: as the tokenizer does by itself. Raises `UserError` for one without end-of-text token."""
+    bos = wants_bos(tokenizer) if add_bos is None else add_bos
+    dtype = "<u2" if largest_id(tokenizer)[1] < 1 << 16 else "<u4"
+    return Encoder(tokenizer, tokenizer.bos_token_id if bos else None, end_of_text_id(tokenizer), dtype)
 
 
 def build_cache(
@@ -132,10 +143,7 @@ def build_cache(
     Raises `UserError` for a file that cannot be read as text (before any is tokenised), an empty corpus or a tokenizer
     without end-of-text token, and `RunError` for a full disk.
     """
-    eos_id = end_of_text_id(tokenizer)
-    bos = wants_bos(tokenizer) if add_bos is None else add_bos
-    dtype = "<u2" if largest_id(tokenizer)[1] < 1 << 16 else "<u4"
-    encoder = Encoder(tokenizer, tokenizer.bos_token_id if bos else None, eos_id, dtype)
+    encoder = encoder_of(tokenizer, add_bos)
     num_proc = _processes(corpus, tokenizer, num_proc)
     settings = _settings(corpus, encoder)
     if not is_builder:
@@ -209,6 +217,7 @@ def _settings(corpus: Corpus, encoder: Encoder) -> dict[str, Any]:
         "bos_id": encoder.bos_id,
         "eos_id": encoder.eos_id,
         "dtype": encoder.dtype,
+        **({} if corpus.keep is None else {"filter": corpus.keep.identity}),
     }
 
 
@@ -219,6 +228,8 @@ def _key(facts: list[PartFacts], settings: dict[str, Any]) -> str:
 def _key_of(settings: Mapping[str, Any], contents: list[str]) -> str:
     """`settings` may hold more than what makes the key, as meta.json does."""
     content = {**{name: settings[name] for name in _KEY_SETTINGS}, "contents": contents}
+    if "filter" in settings:
+        content["filter"] = settings["filter"]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -244,7 +255,8 @@ def _build(
             bar = tqdm(desc="tokenising", total=characters, unit="char", unit_scale=True, disable=not progress)
             counts = _write(corpus, encoder, beside, num_proc, bar)
             if not counts["documents"]:
-                raise UserError(f"{corpus.flag}: every document is empty")
+                raise UserError(f"{corpus.flag}: {_nothing_left(corpus)}")
+            counts["documents_read"] = sum(part.documents for part in facts)
             meta = {**settings, **counts, "key": folder.name, "contents": [part.content_hash for part in facts]}
             (beside / META).write_text(json.dumps(meta, indent=2) + "\n")
             beside.chmod(0o755)  # mkdtemp's folders are private, but a cache may be shared
@@ -252,6 +264,14 @@ def _build(
             _move_into_place(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)  # gone already when all went well
+
+
+def _nothing_left(corpus: Corpus) -> str:
+    if corpus.keep is None:
+        return "every document is empty"
+    if corpus.keep.takes_held_out:
+        return f"no document falls into --held_out_share {corpus.keep.held_out_share}: raise it"
+    return "no document is left to train on: all are empty, held out or in --eval_files"
 
 
 def _write(corpus: Corpus, encoder: Encoder, folder: Path, num_proc: int, bar: tqdm) -> dict[str, Any]:

@@ -17,7 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mora_ds.data.readers import Document, check_column, file_kind, has_known_suffix, read_documents
+from mora_ds.data.held_out import DocumentFilter
+from mora_ds.data.readers import (
+    START,
+    Document,
+    Mark,
+    check_column,
+    file_kind,
+    has_known_suffix,
+    is_packed,
+    read_documents,
+    read_marked,
+)
 from mora_ds.errors import UserError, nearest
 from mora_ds.files import sha256_file
 
@@ -29,6 +40,10 @@ class Part(Protocol):
     def label(self) -> str: ...
 
     def documents(self) -> Iterator[Document]: ...
+
+    def marked(self, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+        """The documents behind `mark`, each with the mark behind it."""
+        ...
 
     def content_hash(self) -> str:
         """Changes whenever the contents do; the same contents elsewhere have the same hash."""
@@ -53,9 +68,11 @@ class FilePart:
     def documents(self) -> Iterator[Document]:
         return read_documents(self.path, self.text_column)
 
+    def marked(self, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+        return read_marked(self.path, self.text_column, mark)
+
     def content_hash(self) -> str:
-        packed = self.path.suffix.lower() == ".gz"
-        content = f"{file_kind(self.path).value} {packed} {sha256_file(self.path)}"
+        content = f"{file_kind(self.path).value} {is_packed(self.path)} {sha256_file(self.path)}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     def stamp(self) -> dict[str, Any]:
@@ -74,13 +91,16 @@ class DatasetPart:
     text_column: str
 
     def documents(self) -> Iterator[Document]:
-        row = 0
-        for batch in self.dataset.select_columns([self.text_column]).iter(batch_size=1024):
+        return (document for document, _ in self.marked(START))
+
+    def marked(self, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+        row, rows = mark.record, self.dataset.select_columns([self.text_column])
+        for batch in rows.select(range(row, len(rows))).iter(batch_size=1024):
             for text in batch[self.text_column]:
                 row += 1
                 if text is None:
                     raise UserError(f"{self.label}, row {row}: the text is null")
-                yield Document(text, f"{self.label}, row {row}")
+                yield Document(text, f"{self.label}, row {row}"), Mark(row)
         if row == 0:
             raise UserError(f"{self.label} is empty: it holds no row")
 
@@ -101,12 +121,16 @@ class Corpus:
     parts: tuple[Part, ...]
     text_column: str = "text"
     flag: str = "--train_files"
+    keep: DocumentFilter | None = None
+    """Which documents count; None for all."""
 
     def __iter__(self) -> Iterator[Document]:
         for part in self.parts:
-            yield from self.documents_of(part)
+            documents = self.documents_of(part)
+            yield from documents if self.keep is None else self.keep(documents)
 
     def documents_of(self, part: Part) -> Iterator[Document]:
+        """All documents of one part, whatever `keep` says."""
         try:
             yield from part.documents()
         except UserError as error:

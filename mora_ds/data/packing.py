@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,11 +94,12 @@ class PackedDataset:
     """Batches of one cache, for training (`batch`) and for evaluation (`eval_batches`)."""
 
     def __init__(
-        self, cache: TokenCache, seq_len: int, seed: int = 0, document_mask: bool = True, shuffle: bool = True
+        self, cache: TokenCache, seq_len: int, seed: int | str = 0, document_mask: bool = True, shuffle: bool = True
     ) -> None:
         self.blocks = TokenBlocks(cache, seq_len, document_mask)
         self.seed = seed
         self.shuffle = shuffle
+        self._order = lru_cache(maxsize=2)(epoch_order)  # of this source: a batch may straddle two epochs
 
     @property
     def seq_len(self) -> int:
@@ -111,6 +113,15 @@ class PackedDataset:
     def block(self, index: int) -> dict[str, Tensor]:
         """Block `index` of the stream, unshuffled: input_ids, labels, position_ids, each int64 (T,)."""
         return {key: torch.from_numpy(value) for key, value in self.blocks.block(index).items()}
+
+    def first_rows(self, count: int) -> dict[str, Tensor]:
+        """The first `count` blocks, or as many as there are: input_ids, labels, position_ids, int64 (rows, T)."""
+        return stack([self.blocks.block(index) for index in range(min(count, self.n_blocks))])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must agree on."""
+        return {"tokens": self.blocks.cache.folder.name}
 
     def check_batch_size(self, global_batch_size: int) -> None:
         """Raises `UserError` when the corpus does not fill one global batch (sequences an optimizer step)."""
@@ -129,12 +140,12 @@ class PackedDataset:
         """
         self.check_batch_size(global_batch_size)
         samples = range(step * global_batch_size, (step + 1) * global_batch_size)[rows]
-        return self._stack([self.blocks.block(self.block_of_sample(sample)) for sample in samples])
+        return stack([self.blocks.block(self.block_of_sample(sample)) for sample in samples])
 
     def block_of_sample(self, sample: int) -> int:
         """Which block sample number `sample` of the endless training order is."""
         epoch, index = divmod(sample, self.n_blocks)
-        return int(_epoch_order(self.seed, epoch, self.n_blocks)[index]) if self.shuffle else index
+        return int(self._order(self.seed, epoch, self.n_blocks)[index]) if self.shuffle else index
 
     def eval_batches(self, rank: int, world: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """This rank's share of all blocks, in order, each block at exactly one rank.
@@ -143,18 +154,18 @@ class PackedDataset:
         """
         for first in range(rank * batch_size, self._padded(world * batch_size), world * batch_size):
             indices = range(first, first + batch_size)
-            yield self._stack([self.blocks.block(i) if i < self.n_blocks else self.blocks.padding() for i in indices])
+            yield stack([self.blocks.block(i) if i < self.n_blocks else self.blocks.padding() for i in indices])
 
     def _padded(self, size: int) -> int:
         return -(-self.n_blocks // size) * size
 
-    @staticmethod
-    def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-        return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in _KEYS}
+
+def stack(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    """Blocks (T,) -> a batch (rows, T)."""
+    return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in _KEYS}
 
 
-@lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, n_blocks: int) -> np.ndarray:
+def epoch_order(seed: int | str, epoch: int, n_blocks: int) -> np.ndarray:
     """A permutation of the blocks: RandomState's stream is frozen for ever (NEP 19), so a run resumes years later."""
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     order = np.arange(n_blocks, dtype=np.uint32 if n_blocks < 1 << 32 else np.uint64)

@@ -4,7 +4,7 @@
     .jsonl .json   one object a line, or one array of objects; the document is its text field
     .parquet       one document a row
     .arrow         one document a row (stream or file format, so also what `datasets` writes)
-    .gz            of text and JSON
+    .gz .zst       of text and JSON
 
 Nothing here holds more than one piece, line or record batch in memory (a `.json` array apart, which is parsed whole).
 """
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,6 +48,21 @@ class Document:
     ends: bool = True
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A place between two documents of a file or data set."""
+
+    record: int = 0
+    """Lines, rows or documents before it."""
+    offset: int = 0
+    """Bytes before it, where the format can be entered there."""
+    state: Any = None
+    """Of a `datasets` stream, in its own words."""
+
+
+START = Mark()
+
+
 class FileKind(str, Enum):
     TEXT = "text"
     JSON = "json"
@@ -62,7 +79,8 @@ _KINDS = {
     ".parquet": FileKind.PARQUET,
     ".arrow": FileKind.ARROW,
 }
-_UNREADABLE = (".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".pdf", ".docx", ".safetensors", ".bin", ".npy")
+_PACKED = (".gz", ".zst")
+_UNREADABLE = (".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".pdf", ".docx", ".safetensors", ".bin", ".npy")
 
 
 def has_known_suffix(path: Path) -> bool:
@@ -74,26 +92,40 @@ def file_kind(path: Path) -> FileKind:
     """The format of a file by its suffix; an unknown one is text. Raises `UserError` for one that cannot be read."""
     suffix = _inner_suffix(path)
     kind = _KINDS.get(suffix, FileKind.TEXT)
-    packed = path.suffix.lower() == ".gz"
-    if suffix in _UNREADABLE or (packed and kind in (FileKind.PARQUET, FileKind.ARROW)):
+    if suffix in _UNREADABLE or (is_packed(path) and kind in (FileKind.PARQUET, FileKind.ARROW)):
         raise UserError(
             f"{path}: {''.join(path.suffixes[-2:])} files are not read; "
-            "give text, JSON lines (both also as .gz), Parquet or Arrow"
+            "give text, JSON lines (both also as .gz or .zst), Parquet or Arrow"
         )
     return kind
 
 
+def is_packed(path: Path) -> bool:
+    """Whether the file is compressed as a whole."""
+    return path.suffix.lower() in _PACKED
+
+
 def read_documents(path: Path, text_column: str) -> Iterator[Document]:
     """The documents of one file, in its order. Raises `UserError` at the first line or row that is none."""
+    return (document for document, _ in read_marked(path, text_column, START))
+
+
+def read_marked(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+    """The documents behind `mark`, each with the mark behind it (for a piece: the one before its document).
+
+    JSON lines are entered at the mark's byte, tables at its row group or record batch; what is compressed as a whole
+    is unpacked, unparsed, up to the mark.
+    """
     kind = file_kind(path)
     with _naming(path):
         if kind is FileKind.TEXT:
-            yield from _read_text(path)
+            pieces = _read_text(path) if mark == START else iter(())
+            yield from ((piece, Mark(1) if piece.ends else START) for piece in pieces)
         elif kind is FileKind.JSON:
-            yield from _read_json(path, text_column)
+            yield from _read_json(path, text_column, mark)
         else:
             batches = _parquet_batches if kind is FileKind.PARQUET else _arrow_batches
-            yield from _read_rows(path, batches(path, text_column))
+            yield from _read_rows(path, batches(path, text_column, mark.record), mark.record)
 
 
 def text_field(row: Any, text_column: str, source: str) -> str:
@@ -132,8 +164,7 @@ def _no_column(source: str, text_column: str, names: Iterable[str]) -> UserError
 
 
 def _inner_suffix(path: Path) -> str:
-    name = path.name.lower().removesuffix(".gz")
-    return Path(name).suffix
+    return Path(path.stem if is_packed(path) else path.name).suffix.lower()
 
 
 @contextmanager
@@ -148,6 +179,8 @@ def _naming(path: Path) -> Iterator[None]:
 def _open(path: Path) -> IO[bytes]:
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix.lower() == ".zst":
+        return io.BufferedReader(pa.CompressedInputStream(str(path), "zstd"), _READ_BYTES)
     return path.open("rb")
 
 
@@ -197,12 +230,12 @@ def _not_utf8(path: Path, line: int, start: int, error: UnicodeDecodeError) -> U
 # -- JSON ----------------------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path, text_column: str) -> Iterator[Document]:
-    found = False
-    rows = _array_rows(path) if _is_array(path) else _line_rows(path)
-    for source, row in rows:
+def _read_json(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+    found = mark != START
+    rows = _array_rows(path, mark) if _is_array(path) else _line_rows(path, mark)
+    for source, row, behind in rows:
         found = True
-        yield Document(text_field(row, text_column, source), source)
+        yield Document(text_field(row, text_column, source), source), behind
     if not found:
         raise UserError(f"{path} is empty: it holds no JSON record")
 
@@ -212,23 +245,29 @@ def _is_array(path: Path) -> bool:
         return stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
-def _line_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file and line, value) of every line that is not blank."""
-    offset = 0
+def _line_rows(path: Path, mark: Mark) -> Iterator[tuple[str, Any, Mark]]:
+    """(file and line, value, mark behind it) of every line that is not blank."""
+    offset = mark.offset
     with _open(path) as stream:
-        for number, line in enumerate(stream, start=1):
+        if is_packed(path):
+            for _ in islice(stream, mark.record):
+                pass
+        else:
+            stream.seek(offset)
+        for number, line in enumerate(stream, start=mark.record + 1):
+            start, offset = offset, offset + len(line)
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
-                yield f"{path}, line {number}", _parse(path, line.rstrip(b"\r\n"), number, offset)
-            offset += len(line)
+                row = _parse(path, line.rstrip(b"\r\n"), number, start)
+                yield f"{path}, line {number}", row, Mark(number, offset)
 
 
-def _array_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _array_rows(path: Path, mark: Mark) -> Iterator[tuple[str, Any, Mark]]:
     with _open(path) as stream:
         rows = _parse(path, stream.read().removeprefix(codecs.BOM_UTF8), 1, 0)
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}, element {number}", row
+    for number, row in enumerate(rows[mark.record :], start=mark.record + 1):
+        yield f"{path}, element {number}", row, Mark(number)
 
 
 def _parse(path: Path, data: bytes, line: int, offset: int) -> Any:
@@ -244,14 +283,17 @@ def _parse(path: Path, data: bytes, line: int, offset: int) -> Any:
 # -- tables --------------------------------------------------------------------------------------------------------
 
 
-def _parquet_batches(path: Path, text_column: str) -> Iterator[pa.Array]:
+def _parquet_batches(path: Path, text_column: str, skip: int) -> Iterator[pa.Array]:
     with pyarrow.parquet.ParquetFile(path) as table:
         check_column(table.schema_arrow, text_column, str(path))
-        for batch in table.iter_batches(_ROWS_PER_BATCH, columns=[text_column]):
-            yield batch.column(0)
+        groups = list(range(table.num_row_groups))
+        while groups and skip >= (rows := table.metadata.row_group(groups[0]).num_rows):
+            groups, skip = groups[1:], skip - rows
+        batches = table.iter_batches(_ROWS_PER_BATCH, row_groups=groups, columns=[text_column]) if groups else ()
+        yield from _without_first((batch.column(0) for batch in batches), skip)
 
 
-def _arrow_batches(path: Path, text_column: str) -> Iterator[pa.Array]:
+def _arrow_batches(path: Path, text_column: str, skip: int) -> Iterator[pa.Array]:
     with pa.memory_map(str(path)) as source:
         if source.read(6) == b"ARROW1":
             file = pyarrow.ipc.open_file(source)
@@ -262,18 +304,24 @@ def _arrow_batches(path: Path, text_column: str) -> Iterator[pa.Array]:
             stream = pyarrow.ipc.open_stream(source)
             check_column(stream.schema, text_column, str(path))
             batches = stream
-        for batch in batches:
-            yield batch.column(batch.schema.get_field_index(text_column))
+        columns = (batch.column(batch.schema.get_field_index(text_column)) for batch in batches)
+        yield from _without_first(columns, skip)
 
 
-def _read_rows(path: Path, columns: Iterable[pa.Array]) -> Iterator[Document]:
-    row = 0
+def _without_first(columns: Iterable[pa.Array], skip: int) -> Iterator[pa.Array]:
+    for column in columns:
+        if skip < len(column):
+            yield column.slice(skip)
+        skip = max(skip - len(column), 0)
+
+
+def _read_rows(path: Path, columns: Iterable[pa.Array], row: int) -> Iterator[tuple[Document, Mark]]:
     for column in columns:
         for start in range(0, len(column), _ROWS_PER_BATCH):
             for text in column.slice(start, _ROWS_PER_BATCH).to_pylist():
                 row += 1
                 if text is None:
                     raise UserError(f"{path}, row {row}: the text is null")
-                yield Document(text, f"{path}, row {row}")
+                yield Document(text, f"{path}, row {row}"), Mark(row)
     if row == 0:
         raise UserError(f"{path} is empty: it holds no row")

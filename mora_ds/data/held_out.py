@@ -1,0 +1,60 @@
+"""Which documents are trained on, decided by a hash of each: the same document falls on the same side in every source,
+file, run and process.
+
+    --held_out_share 0.01           documents whose hash is below 1% of all hashes are evaluation's, never training's
+    --exclude_eval_documents        documents of --eval_files are not trained on
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mora_ds.data.readers import Document
+
+HASHED_CHARACTERS = 1 << 16
+"""A document is known by its first so many characters, which the first piece of a long one has."""
+
+
+def document_hash(text: str) -> int:
+    """64 bits of the document that begins with `text`; white space around it does not count."""
+    digest = hashlib.blake2b(text[:HASHED_CHARACTERS].strip().encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+@dataclass(frozen=True)
+class DocumentFilter:
+    """Lets through the documents of one side. Pickled to worker processes."""
+
+    held_out_share: float = 0.0
+    takes_held_out: bool = False
+    """Whether it is the held-out side that passes, or training's."""
+    excluded: frozenset[int] = frozenset()
+    """Hashes of documents that training must not see."""
+
+    def keeps(self, text: str) -> bool:
+        """Whether the document that begins with `text` passes."""
+        value = document_hash(text)
+        held_out = value < self.held_out_share * 2.0**64
+        return held_out if self.takes_held_out else not (held_out or value in self.excluded)
+
+    def __call__(self, documents: Iterable[Document]) -> Iterator[Document]:
+        keeps = True
+        for document in documents:
+            if document.begins:
+                keeps = self.keeps(document.text)
+            if keeps:
+                yield document
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides who passes: part of a token cache's name."""
+        excluded = hashlib.sha256(",".join(map(str, sorted(self.excluded))).encode()).hexdigest()
+        return {"share": self.held_out_share, "held_out": self.takes_held_out, "excluded": excluded}
+
+
+def hashes_of(documents: Iterable[Document]) -> frozenset[int]:
+    """Of every document that is not empty."""
+    return frozenset(document_hash(document.text) for document in documents if document.begins and document.text)
