@@ -43,11 +43,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 
 DATA_FLOORS: tuple[tuple[str, ...], ...] = (
-    ("parallel", "pieces", "readers", "embedded"),
-    ("corpus", "tokenizer"),
+    ("parallel", "pieces", "readers", "embedded", "duplicates", "scripts"),
+    ("prepared", "tokenizer"),
+    ("corpus",),
     ("inspection",),
     ("cache",),
-    ("packing",),
+    ("packing", "split_writer"),
+    ("preparation",),
 )
 """Within the wing `data`; of the house it sees no more than `DATA_SEES`."""
 

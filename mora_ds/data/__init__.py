@@ -6,14 +6,17 @@ load_corpus        files, globs, folders or a `datasets` name        -> Corpus, 
 load_tokenizer     the model's, a SentencePiece .model, one trained  -> a transformers tokenizer
 build_cache        Corpus + tokenizer, once, in several processes    -> TokenCache, memory-mapped
 PackedDataset      TokenCache + seq_len + seed                       -> batch(step, global_batch_size, rows)
+prepare_corpus     Corpus + tokenizer + filters, offline              -> a folder that load_corpus takes as it is
 write_embedded     no file named at all                              -> the default corpora, out of Python itself
 """
 
 from mora_ds.data.cache import TokenCache, build_cache
 from mora_ds.data.corpus import Corpus, load_corpus, resolve_files
+from mora_ds.data.duplicates import canonical_digest, is_held_out
 from mora_ds.data.embedded import EmbeddedCorpus, domain_documents, general_documents, write_embedded
 from mora_ds.data.packing import IGNORED, PackedDataset, TokenBlocks
 from mora_ds.data.pieces import train_sentencepiece
+from mora_ds.data.preparation import Filters, PreparationReport, prepare_corpus
 from mora_ds.data.readers import Document
 from mora_ds.data.tokenizer import check_reload, check_vocabulary, largest_id, load_tokenizer, wants_bos
 
@@ -22,17 +25,22 @@ __all__ = [
     "Corpus",
     "Document",
     "EmbeddedCorpus",
+    "Filters",
     "PackedDataset",
+    "PreparationReport",
     "TokenBlocks",
     "TokenCache",
     "build_cache",
+    "canonical_digest",
     "check_reload",
     "check_vocabulary",
     "domain_documents",
     "general_documents",
+    "is_held_out",
     "largest_id",
     "load_corpus",
     "load_tokenizer",
+    "prepare_corpus",
     "resolve_files",
     "train_sentencepiece",
     "wants_bos",

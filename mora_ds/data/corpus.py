@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from mora_ds.data.prepared import PreparedPart, find_prepared
 from mora_ds.data.readers import Document, check_column, file_kind, has_known_suffix, read_documents
 from mora_ds.errors import UserError, nearest
 from mora_ds.files import sha256_file
@@ -112,6 +113,11 @@ class Corpus:
         except UserError as error:
             raise UserError(f"{self.flag}: {error}") from error
 
+    @property
+    def prepared(self) -> PreparedPart | None:
+        """The tokens that this corpus is, where it is a folder that `prepare_corpus` has written."""
+        return next((part for part in self.parts if isinstance(part, PreparedPart)), None)
+
     def texts(self) -> Iterator[str]:
         """The bare texts, for training a tokenizer."""
         return (document.text for document in self)
@@ -143,6 +149,12 @@ def load_corpus(
     else:
         parts = tuple(_file_part(path, text_column, flag) for path in resolve_files(patterns, flag))
     corpus = Corpus(parts, text_column, flag)
+    if corpus.prepared is not None:
+        if len(parts) > 1:
+            raise UserError(
+                f"{flag}: {corpus.prepared.label} holds tokens and must be named alone, without other files"
+            )
+        return corpus
     for part in parts:
         next(corpus.documents_of(part))
     return corpus
@@ -171,7 +183,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _expand(path: Path) -> list[Path]:
-    if not path.is_dir() or _is_saved_dataset(path):
+    if not path.is_dir() or _is_saved_dataset(path) or find_prepared(path) is not None:
         return [path]
     files: list[Path] = []
     for folder, folders, names in os.walk(path):
@@ -189,6 +201,12 @@ def _near_files(pattern: str) -> str:
 
 
 def _file_part(path: Path, text_column: str, flag: str) -> Part:
+    try:
+        prepared = find_prepared(path) if path.is_dir() else None
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+    if prepared is not None:
+        return prepared
     if path.is_dir():
         return _dataset_part(str(path), _saved_dataset(path, "train", flag), text_column, flag)
     try:
