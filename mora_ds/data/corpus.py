@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mora_ds.data.prepared import PreparedPart, find_prepared
+from mora_ds.data.prepared import PreparedPart, is_prepared, open_prepared
 from mora_ds.data.readers import Document, check_column, file_kind, has_known_suffix, read_documents
 from mora_ds.errors import UserError, nearest
 from mora_ds.files import sha256_file
@@ -183,7 +183,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _expand(path: Path) -> list[Path]:
-    if not path.is_dir() or _is_saved_dataset(path) or find_prepared(path) is not None:
+    if not path.is_dir() or _is_saved_dataset(path) or is_prepared(path):
         return [path]
     files: list[Path] = []
     for folder, folders, names in os.walk(path):
@@ -201,12 +201,11 @@ def _near_files(pattern: str) -> str:
 
 
 def _file_part(path: Path, text_column: str, flag: str) -> Part:
-    try:
-        prepared = find_prepared(path) if path.is_dir() else None
-    except UserError as error:
-        raise UserError(f"{flag}: {error}") from None
-    if prepared is not None:
-        return prepared
+    if path.is_dir() and is_prepared(path):
+        try:
+            return open_prepared(path)
+        except UserError as error:
+            raise UserError(f"{flag}: {error}") from None
     if path.is_dir():
         return _dataset_part(str(path), _saved_dataset(path, "train", flag), text_column, flag)
     try:

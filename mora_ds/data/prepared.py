@@ -45,17 +45,18 @@ class PreparedPart:
         return sum(path.stat().st_size for path in self.cache.iterdir())
 
 
-def find_prepared(folder: Path) -> PreparedPart | None:
-    """The training split of a prepared folder, or the split whose own folder this is; None for any other folder.
+def is_prepared(folder: Path) -> bool:
+    """Whether this is a prepared folder, or that of one of its splits."""
+    split = folder.name in (TRAIN, HELD_OUT) and (folder.parent / PREPARED_JSON).is_file()
+    return split or (folder / PREPARED_JSON).is_file()
+
+
+def open_prepared(folder: Path) -> PreparedPart:
+    """The training split of a prepared folder, or the split whose own folder this is.
 
     Raises `UserError` for one that is damaged, or has nothing in that split.
     """
-    if (folder / PREPARED_JSON).is_file():
-        place, split = folder, TRAIN
-    elif folder.name in (TRAIN, HELD_OUT) and (folder.parent / PREPARED_JSON).is_file():
-        place, split = folder.parent, folder.name
-    else:
-        return None
+    place, split = (folder, TRAIN) if (folder / PREPARED_JSON).is_file() else (folder.parent, folder.name)
     content = read_json(place / PREPARED_JSON)
     require_format(place / PREPARED_JSON, content)
     with malformed(place / PREPARED_JSON):
