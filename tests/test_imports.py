@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("config", "layer", "base", "export_check", "spectrum", "checkpoint_folder", "training_arguments"),
     ("tensor_plan", "adapter_arguments", "ledger", "model", "model_folder", "data", "shards"),
-    ("arguments", "injection", "adapter_files", "losses", "flat_tensors", "ledger_table"),
+    ("arguments", "injection", "adapter_files", "losses", "flat_tensors", "ledger_table", "vocabulary_rows"),
     (
         *("tensor_parallel", "tensor_cost", "remora", "partitions", "model_card", "ledger_tools", "universal"),
         *("portable", "sequence_checks", "validation", "run_data"),
@@ -45,7 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 DATA_FLOORS: tuple[tuple[str, ...], ...] = (
     ("parallel", "pieces", "readers", "embedded", "duplicates", "scripts"),
     ("prepared", "tokenizer"),
-    ("corpus",),
+    ("corpus", "vocabulary"),
     ("inspection",),
     ("cache",),
     ("packing", "split_writer"),

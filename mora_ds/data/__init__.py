@@ -7,6 +7,7 @@ load_tokenizer     the model's, a SentencePiece .model, one trained  -> a transf
 build_cache        Corpus + tokenizer, once, in several processes    -> TokenCache, memory-mapped
 PackedDataset      TokenCache + seq_len + seed                       -> batch(step, global_batch_size, rows)
 prepare_corpus     Corpus + tokenizer + filters, offline              -> a folder that load_corpus takes as it is
+extend_tokenizer   a tokenizer + pieces of domain_pieces              -> the same, with new pieces behind the old ones
 write_embedded     no file named at all                              -> the default corpora, out of Python itself
 """
 
@@ -19,12 +20,14 @@ from mora_ds.data.pieces import train_sentencepiece
 from mora_ds.data.preparation import Filters, PreparationReport, prepare_corpus
 from mora_ds.data.readers import Document
 from mora_ds.data.tokenizer import check_reload, check_vocabulary, largest_id, load_tokenizer, wants_bos
+from mora_ds.data.vocabulary import Extension, check_extension, domain_pieces, extend_tokenizer
 
 __all__ = [
     "IGNORED",
     "Corpus",
     "Document",
     "EmbeddedCorpus",
+    "Extension",
     "Filters",
     "PackedDataset",
     "PreparationReport",
@@ -32,9 +35,12 @@ __all__ = [
     "TokenCache",
     "build_cache",
     "canonical_digest",
+    "check_extension",
     "check_reload",
     "check_vocabulary",
     "domain_documents",
+    "domain_pieces",
+    "extend_tokenizer",
     "general_documents",
     "is_held_out",
     "largest_id",
