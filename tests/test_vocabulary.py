@@ -99,7 +99,8 @@ def test_the_families_own_models_load_and_round_trip(tmp_path: Path, family: str
         assert tokenizer.decode(ids(tokenizer, text)) == text
     if "user_defined_symbols" in FAMILIES[family][1]:
         text = "[INST]Go on.[/INST]"
-        assert tokenizer.convert_tokens_to_ids(["[INST]", "[/INST]"]) == [ids(tokenizer, text)[i] for i in (0, -1)]
+        assert ids(tokenizer, text) == processor.encode(text)
+        assert set(tokenizer.convert_tokens_to_ids(["[INST]", "[/INST]"])) < set(ids(tokenizer, text))
     wrapped = load_tokenizer(folder / "tokenizer.model")
     for text in [*PROBES, *DOMAIN[:20]]:
         assert ids(wrapped, text) == processor.encode(text), text
