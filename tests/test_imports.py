@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("tensor_parallel", "tensor_cost", "remora", "partitions", "model_card", "ledger_tools", "universal"),
         *("portable", "sequence_checks", "validation", "run_data"),
     ),
-    ("engine", "saving", "checkpoint", "verification"),
+    ("engine", "saving", "checkpoint", "verification", "evaluation"),
     ("export", "run", "trainer", "compact", "spectrum_report"),
     ("jobs",),
     ("pretrain",),
@@ -72,7 +72,8 @@ STANDARD_LIBRARY_ONLY = {
 }
 WITHOUT_DEEPSPEED = (
     "operators", "windows", "layer", "tensor_plan", "tensor_cost", "config", "injection", "data", "ledger", "export",
-    "shards", "checkpoint_folder", "verification", "universal", "portable", "arguments", "validation",
+    "shards", "checkpoint_folder", "verification", "universal", "portable", "arguments", "validation", "evaluation",
+    "vocabulary_rows",
 )  # fmt: skip
 """Rooms that must not need DeepSpeed, not even through another room."""
 
