@@ -40,15 +40,8 @@ def main() -> None:
     scores = {
         name: evaluate(target, corpus, windows, given.batch_size, given.max_documents) for name, corpus in sets.items()
     }
-    rows = [
-        [name, f"{s.documents:,}", f"{s.tokens:,}", f"{s.text_bytes:,}", f"{s.tokens_per_byte:.4f}"]
-        + [f"{s.perplexity:.4f}", f"{s.bits_per_byte:.4f}"]
-        for name, s in scores.items()
-    ]
-    if rows:
-        print(
-            "\n".join(table([["set", "documents", "tokens", "bytes", "tokens/byte", "perplexity", "bits/byte"], *rows]))
-        )
+    if scores:
+        print("\n".join(table([_TITLES, *(_row(*named) for named in scores.items())])))
     tasks = harness(target, given.lm_eval, windows.window, given.batch_size) if given.lm_eval else {}
     for task, metrics in tasks.items():
         print(f"{task}: " + ", ".join(f"{name} {value}" for name, value in metrics.items()))
