@@ -50,14 +50,18 @@ def plan_shards(base: BaseCheckpoint, keys: Iterable[str], dtype: torch.dtype, l
 
     Floating tensors become `dtype`, others stay as the base has them.
     """
+    stored = ((key, *base.shape_dtype(key)) for key in keys)
+    return fill_shards(((key, shape, dtype if was.is_floating_point else was) for key, shape, was in stored), limit)
+
+
+def fill_shards(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]], limit: int) -> list[Shard]:
+    """(key, shape, dtype) of each tensor, in this order, a new file whenever the next would exceed `limit` bytes."""
     shards = [Shard()]
-    for key in keys:
-        shape, stored = base.shape_dtype(key)
-        written = dtype if stored.is_floating_point else stored
-        size = tensor_nbytes(shape, written)
+    for key, shape, dtype in tensors:
+        size = tensor_nbytes(shape, dtype)
         if shards[-1].layout and shards[-1].nbytes + size > limit:
             shards.append(Shard())
-        shards[-1].layout[key] = (shape, written)
+        shards[-1].layout[key] = (shape, dtype)
         shards[-1].nbytes += size
     return shards
 

@@ -27,20 +27,23 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("stopping", "topology", "sequence_parallel", "replicas", "restart", "background", "forgetting"),
     ),
     (
-        *("cli", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder", "followers"),
-        *("checkpoint_care", "resets", "schedule_text", "windows", "data_arguments", "collectives", "data"),
+        *("data", "cli", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder"),
+        *("followers", "checkpoint_care", "resets", "schedule_text", "windows", "data_arguments", "collectives"),
     ),
     (
         *("deltas", "config", "layer", "base", "export_check", "spectrum", "checkpoint_folder", "training_arguments"),
-        *("mixture_settings", "shards", "losses", "source_losses"),
+        *("shards", "losses", "mixture_settings", "source_losses"),
     ),
     ("tensor_plan", "adapter_arguments", "ledger", "model", "model_folder", "flat_tensors", "run_sources"),
-    ("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "partitions", "sequence_checks"),
+    (
+        *("arguments", "injection", "adapter_files", "ledger_table", "vocabulary_rows", "tensor_inputs"),
+        *("partitions", "sequence_checks"),
+    ),
     (
         *("tensor_parallel", "tensor_cost", "remora", "model_card", "ledger_tools", "universal", "portable"),
         *("validation", "run_data", "checkpoint", "verification"),
     ),
-    ("engine", "saving", "export", "trainer", "compact", "spectrum_report"),
+    ("engine", "saving", "export", "trainer", "compact", "spectrum_report", "evaluation"),
     ("run",),
     ("jobs",),
     ("pretrain",),
@@ -49,13 +52,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 
 DATA_FLOORS: tuple[tuple[str, ...], ...] = (
-    ("parallel", "pieces", "readers", "embedded", "shares"),
-    ("held_out", "tokenizer"),
-    ("corpus",),
+    ("parallel", "pieces", "readers", "embedded", "shares", "duplicates", "scripts"),
+    ("held_out", "tokenizer", "prepared"),
+    ("corpus", "vocabulary"),
     ("inspection", "hub_stream"),
     ("cache",),
-    ("packing",),
-    ("mixture", "stream"),
+    ("packing", "split_writer"),
+    ("mixture", "stream", "preparation"),
     ("stream_blocks",),
 )
 """Within the wing `data`; of the house it sees no more than `DATA_SEES`."""
@@ -79,7 +82,8 @@ STANDARD_LIBRARY_ONLY = {
 }
 WITHOUT_DEEPSPEED = (
     "operators", "windows", "layer", "tensor_plan", "tensor_cost", "config", "injection", "data", "ledger", "export",
-    "shards", "checkpoint_folder", "verification", "universal", "portable", "arguments", "validation",
+    "shards", "checkpoint_folder", "verification", "universal", "portable", "arguments", "validation", "evaluation",
+    "vocabulary_rows",
 )  # fmt: skip
 """Rooms that must not need DeepSpeed, not even through another room."""
 

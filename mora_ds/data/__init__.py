@@ -8,17 +8,21 @@ build_cache        Corpus + tokenizer, once, in several processes    -> TokenCac
 PackedDataset      TokenCache + seq_len + seed                       -> batch(step, global_batch_size, rows)
 Mixture            several sources, weights, phases                  -> the same, with exact shares
 StreamSource       documents, tokenised while training               -> the blocks that a cache would give, in order
+prepare_corpus     Corpus + tokenizer + filters, offline              -> a folder that load_corpus takes as it is
+extend_tokenizer   a tokenizer + pieces of domain_pieces              -> the same, with new pieces behind the old ones
 write_embedded     no file named at all                              -> the default corpora, out of Python itself
 """
 
-from mora_ds.data.cache import TokenCache, build_cache, encoder_of
+from mora_ds.data.cache import Encoder, TokenCache, build_cache
 from mora_ds.data.corpus import Corpus, load_corpus, resolve_files
+from mora_ds.data.duplicates import canonical_digest, is_held_out
 from mora_ds.data.embedded import EmbeddedCorpus, domain_documents, general_documents, write_embedded
 from mora_ds.data.held_out import DocumentFilter, document_hash, hashes_of
 from mora_ds.data.hub_stream import stream_dataset
 from mora_ds.data.mixture import CachedSource, Mixture, Source, TrainData
 from mora_ds.data.packing import IGNORED, PackedDataset, TokenBlocks
 from mora_ds.data.pieces import train_sentencepiece
+from mora_ds.data.preparation import Filters, PreparationReport, prepare_corpus
 from mora_ds.data.readers import Document
 from mora_ds.data.stream import DocumentStream, StreamSettings
 from mora_ds.data.stream_blocks import Share, StreamMixture, StreamSource
@@ -30,6 +34,7 @@ from mora_ds.data.tokenizer import (
     tokenizer_fingerprint,
     wants_bos,
 )
+from mora_ds.data.vocabulary import Extension, check_extension, domain_pieces, extend_tokenizer
 
 __all__ = [
     "IGNORED",
@@ -39,8 +44,12 @@ __all__ = [
     "DocumentFilter",
     "DocumentStream",
     "EmbeddedCorpus",
+    "Encoder",
+    "Extension",
+    "Filters",
     "Mixture",
     "PackedDataset",
+    "PreparationReport",
     "Share",
     "Source",
     "StreamMixture",
@@ -50,16 +59,21 @@ __all__ = [
     "TokenCache",
     "TrainData",
     "build_cache",
+    "canonical_digest",
+    "check_extension",
     "check_reload",
     "check_vocabulary",
     "document_hash",
     "domain_documents",
-    "encoder_of",
+    "domain_pieces",
+    "extend_tokenizer",
     "general_documents",
     "hashes_of",
+    "is_held_out",
     "largest_id",
     "load_corpus",
     "load_tokenizer",
+    "prepare_corpus",
     "resolve_files",
     "stream_dataset",
     "tokenizer_fingerprint",

@@ -27,8 +27,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mora_ds.data.corpus import Corpus
+from mora_ds.data.held_out import DocumentFilter
 from mora_ds.data.inspection import PartFacts, inspect_parts, writable
 from mora_ds.data.parallel import ordered_map
+from mora_ds.data.prepared import PreparedPart
 from mora_ds.data.readers import Document
 from mora_ds.data.tokenizer import end_of_text_id, largest_id, tokenizer_fingerprint, wants_bos
 from mora_ds.errors import RunError, UserError
@@ -97,6 +99,14 @@ class Encoder:
     eos_id: int
     dtype: str
 
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, add_bos: bool | None = None) -> Encoder:
+        """`add_bos` None: as the tokenizer does by itself. Raises `UserError` for one without end-of-text token."""
+        eos_id = end_of_text_id(tokenizer)
+        bos = wants_bos(tokenizer) if add_bos is None else add_bos
+        dtype = "<u2" if largest_id(tokenizer)[1] < 1 << 16 else "<u4"
+        return cls(tokenizer, tokenizer.bos_token_id if bos else None, eos_id, dtype)
+
     def __call__(self, batch: list[Document]) -> tuple[np.ndarray, np.ndarray]:
         rows = self.rows(batch)
         ends = np.cumsum([len(row) for row in rows], dtype="<i8")[[document.ends for document in batch]]
@@ -113,13 +123,6 @@ class Encoder:
             np.array((bos if document.begins else []) + ids + ([self.eos_id] if document.ends else []), self.dtype)
             for document, ids in zip(batch, encoded, strict=True)
         ]
-
-
-def encoder_of(tokenizer: PreTrainedTokenizerBase, add_bos: bool | None = None) -> Encoder:
-    """`add_bos` None: as the tokenizer does by itself. Raises `UserError` for one without end-of-text token."""
-    bos = wants_bos(tokenizer) if add_bos is None else add_bos
-    dtype = "<u2" if largest_id(tokenizer)[1] < 1 << 16 else "<u4"
-    return Encoder(tokenizer, tokenizer.bos_token_id if bos else None, end_of_text_id(tokenizer), dtype)
 
 
 def build_cache(
@@ -143,9 +146,19 @@ def build_cache(
     Raises `UserError` for a file that cannot be read as text (before any is tokenised), an empty corpus or a tokenizer
     without end-of-text token, and `RunError` for a full disk.
     """
-    encoder = encoder_of(tokenizer, add_bos)
-    num_proc = _processes(corpus, tokenizer, num_proc)
-    settings = _settings(corpus, encoder)
+    encoder = Encoder.of(tokenizer, add_bos)
+    num_proc = processes_for(corpus, tokenizer, num_proc)
+    settings = cache_settings(corpus.text_column, encoder, corpus.keep)
+    if (prepared := corpus.prepared) is not None:
+        try:
+            if corpus.keep is not None:
+                raise UserError(
+                    f"{corpus.flag}: {prepared.label} holds tokens, of which no document can be left out: do that with"
+                    " tools/prepare_corpus.py --held_out, without --held_out_share and --exclude_eval_documents"
+                )
+            return _open_prepared(prepared, corpus.flag, settings, is_builder)
+        finally:
+            barrier()
     if not is_builder:
         barrier()
         facts = inspect_parts(corpus, cache_dir, 1, False)
@@ -162,13 +175,27 @@ def build_cache(
     return TokenCache.open(folder)
 
 
+def _open_prepared(part: PreparedPart, flag: str, settings: dict[str, Any], check: bool) -> TokenCache:
+    """What `prepare_corpus` has written, where it lies. Raises `UserError` for tokens of another tokenizer."""
+    if trouble := damage(part.cache) or (alteration(part.cache) if check else None):
+        raise UserError(f"{flag}: {part.label} is damaged: {trouble}; prepare it again")
+    cache = TokenCache.open(part.cache)
+    names = [name for name in _KEY_SETTINGS if name != "text_column"]
+    if different := [name for name in names if cache.meta[name] != settings[name]]:
+        raise UserError(
+            f"{flag}: {part.label} holds the tokens of another tokenizer than this model's (another "
+            f"{', '.join(different)}); prepare it again with --tokenizer naming this one"
+        )
+    return cache
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with the cache in `folder`, or None. Looks at sizes, not at every byte (see TokenCache.verify)."""
     try:
         meta = json.loads((folder / META).read_text())
         if meta["format"] != FORMAT or meta["key"] != folder.name:
             return "it is another cache"
-        if _key_of(meta, meta["contents"]) != folder.name:
+        if key_of(meta, meta["contents"]) != folder.name:
             return f"{META} is not what was written"
         sizes = {TOKENS: meta["tokens"] * np.dtype(meta["dtype"]).itemsize, DOCUMENTS: meta["documents"] * 8}
         for name, size in sizes.items():
@@ -200,7 +227,7 @@ def alteration(folder: Path) -> str | None:
     )
 
 
-def _processes(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> int:
+def processes_for(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> int:
     """One for small corpora, and for tokenizers whose class came with the model: it cannot be pickled to others."""
     remote = type(tokenizer).__module__.startswith("transformers_modules")
     return 1 if remote or corpus.size_bytes() < PARALLEL_BYTES else max(num_proc, 1)
@@ -209,24 +236,25 @@ def _processes(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc: int
 _KEY_SETTINGS = ("format", "tokenizer", "text_column", "bos_id", "eos_id", "dtype")
 
 
-def _settings(corpus: Corpus, encoder: Encoder) -> dict[str, Any]:
+def cache_settings(text_column: str, encoder: Encoder, keep: DocumentFilter | None = None) -> dict[str, Any]:
+    """What decides the tokens of given contents."""
     return {
         "format": FORMAT,
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
-        "text_column": corpus.text_column,
+        "text_column": text_column,
         "bos_id": encoder.bos_id,
         "eos_id": encoder.eos_id,
         "dtype": encoder.dtype,
-        **({} if corpus.keep is None else {"filter": corpus.keep.identity}),
+        **({} if keep is None else {"filter": keep.identity}),
     }
 
 
 def _key(facts: list[PartFacts], settings: dict[str, Any]) -> str:
-    return _key_of(settings, [part.content_hash for part in facts])
+    return key_of(settings, [part.content_hash for part in facts])
 
 
-def _key_of(settings: Mapping[str, Any], contents: list[str]) -> str:
-    """`settings` may hold more than what makes the key, as meta.json does."""
+def key_of(settings: Mapping[str, Any], contents: list[str]) -> str:
+    """The name of a cache. `settings` may hold more than what makes it, as meta.json does."""
     content = {**{name: settings[name] for name in _KEY_SETTINGS}, "contents": contents}
     if "filter" in settings:
         content["filter"] = settings["filter"]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mora_ds.data.held_out import DocumentFilter
+from mora_ds.data.prepared import PreparedPart, is_prepared, open_prepared
 from mora_ds.data.readers import (
     START,
     Document,
@@ -136,6 +137,11 @@ class Corpus:
         except UserError as error:
             raise UserError(f"{self.flag}: {error}") from error
 
+    @property
+    def prepared(self) -> PreparedPart | None:
+        """The tokens that this corpus is, where it is a folder that `prepare_corpus` has written."""
+        return next((part for part in self.parts if isinstance(part, PreparedPart)), None)
+
     def texts(self) -> Iterator[str]:
         """The bare texts, for training a tokenizer."""
         return (document.text for document in self)
@@ -167,6 +173,12 @@ def load_corpus(
     else:
         parts = tuple(_file_part(path, text_column, flag) for path in resolve_files(patterns, flag))
     corpus = Corpus(parts, text_column, flag)
+    if corpus.prepared is not None:
+        if len(parts) > 1:
+            raise UserError(
+                f"{flag}: {corpus.prepared.label} holds tokens and must be named alone, without other files"
+            )
+        return corpus
     for part in parts:
         next(corpus.documents_of(part))
     return corpus
@@ -195,7 +207,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _expand(path: Path) -> list[Path]:
-    if not path.is_dir() or _is_saved_dataset(path):
+    if not path.is_dir() or _is_saved_dataset(path) or is_prepared(path):
         return [path]
     files: list[Path] = []
     for folder, folders, names in os.walk(path):
@@ -213,6 +225,11 @@ def _near_files(pattern: str) -> str:
 
 
 def _file_part(path: Path, text_column: str, flag: str) -> Part:
+    if path.is_dir() and is_prepared(path):
+        try:
+            return open_prepared(path)
+        except UserError as error:
+            raise UserError(f"{flag}: {error}") from None
     if path.is_dir():
         return _dataset_part(str(path), _saved_dataset(path, "train", flag), text_column, flag)
     try:

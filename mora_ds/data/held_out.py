@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mora_ds.data.duplicates import canonical_digest
 from mora_ds.data.readers import Document
 
 HASHED_CHARACTERS = 1 << 16
@@ -19,9 +20,9 @@ HASHED_CHARACTERS = 1 << 16
 
 
 def document_hash(text: str) -> int:
-    """64 bits of the document that begins with `text`; white space around it does not count."""
-    digest = hashlib.blake2b(text[:HASHED_CHARACTERS].strip().encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
+    """64 bits of the document that begins with `text`; white space and capitals do not count. Of one that is no longer
+    than what is hashed it is what `prepare_corpus` holds documents out by."""
+    return int.from_bytes(canonical_digest(text[:HASHED_CHARACTERS])[:8], "big")
 
 
 @dataclass(frozen=True)

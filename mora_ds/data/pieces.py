@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from mora_ds.errors import UserError
 
 MODEL_FILE = "tokenizer.model"
+ALGORITHMS = ("bpe", "unigram")
 _SPECIAL_PIECES = 4  # <unk> <s> </s> <pad>, ids 0 to 3 of a tokenizer trained here
 
 _SPACE = "\u2581"
@@ -50,23 +51,35 @@ _PROBES = (
 )
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path, *, max_bytes: int = 128 << 20) -> Path:
-    """Trains a SentencePiece BPE model on `texts` and writes `folder`/tokenizer.model; returns that path.
+def train_sentencepiece(
+    texts: Iterable[str],
+    vocab_size: int,
+    folder: Path,
+    *,
+    algorithm: str = "bpe",
+    max_bytes: int = 128 << 20,
+    flag: str = "--train_tokenizer_vocab",
+    **settings: Any,
+) -> Path:
+    """Trains a SentencePiece model (`algorithm`: bpe or unigram) on `texts` and writes `folder`/tokenizer.model;
+    returns that path. `settings` are the trainer's own, for what is not settled here.
 
     Nothing of the text is normalised away (indentation, tabs and line ends are pieces like any other), and what has
     no piece falls back to bytes, so decoding gives back every text. The same texts give the same file. Of a corpus
     of more than about `max_bytes` a fixed random sample of that size is used.
-    Raises `UserError`, naming --train_tokenizer_vocab, where the corpus does not yield that many pieces.
+    Raises `UserError`, naming `flag`, where the corpus does not yield that many pieces.
     """
+    if algorithm not in ALGORITHMS:
+        raise UserError(f"unknown SentencePiece algorithm {algorithm!r}; known: {', '.join(ALGORITHMS)}")
     smallest = 256 + _SPECIAL_PIECES + 1
     if vocab_size < smallest:
-        raise UserError(f"--train_tokenizer_vocab must be at least {smallest} (256 bytes and the special pieces)")
+        raise UserError(f"{flag} must be at least {smallest} (256 bytes and the special pieces)")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_sentences(texts),
             model_writer=model,
-            model_type="bpe",
+            model_type=algorithm,
             vocab_size=vocab_size,
             byte_fallback=True,
             normalization_rule_name="identity",
@@ -83,9 +96,10 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path, *, 
             bos_id=1,
             eos_id=2,
             pad_id=3,
+            **settings,
         )
     except RuntimeError as error:
-        raise _training_error(vocab_size, str(error)) from error
+        raise _training_error(f"{flag} {vocab_size}", str(error)) from error
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MODEL_FILE
     path.write_bytes(model.getvalue())
@@ -106,8 +120,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
             start = end
 
 
-def _training_error(vocab_size: int, message: str) -> UserError:
-    flag = f"--train_tokenizer_vocab {vocab_size}"
+def _training_error(flag: str, message: str) -> UserError:
     if limit := re.search(r"too high .*<= (\d+)", message):
         return UserError(f"{flag}: the training text yields only {limit[1]} pieces; lower it, or give more text")
     if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):

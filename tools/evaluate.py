@@ -1,0 +1,84 @@
+"""Perplexity and bits per byte on named texts, of a Hugging Face folder or of a checkpoint as it is.
+
+    python tools/evaluate.py out/checkpoints/latest --sets domain=held.jsonl general='prose/*.txt' --stride 256
+    python tools/evaluate.py MODEL --sets domain=held.jsonl --json scores.json --lm_eval hellaswag arc_easy
+
+A checkpoint needs no merged model: base, ledger and live squares are put together in memory. Every document is scored
+for itself and whole. Bits per byte compare models with different tokenizers; perplexities do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
+
+from mora_ds import cli
+from mora_ds.data import load_corpus
+from mora_ds.errors import UserError
+from mora_ds.evaluation import Score, Windows, evaluate, harness, load_target, named_sets
+from mora_ds.files import write_json_atomic
+from mora_ds.ledger_table import table
+from mora_ds.tensor_files import COMPUTE_DTYPES
+
+
+def main() -> None:
+    given = _parser().parse_args()
+    if not given.sets and not given.lm_eval:
+        raise UserError("nothing to evaluate on: give --sets NAME=PATH, or --lm_eval TASK")
+    if given.batch_size < 1 or (given.max_documents is not None and given.max_documents < 1):
+        raise UserError("--batch_size and --max_documents must be at least 1")
+    sets = {
+        name: load_corpus([path], text_column=given.text_column, flag=f"--sets {name}")
+        for name, path in named_sets(given.sets).items()
+    }
+    target = load_target(given.model, given.base, given.dtype, given.device, given.trust_remote_code)
+    windows = Windows.of(target.model, given.window, given.stride)
+    print(f"{target.source}; windows of {windows.window} tokens, stride {windows.stride}")
+    scores = {
+        name: evaluate(target, corpus, windows, given.batch_size, given.max_documents) for name, corpus in sets.items()
+    }
+    if scores:
+        print("\n".join(table([_TITLES, *(_row(*named) for named in scores.items())])))
+    tasks = harness(target, given.lm_eval, windows.window, given.batch_size) if given.lm_eval else {}
+    for task, metrics in tasks.items():
+        print(f"{task}: " + ", ".join(f"{name} {value}" for name, value in metrics.items()))
+    if given.json is not None:
+        content = {
+            "model": str(given.model), "window": windows.window, "stride": windows.stride,
+            "sets": {name: score.to_dict() for name, score in scores.items()}, "lm_eval": tasks,
+        }  # fmt: skip
+        write_json_atomic(given.json, content)
+
+
+_TITLES = ["set", "documents", "tokens", "bytes", "tokens/byte", "perplexity", "bits/byte"]
+
+
+def _row(name: str, score: Score) -> list[str]:
+    counts = (f"{count:,}" for count in (score.documents, score.tokens, score.text_bytes))
+    rates = (f"{rate:.4f}" for rate in (score.tokens_per_byte, score.perplexity, score.bits_per_byte))
+    return [name, *counts, *rates]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="model folder, checkpoint, run's folder, or adapter")
+    parser.add_argument("--sets", nargs="+", default=[], metavar="NAME=PATH", help="files or patterns, each a set")
+    parser.add_argument("--text_column", default="text", help="column or JSON key that holds the text")
+    parser.add_argument("--window", type=int, help="tokens the model sees. Default: its positions, 1024 at most")
+    parser.add_argument("--stride", type=int, help="tokens from one window to the next. Default: half of --window")
+    parser.add_argument("--batch_size", type=int, default=4, help="windows at a time")
+    parser.add_argument("--max_documents", type=int, help="score only the first ones of each set")
+    parser.add_argument("--base", type=Path, help="where a checkpoint's base lies now, if it was moved")
+    parser.add_argument("--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: the model's own")
+    parser.add_argument("--device", default="cpu", help="such as cuda:0")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores there too")
+    parser.add_argument("--lm_eval", nargs="+", metavar="TASK", help="tasks of the lm-eval harness, where installed")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main)
