@@ -30,8 +30,9 @@ def use_capped_attention(model: Any) -> bool:
     config = model.config.get_text_config()
     if not caps_scores(config) or config._attn_implementation != "eager":
         return False
-    ALL_ATTENTION_FUNCTIONS.register(NAME, capped_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    if NAME not in ALL_ATTENTION_FUNCTIONS:  # what others have put before it by then stays
+        ALL_ATTENTION_FUNCTIONS.register(NAME, capped_attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.set_attn_implementation(NAME)
     return True
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from mora_ds import capped_attention
@@ -54,6 +55,22 @@ def test_models_that_do_not_cap_are_left_alone() -> None:
     assert not use_capped_attention(model) and model.config._attn_implementation == "sdpa"
     plain = tiny_model("gemma2", attn_logit_softcapping=None)
     assert not use_capped_attention(plain) and plain.config._attn_implementation == "eager"
+
+
+def test_a_second_model_leaves_the_registry_as_it_is() -> None:
+    """Sequence parallelism puts a fork before it, once a process."""
+    use_capped_attention(model_of(0.5))
+    registered = ALL_ATTENTION_FUNCTIONS[capped_attention.NAME]
+
+    def fork(*args: Any, **kwargs: Any) -> Any:
+        return registered(*args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register(capped_attention.NAME, fork)
+    try:
+        assert use_capped_attention(model_of(0.5))
+        assert ALL_ATTENTION_FUNCTIONS[capped_attention.NAME] is fork
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register(capped_attention.NAME, registered)
 
 
 @pytest.mark.parametrize("masked", [False, True])

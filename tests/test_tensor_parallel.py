@@ -56,7 +56,7 @@ def test_the_core(world: int, degree: int) -> None:
 
 
 def compare(world: int, degree: int, cases: list[Case]) -> None:
-    ranks = run_ranks(world, split_runs, cases, degree)
+    ranks = run_ranks(world, split_runs, cases, degree, timeout_s=max(240, 40 * len(cases)))
     for index, case in enumerate(cases):
         expected = plain_run(case)
         for results in ranks:
