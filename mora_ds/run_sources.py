@@ -17,6 +17,7 @@ from mora_ds.data import (
     Corpus,
     DocumentFilter,
     DocumentStream,
+    Encoder,
     Mixture,
     PackedDataset,
     Share,
@@ -26,7 +27,6 @@ from mora_ds.data import (
     StreamSource,
     TokenCache,
     TrainData,
-    encoder_of,
     hashes_of,
     load_corpus,
     stream_dataset,
@@ -144,7 +144,7 @@ def _stream(data: DataArguments, source: SourcePlan, corpus: Corpus, tokenising:
         "shuffle_buffer": data.shuffle_buffer,
     }
     documents = DocumentStream(source.name, corpus, settings, tokenising.say)
-    encoder = encoder_of(tokenising.tokenizer)
+    encoder = Encoder.of(tokenising.tokenizer)
     return StreamSource(documents, encoder, data.seq_len, data.document_mask, identity, tokenising.share, source.epochs)
 
 

@@ -20,12 +20,12 @@ from mora_ds.data import (
     Document,
     DocumentFilter,
     DocumentStream,
+    Encoder,
     PackedDataset,
     StreamMixture,
     StreamSettings,
     StreamSource,
     build_cache,
-    encoder_of,
     load_corpus,
     load_tokenizer,
     readers,
@@ -86,7 +86,7 @@ def source(corpus: Corpus, tokenizer: Any, buffer: int = 0, **more: Any) -> Stre
     settings = StreamSettings(buffer, "5/a", more.pop("retry_s", 0.0))
     told = more.pop("told", [])
     return StreamSource(
-        DocumentStream("a", corpus, settings, told.append), encoder_of(tokenizer), T, True, None, **more
+        DocumentStream("a", corpus, settings, told.append), Encoder.of(tokenizer), T, True, None, **more
     )
 
 

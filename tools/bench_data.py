@@ -30,6 +30,7 @@ from mora_ds.data import (
     CachedSource,
     Corpus,
     DocumentStream,
+    Encoder,
     Mixture,
     PackedDataset,
     StreamMixture,
@@ -37,7 +38,6 @@ from mora_ds.data import (
     StreamSource,
     build_cache,
     domain_documents,
-    encoder_of,
     load_corpus,
     load_tokenizer,
     train_sentencepiece,
@@ -74,7 +74,7 @@ def main() -> None:
         sources: dict[str, Any] = {}
         for name, corpus in corpora.items():
             reader = DocumentStream(name, corpus, StreamSettings(options.buffer, f"0/{name}"))
-            sources[name] = StreamSource(reader, encoder_of(tokenizer), options.seq_len, True, None)
+            sources[name] = StreamSource(reader, Encoder.of(tokenizer), options.seq_len, True, None)
         return StreamMixture(sources, [(0, WEIGHTS)], [None] * 3, options.seq_len, options.rows, states=states)
 
     train, stream = _training(options), streamed()

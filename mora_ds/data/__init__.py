@@ -11,7 +11,7 @@ StreamSource       documents, tokenised while training               -> the bloc
 write_embedded     no file named at all                              -> the default corpora, out of Python itself
 """
 
-from mora_ds.data.cache import TokenCache, build_cache, encoder_of
+from mora_ds.data.cache import Encoder, TokenCache, build_cache
 from mora_ds.data.corpus import Corpus, load_corpus, resolve_files
 from mora_ds.data.embedded import EmbeddedCorpus, domain_documents, general_documents, write_embedded
 from mora_ds.data.held_out import DocumentFilter, document_hash, hashes_of
@@ -39,6 +39,7 @@ __all__ = [
     "DocumentFilter",
     "DocumentStream",
     "EmbeddedCorpus",
+    "Encoder",
     "Mixture",
     "PackedDataset",
     "Share",
@@ -54,7 +55,6 @@ __all__ = [
     "check_vocabulary",
     "document_hash",
     "domain_documents",
-    "encoder_of",
     "general_documents",
     "hashes_of",
     "largest_id",

@@ -97,13 +97,21 @@ class Encoder:
     eos_id: int
     dtype: str
 
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, add_bos: bool | None = None) -> Encoder:
+        """`add_bos` None: as the tokenizer does by itself. Raises `UserError` for one without end-of-text token."""
+        eos_id = end_of_text_id(tokenizer)
+        bos = wants_bos(tokenizer) if add_bos is None else add_bos
+        dtype = "<u2" if largest_id(tokenizer)[1] < 1 << 16 else "<u4"
+        return cls(tokenizer, tokenizer.bos_token_id if bos else None, eos_id, dtype)
+
     def __call__(self, batch: list[Document]) -> tuple[np.ndarray, np.ndarray]:
         rows = self.rows(batch)
         ends = np.cumsum([len(row) for row in rows], dtype="<i8")[[document.ends for document in batch]]
         return np.concatenate(rows), ends
 
     def rows(self, batch: list[Document]) -> list[np.ndarray]:
-        """The tokens of each document (or piece), with what stands before and behind it."""
+        """The tokens of each document (or piece of one)."""
         texts = [document.text for document in batch]
         encoded = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
@@ -113,13 +121,6 @@ class Encoder:
             np.array((bos if document.begins else []) + ids + ([self.eos_id] if document.ends else []), self.dtype)
             for document, ids in zip(batch, encoded, strict=True)
         ]
-
-
-def encoder_of(tokenizer: PreTrainedTokenizerBase, add_bos: bool | None = None) -> Encoder:
-    """`add_bos` None: as the tokenizer does by itself. Raises `UserError` for one without end-of-text token."""
-    bos = wants_bos(tokenizer) if add_bos is None else add_bos
-    dtype = "<u2" if largest_id(tokenizer)[1] < 1 << 16 else "<u4"
-    return Encoder(tokenizer, tokenizer.bos_token_id if bos else None, end_of_text_id(tokenizer), dtype)
 
 
 def build_cache(
@@ -143,9 +144,11 @@ def build_cache(
     Raises `UserError` for a file that cannot be read as text (before any is tokenised), an empty corpus or a tokenizer
     without end-of-text token, and `RunError` for a full disk.
     """
-    encoder = encoder_of(tokenizer, add_bos)
+    encoder = Encoder.of(tokenizer, add_bos)
     num_proc = _processes(corpus, tokenizer, num_proc)
     settings = _settings(corpus, encoder)
+    if corpus.keep is not None:
+        settings["filter"] = corpus.keep.identity
     if not is_builder:
         barrier()
         facts = inspect_parts(corpus, cache_dir, 1, False)
@@ -217,7 +220,6 @@ def _settings(corpus: Corpus, encoder: Encoder) -> dict[str, Any]:
         "bos_id": encoder.bos_id,
         "eos_id": encoder.eos_id,
         "dtype": encoder.dtype,
-        **({} if corpus.keep is None else {"filter": corpus.keep.identity}),
     }
 
 
