@@ -28,6 +28,7 @@ from mora_ds.data import (
     TokenCache,
     TrainData,
     hashes_of,
+    is_saved_dataset,
     load_corpus,
     stream_dataset,
     tokenizer_fingerprint,
@@ -47,7 +48,7 @@ def load_sources(data: DataArguments, plan: MixturePlan | None) -> dict[str, Cor
     for source in plan.sources:
         flag = "--train_files" if plan_is_plain(plan) else f"source {source.name!r}"
         column = source.text_column or data.text_column
-        if source.streaming and source.dataset is not None and not Path(source.dataset, "state.json").is_file():
+        if source.streaming and source.dataset is not None and not is_saved_dataset(Path(source.dataset)):
             corpora[source.name] = stream_dataset(source.dataset, column, flag)
             continue
         corpora[source.name] = load_corpus(source.files, dataset_name=source.dataset, text_column=column, flag=flag)

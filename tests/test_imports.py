@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         *("cli", "restart", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder"),
         *("followers", "background", "checkpoint_care", "resets", "schedule_text", "windows", "data_arguments"),
-        *("forgetting",),
+        *("forgetting", "loop_settings"),
     ),
     (
         *("deltas", "config", "layer", "base", "export_check", "spectrum", "checkpoint_folder", "training_arguments"),

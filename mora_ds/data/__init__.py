@@ -12,7 +12,7 @@ write_embedded     no file named at all                              -> the defa
 """
 
 from mora_ds.data.cache import Encoder, TokenCache, build_cache
-from mora_ds.data.corpus import Corpus, load_corpus, resolve_files
+from mora_ds.data.corpus import Corpus, is_saved_dataset, load_corpus, resolve_files
 from mora_ds.data.embedded import EmbeddedCorpus, domain_documents, general_documents, write_embedded
 from mora_ds.data.held_out import DocumentFilter, document_hash, hashes_of
 from mora_ds.data.hub_stream import stream_dataset
@@ -57,6 +57,7 @@ __all__ = [
     "domain_documents",
     "general_documents",
     "hashes_of",
+    "is_saved_dataset",
     "largest_id",
     "load_corpus",
     "load_tokenizer",
