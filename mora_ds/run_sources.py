@@ -95,6 +95,8 @@ class Tokenising:
     share: Share
     """The ranks, which tokenise a stream together."""
     say: Callable[[str], None]
+    warn: Callable[[str], None]
+    """Heard from every rank: each reads a stream by itself."""
 
 
 def train_data(
@@ -144,7 +146,7 @@ def _stream(data: DataArguments, source: SourcePlan, corpus: Corpus, tokenising:
         "text": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32],
         "shuffle_buffer": data.shuffle_buffer,
     }
-    documents = DocumentStream(source.name, corpus, settings, tokenising.say)
+    documents = DocumentStream(source.name, corpus, settings, tokenising.warn)
     encoder = Encoder.of(tokenising.tokenizer)
     return StreamSource(documents, encoder, data.seq_len, data.document_mask, identity, tokenising.share, source.epochs)
 
