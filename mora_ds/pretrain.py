@@ -29,6 +29,7 @@ from mora_ds.files import write_json_atomic
 from mora_ds.followers import Followers
 from mora_ds.forgetting import Watch, change
 from mora_ds.jobs import Job, Place, prepare_base, prepare_job, rows_per_step
+from mora_ds.loop_settings import LoopSettings
 from mora_ds.losses import check_document_mask
 from mora_ds.metrics import MetricsLog, peak_memory_bytes, plain_json
 from mora_ds.model import folder_config, read_model_config, resolve_folder
@@ -39,7 +40,7 @@ from mora_ds.schedules import Schedule, ScheduleKind
 from mora_ds.sequence_checks import check_config, check_split, check_world
 from mora_ds.sequence_parallel import bound, whole_rows
 from mora_ds.topology import check_degree
-from mora_ds.trainer import LoopSettings, Trainer
+from mora_ds.trainer import Trainer
 from mora_ds.validation import validate
 
 

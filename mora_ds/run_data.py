@@ -5,8 +5,10 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,7 @@ def load_data(
         return _tokenise(corpus, tokenizer, data, ranks)
 
     state = None if checkpoint is None else TrainerState.read(checkpoint).stream
-    tokenising = Tokenising(tokenizer, tokenise, ranks, say)
+    tokenising = Tokenising(tokenizer, tokenise, ranks, say, partial(_warn, ranks.rank))
     train = train_data(data, plan, corpora, tokenising, arguments.training.seed, rows_per_step, state)
     train.check_batch_size(rows_per_step)
     packed = {}
@@ -89,6 +91,10 @@ def load_data(
         say(f"tokens of {name}: {_cache_folder(data)}")
         packed[name] = PackedDataset(tokenise(part), data.seq_len, 0, data.document_mask, shuffle=False)
     return RunData(tokenizer, target, train, packed)
+
+
+def _warn(rank: int, text: str) -> None:
+    print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
 
 
 def _eval_sets(data: DataArguments) -> list[tuple[str, str]]:

@@ -28,6 +28,7 @@ from mora_ds.data import (
     TokenCache,
     TrainData,
     hashes_of,
+    is_saved_dataset,
     load_corpus,
     stream_dataset,
     tokenizer_fingerprint,
@@ -47,7 +48,7 @@ def load_sources(data: DataArguments, plan: MixturePlan | None) -> dict[str, Cor
     for source in plan.sources:
         flag = "--train_files" if plan_is_plain(plan) else f"source {source.name!r}"
         column = source.text_column or data.text_column
-        if source.streaming and source.dataset is not None and not Path(source.dataset, "state.json").is_file():
+        if source.streaming and source.dataset is not None and not is_saved_dataset(Path(source.dataset)):
             corpora[source.name] = stream_dataset(source.dataset, column, flag)
             continue
         corpora[source.name] = load_corpus(source.files, dataset_name=source.dataset, text_column=column, flag=flag)
@@ -94,6 +95,8 @@ class Tokenising:
     share: Share
     """The ranks, which tokenise a stream together."""
     say: Callable[[str], None]
+    warn: Callable[[str], None]
+    """Heard from every rank: each reads a stream by itself."""
 
 
 def train_data(
@@ -143,7 +146,7 @@ def _stream(data: DataArguments, source: SourcePlan, corpus: Corpus, tokenising:
         "text": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32],
         "shuffle_buffer": data.shuffle_buffer,
     }
-    documents = DocumentStream(source.name, corpus, settings, tokenising.say)
+    documents = DocumentStream(source.name, corpus, settings, tokenising.warn)
     encoder = Encoder.of(tokenising.tokenizer)
     return StreamSource(documents, encoder, data.seq_len, data.document_mask, identity, tokenising.share, source.epochs)
 

@@ -21,21 +21,23 @@ class SourceLosses:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
-        self._sums = torch.zeros(2, len(self.names), dtype=torch.float64)
+        self._sums: Tensor | None = None
 
     def reset(self) -> None:
         """A step begins."""
-        self._sums.zero_()
+        self._sums = None
 
     def add(self, sources: Sequence[int], row_nll: Tensor, labels: Tensor) -> None:
         """A micro-batch: (B,) source of each row, (B,) its summed loss, (B, T) its labels, here or of this part."""
         predicted = (labels != IGNORED).sum(dim=-1)
-        values = torch.stack([row_nll.detach().double(), predicted.double()]).cpu()
-        self._sums.index_add_(1, torch.tensor(sources, dtype=torch.int64), values)
+        values = torch.stack([row_nll.detach().double(), predicted.double()])
+        if self._sums is None:  # where the losses are: nothing waits for the device before `sums`
+            self._sums = values.new_zeros(2, len(self.names))
+        self._sums.index_add_(1, torch.tensor(sources, device=values.device), values)
 
     def sums(self) -> list[float]:
         """This rank's, to be added up over all ranks: losses, then predicted tokens."""
-        return self._sums.flatten().tolist()
+        return [] if self._sums is None else self._sums.flatten().tolist()
 
     def facts(self, sums: Sequence[float], tokens: dict[str, int]) -> dict[str, dict[str, Any]]:
         """{source: loss, perplexity, tokens} from the sums over all ranks; no loss where the step had none of it.

@@ -26,6 +26,7 @@ from mora_ds.checkpoint_folder import TrainerState
 from mora_ds.data import IGNORED, Mixture, PackedDataset, StreamMixture, TrainData
 from mora_ds.errors import RunError, Stopped
 from mora_ds.forgetting import Watch, report
+from mora_ds.loop_settings import LoopSettings
 from mora_ds.losses import row_nll, token_nll
 from mora_ds.metrics import MetricsLog, StepMetrics, peak_memory_bytes, perplexity
 from mora_ds.remora import MergeReport
@@ -33,7 +34,7 @@ from mora_ds.replicas import check_same_rows
 from mora_ds.schedule_text import start_lines
 from mora_ds.schedules import Schedule
 from mora_ds.source_losses import SourceLosses
-from mora_ds.stall import StallRule, StallSignal
+from mora_ds.stall import StallSignal
 
 PROBE_ROWS = 2
 """Sequences of the batch whose loss is measured before and after a merge: the first of the corpus, on every rank."""
@@ -46,27 +47,6 @@ class Merger(Protocol):
     probe: Callable[[], float] | None
 
     def merge(self, step: int) -> MergeReport: ...
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """When things happen, in optimizer steps; 0 means never (but see each)."""
-
-    total_steps: int
-    micro_batch_size: int
-    gradient_accumulation_steps: int
-    eval_batch_size: int
-    logging_steps: int = 1
-    eval_steps: int = 0
-    eval_on_start: bool = True
-    max_eval_batches: int | None = None
-    save_steps: int = 0
-    """0: one checkpoint, at the end."""
-    merge_at_end: bool = False
-    first_batch: int = 0
-    """Number of the first step's batch in the order of the data."""
-    stall: StallRule | None = None
-    """What makes a merge due where the schedule waits for a stall."""
 
 
 @dataclass

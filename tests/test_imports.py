@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         *("data", "cli", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder"),
         *("followers", "checkpoint_care", "resets", "schedule_text", "windows", "data_arguments", "collectives"),
+        *("loop_settings",),
     ),
     (
         *("deltas", "config", "layer", "base", "export_check", "spectrum", "checkpoint_folder", "training_arguments"),

@@ -287,6 +287,21 @@ def of_sources(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.gloo
+@pytest.mark.heavy
+@pytest.mark.parametrize("streaming", [False, True])
+def test_four_ranks_and_a_resume_at_two(user: Playground, tmp_path: Path, streaming: bool) -> None:
+    mix = mix_file(user, tmp_path / "mix.yaml", PHASES)
+    more = ("--save_steps", 2, "--resume_from_checkpoint", "auto", *(("--streaming",) if streaming else ()))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(1, mixed(user, whole, mix, *more, "--per_device_train_batch_size", 4))
+    run_ranks(4, interrupted_job, mixed(user, out, mix, *more, "--per_device_train_batch_size", 1), 5)
+    run(2, mixed(user, out, mix, *more, "--per_device_train_batch_size", 2))
+    torch.testing.assert_close(losses(out), losses(whole), rtol=1e-5, atol=0)
+    for one, other in zip(of_sources(out), of_sources(whole), strict=True):
+        assert all(one[name]["loss"] == pytest.approx(other[name]["loss"], rel=1e-5) for name in ("new", "old"))
+
+
+@pytest.mark.gloo
 def test_the_loss_of_a_source_is_that_of_its_rows(user: Playground, tmp_path: Path) -> None:
     """With a rate of next to nothing, what a run reports of one source is what a run on that source alone would."""
     more = ("--max_steps", 1, "--warmup_steps", 0, "--seq_len", 16, "--per_device_train_batch_size", 8)

@@ -339,12 +339,19 @@ def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(user: Pla
         run_ranks(1, interrupted_job, argv, step)
     run(1, argv)
     assert_same_run(out, whole)
-    run(2, user.flags(wide, *more, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2))
+    argv_wide = user.flags(wide, *more, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2)
+    run_ranks(2, job_in_small_batches, argv_wide)
     torch.testing.assert_close(losses(wide), losses(whole), rtol=1e-5, atol=0)
     assert of_sources(wide)[-1]["old"]["tokens"] == 6 * 32
     changed = [*argv, "--shuffle_buffer", "8"]
     kind, message = run_ranks(1, refused, changed)[0]
     assert kind == "UserError" and "sources of --mixture, train.shuffle_buffer: 7 there, 8 here" in message
+
+
+def job_in_small_batches(argv: list[str]) -> None:
+    """So that each rank tokenises some."""
+    stream_blocks.BATCH_CHARACTERS = 2000
+    job(argv)
 
 
 def job_in_order(argv: list[str]) -> None:

@@ -14,7 +14,7 @@ write_embedded     no file named at all                              -> the defa
 """
 
 from mora_ds.data.cache import Encoder, TokenCache, build_cache
-from mora_ds.data.corpus import Corpus, load_corpus, resolve_files
+from mora_ds.data.corpus import Corpus, is_saved_dataset, load_corpus, resolve_files
 from mora_ds.data.duplicates import canonical_digest, is_held_out
 from mora_ds.data.embedded import EmbeddedCorpus, domain_documents, general_documents, write_embedded
 from mora_ds.data.held_out import DocumentFilter, document_hash, hashes_of
@@ -70,6 +70,7 @@ __all__ = [
     "general_documents",
     "hashes_of",
     "is_held_out",
+    "is_saved_dataset",
     "largest_id",
     "load_corpus",
     "load_tokenizer",

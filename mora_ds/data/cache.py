@@ -113,7 +113,7 @@ class Encoder:
         return np.concatenate(rows), ends
 
     def rows(self, batch: list[Document]) -> list[np.ndarray]:
-        """The tokens of each document (or piece), with what stands before and behind it."""
+        """The tokens of each document (or piece of one)."""
         texts = [document.text for document in batch]
         encoded = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False

@@ -207,7 +207,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _expand(path: Path) -> list[Path]:
-    if not path.is_dir() or _is_saved_dataset(path) or is_prepared(path):
+    if not path.is_dir() or is_saved_dataset(path) or is_prepared(path):
         return [path]
     files: list[Path] = []
     for folder, folders, names in os.walk(path):
@@ -244,14 +244,15 @@ def _file_part(path: Path, text_column: str, flag: str) -> Part:
 # -- datasets ------------------------------------------------------------------------------------------------------
 
 
-def _is_saved_dataset(folder: Path) -> bool:
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `datasets` has saved it, to be mapped as it is."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def _named_dataset(name: str, config: str | None, split: str, text_column: str) -> DatasetPart:
     import datasets  # here, not above: it is slow to import and most runs read files
 
-    if _is_saved_dataset(Path(name)):
+    if is_saved_dataset(Path(name)):
         return _dataset_part(name, _saved_dataset(Path(name), split, "--dataset_name"), text_column, "--dataset_name")
     try:
         dataset = datasets.load_dataset(name, config, split=split)

@@ -65,9 +65,9 @@ class DocumentStream:
     """The documents of `corpus` from any place on, epoch by epoch."""
 
     def __init__(
-        self, name: str, corpus: Corpus, settings: StreamSettings, say: Callable[[str], None] = lambda text: None
+        self, name: str, corpus: Corpus, settings: StreamSettings, warn: Callable[[str], None] = lambda text: None
     ) -> None:
-        self.name, self.corpus, self.settings, self.say = name, corpus, settings, say
+        self.name, self.corpus, self.settings, self.warn = name, corpus, settings, warn
 
     def epoch(self, place: Place) -> Iterator[tuple[Document, Place]]:
         """The documents from `place` to the end of its epoch, each with its own place. Empty ones are left out.
@@ -148,7 +148,7 @@ class DocumentStream:
                         f"{waited:.0f} s (--stream_retry_s): {error}"
                     ) from error
                 wait = min(wait, self.settings.retry_s - waited)
-                self.say(
+                self.warn(
                     f"source {self.name!r}: {part.label}, behind record {mark.record}: {error}; again in {wait:.0f} s"
                 )
             time.sleep(wait)
