@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "ds_config_keys", "lanes", "tables", "processes", "status"),
     (
         *("operators", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer", "zero", "muon"),
-        *("stopping", "topology", "sequence_parallel", "replicas"),
+        *("stopping", "topology", "sequence_parallel", "replicas", "trials"),
     ),
     (
         *("cli", "restart", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder"),
@@ -68,7 +68,7 @@ DISTRIBUTED = {
 
 STANDARD_LIBRARY_ONLY = {
     *("errors", "version", "schedules", "stall", "schedule_text", "ds_config_keys", "ds_optimizer", "ds_config"),
-    *("files", "cli", "stopping", "processes"),
+    *("files", "cli", "stopping", "processes", "trials"),
 }
 WITHOUT_DEEPSPEED = (
     "operators", "windows", "layer", "tensor_plan", "tensor_cost", "config", "injection", "data", "ledger", "export",
