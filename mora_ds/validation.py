@@ -93,6 +93,7 @@ def _adapter(adapter: AdapterArguments) -> Iterator[Check]:
         control and (adapter.merge_every > 0 or adapter.merge_at_end or stalled),
         f"--adapter {adapter.adapter} has nothing to merge: drop --merge_every, --merge_when and --merge_at_end",
     )
+    yield from _new_embeddings(adapter, control)
     yield adapter.full_rank_steps < 0, _at_least("full_rank_steps", 0, adapter.full_rank_steps)
     yield (
         control and adapter.full_rank_steps > 0,
@@ -113,6 +114,16 @@ def _adapter(adapter: AdapterArguments) -> Iterator[Check]:
         f"--merge_at_latest {adapter.merge_at_latest} must be more than --restart_warmup_steps and --stall_window "
         f"together, {useless}: no cycle would be judged",
     )
+
+
+def _new_embeddings(adapter: AdapterArguments, control: bool) -> Iterator[Check]:
+    flag, wanted = "--train_new_embeddings", adapter.train_new_embeddings
+    yield wanted and control, f"{flag}: --adapter {adapter.adapter} leaves no row frozen beside others that are trained"
+    yield (
+        wanted and (adapter.train_embeddings or adapter.train_head),
+        f"{flag} trains the new rows alone, --train_embeddings and --train_head train them all: choose",
+    )
+    yield wanted and adapter.full_rank_steps > 0, f"{flag}: --full_rank_steps train every row first: choose"
 
 
 def _parts(arguments: Arguments) -> Iterator[Check]:
@@ -209,6 +220,7 @@ def _tensor_parallel(arguments: Arguments) -> Iterator[Check]:
     adapter, degree = arguments.adapter, arguments.training.tensor_parallel_size
     flag = f"--tensor_parallel_size {degree}"
     yield degree < 1, _at_least("tensor_parallel_size", 1, degree)
+    yield degree > 1 and adapter.train_new_embeddings, f"{flag} has not been tried with --train_new_embeddings"
     yield _choice("tp_grouping", adapter.tp_grouping, TPGrouping)
     yield adapter.tp_segments < 1, _at_least("tp_segments", 1, adapter.tp_segments)
     aligned = adapter.tp_grouping == TPGrouping.ALIGNED.value

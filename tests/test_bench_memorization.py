@@ -31,11 +31,11 @@ def test_bad_flags_are_named_before_anything_runs(tmp_path: Path) -> None:
 @pytest.mark.heavy
 def test_two_pairs_are_known_by_heart(tmp_path: Path, user: Playground) -> None:
     flags = ["--work", tmp_path, "--base", user.model, "--pairs", 2, "--batch", 4, "--micro_batch", 2, "--steps", 120]
-    flags += ["--every", 30, "--seeds", 1, "--rates", 1e-2, 3e-2, "--cycles", 2, "--rank", 4, "--probe", 2]
+    flags += ["--every", 30, "--seeds", 1, "--rates", 1e-2, "--cycles", 2, "--rank", 4, "--probe", 2]
     done = bench(*flags)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {each["method"] for each in results} == {"full", "lora", "mora", "remora"} and len(results) == 8
+    assert {each["method"] for each in results} == {"full", "lora", "mora", "remora"} and len(results) == 4
     trained = {each["method"]: each["trained"] for each in results}
     assert trained["mora"] == trained["remora"] <= trained["lora"] < trained["full"]
     for each in results:
