@@ -60,6 +60,11 @@ def _model_and_data(arguments: Arguments) -> Iterator[Check]:
     yield bool(data.eval_files) and not has_data, "--eval_files without --train_files or --dataset_name"
     trains_tokenizer = model.train_tokenizer_vocab != 0
     yield model.train_tokenizer_vocab < 0, _at_least("train_tokenizer_vocab", 0, model.train_tokenizer_vocab)
+    kinds, kind = ("bpe", "unigram"), model.train_tokenizer_type
+    yield (
+        kind not in kinds,
+        f"unknown --train_tokenizer_type {kind!r}; known: {', '.join(kinds)}.{nearest(kind, kinds)}",
+    )
     yield (
         trains_tokenizer and model.tokenizer_name is not None,
         "--tokenizer_name and --train_tokenizer_vocab: give one of them",
