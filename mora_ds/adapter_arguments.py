@@ -75,6 +75,8 @@ class AdapterArguments:
     """Dropout on the adapter's input, at least 0 and below 1."""
     train_embeddings: bool = False
     """Train the input embeddings too (sharded by ZeRO like the squares)."""
+    train_new_embeddings: bool = False
+    """Train the rows that tools/extend_vocab.py has added to embeddings and head, and keep the others frozen."""
     train_norms: bool = False
     """Train the norms too."""
     train_head: bool = False

@@ -59,6 +59,8 @@ class AdapterConfig:
     train_embeddings: bool = False
     train_norms: bool = False
     train_head: bool = False
+    new_rows_from: int = 0
+    """Train the rows of embeddings and head from this one on, and keep those before it frozen; 0: do not."""
     seed: int = 42
     """Seed of what is drawn in each cycle (permutations, LoRA's A), hashed with the layer's name and the cycle."""
 
@@ -91,7 +93,9 @@ class AdapterConfig:
         return permutation_seed(self.seed, f"first/{layer}", cycle)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.adapter, **asdict(self), "target_modules": list(self.target_modules)}
+        """Without new rows where there are none: as before there were any."""
+        values = {"kind": self.adapter, **asdict(self), "target_modules": list(self.target_modules)}
+        return values if self.new_rows_from else {key: each for key, each in values.items() if key != "new_rows_from"}
 
     @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:

@@ -21,6 +21,8 @@ class ModelArguments:
     """Folder, hub name or SentencePiece .model file of the tokenizer. Default: the model's own."""
     train_tokenizer_vocab: int = 0
     """Train a SentencePiece tokenizer of this many pieces on the training files; 0 for none."""
+    train_tokenizer_type: str = "bpe"
+    """SentencePiece's algorithm for --train_tokenizer_vocab: bpe or unigram."""
     trust_remote_code: bool = False
     """Run code that comes with a hub model."""
     attn_implementation: str = "auto"

@@ -25,6 +25,7 @@ from mora_ds.files import MANIFEST, atomic_folder, recorded_hashes, verify_manif
 from mora_ds.ledger import LayerEntry, Ledger, live_weight
 from mora_ds.model_card import model_card
 from mora_ds.model_folder import plan_shards, write_companions, write_shards
+from mora_ds.new_rows import is_new_rows, stands_for, with_last_rows
 from mora_ds.tensor_files import compute_dtype, dtype_name
 
 LEDGER_FOLDER = "ledger"
@@ -184,15 +185,18 @@ def _check_layers(run: _Run) -> None:
                 " tensor can stand for both"
             )
     for name in run.adapter.trainables:
-        _check_shape(run, name, run.tensors.trained_shape(name))
+        shape = run.tensors.trained_shape(name)
+        _check_shape(run, stands_for(name), (None, *shape[1:]) if is_new_rows(name) else shape)
 
 
-def _check_shape(run: _Run, name: str, shape: tuple[int, ...]) -> None:
+def _check_shape(run: _Run, name: str, shape: tuple[int | None, ...]) -> None:
+    """A side that is None may be any."""
     key = run.reference.keys.get(name)
     if key is None or key not in run.base:
         raise UserError(f"{run.checkpoint / 'base.json'} names no tensor of {run.base.folder} for {name}")
-    if run.base.shape_dtype(key)[0] != shape:
-        raise UserError(f"{name} has shape {shape} in the checkpoint, {run.base.shape_dtype(key)[0]} in the base")
+    found = run.base.shape_dtype(key)[0]
+    if len(found) != len(shape) or any(side not in (None, real) for side, real in zip(shape, found, strict=True)):
+        raise UserError(f"{name} has shape {shape} in the checkpoint, {found} in the base")
 
 
 def _check_output(output: Path, overwrite: bool, run: _Run) -> None:
@@ -227,7 +231,7 @@ def _exported_keys(run: _Run) -> Iterator[str]:
 
 def _trained_by_key(run: _Run) -> dict[str, str]:
     """Key -> parameter name of the trained tensor that takes its place."""
-    return {run.reference.keys[name]: name for name in run.adapter.trainables}
+    return {run.reference.keys[stands_for(name)]: name for name in run.adapter.trainables}
 
 
 def _tensor_of(run: _Run) -> Callable[[str, torch.dtype], Tensor]:
@@ -237,7 +241,8 @@ def _tensor_of(run: _Run) -> Callable[[str, torch.dtype], Tensor]:
 
     def tensor_of(key: str, dtype: torch.dtype) -> Tensor:
         if key in trained:
-            return run.tensors.trained(trained[key]).to(dtype)
+            tensor = run.tensors.trained(trained[key]).to(dtype)
+            return with_last_rows(run.base.read(key).to(dtype), tensor) if is_new_rows(trained[key]) else tensor
         return _merged(run, key, layers[key], dtype) if key in layers else run.base.read(key).to(dtype)
 
     return tensor_of

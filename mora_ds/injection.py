@@ -20,6 +20,7 @@ from mora_ds.compute import Compute
 from mora_ds.config import ALL_LINEAR, AdapterConfig, MoRAConfig
 from mora_ds.errors import UserError, nearest
 from mora_ds.layer import AdaptedLinear, adapt, is_linear, linear_shape
+from mora_ds.new_rows import train_new_rows
 from mora_ds.tensor_plan import Style, style_in_plan
 from mora_ds.updates import Side, value_name, value_shape
 
@@ -105,6 +106,8 @@ def inject(model: nn.Module, config: AdapterConfig) -> InjectionReport:
         layer.aligned = aligned
         _replace(model, name, layer)
     _freeze_to_buffers(model, keep)
+    if config.new_rows_from:
+        train_new_rows(model, config.new_rows_from)
     layers = list(mora_layers(model).values())
     values = sum(layer.value.numel() for layer in layers)
     trainable = sum(parameter.numel() for parameter in model.parameters())

@@ -37,6 +37,7 @@ from mora_ds.sequence_checks import describe
 from mora_ds.sequence_parallel import share_rows
 from mora_ds.tensor_cost import costs
 from mora_ds.tensor_plan import TPInputs, plan_of
+from mora_ds.vocabulary_rows import first_new_row
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ def _adapter_job(
     arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, place: Place
 ) -> Job:
     config, ranks = arguments.adapter.config(arguments.training.seed), place.ranks
+    if arguments.adapter.train_new_embeddings:
+        config = replace(config, new_rows_from=first_new_row(loaded.base.folder))
     degree, inputs = arguments.training.tensor_parallel_size, TPInputs(arguments.training.tp_inputs)
     report = inject(loaded.model, config)
     place.say(report)

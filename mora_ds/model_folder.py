@@ -21,8 +21,8 @@ from mora_ds.base import INDEX_FILE, SINGLE_FILE, BaseCheckpoint
 from mora_ds.files import read_json, write_json_atomic
 from mora_ds.tensor_files import SafetensorsWriter, dtype_name, tensor_nbytes
 
-COPIED_FROM_BASE = ("generation_config.json", "*.py", "LICENSE*")
-"""Beside the tokenizer: settings for sampling, a custom model's code, the licence."""
+COPIED_FROM_BASE = ("generation_config.json", "*.py", "LICENSE*", "vocabulary_extension.json")
+"""Beside the tokenizer: settings for sampling, a custom model's code, the licence, which rows are new."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",

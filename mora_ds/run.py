@@ -25,6 +25,7 @@ from mora_ds.errors import UserError
 from mora_ds.followers import Followers
 from mora_ds.injection import frozen_buffers, mora_layers, value_names
 from mora_ds.ledger import Ledger
+from mora_ds.new_rows import stands_for
 from mora_ds.ranks import Ranks
 from mora_ds.remora import EXACT, MergeReport, ReMoRA
 from mora_ds.resets import OptimizerReset
@@ -151,7 +152,7 @@ class Run:
         model: Any = self.engine.module
         frozen = frozen_buffers(model)
         squares = value_names(model)
-        names = [*frozen, *(name for name, _ in model.named_parameters() if name not in squares)]
+        names = [*frozen, *(stands_for(name) for name, _ in model.named_parameters() if name not in squares)]
         ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
         keys = base.map_parameters(names, model.base_model_prefix, ties, renamed_keys(model, base.keys()))
         self.ranks.on_first(lambda: verify_against_model(base, keys, frozen, frozen))

@@ -27,7 +27,7 @@ from mora_ds.data import (
     resolve_files,
     train_sentencepiece,
 )
-from mora_ds.data_arguments import DataArguments
+from mora_ds.data_arguments import DataArguments, ModelArguments
 from mora_ds.errors import UserError
 from mora_ds.files import copy_folder, disk_errors
 from mora_ds.followers import Followers
@@ -147,7 +147,7 @@ def _tokenizer(
     model, ranks = arguments.model, followers.ranks
     if model.train_tokenizer_vocab:
         flag, path = "--train_tokenizer_vocab", target / "tokenizer.model"
-        ranks.on_first(lambda: _train_once(corpus, model.train_tokenizer_vocab, path))
+        ranks.on_first(lambda: _train_once(corpus, model, path))
         followers.share(target)
         tokenizer = load_tokenizer(path, flag=flag)
     elif model.tokenizer_name is not None:
@@ -164,10 +164,12 @@ def _tokenizer(
     return tokenizer
 
 
-def _train_once(corpus: Corpus, vocabulary: int, path: Path) -> None:
+def _train_once(corpus: Corpus, model: ModelArguments, path: Path) -> None:
     if not path.exists():
         with disk_errors(path.parent):
-            train_sentencepiece(corpus.texts(), vocabulary, path.parent)
+            train_sentencepiece(
+                corpus.texts(), model.train_tokenizer_vocab, path.parent, algorithm=model.train_tokenizer_type
+            )
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -65,6 +65,11 @@ def _model_and_data(arguments: Arguments) -> Iterator[Check]:
     yield bool(data.eval_files) and not has_data, "--eval_files without --train_files or --dataset_name"
     trains_tokenizer = model.train_tokenizer_vocab != 0
     yield model.train_tokenizer_vocab < 0, _at_least("train_tokenizer_vocab", 0, model.train_tokenizer_vocab)
+    kinds, kind = ("bpe", "unigram"), model.train_tokenizer_type
+    yield (
+        kind not in kinds,
+        f"unknown --train_tokenizer_type {kind!r}; known: {', '.join(kinds)}.{nearest(kind, kinds)}",
+    )
     yield (
         trains_tokenizer and model.tokenizer_name is not None,
         "--tokenizer_name and --train_tokenizer_vocab: give one of them",
@@ -133,6 +138,7 @@ def _adapter(adapter: AdapterArguments) -> Iterator[Check]:
         control and (adapter.merge_every > 0 or adapter.merge_at_end or stalled),
         f"--adapter {adapter.adapter} has nothing to merge: drop --merge_every, --merge_when and --merge_at_end",
     )
+    yield from _new_embeddings(adapter, control)
     yield adapter.full_rank_steps < 0, _at_least("full_rank_steps", 0, adapter.full_rank_steps)
     yield (
         control and adapter.full_rank_steps > 0,
@@ -153,6 +159,16 @@ def _adapter(adapter: AdapterArguments) -> Iterator[Check]:
         f"--merge_at_latest {adapter.merge_at_latest} must be more than --restart_warmup_steps and --stall_window "
         f"together, {useless}: no cycle would be judged",
     )
+
+
+def _new_embeddings(adapter: AdapterArguments, control: bool) -> Iterator[Check]:
+    flag, wanted = "--train_new_embeddings", adapter.train_new_embeddings
+    yield wanted and control, f"{flag}: --adapter {adapter.adapter} leaves no row frozen beside others that are trained"
+    yield (
+        wanted and (adapter.train_embeddings or adapter.train_head),
+        f"{flag} trains the new rows alone, --train_embeddings and --train_head train them all: choose",
+    )
+    yield wanted and adapter.full_rank_steps > 0, f"{flag}: --full_rank_steps train every row first: choose"
 
 
 def _parts(arguments: Arguments) -> Iterator[Check]:
@@ -259,6 +275,7 @@ def _tensor_parallel(arguments: Arguments) -> Iterator[Check]:
     adapter, degree = arguments.adapter, arguments.training.tensor_parallel_size
     flag = f"--tensor_parallel_size {degree}"
     yield degree < 1, _at_least("tensor_parallel_size", 1, degree)
+    yield degree > 1 and adapter.train_new_embeddings, f"{flag} has not been tried with --train_new_embeddings"
     yield _choice("tp_grouping", adapter.tp_grouping, TPGrouping)
     yield _choice("tp_inputs", arguments.training.tp_inputs, TPInputs)
     yield adapter.tp_segments < 1, _at_least("tp_segments", 1, adapter.tp_segments)

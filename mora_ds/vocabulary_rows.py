@@ -31,7 +31,7 @@ from mora_ds.data import (
     load_tokenizer,
 )
 from mora_ds.errors import RunError, UserError
-from mora_ds.files import atomic_folder, read_json
+from mora_ds.files import atomic_folder, malformed, read_json, require_format
 from mora_ds.model import folder_config
 from mora_ds.model_folder import fill_shards, write_companions, write_shards
 
@@ -103,6 +103,19 @@ def extend_vocabulary(
             _write(base, partial, keys, extension, rows)
     nbytes = sum(len(text.encode()) for text in measured)
     return VocabularyReport(output, pieces, (old_rows, rows), densities, nbytes, held_out)
+
+
+def first_new_row(folder: Path) -> int:
+    """The first row that an extension has added. Raises `UserError` for a folder that holds no extended model."""
+    path = folder / EXTENSION_JSON
+    if not path.is_file():
+        raise UserError(
+            f"--train_new_embeddings: {folder} has no {EXTENSION_JSON}, so tools/extend_vocab.py has not made it"
+        )
+    content = read_json(path)
+    require_format(path, content)
+    with malformed(path):
+        return int(content["first_row"])
 
 
 def _rows(extension: Extension, old_rows: int) -> int:

@@ -24,11 +24,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("operators", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer", "ds_tensor_parallel"),
-        *("stopping", "topology", "sequence_parallel", "replicas", "restart", "background", "forgetting"),
+        *("stopping", "topology", "sequence_parallel", "replicas", "restart", "background", "forgetting", "trials"),
+        *("new_rows",),
     ),
     (
-        *("data", "cli", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder"),
-        *("followers", "checkpoint_care", "resets", "schedule_text", "windows", "data_arguments", "collectives"),
+        *("cli", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder", "followers"),
+        *("checkpoint_care", "resets", "schedule_text", "windows", "data_arguments", "data", "collectives"),
         *("loop_settings",),
     ),
     (
@@ -79,7 +80,11 @@ DISTRIBUTED = {
 
 STANDARD_LIBRARY_ONLY = {
     *("errors", "version", "schedules", "stall", "schedule_text", "ds_config_keys", "ds_optimizer", "ds_config"),
+<<<<<<< HEAD
     *("ds_tensor_parallel", "files", "cli", "stopping", "processes"),
+=======
+    *("files", "cli", "stopping", "processes", "trials"),
+>>>>>>> corpus
 }
 WITHOUT_DEEPSPEED = (
     "operators", "windows", "layer", "tensor_plan", "tensor_cost", "config", "injection", "data", "ledger", "export",

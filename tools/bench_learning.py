@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mora_ds import cli
 from mora_ds.demo import DemoPaths, warm_start_settings, write_inputs
-from mora_ds.errors import RunError, UserError, nearest
+from mora_ds.errors import UserError, nearest
 from mora_ds.ledger_table import table
+from mora_ds.trials import pretrain_alone
 
-ROOT = Path(__file__).resolve().parents[1]
 LORA_RATES = MORA_RATES = (3e-3, 1e-2, 3e-2)
 MUON_RATES = (1e-2, 3e-2, 1e-1)
 FULL_RATES = (3e-4, 1e-3, 3e-3)
@@ -105,7 +102,7 @@ def main() -> None:
     if not paths.warm.is_dir():
         write_inputs(paths, seed=42)
         print("warm start on prose")
-        _launch(warm_start_settings(paths, ROWS, seed=42), paths.root / "warm.log")
+        pretrain_alone(warm_start_settings(paths, ROWS, seed=42), paths.root / "warm.log")
     trials = list(_trials(options))
     with ThreadPoolExecutor(options.jobs) as pool:
         for done, trial in enumerate(pool.map(lambda trial: _run(trial, paths, options), trials), 1):
@@ -150,30 +147,8 @@ def _run(trial: Trial, paths: DemoPaths, options: argparse.Namespace) -> Trial:
         if method.merges:
             settings |= {"merge_every": options.steps // CYCLES, "restart_warmup_steps": RAMP}
         trial.folder.parent.mkdir(parents=True, exist_ok=True)
-        _launch(settings, trial.folder.with_suffix(".log"))
+        pretrain_alone(settings, trial.folder.with_suffix(".log"))
     return trial
-
-
-def _launch(settings: dict[str, Any], log: Path) -> None:
-    """`launch/pretrain.py` as a launcher would start its only rank."""
-    flags = [part for name, value in settings.items() for part in (f"--{name}", *_words(value))]
-    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--deepspeed", str(ROOT / "configs/zero3.json")]
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port()}
-    with log.open("w", encoding="utf-8") as file:
-        environment = {**os.environ, **rank, "OMP_NUM_THREADS": "1"}
-        code = subprocess.run([*command, *flags], env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
-    if code:
-        raise RunError(f"a run failed: see {log}")
-
-
-def _words(value: Any) -> list[str]:
-    return [str(each) for each in value] if isinstance(value, list) else [str(value)]
-
-
-def _port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
