@@ -35,7 +35,7 @@ from mora_ds.run_data import RunData
 from mora_ds.saving import PROBE_TOKENS, save_full_model
 from mora_ds.sequence_checks import describe
 from mora_ds.sequence_parallel import share_rows
-from mora_ds.tensor_cost import costs
+from mora_ds.costs import costs
 from mora_ds.tensor_plan import plan_of
 
 

@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tensor_plan", "adapter_arguments", "ledger", "model", "model_folder", "data", "shards"),
     ("arguments", "injection", "adapter_files", "losses", "flat_tensors", "ledger_table"),
     (
-        *("tensor_parallel", "tensor_cost", "remora", "partitions", "model_card", "ledger_tools", "universal"),
+        *("tensor_parallel", "costs", "remora", "partitions", "model_card", "ledger_tools", "universal"),
         *("portable", "sequence_checks", "validation", "run_data"),
     ),
     ("engine", "saving", "checkpoint", "verification"),
@@ -69,7 +69,7 @@ STANDARD_LIBRARY_ONLY = {
     *("files", "cli", "stopping", "processes"),
 }
 WITHOUT_DEEPSPEED = (
-    "operators", "windows", "layer", "tensor_plan", "tensor_cost", "config", "injection", "data", "ledger", "export",
+    "operators", "windows", "layer", "tensor_plan", "costs", "config", "injection", "data", "ledger", "export",
     "shards", "checkpoint_folder", "verification", "universal", "portable", "arguments", "validation",
 )  # fmt: skip
 """Rooms that must not need DeepSpeed, not even through another room."""

@@ -19,7 +19,7 @@ from mora_ds.errors import UserError
 from mora_ds.injection import inject, mora_layers
 from mora_ds.model import folder_config, read_model_config
 from mora_ds.operators import OperatorKind
-from mora_ds.tensor_cost import cost_table
+from mora_ds.costs import cost_table
 
 
 def main() -> None:
