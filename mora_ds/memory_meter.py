@@ -26,7 +26,8 @@ from mora_ds.errors import UserError
 class MemoryMeter(TorchDispatchMode):
     """Bytes of the storages that operators make while it is entered, until they are freed (also after it is left).
 
-    `known`: tensors that were there before; their storages are not counted.
+    `known`: tensors that were there before, which are not counted. Any that an operator is given without having been
+    made within counts as such, so that in-place operators need no list of them.
     """
 
     def __init__(self, known: Iterable[Tensor] = (), answer: bool = False) -> None:
@@ -35,11 +36,16 @@ class MemoryMeter(TorchDispatchMode):
         self.live = self.peak = 0
         self.answer = answer
         self._sizes: dict[int, int] = {}
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._known: set[int] = set()
+        for tensor in known:
+            self._know(tensor.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self._answered(args[0])
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._know(tensor.untyped_storage())
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -57,6 +63,12 @@ class MemoryMeter(TorchDispatchMode):
             "what this model computes hangs on its data in a way that no plan can know (a mixture of experts?): "
             "plan a model of the same shape without it"
         )
+
+    def _know(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._known and key not in self._sizes:
+            self._known.add(key)
+            weakref.finalize(storage, self._known.discard, key)  # another may get its address
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

@@ -127,7 +127,9 @@ def folder_config(folder: Path | str, trust_remote_code: bool = False) -> Any:
 def named_config(name: str, trust_remote_code: bool = False) -> Any:
     """The config of a model folder, a hub name or a config JSON; no weights are looked for. Raises `UserError`."""
     path = Path(name).expanduser()
-    return read_model_config(path) if path.is_file() else folder_config(path if path.is_dir() else name, trust_remote_code)
+    return (
+        read_model_config(path) if path.is_file() else folder_config(path if path.is_dir() else name, trust_remote_code)
+    )
 
 
 _NOT_THE_FUNCTION = {

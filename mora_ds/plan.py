@@ -191,7 +191,13 @@ class _Facts:
 
         numels = trainable_numels(whole, work.tensor_parallel)
         return cls(
-            model, tuple(numels), len(mora_layers(model)), elements, own_buffer_bytes(model), measure_merge(model), spent
+            model,
+            tuple(numels),
+            len(mora_layers(model)),
+            elements,
+            own_buffer_bytes(model),
+            measure_merge(model),
+            spent,
         )
 
 

@@ -54,7 +54,7 @@ class Trained:
 
     @property
     def own(self) -> int:
-        """Elements of this rank's shares: each parameter padded to the ranks under ZeRO-3, all of them together below."""
+        """Elements of this rank's shares: under ZeRO-3 each parameter is padded to the ranks, below it all together."""
         if self.stage == 3:
             return sum(-(-numel // self.ranks) for numel in self.numels)
         return -(-self.whole // self.ranks) if self.stage else self.whole
@@ -135,7 +135,9 @@ def rank_memory(
     squares = (own if trained.stage == 3 else whole) * each
     bucket, reduced = _bucket_bytes(trained)
     held_whole = (gathered.most_held + persistent) * each if trained.ranks > 1 and trained.stage == 3 else 0
-    arriving = gathered.largest_call * each if held_whole else 0
+    # what arrives has a buffer of its own until it is taken apart: early in forward, unless backward gathers again
+    again = gathered.elements > whole - persistent
+    arriving = gathered.largest_call * each if held_whole and again else 0
     kept_whole = persistent * each if trained.ranks > 1 else 0
     largest = max(trained.numels, default=0) * FP32
     return RankMemory(
@@ -168,7 +170,9 @@ def _optimizer_bytes(trained: Trained) -> tuple[int, int, int]:
     moments = round((squares if trained.muon else 2 * squares) * FP32 + 2 * (own - squares) * FP32)
     if stage == 0:
         return masters, moments, trained.whole * trained.bytes_each
-    accumulated = {"fp16": 2, "bf16": 2}.get(str((trained.ds_config.get("data_types") or {}).get("grad_accum_dtype")), FP32)
+    accumulated = {"fp16": 2, "bf16": 2}.get(
+        str((trained.ds_config.get("data_types") or {}).get("grad_accum_dtype")), FP32
+    )
     return masters, moments, (trained.whole if stage == 1 else own) * accumulated
 
 

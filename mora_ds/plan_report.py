@@ -9,9 +9,10 @@ from mora_ds.plan import USABLE, Plan
 from mora_ds.plan_time import rates
 
 
-def report(plan: Plan) -> str:
-    """Tables for people; sizes in GB (10^9 bytes), or MB where they are small."""
-    parts = [_head(plan), _memory(plan), _traffic(plan), verdict(plan)]
+def report(plan: Plan, timed: bool = True) -> str:
+    """Tables for people; sizes in GB (10^9 bytes), or MB where they are small. Not `timed`: the cluster's rates are
+    not known."""
+    parts = [_head(plan), _memory(plan), _traffic(plan), *([_time(plan)] if timed else []), verdict(plan)]
     return "\n".join(parts)
 
 
@@ -70,12 +71,18 @@ def _memory(plan: Plan) -> str:
 
 
 def _traffic(plan: Plan) -> str:
-    time = plan.time
     lines = [
         f"  gathered a step and rank    {_size(plan.gathered):>10}  in {plan.gather_calls} collectives, the trained "
         f"parameters {plan.passes:.2f} times; base 0",
         f"  reduced a step and rank     {_size(plan.reduced):>10}",
         f"  sent a step and rank        {_size(plan.sent):>10}  squares and activations",
+    ]
+    return "\n".join(lines)
+
+
+def _time(plan: Plan) -> str:
+    time = plan.time
+    lines = [
         f"  step {time.step:.3f} s = {plan.tokens_per_second:,.0f} tokens/s: arithmetic {time.products:.3f} s, "
         f"squares {time.zero:.3f} s beside it, activations between ranks {time.groups:.3f} s",
         f"  the bottleneck is {time.bottleneck}",

@@ -25,8 +25,10 @@ from mora_ds.ledger import live_weight
 from mora_ds.losses import token_nll
 from mora_ds.memory_meter import MemoryMeter, fused_attention
 from mora_ds.model import AUTO_ATTENTION
+from mora_ds.operators import OperatorSpec
 from mora_ds.tensor_parallel import split_model
 from mora_ds.topology import Topology
+from mora_ds.updates import value_shape
 from mora_ds.zero_trace import Event, record
 
 
@@ -129,9 +131,11 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
         with MemoryMeter(known, answer=not work.document_mask) as meter, fused_attention(work.sequence_parallel):
             loss = token_nll(model, batch)
             kept = meter.live
-            if loss.requires_grad:
-                loss.backward()
+            loss.backward()
             del loss
+    except (RuntimeError, NotImplementedError) as error:  # a kernel that torch has for devices, not for shapes alone
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"this model cannot be planned in {work.dtype}: {reason}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -143,7 +147,7 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
 def trace_step(model: nn.Module, work: Work) -> list[Event]:
     """What `zero_trace.gathers` reads. Changes the model: its layers share their tables from here on, for speed."""
     for layer in mora_layers(model).values():
-        if hasattr(layer.spec, "seed"):
+        if isinstance(layer.spec, OperatorSpec):
             layer.spec = replace(layer.spec, seed=0)
     with record(model) as events, MemoryMeter(answer=not work.document_mask), fused_attention(work.sequence_parallel):
         token_nll(model, _batch(work)).backward()
@@ -160,8 +164,7 @@ def measure_merge(model: nn.Module) -> int:
         return 0
     layer = max(layers, key=lambda candidate: candidate.weight.numel())
     with MemoryMeter((*model.parameters(), *model.buffers())) as meter:
-        side = (layer.spec.r_hat,) * 2 if hasattr(layer.spec, "r_hat") else layer.value.shape
-        square = torch.empty(side, dtype=torch.float32, device="meta")
+        square = torch.empty(value_shape(layer.spec), dtype=torch.float32, device="meta")
         old = layer.weight.clone()
         layer.weight.copy_(live_weight(layer.weight, [(layer.spec, square)], layer.transposed, layer.weight.dtype))
         del old

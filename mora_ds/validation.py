@@ -230,10 +230,6 @@ def _tensor_parallel(arguments: Arguments) -> Iterator[Check]:
     )
     if degree > 1:
         yield from _split(arguments, flag)
-    yield (
-        arguments.training.dry_run and (arguments.embedded_default or adapter.full_rank_steps > 0),
-        "--dry_run needs a model and data that are there: name them, and leave --full_rank_steps out",
-    )
 
 
 def _split(arguments: Arguments, flag: str) -> Iterator[Check]:

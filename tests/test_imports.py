@@ -18,14 +18,23 @@ import mora_ds
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version", "ds_config_keys", "lanes", "tables", "processes", "status"),
+    ("errors", "version", "ds_config_keys", "lanes", "tables", "processes", "status", "zero_trace"),
     (
         *("operators", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer", "zero", "muon"),
         *("stopping", "topology", "sequence_parallel", "replicas"),
     ),
     (
         *("cli", "restart", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder"),
-        *("followers", "background", "checkpoint_care", "resets", "schedule_text", "windows", "data_arguments"),
+        *(
+            "followers",
+            "background",
+            "checkpoint_care",
+            "resets",
+            "schedule_text",
+            "windows",
+            "data_arguments",
+            "memory_meter",
+        ),
     ),
     ("config", "layer", "base", "export_check", "spectrum", "checkpoint_folder", "training_arguments"),
     ("tensor_plan", "adapter_arguments", "ledger", "model", "model_folder", "data", "shards"),
@@ -34,9 +43,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("tensor_parallel", "costs", "remora", "partitions", "model_card", "ledger_tools", "universal"),
         *("portable", "sequence_checks", "validation", "run_data"),
     ),
-    ("engine", "saving", "checkpoint", "verification"),
-    ("export", "run", "trainer", "compact", "spectrum_report"),
-    ("jobs",),
+    ("engine", "saving", "checkpoint", "verification", "plan_step"),
+    ("export", "run", "trainer", "compact", "spectrum_report", "plan_memory", "plan_time"),
+    ("jobs", "plan"),
+    ("plan_report",),
+    ("dry_run",),
     ("pretrain",),
     ("full_rank",),
     ("demo",),
@@ -55,6 +66,7 @@ DATA_SEES = {"errors", "files"}
 
 DEEPSPEED = {
     *("zero", "muon", "topology", "flat_tensors", "partitions", "sequence_parallel", "engine", "saving", "jobs"),
+    "dry_run",
 }
 """Rooms that may import deepspeed: internals in the first six, its public functions in the others."""
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mora_ds import zero
 from mora_ds.config import MoRAConfig
-from mora_ds.injection import frozen_buffers, inject
 from mora_ds.costs import Collective, cost_table, costs
+from mora_ds.injection import frozen_buffers, inject
 from tests.gloo import run_ranks
 from tests.models import causal_loss, tokens
 from tests.tensor_parallel import Case, model_of, start
