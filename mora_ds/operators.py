@@ -242,16 +242,33 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
     Made of separate elementwise operations and copies only, so that every device rounds it alike.
     """
     if spec.blockwise:
-        delta = unwrap(_place_blocks(spec, _rotated_squares(spec, square)), spec.d_in)
+        delta = unwrap(_place_blocks(spec, block_squares(spec, square)), spec.d_in)
     else:
-        delta = _input_columns(spec, square)  # rows come last: a gather of whole rows is as fast as a copy
-    if spec.grouping is Grouping.PERMUTED:
+        delta = input_columns(spec, square)  # rows come last: a gather of whole rows is as fast as a copy
+    if spec.blockwise and spec.grouping is Grouping.PERMUTED:
         delta = delta.index_select(1, _inverse_permutations(spec, square.device)[0])
     if not spec.blockwise:
         delta = _output_rows(spec, delta)
     if spec.grouping is Grouping.PERMUTED:
         delta = delta.index_select(0, _inverse_permutations(spec, square.device)[1])
     return delta
+
+
+def input_columns(spec: OperatorSpec, square: Tensor) -> Tensor:
+    """(R, D) for truncate and share: each input's column of M (zeros for one that truncate leaves out)."""
+    columns = _input_columns(spec, square)
+    if spec.grouping is Grouping.PERMUTED:
+        columns = columns.index_select(1, _inverse_permutations(spec, square.device)[0])
+    return columns
+
+
+def block_squares(spec: OperatorSpec, square: Tensor) -> Tensor:
+    """(N, R, R) for decouple and rotate: M R_i for every input block i, since (M R_i) x = M (R_i x)."""
+    squares = square.expand(spec.blocks_in, -1, -1)
+    if spec.kind is OperatorKind.DECOUPLE:
+        return squares
+    cos, sin = _angles(spec, square)
+    return rotate(squares, cos.unsqueeze(1), -sin.unsqueeze(1))
 
 
 def adjoint(spec: OperatorSpec, gradient: Tensor) -> Tensor:
@@ -312,15 +329,6 @@ def _output_rows(spec: OperatorSpec, columns: Tensor) -> Tensor:
 def _output_lanes(spec: OperatorSpec, device: torch.device) -> Tensor:
     """(O,) of share: the row of M that each output reads, before the inverse permutation."""
     return segment_lanes(spec.d_out, spec.r_hat, spec.out_segments, spec.grouping.contiguous_out, device)
-
-
-def _rotated_squares(spec: OperatorSpec, square: Tensor) -> Tensor:
-    """(N, R, R): M R_i for every input block i, since (M R_i) x = M (R_i x)."""
-    squares = square.expand(spec.blocks_in, -1, -1)
-    if spec.kind is OperatorKind.DECOUPLE:
-        return squares
-    cos, sin = _angles(spec, square)
-    return rotate(squares, cos.unsqueeze(1), -sin.unsqueeze(1))
 
 
 def _place_blocks(spec: OperatorSpec, squares: Tensor) -> Tensor:

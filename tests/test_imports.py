@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
             "memory_meter",
         ),
     ),
-    ("config", "layer", "base", "export_check", "spectrum", "checkpoint_folder", "training_arguments"),
+    ("deltas", "config", "layer", "base", "export_check", "spectrum", "checkpoint_folder", "training_arguments"),
     ("tensor_plan", "adapter_arguments", "ledger", "model", "model_folder", "data", "shards"),
     ("arguments", "injection", "adapter_files", "losses", "flat_tensors", "ledger_table"),
     (
