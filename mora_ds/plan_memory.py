@@ -161,10 +161,10 @@ def rank_memory(
 
 
 def _optimizer_bytes(trained: Trained) -> tuple[int, int, int]:
-    """Masters, moments, gradients. In fp32 ZeRO-3's partition is its own master."""
+    """Masters, moments, gradients. ZeRO has masters in fp32 too: stage3.py compares a torch.device with its name, and
+    so never takes the parameters for their own masters."""
     own, stage = trained.own, trained.stage
-    low = trained.bytes_each < FP32
-    masters = own * FP32 if low or stage in (1, 2) else 0
+    masters = own * FP32 if stage or trained.bytes_each < FP32 else 0
     share = own / max(trained.whole, 1)
     squares = sum(trained.numels[: trained.squares]) * share
     moments = round((squares if trained.muon else 2 * squares) * FP32 + 2 * (own - squares) * FP32)

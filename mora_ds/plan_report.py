@@ -48,13 +48,13 @@ def _head(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    memory = plan.memory
+    memory, trained = plan.memory, plan.trained
     of_a_rank = [
         ("base, whole", memory.base, "never sharded"),
         ("tables of the operators", memory.tables, ""),
-        ("squares, this rank's share", memory.squares, f"1/{plan.trained.ranks}" if plan.trained.stage == 3 else ""),
-        ("fp32 masters", memory.masters, "the squares themselves" if not memory.masters else ""),
-        ("optimizer's moments", memory.moments, "in host memory" if plan.trained.offloads else ""),
+        ("squares, this rank's share", memory.squares, f"1/{trained.ranks}" if trained.stage == 3 else ""),
+        ("fp32 masters", memory.masters, "in host memory" if trained.offloads else ""),
+        ("optimizer's moments", memory.moments, "in host memory" if trained.offloads else ""),
         ("gradients", memory.gradients, ""),
         ("bucket of gradients", memory.bucket, ""),
         ("= held all the time", memory.held, ""),
