@@ -109,6 +109,10 @@ def run_demo(arguments: Arguments) -> None:
 
 def _plan(arguments: Arguments) -> None:
     """--dry_run: of the job proper; the small model's config stands for the one that the warm start would make."""
+    if arguments.model.model_config is not None:
+        validate(arguments)
+        dry_run(arguments)
+        return
     replicas = max(1, int(os.environ.get("WORLD_SIZE", "1")) // arguments.training.ranks_per_replica)
     paths = DemoPaths(Path(arguments.training.output_dir) / "demo")
     job = _continue_arguments(arguments, paths, max(1, ROWS_PER_STEP // replicas))

@@ -36,11 +36,8 @@ def dry_run(arguments: Arguments) -> dict[str, Any]:
     if int(os.environ.get("RANK", "0")) == 0:
         print(*told, report(plan, timed=False), sep="\n")
         print(f"dry run: nothing trained, {Path(arguments.training.output_dir)} is as it was")
-    return {
-        "steps": 0,
-        "trainable_params": sum(plan.trained.numels) * plan.work.tensor_parallel,
-        "total_params": plan.base_elements,
-    }
+    trained = plan.trained.whole * plan.work.tensor_parallel
+    return {"steps": 0, "trainable_params": trained, "total_params": plan.base_elements + trained}
 
 
 def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:

@@ -320,7 +320,8 @@ def test_the_tool_prints_json() -> None:
 def test_a_dry_run_reads_a_config_and_nothing_else(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "llama", **FAMILIES["llama"]}))
-    flags = ["--model_name_or_path", str(config), "--train_files", "nowhere", "--dry_run", "--mora_rank", "4"]
+    flags = ["--model_name_or_path", str(config), "--dry_run", "--mora_rank", "4"]
+    validate(parse(flags))
     plan, told = planned(parse(flags), world=2)
     assert as_json(plan)["cluster"]["gpus"] == 2 and plan.gathered > 0
     assert "each rank stores the whole base" in told[-1]
