@@ -9,6 +9,7 @@ prose (language reference, docstrings) + code (the standard library)      writte
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import time
 from pathlib import Path
@@ -18,9 +19,9 @@ import torch
 
 from mora_ds.arguments import Arguments, from_flat
 from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_embedded
+from mora_ds.dry_run import dry_run
 from mora_ds.ds_config import resolve_ds_config
 from mora_ds.engine import start_distributed
-from mora_ds.errors import UserError
 from mora_ds.full_rank import run_job
 from mora_ds.model import create_base
 from mora_ds.pretrain import pretrain
@@ -75,12 +76,13 @@ def run_demo(arguments: Arguments) -> None:
     Raises `UserError` as `pretrain` does, and where this Python comes without its own sources.
     """
     training = arguments.training
+    if training.dry_run:
+        _plan(arguments)
+        return
     start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.peer_silence_s)
     ranks = Ranks.current()
     started = time.monotonic()
     folder = Path(arguments.training.output_dir)
-    if training.dry_run:
-        raise UserError("--dry_run needs a model and data that are there: name them")
     check_world(training.sequence_parallel_size, ranks.world)
     check_degree(training.tensor_parallel_size, ranks.world)
     replicas = ranks.world // training.ranks_per_replica
@@ -103,6 +105,19 @@ def run_demo(arguments: Arguments) -> None:
     if ranks.is_first:
         _report(folder, summary, sharded, ranks.world, time.monotonic() - started)
     ranks.barrier()
+
+
+def _plan(arguments: Arguments) -> None:
+    """--dry_run: of the job proper; the small model's config stands for the one that the warm start would make."""
+    if arguments.model.model_config is not None:
+        validate(arguments)
+        dry_run(arguments)
+        return
+    replicas = max(1, int(os.environ.get("WORLD_SIZE", "1")) // arguments.training.ranks_per_replica)
+    paths = DemoPaths(Path(arguments.training.output_dir) / "demo")
+    job = _continue_arguments(arguments, paths, max(1, ROWS_PER_STEP // replicas))
+    validate(job)
+    dry_run(dataclasses.replace(job, model=dataclasses.replace(job.model, model_name_or_path=str(MODEL_CONFIG))))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -174,6 +174,7 @@ def fill_bucket_sizes(ds_config: dict[str, Any], trainable_numels: Sequence[int]
     numels = sorted(trainable_numels)
     total, largest = sum(numels), numels[-1] if numels else 0
     bucket = max(min(total, REDUCE_BUCKET_NUMEL), largest, 1)
+    bucket += bucket % 2  # stage_1_and_2.py refuses an odd one (`nccl_start_alignment_factor`)
     sizes = {
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,

@@ -38,6 +38,9 @@ def run_job(arguments: Arguments) -> dict[str, Any]:
         return pretrain(arguments)
     validate(arguments)
     training = arguments.training
+    if training.dry_run:
+        pretrain(_full_rank_part(arguments))
+        return pretrain(arguments)
     start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.peer_silence_s)
     ranks, first = Ranks.current(), _full_rank_part(arguments)
     folder = Path(first.training.output_dir)

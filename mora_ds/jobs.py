@@ -20,6 +20,7 @@ from mora_ds.adapter_arguments import AdapterKind
 from mora_ds.arguments import Arguments
 from mora_ds.checkpoint import CheckpointWriter, load_checkpoint
 from mora_ds.checkpoint_folder import TrainerState, check_identity
+from mora_ds.costs import costs
 from mora_ds.data import largest_id
 from mora_ds.ds_config import compute_dtype, fill_bucket_sizes
 from mora_ds.engine import initialize, initialize_full, trainable_numels
@@ -35,7 +36,6 @@ from mora_ds.run_data import RunData
 from mora_ds.saving import PROBE_TOKENS, save_full_model
 from mora_ds.sequence_checks import describe
 from mora_ds.sequence_parallel import share_rows
-from mora_ds.tensor_cost import costs
 from mora_ds.tensor_plan import TPInputs, plan_of
 from mora_ds.vocabulary_rows import first_new_row
 

@@ -115,13 +115,21 @@ def read_model_config(config_file: Path, vocab_size: int | None = None) -> Any:
         raise UserError(f"--model_config {config_file}: {error}") from error
 
 
-def folder_config(folder: Path, trust_remote_code: bool = False) -> Any:
+def folder_config(folder: Path | str, trust_remote_code: bool = False) -> Any:
     """The config of a model folder. Raises `UserError` naming --model_name_or_path."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{MODEL_FLAG} {folder}: its config.json cannot be used: {reason}") from error
+
+
+def named_config(name: str, trust_remote_code: bool = False) -> Any:
+    """The config of a model folder, a hub name or a config JSON; no weights are looked for. Raises `UserError`."""
+    path = Path(name).expanduser()
+    return (
+        read_model_config(path) if path.is_file() else folder_config(path if path.is_dir() else name, trust_remote_code)
+    )
 
 
 _NOT_THE_FUNCTION = {

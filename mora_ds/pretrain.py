@@ -22,6 +22,7 @@ from mora_ds.arguments import Arguments, dump
 from mora_ds.checkpoint_care import name_best, name_latest, settle
 from mora_ds.checkpoint_folder import AUTO, TrainerState, check_world_size, find_checkpoint, step_folder
 from mora_ds.data import Mixture, TrainData
+from mora_ds.dry_run import dry_run
 from mora_ds.ds_config import resolve_ds_config
 from mora_ds.engine import check_compute_dtype, check_splittable, start_distributed
 from mora_ds.errors import UserError
@@ -54,6 +55,8 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     """
     validate(arguments)
     training = arguments.training
+    if training.dry_run:
+        return dry_run(arguments)
     start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.peer_silence_s)
     ranks = Ranks.current()
     if not (ranks.is_first and sys.stderr.isatty()):
@@ -88,12 +91,6 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
         if followers is not None:
             followers.close()
         raise
-    if training.dry_run:
-        if ranks.is_first:
-            reservation.rollback()
-        followers.close()
-        say(f"dry run: nothing trained, {folder} is as it was")
-        return {"steps": 0, "trainable_params": job.trainable_params, "total_params": job.total_params}
     if ranks.is_first:
         reservation.commit()
         if checkpoint is not None:

@@ -56,7 +56,11 @@ def _model_and_data(arguments: Arguments) -> Iterator[Check]:
     has_data = data.names_text
     named = model.model_name_or_path is not None
     yield named and model.model_config is not None, "--model_name_or_path and --model_config: give one of them"
-    yield named and not has_data, "--model_name_or_path without --train_files or --dataset_name: nothing to train on"
+    needs_data = not arguments.training.dry_run
+    yield (
+        named and not has_data and needs_data,
+        "--model_name_or_path without --train_files or --dataset_name: nothing to train on",
+    )
     yield (
         has_data and not named and model.model_config is None,
         "--train_files or --dataset_name without a model: give --model_name_or_path or --model_config",
@@ -298,10 +302,6 @@ def _tensor_parallel(arguments: Arguments) -> Iterator[Check]:
     )
     if degree > 1:
         yield from _split(arguments, flag)
-    yield (
-        arguments.training.dry_run and (arguments.embedded_default or adapter.full_rank_steps > 0),
-        "--dry_run needs a model and data that are there: name them, and leave --full_rank_steps out",
-    )
 
 
 def _split(arguments: Arguments, flag: str) -> Iterator[Check]:

@@ -312,11 +312,14 @@ class CollectiveCounter:
     def __init__(self, base: Iterable[Tensor] = ()) -> None:
         """`base`: the frozen tensors; a collective that is handed memory of one of them counts into `base_bytes`."""
         self.bytes: Counter[str] = Counter()
+        self.calls = 0
+        """Gathers."""
         self.base_bytes = 0
         self._base_storages = {tensor.untyped_storage().data_ptr() for tensor in base}
 
     def reset(self) -> None:
         self.bytes.clear()
+        self.calls = 0
 
     @property
     def gathered_bytes(self) -> int:
@@ -339,6 +342,7 @@ class CollectiveCounter:
         def counted(*args: Any, **kwargs: Any) -> Any:
             values = (*args, *kwargs.values())
             self.bytes[kind] += max(_nbytes(value) for value in values)
+            self.calls += kind in self._GATHERS
             self.base_bytes += sum(_nbytes(tensor) for tensor in _tensors(values) if self._is_base(tensor))
             return call(*args, **kwargs)
 

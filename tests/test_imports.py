@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        *("errors", "version", "ds_config_keys", "lanes", "tables", "processes", "status", "capped_attention"),
-        *("zero", "muon"),
+        *("errors", "version", "ds_config_keys", "lanes", "tables", "processes", "status", "zero_trace"),
+        *("capped_attention", "zero", "muon"),
     ),
     (
         *("operators", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer", "ds_tensor_parallel"),
         *("stopping", "topology", "sequence_parallel", "replicas", "restart", "background", "forgetting", "trials"),
-        *("new_rows",),
+        *("new_rows", "memory_meter"),
     ),
     (
         *("cli", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder", "followers"),
@@ -42,12 +42,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("partitions", "sequence_checks"),
     ),
     (
-        *("tensor_parallel", "tensor_cost", "remora", "model_card", "ledger_tools", "universal", "portable"),
-        *("validation", "run_data", "checkpoint", "verification"),
+        *("tensor_parallel", "remora", "model_card", "ledger_tools", "universal", "portable", "validation"),
+        *("run_data", "checkpoint", "verification", "costs"),
     ),
-    ("engine", "saving", "export", "trainer", "compact", "spectrum_report", "evaluation"),
-    ("run",),
-    ("jobs",),
+    ("engine", "saving", "export", "trainer", "compact", "spectrum_report", "evaluation", "plan_step"),
+    ("run", "plan_memory", "plan_time"),
+    ("jobs", "plan"),
+    ("plan_report",),
+    ("dry_run",),
     ("pretrain",),
     ("full_rank",),
     ("demo",),
@@ -69,6 +71,7 @@ DATA_SEES = {"errors", "files"}
 
 DEEPSPEED = {
     *("zero", "muon", "topology", "flat_tensors", "partitions", "sequence_parallel", "engine", "saving", "jobs"),
+    "dry_run",
 }
 """Rooms that may import deepspeed: internals in the first six, its public functions in the others."""
 
@@ -80,14 +83,10 @@ DISTRIBUTED = {
 
 STANDARD_LIBRARY_ONLY = {
     *("errors", "version", "schedules", "stall", "schedule_text", "ds_config_keys", "ds_optimizer", "ds_config"),
-<<<<<<< HEAD
-    *("ds_tensor_parallel", "files", "cli", "stopping", "processes"),
-=======
-    *("files", "cli", "stopping", "processes", "trials"),
->>>>>>> corpus
+    *("ds_tensor_parallel", "files", "cli", "stopping", "processes", "trials"),
 }
 WITHOUT_DEEPSPEED = (
-    "operators", "windows", "layer", "tensor_plan", "tensor_cost", "config", "injection", "data", "ledger", "export",
+    "operators", "windows", "layer", "tensor_plan", "costs", "config", "injection", "data", "ledger", "export",
     "shards", "checkpoint_folder", "verification", "universal", "portable", "arguments", "validation", "evaluation",
     "vocabulary_rows",
 )  # fmt: skip

@@ -131,11 +131,6 @@ def test_settings_that_do_not_go_together(flags: list[str], message: str) -> Non
         validate(parse([*base, *flags]))
 
 
-def test_a_dry_run_needs_something_to_look_at() -> None:
-    with pytest.raises(UserError, match="--dry_run needs a model and data"):
-        validate(parse(["--dry_run"]))
-
-
 # -- what is kept of inputs --------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""What tensor parallelism puts on the wire, counted, against what `tensor_cost` says; and the design's table."""
+"""What tensor parallelism puts on the wire, counted, against what `costs` says; and the design's table."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mora_ds import zero
 from mora_ds.config import MoRAConfig
+from mora_ds.costs import Collective, cost_table, costs
 from mora_ds.injection import frozen_buffers, inject
-from mora_ds.tensor_cost import Collective, cost_table, costs
 from mora_ds.tensor_plan import TPInputs
 from tests.gloo import run_ranks
 from tests.models import causal_loss, tokens

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds import cli
 from mora_ds.config import MoRAConfig
+from mora_ds.costs import cost_table
 from mora_ds.errors import UserError
 from mora_ds.injection import inject, mora_layers
 from mora_ds.model import folder_config, read_model_config
 from mora_ds.operators import OperatorKind
-from mora_ds.tensor_cost import cost_table
 
 
 def main() -> None:

@@ -1,0 +1,129 @@
+"""How much memory a piece of torch code holds, by storages: on real tensors, or on meta ones, which hold none.
+
+    with MemoryMeter(known=model tensors) as meter: ...      meter.live, meter.peak in bytes
+
+On the meta device a forward and backward pass of a model of any size takes seconds and no memory, and allocates the
+same storages that it would anywhere. Two things are answered for it there: attention, which would fall back to whole
+score matrices (`fused_attention`), and questions that only data could answer (`MemoryMeter.answer`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mora_ds.errors import UserError
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Bytes of the storages that operators make while it is entered, until they are freed (also after it is left).
+
+    `known`: tensors that were there before, which are not counted. Any that an operator is given without having been
+    made within counts as such, so that in-place operators need no list of them.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = (), answer: bool = False) -> None:
+        """`answer`: what a meta tensor of booleans says when it is asked for its value."""
+        super().__init__()
+        self.live = self.peak = 0
+        self.answer = answer
+        self._sizes: dict[int, int] = {}
+        self._known: set[int] = set()
+        for tensor in known:
+            self._know(tensor.untyped_storage())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return self._answered(args[0])
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._know(tensor.untyped_storage())
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return out
+
+    def restart_peak(self) -> None:
+        """Forget the peak so far."""
+        self.peak = self.live
+
+    def _answered(self, tensor: Tensor) -> bool:
+        if tensor.dtype is torch.bool:
+            return self.answer
+        raise UserError(
+            "what this model computes hangs on its data in a way that no plan can know (a mixture of experts?): "
+            "plan a model of the same shape without it"
+        )
+
+    def _know(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._known and key not in self._sizes:
+            self._known.add(key)
+            weakref.finalize(storage, self._known.discard, key)  # another may get its address
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known or key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+@contextmanager
+def fused_attention(ranks: int = 1) -> Iterator[None]:
+    """Within it, attention on meta tensors is what the fused kernels of every device make of it: they keep queries,
+    keys, values, the output and one number a query; a mask of booleans is first cast to the queries' dtype, in every
+    layer.
+
+    `ranks`: of a sequence-parallel group (Ulysses): attention then sees all tokens of 1 / `ranks` of the heads.
+    Patched, not overridden by a mode: modes do not reach what gradient checkpointing computes again.
+    """
+    original = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _attend(ranks, query, *args, **kwargs) if query.is_meta else original(query, *args, **kwargs)
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+def _attend(
+    ranks: int, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """(B, H, T, D) -> (B, H, T, D)."""
+    del is_causal, enable_gqa
+    shape = query.shape
+    query, key, value = (_traded(part, ranks) for part in (query, key, value))
+    if attn_mask is not None:
+        attn_mask = query.new_empty(query.shape[0], 1, query.shape[2], query.shape[2])
+    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p, False, attn_mask=attn_mask, scale=scale
+    )
+    return out.reshape(shape)
+
+
+def _traded(part: Tensor, ranks: int) -> Tensor:
+    """(B, H, T/s, D) -> (B, H/s, T, D); too few heads are repeated."""
+    if ranks == 1:
+        return part
+    if part.shape[1] < ranks:
+        part = part.repeat_interleave(ranks // part.shape[1], dim=1)
+    return part.reshape(part.shape[0], part.shape[1] // ranks, part.shape[2] * ranks, part.shape[3])

@@ -1,0 +1,222 @@
+"""One micro-batch of a model that is not there: what it keeps, at its highest, and when ZeRO-3 would gather.
+
+    config -> model on the meta device, injected, split over t ranks -> forward and backward under a `MemoryMeter`
+
+Nothing is estimated: the run's own code allocates, and its storages are counted, without memory behind them. So the
+figures hold for any model that runs, and follow whatever the layers, the loss and checkpointing become.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from mora_ds import tables
+from mora_ds.config import AdapterConfig
+from mora_ds.errors import UserError
+from mora_ds.injection import frozen_buffers, inject, mora_layers
+from mora_ds.ledger import live_weight
+from mora_ds.losses import token_nll
+from mora_ds.memory_meter import MemoryMeter, fused_attention
+from mora_ds.model import AUTO_ATTENTION
+from mora_ds.operators import OperatorSpec
+from mora_ds.tensor_parallel import split_model
+from mora_ds.topology import Topology
+from mora_ds.updates import value_shape
+from mora_ds.zero_trace import Event, record
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank is to do in a micro-batch."""
+
+    config: Any
+    """Of transformers."""
+    adapter: AdapterConfig | None
+    """None for the full-training control."""
+    seq_len: int
+    micro_batch: int = 1
+    """Rows of a rank; of a group that shares them where there is one."""
+    dtype: torch.dtype = torch.bfloat16
+    checkpointing: bool = False
+    tensor_parallel: int = 1
+    sequence_parallel: int = 1
+    document_mask: bool = True
+    """Whether rows hold several documents: attention then reads a mask."""
+    attn_implementation: str = AUTO_ATTENTION
+    trust_remote_code: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """That a rank computes (a tensor-parallel group: together)."""
+        return self.micro_batch * self.seq_len // self.sequence_parallel
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one micro-batch on one rank, beside weights, squares and what the engine holds."""
+
+    kept: int
+    """At the end of forward: saved tensors, logits, loss."""
+    peak: int
+    tables: int
+    """Of the operators: they stay."""
+
+
+class _OneOfMany(Topology):
+    """A rank of a tensor-parallel group whose other ranks are not there: collectives have the right shapes."""
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def gather(self, own: Tensor, size: int) -> Tensor:
+        return own.new_empty(size, *own.shape[1:])
+
+    def sum_scatter(self, whole: Tensor) -> Tensor:
+        start, stop = self.share(len(whole))
+        return whole[start:stop].clone()
+
+
+def step_memory(work: Work) -> StepMemory:
+    """Of the whole model, from two shallow ones: every figure is a constant and a share of each layer."""
+    layers, period = work.config.get_text_config().num_hidden_layers, layer_period(work.config)
+    if layers <= 3 * period:
+        return measure_step(planned_model(work), work)
+    # as many layers beyond whole periods as the model has
+    short = layers % period + 2 * period
+    shallow, deeper = (with_layers(work, depth) for depth in (short, short + period))
+    first, second = (measure_step(planned_model(each), each) for each in (shallow, deeper))
+    times = (layers - short) // period
+    return StepMemory(**{name: value + times * (getattr(second, name) - value) for name, value in vars(first).items()})
+
+
+def planned_model(work: Work) -> Any:
+    """On the meta device, injected, as rank 0 of its group has it. Raises `UserError` as `inject` does."""
+    attention = None if work.attn_implementation == AUTO_ATTENTION else work.attn_implementation
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(work.config),
+                dtype=work.dtype,
+                attn_implementation=attention,
+                trust_remote_code=work.trust_remote_code,
+            )
+    except (ImportError, ValueError) as error:
+        raise UserError(f"no model can be made of this config: {str(error).strip().splitlines()[0]}") from error
+    if work.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if work.adapter is not None:
+        inject(model, work.adapter)
+    if work.tensor_parallel > 1:
+        split_model(model, _OneOfMany(work.tensor_parallel, 0, None))
+    return model.train()
+
+
+def measure_step(model: nn.Module, work: Work) -> StepMemory:
+    """Forward and backward of one micro-batch."""
+    _forget_tables()
+    batch = _batch(work)
+    handles = [
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)  # ZeRO takes each into its bucket at once
+        for parameter in model.parameters()
+    ]
+    known = (*model.parameters(), *model.buffers(), *batch.values())
+    try:
+        with MemoryMeter(known, answer=not work.document_mask) as meter, fused_attention(work.sequence_parallel):
+            loss = token_nll(model, batch)
+            kept = meter.live
+            loss.backward()
+            del loss
+    except (RuntimeError, NotImplementedError) as error:  # a kernel that torch has for devices, not for shapes alone
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"this model cannot be planned in {work.dtype}: {reason}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    lasting = meter.live
+    _forget_tables()
+    return StepMemory(kept - lasting, meter.peak - lasting, lasting)
+
+
+def trace_step(model: nn.Module, work: Work) -> list[Event]:
+    """What `zero_trace.gathers` reads. Changes the model: its layers share their tables from here on, for speed."""
+    for layer in mora_layers(model).values():
+        if isinstance(layer.spec, OperatorSpec):
+            layer.spec = replace(layer.spec, seed=0)
+    with record(model) as events, MemoryMeter(answer=not work.document_mask), fused_attention(work.sequence_parallel):
+        token_nll(model, _batch(work)).backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return events
+
+
+@torch.no_grad()
+def measure_merge(model: nn.Module) -> int:
+    """Bytes at the highest while a layer is merged, as `ReMoRA.merge` goes about it; the largest layer's."""
+    layers = mora_layers(model).values()
+    if not layers:
+        return 0
+    layer = max(layers, key=lambda candidate: candidate.weight.numel())
+    with MemoryMeter((*model.parameters(), *model.buffers())) as meter:
+        square = torch.empty(value_shape(layer.spec), dtype=torch.float32, device="meta")
+        old = layer.weight.clone()
+        layer.weight.copy_(live_weight(layer.weight, [(layer.spec, square)], layer.transposed, layer.weight.dtype))
+        del old
+    _forget_tables()
+    return meter.peak
+
+
+def base_elements(model: nn.Module) -> int:
+    """Of the frozen base, each tied tensor once."""
+    return sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in frozen_buffers(model).values()}.values())
+
+
+def own_buffer_bytes(model: nn.Module) -> int:
+    """Of buffers that a model has of its own, e.g. rotary frequencies."""
+    frozen = {id(tensor) for tensor in frozen_buffers(model).values()}
+    return sum(tensor.nbytes for tensor in model.buffers() if id(tensor) not in frozen)
+
+
+def with_layers(work: Work, layers: int) -> Work:
+    """The same with so many layers: lists with an entry a layer are cut."""
+    config = copy.deepcopy(work.config)
+    text = config.get_text_config()
+    count = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, (list, tuple)) and len(value) == count:
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return replace(work, config=config)
+
+
+def layer_period(config: Any) -> int:
+    """After how many layers a model's kinds of layers repeat; all of them where they do not."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
+    return next(
+        (size for size in range(1, len(kinds)) if all(a == b for a, b in zip(kinds, kinds[size:], strict=False))),
+        len(kinds),
+    )
+
+
+def _batch(work: Work) -> Mapping[str, Tensor]:
+    length = work.seq_len // work.sequence_parallel
+    ids = torch.empty(work.micro_batch, length, dtype=torch.long, device="meta")
+    return {"input_ids": ids, "position_ids": torch.empty_like(ids), "labels": torch.empty_like(ids)}
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _forget_tables() -> None:
+    """So that they are made, and counted, within the next measurement."""
+    for table in vars(tables).values():
+        if hasattr(table, "cache_clear"):
+            table.cache_clear()

@@ -1,0 +1,181 @@
+"""When ZeRO-3 gathers what is trained, and how much of it is gathered at a time: its own rules, followed on paper.
+
+    record(model)      while a micro-batch runs: which module is entered and left, forward and backward
+    gathers(...)       collectives, elements and most elements held, of one micro-batch
+
+The rules are those of DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py (`fetch_sub_module`,
+`release_sub_module`, once its trace is complete, which is from the third micro-batch on) and parameter_offload.py (the
+hooks). `tests/test_plan_traffic.py` holds them against counted collectives.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Event:
+    """A module is entered (its parameters are needed), or left."""
+
+    enters: bool
+    parameters: tuple[int, ...]
+    """Indices into `model.parameters()`."""
+
+
+@dataclass(frozen=True)
+class Gathers:
+    """Of one micro-batch and rank."""
+
+    calls: int
+    elements: int
+    """Whole parameters, each as often as it is gathered."""
+    most_held: int
+    """Elements of parameters gathered at the same time."""
+    largest_call: int
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[list[Event]]:
+    """Events of what runs within, in order. The hooks stand where DeepSpeed's stand."""
+    events: list[Event] = []
+    index = {id(parameter): number for number, parameter in enumerate(model.parameters())}
+    handles = []
+    for module in model.modules():
+        own = tuple(sorted(index[id(parameter)] for parameter in module.parameters(recurse=False)))
+        handles += _hooked(module, own, events)
+    try:
+        yield events
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hooked(module: nn.Module, own: tuple[int, ...], events: list[Event]) -> list[Any]:
+    def note(enters: bool) -> None:
+        events.append(Event(enters, own))
+
+    def before_forward(_: nn.Module, inputs: Any) -> Any:
+        note(True)
+        return _mapped(lambda tensor: _Mark.apply(tensor, lambda: note(False)), inputs)
+
+    def after_forward(_: nn.Module, inputs: Any, output: Any) -> Any:
+        note(False)
+        return _mapped(lambda tensor: _Mark.apply(tensor, lambda: note(True)), output)
+
+    return [module.register_forward_pre_hook(before_forward), module.register_forward_hook(after_forward)]
+
+
+def _mapped(change: Any, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value) if value.requires_grad else value
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(change, part) for part in value)
+    if isinstance(value, dict):
+        for key in value:
+            value[key] = _mapped(change, value[key])
+    return value
+
+
+class _Mark(torch.autograd.Function):
+    """x -> x; tells when the gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, note: Any) -> Tensor:
+        ctx.note = note
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        ctx.note()
+        return gradients[0], None
+
+
+def gathers(events: Sequence[Event], numels: Sequence[int], settings: Mapping[str, int]) -> Gathers:
+    """Of one micro-batch, for parameters of these sizes (the whole ones, or what a tensor-parallel rank has of each).
+
+    `settings`: zero_optimization of a resolved DeepSpeed config. Parameters up to its persistence threshold are left
+    out: they are gathered once a step, one call each.
+    """
+    coordinator = _Coordinator(
+        events,
+        numels,
+        settings["stage3_param_persistence_threshold"],
+        settings["stage3_prefetch_bucket_size"],
+        settings.get("stage3_max_live_parameters", 10**9),
+        settings.get("stage3_max_reuse_distance", 10**9),
+    )
+    for event in events:
+        (coordinator.fetch if event.enters else coordinator.release)(event.parameters)
+    return Gathers(coordinator.calls, coordinator.gathered, coordinator.most_held, coordinator.largest_call)
+
+
+@dataclass
+class _Coordinator:
+    events: Sequence[Event]
+    numels: Sequence[int]
+    persist: int
+    bucket: int
+    max_live: int
+    max_reuse: int
+    step: int = 0
+    held: set[int] = field(default_factory=set)
+    latest: dict[int, int] = field(default_factory=dict)
+    """Parameter -> the step of the trace that it has last been fetched for."""
+    calls: int = 0
+    gathered: int = 0
+    most_held: int = 0
+    largest_call: int = 0
+
+    def __post_init__(self) -> None:
+        self.order = [event.parameters for event in self.events if event.enters]
+        self.queue = deque((p, step) for step, own in enumerate(self.order) for p in own)
+
+    def fetch(self, own: tuple[int, ...]) -> None:
+        self._gather([p for p in own if self._absent(p)])
+        missing = {p for p in own if self.latest.get(p, -1) < self.step}
+        popped: set[int] = set()
+        while self.queue and len(popped) < len(missing):
+            parameter, self.latest[parameter] = self.queue.popleft()
+            popped.add(parameter)
+        self._prefetch()
+        self.step += 1
+
+    def _prefetch(self) -> None:
+        most = min(self.max_live - sum(self.numels[p] for p in self.held), self.bucket) if self.bucket else 0
+        ahead: list[int] = []
+        while self.queue and sum(self.numels[p] for p in ahead) < most:
+            parameter, step = self.queue.popleft()
+            self.latest[parameter] = max(self.latest.get(parameter, -1), step)
+            if self._absent(parameter) and parameter not in ahead:
+                ahead.append(parameter)
+        self._gather(ahead)
+
+    def release(self, own: tuple[int, ...]) -> None:
+        going = {p for p in own if p in self.held and self.latest.get(p, -1) <= self.step}
+        passed = 0
+        for later in self.order[self.step :] if going else ():
+            if passed >= self.max_reuse:
+                break
+            going -= set(later)
+            passed += sum(self.numels[p] for p in later)
+        self.held -= going
+
+    def _gather(self, parameters: list[int]) -> None:
+        if not parameters:
+            return
+        size = sum(self.numels[p] for p in parameters)
+        self.held |= set(parameters)
+        self.calls += 1
+        self.gathered += size
+        self.largest_call = max(self.largest_call, size)
+        self.most_held = max(self.most_held, sum(self.numels[p] for p in self.held))
+
+    def _absent(self, parameter: int) -> bool:
+        return parameter not in self.held and self.numels[parameter] > self.persist
