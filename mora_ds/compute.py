@@ -18,7 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.operators import OperatorSpec, delta_weight, fold_input, mora_update, square_gradient
+from mora_ds.operators import (
+    OperatorSpec,
+    adjoint,
+    apply_squares,
+    decompress,
+    decompress_transpose,
+    delta_weight,
+    fold_input,
+    fold_matrix,
+    multiplies,
+    rows_of_outputs,
+    square_gradient,
+    turned_squares,
+    unfold_input,
+)
 
 TOKENS_PER_WIDTH = 1.25
 """AUTO takes the weight path from this many tokens per (harmonic mean of d_in and d_out) on: where the two met, forward
@@ -50,9 +64,8 @@ def mora_linear(
     """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will do."""
     if path is Compute.AUTO:
         path = choose(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype)
-    if path is Compute.WEIGHT:
-        return _WeightPath.apply(x, weight, bias, square, spec)
-    return F.linear(x, weight, bias) + mora_update(spec, square, x)
+    function = _WeightPath if path is Compute.WEIGHT else _ActivationPath
+    return function.apply(x, weight, bias, square, spec)
 
 
 class _WeightPath(torch.autograd.Function):
@@ -61,18 +74,71 @@ class _WeightPath(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
-        ctx.spec = spec
-        ctx.weight = weight
+        ctx.spec, ctx.weight = spec, weight
         ctx.save_for_backward(x if spec.blockwise else fold_input(spec, x), square)
         return F.linear(x, delta_weight(spec, square).add_(weight), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = gradients
+        (g,), spec = gradients, ctx.spec
         saved, square = ctx.saved_tensors
-        spec: OperatorSpec = ctx.spec
-        g_x = g @ delta_weight(spec, square).add_(ctx.weight) if ctx.needs_input_grad[0] else None
-        g_square = None
+        g_x = g_square = None
+        if ctx.needs_input_grad[0]:
+            g_x = g @ delta_weight(spec, square).add_(ctx.weight)
         if ctx.needs_input_grad[3]:
-            g_square = square_gradient(spec, fold_input(spec, saved) if spec.blockwise else saved, g)
+            g_square = _square_gradient(spec, saved, g)
         return g_x, None, None, g_square, None
+
+
+class _ActivationPath(torch.autograd.Function):
+    """Saves what the weight path saves. All sums go into the base's own product, without another tensor of its size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
+        ctx.spec, ctx.weight = spec, weight
+        z = fold_input(spec, x)
+        ctx.save_for_backward(x if spec.blockwise else z, square)
+        return _add_update(spec, square, z, F.linear(x, weight, bias))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), spec = gradients, ctx.spec
+        saved, square = ctx.saved_tensors
+        g_x = g_square = None
+        if ctx.needs_input_grad[0]:
+            g_x = _add_input_gradient(spec, square, g, g @ ctx.weight)
+        if ctx.needs_input_grad[3]:
+            g_square = _square_gradient(spec, saved, g)
+        return g_x, None, None, g_square, None
+
+
+def _square_gradient(spec: OperatorSpec, saved: Tensor, g: Tensor) -> Tensor:
+    if not spec.blockwise:
+        return square_gradient(spec, saved, g)
+    if multiplies(g):  # one whole product takes less time than moving both of its sides
+        return adjoint(spec, g.flatten(0, -2).T @ saved.flatten(0, -2))
+    return square_gradient(spec, fold_input(spec, saved), g)
+
+
+def _add_update(spec: OperatorSpec, square: Tensor, z: Tensor, y: Tensor) -> Tensor:
+    """y + decompress(M R z), in place."""
+    if spec.blockwise:
+        z = z.flatten(0, -3)
+        return y.add_(decompress(spec, apply_squares(turned_squares(spec, square), z)).view_as(y))
+    if multiplies(y):
+        y.view(-1, spec.d_out).addmm_(z.view(-1, spec.r_hat), rows_of_outputs(spec, square).T)
+        return y
+    return y.add_(decompress(spec, F.linear(z, square)))
+
+
+def _add_input_gradient(spec: OperatorSpec, square: Tensor, g: Tensor, g_x: Tensor) -> Tensor:
+    """g_x + the transpose of the update's path from x, of g; in place."""
+    if not spec.blockwise and multiplies(g):
+        g_z = g.reshape(-1, spec.d_out) @ rows_of_outputs(spec, square)
+        g_x.view(-1, spec.d_in).addmm_(g_z, fold_matrix(spec, g).T)
+        return g_x
+    c = decompress_transpose(spec, g)
+    if not spec.blockwise:
+        return g_x.add_(unfold_input(spec, c @ square))
+    g_z = apply_squares(turned_squares(spec, square).transpose(1, 2), c.flatten(0, -3))
+    return g_x.add_(unfold_input(spec, g_z).view_as(g_x))

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "ds_config_keys", "lanes", "tables", "processes", "status"),
+    ("operator_spec",),
+    ("wiring",),
     (
         *("operators", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer", "zero", "muon"),
         *("stopping", "topology", "sequence_parallel", "replicas"),
