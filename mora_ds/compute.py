@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mora_ds.lanes import LOW_PRECISION
 from mora_ds.operators import (
     OperatorSpec,
-    adjoint,
     apply_squares,
     decompress,
     decompress_transpose,
@@ -30,13 +30,14 @@ from mora_ds.operators import (
     multiplies,
     rows_of_outputs,
     square_gradient,
+    square_gradient_of_input,
     turned_squares,
     unfold_input,
 )
 
-TOKENS_PER_WIDTH = 1.25
-"""AUTO takes the weight path from this many tokens per (harmonic mean of d_in and d_out) on: where the two met, forward
-and backward in fp32 on one core, for square layers of 192 to 2048 (`tools/bench_layer.py`)."""
+MOVE = {torch.float32: 48, torch.float64: 24, torch.bfloat16: 450, torch.float16: 450}
+"""Multiply-accumulates of a product in the time in which one number is moved (gathered, added, written). Measured on
+one core with AVX-512 and AMX; a GPU's ratio of rate to bandwidth is of the same order."""
 
 
 class Compute(str, Enum):
@@ -47,15 +48,25 @@ class Compute(str, Enum):
     WEIGHT = "weight"
 
 
-def choose(tokens: int, d_in: int, d_out: int, dtype: torch.dtype) -> Compute:
-    """The cheaper path: activation passes cost tokens * (d_in + d_out), weight passes d_in * d_out.
+def choose(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, spec: OperatorSpec | None = None) -> Compute:
+    """The cheaper path, forward and backward, by what only one of them does, in multiply-accumulates:
 
-    Low precision always takes the activation path, which loses nothing of a small delta.
+        weight        W0 + delta formed twice: d_in d_out numbers, each moved once (share, truncate) or twice (others)
+        activation    two products with M (T r_hat^2 each, a block), its input and output moved once (T (d_in + d_out)),
+                      for decouple and rotate twice; in low precision on a CPU by products of r_hat columns instead
+
+    Without a `spec` M's own products are left out. Low precision always takes the activation path, which loses nothing
+    of a small delta.
     """
-    if dtype in (torch.bfloat16, torch.float16):
+    if dtype in LOW_PRECISION:
         return Compute.ACTIVATION
-    enough = tokens * (d_in + d_out) >= 2 * TOKENS_PER_WIDTH * d_in * d_out
-    return Compute.WEIGHT if enough else Compute.ACTIVATION
+    blockwise = spec is not None and spec.blockwise
+    moves = MOVE[dtype] * (2 if blockwise else 1)
+    weight = 2 * moves * d_in * d_out
+    activation = moves * tokens * (d_in + d_out)
+    if spec is not None:
+        activation += 2 * tokens * spec.r_hat**2 * (max(spec.blocks_in, spec.blocks_out) if blockwise else 1)
+    return Compute.WEIGHT if weight <= activation else Compute.ACTIVATION
 
 
 def mora_linear(
@@ -63,7 +74,7 @@ def mora_linear(
 ) -> Tensor:
     """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will do."""
     if path is Compute.AUTO:
-        path = choose(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype)
+        path = choose(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype, spec)
     function = _WeightPath if path is Compute.WEIGHT else _ActivationPath
     return function.apply(x, weight, bias, square, spec)
 
@@ -113,11 +124,7 @@ class _ActivationPath(torch.autograd.Function):
 
 
 def _square_gradient(spec: OperatorSpec, saved: Tensor, g: Tensor) -> Tensor:
-    if not spec.blockwise:
-        return square_gradient(spec, saved, g)
-    if multiplies(g):  # one whole product takes less time than moving both of its sides
-        return adjoint(spec, g.flatten(0, -2).T @ saved.flatten(0, -2))
-    return square_gradient(spec, fold_input(spec, saved), g)
+    return (square_gradient_of_input if spec.blockwise else square_gradient)(spec, saved, g)
 
 
 def _add_update(spec: OperatorSpec, square: Tensor, z: Tensor, y: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ the seed every cycle, which is what lets the rank of the summed update grow.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,8 +46,8 @@ from mora_ds.wiring import Index, wiring
 __all__ = [
     "Grouping", "OperatorKind", "OperatorSpec", "adjoint", "apply_squares", "compress", "decompress",
     "decompress_transpose", "default_kind", "delta_weight", "fold_input", "fold_matrix", "input_blocks", "mora_update",
-    "multiplies", "output_slots", "permutation_seed", "rows_of_outputs", "square_gradient", "square_size", "turn",
-    "turned_squares", "unfold_input",
+    "multiplies", "output_slots", "permutation_seed", "rows_of_outputs", "square_gradient", "square_gradient_of_input",
+    "square_size", "turn", "turned_squares", "unfold_input",
 ]  # fmt: skip
 
 
@@ -97,16 +99,21 @@ def square_gradient(spec: OperatorSpec, folded: Tensor, g: Tensor) -> Tensor:
 
     Equal to adjoint(g^T x), without forming that (O, D) matrix.
     """
-    z = folded.flatten(0, -3)
-    if not spec.blockwise and multiplies(g):
-        return _output_blocks(spec, z.squeeze(1).T @ g.flatten(0, -2)).squeeze(-2).T
-    c = _output_blocks(spec, g).flatten(0, -3)
+    if spec.blockwise:
+        return _gradient_of_blocks(spec, folded, g, lambda part: part)
+    z = folded.flatten(0, -2)
+    if multiplies(g):
+        return _output_blocks(spec, z.T @ g.flatten(0, -2)).squeeze(-2).T
+    return _output_blocks(spec, g).flatten(0, -2).T @ z
+
+
+def square_gradient_of_input(spec: OperatorSpec, x: Tensor, g: Tensor) -> Tensor:
+    """`square_gradient` from the layer's input x (..., D) itself."""
     if not spec.blockwise:
-        return c.squeeze(1).T @ z.squeeze(1)
-    products = z.new_zeros(spec.blocks_in, spec.r_hat, spec.r_hat)
-    for into, out in _rounds(spec):
-        products[into] += _products(c[:, out], z[:, into])
-    return _turned_back(spec, products).sum(dim=0)
+        return square_gradient(spec, fold_input(spec, x), g)
+    if multiplies(g):  # one whole product takes less time than moving both of its sides
+        return adjoint(spec, g.flatten(0, -2).T @ x.flatten(0, -2))
+    return _gradient_of_blocks(spec, x.unsqueeze(-2), g, lambda part: fold_input(spec, part.squeeze(-2)))
 
 
 def multiplies(x: Tensor) -> bool:
@@ -246,9 +253,20 @@ def _rounds(spec: OperatorSpec) -> list[tuple[slice, slice]]:
     return runs if spec.blocks_in >= spec.blocks_out else [(few, many) for many, few in runs]
 
 
-def _products(c: Tensor, z: Tensor) -> Tensor:
-    """(T, n, R) x 2 -> (n, R, R): c^T z, block by block."""
-    return c.permute(1, 2, 0) @ z.transpose(0, 1)
+_CACHED = 2**18
+"""Numbers that are moved at once on a CPU, so that they are still in its cache when they are multiplied."""
+
+
+def _gradient_of_blocks(spec: OperatorSpec, saved: Tensor, g: Tensor, fold: Callable[[Tensor], Tensor]) -> Tensor:
+    """dL/dM for decouple and rotate, a run of tokens at a time; `fold` makes blocks of what was saved of them."""
+    saved, g = saved.flatten(0, -3), g.flatten(0, -2)
+    tokens = max(1, _CACHED // max(spec.d_in, spec.d_out)) if scatters(g) else max(1, len(g))
+    products = g.new_zeros(spec.blocks_in, spec.r_hat, spec.r_hat)
+    for part, g_part in zip(saved.split(tokens), g.split(tokens), strict=True):
+        z, c = fold(part), _output_blocks(spec, g_part)
+        for into, out in _rounds(spec):
+            products[into].baddbmm_(c[:, out].permute(1, 2, 0), z[:, into].transpose(0, 1))
+    return _turned_back(spec, products).sum(dim=0)
 
 
 def _turned_back(spec: OperatorSpec, products: Tensor) -> Tensor:
@@ -266,10 +284,11 @@ def _block_rows(spec: OperatorSpec, square: Tensor) -> Tensor:
     """(blocks_out * R, D) for decouple and rotate: every square written where its blocks meet."""
     squares = turned_squares(spec, square)
     canvas = squares.new_zeros(spec.blocks_out, spec.r_hat, spec.d_in)
-    columns = _columns_of_blocks(spec, square.device)
+    columns, wraps = _columns_of_blocks(spec, square.device), spec.d_in % spec.r_hat > 0
     for into, out in _rounds(spec):
         for start in range(0, spec.r_hat, spec.d_in):  # a block longer than the input meets a column twice
             part = slice(start, start + spec.d_in)
             values = squares[into, :, part]
-            canvas[out].scatter_add_(2, columns[into, :, part].expand_as(values), values)
+            where = columns[into, :, part].expand_as(values)
+            canvas[out].scatter_add_(2, where, values) if wraps else canvas[out].scatter_(2, where, values)
     return canvas.flatten(0, 1)
