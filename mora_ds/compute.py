@@ -115,11 +115,14 @@ class _ActivationPath(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,), spec = gradients, ctx.spec
         saved, square = ctx.saved_tensors
-        g_x = g_square = None
-        if ctx.needs_input_grad[0]:
-            g_x = _add_input_gradient(spec, square, g, g @ ctx.weight)
-        if ctx.needs_input_grad[3]:
-            g_square = _square_gradient(spec, saved, g)
+        g_x = g @ ctx.weight if ctx.needs_input_grad[0] else None
+        if spec.blockwise or multiplies(g):
+            g_square = _square_gradient(spec, saved, g) if ctx.needs_input_grad[3] else None
+            return None if g_x is None else _add_input_gradient(spec, square, g, g_x), None, None, g_square, None
+        c = decompress_transpose(spec, g)
+        if g_x is not None:
+            g_x.add_(unfold_input(spec, c @ square))
+        g_square = c.flatten(0, -2).T @ saved.flatten(0, -2) if ctx.needs_input_grad[3] else None
         return g_x, None, None, g_square, None
 
 
@@ -139,13 +142,11 @@ def _add_update(spec: OperatorSpec, square: Tensor, z: Tensor, y: Tensor) -> Ten
 
 
 def _add_input_gradient(spec: OperatorSpec, square: Tensor, g: Tensor, g_x: Tensor) -> Tensor:
-    """g_x + the transpose of the update's path from x, of g; in place."""
-    if not spec.blockwise and multiplies(g):
+    """g_x + the transpose of the update's path from x, of g; in place. For what is moved by blocks or by products."""
+    if not spec.blockwise:
         g_z = g.reshape(-1, spec.d_out) @ rows_of_outputs(spec, square)
         g_x.view(-1, spec.d_in).addmm_(g_z, fold_matrix(spec, g).T)
         return g_x
-    c = decompress_transpose(spec, g)
-    if not spec.blockwise:
-        return g_x.add_(unfold_input(spec, c @ square))
-    g_z = apply_squares(turned_squares(spec, square).transpose(1, 2), c.flatten(0, -3))
+    c = decompress_transpose(spec, g).flatten(0, -3)
+    g_z = apply_squares(turned_squares(spec, square).transpose(1, 2), c)
     return g_x.add_(unfold_input(spec, g_z).view_as(g_x))

@@ -38,10 +38,16 @@ def sum_by(x: Tensor, slots: Tensor, size: int) -> Tensor:
     return total.view(*x.shape[:-1], size)
 
 
-def one_hot(slots: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """(D, size): 1 at (j, slots[j])."""
-    zeros = torch.zeros(len(slots), size, dtype=dtype, device=slots.device)
-    return zeros.scatter_(1, slots.unsqueeze(1), 1)
+def one_hot(slots: Tensor, size: int, dtype: torch.dtype, *more: Tensor) -> Tensor:
+    """(D, size): 1 at (j, slots[j]), unless slots[j] is `size`; and at `more` pairs (rows, columns)."""
+    width = size + 1
+    zeros = torch.zeros(len(slots), width, dtype=dtype, device=slots.device)
+    ones = torch.arange(0, zeros.numel(), width, device=slots.device) + slots
+    zeros.view(-1).index_fill_(0, ones, 1)
+    if more:
+        rows, columns = more
+        zeros.view(-1).index_fill_(0, rows * width + columns, 1)
+    return zeros[:, :size]
 
 
 def deal(z: Tensor, blocks_out: int) -> Tensor:

@@ -84,7 +84,7 @@ def fold_input(spec: OperatorSpec, x: Tensor) -> Tensor:
         return (x @ fold_matrix(spec, x)).unsqueeze(-2)
     z = sum_by(x, tables.places, spec.r_hat)
     if len(tables.more_sources):
-        z = z.index_add(-1, tables.more_places, gather(x, tables.more_sources))
+        z.index_add_(-1, tables.more_places, gather(x, tables.more_sources))
     return z.unsqueeze(-2)
 
 
@@ -104,7 +104,7 @@ def square_gradient(spec: OperatorSpec, folded: Tensor, g: Tensor) -> Tensor:
     z = folded.flatten(0, -2)
     if multiplies(g):
         return _output_blocks(spec, z.T @ g.flatten(0, -2)).squeeze(-2).T
-    return _output_blocks(spec, g).flatten(0, -2).T @ z
+    return decompress_transpose(spec, g).flatten(0, -2).T @ z
 
 
 def square_gradient_of_input(spec: OperatorSpec, x: Tensor, g: Tensor) -> Tensor:
@@ -124,9 +124,7 @@ def multiplies(x: Tensor) -> bool:
 def fold_matrix(spec: OperatorSpec, like: Tensor) -> Tensor:
     """(D, R) for share and truncate: compress(x) == x @ fold_matrix."""
     tables = wiring(spec, like.device)
-    matrix = one_hot(tables.places, spec.r_hat + 1, like.dtype)[:, : spec.r_hat]
-    ones = matrix.new_ones(()).expand(len(tables.more_sources))
-    return matrix.index_put_((tables.more_sources, tables.more_places), ones, accumulate=True)
+    return one_hot(tables.places, spec.r_hat, like.dtype, tables.more_sources, tables.more_places)
 
 
 def rows_of_outputs(spec: OperatorSpec, square: Tensor) -> Tensor:
@@ -228,12 +226,12 @@ def _or_zero(spec: OperatorSpec, lanes: Tensor) -> Tensor:
 
 
 def _wrap_back(spec: OperatorSpec, found: Tensor, lanes: Tensor) -> Tensor:
-    """Adds, to the inputs (..., D) that lie at a second place, what that place holds: in turns of D at most, so that no
-    turn adds to one input twice."""
+    """Adds in place, to the inputs (..., D) that lie at a second place, what that place holds: in turns of D at most, so
+    that no turn adds to one input twice."""
     tables = wiring(spec, lanes.device)
     for sources, places in zip(tables.more_sources.split(spec.d_in), tables.more_places.split(spec.d_in), strict=True):
         if len(sources):
-            found = found.index_add(-1, sources, gather(lanes, places))
+            found.index_add_(-1, sources, gather(lanes, places))
     return found
 
 

@@ -166,10 +166,9 @@ def row(layer: Layer, now: Callable[[], float]) -> str:
     auto = choose(tokens, spec.d_in, spec.d_out, layer.x.dtype, spec)
     kept = [kept_mib(layer, *cases[name]) if name in cases else float("nan") for name in ("PEFT LoRA", auto.value)]
     figures = "".join(f" | {found[name]:.2f}" if name in found else " | -" for name in COLUMNS)
-    operator = f"{spec.kind.value} r={layer.rank}"
     return (
-        f"| {spec.d_in} x {spec.d_out}, {tokens} | {operator} | {found['frozen'] * 1e3:.1f} ms{figures} | {auto.value}: "
-        f"{found[auto.value]:.2f} | {kept[0]:.1f}, {kept[1]:.1f} |"
+        f"| {spec.d_in} x {spec.d_out}, {tokens} | {spec.kind.value} r={layer.rank} | {found['frozen'] * 1e3:.1f} ms"
+        f"{figures} | {auto.value}: {found[auto.value]:.2f} | {kept[0]:.1f}, {kept[1]:.1f} |"
     )
 
 
