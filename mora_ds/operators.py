@@ -226,8 +226,8 @@ def _or_zero(spec: OperatorSpec, lanes: Tensor) -> Tensor:
 
 
 def _wrap_back(spec: OperatorSpec, found: Tensor, lanes: Tensor) -> Tensor:
-    """Adds in place, to the inputs (..., D) that lie at a second place, what that place holds: in turns of D at most, so
-    that no turn adds to one input twice."""
+    """Adds in place, to the inputs (..., D) that lie at a second place, what that place holds: in turns of D at most,
+    so that no turn adds to one input twice."""
     tables = wiring(spec, lanes.device)
     for sources, places in zip(tables.more_sources.split(spec.d_in), tables.more_places.split(spec.d_in), strict=True):
         if len(sources):

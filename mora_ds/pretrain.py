@@ -20,6 +20,7 @@ from mora_ds.adapter_arguments import AdapterKind
 from mora_ds.arguments import Arguments, dump
 from mora_ds.checkpoint_care import name_latest, settle
 from mora_ds.checkpoint_folder import AUTO, TrainerState, check_world_size, find_checkpoint
+from mora_ds.chunked_loss import check_chunked_loss, chunk_loss
 from mora_ds.data import PackedDataset
 from mora_ds.ds_config import resolve_ds_config
 from mora_ds.engine import check_compute_dtype, check_splittable, start_distributed
@@ -147,9 +148,14 @@ def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: Place) -> t
     data = load_data(arguments, config, model_folder, place.followers, rows, place.checkpoint, place.say)
     loaded = prepare_base(arguments, model_folder, data.tokenizer, ds_config, place)
     job = prepare_job(arguments, loaded, ds_config, data, place)
+    vocab_size = loaded.model.config.get_text_config().vocab_size
+    if training.chunked_loss:
+        chunk_loss(loaded.model)
+        with whole_rows(loaded.model):
+            check_chunked_loss(job.engine, vocab_size)
     if arguments.data.document_mask:
         with whole_rows(loaded.model):
-            check_document_mask(job.engine, loaded.model.config.get_text_config().vocab_size)
+            check_document_mask(job.engine, vocab_size)
     sequence = bound(loaded.model)
     if sequence is not None:
         check_split(job.engine, loaded.model, sequence, arguments.data.document_mask)

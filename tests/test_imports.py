@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("config", "layer", "base", "export_check", "spectrum", "checkpoint_folder", "training_arguments"),
     ("tensor_plan", "adapter_arguments", "ledger", "model", "model_folder", "data", "shards"),
+    ("chunked_loss",),
     ("arguments", "injection", "adapter_files", "losses", "flat_tensors", "ledger_table"),
     (
         *("tensor_parallel", "tensor_cost", "remora", "partitions", "model_card", "ledger_tools", "universal"),
