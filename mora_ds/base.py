@@ -243,7 +243,7 @@ def verify_against_model(
             stored = base.shape_dtype(key)[0]
             raise NotOneToOne(f"{name} is {tuple(live.shape)} in the model, {stored} in {base.folder}", [name])
         original = base.read(key).to(live.device, live.dtype)
-        if not torch.equal(_as_bytes(live), _as_bytes(original)):
+        if not _same_bits(live, original):
             raise NotOneToOne(f"{name} of the model is not the tensor {key!r} of {base.folder}", [name])
 
 
@@ -291,6 +291,14 @@ def _sum_of_words(words: Tensor, shifted: Tensor, factors: Tensor) -> Tensor:
     torch.bitwise_right_shift(words, 32, out=shifted)
     words.bitwise_xor_(shifted.bitwise_and_(0xFFFFFFFF))  # the shift drags the sign along
     return words.view(-1, _CHUNK).mul_(factors).sum(dim=1)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Compared as 64-bit words where both can be read so, which is several times faster than by bytes."""
+    pair = (_as_bytes(one), _as_bytes(other))
+    if all(raw.numel() % 8 == 0 and raw.data_ptr() % 8 == 0 for raw in pair):
+        pair = (pair[0].view(torch.int64), pair[1].view(torch.int64))
+    return torch.equal(*pair)
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from mora_ds.lanes import LOW_PRECISION
 from mora_ds.operators import (
     OperatorSpec,
     apply_squares,
+    block_squares,
     decompress,
     decompress_transpose,
     delta_weight,
@@ -31,7 +32,6 @@ from mora_ds.operators import (
     rows_of_outputs,
     square_gradient,
     square_gradient_of_input,
-    turned_squares,
     unfold_input,
 )
 
@@ -134,7 +134,7 @@ def _add_update(spec: OperatorSpec, square: Tensor, z: Tensor, y: Tensor) -> Ten
     """y + decompress(M R z), in place."""
     if spec.blockwise:
         z = z.flatten(0, -3)
-        return y.add_(decompress(spec, apply_squares(turned_squares(spec, square), z)).view_as(y))
+        return y.add_(decompress(spec, apply_squares(block_squares(spec, square), z)).view_as(y))
     if multiplies(y):
         y.view(-1, spec.d_out).addmm_(z.view(-1, spec.r_hat), rows_of_outputs(spec, square).T)
         return y
@@ -148,5 +148,5 @@ def _add_input_gradient(spec: OperatorSpec, square: Tensor, g: Tensor, g_x: Tens
         g_x.view(-1, spec.d_in).addmm_(g_z, fold_matrix(spec, g).T)
         return g_x
     c = decompress_transpose(spec, g).flatten(0, -3)
-    g_z = apply_squares(turned_squares(spec, square).transpose(1, 2), c)
+    g_z = apply_squares(block_squares(spec, square).transpose(1, 2), c)
     return g_x.add_(unfold_input(spec, g_z).view_as(g_x))

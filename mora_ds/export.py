@@ -21,7 +21,7 @@ from mora_ds.adapter_files import ADAPTER_JSON, AdapterFile, AdapterTensors, Bas
 from mora_ds.base import BaseCheckpoint
 from mora_ds.errors import RunError, UserError
 from mora_ds.export_check import Comparison, compare_logits
-from mora_ds.files import MANIFEST, atomic_folder, verify_manifest
+from mora_ds.files import MANIFEST, atomic_folder, recorded_hashes, verify_manifest
 from mora_ds.ledger import LayerEntry, Ledger, live_weight
 from mora_ds.model_card import model_card
 from mora_ds.model_folder import plan_shards, write_companions, write_shards
@@ -147,7 +147,7 @@ def _open_run(checkpoint: Path, base_folder: Path | None) -> _Run:
     adapter = read_adapter(checkpoint)
     tensors = AdapterTensors.open(checkpoint, adapter)
     reference = BaseReference.read(checkpoint)
-    ledger = Ledger.open(checkpoint / LEDGER_FOLDER, reference.fingerprint)
+    ledger = _open_ledger(checkpoint, reference.fingerprint)
     if ledger.cycles != adapter.cycle:
         raise UserError(
             f"{ledger.folder} has {ledger.cycles} cycles, but {checkpoint / ADAPTER_JSON} was written in cycle"
@@ -157,6 +157,17 @@ def _open_run(checkpoint: Path, base_folder: Path | None) -> _Run:
     run = _Run(checkpoint, adapter, tensors, reference, base, ledger)
     _check_layers(run)
     return run
+
+
+def _open_ledger(checkpoint: Path, fingerprint: str) -> Ledger:
+    """Its files are not read twice: the manifest, where there is one, has vouched for what it records."""
+    vouched = recorded_hashes(checkpoint) if (checkpoint / MANIFEST).exists() else {}
+    folder = checkpoint / LEDGER_FOLDER
+    ledger = Ledger.open(folder, fingerprint, hashes=not vouched)
+    for record in ledger.records if vouched else ():
+        if vouched.get(f"{LEDGER_FOLDER}/{record.file}") != record.sha256:
+            raise UserError(f"the ledger is damaged at cycle {record.cycle}: {folder / record.file} is another file")
+    return ledger
 
 
 def _check_layers(run: _Run) -> None:

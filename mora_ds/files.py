@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -226,8 +227,15 @@ def verify_manifest(folder: Path, hashes: bool = True) -> list[str]:
         if content["seal"] != _seal(content["files"]):
             return [f"{folder / MANIFEST} is damaged: it does not list what it was written with"]
         listed = [(folder / name, int(facts["size"]), str(facts["sha256"])) for name, facts in content["files"].items()]
-    checked = ((path, size, sha256 if hashes else None) for path, size, sha256 in listed)
-    return [problem for entry in checked if (problem := file_problem(*entry))]
+    checked = [(path, size, sha256 if hashes else None) for path, size, sha256 in listed]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading hold no lock
+        return [problem for problem in pool.map(lambda entry: file_problem(*entry), checked) if problem]
+
+
+def recorded_hashes(folder: Path) -> dict[str, str]:
+    """Relative name -> sha256, as the manifest of `folder` has them; verified by `verify_manifest`, not here."""
+    with malformed(folder / MANIFEST):
+        return {name: str(facts["sha256"]) for name, facts in read_json(folder / MANIFEST)["files"].items()}
 
 
 def file_problem(path: Path, size: int, sha256: str | None) -> str:

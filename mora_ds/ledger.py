@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from mora_ds.base import BaseCheckpoint
+from mora_ds.deltas import add_deltas_
 from mora_ds.errors import RunError, UserError
 from mora_ds.files import (
     atomic_path,
@@ -40,7 +41,7 @@ from mora_ds.files import (
     write_json_atomic,
 )
 from mora_ds.tensor_files import SafetensorsWriter, open_safetensors, shape_dtype
-from mora_ds.updates import UpdateSpec, delta_weight, spec_from_dict, value_name, value_shape
+from mora_ds.updates import UpdateSpec, spec_from_dict, value_name, value_shape
 
 LEDGER_FILE = "ledger.json"
 
@@ -96,11 +97,10 @@ def live_weight(
     default where `original` does) and shares no memory with it.
     """
     device = torch.device(device) if device is not None else original.device
+    original = original.T if transposed else original
     total = torch.empty(original.shape, dtype=torch.float32, device=device).copy_(original)
-    for spec, square in updates:
-        delta = delta_weight(spec, square.to(device, torch.float32))
-        total.add_(delta.T if transposed else delta)
-    return total.to(dtype)
+    add_deltas_(total, updates)
+    return (total.T.contiguous() if transposed else total).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,10 @@ from mora_ds.tables import rope_table
 from mora_ds.wiring import Index, wiring
 
 __all__ = [
-    "Grouping", "OperatorKind", "OperatorSpec", "adjoint", "apply_squares", "compress", "decompress",
-    "decompress_transpose", "default_kind", "delta_weight", "fold_input", "fold_matrix", "input_blocks", "mora_update",
-    "multiplies", "output_slots", "permutation_seed", "rows_of_outputs", "square_gradient", "square_gradient_of_input",
-    "square_size", "turn", "turned_squares", "unfold_input",
+    "Grouping", "OperatorKind", "OperatorSpec", "adjoint", "apply_squares", "block_squares", "compress", "decompress",
+    "decompress_transpose", "default_kind", "delta_weight", "fold_input", "fold_matrix", "input_blocks",
+    "input_columns", "mora_update", "multiplies", "output_slots", "permutation_seed", "rows_of_outputs",
+    "square_gradient", "square_gradient_of_input", "square_size", "turn", "unfold_input",
 ]  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def turn(spec: OperatorSpec, blocks: Tensor, back: bool = False) -> Tensor:
     return rotate(blocks, cos, -sin if back else sin)
 
 
-def turned_squares(spec: OperatorSpec, square: Tensor) -> Tensor:
+def block_squares(spec: OperatorSpec, square: Tensor) -> Tensor:
     """(N, R, R) for decouple and rotate: M R_i for every input block i, since (M R_i) x = M (R_i x)."""
     squares = square.expand(spec.blocks_in, -1, -1)
     if spec.kind is not OperatorKind.ROTATE:
@@ -172,8 +172,14 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
     Made of separate elementwise operations and copies only, so that every device rounds it alike.
     """
     if not spec.blockwise:
-        return rows_of_outputs(spec, _columns(spec, square))
+        return rows_of_outputs(spec, input_columns(spec, square))
     return _block_rows(spec, square).index_select(0, wiring(spec, square.device).slots)
+
+
+def input_columns(spec: OperatorSpec, square: Tensor) -> Tensor:
+    """(R, D) for truncate and share: each input's column of M (zeros for one that truncate leaves out)."""
+    found = gather(_or_zero(spec, square), wiring(spec, square.device).places)
+    return _wrap_back(spec, found, square)
 
 
 def adjoint(spec: OperatorSpec, gradient: Tensor) -> Tensor:
@@ -235,12 +241,6 @@ def _wrap_back(spec: OperatorSpec, found: Tensor, lanes: Tensor) -> Tensor:
     return found
 
 
-def _columns(spec: OperatorSpec, square: Tensor) -> Tensor:
-    """(R, D) for truncate and share: each input's column of M."""
-    found = gather(_or_zero(spec, square), wiring(spec, square.device).places)
-    return _wrap_back(spec, found, square)
-
-
 def _rounds(spec: OperatorSpec) -> list[tuple[slice, slice]]:
     """The pairs (input block, output block) that meet, as runs of both: p mod N and p mod blocks_out for p below the
     larger number of blocks."""
@@ -280,7 +280,7 @@ def _columns_of_blocks(spec: OperatorSpec, device: torch.device) -> Tensor:
 
 def _block_rows(spec: OperatorSpec, square: Tensor) -> Tensor:
     """(blocks_out * R, D) for decouple and rotate: every square written where its blocks meet."""
-    squares = turned_squares(spec, square)
+    squares = block_squares(spec, square)
     canvas = squares.new_zeros(spec.blocks_out, spec.r_hat, spec.d_in)
     columns, wraps = _columns_of_blocks(spec, square.device), spec.d_in % spec.r_hat > 0
     for into, out in _rounds(spec):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 _PROC = Path("/proc")
@@ -82,3 +83,11 @@ def _read(process: int, name: str) -> bytes:
         return (_PROC / str(process) / name).read_bytes()
     except OSError:  # gone meanwhile, or another user's
         return b""
+
+
+def only_rank() -> dict[str, str]:
+    """The environment that a launcher gives a job's only rank."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

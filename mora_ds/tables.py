@@ -85,5 +85,11 @@ def permutation_tables(
             torch.cat([start + torch.from_numpy(stream.permutation(stop - start)) for start, stop in bounds])
             for bounds in (segment_bounds(d_in, in_segments), segment_bounds(d_out, out_segments))
         ]
-        inverse = [torch.argsort(permutation) for permutation in forward]
+        inverse = [_inverse(permutation) for permutation in forward]
         return tuple(table.to(device) for table in (*forward, *inverse))
+
+
+def _inverse(permutation: Tensor) -> Tensor:
+    inverse = torch.empty_like(permutation)
+    inverse[permutation] = torch.arange(len(permutation))
+    return inverse

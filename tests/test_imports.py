@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("cli", "restart", "pulse", "ds_config", "compute", "updates", "tensor_files", "metrics", "run_folder"),
         *("followers", "background", "checkpoint_care", "resets", "schedule_text", "windows", "data_arguments"),
     ),
-    ("config", "layer", "base", "export_check", "spectrum", "checkpoint_folder", "training_arguments"),
+    ("deltas", "config", "layer", "base", "export_check", "spectrum", "checkpoint_folder", "training_arguments"),
     ("tensor_plan", "adapter_arguments", "ledger", "model", "model_folder", "data", "shards"),
     ("chunked_loss",),
     ("arguments", "injection", "adapter_files", "losses", "flat_tensors", "ledger_table"),

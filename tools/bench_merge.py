@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mora_ds import MoRAConfig, Run, cli, initialize, inject, mora_layers
 from mora_ds.base import BaseCheckpoint, write_own_base
 from mora_ds.ledger_table import table
+from mora_ds.processes import only_rank
 from mora_ds.remora import EXACT, INCREMENTAL
 from mora_ds.updates import delta_weight
 
@@ -36,7 +36,7 @@ VOCABULARY, ROWS, LENGTH = 512, 4, 64
 
 def main() -> None:
     options = _options()
-    _alone()
+    os.environ.update(only_rank())
     lines = [["rate", "mean |M|", "kept exact", "kept incremental", "ratio"]]
     for rate in options.rates:
         kept, size = {}, 0.0
@@ -56,15 +56,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps before each merge")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-6, 3e-6, 1e-5, 3e-5], help="learning rates")
     return parser.parse_args()
-
-
-def _alone() -> None:
-    """The environment that a launcher gives a job's only rank."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update(rank)
 
 
 def share_kept(precision: str, rate: float, merges: int, steps: int) -> tuple[float, float]:
