@@ -25,7 +25,7 @@ from mora_ds.operators import (
     block_squares,
     decompress,
     decompress_transpose,
-    delta_weight,
+    effective_weight,
     fold_input,
     fold_matrix,
     multiplies,
@@ -87,7 +87,7 @@ class _WeightPath(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
         ctx.spec, ctx.weight = spec, weight
         ctx.save_for_backward(x if spec.blockwise else fold_input(spec, x), square)
-        return F.linear(x, delta_weight(spec, square).add_(weight), bias)
+        return F.linear(x, effective_weight(spec, square, weight), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,7 +95,7 @@ class _WeightPath(torch.autograd.Function):
         saved, square = ctx.saved_tensors
         g_x = g_square = None
         if ctx.needs_input_grad[0]:
-            g_x = g @ delta_weight(spec, square).add_(ctx.weight)
+            g_x = g @ effective_weight(spec, square, ctx.weight)
         if ctx.needs_input_grad[3]:
             g_square = _square_gradient(spec, saved, g)
         return g_x, None, None, g_square, None

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.lanes import LOW_PRECISION, deal, gather, one_hot, rotate, scatters, sum_by
+from mora_ds.lanes import LOW_PRECISION, add_rows, deal, gather, gather_sum, one_hot, rotate, scatters, sum_by
 from mora_ds.operator_spec import (
     Grouping,
     OperatorKind,
@@ -44,10 +44,10 @@ from mora_ds.tables import rope_table
 from mora_ds.wiring import Index, wiring
 
 __all__ = [
-    "Grouping", "OperatorKind", "OperatorSpec", "adjoint", "apply_squares", "block_squares", "compress", "decompress",
-    "decompress_transpose", "default_kind", "delta_weight", "fold_input", "fold_matrix", "input_blocks",
-    "input_columns", "mora_update", "multiplies", "output_slots", "permutation_seed", "rows_of_outputs",
-    "square_gradient", "square_gradient_of_input", "square_size", "turn", "unfold_input",
+    "Grouping", "OperatorKind", "OperatorSpec", "adjoint", "apply_squares", "block_squares", "compress",
+    "decompress", "decompress_transpose", "default_kind", "delta_weight", "effective_weight", "fold_input",
+    "fold_matrix", "input_blocks", "input_columns", "mora_update", "multiplies", "output_slots", "permutation_seed",
+    "rows_of_outputs", "square_gradient", "square_gradient_of_input", "square_size", "turn", "unfold_input",
 ]  # fmt: skip
 
 
@@ -77,9 +77,9 @@ def fold_input(spec: OperatorSpec, x: Tensor) -> Tensor:
     """(..., D) -> (..., N, R): `compress` without rotate's turning, which `square_gradient` leaves to the products."""
     if spec.kind is not OperatorKind.SHARE:
         return input_blocks(spec, x)
-    if not scatters(x):
-        return input_blocks(spec, x).sum(dim=-2, keepdim=True)
     tables = wiring(spec, x.device)
+    if not scatters(x):
+        return gather_sum(x, tables.sources.index, tables.sources.missing, tables.sources.rows)
     if multiplies(x):
         return (x @ fold_matrix(spec, x)).unsqueeze(-2)
     z = sum_by(x, tables.places, spec.r_hat)
@@ -176,6 +176,13 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
     return _block_rows(spec, square).index_select(0, wiring(spec, square.device).slots)
 
 
+def effective_weight(spec: OperatorSpec, square: Tensor, weight: Tensor) -> Tensor:
+    """weight (O, D) + delta_weight, a new tensor."""
+    if spec.blockwise or spec.kind is OperatorKind.TRUNCATE:
+        return delta_weight(spec, square).add_(weight)
+    return add_rows(weight, input_columns(spec, square), wiring(spec, square.device).slots)
+
+
 def input_columns(spec: OperatorSpec, square: Tensor) -> Tensor:
     """(R, D) for truncate and share: each input's column of M (zeros for one that truncate leaves out)."""
     found = gather(_or_zero(spec, square), wiring(spec, square.device).places)
@@ -222,8 +229,9 @@ def _output_blocks(spec: OperatorSpec, g: Tensor) -> Tensor:
     tables = wiring(spec, g.device)
     if spec.kind is OperatorKind.SHARE and scatters(g):
         return sum_by(g, tables.slots, spec.r_hat).unsqueeze(-2)
-    blocks = _taken(g, tables.members)
-    return blocks.sum(dim=-2, keepdim=True) if spec.kind is OperatorKind.SHARE else blocks
+    if spec.kind is OperatorKind.SHARE:
+        return gather_sum(g, tables.members.index, tables.members.missing, tables.members.rows)
+    return _taken(g, tables.members)
 
 
 def _or_zero(spec: OperatorSpec, lanes: Tensor) -> Tensor:

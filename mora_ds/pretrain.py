@@ -21,6 +21,7 @@ from mora_ds.arguments import Arguments, dump
 from mora_ds.checkpoint_care import name_latest, settle
 from mora_ds.checkpoint_folder import AUTO, TrainerState, check_world_size, find_checkpoint
 from mora_ds.chunked_loss import check_chunked_loss, chunk_loss
+from mora_ds.compiling import check_compiler, compile_operators
 from mora_ds.data import PackedDataset
 from mora_ds.ds_config import resolve_ds_config
 from mora_ds.engine import check_compute_dtype, check_splittable, start_distributed
@@ -51,6 +52,8 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     `RunError` for failures while running.
     """
     validate(arguments)
+    if arguments.adapter.compile:
+        check_compiler()
     training = arguments.training
     start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.peer_silence_s)
     ranks = Ranks.current()
@@ -148,6 +151,8 @@ def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: Place) -> t
     data = load_data(arguments, config, model_folder, place.followers, rows, place.checkpoint, place.say)
     loaded = prepare_base(arguments, model_folder, data.tokenizer, ds_config, place)
     job = prepare_job(arguments, loaded, ds_config, data, place)
+    if arguments.adapter.compile:
+        compile_operators()
     vocab_size = loaded.model.config.get_text_config().vocab_size
     if training.chunked_loss:
         chunk_loss(loaded.model)

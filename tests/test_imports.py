@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "ds_config_keys", "lanes", "tables", "processes", "status"),
-    ("operator_spec",),
+    ("operator_spec", "compiling"),
     ("wiring",),
     (
         *("operators", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer", "zero", "muon"),
