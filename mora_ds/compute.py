@@ -25,6 +25,7 @@ from mora_ds.operators import (
     block_squares,
     decompress,
     decompress_transpose,
+    delta_weight,
     effective_weight,
     fold_input,
     fold_matrix,
@@ -107,45 +108,59 @@ class _ActivationPath(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
         ctx.spec, ctx.weight = spec, weight
-        z = fold_input(spec, x)
-        ctx.save_for_backward(x if spec.blockwise else z, square)
-        return _add_update(spec, square, z, F.linear(x, weight, bias))
+        saved = x if spec.blockwise else fold_input(spec, x)
+        ctx.save_for_backward(saved, square)
+        return _add_update(spec, square, saved, F.linear(x, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,), spec = gradients, ctx.spec
         saved, square = ctx.saved_tensors
-        g_x = g @ ctx.weight if ctx.needs_input_grad[0] else None
-        if spec.blockwise or multiplies(g):
-            g_square = _square_gradient(spec, saved, g) if ctx.needs_input_grad[3] else None
-            return None if g_x is None else _add_input_gradient(spec, square, g, g_x), None, None, g_square, None
-        c = decompress_transpose(spec, g)
-        if g_x is not None:
-            g_x.add_(unfold_input(spec, c @ square))
-        g_square = c.flatten(0, -2).T @ saved.flatten(0, -2) if ctx.needs_input_grad[3] else None
+        g_x = g_square = None
+        if not spec.blockwise and not multiplies(g):
+            return _gradients_of_sums(spec, square, saved, g, ctx)
+        if ctx.needs_input_grad[0]:
+            g_x = _add_input_gradient(spec, square, g, g @ ctx.weight)
+        if ctx.needs_input_grad[3]:
+            g_square = _square_gradient(spec, saved, g)
         return g_x, None, None, g_square, None
+
+
+def _gradients_of_sums(spec: OperatorSpec, square: Tensor, z: Tensor, g: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
+    """The activation path's for share and truncate, whose two gradients read the same sums of g."""
+    c = decompress_transpose(spec, g)
+    g_x = g_square = None
+    if ctx.needs_input_grad[0]:
+        g_x = (g @ ctx.weight).add_(unfold_input(spec, c @ square))
+    if ctx.needs_input_grad[3]:
+        g_square = c.flatten(0, -2).T @ z.flatten(0, -2)
+    return g_x, None, None, g_square, None
 
 
 def _square_gradient(spec: OperatorSpec, saved: Tensor, g: Tensor) -> Tensor:
     return (square_gradient_of_input if spec.blockwise else square_gradient)(spec, saved, g)
 
 
-def _add_update(spec: OperatorSpec, square: Tensor, z: Tensor, y: Tensor) -> Tensor:
-    """y + decompress(M R z), in place."""
-    if spec.blockwise:
-        z = z.flatten(0, -3)
-        return y.add_(decompress(spec, apply_squares(block_squares(spec, square), z)).view_as(y))
+def _add_update(spec: OperatorSpec, square: Tensor, saved: Tensor, y: Tensor) -> Tensor:
+    """y + decompress(M compress(x)), in place."""
     if multiplies(y):
-        y.view(-1, spec.d_out).addmm_(z.view(-1, spec.r_hat), rows_of_outputs(spec, square).T)
+        matrix = delta_weight(spec, square) if spec.blockwise else rows_of_outputs(spec, square)
+        y.view(-1, spec.d_out).addmm_(saved.reshape(-1, matrix.shape[1]), matrix.T)
         return y
-    return y.add_(decompress(spec, F.linear(z, square)))
+    if not spec.blockwise:
+        return y.add_(decompress(spec, F.linear(saved, square)))
+    z = fold_input(spec, saved).flatten(0, -3)
+    return y.add_(decompress(spec, apply_squares(block_squares(spec, square), z)).view_as(y))
 
 
 def _add_input_gradient(spec: OperatorSpec, square: Tensor, g: Tensor, g_x: Tensor) -> Tensor:
-    """g_x + the transpose of the update's path from x, of g; in place. For what is moved by blocks or by products."""
-    if not spec.blockwise:
-        g_z = g.reshape(-1, spec.d_out) @ rows_of_outputs(spec, square)
-        g_x.view(-1, spec.d_in).addmm_(g_z, fold_matrix(spec, g).T)
+    """g_x + the transpose of `_add_update`'s map from x, of g; in place. Not for `_gradients_of_sums`."""
+    if multiplies(g):
+        g = g.reshape(-1, spec.d_out)
+        if spec.blockwise:
+            g_x.view(-1, spec.d_in).addmm_(g, delta_weight(spec, square))
+        else:
+            g_x.view(-1, spec.d_in).addmm_(g @ rows_of_outputs(spec, square), fold_matrix(spec, g).T)
         return g_x
     c = decompress_transpose(spec, g).flatten(0, -3)
     g_z = apply_squares(block_squares(spec, square).transpose(1, 2), c)

@@ -51,7 +51,7 @@ def test_inductors_moves_are_the_eager_ones() -> None:
 
 def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match="--compile needs .* install no-such-compiler"):
+    with pytest.raises(UserError, match=r"--compile needs .* install no-such-compiler"):
         check_compiler("cpu")
     monkeypatch.setenv("CXX", "true")
     check_compiler("cpu")

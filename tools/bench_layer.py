@@ -34,9 +34,6 @@ from mora_ds.tables import rope_table
 CASES = ((OperatorKind.ROTATE, 8), (OperatorKind.SHARE, 64))
 SHAPES = ("1024x1024", "1024x2752", "2752x1024", "576x576", "576x1536", "1536x576")
 """Llama 7B's layers, a quarter of each side, and SmolLM-135M's."""
-SECONDS = 1.0
-"""At least so long, and three pairs, for each figure."""
-
 Step = Callable[[], Tensor]
 """One forward."""
 
@@ -124,14 +121,16 @@ def clock(device: torch.device, threads: int) -> Callable[[], float]:
     return time.thread_time if threads == 1 else time.perf_counter
 
 
-def ratios(layer: Layer, cases: dict[str, tuple[Step, list[Tensor]]], now: Callable[[], float]) -> dict[str, float]:
+def ratios(
+    layer: Layer, cases: dict[str, tuple[Step, list[Tensor]]], now: Callable[[], float], seconds: float
+) -> dict[str, float]:
     """Medians over interleaved pairs; under "frozen" its own median in seconds."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     frozen = cases["frozen"][0]
     for name, (step, trained) in cases.items():
         layer.backward(step, *trained)  # not counted
         started = now()
-        while len(times[name]) < 3 or now() - started < SECONDS:
+        while len(times[name]) < 3 or now() - started < seconds:
             first = now()
             layer.backward(frozen)
             second = now()
@@ -160,9 +159,9 @@ def kept_mib(layer: Layer, step: Step, trained: list[Tensor]) -> float:
 COLUMNS = ("full", "PEFT LoRA", "our LoRA", "reference", "activation", "weight")
 
 
-def row(layer: Layer, now: Callable[[], float]) -> str:
+def row(layer: Layer, now: Callable[[], float], seconds: float) -> str:
     cases, spec = forwards(layer), layer.spec
-    found, tokens = ratios(layer, cases, now), len(layer.x)
+    found, tokens = ratios(layer, cases, now, seconds), len(layer.x)
     auto = choose(tokens, spec.d_in, spec.d_out, layer.x.dtype, spec)
     kept = [kept_mib(layer, *cases[name]) if name in cases else float("nan") for name in ("PEFT LoRA", auto.value)]
     figures = "".join(f" | {found[name]:.2f}" if name in found else " | -" for name in COLUMNS)
@@ -180,6 +179,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="D_INxD_OUT")
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 2048])
     parser.add_argument("--operators", nargs="+", default=[f"{kind.value}:{rank}" for kind, rank in CASES])
+    parser.add_argument("--seconds", type=float, default=0.5, help="at least so long, and three pairs, for each figure")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -196,7 +196,7 @@ def main() -> None:
                     kind, rank = operator.split(":")
                     sides = tuple(int(side) for side in shape.split("x"))
                     layer = make(OperatorKind(kind), int(rank), (sides[0], sides[1]), tokens, like)
-                    print(row(layer, now), flush=True)
+                    print(row(layer, now, options.seconds), flush=True)
 
 
 if __name__ == "__main__":
