@@ -66,6 +66,9 @@ class AdapterArguments:
     compute: str = "auto"
     """activation (passes over the activations), weight (passes over the weight: faster from about as many tokens a
     micro-batch as the layer is wide, but rounds small deltas in bf16) or auto (weight in fp32 where it is faster)."""
+    compile: bool = False
+    """Compile what the operators move (torch.compile; on a CPU with a C++ compiler): one pass each, after slow first
+    steps."""
     tp_grouping: str = TPGrouping.GATHER.value
     """gather (any grouping; ranks of a tensor-parallel group gather a square to use it) or aligned (share's groupings,
     confined to --tp_segments segments where the model's plan splits a layer: its square is never communicated)."""

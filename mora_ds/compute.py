@@ -18,11 +18,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.operators import OperatorSpec, delta_weight, fold_input, mora_update, square_gradient
+from mora_ds.lanes import LOW_PRECISION
+from mora_ds.operators import (
+    OperatorSpec,
+    apply_squares,
+    block_squares,
+    decompress,
+    decompress_transpose,
+    delta_weight,
+    effective_weight,
+    fold_input,
+    fold_matrix,
+    multiplies,
+    rows_of_outputs,
+    square_gradient,
+    square_gradient_of_input,
+    unfold_input,
+)
 
-TOKENS_PER_WIDTH = 1.25
-"""AUTO takes the weight path from this many tokens per (harmonic mean of d_in and d_out) on: where the two met, forward
-and backward in fp32 on one core, for square layers of 192 to 2048 (`tools/bench_layer.py`)."""
+MOVE = {torch.float32: 48, torch.float64: 24, torch.bfloat16: 450, torch.float16: 450}
+"""Multiply-accumulates of a product in the time in which one number is moved (gathered, added, written). Measured on
+one core with AVX-512 and AMX; a GPU's ratio of rate to bandwidth is of the same order."""
 
 
 class Compute(str, Enum):
@@ -33,15 +49,25 @@ class Compute(str, Enum):
     WEIGHT = "weight"
 
 
-def choose(tokens: int, d_in: int, d_out: int, dtype: torch.dtype) -> Compute:
-    """The cheaper path: activation passes cost tokens * (d_in + d_out), weight passes d_in * d_out.
+def choose(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, spec: OperatorSpec | None = None) -> Compute:
+    """The cheaper path, forward and backward, by what only one of them does, in multiply-accumulates:
 
-    Low precision always takes the activation path, which loses nothing of a small delta.
+        weight        W0 + delta formed twice: d_in d_out numbers, each moved once (share, truncate) or twice (others)
+        activation    two products with M (T r_hat^2 each, a block), its input and output moved once (T (d_in + d_out)),
+                      for decouple and rotate twice; in low precision on a CPU by products of r_hat columns instead
+
+    Without a `spec` M's own products are left out. Low precision always takes the activation path, which loses nothing
+    of a small delta.
     """
-    if dtype in (torch.bfloat16, torch.float16):
+    if dtype in LOW_PRECISION:
         return Compute.ACTIVATION
-    enough = tokens * (d_in + d_out) >= 2 * TOKENS_PER_WIDTH * d_in * d_out
-    return Compute.WEIGHT if enough else Compute.ACTIVATION
+    blockwise = spec is not None and spec.blockwise
+    moves = MOVE[dtype] * (2 if blockwise else 1)
+    weight = 2 * moves * d_in * d_out
+    activation = moves * tokens * (d_in + d_out)
+    if spec is not None:
+        activation += 2 * tokens * spec.r_hat**2 * (max(spec.blocks_in, spec.blocks_out) if blockwise else 1)
+    return Compute.WEIGHT if weight <= activation else Compute.ACTIVATION
 
 
 def mora_linear(
@@ -49,10 +75,9 @@ def mora_linear(
 ) -> Tensor:
     """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will do."""
     if path is Compute.AUTO:
-        path = choose(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype)
-    if path is Compute.WEIGHT:
-        return _WeightPath.apply(x, weight, bias, square, spec)
-    return F.linear(x, weight, bias) + mora_update(spec, square, x)
+        path = choose(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype, spec)
+    function = _WeightPath if path is Compute.WEIGHT else _ActivationPath
+    return function.apply(x, weight, bias, square, spec)
 
 
 class _WeightPath(torch.autograd.Function):
@@ -61,18 +86,82 @@ class _WeightPath(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
-        ctx.spec = spec
-        ctx.weight = weight
+        ctx.spec, ctx.weight = spec, weight
         ctx.save_for_backward(x if spec.blockwise else fold_input(spec, x), square)
-        return F.linear(x, delta_weight(spec, square).add_(weight), bias)
+        return F.linear(x, effective_weight(spec, square, weight), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = gradients
+        (g,), spec = gradients, ctx.spec
         saved, square = ctx.saved_tensors
-        spec: OperatorSpec = ctx.spec
-        g_x = g @ delta_weight(spec, square).add_(ctx.weight) if ctx.needs_input_grad[0] else None
-        g_square = None
+        g_x = g_square = None
+        if ctx.needs_input_grad[0]:
+            g_x = g @ effective_weight(spec, square, ctx.weight)
         if ctx.needs_input_grad[3]:
-            g_square = square_gradient(spec, fold_input(spec, saved) if spec.blockwise else saved, g)
+            g_square = _square_gradient(spec, saved, g)
         return g_x, None, None, g_square, None
+
+
+class _ActivationPath(torch.autograd.Function):
+    """Saves what the weight path saves. All sums go into the base's own product, without another tensor of its size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
+        ctx.spec, ctx.weight = spec, weight
+        saved = x if spec.blockwise else fold_input(spec, x)
+        ctx.save_for_backward(saved, square)
+        return _add_update(spec, square, saved, F.linear(x, weight, bias))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), spec = gradients, ctx.spec
+        saved, square = ctx.saved_tensors
+        g_x = g_square = None
+        if not spec.blockwise and not multiplies(g):
+            return _gradients_of_sums(spec, square, saved, g, ctx)
+        if ctx.needs_input_grad[0]:
+            g_x = _add_input_gradient(spec, square, g, g @ ctx.weight)
+        if ctx.needs_input_grad[3]:
+            g_square = _square_gradient(spec, saved, g)
+        return g_x, None, None, g_square, None
+
+
+def _gradients_of_sums(spec: OperatorSpec, square: Tensor, z: Tensor, g: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
+    """The activation path's for share and truncate, whose two gradients read the same sums of g."""
+    c = decompress_transpose(spec, g)
+    g_x = g_square = None
+    if ctx.needs_input_grad[0]:
+        g_x = (g @ ctx.weight).add_(unfold_input(spec, c @ square))
+    if ctx.needs_input_grad[3]:
+        g_square = c.flatten(0, -2).T @ z.flatten(0, -2)
+    return g_x, None, None, g_square, None
+
+
+def _square_gradient(spec: OperatorSpec, saved: Tensor, g: Tensor) -> Tensor:
+    return (square_gradient_of_input if spec.blockwise else square_gradient)(spec, saved, g)
+
+
+def _add_update(spec: OperatorSpec, square: Tensor, saved: Tensor, y: Tensor) -> Tensor:
+    """y + decompress(M compress(x)), in place."""
+    if multiplies(y):
+        matrix = delta_weight(spec, square) if spec.blockwise else rows_of_outputs(spec, square)
+        y.view(-1, spec.d_out).addmm_(saved.reshape(-1, matrix.shape[1]), matrix.T)
+        return y
+    if not spec.blockwise:
+        return y.add_(decompress(spec, F.linear(saved, square)))
+    z = fold_input(spec, saved).flatten(0, -3)
+    return y.add_(decompress(spec, apply_squares(block_squares(spec, square), z)).view_as(y))
+
+
+def _add_input_gradient(spec: OperatorSpec, square: Tensor, g: Tensor, g_x: Tensor) -> Tensor:
+    """g_x + the transpose of `_add_update`'s map from x, of g; in place. Not for `_gradients_of_sums`."""
+    if multiplies(g):
+        g = g.reshape(-1, spec.d_out)
+        if spec.blockwise:
+            g_x.view(-1, spec.d_in).addmm_(g, delta_weight(spec, square))
+        else:
+            g_x.view(-1, spec.d_in).addmm_(g @ rows_of_outputs(spec, square), fold_matrix(spec, g).T)
+        return g_x
+    c = decompress_transpose(spec, g).flatten(0, -3)
+    g_z = apply_squares(block_squares(spec, square).transpose(1, 2), c)
+    return g_x.add_(unfold_input(spec, g_z).view_as(g_x))

@@ -5,56 +5,107 @@ Shape legend:  D = inputs, R = r_hat, N = blocks.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-def pick(x: Tensor, index: Tensor) -> Tensor:
-    """x[..., index]. In two dimensions, where `index_select` is up to five times faster on a CPU than in three."""
-    return (
-        x.flatten(0, -2).index_select(1, index).unflatten(0, x.shape[:-1]) if x.dim() > 1 else x.index_select(0, index)
-    )
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
-def resize(x: Tensor, size: int) -> Tensor:
-    """First `size` entries of the last dimension, zero-padded when there are fewer."""
-    return x[..., :size] if x.shape[-1] >= size else F.pad(x, (0, size - x.shape[-1]))
+class Move:
+    """A function of tensors that `compile_moves` puts its compiled form in place of. Tables are arguments of it, so
+    that layers share what was compiled, in every cycle."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.eager = self.used = function
+        update_wrapper(self, function)
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        if self.used is not self.eager and not torch.is_grad_enabled():  # or both kinds of input would be compiled for
+            arguments = tuple(each.detach() if isinstance(each, Tensor) else each for each in arguments)
+        return self.used(*arguments)
 
 
-def wrap(x: Tensor, size: int) -> Tensor:
-    """(..., D) -> (..., size >= D), position q holding x[q mod D]."""
-    d_in = x.shape[-1]
-    if size == d_in:
-        return x
-    copies = [x] * (size // d_in) + ([x[..., : size % d_in]] if size % d_in else [])
-    return torch.cat(copies, dim=-1)
+def compile_moves(backend: str | None) -> None:
+    """From here on, in this process, moves run compiled by torch.compile's `backend`; None: as they are written."""
+    torch._dynamo.config.recompile_limit = max(_FORMS, torch._dynamo.config.recompile_limit)
+    for move in (gather, gather_sum, add_rows):
+        move.used = move.eager if backend is None else torch.compile(move.eager, backend=backend, dynamic=True)
 
 
-def unwrap(columns: Tensor, d_in: int) -> Tensor:
-    """Transpose of `wrap` on the last dimension: what position q carries is added to column q mod D."""
-    size = columns.shape[-1]
-    if size == d_in:
-        return columns
-    total = columns[:, :d_in].clone()
-    for start in range(d_in, size, d_in):
-        tail = columns[:, start : start + d_in]
-        total[:, : tail.shape[1]] += tail
-    return total
+_FORMS = 32
+"""Compiled forms of one move: by dtype, with and without gradient, layout, table of missing places."""
+
+
+@Move
+def gather(x: Tensor, index: Tensor, missing: Tensor | None = None) -> Tensor:
+    """x[..., index], zero at the places `missing`. In two dimensions, where a CPU is up to five times faster."""
+    found = x.reshape(-1, x.shape[-1]).index_select(1, index)
+    if missing is not None:
+        found = found.index_fill_(1, missing, 0)
+    return found.view(*x.shape[:-1], len(index))
+
+
+@Move
+def gather_sum(x: Tensor, index: Tensor, missing: Tensor | None, rows: int) -> Tensor:
+    """(..., D), (rows * R,) -> (..., 1, R): what was gathered, summed over rows."""
+    return gather.eager(x, index, missing).unflatten(-1, (rows, -1)).sum(dim=-2, keepdim=True)
+
+
+@Move
+def add_rows(weight: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """weight (O, D) + rows[slots]."""
+    return rows.index_select(0, slots).add_(weight)
+
+
+def scatters(x: Tensor) -> bool:
+    """Whether `sum_by` is the way to sum: on a CPU. Elsewhere its order would be left to chance (atomic additions), and
+    compiled a `gather_sum` is one pass."""
+    return x.device.type == "cpu" and gather_sum.used is gather_sum.eager
+
+
+def sum_by(x: Tensor, slots: Tensor, size: int) -> Tensor:
+    """(..., D) -> (..., size): entry j is added to place slots[j].
+
+    In low precision by a product with `one_hot`: CPUs multiply such numbers faster than they can move one by one, and
+    sum them in fp32.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    if x.dtype in LOW_PRECISION:
+        total = flat @ one_hot(slots, size, x.dtype)
+    else:
+        total = flat.new_zeros(len(flat), size).scatter_add_(1, slots.expand(len(flat), -1), flat)
+    return total.view(*x.shape[:-1], size)
+
+
+def one_hot(slots: Tensor, size: int, dtype: torch.dtype, *more: Tensor) -> Tensor:
+    """(D, size): 1 at (j, slots[j]), unless slots[j] is `size`; and at `more` pairs (rows, columns)."""
+    width = size + 1
+    zeros = torch.zeros(len(slots), width, dtype=dtype, device=slots.device)
+    ones = torch.arange(0, zeros.numel(), width, device=slots.device) + slots
+    zeros.view(-1).index_fill_(0, ones, 1)
+    if more:
+        rows, columns = more
+        zeros.view(-1).index_fill_(0, rows * width + columns, 1)
+    return zeros[:, :size]
 
 
 def deal(z: Tensor, blocks_out: int) -> Tensor:
     """(..., N, R) -> (..., blocks_out, R): block p of max(N, blocks_out) goes from p mod N to p mod blocks_out."""
     blocks_in = z.shape[-2]
-    if blocks_in < blocks_out:
-        return wrap(z.transpose(-1, -2), blocks_out).transpose(-1, -2)
     if blocks_in == blocks_out:
         return z
-    rounds = math.ceil(blocks_in / blocks_out)
-    z = F.pad(z, (0, 0, 0, rounds * blocks_out - blocks_in))
-    return z.unflatten(-2, (rounds, blocks_out)).sum(dim=-3)
+    if blocks_in < blocks_out:
+        turns, rest = divmod(blocks_out, blocks_in)
+        return torch.cat([z] * turns + [z[..., :rest, :]], dim=-2)
+    total = z[..., :blocks_out, :].clone()
+    for start in range(blocks_out, blocks_in, blocks_out):
+        chunk = z[..., start : start + blocks_out, :]
+        total[..., : chunk.shape[-2], :] += chunk
+    return total
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

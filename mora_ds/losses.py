@@ -9,13 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mora_ds import zero
+from mora_ds.chunked_loss import bound
 from mora_ds.data import IGNORED
 from mora_ds.errors import UserError
 
 
 def token_nll(model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor:
     """Summed negative log-likelihood (nats, fp32) of a batch's labels, which are already shifted: labels[t] is what
-    follows input_ids[t], or IGNORED. Restarting `position_ids` keep attention inside each document."""
+    follows input_ids[t], or IGNORED. Restarting `position_ids` keep attention inside each document. A chunk at a time
+    where the model was given to `chunk_loss`."""
+    chunked = bound(model)
+    return whole_nll(model, batch) if chunked is None else chunked.nll(model, batch)
+
+
+def whole_nll(model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor:
+    """The same from the logits of the whole batch."""
     logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits  # type: ignore[attr-defined]
     labels = batch["labels"].flatten()
     return F.cross_entropy(logits.flatten(0, -2).float(), labels, ignore_index=IGNORED, reduction="sum")

@@ -25,180 +25,73 @@ the seed every cycle, which is what lets the rank of the summed update grow.
 
 from __future__ import annotations
 
-import hashlib
-import math
-from dataclasses import asdict, dataclass
-from enum import Enum
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.errors import UserError, nearest
-from mora_ds.lanes import deal, pick, resize, rotate, unwrap, wrap
-from mora_ds.tables import lane_members, permutation_tables, rope_table, run_lengths, segment_lanes, strided_groups
+from mora_ds.lanes import LOW_PRECISION, add_rows, deal, gather, gather_sum, one_hot, rotate, scatters, sum_by
+from mora_ds.operator_spec import (
+    Grouping,
+    OperatorKind,
+    OperatorSpec,
+    default_kind,
+    permutation_seed,
+    square_size,
+)
+from mora_ds.tables import rope_table
+from mora_ds.wiring import Index, wiring
 
-ROTATE_BELOW_RANK = 64
-"""Below this LoRA-equivalent rank `default_kind` rotates, from it on it shares (paper: rotate at 8, share at 256)."""
-
-
-class OperatorKind(str, Enum):
-    """The four families of compress / decompress pairs of the paper."""
-
-    TRUNCATE = "truncate"
-    SHARE = "share"
-    DECOUPLE = "decouple"
-    ROTATE = "rotate"
-
-
-class Grouping(str, Enum):
-    """Which inputs (outputs) meet in one slot. PLAIN and PERMUTED fit every kind; the others only `share`."""
-
-    PLAIN = "plain"
-    PERMUTED = "permuted"
-    STRIDED = "strided"
-    CONTIGUOUS = "contiguous"
-    CONTIGUOUS_STRIDED = "contiguous-strided"
-    STRIDED_CONTIGUOUS = "strided-contiguous"
-
-    @property
-    def contiguous_in(self) -> bool:
-        return self in (Grouping.CONTIGUOUS, Grouping.CONTIGUOUS_STRIDED)
-
-    @property
-    def contiguous_out(self) -> bool:
-        return self in (Grouping.CONTIGUOUS, Grouping.STRIDED_CONTIGUOUS)
-
-
-@dataclass(frozen=True)
-class OperatorSpec:
-    """Everything that fixes an operator: the ledger stores it beside each square.
-
-    Raises `UserError` for sizes or groupings that make no operator.
-    """
-
-    kind: OperatorKind
-    d_in: int
-    d_out: int
-    r_hat: int
-    grouping: Grouping = Grouping.PLAIN
-    seed: int = 0
-    """Seed of the permutations; read only when `grouping` is PERMUTED."""
-    in_segments: int = 1
-    """Cut the inputs and the columns of M into so many runs; an input meets columns of its own run only. For share."""
-    out_segments: int = 1
-    """The same of the outputs and the rows of M."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", _member(OperatorKind, self.kind, "operator"))
-        object.__setattr__(self, "grouping", _member(Grouping, self.grouping, "grouping"))
-        if min(self.d_in, self.d_out, self.r_hat) < 1:
-            raise UserError(f"an operator needs positive sizes, got {self}")
-        if self.kind is OperatorKind.ROTATE and self.r_hat % 2:
-            raise UserError(f"rotate pairs dimensions, so r_hat must be even, got {self.r_hat}")
-        if self.kind is not OperatorKind.SHARE and self.grouping not in (Grouping.PLAIN, Grouping.PERMUTED):
-            raise UserError(f"grouping {self.grouping.value!r} belongs to operator 'share', not {self.kind.value!r}")
-        segments = max(self.in_segments, self.out_segments)
-        if min(self.in_segments, self.out_segments) < 1 or (segments > 1 and self.kind is not OperatorKind.SHARE):
-            raise UserError(f"segments belong to operator 'share', and are at least 1, got {self}")
-        if segments > self.r_hat:
-            raise UserError(f"{segments} segments need a square of that side at least, got {self.r_hat}")
-
-    @property
-    def blocks_in(self) -> int:
-        return math.ceil(self.d_in / self.r_hat)
-
-    @property
-    def blocks_out(self) -> int:
-        return math.ceil(self.d_out / self.r_hat)
-
-    @property
-    def blockwise(self) -> bool:
-        """Whether M is applied to each of several blocks (decouple, rotate) instead of once."""
-        return self.kind in (OperatorKind.DECOUPLE, OperatorKind.ROTATE)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Without segments where there are none, as before there were any."""
-        values = {**asdict(self), "kind": self.kind.value, "grouping": self.grouping.value}
-        return {key: value for key, value in values.items() if not (key.endswith("_segments") and value == 1)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> OperatorSpec:
-        return cls(**values)
-
-
-def _member(enum: type[Enum], value: Any, what: str) -> Any:
-    try:
-        return enum(value)
-    except ValueError:
-        known = [member.value for member in enum]
-        raise UserError(f"unknown {what} {value!r}; known: {', '.join(known)}.{nearest(str(value), known)}") from None
-
-
-def default_kind(rank: int) -> OperatorKind:
-    """The operator for a LoRA-equivalent `rank` when none is named: rotate for small ranks, share for large ones."""
-    return OperatorKind.ROTATE if rank < ROTATE_BELOW_RANK else OperatorKind.SHARE
-
-
-def square_size(d_in: int, d_out: int, rank: int, kind: OperatorKind) -> int:
-    """r_hat = floor(sqrt((d_in + d_out) * rank)): a square of a rank-`rank` LoRA's parameters (paper, section 3).
-
-    Rounded down to even for rotate. Raises `UserError` where the rank is too small for any square.
-    """
-    if rank < 1:
-        raise UserError(f"--mora_rank must be at least 1, got {rank}")
-    r_hat = math.isqrt((d_in + d_out) * rank)
-    return r_hat - r_hat % 2 if kind is OperatorKind.ROTATE else r_hat
-
-
-def permutation_seed(run_seed: int, layer: str, cycle: int) -> int:
-    """The seed of a layer's permutations in a cycle: a hash, so that it never depends on the order of layers."""
-    digest = hashlib.sha256(f"{run_seed}/{layer}/{cycle}".encode()).digest()
-    return int.from_bytes(digest[:4], "little")
+__all__ = [
+    "Grouping", "OperatorKind", "OperatorSpec", "adjoint", "apply_squares", "block_squares", "compress",
+    "decompress", "decompress_transpose", "default_kind", "delta_weight", "effective_weight", "fold_input",
+    "fold_matrix", "input_blocks", "input_columns", "mora_update", "multiplies", "output_slots", "permutation_seed",
+    "rows_of_outputs", "square_gradient", "square_gradient_of_input", "square_size", "turn", "unfold_input",
+]  # fmt: skip
 
 
 def compress(spec: OperatorSpec, x: Tensor) -> Tensor:
     """(..., D) -> (..., N, R)."""
-    if spec.grouping.contiguous_in and spec.in_segments == 1:
-        return _sum_runs(x, spec.r_hat).unsqueeze(-2)
-    blocks = input_blocks(spec, x)
-    if spec.kind is OperatorKind.SHARE:
-        return blocks.sum(dim=-2, keepdim=True)
-    return rotate(blocks, *_angles(spec, x)) if spec.kind is OperatorKind.ROTATE else blocks
+    z = fold_input(spec, x)
+    return turn(spec, z) if spec.kind is OperatorKind.ROTATE else z
 
 
 def decompress(spec: OperatorSpec, z: Tensor) -> Tensor:
-    """(..., N, R) -> (..., O). The inverse permutation, if any, comes last."""
+    """(..., N, R) -> (..., O)."""
+    slots = wiring(spec, z.device).slots
     if spec.kind is OperatorKind.TRUNCATE:
-        y = resize(z.squeeze(-2), spec.d_out)
-    elif spec.grouping.contiguous_out or spec.out_segments > 1:
-        y = pick(z.squeeze(-2), _output_lanes(spec, z.device))
-    else:
-        y = deal(z, spec.blocks_out).flatten(-2)[..., : spec.d_out]
-    if spec.grouping is Grouping.PERMUTED:
-        y = pick(y, _inverse_permutations(spec, z.device)[1])
-    return y
+        return gather(F.pad(z.squeeze(-2), (0, 1)), slots)
+    if spec.blockwise and spec.blocks_in < spec.blocks_out:  # output blocks beyond the last read from the first again
+        return gather(z.flatten(-2), slots % (spec.blocks_in * spec.r_hat))
+    return gather((deal(z, spec.blocks_out) if spec.blockwise else z).flatten(-2), slots)
 
 
 def decompress_transpose(spec: OperatorSpec, g: Tensor) -> Tensor:
     """The transpose of `decompress`: (..., O) -> (..., N, R). Takes gradients back to the square's output."""
-    if spec.grouping is Grouping.PERMUTED:
-        g = pick(g, _permutations(spec, g.device)[1])
-    if spec.kind is OperatorKind.TRUNCATE:
-        return resize(g, spec.r_hat).unsqueeze(-2)
-    if spec.out_segments > 1:
-        members = lane_members(spec.d_out, spec.r_hat, spec.out_segments, spec.grouping.contiguous_out, g.device)
-        return pick(F.pad(g, (0, 1)), members.flatten()).unflatten(-1, members.shape).sum(dim=-2, keepdim=True)
-    if spec.grouping.contiguous_out:
-        return _sum_runs(g, spec.r_hat).unsqueeze(-2)
-    blocks = resize(g, spec.blocks_out * spec.r_hat).unflatten(-1, (spec.blocks_out, spec.r_hat))
-    return deal(blocks, spec.blocks_in if spec.blockwise else 1)
+    blocks = _output_blocks(spec, g)
+    return deal(blocks, spec.blocks_in) if spec.blockwise else blocks
 
 
 def fold_input(spec: OperatorSpec, x: Tensor) -> Tensor:
     """(..., D) -> (..., N, R): `compress` without rotate's turning, which `square_gradient` leaves to the products."""
-    return input_blocks(spec, x) if spec.blockwise else compress(spec, x)
+    if spec.kind is not OperatorKind.SHARE:
+        return input_blocks(spec, x)
+    tables = wiring(spec, x.device)
+    if not scatters(x):
+        return gather_sum(x, tables.sources.index, tables.sources.missing, tables.sources.rows)
+    if multiplies(x):
+        return (x @ fold_matrix(spec, x)).unsqueeze(-2)
+    z = sum_by(x, tables.places, spec.r_hat)
+    if len(tables.more_sources):
+        z.index_add_(-1, tables.more_places, gather(x, tables.more_sources))
+    return z.unsqueeze(-2)
+
+
+def unfold_input(spec: OperatorSpec, z: Tensor) -> Tensor:
+    """The transpose of `fold_input`: (..., N, R) -> (..., D)."""
+    tables, lanes = wiring(spec, z.device), z.flatten(-2)
+    return _wrap_back(spec, gather(_or_zero(spec, lanes), tables.places), lanes)
 
 
 def square_gradient(spec: OperatorSpec, folded: Tensor, g: Tensor) -> Tensor:
@@ -206,29 +99,66 @@ def square_gradient(spec: OperatorSpec, folded: Tensor, g: Tensor) -> Tensor:
 
     Equal to adjoint(g^T x), without forming that (O, D) matrix.
     """
-    z = decompress_transpose(spec, g).flatten(0, -3)
-    products = z.permute(1, 2, 0) @ folded.flatten(0, -3).transpose(0, 1)
-    if spec.kind is OperatorKind.ROTATE:
-        cos, sin = _angles(spec, products)
-        products = rotate(products, cos.unsqueeze(1), sin.unsqueeze(1))
-    return products.sum(dim=0)
+    if spec.blockwise:
+        return _gradient_of_blocks(spec, folded, g, lambda part: part)
+    z = folded.flatten(0, -2)
+    if multiplies(g):
+        return _output_blocks(spec, z.T @ g.flatten(0, -2)).squeeze(-2).T
+    return decompress_transpose(spec, g).flatten(0, -2).T @ z
+
+
+def square_gradient_of_input(spec: OperatorSpec, x: Tensor, g: Tensor) -> Tensor:
+    """`square_gradient` from the layer's input x (..., D) itself."""
+    if not spec.blockwise:
+        return square_gradient(spec, fold_input(spec, x), g)
+    if multiplies(g):  # one whole product takes less time than moving both of its sides
+        return adjoint(spec, g.flatten(0, -2).T @ x.flatten(0, -2))
+    return _gradient_of_blocks(spec, x.unsqueeze(-2), g, lambda part: fold_input(spec, part.squeeze(-2)))
+
+
+def multiplies(x: Tensor) -> bool:
+    """Whether groups are summed and handed out by products (`lanes.sum_by`)."""
+    return scatters(x) and x.dtype in LOW_PRECISION
+
+
+def fold_matrix(spec: OperatorSpec, like: Tensor) -> Tensor:
+    """(D, R) for share and truncate: compress(x) == x @ fold_matrix."""
+    tables = wiring(spec, like.device)
+    return one_hot(tables.places, spec.r_hat, like.dtype, tables.more_sources, tables.more_places)
+
+
+def rows_of_outputs(spec: OperatorSpec, square: Tensor) -> Tensor:
+    """(O, R) for share and truncate: the row of M that each output reads, so that decompress(M z) == z @ rows^T."""
+    rows = F.pad(square, (0, 0, 0, 1)) if spec.kind is OperatorKind.TRUNCATE else square
+    return rows.index_select(0, wiring(spec, square.device).slots)
 
 
 def output_slots(spec: OperatorSpec) -> Tensor:
     """(O,) on the CPU: what each output reads. A row of M for share and truncate (-1 for none), a position in the
     output blocks, one behind the other, for decouple and rotate."""
-    slots = torch.arange(spec.d_out)
-    if spec.kind is OperatorKind.TRUNCATE:
-        slots = slots.where(slots < spec.r_hat, -1)
-    elif spec.kind is OperatorKind.SHARE:
-        slots = _output_lanes(spec, slots.device)
-    return slots[_inverse_permutations(spec, slots.device)[1]] if spec.grouping is Grouping.PERMUTED else slots
+    slots = wiring(spec, torch.device("cpu")).slots
+    return slots.where(slots < spec.r_hat, -1) if spec.kind is OperatorKind.TRUNCATE else slots
 
 
 def turn(spec: OperatorSpec, blocks: Tensor, back: bool = False) -> Tensor:
     """Rotate's turning of each input block (..., N, R), or its inverse."""
-    cos, sin = _angles(spec, blocks)
+    cos, sin = rope_table(spec.blocks_in, spec.r_hat, blocks.dtype, blocks.device)
     return rotate(blocks, cos, -sin if back else sin)
+
+
+def block_squares(spec: OperatorSpec, square: Tensor) -> Tensor:
+    """(N, R, R) for decouple and rotate: M R_i for every input block i, since (M R_i) x = M (R_i x)."""
+    squares = square.expand(spec.blocks_in, -1, -1)
+    if spec.kind is not OperatorKind.ROTATE:
+        return squares
+    return turn(spec, squares.transpose(0, 1), back=True).transpose(0, 1)
+
+
+def apply_squares(squares: Tensor, z: Tensor) -> Tensor:
+    """(N, R, R) to the blocks of z (T, N, R), each to its own: (T, N, R)."""
+    found = torch.empty_like(z)
+    torch.bmm(z.transpose(0, 1), squares.transpose(1, 2), out=found.transpose(0, 1))
+    return found
 
 
 def mora_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
@@ -241,34 +171,22 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
 
     Made of separate elementwise operations and copies only, so that every device rounds it alike.
     """
-    if spec.blockwise:
-        delta = unwrap(_place_blocks(spec, block_squares(spec, square)), spec.d_in)
-    else:
-        delta = input_columns(spec, square)  # rows come last: a gather of whole rows is as fast as a copy
-    if spec.blockwise and spec.grouping is Grouping.PERMUTED:
-        delta = delta.index_select(1, _inverse_permutations(spec, square.device)[0])
     if not spec.blockwise:
-        delta = _output_rows(spec, delta)
-    if spec.grouping is Grouping.PERMUTED:
-        delta = delta.index_select(0, _inverse_permutations(spec, square.device)[1])
-    return delta
+        return rows_of_outputs(spec, input_columns(spec, square))
+    return _block_rows(spec, square).index_select(0, wiring(spec, square.device).slots)
+
+
+def effective_weight(spec: OperatorSpec, square: Tensor, weight: Tensor) -> Tensor:
+    """weight (O, D) + delta_weight, a new tensor."""
+    if spec.blockwise or spec.kind is OperatorKind.TRUNCATE:
+        return delta_weight(spec, square).add_(weight)
+    return add_rows(weight, input_columns(spec, square), wiring(spec, square.device).slots)
 
 
 def input_columns(spec: OperatorSpec, square: Tensor) -> Tensor:
     """(R, D) for truncate and share: each input's column of M (zeros for one that truncate leaves out)."""
-    columns = _input_columns(spec, square)
-    if spec.grouping is Grouping.PERMUTED:
-        columns = columns.index_select(1, _inverse_permutations(spec, square.device)[0])
-    return columns
-
-
-def block_squares(spec: OperatorSpec, square: Tensor) -> Tensor:
-    """(N, R, R) for decouple and rotate: M R_i for every input block i, since (M R_i) x = M (R_i x)."""
-    squares = square.expand(spec.blocks_in, -1, -1)
-    if spec.kind is OperatorKind.DECOUPLE:
-        return squares
-    cos, sin = _angles(spec, square)
-    return rotate(squares, cos.unsqueeze(1), -sin.unsqueeze(1))
+    found = gather(_or_zero(spec, square), wiring(spec, square.device).places)
+    return _wrap_back(spec, found, square)
 
 
 def adjoint(spec: OperatorSpec, gradient: Tensor) -> Tensor:
@@ -276,83 +194,107 @@ def adjoint(spec: OperatorSpec, gradient: Tensor) -> Tensor:
 
     <delta_weight(M), G> == <M, adjoint(G)> for all M and G.
     """
-    template = torch.zeros(spec.r_hat, spec.r_hat, dtype=gradient.dtype, device=gradient.device, requires_grad=True)
-    with torch.enable_grad():
-        (result,) = torch.autograd.grad(delta_weight(spec, template), template, gradient)
-    return result
-
-
-# -- index rules -------------------------------------------------------------------------------------------------
+    if not spec.blockwise:
+        folded = fold_input(spec, gradient).squeeze(-2)
+        return _output_blocks(spec, folded.T).squeeze(-2).T
+    members = wiring(spec, gradient.device).members
+    rows = gather(gradient.T, members.index, members.missing).T.unflatten(0, (spec.blocks_out, spec.r_hat))
+    products = gradient.new_zeros(spec.blocks_in, spec.r_hat, spec.r_hat)
+    for into, out in _rounds(spec):
+        products[into] += rows[out].gather(2, _columns_of_blocks(spec, gradient.device)[into].expand_as(products[into]))
+    return _turned_back(spec, products).sum(dim=0)
 
 
 def input_blocks(spec: OperatorSpec, x: Tensor) -> Tensor:
     """(..., D) -> (..., N, R): permuted and padded input cut into blocks (share: those that will be summed)."""
-    if spec.grouping is Grouping.PERMUTED:
-        x = pick(x, _permutations(spec, x.device)[0])
-    if spec.kind is OperatorKind.TRUNCATE:
-        return resize(x, spec.r_hat).unsqueeze(-2)
-    if spec.in_segments > 1 or spec.grouping.contiguous_in:
-        members = lane_members(spec.d_in, spec.r_hat, spec.in_segments, spec.grouping.contiguous_in, x.device)
-        return pick(F.pad(x, (0, 1)), members.flatten()).unflatten(-1, members.shape)
-    return wrap(x, spec.blocks_in * spec.r_hat).unflatten(-1, (spec.blocks_in, spec.r_hat))
+    if _is_identity(spec):
+        return x.unflatten(-1, (spec.blocks_in, spec.r_hat))
+    return _taken(x, wiring(spec, x.device).sources)
 
 
-def _sum_runs(x: Tensor, groups: int) -> Tensor:
-    """(..., D) -> (..., groups): sums over runs of neighbours, the first D mod groups of them one longer."""
-    long, short = run_lengths(x.shape[-1], groups)
-    split = (x.shape[-1] % groups) * long
-    head = x[..., :split].unflatten(-1, (split // long, long)).sum(-1)
-    if short == 0:  # fewer inputs than groups: the last groups are empty
-        return resize(head, groups)
-    tail = x[..., split:].unflatten(-1, (-1, short)).sum(-1)
-    return torch.cat((head, tail), dim=-1) if split else tail
+# -- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _input_columns(spec: OperatorSpec, square: Tensor) -> Tensor:
-    """(R, D) for truncate and share: each input's column of M."""
-    if spec.kind is OperatorKind.TRUNCATE:
-        return resize(square, spec.d_in)
-    if spec.grouping.contiguous_in or spec.in_segments > 1:
-        lanes = segment_lanes(spec.d_in, spec.r_hat, spec.in_segments, spec.grouping.contiguous_in, square.device)
-        return square.index_select(1, lanes)
-    groups = strided_groups(spec.blocks_in * spec.r_hat, spec.r_hat, square.device)
-    return unwrap(square.index_select(1, groups), spec.d_in)
+def _is_identity(spec: OperatorSpec) -> bool:
+    """Whether input blocks are but a view."""
+    return spec.blockwise and spec.grouping is Grouping.PLAIN and spec.d_in % spec.r_hat == 0
 
 
-def _output_rows(spec: OperatorSpec, columns: Tensor) -> Tensor:
-    """(R, D) -> (O, D) for truncate and share: each output's row."""
-    if spec.kind is OperatorKind.TRUNCATE:
-        return F.pad(columns[: spec.d_out], (0, 0, 0, max(0, spec.d_out - spec.r_hat))).clone()
-    return columns.index_select(0, _output_lanes(spec, columns.device))
+def _taken(x: Tensor, table: Index) -> Tensor:
+    return gather(x, table.index, table.missing).unflatten(-1, (table.rows, -1))
 
 
-def _output_lanes(spec: OperatorSpec, device: torch.device) -> Tensor:
-    """(O,) of share: the row of M that each output reads, before the inverse permutation."""
-    return segment_lanes(spec.d_out, spec.r_hat, spec.out_segments, spec.grouping.contiguous_out, device)
+def _output_blocks(spec: OperatorSpec, g: Tensor) -> Tensor:
+    """(..., O) -> (..., 1, R), or the output blocks (..., blocks_out, R) for decouple and rotate."""
+    tables = wiring(spec, g.device)
+    if spec.kind is OperatorKind.SHARE and scatters(g):
+        return sum_by(g, tables.slots, spec.r_hat).unsqueeze(-2)
+    if spec.kind is OperatorKind.SHARE:
+        return gather_sum(g, tables.members.index, tables.members.missing, tables.members.rows)
+    return _taken(g, tables.members)
 
 
-def _place_blocks(spec: OperatorSpec, squares: Tensor) -> Tensor:
-    """(N, R, R) -> (O, padded D): square of input block i written where that block meets its output block."""
-    pairs = torch.arange(max(spec.blocks_in, spec.blocks_out), device=squares.device)
-    rows, columns = pairs % spec.blocks_out, pairs % spec.blocks_in
-    canvas = squares.new_zeros(spec.blocks_out, spec.blocks_in, spec.r_hat, spec.r_hat)
-    canvas = canvas.index_put((rows, columns), squares[columns])
-    return canvas.transpose(1, 2).reshape(spec.blocks_out * spec.r_hat, -1)[: spec.d_out]
+def _or_zero(spec: OperatorSpec, lanes: Tensor) -> Tensor:
+    """With one more lane, of zeros, for what reads none."""
+    return F.pad(lanes, (0, 1)) if spec.kind is OperatorKind.TRUNCATE else lanes
 
 
-def _angles(spec: OperatorSpec, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (N, R/2), in the dtype and on the device of `like`."""
-    return rope_table(spec.blocks_in, spec.r_hat, like.dtype, like.device)
+def _wrap_back(spec: OperatorSpec, found: Tensor, lanes: Tensor) -> Tensor:
+    """Adds in place, to the inputs (..., D) that lie at a second place, what that place holds: in turns of D at most,
+    so that no turn adds to one input twice."""
+    tables = wiring(spec, lanes.device)
+    for sources, places in zip(tables.more_sources.split(spec.d_in), tables.more_places.split(spec.d_in), strict=True):
+        if len(sources):
+            found.index_add_(-1, sources, gather(lanes, places))
+    return found
 
 
-def _permutations(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, ...]:
-    """Of the inputs (D,) and of the outputs (O,)."""
-    return _all_permutations(spec, device)[:2]
+def _rounds(spec: OperatorSpec) -> list[tuple[slice, slice]]:
+    """The pairs (input block, output block) that meet, as runs of both: p mod N and p mod blocks_out for p below the
+    larger number of blocks."""
+    most, least = max(spec.blocks_in, spec.blocks_out), min(spec.blocks_in, spec.blocks_out)
+    runs = [
+        (slice(start, min(start + least, most)), slice(0, min(least, most - start))) for start in range(0, most, least)
+    ]
+    return runs if spec.blocks_in >= spec.blocks_out else [(few, many) for many, few in runs]
 
 
-def _inverse_permutations(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, ...]:
-    return _all_permutations(spec, device)[2:]
+_CACHED = 2**18
+"""Numbers that are moved at once on a CPU, so that they are still in its cache when they are multiplied."""
 
 
-def _all_permutations(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, ...]:
-    return permutation_tables(spec.seed, spec.d_in, spec.d_out, device, spec.in_segments, spec.out_segments)
+def _gradient_of_blocks(spec: OperatorSpec, saved: Tensor, g: Tensor, fold: Callable[[Tensor], Tensor]) -> Tensor:
+    """dL/dM for decouple and rotate, a run of tokens at a time; `fold` makes blocks of what was saved of them."""
+    saved, g = saved.flatten(0, -3), g.flatten(0, -2)
+    tokens = max(1, _CACHED // max(spec.d_in, spec.d_out)) if scatters(g) else max(1, len(g))
+    products = g.new_zeros(spec.blocks_in, spec.r_hat, spec.r_hat)
+    for part, g_part in zip(saved.split(tokens), g.split(tokens), strict=True):
+        z, c = fold(part), _output_blocks(spec, g_part)
+        for into, out in _rounds(spec):
+            products[into].baddbmm_(c[:, out].permute(1, 2, 0), z[:, into].transpose(0, 1))
+    return _turned_back(spec, products).sum(dim=0)
+
+
+def _turned_back(spec: OperatorSpec, products: Tensor) -> Tensor:
+    if spec.kind is not OperatorKind.ROTATE:
+        return products
+    return turn(spec, products.transpose(0, 1)).transpose(0, 1)
+
+
+def _columns_of_blocks(spec: OperatorSpec, device: torch.device) -> Tensor:
+    """(N, 1, R): the input at each place of each block."""
+    return wiring(spec, device).sources.index.view(spec.blocks_in, 1, spec.r_hat)
+
+
+def _block_rows(spec: OperatorSpec, square: Tensor) -> Tensor:
+    """(blocks_out * R, D) for decouple and rotate: every square written where its blocks meet."""
+    squares = block_squares(spec, square)
+    canvas = squares.new_zeros(spec.blocks_out, spec.r_hat, spec.d_in)
+    columns, wraps = _columns_of_blocks(spec, square.device), spec.d_in % spec.r_hat > 0
+    for into, out in _rounds(spec):
+        for start in range(0, spec.r_hat, spec.d_in):  # a block longer than the input meets a column twice
+            part = slice(start, start + spec.d_in)
+            values = squares[into, :, part]
+            where = columns[into, :, part].expand_as(values)
+            canvas[out].scatter_add_(2, where, values) if wraps else canvas[out].scatter_(2, where, values)
+    return canvas.flatten(0, 1)

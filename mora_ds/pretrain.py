@@ -21,6 +21,8 @@ from mora_ds.adapter_arguments import AdapterKind
 from mora_ds.arguments import Arguments, dump
 from mora_ds.checkpoint_care import name_best, name_latest, settle
 from mora_ds.checkpoint_folder import AUTO, TrainerState, check_world_size, find_checkpoint, step_folder
+from mora_ds.chunked_loss import check_chunked_loss, chunk_loss
+from mora_ds.compiling import check_compiler, compile_operators
 from mora_ds.data import Mixture, TrainData
 from mora_ds.dry_run import dry_run
 from mora_ds.ds_config import resolve_ds_config
@@ -54,6 +56,8 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     `RunError` for failures while running.
     """
     validate(arguments)
+    if arguments.adapter.compile:
+        check_compiler()
     training = arguments.training
     if training.dry_run:
         return dry_run(arguments)
@@ -153,9 +157,16 @@ def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: Place) -> t
     _watch(arguments).check_names(list(data.evaluation))
     loaded = prepare_base(arguments, model_folder, data.tokenizer, ds_config, place)
     job = prepare_job(arguments, loaded, ds_config, data, place)
+    if arguments.adapter.compile:
+        compile_operators()
+    vocab_size = loaded.model.config.get_text_config().vocab_size
+    if training.chunked_loss:
+        chunk_loss(loaded.model)
+        with whole_rows(loaded.model):
+            check_chunked_loss(job.engine, vocab_size)
     if arguments.data.document_mask:
         with whole_rows(loaded.model):
-            check_document_mask(job.engine, loaded.model.config.get_text_config().vocab_size)
+            check_document_mask(job.engine, vocab_size)
     sequence = bound(loaded.model)
     if sequence is not None:
         check_split(job.engine, loaded.model, sequence, arguments.data.document_mask)

@@ -81,6 +81,9 @@ class TrainingArguments:
     """Recompute activations in the backward pass instead of keeping them."""
     gradient_checkpointing_reentrant: bool = False
     """Use the older, re-entrant kind of checkpointing."""
+    chunked_loss: bool = False
+    """Compute the loss of some tokens at a time, so that the logits of a whole batch are never held (8 bytes x tokens x
+    vocabulary): less memory, a third more arithmetic in the head."""
     logging_steps: int = 1
     """Optimizer steps from one log line to the next."""
     eval_steps: int = 0

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mora_ds import tables
+from mora_ds import tables, wiring
 from mora_ds.errors import UserError
 from mora_ds.operators import (
     Grouping,
@@ -195,6 +195,7 @@ def test_tables_made_in_inference_mode_serve_training(kind: OperatorKind, groupi
         tables.strided_groups,
         tables.contiguous_groups,
         tables.permutation_tables,
+        wiring.wiring,
     ):
         cached.cache_clear()
     spec = OperatorSpec(kind, 10, 7, 4, grouping, seed=11)
