@@ -150,7 +150,8 @@ def _train(
     ids = torch.randint(options.vocabulary, (options.rows, options.seq_len))
     positions = torch.arange(options.seq_len).expand(options.rows, -1) % (options.seq_len // 2)
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions.contiguous()}
-    counter, found = CollectiveCounter(), {}
+    counter = CollectiveCounter()
+    found: dict[str, float] = {}
     for _ in range(1 if warm_up else STEPS):
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts afresh
         counter.reset()
