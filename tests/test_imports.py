@@ -46,7 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 DATA_FLOORS: tuple[tuple[str, ...], ...] = (
     ("parallel", "pieces", "readers", "embedded", "duplicates", "scripts"),
     ("prepared", "tokenizer"),
-    ("corpus", "vocabulary"),
+    ("corpus", "vocabulary", "encoder"),
     ("inspection",),
     ("cache",),
     ("packing", "split_writer"),
