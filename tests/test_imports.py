@@ -56,7 +56,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 DATA_FLOORS: tuple[tuple[str, ...], ...] = (
     ("parallel", "pieces", "readers", "embedded", "shares", "duplicates", "scripts"),
     ("held_out", "tokenizer", "prepared"),
-    ("corpus", "vocabulary"),
+    ("corpus", "vocabulary", "encoder"),
     ("inspection", "hub_stream"),
     ("cache",),
     ("packing", "split_writer"),

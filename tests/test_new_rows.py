@@ -18,7 +18,9 @@ from mora_ds.data import load_corpus, load_tokenizer
 from mora_ds.errors import UserError
 from mora_ds.export import export_merged
 from mora_ds.new_rows import NewRowEmbedding, NewRowHead
+from mora_ds.universal import from_universal, to_universal
 from mora_ds.validation import validate
+from mora_ds.verification import verify
 from mora_ds.vocabulary_rows import EXTENSION_JSON, extend_vocabulary
 from tests.gloo import run_ranks
 from tests.jobs import Playground, losses, refused, run
@@ -92,6 +94,8 @@ def test_a_run_trains_resumes_and_exports_them(extended: Playground, tmp_path: P
     run(2, [*again, "--resume_from_checkpoint", str(out / "checkpoints" / "step-000004")])
     assert losses(out)[4:].tolist() == losses(tmp_path / "again").tolist()
 
+    for verdict in verify(out, extended.model):
+        assert verdict.is_good, verdict.lines()
     report = export_merged(out, tmp_path / "merged", verify=True)
     assert report.replaced == 2 and report.cycles == 1
     live, merged = load_adapter(extended.model, out), AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -100,6 +104,11 @@ def test_a_run_trains_resumes_and_exports_them(extended: Playground, tmp_path: P
     assert (ids >= first).any()
     with torch.no_grad():
         assert torch.allclose(live(ids).logits, merged(ids).logits, atol=1e-5)
+    back = tmp_path / "back" / "step-000006"
+    to_universal(out / "checkpoints" / "latest", tmp_path / "universal")
+    from_universal(tmp_path / "universal", back)
+    assert export_merged(back, tmp_path / "merged-too", base_folder=extended.model).replaced == 2
+    assert (tmp_path / "merged-too" / EXTENSION_JSON).is_file()
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
         table, was = merged.state_dict()[key], base.read(key)
         assert torch.equal(table[:first], was[:first]), key

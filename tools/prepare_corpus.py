@@ -32,9 +32,8 @@ def main() -> None:
             raise UserError(f"--output {output} is no prepared folder; it is not overwritten")
     tokenizer = load_tokenizer(given.tokenizer, trust_remote_code=given.trust_remote_code, flag="--tokenizer")
     corpus = load_corpus(given.files, text_column=given.text_column, flag="--files")
-    report = prepare_corpus(
-        corpus, tokenizer, output, filters, num_proc=given.workers, progress=sys.stderr.isatty() or given.progress
-    )
+    progress, processes = given.progress or sys.stderr.isatty(), given.preprocessing_workers
+    report = prepare_corpus(corpus, tokenizer, output, filters, num_proc=processes, progress=progress)
     print("\n".join([*report.lines(), f"wrote {output}: --train_files {output}"]))
 
 
@@ -44,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", required=True, help="folder, hub name or .model file: the model's own")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
     parser.add_argument("--text_column", default="text", help="column or JSON key that holds the text")
-    parser.add_argument("--workers", type=int, default=1, help="processes; they do not change the result")
+    parser.add_argument("--preprocessing_workers", type=int, default=1, help="processes; they do not change the result")
     parser.add_argument("--min_characters", type=int, default=1, help="shorter documents are dropped")
     parser.add_argument("--max_characters", type=int, default=0, help="longer documents are dropped; 0: none are")
     parser.add_argument(

@@ -27,12 +27,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mora_ds.data.corpus import Corpus
+from mora_ds.data.encoder import Encoder
 from mora_ds.data.held_out import DocumentFilter
 from mora_ds.data.inspection import PartFacts, inspect_parts, writable
 from mora_ds.data.parallel import ordered_map
 from mora_ds.data.prepared import PreparedPart
 from mora_ds.data.readers import Document
-from mora_ds.data.tokenizer import end_of_text_id, largest_id, tokenizer_fingerprint, wants_bos
+from mora_ds.data.tokenizer import tokenizer_fingerprint
 from mora_ds.errors import RunError, UserError
 from mora_ds.files import at_work, disk_errors, fsync_folder, fsync_tree, is_abandoned, sha256_file
 
@@ -88,41 +89,6 @@ class TokenCache:
         for name, wanted in self.meta["sha256"].items():
             if sha256_file(self.folder / name) != wanted:
                 raise RunError(f"{self.folder / name} is not what was written; delete that folder")
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """A batch of documents -> (its tokens, where in them documents end). Pickled to the worker processes."""
-
-    tokenizer: PreTrainedTokenizerBase
-    bos_id: int | None
-    eos_id: int
-    dtype: str
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, add_bos: bool | None = None) -> Encoder:
-        """`add_bos` None: as the tokenizer does by itself. Raises `UserError` for one without end-of-text token."""
-        eos_id = end_of_text_id(tokenizer)
-        bos = wants_bos(tokenizer) if add_bos is None else add_bos
-        dtype = "<u2" if largest_id(tokenizer)[1] < 1 << 16 else "<u4"
-        return cls(tokenizer, tokenizer.bos_token_id if bos else None, eos_id, dtype)
-
-    def __call__(self, batch: list[Document]) -> tuple[np.ndarray, np.ndarray]:
-        rows = self.rows(batch)
-        ends = np.cumsum([len(row) for row in rows], dtype="<i8")[[document.ends for document in batch]]
-        return np.concatenate(rows), ends
-
-    def rows(self, batch: list[Document]) -> list[np.ndarray]:
-        """The tokens of each document (or piece of one)."""
-        texts = [document.text for document in batch]
-        encoded = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )["input_ids"]
-        bos = [] if self.bos_id is None else [self.bos_id]
-        return [
-            np.array((bos if document.begins else []) + ids + ([self.eos_id] if document.ends else []), self.dtype)
-            for document, ids in zip(batch, encoded, strict=True)
-        ]
 
 
 def build_cache(

@@ -20,9 +20,10 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from mora_ds.data.cache import Encoder, cache_settings, processes_for
+from mora_ds.data.cache import cache_settings, processes_for
 from mora_ds.data.corpus import Corpus
 from mora_ds.data.duplicates import Canonical, NearDuplicates, canonical_digest, is_held_out, signature
+from mora_ds.data.encoder import Encoder
 from mora_ds.data.parallel import ordered_map
 from mora_ds.data.prepared import HELD_OUT, PREPARED_JSON, TRAIN
 from mora_ds.data.readers import Document
