@@ -53,8 +53,8 @@ def main() -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-        small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 64}
-        tiny = AutoConfig.for_model("llama", **{**config.to_dict(), **small, "head_dim": 8})
+        small: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 64}
+        tiny = AutoConfig.for_model("llama", num_attention_heads=8, num_key_value_heads=4, **small)
         AutoModelForCausalLM.from_config(tiny, dtype=torch.float32).save_pretrained(f"{folder}/tiny")
         work = Work(config, _adapter(options), options.seq_len, options.rows, torch.float32, options.checkpointing)
         numels = [parameter.numel() for parameter in planned_model(work).parameters()]
@@ -120,6 +120,8 @@ def measure(ranks: int, folder: str, options: argparse.Namespace) -> list[dict[s
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
+    # glibc keeps freed memory for itself; what is freed shall be seen to be (mallopt(3))
+    os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     results = mp.get_context("spawn").SimpleQueue()
     mp.spawn(_rank, (ranks, port, folder, options, results), nprocs=ranks)
     return [measured for _, measured in sorted(results.get() for _ in range(ranks))]
@@ -153,7 +155,8 @@ def _train(
     ids = torch.randint(64 if warm_up else options.vocabulary, (options.rows, options.seq_len))
     positions = torch.arange(options.seq_len).expand(options.rows, -1) % (options.seq_len // 2)
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions.contiguous()}
-    counter, found = CollectiveCounter(), {}
+    counter = CollectiveCounter()
+    found: dict[str, float] = {}
     for _ in range(1 if warm_up else STEPS):
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts afresh
         counter.reset()
