@@ -64,8 +64,8 @@ class AdapterArguments:
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     """Modules that are adapted: names, globs, regular expressions after re:, or all-linear (all but the head)."""
     compute: str = "auto"
-    """activation (passes over the activations), weight (passes over the weight: faster from about as many tokens a
-    micro-batch as the layer is wide, but rounds small deltas in bf16) or auto (weight in fp32 where it is faster)."""
+    """activation (passes over the activations), weight (passes over the weight: W0 + delta, rounded to the run's dtype)
+    or auto (the cheaper one by tokens a micro-batch, shape, operator and dtype)."""
     compile: bool = False
     """Compile what the operators move (torch.compile; on a CPU with a C++ compiler): one pass each, after slow first
     steps."""

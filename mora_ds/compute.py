@@ -6,7 +6,8 @@
 The weight path forms the sum in forward and again in backward, so it keeps nothing of the size of W0; the gradient of
 M comes from the folded input and the folded output gradient (`square_gradient`), never from a (d_out, d_in) product.
 Both are the same function of x and M. They differ in rounding: in bf16 or fp16 the weight path rounds W0 + delta to
-that dtype, so that a delta smaller than half a unit in the last place of W0 does not act; AUTO takes it in fp32 only.
+that dtype, as mixed-precision training of full weights does, so that a delta smaller than half a unit in the last place
+of W0 does not act until it has grown; the gradient of M is that of the sum. Loss curves of both: README.
 """
 
 from __future__ import annotations
@@ -54,19 +55,24 @@ def choose(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, spec: Operato
 
         weight        W0 + delta formed twice: d_in d_out numbers, each moved once (share, truncate) or twice (others)
         activation    two products with M (T r_hat^2 each, a block), its input and output moved once (T (d_in + d_out)),
-                      for decouple and rotate twice; in low precision on a CPU by products of r_hat columns instead
+                      for decouple and rotate twice
 
-    Without a `spec` M's own products are left out. Low precision always takes the activation path, which loses nothing
-    of a small delta.
+    In low precision a CPU does those moves by products: of r_hat columns (share, truncate), or of the whole delta,
+    which then the activation path forms as well.
+    Without a `spec` M's own products are left out, and low precision takes the activation path.
     """
-    if dtype in LOW_PRECISION:
+    if spec is None and dtype in LOW_PRECISION:
         return Compute.ACTIVATION
     blockwise = spec is not None and spec.blockwise
     moves = MOVE[dtype] * (2 if blockwise else 1)
     weight = 2 * moves * d_in * d_out
-    activation = moves * tokens * (d_in + d_out)
-    if spec is not None:
-        activation += 2 * tokens * spec.r_hat**2 * (max(spec.blocks_in, spec.blocks_out) if blockwise else 1)
+    if spec is None:
+        activation = moves * tokens * (d_in + d_out)
+    elif dtype in LOW_PRECISION:
+        activation = weight + 2 * tokens * d_in * d_out if blockwise else tokens * spec.r_hat * (d_in + 2 * d_out)
+    else:
+        products = max(spec.blocks_in, spec.blocks_out) if blockwise else 1
+        activation = moves * tokens * (d_in + d_out) + 2 * tokens * spec.r_hat**2 * products
     return Compute.WEIGHT if weight <= activation else Compute.ACTIVATION
 
 

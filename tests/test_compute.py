@@ -118,7 +118,15 @@ def test_many_tokens_go_over_the_weight_and_few_over_the_activations(kind: Opera
     spec = OperatorSpec(kind, 1024, 1024, 128)
     assert choose(8192, 1024, 1024, torch.float32, spec) is Compute.WEIGHT
     assert choose(64, 1024, 1024, torch.float32, spec) is Compute.ACTIVATION
-    assert choose(8192, 1024, 1024, torch.bfloat16, spec) is Compute.ACTIVATION
+    assert choose(8192, 1024, 1024, torch.bfloat16, spec) is Compute.WEIGHT
+    assert choose(8192, 1024, 1024, torch.float32) is Compute.WEIGHT  # a window of a layer that ranks share
+    assert choose(8192, 1024, 1024, torch.bfloat16) is Compute.ACTIVATION
+
+
+def test_in_low_precision_few_tokens_take_the_activations_where_that_forms_no_delta() -> None:
+    share, rotate = (OperatorSpec(kind, 1024, 1024, 128) for kind in (OperatorKind.SHARE, OperatorKind.ROTATE))
+    assert choose(256, 1024, 1024, torch.bfloat16, share) is Compute.ACTIVATION
+    assert choose(256, 1024, 1024, torch.bfloat16, rotate) is Compute.WEIGHT
 
 
 def test_a_larger_square_prefers_the_weight_earlier() -> None:
