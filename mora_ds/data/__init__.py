@@ -13,10 +13,11 @@ extend_tokenizer   a tokenizer + pieces of domain_pieces              -> the sam
 write_embedded     no file named at all                              -> the default corpora, out of Python itself
 """
 
-from mora_ds.data.cache import Encoder, TokenCache, build_cache
+from mora_ds.data.cache import TokenCache, build_cache
 from mora_ds.data.corpus import Corpus, is_saved_dataset, load_corpus, resolve_files
 from mora_ds.data.duplicates import canonical_digest, is_held_out
 from mora_ds.data.embedded import EmbeddedCorpus, domain_documents, general_documents, write_embedded
+from mora_ds.data.encoder import Encoder
 from mora_ds.data.held_out import DocumentFilter, document_hash, hashes_of
 from mora_ds.data.hub_stream import stream_dataset
 from mora_ds.data.mixture import CachedSource, Mixture, Source, TrainData

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from mora_ds.data.cache import Encoder, TokenCache
+from mora_ds.data.cache import TokenCache
+from mora_ds.data.encoder import Encoder
 from mora_ds.data.mixture import Block, Mixture, Source
 from mora_ds.data.packing import TokenBlocks, stack
 from mora_ds.data.readers import Document
