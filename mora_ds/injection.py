@@ -143,7 +143,7 @@ def frozen_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def count_parameters(model: nn.Module) -> int:
     """Parameters and frozen base tensors, each tied tensor once."""
-    frozen = {tensor.data_ptr(): tensor.numel() for tensor in frozen_buffers(model).values()}
+    frozen = {id(tensor): tensor.numel() for tensor in frozen_buffers(model).values()}
     return sum(parameter.numel() for parameter in model.parameters()) + sum(frozen.values())
 
 

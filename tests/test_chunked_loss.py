@@ -20,6 +20,7 @@ from mora_ds.errors import UserError
 from mora_ds.injection import inject
 from mora_ds.losses import token_nll, whole_nll
 from tests.gloo import run_ranks
+from tests.jobs import Playground, losses, run
 from tests.models import tiny_model, tokens
 
 CHUNK = 7  # divides neither rows nor batch
@@ -199,3 +200,16 @@ def test_a_trained_head_that_zero_3_shards(family: str) -> None:
         assert found.keys() == expected.keys() and any("lm_head" in n or "embed" in n for n in found)
         for name, right in expected.items():
             torch.testing.assert_close(found[name], 0.5 * right, rtol=0, atol=1e-5 * max(1.0, right.abs().max().item()))
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("split", ["sequence", "tensor"])
+def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(user: Playground, split: str) -> None:
+    whole, chunked = user.root / "whole", user.root / f"chunked-{split}"
+    expected = run(1, user.flags(whole, "--overwrite_output_dir", "true"))
+    found = run(2, user.flags(chunked, "--chunked_loss", "true", f"--{split}_parallel_size", 2))
+    torch.testing.assert_close(losses(chunked), losses(whole), rtol=1e-5, atol=0)
+    assert found["perplexity_after"] == pytest.approx(expected["perplexity_after"], rel=1e-5)
