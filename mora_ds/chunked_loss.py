@@ -43,19 +43,26 @@ class ChunkedHead:
         self._labels: Tensor | None = None
         self._outputs: list[Tensor] | None = None
         head.forward = self._forward
-        head.register_forward_hook(
-            self._keep
-        )  # after DeepSpeed's, which make the output call for the weight in backward
+        # after DeepSpeed's hooks, which make the output call for the weight in backward
+        head.register_forward_hook(self._keep)
 
     def nll(self, model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor:
         """Summed negative log-likelihood (nats, fp32) of a batch's labels, which are already shifted."""
+        return self._token_losses(model, batch).sum()
+
+    def row_nll(self, model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor:
+        """(B,): the same, row by row."""
+        return self._token_losses(model, batch).sum(dim=(1, 2))
+
+    def _token_losses(self, model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor:
+        """(B, T, 1)."""
         with self.noting() as outputs:
             self._labels = batch["labels"]
             try:
                 model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
             finally:
                 self._labels = None
-        return outputs[-1].sum()
+        return outputs[-1]
 
     @contextmanager
     def noting(self) -> Iterator[list[Tensor]]:

@@ -30,7 +30,9 @@ def whole_nll(model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tens
 
 
 def row_nll(model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor:
-    """(B,): the same, row by row."""
+    """(B,): what `token_nll` sums, row by row."""
+    if (chunked := bound(model)) is not None:
+        return chunked.row_nll(model, batch)
     logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits  # type: ignore[attr-defined]
     labels = batch["labels"]
     nll = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")

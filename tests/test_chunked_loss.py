@@ -18,7 +18,7 @@ from mora_ds.data import IGNORED
 from mora_ds.engine import initialize
 from mora_ds.errors import UserError
 from mora_ds.injection import inject
-from mora_ds.losses import token_nll, whole_nll
+from mora_ds.losses import row_nll, token_nll, whole_nll
 from tests.gloo import run_ranks
 from tests.jobs import Playground, losses, run
 from tests.models import tiny_model, tokens
@@ -104,6 +104,25 @@ def test_evaluation_and_whole_logits_are_as_before() -> None:
         torch.testing.assert_close(token_nll(model, batch), expected, rtol=1e-6, atol=0)
         assert torch.equal(model(batch["input_ids"]).logits, logits)
         torch.testing.assert_close(whole_nll(model, batch), expected, rtol=0, atol=0)
+
+
+def test_a_mixture_gets_the_loss_of_every_row_from_chunks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_of("gemma2"), batch_of()
+    expected = row_nll(model, batch)
+    chunked = chunk_loss(model, CHUNK)
+    found = row_nll(model, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert found.shape == (3,) and len(set(found.tolist())) == 3
+    monkeypatch.setattr(chunked, "_project", _refuse_more_than(CHUNK, chunked._project))
+    row_nll(model, batch).sum().backward()
+
+
+def _refuse_more_than(chunk: int, project: Any) -> Any:
+    def watched(hidden: Tensor) -> Tensor:
+        assert hidden.shape[:-1].numel() <= chunk
+        return project(hidden)
+
+    return watched
 
 
 def test_no_more_logits_than_a_chunk_are_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
