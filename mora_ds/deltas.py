@@ -14,9 +14,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mora_ds.operators import Grouping, OperatorSpec, block_squares, input_columns, output_slots
-from mora_ds.tables import permutation_tables
+from mora_ds.operators import OperatorSpec, block_squares, input_columns, output_slots
 from mora_ds.updates import UpdateSpec, delta_weight
+from mora_ds.wiring import wiring
 
 _CHUNK = 1 << 18
 """Elements of the weight worked on at a time on a CPU: 1 MiB, which stays in a core's cache."""
@@ -91,8 +91,5 @@ def _add_blocks(total: Tensor, spec: OperatorSpec, squares: Tensor) -> None:
 
 def _orders(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which input each position of the padded input holds, (N * R,), and which output each slot goes to, (O,)."""
-    positions = torch.arange(spec.blocks_in * spec.r_hat, device=device) % spec.d_in
-    if spec.grouping is not Grouping.PERMUTED:
-        return positions, torch.arange(spec.d_out, device=device)
-    inputs, outputs, *_ = permutation_tables(spec.seed, spec.d_in, spec.d_out, device)
-    return inputs[positions], outputs
+    found = wiring(spec, device)
+    return found.sources.index, found.members.index[: spec.d_out]

@@ -29,6 +29,7 @@ from mora_ds.operators import OperatorSpec
 from mora_ds.tensor_parallel import split_model
 from mora_ds.topology import Topology
 from mora_ds.updates import value_shape
+from mora_ds.wiring import wiring
 from mora_ds.zero_trace import Event, record
 
 
@@ -129,6 +130,10 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
     known = (*model.parameters(), *model.buffers(), *batch.values())
     try:
         with MemoryMeter(known, answer=not work.document_mask) as meter, fused_attention(work.sequence_parallel):
+            with torch.no_grad():
+                token_nll(model, batch)  # the first pass makes the tables
+            lasting = meter.live
+            meter.restart_peak()
             loss = token_nll(model, batch)
             kept = meter.live
             loss.backward()
@@ -139,7 +144,6 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
     finally:
         for handle in handles:
             handle.remove()
-    lasting = meter.live
     _forget_tables()
     return StepMemory(kept - lasting, meter.peak - lasting, lasting)
 
@@ -217,6 +221,6 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 def _forget_tables() -> None:
     """So that they are made, and counted, within the next measurement."""
-    for table in vars(tables).values():
+    for table in (*vars(tables).values(), wiring):
         if hasattr(table, "cache_clear"):
             table.cache_clear()

@@ -70,7 +70,6 @@ def segment_bounds(size: int, segments: int) -> list[tuple[int, int]]:
     return [(size * index // segments, size * (index + 1) // segments) for index in range(segments)]
 
 
-@lru_cache(maxsize=64)  # `wiring` keeps what it makes of them
 def permutation_tables(
     seed: int, d_in: int, d_out: int, device: torch.device, in_segments: int = 1, out_segments: int = 1
 ) -> tuple[Tensor, ...]:

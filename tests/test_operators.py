@@ -194,7 +194,6 @@ def test_tables_made_in_inference_mode_serve_training(kind: OperatorKind, groupi
         tables.rope_table,
         tables.strided_groups,
         tables.contiguous_groups,
-        tables.permutation_tables,
         wiring.wiring,
     ):
         cached.cache_clear()

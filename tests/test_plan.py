@@ -101,8 +101,9 @@ def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(family: str
         kept = meter.live
         loss.backward()
     found = measure_step(planned_model(work), work)
-    assert (found.kept, found.peak) == (kept, meter.peak)
-    assert found.tables > 0
+    assert found.kept == kept and found.tables > 0
+    # a plan is of devices that gather what a CPU scatters (`lanes.scatters`), and hold that for a moment
+    assert meter.peak <= found.peak <= 1.05 * meter.peak
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

