@@ -16,7 +16,7 @@ TOOL = Path(__file__).resolve().parents[1] / "tools" / "bench_tensor_parallel.py
 SHAPES: dict[str, dict[str, Any]] = {
     "gathered": {"operator": "share", "rank": 8, "segments": 0},  # folded inputs are the smaller
     "aligned": {"operator": "share", "rank": 64, "segments": 8},  # the shared input is
-    "rotate": {"operator": "rotate", "rank": 8, "segments": 0},
+    "rotate": {"operator": "rotate", "rank": 8, "segments": 0, "compute": "activation"},  # split layers have no other
 }
 
 

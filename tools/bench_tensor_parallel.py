@@ -50,6 +50,7 @@ class Work:
     operator: str
     rank: int
     segments: int
+    compute: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def new_model(work: Work) -> Any:
         num_attention_heads=work.hidden // HEAD_DIM, vocab_size=VOCABULARY, max_position_embeddings=SEQ_LEN,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
-    inject(model, MoRAConfig(rank=work.rank, operator=work.operator, segments=work.segments))
+    inject(model, MoRAConfig(rank=work.rank, operator=work.operator, segments=work.segments, compute=work.compute))
     return model.train()
 
 
