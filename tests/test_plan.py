@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from mora_ds import zero
+from mora_ds import operators, zero
 from mora_ds.arguments import parse
 from mora_ds.config import MoRAConfig
 from mora_ds.dry_run import planned
@@ -84,7 +84,11 @@ def test_activations_are_those_that_autograd_saves(family: str, packed: bool) ->
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "gpt2", "mixtral"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(family: str, checkpointing: bool) -> None:
+def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(
+    monkeypatch: pytest.MonkeyPatch, family: str, checkpointing: bool
+) -> None:
+    # without a device the sums go the way of a GPU: here both take that of a CPU
+    monkeypatch.setattr(operators, "scatters", lambda x: True)
     dtype = torch.bfloat16 if family == "mixtral" else torch.float32  # torch has no grouped product of fp32 shapes
     work = work_of(family, checkpointing=checkpointing, dtype=dtype)
     model = tiny_model(family, dtype=dtype).train()
@@ -101,9 +105,8 @@ def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(family: str
         kept = meter.live
         loss.backward()
     found = measure_step(planned_model(work), work)
-    assert found.kept == kept and found.tables > 0
-    # a plan is of devices that gather what a CPU scatters (`lanes.scatters`), and hold that for a moment
-    assert meter.peak <= found.peak <= 1.05 * meter.peak
+    assert (found.kept, found.peak) == (kept, meter.peak)
+    assert found.tables > 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

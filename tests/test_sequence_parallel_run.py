@@ -41,20 +41,22 @@ def one(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def assert_same_curve(out: Path, expected: Path, rel: float = 2e-6) -> None:
+def assert_same_curve(out: Path, expected: Path, rel: float = 2e-6, norms: float = 10) -> None:
+    """`norms`: how much looser norms are held. Muon makes gradients orthogonal in bf16, which leaves losses alike but
+    turns a rounding of 1e-7 into one of 1e-3 in the squares."""
     found, wanted = curve(out), curve(expected)
     assert len(found) == len(wanted)
     for mine, theirs in zip(found, wanted, strict=True):
-        assert_close(mine, theirs, rel)
+        assert_close(mine, theirs, rel, norms)
 
 
-def assert_close(found: dict[str, Any], wanted: dict[str, Any], rel: float) -> None:
+def assert_close(found: dict[str, Any], wanted: dict[str, Any], rel: float, norms: float) -> None:
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         if isinstance(value, dict):
-            assert_close(found[key], value, rel)
+            assert_close(found[key], value, rel, norms)
         elif isinstance(value, float):
-            small = 10 * rel if key in ("grad_norm", "delta_norm", "square_norm") else rel
+            small = norms * rel if key in ("grad_norm", "delta_norm", "square_norm") else rel
             assert found[key] == pytest.approx(value, rel=small, abs=1e-6 if key in DIFFERENCES else 0.0), key
         else:
             assert found[key] == value, key
@@ -148,8 +150,7 @@ def test_variants(user: Playground, tmp_path: Path, variant: str) -> None:
         one, two = (json.loads((out / "summary.json").read_text()) for out in (theirs, ours))
         assert two["perplexity_before"] == pytest.approx(one["perplexity_before"], rel=1e-6)
     else:
-        # Muon makes gradients orthogonal in bf16, which turns a rounding of 1e-7 into one of 1e-3
-        assert_same_curve(ours, theirs, 1e-4 if variant == "muon" else 5e-6)
+        assert_same_curve(ours, theirs, 2e-5 if variant == "muon" else 5e-6, norms=50 if variant == "muon" else 10)
 
 
 @pytest.mark.heavy
