@@ -22,11 +22,6 @@ class AdapterKind(str, Enum):
     FULL = "full"
     NONE = "none"
 
-    @property
-    def is_merged(self) -> bool:
-        """Whether it is something beside a frozen base, that can be merged into it."""
-        return self in (AdapterKind.MORA, AdapterKind.LORA)
-
 
 class MergePrecision(str, Enum):
     """How a merge forms the live weight."""

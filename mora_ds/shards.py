@@ -258,9 +258,6 @@ class EngineShards:
     def files(self) -> list[Path]:
         return [shard.path for shard in self._shards]
 
-    def group_of(self, name: str) -> int:
-        return next(number for number, group in enumerate(self.first.groups) if name in group)
-
     def keys(self, name: str) -> list[str]:
         """Of the optimizer state that has a value for every element of a parameter, such as exp_avg."""
         shard, index, _ = self._moments[name][0]
