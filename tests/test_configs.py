@@ -24,8 +24,10 @@ MODELS = sorted((CONFIGS / "models").glob("*.json"))
 def test_there_is_something_of_each_kind() -> None:
     names = {path.stem for path in DEEPSPEED}
     assert {"zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer", "zero3_tp2"} <= names
-    assert {"continual_7b_r8", "continual_7b_r256", "continual_7b_replay"} <= {path.stem for path in RECIPES}
-    assert "tiny_llama" in {path.stem for path in MODELS}
+    recipes = {path.stem for path in RECIPES}
+    assert {"continual_7b_r8", "continual_7b_r256", "continual_7b_replay"} <= recipes
+    assert {"pretrain_250m", "pretrain_1b3", "continual_8b", "continual_70b"} <= recipes
+    assert {"tiny_llama", "llama_250m", "llama_1b3"} <= {path.stem for path in MODELS}
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)

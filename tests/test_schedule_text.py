@@ -128,7 +128,7 @@ def test_the_plot_tool_names_what_is_missing_or_wrong(tmp_path: Path) -> None:
 
 
 def test_a_recipe_and_the_merges_of_a_stalled_run() -> None:
-    recipe = "configs/recipes/remora_merges.yaml"
+    recipe = "configs/recipes/pretrain_250m.yaml"
     done = plot(recipe, "--merge_when", "stalled", "--max_steps", "4000", "--merges", "3000", "2000")
     assert done.returncode == 0 and done.stdout.count("^") == 3  # two merges, and the legend
     assert "merges when the training loss" in plot(recipe, "--merge_when", "stalled").stdout

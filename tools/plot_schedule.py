@@ -1,7 +1,7 @@
 """Plot a run's learning rate against the step, merges marked, as the trainer itself computes it.
 
     python tools/plot_schedule.py --max_steps 400 --merge_every 100 --lr_scheduler_type cosine
-    python tools/plot_schedule.py configs/recipes/remora_merges.yaml --png schedule.png
+    python tools/plot_schedule.py configs/recipes/pretrain_250m.yaml --png schedule.png
     python tools/plot_schedule.py out/run.yaml --max_steps 900 --merges 210 480     a run that merged when it stalled
 
 Takes the recipe and the flags of a run; the number of steps must be given, since no text is read. Exit code 2:
