@@ -3,11 +3,12 @@
     python tools/bench_memorization.py [--base MODEL] [--pairs 64] [--steps 400] [--rank 8] [--seeds 3] [--jobs 2] ...
 
 Full training, LoRA, MoRA and ReMoRA, at equal trainable parameters, on one engine (ZeRO-3, AdamW, constant rate after a
-warm-up): each learns, of pairs of 32 hex digits, the second from the first, at every rate of its sweep and with every
-seed. At intervals the second is generated greedily; the share of right digits is the character accuracy (1/16 is
-chance). A digit is one token here, so rows need no padding. Prints, at each method's best rate (largest mean accuracy
-over all intervals), the accuracy over steps, mean over seeds, and the steps to 90%; writes results.json, TensorBoard
-curves, and memorization.png where matplotlib is there. A trial that is done is kept.
+warm-up): each learns, of pairs of 32 hex digits, the second from the first, at every rate of its sweep with one seed,
+and at the best one with the others. At intervals the second is generated greedily; the share of right digits is the
+character accuracy (1/16 is chance); a trial that knows everything ends. A digit is one token here, so rows need no
+padding. Prints, at each method's best rate (largest mean accuracy over all intervals), the accuracy over steps, mean
+over seeds, and the steps to 90%; writes results.json, TensorBoard curves, and memorization.png where matplotlib is
+there. A trial that is done is kept.
 
 The default is for two cores: the small Llama of the embedded default, warm-started on prose. The paper's: Llama-2 7B,
 
@@ -31,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout,
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from uuid_pairs import DIGITS, accuracy, pair_rows
 
 from mora_ds import Run, cli, initialize, inject, zero
 from mora_ds.config import AdapterConfig, LoRAConfig, MoRAConfig
-from mora_ds.data import load_tokenizer
 from mora_ds.demo import DemoPaths, warm_start_settings, write_inputs
 from mora_ds.engine import initialize_full, start_distributed
 from mora_ds.errors import UserError, nearest
@@ -43,8 +44,7 @@ from mora_ds.ledger_table import table
 from mora_ds.schedules import Schedule, ScheduleKind
 from mora_ds.trials import pretrain_alone, run_alone
 
-DIGITS, HEX = 32, "0123456789abcdef"
-WARMUP, RAMP, KNOWN = 10, 5, 0.9
+WARMUP, RAMP, KNOWN, LEARNT = 10, 5, 0.9, 0.995
 
 
 @dataclass(frozen=True)
@@ -99,15 +99,23 @@ def main() -> None:
         return
     _check(options)
     options.base = str(options.base or _warm_base(options.work))
-    trials = list(_trials(options))
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for done, trial in enumerate(pool.map(lambda trial: _start(trial, options.work), trials), 1):
-            print(f"{done}/{len(trials)}  {trial.name}", flush=True)
-    results = [(trial, json.loads((options.work / trial.name / "result.json").read_text())) for trial in trials]
-    best = {name: _best([pair for pair in results if pair[0].method == name]) for name in options.methods}
+    swept = _results(list(_trials(options, range(1, min(options.sweep_seeds, options.seeds) + 1))), options)
+    rates = {name: _best([pair for pair in swept if pair[0].method == name]).rate for name in options.methods}
+    more = _trials(options, range(options.sweep_seeds + 1, options.seeds + 1))
+    results = swept + _results([trial for trial in more if trial.rate == rates[trial.method]], options)
+    at_best = [pair for pair in results if pair[0].rate == rates[pair[0].method]]
+    best = {name: _best([pair for pair in at_best if pair[0].method == name]) for name in options.methods}
     write_json_atomic(options.work / "results.json", [{**asdict(trial), **found} for trial, found in results])
     print("\n".join(_lines(best, options)))
     _curves(best, options.work)
+
+
+def _results(trials: Sequence[Trial], options: argparse.Namespace) -> list[tuple[Trial, dict[str, Any]]]:
+    """Of every trial, run now where it has not been."""
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for done, trial in enumerate(pool.map(lambda trial: _start(trial, options.work), trials), 1):
+            print(f"{done}/{len(trials)}  {trial.name}", flush=True)
+    return [(trial, json.loads((options.work / trial.name / "result.json").read_text())) for trial in trials]
 
 
 def _options() -> argparse.Namespace:
@@ -123,7 +131,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=50, help="steps from one measurement to the next")
     parser.add_argument("--probe", type=int, default=32, help="pairs that are generated at each measurement")
     parser.add_argument("--cycles", type=int, default=4, help="of ReMoRA: merges, and one more")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method at each rate")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method at its best rate")
+    parser.add_argument("--sweep_seeds", type=int, default=1, help="of them at every rate, to find the best one")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, help="instead of each method's own sweep")
@@ -135,7 +144,19 @@ def _check(options: argparse.Namespace) -> None:
     unknown = [name for name in options.methods if name not in METHODS]
     if unknown:
         raise UserError(f"unknown --methods {unknown[0]}; known: {', '.join(METHODS)}.{nearest(unknown[0], METHODS)}")
-    for name in ("rank", "pairs", "batch", "micro_batch", "steps", "every", "probe", "cycles", "seeds", "jobs"):
+    for name in (
+        "rank",
+        "pairs",
+        "batch",
+        "micro_batch",
+        "steps",
+        "every",
+        "probe",
+        "cycles",
+        "seeds",
+        "sweep_seeds",
+        "jobs",
+    ):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
     if options.batch % options.micro_batch:
@@ -155,11 +176,11 @@ def _warm_base(work: Path) -> Path:
     return paths.warm
 
 
-def _trials(options: argparse.Namespace) -> Iterator[Trial]:
+def _trials(options: argparse.Namespace, seeds: range) -> Iterator[Trial]:
     shared = ("base", "rank", "operator", "pairs", "batch", "micro_batch", "steps", "every", "probe", "cycles")
     for name in options.methods:
         for rate in options.rates or METHODS[name].rates:
-            for seed in range(1, options.seeds + 1):
+            for seed in seeds:
                 yield Trial(name, rate, seed, **{each: getattr(options, each) for each in shared})
 
 
@@ -180,7 +201,7 @@ def run_trial(trial: Trial, work: Path) -> None:
     """Trains and measures; writes result.json."""
     start_distributed()
     torch.manual_seed(trial.seed)
-    rows = pair_rows(trial)
+    rows = pair_rows(trial.base, trial.pairs, trial.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(trial.base, dtype=torch.float32)
     method, run = METHODS[trial.method], None
     if method.adapter is None:
@@ -209,21 +230,19 @@ def run_trial(trial: Trial, work: Path) -> None:
             result["steps"].append(step + 1)
             result["accuracy"].append(accuracy(engine, rows[: trial.probe]))
             result["loss"].append(loss)
+            if result["accuracy"][-1] >= LEARNT:
+                break
+    _fill(result, trial)
     write_json_atomic(work / trial.name / "result.json", result)
 
 
-def pair_rows(trial: Trial) -> Tensor:
-    """(pairs, 2 * DIGITS + 2) token ids: start, 32 digits, separator, 32 digits. Raises `UserError` for a tokenizer
-    that has no token of its own for every digit."""
-    tokenizer = load_tokenizer(trial.base, flag="--base")
-    digits = [tokenizer(digit, add_special_tokens=False)["input_ids"][-1] for digit in HEX]
-    separator = tokenizer("=", add_special_tokens=False)["input_ids"][-1]
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if len({*digits, separator, start}) < len(HEX) + 2:
-        raise UserError(f"--base {trial.base}: its tokenizer has no token of its own for every hex digit")
-    draw = random.Random(f"pairs/{trial.seed}")
-    half = [[[draw.choice(digits) for _ in range(DIGITS)] for _ in range(2)] for _ in range(trial.pairs)]
-    return torch.tensor([[start, *key, separator, *value] for key, value in half])
+def _fill(result: dict[str, Any], trial: Trial) -> None:
+    """A trial ends once it knows everything; what is left of its curve is flat."""
+    measured = [*range(trial.every, trial.steps, trial.every), trial.steps]
+    result["ended_at"] = result["steps"][-1]
+    for name in ("accuracy", "loss"):
+        result[name] += result[name][-1:] * (len(measured) - len(result["steps"]))
+    result["steps"] = measured
 
 
 def _step(engine: zero.Engine, rows: Tensor, chosen: Sequence[int], micro_batch: int) -> float:
@@ -237,18 +256,6 @@ def _step(engine: zero.Engine, rows: Tensor, chosen: Sequence[int], micro_batch:
         engine.step()
         total += loss.item() * micro_batch / len(chosen)
     return total
-
-
-@torch.no_grad()
-def accuracy(engine: zero.Engine, rows: Tensor) -> float:
-    """Share of digits that are right when the second halves are generated greedily from the first."""
-    engine.eval()
-    ids = rows[:, :-DIGITS].to(engine.device)
-    for _ in range(DIGITS):
-        following = engine(input_ids=ids, use_cache=False).logits[:, -1].argmax(dim=-1)
-        ids = torch.cat([ids, following[:, None]], dim=1)
-    engine.train()
-    return (ids.cpu()[:, -DIGITS:] == rows[:, -DIGITS:]).float().mean().item()
 
 
 def _ds_config(trial: Trial) -> dict[str, Any]:
