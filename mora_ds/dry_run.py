@@ -6,6 +6,7 @@ Every rank may call it; one prints. No process group is started, no folder is to
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 
 from mora_ds.adapter_arguments import AdapterKind
 from mora_ds.arguments import Arguments
+from mora_ds.config import AdapterConfig
 from mora_ds.costs import costs
 from mora_ds.ds_config import compute_dtype, resolve_ds_config
 from mora_ds.engine import check_compute_dtype, check_splittable
@@ -27,6 +29,7 @@ from mora_ds.plan_time import Cluster
 from mora_ds.sequence_checks import check_config, check_world, describe
 from mora_ds.tensor_plan import plan_of
 from mora_ds.topology import check_degree
+from mora_ds.vocabulary_rows import first_new_row
 
 
 def dry_run(arguments: Arguments) -> dict[str, Any]:
@@ -55,10 +58,9 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     check_config(config, s, model.attn_implementation, model.trust_remote_code)
     if arguments.adapter.adapter == AdapterKind.NONE.value:
         raise UserError("--adapter none trains nothing: there is nothing to plan, drop --dry_run")
-    full = arguments.adapter.adapter == AdapterKind.FULL.value
     work = Work(
         config=config,
-        adapter=None if full else arguments.adapter.config(training.seed),
+        adapter=_adapter(arguments),
         seq_len=arguments.data.seq_len,
         micro_batch=training.per_device_train_batch_size,
         dtype=getattr(torch, compute_dtype(ds_config)),
@@ -72,6 +74,17 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     on_cpu = get_accelerator().device_name() == "cpu"
     planner = Planner(work, _cluster(world, on_cpu), ds_config, training.gradient_accumulation_steps, on_cpu)
     return planner.plan(), _layers(work, world)
+
+
+def _adapter(arguments: Arguments) -> AdapterConfig | None:
+    """None for full training."""
+    adapter, seed = arguments.adapter, arguments.training.seed
+    if adapter.adapter == AdapterKind.FULL.value:
+        return None
+    if not adapter.train_new_embeddings:
+        return adapter.config(seed)
+    named = Path(str(arguments.model.model_name_or_path or arguments.model.model_config)).expanduser()
+    return replace(adapter.config(seed), new_rows_from=first_new_row(named if named.is_dir() else named.parent))
 
 
 def _cluster(world: int, on_cpu: bool) -> Cluster:

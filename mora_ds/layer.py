@@ -6,6 +6,7 @@ every rank and no collective ever carries them.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Protocol
 
 import torch
@@ -135,7 +136,12 @@ def is_linear(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _computes_linear(module: nn.Linear) -> bool:
-    """Asked of a forward of its own: Falcon's is the same product written otherwise, a router's is something else."""
+    """Asked of a forward of its own: Falcon's is the same product written otherwise, a router's is something else.
+    A planned module, which has no numbers, is asked with numbers of its own for as long as that takes."""
+    if module.weight.is_meta:
+        module = copy.deepcopy(module).to_empty(device="cpu")
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.copy_(torch.randn(tensor.shape))
     x = torch.randn(3, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
     try:
         found, expected = module(x), F.linear(x, module.weight, module.bias)

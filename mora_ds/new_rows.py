@@ -30,7 +30,7 @@ class NewRowEmbedding(nn.Embedding):
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim, self.padding_idx = base.weight.shape[0], base.weight.shape[1], None
         self.first = self.num_embeddings - len(new_rows)
-        self.register_buffer("weight", base.weight.data, persistent=False)
+        self.register_buffer("weight", base.weight, persistent=False)  # frozen: one object where it is tied
         self.new_rows = new_rows
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -52,8 +52,8 @@ class NewRowHead(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = base.weight.shape
         self.first = self.out_features - len(new_rows)
-        self.register_buffer("weight", base.weight.data, persistent=False)
-        self.register_buffer("bias", None if base.bias is None else base.bias.data, persistent=False)
+        self.register_buffer("weight", base.weight, persistent=False)
+        self.register_buffer("bias", base.bias, persistent=False)
         self.new_rows = new_rows
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class NewRowHead(nn.Linear):
 
 
 def train_new_rows(model: Any, first: int) -> None:
-    """Puts the two in place of the model's (frozen) embeddings and its tied or linear head.
+    """Puts the two in place of the model's embeddings and its tied or linear head, both frozen to buffers.
 
     Raises `UserError` for other kinds of either, and where there is no row from `first` on.
     """
@@ -78,7 +78,7 @@ def train_new_rows(model: Any, first: int) -> None:
     if not 0 < first < len(embedding.weight):
         raise UserError(f"{FLAG}: the model has rows 0 to {len(embedding.weight) - 1}, none from {first} on is new")
     rows = nn.Parameter(embedding.weight.data[first:].clone())
-    tied = head.weight.data_ptr() == embedding.weight.data_ptr()
+    tied = head.weight is embedding.weight  # not by address: a planned model has none
     head_rows = rows if tied else nn.Parameter(head.weight.data[first:].clone())
     names = {id(module): name for name, module in model.named_modules()}
     for old, new in ((embedding, NewRowEmbedding(embedding, rows)), (head, NewRowHead(head, head_rows))):

@@ -142,3 +142,6 @@ def test_a_linear_subclass_is_taken_when_it_computes_the_same() -> None:
 
     assert is_linear(FalconLinear(6, 4)) and is_linear(FalconLinear(6, 4, bias=False).to(torch.bfloat16))
     assert not is_linear(Router(6, 4)) and not is_linear(Pair(6, 4))
+    with torch.device("meta"):  # a planned model has no numbers to compare
+        planned = FalconLinear(6, 4), FalconLinear(6, 4, bias=False).to(torch.bfloat16), Router(6, 4), Pair(6, 4)
+    assert [is_linear(each) for each in planned] == [True, True, False, False]

@@ -17,7 +17,9 @@ from mora_ds.base import BaseCheckpoint
 from mora_ds.data import load_corpus, load_tokenizer
 from mora_ds.errors import UserError
 from mora_ds.export import export_merged
+from mora_ds.injection import count_parameters, move_base
 from mora_ds.new_rows import NewRowEmbedding, NewRowHead
+from mora_ds.pretrain import pretrain
 from mora_ds.universal import from_universal, to_universal
 from mora_ds.validation import validate
 from mora_ds.verification import verify
@@ -73,6 +75,46 @@ def test_new_rows_are_sharded() -> None:
     assert run_ranks(2, shard_sizes, True) == [[16 * 32 // 2]] * 2
 
 
+def trained_on(world: int, rank: int, tied: bool) -> dict[str, torch.Tensor]:
+    """Everything trained, whole and in fp32, after three steps on this rank's part of the same rows."""
+    engine, *_ = initialize(model=model_with_new_rows(tied), config=ds_config(3, 4 // world, 1))
+    for step in range(3):
+        mine = tokens(4, seed=step)[rank * 4 // world : (rank + 1) * 4 // world]
+        engine.backward(causal_loss(engine, mine))
+        engine.step()
+    return {name: zero.full_fp32(engine, each).clone() for name, each in engine.module.named_parameters()}
+
+
+def trained_on_ranks(tied: bool) -> dict[str, torch.Tensor]:
+    return trained_on(torch.distributed.get_world_size(), torch.distributed.get_rank(), tied)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("tied", [True, False])
+def test_two_ranks_train_them_as_one(tied: bool) -> None:
+    """The same rows, split over two ranks: the same new rows and squares after three steps."""
+    alone = run_ranks(1, trained_on_ranks, tied)[0]
+    both = run_ranks(2, trained_on_ranks, tied)
+    new = [name for name in alone if name.endswith("new_rows")]
+    assert len(new) == (1 if tied else 2)
+    start = tiny_model("llama", tie_word_embeddings=tied).get_input_embeddings().weight[FIRST:]
+    assert not torch.allclose(alone["model.embed_tokens.new_rows"], start, atol=1e-3)
+    for name, value in alone.items():
+        assert torch.equal(both[0][name], both[1][name]), name
+        assert torch.allclose(both[0][name], value, atol=2e-5), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_table_is_counted_once(tied: bool) -> None:
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    before = count_parameters(model)
+    report = inject(model, MoRAConfig(rank=2, new_rows_from=FIRST))
+    assert count_parameters(model) == before + report.trainable_params
+    move_base(model, "cpu", torch.bfloat16)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert (embedding.weight is head.weight) == tied and head.weight.dtype == torch.bfloat16
+
+
 @pytest.fixture(scope="module")
 def extended(user: Playground) -> Playground:
     corpus = load_corpus([str(user.train)], flag="--corpus")
@@ -113,6 +155,17 @@ def test_a_run_trains_resumes_and_exports_them(extended: Playground, tmp_path: P
         table, was = merged.state_dict()[key], base.read(key)
         assert torch.equal(table[:first], was[:first]), key
         assert not torch.equal(table[first : first + 40], was[first : first + 40]), key
+
+
+def test_a_dry_run_counts_them(extended: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = extended.flags(tmp_path / "out", "--dry_run")
+    without, told = (pretrain(parse([*flags, *more])) for more in ([], ["--train_new_embeddings"]))
+    extension = json.loads((extended.model / EXTENSION_JSON).read_text())
+    table = BaseCheckpoint.open(extended.model).read("model.embed_tokens.weight")
+    rows = (len(table) - extension["first_row"]) * table.shape[1]
+    assert told["trainable_params"] == without["trainable_params"] + 2 * rows  # the head is not tied
+    assert told["total_params"] == without["total_params"] + 2 * rows
 
 
 def test_where_it_does_not_fit_it_is_refused(user: Playground, tmp_path: Path) -> None:
