@@ -146,7 +146,7 @@ def _stream(data: DataArguments, source: SourcePlan, corpus: Corpus, tokenising:
         "text": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32],
         "shuffle_buffer": data.shuffle_buffer,
     }
-    documents = DocumentStream(source.name, corpus, settings, tokenising.warn)
+    documents = DocumentStream(source.name, corpus, settings, tokenising.warn, tokenising.say)
     encoder = Encoder.of(tokenising.tokenizer)
     return StreamSource(documents, encoder, data.seq_len, data.document_mask, identity, tokenising.share, source.epochs)
 

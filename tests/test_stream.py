@@ -165,6 +165,14 @@ def test_documents_left_out_are_left_out_of_a_stream(tokenizer: Any, tmp_path: P
     cached = PackedDataset(build_cache(corpus, tokenizer, tmp_path / "cache"), T, shuffle=False)
     wanted = [cached.blocks.block(number) for number in range(cached.n_blocks)]
     assert_equal(taken(source(corpus, tokenizer), 0, len(wanted)), wanted)
+    said: list[str] = []
+    told = DocumentStream("a", corpus, StreamSettings(buffer=10), say=said.append)
+    kept = sum(1 for _ in told.epoch(Place()))
+    assert 0 < kept < 90 and said[-1].startswith(f"a: {90 - kept} of 90 documents of epoch 1 are not trained on")
+    assert 2 <= len(said) <= 5 and all("documents so far" in line for line in said[:-1])
+    assert sum(1 for _ in told.quiet().epoch(Place())) == kept and len(said) <= 5
+    everything = Corpus(corpus.parts)
+    assert list(DocumentStream("a", everything, StreamSettings(), say=said.append).epoch(Place())) and len(said) <= 5
     nothing = source(Corpus(corpus.parts, keep=DocumentFilter(0.999999999)), tokenizer)
     with pytest.raises(UserError, match="source 'a' holds no text to train on"):
         nothing.sample(0)

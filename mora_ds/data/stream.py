@@ -61,13 +61,35 @@ class StreamSettings:
     """How long a part that cannot be read is tried again."""
 
 
+@dataclass
+class _Tally:
+    """Of documents, since an epoch was begun or entered again."""
+
+    read: int = 0
+    left_out: int = 0
+
+
+def _silent(text: str) -> None:
+    del text
+
+
 class DocumentStream:
     """The documents of `corpus` from any place on, epoch by epoch."""
 
     def __init__(
-        self, name: str, corpus: Corpus, settings: StreamSettings, warn: Callable[[str], None] = lambda text: None
+        self,
+        name: str,
+        corpus: Corpus,
+        settings: StreamSettings,
+        warn: Callable[[str], None] = _silent,
+        say: Callable[[str], None] = _silent,
     ) -> None:
-        self.name, self.corpus, self.settings, self.warn = name, corpus, settings, warn
+        """`say`: where it tells how many documents it leaves out."""
+        self.name, self.corpus, self.settings, self.warn, self.say = name, corpus, settings, warn, say
+
+    def quiet(self) -> DocumentStream:
+        """The same documents, read apart."""
+        return DocumentStream(self.name, self.corpus, self.settings, self.warn)
 
     def epoch(self, place: Place) -> Iterator[tuple[Document, Place]]:
         """The documents from `place` to the end of its epoch, each with its own place. Empty ones are left out.
@@ -75,14 +97,27 @@ class DocumentStream:
         Raises `UserError` for a record that is no document, `RunError` for a part that stays unreadable.
         """
         opening, done = replace(place, done=0), place.done
-        read = _Read(self._documents(opening), opening)
+        tally = _Tally()
+        read = _Read(self._documents(opening, tally), opening)
+        windows = 0
         while (window := self._window(read)) is not None:
+            windows += 1
+            if windows & (windows - 1) == 0:  # after 1, 2, 4, ... windows: an epoch may be longer than any run
+                self._tell(tally, "so far")
             begins = read.opening
             for number, document in enumerate(window):
                 if number >= done:
                     yield document, replace(begins, done=number)
             done = 0
             read.next_window()
+        self._tell(tally, f"of epoch {place.epoch + 1}")
+
+    def _tell(self, tally: _Tally, which: str) -> None:
+        if self.corpus.keep is not None:
+            self.say(
+                f"{self.name}: {tally.left_out:,} of {tally.read:,} documents {which} are not trained on: held out by "
+                "their hash, in --eval_files, or empty"
+            )
 
     def _window(self, read: _Read) -> Iterator[Document] | None:
         """The documents of the window at which `read` stands, in their order; None at the epoch's end."""
@@ -105,12 +140,12 @@ class DocumentStream:
         seed = f"{self.settings.seed}/{read.opening.epoch}"
         return (documents[index] for index in epoch_order(seed, read.opening.window, len(documents)))
 
-    def _documents(self, place: Place) -> Iterator[tuple[Document, Place]]:
+    def _documents(self, place: Place, tally: _Tally) -> Iterator[tuple[Document, Place]]:
         """(document, the place behind it) of the parts from `place` on."""
         parts = self._parts(place.epoch)
         mark = place.mark
         for number in range(place.part, len(parts)):
-            for document, behind in self._filtered(self._patiently(parts[number], mark)):
+            for document, behind in self._filtered(self._patiently(parts[number], mark), tally):
                 yield document, replace(place, part=number, mark=behind)
             mark = START
 
@@ -120,12 +155,14 @@ class DocumentStream:
             return parts
         return [parts[index] for index in epoch_order(f"{self.settings.seed}/parts", epoch, len(parts))]
 
-    def _filtered(self, documents: Iterator[tuple[Document, Mark]]) -> Iterator[tuple[Document, Mark]]:
+    def _filtered(self, documents: Iterator[tuple[Document, Mark]], tally: _Tally) -> Iterator[tuple[Document, Mark]]:
         keep, passes = self.corpus.keep, True
         for document, mark in documents:
             if document.begins:
-                passes = keep is None or keep.keeps(document.text)
-            if passes and (document.text or not (document.begins and document.ends)):
+                passes = bool(document.text or not document.ends) and (keep is None or keep.keeps(document.text))
+                tally.read += 1
+                tally.left_out += not passes
+            if passes:
                 yield document, mark
 
     def _patiently(self, part: Any, mark: Mark) -> Iterator[tuple[Document, Mark]]:

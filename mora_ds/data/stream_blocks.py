@@ -107,7 +107,7 @@ class StreamSource:
     def probe(self, index: int) -> Block:
         """Read apart, by every rank alone, so that the stream itself stays where it is."""
         if index >= len(self._probes):
-            apart = StreamSource(self.documents, self.encoder, self.seq_len, self.document_mask, None)
+            apart = StreamSource(self.documents.quiet(), self.encoder, self.seq_len, self.document_mask, None)
             self._probes = [apart.sample(number) for number in range(index + 1)]
         return self._probes[index]
 
