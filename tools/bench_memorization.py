@@ -13,6 +13,9 @@ there. A trial that is done is kept.
 The default is for two cores: the small Llama of the embedded default, warm-started on prose. The paper's: Llama-2 7B,
 
     --base LLAMA_2_7B --pairs 10000 --batch 1000 --micro_batch 20 --steps 1000 --every 100 --rank 8 (and 256)
+
+A small base, frozen, would spend its adapter on learning that digits follow digits: --digit_steps 300 teaches it that
+first, on pairs that are asked for nowhere.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout,
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from uuid_pairs import DIGITS, accuracy, pair_rows
+from uuid_pairs import Digits, accuracy, labels_of, teach_digits
 
 from mora_ds import Run, cli, initialize, inject, zero
 from mora_ds.config import AdapterConfig, LoRAConfig, MoRAConfig
@@ -59,7 +62,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "full": Method((3e-4, 1e-3, 3e-3), adapter=None),
-    "lora": Method((3e-3, 1e-2, 3e-2), adapter=LoRAConfig),
+    "lora": Method((1e-3, 3e-3, 1e-2), adapter=LoRAConfig),
     "mora": Method((3e-3, 1e-2, 3e-2)),
     "remora": Method((3e-3, 1e-2, 3e-2), merges=True),
 }
@@ -98,7 +101,7 @@ def main() -> None:
         run_trial(Trial(**json.loads(options.trial)), options.work)
         return
     _check(options)
-    options.base = str(options.base or _warm_base(options.work))
+    options.base = str(_base(options))
     swept = _results(list(_trials(options, range(1, min(options.sweep_seeds, options.seeds) + 1))), options)
     rates = {name: _best([pair for pair in swept if pair[0].method == name]).rate for name in options.methods}
     more = _trials(options, range(options.sweep_seeds + 1, options.seeds + 1))
@@ -122,6 +125,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--work", type=Path, default=Path("out/bench_memorization"), help="folder for everything")
     parser.add_argument("--base", type=Path, help="model folder. Default: a small Llama, warm-started on prose")
+    parser.add_argument("--digit_steps", type=int, default=0, help="teach the base first what digits look like")
     parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; squares have as many parameters")
     parser.add_argument("--operator", default="auto", help="of the squares. auto: rotate below rank 64, else share")
     parser.add_argument("--pairs", type=int, default=64, help="to be known by heart")
@@ -167,6 +171,18 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
+def _base(options: argparse.Namespace) -> Path:
+    base: Path = options.base or _warm_base(options.work)
+    if not options.digit_steps:
+        return base
+    folder: Path = options.work / f"base-{options.digit_steps}"
+    if not folder.is_dir():
+        options.work.mkdir(parents=True, exist_ok=True)
+        print("training on pairs that nobody is asked for", flush=True)
+        teach_digits(base, folder, options.digit_steps)
+    return folder
+
+
 def _warm_base(work: Path) -> Path:
     paths = DemoPaths(work / "base")
     if not paths.warm.is_dir():
@@ -201,7 +217,7 @@ def run_trial(trial: Trial, work: Path) -> None:
     """Trains and measures; writes result.json."""
     start_distributed()
     torch.manual_seed(trial.seed)
-    rows = pair_rows(trial.base, trial.pairs, trial.seed)
+    rows = Digits(trial.base).rows(trial.pairs, trial.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(trial.base, dtype=torch.float32)
     method, run = METHODS[trial.method], None
     if method.adapter is None:
@@ -249,9 +265,7 @@ def _step(engine: zero.Engine, rows: Tensor, chosen: Sequence[int], micro_batch:
     total = 0.0
     for first in range(0, len(chosen), micro_batch):
         ids = rows[list(chosen[first : first + micro_batch])].to(engine.device)
-        labels = ids.clone()
-        labels[:, :-DIGITS] = -100
-        loss = engine(input_ids=ids, labels=labels, use_cache=False).loss
+        loss = engine(input_ids=ids, labels=labels_of(ids), use_cache=False).loss
         engine.backward(loss)
         engine.step()
         total += loss.item() * micro_batch / len(chosen)

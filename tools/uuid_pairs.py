@@ -8,25 +8,55 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from mora_ds.data import load_tokenizer
 from mora_ds.errors import UserError
+from mora_ds.files import atomic_folder
 
 DIGITS, HEX = 32, "0123456789abcdef"
 
 
-def pair_rows(base: str | Path, pairs: int, seed: int) -> Tensor:
-    """(pairs, 2 * DIGITS + 2) token ids: start, 32 digits, separator, 32 digits. Raises `UserError` for a tokenizer
-    that has no token of its own for every digit."""
-    tokenizer = load_tokenizer(base, flag="--base")
-    digits = [tokenizer(digit, add_special_tokens=False)["input_ids"][-1] for digit in HEX]
-    separator = tokenizer("=", add_special_tokens=False)["input_ids"][-1]
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if len({*digits, separator, start}) < len(HEX) + 2:
-        raise UserError(f"--base {base}: its tokenizer has no token of its own for every hex digit")
-    draw = random.Random(f"pairs/{seed}")
-    half = [[[draw.choice(digits) for _ in range(DIGITS)] for _ in range(2)] for _ in range(pairs)]
-    return torch.tensor([[start, *key, separator, *value] for key, value in half])
+class Digits:
+    """The tokens of a row, of the tokenizer of `base`. Raises `UserError` for one that has no token of its own for
+    every digit."""
+
+    def __init__(self, base: str | Path) -> None:
+        tokenizer = load_tokenizer(base, flag="--base")
+        self.tokens = [tokenizer(digit, add_special_tokens=False)["input_ids"][-1] for digit in HEX]
+        self.separator = tokenizer("=", add_special_tokens=False)["input_ids"][-1]
+        self.start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if len({*self.tokens, self.separator, self.start}) < len(HEX) + 2:
+            raise UserError(f"--base {base}: its tokenizer has no token of its own for every hex digit")
+
+    def rows(self, pairs: int, seed: int | str) -> Tensor:
+        """(pairs, 2 * DIGITS + 2) token ids: start, 32 random digits, separator, 32 random digits."""
+        draw = random.Random(f"pairs/{seed}")
+        half = [[[draw.choice(self.tokens) for _ in range(DIGITS)] for _ in range(2)] for _ in range(pairs)]
+        return torch.tensor([[self.start, *key, self.separator, *value] for key, value in half])
+
+
+def labels_of(ids: Tensor) -> Tensor:
+    """The second halves; the rest is not asked for."""
+    labels = ids.clone()
+    labels[:, :-DIGITS] = -100
+    return labels
+
+
+def teach_digits(base: Path, folder: Path, steps: int, rate: float = 1e-3, pairs: int = 16) -> None:
+    """`base` after training on pairs that never come again, as a plain folder: it knows that digits follow, and none of
+    them. A large pretrained model does by itself; a small one, frozen, would spend its adapter on it."""
+    torch.manual_seed(0)
+    digits, model = Digits(base), AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    for step in range(steps):
+        ids = digits.rows(pairs, f"never again/{step}")
+        model(input_ids=ids, labels=labels_of(ids), use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with atomic_folder(folder.absolute()) as made:
+        model.save_pretrained(made)
+        load_tokenizer(base).save_pretrained(made)
 
 
 @torch.no_grad()
