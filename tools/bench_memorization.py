@@ -35,17 +35,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout,
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from uuid_pairs import Digits, accuracy, labels_of, teach_digits
+from uuid_pairs import Digits, accuracy, labels_of, prepared_base
 
 from mora_ds import Run, cli, initialize, inject, zero
 from mora_ds.config import AdapterConfig, LoRAConfig, MoRAConfig
-from mora_ds.demo import DemoPaths, warm_start_settings, write_inputs
 from mora_ds.engine import initialize_full, start_distributed
 from mora_ds.errors import UserError, nearest
 from mora_ds.files import write_json_atomic
 from mora_ds.ledger_table import table
 from mora_ds.schedules import Schedule, ScheduleKind
-from mora_ds.trials import pretrain_alone, run_alone
+from mora_ds.trials import run_alone
 
 WARMUP, RAMP, KNOWN, LEARNT = 10, 5, 0.9, 0.995
 
@@ -101,7 +100,7 @@ def main() -> None:
         run_trial(Trial(**json.loads(options.trial)), options.work)
         return
     _check(options)
-    options.base = str(_base(options))
+    options.base = str(prepared_base(options.base, options.work, options.digit_steps))
     swept = _results(list(_trials(options, range(1, min(options.sweep_seeds, options.seeds) + 1))), options)
     rates = {name: _best([pair for pair in swept if pair[0].method == name]).rate for name in options.methods}
     more = _trials(options, range(options.sweep_seeds + 1, options.seeds + 1))
@@ -169,27 +168,6 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(
             f"--steps {options.steps} make cycles of {options.steps // options.cycles}, no more than a ramp"
         )
-
-
-def _base(options: argparse.Namespace) -> Path:
-    base: Path = options.base or _warm_base(options.work)
-    if not options.digit_steps:
-        return base
-    folder: Path = options.work / f"base-{options.digit_steps}"
-    if not folder.is_dir():
-        options.work.mkdir(parents=True, exist_ok=True)
-        print("training on pairs that nobody is asked for", flush=True)
-        teach_digits(base, folder, options.digit_steps)
-    return folder
-
-
-def _warm_base(work: Path) -> Path:
-    paths = DemoPaths(work / "base")
-    if not paths.warm.is_dir():
-        write_inputs(paths, seed=42)
-        print("warm start on prose", flush=True)
-        pretrain_alone(warm_start_settings(paths, 8, seed=42), paths.root / "warm.log")
-    return paths.warm
 
 
 def _trials(options: argparse.Namespace, seeds: range) -> Iterator[Trial]:
