@@ -50,7 +50,7 @@ class Compute(str, Enum):
     WEIGHT = "weight"
 
 
-def choose(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, spec: OperatorSpec | None = None) -> Compute:
+def choose(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, spec: OperatorSpec, split: bool = False) -> Compute:
     """The cheaper path, forward and backward, by what only one of them does, in multiply-accumulates:
 
         weight        W0 + delta formed twice: d_in d_out numbers, each moved once (share, truncate) or twice (others)
@@ -58,21 +58,16 @@ def choose(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, spec: Operato
                       for decouple and rotate twice
 
     In low precision a CPU does those moves by products: of r_hat columns (share, truncate), or of the whole delta,
-    which then the activation path forms as well.
-    Without a `spec` M's own products are left out, and low precision takes the activation path.
+    which then the activation path forms as well; not so in the windows (d_in, d_out) of a `split` layer.
     """
-    if spec is None and dtype in LOW_PRECISION:
-        return Compute.ACTIVATION
-    blockwise = spec is not None and spec.blockwise
-    moves = MOVE[dtype] * (2 if blockwise else 1)
+    moves = MOVE[dtype] * (2 if spec.blockwise else 1)
     weight = 2 * moves * d_in * d_out
-    if spec is None:
-        activation = moves * tokens * (d_in + d_out)
-    elif dtype in LOW_PRECISION:
-        activation = weight + 2 * tokens * d_in * d_out if blockwise else tokens * spec.r_hat * (d_in + 2 * d_out)
+    if dtype in LOW_PRECISION and not split:
+        products = 2 * tokens * d_in * d_out
+        activation = weight + products if spec.blockwise else tokens * spec.r_hat * (d_in + 2 * d_out)
     else:
-        products = max(spec.blocks_in, spec.blocks_out) if blockwise else 1
-        activation = moves * tokens * (d_in + d_out) + 2 * tokens * spec.r_hat**2 * products
+        blocks = max(spec.blocks_in, spec.blocks_out) if spec.blockwise else 1
+        activation = moves * tokens * (d_in + d_out) + 2 * tokens * spec.r_hat**2 * blocks
     return Compute.WEIGHT if weight <= activation else Compute.ACTIVATION
 
 

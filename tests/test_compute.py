@@ -119,8 +119,8 @@ def test_many_tokens_go_over_the_weight_and_few_over_the_activations(kind: Opera
     assert choose(8192, 1024, 1024, torch.float32, spec) is Compute.WEIGHT
     assert choose(64, 1024, 1024, torch.float32, spec) is Compute.ACTIVATION
     assert choose(8192, 1024, 1024, torch.bfloat16, spec) is Compute.WEIGHT
-    assert choose(8192, 1024, 1024, torch.float32) is Compute.WEIGHT  # a window of a layer that ranks share
-    assert choose(8192, 1024, 1024, torch.bfloat16) is Compute.ACTIVATION
+    for tokens, path in ((8192, Compute.WEIGHT), (64, Compute.ACTIVATION)):  # a window of a layer that ranks share
+        assert choose(tokens, 1024, 512, torch.bfloat16, spec, split=True) is path
 
 
 def test_in_low_precision_few_tokens_take_the_activations_where_that_forms_no_delta() -> None:
