@@ -108,11 +108,12 @@ def square_gradient(spec: OperatorSpec, folded: Tensor, g: Tensor) -> Tensor:
     return decompress_transpose(spec, g).flatten(0, -2).T @ z
 
 
-def square_gradient_of_input(spec: OperatorSpec, x: Tensor, g: Tensor) -> Tensor:
-    """`square_gradient` from the layer's input x (..., D) itself."""
+def square_gradient_of_input(spec: OperatorSpec, x: Tensor, g: Tensor, whole: bool = False) -> Tensor:
+    """`square_gradient` from the layer's input x (..., D) itself; `whole`: from g^T x, an (O, D) matrix, which for
+    decouple and rotate in low precision may take less time than moving both of its sides."""
     if not spec.blockwise:
         return square_gradient(spec, fold_input(spec, x), g)
-    if multiplies(g):  # one whole product takes less time than moving both of its sides
+    if whole:
         return adjoint(spec, g.flatten(0, -2).T @ x.flatten(0, -2))
     return _gradient_of_blocks(spec, x.unsqueeze(-2), g, lambda part: fold_input(spec, part.squeeze(-2)))
 
@@ -291,14 +292,25 @@ def _columns_of_blocks(spec: OperatorSpec, device: torch.device) -> Tensor:
 
 
 def _block_rows(spec: OperatorSpec, square: Tensor) -> Tensor:
-    """(blocks_out * R, D) for decouple and rotate: every square written where its blocks meet."""
-    squares = block_squares(spec, square)
+    """(blocks_out * R, D) for decouple and rotate: every square written where its blocks meet. What wraps round in the
+    last block is added afterwards: nothing else meets a column twice."""
+    squares, columns = block_squares(spec, square), _columns_of_blocks(spec, square.device)
     canvas = squares.new_zeros(spec.blocks_out, spec.r_hat, spec.d_in)
-    columns, wraps = _columns_of_blocks(spec, square.device), spec.d_in % spec.r_hat > 0
+    last, kept = spec.blocks_in - 1, spec.d_in - (spec.blocks_in - 1) * spec.r_hat
+    wrapped = []
     for into, out in rounds(spec):
-        for start in range(0, spec.r_hat, spec.d_in):  # a block longer than the input meets a column twice
-            part = slice(start, start + spec.d_in)
-            values = squares[into, :, part]
-            where = columns[into, :, part].expand_as(values)
-            canvas[out].scatter_add_(2, where, values) if wraps else canvas[out].scatter_(2, where, values)
+        if into.stop > last and kept < spec.r_hat:
+            wrapped.append(canvas[out.stop - 1])
+            _place(wrapped[-1], columns[last, :, :kept], squares[last, :, :kept])
+            into, out = slice(into.start, last), slice(out.start, out.stop - 1)
+        _place(canvas[out], columns[into], squares[into])
+    for start in range(kept, spec.r_hat, spec.d_in):  # a block longer than the input meets a column several times
+        part = slice(start, start + spec.d_in)
+        for rows in wrapped:
+            values = squares[last, :, part]
+            rows.scatter_add_(1, columns[last, :, part].expand_as(values), values)
     return canvas.flatten(0, 1)
+
+
+def _place(rows: Tensor, columns: Tensor, values: Tensor) -> None:
+    rows.scatter_(-1, columns.expand_as(values), values)
