@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("mixture_settings", "source_losses"),
     ),
     ("model", "model_folder", "losses", "flat_tensors", "compute", "updates", "resets", "windows", "run_sources"),
-    ("deltas", "config", "layer", "spectrum", "vocabulary_rows", "partitions", "sequence_checks"),
+    ("deltas", "config", "layer", "spectrum", "vocabulary_rows", "partitions", "sequence_checks", "block_windows"),
     ("tensor_plan", "adapter_arguments", "ledger", "checkpoint"),
     ("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs"),
     (
