@@ -2,7 +2,7 @@
 
     python tools/bench_memorization.py [--base MODEL] [--pairs 64] [--steps 400] [--rank 8] [--seeds 3] [--jobs 2] ...
 
-Full training, LoRA, MoRA and ReMoRA, at equal trainable parameters, on one engine (ZeRO-3, AdamW, constant rate after a
+Full training, LoRA, MoRA and ReMoRA, at equal trainable parameters, on one engine (ZeRO, AdamW, constant rate after a
 warm-up): each learns, of pairs of 32 hex digits, the second from the first, at every rate of its sweep with one seed,
 and at the best one with the others. At intervals the second is generated greedily; the share of right digits is the
 character accuracy (1/16 is chance); a trial that knows everything ends. A digit is one token here, so rows need no
@@ -84,6 +84,7 @@ class Trial:
     every: int
     probe: int
     cycles: int
+    stage: int
 
     @property
     def name(self) -> str:
@@ -137,6 +138,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method at its best rate")
     parser.add_argument("--sweep_seeds", type=int, default=1, help="of them at every rate, to find the best one")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--stage", type=int, default=3, choices=range(4), help="of ZeRO; 0 costs a small model least")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, help="instead of each method's own sweep")
     parser.add_argument("--trial", help=argparse.SUPPRESS)
@@ -147,19 +149,8 @@ def _check(options: argparse.Namespace) -> None:
     unknown = [name for name in options.methods if name not in METHODS]
     if unknown:
         raise UserError(f"unknown --methods {unknown[0]}; known: {', '.join(METHODS)}.{nearest(unknown[0], METHODS)}")
-    for name in (
-        "rank",
-        "pairs",
-        "batch",
-        "micro_batch",
-        "steps",
-        "every",
-        "probe",
-        "cycles",
-        "seeds",
-        "sweep_seeds",
-        "jobs",
-    ):
+    counts = ("rank", "pairs", "batch", "micro_batch", "steps", "every", "probe", "cycles")
+    for name in (*counts, "seeds", "sweep_seeds", "jobs"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
     if options.batch % options.micro_batch:
@@ -171,7 +162,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _trials(options: argparse.Namespace, seeds: range) -> Iterator[Trial]:
-    shared = ("base", "rank", "operator", "pairs", "batch", "micro_batch", "steps", "every", "probe", "cycles")
+    shared = ("base", "rank", "operator", "pairs", "batch", "micro_batch", "steps", "every", "probe", "cycles", "stage")
     for name in options.methods:
         for rate in options.rates or METHODS[name].rates:
             for seed in seeds:
@@ -255,7 +246,7 @@ def _ds_config(trial: Trial) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": trial.micro_batch,
         "gradient_accumulation_steps": trial.batch // trial.micro_batch,
         "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": 3},
+        "zero_optimization": {"stage": trial.stage},
         "optimizer": {"type": "AdamW", "params": {"lr": trial.rate, "weight_decay": 0.0}},
     }
 
