@@ -32,15 +32,15 @@ def test_bad_flags_are_named_before_anything_runs(tmp_path: Path) -> None:
 def learned_by_heart(folder: Path, user: Playground, *flags: object) -> tuple[list[dict[str, Any]], str]:
     """Results of two pairs on the tiny model, and what was printed."""
     done = bench(
-        "--work", folder, "--base", user.model, "--pairs", 2, "--batch", 4, "--micro_batch", 2, "--steps", 80,
+        "--work", folder, "--base", user.model, "--pairs", 2, "--batch", 4, "--micro_batch", 2, "--steps", 60,
         "--every", 20, "--cycles", 2, "--rank", 4, "--probe", 2, "--jobs", 1, *flags,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads((folder / "results.json").read_text())
     for each in results:
-        assert each["steps"] == [20, 40, 60, 80] and len(each["accuracy"]) == len(each["loss"]) == 4
+        assert each["steps"] == [20, 40, 60] and len(each["accuracy"]) == len(each["loss"]) == 3
         assert each["loss"][-1] < each["loss"][0] or each["ended_at"] == 20
-        assert each["ended_at"] == 80 or each["accuracy"][-1] == 1.0
+        assert each["ended_at"] == 60 or each["accuracy"][-1] == 1.0
     return results, done.stdout
 
 
@@ -61,5 +61,3 @@ def test_rates_are_swept_once_and_the_best_one_repeated(tmp_path: Path, user: Pl
     assert [(each["rate"], each["seed"]) for each in results] == [(1e-5, 1), (1e-2, 1), (1e-2, 2)]
     row = next(line for line in told.splitlines() if line.split()[:1] == ["full"])
     assert " 0.01* " in row and row.rstrip().count("/") == 1  # steps to 90%, of each seed
-    again, _ = learned_by_heart(tmp_path, user, "--methods", "full", "--seeds", 2, "--rates", 1e-5, 1e-2)
-    assert again == results

@@ -123,6 +123,8 @@ def test_no_file_matches(tmp_path: Path) -> None:
     assert error(pattern) == f"--train_files: no file matches '{pattern}'. Did you mean 'corpus.jsonl'?"
     assert "--eval_files: no file matches" in error(tmp_path / "*.txt", flag="--eval_files")
     assert "There is no folder" in error(tmp_path / "nowhere" / "a.txt")
+    named = f"domain={tmp_path}/*.jsonl"  # taken for a plain path, as it has no weight
+    assert error(named).endswith(f"A source that has a name has a weight, too: {named}:1")
     with pytest.raises(UserError, match="--train_files or --dataset_name"):
         load_corpus([])
 

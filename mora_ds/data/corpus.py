@@ -218,6 +218,9 @@ def _expand(path: Path) -> list[Path]:
 
 
 def _near_files(pattern: str) -> str:
+    _, equals, files = pattern.partition("=")
+    if equals and _matches(files):
+        return f" A source that has a name has a weight, too: {pattern}:1"
     folder = Path(pattern).expanduser().parent
     if not folder.is_dir():
         return f" There is no folder {str(folder)!r}." if not glob.has_magic(str(folder)) else ""
