@@ -93,7 +93,7 @@ class Run:
         if checkpoint is not None:
             self.state = load_checkpoint(checkpoint, engine, self.identity)
             self.remora.replay()
-        elif as_loaded and config.base_bits == 8:
+        if as_loaded and config.base_bits == 8 and not self.remora.cycle:
             self.remora.form_base()  # of the originals: the model may have been loaded in another dtype than theirs
 
     def merge(self, step: int) -> MergeReport:
@@ -172,8 +172,8 @@ def _verify_8_bits(base: BaseCheckpoint, keys: Mapping[str, str], model: Any) ->
             continue
         key = keys[f"{name}.weight"]
         original = base.read(key).to(layer.weight.device, torch.float32)
-        near = {"rtol": 2**-8, "atol": layer.weight_scales.max().item()}
-        if original.shape != layer.weight.shape or not torch.allclose(layer.read(), original, **near):
+        step = layer.weight_scales.max().item()
+        if original.shape != layer.weight.shape or not torch.allclose(layer.read(), original, rtol=2**-8, atol=step):
             raise NotOneToOne(f"{name}.weight of the model is not, in 8 bits, the tensor {key!r} of {base.folder}")
 
 
