@@ -89,6 +89,11 @@ class AdaptedLinear(nn.Module):
         stored = self.stored_weight
         return stored if self.weight_scales is None else Int8Weight(stored, self.weight_scales)
 
+    def frozen_copy(self) -> Weight:
+        """`frozen`, sharing no memory with it."""
+        stored = self.stored_weight.clone()
+        return stored if self.weight_scales is None else Int8Weight(stored, self.weight_scales.clone())
+
     @property
     def dtype(self) -> torch.dtype:
         """That the layer computes in."""

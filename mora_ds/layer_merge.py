@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mora_ds.eight_bits import Weight, dense
 from mora_ds.layer import AdaptedLinear
 from mora_ds.ledger import live_weight
 from mora_ds.updates import UpdateSpec, delta_weight
@@ -41,15 +42,21 @@ def merge_layer(
     layer: AdaptedLinear, original: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]], square: Tensor
 ) -> MergeNorms:
     """`write_live` with `square`, fp32 and whole, as the last of `updates`; and what that did."""
-    old = layer.read().clone()
+    old = layer.frozen_copy()
     write_live(layer, original, updates)
+    before = _norm(dense(old, torch.float32))
+    moved = None if layer.weight.dtype is torch.float32 else _moved(layer, old)
+    del old
     delta = delta_weight(layer.spec, square)
-    delta = delta.T if layer.transposed else delta
-    norms = _norm(square), _norm(delta), _norm(old)
-    if layer.weight.dtype is torch.float32:
-        return MergeNorms(*norms, old.new_zeros(()))
-    return MergeNorms(*norms, _norm((layer.read().float() - old.float()).sub_(delta)))
+    norms = _norm(square), _norm(delta), before
+    return MergeNorms(*norms, before.new_zeros(()) if moved is None else _norm(moved.sub_(delta)))
+
+
+def _moved(layer: AdaptedLinear, old: Weight) -> Tensor:
+    """(d_out, d_in) fp32, a new tensor: by how much the frozen weight is another one than `old`."""
+    now = dense(layer.frozen, torch.float32)
+    return (now.float() if now.dtype is not torch.float32 else now).sub_(dense(old, torch.float32))
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor.float())
+    return torch.linalg.vector_norm(tensor, dtype=torch.float32)
