@@ -28,7 +28,6 @@ from mora_ds.operators import (
     block_squares,
     decompress,
     decompress_transpose,
-    delta_weight,
     effective_weight,
     fold_input,
     fold_matrix,
@@ -52,29 +51,23 @@ class Compute(str, Enum):
     WEIGHT = "weight"
 
 
-def choose(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, spec: OperatorSpec | None = None) -> Compute:
+def choose(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, spec: OperatorSpec, split: bool = False) -> Compute:
     """The cheaper path, forward and backward, by what only one of them does, in multiply-accumulates:
 
         weight        W0 + delta formed twice: d_in d_out numbers, each moved once (share, truncate) or twice (others)
         activation    two products with M (T r_hat^2 each, a block), its input and output moved once (T (d_in + d_out)),
                       for decouple and rotate twice
 
-    In low precision a CPU does those moves by products: of r_hat columns (share, truncate), or of the whole delta,
-    which then the activation path forms as well.
-    Without a `spec` M's own products are left out, and low precision takes the activation path.
+    In low precision a CPU does share's and truncate's moves of activations by products of r_hat columns; but not in
+    the windows (d_in, d_out) of a `split` layer.
     """
-    if spec is None and dtype in LOW_PRECISION:
-        return Compute.ACTIVATION
-    blockwise = spec is not None and spec.blockwise
-    moves = MOVE[dtype] * (2 if blockwise else 1)
+    moves = MOVE[dtype] * (2 if spec.blockwise else 1)
     weight = 2 * moves * d_in * d_out
-    if spec is None:
-        activation = moves * tokens * (d_in + d_out)
-    elif dtype in LOW_PRECISION:
-        activation = weight + 2 * tokens * d_in * d_out if blockwise else tokens * spec.r_hat * (d_in + 2 * d_out)
+    if dtype in LOW_PRECISION and not (split or spec.blockwise):
+        activation = tokens * spec.r_hat * (d_in + 2 * d_out)
     else:
-        products = max(spec.blocks_in, spec.blocks_out) if blockwise else 1
-        activation = moves * tokens * (d_in + d_out) + 2 * tokens * spec.r_hat**2 * products
+        blocks = max(spec.blocks_in, spec.blocks_out) if spec.blockwise else 1
+        activation = moves * tokens * (d_in + d_out) + 2 * tokens * spec.r_hat**2 * blocks
     return Compute.WEIGHT if weight <= activation else Compute.ACTIVATION
 
 
@@ -106,7 +99,7 @@ class _WeightPath(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             g_x = g @ effective_weight(spec, square, dense(ctx.weight, g.dtype))
         if ctx.needs_input_grad[3]:
-            g_square = _square_gradient(spec, saved, g)
+            g_square = _square_gradient(spec, saved, g, whole=multiplies(g))
         return g_x, None, None, g_square, None
 
 
@@ -145,30 +138,28 @@ def _gradients_of_sums(spec: OperatorSpec, square: Tensor, z: Tensor, g: Tensor,
     return g_x, None, None, g_square, None
 
 
-def _square_gradient(spec: OperatorSpec, saved: Tensor, g: Tensor) -> Tensor:
-    return (square_gradient_of_input if spec.blockwise else square_gradient)(spec, saved, g)
+def _square_gradient(spec: OperatorSpec, saved: Tensor, g: Tensor, whole: bool = False) -> Tensor:
+    if spec.blockwise:
+        return square_gradient_of_input(spec, saved, g, whole)
+    return square_gradient(spec, saved, g)
 
 
 def _add_update(spec: OperatorSpec, square: Tensor, saved: Tensor, y: Tensor) -> Tensor:
     """y + decompress(M compress(x)), in place."""
+    if spec.blockwise:
+        z = fold_input(spec, saved).flatten(0, -3)
+        return y.add_(decompress(spec, apply_squares(block_squares(spec, square), z)).view_as(y))
     if multiplies(y):
-        matrix = delta_weight(spec, square) if spec.blockwise else rows_of_outputs(spec, square)
-        y.view(-1, spec.d_out).addmm_(saved.reshape(-1, matrix.shape[1]), matrix.T)
+        y.view(-1, spec.d_out).addmm_(saved.flatten(0, -2), rows_of_outputs(spec, square).T)
         return y
-    if not spec.blockwise:
-        return y.add_(decompress(spec, F.linear(saved, square)))
-    z = fold_input(spec, saved).flatten(0, -3)
-    return y.add_(decompress(spec, apply_squares(block_squares(spec, square), z)).view_as(y))
+    return y.add_(decompress(spec, F.linear(saved, square)))
 
 
 def _add_input_gradient(spec: OperatorSpec, square: Tensor, g: Tensor, g_x: Tensor) -> Tensor:
     """g_x + the transpose of `_add_update`'s map from x, of g; in place. Not for `_gradients_of_sums`."""
-    if multiplies(g):
+    if not spec.blockwise:
         g = g.reshape(-1, spec.d_out)
-        if spec.blockwise:
-            g_x.view(-1, spec.d_in).addmm_(g, delta_weight(spec, square))
-        else:
-            g_x.view(-1, spec.d_in).addmm_(g @ rows_of_outputs(spec, square), fold_matrix(spec, g).T)
+        g_x.view(-1, spec.d_in).addmm_(g @ rows_of_outputs(spec, square), fold_matrix(spec, g).T)
         return g_x
     c = decompress_transpose(spec, g).flatten(0, -3)
     g_z = apply_squares(block_squares(spec, square).transpose(1, 2), c)

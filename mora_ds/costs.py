@@ -172,7 +172,8 @@ def _attention_widths(model: nn.Module) -> int:
 
 
 def _square_macs(spec: OperatorSpec, style: Style, degree: int) -> int:
-    """A token's, in one of the three products: M compress(x), its transpose, the gradient."""
+    """A token's, in one of the three products over activations: M compress(x), its transpose, the gradient. Of these
+    the weight path has the last alone, for decouple and rotate in this rank's lanes only."""
     blocks = spec.blocks_in if spec.blockwise else 1
     if style is Style.WHOLE or _is_aligned(spec, style, degree):
         return blocks * spec.r_hat**2 // degree

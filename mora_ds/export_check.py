@@ -2,7 +2,7 @@
 
     float32            max |difference| <= 1e-5 * max(1, max |live logit|)
     bfloat16, float16  ||difference|| / ||live logits|| <= 2 * eps * sqrt(1 + number of layers)
-    base in 8 bits     ||difference|| / ||live logits|| <= (2 * eps + 4 * error) * sqrt(1 + number of layers)
+    base in 8 bits     ||difference|| / ||live logits|| <= (2 * eps + 2 * error) * sqrt(1 + number of layers)
 
 The live model adds the current square's output to that of the merged weight; the export has both in one weight. In
 fp32 the two differ by rounding of sums only. In a 16-bit dtype the export's weights (and the live model's activations)
@@ -76,7 +76,7 @@ def _compare(live: Tensor, logits: Tensor, dtype: torch.dtype, layers: int, roun
     if dtype is torch.float32 and not rounding:
         return Comparison(largest, largest, FP32_TOLERANCE * max(1.0, live.abs().max().item()))
     relative = (difference.norm() / live.norm()).item()
-    return Comparison(largest, relative, (2 * torch.finfo(dtype).eps + 4 * rounding) * math.sqrt(1 + layers))
+    return Comparison(largest, relative, (2 * torch.finfo(dtype).eps + 2 * rounding) * math.sqrt(1 + layers))
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:

@@ -47,7 +47,8 @@ __all__ = [
     "Grouping", "OperatorKind", "OperatorSpec", "adjoint", "apply_squares", "block_squares", "compress",
     "decompress", "decompress_transpose", "default_kind", "delta_weight", "effective_weight", "fold_input",
     "fold_matrix", "input_blocks", "input_columns", "mora_update", "multiplies", "output_slots", "permutation_seed",
-    "rows_of_outputs", "square_gradient", "square_gradient_of_input", "square_size", "turn", "unfold_input",
+    "rounds", "rows_of_outputs", "square_gradient", "square_gradient_of_input", "square_size", "sum_of_blocks",
+    "tokens_in_cache", "turn", "unfold_input",
 ]  # fmt: skip
 
 
@@ -107,11 +108,12 @@ def square_gradient(spec: OperatorSpec, folded: Tensor, g: Tensor) -> Tensor:
     return decompress_transpose(spec, g).flatten(0, -2).T @ z
 
 
-def square_gradient_of_input(spec: OperatorSpec, x: Tensor, g: Tensor) -> Tensor:
-    """`square_gradient` from the layer's input x (..., D) itself."""
+def square_gradient_of_input(spec: OperatorSpec, x: Tensor, g: Tensor, whole: bool = False) -> Tensor:
+    """`square_gradient` from the layer's input x (..., D) itself; `whole`: from g^T x, an (O, D) matrix, which for
+    decouple and rotate in low precision may take less time than moving both of its sides."""
     if not spec.blockwise:
         return square_gradient(spec, fold_input(spec, x), g)
-    if multiplies(g):  # one whole product takes less time than moving both of its sides
+    if whole:
         return adjoint(spec, g.flatten(0, -2).T @ x.flatten(0, -2))
     return _gradient_of_blocks(spec, x.unsqueeze(-2), g, lambda part: fold_input(spec, part.squeeze(-2)))
 
@@ -200,9 +202,9 @@ def adjoint(spec: OperatorSpec, gradient: Tensor) -> Tensor:
     members = wiring(spec, gradient.device).members
     rows = gather(gradient.T, members.index, members.missing).T.unflatten(0, (spec.blocks_out, spec.r_hat))
     products = gradient.new_zeros(spec.blocks_in, spec.r_hat, spec.r_hat)
-    for into, out in _rounds(spec):
+    for into, out in rounds(spec):
         products[into] += rows[out].gather(2, _columns_of_blocks(spec, gradient.device)[into].expand_as(products[into]))
-    return _turned_back(spec, products).sum(dim=0)
+    return sum_of_blocks(spec, products)
 
 
 def input_blocks(spec: OperatorSpec, x: Tensor) -> Tensor:
@@ -210,6 +212,29 @@ def input_blocks(spec: OperatorSpec, x: Tensor) -> Tensor:
     if _is_identity(spec):
         return x.unflatten(-1, (spec.blocks_in, spec.r_hat))
     return _taken(x, wiring(spec, x.device).sources)
+
+
+def rounds(spec: OperatorSpec) -> list[tuple[slice, slice]]:
+    """For decouple and rotate, the pairs (input block, output block) that meet, as runs of both: p mod N and
+    p mod blocks_out for p below the larger number of blocks."""
+    most, least = max(spec.blocks_in, spec.blocks_out), min(spec.blocks_in, spec.blocks_out)
+    runs = [
+        (slice(start, min(start + least, most)), slice(0, min(least, most - start))) for start in range(0, most, least)
+    ]
+    return runs if spec.blocks_in >= spec.blocks_out else [(few, many) for many, few in runs]
+
+
+def sum_of_blocks(spec: OperatorSpec, products: Tensor) -> Tensor:
+    """dL/dM (R, R) from the gradients (N, R, R) of `block_squares`."""
+    if spec.kind is OperatorKind.ROTATE:
+        products = turn(spec, products.transpose(0, 1)).transpose(0, 1)
+    return products.sum(dim=0)
+
+
+def tokens_in_cache(x: Tensor, width: int) -> int:
+    """Tokens of `width` numbers that a CPU moves at once, so that they are still in its cache when they are multiplied;
+    elsewhere all of x (tokens, ...)."""
+    return max(1, 2**18 // width if scatters(x) else len(x))
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -249,36 +274,16 @@ def _wrap_back(spec: OperatorSpec, found: Tensor, lanes: Tensor) -> Tensor:
     return found
 
 
-def _rounds(spec: OperatorSpec) -> list[tuple[slice, slice]]:
-    """The pairs (input block, output block) that meet, as runs of both: p mod N and p mod blocks_out for p below the
-    larger number of blocks."""
-    most, least = max(spec.blocks_in, spec.blocks_out), min(spec.blocks_in, spec.blocks_out)
-    runs = [
-        (slice(start, min(start + least, most)), slice(0, min(least, most - start))) for start in range(0, most, least)
-    ]
-    return runs if spec.blocks_in >= spec.blocks_out else [(few, many) for many, few in runs]
-
-
-_CACHED = 2**18
-"""Numbers that are moved at once on a CPU, so that they are still in its cache when they are multiplied."""
-
-
 def _gradient_of_blocks(spec: OperatorSpec, saved: Tensor, g: Tensor, fold: Callable[[Tensor], Tensor]) -> Tensor:
     """dL/dM for decouple and rotate, a run of tokens at a time; `fold` makes blocks of what was saved of them."""
     saved, g = saved.flatten(0, -3), g.flatten(0, -2)
-    tokens = max(1, _CACHED // max(spec.d_in, spec.d_out)) if scatters(g) else max(1, len(g))
+    tokens = tokens_in_cache(g, max(spec.d_in, spec.d_out))
     products = g.new_zeros(spec.blocks_in, spec.r_hat, spec.r_hat)
     for part, g_part in zip(saved.split(tokens), g.split(tokens), strict=True):
         z, c = fold(part), _output_blocks(spec, g_part)
-        for into, out in _rounds(spec):
+        for into, out in rounds(spec):
             products[into].baddbmm_(c[:, out].permute(1, 2, 0), z[:, into].transpose(0, 1))
-    return _turned_back(spec, products).sum(dim=0)
-
-
-def _turned_back(spec: OperatorSpec, products: Tensor) -> Tensor:
-    if spec.kind is not OperatorKind.ROTATE:
-        return products
-    return turn(spec, products.transpose(0, 1)).transpose(0, 1)
+    return sum_of_blocks(spec, products)
 
 
 def _columns_of_blocks(spec: OperatorSpec, device: torch.device) -> Tensor:
@@ -287,14 +292,25 @@ def _columns_of_blocks(spec: OperatorSpec, device: torch.device) -> Tensor:
 
 
 def _block_rows(spec: OperatorSpec, square: Tensor) -> Tensor:
-    """(blocks_out * R, D) for decouple and rotate: every square written where its blocks meet."""
-    squares = block_squares(spec, square)
+    """(blocks_out * R, D) for decouple and rotate: every square written where its blocks meet. What wraps round in the
+    last block is added afterwards: nothing else meets a column twice."""
+    squares, columns = block_squares(spec, square), _columns_of_blocks(spec, square.device)
     canvas = squares.new_zeros(spec.blocks_out, spec.r_hat, spec.d_in)
-    columns, wraps = _columns_of_blocks(spec, square.device), spec.d_in % spec.r_hat > 0
-    for into, out in _rounds(spec):
-        for start in range(0, spec.r_hat, spec.d_in):  # a block longer than the input meets a column twice
-            part = slice(start, start + spec.d_in)
-            values = squares[into, :, part]
-            where = columns[into, :, part].expand_as(values)
-            canvas[out].scatter_add_(2, where, values) if wraps else canvas[out].scatter_(2, where, values)
+    last, kept = spec.blocks_in - 1, spec.d_in - (spec.blocks_in - 1) * spec.r_hat
+    wrapped = []
+    for into, out in rounds(spec):
+        if into.stop > last and kept < spec.r_hat:
+            wrapped.append(canvas[out.stop - 1])
+            _place(wrapped[-1], columns[last, :, :kept], squares[last, :, :kept])
+            into, out = slice(into.start, last), slice(out.start, out.stop - 1)
+        _place(canvas[out], columns[into], squares[into])
+    for start in range(kept, spec.r_hat, spec.d_in):  # a block longer than the input meets a column several times
+        part = slice(start, start + spec.d_in)
+        for rows in wrapped:
+            values = squares[last, :, part]
+            rows.scatter_add_(1, columns[last, :, part].expand_as(values), values)
     return canvas.flatten(0, 1)
+
+
+def _place(rows: Tensor, columns: Tensor, values: Tensor) -> None:
+    rows.scatter_(-1, columns.expand_as(values), values)

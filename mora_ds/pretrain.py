@@ -37,6 +37,7 @@ from mora_ds.losses import check_document_mask
 from mora_ds.metrics import MetricsLog, peak_memory_bytes, plain_json
 from mora_ds.model import folder_config, read_model_config, resolve_folder
 from mora_ds.ranks import Ranks
+from mora_ds.replicas import Share
 from mora_ds.run_data import RunData, load_data
 from mora_ds.run_folder import Reservation, claim, reserve, write_run_file
 from mora_ds.schedules import Schedule, ScheduleKind
@@ -189,7 +190,7 @@ def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule
     counter = zero.CollectiveCounter(job.base_tensors.values())
 
     trainer = Trainer(
-        engine=job.engine,
+        share=Share(job.engine, arguments.training.ranks_per_replica, job.split),
         train_data=data.train,
         eval_data=data.evaluation,
         schedule=schedule,
@@ -199,8 +200,6 @@ def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule
         state=state,
         save=lambda now: job.save(now, arguments.training.save_total_limit),
         merger=job.remora,
-        ranks_per_replica=arguments.training.ranks_per_replica,
-        split=job.split,
         wait=job.wait,
         watch=_watch(arguments),
     )
@@ -226,10 +225,10 @@ def _evaluate(arguments: Arguments, job: Job, data: RunData, place: Place) -> di
     if place.ranks.is_first:
         write_run_file(place.folder, dump(arguments), {"world_size": place.ranks.world, "steps": 0})
     log = MetricsLog(place.folder, 0, place.ranks.is_first, 0)
+    share = Share(job.engine, arguments.training.ranks_per_replica, job.split)
     trainer = Trainer(
-        job.engine, data.train, data.evaluation, schedule, settings, log, counter, job.state, lambda now: place.folder,
-        ranks_per_replica=arguments.training.ranks_per_replica, split=job.split,
-    )  # fmt: skip
+        share, data.train, data.evaluation, schedule, settings, log, counter, job.state, lambda now: place.folder
+    )
     job.state.perplexity_before = trainer.evaluate()
     summary = plain_json(_summary(job, job.state, trainer, counter))
     if place.ranks.is_first:

@@ -5,17 +5,17 @@ added, so each rank keeps its tokens of it and gathers the others again, as Mega
 (Korthikanti et al. 2022, section 4.2.2): either once for all layers of the block, or folded, a layer each, whichever is
 less (`tensor_plan.kept_inputs`). Of a rowwise layer's input a rank has its own features only.
 
-    block.enter(x) -> layers: block.keeping(kept, x) -> keep(x, z) ... block.leave() ... backward: folded(part, saved)
+    block.enter(x) -> layers: block.keeping(kept, x) -> keep(x) ... block.leave() ... backward: recall(saved)
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mora_ds import windows
 from mora_ds.tensor_plan import Kept
 from mora_ds.topology import Topology
 from mora_ds.windows import Window
@@ -24,49 +24,50 @@ from mora_ds.windows import Window
 class Keeping(Protocol):
     """Of one layer and pass."""
 
-    def keep(self, x: Tensor, z: Tensor) -> Tensor:
-        """What to save of the input (..., w_in) and the folded input (..., N, columns)."""
+    @property
+    def folds(self) -> bool:
+        """Whether it keeps the folded input (..., N, columns), or else the input (..., w_in)."""
 
-    def folded(self, part: Window, saved: Tensor) -> Tensor:
-        """The folded input of all tokens. May be collective."""
+    def keep(self, x: Tensor) -> Tensor:
+        """What to save of that."""
+
+    def recall(self, saved: Tensor) -> Tensor:
+        """That, of all tokens. May be collective."""
 
 
-class WholeInput:
-    """The input as it is."""
+@dataclass(frozen=True)
+class Whole:
+    """As it is."""
 
-    def keep(self, x: Tensor, z: Tensor) -> Tensor:
+    folds: bool
+
+    def keep(self, x: Tensor) -> Tensor:
         return x
 
-    def folded(self, part: Window, saved: Tensor) -> Tensor:
-        return windows.fold(part, saved)
-
-
-class WholeFolded:
-    """The folded input."""
-
-    def keep(self, x: Tensor, z: Tensor) -> Tensor:
-        return z
-
-    def folded(self, part: Window, saved: Tensor) -> Tensor:
+    def recall(self, saved: Tensor) -> Tensor:
         return saved
 
 
 class OwnFolded:
     """This rank's tokens of the folded input."""
 
+    folds = True
+
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
 
-    def keep(self, x: Tensor, z: Tensor) -> Tensor:
-        self._shape = z.shape
-        return _own_tokens(self._topology, z)
+    def keep(self, x: Tensor) -> Tensor:
+        self._shape = x.shape
+        return _own_tokens(self._topology, x)
 
-    def folded(self, part: Window, saved: Tensor) -> Tensor:
+    def recall(self, saved: Tensor) -> Tensor:
         return _all_tokens(self._topology, saved, self._shape)
 
 
 class OwnInput:
     """This rank's tokens of a block's input, saved once and gathered once for all layers that read it."""
+
+    folds = False
 
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
@@ -74,7 +75,7 @@ class OwnInput:
         self._whole: Tensor | None = None
         self._users = self._left = 0
 
-    def keep(self, x: Tensor, z: Tensor) -> Tensor:
+    def keep(self, x: Tensor) -> Tensor:
         self._shape = x.shape
         self._users = self._left = self._users + 1
         if self._own is None:
@@ -85,13 +86,13 @@ class OwnInput:
         """Leaves the tokens to autograd, which frees them or, under gradient checkpointing, never has them."""
         self._own = None
 
-    def folded(self, part: Window, saved: Tensor) -> Tensor:
+    def recall(self, saved: Tensor) -> Tensor:
         if self._whole is None:
             self._whole = _all_tokens(self._topology, saved, self._shape)
         whole, self._left = self._whole, self._left - 1
         if not self._left:
             self._whole, self._left = None, self._users
-        return windows.fold(part, whole)
+        return whole
 
 
 class BlockInput:
@@ -112,7 +113,7 @@ class BlockInput:
     def keeping(self, kept: Kept, x: Tensor) -> Keeping | None:
         """How a layer that is given `x` keeps it; None for whatever is smaller."""
         if kept is Kept.INPUT:
-            return WholeInput()
+            return Whole(folds=False)
         if kept is Kept.OWN_FOLDED:
             return OwnFolded(self._topology)
         return self._shared if kept is Kept.OWN_INPUT and self._is(x) else None
@@ -127,7 +128,7 @@ class BlockInput:
 def smaller_of(part: Window) -> Keeping:
     """Input or folded input."""
     columns = part.columns[1] - part.columns[0]
-    return WholeFolded() if not part.spec.blockwise and columns < part.d_in else WholeInput()
+    return Whole(folds=not part.spec.blockwise and columns < part.d_in)
 
 
 def _own_tokens(topology: Topology, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mora_ds import windows
+from mora_ds import block_windows, windows
 from mora_ds.collectives import AllLanes, OwnLanes, Sum, SumGradient
 from mora_ds.compute import Compute, choose
 from mora_ds.errors import UserError
@@ -232,40 +232,49 @@ class _SplitLinear(torch.autograd.Function):
         path: Compute, keeping: Keeping,
     ) -> Tensor:  # fmt: skip
         ctx.part, ctx.split, ctx.weight, ctx.keeping = part, split, weight, keeping
-        ctx.by_weight = _by_weight(part, x, path)
-        square, z = _used_rows(part, split.for_compute(own, part)), windows.fold(part, x)
-        ctx.save_for_backward(keeping.keep(x, z), own)
-        if ctx.by_weight:
-            return F.linear(x, windows.delta(part, square).add_(weight), bias)
-        update = windows.deal_out(part, F.linear(windows.turned(part, z), square))
+        ctx.by_weight = by_weight = _by_weight(part, x, path)
+        square = split.for_compute(own, part)
+        z = windows.fold(part, x) if keeping.folds or not by_weight else x
+        ctx.save_for_backward(keeping.keep(z if keeping.folds else x), own)
+        if by_weight:
+            return F.linear(x, _delta(part, square).add_(weight), bias)
+        update = windows.deal_out(part, F.linear(windows.turned(part, z), _used_rows(part, square)))
         return F.linear(x, weight, bias).add_(update)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,), part, split = gradients, ctx.part, ctx.split
         saved, own = ctx.saved_tensors
-        collected = windows.collect(part, g)
+        in_blocks = ctx.by_weight and part.spec.blockwise
+        collected = g if in_blocks else windows.collect(part, g)
         g_x = g_own = None
         if ctx.needs_input_grad[0]:
-            square = _used_rows(part, split.for_compute(own, part))
+            square = split.for_compute(own, part)
             if ctx.by_weight:
-                g_x = g @ windows.delta(part, square).add_(ctx.weight)
+                g_x = g @ _delta(part, square).add_(ctx.weight)
             else:
-                g_x = g @ ctx.weight + windows.unfold(part, windows.turned(part, collected @ square, back=True))
+                g_z = windows.turned(part, collected @ _used_rows(part, square), back=True)
+                g_x = g @ ctx.weight + windows.unfold(part, g_z)
         if ctx.needs_input_grad[3]:
-            z = windows.turned(part, ctx.keeping.folded(part, saved))
-            g_square = collected.flatten(0, -2).T @ z.flatten(0, -2)
-            g_own = split.gradient(_all_rows(part, g_square), part)
+            kept = ctx.keeping.recall(saved)
+            if in_blocks:
+                g_square = block_windows.square_gradient(part, kept, g)
+            else:
+                z = windows.turned(part, kept if ctx.keeping.folds else windows.fold(part, kept))
+                g_square = _all_rows(part, collected.flatten(0, -2).T @ z.flatten(0, -2))
+            g_own = split.gradient(g_square, part)
         return g_x, None, None, g_own, None, None, None, None
 
 
 def _by_weight(part: Window, x: Tensor, path: Compute) -> bool:
-    """Over the weight or over the activations: as for whole layers, but decouple and rotate always over these."""
-    if part.spec.blockwise:
-        return False
     if path is Compute.AUTO:
-        path = choose(x.numel() // part.d_in, part.d_in, part.d_out, x.dtype)
+        path = choose(x.numel() // part.d_in, part.d_in, part.d_out, x.dtype, part.spec, split=True)
     return path is Compute.WEIGHT
+
+
+def _delta(part: Window, square: Tensor) -> Tensor:
+    """(w_out, w_in), from what `LayerSplit.for_compute` gives."""
+    return block_windows.delta(part, square) if part.spec.blockwise else windows.delta(part, _used_rows(part, square))
 
 
 def _used_rows(part: Window, square: Tensor) -> Tensor:

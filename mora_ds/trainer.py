@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from mora_ds.loop_settings import LoopSettings
 from mora_ds.losses import row_nll, token_nll
 from mora_ds.metrics import MetricsLog, StepMetrics, peak_memory_bytes, perplexity
 from mora_ds.remora import MergeReport
-from mora_ds.replicas import check_same_rows
+from mora_ds.replicas import Share
 from mora_ds.schedule_text import start_lines
 from mora_ds.schedules import Schedule
 from mora_ds.source_losses import SourceLosses
@@ -53,7 +53,7 @@ class Merger(Protocol):
 class Trainer:
     """One run on one engine. `save(state)` writes a checkpoint on all ranks and returns its folder."""
 
-    engine: zero.Engine
+    share: Share
     train_data: TrainData
     eval_data: Mapping[str, PackedDataset]
     schedule: Schedule
@@ -63,10 +63,6 @@ class Trainer:
     state: TrainerState
     save: Callable[[TrainerState], Path]
     merger: Merger | None = None
-    ranks_per_replica: int = 1
-    """Consecutive ranks that compute the same rows together."""
-    split: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda batch: batch
-    """What this rank computes of its replica's rows."""
     wait: Callable[[float | None], None] = lambda timeout_s: None
     """Until the checkpoint that is being written is there, or so many seconds; raises what went wrong with it."""
 
@@ -74,14 +70,12 @@ class Trainer:
     """What is looked at after every evaluation."""
 
     def __post_init__(self) -> None:
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.replica, self.replicas = self.rank // self.ranks_per_replica, self.world // self.ranks_per_replica
+        self.engine = self.share.engine
         self.last_checkpoint: Path | None = None
         if self.merger is not None:
             self.merger.probe = self._probe_loss
         self.bytes_gathered_per_step = 0
         self._has_complained = False
-        self._rows_checked = False
         self._stop_asked = False
         """Whether some rank was asked to stop; the same on all ranks."""
         self._saved_step: int | None = None
@@ -92,7 +86,7 @@ class Trainer:
     @property
     def rows_per_step(self) -> int:
         """Global batch size, in sequences."""
-        return self.settings.micro_batch_size * self.settings.gradient_accumulation_steps * self.replicas
+        return self.settings.micro_batch_size * self.settings.gradient_accumulation_steps * self.share.replicas
 
     @property
     def is_finished(self) -> bool:
@@ -157,9 +151,9 @@ class Trainer:
         """All micro-batches and the optimizer's step. Returns the global mean loss."""
         micro_batches = [self._micro_batch(index) for index in range(self.settings.gradient_accumulation_steps)]
         predicted = sum(int((batch["labels"] != IGNORED).sum()) for batch in micro_batches)
-        total_predicted = max(self._sum_over_ranks(predicted), 1.0)
+        total_predicted = max(self.share.sum(predicted), 1.0)
         # DeepSpeed divides by the number of micro-batches and averages over ranks: undo both, divide by tokens.
-        scale = self.settings.gradient_accumulation_steps * self.world / total_predicted
+        scale = self.settings.gradient_accumulation_steps * self.share.world / total_predicted
         nll = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         self.engine.train()
         self._source_losses.reset()
@@ -182,24 +176,11 @@ class Trainer:
     def _place(self, index: int) -> tuple[int, int, slice]:
         """(batch, its size, rows) of this rank's micro-batch `index` in the order of the data."""
         size = self.settings.micro_batch_size
-        first = (index * self.replicas + self.replica) * size
+        first = (index * self.share.replicas + self.share.replica) * size
         return self.settings.first_batch + self.state.step, self.rows_per_step, slice(first, first + size)
 
     def _micro_batch(self, index: int) -> dict[str, Tensor]:
-        batch = self.train_data.batch(*self._place(index))
-        batch = {name: tensor.to(self.engine.device) for name, tensor in batch.items()}
-        if self.ranks_per_replica > 1 and not self._rows_checked:
-            check_same_rows(batch, self.ranks_per_replica)
-            self._rows_checked = True
-        return self.split(batch)
-
-    def _own_part(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.split({name: tensor.to(self.engine.device) for name, tensor in batch.items()})
-
-    def _sum_over_ranks(self, value: float) -> float:
-        total = torch.tensor(value, dtype=torch.float64, device=self.engine.device)
-        dist.all_reduce(total)
-        return total.item()
+        return self.share.rows(self.train_data.batch(*self._place(index)))
 
     def _sums_and_requests(self, values: list[float]) -> list[float]:
         """The sums over ranks, and with them, in the same collective, whether any of them was asked to stop."""
@@ -264,7 +245,7 @@ class Trainer:
             return
         value = loss
         if rule.signal is StallSignal.UPDATE:
-            value = math.sqrt(self._sum_over_ranks(zero.group_energy(self.engine, 0)))
+            value = math.sqrt(self.share.sum(zero.group_energy(self.engine, 0)))
             self._stop_unless_finite(value, f"the norm of the squares is {value} at step {state.step}")
         shared = torch.tensor(value, dtype=torch.float64, device=self.engine.device)
         dist.broadcast(shared, 0)
@@ -291,24 +272,19 @@ class Trainer:
     def _save(self) -> None:
         """Not without a look at the loss of another batch: a step may have a finite loss and leave squares that are no
         numbers, and a checkpoint of those would pass for a good one."""
-        nll = self._sum_over_ranks(self._loss_to_come())
+        nll = self.share.sum(self._loss_to_come())
         self._stop_unless_finite(nll, f"after step {self.state.step} the loss of the next batch is {nll}")
         if isinstance(self.train_data, StreamMixture):
             self.state.stream = self.train_data.states_at(self.settings.first_batch + self.state.step)
         self.last_checkpoint = self.save(self.state)
         self._saved_step = self.state.step
 
-    @torch.no_grad()
     def _loss_to_come(self) -> float:
         """Of the next micro-batch; of a mixture, which may have no next one or not be able to read it, of its first
         sequences."""
         if isinstance(self.train_data, Mixture):
             return self._probe_loss()
-        batch = self._micro_batch(0)
-        self.engine.eval()
-        nll = token_nll(self.engine, batch).item()
-        self.engine.train()
-        return nll
+        return self.share.nll(self.train_data.batch(*self._place(0)))[0]
 
     def _merge(self) -> None:
         assert self.merger is not None, "a schedule with merges needs a merger"
@@ -340,7 +316,7 @@ class Trainer:
             grad_norm=zero.gradient_norm(self.engine),
             tokens=self.state.tokens,
             tokens_per_s=tokens / seconds,
-            tokens_per_s_per_rank=tokens / seconds / self.world,
+            tokens_per_s_per_rank=tokens / seconds / self.share.world,
             step_time_s=seconds,
             peak_memory_bytes=peak_memory_bytes(),
             bytes_gathered=self.bytes_gathered_per_step,
@@ -357,7 +333,7 @@ class Trainer:
         """Perplexity of each evaluation set, over all ranks; logged, and kept in the state."""
         found = {}
         for name, data in self.eval_data.items():
-            nll = self._mean_nll(data)
+            nll = self.share.mean_nll(self._eval_batches(data))
             self._stop_unless_finite(nll, f"the loss on {name!r} is {nll} after step {self.state.step}")
             found[name] = perplexity(nll)
         if found:
@@ -385,31 +361,18 @@ class Trainer:
             self.state.best_step, self.state.best_score = self.state.step, score
             self.log.say(f"step {self.state.step}: the best so far by --best_by, {score:.4f}")
 
-    @torch.no_grad()
     def _probe_loss(self) -> float:
         """Mean loss of the corpus's first sequences, the same in every replica."""
-        batch = self._own_part(self.train_data.first_rows(PROBE_ROWS))
-        self.engine.eval()
-        nll, predicted = token_nll(self.engine, batch).item(), int((batch["labels"] != IGNORED).sum())
-        self.engine.train()
-        if self.ranks_per_replica > 1:
-            nll, predicted = self._sum_over_ranks(nll), int(self._sum_over_ranks(predicted))
-        return nll / max(predicted, 1)
+        return self.share.replica_nll(self.train_data.first_rows(PROBE_ROWS))
 
-    @torch.no_grad()
-    def _mean_nll(self, data: PackedDataset) -> float:
-        """Every rank runs the same number of forwards, as ZeRO-3 needs."""
-        self.engine.eval()
-        nll, predicted = 0.0, 0
+    def _eval_batches(self, data: PackedDataset) -> Iterator[dict[str, Tensor]]:
+        """This replica's. Every rank has the same number of them, as ZeRO-3 needs."""
+        replica, replicas = self.share.replica, self.share.replicas
         most = self.settings.max_eval_batches or sys.maxsize
-        for index, batch in enumerate(data.eval_batches(self.replica, self.replicas, self.settings.eval_batch_size)):
-            if index * self.replicas >= most:
+        for index, batch in enumerate(data.eval_batches(replica, replicas, self.settings.eval_batch_size)):
+            if index * replicas >= most:
                 break
             self._leave_if_asked(ask=True)
-            if index * self.replicas + self.replica >= most:  # the limit counts batches over all replicas
+            if index * replicas + replica >= most:  # the limit counts batches over all replicas
                 batch["labels"].fill_(IGNORED)
-            batch = self._own_part(batch)
-            nll += token_nll(self.engine, batch).item()
-            predicted += int((batch["labels"] != IGNORED).sum())
-        self.engine.train()
-        return self._sum_over_ranks(nll) / max(self._sum_over_ranks(predicted), 1.0)
+            yield batch

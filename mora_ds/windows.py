@@ -99,7 +99,7 @@ def rows_used(part: Window, device: torch.device) -> Tensor | None:
 
 def delta(part: Window, square: Tensor) -> Tensor:
     """(w_out, w_in) of `delta_weight`, for share and truncate. `square` has the used rows and the window's columns."""
-    assert not part.spec.blockwise, "the blockwise operators run over activations"
+    assert not part.spec.blockwise, "of decouple and rotate: block_windows.delta"
     tables = _tables(part, square.device)
     columns = _gather_sum(square, tables.places)
     return F.pad(columns, (0, 0, 0, 1)).index_select(0, tables.slots)

@@ -119,14 +119,14 @@ def test_many_tokens_go_over_the_weight_and_few_over_the_activations(kind: Opera
     assert choose(8192, 1024, 1024, torch.float32, spec) is Compute.WEIGHT
     assert choose(64, 1024, 1024, torch.float32, spec) is Compute.ACTIVATION
     assert choose(8192, 1024, 1024, torch.bfloat16, spec) is Compute.WEIGHT
-    assert choose(8192, 1024, 1024, torch.float32) is Compute.WEIGHT  # a window of a layer that ranks share
-    assert choose(8192, 1024, 1024, torch.bfloat16) is Compute.ACTIVATION
+    for tokens, path in ((8192, Compute.WEIGHT), (64, Compute.ACTIVATION)):  # a window of a layer that ranks share
+        assert choose(tokens, 1024, 512, torch.bfloat16, spec, split=True) is path
 
 
-def test_in_low_precision_few_tokens_take_the_activations_where_that_forms_no_delta() -> None:
-    share, rotate = (OperatorSpec(kind, 1024, 1024, 128) for kind in (OperatorKind.SHARE, OperatorKind.ROTATE))
-    assert choose(256, 1024, 1024, torch.bfloat16, share) is Compute.ACTIVATION
-    assert choose(256, 1024, 1024, torch.bfloat16, rotate) is Compute.WEIGHT
+@pytest.mark.parametrize("kind", [OperatorKind.ROTATE, OperatorKind.SHARE])
+def test_in_low_precision_too_few_tokens_take_the_activations(kind: OperatorKind) -> None:
+    spec = OperatorSpec(kind, 1024, 1024, 128)
+    assert choose(256, 1024, 1024, torch.bfloat16, spec) is Compute.ACTIVATION
 
 
 def test_a_larger_square_prefers_the_weight_earlier() -> None:

@@ -24,8 +24,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("operator_spec", "compiling", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer"),
-        *("ds_tensor_parallel", "stopping", "topology", "sequence_parallel", "replicas", "restart", "background"),
-        *("forgetting", "trials", "new_rows", "memory_meter", "eight_bits"),
+        *("ds_tensor_parallel", "stopping", "topology", "sequence_parallel", "restart", "background", "forgetting"),
+        *("trials", "new_rows", "memory_meter", "eight_bits"),
     ),
     (
         *("wiring", "data", "cli", "pulse", "ds_config", "tensor_files", "metrics", "run_folder", "followers"),
@@ -36,7 +36,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("mixture_settings", "source_losses"),
     ),
     ("model", "model_folder", "losses", "flat_tensors", "compute", "updates", "resets", "windows", "run_sources"),
-    ("deltas", "config", "layer", "spectrum", "vocabulary_rows", "partitions", "sequence_checks"),
+    (
+        *("replicas", "deltas", "config", "layer", "spectrum", "vocabulary_rows", "partitions", "sequence_checks"),
+        *("block_windows",),
+    ),
     ("tensor_plan", "adapter_arguments", "ledger", "checkpoint"),
     ("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge"),
     (

@@ -34,7 +34,9 @@ ALIGNED = {"operator": "share", "segments": 4}
 CORE: list[Case] = [
     {"family": "llama", "operator": "share", **ALL},
     {"family": "llama", **ALIGNED},  # at t = 4 the attention falls back
-    {"family": "llama", "operator": "rotate", "checkpointing": True, "inputs": "split"},
+    {"family": "llama", "operator": "rotate", "checkpointing": True, "inputs": "split", "compute": "weight"},
+    {"family": "llama", "operator": "rotate", "grouping": "permuted"},
+    {"family": "mistral", "operator": "decouple", "grouping": "permuted", "compute": "weight"},
     {"family": "llama", "operator": "decouple", "target_modules": ("q_proj", "down_proj")},
     {"family": "llama", "operator": "truncate", "rank": 1},  # 3 squares of 8 rows: the folded inputs are smaller
     {"family": "qwen3", "operator": "share", "train_norms": True, "checkpointing": True},
@@ -131,8 +133,8 @@ OPERATORS = ("share", "rotate", "decouple", "truncate")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("world", "degree"), [(2, 2), (4, 4), (4, 2)])
 def test_every_family_and_operator(world: int, degree: int, family: str) -> None:
-    """With gradient checkpointing off and on, everything trained beside the squares in the one, nothing in the other;
-    at t = 4 with four key-value heads as well as with two, where the attention falls back."""
+    """Everything trained beside the squares, without gradient checkpointing; the squares alone, over the weight, with
+    it. At t = 4 with four key-value heads as well as with two, where the attention falls back."""
     models: list[dict[str, Any]] = [{}]
     if degree == 4 and family not in ("gpt2", "gpt_neox"):
         models.append({"num_key_value_heads": 4})
@@ -140,7 +142,10 @@ def test_every_family_and_operator(world: int, degree: int, family: str) -> None
         {"family": family, "operator": operator, "checkpointing": checkpointing, "model": model, **also}
         for model in models
         for operator in OPERATORS
-        for checkpointing, also in ((False, {"train_norms": True, "train_embeddings": True}), (True, {}))
+        for checkpointing, also in (
+            (False, {"train_norms": True, "train_embeddings": True}),
+            (True, {"compute": "weight"}),
+        )
     ]
     cases += [
         {"family": family, **ALIGNED, "model": model, "grouping": g}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mora_ds import windows
+from mora_ds import block_windows, windows
 from mora_ds.errors import UserError
 from mora_ds.operators import Grouping, OperatorKind, OperatorSpec, adjoint, delta_weight, mora_update
 from mora_ds.windows import Window, window
@@ -74,14 +74,29 @@ def test_every_map_has_its_transpose(spec: OperatorSpec) -> None:
     torch.testing.assert_close(found, adjoint(spec, g.flatten(0, -2).T @ x.flatten(0, -2)))
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.blockwise], ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_a_slice_of_the_weight(spec: OperatorSpec) -> None:
     square, _, _ = tensors(spec)
     whole = delta_weight(spec, square)
     for part in (window(spec, outputs=bounds(spec.d_out)[1]), window(spec, inputs=bounds(spec.d_in)[1])):
         used = windows.rows_used(part, square.device)
-        found = windows.delta(part, square if used is None else square[used])
+        delta = block_windows.delta if spec.blockwise else windows.delta
+        found = delta(part, square if used is None else square[used])
         torch.testing.assert_close(found, whole[slice(*part.outputs), slice(*part.inputs)])
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.blockwise], ids=str)
+def test_gradients_of_windows_add_up(spec: OperatorSpec) -> None:
+    _, x, g = tensors(spec)
+    expected = adjoint(spec, g.flatten(0, -2).T @ x.flatten(0, -2))
+    columns = [window(spec, outputs=part) for part in bounds(spec.d_out)]
+    rows = [window(spec, inputs=part) for part in bounds(spec.d_in)]
+    for parts in (columns, rows, [window(spec)]):
+        found = [
+            block_windows.square_gradient(part, x[..., slice(*part.inputs)], g[..., slice(*part.outputs)])
+            for part in parts
+        ]
+        torch.testing.assert_close(torch.stack(found).sum(0), expected)
 
 
 # -- segments ----------------------------------------------------------------------------------------------------------
