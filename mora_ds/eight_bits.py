@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.errors import RunError
+from mora_ds.errors import RunError, UserError
 
 LARGEST = 127
 
@@ -70,9 +70,14 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The weight (O, D) to multiply by: itself, or values * scales rounded to `dtype`, a new tensor."""
+    """The weight (O, D) to multiply by: itself, or values * scales rounded to `dtype`, a new tensor.
+
+    Raises `UserError` where `dtype` holds whole numbers: some models cast what they compute to the dtype of a weight.
+    """
     if isinstance(weight, Tensor):
         return weight
+    if not dtype.is_floating_point:
+        raise UserError(f"--base_bits 8: this model casts activations to the dtype of a layer's weight, here {dtype}")
     if weight.values.is_contiguous():
         return _multiplied(weight.values, weight.scales.unsqueeze(1), dtype)
     return _multiplied(weight.values.T, weight.scales.unsqueeze(0), dtype).T

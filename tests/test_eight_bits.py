@@ -145,6 +145,24 @@ def test_the_frozen_layer_alone() -> None:
     assert torch.equal(frozen_linear(x, weight, bias), F.linear(x, dense(weight, torch.float64), bias))
 
 
+class Casting(nn.Module):
+    """What some models do (Falcon Mamba's head)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x.to(self.proj.weight.dtype))
+
+
+def test_activations_do_not_become_whole_numbers() -> None:
+    model = Casting()
+    inject(model, MoRAConfig(rank=1, base_bits=8))
+    with pytest.raises(UserError, match=r"--base_bits 8: this model casts activations .* torch.int8"):
+        model(torch.randn(2, 8))
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
