@@ -70,14 +70,9 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The weight (O, D) to multiply by: itself, or values * scales rounded to `dtype`, a new tensor.
-
-    Raises `UserError` where `dtype` holds whole numbers: some models cast what they compute to the dtype of a weight.
-    """
+    """The weight (O, D) to multiply by: itself, or values * scales rounded to `dtype`, a new tensor."""
     if isinstance(weight, Tensor):
         return weight
-    if not dtype.is_floating_point:
-        raise UserError(f"--base_bits 8: this model casts activations to the dtype of a layer's weight, here {dtype}")
     if weight.values.is_contiguous():
         return _multiplied(weight.values, weight.scales.unsqueeze(1), dtype)
     return _multiplied(weight.values.T, weight.scales.unsqueeze(0), dtype).T
@@ -96,6 +91,12 @@ def _multiplied(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _rows_at_once(matrix: Tensor) -> int:
     return max(1, _CHUNK.get(matrix.device.type, _CHUNK_OF_DEVICES) // max(1, matrix.shape[1]))
+
+
+def check_floating(x: Tensor, weight: Weight) -> None:
+    """Some models cast what they compute to the dtype of a layer's weight. Raises `UserError` where that is int8."""
+    if isinstance(weight, Int8Weight) and not x.is_floating_point():
+        raise UserError(f"--base_bits 8: this model casts activations to the dtype of a layer's weight, here {x.dtype}")
 
 
 def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.compute import Compute, mora_linear
-from mora_ds.eight_bits import Int8Weight, Weight, dense, frozen_linear, quantize
+from mora_ds.eight_bits import Int8Weight, Weight, check_floating, dense, frozen_linear, quantize
 from mora_ds.lora import LoRASpec, lora_update
 from mora_ds.operators import OperatorSpec, mora_update
 from mora_ds.updates import Side, UpdateSpec, describe, first_value, value_name
@@ -151,6 +151,7 @@ class MoRALinear(AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.split is not None:
             return self.split(self, x)
+        check_floating(x, self.frozen)
         square = self.square.to(x.dtype)
         if self.training and self.dropout:  # base and square read different inputs
             update = mora_update(self.spec, square, F.dropout(x, self.dropout))
@@ -165,6 +166,7 @@ class LoRALinear(AdaptedLinear):
     factors: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
+        check_floating(x, self.frozen)
         dropped = F.dropout(x, self.dropout, self.training)
         return frozen_linear(x, self.frozen, self.bias) + lora_update(self.spec, self.factors.to(x.dtype), dropped)
 

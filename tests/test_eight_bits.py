@@ -157,10 +157,11 @@ class Casting(nn.Module):
 
 
 def test_activations_do_not_become_whole_numbers() -> None:
-    model = Casting()
-    inject(model, MoRAConfig(rank=1, base_bits=8))
-    with pytest.raises(UserError, match=r"--base_bits 8: this model casts activations .* torch.int8"):
-        model(torch.randn(2, 8))
+    for config in (MoRAConfig(rank=1, base_bits=8), LoRAConfig(rank=1, base_bits=8, dropout=0.5)):
+        model = Casting()
+        inject(model, config)
+        with pytest.raises(UserError, match=r"--base_bits 8: this model casts activations .* torch.int8"):
+            model(torch.randn(2, 8))
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
