@@ -165,13 +165,16 @@ def test_after_ten_merges_every_rank_holds_the_original_plus_all_deltas_rounded_
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
-def test_killed_and_resumed_is_uninterrupted_and_goes_home_exactly(user: Playground, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.heavy)])
+def test_killed_and_resumed_is_uninterrupted_and_goes_home_exactly(
+    user: Playground, tmp_path: Path, ranks: int
+) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     flags = (*MERGING, *BITS, "--per_device_train_batch_size", 2)
-    summary = run(2, user.flags(whole, *flags))
+    summary = run(ranks, user.flags(whole, *flags))
     assert summary["base_bytes_gathered"] == 0 and summary["merges"] == 2
-    run_ranks(2, interrupted_job, user.flags(out, *flags), 5)
-    run(2, user.flags(out, *flags, "--resume_from_checkpoint", "auto"))
+    run_ranks(ranks, interrupted_job, user.flags(out, *flags), 5)
+    run(ranks, user.flags(out, *flags, "--resume_from_checkpoint", "auto"))
     assert_same_run(out, whole)
     # the export knows nothing of 8 bits: originals and deltas, in fp32
     exported = merged(out, tmp_path / "merged")
