@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from mora_ds.config import AdapterConfig, LoRAConfig, MoRAConfig
+from mora_ds.config import AS_LOADED, AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.errors import member_named
 from mora_ds.flags import documented
 from mora_ds.resets import OptimizerReset
@@ -61,6 +61,9 @@ class AdapterArguments:
     compute: str = "auto"
     """activation (passes over the activations), weight (passes over the weight: W0 + delta, rounded to the run's dtype)
     or auto (the cheaper one by tokens a micro-batch, shape, operator and dtype)."""
+    base_bits: int = AS_LOADED
+    """8: hold the frozen weights of adapted layers in 8 bits (int8, a scale for each output), half of what bf16 takes;
+    merges and exports read the originals. 16: in the run's dtype."""
     compile: bool = False
     """Compile what the operators move (torch.compile; on a CPU with a C++ compiler): one pass each, after slow first
     steps."""
@@ -133,6 +136,7 @@ class AdapterArguments:
             "train_embeddings": self.train_embeddings,
             "train_norms": self.train_norms,
             "train_head": self.train_head,
+            "base_bits": self.base_bits,
             "seed": seed,
         }
         if self.adapter == AdapterKind.LORA.value:

@@ -146,6 +146,7 @@ _MEANING = {
     "adapter.kind": "--adapter",
     "adapter.rank": "--mora_rank (or --lora_rank)",
     "adapter.dropout": "--mora_dropout",
+    "adapter.base_bits": "--base_bits (None: 16)",
     "global_batch_size": "sequences a step, over all ranks (--per_device_train_batch_size and so on)",
     "dtype": "compute dtype (--bf16, --fp16)",
     "optimizer": "--optimizer (None: adamw)",

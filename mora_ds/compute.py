@@ -8,6 +8,7 @@ M comes from the folded input and the folded output gradient (`square_gradient`)
 Both are the same function of x and M. They differ in rounding: in bf16 or fp16 the weight path rounds W0 + delta to
 that dtype, as mixed-precision training of full weights does, so that a delta smaller than half a unit in the last place
 of W0 does not act until it has grown; the gradient of M is that of the sum. Loss curves of both: README.
+A weight in 8 bits is made dense for each product of either path, and is gone after it (`eight_bits`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mora_ds.eight_bits import Weight, dense
 from mora_ds.lanes import LOW_PRECISION
 from mora_ds.operators import (
     OperatorSpec,
@@ -70,7 +72,7 @@ def choose(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, spec: Operato
 
 
 def mora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, square: Tensor, spec: OperatorSpec, path: Compute = Compute.AUTO
+    x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec, path: Compute = Compute.AUTO
 ) -> Tensor:
     """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will do."""
     if path is Compute.AUTO:
@@ -84,10 +86,10 @@ class _WeightPath(torch.autograd.Function):
     large as the input, the input itself, which layers that read the same tensor share."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
         ctx.spec, ctx.weight = spec, weight
         ctx.save_for_backward(x if spec.blockwise else fold_input(spec, x), square)
-        return F.linear(x, effective_weight(spec, square, weight), bias)
+        return F.linear(x, effective_weight(spec, square, dense(weight, x.dtype)), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,7 +97,7 @@ class _WeightPath(torch.autograd.Function):
         saved, square = ctx.saved_tensors
         g_x = g_square = None
         if ctx.needs_input_grad[0]:
-            g_x = g @ effective_weight(spec, square, ctx.weight)
+            g_x = g @ effective_weight(spec, square, dense(ctx.weight, g.dtype))
         if ctx.needs_input_grad[3]:
             g_square = _square_gradient(spec, saved, g, whole=multiplies(g))
         return g_x, None, None, g_square, None
@@ -105,11 +107,11 @@ class _ActivationPath(torch.autograd.Function):
     """Saves what the weight path saves. All sums go into the base's own product, without another tensor of its size."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
         ctx.spec, ctx.weight = spec, weight
         saved = x if spec.blockwise else fold_input(spec, x)
         ctx.save_for_backward(saved, square)
-        return _add_update(spec, square, saved, F.linear(x, weight, bias))
+        return _add_update(spec, square, saved, F.linear(x, dense(weight, x.dtype), bias))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -119,7 +121,7 @@ class _ActivationPath(torch.autograd.Function):
         if not spec.blockwise and not multiplies(g):
             return _gradients_of_sums(spec, square, saved, g, ctx)
         if ctx.needs_input_grad[0]:
-            g_x = _add_input_gradient(spec, square, g, g @ ctx.weight)
+            g_x = _add_input_gradient(spec, square, g, g @ dense(ctx.weight, g.dtype))
         if ctx.needs_input_grad[3]:
             g_square = _square_gradient(spec, saved, g)
         return g_x, None, None, g_square, None
@@ -130,7 +132,7 @@ def _gradients_of_sums(spec: OperatorSpec, square: Tensor, z: Tensor, g: Tensor,
     c = decompress_transpose(spec, g)
     g_x = g_square = None
     if ctx.needs_input_grad[0]:
-        g_x = (g @ ctx.weight).add_(unfold_input(spec, c @ square))
+        g_x = (g @ dense(ctx.weight, g.dtype)).add_(unfold_input(spec, c @ square))
     if ctx.needs_input_grad[3]:
         g_square = c.flatten(0, -2).T @ z.flatten(0, -2)
     return g_x, None, None, g_square, None

@@ -30,6 +30,13 @@ ALTERNATE = "alternate"
 ALL_LINEAR = "all-linear"
 """Target that stands for every linear layer but the output head."""
 
+AS_LOADED = 16
+"""`base_bits` of a base that is held in the run's dtype, whatever that is."""
+
+INCREMENTAL_IN_8_BITS = (
+    "--base_bits 8: --merge_precision incremental would round to 8 bits again at every merge; leave it at exact"
+)
+SPLIT_IN_8_BITS = "--base_bits 8 holds whole weights, which --tensor_parallel_size {} would split: leave one out"
 
 MORA = "mora"
 
@@ -61,6 +68,8 @@ class AdapterConfig:
     train_head: bool = False
     new_rows_from: int = 0
     """Train the rows of embeddings and head from this one on, and keep those before it frozen; 0: do not."""
+    base_bits: int = AS_LOADED
+    """8: the weights of adapted layers are frozen in 8 bits (`eight_bits`); 16: in the dtype they are loaded in."""
     seed: int = 42
     """Seed of what is drawn in each cycle (permutations, LoRA's A), hashed with the layer's name and the cycle."""
 
@@ -72,6 +81,8 @@ class AdapterConfig:
             raise UserError(f"--mora_dropout must be in [0, 1), got {self.dropout}")
         if not self.target_modules:
             raise UserError("--target_modules names no module")
+        if self.base_bits not in (8, AS_LOADED):
+            raise UserError(f"--base_bits must be 8, or {AS_LOADED} for the base as it is loaded, got {self.base_bits}")
 
     @property
     def title(self) -> str:
@@ -93,9 +104,10 @@ class AdapterConfig:
         return permutation_seed(self.seed, f"first/{layer}", cycle)
 
     def to_dict(self) -> dict[str, Any]:
-        """Without new rows where there are none: as before there were any."""
+        """Without new rows where there are none, and bits where they are as ever: as before there were any."""
         values = {"kind": self.adapter, **asdict(self), "target_modules": list(self.target_modules)}
-        return values if self.new_rows_from else {key: each for key, each in values.items() if key != "new_rows_from"}
+        usual = {"new_rows_from": 0, "base_bits": AS_LOADED}
+        return {key: each for key, each in values.items() if key not in usual or each != usual[key]}
 
     @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:

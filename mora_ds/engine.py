@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from mora_ds import muon, pulse, stopping, zero
 from mora_ds.base import tensor_checksum
+from mora_ds.config import SPLIT_IN_8_BITS
 from mora_ds.ds_config import complete_ds_config, compute_dtype, load_ds_config
 from mora_ds.ds_optimizer import uses_muon
 from mora_ds.ds_tensor_parallel import degree_in
 from mora_ds.errors import RunError, UserError
-from mora_ds.injection import frozen_buffers, mora_layers, move_base
+from mora_ds.injection import frozen_buffers, mora_layers, move_base, scale_names
 from mora_ds.tensor_parallel import split_model
 from mora_ds.tensor_plan import TPInputs
 from mora_ds.topology import Topology
@@ -79,6 +80,8 @@ def initialize(
     check_compute_dtype(settings)
     if degree > 1:
         check_splittable(settings)
+        if scale_names(model):
+            raise UserError(SPLIT_IN_8_BITS.format(degree))
     start_distributed()
     if degree > 1:
         topology = Topology.of(degree)

@@ -9,6 +9,7 @@ One tensor is in memory at a time, whatever the size of the model; neither a GPU
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from mora_ds.adapter_files import ADAPTER_JSON, AdapterFile, AdapterTensors, BaseReference, read_adapter
 from mora_ds.base import BaseCheckpoint
+from mora_ds.eight_bits import Int8Weight, dense, quantize
 from mora_ds.errors import RunError, UserError
 from mora_ds.export_check import Comparison, compare_logits
 from mora_ds.files import MANIFEST, atomic_folder, recorded_hashes, verify_manifest
@@ -112,7 +114,7 @@ def export_merged(
     with atomic_folder(output.absolute()) as folder:
         names = write_shards(folder, shards, _tensor_of(run))
         write_companions(run.base, folder, target, tokenizer if tokenizer.is_dir() else None)
-        comparison = compare_logits(folder, probe, target) if verify else None
+        comparison = compare_logits(folder, probe, target, _rounding(run, folder)) if verify else None
         card = model_card(run.checkpoint, run.adapter, run.ledger, run.reference, dtype_name(target), comparison)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return ExportReport(
@@ -246,6 +248,19 @@ def _tensor_of(run: _Run) -> Callable[[str, torch.dtype], Tensor]:
         return _merged(run, key, layers[key], dtype) if key in layers else run.base.read(key).to(dtype)
 
     return tensor_of
+
+
+def _rounding(run: _Run, exported: Path) -> float:
+    """What 8 bits, where the run's base was held in them, take from the exported weights: as a share of their norm."""
+    if run.adapter.facts.get("config", {}).get("base_bits") != 8:
+        return 0.0
+    written, lost, norm = BaseCheckpoint.open(exported), 0.0, 0.0
+    for entry in run.adapter.layers.values():
+        weight = written.read(run.reference.keys[entry.weight]).float()
+        weight = weight.T if entry.transposed else weight
+        lost += (dense(Int8Weight(*quantize(weight)), weight.dtype) - weight).norm().item() ** 2
+        norm += weight.norm().item() ** 2
+    return math.sqrt(lost / norm) if norm else 0.0
 
 
 def _merged(run: _Run, key: str, entry: LayerEntry, dtype: torch.dtype) -> Tensor:

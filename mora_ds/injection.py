@@ -2,6 +2,7 @@
 
 inject(model, MoRAConfig(rank=8))
   1. every matched linear layer becomes an `AdaptedLinear`       nothing matched is an error that lists what there is
+     (base_bits 8: with its weight in 8 bits, and no other)
   2. every other parameter not to be trained becomes a buffer       tied tensors stay one tensor
   3. a report: shapes, sizes, trainable and total parameters
 """
@@ -11,14 +12,16 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mora_ds.compute import Compute
 from mora_ds.config import ALL_LINEAR, AdapterConfig, MoRAConfig
-from mora_ds.errors import UserError, nearest
+from mora_ds.errors import RunError, UserError, nearest
 from mora_ds.layer import AdaptedLinear, adapt, is_linear, linear_shape
 from mora_ds.new_rows import train_new_rows
 from mora_ds.tensor_plan import Style, style_in_plan
@@ -52,6 +55,8 @@ class InjectionReport:
     """Elements of all of them."""
     other_trainable_params: int
     total_params: int
+    eight_bits: tuple[int, int]
+    """Bytes of what is frozen in 8 bits, scales included, and what it took before; (0, 0) where nothing is."""
     left_out: dict[str, int]
     """With all-linear: elements of the frozen matrices in no linear layer (experts in one tensor, convolutions), by the
     end of their name."""
@@ -75,15 +80,20 @@ class InjectionReport:
             f"({self.values} {self.square_params:,}, other {self.other_trainable_params:,}) "
             f"of {self.total_params:,} parameters = {share:.3f}%"
         )
+        if self.eight_bits[0]:
+            now, before = (f"{size / 1e6:,.1f} MB" for size in self.eight_bits)
+            lines.append(f"frozen weights of these layers in 8 bits: {now}, scales included, in place of {before}")
         if self.left_out:
             names = ", ".join(f"{name} ({numel:,} parameters)" for name, numel in self.left_out.items())
             lines.append(f"left as they are, for they are no linear layers: {names}")
         return "\n".join(lines)
 
 
-def inject(model: nn.Module, config: AdapterConfig) -> InjectionReport:
+def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Tensor] | None = None) -> InjectionReport:
     """Give `model` its squares (`MoRAConfig`) or factors (`LoRAConfig`) and freeze the rest, in place.
 
+    With `base_bits` 8, `original` says what a weight (by its name) was before it was loaded in the model's dtype, on
+    the device where it is to be: that is rounded to 8 bits then, and the model's own is dropped.
     Raises `UserError` when a target matches nothing, when the model already has an adapter, when a target shares its
     weight with another module (a merge would change both), or is to be trained as a whole.
     """
@@ -96,6 +106,7 @@ def inject(model: nn.Module, config: AdapterConfig) -> InjectionReport:
     total = count_parameters(model)
     rows = _shape_rows(targets, config)
     styles = style_in_plan(model)
+    eight_bits = _refuse_unfit_for_8_bits(targets) if config.base_bits == 8 else (0, 0)
     for name, base in targets.items():
         d_in, d_out = linear_shape(base)
         aligned = _SIDES.get(styles[name])
@@ -104,6 +115,8 @@ def inject(model: nn.Module, config: AdapterConfig) -> InjectionReport:
         layer = adapt(base, spec, config.dropout, compute, config.first_seed(name, cycle=0))
         layer.train(base.training)
         layer.aligned = aligned
+        if config.base_bits == 8:
+            _hold_in_8_bits(layer, f"{name}.weight", original)
         _replace(model, name, layer)
     _freeze_to_buffers(model, keep)
     if config.new_rows_from:
@@ -113,7 +126,7 @@ def inject(model: nn.Module, config: AdapterConfig) -> InjectionReport:
     trainable = sum(parameter.numel() for parameter in model.parameters())
     named = "squares" if value_name(layers[0].spec) == "square" else "factors"
     left_out = _matrices_left_out(model) if ALL_LINEAR in config.target_modules else {}
-    return InjectionReport(rows, config.title, named, values, trainable - values, total + values, left_out)
+    return InjectionReport(rows, config.title, named, values, trainable - values, total + values, eight_bits, left_out)
 
 
 _SIDES = {Style.COLWISE: Side.OUT, Style.ROWWISE: Side.IN}
@@ -136,27 +149,41 @@ def set_cycle(model: nn.Module, config: AdapterConfig, cycle: int) -> None:
 
 
 def frozen_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> frozen base tensor, every name of a tied tensor included. What the model had as buffers is not in it."""
+    """Name -> frozen base tensor, every name of a tied tensor included, and scales of weights in 8 bits. What the model
+    had as buffers is not in it."""
     names: set[str] = getattr(model, "_mora_frozen", set())
     return {name: tensor for name, tensor in model.named_buffers(remove_duplicate=False) if name in names}
 
 
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """`frozen_buffers` without the scales: what has an original."""
+    scales = scale_names(model)
+    return {name: tensor for name, tensor in frozen_buffers(model).items() if name not in scales}
+
+
+def scale_names(model: nn.Module) -> set[str]:
+    """Names of the buffers that hold scales of weights in 8 bits."""
+    return {f"{name}.weight_scales" for name, layer in mora_layers(model).items() if layer.weight_scales is not None}
+
+
 def count_parameters(model: nn.Module) -> int:
-    """Parameters and frozen base tensors, each tied tensor once."""
-    frozen = {id(tensor): tensor.numel() for tensor in frozen_buffers(model).values()}
+    """Parameters and frozen base tensors, each tied tensor once; no scales."""
+    frozen = {id(tensor): tensor.numel() for tensor in base_weights(model).values()}
     return sum(parameter.numel() for parameter in model.parameters()) + sum(frozen.values())
 
 
 def move_base(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Move and cast the frozen base, each tied tensor once.
+    """Move and cast the frozen base, each tied tensor once; scales of weights in 8 bits stay fp32.
 
     `nn.Module.to` moves buffers one by one, which would untie tied ones; and DeepSpeed casts parameters, not buffers
     (runtime/engine.py, `_cast_module_mixed_precision`).
     """
     moved: dict[int, Tensor] = {}
+    scales = scale_names(model)
     for name, tensor in frozen_buffers(model).items():
         if id(tensor) not in moved:
-            moved[id(tensor)] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+            casts = tensor.is_floating_point() and name not in scales
+            moved[id(tensor)] = tensor.to(device, dtype if casts else tensor.dtype)
         _set_buffer(model, name, moved[id(tensor)])
 
 
@@ -222,6 +249,25 @@ def _refuse_trained(targets: dict[str, nn.Module], keep: set[int]) -> None:
     for name, module in targets.items():
         if id(module.weight) in keep:
             raise UserError(f"--target_modules includes {name!r}, which --train_head trains as a whole: choose one")
+
+
+def _refuse_unfit_for_8_bits(targets: dict[str, nn.Module]) -> tuple[int, int]:
+    """Bytes in 8 bits, and now."""
+    now = before = 0
+    for name, module in targets.items():
+        weight: Any = module.weight
+        if not weight.is_floating_point():
+            raise UserError(f"--base_bits 8: {name}.weight is {weight.dtype}: only floating ones are rounded")
+        now += weight.numel() + 4 * linear_shape(module)[1]
+        before += weight.nbytes
+    return now, before
+
+
+def _hold_in_8_bits(layer: AdaptedLinear, name: str, original: Callable[[str], Tensor] | None) -> None:
+    try:
+        layer.hold_in_8_bits(layer.weight if original is None else original(name))
+    except RunError as error:
+        raise UserError(f"--base_bits 8: {name}: {error}") from error
 
 
 # -- replacing and freezing ------------------------------------------------------------------------------------------

@@ -141,7 +141,8 @@ def _adapter_job(
     if arguments.adapter.train_new_embeddings:
         config = replace(config, new_rows_from=first_new_row(loaded.base.folder))
     degree, inputs = arguments.training.tensor_parallel_size, TPInputs(arguments.training.tp_inputs)
-    report = inject(loaded.model, config)
+    device = get_accelerator().current_device_name()
+    report = inject(loaded.model, config, lambda name: loaded.base.read(loaded.keys[name]).to(device))
     place.say(report)
     numels = trainable_numels(loaded.model, degree)
     if degree > 1:

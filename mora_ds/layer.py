@@ -1,12 +1,13 @@
 """A frozen linear layer with one trainable tensor beside it: `MoRALinear` with a square, `LoRALinear` with factors.
 
 The frozen weight and bias are non-persistent *buffers*: DeepSpeed partitions parameters only, so they stay whole on
-every rank and no collective ever carries them.
+every rank and no collective ever carries them. With 8 bits the weight is int8, and a buffer of scales stands beside it.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.compute import Compute, mora_linear
+from mora_ds.eight_bits import Int8Weight, Weight, check_floating, dense, frozen_linear, quantize
 from mora_ds.lora import LoRASpec, lora_update
 from mora_ds.operators import OperatorSpec, mora_update
 from mora_ds.updates import Side, UpdateSpec, describe, first_value, value_name
@@ -41,6 +43,8 @@ class AdaptedLinear(nn.Module):
     """
 
     weight: Tensor
+    weight_scales: Tensor | None
+    """(d_out,) fp32, where `weight` is int8 (`hold_in_8_bits`)."""
     bias: Tensor | None
     spec: UpdateSpec
 
@@ -51,6 +55,7 @@ class AdaptedLinear(nn.Module):
         self.in_features, self.out_features = linear_shape(base)
         weight, bias = base.weight.data, None if base.bias is None else base.bias.data
         self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("weight_scales", None, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         value = first_value(spec, seed).to(weight.device, weight.dtype)
         self.register_parameter(value_name(spec), nn.Parameter(value))
@@ -79,6 +84,53 @@ class AdaptedLinear(nn.Module):
         """`weight` as (d_out, d_in), a view."""
         return self.weight.T if self.transposed else self.weight
 
+    @property
+    def frozen(self) -> Weight:
+        """What the layer multiplies by, (d_out, d_in): a view of `weight`, or its whole numbers with their scales."""
+        stored = self.stored_weight
+        return stored if self.weight_scales is None else Int8Weight(stored, self.weight_scales)
+
+    def frozen_copy(self) -> Weight:
+        """`frozen`, sharing no memory with it."""
+        stored = self.stored_weight.clone()
+        return stored if self.weight_scales is None else Int8Weight(stored, self.weight_scales.clone())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the layer computes in."""
+        return self.value.dtype
+
+    def hold_in_8_bits(self, original: Tensor) -> None:
+        """From here on `weight` is int8. `original`: in the layout of `weight`; it is not kept. Raises `RunError` where
+        it is not finite."""
+        values, self.weight_scales = quantize(original.T if self.transposed else original)
+        self.weight = values.T.contiguous() if self.transposed else values
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> None:
+        """Another frozen weight, in the layout of `weight`, fp32, rounded once. In place, so that storages and ties
+        stay."""
+        if self.weight_scales is None:
+            self.weight.copy_(weight)
+            return
+        values, scales = quantize(weight.T if self.transposed else weight)
+        self.stored_weight.copy_(values)
+        self.weight_scales.copy_(scales)
+
+    def read(self) -> Tensor:
+        """The frozen weight as it acts, in the layout of `weight`: of its dtype, or fp32 where that is int8. It may be
+        `weight` itself."""
+        found = dense(self.frozen, torch.float32)
+        return found.T if self.transposed else found
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
+        """`module.to(bf16)` would round the scales, and with them every weight."""
+        scales = self.weight_scales
+        super()._apply(fn, recurse)
+        if scales is not None:
+            self.weight_scales = scales.to(self.weight.device)
+        return self
+
     def extra_repr(self) -> str:
         shape = tuple(self.value.shape)
         return (
@@ -100,11 +152,12 @@ class MoRALinear(AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.split is not None:
             return self.split(self, x)
+        check_floating(x, self.frozen)
         square = self.square.to(x.dtype)
         if self.training and self.dropout:  # base and square read different inputs
             update = mora_update(self.spec, square, F.dropout(x, self.dropout))
-            return F.linear(x, self.stored_weight, self.bias) + update
-        return mora_linear(x, self.stored_weight, self.bias, square, self.spec, self.compute)
+            return frozen_linear(x, self.frozen, self.bias) + update
+        return mora_linear(x, self.frozen, self.bias, square, self.spec, self.compute)
 
 
 class LoRALinear(AdaptedLinear):
@@ -114,8 +167,9 @@ class LoRALinear(AdaptedLinear):
     factors: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
+        check_floating(x, self.frozen)
         dropped = F.dropout(x, self.dropout, self.training)
-        return F.linear(x, self.stored_weight, self.bias) + lora_update(self.spec, self.factors.to(x.dtype), dropped)
+        return frozen_linear(x, self.frozen, self.bias) + lora_update(self.spec, self.factors.to(x.dtype), dropped)
 
 
 def adapt(base: Any, spec: UpdateSpec, dropout: float, compute: Compute, seed: int) -> AdaptedLinear:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mora_ds.config import SPLIT_IN_8_BITS
 from mora_ds.costs import Costs, costs
 from mora_ds.ds_config import fill_bucket_sizes
 from mora_ds.ds_optimizer import uses_muon
@@ -23,6 +24,7 @@ from mora_ds.plan_memory import RankMemory, Trained, gathered_bytes, rank_memory
 from mora_ds.plan_step import (
     StepMemory,
     Work,
+    base_bytes,
     base_elements,
     measure_merge,
     own_buffer_bytes,
@@ -60,6 +62,8 @@ class Plan:
     """Bytes that a rank puts on the wire in a step, all causes together."""
     time: StepTime
     base_elements: int
+    eight_bits: int
+    """Bytes of the base that are held in 8 bits, scales included."""
 
     @property
     def passes(self) -> float:
@@ -81,16 +85,22 @@ class Plan:
     @property
     def host_memory(self) -> int:
         """Bytes of a node's host memory: the base's files, mapped and shared by its ranks, offloaded states, and what
-        rank 0 collects to save. On CPUs everything else of a rank as well."""
+        rank 0 collects to save. On CPUs everything else of a rank as well, and its own copy of what is in 8 bits."""
         memory = self.memory
-        each = memory.host_optimizer + (memory.peak - memory.base if self.trained.on_cpu else 0)
-        return memory.base + self.ranks_of_node * each + memory.host_save
+        own = memory.peak - memory.base + self.eight_bits
+        each = memory.host_optimizer + (own if self.trained.on_cpu else 0)
+        return self.files + self.ranks_of_node * each + memory.host_save
+
+    @property
+    def files(self) -> int:
+        """Bytes of the base's files, taken to be in the run's dtype, and of the model's own buffers."""
+        return self.memory.base if not self.eight_bits else self.base_elements * self.work.dtype.itemsize
 
     @property
     def host_memory_after_merge(self) -> int:
         """On CPUs a merge writes to the mapped pages: every rank then has its own copy of what is adapted."""
-        copies = self.ranks_of_node * self.memory.base if self.trained.on_cpu else 0
-        return self.host_memory + max(0, copies - self.memory.base)
+        written = self.memory.base if self.trained.on_cpu and not self.eight_bits else 0
+        return self.host_memory + max(0, self.ranks_of_node - 1) * written
 
 
 @dataclass
@@ -115,7 +125,7 @@ class Planner:
         facts = self._facts(work)
         trained = self._trained(facts, work)
         gathered = self._gathers(facts, trained, work) if exact else _bound(trained)
-        base = facts.base_elements * work.dtype.itemsize + facts.own_buffers
+        base = facts.base_bytes + facts.own_buffers
         logits = work.tokens * work.config.get_text_config().vocab_size * work.dtype.itemsize
         memory = rank_memory(base, facts.merge, logits, self._step(work), trained, gathered)
         took, calls = gathered_bytes(trained, gathered, self.accumulation)
@@ -127,14 +137,14 @@ class Planner:
         moved = spent.wire("activation") * work.dtype.itemsize * self.accumulation
         return Plan(
             work, self.cluster, self.accumulation, trained, memory, took, calls, reduced, sent + moved, time,
-            facts.base_elements,
+            facts.base_elements, facts.eight_bits,
         )  # fmt: skip
 
     @property
     def base_bytes(self) -> int:
         """Of every rank."""
         work = replace(self.work, tensor_parallel=1, sequence_parallel=1)
-        return self._facts(work).base_elements * work.dtype.itemsize
+        return self._facts(work).base_bytes
 
     def _facts(self, work: Work) -> _Facts:
         key = (work.tensor_parallel, work.checkpointing)
@@ -175,6 +185,8 @@ class _Facts:
     numels: tuple[int, ...]
     squares: int
     base_elements: int
+    base_bytes: int
+    eight_bits: int
     own_buffers: int
     merge: int
     costs: Callable[[int, int], Costs]
@@ -195,6 +207,7 @@ class _Facts:
             tuple(numels),
             len(mora_layers(model)),
             elements,
+            *(base_bytes(model, work.dtype) if work.adapter is not None else (0, 0)),
             own_buffer_bytes(model),
             measure_merge(model),
             spent,
@@ -212,6 +225,8 @@ def _check(work: Work, cluster: Cluster) -> None:
     t, s = work.tensor_parallel, work.sequence_parallel
     if t > 1 and s > 1:
         raise UserError("--tensor_parallel_size and --sequence_parallel_size: one of them at a time")
+    if t > 1 and work.base_bits == 8:
+        raise UserError(SPLIT_IN_8_BITS.format(t))
     for flag, size in (("tensor", t), ("sequence", s)):
         if cluster.ranks % size:
             raise UserError(f"--{flag}_parallel_size {size} does not divide the {cluster.ranks} ranks")
@@ -256,7 +271,7 @@ def _ways(planner: Planner) -> Iterator[tuple[int, int]]:
             continue
         if planner.work.seq_len % size == 0 and (key_values % size == 0 or size % key_values == 0):
             yield 1, size
-        if key_values % size == 0 and planner.work.adapter is not None:
+        if key_values % size == 0 and planner.work.adapter is not None and planner.work.base_bits != 8:
             yield size, 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from mora_ds.config import AS_LOADED
 from mora_ds.plan import USABLE, Plan
 from mora_ds.plan_time import rates
 
@@ -18,7 +19,7 @@ def report(plan: Plan, timed: bool = True) -> str:
 
 def verdict(plan: Plan) -> str:
     """Whether it fits, in a sentence."""
-    peak, room = plan.memory.peak, plan.cluster.memory
+    peak, room, work = plan.memory.peak, plan.cluster.memory, plan.work
     if plan.trained.on_cpu:
         after = plan.host_memory_after_merge
         return f"a node needs {_size(plan.host_memory)}, {_size(after)} once a merge has written to its base"
@@ -27,7 +28,8 @@ def verdict(plan: Plan) -> str:
     if plan.memory.base > USABLE * room:
         return (
             f"it does not fit: the base alone is {_size(plan.memory.base)} on every rank, and a device has "
-            f"{_size(room)}. It is never sharded: take devices with more memory, or a smaller base"
+            f"{_size(room)}. It is never sharded: take devices with more memory, a smaller base"
+            f"{', or --base_bits 8' if work.base_bits == AS_LOADED else ''}"
         )
     return f"it does not fit: {_size(peak)} at the highest, in {plan.memory.peaks_in}, and a device has {_size(room)}"
 
@@ -50,7 +52,7 @@ def _head(plan: Plan) -> str:
 def _memory(plan: Plan) -> str:
     memory, trained = plan.memory, plan.trained
     of_a_rank = [
-        ("base, whole", memory.base, "never sharded"),
+        ("base, whole", memory.base, _in_8_bits(plan) or "never sharded"),
         ("tables of the operators", memory.tables, ""),
         ("squares, this rank's share", memory.squares, f"1/{trained.ranks}" if trained.stage == 3 else ""),
         ("fp32 masters", memory.masters, "in host memory" if trained.offloads else ""),
@@ -68,6 +70,10 @@ def _memory(plan: Plan) -> str:
         ("host memory of a node", plan.host_memory, "the base's files, mapped, once a node"),
     ]  # fmt: skip
     return "\n".join(f"  {name:<28}{_size(size):>10}  {note}".rstrip() for name, size, note in of_a_rank)
+
+
+def _in_8_bits(plan: Plan) -> str:
+    return f"never sharded; {_size(plan.eight_bits)} of it in 8 bits" if plan.eight_bits else ""
 
 
 def _traffic(plan: Plan) -> str:
@@ -102,9 +108,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "sequence_parallel_size": work.sequence_parallel,
             "gradient_checkpointing": work.checkpointing,
             "dtype": str(work.dtype).removeprefix("torch."),
+            "base_bits": work.base_bits,
         },
         "cluster": dict(rates(plan.cluster)),
         "base_elements": plan.base_elements,
+        "base_bytes_in_8_bits": plan.eight_bits,
         "trained_elements": plan.trained.whole,
         "bytes": {**asdict(plan.memory), "held": plan.memory.held, "peak": plan.memory.peak},
         "host_bytes_of_node": plan.host_memory,

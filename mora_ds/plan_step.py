@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from mora_ds import tables
 from mora_ds.config import AdapterConfig
 from mora_ds.errors import UserError
-from mora_ds.injection import frozen_buffers, inject, mora_layers
-from mora_ds.ledger import live_weight
+from mora_ds.injection import base_weights, frozen_buffers, inject, mora_layers, scale_names
+from mora_ds.layer_merge import merge_layer
 from mora_ds.losses import token_nll
 from mora_ds.memory_meter import MemoryMeter, fused_attention
 from mora_ds.model import AUTO_ATTENTION
@@ -52,6 +52,11 @@ class Work:
     """Whether rows hold several documents: attention then reads a mask."""
     attn_implementation: str = AUTO_ATTENTION
     trust_remote_code: bool = False
+
+    @property
+    def base_bits(self) -> int | None:
+        """None where nothing is frozen."""
+        return None if self.adapter is None else self.adapter.base_bits
 
     @property
     def tokens(self) -> int:
@@ -167,18 +172,25 @@ def measure_merge(model: nn.Module) -> int:
     if not layers:
         return 0
     layer = max(layers, key=lambda candidate: candidate.weight.numel())
-    with MemoryMeter((*model.parameters(), *model.buffers())) as meter:
+    original = torch.empty(layer.weight.shape, dtype=layer.dtype, device="meta")  # a file's, mapped
+    with MemoryMeter((original, *model.parameters(), *model.buffers())) as meter:
         square = torch.empty(value_shape(layer.spec), dtype=torch.float32, device="meta")
-        old = layer.weight.clone()
-        layer.weight.copy_(live_weight(layer.weight, [(layer.spec, square)], layer.transposed, layer.weight.dtype))
-        del old
+        merge_layer(layer, original, [(layer.spec, square)], square)
     _forget_tables()
     return meter.peak
 
 
 def base_elements(model: nn.Module) -> int:
-    """Of the frozen base, each tied tensor once."""
-    return sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in frozen_buffers(model).values()}.values())
+    """Of the frozen base, each tied tensor once; no scales."""
+    return sum({id(tensor): tensor.numel() for tensor in base_weights(model).values()}.values())
+
+
+def base_bytes(model: nn.Module, dtype: torch.dtype) -> tuple[int, int]:
+    """Of the frozen base in a run that computes in `dtype`, and of it what is held in 8 bits, scales included."""
+    frozen, scales = frozen_buffers(model), scale_names(model)
+    eight = {id(t): t.nbytes for name, t in frozen.items() if t.dtype is torch.int8 or name in scales}
+    others = {id(t): t.numel() * dtype.itemsize for t in frozen.values() if id(t) not in eight}
+    return sum(eight.values()) + sum(others.values()), sum(eight.values())
 
 
 def own_buffer_bytes(model: nn.Module) -> int:

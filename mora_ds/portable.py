@@ -32,6 +32,7 @@ from mora_ds.errors import UserError
 from mora_ds.files import MANIFEST, atomic_folder, verify_manifest, write_manifest
 from mora_ds.injection import inject, mora_layers, move_base
 from mora_ds.layer import AdaptedLinear
+from mora_ds.layer_merge import write_live
 from mora_ds.ledger import Ledger, live_weight
 from mora_ds.tensor_files import compute_dtype
 
@@ -105,8 +106,11 @@ def _set_live(
 ) -> None:
     """As `remora` forms it: all deltas summed and rounded once, or rounded after each."""
     original = original.clone()  # it may be the very tensor that is written to
-    for part in [[update] for update in updates] if step_by_step else [list(updates)]:
-        original = live_weight(original.to(dtype) if step_by_step else original, part, layer.transposed, dtype)
+    if not step_by_step:
+        write_live(layer, original, updates)
+        return
+    for update in updates:
+        original = live_weight(original.to(dtype), [update], layer.transposed, dtype)
     layer.weight.copy_(original)
 
 

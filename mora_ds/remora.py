@@ -3,7 +3,7 @@
 At an accumulation boundary, on all ranks, layer by layer, in the same order:
 
     square M in fp32 from the master partitions    (the only collective: r_hat^2 * 4 bytes a layer)
-    live weight = cast(original + all recorded deltas + this one), in place
+    live weight = cast(original + all recorded deltas + this one), in place; or, with 8 bits, quantize of that sum
     the cycle's squares into the ledger             (one writer a folder; see `Ledger`)
     squares, their masters and moments back to zero; the next cycle's grouping (LoRA: a fresh A)
 """
@@ -20,21 +20,22 @@ from torch import Tensor
 
 from mora_ds import zero
 from mora_ds.base import BaseCheckpoint
-from mora_ds.config import AdapterConfig
+from mora_ds.config import INCREMENTAL_IN_8_BITS, AdapterConfig
 from mora_ds.errors import RunError, UserError
 from mora_ds.injection import mora_layers, set_cycle
 from mora_ds.layer import AdaptedLinear
-from mora_ds.ledger import LayerEntry, Ledger, live_weight
+from mora_ds.layer_merge import MergeNorms, merge_layer, write_live
+from mora_ds.ledger import LayerEntry, Ledger
 from mora_ds.muon import uses_muon
 from mora_ds.resets import STEP, OptimizerReset, rule
-from mora_ds.updates import UpdateSpec, delta_weight, first_value
+from mora_ds.updates import UpdateSpec, first_value
 
 EXACT = "exact"
 INCREMENTAL = "incremental"
 
-
-PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-"""How far a merge may move the probe's loss, relative to it: what rounding the weights to that dtype can explain."""
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2, torch.int8: 3e-2}
+"""How far a merge may move the probe's loss, relative to it: what rounding the weights to that dtype can explain. In 8
+bits a number is off by at most 1/254 of its row's largest, in bf16 by at most 1/256 of itself."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class MergeReport:
     """Of what the squares stood for; `weight_norm` is that of the live weights before."""
     weight_norm: float
     rounding_loss: float
-    """Share of the deltas that the live weights' dtype did not take up (0 in fp32; the ledger has all of it)."""
+    """Share of the deltas that the live weights' dtype did not take up (0 in fp32; the ledger has all of it). Above 1
+    where deltas are smaller than what rounding changes, as they may be in 8 bits."""
     states_zeroed: float
     """Share of the squares' moments that is zero after the reset."""
     loss_before: float | None = None
@@ -79,6 +81,10 @@ class _Norms:
     delta: float = 0.0
     weight: float = 0.0
     lost: float = 0.0
+
+    def add(self, norms: MergeNorms) -> None:
+        for name, norm in norms._asdict().items():
+            setattr(self, name, getattr(self, name) + norm.item() ** 2)
 
 
 def layer_entries(model: torch.nn.Module) -> dict[str, LayerEntry]:
@@ -110,6 +116,8 @@ class ReMoRA:
     ) -> None:
         if precision == EXACT and base is None:
             raise RunError("exact merging rereads the original base: give one, or choose incremental")
+        if precision == INCREMENTAL and config.base_bits == 8:
+            raise UserError(INCREMENTAL_IN_8_BITS)
         _check_reset(engine, reset)
         self.engine, self.config, self.ledger = engine, config, ledger
         self.base, self.keys, self.precision = base, keys, precision
@@ -137,7 +145,7 @@ class ReMoRA:
         before = self.probe() if self.probe else None
         for name, layer in mora_layers(model).items():
             square = layer.whole(zero.full_fp32(self.engine, layer.value))
-            self._merge_layer(name, layer, square, norms)
+            norms.add(merge_layer(layer, self._start(name, layer), self._updates(name, layer, square), square))
             if self.is_writer:
                 recorded[name] = square.cpu()
         self._record(step, entries, recorded)
@@ -156,17 +164,6 @@ class ReMoRA:
             before,
             after,
         )
-
-    def _merge_layer(self, name: str, layer: AdaptedLinear, square: Tensor, norms: _Norms) -> None:
-        old = layer.weight.detach().clone()
-        self._write(name, layer, self._updates(name, layer, square))
-        delta = delta_weight(layer.spec, square)
-        delta = delta.T if layer.transposed else delta
-        norms.square += _energy(square)
-        norms.delta += _energy(delta)
-        norms.weight += _energy(old)
-        if old.dtype is not torch.float32:
-            norms.lost += _energy(layer.weight.float() - old.float() - delta)
 
     def _check_probe(self, step: int, before: float | None, after: float | None) -> None:
         if before is None or after is None:
@@ -188,22 +185,23 @@ class ReMoRA:
         if self.cycle and self.precision == INCREMENTAL:
             self._replay_incrementally()
         elif self.cycle:
-            for name, layer in mora_layers(self.engine.module).items():
-                self._write(name, layer, self.ledger.squares_of(name))
+            self.form_base()
         set_cycle(self.engine.module, self.config, self.cycle)
+
+    def form_base(self) -> None:
+        """The live base of the ledger, from the originals."""
+        for name, layer in mora_layers(self.engine.module).items():
+            write_live(layer, self._start(name, layer), self.ledger.squares_of(name))
 
     def _updates(self, name: str, layer: AdaptedLinear, square: Tensor) -> Iterator[tuple[UpdateSpec, Tensor]]:
         if self.precision == EXACT:
             yield from self.ledger.squares_of(name)
         yield layer.spec, square
 
-    def _write(self, name: str, layer: AdaptedLinear, updates: Iterator[tuple[UpdateSpec, Tensor]]) -> None:
-        """In place, so that storages and ties stay."""
-        weight = layer.weight
-        original = weight if self.precision == INCREMENTAL else self._original(name)
-        layer.weight.copy_(live_weight(original, updates, layer.transposed, weight.dtype, weight.device))
-
-    def _original(self, name: str) -> Tensor:
+    def _start(self, name: str, layer: AdaptedLinear) -> Tensor:
+        """What the updates are added to."""
+        if self.precision == INCREMENTAL:
+            return layer.weight
         assert self.base is not None
         return self.base.read(self.keys[f"{name}.weight"])
 
@@ -211,7 +209,7 @@ class ReMoRA:
         """The same roundings as the run made: one after each cycle."""
         for name, layer in mora_layers(self.engine.module).items():
             for update in self.ledger.squares_of(name):
-                self._write(name, layer, iter((update,)))
+                write_live(layer, layer.weight, (update,))
 
     def _record(self, step: int, entries: dict[str, LayerEntry], squares: dict[str, Tensor]) -> None:
         """Rank 0 appends first; then the writer of every node whose folder is not rank 0's folder."""
@@ -253,7 +251,3 @@ def _check_reset(engine: zero.Engine, reset: OptimizerReset) -> None:
     pruned = reset in (OptimizerReset.MAGNITUDE, OptimizerReset.RANDOM)
     if pruned and uses_muon(engine) and engine.zero_optimization_stage() in (1, 2):
         raise UserError(f"--optimizer_reset {reset.value} with Muon needs ZeRO stage 3 or 0: take it, or zero, or keep")
-
-
-def _energy(tensor: Tensor) -> float:
-    return torch.linalg.vector_norm(tensor.float()).item() ** 2

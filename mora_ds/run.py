@@ -17,13 +17,13 @@ from torch import Tensor
 
 from mora_ds import zero
 from mora_ds.adapter_files import BaseReference
-from mora_ds.base import BaseCheckpoint, renamed_keys, verify_against_model
+from mora_ds.base import BaseCheckpoint, NotOneToOne, renamed_keys, verify_against_model
 from mora_ds.checkpoint import CheckpointWriter, load_checkpoint
 from mora_ds.checkpoint_folder import TrainerState, check_identity, complete_checkpoints, find_checkpoint
 from mora_ds.config import AdapterConfig
 from mora_ds.errors import UserError
 from mora_ds.followers import Followers
-from mora_ds.injection import frozen_buffers, mora_layers, value_names
+from mora_ds.injection import base_weights, mora_layers, value_names
 from mora_ds.ledger import Ledger
 from mora_ds.new_rows import stands_for
 from mora_ds.ranks import Ranks
@@ -69,13 +69,14 @@ class Run:
         self.followers = self._find_followers(Path(folder)) if followers is None else followers
         self.folder = self.followers.folder
         opened = base if isinstance(base, BaseCheckpoint) else BaseCheckpoint.open(base, "base")
-        keys = dict(keys) if keys is not None else self._map(opened)
+        as_loaded = keys is None
+        keys = self._map(opened) if keys is None else dict(keys)
         fingerprint = self.ranks.on_first(opened.fingerprint)
         self.identity = run_identity(fingerprint, config, precision, identity)
         checkpoint = self._checkpoint(resume, overwrite)
         ledger = self._open_ledger(checkpoint, fingerprint)
         self.remora = ReMoRA(engine, config, ledger, opened, keys, precision, self.ranks.is_local_first, reset)
-        dtype = dtype_name(next(iter(mora_layers(engine.module).values())).weight.dtype)
+        dtype = dtype_name(next(iter(mora_layers(engine.module).values())).dtype)
         self._writer = RunWriter(
             engine,
             config,
@@ -92,6 +93,8 @@ class Run:
         if checkpoint is not None:
             self.state = load_checkpoint(checkpoint, engine, self.identity)
             self.remora.replay()
+        if as_loaded and config.base_bits == 8 and not self.remora.cycle:
+            self.remora.form_base()  # of the originals: the model may have been loaded in another dtype than theirs
 
     def merge(self, step: int) -> MergeReport:
         """Merge all squares after optimizer step `step` and start the next cycle."""
@@ -150,13 +153,28 @@ class Run:
     def _map(self, base: BaseCheckpoint) -> dict[str, str]:
         """Keys of every parameter the model was loaded with; the frozen ones are compared bit for bit."""
         model: Any = self.engine.module
-        frozen = frozen_buffers(model)
+        frozen = base_weights(model)
         squares = value_names(model)
         names = [*frozen, *(stands_for(name) for name, _ in model.named_parameters() if name not in squares)]
         ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
         keys = base.map_parameters(names, model.base_model_prefix, ties, renamed_keys(model, base.keys()))
-        self.ranks.on_first(lambda: verify_against_model(base, keys, frozen, frozen))
+        whole = {name: tensor for name, tensor in frozen.items() if tensor.dtype is not torch.int8}
+        self.ranks.on_first(lambda: verify_against_model(base, keys, whole, whole))
+        self.ranks.on_first(lambda: _verify_8_bits(base, keys, model))
         return keys
+
+
+def _verify_8_bits(base: BaseCheckpoint, keys: Mapping[str, str], model: Any) -> None:
+    """Every weight in 8 bits is its original to within its rounding, and that of any dtype it was loaded in. Raises
+    `NotOneToOne` naming the first that is not."""
+    for name, layer in mora_layers(model).items():
+        if layer.weight_scales is None:
+            continue
+        key = keys[f"{name}.weight"]
+        original = base.read(key).to(layer.weight.device, torch.float32)
+        step = layer.weight_scales.max().item()
+        if original.shape != layer.weight.shape or not torch.allclose(layer.read(), original, rtol=2**-8, atol=step):
+            raise NotOneToOne(f"{name}.weight of the model is not, in 8 bits, the tensor {key!r} of {base.folder}")
 
 
 def run_identity(

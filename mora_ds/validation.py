@@ -12,7 +12,7 @@ from enum import Enum
 
 from mora_ds.adapter_arguments import AdapterArguments, AdapterKind, MergePrecision, TPGrouping
 from mora_ds.arguments import Arguments
-from mora_ds.config import LoRAConfig, MoRAConfig
+from mora_ds.config import INCREMENTAL_IN_8_BITS, SPLIT_IN_8_BITS, LoRAConfig, MoRAConfig
 from mora_ds.data_arguments import DataArguments
 from mora_ds.ds_optimizer import OptimizerKind
 from mora_ds.errors import UserError, member_named, nearest
@@ -143,6 +143,9 @@ def _adapter(adapter: AdapterArguments) -> Iterator[Check]:
         f"--adapter {adapter.adapter} has nothing to merge: drop --merge_every, --merge_when and --merge_at_end",
     )
     yield from _new_embeddings(adapter, control)
+    eight_bits = adapter.base_bits == 8
+    yield eight_bits and control, f"--base_bits 8: --adapter {adapter.adapter} has no weight frozen beside an adapter"
+    yield eight_bits and adapter.merge_precision == MergePrecision.INCREMENTAL.value, INCREMENTAL_IN_8_BITS
     yield adapter.full_rank_steps < 0, _at_least("full_rank_steps", 0, adapter.full_rank_steps)
     yield (
         control and adapter.full_rank_steps > 0,
@@ -310,6 +313,7 @@ def _split(arguments: Arguments, flag: str) -> Iterator[Check]:
         adapter.adapter != AdapterKind.MORA.value,
         f"{flag} splits squares, and --adapter {adapter.adapter} has none: leave it at 1",
     )
+    yield adapter.base_bits == 8, SPLIT_IN_8_BITS.format(arguments.training.tensor_parallel_size)
     yield adapter.full_rank_steps > 0, f"{flag}: --full_rank_steps train every parameter under plain ZeRO, at 1 only"
     yield adapter.mora_dropout > 0, f"{flag}: every rank of a group would draw other masks, so --mora_dropout must be 0"
     yield (
@@ -337,6 +341,7 @@ def _refusals(arguments: Arguments) -> list[str]:
         ),
         lambda: MoRAConfig(dropout=adapter.mora_dropout),
         lambda: MoRAConfig(compute=adapter.compute),
+        lambda: MoRAConfig(base_bits=adapter.base_bits),
         lambda: MoRAConfig(target_modules=tuple(adapter.target_modules)),
         lambda: schedule_kind(training.lr_scheduler_type),
         lambda: ramps.schedule(max(steps, 1)),

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         *("operator_spec", "compiling", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer"),
         *("ds_tensor_parallel", "stopping", "topology", "sequence_parallel", "restart", "background", "forgetting"),
-        *("trials", "new_rows", "memory_meter"),
+        *("trials", "new_rows", "memory_meter", "eight_bits"),
     ),
     (
         *("wiring", "data", "cli", "pulse", "ds_config", "tensor_files", "metrics", "run_folder", "followers"),
@@ -41,7 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("block_windows",),
     ),
     ("tensor_plan", "adapter_arguments", "ledger", "checkpoint"),
-    ("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs"),
+    ("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge"),
     (
         *("tensor_parallel", "remora", "model_card", "ledger_tools", "universal", "portable", "validation"),
         *("run_data", "verification", "costs"),

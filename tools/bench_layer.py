@@ -1,6 +1,7 @@
 """Time one layer, forward and backward, against the frozen layer alone: squares, LoRA, full training.
 
     python tools/bench_layer.py [--dtypes float32 bfloat16] [--shapes 1024x1024] [--tokens 256 2048] [--threads 1]
+        [--base_bits 8]      three more columns: the frozen layer, and both paths, on a weight in 8 bits
 
 Every figure is the median of interleaved pairs (the frozen layer, then the case; output and input gradient of both) in
 one process, so 1.00 is an adapter that costs nothing; in one thread of a CPU by the thread's own time, of which other
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mora_ds.compute import Compute, choose, mora_linear
+from mora_ds.eight_bits import Int8Weight, frozen_linear, quantize
 from mora_ds.layer import LoRALinear
 from mora_ds.lora import LoRASpec
 from mora_ds.operators import Grouping, OperatorKind, OperatorSpec, square_size
@@ -62,7 +64,7 @@ def make(kind: OperatorKind, rank: int, shape: tuple[int, int], tokens: int, lik
     )
 
 
-def forwards(layer: Layer) -> dict[str, tuple[Step, list[Tensor]]]:
+def forwards(layer: Layer, base_bits: int) -> dict[str, tuple[Step, list[Tensor]]]:
     """Name -> (forward, what it trains)."""
     x, weight, spec = layer.x, layer.base.weight, layer.spec
     square = torch.zeros(spec.r_hat, spec.r_hat, dtype=x.dtype, device=x.device).requires_grad_()
@@ -79,6 +81,12 @@ def forwards(layer: Layer) -> dict[str, tuple[Step, list[Tensor]]]:
         found["PEFT LoRA"] = lambda: peft(x), [p for p in peft.parameters() if p.requires_grad]
     for path in (Compute.ACTIVATION, Compute.WEIGHT):
         found[path.value] = (lambda path=path: mora_linear(x, weight, None, square, spec, path)), [square]  # type: ignore[misc]
+    if base_bits == 8:
+        small = Int8Weight(*quantize(weight))
+        found["frozen, int8"] = (lambda: frozen_linear(x, small, None)), []
+        for path in (Compute.ACTIVATION, Compute.WEIGHT):
+            step = lambda path=path: mora_linear(x, small, None, square, spec, path)  # noqa: E731
+            found[f"{path.value}, int8"] = step, [square]
     return found
 
 
@@ -157,18 +165,23 @@ def kept_mib(layer: Layer, step: Step, trained: list[Tensor]) -> float:
 
 
 COLUMNS = ("full", "PEFT LoRA", "our LoRA", "reference", "activation", "weight")
+IN_8_BITS = ("frozen, int8", "activation, int8", "weight, int8")
 
 
-def row(layer: Layer, now: Callable[[], float], seconds: float) -> str:
-    cases, spec = forwards(layer), layer.spec
+def row(layer: Layer, now: Callable[[], float], seconds: float, base_bits: int) -> str:
+    cases, spec = forwards(layer, base_bits), layer.spec
     found, tokens = ratios(layer, cases, now, seconds), len(layer.x)
     auto = choose(tokens, spec.d_in, spec.d_out, layer.x.dtype, spec)
     kept = [kept_mib(layer, *cases[name]) if name in cases else float("nan") for name in ("PEFT LoRA", auto.value)]
-    figures = "".join(f" | {found[name]:.2f}" if name in found else " | -" for name in COLUMNS)
+    figures = "".join(f" | {found[name]:.2f}" if name in found else " | -" for name in columns(base_bits))
     return (
         f"| {spec.d_in} x {spec.d_out}, {tokens} | {spec.kind.value} r={layer.rank} | {found['frozen'] * 1e3:.1f} ms"
         f"{figures} | {auto.value}: {found[auto.value]:.2f} | {kept[0]:.1f}, {kept[1]:.1f} |"
     )
+
+
+def columns(base_bits: int) -> tuple[str, ...]:
+    return (*COLUMNS, *IN_8_BITS) if base_bits == 8 else COLUMNS
 
 
 def main() -> None:
@@ -180,15 +193,17 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 2048])
     parser.add_argument("--operators", nargs="+", default=[f"{kind.value}:{rank}" for kind, rank in CASES])
     parser.add_argument("--seconds", type=float, default=0.5, help="at least so long, and three pairs, for each figure")
+    parser.add_argument("--base_bits", type=int, choices=[8, 16], default=16, help="8: the frozen weight in 8 bits too")
     options = parser.parse_args()
+    names = columns(options.base_bits)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     now = clock(device, options.threads)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {options.threads} thread(s)"
     for dtype in options.dtypes:
         print(f"{name}, torch {torch.__version__}, {dtype}: ratios to the frozen layer alone")
-        print(f"| d_in x d_out, tokens | square | frozen | {' | '.join(COLUMNS)} | auto | kept, MiB |")
-        print("|---" * (len(COLUMNS) + 5) + "|")
+        print(f"| d_in x d_out, tokens | square | frozen | {' | '.join(names)} | auto | kept, MiB |")
+        print("|---" * (len(names) + 5) + "|")
         like = {"dtype": getattr(torch, dtype), "device": device}
         for shape in options.shapes:
             for tokens in options.tokens:
@@ -196,7 +211,7 @@ def main() -> None:
                     kind, rank = operator.split(":")
                     sides = tuple(int(side) for side in shape.split("x"))
                     layer = make(OperatorKind(kind), int(rank), (sides[0], sides[1]), tokens, like)
-                    print(row(layer, now, options.seconds), flush=True)
+                    print(row(layer, now, options.seconds, options.base_bits), flush=True)
 
 
 if __name__ == "__main__":

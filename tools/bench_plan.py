@@ -1,6 +1,7 @@
 """Planned against measured memory and traffic, on 1, 2 and 4 real ranks (gloo, CPU).
 
     python tools/bench_plan.py [--ranks 1 2 4] [--layers 8] [--hidden 512] [--rows 2] [--seq_len 256] [--rank 32]
+        [--base_bits 8]
 
 A Llama of random weights is written to disk, mapped by every rank, given squares and trained for a few steps under
 ZeRO-3. Measured on rank 0, beside what `mora_ds.plan` says from the config alone:
@@ -74,12 +75,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--seq_len", type=int, default=256)
     parser.add_argument("--rank", type=int, default=32, help="of the squares, as --mora_rank")
+    parser.add_argument("--base_bits", type=int, choices=[8, 16], default=16)
     parser.add_argument("--checkpointing", action="store_true")
     return parser.parse_args()
 
 
 def _adapter(options: argparse.Namespace) -> MoRAConfig:
-    return MoRAConfig(rank=options.rank, operator="share")
+    return MoRAConfig(rank=options.rank, operator="share", base_bits=options.base_bits)
 
 
 def _ds_config(options: argparse.Namespace) -> dict[str, Any]:
@@ -93,14 +95,16 @@ def _ds_config(options: argparse.Namespace) -> dict[str, Any]:
 
 def _print(ranks: int, plan: Plan, found: list[dict[str, float]]) -> None:
     memory, mine = plan.memory, found[0]
+    mapped = plan.files - memory.base + plan.eight_bits  # beside a base in 8 bits: what it was made of
     rows = [
         ("held between steps", memory.held + _persistent(plan), mine["held"]),
         ("kept at the end of forward", memory.activations, mine["kept"]),
         ("forward and backward, peak", memory.forward_backward - memory.gathered, mine["peak"]),
         ("optimizer's step, peak", memory.optimizer_step, mine["step"]),
         ("gathered a step", plan.gathered, mine["gathered"]),
-        ("resident, peak", memory.peak, mine["resident"]),
-        ("Pss, all ranks, between steps", memory.base + ranks * (memory.held - memory.base + _persistent(plan)),
+        ("resident, peak", memory.peak + mapped, mine["resident"]),
+        ("Pss, all ranks, between steps",
+         plan.files + ranks * (memory.held - memory.base + plan.eight_bits + _persistent(plan)),
          sum(each["pss"] for each in found)),
     ]  # fmt: skip
     lines = [[f"{ranks} rank(s)", "planned", "measured", "measured / planned"]]

@@ -58,6 +58,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--mora_rank", type=int, default=8)
     parser.add_argument("--operator", default="auto")
     parser.add_argument("--target_modules", nargs="+", default=["all-linear"])
+    parser.add_argument("--base_bits", type=int, default=AdapterArguments.base_bits)
     parser.add_argument("--train_embeddings", action="store_true")
     parser.add_argument("--train_norms", action="store_true")
     parser.add_argument("--train_head", action="store_true")
@@ -86,7 +87,10 @@ def _work(given: argparse.Namespace) -> Work:
     adapter = AdapterArguments(
         adapter=given.adapter, mora_rank=given.mora_rank, operator=given.operator, target_modules=given.target_modules,
         train_embeddings=given.train_embeddings, train_norms=given.train_norms, train_head=given.train_head,
+        base_bits=given.base_bits,
     )  # fmt: skip
+    if given.adapter == AdapterKind.FULL.value and given.base_bits == 8:
+        raise UserError("--base_bits 8: --adapter full leaves no weight frozen")
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return Work(
         config=named_config(given.model, given.trust_remote_code),

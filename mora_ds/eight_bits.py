@@ -1,0 +1,120 @@
+"""A frozen weight in 8 bits: whole numbers from -127 to 127, and one scale for each output.
+
+    quantize(W) -> values, scales       scale = max |row| / 127, value = round(W / scale): off by at most scale / 2
+    dense(weight, dtype)                values * scales, made anew for every product, in forward and in backward
+    frozen_linear(x, weight, bias)      keeps nothing for backward, neither of the size of W nor of x
+
+Shape legend:  O = d_out, D = d_in.
+
+Plain torch, because what libraries have is made for inference: torch's `_weight_int8pack_mm` has no backward, and
+torchao's tensor subclass brings products of its own where here the update is added to the weight first. The scheme is
+theirs (symmetric, one scale an output), so another kernel may take the place of `dense` in a product.
+
+Each number comes of separate elementwise operations, in the same order on every device and for every number of
+threads: the same weight gives the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mora_ds.errors import RunError, UserError
+
+LARGEST = 127
+
+_CHUNK = {"cpu": 1 << 18}
+"""Elements worked on at a time on a CPU: 1 MiB in fp32, which stays in a core's cache."""
+
+_CHUNK_OF_DEVICES = 1 << 24
+"""Elsewhere: 64 MiB."""
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """values (O, D) int8, which may be a transposed view, and scales (O,) fp32."""
+
+    values: Tensor
+    scales: Tensor
+
+
+Weight: TypeAlias = Tensor | Int8Weight
+"""(O, D), either way."""
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(O, D) of any floating dtype -> values (O, D) int8, contiguous, and scales (O,) fp32. `weight` is not written to.
+
+    Raises `RunError` where an element is not finite.
+    """
+    outputs, inputs = weight.shape
+    values = torch.empty((outputs, inputs), dtype=torch.int8, device=weight.device)
+    scales = torch.empty(outputs, dtype=torch.float32, device=weight.device)
+    rows = _rows_at_once(weight)
+    for start in range(0, outputs, rows):
+        part = weight[start : start + rows].float()
+        least, most = torch.aminmax(part, dim=1)
+        scale = torch.maximum(most, -least)
+        # A tensor as divisor: by a number, CUDA multiplies with its reciprocal, which rounds otherwise.
+        scale = scale / torch.full_like(scale, LARGEST)
+        scales[start : start + rows] = scale
+        divisor = torch.where(scale == 0, 1, scale).unsqueeze(1)  # a row of zeros
+        values[start : start + rows] = (part / divisor).round_().clamp_(-LARGEST, LARGEST)
+    if not (weight.is_meta or torch.isfinite(scales).all()):
+        raise RunError("a weight that is not finite cannot be held in 8 bits")
+    return values, scales
+
+
+def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The weight (O, D) to multiply by: itself, or values * scales rounded to `dtype`, a new tensor."""
+    if isinstance(weight, Tensor):
+        return weight
+    if weight.values.is_contiguous():
+        return _multiplied(weight.values, weight.scales.unsqueeze(1), dtype)
+    return _multiplied(weight.values.T, weight.scales.unsqueeze(0), dtype).T
+
+
+def _multiplied(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    found = torch.empty(values.shape, dtype=dtype, device=values.device)
+    if values.device.type != "cpu":  # one kernel, which converts on its way
+        return torch.mul(values, scales, out=found)
+    rows = _rows_at_once(values)
+    for start in range(0, len(values), rows):
+        part = slice(start, start + rows)
+        torch.mul(values[part], scales[part] if len(scales) > 1 else scales, out=found[part])
+    return found
+
+
+def _rows_at_once(matrix: Tensor) -> int:
+    return max(1, _CHUNK.get(matrix.device.type, _CHUNK_OF_DEVICES) // max(1, matrix.shape[1]))
+
+
+def check_floating(x: Tensor, weight: Weight) -> None:
+    """Some models cast what they compute to the dtype of a layer's weight. Raises `UserError` where that is int8."""
+    if isinstance(weight, Int8Weight) and not x.is_floating_point():
+        raise UserError(f"--base_bits 8: this model casts activations to the dtype of a layer's weight, here {x.dtype}")
+
+
+def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """W x + b for a frozen W: (..., D) -> (..., O)."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight, bias)
+    return _FrozenLinear.apply(x, weight, bias)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """The weight in backward is formed again: autograd would keep the dense one, as large as what 8 bits save."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, dense(weight, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = gradients
+        return g @ dense(ctx.weight, g.dtype), None, None
