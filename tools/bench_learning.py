@@ -63,7 +63,14 @@ METHODS: dict[str, Method] = {
     "remora-alternate": Method({"operator": "share", "grouping": "alternate"}, merges=True),
     "mora-muon": Method({"operator": "rotate", "optimizer": "muon"}, MUON_RATES, rate_flag="muon_learning_rate"),
     "remora-muon": Method({"operator": "rotate", "optimizer": "muon"}, MUON_RATES, True, "muon_learning_rate"),
-    "mora-warm": Method({"operator": "rotate", "full_rank_learning_rate": 3e-3}, full_rank=0.2),
+    "mora-warm": Method({"operator": "rotate", "full_rank_learning_rate": 1e-3}, full_rank=0.2),
+    "mora-muon-warm": Method(
+        {"operator": "rotate", "optimizer": "muon", "full_rank_learning_rate": 1e-3},
+        MUON_RATES,
+        False,
+        "muon_learning_rate",
+        full_rank=0.2,
+    ),
     "full": Method({"adapter": "full"}, rates=FULL_RATES),
 }
 REPLAYS = {f"replay-{share}": Method({"operator": "rotate"}, (1e-2,), replay=share / 100) for share in (5, 10, 25)}
