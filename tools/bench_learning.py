@@ -63,6 +63,8 @@ METHODS: dict[str, Method] = {
     "remora-alternate": Method({"operator": "share", "grouping": "alternate"}, merges=True),
     "mora-muon": Method({"operator": "rotate", "optimizer": "muon"}, MUON_RATES, rate_flag="muon_learning_rate"),
     "remora-muon": Method({"operator": "rotate", "optimizer": "muon"}, MUON_RATES, True, "muon_learning_rate"),
+    "lora-embeddings": Method({"adapter": "lora", "train_embeddings": True}, LORA_RATES),
+    "mora-embeddings": Method({"operator": "rotate", "train_embeddings": True}),
     "mora-warm": Method({"operator": "rotate", "full_rank_learning_rate": 1e-3}, full_rank=0.2),
     "mora-muon-warm": Method(
         {"operator": "rotate", "optimizer": "muon", "full_rank_learning_rate": 1e-3},
