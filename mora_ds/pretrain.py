@@ -16,12 +16,12 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from mora_ds import zero
 from mora_ds.adapter_arguments import AdapterKind
 from mora_ds.arguments import Arguments, dump
 from mora_ds.checkpoint_care import name_best, name_latest, settle
 from mora_ds.checkpoint_folder import AUTO, TrainerState, check_world_size, find_checkpoint, step_folder
 from mora_ds.chunked_loss import check_chunked_loss, chunk_loss
+from mora_ds.collective_counter import CollectiveCounter
 from mora_ds.compiling import check_compiler, compile_operators
 from mora_ds.data import Mixture, TrainData
 from mora_ds.dry_run import dry_run
@@ -187,7 +187,7 @@ def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule
     if place.checkpoint is not None:
         log.say(_resumed(place.checkpoint, state, steps))
     state.total_steps = steps
-    counter = zero.CollectiveCounter(job.base_tensors.values())
+    counter = CollectiveCounter(job.base_tensors.values())
 
     trainer = Trainer(
         share=Share(job.engine, arguments.training.ranks_per_replica, job.split),
@@ -220,7 +220,7 @@ def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule
 
 def _evaluate(arguments: Arguments, job: Job, data: RunData, place: Place) -> dict[str, Any]:
     """--adapter none: the perplexities of the base, under the same names as any run's."""
-    settings, counter = _loop_settings(arguments, 0, 0), zero.CollectiveCounter()
+    settings, counter = _loop_settings(arguments, 0, 0), CollectiveCounter()
     schedule = Schedule(ScheduleKind.CONSTANT, arguments.training.learning_rate, total_steps=1)
     if place.ranks.is_first:
         write_run_file(place.folder, dump(arguments), {"world_size": place.ranks.world, "steps": 0})
@@ -289,7 +289,7 @@ def _watch(arguments: Arguments) -> Watch:
     return Watch.of(arguments.training.stop_when_forgotten, arguments.training.best_by)
 
 
-def _summary(job: Job, state: TrainerState, trainer: Trainer, counter: zero.CollectiveCounter) -> dict[str, Any]:
+def _summary(job: Job, state: TrainerState, trainer: Trainer, counter: CollectiveCounter) -> dict[str, Any]:
     return {
         "steps": state.step,
         "tokens": state.tokens,

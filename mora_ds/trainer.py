@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mora_ds import stopping, zero
 from mora_ds.checkpoint_folder import TrainerState
+from mora_ds.collective_counter import CollectiveCounter
 from mora_ds.data import IGNORED, Mixture, PackedDataset, StreamMixture, TrainData
 from mora_ds.errors import RunError, Stopped
 from mora_ds.forgetting import Watch, report
@@ -59,7 +60,7 @@ class Trainer:
     schedule: Schedule
     settings: LoopSettings
     log: MetricsLog
-    counter: zero.CollectiveCounter
+    counter: CollectiveCounter
     state: TrainerState
     save: Callable[[TrainerState], Path]
     merger: Merger | None = None

@@ -20,6 +20,7 @@ from mora_ds import zero
 from mora_ds.adapter_arguments import AdapterArguments
 from mora_ds.arguments import parse
 from mora_ds.base import BaseCheckpoint, write_own_base
+from mora_ds.collective_counter import CollectiveCounter
 from mora_ds.config import LoRAConfig, MoRAConfig
 from mora_ds.dry_run import planned
 from mora_ds.ds_config import complete_ds_config
@@ -57,7 +58,7 @@ def trained(stage: int, operator: str, **options: Any) -> dict[str, Any]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     inject(model, adapter(rank=4, base_bits=8, **kind))
     engine, *_ = initialize(model=model, config=ds_config(stage, ROWS // world, 1))
-    counter, seen = zero.CollectiveCounter(frozen_buffers(model).values()), {}
+    counter, seen = CollectiveCounter(frozen_buffers(model).values()), {}
     found = []
     with counter.counting(), CountedBelow(seen):
         for step in range(3):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
         *("errors", "version", "ds_config_keys", "lanes", "tables", "processes", "status", "zero_trace"),
-        *("capped_attention", "zero", "muon"),
+        *("capped_attention", "zero", "muon", "collective_counter"),
     ),
     (
         *("operator_spec", "compiling", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer"),
@@ -71,10 +71,10 @@ DATA_FLOORS: tuple[tuple[str, ...], ...] = (
 DATA_SEES = {"errors", "files"}
 
 DEEPSPEED = {
-    *("zero", "muon", "topology", "flat_tensors", "partitions", "sequence_parallel", "engine", "saving", "jobs"),
-    "dry_run",
+    *("zero", "collective_counter", "muon", "topology", "flat_tensors", "partitions", "sequence_parallel"),
+    *("engine", "saving", "jobs", "dry_run"),
 }
-"""Rooms that may import deepspeed: internals in the first six, its public functions in the others."""
+"""Rooms that may import deepspeed: internals in the first line, its public functions in the other."""
 
 DISTRIBUTED = {
     *("ranks", "pulse", "background", "engine", "checkpoint", "followers", "flat_tensors", "partitions", "remora"),

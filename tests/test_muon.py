@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mora_ds import zero
 from mora_ds.arguments import parse
+from mora_ds.collective_counter import CollectiveCounter
 from mora_ds.config import MoRAConfig
 from mora_ds.ds_config import complete_ds_config, resolve_ds_config
 from mora_ds.engine import initialize, initialize_full
@@ -351,7 +352,7 @@ def carried(persistent: bool) -> dict[str, int]:
     config = muon_config(3, 3, 1)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 10**6 if persistent else 0
     engine, *_ = initialize(model=model, config=config)
-    counter = zero.CollectiveCounter()
+    counter = CollectiveCounter()
     with counter.counting():
         for step in range(2):
             counter.reset()

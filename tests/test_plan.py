@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from mora_ds import operators, zero
 from mora_ds.arguments import parse
+from mora_ds.collective_counter import CollectiveCounter
 from mora_ds.config import MoRAConfig
 from mora_ds.dry_run import planned
 from mora_ds.ds_config import complete_ds_config
@@ -168,7 +169,7 @@ def measured(checkpointing: bool, accumulation: int, settings: dict[str, int], b
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     inject(model, ADAPTER)
     engine, optimizer, *_ = initialize(model=model, config=ds_config(accumulation, settings, bf16))
-    counter = zero.CollectiveCounter(frozen_buffers(model).values())
+    counter = CollectiveCounter(frozen_buffers(model).values())
     with counter.counting():
         for _ in range(3):  # ZeRO-3 knows the order of modules from the third micro-batch on
             counter.reset()

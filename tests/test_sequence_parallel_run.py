@@ -132,6 +132,7 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
     "evaluation cut short": ("--max_eval_batches", 3, "--per_device_eval_batch_size", 1),
     "all trained": ("--train_embeddings", "true", "--train_head", "true", "--async_save", "true"),
     "muon": ("--optimizer", "muon"),
+    "base in 8 bits": ("--base_bits", 8),
     "ZeRO-1": ("--deepspeed", "configs/zero1.json"),
     "no ZeRO": ("--deepspeed", "configs/zero0.json"),
 }

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mora_ds import zero
+from mora_ds.collective_counter import CollectiveCounter
 from mora_ds.config import MoRAConfig
 from mora_ds.costs import Collective, cost_table, costs
 from mora_ds.injection import frozen_buffers, inject
@@ -41,7 +41,7 @@ def counted(case: Case) -> dict[str, Any]:
     """Bytes of one micro-batch's forward and backward, by kind, and those of the base."""
     engine, replica, replicas = start(case, DEGREE, **PASSES)
     engine.module.enable_input_require_grads()  # or the first layers would be spared their backward
-    counter = zero.CollectiveCounter(frozen_buffers(engine.module).values())
+    counter = CollectiveCounter(frozen_buffers(engine.module).values())
     ids = tokens(ROWS * replicas, LENGTH)[replica * ROWS :][:ROWS]
     with counter.counting():
         for index in range(3):  # ZeRO-3 traces the first micro-batch; the second ends a step

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mora_ds
 from mora_ds import zero
+from mora_ds.collective_counter import CollectiveCounter
 from mora_ds.config import MoRAConfig
 from mora_ds.engine import initialize
 from mora_ds.injection import frozen_buffers, inject, mora_layers
@@ -193,7 +194,7 @@ def count_bytes(accumulation: int, zero_settings: dict[str, int]) -> dict[str, A
     config = ds_config(3, 3, accumulation)
     config["zero_optimization"].update(zero_settings)
     engine, *_ = initialize(model=model, config=config)
-    counter = zero.CollectiveCounter(frozen_buffers(model).values())
+    counter = CollectiveCounter(frozen_buffers(model).values())
     seen: dict[str, int] = {}
     with counter.counting(), CountedBelow(seen):
         for step in range(3):

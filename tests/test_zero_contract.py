@@ -19,6 +19,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
 from mora_ds import zero
+from mora_ds.collective_counter import CollectiveCounter
 from mora_ds.resets import zero as zero_state
 from tests.gloo import run_ranks
 
@@ -238,7 +239,7 @@ def collectives() -> list[str]:
     """Methods of the backend object can be wrapped on it and unwrapped again; stage 3 goes through them."""
     backend = deepspeed.comm.comm.cdb
     engine = new_engine(3, "float32", stage3_param_persistence_threshold=0)
-    counter = zero.CollectiveCounter()
+    counter = CollectiveCounter()
     with counter.counting():
         one_step(engine)
     facts = {

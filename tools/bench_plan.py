@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout,
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds import MoRAConfig, cli, initialize, inject
+from mora_ds.collective_counter import CollectiveCounter
 from mora_ds.ds_config import complete_ds_config
 from mora_ds.engine import start_distributed
 from mora_ds.ledger_table import table
@@ -41,7 +42,6 @@ from mora_ds.memory_meter import MemoryMeter
 from mora_ds.plan import Plan, Planner
 from mora_ds.plan_step import Work, planned_model
 from mora_ds.plan_time import Cluster
-from mora_ds.zero import CollectiveCounter
 
 STEPS = 4
 

@@ -31,10 +31,10 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mora_ds import MoRAConfig, cli, initialize, inject
+from mora_ds.collective_counter import CollectiveCounter
 from mora_ds.config import LoRAConfig
 from mora_ds.engine import initialize_full, start_distributed
 from mora_ds.ledger_table import table
-from mora_ds.zero import CollectiveCounter
 
 VOCABULARY = 8192
 PEER, OURS = "PEFT LoRA", "mora_ds"
