@@ -234,7 +234,7 @@ def sum_of_blocks(spec: OperatorSpec, products: Tensor) -> Tensor:
 def tokens_in_cache(x: Tensor, width: int) -> int:
     """Tokens of `width` numbers that a CPU moves at once, so that they are still in its cache when they are multiplied;
     elsewhere all of x (tokens, ...)."""
-    return max(1, 2**18 // width if scatters(x) else len(x))
+    return max(256, 2**18 // width) if scatters(x) else max(1, len(x))
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
