@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -187,6 +188,20 @@ def test_broken_json_array_names_its_line_and_element(tmp_path: Path) -> None:
     assert "a.json, line 3, column 10: broken JSON" in error(tmp_path / "a.json")
     (tmp_path / "b.json").write_text('[{"text": "a"}, {"text": 1}]')
     assert "b.json, element 2: field 'text' holds int" in error(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_records_too_long_to_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Callable[..., bytes]) -> None:
+    suffix = ".gz" if pack is gzip.compress else ""
+    path, array = tmp_path / f"a.jsonl{suffix}", tmp_path / f"a.json{suffix}"
+    rows: list[object] = [{"text": "short"}, {"text": "x" * (1 << 20)}]
+    path.write_bytes(pack(lines(rows)))
+    array.write_bytes(pack(json.dumps(rows).encode()))
+    assert texts(path) == texts(array) == ["short", "x" * (1 << 20)]
+    monkeypatch.setattr(readers, "LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(readers, "ARRAY_BYTES", 1 << 20)
+    assert f"{path.name}, line 2: longer than 1 MiB" in error(path)
+    assert f"{array.name}: an array of more than 1 MiB" in error(array)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.txt.gz", "a.jsonl.gz"])

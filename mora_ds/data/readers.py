@@ -7,6 +7,7 @@
     .gz .zst       of text and JSON
 
 Nothing here holds more than one piece, line or record batch in memory (a `.json` array apart, which is parsed whole).
+What cannot be read in pieces has a limit: `LINE_BYTES`, `ARRAY_BYTES`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +33,12 @@ from mora_ds.errors import UserError, nearest
 
 PIECE_CHARACTERS = 1 << 20
 """A text file longer than this is handed on in pieces of about this size, cut at line ends."""
+
+LINE_BYTES = 256 << 20
+"""A JSON line takes several times its size in memory while it is parsed, in every process that reads."""
+
+ARRAY_BYTES = 2 << 30
+"""Of a JSON array, unpacked."""
 
 _READ_BYTES = 1 << 20
 _ROWS_PER_BATCH = 1024
@@ -250,11 +257,11 @@ def _line_rows(path: Path, mark: Mark) -> Iterator[tuple[str, Any, Mark]]:
     offset = mark.offset
     with _open(path) as stream:
         if is_packed(path):
-            for _ in islice(stream, mark.record):
+            for _ in islice(_lines(stream, path), mark.record):
                 pass
         else:
             stream.seek(offset)
-        for number, line in enumerate(stream, start=mark.record + 1):
+        for number, line in enumerate(_lines(stream, path, mark.record), start=mark.record + 1):
             start, offset = offset, offset + len(line)
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
@@ -263,9 +270,30 @@ def _line_rows(path: Path, mark: Mark) -> Iterator[tuple[str, Any, Mark]]:
                 yield f"{path}, line {number}", row, Mark(number, offset)
 
 
+def _lines(stream: IO[bytes], path: Path, before: int = 0) -> Iterator[bytes]:
+    for number in count(before + 1):
+        line = stream.readline(LINE_BYTES + 1)
+        if not line:
+            return
+        if len(line) > LINE_BYTES:
+            raise UserError(
+                f"{path}, line {number}: longer than {LINE_BYTES >> 20} MiB, and a record is parsed whole; split it, or "
+                "give the document as a text file, which is read in pieces"
+            )
+        yield line
+
+
 def _array_rows(path: Path, mark: Mark) -> Iterator[tuple[str, Any, Mark]]:
+    data = bytearray()
     with _open(path) as stream:
-        rows = _parse(path, stream.read().removeprefix(codecs.BOM_UTF8), 1, 0)
+        while block := stream.read(_READ_BYTES):
+            data += block
+            if len(data) > ARRAY_BYTES:
+                raise UserError(
+                    f"{path}: an array of more than {ARRAY_BYTES >> 20} MiB, which is parsed whole; make it JSON lines, "
+                    "for instance with jq -c '.[]'"
+                )
+    rows = _parse(path, bytes(data.removeprefix(codecs.BOM_UTF8)), 1, 0)
     for number, row in enumerate(rows[mark.record :], start=mark.record + 1):
         yield f"{path}, element {number}", row, Mark(number)
 
