@@ -277,8 +277,8 @@ def _lines(stream: IO[bytes], path: Path, before: int = 0) -> Iterator[bytes]:
             return
         if len(line) > LINE_BYTES:
             raise UserError(
-                f"{path}, line {number}: longer than {LINE_BYTES >> 20} MiB, and a record is parsed whole; split it, or "
-                "give the document as a text file, which is read in pieces"
+                f"{path}, line {number}: longer than {LINE_BYTES >> 20} MiB, and a record is parsed whole; split it, "
+                "or give the document as a text file, which is read in pieces"
             )
         yield line
 
@@ -290,8 +290,8 @@ def _array_rows(path: Path, mark: Mark) -> Iterator[tuple[str, Any, Mark]]:
             data += block
             if len(data) > ARRAY_BYTES:
                 raise UserError(
-                    f"{path}: an array of more than {ARRAY_BYTES >> 20} MiB, which is parsed whole; make it JSON lines, "
-                    "for instance with jq -c '.[]'"
+                    f"{path}: an array of more than {ARRAY_BYTES >> 20} MiB, which is parsed whole; make it JSON "
+                    "lines, for instance with jq -c '.[]'"
                 )
     rows = _parse(path, bytes(data.removeprefix(codecs.BOM_UTF8)), 1, 0)
     for number, row in enumerate(rows[mark.record :], start=mark.record + 1):
