@@ -24,7 +24,7 @@ class Exchange:
     """A gloo group of all ranks and what they tell each other. Made by all ranks together."""
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
     def agree(self, error: BaseException | None) -> None:
         """Every rank calls it with what went wrong there. Raises it there and a `RunError` elsewhere, if anything."""
