@@ -60,9 +60,9 @@ class CollectiveCounter:
     def _counted(self, kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
             values = (*args, *kwargs.values())
-            self.bytes[kind] += max(_nbytes(value) for value in values)
+            self.bytes[kind] += max(nbytes_of(value) for value in values)
             self.calls += kind in self._GATHERS
-            self.base_bytes += sum(_nbytes(tensor) for tensor in _tensors(values) if self._is_base(tensor))
+            self.base_bytes += sum(nbytes_of(tensor) for tensor in tensors_of(values) if self._is_base(tensor))
             return call(*args, **kwargs)
 
         return counted
@@ -71,13 +71,14 @@ class CollectiveCounter:
         return tensor.untyped_storage().data_ptr() in self._base_storages
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Of what a collective is given."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)
 
 
-def _nbytes(value: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(value))
+def nbytes_of(value: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(value))

@@ -29,7 +29,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 import mora_ds.data.cache
 import mora_ds.data.inspection
-from mora_ds import checkpoint, export, files, ledger, metrics, partitions, pretrain, run_folder, saving, zero
+from mora_ds import checkpoint, export, files, ledger, metrics, partitions, pretrain, remora, run_folder, saving, zero
 from mora_ds.remora import ReMoRA
 from mora_ds.run import Run
 from mora_ds.tensor_files import SafetensorsWriter
@@ -232,7 +232,7 @@ MOMENTS: dict[str, Moment] = {
     "last_retention_half_done": Moment(lambda: half_deleted("step-000004")),
     # a merge
     "before_a_merge": Moment(lambda: before(ReMoRA, "merge", 2), Passes.ALL),
-    "some_layers_merged": Moment(lambda: after(ReMoRA, "_merge_layer", 14 + 5), Passes.ALL),
+    "some_layers_merged": Moment(lambda: after(remora, "merge_layer", 14 + 5), Passes.ALL),
     "cycle_half_written": Moment(
         lambda: within(ledger, "_write_cycle", 2, lambda: after(SafetensorsWriter, "write", 5))
     ),

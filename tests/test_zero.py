@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mora_ds
 from mora_ds import zero
-from mora_ds.collective_counter import CollectiveCounter
+from mora_ds.collective_counter import CollectiveCounter, nbytes_of
 from mora_ds.config import MoRAConfig
 from mora_ds.engine import initialize
 from mora_ds.injection import frozen_buffers, inject, mora_layers
@@ -223,7 +223,7 @@ class CountedBelow(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func._schema.name
-            self.seen[name] = self.seen.get(name, 0) + max(zero._nbytes(value) for value in args)
+            self.seen[name] = self.seen.get(name, 0) + max(nbytes_of(value) for value in args)
         return func(*args, **(kwargs or {}))
 
 
