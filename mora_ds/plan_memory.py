@@ -152,7 +152,7 @@ def rank_memory(
         activations=step.kept,
         logits=logits,
         forward_backward=held_whole + arriving + max(step.peak, reduced),
-        optimizer_step=0 if trained.offloads else (2 + trained.on_cpu) * own * FP32,
+        optimizer_step=max(kept_whole, 0 if trained.offloads else (2 + trained.on_cpu) * own * FP32),
         merge=merge + 2 * largest + kept_whole if merge else 0,
         save=2 * largest + kept_whole,
         host_optimizer=host,

@@ -206,6 +206,14 @@ def plan_for(ranks: int, checkpointing: bool, accumulation: int, settings: dict[
     return Planner(work, Cluster(ranks), completed, accumulation, on_cpu=True).plan()
 
 
+def test_squares_that_persist_are_whole_again_after_the_optimizer_step() -> None:
+    few, many = (plan_for(ranks, False, 1, {P: 100_000}) for ranks in (2, 8))
+    whole = sum(many.trained.numels) * 4
+    assert many.trained.persistent == many.trained.numels
+    assert few.memory.optimizer_step == pytest.approx(1.5 * whole, rel=1e-3)  # three temporary tensors of a half
+    assert many.memory.optimizer_step == whole
+
+
 def assert_as_planned(plan: Plan, found: dict[str, int], case: object) -> None:
     assert found["gathered"] == pytest.approx(plan.gathered, rel=1e-3), case  # padding of what is gathered twice
     assert (found["calls"], found["reduced"], found["base_sent"]) == (plan.gather_calls, plan.reduced, 0), case
