@@ -6,8 +6,10 @@ whole. Shape legend as in `windows`; Li, Lo: most inputs (outputs) that the wind
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +43,8 @@ def delta(part: Window, square: Tensor) -> Tensor:
 
 def square_gradient(part: Window, x: Tensor, g: Tensor) -> Tensor:
     """The window's part of dL/dM (R, R), from its input x (..., w_in) and the gradient g (..., w_out) of its output."""
-    spec, (inputs, outputs) = part.spec, _tables(part, g.device).sides
+    spec, tables = part.spec, _tables(part, g.device)
+    inputs, outputs = tables.inputs, tables.outputs
     x, g = x.flatten(0, -2), g.flatten(0, -2)
     tokens = max(1, len(g)) if multiplies(g) else tokens_in_cache(g, max(part.d_in, part.d_out))
     runs = rounds(spec)
@@ -61,8 +64,7 @@ def square_gradient(part: Window, x: Tensor, g: Tensor) -> Tensor:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Side:
+class _Side(NamedTuple):
     """The window's inputs or outputs by block: (blocks, L) each. Blocks with fewer than L of them are filled up."""
 
     lanes: Tensor
@@ -80,12 +82,8 @@ class _Side:
         """(T, w) -> (T, blocks, L). What fills up is any number."""
         return gather(x, self.numbers.flatten()).unflatten(-1, self.numbers.shape)
 
-    def to(self, device: torch.device) -> _Side:
-        return _Side(self.lanes.to(device), self.numbers.to(device), self.missing.to(device))
 
-
-@dataclass(frozen=True)
-class _Meeting:
+class _Meeting(NamedTuple):
     """The outputs that read an input block in one round, counted from the window's first; (n,) each."""
 
     outputs: Tensor
@@ -94,19 +92,12 @@ class _Meeting:
     rows: Tensor
     """Their row of the N * R rows of all block squares."""
 
-    def to(self, device: torch.device) -> _Meeting:
-        return _Meeting(self.outputs.to(device), self.blocks.to(device), self.rows.to(device))
-
 
 @dataclass(frozen=True)
 class _Tables:
     inputs: _Side
     outputs: _Side
     meetings: tuple[_Meeting, ...]
-
-    @property
-    def sides(self) -> tuple[_Side, _Side]:
-        return self.inputs, self.outputs
 
 
 @lru_cache(maxsize=1024)
@@ -119,8 +110,12 @@ def _tables(part: Window, device: torch.device) -> _Tables:
         slots = output_slots(spec)[start:stop]
         blocks, lanes = slots // spec.r_hat, slots % spec.r_hat
         outputs = _side(blocks, lanes, torch.arange(stop - start), spec.blocks_out)
-        meetings = tuple(meeting.to(device) for meeting in _meetings(spec, blocks, lanes))
-        return _Tables(inputs.to(device), outputs.to(device), meetings)
+        meetings = tuple(_Meeting(*_moved(meeting, device)) for meeting in _meetings(spec, blocks, lanes))
+        return _Tables(_Side(*_moved(inputs, device)), _Side(*_moved(outputs, device)), meetings)
+
+
+def _moved(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    return (tensor.to(device) for tensor in tensors)
 
 
 def _meetings(spec: OperatorSpec, blocks: Tensor, lanes: Tensor) -> list[_Meeting]:

@@ -152,12 +152,12 @@ class MoRALinear(AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.split is not None:
             return self.split(self, x)
-        check_floating(x, self.frozen)
-        square = self.square.to(x.dtype)
+        square, frozen = self.square.to(x.dtype), self.frozen
+        check_floating(x, frozen)
         if self.training and self.dropout:  # base and square read different inputs
             update = mora_update(self.spec, square, F.dropout(x, self.dropout))
-            return frozen_linear(x, self.frozen, self.bias) + update
-        return mora_linear(x, self.frozen, self.bias, square, self.spec, self.compute)
+            return frozen_linear(x, frozen, self.bias) + update
+        return mora_linear(x, frozen, self.bias, square, self.spec, self.compute)
 
 
 class LoRALinear(AdaptedLinear):
@@ -167,9 +167,10 @@ class LoRALinear(AdaptedLinear):
     factors: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        check_floating(x, self.frozen)
+        frozen = self.frozen
+        check_floating(x, frozen)
         dropped = F.dropout(x, self.dropout, self.training)
-        return frozen_linear(x, self.frozen, self.bias) + lora_update(self.spec, self.factors.to(x.dtype), dropped)
+        return frozen_linear(x, frozen, self.bias) + lora_update(self.spec, self.factors.to(x.dtype), dropped)
 
 
 def adapt(base: Any, spec: UpdateSpec, dropout: float, compute: Compute, seed: int) -> AdaptedLinear:

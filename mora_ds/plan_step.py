@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from mora_ds import tables
+from mora_ds import block_windows, tables, windows, wiring
 from mora_ds.config import AdapterConfig
 from mora_ds.errors import UserError
 from mora_ds.injection import base_weights, frozen_buffers, inject, mora_layers, scale_names
@@ -29,7 +29,6 @@ from mora_ds.operators import OperatorSpec
 from mora_ds.tensor_parallel import split_model
 from mora_ds.topology import Topology
 from mora_ds.updates import value_shape
-from mora_ds.wiring import wiring
 from mora_ds.zero_trace import Event, record
 
 
@@ -233,6 +232,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 def _forget_tables() -> None:
     """So that they are made, and counted, within the next measurement."""
-    for table in (*vars(tables).values(), wiring):
-        if hasattr(table, "cache_clear"):
-            table.cache_clear()
+    for room in (tables, wiring, windows, block_windows):
+        for table in vars(room).values():
+            if hasattr(table, "cache_clear"):
+                table.cache_clear()

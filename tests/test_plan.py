@@ -214,6 +214,15 @@ def test_squares_that_persist_are_whole_again_after_the_optimizer_step() -> None
     assert many.memory.optimizer_step == whole
 
 
+@pytest.mark.parametrize("operator", ["rotate", "share"])
+def test_a_split_plan_counts_its_tables_every_time(operator: str) -> None:
+    config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], **SHAPE})
+    adapter = replace(ADAPTER, operator=operator, compute="weight")
+    work = Work(config, adapter, LENGTH, ROWS, torch.float32, tensor_parallel=2)
+    first, second = (measure_step(planned_model(work), work).tables for _ in range(2))
+    assert first == second > 0
+
+
 def assert_as_planned(plan: Plan, found: dict[str, int], case: object) -> None:
     assert found["gathered"] == pytest.approx(plan.gathered, rel=1e-3), case  # padding of what is gathered twice
     assert (found["calls"], found["reduced"], found["base_sent"]) == (plan.gather_calls, plan.reduced, 0), case
