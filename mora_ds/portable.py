@@ -25,6 +25,7 @@ from mora_ds.adapter_files import (
     AdapterFile,
     AdapterTensors,
     BaseReference,
+    adapter_folder,
     read_adapter,
 )
 from mora_ds.config import AdapterConfig, config_from_dict
@@ -121,10 +122,10 @@ def _config(folder: Path, adapter: AdapterFile) -> AdapterConfig:
 
 
 def _find(path: Path) -> Path:
-    for folder in (path, path / "checkpoints" / "latest", path / "latest"):
-        if (folder / ADAPTER_JSON).is_file():
-            return folder.resolve()
-    raise UserError(f"{path} is neither an adapter, nor a checkpoint, nor the output folder of a run that has one")
+    folder = adapter_folder(path)
+    if folder is None:
+        raise UserError(f"{path} is neither an adapter, nor a checkpoint, nor the output folder of a run that has one")
+    return folder
 
 
 def _open(folder: Path) -> tuple[AdapterFile, Ledger]:

@@ -1,0 +1,205 @@
+"""A frozen layer under many adapters at once: every row of a batch gets its own update, in one batched product.
+
+    y_g = W0 x_g + b + sum over the terms e of g's adapter: decompress_e(M_e compress_e(x_g))
+
+A *term* is a square with its wiring: one for each merged cycle of an adapter and one for its live square. All terms of
+a layer are of one form (kind, d_in, d_out, r_hat), so that their squares stack; permutations, groupings and seeds are
+each term's own and live in tables of indices.
+
+Shape legend:  G = groups of rows, each with one adapter, T = tokens of a group, D = d_in, O = d_out, R = r_hat,
+               E = terms of all groups, U = different ones among them, N = input blocks (share: members of a group)
+
+    x (G, T, D) -> gather -> (E, T, N, R) -> share: sum over N; rotate: turn -> bmm by (E, R, R) -> gather -> (E, T, O)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mora_ds.errors import UserError
+from mora_ds.lanes import deal
+from mora_ds.layer import linear_shape
+from mora_ds.operators import Grouping, OperatorKind, OperatorSpec, turn
+from mora_ds.wiring import fresh_wiring
+
+_CPU = torch.device("cpu")
+
+
+def form_of(spec: OperatorSpec) -> OperatorSpec:
+    """What a spec must share with others to be multiplied together with them: all but its wiring."""
+    return replace(spec, grouping=Grouping.PLAIN, seed=0, in_segments=1, out_segments=1)
+
+
+def term_tables(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
+    """(N * R,) the input at each place of the folded input, D for none; (O,) the place that each output reads, the
+    number of places for none. Int64, on the CPU."""
+    found = fresh_wiring(spec, _CPU)
+    sources = found.sources.index.clone()
+    if found.sources.missing is not None:
+        sources[found.sources.missing] = spec.d_in
+    return sources, found.slots % _places_out(spec) if spec.blockwise else found.slots
+
+
+def _places_out(spec: OperatorSpec) -> int:
+    """Places that outputs read from: those of the output blocks, which begin again where input blocks are fewer."""
+    return min(spec.blocks_in, spec.blocks_out) * spec.r_hat if spec.blockwise else spec.r_hat
+
+
+@dataclass
+class Rows:
+    """Which rows of a batch the groups are, and of what shape the batch on its way is."""
+
+    groups: int
+    asked: int | None
+    """Rows that adapters were named for; None: one adapter, for however many there are."""
+    expands: bool = False
+    """Whether each row may have become several, one behind the other (beams)."""
+    batch: tuple[int, int] | None = None
+    """(rows, tokens) of the model's input."""
+
+    def come(self, rows: int, tokens: int) -> None:
+        """A batch comes in. Raises `UserError` where there are not as many rows as adapters."""
+        if self.asked is not None and rows != self.asked and not (self.expands and rows % self.asked == 0):
+            raise UserError(f"adapters are named for {self.asked} row(s), but the batch has {rows}")
+        self.batch = (rows, tokens)
+
+    def fit(self, x: Tensor) -> bool:
+        """Whether a layer's input (..., D) has the batch's rows first, so that it can be cut into groups."""
+        if self.groups == 1:
+            return True
+        if self.batch is None:
+            return False
+        rows, tokens = self.batch
+        return x.shape[0] == (rows if x.dim() > 2 else rows * tokens)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the adapters of a batch add to one layer."""
+
+    form: OperatorSpec
+    rows: Rows
+    squares: Tensor
+    """(U, R, R)."""
+    which: Tensor | None
+    """(E,) the square of each term; None: one each, in their order."""
+    sources: Tensor
+    """(E, N * R)."""
+    gaps: bool
+    """Whether any of them reads nothing."""
+    slots: Tensor
+    """(E, O)."""
+    groups: Tensor | None
+    """(E,) the group of each term; None: one term a group, in their order."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        tensors = (self.squares, self.which, self.sources, self.slots, self.groups)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def stack_terms(
+    form: OperatorSpec, rows: Rows, own: Sequence[tuple[Tensor, Tensor] | None], of: Sequence[int]
+) -> Terms | None:
+    """The `Terms` of a batch whose group g has adapter `of[g]` (-1: none); None where no adapter has a term.
+
+    `own`: of each adapter, squares (terms, R, R) and tables (terms, N * R + O), or None where it leaves the layer out.
+    """
+    counts = [0 if each is None else len(each[0]) for each in own]
+    starts = [sum(counts[:index]) for index in range(len(counts))]
+    which = [starts[each] + term for each in of if each >= 0 for term in range(counts[each])]
+    groups = [group for group, each in enumerate(of) if each >= 0 for _ in range(counts[each])]
+    if not which:
+        return None
+    there = [each for each in own if each is not None]
+    squares = torch.cat([each[0] for each in there])
+    sources, slots = join_tables(form, [each[1].to(torch.int64) for each in there])
+    index = torch.tensor(which, device=squares.device)
+    return Terms(
+        form, rows, squares,
+        None if which == list(range(len(squares))) else index,
+        sources.index_select(0, index), bool((sources == form.d_in).any()), slots.index_select(0, index),
+        None if groups == list(range(rows.groups)) else torch.tensor(groups, device=squares.device),
+    )  # fmt: skip
+
+
+def join_tables(form: OperatorSpec, tables: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(terms, N * R) and (terms, O) out of tables (terms, N * R + O), whose N may differ: groups of one grouping may
+    have more members than those of another. What is missing reads nothing."""
+    widths = [each.shape[1] - form.d_out for each in tables]
+    sources = [
+        F.pad(each[:, :width], (0, max(widths) - width), value=form.d_in)
+        for each, width in zip(tables, widths, strict=True)
+    ]
+    return torch.cat(sources), torch.cat([each[:, -form.d_out :] for each in tables])
+
+
+def mixed_update(terms: Terms, x: Tensor) -> Tensor:
+    """(G, T, D) -> (G, T, O): what each group's adapter adds to the frozen layer's output."""
+    form = terms.form
+    squares = terms.squares if terms.which is None else terms.squares.index_select(0, terms.which)
+    read = x if terms.groups is None else _of_terms(x, terms.groups)
+    z = _gather(F.pad(read, (0, 1)) if terms.gaps else read, terms.sources).unflatten(
+        -1, (-1, form.r_hat)
+    )  # (E, T, N, R)
+    if form.kind is OperatorKind.SHARE:
+        z = z.sum(dim=-2, keepdim=True)
+    elif form.kind is OperatorKind.ROTATE:
+        z = turn(form, z)
+    y = torch.bmm(z.flatten(1, 2), squares.to(x.dtype).transpose(1, 2)).view(z.shape)
+    if form.blockwise and form.blocks_in > form.blocks_out:
+        y = deal(y, form.blocks_out)
+    y = y.flatten(-2)
+    found = _gather(F.pad(y, (0, 1)) if form.kind is OperatorKind.TRUNCATE else y, terms.slots)
+    if terms.groups is None:
+        return found
+    return found.new_zeros(len(x), *found.shape[1:]).index_add_(0, terms.groups, found)
+
+
+def _of_terms(x: Tensor, groups: Tensor) -> Tensor:
+    return x.expand(len(groups), -1, -1) if len(x) == 1 else x.index_select(0, groups)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """(E, T, W), (E, P) -> (E, T, P)."""
+    return x.gather(2, index.unsqueeze(1).expand(-1, x.shape[1], -1))
+
+
+class BankLinear(nn.Module):
+    """y = W0 x + b, and the `terms` of the batch in progress. Takes the place of an `nn.Linear` or `Conv1D`, whose
+    parameters it keeps as they are, under their names."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, base: Any, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.transposed = isinstance(base, Conv1D)
+        self.in_features, self.out_features = linear_shape(base)
+        self.weight: nn.Parameter = base.weight
+        self.register_parameter("bias", base.bias)
+        self.terms: Terms | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight.T if self.transposed else self.weight, self.bias)
+        if self.terms is None:
+            return y
+        rows = self.terms.rows
+        if not rows.fit(x):
+            raise UserError(
+                f"{self.name} gets {tuple(x.shape)} of a batch of {rows.batch}: its rows cannot be told apart, so"
+                " adapters cannot be mixed here; give all rows one adapter"
+            )
+        update = mixed_update(self.terms, x.reshape(rows.groups, -1, self.in_features))
+        return y + update.view(y.shape)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
