@@ -27,7 +27,7 @@ from mora_ds.adapter_files import (
     adapter_folder,
     read_adapter,
 )
-from mora_ds.bank_layer import form_of, join_tables, term_tables
+from mora_ds.bank_layer import form_of, join_tables, term_square, term_tables
 from mora_ds.errors import UserError
 from mora_ds.files import MANIFEST, malformed, read_json, recorded_hashes, sha256_file, verify_manifest
 from mora_ds.ledger import LayerEntry, Ledger
@@ -38,7 +38,7 @@ from mora_ds.updates import UpdateSpec, describe
 _KINDS = tuple(
     kind.value for kind in (OperatorKind.TRUNCATE, OperatorKind.SHARE, OperatorKind.DECOUPLE, OperatorKind.ROTATE)
 )
-"""Whose update is tables of indices around a square: what `bank_layer.mixed_update` knows."""
+"""Whose update is tables of indices around a square: what `bank_layer.add_updates_` knows."""
 
 _TRACES = (ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON, LEDGER_FOLDER)
 """What shows that a folder is, or was, an adapter."""
@@ -254,7 +254,8 @@ def _packed(
     squares = torch.empty(squares_end, dtype=dtype)
     for layer, place in places.items():
         for index, (spec, square) in enumerate(found[layer].items()):
-            squares.narrow(0, place.squares + index * spec.r_hat**2, spec.r_hat**2).copy_(square.flatten())
+            start, square = place.squares + index * square.numel(), term_square(spec, square)
+            squares.narrow(0, start, square.numel()).view(square.shape).copy_(square)
     small = torch.cat(tables) if tables else torch.empty(0, dtype=torch.int64)
     narrow = torch.uint16 if not len(small) or small.max() < 2**16 else torch.int32
     return Resident(squares.to(device), small.to(narrow).to(device), places)
