@@ -5,6 +5,7 @@
     run = Run(engine, config, base=..., folder="out"); run.merge(step); run.save(step)
     export_merged(checkpoint, output)                            a merged Hugging Face model
     export_adapter(checkpoint, folder); load_adapter(base, folder)      the adapter alone, and onto the base again
+    bank = AdapterBank.open(base, folder)                        many of them over one base, chosen row by row
 
 Loaded lazily, so that `import mora_ds` costs nothing.
 """
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mora_ds.version import __version__
 
 if TYPE_CHECKING:
+    from mora_ds.bank import AdapterBank
     from mora_ds.config import MoRAConfig
     from mora_ds.engine import initialize
     from mora_ds.errors import RunError, UserError
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from mora_ds.run import Run
 
 _HOME = {
+    "AdapterBank": "bank",
     "MoRAConfig": "config",
     "initialize": "engine",
     "RunError": "errors",
@@ -49,6 +52,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdapterBank",
     "InjectionReport",
     "Ledger",
     "MoRAConfig",

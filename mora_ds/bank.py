@@ -90,15 +90,18 @@ class AdapterBank:
     def __init__(
         self,
         model: Any,
+        base: Path,
+        folders: Mapping[str, Path],
         layers: Mapping[str, BankLinear],
         forms: Mapping[str, BankLayer],
-        names: Sequence[str],
         damaged: Mapping[str, str],
         cache: ResidentCache,
     ) -> None:
         self.model = model
-        self.names = tuple(names)
-        """Of all adapters, sorted."""
+        self.base = base
+        """The base's folder."""
+        self.folders = dict(folders)
+        """Name -> folder of every adapter, sorted by name."""
         self.damaged = dict(damaged)
         """Name -> what is wrong, of adapters that could not even be opened; others are looked at when they are used."""
         self.cache = cache
@@ -140,7 +143,12 @@ class AdapterBank:
 
         cache = ResidentCache(read, cache_adapters, cache_bytes)
         layers = _replace_layers(model, forms)
-        return cls(model.to(device), layers, forms, list(paths), damaged, cache)
+        return cls(model.to(device), opened.folder, paths, layers, forms, damaged, cache)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all adapters, sorted."""
+        return tuple(self.folders)
 
     @contextmanager
     def use(self, adapters: Adapters) -> Iterator[None]:
@@ -184,17 +192,20 @@ class AdapterBank:
     @torch.no_grad()
     def _terms_of(self, rows: Rows, groups: Sequence[str | None]) -> dict[str, Any]:
         different = list(dict.fromkeys(name for name in groups if name is not None))
-        self._check_names(different)
+        self.check_names(different)
         of = [-1 if name is None else different.index(name) for name in groups]
-        residents = [self.cache.get(name) for name in different]
+        held = self.cache.names
+        residents = {name: self.cache.get(name) for name in sorted(different, key=lambda name: name not in held)}
+        own = [residents[name] for name in different]
         return {
-            name: stack_terms(known.form, rows, [each.of(name, known.form.r_hat) for each in residents], of)
+            name: stack_terms(known.form, rows, [each.of(name, known.form.r_hat) for each in own], of)
             for name, known in self._forms.items()
         }
 
-    def _check_names(self, names: Sequence[str]) -> None:
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raises `UserError` for one that the bank does not have."""
         for name in names:
-            if name not in self.names:
+            if name not in self.folders:
                 raise UserError(f"the bank has no adapter {name!r}.{nearest(name, self.names)}")
 
     def _see_batch(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

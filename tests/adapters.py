@@ -29,9 +29,10 @@ class Maker:
     """Writes adapters of one base."""
 
     def __init__(self, model: Any, folder: Path) -> None:
-        """`model`: of transformers, which is saved to `folder` as the base."""
-        model.save_pretrained(folder)
-        self.model, self.folder = model, folder
+        """`model`: of transformers, which is saved to `folder` as the base where none lies there."""
+        if not (folder / "config.json").exists():
+            model.save_pretrained(folder)
+        self.model, self.folder, self.weights = model, folder, originals(model)
         base = BaseCheckpoint.open(folder)
         names = dict(model.named_parameters(remove_duplicate=False))
         renamed = renamed_keys(model, base.keys())

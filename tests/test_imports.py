@@ -40,15 +40,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("replicas", "deltas", "config", "layer", "spectrum", "vocabulary_rows", "partitions", "sequence_checks"),
         *("block_windows",),
     ),
-    ("tensor_plan", "adapter_arguments", "ledger", "checkpoint"),
+    ("tensor_plan", "adapter_arguments", "ledger", "checkpoint", "bank_layer"),
     ("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge"),
     (
         *("tensor_parallel", "remora", "model_card", "ledger_tools", "universal", "portable", "validation"),
         *("run_data", "verification", "costs"),
     ),
-    ("engine", "saving", "export", "trainer", "compact", "spectrum_report", "evaluation", "plan_step"),
-    ("run", "plan_memory", "plan_time"),
-    ("jobs", "plan"),
+    ("engine", "saving", "export", "trainer", "compact", "spectrum_report", "evaluation", "plan_step", "bank_files"),
+    ("run", "plan_memory", "plan_time", "bank"),
+    ("jobs", "plan", "bank_scores"),
     ("plan_report",),
     ("dry_run",),
     ("pretrain",),
@@ -89,7 +89,7 @@ STANDARD_LIBRARY_ONLY = {
 WITHOUT_DEEPSPEED = (
     "operators", "windows", "layer", "tensor_plan", "costs", "config", "injection", "data", "ledger", "export",
     "shards", "checkpoint_folder", "verification", "universal", "portable", "arguments", "validation", "evaluation",
-    "vocabulary_rows",
+    "vocabulary_rows", "bank_scores",
 )  # fmt: skip
 """Rooms that must not need DeepSpeed, not even through another room."""
 
