@@ -27,7 +27,7 @@ from mora_ds.adapter_files import (
     adapter_folder,
     read_adapter,
 )
-from mora_ds.bank_layer import form_of, join_tables, term_square, term_tables
+from mora_ds.bank_layer import form_of, index_dtype, join_tables, term_square, term_tables
 from mora_ds.errors import UserError
 from mora_ds.files import MANIFEST, malformed, read_json, recorded_hashes, sha256_file, verify_manifest
 from mora_ds.ledger import LayerEntry, Ledger
@@ -197,7 +197,7 @@ def read_resident(
             )
             for layer, entry in adapter.layers.items()
         }
-        return _packed(found, dtype, device)
+        return _packed(found, dtype, index_dtype(layer.form for layer in layers.values()), device)
     except NotOfThisBank:
         raise
     except UserError as error:
@@ -236,7 +236,7 @@ def _terms(
 
 
 def _packed(
-    found: Mapping[str, Mapping[OperatorSpec, Tensor]], dtype: torch.dtype, device: torch.device | str
+    found: Mapping[str, Mapping[OperatorSpec, Tensor]], dtype: torch.dtype, small: torch.dtype, device: str
 ) -> Resident:
     places: dict[str, Place] = {}
     tables: list[Tensor] = []
@@ -245,9 +245,9 @@ def _packed(
         if not terms:
             continue
         form = form_of(next(iter(terms)))
-        sources, slots = join_tables(form, [torch.cat(term_tables(spec)).unsqueeze(0) for spec in terms])
-        tables.append(torch.cat((sources, slots), dim=1).flatten())
-        width = sources.shape[1] + slots.shape[1]
+        joined = join_tables(form, [torch.cat(term_tables(spec)).unsqueeze(0) for spec in terms])
+        tables.append(joined.to(small).flatten())
+        width = joined.shape[1]
         places[layer] = Place(len(terms), squares_end, tables_end, width)
         squares_end += len(terms) * form.r_hat**2
         tables_end += len(terms) * width
@@ -256,6 +256,5 @@ def _packed(
         for index, (spec, square) in enumerate(found[layer].items()):
             start, square = place.squares + index * square.numel(), term_square(spec, square)
             squares.narrow(0, start, square.numel()).view(square.shape).copy_(square)
-    small = torch.cat(tables) if tables else torch.empty(0, dtype=torch.int64)
-    narrow = torch.uint16 if not len(small) or small.max() < 2**16 else torch.int32
-    return Resident(squares.to(device), small.to(narrow).to(device), places)
+    indices = torch.cat(tables) if tables else torch.empty(0, dtype=small)
+    return Resident(squares.to(device), indices.to(device), places)

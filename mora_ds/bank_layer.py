@@ -14,7 +14,7 @@ Shape legend:  G = groups of rows, each with one adapter, T = tokens of a group,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,12 @@ from mora_ds.tables import rope_table
 from mora_ds.wiring import fresh_wiring
 
 _CPU = torch.device("cpu")
+
+_EXACT = (torch.float32, torch.float64)
+"""Where W0 + delta is as good as two products: in low precision it would round small updates away."""
+
+_LONG = 2
+"""Groups of so many tokens for each input are cheaper through weights of their own, which cost as much as one each."""
 
 
 def form_of(spec: OperatorSpec) -> OperatorSpec:
@@ -58,6 +64,12 @@ def term_tables(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
         sources[found.sources.missing] = spec.d_in
     sources = paired(spec, sources.view(-1, spec.r_hat)).flatten()
     return sources, found.slots % _places_out(spec) if spec.blockwise else found.slots
+
+
+def index_dtype(forms: Iterable[OperatorSpec]) -> torch.dtype:
+    """The smallest that holds what `term_tables` of these forms hold."""
+    largest = max(max(form.d_in, _places_out(form)) for form in forms)
+    return torch.uint16 if largest < 2**16 else torch.int32
 
 
 def _places_out(spec: OperatorSpec) -> int:
@@ -133,26 +145,28 @@ def stack_terms(
     if not which:
         return None
     there = [each for each in own if each is not None]
-    squares = torch.cat([each[0] for each in there])
-    sources, slots = join_tables(form, [each[1].to(torch.int64) for each in there])
-    index = torch.tensor(which, device=squares.device)
+    squares, tables = torch.cat([each[0] for each in there]), join_tables(form, [each[1] for each in there])
+    index = None if which == list(range(len(squares))) else torch.tensor(which, device=squares.device)
+    if index is not None:
+        tables = tables.index_select(0, index)
+    sources, slots = tables.split((tables.shape[1] - form.d_out, form.d_out), dim=1)
     return Terms(
-        form, rows, squares,
-        None if which == list(range(len(squares))) else index,
-        sources.index_select(0, index), bool((sources == form.d_in).any()), slots.index_select(0, index),
+        form, rows, squares, index, sources, bool((sources == form.d_in).any()), slots,
         None if groups == list(range(rows.groups)) else torch.tensor(groups, device=squares.device),
     )  # fmt: skip
 
 
-def join_tables(form: OperatorSpec, tables: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(terms, N * R) and (terms, O) out of tables (terms, N * R + O), whose N may differ: groups of one grouping may
-    have more members than those of another. What is missing reads nothing."""
-    widths = [each.shape[1] - form.d_out for each in tables]
-    sources = [
-        F.pad(each[:, :width], (0, max(widths) - width), value=form.d_in)
-        for each, width in zip(tables, widths, strict=True)
-    ]
-    return torch.cat(sources), torch.cat([each[:, -form.d_out :] for each in tables])
+def join_tables(form: OperatorSpec, tables: Sequence[Tensor]) -> Tensor:
+    """(terms, N * R + O) int64 out of several, whose N may differ: groups of one grouping may have more members than
+    those of another. What is missing reads nothing."""
+    widest = max(each.shape[1] for each in tables)
+    if all(each.shape[1] == widest for each in tables):
+        return torch.cat(list(tables)).to(torch.int64)
+    padded = []
+    for each in tables:
+        sources, slots = each.to(torch.int64).split((each.shape[1] - form.d_out, form.d_out), dim=1)
+        padded.append(torch.cat((F.pad(sources, (0, widest - each.shape[1]), value=form.d_in), slots), dim=1))
+    return torch.cat(padded)
 
 
 def add_updates_(y: Tensor, terms: Terms, x: Tensor) -> None:
@@ -176,6 +190,13 @@ def add_updates_(y: Tensor, terms: Terms, x: Tensor) -> None:
         y.add_(found)
     else:
         y.index_add_(0, terms.groups, found)
+
+
+def _through_weights(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
+    """(G, T, D) -> (G, T, O) by the groups' own weights, W0 plus what their adapters make of the unit vectors."""
+    own = weight.T.expand(len(x), -1, -1).clone(memory_format=torch.contiguous_format)  # (G, D, O)
+    add_updates_(own, terms, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1))
+    return torch.bmm(x, own) if bias is None else torch.baddbmm(bias, x, own)
 
 
 def _turn(form: OperatorSpec, z: Tensor) -> Tensor:
@@ -211,18 +232,22 @@ class BankLinear(nn.Module):
         self.terms: Terms | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight.T if self.transposed else self.weight, self.bias)
+        weight = self.weight.T if self.transposed else self.weight
         if self.terms is None:
-            return y
+            return F.linear(x, weight, self.bias)
         rows = self.terms.rows
         if not rows.fit(x):
             raise UserError(
                 f"{self.name} gets {tuple(x.shape)} of a batch of {rows.batch}: its rows cannot be told apart, so"
                 " adapters cannot be mixed here; give all rows one adapter"
             )
-        x = x.reshape(rows.groups, -1, self.in_features)
-        add_updates_(y.view(rows.groups, -1, self.out_features), self.terms, x)
-        return y
+        groups = x.reshape(rows.groups, -1, self.in_features)
+        if x.dtype in _EXACT and groups.shape[1] >= _LONG * self.in_features:
+            y = _through_weights(groups, weight, self.bias, self.terms)
+        else:
+            y = F.linear(groups, weight, self.bias)
+            add_updates_(y, self.terms, groups)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

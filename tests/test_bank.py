@@ -101,6 +101,9 @@ def test_every_row_of_a_mixed_batch_is_its_merged_model(tmp_path: Path, family: 
     bank = made.open()
     check_rows(made, bank, ["three", "none", None, "one", "none"], tokens(5))
     check_rows(made, bank, ["one", "three"], tokens(2, length=1))
+    check_rows(made, bank, ["none", None, "three"], tokens(3, length=128))  # long enough for weights of their own
+    check_rows(made, bank, ["three"], tokens(1, length=128))
+    assert torch.equal(logits(bank.model, tokens(2)), logits(made.merged(None), tokens(2))), "the base is as it was"
 
 
 def test_groupings_may_differ_in_a_bank(tmp_path: Path) -> None:
