@@ -58,14 +58,16 @@ class ResidentCache:
         """How often an adapter was read from disk."""
 
     def get(self, name: str) -> Resident:
-        """It may not be kept: one larger than the bound, for example."""
+        """One that is larger than the bound is read, but not kept."""
         if name in self._held:
             self._held.move_to_end(name)
             return self._held[name]
         found = self._read(name)
         self.reads += 1
+        if self._most_bytes is not None and found.nbytes > self._most_bytes:
+            return found
         self._held[name] = found
-        while self._held and self._too_much():
+        while self._too_much():
             self._held.popitem(last=False)
         return found
 
@@ -212,8 +214,10 @@ class AdapterBank:
         if self._rows is None:
             return
         given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
-        first = next(each for each in given if isinstance(each, Tensor))
-        self._rows.come(first.shape[0], first.shape[1])
+        for each in given:
+            if isinstance(each, Tensor):
+                self._rows.come(each.shape[0], each.shape[1])
+                return
 
 
 def _headers(paths: Mapping[str, Path], fingerprint: str) -> tuple[dict[str, AdapterFile], dict[str, str]]:

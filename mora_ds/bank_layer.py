@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.errors import UserError
-from mora_ds.lanes import deal
+from mora_ds.lanes import deal, scatters
 from mora_ds.layer import linear_shape
 from mora_ds.operators import Grouping, OperatorKind, OperatorSpec
 from mora_ds.tables import rope_table
@@ -34,6 +34,16 @@ _CPU = torch.device("cpu")
 
 _EXACT = (torch.float32, torch.float64)
 """Where W0 + delta is as good as two products: in low precision it would round small updates away."""
+
+_LARGE = 64
+"""From this r_hat a CPU multiplies by squares where they lie, one after the other: that is as quick as one product of
+all, which they would first have to be copied together for, and they are in memory once."""
+
+_IN_CACHE = 1 << 18
+"""Numbers of one of an update's tensors that a CPU's cache holds beside the others."""
+
+_SHORT = 64
+"""Tokens that a group is never cut below."""
 
 _LONG = 2
 """Groups of so many tokens for each input are cheaper through weights of their own, which cost as much as one each."""
@@ -111,10 +121,10 @@ class Terms:
 
     form: OperatorSpec
     rows: Rows
-    squares: Tensor
-    """(U, R, R)."""
+    squares: Tensor | tuple[Tensor, ...]
+    """(U, R, R); or each term's own, a view of what its adapter holds, where it is large."""
     which: Tensor | None
-    """(E,) the square of each term; None: one each, in their order."""
+    """(E,) the square of each term, where they are one tensor; None: one each, in their order."""
     sources: Tensor
     """(E, N * R)."""
     gaps: bool
@@ -126,8 +136,9 @@ class Terms:
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
-        tensors = (self.squares, self.which, self.sources, self.slots, self.groups)
+        """Of all tensors that are the batch's own."""
+        squares = self.squares if isinstance(self.squares, Tensor) else None
+        tensors = (squares, self.which, self.sources, self.slots, self.groups)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -145,14 +156,20 @@ def stack_terms(
     if not which:
         return None
     there = [each for each in own if each is not None]
-    squares, tables = torch.cat([each[0] for each in there]), join_tables(form, [each[1] for each in there])
-    index = None if which == list(range(len(squares))) else torch.tensor(which, device=squares.device)
+    tables, device = join_tables(form, [each[1] for each in there]), there[0][0].device
+    index = None if which == list(range(len(tables))) else torch.tensor(which, device=device)
     if index is not None:
         tables = tables.index_select(0, index)
+    squares: Tensor | tuple[Tensor, ...]
+    if device.type == "cpu" and form.r_hat >= _LARGE:
+        each_square = [square for each in there for square in each[0]]
+        squares, index = tuple(each_square[term] for term in which), None
+    else:
+        squares = torch.cat([each[0] for each in there])
     sources, slots = tables.split((tables.shape[1] - form.d_out, form.d_out), dim=1)
     return Terms(
         form, rows, squares, index, sources, bool((sources == form.d_in).any()), slots,
-        None if groups == list(range(rows.groups)) else torch.tensor(groups, device=squares.device),
+        None if groups == list(range(rows.groups)) else torch.tensor(groups, device=device),
     )  # fmt: skip
 
 
@@ -170,26 +187,47 @@ def join_tables(form: OperatorSpec, tables: Sequence[Tensor]) -> Tensor:
 
 
 def add_updates_(y: Tensor, terms: Terms, x: Tensor) -> None:
-    """y (G, T, O) += what each group's adapter makes of x (G, T, D), in place."""
+    """y (G, T, O) += what each group's adapter makes of x (G, T, D), in place. On a CPU a few terms at a time, so that
+    what they move is still in its cache when they multiply it."""
+    count, length = len(terms.sources), x.shape[1]
+    if scatters(x):
+        fit = max(_IN_CACHE // max(terms.sources.shape[1], terms.form.d_out), 1)
+        count, length = max(fit // length, 1), min(max(fit, _SHORT), length)
+    for some in zip(y.split(length, dim=1), x.split(length, dim=1), strict=True):
+        for start in range(0, len(terms.sources), count):
+            _add(*some, terms, slice(start, start + count))
+
+
+def _add(y: Tensor, x: Tensor, terms: Terms, part: slice) -> None:
     form = terms.form
-    squares = terms.squares if terms.which is None else terms.squares.index_select(0, terms.which)
-    read = x if terms.groups is None else _of_terms(x, terms.groups)
-    z = _gather(F.pad(read, (0, 1)) if terms.gaps else read, terms.sources).unflatten(
-        -1, (-1, form.r_hat)
-    )  # (E, T, N, R)
+    if terms.groups is None:
+        y, read = y[part], x[part]
+    else:
+        read = _of_terms(x, terms.groups[part])
+    z = _gather(F.pad(read, (0, 1)) if terms.gaps else read, terms.sources[part])
+    z = z.unflatten(-1, (-1, form.r_hat))  # (E, T, N, R)
     if form.kind is OperatorKind.SHARE:
         z = z.sum(dim=-2, keepdim=True)
     elif form.kind is OperatorKind.ROTATE:
         z = _turn(form, z)
-    z = torch.bmm(z.flatten(1, 2), squares.to(x.dtype).transpose(1, 2)).view(z.shape)
+    z = _multiply(z.flatten(1, 2), terms, part).view(z.shape)
     if form.blockwise and form.blocks_in > form.blocks_out:
         z = deal(z, form.blocks_out)
     z = z.flatten(-2)
-    found = _gather(F.pad(z, (0, 1)) if form.kind is OperatorKind.TRUNCATE else z, terms.slots)
+    found = _gather(F.pad(z, (0, 1)) if form.kind is OperatorKind.TRUNCATE else z, terms.slots[part])
     if terms.groups is None:
         y.add_(found)
     else:
-        y.index_add_(0, terms.groups, found)
+        y.index_add_(0, terms.groups[part], found)
+
+
+def _multiply(z: Tensor, terms: Terms, part: slice) -> Tensor:
+    """(E, T * N, R) by the squares of some terms."""
+    if not isinstance(terms.squares, Tensor):
+        pairs = zip(z, terms.squares[part], strict=True)
+        return torch.stack([F.linear(each, square.to(z.dtype)) for each, square in pairs])
+    squares = terms.squares[part] if terms.which is None else terms.squares.index_select(0, terms.which[part])
+    return torch.bmm(z, squares.to(z.dtype).transpose(1, 2))
 
 
 def _through_weights(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:

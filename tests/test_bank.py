@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mora_ds import bank_layer
 from mora_ds.adapter_files import ADAPTER_JSON, ADAPTER_TENSORS
 from mora_ds.bank import AdapterBank
 from mora_ds.bank_layer import BankLinear
@@ -22,6 +23,7 @@ from mora_ds.operators import OperatorSpec
 from tests.adapters import Maker, Updates, merge, originals
 from tests.models import tiny_model, tokens
 from tests.test_export import fake_run
+from tests.test_readme import code_with
 
 CYCLES = {"none": 0, "one": 1, "three": 3}
 
@@ -104,6 +106,25 @@ def test_every_row_of_a_mixed_batch_is_its_merged_model(tmp_path: Path, family: 
     check_rows(made, bank, ["none", None, "three"], tokens(3, length=128))  # long enough for weights of their own
     check_rows(made, bank, ["three"], tokens(1, length=128))
     assert torch.equal(logits(bank.model, tokens(2)), logits(made.merged(None), tokens(2))), "the base is as it was"
+
+
+@pytest.mark.parametrize("operator", ["share", "rotate"])
+def test_large_squares_are_multiplied_where_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operator: str
+) -> None:
+    monkeypatch.setattr(bank_layer, "_LARGE", 12)  # smaller ones, of keys and values, beside them
+    monkeypatch.setattr(bank_layer, "_IN_CACHE", 500)  # and a term or two at a time
+    made = bench(tmp_path)
+    for seed, (name, cycles) in enumerate(CYCLES.items()):
+        made.add(name, MoRAConfig(rank=3, operator=operator, seed=seed), cycles, scale=0.05)
+    bank = made.open(cache_adapters=1)
+    check_rows(made, bank, ["three", "none", None, "one", "three"], tokens(5))
+    check_rows(made, bank, ["one", "one", "three", "three"], tokens(4, length=100))
+    with bank.use(["one", "three", "one"]):
+        terms = bank._layers["model.layers.0.mlp.up_proj"].terms
+        assert terms is not None and isinstance(terms.squares, tuple) and len(terms.squares) == 8
+        (held,) = {each.untyped_storage().data_ptr() for each in (terms.squares[0], terms.squares[-1])}
+        assert held == terms.squares[1].untyped_storage().data_ptr(), "no copies, not for each row either"
 
 
 def test_groupings_may_differ_in_a_bank(tmp_path: Path) -> None:
@@ -197,7 +218,12 @@ def test_the_cache_keeps_those_used_last_within_its_bound(rotating: Bench) -> No
     sizes = {name: rotating.open().cache.get(name).nbytes for name in bank.names}
     bound = sizes["one"] + sizes["none"]
     bank = rotating.open(cache_bytes=bound)
-    for name, held in (("none", ("none",)), ("one", ("none", "one")), ("three", ()), ("one", ("one",))):
+    for name, held in (
+        ("none", ("none",)),
+        ("one", ("none", "one")),
+        ("three", ("none", "one")),
+        ("none", ("one", "none")),
+    ):
         with bank.use(name):
             assert bank.cache.names == held and bank.cache.nbytes <= bound
     check_rows(rotating, bank, ["three", "one"], tokens(2))
@@ -251,6 +277,16 @@ def test_generation_with_mixed_adapters_is_each_merged_alone(rotating: Bench) ->
     assert len(one) == 2
     with pytest.raises(UserError, match=r"named for 2 row\(s\), but the batch has 4"):
         bank.generate(ids, adapters=["one", "three"])
+
+
+def test_the_lines_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Bench(tmp_path, Maker(tiny_model(), tmp_path / "MODEL"), {})
+    for seed, name in enumerate(("law", "code")):
+        made.add(name, MoRAConfig(rank=3, seed=seed), cycles=1, scale=0.05)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"ids": tokens(3), "mask": torch.ones(3, 16, dtype=torch.long)}
+    exec(code_with("AdapterBank"), names)
+    assert names["logits"].shape == (3, 16, 128) and names["bank"].cache.names == ("law", "code")
 
 
 # -- what does not belong ----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Many adapters over one base: what they weigh in memory, and a mixed batch against as many passes with merging.
 
     python tools/bench_bank.py [--adapters 310] [--width 256] [--layers 2] [--operator rotate] [--rank 8] [--cycles 1]
-        [--rows 16] [--tokens 16 64 256] [--repeat 9] [--folder DIR]
+        [--rows 16] [--tokens 1 16 64 256] [--repeat 9] [--folder DIR]
 
 A Llama of random weights and adapters of random squares, written as portable adapters by the project's own writers.
 
@@ -196,7 +196,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--cycles", type=int, default=1, help="merged cycles of every adapter, beside its live squares")
     parser.add_argument("--rows", type=int, default=16, help="of a mixed batch")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 64, 256], help="of a row")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256], help="of a row")
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--folder", type=Path, help="where the adapters are written, and removed again")
     return parser.parse_args()
