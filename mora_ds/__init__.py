@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mora_ds.portable import export_adapter, load_adapter
     from mora_ds.remora import ReMoRA
     from mora_ds.run import Run
+    from mora_ds.run_vectors import with_vectors
 
 _HOME = {
     "MoRAConfig": "config",
@@ -46,6 +47,7 @@ _HOME = {
     "mora_update": "operators",
     "ReMoRA": "remora",
     "Run": "run",
+    "with_vectors": "run_vectors",
 }
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "load_adapter",
     "mora_layers",
     "mora_update",
+    "with_vectors",
 ]
 
 

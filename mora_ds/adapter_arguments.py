@@ -52,7 +52,11 @@ class AdapterArguments:
     lora_alpha: float | None = None
     """LoRA's update is lora_alpha / lora_rank times B A. Default: twice the rank."""
     operator: str = "auto"
-    """truncate, share, decouple or rotate. auto: rotate for ranks below 64, share from there on."""
+    """truncate, share, decouple, rotate, or subspace (between leading singular vectors of the frozen weight, which are
+    computed once, at the start). auto: rotate for ranks below 64, share from there on."""
+    subspace_cycles: int = 1
+    """With --operator subspace: cycles until the same singular vectors come again. 1: all have the leading ones; with 4
+    the second cycle has those behind them, the fifth the leading ones again."""
     grouping: str = "permuted"
     """permuted (fresh permutations every cycle), alternate (the paper's strided, contiguous, strided, ... for share),
     plain, or one of share's own: strided, contiguous, contiguous-strided, strided-contiguous."""
@@ -148,5 +152,6 @@ class AdapterArguments:
             grouping=self.grouping,
             compute=self.compute,
             segments=self.tp_segments if self.tp_grouping == TPGrouping.ALIGNED.value else 0,
+            vector_sets=self.subspace_cycles,
             **common,
         )

@@ -337,7 +337,7 @@ def _shape_rows(targets: dict[str, nn.Module], config: AdapterConfig) -> tuple[S
     for (ending, d_in, d_out), count in counts.items():
         shape = value_shape(config.operator_for(ending, d_in, d_out, cycle=0))
         size, wanted = shape[0], config.asked_for(d_in, d_out)
-        side = "longer" if isinstance(config, MoRAConfig) else "shorter"
+        side = "longer" if isinstance(config, MoRAConfig) and not config.is_subspace else "shorter"
         note = f"(rank {config.rank} asks for {wanted}: the {side} side is enough)" if size < wanted else ""
         rows.append(ShapeRow(ending, count, d_in, d_out, size, count * shape[0] * shape[1], note))
     return tuple(rows)

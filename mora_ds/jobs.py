@@ -20,6 +20,7 @@ from mora_ds.adapter_arguments import AdapterKind
 from mora_ds.arguments import Arguments
 from mora_ds.checkpoint import CheckpointWriter, load_checkpoint
 from mora_ds.checkpoint_folder import TrainerState, check_identity
+from mora_ds.config import AdapterConfig, MoRAConfig
 from mora_ds.costs import costs
 from mora_ds.data import largest_id
 from mora_ds.ds_config import compute_dtype, fill_bucket_sizes
@@ -33,6 +34,8 @@ from mora_ds.remora import ReMoRA
 from mora_ds.resets import OptimizerReset
 from mora_ds.run import Run, run_identity
 from mora_ds.run_data import RunData
+from mora_ds.run_vectors import FOLDER as VECTORS_FOLDER
+from mora_ds.run_vectors import needs_vectors, prepare_vectors, wanted_vectors
 from mora_ds.saving import PROBE_TOKENS, save_full_model
 from mora_ds.sequence_checks import describe
 from mora_ds.sequence_parallel import share_rows
@@ -142,6 +145,7 @@ def _adapter_job(
         config = replace(config, new_rows_from=first_new_row(loaded.base.folder))
     degree, inputs = arguments.training.tensor_parallel_size, TPInputs(arguments.training.tp_inputs)
     device = get_accelerator().current_device_name()
+    config = _with_vectors(config, 0, loaded, place)
     report = inject(loaded.model, config, lambda name: loaded.base.read(loaded.keys[name]).to(device))
     place.say(report)
     numels = trainable_numels(loaded.model, degree)
@@ -183,6 +187,21 @@ def _adapter_job(
 
     base_tensors, counts = frozen_buffers(loaded.model), (report.trainable_params, report.total_params)
     return Job(engine, run.state, run.remora, run.save_state, run.wait, export, base_tensors, *counts)
+
+
+def _with_vectors(config: AdapterConfig, alignment_rank: int, loaded: LoadedBase, place: Place) -> AdapterConfig:
+    if not isinstance(config, MoRAConfig) or not needs_vectors(config, alignment_rank):
+        return config
+    wanted = wanted_vectors(loaded.model, config, loaded.keys, alignment_rank)
+    if place.checkpoint is None:
+        exact = sum(each.is_exact for each in wanted.values())
+        place.say(
+            f"singular vectors of {len(wanted)} weights, {exact} of them decomposed exactly: "
+            f"{place.folder / VECTORS_FOLDER}"
+        )
+    device = get_accelerator().current_device_name()
+    share = place.followers.share
+    return prepare_vectors(config, wanted, loaded.base, place.folder, place.ranks, share, place.checkpoint, device)
 
 
 def _bare_job(loaded: LoadedBase, place: Place) -> Job:

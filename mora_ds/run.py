@@ -20,7 +20,7 @@ from mora_ds.adapter_files import BaseReference
 from mora_ds.base import BaseCheckpoint, NotOneToOne, renamed_keys, verify_against_model
 from mora_ds.checkpoint import CheckpointWriter, load_checkpoint
 from mora_ds.checkpoint_folder import TrainerState, check_identity, complete_checkpoints, find_checkpoint
-from mora_ds.config import AdapterConfig
+from mora_ds.config import AdapterConfig, MoRAConfig
 from mora_ds.errors import UserError
 from mora_ds.followers import Followers
 from mora_ds.injection import base_weights, mora_layers, value_names
@@ -30,6 +30,7 @@ from mora_ds.ranks import Ranks
 from mora_ds.remora import EXACT, MergeReport, ReMoRA
 from mora_ds.resets import OptimizerReset
 from mora_ds.saving import PROBE_TOKENS, RunWriter
+from mora_ds.singular_vectors import path_of
 from mora_ds.tensor_files import dtype_name
 
 
@@ -73,6 +74,7 @@ class Run:
         keys = self._map(opened) if keys is None else dict(keys)
         fingerprint = self.ranks.on_first(opened.fingerprint)
         self.identity = run_identity(fingerprint, config, precision, identity)
+        self._vectors = config.vectors if isinstance(config, MoRAConfig) else ""
         checkpoint = self._checkpoint(resume, overwrite)
         ledger = self._open_ledger(checkpoint, fingerprint)
         self.remora = ReMoRA(engine, config, ledger, opened, keys, precision, self.ranks.is_local_first, reset)
@@ -144,7 +146,7 @@ class Run:
             if self.ranks.rank == turn and self.ranks.is_local_first:
                 if checkpoint is None:
                     shutil.rmtree(folder, ignore_errors=True)
-                    Ledger.create(folder, fingerprint)
+                    Ledger.create(folder, fingerprint, path_of(self._vectors) if self._vectors else None)
                 else:
                     Ledger.open(checkpoint / "ledger", fingerprint).copy_to(folder)
             self.ranks.barrier()

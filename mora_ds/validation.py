@@ -21,6 +21,7 @@ from mora_ds.mixture_settings import mixture_plan
 from mora_ds.resets import OptimizerReset
 from mora_ds.schedules import MergeWhen, schedule_kind
 from mora_ds.stall import StallSignal
+from mora_ds.subspace import SUBSPACE
 from mora_ds.tensor_plan import TPInputs
 from mora_ds.training_arguments import TrainingArguments
 
@@ -38,6 +39,7 @@ def validate(arguments: Arguments) -> None:
         *_data(arguments.data),
         *_streaming(arguments),
         *_adapter(arguments.adapter),
+        *_subspace(arguments.adapter),
         *_parts(arguments),
         *_steps(arguments.training),
         *_forgetting(arguments.training),
@@ -178,6 +180,15 @@ def _new_embeddings(adapter: AdapterArguments, control: bool) -> Iterator[Check]
     yield wanted and adapter.full_rank_steps > 0, f"{flag}: --full_rank_steps train every row first: choose"
 
 
+def _subspace(adapter: AdapterArguments) -> Iterator[Check]:
+    mora = adapter.adapter == AdapterKind.MORA.value
+    for flag, given in (
+        ("--operator subspace", adapter.operator == SUBSPACE),
+        ("--subspace_cycles", adapter.subspace_cycles != 1),
+    ):
+        yield given and not mora, f"{flag} is for squares, and --adapter is {adapter.adapter}"
+
+
 def _parts(arguments: Arguments) -> Iterator[Check]:
     """What the part of a run that --adapter or --full_rank_steps leave out would have done."""
     adapter, training = arguments.adapter, arguments.training
@@ -313,6 +324,10 @@ def _split(arguments: Arguments, flag: str) -> Iterator[Check]:
         adapter.adapter != AdapterKind.MORA.value,
         f"{flag} splits squares, and --adapter {adapter.adapter} has none: leave it at 1",
     )
+    yield (
+        adapter.operator == SUBSPACE,
+        f"{flag}: --operator subspace reads whole inputs, and no rank of a group has them: leave it at 1",
+    )
     yield adapter.base_bits == 8, SPLIT_IN_8_BITS.format(arguments.training.tensor_parallel_size)
     yield adapter.full_rank_steps > 0, f"{flag}: --full_rank_steps train every parameter under plain ZeRO, at 1 only"
     yield adapter.mora_dropout > 0, f"{flag}: every rank of a group would draw other masks, so --mora_dropout must be 0"
@@ -340,7 +355,8 @@ def _refusals(arguments: Arguments) -> list[str]:
             rank=rank, operator=adapter.operator, segments=int(adapter.tp_grouping == TPGrouping.ALIGNED.value)
         ),
         lambda: MoRAConfig(dropout=adapter.mora_dropout),
-        lambda: MoRAConfig(compute=adapter.compute),
+        lambda: MoRAConfig(rank=rank, operator=adapter.operator, compute=adapter.compute),
+        lambda: MoRAConfig(rank=rank, operator=adapter.operator, vector_sets=adapter.subspace_cycles),
         lambda: MoRAConfig(base_bits=adapter.base_bits),
         lambda: MoRAConfig(target_modules=tuple(adapter.target_modules)),
         lambda: schedule_kind(training.lr_scheduler_type),

@@ -25,17 +25,20 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         *("operator_spec", "compiling", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer"),
         *("ds_tensor_parallel", "stopping", "topology", "sequence_parallel", "restart", "background", "forgetting"),
-        *("trials", "new_rows", "memory_meter", "eight_bits"),
+        *("trials", "new_rows", "memory_meter", "eight_bits", "singular_vectors"),
     ),
     (
         *("wiring", "data", "cli", "pulse", "ds_config", "tensor_files", "metrics", "run_folder", "followers"),
-        *("checkpoint_care", "schedule_text", "data_arguments", "collectives", "loop_settings"),
+        *("checkpoint_care", "schedule_text", "data_arguments", "collectives", "loop_settings", "subspace"),
     ),
     (
         *("operators", "base", "export_check", "checkpoint_folder", "training_arguments", "shards", "chunked_loss"),
         *("mixture_settings", "source_losses"),
     ),
-    ("model", "model_folder", "losses", "flat_tensors", "compute", "updates", "resets", "windows", "run_sources"),
+    (
+        *("model", "model_folder", "losses", "flat_tensors", "compute", "updates", "resets", "windows", "run_sources"),
+        *("base_svd",),
+    ),
     (
         *("replicas", "deltas", "config", "layer", "spectrum", "vocabulary_rows", "partitions", "sequence_checks"),
         *("block_windows",),
@@ -44,7 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge"),
     (
         *("tensor_parallel", "remora", "model_card", "ledger_tools", "universal", "portable", "validation"),
-        *("run_data", "verification", "costs"),
+        *("run_data", "verification", "costs", "run_vectors"),
     ),
     ("engine", "saving", "export", "trainer", "compact", "spectrum_report", "evaluation", "plan_step"),
     ("run", "plan_memory", "plan_time"),

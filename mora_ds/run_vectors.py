@@ -1,0 +1,104 @@
+"""The singular vectors that a run needs, there before its squares are: on every rank the same bits.
+
+    no subspace operator, no alignment loss      nothing
+    a run that begins                            rank 0 decomposes the base into OUTPUT_DIR/subspace, once; the ledger
+                                                 takes a link, and with it every checkpoint and portable adapter
+    one that resumes                             those of the checkpoint's ledger
+    nodes that do not see the folder             get the file
+
+In a loop of your own: `config = with_vectors(config, model, base, folder)` before `inject`, on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mora_ds.base import BaseCheckpoint, renamed_keys
+from mora_ds.base_svd import Wanted, cache_key, record_of, write_vectors
+from mora_ds.config import MoRAConfig
+from mora_ds.errors import UserError
+from mora_ds.injection import match_targets
+from mora_ds.layer import linear_shape
+from mora_ds.ledger import Ledger
+from mora_ds.ranks import Ranks
+from mora_ds.singular_vectors import register
+
+FOLDER = "subspace"
+
+Send = Callable[[Path], None]
+"""Gives a folder of rank 0's to nodes that do not see it (`followers.Followers.share`)."""
+
+
+def needs_vectors(config: MoRAConfig, alignment_rank: int = 0) -> bool:
+    return config.is_subspace or alignment_rank > 0
+
+
+def wanted_vectors(
+    model: nn.Module, config: MoRAConfig, keys: Mapping[str, str], alignment_rank: int = 0
+) -> dict[str, Wanted]:
+    """Module -> what to decompose, before injection. Raises `UserError` for an `alignment_rank` beyond a side."""
+    wanted = {}
+    for name, module in match_targets(model, config.target_modules).items():
+        d_in, d_out = linear_shape(module)
+        if alignment_rank > min(d_in, d_out):
+            raise UserError(
+                f"--alignment_rank {alignment_rank}: {name} is {d_out} x {d_in}, so it has {min(d_in, d_out)} singular "
+                "vectors: take fewer, or leave it out of --target_modules"
+            )
+        own = config.square_size(d_in, d_out) * config.vector_sets if config.is_subspace else 0
+        count = max(min(own, d_in, d_out), alignment_rank)
+        wanted[name] = Wanted(keys[f"{name}.weight"], isinstance(module, Conv1D), d_in, d_out, count)
+    return wanted
+
+
+def prepare_vectors(
+    config: MoRAConfig,
+    wanted: Mapping[str, Wanted],
+    base: BaseCheckpoint,
+    folder: Path,
+    ranks: Ranks,
+    send: Send,
+    checkpoint: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> MoRAConfig:
+    """The config that names them, with the file known to this process. Collective.
+
+    `folder`: of the run; a rank on a node that does not see rank 0's has one of its own. A `checkpoint` without vectors
+    is another run's: the config comes back without a name, and the run is told apart by that.
+    """
+    if checkpoint is not None:
+        held = Ledger.open(checkpoint / "ledger", hashes=False).vectors
+        return replace(config, vectors="" if held is None else held.name)
+
+    def work() -> str:
+        path = folder / FOLDER / f"{cache_key(base.fingerprint(), wanted)}.safetensors"
+        if not path.is_file():
+            write_vectors(path, base, wanted, device)
+        return path.name
+
+    name = ranks.on_first(work)
+    send(folder / FOLDER)
+    path = folder / FOLDER / name
+    called = ranks.on_first(lambda: record_of(path).name)
+    register(called, path)
+    return replace(config, vectors=called)
+
+
+def with_vectors(
+    config: MoRAConfig, model: Any, base: Path | str, folder: Path | str, alignment_rank: int = 0
+) -> MoRAConfig:
+    """For a transformers `model`, not injected yet, that was loaded from the folder `base`. Collective; all ranks must
+    see `folder`, the one of the `Run` to come. Raises `UserError` as `BaseCheckpoint.open` and `wanted_vectors` do."""
+    opened = BaseCheckpoint.open(base, "base")
+    names = [f"{name}.weight" for name in match_targets(model, config.target_modules)]
+    ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
+    keys = opened.map_parameters(names, model.base_model_prefix, ties, renamed_keys(model, opened.keys()))
+    wanted = wanted_vectors(model, config, keys, alignment_rank)
+    return prepare_vectors(config, wanted, opened, Path(folder), Ranks.current(), lambda path: None)
