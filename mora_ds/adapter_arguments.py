@@ -60,6 +60,11 @@ class AdapterArguments:
     grouping: str = "permuted"
     """permuted (fresh permutations every cycle), alternate (the paper's strided, contiguous, strided, ... for share),
     plain, or one of share's own: strided, contiguous, contiguous-strided, strided-contiguous."""
+    alignment_weight: float = 0.0
+    """Adds to the loss minus so much times the share of each square's delta, in squares, that lies in its frozen
+    weight's leading subspaces (mean over layers); 0: do not."""
+    alignment_rank: int = 16
+    """Singular vectors on either side that span these subspaces."""
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     """Modules that are adapted: names, globs, regular expressions after re:, or all-linear (all but the head)."""
     compute: str = "auto"
@@ -131,6 +136,10 @@ class AdapterArguments:
             return identity  # the same as before there were other rules: old checkpoints still resume
         stalled = {"stall_signal": rule.signal.value, "stall_window": rule.window, "stall_tolerance": rule.tolerance}
         return {**identity, "merge_when": self.merge_when, "merge_at_latest": self.merge_at_latest, **stalled}
+
+    def alignment_identity(self) -> dict[str, Any]:
+        """What must not change in mid-run for the loss to be the same function."""
+        return {"alignment": [self.alignment_weight, self.alignment_rank]} if self.alignment_weight else {}
 
     def config(self, seed: int) -> AdapterConfig:
         """These settings as the adapter's own config."""

@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from mora_ds.adapter_arguments import AdapterKind
+from mora_ds.alignment import Alignment
 from mora_ds.arguments import Arguments
 from mora_ds.checkpoint import CheckpointWriter, load_checkpoint
 from mora_ds.checkpoint_folder import TrainerState, check_identity
@@ -76,6 +77,8 @@ class Job:
     total_params: int
     split: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda batch: batch
     """A rank's part of rows that it shares with others."""
+    alignment: Alignment | None = None
+    """What --alignment_weight adds to the loss."""
 
 
 def rows_per_step(arguments: Arguments, world: int) -> int:
@@ -145,9 +148,13 @@ def _adapter_job(
         config = replace(config, new_rows_from=first_new_row(loaded.base.folder))
     degree, inputs = arguments.training.tensor_parallel_size, TPInputs(arguments.training.tp_inputs)
     device = get_accelerator().current_device_name()
-    config = _with_vectors(config, 0, loaded, place)
+    settings = arguments.adapter
+    config = _with_vectors(config, settings.alignment_rank if settings.alignment_weight else 0, loaded, place)
     report = inject(loaded.model, config, lambda name: loaded.base.read(loaded.keys[name]).to(device))
     place.say(report)
+    alignment = None
+    if settings.alignment_weight and isinstance(config, MoRAConfig):
+        alignment = Alignment(loaded.model, config.vectors, settings.alignment_weight, settings.alignment_rank)
     numels = trainable_numels(loaded.model, degree)
     if degree > 1:
         place.say(plan_of(loaded.model, degree))
@@ -186,7 +193,8 @@ def _adapter_job(
         ranks.on_first(lambda: export_merged(checkpoint, target, overwrite=True) and None)
 
     base_tensors, counts = frozen_buffers(loaded.model), (report.trainable_params, report.total_params)
-    return Job(engine, run.state, run.remora, run.save_state, run.wait, export, base_tensors, *counts)
+    job = Job(engine, run.state, run.remora, run.save_state, run.wait, export, base_tensors, *counts)
+    return replace(job, alignment=alignment)
 
 
 def _with_vectors(config: AdapterConfig, alignment_rank: int, loaded: LoadedBase, place: Place) -> AdapterConfig:
@@ -257,6 +265,7 @@ def _common_identity(
         "seed": arguments.training.seed,
         "global_batch_size": rows_per_step(arguments, world),
         **arguments.adapter.merge_identity(),
+        **arguments.adapter.alignment_identity(),
         "full_rank_steps": arguments.adapter.full_rank_steps,
         "dtype": compute_dtype(ds_config),
         **({"optimizer": kind} if (kind := arguments.training.optimizer) != "adamw" else {}),

@@ -40,6 +40,7 @@ def validate(arguments: Arguments) -> None:
         *_streaming(arguments),
         *_adapter(arguments.adapter),
         *_subspace(arguments.adapter),
+        *_alignment(arguments),
         *_parts(arguments),
         *_steps(arguments.training),
         *_forgetting(arguments.training),
@@ -187,6 +188,29 @@ def _subspace(adapter: AdapterArguments) -> Iterator[Check]:
         ("--subspace_cycles", adapter.subspace_cycles != 1),
     ):
         yield given and not mora, f"{flag} is for squares, and --adapter is {adapter.adapter}"
+
+
+def _alignment(arguments: Arguments) -> Iterator[Check]:
+    adapter, training = arguments.adapter, arguments.training
+    weight, wanted = adapter.alignment_weight, adapter.alignment_weight != 0
+    yield not 0 <= weight < float("inf"), f"--alignment_weight must be at least 0 and finite, got {weight}"
+    yield adapter.alignment_rank < 1, _at_least("alignment_rank", 1, adapter.alignment_rank)
+    yield (
+        adapter.alignment_rank != AdapterArguments.alignment_rank and not wanted,
+        "--alignment_rank is for --alignment_weight, and it is 0",
+    )
+    yield (
+        wanted and adapter.adapter != AdapterKind.MORA.value,
+        f"--alignment_weight is for squares, and --adapter is {adapter.adapter}",
+    )
+    yield (
+        wanted and training.tensor_parallel_size > 1,
+        "--alignment_weight needs whole squares, and no rank of a --tensor_parallel_size above 1 has them",
+    )
+    yield (
+        wanted and training.gradient_checkpointing_reentrant,
+        "--alignment_weight: --gradient_checkpointing_reentrant loses what a layer adds to the loss: drop it",
+    )
 
 
 def _parts(arguments: Arguments) -> Iterator[Check]:

@@ -41,13 +41,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("replicas", "deltas", "config", "layer", "spectrum", "vocabulary_rows", "partitions", "sequence_checks"),
-        *("block_windows",),
+        *("block_windows", "alignment_terms"),
     ),
     ("tensor_plan", "adapter_arguments", "ledger", "checkpoint"),
     ("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge"),
     (
         *("tensor_parallel", "remora", "model_card", "ledger_tools", "universal", "portable", "validation"),
-        *("run_data", "verification", "costs", "run_vectors"),
+        *("run_data", "verification", "costs", "run_vectors", "alignment"),
     ),
     ("engine", "saving", "export", "trainer", "compact", "spectrum_report", "evaluation", "plan_step"),
     ("run", "plan_memory", "plan_time"),
