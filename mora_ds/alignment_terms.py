@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mora_ds import singular_vectors, subspace
 from mora_ds.lanes import rotate
+from mora_ds.lora import LoRASpec
 from mora_ds.operators import (
     OperatorKind,
     OperatorSpec,
@@ -35,7 +36,7 @@ from mora_ds.operators import (
 )
 from mora_ds.subspace import SubspaceSpec
 from mora_ds.tables import rope_table
-from mora_ds.updates import SquareSpec
+from mora_ds.updates import SquareSpec, UpdateSpec
 from mora_ds.wiring import wiring
 
 FLOOR = 1e-3
@@ -75,6 +76,13 @@ def factors_of(
     return Factors(spec, left.to(dtype), right.to(dtype), floor)
 
 
+def lanes_of(spec: UpdateSpec) -> int:
+    """N R: the columns of C and of B."""
+    assert not isinstance(spec, LoRASpec)
+    blocks = spec.blocks_in if isinstance(spec, OperatorSpec) and spec.blockwise else 1
+    return blocks * spec.r_hat
+
+
 def delta_energy(spec: SquareSpec, square: Tensor) -> Tensor:
     """|delta_weight(M)|^2 of a square (R, R)."""
     if isinstance(spec, SubspaceSpec):
@@ -100,7 +108,7 @@ def _inputs(spec: OperatorSpec, like: Tensor) -> Tensor:
 
 
 def _where_groups_meet(spec: OperatorSpec, square: Tensor, outputs: Tensor) -> Tensor:
-    """Share: inputs that lie in two groups, because the last run wraps round, sum two columns of M. `outputs` (R, 1)."""
+    """Share: inputs in two groups, because the last run wraps round, sum two columns of M. `outputs`: (R, 1)."""
     tables = wiring(spec, square.device)
     if not len(tables.more_sources):
         return square.new_zeros(())

@@ -6,7 +6,7 @@
     one that resumes                             those of the checkpoint's ledger
     nodes that do not see the folder             get the file
 
-In a loop of your own: `config = with_vectors(config, model, base, folder)` before `inject`, on all ranks.
+In a loop of one's own: `run.with_vectors`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mora_ds.base import BaseCheckpoint, renamed_keys
+from mora_ds.base import BaseCheckpoint
 from mora_ds.base_svd import Wanted, cache_key, record_of, write_vectors
 from mora_ds.config import MoRAConfig
 from mora_ds.errors import UserError
@@ -44,7 +43,18 @@ def wanted_vectors(
     model: nn.Module, config: MoRAConfig, keys: Mapping[str, str], alignment_rank: int = 0
 ) -> dict[str, Wanted]:
     """Module -> what to decompose, before injection. Raises `UserError` for an `alignment_rank` beyond a side."""
+    check_alignment_rank(model, config, alignment_rank)
     wanted = {}
+    for name, module in match_targets(model, config.target_modules).items():
+        d_in, d_out = linear_shape(module)
+        own = config.square_size(d_in, d_out) * config.vector_sets if config.is_subspace else 0
+        count = max(min(own, d_in, d_out), alignment_rank)
+        wanted[name] = Wanted(keys[f"{name}.weight"], isinstance(module, Conv1D), d_in, d_out, count)
+    return wanted
+
+
+def check_alignment_rank(model: nn.Module, config: MoRAConfig, alignment_rank: int) -> None:
+    """Before injection; a planned model will do. Raises `UserError` naming a layer that has fewer vectors."""
     for name, module in match_targets(model, config.target_modules).items():
         d_in, d_out = linear_shape(module)
         if alignment_rank > min(d_in, d_out):
@@ -52,10 +62,6 @@ def wanted_vectors(
                 f"--alignment_rank {alignment_rank}: {name} is {d_out} x {d_in}, so it has {min(d_in, d_out)} singular "
                 "vectors: take fewer, or leave it out of --target_modules"
             )
-        own = config.square_size(d_in, d_out) * config.vector_sets if config.is_subspace else 0
-        count = max(min(own, d_in, d_out), alignment_rank)
-        wanted[name] = Wanted(keys[f"{name}.weight"], isinstance(module, Conv1D), d_in, d_out, count)
-    return wanted
 
 
 def prepare_vectors(
@@ -89,16 +95,3 @@ def prepare_vectors(
     called = ranks.on_first(lambda: record_of(path).name)
     register(called, path)
     return replace(config, vectors=called)
-
-
-def with_vectors(
-    config: MoRAConfig, model: Any, base: Path | str, folder: Path | str, alignment_rank: int = 0
-) -> MoRAConfig:
-    """For a transformers `model`, not injected yet, that was loaded from the folder `base`. Collective; all ranks must
-    see `folder`, the one of the `Run` to come. Raises `UserError` as `BaseCheckpoint.open` and `wanted_vectors` do."""
-    opened = BaseCheckpoint.open(base, "base")
-    names = [f"{name}.weight" for name in match_targets(model, config.target_modules)]
-    ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
-    keys = opened.map_parameters(names, model.base_model_prefix, ties, renamed_keys(model, opened.keys()))
-    wanted = wanted_vectors(model, config, keys, alignment_rank)
-    return prepare_vectors(config, wanted, opened, Path(folder), Ranks.current(), lambda path: None)

@@ -16,6 +16,7 @@ from mora_ds.alignment_terms import FLOOR, delta_energy, factors_of
 from mora_ds.arguments import parse
 from mora_ds.base_svd import Wanted, record_of, write_vectors
 from mora_ds.config import MoRAConfig
+from mora_ds.dry_run import planned
 from mora_ds.errors import UserError
 from mora_ds.export import export_merged
 from mora_ds.injection import inject, mora_layers, set_cycle
@@ -199,6 +200,14 @@ def test_flags_that_do_not_go_together(user: Playground, flags: tuple[str, ...],
         validate(parse(user.flags("out", *flags)))
 
 
+def test_a_dry_run_tells_what_the_factors_take(user: Playground) -> None:
+    flags = ("--dry_run", "--alignment_weight", 1, "--operator", "rotate", "--alignment_rank")
+    _, told = planned(parse(user.flags("out", *flags, 16)), world=2)
+    assert "MB of factors on each rank" in told[-1]
+    with pytest.raises(UserError, match="--alignment_rank 17"):
+        planned(parse(user.flags("out", *flags, 17)), world=2)
+
+
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
 ALIGNED = ("--alignment_weight", 0.5, "--alignment_rank", 4, "--operator", "rotate")
@@ -211,24 +220,20 @@ def shares(out: Path) -> list[float]:
 
 @pytest.mark.gloo
 def test_one_curve_for_any_ranks_and_accumulation(user: Playground, tmp_path: Path) -> None:
-    """6 sequences a step under ZeRO-3: 1 x 6, 1 x 3 x 2, 2 x 3; with merges, a resume and an export."""
-    one, two, accumulated = (tmp_path / name for name in ("one", "two", "accumulated"))
-    run(1, user.flags(one, *MERGING, "--per_device_train_batch_size", 6))
-    run(2, user.flags(two, *MERGING, "--per_device_train_batch_size", 3, "--save_steps", 3))
-    halves = ("--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2, "--gradient_checkpointing")
-    run(1, user.flags(accumulated, *MERGING, *halves))
+    """4 sequences a step under ZeRO-3: 1 x 2 x 2, checkpointed, and 2 x 2; with merges, a resume and an export."""
+    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
+    run(1, user.flags(one, *MERGING, "--gradient_accumulation_steps", 2, "--gradient_checkpointing"))
+    run(2, user.flags(two, *MERGING, "--save_steps", 3))
     found = shares(one)
     assert len(found) == 6 and found[0] == 0 == found[2] and found[1] > 0, "squares of zeros begin each cycle"
-    for out in (two, accumulated):
-        torch.testing.assert_close(losses(out), losses(one), rtol=1e-5, atol=0)
-        assert shares(out) == pytest.approx(found, rel=1e-4)
-    again, checkpoint = tmp_path / "again", two / "checkpoints" / "step-000003"
-    argv = user.flags(again, *MERGING, "--per_device_train_batch_size", 3, "--resume_from_checkpoint", checkpoint)
-    run(2, argv)
+    torch.testing.assert_close(losses(two), losses(one), rtol=1e-5, atol=0)
+    assert shares(two) == pytest.approx(found, rel=1e-4)
+    resume = (*MERGING, "--resume_from_checkpoint", two / "checkpoints" / "step-000003")
+    run(2, user.flags(again, *resume))
     assert [row for row in curve(two) if row["step"] > 3] == curve(again)
     assert Ledger.open(again / "ledger").vectors == Ledger.open(two / "ledger").vectors is not None
     export_merged(again, tmp_path / "merged", verify=True)
-    kind, message = run_ranks(1, refused, [*argv, "--alignment_weight", "0.25"])[0]
+    kind, message = run_ranks(2, refused, user.flags(tmp_path / "other", *resume, "--alignment_weight", 0.25))[0]
     assert kind == "UserError" and "--alignment_weight, --alignment_rank" in message
 
 

@@ -25,11 +25,13 @@ from mora_ds.export import export_merged
 from mora_ds.injection import inject, mora_layers
 from mora_ds.layer import SubspaceLinear
 from mora_ds.ledger import VECTORS_FILE, Ledger, live_weight
+from mora_ds.ledger_table import summarize
 from mora_ds.ledger_tools import drop
 from mora_ds.ledger_tools import verify as verify_ledger
 from mora_ds.plan_step import Work, measure_step, planned_model
 from mora_ds.portable import export_adapter, load_adapter
-from mora_ds.run_vectors import wanted_vectors, with_vectors
+from mora_ds.run import Run, with_vectors
+from mora_ds.run_vectors import wanted_vectors
 from mora_ds.spectrum import layer_spectra, singular_values
 from mora_ds.subspace import SubspaceSpec, adjoint, delta_weight, sides, subspace_update
 from mora_ds.updates import describe, spec_from_dict
@@ -299,6 +301,7 @@ def test_two_ranks_are_as_one(user: Playground, whole: Path, tmp_path: Path) -> 
 @pytest.mark.gloo
 def test_it_is_exported_verified_and_loaded_elsewhere(user: Playground, whole: Path, tmp_path: Path) -> None:
     ledger = Ledger.open(whole / "ledger")
+    assert [each.operators for each in summarize(ledger)] == ["subspace@0", "subspace@11, subspace@13, subspace@10"]
     firsts = [{entry.operator.first for entry in ledger.layers(cycle).values()} for cycle in (0, 1)]
     assert ledger.cycles == 2 and firsts[0] == {0} and 0 not in firsts[1]
     assert all(verdict.is_good for verdict in verify(whole))
@@ -378,6 +381,21 @@ def test_three_ranks_and_other_settings(user: Playground, tmp_path: Path, more: 
     export_merged(tmp_path / "three", tmp_path / "merged", verify=True)
 
 
+@pytest.mark.gloo
+@pytest.mark.heavy
+def test_nodes_that_do_not_see_the_folder_get_the_same_vectors(user: Playground, tmp_path: Path) -> None:
+    from tests.test_followers import job_on_two_nodes
+
+    run(3, user.flags(tmp_path / "whole", *MERGING, "--save_steps", 3))
+    first, other = tmp_path / "first", tmp_path / "other"
+    for more in ((), ("--resume_from_checkpoint", first / "checkpoints" / "step-000003")):
+        flags = user.flags("unused", *MERGING, "--save_steps", 3, *more)
+        run_ranks(3, job_on_two_nodes, flags, str(first), str(other))
+        assert torch.equal(losses(first), losses(tmp_path / "whole")[-len(losses(first)) :])
+        assert Ledger.open(first / "ledger").vectors == Ledger.open(tmp_path / "whole" / "ledger").vectors
+        assert not other.exists()
+
+
 def test_a_loop_of_ones_own(tmp_path: Path) -> None:
     found = run_ranks(1, own_loop, str(tmp_path))[0]
     assert found["after"] == pytest.approx(found["before"], rel=1e-6) and found["verified"]
@@ -386,7 +404,6 @@ def test_a_loop_of_ones_own(tmp_path: Path) -> None:
 def own_loop(folder: str) -> dict[str, Any]:
     """As the README has it: GPT-2's transposed weights, tied embeddings."""
     from mora_ds.engine import initialize
-    from mora_ds.run import Run
     from tests.models import causal_loss
     from tests.test_zero import ds_config
 
