@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mora_ds.alignment_terms import Factors, factors_of, lanes_of
+from mora_ds.errors import RunError
 from mora_ds.injection import mora_layers
 from mora_ds.layer import AdaptedLinear
 from mora_ds.lora import LoRASpec
@@ -53,7 +54,10 @@ class Alignment:
             self._shares[name] = share
 
     def loss(self) -> Tensor:
-        """What the newest forward adds to its loss. A layer that it did not use has no part in it."""
+        """What the newest forward adds to its loss. A layer that it did not use has no part in it. Raises `RunError`
+        where there was none: in training mode, within `hearing`."""
+        if not self._shares:
+            raise RunError("no layer has told its share: run the model in training mode, within Alignment.hearing()")
         mean = torch.stack(list(self._shares.values())).sum() / self.layers
         self._shares.clear()
         self.share = mean.detach()

@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from mora_ds import singular_vectors
+from mora_ds import singular_vectors, zero
 from mora_ds.alignment import Alignment
 from mora_ds.alignment_terms import FLOOR, delta_energy, factors_of
 from mora_ds.arguments import parse
 from mora_ds.base_svd import Wanted, record_of, write_vectors
 from mora_ds.config import MoRAConfig
 from mora_ds.dry_run import planned
-from mora_ds.errors import UserError
+from mora_ds.engine import initialize
+from mora_ds.errors import RunError, UserError
 from mora_ds.export import export_merged
 from mora_ds.injection import inject, mora_layers, set_cycle
 from mora_ds.ledger import Ledger
@@ -30,6 +32,7 @@ from tests.jobs import Playground, curve, job, losses, refused, rows, run
 from tests.models import causal_loss, tiny_model, tokens
 from tests.test_operators import name_of, random, specs
 from tests.test_subspace import MODULE, known
+from tests.test_zero import ds_config
 
 CPU = torch.device("cpu")
 SEGMENTED = [OperatorSpec(OperatorKind.SHARE, 20, 14, 6, Grouping.STRIDED, in_segments=2),
@@ -180,6 +183,8 @@ def test_it_is_silent_where_nothing_is_trained(tmp_path: Path) -> None:
         assert not alignment._shares
     model.eval()(input_ids=ids)
     assert not alignment._shares
+    with pytest.raises(RunError, match="in training mode"):
+        alignment.loss()
 
 
 @pytest.mark.parametrize(
@@ -209,6 +214,46 @@ def test_a_dry_run_tells_what_the_factors_take(user: Playground) -> None:
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
+
+
+def sharded_squares(path: str, stage: int) -> tuple[dict[str, Tensor], float]:
+    """Two steps, each of two micro-batches, on this rank's rows of six; no square is kept gathered."""
+    name = record_of(Path(path)).name
+    singular_vectors.register(name, Path(path))
+    model = tiny_model("llama")
+    inject(model, MoRAConfig(rank=3, operator="rotate", vectors=name))
+    for index, layer in enumerate(mora_layers(model).values()):
+        layer.value.data = 0.02 * random(*layer.value.shape, seed=index).float()
+    alignment = Alignment(model, name, weight=0.7, rank=4)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    micro = 6 // world // 2
+    engine, *_ = initialize(model=model, config=ds_config(stage, micro))
+    for step in range(2):
+        own = tokens(6, seed=step)[rank::world]
+        for part in own.split(micro):
+            with alignment.hearing():
+                loss = causal_loss(engine, part)
+            engine.backward(loss + alignment.loss())
+            engine.step()
+    layers = mora_layers(engine.module)
+    squares = {key: zero.full_fp32(engine, layer.value).clone() for key, layer in layers.items()}
+    return squares, alignment.share.item()
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("world", "stage"),
+    [(3, 3), *(pytest.param(3, stage, marks=pytest.mark.heavy) for stage in (0, 1, 2))],
+)
+def test_squares_sharded_by_zero_are_those_of_one_process(world: int, stage: int, tmp_path: Path) -> None:
+    aligned_model(tmp_path, "rotate")
+    path = str(tmp_path / "vectors.safetensors")
+    (expected, share), *_ = run_ranks(1, sharded_squares, path, 0)
+    for squares, found in run_ranks(world, sharded_squares, path, stage):
+        assert found == pytest.approx(share, rel=1e-5)
+        for name, square in squares.items():
+            torch.testing.assert_close(square, expected[name], rtol=1e-4, atol=2e-6)
+
 
 ALIGNED = ("--alignment_weight", 0.5, "--alignment_rank", 4, "--operator", "rotate")
 MERGING = (*ALIGNED, "--merge_every", 2, "--restart_warmup_steps", 1, "--max_steps", 6)
