@@ -79,6 +79,8 @@ class _Hook:
     def __call__(self, layer: AdaptedLinear, args: object, output: Tensor) -> Tensor:
         if not (layer.training and torch.is_grad_enabled()):
             return output
+        if layer.split is not None:
+            raise RunError(f"the alignment loss needs whole squares, and ranks share that of {self._name}")
         output, share = _WithShare.apply(output, layer.value, self._factors_of(layer))
         self._heard.note(self._name, share)
         return output
