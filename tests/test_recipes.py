@@ -50,7 +50,10 @@ def model_config(size: str, folder: Path) -> Path:
     return made
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.heavy if "70b" in path.stem else (), id=path.stem) for path in RECIPES],
+)
 def test_recipes_are_planned(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
