@@ -21,9 +21,9 @@ from mora_ds.mixture_settings import mixture_plan
 from mora_ds.resets import OptimizerReset
 from mora_ds.schedules import MergeWhen, schedule_kind
 from mora_ds.stall import StallSignal
-from mora_ds.subspace import SUBSPACE
 from mora_ds.tensor_plan import TPInputs
 from mora_ds.training_arguments import TrainingArguments
+from mora_ds.vector_checks import vector_checks
 
 Check = tuple[bool, str]
 """(whether it is wrong, what to say then)."""
@@ -39,8 +39,7 @@ def validate(arguments: Arguments) -> None:
         *_data(arguments.data),
         *_streaming(arguments),
         *_adapter(arguments.adapter),
-        *_subspace(arguments.adapter),
-        *_alignment(arguments),
+        *vector_checks(arguments.adapter, arguments.training),
         *_parts(arguments),
         *_steps(arguments.training),
         *_forgetting(arguments.training),
@@ -181,38 +180,6 @@ def _new_embeddings(adapter: AdapterArguments, control: bool) -> Iterator[Check]
     yield wanted and adapter.full_rank_steps > 0, f"{flag}: --full_rank_steps train every row first: choose"
 
 
-def _subspace(adapter: AdapterArguments) -> Iterator[Check]:
-    mora = adapter.adapter == AdapterKind.MORA.value
-    for flag, given in (
-        ("--operator subspace", adapter.operator == SUBSPACE),
-        ("--subspace_cycles", adapter.subspace_cycles != 1),
-    ):
-        yield given and not mora, f"{flag} is for squares, and --adapter is {adapter.adapter}"
-
-
-def _alignment(arguments: Arguments) -> Iterator[Check]:
-    adapter, training = arguments.adapter, arguments.training
-    weight, wanted = adapter.alignment_weight, adapter.alignment_weight != 0
-    yield not 0 <= weight < float("inf"), f"--alignment_weight must be at least 0 and finite, got {weight}"
-    yield adapter.alignment_rank < 1, _at_least("alignment_rank", 1, adapter.alignment_rank)
-    yield (
-        adapter.alignment_rank != AdapterArguments.alignment_rank and not wanted,
-        "--alignment_rank is for --alignment_weight, and it is 0",
-    )
-    yield (
-        wanted and adapter.adapter != AdapterKind.MORA.value,
-        f"--alignment_weight is for squares, and --adapter is {adapter.adapter}",
-    )
-    yield (
-        wanted and training.tensor_parallel_size > 1,
-        "--alignment_weight needs whole squares, and no rank of a --tensor_parallel_size above 1 has them",
-    )
-    yield (
-        wanted and training.gradient_checkpointing_reentrant,
-        "--alignment_weight: --gradient_checkpointing_reentrant loses what a layer adds to the loss: drop it",
-    )
-
-
 def _parts(arguments: Arguments) -> Iterator[Check]:
     """What the part of a run that --adapter or --full_rank_steps leave out would have done."""
     adapter, training = arguments.adapter, arguments.training
@@ -294,6 +261,7 @@ def _optimizer(arguments: Arguments) -> Iterator[Check]:
     for name in ("learning_rate", "muon_learning_rate"):
         value = getattr(training, name)
         yield not 0 < value < float("inf"), f"--{name} must be above 0, got {value}"
+    yield from _embedding_rate(arguments)
     yield training.bf16 and training.fp16, "--bf16 and --fp16: give one of them"
     for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
         value = getattr(training, name)
@@ -309,6 +277,18 @@ def _optimizer(arguments: Arguments) -> Iterator[Check]:
     yield (
         training.warmup_steps > 0 and training.warmup_ratio > 0,
         "--warmup_steps and --warmup_ratio: give one of them",
+    )
+
+
+def _embedding_rate(arguments: Arguments) -> Iterator[Check]:
+    adapter, rate = arguments.adapter, arguments.training.embedding_learning_rate
+    if rate is None:
+        return
+    yield not 0 < rate < float("inf"), f"--embedding_learning_rate must be above 0, got {rate}"
+    beside = adapter.train_embeddings or adapter.train_new_embeddings or adapter.train_norms or adapter.train_head
+    yield (
+        not beside,
+        "--embedding_learning_rate: nothing is trained beside the adapter; give --train_embeddings, or one like it",
     )
 
 
@@ -347,10 +327,6 @@ def _split(arguments: Arguments, flag: str) -> Iterator[Check]:
     yield (
         adapter.adapter != AdapterKind.MORA.value,
         f"{flag} splits squares, and --adapter {adapter.adapter} has none: leave it at 1",
-    )
-    yield (
-        adapter.operator == SUBSPACE,
-        f"{flag}: --operator subspace reads whole inputs, and no rank of a group has them: leave it at 1",
     )
     yield adapter.base_bits == 8, SPLIT_IN_8_BITS.format(arguments.training.tensor_parallel_size)
     yield adapter.full_rank_steps > 0, f"{flag}: --full_rank_steps train every parameter under plain ZeRO, at 1 only"

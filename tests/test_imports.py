@@ -44,7 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("block_windows", "alignment_terms"),
     ),
     ("tensor_plan", "adapter_arguments", "ledger", "checkpoint"),
-    ("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge"),
+    ("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge", "vector_checks"),
     (
         *("tensor_parallel", "remora", "model_card", "ledger_tools", "universal", "portable", "validation"),
         *("run_data", "verification", "costs", "run_vectors", "alignment"),
