@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mora_ds.alignment_terms import Factors, factors_of, lanes_of
+from mora_ds.alignment_terms import Factors, factor_numbers, factors_of
 from mora_ds.errors import RunError
 from mora_ds.injection import mora_layers
 from mora_ds.layer import AdaptedLinear
@@ -66,7 +66,7 @@ class Alignment:
 
 def factor_bytes(model: nn.Module, rank: int) -> int:
     """What the factors of all layers take on each rank, in fp32."""
-    return sum(2 * 4 * rank * lanes_of(layer.spec) for layer in mora_layers(model).values())
+    return sum(4 * factor_numbers(layer.spec, rank) for layer in mora_layers(model).values())
 
 
 class _Hook:

@@ -43,6 +43,10 @@ FLOOR = 1e-3
 """Of the weight's norm: what is added to the delta's, in squares."""
 
 
+Grams = tuple[Tensor, Tensor]
+"""(U^T U, V^T V), (R, R) each: vectors that are kept in fp32 are no more orthonormal than that."""
+
+
 @dataclass(frozen=True)
 class Factors:
     """What a layer's share is computed from, in one cycle, on one device."""
@@ -54,11 +58,13 @@ class Factors:
     """B (q, N, R)."""
     floor: float
     """(FLOOR |W0|)^2."""
+    grams: Grams | None = None
+    """Of the subspace operator."""
 
     def share(self, square: Tensor) -> Tensor:
         """A number from 0 to 1, of a square (R, R) in the factors' dtype."""
         inside = self.left.flatten(1) @ F.linear(self.right, square).flatten(1).T
-        return inside.square().sum() / (delta_energy(self.spec, square) + self.floor)
+        return inside.square().sum() / (delta_energy(self.spec, square, self.grams) + self.floor)
 
 
 @torch.no_grad()
@@ -67,27 +73,30 @@ def factors_of(
 ) -> Factors:
     """`vectors`: the file that holds the base's (`singular_vectors`). Raises as `singular_vectors.read`."""
     left, right = (side.to(device, torch.float64) for side in singular_vectors.read(vectors, module, 0, rank))
+    grams = None
     if isinstance(spec, SubspaceSpec):
         own_left, own_right = subspace.sides(spec, device, torch.float64)
         left, right = (left @ own_left.T).unsqueeze(1), (right @ own_right.T).unsqueeze(1)
+        grams = (own_left @ own_left.T).to(dtype), (own_right @ own_right.T).to(dtype)
     else:
         left, right = decompress_transpose(spec, left), compress(spec, right)
     floor = (FLOOR * singular_vectors.norm(vectors, module)) ** 2
-    return Factors(spec, left.to(dtype), right.to(dtype), floor)
+    return Factors(spec, left.to(dtype), right.to(dtype), floor, grams)
 
 
-def lanes_of(spec: UpdateSpec) -> int:
-    """N R: the columns of C and of B."""
+def factor_numbers(spec: UpdateSpec, rank: int) -> int:
+    """In a layer's factors."""
     assert not isinstance(spec, LoRASpec)
-    blocks = spec.blocks_in if isinstance(spec, OperatorSpec) and spec.blockwise else 1
-    return blocks * spec.r_hat
-
-
-def delta_energy(spec: SquareSpec, square: Tensor) -> Tensor:
-    """|delta_weight(M)|^2 of a square (R, R)."""
     if isinstance(spec, SubspaceSpec):
-        left, right = (side @ side.T for side in subspace.sides(spec, square.device, square.dtype))
-        return (left @ square @ right * square).sum()
+        return 2 * spec.r_hat * (rank + spec.r_hat)
+    return 2 * rank * spec.r_hat * (spec.blocks_in if spec.blockwise else 1)
+
+
+def delta_energy(spec: SquareSpec, square: Tensor, grams: Grams | None = None) -> Tensor:
+    """|delta_weight(M)|^2 of a square (R, R); of the subspace operator by its `grams`."""
+    if isinstance(spec, SubspaceSpec):
+        assert grams is not None
+        return (grams[0] @ square @ grams[1] * square).sum()
     outputs = decompress_transpose(spec, square.new_ones(spec.d_out))  # (N, R): that a row is written to
     if spec.r_hat >= spec.d_in:  # a column an input, which together are no more than the square
         columns = _folded(spec, square) if spec.blockwise else input_columns(spec, square)

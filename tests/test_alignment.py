@@ -35,6 +35,7 @@ from tests.test_subspace import MODULE, known
 from tests.test_zero import ds_config
 
 CPU = torch.device("cpu")
+EVERY = [*(kind.value for kind in OperatorKind), "subspace"]
 SEGMENTED = [OperatorSpec(OperatorKind.SHARE, 20, 14, 6, Grouping.STRIDED, in_segments=2),
              OperatorSpec(OperatorKind.SHARE, 14, 21, 7, Grouping.PERMUTED, seed=3, out_segments=3)]  # fmt: skip
 
@@ -147,8 +148,10 @@ def mean_share(model: Any, name: str, rank: int) -> Tensor:
     return torch.stack(found).mean()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("operator", [*(kind.value for kind in OperatorKind), "subspace"])
+@pytest.mark.parametrize(
+    ("operator", "checkpointing"),
+    [*((operator, False) for operator in EVERY), ("share", True), ("subspace", True)],
+)
 def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: bool, tmp_path: Path) -> None:
     """Two micro-batches before a step; then the same after the squares are wired otherwise."""
     model, config, name = aligned_model(tmp_path, operator)
@@ -283,6 +286,7 @@ def test_one_curve_for_any_ranks_and_accumulation(user: Playground, tmp_path: Pa
 
 
 @pytest.mark.gloo
+@pytest.mark.heavy
 def test_it_draws_the_delta_into_the_subspaces(user: Playground, tmp_path: Path) -> None:
     for weight in (0, 5):
         run(1, user.flags(tmp_path / str(weight), "--operator", "share", "--alignment_weight", weight or 1e-9))
@@ -299,7 +303,7 @@ def test_a_rank_larger_than_a_side_is_refused(user: Playground, tmp_path: Path) 
 
 @pytest.mark.gloo
 @pytest.mark.heavy
-@pytest.mark.parametrize("operator", [*(kind.value for kind in OperatorKind), "subspace"])
+@pytest.mark.parametrize("operator", EVERY)
 @pytest.mark.parametrize("more", [(), ("--bf16",), ("--base_bits", 8), ("--optimizer", "muon"), ("--fp16",)], ids=str)
 def test_three_ranks_are_as_one(user: Playground, tmp_path: Path, operator: str, more: tuple[Any, ...]) -> None:
     """pytest -m heavy tests/test_alignment.py"""
