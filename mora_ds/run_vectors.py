@@ -79,8 +79,10 @@ def prepare_vectors(
     `folder`: of the run; a rank on a node that does not see rank 0's has one of its own. A `checkpoint` without vectors
     is another run's: the config comes back without a name, and the run is told apart by that.
     """
+    if checkpoint is not None and not (checkpoint / "ledger").is_dir():
+        return config
     if checkpoint is not None:
-        held = Ledger.open(checkpoint / "ledger", hashes=False).vectors
+        held = ranks.agree(lambda: Ledger.open(checkpoint / "ledger", hashes=False)).vectors
         return replace(config, vectors="" if held is None else held.name)
 
     def work() -> str:
