@@ -21,7 +21,7 @@ from mora_ds.errors import UserError
 TOLERANCE = 0.01
 """Share of the budget that may be left over."""
 
-_GOOD_ENOUGH = 0.001
+_GOOD_ENOUGH = 0.005
 """Share at which no more sides are moved: the fewer moves, the nearer to the rule."""
 
 _STRAY = 2
@@ -166,9 +166,10 @@ def _round(layers: Sequence[_Layer], budget: int, step: int) -> None:
         if layer.side + step <= layer.most and _cost(layer, step) <= left:
             left -= _cost(layer, step)
             layer.side += step
-    while not 0 <= left <= _GOOD_ENOUGH * budget:
-        best = min(_moves(layers, step), key=lambda move: _badness(left - _price(move)), default=())
-        if _badness(left - _price(best)) >= _badness(left):
+    good = int(_GOOD_ENOUGH * budget)
+    while not 0 <= left <= good:
+        best = min(_moves(layers, step), key=lambda move: (_badness(left - _price(move), good), _stray(move)))
+        if _badness(left - _price(best), good) >= _badness(left, good):
             return
         left -= _price(best)
         for layer, by in best:
@@ -180,7 +181,8 @@ _Move = tuple[tuple[_Layer, int], ...]
 
 
 def _moves(layers: Sequence[_Layer], step: int) -> Iterator[_Move]:
-    """One side up or down, or one up and another down; of layers with the same side two stand for all."""
+    """None, one side up or down, or one up and another down; of layers with the same side two stand for all."""
+    yield ()
     up, down = _movable(layers, step), _movable(layers, -step)
     yield from (((layer, step),) for layer in up)
     yield from (((layer, -step),) for layer in down)
@@ -209,6 +211,11 @@ def _price(move: _Move) -> int:
     return sum(_cost(layer, by) for layer, by in move)
 
 
-def _badness(left: int) -> tuple[bool, int]:
-    """Too much is worse than any too little."""
-    return left < 0, abs(left)
+def _badness(left: int, good: int) -> tuple[bool, int]:
+    """Too much is worse than any too little, and up to `good` nothing is too little."""
+    return left < 0, 0 if 0 <= left <= good else abs(left)
+
+
+def _stray(move: _Move) -> float:
+    """How far from its due each side comes to be, in all."""
+    return sum(abs(layer.side + by - layer.due) for layer, by in move)
