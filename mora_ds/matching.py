@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -20,17 +19,11 @@ def targets_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
         return match_targets(model, config.target_modules)
     linear = _linear_layers(model)
     planned = set(config.planned_layers)
-    check_known(sorted(planned), linear)
-    return {name: module for name, module in linear.items() if name in planned}
-
-
-def check_known(names: Sequence[str], linear: Collection[str]) -> None:
-    """Raises `UserError` for layers of a plan that are none of the model's."""
-    missing = [name for name in names if name not in linear]
-    if missing:
+    if missing := sorted(planned - linear.keys()):
         more = f"\nand {len(missing) - 3} more" if len(missing) > 3 else ""
         named = "".join(f"\n{name}.{nearest(name, linear)}" for name in missing[:3])
         raise UserError(f"--targets: the plan names linear layers that the model does not have:{named}{more}")
+    return {name: module for name, module in linear.items() if name in planned}
 
 
 def match_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Module]:

@@ -19,7 +19,7 @@ from mora_ds.config import AdapterConfig, MoRAConfig
 from mora_ds.errors import UserError
 from mora_ds.injection import count_parameters
 from mora_ds.layer import linear_shape
-from mora_ds.matching import check_known, match_targets
+from mora_ds.matching import match_targets
 from mora_ds.model import folder_config
 from mora_ds.plan_step import Work, planned_model
 from mora_ds.ranks import Ranks
@@ -137,7 +137,8 @@ class RunTargets:
             return opened.plan_of_weights(config, budget)
         if not held:
             raise UserError(f"{self.checkpoint} has no plan of squares: drop --targets, as at its start")
-        check_known(sorted(held), opened.weights)
+        if outside := [name for name in held if name not in opened.weights]:
+            raise UserError(f"--target_modules leaves out {outside[0]}, which has a square in {self.checkpoint}")
         used, wanted = sum(side**2 for side in held.values()), parse_budget(budget, opened.parameters)
         if not (1 - TOLERANCE) * wanted <= used <= wanted:
             raise UserError(

@@ -12,12 +12,13 @@ import torch
 
 import mora_ds
 from mora_ds.arguments import parse
-from mora_ds.base import write_own_base
+from mora_ds.base import BaseCheckpoint, write_own_base
 from mora_ds.config import MoRAConfig, config_from_dict
 from mora_ds.dry_run import planned
 from mora_ds.errors import UserError
+from mora_ds.files import read_json, write_json_atomic
 from mora_ds.injection import inject, mora_layers
-from mora_ds.run_targets import OpenModel, open_model
+from mora_ds.run_targets import OpenModel, RunTargets, open_model, plan_of_file
 from mora_ds.target_sizes import TOLERANCE, Candidate, spend
 from mora_ds.targets import TargetPlan, check_model, parse_budget, read_plan, sized
 from mora_ds.validation import validate
@@ -230,7 +231,7 @@ def test_flags_that_do_not_go_together(flags: list[str], message: str) -> None:
 
 
 def adapter_json(out: Path) -> dict[str, Any]:
-    return mora_ds.files.read_json(out / "checkpoints" / "latest" / "adapter.json")  # type: ignore[no-any-return]
+    return read_json(out / "checkpoints" / "latest" / "adapter.json")
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +274,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(user: Playground, finished:
 
 
 @pytest.mark.gloo
-def test_an_edited_plan_is_honoured_and_others_refused(user: Playground, finished: Path, tmp_path: Path) -> None:
+def test_an_edited_plan_is_honoured_and_another_refused(user: Playground, finished: Path, tmp_path: Path) -> None:
     names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
     plan, out = tmp_path / "mine.yaml", tmp_path / "out"
     kept = read_plan(finished / "targets.yaml")
@@ -285,18 +286,74 @@ def test_an_edited_plan_is_honoured_and_others_refused(user: Playground, finishe
 
     resume = ("--max_steps", 4, "--resume_from_checkpoint", "latest")
     plan.write_text(text.replace(f"{names[0]}: 10", f"{names[0]}: 12"), encoding="utf-8")
-    refusals = {
-        ("--targets", plan): rf"trained by another plan than {plan}:\n  {names[0]}: side 10 there, 12 in the plan",
-        ("--targets", "auto", "--trainable_budget", "3%"): "--trainable_budget 3% is .* parameters, and the squares of",
-        (): "has squares by a plan: give --targets",
-    }
-    for flags, message in refusals.items():
-        ((kind, told),) = run_ranks(1, refused, user.flags(out, *flags, *resume))
-        with pytest.raises(UserError, match=message):
-            raise UserError(told)
-        assert kind == "UserError"
+    ((kind, told),) = run_ranks(1, refused, user.flags(out, "--targets", plan, *resume))
+    assert kind == "UserError" and f"was trained by another plan than {plan}:\n  {names[0]}: side 10 there, 12" in told
     run(1, user.flags(out, "--targets", out / "targets.yaml", *resume))
     assert adapter_json(out)["step"] == 4
+
+
+class Alone:
+    """The only rank, as far as `RunTargets` looks."""
+
+    is_first = True
+
+    def on_first(self, work: Any) -> Any:
+        return work()
+
+
+AUTO = ("--targets", "auto", "--trainable_budget", "3%")
+
+
+def decided(user: Playground, out: Path, checkpoint: Path | None, *flags: str | Path) -> MoRAConfig:
+    """What a run by these flags takes, resumed from `checkpoint`."""
+    adapter, model, base = (
+        parse(list(map(str, flags))).adapter,
+        tiny_model(vocab_size=400),
+        BaseCheckpoint.open(user.model),
+    )
+    keys = {name: name for name, _ in model.named_parameters()}
+    out.mkdir(exist_ok=True)
+    ranks: Any = Alone()
+    targets = RunTargets(adapter, plan_of_file(adapter), out, checkpoint, ranks, lambda *told: None)
+    config = targets.planned(MoRAConfig(rank=2), model, base, keys)
+    assert isinstance(config, MoRAConfig)
+    return config
+
+
+@pytest.mark.gloo
+def test_what_a_checkpoint_holds_decides_when_it_is_resumed(user: Playground, finished: Path, tmp_path: Path) -> None:
+    checkpoint, plan = finished / "checkpoints" / "latest", finished / "targets.yaml"
+    fresh = decided(user, tmp_path / "fresh", None, *AUTO)
+    assert (tmp_path / "fresh" / "targets.yaml").read_bytes() == plan.read_bytes()
+    assert decided(user, finished, checkpoint, *AUTO) == fresh
+    assert decided(user, tmp_path / "elsewhere", checkpoint, *AUTO) == fresh
+    assert dict(read_plan(tmp_path / "elsewhere" / "targets.yaml").sides) == dict(read_plan(plan).sides)
+    assert decided(user, tmp_path / "file", checkpoint, "--targets", plan) == fresh
+    assert decided(user, tmp_path / "none", None).layer_sizes == ()
+
+    changed = tmp_path / "elsewhere" / "targets.yaml"
+    kept = read_plan(plan)
+    first = next(name for name, side in kept.sides.items() if side)
+    TargetPlan("model", kept.fingerprint, {**kept.sides, first: 2}, "3%").write(changed)
+    (broken := tmp_path / "broken").mkdir()
+    (broken / "targets.yaml").write_text("layers: [", encoding="utf-8")
+    for out, flags, message in (
+        (tmp_path / "file", (), "has squares by a plan: give --targets, as at its start"),
+        (tmp_path / "file", ("--targets", "auto", "--trainable_budget", "2%"), "--trainable_budget 2% is "),
+        (tmp_path / "file", (*AUTO, "--target_modules", "q_proj"), "--target_modules leaves out model.layers.0."),
+        (tmp_path / "elsewhere", AUTO, f"another plan than {changed}:\n  {first}: side {kept.sides[first]} there, 2 "),
+        (broken, AUTO, f"{broken / 'targets.yaml'} is no valid YAML"),
+    ):
+        with pytest.raises(UserError) as caught:
+            decided(user, out, checkpoint, *flags)
+        assert message in str(caught.value)
+
+
+def test_a_run_without_a_plan_does_not_go_on_with_one(user: Playground, tmp_path: Path) -> None:
+    state = {"identity": {"adapter": MoRAConfig(rank=2).to_dict()}}
+    write_json_atomic(tmp_path / "trainer_state.json", state)
+    with pytest.raises(UserError, match="has no plan of squares: drop --targets"):
+        decided(user, tmp_path / "out", tmp_path, *AUTO)
 
 
 @pytest.mark.gloo
@@ -317,3 +374,39 @@ def test_a_dry_run_counts_what_the_plan_says(user: Playground, tmp_path: Path) -
         found, told = planned(parse(user.flags(tmp_path / "out", *flags, "--dry_run")), 1)
         assert found.trained.whole == plan.parameters and 1485 <= plan.parameters <= 1500
         assert f"trainable {plan.parameters:,} " in told[0]
+
+
+# -- fuller: pytest -m heavy tests/test_targets.py ---------------------------------------------------------------------
+
+
+@pytest.mark.heavy
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("gpt2", ()),
+        ("gpt_neox", ("--operator", "share")),
+        ("qwen2", ("--bf16", "--base_bits", 8)),
+        ("llama", ("--operator", "share", "--tp_grouping", "aligned", "--tp_segments", 2, "--tensor_parallel_size", 2)),
+        ("llama", ("--optimizer", "muon")),
+    ],
+)
+def test_planned_runs_of_every_kind(user: Playground, tmp_path: Path, family: str, more: tuple[str, ...]) -> None:
+    """Merged, resumed (on another number of ranks where no layer is split), exported and verified."""
+    shutil.copytree(user.model, tmp_path / "model")
+    write_own_base(tiny_model(family, vocab_size=400), tmp_path / "own")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tmp_path / "own" / name, tmp_path / "model" / name)
+    auto = ("--targets", "auto", "--trainable_budget", "4%", "--merge_every", 2, "--restart_warmup_steps", 1)
+    flags = user.flags(tmp_path / "out", "--model_name_or_path", tmp_path / "model", *auto, *more)
+    summary = run(2, [*flags, "--max_steps", "3"])
+    budget = int(0.04 * (summary["total_params"] - summary["trainable_params"]))
+    assert 0.99 * budget <= summary["trainable_params"] <= budget
+    rows = () if "--tensor_parallel_size" in more else ("--per_device_train_batch_size", "4")  # 2 replicas, or 1
+    run(1 if rows else 2, [*flags, *rows, "--resume_from_checkpoint", "auto", "--max_steps", "5"])
+    plan = read_plan(tmp_path / "out" / "targets.yaml")
+    layers = adapter_json(tmp_path / "out")["layers"]
+    assert {name: entry["operator"]["r_hat"] for name, entry in layers.items()} == {
+        name: side for name, side in plan.sides.items() if side
+    }
+    mora_ds.export_merged(tmp_path / "out" / "checkpoints" / "latest", tmp_path / "merged", verify=True)
