@@ -18,6 +18,7 @@ from mora_ds.dry_run import planned
 from mora_ds.errors import UserError
 from mora_ds.files import read_json, write_json_atomic
 from mora_ds.injection import inject, mora_layers
+from mora_ds.ranks import Ranks
 from mora_ds.run_targets import OpenModel, RunTargets, open_model, plan_of_file
 from mora_ds.target_sizes import TOLERANCE, Candidate, spend
 from mora_ds.targets import TargetPlan, check_model, parse_budget, read_plan, sized
@@ -304,7 +305,13 @@ class Alone:
 AUTO = ("--targets", "auto", "--trainable_budget", "3%")
 
 
-def decided(user: Playground, out: Path, checkpoint: Path | None, *flags: str | Path) -> MoRAConfig:
+def decided(
+    user: Playground,
+    out: Path,
+    checkpoint: Path | None,
+    *flags: str | Path,
+    ranks: Any = Alone(),  # noqa: B008
+) -> MoRAConfig:
     """What a run by these flags takes, resumed from `checkpoint`."""
     adapter, model, base = (
         parse(list(map(str, flags))).adapter,
@@ -313,11 +320,24 @@ def decided(user: Playground, out: Path, checkpoint: Path | None, *flags: str | 
     )
     keys = {name: name for name, _ in model.named_parameters()}
     out.mkdir(exist_ok=True)
-    ranks: Any = Alone()
-    targets = RunTargets(adapter, plan_of_file(adapter), out, checkpoint, ranks, lambda *told: None)
+    targets = RunTargets(adapter, plan_of_file(adapter), out, checkpoint, ranks or Alone(), lambda *told: None)
     config = targets.planned(MoRAConfig(rank=2), model, base, keys)
     assert isinstance(config, MoRAConfig)
     return config
+
+
+def decided_together(user: Playground, out: Path) -> MoRAConfig:
+    """On a rank of several, of which only the first one can read weights. For `run_ranks`."""
+    ranks = Ranks.current()
+    if not ranks.is_first:
+        BaseCheckpoint.read = None  # type: ignore[assignment, method-assign]
+    return decided(user, out, None, *AUTO, ranks=ranks)
+
+
+@pytest.mark.gloo
+def test_every_rank_has_the_plan_of_the_first(user: Playground, tmp_path: Path) -> None:
+    one, other = run_ranks(2, decided_together, user, tmp_path / "out")
+    assert one == other == decided(user, tmp_path / "alone", None, *AUTO) and one.layer_sizes
 
 
 @pytest.mark.gloo

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mora_ds.base import write_own_base
+from mora_ds.base import BaseCheckpoint, write_own_base
 from mora_ds.config import MoRAConfig
 from mora_ds.data import Document
 from mora_ds.errors import RunError, UserError
@@ -105,6 +106,20 @@ def test_the_layers_of_a_folder_are_those_of_injection(tmp_path: Path, family: s
         values = torch.linalg.svdvals(parameters[f"{name}.weight"].detach().double())
         assert row.leading == pytest.approx(values[: len(row.leading)].tolist(), rel=1e-9)
         assert row.norm == pytest.approx(values.norm().item(), rel=1e-6)
+
+
+def test_one_weight_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_own_base(tiny_model(), tmp_path / "model")
+    opened, read, handed_out = open_model(tmp_path / "model", ["all-linear"]), BaseCheckpoint.read, []
+
+    def watched(base: BaseCheckpoint, key: str) -> torch.Tensor:
+        assert all(earlier() is None for earlier in handed_out)
+        tensor = read(base, key)
+        handed_out.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(BaseCheckpoint, "read", watched)
+    assert len(list(analyse(opened.base, opened.weights))) == len(handed_out) == 14
 
 
 # -- the probe ---------------------------------------------------------------------------------------------------------
