@@ -81,7 +81,7 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     if training.sequence_parallel_size > 1:
         ds_config.pop("train_batch_size")  # checked; DeepSpeed, told of no groups, would count every rank's rows
     folder = Path(training.output_dir).expanduser()
-    targets = ranks.on_first(lambda: plan_of_file(arguments.adapter, training.seed))  # it may lie in the folder
+    targets = ranks.on_first(lambda: plan_of_file(arguments.adapter))  # it may lie in the folder
     checkpoint, reservation = ranks.on_first(lambda: _reserve(arguments, folder, replicas))
     followers = None
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mora_ds.adapter_arguments import AdapterArguments
-from mora_ds.base import BaseCheckpoint, renamed_keys
+from mora_ds.base import BaseCheckpoint, NotOneToOne, renamed_keys
 from mora_ds.checkpoint_folder import TrainerState
 from mora_ds.config import AdapterConfig, MoRAConfig
 from mora_ds.errors import UserError
@@ -72,16 +72,24 @@ def open_model(
     model = planned_model(Work(config, None, seq_len=1, trust_remote_code=trust_remote_code))
     ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    keys = base.map_parameters(names, model.base_model_prefix, ties, renamed_keys(model, base.keys()))
+    try:
+        keys = base.map_parameters(names, model.base_model_prefix, ties, renamed_keys(model, base.keys()))
+    except NotOneToOne as error:
+        raise UserError(
+            f"{flag}: {error}. They are converted as the model is loaded: name the base that a run of it has written, "
+            "OUTPUT_DIR/base"
+        ) from error
     return OpenModel.of(model, base, keys, patterns)
 
 
-def plan_of_file(adapter: AdapterArguments, seed: int = 0) -> TargetPlan | None:
+def plan_of_file(adapter: AdapterArguments) -> TargetPlan | None:
     """That of --targets FILE, its sides fit for the operator; None for no file. Raises `UserError`."""
     if adapter.targets in (None, AUTO):
         return None
     plan = read_plan(Path(str(adapter.targets)).expanduser())
-    _sized(adapter.config(seed), plan, f"--targets {adapter.targets}")
+    config = adapter.config(seed=0)
+    if isinstance(config, MoRAConfig):
+        sized(config, plan.sides, f"--targets {adapter.targets}")
     return plan
 
 
@@ -105,6 +113,8 @@ class RunTargets:
         Raises `UserError` for a plan of another model or with layers that it does not have, a budget that cannot be
         held, and a resumed run that has another plan than its checkpoint.
         """
+        if not isinstance(config, MoRAConfig):
+            return config
         held = {} if self.checkpoint is None else held_sides(self.checkpoint)
         if self.adapter.targets is None and not held:
             return config
@@ -113,13 +123,14 @@ class RunTargets:
 
         def decide() -> TargetPlan:
             opened = OpenModel.of(model, base, keys, self.adapter.target_modules)
-            return self._given(opened, held) if self.given else self._auto(opened, config, held)
+            found = self._given(opened, held) if self.given else self._auto(opened, config, held)
+            if not _holds(self.folder / TARGETS_FILE, found):
+                found.write(self.folder / TARGETS_FILE)
+            return found
 
         plan = self.ranks.on_first(decide)
         self.say(plan)
-        if self.ranks.is_first and not _holds(self.folder / TARGETS_FILE, plan):
-            plan.write(self.folder / TARGETS_FILE)
-        return _sized(config, plan)
+        return sized(config, plan.sides)
 
     def _given(self, opened: OpenModel, held: Mapping[str, int]) -> TargetPlan:
         assert self.given is not None
@@ -129,8 +140,7 @@ class RunTargets:
             _check_same(self.checkpoint, held, self.given.sides, str(path))
         return self.given
 
-    def _auto(self, opened: OpenModel, config: AdapterConfig, held: Mapping[str, int]) -> TargetPlan:
-        assert isinstance(config, MoRAConfig), "validated"
+    def _auto(self, opened: OpenModel, config: MoRAConfig, held: Mapping[str, int]) -> TargetPlan:
         budget = str(self.adapter.trainable_budget)
         if self.checkpoint is None:
             self.say("--targets auto: reading the base's weights, layer by layer")
@@ -160,11 +170,6 @@ def held_sides(checkpoint: Path) -> dict[str, int]:
     return dict(adapter.get("layer_sizes") or {})
 
 
-def _sized(config: AdapterConfig, plan: TargetPlan, where: str = "--targets") -> MoRAConfig:
-    assert isinstance(config, MoRAConfig), "validated: no other adapter has a plan"
-    return sized(config, plan.sides, where)
-
-
 def _holds(path: Path, plan: TargetPlan) -> bool:
     """Whether the file says the same already, perhaps with notes."""
     try:
@@ -189,14 +194,13 @@ def planned_config(
 ) -> AdapterConfig:
     """`config` as a run of the model (its folder) would have it, for a dry run. A file's fingerprint is not compared:
     that would read every weight. Raises `UserError`."""
-    if adapter.targets is None:
+    if adapter.targets is None or not isinstance(config, MoRAConfig):
         return config
     plan = plan_of_file(adapter)
     if plan is None:
-        assert isinstance(config, MoRAConfig)
         folder = Path(model).expanduser()
         if not folder.is_dir():
             raise UserError(f"--targets auto reads weights, and {model} is no folder: give a plan's file to --dry_run")
         opened = open_model(folder, adapter.target_modules, trust_remote_code, "--model_name_or_path")
         plan = opened.plan_of_weights(config, str(adapter.trainable_budget))
-    return _sized(config, plan)
+    return sized(config, plan.sides)

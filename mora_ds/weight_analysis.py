@@ -9,9 +9,10 @@ Of singular values s_1 >= s_2 >= ... of a weight, with its energy |W|_F^2 = sum 
     energy curve     how many of the first values hold 50, 90, 99% of the energy
 
 Where the shorter side is at most `exact_up_to`, all singular values are computed (`torch.linalg.svdvals`, float64).
-Beyond it the leading `LEADING` are estimated (`torch.svd_lowrank`, fp32: randomised subspace iteration; Halko et al.
-2011), and the energy that is not in them, known from the norm, counts as spread evenly over the values that are left:
-effective rank and energy curve are then upper bounds, and `method` says so.
+Beyond it the leading `LEADING` are computed (`torch.svd_lowrank`, fp32: randomised subspace iteration; Halko et al.
+2011). The energy that is not in them is known from the norm; it counts as falling from the last of them to zero, as
+(1 - t)^a for t from 0 to 1 over the values that are left. Effective rank and energy curve are then estimates, and
+`method` says so: of 1536 x 1536, 1% off for a Gaussian weight, 8% for one whose values fall as i^(-1/2).
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ from mora_ds.errors import RunError
 EXACT_UP_TO = 1024
 """Shorter side up to which all singular values are computed: about a second of one core."""
 
-LEADING = 256
-"""Singular values that are estimated of a larger weight."""
+LEADING = 192
+"""Singular values that are computed of a larger weight."""
+
+_OVERSAMPLING = 64
+"""More, the last of which are too small."""
 
 KEPT = 16
 """Singular values that a measure lists."""
@@ -62,7 +66,7 @@ class WeightMeasures:
     d_in: int
     d_out: int
     method: str
-    """exact, or estimated: effective rank and energy ranks are then upper bounds."""
+    """exact, or estimated: effective rank and energy ranks then are, norm and stable rank not."""
     norm: float
     """Frobenius norm."""
     leading: tuple[float, ...]
@@ -106,7 +110,7 @@ def measure_weight(module: str, weight: Weight, values: Tensor, exact_up_to: int
     norm = torch.linalg.vector_norm(values.float(), dtype=torch.float64).item()
     if not norm < float("inf"):
         raise RunError(f"{module}.weight is not finite")
-    exact = full_rank <= max(exact_up_to, LEADING)
+    exact = full_rank <= max(exact_up_to, LEADING + _OVERSAMPLING)
     found = torch.linalg.svdvals(values.double()) if exact else _leading(values.float(), module)
     shares = _shares(found.double().cpu(), norm, full_rank)
     largest = found[0].item()
@@ -128,18 +132,20 @@ def _leading(values: Tensor, module: str) -> Tensor:
     devices = [values.device] if values.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(int.from_bytes(hashlib.sha256(module.encode()).digest()[:4], "little"))
-        return torch.svd_lowrank(values, q=LEADING, niter=_ITERATIONS)[1]
+        return torch.svd_lowrank(values, q=LEADING + _OVERSAMPLING, niter=_ITERATIONS)[1][:LEADING]
 
 
 def _shares(found: Tensor, norm: float, full_rank: int) -> Tensor:
-    """(full_rank,) shares of the energy, descending; what `found` does not hold, evenly."""
+    """(full_rank,) shares of the energy, descending; those that `found` does not hold, by a falling power."""
     if norm == 0.0:
         return torch.zeros(full_rank, dtype=torch.float64)
     shares = (found / norm).square()
     if (rest := full_rank - len(shares)) == 0:
         return shares / shares.sum()
-    even = max(0.0, 1.0 - shares.sum().item()) / rest
-    return torch.cat((shares, shares.new_full((rest,), even)))
+    left, last = max(0.0, 1.0 - shares.sum().item()), shares[-1].item()
+    power = max(0.0, last * rest / left - 1) if left else 0.0  # the mean of (1 - t)^a is 1 / (a + 1)
+    tail = (1 - (torch.arange(rest, dtype=shares.dtype) + 0.5) / rest) ** power
+    return torch.cat((shares, tail * (left / tail.sum())))
 
 
 def _ranks(shares: Tensor) -> list[int]:

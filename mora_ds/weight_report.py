@@ -31,7 +31,7 @@ def report_lines(rows: Sequence[WeightMeasures], gradients: Gradients) -> list[s
         f"{', '.join(f'{share:.0%}' for share in SHARES)}: how many singular values hold so much of the energy"
     )
     if any(row.method == ESTIMATED for row in rows):
-        note += f"; *: from the leading {LEADING} values, an upper bound of effective and of these"
+        note += f"; *: estimated from the leading {LEADING} values and the norm"
     if gradients:
         note += "; |dL/dM|, |dL/dW|: norms of gradients at M = 0, root mean square over batches"
     return [

@@ -23,6 +23,7 @@ from mora_ds.run_targets import OpenModel, RunTargets, open_model, plan_of_file
 from mora_ds.target_sizes import TOLERANCE, Candidate, spend
 from mora_ds.targets import TargetPlan, check_model, parse_budget, read_plan, sized
 from mora_ds.validation import validate
+from mora_ds.verification import verify
 from tests.gloo import run_ranks
 from tests.jobs import Playground, losses, refused, run
 from tests.models import tiny_model
@@ -255,6 +256,7 @@ def test_a_run_trains_merges_and_exports_what_the_plan_says(user: Playground, fi
     assert {name: entry["operator"]["r_hat"] for name, entry in layers.items()} == {
         name: side for name, side in plan.sides.items() if side
     }
+    assert [each.problems for each in verify(finished, user.model)] == [[], []]
     live: Any = mora_ds.load_adapter(user.model, finished / "checkpoints" / "latest")
     merged: Any = type(live).from_pretrained(finished / "merged")
     ids = torch.arange(3, 35).unsqueeze(0)
@@ -310,7 +312,7 @@ def decided(
     out: Path,
     checkpoint: Path | None,
     *flags: str | Path,
-    ranks: Any = Alone(),  # noqa: B008
+    ranks: Any = None,
 ) -> MoRAConfig:
     """What a run by these flags takes, resumed from `checkpoint`."""
     adapter, model, base = (

@@ -21,7 +21,7 @@ from mora_ds.injection import inject, mora_layers
 from mora_ds.operators import OperatorKind, adjoint
 from mora_ds.run_targets import open_model
 from mora_ds.targets import read_plan
-from mora_ds.weight_analysis import ESTIMATED, EXACT, LEADING, Weight, analyse, measure_weight
+from mora_ds.weight_analysis import ESTIMATED, EXACT, Weight, analyse, measure_weight
 from mora_ds.weight_report import heat_map, report_lines
 from tests.jobs import Playground
 from tests.models import causal_loss, tiny_model, tokens
@@ -68,16 +68,19 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
         measure_weight("layer", Weight("w", 4, 4), torch.full((4, 4), math.nan))
 
 
-def test_estimates_are_near_and_bounds() -> None:
-    side = LEADING + 44
-    values = 0.98 ** torch.arange(side)
-    weight, place = low_rank(side + 20, side, values).float(), Weight("w", side, side + 20)
-    exact, estimated = measure_weight("a", place, weight), measure_weight("a", place, weight, exact_up_to=1)
-    assert (exact.method, estimated.method) == (EXACT, ESTIMATED)
-    assert estimated.leading == pytest.approx(exact.leading, rel=1e-4)
-    assert estimated.stable_rank == pytest.approx(exact.stable_rank, rel=1e-4)
-    assert exact.effective_rank * 0.9999 <= estimated.effective_rank <= 1.01 * exact.effective_rank
-    assert all(one <= other for one, other in zip(exact.energy_ranks, estimated.energy_ranks, strict=True))
+def test_estimates_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a spectrum that falls fast, and of a Gaussian weight, whose tail holds most of the energy."""
+    monkeypatch.setattr("mora_ds.weight_analysis.LEADING", 48)
+    generator = torch.Generator().manual_seed(0)
+    for weight in (low_rank(320, 300, 0.98 ** torch.arange(300)), torch.randn(320, 300, generator=generator)):
+        place = Weight("w", 300, 320)
+        exact, estimated = measure_weight("a", place, weight), measure_weight("a", place, weight, exact_up_to=1)
+        assert (exact.method, estimated.method) == (EXACT, ESTIMATED)
+        assert estimated.norm == exact.norm
+        assert estimated.leading == pytest.approx(exact.leading, rel=0.01)
+        assert estimated.stable_rank == pytest.approx(exact.stable_rank, rel=0.01)
+        assert estimated.effective_rank == pytest.approx(exact.effective_rank, rel=0.05)
+        assert estimated.energy_ranks == pytest.approx(exact.energy_ranks, rel=0.1, abs=2)
 
 
 def test_estimates_do_not_depend_on_the_random_state_nor_change_it() -> None:
@@ -106,6 +109,15 @@ def test_the_layers_of_a_folder_are_those_of_injection(tmp_path: Path, family: s
         values = torch.linalg.svdvals(parameters[f"{name}.weight"].detach().double())
         assert row.leading == pytest.approx(values[: len(row.leading)].tolist(), rel=1e-9)
         assert row.norm == pytest.approx(values.norm().item(), rel=1e-6)
+
+
+def test_weights_that_are_converted_when_loaded_need_a_base_of_their_own(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"MODEL: .* name the base that a run of it has written, OUTPUT_DIR/base"):
+        open_model(tmp_path / "model", ["all-linear"])
+    write_own_base(model, tmp_path / "base")
+    assert "model.layers.0.self_attn.q_proj" in open_model(tmp_path / "base", ["all-linear"]).weights
 
 
 def test_one_weight_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +224,7 @@ def test_a_heat_map_is_drawn(user: Playground, tmp_path: Path, monkeypatch: pyte
 def test_estimates_are_marked_in_the_table() -> None:
     row = measure_weight("m.0.q", Weight("w", 300, 300), torch.randn(300, 300), exact_up_to=1)
     lines = report_lines([row], {})
-    assert any("m.0.q*" in line for line in lines) and "upper bound" in lines[-1]
+    assert any("m.0.q*" in line for line in lines) and "*: estimated from" in lines[-1]
 
 
 @pytest.mark.parametrize(
