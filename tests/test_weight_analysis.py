@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from mora_ds.weight_analysis import ESTIMATED, EXACT, Weight, analyse, measure_w
 from mora_ds.weight_report import heat_map, report_lines
 from tests.jobs import Playground
 from tests.models import causal_loss, tiny_model, tokens
-from tools import analyze_weights
+from tests.tools import call
 
 
 def low_rank(d_out: int, d_in: int, values: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -191,17 +190,10 @@ def test_a_heat_map_has_types_down_and_blocks_across() -> None:
     assert values[0] == [1.0, 4.0] and values[1][1] == 2.0 and math.isnan(values[1][0]) and values[2][0] == 7.0
 
 
-def tool(monkeypatch: pytest.MonkeyPatch, *argv: str | Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["analyze_weights.py", *map(str, argv)])
-    analyze_weights.main()
-
-
-def test_the_tool_prints_writes_and_plans(
-    user: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_tool_prints_writes_and_plans(user: Playground, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     probing = ("--probe", user.train, "--seq_len", "32", "--probe_batches", "2", "--mora_rank", "2")
     plan, told = tmp_path / "targets.yaml", tmp_path / "weights.json"
-    tool(monkeypatch, user.model, "--json", told, "--trainable_budget", "3%", "--write", plan, *probing)
+    call("analyze_weights", user.model, "--json", told, "--trainable_budget", "3%", "--write", plan, *probing)
     printed = capsys.readouterr().out
     assert "probe: 64 tokens in 2 batch(es), rotate/permuted" in printed
     assert "model.layers.1.mlp.down_proj" in printed and "|dL/dW|" in printed and "plan by probe: " in printed
@@ -211,13 +203,13 @@ def test_the_tool_prints_writes_and_plans(
     opened = open_model(user.model, ["all-linear"])
     budget = int(0.03 * opened.parameters)
     assert 0.99 * budget <= by_probe.parameters <= budget and by_probe.by == "probe"
-    tool(monkeypatch, user.model, "--trainable_budget", "3%", "--write", plan, "--mora_rank", "2")
+    call("analyze_weights", user.model, "--trainable_budget", "3%", "--write", plan, "--mora_rank", "2")
     assert read_plan(plan).by == "weights" and dict(read_plan(plan).sides) != dict(by_probe.sides)
 
 
-def test_a_heat_map_is_drawn(user: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heat_map_is_drawn(user: Playground, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    tool(monkeypatch, user.model, "--png", tmp_path / "map.png")
+    call("analyze_weights", user.model, "--png", tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -241,17 +233,15 @@ def test_estimates_are_marked_in_the_table() -> None:
         (["--probe", "TRAIN", "--seq_len", "4096"], "--seq_len 4096 is longer than the model's 128 positions"),
     ],
 )
-def test_what_the_tool_refuses(
-    user: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
-) -> None:
+def test_what_the_tool_refuses(user: Playground, tmp_path: Path, flags: list[str], message: str) -> None:
     given = [flag.replace("OUT", str(tmp_path)).replace("TRAIN", str(user.train)) for flag in flags]
     with pytest.raises(UserError, match=message):
-        tool(monkeypatch, user.model, *given)
+        call("analyze_weights", user.model, *given)
 
 
-def test_a_model_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="MODEL: no such folder"):
-        tool(monkeypatch, tmp_path / "nothing")
+        call("analyze_weights", tmp_path / "nothing")
 
 
 def test_the_default_operator_of_a_plan_is_that_of_a_run() -> None:
