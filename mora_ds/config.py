@@ -184,6 +184,10 @@ class MoRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "layer_sizes", _sorted_sizes(self.layer_sizes))
+        for name, size in self.layer_sizes:
+            if size < 1 or size % self.step:
+                even = ", and even for rotate" if self.step == 2 else ""
+                raise UserError(f"--targets: the side of {name} must be at least 1{even}, got {size}")
         kinds = [kind.value for kind in OperatorKind]
         if self.operator != "auto" and self.operator not in kinds:
             raise UserError(
@@ -209,15 +213,16 @@ class MoRAConfig(AdapterConfig):
             raise UserError(f"--tp_segments must be at least 1, got {self.segments}")
         if self.segments and self.kind is not OperatorKind.SHARE:
             raise UserError(f"--tp_grouping aligned belongs to --operator share, but the operator is {self.kind.value}")
-        for name, size in self.layer_sizes:
-            if size < 1 or size % self.step:
-                even = ", and even for rotate" if self.step == 2 else ""
-                raise UserError(f"--targets: the side of {name} must be at least 1{even}, got {size}")
+
+    @property
+    def operator_name(self) -> str:
+        """What `operator` says, with auto decided."""
+        return default_kind(self.rank).value if self.operator == "auto" else self.operator
 
     @property
     def step(self) -> int:
         """Sides of squares are multiples of it."""
-        return 2 if self.kind is OperatorKind.ROTATE else 1
+        return 2 if self.operator_name == OperatorKind.ROTATE.value else 1
 
     @property
     def planned_layers(self) -> tuple[str, ...]:
@@ -236,26 +241,28 @@ class MoRAConfig(AdapterConfig):
 
     def square_size(self, d_in: int, d_out: int) -> int:
         """r_hat of a layer: the paper's size, at most the layer's longer side (a larger square adds nothing)."""
-        longest = max(d_in, d_out)
-        if self.kind is OperatorKind.ROTATE:
-            longest -= longest % 2
-        r_hat = min(square_size(d_in, d_out, self.rank, self.kind), longest)
+        r_hat = min(square_size(d_in, d_out, self.rank, self.kind), self.largest_size(d_in, d_out))
         if r_hat < 1:
             raise UserError(f"--mora_rank {self.rank} is too small for a square on a layer of {d_in} x {d_out}")
         return r_hat
 
+    def largest_size(self, d_in: int, d_out: int) -> int:
+        """r_hat beyond which a square adds nothing: the layer's longer side, rounded to `step`."""
+        longest = max(d_in, d_out)
+        return longest - longest % self.step
+
     def size_of(self, layer: str, d_in: int, d_out: int) -> int:
-        """r_hat of the layer: the plan's, or `square_size`. Raises `UserError` for a planned one larger than the
-        layer's longer side, and for a layer that the plan leaves out."""
+        """r_hat of the layer: the plan's, or `square_size`. Raises `UserError` for a planned one above `largest_size`,
+        and for a layer that the plan leaves out."""
         if not self.layer_sizes:
             return self.square_size(d_in, d_out)
         size = dict(self.layer_sizes).get(layer)
         if size is None:
             raise UserError(f"--targets: the plan gives {layer} no square")
-        if size > max(d_in, d_out):
+        if size > (largest := self.largest_size(d_in, d_out)):
             raise UserError(
-                f"--targets: a square of side {size} on {layer}, a layer of {d_in} x {d_out}, is larger than its longer"
-                f" side: give {max(d_in, d_out)} at most"
+                f"--targets: a square of side {size} on {layer}, a layer of {d_in} x {d_out}, is larger than it can "
+                f"use: give {largest} at most"
             )
         return size
 

@@ -47,15 +47,20 @@ class OpenModel:
 
     def plan(self, scores: Mapping[str, float], by: str, config: MoRAConfig, budget: str) -> TargetPlan:
         """The budget spent by these scores. Raises `UserError` for a budget that the layers do not take."""
-        candidates = [Candidate(name, each.d_in, each.d_out, scores[name]) for name, each in self.weights.items()]
-        sides = spend(candidates, parse_budget(budget, self.parameters), config.step)
+        sides = spend(self._candidates(config, scores), parse_budget(budget, self.parameters), config.step)
         name, fingerprint = self.base.folder.name, self.base.fingerprint()
-        return TargetPlan(name, fingerprint, sides, budget, by, config.kind.value, dict(scores))
+        return TargetPlan(name, fingerprint, sides, budget, by, config.operator_name, dict(scores))
 
     def check_budget(self, config: MoRAConfig, budget: str) -> None:
         """What of that can be told without scores."""
-        shapes = {name: (each.d_in, each.d_out) for name, each in self.weights.items()}
-        check_budget(shapes, parse_budget(budget, self.parameters), config.step)
+        even = dict.fromkeys(self.weights, 1.0)
+        check_budget(self._candidates(config, even), parse_budget(budget, self.parameters), config.step)
+
+    def _candidates(self, config: MoRAConfig, scores: Mapping[str, float]) -> list[Candidate]:
+        return [
+            Candidate(name, each.d_in, each.d_out, config.largest_size(each.d_in, each.d_out), scores[name])
+            for name, each in self.weights.items()
+        ]
 
     def plan_of_weights(self, config: MoRAConfig, budget: str) -> TargetPlan:
         """The same by what `analyse` finds."""
@@ -160,7 +165,7 @@ class RunTargets:
             return plan
         sides = {name: held.get(name, 0) for name in opened.weights}
         return TargetPlan(
-            opened.base.folder.name, opened.base.fingerprint(), sides, budget, BY_WEIGHTS, config.kind.value
+            opened.base.folder.name, opened.base.fingerprint(), sides, budget, BY_WEIGHTS, config.operator_name
         )
 
 

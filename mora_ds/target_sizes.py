@@ -5,7 +5,7 @@
                                                      proportion to the score; lambda is what uses the budget up
 
 A layer gets a square as long as its rank lambda * score is 1 or more, so that a small budget goes to the layers of the
-highest scores; the side is at most the layer's longer one. Sides are whole numbers, even for rotate: rounded down, then
+highest scores; the side is at most what the layer can use. Sides are whole numbers, even for rotate: rounded down, then
 moved by single steps, those furthest behind first, until the sum of squares is within `TOLERANCE` below the budget.
 Scores count to four digits and ties go by name: the same numbers give the same sides, whatever their order.
 """
@@ -13,7 +13,7 @@ Scores count to four digits and ties go by name: the same numbers give the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mora_ds.errors import UserError
@@ -35,7 +35,9 @@ class Candidate:
     name: str
     d_in: int
     d_out: int
-    score: float
+    largest: int
+    """Side of the largest square that adds anything there."""
+    score: float = 1.0
     """Not negative; only ratios matter."""
 
 
@@ -71,24 +73,16 @@ def spend(
     return {each.name: chosen.get(each.name, 0) for each in candidates}
 
 
-def check_budget(
-    shapes: Mapping[str, tuple[int, int]], budget: int, step: int = 1, flag: str = "--trainable_budget"
-) -> None:
-    """Raises the same `UserError`s as far as the layers' shapes (d_in, d_out) tell, before there are scores."""
-    layers = [_layer(Candidate(name, d_in, d_out, 1.0), step) for name, (d_in, d_out) in shapes.items()]
+def check_budget(candidates: Iterable[Candidate], budget: int, step: int = 1, flag: str = "--trainable_budget") -> None:
+    """Raises the same `UserError`s as far as can be told before there are scores."""
+    layers = [_layer(each, step) for each in candidates]
     _check([each for each in layers if each.least <= each.most], budget, flag)
-
-
-def longest_side(d_in: int, d_out: int, step: int) -> int:
-    """Side of the largest square that adds anything on a layer."""
-    longest = max(d_in, d_out)
-    return longest - longest % step
 
 
 def _layer(candidate: Candidate, step: int) -> _Layer:
     sides, score = candidate.d_in + candidate.d_out, float(f"{candidate.score:.3e}")
     least = max(math.isqrt(sides) // step, 1) * step
-    return _Layer(candidate.name, score, score * sides, least, longest_side(candidate.d_in, candidate.d_out, step))
+    return _Layer(candidate.name, score, score * sides, least, candidate.largest // step * step)
 
 
 def _check(layers: Sequence[_Layer], budget: int, flag: str) -> None:
@@ -102,8 +96,8 @@ def _check(layers: Sequence[_Layer], budget: int, flag: str) -> None:
         )
     if budget > (capacity := _capacity(layers)):
         raise UserError(
-            f"{flag}: {budget:,} parameters are more than the {len(layers)} layers can hold, {capacity:,}: a square is "
-            "at most as large as its layer's longer side"
+            f"{flag}: {budget:,} parameters are more than the {len(layers)} layers can hold: {capacity:,}, with the "
+            "largest squares that add anything"
         )
 
 
@@ -114,7 +108,7 @@ def _capacity(layers: Iterable[_Layer]) -> int:
 def _fitting(layers: list[_Layer], budget: int, step: int, flag: str) -> dict[str, int]:
     """Sides within the tolerance: of as many layers as the rule has, else of fewer, else of more."""
     wanted = _how_many(layers, budget)
-    nearest = 0
+    nearest = full if (full := _capacity(layers)) < budget else 0
     for count in (*range(wanted, 0, -1), *range(wanted + 1, len(layers) + 1)):
         chosen = layers[:count]
         if _capacity(chosen) < budget or sum(each.least**2 for each in chosen) > budget:
@@ -139,7 +133,7 @@ def _how_many(layers: Sequence[_Layer], budget: int) -> int:
             low = count
         else:
             high = count - 1
-    while _capacity(layers[:low]) < budget:
+    while low < len(layers) and _capacity(layers[:low]) < budget:
         low += 1
     return low
 

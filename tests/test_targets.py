@@ -28,7 +28,7 @@ from tests.gloo import run_ranks
 from tests.jobs import Playground, losses, refused, run
 from tests.models import tiny_model
 
-PROJECTIONS = [Candidate(f"layers.{n}.{name}", 64, 64, 0.5) for n in range(4) for name in "abcd"]
+PROJECTIONS = [Candidate(f"layers.{n}.{name}", 64, 64, 64, 0.5) for n in range(4) for name in "abcd"]
 
 
 def used(sides: dict[str, int]) -> int:
@@ -43,7 +43,7 @@ def test_any_budget_is_held_within_one_per_cent(step: int) -> None:
     chance = random.Random(step)
     for _ in range(300):
         shapes = [(chance.choice((16, 32, 56, 64)), chance.choice((16, 32, 56, 64))) for _ in range(14)]
-        candidates = [Candidate(f"l{n}", *shape, chance.random()) for n, shape in enumerate(shapes)]
+        candidates = [Candidate(f"l{n}", *shape, max(shape), chance.random()) for n, shape in enumerate(shapes)]
         budget = chance.randint(700, sum(max(shape) ** 2 for shape in shapes))
         sides = spend(candidates, budget, step)
         assert (1 - TOLERANCE) * budget <= used(sides) <= budget
@@ -52,7 +52,7 @@ def test_any_budget_is_held_within_one_per_cent(step: int) -> None:
 
 def test_sizes_follow_scores_and_shapes() -> None:
     candidates = [
-        Candidate("plain", 64, 64, 0.4), Candidate("twice", 64, 64, 0.8), Candidate("wide", 64, 192, 0.4),
+        Candidate("plain", 64, 64, 64, 0.4), Candidate("twice", 64, 64, 64, 0.8), Candidate("wide", 64, 192, 192, 0.4),
     ]  # fmt: skip
     sides = spend(candidates, 4_000)
     assert sides["twice"] ** 2 == pytest.approx(2 * sides["plain"] ** 2, rel=0.1)
@@ -60,12 +60,12 @@ def test_sizes_follow_scores_and_shapes() -> None:
 
 
 def test_a_layer_is_never_given_more_than_its_longer_side() -> None:
-    sides = spend([Candidate("a", 16, 16, 1.0), Candidate("b", 64, 64, 0.1)], 256 + 900)
+    sides = spend([Candidate("a", 16, 16, 16, 1.0), Candidate("b", 64, 64, 64, 0.1)], 256 + 900)
     assert sides == {"a": 16, "b": 30}
 
 
 def test_a_small_budget_goes_to_the_best_layers() -> None:
-    candidates = [Candidate(f"l{n}", 32, 32, score) for n, score in enumerate((0.2, 0.9, 0.1, 0.8))]
+    candidates = [Candidate(f"l{n}", 32, 32, 32, score) for n, score in enumerate((0.2, 0.9, 0.1, 0.8))]
     assert spend(candidates, 200) == {"l0": 0, "l1": 10, "l2": 0, "l3": 10}
 
 
@@ -73,7 +73,7 @@ def test_the_same_numbers_give_the_same_sides_in_any_order() -> None:
     sides = spend(PROJECTIONS, 5_000, step=2)
     shuffled = random.Random(0).sample(PROJECTIONS, len(PROJECTIONS))
     assert spend(shuffled, 5_000, step=2) == sides and list(sides) == [each.name for each in PROJECTIONS]
-    noisy = [Candidate(each.name, 64, 64, 0.5 * (1 + 1e-9 * n)) for n, each in enumerate(PROJECTIONS)]
+    noisy = [Candidate(each.name, 64, 64, 64, 0.5 * (1 + 1e-9 * n)) for n, each in enumerate(PROJECTIONS)]
     assert spend(noisy, 5_000, step=2) == sides
 
 
@@ -81,7 +81,7 @@ def test_the_same_numbers_give_the_same_sides_in_any_order() -> None:
     ("budget", "message"),
     [
         (63, r"63 parameters are too few for one square: the smallest, of side 11 on layers\.0\.a, has 121"),
-        (16 * 64**2 + 1, "65,537 parameters are more than the 16 layers can hold, 65,536"),
+        (16 * 64**2 + 1, "65,537 parameters are more than the 16 layers can hold: 65,536"),
     ],
 )
 def test_budgets_that_cannot_be(budget: int, message: str) -> None:
@@ -91,9 +91,12 @@ def test_budgets_that_cannot_be(budget: int, message: str) -> None:
 
 def test_a_budget_between_two_squares_is_refused_with_what_can_be_had() -> None:
     with pytest.raises(UserError, match=r"come within 1% of 206 parameters on these layers; 196 can be had"):
-        spend([Candidate("only", 32, 32, 1.0)], 206)
+        spend([Candidate("only", 32, 32, 32, 1.0)], 206)
+    small_and_large = [Candidate("small", 16, 16, 16, 0.5), Candidate("large", 400, 400, 400, 1.0)]
+    with pytest.raises(UserError, match=r"come within 1% of 300 parameters on these layers; 256 can be had"):
+        spend(small_and_large, 300)
     with pytest.raises(UserError, match="no layer with a score above 0"):
-        spend([Candidate("only", 32, 32, 0.0)], 206)
+        spend([Candidate("only", 32, 32, 32, 0.0)], 206)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +204,10 @@ def test_sides_that_no_operator_takes() -> None:
     with pytest.raises(UserError, match=r"^FILE: the side of a must be at least 1, and even for rotate, got 7"):
         sized(MoRAConfig(rank=8), {"a": 7}, "FILE")
     config = sized(MoRAConfig(rank=8), {"model.layers.0.self_attn.q_proj": 34})
-    with pytest.raises(UserError, match=r"side 34 on model\.layers\.0\.self_attn\.q_proj, .* of 32 x 32, is larger"):
+    with pytest.raises(
+        UserError,
+        match=r"side 34 on model\.layers\.0\.self_attn\.q_proj, .* of 32 x 32, is larger than it can use: give 32",
+    ):
         inject(tiny_model(), config)
 
 
