@@ -8,6 +8,7 @@ AdapterConfig          what all adapters share: rank, targets, dropout, what is 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -100,6 +101,11 @@ class AdapterConfig:
         """Side of a square, or rank, that `rank` asks for where the layer is large enough."""
         raise NotImplementedError
 
+    @property
+    def planned_layers(self) -> tuple[str, ...]:
+        """Names of the layers that a plan has chosen; with none `target_modules` say which are adapted."""
+        return ()
+
     def first_seed(self, layer: str, cycle: int) -> int:
         """Seed of the value that a layer starts a cycle from."""
         return permutation_seed(self.seed, f"first/{layer}", cycle)
@@ -180,8 +186,17 @@ class MoRAConfig(AdapterConfig):
     """Subspace: cycle c takes singular vectors s r_hat, s r_hat + 1, ... with s = c modulo so many sets; with 1 every
     cycle takes the leading ones. Behind a layer's last vector comes its first."""
 
+    layer_sizes: tuple[tuple[str, int], ...] = ()
+    """(layer's name, r_hat) of exactly the layers that get a square, in place of `target_modules` and of the sizes that
+    `rank` asks for (a plan, `targets`); given as a mapping or pairs, kept in the order of names. Empty: no plan."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "layer_sizes", _sorted_sizes(self.layer_sizes))
+        for name, size in self.layer_sizes:
+            if size < 1 or size % self.step:
+                even = ", and even for rotate" if self.step == 2 else ""
+                raise UserError(f"--targets: the side of {name} must be at least 1{even}, got {size}")
         kinds = [*(kind.value for kind in OperatorKind), SUBSPACE]
         if self.operator != "auto" and self.operator not in kinds:
             raise UserError(
@@ -229,6 +244,20 @@ class MoRAConfig(AdapterConfig):
         return self.operator == SUBSPACE
 
     @property
+    def operator_name(self) -> str:
+        """What `operator` says, with auto decided."""
+        return default_kind(self.rank).value if self.operator == "auto" else self.operator
+
+    @property
+    def step(self) -> int:
+        """Sides of squares are multiples of it."""
+        return 2 if self.operator_name == OperatorKind.ROTATE.value else 1
+
+    @property
+    def planned_layers(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.layer_sizes)
+
+    @property
     def kind(self) -> OperatorKind:
         """Which of the four that need no vectors."""
         return default_kind(self.rank) if self.operator == "auto" else OperatorKind(self.operator)
@@ -241,18 +270,35 @@ class MoRAConfig(AdapterConfig):
         return square_size(d_in, d_out, self.rank, OperatorKind.SHARE if self.is_subspace else self.kind)
 
     def square_size(self, d_in: int, d_out: int) -> int:
-        """r_hat of a layer: the paper's size, at most the layer's longer side (a larger square adds nothing); of the
-        subspace operator at most the shorter one (a weight has no more singular vectors)."""
-        longest = min(d_in, d_out) if self.is_subspace else max(d_in, d_out)
-        if not self.is_subspace and self.kind is OperatorKind.ROTATE:
-            longest -= longest % 2
-        r_hat = min(self.asked_for(d_in, d_out), longest)
+        """r_hat of a layer: the paper's size, at most `largest_size`."""
+        r_hat = min(self.asked_for(d_in, d_out), self.largest_size(d_in, d_out))
         if r_hat < 1:
             raise UserError(f"--mora_rank {self.rank} is too small for a square on a layer of {d_in} x {d_out}")
         return r_hat
 
+    def largest_size(self, d_in: int, d_out: int) -> int:
+        """r_hat beyond which a square adds nothing: the layer's longer side, rounded to `step`; for the subspace
+        operator the shorter one, as a weight has no more singular vectors."""
+        longest = min(d_in, d_out) if self.is_subspace else max(d_in, d_out)
+        return longest - longest % self.step
+
+    def size_of(self, layer: str, d_in: int, d_out: int) -> int:
+        """r_hat of the layer: the plan's, or `square_size`. Raises `UserError` for a planned one above `largest_size`,
+        and for a layer that the plan leaves out."""
+        if not self.layer_sizes:
+            return self.square_size(d_in, d_out)
+        size = dict(self.layer_sizes).get(layer)
+        if size is None:
+            raise UserError(f"--targets: the plan gives {layer} no square")
+        if size > (largest := self.largest_size(d_in, d_out)):
+            raise UserError(
+                f"--targets: a square of side {size} on {layer}, a layer of {d_in} x {d_out}, is larger than it can "
+                f"use: give {largest} at most"
+            )
+        return size
+
     def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, aligned: Side | None = None) -> SquareSpec:
-        r_hat = self.square_size(d_in, d_out)
+        r_hat = self.size_of(layer, d_in, d_out)
         if self.is_subspace:
             first = cycle % self.vector_sets * r_hat % min(d_in, d_out)
             return SubspaceSpec(d_in, d_out, r_hat, layer, self.vectors, first)
@@ -269,9 +315,16 @@ class MoRAConfig(AdapterConfig):
         return replace(spec, out_segments=self.segments)
 
     def to_dict(self) -> dict[str, Any]:
-        """Without segments and singular vectors where there are none: as before there were any."""
-        usual = {"segments": 0, "vectors": "", "vector_sets": 1}
-        return {key: value for key, value in super().to_dict().items() if key not in usual or value != usual[key]}
+        """Without segments, sizes and singular vectors where there are none: as before there were any."""
+        values = {**super().to_dict(), "layer_sizes": dict(self.layer_sizes)}
+        usual = {"segments": 0, "layer_sizes": {}, "vectors": "", "vector_sets": 1}
+        return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
+
+
+def _sorted_sizes(sizes: Any) -> tuple[tuple[str, int], ...]:
+    """Of a mapping or pairs, of which JSON makes lists."""
+    pairs: Iterable[Any] = sizes.items() if isinstance(sizes, Mapping) else sizes
+    return tuple(sorted((str(name), int(size)) for name, size in pairs))
 
 
 def config_from_dict(values: dict[str, Any]) -> AdapterConfig:

@@ -27,6 +27,7 @@ from mora_ds.plan import Plan, Planner
 from mora_ds.plan_report import report
 from mora_ds.plan_step import Work, planned_model
 from mora_ds.plan_time import Cluster
+from mora_ds.run_targets import planned_config
 from mora_ds.run_vectors import check_alignment_rank
 from mora_ds.sequence_checks import check_config, check_world, describe
 from mora_ds.tensor_plan import plan_of
@@ -97,10 +98,12 @@ def _adapter(arguments: Arguments) -> AdapterConfig | None:
     adapter, seed = arguments.adapter, arguments.training.seed
     if adapter.adapter == AdapterKind.FULL.value:
         return None
+    model = str(arguments.model.model_name_or_path or arguments.model.model_config)
+    config = planned_config(adapter, adapter.config(seed), model, arguments.model.trust_remote_code)
     if not adapter.train_new_embeddings:
-        return adapter.config(seed)
-    named = Path(str(arguments.model.model_name_or_path or arguments.model.model_config)).expanduser()
-    return replace(adapter.config(seed), new_rows_from=first_new_row(named if named.is_dir() else named.parent))
+        return config
+    named = Path(model).expanduser()
+    return replace(config, new_rows_from=first_new_row(named if named.is_dir() else named.parent))
 
 
 def _cluster(world: int, on_cpu: bool) -> Cluster:

@@ -24,8 +24,9 @@ from mora_ds.config import AdapterConfig, MoRAConfig
 from mora_ds.engine import start_distributed
 from mora_ds.errors import UserError
 from mora_ds.followers import Followers
-from mora_ds.injection import base_weights, match_targets, mora_layers, value_names
+from mora_ds.injection import base_weights, mora_layers, value_names
 from mora_ds.ledger import Ledger
+from mora_ds.matching import targets_of
 from mora_ds.new_rows import stands_for
 from mora_ds.ranks import Ranks
 from mora_ds.remora import EXACT, MergeReport, ReMoRA
@@ -205,7 +206,7 @@ def with_vectors(
     """
     start_distributed()
     opened = BaseCheckpoint.open(base, "base")
-    names = [f"{name}.weight" for name in match_targets(model, config.target_modules)]
+    names = [f"{name}.weight" for name in targets_of(model, config)]
     ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
     keys = opened.map_parameters(names, model.base_model_prefix, ties, renamed_keys(model, opened.keys()))
     wanted = wanted_vectors(model, config, keys, alignment_rank)

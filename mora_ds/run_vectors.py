@@ -23,9 +23,9 @@ from mora_ds.base import BaseCheckpoint
 from mora_ds.base_svd import Wanted, cache_key, record_of, write_vectors
 from mora_ds.config import MoRAConfig
 from mora_ds.errors import UserError
-from mora_ds.injection import match_targets
 from mora_ds.layer import linear_shape
 from mora_ds.ledger import Ledger
+from mora_ds.matching import targets_of
 from mora_ds.ranks import Ranks
 from mora_ds.singular_vectors import register
 
@@ -45,9 +45,9 @@ def wanted_vectors(
     """Module -> what to decompose, before injection. Raises `UserError` for an `alignment_rank` beyond a side."""
     check_alignment_rank(model, config, alignment_rank)
     wanted = {}
-    for name, module in match_targets(model, config.target_modules).items():
+    for name, module in targets_of(model, config).items():
         d_in, d_out = linear_shape(module)
-        own = config.square_size(d_in, d_out) * config.vector_sets if config.is_subspace else 0
+        own = config.size_of(name, d_in, d_out) * config.vector_sets if config.is_subspace else 0
         count = max(min(own, d_in, d_out), alignment_rank)
         wanted[name] = Wanted(keys[f"{name}.weight"], isinstance(module, Conv1D), d_in, d_out, count)
     return wanted
@@ -55,7 +55,7 @@ def wanted_vectors(
 
 def check_alignment_rank(model: nn.Module, config: MoRAConfig, alignment_rank: int) -> None:
     """Before injection; a planned model will do. Raises `UserError` naming a layer that has fewer vectors."""
-    for name, module in match_targets(model, config.target_modules).items():
+    for name, module in targets_of(model, config).items():
         d_in, d_out = linear_shape(module)
         if alignment_rank > min(d_in, d_out):
             raise UserError(

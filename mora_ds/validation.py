@@ -21,6 +21,7 @@ from mora_ds.mixture_settings import mixture_plan
 from mora_ds.resets import OptimizerReset
 from mora_ds.schedules import MergeWhen, schedule_kind
 from mora_ds.stall import StallSignal
+from mora_ds.target_checks import target_checks
 from mora_ds.tensor_plan import TPInputs
 from mora_ds.training_arguments import TrainingArguments
 from mora_ds.vector_checks import vector_checks
@@ -39,6 +40,7 @@ def validate(arguments: Arguments) -> None:
         *_data(arguments.data),
         *_streaming(arguments),
         *_adapter(arguments.adapter),
+        *target_checks(arguments.adapter),
         *vector_checks(arguments.adapter, arguments.training),
         *_parts(arguments),
         *_steps(arguments.training),

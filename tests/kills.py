@@ -45,6 +45,7 @@ from mora_ds import (
 )
 from mora_ds.remora import ReMoRA
 from mora_ds.run import Run
+from mora_ds.targets import TargetPlan
 from mora_ds.tensor_files import SafetensorsWriter
 from tests.gloo import start_ranks
 from tests.jobs import curve, job
@@ -206,6 +207,8 @@ SUBSPACE = ("--operator", "subspace", "--subspace_cycles", 2)
 BEST = ("--best_by", "short:1", "--eval_steps", 1)
 """Every step has an evaluation, and with most of them a new best checkpoint."""
 
+PLANNED = ("--targets", "auto", "--trainable_budget", "3%")
+
 MOMENTS: dict[str, Moment] = {
     # a step
     "before_the_optimizer_step": Moment(lambda: before(DeepSpeedEngine, "step", 4), Passes.ALL),
@@ -287,6 +290,9 @@ MOMENTS: dict[str, Moment] = {
     "vectors_half_way_into_a_checkpoint": Moment(
         lambda: within(ledger.Ledger, "copy_to", 3, lambda: after(ledger, "link_or_copy")),
         more=SUBSPACE, only_heavy=True,
+    ),
+    "plan_before_its_rename": Moment(
+        lambda: within(TargetPlan, "write", 1, lambda: before(os, "replace")), more=PLANNED
     ),
     "before_the_run_is_begun": Moment(lambda: before(run_folder.Reservation, "commit")),
     "run_file_half_written": Moment(lambda: within(pretrain, "write_run_file", 1, lambda: before(Path, "replace"))),

@@ -370,6 +370,7 @@ def test_damaged_vectors_are_found_and_a_dropped_cycle_keeps_them(whole: Path, t
         ("--gradient_checkpointing",),
         ("--merge_precision", "incremental"),
         ("--full_rank_steps", 1),
+        ("--targets", "auto", "--trainable_budget", "5%", "--alignment_weight", 0.1),
     ],
     ids=str,
 )
