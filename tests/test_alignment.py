@@ -315,6 +315,19 @@ def test_three_ranks_are_as_one(user: Playground, tmp_path: Path, operator: str,
     assert shares(tmp_path / "three") == pytest.approx(shares(tmp_path / "one"), rel=0.1 if low else 1e-3, abs=1e-3)
 
 
+@pytest.mark.gloo
+@pytest.mark.heavy
+@pytest.mark.parametrize("operator", ["share", "subspace"])
+def test_ranks_that_share_rows_or_sources_are_as_one(user: Playground, tmp_path: Path, operator: str) -> None:
+    """--sequence_parallel_size, and losses of a mixture, which are noted row by row."""
+    halves = (f"a={user.train}:0.5", f"b={user.held}:0.5")
+    flags = (*MERGING, "--operator", operator, "--chunked_loss", "--train_files", *halves, "--eval_files", user.held)
+    run(2, user.flags(tmp_path / "two", *flags, "--sequence_parallel_size", 2))
+    run(1, user.flags(tmp_path / "one", *flags))
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4, atol=0)
+    assert shares(tmp_path / "two") == pytest.approx(shares(tmp_path / "one"), rel=1e-3, abs=1e-4)
+
+
 def test_factors_follow_the_wiring(tmp_path: Path) -> None:
     spec = OperatorSpec(OperatorKind.SHARE, 12, 8, 4, Grouping.PERMUTED, seed=1)
     name = known(random(8, 12), 2, tmp_path)
