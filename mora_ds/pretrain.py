@@ -204,6 +204,7 @@ def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule
         merger=job.remora,
         wait=job.wait,
         watch=_watch(arguments),
+        alignment=job.alignment,
     )
     trainer.last_checkpoint = place.checkpoint
     nothing_to_do = trainer.is_finished
