@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mora_ds.version import __version__
 
 if TYPE_CHECKING:
+    from mora_ds.alignment import Alignment
     from mora_ds.bank import AdapterBank
     from mora_ds.config import MoRAConfig
     from mora_ds.engine import initialize
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
     from mora_ds.operators import OperatorKind, OperatorSpec, delta_weight, mora_update
     from mora_ds.portable import export_adapter, load_adapter
     from mora_ds.remora import ReMoRA
-    from mora_ds.run import Run
+    from mora_ds.run import Run, with_vectors
 
 _HOME = {
     "AdapterBank": "bank",
+    "Alignment": "alignment",
     "MoRAConfig": "config",
     "initialize": "engine",
     "RunError": "errors",
@@ -49,10 +51,12 @@ _HOME = {
     "mora_update": "operators",
     "ReMoRA": "remora",
     "Run": "run",
+    "with_vectors": "run",
 }
 
 __all__ = [
     "AdapterBank",
+    "Alignment",
     "InjectionReport",
     "Ledger",
     "MoRAConfig",
@@ -71,6 +75,7 @@ __all__ = [
     "load_adapter",
     "mora_layers",
     "mora_update",
+    "with_vectors",
 ]
 
 

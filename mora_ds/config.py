@@ -8,6 +8,7 @@ AdapterConfig          what all adapters share: rank, targets, dropout, what is 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -22,7 +23,8 @@ from mora_ds.operators import (
     permutation_seed,
     square_size,
 )
-from mora_ds.updates import Side, UpdateSpec
+from mora_ds.subspace import SUBSPACE, SubspaceSpec
+from mora_ds.updates import Side, SquareSpec, UpdateSpec
 
 ALTERNATE = "alternate"
 """Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd ones (share only)."""
@@ -99,6 +101,11 @@ class AdapterConfig:
         """Side of a square, or rank, that `rank` asks for where the layer is large enough."""
         raise NotImplementedError
 
+    @property
+    def planned_layers(self) -> tuple[str, ...]:
+        """Names of the layers that a plan has chosen; with none `target_modules` say which are adapted."""
+        return ()
+
     def first_seed(self, layer: str, cycle: int) -> int:
         """Seed of the value that a layer starts a cycle from."""
         return permutation_seed(self.seed, f"first/{layer}", cycle)
@@ -159,7 +166,7 @@ class MoRAConfig(AdapterConfig):
     adapter: ClassVar[str] = MORA
 
     operator: str = "auto"
-    """truncate, share, decouple or rotate; auto takes rotate for ranks below 64 and share from there on."""
+    """truncate, share, decouple, rotate or subspace; auto takes rotate for ranks below 64, share from there on."""
 
     grouping: str = "permuted"
     """permuted (fresh permutations every cycle), alternate (the paper's), plain, or one of share's fixed groupings."""
@@ -171,9 +178,26 @@ class MoRAConfig(AdapterConfig):
     """Confine the groupings of layers that tensor parallelism can split to so many segments, so that their squares need
     no communication at any degree that divides it; 0: do not. A property of the run: the update is another one."""
 
+    vectors: str = ""
+    """The file of the base's singular vectors that the subspace operator, or the alignment loss, reads
+    (`VectorsRecord.name`). `run_vectors` fills it in."""
+
+    vector_sets: int = 1
+    """Subspace: cycle c takes singular vectors s r_hat, s r_hat + 1, ... with s = c modulo so many sets; with 1 every
+    cycle takes the leading ones. Behind a layer's last vector comes its first."""
+
+    layer_sizes: tuple[tuple[str, int], ...] = ()
+    """(layer's name, r_hat) of exactly the layers that get a square, in place of `target_modules` and of the sizes that
+    `rank` asks for (a plan, `targets`); given as a mapping or pairs, kept in the order of names. Empty: no plan."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        kinds = [kind.value for kind in OperatorKind]
+        object.__setattr__(self, "layer_sizes", _sorted_sizes(self.layer_sizes))
+        for name, size in self.layer_sizes:
+            if size < 1 or size % self.step:
+                even = ", and even for rotate" if self.step == 2 else ""
+                raise UserError(f"--targets: the side of {name} must be at least 1{even}, got {size}")
+        kinds = [*(kind.value for kind in OperatorKind), SUBSPACE]
         if self.operator != "auto" and self.operator not in kinds:
             raise UserError(
                 f"unknown --operator {self.operator!r}; known: auto, {', '.join(kinds)}.{nearest(self.operator, kinds)}"
@@ -188,6 +212,13 @@ class MoRAConfig(AdapterConfig):
             raise UserError(
                 f"unknown --grouping {self.grouping!r}; known: {', '.join(policies)}.{nearest(self.grouping, policies)}"
             )
+        if self.vector_sets < 1:
+            raise UserError(f"--subspace_cycles must be at least 1, got {self.vector_sets}")
+        if self.is_subspace:
+            self._check_subspace()
+            return
+        if self.vector_sets > 1:
+            raise UserError(f"--subspace_cycles is for --operator subspace, and the operator is {self.kind.value}")
         any_kind = (Grouping.PLAIN.value, Grouping.PERMUTED.value)
         if self.kind is not OperatorKind.SHARE and self.grouping not in any_kind:
             raise UserError(
@@ -199,29 +230,78 @@ class MoRAConfig(AdapterConfig):
         if self.segments and self.kind is not OperatorKind.SHARE:
             raise UserError(f"--tp_grouping aligned belongs to --operator share, but the operator is {self.kind.value}")
 
+    def _check_subspace(self) -> None:
+        """What is for the other operators."""
+        if self.grouping != MoRAConfig.grouping:
+            raise UserError(f"--operator subspace has no groups: drop --grouping {self.grouping}")
+        if self.compute == Compute.WEIGHT.value:
+            raise UserError("--operator subspace is computed over activations: drop --compute weight")
+        if self.segments:
+            raise UserError("--tp_grouping aligned belongs to --operator share, but the operator is subspace")
+
+    @property
+    def is_subspace(self) -> bool:
+        return self.operator == SUBSPACE
+
+    @property
+    def operator_name(self) -> str:
+        """What `operator` says, with auto decided."""
+        return default_kind(self.rank).value if self.operator == "auto" else self.operator
+
+    @property
+    def step(self) -> int:
+        """Sides of squares are multiples of it."""
+        return 2 if self.operator_name == OperatorKind.ROTATE.value else 1
+
+    @property
+    def planned_layers(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.layer_sizes)
+
     @property
     def kind(self) -> OperatorKind:
+        """Which of the four that need no vectors."""
         return default_kind(self.rank) if self.operator == "auto" else OperatorKind(self.operator)
 
     @property
     def title(self) -> str:
-        return f"{self.kind.value}/{self.grouping}"
+        return SUBSPACE if self.is_subspace else f"{self.kind.value}/{self.grouping}"
 
     def asked_for(self, d_in: int, d_out: int) -> int:
-        return square_size(d_in, d_out, self.rank, self.kind)
+        return square_size(d_in, d_out, self.rank, OperatorKind.SHARE if self.is_subspace else self.kind)
 
     def square_size(self, d_in: int, d_out: int) -> int:
-        """r_hat of a layer: the paper's size, at most the layer's longer side (a larger square adds nothing)."""
-        longest = max(d_in, d_out)
-        if self.kind is OperatorKind.ROTATE:
-            longest -= longest % 2
-        r_hat = min(square_size(d_in, d_out, self.rank, self.kind), longest)
+        """r_hat of a layer: the paper's size, at most `largest_size`."""
+        r_hat = min(self.asked_for(d_in, d_out), self.largest_size(d_in, d_out))
         if r_hat < 1:
             raise UserError(f"--mora_rank {self.rank} is too small for a square on a layer of {d_in} x {d_out}")
         return r_hat
 
-    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, aligned: Side | None = None) -> OperatorSpec:
-        r_hat = self.square_size(d_in, d_out)
+    def largest_size(self, d_in: int, d_out: int) -> int:
+        """r_hat beyond which a square adds nothing: the layer's longer side, rounded to `step`; for the subspace
+        operator the shorter one, as a weight has no more singular vectors."""
+        longest = min(d_in, d_out) if self.is_subspace else max(d_in, d_out)
+        return longest - longest % self.step
+
+    def size_of(self, layer: str, d_in: int, d_out: int) -> int:
+        """r_hat of the layer: the plan's, or `square_size`. Raises `UserError` for a planned one above `largest_size`,
+        and for a layer that the plan leaves out."""
+        if not self.layer_sizes:
+            return self.square_size(d_in, d_out)
+        size = dict(self.layer_sizes).get(layer)
+        if size is None:
+            raise UserError(f"--targets: the plan gives {layer} no square")
+        if size > (largest := self.largest_size(d_in, d_out)):
+            raise UserError(
+                f"--targets: a square of side {size} on {layer}, a layer of {d_in} x {d_out}, is larger than it can "
+                f"use: give {largest} at most"
+            )
+        return size
+
+    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, aligned: Side | None = None) -> SquareSpec:
+        r_hat = self.size_of(layer, d_in, d_out)
+        if self.is_subspace:
+            first = cycle % self.vector_sets * r_hat % min(d_in, d_out)
+            return SubspaceSpec(d_in, d_out, r_hat, layer, self.vectors, first)
         if self.grouping == ALTERNATE:
             grouping = (Grouping.STRIDED, Grouping.CONTIGUOUS)[cycle % 2]
         else:
@@ -235,9 +315,16 @@ class MoRAConfig(AdapterConfig):
         return replace(spec, out_segments=self.segments)
 
     def to_dict(self) -> dict[str, Any]:
-        """Without segments where there are none: as before there were any."""
-        values = super().to_dict()
-        return values if self.segments else {key: value for key, value in values.items() if key != "segments"}
+        """Without segments, sizes and singular vectors where there are none: as before there were any."""
+        values = {**super().to_dict(), "layer_sizes": dict(self.layer_sizes)}
+        usual = {"segments": 0, "layer_sizes": {}, "vectors": "", "vector_sets": 1}
+        return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
+
+
+def _sorted_sizes(sizes: Any) -> tuple[tuple[str, int], ...]:
+    """Of a mapping or pairs, of which JSON makes lists."""
+    pairs: Iterable[Any] = sizes.items() if isinstance(sizes, Mapping) else sizes
+    return tuple(sorted((str(name), int(size)) for name, size in pairs))
 
 
 def config_from_dict(values: dict[str, Any]) -> AdapterConfig:

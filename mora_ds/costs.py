@@ -19,7 +19,9 @@ from torch import nn
 
 from mora_ds.injection import count_parameters, mora_layers
 from mora_ds.layer import AdaptedLinear
+from mora_ds.lora import LoRASpec
 from mora_ds.operators import OperatorKind, OperatorSpec
+from mora_ds.subspace import SubspaceSpec
 from mora_ds.tensor_plan import Kept, Style, TensorPlan, TPInputs, is_attention, kept_inputs, plan_of
 
 PASSES_GATHERED = 2
@@ -114,14 +116,14 @@ def costs(
             if isinstance(spec, OperatorSpec):
                 square += 3 * tokens * _square_macs(spec, style, degree)
                 traffic += _square_traffic(spec, style, degree, replicas, tokens)
-            else:  # LoRA's factors, at t = 1 only: each element is used once a token and product
-                square += 3 * tokens * layers[name].value.numel()
+            else:  # at t = 1 only
+                square += tokens * _macs_of_products(spec)
                 traffic += _zero_traffic(layers[name].value.numel(), replicas)
     traffic += _block_traffic(model, plan, tokens)
     traffic += _input_traffic(model, plan, tokens, inputs)
     squares = sum(layer.value.numel() for layer in layers.values())
     whole = count_parameters(model) - sum(parameter.numel() for parameter in model.parameters())
-    trained = "squares" if all(isinstance(layer.spec, OperatorSpec) for layer in layers.values()) else "factors"
+    trained = "factors" if any(isinstance(layer.spec, LoRASpec) for layer in layers.values()) else "squares"
     return Costs(base, square, tuple(traffic), whole, squares / degree / replicas, trained)
 
 
@@ -181,6 +183,13 @@ def _square_macs(spec: OperatorSpec, style: Style, degree: int) -> int:
     if style is Style.COLWISE and spec.kind in (OperatorKind.SHARE, OperatorKind.TRUNCATE):
         rows = min(rows, spec.d_out // degree)
     return blocks * spec.r_hat * rows
+
+
+def _macs_of_products(spec: LoRASpec | SubspaceSpec) -> int:
+    """A token's, forward and backward. LoRA's factors: each element is used once in three products. Subspace: V^T and U
+    in two, as they have no gradient."""
+    sides = spec.d_in + spec.d_out
+    return 3 * spec.rank * sides if isinstance(spec, LoRASpec) else spec.r_hat * (2 * sides + 3 * spec.r_hat)
 
 
 def _square_traffic(spec: OperatorSpec, style: Style, degree: int, replicas: int, tokens: int) -> Iterator[Traffic]:

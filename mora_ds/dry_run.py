@@ -14,8 +14,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from mora_ds.adapter_arguments import AdapterKind
+from mora_ds.alignment import factor_bytes
 from mora_ds.arguments import Arguments
-from mora_ds.config import AdapterConfig
+from mora_ds.config import AdapterConfig, MoRAConfig
 from mora_ds.costs import costs
 from mora_ds.ds_config import compute_dtype, resolve_ds_config
 from mora_ds.engine import check_compute_dtype, check_splittable
@@ -26,6 +27,8 @@ from mora_ds.plan import Plan, Planner
 from mora_ds.plan_report import report
 from mora_ds.plan_step import Work, planned_model
 from mora_ds.plan_time import Cluster
+from mora_ds.run_targets import planned_config
+from mora_ds.run_vectors import check_alignment_rank
 from mora_ds.sequence_checks import check_config, check_world, describe
 from mora_ds.tensor_plan import plan_of
 from mora_ds.topology import check_degree
@@ -73,7 +76,21 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     )
     on_cpu = get_accelerator().device_name() == "cpu"
     planner = Planner(work, _cluster(world, on_cpu), ds_config, training.gradient_accumulation_steps, on_cpu)
-    return planner.plan(), _layers(work, world)
+    told = _layers(work, world)
+    if arguments.adapter.alignment_weight:
+        told.append(_alignment(work, arguments.adapter.alignment_rank))
+    return planner.plan(), told
+
+
+def _alignment(work: Work, rank: int) -> str:
+    model = planned_model(replace(work, adapter=None, tensor_parallel=1))
+    assert isinstance(work.adapter, MoRAConfig)
+    check_alignment_rank(model, work.adapter, rank)
+    inject(model, work.adapter)
+    return (
+        f"--alignment_weight: {factor_bytes(model, rank) / 1e6:,.2f} MB of factors on each rank, "
+        "which the figures below do not have in them"
+    )
 
 
 def _adapter(arguments: Arguments) -> AdapterConfig | None:
@@ -81,10 +98,12 @@ def _adapter(arguments: Arguments) -> AdapterConfig | None:
     adapter, seed = arguments.adapter, arguments.training.seed
     if adapter.adapter == AdapterKind.FULL.value:
         return None
+    model = str(arguments.model.model_name_or_path or arguments.model.model_config)
+    config = planned_config(adapter, adapter.config(seed), model, arguments.model.trust_remote_code)
     if not adapter.train_new_embeddings:
-        return adapter.config(seed)
-    named = Path(str(arguments.model.model_name_or_path or arguments.model.model_config)).expanduser()
-    return replace(adapter.config(seed), new_rows_from=first_new_row(named if named.is_dir() else named.parent))
+        return config
+    named = Path(model).expanduser()
+    return replace(config, new_rows_from=first_new_row(named if named.is_dir() else named.parent))
 
 
 def _cluster(world: int, on_cpu: bool) -> Cluster:

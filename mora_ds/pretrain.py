@@ -40,6 +40,7 @@ from mora_ds.ranks import Ranks
 from mora_ds.replicas import Share
 from mora_ds.run_data import RunData, load_data
 from mora_ds.run_folder import Reservation, claim, reserve, write_run_file
+from mora_ds.run_targets import plan_of_file
 from mora_ds.schedules import Schedule, ScheduleKind
 from mora_ds.sequence_checks import check_config, check_split, check_world
 from mora_ds.sequence_parallel import bound, whole_rows
@@ -80,11 +81,12 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     if training.sequence_parallel_size > 1:
         ds_config.pop("train_batch_size")  # checked; DeepSpeed, told of no groups, would count every rank's rows
     folder = Path(training.output_dir).expanduser()
+    targets = ranks.on_first(lambda: plan_of_file(arguments.adapter))  # it may lie in the folder
     checkpoint, reservation = ranks.on_first(lambda: _reserve(arguments, folder, replicas))
     followers = None
     try:
         followers = Followers.find(folder, ranks)
-        place = _place(followers, checkpoint, base, say)
+        place = dataclasses.replace(_place(followers, checkpoint, base, say), targets=targets)
         job, data = _prepare(arguments, ds_config, place)
         steps = _total_steps(arguments, data.train, ranks.world) - _first_batch(arguments, place)
         schedule = arguments.schedule(steps)
@@ -202,6 +204,7 @@ def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule
         merger=job.remora,
         wait=job.wait,
         watch=_watch(arguments),
+        alignment=job.alignment,
     )
     trainer.last_checkpoint = place.checkpoint
     nothing_to_do = trainer.is_finished
@@ -280,6 +283,7 @@ def _loop_settings(arguments: Arguments, steps: int, first_batch: int) -> LoopSe
         eval_on_start=training.eval_on_start,
         max_eval_batches=training.max_eval_batches,
         save_steps=training.save_steps,
+        others_rate=training.others_rate,
         merge_at_end=arguments.adapter.merge_at_end,
         stall=arguments.adapter.stall_rule(),
     )

@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds import stopping, zero
+from mora_ds.alignment import Alignment
 from mora_ds.checkpoint_folder import TrainerState
 from mora_ds.collective_counter import CollectiveCounter
 from mora_ds.data import IGNORED, Mixture, PackedDataset, StreamMixture, TrainData
@@ -69,6 +70,8 @@ class Trainer:
 
     watch: Watch = field(default_factory=lambda: Watch({}, {}))
     """What is looked at after every evaluation."""
+    alignment: Alignment | None = None
+    """A further loss on the squares; of the reported loss it is no part."""
 
     def __post_init__(self) -> None:
         self.engine = self.share.engine
@@ -135,7 +138,7 @@ class Trainer:
         started = time.perf_counter()
         self.counter.reset()
         rate = self.schedule.learning_rate(self.state.step, self.state.merges)
-        zero.set_learning_rate(self.engine, rate)
+        zero.set_learning_rate(self.engine, rate, self.settings.others_rate)
         loss = self._forward_backward()
         self.state.step += 1
         self.state.tokens += self.rows_per_step * self.train_data.seq_len
@@ -145,6 +148,8 @@ class Trainer:
         if self._logs_this_step:
             self.log.step(self._metrics(loss, rate, time.perf_counter() - started))
             self._log_sources()
+            if self.alignment is not None:
+                self.log.alignment(self.state.step, self.alignment.share.item())
         self.log.advance(self.state.step)
         self._after_step()
 
@@ -159,8 +164,10 @@ class Trainer:
         self.engine.train()
         self._source_losses.reset()
         for index, batch in enumerate(micro_batches):
-            batch_nll = self._nll(index, batch)
-            self.engine.backward(batch_nll * scale)
+            with nullcontext() if self.alignment is None else self.alignment.hearing():
+                batch_nll = self._nll(index, batch)
+            loss = batch_nll * scale
+            self.engine.backward(loss if self.alignment is None else loss + self.alignment.loss())
             self.engine.step()
             nll += batch_nll.detach()
         total, *self._source_sums = self._sums_and_requests([nll.item(), *self._source_losses.sums()])

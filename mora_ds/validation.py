@@ -21,8 +21,10 @@ from mora_ds.mixture_settings import mixture_plan
 from mora_ds.resets import OptimizerReset
 from mora_ds.schedules import MergeWhen, schedule_kind
 from mora_ds.stall import StallSignal
+from mora_ds.target_checks import target_checks
 from mora_ds.tensor_plan import TPInputs
 from mora_ds.training_arguments import TrainingArguments
+from mora_ds.vector_checks import vector_checks
 
 Check = tuple[bool, str]
 """(whether it is wrong, what to say then)."""
@@ -38,6 +40,8 @@ def validate(arguments: Arguments) -> None:
         *_data(arguments.data),
         *_streaming(arguments),
         *_adapter(arguments.adapter),
+        *target_checks(arguments.adapter),
+        *vector_checks(arguments.adapter, arguments.training),
         *_parts(arguments),
         *_steps(arguments.training),
         *_forgetting(arguments.training),
@@ -259,6 +263,7 @@ def _optimizer(arguments: Arguments) -> Iterator[Check]:
     for name in ("learning_rate", "muon_learning_rate"):
         value = getattr(training, name)
         yield not 0 < value < float("inf"), f"--{name} must be above 0, got {value}"
+    yield from _embedding_rate(arguments)
     yield training.bf16 and training.fp16, "--bf16 and --fp16: give one of them"
     for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
         value = getattr(training, name)
@@ -274,6 +279,18 @@ def _optimizer(arguments: Arguments) -> Iterator[Check]:
     yield (
         training.warmup_steps > 0 and training.warmup_ratio > 0,
         "--warmup_steps and --warmup_ratio: give one of them",
+    )
+
+
+def _embedding_rate(arguments: Arguments) -> Iterator[Check]:
+    adapter, rate = arguments.adapter, arguments.training.embedding_learning_rate
+    if rate is None:
+        return
+    yield not 0 < rate < float("inf"), f"--embedding_learning_rate must be above 0, got {rate}"
+    beside = adapter.train_embeddings or adapter.train_new_embeddings or adapter.train_norms or adapter.train_head
+    yield (
+        not beside,
+        "--embedding_learning_rate: nothing is trained beside the adapter; give --train_embeddings, or one like it",
     )
 
 
@@ -340,7 +357,8 @@ def _refusals(arguments: Arguments) -> list[str]:
             rank=rank, operator=adapter.operator, segments=int(adapter.tp_grouping == TPGrouping.ALIGNED.value)
         ),
         lambda: MoRAConfig(dropout=adapter.mora_dropout),
-        lambda: MoRAConfig(compute=adapter.compute),
+        lambda: MoRAConfig(rank=rank, operator=adapter.operator, compute=adapter.compute),
+        lambda: MoRAConfig(rank=rank, operator=adapter.operator, vector_sets=adapter.subspace_cycles),
         lambda: MoRAConfig(base_bits=adapter.base_bits),
         lambda: MoRAConfig(target_modules=tuple(adapter.target_modules)),
         lambda: schedule_kind(training.lr_scheduler_type),

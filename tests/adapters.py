@@ -14,9 +14,9 @@ from mora_ds import files
 from mora_ds.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.base import BaseCheckpoint, renamed_keys
 from mora_ds.config import MoRAConfig
-from mora_ds.injection import match_targets
 from mora_ds.layer import linear_shape
 from mora_ds.ledger import LayerEntry, Ledger, live_weight
+from mora_ds.matching import match_targets
 from mora_ds.operators import OperatorSpec
 from mora_ds.portable import LEDGER_FOLDER
 from mora_ds.updates import UpdateSpec, value_shape

@@ -19,7 +19,6 @@ from mora_ds.bank import AdapterBank
 from mora_ds.bank_layer import BankLinear
 from mora_ds.config import AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.errors import UserError
-from mora_ds.operators import OperatorSpec
 from tests.adapters import Maker, Updates, merge, originals
 from tests.models import tiny_model, tokens
 from tests.test_export import fake_run
@@ -349,15 +348,14 @@ def test_an_adapter_of_another_base_or_operator_is_refused(tmp_path: Path) -> No
     norm = {"model.norm.weight": torch.ones(32)}
     refused("'odd' .* trained model.norm.weight beside its squares", MoRAConfig(rank=3), trained=norm)
 
-    made.add("unknown", MoRAConfig(rank=3))
-    path = tmp_path / "bank" / "unknown" / ADAPTER_JSON
-    path.write_text(path.read_text().replace('"rotate"', '"subspace"'))
-    with pytest.raises(UserError, match=r"adapter 'unknown': .*q_proj has subspace; a bank takes squares of"):
-        made.open()
-    shutil.rmtree(path.parent)
+    for kind in ("subspace", "spiral"):  # the second is known to nobody
+        made.add(kind, MoRAConfig(rank=3))
+        path = tmp_path / "bank" / kind / ADAPTER_JSON
+        path.write_text(path.read_text().replace('"rotate"', f'"{kind}"'))
+        with pytest.raises(UserError, match=rf"adapter '{kind}': .*q_proj has {kind}; a bank takes squares of"):
+            made.open()
+        shutil.rmtree(path.parent)
 
-    narrow = MoRAConfig(rank=3).operator_for("x", 32, 32, 0)
-    assert isinstance(narrow, OperatorSpec)
     content = json.loads((tmp_path / "bank" / "a" / ADAPTER_JSON).read_text())
     content["layers"]["model.layers.7.up"] = next(iter(content["layers"].values()))
     (tmp_path / "bank" / "a" / ADAPTER_JSON).write_text(json.dumps(content))

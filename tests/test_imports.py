@@ -25,29 +25,35 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         *("operator_spec", "compiling", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer"),
         *("ds_tensor_parallel", "stopping", "topology", "sequence_parallel", "restart", "background", "forgetting"),
-        *("trials", "new_rows", "memory_meter", "eight_bits"),
+        *("trials", "new_rows", "memory_meter", "eight_bits", "target_sizes", "singular_vectors"),
     ),
     (
         *("wiring", "data", "cli", "pulse", "ds_config", "tensor_files", "metrics", "run_folder", "followers"),
-        *("checkpoint_care", "schedule_text", "data_arguments", "collectives", "loop_settings"),
+        *("checkpoint_care", "schedule_text", "data_arguments", "collectives", "loop_settings", "subspace"),
     ),
     (
         *("operators", "base", "export_check", "checkpoint_folder", "training_arguments", "shards", "chunked_loss"),
         *("mixture_settings", "source_losses"),
     ),
-    ("model", "model_folder", "losses", "flat_tensors", "compute", "updates", "resets", "windows", "run_sources"),
+    (
+        *("model", "model_folder", "losses", "flat_tensors", "compute", "updates", "resets", "windows", "run_sources"),
+        *("weight_analysis", "base_svd"),
+    ),
     (
         *("replicas", "deltas", "config", "layer", "spectrum", "vocabulary_rows", "partitions", "sequence_checks"),
-        *("block_windows",),
+        *("block_windows", "alignment_terms"),
     ),
-    ("tensor_plan", "adapter_arguments", "ledger", "checkpoint", "bank_layer"),
-    ("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge"),
+    ("tensor_plan", "adapter_arguments", "ledger", "checkpoint", "matching", "targets", "bank_layer"),
+    (
+        *("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge", "target_checks"),
+        *("vector_checks", "run_vectors"),
+    ),
     (
         *("tensor_parallel", "remora", "model_card", "ledger_tools", "universal", "portable", "validation"),
-        *("run_data", "verification", "costs"),
+        *("run_data", "verification", "costs", "gradient_probe", "alignment"),
     ),
     ("engine", "saving", "export", "trainer", "compact", "spectrum_report", "evaluation", "plan_step", "bank_files"),
-    ("run", "plan_memory", "plan_time", "bank"),
+    ("run", "plan_memory", "plan_time", "run_targets", "weight_report", "bank"),
     ("jobs", "plan", "bank_scores"),
     ("plan_report",),
     ("dry_run",),
@@ -84,7 +90,7 @@ DISTRIBUTED = {
 
 STANDARD_LIBRARY_ONLY = {
     *("errors", "version", "schedules", "stall", "schedule_text", "ds_config_keys", "ds_optimizer", "ds_config"),
-    *("ds_tensor_parallel", "files", "cli", "stopping", "processes", "trials"),
+    *("ds_tensor_parallel", "files", "cli", "stopping", "processes", "trials", "target_sizes"),
 }
 WITHOUT_DEEPSPEED = (
     "operators", "windows", "layer", "tensor_plan", "costs", "config", "injection", "data", "ledger", "export",
