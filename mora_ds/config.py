@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from enum import Enum
 from typing import Any, ClassVar, TypeVar
 
 from mora_ds.compute import Compute
@@ -39,6 +40,18 @@ INCREMENTAL_IN_8_BITS = (
 SPLIT_IN_8_BITS = "--base_bits 8 holds whole weights, which --tensor_parallel_size {} would split: leave one out"
 
 MORA = "mora"
+
+RESERVED = "shared"
+"""Stands for the shared square where a domain is named, so that no domain may be called that."""
+
+
+class Freeze(str, Enum):
+    """Which squares of a run with domains are kept as they are."""
+
+    NONE = "none"
+    SHARED = "shared"
+    DOMAINS = "domains"
+
 
 Config = TypeVar("Config", bound="AdapterConfig")
 
@@ -171,8 +184,16 @@ class MoRAConfig(AdapterConfig):
     """Confine the groupings of layers that tensor parallelism can split to so many segments, so that their squares need
     no communication at any degree that divides it; 0: do not. A property of the run: the update is another one."""
 
+    domains: tuple[str, ...] = ()
+    """Names of the domains that have a square of their own in every layer, beside the shared one."""
+
+    freeze: str = Freeze.NONE.value
+    """shared or domains: squares that are not trained; none: all are."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "domains", tuple(self.domains))
+        self._check_domains()
         kinds = [kind.value for kind in OperatorKind]
         if self.operator != "auto" and self.operator not in kinds:
             raise UserError(
@@ -198,6 +219,20 @@ class MoRAConfig(AdapterConfig):
             raise UserError(f"--tp_segments must be at least 1, got {self.segments}")
         if self.segments and self.kind is not OperatorKind.SHARE:
             raise UserError(f"--tp_grouping aligned belongs to --operator share, but the operator is {self.kind.value}")
+
+    def _check_domains(self) -> None:
+        if len(set(self.domains)) < len(self.domains) or RESERVED in self.domains:
+            raise UserError(
+                f"--domain_adapters: each domain needs a name of its own, and {RESERVED!r} is the shared square's; "
+                f"got {', '.join(self.domains)}"
+            )
+        kinds = [kind.value for kind in Freeze]
+        if self.freeze not in kinds:
+            raise UserError(
+                f"unknown --freeze {self.freeze!r}; known: {', '.join(kinds)}.{nearest(self.freeze, kinds)}"
+            )
+        if self.freeze != Freeze.NONE.value and not self.domains:
+            raise UserError(f"--freeze {self.freeze} is for --domain_adapters")
 
     @property
     def kind(self) -> OperatorKind:
@@ -235,9 +270,10 @@ class MoRAConfig(AdapterConfig):
         return replace(spec, out_segments=self.segments)
 
     def to_dict(self) -> dict[str, Any]:
-        """Without segments where there are none: as before there were any."""
-        values = super().to_dict()
-        return values if self.segments else {key: value for key, value in values.items() if key != "segments"}
+        """Without segments and domains where there are none: as before there were any."""
+        values = {**super().to_dict(), "domains": list(self.domains)}
+        usual = {"segments": 0, "domains": [], "freeze": Freeze.NONE.value}
+        return {key: each for key, each in values.items() if key not in usual or each != usual[key]}
 
 
 def config_from_dict(values: dict[str, Any]) -> AdapterConfig:
