@@ -18,6 +18,7 @@ from mora_ds.version import __version__
 
 if TYPE_CHECKING:
     from mora_ds.config import MoRAConfig
+    from mora_ds.domain_layer import domains_of
     from mora_ds.engine import initialize
     from mora_ds.errors import RunError, UserError
     from mora_ds.export import export_merged
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "MoRAConfig": "config",
+    "domains_of": "domain_layer",
     "initialize": "engine",
     "RunError": "errors",
     "UserError": "errors",
@@ -60,6 +62,7 @@ __all__ = [
     "UserError",
     "__version__",
     "delta_weight",
+    "domains_of",
     "export_adapter",
     "export_merged",
     "initialize",

@@ -147,6 +147,8 @@ _MEANING = {
     "adapter.rank": "--mora_rank (or --lora_rank)",
     "adapter.dropout": "--mora_dropout",
     "adapter.base_bits": "--base_bits (None: 16)",
+    "adapter.domains": "domains of --domain_adapters (None: without)",
+    "adapter.freeze": "--freeze (None: none)",
     "global_batch_size": "sequences a step, over all ranks (--per_device_train_batch_size and so on)",
     "dtype": "compute dtype (--bf16, --fp16)",
     "optimizer": "--optimizer (None: adamw)",

@@ -41,7 +41,7 @@ SPLIT_IN_8_BITS = "--base_bits 8 holds whole weights, which --tensor_parallel_si
 
 MORA = "mora"
 
-RESERVED = "shared"
+SHARED = "shared"
 """Stands for the shared square where a domain is named, so that no domain may be called that."""
 
 
@@ -221,9 +221,9 @@ class MoRAConfig(AdapterConfig):
             raise UserError(f"--tp_grouping aligned belongs to --operator share, but the operator is {self.kind.value}")
 
     def _check_domains(self) -> None:
-        if len(set(self.domains)) < len(self.domains) or RESERVED in self.domains:
+        if len(set(self.domains)) < len(self.domains) or SHARED in self.domains:
             raise UserError(
-                f"--domain_adapters: each domain needs a name of its own, and {RESERVED!r} is the shared square's; "
+                f"--domain_adapters: each domain needs a name of its own, and {SHARED!r} is the shared square's; "
                 f"got {', '.join(self.domains)}"
             )
         kinds = [kind.value for kind in Freeze]

@@ -9,20 +9,19 @@ wired likewise, M + M_k is one square a row, and both cost one product.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mora_ds.compute import Compute, mora_linear
+from mora_ds.compute import Compute
 from mora_ds.config import AdapterConfig, Freeze, MoRAConfig
 from mora_ds.domain_squares import Domains, squares_of_rows, update_rows
 from mora_ds.eight_bits import check_floating, frozen_linear
 from mora_ds.errors import RunError
 from mora_ds.layer import AdaptedLinear, MoRALinear, adapt
 from mora_ds.operators import OperatorSpec
-from mora_ds.updates import UpdateSpec
+from mora_ds.updates import UpdateSpec, value_name
 
 OWN = "domain_squares"
 """Name of the parameter (K, r_hat, r_hat), here and in files."""
@@ -107,17 +106,16 @@ def told_of_domains(model: nn.Module) -> str:
     kept = {"square": "; the shared squares are frozen", OWN: "; these are frozen"}
     frozen = "".join(kept[value] for value in layers[0].frozen_values)
     return (
-        f"{len(names)} domains ({', '.join(names)}) with a square of their own in every layer: {numel:,} of the "
-        f"parameters above{frozen}"
+        f"{len(names)} domains ({', '.join(names)}) with a square of their own in every layer: {numel:,} "
+        f"parameters{frozen}"
     )
 
 
-def set_values(layer: AdaptedLinear, square: Tensor, own: Tensor | None) -> None:
-    """A layer's squares from fp32 ones, each in the dtype that it has there; not for parameters that ZeRO holds."""
-    layer.value.data = square.to(layer.value.device, layer.value.dtype)
-    if own is not None:
-        assert isinstance(layer, DomainLinear)
-        layer.domain_squares.data = own.to(layer.domain_squares.device, layer.domain_squares.dtype)
+def set_values(layer: AdaptedLinear, square: Tensor, own: Tensor | None, dtype: torch.dtype) -> None:
+    """A layer's squares from fp32 ones, in `dtype` but for those that are frozen. Not where DeepSpeed holds them."""
+    values = {value_name(layer.spec): square} if own is None else {value_name(layer.spec): square, OWN: own}
+    for name, value in values.items():
+        getattr(layer, name).data = value.to(torch.float32 if name in layer.frozen_values else dtype)
 
 
 def restore_frozen(model: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -17,7 +17,9 @@ from mora_ds.adapter_arguments import AdapterKind
 from mora_ds.arguments import Arguments
 from mora_ds.config import AdapterConfig
 from mora_ds.costs import costs
+from mora_ds.domain_settings import adapter_config
 from mora_ds.ds_config import compute_dtype, resolve_ds_config
+from mora_ds.ds_optimizer import OptimizerKind
 from mora_ds.engine import check_compute_dtype, check_splittable
 from mora_ds.errors import UserError
 from mora_ds.injection import inject
@@ -81,10 +83,13 @@ def _adapter(arguments: Arguments) -> AdapterConfig | None:
     adapter, seed = arguments.adapter, arguments.training.seed
     if adapter.adapter == AdapterKind.FULL.value:
         return None
+    config = adapter_config(adapter, arguments.data, seed)
+    if adapter.domain_adapters and arguments.training.optimizer == OptimizerKind.MUON.value:
+        raise UserError("--dry_run does not know what Muon keeps beside the domains' squares: plan it with adamw")
     if not adapter.train_new_embeddings:
-        return adapter.config(seed)
+        return config
     named = Path(str(arguments.model.model_name_or_path or arguments.model.model_config)).expanduser()
-    return replace(adapter.config(seed), new_rows_from=first_new_row(named if named.is_dir() else named.parent))
+    return replace(config, new_rows_from=first_new_row(named if named.is_dir() else named.parent))
 
 
 def _cluster(world: int, on_cpu: bool) -> Cluster:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from mora_ds.domain_layer import domain_layers, domains_of
 from mora_ds.domain_squares import apply_per_row
 from mora_ds.errors import RunError, UserError
 from mora_ds.injection import inject, mora_layers, set_cycle
-from mora_ds.operators import OperatorKind, mora_update
+from mora_ds.operators import OperatorKind, delta_weight, mora_update
 from tests.models import tiny_model, tokens
 
 NAMES = ("law", "code", "news", "prose")
@@ -86,3 +87,103 @@ def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(operator: st
     for name, total in shared.items():
         assert torch.allclose(mine[f"{name}.square"], total, rtol=1e-5, atol=1e-6)
         assert total.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_computes_again_with_the_same_domains(reentrant: bool) -> None:
+    """In backward, when the trainer says nothing more; before and after a merge has wired the shared square anew."""
+    ids = tokens(len(ROWS), 12)
+    for cycle in (0, 1):
+        found = []
+        for checkpointing in (False, True):
+            model = domain_model("rotate", cycle=cycle).train()
+            if checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+                model.enable_input_require_grads()
+            domains_of(model).set(ROWS)
+            row_losses(model, ids).sum().backward()
+            found.append(gradients(model))
+        assert found[0].keys() == found[1].keys()
+        for name, gradient in found[0].items():
+            assert torch.allclose(gradient, found[1][name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("operator", ["share", "rotate"])
+def test_after_a_merge_rows_still_have_what_their_own_batches_have(operator: str) -> None:
+    """Two products then: against batches of one domain, and against the deltas as full matrices."""
+    rows = [name.replace("news", "code") for name in ROWS]
+    model, ids = domain_model(operator, cycle=3), tokens(len(rows), 12)
+    assert operator == "truncate" or all(layer.spec != layer.own_spec for layer in domain_layers(model).values())
+    domains_of(model).set(rows)
+    found = row_losses(model, ids)
+    found.sum().backward()
+    mixed = gradients(model)
+    summed = {name: torch.zeros_like(gradient) for name, gradient in mixed.items()}
+    for index, domain in enumerate(NAMES):
+        chosen = torch.tensor([name == domain for name in rows])
+        if not chosen.any():
+            continue
+        model.zero_grad()
+        domains_of(model).set_all(domain)
+        losses = row_losses(model, ids[chosen])
+        losses.sum().backward()
+        assert torch.allclose(found[chosen], losses, rtol=1e-6)
+        for name, gradient in gradients(model).items():
+            summed[name] += gradient
+            if name.endswith("domain_squares"):
+                others = [other for other in range(len(NAMES)) if other != index]
+                assert not gradient[others].any(), "a domain's rows reach its own square alone"
+        dense = copy.deepcopy(model)
+        for layer in domain_layers(dense).values():
+            update = delta_weight(layer.spec, layer.square.data)
+            layer.write(layer.weight + update + delta_weight(layer.own_spec, layer.domain_squares.data[index]))
+            layer.square.data.zero_()
+        domains_of(dense).set_all(None)
+        with torch.no_grad():
+            assert torch.allclose(row_losses(dense.eval(), ids[chosen]), losses, rtol=1e-5)
+    for name, gradient in mixed.items():
+        assert torch.allclose(gradient, summed[name], rtol=1e-5, atol=1e-6), name
+    assert not mixed[f"{next(iter(domain_layers(model)))}.domain_squares"][NAMES.index("news")].any(), "no row is of it"
+
+
+def test_rows_by_index_and_none() -> None:
+    spec = next(iter(domain_layers(domain_model("share")).values())).spec
+    squares = torch.randn(3, spec.r_hat, spec.r_hat, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, 5, spec.d_in, generator=torch.Generator().manual_seed(1))
+    found = apply_per_row(spec, squares, torch.tensor([2, -1, 0, 2]), x)
+    assert not found[1].any()
+    for row, index in ((0, 2), (2, 0), (3, 2)):
+        assert torch.allclose(found[row], mora_update(spec, squares[index], x[row]), atol=1e-5)
+
+
+def test_a_row_without_a_square_is_refused_by_name() -> None:
+    model, ids = domain_model("share"), tokens(2, 8)
+    domains = domains_of(model)
+    with pytest.raises(UserError, match=r"domain 'lwa' has no square; there are: law, code, news, prose.*'law'"):
+        domains.set(["code", "lwa"])
+    with pytest.raises(UserError, match="domain 'cooking' has no square"):
+        domains.set_all("cooking")
+    with pytest.raises(RunError, match="rows to train on need a domain each"):
+        row_losses(model.train(), ids)
+    domains.set(["law", "law", "code"])
+    with pytest.raises(RunError, match="3 rows have domains, and a layer reads"):
+        row_losses(model, ids)
+    with domains.using("law"):
+        row_losses(model, ids)
+
+
+@pytest.mark.parametrize("freeze", [Freeze.SHARED, Freeze.DOMAINS])
+def test_frozen_squares_act_and_are_no_parameters(freeze: Freeze) -> None:
+    free, ids = domain_model("rotate"), tokens(len(ROWS), 12)
+    model = tiny_model("llama")
+    report = inject(model, MoRAConfig(rank=4, operator="rotate", domains=NAMES, freeze=freeze.value))
+    filled(model)
+    gone = "square" if freeze is Freeze.SHARED else "domain_squares"
+    names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    assert names == {"square", "domain_squares"} - {gone}
+    assert report.trainable_params == sum(parameter.numel() for parameter in model.parameters())
+    assert "frozen" in str(report) and "law, code, news, prose" in str(report)
+    for each in (free, model):
+        domains_of(each).set(ROWS)
+    assert torch.equal(row_losses(free, ids), row_losses(model, ids))
+    assert getattr(next(iter(domain_layers(model.to(torch.bfloat16)).values())), gone).dtype is torch.float32

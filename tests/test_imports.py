@@ -35,18 +35,27 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("operators", "base", "export_check", "checkpoint_folder", "training_arguments", "shards", "chunked_loss"),
         *("mixture_settings", "source_losses"),
     ),
-    ("model", "model_folder", "losses", "flat_tensors", "compute", "updates", "resets", "windows", "run_sources"),
+    (
+        *("model", "model_folder", "losses", "flat_tensors", "compute", "updates", "resets", "windows", "run_sources"),
+        *("domain_squares",),
+    ),
     (
         *("replicas", "deltas", "config", "layer", "spectrum", "vocabulary_rows", "partitions", "sequence_checks"),
         *("block_windows",),
     ),
-    ("tensor_plan", "adapter_arguments", "ledger", "checkpoint"),
-    ("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge"),
+    ("tensor_plan", "adapter_arguments", "ledger", "checkpoint", "domain_layer"),
+    (
+        *("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge"),
+        *("domain_settings", "row_checks"),
+    ),
     (
         *("tensor_parallel", "remora", "model_card", "ledger_tools", "universal", "portable", "validation"),
         *("run_data", "verification", "costs"),
     ),
-    ("engine", "saving", "export", "trainer", "compact", "spectrum_report", "evaluation", "plan_step"),
+    (
+        *("engine", "saving", "export", "trainer", "compact", "spectrum_report", "evaluation", "plan_step"),
+        *("first_squares",),
+    ),
     ("run", "plan_memory", "plan_time"),
     ("jobs", "plan"),
     ("plan_report",),
