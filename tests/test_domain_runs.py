@@ -27,7 +27,7 @@ from mora_ds.portable import load_adapter
 from mora_ds.validation import validate
 from mora_ds.verification import verify
 from tests.gloo import run_ranks
-from tests.jobs import REPOSITORY, Playground, job, losses, refused, run, said
+from tests.jobs import REPOSITORY, Playground, losses, refused, run, said
 from tests.models import causal_loss, tokens
 from tests.test_domains import domain_model
 from tests.test_mixture import mix_file, mixed
@@ -135,7 +135,10 @@ def test_a_run_merges_resumes_elsewhere_and_goes_home(user: Playground, tmp_path
     subprocess.run(["cp", "-r", out, one], check=True)
     run(2, argv)
     assert_same_run(out, whole)
-    run(1, domain_flags(user, one, mix, *MERGING, "--resume_from_checkpoint", "auto", "--per_device_train_batch_size", 4))
+    run(
+        1,
+        domain_flags(user, one, mix, *MERGING, "--resume_from_checkpoint", "auto", "--per_device_train_batch_size", 4),
+    )
     torch.testing.assert_close(losses(one), losses(whole), rtol=1e-5, atol=0)
     same, other = final(one), final(whole)
     for name, tensor in other.items():
@@ -180,7 +183,7 @@ def assert_choices_are_named(user: Playground, out: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "never").exists()
 
 
-@pytest.mark.parametrize("freeze", ["shared", "domains"])
+@pytest.mark.parametrize("freeze", ["shared", pytest.param("domains", marks=pytest.mark.heavy)])
 def test_frozen_squares_stay_and_go_along(user: Playground, tmp_path: Path, freeze: str) -> None:
     """From an earlier run's squares; saved, resumed, exported, and bit for bit what they were."""
     mix = mix_file(user, tmp_path / "mix.yaml")
@@ -233,9 +236,10 @@ def test_what_does_not_go_together_is_named(case: str) -> None:
 def test_what_only_files_tell_is_named_before_a_step(user: Playground, tmp_path: Path) -> None:
     """An evaluation set that is not there; squares of another rank, of a run that has merged."""
     mix, first = mix_file(user, tmp_path / "mix.yaml"), tmp_path / "first"
-    run(1, domain_flags(user, first, mix, "--max_steps", 1, "--merge_at_end", "--no_eval_on_start"))
+    short = ("--max_steps", 1, "--warmup_steps", 0, "--no_eval_on_start")
+    run(1, domain_flags(user, first, mix, *short, "--merge_at_end"))
     unmerged = tmp_path / "unmerged"
-    run(1, domain_flags(user, unmerged, mix, "--max_steps", 1, "--no_eval_on_start"))
+    run(1, domain_flags(user, unmerged, mix, *short))
     cases: list[tuple[tuple[Any, ...], str]] = [
         (("--eval_domains", "hled=old"), "no evaluation set is called 'hled'"),
         (("--init_adapter", first), "1 merged cycle(s)"),
@@ -246,4 +250,42 @@ def test_what_only_files_tell_is_named_before_a_step(user: Playground, tmp_path:
         kind, message = run_ranks(1, refused, domain_flags(user, tmp_path / "out", mix, *more))[0]
         assert kind == "UserError" and part in message, message
     assert not (tmp_path / "out" / "checkpoints").exists()
-    assert job  # the runs above are whole ones
+
+
+WAYS: dict[str, tuple[int, tuple[Any, ...]]] = {
+    "muon": (2, ("--optimizer", "muon")),
+    "8 bits": (1, ("--base_bits", 8)),
+    "bf16": (1, ("--bf16",)),
+    "dropout": (1, ("--mora_dropout", 0.1)),
+    "streaming": (2, ("--streaming",)),
+    "chunked loss": (1, ("--chunked_loss",)),
+    "checkpointing": (2, ("--gradient_checkpointing",)),
+    "sequence parallel": (2, ("--sequence_parallel_size", 2)),
+    "aligned": (1, ("--operator", "share", "--tp_grouping", "aligned", "--tp_segments", 2)),
+    "norms and embeddings": (2, ("--train_norms", "--train_embeddings", "--train_head")),
+}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("way", WAYS)
+def test_with_everything_else(user: Playground, tmp_path: Path, way: str) -> None:
+    """A merge, and exports that say what the live model said (the tolerances of `export_check`)."""
+    world, more = WAYS[way]
+    mix, out = mix_file(user, tmp_path / "mix.yaml"), tmp_path / "out"
+    argv = domain_flags(user, out, mix, "--merge_every", 3, "--restart_warmup_steps", 1, "--export_merged", *more)
+    assert run(world, argv)["merges"] == 1
+    assert all(verdict.is_good for verdict in verify(out)), [verdict.lines() for verdict in verify(out)]
+    own = {n: t for n, t in load_file(out / "checkpoints/latest/adapter.safetensors").items() if "domain_sq" in n}
+    assert own and all(tensor[index].any() for tensor in own.values() for index in range(2))
+    assert {path.name for path in (out / "merged").iterdir()} == {"shared", "new", "old"}
+    for domain in ("shared", "old"):
+        export_merged(out, tmp_path / domain, verify=True, domain=domain)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_other_stages(stage: int) -> None:
+    expected = plain_run(2)
+    for found in run_ranks(2, sharded_run, stage):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5, msg=name)
