@@ -107,7 +107,7 @@ def told_of_domains(model: nn.Module) -> str:
     frozen = "".join(kept[value] for value in layers[0].frozen_values)
     return (
         f"{len(names)} domains ({', '.join(names)}) with a square of their own in every layer: {numel:,} "
-        f"parameters{frozen}"
+        f"parameters{frozen}. Once the shared square is wired anew, after a merge, a row has two products"
     )
 
 

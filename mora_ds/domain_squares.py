@@ -12,12 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mora_ds.errors import RunError, UserError, nearest
-from mora_ds.operators import OperatorSpec, compress, decompress
+from mora_ds.operators import (
+    OperatorKind,
+    OperatorSpec,
+    decompress,
+    decompress_transpose,
+    fold_input,
+    turn,
+    unfold_input,
+)
 
 
 class Domains:
@@ -96,8 +105,39 @@ def squares_of_rows(squares: Tensor, choice: Tensor) -> Tensor:
 
 def update_rows(spec: OperatorSpec, squares: Tensor, x: Tensor) -> Tensor:
     """decompress(M_b compress(x_b)) with the squares (B, R, R) of the rows of x (B, ..., D): (B, ..., O)."""
-    z = compress(spec, x)
-    return decompress(spec, torch.bmm(z.flatten(1, -2), squares.mT).view(z.shape))
+    found: Tensor = _UpdateRows.apply(x, squares, spec)
+    return found
+
+
+class _UpdateRows(torch.autograd.Function):
+    """Saves what `compute`'s paths save: the folded input for share and truncate, for decouple and rotate the input
+    itself, which layers that read the same tensor share."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, squares: Tensor, spec: OperatorSpec) -> Tensor:
+        ctx.spec = spec
+        folded = fold_input(spec, x)
+        ctx.save_for_backward(x if spec.blockwise else folded, squares)
+        z = _turned(spec, folded)
+        return decompress(spec, torch.bmm(z.flatten(1, -2), squares.mT).view(z.shape))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        spec: OperatorSpec = ctx.spec
+        saved, squares = ctx.saved_tensors
+        c = decompress_transpose(spec, gradients[0])
+        flat = c.flatten(1, -2)
+        g_x = g_squares = None
+        if ctx.needs_input_grad[0]:
+            g_x = unfold_input(spec, _turned(spec, torch.bmm(flat, squares).view(c.shape), back=True))
+        if ctx.needs_input_grad[1]:
+            z = _turned(spec, fold_input(spec, saved) if spec.blockwise else saved)
+            g_squares = torch.bmm(flat.mT, z.flatten(1, -2))
+        return g_x, g_squares, None
+
+
+def _turned(spec: OperatorSpec, blocks: Tensor, back: bool = False) -> Tensor:
+    return turn(spec, blocks, back) if spec.kind is OperatorKind.ROTATE else blocks
 
 
 def apply_per_row(spec: OperatorSpec, squares: Tensor, rows: Tensor, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from mora_ds.adapter_arguments import AdapterKind
 from mora_ds.arguments import Arguments
 from mora_ds.config import AdapterConfig
 from mora_ds.costs import costs
+from mora_ds.domain_layer import frozen_values
 from mora_ds.domain_settings import adapter_config
 from mora_ds.ds_config import compute_dtype, resolve_ds_config
 from mora_ds.ds_optimizer import OptimizerKind
@@ -42,7 +43,8 @@ def dry_run(arguments: Arguments) -> dict[str, Any]:
         print(*told, report(plan, timed=False), sep="\n")
         print(f"dry run: nothing trained, {Path(arguments.training.output_dir)} is as it was")
     trained = plan.trained.whole * plan.work.tensor_parallel
-    return {"steps": 0, "trainable_params": trained, "total_params": plan.base_elements + trained}
+    kept = 0 if plan.work.adapter is None else sum(v.numel() for v in frozen_values(planned_model(plan.work)).values())
+    return {"steps": 0, "trainable_params": trained, "total_params": plan.base_elements + trained + kept}
 
 
 def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
