@@ -102,10 +102,10 @@ class AdapterFile:
     """LoRA-equivalent rank (`--mora_rank`)."""
     trainables: tuple[str, ...] = ()
     """Parameter names of the other trained tensors (embeddings, norms, head)."""
-    own: OwnSquares | None = None
-    """Of domains, where there are any."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Anything else worth telling; written at the top level of the JSON, and read back from there."""
+    own: OwnSquares | None = None
+    """Of domains, where there are any."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
