@@ -62,7 +62,8 @@ def _full_rank_part(arguments: Arguments) -> Arguments:
         training=replace(
             training, output_dir=str(Path(training.output_dir).expanduser() / FOLDER),
             max_steps=adapter.full_rank_steps, learning_rate=rate, warmup_steps=warmup, warmup_ratio=0.0,
-            lr_scheduler_type="constant", optimizer=OptimizerKind.ADAMW.value, export_merged=True,
+            lr_scheduler_type="constant", embedding_learning_rate=None, optimizer=OptimizerKind.ADAMW.value,
+            export_merged=True,
             resume_from_checkpoint=AUTO if training.resume_from_checkpoint else None,
         ),
     )  # fmt: skip

@@ -24,5 +24,7 @@ class LoopSettings:
     merge_at_end: bool = False
     first_batch: int = 0
     """Number of the first step's batch in the order of the data."""
+    others_rate: float = 1.0
+    """Learning rate of what is trained beside the squares, as a share of theirs."""
     stall: StallRule | None = None
     """What makes a merge due where the schedule waits for a stall."""

@@ -295,6 +295,7 @@ def _loop_settings(arguments: Arguments, steps: int, first_batch: int) -> LoopSe
         eval_on_start=training.eval_on_start,
         max_eval_batches=training.max_eval_batches,
         save_steps=training.save_steps,
+        others_rate=training.others_rate,
         merge_at_end=arguments.adapter.merge_at_end,
         stall=arguments.adapter.stall_rule(),
     )

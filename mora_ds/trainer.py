@@ -140,7 +140,7 @@ class Trainer:
         started = time.perf_counter()
         self.counter.reset()
         rate = self.schedule.learning_rate(self.state.step, self.state.merges)
-        zero.set_learning_rate(self.engine, rate)
+        zero.set_learning_rate(self.engine, rate, self.settings.others_rate)
         loss = self._forward_backward()
         self.state.step += 1
         self.state.tokens += self.rows_per_step * self.train_data.seq_len

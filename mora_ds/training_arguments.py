@@ -48,6 +48,8 @@ class TrainingArguments:
     """adamw, or muon: DeepSpeed's Muon on the squares, AdamW on whatever else is trained."""
     learning_rate: float = 4e-4
     """Peak rate (the paper, 7B: 4e-4 to 5e-4 at rank 8, 5e-5 to 7e-5 at rank 256)."""
+    embedding_learning_rate: float | None = None
+    """Peak rate of what is trained beside the squares: embeddings, new rows, norms, head. Default: --learning_rate."""
     min_lr_ratio: float = 0.0
     """The rate falls towards this share of the peak."""
     lr_scheduler_type: str = "linear"
@@ -142,3 +144,9 @@ class TrainingArguments:
     def peak_rate(self) -> float:
         """The schedule's peak: that of the squares."""
         return self.muon_learning_rate if self.optimizer == OptimizerKind.MUON.value else self.learning_rate
+
+    @property
+    def others_rate(self) -> float:
+        """Rate of what is trained beside the squares, as a share of theirs."""
+        rate = self.learning_rate if self.embedding_learning_rate is None else self.embedding_learning_rate
+        return rate / self.peak_rate

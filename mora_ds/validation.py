@@ -261,6 +261,7 @@ def _optimizer(arguments: Arguments) -> Iterator[Check]:
     for name in ("learning_rate", "muon_learning_rate"):
         value = getattr(training, name)
         yield not 0 < value < float("inf"), f"--{name} must be above 0, got {value}"
+    yield from _embedding_rate(arguments)
     yield training.bf16 and training.fp16, "--bf16 and --fp16: give one of them"
     for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
         value = getattr(training, name)
@@ -276,6 +277,18 @@ def _optimizer(arguments: Arguments) -> Iterator[Check]:
     yield (
         training.warmup_steps > 0 and training.warmup_ratio > 0,
         "--warmup_steps and --warmup_ratio: give one of them",
+    )
+
+
+def _embedding_rate(arguments: Arguments) -> Iterator[Check]:
+    adapter, rate = arguments.adapter, arguments.training.embedding_learning_rate
+    if rate is None:
+        return
+    yield not 0 < rate < float("inf"), f"--embedding_learning_rate must be above 0, got {rate}"
+    beside = adapter.train_embeddings or adapter.train_new_embeddings or adapter.train_norms or adapter.train_head
+    yield (
+        not beside,
+        "--embedding_learning_rate: nothing is trained beside the adapter; give --train_embeddings, or one like it",
     )
 
 

@@ -137,13 +137,11 @@ def group_energy(engine: Engine, group: int) -> float:
     return torch.stack(norms).square().sum().item() if norms else 0.0
 
 
-def set_learning_rate(engine: Engine, learning_rate: float) -> None:
-    """The rate of the next optimizer step, for every group. Under Muon it is that of the squares; AdamW's half runs at
-    the same share of its own peak."""
-    peaks = engine.optimizer_params() or {}
-    others = peaks["lr"] / peaks["muon_lr"] if "muon_lr" in peaks else 1.0
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate * (1.0 if group.get("use_muon", True) else others)
+def set_learning_rate(engine: Engine, learning_rate: float, others: float = 1.0) -> None:
+    """The rate of the next optimizer step: that of group 0, the squares, and `others` times it for whatever else is
+    trained. DeepSpeed makes two groups of group 0 where it uses Muon, and tells them apart by a key."""
+    for index, group in enumerate(engine.optimizer.param_groups):
+        group["lr"] = learning_rate * (1.0 if group.get("use_muon", index == 0) else others)
 
 
 def state_shard(engine: Engine) -> int:

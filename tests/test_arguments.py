@@ -222,6 +222,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "both warm-ups": ({"warmup_steps": 10, "warmup_ratio": 0.1}, "give one of them"),
     "warm-up ratio": ({"warmup_ratio": float("nan")}, "--warmup_ratio must be"),
     "rate": ({"learning_rate": 0.0}, "--learning_rate must be above 0"),
+    "embedding rate": (
+        {"embedding_learning_rate": 0.0, "train_norms": True},
+        "--embedding_learning_rate must be above",
+    ),
+    "embedding rate of nothing": ({"embedding_learning_rate": 1e-4}, "give --train_embeddings, or one like it"),
     "rate nan": ({"learning_rate": float("nan")}, "--learning_rate must be above 0"),
     "ratio": ({"min_lr_ratio": 1.5}, "--min_lr_ratio"),
     "steps": ({"max_steps": 0}, "--max_steps must be at least 1, or -1"),

@@ -404,7 +404,13 @@ def test_a_model_with_an_infinite_weight(user: Playground, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("ranks", "more", "code", "part"),
     [
-        (1, ["--train_files", "/nowhere/*.txt"], 2, "--train_files: no file matches '/nowhere/*.txt'"),
+        pytest.param(
+            1,
+            ["--train_files", "/nowhere/*.txt"],
+            2,
+            "--train_files: no file matches '/nowhere/*.txt'",
+            marks=pytest.mark.heavy,
+        ),
         (2, ["--target_modules", "q_prj"], 2, "--target_modules 'q_prj'"),
         (2, ["--learning_rate", "1e25"], 1, "Last good checkpoint: none was written"),
     ],

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
-import sys
+import re
 from pathlib import Path
-from typing import Any
 
-from tests.jobs import REPOSITORY
+import pytest
 
-TOOL = REPOSITORY / "tools" / "bench_learning.py"
-
-
-def tool() -> Any:
-    spec = importlib.util.spec_from_file_location("bench_learning", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_learning"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+from mora_ds.errors import UserError
+from tests.tools import call, tool
 
 
 def test_bad_flags_are_named_before_anything_runs(tmp_path: Path) -> None:
     for flags, message in ((["--methods", "loar"], "Did you mean 'lora'?"), (["--steps", "20"], "more than 20")):
-        command = [sys.executable, str(TOOL), "--work", str(tmp_path / "work"), *flags]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2 and message in done.stderr
+        with pytest.raises(UserError, match=re.escape(message)):
+            call("bench_learning", "--work", tmp_path / "work", *flags)
     assert not (tmp_path / "work").exists()
 
 
 def test_of_rates_that_learn_alike_the_one_that_forgets_least_is_best() -> None:
-    bench = tool()
+    bench = tool("bench_learning")
     rows = [
         bench.Row("lora", 1e-3, 10, code=(250.0, 252.0), prose=(90.0, 90.0)),
         bench.Row("lora", 1e-2, 10, code=(201.0, 203.0), prose=(100.0, 102.0)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from mora_ds.errors import UserError
 from tests.jobs import REPOSITORY, Playground
+from tests.tools import call
 
 TOOL = REPOSITORY / "tools" / "bench_memorization.py"
 
@@ -24,8 +27,8 @@ def test_bad_flags_are_named_before_anything_runs(tmp_path: Path) -> None:
         (("--methods", "loar"), "Did you mean 'lora'?"),
         (("--batch", 7, "--micro_batch", 2), "--batch 7 is no multiple"),
     ):
-        done = bench("--work", tmp_path / "work", *flags)
-        assert done.returncode == 2 and message in done.stderr
+        with pytest.raises(UserError, match=re.escape(message)):
+            call("bench_memorization", "--work", tmp_path / "work", *flags)
     assert not (tmp_path / "work").exists()
 
 

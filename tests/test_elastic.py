@@ -135,7 +135,9 @@ CROSS = [
 
 
 @pytest.mark.parametrize(
-    ("world", "pairs"), [(1, SAME), (2, SAME), (4, SAME), (3, [*SAME, *CROSS])], ids=["1", "2", "4", "3 and any stage"]
+    ("world", "pairs"),
+    [(1, SAME), (2, SAME), (4, SAME), pytest.param(3, [*SAME, *CROSS], marks=pytest.mark.heavy)],
+    ids=["1", "2", "4", "3 and any stage"],
 )
 def test_masters_moments_and_counts_are_the_same_to_the_bit(
     saved: tuple[str, dict[Combination, Any]], tmp_path: Path, world: int, pairs: list[tuple[Combination, Combination]]

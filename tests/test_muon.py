@@ -212,7 +212,7 @@ def test_low_precision_keeps_an_unscaled_momentum_in_fp32(stage: int) -> None:
 
 def learning_rates(names: tuple[str, ...]) -> list[list[float]]:
     engine, *_ = initialize(model=small_model(), config=muon_config(3, 2))
-    zero.set_learning_rate(engine, RATE / 4)
+    zero.set_learning_rate(engine, RATE / 4, OTHERS_RATE / RATE)
     return [[group[name] for group in engine.optimizer.param_groups if name in group] for name in names]
 
 

@@ -31,6 +31,7 @@ from mora_ds.plan_time import Cluster
 from mora_ds.validation import validate
 from tests.gloo import run_ranks
 from tests.models import FAMILIES, tiny_model, tokens
+from tests.tools import call
 
 ROWS, LENGTH = 2, 64
 ADAPTER = MoRAConfig(rank=8, operator="share")
@@ -321,10 +322,8 @@ def test_offloaded_states_are_in_host_memory() -> None:
     ],
 )
 def test_the_tool_refuses_what_makes_no_plan(flags: list[str], message: str) -> None:
-    model = str(ROOT / "configs" / "models" / "tiny_llama.json")
-    tool = [sys.executable, str(ROOT / "tools" / "plan.py"), "--model", model, "--micro_batch", "1", *flags]
-    done = subprocess.run(tool, capture_output=True, text=True)
-    assert done.returncode == 2 and message in done.stderr
+    with pytest.raises(UserError, match=message):
+        call("plan", "--model", ROOT / "configs" / "models" / "tiny_llama.json", "--micro_batch", "1", *flags)
 
 
 def test_the_tool_prints_json() -> None:

@@ -19,6 +19,9 @@ from mora_ds.pretrain import pretrain
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
 
+LONG = ("continual_70b", "continual_7b_r256", "continual_7b_replay", "tensor_parallel_2")
+"""To plan."""
+
 _7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 _LLAMA_3 = {"num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 131_072}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -50,7 +53,10 @@ def model_config(size: str, folder: Path) -> Path:
     return made
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.heavy if path.stem in LONG else (), id=path.stem) for path in RECIPES],
+)
 def test_recipes_are_planned(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

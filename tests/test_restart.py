@@ -156,6 +156,7 @@ def test_commands_that_cannot_be_resumed_are_refused(flags: list[str], named: st
 
 
 @pytest.mark.gloo
+@pytest.mark.heavy
 def test_a_job_that_is_killed_and_stopped_finishes_as_if_nothing_had_been(tmp_path: Path) -> None:
     user, out, whole = playground(tmp_path), tmp_path / "out", tmp_path / "whole"
     more = ("--max_steps", 40, "--merge_every", 9, "--restart_warmup_steps", 1, "--save_steps", 4, "--eval_steps", 0)

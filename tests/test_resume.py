@@ -82,7 +82,7 @@ def assert_same_run(out: Path, whole: Path) -> None:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.heavy), 2])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(user: Playground, tmp_path: Path, ranks: int) -> None:
     more = (*MERGING, "--mora_dropout", 0.2, "--train_norms", "true", "--per_device_train_batch_size", 4 // ranks)
     whole, out = tmp_path / "whole", tmp_path / "out"

@@ -238,7 +238,7 @@ def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start: Any, user: Playg
 @pytest.mark.parametrize(
     ("number", "group"),
     [
-        pytest.param(signal.SIGINT, True, id="Ctrl-C"),
+        pytest.param(signal.SIGINT, True, id="Ctrl-C", marks=pytest.mark.heavy),
         pytest.param(signal.SIGTERM, True, id="SIGTERM to all", marks=pytest.mark.heavy),
         pytest.param(signal.SIGKILL, False, id="SIGKILL to the runner"),
     ],

@@ -33,6 +33,7 @@ from mora_ds.trials import pretrain_alone
 LORA_RATES = MORA_RATES = (3e-3, 1e-2, 3e-2)
 MUON_RATES = (1e-2, 3e-2, 1e-1)
 FULL_RATES = (3e-4, 1e-3, 3e-3)
+EMBEDDING_RATES = (1e-3, 3e-3, 1e-2)
 ROWS, CYCLES, RAMP = 8, 4, 5
 AS_GOOD = 1.01
 """Of the best perplexity on code."""
@@ -46,12 +47,15 @@ class Method:
     rates: tuple[float, ...] = MORA_RATES
     merges: bool = False
     rate_flag: str = "learning_rate"
+    """What is swept; with embeddings their rate, and the squares (factors) keep the one that is best without them."""
     replay: float = 0.0
     """Share of prose in every batch."""
     full_rank: float = 0.0
     """Share of the steps that train every parameter first."""
 
 
+EMBEDDINGS = {"train_embeddings": True, "learning_rate": 1e-2}
+EMBEDDING_RATE = "embedding_learning_rate"
 METHODS: dict[str, Method] = {
     "none": Method({"adapter": "none"}, rates=(1e-3,)),
     "lora": Method({"adapter": "lora"}, LORA_RATES),
@@ -63,8 +67,15 @@ METHODS: dict[str, Method] = {
     "remora-alternate": Method({"operator": "share", "grouping": "alternate"}, merges=True),
     "mora-muon": Method({"operator": "rotate", "optimizer": "muon"}, MUON_RATES, rate_flag="muon_learning_rate"),
     "remora-muon": Method({"operator": "rotate", "optimizer": "muon"}, MUON_RATES, True, "muon_learning_rate"),
-    "lora-embeddings": Method({"adapter": "lora", "train_embeddings": True}, LORA_RATES),
-    "mora-embeddings": Method({"operator": "rotate", "train_embeddings": True}),
+    "lora-embeddings": Method({"adapter": "lora", **EMBEDDINGS}, EMBEDDING_RATES, rate_flag=EMBEDDING_RATE),
+    "relora-embeddings": Method({"adapter": "lora", **EMBEDDINGS}, EMBEDDING_RATES, True, EMBEDDING_RATE),
+    "mora-embeddings": Method({"operator": "rotate", **EMBEDDINGS}, EMBEDDING_RATES, rate_flag=EMBEDDING_RATE),
+    "remora-embeddings": Method({"operator": "rotate", **EMBEDDINGS}, EMBEDDING_RATES, True, EMBEDDING_RATE),
+    "muon-embeddings": Method(
+        {"operator": "rotate", "optimizer": "muon", "muon_learning_rate": 3e-2, **EMBEDDINGS},
+        EMBEDDING_RATES,
+        rate_flag=EMBEDDING_RATE,
+    ),
     "mora-warm": Method({"operator": "rotate", "full_rank_learning_rate": 1e-3}, full_rank=0.2),
     "mora-muon-warm": Method(
         {"operator": "rotate", "optimizer": "muon", "full_rank_learning_rate": 1e-3},
