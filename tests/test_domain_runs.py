@@ -24,6 +24,7 @@ from mora_ds.export import export_merged
 from mora_ds.injection import set_cycle
 from mora_ds.operators import delta_weight
 from mora_ds.portable import load_adapter
+from mora_ds.universal import from_universal, to_universal
 from mora_ds.validation import validate
 from mora_ds.verification import verify
 from tests.gloo import run_ranks
@@ -125,24 +126,18 @@ MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "
 
 
 def test_a_run_merges_resumes_elsewhere_and_goes_home(user: Playground, tmp_path: Path) -> None:
-    """Two ranks, a merge, stopped in step 4, resumed on one rank and on two; every domain's model is the live one."""
+    """Two ranks, a merge, stopped in step 5, resumed on one rank; every domain's model is the live one."""
     mix = mix_file(user, tmp_path / "mix.yaml")
-    whole, out, one = tmp_path / "whole", tmp_path / "out", tmp_path / "one"
+    whole, out = tmp_path / "whole", tmp_path / "out"
     summary = run(2, domain_flags(user, whole, mix, *MERGING))
     assert summary["merges"] == 1
     argv = domain_flags(user, out, mix, *MERGING, "--resume_from_checkpoint", "auto")
     run_ranks(2, interrupted_job, argv, 5)
-    subprocess.run(["cp", "-r", out, one], check=True)
-    run(2, argv)
-    assert_same_run(out, whole)
-    run(
-        1,
-        domain_flags(user, one, mix, *MERGING, "--resume_from_checkpoint", "auto", "--per_device_train_batch_size", 4),
-    )
-    torch.testing.assert_close(losses(one), losses(whole), rtol=1e-5, atol=0)
-    same, other = final(one), final(whole)
-    for name, tensor in other.items():
-        torch.testing.assert_close(same[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    run(1, [*argv, "--per_device_train_batch_size", "4"])
+    torch.testing.assert_close(losses(out), losses(whole), rtol=1e-5, atol=0)
+    resumed = final(out)
+    for name, tensor in final(whole).items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
     assert all(verdict.is_good for verdict in verify(whole)), [verdict.lines() for verdict in verify(whole)]
 
     latest = whole / "checkpoints" / "latest"
@@ -164,10 +159,26 @@ def test_a_run_merges_resumes_elsewhere_and_goes_home(user: Playground, tmp_path
     assert "| domain | old |" in (tmp_path / "old" / "README.md").read_text()
     assert_choices_are_named(user, whole, tmp_path)
 
+    refuses(domain_flags(user, tmp_path / "new", mix, "--init_adapter", whole), "1 merged cycle(s)")
     mix.write_text(mix.read_text().replace("  old:", "  older:"))
-    kind, message = run_ranks(1, refused, [*argv, "--eval_domains", "held=new"])[0]
-    assert kind == "UserError" and "domains of --domain_adapters" in message
-    assert "['new', 'old'] there, ['new', 'older'] here" in message
+    other = [*argv, "--eval_domains", "held=new", "--per_device_train_batch_size", "4"]
+    refuses(other, "domains of --domain_adapters", "['new', 'old'] there, ['new', 'older'] here")
+
+
+def refuses(argv: list[str], *parts: str) -> None:
+    kind, message = run_ranks(1, refused, argv)[0]
+    assert kind == "UserError" and all(part in message for part in parts), message
+
+
+@pytest.mark.heavy
+def test_a_resumed_run_is_the_same_to_the_bit(user: Playground, tmp_path: Path) -> None:
+    mix = mix_file(user, tmp_path / "mix.yaml")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(2, domain_flags(user, whole, mix, *MERGING))
+    argv = domain_flags(user, out, mix, *MERGING, "--resume_from_checkpoint", "auto")
+    run_ranks(2, interrupted_job, argv, 5)
+    run(2, argv)
+    assert_same_run(out, whole)
 
 
 def assert_choices_are_named(user: Playground, out: Path, tmp_path: Path) -> None:
@@ -205,6 +216,19 @@ def test_frozen_squares_stay_and_go_along(user: Playground, tmp_path: Path, free
     torch.testing.assert_close(losses(out), losses(whole), rtol=1e-5, atol=0)
     assert all(verdict.is_good for verdict in verify(out)), [verdict.lines() for verdict in verify(out)]
     export_merged(out, tmp_path / "merged", verify=True, domain="fresh")
+    to_universal(out / "checkpoints" / "latest", tmp_path / "universal")
+    from_universal(tmp_path / "universal", tmp_path / "back")
+    back = load_file(tmp_path / "back" / "adapter.safetensors")
+    assert back.keys() == after.keys() and all(torch.equal(back[name], tensor) for name, tensor in after.items())
+
+    never = tmp_path / "never"
+    for more, part in (
+        (("--eval_domains", "hled=old"), "no evaluation set is called 'hled'"),
+        (("--init_adapter", first, "--mora_rank", 3), "means something else there (--mora_rank"),
+        (("--init_adapter", tmp_path / "nowhere"), "is neither an adapter"),
+    ):
+        refuses(domain_flags(user, never, mix, *more), part)
+    assert not (never / "checkpoints").exists()
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -231,25 +255,6 @@ def test_what_does_not_go_together_is_named(case: str) -> None:
     with pytest.raises(UserError) as error:
         validate(from_flat(given))
     assert part in str(error.value), str(error.value)
-
-
-def test_what_only_files_tell_is_named_before_a_step(user: Playground, tmp_path: Path) -> None:
-    """An evaluation set that is not there; squares of another rank, of a run that has merged."""
-    mix, first = mix_file(user, tmp_path / "mix.yaml"), tmp_path / "first"
-    short = ("--max_steps", 1, "--warmup_steps", 0, "--no_eval_on_start")
-    run(1, domain_flags(user, first, mix, *short, "--merge_at_end"))
-    unmerged = tmp_path / "unmerged"
-    run(1, domain_flags(user, unmerged, mix, *short))
-    cases: list[tuple[tuple[Any, ...], str]] = [
-        (("--eval_domains", "hled=old"), "no evaluation set is called 'hled'"),
-        (("--init_adapter", first), "1 merged cycle(s)"),
-        (("--init_adapter", unmerged, "--mora_rank", 3), "means something else there (--mora_rank"),
-        (("--init_adapter", tmp_path / "nowhere"), "is neither an adapter"),
-    ]
-    for more, part in cases:
-        kind, message = run_ranks(1, refused, domain_flags(user, tmp_path / "out", mix, *more))[0]
-        assert kind == "UserError" and part in message, message
-    assert not (tmp_path / "out" / "checkpoints").exists()
 
 
 WAYS: dict[str, tuple[int, tuple[Any, ...]]] = {

@@ -14,7 +14,7 @@ from mora_ds.domain_layer import domain_layers, domains_of
 from mora_ds.domain_squares import apply_per_row
 from mora_ds.errors import RunError, UserError
 from mora_ds.injection import inject, mora_layers, set_cycle
-from mora_ds.operators import OperatorKind, delta_weight, mora_update
+from mora_ds.operators import Grouping, OperatorKind, OperatorSpec, delta_weight, mora_update
 from tests.models import tiny_model, tokens
 
 NAMES = ("law", "code", "news", "prose")
@@ -157,6 +157,22 @@ def test_rows_by_index_and_none() -> None:
     assert not found[1].any()
     for row, index in ((0, 2), (2, 0), (3, 2)):
         assert torch.allclose(found[row], mora_update(spec, squares[index], x[row]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", OperatorKind)
+def test_gradients_of_rows(kind: OperatorKind) -> None:
+    """By finite differences, also where r_hat is larger than a side, or divides none."""
+    for d_in, d_out, r_hat in ((10, 7, 4), (3, 9, 6), (9, 3, 4), (5, 5, 8)):
+        spec = OperatorSpec(kind, d_in, d_out, r_hat, Grouping.PERMUTED, seed=3)
+        generator = torch.Generator().manual_seed(0)
+        squares = torch.randn(3, r_hat, r_hat, dtype=torch.float64, generator=generator, requires_grad=True)
+        x = torch.randn(3, 2, d_in, dtype=torch.float64, generator=generator, requires_grad=True)
+        rows = torch.tensor([2, -1, 2])
+        assert torch.autograd.gradcheck(lambda *each, spec=spec, rows=rows: rows_of(spec, rows, *each), (squares, x))
+
+
+def rows_of(spec: OperatorSpec, rows: torch.Tensor, squares: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return apply_per_row(spec, squares, rows, x)
 
 
 def test_a_row_without_a_square_is_refused_by_name() -> None:
