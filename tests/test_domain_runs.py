@@ -20,6 +20,7 @@ from mora_ds.arguments import from_flat
 from mora_ds.domain_layer import domain_layers, domains_of
 from mora_ds.engine import initialize
 from mora_ds.errors import UserError
+from mora_ds.evaluation import load_target
 from mora_ds.export import export_merged
 from mora_ds.injection import set_cycle
 from mora_ds.operators import delta_weight
@@ -129,9 +130,17 @@ def test_a_run_merges_resumes_elsewhere_and_goes_home(user: Playground, tmp_path
     """Two ranks, a merge, stopped in step 5, resumed on one rank; every domain's model is the live one."""
     mix = mix_file(user, tmp_path / "mix.yaml")
     whole, out = tmp_path / "whole", tmp_path / "out"
-    summary = run(2, domain_flags(user, whole, mix, *MERGING))
+    sets = (
+        "--eval_files",
+        *(f"{name}={user.held}" for name in ("old", "other", "plain")),
+        "--eval_domains",
+        "other=old",
+    )
+    summary = run(2, domain_flags(user, whole, mix, *MERGING, *sets))
     assert summary["merges"] == 1
-    argv = domain_flags(user, out, mix, *MERGING, "--resume_from_checkpoint", "auto")
+    after = summary["perplexity_after"]
+    assert after["old"] == after["other"] != after["plain"], "one text, read as two domains' and as nobody's"
+    argv = domain_flags(user, out, mix, *MERGING, *sets, "--resume_from_checkpoint", "auto")
     run_ranks(2, interrupted_job, argv, 5)
     run(1, [*argv, "--per_device_train_batch_size", "4"])
     torch.testing.assert_close(losses(out), losses(whole), rtol=1e-5, atol=0)
@@ -161,7 +170,7 @@ def test_a_run_merges_resumes_elsewhere_and_goes_home(user: Playground, tmp_path
 
     refuses(domain_flags(user, tmp_path / "new", mix, "--init_adapter", whole), "1 merged cycle(s)")
     mix.write_text(mix.read_text().replace("  old:", "  older:"))
-    other = [*argv, "--eval_domains", "held=new", "--per_device_train_batch_size", "4"]
+    other = [*argv, "--eval_domains", "plain=new", "--per_device_train_batch_size", "4"]
     refuses(other, "domains of --domain_adapters", "['new', 'old'] there, ['new', 'older'] here")
 
 
@@ -188,6 +197,10 @@ def assert_choices_are_named(user: Playground, out: Path, tmp_path: Path) -> Non
         export_merged(out, tmp_path / "never", domain="nwe")
     with pytest.raises(UserError, match="domain third: there are the domains new, old"):
         load_adapter(user.model, out, domain="third")
+    with pytest.raises(UserError, match=r"--domain: which of them\?"):
+        load_target(out)
+    target = load_target(out, domain="old")
+    assert target.model.get_submodule("model.layers.0.mlp.up_proj").domains is domains_of(target.model)
     tool = [sys.executable, REPOSITORY / "tools" / "export_hf.py", "--checkpoint", out, "--output", tmp_path / "never"]
     told = subprocess.run(tool, capture_output=True, text=True, check=False)
     assert told.returncode == 2 and "--domain: which of them?" in told.stderr

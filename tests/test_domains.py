@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from mora_ds.chunked_loss import chunk_loss
 from mora_ds.config import Freeze, MoRAConfig
 from mora_ds.domain_layer import domain_layers, domains_of
 from mora_ds.domain_squares import apply_per_row
 from mora_ds.errors import RunError, UserError
 from mora_ds.injection import inject, mora_layers, set_cycle
 from mora_ds.operators import Grouping, OperatorKind, OperatorSpec, delta_weight, mora_update
+from mora_ds.row_checks import check_rows
 from tests.models import tiny_model, tokens
 
 NAMES = ("law", "code", "news", "prose")
@@ -189,6 +191,28 @@ def test_a_row_without_a_square_is_refused_by_name() -> None:
         row_losses(model, ids)
     with domains.using("law"):
         row_losses(model, ids)
+
+
+class Wrapped:
+    """What a check needs of an engine."""
+
+    device = "cpu"
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.eval, self.train = module, module.eval, module.train
+
+    def __call__(self, **batch: Any) -> Any:
+        return self.module(**batch)
+
+
+def test_a_layer_that_does_not_see_whole_rows_is_refused() -> None:
+    check_rows(Wrapped(domain_model("rotate")), 128)
+    model = domain_model("rotate", target_modules=("q_proj", "lm_head"))
+    chunk_loss(model)
+    with pytest.raises(
+        UserError, match=r"--domain_adapters: 3 rows have domains, and a layer reads .*--target_modules"
+    ):
+        check_rows(Wrapped(model), 128)
 
 
 @pytest.mark.parametrize("freeze", [Freeze.SHARED, Freeze.DOMAINS])
