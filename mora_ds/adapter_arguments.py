@@ -58,6 +58,12 @@ class AdapterArguments:
     plain, or one of share's own: strided, contiguous, contiguous-strided, strided-contiguous."""
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     """Modules that are adapted: names, globs, regular expressions after re:, or all-linear (all but the head)."""
+    targets: str | None = None
+    """Which of them get a square, and of what side: a plan's file (tools/analyze_weights.py --write), or auto: as
+    their weights use their rank, within --trainable_budget. The plan is OUTPUT_DIR/targets.yaml; --mora_rank then only
+    chooses the operator."""
+    trainable_budget: str | None = None
+    """With --targets auto: parameters of all squares, as a share of the model's (0.5%) or a number."""
     compute: str = "auto"
     """activation (passes over the activations), weight (passes over the weight: W0 + delta, rounded to the run's dtype)
     or auto (the cheaper one by tokens a micro-batch, shape, operator and dtype)."""

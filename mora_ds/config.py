@@ -8,6 +8,7 @@ AdapterConfig          what all adapters share: rank, targets, dropout, what is 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from typing import Any, ClassVar, TypeVar
@@ -112,6 +113,11 @@ class AdapterConfig:
         """Side of a square, or rank, that `rank` asks for where the layer is large enough."""
         raise NotImplementedError
 
+    @property
+    def planned_layers(self) -> tuple[str, ...]:
+        """Names of the layers that a plan has chosen; with none `target_modules` say which are adapted."""
+        return ()
+
     def first_seed(self, layer: str, cycle: int) -> int:
         """Seed of the value that a layer starts a cycle from."""
         return permutation_seed(self.seed, f"first/{layer}", cycle)
@@ -184,6 +190,10 @@ class MoRAConfig(AdapterConfig):
     """Confine the groupings of layers that tensor parallelism can split to so many segments, so that their squares need
     no communication at any degree that divides it; 0: do not. A property of the run: the update is another one."""
 
+    layer_sizes: tuple[tuple[str, int], ...] = ()
+    """(layer's name, r_hat) of exactly the layers that get a square, in place of `target_modules` and of the sizes that
+    `rank` asks for (a plan, `targets`); given as a mapping or pairs, kept in the order of names. Empty: no plan."""
+
     domains: tuple[str, ...] = ()
     """Names of the domains that have a square of their own in every layer, beside the shared one."""
 
@@ -192,6 +202,11 @@ class MoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "layer_sizes", _sorted_sizes(self.layer_sizes))
+        for name, size in self.layer_sizes:
+            if size < 1 or size % self.step:
+                even = ", and even for rotate" if self.step == 2 else ""
+                raise UserError(f"--targets: the side of {name} must be at least 1{even}, got {size}")
         object.__setattr__(self, "domains", tuple(self.domains))
         self._check_domains()
         kinds = [kind.value for kind in OperatorKind]
@@ -235,6 +250,20 @@ class MoRAConfig(AdapterConfig):
             raise UserError(f"--freeze {self.freeze} is for --domain_adapters")
 
     @property
+    def operator_name(self) -> str:
+        """What `operator` says, with auto decided."""
+        return default_kind(self.rank).value if self.operator == "auto" else self.operator
+
+    @property
+    def step(self) -> int:
+        """Sides of squares are multiples of it."""
+        return 2 if self.operator_name == OperatorKind.ROTATE.value else 1
+
+    @property
+    def planned_layers(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.layer_sizes)
+
+    @property
     def kind(self) -> OperatorKind:
         return default_kind(self.rank) if self.operator == "auto" else OperatorKind(self.operator)
 
@@ -247,16 +276,33 @@ class MoRAConfig(AdapterConfig):
 
     def square_size(self, d_in: int, d_out: int) -> int:
         """r_hat of a layer: the paper's size, at most the layer's longer side (a larger square adds nothing)."""
-        longest = max(d_in, d_out)
-        if self.kind is OperatorKind.ROTATE:
-            longest -= longest % 2
-        r_hat = min(square_size(d_in, d_out, self.rank, self.kind), longest)
+        r_hat = min(square_size(d_in, d_out, self.rank, self.kind), self.largest_size(d_in, d_out))
         if r_hat < 1:
             raise UserError(f"--mora_rank {self.rank} is too small for a square on a layer of {d_in} x {d_out}")
         return r_hat
 
+    def largest_size(self, d_in: int, d_out: int) -> int:
+        """r_hat beyond which a square adds nothing: the layer's longer side, rounded to `step`."""
+        longest = max(d_in, d_out)
+        return longest - longest % self.step
+
+    def size_of(self, layer: str, d_in: int, d_out: int) -> int:
+        """r_hat of the layer: the plan's, or `square_size`. Raises `UserError` for a planned one above `largest_size`,
+        and for a layer that the plan leaves out."""
+        if not self.layer_sizes:
+            return self.square_size(d_in, d_out)
+        size = dict(self.layer_sizes).get(layer)
+        if size is None:
+            raise UserError(f"--targets: the plan gives {layer} no square")
+        if size > (largest := self.largest_size(d_in, d_out)):
+            raise UserError(
+                f"--targets: a square of side {size} on {layer}, a layer of {d_in} x {d_out}, is larger than it can "
+                f"use: give {largest} at most"
+            )
+        return size
+
     def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, aligned: Side | None = None) -> OperatorSpec:
-        r_hat = self.square_size(d_in, d_out)
+        r_hat = self.size_of(layer, d_in, d_out)
         if self.grouping == ALTERNATE:
             grouping = (Grouping.STRIDED, Grouping.CONTIGUOUS)[cycle % 2]
         else:
@@ -270,10 +316,17 @@ class MoRAConfig(AdapterConfig):
         return replace(spec, out_segments=self.segments)
 
     def to_dict(self) -> dict[str, Any]:
-        """Without segments and domains where there are none: as before there were any."""
-        values = {**super().to_dict(), "domains": list(self.domains)}
-        usual = {"segments": 0, "domains": [], "freeze": Freeze.NONE.value}
-        return {key: each for key, each in values.items() if key not in usual or each != usual[key]}
+        """Without segments, sizes and domains where there are none: as before there were any."""
+        values = {**super().to_dict(), "layer_sizes": dict(self.layer_sizes), "domains": list(self.domains)}
+        values["freeze"] = "" if self.freeze == Freeze.NONE.value else self.freeze
+        empty = {key for key in ("segments", "layer_sizes", "domains", "freeze") if not values[key]}
+        return {key: value for key, value in values.items() if key not in empty}
+
+
+def _sorted_sizes(sizes: Any) -> tuple[tuple[str, int], ...]:
+    """Of a mapping or pairs, of which JSON makes lists."""
+    pairs: Iterable[Any] = sizes.items() if isinstance(sizes, Mapping) else sizes
+    return tuple(sorted((str(name), int(size)) for name, size in pairs))
 
 
 def config_from_dict(values: dict[str, Any]) -> AdapterConfig:

@@ -100,6 +100,10 @@ def domain_checks(
     except UserError as error:
         yield True, str(error)
     yield adapter.compute == Compute.WEIGHT.value, f"{FLAG}: --compute weight forms one weight for all rows; leave auto"
+    yield (
+        adapter.trainable_budget is not None,
+        f"{FLAG}: --trainable_budget counts one square a layer, and there are several; give a plan's file to --targets",
+    )
     size = training.tensor_parallel_size
     yield size > 1, f"{FLAG}: --tensor_parallel_size {size} splits a layer's one square, not those of domains"
     yield from _frozen(adapter, training)

@@ -2,8 +2,8 @@
 
     y_b = W0 x_b + decompress(M compress(x_b)) + decompress(M_k compress(x_b))      k: the domain of row b
 
-Rows choose their squares by a product with a one-hot matrix: the numbers are exact, the gradient of M_k is the sum over
-its own rows (zero where there is none), summed in fp32 and in one order on every device.
+Rows choose their squares by a product with a one-hot matrix: the numbers are exact, and the gradient of M_k is the sum
+over its own rows, zero where there is none, without atomic additions: the same bits every time.
 
 Shape legend:  K = domains, B = rows, D = d_in, O = d_out, R = r_hat.
 """

@@ -29,6 +29,7 @@ from mora_ds.plan import Plan, Planner
 from mora_ds.plan_report import report
 from mora_ds.plan_step import Work, planned_model
 from mora_ds.plan_time import Cluster
+from mora_ds.run_targets import planned_config
 from mora_ds.sequence_checks import check_config, check_world, describe
 from mora_ds.tensor_plan import plan_of
 from mora_ds.topology import check_degree
@@ -85,12 +86,14 @@ def _adapter(arguments: Arguments) -> AdapterConfig | None:
     adapter, seed = arguments.adapter, arguments.training.seed
     if adapter.adapter == AdapterKind.FULL.value:
         return None
-    config = adapter_config(adapter, arguments.data, seed)
     if adapter.domain_adapters and arguments.training.optimizer == OptimizerKind.MUON.value:
         raise UserError("--dry_run does not know what Muon keeps beside the domains' squares: plan it with adamw")
+    model = str(arguments.model.model_name_or_path or arguments.model.model_config)
+    config = adapter_config(adapter, arguments.data, seed)
+    config = planned_config(adapter, config, model, arguments.model.trust_remote_code)
     if not adapter.train_new_embeddings:
         return config
-    named = Path(str(arguments.model.model_name_or_path or arguments.model.model_config)).expanduser()
+    named = Path(model).expanduser()
     return replace(config, new_rows_from=first_new_row(named if named.is_dir() else named.parent))
 
 

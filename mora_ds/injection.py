@@ -9,8 +9,6 @@ inject(model, MoRAConfig(rank=8))
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +20,9 @@ from torch import Tensor, nn
 from mora_ds.config import ALL_LINEAR, AdapterConfig, MoRAConfig
 from mora_ds.domain_layer import frozen_values, layer_for, told_of_domains
 from mora_ds.domain_squares import Domains
-from mora_ds.errors import RunError, UserError, nearest
-from mora_ds.layer import AdaptedLinear, is_linear, linear_shape
+from mora_ds.errors import RunError, UserError
+from mora_ds.layer import AdaptedLinear, linear_shape
+from mora_ds.matching import ending_of, output_head, targets_of
 from mora_ds.new_rows import train_new_rows
 from mora_ds.tensor_plan import Style, style_in_plan
 from mora_ds.updates import Side, value_name, value_shape
@@ -38,7 +37,7 @@ class ShapeRow:
     d_in: int
     d_out: int
     size: int
-    """Side of the square, or LoRA's rank."""
+    """Side of the square (the smallest, where a plan gives them several), or LoRA's rank."""
     params: int
     """Of all `count` layers' squares (factors) together."""
     note: str
@@ -104,7 +103,7 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     """
     if mora_layers(model):
         raise UserError("this model already has an adapter: inject it once")
-    targets = match_targets(model, config.target_modules)
+    targets = targets_of(model, config)
     _refuse_shared(model, targets)
     keep = _trainable_tensors(model, config)
     _refuse_trained(targets, keep)
@@ -131,7 +130,8 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     kept = sum(value.numel() for value in frozen_values(model).values())
     trainable = sum(parameter.numel() for parameter in model.parameters())
     named = "squares" if value_name(layers[0].spec) == "square" else "factors"
-    left_out = _matrices_left_out(model) if ALL_LINEAR in config.target_modules else {}
+    all_linear = ALL_LINEAR in config.target_modules and not config.planned_layers
+    left_out = _matrices_left_out(model) if all_linear else {}
     sums = values, trainable - values, total + values + kept
     return InjectionReport(rows, config.title, named, *sums, eight_bits, left_out, told_of_domains(model))
 
@@ -197,49 +197,7 @@ def move_base(model: nn.Module, device: torch.device | str, dtype: torch.dtype) 
         _set_buffer(model, name, tensor.to(device))
 
 
-# -- matching ------------------------------------------------------------------------------------------------------
-
-
-def match_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Module name -> linear layer for every layer that a pattern matches, in the model's order."""
-    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
-    if not linear:
-        raise UserError("the model has no nn.Linear or Conv1D layer that could take a square")
-    chosen: set[str] = set()
-    for pattern in patterns:
-        matched = _match(pattern, linear, model)
-        if not matched:
-            endings = sorted({_ending(name) for name in linear})
-            raise UserError(
-                f"--target_modules {pattern!r} matches no linear layer; there are: {', '.join(endings)}."
-                + nearest(pattern, endings)
-            )
-        chosen |= matched
-    return {name: module for name, module in linear.items() if name in chosen}
-
-
-def _match(pattern: str, linear: dict[str, nn.Module], model: nn.Module) -> set[str]:
-    if pattern == ALL_LINEAR:
-        head = _output_head(model)
-        return {name for name, module in linear.items() if module is not head}
-    if pattern.startswith("re:"):
-        try:
-            regex = re.compile(pattern[3:])
-        except re.error as error:
-            raise UserError(f"--target_modules {pattern!r} is no regular expression: {error}") from error
-        return {name for name in linear if regex.fullmatch(name)}
-    if any(sign in pattern for sign in "*?["):
-        return {name for name in linear if fnmatch.fnmatchcase(name, pattern)}
-    return {name for name in linear if name == pattern or name.endswith("." + pattern)}
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if get else None
-
-
-def _ending(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module]) -> None:
@@ -296,7 +254,7 @@ def _trainable_tensors(model: nn.Module, config: AdapterConfig) -> set[int]:
     if config.train_norms:
         modules += [module for module in model.modules() if "norm" in type(module).__name__.lower()]
     if config.train_head:
-        head = _output_head(model)
+        head = output_head(model)
         if head is None:
             raise UserError("--train_head: this model has no output head")
         modules.append(head)
@@ -332,23 +290,33 @@ def _set_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _matrices_left_out(model: nn.Module) -> dict[str, int]:
     """Frozen by `_freeze_to_buffers`, of two dimensions or more, and neither adapted nor embedding nor head."""
-    head = _output_head(model)
+    head = output_head(model)
     found: Counter[str] = Counter()
     for path, module in model.named_modules():
         if not isinstance(module, (AdaptedLinear, nn.Embedding)) and module is not head:
             for name, tensor in module.named_buffers(recurse=False):
                 if f"{path}.{name}" in model._mora_frozen and tensor.dim() > 1:  # type: ignore[operator]
-                    found[f"{_ending(path)}.{name}"] += tensor.numel()
+                    found[f"{ending_of(path)}.{name}"] += tensor.numel()
     return dict(found)
 
 
 def _shape_rows(targets: dict[str, nn.Module], config: AdapterConfig) -> tuple[ShapeRow, ...]:
-    counts = Counter((_ending(name), *linear_shape(module)) for name, module in targets.items())
+    held: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
+    for name, module in targets.items():
+        d_in, d_out = linear_shape(module)
+        shape = value_shape(config.operator_for(name, d_in, d_out, cycle=0))
+        held.setdefault((ending_of(name), d_in, d_out), []).append(shape)
     rows = []
-    for (ending, d_in, d_out), count in counts.items():
-        shape = value_shape(config.operator_for(ending, d_in, d_out, cycle=0))
-        size, wanted = shape[0], config.asked_for(d_in, d_out)
-        side = "longer" if isinstance(config, MoRAConfig) else "shorter"
-        note = f"(rank {config.rank} asks for {wanted}: the {side} side is enough)" if size < wanted else ""
-        rows.append(ShapeRow(ending, count, d_in, d_out, size, count * shape[0] * shape[1], note))
+    for (ending, d_in, d_out), shapes in held.items():
+        size, params = min(shapes)[0], sum(rows * columns for rows, columns in shapes)
+        rows.append(ShapeRow(ending, len(shapes), d_in, d_out, size, params, _note(config, d_in, d_out, shapes)))
     return tuple(rows)
+
+
+def _note(config: AdapterConfig, d_in: int, d_out: int, shapes: list[tuple[int, int]]) -> str:
+    if config.planned_layers:
+        largest = max(shapes)[0]
+        return f"(to {largest}, as planned)" if largest > min(shapes)[0] else "(as planned)"
+    size, wanted = shapes[0][0], config.asked_for(d_in, d_out)
+    side = "longer" if isinstance(config, MoRAConfig) else "shorter"
+    return f"(rank {config.rank} asks for {wanted}: the {side} side is enough)" if size < wanted else ""

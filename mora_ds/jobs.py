@@ -37,9 +37,11 @@ from mora_ds.remora import ReMoRA
 from mora_ds.resets import OptimizerReset
 from mora_ds.run import Run, run_identity
 from mora_ds.run_data import RunData
+from mora_ds.run_targets import RunTargets
 from mora_ds.saving import PROBE_TOKENS, save_full_model
 from mora_ds.sequence_checks import describe
 from mora_ds.sequence_parallel import share_rows
+from mora_ds.targets import TargetPlan
 from mora_ds.tensor_plan import TPInputs, plan_of
 from mora_ds.vocabulary_rows import first_new_row
 
@@ -56,6 +58,8 @@ class Place:
     base: Path | None
     """What it starts from in place of the model that the flags name: the result of --full_rank_steps."""
     followers: Followers
+    targets: TargetPlan | None = None
+    """The plan of squares of --targets FILE."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,8 @@ def _adapter_job(
     config, ranks = adapter_config(arguments.adapter, arguments.data, arguments.training.seed), place.ranks
     if arguments.adapter.train_new_embeddings:
         config = replace(config, new_rows_from=first_new_row(loaded.base.folder))
+    targets = RunTargets(arguments.adapter, place.targets, place.folder, place.checkpoint, ranks, place.say)
+    config = targets.planned(config, loaded.model, loaded.base, loaded.keys)
     degree, inputs = arguments.training.tensor_parallel_size, TPInputs(arguments.training.tp_inputs)
     device = get_accelerator().current_device_name()
     report = inject(loaded.model, config, lambda name: loaded.base.read(loaded.keys[name]).to(device))

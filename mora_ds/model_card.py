@@ -44,10 +44,11 @@ def _facts(adapter: AdapterFile, ledger: Ledger, reference: BaseReference, dtype
     operators = Counter(describe(entry.operator) for entry in adapter.layers.values())
     shapes = sorted({value_shape(entry.operator) for entry in adapter.layers.values()})
     sizes = ", ".join(f"{rows} x {columns}" for rows, columns in shapes)
+    planned = "layer_sizes" in adapter.facts.get("config", {})
     return {
         "base": f"`{reference.folder}`",
         "base fingerprint": f"`{reference.fingerprint}`",
-        "rank (of a LoRA with as many parameters)": str(adapter.rank),
+        "rank (of a LoRA with as many parameters)": "by a plan" if planned else str(adapter.rank),
         "operator": ", ".join(operators),
         "adapted layers": f"{len(adapter.layers)}, with {sizes} numbers each",
         "other trained tensors": str(len(adapter.trainables)),

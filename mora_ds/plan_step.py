@@ -92,7 +92,8 @@ class _OneOfMany(Topology):
 def step_memory(work: Work) -> StepMemory:
     """Of the whole model, from two shallow ones: every figure is a constant and a share of each layer."""
     layers, period = work.config.get_text_config().num_hidden_layers, layer_period(work.config)
-    if layers <= 3 * period:
+    planned = work.adapter is not None and work.adapter.planned_layers  # each layer is then a case of its own
+    if layers <= 3 * period or planned:
         return measure_step(planned_model(work), work)
     # as many layers beyond whole periods as the model has
     short = layers % period + 2 * period

@@ -44,6 +44,7 @@ from mora_ds.replicas import Share
 from mora_ds.row_checks import check_rows
 from mora_ds.run_data import RunData, load_data
 from mora_ds.run_folder import Reservation, claim, reserve, write_run_file
+from mora_ds.run_targets import plan_of_file
 from mora_ds.schedules import Schedule, ScheduleKind
 from mora_ds.sequence_checks import check_config, check_split, check_world
 from mora_ds.sequence_parallel import bound, whole_rows
@@ -84,11 +85,12 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     if training.sequence_parallel_size > 1:
         ds_config.pop("train_batch_size")  # checked; DeepSpeed, told of no groups, would count every rank's rows
     folder = Path(training.output_dir).expanduser()
+    targets = ranks.on_first(lambda: plan_of_file(arguments.adapter))  # it may lie in the folder
     checkpoint, reservation = ranks.on_first(lambda: _reserve(arguments, folder, replicas))
     followers = None
     try:
         followers = Followers.find(folder, ranks)
-        place = _place(followers, checkpoint, base, say)
+        place = dataclasses.replace(_place(followers, checkpoint, base, say), targets=targets)
         job, data = _prepare(arguments, ds_config, place)
         steps = _total_steps(arguments, data.train, ranks.world) - _first_batch(arguments, place)
         schedule = arguments.schedule(steps)

@@ -22,6 +22,7 @@ from mora_ds.mixture_settings import mixture_plan
 from mora_ds.resets import OptimizerReset
 from mora_ds.schedules import MergeWhen, schedule_kind
 from mora_ds.stall import StallSignal
+from mora_ds.target_checks import target_checks
 from mora_ds.tensor_plan import TPInputs
 from mora_ds.training_arguments import TrainingArguments
 
@@ -40,6 +41,7 @@ def validate(arguments: Arguments) -> None:
         *_streaming(arguments),
         *_adapter(arguments.adapter),
         *domain_checks(arguments.adapter, arguments.data, arguments.training),
+        *target_checks(arguments.adapter),
         *_parts(arguments),
         *_steps(arguments.training),
         *_forgetting(arguments.training),

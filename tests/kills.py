@@ -32,6 +32,7 @@ import mora_ds.data.inspection
 from mora_ds import checkpoint, export, files, ledger, metrics, partitions, pretrain, remora, run_folder, saving, zero
 from mora_ds.remora import ReMoRA
 from mora_ds.run import Run
+from mora_ds.targets import TargetPlan
 from mora_ds.tensor_files import SafetensorsWriter
 from tests.gloo import start_ranks
 from tests.jobs import curve, job
@@ -189,6 +190,8 @@ STEPS = (
 BEST = ("--best_by", "short:1", "--eval_steps", 1)
 """Every step has an evaluation, and with most of them a new best checkpoint."""
 
+PLANNED = ("--targets", "auto", "--trainable_budget", "3%")
+
 MOMENTS: dict[str, Moment] = {
     # a step
     "before_the_optimizer_step": Moment(lambda: before(DeepSpeedEngine, "step", 4), Passes.ALL),
@@ -259,6 +262,9 @@ MOMENTS: dict[str, Moment] = {
         lambda: torn(mora_ds.data.cache, "_write", lambda *arguments: arguments[2] / "tokens.bin")
     ),
     "tokens_before_the_rename": Moment(lambda: before(mora_ds.data.cache, "_move_into_place")),
+    "plan_before_its_rename": Moment(
+        lambda: within(TargetPlan, "write", 1, lambda: before(os, "replace")), more=PLANNED
+    ),
     "before_the_run_is_begun": Moment(lambda: before(run_folder.Reservation, "commit")),
     "run_file_half_written": Moment(lambda: within(pretrain, "write_run_file", 1, lambda: before(Path, "replace"))),
     "old_run_half_set_aside": Moment(

@@ -249,6 +249,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "lora": ({"adapter": "lora"}, "--domain_adapters is for squares, and --adapter is lora"),
     "full": ({"adapter": "full"}, "--domain_adapters is for squares, and --adapter is full"),
     "weight": ({"compute": "weight"}, "--compute weight forms one weight for all rows"),
+    "budget": ({"targets": "auto", "trainable_budget": "1%"}, "--trainable_budget counts one square a layer"),
     "tensor parallel": ({"tensor_parallel_size": 2}, "--tensor_parallel_size 2 splits"),
     "called shared": ({"train_files": ["shared=x:1", "b=y:1"]}, "'shared' is the shared square's"),
     "evaluated as nobody": ({"eval_domains": ["held=lwa"]}, "domain 'lwa' has no square"),

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         *("operator_spec", "compiling", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer"),
         *("ds_tensor_parallel", "stopping", "topology", "sequence_parallel", "restart", "background", "forgetting"),
-        *("trials", "new_rows", "memory_meter", "eight_bits"),
+        *("trials", "new_rows", "memory_meter", "eight_bits", "target_sizes"),
     ),
     (
         *("wiring", "data", "cli", "pulse", "ds_config", "tensor_files", "metrics", "run_folder", "followers"),
@@ -37,26 +37,26 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("model", "model_folder", "losses", "flat_tensors", "compute", "updates", "resets", "windows", "run_sources"),
-        *("domain_squares",),
+        *("domain_squares", "weight_analysis"),
     ),
     (
         *("replicas", "deltas", "config", "layer", "spectrum", "vocabulary_rows", "partitions", "sequence_checks"),
         *("block_windows",),
     ),
-    ("tensor_plan", "adapter_arguments", "ledger", "checkpoint", "domain_layer"),
+    ("tensor_plan", "adapter_arguments", "ledger", "checkpoint", "matching", "targets", "domain_layer"),
     (
-        *("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge"),
+        *("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge", "target_checks"),
         *("domain_settings", "row_checks"),
     ),
     (
         *("tensor_parallel", "remora", "model_card", "ledger_tools", "universal", "portable", "validation"),
-        *("run_data", "verification", "costs"),
+        *("run_data", "verification", "costs", "gradient_probe"),
     ),
     (
         *("engine", "saving", "export", "trainer", "compact", "spectrum_report", "evaluation", "plan_step"),
         *("first_squares",),
     ),
-    ("run", "plan_memory", "plan_time"),
+    ("run", "plan_memory", "plan_time", "run_targets", "weight_report"),
     ("jobs", "plan"),
     ("plan_report",),
     ("dry_run",),
@@ -93,7 +93,7 @@ DISTRIBUTED = {
 
 STANDARD_LIBRARY_ONLY = {
     *("errors", "version", "schedules", "stall", "schedule_text", "ds_config_keys", "ds_optimizer", "ds_config"),
-    *("ds_tensor_parallel", "files", "cli", "stopping", "processes", "trials"),
+    *("ds_tensor_parallel", "files", "cli", "stopping", "processes", "trials", "target_sizes"),
 }
 WITHOUT_DEEPSPEED = (
     "operators", "windows", "layer", "tensor_plan", "costs", "config", "injection", "data", "ledger", "export",

@@ -14,11 +14,11 @@ from mora_ds.injection import (
     count_parameters,
     frozen_buffers,
     inject,
-    match_targets,
     mora_layers,
     move_base,
     set_cycle,
 )
+from mora_ds.matching import match_targets
 from mora_ds.operators import Grouping, OperatorKind
 from tests.models import causal_loss, tiny_model, tokens
 
