@@ -18,10 +18,10 @@ from mora_ds.compute import Compute
 from mora_ds.config import AdapterConfig, Freeze, MoRAConfig
 from mora_ds.domain_squares import Domains, squares_of_rows, update_rows
 from mora_ds.eight_bits import check_floating, frozen_linear
-from mora_ds.errors import RunError
+from mora_ds.errors import RunError, UserError
 from mora_ds.layer import AdaptedLinear, MoRALinear, adapt
 from mora_ds.operators import OperatorSpec
-from mora_ds.updates import UpdateSpec, value_name
+from mora_ds.updates import UpdateSpec, describe, value_name
 
 OWN = "domain_squares"
 """Name of the parameter (K, r_hat, r_hat), here and in files."""
@@ -73,9 +73,13 @@ class DomainLinear(MoRALinear):
 
 def layer_for(config: AdapterConfig, base: Any, spec: UpdateSpec, name: str, domains: Domains | None) -> AdaptedLinear:
     """The layer that takes the place of `base`, called `name` in its model, in cycle 0; with squares of domains, if
-    there are any."""
+    there are any. Raises `UserError` for an update that rows cannot have of their own."""
     if domains is not None:
-        assert isinstance(config, MoRAConfig) and isinstance(spec, OperatorSpec)
+        if not (isinstance(config, MoRAConfig) and isinstance(spec, OperatorSpec)):
+            raise UserError(
+                f"--domain_adapters is for --operator truncate, share, decouple or rotate: {name} would get "
+                f"{describe(spec)}"
+            )
         return DomainLinear(base, spec, domains, config.dropout, Freeze(config.freeze))
     compute = Compute(config.compute) if isinstance(config, MoRAConfig) else Compute.ACTIVATION
     return adapt(base, spec, config.dropout, compute, config.first_seed(name, cycle=0))

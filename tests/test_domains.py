@@ -11,10 +11,11 @@ from torch import nn
 
 from mora_ds.chunked_loss import chunk_loss
 from mora_ds.config import Freeze, MoRAConfig
-from mora_ds.domain_layer import domain_layers, domains_of
-from mora_ds.domain_squares import apply_per_row
+from mora_ds.domain_layer import domain_layers, domains_of, layer_for
+from mora_ds.domain_squares import Domains, apply_per_row
 from mora_ds.errors import RunError, UserError
 from mora_ds.injection import inject, mora_layers, set_cycle
+from mora_ds.lora import LoRASpec
 from mora_ds.operators import Grouping, OperatorKind, OperatorSpec, delta_weight, mora_update
 from mora_ds.row_checks import check_rows
 from tests.models import tiny_model, tokens
@@ -213,6 +214,12 @@ def test_a_layer_that_does_not_see_whole_rows_is_refused() -> None:
         UserError, match=r"--domain_adapters: 3 rows have domains, and a layer reads .*--target_modules"
     ):
         check_rows(Wrapped(model), 128)
+
+
+def test_an_update_that_is_no_square_is_refused() -> None:
+    config = MoRAConfig(domains=NAMES)
+    with pytest.raises(UserError, match="q_proj would get lora"):
+        layer_for(config, nn.Linear(4, 4), LoRASpec(4, 4, 2, 1.0), "q_proj", Domains(NAMES))
 
 
 @pytest.mark.parametrize("freeze", [Freeze.SHARED, Freeze.DOMAINS])
