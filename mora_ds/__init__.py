@@ -19,6 +19,7 @@ from mora_ds.version import __version__
 if TYPE_CHECKING:
     from mora_ds.alignment import Alignment
     from mora_ds.config import MoRAConfig
+    from mora_ds.domain_layer import domains_of
     from mora_ds.engine import initialize
     from mora_ds.errors import RunError, UserError
     from mora_ds.export import export_merged
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Alignment": "alignment",
     "MoRAConfig": "config",
+    "domains_of": "domain_layer",
     "initialize": "engine",
     "RunError": "errors",
     "UserError": "errors",
@@ -64,6 +66,7 @@ __all__ = [
     "UserError",
     "__version__",
     "delta_weight",
+    "domains_of",
     "export_adapter",
     "export_merged",
     "initialize",

@@ -26,6 +26,7 @@ from mora_ds.alignment import Alignment
 from mora_ds.checkpoint_folder import TrainerState
 from mora_ds.collective_counter import CollectiveCounter
 from mora_ds.data import IGNORED, Mixture, PackedDataset, StreamMixture, TrainData
+from mora_ds.domain_squares import Domains
 from mora_ds.errors import RunError, Stopped
 from mora_ds.forgetting import Watch, report
 from mora_ds.loop_settings import LoopSettings
@@ -72,6 +73,10 @@ class Trainer:
     """What is looked at after every evaluation."""
     alignment: Alignment | None = None
     """A further loss on the squares; of the reported loss it is no part."""
+    domains: Domains = field(default_factory=lambda: Domains(()))
+    """Where the domains of rows are said; without names where the model has none."""
+    eval_domains: Mapping[str, str | None] = field(default_factory=dict)
+    """The domain that an evaluation set is read as."""
 
     def __post_init__(self) -> None:
         self.engine = self.share.engine
@@ -177,8 +182,11 @@ class Trainer:
         """The summed loss of micro-batch `index`, noted by source where there are several."""
         if self._mixture is None:
             return token_nll(self.engine, batch)
+        sources = self._mixture.sources_of(*self._place(index))
+        if self.domains.names:  # until the next micro-batch: with checkpointing, backward asks again
+            self.domains.set([self._mixture.names[source] for source in sources])
         rows = row_nll(self.engine, batch)
-        self._source_losses.add(self._mixture.sources_of(*self._place(index)), rows, batch["labels"])
+        self._source_losses.add(sources, rows, batch["labels"])
         return rows.sum()
 
     def _place(self, index: int) -> tuple[int, int, slice]:
@@ -341,7 +349,8 @@ class Trainer:
         """Perplexity of each evaluation set, over all ranks; logged, and kept in the state."""
         found = {}
         for name, data in self.eval_data.items():
-            nll = self.share.mean_nll(self._eval_batches(data))
+            with self.domains.using(self.eval_domains.get(name)):
+                nll = self.share.mean_nll(self._eval_batches(data))
             self._stop_unless_finite(nll, f"the loss on {name!r} is {nll} after step {self.state.step}")
             found[name] = perplexity(nll)
         if found:
@@ -370,8 +379,10 @@ class Trainer:
             self.log.say(f"step {self.state.step}: the best so far by --best_by, {score:.4f}")
 
     def _probe_loss(self) -> float:
-        """Mean loss of the corpus's first sequences, the same in every replica."""
-        return self.share.replica_nll(self.train_data.first_rows(PROBE_ROWS))
+        """Mean loss of the corpus's first sequences, the same in every replica; of a mixture the first source's. A
+        square that is no number makes it none, whichever domain it belongs to."""
+        with self.domains.using(self.domains.names[0] if self.domains.names else None):
+            return self.share.replica_nll(self.train_data.first_rows(PROBE_ROWS))
 
     def _eval_batches(self, data: PackedDataset) -> Iterator[dict[str, Tensor]]:
         """This replica's. Every rank has the same number of them, as ZeRO-3 needs."""

@@ -14,6 +14,7 @@ from mora_ds.adapter_arguments import AdapterArguments, AdapterKind, MergePrecis
 from mora_ds.arguments import Arguments
 from mora_ds.config import INCREMENTAL_IN_8_BITS, SPLIT_IN_8_BITS, LoRAConfig, MoRAConfig
 from mora_ds.data_arguments import DataArguments
+from mora_ds.domain_settings import domain_checks
 from mora_ds.ds_optimizer import OptimizerKind
 from mora_ds.errors import UserError, member_named, nearest
 from mora_ds.forgetting import Watch
@@ -40,6 +41,7 @@ def validate(arguments: Arguments) -> None:
         *_data(arguments.data),
         *_streaming(arguments),
         *_adapter(arguments.adapter),
+        *domain_checks(arguments.adapter, arguments.data, arguments.training),
         *target_checks(arguments.adapter),
         *vector_checks(arguments.adapter, arguments.training),
         *_parts(arguments),

@@ -37,22 +37,25 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("model", "model_folder", "losses", "flat_tensors", "compute", "updates", "resets", "windows", "run_sources"),
-        *("weight_analysis", "base_svd"),
+        *("weight_analysis", "base_svd", "domain_squares"),
     ),
     (
         *("replicas", "deltas", "config", "layer", "spectrum", "vocabulary_rows", "partitions", "sequence_checks"),
         *("block_windows", "alignment_terms"),
     ),
-    ("tensor_plan", "adapter_arguments", "ledger", "checkpoint", "matching", "targets"),
+    ("tensor_plan", "adapter_arguments", "ledger", "checkpoint", "matching", "targets", "domain_layer"),
     (
         *("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge", "target_checks"),
-        *("vector_checks", "run_vectors"),
+        *("vector_checks", "run_vectors", "domain_settings", "row_checks"),
     ),
     (
         *("tensor_parallel", "remora", "model_card", "ledger_tools", "universal", "portable", "validation"),
         *("run_data", "verification", "costs", "gradient_probe", "alignment"),
     ),
-    ("engine", "saving", "export", "trainer", "compact", "spectrum_report", "evaluation", "plan_step"),
+    (
+        *("engine", "saving", "export", "trainer", "compact", "spectrum_report", "evaluation", "plan_step"),
+        *("first_squares",),
+    ),
     ("run", "plan_memory", "plan_time", "run_targets", "weight_report"),
     ("jobs", "plan"),
     ("plan_report",),

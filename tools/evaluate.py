@@ -34,7 +34,7 @@ def main() -> None:
         name: load_corpus([path], text_column=given.text_column, flag=f"--sets {name}")
         for name, path in named_sets(given.sets).items()
     }
-    target = load_target(given.model, given.base, given.dtype, given.device, given.trust_remote_code)
+    target = load_target(given.model, given.base, given.dtype, given.device, given.trust_remote_code, given.domain)
     windows = Windows.of(target.model, given.window, given.stride)
     print(f"{target.source}; windows of {windows.window} tokens, stride {windows.stride}")
     scores = {
@@ -47,7 +47,7 @@ def main() -> None:
         print(f"{task}: " + ", ".join(f"{name} {value}" for name, value in metrics.items()))
     if given.json is not None:
         content = {
-            "model": str(given.model), "window": windows.window, "stride": windows.stride,
+            "model": str(given.model), "domain": given.domain, "window": windows.window, "stride": windows.stride,
             "sets": {name: score.to_dict() for name, score in scores.items()}, "lm_eval": tasks,
         }  # fmt: skip
         write_json_atomic(given.json, content)
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=4, help="windows at a time")
     parser.add_argument("--max_documents", type=int, help="score only the first ones of each set")
     parser.add_argument("--base", type=Path, help="where a checkpoint's base lies now, if it was moved")
+    parser.add_argument("--domain", metavar="NAME", help="of a run with domains, whose model; shared: without any's")
     parser.add_argument("--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: the model's own")
     parser.add_argument("--device", default="cpu", help="such as cuda:0")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores there too")
