@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mora_ds.version import __version__
 
 if TYPE_CHECKING:
+    from mora_ds.alignment import Alignment
     from mora_ds.config import MoRAConfig
     from mora_ds.domain_layer import domains_of
     from mora_ds.engine import initialize
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
     from mora_ds.operators import OperatorKind, OperatorSpec, delta_weight, mora_update
     from mora_ds.portable import export_adapter, load_adapter
     from mora_ds.remora import ReMoRA
-    from mora_ds.run import Run
+    from mora_ds.run import Run, with_vectors
 
 _HOME = {
+    "Alignment": "alignment",
     "MoRAConfig": "config",
     "domains_of": "domain_layer",
     "initialize": "engine",
@@ -48,9 +50,11 @@ _HOME = {
     "mora_update": "operators",
     "ReMoRA": "remora",
     "Run": "run",
+    "with_vectors": "run",
 }
 
 __all__ = [
+    "Alignment",
     "InjectionReport",
     "Ledger",
     "MoRAConfig",
@@ -70,6 +74,7 @@ __all__ = [
     "load_adapter",
     "mora_layers",
     "mora_update",
+    "with_vectors",
 ]
 
 

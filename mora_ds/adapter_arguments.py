@@ -52,10 +52,19 @@ class AdapterArguments:
     lora_alpha: float | None = None
     """LoRA's update is lora_alpha / lora_rank times B A. Default: twice the rank."""
     operator: str = "auto"
-    """truncate, share, decouple or rotate. auto: rotate for ranks below 64, share from there on."""
+    """truncate, share, decouple, rotate, or subspace (between leading singular vectors of the frozen weight, which are
+    computed once, at the start). auto: rotate for ranks below 64, share from there on."""
+    subspace_cycles: int = 1
+    """With --operator subspace: cycles until the same singular vectors come again. 1: all have the leading ones; with 4
+    the second cycle has those behind them, the fifth the leading ones again."""
     grouping: str = "permuted"
     """permuted (fresh permutations every cycle), alternate (the paper's strided, contiguous, strided, ... for share),
     plain, or one of share's own: strided, contiguous, contiguous-strided, strided-contiguous."""
+    alignment_weight: float = 0.0
+    """Adds to the loss minus so much times the share of each square's delta, in squares, that lies in its frozen
+    weight's leading subspaces (mean over layers); 0: do not."""
+    alignment_rank: int = 16
+    """Singular vectors on either side that span these subspaces."""
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     """Modules that are adapted: names, globs, regular expressions after re:, or all-linear (all but the head)."""
     targets: str | None = None
@@ -145,6 +154,10 @@ class AdapterArguments:
         stalled = {"stall_signal": rule.signal.value, "stall_window": rule.window, "stall_tolerance": rule.tolerance}
         return {**identity, "merge_when": self.merge_when, "merge_at_latest": self.merge_at_latest, **stalled}
 
+    def alignment_identity(self) -> dict[str, Any]:
+        """What must not change in mid-run for the loss to be the same function."""
+        return {"alignment": [self.alignment_weight, self.alignment_rank]} if self.alignment_weight else {}
+
     def config(self, seed: int) -> AdapterConfig:
         """These settings as the adapter's own config."""
         common: dict[str, Any] = {
@@ -165,5 +178,6 @@ class AdapterArguments:
             grouping=self.grouping,
             compute=self.compute,
             segments=self.tp_segments if self.tp_grouping == TPGrouping.ALIGNED.value else 0,
+            vector_sets=self.subspace_cycles,
             **common,
         )

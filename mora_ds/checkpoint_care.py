@@ -25,6 +25,7 @@ WRITING = ".writing"
 OLD = ".old"
 _GONE = ".gone"
 _LEDGER = "ledger"
+_VECTORS = "vectors.safetensors"
 
 
 def settle(root: Path) -> None:
@@ -58,10 +59,13 @@ def ledger_problems(folder: Path) -> list[str]:
         return []
     listed = read_json(folder / MANIFEST)["files"]
     with malformed(path):
-        cycles = [(f"{_LEDGER}/{cycle['file']}", cycle["sha256"]) for cycle in read_json(path)["cycles"]]
+        content = read_json(path)
+        kept = [(f"{_LEDGER}/{cycle['file']}", cycle["sha256"], "cycle") for cycle in content["cycles"]]
+        if "vectors" in content:
+            kept.append((f"{_LEDGER}/{_VECTORS}", content["vectors"]["sha256"], "file of singular vectors"))
     return [
-        f"{folder / name} is not the cycle that {path.name} has on record"
-        for name, sha256 in cycles
+        f"{folder / name} is not the {what} that {path.name} has on record"
+        for name, sha256, what in kept
         if listed.get(name, {}).get("sha256") != sha256
     ]
 

@@ -24,7 +24,8 @@ from mora_ds.operators import (
     permutation_seed,
     square_size,
 )
-from mora_ds.updates import Side, UpdateSpec
+from mora_ds.subspace import SUBSPACE, SubspaceSpec
+from mora_ds.updates import Side, SquareSpec, UpdateSpec
 
 ALTERNATE = "alternate"
 """Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd ones (share only)."""
@@ -178,7 +179,7 @@ class MoRAConfig(AdapterConfig):
     adapter: ClassVar[str] = MORA
 
     operator: str = "auto"
-    """truncate, share, decouple or rotate; auto takes rotate for ranks below 64 and share from there on."""
+    """truncate, share, decouple, rotate or subspace; auto takes rotate for ranks below 64, share from there on."""
 
     grouping: str = "permuted"
     """permuted (fresh permutations every cycle), alternate (the paper's), plain, or one of share's fixed groupings."""
@@ -189,6 +190,14 @@ class MoRAConfig(AdapterConfig):
     segments: int = 0
     """Confine the groupings of layers that tensor parallelism can split to so many segments, so that their squares need
     no communication at any degree that divides it; 0: do not. A property of the run: the update is another one."""
+
+    vectors: str = ""
+    """The file of the base's singular vectors that the subspace operator, or the alignment loss, reads
+    (`VectorsRecord.name`). `run_vectors` fills it in."""
+
+    vector_sets: int = 1
+    """Subspace: cycle c takes singular vectors s r_hat, s r_hat + 1, ... with s = c modulo so many sets; with 1 every
+    cycle takes the leading ones. Behind a layer's last vector comes its first."""
 
     layer_sizes: tuple[tuple[str, int], ...] = ()
     """(layer's name, r_hat) of exactly the layers that get a square, in place of `target_modules` and of the sizes that
@@ -209,7 +218,7 @@ class MoRAConfig(AdapterConfig):
                 raise UserError(f"--targets: the side of {name} must be at least 1{even}, got {size}")
         object.__setattr__(self, "domains", tuple(self.domains))
         self._check_domains()
-        kinds = [kind.value for kind in OperatorKind]
+        kinds = [*(kind.value for kind in OperatorKind), SUBSPACE]
         if self.operator != "auto" and self.operator not in kinds:
             raise UserError(
                 f"unknown --operator {self.operator!r}; known: auto, {', '.join(kinds)}.{nearest(self.operator, kinds)}"
@@ -224,6 +233,13 @@ class MoRAConfig(AdapterConfig):
             raise UserError(
                 f"unknown --grouping {self.grouping!r}; known: {', '.join(policies)}.{nearest(self.grouping, policies)}"
             )
+        if self.vector_sets < 1:
+            raise UserError(f"--subspace_cycles must be at least 1, got {self.vector_sets}")
+        if self.is_subspace:
+            self._check_subspace()
+            return
+        if self.vector_sets > 1:
+            raise UserError(f"--subspace_cycles is for --operator subspace, and the operator is {self.kind.value}")
         any_kind = (Grouping.PLAIN.value, Grouping.PERMUTED.value)
         if self.kind is not OperatorKind.SHARE and self.grouping not in any_kind:
             raise UserError(
@@ -249,6 +265,19 @@ class MoRAConfig(AdapterConfig):
         if self.freeze != Freeze.NONE.value and not self.domains:
             raise UserError(f"--freeze {self.freeze} is for --domain_adapters")
 
+    def _check_subspace(self) -> None:
+        """What is for the other operators."""
+        if self.grouping != MoRAConfig.grouping:
+            raise UserError(f"--operator subspace has no groups: drop --grouping {self.grouping}")
+        if self.compute == Compute.WEIGHT.value:
+            raise UserError("--operator subspace is computed over activations: drop --compute weight")
+        if self.segments:
+            raise UserError("--tp_grouping aligned belongs to --operator share, but the operator is subspace")
+
+    @property
+    def is_subspace(self) -> bool:
+        return self.operator == SUBSPACE
+
     @property
     def operator_name(self) -> str:
         """What `operator` says, with auto decided."""
@@ -265,25 +294,27 @@ class MoRAConfig(AdapterConfig):
 
     @property
     def kind(self) -> OperatorKind:
+        """Which of the four that need no vectors."""
         return default_kind(self.rank) if self.operator == "auto" else OperatorKind(self.operator)
 
     @property
     def title(self) -> str:
-        return f"{self.kind.value}/{self.grouping}"
+        return SUBSPACE if self.is_subspace else f"{self.kind.value}/{self.grouping}"
 
     def asked_for(self, d_in: int, d_out: int) -> int:
-        return square_size(d_in, d_out, self.rank, self.kind)
+        return square_size(d_in, d_out, self.rank, OperatorKind.SHARE if self.is_subspace else self.kind)
 
     def square_size(self, d_in: int, d_out: int) -> int:
-        """r_hat of a layer: the paper's size, at most the layer's longer side (a larger square adds nothing)."""
-        r_hat = min(square_size(d_in, d_out, self.rank, self.kind), self.largest_size(d_in, d_out))
+        """r_hat of a layer: the paper's size, at most `largest_size`."""
+        r_hat = min(self.asked_for(d_in, d_out), self.largest_size(d_in, d_out))
         if r_hat < 1:
             raise UserError(f"--mora_rank {self.rank} is too small for a square on a layer of {d_in} x {d_out}")
         return r_hat
 
     def largest_size(self, d_in: int, d_out: int) -> int:
-        """r_hat beyond which a square adds nothing: the layer's longer side, rounded to `step`."""
-        longest = max(d_in, d_out)
+        """r_hat beyond which a square adds nothing: the layer's longer side, rounded to `step`; for the subspace
+        operator the shorter one, as a weight has no more singular vectors."""
+        longest = min(d_in, d_out) if self.is_subspace else max(d_in, d_out)
         return longest - longest % self.step
 
     def size_of(self, layer: str, d_in: int, d_out: int) -> int:
@@ -301,8 +332,11 @@ class MoRAConfig(AdapterConfig):
             )
         return size
 
-    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, aligned: Side | None = None) -> OperatorSpec:
+    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, aligned: Side | None = None) -> SquareSpec:
         r_hat = self.size_of(layer, d_in, d_out)
+        if self.is_subspace:
+            first = cycle % self.vector_sets * r_hat % min(d_in, d_out)
+            return SubspaceSpec(d_in, d_out, r_hat, layer, self.vectors, first)
         if self.grouping == ALTERNATE:
             grouping = (Grouping.STRIDED, Grouping.CONTIGUOUS)[cycle % 2]
         else:
@@ -316,11 +350,13 @@ class MoRAConfig(AdapterConfig):
         return replace(spec, out_segments=self.segments)
 
     def to_dict(self) -> dict[str, Any]:
-        """Without segments, sizes and domains where there are none: as before there were any."""
+        """Without segments, sizes, domains and singular vectors where there are none: as before there were any."""
         values = {**super().to_dict(), "layer_sizes": dict(self.layer_sizes), "domains": list(self.domains)}
-        values["freeze"] = "" if self.freeze == Freeze.NONE.value else self.freeze
-        empty = {key for key in ("segments", "layer_sizes", "domains", "freeze") if not values[key]}
-        return {key: value for key, value in values.items() if key not in empty}
+        usual = {
+            "segments": 0, "layer_sizes": {}, "vectors": "", "vector_sets": 1, "domains": [],
+            "freeze": Freeze.NONE.value,
+        }  # fmt: skip
+        return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
 
 
 def _sorted_sizes(sizes: Any) -> tuple[tuple[str, int], ...]:

@@ -20,7 +20,9 @@ from torch import nn
 from mora_ds.domain_layer import DomainLinear, domain_layers
 from mora_ds.injection import count_parameters, mora_layers
 from mora_ds.layer import AdaptedLinear
+from mora_ds.lora import LoRASpec
 from mora_ds.operators import OperatorKind, OperatorSpec
+from mora_ds.subspace import SubspaceSpec
 from mora_ds.tensor_plan import Kept, Style, TensorPlan, TPInputs, is_attention, kept_inputs, plan_of
 
 PASSES_GATHERED = 2
@@ -119,14 +121,14 @@ def costs(
                 if name in own:
                     square += 3 * tokens * _own_macs(own[name])
                     traffic += _own_traffic(own[name], replicas)
-            else:  # LoRA's factors, at t = 1 only: each element is used once a token and product
-                square += 3 * tokens * layers[name].value.numel()
+            else:  # at t = 1 only
+                square += tokens * _macs_of_products(spec)
                 traffic += _zero_traffic(layers[name].value.numel(), replicas)
     traffic += _block_traffic(model, plan, tokens)
     traffic += _input_traffic(model, plan, tokens, inputs)
     squares = sum(value.numel() for layer in layers.values() for value in layer.parameters(recurse=False))
     whole = count_parameters(model) - sum(parameter.numel() for parameter in model.parameters())
-    trained = "squares" if all(isinstance(layer.spec, OperatorSpec) for layer in layers.values()) else "factors"
+    trained = "factors" if any(isinstance(layer.spec, LoRASpec) for layer in layers.values()) else "squares"
     return Costs(base, square, tuple(traffic), whole, squares / degree / replicas, trained)
 
 
@@ -197,6 +199,13 @@ def _own_macs(layer: DomainLinear) -> int:
 def _own_traffic(layer: DomainLinear, replicas: int) -> Iterator[Traffic]:
     if isinstance(layer.domain_squares, nn.Parameter):
         yield from _zero_traffic(layer.domain_squares.numel(), replicas)
+
+
+def _macs_of_products(spec: LoRASpec | SubspaceSpec) -> int:
+    """A token's, forward and backward. LoRA's factors: each element is used once in three products. Subspace: V^T and U
+    in two, as they have no gradient."""
+    sides = spec.d_in + spec.d_out
+    return 3 * spec.rank * sides if isinstance(spec, LoRASpec) else spec.r_hat * (2 * sides + 3 * spec.r_hat)
 
 
 def _square_traffic(spec: OperatorSpec, style: Style, degree: int, replicas: int, tokens: int) -> Iterator[Traffic]:

@@ -14,8 +14,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from mora_ds.adapter_arguments import AdapterKind
+from mora_ds.alignment import factor_bytes
 from mora_ds.arguments import Arguments
-from mora_ds.config import AdapterConfig
+from mora_ds.config import AdapterConfig, MoRAConfig
 from mora_ds.costs import costs
 from mora_ds.domain_layer import frozen_values
 from mora_ds.domain_settings import adapter_config
@@ -30,6 +31,7 @@ from mora_ds.plan_report import report
 from mora_ds.plan_step import Work, planned_model
 from mora_ds.plan_time import Cluster
 from mora_ds.run_targets import planned_config
+from mora_ds.run_vectors import check_alignment_rank
 from mora_ds.sequence_checks import check_config, check_world, describe
 from mora_ds.tensor_plan import plan_of
 from mora_ds.topology import check_degree
@@ -78,7 +80,21 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     )
     on_cpu = get_accelerator().device_name() == "cpu"
     planner = Planner(work, _cluster(world, on_cpu), ds_config, training.gradient_accumulation_steps, on_cpu)
-    return planner.plan(), _layers(work, world)
+    told = _layers(work, world)
+    if arguments.adapter.alignment_weight:
+        told.append(_alignment(work, arguments.adapter.alignment_rank))
+    return planner.plan(), told
+
+
+def _alignment(work: Work, rank: int) -> str:
+    model = planned_model(replace(work, adapter=None, tensor_parallel=1))
+    assert isinstance(work.adapter, MoRAConfig)
+    check_alignment_rank(model, work.adapter, rank)
+    inject(model, work.adapter)
+    return (
+        f"--alignment_weight: {factor_bytes(model, rank) / 1e6:,.2f} MB of factors on each rank, "
+        "which the figures below do not have in them"
+    )
 
 
 def _adapter(arguments: Arguments) -> AdapterConfig | None:

@@ -33,7 +33,7 @@ from mora_ds.eight_bits import Int8Weight, dense, quantize
 from mora_ds.errors import RunError, UserError
 from mora_ds.export_check import Comparison, compare_logits
 from mora_ds.files import MANIFEST, atomic_folder, recorded_hashes, verify_manifest
-from mora_ds.ledger import LayerEntry, Ledger, live_weight
+from mora_ds.ledger import VECTORS_FILE, LayerEntry, Ledger, live_weight
 from mora_ds.model_card import model_card
 from mora_ds.model_folder import plan_shards, write_companions, write_shards
 from mora_ds.new_rows import is_new_rows, stands_for, with_last_rows
@@ -187,6 +187,8 @@ def _open_ledger(checkpoint: Path, fingerprint: str) -> Ledger:
     vouched = recorded_hashes(checkpoint) if (checkpoint / MANIFEST).exists() else {}
     folder = checkpoint / LEDGER_FOLDER
     ledger = Ledger.open(folder, fingerprint, hashes=not vouched)
+    if vouched and ledger.vectors and vouched.get(f"{LEDGER_FOLDER}/{VECTORS_FILE}") != ledger.vectors.sha256:
+        raise UserError(f"the ledger is damaged: {folder / VECTORS_FILE} is another file")
     for record in ledger.records if vouched else ():
         if vouched.get(f"{LEDGER_FOLDER}/{record.file}") != record.sha256:
             raise UserError(f"the ledger is damaged at cycle {record.cycle}: {folder / record.file} is another file")

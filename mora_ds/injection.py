@@ -318,5 +318,5 @@ def _note(config: AdapterConfig, d_in: int, d_out: int, shapes: list[tuple[int, 
         largest = max(shapes)[0]
         return f"(to {largest}, as planned)" if largest > min(shapes)[0] else "(as planned)"
     size, wanted = shapes[0][0], config.asked_for(d_in, d_out)
-    side = "longer" if isinstance(config, MoRAConfig) else "shorter"
+    side = "longer" if isinstance(config, MoRAConfig) and not config.is_subspace else "shorter"
     return f"(rank {config.rank} asks for {wanted}: the {side} side is enough)" if size < wanted else ""

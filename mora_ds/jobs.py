@@ -17,10 +17,11 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from mora_ds.adapter_arguments import AdapterKind
+from mora_ds.alignment import Alignment
 from mora_ds.arguments import Arguments
 from mora_ds.checkpoint import CheckpointWriter, load_checkpoint
 from mora_ds.checkpoint_folder import TrainerState, check_identity
-from mora_ds.config import SHARED
+from mora_ds.config import SHARED, AdapterConfig, MoRAConfig
 from mora_ds.costs import costs
 from mora_ds.data import largest_id
 from mora_ds.domain_layer import domains_of
@@ -38,6 +39,8 @@ from mora_ds.resets import OptimizerReset
 from mora_ds.run import Run, run_identity
 from mora_ds.run_data import RunData
 from mora_ds.run_targets import RunTargets
+from mora_ds.run_vectors import FOLDER as VECTORS_FOLDER
+from mora_ds.run_vectors import needs_vectors, prepare_vectors, wanted_vectors
 from mora_ds.saving import PROBE_TOKENS, save_full_model
 from mora_ds.sequence_checks import describe
 from mora_ds.sequence_parallel import share_rows
@@ -81,6 +84,8 @@ class Job:
     total_params: int
     split: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda batch: batch
     """A rank's part of rows that it shares with others."""
+    alignment: Alignment | None = None
+    """What --alignment_weight adds to the loss."""
 
 
 def rows_per_step(arguments: Arguments, world: int) -> int:
@@ -152,8 +157,13 @@ def _adapter_job(
     config = targets.planned(config, loaded.model, loaded.base, loaded.keys)
     degree, inputs = arguments.training.tensor_parallel_size, TPInputs(arguments.training.tp_inputs)
     device = get_accelerator().current_device_name()
+    settings = arguments.adapter
+    config = _with_vectors(config, settings.alignment_rank if settings.alignment_weight else 0, loaded, place)
     report = inject(loaded.model, config, lambda name: loaded.base.read(loaded.keys[name]).to(device))
     place.say(report)
+    alignment = None
+    if settings.alignment_weight and isinstance(config, MoRAConfig):
+        alignment = Alignment(loaded.model, config.vectors, settings.alignment_weight, settings.alignment_rank)
     numels = trainable_numels(loaded.model, degree)
     if degree > 1:
         place.say(plan_of(loaded.model, degree))
@@ -198,7 +208,23 @@ def _adapter_job(
         ranks.on_first(lambda: _export(checkpoint, target, names))
 
     base_tensors, counts = frozen_buffers(loaded.model), (report.trainable_params, report.total_params)
-    return Job(engine, run.state, run.remora, run.save_state, run.wait, export, base_tensors, *counts)
+    job = Job(engine, run.state, run.remora, run.save_state, run.wait, export, base_tensors, *counts)
+    return replace(job, alignment=alignment)
+
+
+def _with_vectors(config: AdapterConfig, alignment_rank: int, loaded: LoadedBase, place: Place) -> AdapterConfig:
+    if not isinstance(config, MoRAConfig) or not needs_vectors(config, alignment_rank):
+        return config
+    wanted = wanted_vectors(loaded.model, config, loaded.keys, alignment_rank)
+    if place.checkpoint is None:
+        exact = sum(each.is_exact for each in wanted.values())
+        place.say(
+            f"singular vectors of {len(wanted)} weights, {exact} of them decomposed exactly: "
+            f"{place.folder / VECTORS_FOLDER}"
+        )
+    device = get_accelerator().current_device_name()
+    share = place.followers.share
+    return prepare_vectors(config, wanted, loaded.base, place.folder, place.ranks, share, place.checkpoint, device)
 
 
 def _export(checkpoint: Path, target: Path, domains: tuple[str, ...]) -> None:
@@ -262,6 +288,7 @@ def _common_identity(
         "seed": arguments.training.seed,
         "global_batch_size": rows_per_step(arguments, world),
         **arguments.adapter.merge_identity(),
+        **arguments.adapter.alignment_identity(),
         "full_rank_steps": arguments.adapter.full_rank_steps,
         "dtype": compute_dtype(ds_config),
         **({"optimizer": kind} if (kind := arguments.training.optimizer) != "adamw" else {}),

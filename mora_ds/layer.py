@@ -1,4 +1,5 @@
-"""A frozen linear layer with one trainable tensor beside it: `MoRALinear` with a square, `LoRALinear` with factors.
+"""A frozen linear layer with one trainable tensor beside it: `MoRALinear` and `SubspaceLinear` with a square,
+`LoRALinear` with factors.
 
 The frozen weight and bias are non-persistent *buffers*: DeepSpeed partitions parameters only, so they stay whole on
 every rank and no collective ever carries them. With 8 bits the weight is int8, and a buffer of scales stands beside it.
@@ -19,6 +20,7 @@ from mora_ds.compute import Compute, mora_linear
 from mora_ds.eight_bits import Int8Weight, Weight, check_floating, dense, frozen_linear, quantize
 from mora_ds.lora import LoRASpec, lora_update
 from mora_ds.operators import OperatorSpec, mora_update
+from mora_ds.subspace import Sides, SubspaceSpec, sides, subspace_update
 from mora_ds.updates import Side, UpdateSpec, describe, first_value, value_name
 
 
@@ -163,6 +165,29 @@ class MoRALinear(AdaptedLinear):
         return mora_linear(x, frozen, self.bias, square, self.spec, self.compute)
 
 
+class SubspaceLinear(AdaptedLinear):
+    """y = W0 x + b + U M V^T dropout(x), with M (r_hat, r_hat) the only parameter. Always over its activations, whose
+    two thin products cost less than forming a (d_out, d_in) matrix. U and V are no buffers: they are read from their
+    file when they are first needed, and when a cycle has others."""
+
+    spec: SubspaceSpec
+    square: nn.Parameter
+    _held: tuple[SubspaceSpec, Sides] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        frozen = self.frozen
+        check_floating(x, frozen)
+        dropped = F.dropout(x, self.dropout, self.training)
+        return frozen_linear(x, frozen, self.bias) + subspace_update(self.square.to(x.dtype), self._sides(x), dropped)
+
+    def _sides(self, like: Tensor) -> Sides:
+        held = self._held
+        if held is None or held[0] != self.spec or (held[1][0].device, held[1][0].dtype) != (like.device, like.dtype):
+            held = self.spec, sides(self.spec, like.device, like.dtype)
+            self._held = held
+        return held[1]
+
+
 class LoRALinear(AdaptedLinear):
     """y = W0 x + b + (alpha / r) B A dropout(x), with [A | B^T] (rank, d_in + d_out) the only parameter."""
 
@@ -180,6 +205,8 @@ def adapt(base: Any, spec: UpdateSpec, dropout: float, compute: Compute, seed: i
     """The layer that takes the place of `base` (`nn.Linear` or `Conv1D`), for either kind of spec."""
     if isinstance(spec, LoRASpec):
         return LoRALinear(base, spec, dropout, seed)
+    if isinstance(spec, SubspaceSpec):
+        return SubspaceLinear(base, spec, dropout)
     return MoRALinear(base, spec, dropout, compute)
 
 

@@ -8,6 +8,7 @@ live weight: merge, resume and export all call it, so that they agree bit for bi
     folder/cycle-00000.safetensors   "<module name>.square" -> fp32 (r_hat, r_hat); the layers in the header
                                      (LoRA: "<module name>.factors" -> fp32 (rank, d_in + d_out))
     folder/ledger.json               the cycles' hashes, each chained to the one before, the first to the base
+    folder/vectors.safetensors       where operators or the loss read them: the base's singular vectors
 
 A cycle exists once ledger.json names it. That file is replaced by an atomic rename after the cycle's own file is
 safely on disk, so an append that is killed at any point leaves the ledger as it was.
@@ -40,10 +41,12 @@ from mora_ds.files import (
     sha256_file,
     write_json_atomic,
 )
+from mora_ds.singular_vectors import VectorsRecord, register
 from mora_ds.tensor_files import SafetensorsWriter, open_safetensors, shape_dtype
 from mora_ds.updates import UpdateSpec, spec_from_dict, value_name, value_shape
 
 LEDGER_FILE = "ledger.json"
+VECTORS_FILE = "vectors.safetensors"
 
 
 @dataclass(frozen=True)
@@ -119,26 +122,38 @@ class CycleRecord:
 class Ledger:
     """A ledger folder. Make one with `Ledger.create` or `Ledger.open`; one process at a time may change it."""
 
-    def __init__(self, folder: Path, base_fingerprint: str, records: Sequence[CycleRecord]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        base_fingerprint: str,
+        records: Sequence[CycleRecord],
+        vectors: VectorsRecord | None = None,
+    ) -> None:
         self.folder = folder
         self.base_fingerprint = base_fingerprint
+        self.vectors = vectors
         self._records = list(records)
         self._handles: dict[int, Any] = {}
         self._layers: dict[int, dict[str, LayerEntry]] = {}
 
     @classmethod
-    def create(cls, folder: Path, base_fingerprint: str) -> Ledger:
-        """An empty ledger for a base. Raises `UserError` when the folder already holds one with cycles in it."""
+    def create(cls, folder: Path, base_fingerprint: str, vectors: Path | None = None) -> Ledger:
+        """An empty ledger for a base, with a link to the file `vectors` (`base_svd`), or a copy, where one is given.
+        Raises `UserError` when the folder already holds one with cycles in it."""
         if (folder / LEDGER_FILE).exists() and read_json(folder / LEDGER_FILE).get("cycles"):
             raise UserError(f"{folder} already holds the ledger of a run")
         folder.mkdir(parents=True, exist_ok=True)
         ledger = cls(folder, base_fingerprint, [])
+        if vectors is not None:
+            ledger.vectors = VectorsRecord(sha256_file(vectors), vectors.stat().st_size)
+            link_or_copy(vectors, folder / VECTORS_FILE)
         ledger._write([])
         return ledger
 
     @classmethod
     def open(cls, folder: Path, base_fingerprint: str | None = None, hashes: bool = True) -> Ledger:
-        """Opens and checks a ledger: numbering, chain, sizes, headers, and (`hashes`) every byte.
+        """Opens and checks a ledger: numbering, chain, sizes, headers, and (`hashes`) every byte. From here on this
+        process reads singular vectors that it holds from there.
 
         Raises `UserError` naming the file and what is wrong with it, or that it belongs to another base.
         """
@@ -148,16 +163,24 @@ class Ledger:
         with malformed(path):
             records = [CycleRecord(**record) for record in content["cycles"]]
             found = str(content["base_fingerprint"])
+            vectors = VectorsRecord(**content["vectors"]) if "vectors" in content else None
         if base_fingerprint is not None and found != base_fingerprint:
             raise UserError(f"{path} belongs to another base: fingerprint {found}, not {base_fingerprint}")
-        ledger = cls(folder, found, records)
+        ledger = cls(folder, found, records, vectors)
         ledger._check_records()
         ledger.verify(hashes)
+        if vectors is not None:
+            register(vectors.name, folder / VECTORS_FILE)
         return ledger
 
     def as_it_is(self) -> Ledger:
         """The same cycles, whatever is appended to this one afterwards."""
-        return Ledger(self.folder, self.base_fingerprint, self._records)
+        return Ledger(self.folder, self.base_fingerprint, self._records, self.vectors)
+
+    @property
+    def vectors_path(self) -> Path | None:
+        """The base's singular vectors, where the ledger holds any."""
+        return None if self.vectors is None else self.folder / VECTORS_FILE
 
     @property
     def cycles(self) -> int:
@@ -223,7 +246,9 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         if folder.samefile(self.folder):
             return self
-        copy = Ledger(folder, self.base_fingerprint, self._records)
+        copy = Ledger(folder, self.base_fingerprint, self._records, self.vectors)
+        if self.vectors_path is not None:
+            link_or_copy(self.vectors_path, folder / VECTORS_FILE)
         copy._write([])
         for record in self._records:
             link_or_copy(self.folder / record.file, folder / record.file)
@@ -243,6 +268,10 @@ class Ledger:
 
     def verify(self, hashes: bool = True) -> None:
         """Checks every file again. Raises `UserError` naming the first that is not as it was written."""
+        if self.vectors is not None:
+            path, sha256 = self.folder / VECTORS_FILE, self.vectors.sha256
+            if problem := file_problem(path, self.vectors.size, sha256 if hashes else None):
+                raise UserError(f"the ledger is damaged: {problem}")
         for record in self._records:
             problem = file_problem(self.folder / record.file, record.size, record.sha256 if hashes else None)
             if problem:
@@ -280,6 +309,7 @@ class Ledger:
         content = {
             "format": 1,
             "base_fingerprint": self.base_fingerprint,
+            **({} if self.vectors is None else {"vectors": asdict(self.vectors)}),
             "cycles": [asdict(record) for record in records],
         }
         write_json_atomic(self.folder / LEDGER_FILE, content)

@@ -35,7 +35,7 @@ from mora_ds.files import (
     verify_manifest,
     write_json_atomic,
 )
-from mora_ds.ledger import LEDGER_FILE, Ledger
+from mora_ds.ledger import LEDGER_FILE, VECTORS_FILE, Ledger
 
 LEDGER_FOLDER = "ledger"
 TOKENIZER_FOLDER = "tokenizer"
@@ -115,6 +115,9 @@ def _problems(place: Place) -> list[str]:
     content = read_json(path)
     with malformed(path):
         records = [(place.ledger / each["file"], int(each["size"]), str(each["sha256"])) for each in content["cycles"]]
+        if "vectors" in content:
+            vectors = content["vectors"]
+            records.append((place.ledger / VECTORS_FILE, int(vectors["size"]), str(vectors["sha256"])))
     problems = [problem for record in records if (problem := file_problem(*record))]
     if place.checkpoint is not None and (place.checkpoint / MANIFEST).is_file():
         problems += [problem for problem in verify_manifest(place.checkpoint) if problem not in problems]
@@ -205,7 +208,7 @@ def _backup(ledger: Ledger) -> Path:
 
 def copy_cycles(ledger: Ledger, cycles: Iterable[int], folder: Path, base_fingerprint: str) -> Ledger:
     """A new ledger in `folder` with these cycles, numbered from 0 and chained to `base_fingerprint`."""
-    copy = Ledger.create(folder, base_fingerprint)
+    copy = Ledger.create(folder, base_fingerprint, ledger.vectors_path)
     for cycle in cycles:
         entries = ledger.layers(cycle)
         copy.append(ledger.records[cycle].step, entries, ((name, ledger.square(cycle, name)) for name in entries))

@@ -121,6 +121,12 @@ class MetricsLog:
             if isinstance(value, (int, float)):
                 self._board.add_scalar(f"stall/{name}", value, step)
 
+    def alignment(self, step: int, share: float) -> None:
+        """Of the deltas' energy in the weights' leading subspaces, as `step` began."""
+        if self.enabled:
+            self._write({"step": step, "alignment": share})
+            self._board.add_scalar("train/alignment", share, step)
+
     def advance(self, step: int) -> None:
         if self.enabled:
             self._bar.update(step - self._bar.n)

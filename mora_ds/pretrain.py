@@ -219,6 +219,7 @@ def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule
         watch=_watch(arguments),
         domains=domains,
         eval_domains=read_as,
+        alignment=job.alignment,
     )
     trainer.last_checkpoint = place.checkpoint
     nothing_to_do = trainer.is_finished

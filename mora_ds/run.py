@@ -20,17 +20,21 @@ from mora_ds.adapter_files import AdapterTensors, BaseReference, read_adapter
 from mora_ds.base import BaseCheckpoint, NotOneToOne, renamed_keys, verify_against_model
 from mora_ds.checkpoint import CheckpointWriter, load_checkpoint
 from mora_ds.checkpoint_folder import TrainerState, check_identity, complete_checkpoints, find_checkpoint
-from mora_ds.config import AdapterConfig
+from mora_ds.config import AdapterConfig, MoRAConfig
 from mora_ds.domain_layer import frozen_values, restore_frozen
+from mora_ds.engine import start_distributed
 from mora_ds.errors import UserError
 from mora_ds.followers import Followers
 from mora_ds.injection import base_weights, mora_layers, value_names
 from mora_ds.ledger import Ledger
+from mora_ds.matching import targets_of
 from mora_ds.new_rows import stands_for
 from mora_ds.ranks import Ranks
 from mora_ds.remora import EXACT, MergeReport, ReMoRA
 from mora_ds.resets import OptimizerReset
+from mora_ds.run_vectors import prepare_vectors, wanted_vectors
 from mora_ds.saving import PROBE_TOKENS, RunWriter
+from mora_ds.singular_vectors import path_of
 from mora_ds.tensor_files import dtype_name
 
 
@@ -74,6 +78,7 @@ class Run:
         keys = self._map(opened) if keys is None else dict(keys)
         fingerprint = self.ranks.on_first(opened.fingerprint)
         self.identity = run_identity(fingerprint, config, precision, identity)
+        self._vectors = config.vectors if isinstance(config, MoRAConfig) else ""
         checkpoint = self._checkpoint(resume, overwrite)
         ledger = self._open_ledger(checkpoint, fingerprint)
         self.remora = ReMoRA(engine, config, ledger, opened, keys, precision, self.ranks.is_local_first, reset)
@@ -148,7 +153,7 @@ class Run:
             if self.ranks.rank == turn and self.ranks.is_local_first:
                 if checkpoint is None:
                     shutil.rmtree(folder, ignore_errors=True)
-                    Ledger.create(folder, fingerprint)
+                    Ledger.create(folder, fingerprint, path_of(self._vectors) if self._vectors else None)
                 else:
                     Ledger.open(checkpoint / "ledger", fingerprint).copy_to(folder)
             self.ranks.barrier()
@@ -191,3 +196,22 @@ def run_identity(
         "merge_precision": precision,
         **(more or {}),
     }
+
+
+def with_vectors(
+    config: MoRAConfig, model: Any, base: Path | str, folder: Path | str, alignment_rank: int = 0
+) -> MoRAConfig:
+    """The config that names the base's singular vectors, which the subspace operator and the alignment loss read: call
+    it before `inject`, on all ranks.
+
+    `model`: a transformers model as it was loaded from the folder `base`. Rank 0 decomposes that once; the file lies in
+    `folder`, that of the `Run` to come, which all ranks must see. Raises `UserError` for a base that cannot be opened
+    and an `alignment_rank` beyond a layer's shorter side.
+    """
+    start_distributed()
+    opened = BaseCheckpoint.open(base, "base")
+    names = [f"{name}.weight" for name in targets_of(model, config)]
+    ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
+    keys = opened.map_parameters(names, model.base_model_prefix, ties, renamed_keys(model, opened.keys()))
+    wanted = wanted_vectors(model, config, keys, alignment_rank)
+    return prepare_vectors(config, wanted, opened, Path(folder), Ranks.current(), lambda path: None)

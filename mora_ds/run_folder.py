@@ -28,7 +28,7 @@ LOCK = ".lock"
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "safetensors")
 _OURS = (
     RUN_FILE, "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "ledger", "merged", "base", "tokenizer",
-    "targets.yaml",
+    "targets.yaml", "subspace",
 )  # fmt: skip
 """Everything a run writes: what --overwrite_output_dir deletes, and nothing else."""
 

@@ -14,7 +14,7 @@ right (D, R) made of zeros and ones (truncate, share), or M on every block of in
                       less than min(O, D), everything is read off a matrix of that size
 
 Only where inputs wrap round (D no multiple of R) or the ranks exceed that is the matrix formed, one layer at a time.
-LoRA's deltas are read off the triangles of two thin QRs; their sums are formed.
+LoRA's and subspace deltas are read off the triangles of two thin QRs; their sums are formed.
 All in float64 from the fp32 squares.
 """
 
@@ -28,18 +28,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mora_ds import lora
+from mora_ds import lora, subspace
 from mora_ds.lora import LoRASpec
 from mora_ds.operators import (
     Grouping,
     OperatorKind,
     OperatorSpec,
-    adjoint,
     compress,
     decompress,
     decompress_transpose,
 )
-from mora_ds.updates import UpdateSpec, delta_weight
+from mora_ds.subspace import SubspaceSpec
+from mora_ds.updates import SquareSpec, UpdateSpec, adjoint, delta_weight
 
 THRESHOLD = 0.1
 """The MoRA paper's figure 5 counts singular values above it."""
@@ -102,6 +102,8 @@ def singular_values(spec: UpdateSpec, square: Tensor) -> Tensor:
     """All min(O, D) singular values of delta_weight(spec, square), descending, float64, on the square's device."""
     if isinstance(spec, LoRASpec):
         return lora.singular_values(spec, square)
+    if isinstance(spec, SubspaceSpec):
+        return subspace.singular_values(spec, square)
     plain = replace(spec, grouping=Grouping.PLAIN, seed=0) if spec.grouping is Grouping.PERMUTED else spec
     square = square.double()  # permutations of rows and columns change no singular value
     if not spec.blockwise:
@@ -227,7 +229,7 @@ class _Frame:
         left, right = self._sides[spec]
         return left @ square @ right.T
 
-    def lift(self, spec: OperatorSpec, delta: Tensor) -> Tensor:
+    def lift(self, spec: SquareSpec, delta: Tensor) -> Tensor:
         """The adjoint of `place`."""
         if not self._sides:
             return adjoint(spec, delta)
@@ -285,7 +287,7 @@ def _outside_reach(frame: _Frame, newest: Tensor, earlier: Sequence[UpdateSpec])
     energy = newest.square().sum().item()
     if energy == 0.0 or not earlier:
         return float(energy > 0.0)
-    operators = [spec for spec in earlier if isinstance(spec, OperatorSpec)]
+    operators = [spec for spec in earlier if not isinstance(spec, LoRASpec)]
     if len(operators) < len(earlier):
         return 0.0
     residual = newest.clone()

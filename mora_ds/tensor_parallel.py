@@ -32,6 +32,7 @@ from mora_ds.operators import OperatorSpec
 from mora_ds.tensor_inputs import BlockInput, Keeping, smaller_of
 from mora_ds.tensor_plan import Kept, Style, TensorPlan, TPInputs, kept_inputs, plan_of
 from mora_ds.topology import FLAG, Topology, mark_split, share_of
+from mora_ds.updates import value_name
 from mora_ds.windows import Window, window
 
 
@@ -83,7 +84,8 @@ def _refuse(model: nn.Module, degree: int) -> None:
         )
     for name, layer in mora_layers(model).items():
         if not isinstance(layer, MoRALinear):
-            raise UserError(f"{FLAG} {degree} splits squares: LoRA's factors run at 1 (--adapter mora)")
+            others = {"square": "those of --operator subspace", "factors": "LoRA's factors (--adapter mora has none)"}
+            raise UserError(f"{FLAG} {degree} splits squares: {others[value_name(layer.spec)]} run at 1")
         if layer.spec.r_hat < degree:
             raise UserError(
                 f"{FLAG} {degree}: the square of {name} has {layer.spec.r_hat} rows: a larger --mora_rank, or a "

@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds import stopping, zero
+from mora_ds.alignment import Alignment
 from mora_ds.checkpoint_folder import TrainerState
 from mora_ds.collective_counter import CollectiveCounter
 from mora_ds.data import IGNORED, Mixture, PackedDataset, StreamMixture, TrainData
@@ -74,6 +75,8 @@ class Trainer:
     """Where the domains of rows are said; without names where the model has none."""
     eval_domains: Mapping[str, str | None] = field(default_factory=dict)
     """The domain that an evaluation set is read as."""
+    alignment: Alignment | None = None
+    """A further loss on the squares; of the reported loss it is no part."""
 
     def __post_init__(self) -> None:
         self.engine = self.share.engine
@@ -150,6 +153,8 @@ class Trainer:
         if self._logs_this_step:
             self.log.step(self._metrics(loss, rate, time.perf_counter() - started))
             self._log_sources()
+            if self.alignment is not None:
+                self.log.alignment(self.state.step, self.alignment.share.item())
         self.log.advance(self.state.step)
         self._after_step()
 
@@ -164,8 +169,10 @@ class Trainer:
         self.engine.train()
         self._source_losses.reset()
         for index, batch in enumerate(micro_batches):
-            batch_nll = self._nll(index, batch)
-            self.engine.backward(batch_nll * scale)
+            with nullcontext() if self.alignment is None else self.alignment.hearing():
+                batch_nll = self._nll(index, batch)
+            loss = batch_nll * scale
+            self.engine.backward(loss if self.alignment is None else loss + self.alignment.loss())
             self.engine.step()
             nll += batch_nll.detach()
         total, *self._source_sums = self._sums_and_requests([nll.item(), *self._source_losses.sums()])

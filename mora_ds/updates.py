@@ -1,4 +1,5 @@
-"""What a layer may learn beside its frozen weight, under one roof: a square with its operator, or LoRA's factors.
+"""What a layer may learn beside its frozen weight, under one roof: a square with its operator (of `operators`, or the
+subspace operator), or LoRA's factors.
 
 A layer has one trainable tensor, its *value*, and a *spec* that says what the value means. Merge, ledger, export and
 spectra ask here, and need not know which adapter it is.
@@ -13,9 +14,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mora_ds import lora, operators
+from mora_ds import lora, operators, subspace
 from mora_ds.lora import LORA, LoRASpec
 from mora_ds.operators import OperatorSpec
+from mora_ds.subspace import SUBSPACE, SubspaceSpec
 
 
 class Side(str, Enum):
@@ -25,7 +27,8 @@ class Side(str, Enum):
     OUT = "out"
 
 
-UpdateSpec: TypeAlias = OperatorSpec | LoRASpec
+SquareSpec: TypeAlias = OperatorSpec | SubspaceSpec
+UpdateSpec: TypeAlias = SquareSpec | LoRASpec
 
 
 def value_name(spec: UpdateSpec) -> str:
@@ -45,16 +48,28 @@ def first_value(spec: UpdateSpec, seed: int) -> Tensor:
 
 def delta_weight(spec: UpdateSpec, value: Tensor) -> Tensor:
     """The (d_out, d_in) matrix that the value stands for, in its dtype and on its device, sharing no memory."""
-    return lora.delta_weight(spec, value) if isinstance(spec, LoRASpec) else operators.delta_weight(spec, value)
+    if isinstance(spec, LoRASpec):
+        return lora.delta_weight(spec, value)
+    return subspace.delta_weight(spec, value) if isinstance(spec, SubspaceSpec) else operators.delta_weight(spec, value)
+
+
+def adjoint(spec: SquareSpec, gradient: Tensor) -> Tensor:
+    """The adjoint of a square's `delta_weight`: (d_out, d_in) -> (r_hat, r_hat)."""
+    return subspace.adjoint(spec, gradient) if isinstance(spec, SubspaceSpec) else operators.adjoint(spec, gradient)
 
 
 def describe(spec: UpdateSpec) -> str:
-    """For tables: rotate/permuted, lora."""
-    return LORA if isinstance(spec, LoRASpec) else f"{spec.kind.value}/{spec.grouping.value}"
+    """For tables: rotate/permuted, subspace@0 (with the first of its singular vectors), lora."""
+    if isinstance(spec, LoRASpec):
+        return LORA
+    if isinstance(spec, SubspaceSpec):
+        return f"{SUBSPACE}@{spec.first}"
+    return f"{spec.kind.value}/{spec.grouping.value}"
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> UpdateSpec:
-    """Inverse of either spec's `to_dict`. Raises `UserError` for an unknown kind, `TypeError` for other keys."""
-    if values.get("kind") != LORA:
+    """Inverse of any spec's `to_dict`. Raises `UserError` for an unknown kind, `TypeError` for other keys."""
+    kinds: dict[Any, type[LoRASpec] | type[SubspaceSpec]] = {LORA: LoRASpec, SUBSPACE: SubspaceSpec}
+    if (found := kinds.get(values.get("kind"))) is None:
         return OperatorSpec.from_dict(dict(values))
-    return LoRASpec(**{key: value for key, value in values.items() if key != "kind"})
+    return found(**{key: value for key, value in values.items() if key != "kind"})

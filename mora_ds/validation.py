@@ -25,6 +25,7 @@ from mora_ds.stall import StallSignal
 from mora_ds.target_checks import target_checks
 from mora_ds.tensor_plan import TPInputs
 from mora_ds.training_arguments import TrainingArguments
+from mora_ds.vector_checks import vector_checks
 
 Check = tuple[bool, str]
 """(whether it is wrong, what to say then)."""
@@ -42,6 +43,7 @@ def validate(arguments: Arguments) -> None:
         *_adapter(arguments.adapter),
         *domain_checks(arguments.adapter, arguments.data, arguments.training),
         *target_checks(arguments.adapter),
+        *vector_checks(arguments.adapter, arguments.training),
         *_parts(arguments),
         *_steps(arguments.training),
         *_forgetting(arguments.training),
@@ -357,7 +359,8 @@ def _refusals(arguments: Arguments) -> list[str]:
             rank=rank, operator=adapter.operator, segments=int(adapter.tp_grouping == TPGrouping.ALIGNED.value)
         ),
         lambda: MoRAConfig(dropout=adapter.mora_dropout),
-        lambda: MoRAConfig(compute=adapter.compute),
+        lambda: MoRAConfig(rank=rank, operator=adapter.operator, compute=adapter.compute),
+        lambda: MoRAConfig(rank=rank, operator=adapter.operator, vector_sets=adapter.subspace_cycles),
         lambda: MoRAConfig(base_bits=adapter.base_bits),
         lambda: MoRAConfig(target_modules=tuple(adapter.target_modules)),
         lambda: schedule_kind(training.lr_scheduler_type),

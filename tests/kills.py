@@ -29,7 +29,20 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 import mora_ds.data.cache
 import mora_ds.data.inspection
-from mora_ds import checkpoint, export, files, ledger, metrics, partitions, pretrain, remora, run_folder, saving, zero
+from mora_ds import (
+    checkpoint,
+    export,
+    files,
+    ledger,
+    metrics,
+    partitions,
+    pretrain,
+    remora,
+    run_folder,
+    run_vectors,
+    saving,
+    zero,
+)
 from mora_ds.remora import ReMoRA
 from mora_ds.run import Run
 from mora_ds.targets import TargetPlan
@@ -180,12 +193,16 @@ class Moment:
     start: Start = Start.NOTHING
     more: tuple[str | int, ...] = ()
     """Flags beside `STEPS`."""
+    only_heavy: bool = False
+    """Left out where every moment is tried once."""
 
 
 STEPS = (
     "--max_steps", 6, "--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 1, "--save_total_limit", 2,
     "--mora_dropout", 0.1, "--train_norms", "true", "--export_merged", "true",
 )  # fmt: skip
+
+SUBSPACE = ("--operator", "subspace", "--subspace_cycles", 2)
 
 BEST = ("--best_by", "short:1", "--eval_steps", 1)
 """Every step has an evaluation, and with most of them a new best checkpoint."""
@@ -262,6 +279,18 @@ MOMENTS: dict[str, Moment] = {
         lambda: torn(mora_ds.data.cache, "_write", lambda *arguments: arguments[2] / "tokens.bin")
     ),
     "tokens_before_the_rename": Moment(lambda: before(mora_ds.data.cache, "_move_into_place")),
+    "vectors_half_written": Moment(
+        lambda: within(run_vectors, "write_vectors", 1, lambda: after(SafetensorsWriter, "write", 5)),
+        more=SUBSPACE, only_heavy=True,
+    ),
+    "vectors_not_in_the_ledger": Moment(
+        lambda: within(ledger.Ledger, "create", 1, lambda: before(ledger, "link_or_copy")),
+        more=SUBSPACE, only_heavy=True,
+    ),
+    "vectors_half_way_into_a_checkpoint": Moment(
+        lambda: within(ledger.Ledger, "copy_to", 3, lambda: after(ledger, "link_or_copy")),
+        more=SUBSPACE, only_heavy=True,
+    ),
     "plan_before_its_rename": Moment(
         lambda: within(TargetPlan, "write", 1, lambda: before(os, "replace")), more=PLANNED
     ),

@@ -25,11 +25,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         *("operator_spec", "compiling", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer"),
         *("ds_tensor_parallel", "stopping", "topology", "sequence_parallel", "restart", "background", "forgetting"),
-        *("trials", "new_rows", "memory_meter", "eight_bits", "target_sizes"),
+        *("trials", "new_rows", "memory_meter", "eight_bits", "target_sizes", "singular_vectors"),
     ),
     (
         *("wiring", "data", "cli", "pulse", "ds_config", "tensor_files", "metrics", "run_folder", "followers"),
-        *("checkpoint_care", "schedule_text", "data_arguments", "collectives", "loop_settings"),
+        *("checkpoint_care", "schedule_text", "data_arguments", "collectives", "loop_settings", "subspace"),
     ),
     (
         *("operators", "base", "export_check", "checkpoint_folder", "training_arguments", "shards", "chunked_loss"),
@@ -37,20 +37,20 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("model", "model_folder", "losses", "flat_tensors", "compute", "updates", "resets", "windows", "run_sources"),
-        *("domain_squares", "weight_analysis"),
+        *("domain_squares", "weight_analysis", "base_svd"),
     ),
     (
         *("replicas", "deltas", "config", "layer", "spectrum", "vocabulary_rows", "partitions", "sequence_checks"),
-        *("block_windows",),
+        *("block_windows", "alignment_terms"),
     ),
     ("tensor_plan", "adapter_arguments", "ledger", "checkpoint", "matching", "targets", "domain_layer"),
     (
         *("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge", "target_checks"),
-        *("domain_settings", "row_checks"),
+        *("domain_settings", "row_checks", "vector_checks", "run_vectors"),
     ),
     (
         *("tensor_parallel", "remora", "model_card", "ledger_tools", "universal", "portable", "validation"),
-        *("run_data", "verification", "costs", "gradient_probe"),
+        *("run_data", "verification", "costs", "gradient_probe", "alignment"),
     ),
     (
         *("engine", "saving", "export", "trainer", "compact", "spectrum_report", "evaluation", "plan_step"),

@@ -81,7 +81,7 @@ def victims_of(moment: str, ranks: int) -> dict[str, list[int]]:
 
 ONCE = [
     (moment, list(victims_of(moment, 2).items())[index % len(victims_of(moment, 2))])
-    for index, moment in enumerate(MOMENTS)
+    for index, moment in enumerate(name for name, each in MOMENTS.items() if not each.only_heavy)
 ]
 
 
