@@ -12,8 +12,9 @@ from dataclasses import replace
 
 from mora_ds.adapter_arguments import AdapterArguments, AdapterKind
 from mora_ds.compute import Compute
-from mora_ds.config import SHARED, AdapterConfig, Freeze, MoRAConfig
+from mora_ds.config import AdapterConfig, MoRAConfig
 from mora_ds.data_arguments import DataArguments
+from mora_ds.domain_names import SHARED, Freeze
 from mora_ds.ds_optimizer import OptimizerKind
 from mora_ds.errors import UserError, nearest
 from mora_ds.mixture_settings import mixture_plan

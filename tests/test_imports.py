@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("operator_spec", "compiling", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer"),
         *("ds_tensor_parallel", "stopping", "topology", "sequence_parallel", "restart", "background", "forgetting"),
         *("trials", "new_rows", "memory_meter", "eight_bits", "target_sizes", "singular_vectors"),
+        *("domain_names",),
     ),
     (
         *("wiring", "data", "cli", "pulse", "ds_config", "tensor_files", "metrics", "run_folder", "followers"),
