@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from mora_ds.config import AS_LOADED, AdapterConfig, Freeze, LoRAConfig, MoRAConfig
+from mora_ds.config import AS_LOADED, AdapterConfig, LoRAConfig, MoRAConfig
+from mora_ds.domain_names import Freeze
 from mora_ds.errors import member_named
 from mora_ds.flags import documented
 from mora_ds.resets import OptimizerReset

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from mora_ds.base import MODEL_FLAG, BaseCheckpoint
-from mora_ds.config import SHARED
 from mora_ds.domain_layer import OWN
+from mora_ds.domain_names import SHARED
 from mora_ds.errors import UserError, nearest
 from mora_ds.files import malformed, read_json, require_format, write_json_atomic
 from mora_ds.ledger import LayerEntry, layers_from_dict, layers_to_dict

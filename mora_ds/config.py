@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from enum import Enum
 from typing import Any, ClassVar, TypeVar
 
 from mora_ds.compute import Compute
+from mora_ds.domain_names import Freeze, check_domains
 from mora_ds.errors import UserError, nearest
 from mora_ds.lora import LORA, LoRASpec
 from mora_ds.operators import (
@@ -42,17 +42,6 @@ INCREMENTAL_IN_8_BITS = (
 SPLIT_IN_8_BITS = "--base_bits 8 holds whole weights, which --tensor_parallel_size {} would split: leave one out"
 
 MORA = "mora"
-
-SHARED = "shared"
-"""Stands for the shared square where a domain is named, so that no domain may be called that."""
-
-
-class Freeze(str, Enum):
-    """Which squares of a run with domains are kept as they are."""
-
-    NONE = "none"
-    SHARED = "shared"
-    DOMAINS = "domains"
 
 
 Config = TypeVar("Config", bound="AdapterConfig")
@@ -217,7 +206,7 @@ class MoRAConfig(AdapterConfig):
                 even = ", and even for rotate" if self.step == 2 else ""
                 raise UserError(f"--targets: the side of {name} must be at least 1{even}, got {size}")
         object.__setattr__(self, "domains", tuple(self.domains))
-        self._check_domains()
+        check_domains(self.domains, self.freeze)
         kinds = [*(kind.value for kind in OperatorKind), SUBSPACE]
         if self.operator != "auto" and self.operator not in kinds:
             raise UserError(
@@ -263,20 +252,6 @@ class MoRAConfig(AdapterConfig):
     @property
     def is_subspace(self) -> bool:
         return self.operator == SUBSPACE
-
-    def _check_domains(self) -> None:
-        if len(set(self.domains)) < len(self.domains) or SHARED in self.domains:
-            raise UserError(
-                f"--domain_adapters: each domain needs a name of its own, and {SHARED!r} is the shared square's; "
-                f"got {', '.join(self.domains)}"
-            )
-        kinds = [kind.value for kind in Freeze]
-        if self.freeze not in kinds:
-            raise UserError(
-                f"unknown --freeze {self.freeze!r}; known: {', '.join(kinds)}.{nearest(self.freeze, kinds)}"
-            )
-        if self.freeze != Freeze.NONE.value and not self.domains:
-            raise UserError(f"--freeze {self.freeze} is for --domain_adapters")
 
     @property
     def operator_name(self) -> str:
@@ -350,7 +325,7 @@ class MoRAConfig(AdapterConfig):
         return replace(spec, out_segments=self.segments)
 
     def to_dict(self) -> dict[str, Any]:
-        """Without segments, sizes, singular vectors and domains where there are none: as before there were any."""
+        """Without segments, sizes, domains and singular vectors where there are none: as before there were any."""
         values = {**super().to_dict(), "layer_sizes": dict(self.layer_sizes), "domains": list(self.domains)}
         usual = {
             "segments": 0, "layer_sizes": {}, "vectors": "", "vector_sets": 1, "domains": [],

@@ -190,13 +190,6 @@ def _square_macs(spec: OperatorSpec, style: Style, degree: int) -> int:
     return blocks * spec.r_hat * rows
 
 
-def _macs_of_products(spec: LoRASpec | SubspaceSpec) -> int:
-    """A token's, forward and backward. LoRA's factors: each element is used once in three products. Subspace: V^T and U
-    in two, as they have no gradient."""
-    sides = spec.d_in + spec.d_out
-    return 3 * spec.rank * sides if isinstance(spec, LoRASpec) else spec.r_hat * (2 * sides + 3 * spec.r_hat)
-
-
 def _own_macs(layer: DomainLinear) -> int:
     """Of a domain's square, beside the shared one's: none while both are wired alike, as M + M_k is one square then."""
     spec = layer.own_spec
@@ -206,6 +199,13 @@ def _own_macs(layer: DomainLinear) -> int:
 def _own_traffic(layer: DomainLinear, replicas: int) -> Iterator[Traffic]:
     if isinstance(layer.domain_squares, nn.Parameter):
         yield from _zero_traffic(layer.domain_squares.numel(), replicas)
+
+
+def _macs_of_products(spec: LoRASpec | SubspaceSpec) -> int:
+    """A token's, forward and backward. LoRA's factors: each element is used once in three products. Subspace: V^T and U
+    in two, as they have no gradient."""
+    sides = spec.d_in + spec.d_out
+    return 3 * spec.rank * sides if isinstance(spec, LoRASpec) else spec.r_hat * (2 * sides + 3 * spec.r_hat)
 
 
 def _square_traffic(spec: OperatorSpec, style: Style, degree: int, replicas: int, tokens: int) -> Iterator[Traffic]:

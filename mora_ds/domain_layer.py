@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mora_ds.compute import Compute
-from mora_ds.config import AdapterConfig, Freeze, MoRAConfig
+from mora_ds.config import AdapterConfig, MoRAConfig
+from mora_ds.domain_names import Freeze
 from mora_ds.domain_squares import Domains, squares_of_rows, update_rows
 from mora_ds.eight_bits import check_floating, frozen_linear
 from mora_ds.errors import RunError, UserError

@@ -12,13 +12,15 @@ from dataclasses import replace
 
 from mora_ds.adapter_arguments import AdapterArguments, AdapterKind
 from mora_ds.compute import Compute
-from mora_ds.config import SHARED, AdapterConfig, Freeze, MoRAConfig
+from mora_ds.config import AdapterConfig, MoRAConfig
 from mora_ds.data_arguments import DataArguments
+from mora_ds.domain_names import SHARED, Freeze
 from mora_ds.ds_optimizer import OptimizerKind
 from mora_ds.errors import UserError, nearest
 from mora_ds.mixture_settings import mixture_plan
 from mora_ds.run_sources import HELD_OUT
 from mora_ds.schedules import MergeWhen
+from mora_ds.subspace import SUBSPACE
 from mora_ds.training_arguments import TrainingArguments
 
 FLAG = "--domain_adapters"
@@ -104,6 +106,8 @@ def domain_checks(
         adapter.trainable_budget is not None,
         f"{FLAG}: --trainable_budget counts one square a layer, and there are several; give a plan's file to --targets",
     )
+    yield adapter.operator == SUBSPACE, f"{FLAG}: --operator {SUBSPACE} has no squares of rows; take one of the others"
+    yield adapter.alignment_weight != 0, f"{FLAG}: --alignment_weight aligns one delta a layer, and rows have several"
     size = training.tensor_parallel_size
     yield size > 1, f"{FLAG}: --tensor_parallel_size {size} splits a layer's one square, not those of domains"
     yield from _frozen(adapter, training)

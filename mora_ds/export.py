@@ -28,7 +28,7 @@ from mora_ds.adapter_files import (
     read_adapter,
 )
 from mora_ds.base import BaseCheckpoint
-from mora_ds.config import SHARED
+from mora_ds.domain_names import SHARED
 from mora_ds.eight_bits import Int8Weight, dense, quantize
 from mora_ds.errors import RunError, UserError
 from mora_ds.export_check import Comparison, compare_logits

@@ -21,10 +21,11 @@ from mora_ds.alignment import Alignment
 from mora_ds.arguments import Arguments
 from mora_ds.checkpoint import CheckpointWriter, load_checkpoint
 from mora_ds.checkpoint_folder import TrainerState, check_identity
-from mora_ds.config import SHARED, AdapterConfig, MoRAConfig
+from mora_ds.config import AdapterConfig, MoRAConfig
 from mora_ds.costs import costs
 from mora_ds.data import largest_id
 from mora_ds.domain_layer import domains_of
+from mora_ds.domain_names import SHARED
 from mora_ds.domain_settings import adapter_config
 from mora_ds.ds_config import compute_dtype, fill_bucket_sizes
 from mora_ds.engine import initialize, initialize_full, trainable_numels

@@ -23,9 +23,9 @@ from mora_ds.checkpoint_folder import AUTO, TrainerState, check_world_size, find
 from mora_ds.chunked_loss import check_chunked_loss, chunk_loss
 from mora_ds.collective_counter import CollectiveCounter
 from mora_ds.compiling import check_compiler, compile_operators
-from mora_ds.config import SHARED
 from mora_ds.data import Mixture, TrainData
 from mora_ds.domain_layer import domains_of
+from mora_ds.domain_names import SHARED
 from mora_ds.domain_settings import eval_domains
 from mora_ds.dry_run import dry_run
 from mora_ds.ds_config import resolve_ds_config
@@ -217,9 +217,9 @@ def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule
         merger=job.remora,
         wait=job.wait,
         watch=_watch(arguments),
-        alignment=job.alignment,
         domains=domains,
         eval_domains=read_as,
+        alignment=job.alignment,
     )
     trainer.last_checkpoint = place.checkpoint
     nothing_to_do = trainer.is_finished

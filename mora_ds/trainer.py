@@ -71,12 +71,12 @@ class Trainer:
 
     watch: Watch = field(default_factory=lambda: Watch({}, {}))
     """What is looked at after every evaluation."""
-    alignment: Alignment | None = None
-    """A further loss on the squares; of the reported loss it is no part."""
     domains: Domains = field(default_factory=lambda: Domains(()))
     """Where the domains of rows are said; without names where the model has none."""
     eval_domains: Mapping[str, str | None] = field(default_factory=dict)
     """The domain that an evaluation set is read as."""
+    alignment: Alignment | None = None
+    """A further loss on the squares; of the reported loss it is no part."""
 
     def __post_init__(self) -> None:
         self.engine = self.share.engine

@@ -229,6 +229,11 @@ def test_frozen_squares_stay_and_go_along(user: Playground, tmp_path: Path, free
     torch.testing.assert_close(losses(out), losses(whole), rtol=1e-5, atol=0)
     assert all(verdict.is_good for verdict in verify(out)), [verdict.lines() for verdict in verify(out)]
     export_merged(out, tmp_path / "merged", verify=True, domain="fresh")
+    probe = load_file(out / "checkpoints/latest/probe.safetensors")
+    with torch.no_grad():
+        model: Any = load_adapter(user.model, out, domain="fresh")
+        logits = model(input_ids=probe["input_ids"], use_cache=False).logits
+    torch.testing.assert_close(logits, probe["logits.fresh"], rtol=1e-5, atol=1e-5)
     to_universal(out / "checkpoints" / "latest", tmp_path / "universal")
     from_universal(tmp_path / "universal", tmp_path / "back")
     back = load_file(tmp_path / "back" / "adapter.safetensors")
@@ -250,6 +255,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "full": ({"adapter": "full"}, "--domain_adapters is for squares, and --adapter is full"),
     "weight": ({"compute": "weight"}, "--compute weight forms one weight for all rows"),
     "budget": ({"targets": "auto", "trainable_budget": "1%"}, "--trainable_budget counts one square a layer"),
+    "subspace": ({"operator": "subspace"}, "--operator subspace has no squares of rows"),
+    "alignment": ({"alignment_weight": 0.1}, "--alignment_weight aligns one delta a layer"),
     "tensor parallel": ({"tensor_parallel_size": 2}, "--tensor_parallel_size 2 splits"),
     "called shared": ({"train_files": ["shared=x:1", "b=y:1"]}, "'shared' is the shared square's"),
     "evaluated as nobody": ({"eval_domains": ["held=lwa"]}, "domain 'lwa' has no square"),
@@ -299,6 +306,19 @@ def test_with_everything_else(user: Playground, tmp_path: Path, way: str) -> Non
     assert {path.name for path in (out / "merged").iterdir()} == {"shared", "new", "old"}
     for domain in ("shared", "old"):
         export_merged(out, tmp_path / domain, verify=True, domain=domain)
+
+
+@pytest.mark.heavy
+def test_ranks_that_share_rows_know_their_domains(user: Playground, tmp_path: Path) -> None:
+    mix, found = mix_file(user, tmp_path / "mix.yaml"), []
+    for size in (1, 2):
+        out = tmp_path / str(size)
+        run(size, domain_flags(user, out, mix, *MERGING, "--sequence_parallel_size", size))
+        found.append((losses(out), final(out)))
+    (loss, tensors), (shared_loss, shared) = found
+    torch.testing.assert_close(shared_loss, loss, rtol=1e-5, atol=0)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(shared[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.heavy

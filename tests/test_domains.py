@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from mora_ds.chunked_loss import chunk_loss
-from mora_ds.config import Freeze, MoRAConfig
+from mora_ds.config import MoRAConfig
 from mora_ds.domain_layer import domain_layers, domains_of, layer_for
+from mora_ds.domain_names import Freeze
 from mora_ds.domain_squares import Domains, apply_per_row
 from mora_ds.errors import RunError, UserError
 from mora_ds.injection import inject, mora_layers, set_cycle

@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("operator_spec", "compiling", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer"),
         *("ds_tensor_parallel", "stopping", "topology", "sequence_parallel", "restart", "background", "forgetting"),
         *("trials", "new_rows", "memory_meter", "eight_bits", "target_sizes", "singular_vectors"),
+        *("domain_names",),
     ),
     (
         *("wiring", "data", "cli", "pulse", "ds_config", "tensor_files", "metrics", "run_folder", "followers"),
@@ -37,7 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("model", "model_folder", "losses", "flat_tensors", "compute", "updates", "resets", "windows", "run_sources"),
-        *("weight_analysis", "base_svd", "domain_squares"),
+        *("domain_squares", "weight_analysis", "base_svd"),
     ),
     (
         *("replicas", "deltas", "config", "layer", "spectrum", "vocabulary_rows", "partitions", "sequence_checks"),
@@ -46,7 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tensor_plan", "adapter_arguments", "ledger", "checkpoint", "matching", "targets", "domain_layer"),
     (
         *("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge", "target_checks"),
-        *("vector_checks", "run_vectors", "domain_settings", "row_checks"),
+        *("domain_settings", "row_checks", "vector_checks", "run_vectors"),
     ),
     (
         *("tensor_parallel", "remora", "model_card", "ledger_tools", "universal", "portable", "validation"),
