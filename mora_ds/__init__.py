@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mora_ds.alignment import Alignment
     from mora_ds.bank import AdapterBank
     from mora_ds.config import MoRAConfig
+    from mora_ds.domain_layer import domains_of
     from mora_ds.engine import initialize
     from mora_ds.errors import RunError, UserError
     from mora_ds.export import export_merged
@@ -35,6 +36,7 @@ _HOME = {
     "AdapterBank": "bank",
     "Alignment": "alignment",
     "MoRAConfig": "config",
+    "domains_of": "domain_layer",
     "initialize": "engine",
     "RunError": "errors",
     "UserError": "errors",
@@ -68,6 +70,7 @@ __all__ = [
     "UserError",
     "__version__",
     "delta_weight",
+    "domains_of",
     "export_adapter",
     "export_merged",
     "initialize",

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any
 
 from mora_ds.config import AS_LOADED, AdapterConfig, LoRAConfig, MoRAConfig
+from mora_ds.domain_names import Freeze
 from mora_ds.errors import member_named
 from mora_ds.flags import documented
 from mora_ds.resets import OptimizerReset
@@ -126,6 +127,17 @@ class AdapterArguments:
     """Peak rate of those steps. Default: a tenth of --learning_rate."""
     merge_at_end: bool = False
     """Merge once more after the last step, so that the run ends with squares of zero."""
+    domain_adapters: bool = False
+    """Give every layer a square for each source of --mixture or --train_files beside the shared one; each row of a
+    batch uses its own source's. A merge merges the shared ones."""
+    freeze: str = Freeze.NONE.value
+    """With --domain_adapters: shared or domains keeps these squares as they are; none trains all."""
+    init_adapter: str | None = None
+    """With --domain_adapters: start from the squares of this checkpoint or adapter, in which nothing is merged; those
+    of domains by name."""
+    eval_domains: list[str] = field(default_factory=list)
+    """With --domain_adapters: SET=DOMAIN, the square that an evaluation set is read with, or SET=shared. Default: that
+    of the domain it is called like (or held_out_DOMAIN), the shared one alone where there is none."""
 
     def stall_rule(self) -> StallRule | None:
         """What decides about merges with --merge_when stalled. Raises `UserError` for settings that make no rule."""

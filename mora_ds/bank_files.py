@@ -87,6 +87,11 @@ def read_headers(name: str, path: Path, fingerprint: str) -> AdapterFile:
             f"adapter {name!r} ({folder}) is of another base: fingerprint {reference.fingerprint}, not {fingerprint};"
             f" its own was {(folder / reference.folder).resolve()}"
         )
+    if adapter.own is not None:
+        raise NotOfThisBank(
+            f"adapter {name!r} ({folder}) has squares of the domains {', '.join(adapter.own.names)} beside its shared"
+            " ones; a bank takes adapters with one square a layer: evaluate it alone, with --domain"
+        )
     if adapter.trainables:
         raise NotOfThisBank(
             f"adapter {name!r} ({folder}) trained {adapter.trainables[0]}"

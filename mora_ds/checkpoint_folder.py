@@ -150,6 +150,8 @@ _MEANING = {
     "adapter.vectors": "singular vectors of the base (--operator subspace, --alignment_weight)",
     "alignment": "--alignment_weight, --alignment_rank (None: no such loss)",
     "adapter.base_bits": "--base_bits (None: 16)",
+    "adapter.domains": "domains of --domain_adapters (None: without)",
+    "adapter.freeze": "--freeze (None: none)",
     "global_batch_size": "sequences a step, over all ranks (--per_device_train_batch_size and so on)",
     "dtype": "compute dtype (--bf16, --fp16)",
     "optimizer": "--optimizer (None: adamw)",

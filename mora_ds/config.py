@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 from mora_ds.compute import Compute
+from mora_ds.domain_names import Freeze, check_domains
 from mora_ds.errors import UserError, nearest
 from mora_ds.lora import LORA, LoRASpec
 from mora_ds.operators import (
@@ -41,6 +42,7 @@ INCREMENTAL_IN_8_BITS = (
 SPLIT_IN_8_BITS = "--base_bits 8 holds whole weights, which --tensor_parallel_size {} would split: leave one out"
 
 MORA = "mora"
+
 
 Config = TypeVar("Config", bound="AdapterConfig")
 
@@ -190,6 +192,12 @@ class MoRAConfig(AdapterConfig):
     """(layer's name, r_hat) of exactly the layers that get a square, in place of `target_modules` and of the sizes that
     `rank` asks for (a plan, `targets`); given as a mapping or pairs, kept in the order of names. Empty: no plan."""
 
+    domains: tuple[str, ...] = ()
+    """Names of the domains that have a square of their own in every layer, beside the shared one."""
+
+    freeze: str = Freeze.NONE.value
+    """shared or domains: squares that are not trained; none: all are."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "layer_sizes", _sorted_sizes(self.layer_sizes))
@@ -197,6 +205,8 @@ class MoRAConfig(AdapterConfig):
             if size < 1 or size % self.step:
                 even = ", and even for rotate" if self.step == 2 else ""
                 raise UserError(f"--targets: the side of {name} must be at least 1{even}, got {size}")
+        object.__setattr__(self, "domains", tuple(self.domains))
+        check_domains(self.domains, self.freeze)
         kinds = [*(kind.value for kind in OperatorKind), SUBSPACE]
         if self.operator != "auto" and self.operator not in kinds:
             raise UserError(
@@ -315,9 +325,12 @@ class MoRAConfig(AdapterConfig):
         return replace(spec, out_segments=self.segments)
 
     def to_dict(self) -> dict[str, Any]:
-        """Without segments, sizes and singular vectors where there are none: as before there were any."""
-        values = {**super().to_dict(), "layer_sizes": dict(self.layer_sizes)}
-        usual = {"segments": 0, "layer_sizes": {}, "vectors": "", "vector_sets": 1}
+        """Without segments, sizes, domains and singular vectors where there are none: as before there were any."""
+        values = {**super().to_dict(), "layer_sizes": dict(self.layer_sizes), "domains": list(self.domains)}
+        usual = {
+            "segments": 0, "layer_sizes": {}, "vectors": "", "vector_sets": 1, "domains": [],
+            "freeze": Freeze.NONE.value,
+        }  # fmt: skip
         return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
 
 

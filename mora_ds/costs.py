@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from mora_ds.domain_layer import DomainLinear, domain_layers
 from mora_ds.injection import count_parameters, mora_layers
 from mora_ds.layer import AdaptedLinear
 from mora_ds.lora import LoRASpec
@@ -101,7 +102,7 @@ def costs(
 ) -> Costs:
     """Of an injected model that has not been split yet, `tokens` a group and micro-batch. Without `split`: as if every
     layer fell back."""
-    plan, layers = plan_of(model, degree), mora_layers(model)
+    plan, layers, own = plan_of(model, degree), mora_layers(model), domain_layers(model)
     if not split:
         plan = replace(plan, styles=dict.fromkeys(plan.styles, Style.WHOLE), blocks=())
     base = square = 0
@@ -115,13 +116,17 @@ def costs(
             spec = layers[name].spec
             if isinstance(spec, OperatorSpec):
                 square += 3 * tokens * _square_macs(spec, style, degree)
-                traffic += _square_traffic(spec, style, degree, replicas, tokens)
+                if isinstance(layers[name].value, nn.Parameter):  # a frozen square is whole on every rank
+                    traffic += _square_traffic(spec, style, degree, replicas, tokens)
+                if name in own:
+                    square += 3 * tokens * _own_macs(own[name])
+                    traffic += _own_traffic(own[name], replicas)
             else:  # at t = 1 only
                 square += tokens * _macs_of_products(spec)
                 traffic += _zero_traffic(layers[name].value.numel(), replicas)
     traffic += _block_traffic(model, plan, tokens)
     traffic += _input_traffic(model, plan, tokens, inputs)
-    squares = sum(layer.value.numel() for layer in layers.values())
+    squares = sum(value.numel() for layer in layers.values() for value in layer.parameters(recurse=False))
     whole = count_parameters(model) - sum(parameter.numel() for parameter in model.parameters())
     trained = "factors" if any(isinstance(layer.spec, LoRASpec) for layer in layers.values()) else "squares"
     return Costs(base, square, tuple(traffic), whole, squares / degree / replicas, trained)
@@ -183,6 +188,17 @@ def _square_macs(spec: OperatorSpec, style: Style, degree: int) -> int:
     if style is Style.COLWISE and spec.kind in (OperatorKind.SHARE, OperatorKind.TRUNCATE):
         rows = min(rows, spec.d_out // degree)
     return blocks * spec.r_hat * rows
+
+
+def _own_macs(layer: DomainLinear) -> int:
+    """Of a domain's square, beside the shared one's: none while both are wired alike, as M + M_k is one square then."""
+    spec = layer.own_spec
+    return 0 if spec == layer.spec else _square_macs(spec, Style.WHOLE, 1)
+
+
+def _own_traffic(layer: DomainLinear, replicas: int) -> Iterator[Traffic]:
+    if isinstance(layer.domain_squares, nn.Parameter):
+        yield from _zero_traffic(layer.domain_squares.numel(), replicas)
 
 
 def _macs_of_products(spec: LoRASpec | SubspaceSpec) -> int:

@@ -18,7 +18,10 @@ from mora_ds.alignment import factor_bytes
 from mora_ds.arguments import Arguments
 from mora_ds.config import AdapterConfig, MoRAConfig
 from mora_ds.costs import costs
+from mora_ds.domain_layer import frozen_values
+from mora_ds.domain_settings import adapter_config
 from mora_ds.ds_config import compute_dtype, resolve_ds_config
+from mora_ds.ds_optimizer import OptimizerKind
 from mora_ds.engine import check_compute_dtype, check_splittable
 from mora_ds.errors import UserError
 from mora_ds.injection import inject
@@ -43,7 +46,8 @@ def dry_run(arguments: Arguments) -> dict[str, Any]:
         print(*told, report(plan, timed=False), sep="\n")
         print(f"dry run: nothing trained, {Path(arguments.training.output_dir)} is as it was")
     trained = plan.trained.whole * plan.work.tensor_parallel
-    return {"steps": 0, "trainable_params": trained, "total_params": plan.base_elements + trained}
+    kept = 0 if plan.work.adapter is None else sum(v.numel() for v in frozen_values(planned_model(plan.work)).values())
+    return {"steps": 0, "trainable_params": trained, "total_params": plan.base_elements + trained + kept}
 
 
 def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
@@ -98,8 +102,11 @@ def _adapter(arguments: Arguments) -> AdapterConfig | None:
     adapter, seed = arguments.adapter, arguments.training.seed
     if adapter.adapter == AdapterKind.FULL.value:
         return None
+    if adapter.domain_adapters and arguments.training.optimizer == OptimizerKind.MUON.value:
+        raise UserError("--dry_run does not know what Muon keeps beside the domains' squares: plan it with adamw")
     model = str(arguments.model.model_name_or_path or arguments.model.model_config)
-    config = planned_config(adapter, adapter.config(seed), model, arguments.model.trust_remote_code)
+    config = adapter_config(adapter, arguments.data, seed)
+    config = planned_config(adapter, config, model, arguments.model.trust_remote_code)
     if not adapter.train_new_embeddings:
         return config
     named = Path(model).expanduser()

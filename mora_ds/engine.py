@@ -155,10 +155,13 @@ def check_splittable(config: dict[str, Any]) -> None:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Squares in group 0, whatever else is trained in group 1. With Muon, DeepSpeed splits each group into Muon's and
-    AdamW's half (engine.py, `_muon_param_groups`): squares are all Muon's, the others all AdamW's, so both stay whole.
+    """Squares in group 0, whatever else is trained in group 1: those of domains too, which no merge resets.
+
+    With Muon, DeepSpeed splits each group into Muon's and AdamW's half (engine.py, `_muon_param_groups`): squares are
+    all Muon's, the others all AdamW's, so both stay whole.
     """
-    squares = {id(layer.value): layer.value for layer in mora_layers(model).values()}
+    values = [layer.value for layer in mora_layers(model).values()]
+    squares = {id(value): value for value in values if isinstance(value, nn.Parameter)}  # a frozen one is a buffer
     others = [parameter for parameter in model.parameters() if id(parameter) not in squares]
     groups = [{"params": list(squares.values())}, {"params": others}]
     return [group for group in groups if group["params"]]

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from mora_ds.adapter_files import BaseReference, adapter_folder
+from mora_ds.adapter_files import BaseReference, adapter_folder, chosen_domain, read_adapter
 from mora_ds.data import IGNORED, Corpus, load_tokenizer, wants_bos
 from mora_ds.errors import UserError
 from mora_ds.portable import load_adapter
@@ -104,17 +104,24 @@ class Windows:
 
 
 def load_target(
-    path: Path, base: Path | None = None, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
+    path: Path,
+    base: Path | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    domain: str | None = None,
 ) -> Target:
     """The model at `path`: a Hugging Face folder, or a checkpoint (a run's folder, an adapter) put onto its base.
 
-    `base`: where that lies now, if it was moved. `dtype` "auto": a folder's own, a run's compute dtype. Raises
-    `UserError` for what is neither.
+    `base`: where that lies now, if it was moved. `domain`: of a run with domains, "shared" for none.
+    `dtype` "auto": a folder's own, a run's compute dtype. Raises `UserError` for what is neither.
     """
     if (folder := adapter_folder(path)) is not None:
-        return _adapted(folder, base, dtype, device)
+        return _adapted(folder, base, dtype, device, domain)
     if not (path / "config.json").is_file():
         raise UserError(f"MODEL: {path} is neither a Hugging Face folder nor a checkpoint, nor has it one")
+    if domain is not None:
+        raise UserError(f"--domain belongs to a checkpoint of a run with domains, {path} is a whole model")
     if base is not None:
         raise UserError(f"--base belongs to a checkpoint, {path} is a whole model")
     try:
@@ -127,12 +134,13 @@ def load_target(
     return Target(model.to(device).eval(), tokenizer, str(path))
 
 
-def _adapted(checkpoint: Path, base: Path | None, dtype: str, device: str) -> Target:
+def _adapted(checkpoint: Path, base: Path | None, dtype: str, device: str, domain: str | None) -> Target:
+    domain = chosen_domain(read_adapter(checkpoint).own, domain, "--domain")
     reference = BaseReference.read(checkpoint)
     folder = base if base is not None else checkpoint / reference.folder
     own = checkpoint / "tokenizer"
     tokenizer = load_tokenizer(own if own.is_dir() else folder, flag="MODEL")
-    model: Any = load_adapter(folder, checkpoint)
+    model: Any = load_adapter(folder, checkpoint, domain=domain)
     if dtype != "auto":
         model = model.to(compute_dtype(dtype))
     return Target(model.to(device), tokenizer, f"{checkpoint} on {folder}")

@@ -12,14 +12,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mora_ds.adapter_files import ADAPTER_JSON, AdapterFile, AdapterTensors, BaseReference, read_adapter
+from mora_ds.adapter_files import (
+    ADAPTER_JSON,
+    AdapterFile,
+    AdapterTensors,
+    BaseReference,
+    chosen_domain,
+    logits_of,
+    read_adapter,
+)
 from mora_ds.base import BaseCheckpoint
+from mora_ds.domain_names import SHARED
 from mora_ds.eight_bits import Int8Weight, dense, quantize
 from mora_ds.errors import RunError, UserError
 from mora_ds.export_check import Comparison, compare_logits
@@ -76,6 +85,8 @@ class _Run:
     reference: BaseReference
     base: BaseCheckpoint
     ledger: Ledger
+    domain: str | None
+    """Whose squares come on top of the shared ones."""
 
 
 def export_merged(
@@ -86,12 +97,14 @@ def export_merged(
     max_shard_gib: float = 5.0,
     verify: bool = False,
     overwrite: bool = False,
+    domain: str | None = None,
 ) -> ExportReport:
     """Writes the merged model of `checkpoint` to `output`, whole or not at all.
 
     `checkpoint`: a step folder, a link to one, or a run's output folder (its latest is taken). `base_folder`: where
     the base lies now, if it was moved. `dtype`: of all floating tensors; "auto" is the run's compute dtype. `verify`:
     load the result and compare its logits with those recorded at save time (`export_check` has the tolerances).
+    `domain`: of a run with domains, whose squares are merged with the shared ones; "shared": the shared ones alone.
     Raises `UserError` naming the flag to change, and `RunError` for a damaged checkpoint, logits that differ, or a
     full disk.
     """
@@ -106,7 +119,7 @@ def export_merged(
     probe = checkpoint / PROBE_FILE
     if verify and not probe.is_file():
         raise UserError(f"--verify needs {PROBE_FILE}, which {checkpoint} does not have")
-    run = _open_run(checkpoint, base_folder)
+    run = _open_run(checkpoint, base_folder, domain)
     _check_output(output, overwrite, run)
     target = compute_dtype(run.adapter.dtype if dtype == "auto" else dtype)
     shards = plan_shards(run.base, _exported_keys(run), target, int(max_shard_gib * 2**30))
@@ -114,8 +127,9 @@ def export_merged(
     with atomic_folder(output.absolute()) as folder:
         names = write_shards(folder, shards, _tensor_of(run))
         write_companions(run.base, folder, target, tokenizer if tokenizer.is_dir() else None)
-        comparison = compare_logits(folder, probe, target, _rounding(run, folder)) if verify else None
-        card = model_card(run.checkpoint, run.adapter, run.ledger, run.reference, dtype_name(target), comparison)
+        comparison = _compared(run, folder, probe, target) if verify else None
+        facts = run.adapter if run.adapter.own is None else _with_domain(run.adapter, run.domain)
+        card = model_card(run.checkpoint, facts, run.ledger, run.reference, dtype_name(target), comparison)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return ExportReport(
         output=output,
@@ -129,6 +143,11 @@ def export_merged(
         seconds=time.monotonic() - started,
         comparison=comparison,
     )
+
+
+def _with_domain(adapter: AdapterFile, domain: str | None) -> AdapterFile:
+    """For the model card."""
+    return replace(adapter, facts={"domain": domain or SHARED, **adapter.facts})
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -146,8 +165,9 @@ def _check_manifest(checkpoint: Path) -> None:
         raise RunError("the checkpoint is damaged: " + "; ".join(problems))
 
 
-def _open_run(checkpoint: Path, base_folder: Path | None) -> _Run:
+def _open_run(checkpoint: Path, base_folder: Path | None, domain: str | None) -> _Run:
     adapter = read_adapter(checkpoint)
+    domain = chosen_domain(adapter.own, domain, "--domain")
     tensors = AdapterTensors.open(checkpoint, adapter)
     reference = BaseReference.read(checkpoint)
     ledger = _open_ledger(checkpoint, reference.fingerprint)
@@ -157,7 +177,7 @@ def _open_run(checkpoint: Path, base_folder: Path | None) -> _Run:
             f" {adapter.cycle}"
         )
     base = reference.open_base(checkpoint, base_folder, flag="--base")
-    run = _Run(checkpoint, adapter, tensors, reference, base, ledger)
+    run = _Run(checkpoint, adapter, tensors, reference, base, ledger, domain)
     _check_layers(run)
     return run
 
@@ -252,6 +272,10 @@ def _tensor_of(run: _Run) -> Callable[[str, torch.dtype], Tensor]:
     return tensor_of
 
 
+def _compared(run: _Run, exported: Path, probe: Path, target: torch.dtype) -> Comparison:
+    return compare_logits(exported, probe, target, _rounding(run, exported), logits_of(run.domain))
+
+
 def _rounding(run: _Run, exported: Path) -> float:
     """What 8 bits, where the run's base was held in them, take from the exported weights: as a share of their norm."""
     if run.adapter.facts.get("config", {}).get("base_bits") != 8:
@@ -268,4 +292,7 @@ def _rounding(run: _Run, exported: Path) -> float:
 def _merged(run: _Run, key: str, entry: LayerEntry, dtype: torch.dtype) -> Tensor:
     """The live weight with the current cycle's square merged too, as the next merge would form it."""
     updates = [*run.ledger.squares_of(entry.module), (entry.operator, run.tensors.square(entry.module))]
+    if run.domain is not None and run.adapter.own is not None:
+        own = run.adapter.own.operators[entry.module]
+        updates.append((own, run.tensors.own_square(entry.module, run.domain)))
     return live_weight(run.base.read(key), updates, entry.transposed, dtype)

@@ -47,16 +47,18 @@ class Comparison:
         )
 
 
-def compare_logits(folder: Path, probe: Path, dtype: torch.dtype, rounding: float = 0.0) -> Comparison:
+def compare_logits(
+    folder: Path, probe: Path, dtype: torch.dtype, rounding: float = 0.0, name: str = "logits"
+) -> Comparison:
     """Loads the export in `folder` on the CPU and runs the tokens of `probe`.
 
     `probe`: safetensors with "input_ids" (B, T) int64, "logits" (B, T, V), and the live model's "dtype" in its
-    metadata. `rounding`: the relative error of the live model's weights in 8 bits. Raises `RunError` with the largest
-    difference when it is beyond the tolerance, or when weights are missing from the export; `UserError` for a damaged
-    probe.
+    metadata; `name`: of the logits that are meant. `rounding`: the relative error of the live model's weights in 8
+    bits. Raises `RunError` with the largest difference when it is beyond the tolerance, or when weights are missing
+    from the export; `UserError` for a damaged probe.
     """
     handle = open_safetensors(probe)
-    live, tokens = handle.get_tensor("logits").float(), handle.get_tensor("input_ids")
+    live, tokens = handle.get_tensor(name).float(), handle.get_tensor("input_ids")
     recorded = compute_dtype((handle.metadata() or {}).get("dtype", "float32"))
     model = _load(folder, dtype)
     with torch.inference_mode():

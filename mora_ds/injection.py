@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mora_ds.compute import Compute
 from mora_ds.config import ALL_LINEAR, AdapterConfig, MoRAConfig
+from mora_ds.domain_layer import frozen_values, layer_for, told_of_domains
+from mora_ds.domain_squares import Domains
 from mora_ds.errors import RunError, UserError
-from mora_ds.layer import AdaptedLinear, adapt, linear_shape
+from mora_ds.layer import AdaptedLinear, linear_shape
 from mora_ds.matching import ending_of, output_head, targets_of
 from mora_ds.new_rows import train_new_rows
 from mora_ds.tensor_plan import Style, style_in_plan
@@ -59,6 +60,8 @@ class InjectionReport:
     left_out: dict[str, int]
     """With all-linear: elements of the frozen matrices in no linear layer (experts in one tensor, convolutions), by the
     end of their name."""
+    domains: str = ""
+    """Of the squares beside the shared ones, where there are any."""
 
     @property
     def trainable_params(self) -> int:
@@ -79,6 +82,8 @@ class InjectionReport:
             f"({self.values} {self.square_params:,}, other {self.other_trainable_params:,}) "
             f"of {self.total_params:,} parameters = {share:.3f}%"
         )
+        if self.domains:
+            lines.append(self.domains)
         if self.eight_bits[0]:
             now, before = (f"{size / 1e6:,.1f} MB" for size in self.eight_bits)
             lines.append(f"frozen weights of these layers in 8 bits: {now}, scales included, in place of {before}")
@@ -105,13 +110,13 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     total = count_parameters(model)
     rows = _shape_rows(targets, config)
     styles = style_in_plan(model)
+    domains = Domains(config.domains) if isinstance(config, MoRAConfig) and config.domains else None
     eight_bits = _refuse_unfit_for_8_bits(targets) if config.base_bits == 8 else (0, 0)
     for name, base in targets.items():
         d_in, d_out = linear_shape(base)
         aligned = _SIDES.get(styles[name])
         spec = config.operator_for(name, d_in, d_out, 0, aligned)
-        compute = Compute(config.compute) if isinstance(config, MoRAConfig) else Compute.ACTIVATION
-        layer = adapt(base, spec, config.dropout, compute, config.first_seed(name, cycle=0))
+        layer = layer_for(config, base, spec, name, domains)
         layer.train(base.training)
         layer.aligned = aligned
         if config.base_bits == 8:
@@ -121,12 +126,14 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     if config.new_rows_from:
         train_new_rows(model, config.new_rows_from)
     layers = list(mora_layers(model).values())
-    values = sum(layer.value.numel() for layer in layers)
+    values = sum(value.numel() for layer in layers for value in layer.parameters(recurse=False))
+    kept = sum(value.numel() for value in frozen_values(model).values())
     trainable = sum(parameter.numel() for parameter in model.parameters())
     named = "squares" if value_name(layers[0].spec) == "square" else "factors"
     all_linear = ALL_LINEAR in config.target_modules and not config.planned_layers
     left_out = _matrices_left_out(model) if all_linear else {}
-    return InjectionReport(rows, config.title, named, values, trainable - values, total + values, eight_bits, left_out)
+    sums = values, trainable - values, total + values + kept
+    return InjectionReport(rows, config.title, named, *sums, eight_bits, left_out, told_of_domains(model))
 
 
 _SIDES = {Style.COLWISE: Side.OUT, Style.ROWWISE: Side.IN}
@@ -138,8 +145,9 @@ def mora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def value_names(model: nn.Module) -> set[str]:
-    """Parameter names of all squares (factors)."""
-    return {f"{name}.{value_name(layer.spec)}" for name, layer in mora_layers(model).items()}
+    """Parameter names of all squares (factors), those of domains included."""
+    layers = mora_layers(model).items()
+    return {f"{name}.{value}" for name, layer in layers for value, _ in layer.named_parameters(recurse=False)}
 
 
 def set_cycle(model: nn.Module, config: AdapterConfig, cycle: int) -> None:
@@ -185,6 +193,8 @@ def move_base(model: nn.Module, device: torch.device | str, dtype: torch.dtype) 
             casts = tensor.is_floating_point() and name not in scales
             moved[id(tensor)] = tensor.to(device, dtype if casts else tensor.dtype)
         _set_buffer(model, name, moved[id(tensor)])
+    for name, tensor in frozen_values(model).items():
+        _set_buffer(model, name, tensor.to(device))
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -258,7 +268,8 @@ def _freeze_to_buffers(model: nn.Module, keep: set[int]) -> None:
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         if isinstance(module, AdaptedLinear):
-            names |= {prefix + name for name, tensor in module.named_buffers(recurse=False) if tensor is not None}
+            own = {name for name, tensor in module.named_buffers(recurse=False) if tensor is not None}
+            names |= {prefix + name for name in own - {*module.frozen_values}}
             continue
         for name, parameter in list(module._parameters.items()):
             if parameter is None or id(parameter) in keep:

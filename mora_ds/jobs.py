@@ -24,9 +24,13 @@ from mora_ds.checkpoint_folder import TrainerState, check_identity
 from mora_ds.config import AdapterConfig, MoRAConfig
 from mora_ds.costs import costs
 from mora_ds.data import largest_id
+from mora_ds.domain_layer import domains_of
+from mora_ds.domain_names import SHARED
+from mora_ds.domain_settings import adapter_config
 from mora_ds.ds_config import compute_dtype, fill_bucket_sizes
 from mora_ds.engine import initialize, initialize_full, trainable_numels
 from mora_ds.export import export_merged
+from mora_ds.first_squares import FirstSquares
 from mora_ds.followers import Followers
 from mora_ds.injection import count_parameters, frozen_buffers, inject
 from mora_ds.model import LoadedBase, config_digest, create_base, load_base
@@ -147,7 +151,7 @@ def prepare_base(
 def _adapter_job(
     arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, place: Place
 ) -> Job:
-    config, ranks = arguments.adapter.config(arguments.training.seed), place.ranks
+    config, ranks = adapter_config(arguments.adapter, arguments.data, arguments.training.seed), place.ranks
     if arguments.adapter.train_new_embeddings:
         config = replace(config, new_rows_from=first_new_row(loaded.base.folder))
     targets = RunTargets(arguments.adapter, place.targets, place.folder, place.checkpoint, ranks, place.say)
@@ -173,6 +177,8 @@ def _adapter_job(
     common = _common_identity(arguments, data, ds_config, ranks.world, loaded)
     _check_checkpoint(place.checkpoint, run_identity(fingerprint, config, precision, common))
     ds_config = fill_bucket_sizes(ds_config, numels)
+    init = arguments.adapter.init_adapter if place.checkpoint is None else None
+    first = None if init is None else FirstSquares.open(Path(init), loaded.model, fingerprint)
     engine, *_ = initialize(
         model=loaded.model, config=ds_config, tensor_parallel_size=degree, tensor_parallel_inputs=inputs
     )
@@ -195,8 +201,12 @@ def _adapter_job(
         followers=place.followers,
     )
 
+    if first is not None:
+        place.say(first.put(engine))
+    names = domains_of(engine.module).names
+
     def export(checkpoint: Path, target: Path) -> None:
-        ranks.on_first(lambda: export_merged(checkpoint, target, overwrite=True) and None)
+        ranks.on_first(lambda: _export(checkpoint, target, names))
 
     base_tensors, counts = frozen_buffers(loaded.model), (report.trainable_params, report.total_params)
     job = Job(engine, run.state, run.remora, run.save_state, run.wait, export, base_tensors, *counts)
@@ -216,6 +226,14 @@ def _with_vectors(config: AdapterConfig, alignment_rank: int, loaded: LoadedBase
     device = get_accelerator().current_device_name()
     share = place.followers.share
     return prepare_vectors(config, wanted, loaded.base, place.folder, place.ranks, share, place.checkpoint, device)
+
+
+def _export(checkpoint: Path, target: Path, domains: tuple[str, ...]) -> None:
+    """With domains one model each, and the shared one, in folders of their names."""
+    if not domains:
+        export_merged(checkpoint, target, overwrite=True)
+    for domain in (SHARED, *domains) if domains else ():
+        export_merged(checkpoint, target / domain, overwrite=True, domain=domain)
 
 
 def _bare_job(loaded: LoadedBase, place: Place) -> Job:

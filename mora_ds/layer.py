@@ -67,11 +67,14 @@ class AdaptedLinear(nn.Module):
         """Where ranks share the layer: the parameter is then this rank's share of the value."""
         self.aligned: Side | None = None
         """Where groupings of this layer are confined to segments, if they are at all."""
+        self.frozen_values: tuple[str, ...] = ()
+        """What of the adapter is not trained: buffers in fp32."""
 
     @property
     def value(self) -> nn.Parameter:
-        """The square (r_hat, r_hat), or the factors (rank, d_in + d_out)."""
-        return self.get_parameter(value_name(self.spec))
+        """The square (r_hat, r_hat), or the factors (rank, d_in + d_out); a buffer where it is frozen."""
+        found: nn.Parameter = getattr(self, value_name(self.spec))
+        return found
 
     def whole(self, own: Tensor) -> Tensor:
         """The value of which this rank's parameter is `own`. Collective where ranks share the layer."""
@@ -126,11 +129,11 @@ class AdaptedLinear(nn.Module):
         return found.T if self.transposed else found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
-        """`module.to(bf16)` would round the scales, and with them every weight."""
-        scales = self.weight_scales
+        """`module.to(bf16)` would round the scales, and with them every weight; and squares that stay as they are."""
+        kept = {name: self._buffers[name] for name in ("weight_scales", *self.frozen_values)}
         super()._apply(fn, recurse)
-        if scales is not None:
-            self.weight_scales = scales.to(self.weight.device)
+        for name, tensor in kept.items():
+            self._buffers[name] = None if tensor is None else tensor.to(self.weight.device)
         return self
 
     def extra_repr(self) -> str:

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds import block_windows, tables, windows, wiring
 from mora_ds.config import AdapterConfig
+from mora_ds.domain_layer import DomainLinear, domains_of
 from mora_ds.errors import UserError
-from mora_ds.injection import base_weights, frozen_buffers, inject, mora_layers, scale_names
+from mora_ds.injection import base_weights, frozen_buffers, inject, mora_layers, scale_names, set_cycle
 from mora_ds.layer_merge import merge_layer
 from mora_ds.losses import token_nll
 from mora_ds.memory_meter import MemoryMeter, fused_attention
@@ -119,6 +120,9 @@ def planned_model(work: Work) -> Any:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if work.adapter is not None:
         inject(model, work.adapter)
+        if (domains := domains_of(model)).names:  # as after the first merge, where a row's squares are two products
+            set_cycle(model, work.adapter, 1)
+            domains.set([domains.names[0]] * work.micro_batch)
     if work.tensor_parallel > 1:
         split_model(model, _OneOfMany(work.tensor_parallel, 0, None))
     return model.train()
@@ -158,6 +162,9 @@ def trace_step(model: nn.Module, work: Work) -> list[Event]:
     for layer in mora_layers(model).values():
         if isinstance(layer.spec, OperatorSpec):
             layer.spec = replace(layer.spec, seed=0)
+        if isinstance(layer, DomainLinear):
+            layer.own_spec = replace(layer.own_spec, seed=0)
+            layer.domains.set([layer.domains.names[0]] * work.micro_batch)
     with record(model) as events, MemoryMeter(answer=not work.document_mask), fused_attention(work.sequence_parallel):
         token_nll(model, _batch(work)).backward()
     for parameter in model.parameters():

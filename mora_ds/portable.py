@@ -26,15 +26,18 @@ from mora_ds.adapter_files import (
     AdapterTensors,
     BaseReference,
     adapter_folder,
+    chosen_domain,
     read_adapter,
 )
 from mora_ds.config import AdapterConfig, config_from_dict
+from mora_ds.domain_layer import DomainLinear, domains_of, set_values
 from mora_ds.errors import UserError
 from mora_ds.files import MANIFEST, atomic_folder, verify_manifest, write_manifest
 from mora_ds.injection import inject, mora_layers, move_base
 from mora_ds.layer import AdaptedLinear
 from mora_ds.layer_merge import write_live
 from mora_ds.ledger import Ledger, live_weight
+from mora_ds.operators import OperatorSpec
 from mora_ds.tensor_files import compute_dtype
 
 LEDGER_FOLDER = "ledger"
@@ -44,10 +47,10 @@ INCREMENTAL = "incremental"
 def export_adapter(checkpoint: Path | str, output: Path | str) -> list[str]:
     """Writes the adapter of a checkpoint (or of a run's latest) to the new folder `output`: no engine state, no random
     states, no base. Returns lines for humans. Raises `UserError` for a damaged checkpoint or a folder that exists."""
-    source, output = _find(Path(checkpoint)), Path(output)
+    source, output = find_adapter(Path(checkpoint)), Path(output)
     if output.is_symlink() or output.exists():
         raise UserError(f"--output {output} exists already; name a new folder")
-    adapter, ledger = _open(source)
+    adapter, ledger = open_adapter(source)
     reference = BaseReference.read(source)
     with atomic_folder(output.absolute()) as folder:
         for name in (ADAPTER_JSON, ADAPTER_TENSORS):
@@ -62,18 +65,24 @@ def export_adapter(checkpoint: Path | str, output: Path | str) -> list[str]:
 
 @torch.no_grad()
 def load_adapter(
-    base: Path | str | nn.Module, adapter: Path | str, attn_implementation: str | None = None
+    base: Path | str | nn.Module,
+    adapter: Path | str,
+    attn_implementation: str | None = None,
+    domain: str | None = None,
 ) -> nn.Module:
     """The base with the adapter on it, in the dtype that the run computed in, on the CPU, in evaluation mode.
 
     `base` is the model's folder: its fingerprint must be the recorded one. Or a model, loaded in the dtype of its
-    files and not changed since, which is taken as it is and changed in place. Raises `UserError` when something is
+    files and not changed since, which is taken as it is and changed in place. Of an adapter with domains the model
+    keeps all squares, and computes as `domain`; by default as none, with the shared squares alone (`domains_of(model)`
+    says otherwise at any time). Raises `UserError` when something is
     damaged or does not fit.
     """
-    folder = _find(Path(adapter))
-    facts, ledger = _open(folder)
+    folder = find_adapter(Path(adapter))
+    facts, ledger = open_adapter(folder)
     tensors, reference = AdapterTensors.open(folder, facts), BaseReference.read(folder)
     config, dtype = _config(folder, facts), compute_dtype(facts.dtype)
+    chosen = None if domain is None else chosen_domain(facts.own, domain, "domain")
     originals: Any
     if isinstance(base, nn.Module):
         model, opened = base, None
@@ -95,10 +104,15 @@ def load_adapter(
         original = originals[entry.weight].data if opened is None else opened.read(reference.keys[entry.weight])
         layer.spec = entry.operator
         _set_live(layer, original, ledger.squares_of(name), dtype, facts.facts.get("merge_precision") == INCREMENTAL)
-        layer.value.data = tensors.square(name).to(dtype)
+        set_values(layer, tensors.square(name), tensors.own(name), dtype)
+        if facts.own is not None:
+            own = facts.own.operators[name]
+            assert isinstance(layer, DomainLinear) and isinstance(own, OperatorSpec)
+            layer.own_spec = own
     parameters = dict(model.named_parameters())
     for name in facts.trainables:
         parameters[name].data = tensors.trained(name).to(dtype)
+    domains_of(model).set_all(chosen)
     return model.eval()
 
 
@@ -121,14 +135,16 @@ def _config(folder: Path, adapter: AdapterFile) -> AdapterConfig:
     return config_from_dict(adapter.facts["config"])
 
 
-def _find(path: Path) -> Path:
+def find_adapter(path: Path) -> Path:
+    """The folder that `path` means: itself, or the latest checkpoint of a run. Raises `UserError`."""
     folder = adapter_folder(path)
     if folder is None:
         raise UserError(f"{path} is neither an adapter, nor a checkpoint, nor the output folder of a run that has one")
     return folder
 
 
-def _open(folder: Path) -> tuple[AdapterFile, Ledger]:
+def open_adapter(folder: Path) -> tuple[AdapterFile, Ledger]:
+    """Checked against its manifest, where it has one. Raises `UserError`."""
     if (folder / MANIFEST).exists() and (problems := verify_manifest(folder)):
         raise UserError("damaged: " + "; ".join(problems))
     adapter = read_adapter(folder)

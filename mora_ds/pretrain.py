@@ -24,6 +24,9 @@ from mora_ds.chunked_loss import check_chunked_loss, chunk_loss
 from mora_ds.collective_counter import CollectiveCounter
 from mora_ds.compiling import check_compiler, compile_operators
 from mora_ds.data import Mixture, TrainData
+from mora_ds.domain_layer import domains_of
+from mora_ds.domain_names import SHARED
+from mora_ds.domain_settings import eval_domains
 from mora_ds.dry_run import dry_run
 from mora_ds.ds_config import resolve_ds_config
 from mora_ds.engine import check_compute_dtype, check_splittable, start_distributed
@@ -38,6 +41,7 @@ from mora_ds.metrics import MetricsLog, peak_memory_bytes, plain_json
 from mora_ds.model import folder_config, read_model_config, resolve_folder
 from mora_ds.ranks import Ranks
 from mora_ds.replicas import Share
+from mora_ds.row_checks import check_rows
 from mora_ds.run_data import RunData, load_data
 from mora_ds.run_folder import Reservation, claim, reserve, write_run_file
 from mora_ds.run_targets import plan_of_file
@@ -158,6 +162,8 @@ def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: Place) -> t
     rows = rows_per_step(arguments, ranks.world)
     data = load_data(arguments, config, model_folder, place.followers, rows, place.checkpoint, place.say)
     _watch(arguments).check_names(list(data.evaluation))
+    if arguments.adapter.domain_adapters and isinstance(data.train, Mixture):
+        eval_domains(arguments.adapter.eval_domains, list(data.evaluation), data.train.names)
     loaded = prepare_base(arguments, model_folder, data.tokenizer, ds_config, place)
     job = prepare_job(arguments, loaded, ds_config, data, place)
     if arguments.adapter.compile:
@@ -167,6 +173,9 @@ def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: Place) -> t
         chunk_loss(loaded.model)
         with whole_rows(loaded.model):
             check_chunked_loss(job.engine, vocab_size)
+    if arguments.adapter.domain_adapters:
+        with whole_rows(loaded.model):
+            check_rows(job.engine, vocab_size)
     if arguments.data.document_mask:
         with whole_rows(loaded.model):
             check_document_mask(job.engine, vocab_size)
@@ -189,6 +198,10 @@ def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule
     if place.checkpoint is not None:
         log.say(_resumed(place.checkpoint, state, steps))
     state.total_steps = steps
+    domains = domains_of(job.engine.module)
+    read_as = eval_domains(arguments.adapter.eval_domains, list(data.evaluation), domains.names)
+    if domains.names and read_as:
+        log.say("evaluation sets are read as: " + ", ".join(f"{k}: {v or SHARED}" for k, v in read_as.items()))
     counter = CollectiveCounter(job.base_tensors.values())
 
     trainer = Trainer(
@@ -204,6 +217,8 @@ def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule
         merger=job.remora,
         wait=job.wait,
         watch=_watch(arguments),
+        domains=domains,
+        eval_domains=read_as,
         alignment=job.alignment,
     )
     trainer.last_checkpoint = place.checkpoint

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from mora_ds import zero
-from mora_ds.adapter_files import BaseReference
+from mora_ds.adapter_files import AdapterTensors, BaseReference, read_adapter
 from mora_ds.base import BaseCheckpoint, NotOneToOne, renamed_keys, verify_against_model
 from mora_ds.checkpoint import CheckpointWriter, load_checkpoint
 from mora_ds.checkpoint_folder import TrainerState, check_identity, complete_checkpoints, find_checkpoint
 from mora_ds.config import AdapterConfig, MoRAConfig
+from mora_ds.domain_layer import frozen_values, restore_frozen
 from mora_ds.engine import start_distributed
 from mora_ds.errors import UserError
 from mora_ds.followers import Followers
@@ -97,6 +98,9 @@ class Run:
         self.state = TrainerState(world_size=self.ranks.world, identity=self.identity)
         if checkpoint is not None:
             self.state = load_checkpoint(checkpoint, engine, self.identity)
+            if frozen_values(engine.module):
+                tensors = AdapterTensors.open(checkpoint, read_adapter(checkpoint))
+                restore_frozen(engine.module, dict(tensors.items()))
             self.remora.replay()
         if as_loaded and config.base_bits == 8 and not self.remora.cycle:
             self.remora.form_base()  # of the originals: the model may have been loaded in another dtype than theirs

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mora_ds import zero
-from mora_ds.adapter_files import AdapterFile, BaseReference, write_adapter
+from mora_ds.adapter_files import AdapterFile, BaseReference, OwnSquares, logits_of, write_adapter
 from mora_ds.base import write_own_base
 from mora_ds.config import AdapterConfig
+from mora_ds.domain_layer import domain_layers, domains_of, frozen_values
 from mora_ds.files import copy_folder
-from mora_ds.injection import mora_layers
+from mora_ds.injection import mora_layers, value_names
 from mora_ds.remora import ReMoRA, layer_entries
 from mora_ds.sequence_parallel import whole_rows
 
@@ -48,13 +49,15 @@ class RunWriter:
         layers, others = mora_layers(self.engine.module), other_trainables(self.engine.module)
         squares = dict(self._gathered({name: (layer.value, layer.whole) for name, layer in layers.items()}))
         trained = dict(self._gathered({name: (parameter, _as_it_is) for name, parameter in others.items()}))
-        probe = {"input_ids": self.probe_ids.cpu().long(), "logits": probe_logits(self.engine, self.probe_ids).cpu()}
+        of_domains = {name: layer.domain_squares for name, layer in domain_layers(self.engine.module).items()}
+        own = dict(self._gathered({name: (squares, _as_it_is) for name, squares in of_domains.items()}))
+        probe = self._probe()
         adapter, ledger = self._adapter_file(step, tuple(trained)), self.remora.ledger.as_it_is()
 
         def write(folder: Path) -> None:
             if dist.get_rank() != 0:
                 return
-            write_adapter(folder, adapter, squares, trained)
+            write_adapter(folder, adapter, squares, trained, own)
             self.base.write(folder)
             ledger.copy_to(folder / "ledger")
             self._copy_tokenizer(folder / "tokenizer")
@@ -62,13 +65,22 @@ class RunWriter:
 
         return write
 
+    def _probe(self) -> dict[str, Tensor]:
+        """The recorded tokens, and the logits of the shared function and of every domain's."""
+        domains = domains_of(self.engine.module)
+        probe = {"input_ids": self.probe_ids.cpu().long()}
+        for domain in (None, *domains.names):
+            with domains.using(domain):
+                probe[logits_of(domain)] = probe_logits(self.engine, self.probe_ids).cpu()
+        return probe
+
     def _gathered(
-        self, parameters: dict[str, tuple[nn.Parameter, Callable[[Tensor], Tensor]]]
+        self, parameters: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]]
     ) -> Iterator[tuple[str, Tensor]]:
         """(name, whole fp32 tensor), kept on rank 0 only; the other ranks take part and keep nothing. With each
-        parameter, what makes a whole of a tensor-parallel rank's share."""
-        for name, (parameter, complete) in parameters.items():
-            whole = complete(zero.full_fp32(self.engine, parameter))
+        parameter, what makes a whole of a tensor-parallel rank's share. What is frozen is a buffer, whole and fp32."""
+        for name, (value, complete) in parameters.items():
+            whole = complete(zero.full_fp32(self.engine, value) if isinstance(value, nn.Parameter) else value)
             if dist.get_rank() == 0:
                 yield name, whole.to("cpu", copy=True)
 
@@ -80,6 +92,7 @@ class RunWriter:
             step=step,
             rank=self.config.rank,
             trainables=trainables,
+            own=own_squares(self.engine.module),
             facts={"config": self.config.to_dict(), **self.facts},
         )
 
@@ -95,8 +108,17 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 def other_trainables(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameter name -> trained embeddings, norms, head (each tied tensor under its first name)."""
-    squares = {id(layer.value) for layer in mora_layers(model).values()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in squares}
+    squares = value_names(model)
+    return {name: parameter for name, parameter in model.named_parameters() if name not in squares}
+
+
+def own_squares(model: nn.Module) -> OwnSquares | None:
+    """What the file tells of the squares of domains, if the model has any."""
+    layers = domain_layers(model)
+    if not layers:
+        return None
+    operators = {name: layer.own_spec for name, layer in layers.items()}
+    return OwnSquares(domains_of(model).names, operators, tuple(frozen_values(model)))
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from mora_ds.alignment import Alignment
 from mora_ds.checkpoint_folder import TrainerState
 from mora_ds.collective_counter import CollectiveCounter
 from mora_ds.data import IGNORED, Mixture, PackedDataset, StreamMixture, TrainData
+from mora_ds.domain_squares import Domains
 from mora_ds.errors import RunError, Stopped
 from mora_ds.forgetting import Watch, report
 from mora_ds.loop_settings import LoopSettings
@@ -36,7 +37,7 @@ from mora_ds.replicas import Share
 from mora_ds.schedule_text import start_lines
 from mora_ds.schedules import Schedule
 from mora_ds.source_losses import SourceLosses
-from mora_ds.stall import StallSignal
+from mora_ds.stall_watch import StallWatch
 
 PROBE_ROWS = 2
 """Sequences of the batch whose loss is measured before and after a merge: the first of the corpus, on every rank."""
@@ -70,6 +71,10 @@ class Trainer:
 
     watch: Watch = field(default_factory=lambda: Watch({}, {}))
     """What is looked at after every evaluation."""
+    domains: Domains = field(default_factory=lambda: Domains(()))
+    """Where the domains of rows are said; without names where the model has none."""
+    eval_domains: Mapping[str, str | None] = field(default_factory=dict)
+    """The domain that an evaluation set is read as."""
     alignment: Alignment | None = None
     """A further loss on the squares; of the reported loss it is no part."""
 
@@ -79,10 +84,11 @@ class Trainer:
         if self.merger is not None:
             self.merger.probe = self._probe_loss
         self.bytes_gathered_per_step = 0
-        self._has_complained = False
         self._stop_asked = False
         """Whether some rank was asked to stop; the same on all ranks."""
         self._saved_step: int | None = None
+        rule = self.settings.stall
+        self._stall = StallWatch(self.share, self.schedule, rule, self.log, self.state, self._stop_unless_finite)
         data = self.train_data
         self._mixture = data if isinstance(data, Mixture) and len(data.names) > 1 else None
         self._source_losses = SourceLosses(self._mixture.names if self._mixture else [])
@@ -144,7 +150,7 @@ class Trainer:
         self.state.tokens += self.rows_per_step * self.train_data.seq_len
         self.bytes_gathered_per_step = self.counter.gathered_bytes
         self._stop_unless_finite(loss, f"the loss is {loss} at step {self.state.step}")
-        self._note_stall_signal(loss)
+        self._stall.note(loss)
         if self._logs_this_step:
             self.log.step(self._metrics(loss, rate, time.perf_counter() - started))
             self._log_sources()
@@ -177,8 +183,11 @@ class Trainer:
         """The summed loss of micro-batch `index`, noted by source where there are several."""
         if self._mixture is None:
             return token_nll(self.engine, batch)
+        sources = self._mixture.sources_of(*self._place(index))
+        if self.domains.names:  # until the next micro-batch: with checkpointing, backward asks again
+            self.domains.set([self._mixture.names[source] for source in sources])
         rows = row_nll(self.engine, batch)
-        self._source_losses.add(self._mixture.sources_of(*self._place(index)), rows, batch["labels"])
+        self._source_losses.add(sources, rows, batch["labels"])
         return rows.sum()
 
     def _place(self, index: int) -> tuple[int, int, slice]:
@@ -214,7 +223,7 @@ class Trainer:
 
     def _after_step(self) -> None:
         step, settings = self.state.step, self.settings
-        at_end, merges = step == settings.total_steps, self._merge_is_due()
+        at_end, merges = step == settings.total_steps, self._stall.merge_is_due(self._logs_this_step)
         if merges:
             self._merge()
         self.state.evaluation_pending = bool(settings.eval_steps) and step % settings.eval_steps == 0 and not at_end
@@ -242,40 +251,6 @@ class Trainer:
         if step == 0:
             raise Stopped("stopped before the first step, with nothing to save")
         raise Stopped(f"stopped at step {step}, saved to {self.last_checkpoint}; --resume_from_checkpoint auto goes on")
-
-    def _note_stall_signal(self, loss: float) -> None:
-        """The step just done goes into the running cycle's history, if it was one at full rate and not dropped by fp16
-        loss scaling. Rank 0's value, so that all ranks decide alike."""
-        rule, state = self.settings.stall, self.state
-        if rule is None or not self.schedule.at_full_rate(state.step - 1, state.merges):
-            return
-        if zero.step_was_skipped(self.engine):
-            return
-        value = loss
-        if rule.signal is StallSignal.UPDATE:
-            value = math.sqrt(self.share.sum(zero.group_energy(self.engine, 0)))
-            self._stop_unless_finite(value, f"the norm of the squares is {value} at step {state.step}")
-        shared = torch.tensor(value, dtype=torch.float64, device=self.engine.device)
-        dist.broadcast(shared, 0)
-        state.stall_window = rule.noted(state.stall_window, shared.item())
-        complaint = None if self._has_complained else rule.complaint(state.stall_window)
-        if complaint:
-            self.log.say(f"step {state.step}: {complaint}")
-            self._has_complained = True
-
-    def _merge_is_due(self) -> bool:
-        """From the state alone, which is the same on all ranks and in every checkpoint."""
-        rule, state = self.settings.stall, self.state
-        if rule is None:
-            return self.schedule.merges_after(state.step, state.merges)
-        stalled = rule.stalled(state.stall_window)
-        due = self.schedule.merges_after(state.step, state.merges, stalled)
-        if due or self._logs_this_step:
-            self.log.stall(state.step, {**rule.facts(state.stall_window), "merges": due})
-        if due:
-            reason = "stalled" if stalled else "at its longest (--merge_at_latest)"
-            self.log.say(f"step {state.step}: the cycle is {reason}: {rule.sentence(state.stall_window)}")
-        return due
 
     def _save(self) -> None:
         """Not without a look at the loss of another batch: a step may have a finite loss and leave squares that are no
@@ -341,7 +316,8 @@ class Trainer:
         """Perplexity of each evaluation set, over all ranks; logged, and kept in the state."""
         found = {}
         for name, data in self.eval_data.items():
-            nll = self.share.mean_nll(self._eval_batches(data))
+            with self.domains.using(self.eval_domains.get(name)):
+                nll = self.share.mean_nll(self._eval_batches(data))
             self._stop_unless_finite(nll, f"the loss on {name!r} is {nll} after step {self.state.step}")
             found[name] = perplexity(nll)
         if found:
@@ -370,8 +346,10 @@ class Trainer:
             self.log.say(f"step {self.state.step}: the best so far by --best_by, {score:.4f}")
 
     def _probe_loss(self) -> float:
-        """Mean loss of the corpus's first sequences, the same in every replica."""
-        return self.share.replica_nll(self.train_data.first_rows(PROBE_ROWS))
+        """Mean loss of the corpus's first sequences, the same in every replica; of a mixture the first source's. A
+        square that is no number makes it none, whichever domain it belongs to."""
+        with self.domains.using(self.domains.names[0] if self.domains.names else None):
+            return self.share.replica_nll(self.train_data.first_rows(PROBE_ROWS))
 
     def _eval_batches(self, data: PackedDataset) -> Iterator[dict[str, Tensor]]:
         """This replica's. Every rank has the same number of them, as ZeRO-3 needs."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mora_ds.adapter_files import read_adapter, write_adapter
+from mora_ds.adapter_files import AdapterTensors, read_adapter, write_adapter
 from mora_ds.checkpoint_folder import ENGINE_TAG, STATE_FILE, TrainerState
 from mora_ds.errors import UserError
 from mora_ds.files import MANIFEST, atomic_folder, malformed, verify_manifest, write_json_atomic, write_manifest
@@ -109,8 +109,15 @@ def _tagged(folder: Path) -> Path:
 def _write_adapter(folder: Path, shards: EngineShards) -> None:
     """adapter.safetensors follows the masters, as in any checkpoint."""
     adapter = read_adapter(folder)
-    squares = {name: shards.whole(entry.square, MASTER) for name, entry in adapter.layers.items()}
-    write_adapter(folder, adapter, squares, {name: shards.whole(name, MASTER) for name in adapter.trainables})
+    kept = () if adapter.own is None else adapter.own.frozen  # of which there is no master
+    old = {name: value.clone() for name, value in AdapterTensors.open(folder, adapter).items() if name in kept}
+
+    def tensor(name: str) -> Tensor:
+        return old[name] if name in old else shards.whole(name, MASTER)
+
+    squares = {name: tensor(entry.square) for name, entry in adapter.layers.items()}
+    own = {} if adapter.own is None else {name: tensor(adapter.own.tensor(name)) for name in adapter.own.operators}
+    write_adapter(folder, adapter, squares, {name: tensor(name) for name in adapter.trainables}, own)
 
 
 # -- DeepSpeed's files -------------------------------------------------------------------------------------------------

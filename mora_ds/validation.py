@@ -5,29 +5,25 @@ Files, tokenizers and models are checked by the rooms that read them; the DeepSp
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from enum import Enum
 
 from mora_ds.adapter_arguments import AdapterArguments, AdapterKind, MergePrecision, TPGrouping
 from mora_ds.arguments import Arguments
-from mora_ds.config import INCREMENTAL_IN_8_BITS, SPLIT_IN_8_BITS, LoRAConfig, MoRAConfig
-from mora_ds.data_arguments import DataArguments
+from mora_ds.checks import Check, at_least, choice
+from mora_ds.config import INCREMENTAL_IN_8_BITS, LoRAConfig, MoRAConfig
+from mora_ds.data_checks import data_checks
+from mora_ds.domain_settings import domain_checks
 from mora_ds.ds_optimizer import OptimizerKind
-from mora_ds.errors import UserError, member_named, nearest
+from mora_ds.errors import UserError, member_named
 from mora_ds.forgetting import Watch
-from mora_ds.mixture_settings import mixture_plan
+from mora_ds.parallel_checks import parallel_checks
 from mora_ds.resets import OptimizerReset
 from mora_ds.schedules import MergeWhen, schedule_kind
 from mora_ds.stall import StallSignal
 from mora_ds.target_checks import target_checks
-from mora_ds.tensor_plan import TPInputs
 from mora_ds.training_arguments import TrainingArguments
 from mora_ds.vector_checks import vector_checks
-
-Check = tuple[bool, str]
-"""(whether it is wrong, what to say then)."""
 
 _UNKNOWN_LENGTH = 2**62
 """Stands for the number of steps of a run that only the data will tell."""
@@ -36,18 +32,16 @@ _UNKNOWN_LENGTH = 2**62
 def validate(arguments: Arguments) -> None:
     """Raises one `UserError` that lists everything wrong with `arguments`, one problem a line."""
     checks = [
-        *_model_and_data(arguments),
-        *_data(arguments.data),
-        *_streaming(arguments),
+        *data_checks(arguments),
         *_adapter(arguments.adapter),
+        *domain_checks(arguments.adapter, arguments.data, arguments.training),
         *target_checks(arguments.adapter),
         *vector_checks(arguments.adapter, arguments.training),
         *_parts(arguments),
         *_steps(arguments.training),
         *_forgetting(arguments.training),
-        *_sequence(arguments),
         *_optimizer(arguments),
-        *_tensor_parallel(arguments),
+        *parallel_checks(arguments),
     ]
     problems = [message for wrong, message in checks if wrong]
     problems += _refusals(arguments)
@@ -55,91 +49,10 @@ def validate(arguments: Arguments) -> None:
         raise UserError("\n".join(dict.fromkeys(problems)))
 
 
-def _model_and_data(arguments: Arguments) -> Iterator[Check]:
-    model, data = arguments.model, arguments.data
-    has_data = data.names_text
-    named = model.model_name_or_path is not None
-    yield named and model.model_config is not None, "--model_name_or_path and --model_config: give one of them"
-    needs_data = not arguments.training.dry_run
-    yield (
-        named and not has_data and needs_data,
-        "--model_name_or_path without --train_files or --dataset_name: nothing to train on",
-    )
-    yield (
-        has_data and not named and model.model_config is None,
-        "--train_files or --dataset_name without a model: give --model_name_or_path or --model_config",
-    )
-    yield bool(data.train_files and data.dataset_name), "--train_files and --dataset_name: give one of them"
-    yield bool(data.eval_files) and not has_data, "--eval_files without --train_files or --dataset_name"
-    trains_tokenizer = model.train_tokenizer_vocab != 0
-    yield model.train_tokenizer_vocab < 0, _at_least("train_tokenizer_vocab", 0, model.train_tokenizer_vocab)
-    kinds, kind = ("bpe", "unigram"), model.train_tokenizer_type
-    yield (
-        kind not in kinds,
-        f"unknown --train_tokenizer_type {kind!r}; known: {', '.join(kinds)}.{nearest(kind, kinds)}",
-    )
-    yield (
-        trains_tokenizer and model.tokenizer_name is not None,
-        "--tokenizer_name and --train_tokenizer_vocab: give one of them",
-    )
-    yield (
-        has_data
-        and not named
-        and model.model_config is not None
-        and not trains_tokenizer
-        and model.tokenizer_name is None,
-        "--model_config comes without a tokenizer: give --tokenizer_name or --train_tokenizer_vocab",
-    )
-
-
-def _data(data: DataArguments) -> Iterator[Check]:
-    yield data.seq_len < 2, _at_least("seq_len", 2, data.seq_len)
-    yield data.preprocessing_workers < 1, _at_least("preprocessing_workers", 1, data.preprocessing_workers)
-    yield not data.text_column, "--text_column must not be empty"
-    counts = Counter(name for name, _ in data.named_eval_files())
-    twice = [name for name, count in counts.items() if count > 1]
-    yield bool(twice), f"--eval_files: {', '.join(twice)} would name two sets; write NAME=PATH"
-
-
-def _streaming(arguments: Arguments) -> Iterator[Check]:
-    data = arguments.data
-    yield (
-        not 0 <= data.held_out_share < 1,
-        f"--held_out_share must be at least 0 and below 1, got {data.held_out_share}",
-    )
-    yield data.shuffle_buffer < 0, _at_least("shuffle_buffer", 0, data.shuffle_buffer)
-    yield (
-        not 0 <= data.stream_retry_s < float("inf"),
-        f"--stream_retry_s must not be negative, got {data.stream_retry_s}",
-    )
-    yield bool(data.replay) and not data.names_text, "--replay without --train_files, --dataset_name or --mixture"
-    yield data.exclude_eval_documents and not data.eval_files, "--exclude_eval_documents without --eval_files"
-    try:
-        plan = mixture_plan(data)
-    except UserError as error:
-        yield True, str(error)
-        return
-    if plan is None or not plan.streams:
-        return
-    yield (
-        arguments.training.max_steps < 1,
-        "--streaming: nobody knows how long a stream is, so the steps must be given with --max_steps",
-    )
-    yield (
-        data.held_out_share > 0,
-        "--held_out_share reads the whole text before training, which --streaming does not: name held-out text with "
-        "--eval_files, and keep it out of training with --exclude_eval_documents",
-    )
-    yield (
-        arguments.model.train_tokenizer_vocab > 0,
-        "--train_tokenizer_vocab reads the whole text before training, which --streaming does not: --tokenizer_name",
-    )
-
-
 def _adapter(adapter: AdapterArguments) -> Iterator[Check]:
-    yield _choice("adapter", adapter.adapter, AdapterKind)
-    yield _choice("optimizer_reset", adapter.optimizer_reset, OptimizerReset)
-    yield _choice("merge_precision", adapter.merge_precision, MergePrecision)
+    yield choice("adapter", adapter.adapter, AdapterKind)
+    yield choice("optimizer_reset", adapter.optimizer_reset, OptimizerReset)
+    yield choice("merge_precision", adapter.merge_precision, MergePrecision)
     stalled = adapter.merge_when == MergeWhen.STALLED.value
     control = adapter.adapter in (AdapterKind.FULL.value, AdapterKind.NONE.value)
     yield (
@@ -150,7 +63,7 @@ def _adapter(adapter: AdapterArguments) -> Iterator[Check]:
     eight_bits = adapter.base_bits == 8
     yield eight_bits and control, f"--base_bits 8: --adapter {adapter.adapter} has no weight frozen beside an adapter"
     yield eight_bits and adapter.merge_precision == MergePrecision.INCREMENTAL.value, INCREMENTAL_IN_8_BITS
-    yield adapter.full_rank_steps < 0, _at_least("full_rank_steps", 0, adapter.full_rank_steps)
+    yield adapter.full_rank_steps < 0, at_least("full_rank_steps", 0, adapter.full_rank_steps)
     yield (
         control and adapter.full_rank_steps > 0,
         f"--full_rank_steps come before an adapter, and there is none with --adapter {adapter.adapter}",
@@ -204,13 +117,13 @@ def _steps(training: TrainingArguments) -> Iterator[Check]:
         "gradient_accumulation_steps",
         "sequence_parallel_size",
     ):
-        yield getattr(training, name) < 1, _at_least(name, 1, getattr(training, name))
-    yield training.logging_steps < 1, _at_least("logging_steps", 1, training.logging_steps)
+        yield getattr(training, name) < 1, at_least(name, 1, getattr(training, name))
+    yield training.logging_steps < 1, at_least("logging_steps", 1, training.logging_steps)
     for name in ("eval_steps", "save_steps", "seed"):
-        yield getattr(training, name) < 0, _at_least(name, 0, getattr(training, name))
+        yield getattr(training, name) < 0, at_least(name, 0, getattr(training, name))
     for name in ("save_total_limit", "max_eval_batches"):
         value = getattr(training, name)
-        yield value is not None and value < 1, _at_least(name, 1, value)
+        yield value is not None and value < 1, at_least(name, 1, value)
     yield (
         training.max_steps != -1 and training.max_steps < 1,
         f"--max_steps must be at least 1, or -1 for --num_train_epochs to decide, got {training.max_steps}",
@@ -240,21 +153,9 @@ def _forgetting(training: TrainingArguments) -> Iterator[Check]:
     )
 
 
-def _sequence(arguments: Arguments) -> Iterator[Check]:
-    size, attention = arguments.training.sequence_parallel_size, arguments.model.attn_implementation
-    yield (
-        size > 1 and arguments.data.seq_len % size != 0,
-        f"--sequence_parallel_size {size} does not divide --seq_len {arguments.data.seq_len}",
-    )
-    yield (
-        size > 1 and attention == "eager",
-        "--sequence_parallel_size: --attn_implementation eager cannot be split over ranks; leave it to auto, or sdpa",
-    )
-
-
 def _optimizer(arguments: Arguments) -> Iterator[Check]:
     training = arguments.training
-    yield _choice("optimizer", training.optimizer, OptimizerKind)
+    yield choice("optimizer", training.optimizer, OptimizerKind)
     muon = training.optimizer == OptimizerKind.MUON.value
     yield (
         muon and arguments.adapter.adapter != AdapterKind.MORA.value,
@@ -291,51 +192,6 @@ def _embedding_rate(arguments: Arguments) -> Iterator[Check]:
     yield (
         not beside,
         "--embedding_learning_rate: nothing is trained beside the adapter; give --train_embeddings, or one like it",
-    )
-
-
-def _tensor_parallel(arguments: Arguments) -> Iterator[Check]:
-    """The world, the heads and the squares are looked at where they are known: `topology`, `tensor_plan`."""
-    adapter, degree = arguments.adapter, arguments.training.tensor_parallel_size
-    flag = f"--tensor_parallel_size {degree}"
-    yield degree < 1, _at_least("tensor_parallel_size", 1, degree)
-    yield degree > 1 and adapter.train_new_embeddings, f"{flag} has not been tried with --train_new_embeddings"
-    yield _choice("tp_grouping", adapter.tp_grouping, TPGrouping)
-    yield _choice("tp_inputs", arguments.training.tp_inputs, TPInputs)
-    yield adapter.tp_segments < 1, _at_least("tp_segments", 1, adapter.tp_segments)
-    aligned = adapter.tp_grouping == TPGrouping.ALIGNED.value
-    yield (
-        aligned and adapter.adapter != AdapterKind.MORA.value,
-        f"--tp_grouping aligned is for squares, and --adapter is {adapter.adapter}",
-    )
-    yield (
-        adapter.tp_segments != AdapterArguments.tp_segments and not aligned,
-        "--tp_segments is for --tp_grouping aligned, and it is gather",
-    )
-    yield (
-        aligned and degree > 1 and adapter.tp_segments % degree > 0,
-        f"{flag} does not divide --tp_segments {adapter.tp_segments}: a segment belongs to one rank",
-    )
-    yield (
-        degree > 1 and arguments.training.sequence_parallel_size > 1,
-        f"{flag} and --sequence_parallel_size {arguments.training.sequence_parallel_size}: one of them at a time",
-    )
-    if degree > 1:
-        yield from _split(arguments, flag)
-
-
-def _split(arguments: Arguments, flag: str) -> Iterator[Check]:
-    adapter = arguments.adapter
-    yield (
-        adapter.adapter != AdapterKind.MORA.value,
-        f"{flag} splits squares, and --adapter {adapter.adapter} has none: leave it at 1",
-    )
-    yield adapter.base_bits == 8, SPLIT_IN_8_BITS.format(arguments.training.tensor_parallel_size)
-    yield adapter.full_rank_steps > 0, f"{flag}: --full_rank_steps train every parameter under plain ZeRO, at 1 only"
-    yield adapter.mora_dropout > 0, f"{flag}: every rank of a group would draw other masks, so --mora_dropout must be 0"
-    yield (
-        arguments.training.optimizer == OptimizerKind.MUON.value,
-        f"{flag}: --optimizer muon makes whole squares orthogonal, and no rank has a whole one: use adamw",
     )
 
 
@@ -379,12 +235,3 @@ def _refusal_of(attempt: Callable[[], object]) -> list[str]:
     except UserError as error:
         return str(error).splitlines()
     return []
-
-
-def _choice(flag: str, value: str, enum: type[Enum]) -> Check:
-    known = [member.value for member in enum]
-    return value not in known, f"unknown --{flag} {value!r}; known: {', '.join(known)}.{nearest(value, known)}"
-
-
-def _at_least(flag: str, least: int, value: int | None) -> str:
-    return f"--{flag} must be at least {least}, got {value}"

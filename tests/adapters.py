@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mora_ds import files
-from mora_ds.adapter_files import AdapterFile, BaseReference, write_adapter
+from mora_ds.adapter_files import AdapterFile, BaseReference, OwnSquares, write_adapter
 from mora_ds.base import BaseCheckpoint, renamed_keys
 from mora_ds.config import MoRAConfig
 from mora_ds.layer import linear_shape
@@ -56,12 +56,13 @@ class Maker:
         trained: Mapping[str, Tensor] | None = None,
         dtype: str = "float32",
         specs: Mapping[str, OperatorSpec] | None = None,
+        domains: tuple[str, ...] = (),
         **reference: Any,
     ) -> Updates:
         """An adapter after `cycles` merges, with random squares drawn from the config's seed; what is in it.
 
-        `trained`: tensors beside the squares. `specs`: operators in place of the config's. `reference`: other facts for
-        base.json.
+        `trained`: tensors beside the squares. `specs`: operators in place of the config's. `domains`: each has a
+        copy of the squares. `reference`: other facts for base.json.
         """
         folder.mkdir(parents=True)
         generator = torch.Generator().manual_seed(config.seed)
@@ -79,8 +80,13 @@ class Maker:
             if cycle < cycles:
                 ledger.append(cycle + 1, layers, squares.items())
         facts = {"config": config.to_dict()}
-        extra = dict(trained or {})
-        write_adapter(folder, AdapterFile(layers, dtype, cycles, 7, config.rank, tuple(extra), facts), squares, extra)
+        extra, operators = dict(trained or {}), {name: entry.operator for name, entry in layers.items()}
+        adapter = AdapterFile(
+            layers=layers, dtype=dtype, cycle=cycles, step=7, rank=config.rank, trainables=tuple(extra), facts=facts,
+            own=OwnSquares(domains, operators) if domains else None,
+        )  # fmt: skip
+        own = {name: square.expand(len(domains), -1, -1) for name, square in squares.items() if domains}
+        write_adapter(folder, adapter, squares, extra, own)
         about.write(folder)
         files.write_manifest(folder)
         return updates

@@ -25,7 +25,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         *("operator_spec", "compiling", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer"),
         *("ds_tensor_parallel", "stopping", "topology", "sequence_parallel", "restart", "background", "forgetting"),
-        *("trials", "new_rows", "memory_meter", "eight_bits", "target_sizes", "singular_vectors"),
+        *("trials", "new_rows", "memory_meter", "eight_bits", "target_sizes", "singular_vectors", "domain_names"),
+        *("checks",),
     ),
     (
         *("wiring", "data", "cli", "pulse", "ds_config", "tensor_files", "metrics", "run_folder", "followers"),
@@ -36,23 +37,29 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("mixture_settings", "source_losses"),
     ),
     (
-        *("model", "model_folder", "losses", "flat_tensors", "compute", "updates", "resets", "windows", "run_sources"),
-        *("weight_analysis", "base_svd"),
+        *("model", "model_folder", "losses", "flat_tensors", "compute", "updates", "resets", "windows"),
+        *("run_sources", "domain_squares", "weight_analysis", "base_svd"),
     ),
     (
         *("replicas", "deltas", "config", "layer", "spectrum", "vocabulary_rows", "partitions", "sequence_checks"),
         *("block_windows", "alignment_terms"),
     ),
-    ("tensor_plan", "adapter_arguments", "ledger", "checkpoint", "matching", "targets", "bank_layer"),
+    (
+        *("tensor_plan", "adapter_arguments", "ledger", "checkpoint", "matching", "targets", "domain_layer"),
+        *("stall_watch", "bank_layer"),
+    ),
     (
         *("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge", "target_checks"),
-        *("vector_checks", "run_vectors"),
+        *("domain_settings", "row_checks", "vector_checks", "run_vectors"),
     ),
     (
-        *("tensor_parallel", "remora", "model_card", "ledger_tools", "universal", "portable", "validation"),
-        *("run_data", "verification", "costs", "gradient_probe", "alignment"),
+        *("tensor_parallel", "remora", "model_card", "ledger_tools", "universal", "portable", "run_data"),
+        *("verification", "costs", "gradient_probe", "alignment", "data_checks", "parallel_checks"),
     ),
-    ("engine", "saving", "export", "trainer", "compact", "spectrum_report", "evaluation", "plan_step", "bank_files"),
+    (
+        *("validation", "engine", "saving", "export", "trainer", "compact", "spectrum_report", "evaluation"),
+        *("plan_step", "first_squares", "bank_files"),
+    ),
     ("run", "plan_memory", "plan_time", "run_targets", "weight_report", "bank"),
     ("jobs", "plan", "bank_scores"),
     ("plan_report",),
@@ -84,7 +91,7 @@ DEEPSPEED = {
 
 DISTRIBUTED = {
     *("ranks", "pulse", "background", "engine", "checkpoint", "followers", "flat_tensors", "partitions", "remora"),
-    *("saving", "trainer", "sequence_parallel", "sequence_checks", "replicas"),
+    *("saving", "trainer", "sequence_parallel", "sequence_checks", "replicas", "stall_watch"),
 }
 """Rooms that may import torch.distributed."""
 

@@ -195,7 +195,7 @@ def _run(trial: Trial, paths: DemoPaths, options: argparse.Namespace) -> Trial:
         if method.replay:
             settings["replay"] = [f"old={paths.train_files('general')[0]}:{method.replay:g}"]
         trial.folder.parent.mkdir(parents=True, exist_ok=True)
-        pretrain_alone(settings, trial.folder.with_suffix(".log"))
+        pretrain_alone(settings, trial.folder.with_name(f"{trial.folder.name}.log"))
     return trial
 
 

@@ -184,7 +184,7 @@ def _run(trial: Trial, options: argparse.Namespace) -> Trial:
         )
         settings["trainable_budget"] = mora.summary()["trainable_params"]
     trial.folder.parent.mkdir(parents=True, exist_ok=True)
-    pretrain_alone(settings, trial.folder.with_suffix(".log"))
+    pretrain_alone(settings, trial.folder.with_name(f"{trial.folder.name}.log"))
     return trial
 
 

@@ -49,13 +49,15 @@ def _check(given: argparse.Namespace) -> None:
         raise UserError("--batch_size and --max_documents must be at least 1")
     if given.bank is None and (given.adapters or given.bank_cache is not None):
         raise UserError("--adapters and --bank_cache belong to --bank DIR")
-    if given.bank is not None and (given.lm_eval or given.base is not None):
-        raise UserError("--bank takes the base as MODEL and evaluates on --sets: leave --base and --lm_eval out")
+    if given.bank is not None and (given.lm_eval or given.base is not None or given.domain is not None):
+        raise UserError(
+            "--bank takes the base as MODEL and evaluates on --sets: leave --base, --domain and --lm_eval out"
+        )
 
 
 def _model(given: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
     """What goes into the JSON."""
-    target = load_target(given.model, given.base, given.dtype, given.device, given.trust_remote_code)
+    target = load_target(given.model, given.base, given.dtype, given.device, given.trust_remote_code, given.domain)
     windows = Windows.of(target.model, given.window, given.stride)
     print(f"{target.source}; windows of {windows.window} tokens, stride {windows.stride}")
     scores = {
@@ -67,7 +69,7 @@ def _model(given: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, A
     for task, metrics in tasks.items():
         print(f"{task}: " + ", ".join(f"{name} {value}" for name, value in metrics.items()))
     return {
-        "window": windows.window, "stride": windows.stride,
+        "domain": given.domain, "window": windows.window, "stride": windows.stride,
         "sets": {name: score.to_dict() for name, score in scores.items()}, "lm_eval": tasks,
     }  # fmt: skip
 
@@ -112,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bank", type=Path, metavar="DIR", help="every adapter in this folder, on the base MODEL")
     parser.add_argument("--adapters", nargs="+", metavar="NAME", help="only these of the bank")
     parser.add_argument("--bank_cache", type=int, metavar="N", help="adapters that stay in memory. Default: 1")
+    parser.add_argument("--domain", metavar="NAME", help="of a run with domains, whose model; shared: without any's")
     parser.add_argument("--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: the model's own")
     parser.add_argument("--device", default="cpu", help="such as cuda:0")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores there too")

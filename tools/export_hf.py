@@ -28,6 +28,7 @@ def main() -> None:
         max_shard_gib=options.max_shard_gib,
         verify=options.verify,
         overwrite=options.overwrite,
+        domain=options.domain,
     )
     print("\n".join(report.lines()))
 
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, required=True, help="step folder, link to one, or output folder")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new or empty")
     parser.add_argument("--base", type=Path, help="where the base model lies now, if it was moved")
+    parser.add_argument("--domain", metavar="NAME", help="of a run with domains, whose model; shared: without any's")
     parser.add_argument("--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: as in training")
     parser.add_argument("--max_shard_gib", type=float, default=5.0, help="largest weight file in GiB")
     parser.add_argument("--verify", action="store_true", help="load it and compare logits with the live model's")
