@@ -5,6 +5,7 @@
     run = Run(engine, config, base=..., folder="out"); run.merge(step); run.save(step)
     export_merged(checkpoint, output)                            a merged Hugging Face model
     export_adapter(checkpoint, folder); load_adapter(base, folder)      the adapter alone, and onto the base again
+    bank = AdapterBank.open(base, folder)                        many of them over one base, chosen row by row
 
 Loaded lazily, so that `import mora_ds` costs nothing.
 """
@@ -18,6 +19,7 @@ from mora_ds.version import __version__
 
 if TYPE_CHECKING:
     from mora_ds.alignment import Alignment
+    from mora_ds.bank import AdapterBank
     from mora_ds.config import MoRAConfig
     from mora_ds.domain_layer import domains_of
     from mora_ds.engine import initialize
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from mora_ds.run import Run, with_vectors
 
 _HOME = {
+    "AdapterBank": "bank",
     "Alignment": "alignment",
     "MoRAConfig": "config",
     "domains_of": "domain_layer",
@@ -54,6 +57,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdapterBank",
     "Alignment",
     "InjectionReport",
     "Ledger",

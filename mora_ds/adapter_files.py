@@ -171,6 +171,14 @@ def write_adapter(
     write_json_atomic(folder / ADAPTER_JSON, adapter.to_dict())
 
 
+def adapter_folder(path: Path) -> Path | None:
+    """The folder with adapter.json that `path` means: itself, what it links to, or a run's latest checkpoint."""
+    for folder in (path, path / "checkpoints" / "latest", path / "latest"):
+        if (folder / ADAPTER_JSON).is_file():
+            return folder.resolve()
+    return None
+
+
 def read_adapter(folder: Path) -> AdapterFile:
     """Raises `UserError` naming adapter.json where it is missing, damaged or of an unknown format."""
     path = folder / ADAPTER_JSON

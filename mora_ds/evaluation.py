@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from mora_ds.adapter_files import ADAPTER_JSON, BaseReference, chosen_domain, read_adapter
+from mora_ds.adapter_files import BaseReference, adapter_folder, chosen_domain, read_adapter
 from mora_ds.data import IGNORED, Corpus, load_tokenizer, wants_bos
 from mora_ds.errors import UserError
 from mora_ds.portable import load_adapter
@@ -116,9 +116,8 @@ def load_target(
     `base`: where that lies now, if it was moved. `domain`: of a run with domains, "shared" for none.
     `dtype` "auto": a folder's own, a run's compute dtype. Raises `UserError` for what is neither.
     """
-    for folder in (path, path / "checkpoints" / "latest", path / "latest"):
-        if (folder / ADAPTER_JSON).is_file():
-            return _adapted(folder.resolve(), base, dtype, device, domain)
+    if (folder := adapter_folder(path)) is not None:
+        return _adapted(folder, base, dtype, device, domain)
     if not (path / "config.json").is_file():
         raise UserError(f"MODEL: {path} is neither a Hugging Face folder nor a checkpoint, nor has it one")
     if domain is not None:

@@ -25,6 +25,7 @@ from mora_ds.adapter_files import (
     AdapterFile,
     AdapterTensors,
     BaseReference,
+    adapter_folder,
     chosen_domain,
     read_adapter,
 )
@@ -136,10 +137,10 @@ def _config(folder: Path, adapter: AdapterFile) -> AdapterConfig:
 
 def find_adapter(path: Path) -> Path:
     """The folder that `path` means: itself, or the latest checkpoint of a run. Raises `UserError`."""
-    for folder in (path, path / "checkpoints" / "latest", path / "latest"):
-        if (folder / ADAPTER_JSON).is_file():
-            return folder.resolve()
-    raise UserError(f"{path} is neither an adapter, nor a checkpoint, nor the output folder of a run that has one")
+    folder = adapter_folder(path)
+    if folder is None:
+        raise UserError(f"{path} is neither an adapter, nor a checkpoint, nor the output folder of a run that has one")
+    return folder
 
 
 def open_adapter(folder: Path) -> tuple[AdapterFile, Ledger]:

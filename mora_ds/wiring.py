@@ -51,6 +51,11 @@ class Wiring:
 @lru_cache(maxsize=1024)  # a 70B model has 560 layers
 def wiring(spec: OperatorSpec, device: torch.device) -> Wiring:
     """Made on the CPU, kept on the device."""
+    return fresh_wiring(spec, device)
+
+
+def fresh_wiring(spec: OperatorSpec, device: torch.device) -> Wiring:
+    """The same, made anew: for those who keep what they need of it themselves."""
     with torch.inference_mode(False), torch.no_grad():
         inputs, outputs, places_of, outputs_of = _permutations(spec)
         places, more = _places(spec), torch.arange(spec.d_in, _wrapped(spec))

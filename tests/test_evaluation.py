@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -14,10 +15,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mora_ds.config import MoRAConfig
 from mora_ds.data import load_corpus, load_tokenizer
 from mora_ds.errors import UserError
-from mora_ds.evaluation import Windows, evaluate, harness, load_target, named_sets
+from mora_ds.evaluation import Target, Windows, evaluate, harness, load_target, named_sets
 from mora_ds.export import export_merged
+from tests.adapters import Maker, merge
 from tests.jobs import REPOSITORY, Playground, run
 
 
@@ -133,3 +136,48 @@ def test_what_cannot_be_evaluated_is_named(user: Playground, tmp_path: Path) -> 
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(UserError, match="not a single token"):
         evaluate(target, load_corpus([str(tmp_path / "empty.jsonl")]), Windows(64, 32))
+
+
+def test_every_adapter_of_a_bank_has_the_figures_of_its_merged_model(
+    user: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    maker = Maker(AutoModelForCausalLM.from_pretrained(user.model), user.model)
+    updates = {
+        name: maker.write(tmp_path / "bank" / name, MoRAConfig(rank=2, seed=cycles), cycles, scale=0.1)
+        for cycles, name in enumerate(("a", "b", "c"))
+    }
+    module = importlib.util.spec_from_file_location("evaluate_tool", REPOSITORY / "tools" / "evaluate.py")
+    assert module is not None and module.loader is not None
+    tool = importlib.util.module_from_spec(module)
+    module.loader.exec_module(tool)
+
+    def evaluated(*flags: str) -> dict[str, Any]:
+        given = ["evaluate.py", str(user.model), *flags, "--json", str(tmp_path / "scores.json")]
+        monkeypatch.setattr(sys, "argv", given)
+        tool.main()
+        return json.loads((tmp_path / "scores.json").read_text())
+
+    sets = ["--sets", f"held={user.held}", str(user.other), "--window", "64", "--stride", "32"]
+    bank = ["--bank", str(tmp_path / "bank"), "--bank_cache", "2"]
+    found = evaluated(*sets, *bank)["adapters"]
+    said = capsys.readouterr().out
+    assert "held: perplexity" in said and "3 adapter(s) on" in said
+    model, target = maker.model, load_target(user.model)
+    for name in ("(base)", "a", "b", "c"):
+        merge(model, maker.weights, updates.get(name, {}))
+        merged = Target(model.eval(), target.tokenizer, name)
+        for each, path in (("held", user.held), ("other", user.other)):
+            expected = evaluate(merged, load_corpus([str(path)]), Windows(64, 32))
+            assert found[name][each]["nats"] == pytest.approx(expected.nats, rel=1e-6)
+            assert found[name][each]["tokens"] == expected.tokens
+        assert name == "(base)" or abs(found[name]["held"]["nats"] / found["(base)"]["held"]["nats"] - 1) > 1e-4
+        model.load_state_dict(maker.weights, strict=False)
+    assert set(evaluated(*sets, *bank, "--adapters", "c", "--max_documents", "1")["adapters"]) == {"(base)", "c"}
+    for flags, message in (
+        ([*sets, *bank, "--adapters", "c", "d"], "the bank has no adapter 'd'"),
+        ([*sets, "--adapters", "c"], "--adapters and --bank_cache belong to --bank"),
+        ([*sets, *bank, "--lm_eval", "x"], "--bank takes the base as MODEL"),
+        ([*sets, "--bank", str(tmp_path / "bank"), "--bank_cache", "0"], "cache_adapters must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluated(*flags)

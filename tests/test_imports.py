@@ -44,7 +44,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("replicas", "deltas", "config", "layer", "spectrum", "vocabulary_rows", "partitions", "sequence_checks"),
         *("block_windows", "alignment_terms"),
     ),
-    ("tensor_plan", "adapter_arguments", "ledger", "checkpoint", "matching", "targets", "domain_layer", "stall_watch"),
+    (
+        *("tensor_plan", "adapter_arguments", "ledger", "checkpoint", "matching", "targets", "domain_layer"),
+        *("stall_watch", "bank_layer"),
+    ),
     (
         *("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge", "target_checks"),
         *("domain_settings", "row_checks", "vector_checks", "run_vectors"),
@@ -55,10 +58,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("validation", "engine", "saving", "export", "trainer", "compact", "spectrum_report", "evaluation"),
-        *("plan_step", "first_squares"),
+        *("plan_step", "first_squares", "bank_files"),
     ),
-    ("run", "plan_memory", "plan_time", "run_targets", "weight_report"),
-    ("jobs", "plan"),
+    ("run", "plan_memory", "plan_time", "run_targets", "weight_report", "bank"),
+    ("jobs", "plan", "bank_scores"),
     ("plan_report",),
     ("dry_run",),
     ("pretrain",),
@@ -99,7 +102,7 @@ STANDARD_LIBRARY_ONLY = {
 WITHOUT_DEEPSPEED = (
     "operators", "windows", "layer", "tensor_plan", "costs", "config", "injection", "data", "ledger", "export",
     "shards", "checkpoint_folder", "verification", "universal", "portable", "arguments", "validation", "evaluation",
-    "vocabulary_rows",
+    "vocabulary_rows", "bank_scores",
 )  # fmt: skip
 """Rooms that must not need DeepSpeed, not even through another room."""
 

@@ -19,9 +19,15 @@ from tests.test_zero import ds_config
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
-def plugin_code() -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+def code_with(word: str) -> str:
+    """The one block of Python that has it."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    (code,) = (block for block in blocks if word in block)
     return code
+
+
+def plugin_code() -> str:
+    return code_with("mora_ds.inject")
 
 
 class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]

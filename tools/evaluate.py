@@ -2,21 +2,27 @@
 
     python tools/evaluate.py out/checkpoints/latest --sets domain=held.jsonl general='prose/*.txt' --stride 256
     python tools/evaluate.py MODEL --sets domain=held.jsonl --json scores.json --lm_eval hellaswag arc_easy
+    python tools/evaluate.py BASE --bank DIR --sets domain=held.jsonl [--adapters law code] [--bank_cache 8]
 
-A checkpoint needs no merged model: base, ledger and live squares are put together in memory. Every document is scored
-for itself and whole. Bits per byte compare models with different tokenizers; perplexities do not.
+With --bank: every adapter in a folder, or those named, over one base. A checkpoint needs no merged model: base, ledger
+and live squares are put together in memory. Every document is scored for itself and whole. Bits per byte compare models
+with different tokenizers; perplexities do not.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
 from mora_ds import cli
-from mora_ds.data import load_corpus
+from mora_ds.bank import AdapterBank
+from mora_ds.bank_scores import bank_rows, evaluate_bank
+from mora_ds.data import Corpus, load_corpus
 from mora_ds.errors import UserError
 from mora_ds.evaluation import Score, Windows, evaluate, harness, load_target, named_sets
 from mora_ds.files import write_json_atomic
@@ -26,14 +32,31 @@ from mora_ds.tensor_files import COMPUTE_DTYPES
 
 def main() -> None:
     given = _parser().parse_args()
-    if not given.sets and not given.lm_eval:
-        raise UserError("nothing to evaluate on: give --sets NAME=PATH, or --lm_eval TASK")
-    if given.batch_size < 1 or (given.max_documents is not None and given.max_documents < 1):
-        raise UserError("--batch_size and --max_documents must be at least 1")
+    _check(given)
     sets = {
         name: load_corpus([path], text_column=given.text_column, flag=f"--sets {name}")
         for name, path in named_sets(given.sets).items()
     }
+    content = _bank(given, sets) if given.bank is not None else _model(given, sets)
+    if given.json is not None:
+        write_json_atomic(given.json, {"model": str(given.model), **content})
+
+
+def _check(given: argparse.Namespace) -> None:
+    if not given.sets and not given.lm_eval:
+        raise UserError("nothing to evaluate on: give --sets NAME=PATH, or --lm_eval TASK")
+    if given.batch_size < 1 or (given.max_documents is not None and given.max_documents < 1):
+        raise UserError("--batch_size and --max_documents must be at least 1")
+    if given.bank is None and (given.adapters or given.bank_cache is not None):
+        raise UserError("--adapters and --bank_cache belong to --bank DIR")
+    if given.bank is not None and (given.lm_eval or given.base is not None or given.domain is not None):
+        raise UserError(
+            "--bank takes the base as MODEL and evaluates on --sets: leave --base, --domain and --lm_eval out"
+        )
+
+
+def _model(given: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
+    """What goes into the JSON."""
     target = load_target(given.model, given.base, given.dtype, given.device, given.trust_remote_code, given.domain)
     windows = Windows.of(target.model, given.window, given.stride)
     print(f"{target.source}; windows of {windows.window} tokens, stride {windows.stride}")
@@ -45,12 +68,28 @@ def main() -> None:
     tasks = harness(target, given.lm_eval, windows.window, given.batch_size) if given.lm_eval else {}
     for task, metrics in tasks.items():
         print(f"{task}: " + ", ".join(f"{name} {value}" for name, value in metrics.items()))
-    if given.json is not None:
-        content = {
-            "model": str(given.model), "domain": given.domain, "window": windows.window, "stride": windows.stride,
-            "sets": {name: score.to_dict() for name, score in scores.items()}, "lm_eval": tasks,
-        }  # fmt: skip
-        write_json_atomic(given.json, content)
+    return {
+        "domain": given.domain, "window": windows.window, "stride": windows.stride,
+        "sets": {name: score.to_dict() for name, score in scores.items()}, "lm_eval": tasks,
+    }  # fmt: skip
+
+
+def _bank(given: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
+    bank = AdapterBank.open(
+        given.model, given.bank, cache_adapters=1 if given.bank_cache is None else given.bank_cache,
+        dtype=given.dtype, device=given.device, trust_remote_code=given.trust_remote_code,
+    )  # fmt: skip
+    windows = Windows.of(bank.model, given.window, given.stride)
+    chosen = given.adapters or bank.names
+    print(f"{len(chosen)} adapter(s) on {bank.base}; windows of {windows.window} tokens, stride {windows.stride}")
+    scores = evaluate_bank(bank, sets, windows, chosen, given.batch_size, given.max_documents, given.trust_remote_code)
+    print("\n".join(table(bank_rows(scores))))
+    return {
+        "bank": str(given.bank), "window": windows.window, "stride": windows.stride,
+        "adapters": {
+            name: {each: score.to_dict() for each, score in found.items()} for name, found in scores.items()
+        },
+    }  # fmt: skip
 
 
 _TITLES = ["set", "documents", "tokens", "bytes", "tokens/byte", "perplexity", "bits/byte"]
@@ -72,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=4, help="windows at a time")
     parser.add_argument("--max_documents", type=int, help="score only the first ones of each set")
     parser.add_argument("--base", type=Path, help="where a checkpoint's base lies now, if it was moved")
+    parser.add_argument("--bank", type=Path, metavar="DIR", help="every adapter in this folder, on the base MODEL")
+    parser.add_argument("--adapters", nargs="+", metavar="NAME", help="only these of the bank")
+    parser.add_argument("--bank_cache", type=int, metavar="N", help="adapters that stay in memory. Default: 1")
     parser.add_argument("--domain", metavar="NAME", help="of a run with domains, whose model; shared: without any's")
     parser.add_argument("--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: the model's own")
     parser.add_argument("--device", default="cpu", help="such as cuda:0")
