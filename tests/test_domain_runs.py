@@ -246,7 +246,15 @@ def test_frozen_squares_stay_and_go_along(user: Playground, tmp_path: Path, free
         (("--init_adapter", tmp_path / "nowhere"), "is neither an adapter"),
     ):
         refuses(domain_flags(user, never, mix, *more), part)
+    (tmp_path / "rank0").symlink_to(first)  # as where another node does not see the folder
+    for kind, message in run_ranks(2, refused_here, domain_flags(user, never, mix, "--init_adapter"), tmp_path / "rank"):
+        assert kind == "UserError" and "rank1 is neither an adapter" in message
     assert not (never / "checkpoints").exists()
+
+
+def refused_here(argv: list[str], folder: Path) -> tuple[str, str]:
+    """`refused`, with a last flag of this rank's own."""
+    return refused([*argv, f"{folder}{dist.get_rank()}"])
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
