@@ -41,8 +41,8 @@ class FirstSquares:
             )
         if facts.trainables:
             raise UserError(
-                f"{FLAG} {path}: that run trained {facts.trainables[0]} beside its squares, which a run that starts from "
-                "squares would not have: start from what tools/export_hf.py --domain shared makes of it"
+                f"{FLAG} {path}: that run trained {facts.trainables[0]} beside its squares, which would be left out: "
+                "start from the model that tools/export_hf.py makes of it"
             )
         if (found := BaseReference.read(folder).fingerprint) != fingerprint:
             raise UserError(f"{FLAG} {path} is an adapter of another base: fingerprint {found}, not {fingerprint}")
