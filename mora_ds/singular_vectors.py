@@ -76,7 +76,7 @@ def read(name: str, module: str, first: int, count: int) -> tuple[Tensor, Tensor
     rows = [(first + number) % most for number in range(count)]
     needed = max(count, max(rows) + 1)
     if needed > held:
-        raise UserError(f"{path_of(name)} holds {held} of {module}'s {most} singular vectors, not {needed}")
+        raise UserError(f"{_paths[name][0]} holds {held} of {module}'s {most} singular vectors, not {needed}")
     return left[:][rows], right[:][rows]
 
 
@@ -86,12 +86,13 @@ def norm(name: str, module: str) -> float:
 
 
 def _handle(name: str, module: str) -> Any:
-    path = path_of(name)
+    """An open file is read on even where it was deleted."""
     if name not in _handles:
+        path = path_of(name)
         try:
             _handles[name] = safe_open(str(path), framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is truncated or damaged: {error}") from error
     if f"{module}.left" not in _handles[name].keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-        raise UserError(f"{path} holds no singular vectors of {module}")
+        raise UserError(f"{_paths[name][0]} holds no singular vectors of {module}")
     return _handles[name]

@@ -80,6 +80,8 @@ def test_vectors_outlive_a_checkpoint_that_was_looked_into(tmp_path: Path) -> No
     shutil.rmtree(tmp_path / "checkpoint")
     assert singular_vectors.norm(name, MODULE) == pytest.approx(weight.norm().item(), rel=1e-6)
     assert singular_vectors.path_of(name) == tmp_path / "ledger" / VECTORS_FILE
+    shutil.rmtree(tmp_path / "ledger")
+    assert singular_vectors.read(name, MODULE, 0, 5)[0].shape == (5, 6), "an adapter in memory needs its folder no more"
 
 
 # -- the contract ------------------------------------------------------------------------------------------------------
