@@ -201,6 +201,10 @@ def _embedding_rate(arguments: Arguments) -> Iterator[Check]:
         not beside,
         "--embedding_learning_rate: nothing is trained beside the adapter; give --train_embeddings, or one like it",
     )
+    yield (
+        adapter.domain_adapters,
+        "--embedding_learning_rate would be that of the domains' squares too: leave it out with --domain_adapters",
+    )
 
 
 def _refusals(arguments: Arguments) -> list[str]:

@@ -231,6 +231,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "--embedding_learning_rate is for what is trained beside an adapter, and --adapter is full",
     ),
     "embedding rate of nothing": ({"embedding_learning_rate": 1e-4}, "give --train_embeddings, or one like it"),
+    "embedding rate and domains": (
+        {
+            "embedding_learning_rate": 1e-4,
+            "train_norms": True,
+            "domain_adapters": True,
+            "train_files": ["code=a.txt:1", "law=b.txt:1"],
+        },
+        "would be that of the domains' squares too",
+    ),
     "rate nan": ({"learning_rate": float("nan")}, "--learning_rate must be above 0"),
     "ratio": ({"min_lr_ratio": 1.5}, "--min_lr_ratio"),
     "steps": ({"max_steps": 0}, "--max_steps must be at least 1, or -1"),
