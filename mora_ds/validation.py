@@ -192,10 +192,6 @@ def _embedding_rate(arguments: Arguments) -> Iterator[Check]:
         adapter.adapter in (AdapterKind.FULL.value, AdapterKind.NONE.value),
         f"--embedding_learning_rate is for what is trained beside an adapter, and --adapter is {adapter.adapter}",
     )
-    yield (
-        adapter.domain_adapters,
-        "--embedding_learning_rate would be the rate of the domains' squares too: drop it, or --domain_adapters",
-    )
     beside = adapter.train_embeddings or adapter.train_new_embeddings or adapter.train_norms or adapter.train_head
     yield (
         not beside,

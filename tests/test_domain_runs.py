@@ -255,10 +255,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "full": ({"adapter": "full"}, "--domain_adapters is for squares, and --adapter is full"),
     "weight": ({"compute": "weight"}, "--compute weight forms one weight for all rows"),
     "budget": ({"targets": "auto", "trainable_budget": "1%"}, "--trainable_budget counts one square a layer"),
-    "embedding rate": (
-        {"embedding_learning_rate": 1e-4, "train_norms": True},
-        "--embedding_learning_rate would be the rate of the domains' squares too",
-    ),
     "subspace": ({"operator": "subspace"}, "--operator subspace has no squares of rows"),
     "alignment": ({"alignment_weight": 0.1}, "--alignment_weight aligns one delta a layer"),
     "tensor parallel": ({"tensor_parallel_size": 2}, "--tensor_parallel_size 2 splits"),
