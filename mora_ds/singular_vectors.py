@@ -26,7 +26,8 @@ from mora_ds.errors import RunError, UserError
 _NAME = 16
 """Hex digits of a name."""
 
-_paths: dict[str, Path] = {}
+_paths: dict[str, list[Path]] = {}
+"""Every place that has been told, the newest first: a checkpoint may go while the run's own ledger stays."""
 _handles: dict[str, Any] = {}
 
 
@@ -44,20 +45,23 @@ class VectorsRecord:
 
 
 def register(name: str, path: Path) -> None:
-    """From here on `name` is read from `path`, by this process. The contents are whoever's who knows the hash."""
-    if _paths.get(name) != path:
-        _paths[name] = path
+    """From here on `name` is read from `path`, by this process, and from where it was before should that go. The
+    contents are whoever's who knows the hash."""
+    known = _paths.setdefault(name, [])
+    if known[:1] != [path]:
+        known[:] = [path, *(each for each in known if each != path)]
         _handles.pop(name, None)
 
 
 def path_of(name: str) -> Path:
-    """Where a file lies. Raises `RunError` for a name that nobody has registered."""
-    if name not in _paths:
+    """Where a file lies. Raises `RunError` for a name that nobody has registered, or whose files are gone."""
+    found = next((path for path in _paths.get(name, []) if path.is_file()), None)
+    if found is None:
         raise RunError(
             f"the singular vectors {name or 'of this base'} are not at hand: a run or its ledger holds them "
             "(vectors.safetensors), and makes them known when it is opened"
         )
-    return _paths[name]
+    return found
 
 
 def read(name: str, module: str, first: int, count: int) -> tuple[Tensor, Tensor]:
@@ -72,7 +76,7 @@ def read(name: str, module: str, first: int, count: int) -> tuple[Tensor, Tensor
     rows = [(first + number) % most for number in range(count)]
     needed = max(count, max(rows) + 1)
     if needed > held:
-        raise UserError(f"{path_of(name)} holds {held} of {module}'s {most} singular vectors, not {needed}")
+        raise UserError(f"{_paths[name][0]} holds {held} of {module}'s {most} singular vectors, not {needed}")
     return left[:][rows], right[:][rows]
 
 
@@ -82,12 +86,13 @@ def norm(name: str, module: str) -> float:
 
 
 def _handle(name: str, module: str) -> Any:
-    path = path_of(name)
+    """An open file is read on even where it was deleted."""
     if name not in _handles:
+        path = path_of(name)
         try:
             _handles[name] = safe_open(str(path), framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is truncated or damaged: {error}") from error
     if f"{module}.left" not in _handles[name].keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-        raise UserError(f"{path} holds no singular vectors of {module}")
+        raise UserError(f"{_paths[name][0]} holds no singular vectors of {module}")
     return _handles[name]

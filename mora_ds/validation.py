@@ -188,6 +188,10 @@ def _embedding_rate(arguments: Arguments) -> Iterator[Check]:
     if rate is None:
         return
     yield not 0 < rate < float("inf"), f"--embedding_learning_rate must be above 0, got {rate}"
+    yield (
+        adapter.adapter in (AdapterKind.FULL.value, AdapterKind.NONE.value),
+        f"--embedding_learning_rate is for what is trained beside an adapter, and --adapter is {adapter.adapter}",
+    )
     beside = adapter.train_embeddings or adapter.train_new_embeddings or adapter.train_norms or adapter.train_head
     yield (
         not beside,

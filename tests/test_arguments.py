@@ -226,6 +226,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"embedding_learning_rate": 0.0, "train_norms": True},
         "--embedding_learning_rate must be above",
     ),
+    "embedding rate of full training": (
+        {"embedding_learning_rate": 1e-4, "train_norms": True, "adapter": "full"},
+        "--embedding_learning_rate is for what is trained beside an adapter, and --adapter is full",
+    ),
     "embedding rate of nothing": ({"embedding_learning_rate": 1e-4}, "give --train_embeddings, or one like it"),
     "embedding rate and domains": (
         {

@@ -146,6 +146,28 @@ def test_nodes_with_disks_of_their_own_are_one_run(
     assert_same(final(out), final(whole))
 
 
+def test_vectors_and_plans_reach_nodes_with_disks_of_their_own(
+    user: Playground, nodes: tuple[Node, Node], tmp_path: Path
+) -> None:
+    """Singular vectors and the plan of squares are made on rank 0's node, whose disk the other does not see."""
+    more = ("--operator", "subspace", "--subspace_cycles", 2, "--alignment_weight", 0.1, "--alignment_rank", 4)
+    planned = (*MORE, "--max_steps", 12, *more, "--targets", "auto", "--trainable_budget", "3%")
+    run(2, user.flags(tmp_path / "whole", *planned))
+    out = tmp_path / "out"
+    out.mkdir()
+    nodes[1].mount(out)
+    flags = [*user.flags(out, *planned), "--resume_from_checkpoint", "auto"]
+    processes = start("torchrun", nodes, tmp_path, flags)
+    wait_for(out / "checkpoints" / "step-000004", processes)
+    for process in processes:
+        process.kill()
+    processes = start("torchrun", nodes, tmp_path, flags)
+    assert [process.wait(timeout=200) for process in processes] == [0, 0], told(tmp_path)
+    assert "resumed from" in told(tmp_path)
+    assert torch.equal(losses(out), losses(tmp_path / "whole"))
+    assert_same(final(out), final(tmp_path / "whole"))
+
+
 def test_namespaces_are_gone_afterwards() -> None:
     if (reason := trouble()) is not None:
         pytest.skip(reason)

@@ -69,6 +69,21 @@ def spec(request: pytest.FixtureRequest, tmp_path: Path) -> SubspaceSpec:
     return SubspaceSpec(d_in, d_out, r_hat, MODULE, name, first=min(d_in, d_out) // 2)
 
 
+def test_vectors_outlive_a_checkpoint_that_was_looked_into(tmp_path: Path) -> None:
+    """A checkpoint is opened while its run goes on, and deleted as the run keeps only newer ones."""
+    weight = random(6, 5)
+    name = known(weight, 5, tmp_path)
+    ledger = Ledger.create(tmp_path / "ledger", "base", singular_vectors.path_of(name))
+    Ledger.open(tmp_path / "ledger")
+    ledger.copy_to(tmp_path / "checkpoint")
+    Ledger.open(tmp_path / "checkpoint")
+    shutil.rmtree(tmp_path / "checkpoint")
+    assert singular_vectors.norm(name, MODULE) == pytest.approx(weight.norm().item(), rel=1e-6)
+    assert singular_vectors.path_of(name) == tmp_path / "ledger" / VECTORS_FILE
+    shutil.rmtree(tmp_path / "ledger")
+    assert singular_vectors.read(name, MODULE, 0, 5)[0].shape == (5, 6), "an adapter in memory needs its folder no more"
+
+
 # -- the contract ------------------------------------------------------------------------------------------------------
 
 

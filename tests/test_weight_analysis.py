@@ -229,6 +229,7 @@ def test_estimates_are_marked_in_the_table() -> None:
         (["--write", "OUT/t.yaml", "--trainable_budget", "much"], "--trainable_budget must be like"),
         (["--seq_len", "1"], "--seq_len must be at least 2"),
         (["--probe", "OUT/none.txt"], "--probe"),
+        (["--probe", "TRAIN", "--operator", "subspace"], "--probe has no singular vectors for --operator subspace"),
         (["--target_modules", "q_prj"], "--target_modules 'q_prj' matches no linear layer"),
         (["--probe", "TRAIN", "--seq_len", "4096"], "--seq_len 4096 is longer than the model's 128 positions"),
     ],

@@ -24,6 +24,7 @@ from mora_ds.evaluation import load_target
 from mora_ds.gradient_probe import FLAG, GradientMeasures, probe, token_batches
 from mora_ds.run_targets import open_model
 from mora_ds.spectrum_report import check_writable, require_matplotlib, torch_device
+from mora_ds.subspace import SUBSPACE
 from mora_ds.targets import BY_PROBE, BY_WEIGHTS, parse_budget
 from mora_ds.weight_analysis import EXACT_UP_TO, analyse
 from mora_ds.weight_report import report_lines, write_heat_map, write_report
@@ -57,6 +58,10 @@ def _check(given: argparse.Namespace) -> None:
         require_matplotlib()
     if (given.write is None) != (given.trainable_budget is None):
         raise UserError("--trainable_budget and --write belong together: a plan is made under a budget, and written")
+    if given.probe and given.operator == SUBSPACE:
+        raise UserError(
+            "--probe has no singular vectors for --operator subspace: plan it by the weights, or probe another operator"
+        )
     if given.trainable_budget is not None:
         parse_budget(given.trainable_budget)
     for name in ("exact_up_to", "probe_batches", "batch_size"):
