@@ -193,9 +193,10 @@ def add_updates_(y: Tensor, terms: Terms, x: Tensor) -> None:
     if scatters(x):
         fit = max(_IN_CACHE // max(terms.sources.shape[1], terms.form.d_out), 1)
         count, length = max(fit // length, 1), min(max(fit, _SHORT), length)
-    for some in zip(y.split(length, dim=1), x.split(length, dim=1), strict=True):
+    for begin in range(0, x.shape[1], length):
+        some = slice(begin, begin + length)  # not `split`, whose views may not be written to under autograd
         for start in range(0, len(terms.sources), count):
-            _add(*some, terms, slice(start, start + count))
+            _add(y[:, some], x[:, some], terms, slice(start, start + count))
 
 
 def _add(y: Tensor, x: Tensor, terms: Terms, part: slice) -> None:
@@ -238,11 +239,12 @@ def _through_weights(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Term
 
 
 def _turn(form: OperatorSpec, z: Tensor) -> Tensor:
-    """Rotate's turning of paired blocks (..., N, R), in fp32 at least, for complex numbers come no smaller."""
+    """Rotate's turning of paired blocks (..., N, R), in fp32 at least, for complex numbers come no smaller: those are
+    turned in place."""
     wide = z if z.dtype is torch.float64 else z.float()
     cos, sin = rope_table(form.blocks_in, form.r_hat, wide.dtype, z.device)
-    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
-    return torch.view_as_real(turned).flatten(-2).to(z.dtype)
+    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(torch.complex(cos, sin))
+    return wide.to(z.dtype)
 
 
 def _of_terms(x: Tensor, groups: Tensor) -> Tensor:

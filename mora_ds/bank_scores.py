@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from mora_ds.adapter_files import adapter_folder
 from mora_ds.bank import AdapterBank
 from mora_ds.data import Corpus, load_tokenizer
+from mora_ds.errors import UserError
 from mora_ds.evaluation import Score, Target, Windows, evaluate
 
 BASE = "(base)"
@@ -24,9 +25,13 @@ def evaluate_bank(
 ) -> dict[str, dict[str, Score]]:
     """Adapter -> set -> score, the base first. A checkpoint's own tokenizer goes before the base's, as in its run.
 
-    Raises `UserError` for an unknown name, before anything is evaluated, and for a damaged adapter when its turn comes.
+    Raises `UserError` for an unknown name, and one whose headers are damaged, before anything is evaluated; for one
+    whose squares are, when its turn comes.
     """
     bank.check_names(names)
+    for name in names:
+        if name in bank.damaged:
+            raise UserError(f"adapter {name!r} cannot be used: {bank.damaged[name]}")
     tokenizer = load_tokenizer(bank.base, trust_remote_code=trust_remote_code, flag="MODEL")
     scores = {BASE: _scores(Target(bank.model, tokenizer, BASE), sets, windows, batch_size, max_documents)}
     for name in names:

@@ -26,6 +26,8 @@ def check_domains(domains: Sequence[str], freeze: str) -> None:
             f"--domain_adapters: each domain needs a name of its own, and {SHARED!r} is the shared square's; "
             f"got {', '.join(domains)}"
         )
+    if unfit := {".", ".."} & set(domains):
+        raise UserError(f"--domain_adapters: {min(unfit)!r} is no name of a domain: each has its model's folder")
     kinds = [kind.value for kind in Freeze]
     if freeze not in kinds:
         raise UserError(f"unknown --freeze {freeze!r}; known: {', '.join(kinds)}.{nearest(freeze, kinds)}")

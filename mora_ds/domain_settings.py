@@ -61,10 +61,14 @@ def _by_name(name: str, domains: Sequence[str]) -> str | None:
 
 
 def _entries(entries: Sequence[str]) -> Iterator[tuple[str, str]]:
+    seen = set()
     for entry in entries:
         name, mark, domain = entry.rpartition("=")
         if not mark or not name or not domain:
             raise UserError(f"--eval_domains {entry}: must be SET=DOMAIN")
+        if name in seen:
+            raise UserError(f"--eval_domains: {name} is given twice")
+        seen.add(name)
         yield name, domain
 
 

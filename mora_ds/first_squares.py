@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mora_ds import zero
 from mora_ds.adapter_files import AdapterFile, AdapterTensors, BaseReference
-from mora_ds.domain_layer import DomainLinear, domain_layers, domains_of
+from mora_ds.domain_layer import OWN, DomainLinear, domain_layers, domains_of
 from mora_ds.errors import UserError
 from mora_ds.portable import find_adapter, open_adapter
 
@@ -39,13 +39,24 @@ class FirstSquares:
                 f"{FLAG} {path}: {ledger.cycles} merged cycle(s) are in the base of that run and not in its squares: "
                 "start from what tools/export_hf.py --domain shared makes of it"
             )
+        if facts.trainables:
+            raise UserError(
+                f"{FLAG} {path}: that run trained {facts.trainables[0]} beside its squares, which would be left out: "
+                "start from the model that tools/export_hf.py makes of it"
+            )
         if (found := BaseReference.read(folder).fingerprint) != fingerprint:
             raise UserError(f"{FLAG} {path} is an adapter of another base: fingerprint {found}, not {fingerprint}")
-        layers = domain_layers(model)
+        layers, names = domain_layers(model), domains_of(model).names
+        there = () if facts.own is None else facts.own.names
+        if set(names).isdisjoint(there) and any(OWN in layer.frozen_values for layer in layers.values()):
+            raise UserError(
+                f"{FLAG} {path}: --freeze domains would keep the squares of {', '.join(names)} at zero: that run has "
+                + (f"those of {', '.join(there)}" if there else "no domains")
+            )
         if different := sorted(set(layers) ^ set(facts.layers)):
             raise UserError(f"{FLAG} {path} adapts other layers (--target_modules), e.g. {different[0]}")
         for name, layer in layers.items():
-            own = layer.own_spec if facts.own is None else facts.own.operators[name]
+            own = layer.own_spec if facts.own is None else facts.own.operators.get(name)
             if (facts.layers[name].operator, own) != (layer.spec, layer.own_spec):
                 raise UserError(
                     f"{FLAG} {path}: the square of {name} means something else there (--mora_rank, --operator, "

@@ -178,7 +178,7 @@ def _adapter_job(
     _check_checkpoint(place.checkpoint, run_identity(fingerprint, config, precision, common))
     ds_config = fill_bucket_sizes(ds_config, numels)
     init = arguments.adapter.init_adapter if place.checkpoint is None else None
-    first = None if init is None else FirstSquares.open(Path(init), loaded.model, fingerprint)
+    first = None if init is None else ranks.agree(lambda: FirstSquares.open(Path(init), loaded.model, fingerprint))
     engine, *_ = initialize(
         model=loaded.model, config=ds_config, tensor_parallel_size=degree, tensor_parallel_inputs=inputs
     )

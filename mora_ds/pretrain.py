@@ -39,6 +39,7 @@ from mora_ds.loop_settings import LoopSettings
 from mora_ds.losses import check_document_mask
 from mora_ds.metrics import MetricsLog, peak_memory_bytes, plain_json
 from mora_ds.model import folder_config, read_model_config, resolve_folder
+from mora_ds.portable import find_adapter
 from mora_ds.ranks import Ranks
 from mora_ds.replicas import Share
 from mora_ds.row_checks import check_rows
@@ -151,6 +152,9 @@ def _reserve(arguments: Arguments, folder: Path, replicas: int) -> tuple[Path | 
 def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: Place) -> tuple[Job, RunData]:
     """Everything up to the first step; nothing here is lost when it fails."""
     model, ranks = arguments.model, place.ranks
+    init = arguments.adapter.init_adapter if place.checkpoint is None else None
+    if init is not None:  # whether it fits is for the model to say; that it is there, before any text is read
+        ranks.agree(lambda: find_adapter(Path(init).expanduser()))
     if place.base is not None or model.model_name_or_path is not None:
         model_folder = resolve_folder(str(place.base or model.model_name_or_path), ranks)
         config = folder_config(model_folder, model.trust_remote_code)

@@ -184,6 +184,23 @@ def test_a_block_leaves_the_model_as_it_was(rotating: Bench) -> None:
         assert torch.equal(weight, weights[name]) and not weight.requires_grad
 
 
+def test_gradients_reach_the_inputs(rotating: Bench) -> None:
+    """As for attributions: of every row through its own adapter, with one term a group and with several."""
+    bank, embedded = rotating.open(), rotating.maker.model.get_input_embeddings()(tokens(2)).detach()
+
+    def gradient(model: Any) -> Tensor:
+        inputs = embedded.clone().requires_grad_()
+        (found,) = torch.autograd.grad(model(inputs_embeds=inputs, use_cache=False).logits.square().sum(), inputs)
+        return found
+
+    for names in (["one", "three"], ["none", "none"]):
+        with bank.use(names):
+            found = gradient(bank.model)
+        for row, name in enumerate(names):
+            expected = gradient(rotating.merged(name))[row]
+            torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_in_bf16_a_row_is_near_its_merged_model(rotating: Bench) -> None:
     bank, ids = rotating.open(dtype="bfloat16"), tokens(3)
     names = ["three", "none", "one"]

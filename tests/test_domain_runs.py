@@ -246,7 +246,17 @@ def test_frozen_squares_stay_and_go_along(user: Playground, tmp_path: Path, free
         (("--init_adapter", tmp_path / "nowhere"), "is neither an adapter"),
     ):
         refuses(domain_flags(user, never, mix, *more), part)
+    (tmp_path / "rank0").symlink_to(first)  # as where another node does not see the folder
+    for kind, message in run_ranks(
+        2, refused_here, domain_flags(user, never, mix, "--init_adapter"), tmp_path / "rank"
+    ):
+        assert kind == "UserError" and "rank1 is neither an adapter" in message
     assert not (never / "checkpoints").exists()
+
+
+def refused_here(argv: list[str], folder: Path) -> tuple[str, str]:
+    """`refused`, with a last flag of this rank's own."""
+    return refused([*argv, f"{folder}{dist.get_rank()}"])
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -259,7 +269,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "alignment": ({"alignment_weight": 0.1}, "--alignment_weight aligns one delta a layer"),
     "tensor parallel": ({"tensor_parallel_size": 2}, "--tensor_parallel_size 2 splits"),
     "called shared": ({"train_files": ["shared=x:1", "b=y:1"]}, "'shared' is the shared square's"),
+    "called like a folder's own": ({"train_files": ["..=x:1", "b=y:1"]}, "'..' is no name of a domain"),
     "evaluated as nobody": ({"eval_domains": ["held=lwa"]}, "domain 'lwa' has no square"),
+    "twice": ({"eval_domains": ["held=a", "held=b"]}, "--eval_domains: held is given twice"),
     "no pair": ({"eval_domains": ["held"]}, "--eval_domains held: must be SET=DOMAIN"),
     "freeze what": ({"freeze": "all"}, "unknown --freeze 'all'; known: none, shared, domains"),
     "freeze and merge": ({"freeze": "shared", "merge_every": 3}, "a merge would merge the shared squares"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +16,12 @@ from mora_ds.domain_layer import domain_layers, domains_of, layer_for
 from mora_ds.domain_names import Freeze
 from mora_ds.domain_squares import Domains, apply_per_row
 from mora_ds.errors import RunError, UserError
+from mora_ds.first_squares import FirstSquares
 from mora_ds.injection import inject, mora_layers, set_cycle
 from mora_ds.lora import LoRASpec
 from mora_ds.operators import Grouping, OperatorKind, OperatorSpec, delta_weight, mora_update
 from mora_ds.row_checks import check_rows
+from tests.adapters import Maker
 from tests.models import tiny_model, tokens
 
 NAMES = ("law", "code", "news", "prose")
@@ -221,6 +224,28 @@ def test_an_update_that_is_no_square_is_refused() -> None:
     config = MoRAConfig(domains=NAMES)
     with pytest.raises(UserError, match="q_proj would get lora"):
         layer_for(config, nn.Linear(4, 4), LoRASpec(4, 4, 2, 1.0), "q_proj", Domains(NAMES))
+
+
+def test_squares_that_a_run_cannot_start_from_are_refused(tmp_path: Path) -> None:
+    """Those of a run that trained other tensors too, and domains that would stay at zero for ever."""
+    maker = Maker(tiny_model("llama"), tmp_path / "base")
+    shared = MoRAConfig(rank=4)
+    maker.write(tmp_path / "plain", shared)
+    maker.write(tmp_path / "other", shared, domains=("cooking",))
+    maker.write(tmp_path / "norm", shared, trained={"model.norm.weight": torch.ones(32)})
+
+    def opened(name: str, freeze: str, names: tuple[str, ...] = NAMES) -> FirstSquares:
+        model = tiny_model("llama")
+        inject(model, MoRAConfig(rank=4, domains=names, freeze=freeze))
+        return FirstSquares.open(tmp_path / name, model, maker.reference.fingerprint)
+
+    opened("plain", "shared")
+    opened("other", "domains", ("law", "cooking"))
+    with pytest.raises(UserError, match=r"--init_adapter .*norm: that run trained model.norm.weight beside its"):
+        opened("norm", "none")
+    for name, there in (("plain", "no domains"), ("other", "those of cooking")):
+        with pytest.raises(UserError, match=f"squares of law, code, news, prose at zero: that run has {there}"):
+            opened(name, "domains")
 
 
 @pytest.mark.parametrize("freeze", [Freeze.SHARED, Freeze.DOMAINS])

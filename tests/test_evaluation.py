@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mora_ds import bank_scores
 from mora_ds.config import MoRAConfig
 from mora_ds.data import load_corpus, load_tokenizer
 from mora_ds.errors import UserError
@@ -177,7 +178,11 @@ def test_every_adapter_of_a_bank_has_the_figures_of_its_merged_model(
         ([*sets, *bank, "--adapters", "c", "d"], "the bank has no adapter 'd'"),
         ([*sets, "--adapters", "c"], "--adapters and --bank_cache belong to --bank"),
         ([*sets, *bank, "--lm_eval", "x"], "--bank takes the base as MODEL"),
-        ([*sets, "--bank", str(tmp_path / "bank"), "--bank_cache", "0"], "cache_adapters must be at least 1"),
+        ([*sets, "--bank", str(tmp_path / "bank"), "--bank_cache", "0"], "--bank_cache must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):
             evaluated(*flags)
+    (tmp_path / "bank" / "c" / "adapter.json").write_text("{")
+    monkeypatch.setattr(bank_scores, "evaluate", lambda *_: pytest.fail("nothing is evaluated before"))
+    with pytest.raises(UserError, match=r"adapter 'c' cannot be used: .*adapter.json is damaged"):
+        evaluated(*sets, *bank)

@@ -49,6 +49,8 @@ def _check(given: argparse.Namespace) -> None:
         raise UserError("--batch_size and --max_documents must be at least 1")
     if given.bank is None and (given.adapters or given.bank_cache is not None):
         raise UserError("--adapters and --bank_cache belong to --bank DIR")
+    if given.bank_cache is not None and given.bank_cache < 1:
+        raise UserError(f"--bank_cache must be at least 1, got {given.bank_cache}")
     if given.bank is not None and (given.lm_eval or given.base is not None or given.domain is not None):
         raise UserError(
             "--bank takes the base as MODEL and evaluates on --sets: leave --base, --domain and --lm_eval out"
