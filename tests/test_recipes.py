@@ -19,7 +19,7 @@ from mora_ds.pretrain import pretrain
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
 
-LONG = ("continual_70b", "continual_7b_r256", "continual_7b_replay", "tensor_parallel_2")
+LONG = ("continual_70b", "continual_7b_r8", "continual_7b_r256", "continual_7b_replay", "tensor_parallel_2")
 """To plan."""
 
 _7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}

@@ -197,7 +197,11 @@ CORE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("ranks", "size", "cases"), CORE, ids=["s2", "s4", "s2 x dp2"])
+@pytest.mark.parametrize(
+    ("ranks", "size", "cases"),
+    [pytest.param(*CORE[0], marks=pytest.mark.heavy), *CORE[1:]],
+    ids=["s2", "s4", "s2 x dp2"],
+)
 def test_split_rows_are_whole_rows(ranks: int, size: int, cases: list[Case]) -> None:
     assert_equal_runs(cases, ranks, size)
 

@@ -287,6 +287,7 @@ cli.run(main, restartable=True)
 
 
 @pytest.mark.gloo
+@pytest.mark.heavy
 def test_an_exception_on_one_rank_is_told_once_by_that_rank(start: Any, tmp_path: Path) -> None:
     from tests.jobs import REPOSITORY
 

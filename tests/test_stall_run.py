@@ -89,7 +89,7 @@ def test_every_merge_is_followed_by_a_ramp(user: Playground, wholes: dict[str, P
         assert [rates[merge + k] for k in (1, 2, 3)] == pytest.approx([top / 3, 2 * top / 3, top])
 
 
-@pytest.mark.parametrize("signal", SIGNALS)
+@pytest.mark.parametrize("signal", [pytest.param("update", marks=pytest.mark.heavy), "loss"])
 def test_a_resumed_run_decides_as_the_uninterrupted_one(
     user: Playground, wholes: dict[str, Path], tmp_path: Path, signal: str
 ) -> None:
