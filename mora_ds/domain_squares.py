@@ -138,9 +138,3 @@ class _UpdateRows(torch.autograd.Function):
 
 def _turned(spec: OperatorSpec, blocks: Tensor, back: bool = False) -> Tensor:
     return turn(spec, blocks, back) if spec.kind is OperatorKind.ROTATE else blocks
-
-
-def apply_per_row(spec: OperatorSpec, squares: Tensor, rows: Tensor, x: Tensor) -> Tensor:
-    """The same with one of the squares (K, R, R) for each row, by its index in rows (B,); a negative one: no update."""
-    choice = one_hot_rows(rows, len(squares)).to(x.device, squares.dtype)
-    return update_rows(spec, squares_of_rows(squares, choice).to(x.dtype), x)

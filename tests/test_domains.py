@@ -14,7 +14,7 @@ from mora_ds.chunked_loss import chunk_loss
 from mora_ds.config import MoRAConfig
 from mora_ds.domain_layer import domain_layers, domains_of, layer_for
 from mora_ds.domain_names import Freeze
-from mora_ds.domain_squares import Domains, apply_per_row
+from mora_ds.domain_squares import Domains, one_hot_rows, squares_of_rows, update_rows
 from mora_ds.errors import RunError, UserError
 from mora_ds.first_squares import FirstSquares
 from mora_ds.injection import inject, mora_layers, set_cycle
@@ -160,7 +160,7 @@ def test_rows_by_index_and_none() -> None:
     spec = next(iter(domain_layers(domain_model("share")).values())).spec
     squares = torch.randn(3, spec.r_hat, spec.r_hat, generator=torch.Generator().manual_seed(0))
     x = torch.randn(4, 5, spec.d_in, generator=torch.Generator().manual_seed(1))
-    found = apply_per_row(spec, squares, torch.tensor([2, -1, 0, 2]), x)
+    found = rows_of(spec, torch.tensor([2, -1, 0, 2]), squares, x)
     assert not found[1].any()
     for row, index in ((0, 2), (2, 0), (3, 2)):
         assert torch.allclose(found[row], mora_update(spec, squares[index], x[row]), atol=1e-5)
@@ -179,7 +179,9 @@ def test_gradients_of_rows(kind: OperatorKind) -> None:
 
 
 def rows_of(spec: OperatorSpec, rows: torch.Tensor, squares: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return apply_per_row(spec, squares, rows, x)
+    """`update_rows` with a square for each row by its index, a negative one for none."""
+    choice = one_hot_rows(rows, len(squares)).to(squares.dtype)
+    return update_rows(spec, squares_of_rows(squares, choice), x)
 
 
 def test_a_row_without_a_square_is_refused_by_name() -> None:

@@ -127,20 +127,29 @@ def test_collectives_have_a_timeout(user: Playground, nodes: tuple[Node, Node], 
     assert "lost contact with another rank" in told(tmp_path)
 
 
-def test_nodes_with_disks_of_their_own_are_one_run(
-    user: Playground, whole: Path, nodes: tuple[Node, Node], tmp_path: Path
-) -> None:
-    """The second node's folder of that name is another; killed in mid-run, the run goes on where it was."""
+def killed_and_resumed(
+    user: Playground, nodes: tuple[Node, Node], tmp_path: Path, more: tuple[object, ...], step: int
+) -> Path:
+    """The output folder of a run whose second node has another one of that name: killed after the checkpoint of `step`,
+    given again, and ended well."""
     out = tmp_path / "out"
     out.mkdir()
     nodes[1].mount(out)
-    flags = [*user.flags(out, *MORE), "--resume_from_checkpoint", "auto"]
+    flags = [*user.flags(out, *more), "--resume_from_checkpoint", "auto"]
     processes = start("torchrun", nodes, tmp_path, flags)
-    wait_for(out / "checkpoints" / "step-000008", processes)
+    wait_for(out / "checkpoints" / f"step-{step:06d}", processes)
     for process in processes:
         process.kill()
     processes = start("torchrun", nodes, tmp_path, flags)
     assert [process.wait(timeout=200) for process in processes] == [0, 0], told(tmp_path)
+    return out
+
+
+def test_nodes_with_disks_of_their_own_are_one_run(
+    user: Playground, whole: Path, nodes: tuple[Node, Node], tmp_path: Path
+) -> None:
+    """The second node's folder of that name is another; killed in mid-run, the run goes on where it was."""
+    out = killed_and_resumed(user, nodes, tmp_path, MORE, step=8)
     assert "--output_dir is another folder there" in told(tmp_path) and "resumed from" in told(tmp_path)
     assert torch.equal(losses(out), losses(whole))
     assert_same(final(out), final(whole))
@@ -153,16 +162,7 @@ def test_vectors_and_plans_reach_nodes_with_disks_of_their_own(
     more = ("--operator", "subspace", "--subspace_cycles", 2, "--alignment_weight", 0.1, "--alignment_rank", 4)
     planned = (*MORE, "--max_steps", 12, *more, "--targets", "auto", "--trainable_budget", "3%")
     run(2, user.flags(tmp_path / "whole", *planned))
-    out = tmp_path / "out"
-    out.mkdir()
-    nodes[1].mount(out)
-    flags = [*user.flags(out, *planned), "--resume_from_checkpoint", "auto"]
-    processes = start("torchrun", nodes, tmp_path, flags)
-    wait_for(out / "checkpoints" / "step-000004", processes)
-    for process in processes:
-        process.kill()
-    processes = start("torchrun", nodes, tmp_path, flags)
-    assert [process.wait(timeout=200) for process in processes] == [0, 0], told(tmp_path)
+    out = killed_and_resumed(user, nodes, tmp_path, planned, step=4)
     assert "resumed from" in told(tmp_path)
     assert torch.equal(losses(out), losses(tmp_path / "whole"))
     assert_same(final(out), final(tmp_path / "whole"))
