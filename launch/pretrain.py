@@ -8,19 +8,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
-from mora_ds import cli
+from mora_ds.runtime import cli
 
 
 def main() -> None:
-    from mora_ds.arguments import parse  # not above: it takes seconds, and signals must be watched before
+    from mora_ds.config.arguments import parse  # not above: it takes seconds, and signals must be watched before
 
     arguments = parse(sys.argv[1:])
     if arguments.embedded_default:
-        from mora_ds.demo import run_demo
+        from mora_ds.train.demo import run_demo
 
         run_demo(arguments)
     else:
-        from mora_ds.full_rank import run_job
+        from mora_ds.train.warm_start import run_job
 
         run_job(arguments)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
-from mora_ds import cli
-from mora_ds.restart import restart
+from mora_ds.runtime import cli
+from mora_ds.runtime.restart import restart
 
 
 def main() -> None:

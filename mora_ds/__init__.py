@@ -18,42 +18,42 @@ from typing import TYPE_CHECKING, Any
 from mora_ds.version import __version__
 
 if TYPE_CHECKING:
-    from mora_ds.alignment import Alignment
-    from mora_ds.bank import AdapterBank
-    from mora_ds.config import MoRAConfig
-    from mora_ds.domain_layer import domains_of
-    from mora_ds.engine import initialize
+    from mora_ds.adapters.alignment_loss import Alignment
+    from mora_ds.adapters.config import MoRAConfig
+    from mora_ds.adapters.domain_layer import domains_of
+    from mora_ds.adapters.inject import InjectionReport, inject, mora_layers
+    from mora_ds.adapters.ops.mora import OperatorKind, OperatorSpec, delta_weight, mora_update
+    from mora_ds.deploy.adapter_io import export_adapter, load_adapter
+    from mora_ds.deploy.bank import AdapterBank
+    from mora_ds.deploy.export import export_merged
+    from mora_ds.engine.initialize import initialize
     from mora_ds.errors import RunError, UserError
-    from mora_ds.export import export_merged
-    from mora_ds.injection import InjectionReport, inject, mora_layers
-    from mora_ds.ledger import Ledger
-    from mora_ds.operators import OperatorKind, OperatorSpec, delta_weight, mora_update
-    from mora_ds.portable import export_adapter, load_adapter
-    from mora_ds.remora import ReMoRA
-    from mora_ds.run import Run, with_vectors
+    from mora_ds.remora.ledger import Ledger
+    from mora_ds.remora.merge import ReMoRA
+    from mora_ds.train.run import Run, with_vectors
 
 _HOME = {
-    "AdapterBank": "bank",
-    "Alignment": "alignment",
-    "MoRAConfig": "config",
-    "domains_of": "domain_layer",
-    "initialize": "engine",
+    "AdapterBank": "deploy.bank",
+    "Alignment": "adapters.alignment_loss",
+    "MoRAConfig": "adapters.config",
+    "domains_of": "adapters.domain_layer",
+    "initialize": "engine.initialize",
     "RunError": "errors",
     "UserError": "errors",
-    "export_adapter": "portable",
-    "export_merged": "export",
-    "InjectionReport": "injection",
-    "inject": "injection",
-    "mora_layers": "injection",
-    "Ledger": "ledger",
-    "load_adapter": "portable",
-    "OperatorKind": "operators",
-    "OperatorSpec": "operators",
-    "delta_weight": "operators",
-    "mora_update": "operators",
-    "ReMoRA": "remora",
-    "Run": "run",
-    "with_vectors": "run",
+    "export_adapter": "deploy.adapter_io",
+    "export_merged": "deploy.export",
+    "InjectionReport": "adapters.inject",
+    "inject": "adapters.inject",
+    "mora_layers": "adapters.inject",
+    "Ledger": "remora.ledger",
+    "load_adapter": "deploy.adapter_io",
+    "OperatorKind": "adapters.ops.mora",
+    "OperatorSpec": "adapters.ops.mora",
+    "delta_weight": "adapters.ops.mora",
+    "mora_update": "adapters.ops.mora",
+    "ReMoRA": "remora.merge",
+    "Run": "train.run",
+    "with_vectors": "train.run",
 }
 
 __all__ = [

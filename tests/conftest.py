@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.jobs import Playground
+    from tests.helpers.jobs import Playground
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -20,6 +20,6 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 @pytest.fixture(scope="module")
 def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
     """What a user has: a model, a tokenizer, files. Each file of tests has its own."""
-    from tests.jobs import playground  # not above: it imports torch
+    from tests.helpers.jobs import playground  # not above: it imports torch
 
     return playground(tmp_path_factory.mktemp("user"))

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from mora_ds.base import write_own_base
-from tests.gloo import run_ranks
-from tests.models import tiny_model, tokens
-from tests.test_zero import ds_config
+from mora_ds.models.base import write_own_base
+from tests.engine.test_zero import ds_config
+from tests.helpers.gloo import run_ranks
+from tests.helpers.models import tiny_model, tokens
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 

@@ -16,18 +16,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
-from mora_ds import cli
-from mora_ds.config import ALL_LINEAR, MoRAConfig
+from mora_ds.adapters.config import ALL_LINEAR, MoRAConfig
+from mora_ds.adapters.ops.subspace import SUBSPACE
+from mora_ds.adapters.target_plan import BY_PROBE, BY_WEIGHTS, parse_budget
 from mora_ds.data import load_corpus
 from mora_ds.errors import UserError
-from mora_ds.evaluation import load_target
-from mora_ds.gradient_probe import FLAG, GradientMeasures, probe, token_batches
-from mora_ds.run_targets import open_model
-from mora_ds.spectrum_report import check_writable, require_matplotlib, torch_device
-from mora_ds.subspace import SUBSPACE
-from mora_ds.targets import BY_PROBE, BY_WEIGHTS, parse_budget
-from mora_ds.weight_analysis import EXACT_UP_TO, analyse
-from mora_ds.weight_report import report_lines, write_heat_map, write_report
+from mora_ds.eval.gradient_probe import FLAG, GradientMeasures, probe, token_batches
+from mora_ds.eval.perplexity import load_target
+from mora_ds.eval.spectrum_report import check_writable, require_matplotlib, torch_device
+from mora_ds.eval.weight_report import report_lines, write_heat_map, write_report
+from mora_ds.eval.weights import EXACT_UP_TO, analyse
+from mora_ds.runtime import cli
+from mora_ds.train.targets import open_model
 
 
 def main() -> None:

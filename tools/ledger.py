@@ -17,11 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
-from mora_ds import cli
-from mora_ds.compact import compact
-from mora_ds.ledger_table import show_lines
-from mora_ds.ledger_tools import drop, find_ledger, verify
-from mora_ds.tensor_files import COMPUTE_DTYPES
+from mora_ds.checkpoint.compact import compact
+from mora_ds.checkpoint.ledger_tools import drop, find_ledger, verify
+from mora_ds.eval.ledger_summary import show_lines
+from mora_ds.models.tensor_files import COMPUTE_DTYPES
+from mora_ds.runtime import cli
 
 
 def main() -> None:

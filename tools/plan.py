@@ -16,16 +16,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout,
 
 import torch
 
-from mora_ds import cli
-from mora_ds.adapter_arguments import AdapterArguments, AdapterKind
-from mora_ds.ds_config import resolve_ds_config
+from mora_ds.config.adapter import AdapterArguments, AdapterKind
+from mora_ds.config.training import TrainingArguments
+from mora_ds.engine.ds_config import resolve_ds_config
 from mora_ds.errors import UserError
-from mora_ds.model import named_config
-from mora_ds.plan import Planner, recommend
-from mora_ds.plan_report import as_json, report
-from mora_ds.plan_step import Work
-from mora_ds.plan_time import Cluster
-from mora_ds.training_arguments import TrainingArguments
+from mora_ds.models.load import named_config
+from mora_ds.planning.plan import Planner, recommend
+from mora_ds.planning.report import as_json, report
+from mora_ds.planning.step import Work
+from mora_ds.planning.timing import Cluster
+from mora_ds.runtime import cli
 
 
 def main() -> None:

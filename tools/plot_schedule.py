@@ -18,11 +18,11 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
-from mora_ds import cli
-from mora_ds.arguments import Arguments, parse
+from mora_ds.config.arguments import Arguments, parse
 from mora_ds.errors import UserError
-from mora_ds.schedule_text import side_by_side, start_lines, text_plot
-from mora_ds.schedules import Schedule, ScheduleKind
+from mora_ds.remora.schedule import Schedule, ScheduleKind
+from mora_ds.remora.schedule_text import side_by_side, start_lines, text_plot
+from mora_ds.runtime import cli
 
 PANEL_COLUMNS, PANEL_ROWS = 34, 6
 """Of one of four plots."""

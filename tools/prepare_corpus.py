@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
-from mora_ds import cli
 from mora_ds.data import Filters, load_corpus, load_tokenizer, prepare_corpus
 from mora_ds.errors import UserError
+from mora_ds.runtime import cli
 
 
 def main() -> None:

@@ -16,11 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout,
 
 from tqdm import tqdm
 
-from mora_ds import cli
+from mora_ds.checkpoint.ledger_tools import find_ledger
 from mora_ds.errors import UserError
-from mora_ds.ledger_tools import find_ledger
-from mora_ds.spectrum import THRESHOLD
-from mora_ds.spectrum_report import (
+from mora_ds.eval.spectrum import THRESHOLD
+from mora_ds.eval.spectrum_report import (
     Spectra,
     check_writable,
     require_matplotlib,
@@ -30,6 +29,7 @@ from mora_ds.spectrum_report import (
     write_json,
     write_png,
 )
+from mora_ds.runtime import cli
 
 
 def main() -> None:

@@ -13,13 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout,
 import torch
 from transformers import AutoModelForCausalLM
 
-from mora_ds import cli
-from mora_ds.config import MoRAConfig
-from mora_ds.costs import cost_table
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.adapters.ops.mora import OperatorKind
 from mora_ds.errors import UserError
-from mora_ds.injection import inject, mora_layers
-from mora_ds.model import folder_config, read_model_config
-from mora_ds.operators import OperatorKind
+from mora_ds.models.load import folder_config, read_model_config
+from mora_ds.planning.costs import cost_table
+from mora_ds.runtime import cli
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
-from mora_ds import cli
+from mora_ds.checkpoint.verify import verify
 from mora_ds.errors import RunError
-from mora_ds.verification import verify
+from mora_ds.runtime import cli
 
 
 def main() -> None:

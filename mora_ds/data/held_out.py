@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mora_ds.data.duplicates import canonical_digest
+from mora_ds.data.dedup import canonical_digest
 from mora_ds.data.readers import Document
 
 HASHED_CHARACTERS = 1 << 16

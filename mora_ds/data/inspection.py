@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mora_ds.data.corpus import Corpus, Part
-from mora_ds.data.parallel import ordered_map
+from mora_ds.data.workers import ordered_map
 from mora_ds.errors import RunError, UserError
 from mora_ds.files import FULL
 

@@ -22,13 +22,13 @@ from transformers import PreTrainedTokenizerBase
 
 from mora_ds.data.cache import cache_settings, processes_for
 from mora_ds.data.corpus import Corpus
-from mora_ds.data.duplicates import Canonical, NearDuplicates, canonical_digest, is_held_out, signature
+from mora_ds.data.dedup import Canonical, NearDuplicates, canonical_digest, is_held_out, signature
 from mora_ds.data.encoder import Encoder
-from mora_ds.data.parallel import ordered_map
 from mora_ds.data.prepared import HELD_OUT, PREPARED_JSON, TRAIN
 from mora_ds.data.readers import Document
 from mora_ds.data.scripts import count_scripts
 from mora_ds.data.split_writer import SplitWriter
+from mora_ds.data.workers import ordered_map
 from mora_ds.errors import UserError
 from mora_ds.files import atomic_folder
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mora_ds.data.pieces import wrap_sentencepiece
+from mora_ds.data.sentencepiece import wrap_sentencepiece
 from mora_ds.errors import UserError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json", "*.model")

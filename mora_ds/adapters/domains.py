@@ -1,0 +1,140 @@
+"""A square for every domain beside the shared one: which row of a batch uses which, and one product for all of them.
+
+    y_b = W0 x_b + decompress(M compress(x_b)) + decompress(M_k compress(x_b))      k: the domain of row b
+
+Rows choose their squares by a product with a one-hot matrix: the numbers are exact, and the gradient of M_k is the sum
+over its own rows, zero where there is none, without atomic additions: the same bits every time.
+
+Shape legend:  K = domains, B = rows, D = d_in, O = d_out, R = r_hat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mora_ds.adapters.ops.mora import (
+    OperatorKind,
+    OperatorSpec,
+    decompress,
+    decompress_transpose,
+    fold_input,
+    turn,
+    unfold_input,
+)
+from mora_ds.errors import RunError, UserError, nearest
+
+
+class Domains:
+    """The domains of a model, and the one of each row that it is computing: one object for all of its layers.
+
+    Not a context variable: with gradient checkpointing layers ask again in backward, maybe on another thread. So it is
+    set before a forward, and left as it is until the backward is done.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._choice: Tensor | None = None
+        self._moved: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._same_for_all = False
+
+    def set(self, rows: Sequence[str]) -> None:
+        """(B,) the domain of each row of the batches to come. Raises `UserError` for one that has no square."""
+        self._set(self._indices(rows), same_for_all=False)
+
+    def set_all(self, domain: str | None) -> None:
+        """All rows of any batch are of this domain; None: of none, so that the shared square acts alone. Raises
+        `UserError` for one that has no square."""
+        self._set(None if domain is None else self._indices([domain]), same_for_all=domain is not None)
+
+    @contextmanager
+    def using(self, domain: str | None) -> Iterator[None]:
+        """`set_all`, for as long as this is entered."""
+        before = self._choice, self._same_for_all
+        self.set_all(domain)
+        try:
+            yield
+        finally:
+            self._choice, self._same_for_all = before
+            self._moved = {}
+
+    def choice(self, x: Tensor) -> Tensor | None:
+        """(B, K), 1 where a row of x (B, ..., D) is of a domain, or (1, K) where all are of one; None: of none.
+
+        Raises `RunError` where x does not have the rows whose domains are set.
+        """
+        if self._choice is None:
+            return None
+        if not self._same_for_all and (x.dim() < 3 or len(x) != len(self._choice)):
+            raise RunError(
+                f"{len(self._choice)} rows have domains, and a layer reads {tuple(x.shape)}, which are not these rows: "
+                "leave layers that do not see whole rows (experts, a head with --chunked_loss) out of --target_modules"
+            )
+        key = (x.device, x.dtype)
+        if key not in self._moved:
+            self._moved[key] = self._choice.to(*key)
+        return self._moved[key]
+
+    def _set(self, rows: Tensor | None, same_for_all: bool) -> None:
+        self._choice = None if rows is None else one_hot_rows(rows, len(self.names))
+        self._same_for_all, self._moved = same_for_all, {}
+
+    def _indices(self, domains: Sequence[str]) -> Tensor:
+        for domain in domains:
+            if domain not in self.names:
+                raise UserError(
+                    f"domain {domain!r} has no square; there are: {', '.join(self.names)}."
+                    + nearest(domain, self.names)
+                )
+        return torch.tensor([self.names.index(domain) for domain in domains])
+
+
+def one_hot_rows(rows: Tensor, domains: int) -> Tensor:
+    """(B,) indices -> (B, K) fp32; a row of a negative index is all zero."""
+    return (rows.unsqueeze(1) == torch.arange(domains, device=rows.device)).float()
+
+
+def squares_of_rows(squares: Tensor, choice: Tensor) -> Tensor:
+    """(K, R, R), (B, K) -> (B, R, R): the square of each row, zero for one without any."""
+    return (choice @ squares.flatten(1)).unflatten(1, squares.shape[1:])
+
+
+def update_rows(spec: OperatorSpec, squares: Tensor, x: Tensor) -> Tensor:
+    """decompress(M_b compress(x_b)) with the squares (B, R, R) of the rows of x (B, ..., D): (B, ..., O)."""
+    found: Tensor = _UpdateRows.apply(x, squares, spec)
+    return found
+
+
+class _UpdateRows(torch.autograd.Function):
+    """Saves what `compute`'s paths save: the folded input for share and truncate, for decouple and rotate the input
+    itself, which layers that read the same tensor share."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, squares: Tensor, spec: OperatorSpec) -> Tensor:
+        ctx.spec = spec
+        folded = fold_input(spec, x)
+        ctx.save_for_backward(x if spec.blockwise else folded, squares)
+        z = _turned(spec, folded)
+        return decompress(spec, torch.bmm(z.flatten(1, -2), squares.mT).view(z.shape))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        spec: OperatorSpec = ctx.spec
+        saved, squares = ctx.saved_tensors
+        c = decompress_transpose(spec, gradients[0])
+        flat = c.flatten(1, -2)
+        g_x = g_squares = None
+        if ctx.needs_input_grad[0]:
+            g_x = unfold_input(spec, _turned(spec, torch.bmm(flat, squares).view(c.shape), back=True))
+        if ctx.needs_input_grad[1]:
+            z = _turned(spec, fold_input(spec, saved) if spec.blockwise else saved)
+            g_squares = torch.bmm(flat.mT, z.flatten(1, -2))
+        return g_x, g_squares, None
+
+
+def _turned(spec: OperatorSpec, blocks: Tensor, back: bool = False) -> Tensor:
+    return turn(spec, blocks, back) if spec.kind is OperatorKind.ROTATE else blocks

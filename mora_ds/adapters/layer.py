@@ -1,0 +1,241 @@
+"""A frozen linear layer with one trainable tensor beside it: `MoRALinear` and `SubspaceLinear` with a square,
+`LoRALinear` with factors.
+
+The frozen weight and bias are non-persistent *buffers*: DeepSpeed partitions parameters only, so they stay whole on
+every rank and no collective ever carries them. With 8 bits the weight is int8, and a buffer of scales stands beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mora_ds.adapters.ops.int8 import Int8Weight, Weight, check_floating, dense, frozen_linear, quantize
+from mora_ds.adapters.ops.linear import Compute, mora_linear
+from mora_ds.adapters.ops.lora import LoRASpec, lora_update
+from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
+from mora_ds.adapters.ops.subspace import Sides, SubspaceSpec, sides, subspace_update
+from mora_ds.adapters.ops.update import Side, UpdateSpec, describe, first_value, value_name
+
+
+class Split(Protocol):
+    """How ranks share a layer (`tensor_parallel.LayerSplit`)."""
+
+    def __call__(self, layer: MoRALinear, x: Tensor) -> Tensor:
+        """This rank's part of the layer's output."""
+
+    def own(self, value: Tensor) -> Tensor:
+        """This rank's share of a value."""
+
+    def whole(self, own: Tensor) -> Tensor:
+        """The value, from all shares. Collective."""
+
+
+class AdaptedLinear(nn.Module):
+    """y = W0 x + b + update(dropout(x)): what both adapters share.
+
+    Input (..., d_in), output (..., d_out). `weight` keeps the layout of the layer it replaces: (d_out, d_in), or
+    (d_in, d_out) when `transposed` (GPT-2's Conv1D). The only parameter is `value`, under the adapter's own name.
+    """
+
+    weight: Tensor
+    weight_scales: Tensor | None
+    """(d_out,) fp32, where `weight` is int8 (`hold_in_8_bits`)."""
+    bias: Tensor | None
+    spec: UpdateSpec
+
+    def __init__(self, base: Any, spec: UpdateSpec, dropout: float = 0.0, seed: int = 0) -> None:
+        """Takes over the tensors of `base` (`nn.Linear` or `Conv1D`) without copying them. `seed`: of LoRA's A."""
+        super().__init__()
+        self.transposed = isinstance(base, Conv1D)
+        self.in_features, self.out_features = linear_shape(base)
+        weight, bias = base.weight.data, None if base.bias is None else base.bias.data
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("weight_scales", None, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        value = first_value(spec, seed).to(weight.device, weight.dtype)
+        self.register_parameter(value_name(spec), nn.Parameter(value))
+        self.spec = spec
+        self.dropout = dropout
+        self.split: Split | None = None
+        """Where ranks share the layer: the parameter is then this rank's share of the value."""
+        self.aligned: Side | None = None
+        """Where groupings of this layer are confined to segments, if they are at all."""
+        self.frozen_values: tuple[str, ...] = ()
+        """What of the adapter is not trained: buffers in fp32."""
+
+    @property
+    def value(self) -> nn.Parameter:
+        """The square (r_hat, r_hat), or the factors (rank, d_in + d_out); a buffer where it is frozen."""
+        found: nn.Parameter = getattr(self, value_name(self.spec))
+        return found
+
+    def whole(self, own: Tensor) -> Tensor:
+        """The value of which this rank's parameter is `own`. Collective where ranks share the layer."""
+        return own if self.split is None else self.split.whole(own)
+
+    def own(self, value: Tensor) -> Tensor:
+        """What of a whole value this rank's parameter holds."""
+        return value if self.split is None else self.split.own(value)
+
+    @property
+    def stored_weight(self) -> Tensor:
+        """`weight` as (d_out, d_in), a view."""
+        return self.weight.T if self.transposed else self.weight
+
+    @property
+    def frozen(self) -> Weight:
+        """What the layer multiplies by, (d_out, d_in): a view of `weight`, or its whole numbers with their scales."""
+        stored = self.stored_weight
+        return stored if self.weight_scales is None else Int8Weight(stored, self.weight_scales)
+
+    def frozen_copy(self) -> Weight:
+        """`frozen`, sharing no memory with it."""
+        stored = self.stored_weight.clone()
+        return stored if self.weight_scales is None else Int8Weight(stored, self.weight_scales.clone())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the layer computes in."""
+        return self.value.dtype
+
+    def hold_in_8_bits(self, original: Tensor) -> None:
+        """From here on `weight` is int8. `original`: in the layout of `weight`; it is not kept. Raises `RunError` where
+        it is not finite."""
+        values, self.weight_scales = quantize(original.T if self.transposed else original)
+        self.weight = values.T.contiguous() if self.transposed else values
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> None:
+        """Another frozen weight, in the layout of `weight`, fp32, rounded once. In place, so that storages and ties
+        stay."""
+        if self.weight_scales is None:
+            self.weight.copy_(weight)
+            return
+        values, scales = quantize(weight.T if self.transposed else weight)
+        self.stored_weight.copy_(values)
+        self.weight_scales.copy_(scales)
+
+    def read(self) -> Tensor:
+        """The frozen weight as it acts, in the layout of `weight`: of its dtype, or fp32 where that is int8. It may be
+        `weight` itself."""
+        found = dense(self.frozen, torch.float32)
+        return found.T if self.transposed else found
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
+        """`module.to(bf16)` would round the scales, and with them every weight; and squares that stay as they are."""
+        kept = {name: self._buffers[name] for name in ("weight_scales", *self.frozen_values)}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            self._buffers[name] = None if tensor is None else tensor.to(self.weight.device)
+        return self
+
+    def extra_repr(self) -> str:
+        shape = tuple(self.value.shape)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {value_name(self.spec)}={shape}, "
+            f"operator={describe(self.spec)}"
+        )
+
+
+class MoRALinear(AdaptedLinear):
+    """y = W0 x + b + decompress(M compress(dropout(x))), with M (r_hat, r_hat) the only parameter."""
+
+    spec: OperatorSpec
+    square: nn.Parameter
+
+    def __init__(self, base: Any, spec: OperatorSpec, dropout: float = 0.0, compute: Compute = Compute.AUTO) -> None:
+        super().__init__(base, spec, dropout)
+        self.compute = compute
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.split is not None:
+            return self.split(self, x)
+        square, frozen = self.square.to(x.dtype), self.frozen
+        check_floating(x, frozen)
+        if self.training and self.dropout:  # base and square read different inputs
+            update = mora_update(self.spec, square, F.dropout(x, self.dropout))
+            return frozen_linear(x, frozen, self.bias) + update
+        return mora_linear(x, frozen, self.bias, square, self.spec, self.compute)
+
+
+class SubspaceLinear(AdaptedLinear):
+    """y = W0 x + b + U M V^T dropout(x), with M (r_hat, r_hat) the only parameter. Always over its activations, whose
+    two thin products cost less than forming a (d_out, d_in) matrix. U and V are no buffers: they are read from their
+    file when they are first needed, and when a cycle has others."""
+
+    spec: SubspaceSpec
+    square: nn.Parameter
+    _held: tuple[SubspaceSpec, Sides] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        frozen = self.frozen
+        check_floating(x, frozen)
+        dropped = F.dropout(x, self.dropout, self.training)
+        return frozen_linear(x, frozen, self.bias) + subspace_update(self.square.to(x.dtype), self._sides(x), dropped)
+
+    def _sides(self, like: Tensor) -> Sides:
+        held = self._held
+        if held is None or held[0] != self.spec or (held[1][0].device, held[1][0].dtype) != (like.device, like.dtype):
+            held = self.spec, sides(self.spec, like.device, like.dtype)
+            self._held = held
+        return held[1]
+
+
+class LoRALinear(AdaptedLinear):
+    """y = W0 x + b + (alpha / r) B A dropout(x), with [A | B^T] (rank, d_in + d_out) the only parameter."""
+
+    spec: LoRASpec
+    factors: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        frozen = self.frozen
+        check_floating(x, frozen)
+        dropped = F.dropout(x, self.dropout, self.training)
+        return frozen_linear(x, frozen, self.bias) + lora_update(self.spec, self.factors.to(x.dtype), dropped)
+
+
+def adapt(base: Any, spec: UpdateSpec, dropout: float, compute: Compute, seed: int) -> AdaptedLinear:
+    """The layer that takes the place of `base` (`nn.Linear` or `Conv1D`), for either kind of spec."""
+    if isinstance(spec, LoRASpec):
+        return LoRALinear(base, spec, dropout, seed)
+    if isinstance(spec, SubspaceSpec):
+        return SubspaceLinear(base, spec, dropout)
+    return MoRALinear(base, spec, dropout, compute)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module can take an adapter: `Conv1D`, `nn.Linear`, or a subclass of it that computes the same."""
+    if isinstance(module, Conv1D):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    return type(module).forward is nn.Linear.forward or _computes_linear(module)
+
+
+@torch.no_grad()
+def _computes_linear(module: nn.Linear) -> bool:
+    """Asked of a forward of its own: Falcon's is the same product written otherwise, a router's is something else.
+    A planned module, which has no numbers, is asked with numbers of its own for as long as that takes."""
+    if module.weight.is_meta:
+        module = copy.deepcopy(module).to_empty(device="cpu")
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.copy_(torch.randn(tensor.shape))
+    x = torch.randn(3, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        found, expected = module(x), F.linear(x, module.weight, module.bias)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False  # other arguments, or a weight of another layout
+    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-2)
+
+
+def linear_shape(module: Any) -> tuple[int, int]:
+    """(d_in, d_out) of an `nn.Linear` or a `Conv1D`."""
+    rows, columns = module.weight.shape
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)

@@ -1,0 +1,1 @@
+"""Pure tensor functions: the operators of MoRA, their gradients, their deltas."""

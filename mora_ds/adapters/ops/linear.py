@@ -1,0 +1,166 @@
+"""Two ways to compute a layer with a square, and which to take.
+
+    activation   W0 x + decompress(M compress(x))             passes over the activations, cost ~ tokens
+    weight       (W0 + delta_weight(M)) x                     passes over the weight, cost ~ d_in * d_out, once a pass
+
+The weight path forms the sum in forward and again in backward, so it keeps nothing of the size of W0; the gradient of
+M comes from the folded input and the folded output gradient (`square_gradient`), never from a (d_out, d_in) product.
+Both are the same function of x and M. They differ in rounding: in bf16 or fp16 the weight path rounds W0 + delta to
+that dtype, as mixed-precision training of full weights does, so that a delta smaller than half a unit in the last place
+of W0 does not act until it has grown; the gradient of M is that of the sum. Loss curves of both: README.
+A weight in 8 bits is made dense for each product of either path, and is gone after it (`eight_bits`).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mora_ds.adapters.ops.gather import LOW_PRECISION
+from mora_ds.adapters.ops.int8 import Weight, dense
+from mora_ds.adapters.ops.mora import (
+    OperatorSpec,
+    apply_squares,
+    block_squares,
+    decompress,
+    decompress_transpose,
+    effective_weight,
+    fold_input,
+    fold_matrix,
+    multiplies,
+    rows_of_outputs,
+    square_gradient,
+    square_gradient_of_input,
+    unfold_input,
+)
+
+MOVE = {torch.float32: 48, torch.float64: 24, torch.bfloat16: 450, torch.float16: 450}
+"""Multiply-accumulates of a product in the time in which one number is moved (gathered, added, written). Measured on
+one core with AVX-512 and AMX; a GPU's ratio of rate to bandwidth is of the same order."""
+
+
+class Compute(str, Enum):
+    """How a layer with a square is computed."""
+
+    AUTO = "auto"
+    ACTIVATION = "activation"
+    WEIGHT = "weight"
+
+
+def choose(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, spec: OperatorSpec, split: bool = False) -> Compute:
+    """The cheaper path, forward and backward, by what only one of them does, in multiply-accumulates:
+
+        weight        W0 + delta formed twice: d_in d_out numbers, each moved once (share, truncate) or twice (others)
+        activation    two products with M (T r_hat^2 each, a block), its input and output moved once (T (d_in + d_out)),
+                      for decouple and rotate twice
+
+    In low precision a CPU does share's and truncate's moves of activations by products of r_hat columns; but not in
+    the windows (d_in, d_out) of a `split` layer.
+    """
+    moves = MOVE[dtype] * (2 if spec.blockwise else 1)
+    weight = 2 * moves * d_in * d_out
+    if dtype in LOW_PRECISION and not (split or spec.blockwise):
+        activation = tokens * spec.r_hat * (d_in + 2 * d_out)
+    else:
+        blocks = max(spec.blocks_in, spec.blocks_out) if spec.blockwise else 1
+        activation = moves * tokens * (d_in + d_out) + 2 * tokens * spec.r_hat**2 * blocks
+    return Compute.WEIGHT if weight <= activation else Compute.ACTIVATION
+
+
+def mora_linear(
+    x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec, path: Compute = Compute.AUTO
+) -> Tensor:
+    """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will do."""
+    if path is Compute.AUTO:
+        path = choose(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype, spec)
+    function = _WeightPath if path is Compute.WEIGHT else _ActivationPath
+    return function.apply(x, weight, bias, square, spec)
+
+
+class _WeightPath(torch.autograd.Function):
+    """Saves the folded input for share and truncate (tokens * r_hat); for decouple and rotate, whose folded input is as
+    large as the input, the input itself, which layers that read the same tensor share."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
+        ctx.spec, ctx.weight = spec, weight
+        ctx.save_for_backward(x if spec.blockwise else fold_input(spec, x), square)
+        return F.linear(x, effective_weight(spec, square, dense(weight, x.dtype)), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), spec = gradients, ctx.spec
+        saved, square = ctx.saved_tensors
+        g_x = g_square = None
+        if ctx.needs_input_grad[0]:
+            g_x = g @ effective_weight(spec, square, dense(ctx.weight, g.dtype))
+        if ctx.needs_input_grad[3]:
+            g_square = _square_gradient(spec, saved, g, whole=multiplies(g))
+        return g_x, None, None, g_square, None
+
+
+class _ActivationPath(torch.autograd.Function):
+    """Saves what the weight path saves. All sums go into the base's own product, without another tensor of its size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
+        ctx.spec, ctx.weight = spec, weight
+        saved = x if spec.blockwise else fold_input(spec, x)
+        ctx.save_for_backward(saved, square)
+        return _add_update(spec, square, saved, F.linear(x, dense(weight, x.dtype), bias))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), spec = gradients, ctx.spec
+        saved, square = ctx.saved_tensors
+        g_x = g_square = None
+        if not spec.blockwise and not multiplies(g):
+            return _gradients_of_sums(spec, square, saved, g, ctx)
+        if ctx.needs_input_grad[0]:
+            g_x = _add_input_gradient(spec, square, g, g @ dense(ctx.weight, g.dtype))
+        if ctx.needs_input_grad[3]:
+            g_square = _square_gradient(spec, saved, g)
+        return g_x, None, None, g_square, None
+
+
+def _gradients_of_sums(spec: OperatorSpec, square: Tensor, z: Tensor, g: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
+    """The activation path's for share and truncate, whose two gradients read the same sums of g."""
+    c = decompress_transpose(spec, g)
+    g_x = g_square = None
+    if ctx.needs_input_grad[0]:
+        g_x = (g @ dense(ctx.weight, g.dtype)).add_(unfold_input(spec, c @ square))
+    if ctx.needs_input_grad[3]:
+        g_square = c.flatten(0, -2).T @ z.flatten(0, -2)
+    return g_x, None, None, g_square, None
+
+
+def _square_gradient(spec: OperatorSpec, saved: Tensor, g: Tensor, whole: bool = False) -> Tensor:
+    if spec.blockwise:
+        return square_gradient_of_input(spec, saved, g, whole)
+    return square_gradient(spec, saved, g)
+
+
+def _add_update(spec: OperatorSpec, square: Tensor, saved: Tensor, y: Tensor) -> Tensor:
+    """y + decompress(M compress(x)), in place."""
+    if spec.blockwise:
+        z = fold_input(spec, saved).flatten(0, -3)
+        return y.add_(decompress(spec, apply_squares(block_squares(spec, square), z)).view_as(y))
+    if multiplies(y):
+        y.view(-1, spec.d_out).addmm_(saved.flatten(0, -2), rows_of_outputs(spec, square).T)
+        return y
+    return y.add_(decompress(spec, F.linear(saved, square)))
+
+
+def _add_input_gradient(spec: OperatorSpec, square: Tensor, g: Tensor, g_x: Tensor) -> Tensor:
+    """g_x + the transpose of `_add_update`'s map from x, of g; in place. Not for `_gradients_of_sums`."""
+    if not spec.blockwise:
+        g = g.reshape(-1, spec.d_out)
+        g_x.view(-1, spec.d_in).addmm_(g @ rows_of_outputs(spec, square), fold_matrix(spec, g).T)
+        return g_x
+    c = decompress_transpose(spec, g).flatten(0, -3)
+    g_z = apply_squares(block_squares(spec, square).transpose(1, 2), c)
+    return g_x.add_(unfold_input(spec, g_z).view_as(g_x))

@@ -1,0 +1,155 @@
+"""The plan of which layers get a square and of what side: a file that people read, edit and give to --targets.
+
+    targets.yaml      format, model, fingerprint, budget, by, operator, layers: {name: side}
+
+A layer with side 0, or without a line, gets none. The file is the same for the same plan, to the byte; the notes behind
+# (parameters, score) are for reading only. `sized` puts a plan into the adapter's config, from where checkpoints, the
+portable adapter and exports have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.config.flags import load_yaml
+from mora_ds.errors import UserError, nearest
+from mora_ds.files import atomic_path
+
+TARGETS_FILE = "targets.yaml"
+AUTO = "auto"
+BY_WEIGHTS, BY_PROBE, BY_HAND = "weights", "probe", "hand"
+
+_BUDGET = "--trainable_budget"
+_FLAG = "--targets"
+_HEAD = """\
+# Which layers get a square, and of what side (r_hat; its parameters are the side squared): --targets THIS_FILE.
+# To be edited: 0, or no line, is no square; sides are even for rotate, and at most the layer's longer side.
+"""
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """Sides of the squares of one model's layers."""
+
+    model: str
+    """What the model is called: for people."""
+    fingerprint: str
+    """Of the base's weights, as `BaseCheckpoint.fingerprint` tells it: for which model the plan is."""
+    sides: Mapping[str, int]
+    """Layer -> r_hat, in the model's order; 0: no square."""
+    budget: str = ""
+    """As it was given: 0.5%, or a number; "" for none."""
+    by: str = BY_HAND
+    """What the scores are: weights, or probe."""
+    operator: str = ""
+    """That the sides were made for; "" if it is not said."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """For the notes in the file; not read back."""
+
+    @property
+    def parameters(self) -> int:
+        return sum(side**2 for side in self.sides.values())
+
+    def __str__(self) -> str:
+        chosen = [side for side in self.sides.values() if side]
+        within = f" of a budget of {self.budget}" if self.budget else ""
+        return (
+            f"plan by {self.by}: {len(chosen)} of {len(self.sides)} layers, sides {min(chosen)} to {max(chosen)}, "
+            f"{self.parameters:,} parameters{within}"
+        )
+
+    def text(self) -> str:
+        """The file."""
+        facts = {
+            "format": 1, "model": self.model, "fingerprint": self.fingerprint, "budget": self.budget, "by": self.by,
+            "operator": self.operator,
+        }  # fmt: skip
+        lines = [f"  {_scalar(name)}: {side}{self._note(name, side)}" for name, side in self.sides.items()]
+        return "\n".join([_HEAD + yaml.safe_dump(facts, sort_keys=False).rstrip(), "layers:", *lines, ""])
+
+    def _note(self, name: str, side: int) -> str:
+        notes = [f"{side**2:,} parameters"] if side else []
+        notes += [f"score {self.scores[name]:.3e}"] if name in self.scores else []
+        return f"    # {', '.join(notes)}" if notes else ""
+
+    def write(self, path: Path) -> None:
+        """Atomically. Raises `RunError` on a full disk."""
+        with atomic_path(path) as beside:
+            beside.write_text(self.text(), encoding="utf-8")
+
+
+def read_plan(path: Path) -> TargetPlan:
+    """Raises `UserError` naming the file for what is missing, misspelt, no YAML or no side."""
+    content = load_yaml(str(path), f"{_FLAG}")
+    known = ("format", "model", "fingerprint", "budget", "by", "operator", "layers")
+    for key in content:
+        if key not in known:
+            raise UserError(f"{_FLAG} {path}: unknown key {key!r}.{nearest(str(key), known)}")
+    if content.get("format") != 1:
+        raise UserError(f"{_FLAG} {path}: format is {content.get('format')!r}, and only 1 is known")
+    for key in ("fingerprint", "layers"):
+        if not content.get(key):
+            raise UserError(f"{_FLAG} {path}: there is no {key!r} in it")
+    layers = content["layers"]
+    if not isinstance(layers, dict):
+        raise UserError(f"{_FLAG} {path}: layers must be lines of `name: side`, not a {type(layers).__name__}")
+    sides = {str(name): _side(path, name, side) for name, side in layers.items()}
+    if not any(sides.values()):
+        raise UserError(f"{_FLAG} {path}: no layer has a side above 0")
+    model, fingerprint, budget, by, operator = (str(content.get(key) or "") for key in known[1:6])
+    return TargetPlan(model, fingerprint, sides, budget, by or BY_HAND, operator)
+
+
+def check_model(plan: TargetPlan, path: Path, model: str, fingerprint: str) -> None:
+    """Raises `UserError` when the plan is for another model's weights."""
+    if plan.fingerprint != fingerprint:
+        raise UserError(
+            f"{_FLAG} {path} is a plan for {plan.model or 'a model'} with the fingerprint {plan.fingerprint}; "
+            f"{model} has {fingerprint}: make one for it (tools/analyze_weights.py --write)"
+        )
+
+
+def sized(config: MoRAConfig, sides: Mapping[str, int], where: str = _FLAG) -> MoRAConfig:
+    """`config` with squares of these sides on these layers and no others. Raises `UserError` naming `where` for a side
+    that the operator does not take."""
+    try:
+        return replace(config, layer_sizes=tuple((name, side) for name, side in sides.items() if side))
+    except UserError as error:
+        raise UserError(str(error).replace(_FLAG, where, 1)) from error
+
+
+def parse_budget(text: str, parameters: int | None = None) -> int:
+    """Parameters that "0.5%" (of the model's `parameters`) or "250000" stand for. Without `parameters` the text is only
+    looked at. Raises `UserError` naming --trainable_budget where it is no budget."""
+    number, is_share = text.strip().removesuffix("%").replace("_", ""), text.strip().endswith("%")
+    try:
+        value = Decimal(number)
+    except InvalidOperation:
+        raise UserError(f"{_BUDGET} must be like 0.5% or 250000, got {text!r}") from None
+    if not (value.is_finite() and value > 0):
+        raise UserError(f"{_BUDGET} must be above 0, got {text!r}")
+    if is_share:
+        return int(value * (parameters or 0) / 100)
+    if value != value.to_integral_value():
+        raise UserError(
+            f"{_BUDGET} {text} is neither a number of parameters nor a share of them: did you mean {text}%?"
+        )
+    return int(value)
+
+
+def _scalar(text: str) -> str:
+    """As YAML writes it, quoted where it must be."""
+    return yaml.safe_dump(text, width=10_000).removesuffix("\n").removesuffix("\n...")
+
+
+def _side(path: Path, name: Any, side: Any) -> int:
+    if isinstance(side, bool) or not isinstance(side, int) or side < 0:
+        raise UserError(f"{_FLAG} {path}: the side of {name} must be a whole number, 0 for none, got {side!r}")
+    return side

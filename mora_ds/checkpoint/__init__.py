@@ -1,0 +1,1 @@
+"""Checkpoints: writing, reading, verifying and converting them."""

@@ -1,0 +1,189 @@
+"""Old cycles become part of a new base: an explicit, offline step, for ledgers that have grown long.
+
+    base + cycles 0..K-1  -> output/base/      a Hugging Face folder; in float32 exactly the sum that a replay forms
+    cycles K..            -> output/ledger/    renumbered, chained to the new base's fingerprint
+                             output/base.json  which base that is
+    from a checkpoint also its live squares and trained tensors: `export_merged` takes `output` as it takes any
+
+A replay sums in fp32, cycle after cycle, so going on from a float32 base gives the same live weights bit for bit.
+One tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mora_ds.checkpoint.adapter_files import BaseReference
+from mora_ds.checkpoint.ledger_tools import (
+    LEDGER_FOLDER,
+    TOKENIZER_FOLDER,
+    Place,
+    check_fresh,
+    copy_adapter,
+    copy_cycles,
+    find_ledger,
+    open_base,
+)
+from mora_ds.errors import UserError
+from mora_ds.files import atomic_folder
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.save import plan_shards, write_companions, write_shards
+from mora_ds.models.tensor_files import compute_dtype
+from mora_ds.remora.ledger import LayerEntry, Ledger, live_weight
+
+BASE_FOLDER = "base"
+_UNCHANGED = ("probe.safetensors", "trainer_state.json")
+"""Of a checkpoint: still true after compacting in float32, as the live model is the same."""
+
+
+@dataclass
+class _Folding:
+    """Makes the new base's tensors, and keeps account of what rounding takes from the folded update."""
+
+    base: BaseCheckpoint
+    ledger: Ledger
+    cycles: int
+    layers: dict[str, LayerEntry]
+    """Key in the base -> the layer that some folded cycle adapted."""
+    lost: float = field(default=0.0, init=False)
+    update: float = field(default=0.0, init=False)
+    """Squared norms: of what rounding changed, and of all that was added."""
+
+    def tensor(self, key: str, dtype: torch.dtype) -> Tensor:
+        original = self.base.read(key)
+        if key not in self.layers:
+            return original.to(dtype)
+        entry = self.layers[key]
+        exact = live_weight(original, self._updates(entry.module), entry.transposed, torch.float32)
+        rounded = exact.to(dtype)
+        self.lost += (rounded.double() - exact.double()).square().sum().item()
+        self.update += (exact.double() - original.double()).square().sum().item()
+        return rounded
+
+    def _updates(self, module: str) -> islice:
+        there = sum(module in self.ledger.layers(cycle) for cycle in range(self.cycles))
+        return islice(self.ledger.squares_of(module), there)
+
+    @property
+    def relative_loss(self) -> float:
+        return math.sqrt(self.lost / self.update) if self.update else 0.0
+
+
+def compact(
+    path: Path,
+    output: Path,
+    first: int | None = None,
+    dtype: str = "float32",
+    base_folder: Path | None = None,
+    max_shard_gib: float = 5.0,
+) -> list[str]:
+    """Folds the `first` cycles (by default all) of the ledger at `path` into a new base under `output`.
+
+    `path`: a ledger, a checkpoint or a run's output folder. `dtype`: of the new base's floating tensors; another one
+    than "float32" rounds them. `base_folder`: where the base lies, if no base.json says so or it was moved. Returns
+    what was done, for humans. Raises `UserError` naming the flag to change, `RunError` on a full disk; nothing is
+    then left at `output`.
+    """
+    target, place = compute_dtype(dtype), find_ledger(path)
+    if max_shard_gib <= 0:
+        raise UserError(f"--max_shard_gib must be positive, got {max_shard_gib}")
+    check_fresh(output)
+    ledger = place.open()
+    count = _count(ledger, first)
+    reference = BaseReference.read(place.reference) if place.reference is not None else None
+    base = open_base(_base_folder(place, reference, base_folder), ledger)
+    folding = _Folding(base, ledger, count, _layers_by_key(ledger, count, base, reference))
+    with atomic_folder(output.absolute()) as folder:
+        fingerprint = _write_base(folding, folder / BASE_FOLDER, target, int(max_shard_gib * 2**30), place)
+        copy_cycles(ledger, range(count, ledger.cycles), folder / LEDGER_FOLDER, fingerprint)
+        if reference is not None:
+            BaseReference(BASE_FOLDER, fingerprint, reference.keys, reference.dtype).write(folder)
+        if place.checkpoint is not None:
+            folded = [record.step for record in ledger.records[:count]]
+            copy_adapter(place, folder, ledger.cycles - count, "compacted_cycles_of_steps", folded)
+            _copy_unchanged(place.checkpoint, folder, target)
+    return _lines(folding, output, dtype)
+
+
+def _count(ledger: Ledger, first: int | None) -> int:
+    if not ledger.cycles:
+        raise UserError(f"{ledger.folder} has no cycles: there is nothing to fold into a base")
+    count = ledger.cycles if first is None else first
+    if not 1 <= count <= ledger.cycles:
+        raise UserError(f"--first {count}: {ledger.folder} has {ledger.cycles} cycle(s)")
+    return count
+
+
+def _base_folder(place: Place, reference: BaseReference | None, override: Path | None) -> Path:
+    if override is not None:
+        return override
+    if reference is None or place.reference is None:
+        raise UserError(f"--base: say where the base of {place.ledger} lies; there is no base.json near it")
+    return place.reference / reference.folder
+
+
+def _layers_by_key(
+    ledger: Ledger, cycles: int, base: BaseCheckpoint, reference: BaseReference | None
+) -> dict[str, LayerEntry]:
+    """Raises `UserError` for a weight that the base does not have, has in another shape, or shares with another."""
+    entries = {name: entry for cycle in range(cycles) for name, entry in ledger.layers(cycle).items()}
+    keys = reference.keys if reference is not None else _guess_keys(base, entries)
+    layers: dict[str, LayerEntry] = {}
+    for entry in entries.values():
+        sides = (entry.operator.d_out, entry.operator.d_in)
+        key = keys.get(entry.weight)
+        if key is None or key not in base:
+            raise UserError(f"{base.folder} has no tensor for {entry.weight}, which {ledger.folder} changes")
+        if base.shape_dtype(key)[0] != (sides[::-1] if entry.transposed else sides):
+            raise UserError(f"{key} of {base.folder} has shape {base.shape_dtype(key)[0]}, its square is for {sides}")
+        if sharers := [name for name, other in keys.items() if other == key and name != entry.weight]:
+            raise UserError(f"{entry.weight} is tied to {', '.join(sharers)}: no single tensor can stand for both")
+        layers[key] = entry
+    return layers
+
+
+def _guess_keys(base: BaseCheckpoint, entries: dict[str, LayerEntry]) -> dict[str, str]:
+    """Weights stand under their live names, or without the model's prefix (GPT-2's "transformer.")."""
+    weights = [entry.weight for entry in entries.values()]
+    return base.map_parameters(weights, weights[0].split(".")[0] if weights else "")
+
+
+def _write_base(folding: _Folding, folder: Path, dtype: torch.dtype, limit: int, place: Place) -> str:
+    """Returns the new base's fingerprint."""
+    folder.mkdir()
+    shards = plan_shards(folding.base, folding.base.keys(), dtype, limit)
+    write_shards(folder, shards, folding.tensor)
+    own = place.checkpoint / TOKENIZER_FOLDER if place.checkpoint is not None else None
+    write_companions(folding.base, folder, dtype, own if own is not None and own.is_dir() else None)
+    return BaseCheckpoint.open(folder).fingerprint()
+
+
+def _copy_unchanged(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
+    for name in _UNCHANGED:
+        if dtype is torch.float32 and (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, folder / name)
+
+
+def _lines(folding: _Folding, output: Path, dtype: str) -> list[str]:
+    left = folding.ledger.cycles - folding.cycles
+    text = [
+        f"{output / BASE_FOLDER}: the base with {folding.cycles} cycle(s) in {len(folding.layers)} layers, in {dtype}",
+        f"{output / LEDGER_FOLDER}: {left} cycle(s) left, chained to the new base",
+    ]
+    if dtype == "float32":
+        text.append("nothing is lost: live weights formed from these are, bit for bit, those formed from the old ones")
+    else:
+        text.append(
+            f"every weight was rounded to {dtype}: a relative {folding.relative_loss:.2e} of the folded update is lost;"
+            " float32 loses nothing"
+        )
+    if not left:
+        text.append("a run that starts on it needs another --seed, or its groupings repeat those that were folded")
+    return text

@@ -1,0 +1,145 @@
+"""What a checkpoint holds beside DeepSpeed's shards: the live squares, the ledger, which base, tokenizer, probe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mora_ds.adapters.config import AdapterConfig
+from mora_ds.adapters.domain_layer import domain_layers, domains_of, frozen_values
+from mora_ds.adapters.inject import mora_layers, value_names
+from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, OwnSquares, logits_of, write_adapter
+from mora_ds.engine import zero
+from mora_ds.files import copy_folder
+from mora_ds.models.base import write_own_base
+from mora_ds.parallel.ulysses import whole_rows
+from mora_ds.remora.merge import ReMoRA, layer_entries
+
+PROBE_TOKENS = 8
+"""Length of the recorded probe: one row; its logits cost 4 * PROBE_TOKENS * vocabulary bytes."""
+
+
+@dataclass
+class RunWriter:
+    """A MoRA run's own files in a checkpoint. Call on all ranks: squares are gathered one by one."""
+
+    engine: zero.Engine
+    config: AdapterConfig
+    remora: ReMoRA
+    base: BaseReference
+    tokenizer_folder: Path | None
+    probe_ids: Tensor
+    """(1, PROBE_TOKENS) token ids whose logits are recorded for `export --verify`."""
+    facts: dict[str, Any]
+
+    def write(self, folder: Path, step: int) -> None:
+        """Gathers and writes."""
+        self.collect(step)(folder)
+
+    def collect(self, step: int) -> Callable[[Path], None]:
+        """Gathers everything as it is now onto rank 0. What it returns writes it, whatever training does meanwhile."""
+        layers, others = mora_layers(self.engine.module), other_trainables(self.engine.module)
+        squares = dict(self._gathered({name: (layer.value, layer.whole) for name, layer in layers.items()}))
+        trained = dict(self._gathered({name: (parameter, _as_it_is) for name, parameter in others.items()}))
+        of_domains = {name: layer.domain_squares for name, layer in domain_layers(self.engine.module).items()}
+        own = dict(self._gathered({name: (squares, _as_it_is) for name, squares in of_domains.items()}))
+        probe = self._probe()
+        adapter, ledger = self._adapter_file(step, tuple(trained)), self.remora.ledger.as_it_is()
+
+        def write(folder: Path) -> None:
+            if dist.get_rank() != 0:
+                return
+            write_adapter(folder, adapter, squares, trained, own)
+            self.base.write(folder)
+            ledger.copy_to(folder / "ledger")
+            self._copy_tokenizer(folder / "tokenizer")
+            save_file(probe, str(folder / "probe.safetensors"), {"dtype": self.base.dtype})
+
+        return write
+
+    def _probe(self) -> dict[str, Tensor]:
+        """The recorded tokens, and the logits of the shared function and of every domain's."""
+        domains = domains_of(self.engine.module)
+        probe = {"input_ids": self.probe_ids.cpu().long()}
+        for domain in (None, *domains.names):
+            with domains.using(domain):
+                probe[logits_of(domain)] = probe_logits(self.engine, self.probe_ids).cpu()
+        return probe
+
+    def _gathered(
+        self, parameters: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole fp32 tensor), kept on rank 0 only; the other ranks take part and keep nothing. With each
+        parameter, what makes a whole of a tensor-parallel rank's share. What is frozen is a buffer, whole and fp32."""
+        for name, (value, complete) in parameters.items():
+            whole = complete(zero.full_fp32(self.engine, value) if isinstance(value, nn.Parameter) else value)
+            if dist.get_rank() == 0:
+                yield name, whole.to("cpu", copy=True)
+
+    def _adapter_file(self, step: int, trainables: tuple[str, ...]) -> AdapterFile:
+        return AdapterFile(
+            layers=layer_entries(self.engine.module),
+            dtype=self.base.dtype,
+            cycle=self.remora.cycle,
+            step=step,
+            rank=self.config.rank,
+            trainables=trainables,
+            own=own_squares(self.engine.module),
+            facts={"config": self.config.to_dict(), **self.facts},
+        )
+
+    def _copy_tokenizer(self, target: Path) -> None:
+        """No links: a few megabytes, and one damaged file would be damaged in every checkpoint."""
+        if self.tokenizer_folder is not None:
+            copy_folder(self.tokenizer_folder, target)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def other_trainables(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameter name -> trained embeddings, norms, head (each tied tensor under its first name)."""
+    squares = value_names(model)
+    return {name: parameter for name, parameter in model.named_parameters() if name not in squares}
+
+
+def own_squares(model: nn.Module) -> OwnSquares | None:
+    """What the file tells of the squares of domains, if the model has any."""
+    layers = domain_layers(model)
+    if not layers:
+        return None
+    operators = {name: layer.own_spec for name, layer in layers.items()}
+    return OwnSquares(domains_of(model).names, operators, tuple(frozen_values(model)))
+
+
+@torch.no_grad()
+def probe_logits(engine: zero.Engine, ids: Tensor) -> Tensor:
+    """(1, T, vocabulary) in fp32, without dropout. Collective under ZeRO-3."""
+    was_training = engine.training
+    engine.eval()
+    with whole_rows(engine.module):
+        logits = engine(input_ids=ids.to(engine.device), use_cache=False).logits.float()
+    engine.train(was_training)
+    return logits
+
+
+def save_full_model(engine: zero.Engine, folder: Path, tokenizer: Any) -> None:
+    """The full-training control's model as a Hugging Face folder, gathered one parameter at a time onto rank 0."""
+    model = engine.module
+    gathered: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=zero.is_stage3(engine)):
+            if dist.get_rank() == 0:
+                gathered[name] = parameter.detach().cpu().clone()
+    if dist.get_rank() == 0:
+        write_own_base(model, folder, tokenizer, state_dict=gathered)
+    dist.barrier()

@@ -1,0 +1,236 @@
+"""Offline work on a ledger: find it, check it, write a new one without some of its cycles.
+
+    path -> find_ledger -> verify    every hash, the chain, the base, and the checkpoint around it
+                        -> drop      a new ledger without the named cycles; the rest keep their operators
+
+`ledger_table` shows what the cycles hold, `compact` folds them into a new base. What is read is never changed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mora_ds.checkpoint.adapter_files import (
+    ADAPTER_JSON,
+    ADAPTER_TENSORS,
+    BASE_JSON,
+    AdapterFile,
+    AdapterTensors,
+    BaseReference,
+    read_adapter,
+)
+from mora_ds.errors import RunError, UserError
+from mora_ds.files import (
+    MANIFEST,
+    atomic_folder,
+    file_problem,
+    malformed,
+    read_json,
+    verify_manifest,
+    write_json_atomic,
+)
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.remora.ledger import LEDGER_FILE, VECTORS_FILE, Ledger
+
+LEDGER_FOLDER = "ledger"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A ledger, and what stands around it."""
+
+    ledger: Path
+    checkpoint: Path | None
+    """The checkpoint that was asked for, links resolved; `None` where a ledger or a run was."""
+    reference: Path | None
+    """A folder with base.json, which says where the base lies and how its tensors are called."""
+
+    def open(self, hashes: bool = True) -> Ledger:
+        """Raises `UserError` as `Ledger.open` does."""
+        return Ledger.open(self.ledger, hashes=hashes)
+
+    def adapter(self) -> AdapterFile | None:
+        """Of the checkpoint. Raises `UserError` when its live squares do not follow the ledger's last cycle."""
+        if self.checkpoint is None:
+            return None
+        adapter = read_adapter(self.checkpoint)
+        cycles = self.open(hashes=False).cycles
+        if adapter.cycle != cycles:
+            raise UserError(
+                f"{self.ledger} has {cycles} cycles, but {self.checkpoint / ADAPTER_JSON} was written in cycle"
+                f" {adapter.cycle}"
+            )
+        return adapter
+
+
+def find_ledger(path: Path) -> Place:
+    """`path`: a ledger folder, a checkpoint (or a link to one), or a run's output folder (the run's own ledger)."""
+    checkpoint = None
+    if (path / LEDGER_FILE).is_file():
+        ledger = path
+    elif (path / ADAPTER_JSON).is_file() or (path / MANIFEST).is_file():
+        checkpoint = path.resolve()
+        ledger = checkpoint / LEDGER_FOLDER
+    else:
+        ledger = path / LEDGER_FOLDER
+    if not (ledger / LEDGER_FILE).is_file():
+        raise UserError(f"{path} holds no ledger: name a ledger folder, a checkpoint, or the output folder of a run")
+    around = ledger.absolute().parent
+    candidates = (around, around / "checkpoints" / "latest")
+    reference = next((folder.resolve() for folder in candidates if (folder / BASE_JSON).is_file()), None)
+    return Place(ledger, checkpoint, reference)
+
+
+# -- verify ------------------------------------------------------------------------------------------------------------
+
+
+def verify(path: Path, base: Path | None = None) -> list[str]:
+    """Reads every byte of a ledger, and of its base where `base` says where that lies. Returns what was found good.
+
+    Raises `RunError` with all that is damaged, and `UserError` where there is no ledger or `base` is another one.
+    """
+    place = find_ledger(path)
+    if problems := _problems(place):
+        raise RunError("\n".join([f"{path} is damaged:", *problems]))
+    ledger = place.open(hashes=False)
+    nbytes = sum(record.size for record in ledger.records)
+    good = [f"{place.ledger}: {ledger.cycles} cycle(s), {nbytes:,} bytes, all hashes and their chain as recorded"]
+    if place.checkpoint is not None:
+        good.append(f"{place.checkpoint}: fits its ledger, every file of it is whole")
+    if base is not None:
+        opened = open_base(base, ledger)
+        good.append(f"{opened.folder}: is the base that the ledger starts from ({ledger.base_fingerprint[:16]}...)")
+    return good
+
+
+def _problems(place: Place) -> list[str]:
+    """All damaged files, then the first thing that is wrong with the ledger's structure."""
+    path = place.ledger / LEDGER_FILE
+    content = read_json(path)
+    with malformed(path):
+        records = [(place.ledger / each["file"], int(each["size"]), str(each["sha256"])) for each in content["cycles"]]
+        if "vectors" in content:
+            vectors = content["vectors"]
+            records.append((place.ledger / VECTORS_FILE, int(vectors["size"]), str(vectors["sha256"])))
+    problems = [problem for record in records if (problem := file_problem(*record))]
+    if place.checkpoint is not None and (place.checkpoint / MANIFEST).is_file():
+        problems += [problem for problem in verify_manifest(place.checkpoint) if problem not in problems]
+    try:
+        _check_structure(place)
+    except UserError as error:
+        if not any(problem in str(error) for problem in problems):
+            problems.append(str(error))
+    return problems
+
+
+def _check_structure(place: Place) -> None:
+    ledger = place.open(hashes=False)
+    for cycle in range(ledger.cycles):
+        for module in ledger.layers(cycle):
+            if not torch.isfinite(ledger.square(cycle, module)).all():
+                raise UserError(f"{ledger.folder / ledger.records[cycle].file}: the square of {module} is not finite")
+    adapter = place.adapter()
+    if place.checkpoint is not None and adapter is not None:
+        AdapterTensors.open(place.checkpoint, adapter)
+        expected = BaseReference.read(place.checkpoint).fingerprint
+        if ledger.base_fingerprint != expected:
+            raise UserError(f"{ledger.folder} belongs to another base than {place.checkpoint / BASE_JSON} names")
+
+
+def open_base(folder: Path, ledger: Ledger) -> BaseCheckpoint:
+    """The base in `folder`, every byte of it read. Raises `UserError` when the ledger starts from another one."""
+    base = BaseCheckpoint.open(folder, "--base")
+    if base.fingerprint() != ledger.base_fingerprint:
+        raise UserError(
+            f"--base: {folder} is not the base of {ledger.folder}: its weights have the fingerprint"
+            f" {base.fingerprint()}, the ledger starts from {ledger.base_fingerprint}"
+        )
+    return base
+
+
+# -- drop --------------------------------------------------------------------------------------------------------------
+
+
+def drop(path: Path, cycles: Collection[int], output: Path | None = None, in_place: bool = False) -> list[str]:
+    """A ledger without `cycles`: the others renumbered and chained anew, each with the operators it was trained with.
+
+    From a ledger or a run `output` becomes a ledger folder; from a checkpoint a folder that `export_merged` takes:
+    that ledger, the live squares, the other trained tensors. `in_place` replaces a ledger folder; the old one stays
+    beside it. Returns what was done, for humans. Raises `UserError` naming the flag to change.
+    """
+    place = find_ledger(path)
+    ledger = place.open()
+    kept = _kept(ledger, cycles)
+    if in_place == (output is not None):
+        raise UserError("drop needs one of --output and --in_place")
+    text = [f"kept {len(kept)} of {ledger.cycles} cycles: {', '.join(map(str, kept)) or 'none'}"]
+    if output is None:
+        if place.checkpoint is not None or (place.ledger.resolve().parent / ADAPTER_JSON).exists():
+            raise UserError(f"--in_place: {path} belongs to a checkpoint, whose files fit each other; give --output")
+        backup = _backup(ledger)
+        with atomic_folder(ledger.folder.resolve()) as folder:
+            copy_cycles(ledger, kept, folder, ledger.base_fingerprint)
+        return [*text, f"wrote {ledger.folder}; as it was: {backup}"]
+    check_fresh(output)
+    with atomic_folder(output.absolute()) as folder:
+        if place.checkpoint is None:
+            copy_cycles(ledger, kept, folder, ledger.base_fingerprint)
+        else:
+            copy_cycles(ledger, kept, folder / LEDGER_FOLDER, ledger.base_fingerprint)
+            reference = BaseReference.read(place.checkpoint)
+            replace(reference, folder=str((place.checkpoint / reference.folder).resolve())).write(folder)
+            dropped = [record.step for record in ledger.records if record.cycle not in kept]
+            copy_adapter(place, folder, len(kept), "dropped_cycles_of_steps", dropped)
+    return [*text, f"wrote {output}"]
+
+
+def _kept(ledger: Ledger, cycles: Collection[int]) -> list[int]:
+    unknown = sorted(set(cycles) - set(range(ledger.cycles)))
+    if unknown or not cycles:
+        there = f"cycles 0 to {ledger.cycles - 1}" if ledger.cycles else "no cycles"
+        raise UserError(f"--cycles {' '.join(map(str, unknown))}: {ledger.folder} has {there}")
+    return [cycle for cycle in range(ledger.cycles) if cycle not in cycles]
+
+
+def _backup(ledger: Ledger) -> Path:
+    """A copy beside the ledger, by hard links, under the first name that is free."""
+    folder, number = ledger.folder.resolve(), 1
+    while (backup := folder.with_name(f"{folder.name}.backup-{number}")).exists():
+        number += 1
+    return ledger.copy_to(backup).folder
+
+
+def copy_cycles(ledger: Ledger, cycles: Iterable[int], folder: Path, base_fingerprint: str) -> Ledger:
+    """A new ledger in `folder` with these cycles, numbered from 0 and chained to `base_fingerprint`."""
+    copy = Ledger.create(folder, base_fingerprint, ledger.vectors_path)
+    for cycle in cycles:
+        entries = ledger.layers(cycle)
+        copy.append(ledger.records[cycle].step, entries, ((name, ledger.square(cycle, name)) for name in entries))
+    return copy
+
+
+def copy_adapter(place: Place, folder: Path, cycles: int, fact: str, steps: list[int]) -> None:
+    """The checkpoint's live squares and trained tensors, to stand on a ledger of `cycles`; and its tokenizer.
+
+    `steps`: of the cycles that are no longer in the ledger, noted in adapter.json under `fact`.
+    """
+    adapter = place.adapter()
+    assert adapter is not None and place.checkpoint is not None
+    shutil.copyfile(place.checkpoint / ADAPTER_TENSORS, folder / ADAPTER_TENSORS)
+    facts = {**adapter.facts, fact: [*adapter.facts.get(fact, []), *steps]}
+    changed = replace(adapter, cycle=cycles, facts=facts)
+    write_json_atomic(folder / ADAPTER_JSON, changed.to_dict())
+    if (place.checkpoint / TOKENIZER_FOLDER).is_dir():
+        shutil.copytree(place.checkpoint / TOKENIZER_FOLDER, folder / TOKENIZER_FOLDER)
+
+
+def check_fresh(output: Path) -> None:
+    """Raises `UserError` unless `output` is free to be written to: nothing is ever replaced."""
+    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+        raise UserError(f"--output {output} exists already; name a new folder")

@@ -1,0 +1,193 @@
+"""DeepSpeed's universal checkpoints, made of ours and turned back. Offline, without DeepSpeed.
+
+    folder/latest_universal                             the tag
+    folder/TAG/mp_rank_00_model_states.pt               counters (the same file for ZeRO-3: zero_pp_rank_0_...)
+    folder/TAG/zero/optimizer_state.pt                  settings of the parameter groups, the step count
+    folder/TAG/zero/PARAMETER/fp32.pt, exp_avg.pt, ...  whole tensors, {"param": tensor}; step.pt
+    folder/TAG/mora/                                    ours: ledger, adapter, base, state, tokenizer, layout
+
+Plain DeepSpeed takes it with `"checkpoint": {"load_universal": true}` and `load_checkpoint(folder)`, under ZeRO 1 to 3
+and at any number of ranks; without ZeRO DeepSpeed has no loader for it. The base's merged weights are not in it: they
+come of `mora/ledger`. Two limits of DeepSpeed 0.19.8: ZeRO-3 reads exp_avg and exp_avg_sq only, so no Muon; and lets
+all sub-groups share one step tensor, which then counts once for each.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mora_ds.checkpoint.adapter_files import AdapterTensors, read_adapter, write_adapter
+from mora_ds.checkpoint.folder import ENGINE_TAG, STATE_FILE, TrainerState
+from mora_ds.engine.shard_reader import MASTER, EngineShards, Layout, layout_path, load_pickled, write_whole
+from mora_ds.errors import UserError
+from mora_ds.files import MANIFEST, atomic_folder, malformed, verify_manifest, write_json_atomic, write_manifest
+
+OURS = "mora"
+LATEST_UNIVERSAL = "latest_universal"
+ZERO_FOLDER = "zero"
+FORMAT_VERSION = 0.4
+"""deepspeed/checkpoint/constants.py, UNIVERSAL_CHECKPOINT_VERSION_VALUE."""
+_MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+"""Which of them DeepSpeed looks for hangs on the stage that it loads into (engine.py, `_get_ckpt_name`)."""
+
+
+def to_universal(checkpoint: Path, output: Path) -> list[str]:
+    """Writes a universal checkpoint to the new folder `output`. Returns lines for humans.
+
+    Raises `UserError` for a checkpoint that is damaged, or `output` that exists.
+    """
+    checkpoint = checkpoint.resolve()
+    _require(checkpoint, output)
+    shards, state = EngineShards.open(checkpoint / ENGINE_TAG), TrainerState.read(checkpoint)
+    if shards.first.swapped:
+        raise UserError(f"{shards.folder}: an optimizer's state on NVMe cannot be converted")
+    tag = f"step-{state.step:06d}"
+    with atomic_folder(output.absolute()) as folder:
+        place = folder / tag
+        for name in shards.shapes:
+            _write_parameter(place / ZERO_FOLDER / name, name, shards)
+        torch.save(_optimizer_state(shards), place / ZERO_FOLDER / "optimizer_state.pt")
+        for file in _MODEL_FILES:
+            torch.save(_model_state(shards, state), place / file)
+        shutil.copytree(checkpoint, place / OURS, ignore=shutil.ignore_patterns(ENGINE_TAG, MANIFEST))
+        write_json_atomic(layout_path(place / OURS, 0), replace(shards.first, flats=[], moments=[]).to_dict())
+        write_manifest(place)
+        (folder / LATEST_UNIVERSAL).write_text(tag, encoding="utf-8")
+    return [f"wrote {output}: tag {tag}, {len(shards.shapes)} parameters, ZeRO 1 to 3, any number of ranks"]
+
+
+def from_universal(folder: Path, output: Path) -> list[str]:
+    """A checkpoint of ours again, in the new folder `output`, with the tensors of a universal one that
+    `to_universal` made. Any number of ranks can resume from it.
+
+    Raises `UserError` when it is not one of these, or DeepSpeed has trained on and saved over it.
+    """
+    place = _tagged(folder)
+    if not (place / OURS / STATE_FILE).is_file():
+        raise UserError(
+            f"{place} has no folder {OURS}: only what convert_checkpoint.py universal made can be turned back"
+        )
+    _require(place, output)
+    shards = _Universal(place)
+    counted = load_pickled(place / _MODEL_FILES[0]).get("global_steps")
+    if counted != shards.first.counters.get("global_steps"):
+        raise UserError(
+            f"{place} was trained on ({counted} steps): its ledger and data position are of an earlier step"
+        )
+    with atomic_folder(output.absolute()) as target:
+        layout = layout_path(place / OURS, 0).name
+        shutil.copytree(place / OURS, target, ignore=shutil.ignore_patterns(layout), dirs_exist_ok=True)
+        (target / ENGINE_TAG).mkdir()
+        write_whole(target / ENGINE_TAG, shards, TrainerState.read(target).world_size)
+        if (target / "adapter.json").is_file():
+            _write_adapter(target, shards)
+        write_manifest(target)
+    return [f"wrote {output}: {len(shards.shapes)} parameters, resume with --resume_from_checkpoint {output}"]
+
+
+def _require(checkpoint: Path, output: Path) -> None:
+    if problems := verify_manifest(checkpoint):
+        raise UserError("the checkpoint is damaged: " + "; ".join(problems))
+    if output.is_symlink() or output.exists():
+        raise UserError(f"--output {output} exists already; name a new folder")
+
+
+def _tagged(folder: Path) -> Path:
+    latest = folder / LATEST_UNIVERSAL
+    if not latest.is_file():
+        raise UserError(f"{folder} is no universal checkpoint: it has no file {LATEST_UNIVERSAL}")
+    return folder / Path(latest.read_text(encoding="utf-8").strip()).name
+
+
+def _write_adapter(folder: Path, shards: EngineShards) -> None:
+    """adapter.safetensors follows the masters, as in any checkpoint."""
+    adapter = read_adapter(folder)
+    kept = () if adapter.own is None else adapter.own.frozen  # of which there is no master
+    old = {name: value.clone() for name, value in AdapterTensors.open(folder, adapter).items() if name in kept}
+
+    def tensor(name: str) -> Tensor:
+        return old[name] if name in old else shards.whole(name, MASTER)
+
+    squares = {name: tensor(entry.square) for name, entry in adapter.layers.items()}
+    own = {} if adapter.own is None else {name: tensor(adapter.own.tensor(name)) for name in adapter.own.operators}
+    write_adapter(folder, adapter, squares, {name: tensor(name) for name in adapter.trainables}, own)
+
+
+# -- DeepSpeed's files -------------------------------------------------------------------------------------------------
+
+
+def _write_parameter(folder: Path, name: str, shards: EngineShards) -> None:
+    folder.mkdir(parents=True)
+    for key in (MASTER, *shards.keys(name)):
+        torch.save({"param": shards.whole(name, key)}, folder / f"{_file_of(key)}.pt")
+    for key, value in shards.scalars(name).items():
+        torch.save(value, folder / f"{key}.pt")
+
+
+def _file_of(key: str) -> str:
+    return "fp32" if key == MASTER else key
+
+
+def _optimizer_state(shards: EngineShards) -> dict[str, Any]:
+    """What ZeRO 1 and 2 read, and nested in it what ZeRO-3 reads."""
+    names = [next(iter(group)) for group in shards.first.groups]
+    groups = [{**settings, "params": [index]} for index, settings in enumerate(shards.first.settings)]
+    state = {index: shards.scalars(name) for index, name in enumerate(names)}
+    return {
+        "ds_version": version("deepspeed"),
+        "param_groups": groups,
+        "optimizer_state_dict": {"state": state, "param_groups": groups},
+    }
+
+
+def _model_state(shards: EngineShards, state: TrainerState) -> dict[str, Any]:
+    return {
+        "module": {},
+        "buffer_names": [],
+        "param_shapes": [{name: torch.Size(shape) for name, shape in group.items()} for group in shards.first.groups],
+        "lr_scheduler": None,
+        **shards.first.counters,
+        "dp_world_size": state.world_size,
+        "mp_world_size": 1,
+        "ds_version": version("deepspeed"),
+        "universal_checkpoint_info": {"universal_checkpoint_version": FORMAT_VERSION},
+    }
+
+
+class _Universal(EngineShards):
+    """A universal checkpoint, read like shards."""
+
+    def __init__(self, place: Path) -> None:
+        first = Layout.read(place / OURS, 0)
+        super().__init__(place / ZERO_FOLDER, [replace(first, flats=[], moments=[], transposed=[])])
+
+    def _file(self, name: str, key: str) -> Any:
+        path = self.folder / name / f"{_file_of(key)}.pt"
+        content = load_pickled(path)
+        with malformed(path):
+            return content["param"] if isinstance(content, dict) else content
+
+    def _stored(self, name: str) -> dict[str, Any]:
+        keys = sorted(path.stem for path in (self.folder / name).glob("*.pt") if path.stem != _file_of(MASTER))
+        return {key: self._file(name, key) for key in keys}
+
+    def keys(self, name: str) -> list[str]:
+        return [key for key, value in self._stored(name).items() if isinstance(value, Tensor) and value.dim()]
+
+    def scalars(self, name: str) -> dict[str, Any]:
+        keys = self.keys(name)
+        return {key: value for key, value in self._stored(name).items() if key not in keys}
+
+    def _read(self, name: str, key: str, start: int, numel: int | None) -> Tensor:
+        found = self._file(name, key)
+        if tuple(found.shape) != self.shapes[name]:
+            raise UserError(f"{self.folder / name}: {key} is {tuple(found.shape)}, not {self.shapes[name]}")
+        whole = found.reshape(-1)
+        return whole.narrow(0, start, whole.numel() if numel is None else numel).clone()

@@ -1,0 +1,210 @@
+"""Is a checkpoint whole, and does it agree with itself? Offline: needs neither DeepSpeed, nor a GPU, nor the base.
+
+    files       as manifest.json lists them: there, size, sha256
+    formats     trainer_state.json, adapter.json and its tensors, base.json, probe, random states
+    ledger      every hash, their chain, the base that they begin with, as many cycles as the adapter says
+    shards      readable, complete for the number of ranks, every element of every parameter once
+    agreement   adapter.safetensors = the fp32 masters in the shards, bit for bit
+    base        (where a folder is given) the same fingerprint
+
+Every check runs, whatever the ones before found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from mora_ds.checkpoint.adapter_files import ADAPTER_JSON, ADAPTER_TENSORS, AdapterTensors, BaseReference, read_adapter
+from mora_ds.checkpoint.folder import ENGINE_TAG, LATEST, STATE_FILE, TrainerState, complete_checkpoints, step_of
+from mora_ds.engine.shard_reader import MASTER, EngineShards
+from mora_ds.errors import RunError, UserError
+from mora_ds.files import MANIFEST, malformed, read_json, verify_manifest
+from mora_ds.models.tensor_files import open_safetensors
+from mora_ds.remora.ledger import Ledger
+
+LEDGER_FOLDER = "ledger"
+PROBE_FILE = "probe.safetensors"
+
+
+@dataclass
+class Verdict:
+    """What a look at one checkpoint has found."""
+
+    folder: Path
+    problems: list[str] = field(default_factory=list)
+    """What is wrong, one line a finding; each names its file."""
+    facts: list[str] = field(default_factory=list)
+    """What was checked and is well."""
+    is_latest: bool = False
+
+    @property
+    def is_good(self) -> bool:
+        return not self.problems
+
+    def lines(self) -> list[str]:
+        head = f"{self.folder}: {'good' if self.is_good else 'DAMAGED'}{', latest' if self.is_latest else ''}"
+        return [head, *(f"  {fact}" for fact in self.facts), *(f"  wrong: {problem}" for problem in self.problems)]
+
+
+def verify(path: Path, base: Path | None = None) -> list[Verdict]:
+    """The verdict on a checkpoint, or on each one of a run (its output folder, or `checkpoints` in it), oldest first.
+
+    Raises `UserError` when there is none at `path`.
+    """
+    path = path.expanduser()
+    if any((path / name).is_file() for name in (MANIFEST, STATE_FILE, ADAPTER_JSON)):
+        return [_verify_one(path.resolve(), base)]
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    folders = complete_checkpoints(root) if root.is_dir() else []
+    if not folders:
+        raise UserError(f"{path} is neither a checkpoint nor the folder of a run that has one")
+    latest = (root / LATEST).resolve()
+    verdicts = [_verify_one(folder, base) for folder in folders]
+    for verdict in verdicts:
+        verdict.is_latest = verdict.folder.resolve() == latest
+    if (root / LATEST).is_symlink() and not latest.is_dir():
+        verdicts[-1].problems.append(f"{root / LATEST} names {latest.name}, which is not there")
+    return verdicts
+
+
+def _verify_one(folder: Path, base: Path | None) -> Verdict:
+    verdict = Verdict(folder)
+    is_full = _is_full_training(folder)
+    checks: list[Callable[[Path], Iterator[str]]] = [_files, _state, _shards]
+    if not is_full:
+        checks += [_adapter, _ledger, _agreement]
+    for check in checks:
+        _run(verdict, lambda check=check: check(folder))  # type: ignore[misc]
+    if base is not None and not is_full:
+        _run(verdict, lambda: _base(folder, base))
+    verdict.problems = list(dict.fromkeys(verdict.problems))
+    return verdict
+
+
+def _run(verdict: Verdict, check: Callable[[], Iterator[str]]) -> None:
+    try:
+        verdict.facts.extend(check())
+    except _Several as error:
+        verdict.problems.extend(error.problems)
+    except (UserError, RunError, SafetensorError, OSError) as error:
+        verdict.problems.append(str(error))
+
+
+class _Several(Exception):
+    """More than one finding of a check."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+
+def _is_full_training(folder: Path) -> bool:
+    """The full-training control has neither adapter nor ledger."""
+    try:
+        return TrainerState.read(folder).identity.get("adapter", {}).get("kind") == "full"
+    except (UserError, AttributeError):
+        return False
+
+
+# -- checks: each yields what is well, and raises what is wrong --------------------------------------------------------
+
+
+def _files(folder: Path) -> Iterator[str]:
+    if problems := verify_manifest(folder):
+        raise _Several(problems)
+    listed = read_json(folder / MANIFEST)["files"]
+    nbytes = sum(facts["size"] for facts in listed.values())
+    yield f"files: {len(listed)} as the manifest says, {nbytes / 2**20:,.2f} MiB"
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if strays := sorted(found - set(listed) - {MANIFEST}):
+        yield f"not in the manifest, and not read by a resume: {', '.join(strays)}"
+
+
+def _state(folder: Path) -> Iterator[str]:
+    path, state = folder / STATE_FILE, TrainerState.read(folder)
+    with malformed(path):
+        number = step_of(folder) if folder.name.startswith("step-") else state.step
+    if number != state.step:
+        raise UserError(f"{path} is of step {state.step}, its folder of step {number}")
+    ranks = [folder / f"rng-{rank:05d}.safetensors" for rank in range(state.world_size)]
+    for path in ranks:
+        if "cpu" not in open_safetensors(path).keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+            raise UserError(f"{path} holds no random state")
+    yield f"state: step {state.step}, {state.tokens:,} tokens, {len(state.merges)} merge(s), {state.world_size} rank(s)"
+
+
+def _shards(folder: Path) -> Iterator[str]:
+    shards = EngineShards.open(folder / ENGINE_TAG)
+    world, saved = TrainerState.read(folder).world_size, shards.first.world_size
+    if world != saved:
+        raise UserError(f"{shards.folder} was written by {saved} ranks, {STATE_FILE} says {world}")
+    if shards.first.swapped:
+        yield f"shards: {len(shards.files)} file(s) of {saved} rank(s); what lies on NVMe only DeepSpeed can read"
+        return
+    problems = []
+    keys: set[str] = set()
+    for name in shards.shapes:
+        for key in (MASTER, *shards.keys(name)):
+            keys.add(key)
+            if not torch.isfinite(shards.read(name, key)).all():
+                problems.append(f"{shards.folder}: {key} of {name} is not finite")
+        shards.scalars(name)  # raises when the ranks do not agree
+    if problems:
+        raise _Several(problems)
+    what = f"{len(shards.shapes)} tensors ({', '.join(sorted(keys))})"
+    yield f"shards: {len(shards.files)} file(s) of {saved} rank(s), ZeRO {shards.first.stage}, {what}"
+
+
+def _adapter(folder: Path) -> Iterator[str]:
+    adapter = read_adapter(folder)
+    tensors = AdapterTensors.open(folder, adapter)
+    problems = [
+        f"{folder / ADAPTER_TENSORS}: {name} is not finite"
+        for name, tensor in tensors.items()
+        if not torch.isfinite(tensor).all()
+    ]
+    BaseReference.read(folder)
+    open_safetensors(folder / PROBE_FILE)
+    if problems:
+        raise _Several(problems)
+    yield f"adapter: {len(adapter.layers)} layers, cycle {adapter.cycle}, {len(adapter.trainables)} other tensor(s)"
+
+
+def _ledger(folder: Path) -> Iterator[str]:
+    ledger = Ledger.open(folder / LEDGER_FOLDER, BaseReference.read(folder).fingerprint)
+    cycle, merges = read_adapter(folder).cycle, len(TrainerState.read(folder).merges)
+    if not ledger.cycles == cycle == merges:
+        raise UserError(
+            f"{ledger.folder} has {ledger.cycles} cycle(s), {ADAPTER_JSON} was written in cycle {cycle}, "
+            f"{STATE_FILE} knows of {merges} merge(s)"
+        )
+    yield f"ledger: {ledger.cycles} cycle(s), hashes and chain"
+
+
+def _agreement(folder: Path) -> Iterator[str]:
+    adapter, shards = read_adapter(folder), EngineShards.open(folder / ENGINE_TAG)
+    if shards.first.swapped:
+        return
+    tensors = dict(AdapterTensors.open(folder, adapter).items())
+    for name in () if adapter.own is None else adapter.own.frozen:
+        del tensors[name]  # no shard holds it: it is not trained
+    if different := sorted(set(tensors) ^ set(shards.shapes)):
+        raise UserError(f"{folder / ADAPTER_TENSORS} and the shards do not hold the same tensors, e.g. {different[0]}")
+    problems = [
+        f"{folder / ADAPTER_TENSORS}: {name} is not what the shards hold"
+        for name, tensor in tensors.items()
+        if not torch.equal(tensor, shards.whole(name, MASTER).float())
+    ]
+    if problems:
+        raise _Several(problems)
+    yield f"agreement: {len(tensors)} live tensor(s) equal their masters in the shards"
+
+
+def _base(folder: Path, base: Path) -> Iterator[str]:
+    opened = BaseReference.read(folder).open_base(folder, base, "--base")
+    yield f"base: {opened.folder} has the recorded fingerprint"

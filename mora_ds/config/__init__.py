@@ -1,0 +1,1 @@
+"""Settings of a run: flags, recipes, and every check of them."""

@@ -1,0 +1,99 @@
+"""All settings of a training run: four dataclasses, parsed strictly, dumped beside the run.
+
+    [recipe.yaml] --flags -> parse -> Arguments -> validation.validate -> typed fields for the rooms below
+                                          \\-> dump -> run.yaml
+
+Flag names are Hugging Face's where it has one. `dump` writes what `parse` reads: the `run.yaml` of a run is a recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mora_ds.config.adapter import AdapterArguments
+from mora_ds.config.data import DataArguments, ModelArguments
+from mora_ds.config.flags import parse_flat
+from mora_ds.config.training import TrainingArguments
+from mora_ds.engine.ds_config import load_ds_config
+from mora_ds.engine.ds_tensor_parallel import degree_in
+from mora_ds.errors import member_named
+from mora_ds.remora.schedule import MergeWhen, Schedule, schedule_kind
+
+RECORDED_KEYS = ("versions", "resolved")
+"""Top-level keys under which `run.yaml` may record facts that are no settings; a recipe may carry them unread."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Everything a run was told. Rooms below get the fields they need, never the whole."""
+
+    model: ModelArguments
+    adapter: AdapterArguments
+    data: DataArguments
+    training: TrainingArguments
+    given: frozenset[str] = frozenset()
+    """Names of the fields that flags or recipe set; the rest are defaults."""
+
+    @property
+    def embedded_default(self) -> bool:
+        """Whether neither model nor training data is named, so that the run is the embedded demonstration."""
+        return not (self.model.model_name_or_path or self.data.names_text)
+
+    def schedule(self, total_steps: int) -> Schedule:
+        """The schedule of a run of `total_steps` optimizer steps. Raises `UserError` for one that cannot be."""
+        training, adapter = self.training, self.adapter
+        return Schedule(
+            kind=schedule_kind(training.lr_scheduler_type),
+            peak=training.peak_rate,
+            total_steps=total_steps,
+            warmup_steps=training.warmup_steps or math.ceil(training.warmup_ratio * total_steps),
+            min_ratio=training.min_lr_ratio,
+            decay_ratio=training.decay_ratio,
+            merge_every=adapter.merge_every,
+            restart_warmup_steps=adapter.restart_warmup_steps,
+            merge_when=member_named(MergeWhen, "merge_when", adapter.merge_when),
+            longest_cycle=adapter.merge_at_latest,
+        )
+
+
+_GROUPS: dict[str, Any] = {
+    "model": ModelArguments,
+    "adapter": AdapterArguments,
+    "data": DataArguments,
+    "training": TrainingArguments,
+}
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Arguments from a command line (without the program's name): an optional YAML recipe first, then flags.
+
+    The DeepSpeed file may name the degree of tensor parallelism, where no flag does. Raises `UserError` for anything
+    unknown or of a wrong type, and for such a file that cannot be read. `-h` prints help and raises SystemExit(0).
+    """
+    given = parse_flat(_GROUPS.values(), argv, "Continual pretraining with MoRA under DeepSpeed.", RECORDED_KEYS)
+    file = given.get("deepspeed")
+    if file is not None and "tensor_parallel_size" not in given:
+        degree = degree_in(load_ds_config(Path(file).expanduser()))
+        given.update({} if degree is None else {"tensor_parallel_size": degree})
+    return from_flat(given)
+
+
+def from_flat(settings: dict[str, Any]) -> Arguments:
+    """Arguments from {field: value} of the right types; what is absent takes its default."""
+    groups = {}
+    for name, group in _GROUPS.items():
+        names = {entry.name for entry in dataclasses.fields(group)}
+        groups[name] = group(**{key: value for key, value in settings.items() if key in names})
+    return Arguments(**groups, given=frozenset(settings))
+
+
+def dump(arguments: Arguments) -> dict[str, Any]:
+    """{field: value} in plain types for `run.yaml`: a recipe that repeats the run. Without what differs by rank."""
+    flat = {key: value for name in _GROUPS for key, value in dataclasses.asdict(getattr(arguments, name)).items()}
+    del flat["local_rank"]
+    return flat

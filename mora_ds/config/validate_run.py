@@ -1,0 +1,99 @@
+"""Checks of what a run reads: model, tokenizer, text. Asked by `validation`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from mora_ds.checks import Check, at_least
+from mora_ds.config.arguments import Arguments
+from mora_ds.config.data import DataArguments
+from mora_ds.config.mixture import mixture_plan
+from mora_ds.errors import UserError, nearest
+
+
+def data_checks(arguments: Arguments) -> Iterator[Check]:
+    yield from _model_and_data(arguments)
+    yield from _data(arguments.data)
+    yield from _streaming(arguments)
+
+
+def _model_and_data(arguments: Arguments) -> Iterator[Check]:
+    model, data = arguments.model, arguments.data
+    has_data = data.names_text
+    named = model.model_name_or_path is not None
+    yield named and model.model_config is not None, "--model_name_or_path and --model_config: give one of them"
+    needs_data = not arguments.training.dry_run
+    yield (
+        named and not has_data and needs_data,
+        "--model_name_or_path without --train_files or --dataset_name: nothing to train on",
+    )
+    yield (
+        has_data and not named and model.model_config is None,
+        "--train_files or --dataset_name without a model: give --model_name_or_path or --model_config",
+    )
+    yield bool(data.train_files and data.dataset_name), "--train_files and --dataset_name: give one of them"
+    yield bool(data.eval_files) and not has_data, "--eval_files without --train_files or --dataset_name"
+    trains_tokenizer = model.train_tokenizer_vocab != 0
+    yield model.train_tokenizer_vocab < 0, at_least("train_tokenizer_vocab", 0, model.train_tokenizer_vocab)
+    kinds, kind = ("bpe", "unigram"), model.train_tokenizer_type
+    yield (
+        kind not in kinds,
+        f"unknown --train_tokenizer_type {kind!r}; known: {', '.join(kinds)}.{nearest(kind, kinds)}",
+    )
+    yield (
+        trains_tokenizer and model.tokenizer_name is not None,
+        "--tokenizer_name and --train_tokenizer_vocab: give one of them",
+    )
+    yield (
+        has_data
+        and not named
+        and model.model_config is not None
+        and not trains_tokenizer
+        and model.tokenizer_name is None,
+        "--model_config comes without a tokenizer: give --tokenizer_name or --train_tokenizer_vocab",
+    )
+
+
+def _data(data: DataArguments) -> Iterator[Check]:
+    yield data.seq_len < 2, at_least("seq_len", 2, data.seq_len)
+    yield data.preprocessing_workers < 1, at_least("preprocessing_workers", 1, data.preprocessing_workers)
+    yield not data.text_column, "--text_column must not be empty"
+    counts = Counter(name for name, _ in data.named_eval_files())
+    twice = [name for name, count in counts.items() if count > 1]
+    yield bool(twice), f"--eval_files: {', '.join(twice)} would name two sets; write NAME=PATH"
+
+
+def _streaming(arguments: Arguments) -> Iterator[Check]:
+    data = arguments.data
+    yield (
+        not 0 <= data.held_out_share < 1,
+        f"--held_out_share must be at least 0 and below 1, got {data.held_out_share}",
+    )
+    yield data.shuffle_buffer < 0, at_least("shuffle_buffer", 0, data.shuffle_buffer)
+    yield (
+        not 0 <= data.stream_retry_s < float("inf"),
+        f"--stream_retry_s must not be negative, got {data.stream_retry_s}",
+    )
+    yield bool(data.replay) and not data.names_text, "--replay without --train_files, --dataset_name or --mixture"
+    yield data.exclude_eval_documents and not data.eval_files, "--exclude_eval_documents without --eval_files"
+    try:
+        plan = mixture_plan(data)
+    except UserError as error:
+        yield True, str(error)
+        return
+    if plan is None or not plan.streams:
+        return
+    yield (
+        arguments.training.max_steps < 1,
+        "--streaming: nobody knows how long a stream is, so the steps must be given with --max_steps",
+    )
+    yield (
+        data.held_out_share > 0,
+        "--held_out_share reads the whole text before training, which --streaming does not: name held-out text with "
+        "--eval_files, and keep it out of training with --exclude_eval_documents",
+    )
+    yield (
+        arguments.model.train_tokenizer_vocab > 0,
+        "--train_tokenizer_vocab reads the whole text before training, which --streaming does not: --tokenizer_name",
+    )

@@ -1,0 +1,83 @@
+"""README.md of an exported model: what the run was, in a table."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mora_ds.adapters.ops.update import describe, value_shape
+from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference
+from mora_ds.deploy.logits_check import Comparison
+from mora_ds.files import read_json
+from mora_ds.remora.ledger import Ledger
+from mora_ds.version import __version__
+
+PERPLEXITIES = {"perplexity_before": "before", "perplexity_last": "after", "perplexity_after": "after"}
+"""Fields of trainer_state.json and summary.json -> column."""
+
+
+def model_card(
+    checkpoint: Path,
+    adapter: AdapterFile,
+    ledger: Ledger,
+    reference: BaseReference,
+    dtype: str,
+    comparison: Comparison | None,
+) -> str:
+    """Markdown with the run's facts; perplexities where the checkpoint (or else its run's summary.json) has them."""
+    rows = _facts(adapter, ledger, reference, dtype)
+    if comparison is not None:
+        rows["verified"] = comparison.line()
+    rows.update({name: _cell(value) for name, value in adapter.facts.items()})
+    text = ["---", "library_name: transformers", "tags: [mora, continual-pretraining]", "---", "", "# Merged model", ""]
+    text += ["Continual pretraining with MoRA; the update is merged into the weights, so that this is a plain model."]
+    text += ["", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    text += _perplexity_table(checkpoint)
+    cycles = ledger.summary() or ["none: all of the update was still live"]
+    text += ["", "## Merged cycles", "", "```", *cycles, "```"]
+    return "\n".join([*text, ""])
+
+
+def _facts(adapter: AdapterFile, ledger: Ledger, reference: BaseReference, dtype: str) -> dict[str, str]:
+    operators = Counter(describe(entry.operator) for entry in adapter.layers.values())
+    shapes = sorted({value_shape(entry.operator) for entry in adapter.layers.values()})
+    sizes = ", ".join(f"{rows} x {columns}" for rows, columns in shapes)
+    planned = "layer_sizes" in adapter.facts.get("config", {})
+    return {
+        "base": f"`{reference.folder}`",
+        "base fingerprint": f"`{reference.fingerprint}`",
+        "rank (of a LoRA with as many parameters)": "by a plan" if planned else str(adapter.rank),
+        "operator": ", ".join(operators),
+        "adapted layers": f"{len(adapter.layers)}, with {sizes} numbers each",
+        "other trained tensors": str(len(adapter.trainables)),
+        "steps": str(adapter.step),
+        "merges": str(ledger.cycles),
+        "dtype of the run / of this model": f"{adapter.dtype} / {dtype}",
+        "mora_ds": __version__,
+    }
+
+
+def _perplexity_table(checkpoint: Path) -> list[str]:
+    columns: dict[str, dict[str, Any]] = {}
+    for path in (checkpoint / "trainer_state.json", checkpoint.parent.parent / "summary.json"):
+        content = read_json(path) if path.is_file() else {}
+        for name, column in PERPLEXITIES.items():
+            if isinstance(content.get(name), dict) and content[name]:
+                columns.setdefault(column, content[name])
+    if not columns:
+        return []
+    names = sorted({name for values in columns.values() for name in values})
+    head = ["", "## Perplexity", "", f"| text | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    rows = [[name, *(_number(values.get(name)) for values in columns.values())] for name in names]
+    return head + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, int | float) else "-"
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,209 @@
+"""`mora_ds.initialize`: a model with squares -> a DeepSpeed engine whose base is whole on every rank.
+
+model with squares -> base moved and cast (once per tied tensor) -> equal on all ranks? -> squares in parameter
+group 0, other trainables in group 1 -> deepspeed.initialize
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from contextlib import nullcontext
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from mora_ds.adapters.config import SPLIT_IN_8_BITS
+from mora_ds.adapters.inject import frozen_buffers, mora_layers, move_base, scale_names
+from mora_ds.adapters.tp_plan import TPInputs
+from mora_ds.engine import muon, zero
+from mora_ds.engine.ds_config import complete_ds_config, compute_dtype, load_ds_config
+from mora_ds.engine.ds_optimizer import uses_muon
+from mora_ds.engine.ds_tensor_parallel import degree_in
+from mora_ds.errors import RunError, UserError
+from mora_ds.models.base import tensor_checksum
+from mora_ds.parallel.tensor_parallel import split_model
+from mora_ds.parallel.topology import Topology
+from mora_ds.runtime import heartbeat, signals
+
+
+def start_distributed(verbose: bool = False, timeout_s: float | None = None, silence_s: float | None = None) -> None:
+    """Start `torch.distributed` the way the engine needs it; does nothing when it runs already.
+
+    `timeout_s`: of collectives; `silence_s`: ranks of the main job give up one that is silent for so long (`pulse`).
+    Raises `UserError` in a process that no launcher has started.
+    """
+    if not dist.is_initialized():
+        _require_launcher()
+    zero.prepare_backend(verbose)
+    _share_cores()
+    # Every rank of a node sees all its devices; DeepSpeed's engine picks one, but too late for the base and for NCCL.
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        extra = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
+        deepspeed.init_distributed(verbose=verbose, **extra)
+    if silence_s and signals.is_installed():
+        heartbeat.start(silence_s)
+
+
+def initialize(
+    *,
+    model: nn.Module,
+    config: dict[str, Any] | str | Path,
+    check_base: bool = True,
+    tensor_parallel_size: int | None = None,
+    tensor_parallel_inputs: TPInputs = TPInputs.AUTO,
+    **kwargs: Any,
+) -> tuple[zero.Engine, Any, Any, Any]:
+    """`deepspeed.initialize` for a model that `mora_ds.inject` prepared: same arguments, same four returns.
+
+    `config` is a DeepSpeed config (dict or path); sizes of ZeRO's buckets may be "auto". The base is moved to this
+    rank's device in the config's dtype and, with `check_base`, compared over all ranks by checksum. With
+    `tensor_parallel_size` t, t consecutive ranks share the work of one, and get the same batch (`tensor_parallel`);
+    by default it is what the config says ("tensor_parallel": {"autotp_size": t}), or 1.
+    `tensor_parallel_inputs` says how they keep what a block's layers read (`TPInputs`).
+    Raises `UserError` for a model without squares and `RunError` when the ranks hold different bases.
+    """
+    if not mora_layers(model):
+        raise UserError("the model has no squares: call mora_ds.inject(model, MoRAConfig(...)) first")
+    if "model_parameters" in kwargs:
+        raise UserError("mora_ds.initialize chooses the trainable parameters itself: leave model_parameters out")
+    degree = tensor_parallel_size or degree_in(load_ds_config(config)) or 1
+    settings = complete_ds_config(config, trainable_numels(model, degree), tensor_parallel_size)
+    check_compute_dtype(settings)
+    if degree > 1:
+        check_splittable(settings)
+        if scale_names(model):
+            raise UserError(SPLIT_IN_8_BITS.format(degree))
+    start_distributed()
+    if degree > 1:
+        topology = Topology.of(degree)
+        split_model(model, topology, tensor_parallel_inputs)
+        kwargs["mpu"] = topology.mpu
+    dtype = getattr(torch, compute_dtype(settings))
+    device = torch.device(get_accelerator().current_device_name())
+    move_base(model, device, dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    if check_base:
+        check_base_equal(frozen_buffers(model).values())
+    groups = parameter_groups(model)
+    with muon.preparing(groups[0]["params"]) if uses_muon(settings) else nullcontext():
+        returned = deepspeed.initialize(model=model, config=settings, model_parameters=groups, **kwargs)
+    muon.mend_clipping(returned[0])
+    zero.mend_stage_0(returned[0])
+    return returned
+
+
+def initialize_full(*, model: nn.Module, config: dict[str, Any] | str | Path, **kwargs: Any) -> tuple[Any, ...]:
+    """The full-training control: every parameter trained under plain DeepSpeed, sharded like any model. Raises
+    `UserError` for Muon."""
+    settings = complete_ds_config(config, [parameter.numel() for parameter in model.parameters()])
+    if uses_muon(settings):
+        raise UserError("full training runs on AdamW here: Muon is for the squares")
+    check_compute_dtype(settings)
+    start_distributed()
+    dtype = getattr(torch, compute_dtype(settings))
+    model.to(get_accelerator().current_device_name(), dtype)
+    returned = deepspeed.initialize(model=model, config=settings, model_parameters=list(model.parameters()), **kwargs)
+    zero.mend_stage_0(returned[0])
+    return returned
+
+
+def check_compute_dtype(config: dict[str, Any]) -> None:
+    """Raises `UserError` if this device does not compute in the config's dtype (deepspeed engine.py,
+    `_do_sanity_check`, which comes after the base is loaded)."""
+    dtype, accelerator = compute_dtype(config), get_accelerator()
+    supported = {"float16": accelerator.is_fp16_supported, "bfloat16": accelerator.is_bf16_supported}
+    if dtype in supported and not supported[dtype]():
+        short = {"float16": "fp16", "bfloat16": "bf16"}
+        others = " or ".join(f"--{short[name]}" for name in supported if name != dtype and supported[name]())
+        raise UserError(
+            f"--{short[dtype]}: this device ({accelerator.device_name()}) does not support it; use {others or 'fp32'}"
+        )
+
+
+def trainable_numels(model: nn.Module, tensor_parallel_size: int = 1) -> list[int]:
+    """Elements of every trainable parameter as a tensor-parallel group will share the squares: of the largest share,
+    so that all ranks choose the same sizes."""
+    squares = {id(layer.value): layer.value.shape for layer in mora_layers(model).values()}
+    numels = []
+    for parameter in model.parameters():
+        rows, columns = squares.get(id(parameter), (0, 0))
+        numels.append(-(-rows // tensor_parallel_size) * columns if rows else parameter.numel())
+    return numels
+
+
+def check_splittable(config: dict[str, Any]) -> None:
+    """What tensor parallelism needs of a config. Raises `UserError`."""
+    flag, settings = "--tensor_parallel_size above 1", config["zero_optimization"]
+    if settings["stage"] != 3:
+        raise UserError(f"{flag} needs ZeRO stage 3 (zero_optimization.stage in --deepspeed)")
+    if (settings.get("offload_optimizer") or {}).get("device") == "nvme":
+        raise UserError(
+            f'{flag} has not been tried with an optimizer on NVMe: offload_optimizer to "cpu", or not at all'
+        )
+    if uses_muon(config):
+        raise UserError(f"{flag}: --optimizer muon makes whole squares orthogonal, and no rank has a whole one")
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Squares in group 0, whatever else is trained in group 1: those of domains too, which no merge resets.
+
+    With Muon, DeepSpeed splits each group into Muon's and AdamW's half (engine.py, `_muon_param_groups`): squares are
+    all Muon's, the others all AdamW's, so both stay whole.
+    """
+    values = [layer.value for layer in mora_layers(model).values()]
+    squares = {id(value): value for value in values if isinstance(value, nn.Parameter)}  # a frozen one is a buffer
+    others = [parameter for parameter in model.parameters() if id(parameter) not in squares]
+    groups = [{"params": list(squares.values())}, {"params": others}]
+    return [group for group in groups if group["params"]]
+
+
+def check_base_equal(tensors: Iterable[Tensor]) -> str:
+    """Checksum of the base, compared over all ranks (8 bytes a rank on the wire). Returns it in hexadecimal."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype} {tensor_checksum(tensor)}\n".encode())
+    mine = digest.hexdigest()[:16]
+    device = get_accelerator().current_device_name()
+    value = torch.tensor([int(mine[:8], 16), int(mine[8:], 16)], dtype=torch.int64, device=device)
+    everyone = [torch.zeros_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, value)
+    different = [rank for rank, other in enumerate(everyone) if not torch.equal(other, everyone[0])]
+    if different:
+        raise RunError(
+            f"the frozen base differs between ranks: {different} do not hold what rank 0 holds. "
+            "Do all nodes read the same files at --model_name_or_path?"
+        )
+    return mine
+
+
+def _require_launcher() -> None:
+    """DeepSpeed takes a process without RANK for one of MPI's, which needs mpi4py."""
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and find_spec("mpi4py") is None:
+        raise UserError(
+            f"no launcher has started this process ({', '.join(missing)} not set): "
+            "write deepspeed in place of python, or use torchrun"
+        )
+
+
+def _share_cores() -> None:
+    """On a CPU, give each rank of the node its share of the cores, unless OMP_NUM_THREADS says otherwise.
+
+    Left alone every rank starts a thread a core, and they spin against each other (measured: 2 ranks on 2 cores, a
+    step of 0.2 s took 4 s).
+    """
+    if get_accelerator().device_name() != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))

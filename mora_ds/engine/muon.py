@@ -1,0 +1,192 @@
+"""The other room that touches DeepSpeed's internals: what its Muon needs to be right for squares. Written against
+DeepSpeed 0.19.8; `tests/engine/test_muon_contract.py` fails loudly when an upgrade moves one of the symbols named here.
+
+    preparing         around deepspeed.initialize: which parameters are Muon's; no kernel is compiled
+    mend_clipping     after it: the gradient is clipped, not the update that Muon makes of it
+
+What DeepSpeed does rightly (tests/engine/test_muon.py): every update is orthogonalised as a whole matrix, once an optimizer
+step, from the gradient summed over micro-batches and ranks, and comes out the same on every rank.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+Engine: TypeAlias = DeepSpeedEngine
+
+
+def uses_muon(engine: Engine) -> bool:
+    return engine.optimizer_name() == "muon"
+
+
+@contextmanager
+def preparing(squares: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Surrounds `deepspeed.initialize` with a config that names Muon: `squares` get Muon, all else AdamW.
+
+    DeepSpeed goes by names (deepspeed/__init__.py, `set_optimizer_flags`): each matrix without "embed" or "lm_head" in
+    its name is Muon's. So GPT-2's embedding `wte` would be, and a square under a module called `embed_in` would not,
+    which would split the squares' parameter group in two as well.
+    """
+    _leave_kernels_uncompiled()
+    ours, tag_by_name = {id(square) for square in squares}, deepspeed.set_optimizer_flags
+
+    def tag(config: Any, model: nn.Module) -> None:
+        tag_by_name(config, model)
+        for parameter in model.parameters():
+            parameter.use_muon = id(parameter) in ours  # type: ignore[attr-defined]
+
+    deepspeed.set_optimizer_flags = tag
+    try:
+        yield
+    finally:
+        deepspeed.set_optimizer_flags = tag_by_name
+
+
+def _leave_kernels_uncompiled() -> None:
+    """runtime/zero/muon/original_muon.py puts `torch.compile` on its functions: 19 s at the first step for two shapes
+    of squares on a CPU, and an error without a C++ compiler. Fifteen products of small matrices gain little by it."""
+    from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
+
+    for module in (original_muon, muon_optimizer):
+        for name in ("muon_update", "zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz"):
+            if hasattr(module, name):
+                setattr(module, name, inspect.unwrap(getattr(module, name)))
+
+
+def mend_clipping(engine: Engine) -> None:
+    """Clip the gradient, before Muon; with another optimizer there is nothing to do.
+
+    The optimizers of ZeRO run Muon first and clip then (stage3.py and stage_1_and_2.py, `step`): a Muon update of a
+    square has a norm of about sqrt(r_hat) whatever the gradient was, so `gradient_clipping` would scale every single
+    update down, by a factor that grows with the number of layers, and the norm that is logged would be the update's.
+    Without ZeRO, and in BF16_Optimizer, the order is right.
+
+    fp16: without offload the momentum is kept of gradients times the loss scale, whatever that is at the time; here
+    Muon gets them unscaled. Stages 1 and 2: the momentum follows the gradient's dtype, here always fp32.
+    """
+    optimizer = engine.optimizer
+    if not uses_muon(engine):
+        return
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        _mend_stage_3(optimizer, engine.gradient_clipping())
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        if optimizer.cpu_offload:
+            _mend_stages_1_and_2_offloaded(optimizer, engine.gradient_clipping())
+        else:
+            _mend_stages_1_and_2(optimizer, engine.gradient_clipping())
+
+
+def _mend_stage_3(optimizer: Any, most: float) -> None:
+    """Wraps what `step` calls in turn: `_apply_muon_to_accumulated_grads`, then `_get_norm_groups`."""
+    orthogonalise, find_norms = optimizer._apply_muon_to_accumulated_grads, optimizer._get_norm_groups
+    norms: list[Any] = []
+
+    def clip_and_orthogonalise() -> None:
+        optimizer.clip_grad = 0.0  # `unscale_and_clip_grads` is left with the unscaling
+        optimizer.sub_groups_lacking_loss_scale.clear()  # the last step's: these gradients are scaled
+        norms[:] = find_norms()
+        factor = _factor(norms, optimizer.loss_scale, most)
+        if factor is None:
+            return
+        for index, uses_muon in enumerate(optimizer.sub_groups_using_muon):
+            if optimizer.offload_optimizer:  # there Muon takes the loss scale off by itself
+                _scale([optimizer.fp32_partitioned_groups_flat[index].grad], factor)
+            else:
+                _scale(optimizer.averaged_gradients[index], factor / (optimizer.loss_scale if uses_muon else 1.0))
+        orthogonalise()
+
+    optimizer._apply_muon_to_accumulated_grads = clip_and_orthogonalise
+    optimizer._get_norm_groups = lambda: norms
+
+
+def _mend_stages_1_and_2(optimizer: Any, most: float) -> None:
+    """`get_flat_partition` orthogonalises during the backward pass, before any norm is known: it is held back, and
+    done when `step` asks for the norm."""
+    flatten, find_norm = optimizer.get_flat_partition, optimizer.scaled_global_norm
+    held: dict[int, tuple[list[Tensor], Any]] = {}
+
+    def hold(tensors: list[nn.Parameter], *args: Any, param_group_idx: int, **kwargs: Any) -> list[Tensor]:
+        if not (tensors and optimizer._is_muon_group(tensors)):
+            return flatten(tensors, *args, param_group_idx=param_group_idx, **kwargs)
+        gradients = list(optimizer.all_grad_tensors[param_group_idx])
+        held[param_group_idx] = gradients, lambda: flatten(tensors, *args, param_group_idx=param_group_idx, **kwargs)
+        with _untagged(tensors):
+            return flatten(tensors, *args, param_group_idx=param_group_idx, **kwargs)
+
+    def clip_and_orthogonalise(*args: Any, **kwargs: Any) -> Tensor:
+        optimizer.clip_grad = 0.0
+        optimizer.groups_lacking_loss_scale.clear()
+        norm = find_norm(*args, **kwargs)
+        factor = _factor([norm], optimizer.loss_scale, most)
+        if factor is not None:
+            orthogonalise_held(factor)
+        held.clear()
+        return norm
+
+    def orthogonalise_held(factor: float) -> None:
+        for index in range(len(optimizer.bit16_groups)):
+            if index in held:
+                gradients, orthogonalise = held[index]
+                scale = factor / optimizer.loss_scale
+                optimizer.all_grad_tensors[index] = [gradient.float() * scale for gradient in gradients]
+                optimizer.averaged_gradients[index] = orthogonalise()
+                optimizer.all_grad_tensors[index] = None
+            else:
+                _scale(optimizer.averaged_gradients[index], factor)
+
+    optimizer.get_flat_partition, optimizer.scaled_global_norm = hold, clip_and_orthogonalise
+
+
+def _mend_stages_1_and_2_offloaded(optimizer: Any, most: float) -> None:
+    """Wraps what `step` calls in turn: `_apply_muon_updates_cpu_offload`, then `scaled_global_norm`."""
+    orthogonalise, find_norm = optimizer._apply_muon_updates_cpu_offload, optimizer.scaled_global_norm
+    norms: list[Tensor] = []
+
+    def clip_and_orthogonalise() -> None:
+        optimizer.clip_grad = 0.0
+        norms[:] = [find_norm()]
+        factor = _factor(norms, optimizer.loss_scale, most)
+        if factor is not None:
+            _scale([master.grad for master in optimizer.single_partition_of_fp32_groups], factor)
+            orthogonalise()
+
+    optimizer._apply_muon_updates_cpu_offload = clip_and_orthogonalise
+    optimizer.scaled_global_norm = lambda *args, **kwargs: norms[0]
+
+
+@contextmanager
+def _untagged(parameters: list[nn.Parameter]) -> Iterator[None]:
+    for parameter in parameters:
+        parameter.use_muon = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.use_muon = True  # type: ignore[attr-defined]
+
+
+def _factor(scaled_norms: list[Any], loss_scale: float, most: float) -> float | None:
+    """What clips gradients of these norms, which still carry the loss scale; None where a norm is no number: DeepSpeed
+    drops such a step, and Muon's momentum must not take it in."""
+    norm = combine_grad_norm_groups(scaled_norms)
+    if is_invalid_grad_norm(norm):
+        return None
+    return min(1.0, most / (float(norm) / loss_scale + 1e-6)) if most > 0 else 1.0
+
+
+@torch.no_grad()
+def _scale(gradients: Iterable[Tensor | None], factor: float) -> None:
+    for gradient in gradients if factor != 1.0 else ():
+        if gradient is not None:
+            gradient.mul_(factor)

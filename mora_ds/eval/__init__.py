@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, spectra of updates, analysis of weights."""

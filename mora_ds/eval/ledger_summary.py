@@ -1,0 +1,124 @@
+"""What the cycles of a ledger hold, one line each: norms, numerical rank, largest singular values."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mora_ds.adapters.ops.update import UpdateSpec, describe
+from mora_ds.eval.spectrum import Measures, cumulative_norms, measure, singular_values
+from mora_ds.remora.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class CycleSummary:
+    """One cycle of a ledger. Norms are Frobenius norms over all layers; the rest are means over layers."""
+
+    cycle: int
+    step: int
+    layers: int
+    operators: str
+    """Such as "rotate/permuted", the most frequent first."""
+    square_norm: float
+    """Of the squares."""
+    delta_norm: float
+    """Of the deltas, the matrices that the squares stand for."""
+    cumulative_norm: float
+    """Of the sums of deltas up to and with this cycle."""
+    rank: float
+    """Numerical rank of a delta."""
+    full_rank: float
+    """min(d_in, d_out): what the rank could be."""
+    top_1: float
+    """Share of a delta's energy that its largest singular value holds."""
+    top_10_percent: float
+    """Share that the largest tenth of its singular values holds."""
+    nbytes: int
+
+
+def summarize(ledger: Ledger) -> list[CycleSummary]:
+    """All cycles. One square is decomposed at a time (see `spectrum`)."""
+    return [_summary(ledger, cycle, norm) for cycle, norm in enumerate(_norms_of_sums(ledger))]
+
+
+def _summary(ledger: Ledger, cycle: int, cumulative_norm: float) -> CycleSummary:
+    record, entries = ledger.records[cycle], ledger.layers(cycle)
+    specs = [entry.operator for entry in entries.values()]
+    squares = [ledger.square(cycle, module) for module in entries]
+    measures = [_measure(spec, square) for spec, square in zip(specs, squares, strict=True)]
+    return CycleSummary(
+        cycle=cycle,
+        step=record.step,
+        layers=len(entries),
+        operators=", ".join(label for label, _ in Counter(map(describe, specs)).most_common()),
+        square_norm=_total_norm(square.double().norm().item() for square in squares),
+        delta_norm=_total_norm(each.norm for each in measures),
+        cumulative_norm=cumulative_norm,
+        rank=mean(each.rank for each in measures),
+        full_rank=mean(min(spec.d_in, spec.d_out) for spec in specs),
+        top_1=mean(each.top_1 for each in measures),
+        top_10_percent=mean(each.top_10_percent for each in measures),
+        nbytes=record.size,
+    )
+
+
+def _measure(spec: UpdateSpec, square: Tensor) -> Measures:
+    return measure(singular_values(spec, square), max(spec.d_in, spec.d_out))
+
+
+def _norms_of_sums(ledger: Ledger) -> list[float]:
+    """After each cycle, over all layers; a layer that a cycle left out counts as it was."""
+    squares = [0.0] * ledger.cycles
+    for module in modules_of(ledger):
+        cycles = [cycle for cycle in range(ledger.cycles) if module in ledger.layers(cycle)]
+        norms = cumulative_norms(list(ledger.squares_of(module)))
+        for start, end, norm in zip(cycles, [*cycles[1:], ledger.cycles], norms, strict=True):
+            for cycle in range(start, end):
+                squares[cycle] += norm**2
+    return [math.sqrt(square) for square in squares]
+
+
+def _total_norm(norms: Iterable[float]) -> float:
+    return math.sqrt(sum(norm**2 for norm in norms))
+
+
+def modules_of(ledger: Ledger) -> list[str]:
+    """Every layer that some cycle adapted, in the order of its first appearance."""
+    return list(dict.fromkeys(module for cycle in range(ledger.cycles) for module in ledger.layers(cycle)))
+
+
+def mean(values: Iterable[float]) -> float:
+    """0 for no values."""
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else 0.0
+
+
+def show_lines(ledger: Ledger) -> list[str]:
+    """`summarize` for humans."""
+    head = [f"{ledger.folder}: {ledger.cycles} cycle(s) on the base {ledger.base_fingerprint[:16]}..."]
+    if not ledger.cycles:
+        return head
+    titles = ["cycle", "step", "layers", "operator", "|M|", "|delta|", "|sum|", "rank", "of", "top1", "top10%", "MiB"]
+    rows = [
+        [
+            str(each.cycle), str(each.step), str(each.layers), each.operators, f"{each.square_norm:.4e}",
+            f"{each.delta_norm:.4e}", f"{each.cumulative_norm:.4e}", f"{each.rank:.1f}", f"{each.full_rank:.1f}",
+            f"{each.top_1:.3f}", f"{each.top_10_percent:.3f}", f"{each.nbytes / 2**20:.2f}",
+        ]
+        for each in summarize(ledger)
+    ]  # fmt: skip
+    legend = (
+        "|M|, |delta|, |sum|: Frobenius norms over all layers, of squares, of their deltas, of all deltas so far; rank:"
+        " numerical, of a delta, mean over layers, of min(d_in, d_out); top: share of the delta's energy"
+    )
+    return [*head, *table([titles, *rows]), legend]
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns lined up to the right; the first row holds the titles."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

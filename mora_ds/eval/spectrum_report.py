@@ -1,0 +1,205 @@
+"""The spectra of a whole ledger: rows for JSON, tables for reading, a TensorBoard page, the paper's figure 5 as PNG.
+
+ledger (+ a checkpoint's live squares) -> rows, layer by layer -> spectrum_lines | write_json | write_board | ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mora_ds.adapters.ops.update import UpdateSpec, describe, value_shape
+from mora_ds.checkpoint.adapter_files import AdapterTensors
+from mora_ds.checkpoint.ledger_tools import Place
+from mora_ds.errors import UserError, nearest
+from mora_ds.eval.ledger_summary import mean, modules_of, table
+from mora_ds.eval.spectrum import THRESHOLD, LayerSpectrum, Update, layer_spectra
+from mora_ds.files import write_json_atomic
+
+Live = dict[str, Update]
+"""Module -> (operator, square) of a cycle that is not merged yet."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer after a cycle."""
+
+    module: str
+    cycle: int
+    step: int
+    operator: str
+    """Kind and grouping, such as rotate/permuted."""
+    is_live: bool
+    """Whether this is the running cycle's square, which is not merged yet."""
+    d_in: int
+    d_out: int
+    r_hat: int
+    """Side of the square, or LoRA's rank."""
+    spectrum: LayerSpectrum
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Spectra:
+    """The layers of a place whose spectra are wanted. Reads squares as they are asked for."""
+
+    def __init__(self, place: Place, pattern: str = "*") -> None:
+        """`pattern`: shell-style, over module names. Raises `UserError` when it matches no layer (`--layers`)."""
+        self._ledger, self._live, self._live_step = place.open(), Live(), 0
+        adapter = place.adapter()
+        if place.checkpoint is not None and adapter is not None:
+            tensors, self._live_step = AdapterTensors.open(place.checkpoint, adapter), adapter.step
+            self._live = {name: (entry.operator, tensors.square(name)) for name, entry in adapter.layers.items()}
+        known = list(dict.fromkeys([*modules_of(self._ledger), *self._live]))
+        if not known:
+            raise UserError(f"{place.ledger} has no cycles: nothing was merged yet; name a checkpoint for live squares")
+        self.modules = [module for module in known if fnmatchcase(module, pattern)]
+        if not self.modules:
+            raise UserError(f"--layers {pattern!r} matches none of the {len(known)} layers.{nearest(pattern, known)}")
+
+    def rows(self, module: str, threshold: float = THRESHOLD, device: torch.device | str = "cpu") -> Iterator[Row]:
+        """A layer's rows, cycle after cycle; computed on `device`."""
+        places = [
+            (cycle, self._ledger.records[cycle].step, False)
+            for cycle in range(self._ledger.cycles)
+            if module in self._ledger.layers(cycle)
+        ]
+        updates = list(self._ledger.squares_of(module))
+        if module in self._live:
+            places.append((self._ledger.cycles, self._live_step, True))
+            updates.append(self._live[module])
+        moved = [(spec, square.to(device)) for spec, square in updates]
+        for (spec, _), place, spectrum in zip(moved, places, layer_spectra(moved, threshold), strict=True):
+            yield _row(module, spec, place, spectrum)
+
+
+def _row(module: str, spec: UpdateSpec, place: tuple[int, int, bool], spectrum: LayerSpectrum) -> Row:
+    cycle, step, is_live = place
+    size = value_shape(spec)[0]
+    return Row(module, cycle, step, describe(spec), is_live, spec.d_in, spec.d_out, size, spectrum)
+
+
+# -- for reading -------------------------------------------------------------------------------------------------------
+
+
+def spectrum_lines(rows: Sequence[Row], threshold: float) -> list[str]:
+    """The layers after their last cycle, then means over layers, cycle by cycle."""
+    titles = ["rank", "of", f">{threshold:g}", "stable", "effective", "|delta|", "|sum|", "new span", "new reach"]
+    last = {row.module: row for row in rows}
+    layers = [[name, _cycle(row), *_cells([row])] for name, row in last.items()]
+    cycles = []
+    for cycle in sorted({row.cycle for row in rows}):
+        members = [row for row in rows if row.cycle == cycle]
+        cycles.append([_cycle(members[0]), str(members[0].step), str(len(members)), *_cells(members)])
+    return [
+        *table([["layer", "cycle", *titles], *layers]),
+        "",
+        *table([["cycle", "step", "layers", *titles], *cycles]),
+        "of the sum of deltas up to the cycle: numerical rank of min(d_in, d_out), singular values above the threshold,"
+        " stable and effective rank; |delta|: norm of the cycle's own; new: share of its energy outside the span of the"
+        " earlier sum, outside all that the earlier operators can express" + _live_note(rows),
+    ]
+
+
+def _live_note(rows: Sequence[Row]) -> str:
+    return "; *: the running cycle, not merged yet" if any(row.is_live for row in rows) else ""
+
+
+def _cycle(row: Row) -> str:
+    return f"{row.cycle}{'*' if row.is_live else ''}"
+
+
+def _cells(rows: Sequence[Row]) -> list[str]:
+    spectra = [row.spectrum for row in rows]
+    means = [mean(column) for column in zip(*(_figures(each).values() for each in spectra), strict=True)]
+    above, stable, effective, rank, norm, newest, span, reach = means
+    full = mean(min(row.d_in, row.d_out) for row in rows)
+    return [
+        f"{rank:.1f}", f"{full:.1f}", f"{above:.1f}", f"{stable:.1f}", f"{effective:.1f}",
+        f"{newest:.3e}", f"{norm:.3e}", f"{span:.3f}", f"{reach:.3f}",
+    ]  # fmt: skip
+
+
+def _figures(spectrum: LayerSpectrum) -> dict[str, float]:
+    """What is plotted, under the names of the curves."""
+    total = spectrum.cumulative
+    return {
+        "values_above_threshold": total.above,
+        "stable_rank": total.stable_rank,
+        "effective_rank": total.effective_rank,
+        "rank": total.rank,
+        "norm": total.norm,
+        "newest_norm": spectrum.newest.norm,
+        "newest_outside_span": spectrum.outside_span,
+        "newest_outside_reach": spectrum.outside_reach,
+    }
+
+
+# -- for programs and pages --------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, rows: Sequence[Row], threshold: float) -> None:
+    """Every row with every measure, atomically."""
+    write_json_atomic(path, {"format": 1, "threshold": threshold, "rows": [row.to_dict() for row in rows]})
+
+
+def write_board(folder: Path, rows: Sequence[Row]) -> None:
+    """A TensorBoard page over steps: means over layers under spectrum/, each layer under spectrum_of_layers/."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as board:
+        for row in rows:
+            for name, value in _figures(row.spectrum).items():
+                board.add_scalar(f"spectrum_of_layers/{name}/{row.module}", value, row.step)
+        for step in sorted({row.step for row in rows}):
+            members = [_figures(row.spectrum) for row in rows if row.step == step]
+            for name in members[0]:
+                board.add_scalar(f"spectrum/{name}", mean(each[name] for each in members), step)
+
+
+def require_matplotlib(flag: str = "--png") -> Any:
+    """Its pyplot, drawing to files only. Raises `UserError` naming `flag` where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError(f"{flag} needs matplotlib, which is not installed: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def write_png(path: Path, rows: Sequence[Row], threshold: float) -> None:
+    """The paper's figure 5: singular values above the threshold, layer by layer, a curve a cycle."""
+    pyplot = require_matplotlib()
+    modules = list(dict.fromkeys(row.module for row in rows))
+    figure, axes = pyplot.subplots(figsize=(max(6.0, 0.18 * len(modules)), 4.5), layout="constrained")
+    for cycle in sorted({row.cycle for row in rows}):
+        heights = {row.module: row.spectrum.cumulative.above for row in rows if row.cycle == cycle}
+        places = [modules.index(module) for module in heights]
+        axes.plot(places, list(heights.values()), marker=".", label=f"cycle {cycle}")
+    axes.set_xticks(range(len(modules)), modules, rotation=90, fontsize=6)
+    axes.set_ylabel(f"singular values > {threshold:g}")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def torch_device(name: str) -> torch.device:
+    """Raises `UserError` naming --device where torch has no such device."""
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def check_writable(flag: str, path: Path | None) -> None:
+    """Raises `UserError` naming `flag` where its file could not be written: to be asked before the work."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UserError(f"{flag} {path}: name a file in a folder that exists")

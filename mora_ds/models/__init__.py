@@ -1,0 +1,1 @@
+"""Base models: Hugging Face folders read and written, their loss, their vocabulary."""

@@ -1,0 +1,316 @@
+"""The original weights: a Hugging Face folder that is read and never written.
+
+    folder -> BaseCheckpoint -> fingerprint          which base this is, whatever its sharding and place
+                             -> map_parameters       live parameter name -> key in the files
+                             -> read(key)            one tensor, mapped, in its stored dtype
+
+A run needs its base one-to-one on disk: each live weight is one tensor of the files, cast. Where that fails (pickled
+files only, weights converted at load, a model fresh from a config) `NotOneToOne` is raised, and the caller may write
+a base of its own with `write_own_base`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mora_ds.errors import RunError, UserError
+from mora_ds.files import atomic_folder, read_json
+from mora_ds.models.tensor_files import dtype_name, open_safetensors, shape_dtype, tensor_nbytes
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MODEL_FLAG = "--model_name_or_path"
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+
+class NotOneToOne(UserError):
+    """The folder's tensors are not, one by one, the live model's weights. `names`: the parameters concerned."""
+
+    def __init__(self, message: str, names: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
+
+
+class BaseCheckpoint:
+    """Read-only view of a model folder's safetensors. Make one with `BaseCheckpoint.open`."""
+
+    def __init__(self, folder: Path, file_of: Mapping[str, Path]) -> None:
+        self.folder = folder
+        self._file_of = dict(file_of)
+        self._handles: dict[Path, Any] = {}
+        self._fingerprint: str | None = None
+
+    @classmethod
+    def open(cls, folder: Path | str, flag: str = MODEL_FLAG) -> BaseCheckpoint:
+        """Opens a folder with config.json and model.safetensors, or an index and its shards.
+
+        Raises `UserError` naming `flag` and the file at fault, and its subclass `NotOneToOne` where there are weights,
+        but only pickled ones.
+        """
+        folder = Path(folder).absolute()
+        if not folder.is_dir():
+            raise UserError(f"{flag}: no such folder: {folder}")
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{flag}: {folder} is no model folder, it has no config.json")
+        try:
+            if "quantization_config" in read_json(folder / "config.json"):
+                raise UserError(f"{folder} holds quantized weights; give the unquantized model")
+            return cls(folder, _locate_tensors(folder))
+        except NotOneToOne:
+            raise
+        except UserError as error:
+            raise UserError(f"{flag}: {error}") from error
+
+    def keys(self) -> list[str]:
+        """Names of all tensors, in the order of the files."""
+        return list(self._file_of)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file_of
+
+    def files(self) -> list[Path]:
+        """The safetensors files."""
+        return list(dict.fromkeys(self._file_of.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor_nbytes(*self.shape_dtype(key)) for key in self._file_of)
+
+    def shape_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """From the header alone; nothing is read."""
+        return shape_dtype(self._handle(key), key)
+
+    def read(self, key: str) -> Tensor:
+        """The tensor as stored, on the CPU; its memory is the mapped file, so do not write to it.
+
+        Raises `RunError` when the file has been damaged since it was opened.
+        """
+        try:
+            return self._handle(key).get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"{self._file_of[key]}: cannot read {key!r}: {error}") from error
+
+    def _handle(self, key: str) -> Any:
+        path = self._file_of[key]
+        if path not in self._handles:
+            self._handles[path] = open_safetensors(path)
+        return self._handles[path]
+
+    def fingerprint(self, progress: Progress | None = None) -> str:
+        """Hex sha256 of the tensors' names, dtypes, shapes and checksums: the same wherever and however sharded.
+
+        Reads every byte once, at about memory speed; the result is kept.
+        """
+        if self._fingerprint is None:
+            lines, done, total = [], 0, self.nbytes
+            for key in self._file_of:
+                tensor = self.read(key)
+                shape = "x".join(map(str, tensor.shape))
+                lines.append(f"{key} {dtype_name(tensor.dtype)} {shape} {tensor_checksum(tensor):016x}\n")
+                done += tensor.nbytes
+                if progress:
+                    progress(done, total)
+            self._fingerprint = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+        return self._fingerprint
+
+    def map_parameters(
+        self,
+        names: Iterable[str],
+        base_model_prefix: str = "",
+        ties: Mapping[str, str] | None = None,
+        renamed: Mapping[str, str] | None = None,
+    ) -> dict[str, str]:
+        """Parameter name -> key: as it stands, without or with `base_model_prefix`, or its twin's key where tied.
+
+        `ties`: tied parameter -> the parameter whose storage it shares (transformers' `all_tied_weights_keys`).
+        `renamed`: what `renamed_keys` found. Raises `NotOneToOne` with all names that have no key.
+        """
+        ties, renamed = ties or {}, renamed or {}
+        mapping: dict[str, str] = {}
+        lost = []
+        for name in names:
+            source = ties.get(name, name)
+            twins = [source, name, *(target for target, twin in ties.items() if twin == source)]
+            key = next(filter(None, (self._find(twin, base_model_prefix, renamed) for twin in twins)), None)
+            if key is None:
+                lost.append(name)
+            else:
+                mapping[name] = key
+        if lost:
+            some = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
+            raise NotOneToOne(f"{self.folder} has no tensor for {len(lost)} parameter(s) of the model: {some}", lost)
+        return mapping
+
+    def _find(self, name: str, prefix: str, renamed: Mapping[str, str]) -> str | None:
+        candidates = [name]
+        if prefix:
+            candidates.append(name[len(prefix) + 1 :] if name.startswith(f"{prefix}.") else f"{prefix}.{name}")
+        for candidate in candidates:
+            if candidate in self._file_of:
+                return candidate
+            if candidate in renamed:
+                return renamed[candidate]
+        return None
+
+
+def _locate_tensors(folder: Path) -> dict[str, Path]:
+    """Key -> file. Opens every file, so that a missing or truncated one is found now."""
+    if (folder / SINGLE_FILE).is_file():
+        return dict.fromkeys(open_safetensors(folder / SINGLE_FILE).keys(), folder / SINGLE_FILE)
+    if not (folder / INDEX_FILE).is_file():
+        raise _no_safetensors(folder)
+    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{folder / INDEX_FILE} is damaged: it has no weight_map")
+    held: dict[Path, set[str]] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (folder / shard).is_file():
+            raise UserError(f"{folder / shard} is missing, but {INDEX_FILE} names it")
+        held[folder / shard] = set(open_safetensors(folder / shard).keys())
+    for key, shard in weight_map.items():
+        if key not in held[folder / shard]:
+            raise UserError(f"{folder / shard} has no tensor {key!r}, though {INDEX_FILE} says so")
+    return {key: folder / shard for key, shard in weight_map.items()}
+
+
+def _no_safetensors(folder: Path) -> UserError:
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        return NotOneToOne(f"{folder} has no safetensors, only pickled weights ({', '.join(pickled[:3])})")
+    return UserError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def renamed_keys(model: Any, keys: Iterable[str]) -> dict[str, str]:
+    """Name after loading -> key, for keys that transformers renames (and does nothing else to) as it loads `model`.
+
+    For example GPT-NeoX: {"lm_head.weight": "embed_out.weight"}. Tensors that are fused or split at load are left out.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    renamed = {}
+    for key in keys:
+        name, converted_by = rename_source_key(key, renamings, converters)
+        if converted_by is None and name != key:
+            renamed[name] = key
+    return renamed
+
+
+def write_own_base(
+    model: Any, folder: Path, tokenizer: Any = None, state_dict: Mapping[str, Tensor] | None = None
+) -> BaseCheckpoint:
+    """Saves a live transformers model (before any injection) as a base: safetensors under the live names and dtypes.
+
+    Written beside `folder` and renamed, an older one being replaced. `state_dict` stands in for weights that the model
+    itself does not hold whole. Raises `RunError` on a full disk.
+    """
+    weights = {} if state_dict is None else {"state_dict": dict(state_dict)}
+    with atomic_folder(folder) as partial:
+        try:
+            model.save_pretrained(partial, max_shard_size="5GB", save_original_format=False, **weights)
+        except SafetensorError as error:  # the library reports a full disk in words only
+            raise RunError(f"cannot write the base to {folder}: {error}") from error
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    return BaseCheckpoint.open(folder)
+
+
+def verify_against_model(
+    base: BaseCheckpoint, mapping: Mapping[str, str], tensors: Mapping[str, Tensor], names: Iterable[str]
+) -> None:
+    """Checks that every named live tensor is, bit for bit, its base tensor cast to the live dtype.
+
+    Raises `NotOneToOne` naming the first that is not.
+    """
+    for name in names:
+        live, key = tensors[name].detach(), mapping[name]
+        if base.shape_dtype(key)[0] != tuple(live.shape):
+            stored = base.shape_dtype(key)[0]
+            raise NotOneToOne(f"{name} is {tuple(live.shape)} in the model, {stored} in {base.folder}", [name])
+        original = base.read(key).to(live.device, live.dtype)
+        if not _same_bits(live, original):
+            raise NotOneToOne(f"{name} of the model is not the tensor {key!r} of {base.folder}", [name])
+
+
+# -- checksum --------------------------------------------------------------------------------------------------------
+
+_CHUNK = 1 << 15
+"""64-bit words hashed at a time: 256 KiB, which stays in a core's cache."""
+
+_CHUNKS_AT_ONCE = 256
+"""Off the CPU, where cache is no matter and launches are: 64 MiB."""
+
+_ODD = -7046029254386353131
+"""2**64 divided by the golden ratio, as a signed odd number: multiplying by it is a bijection of 64-bit words."""
+
+
+def tensor_checksum(tensor: Tensor) -> int:
+    """A 64-bit checksum of a tensor's bytes and their order; the same on every device and for every view of the bytes.
+
+    Within a chunk: sum of mix(word) * odd(position) mod 2**64, where mix is a bijection and the odd factors are
+    pseudo-random: a change of one word always changes the sum, exchanged words do but for a chance of about 2**-32.
+    The chunks' sums are hashed in their order. No defence against an adversary.
+    """
+    raw = _as_bytes(tensor)
+    words_at_once = _CHUNK if raw.device.type == "cpu" else _CHUNK * _CHUNKS_AT_ONCE
+    scratch = torch.empty(words_at_once, dtype=torch.int64, device=raw.device)
+    shifted, factors = torch.empty_like(scratch), _factors(raw.device)
+    sums = []
+    for start in range(0, raw.numel(), words_at_once * 8):
+        piece = raw[start : start + words_at_once * 8]
+        chunks = -(-piece.numel() // (_CHUNK * 8))
+        words = scratch[: chunks * _CHUNK]
+        if piece.numel() < words.numel() * 8:
+            words.zero_()
+        words.view(torch.uint8)[: piece.numel()].copy_(piece)
+        sums.append(_sum_of_words(words, shifted[: words.numel()], factors))
+    digest = hashlib.blake2b(str(raw.numel()).encode(), digest_size=8)
+    if sums:
+        digest.update(torch.cat(sums).cpu().numpy().astype("<i8").tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _sum_of_words(words: Tensor, shifted: Tensor, factors: Tensor) -> Tensor:
+    """(chunks * _CHUNK,) -> (chunks,). Destroys both arguments: everything is done in place."""
+    words.mul_(_ODD)
+    torch.bitwise_right_shift(words, 32, out=shifted)
+    words.bitwise_xor_(shifted.bitwise_and_(0xFFFFFFFF))  # the shift drags the sign along
+    return words.view(-1, _CHUNK).mul_(factors).sum(dim=1)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Compared as 64-bit words where both can be read so, which is several times faster than by bytes."""
+    pair = (_as_bytes(one), _as_bytes(other))
+    if all(raw.numel() % 8 == 0 and raw.data_ptr() % 8 == 0 for raw in pair):
+        pair = (pair[0].view(torch.int64), pair[1].view(torch.int64))
+    return torch.equal(*pair)
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+@lru_cache(maxsize=8)
+def _factors(device: torch.device) -> Tensor:
+    """(_CHUNK,) odd numbers: splitmix64 of the position (Steele, Lea & Flood 2014), which no library release alters."""
+    z = np.arange(1, _CHUNK + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = (z ^ (z >> np.uint64(31))) | np.uint64(1)
+    with torch.inference_mode(False):
+        return torch.from_numpy(z.view(np.int64)).to(device)

@@ -1,0 +1,118 @@
+"""A Hugging Face folder, written anew after the pattern of a base: weights tensor by tensor, config, what lies beside.
+
+    keys of the base -> plan_shards (shapes only) -> write_shards (one tensor in memory) -> config.json, copied files
+
+Export and compaction both write theirs through here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mora_ds.files import read_json, write_json_atomic
+from mora_ds.models.base import INDEX_FILE, SINGLE_FILE, BaseCheckpoint
+from mora_ds.models.tensor_files import SafetensorsWriter, dtype_name, tensor_nbytes
+
+COPIED_FROM_BASE = ("generation_config.json", "*.py", "LICENSE*", "vocabulary_extension.json")
+"""Beside the tokenizer: settings for sampling, a custom model's code, the licence, which rows are new."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.*",
+)
+
+
+@dataclass
+class Shard:
+    """Tensors that go into one file: key -> (shape, dtype)."""
+
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    nbytes: int = 0
+
+
+def plan_shards(base: BaseCheckpoint, keys: Iterable[str], dtype: torch.dtype, limit: int) -> list[Shard]:
+    """Tensors in the order of `keys`, a new file whenever the next one would exceed `limit` bytes.
+
+    Floating tensors become `dtype`, others stay as the base has them.
+    """
+    stored = ((key, *base.shape_dtype(key)) for key in keys)
+    return fill_shards(((key, shape, dtype if was.is_floating_point else was) for key, shape, was in stored), limit)
+
+
+def fill_shards(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]], limit: int) -> list[Shard]:
+    """(key, shape, dtype) of each tensor, in this order, a new file whenever the next would exceed `limit` bytes."""
+    shards = [Shard()]
+    for key, shape, dtype in tensors:
+        size = tensor_nbytes(shape, dtype)
+        if shards[-1].layout and shards[-1].nbytes + size > limit:
+            shards.append(Shard())
+        shards[-1].layout[key] = (shape, dtype)
+        shards[-1].nbytes += size
+    return shards
+
+
+def write_shards(
+    folder: Path, shards: Sequence[Shard], tensor_of: Callable[[str, torch.dtype], Tensor]
+) -> tuple[str, ...]:
+    """Writes the safetensors, and their index where there are several. Returns the files' names.
+
+    `tensor_of(key, dtype)` gives each tensor when its turn comes, in the dtype that was planned.
+    """
+    names = tuple(f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1))
+    names = names if len(shards) > 1 else (SINGLE_FILE,)
+    for name, shard in zip(names, shards, strict=True):
+        with SafetensorsWriter(folder / name, shard.layout, {}) as writer:
+            for key, (_, written) in shard.layout.items():
+                writer.write(key, tensor_of(key, written))
+    if len(shards) > 1:
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard.layout}
+        metadata = {"total_size": sum(shard.nbytes for shard in shards)}
+        write_json_atomic(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    return names
+
+
+def write_companions(base: BaseCheckpoint, folder: Path, dtype: torch.dtype, tokenizer: Path | None = None) -> None:
+    """config.json with the new dtype, what else belongs to the base, and a tokenizer (by default the base's own)."""
+    config = _with_dtype(read_json(base.folder / "config.json"), dtype_name(dtype))
+    config.setdefault("dtype", dtype_name(dtype))
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _copy(base.folder, folder, COPIED_FROM_BASE)
+    if tokenizer is not None:
+        _copy(tokenizer, folder, ("*",))
+    else:
+        _copy(base.folder, folder, TOKENIZER_FILES)
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Sets the dtype wherever the config, or the config of a part, states one (`torch_dtype`: transformers 4)."""
+    changed: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in ("dtype", "torch_dtype"):
+            changed[name] = dtype
+        elif name.endswith("_config") and isinstance(value, dict):
+            changed[name] = _with_dtype(value, dtype)
+        else:
+            changed[name] = value
+    return changed
+
+
+def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and not (target / path.name).exists():
+                shutil.copyfile(path, target / path.name)

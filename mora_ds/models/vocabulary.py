@@ -1,0 +1,226 @@
+"""A model for an extended vocabulary: new rows in the embeddings and the head, everything else as it was.
+
+model folder + corpus -> new pieces (`data.vocabulary`) -> rows: the mean of the rows that a piece stands for
+rows up to a multiple of 64 that no token has: the mean of all old rows
+tensors copied one at a time -> config.json with the new vocabulary -> tokenizer -> vocabulary_extension.json
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from mora_ds.data import (
+    Corpus,
+    Extension,
+    canonical_digest,
+    check_extension,
+    check_vocabulary,
+    domain_pieces,
+    extend_tokenizer,
+    is_held_out,
+    load_tokenizer,
+)
+from mora_ds.errors import RunError, UserError
+from mora_ds.files import atomic_folder, malformed, read_json, require_format
+from mora_ds.models.base import BaseCheckpoint, renamed_keys
+from mora_ds.models.load import folder_config
+from mora_ds.models.save import fill_shards, write_companions, write_shards
+
+EXTENSION_JSON = "vocabulary_extension.json"
+ROW_MULTIPLE = 64
+MEASURED_PERCENT = 5.0
+"""Of documents: tokens per byte are measured on them, no piece is chosen for them. Others than `is_held_out` holds out,
+which a corpus may have lost already."""
+
+_MEASURED_CHARACTERS = 4_000_000
+_SHARD_BYTES = 5 << 30
+FLAG = "MODEL"
+
+
+@dataclass(frozen=True)
+class VocabularyReport:
+    """What an extension did."""
+
+    output: Path
+    pieces: int
+    vocabulary: tuple[int, int]
+    """Rows of the embeddings, before and after."""
+    tokens_per_byte: tuple[float, float]
+    measured_bytes: int
+    held_out: bool
+    """Whether measured on documents that no piece was chosen for."""
+
+    def lines(self) -> list[str]:
+        """For humans."""
+        (old, new), (before, after) = self.vocabulary, self.tokens_per_byte
+        kind = "held-out" if self.held_out else "training (too few documents to hold some out)"
+        return [
+            f"{self.output}: {self.pieces:,} new pieces, {old:,} -> {new:,} rows",
+            f"tokens a byte, on {self.measured_bytes:,} bytes of {kind} text: {before:.4f} -> {after:.4f} "
+            f"({after / before - 1:+.1%})",
+        ]
+
+
+def extend_vocabulary(
+    folder: Path,
+    corpus: Corpus,
+    pieces: int,
+    output: Path,
+    *,
+    algorithm: str = "bpe",
+    trust_remote_code: bool = False,
+) -> VocabularyReport:
+    """Writes to the new folder `output` the model of `folder` with `pieces` more, learned from `corpus`.
+
+    One tensor is in memory at a time. Raises `UserError` for a head that is neither tied nor linear, a corpus that
+    yields fewer pieces, and a tokenizer that cannot be extended; `RunError` if a text would no longer be given back.
+    """
+    if pieces < 1:
+        raise UserError(f"--pieces must be at least 1, got {pieces}")
+    base = BaseCheckpoint.open(folder, FLAG)
+    config = folder_config(folder, trust_remote_code)
+    keys, old_rows = _vocabulary_keys(base, config, trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code, flag=FLAG)
+    check_vocabulary(tokenizer, old_rows, FLAG)
+    measured, held_out = _measured_texts(corpus)
+    learned = (text for text in corpus.texts() if not (held_out and _is_measured(text)))
+    candidates = domain_pieces(learned, pieces, algorithm)
+    with tempfile.TemporaryDirectory() as scratch:
+        extension = extend_tokenizer(tokenizer, candidates, pieces, Path(scratch))
+        extended = check_extension(extension, config.model_type)
+        densities = _compare(tokenizer, extended, measured)
+        rows = _rows(extension, old_rows)
+        with atomic_folder(output.absolute()) as partial:
+            _write(base, partial, keys, extension, rows)
+    nbytes = sum(len(text.encode()) for text in measured)
+    return VocabularyReport(output, pieces, (old_rows, rows), densities, nbytes, held_out)
+
+
+def first_new_row(folder: Path) -> int:
+    """The first row that an extension has added. Raises `UserError` for a folder that holds no extended model."""
+    path = folder / EXTENSION_JSON
+    if not path.is_file():
+        raise UserError(
+            f"--train_new_embeddings: {folder} has no {EXTENSION_JSON}, so tools/extend_vocab.py has not made it"
+        )
+    content = read_json(path)
+    require_format(path, content)
+    with malformed(path):
+        return int(content["first_row"])
+
+
+def _rows(extension: Extension, old_rows: int) -> int:
+    needed = max(extension.first_id + len(extension.pieces), old_rows)
+    return -(-needed // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+# -- which tensors -----------------------------------------------------------------------------------------------------
+
+
+def _vocabulary_keys(base: BaseCheckpoint, config: Any, trust_remote_code: bool) -> tuple[set[str], int]:
+    """(keys of all tensors with a row for every token, rows). Raises `UserError` for heads of other kinds."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        raise UserError(f"{FLAG}: its input embeddings are a {type(embedding).__name__}, not a table of rows")
+    tied = head is not None and getattr(head, "weight", None) is embedding.weight
+    if not tied and not isinstance(head, nn.Linear):
+        kind = "it has none" if head is None else f"it is a {type(head).__name__}"
+        raise UserError(f"{FLAG}: the output head is neither tied to the embeddings nor a linear layer ({kind})")
+    rows = embedding.num_embeddings
+    others = [name for name, each in model.named_modules() if _has_rows(each, rows) and each not in (embedding, head)]
+    if others or (isinstance(head, nn.Linear) and head.out_features != rows):
+        raise UserError(f"{FLAG}: other tables hang on the vocabulary too ({', '.join(others) or 'the head'})")
+    wanted = {id(embedding.weight), *(id(each) for each in head.parameters(recurse=False))}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
+    mapping = base.map_parameters(parameters, model.base_model_prefix, ties, renamed_keys(model, base.keys()))
+    keys = {mapping[name] for name, parameter in parameters.items() if id(parameter) in wanted}
+    keys |= {name for name, parameter in parameters.items() if id(parameter) in wanted and name in base}
+    return keys, rows
+
+
+def _has_rows(module: nn.Module, rows: int) -> bool:
+    return isinstance(module, nn.Embedding) and module.num_embeddings == rows
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def _measured_texts(corpus: Corpus) -> tuple[list[str], bool]:
+    """(texts, whether they are held out) of up to `_MEASURED_CHARACTERS`."""
+    held = _first(filter(_is_measured, corpus.texts()))
+    return (held, True) if held else (_first(corpus.texts()), False)
+
+
+def _is_measured(text: str) -> bool:
+    digest = canonical_digest(text)
+    return is_held_out(bytes(255 - each for each in digest), MEASURED_PERCENT)
+
+
+def _first(texts: Iterable[str]) -> list[str]:
+    found: list[str] = []
+    size = 0
+    for text in texts:
+        found.append(text)
+        size += len(text)
+        if size >= _MEASURED_CHARACTERS:
+            break
+    return found
+
+
+def _compare(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[float, float]:
+    """Tokens a byte of either. Raises `RunError` for a text that only the old one gives back."""
+    counts, nbytes = [0, 0], 0
+    for text in texts:
+        nbytes += len(text.encode())
+        encoded = [each(text, add_special_tokens=False)["input_ids"] for each in (old, new)]
+        counts = [count + len(ids) for count, ids in zip(counts, encoded, strict=True)]
+        before, after = (each.decode(ids) for each, ids in zip((old, new), encoded, strict=True))
+        if before == text != after:
+            raise RunError(f"the extended tokenizer does not give back {text[:60]!r}...")
+    return counts[0] / max(nbytes, 1), counts[1] / max(nbytes, 1)
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def _write(base: BaseCheckpoint, folder: Path, keys: set[str], extension: Extension, rows: int) -> None:
+    def layout(key: str) -> tuple[str, tuple[int, ...], torch.dtype]:
+        shape, dtype = base.shape_dtype(key)
+        return key, (rows, *shape[1:]) if key in keys else shape, dtype
+
+    def tensor_of(key: str, dtype: torch.dtype) -> Tensor:
+        del dtype  # each keeps its own
+        return grown(base.read(key), extension, rows) if key in keys else base.read(key)
+
+    write_shards(folder, fill_shards(map(layout, base.keys()), _SHARD_BYTES), tensor_of)
+    write_companions(base, folder, base.shape_dtype(next(iter(sorted(keys))))[1], extension.folder)
+    config = read_json(folder / "config.json")
+    text = config.get("text_config", config)
+    text["vocab_size"] = rows
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    content = {"format": 1, "first_row": extension.first_id, "pieces": list(extension.pieces)}
+    (folder / EXTENSION_JSON).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def grown(table: Tensor, extension: Extension, rows: int) -> Tensor:
+    """(old rows, ...) -> (rows, ...): the mean of the rows that each new piece stands for, taken in fp32; rows of no
+    token are the mean of all, so that a head finds them no likelier than the average token."""
+    result = table.new_empty((rows, *table.shape[1:]))
+    known = min(len(table), extension.first_id)
+    result[: len(table)] = table
+    result[len(table) :] = table[:known].float().mean(dim=0).to(table.dtype)
+    for row, old in enumerate(extension.replaced, start=extension.first_id):
+        result[row] = table[list(old)].float().mean(dim=0).to(table.dtype)
+    return result

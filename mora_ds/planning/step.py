@@ -1,0 +1,247 @@
+"""One micro-batch of a model that is not there: what it keeps, at its highest, and when ZeRO-3 would gather.
+
+    config -> model on the meta device, injected, split over t ranks -> forward and backward under a `MemoryMeter`
+
+Nothing is estimated: the run's own code allocates, and its storages are counted, without memory behind them. So the
+figures hold for any model that runs, and follow whatever the layers, the loss and checkpointing become.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from mora_ds.adapters.config import AdapterConfig
+from mora_ds.adapters.domain_layer import DomainLinear, domains_of
+from mora_ds.adapters.inject import base_weights, frozen_buffers, inject, mora_layers, scale_names, set_cycle
+from mora_ds.adapters.merge_layer import merge_layer
+from mora_ds.adapters.ops import index_tables, tables
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.update import value_shape
+from mora_ds.errors import UserError
+from mora_ds.models.load import AUTO_ATTENTION
+from mora_ds.models.losses import token_nll
+from mora_ds.parallel import block_windows, windows
+from mora_ds.parallel.tensor_parallel import split_model
+from mora_ds.parallel.topology import Topology
+from mora_ds.planning.memory_meter import MemoryMeter, fused_attention
+from mora_ds.planning.zero_trace import Event, record
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank is to do in a micro-batch."""
+
+    config: Any
+    """Of transformers."""
+    adapter: AdapterConfig | None
+    """None for the full-training control."""
+    seq_len: int
+    micro_batch: int = 1
+    """Rows of a rank; of a group that shares them where there is one."""
+    dtype: torch.dtype = torch.bfloat16
+    checkpointing: bool = False
+    tensor_parallel: int = 1
+    sequence_parallel: int = 1
+    document_mask: bool = True
+    """Whether rows hold several documents: attention then reads a mask."""
+    attn_implementation: str = AUTO_ATTENTION
+    trust_remote_code: bool = False
+
+    @property
+    def base_bits(self) -> int | None:
+        """None where nothing is frozen."""
+        return None if self.adapter is None else self.adapter.base_bits
+
+    @property
+    def tokens(self) -> int:
+        """That a rank computes (a tensor-parallel group: together)."""
+        return self.micro_batch * self.seq_len // self.sequence_parallel
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one micro-batch on one rank, beside weights, squares and what the engine holds."""
+
+    kept: int
+    """At the end of forward: saved tensors, logits, loss."""
+    peak: int
+    tables: int
+    """Of the operators: they stay."""
+
+
+class _OneOfMany(Topology):
+    """A rank of a tensor-parallel group whose other ranks are not there: collectives have the right shapes."""
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def gather(self, own: Tensor, size: int) -> Tensor:
+        return own.new_empty(size, *own.shape[1:])
+
+    def sum_scatter(self, whole: Tensor) -> Tensor:
+        start, stop = self.share(len(whole))
+        return whole[start:stop].clone()
+
+
+def step_memory(work: Work) -> StepMemory:
+    """Of the whole model, from two shallow ones: every figure is a constant and a share of each layer."""
+    layers, period = work.config.get_text_config().num_hidden_layers, layer_period(work.config)
+    planned = work.adapter is not None and work.adapter.planned_layers  # each layer is then a case of its own
+    if layers <= 3 * period or planned:
+        return measure_step(planned_model(work), work)
+    # as many layers beyond whole periods as the model has
+    short = layers % period + 2 * period
+    shallow, deeper = (with_layers(work, depth) for depth in (short, short + period))
+    first, second = (measure_step(planned_model(each), each) for each in (shallow, deeper))
+    times = (layers - short) // period
+    return StepMemory(**{name: value + times * (getattr(second, name) - value) for name, value in vars(first).items()})
+
+
+def planned_model(work: Work) -> Any:
+    """On the meta device, injected, as rank 0 of its group has it. Raises `UserError` as `inject` does."""
+    attention = None if work.attn_implementation == AUTO_ATTENTION else work.attn_implementation
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(work.config),
+                dtype=work.dtype,
+                attn_implementation=attention,
+                trust_remote_code=work.trust_remote_code,
+            )
+    except (ImportError, ValueError) as error:
+        raise UserError(f"no model can be made of this config: {str(error).strip().splitlines()[0]}") from error
+    if work.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if work.adapter is not None:
+        inject(model, work.adapter)
+        if (domains := domains_of(model)).names:  # as after the first merge, where a row's squares are two products
+            set_cycle(model, work.adapter, 1)
+            domains.set([domains.names[0]] * work.micro_batch)
+    if work.tensor_parallel > 1:
+        split_model(model, _OneOfMany(work.tensor_parallel, 0, None))
+    return model.train()
+
+
+def measure_step(model: nn.Module, work: Work) -> StepMemory:
+    """Forward and backward of one micro-batch."""
+    _forget_tables()
+    batch = _batch(work)
+    handles = [
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)  # ZeRO takes each into its bucket at once
+        for parameter in model.parameters()
+    ]
+    known = (*model.parameters(), *model.buffers(), *batch.values())
+    try:
+        with MemoryMeter(known, answer=not work.document_mask) as meter, fused_attention(work.sequence_parallel):
+            with torch.no_grad():
+                token_nll(model, batch)  # the first pass makes the tables
+            lasting = meter.live
+            meter.restart_peak()
+            loss = token_nll(model, batch)
+            kept = meter.live
+            loss.backward()
+            del loss
+    except (RuntimeError, NotImplementedError) as error:  # a kernel that torch has for devices, not for shapes alone
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"this model cannot be planned in {work.dtype}: {reason}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    _forget_tables()
+    return StepMemory(kept - lasting, meter.peak - lasting, lasting)
+
+
+def trace_step(model: nn.Module, work: Work) -> list[Event]:
+    """What `zero_trace.gathers` reads. Changes the model: its layers share their tables from here on, for speed."""
+    for layer in mora_layers(model).values():
+        if isinstance(layer.spec, OperatorSpec):
+            layer.spec = replace(layer.spec, seed=0)
+        if isinstance(layer, DomainLinear):
+            layer.own_spec = replace(layer.own_spec, seed=0)
+            layer.domains.set([layer.domains.names[0]] * work.micro_batch)
+    with record(model) as events, MemoryMeter(answer=not work.document_mask), fused_attention(work.sequence_parallel):
+        token_nll(model, _batch(work)).backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return events
+
+
+@torch.no_grad()
+def measure_merge(model: nn.Module) -> int:
+    """Bytes at the highest while a layer is merged, as `ReMoRA.merge` goes about it; the largest layer's."""
+    layers = mora_layers(model).values()
+    if not layers:
+        return 0
+    layer = max(layers, key=lambda candidate: candidate.weight.numel())
+    original = torch.empty(layer.weight.shape, dtype=layer.dtype, device="meta")  # a file's, mapped
+    with MemoryMeter((original, *model.parameters(), *model.buffers())) as meter:
+        square = torch.empty(value_shape(layer.spec), dtype=torch.float32, device="meta")
+        merge_layer(layer, original, [(layer.spec, square)], square)
+    _forget_tables()
+    return meter.peak
+
+
+def base_elements(model: nn.Module) -> int:
+    """Of the frozen base, each tied tensor once; no scales."""
+    return sum({id(tensor): tensor.numel() for tensor in base_weights(model).values()}.values())
+
+
+def base_bytes(model: nn.Module, dtype: torch.dtype) -> tuple[int, int]:
+    """Of the frozen base in a run that computes in `dtype`, and of it what is held in 8 bits, scales included."""
+    frozen, scales = frozen_buffers(model), scale_names(model)
+    eight = {id(t): t.nbytes for name, t in frozen.items() if t.dtype is torch.int8 or name in scales}
+    others = {id(t): t.numel() * dtype.itemsize for t in frozen.values() if id(t) not in eight}
+    return sum(eight.values()) + sum(others.values()), sum(eight.values())
+
+
+def own_buffer_bytes(model: nn.Module) -> int:
+    """Of buffers that a model has of its own, e.g. rotary frequencies."""
+    frozen = {id(tensor) for tensor in frozen_buffers(model).values()}
+    return sum(tensor.nbytes for tensor in model.buffers() if id(tensor) not in frozen)
+
+
+def with_layers(work: Work, layers: int) -> Work:
+    """The same with so many layers: lists with an entry a layer are cut."""
+    config = copy.deepcopy(work.config)
+    text = config.get_text_config()
+    count = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, (list, tuple)) and len(value) == count:
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return replace(work, config=config)
+
+
+def layer_period(config: Any) -> int:
+    """After how many layers a model's kinds of layers repeat; all of them where they do not."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
+    return next(
+        (size for size in range(1, len(kinds)) if all(a == b for a, b in zip(kinds, kinds[size:], strict=False))),
+        len(kinds),
+    )
+
+
+def _batch(work: Work) -> Mapping[str, Tensor]:
+    length = work.seq_len // work.sequence_parallel
+    ids = torch.empty(work.micro_batch, length, dtype=torch.long, device="meta")
+    return {"input_ids": ids, "position_ids": torch.empty_like(ids), "labels": torch.empty_like(ids)}
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _forget_tables() -> None:
+    """So that they are made, and counted, within the next measurement."""
+    for room in (tables, index_tables, windows, block_windows):
+        for table in vars(room).values():
+            if hasattr(table, "cache_clear"):
+                table.cache_clear()

@@ -1,0 +1,1 @@
+"""ReMoRA: when matrices are merged, how, and the ledger that records it."""

@@ -1,0 +1,350 @@
+"""The ledger: every merged square of a run, on disk, append-only and hash-chained.
+
+    live weight = cast( W_original + delta_weight(M_0) + delta_weight(M_1) + ... )      fp32 sum, rounded once
+
+The base on disk never changes; what the run has done to it is here. `live_weight` is the one function that forms a
+live weight: merge, resume and export all call it, so that they agree bit for bit.
+
+    folder/cycle-00000.safetensors   "<module name>.square" -> fp32 (r_hat, r_hat); the layers in the header
+                                     (LoRA: "<module name>.factors" -> fp32 (rank, d_in + d_out))
+    folder/ledger.json               the cycles' hashes, each chained to the one before, the first to the base
+    folder/vectors.safetensors       where operators or the loss read them: the base's singular vectors
+
+A cycle exists once ledger.json names it. That file is replaced by an atomic rename after the cycle's own file is
+safely on disk, so an append that is killed at any point leaves the ledger as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mora_ds.adapters.ops.delta import add_deltas_
+from mora_ds.adapters.ops.singular_vectors import VectorsRecord, register
+from mora_ds.adapters.ops.update import UpdateSpec, spec_from_dict, value_name, value_shape
+from mora_ds.errors import RunError, UserError
+from mora_ds.files import (
+    atomic_path,
+    file_problem,
+    link_or_copy,
+    malformed,
+    read_json,
+    remove_quietly,
+    require_format,
+    sha256_file,
+    write_json_atomic,
+)
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.tensor_files import SafetensorsWriter, open_safetensors, shape_dtype
+
+LEDGER_FILE = "ledger.json"
+VECTORS_FILE = "vectors.safetensors"
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """An adapted layer: where its weight is, and what its square means."""
+
+    module: str
+    """Name in the model, e.g. model.layers.0.self_attn.q_proj."""
+    weight: str
+    """Name of its weight, e.g. model.layers.0.self_attn.q_proj.weight."""
+    transposed: bool
+    """Whether the weight is stored (d_in, d_out), as by GPT-2's Conv1D."""
+    operator: UpdateSpec
+
+    @property
+    def square(self) -> str:
+        """The name of its square (or LoRA's factors) in safetensors files."""
+        return f"{self.module}.{value_name(self.operator)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without the module name, which is the key that the entry stands under."""
+        return {"weight": self.weight, "transposed": self.transposed, "operator": self.operator.to_dict()}
+
+    @classmethod
+    def from_dict(cls, module: str, values: Mapping[str, Any]) -> LayerEntry:
+        return cls(module, values["weight"], values["transposed"], spec_from_dict(values["operator"]))
+
+
+def layers_to_dict(layers: Mapping[str, LayerEntry]) -> dict[str, dict[str, Any]]:
+    """{module name: entry} as it is written to JSON."""
+    return {name: entry.to_dict() for name, entry in layers.items()}
+
+
+def layers_from_dict(values: Mapping[str, Mapping[str, Any]]) -> dict[str, LayerEntry]:
+    """Inverse of `layers_to_dict`."""
+    return {name: LayerEntry.from_dict(name, entry) for name, entry in values.items()}
+
+
+@torch.no_grad()
+def live_weight(
+    original: Tensor,
+    updates: Iterable[tuple[UpdateSpec, Tensor]],
+    transposed: bool,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The original weight plus the deltas of `updates`, summed in fp32 in their order, rounded to `dtype` once.
+
+    `original`: (d_out, d_in), or (d_in, d_out) when `transposed`; it is not written to. `updates`: (operator, square).
+    Elementwise operations only, so every number of threads gives the same bits. The result lies on `device` (by
+    default where `original` does) and shares no memory with it.
+    """
+    device = torch.device(device) if device is not None else original.device
+    original = original.T if transposed else original
+    total = torch.empty(original.shape, dtype=torch.float32, device=device).copy_(original)
+    add_deltas_(total, updates)
+    return (total.T.contiguous() if transposed else total).to(dtype)
+
+
+@dataclass(frozen=True)
+class CycleRecord:
+    """One line of ledger.json."""
+
+    cycle: int
+    step: int
+    file: str
+    sha256: str
+    size: int
+    chain: str
+    """sha256 of the previous chain (at first: the base's fingerprint) and this file's sha256, as hex text."""
+
+
+class Ledger:
+    """A ledger folder. Make one with `Ledger.create` or `Ledger.open`; one process at a time may change it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        base_fingerprint: str,
+        records: Sequence[CycleRecord],
+        vectors: VectorsRecord | None = None,
+    ) -> None:
+        self.folder = folder
+        self.base_fingerprint = base_fingerprint
+        self.vectors = vectors
+        self._records = list(records)
+        self._handles: dict[int, Any] = {}
+        self._layers: dict[int, dict[str, LayerEntry]] = {}
+
+    @classmethod
+    def create(cls, folder: Path, base_fingerprint: str, vectors: Path | None = None) -> Ledger:
+        """An empty ledger for a base, with a link to the file `vectors` (`base_svd`), or a copy, where one is given.
+        Raises `UserError` when the folder already holds one with cycles in it."""
+        if (folder / LEDGER_FILE).exists() and read_json(folder / LEDGER_FILE).get("cycles"):
+            raise UserError(f"{folder} already holds the ledger of a run")
+        folder.mkdir(parents=True, exist_ok=True)
+        ledger = cls(folder, base_fingerprint, [])
+        if vectors is not None:
+            ledger.vectors = VectorsRecord(sha256_file(vectors), vectors.stat().st_size)
+            link_or_copy(vectors, folder / VECTORS_FILE)
+        ledger._write([])
+        return ledger
+
+    @classmethod
+    def open(cls, folder: Path, base_fingerprint: str | None = None, hashes: bool = True) -> Ledger:
+        """Opens and checks a ledger: numbering, chain, sizes, headers, and (`hashes`) every byte. From here on this
+        process reads singular vectors that it holds from there.
+
+        Raises `UserError` naming the file and what is wrong with it, or that it belongs to another base.
+        """
+        path = folder / LEDGER_FILE
+        content = read_json(path)
+        require_format(path, content)
+        with malformed(path):
+            records = [CycleRecord(**record) for record in content["cycles"]]
+            found = str(content["base_fingerprint"])
+            vectors = VectorsRecord(**content["vectors"]) if "vectors" in content else None
+        if base_fingerprint is not None and found != base_fingerprint:
+            raise UserError(f"{path} belongs to another base: fingerprint {found}, not {base_fingerprint}")
+        ledger = cls(folder, found, records, vectors)
+        ledger._check_records()
+        ledger.verify(hashes)
+        if vectors is not None:
+            register(vectors.name, folder / VECTORS_FILE)
+        return ledger
+
+    def as_it_is(self) -> Ledger:
+        """The same cycles, whatever is appended to this one afterwards."""
+        return Ledger(self.folder, self.base_fingerprint, self._records, self.vectors)
+
+    @property
+    def vectors_path(self) -> Path | None:
+        """The base's singular vectors, where the ledger holds any."""
+        return None if self.vectors is None else self.folder / VECTORS_FILE
+
+    @property
+    def cycles(self) -> int:
+        """Number of merged cycles."""
+        return len(self._records)
+
+    @property
+    def records(self) -> tuple[CycleRecord, ...]:
+        return tuple(self._records)
+
+    def layers(self, cycle: int) -> dict[str, LayerEntry]:
+        """Module name -> entry with the operator that the cycle was trained with."""
+        if cycle not in self._layers:
+            path = self.folder / self._records[cycle].file
+            with malformed(path):
+                self._layers[cycle] = layers_from_dict(json.loads(self._handle(cycle).metadata()["layers"]))
+        return self._layers[cycle]
+
+    def square(self, cycle: int, module: str) -> Tensor:
+        """(r_hat, r_hat) fp32, or LoRA's factors, on the CPU; do not write to it."""
+        return self._handle(cycle).get_tensor(self.layers(cycle)[module].square)
+
+    def squares_of(self, module: str) -> Iterator[tuple[UpdateSpec, Tensor]]:
+        """(operator, square) of a layer, cycle after cycle; cycles that did not adapt the layer are passed over."""
+        for cycle in range(self.cycles):
+            entry = self.layers(cycle).get(module)
+            if entry is not None:
+                yield entry.operator, self.square(cycle, module)
+
+    def append(self, step: int, layers: Mapping[str, LayerEntry], squares: Iterable[tuple[str, Tensor]]) -> int:
+        """Adds a cycle and returns its number.
+
+        `squares` gives (module name, fp32 (r_hat, r_hat)) for exactly the keys of `layers`, in any order, one at a
+        time. Raises `RunError` for a full disk or a square that is not finite; the ledger is then as before.
+        """
+        cycle = self.cycles
+        path = self.folder / f"cycle-{cycle:05d}.safetensors"
+        with atomic_path(path) as beside:
+            _write_cycle(beside, cycle, step, layers, squares)
+            sha256, size = sha256_file(beside), beside.stat().st_size
+        record = CycleRecord(cycle, step, path.name, sha256, size, _link(self._head(), sha256))
+        self._write([*self._records, record])
+        self._records.append(record)
+        return cycle
+
+    def truncate(self, cycles: int) -> None:
+        """Forgets every cycle but the first `cycles`: what a resume from an earlier checkpoint does."""
+        if not 0 <= cycles <= self.cycles:
+            raise ValueError(f"cannot keep {cycles} of {self.cycles} cycles")
+        dropped = self._records[cycles:]
+        self._write(self._records[:cycles])
+        del self._records[cycles:]
+        for record in dropped:
+            self._handles.pop(record.cycle, None)
+            self._layers.pop(record.cycle, None)
+            remove_quietly(self.folder / record.file)
+
+    def copy_to(self, folder: Path) -> Ledger:
+        """The same ledger in another folder, by hard links where possible; a ledger that is there is replaced.
+
+        The folder holds a valid ledger at every moment: an empty one until all files are in place.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.samefile(self.folder):
+            return self
+        copy = Ledger(folder, self.base_fingerprint, self._records, self.vectors)
+        if self.vectors_path is not None:
+            link_or_copy(self.vectors_path, folder / VECTORS_FILE)
+        copy._write([])
+        for record in self._records:
+            link_or_copy(self.folder / record.file, folder / record.file)
+        copy._write(self._records)
+        for stray in set(folder.glob("cycle-*.safetensors")) - {folder / record.file for record in self._records}:
+            remove_quietly(stray)
+        return copy
+
+    def summary(self) -> list[str]:
+        """One line a cycle: its step, its layers and the Frobenius norm of all its squares."""
+        lines = []
+        for record in self._records:
+            names = self.layers(record.cycle)
+            norm = math.sqrt(sum(self.square(record.cycle, name).double().square().sum().item() for name in names))
+            lines.append(f"cycle {record.cycle:>3}  step {record.step:>7}  {len(names):>4} layers  |M| {norm:.4e}")
+        return lines
+
+    def verify(self, hashes: bool = True) -> None:
+        """Checks every file again. Raises `UserError` naming the first that is not as it was written."""
+        if self.vectors is not None:
+            path, sha256 = self.folder / VECTORS_FILE, self.vectors.sha256
+            if problem := file_problem(path, self.vectors.size, sha256 if hashes else None):
+                raise UserError(f"the ledger is damaged: {problem}")
+        for record in self._records:
+            problem = file_problem(self.folder / record.file, record.size, record.sha256 if hashes else None)
+            if problem:
+                raise UserError(f"the ledger is damaged at cycle {record.cycle}: {problem}")
+            handle = self._handle(record.cycle)
+            expected = {entry.square: value_shape(entry.operator) for entry in self.layers(record.cycle).values()}
+            if set(handle.keys()) != set(expected):
+                raise UserError(f"{self.folder / record.file} does not hold the squares that its header lists")
+            for name, shape in expected.items():
+                if shape_dtype(handle, name) != (shape, torch.float32):
+                    raise UserError(f"{self.folder / record.file}: {name} is not fp32 {shape}")
+
+    def _check_records(self) -> None:
+        chain = self.base_fingerprint
+        for expected, record in enumerate(self._records):
+            if record.cycle != expected or record.file != f"cycle-{expected:05d}.safetensors":
+                raise UserError(
+                    f"{self.folder / LEDGER_FILE} has a hole: cycle {expected} is missing, {record.file} comes next"
+                )
+            chain = _link(chain, record.sha256)
+            if record.chain != chain:
+                raise UserError(
+                    f"{self.folder / LEDGER_FILE}: the chain of hashes is broken at cycle {expected} ({record.file})"
+                )
+
+    def _head(self) -> str:
+        return self._records[-1].chain if self._records else self.base_fingerprint
+
+    def _handle(self, cycle: int) -> Any:
+        if cycle not in self._handles:
+            self._handles[cycle] = open_safetensors(self.folder / self._records[cycle].file)
+        return self._handles[cycle]
+
+    def _write(self, records: Sequence[CycleRecord]) -> None:
+        content = {
+            "format": 1,
+            "base_fingerprint": self.base_fingerprint,
+            **({} if self.vectors is None else {"vectors": asdict(self.vectors)}),
+            "cycles": [asdict(record) for record in records],
+        }
+        write_json_atomic(self.folder / LEDGER_FILE, content)
+
+
+def _link(chain: str, sha256: str) -> str:
+    return hashlib.sha256((chain + sha256).encode()).hexdigest()
+
+
+def _write_cycle(
+    path: Path, cycle: int, step: int, layers: Mapping[str, LayerEntry], squares: Iterable[tuple[str, Tensor]]
+) -> None:
+    layout = {entry.square: (value_shape(entry.operator), torch.float32) for entry in layers.values()}
+    metadata = {"layers": json.dumps(layers_to_dict(layers)), "cycle": str(cycle), "step": str(step)}
+    with SafetensorsWriter(path, layout, metadata) as writer:
+        for module, square in squares:
+            if not torch.isfinite(square).all():
+                raise RunError(f"step {step}: {layers[module].square} is not finite and cannot be merged")
+            writer.write(layers[module].square, square)
+
+
+def replay(
+    ledger: Ledger,
+    base: BaseCheckpoint,
+    layers: Iterable[LayerEntry],
+    keys: Mapping[str, str],
+    dtype: torch.dtype,
+    write: Callable[[str, Tensor], None],
+    device: torch.device | str | None = None,
+) -> None:
+    """Forms the live weight of each layer, one after the other, and hands it to `write(module name, weight)`.
+
+    `keys`: weight parameter name -> key in `base` (`BaseCheckpoint.map_parameters`). Layers that the ledger does not
+    know get their original weight, cast.
+    """
+    for entry in layers:
+        original = base.read(keys[entry.weight])
+        write(entry.module, live_weight(original, ledger.squares_of(entry.module), entry.transposed, dtype, device))

@@ -1,0 +1,253 @@
+"""ReMoRA: merge every layer's square into the base, record it, start a fresh one.
+
+At an accumulation boundary, on all ranks, layer by layer, in the same order:
+
+    square M in fp32 from the master partitions    (the only collective: r_hat^2 * 4 bytes a layer)
+    live weight = cast(original + all recorded deltas + this one), in place; or, with 8 bits, quantize of that sum
+    the cycle's squares into the ledger             (one writer a folder; see `Ledger`)
+    squares, their masters and moments back to zero; the next cycle's grouping (LoRA: a fresh A)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mora_ds.adapters.config import INCREMENTAL_IN_8_BITS, AdapterConfig
+from mora_ds.adapters.inject import mora_layers, set_cycle
+from mora_ds.adapters.layer import AdaptedLinear
+from mora_ds.adapters.merge_layer import MergeNorms, merge_layer, write_live
+from mora_ds.adapters.ops.update import UpdateSpec, first_value
+from mora_ds.engine import zero
+from mora_ds.engine.muon import uses_muon
+from mora_ds.errors import RunError, UserError
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.remora.ledger import LayerEntry, Ledger
+from mora_ds.remora.optimizer_reset import STEP, OptimizerReset, rule
+
+EXACT = "exact"
+INCREMENTAL = "incremental"
+
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2, torch.int8: 3e-2}
+"""How far a merge may move the probe's loss, relative to it: what rounding the weights to that dtype can explain. In 8
+bits a number is off by at most 1/254 of its row's largest, in bf16 by at most 1/256 of itself."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did. Norms are Frobenius norms over all merged layers."""
+
+    cycle: int
+    step: int
+    layers: int
+    square_norm: float
+    delta_norm: float
+    """Of what the squares stood for; `weight_norm` is that of the live weights before."""
+    weight_norm: float
+    rounding_loss: float
+    """Share of the deltas that the live weights' dtype did not take up (0 in fp32; the ledger has all of it). Above 1
+    where deltas are smaller than what rounding changes, as they may be in 8 bits."""
+    states_zeroed: float
+    """Share of the squares' moments that is zero after the reset."""
+    loss_before: float | None = None
+    loss_after: float | None = None
+    """On a fixed probe batch, where there is one."""
+
+    def row(self) -> dict[str, Any]:
+        """Everything but the step, for a log."""
+        return {name: value for name, value in vars(self).items() if name != "step"}
+
+    def __str__(self) -> str:
+        probe = ""
+        if self.loss_before is not None and self.loss_after is not None:
+            probe = f", probe loss {self.loss_before:.6f} -> {self.loss_after:.6f}"
+        return (
+            f"merged cycle {self.cycle} at step {self.step}: {self.layers} layers, |M| {self.square_norm:.4g}, "
+            f"delta / weight {self.delta_norm / self.weight_norm:.2e}, lost to rounding {self.rounding_loss:.1%}, "
+            f"states zeroed {self.states_zeroed:.0%}{probe}"
+        )
+
+
+@dataclass
+class _Norms:
+    """Sums of squares, gathered layer by layer."""
+
+    square: float = 0.0
+    delta: float = 0.0
+    weight: float = 0.0
+    lost: float = 0.0
+
+    def add(self, norms: MergeNorms) -> None:
+        for name, norm in norms._asdict().items():
+            setattr(self, name, getattr(self, name) + norm.item() ** 2)
+
+
+def layer_entries(model: torch.nn.Module) -> dict[str, LayerEntry]:
+    """Module name -> what the ledger records of the layer as it is wired now."""
+    return {
+        name: LayerEntry(name, f"{name}.weight", layer.transposed, layer.spec)
+        for name, layer in mora_layers(model).items()
+    }
+
+
+class ReMoRA:
+    """Merges and replays for one engine.
+
+    `keys` maps a layer's weight name to its key in `base`. With `precision="exact"` the live base is always the
+    original plus all deltas, summed in fp32 and rounded once; with "incremental" each delta is added to the live
+    weight, which needs no base on disk and loses small deltas in bf16. `is_writer` marks one rank a node.
+    """
+
+    def __init__(
+        self,
+        engine: zero.Engine,
+        config: AdapterConfig,
+        ledger: Ledger,
+        base: BaseCheckpoint | None,
+        keys: dict[str, str],
+        precision: str = EXACT,
+        is_writer: bool | None = None,
+        reset: OptimizerReset = OptimizerReset.ZERO,
+    ) -> None:
+        if precision == EXACT and base is None:
+            raise RunError("exact merging rereads the original base: give one, or choose incremental")
+        if precision == INCREMENTAL and config.base_bits == 8:
+            raise UserError(INCREMENTAL_IN_8_BITS)
+        _check_reset(engine, reset)
+        self.engine, self.config, self.ledger = engine, config, ledger
+        self.base, self.keys, self.precision = base, keys, precision
+        self.is_writer = dist.get_rank() == 0 if is_writer is None else is_writer
+        self.reset = reset
+        self.probe: Callable[[], float] | None = None
+        """Loss on a fixed batch, the same on every rank; measured before and after each merge."""
+
+    @property
+    def cycle(self) -> int:
+        """Number of merges so far, which is also the number of the running cycle."""
+        return self.ledger.cycles
+
+    def merge(self, step: int) -> MergeReport:
+        """Merge all squares after optimizer step `step`. Collective.
+
+        Raises `RunError` when the probe's loss moves by more than rounding explains.
+        """
+        if not zero.at_accumulation_boundary(self.engine):
+            raise RunError("a merge in the middle of gradient accumulation would lose gradients: call it after a step")
+        model, cycle = self.engine.module, self.cycle
+        entries = layer_entries(model)
+        recorded: dict[str, Tensor] = {}
+        norms = _Norms()
+        before = self.probe() if self.probe else None
+        for name, layer in mora_layers(model).items():
+            square = layer.whole(zero.full_fp32(self.engine, layer.value))
+            norms.add(merge_layer(layer, self._start(name, layer), self._updates(name, layer, square), square))
+            if self.is_writer:
+                recorded[name] = square.cpu()
+        self._record(step, entries, recorded)
+        zeroed = self._start_cycle(self.cycle)
+        after = self.probe() if self.probe else None
+        self._check_probe(step, before, after)
+        return MergeReport(
+            cycle,
+            step,
+            len(entries),
+            norms.square**0.5,
+            norms.delta**0.5,
+            norms.weight**0.5,
+            (norms.lost / norms.delta) ** 0.5 if norms.delta else 0.0,
+            zeroed,
+            before,
+            after,
+        )
+
+    def _check_probe(self, step: int, before: float | None, after: float | None) -> None:
+        if before is None or after is None:
+            return
+        dtype = next(iter(mora_layers(self.engine.module).values())).weight.dtype
+        if not abs(after - before) <= PROBE_TOLERANCE.get(dtype, 1e-4) * max(1.0, abs(before)):
+            raise RunError(
+                f"the merge at step {step} moved the loss on the probe batch from {before:.6f} to {after:.6f}, which "
+                f"rounding to {dtype} does not explain: the merged base is not the live model. Resume from the last "
+                "checkpoint; with --compute weight in low precision take activation"
+            )
+
+    def reopen(self) -> None:
+        """Look at the ledger's folder again, after somebody else has changed it."""
+        self.ledger = self._reopened()
+
+    def replay(self) -> None:
+        """Bring the live base to the ledger's state (after a resume) and wire the squares for the running cycle."""
+        if self.cycle and self.precision == INCREMENTAL:
+            self._replay_incrementally()
+        elif self.cycle:
+            self.form_base()
+        set_cycle(self.engine.module, self.config, self.cycle)
+
+    def form_base(self) -> None:
+        """The live base of the ledger, from the originals."""
+        for name, layer in mora_layers(self.engine.module).items():
+            write_live(layer, self._start(name, layer), self.ledger.squares_of(name))
+
+    def _updates(self, name: str, layer: AdaptedLinear, square: Tensor) -> Iterator[tuple[UpdateSpec, Tensor]]:
+        if self.precision == EXACT:
+            yield from self.ledger.squares_of(name)
+        yield layer.spec, square
+
+    def _start(self, name: str, layer: AdaptedLinear) -> Tensor:
+        """What the updates are added to."""
+        if self.precision == INCREMENTAL:
+            return layer.weight
+        assert self.base is not None
+        return self.base.read(self.keys[f"{name}.weight"])
+
+    def _replay_incrementally(self) -> None:
+        """The same roundings as the run made: one after each cycle."""
+        for name, layer in mora_layers(self.engine.module).items():
+            for update in self.ledger.squares_of(name):
+                write_live(layer, layer.weight, (update,))
+
+    def _record(self, step: int, entries: dict[str, LayerEntry], squares: dict[str, Tensor]) -> None:
+        """Rank 0 appends first; then the writer of every node whose folder is not rank 0's folder."""
+        cycle, is_first = self.cycle, dist.get_rank() == 0
+        for writes in (is_first, self.is_writer and not is_first):
+            if writes and self._reopened().cycles == cycle:
+                self.ledger.append(step, entries, squares.items())
+            dist.barrier()
+        self.reopen()
+        if self.cycle != cycle + 1:
+            raise RunError(f"cycle {cycle} is not in the ledger at {self.ledger.folder} as this rank sees it")
+
+    def _reopened(self) -> Ledger:
+        """The ledger as it lies on this node's disk now (another rank may have appended to it)."""
+        return Ledger.open(self.ledger.folder, self.ledger.base_fingerprint, hashes=False)
+
+    def _start_cycle(self, cycle: int) -> float:
+        """Returns the share of the squares' moments that is zero now, over all ranks."""
+        layers = mora_layers(self.engine.module)
+        change = rule(self.reset, self.config.seed, zero.state_shard(self.engine), cycle)
+        zero.reset_group(self.engine, 0, [layer.value for layer in layers.values()], change)
+        set_cycle(self.engine.module, self.config, cycle)
+        for name, layer in layers.items():
+            first = first_value(layer.spec, self.config.first_seed(name, cycle))
+            if first.any():  # LoRA's A
+                zero.set_fp32(self.engine, layer.value, layer.own(first))
+        moments = [value for key, value in zero.state_tensors(self.engine, 0) if key != STEP]
+        zeros = sum(int((value == 0).sum()) for value in moments)
+        counts = torch.tensor(
+            [zeros, sum(value.numel() for value in moments)], dtype=torch.float64, device=self.engine.device
+        )
+        dist.all_reduce(counts)
+        return (counts[0] / counts[1]).item() if counts[1] else 1.0
+
+
+def _check_reset(engine: zero.Engine, reset: OptimizerReset) -> None:
+    """At stages 1 and 2 two ranks hold the same momentum of a square that lies across their border: pruned on each by
+    itself, the two halves of the square would go different ways."""
+    pruned = reset in (OptimizerReset.MAGNITUDE, OptimizerReset.RANDOM)
+    if pruned and uses_muon(engine) and engine.zero_optimization_stage() in (1, 2):
+        raise UserError(f"--optimizer_reset {reset.value} with Muon needs ZeRO stage 3 or 0: take it, or zero, or keep")

@@ -1,0 +1,118 @@
+"""A schedule for readers: what a run says at its start about its merges, and a plot in plain characters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mora_ds.remora.schedule import MergeWhen, Schedule
+from mora_ds.remora.stall import StallRule
+
+_SHOWN = 6
+"""Step numbers written out at each end of a long list."""
+
+_GUTTER = 9
+"""Columns left of a plot, for the rate's figures."""
+
+
+# -- what a run says ---------------------------------------------------------------------------------------------------
+
+
+def start_lines(
+    schedule: Schedule, rule: StallRule | None, merge_at_end: bool, done: int = 0, merges: Sequence[int] = ()
+) -> list[str]:
+    """What will be merged when, and what will not, from `done` steps and past `merges` on; nothing where nothing is."""
+    if schedule.merge_when is MergeWhen.STALLED:
+        assert rule is not None, "a schedule that waits for a stall needs a rule"
+        lines = _rule_lines(schedule, rule)
+    else:
+        lines = _plan_lines(schedule, merge_at_end, done, merges)
+    if merge_at_end:
+        lines.append(f"merge after the last step, {schedule.total_steps} (--merge_at_end)")
+    return lines
+
+
+def _plan_lines(schedule: Schedule, merge_at_end: bool, done: int, merges: Sequence[int]) -> list[str]:
+    if not schedule.merges:
+        return []
+    planned = list(merges)
+    for step in range(schedule.merge_every, schedule.total_steps, schedule.merge_every):
+        if step > done and schedule.merges_after(step, planned):
+            planned.append(step)
+    coming = planned[len(merges) :]
+    lines = [f"merges after {_steps(coming)} of {schedule.total_steps}"] if coming else []
+    early = [step for step in schedule.merge_steps_in_warmup() if step > done]
+    if early:
+        lines.append(f"nothing is merged after {_steps(early)}: the first warm-up takes {schedule.warmup_steps}")
+    lines += [_left_out(schedule, step, merge_at_end) for step in schedule.merges_left_out() if step > done]
+    if not lines:
+        lines.append(f"no merge comes by itself: --merge_every is {schedule.merge_every}, {_ahead(schedule, done)}")
+    return lines
+
+
+def _left_out(schedule: Schedule, step: int, merge_at_end: bool) -> str:
+    left = schedule.total_steps - step
+    squares = (
+        "its squares are merged at the end" if merge_at_end else "its squares stay live (--merge_at_end merges them)"
+    )
+    return (
+        f"the merge at step {step} is left out: {left} steps would follow and the ramp alone takes "
+        f"{schedule.restart_warmup_steps} (--restart_warmup_steps). The cycle before it goes on to step "
+        f"{schedule.total_steps}; {squares}"
+    )
+
+
+def _rule_lines(schedule: Schedule, rule: StallRule) -> list[str]:
+    ramp, latest = schedule.restart_warmup_steps, schedule.total_steps - schedule.restart_warmup_steps - 1
+    shortest = max(schedule.merge_every, ramp + rule.window)
+    text = f"merges when {rule}; a cycle has at least {shortest} steps"
+    if schedule.longest_cycle:
+        text += f" and at most {schedule.longest_cycle}"
+    first = max(schedule.merge_every, schedule.warmup_steps + rule.window)
+    if schedule.longest_cycle:
+        first = min(first, max(schedule.longest_cycle, schedule.warmup_steps))
+    if first > latest:
+        return [
+            f"no merge can come by itself: the first would be due after step {first}, and none comes after step "
+            f"{max(latest, 0)} of {schedule.total_steps}, too near the end for a ramp (--stall_window, --merge_every)"
+        ]
+    return [f"{text}; none before step {first}, none after step {latest}"]
+
+
+def _ahead(schedule: Schedule, done: int) -> str:
+    return f"{schedule.total_steps - done} steps are left" if done else f"the run has {schedule.total_steps} steps"
+
+
+def _steps(steps: Sequence[int]) -> str:
+    """ "step 5", "steps 5, 10", or a long list without its middle."""
+    if len(steps) == 1:
+        return f"step {steps[0]}"
+    if len(steps) <= 2 * _SHOWN:
+        return f"steps {', '.join(map(str, steps))}"
+    ends = [", ".join(map(str, part)) for part in (steps[:_SHOWN], steps[-_SHOWN:])]
+    return f"steps {ends[0]}, ..., {ends[1]} ({len(steps)} in all)"
+
+
+# -- the plot ----------------------------------------------------------------------------------------------------------
+
+
+def text_plot(schedule: Schedule, merges: Sequence[int], columns: int, rows: int) -> list[str]:
+    """Lines of equal width: the rate of every step (a column holds several), and the merges as ^ on the axis."""
+    marked = [[" "] * columns for _ in range(rows)]
+    axis = ["-"] * columns
+    for step in range(max(schedule.total_steps, columns)):
+        column = step * columns // max(schedule.total_steps, columns)
+        at = min(step * schedule.total_steps // max(schedule.total_steps, columns), schedule.total_steps - 1)
+        height = schedule.learning_rate(at, merges) / schedule.peak
+        marked[min(int(height * rows), rows - 1)][column] = "*"
+    for merge in merges:
+        axis[min(merge * columns // schedule.total_steps, columns - 1)] = "^"
+    title = schedule.kind.value
+    left = [f"{schedule.peak:.1e} |", *[" " * (_GUTTER - 1) + "|"] * (rows - 1)]
+    plot = [mark + "".join(row) for mark, row in zip(left, reversed(marked), strict=True)]
+    bottom = "0 +".rjust(_GUTTER) + "".join(axis)
+    return [line.ljust(_GUTTER + columns) for line in (" " * _GUTTER + title, *plot, bottom)]
+
+
+def side_by_side(left: Sequence[str], right: Sequence[str], gap: int = 3) -> list[str]:
+    """Two plots of the same height."""
+    return [one + " " * gap + other for one, other in zip(left, right, strict=True)]

@@ -1,0 +1,1 @@
+"""Processes: ranks, nodes, signals, heartbeats, restarts, the command line. Imports nothing here."""

@@ -1,0 +1,1 @@
+"""The main job: from settings to a trained and exported model."""

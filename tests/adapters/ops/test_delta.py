@@ -1,0 +1,65 @@
+"""Deltas added in place: the bits of `total + delta_weight`, for every operator and shape."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from mora_ds.adapters.ops import delta
+from mora_ds.adapters.ops.delta import add_deltas_
+from mora_ds.adapters.ops.lora import LoRASpec
+from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec
+from mora_ds.adapters.ops.update import UpdateSpec, delta_weight, value_shape
+from mora_ds.errors import UserError
+
+SHAPES = [(16, 16), (16, 24), (24, 16), (33, 50), (50, 33), (7, 64), (64, 7), (96, 20), (20, 96)]
+SIDES = (2, 6, 10, 16, 30, 70)
+
+
+def specs(kind: OperatorKind) -> list[OperatorSpec]:
+    """Every one that exists: sides below, at and above the layer's, that divide it and do not."""
+    found = []
+    for (d_in, d_out), side, grouping, segments in itertools.product(SHAPES, SIDES, Grouping, (1, 2)):
+        try:
+            found.append(OperatorSpec(kind, d_in, d_out, side, grouping, 3, segments, segments))
+        except UserError:
+            continue
+    return found
+
+
+def one_by_one(total: torch.Tensor, updates: list[tuple[UpdateSpec, torch.Tensor]]) -> torch.Tensor:
+    for spec, value in updates:
+        total = total + delta_weight(spec, value)
+    return total
+
+
+@pytest.mark.parametrize("kind", OperatorKind)
+def test_the_same_bits_as_forming_the_delta(kind: OperatorKind) -> None:
+    generator = torch.Generator().manual_seed(0)
+    checked = specs(kind)
+    assert len(checked) >= 90
+    for spec in checked:
+        square = torch.randn(spec.r_hat, spec.r_hat, generator=generator)
+        total = torch.randn(spec.d_out, spec.d_in, generator=generator)
+        expected = one_by_one(total, [(spec, square)])
+        add_deltas_(total, [(spec, square)])
+        assert torch.equal(total, expected), spec
+
+
+def test_many_cycles_of_many_kinds_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they have to be added in several passes, and the weight in pieces."""
+    monkeypatch.setattr(delta, "_PENDING", 900)
+    monkeypatch.setattr(delta, "_CHUNK", 100)
+    generator = torch.Generator().manual_seed(1)
+    kinds = [OperatorKind.SHARE, OperatorKind.ROTATE, OperatorKind.SHARE, OperatorKind.TRUNCATE, OperatorKind.SHARE]
+    chain: list[UpdateSpec] = [
+        OperatorSpec(kind, 40, 30, 12, Grouping.PERMUTED, seed) for seed, kind in enumerate(kinds * 3)
+    ]
+    chain.insert(4, LoRASpec(40, 30, 3, 6.0))
+    updates = [(spec, torch.randn(value_shape(spec), generator=generator)) for spec in chain]
+    total = torch.randn(30, 40, generator=generator)
+    expected = one_by_one(total, updates)
+    add_deltas_(total, iter(updates))
+    assert torch.equal(total, expected)

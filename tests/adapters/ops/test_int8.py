@@ -1,0 +1,269 @@
+"""A frozen weight in 8 bits: how far it is from the original, and a layer on it = a layer on the dense one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
+from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base
+from mora_ds.adapters.layer import AdaptedLinear, MoRALinear, adapt
+from mora_ds.adapters.merge_layer import write_live
+from mora_ds.adapters.ops import mora
+from mora_ds.adapters.ops.int8 import Int8Weight, dense, frozen_linear, quantize
+from mora_ds.adapters.ops.linear import Compute
+from mora_ds.adapters.ops.lora import LoRASpec
+from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight
+from mora_ds.errors import RunError, UserError
+from mora_ds.planning.memory_meter import MemoryMeter
+from tests.adapters.ops.test_mora import name_of, random, specs
+from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of very different sizes."""
+    return (random(rows, columns) * torch.logspace(-6, 2, rows).unsqueeze(1)).to(dtype)
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_number_is_off_by_half_a_step_of_its_row_at_most(dtype: torch.dtype) -> None:
+    weight = matrix(40, 70, dtype)
+    values, scales = quantize(weight)
+    assert values.dtype is torch.int8 and scales.dtype is torch.float32 and values.is_contiguous()
+    largest = weight.double().abs().amax(dim=1)
+    torch.testing.assert_close(scales.double(), largest / 127, rtol=1e-6, atol=1e-12)
+    assert (values.abs().amax(dim=1)[largest > 0] == 127).all() and values.min() >= -127
+    error = (dense(Int8Weight(values, scales), torch.float64) - weight.double()).abs()
+    assert (error <= scales.double().unsqueeze(1) * (0.5 + 1e-4)).all()
+
+
+def test_rows_of_zeros_and_numbers_that_cannot_be_held() -> None:
+    weight = torch.zeros(3, 5)
+    weight[1] = torch.tensor([1e-44, -1e-44, 0, 0, 0])  # 127 steps of it are below what fp32 knows
+    values, scales = quantize(weight)
+    assert not dense(Int8Weight(values, scales), torch.float32).abs().gt(1e-44).any()
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(RunError, match="not finite"):
+            quantize(torch.tensor([[1.0, bad], [1.0, 2.0]]))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_dense_is_the_product_rounded_once(dtype: torch.dtype) -> None:
+    values, scales = quantize(matrix(500, 1100))  # more than one piece of work
+    expected = (values.float() * scales.unsqueeze(1)).to(dtype)
+    assert torch.equal(dense(Int8Weight(values, scales), dtype), expected)
+    view = values.T.contiguous().T
+    assert not view.is_contiguous() and torch.equal(dense(Int8Weight(view, scales), dtype), expected)
+
+
+def test_bits_do_not_hang_on_threads_or_layout() -> None:
+    weight = matrix(300, 2000)
+    first = quantize(weight)
+    for again in (weight, weight.T.contiguous().T):
+        torch.set_num_threads(2)
+        found = quantize(again)
+        torch.set_num_threads(1)
+        assert all(torch.equal(one, other) for one, other in zip(first, found, strict=True))
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+def in_8_bits(layer: AdaptedLinear) -> AdaptedLinear:
+    layer.hold_in_8_bits(layer.weight)
+    return layer
+
+
+def base_of(spec: Any, conv: bool, dtype: torch.dtype = torch.float64) -> nn.Module:
+    base = Conv1D(spec.d_out, spec.d_in) if conv else nn.Linear(spec.d_in, spec.d_out)
+    weight = random(spec.d_out, spec.d_in, seed=2)
+    base.weight.data = (weight.T.contiguous() if conv else weight).to(dtype)
+    base.bias.data = random(spec.d_out, seed=3).to(dtype)
+    return base
+
+
+def found_by(layer: Any, spec: Any) -> tuple[Tensor, ...]:
+    """y, dL/dx, dL/dM."""
+    dtype = layer.value.dtype
+    x, g = random(2, 3, spec.d_in).to(dtype).requires_grad_(), random(2, 3, spec.d_out, seed=4).to(dtype)
+    y = layer(x)
+    return (y, *torch.autograd.grad(y, (x, layer.value), g))
+
+
+LORA = [LoRASpec(12, 9, 3, 6.0), LoRASpec(7, 20, 2, 4.0)]
+
+
+@pytest.mark.parametrize(
+    "spec", [*list(specs())[::3], *LORA], ids=lambda s: name_of(s) if hasattr(s, "kind") else "lora"
+)
+def test_a_layer_is_the_layer_over_the_dense_weight(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for sums in (True, False):  # as on a CPU, as on a GPU
+        monkeypatch.setattr(mora, "scatters", lambda x, sums=sums: sums)
+        for path in (Compute.ACTIVATION, Compute.WEIGHT):
+            for conv in (False, True):
+                layer = in_8_bits(adapt(base_of(spec, conv), spec, 0.0, path, seed=1))
+                base = base_of(spec, conv)
+                base.weight.data = layer.read().double()
+                over_dense = adapt(base, spec, 0.0, path, seed=1)
+                value = random(*layer.value.shape, seed=1)
+                layer.value.data, over_dense.value.data = value, value.clone()
+                assert layer.weight.dtype is torch.int8
+                for one, right in zip(found_by(layer, spec), found_by(over_dense, spec), strict=True):
+                    torch.testing.assert_close(one, right, rtol=1e-11, atol=1e-10)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("kind", list(OperatorKind))
+def test_gradients_are_those_of_numbers_nearby(kind: OperatorKind, dropout: float) -> None:
+    spec = OperatorSpec(kind, 10, 14, 6, Grouping.PERMUTED, seed=3)
+    for path in (Compute.ACTIVATION, Compute.WEIGHT):
+        layer = in_8_bits(MoRALinear(base_of(spec, False), spec, dropout, path))
+        layer.value.data = random(6, 6, seed=1)
+
+        def run(x: Tensor, square: Tensor, layer: AdaptedLinear = layer) -> Tensor:
+            torch.manual_seed(5)  # the same mask every time
+            return torch.func.functional_call(layer, {"square": square}, (x,))
+
+        x = random(2, 10).requires_grad_()
+        assert torch.autograd.gradcheck(run, (x, layer.value.detach().clone().requires_grad_()))
+
+
+def test_the_frozen_layer_alone() -> None:
+    values, scales = quantize(random(5, 8).float())
+    weight, bias, x = Int8Weight(values, scales), random(5, seed=1), random(3, 8, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: frozen_linear(x, weight, bias), (x,))
+    assert torch.equal(frozen_linear(x, weight, bias), F.linear(x, dense(weight, torch.float64), bias))
+
+
+class Casting(nn.Module):
+    """What some models do (Falcon Mamba's head)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x.to(self.proj.weight.dtype))
+
+
+def test_activations_do_not_become_whole_numbers() -> None:
+    for config in (MoRAConfig(rank=1, base_bits=8), LoRAConfig(rank=1, base_bits=8, dropout=0.5)):
+        model = Casting()
+        inject(model, config)
+        with pytest.raises(UserError, match=r"--base_bits 8: this model casts activations .* torch.int8"):
+            model(torch.randn(2, 8))
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("config", [
+    MoRAConfig(rank=4, operator="share", compute="weight"), MoRAConfig(rank=4, operator="rotate", compute="activation"),
+    MoRAConfig(rank=4, operator="share", dropout=0.1), LoRAConfig(rank=4),
+], ids=["weight path", "activation path", "dropout", "lora"])  # fmt: skip
+def test_nothing_of_a_weights_size_is_kept(config: Any, checkpointing: bool) -> None:
+    """What a forward leaves for backward is, to the byte, what it leaves on a base as it is loaded."""
+    kept = {}
+    for bits in (16, 8):
+        model = tiny_model("llama")
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inject(model, type(config)(**{**vars(config), "base_bits": bits}))
+        ids, model = tokens(2), model.train()
+        causal_loss(model, ids)  # makes the tables
+        with MemoryMeter((*model.parameters(), *model.buffers(), ids)) as meter:
+            loss = causal_loss(model, ids)
+            kept[bits] = meter.live
+            loss.backward()
+            del loss
+    assert kept[8] == kept[16]
+
+
+def test_buffers_are_int8_and_whole_and_nothing_else_is() -> None:
+    model = tiny_model("qwen2")  # tied embeddings, biases
+    before = count_parameters(model)
+    report = inject(model, MoRAConfig(rank=4, base_bits=8))
+    layers = mora_layers(model)
+    small = sum(layer.weight.nbytes + layer.weight_scales.nbytes for layer in layers.values())
+    assert report.eight_bits == (small, sum(4 * layer.weight.numel() for layer in layers.values()))
+    assert "in 8 bits: " in str(report)
+    assert report.total_params == before + report.square_params == count_parameters(model)
+    for name, tensor in frozen_buffers(model).items():
+        adapted = name.removesuffix(".weight") in layers
+        assert tensor.dtype is (torch.int8 if adapted else torch.float32), name
+    move_base(model, "cpu", torch.bfloat16)
+    kept = {name: layer.weight_scales.clone() for name, layer in layers.items()}
+    model.to(torch.bfloat16)
+    assert all(torch.equal(layer.weight_scales, kept[name]) for name, layer in layers.items())
+    assert model.lm_head.weight.dtype is torch.bfloat16 and model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_loses_little(family: str) -> None:
+    losses = {}
+    for bits in (16, 8):
+        model = tiny_model(family).eval()
+        inject(model, MoRAConfig(rank=4, base_bits=bits))
+        losses[bits] = causal_loss(model, tokens(4)).item()
+    assert losses[8] != losses[16] and losses[8] == pytest.approx(losses[16], rel=2e-3)
+
+
+# -- merging ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_many_merges_are_one(conv: bool) -> None:
+    """Bit for bit the original plus the sum, rounded once; the distance from it does not grow with the cycles."""
+    spec = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=1)
+    base = base_of(spec, conv, torch.float32)
+    original = base.weight.data.clone()
+    layer, drifting = in_8_bits(adapt(base, spec, 0.0, Compute.AUTO, 0)), original.clone()
+    updates: list[Any] = []
+    for cycle in range(30):
+        turned = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=cycle)
+        updates.append((turned, 0.003 * random(10, 10, seed=cycle).float()))
+        write_live(layer, original, updates)
+        exact = original.clone()
+        for update in updates:
+            exact += delta_weight(*update).T if conv else delta_weight(*update)
+        values, scales = quantize(exact.T if conv else exact)
+        assert torch.equal(layer.stored_weight, values) and torch.equal(layer.weight_scales, scales)  # type: ignore[arg-type]
+        error = (layer.read() - exact).abs()
+        assert (error <= (scales if conv else scales.unsqueeze(1)) * 0.5001).all()
+        step = in_8_bits(adapt(base_of(spec, conv, torch.float32), spec, 0.0, Compute.AUTO, 0))
+        write_live(step, drifting, updates[-1:])
+        drifting = step.read().clone()
+    assert (drifting - exact).norm() > 2 * (layer.read() - exact).norm()  # what each merge into 8 bits would do
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_bits_that_there_are_not() -> None:
+    for bits in (4, 0, 32):
+        with pytest.raises(UserError, match=f"--base_bits must be 8, or 16 .* got {bits}"):
+            MoRAConfig(base_bits=bits)
+    assert "base_bits" not in MoRAConfig().to_dict() and MoRAConfig(base_bits=8).to_dict()["base_bits"] == 8
+    for config in (MoRAConfig(base_bits=8), LoRAConfig(base_bits=8), MoRAConfig()):
+        assert config_from_dict(config.to_dict()) == config
+
+
+def test_weights_that_are_no_floating_numbers() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match=r"--base_bits 8: 1.weight is torch.int8"):
+        inject(model, MoRAConfig(rank=1, base_bits=8))
+    model[1].weight = nn.Parameter(torch.full((4, 4), float("nan")))
+    with pytest.raises(UserError, match=r"--base_bits 8: 1.weight: .* not finite"):
+        inject(model, MoRAConfig(rank=1, base_bits=8))

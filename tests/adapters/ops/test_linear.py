@@ -1,0 +1,135 @@
+"""Both ways to compute a layer are base + delta, forward and backward, on every operator, shape and kind of device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mora_ds.adapters.ops import mora
+from mora_ds.adapters.ops.linear import Compute, choose, mora_linear
+from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight, square_size
+from tests.adapters.ops.test_mora import name_of, random, specs
+
+both_paths = pytest.mark.parametrize("path", [Compute.ACTIVATION, Compute.WEIGHT])
+
+
+def outputs_and_gradients(spec: OperatorSpec, dtype: torch.dtype, layer: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    """y, dL/dx, dL/dM of one layer, in float64."""
+    x, square = random(2, 3, spec.d_in), random(spec.r_hat, spec.r_hat, seed=1)
+    weight, bias, g = (
+        random(spec.d_out, spec.d_in, seed=2),
+        random(spec.d_out, seed=3),
+        random(2, 3, spec.d_out, seed=4),
+    )
+    x, square = x.to(dtype).requires_grad_(), square.to(dtype).requires_grad_()
+    y = layer(x, weight.to(dtype), bias.to(dtype), square)
+    return tuple(found.double() for found in (y, *torch.autograd.grad(y, (x, square), g.to(dtype))))
+
+
+def by_definition(spec: OperatorSpec) -> Callable[..., Tensor]:
+    return lambda x, weight, bias, square: F.linear(x, weight + delta_weight(spec, square), bias)
+
+
+def by_path(spec: OperatorSpec, path: Compute) -> Callable[..., Tensor]:
+    return lambda x, weight, bias, square: mora_linear(x, weight, bias, square, spec, path)
+
+
+@pytest.mark.parametrize("spec", list(specs()), ids=name_of)
+def test_both_paths_are_base_plus_delta(spec: OperatorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
+    for sums in (True, False):  # as on a CPU, as on a GPU
+        monkeypatch.setattr(mora, "scatters", lambda x, sums=sums: sums)
+        for path in (Compute.ACTIVATION, Compute.WEIGHT):
+            found = outputs_and_gradients(spec, torch.float64, by_path(spec, path))
+            for one, right in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, right, rtol=1e-11, atol=1e-10)
+
+
+@both_paths
+@pytest.mark.parametrize("spec", [s for s in specs() if max(s.d_in, s.d_out) > 1][::5], ids=name_of)
+def test_both_paths_in_bf16(spec: OperatorSpec, path: Compute) -> None:
+    """By other products than in fp32: within what bf16 rounds."""
+    expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
+    for found, right in zip(outputs_and_gradients(spec, torch.bfloat16, by_path(spec, path)), expected, strict=True):
+        assert (found - right).norm() <= 8 * torch.finfo(torch.bfloat16).eps * right.norm()
+
+
+@both_paths
+def test_a_transposed_weight_will_do(path: Compute) -> None:
+    spec = OperatorSpec(OperatorKind.SHARE, 12, 8, 6, Grouping.PERMUTED, seed=1)
+    x, weight, square = random(5, 12), random(12, 8, seed=1), random(6, 6, seed=2)
+    found = mora_linear(x, weight.T, None, square, spec, path)
+    torch.testing.assert_close(found, x @ (weight.T + delta_weight(spec, square)).T)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(step: Callable[[], Tensor], *not_counted: Tensor) -> int:
+    """Of the storages that autograd keeps from a forward, each once."""
+    storages: dict[int, int] = {}
+    known = {tensor.untyped_storage().data_ptr() for tensor in not_counted}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = step()
+    assert y.requires_grad
+    return sum(storages.values())
+
+
+@both_paths
+def test_a_shared_square_keeps_the_folded_input_alone(path: Compute) -> None:
+    d, rank, tokens = 64, 4, 40
+    spec = OperatorSpec(
+        OperatorKind.SHARE, d, d, square_size(d, d, rank, OperatorKind.SHARE), Grouping.PERMUTED, seed=1
+    )
+    x, weight = torch.randn(tokens, d), torch.randn(d, d)
+    square = torch.randn(spec.r_hat, spec.r_hat, requires_grad=True)
+    kept = saved_bytes(lambda: mora_linear(x.requires_grad_(), weight, None, square, spec, path), weight, square)
+    down, up = torch.randn(rank, d, requires_grad=True), torch.randn(d, rank, requires_grad=True)
+    lora = saved_bytes(lambda: F.linear(x, weight) + F.linear(F.linear(x, down), up), weight, down, up)
+    assert kept == tokens * spec.r_hat * 4
+    assert lora == tokens * (d + rank) * 4
+    assert kept <= 0.6 * lora
+
+
+@both_paths
+def test_rotate_keeps_the_input_that_others_read_too(path: Compute) -> None:
+    spec = OperatorSpec(OperatorKind.ROTATE, 32, 32, 8, Grouping.PERMUTED, seed=1)
+    x, square = torch.randn(9, 32, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+    weight = torch.randn(32, 32)
+    assert saved_bytes(lambda: mora_linear(x, weight, None, square, spec, path), weight, square, x) == 0
+
+
+# -- the choice -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [OperatorKind.ROTATE, OperatorKind.SHARE])
+def test_many_tokens_go_over_the_weight_and_few_over_the_activations(kind: OperatorKind) -> None:
+    spec = OperatorSpec(kind, 1024, 1024, 128)
+    assert choose(8192, 1024, 1024, torch.float32, spec) is Compute.WEIGHT
+    assert choose(64, 1024, 1024, torch.float32, spec) is Compute.ACTIVATION
+    assert choose(8192, 1024, 1024, torch.bfloat16, spec) is Compute.WEIGHT
+    for tokens, path in ((8192, Compute.WEIGHT), (64, Compute.ACTIVATION)):  # a window of a layer that ranks share
+        assert choose(tokens, 1024, 512, torch.bfloat16, spec, split=True) is path
+
+
+@pytest.mark.parametrize("kind", [OperatorKind.ROTATE, OperatorKind.SHARE])
+def test_in_low_precision_too_few_tokens_take_the_activations(kind: OperatorKind) -> None:
+    spec = OperatorSpec(kind, 1024, 1024, 128)
+    assert choose(256, 1024, 1024, torch.bfloat16, spec) is Compute.ACTIVATION
+
+
+def test_a_larger_square_prefers_the_weight_earlier() -> None:
+    small, large = (OperatorSpec(OperatorKind.SHARE, 1024, 1024, r_hat) for r_hat in (16, 512))
+    assert choose(512, 1024, 1024, torch.float32, small) is Compute.ACTIVATION
+    assert choose(512, 1024, 1024, torch.float32, large) is Compute.WEIGHT

@@ -1,0 +1,218 @@
+"""LoRA, the control: its formula, its merges (ReLoRA) under every ZeRO stage, its export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from mora_ds.adapters.config import LoRAConfig, MoRAConfig
+from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.adapters.layer import LoRALinear
+from mora_ds.adapters.ops.lora import LoRASpec, delta_weight, first_factors, lora_update, singular_values
+from mora_ds.adapters.ops.update import spec_from_dict
+from mora_ds.deploy.adapter_io import load_adapter
+from mora_ds.deploy.export import export_merged
+from mora_ds.engine import zero
+from mora_ds.engine.initialize import initialize
+from mora_ds.errors import UserError
+from mora_ds.eval.spectrum import layer_spectra
+from mora_ds.models.base import BaseCheckpoint, write_own_base
+from mora_ds.remora.ledger import Ledger, live_weight
+from mora_ds.train.run import Run
+from tests.engine.test_zero import ds_config
+from tests.helpers.gloo import run_ranks
+from tests.helpers.models import causal_loss, tiny_model, tokens
+
+ROWS = 6
+SPEC = LoRASpec(d_in=12, d_out=7, rank=3, alpha=4.5)
+
+
+def random_factors(spec: LoRASpec, seed: int = 0) -> torch.Tensor:
+    return torch.randn(spec.rank, spec.d_in + spec.d_out, generator=torch.Generator().manual_seed(seed))
+
+
+def test_update_delta_and_singular_values_agree_with_the_formula() -> None:
+    factors = random_factors(SPEC)
+    down, up = factors[:, :12], factors[:, 12:].T
+    expected = SPEC.alpha / SPEC.rank * up @ down
+    torch.testing.assert_close(delta_weight(SPEC, factors), expected)
+    x = torch.randn(5, 2, 12)
+    torch.testing.assert_close(lora_update(SPEC, factors, x), F.linear(x, expected))
+    torch.testing.assert_close(singular_values(SPEC, factors), torch.linalg.svdvals(1.5 * up.double() @ down.double()))
+
+
+def test_delta_has_the_same_bits_for_every_number_of_threads() -> None:
+    spec = LoRASpec(300, 200, 5, 10.0)
+    factors, threads = random_factors(spec), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = delta_weight(spec, factors)
+        torch.set_num_threads(2)
+        assert torch.equal(one, delta_weight(spec, factors))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_cycle_starts_from_a_random_a_and_a_zero_b() -> None:
+    first = first_factors(SPEC, seed=5)
+    assert torch.equal(first, first_factors(SPEC, seed=5))
+    assert not torch.equal(first, first_factors(SPEC, seed=6))
+    assert (first[:, :12] != 0).all() and not first[:, 12:].any()
+    assert first.abs().max() <= 12**-0.5
+    assert not delta_weight(SPEC, first).any()
+
+
+def test_spec_survives_json() -> None:
+    assert spec_from_dict(SPEC.to_dict()) == SPEC
+
+
+@pytest.mark.parametrize(("values", "flag"), [({"rank": 0}, "--lora_rank"), ({"alpha": 0.0}, "--lora_alpha"),
+                                               ({"alpha": float("inf")}, "--lora_alpha")])  # fmt: skip
+def test_values_out_of_range_name_their_flag(values: dict[str, Any], flag: str) -> None:
+    with pytest.raises(UserError, match=flag):
+        LoRAConfig(**values)
+
+
+def test_injected_layers_have_as_many_parameters_as_their_squares_at_most() -> None:
+    lora, mora = tiny_model("llama"), tiny_model("llama")
+    report = inject(lora, LoRAConfig(rank=4))
+    assert all(isinstance(layer, LoRALinear) for layer in mora_layers(lora).values())
+    squares = inject(mora, MoRAConfig(rank=4)).square_params
+    assert 0.8 * report.square_params < squares <= report.square_params
+    assert "factors" in str(report) and "rank" in str(report)
+
+
+def test_a_rank_beyond_the_shorter_side_is_cut_and_said() -> None:
+    report = inject(tiny_model("llama"), LoRAConfig(rank=20))
+    cut = {row.name: row for row in report.rows}["k_proj"]
+    assert cut.size == 16 and "shorter side" in cut.note
+
+
+def test_gradients_are_those_of_the_two_matrices() -> None:
+    base = torch.nn.Linear(12, 7)
+    layer = LoRALinear(base, SPEC, seed=3)
+    factors = random_factors(SPEC)
+    layer.factors.data.copy_(factors)
+    x = torch.randn(4, 12)
+    down, up = (part.clone().requires_grad_() for part in (factors[:, :12], factors[:, 12:].T))
+    (F.linear(x, base.weight.detach(), base.bias.detach()) + 1.5 * x @ down.T @ up.T).square().sum().backward()
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(layer.factors.grad, torch.cat((down.grad, up.grad.T), dim=1))
+
+
+def test_nothing_is_out_of_reach_of_factors() -> None:
+    spectra = list(layer_spectra([(SPEC, random_factors(SPEC, seed)) for seed in (0, 1)]))
+    assert [each.newest.rank for each in spectra] == [3, 3]
+    assert [each.cumulative.rank for each in spectra] == [3, 6]
+    assert spectra[1].outside_reach == 0.0 and 0.0 < spectra[1].outside_span <= 1.0
+
+
+# -- ReLoRA: real ranks ------------------------------------------------------------------------------------------------
+
+
+def relora(folder: str, stage: int, dtype: str, merges: int) -> dict[str, Any]:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    half = {} if dtype == "float32" else {"bf16": {"enabled": True}}
+    model = tiny_model("llama", dtype=getattr(torch, dtype))
+    if rank == 0:
+        write_own_base(model, Path(folder) / "base")
+    dist.barrier()
+    config = LoRAConfig(rank=3)
+    inject(model, config)
+    engine, *_ = initialize(model=model, config=ds_config(stage, ROWS // world, 1, **half))
+    run = Run(engine, config, Path(folder) / "base", Path(folder) / "out")
+    losses, starts = [], {}
+    for step in range(1, merges + 1):
+        for _ in range(2):  # after the first of them B is no longer zero, and A learns too
+            loss = causal_loss(engine, tokens(ROWS, seed=step)[rank * (ROWS // world) :][: ROWS // world])
+            engine.backward(loss)
+            engine.step()
+        losses.append(loss.item())
+        report = run.merge(step)
+        assert report.states_zeroed == 1.0 and report.square_norm > 0
+    for name, layer in mora_layers(model).items():
+        starts[name] = zero.full_fp32(engine, layer.value)
+    live = causal_loss(engine, tokens(2, seed=99)).item()
+    run.save(merges)
+    return {
+        "losses": losses,
+        "live": live,
+        "weights": {name: layer.weight.clone() for name, layer in mora_layers(model).items()},
+        "starts": starts,
+        "expected": {
+            name: first_factors(layer.spec, config.first_seed(name, merges))
+            for name, layer in mora_layers(model).items()
+        },
+    }
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("world", "stage", "dtype"),
+    [
+        (1, 0, "float32"),
+        (2, 1, "float32"),
+        (2, 3, "float32"),
+        (3, 3, "bfloat16"),
+        (2, 0, "bfloat16"),
+        (2, 2, "bfloat16"),
+    ],
+)
+def test_relora_live_base_is_its_replayed_ledger(tmp_path: Path, world: int, stage: int, dtype: str) -> None:
+    ranks = run_ranks(world, relora, str(tmp_path), stage, dtype, 4)
+    ledger, base = Ledger.open(tmp_path / "out" / "ledger"), BaseCheckpoint.open(tmp_path / "base")
+    assert ledger.cycles == 4
+    for name, weight in ranks[0]["weights"].items():
+        replayed = live_weight(base.read(f"{name}.weight"), ledger.squares_of(name), False, getattr(torch, dtype))
+        assert not torch.equal(replayed, base.read(f"{name}.weight"))
+        assert torch.equal(weight, replayed)
+        for result in ranks:
+            assert torch.equal(result["weights"][name], replayed)
+            torch.testing.assert_close(result["starts"][name], result["expected"][name], rtol=0, atol=0)
+    exported = export_merged(tmp_path / "out", tmp_path / "merged", verify=True)
+    assert exported.comparison is not None
+    loaded = load_adapter(tmp_path / "base", tmp_path / "out")
+    for name, layer in mora_layers(loaded).items():
+        assert torch.equal(layer.weight, ranks[0]["weights"][name])
+        assert torch.equal(layer.value, ranks[0]["starts"][name].to(layer.weight.dtype))
+
+
+def set_everywhere() -> list[str]:
+    """`zero.set_fp32` at every stage and dtype, against what the engine then holds and computes with."""
+    wrong = []
+    for stage in range(4):
+        for section, dtype in (("", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            model = tiny_model("llama")
+            inject(model, LoRAConfig(rank=3))
+            half = {section: {"enabled": True}} if section else {}
+            engine, *_ = initialize(model=model, config=ds_config(stage, 2, 1, **half))
+            for layer in mora_layers(model).values():
+                whole = random_factors(layer.spec)
+                zero.set_fp32(engine, layer.value, whole)
+                held = zero.full_fp32(engine, layer.value)
+                with deepspeed.zero.GatheredParameters([layer.value], enabled=stage == 3):
+                    low = layer.value.detach().clone()
+                if not torch.equal(held, whole) or not torch.equal(low, whole.to(dtype)):
+                    wrong.append(f"stage {stage} {dtype}")
+    return wrong
+
+
+@pytest.mark.gloo
+def test_a_parameter_is_set_in_all_its_copies() -> None:
+    assert run_ranks(2, set_everywhere) == [[], []]
+
+
+@pytest.mark.gloo
+def test_relora_is_the_same_at_every_stage_and_world(tmp_path: Path) -> None:
+    (alone,) = run_ranks(1, relora, str(tmp_path / "alone"), 0, "float32", 3)
+    for world, stage in ((2, 1), (3, 3)):
+        ranks = run_ranks(world, relora, str(tmp_path / f"{world}"), stage, "float32", 3)
+        mean = [sum(losses) / world for losses in zip(*(each["losses"] for each in ranks), strict=True)]
+        assert mean == pytest.approx(alone["losses"], abs=1e-5)
+        assert ranks[0]["live"] == pytest.approx(alone["live"], abs=1e-5)

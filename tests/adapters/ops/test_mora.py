@@ -1,0 +1,333 @@
+"""The operators against the reference's outputs, and against their own contract on every shape."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mora_ds.adapters.ops import index_tables, tables
+from mora_ds.adapters.ops.mora import (
+    Grouping,
+    OperatorKind,
+    OperatorSpec,
+    adjoint,
+    compress,
+    decompress,
+    default_kind,
+    delta_weight,
+    mora_update,
+    permutation_seed,
+    square_size,
+)
+from mora_ds.errors import UserError
+
+GOLDEN = Path(__file__).parent / "golden_operators.safetensors"
+REFERENCE_TYPES = {
+    1: (OperatorKind.SHARE, Grouping.STRIDED),
+    2: (OperatorKind.SHARE, Grouping.CONTIGUOUS),
+    3: (OperatorKind.SHARE, Grouping.CONTIGUOUS_STRIDED),
+    4: (OperatorKind.SHARE, Grouping.STRIDED_CONTIGUOUS),
+    6: (OperatorKind.ROTATE, Grouping.PLAIN),
+}
+WIRINGS = [
+    (kind, grouping)
+    for kind in OperatorKind
+    for grouping in (Grouping if kind is OperatorKind.SHARE else (Grouping.PLAIN, Grouping.PERMUTED))
+]
+SHAPES = [
+    (16, 16, 4), (12, 20, 4), (20, 12, 4),  # d_in =, <, > d_out; divisible
+    (13, 7, 4), (7, 13, 4), (33, 17, 6), (17, 33, 6), (11, 11, 4),  # not divisible
+    (5, 3, 8), (3, 5, 8), (5, 12, 8), (12, 5, 8), (8, 3, 8),  # r_hat larger than a side, or both
+    (40, 128, 18), (128, 40, 18), (5, 40, 2), (40, 5, 2), (3, 100, 2), (100, 3, 2),  # many blocks on one side
+    (1, 1, 2), (1, 9, 2), (9, 1, 2), (6, 6, 6),  # tiny, and one block
+    (13, 7, 5), (7, 13, 3), (9, 9, 1), (1, 1, 1), (20, 6, 7),  # odd sides: all but rotate
+]  # fmt: skip
+
+
+def specs() -> Iterator[OperatorSpec]:
+    for kind, grouping in WIRINGS:
+        for d_in, d_out, r_hat in SHAPES:
+            if kind is OperatorKind.ROTATE and r_hat % 2:
+                continue
+            yield OperatorSpec(kind, d_in, d_out, r_hat, grouping, seed=17)
+
+
+def name_of(spec: OperatorSpec) -> str:
+    return f"{spec.kind.value}-{spec.grouping.value}-{spec.d_in}-{spec.d_out}-{spec.r_hat}"
+
+
+every_operator = pytest.mark.parametrize("spec", list(specs()), ids=name_of)
+every_wiring = pytest.mark.parametrize(("kind", "grouping"), WIRINGS)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+# -- the reference ----------------------------------------------------------------------------------------------------
+
+
+def golden_cases() -> list[str]:
+    with safe_open(GOLDEN, "pt") as file:
+        return sorted({key.rsplit(".", 1)[0] for key in file.keys()})  # noqa: SIM118  (no mapping)
+
+
+@pytest.mark.parametrize("case", golden_cases())
+def test_reference_outputs_are_reproduced(case: str) -> None:
+    with safe_open(GOLDEN, "pt") as file:
+        square, x, y, delta = (file.get_tensor(f"{case}.{part}") for part in ("M", "x", "y", "delta"))
+    kind, grouping = REFERENCE_TYPES[int(case[4])]
+    spec = OperatorSpec(kind, x.shape[1], y.shape[1], square.shape[0], grouping)
+    assert square.dtype is torch.float64
+    torch.testing.assert_close(mora_update(spec, square, x), y, rtol=0, atol=1e-10)
+    torch.testing.assert_close(delta_weight(spec, square), delta, rtol=0, atol=1e-10)
+
+
+def test_golden_file_holds_every_type_of_the_reference() -> None:
+    assert {int(case[4]) for case in golden_cases()} == set(REFERENCE_TYPES)
+
+
+# -- the contract -----------------------------------------------------------------------------------------------------
+
+
+@every_operator
+def test_delta_weight_is_the_update(spec: OperatorSpec) -> None:
+    square, x = random(spec.r_hat, spec.r_hat), random(2, 3, spec.d_in, seed=1)
+    delta = delta_weight(spec, square)
+    assert delta.shape == (spec.d_out, spec.d_in)
+    torch.testing.assert_close(mora_update(spec, square, x), x @ delta.T, rtol=1e-12, atol=1e-11)
+
+
+@every_operator
+def test_adjoint(spec: OperatorSpec) -> None:
+    square, gradient = random(spec.r_hat, spec.r_hat), random(spec.d_out, spec.d_in, seed=1)
+    left, right = (delta_weight(spec, square) * gradient).sum(), (square * adjoint(spec, gradient)).sum()
+    torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-11)
+
+
+@every_operator
+def test_gradient_of_the_square_is_the_adjoint(spec: OperatorSpec) -> None:
+    """What autograd makes of the forward pass is what the adjoint makes of dL/dW: the two definitions are one."""
+    square, x = random(spec.r_hat, spec.r_hat).requires_grad_(), random(3, spec.d_in, seed=1)
+    g = random(3, spec.d_out, seed=2)
+    (found,) = torch.autograd.grad(mora_update(spec, square, x), square, g)
+    torch.testing.assert_close(found, adjoint(spec, g.T @ x), rtol=1e-11, atol=1e-10)
+
+
+@every_wiring
+@pytest.mark.parametrize(("d_in", "d_out"), [(7, 10), (10, 7), (3, 2)])
+def test_gradcheck(kind: OperatorKind, grouping: Grouping, d_in: int, d_out: int) -> None:
+    spec = OperatorSpec(kind, d_in, d_out, 4, grouping, seed=3)
+    square, x = random(4, 4).requires_grad_(), random(2, d_in, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda m, v: mora_update(spec, m, v), (square, x))
+    assert torch.autograd.gradcheck(lambda m: delta_weight(spec, m), (square,))
+
+
+@every_wiring
+def test_low_precision(kind: OperatorKind, grouping: Grouping) -> None:
+    spec = OperatorSpec(kind, 33, 20, 6, grouping, seed=5)
+    square, x = random(6, 6), random(4, 33, seed=1)
+    exact = mora_update(spec, square, x)
+    for dtype in (torch.bfloat16, torch.float16):
+        low = mora_update(spec, square.to(dtype), x.to(dtype))
+        assert low.dtype is dtype
+        assert (low.double() - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
+        assert delta_weight(spec, square.to(dtype)).dtype is dtype
+
+
+@every_operator
+def test_shapes_of_the_two_halves(spec: OperatorSpec) -> None:
+    z = compress(spec, random(5, spec.d_in))
+    assert z.shape == (5, spec.blocks_in if spec.blockwise else 1, spec.r_hat)
+    assert decompress(spec, z).shape == (5, spec.d_out)
+    assert compress(spec, random(spec.d_in)).shape == z.shape[1:]  # without a batch
+
+
+@pytest.mark.parametrize(
+    "spec", [s for s in specs() if s.kind in (OperatorKind.ROTATE, OperatorKind.DECOUPLE)], ids=name_of
+)
+def test_blocks_reach_every_input_and_every_output(spec: OperatorSpec) -> None:
+    """The reference drops inputs where d_in > d_out (6,832 of 11,008 in Llama's down_proj)."""
+    delta = delta_weight(spec, random(spec.r_hat, spec.r_hat))
+    assert (delta.abs().sum(dim=0) > 0).all(), "an input never adapts"
+    assert (delta.abs().sum(dim=1) > 0).all(), "an output never adapts"
+
+
+def test_rotate_adapts_the_whole_of_a_down_projection() -> None:
+    spec = OperatorSpec(OperatorKind.ROTATE, 11008, 4096, square_size(11008, 4096, 8, OperatorKind.ROTATE))
+    delta = delta_weight(spec, torch.ones(spec.r_hat, spec.r_hat))
+    assert spec.r_hat == 346
+    assert (delta.abs().sum(dim=0) > 0).all() and (delta.abs().sum(dim=1) > 0).all()
+
+
+def test_truncate_and_decouple_by_hand() -> None:
+    square = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    truncate = delta_weight(OperatorSpec(OperatorKind.TRUNCATE, 3, 4, 2), square)
+    assert truncate.tolist() == [[1, 2, 0], [3, 4, 0], [0, 0, 0], [0, 0, 0]]
+    decouple = delta_weight(OperatorSpec(OperatorKind.DECOUPLE, 4, 4, 2), square)
+    assert decouple.tolist() == [[1, 2, 0, 0], [3, 4, 0, 0], [0, 0, 1, 2], [0, 0, 3, 4]]
+    folded = delta_weight(OperatorSpec(OperatorKind.DECOUPLE, 4, 2, 2), square)  # two input blocks on one output block
+    assert folded.tolist() == [[1, 2, 1, 2], [3, 4, 3, 4]]
+
+
+def test_share_by_hand() -> None:
+    square = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    strided = delta_weight(OperatorSpec(OperatorKind.SHARE, 4, 3, 2, Grouping.STRIDED), square)
+    assert strided.tolist() == [[1, 2, 1, 2], [3, 4, 3, 4], [1, 2, 1, 2]]
+    contiguous = delta_weight(OperatorSpec(OperatorKind.SHARE, 4, 3, 2, Grouping.CONTIGUOUS), square)
+    assert contiguous.tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4]]
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+@every_wiring
+def test_tables_made_in_inference_mode_serve_training(kind: OperatorKind, grouping: Grouping) -> None:
+    """An evaluation may be the first to use an operator; its cached tables must not be inference tensors."""
+    for cached in (
+        tables.rope_table,
+        tables.strided_groups,
+        tables.contiguous_groups,
+        index_tables.wiring,
+    ):
+        cached.cache_clear()
+    spec = OperatorSpec(kind, 10, 7, 4, grouping, seed=11)
+    square, x = random(4, 4).requires_grad_(), random(2, 10, seed=1).requires_grad_()
+    with torch.inference_mode():
+        mora_update(spec, square, x)
+        delta_weight(spec, square)
+    mora_update(spec, square, x).sum().backward()
+    delta_weight(spec, square).sum().backward()
+    assert square.grad is not None and torch.isfinite(square.grad).all()
+
+
+def test_permutations_are_those_that_every_ledger_was_written_with() -> None:
+    """Literal values: a numpy that drew others would silently ruin every ledger on disk."""
+    spec = OperatorSpec(OperatorKind.SHARE, 10, 6, 4, Grouping.PERMUTED, seed=12345)
+    inputs, outputs, *_ = tables.permutation_tables(spec.seed, 10, 6, torch.device("cpu"))
+    assert inputs.tolist() == [0, 7, 3, 9, 6, 4, 1, 8, 5, 2]
+    assert outputs.tolist() == [0, 3, 4, 5, 1, 2]
+    square = torch.arange(16.0).view(4, 4)
+    assert delta_weight(spec, square)[0].tolist() == [2.0, 2.0, 1.0, 2.0, 1.0, 0.0, 0.0, 4.0, 3.0, 3.0]
+    assert torch.equal(compress(spec, torch.arange(10.0))[0], torch.tensor([11.0, 13.0, 4.0, 24.0]))
+
+
+def test_permutation_seeds_are_those_that_every_ledger_was_written_with() -> None:
+    assert permutation_seed(42, "model.layers.0.mlp.up_proj", 0) == 1646010866
+    assert permutation_seed(42, "model.layers.0.mlp.up_proj", 1) == 167467982
+
+
+def test_permutation_seeds_differ_by_run_layer_and_cycle() -> None:
+    seeds = {permutation_seed(r, layer, c) for r in (0, 1) for layer in ("a.q", "a.k", "b.q") for c in range(20)}
+    assert len(seeds) == 2 * 3 * 20
+    assert all(0 <= seed < 2**32 for seed in seeds)  # what RandomState takes
+
+
+@pytest.mark.parametrize("kind", OperatorKind)
+def test_permuted_is_plain_between_two_permutations(kind: OperatorKind) -> None:
+    permuted = OperatorSpec(kind, 13, 9, 4, Grouping.PERMUTED, seed=8)
+    plain = OperatorSpec(kind, 13, 9, 4, Grouping.PLAIN)
+    square = random(4, 4)
+    inputs, outputs, *_ = tables.permutation_tables(8, 13, 9, torch.device("cpu"))
+    shuffled = delta_weight(permuted, square)[outputs][:, inputs]
+    torch.testing.assert_close(shuffled, delta_weight(plain, square), rtol=0, atol=0)
+
+
+# -- rank -------------------------------------------------------------------------------------------------------------
+
+
+def summed_ranks(groupings: list[Grouping], seeds: list[int], d: int = 512, r_hat: int = 128) -> list[int]:
+    """Rank of the sum of the deltas after each cycle, with a random square in each."""
+    total, ranks = torch.zeros(d, d, dtype=torch.float64), []
+    for cycle, (grouping, seed) in enumerate(zip(groupings, seeds, strict=True)):
+        total += delta_weight(
+            OperatorSpec(OperatorKind.SHARE, d, d, r_hat, grouping, seed), random(r_hat, r_hat, seed=cycle)
+        )
+        ranks.append(int(torch.linalg.matrix_rank(total)))
+    return ranks
+
+
+def test_fresh_permutations_let_the_rank_grow() -> None:
+    seeds = [permutation_seed(42, "layer", cycle) for cycle in range(5)]
+    assert summed_ranks([Grouping.PERMUTED] * 5, seeds) == [128, 255, 382, 509, 512]
+
+
+def test_the_same_grouping_never_gains_rank() -> None:
+    assert summed_ranks([Grouping.PERMUTED] * 3, [7] * 3) == [128] * 3
+    assert summed_ranks([Grouping.STRIDED] * 3, [0] * 3) == [128] * 3
+
+
+def test_the_alternation_of_the_paper_saturates() -> None:
+    alternating = summed_ranks([Grouping.STRIDED, Grouping.CONTIGUOUS] * 3, [0] * 6)
+    assert alternating[0] == 128
+    assert alternating[1:] == [alternating[1]] * 5
+    assert alternating[1] < 256
+
+
+def test_rotate_fills_the_matrix_with_fresh_permutations() -> None:
+    """Rotate's delta has full rank at once, but lies in the same d * r_hat entries for ever; permutations spread it."""
+    touched = {}
+    for grouping in (Grouping.PLAIN, Grouping.PERMUTED):
+        total = torch.zeros(128, 128, dtype=torch.float64)
+        for cycle in range(12):
+            seed = permutation_seed(42, "layer", cycle)
+            total += delta_weight(
+                OperatorSpec(OperatorKind.ROTATE, 128, 128, 32, grouping, seed), random(32, 32, seed=cycle)
+            )
+        assert torch.linalg.matrix_rank(total) == 128
+        touched[grouping] = (total != 0).double().mean().item()
+    assert touched[Grouping.PLAIN] == 0.25
+    assert touched[Grouping.PERMUTED] > 0.95
+
+
+# -- sizes, defaults, errors ------------------------------------------------------------------------------------------
+
+
+def test_square_size() -> None:
+    assert square_size(4096, 4096, 8, OperatorKind.SHARE) == 256
+    assert square_size(4096, 11008, 8, OperatorKind.SHARE) == 347  # floor of 347.6; the reference rounds to 348
+    assert square_size(4096, 11008, 8, OperatorKind.ROTATE) == 346  # even
+    assert square_size(1, 1, 1, OperatorKind.SHARE) == 1
+    assert square_size(1, 1, 1, OperatorKind.ROTATE) == 0  # too small for a pair: the config refuses it
+    for d_in, d_out, rank in ((100, 37, 3), (4096, 11008, 256), (10**6 + 3, 7, 64)):
+        assert square_size(d_in, d_out, rank, OperatorKind.SHARE) ** 2 <= (d_in + d_out) * rank
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_rank_below_one_is_refused(rank: int) -> None:
+    with pytest.raises(UserError, match="--mora_rank"):
+        square_size(8, 8, rank, OperatorKind.SHARE)
+
+
+def test_default_kind_is_the_papers() -> None:
+    assert [default_kind(rank) for rank in (1, 8, 63)] == [OperatorKind.ROTATE] * 3
+    assert [default_kind(rank) for rank in (64, 128, 256)] == [OperatorKind.SHARE] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "rotat"}, "rotate"),
+        ({"grouping": "stridet"}, "strided"),
+        ({"kind": "rotate", "r_hat": 3}, "even"),
+        ({"kind": "rotate", "grouping": "strided"}, "belongs to operator 'share'"),
+        ({"kind": "decouple", "grouping": "contiguous"}, "belongs to operator 'share'"),
+        ({"r_hat": 0}, "positive"),
+        ({"d_in": -1}, "positive"),
+    ],
+)
+def test_specs_that_are_no_operator(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        OperatorSpec.from_dict({"kind": "share", "d_in": 8, "d_out": 8, "r_hat": 4, **changes})
+
+
+@every_wiring
+def test_specs_survive_json(kind: OperatorKind, grouping: Grouping) -> None:
+    spec = OperatorSpec(kind, 8, 6, 4, grouping, seed=9)
+    assert OperatorSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec

@@ -1,0 +1,336 @@
+"""The alignment loss: the full delta's share, its gradient, one curve for any ranks, accumulation, checkpointing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mora_ds.adapters.alignment import FLOOR, delta_energy, factors_of
+from mora_ds.adapters.alignment_loss import Alignment
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import inject, mora_layers, set_cycle
+from mora_ds.adapters.ops import singular_vectors
+from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec
+from mora_ds.adapters.ops.subspace import SubspaceSpec
+from mora_ds.adapters.ops.update import SquareSpec, delta_weight
+from mora_ds.config.arguments import parse
+from mora_ds.config.validate import validate
+from mora_ds.deploy.export import export_merged
+from mora_ds.engine import zero
+from mora_ds.engine.initialize import initialize
+from mora_ds.errors import RunError, UserError
+from mora_ds.models.svd import Wanted, record_of, write_vectors
+from mora_ds.remora.ledger import Ledger
+from mora_ds.train.dry_run import planned
+from tests.adapters.ops.test_mora import name_of, random, specs
+from tests.adapters.ops.test_subspace import MODULE, known
+from tests.engine.test_zero import ds_config
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, curve, job, losses, refused, rows, run
+from tests.helpers.models import causal_loss, tiny_model, tokens
+
+CPU = torch.device("cpu")
+EVERY = [*(kind.value for kind in OperatorKind), "subspace"]
+SEGMENTED = [OperatorSpec(OperatorKind.SHARE, 20, 14, 6, Grouping.STRIDED, in_segments=2),
+             OperatorSpec(OperatorKind.SHARE, 14, 21, 7, Grouping.PERMUTED, seed=3, out_segments=3)]  # fmt: skip
+
+
+def vectors_of(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    left, _, right = torch.linalg.svd(weight, full_matrices=False)
+    return left[:, :rank].T, right[:rank]
+
+
+def by_definition(spec: SquareSpec, square: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(share, energy) from the full (d_out, d_in) delta."""
+    left, right = vectors_of(weight, rank)
+    delta = delta_weight(spec, square)
+    energy = delta.square().sum()
+    return (left @ delta @ right.T).square().sum() / (energy + (FLOOR * weight.norm()) ** 2), energy
+
+
+@pytest.mark.parametrize("spec", [*specs(), *SEGMENTED], ids=name_of)
+def test_the_share_is_that_of_the_full_delta(spec: OperatorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, square = random(spec.d_out, spec.d_in, seed=5), random(spec.r_hat, spec.r_hat)
+    rank = min(3, spec.d_in, spec.d_out)
+    monkeypatch.setattr(singular_vectors, "read", lambda *given: vectors_of(weight, rank))
+    monkeypatch.setattr(singular_vectors, "norm", lambda *given: weight.norm().item())
+    factors = factors_of(spec, "", "", rank, CPU, torch.float64)
+    share, energy = by_definition(spec, square, weight, rank)
+    torch.testing.assert_close(delta_energy(spec, square), energy, rtol=1e-8, atol=0)
+    torch.testing.assert_close(factors.share(square), share, rtol=1e-8, atol=1e-12)
+    assert 0 <= share <= 1
+    assert factors.left.shape == (rank, spec.blocks_in if spec.blockwise else 1, spec.r_hat) == factors.right.shape
+
+
+@pytest.mark.parametrize(("d_in", "d_out", "r_hat", "first"), [(12, 20, 5, 0), (20, 12, 12, 3), (7, 7, 2, 5)])
+def test_the_share_of_the_subspace_operator(d_in: int, d_out: int, r_hat: int, first: int, tmp_path: Path) -> None:
+    """Its vectors are stored in fp32, and so no more orthonormal than that: the share is the delta's all the same."""
+    weight, square, rank = random(d_out, d_in, seed=5), random(r_hat, r_hat), 4
+    spec = SubspaceSpec(d_in, d_out, r_hat, MODULE, known(weight, min(d_in, d_out), tmp_path), first)
+    factors = factors_of(spec, spec.vectors, MODULE, rank, CPU, torch.float64)
+    left, right = (side.double() for side in singular_vectors.read(spec.vectors, MODULE, 0, rank))
+    delta = delta_weight(spec, square)
+    inside = (left @ delta @ right.T).square().sum()
+    expected = inside / (delta.square().sum() + (FLOOR * singular_vectors.norm(spec.vectors, MODULE)) ** 2)
+    torch.testing.assert_close(factors.share(square), expected, rtol=1e-8, atol=1e-12)
+    if first == 0:
+        corner = torch.zeros_like(square)
+        corner[:rank, :rank] = square[:rank, :rank]
+        assert factors.share(corner).item() == pytest.approx(1.0, abs=1e-4), "all of it is in the leading subspaces"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [spec for spec in specs() if (spec.d_in, spec.d_out, spec.r_hat) in ((13, 7, 4), (5, 3, 8), (12, 5, 8))],
+    ids=name_of,
+)
+def test_gradcheck(spec: OperatorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random(spec.d_out, spec.d_in, seed=5)
+    monkeypatch.setattr(singular_vectors, "read", lambda *given: vectors_of(weight, 2))
+    monkeypatch.setattr(singular_vectors, "norm", lambda *given: weight.norm().item())
+    factors = factors_of(spec, "", "", 2, CPU, torch.float64)
+    assert torch.autograd.gradcheck(factors.share, random(spec.r_hat, spec.r_hat).requires_grad_())
+
+
+def test_a_square_of_zeros_has_neither_share_nor_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, weight = OperatorSpec(OperatorKind.ROTATE, 12, 8, 4, Grouping.PERMUTED, seed=1), random(8, 12)
+    monkeypatch.setattr(singular_vectors, "read", lambda *given: vectors_of(weight, 2))
+    monkeypatch.setattr(singular_vectors, "norm", lambda *given: weight.norm().item())
+    factors = factors_of(spec, "", "", 2, CPU, torch.float64)
+    square = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)
+    share = factors.share(square)
+    (gradient,) = torch.autograd.grad(share, square)
+    assert share == 0 and not gradient.any()
+    tiny = factors.share(1e-9 * random(4, 4))
+    assert 0 < tiny < 1e-9, "nor does next to nothing count"
+
+
+# -- on a model --------------------------------------------------------------------------------------------------------
+
+
+def aligned_model(folder: Path, operator: str, rank: int = 3, **changes: Any) -> tuple[Any, MoRAConfig, str]:
+    """A tiny Llama in float64 with squares that are not zero, its config, and the name of its vectors."""
+    from mora_ds.models.base import BaseCheckpoint, write_own_base
+
+    torch.manual_seed(0)
+    model = tiny_model("llama")
+    base = write_own_base(model, folder / "base")
+    linear = {name: module for name, module in model.named_modules() if name.endswith("proj")}
+    wanted = {
+        name: Wanted(f"{name}.weight", False, module.in_features, module.out_features, 16)
+        for name, module in linear.items()
+    }
+    path = folder / "vectors.safetensors"
+    write_vectors(path, BaseCheckpoint.open(base.folder), wanted)
+    name = record_of(path).name
+    singular_vectors.register(name, path)
+    config = MoRAConfig(rank=rank, operator=operator, vectors=name, **changes)
+    model = model.double()
+    inject(model, config)
+    for index, layer in enumerate(mora_layers(model).values()):
+        layer.value.data = 0.02 * random(*layer.value.shape, seed=index)
+    return model, config, name
+
+
+def mean_share(model: Any, name: str, rank: int) -> Tensor:
+    """From full deltas, differentiable in the squares."""
+    found = []
+    for module, layer in mora_layers(model).items():
+        left, right = (side.double() for side in singular_vectors.read(name, module, 0, rank))
+        delta = delta_weight(layer.spec, layer.value)
+        floor = (FLOOR * singular_vectors.norm(name, module)) ** 2
+        found.append((left @ delta @ right.T).square().sum() / (delta.square().sum() + floor))
+    return torch.stack(found).mean()
+
+
+@pytest.mark.parametrize(
+    ("operator", "checkpointing"),
+    [*((operator, False) for operator in EVERY), ("share", True), ("subspace", True)],
+)
+def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: bool, tmp_path: Path) -> None:
+    """Two micro-batches before a step; then the same after the squares are wired otherwise."""
+    model, config, name = aligned_model(tmp_path, operator)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batches = [tokens(2, seed=seed) for seed in (0, 1)]
+    squares = [layer.value for layer in mora_layers(model).values()]
+    for cycle in (0, 1):
+        set_cycle(model, config, cycle)
+        plain = [torch.autograd.grad(causal_loss(model, ids), squares) for ids in batches]
+        share = mean_share(model, name, 4)
+        of_share = torch.autograd.grad(share, squares)
+        if cycle == 0:
+            alignment = Alignment(model, name, weight=0.7, rank=4)
+        model.zero_grad()
+        for ids in batches:
+            with alignment.hearing():
+                loss = causal_loss(model, ids)
+            ((loss + alignment.loss()) / 2).backward()
+            torch.testing.assert_close(alignment.share, share.detach(), rtol=1e-8, atol=0)
+        for square, first, second, aligned in zip(squares, *plain, of_share, strict=True):
+            expected = (first + second) / 2 - 0.7 * aligned
+            torch.testing.assert_close(square.grad, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_it_is_silent_where_nothing_is_trained(tmp_path: Path) -> None:
+    model, _, name = aligned_model(tmp_path, "share")
+    alignment, ids = Alignment(model, name, weight=0.7, rank=4), tokens(2)
+    with torch.no_grad(), alignment.hearing():
+        model.train()(input_ids=ids)
+        assert not alignment._shares
+    model.eval()(input_ids=ids)
+    assert not alignment._shares
+    with pytest.raises(RunError, match="in training mode"):
+        alignment.loss()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--alignment_weight", "-1"), "--alignment_weight must be at least 0"),
+        (("--alignment_weight", "inf"), "--alignment_weight must be at least 0"),
+        (("--alignment_rank", "0"), "--alignment_rank must be at least 1"),
+        (("--alignment_rank", "4"), "--alignment_rank is for --alignment_weight"),
+        (("--alignment_weight", "1", "--adapter", "lora"), "--alignment_weight is for squares"),
+        (("--alignment_weight", "1", "--adapter", "full"), "--alignment_weight is for squares"),
+        (("--alignment_weight", "1", "--tensor_parallel_size", "2"), "--alignment_weight needs whole squares"),
+        (("--alignment_weight", "1", "--gradient_checkpointing_reentrant"), "drop it"),
+    ],
+)
+def test_flags_that_do_not_go_together(user: Playground, flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(parse(user.flags("out", *flags)))
+
+
+def test_a_dry_run_tells_what_the_factors_take(user: Playground) -> None:
+    flags = ("--dry_run", "--alignment_weight", 1, "--operator", "rotate", "--alignment_rank")
+    _, told = planned(parse(user.flags("out", *flags, 16)), world=2)
+    assert "MB of factors on each rank" in told[-1]
+    with pytest.raises(UserError, match="--alignment_rank 17"):
+        planned(parse(user.flags("out", *flags, 17)), world=2)
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+
+def sharded_squares(path: str, stage: int) -> tuple[dict[str, Tensor], float]:
+    """Two steps, each of two micro-batches, on this rank's rows of six; no square is kept gathered."""
+    name = record_of(Path(path)).name
+    singular_vectors.register(name, Path(path))
+    model = tiny_model("llama")
+    inject(model, MoRAConfig(rank=3, operator="rotate", vectors=name))
+    for index, layer in enumerate(mora_layers(model).values()):
+        layer.value.data = 0.02 * random(*layer.value.shape, seed=index).float()
+    alignment = Alignment(model, name, weight=0.7, rank=4)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    micro = 6 // world // 2
+    engine, *_ = initialize(model=model, config=ds_config(stage, micro))
+    for step in range(2):
+        own = tokens(6, seed=step)[rank::world]
+        for part in own.split(micro):
+            with alignment.hearing():
+                loss = causal_loss(engine, part)
+            engine.backward(loss + alignment.loss())
+            engine.step()
+    layers = mora_layers(engine.module)
+    squares = {key: zero.full_fp32(engine, layer.value).clone() for key, layer in layers.items()}
+    return squares, alignment.share.item()
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("world", "stage"),
+    [(3, 3), *(pytest.param(3, stage, marks=pytest.mark.heavy) for stage in (0, 1, 2))],
+)
+def test_squares_sharded_by_zero_are_those_of_one_process(world: int, stage: int, tmp_path: Path) -> None:
+    aligned_model(tmp_path, "rotate")
+    path = str(tmp_path / "vectors.safetensors")
+    (expected, share), *_ = run_ranks(1, sharded_squares, path, 0)
+    for squares, found in run_ranks(world, sharded_squares, path, stage):
+        assert found == pytest.approx(share, rel=1e-5)
+        for name, square in squares.items():
+            torch.testing.assert_close(square, expected[name], rtol=1e-4, atol=2e-6)
+
+
+ALIGNED = ("--alignment_weight", 0.5, "--alignment_rank", 4, "--operator", "rotate")
+MERGING = (*ALIGNED, "--merge_every", 2, "--restart_warmup_steps", 1, "--max_steps", 6)
+
+
+def shares(out: Path) -> list[float]:
+    return [row["alignment"] for row in rows(out) if "alignment" in row]
+
+
+@pytest.mark.gloo
+def test_one_curve_for_any_ranks_and_accumulation(user: Playground, tmp_path: Path) -> None:
+    """4 sequences a step under ZeRO-3: 1 x 2 x 2, checkpointed, and 2 x 2; with merges, a resume and an export."""
+    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
+    run(1, user.flags(one, *MERGING, "--gradient_accumulation_steps", 2, "--gradient_checkpointing"))
+    run(2, user.flags(two, *MERGING, "--save_steps", 3))
+    found = shares(one)
+    assert len(found) == 6 and found[0] == 0 == found[2] and found[1] > 0, "squares of zeros begin each cycle"
+    torch.testing.assert_close(losses(two), losses(one), rtol=1e-5, atol=0)
+    assert shares(two) == pytest.approx(found, rel=1e-4)
+    resume = (*MERGING, "--resume_from_checkpoint", two / "checkpoints" / "step-000003")
+    run(2, user.flags(again, *resume))
+    assert [row for row in curve(two) if row["step"] > 3] == curve(again)
+    assert Ledger.open(again / "ledger").vectors == Ledger.open(two / "ledger").vectors is not None
+    export_merged(again, tmp_path / "merged", verify=True)
+    kind, message = run_ranks(2, refused, user.flags(tmp_path / "other", *resume, "--alignment_weight", 0.25))[0]
+    assert kind == "UserError" and "--alignment_weight, --alignment_rank" in message
+
+
+@pytest.mark.gloo
+@pytest.mark.heavy
+def test_it_draws_the_delta_into_the_subspaces(user: Playground, tmp_path: Path) -> None:
+    for weight in (0, 5):
+        run(1, user.flags(tmp_path / str(weight), "--operator", "share", "--alignment_weight", weight or 1e-9))
+    assert shares(tmp_path / "5")[-1] > 2 * shares(tmp_path / "0")[-1]
+
+
+@pytest.mark.gloo
+def test_a_rank_larger_than_a_side_is_refused(user: Playground, tmp_path: Path) -> None:
+    argv = user.flags(tmp_path / "out", "--alignment_weight", "1", "--alignment_rank", "17")
+    kind, message = run_ranks(1, refused, argv)[0]
+    assert kind == "UserError" and "--alignment_rank 17: model.layers.0.self_attn.k_proj is 16 x 32" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gloo
+@pytest.mark.heavy
+@pytest.mark.parametrize("operator", EVERY)
+@pytest.mark.parametrize("more", [(), ("--bf16",), ("--base_bits", 8), ("--optimizer", "muon"), ("--fp16",)], ids=str)
+def test_three_ranks_are_as_one(user: Playground, tmp_path: Path, operator: str, more: tuple[Any, ...]) -> None:
+    """pytest -m heavy tests/adapters/test_alignment.py"""
+    flags = (*MERGING, "--operator", operator, *more)
+    run_ranks(3, job, user.flags(tmp_path / "three", *flags, "--per_device_train_batch_size", 1))
+    run_ranks(1, job, user.flags(tmp_path / "one", *flags, "--per_device_train_batch_size", 3))
+    low = more in (("--bf16",), ("--fp16",))
+    torch.testing.assert_close(losses(tmp_path / "three"), losses(tmp_path / "one"), rtol=5e-3 if low else 1e-4, atol=0)
+    assert shares(tmp_path / "three") == pytest.approx(shares(tmp_path / "one"), rel=0.1 if low else 1e-3, abs=1e-3)
+
+
+@pytest.mark.gloo
+@pytest.mark.heavy
+@pytest.mark.parametrize("operator", ["share", "subspace"])
+def test_ranks_that_share_rows_or_sources_are_as_one(user: Playground, tmp_path: Path, operator: str) -> None:
+    """--sequence_parallel_size, and losses of a mixture, which are noted row by row."""
+    halves = (f"a={user.train}:0.5", f"b={user.held}:0.5")
+    flags = (*MERGING, "--operator", operator, "--chunked_loss", "--train_files", *halves, "--eval_files", user.held)
+    run(2, user.flags(tmp_path / "two", *flags, "--sequence_parallel_size", 2))
+    run(1, user.flags(tmp_path / "one", *flags))
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4, atol=0)
+    assert shares(tmp_path / "two") == pytest.approx(shares(tmp_path / "one"), rel=1e-3, abs=1e-4)
+
+
+def test_factors_follow_the_wiring(tmp_path: Path) -> None:
+    spec = OperatorSpec(OperatorKind.SHARE, 12, 8, 4, Grouping.PERMUTED, seed=1)
+    name = known(random(8, 12), 2, tmp_path)
+    one, other = (factors_of(each, name, MODULE, 2, CPU, torch.float64) for each in (spec, replace(spec, seed=2)))
+    assert not torch.equal(one.left, other.left)

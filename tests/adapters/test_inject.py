@@ -1,0 +1,351 @@
+"""Matching, replacing, freezing, counting and refusing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base, set_cycle
+from mora_ds.adapters.ops.mora import Grouping, OperatorKind
+from mora_ds.adapters.target_modules import match_targets
+from mora_ds.errors import UserError
+from tests.helpers.models import causal_loss, tiny_model, tokens
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def matched(model: Any, *patterns: str) -> set[str]:
+    return set(match_targets(model, patterns))
+
+
+def in_layers(*paths: str, layers: tuple[int, ...] = (0, 1)) -> set[str]:
+    return {f"model.layers.{index}.{path}" for index in layers for path in paths}
+
+
+# -- matching ----------------------------------------------------------------------------------------------------------
+
+EVERY_LINEAR = in_layers(*(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{name}" for name in MLP))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["q_proj"], in_layers("self_attn.q_proj")),
+        (["self_attn.q_proj"], in_layers("self_attn.q_proj")),
+        (["model.layers.1.mlp.up_proj"], in_layers("mlp.up_proj", layers=(1,))),
+        (["*.mlp.*"], in_layers(*(f"mlp.{name}" for name in MLP))),
+        (["*[qk]_proj"], in_layers("self_attn.q_proj", "self_attn.k_proj")),
+        ([r"re:.*layers\.0\..*(up|down)_proj"], in_layers("mlp.up_proj", "mlp.down_proj", layers=(0,))),
+        (["all-linear"], EVERY_LINEAR),
+        (["all-linear", "lm_head"], EVERY_LINEAR | {"lm_head"}),
+        (["q_proj", "v_proj", "q_proj"], in_layers("self_attn.q_proj", "self_attn.v_proj")),
+    ],
+)
+def test_patterns(patterns: list[str], expected: set[str]) -> None:
+    assert matched(tiny_model(), *patterns) == expected
+
+
+def test_names_match_whole_components() -> None:
+    with pytest.raises(UserError, match="matches no linear layer"):
+        matched(tiny_model(), "proj")  # the end of every name, but of no component
+
+
+@pytest.mark.parametrize("pattern", ["q_porj", "*.attention.*", r"re:layers\.9", "embed_tokens", "input_layernorm"])
+def test_a_pattern_without_a_match_is_an_error_that_lists_what_there_is(pattern: str) -> None:
+    with pytest.raises(UserError) as error:
+        inject(tiny_model(), MoRAConfig(target_modules=("q_proj", pattern)))
+    message = str(error.value)
+    assert "--target_modules" in message and repr(pattern) in message
+    assert all(name in message for name in (*ATTENTION, *MLP, "lm_head"))
+
+
+def test_a_typing_error_gets_a_hint() -> None:
+    with pytest.raises(UserError, match=r"(?i)did you mean.*q_proj"):
+        matched(tiny_model(), "q_porj")
+
+
+def test_a_broken_regular_expression_is_named() -> None:
+    with pytest.raises(UserError, match="no regular expression"):
+        matched(tiny_model(), "re:layers.(0")
+
+
+def test_a_model_without_linear_layers() -> None:
+    with pytest.raises(UserError, match=r"no nn\.Linear or Conv1D"):
+        matched(nn.Sequential(nn.Embedding(3, 4)), "all-linear")
+
+
+def test_all_linear_leaves_the_head_out_under_any_name() -> None:
+    assert "lm_head" not in matched(tiny_model("gpt_neox"), "all-linear")
+    assert matched(tiny_model("gpt2"), "all-linear") == {
+        f"transformer.h.{index}.{path}"
+        for index in (0, 1)
+        for path in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+
+
+# -- refusing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_a_square_on_a_tied_head_is_refused(family: str) -> None:
+    model = tiny_model(family)
+    with pytest.raises(UserError, match="tied"):
+        inject(model, MoRAConfig(target_modules=("lm_head",)))
+    assert not mora_layers(model) and causal_loss(model, tokens(1)).isfinite()  # left as it was
+
+
+def test_a_square_on_one_of_two_tied_layers_is_refused() -> None:
+    model = tiny_model()
+    first, second = (model.model.layers[index].mlp.up_proj for index in (0, 1))
+    second.weight = first.weight
+    for target in ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "up_proj"):
+        with pytest.raises(UserError, match="tied"):
+            inject(model, MoRAConfig(target_modules=(target,)))
+    inject(model, MoRAConfig(target_modules=("down_proj",)))
+
+
+def test_a_layer_that_is_used_twice_is_refused() -> None:
+    """One module under two names: replacing it under one would leave the other without its square."""
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
+    with pytest.raises(UserError, match="tied"):
+        inject(model, MoRAConfig(target_modules=("up_proj",)))
+
+
+def test_double_injection_is_refused() -> None:
+    model = tiny_model()
+    inject(model, MoRAConfig(target_modules=("q_proj",)))
+    with pytest.raises(UserError, match="already has an adapter"):
+        inject(model, MoRAConfig(target_modules=("k_proj",)))
+
+
+def test_a_square_on_a_trained_head_is_refused() -> None:
+    with pytest.raises(UserError, match="--train_head"):
+        inject(tiny_model(), MoRAConfig(target_modules=("all-linear", "lm_head"), train_head=True))
+
+
+def test_a_rank_too_small_for_a_pair_is_refused() -> None:
+    with pytest.raises(UserError, match="--mora_rank 1"):
+        inject(nn.Sequential(nn.Linear(1, 1)), MoRAConfig(rank=1, operator="rotate"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "--mora_rank"),
+        ({"dropout": 1.0}, "--mora_dropout"),
+        ({"target_modules": ()}, "--target_modules"),
+        ({"operator": "rotat"}, "rotate"),
+        ({"grouping": "permutted"}, "permuted"),
+        ({"operator": "rotate", "grouping": "alternate"}, "--grouping alternate"),
+        ({"rank": 8, "grouping": "strided"}, "--grouping strided"),  # auto: rotate
+    ],
+)
+def test_settings_that_make_no_adapter(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        MoRAConfig(**changes)
+
+
+def test_unknown_settings_get_a_hint() -> None:
+    with pytest.raises(UserError, match="dropout"):
+        MoRAConfig.from_dict({"droput": 0.1})
+    config = MoRAConfig(rank=128, target_modules=("q_proj",), train_norms=True)
+    assert MoRAConfig.from_dict(config.to_dict()) == config
+
+
+# -- freezing ----------------------------------------------------------------------------------------------------------
+
+
+def test_everything_frozen_is_a_buffer_that_no_state_dict_holds() -> None:
+    model = tiny_model("qwen2")  # biases and a tied head
+    before = {name: tensor.clone() for name, tensor in model.named_parameters(remove_duplicate=False)}
+    inject(model, MoRAConfig(rank=2))
+    squares = [f"{name}.square" for name in mora_layers(model)]
+    assert [name for name, _ in model.named_parameters()] == squares
+    assert list(model.state_dict()) == squares
+    frozen = frozen_buffers(model)
+    assert set(frozen) == set(before)
+    assert all(torch.equal(frozen[name], tensor) for name, tensor in before.items())
+    assert not any(tensor.requires_grad for tensor in frozen.values())
+    assert "model.rotary_emb.inv_freq" not in frozen
+
+
+def test_injection_changes_no_output() -> None:
+    for family in ("llama", "gpt2"):
+        model, ids = tiny_model(family), tokens(2)
+        before = model(input_ids=ids).logits
+        inject(model, MoRAConfig(rank=4, train_norms=True))
+        torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"train_norms": True}, {"train_embeddings": True}])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_ties_stay_one_tensor(family: str, changes: dict[str, Any]) -> None:
+    model = tiny_model(family)
+    inject(model, MoRAConfig(rank=4, **changes))
+    move_base(model, "cpu", torch.bfloat16)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert embedding is head
+    trained = bool(changes.get("train_embeddings"))
+    assert isinstance(embedding, nn.Parameter) is trained
+    assert embedding.dtype is (torch.float32 if trained else torch.bfloat16)
+
+
+def test_moving_the_base_leaves_squares_and_the_models_own_buffers() -> None:
+    model = tiny_model()
+    inject(model, MoRAConfig(rank=4))
+    move_base(model, "cpu", torch.bfloat16)
+    assert {tensor.dtype for tensor in frozen_buffers(model).values()} == {torch.bfloat16}
+    assert {layer.square.dtype for layer in mora_layers(model).values()} == {torch.float32}
+    assert model.model.rotary_emb.inv_freq.dtype is torch.float32  # bf16 would ruin the positions
+
+
+# -- what else is trained ----------------------------------------------------------------------------------------------
+
+
+def trained(model: Any) -> set[str]:
+    return {name for name, _ in model.named_parameters(remove_duplicate=False) if not name.endswith(".square")}
+
+
+def train(what: list[str]) -> dict[str, Any]:
+    return {f"train_{name}": True for name in what}
+
+
+LLAMA_NORMS = in_layers("input_layernorm.weight", "post_attention_layernorm.weight") | {"model.norm.weight"}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "expected"),
+    [
+        ("llama", ["norms"], LLAMA_NORMS),
+        ("llama", ["embeddings"], {"model.embed_tokens.weight"}),
+        ("llama", ["head"], {"lm_head.weight"}),
+        ("llama", ["embeddings", "norms", "head"], LLAMA_NORMS | {"model.embed_tokens.weight", "lm_head.weight"}),
+        ("qwen2", ["embeddings"], {"model.embed_tokens.weight", "lm_head.weight"}),  # tied: the head follows
+        ("qwen2", ["head"], {"model.embed_tokens.weight", "lm_head.weight"}),
+        ("gpt2", ["embeddings"], {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"}),
+        ("gpt_neox", ["head"], {"lm_head.weight"}),
+        ("gemma3_text", ["embeddings"], {"model.embed_tokens.weight", "lm_head.weight"}),
+    ],
+)
+def test_other_trainables(family: str, settings: list[str], expected: set[str]) -> None:
+    model = tiny_model(family)
+    inject(model, MoRAConfig(rank=4, **train(settings)))
+    assert trained(model) == expected
+    causal_loss(model, tokens(2)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "gpt2"])
+def test_norms_of_every_kind(family: str) -> None:
+    model = tiny_model(family)
+    norms = {name for name, _ in model.named_parameters() if "norm" in name or ".ln_" in name}
+    inject(model, MoRAConfig(rank=4, train_norms=True))
+    assert trained(model) == norms and norms
+
+
+def test_parameters_frozen_by_the_user_are_trained_where_the_config_says_so() -> None:
+    model = tiny_model()
+    model.requires_grad_(False)
+    inject(model, MoRAConfig(rank=4, train_norms=True))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+
+def test_counts_are_exact() -> None:
+    model = tiny_model("qwen2")
+    base = sum(parameter.numel() for parameter in model.parameters())  # the tied head once
+    assert count_parameters(model) == base
+    report = inject(model, MoRAConfig(rank=4, operator="share", train_norms=True))
+    # Two layers, rank 4: floor(sqrt((d_in + d_out) * 4))^2 each; key and value heads are half as wide.
+    squares = 2 * (2 * 16**2 + 2 * 13**2 + 3 * 18**2)
+    norms = 5 * 32
+    assert (report.square_params, report.other_trainable_params) == (squares, norms)
+    assert report.trainable_params == squares + norms == sum(p.numel() for p in model.parameters())
+    assert report.total_params == base + squares == count_parameters(model)
+
+
+def test_report_for_humans() -> None:
+    report = inject(tiny_model(), MoRAConfig(rank=4, operator="share"))
+    lines = str(report).splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2:-1]}
+    assert rows["q_proj"] == ["2", "32", "32", "16", "512"]
+    assert rows["k_proj"] == ["2", "32", "16", "13", "338"]
+    assert rows["down_proj"] == ["2", "56", "32", "18", "648"]
+    assert len(rows) == 7
+    share = 100 * report.trainable_params / report.total_params
+    assert f"trainable {report.trainable_params:,}" in lines[-1]
+    assert f"of {report.total_params:,}" in lines[-1] and lines[-1].endswith(f"{share:.3f}%")
+    assert "share/permuted" in lines[-1]
+
+
+def test_a_square_larger_than_its_layer_is_cut_and_said_so() -> None:
+    report = inject(tiny_model(), MoRAConfig(rank=64, operator="share"))
+    rows = {row.name: row for row in report.rows}
+    assert rows["q_proj"].size == 32 and "asks for 64" in rows["q_proj"].note
+    assert rows["down_proj"].size == 56 and "asks for 75" in rows["down_proj"].note
+    assert "rank 64 asks for 64" in str(report)
+    assert not any(row.note for row in inject(tiny_model(), MoRAConfig(rank=4)).rows)
+
+
+def test_rotate_cuts_to_an_even_size() -> None:
+    config = MoRAConfig(rank=100, operator="rotate")
+    assert config.square_size(7, 5) == 6
+    assert MoRAConfig(rank=100, operator="share").square_size(7, 5) == 7
+
+
+# -- cycles ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_cycle_has_its_own_permutations() -> None:
+    model, config = tiny_model(), MoRAConfig(rank=4, operator="share", seed=7)
+    inject(model, config)
+    seeds = set()
+    for cycle in range(3):
+        set_cycle(model, config, cycle)
+        seeds |= {layer.spec.seed for layer in mora_layers(model).values()}
+    assert len(seeds) == 3 * len(mora_layers(model))
+    set_cycle(model, config, 0)
+    fresh = tiny_model()
+    inject(fresh, config)
+    wired = {name: layer.spec for name, layer in mora_layers(model).items()}
+    assert wired == {name: layer.spec for name, layer in mora_layers(fresh).items()}
+
+
+def test_a_layers_permutation_does_not_depend_on_what_else_is_targeted() -> None:
+    specs = []
+    for targets in (("all-linear",), ("down_proj",), ("down_proj", "q_proj")):
+        model = tiny_model()
+        inject(model, MoRAConfig(rank=4, operator="share", target_modules=targets))
+        specs.append(mora_layers(model)["model.layers.1.mlp.down_proj"].spec)
+    assert specs[0] == specs[1] == specs[2]
+
+
+def test_alternation_is_the_papers() -> None:
+    config = MoRAConfig(rank=4, operator="share", grouping="alternate")
+    groupings = [config.operator_for("a", 8, 8, cycle).grouping for cycle in range(4)]
+    assert groupings == [Grouping.STRIDED, Grouping.CONTIGUOUS] * 2
+
+
+def test_auto_operator() -> None:
+    assert MoRAConfig(rank=8).kind is OperatorKind.ROTATE
+    assert MoRAConfig(rank=128).kind is OperatorKind.SHARE
+    assert MoRAConfig(rank=8, operator="decouple").kind is OperatorKind.DECOUPLE
+
+
+def test_matrices_that_are_no_linear_layers_are_told() -> None:
+    """Experts lie in one tensor each; a named target asks for no more than it names."""
+    report = inject(tiny_model("mixtral"), MoRAConfig(rank=4))
+    told = {"gate.weight": 2 * 4 * 32, "experts.gate_up_proj": 2 * 4 * 112 * 32, "experts.down_proj": 2 * 4 * 56 * 32}
+    assert report.left_out == told
+    assert f"experts.down_proj ({2 * 4 * 56 * 32:,} parameters)" in str(report)
+    assert not inject(tiny_model("mixtral"), MoRAConfig(rank=4, target_modules=("q_proj",))).left_out
+    assert not inject(tiny_model("gpt2"), MoRAConfig(rank=4)).left_out

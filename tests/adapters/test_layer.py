@@ -1,0 +1,147 @@
+"""`MoRALinear`: the layer it replaces at zero square, and base + delta at any other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mora_ds.adapters.layer import MoRALinear, is_linear, linear_shape
+from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight
+
+D_IN, D_OUT, R_HAT = 14, 10, 6
+
+
+def base_layer(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "conv1d":
+        conv = Conv1D(D_OUT, D_IN)
+        nn.init.normal_(conv.bias)
+        return conv
+    return nn.Linear(D_IN, D_OUT, bias=kind == "linear with bias")
+
+
+def spec(kind: OperatorKind = OperatorKind.ROTATE) -> OperatorSpec:
+    return OperatorSpec(kind, D_IN, D_OUT, R_HAT, Grouping.PERMUTED, seed=1)
+
+
+def inputs(seed: int = 1) -> Tensor:
+    return torch.randn(3, 5, D_IN, generator=torch.Generator().manual_seed(seed))
+
+
+every_base = pytest.mark.parametrize("kind", ["linear", "linear with bias", "conv1d"])
+
+
+@every_base
+def test_a_zero_square_changes_nothing(kind: str) -> None:
+    base, x = base_layer(kind), inputs()
+    expected = base(x)
+    layer = MoRALinear(base, spec())
+    assert torch.equal(layer.square, torch.zeros(R_HAT, R_HAT))
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-6)
+
+
+@every_base
+@pytest.mark.parametrize("operator", OperatorKind)
+def test_output_is_base_plus_delta(kind: str, operator: OperatorKind) -> None:
+    base, x = base_layer(kind), inputs()
+    expected = base(x)
+    layer = MoRALinear(base, spec(operator))
+    layer.square.data.normal_()
+    expected = expected + x @ delta_weight(layer.spec, layer.square.data).T
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@every_base
+@pytest.mark.parametrize("operator", OperatorKind)
+def test_merging_the_delta_leaves_the_output(kind: str, operator: OperatorKind) -> None:
+    layer, x = MoRALinear(base_layer(kind), spec(operator)), inputs()
+    layer.square.data.normal_()
+    before = layer(x)
+    delta = delta_weight(layer.spec, layer.square.data)
+    layer.weight += delta.T if layer.transposed else delta
+    layer.square.data.zero_()
+    torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
+
+
+@every_base
+def test_only_the_square_trains_and_is_saved(kind: str) -> None:
+    base = base_layer(kind)
+    weight: Any = base.weight
+    layer = MoRALinear(base, spec())
+    assert [name for name, _ in layer.named_parameters()] == ["square"]
+    assert list(layer.state_dict()) == ["square"]
+    assert layer.weight.data_ptr() == weight.data_ptr()  # taken over, not copied
+    layer.square.data.normal_()
+    x = inputs().requires_grad_()
+    layer(x).square().sum().backward()
+    assert layer.square.grad is not None and layer.square.grad.abs().sum() > 0
+    assert x.grad is not None and x.grad.abs().sum() > 0
+    assert not layer.weight.requires_grad and weight.grad is None
+
+
+def test_dropout_is_on_the_squares_input_and_only_while_training() -> None:
+    base, x = base_layer("linear"), inputs()
+    base_output = base(x).detach()
+    layer = MoRALinear(base, spec(), dropout=0.5)
+    torch.testing.assert_close(layer(x), base_output, rtol=0, atol=1e-6)  # the base sees all of x
+    layer.square.data.normal_()
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    plain = MoRALinear(base_layer("linear"), layer.spec)
+    plain.square.data = layer.square.data
+    torch.testing.assert_close(layer(x), plain(x), rtol=1e-6, atol=1e-6)
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+    update = torch.stack([layer(x).detach() - base_output for _ in range(4000)]).mean(dim=0)
+    expected = x @ delta_weight(layer.spec, layer.square.data).T  # dropout rescales: right on average
+    assert (update - expected).norm() <= 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype: torch.dtype) -> None:
+    layer = MoRALinear(base_layer("linear with bias").to(dtype), spec())
+    assert layer.square.dtype is dtype
+    assert layer(inputs().to(dtype)).dtype is dtype
+    layer.square.data = layer.square.data.float()  # a square kept in fp32 computes in the input's dtype
+    assert layer(inputs().to(dtype)).dtype is dtype
+
+
+def test_what_counts_as_linear() -> None:
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    class Renamed(nn.Linear):
+        pass
+
+    assert is_linear(nn.Linear(2, 3)) and is_linear(Conv1D(3, 2)) and is_linear(Renamed(2, 3))
+    assert not is_linear(Own(2, 3)), "its forward is not W x + b, so a delta in its weight would mean something else"
+    assert not is_linear(nn.Embedding(2, 3)) and not is_linear(nn.LayerNorm(3))
+    assert linear_shape(nn.Linear(2, 3)) == linear_shape(Conv1D(3, 2)) == (2, 3)
+
+
+def test_repr_says_what_it_is() -> None:
+    text = repr(MoRALinear(base_layer("linear"), spec()))
+    assert "square=(6, 6)" in text and "rotate/permuted" in text
+
+
+def test_a_linear_subclass_is_taken_when_it_computes_the_same() -> None:
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    class Router(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).softmax(-1)
+
+    class Pair(torch.nn.Linear):
+        def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(x) + other
+
+    assert is_linear(FalconLinear(6, 4)) and is_linear(FalconLinear(6, 4, bias=False).to(torch.bfloat16))
+    assert not is_linear(Router(6, 4)) and not is_linear(Pair(6, 4))
+    with torch.device("meta"):  # a planned model has no numbers to compare
+        planned = FalconLinear(6, 4), FalconLinear(6, 4, bias=False).to(torch.bfloat16), Router(6, 4), Pair(6, 4)
+    assert [is_linear(each) for each in planned] == [True, True, False, False]

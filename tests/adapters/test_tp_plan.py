@@ -1,0 +1,184 @@
+"""What is split, what falls back and why: decided from the model alone, told in the start report."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from torch import nn
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.adapters.tp_plan import Kept, Style, TPInputs, kept_inputs, plan_of
+from mora_ds.config.arguments import parse
+from mora_ds.config.validate import validate
+from mora_ds.errors import UserError
+from mora_ds.parallel.tensor_parallel import split_model
+from mora_ds.parallel.topology import Topology, check_degree, share
+from tests.helpers.models import FAMILIES, tiny_model
+
+SPLIT = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox"}
+ATTENTION = {"mixtral"}
+MLP = {"olmo2"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_of_each_family_is_split(family: str) -> None:
+    model = tiny_model(family)
+    plan = plan_of(model, 2)
+    kinds = {"attention" if "att" in block else "mlp" for block in plan.blocks}
+    has_attention, has_mlp = family in SPLIT | ATTENTION, family in SPLIT | MLP
+    assert ("attention" in kinds, "mlp" in kinds) == (has_attention, has_mlp), plan.reasons
+    assert len(plan.blocks) == 2 * len(kinds)
+    assert set(plan.reasons) == {name for name, style in plan.styles.items() if style is Style.WHOLE}
+    assert bool(plan.summed) == (family in ("qwen3", "gemma3_text"))
+    inject(model, MoRAConfig(rank=4))
+    assert plan_of(model, 2) == plan, "injection changes nothing"
+
+
+def test_heads_that_the_degree_does_not_divide_fall_back() -> None:
+    plan = plan_of(tiny_model("llama"), 4)
+    assert {block.rpartition(".")[2] for block in plan.blocks} == {"mlp"}
+    assert "4 does not divide 4 heads and 2 key-value heads" in str(plan)
+    assert "2 q_proj, 2 k_proj, 2 v_proj, 2 o_proj" in str(plan)
+    odd = plan_of(tiny_model("llama", intermediate_size=57), 2)
+    assert "2 does not divide the 57 outputs of gate_proj" in str(odd)
+
+
+def test_a_model_without_a_plan_falls_back_as_a_whole() -> None:
+    plan = plan_of(tiny_model("gpt2"), 2)
+    assert not plan.blocks and "the model has no tensor-parallel plan" in str(plan)
+    assert "colwise_gather_output" in str(plan_of(tiny_model("phi3"), 2))
+
+
+def test_a_weight_that_the_plan_does_not_know_keeps_its_block_whole() -> None:
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.extra = nn.LayerNorm(56)
+    plan = plan_of(model, 2)
+    assert "model.layers.0.mlp" not in plan.blocks and "model.layers.1.mlp" in plan.blocks
+    assert "leaves extra out" in str(plan)
+
+
+def test_shares_are_contiguous_and_differ_by_one_at_most() -> None:
+    for size in range(1, 20):
+        for degree in range(1, 6):
+            bounds = [share(size, degree, index) for index in range(degree)]
+            assert bounds[0][0] == 0 and bounds[-1][1] == size
+            assert all(one[1] == other[0] for one, other in pairwise(bounds))
+            lengths = [stop - start for start, stop in bounds]
+            assert max(lengths) - min(lengths) <= 1 and max(lengths) == -(-size // degree)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def split(model: nn.Module, degree: int = 2) -> None:
+    split_model(model, Topology(degree, 0, None))
+
+
+def test_dropout_is_refused_and_named() -> None:
+    for model in (tiny_model("gpt2", resid_pdrop=0.1), tiny_model("llama", attention_dropout=0.1)):
+        inject(model, MoRAConfig(rank=4))
+        with pytest.raises(UserError, match=r"draw other dropout masks.*Set it to 0: .*drop.* = 0.1"):
+            split(model)
+    model = tiny_model("llama")
+    inject(model, MoRAConfig(rank=4, dropout=0.1))
+    with pytest.raises(UserError, match=r"q_proj.dropout = 0.1"):
+        split(model)
+
+
+def test_squares_need_a_row_a_rank() -> None:
+    model = tiny_model("llama")
+    inject(model, MoRAConfig(rank=1, target_modules=("k_proj",)))
+    with pytest.raises(UserError, match="has 6 rows: a larger --mora_rank, or a smaller group"):
+        split(model, 8)
+
+
+def test_a_degree_that_does_not_divide_the_ranks() -> None:
+    check_degree(2, 4)
+    with pytest.raises(
+        UserError, match="--tensor_parallel_size 3 does not divide the 4 ranks of this run: 1, 2, 4 would"
+    ):
+        check_degree(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tensor_parallel_size", "0"], "--tensor_parallel_size must be at least 1"),
+        (["--tensor_parallel_size", "2", "--sequence_parallel_size", "2"], "one of them at a time"),
+        (["--tensor_parallel_size", "2", "--adapter", "lora"], "--adapter lora has none: leave it at 1"),
+        (["--tensor_parallel_size", "2", "--adapter", "full"], "--adapter full has none: leave it at 1"),
+        (["--tensor_parallel_size", "2", "--adapter", "none"], "--adapter none has none: leave it at 1"),
+        (["--tensor_parallel_size", "2", "--mora_dropout", "0.1"], "--mora_dropout must be 0"),
+        (["--tensor_parallel_size", "2", "--optimizer", "muon"], "no rank has a whole one: use adamw"),
+        (["--tensor_parallel_size", "2", "--full_rank_steps", "3", "--max_steps", "9"], "under plain ZeRO, at 1 only"),
+        (["--tp_grouping", "algned"], "unknown --tp_grouping 'algned'"),
+        (["--tp_inputs", "halved"], "unknown --tp_inputs 'halved'"),
+        (["--tp_grouping", "aligned", "--operator", "rotate"], "belongs to --operator share"),
+        (["--tp_segments", "4"], "--tp_segments is for --tp_grouping aligned"),
+        (["--tp_grouping", "aligned", "--adapter", "lora"], "--tp_grouping aligned is for squares"),
+        (
+            ["--tp_grouping", "aligned", "--operator", "share", "--tp_segments", "3", "--tensor_parallel_size", "2"],
+            "does not divide --tp_segments 3",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together(flags: list[str], message: str) -> None:
+    base = ["--model_name_or_path", "m", "--train_files", "t"]
+    with pytest.raises(UserError, match=message):
+        validate(parse([*base, *flags]))
+
+
+# -- what is kept of inputs --------------------------------------------------------------------------------------------
+
+
+def kept(inputs: TPInputs = TPInputs.AUTO, attention: str = "sdpa", **config: Any) -> dict[str, Kept]:
+    """By layer of the first block of each kind."""
+    model = tiny_model("llama")
+    model.config._attn_implementation = attention
+    if config.pop("checkpointing", False):
+        model.gradient_checkpointing_enable()
+    inject(model, MoRAConfig(**{"rank": 4, "operator": "share", **config}))
+    found = kept_inputs(model, plan_of(model, 2), inputs)
+    return {name.rpartition(".")[2]: how for name, how in found.items() if ".layers.0." in name}
+
+
+def test_a_shared_input_is_kept_by_whichever_is_smaller() -> None:
+    """Squares of rank 4 have 16, 13 and 13 rows for q, k and v, of rank 1 8, 6 and 6: of 32 inputs."""
+    large, small, rotate = kept(), kept(rank=1), kept(rank=1, operator="rotate")
+    assert {large[name] for name in ("q_proj", "k_proj", "v_proj")} == {Kept.OWN_INPUT}
+    assert {small[name] for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")} == {Kept.OWN_FOLDED}
+    assert {rotate[name] for name in ("q_proj", "gate_proj")} == {Kept.OWN_INPUT}
+    assert kept(rank=2, target_modules=("q_proj", "o_proj"))["q_proj"] is Kept.OWN_FOLDED
+
+
+def test_rowwise_layers_keep_what_a_rank_has_of_their_inputs() -> None:
+    assert kept()["o_proj"] is Kept.INPUT and kept()["down_proj"] is Kept.SMALLER
+    assert kept(attention="eager")["o_proj"] is Kept.SMALLER
+
+
+def test_inputs_stay_whole_where_they_are_asked_to_or_recomputed() -> None:
+    for found in (kept(TPInputs.WHOLE), kept(checkpointing=True)):
+        assert found["q_proj"] is found["gate_proj"] is Kept.SMALLER
+    assert kept(TPInputs.SPLIT, checkpointing=True)["q_proj"] is Kept.OWN_INPUT
+    model = tiny_model("llama")
+    inject(model, MoRAConfig(rank=4))
+    assert kept_inputs(model, plan_of(model, 1)) == {}, "nothing is shared by one rank"
+
+
+# -- segments are the run's -------------------------------------------------------------------------------------------
+
+
+def test_aligned_segments_hang_on_the_models_plan_alone() -> None:
+    model = tiny_model("llama")
+    inject(model, MoRAConfig(rank=4, operator="share", segments=4))
+    found: dict[str, Any] = {}
+    for name, layer in mora_layers(model).items():
+        found[name.rpartition(".")[2]] = (layer.spec.in_segments, layer.spec.out_segments)
+    assert found["q_proj"] == found["up_proj"] == (1, 4) and found["o_proj"] == found["down_proj"] == (4, 1)
+    fallback = tiny_model("phi3")
+    inject(fallback, MoRAConfig(rank=4, operator="share", segments=4))
+    assert all(max(layer.spec.in_segments, layer.spec.out_segments) == 1 for layer in mora_layers(fallback).values())
+    assert "segments" not in MoRAConfig(rank=4).to_dict()

@@ -1,0 +1,174 @@
+"""--async_save: the same checkpoints, written while training goes on; errors are told by the next save, everywhere."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mora_ds.checkpoint import writer as checkpoints
+from mora_ds.checkpoint.async_save import Background, on_host
+from mora_ds.checkpoint.folder import TrainerState, complete_checkpoints
+from mora_ds.checkpoint.verify import verify
+from mora_ds.engine import shard_writer
+from mora_ds.engine.shard_reader import MASTER, EngineShards
+from mora_ds.errors import RunError
+from mora_ds.train.trainer import Trainer
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, curve, job, refused, run
+
+pytestmark = pytest.mark.gloo
+
+LAST_STEP = 7
+MORE = (
+    "--max_steps", LAST_STEP, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2,
+    "--train_norms", "true", "--mora_dropout", 0.1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that writes its checkpoints at once."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(2, user.flags(out, *MORE))
+    return out
+
+
+def slow_job(argv: list[str]) -> tuple[int, dict[str, Any]]:
+    """No shard is written before a step has been done since its save, the last one's apart: a save that waited for the
+    disk would wait for ever. (shards that were written beside training, summary)."""
+    write, after_step, save = shard_writer.write_now, Trainer._after_step, checkpoints.CheckpointWriter.save
+    stepped, beside = threading.Event(), 0
+
+    def slowly(path: Path, content: Any) -> None:
+        nonlocal beside
+        beside += not stepped.is_set()
+        if not stepped.wait(60):
+            raise RunError("training did not go on")
+        write(path, content)
+
+    def counted(writer: checkpoints.CheckpointWriter, state: TrainerState, *args: Any) -> Path:
+        writer.wait()
+        if state.step < LAST_STEP:
+            stepped.clear()
+        return save(writer, state, *args)
+
+    def step(trainer: Trainer) -> None:
+        stepped.set()
+        after_step(trainer)
+
+    shard_writer.write_now, Trainer._after_step = slowly, step  # type: ignore[method-assign]
+    checkpoints.CheckpointWriter.save = counted  # type: ignore[method-assign]
+    summary = job(argv)
+    return beside, summary
+
+
+def test_the_same_checkpoints_while_training_goes_on(user: Playground, whole: Path, tmp_path: Path) -> None:
+    """Merges fall into writes; every checkpoint is as of its own step, and the run is the other one bit for bit."""
+    out = tmp_path / "out"
+    for beside, summary in run_ranks(2, slow_job, user.flags(out, *MORE, "--async_save", "true")):
+        assert beside >= 1, "a shard was written while a step was done"
+        assert summary["steps"] == LAST_STEP
+    assert curve(out) == curve(whole)
+    verdicts = verify(out, user.model)
+    assert [verdict.folder.name for verdict in verdicts] == [f"step-{step:06d}" for step in (2, 4, 6, 7)]
+    assert all(verdict.is_good for verdict in verdicts), [verdict.problems for verdict in verdicts]
+    assert verdicts[-1].is_latest
+    for verdict in verdicts:
+        other = whole / "checkpoints" / verdict.folder.name
+        for name in ("trainer_state.json", "adapter.json", "ledger/ledger.json"):
+            assert (verdict.folder / name).read_bytes() == (other / name).read_bytes(), (verdict.folder, name)
+        for path in sorted(other.rglob("*.safetensors")):
+            one, two = load_file(verdict.folder / path.relative_to(other)), load_file(path)
+            assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one), path
+        assert_same_shards(verdict.folder / "engine", other / "engine")
+
+
+def assert_same_shards(one: Path, other: Path) -> None:
+    first, second = EngineShards.open(one), EngineShards.open(other)
+    assert first.shapes == second.shapes and first.first.counters == second.first.counters
+    for name in first.shapes:
+        assert first.scalars(name) == second.scalars(name)
+        for key in (MASTER, *second.keys(name)):
+            assert torch.equal(first.whole(name, key), second.whole(name, key)), (name, key)
+
+
+def failing_job(argv: list[str], rank: int) -> tuple[str, str]:
+    """The disk of one rank is full from the second checkpoint on."""
+    write, written = shard_writer.write_now, []
+
+    def fail(path: Path, content: Any) -> None:
+        written.append(path)
+        if torch.distributed.get_rank() == rank and "step-000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content)
+
+    shard_writer.write_now = fail
+    kind, message = refused(argv)
+    assert not any("step-000006" in str(path) for path in written), "the next save is the boundary"
+    return kind, message
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_went_wrong_is_told_on_all_ranks_and_the_checkpoint_before_stays(
+    user: Playground, tmp_path: Path, rank: int
+) -> None:
+    out = tmp_path / "out"
+    told = run_ranks(2, failing_job, user.flags(out, *MORE, "--async_save", "true"), rank)
+    assert [kind for kind, _ in told] == ["RunError", "RunError"]
+    assert f"the disk that holds {out / 'checkpoints'} is full" in told[rank][1]
+    assert f"rank {rank} could not write its part of the checkpoint" in told[1 - rank][1]
+    root = out / "checkpoints"
+    assert [folder.name for folder in complete_checkpoints(root)] == ["step-000002"]
+    assert (root / "latest").resolve().name == "step-000002"
+    assert not list(root.glob(".step*")), "half a checkpoint would keep the disk full"
+    assert verify(out)[0].is_good
+
+
+# -- the pieces --------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_shares_nothing_with_what_goes_on() -> None:
+    storage = torch.arange(10.0)
+    held = {"view": storage[2:4], "list": [storage.clone(), {"n": 1}], "group": (1, [2])}
+    copied = on_host(held)
+    storage.zero_()
+    held["list"][1]["n"] = 2
+    held["group"][1].append(3)
+    assert copied["view"].tolist() == [2.0, 3.0] and copied["view"].untyped_storage().nbytes() == 8
+    assert copied["list"][1] == {"n": 1} and copied["group"] == (1, [2])
+
+
+def test_background_work_is_waited_for_and_its_error_raised_once() -> None:
+    background = Background()
+    background.wait()
+    done: list[int] = []
+    background.start(lambda: (time.sleep(0.2), done.append(1))[0], "work")  # type: ignore[func-returns-value]
+    background.wait(0.01)
+    assert not done
+    background.wait()
+    assert done == [1]
+
+
+def failing_work() -> list[str]:
+    def fail() -> None:
+        raise RunError("broken")
+
+    background, told = Background(), []
+    background.start(fail, "work")
+    for _ in range(2):
+        try:
+            background.wait()
+        except RunError as error:
+            told.append(str(error))
+    return told
+
+
+def test_an_error_is_raised_once() -> None:
+    assert run_ranks(1, failing_work) == [["broken"]]

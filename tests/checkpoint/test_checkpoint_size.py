@@ -1,0 +1,103 @@
+"""What a checkpoint weighs: 16 bytes a trained parameter (master, two moments, the adapter file) and little else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+import mora_ds
+from mora_ds.checkpoint.folder import complete_checkpoints
+from mora_ds.checkpoint.writer import _retain as retain
+from mora_ds.files import verify_manifest, write_manifest
+from tests.engine.test_zero import ds_config
+from tests.helpers.gloo import run_ranks
+from tests.helpers.models import causal_loss, tiny_model, tokens
+
+CONSTANT = 60 << 10
+"""Bytes, for two ranks and 19 tensors: random states, layouts, DeepSpeed's config, JSON, the probe's logits."""
+
+
+def sizes(folder: str) -> dict[str, tuple[int, int]]:
+    """Stage and dtype -> (bytes of a checkpoint without its ledger, trained parameters)."""
+    place = Path(folder)
+    if dist.get_rank() == 0:
+        tiny_model("llama").save_pretrained(place / "model")
+    dist.barrier()
+    found = {}
+    for stage in range(4):
+        for dtype in ("float32", "bf16"):
+            model = AutoModelForCausalLM.from_pretrained(place / "model")
+            config = mora_ds.MoRAConfig(rank=64, train_norms=True)
+            report = mora_ds.inject(model, config)
+            more = {} if dtype == "float32" else {"bf16": {"enabled": True}}
+            if stage and more:
+                more["data_types"] = {"grad_accum_dtype": "fp32"}
+            engine, *_ = mora_ds.initialize(model=model, config=ds_config(stage, 2, 1, **more))
+            run = mora_ds.Run(engine, config, place / "model", place / f"{stage}-{dtype}")
+            engine.backward(causal_loss(engine, tokens(2)))
+            engine.step()
+            checkpoint = run.save(1)
+            ledger = checkpoint / "ledger"
+            paths = [path for path in checkpoint.rglob("*") if path.is_file() and ledger not in path.parents]
+            found[f"{stage} {dtype}"] = sum(path.stat().st_size for path in paths), report.trainable_params
+    return found
+
+
+@pytest.mark.gloo
+def test_bytes_a_parameter(tmp_path: Path) -> None:
+    for combination, (nbytes, parameters) in run_ranks(2, sizes, str(tmp_path))[0].items():
+        assert parameters > 27_000, "large against the constant"
+        print(f"{combination}: {nbytes:,} bytes, {nbytes / parameters:.2f} a parameter")
+        assert nbytes <= 16 * parameters + CONSTANT, combination
+        assert nbytes >= 15 * parameters, f"{combination}: something is not saved"
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_at(root: Path, step: int) -> Path:
+    folder = root / f"step-{step:06d}"
+    folder.mkdir(parents=True)
+    (folder / "file").write_text(str(step))
+    write_manifest(folder)
+    return folder
+
+
+def names(root: Path) -> list[int]:
+    return [int(folder.name.removeprefix("step-")) for folder in complete_checkpoints(root)]
+
+
+def test_only_whole_ones_count_and_go(tmp_path: Path) -> None:
+    """Keeping two: those without a manifest, cut short, or of a branch that was left stay as they are, uncounted."""
+    folders = {step: checkpoint_at(tmp_path, step) for step in (1, 2, 3, 4, 5, 6, 9)}
+    (folders[2] / "manifest.json").unlink()
+    (folders[5] / "file").write_text("")
+    retain(tmp_path, 6, 2)
+    assert names(tmp_path) == [2, 4, 5, 6, 9]
+    retain(tmp_path, 6, None)
+    assert names(tmp_path) == [2, 4, 5, 6, 9]
+    retain(tmp_path, 6, 1)
+    assert names(tmp_path) == [2, 5, 6, 9]
+    assert verify_manifest(folders[6]) == [], "the last good one stays"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_deletion_that_is_killed_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2, 3):
+        checkpoint_at(tmp_path, step)
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            (path / "file").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            retain(tmp_path, 3, 1)
+    assert names(tmp_path) == [2, 3]
+    assert all(verify_manifest(folder) == [] for folder in complete_checkpoints(tmp_path))

@@ -1,0 +1,496 @@
+"""The damage matrix: every kind of file cut, flipped in a bit or deleted; found, named, passed over, never trained on.
+
+What `auto` passes over and `latest` refuses is decided without an engine, so most cases only copy a finished run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mora_ds.checkpoint.adapter_files import BaseReference
+from mora_ds.checkpoint.checkpoint_care import settle
+from mora_ds.checkpoint.folder import complete_checkpoints, find_checkpoint
+from mora_ds.data import build_cache, cache, inspection, load_corpus, load_tokenizer
+from mora_ds.deploy.export import export_merged
+from mora_ds.errors import RunError, UserError
+from mora_ds.files import replace_symlink, verify_manifest
+from mora_ds.remora.ledger import Ledger
+from mora_ds.train.trainer import Trainer
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, refused, rows, run
+from tests.helpers.kills import assert_same_outcome, tree
+
+MERGING = (
+    "--max_steps", 6, "--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 2, "--train_norms", "true",
+)  # fmt: skip
+"""Checkpoints 2 (one cycle), 4 and 6 (two); each of the cycles is one file with a name in every checkpoint since."""
+
+
+def command(user: Playground, out: Path, *more: str | int | Path) -> list[str]:
+    return user.flags(out, *MERGING, "--eval_files", f"short={user.other}", *map(str, more))
+
+
+@pytest.fixture(scope="module")
+def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(2, command(user, out))
+    return out
+
+
+@pytest.fixture
+def out(whole: Path, tmp_path: Path) -> Path:
+    """A copy in which files with several names are still one file each."""
+    subprocess.run(["cp", "-a", str(whole), str(tmp_path / "out")], check=True)
+    return tmp_path / "out"
+
+
+# -- ways to harm ----------------------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 2)  # one would be the line break that ends our JSON
+
+
+def flip(path: Path, where: float = 0.5) -> None:
+    with path.open("r+b") as file:
+        file.seek(int(path.stat().st_size * where))
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+HARMS: dict[str, Callable[[Path], None]] = {"cut": cut, "flip": flip, "gone": gone}
+
+KINDS = (
+    "adapter.json", "adapter.safetensors", "base.json", "probe.safetensors", "trainer_state.json", "manifest.json",
+    "rng-00000.safetensors", "rng-00001.safetensors", "ledger/ledger.json", "ledger/cycle-00001.safetensors",
+    "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
+    "engine/layout-00000.json", "engine/layout-00001.json",
+    *(f"engine/zero_pp_rank_{rank}_mp_rank_00_{what}_states.pt" for rank in (0, 1) for what in ("model", "optim")),
+)  # fmt: skip
+
+
+def test_every_file_of_a_checkpoint_has_its_case(whole: Path) -> None:
+    checkpoint = whole / "checkpoints" / "step-000006"
+    files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert files - set(KINDS) == {"ledger/cycle-00000.safetensors"} and not set(KINDS) - files
+
+
+# -- a checkpoint ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_checkpoint_is_passed_over_and_refused(out: Path, kind: str, harm: str) -> None:
+    root = out / "checkpoints"
+    damaged = root / "step-000006" / kind
+    content = damaged.read_bytes()
+    damaged.unlink()  # a file of its own, for cycles of the ledger have several names
+    damaged.write_bytes(content)
+    HARMS[harm](damaged)
+    told: list[str] = []
+    assert find_checkpoint("auto", root, told.append) == root / "step-000004"
+    (line,) = told
+    assert line.startswith(f"skipped {root / 'step-000006'}: ") and str(damaged) in line
+    asked = ["latest", str(root / "step-000006")] if kind != "manifest.json" or harm != "gone" else []
+    for wanted in asked:
+        with pytest.raises(UserError, match="step-000006 is damaged") as caught:
+            find_checkpoint(wanted, root, print)
+        assert str(damaged) in str(caught.value) and "--resume_from_checkpoint auto" in str(caught.value)
+    if asked:
+        with pytest.raises((UserError, RunError)):
+            export_merged(root / "step-000006", out / "merged")
+        assert not (out / "merged").exists()
+
+
+def edit(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = checkpoint / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def lose(checkpoint: Path, name: str) -> None:
+    """From the manifest and from the folder."""
+    (checkpoint / name).unlink()
+    edit(checkpoint, lambda content: content["files"].pop(name))
+
+
+EDITS: dict[str, Callable[[Path], object]] = {
+    "shard in neither": lambda folder: lose(folder, KINDS[-1]),
+    "random state in neither": lambda folder: lose(folder, "rng-00001.safetensors"),
+    "ledger in neither": lambda folder: lose(folder, "ledger/ledger.json"),
+    "nothing listed": lambda folder: edit(folder, lambda content: content["files"].clear()),
+    "no list": lambda folder: edit(folder, lambda content: content.pop("files")),
+    "a list for a mapping": lambda folder: edit(folder, lambda content: content.update(files=[])),
+    "another size": lambda folder: edit(folder, lambda content: content["files"]["base.json"].update(size=1)),
+    "no seal": lambda folder: edit(folder, lambda content: content.pop("seal")),
+    "no object": lambda folder: (folder / "manifest.json").write_text("[]"),
+    "no text": lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe\x00"),
+    "empty": lambda folder: (folder / "manifest.json").write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("change", EDITS)
+def test_a_manifest_that_is_not_the_one_written(out: Path, change: str) -> None:
+    root, told = out / "checkpoints", []  # type: ignore[var-annotated]
+    EDITS[change](root / "step-000006")
+    assert find_checkpoint("auto", root, told.append) == root / "step-000004"
+    assert "manifest.json" in told[0]
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        find_checkpoint("latest", root, print)
+
+
+def test_a_cycle_that_was_damaged_before_it_was_listed(out: Path) -> None:
+    """Manifest and file agree: both are of the damaged cycle. The ledger's own record does not."""
+    from mora_ds.files import write_manifest
+
+    root, told = out / "checkpoints", []  # type: ignore[var-annotated]
+    cycle = root / "step-000006" / "ledger" / "cycle-00001.safetensors"
+    content = cycle.read_bytes()
+    cycle.unlink()
+    cycle.write_bytes(content)
+    flip(cycle, 0.99)
+    write_manifest(root / "step-000006")
+    assert verify_manifest(root / "step-000006") == []
+    assert find_checkpoint("auto", root, told.append) == root / "step-000004"
+    assert str(cycle) in told[0]
+
+
+def test_auto_does_not_begin_afresh_over_damaged_checkpoints(user: Playground, out: Path) -> None:
+    """Both cycles are one file with four names each: a damaged first one leaves nothing to go on from."""
+    root = out / "checkpoints"
+    flip(out / "ledger" / "cycle-00000.safetensors", 0.9)
+    before = tree(out)
+    for kind, message in run_ranks(2, refused, command(user, out, "--resume_from_checkpoint", "auto")):
+        assert kind == "UserError" and f"no checkpoint in {root} is whole" in message
+        assert all(f"step-00000{step}/ledger/cycle-00000.safetensors" in message for step in (2, 4, 6))
+    assert tree(out) == before
+
+
+@pytest.mark.gloo
+def test_auto_goes_back_to_before_a_damaged_cycle(user: Playground, whole: Path, out: Path) -> None:
+    """The run's own ledger, two checkpoints and their cycle share the damage; the run is the same in the end."""
+    flip(out / "ledger" / "cycle-00001.safetensors", 0.9)
+    told: list[str] = []
+    assert find_checkpoint("auto", out / "checkpoints", told.append) == out / "checkpoints" / "step-000002"
+    assert len(told) == 2
+    run(2, command(user, out, "--resume_from_checkpoint", "auto"))
+    assert_same_outcome(out, whole)
+
+
+# -- latest ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [None, "step-000099", "../elsewhere/step-000008", "../elsewhere"])
+def test_latest_that_leads_nowhere_or_elsewhere(out: Path, target: str | None) -> None:
+    root = out / "checkpoints"
+    shutil.copytree(root / "step-000006", out / "elsewhere" / "step-000008")
+    (root / "latest").unlink()
+    if target is not None:
+        (root / "latest").symlink_to(target)
+    assert find_checkpoint("auto", root, print) == root / "step-000006"
+    with pytest.raises(UserError, match="--resume_from_checkpoint latest: "):
+        find_checkpoint("latest", root, print)
+
+
+def test_a_checkpoint_that_was_moved_aside_comes_back(out: Path) -> None:
+    """Killed between the two renames that replace a checkpoint by one of the same step: it may be the only one."""
+    root = out / "checkpoints"
+    for step in (2, 4):
+        shutil.rmtree(root / f"step-00000{step}")
+    (root / "step-000006").rename(root / ".step-000006.old.writing")
+    shutil.copytree(root / ".step-000006.old.writing", root / ".step-000006.writing")
+    (root / ".step-000002.gone.writing").mkdir()
+    settle(root)
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step-000006"]
+    assert find_checkpoint("auto", root, print) == root / "step-000006"
+
+
+# -- the run's ledger ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("kind", ["ledger.json", "cycle-00000.safetensors"])
+def test_a_resume_takes_the_checkpoints_ledger(out: Path, kind: str, harm: str) -> None:
+    damaged, latest = out / "ledger" / kind, (out / "checkpoints" / "latest").resolve()
+    content = damaged.read_bytes()
+    damaged.unlink()
+    damaged.write_bytes(content)
+    HARMS[harm](damaged)
+    fingerprint = BaseReference.read(latest).fingerprint
+    with pytest.raises(UserError, match=str(out / "ledger")):
+        Ledger.open(out / "ledger", fingerprint)
+    Ledger.open(latest / "ledger", fingerprint).copy_to(out / "ledger")
+    assert Ledger.open(out / "ledger", fingerprint).cycles == 2
+    assert verify_manifest(latest) == []
+
+
+def harmed_job(argv: list[str], harm: str) -> tuple[str, str]:
+    """A run whose first cycle is damaged after step 3. For `run_ranks`."""
+    after_step = Trainer._after_step
+
+    def patched(trainer: Trainer) -> None:
+        if trainer.state.step == 3:
+            HARMS[harm](Path(argv[argv.index("--output_dir") + 1]) / "ledger" / "cycle-00000.safetensors")
+        after_step(trainer)
+
+    Trainer._after_step = patched  # type: ignore[method-assign]  # in this forked rank alone
+    return refused(argv)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_ledger_that_is_damaged_while_the_run_goes_on(user: Playground, tmp_path: Path, harm: str) -> None:
+    """A low bit of one number: the merge's probe does not see it, the next checkpoint does, and is not written."""
+    out = tmp_path / "out"
+    kind, message = run_ranks(1, harmed_job, command(user, out), harm)[0]
+    assert kind in ("RunError", "UserError") and "cycle-00000.safetensors" in message
+    assert [path.name for path in complete_checkpoints(out / "checkpoints")] == ["step-000002"]
+    assert not list((out / "checkpoints").glob(".*"))
+
+
+# -- metrics ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gloo
+def test_a_damaged_row_of_metrics_costs_that_row_alone(user: Playground, whole: Path, out: Path) -> None:
+    lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines[2] = b"\xff" + lines[2][1:]
+    (out / "metrics.jsonl").write_bytes(b"".join([*lines, b"7\n", b'{"step":']))
+    run(2, command(user, out, "--resume_from_checkpoint", "auto"))
+    wanted = rows(whole)
+    assert rows(out) == wanted[:2] + wanted[3:]
+
+
+# -- the token cache -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tokens(user: Playground, tmp_path: Path) -> Iterator[tuple[Callable[[], Any], list[str]]]:
+    """(builds or opens a cache, what it says)"""
+    tokenizer, told = load_tokenizer(user.model), []  # type: ignore[var-annotated]
+    yield lambda: build_cache(load_corpus([str(user.train)]), tokenizer, tmp_path / "cache", say=told.append), told
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "meta.json"])
+def test_a_damaged_cache_is_named_and_built_anew(tokens: Any, name: str, harm: str) -> None:
+    build, told = tokens
+    built = build()
+    contents = tree(built.folder)
+    for where in (0.02, 0.4, 0.97) if harm == "flip" else (0.0,):
+        flip(built.folder / name, where) if harm == "flip" else HARMS[harm](built.folder / name)
+        assert build().folder == built.folder and tree(built.folder) == contents
+    assert told and all(f"the token cache {built.folder} is damaged" in line for line in told)
+    told.clear()
+    assert build().folder == built.folder and not told
+
+
+def test_a_large_cache_is_read_through_once_it_was_written_to(tokens: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, told = tokens
+    built = build()
+    read: list[Path] = []
+    monkeypatch.setattr(cache, "READ_THROUGH_BYTES", 0)
+    monkeypatch.setattr(cache, "sha256_file", lambda path: read.append(path) or "not that")
+    build()
+    assert not read and not told
+    monkeypatch.undo()
+    monkeypatch.setattr(cache, "READ_THROUGH_BYTES", 0)
+    flip(built.folder / "tokens.bin")
+    build()
+    assert len(told) == 1 and "tokens.bin is not what was written" in told[0]
+
+
+@pytest.mark.parametrize("where", [0.1, 0.3, 0.6, 0.9])
+def test_a_damaged_entry_of_the_index_is_not_believed(tokens: Any, where: float) -> None:
+    """It would name another cache, and with it another run."""
+    build, _ = tokens
+    built = build()
+    (entry,) = (built.folder.parent / "index").iterdir()
+    content = entry.read_text()
+    flip(entry, where)
+    assert inspection._recall(entry) is None
+    assert build().folder == built.folder and entry.read_text() == content
+
+
+# -- the base --------------------------------------------------------------------------------------------------------
+
+
+def another_rope(path: Path) -> None:
+    """Valid JSON, the same weights, another model."""
+    content = json.loads(path.read_text())
+    content["rope_parameters"]["rope_theta"] += 1
+    path.write_text(json.dumps(content))
+
+
+def more_text(path: Path) -> None:
+    content = json.loads(path.read_text())
+    content["transformers_version"] = "5.99.0"
+    path.write_text(json.dumps(content))
+
+
+BASES: list[tuple[str, Callable[[Path], None], str]] = [
+    ("model.safetensors", cut, "model.safetensors"),
+    ("model.safetensors", flip, "weights of --model_name_or_path"),
+    ("model.safetensors", gone, "--model_name_or_path"),
+    ("config.json", cut, "config.json"),
+    ("config.json", another_rope, "config.json of --model_name_or_path"),
+    ("config.json", gone, "config.json"),
+    ("tokenizer.json", cut, "--model_name_or_path"),
+    ("tokenizer.json", gone, "--model_name_or_path"),
+]
+
+
+def refused_each(cases: list[list[str]]) -> list[tuple[str, str]]:
+    return [refused(argv) for argv in cases]
+
+
+@pytest.mark.gloo
+def test_a_damaged_base_is_not_trained_on(user: Playground, out: Path, tmp_path: Path) -> None:
+    cases = []
+    for index, (name, harm, _) in enumerate(BASES):
+        folder = Path(shutil.copytree(user.model, tmp_path / f"base-{index}"))
+        harm(folder / name)
+        cases.append(command(user, out, "--resume_from_checkpoint", "auto", "--model_name_or_path", folder))
+    before = tree(out)
+    for results in run_ranks(2, refused_each, cases):
+        for (kind, message), (name, harm, words) in zip(results, BASES, strict=True):
+            assert kind == "UserError" and words in message, (name, harm.__name__, message)
+    assert tree(out) == before
+    same = Path(shutil.copytree(user.model, tmp_path / "elsewhere"))
+    more_text(same / "config.json")
+    run(2, command(user, out, "--resume_from_checkpoint", "auto", "--model_name_or_path", same))
+
+
+# -- disks -----------------------------------------------------------------------------------------------------------
+
+
+def mounted(place: Path, *options: str) -> None:
+    done = subprocess.run(["mount", *options, str(place)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting needs root")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted(place, "-t", "tmpfs", "-o", "size=256k", "tmpfs")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture
+def read_only() -> Iterator[Callable[[Path], None]]:
+    places: list[Path] = []
+
+    def freeze(folder: Path) -> None:
+        mounted(folder, "--bind", str(folder))
+        places.append(folder)
+        mounted(folder, "-o", "remount,bind,ro")
+
+    yield freeze
+    for place in reversed(places):
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(disk: Path, leave: int) -> None:
+    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - leave))
+
+
+def test_a_cache_on_a_full_disk(user: Playground, disk: Path) -> None:
+    fill(disk, 16_384)
+    with pytest.raises((RunError, UserError), match=f"{disk}"):
+        build_cache(load_corpus([str(user.train)]), load_tokenizer(user.model), disk / "cache")
+    assert not list((disk / "cache").glob("*partial*"))
+
+
+def test_a_cycle_on_a_full_disk(out: Path, disk: Path) -> None:
+    book = Ledger.open(out / "ledger").copy_to(disk / "ledger")
+    fill(disk, 4_096)
+    squares = {name: book.square(1, name) for name in book.layers(1)}
+    before = tree(disk / "ledger")
+    with pytest.raises(RunError, match=f"{disk / 'ledger'} is full"):
+        book.append(9, book.layers(1), squares.items())
+    assert tree(disk / "ledger") == before and Ledger.open(disk / "ledger").cycles == book.cycles == 2
+
+
+def test_an_export_onto_a_full_disk_leaves_the_old_one(whole: Path, disk: Path) -> None:
+    export_merged(whole, disk / "merged")
+    before = tree(disk)
+    with pytest.raises(RunError, match="full"):
+        export_merged(whole, disk / "merged", overwrite=True)
+    assert tree(disk) == before
+
+
+@pytest.mark.gloo
+def test_an_output_folder_that_cannot_be_written_to(
+    user: Playground, out: Path, read_only: Callable[[Path], None]
+) -> None:
+    (out / "checkpoints" / ".step-000008.writing").mkdir()
+    before = tree(out)
+    read_only(out)
+    for more in (("--resume_from_checkpoint", "auto"), ("--overwrite_output_dir", "true"), ()):
+        kind, message = run_ranks(1, refused, command(user, out, *more))[0]
+        assert kind == "UserError" and f"--output_dir {out} cannot be written to" in message
+    assert tree(out) == before
+
+
+def frozen_job(argv: list[str], folder: str) -> tuple[str, str]:
+    """A run during which the file system of a folder becomes read-only, after step 3. For `run_ranks`."""
+    after_step = Trainer._after_step
+
+    def patched(trainer: Trainer) -> None:
+        if trainer.state.step == 3:
+            subprocess.run(["mount", "--bind", folder, folder], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        after_step(trainer)
+
+    Trainer._after_step = patched  # type: ignore[method-assign]  # in this forked rank alone
+    return refused(argv)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", ["checkpoints", "ledger"])
+def test_a_folder_that_becomes_read_only(
+    user: Playground, whole: Path, tmp_path: Path, read_only: Callable[[Path], None], name: str
+) -> None:
+    out, probe = tmp_path / "out", tmp_path / "probe"
+    probe.mkdir()
+    read_only(probe)  # skips where mounting is not allowed
+    argv = command(user, out)
+    kind, message = run_ranks(1, frozen_job, argv, str(out / name))[0]
+    subprocess.run(["umount", "-l", str(out / name)], check=True)
+    assert kind == "RunError" and f"writing to {out / name} failed" in message and "Read-only" in message
+    assert find_checkpoint("latest", out / "checkpoints", print) == out / "checkpoints" / "step-000002"
+    assert run(1, [*argv, "--resume_from_checkpoint", "auto"])["steps"] == 6
+
+
+@pytest.mark.gloo
+def test_a_shared_cache_may_be_read_only(user: Playground, tmp_path: Path, read_only: Callable[[Path], None]) -> None:
+    run(1, command(user, tmp_path / "first", "--cache_dir", tmp_path / "cache", "--max_steps", 3))
+    read_only(tmp_path / "cache")
+    run(1, command(user, tmp_path / "second", "--cache_dir", tmp_path / "cache", "--max_steps", 3))
+    more = ("--cache_dir", tmp_path / "cache", "--train_files", user.held)
+    kind, message = run_ranks(1, refused, command(user, tmp_path / "third", *more))[0]
+    assert kind == "UserError" and f"--cache_dir {tmp_path / 'cache'} cannot be written to" in message
+
+
+def test_replacing_a_link_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / ".latest.partial").symlink_to("step-000001")
+    replace_symlink(tmp_path / "latest", "step-000002")
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]

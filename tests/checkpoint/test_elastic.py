@@ -1,0 +1,412 @@
+"""A checkpoint saved by two ranks goes on at one, three, four and two, under any ZeRO stage, with nothing lost."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_optimizer_state
+
+from mora_ds.checkpoint.adapter_files import BaseReference
+from mora_ds.checkpoint.verify import verify
+from mora_ds.deploy.export import export_merged
+from mora_ds.engine import shard_writer, zero
+from mora_ds.engine.shard_layout import scaler_of
+from mora_ds.engine.shard_reader import _STAND_INS, MASTER, EngineShards, Layout, layout_path
+from mora_ds.errors import UserError
+from mora_ds.train.trainer import Trainer
+from tests.engine.test_zero_contract import COMBINATIONS, new_engine, one_step
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import REPOSITORY, Playground, job, losses, rows, run
+
+pytestmark = pytest.mark.gloo
+
+Combination = tuple[int, str]
+MOMENTS = ["exp_avg", "exp_avg_sq"]
+
+
+def save(engine: Any, folder: Path) -> None:
+    layout = shard_writer.save_shards(engine, folder, "engine")
+    shard_writer.write_layout(folder / "engine", layout)
+    dist.barrier()
+
+
+def trained(combination: Combination) -> Any:
+    """An engine after three steps, its second parameter's state as old as its last merge."""
+    engine = new_engine(*combination)
+    for number in range(3):
+        one_step(engine)
+        if number == 0:
+            zero.reset_group(engine, 1, [engine.module.second], lambda key, value: value.zero_())
+    return engine
+
+
+def live(engine: Any) -> dict[str, torch.Tensor]:
+    """Masters as the engine gathers them itself, and the parameters that forward reads."""
+    model = engine.module
+    found = {}
+    for name, parameter in model.named_parameters():
+        found[f"{name}.{MASTER}"] = zero.full_fp32(engine, parameter).clone()
+        if hasattr(parameter, "ds_tensor"):
+            parameter.all_gather()
+            found[f"{name}.copy"] = parameter.data.clone()
+            parameter.partition()
+        else:
+            found[f"{name}.copy"] = parameter.data.clone()
+    return found
+
+
+def whole(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything that the shards in a folder hold, put together."""
+    shards = EngineShards.open(folder / "engine")
+    assert set(shards.shapes) == {"first", "second"}
+    found = {}
+    for name in shards.shapes:
+        assert shards.keys(name) == MOMENTS
+        for key in (MASTER, *MOMENTS):
+            found[f"{name}.{key}"] = shards.whole(name, key).clone()
+        (step,) = shards.scalars(name).values()
+        found[f"{name}.step"] = torch.as_tensor(step).double()
+    return found
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], where: object) -> None:
+    assert one.keys() == other.keys(), where
+    for name in one:
+        assert torch.equal(one[name], other[name]), (name, where)
+
+
+def place(root: str, combination: Combination) -> Path:
+    return Path(root) / f"{combination[0]}-{combination[1]}"
+
+
+def save_all(root: str) -> dict[Combination, Any]:
+    found = {}
+    for combination in COMBINATIONS:
+        engine = trained(combination)
+        save(engine, place(root, combination))
+        found[combination] = {**live(engine), "scale": scale_of(engine), "next": next_loss(engine)}
+    return found
+
+
+def scale_of(engine: Any) -> Any:
+    return {name: getattr(scaler_of(engine), name, None) for name in shard_writer.SCALER}
+
+
+def next_loss(engine: Any) -> float:
+    one_step(engine)
+    return engine(torch.ones(2, 5, dtype=engine.module.first.dtype)).item()
+
+
+def restored(combination: Combination, folder: Path) -> Any:
+    engine = new_engine(*combination)
+    shard_writer.restore(engine, EngineShards.open(folder / "engine"))
+    assert engine.global_steps == 3
+    return engine
+
+
+def restore_all(root: str, target: str, pairs: list[tuple[Combination, Combination]]) -> list[Any]:
+    """Each of `pairs`: a checkpoint of the first combination into an engine of the second, saved anew."""
+    found = []
+    for saved, now in pairs:
+        engine = restored(now, place(root, saved))
+        facts = {**live(engine), "scale": scale_of(engine)}
+        save(engine, place(target, saved) / str(now))
+        found.append({**facts, "next": next_loss(engine)})
+    return found
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[Combination, Any]]:
+    root = str(tmp_path_factory.mktemp("saved"))
+    return root, run_ranks(2, save_all, root)[0]
+
+
+SAME = [(combination, combination) for combination in COMBINATIONS]
+CROSS = [
+    ((one, dtype), (other, dtype)) for dtype in ("float32", "bfloat16") for one, other in permutations(range(4), 2)
+]
+
+
+@pytest.mark.parametrize(
+    ("world", "pairs"),
+    [(1, SAME), (2, SAME), (4, SAME), pytest.param(3, [*SAME, *CROSS], marks=pytest.mark.heavy)],
+    ids=["1", "2", "4", "3 and any stage"],
+)
+def test_masters_moments_and_counts_are_the_same_to_the_bit(
+    saved: tuple[str, dict[Combination, Any]], tmp_path: Path, world: int, pairs: list[tuple[Combination, Combination]]
+) -> None:
+    root, expected = saved
+    for rank in run_ranks(world, restore_all, root, str(tmp_path), pairs):
+        for (before, after), found in zip(pairs, rank, strict=True):
+            wanted = expected[before]
+            tensors = [name for name in wanted if name not in ("scale", "next")]
+            assert_equal({n: found[n] for n in tensors}, {n: wanted[n] for n in tensors}, (before, after))
+            assert found["next"] == pytest.approx(wanted["next"], rel=1e-5 if before[1] == "float32" else 2e-2)
+            if before[0] == after[0]:
+                assert found["scale"] == wanted["scale"]
+                assert world != 2 or found["next"] == wanted["next"], "the same number of ranks: bit for bit"
+    for before, after in pairs:
+        assert_equal(whole(place(str(tmp_path), before) / str(after)), whole(place(root, before)), (before, after))
+
+
+def test_steps_and_what_a_shard_holds(saved: tuple[str, dict[Combination, Any]]) -> None:
+    """`whole` is not compared with itself alone: its masters are the engine's, its state is what the run must have."""
+    root, expected = saved
+    for combination in COMBINATIONS:
+        found = whole(place(root, combination))
+        for name in ("first", "second"):
+            assert torch.equal(found[f"{name}.{MASTER}"], expected[combination][f"{name}.{MASTER}"]), combination
+            assert all(found[f"{name}.{key}"].abs().min() > 0 for key in MOMENTS), combination
+        assert (found["first.step"].item(), found["second.step"].item()) in ((3, 2), (4, 2)), combination
+        layout = Layout.read(place(root, combination) / "engine", 0)
+        assert (layout.world_size, layout.stage) == (2, combination[0])
+        assert layout.writers == (2 if combination[0] else 1)
+
+
+def deepspeeds_own_state() -> list[str]:
+    """After a restore DeepSpeed's public getters find the state: it is linked, not only stored."""
+    wrong = []
+    for stage in (1, 2, 3):
+        engine = trained((stage, "bfloat16"))
+        folder = Path("linked") / str(stage)
+        save(engine, folder)
+        before = safe_get_full_optimizer_state(engine.module.first, "exp_avg").clone()
+        again = restored((stage, "bfloat16"), folder)
+        one_step(again)
+        one_step(engine)
+        after = [safe_get_full_optimizer_state(e.module.first, "exp_avg") for e in (engine, again)]
+        if not torch.equal(*after) or torch.equal(before, after[0]):
+            wrong.append(f"stage {stage}")
+    return wrong
+
+
+def test_deepspeed_finds_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_ranks(2, in_folder, str(tmp_path), deepspeeds_own_state) == [[], []]
+
+
+def in_folder(folder: str, work: Any) -> Any:
+    import os
+
+    os.chdir(folder)
+    return work()
+
+
+def by_deepspeed(folder: str) -> list[bool]:
+    """The path for a state on NVMe, without NVMe: DeepSpeed's own load, its files read as plain data."""
+    same = []
+    for combination in ((1, "float32"), (3, "float16")):
+        engine = trained(combination)
+        place_ = Path(folder) / str(combination[0])
+        layout = shard_writer.save_shards(engine, place_, "engine")
+        shard_writer.write_layout(place_ / "engine", replace(layout, flats=[], swapped=True))
+        dist.barrier()
+        again = restored(combination, place_)
+        ours, theirs = zero.full_fp32(engine, engine.module.first), zero.full_fp32(again, again.module.first)
+        same.append(torch.equal(ours, theirs) and scale_of(engine) == scale_of(again))
+    return same
+
+
+def at_another_size(folder: str) -> str:
+    try:
+        restored((3, "float16"), Path(folder) / "3")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_what_only_deepspeed_can_load_is_loaded_as_plain_data(tmp_path: Path) -> None:
+    assert run_ranks(2, by_deepspeed, str(tmp_path)) == [[True, True]] * 2
+    assert "at the number of ranks that saved it, 2, only" in run_ranks(1, at_another_size, str(tmp_path))[0]
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_damaged_and_foreign_shards_are_told(saved: tuple[str, dict[Combination, Any]], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(place(saved[0], (3, "float32")) / "engine", tmp_path / "engine"))
+    layout = Layout.read(folder, 1)
+    layout_path(folder, 1).unlink()
+    with pytest.raises(UserError, match=r"layout-00001\.json is missing"):
+        EngineShards.open(folder)
+    layout.flats[0].clear()
+    shard_writer.write_layout(folder, layout)
+    with pytest.raises(UserError, match="do not hold all of first"):
+        EngineShards.open(folder)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (print, ("executed",))
+
+
+def test_nothing_in_a_shard_is_executed(
+    saved: tuple[str, dict[Combination, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(place(saved[0], (3, "float32")) / "engine", tmp_path / "engine"))
+    shards = EngineShards.open(folder)
+    torch.save({"optimizer_state_dict": Evil()}, shards.files[0])
+    with pytest.raises(UserError, match="cannot be read as plain data"):
+        EngineShards.open(folder).whole("first", MASTER)
+    assert "executed" not in capfd.readouterr().out
+
+
+def test_the_stand_ins_are_all_that_deepspeed_pickles(saved: tuple[str, dict[Combination, Any]]) -> None:
+    allowed = {name for _, name in _STAND_INS}
+    found: set[str] = set()
+    for path in Path(saved[0]).rglob("*.pt"):
+        found |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    assert found == allowed, "shards._STAND_INS: DeepSpeed pickles other classes now"
+
+
+def refused_by_model(folder: str) -> str:
+    engine = new_engine(3, "float32")
+    engine.module.second.ds_shape = torch.Size((9,))
+    try:
+        shard_writer.restore(engine, EngineShards.open(Path(folder)))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_shards_of_another_model_are_refused(saved: tuple[str, dict[Combination, Any]]) -> None:
+    (message,) = run_ranks(1, refused_by_model, str(place(saved[0], (3, "float32")) / "engine"))
+    assert "in 1 parameters, e.g. second: (7,) there, (9,) here" in message
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+ROWS = 12
+"""Sequences a step: shared evenly by 1, 2, 3 and 4 ranks."""
+RUN = ("--max_steps", 8, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--train_norms", "true")
+
+
+def flags(user: Playground, out: Path, world: int, *more: Any) -> list[str]:
+    return user.flags(out, *RUN, "--per_device_train_batch_size", ROWS // world, *more)
+
+
+def watched(argv: list[str], last: int) -> list[tuple[int, int, torch.Tensor]]:
+    """Runs up to optimizer step `last`; (step, first global row, token ids) of every training batch of this rank."""
+    seen: list[tuple[int, int, torch.Tensor]] = []
+    micro_batch, after_step = Trainer._micro_batch, Trainer._after_step
+
+    def watch(trainer: Trainer, index: int) -> dict[str, torch.Tensor]:
+        batch = micro_batch(trainer, index)
+        first = (index * trainer.share.world + trainer.share.rank) * trainer.settings.micro_batch_size
+        seen.append((trainer.state.step, first, batch["input_ids"].clone()))
+        return batch
+
+    def stop(trainer: Trainer) -> None:
+        after_step(trainer)
+        if trainer.state.step == last:
+            raise KeyboardInterrupt
+
+    Trainer._micro_batch, Trainer._after_step = watch, stop  # type: ignore[method-assign]
+    try:
+        job(argv)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        Trainer._micro_batch, Trainer._after_step = micro_batch, after_step  # type: ignore[method-assign]
+    return seen
+
+
+def in_order(ranks: list[list[tuple[int, int, torch.Tensor]]]) -> dict[int, torch.Tensor]:
+    """Step -> (ROWS, T) token ids of the global batch."""
+    steps: dict[int, dict[int, torch.Tensor]] = {}
+    for rank in ranks:
+        for step, first, ids in rank:
+            steps.setdefault(step, {})[first] = ids
+    return {step: torch.cat([batches[first] for first in sorted(batches)]) for step, batches in steps.items()}
+
+
+@pytest.fixture(scope="module")
+def two(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, torch.Tensor]]:
+    """The undisturbed run of two ranks, and its batches."""
+    out = tmp_path_factory.mktemp("two") / "out"
+    return out, in_order(run_ranks(2, watched, flags(user, out, 2), -1))
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 3), (3, 3), (4, 2)])
+def test_a_run_goes_on_at_another_size_and_back(
+    user: Playground, two: tuple[Path, dict[int, torch.Tensor]], tmp_path: Path, world: int, stage: int
+) -> None:
+    """Steps 1 to 4 at two ranks (merge after 3), 5 and 6 at another number (merge after 6), 7 and 8 at two again."""
+    reference, batches = two
+    out = Path(shutil.copytree(reference, tmp_path / "out", symlinks=True))
+    resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000004")
+    other = ("--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json")
+    middle = in_order(run_ranks(world, watched, flags(user, out, world, *resume, *other), 6))
+    last = in_order(run_ranks(2, watched, flags(user, out, 2, "--resume_from_checkpoint", "auto"), -1))
+    assert set(middle) >= {4, 5} and set(last) >= {6, 7}  # and the batch that a save looks ahead at
+    for step, ids in {**middle, **last}.items():
+        assert ids.shape[0] == ROWS and torch.equal(ids, batches[step]), f"the batch of step {step}"
+    torch.testing.assert_close(losses(out), losses(reference), rtol=0, atol=1e-5)
+    assert [row["step"] for row in rows(out) if "merge" in row] == [3, 6]
+    for step in (6, 8):  # saved by the other number of ranks, and by two again
+        report = export_merged(out / "checkpoints" / f"step-{step:06d}", tmp_path / f"merged-{step}", verify=True)
+        assert report.comparison is not None and report.cycles == 2
+        (verdict,) = verify(out / "checkpoints" / f"step-{step:06d}", user.model)
+        assert verdict.is_good, verdict.problems
+
+
+def test_the_base_may_lie_elsewhere(
+    user: Playground, two: tuple[Path, dict[int, torch.Tensor]], tmp_path: Path
+) -> None:
+    """Another path, the same fingerprint: the run goes on, and its checkpoints name the new place."""
+    reference, _ = two
+    out = Path(shutil.copytree(reference, tmp_path / "out", symlinks=True))
+    moved = Path(shutil.copytree(user.model, tmp_path / "elsewhere" / "model"))
+    resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000004", "--model_name_or_path", moved)
+    run(2, flags(user, out, 2, *resume))
+    assert torch.equal(losses(out), losses(reference))
+    assert BaseReference.read(out / "checkpoints" / "step-000008").folder == str(moved.resolve())
+
+
+def test_dropout_draws_masks_for_ranks_without_a_saved_state(user: Playground, tmp_path: Path) -> None:
+    """Saved by one rank, resumed at two: the same losses each time, with other masks than one rank draws."""
+    first = tmp_path / "first"
+    more = ("--mora_dropout", 0.5, "--max_steps", 4, "--merge_every", 0)
+    run(1, flags(user, first, 1, *more))
+    resumed = []
+    for name in ("a", "b"):
+        out = Path(shutil.copytree(first, tmp_path / name, symlinks=True))
+        resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000002")
+        run(2, flags(user, out, 2, *more, *resume))
+        resumed.append(losses(out))
+    assert torch.equal(*resumed)
+    assert (resumed[0][2:] - losses(first)[2:]).abs().max() > 0
+
+
+MUON = ("--optimizer", "muon", "--muon_learning_rate", 0.02)
+
+
+@pytest.fixture(scope="module")
+def muon(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run of two ranks under ZeRO-3; steps 4 and 8 are inside a cycle, with a momentum to lose."""
+    out = tmp_path_factory.mktemp("muon") / "out"
+    run(2, flags(user, out, 2, *MUON))
+    return out
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 3), (3, 2), (2, 1)])
+def test_muons_momentum_goes_on_at_another_size_and_stage(
+    user: Playground, muon: Path, tmp_path: Path, world: int, stage: int
+) -> None:
+    out = Path(shutil.copytree(muon, tmp_path / "out", symlinks=True))
+    resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000004")
+    other = ("--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json")
+    run(world, flags(user, out, world, *MUON, *resume, *other))
+    torch.testing.assert_close(losses(out), losses(muon), rtol=0, atol=1e-5)
+    (verdict,) = verify(out / "checkpoints" / "step-000008", user.model)
+    assert verdict.is_good, verdict.problems
+    back = ("--resume_from_checkpoint", out / "checkpoints" / "step-000006")  # saved as it was resumed
+    run(2, flags(user, out, 2, *MUON, *back))
+    torch.testing.assert_close(losses(out), losses(muon), rtol=0, atol=1e-5)

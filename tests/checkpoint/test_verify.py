@@ -1,0 +1,177 @@
+"""tools/verify_checkpoint.py: a good run is good, and whatever is damaged is named, manifest or not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mora_ds.checkpoint.verify import verify
+from mora_ds.errors import UserError
+from mora_ds.files import replace_symlink, write_manifest
+from tests.helpers.jobs import REPOSITORY, Playground, run
+
+pytestmark = pytest.mark.gloo
+
+
+@pytest.fixture(scope="module")
+def out(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks with a merge and two checkpoints."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    more = ("--max_steps", 4, "--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 2)
+    run(2, user.flags(folder, *more, "--train_norms", "true"))
+    return folder
+
+
+@pytest.fixture
+def checkpoint(out: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree((out / "checkpoints" / "latest").resolve(), tmp_path / "step-000004"))
+
+
+def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, str(REPOSITORY / "tools" / "verify_checkpoint.py"), *map(str, arguments)]
+    return subprocess.run(program, capture_output=True, text=True, check=False)
+
+
+def wrong(folder: Path, **options: Any) -> str:
+    (verdict,) = verify(folder, **options)
+    assert not verdict.is_good
+    return "\n".join(verdict.problems)
+
+
+def test_a_good_run(user: Playground, out: Path) -> None:
+    first, second = verify(out, user.model)
+    assert first.is_good and second.is_good and (first.is_latest, second.is_latest) == (False, True)
+    text = "\n".join(second.lines())
+    for part in (
+        "step-000004: good, latest", "as the manifest says", "state: step 4, 512 tokens, 1 merge(s), 2 rank(s)",
+        "2 file(s) of 2 rank(s), ZeRO 3, 19 tensors (exp_avg, exp_avg_sq, master)", "14 layers, cycle 1, 5 other",
+        "ledger: 1 cycle(s)", "19 live tensor(s) equal their masters", "has the recorded fingerprint",
+    ):  # fmt: skip
+        assert part in text, text
+    assert [verdict.folder for verdict in verify(out / "checkpoints")] == [first.folder, second.folder]
+    assert verify(out / "checkpoints" / "latest")[0].folder == second.folder.resolve()
+
+
+def test_exit_codes_and_what_is_printed(out: Path, checkpoint: Path, tmp_path: Path) -> None:
+    done = tool(out)
+    assert done.returncode == 0 and done.stdout.count(": good") == 2, done.stderr
+    (checkpoint / "trainer_state.json").write_text("{}")
+    done = tool(checkpoint)
+    assert done.returncode == 1 and "wrong: " in done.stdout and "trainer_state.json has 2 bytes" in done.stdout
+    assert "error: 1 of 1 checkpoint(s) damaged: step-000004" in done.stderr
+    done = tool(tmp_path / "nothing")
+    assert done.returncode == 2 and "neither a checkpoint nor" in done.stderr
+
+
+def test_every_file_is_watched(checkpoint: Path) -> None:
+    """One byte changed, the last one cut off, the file gone: each is told, by name, whatever the file."""
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != "manifest.json")
+    assert len(paths) > 15
+    for path in paths:
+        content = path.read_bytes()
+        middle = len(content) // 2
+        for damaged in (content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :], content[:-1], None):
+            path.unlink()  # the ledger's files are links
+            if damaged is not None:
+                path.write_bytes(damaged)
+            assert str(path) in wrong(checkpoint), path
+        path.write_bytes(content)
+    (verdict,) = verify(checkpoint)
+    assert verdict.is_good, verdict.problems
+
+
+def test_without_a_manifest_the_rest_is_still_looked_at(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").write_text("[]")
+    (checkpoint / "engine" / "layout-00001.json").unlink()
+    text = wrong(checkpoint)
+    assert "manifest.json is damaged" in text and "layout-00001.json is missing" in text
+
+
+# -- what hashes do not tell: somebody, or a fault of ours, wrote it like that -----------------------------------------
+
+
+def changed_json(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return apply
+
+
+def changed_tensor(folder: Path, value: float) -> None:
+    path = folder / "adapter.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] = value
+    save_file(tensors, path)
+
+
+def changed_shard(folder: Path, change: Callable[[Any], None]) -> None:
+    path = next((folder / "engine").glob("*pp_rank_1*optim_states.pt"))
+    content = torch.load(path, weights_only=False)  # written by this test's own run
+    change(content["optimizer_state_dict"])
+    torch.save(content, path)
+
+
+def poison(state: Any) -> None:
+    state["optimizer_state_dict"]["state"][0]["exp_avg"][3] = float("nan")
+
+
+def shorten(state: Any) -> None:
+    state["fp32_flat_groups"][0] = state["fp32_flat_groups"][0][:-40].clone()
+
+
+def count_on(state: Any) -> None:
+    state["optimizer_state_dict"]["state"][0]["step"] += 1
+
+
+DEEPER: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("the step", changed_json("trainer_state.json", lambda state: state.update(step=5)), "is of step 5, its folder of"),
+    ("the ranks", changed_json("trainer_state.json", lambda state: state.update(world_size=3)), "rng-00002"),
+    ("a key", changed_json("trainer_state.json", lambda state: state.update(x=1)), "is damaged"),
+    ("a merge", changed_json("trainer_state.json", lambda state: state["merges"].clear()), "knows of 0 merge"),
+    ("the cycle", changed_json("adapter.json", lambda adapter: adapter.update(cycle=0)), "was written in cycle 0"),
+    ("the chain", changed_json("ledger/ledger.json", lambda ledger: ledger["cycles"][0].update(chain="0")), "chain of"),
+    ("the base", changed_json("base.json", lambda base: base.update(fingerprint="0")), "belongs to another base"),
+    ("a number", lambda folder: changed_tensor(folder, 7.0), "is not what the shards hold"),
+    ("no number", lambda folder: changed_tensor(folder, float("inf")), "is not finite"),
+    ("a moment", lambda folder: changed_shard(folder, poison), "exp_avg of"),
+    ("a short shard", lambda folder: changed_shard(folder, shorten), "is incomplete"),
+    ("a count", lambda folder: changed_shard(folder, count_on), "another rank's shard"),
+    ("a part", changed_json("engine/layout-00001.json", lambda layout: layout["flats"][0].pop()), "do not hold all of"),
+    ("a pickle", lambda folder: torch.save(Path, next((folder / "engine").glob("*1_mp*optim*"))), "as plain data"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "told"), [entry[1:] for entry in DEEPER], ids=[entry[0] for entry in DEEPER])
+def test_what_the_hashes_do_not_tell(checkpoint: Path, change: Callable[[Path], Any], told: str) -> None:
+    change(checkpoint)
+    write_manifest(checkpoint)
+    assert told in wrong(checkpoint)
+
+
+def test_another_base(out: Path, user: Playground, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(user.model, tmp_path / "model"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    assert "--base" in wrong(out / "checkpoints" / "latest", base=other)
+    assert "no such folder" in wrong(out / "checkpoints" / "latest", base=tmp_path / "none")
+
+
+def test_latest_that_leads_nowhere(out: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(out, tmp_path / "out", symlinks=True))
+    replace_symlink(copy / "checkpoints" / "latest", "step-000009")
+    assert "latest names step-000009, which is not there" in "\n".join(verify(copy)[-1].problems)
+    with pytest.raises(UserError, match="neither a checkpoint"):
+        verify(tmp_path)

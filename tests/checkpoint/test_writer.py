@@ -1,0 +1,230 @@
+"""What a checkpoint holds, when `latest` moves, what is kept, and what a full disk does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mora_ds.checkpoint import writer as checkpoints
+from mora_ds.checkpoint.folder import check_identity, complete_checkpoints, find_checkpoint
+from mora_ds.errors import UserError
+from mora_ds.files import replace_symlink, verify_manifest, write_manifest
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, job, launch, refused, run
+
+MERGING = ("--max_steps", 6, "--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 2)
+
+
+@pytest.fixture(scope="module")
+def out(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks with two merges, and norms trained."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    run(2, user.flags(folder, *MERGING, "--train_norms", "true"))
+    return folder
+
+
+# -- what it holds -------------------------------------------------------------------------------------------------
+
+
+def tensors_within(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from tensors_within(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors_within(part)
+
+
+def tensors_of(checkpoint: Path) -> Iterator[tuple[Path, torch.Tensor]]:
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as handle:
+                for name in handle.keys():  # noqa: SIM118  (not a mapping)
+                    yield path, handle.get_tensor(name)
+        elif path.suffix == ".pt":
+            loaded = torch.load(path, map_location="cpu", weights_only=False)  # DeepSpeed's, written a moment ago
+            for tensor in tensors_within(loaded):
+                yield path, tensor
+
+
+@pytest.mark.gloo
+def test_a_checkpoint_holds_no_base_weight(user: Playground, out: Path) -> None:
+    """No tensor has the shape of one, none is large enough to hide one, no float of one stands in a row anywhere."""
+    base = AutoModelForCausalLM.from_pretrained(user.model)
+    frozen = {name: tensor for name, tensor in base.named_parameters() if "norm" not in name}
+    shapes = {tuple(tensor.shape) for tensor in frozen.values()}
+    checkpoint = out / "checkpoints" / "latest"
+    found = list(tensors_of(checkpoint.resolve()))
+    assert {path.parent.name for path, _ in found} >= {"engine", "ledger"}
+    trainable = 1_680
+    for path, tensor in found:
+        assert tuple(tensor.shape) not in shapes, path
+        assert tensor.numel() <= max(trainable, 8 * 400) or path.name.startswith("rng-"), path
+    content = b"".join(path.read_bytes() for path in checkpoint.resolve().rglob("*") if path.is_file())
+    for name, tensor in frozen.items():
+        assert tensor.detach().numpy().tobytes()[:64] not in content, name
+
+
+@pytest.mark.gloo
+def test_its_files_and_links(out: Path) -> None:
+    checkpoint = out / "checkpoints" / "latest"
+    assert os.readlink(checkpoint) == "step-000006"
+    assert [path.name for path in complete_checkpoints(out / "checkpoints")] == [
+        "step-000002", "step-000004", "step-000006",
+    ]  # fmt: skip
+    names = {path.name for path in checkpoint.iterdir()}
+    assert names == {
+        "engine", "ledger", "tokenizer", "adapter.json", "adapter.safetensors", "base.json", "probe.safetensors",
+        "rng-00000.safetensors", "rng-00001.safetensors", "trainer_state.json", "manifest.json",
+    }  # fmt: skip
+    assert verify_manifest(checkpoint) == []
+    assert AutoTokenizer.from_pretrained(checkpoint / "tokenizer").eos_token == "</s>"
+    assert not list((out / "checkpoints").glob(".*")), "nothing half-written stays"
+    cycle = out / "ledger" / "cycle-00000.safetensors"
+    assert (checkpoint / "ledger" / cycle.name).samefile(cycle), "a link, not a copy a checkpoint"
+
+
+def watched_job(argv: list[str]) -> list[tuple[str, str]]:
+    """Runs; (what `latest` named, whether its manifest verified) each time just before and just after it moves."""
+    seen: list[tuple[str, str]] = []
+    move = checkpoints.files.replace_symlink
+
+    def watch(link: Path, target: str) -> None:
+        before = os.readlink(link) if link.is_symlink() else ""
+        assert verify_manifest(link.parent / target) == [], "the new checkpoint is whole before `latest` names it"
+        move(link, target)
+        seen.append((before, os.readlink(link)))
+
+    checkpoints.files.replace_symlink = watch
+    job(argv)
+    return seen
+
+
+@pytest.mark.gloo
+def test_latest_moves_last_and_only_so_many_are_kept(user: Playground, tmp_path: Path) -> None:
+    argv = user.flags(tmp_path / "out", "--save_steps", 1, "--save_total_limit", 2)
+    assert run_ranks(1, watched_job, argv)[0] == [
+        ("", "step-000001"), *((f"step-{i:06d}", f"step-{i + 1:06d}") for i in range(1, 6)),
+    ]  # fmt: skip
+    kept = complete_checkpoints(tmp_path / "out" / "checkpoints")
+    assert [path.name for path in kept] == ["step-000005", "step-000006"]
+
+
+# -- finding one ---------------------------------------------------------------------------------------------------
+
+
+def checkpoint_at(root: Path, step: int) -> Path:
+    folder = root / f"step-{step:06d}"
+    folder.mkdir(parents=True)
+    (folder / "file").write_text(str(step))
+    write_manifest(folder)
+    return folder
+
+
+def test_auto_takes_the_newest_whole_one(tmp_path: Path) -> None:
+    first, second = checkpoint_at(tmp_path, 9), checkpoint_at(tmp_path, 10)
+    third = checkpoint_at(tmp_path, 1_000_000)  # one digit more than the name is padded to
+    told: list[str] = []
+    assert find_checkpoint("auto", tmp_path, told.append) == third and not told
+    (third / "file").write_text("else")
+    (second / "manifest.json").unlink()
+    assert find_checkpoint("auto", tmp_path, told.append) == first
+    assert len(told) == 2 and str(third) in told[0] and "manifest.json is missing" in told[1]
+    assert find_checkpoint("auto", tmp_path / "none", told.append) is None
+
+
+def test_latest_and_paths_must_be_whole(tmp_path: Path) -> None:
+    folder = checkpoint_at(tmp_path, 3)
+    replace_symlink(tmp_path / "latest", folder.name)
+    for wanted in ("latest", str(folder), str(tmp_path / "latest")):
+        assert find_checkpoint(wanted, tmp_path, print) == folder
+    (folder / "file").unlink()
+    with pytest.raises(UserError, match=r"latest: .*step-000003 is damaged: .*file is missing.*auto"):
+        find_checkpoint("latest", tmp_path, print)
+    with pytest.raises(UserError, match="no checkpoint at"):
+        find_checkpoint(str(tmp_path / "step-000007"), tmp_path, print)
+
+
+def test_auto_stays_on_the_branch_of_latest(tmp_path: Path) -> None:
+    old, new, other = (checkpoint_at(tmp_path, step) for step in (2, 4, 9))
+    replace_symlink(tmp_path / "latest", new.name)
+    assert find_checkpoint("auto", tmp_path, print) == new
+    (new / "file").unlink()
+    assert find_checkpoint("auto", tmp_path, lambda text: None) == old
+    assert other.is_dir()
+
+
+def test_differences_are_told_by_flag_and_all_at_once(tmp_path: Path) -> None:
+    saved = {"base": "a", "adapter": {"rank": 8, "target_modules": ["q_proj"]}, "seed": 1}
+    check_identity(tmp_path, saved, {**saved, "adapter": {"rank": 8, "target_modules": ("q_proj",)}})
+    with pytest.raises(UserError) as error:
+        check_identity(tmp_path, saved, {"base": "b", "adapter": {"rank": 4, "target_modules": ["q_proj"]}, "more": 1})
+    rank = "--mora_rank (or --lora_rank): 8 there, 4 here"
+    for part in ("--model_name_or_path", rank, "seed: 1 there, None here", "more: None"):
+        assert part in str(error.value)
+    assert "target_modules" not in str(error.value)
+
+
+# -- the disk ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.gloo
+def test_a_full_disk_stops_the_run_and_leaves_what_was_there(
+    user: Playground, small_disk: Path, tmp_path: Path
+) -> None:
+    out = small_disk / "out"
+    argv = user.flags(out, "--save_steps", 1, "--max_steps", 60, "--logging_steps", 60)
+    done = launch(2, argv, tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"the disk that holds {out}" in done.stderr and "is full" in done.stderr
+    assert done.stderr.count("error:") == 1
+    root = out / "checkpoints"
+    kept = complete_checkpoints(root)
+    assert kept and (root / "latest").resolve() == kept[-1]
+    assert all(verify_manifest(folder) == [] for folder in kept)
+    assert not list(root.glob(".*")), "half a checkpoint would keep the disk full"
+
+
+def careless_job(argv: list[str]) -> tuple[str, str]:
+    """A run that does not look beforehand whether there is room."""
+    checkpoints._check_space = lambda root, engine: None
+    return refused(argv)
+
+
+@pytest.mark.gloo
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(user: Playground, small_disk: Path) -> None:
+    """Whoever writes first, DeepSpeed, torch or safetensors: none of them says so in the same way."""
+    out = small_disk / "out"
+    for ballast in range(2):
+        (small_disk / f"ballast-{ballast}").write_bytes(bytes(7_000))
+        argv = user.flags(out, "--save_steps", 1, "--max_steps", 60, "--logging_steps", 60)
+        kind, message = run_ranks(1, careless_job, argv)[0]
+        assert kind == "RunError" and f"the disk that holds {out}" in message and "is full" in message
+        kept = complete_checkpoints(out / "checkpoints")
+        assert kept and all(verify_manifest(folder) == [] for folder in kept)
+        assert (out / "checkpoints" / "latest").resolve() == kept[-1]
+        shutil.rmtree(out)

@@ -1,0 +1,316 @@
+"""Flags, recipes and their checks: what is known passes, everything else is named."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mora_ds.config.adapter import AdapterArguments
+from mora_ds.config.arguments import Arguments, dump, from_flat, parse
+from mora_ds.config.flags import documented
+from mora_ds.config.training import TrainingArguments
+from mora_ds.config.validate import validate
+from mora_ds.errors import UserError
+from mora_ds.remora.schedule import ScheduleKind
+from mora_ds.remora.stall import StallRule, StallSignal
+
+RUN = ["--model_name_or_path", "model", "--train_files", "a.txt"]
+
+
+def recipe(folder: Path, text: str) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# -- the command line --------------------------------------------------------------------------------------------
+
+
+def test_the_readme_command_is_understood() -> None:
+    line = (
+        "--deepspeed configs/zero3.json --model_name_or_path DIR --train_files corpus/*.jsonl --eval_files held.txt "
+        "--output_dir out --mora_rank 8 --operator rotate --max_steps 200 --seq_len 512 --bf16 "
+        "--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --learning_rate 4e-4"
+    )
+    arguments = parse(line.split())
+    assert arguments.model.model_name_or_path == "DIR"
+    assert arguments.data.train_files == ["corpus/*.jsonl"]
+    assert (arguments.adapter.operator, arguments.training.bf16, arguments.training.max_steps) == ("rotate", True, 200)
+    assert arguments.training.engine_settings().learning_rate == 4e-4
+    assert "bf16" in arguments.given and "fp16" not in arguments.given
+    assert not arguments.embedded_default
+    validate(arguments)
+
+
+def test_no_flag_at_all_is_the_embedded_default_and_valid() -> None:
+    arguments = parse([])
+    assert arguments.embedded_default and arguments.given == frozenset()
+    assert arguments.adapter == AdapterArguments() and arguments.training == TrainingArguments()
+    validate(arguments)
+
+
+def test_booleans_and_lists_as_hugging_face_writes_them() -> None:
+    arguments = parse(
+        ["--fp16", "true", "--bf16", "false", "--no_document_mask", "--target_modules", "q_proj", "re:.*mlp.*"]
+    )
+    assert (arguments.training.fp16, arguments.training.bf16) == (True, False)
+    assert arguments.data.document_mask is False
+    assert arguments.adapter.target_modules == ["q_proj", "re:.*mlp.*"]
+
+
+@pytest.mark.parametrize("rank", [["--local_rank=3"], ["--local-rank=3"], ["--local_rank", "3"]])
+def test_launchers_put_the_local_rank_before_the_recipe(tmp_path: Path, rank: list[str]) -> None:
+    arguments = parse([*rank, recipe(tmp_path, "mora_rank: 16"), "--seed", "1"])
+    assert (arguments.training.local_rank, arguments.adapter.mora_rank, arguments.training.seed) == (3, 16, 1)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--mora_rnk", "8"], "unknown flag --mora_rnk. Did you mean '--mora_rank'?"),
+        (["--max_step=5"], "unknown flag --max_step. Did you mean '--max_steps'?"),
+        (["--max_steps", "ten"], "argument --max_steps/--max-steps: invalid int value: 'ten'"),
+        (["--bf16", "perhaps"], "--bf16"),
+        (["--output_dir", "a", "stray.yaml"], "unexpected argument 'stray.yaml': a YAML recipe comes first"),
+        (["--seed"], "expected one argument"),
+        (["missing.yaml"], "cannot read the recipe missing.yaml"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(argv)
+    assert message in str(caught.value)
+
+
+def test_all_unknown_flags_are_listed_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        parse(["--mora_rnk", "8", "--sed", "3"])
+    assert "--mora_rnk" in str(caught.value) and "--sed" in str(caught.value)
+
+
+def test_help_shows_docstrings_and_defaults_and_leaves_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse(["-h"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert left.value.code == 0
+    assert "Tokens of one packed training sequence. (default: 512)" in text
+    assert "[recipe.yaml]" in text
+
+
+def test_every_field_carries_its_docstring_as_help() -> None:
+    groups = [field.type for field in dataclasses.fields(Arguments) if field.name != "given"]
+    assert len(groups) == 4
+    for group in (type(getattr(parse([]), name)) for name in ("model", "adapter", "data", "training")):
+        for field in dataclasses.fields(group):
+            assert len(field.metadata["help"]) > 8, field.name
+
+
+def test_a_field_without_docstring_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Bare\.count has no docstring"):
+
+        @documented
+        class Bare:
+            count: int = 1
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_wins_over_the_recipe(tmp_path: Path) -> None:
+    path = recipe(
+        tmp_path, "mora_rank: 16\nlearning_rate: 4e-4\ntarget_modules: q_proj\nbf16: true\nmax_eval_batches: null\n"
+    )
+    arguments = parse([path, "--mora_rank", "32", "--bf16", "false"])
+    assert (arguments.adapter.mora_rank, arguments.training.bf16) == (32, False)
+    assert arguments.training.learning_rate == 4e-4, "YAML 1.1 reads 4e-4 as a string"
+    assert arguments.adapter.target_modules == ["q_proj"]
+    assert arguments.training.max_eval_batches is None
+    assert {"learning_rate", "mora_rank", "max_eval_batches"} <= arguments.given
+
+
+def test_mistakes_in_a_recipe_are_listed_at_once(tmp_path: Path) -> None:
+    path = recipe(
+        tmp_path,
+        "mora_rnk: 8\nmax_steps: ten\nseq_len: 12.5\nbf16: 1\nseed: true\nlearning_rate: fast\n"
+        "train_files: [1]\noutput_dir: null\n",
+    )
+    with pytest.raises(UserError) as caught:
+        parse([path])
+    text = str(caught.value)
+    assert "unknown key 'mora_rnk'. Did you mean 'mora_rank'?" in text
+    assert "max_steps must be a whole number, got 'ten'" in text
+    assert "seq_len must be a whole number, got 12.5" in text
+    assert "bf16 must be true or false, got 1" in text
+    assert "seed must be a whole number, got True" in text
+    assert "learning_rate must be a number, got 'fast'" in text
+    assert "train_files must be a string (in quotes), got 1" in text
+    assert "output_dir must be a string (in quotes), got None" in text
+    assert text.count(path) == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2\n", "'seed' is given twice"),
+        ("seed: [1\n", "no valid YAML"),
+        ("- seed\n", "not a list"),
+    ],
+)
+def test_broken_recipes(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse([recipe(tmp_path, text)])
+
+
+def test_a_recipe_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00seed")
+    with pytest.raises(UserError, match=r"cannot read the recipe .*binary\.yaml"):
+        parse([str(tmp_path / "binary.yaml")])
+
+
+def test_an_empty_recipe_sets_nothing(tmp_path: Path) -> None:
+    assert parse([recipe(tmp_path, "# nothing yet\n")]).given == frozenset()
+
+
+def test_run_yaml_is_a_recipe_that_repeats_the_run(tmp_path: Path) -> None:
+    first = parse(
+        [*RUN, "--learning_rate", "1e-5", "--eval_files", "x=a.txt", "--no_eval_on_start", "--local_rank", "1"]
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**dump(first), "versions": {"torch": "2"}, "resolved": {"x": 1}}), encoding="utf-8")
+    again = parse([str(path)])
+    assert dump(again) == dump(first)
+    assert "local_rank" not in dump(first)
+
+
+# -- checks ------------------------------------------------------------------------------------------------------
+
+STALLED = {"merge_when": "stalled"}
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"mora_rank": 0}, "--mora_rank must be at least 1, got 0"),
+    "negative rank": ({"mora_rank": -4}, "--mora_rank must be at least 1"),
+    "operator": ({"operator": "rotat"}, "'rotat'"),
+    "grouping": ({"grouping": "stride"}, "Did you mean 'strided'"),
+    "grouping of another operator": ({"grouping": "strided", "operator": "rotate"}, "--grouping strided"),
+    "grouping of another automatic operator": ({"grouping": "alternate"}, "--grouping alternate"),
+    "dropout": ({"mora_dropout": 1.0}, "--mora_dropout"),
+    "adapter": ({"adapter": "mroa"}, "unknown --adapter 'mroa'; known: mora, lora, full, none. Did you mean 'mora'?"),
+    "reset": ({"optimizer_reset": "half"}, "--optimizer_reset"),
+    "precision": ({"merge_precision": "exat"}, "Did you mean 'exact'?"),
+    "full merges": ({"adapter": "full", "merge_every": 50}, "nothing to merge"),
+    "merge inside ramp": ({"merge_every": 10, "restart_warmup_steps": 10}, "must be more than --restart_warmup_steps"),
+    "merge when": (
+        {"merge_when": "staled"},
+        "unknown --merge_when 'staled'; known: steps, stalled. Did you mean 'stall",
+    ),
+    "stall signal": ({**STALLED, "stall_signal": "los"}, "unknown --stall_signal 'los'; known: loss, update."),
+    "stall window": ({**STALLED, "stall_window": 2}, "--stall_window must be at least 3, got 2"),
+    "stall tolerance": ({**STALLED, "stall_tolerance": 0.0}, "--stall_tolerance must be above 0"),
+    "stalled full": ({**STALLED, "adapter": "full"}, "nothing to merge"),
+    "stalled without ramp": ({**STALLED, "restart_warmup_steps": 0}, "--restart_warmup_steps must be at least 1"),
+    "short longest": ({**STALLED, "merge_at_latest": 210}, "--merge_at_latest 210 must be more than"),
+    "longest below shortest": ({**STALLED, "merge_every": 300, "merge_at_latest": 250}, "less than --merge_every 300"),
+    "negative longest": ({**STALLED, "merge_at_latest": -1}, "--merge_at_latest must not be negative"),
+    "stray stall flag": ({"stall_window": 50}, "--stall_window is for --merge_when stalled, and it is steps"),
+    "stray longest": ({"merge_at_latest": 50}, "--merge_at_latest is for --merge_when stalled"),
+    "no ramp": ({"merge_every": 10, "restart_warmup_steps": 0}, "--restart_warmup_steps must be at least 1"),
+    "scheduler": ({"lr_scheduler_type": "cosin"}, "Did you mean 'cosine'?"),
+    "long warm-up": ({"max_steps": 10, "warmup_steps": 10}, "--warmup_steps 10 must be less than"),
+    "both warm-ups": ({"warmup_steps": 10, "warmup_ratio": 0.1}, "give one of them"),
+    "warm-up ratio": ({"warmup_ratio": float("nan")}, "--warmup_ratio must be"),
+    "rate": ({"learning_rate": 0.0}, "--learning_rate must be above 0"),
+    "embedding rate": (
+        {"embedding_learning_rate": 0.0, "train_norms": True},
+        "--embedding_learning_rate must be above",
+    ),
+    "embedding rate of full training": (
+        {"embedding_learning_rate": 1e-4, "train_norms": True, "adapter": "full"},
+        "--embedding_learning_rate is for what is trained beside an adapter, and --adapter is full",
+    ),
+    "embedding rate of nothing": ({"embedding_learning_rate": 1e-4}, "give --train_embeddings, or one like it"),
+    "embedding rate and domains": (
+        {
+            "embedding_learning_rate": 1e-4,
+            "train_norms": True,
+            "domain_adapters": True,
+            "train_files": ["code=a.txt:1", "law=b.txt:1"],
+        },
+        "would be that of the domains' squares too",
+    ),
+    "rate nan": ({"learning_rate": float("nan")}, "--learning_rate must be above 0"),
+    "ratio": ({"min_lr_ratio": 1.5}, "--min_lr_ratio"),
+    "steps": ({"max_steps": 0}, "--max_steps must be at least 1, or -1"),
+    "epochs": ({"num_train_epochs": 0.0}, "--num_train_epochs"),
+    "batch": ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size must be at least 1"),
+    "eval batch": ({"per_device_eval_batch_size": -1}, "--per_device_eval_batch_size"),
+    "accumulation": ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps"),
+    "logging": ({"logging_steps": 0}, "--logging_steps"),
+    "save": ({"save_steps": -5}, "--save_steps"),
+    "limit": ({"save_total_limit": 0}, "--save_total_limit"),
+    "sequence": ({"seq_len": 1}, "--seq_len must be at least 2, got 1"),
+    "dtypes": ({"bf16": True, "fp16": True}, "--bf16 and --fp16"),
+    "beta": ({"adam_beta2": 1.0}, "--adam_beta2"),
+    "clip": ({"max_grad_norm": -1.0}, "--max_grad_norm"),
+    "two sources": ({"dataset_name": "wiki"}, "--train_files and --dataset_name"),
+    "two models": ({"model_config": "c.json"}, "--model_name_or_path and --model_config"),
+    "two tokenizers": ({"tokenizer_name": "t", "train_tokenizer_vocab": 500}, "--tokenizer_name and"),
+    "tokenizer of a kind": ({"train_tokenizer_type": "unigrams"}, "Did you mean 'unigram'?"),
+    "no data": ({"train_files": []}, "nothing to train on"),
+    "no model": ({"model_name_or_path": None}, "give --model_name_or_path or --model_config"),
+    "no tokenizer": ({"model_name_or_path": None, "model_config": "c"}, "--model_config comes without a tokenizer"),
+    "sets of one name": ({"eval_files": ["a/held.txt", "b/held.txt"]}, "held would name two sets"),
+    "both": ({"overwrite_output_dir": True, "resume_from_checkpoint": "auto"}, "would delete what"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_each_wrong_setting_is_named(case: str) -> None:
+    changes, message = WRONG[case]
+    with pytest.raises(UserError) as caught:
+        validate(from_flat({"model_name_or_path": "m", "train_files": ["a.txt"], **changes}))
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1, "one mistake, one line"
+
+
+def test_everything_wrong_is_listed_at_once() -> None:
+    changes = {"mora_rank": 0, "operator": "x", "lr_scheduler_type": "x", "learning_rate": -1.0, "seq_len": 0}
+    with pytest.raises(UserError) as caught:
+        validate(from_flat({**changes, "max_steps": 0, "bf16": True, "fp16": True, "mora_dropout": 2.0}))
+    assert len(str(caught.value).splitlines()) == 8
+
+
+def test_evaluation_sets_have_names() -> None:
+    data = parse(["--eval_files", "held.txt", "news=b/*.txt", "a=b/c.txt", "dir/x=y.txt"]).data
+    assert data.named_eval_files() == [
+        ("held", "held.txt"),
+        ("news", "b/*.txt"),
+        ("a", "b/c.txt"),
+        ("x=y", "dir/x=y.txt"),
+    ]
+
+
+def test_schedule_takes_its_warmup_from_steps_or_ratio() -> None:
+    assert parse(["--warmup_ratio", "0.03"]).schedule(1000).warmup_steps == 30
+    schedule = parse(["--warmup_steps", "7", "--lr_scheduler_type", "constant_with_warmup"]).schedule(1000)
+    assert (schedule.warmup_steps, schedule.kind) == (7, ScheduleKind.CONSTANT)
+
+
+def test_a_stall_rule_has_the_tolerance_of_its_signal() -> None:
+    assert parse(["--merge_every", "50"]).adapter.stall_rule() is None
+    stalled = ["--merge_when", "stalled"]
+    assert parse(stalled).adapter.stall_rule() == StallRule(StallSignal.LOSS, 200, 0.01)
+    update = parse([*stalled, "--stall_signal", "update", "--stall_window", "30"])
+    assert update.adapter.stall_rule() == StallRule(StallSignal.UPDATE, 30, 0.05)
+    validate(from_flat({"model_name_or_path": "m", "train_files": ["a.txt"], "merge_when": "stalled"}))
+
+
+def test_checkpoints_from_before_there_were_stalls_still_belong_to_their_run() -> None:
+    assert parse(["--merge_every", "50"]).adapter.merge_identity() == {"merge_every": 50}
+
+
+def test_adapter_settings_become_the_adapters_config() -> None:
+    config = parse(["--mora_rank", "16", "--train_norms", "--target_modules", "q_proj"]).adapter.config(seed=5)
+    assert (config.rank, config.train_norms, config.target_modules, config.seed) == (16, True, ("q_proj",), 5)

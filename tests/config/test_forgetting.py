@@ -1,0 +1,118 @@
+"""Forgetting: each set against its start, the stop at a bound, the best checkpoint, which stays."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mora_ds.checkpoint.folder import TrainerState
+from mora_ds.config.forgetting import Watch, change, report
+from mora_ds.errors import UserError
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, refused, rows, run, said
+from tests.train.test_resume import assert_same_run, interrupted_job
+
+
+def test_bounds_and_scores() -> None:
+    watch = Watch.of(["old:1.10"], ["old:0.25", "new:0.75"])
+    start = {"old": 100.0, "new": 50.0}
+    assert watch.forgotten(start, {"old": 110.0, "new": 500.0}) is None
+    told = watch.forgotten(start, {"old": 110.1})
+    assert told and "on old is 110.100, 1.101 of the 100.000" in told and "allows 1.1" in told
+    assert watch.score({"old": math.e, "new": math.e**2}) == pytest.approx(0.25 + 1.5)
+    assert Watch.of([], []).score(start) is None
+    assert change(start, {"old": 110.0, "new": 40.0, "late": 1.0}) == pytest.approx({"old": 10.0, "new": -20.0})
+    assert [line.split()[-1] for line in report(start, {"old": 110.0, "new": 40.0})] == ["change", "+10.00%", "-20.00%"]
+    assert not report({}, start)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "weights", "said"),
+    [
+        (["old"], [], "--stop_when_forgotten old: must be NAME:NUMBER"),
+        (["old:x"], [], "must be NAME:NUMBER"),
+        (["old:0.9"], [], "a ratio to the start is meant, above 1"),
+        (["old:2", "old:3"], [], "old is given twice"),
+        ([], ["old:-1"], "--best_by: weights must not be negative"),
+        ([], ["old:0"], "one must be above 0"),
+        ([], [":1"], "--best_by :1: must be NAME:NUMBER"),
+    ],
+)
+def test_what_is_no_bound_or_weight(bounds: list[str], weights: list[str], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        Watch.of(bounds, weights)
+    assert said in str(error.value)
+
+
+def forgetting(user: Playground, out: Path, *more: Any) -> list[str]:
+    """A run that learns two letters by heart and, from its third step on, forgets the rest."""
+    odd = user.root / "odd.txt"
+    odd.write_text("zq " * 4000)
+    all_of_it = ("--train_embeddings", "true", "--train_head", "true", "--learning_rate", 0.03, "--max_steps", 12)
+    return user.flags(out, "--train_files", odd, *all_of_it, "--eval_steps", 2, "--save_steps", 3, *more)
+
+
+@pytest.mark.gloo
+def test_a_run_stops_when_a_set_is_forgotten(user: Playground, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    argv = forgetting(user, out, "--stop_when_forgotten", "held:1.2", "--resume_from_checkpoint", "auto")
+    run_ranks(1, interrupted_job, argv, 1)
+    told = run_ranks(1, said, argv)[0]
+    summary = json.loads((out / "summary.json").read_text())
+    step = summary["steps"]
+    assert step < 12 and f"stopping after step {step} of 12: the perplexity on held is" in told
+    ratios = [row["eval"]["held"] / summary["perplexity_before"]["held"] for row in rows(out) if "eval" in row]
+    assert ratios[-1] > 1.2 >= max(ratios[:-1]), "at the first evaluation beyond the bound, made once"
+    assert summary["perplexity_change_percent"]["held"] == pytest.approx(100 * (ratios[-1] - 1))
+    assert "perplexity on" in told and f"{100 * (ratios[-1] - 1):+.2f}%" in told
+    state = TrainerState.read(out / "checkpoints" / "latest")
+    assert state.finished and state.step == step
+    again = run_ranks(1, said, argv)[0]
+    assert "--stop_when_forgotten allows 1.2" in again and len(rows(out)) == len(ratios) + step
+    run(1, [*argv, "--stop_when_forgotten", "held:1e9"])
+    assert json.loads((out / "summary.json").read_text())["steps"] == 12, "a higher bound goes on"
+
+
+@pytest.mark.gloo
+def test_the_best_checkpoint_stays(user: Playground, tmp_path: Path) -> None:
+    """Best at step 2, before the rest is forgotten; named at once, kept beyond --save_total_limit, resumed alike."""
+    more = ("--save_total_limit", 1, "--best_by", "held:1", "short:0.5")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    summary = run(1, forgetting(user, whole, *more))
+    scores = {
+        row["step"]: math.log(row["eval"]["held"]) + 0.5 * math.log(row["eval"]["short"])
+        for row in rows(whole)
+        if "eval" in row and row["step"] > 0
+    }
+    best = min(scores, key=lambda step: scores[step])
+    assert 0 < best < 9, scores
+    assert summary["best_step"] == best
+    root = whole / "checkpoints"
+    assert (root / "best").resolve().name == f"step-{best:06d}"
+    assert sorted(path.name for path in root.glob("step-*")) == [f"step-{best:06d}", "step-000012"]
+    assert TrainerState.read(root / "best").step == best
+    argv = forgetting(user, out, *more, "--resume_from_checkpoint", "auto", "--async_save")
+    for step in (5, 8):
+        run_ranks(1, interrupted_job, argv, step)
+    (out / "checkpoints" / "best").unlink()  # as a kill between two renames would leave it
+    run(1, argv)
+    assert_same_run(out, whole)
+    assert (out / "checkpoints" / "best").resolve().name == f"step-{best:06d}"
+
+
+@pytest.mark.gloo
+def test_what_cannot_be_watched_is_said_at_once(user: Playground, tmp_path: Path) -> None:
+    cases: dict[tuple[Any, ...], str] = {
+        ("--best_by", "hold:1", "--eval_steps", 1): "no evaluation set is called 'hold'; there are: held, short",
+        ("--stop_when_forgotten", "held:1.1"): "--stop_when_forgotten looks at evaluations: give --eval_steps",
+        ("--stop_when_forgotten", "held:1.1", "--eval_steps", 1, "--no_eval_on_start"): "drop --no_eval_on_start",
+        ("--stop_when_forgotten", "held:0.5", "--eval_steps", 1): "above 1",
+    }  # fmt: skip
+    for more, told in cases.items():
+        kind, message = run_ranks(1, refused, user.flags(tmp_path / "out", *more))[0]
+        assert kind == "UserError" and told in message, message
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,95 @@
+"""Every file that is shipped in configs/ is read by the code that will read it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mora_ds.config.arguments import parse
+from mora_ds.config.data import DataArguments
+from mora_ds.config.flags import read_recipe
+from mora_ds.config.mixture import mixture_plan
+from mora_ds.config.validate import validate
+from mora_ds.engine.ds_config import compute_dtype, resolve_ds_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+DEEPSPEED = sorted(CONFIGS.glob("*.json"))
+RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
+MIXTURES = sorted((CONFIGS / "mixtures").glob("*.yaml"))
+MODELS = sorted((CONFIGS / "models").glob("*.json"))
+
+
+def test_there_is_something_of_each_kind() -> None:
+    names = {path.stem for path in DEEPSPEED}
+    assert {"zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer", "zero3_tp2"} <= names
+    recipes = {path.stem for path in RECIPES}
+    assert {"continual_7b_r8", "continual_7b_r256", "continual_7b_replay"} <= recipes
+    assert {"pretrain_250m", "pretrain_1b3", "continual_8b", "continual_70b"} <= recipes
+    assert {"tiny_llama", "llama_250m", "llama_1b3"} <= {path.stem for path in MODELS}
+
+
+@pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("flags", "dtype"), [([], "float32"), (["--bf16"], "bfloat16"), (["--fp16"], "float16")])
+def test_deepspeed_configs_follow_the_flags(path: Path, flags: list[str], dtype: str) -> None:
+    training = parse(["--deepspeed", str(path), *flags, "--per_device_train_batch_size", "3"]).training
+    assert training.tensor_parallel_size == (2 if path.stem.endswith("tp2") else 1)
+    settings = training.engine_settings()
+    resolved = resolve_ds_config(path, settings, world_size=2, trainable_numels=[64, 128])
+    assert compute_dtype(resolved) == dtype
+    assert resolved["train_batch_size"] == 6
+    assert '"auto"' not in json.dumps(resolved)
+    assert resolved["zero_optimization"]["stage"] == int(path.stem[4])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_make_valid_runs(path: Path) -> None:
+    arguments = parse([str(path), "--model_name_or_path", "model", "--train_files", "a.txt"])
+    validate(arguments)
+    assert arguments.training.deepspeed is not None
+    json_file = CONFIGS.parent / arguments.training.deepspeed
+    resolve_ds_config(json_file, arguments.training.engine_settings(), world_size=8)
+    schedule = arguments.schedule(arguments.training.max_steps if arguments.training.max_steps > 0 else 5000)
+    assert schedule.learning_rate(schedule.warmup_steps) == arguments.training.peak_rate
+
+
+@pytest.mark.parametrize(("name", "rank", "rates"), [("r8", 8, (4e-4, 5e-4)), ("r256", 256, (5e-5, 7e-5))])
+def test_recipes_of_the_paper_hold_the_papers_figures(name: str, rank: int, rates: tuple[float, float]) -> None:
+    arguments = parse([str(CONFIGS / "recipes" / f"continual_7b_{name}.yaml")])
+    training = arguments.training
+    assert arguments.adapter.mora_rank == rank
+    assert rates[0] <= training.learning_rate <= rates[1]
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == 128
+    assert (arguments.data.seq_len, training.warmup_steps, training.num_train_epochs) == (2048, 150, 3.0)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_leave_model_and_data_to_the_user(path: Path) -> None:
+    from mora_ds.config.adapter import AdapterArguments
+    from mora_ds.config.data import ModelArguments
+    from mora_ds.config.training import TrainingArguments
+
+    keys = read_recipe(str(path), [ModelArguments, AdapterArguments, DataArguments, TrainingArguments])
+    assert not {"model_name_or_path", "train_files", "output_dir"} & set(keys)
+
+
+@pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
+def test_mixtures_make_plans(path: Path) -> None:
+    plan = mixture_plan(DataArguments(mixture=str(path), replay=["general=old/*.jsonl:0.05"]))
+    assert plan is not None and len(plan.sources) == 3 and len(plan.phases) == 2
+    assert all(weights[-1] == 0.05 and sum(weights) == pytest.approx(1) for _, weights in plan.phases)
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_model_configs_build_a_model(path: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(path))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shipped = json.loads(path.read_text(encoding="utf-8"))
+    unknown = [key for key in shipped if key not in config.to_dict()]
+    assert model.get_input_embeddings().weight.shape == (shipped["vocab_size"], shipped["hidden_size"])
+    assert unknown == ["rope_theta"] or not unknown

@@ -1,0 +1,395 @@
+"""Mixtures: exact shares in an order that any step can be asked for, phases, sources that are used up, whole runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mora_ds.config.mixture import mixture_plan
+from mora_ds.config.validate import validate
+from mora_ds.data import CachedSource, Mixture, PackedDataset, TokenCache
+from mora_ds.data.shares import LONGEST_PERIOD, Phase, Shares, whole_weights
+from mora_ds.errors import UserError
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, curve, job, losses, refused, rows, run, said
+from tests.train.test_resume import assert_same_run, interrupted_job
+
+
+def order(shares: Shares, samples: int) -> np.ndarray:
+    return np.array([shares.locate(sample)[0] for sample in range(samples)])
+
+
+# -- shares ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "weights", [(0.7, 0.25, 0.05), (1, 1, 1), (0.333, 0.333, 0.334), (math.pi, math.e, 0.01), (90, 9, 1)], ids=str
+)
+def test_shares_of_three_sources_are_exact_at_every_prefix(weights: tuple[float, ...]) -> None:
+    shares = Shares([Phase(0, weights)], [None] * 3)
+    wanted = np.array(weights) / sum(weights)
+    given = np.cumsum(order(shares, 10_000)[:, None] == np.arange(3), axis=0)
+    n = np.arange(1, 10_001)[:, None]
+    assert np.abs(given / n - wanted)[1000:].max() <= 0.001
+    assert np.abs(given - n * wanted).max() < 1, "no prefix, however short, is off by a whole sample"
+    starts = np.arange(0, 9000, 7)
+    assert np.abs(given[starts + 1000] - given[starts] - 1000 * wanted).max() < 2, "nor any window by two"
+
+
+def test_samples_of_a_source_are_numbered_without_a_gap_and_counts_agree() -> None:
+    shares = Shares([Phase(0, (3, 1, 2)), Phase(50, (0, 1, 1)), Phase(77, (5, 1, 0))], [None, None, None])
+    seen = [0, 0, 0]
+    for sample in range(500):
+        assert shares.counts(sample).tolist() == seen
+        source, number = shares.locate(sample)
+        assert number == seen[source]
+        seen[source] += 1
+    assert (order(shares, 500)[50:77] != 0).all() and (order(shares, 500)[77:] != 2).all()
+
+
+def test_a_source_that_is_used_up_leaves_its_share_to_the_others() -> None:
+    shares = Shares([Phase(0, (0.5, 0.25, 0.25))], [None, 10, 40])
+    drawn = order(shares, 1000)
+    assert (drawn == 1).sum() == 10 and (drawn == 2).sum() == 40
+    last = int(np.flatnonzero(drawn == 1)[-1])
+    assert 36 <= last <= 40, "after 10 / 0.25 samples"
+    rest = drawn[last + 1 :][:30]
+    assert (rest == 0).sum() == 20, "what is left shares as 0.5 to 0.25"
+    assert shares.limit is None
+    ending = Shares([Phase(0, (1, 1))], [3, 4])
+    assert ending.limit == 7 and sorted(order(ending, 7).tolist()) == [0, 0, 0, 1, 1, 1, 1]
+    with pytest.raises(IndexError):
+        ending.locate(7)
+
+
+def test_a_place_far_out_is_found_without_a_walk() -> None:
+    shares = Shares([Phase(0, (0.61, 0.29, 0.1))], [None] * 3)
+    far = 10**12
+    source, number = shares.locate(far)
+    assert number == shares.counts(far)[source]
+    assert abs(int(shares.counts(far)[0]) - 61 * far // 100) <= 1
+
+
+def test_weights_become_whole_numbers() -> None:
+    assert whole_weights((0.7, 0.25, 0.05)) == (14, 5, 1)
+    assert whole_weights((0.1, 0.2)) == (1, 2), "decimals, not what a float makes of them"
+    crooked = whole_weights((math.pi, math.e, 1e-9))
+    assert sum(crooked) == LONGEST_PERIOD and crooked[2] == 1
+
+
+def test_the_order_never_changes() -> None:
+    """Recorded: a run of today must resume tomorrow."""
+    assert order(Shares([Phase(0, (0.5, 0.3, 0.2))], [None] * 3), 12).tolist() == RECORDED
+
+
+RECORDED = [0, 1, 0, 2, 0, 1, 0, 2, 1, 0, 0, 1]
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+
+def source(first: int, blocks: int, name: str) -> CachedSource:
+    """Blocks of 4 tokens; `first` marks whose they are."""
+    tokens = np.arange(first, first + 4 * blocks + 1, dtype=np.uint32)
+    cache = TokenCache(Path(name), {"eos_id": 0}, tokens, np.array([len(tokens)]))
+    return CachedSource(PackedDataset(cache, 4, f"7/{name}"))
+
+
+def mixture(rows: int = 12, phases: Any = ((0, (0.6, 0.4)),), epochs: Any = (None, None)) -> Mixture:
+    sources = {"a": source(10_000, 31, "a"), "b": source(20_000, 9, "b")}
+    return Mixture(sources, phases, epochs, 4, rows)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_batch_is_the_same_for_any_number_of_ranks(world: int) -> None:
+    whole, size = mixture(), 12 // world
+    for step in (0, 3, 10**6):
+        parts = [mixture().batch(step, 12, slice(rank * size, (rank + 1) * size)) for rank in reversed(range(world))]
+        for key, value in whole.batch(step, 12).items():
+            assert torch.equal(value, torch.cat([part[key] for part in reversed(parts)]))
+
+
+def test_sources_keep_their_own_order_and_epochs() -> None:
+    data = mixture()
+    drawn = torch.cat([data.batch(step, 12)["input_ids"][:, 0] for step in range(60)])
+    marks = torch.tensor([data.sources_of(step, 12) for step in range(60)]).flatten()
+    assert torch.equal((drawn >= 20_000).long(), marks)
+    for first, blocks, mark in ((10_000, 31, 0), (20_000, 9, 1)):
+        mine = (drawn[marks == mark] - first) // 4
+        epochs = [sorted(mine[start : start + blocks].tolist()) for start in range(0, len(mine) - blocks, blocks)]
+        assert len(epochs) > 5 and all(epoch == list(range(blocks)) for epoch in epochs)
+    assert data.tokens(60) == {"a": 4 * 432, "b": 4 * 288}
+    alone = PackedDataset(data.sources[1].packed.blocks.cache, 4, "7/b")  # type: ignore[attr-defined]
+    wanted = [int(alone.blocks.block(alone.block_of_sample(n))["input_ids"][0]) for n in range(9)]
+    assert drawn[marks == 1][:9].tolist() == wanted, "another source beside it does not reorder it"
+
+
+def test_phases_begin_at_their_step() -> None:
+    data = mixture(phases=((0, (1, 0)), (5, (1, 3))))
+    assert all(set(data.sources_of(step, 12)) == {0} for step in range(5))
+    assert all(sorted(data.sources_of(step, 12)) == [0] * 3 + [1] * 9 for step in range(5, 20))
+
+
+def test_the_end_of_capped_sources_is_known_beforehand() -> None:
+    assert mixture(epochs=(2, 1)).max_steps == (62 + 9) // 12
+    assert mixture(epochs=(2, None)).max_steps is None
+    with pytest.raises(UserError, match="shorter than one batch"):
+        mixture(rows=100, epochs=(1, 1)).check_batch_size(100)
+
+
+# -- what the user writes --------------------------------------------------------------------------------------------
+
+
+def plan_of(tmp_path: Path, text: str = "", **flags: Any) -> Any:
+    from mora_ds.config.data import DataArguments
+
+    if text:
+        (tmp_path / "mix.yaml").write_text(text)
+        flags["mixture"] = str(tmp_path / "mix.yaml")
+    return mixture_plan(DataArguments(**flags))
+
+
+def test_plain_files_are_no_mixture(tmp_path: Path) -> None:
+    odd = tmp_path / "a=b:1"
+    odd.write_text("text")
+    for files in (["a.txt", "b.txt"], ["x=y.txt"], ["s3://bucket:9000/x"], [str(odd)], ["a.txt:b"]):
+        assert plan_of(tmp_path, train_files=files) is None
+
+
+def test_flags_and_file_say_the_same(tmp_path: Path) -> None:
+    by_flags = plan_of(tmp_path, train_files=["web=w/*.txt:0.7", "code=c.py:0.3"], replay=["old=o.txt:0.1"])
+    text = "sources:\n  web: {files: w/*.txt, weight: 7}\n  code: {files: [c.py], weight: 3}\n"
+    by_file = plan_of(tmp_path, text, replay=["old=o.txt:0.1"])
+    assert by_flags.sources == by_file.sources
+    assert by_flags.phases == by_file.phases == ((0, (0.63, 0.27, 0.1)),)
+
+
+def test_replay_of_a_source_that_is_there_and_of_plain_files(tmp_path: Path) -> None:
+    text = (
+        "sources:\n  web: {files: w, weight: 3}\n  code: {files: c, weight: 1, epochs: 2}\n  old: {files: o}\n"
+        "phases:\n  - {from_step: 10, weights: {code: 1, old: 9}}\n"
+    )
+    plan = plan_of(tmp_path, text, replay=["old:0.2"])
+    assert plan.phases == ((0, (0.6, 0.2, 0.2)), (10, (0.0, 0.8, 0.2)))
+    assert plan.sources[1].epochs == 2
+    plain = plan_of(tmp_path, train_files=["new.txt"], replay=["old=o:0.05"])
+    assert [source.name for source in plain.sources] == ["train", "old"] and plain.phases == ((0, (0.95, 0.05)),)
+
+
+ONE = "sources:\n  a: {files: x, weight: 1}\n"
+WRONG = {
+    "negative": (
+        "sources:\n  a: {files: x, weight: -1}\n  b: {files: y, weight: 2}\n",
+        {},
+        ["'a'", "negative, got -1"],
+    ),
+    "zero": ("sources:\n  a: {files: x, weight: 0}\n  b: {files: y, weight: 0}\n", {}, ["add up to 0"]),
+    "zero later": (ONE + "phases: [{from_step: 5, weights: {a: 0}}]", {}, ["from step 5", "add up to 0"]),
+    "never": ("sources:\n  a: {files: x}\n  b: {files: y, weight: 0}\n", {}, ["'b' has weight 0 throughout"]),
+    "no number": ("sources:\n  a: {files: x, weight: much}\n", {}, ["sources.a.weight must be a number, got 'much'"]),
+    "nan": ("sources:\n  a: {files: x, weight: .nan}\n", {}, ["'a' must not be negative, got nan"]),
+    "unknown key": ("sources:\n  a: {files: x, wieght: 1}\n", {}, ["unknown key 'wieght'", "Did you mean 'weight'"]),
+    "no files": ("sources:\n  a: {weight: 1}\n", {}, ["sources.a: give `files` or `dataset`"]),
+    "no sources": ("phases: []\n", {}, ["`sources` must map"]),
+    "twice": ("sources:\n  a: {files: x}\n  a: {files: y}\n", {}, ["'a' is given twice"]),
+    "phase back": (ONE + "phases: [{from_step: 0, weights: {a: 1}}]", {}, ["from_step must be a step after 0, got 0"]),
+    "phase of nobody": (ONE + "phases: [{from_step: 3, weights: {b: 1}}]", {}, ["no source is called 'b'"]),
+    "epochs": ("sources:\n  a: {files: x, epochs: 0}\n", {}, ["sources.a.epochs must be above 0"]),
+    "no file": (None, {"mixture": "/nowhere/mix.yaml"}, ["--mixture /nowhere/mix.yaml"]),
+    "both": (ONE, {"train_files": ["x"]}, ["leave out --train_files"]),
+    "some named": ("", {"train_files": ["a=x:1", "y"]}, ["--train_files y", "NAME=FILES:WEIGHT"]),
+    "named twice": ("", {"train_files": ["a=x:1", "a=y:1"]}, ["a is given twice"]),
+    "negative flag": ("", {"train_files": ["a=x:-1", "b=y:1"]}, ["'a' must not be negative"]),
+    "replay form": ("", {"train_files": ["x"], "replay": ["old"]}, ["--replay old", "NAME=FILES:SHARE"]),
+    "replay of all": ("", {"train_files": ["x"], "replay": ["old=y:1.0"]}, ["between 0 and 1"]),
+    "replay sum": ("", {"train_files": ["x"], "replay": ["o=y:0.5", "p=z:0.5"]}, ["add up to 1"]),
+    "replay of nobody": (ONE, {"replay": ["b:0.1"]}, ["no source is called 'b'"]),
+    "replay only": (ONE, {"replay": ["a:0.1"]}, ["none is new"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_named(tmp_path: Path, case: str) -> None:
+    text, flags, parts = WRONG[case]
+    with pytest.raises(UserError) as error:
+        plan_of(tmp_path, text or "", **flags)
+    assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+def test_validation_reports_it_with_the_rest() -> None:
+    from mora_ds.config.arguments import from_flat
+
+    with pytest.raises(UserError) as error:
+        validate(from_flat({"model_name_or_path": "m", "train_files": ["a=x:0", "b=y:0"], "held_out_share": 1.5}))
+    assert "add up to 0" in str(error.value) and "--held_out_share" in str(error.value)
+
+
+# -- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def mix_file(user: Playground, path: Path, phases: str = "") -> Path:
+    path.write_text(
+        f"sources:\n  new: {{files: '{user.train}', weight: 0.5}}\n  old: {{files: '{user.held}', weight: 0.5}}\n"
+        + phases
+    )
+    return path
+
+
+def mixed(user: Playground, out: Path, mix: Path, *more: Any) -> list[str]:
+    """The flags of `user` without its --train_files."""
+    flags = user.flags(out, "--mixture", mix, *more)
+    at = flags.index("--train_files")
+    return flags[:at] + flags[at + 2 :]
+
+
+PHASES = "phases:\n  - {from_step: 4, weights: {new: 0.25, old: 0.75}}\n"
+
+
+@pytest.mark.gloo
+def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user: Playground, tmp_path: Path) -> None:
+    """Per-source losses included: exact over ranks and micro-batches."""
+    mix = mix_file(user, tmp_path / "mix.yaml", PHASES)
+    more = ("--save_steps", 2, "--merge_every", 3, "--restart_warmup_steps", 1)
+    whole, out, wide = tmp_path / "whole", tmp_path / "out", tmp_path / "wide"
+    run(1, mixed(user, whole, mix, *more, "--per_device_train_batch_size", 4))
+    argv = mixed(user, out, mix, *more, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto")
+    for step in (3, 5):
+        run_ranks(1, interrupted_job, argv, step)
+    run(1, argv)
+    assert_same_run(out, whole)
+    run(2, mixed(user, wide, mix, *more, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2))
+    torch.testing.assert_close(losses(wide), losses(whole), rtol=1e-5, atol=0)
+    for one, other in zip(of_sources(wide), of_sources(whole), strict=True):
+        for name in ("new", "old"):
+            assert one[name]["tokens"] == other[name]["tokens"]
+            assert one[name]["loss"] == pytest.approx(other[name]["loss"], rel=1e-5)
+    shown = of_sources(whole)
+    assert [row["new"]["tokens"] for row in shown] == [64, 128, 192, 256, 288, 320]
+    board = EventAccumulator(str(whole / "tensorboard")).Reload()
+    assert len(board.Scalars("sources/old/perplexity")) == 6
+    for row, facts in zip([row for row in rows(whole) if "loss" in row], shown, strict=True):
+        losses_of = [facts[name]["loss"] for name in ("new", "old")]
+        assert min(losses_of) <= row["loss"] <= max(losses_of)
+    mix_file(user, mix)  # without the phase
+    kind, message = run_ranks(1, refused, argv)[0]
+    assert kind == "UserError" and "weights of --mixture, from step 4.old" in message
+
+
+def of_sources(out: Path) -> list[dict[str, Any]]:
+    return [row["sources"] for row in rows(out) if "sources" in row]
+
+
+@pytest.mark.gloo
+@pytest.mark.heavy
+@pytest.mark.parametrize("streaming", [False, True])
+def test_four_ranks_and_a_resume_at_two(user: Playground, tmp_path: Path, streaming: bool) -> None:
+    mix = mix_file(user, tmp_path / "mix.yaml", PHASES)
+    more = ("--save_steps", 2, "--resume_from_checkpoint", "auto", *(("--streaming",) if streaming else ()))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(1, mixed(user, whole, mix, *more, "--per_device_train_batch_size", 4))
+    run_ranks(4, interrupted_job, mixed(user, out, mix, *more, "--per_device_train_batch_size", 1), 5)
+    run(2, mixed(user, out, mix, *more, "--per_device_train_batch_size", 2))
+    torch.testing.assert_close(losses(out), losses(whole), rtol=1e-5, atol=0)
+    for one, other in zip(of_sources(out), of_sources(whole), strict=True):
+        assert all(one[name]["loss"] == pytest.approx(other[name]["loss"], rel=1e-5) for name in ("new", "old"))
+
+
+@pytest.mark.gloo
+def test_the_loss_of_a_source_is_that_of_its_rows(user: Playground, tmp_path: Path) -> None:
+    """With a rate of next to nothing, what a run reports of one source is what a run on that source alone would."""
+    more = ("--max_steps", 1, "--warmup_steps", 0, "--seq_len", 16, "--per_device_train_batch_size", 8)
+    mix = mix_file(user, tmp_path / "mix.yaml")
+    run(1, mixed(user, tmp_path / "mixed", mix, *more))
+    (facts,) = of_sources(tmp_path / "mixed")
+    weighted = []
+    for name, files in (("new", user.train), ("old", user.held)):
+        alone = tmp_path / f"{name}.yaml"
+        alone.write_text(f"sources:\n  {name}: {{files: '{files}'}}\n")
+        run(1, mixed(user, tmp_path / name, alone, *more, "--per_device_train_batch_size", 4))
+        assert facts[name]["loss"] == pytest.approx(float(losses(tmp_path / name)[0]), rel=1e-6)
+        weighted.append(facts[name]["loss"])
+    assert not of_sources(tmp_path / "new"), "one source has its loss in the step's row"
+
+
+@pytest.mark.gloo
+def test_bad_sources_are_named_before_anything_is_trained(user: Playground, tmp_path: Path) -> None:
+    empty, broken, fieldless = tmp_path / "empty.txt", tmp_path / "broken.jsonl", tmp_path / "fields.jsonl"
+    empty.write_text("")
+    broken.write_text('{"text": "one"}\n{"text": "two"}\n{"text": \n')
+    fieldless.write_text('{"content": "one", "url": "x"}\n')
+    cases = {
+        empty: ["source 'b'", "empty.txt is empty"],
+        tmp_path / "none*.txt": ["source 'b'", "no file matches"],
+        broken: ["source 'b'", "broken.jsonl, line 3", "broken JSON"],
+        fieldless: ["source 'b'", "no field 'text'", "content, url", "--text_column"],
+    }
+    for bad, parts in cases.items():
+        argv = mixed(user, tmp_path / "out", tmp_path / "no.yaml")
+        at = argv.index("--mixture")
+        argv[at : at + 2] = ["--train_files", f"a={user.train}:0.5", f"b={bad}:0.5"]
+        kind, message = run_ranks(1, refused, argv)[0]
+        assert kind == "UserError" and all(part in message for part in parts), message
+    assert not (tmp_path / "out").exists()
+
+
+def test_used_up_sources_end_the_run_early_and_say_so(user: Playground, tmp_path: Path) -> None:
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(f"sources:\n  a: {{files: '{user.train}', epochs: 1}}\n  b: {{files: '{user.held}', epochs: 1}}\n")
+    kind, message = run_ranks(1, refused, mixed(user, tmp_path / "out", mix, "--max_steps", 10_000))[0]
+    assert kind == "UserError" and "--max_steps 10000: all sources are used up after" in message
+    summary = run(1, mixed(user, tmp_path / "out", mix, "--max_steps", -1, "--per_device_train_batch_size", 128))
+    assert summary["steps"] == 6, "(819 + 62) sequences // 128"
+    assert curve(tmp_path / "out")
+
+
+# -- held out --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gloo
+def test_no_held_out_document_is_trained_on(user: Playground, tmp_path: Path) -> None:
+    """By hash, in every source: also where a document lies in two of them."""
+    from mora_ds.data import Corpus, DocumentFilter, document_hash, hashes_of, load_corpus
+
+    texts = [json.loads(line)["text"] for line in user.train.read_text().splitlines()]
+    again = tmp_path / "again.jsonl"
+    again.write_text("".join(json.dumps({"text": f" {text}\n"}) + "\n" for text in texts[::2]))
+    share = 0.3
+    corpora = [load_corpus([str(path)]) for path in (user.train, again)]
+    held = {document_hash(text) for text in texts if document_hash(text) < share * 2**64}
+    assert 5 < len(held) < 40
+    for corpus in corpora:
+        trained = hashes_of(Corpus(corpus.parts, keep=DocumentFilter(share)))
+        kept = hashes_of(Corpus(corpus.parts, keep=DocumentFilter(share, takes_held_out=True)))
+        assert trained and kept and not trained & held and kept <= held
+    eval_file = tmp_path / "eval.jsonl"
+    eval_file.write_text(json.dumps({"text": texts[3] + "  "}) + "\n")
+    argv = mixed(user, tmp_path / "out", tmp_path / "no.yaml", "--held_out_share", share, "--exclude_eval_documents")
+    at = argv.index("--mixture")
+    argv[at : at + 2] = ["--train_files", f"a={user.train}:0.5", f"b={again}:0.5", "--eval_files", f"mine={eval_file}"]
+    told = run_ranks(1, said, argv)[0]
+    out_of_a = len({document_hash(text) for text in texts if document_hash(text) in held | {document_hash(texts[3])}})
+    assert f"a: {out_of_a} of {len(texts)} documents are not trained on" in told
+    (after,) = [row["eval"] for row in rows(tmp_path / "out") if "eval" in row and row["step"] == 6]
+    assert set(after) == {"mine", "held_out_a", "held_out_b"}
+
+
+@pytest.mark.gloo
+def test_a_plain_run_may_hold_out_too(user: Playground, tmp_path: Path) -> None:
+    summary = job_alone(user.flags(tmp_path / "out", "--held_out_share", 0.2, "--max_steps", 2))
+    assert set(summary["perplexity_after"]) == {"held", "short", "held_out"}
+    kind, message = run_ranks(1, refused, user.flags(tmp_path / "no", "--held_out_share", 1e-9))[0]
+    assert kind == "UserError" and "no document falls into --held_out_share 1e-09" in message
+    same = ("--train_files", user.held, "--exclude_eval_documents")
+    kind, message = run_ranks(1, refused, user.flags(tmp_path / "no", *same))[0]
+    assert kind == "UserError" and "--train_files: no document is left to train on" in message
+
+
+def job_alone(argv: list[str]) -> dict[str, Any]:
+    return run_ranks(1, job, argv)[0]

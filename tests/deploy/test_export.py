@@ -1,0 +1,507 @@
+"""Export: fabricated checkpoints against models changed by hand, damage, kills, memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from mora_ds import files
+from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, mora_update, permutation_seed, square_size
+from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
+from mora_ds.deploy import export as export_room
+from mora_ds.deploy.export import ExportReport, export_merged
+from mora_ds.errors import RunError, UserError
+from mora_ds.models.base import BaseCheckpoint, renamed_keys
+from mora_ds.models.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
+from mora_ds.remora.ledger import LayerEntry, Ledger, live_weight
+from tests.helpers.models import tiny_model, tokens
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "export_hf.py"
+KINDS = tuple(OperatorKind)
+
+
+@dataclass
+class FakeRun:
+    """A run's output folder, and what its export must hold."""
+
+    output: Path
+    checkpoint: Path
+    base: Path
+    expected: dict[str, torch.Tensor]
+    """Live parameter name -> value, in the compute dtype."""
+    live: Any
+    adapter: AdapterFile
+    squares: dict[str, torch.Tensor]
+
+
+def fake_run(
+    folder: Path,
+    family: str = "llama",
+    stored: torch.dtype = torch.float32,
+    dtype: str = "float32",
+    cycles: int = 2,
+    trained: tuple[str, ...] = (),
+    shard: str = "5GB",
+    probe: bool = True,
+    **changes: Any,
+) -> FakeRun:
+    """A checkpoint after `cycles` merges with live squares, made without any training."""
+    base_folder, checkpoint = folder / "base", folder / "out" / "checkpoints" / "step-000007"
+    tiny_model(family, dtype=stored, **changes).save_pretrained(base_folder, max_shard_size=shard)
+    (base_folder / "tokenizer_config.json").write_text('{"from": "base"}')
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=COMPUTE_DTYPES[dtype]).eval()
+    base = BaseCheckpoint.open(base_folder)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    renamed = renamed_keys(model, base.keys())
+    keys = base.map_parameters(parameters, model.base_model_prefix, model.all_tied_weights_keys, renamed)
+    checkpoint.mkdir(parents=True)
+    ledger = Ledger.create(checkpoint / "ledger", base.fingerprint())
+    for cycle in range(cycles):
+        layers = layers_of(model, cycle)
+        ledger.append(cycle + 1, layers, random_squares(layers, cycle).items())
+    layers = layers_of(model, cycles)
+    squares = random_squares(layers, cycles)
+    values = {name: parameters[name].detach().float() + 0.01 for name in trained}
+    expected = {name: tensor.detach().clone() for name, tensor in parameters.items()}
+    for name, entry in layers.items():
+        updates = list(ledger.squares_of(name))
+        module, original = model.get_submodule(name), base.read(keys[entry.weight])
+        module.weight.data.copy_(live_weight(original, updates, entry.transposed, COMPUTE_DTYPES[dtype]))
+        module.register_forward_hook(add_square(entry.operator, squares[name]))
+        updates.append((entry.operator, squares[name]))
+        expected[entry.weight] = live_weight(original, updates, entry.transposed, COMPUTE_DTYPES[dtype])
+    for name, value in values.items():
+        parameters[name].data.copy_(value)
+        for twin in parameters:
+            if parameters[twin] is parameters[name]:
+                expected[twin] = value.to(COMPUTE_DTYPES[dtype])
+    adapter = AdapterFile(layers, dtype, cycles, 7, 8, trained, {"note": "a | b"})
+    write_adapter(checkpoint, adapter, squares, values)
+    BaseReference(os.path.relpath(base_folder, checkpoint), base.fingerprint(), keys, dtype).write(checkpoint)
+    files.write_json_atomic(checkpoint / "trainer_state.json", {"perplexity_before": {"code": 9.5}})
+    if probe:
+        write_probe(checkpoint, model, dtype)
+    files.write_manifest(checkpoint)
+    files.replace_symlink(checkpoint.parent / "latest", checkpoint.name)
+    return FakeRun(folder / "out", checkpoint, base_folder, expected, model, adapter, squares)
+
+
+def layers_of(model: nn.Module, cycle: int) -> dict[str, LayerEntry]:
+    """All linear layers but the head, with every kind of operator among them."""
+    layers: dict[str, LayerEntry] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and "lm_head" not in name:
+            transposed = isinstance(module, Conv1D)
+            d_out, d_in = module.weight.shape[::-1] if transposed else module.weight.shape
+            kind = KINDS[len(layers) % len(KINDS)]
+            seed = permutation_seed(0, name, cycle)
+            spec = OperatorSpec(kind, d_in, d_out, square_size(d_in, d_out, 8, kind), Grouping.PERMUTED, seed)
+            layers[name] = LayerEntry(name, f"{name}.weight", transposed, spec)
+    return layers
+
+
+def random_squares(layers: dict[str, LayerEntry], seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sides = {name: entry.operator.r_hat for name, entry in layers.items()}
+    return {name: 0.02 * torch.randn(side, side, generator=generator) for name, side in sides.items()}
+
+
+def add_square(spec: OperatorSpec, square: torch.Tensor) -> Any:
+    return lambda _, inputs, output: output + mora_update(spec, square.to(output.dtype), inputs[0])
+
+
+def write_probe(checkpoint: Path, model: Any, dtype: str) -> None:
+    ids = tokens(2, 24)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits
+    write_safetensors_atomic(checkpoint / "probe.safetensors", {"input_ids": ids, "logits": logits}, {"dtype": dtype})
+
+
+def check(run: FakeRun, output: Path, dtype: torch.dtype) -> None:
+    """The export, loaded by plain transformers, has every expected value bit for bit, in `dtype`."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    model, info = loaded
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    assert set(parameters) == set(run.expected)
+    for name, tensor in parameters.items():
+        assert tensor.dtype == dtype, name
+        assert torch.equal(tensor, run.expected[name].to(dtype)), name
+    changed = [name for name in run.expected if not torch.equal(run.expected[name], run.live.get_parameter(name))]
+    assert len(changed) == len(run.adapter.layers)  # the live squares are in the export and not in the live weights
+
+
+# -- what it writes --------------------------------------------------------------------------------------------------
+
+HEADS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"family": "llama"},
+        {"family": "llama", "tie_word_embeddings": True, "trained": HEADS[:2]},
+        {"family": "llama", "trained": HEADS},
+        {"family": "llama", "stored": torch.bfloat16, "shard": "20KB"},
+        {"family": "gpt2", "trained": ("transformer.wte.weight", "transformer.ln_f.bias")},
+        {"family": "gpt_neox", "trained": ("lm_head.weight",)},
+        {"family": "phi3", "cycles": 0},
+        {"family": "gemma3_text", "stored": torch.bfloat16},
+        {"family": "olmo2"},
+    ],
+    ids=["plain", "tied-trained", "untied-trained", "bf16-sharded", "gpt2", "neox", "no-cycles", "gemma3", "olmo2"],
+)
+def test_export_is_the_model_changed_by_hand(tmp_path: Path, settings: dict[str, Any], dtype: str) -> None:
+    run = fake_run(tmp_path, dtype=dtype, **settings)
+    report = export_merged(run.checkpoint, tmp_path / "merged", verify=True)
+    check(run, tmp_path / "merged", COMPUTE_DTYPES[dtype])
+    assert report.comparison is not None and report.comparison.error <= report.comparison.tolerance
+    assert (report.merged, report.replaced) == (len(run.adapter.layers), len(run.adapter.trainables))
+
+
+def test_dtype_can_be_chosen(tmp_path: Path) -> None:
+    """From a bfloat16 run to float32: the update is not rounded at all."""
+    run = fake_run(tmp_path, stored=torch.bfloat16, dtype="bfloat16")
+    export_merged(run.checkpoint, tmp_path / "merged", dtype="float32", verify=True)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"
+    ledger, base = Ledger.open(run.checkpoint / "ledger"), BaseCheckpoint.open(run.base)
+    exported = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, entry in run.adapter.layers.items():
+        updates = [*ledger.squares_of(name), (entry.operator, run.squares[name])]
+        assert torch.equal(exported[entry.weight], live_weight(base.read(entry.weight), updates, False, torch.float32))
+
+
+def test_shards_and_index(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    whole = export_merged(run.checkpoint, tmp_path / "whole")
+    parts = export_merged(run.checkpoint, tmp_path / "parts", max_shard_gib=20_000 / 2**30)
+    assert whole.files == ("model.safetensors",) and len(parts.files) > 2
+    assert not (tmp_path / "whole" / "model.safetensors.index.json").exists()
+    index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(parts.files)
+    assert index["metadata"]["total_size"] == whole.nbytes == parts.nbytes
+    assert all((tmp_path / "parts" / name).stat().st_size < 24_000 for name in parts.files)
+    check(run, tmp_path / "parts", torch.float32)
+    prints = {BaseCheckpoint.open(tmp_path / name).fingerprint() for name in ("whole", "parts")}
+    assert len(prints) == 1
+
+
+def test_stale_copy_of_a_tied_head_is_left_out(tmp_path: Path) -> None:
+    """Files that hold lm_head.weight though it is tied: kept, it would come apart from the trained embedding."""
+    source, model = tmp_path / "source", tiny_model(tie_word_embeddings=True)
+    model.save_pretrained(source)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert "lm_head.weight" in state
+    run = fake_run(tmp_path, trained=HEADS[:1], tie_word_embeddings=True)
+    save_file(state, run.base / "model.safetensors", metadata={"format": "pt"})
+    fingerprint = BaseCheckpoint.open(run.base).fingerprint()
+    replace(BaseReference.read(run.checkpoint), fingerprint=fingerprint).write(run.checkpoint)
+    old = Ledger.open(run.checkpoint / "ledger")
+    cycles = [(record.step, old.layers(i), {n: old.square(i, n).clone() for n in old.layers(i)})
+              for i, record in enumerate(old.records)]  # fmt: skip
+    shutil.rmtree(run.checkpoint / "ledger")
+    ledger = Ledger.create(run.checkpoint / "ledger", fingerprint)
+    for step, layers, squares in cycles:
+        ledger.append(step, layers, squares.items())
+    files.write_manifest(run.checkpoint)
+    export_merged(run.checkpoint, tmp_path / "merged", verify=True)
+    assert "lm_head.weight" not in load_file(tmp_path / "merged" / "model.safetensors")
+    check(run, tmp_path / "merged", torch.float32)
+
+
+def test_companions(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, dtype="bfloat16", trained=HEADS[1:2])
+    config = json.loads((run.base / "config.json").read_text())
+    config.update(torch_dtype="float32", text_config={"dtype": "float32", "depth": 2})
+    (run.base / "config.json").write_text(json.dumps(config))
+    output = tmp_path / "merged"
+    export_merged(run.output, output)
+    written = json.loads((output / "config.json").read_text())
+    assert written["dtype"] == written["torch_dtype"] == written["text_config"]["dtype"] == "bfloat16"
+    assert written["architectures"] == ["LlamaForCausalLM"] and written["text_config"]["depth"] == 2
+    assert (output / "generation_config.json").exists()
+    assert json.loads((output / "tokenizer_config.json").read_text()) == {"from": "base"}
+    card = (output / "README.md").read_text()
+    fingerprint = BaseCheckpoint.open(run.base).fingerprint()
+    for words in (fingerprint, "| merges | 2 |", "| steps | 7 |", "| code | 9.500 |", "cycle   1", "rotate", "a \\| b"):
+        assert words in card
+
+
+def test_tokenizer_of_the_checkpoint_wins(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    (run.checkpoint / "tokenizer").mkdir()
+    (run.checkpoint / "tokenizer" / "tokenizer_config.json").write_text('{"from": "run"}')
+    export_merged(run.output, tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text()) == {"from": "run"}
+
+
+def test_a_real_tokenizer_travels_along(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    run = fake_run(tmp_path)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(run.checkpoint / "tokenizer")
+    export_merged(run.checkpoint, tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("hello")["input_ids"] == [1]
+
+
+def test_checkpoint_may_be_given_in_three_ways(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    ways = (run.checkpoint, run.output / "checkpoints" / "latest", run.output)
+    for i, way in enumerate(ways):
+        export_merged(way, tmp_path / str(i))
+    contents = [(tmp_path / str(i) / "model.safetensors").read_bytes() for i in range(len(ways))]
+    assert contents[0] == contents[1] == contents[2]
+
+
+def test_base_that_moved(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    moved = tmp_path / "elsewhere" / "base"
+    moved.parent.mkdir()
+    run.base.rename(moved)
+    with pytest.raises(UserError, match=r"--base: no such folder: .*/base"):
+        export_merged(run.checkpoint, tmp_path / "merged")
+    export_merged(run.checkpoint, tmp_path / "merged", base_folder=moved)
+    check(run, tmp_path / "merged", torch.float32)
+    tiny_model(seed=5).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"--base: .*other is not the base of"):
+        export_merged(run.checkpoint, tmp_path / "merged-2", base_folder=tmp_path / "other")
+    assert not (tmp_path / "merged-2").exists()
+
+
+# -- verification ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("fault", ["square forgotten", "cycle forgotten"])
+def test_verify_finds_a_wrong_export(tmp_path: Path, dtype: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fake_run(tmp_path, dtype=dtype)
+
+    def wrong(original: torch.Tensor, updates: Any, *rest: Any) -> torch.Tensor:
+        updates = list(updates)
+        return live_weight(original, updates[:-1] if fault == "square forgotten" else updates[1:], *rest)
+
+    monkeypatch.setattr(export_room, "live_weight", wrong)
+    with pytest.raises(RunError, match=r"does not match: logits .* largest difference"):
+        export_merged(run.checkpoint, tmp_path / "merged", verify=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_verify_needs_a_probe_and_says_so_first(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, probe=False)
+    with pytest.raises(UserError, match=r"--verify needs probe\.safetensors"):
+        export_merged(run.checkpoint, tmp_path / "merged", verify=True)
+    assert export_merged(run.checkpoint, tmp_path / "merged").comparison is None
+
+
+def test_nan_logits_do_not_pass(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    probe = load_file(run.checkpoint / "probe.safetensors")
+    probe["logits"] = probe["logits"].clone()
+    probe["logits"][0, 0, 0] = float("nan")
+    write_safetensors_atomic(run.checkpoint / "probe.safetensors", probe, {"dtype": "float32"})
+    files.write_manifest(run.checkpoint)
+    with pytest.raises(RunError, match="does not match"):
+        export_merged(run.checkpoint, tmp_path / "merged", verify=True)
+
+
+# -- damage and refusals ---------------------------------------------------------------------------------------------
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter.safetensors", "adapter.json", "ledger/cycle-00001.safetensors", "ledger/ledger.json", "base.json"]
+)
+@pytest.mark.parametrize("damage", [flip_byte, Path.unlink, lambda path: os.truncate(path, path.stat().st_size - 30)])
+def test_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage: Any) -> None:
+    run = fake_run(tmp_path, probe=False)
+    damage(run.checkpoint / name)
+    with pytest.raises(RunError, match=f"checkpoint is damaged: .*{name}"):
+        export_merged(run.checkpoint, tmp_path / "merged")
+    (run.checkpoint / "manifest.json").unlink()
+    if damage is not flip_byte:  # without a manifest, hashes cover the ledger only; holes show everywhere
+        with pytest.raises(UserError, match=name if (run.checkpoint / name).exists() else "missing|neither"):
+            export_merged(run.checkpoint, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_changed_base_is_refused(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, probe=False)
+    flip_byte(run.base / "model.safetensors")
+    with pytest.raises(UserError, match=r"--base: .*is not the base of"):
+        export_merged(run.checkpoint, tmp_path / "merged")
+
+
+def test_ledger_of_another_length_is_refused(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, probe=False)
+    Ledger.open(run.checkpoint / "ledger").truncate(1)
+    (run.checkpoint / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"1 cycles, but .* in cycle 2"):
+        export_merged(run.checkpoint, tmp_path / "merged")
+
+
+def test_square_on_one_of_two_tied_weights_is_refused(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, tie_word_embeddings=True, probe=False)
+    spec = OperatorSpec(OperatorKind.SHARE, 32, 128, 4)
+    layers = {**run.adapter.layers, "lm_head": LayerEntry("lm_head", "lm_head.weight", False, spec)}
+    squares = {**run.squares, "lm_head": torch.ones(4, 4)}
+    write_adapter(run.checkpoint, replace(run.adapter, layers=layers), squares, {})
+    files.write_manifest(run.checkpoint)
+    with pytest.raises(UserError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight"):
+        export_merged(run.checkpoint, tmp_path / "merged")
+
+
+def test_wrong_arguments_name_their_flag(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, probe=False)
+    for settings, words in (
+        ({"checkpoint": tmp_path / "none"}, "--checkpoint: .*none"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"max_shard_gib": 0}, "--max_shard_gib"),
+    ):
+        with pytest.raises(UserError, match=words):
+            export_merged(**{"checkpoint": run.checkpoint, "output": tmp_path / "merged", **settings})  # type: ignore[arg-type]
+
+
+def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, probe=False)
+    output = tmp_path / "merged"
+    output.mkdir()
+    export_merged(run.checkpoint, output)  # an empty folder is no loss
+    (output / "mine").write_text("")
+    with pytest.raises(UserError, match=r"--output .* exists already"):
+        export_merged(run.checkpoint, output)
+    export_merged(run.checkpoint, output, overwrite=True)
+    assert not (output / "mine").exists() and not list(tmp_path.glob(".merged*"))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("")
+    for place, words in ((run.base, "holds the base"), (run.output, "holds the base or"), (tmp_path, "holds the base")):
+        with pytest.raises(UserError, match=words):
+            export_merged(run.checkpoint, place, overwrite=True)
+    with pytest.raises(UserError, match="no model"):
+        export_merged(run.checkpoint, tmp_path / "photos", overwrite=True)
+
+
+def test_killed_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fake_run(tmp_path, probe=False)
+    output = tmp_path / "merged"
+    export_merged(run.checkpoint, output)
+    before = (output / "model.safetensors").read_bytes()
+    calls = []
+
+    def kill(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return live_weight(*arguments)
+
+    monkeypatch.setattr(export_room, "live_weight", kill)
+    for place in (output, tmp_path / "new"):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            export_merged(run.checkpoint, place, overwrite=True)
+    assert (output / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "merged", "out"]
+
+
+# -- the tool --------------------------------------------------------------------------------------------------------
+
+
+def tool(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment, timeout=120, check=False)
+
+
+def test_tool_exports_and_tells_errors_apart(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    done = tool("--checkpoint", run.output / "checkpoints" / "latest", "--output", tmp_path / "merged", "--verify")
+    assert done.returncode == 0, done.stderr
+    assert "merged 14 layers from 2 ledger cycle(s)" in done.stdout and "tolerance" in done.stdout
+    check(run, tmp_path / "merged", torch.float32)
+    again = tool("--checkpoint", run.output, "--output", tmp_path / "merged")
+    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
+    flip_byte(run.checkpoint / "adapter.safetensors")
+    damaged = tool("--checkpoint", run.output, "--output", tmp_path / "other")
+    assert damaged.returncode == 1 and damaged.stderr.count("\n") == 1 and "adapter.safetensors" in damaged.stderr
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys, threading, time
+from pathlib import Path
+from mora_ds.export import export_merged
+
+def anonymous_mib():  # what the process itself holds; mapped files are the page cache's
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+def watch():
+    while not done.is_set():
+        peaks.append(anonymous_mib())
+        time.sleep(0.002)
+
+import torch
+torch.ones(256, 256) @ torch.ones(256, 256)
+done, peaks, before = threading.Event(), [], anonymous_mib()
+thread = threading.Thread(target=watch)
+thread.start()
+export_merged(Path(sys.argv[1]), Path(sys.argv[2]))
+done.set()
+thread.join()
+print(max(peaks) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
+    """224 MiB in 56 tensors of 4 MiB, in one file: the export may hold some of them, never the model."""
+    side, count = 1024, 56
+    base, checkpoint = tmp_path / "base", tmp_path / "step"
+    base.mkdir()
+    checkpoint.mkdir()
+    (base / "config.json").write_text("{}")
+    weights = {f"layer.{i}.weight": torch.full((side, side), float(i)) for i in range(count)}
+    write_safetensors_atomic(base / "model.safetensors", weights, {})
+    spec = OperatorSpec(OperatorKind.ROTATE, side, side, 128, Grouping.PERMUTED, 1)
+    layers = {f"layer.{i}": LayerEntry(f"layer.{i}", f"layer.{i}.weight", False, spec) for i in range(count)}
+    fingerprint = BaseCheckpoint.open(base).fingerprint()
+    ledger = Ledger.create(checkpoint / "ledger", fingerprint)
+    squares = {name: torch.ones(128, 128) for name in layers}
+    ledger.append(1, layers, squares.items())
+    write_adapter(checkpoint, AdapterFile(layers, "float32", 1, 1, 8), squares, {})
+    BaseReference(str(base), fingerprint, {name: name for name in weights}, "float32").write(checkpoint)
+    repository = str(TOOL.parent.parent)
+    command = [sys.executable, "-c", MEASURE, str(checkpoint), str(tmp_path / "merged")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 90, done.stdout  # about 37
+    assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(weights)
+
+
+def test_report_reads_well(tmp_path: Path) -> None:
+    report = ExportReport(tmp_path, ("model.safetensors",), 2**30, "bfloat16", 100, 14, 3, 2, 1.5)
+    assert report.lines() == [
+        f"{tmp_path}: 100 tensors in bfloat16, 1.000 GiB in 1 file(s), 1.5 s",
+        "merged 14 layers from 2 ledger cycle(s) and the live squares, replaced 3 trained tensor(s)",
+    ]

@@ -1,0 +1,334 @@
+"""DeepSpeed's JSON: "auto" is filled, contradictions are listed at once, and DeepSpeed accepts what comes out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mora_ds.config.arguments import parse
+from mora_ds.engine.ds_config import (
+    AUTO,
+    PERSIST_BUDGET_BYTES,
+    REDUCE_BUCKET_NUMEL,
+    EngineSettings,
+    complete_ds_config,
+    compute_dtype,
+    fill_bucket_sizes,
+    load_ds_config,
+    resolve_ds_config,
+)
+from mora_ds.engine.ds_keys import REFUSED, SECTIONS, TOP_LEVEL
+from mora_ds.errors import UserError
+from tests.helpers.gloo import run_ranks
+
+SETTINGS = EngineSettings(
+    micro_batch_size=4,
+    gradient_accumulation_steps=2,
+    learning_rate=4e-4,
+    betas=(0.9, 0.95),
+    epsilon=1e-8,
+    weight_decay=0.1,
+    max_grad_norm=1.0,
+    bf16=False,
+    fp16=False,
+)
+
+
+def refusal(config: dict[str, Any], settings: EngineSettings = SETTINGS, world_size: int = 3) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve_ds_config(config, settings, world_size)
+    return str(caught.value)
+
+
+# -- filling -----------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_config_and_one_of_autos_resolve_alike() -> None:
+    auto = {
+        **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), AUTO),
+        "gradient_clipping": AUTO,
+        "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), AUTO)},
+        "data_types": {"grad_accum_dtype": AUTO},
+        "zero_optimization": {"stage": 0, "reduce_bucket_size": AUTO},
+    }
+    resolved = resolve_ds_config(auto, SETTINGS, world_size=3)
+    assert resolved == resolve_ds_config({}, SETTINGS, world_size=3)
+    assert resolved["train_batch_size"] == 24
+    assert resolved["train_micro_batch_size_per_gpu"] == 4
+    assert resolved["gradient_accumulation_steps"] == 2
+    assert resolved["gradient_clipping"] == 1.0
+    assert resolved["optimizer"] == {
+        "type": "AdamW",
+        "params": {"lr": 4e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "torch_adam": True},
+    }
+    assert resolved["data_types"]["grad_accum_dtype"] == "fp32"
+    assert resolved["zero_optimization"]["memory_efficient_linear"] is False
+
+
+def test_the_users_config_is_not_touched_and_own_values_stay() -> None:
+    config = {
+        "optimizer": {"params": {"torch_adam": False}},
+        "zero_optimization": {"stage": 3, "memory_efficient_linear": True, "stage3_param_persistence_threshold": 0},
+        "steps_per_print": 7,
+    }
+    before = json.dumps(config)
+    resolved = resolve_ds_config(config, SETTINGS, 1, trainable_numels=[100])
+    assert json.dumps(config) == before
+    assert resolved["optimizer"]["params"]["torch_adam"] is False
+    assert resolved["zero_optimization"]["memory_efficient_linear"] is True
+    assert resolved["zero_optimization"]["stage3_param_persistence_threshold"] == 0
+    assert resolved["steps_per_print"] == 7
+
+
+@pytest.mark.parametrize(("flag", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), (None, "float32")])
+@pytest.mark.parametrize("written", [{}, {"bf16": {"enabled": AUTO}, "fp16": {"enabled": AUTO}}, {"bf16": None}])
+def test_compute_dtype_follows_the_flag(flag: str | None, dtype: str, written: dict[str, Any]) -> None:
+    settings = replace(SETTINGS, bf16=flag == "bf16", fp16=flag == "fp16")
+    assert compute_dtype(resolve_ds_config(written, settings, 1)) == dtype
+
+
+def test_without_zero_low_precision_keeps_deepspeeds_accumulation_dtype() -> None:
+    bf16 = replace(SETTINGS, bf16=True)
+    types = [
+        resolve_ds_config({"zero_optimization": {"stage": stage}}, bf16, 1)["data_types"]["grad_accum_dtype"]
+        for stage in range(4)
+    ]
+    assert types == [None, "fp32", "fp32", "fp32"]
+    assert "needs stage 1, 2 or 3" in refusal({"data_types": {"grad_accum_dtype": "fp32"}}, bf16)
+
+
+def test_small_squares_persist_and_large_ones_are_partitioned() -> None:
+    config = resolve_ds_config({"zero_optimization": {"stage": 3}}, replace(SETTINGS, bf16=True), 2)
+    assert config["zero_optimization"]["stage3_param_persistence_threshold"] == AUTO
+    small = fill_bucket_sizes(config, [256 * 256, 362 * 362] * 7)["zero_optimization"]
+    assert small["stage3_param_persistence_threshold"] == 362 * 362
+    assert small["reduce_bucket_size"] == 7 * (256**2 + 362**2)
+    assert small["stage3_prefetch_bucket_size"] == 8 * 362**2
+    squares = [1448**2] * 128 + [1944**2] * 96  # Llama-2-7B at rank 256
+    large = fill_bucket_sizes(config, [*squares, *[4096] * 65])["zero_optimization"]
+    assert large["stage3_param_persistence_threshold"] == 4096, "the norms persist, the squares do not"
+    assert large["reduce_bucket_size"] == REDUCE_BUCKET_NUMEL
+    assert fill_bucket_sizes(config, squares)["zero_optimization"]["stage3_param_persistence_threshold"] == 0
+
+
+def test_persistence_budget_is_in_bytes_of_the_compute_dtype() -> None:
+    numel = PERSIST_BUDGET_BYTES // 2
+    kept = {}
+    for bf16 in (True, False):
+        config = resolve_ds_config({"zero_optimization": {"stage": 3}}, replace(SETTINGS, bf16=bf16), 2, [numel])
+        kept[bf16] = config["zero_optimization"]["stage3_param_persistence_threshold"]
+    assert kept == {True: numel, False: 0}
+
+
+def test_a_bucket_always_holds_the_largest_parameter() -> None:
+    config = resolve_ds_config({}, SETTINGS, 1, [REDUCE_BUCKET_NUMEL * 2, 10])
+    assert config["zero_optimization"]["reduce_bucket_size"] == REDUCE_BUCKET_NUMEL * 2
+
+
+# -- refusing ----------------------------------------------------------------------------------------------------
+
+
+def test_contradictions_are_listed_at_once(tmp_path: Path) -> None:
+    config = {
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": 100,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "optimizer": {"params": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.0}},
+    }
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        resolve_ds_config(path, SETTINGS, 3)
+    lines = str(caught.value).splitlines()
+    assert lines == [
+        f'{path}: train_micro_batch_size_per_gpu = 8 but --per_device_train_batch_size = 4; set it to "auto"',
+        f'{path}: gradient_accumulation_steps = 1 but --gradient_accumulation_steps = 2; set it to "auto"',
+        f'{path}: train_batch_size = 100 but 4 a rank x 2 accumulated x 3 ranks = 24; set it to "auto"',
+        f'{path}: gradient_clipping = 0.5 but --max_grad_norm = 1.0; set it to "auto"',
+        f'{path}: optimizer.params.lr = 0.001 but --learning_rate = 0.0004; set it to "auto"',
+        f'{path}: optimizer.params.betas = [0.9, 0.999] but --adam_beta1, --adam_beta2 = [0.9, 0.95]; set it to "auto"',
+        f'{path}: optimizer.params.eps = 1e-06 but --adam_epsilon = 1e-08; set it to "auto"',
+        f'{path}: optimizer.params.weight_decay = 0.0 but --weight_decay = 0.1; set it to "auto"',
+        f'{path}: bf16.enabled = true but --bf16 is not given; set it to "auto"',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"zero_optimisation": {}}, "unknown key 'zero_optimisation'. Did you mean 'zero_optimization'?"),
+        ({"zero_optimization": {"stag": 3}}, "unknown key 'zero_optimization.stag'. Did you mean 'stage'?"),
+        ({"optimizer": {"params": {"learning_rate": 1}}}, "unknown key 'optimizer.params.learning_rate'"),
+        ({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}, "Did you mean 'device'?"),
+        ({"zero_optimization": {"stage": 4}}, "stage must be 0, 1, 2 or 3, got 4"),
+        ({"zero_optimization": {"stage": True}}, "stage must be 0, 1, 2 or 3, got true"),
+        ({"zero_optimization": 3}, '"zero_optimization" must be an object'),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer needs stage 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "the frozen base is no parameter"),
+        ({"scheduler": {"type": "WarmupLR"}}, "--lr_scheduler_type"),
+        ({"optimizer": {"type": "Lamb"}}, 'optimizer.type must be AdamW, Adam or Muon, got "Lamb"'),
+        ({"optimizer": {"params": {"bias_correction": True}}}, "bias_correction"),
+        ({"gradient_allreduce_op": "sum"}, "average over tokens"),
+        ({"managed_gradient_accumulation": False}, "must stay true"),
+        ({"steps_per_print": AUTO}, 'steps_per_print = "auto": there is no flag to take it from'),
+    ],
+)
+def test_each_wrong_setting_is_named(config: dict[str, Any], message: str) -> None:
+    text = refusal(config)
+    assert message in text
+    assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_refused_keys_give_their_reason_and_pass_when_off(path: str) -> None:
+    def nested(value: Any) -> dict[str, Any]:
+        for key in reversed(path.split(".")):
+            value = {key: value}
+        return value
+
+    assert REFUSED[path] in refusal(nested({"enabled": True, "device": "cpu"}))
+    for off in (False, None, {"enabled": False}):
+        assert resolve_ds_config(nested(off), SETTINGS, 1)
+
+
+@pytest.mark.parametrize(
+    ("section", "wanted", "expected"),
+    [
+        ({"autotp_size": 2}, 1, "tensor_parallel.autotp_size = 2 but --tensor_parallel_size = 1"),
+        ({"autotp_size": 1}, 2, "tensor_parallel.autotp_size = 1 but --tensor_parallel_size = 2"),
+        ({"autotp_size": 2, "tp": {"tp_size": 2}}, 2, '"tensor_parallel.tp" cannot be used: it is for AutoTP'),
+        ({"autotp_size": "two"}, 2, 'tensor_parallel.autotp_size must be a whole number or "auto", got "two"'),
+        ({"autotp_size": -2}, 2, "must be a whole number"),
+        (2, 2, '"tensor_parallel" must be an object'),
+    ],
+)
+def test_a_degree_that_the_flag_does_not_say(section: Any, wanted: int, expected: str) -> None:
+    with pytest.raises(UserError) as found:
+        resolve_ds_config({"tensor_parallel": section}, replace(SETTINGS, tensor_parallel_size=wanted), 1)
+    assert expected in str(found.value)
+
+
+@pytest.mark.parametrize("section", [{"autotp_size": 2}, {"autotp_size": "auto"}, {}, None])
+def test_deepspeed_never_sees_a_degree(section: Any) -> None:
+    resolved = resolve_ds_config({"tensor_parallel": section}, replace(SETTINGS, tensor_parallel_size=2), 1)
+    assert "tensor_parallel" not in resolved
+    assert "tensor_parallel" not in complete_ds_config({"tensor_parallel": section}, [64])
+
+
+def test_the_degree_goes_by_deepspeeds_name() -> None:
+    from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
+
+    assert TPTrainingConfig.model_fields["autotp_size"].default == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "flags", "degree"),
+    [(2, [], 2), (0, [], 1), ("auto", [], 1), ("auto", ["--tensor_parallel_size", "4"], 4)],
+)
+def test_a_file_says_the_degree_for_a_flag_that_is_not_given(
+    tmp_path: Path, value: Any, flags: list[str], degree: int
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"tensor_parallel": {"autotp_size": value}}))
+    assert parse(["--deepspeed", str(path), *flags]).training.tensor_parallel_size == degree
+
+
+def test_both_precisions_are_refused() -> None:
+    text = refusal({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, replace(SETTINGS, bf16=True, fp16=True))
+    assert "bf16 and fp16 cannot both be enabled" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{\n  "bf16": {"enabled": true,}\n}', r"ds\.json, line 2, column \d+: no valid JSON"),
+        ('{"bf16": {}, "bf16": {}}', "key given twice: bf16"),
+        ("[1, 2]", "must hold a JSON object, not a list"),
+    ],
+)
+def test_broken_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        load_ds_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read --deepspeed .*nothing\.json"):
+        load_ds_config(tmp_path / "nothing.json")
+
+
+def test_no_file_means_zero_3() -> None:
+    assert resolve_ds_config(None, SETTINGS, 1)["zero_optimization"]["stage"] == 3
+
+
+# -- against the installed DeepSpeed -----------------------------------------------------------------------------
+
+
+def test_key_tables_are_those_of_the_installed_deepspeed() -> None:
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+
+    models = {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+    }
+    for section, model in models.items():
+        assert SECTIONS[section] == {field.alias or name for name, field in model.model_fields.items()}, section
+
+
+def test_every_known_top_level_key_is_named_in_deepspeeds_source() -> None:
+    spec = importlib.util.find_spec("deepspeed")
+    assert spec is not None and spec.submodule_search_locations
+    root = Path(spec.submodule_search_locations[0])
+    names = ("config.py", "constants.py", "config_utils.py", "precision_config.py", "aio_config.py")
+    source = "".join(path.read_text(encoding="utf-8") for name in names for path in root.rglob(name))
+    assert not [key for key in TOP_LEVEL if f'"{key}"' not in source and f"'{key}'" not in source]
+
+
+def loss_of_each(configs: list[tuple[dict[str, Any], str]]) -> list[tuple[float, float, str]]:
+    """(first loss, last loss, optimizer's class) of a tiny model trained under each config."""
+    import deepspeed
+
+    results = []
+    for config, dtype in configs:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)).to(getattr(torch, dtype))
+        engine, optimizer, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+        inputs = torch.randn(2, 8, dtype=getattr(torch, dtype))
+        losses = []
+        for _ in range(8):
+            loss = engine(inputs).float().pow(2).mean()
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        results.append((losses[0], losses[-1], type(getattr(optimizer, "optimizer", optimizer)).__name__))
+        engine.destroy()
+    return results
+
+
+@pytest.mark.gloo
+def test_deepspeed_trains_under_every_stage_and_precision() -> None:
+    offloaded = {"offload_optimizer": {"device": "cpu"}}
+    configs = []
+    for bf16, fp16 in ((False, False), (True, False), (False, True)):
+        settings = replace(SETTINGS, learning_rate=2e-2, micro_batch_size=2, bf16=bf16, fp16=fp16)
+        for zero in [{"stage": stage} for stage in range(4)] + [{"stage": stage, **offloaded} for stage in (1, 2, 3)]:
+            config = resolve_ds_config({"zero_optimization": zero}, settings, 1, trainable_numels=[64, 8, 32, 4])
+            configs.append((config, compute_dtype(config)))
+    (results,) = run_ranks(1, loss_of_each, configs)
+    assert len(results) == 21
+    for (config, dtype), (first, last, optimizer) in zip(configs, results, strict=True):
+        assert last < 0.8 * first, (config["zero_optimization"], dtype)
+        assert optimizer == "AdamW", "torch's own: nothing is compiled, offloaded or not"

@@ -1,0 +1,102 @@
+"""What `start_distributed` and `initialize` settle before DeepSpeed's engine exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
+from mora_ds.engine.initialize import check_compute_dtype, initialize, parameter_groups, start_distributed
+from mora_ds.errors import RunError, UserError
+from mora_ds.models.load import AUTO_ATTENTION, load_base
+from mora_ds.runtime.ranks import Ranks
+from tests.engine.test_zero import ds_config
+from tests.helpers.gloo import run_ranks
+from tests.helpers.models import tiny_model
+
+
+def devices_chosen() -> list[Any]:
+    chosen: list[Any] = []
+    accelerator = get_accelerator()
+    accelerator.set_device = chosen.append
+    start_distributed()
+    return chosen
+
+
+@pytest.mark.gloo
+def test_every_rank_takes_its_own_device_before_anything_is_placed() -> None:
+    assert run_ranks(2, devices_chosen) == [[0], [1]]
+
+
+@pytest.mark.parametrize(("section", "other"), [("fp16", "--bf16"), ("bf16", "--fp16")])
+def test_a_dtype_that_the_device_lacks_is_refused(section: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = get_accelerator()
+    for name in ("fp16", "bf16"):
+        monkeypatch.setattr(accelerator, f"is_{name}_supported", lambda name=name: name != section)
+    with pytest.raises(UserError, match=rf"--{section}.*use {other}"):
+        check_compute_dtype({section: {"enabled": True}})
+    check_compute_dtype({})
+
+
+def test_a_process_without_a_launcher_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("mora_ds.engine.initialize.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"RANK.*write deepspeed in place of python"):
+        start_distributed()
+
+
+def different_base() -> str:
+    model = tiny_model("llama", seed=dist.get_rank())
+    inject(model, MoRAConfig(rank=4))
+    try:
+        initialize(model=model, config=ds_config(3, 2, 1))
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.gloo
+def test_ranks_that_hold_other_bases_are_named() -> None:
+    for message in run_ranks(3, different_base):
+        assert "[1, 2]" in message and "--model_name_or_path" in message
+
+
+def tensors_that_are_files(folder: str) -> tuple[int, int]:
+    """(tensors of the live base whose memory is a mapped file of the folder, all of them)"""
+    path = Path(folder)
+    model = load_base(path, path / "own", Ranks.current(), torch.bfloat16, AUTO_ATTENTION).model
+    inject(model, MoRAConfig(rank=4))
+    initialize(model=model, config={**ds_config(3, 2, 1), "bf16": {"enabled": True}})
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if folder in line]
+    mapped = [range(*(int(end, 16) for end in line[0].split("-"))) for line in lines]
+    base = frozen_buffers(model).values()
+    return sum(any(tensor.data_ptr() in part for part in mapped) for tensor in base), len(base)
+
+
+@pytest.mark.gloo
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_ranks_of_a_node_share_the_pages_of_the_base(tmp_path: Path) -> None:
+    """The live base is the file itself, mapped, where the file has the run's dtype: no rank has a copy."""
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    for mapped, tensors in run_ranks(2, tensors_that_are_files, str(tmp_path)):
+        assert mapped == tensors > 10
+
+
+def test_a_model_without_squares_is_refused() -> None:
+    with pytest.raises(UserError, match=r"mora_ds\.inject"):
+        initialize(model=tiny_model("llama"), config=ds_config(3, 2, 1))
+
+
+def test_squares_have_a_parameter_group_of_their_own() -> None:
+    model = tiny_model("llama")
+    inject(model, MoRAConfig(rank=4, train_norms=True))
+    squares, others = parameter_groups(model)
+    assert {id(p) for p in squares["params"]} == {id(layer.square) for layer in mora_layers(model).values()}
+    assert all(isinstance(p, torch.nn.Parameter) and p.dim() == 1 for p in others["params"])

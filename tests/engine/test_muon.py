@@ -1,0 +1,449 @@
+"""Muon on the squares, AdamW on the rest: sharded = one plain process, merged, resumed, refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.adapters.ops.mora import delta_weight
+from mora_ds.config.arguments import parse
+from mora_ds.config.validate import validate
+from mora_ds.engine import zero
+from mora_ds.engine.ds_config import complete_ds_config, resolve_ds_config
+from mora_ds.engine.initialize import initialize, initialize_full
+from mora_ds.engine.muon import uses_muon
+from mora_ds.engine.traffic import CollectiveCounter
+from mora_ds.errors import UserError
+from mora_ds.remora.optimizer_reset import OptimizerReset
+from tests.engine.test_zero import EPSILON, ds_config, merge_by_hand
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, refused, rows, run
+from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.remora.test_merge import merging_run
+from tests.train.test_resume import assert_same_run, interrupted_job
+
+ROWS, STEPS, ACCUMULATION, CLIP = 6, 3, 2, 0.05
+RATE, OTHERS_RATE, BETA, DECAY = 0.05, 0.01, 0.9, 0.1
+MUON = {
+    "type": "Muon",
+    "params": {
+        "lr": OTHERS_RATE, "muon_lr": RATE, "momentum": BETA, "betas": [0.9, 0.999], "eps": EPSILON,
+        "weight_decay": DECAY,
+    },
+}  # fmt: skip
+
+
+def muon_config(stage: int, micro: int, accumulation: int = ACCUMULATION, **changes: Any) -> dict[str, Any]:
+    config = ds_config(stage, micro, accumulation, optimizer=MUON, gradient_clipping=CLIP, **changes)
+    if stage:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def small_model(dtype: torch.dtype = torch.float32) -> Any:
+    """Squares of several sizes that are not zero; norms, embeddings and head are trained beside them."""
+    model = tiny_model("llama", dtype=dtype)
+    inject(model, MoRAConfig(rank=4, operator="share", train_norms=True, train_embeddings=True, train_head=True))
+    for index, layer in enumerate(mora_layers(model).values()):
+        layer.square.data = 0.02 * torch.randn(layer.square.shape, generator=torch.Generator().manual_seed(index))
+    return model
+
+
+def squares_of(model: nn.Module) -> list[nn.Parameter]:
+    return [layer.square for layer in mora_layers(model).values()]
+
+
+def others_of(model: nn.Module) -> list[nn.Parameter]:
+    squares = {id(square) for square in squares_of(model)}
+    return [parameter for parameter in model.parameters() if id(parameter) not in squares]
+
+
+# -- one process ---------------------------------------------------------------------------------------------------
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Five Newton-Schulz steps with the coefficients that Muon is known by; towards U V^T of the matrix's SVD."""
+    x = matrix / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def without_half_precision() -> None:
+    """DeepSpeed iterates in fp16 where the machine has it: 0.05 learning rates of rounding in three steps, in which a
+    real difference might hide. In fp32 equality can be asked for."""
+    from deepspeed.runtime.zero.muon import original_muon
+
+    original_muon.ns_compute_dtype = lambda method="gram": torch.float32
+
+
+def plain_run(merge_at: int | None = None) -> dict[str, Any]:
+    """No DeepSpeed, the whole global batch at once: gradient clipped, then Muon and AdamW."""
+    model = small_model()
+    squares, others = squares_of(model), others_of(model)
+    momentum = [torch.zeros_like(square) for square in squares]
+    adam = torch.optim.AdamW(others, lr=OTHERS_RATE, eps=EPSILON, weight_decay=DECAY)
+    norms = []
+    for step in range(STEPS):
+        model.zero_grad()
+        causal_loss(model, tokens(ROWS * ACCUMULATION, seed=step)).backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
+        adam.step()
+        with torch.no_grad():
+            for square, moving in zip(squares, momentum, strict=True):
+                assert square.grad is not None
+                moving.lerp_(square.grad, 1 - BETA)
+                update = orthogonal(square.grad.lerp(moving, BETA))
+                square.mul_(1 - RATE * DECAY).add_(update, alpha=-RATE)
+        if step + 1 == merge_at:
+            for layer, moving in zip(mora_layers(model).values(), momentum, strict=True):
+                layer.weight += delta_weight(layer.spec, layer.square.data)
+                layer.square.data.zero_()
+                moving.zero_()
+    return {"squares": squares, "others": others, "norms": norms, "momentum": _norm(momentum)}
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return float(sum(tensor.double().square().sum() for tensor in tensors)) ** 0.5
+
+
+# -- several ---------------------------------------------------------------------------------------------------------
+
+
+def train(engine: zero.Engine, steps: range, merge_at: int | None = None) -> list[float]:
+    """Gradient norms of the steps."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    norms = []
+    for step in steps:
+        batch = tokens(ROWS * ACCUMULATION, seed=step).view(ACCUMULATION, world, ROWS // world, -1)
+        for micro in batch:
+            engine.backward(causal_loss(engine, micro[rank]))
+            engine.step()
+        norms.append(zero.gradient_norm(engine))
+        if step + 1 == merge_at:
+            merge_by_hand(engine)
+    return norms
+
+
+def sharded_run(stage: int, merge_at: int | None, changes: dict[str, Any]) -> dict[str, Any]:
+    without_half_precision()
+    offload = {"offload_optimizer": {"device": "cpu"}} if changes.get("offload") else {}
+    half = {name: {"enabled": True} for name in ("bf16",) if changes.get(name)}
+    half |= {"fp16": {"enabled": True, "initial_scale_power": 8}} if changes.get("fp16") else {}
+    config = muon_config(stage, ROWS // dist.get_world_size(), **half)
+    config["zero_optimization"] |= offload
+    model = small_model(torch.float32)
+    engine, *_ = initialize(model=model, config=config)
+    norms = train(engine, range(STEPS), merge_at)
+    state = [(key, value.dtype, value.float()) for key, value in zero.state_tensors(engine, 0)]
+    return {
+        "optimizer": type(engine.optimizer).__name__,
+        "muon": [group["use_muon"] for group in engine.optimizer.param_groups],
+        "squares": [zero.full_fp32(engine, square) for square in squares_of(model)],
+        "others": [zero.full_fp32(engine, other) for other in others_of(model)],
+        "norms": norms,
+        "state": {(key, dtype) for key, dtype, _ in state},
+        "momentum": _norm([value for key, _, value in state if key == "momentum_buffer"]),
+        "frames": sum(torch._dynamo.utils.counters["frames"].values()),
+    }
+
+
+def worst(found: list[Tensor], expected: list[Any], unit: float) -> float:
+    """The largest difference, in learning rates."""
+    return max((one - other.detach()).abs().max().item() for one, other in zip(found, expected, strict=True)) / unit
+
+
+def assert_follows(ranks: list[dict[str, Any]], expected: dict[str, Any], tolerance: float) -> None:
+    """A step moves a square by one rate: an update that is clipped itself, or orthogonalised in pieces, is off by more
+    than that."""
+    for found in ranks:
+        assert found["muon"] == [True, False]
+        assert worst(found["squares"], expected["squares"], RATE) < tolerance
+        assert worst(found["others"], expected["others"], OTHERS_RATE) < 3 * tolerance  # half: AdamW of small gradients
+        assert found["norms"] == pytest.approx(expected["norms"], rel=tolerance)
+        for one, other in zip(found["squares"], ranks[0]["squares"], strict=True):
+            assert torch.equal(one, other), "ranks have moved apart"
+        assert found["state"] == {("momentum_buffer", torch.float32)}
+        assert found["frames"] == 0, "something was compiled"
+
+
+def several(stage: int, merge_at: int | None, variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [sharded_run(stage, merge_at, variant) for variant in variants]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(("world", "stage"), [(2, 3), (3, 3), (2, 2), (2, 1), (2, 0)])
+def test_squares_and_the_rest_follow_one_process(world: int, stage: int) -> None:
+    """Clipped, accumulated, decayed; the same with states on the CPU."""
+    variants = [{}, {"offload": True}] if stage else [{}]
+    results = run_ranks(world, several, stage, None, variants)
+    expected = plain_run()
+    assert min(expected["norms"]) > 2 * CLIP
+    for index in range(len(variants)):
+        assert_follows([result[index] for result in results], expected, 2e-3)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_merge_zeroes_the_momentum(stage: int) -> None:
+    results = run_ranks(2, several, stage, 2, [{}])
+    assert_follows([result[0] for result in results], plain_run(merge_at=2), 2e-3)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_low_precision_keeps_an_unscaled_momentum_in_fp32(stage: int) -> None:
+    results = run_ranks(2, several, stage, None, [{"bf16": True}, {"fp16": True}])
+    expected = plain_run()
+    for index in range(2):
+        ranks = [result[index] for result in results]
+        assert_follows(ranks, expected, 0.4)
+        together = sum(rank["momentum"] ** 2 for rank in ranks) ** 0.5  # shards; without ZeRO, or split, held twice
+        assert 0.9 * expected["momentum"] < together < 1.5 * expected["momentum"], "the loss scale is in the momentum"
+
+
+def learning_rates(names: tuple[str, ...]) -> list[list[float]]:
+    engine, *_ = initialize(model=small_model(), config=muon_config(3, 2))
+    zero.set_learning_rate(engine, RATE / 4, OTHERS_RATE / RATE)
+    return [[group[name] for group in engine.optimizer.param_groups if name in group] for name in names]
+
+
+@pytest.mark.gloo
+def test_the_schedule_keeps_the_two_rates_in_proportion() -> None:
+    (found,) = run_ranks(1, learning_rates, ("lr", "momentum", "eps", "weight_decay"))
+    assert found == [pytest.approx([RATE / 4, OTHERS_RATE / 4]), [BETA], [EPSILON], [DECAY, DECAY]]
+
+
+def groups_of(family: str) -> tuple[list[int], list[int], bool]:
+    """Elements of each parameter group, as the optimizer has them and as they should be."""
+    model = tiny_model(family)
+    inject(model, MoRAConfig(rank=4, train_embeddings=True, train_head=True))
+    expected = [sum(parameter.numel() for parameter in half) for half in (squares_of(model), others_of(model))]
+    engine, *_ = initialize(model=model, config=muon_config(0, 2))
+    found = [sum(parameter.numel() for parameter in group["params"]) for group in engine.optimizer.param_groups]
+    return found, expected, uses_muon(engine)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_squares_are_group_0_and_all_of_muon_whatever_the_names(family: str) -> None:
+    """By names, GPT-2's embeddings would get Muon."""
+    ((found, expected, muon),) = run_ranks(1, groups_of, family)
+    assert found == expected and len(found) == 2 and muon
+
+
+def saved_and_resumed(stage: int, changes: dict[str, Any], folder: str) -> bool:
+    """Whether squares, the rest and all optimizer state agree, bit for bit, with a run that was never stopped."""
+
+    def new() -> zero.Engine:
+        config = muon_config(stage, ROWS // dist.get_world_size(), **changes)
+        return initialize(model=small_model(), config=config)[0]
+
+    def everything(engine: zero.Engine) -> list[Tensor]:
+        states = [value for group in (0, 1) for _, value in zero.state_tensors(engine, group)]
+        return [*(zero.full_fp32(engine, parameter) for parameter in engine.module.parameters()), *states]
+
+    engine, resumed = new(), new()
+    train(engine, range(2))
+    engine.save_checkpoint(folder)
+    resumed.load_checkpoint(folder)
+    for one in (engine, resumed):
+        train(one, range(2, 4))
+    pairs = list(zip(everything(engine), everything(resumed), strict=True))
+    return len(pairs) > 20 and all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(("stage", "half"), [(0, False), (1, False), (1, True), (2, False), (3, False), (3, True)])
+def test_a_checkpoint_holds_the_momentum(tmp_path: Path, stage: int, half: bool) -> None:
+    changes = {"bf16": {"enabled": True}} if half else {}
+    assert run_ranks(2, saved_and_resumed, stage, changes, str(tmp_path)) == [True, True]
+
+
+# -- merging -----------------------------------------------------------------------------------------------------------
+
+
+def all_resets(folder: str) -> dict[str, Any]:
+    return {
+        reset.value: merging_run(f"{folder}/{reset.value}", "float32", 1, reset=reset, config={"optimizer": MUON})
+        for reset in OptimizerReset
+    }
+
+
+@pytest.mark.gloo
+def test_each_reset_keeps_what_it_says(tmp_path: Path) -> None:
+    for found in run_ranks(2, all_resets, str(tmp_path)):
+        moments = {name: result["moments"]["momentum_buffer"] for name, result in found.items()}
+        assert all(list(result["moments"]) == ["momentum_buffer"] for result in found.values())
+        shares = {name: float((moment != 0).float().mean()) for name, moment in moments.items()}
+        assert shares["zero"] == 0.0 and shares["keep"] > 0.9
+        assert shares["magnitude"] == pytest.approx(0.1, abs=0.01)
+        assert 0.0 < shares["random"] < 0.05
+        for name in ("magnitude", "random"):
+            survivors = moments[name] != 0
+            assert torch.equal(moments[name][survivors], moments["keep"][survivors])
+        assert found["zero"]["reports"][0]["states_zeroed"] == 1.0
+        assert found["magnitude"]["reports"][0]["states_zeroed"] == pytest.approx(0.9, abs=0.02)
+
+
+def pruning_refused(folder: str, stage: int) -> str:
+    options = {"config": {"optimizer": MUON, "zero_optimization": {"stage": stage}}}
+    try:
+        merging_run(folder, "float32", 1, reset=OptimizerReset.RANDOM, **options)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("stage", [1, 2])
+def test_pruning_is_refused_where_ranks_share_a_momentum(tmp_path: Path, stage: int) -> None:
+    (message,) = run_ranks(1, pruning_refused, str(tmp_path), stage)
+    assert "--optimizer_reset random" in message and "stage 3 or 0" in message
+
+
+def random_reset_without_zero(folder: str) -> list[Tensor]:
+    merging_options = {"config": {"optimizer": MUON, "zero_optimization": {"stage": 0}}}
+    result = merging_run(folder, "float32", 1, reset=OptimizerReset.RANDOM, **merging_options)
+    return list(result["moments"].values())
+
+
+@pytest.mark.gloo
+def test_without_zero_every_rank_prunes_alike(tmp_path: Path) -> None:
+    """Else their squares would move apart at the next step."""
+    one, other = run_ranks(2, random_reset_without_zero, str(tmp_path))
+    assert all(torch.equal(mine, yours) for mine, yours in zip(one, other, strict=True))
+
+
+# -- the main job --------------------------------------------------------------------------------------------------
+
+
+JOB = ("--optimizer", "muon", "--muon_learning_rate", 0.05, "--max_steps", 6, "--merge_every", 2,
+       "--restart_warmup_steps", 1, "--save_steps", 3, "--train_norms", "true")  # fmt: skip
+
+
+@pytest.mark.gloo
+def test_the_job_learns_merges_and_resumes_bit_for_bit(user: Playground, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(2, user.flags(whole, *JOB))
+    run_ranks(2, interrupted_job, user.flags(out, *JOB), 5)
+    run(2, user.flags(out, *JOB, "--resume_from_checkpoint", "latest"))
+    assert_same_run(out, whole)
+    steps = [row for row in rows(out) if "loss" in row]
+    assert min(row["loss"] for row in steps) < steps[0]["loss"] - 0.02
+    assert max(row["learning_rate"] for row in steps) <= 0.05
+    assert [row["merge"]["states_zeroed"] for row in rows(out) if "merge" in row] == [1.0, 1.0]
+    other = user.flags(out, *JOB, "--resume_from_checkpoint", "latest", "--optimizer", "adamw")
+    assert "--optimizer" in run_ranks(2, refused, other)[0][1]
+
+
+def carried(persistent: bool) -> dict[str, int]:
+    """Bytes of one optimizer step at stage 3, and of the squares."""
+    model = tiny_model("llama")
+    inject(model, MoRAConfig(rank=4, operator="share"))
+    config = muon_config(3, 3, 1)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 10**6 if persistent else 0
+    engine, *_ = initialize(model=model, config=config)
+    counter = CollectiveCounter()
+    with counter.counting():
+        for step in range(2):
+            counter.reset()
+            engine.backward(causal_loss(engine, tokens(3, seed=step)))
+            engine.step()
+    padded = sum(-(-square.ds_numel // 2) * 2 for square in squares_of(model))
+    return {"gathered": counter.gathered_bytes, "all": sum(counter.bytes.values()), "squares": 4 * padded}
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_step_gathers_the_squares_five_times(persistent: bool) -> None:
+    """Once for forward and backward, as ever; then gradients and momentum before Newton-Schulz, both again after."""
+    for found in run_ranks(2, carried, persistent):
+        assert 4.9 < found["gathered"] / found["squares"] < 5.5  # padding apart
+        assert found["all"] - found["gathered"] <= 1.1 * found["squares"] + 1024  # the gradients' reduction
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+
+
+def flags(*argv: str) -> Any:
+    return parse(["--model_name_or_path", "m", "--train_files", "t", *argv])
+
+
+def test_the_flags_fill_the_config() -> None:
+    settings = flags("--optimizer", "muon", "--learning_rate", "1e-3").training.engine_settings()
+    for config in (
+        {"zero_optimization": {"stage": 3}},
+        {"zero_optimization": {"stage": 3}, "optimizer": {"type": "auto"}},
+    ):
+        resolved = resolve_ds_config(config, settings, 2)
+        assert resolved["optimizer"]["type"] == "Muon"
+        params = resolved["optimizer"]["params"]
+        assert (params["lr"], params["muon_lr"], params["momentum"], params["torch_adam"]) == (1e-3, 0.03, 0.95, True)
+        assert resolved["zero_optimization"]["reduce_scatter"] is False
+        assert resolved["communication_data_type"] == "fp32"
+    assert "reduce_scatter" not in resolve_ds_config({}, settings, 2)["zero_optimization"]
+    assert flags("--optimizer", "muon").schedule(10).peak == 0.03
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, 'optimizer.type = "AdamW" but --optimizer = muon; set it to "auto"'),
+        ({"optimizer": {"params": {"muon_lr": 1.0}}}, "muon_lr = 1.0 but --muon_learning_rate = 0.03"),
+        ({"optimizer": {"params": {"momentum": 0.5}}}, "momentum = 0.5 but --muon_momentum = 0.95"),
+        ({"optimizer": {"params": {"adam_lr": 0.5}}}, '"lr" is the rate of AdamW\'s half'),
+        ({"optimizer": {"params": {"per_head_muon": True}}}, "a square is no attention projection"),
+        ({"optimizer": {"params": {"fp32_optimizer_states": True}}}, "fp32_optimizer_states is not for Muon"),
+        ({"optimizer": {"params": {"ns_method": "newton"}}}, 'ns_method must be "gram" or "standard"'),
+        ({"zero_optimization": {"stage": 3, "reduce_scatter": True}}, "reduce_scatter = true but Muon needs whole"),
+        ({"zero_optimization": {"stage": 3}, "communication_data_type": "bf16"}, "communication_data_type"),
+        ({"zero_optimization": {"save_muon_momentum_buffer_in_memory": True}}, "momentum at zero"),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_gradients"),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, 'use "cpu"'),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "offloaded whole"),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "compute_grad_norm must stay true"),
+    ],
+)
+def test_each_wrong_setting_is_named(config: dict[str, Any], message: str) -> None:
+    settings = flags("--optimizer", "muon").training.engine_settings()
+    with pytest.raises(UserError) as error:
+        resolve_ds_config(config, settings, 2)
+    assert message in str(error.value)
+
+
+def test_a_config_that_names_muon_contradicts_the_other_flag() -> None:
+    with pytest.raises(UserError, match=r'optimizer\.type = "Muon" but --optimizer = adamw'):
+        resolve_ds_config({"optimizer": {"type": "Muon"}}, flags().training.engine_settings(), 1)
+    with pytest.raises(UserError, match=r"optimizer\.params\.momentum is not for AdamW"):
+        complete_ds_config({"optimizer": {"params": {"momentum": 0.9}}}, [1])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--optimizer", "moun"), "unknown --optimizer 'moun'; known: adamw, muon. Did you mean 'muon'?"),
+        (("--optimizer", "muon", "--adapter", "full"), "--optimizer muon is for squares"),
+        (("--optimizer", "muon", "--muon_learning_rate", "0"), "--muon_learning_rate must be above 0, got 0.0"),
+        (("--optimizer", "muon", "--learning_rate", "-1"), "--learning_rate must be above 0, got -1.0"),
+        (("--muon_momentum", "1"), "--muon_momentum must be at least 0 and below 1, got 1.0"),
+    ],
+)
+def test_wrong_flags(argv: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        validate(flags(*argv))
+    assert str(error.value).splitlines() == [message] or message in str(error.value)
+
+
+def test_full_training_by_muon_is_refused_in_a_loop_of_ones_own_too() -> None:
+    with pytest.raises(UserError, match="Muon is for the squares"):
+        initialize_full(model=nn.Linear(2, 2), config={"train_batch_size": 1, "optimizer": MUON})

@@ -1,0 +1,325 @@
+"""Every precision, ZeRO stage, checkpointing and offload, with embeddings and norms trained too, across a merge.
+
+In fp32 each run must follow one plain PyTorch process. In bf16 and fp16 a merge must change nothing but what rounding
+does, leave nothing of the old squares behind, and touch nothing else that is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers, set_cycle
+from mora_ds.adapters.ops.mora import delta_weight
+from mora_ds.engine import zero
+from mora_ds.engine.initialize import initialize
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.remora.ledger import Ledger
+from mora_ds.remora.merge import ReMoRA
+from tests.helpers.gloo import run_ranks
+from tests.helpers.models import causal_loss, tiny_model, tokens
+
+pytestmark = pytest.mark.gloo
+
+WORLD, ROWS, STEPS, MERGE_AFTER, LEARNING_RATE, CLIP = 2, 2, 4, 2, 1e-2, 0.5
+PROBE = tokens(4, seed=99)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run on `WORLD` ranks."""
+
+    family: str = "llama"
+    stage: int = 3
+    dtype: str = "float32"
+    accumulation: int = 1
+    checkpointing: str = ""
+    """"", "reentrant" or "non-reentrant"."""
+    adapter: dict[str, Any] = field(default_factory=dict)
+    zero: dict[str, Any] = field(default_factory=dict)
+    loss_scale_power: int = 12
+    """fp16: the first loss scale is 2 to this."""
+
+    def mora(self) -> MoRAConfig:
+        return MoRAConfig(**{"rank": 4, "operator": "share", **self.adapter})
+
+    def deepspeed(self) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": ROWS,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": CLIP,
+            "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0, **self.zero},
+            "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "weight_decay": 0.0, "torch_adam": True}},
+        }
+        if self.dtype == "bfloat16":
+            config["bf16"] = {"enabled": True}
+        elif self.dtype == "float16":
+            config["fp16"] = {"enabled": True, "initial_scale_power": self.loss_scale_power, "hysteresis": 1}
+        return config
+
+    def model(self) -> Any:
+        model = tiny_model(self.family, dtype=getattr(torch, self.dtype))
+        if self.checkpointing:
+            reentrant = self.checkpointing == "reentrant"
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            if reentrant:
+                model.enable_input_require_grads()
+        inject(model, self.mora())
+        return model.train()
+
+
+TIED: dict[str, Any] = {"family": "qwen2", "adapter": {"train_embeddings": True, "train_norms": True}}
+OFFLOAD: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}}
+PERSISTENT: dict[str, Any] = {"stage3_param_persistence_threshold": 10**6}
+
+EXACT_CASES = {
+    "reentrant checkpointing": Case(checkpointing="reentrant"),
+    "non-reentrant checkpointing": Case(checkpointing="non-reentrant"),
+    "offloaded optimizer": Case(zero=OFFLOAD),
+    "squares kept gathered": Case(zero=PERSISTENT, accumulation=2),
+    "computed through activations": Case(adapter={"compute": "activation"}, checkpointing="reentrant"),
+    "computed through weights": Case(adapter={"compute": "weight"}, checkpointing="reentrant"),
+    "weights, non-reentrant": Case(adapter={"compute": "weight", "operator": "rotate"}, checkpointing="non-reentrant"),
+    "tied embeddings": Case(**TIED, accumulation=2),
+    "tied embeddings, kept gathered": Case(**TIED, zero=PERSISTENT),
+    "tied embeddings, all at once": Case(**TIED, accumulation=3, checkpointing="reentrant", zero=OFFLOAD),
+    "conv1d, tied": replace(Case(**TIED, checkpointing="non-reentrant"), family="gpt2"),
+    "untied embeddings and head": Case(adapter={"train_embeddings": True, "train_head": True}),
+    "stage 0": Case(**TIED, stage=0, accumulation=2),
+    "stage 1": Case(**TIED, stage=1, accumulation=2),
+    "stage 2": Case(**TIED, stage=2, accumulation=2, checkpointing="reentrant"),
+    "stage 2, offloaded": Case(**TIED, stage=2, zero=OFFLOAD),
+    "rotate": Case(adapter={"operator": "rotate", "rank": 8}),
+}
+ROUNDED: dict[str, dict[str, Any]] = {
+    "stage 3": {},
+    "stage 3, tied": {**TIED, "accumulation": 2},
+    "stage 3, reentrant": {"checkpointing": "reentrant", "accumulation": 2},
+    "stage 3, non-reentrant": {"checkpointing": "non-reentrant"},
+    "stage 3, offloaded": {**TIED, "zero": OFFLOAD},
+    "stage 3, kept gathered": {**TIED, "zero": PERSISTENT},
+    "stage 2": {**TIED, "stage": 2, "accumulation": 2},
+    "stage 1": {**TIED, "stage": 1},
+    "stage 0": {**TIED, "stage": 0},
+}
+ROUNDED_CASES = {
+    f"{dtype}, {name}": Case(dtype=dtype, **settings)
+    for dtype in ("bfloat16", "float16")
+    for name, settings in ROUNDED.items()
+}
+OVERFLOW: dict[str, dict[str, Any]] = {
+    "stage 3": {"accumulation": 2},
+    "stage 3, tied": TIED,
+    "stage 2": {**TIED, "stage": 2},
+    "stage 0": {**TIED, "stage": 0},
+}
+OVERFLOW_CASES = {
+    f"overflow, {name}": Case(dtype="float16", loss_scale_power=24, **settings) for name, settings in OVERFLOW.items()
+}
+
+
+# -- one process, no DeepSpeed ----------------------------------------------------------------------------------------
+
+
+def plain_run(case: Case) -> dict[str, Any]:
+    """The whole global batch at once, in fp32."""
+    case = replace(case, dtype="float32", checkpointing="")
+    model = case.model()
+    squares = {name: layer.square for name, layer in mora_layers(model).items()}
+    optimizer = torch.optim.AdamW(list(model.parameters()), lr=LEARNING_RATE, weight_decay=0.0)
+    losses, norms = [], []
+    for step in range(STEPS):
+        loss = causal_loss(model, batch(step, case.accumulation).flatten(0, 2))
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step + 1 == MERGE_AFTER:
+            for layer in mora_layers(model).values():
+                delta = delta_weight(layer.spec, layer.square.data)
+                layer.weight += delta.T if layer.transposed else delta
+                layer.square.data.zero_()
+                optimizer.state.pop(layer.square)
+            set_cycle(model, case.mora(), 1)
+    others = others_of(model, squares)
+    return {"losses": losses, "norms": norms, "squares": detached(squares), "others": detached(others)}
+
+
+def batch(step: int, accumulation: int) -> Tensor:
+    """(accumulation, WORLD, ROWS, T)."""
+    return tokens(accumulation * WORLD * ROWS, seed=step).view(accumulation, WORLD, ROWS, -1)
+
+
+def others_of(model: Any, squares: dict[str, Any]) -> dict[str, Any]:
+    ids = {id(square) for square in squares.values()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in ids}
+
+
+def detached(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+# -- several ranks ----------------------------------------------------------------------------------------------------
+
+
+def sharded_run(case: Case, folder: Path) -> dict[str, Any]:
+    model = case.model()
+    engine, *_ = initialize(model=model, config=case.deepspeed())
+    merger = new_merger(case, engine, folder)
+    squares = {name: layer.square for name, layer in mora_layers(model).items()}
+    others = others_of(model, squares)
+    found: dict[str, Any] = {"losses": [], "norms": [], "skipped": [], "probes": []}
+    for step in range(STEPS):
+        found["losses"].append(train_step(engine, batch(step, case.accumulation)))
+        if step == 0:
+            found["start"] = largest(masters(engine, squares))
+        found["norms"].append(zero.gradient_norm(engine))
+        found["skipped"].append(zero.step_was_skipped(engine))
+        if step + 1 == MERGE_AFTER:
+            found["probes"].append(probe(engine))
+            kept = masters(engine, others)
+            merger.merge(step + 1)
+            found["left"] = largest(masters(engine, squares))
+            found["state"] = {key: tensor.abs().max().item() for key, tensor in zero.state_tensors(engine, 0)}
+            found["others_kept"] = same(kept, masters(engine, others))
+            found["others_moved"] = others_state(engine, others)
+            found["probes"].append(probe(engine))
+        if step == MERGE_AFTER:
+            found["first"] = largest(masters(engine, squares))
+    found |= {"squares": masters(engine, squares), "others": masters(engine, others)}
+    found["dtypes"] = {str(tensor.dtype) for tensor in frozen_buffers(model).values()}
+    found["positions"] = {str(b.dtype) for name, b in model.named_buffers() if name.endswith("inv_freq")}
+    engine.destroy()
+    return found
+
+
+def new_merger(case: Case, engine: zero.Engine, folder: Path) -> ReMoRA:
+    """Merges onto the original on disk, which is always fp32."""
+    base = BaseCheckpoint.open(folder.parent / case.family)
+    if dist.get_rank() == 0:
+        Ledger.create(folder, base.fingerprint())
+    dist.barrier()
+    keys = {f"{name}.weight": f"{name}.weight" for name in mora_layers(engine.module)}
+    if case.family == "gpt2":  # its files leave the prefix out
+        keys = base.map_parameters(keys, "transformer")
+    return ReMoRA(engine, case.mora(), Ledger.open(folder), base, keys)
+
+
+def train_step(engine: zero.Engine, rows: Tensor) -> float:
+    """Global mean loss of a step over all micro-batches."""
+    total = torch.zeros(())
+    for micro_batch in rows:
+        loss = causal_loss(engine, micro_batch[dist.get_rank()])
+        engine.backward(loss)
+        engine.step()
+        total += loss.detach()
+    dist.all_reduce(total)
+    return total.item() / len(rows) / WORLD
+
+
+@torch.no_grad()
+def probe(engine: zero.Engine) -> float:
+    return causal_loss(engine, PROBE).item()
+
+
+def masters(engine: zero.Engine, parameters: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: zero.full_fp32(engine, parameter).clone() for name, parameter in parameters.items()}
+
+
+def largest(tensors: dict[str, Tensor]) -> float:
+    return max(tensor.abs().max().item() for tensor in tensors.values())
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def others_state(engine: zero.Engine, others: dict[str, Any]) -> bool:
+    """Whether the other group, if any, still has its moments on this rank."""
+    if not others:
+        return True
+    return any(tensor.numel() > 1 and bool(tensor.abs().max() > 0) for _, tensor in zero.state_tensors(engine, 1))
+
+
+def all_cases(cases: dict[str, Case], root: Path) -> dict[str, dict[str, Any]]:
+    return {name: sharded_run(case, root / name.replace(" ", "-")) for name, case in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    """What each rank saw in each case."""
+    root = tmp_path_factory.mktemp("precision")
+    for family in ("llama", "qwen2", "gpt2"):
+        tiny_model(family).save_pretrained(root / family)
+    return run_ranks(WORLD, all_cases, {**EXACT_CASES, **ROUNDED_CASES, **OVERFLOW_CASES}, root)
+
+
+# -- fp32 -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXACT_CASES)
+def test_fp32_follows_one_process_across_a_merge(name: str, runs: Any) -> None:
+    expected = plain_run(EXACT_CASES[name])
+    for found in (rank[name] for rank in runs):
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+        assert found["probes"][1] == pytest.approx(found["probes"][0], abs=1e-6)
+        for part in ("squares", "others"):
+            assert found[part].keys() == expected[part].keys()
+            for key, tensor in expected[part].items():
+                difference = found[part][key] - tensor  # Adam turns rounding of a gradient near zero into a step
+                assert difference.norm() <= 1e-3 * tensor.norm(), key
+                assert difference.abs().max() <= 0.01 * LEARNING_RATE, key
+
+
+# -- bf16 and fp16 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ROUNDED_CASES)
+def test_low_precision_stays_near_fp32(name: str, runs: Any) -> None:
+    expected = plain_run(ROUNDED_CASES[name])
+    for found in (rank[name] for rank in runs):
+        assert not any(found["skipped"])
+        assert found["losses"] == pytest.approx(expected["losses"], abs=1e-2)
+        assert found["norms"] == pytest.approx(expected["norms"], rel=0.05)
+        assert found["dtypes"] == {f"torch.{ROUNDED_CASES[name].dtype}"}
+        assert found["positions"] <= {"torch.float32"}, "rotary frequencies must not be rounded"
+
+
+@pytest.mark.parametrize("name", [*EXACT_CASES, *ROUNDED_CASES])
+def test_a_merge_leaves_nothing_behind_and_touches_nothing_else(name: str, runs: Any) -> None:
+    case = {**EXACT_CASES, **ROUNDED_CASES}[name]
+    tolerance = {"float32": 1e-6, "bfloat16": 5e-3, "float16": 5e-4}[case.dtype]
+    for found in (rank[name] for rank in runs):
+        before, after = found["probes"]
+        assert after == pytest.approx(before, abs=tolerance)
+        assert found["left"] == 0.0
+        assert found["state"].keys() >= {"exp_avg", "exp_avg_sq"}
+        assert max(found["state"].values()) == 0.0
+        assert found["start"] == pytest.approx(LEARNING_RATE, rel=0.02)
+        assert found["first"] == pytest.approx(LEARNING_RATE, rel=0.02)  # 2.94 x this with the old step count
+        assert found["others_kept"]
+    assert any(rank[name]["others_moved"] for rank in runs)  # a rank's share may be all zeros
+
+
+# -- overflow ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OVERFLOW_CASES)
+def test_a_skipped_step_can_be_followed_by_a_merge(name: str, runs: Any) -> None:
+    """The loss scale starts far too high: the steps before the merge are dropped, the squares are still zero."""
+    for found in (rank[name] for rank in runs):
+        assert found["skipped"][:MERGE_AFTER] == [True] * MERGE_AFTER
+        before, after = found["probes"]
+        assert after == before
+        assert found["left"] == 0.0
+        assert all(torch.isfinite(square).all() for square in found["squares"].values())

@@ -1,0 +1,325 @@
+"""Every symbol of DeepSpeed that `mora_ds/zero.py` and its neighbours rely on, and how it behaves.
+
+When an upgrade breaks a test here, the message names the symbol; mend `zero.py`, then this file.
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from torch import Tensor, nn
+
+from mora_ds.engine import zero
+from mora_ds.engine.traffic import CollectiveCounter
+from mora_ds.remora.optimizer_reset import zero as zero_state
+from tests.helpers.gloo import run_ranks
+
+SYMBOLS = {
+    "deepspeed": ["DeepSpeedEngine", "initialize", "init_distributed", "zero.GatheredParameters"],
+    "deepspeed.ops": ["__compatible_ops__"],
+    "deepspeed.accelerator": ["get_accelerator"],
+    "deepspeed.comm.comm": ["cdb"],
+    "deepspeed.runtime.bf16_optimizer": ["BF16_Optimizer"],
+    "deepspeed.runtime.checkpoint_engine.checkpoint_engine": ["CheckpointEngine", "CheckpointCommitInfo"],
+    "deepspeed.runtime.fp16.loss_scaler": ["LossScaler", "DynamicLossScaler"],
+    "deepspeed.runtime.zero.config": ["ZeroStageEnum"],
+    "deepspeed.utils.tensor_fragment": ["fragment_address"],
+    "deepspeed.runtime.fp16.fused_optimizer": ["FP16_Optimizer"],
+    "deepspeed.runtime.fp16.unfused_optimizer": ["FP16_UnfusedOptimizer"],
+    "deepspeed.runtime.zero.stage3": ["DeepSpeedZeroOptimizer_Stage3"],
+    "deepspeed.runtime.zero.stage_1_and_2": ["DeepSpeedZeroOptimizer"],
+    "deepspeed.utils": ["logger", "safe_get_full_fp32_param"],
+}
+ENGINE_METHODS = (
+    "zero_optimization", "zero_optimization_stage", "gradient_accumulation_steps", "get_global_grad_norm",
+    "clip_fp32_gradients", "gradient_clipping", "backward", "step", "save_checkpoint", "load_checkpoint", "destroy",
+    "_get_zero_ckpt_name", "_get_ckpt_name", "zero_nvme_offload_optimizer",
+)  # fmt: skip
+PARTITIONS = {
+    "deepspeed.runtime.zero.stage3": ("fp16_groups", "fp32_partitioned_groups_flat", "sub_group_to_group_id"),
+    "deepspeed.runtime.zero.stage_1_and_2": ("bit16_groups", "single_partition_of_fp32_groups", "_hp_mapping"),
+    "deepspeed.runtime.bf16_optimizer": ("bf16_groups", "fp32_groups_flat_partition", "_hp_mapping"),
+    "deepspeed.runtime.fp16.unfused_optimizer": ("fp16_groups", "fp32_groups", "loss_scale_config"),
+    "deepspeed.runtime.engine": ("save_zero_checkpoint", "self.checkpoint_engine.save(", "global_samples"),
+}
+"""What `flat_tensors` and `partitions` read in each module; tests/checkpoint/test_elastic.py has how it behaves."""
+STAGE3_METHODS = (
+    "_swappable_optimizer_subgroup",
+    "_optimizer_states_and_gradient_swap_in",
+    "_optimizer_states_and_gradient_swap_out",
+)
+
+
+def test_the_version_is_one_that_was_tried() -> None:
+    assert version("deepspeed").startswith("0.19."), "setup.cfg pins the minor version: try the new one here first"
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in SYMBOLS.items() for name in names])
+def test_symbols(module: str, name: str) -> None:
+    value = import_module(module)
+    for part in name.split("."):
+        assert hasattr(value, part), f"{module}.{name} is gone"
+        value = getattr(value, part)
+
+
+def test_methods() -> None:
+    for name in ENGINE_METHODS:
+        assert callable(getattr(deepspeed.DeepSpeedEngine, name, None)), f"DeepSpeedEngine.{name} is gone"
+    for name in STAGE3_METHODS:
+        method = getattr(zero.DeepSpeedZeroOptimizer_Stage3, name, None)
+        assert callable(method), f"DeepSpeedZeroOptimizer_Stage3.{name} is gone"
+        assert list(inspect.signature(method).parameters)[:2] == ["self", "sub_group_id"], name
+
+
+@pytest.mark.parametrize("module", PARTITIONS)
+def test_names_that_partitions_are_found_by(module: str) -> None:
+    source = inspect.getsource(import_module(module))
+    for name in PARTITIONS[module]:
+        assert name in source, f"{name} is gone from {module}: see mora_ds/flat_tensors.py and mora_ds/partitions.py"
+
+
+def test_the_switch_that_avoids_a_build_is_read() -> None:
+    source = inspect.getsource(import_module("deepspeed.comm.torch").build_shm_op)
+    assert "__compatible_ops__.get(builder.NAME" in source, "build_shm_op asks something else now"
+    builder = import_module("deepspeed.ops.op_builder.cpu.comm").ShareMemCommBuilder
+    assert builder.NAME == "deepspeed_shm_comm", "the switch in zero.prepare_backend has another name now"
+
+
+def test_fused_adam_counts_steps_in_the_group() -> None:
+    source = inspect.getsource(import_module("deepspeed.ops.adam.fused_adam").FusedAdam.step)
+    assert "group['step']" in source, "FusedAdam keeps its step count elsewhere: see zero._reset_group_step"
+
+
+def test_swapped_subgroups_are_read_and_written_back_by_index() -> None:
+    source = inspect.getsource(zero.DeepSpeedZeroOptimizer_Stage3._optimizer_step)
+    assert "fp32_partitioned_groups_flat[sub_group_id]" in source, "stage 3 keeps its masters elsewhere"
+
+
+def test_where_stage_3_says_how_its_partitions_are_filled() -> None:
+    for name in ("get_param_id", "_get_param_partition_rank"):
+        assert callable(getattr(zero.DeepSpeedZeroOptimizer_Stage3, name, None)), f"{name} is gone: see zero._unpadded"
+    source = inspect.getsource(zero.DeepSpeedZeroOptimizer_Stage3._get_fp32_opt_state_partition)
+    assert "group_idx, dest_offset, num_elements = self.grad_position[self.get_param_id(param)]" in source
+
+
+def test_only_zero_optimizers_get_a_scaled_loss() -> None:
+    base = import_module("deepspeed.runtime.base_optimizer").ZeROOptimizer
+    assert issubclass(zero.DeepSpeedZeroOptimizer, base) and issubclass(zero.BF16_Optimizer, base)
+    for optimizer in (zero.FP16_Optimizer, zero.FP16_UnfusedOptimizer):
+        assert not issubclass(optimizer, base), f"{optimizer.__name__} may scale its loss now: see zero.mend_stage_0"
+
+
+# -- behaviour, on two ranks -------------------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """Two parameters of sizes that two ranks cannot share evenly, and one buffer."""
+
+    base: Tensor
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Parameter(torch.randn(5, 5).to(dtype))
+        self.second = nn.Parameter(torch.randn(7).to(dtype))
+        self.register_buffer("base", torch.randn(5, 7), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x @ self.first) @ self.base.to(x.dtype) * self.second + 1).float().square().mean()
+
+
+def new_engine(stage: int, dtype: str, accumulation: int = 1, **changes: Any) -> Any:
+    """Plain `deepspeed.initialize`: what DeepSpeed does by itself."""
+    model = Small(getattr(torch, dtype))
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": stage, "memory_efficient_linear": False, **changes},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.0, "torch_adam": True}},
+        "steps_per_print": 10**9,
+    }
+    if dtype == "bfloat16":
+        config["bf16"] = {"enabled": True}
+    if dtype == "float16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": 8}
+    if stage:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    groups = [{"params": [model.first]}, {"params": [model.second]}]
+    return deepspeed.initialize(model=model, config=config, model_parameters=groups)[0]
+
+
+def one_step(engine: Any) -> None:
+    x = torch.ones(2, 5, dtype=engine.module.first.dtype)
+    for _ in range(engine.gradient_accumulation_steps()):
+        engine.backward(engine(x))
+        engine.step()
+
+
+def masters_and_state(stage: int, dtype: str) -> dict[str, Any]:
+    """What `zero` finds in a plain engine after one step, and after a reset of group 0."""
+    engine = new_engine(stage, dtype)
+    one_step(engine)
+    model, world = engine.module, dist.get_world_size()
+    first, second = (zero.full_fp32(engine, parameter).clone() for parameter in (model.first, model.second))
+    found = {
+        "optimizer": type(engine.optimizer).__name__,
+        "shapes": [tuple(first.shape), tuple(second.shape)],
+        "dtypes": {str(first.dtype), str(second.dtype)},
+        "moved": bool((first - Small(getattr(torch, dtype)).first.float()).abs().max() > 1e-3),
+        "states": [{key for key, _ in zero.state_tensors(engine, group)} for group in (0, 1)],
+        "buffer": (engine.module.base.dtype, hasattr(engine.module.base, "ds_id"), tuple(engine.module.base.shape)),
+        "saved": [name for name in engine.module_state_dict() if "base" in name],
+        "norm": engine.get_global_grad_norm(),
+    }
+    zero.reset_group(engine, 0, [model.first], zero_state)
+    found["reset"] = zero.full_fp32(engine, model.first).abs().max().item()
+    found["other kept"] = torch.equal(zero.full_fp32(engine, model.second), second)
+    found["states reset"] = [
+        max(value.abs().max().item() for _, value in zero.state_tensors(engine, group) if value.numel())
+        for group in (0, 1)
+    ]
+    one_step(engine)  # nothing of the old value is left anywhere
+    found["after"] = zero.full_fp32(engine, model.first).abs().max().item()
+    found["world"] = world
+    engine.destroy()
+    return found
+
+
+def stage3_attributes() -> list[str]:
+    engine = new_engine(3, "bfloat16", stage3_param_persistence_threshold=0)
+    one_step(engine)
+    parameter, optimizer = engine.module.first, engine.optimizer
+    facts = {
+        "param.ds_tensor": hasattr(parameter, "ds_tensor"),
+        "param.ds_shape": tuple(parameter.ds_shape) == (5, 5),
+        "param.ds_numel": parameter.ds_numel == 25,
+        "param.data is empty while partitioned": parameter.data.numel() == 0,
+        "ds_tensor in the compute dtype": parameter.ds_tensor.dtype is torch.bfloat16,
+        "shards padded to equal sizes": parameter.ds_tensor.numel() == 13,
+        "fp32_partitioned_groups_flat": all(t.dtype is torch.float32 for t in optimizer.fp32_partitioned_groups_flat),
+        "sub_group_to_group_id": sorted(set(optimizer.sub_group_to_group_id.values())) == [0, 1],
+        "one group's sub-groups hold no other's": len(optimizer.fp32_partitioned_groups_flat) == 2,
+        "_swappable_optimizer_subgroup": not optimizer._swappable_optimizer_subgroup(0),
+        "state is keyed by the master": optimizer.fp32_partitioned_groups_flat[0] in optimizer.optimizer.state,
+        "engine.optimizer.param_groups": len(optimizer.param_groups) == 2,
+        "engine.basic_optimizer": engine.basic_optimizer is optimizer.optimizer,
+        "F.linear is torch's own": F.linear.__module__ in (None, "torch._C._nn"),
+    }
+    return [name for name, holds in facts.items() if not holds]
+
+
+def counting() -> list[str]:
+    engine = new_engine(3, "float32", accumulation=3)
+    x = torch.ones(2, 5)
+    boundaries, reals = [], []
+    for _ in range(6):
+        engine.backward(engine(x))
+        engine.step()
+        boundaries.append(engine.is_gradient_accumulation_boundary())
+        reals.append(zero.at_accumulation_boundary(engine))
+    facts = {
+        "engine.micro_steps counts backwards": engine.micro_steps == 6,
+        "micro_steps tells a real step": reals == [False, False, True, False, False, True],
+        "is_gradient_accumulation_boundary looks ahead": boundaries == [False, True, False, False, True, False],
+    }
+    return [name for name, holds in facts.items() if not holds]
+
+
+def collectives() -> list[str]:
+    """Methods of the backend object can be wrapped on it and unwrapped again; stage 3 goes through them."""
+    backend = deepspeed.comm.comm.cdb
+    engine = new_engine(3, "float32", stage3_param_persistence_threshold=0)
+    counter = CollectiveCounter()
+    with counter.counting():
+        one_step(engine)
+    facts = {
+        "cdb is a backend": all(hasattr(backend, kind) for kind in ("all_reduce", "broadcast", "all_gather")),
+        "no wrapper is left on cdb": not any(kind in vars(backend) for kind in (*counter._GATHERS, *counter._OTHERS)),
+        "gathers pass through cdb": counter.gathered_bytes in (4 * (26 + 8), 2 * 4 * (26 + 8)),
+        "reductions pass through cdb": sum(counter.bytes.values()) > counter.gathered_bytes,
+    }
+    return [name for name, holds in facts.items() if not holds]
+
+
+def stage_0_faults() -> list[str]:
+    """What `zero.mend_stage_0` mends. A name in the result: DeepSpeed has mended it, so take the mending out."""
+    half, full = new_engine(0, "float16"), new_engine(0, "float32")
+    steps = {float(value) for key, value in zero.state_tensors(half, 0) if key == "step"}
+    half.backward(half(torch.ones(2, 5, dtype=torch.float16)))
+    full.backward(full(torch.ones(2, 5)))
+    ratio = (half.module.first.grad.float().norm() / full.module.first.grad.norm()).item()
+    full.step()
+    facts = {
+        "FP16_UnfusedOptimizer starts at step 1": steps == {1.0},
+        "engine.backward does not scale": 0.9 < ratio < 1.1,
+        "the norm of clip_fp32_gradients is thrown away": full.get_global_grad_norm() is None,
+    }
+    return [name for name, holds in facts.items() if not holds]
+
+
+def safe_getters() -> list[str]:
+    plain, sharded = new_engine(0, "float32"), new_engine(3, "float32")
+    sharded.backward(sharded(torch.ones(2, 5)))
+    grad = safe_get_full_grad(sharded.module.first)
+    facts = {
+        "safe_get_full_fp32_param is None without ZeRO": safe_get_full_fp32_param(plain.module.first) is None,
+        "safe_get_full_fp32_param gathers": safe_get_full_fp32_param(sharded.module.first).numel() == 25,
+        "safe_get_full_grad gathers": grad is not None and grad.numel() == 25,
+    }
+    return [name for name, holds in facts.items() if not holds]
+
+
+COMBINATIONS = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16", "float16")]
+CHECKS = (stage3_attributes, counting, collectives, stage_0_faults, safe_getters)
+
+
+def everything() -> dict[Any, Any]:
+    found: dict[Any, Any] = {combination: masters_and_state(*combination) for combination in COMBINATIONS}
+    return {**found, **{check.__name__: check() for check in CHECKS}}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[Any, Any]]:
+    return run_ranks(2, everything)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
+def test_attributes_and_behaviour(check: str, ranks: Any) -> None:
+    for rank in ranks:
+        assert rank[check] == [], f"no longer so in DeepSpeed {version('deepspeed')}: {rank[check]}"
+
+
+OPTIMIZERS = {
+    (0, "float32"): "AdamW",
+    (0, "bfloat16"): "FP16_UnfusedOptimizer",
+    (0, "float16"): "FP16_UnfusedOptimizer",
+    (1, "bfloat16"): "BF16_Optimizer",
+}
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_where_each_optimizer_keeps_its_masters(combination: tuple[int, str], ranks: Any) -> None:
+    stage = combination[0]
+    sharded = "DeepSpeedZeroOptimizer_Stage3" if stage == 3 else "DeepSpeedZeroOptimizer"
+    for found in (rank[combination] for rank in ranks):
+        assert found["optimizer"] == OPTIMIZERS.get(combination, sharded)
+        assert found["shapes"] == [(5, 5), (7,)] and found["dtypes"] == {"torch.float32"}
+        assert found["moved"]
+        assert all({"exp_avg", "exp_avg_sq"} <= keys for keys in found["states"])
+        assert found["buffer"] == (torch.float32, False, (5, 7)), "DeepSpeed has touched a buffer"
+        assert found["saved"] == [], "non-persistent buffers are saved"
+        assert (found["reset"], found["other kept"]) == (0.0, True)
+        assert found["states reset"][0] == 0.0 < max(rank[combination]["states reset"][1] for rank in ranks)
+        assert found["after"] == pytest.approx(1e-2, rel=0.02), "something of the old value came back"

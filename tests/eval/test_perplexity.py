@@ -1,0 +1,188 @@
+"""tools/evaluate.py: the figures are those of a naive computation, and a checkpoint has those of its export."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.data import load_corpus, load_tokenizer
+from mora_ds.deploy.export import export_merged
+from mora_ds.errors import UserError
+from mora_ds.eval import bank_scores
+from mora_ds.eval.perplexity import Target, Windows, evaluate, harness, load_target, named_sets
+from tests.helpers.adapters import Maker, merge
+from tests.helpers.jobs import REPOSITORY, Playground, run
+
+
+def naive(folder: Path, texts: list[str], window: int, stride: int) -> tuple[float, int]:
+    """(nats, tokens): one token at a time, each in the first window that reaches it."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
+    nats, tokens = 0.0, 0
+    for text in texts:
+        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        for place in range(1, len(ids)):
+            begin = 0
+            while place >= begin + window:
+                begin += stride
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[begin:place]])).logits[0, -1].double()
+            nats -= torch.log_softmax(logits, -1)[ids[place]].item()
+            tokens += 1
+    return nats, tokens
+
+
+@pytest.mark.parametrize(("window", "stride"), [(128, 64), (24, 7), (24, 23), (5, 1)])
+def test_perplexity_is_the_naive_one(user: Playground, tmp_path: Path, window: int, stride: int) -> None:
+    texts = [json.loads(line)["text"][:250] for line in user.train.read_text().splitlines()[:2]] + ["naïve ☃\n", "x"]
+    path = tmp_path / "set.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, ""]))
+    target = load_target(user.model)
+    corpus = load_corpus([str(path)])
+    score = evaluate(target, corpus, Windows.of(target.model, window, stride), batch_size=3)
+    nats, tokens = naive(user.model, texts, window, stride)
+    assert score.tokens == tokens and score.text_bytes == len("".join(texts).encode()) and score.documents == 5
+    assert score.nats == pytest.approx(nats, rel=1e-6)
+    assert score.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / len("".join(texts).encode()), rel=1e-6)
+    one = evaluate(target, corpus, Windows.of(target.model, window, stride), batch_size=1, max_documents=1)
+    assert one.documents == 1 and one.text_bytes == len(texts[0].encode())
+
+
+def test_a_long_document_in_pieces_is_scored_whole(
+    user: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("".join(json.loads(line)["text"] for line in user.train.read_text().splitlines()[:4]))
+    target = load_target(user.model)
+    windows = Windows.of(target.model, 32, 16)
+    whole = evaluate(target, load_corpus([str(path)]), windows)
+    monkeypatch.setattr("mora_ds.data.readers.PIECE_CHARACTERS", 400)
+    pieces = evaluate(target, load_corpus([str(path)]), windows)
+    assert pieces.documents == whole.documents == 1 and pieces.text_bytes == whole.text_bytes
+    assert pieces.perplexity == pytest.approx(whole.perplexity, rel=0.05)  # other cuts, other contexts
+
+
+def test_a_checkpoint_and_its_export_give_the_same_figures(user: Playground, tmp_path: Path) -> None:
+    """With a merge behind it and live squares in it, norms trained too; and other figures than its base."""
+    out = tmp_path / "out"
+    run(1, user.flags(out, "--merge_every", 3, "--restart_warmup_steps", 1, "--warmup_steps", 1, "--train_norms"))
+    export_merged(out, tmp_path / "merged")
+    command = [sys.executable, str(REPOSITORY / "tools" / "evaluate.py"), str(out), "--sets", f"held={user.held}"]
+    command += [str(user.other), "--window", "64", "--stride", "32", "--json", str(tmp_path / "scores.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "bits/byte" in done.stdout, done.stderr
+    live = json.loads((tmp_path / "scores.json").read_text())["sets"]
+    assert set(live) == {"held", "other"}
+    merged, base = load_target(tmp_path / "merged"), load_target(user.model)
+    for name, path in (("held", user.held), ("other", user.other)):
+        nats = [evaluate(each, load_corpus([str(path)]), Windows(64, 32)).nats for each in (merged, base)]
+        assert live[name]["nats"] == pytest.approx(nats[0], rel=1e-6)
+        assert abs(live[name]["nats"] - nats[1]) > 1e-3 * nats[1]
+        assert live[name]["text_bytes"] == path.stat().st_size
+
+
+def test_the_harness_gets_the_live_model(user: Playground, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in of the package's two names, for it is not among the requirements; and without it."""
+    target = load_target(user.model)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"--lm_eval needs the package lm-eval: pip install"):
+        harness(target, ["arc_easy"], 64, 2)
+    package, models, huggingface = (ModuleType(f"lm_eval{each}") for each in ("", ".models", ".models.huggingface"))
+    huggingface.HFLM = lambda **given: given  # type: ignore[attr-defined]
+
+    def simple_evaluate(model: dict[str, Any], tasks: list[str], log_samples: bool) -> dict[str, Any]:
+        assert model["pretrained"] is target.model and model["tokenizer"] is target.tokenizer and not log_samples
+        if "nothing" in tasks:
+            raise KeyError("nothing")
+        return {"results": {task: {"acc,none": 0.5} for task in tasks}}
+
+    package.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
+    for module in (package, models, huggingface):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert harness(target, ["arc_easy"], 64, 2) == {"arc_easy": {"acc,none": 0.5}}
+    with pytest.raises(UserError, match="--lm_eval nothing"):
+        harness(target, ["nothing"], 64, 2)
+
+
+def test_what_cannot_be_evaluated_is_named(user: Playground, tmp_path: Path) -> None:
+    target = load_target(user.model)
+    for window, stride, message in (
+        (4096, None, "--window must be from 2 to the model's 128 positions, got 4096"),
+        (64, 64, r"--stride must be from 1 to --window less 1 \(63\), got 64"),
+        (64, 0, "--stride"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Windows.of(target.model, window, stride)
+    assert Windows.of(target.model, None, None) == Windows(128, 64)
+    with pytest.raises(UserError, match="neither a Hugging Face folder nor a checkpoint"):
+        load_target(tmp_path)
+    with pytest.raises(UserError, match="--base belongs to a checkpoint"):
+        load_target(user.model, base=user.model)
+    with pytest.raises(UserError, match="a would name two sets"):
+        named_sets(["a=x.txt", "b/a.txt"])
+    assert named_sets(["a=x=y.txt", "b/c.jsonl.gz", "/d=e/f.txt"]) == {
+        "a": "x=y.txt", "c": "b/c.jsonl.gz", "f": "/d=e/f.txt"
+    }  # fmt: skip
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(UserError, match="not a single token"):
+        evaluate(target, load_corpus([str(tmp_path / "empty.jsonl")]), Windows(64, 32))
+
+
+def test_every_adapter_of_a_bank_has_the_figures_of_its_merged_model(
+    user: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    maker = Maker(AutoModelForCausalLM.from_pretrained(user.model), user.model)
+    updates = {
+        name: maker.write(tmp_path / "bank" / name, MoRAConfig(rank=2, seed=cycles), cycles, scale=0.1)
+        for cycles, name in enumerate(("a", "b", "c"))
+    }
+    module = importlib.util.spec_from_file_location("evaluate_tool", REPOSITORY / "tools" / "evaluate.py")
+    assert module is not None and module.loader is not None
+    tool = importlib.util.module_from_spec(module)
+    module.loader.exec_module(tool)
+
+    def evaluated(*flags: str) -> dict[str, Any]:
+        given = ["evaluate.py", str(user.model), *flags, "--json", str(tmp_path / "scores.json")]
+        monkeypatch.setattr(sys, "argv", given)
+        tool.main()
+        return json.loads((tmp_path / "scores.json").read_text())
+
+    sets = ["--sets", f"held={user.held}", str(user.other), "--window", "64", "--stride", "32"]
+    bank = ["--bank", str(tmp_path / "bank"), "--bank_cache", "2"]
+    found = evaluated(*sets, *bank)["adapters"]
+    said = capsys.readouterr().out
+    assert "held: perplexity" in said and "3 adapter(s) on" in said
+    model, target = maker.model, load_target(user.model)
+    for name in ("(base)", "a", "b", "c"):
+        merge(model, maker.weights, updates.get(name, {}))
+        merged = Target(model.eval(), target.tokenizer, name)
+        for each, path in (("held", user.held), ("other", user.other)):
+            expected = evaluate(merged, load_corpus([str(path)]), Windows(64, 32))
+            assert found[name][each]["nats"] == pytest.approx(expected.nats, rel=1e-6)
+            assert found[name][each]["tokens"] == expected.tokens
+        assert name == "(base)" or abs(found[name]["held"]["nats"] / found["(base)"]["held"]["nats"] - 1) > 1e-4
+        model.load_state_dict(maker.weights, strict=False)
+    assert set(evaluated(*sets, *bank, "--adapters", "c", "--max_documents", "1")["adapters"]) == {"(base)", "c"}
+    for flags, message in (
+        ([*sets, *bank, "--adapters", "c", "d"], "the bank has no adapter 'd'"),
+        ([*sets, "--adapters", "c"], "--adapters and --bank_cache belong to --bank"),
+        ([*sets, *bank, "--lm_eval", "x"], "--bank takes the base as MODEL"),
+        ([*sets, "--bank", str(tmp_path / "bank"), "--bank_cache", "0"], "--bank_cache must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluated(*flags)
+    (tmp_path / "bank" / "c" / "adapter.json").write_text("{")
+    monkeypatch.setattr(bank_scores, "evaluate", lambda *_: pytest.fail("nothing is evaluated before"))
+    with pytest.raises(UserError, match=r"adapter 'c' cannot be used: .*adapter.json is damaged"):
+        evaluated(*sets, *bank)

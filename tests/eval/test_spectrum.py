@@ -1,0 +1,308 @@
+"""Spectra: algebra against the decomposition of the formed matrices, rank growth, and what is written."""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight
+from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
+from mora_ds.checkpoint.ledger_tools import find_ledger
+from mora_ds.errors import UserError
+from mora_ds.eval import spectrum as spectrum_room
+from mora_ds.eval.spectrum import LayerSpectrum, Update, cumulative_norms, layer_spectra, measure, singular_values
+from mora_ds.eval.spectrum_report import (
+    Row,
+    Spectra,
+    check_writable,
+    require_matplotlib,
+    spectrum_lines,
+    torch_device,
+    write_board,
+    write_json,
+    write_png,
+)
+from mora_ds.remora.ledger import LayerEntry, Ledger
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "spectrum.py"
+SHARE_ONLY = [each for each in Grouping if each not in (Grouping.PLAIN, Grouping.PERMUTED)]
+FAMILIES = [(kind, each) for kind in OperatorKind for each in (Grouping.PLAIN, Grouping.PERMUTED)]
+FAMILIES += [(OperatorKind.SHARE, each) for each in SHARE_ONLY]
+SIDES = (12, 17, 24, 31)
+R_HATS = (4, 6, 8, 14, 40)
+"""Sides larger and smaller than these, divisible and not, one block and many."""
+
+
+def square(side: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def formed(update: Update) -> torch.Tensor:
+    return delta_weight(update[0], update[1].double())
+
+
+# -- one delta -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, grouping", FAMILIES)
+def test_singular_values_are_those_of_the_formed_matrix(kind: OperatorKind, grouping: Grouping) -> None:
+    for d_in, d_out, r_hat in itertools.product(SIDES, SIDES, R_HATS):
+        spec = OperatorSpec(kind, d_in, d_out, r_hat, grouping, seed=3)
+        update = (spec, square(r_hat, d_in + d_out))
+        expected = torch.linalg.svdvals(formed(update))
+        values = singular_values(*update)
+        assert values.dtype is torch.float64 and len(values) == min(d_in, d_out)
+        # rotate's table of cosines is fp32: its turns are orthogonal to that precision
+        torch.testing.assert_close(values, expected, rtol=0, atol=1e-6 * expected[0].item(), msg=str(spec))
+
+
+@pytest.mark.parametrize("kind", [OperatorKind.SHARE, OperatorKind.ROTATE])
+def test_no_large_matrix_is_formed(kind: OperatorKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("formed")
+
+    monkeypatch.setattr(spectrum_room, "delta_weight", fail)
+    assert len(singular_values(OperatorSpec(kind, 32, 48, 8, Grouping.PERMUTED), square(8))) == 32
+    if kind is OperatorKind.SHARE:
+        updates = [(OperatorSpec(kind, 32, 48, 8, Grouping.PERMUTED, seed), square(8, seed)) for seed in range(3)]
+        assert [each.cumulative.rank for each in layer_spectra(updates)] == [8, 15, 22]
+        assert len(cumulative_norms(updates)) == 3
+
+
+def test_measures() -> None:
+    values = torch.tensor([3.0, 1.0, 1.0, 0.05] + [0.0] * 16, dtype=torch.float64)
+    found = measure(values, 20, threshold=0.1)
+    energy, total = 9 + 1 + 1 + 0.05**2, 5.05
+    shares = [value / total for value in (3.0, 1.0, 1.0, 0.05)]
+    assert found.norm == pytest.approx(math.sqrt(energy)) and found.largest == 3.0
+    assert (found.above, found.rank) == (3, 4)
+    assert found.stable_rank == pytest.approx(energy / 9)
+    assert found.effective_rank == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)))
+    assert found.top_1 == pytest.approx(9 / energy) and found.top_10_percent == pytest.approx(10 / energy)
+    assert measure(torch.ones(7), 7).effective_rank == pytest.approx(7)
+    assert set(vars(measure(torch.zeros(5), 5)).values()) == {0}
+
+
+def test_rank_ignores_rounding_of_fp32() -> None:
+    first = torch.linalg.svdvals(square(32)[:, :5] @ square(32)[:5])  # rank 5, computed in fp32
+    assert measure(first, 32).rank == 5 and int((first > 0).sum()) > 5
+
+
+# -- a layer's history -----------------------------------------------------------------------------------------------
+
+
+def history(kind: OperatorKind, grouping: Grouping, d_in: int, d_out: int, r_hat: int, cycles: int) -> list[Update]:
+    return [
+        (OperatorSpec(kind, d_in, d_out, r_hat, grouping, seed), square(r_hat, seed) / (seed + 1))
+        for seed in range(cycles)
+    ]
+
+
+def expected_span(newest: torch.Tensor, earlier: torch.Tensor) -> float:
+    left, values, right = torch.linalg.svd(earlier)
+    rank = int((values > values[0] * 1e-5).sum())
+    inside = left[:, :rank] @ left[:, :rank].T @ newest @ right[:rank].T @ right[:rank]
+    return 1 - (inside.norm() / newest.norm()).square().item()
+
+
+def expected_reach(newest: torch.Tensor, specs: list[OperatorSpec]) -> float:
+    """Every delta that the operators can make, as columns; then plain least squares."""
+    basis = []
+    for spec in specs:
+        units = torch.eye(spec.r_hat**2, dtype=torch.float64).view(-1, spec.r_hat, spec.r_hat)
+        basis += [delta_weight(spec, unit).flatten() for unit in units]
+    columns, target = torch.stack(basis, dim=1), newest.flatten().unsqueeze(1)
+    fit = torch.linalg.lstsq(columns, target, driver="gelsd").solution
+    return ((target - columns @ fit).norm() / target.norm()).square().item()
+
+
+@pytest.mark.parametrize("kind, grouping", FAMILIES)
+@pytest.mark.parametrize("sides", [(18, 23, 6), (24, 18, 4)])
+def test_history_is_that_of_the_formed_matrices(
+    kind: OperatorKind, grouping: Grouping, sides: tuple[int, int, int]
+) -> None:
+    updates = history(kind, grouping, *sides, cycles=3)
+    total = torch.zeros(sides[1], sides[0], dtype=torch.float64)
+    norms = cumulative_norms(updates)
+    for cycle, found in enumerate(layer_spectra(updates, threshold=0.5)):
+        newest = formed(updates[cycle])
+        if cycle:
+            assert found.outside_span == pytest.approx(expected_span(newest, total), abs=1e-6)
+            reach = expected_reach(newest, [spec for spec, _ in updates[:cycle]])
+            assert found.outside_reach == pytest.approx(reach, abs=1e-6)
+        total += newest
+        values = torch.linalg.svdvals(total)
+        expected = measure(values, max(sides), 0.5)
+        assert vars(found.cumulative) == pytest.approx(vars(expected), rel=1e-6)
+        assert found.newest.norm == pytest.approx(newest.norm().item(), rel=1e-6)
+        assert norms[cycle] == pytest.approx(values.norm().item(), rel=1e-6)
+
+
+def spectra(kind: OperatorKind, cycles: int, plan: Callable[[int], tuple[Grouping, int]]) -> list[LayerSpectrum]:
+    """d = 64, r_hat = 16; `plan`: cycle -> (grouping, seed)."""
+    specs = [OperatorSpec(kind, 64, 64, 16, *plan(cycle)) for cycle in range(cycles)]
+    return list(layer_spectra([(spec, square(16, cycle)) for cycle, spec in enumerate(specs)]))
+
+
+def ranks(found: list[LayerSpectrum]) -> list[int]:
+    return [each.cumulative.rank for each in found]
+
+
+def test_rank_grows_by_a_square_a_cycle_with_fresh_permutations() -> None:
+    """One less from the second on: the sum of all inputs (outputs) is in every grouping's span."""
+    found = spectra(OperatorKind.SHARE, 6, lambda cycle: (Grouping.PERMUTED, cycle))
+    assert ranks(found) == [16, 31, 46, 61, 64, 64]
+    assert found[1].outside_span > 0.8 and found[5].outside_span < 1e-9 < 0.4 < found[5].outside_reach
+    assert [each.newest.rank for each in found] == [16] * 6
+
+
+def test_rank_saturates_with_the_paper_s_alternation() -> None:
+    groupings = (Grouping.STRIDED, Grouping.CONTIGUOUS)
+    found = spectra(OperatorKind.SHARE, 6, lambda cycle: (groupings[cycle % 2], 0))
+    assert ranks(found) == [16, 28, 28, 28, 28, 28]
+    assert [each.outside_reach for each in found[2:]] == [0.0] * 4
+    assert max(each.outside_span for each in found[2:]) < 1e-9
+
+
+def test_rank_stays_with_the_same_grouping() -> None:
+    found = spectra(OperatorKind.SHARE, 6, lambda _: (Grouping.PERMUTED, 7))
+    assert ranks(found) == [16] * 6 and max(each.outside_span for each in found[1:]) < 1e-9
+
+
+def test_rotate_is_full_at_once_and_permutations_extend_its_reach() -> None:
+    """One cycle puts M on every block, hence full rank; the span says nothing, what operators can express does."""
+    fresh = spectra(OperatorKind.ROTATE, 5, lambda cycle: (Grouping.PERMUTED, cycle))
+    same = spectra(OperatorKind.ROTATE, 5, lambda _: (Grouping.PERMUTED, 7))
+    assert ranks(fresh) == ranks(same) == [64] * 5
+    assert all(each.outside_span < 1e-9 for each in [*fresh[1:], *same[1:]])
+    assert [each.outside_reach for each in same] == [1.0, 0.0, 0.0, 0.0, 0.0]
+    # every operator reaches 16^2 of 64^2 dimensions, drawn at random: about 1/16 less is left each time
+    assert [each.outside_reach for each in fresh] == pytest.approx([1 - cycle / 16 for cycle in range(5)], abs=0.03)
+
+
+def test_a_zero_square_adds_nothing() -> None:
+    spec, other = (OperatorSpec(OperatorKind.SHARE, 32, 32, 8, Grouping.PERMUTED, seed) for seed in (0, 1))
+    first, second = layer_spectra([(spec, torch.zeros(8, 8)), (other, square(8))])
+    assert (first.cumulative.rank, first.outside_span, first.outside_reach) == (0, 0.0, 0.0)
+    assert (second.cumulative.rank, second.outside_span) == (8, 1.0)
+    assert 0.8 < second.outside_reach < 1.0  # of the operator, whatever its square was
+
+
+# -- a ledger --------------------------------------------------------------------------------------------------------
+
+
+def entries(cycle: int, names: tuple[str, ...]) -> dict[str, LayerEntry]:
+    spec = OperatorSpec(OperatorKind.SHARE, 32, 24, 6, Grouping.PERMUTED, cycle)
+    return {name: LayerEntry(name, f"{name}.weight", False, spec) for name in names}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Two merged cycles, the second with a layer more, and live squares."""
+    folder = tmp_path / "step"
+    ledger = Ledger.create(folder / "ledger", "f" * 64)
+    for cycle, names in enumerate((("a.q",), ("a.q", "a.v"))):
+        ledger.append(10 * cycle + 10, entries(cycle, names), [(name, square(6, cycle)) for name in names])
+    live = entries(2, ("a.q", "a.v"))
+    write_adapter(folder, AdapterFile(live, "float32", 2, 25, 8), {name: square(6, 2) for name in live}, {})
+    BaseReference("base", "f" * 64, {}, "float32").write(folder)
+    return folder
+
+
+def all_rows(folder: Path, pattern: str = "*", threshold: float = 0.1) -> list[Row]:
+    found = Spectra(find_ledger(folder), pattern)
+    return [row for module in found.modules for row in found.rows(module, threshold)]
+
+
+def test_rows_of_a_checkpoint_end_with_its_live_squares(checkpoint: Path) -> None:
+    rows = all_rows(checkpoint)
+    places = [(row.module, row.cycle, row.step, row.is_live) for row in rows]
+    of_v = [("a.v", 1, 20, False), ("a.v", 2, 25, True)]
+    assert places == [("a.q", 0, 10, False), ("a.q", 1, 20, False), ("a.q", 2, 25, True), *of_v]
+    updates = [(entries(cycle, ("a.q",))["a.q"].operator, square(6, cycle)) for cycle in range(3)]
+    assert [row.spectrum for row in rows[:3]] == list(layer_spectra(updates))
+    assert [row.is_live for row in all_rows(checkpoint / "ledger")] == [False] * 3
+
+
+def test_layers_are_chosen_by_pattern(checkpoint: Path, tmp_path: Path) -> None:
+    assert {row.module for row in all_rows(checkpoint, "*.v")} == {"a.v"}
+    with pytest.raises(UserError, match=r"--layers 'a\.k' matches none of the 2 layers\. Did you mean 'a\.[qv]'"):
+        Spectra(find_ledger(checkpoint), "a.k")
+    with pytest.raises(UserError, match="nothing was merged yet"):
+        Spectra(find_ledger(Ledger.create(tmp_path / "empty", "f").folder))
+
+
+def test_tables_show_the_last_cycle_of_layers_and_means_of_cycles(checkpoint: Path) -> None:
+    rows = all_rows(checkpoint)
+    lines = spectrum_lines(rows, 0.1)
+    cells = [line.split() for line in lines]
+    assert cells[1][:4] == ["a.q", "2*", f"{rows[2].spectrum.cumulative.rank}.0", "24.0"]
+    assert cells[5][:4] == ["0", "10", "1", "6.0"]
+    both = [rows[1].spectrum.cumulative, rows[3].spectrum.cumulative]
+    assert cells[6][:4] == ["1", "20", "2", f"{sum(each.rank for each in both) / 2:.1f}"]
+    assert cells[6][5] == f"{sum(each.above for each in both) / 2:.1f}" and "not merged yet" in lines[-1]
+
+
+def test_json_and_board_hold_every_row(checkpoint: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = all_rows(checkpoint, threshold=2.0)
+    write_json(tmp_path / "spectrum.json", rows, 2.0)
+    content = json.loads((tmp_path / "spectrum.json").read_text())
+    assert (content["format"], content["threshold"], len(content["rows"])) == (1, 2.0, 5)
+    assert content["rows"][4]["spectrum"]["cumulative"]["above"] == rows[4].spectrum.cumulative.above > 0
+    write_board(tmp_path / "board", rows)
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    points = events.Scalars("spectrum_of_layers/stable_rank/a.q")
+    stable = [row.spectrum.cumulative.stable_rank for row in rows[:3]]
+    assert [point.step for point in points] == [10, 20, 25]
+    assert [point.value for point in points] == pytest.approx(stable, rel=1e-6)
+    expected = (rows[1].spectrum.cumulative.rank + rows[3].spectrum.cumulative.rank) / 2
+    assert events.Scalars("spectrum/rank")[1].value == pytest.approx(expected)
+
+
+def test_png(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_png(tmp_path / "figure.png", all_rows(checkpoint), 0.1)
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_png_without_matplotlib_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any, **named: Any) -> Any:
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match="--png needs matplotlib"):
+        require_matplotlib()
+
+
+def test_flags_are_checked_before_the_work(tmp_path: Path) -> None:
+    assert torch_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="--device nonsense"):
+        torch_device("nonsense")
+    check_writable("--json", None)
+    check_writable("--json", tmp_path / "new.json")
+    with pytest.raises(UserError, match=r"--json .*folder that exists"):
+        check_writable("--json", tmp_path / "none" / "new.json")
+
+
+def test_tool(checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(TOOL), str(checkpoint), "--json", str(tmp_path / "out.json"), "--layers", "a.*"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "a.v" in done.stdout and len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 5

@@ -1,0 +1,107 @@
+"""Portable adapters for tests and benchmarks, written from random squares by the project's own writers: no training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mora_ds import files
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.layer import linear_shape
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.update import UpdateSpec, value_shape
+from mora_ds.adapters.target_modules import match_targets
+from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, OwnSquares, write_adapter
+from mora_ds.deploy.adapter_io import LEDGER_FOLDER
+from mora_ds.models.base import BaseCheckpoint, renamed_keys
+from mora_ds.remora.ledger import LayerEntry, Ledger, live_weight
+
+Updates = dict[str, list[tuple[UpdateSpec, Tensor]]]
+"""Module name -> (operator, square) of every cycle, the live one last."""
+
+
+class Maker:
+    """Writes adapters of one base."""
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        """`model`: of transformers, which is saved to `folder` as the base where none lies there."""
+        if not (folder / "config.json").exists():
+            model.save_pretrained(folder)
+        self.model, self.folder, self.weights = model, folder, originals(model)
+        base = BaseCheckpoint.open(folder)
+        names = dict(model.named_parameters(remove_duplicate=False))
+        renamed = renamed_keys(model, base.keys())
+        self.keys = base.map_parameters(names, model.base_model_prefix, model.all_tied_weights_keys, renamed)
+        self.reference = BaseReference(str(folder.resolve()), base.fingerprint(), self.keys, "float32")
+
+    def layers(self, config: MoRAConfig, cycle: int) -> dict[str, LayerEntry]:
+        """Of a cycle, for every layer that the config targets."""
+        found = {}
+        for name, module in match_targets(self.model, config.target_modules).items():
+            spec = config.operator_for(name, *linear_shape(module), cycle)
+            found[name] = LayerEntry(name, f"{name}.weight", not isinstance(module, nn.Linear), spec)
+        return found
+
+    def write(
+        self,
+        folder: Path,
+        config: MoRAConfig,
+        cycles: int = 0,
+        scale: float = 0.02,
+        trained: Mapping[str, Tensor] | None = None,
+        dtype: str = "float32",
+        specs: Mapping[str, OperatorSpec] | None = None,
+        domains: tuple[str, ...] = (),
+        **reference: Any,
+    ) -> Updates:
+        """An adapter after `cycles` merges, with random squares drawn from the config's seed; what is in it.
+
+        `trained`: tensors beside the squares. `specs`: operators in place of the config's. `domains`: each has a
+        copy of the squares. `reference`: other facts for base.json.
+        """
+        folder.mkdir(parents=True)
+        generator = torch.Generator().manual_seed(config.seed)
+        about = replace(self.reference, **reference)
+        ledger = Ledger.create(folder / LEDGER_FOLDER, about.fingerprint)
+        updates: Updates = {}
+        for cycle in range(cycles + 1):
+            layers = self.layers(config, cycle)
+            for name, spec in (specs or {}).items():
+                layers[name] = replace(layers[name], operator=spec)
+            squares = {}
+            for name, entry in layers.items():
+                squares[name] = scale * torch.randn(value_shape(entry.operator), generator=generator)
+                updates.setdefault(name, []).append((entry.operator, squares[name]))
+            if cycle < cycles:
+                ledger.append(cycle + 1, layers, squares.items())
+        facts = {"config": config.to_dict()}
+        extra, operators = dict(trained or {}), {name: entry.operator for name, entry in layers.items()}
+        adapter = AdapterFile(
+            layers=layers, dtype=dtype, cycle=cycles, step=7, rank=config.rank, trainables=tuple(extra), facts=facts,
+            own=OwnSquares(domains, operators) if domains else None,
+        )  # fmt: skip
+        own = {name: square.expand(len(domains), -1, -1) for name, square in squares.items() if domains}
+        write_adapter(folder, adapter, squares, extra, own)
+        about.write(folder)
+        files.write_manifest(folder)
+        return updates
+
+
+@torch.no_grad()
+def merge(model: Any, originals: Mapping[str, Tensor], updates: Updates) -> None:
+    """Weights of `model` = originals with the updates merged, in place. `originals`: by name of the weight."""
+    for name, cycles in updates.items():
+        module = model.get_submodule(name)
+        transposed = not isinstance(module, nn.Linear)
+        original = originals[f"{name}.weight"]
+        module.weight.copy_(live_weight(original, cycles, transposed, original.dtype))
+
+
+def originals(model: Any) -> dict[str, Tensor]:
+    """A copy of every weight, for `merge`."""
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}

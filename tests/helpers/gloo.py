@@ -1,0 +1,103 @@
+"""Run a function on several real ranks over gloo.
+
+    results = run_ranks(2, function, *arguments)      # one result a rank, in rank order
+
+The function must be defined at the top of a test module. A fork server imports torch, transformers and DeepSpeed once;
+every rank is a fork of it, so that starting one takes no time. A rank that raises fails the test with its traceback,
+and the others are ended at once.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.helpers.preload"])
+
+
+class RankFailed(AssertionError):
+    """A rank raised or died; carries its traceback."""
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 240) -> list[Any]:
+    pipes, processes = start_ranks(world, function, *arguments)
+    try:
+        return _collect(pipes, time.monotonic() + timeout_s)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.join(2)
+            process.kill()
+            process.join()
+
+
+def start_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> tuple[list[Connection], list[Any]]:
+    """The pipes that results come through and the processes, in rank order, for a caller that ends them itself."""
+    port = free_port()
+    pipes, processes = [], []
+    for rank in range(world):
+        receiver, sender = _context.Pipe(duplex=False)
+        process = _context.Process(target=_rank_main, args=(rank, world, port, sender, function, arguments))
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    return pipes, processes
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
+        ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankFailed(f"ranks {sorted(waiting.values())} did not finish in time")
+        for pipe in ready:
+            rank = waiting[pipe]
+            try:
+                ok, payload = pipe.recv()
+            except EOFError:
+                raise RankFailed(f"rank {rank} died without a word") from None
+            if not ok:
+                raise RankFailed(f"rank {rank}:\n{payload}")
+            results[rank] = torch.load(io.BytesIO(payload), weights_only=False)
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank_main(rank: int, world: int, port: int, sender: Connection, function: Callable[..., Any], args: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        from deepspeed.accelerator import get_accelerator
+
+        from mora_ds.engine.initialize import start_distributed
+
+        # DeepSpeed refuses fp16 on CPUs without an instruction for it; torch computes it on every one, only slower.
+        get_accelerator().is_fp16_supported = lambda: True
+        start_distributed()
+        buffer = io.BytesIO()
+        torch.save(function(*args), buffer)
+        torch.distributed.barrier()
+        sender.send((True, buffer.getvalue()))
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+    os._exit(0)  # gloo's threads often abort at interpreter exit, after right results
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

@@ -1,0 +1,135 @@
+"""Whole runs for the tests: a tiny model folder and corpus, `run_job` on forked ranks, or the real launcher."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mora_ds.config.arguments import parse
+from mora_ds.data import load_tokenizer, train_sentencepiece
+from mora_ds.errors import RunError, UserError
+from mora_ds.train.warm_start import run_job
+from tests.helpers.gloo import free_port, run_ranks
+from tests.helpers.models import tiny_model
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ZERO3 = REPOSITORY / "configs" / "zero3.json"
+VOCABULARY = 400
+
+
+@dataclass(frozen=True)
+class Playground:
+    """What a user brings along."""
+
+    root: Path
+    model: Path
+    train: Path
+    """JSON lines: about 60 documents, 350 blocks of 32 tokens."""
+    held: Path
+    other: Path
+    """Two texts for evaluation; `other` is shorter than one block."""
+
+    def flags(self, out: str | Path, *more: str | int | float) -> list[str]:
+        """A small run; later flags win."""
+        return [
+            "--deepspeed", str(ZERO3), "--model_name_or_path", str(self.model), "--train_files", str(self.train),
+            "--eval_files", str(self.held), f"short={self.other}", "--output_dir", str(out),
+            "--cache_dir", str(self.root / "cache"), "--mora_rank", "2", "--seq_len", "32", "--max_steps", "6",
+            "--per_device_train_batch_size", "2", "--learning_rate", "1e-2", "--warmup_steps", "1",
+            *map(str, more),
+        ]  # fmt: skip
+
+
+def playground(root: Path) -> Playground:
+    """Model, tokenizer and texts under `root`."""
+    sources = [Path(module.__file__ or "").read_text(encoding="utf-8") for module in (argparse, subprocess, random)]
+    texts = [source[start : start + 700] for source in sources for start in range(0, 14_000, 700)]
+    trained = train_sentencepiece(texts, VOCABULARY, root)
+    model = tiny_model(vocab_size=VOCABULARY, num_hidden_layers=2)
+    model.save_pretrained(root / "model")
+    load_tokenizer(trained).save_pretrained(root / "model")
+    train, held, other = root / "train.jsonl", root / "held.txt", root / "other.txt"
+    train.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    held.write_text(sources[1][20_000:23_000], encoding="utf-8")
+    other.write_text("def f(x):\n    return x\n", encoding="utf-8")
+    return Playground(root, root / "model", train, held, other)
+
+
+def job(argv: list[str]) -> dict[str, Any]:
+    """One rank's share of a run. For `run_ranks`."""
+    return run_job(parse(argv))
+
+
+def run(ranks: int, argv: list[str]) -> dict[str, Any]:
+    """A run on so many ranks of this machine; rank 0's summary."""
+    return run_ranks(ranks, job, argv)[0]
+
+
+def said(argv: list[str]) -> str:
+    """What a run prints. For `run_ranks`."""
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        run_job(parse(argv))
+    return told.getvalue()
+
+
+def refused(argv: list[str]) -> tuple[str, str]:
+    """(kind of error, its message) of a run that must fail. For `run_ranks`."""
+    try:
+        run_job(parse(argv))
+    except (UserError, RunError) as error:
+        return type(error).__name__, str(error)
+    raise AssertionError("the run was not refused")
+
+
+def launch(ranks: int, argv: list[str], cwd: Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """The real launcher, as in the README."""
+    return subprocess.run(
+        launcher(ranks, argv), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+def launcher(ranks: int, argv: list[str]) -> list[str]:
+    program = Path(sys.executable).with_name("deepspeed")
+    port = ["--master_port", str(free_port())]  # its default is taken where two test runs share a machine
+    return [str(program), *port, "--num_gpus", str(ranks), str(REPOSITORY / "launch" / "pretrain.py"), *argv]
+
+
+def environment() -> dict[str, str]:
+    """The launcher starts `python` by name: the one that runs the tests."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """`metrics.jsonl`, read as strictly as any JSON reader would (no NaN, no Infinity)."""
+
+    def refuse(name: str) -> float:
+        raise AssertionError(f"{name} is no JSON")
+
+    text = (out / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+MEASURED = ("tokens_per_s", "tokens_per_s_per_rank", "step_time_s", "peak_memory_bytes", "bytes_gathered")
+"""Fields of a row that two equal runs need not share (the first step of an engine gathers more than the others)."""
+
+
+def curve(out: Path) -> list[dict[str, Any]]:
+    """`metrics.jsonl` without what was measured on the machine."""
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows(out)]
+
+
+def losses(out: Path) -> torch.Tensor:
+    """(steps,) the loss of every logged step."""
+    return torch.tensor([row["loss"] for row in rows(out) if "loss" in row], dtype=torch.float64)

@@ -1,0 +1,421 @@
+"""Ranks that SIGKILL themselves at a named moment of a run, and what must be the same afterwards.
+
+    killed_run(2, argv, "before_the_rename", victims=[0])      ends when the last rank is dead
+    run(2, argv)                                               the same command again
+    assert_same_outcome(out, whole)                            every file, byte for byte
+
+The moments are patched into the rank that is to die, here alone: the package itself has no hooks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+import mora_ds.data.cache
+import mora_ds.data.inspection
+from mora_ds import files
+from mora_ds.adapters.target_plan import TargetPlan
+from mora_ds.checkpoint import contents, writer
+from mora_ds.deploy import export
+from mora_ds.engine import shard_writer, zero
+from mora_ds.models.tensor_files import SafetensorsWriter
+from mora_ds.remora import ledger, merge
+from mora_ds.remora.merge import ReMoRA
+from mora_ds.train import metrics, output_folder, pretrain, vectors
+from mora_ds.train.run import Run
+from tests.helpers.gloo import start_ranks
+from tests.helpers.jobs import curve, job
+
+Install = Callable[[], None]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)  # the signal is on its way: not one line more
+
+
+# -- ways to die -----------------------------------------------------------------------------------------------------
+
+
+def before(owner: Any, name: str, nth: int = 1) -> None:
+    """Die when the n-th call begins."""
+    calls, original = itertools.count(1), getattr(owner, name)
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == nth:
+            die()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, patched)
+
+
+def after(owner: Any, name: str, nth: int = 1) -> None:
+    """Die when the n-th call has ended."""
+    calls, original = itertools.count(1), getattr(owner, name)
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if next(calls) == nth:
+            die()
+        return result
+
+    setattr(owner, name, patched)
+
+
+def within(owner: Any, name: str, nth: int, install: Install) -> None:
+    """`install` another death when the n-th call begins."""
+    calls, original = itertools.count(1), getattr(owner, name)
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == nth:
+            install()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, patched)
+
+
+def torn(owner: Any, name: str, path_of: Callable[..., Path], nth: int = 1) -> None:
+    """Die in the middle of the n-th call, which writes the file that `path_of(*arguments)` names."""
+    calls, original = itertools.count(1), getattr(owner, name)
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if next(calls) == nth:
+            path = path_of(*args, **kwargs)
+            os.truncate(path, path.stat().st_size // 2)
+            die()
+        return result
+
+    setattr(owner, name, patched)
+
+
+def half_deleted(folder_name: str) -> None:
+    """Die in the middle of `shutil.rmtree` of a folder of that name, wherever it lies and whatever hides it."""
+    original = shutil.rmtree
+
+    def patched(path: Any, *args: Any, **kwargs: Any) -> None:
+        if folder_name in Path(path).name and Path(path).exists():
+            found = sorted(file for file in Path(path).rglob("*") if file.is_file())
+            assert len(found) > 1, f"{path} is no folder that can be half deleted"
+            for file in found[: len(found) // 2]:
+                file.unlink()
+            die()
+        original(path, *args, **kwargs)
+
+    shutil.rmtree = patched  # type: ignore[assignment]
+
+
+def half_a_row() -> None:
+    write = metrics.MetricsLog._write
+
+    def patched(log: Any, row: dict[str, Any]) -> None:
+        if row["step"] == 4 and "loss" in row:
+            log._file.write(json.dumps(row)[:40])
+            log._file.flush()
+            die()
+        write(log, row)
+
+    metrics.MetricsLog._write = patched  # type: ignore[method-assign]
+
+
+def half_a_tokenizer() -> None:
+    save = transformers.PreTrainedTokenizerBase.save_pretrained
+
+    def patched(tokenizer: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
+        save(tokenizer, folder, *args, **kwargs)
+        (Path(folder) / "tokenizer.json").unlink()
+        die()
+
+    transformers.PreTrainedTokenizerBase.save_pretrained = patched  # type: ignore[assignment,method-assign]
+
+
+def cycle_without_its_line() -> None:
+    """The second cycle's file is there, and ledger.json does not name it yet."""
+    write = ledger.Ledger._write
+
+    def patched(book: Any, records: Sequence[Any]) -> None:
+        if len(records) == 2 and "checkpoints" not in book.folder.parts:
+            die()
+        write(book, records)
+
+    ledger.Ledger._write = patched  # type: ignore[method-assign]
+
+
+# -- the moments -----------------------------------------------------------------------------------------------------
+
+
+class Start(Enum):
+    """What lies in the output folder when the run begins that is to be killed."""
+
+    NOTHING = "nothing"
+    FINISHED = "a run that has come to its end"
+    UNNAMED = "a run whose last checkpoint `latest` does not name yet"
+    ANOTHER = "another run, which --overwrite_output_dir deletes"
+
+
+class Passes(Enum):
+    """Which ranks come to a moment."""
+
+    ALL = "all"
+    FIRST = "the first one alone"
+
+
+@dataclass(frozen=True)
+class Moment:
+    install: Install
+    """Patches a rank so that it dies then. Numbers count from a run of `STEPS`: a save after every step, merges after
+    steps 2 and 4."""
+    passes: Passes = Passes.FIRST
+    start: Start = Start.NOTHING
+    more: tuple[str | int, ...] = ()
+    """Flags beside `STEPS`."""
+    only_heavy: bool = False
+    """Left out where every moment is tried once."""
+
+
+STEPS = (
+    "--max_steps", 6, "--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 1, "--save_total_limit", 2,
+    "--mora_dropout", 0.1, "--train_norms", "true", "--export_merged", "true",
+)  # fmt: skip
+
+SUBSPACE = ("--operator", "subspace", "--subspace_cycles", 2)
+
+BEST = ("--best_by", "short:1", "--eval_steps", 1)
+"""Every step has an evaluation, and with most of them a new best checkpoint."""
+
+PLANNED = ("--targets", "auto", "--trainable_budget", "3%")
+
+MOMENTS: dict[str, Moment] = {
+    # a step
+    "before_the_optimizer_step": Moment(lambda: before(DeepSpeedEngine, "step", 4), Passes.ALL),
+    "after_the_optimizer_step": Moment(lambda: after(DeepSpeedEngine, "step", 4), Passes.ALL),
+    "half_a_row_of_metrics": Moment(half_a_row),
+    # a checkpoint
+    "squares_are_gathered": Moment(
+        lambda: within(contents.RunWriter, "collect", 3, lambda: before(zero, "full_fp32", 5)), Passes.ALL
+    ),
+    "engine_shard_half_written": Moment(
+        lambda: within(
+            DeepSpeedEngine,
+            "save_checkpoint",
+            3,
+            lambda: torn(shard_writer.ShardWriter, "save", lambda engine, state_dict, path: Path(path)),
+        ),
+        Passes.ALL,
+    ),
+    "after_the_shards": Moment(lambda: before(shard_writer, "write_layout", 3), Passes.ALL),
+    "adapter_half_written": Moment(
+        lambda: within(contents, "write_adapter", 3, lambda: after(SafetensorsWriter, "write", 4))
+    ),
+    "ledger_half_copied": Moment(
+        lambda: within(ledger.Ledger, "copy_to", 5, lambda: before(ledger, "link_or_copy", 2))
+    ),
+    "before_the_manifest": Moment(lambda: before(files, "write_manifest", 3)),
+    "before_the_rename": Moment(lambda: before(writer, "_replace_folder", 3)),
+    "before_latest": Moment(lambda: before(files, "replace_symlink", 3)),
+    "before_the_first_latest": Moment(lambda: before(files, "replace_symlink", 1)),
+    "before_the_last_latest": Moment(lambda: before(files, "replace_symlink", 6)),
+    "before_the_only_latest": Moment(lambda: before(files, "replace_symlink"), more=("--save_steps", 0)),
+    "latest_made_and_not_moved": Moment(
+        lambda: within(files, "replace_symlink", 3, lambda: after(Path, "symlink_to"))
+    ),
+    "before_the_best": Moment(lambda: before(writer, "name_best", 3), more=BEST),
+    "after_the_best": Moment(lambda: after(writer, "name_best", 6), more=BEST),
+    "between_the_two_renames": Moment(
+        lambda: within(writer, "_replace_folder", 1, lambda: after(os, "replace")), start=Start.UNNAMED
+    ),
+    "retention_half_done": Moment(lambda: half_deleted("step-000002")),
+    "last_retention_half_done": Moment(lambda: half_deleted("step-000004")),
+    # a merge
+    "before_a_merge": Moment(lambda: before(ReMoRA, "merge", 2), Passes.ALL),
+    "some_layers_merged": Moment(lambda: after(merge, "merge_layer", 14 + 5), Passes.ALL),
+    "cycle_half_written": Moment(
+        lambda: within(ledger, "_write_cycle", 2, lambda: after(SafetensorsWriter, "write", 5))
+    ),
+    "cycle_not_in_the_ledger": Moment(cycle_without_its_line),
+    "before_the_reset": Moment(lambda: before(ReMoRA, "_start_cycle", 2), Passes.ALL),
+    "after_the_reset": Moment(lambda: after(ReMoRA, "_start_cycle", 2), Passes.ALL),
+    "right_after_a_merge": Moment(lambda: after(ReMoRA, "merge", 2), Passes.ALL),
+    # the end
+    "before_the_summary": Moment(lambda: before(pretrain, "write_json_atomic")),
+    "export_half_written": Moment(
+        lambda: within(export, "write_shards", 1, lambda: after(SafetensorsWriter, "write", 5))
+    ),
+    "export_before_its_rename": Moment(lambda: within(export, "write_companions", 1, lambda: before(os, "rename"))),
+    "export_set_aside": Moment(
+        lambda: within(export, "write_companions", 1, lambda: before(os, "rename", 2)), start=Start.FINISHED
+    ),
+    "export_replaced": Moment(
+        lambda: within(export, "write_companions", 1, lambda: after(os, "rename", 2)), start=Start.FINISHED
+    ),
+    # the beginning
+    "tokenizer_half_written": Moment(half_a_tokenizer),
+    "corpus_index": Moment(lambda: within(mora_ds.data.inspection, "_remember", 1, lambda: before(os, "replace"))),
+    "tokens_half_written": Moment(
+        lambda: torn(mora_ds.data.cache, "_write", lambda *arguments: arguments[2] / "tokens.bin")
+    ),
+    "tokens_before_the_rename": Moment(lambda: before(mora_ds.data.cache, "_move_into_place")),
+    "vectors_half_written": Moment(
+        lambda: within(vectors, "write_vectors", 1, lambda: after(SafetensorsWriter, "write", 5)),
+        more=SUBSPACE, only_heavy=True,
+    ),
+    "vectors_not_in_the_ledger": Moment(
+        lambda: within(ledger.Ledger, "create", 1, lambda: before(ledger, "link_or_copy")),
+        more=SUBSPACE, only_heavy=True,
+    ),
+    "vectors_half_way_into_a_checkpoint": Moment(
+        lambda: within(ledger.Ledger, "copy_to", 3, lambda: after(ledger, "link_or_copy")),
+        more=SUBSPACE, only_heavy=True,
+    ),
+    "plan_before_its_rename": Moment(
+        lambda: within(TargetPlan, "write", 1, lambda: before(os, "replace")), more=PLANNED
+    ),
+    "before_the_run_is_begun": Moment(lambda: before(output_folder.Reservation, "commit")),
+    "run_file_half_written": Moment(lambda: within(pretrain, "write_run_file", 1, lambda: before(Path, "replace"))),
+    "old_run_half_set_aside": Moment(
+        lambda: within(output_folder, "_set_aside", 1, lambda: after(Path, "rename", 3)), start=Start.ANOTHER
+    ),
+    "old_run_set_aside": Moment(lambda: before(output_folder.Reservation, "commit"), start=Start.ANOTHER),
+    "old_run_half_deleted": Moment(lambda: half_deleted(".deleting"), start=Start.ANOTHER),
+    # a resume
+    "ledger_half_restored": Moment(
+        lambda: within(Run, "_open_ledger", 1, lambda: before(ledger, "link_or_copy", 2)), start=Start.UNNAMED
+    ),
+    "before_the_replay": Moment(lambda: before(ReMoRA, "replay"), Passes.ALL, Start.UNNAMED),
+    "metrics_half_trimmed": Moment(
+        lambda: within(metrics, "_keep_rows", 1, lambda: before(Path, "replace")), start=Start.UNNAMED
+    ),
+}  # fmt: skip
+
+
+# -- killing ---------------------------------------------------------------------------------------------------------
+
+
+def doomed_job(argv: list[str], moment: str, victims: Sequence[int]) -> None:
+    """A run in which the ranks `victims` die. For `start_ranks`."""
+    if dist.get_rank() in victims:
+        MOMENTS[moment].install()
+    job(argv)
+
+
+def killed_run(world: int, argv: list[str], moment: str, victims: Sequence[int], patience_s: float = 30) -> None:
+    """Runs until the ranks `victims` have killed themselves; those that are left must then end by themselves.
+
+    With all ranks as victims the first death is followed by that of the others at once, as by a node's.
+    """
+    pipes, processes = start_ranks(world, doomed_job, argv, moment, victims)
+    try:
+        first = _first_death([processes[rank] for rank in victims], 120)
+        if first.exitcode != -signal.SIGKILL:
+            raise AssertionError(f"{moment} never came:\n{_last_words(pipes)}")
+        if len(victims) == world:
+            return
+        deadline = time.monotonic() + patience_s
+        for rank, process in enumerate(processes):
+            process.join(max(0.0, deadline - time.monotonic()))
+            assert not process.is_alive(), f"{moment}: rank {rank} hangs, with rank(s) {victims} dead"
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _first_death(processes: list[Any], timeout_s: float) -> Any:
+    ready = multiprocessing.connection.wait([process.sentinel for process in processes], timeout_s)
+    assert ready, "nobody died"
+    process = next(process for process in processes if process.sentinel in ready)
+    process.join()
+    return process
+
+
+def _last_words(pipes: list[Any]) -> str:
+    words = []
+    for pipe in pipes:
+        try:
+            words.append(str(pipe.recv()[1])[-3000:] if pipe.poll(10) else "(nothing)")
+        except EOFError:
+            words.append("(dead)")
+    return "\n".join(words)
+
+
+# -- afterwards ------------------------------------------------------------------------------------------------------
+
+_MEASURED = {"metrics.jsonl", "run.yaml", "summary.json"}
+"""Files that two equal runs need not share byte for byte: they hold times, memory, the folder's name."""
+
+
+def tree(out: Path) -> dict[str, bytes]:
+    """Every file and link of a run by its path, TensorBoard's apart (their names are made of time and process)."""
+    return {str(path.relative_to(out)): _content(path) for path in _entries(out)}
+
+
+def _unpadded(out: Path) -> dict[str, bytes]:
+    found = tree(out)
+    for name in found:
+        if "/engine/" in name and name.endswith(".pt"):
+            loaded = torch.load(out / name, map_location="cpu", weights_only=False)  # written a moment ago
+            found[name] = b"".join(_tensors(loaded))
+        elif name.startswith("checkpoints/") and name.endswith("manifest.json"):
+            listed = json.loads(found[name])["files"].items()
+            found[name] = repr([(file, "engine/" in file or facts) for file, facts in listed]).encode()
+    return found
+
+
+def _tensors(value: Any, path: str = "") -> Iterator[bytes]:
+    """Every tensor's place and bytes but those of the masters."""
+    if isinstance(value, torch.Tensor):
+        yield path.encode() + value.detach().flatten().view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            if key != "fp32_flat_groups":
+                yield from _tensors(part, f"{path}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, part in enumerate(value):
+            yield from _tensors(part, f"{path}/{index}")
+
+
+def _entries(out: Path) -> Iterator[Path]:
+    for path in sorted(out.rglob("*")):
+        is_leaf = path.is_symlink() or not path.is_dir() or not any(path.iterdir())
+        if is_leaf and "tensorboard" not in path.parts:
+            yield path
+
+
+def _content(path: Path) -> bytes:
+    if path.is_symlink():
+        return os.readlink(path).encode()
+    return b"" if path.name in _MEASURED or path.is_dir() else path.read_bytes()
+
+
+def assert_same_outcome(out: Path, whole: Path, padded: bool = False) -> None:
+    """Checkpoints (squares, moments, random states, manifest), ledger, merged model, curve: equal, and nothing more.
+
+    `padded`: the number of ranks does not divide every parameter. DeepSpeed 0.19.8 leaves what fills the last rank's
+    share of a master as `torch.empty` made it, so shards are compared without their masters, which stand whole in
+    adapter.safetensors.
+    """
+    assert curve(out) == curve(whole)
+    found, wanted = (_unpadded(folder) if padded else tree(folder) for folder in (out, whole))
+    assert found.keys() == wanted.keys(), (
+        f"{found.keys() - wanted.keys()} too many, {wanted.keys() - found.keys()} lost"
+    )
+    assert [path for path in wanted if found[path] != wanted[path]] == []
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (out, whole)]
+    for name in ("steps", "tokens", "merges", "perplexity_before", "perplexity_after"):
+        assert summaries[0][name] == summaries[1][name], name

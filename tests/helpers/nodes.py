@@ -1,0 +1,89 @@
+"""Two "nodes" on one machine: namespaces with an address and mounts of their own, and a cable that can be cut.
+
+with two_nodes() as nodes:
+    nodes[0].start(command, ...), nodes[1].start(command, ...), nodes[1].unplug()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.jobs import environment
+
+INTERFACE = "veth"
+
+
+@dataclass(frozen=True)
+class Node:
+    holder: int
+    """A process that does nothing but live in the node's namespaces."""
+    address: str
+
+    def command(self, words: Sequence[str]) -> list[str]:
+        return ["nsenter", "-t", str(self.holder), "-U", "-n", "-m", "--preserve-credentials", *words]
+
+    def start(self, words: Sequence[str], log: Path, **more: Any) -> subprocess.Popen[str]:
+        """gloo would look for the machine's own name otherwise, which no namespace has an address for."""
+        env = {**environment(), "GLOO_SOCKET_IFNAME": INTERFACE}
+        with log.open("w") as file:
+            return subprocess.Popen(self.command(words), stdout=file, stderr=file, env=env, text=True, **more)
+
+    def run(self, *words: str) -> None:
+        subprocess.run(self.command(words), check=True, capture_output=True, text=True)
+
+    def mount(self, folder: Path) -> None:
+        """A disk of the node's own in place of what the others see there."""
+        self.run("mount", "-t", "tmpfs", "none", str(folder))
+
+    def unplug(self) -> None:
+        self.run("ip", "link", "set", INTERFACE, "down")
+
+
+def trouble() -> str | None:
+    """Why this machine cannot do it, if it cannot."""
+    try:
+        with two_nodes():
+            return None
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"no network namespaces here: {getattr(error, 'stderr', None) or error}"
+
+
+@contextlib.contextmanager
+def two_nodes() -> Iterator[tuple[Node, Node]]:
+    with contextlib.ExitStack() as stack:
+        first = Node(_hold(stack, ["unshare", "-rnm"]), "10.77.0.1")
+        inner = first.command(["unshare", "-nm"])
+        second = Node(_hold(stack, inner), "10.77.0.2")
+        peer = ["peer", "name", INTERFACE, "netns", str(second.holder)]
+        first.run("ip", "link", "add", INTERFACE, "type", "veth", *peer)
+        for node in (first, second):
+            node.run("ip", "address", "add", f"{node.address}/24", "dev", INTERFACE)
+            for interface in ("lo", INTERFACE):
+                node.run("ip", "link", "set", interface, "up")
+        yield first, second
+
+
+def _hold(stack: contextlib.ExitStack, unshare: list[str]) -> int:
+    """Start a process in namespaces of its own, which live as long as it does."""
+    ready = subprocess.Popen([*unshare, "sh", "-c", "echo ready; exec sleep 3600"], stdout=subprocess.PIPE, text=True)
+    stack.callback(ready.wait)
+    stack.callback(ready.kill)
+    assert ready.stdout is not None
+    if ready.stdout.readline() != "ready\n":
+        raise OSError(f"{' '.join(unshare)} failed with code {ready.wait()}")
+    return ready.pid
+
+
+def wait_for(path: Path, processes: Sequence[subprocess.Popen[str]], seconds: float = 120) -> None:
+    """Until `path` exists; the processes must go on meanwhile."""
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} did not come"
+        assert all(process.poll() is None for process in processes), "a process ended too early"
+        time.sleep(0.02)

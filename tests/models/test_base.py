@@ -1,0 +1,408 @@
+"""Original weights on disk: opening, mapping, fingerprints, checksums, and the files beneath."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from mora_ds import files
+from mora_ds.errors import RunError, UserError
+from mora_ds.models.base import (
+    BaseCheckpoint,
+    NotOneToOne,
+    renamed_keys,
+    tensor_checksum,
+    verify_against_model,
+    write_own_base,
+)
+from mora_ds.models.tensor_files import SafetensorsWriter, open_safetensors, write_safetensors_atomic
+from tests.helpers.models import tiny_model
+
+SHARD = "20KB"
+
+
+def parameters(model: Any) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def mapping_of(model: Any, base: BaseCheckpoint) -> dict[str, str]:
+    renamed = renamed_keys(model, base.keys())
+    return base.map_parameters(parameters(model), model.base_model_prefix, model.all_tied_weights_keys, renamed)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    tiny_model().save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    tiny_model().save_pretrained(tmp_path / "sharded", max_shard_size=SHARD)
+    return tmp_path / "sharded"
+
+
+# -- opening ---------------------------------------------------------------------------------------------------------
+
+
+def test_reads_what_is_stored(llama: Path) -> None:
+    base, stored = BaseCheckpoint.open(llama), load_file(llama / "model.safetensors")
+    assert set(base.keys()) == set(stored)
+    assert all(torch.equal(base.read(key), stored[key]) for key in stored)
+    assert base.nbytes == sum(tensor.nbytes for tensor in stored.values())
+    assert base.shape_dtype("lm_head.weight") == ((128, 32), torch.float32)
+    assert base.files() == [llama / "model.safetensors"]
+
+
+def test_sharded_folder_reads_the_same(llama: Path, sharded: Path) -> None:
+    one, many = BaseCheckpoint.open(llama), BaseCheckpoint.open(sharded)
+    assert len(many.files()) > 2
+    assert all(torch.equal(one.read(key), many.read(key)) for key in set(many.keys()))
+    assert one.fingerprint() == many.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda folder: files.shutil.rmtree(folder), "no such folder"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 9_000), "model.safetensors is truncated or damaged"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 3), "model.safetensors is truncated or damaged"),
+        (lambda folder: (folder / "config.json").write_text('{"quantization_config": {}}'), "quantized"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
+    ],
+)
+def test_bad_folder_is_named_with_the_flag(llama: Path, damage: Any, words: str) -> None:
+    damage(llama)
+    with pytest.raises(UserError, match=words) as caught:
+        BaseCheckpoint.open(llama)
+    assert "--model_name_or_path" in str(caught.value) and str(llama) in str(caught.value)
+
+
+def test_missing_shard_is_named(sharded: Path) -> None:
+    shard = sorted(sharded.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard.name} is missing"):
+        BaseCheckpoint.open(sharded)
+
+
+def test_index_that_lies_is_named(sharded: Path) -> None:
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = sorted(set(index["weight_map"].values()))[0]
+    index["weight_map"]["invented"] = index["weight_map"]["lm_head.weight"]
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="has no tensor"):
+        BaseCheckpoint.open(sharded)
+
+
+def test_pickled_weights_lead_to_an_own_base(tmp_path: Path) -> None:
+    folder, model = tmp_path / "bin", tiny_model()
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(NotOneToOne, match=r"only pickled weights \(pytorch_model.bin\)"):
+        BaseCheckpoint.open(folder)
+    base = write_own_base(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "own")
+    verify_against_model(base, mapping_of(model, base), parameters(model), parameters(model))
+
+
+# -- mapping ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("gpt2", {}),
+        ("gpt_neox", {}),
+        ("gemma3_text", {}),
+        ("olmo2", {}),
+        ("phi3", {}),
+    ],
+)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_every_parameter_is_mapped_and_equal(tmp_path: Path, family: str, changes: Any, stored: torch.dtype) -> None:
+    tiny_model(family, dtype=stored, **changes).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    base = BaseCheckpoint.open(tmp_path)
+    mapping = mapping_of(model, base)
+    assert set(mapping) == set(parameters(model))
+    verify_against_model(base, mapping, parameters(model), mapping)
+
+
+def test_renamed_head_of_neox(tmp_path: Path) -> None:
+    model = tiny_model("gpt_neox")
+    model.save_pretrained(tmp_path)
+    assert mapping_of(model, BaseCheckpoint.open(tmp_path))["lm_head.weight"] == "embed_out.weight"
+
+
+def test_hub_files_without_the_prefix(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    model.config.save_pretrained(tmp_path)
+    state = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
+    state.pop("lm_head.weight")
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    mapping = mapping_of(model, BaseCheckpoint.open(tmp_path))
+    assert mapping["transformer.h.0.attn.c_attn.weight"] == "h.0.attn.c_attn.weight"
+    assert mapping["lm_head.weight"] == mapping["transformer.wte.weight"] == "wte.weight"
+
+
+def test_tie_is_symmetric_and_prefers_the_twin(llama: Path) -> None:
+    base, ties = BaseCheckpoint.open(llama), {"lm_head.weight": "model.embed_tokens.weight"}
+    names = ["lm_head.weight", "model.embed_tokens.weight"]
+    assert set(base.map_parameters(names, "model", ties).values()) == {"model.embed_tokens.weight"}
+    only_head = BaseCheckpoint(llama, {"lm_head.weight": llama / "model.safetensors"})
+    assert set(only_head.map_parameters(names, "model", ties).values()) == {"lm_head.weight"}
+
+
+def test_unmapped_names_are_listed(llama: Path) -> None:
+    with pytest.raises(NotOneToOne, match=r"2 parameter\(s\)") as caught:
+        BaseCheckpoint.open(llama).map_parameters(["lm_head.weight", "a.weight", "b.weight"], "model")
+    assert caught.value.names == ("a.weight", "b.weight")
+
+
+def test_first_differing_tensor_is_named(llama: Path) -> None:
+    model, base = tiny_model(), BaseCheckpoint.open(llama)
+    mapping, tensors = mapping_of(model, base), parameters(model)
+    with torch.no_grad():
+        tensors["model.norm.weight"][3] = torch.nextafter(tensors["model.norm.weight"][3], torch.tensor(9.0))
+    with pytest.raises(NotOneToOne, match=r"model\.norm\.weight") as caught:
+        verify_against_model(base, mapping, tensors, mapping)
+    assert caught.value.names == ("model.norm.weight",)
+    tensors["lm_head.weight"] = torch.zeros(130, 32)
+    with pytest.raises(NotOneToOne, match=r"\(130, 32\) in the model, \(128, 32\)"):
+        verify_against_model(base, mapping, tensors, ["lm_head.weight"])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_own_base_loads_and_replaces(tmp_path: Path, family: str) -> None:
+    folder = tmp_path / "own"
+    write_own_base(tiny_model(family, seed=1), folder)
+    model = tiny_model(family)
+    base = write_own_base(model, folder)
+    assert all(mapping_of(model, base)[name] in (name, "transformer.wte.weight") for name in parameters(model))
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert all(torch.equal(tensor, parameters(loaded)[name]) for name, tensor in parameters(model).items())
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_own_base_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    before = write_own_base(tiny_model(), folder).fingerprint()
+
+    class Tokenizer:
+        def save_pretrained(self, _: Path) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RunError, match="full"):
+        write_own_base(tiny_model(seed=1), folder, Tokenizer())
+    assert BaseCheckpoint.open(folder).fingerprint() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+# -- fingerprint and checksum ----------------------------------------------------------------------------------------
+
+
+def test_fingerprint_tells_name_dtype_shape_and_bytes(tmp_path: Path) -> None:
+    tensor = torch.arange(24, dtype=torch.int32)
+    variants = [
+        {"a": tensor},
+        {"b": tensor},
+        {"a": tensor.view(4, 6)},
+        {"a": tensor.view(torch.float32)},
+        {"a": tensor.flip(0)},
+    ]
+    prints = []
+    for i, variant in enumerate(variants):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        save_file(variant, folder / "model.safetensors")
+        prints.append(BaseCheckpoint.open(folder).fingerprint())
+    assert len(set(prints)) == len(variants)
+
+
+def test_fingerprint_sees_one_flipped_bit_and_reports_progress(llama: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    base = BaseCheckpoint.open(llama)
+    before = base.fingerprint(lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (base.nbytes, base.nbytes) and len(calls) == len(base.keys())
+    flip_byte(llama / "model.safetensors", -1)
+    assert BaseCheckpoint.open(llama).fingerprint() != before
+
+
+def flip_byte(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_checksum_is_of_bytes_not_of_views() -> None:
+    tensor = torch.randn(300, 7, generator=torch.Generator().manual_seed(0))
+    assert tensor_checksum(tensor) == tensor_checksum(tensor.clone()) == tensor_checksum(tensor.view(torch.int32))
+    assert tensor_checksum(tensor.T) == tensor_checksum(tensor.T.contiguous()) != tensor_checksum(tensor)
+    assert tensor_checksum(tensor[1:]) == tensor_checksum(tensor[1:].clone())
+
+
+def test_checksum_never_changes() -> None:
+    """Ledgers name their base by it: the definition written out in whole numbers, and one result."""
+    data = torch.arange(100_000, dtype=torch.int32)
+    words = [int(word) for word in data.numpy().view("<u8")] + [0] * (-50_000 % 32_768)
+    digest, mask = hashlib.blake2b(b"400000", digest_size=8), 2**64 - 1
+    for start in range(0, len(words), 32_768):
+        total = 0
+        for position, word in enumerate(words[start : start + 32_768], start=1):
+            z = position * 0x9E3779B97F4A7C15 & mask
+            z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+            z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+            mixed = word * 0x9E3779B97F4A7C15 & mask
+            total += (mixed ^ mixed >> 32) * (z ^ z >> 31 | 1)
+        digest.update((total & mask).to_bytes(8, "little"))
+    assert tensor_checksum(data) == int.from_bytes(digest.digest(), "little") == 12129217317626389513
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 262_143, 262_144, 262_145, 600_001])
+def test_checksum_sees_every_kind_of_change(size: int) -> None:
+    data = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    original = tensor_checksum(data)
+    assert tensor_checksum(torch.cat((data, torch.zeros(1, dtype=torch.uint8)))) != original
+    positions = {0, size // 2, size - 1, min(size, 262_144) - 1} if size else set()
+    for position in positions:
+        for bit in (0, 7):
+            changed = data.clone()
+            changed[position] ^= 1 << bit
+            assert tensor_checksum(changed) != original
+
+
+def test_checksum_sees_exchanges() -> None:
+    """Signs, equal halves and symmetric patterns are what weaker sums miss."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.ones(40_000, dtype=torch.float64)
+    signs[torch.randperm(40_000, generator=generator)[:20_000]] = -1
+    twos = torch.ones(80_000, dtype=torch.float32)
+    twos.view(-1, 2)[::3] = 2.0
+    weights = torch.randn(80_000, generator=generator)
+    for data in (signs, twos, weights):
+        words = data.view(torch.int64)
+        seen = {tensor_checksum(words)}
+        for distance in (1, 2, 3, 256, 4096, 32_768):
+            changed = words.clone()
+            changed[[0, distance]] = words[[distance, 0]]
+            if not torch.equal(changed, words):
+                assert tensor_checksum(changed) not in seen
+                seen.add(tensor_checksum(changed))
+    pattern = torch.tensor([1.0, 2.0, 2.0, 1.0], dtype=torch.float64)
+    assert tensor_checksum(pattern) != tensor_checksum(3 - pattern)
+
+
+def test_checksum_costs_a_few_passes_over_memory() -> None:
+    tensor = torch.ones(20_000_000)
+    checksum, one_pass = (min(timed(work) for _ in range(3)) for work in (lambda: tensor_checksum(tensor), tensor.sum))
+    assert checksum < 300 * one_pass  # about 20 where nothing else runs; a loop in Python takes thousands
+
+
+def timed(work: Any) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_streamed_file_reads_back(tmp_path: Path) -> None:
+    tensors = {
+        "odd": torch.arange(3, dtype=torch.uint8),
+        "half": torch.randn(3, 5).bfloat16(),
+        "wide": torch.randn(2, 3, dtype=torch.float64),
+        "flag": torch.tensor([True, False]),
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(2.5),
+        "strided": torch.randn(4, 6).T,
+    }
+    write_safetensors_atomic(tmp_path / "t.safetensors", tensors, {"step": "3"})
+    read = load_file(tmp_path / "t.safetensors")
+    assert set(read) == set(tensors)
+    assert all(read[name].dtype == tensor.dtype and torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    assert open_safetensors(tmp_path / "t.safetensors").metadata() == {"format": "pt", "step": "3"}
+
+
+def test_writer_holds_to_its_layout(tmp_path: Path) -> None:
+    layout = {"a": ((2,), torch.float32), "b": ((1,), torch.float32)}
+    with (
+        pytest.raises(ValueError, match="never written: b"),
+        SafetensorsWriter(tmp_path / "t", layout, {}) as writer,
+    ):
+        writer.write("a", torch.zeros(2))
+        for name, tensor in (("a", torch.zeros(2)), ("c", torch.zeros(2)), ("b", torch.zeros(2))):
+            with pytest.raises(ValueError, match=f"'{name}'"):
+                writer.write(name, tensor)
+
+
+def test_full_disk_is_named_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    files.write_json_atomic(path, {"old": 1})
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=f"{tmp_path} is full"):
+        files.write_json_atomic(path, {"new": 1})
+    assert files.read_json(path) == {"old": 1} and [each.name for each in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_manifest_names_each_damage(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("whole", "flipped", "short", "gone", "deep/flipped"):
+        (tmp_path / name).write_bytes(b"0123456789" * 100)
+    files.write_manifest(tmp_path)
+    assert files.verify_manifest(tmp_path) == []
+    (tmp_path / "unknown").write_text("is no problem")
+    flip_byte(tmp_path / "flipped", 500)
+    flip_byte(tmp_path / "deep/flipped", 0)
+    os.truncate(tmp_path / "short", 999)
+    (tmp_path / "gone").unlink()
+    problems = "\n".join(files.verify_manifest(tmp_path))
+    assert len(problems.splitlines()) == 4
+    for words in ("deep/flipped is damaged", "/flipped is damaged", "short has 999 bytes", "gone is missing"):
+        assert words in problems
+    (tmp_path / "manifest.json").write_text('{"files": {}}')
+    assert "no seal" in files.verify_manifest(tmp_path)[0]
+    (tmp_path / "manifest.json").write_text('{"seal": "a"}')
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        files.verify_manifest(tmp_path)
+
+
+def test_symlink_moves_and_folder_replacement_recovers(tmp_path: Path) -> None:
+    for target in ("step-1", "step-2"):
+        (tmp_path / target).mkdir()
+        files.replace_symlink(tmp_path / "latest", target)
+        assert (tmp_path / "latest").resolve() == tmp_path / target
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "kept").write_text("")
+    os.rename(folder, tmp_path / ".model.old")  # killed between the two renames
+    with pytest.raises(RuntimeError), files.atomic_folder(folder):
+        raise RuntimeError
+    assert (folder / "kept").exists() and not (tmp_path / ".model.old").exists()
+
+
+def test_half_made_link_is_never_written_through(tmp_path: Path) -> None:
+    """A killed `link_or_copy` leaves a hard link where the next write begins: the linked file must not change."""
+    precious = tmp_path / "precious"
+    precious.write_text("keep")
+    os.link(precious, tmp_path / ".a.json.partial")
+    files.write_json_atomic(tmp_path / "a.json", {})
+    assert precious.read_text() == "keep"

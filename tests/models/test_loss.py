@@ -1,0 +1,234 @@
+"""The loss a chunk at a time is the model's own: values, gradients, evaluation, also under ZeRO-3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import inject
+from mora_ds.data import IGNORED
+from mora_ds.engine.initialize import initialize
+from mora_ds.errors import UserError
+from mora_ds.models.loss import check_chunked_loss, chunk_loss
+from mora_ds.models.losses import row_nll, token_nll, whole_nll
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, losses, run
+from tests.helpers.models import tiny_model, tokens
+
+CHUNK = 7  # divides neither rows nor batch
+SMALL: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+CAPPED = {"gemma2": {"final_logit_softcapping": 0.5}}
+SCALED = {"cohere": {"logit_scale": 0.25}, "granite": {"logits_scaling": 8.0, "tie_word_embeddings": False}}
+"""Families that cap or scale their logits."""
+
+
+def model_of(family: str, train_head: bool = True) -> Any:
+    if family in SCALED:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **{**SMALL, **SCALED[family]})
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    else:
+        model = tiny_model(family, **CAPPED.get(family, {}))
+    inject(model, MoRAConfig(rank=4, train_head=train_head))
+    return model
+
+
+def batch_of(rows: int = 3, length: int = 16) -> dict[str, Tensor]:
+    """Two documents a row, and padding."""
+    ids = tokens(rows, length + 1)
+    labels, positions = ids[:, 1:].clone(), torch.arange(length).expand(rows, -1).clone()
+    labels[:, length // 2 - 1] = labels[-1, -3:] = IGNORED
+    positions[:, length // 2 :] -= length // 2
+    return {"input_ids": ids[:, :-1], "labels": labels, "position_ids": positions}
+
+
+def gradients(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    nll = token_nll(model, batch)
+    nll.backward()
+    return nll.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
+    assert found[1].keys() == expected[1].keys()
+    for name, right in expected[1].items():
+        torch.testing.assert_close(found[1][name], right, rtol=0, atol=1e-5 * max(1.0, right.abs().max().item()))
+
+
+@pytest.mark.parametrize("checkpointing", ["", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize(
+    ("family", "train_head"),
+    [
+        *[("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False), ("gemma2", True), ("gpt2", True)],
+        *[("gpt_neox", True), ("mixtral", False), ("cohere", True), ("granite", False)],
+    ],
+)
+def test_loss_and_gradients_are_the_models_own(family: str, train_head: bool, checkpointing: str) -> None:
+    model, batch = model_of(family, train_head), batch_of()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+        model.enable_input_require_grads()
+    model.train()
+    expected = gradients(model, batch)
+    chunk_loss(model, CHUNK)
+    assert_same(gradients(model, batch), expected)
+
+
+def test_an_adapted_head_too() -> None:
+    torch.manual_seed(0)
+    model, batch = tiny_model(), batch_of()
+    inject(model, MoRAConfig(rank=4, target_modules=["q_proj", "lm_head"]))
+    expected = gradients(model, batch)
+    chunk_loss(model, CHUNK)
+    assert_same(gradients(model, batch), expected)
+    assert any("lm_head" in name for name in expected[1])
+
+
+def test_evaluation_and_whole_logits_are_as_before() -> None:
+    model, batch = model_of("llama").eval(), batch_of()
+    with torch.no_grad():
+        expected, logits = token_nll(model, batch), model(batch["input_ids"]).logits
+        chunk_loss(model, CHUNK)
+        torch.testing.assert_close(token_nll(model, batch), expected, rtol=1e-6, atol=0)
+        assert torch.equal(model(batch["input_ids"]).logits, logits)
+        torch.testing.assert_close(whole_nll(model, batch), expected, rtol=0, atol=0)
+
+
+def test_a_mixture_gets_the_loss_of_every_row_from_chunks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_of("gemma2"), batch_of()
+    expected = row_nll(model, batch)
+    chunked = chunk_loss(model, CHUNK)
+    found = row_nll(model, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert found.shape == (3,) and len(set(found.tolist())) == 3
+    monkeypatch.setattr(chunked, "_project", _refuse_more_than(CHUNK, chunked._project))
+    row_nll(model, batch).sum().backward()
+
+
+def _refuse_more_than(chunk: int, project: Any) -> Any:
+    def watched(hidden: Tensor) -> Tensor:
+        assert hidden.shape[:-1].numel() <= chunk
+        return project(hidden)
+
+    return watched
+
+
+def test_no_more_logits_than_a_chunk_are_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_of("llama"), batch_of()
+    chunk_loss(model, CHUNK)
+    sizes: list[int] = []
+
+    def cross_entropy(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sizes.append(logits.shape[0])
+        return real(logits, *args, **kwargs)
+
+    real = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", cross_entropy)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        nll = token_nll(model, batch)
+    assert sum(sizes) == batch["labels"].numel() and max(sizes) == CHUNK
+    assert max(kept) < batch["labels"].numel() * model.config.vocab_size
+    nll.backward()
+    assert sum(sizes) == 2 * batch["labels"].numel(), "backward makes the logits once more"
+
+
+def test_the_size_of_a_chunk_follows_the_vocabulary() -> None:
+    assert chunk_loss(tiny_model()).chunk_tokens == 2**24 // 128
+
+
+class _Engine:
+    """As much of an engine as the check needs."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: Any) -> None:
+        self.module = model
+        self.train, self.eval = model.train, model.eval
+
+    def __call__(self, **batch: Tensor) -> Any:
+        return self.module(**batch)
+
+
+def test_logits_that_are_changed_in_another_way_are_refused() -> None:
+    model = model_of("gemma2")
+    chunk_loss(model)
+    check_chunked_loss(_Engine(model), 128)
+    model = model_of("gemma2")
+    model.config.final_logit_softcapping, cap = None, model.config.final_logit_softcapping
+    chunk_loss(model)
+    model.config.final_logit_softcapping = cap
+    with pytest.raises(UserError, match="--chunked_loss: this model does more to its logits"):
+        check_chunked_loss(_Engine(model), 128)
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    with pytest.raises(UserError, match="--chunked_loss: this model names no output head"):
+        chunk_loss(tiny_model().model)
+
+
+# -- ZeRO-3 -----------------------------------------------------------------------------------------------------------
+
+
+def zero3_gradients(family: str) -> tuple[float, dict[str, Tensor]]:
+    """Of the same batch on every rank, the head sharded over them."""
+    model, batch = model_of(family), batch_of()
+    config = {
+        "train_micro_batch_size_per_gpu": 3,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    }
+    engine, *_ = initialize(model=model, config=config)
+    chunk_loss(model, CHUNK)
+    check_chunked_loss(engine, 128)
+    for step in range(2):  # once more, after gathering has learnt the order of the modules
+        nll = token_nll(engine, batch)
+        engine.backward(nll * 0.5)
+        found = {name: safe_get_full_grad(parameter).clone() for name, parameter in model.named_parameters()}
+        if step == 0:
+            first, gradient = nll.item(), found
+            engine.optimizer.zero_grad()
+            continue
+        engine.step()
+    torch.testing.assert_close(found, gradient, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        assert token_nll(engine, batch).item() < first
+    return first, gradient
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_trained_head_that_zero_3_shards(family: str) -> None:
+    """llama: a head of its own; qwen2: tied to the embeddings, which are trained with it."""
+    model, batch = model_of(family), batch_of()
+    nll, expected = gradients(model, batch)
+    for loss, found in run_ranks(2, zero3_gradients, family):
+        assert abs(loss - nll.item()) <= 1e-6 * nll.item()
+        assert found.keys() == expected.keys() and any("lm_head" in n or "embed" in n for n in found)
+        for name, right in expected.items():
+            torch.testing.assert_close(found[name], 0.5 * right, rtol=0, atol=1e-5 * max(1.0, right.abs().max().item()))
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("split", ["sequence", "tensor"])
+def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(user: Playground, split: str) -> None:
+    whole, chunked = user.root / "whole", user.root / f"chunked-{split}"
+    expected = run(1, user.flags(whole, "--overwrite_output_dir", "true"))
+    found = run(2, user.flags(chunked, "--chunked_loss", "true", f"--{split}_parallel_size", 2))
+    torch.testing.assert_close(losses(chunked), losses(whole), rtol=1e-5, atol=0)
+    assert found["perplexity_after"] == pytest.approx(expected["perplexity_after"], rel=1e-5)

@@ -1,0 +1,155 @@
+"""Split equals whole: t x dp ranks follow one plain PyTorch process, for every family and operator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mora_ds.adapters.inject import frozen_buffers
+from mora_ds.engine import zero
+from mora_ds.remora.ledger import Ledger
+from mora_ds.remora.merge import ReMoRA
+from tests.helpers.gloo import run_ranks
+from tests.helpers.models import causal_loss
+from tests.helpers.tensor_parallel import (
+    BATCHES,
+    Case,
+    assert_same_run,
+    batches,
+    config_of,
+    plain_run,
+    split_run,
+    start,
+    whole,
+)
+
+pytestmark = pytest.mark.gloo
+
+ALL = {"train_norms": True, "train_embeddings": True, "train_head": True}
+ALIGNED = {"operator": "share", "segments": 4}
+CORE: list[Case] = [
+    {"family": "llama", "operator": "share", **ALL},
+    {"family": "llama", **ALIGNED},  # at t = 4 the attention falls back
+    {"family": "llama", "operator": "rotate", "checkpointing": True, "inputs": "split", "compute": "weight"},
+    {"family": "llama", "operator": "rotate", "grouping": "permuted"},
+    {"family": "mistral", "operator": "decouple", "grouping": "permuted", "compute": "weight"},
+    {"family": "llama", "operator": "decouple", "target_modules": ("q_proj", "down_proj")},
+    {"family": "llama", "operator": "truncate", "rank": 1},  # 3 squares of 8 rows: the folded inputs are smaller
+    {"family": "qwen3", "operator": "share", "train_norms": True, "checkpointing": True},
+    {"family": "qwen2", "operator": "share", "compute": "weight", "train_embeddings": True},
+    {"family": "gpt_neox", "operator": "rotate"},
+    {"family": "gpt2", "operator": "share", "train_norms": True},
+    {"family": "phi3", "operator": "decouple"},
+]
+
+
+def split_runs(cases: list[Case], degree: int, **settings: Any) -> list[dict[str, Any]]:
+    return [split_run(case, degree, **settings) for case in cases]
+
+
+@pytest.mark.parametrize(("world", "degree"), [(2, 2), (4, 4), pytest.param(4, 2, marks=pytest.mark.heavy)])
+def test_the_core(world: int, degree: int) -> None:
+    """t = 2, t = 4 (where two key-value heads do not divide: the attention falls back), t = 2 x dp = 2."""
+    compare(world, degree, CORE if world == degree == 2 else CORE[:2])
+
+
+def compare(world: int, degree: int, cases: list[Case]) -> None:
+    ranks = run_ranks(world, split_runs, cases, degree, timeout_s=max(240, 40 * len(cases)))
+    for index, case in enumerate(cases):
+        expected = plain_run(case)
+        for results in ranks:
+            assert_same_run(results[index], expected, case)
+            for name, value in results[index]["values"].items():
+                assert torch.equal(value, ranks[0][index]["values"][name]), (case, name)
+
+
+# -- merging, batches --------------------------------------------------------------------------------------------------
+
+
+def merged(case: Case, degree: int, folder: str) -> dict[str, Any]:
+    """Two steps and a merge: the live base of this rank, and the loss before and after."""
+    engine, replica, replicas = start(case, degree)
+    if dist.get_rank() == 0:
+        Ledger.create(Path(folder), "0" * 64)
+    dist.barrier()
+    remora = ReMoRA(engine, config_of(case), Ledger.open(Path(folder)), None, {}, "incremental")
+    micro = BATCHES // replicas
+    for step in range(2):
+        for ids in batches(step):
+            engine.backward(causal_loss(engine, ids[replica * micro :][:micro]))
+            engine.step()
+    remora.probe = lambda: causal_loss(engine, batches(9)[0]).item()
+    report = remora.merge(2)
+    squares = whole(engine, lambda parameter: zero.full_fp32(engine, parameter))
+    assert all(not value.any() for name, value in squares.items() if name.endswith("square"))
+    base = {name: tensor.clone() for name, tensor in frozen_buffers(engine.module).items()}
+    return {"base": base, "before": report.loss_before, "after": report.loss_after, "norm": report.square_norm}
+
+
+@pytest.mark.parametrize("case", [CORE[0], CORE[1]], ids=["gather", "aligned"])
+def test_a_merge_is_the_same_bit_for_bit_on_all_ranks(case: Case, tmp_path: Path) -> None:
+    ranks = run_ranks(4, merged, case, 2, str(tmp_path / "split"))
+    (alone,) = run_ranks(1, merged, case, 1, str(tmp_path / "alone"))
+    for found in ranks:
+        assert found["after"] == pytest.approx(found["before"], abs=1e-6)
+        assert found["norm"] == pytest.approx(alone["norm"], rel=1e-5)
+        for name, tensor in alone["base"].items():
+            assert torch.equal(found["base"][name], ranks[0]["base"][name]), name
+            torch.testing.assert_close(found["base"][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+# -- engines -----------------------------------------------------------------------------------------------------------
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"offload_optimizer": {"device": "cpu"}},
+    {"stage3_param_persistence_threshold": 10**6},
+]
+
+
+def with_settings(case: Case) -> list[dict[str, Any]]:
+    return [split_run(case, 2, **settings) for settings in SETTINGS]
+
+
+@pytest.mark.heavy
+def test_an_offloaded_optimizer_and_squares_that_stay_gathered() -> None:
+    expected = plain_run(CORE[0])
+    for results in run_ranks(4, with_settings, CORE[0]):
+        for found, settings in zip(results, SETTINGS, strict=True):
+            assert_same_run(found, expected, settings)
+
+
+# -- everything --------------------------------------------------------------------------------------------------------
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt_neox", "gpt2")
+OPERATORS = ("share", "rotate", "decouple", "truncate")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("world", "degree"), [(2, 2), (4, 4), (4, 2)])
+def test_every_family_and_operator(world: int, degree: int, family: str) -> None:
+    """Everything trained beside the squares, without gradient checkpointing; the squares alone, over the weight, with
+    it. At t = 4 with four key-value heads as well as with two, where the attention falls back."""
+    models: list[dict[str, Any]] = [{}]
+    if degree == 4 and family not in ("gpt2", "gpt_neox"):
+        models.append({"num_key_value_heads": 4})
+    cases: list[Case] = [
+        {"family": family, "operator": operator, "checkpointing": checkpointing, "model": model, **also}
+        for model in models
+        for operator in OPERATORS
+        for checkpointing, also in (
+            (False, {"train_norms": True, "train_embeddings": True}),
+            (True, {"compute": "weight"}),
+        )
+    ]
+    cases += [
+        {"family": family, **ALIGNED, "model": model, "grouping": g}
+        for model in models
+        for g in ("permuted", "alternate")
+    ]
+    compare(world, degree, cases)

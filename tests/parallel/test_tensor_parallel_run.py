@@ -1,0 +1,159 @@
+"""The main job at t x dp: the run of one rank, its checkpoints resumed at any other t x dp, its merges and exports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mora_ds.checkpoint.folder import TrainerState
+from mora_ds.checkpoint.verify import verify
+from mora_ds.engine.shard_reader import EngineShards
+from mora_ds.files import sha256_file
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, launch, losses, playground, refused, rows, run, said
+
+pytestmark = pytest.mark.gloo
+
+ZERO3_TP2 = str(Path(__file__).parents[2] / "configs" / "zero3_tp2.json")
+STEPS, HALF = 6, 4
+ROWS = 4
+"""Sequences a step."""
+ALIGNED = ("--operator", "share", "--mora_rank", "4", "--tp_grouping", "aligned", "--tp_segments", "4")
+RUNS: dict[str, tuple[str, ...]] = {
+    "gather": ("--operator", "rotate", "--train_norms", "--train_embeddings"),
+    "aligned": (*ALIGNED, "--merge_precision", "incremental"),
+}
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Playground:
+    return playground(tmp_path_factory.mktemp("tensor_parallel"))
+
+
+def flags(ground: Playground, out: Path, degree: int, replicas: int, *more: str | int) -> list[str]:
+    return ground.flags(
+        out, "--tensor_parallel_size", degree, "--per_device_train_batch_size", ROWS // replicas // 2,
+        "--gradient_accumulation_steps", 2, "--max_steps", STEPS, "--merge_every", 3, "--restart_warmup_steps", 1,
+        "--save_steps", HALF, "--adam_epsilon", 1e-4, *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def saved(request: Any, ground: Playground) -> tuple[str, Path, torch.Tensor]:
+    """(name, run of (2, 2), losses of (1, 1))."""
+    more = RUNS[request.param]
+    alone, shared = ground.root / f"{request.param}-alone", ground.root / f"{request.param}-2-2"
+    run(1, flags(ground, alone, 1, 1, *more))
+    run(4, flags(ground, shared, 2, 2, *more, "--export_merged"))
+    return request.param, shared, losses(alone)
+
+
+def test_it_is_the_run_of_one_rank(saved: tuple[str, Path, torch.Tensor], ground: Playground) -> None:
+    name, out, expected = saved
+    torch.testing.assert_close(losses(out), expected, rtol=1e-5, atol=0)
+    alone = ground.root / f"{name}-alone"
+    for mine, theirs in zip(rows(out), rows(alone), strict=True):
+        for key in ("grad_norm", "loss_after", "square_norm", "delta_norm"):
+            assert mine.get(key, 0.0) == pytest.approx(theirs.get(key, 0.0), rel=1e-4), (key, mine, theirs)
+    for step in (HALF, STEPS):
+        folder = f"checkpoints/step-{step:06d}"
+        assert [verdict.problems for verdict in verify(out / folder)] == [[]]
+        here, there = EngineShards.open(out / folder / "engine"), EngineShards.open(alone / folder / "engine")
+        assert here.shapes == there.shapes
+        sizes = [
+            {path.name: path.stat().st_size for path in (root / folder).glob("**/*.safetensors")}
+            for root in (out, alone)
+        ]
+        assert {name: size for name, size in sizes[0].items() if not name.startswith("rng")} == {
+            name: size for name, size in sizes[1].items() if not name.startswith("rng")
+        }
+
+
+@pytest.mark.parametrize(("degree", "replicas"), [(1, 2), (2, 1), (4, 1), (1, 4)])
+def test_it_resumes_at_another_size(
+    saved: tuple[str, Path, torch.Tensor], ground: Playground, degree: int, replicas: int
+) -> None:
+    name, out, expected = saved
+    copy = ground.root / f"{name}-{degree}-{replicas}"
+    shutil.copytree(out, copy, symlinks=True)
+    shutil.rmtree(copy / f"checkpoints/step-{STEPS:06d}")
+    argv = flags(ground, copy, degree, replicas, *RUNS[name], "--resume_from_checkpoint")
+    rows_each = ROWS // replicas
+    argv += [str(copy / f"checkpoints/step-{HALF:06d}"), "--gradient_accumulation_steps", "1"]
+    argv += ["--per_device_train_batch_size", str(rows_each)]
+    run(degree * replicas, argv)
+    torch.testing.assert_close(losses(copy)[-1], expected[-1], rtol=1e-5, atol=0)
+
+
+def hashes(folder: Path, pattern: str) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.glob(pattern)) if path.is_file()}
+
+
+def test_the_same_bytes_at_every_size(saved: tuple[str, Path, torch.Tensor], ground: Playground) -> None:
+    """Squares, ledger and merged model of one state, saved and exported by one rank and by others."""
+    name, out, _ = saved
+    found = []
+    for degree, replicas in ((1, 1), (2, 1), (2, 2)):
+        copy = ground.root / f"{name}-bytes-{degree}-{replicas}"
+        shutil.copytree(out, copy, symlinks=True)
+        argv = flags(ground, copy, degree, replicas, *RUNS[name], "--export_merged", "--max_steps", HALF)
+        run(degree * replicas, [*argv, "--resume_from_checkpoint", str(copy / f"checkpoints/step-{HALF:06d}")])
+        step = copy / f"checkpoints/step-{HALF:06d}"
+        assert TrainerState.read(step).world_size == degree * replicas, "saved anew"
+        found.append({**hashes(step, "adapter.*"), **hashes(step, "ledger/*"), **hashes(copy, "merged/*.safetensors")})
+    assert len(found[0]) >= 5
+    assert found[0] == found[1] == found[2]
+
+
+# -- before it begins --------------------------------------------------------------------------------------------------
+
+
+def refusals(argvs: list[list[str]]) -> list[tuple[str, str]]:
+    return [refused(argv) for argv in argvs]
+
+
+def test_what_is_refused_is_refused_before_anything_is_loaded(ground: Playground, tmp_path: Path) -> None:
+    zero2, nvme = tmp_path / "zero2.json", tmp_path / "nvme.json"
+    zero2.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    swapped = {"device": "nvme", "nvme_path": str(tmp_path)}
+    nvme.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": swapped}}))
+    out = tmp_path / "out"
+    cases = [
+        (["--tensor_parallel_size", 3], "--tensor_parallel_size 3 does not divide the 2 ranks"),
+        (["--tensor_parallel_size", 4], "--tensor_parallel_size 4 does not divide the 2 ranks"),
+        (["--tensor_parallel_size", 2, "--deepspeed", zero2], "needs ZeRO stage 3"),
+        (["--tensor_parallel_size", 2, "--deepspeed", nvme], "has not been tried with an optimizer on NVMe"),
+        (["--tensor_parallel_size", 2, "--mora_rank", 1, "--target_modules", "nothing"], "matches no linear layer"),
+    ]
+    argvs = [ground.flags(out, *map(str, more)) for more, _ in cases]
+    for results in run_ranks(2, refusals, argvs):
+        for (kind, message), (_, expected) in zip(results, cases, strict=True):
+            assert kind == "UserError" and expected in message
+    assert not out.exists()
+
+
+def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground: Playground, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.yaml").write_text("seed: 1")
+    (out / "metrics.jsonl").write_text("")
+    argv = ground.flags(out, "--deepspeed", ZERO3_TP2, "--dry_run", "--overwrite_output_dir")
+    text = run_ranks(2, said, argv)[0]
+    assert "tensor parallel, 2 ranks a group, the base whole on each" in text
+    assert "split: 2 q_proj" in text and "whole on every rank: lm_head" in text
+    assert "each rank stores the whole base" in text and "each rank computes" in text and "base 0)" in text
+    assert "dry run: nothing trained" in text and "step 1" not in text
+    left = {path.name: path.read_text() for path in out.iterdir() if path.name != ".lock"}
+    assert left == {"run.yaml": "seed: 1", "metrics.jsonl": ""}
+
+
+@pytest.mark.heavy
+def test_the_launcher_runs_it(ground: Playground, tmp_path: Path) -> None:
+    done = launch(2, ground.flags(tmp_path / "out", "--deepspeed", ZERO3_TP2, "--max_steps", 2), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "tensor parallel, 2 ranks a group" in done.stdout and "step 2/2" in done.stdout

@@ -1,0 +1,238 @@
+"""Rows split over ranks give what whole rows give: s = 2, 4 and 2 x 2 under ZeRO-3 follow one plain PyTorch process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
+from mora_ds.adapters.ops.mora import delta_weight
+from mora_ds.data import IGNORED
+from mora_ds.engine import zero
+from mora_ds.engine.initialize import initialize
+from mora_ds.models.base import tensor_checksum
+from mora_ds.models.losses import token_nll
+from mora_ds.parallel.ulysses import share_rows
+from mora_ds.parallel.ulysses_checks import check_split
+from tests.engine.test_zero import CLIP, EPSILON, ds_config
+from tests.helpers.gloo import run_ranks
+from tests.helpers.models import tiny_model, tokens
+
+pytestmark = pytest.mark.gloo
+
+ROWS, ACCUMULATION, LENGTH, STEPS = 4, 2, 24, 5
+"""Rows a micro-batch over all replicas, micro-batches, tokens (twice the sliding window of the tiny models), steps."""
+LEARNING_RATE = 2e-3
+"""Low: where queries and keys are normed, larger steps blow rounding up."""
+SERVED = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt_neox",
+    "gpt2",
+    "olmo2",
+    "mixtral",
+)
+EVERYTHING = {"train_embeddings": True, "train_norms": True, "train_head": True}
+LONG_ROPE = {
+    "original_max_position_embeddings": 16,  # within the rows, and beyond the first rank's part of them
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+        "factor": 16.0, "partial_rotary_factor": 1.0,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run to be repeated in parts."""
+
+    family: str = "llama"
+    operator: str = "share"
+    documents: bool = True
+    checkpointing: str = ""
+    """"", reentrant or not."""
+    model: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
+
+
+def model_of(case: Case) -> Any:
+    model = tiny_model(case.family, **case.model)
+    if case.checkpointing:
+        reentrant = case.checkpointing == "reentrant"
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
+    inject(model, MoRAConfig(rank=4, operator=case.operator, **case.adapter))
+    for index, layer in enumerate(mora_layers(model).values()):
+        layer.square.data = 0.02 * torch.randn(layer.square.shape, generator=torch.Generator().manual_seed(index))
+    return model
+
+
+def batch_of(case: Case, step: int) -> dict[str, Tensor]:
+    """The global batch: documents that end anywhere, over boundaries between ranks too; a row without an end; padding.
+    Every rank draws all of it."""
+    rows = ROWS * ACCUMULATION
+    ids = tokens(rows, LENGTH + 1, seed=step)
+    labels, positions = ids[:, 1:].clone(), torch.arange(LENGTH).expand(rows, -1).clone()
+    for row in range(rows) if case.documents else ():
+        for begin in (
+            torch.randint(1, LENGTH, (row % 4,), generator=torch.Generator().manual_seed(row)).sort()[0].tolist()
+        ):
+            positions[row, begin:] -= positions[row, begin].item()
+            labels[row, begin - 1] = IGNORED
+    labels[-1, LENGTH // 3 :] = IGNORED
+    return {"input_ids": ids[:, :-1], "labels": labels, "position_ids": positions}
+
+
+def plain_run(case: Case) -> dict[str, Any]:
+    """One process, no DeepSpeed, whole rows."""
+    model = model_of(case)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, eps=EPSILON, weight_decay=0.0)
+    found: dict[str, Any] = {"losses": [], "norms": []}
+    for step in range(STEPS):
+        batch = batch_of(case, step)
+        loss = token_nll(model, batch) / (batch["labels"] != IGNORED).sum()
+        loss.backward()
+        if step == 0:
+            found["gradients"] = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        found["norms"].append(torch.nn.utils.clip_grad_norm_(parameters, CLIP).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        found["losses"].append(loss.item())
+    found["values"] = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    add_deltas(model, lambda square: square.data)
+    found["base"] = {name: tensor.clone() for name, tensor in frozen_buffers(model).items()}
+    return found
+
+
+def split_run(case: Case, size: int, stage: int = 3) -> dict[str, Any]:
+    """The same on this rank of several, `size` of which share each row."""
+    world, replicas = dist.get_world_size(), dist.get_world_size() // size
+    replica, micro = dist.get_rank() // size, ROWS // replicas
+    model = model_of(case)
+    sequence = share_rows(model, size)
+    assert sequence is not None
+    config = ds_config(stage, micro, ACCUMULATION)
+    config["optimizer"]["params"]["lr"] = LEARNING_RATE
+    engine, *_ = initialize(model=model, config=config)
+    check_split(engine, model, sequence, case.documents)
+    found: dict[str, Any] = {"losses": [], "norms": []}
+    for step in range(STEPS):
+        batch, total = batch_of(case, step), torch.zeros((), dtype=torch.float64)
+        predicted = int((batch["labels"] != IGNORED).sum())
+        for index in range(ACCUMULATION):
+            first = (index * replicas + replica) * micro
+            part = sequence.split({name: tensor[first : first + micro] for name, tensor in batch.items()})
+            assert part["input_ids"].shape == (micro, LENGTH // size)
+            nll = token_nll(engine, part)
+            engine.backward(nll * ACCUMULATION * world / predicted)
+            if step == 0 and index == ACCUMULATION - 1:
+                found["gradients"] = {name: safe_get_full_grad(p).clone() for name, p in model.named_parameters()}
+            engine.step()
+            total += nll.detach()
+        dist.all_reduce(total)
+        found["losses"].append(total.item() / predicted)
+        found["norms"].append(zero.gradient_norm(engine))
+    found["values"] = {name: zero.full_fp32(engine, p).clone() for name, p in model.named_parameters()}
+    add_deltas(model, lambda square: zero.full_fp32(engine, square))
+    base = frozen_buffers(model)
+    found["checksums"] = {name: tensor_checksum(tensor) for name, tensor in base.items()}
+    found["base"] = {name: tensor.clone() for name, tensor in base.items()} if dist.get_rank() == 0 else {}
+    return found
+
+
+def add_deltas(model: Any, whole: Callable[[Any], Tensor]) -> None:
+    for layer in mora_layers(model).values():
+        delta = delta_weight(layer.spec, whole(layer.square))
+        layer.weight += delta.T if layer.transposed else delta
+
+
+def split_runs(cases: list[Case], size: int, stage: int = 3) -> list[dict[str, Any]]:
+    return [split_run(case, size, stage) for case in cases]
+
+
+def assert_equal_runs(cases: list[Case], ranks: int, size: int, stage: int = 3) -> None:
+    results = run_ranks(ranks, split_runs, cases, size, stage)
+    for index, case in enumerate(cases):
+        expected = plain_run(case)
+        for found in (result[index] for result in results):
+            assert found["checksums"] == results[0][index]["checksums"], case
+            assert_equal_run(found, expected, case)
+
+
+def assert_equal_run(found: dict[str, Any], expected: dict[str, Any], case: Case) -> None:
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6), case
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5), case
+    for what, tolerance in (("gradients", 1e-5), ("values", 2e-5), ("base", 1e-5)):
+        for name, tensor in found[what].items():
+            error, scale = (tensor - expected[what][name]).abs().max(), expected[what][name].abs().max()
+            assert error <= tolerance * scale, (what, name, error, scale, case)
+
+
+CORE = [
+    (2, 2, [
+        Case("llama", "share"),
+        Case("mistral", "rotate", checkpointing="not reentrant"),
+        Case("phi3", "decouple", documents=False, model=LONG_ROPE),
+        Case("gpt_neox", "truncate"),
+        Case("gemma2", "share"),
+    ]),
+    (4, 4, [Case("qwen2", "rotate", checkpointing="reentrant")]),
+    (4, 2, [Case("qwen3", "share", adapter=EVERYTHING)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ranks", "size", "cases"),
+    [pytest.param(*CORE[0], marks=pytest.mark.heavy), *CORE[1:]],
+    ids=["s2", "s4", "s2 x dp2"],
+)
+def test_split_rows_are_whole_rows(ranks: int, size: int, cases: list[Case]) -> None:
+    assert_equal_runs(cases, ranks, size)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("ranks", "size"), [(2, 2), (4, 4), (4, 2)], ids=["s2", "s4", "s2 x dp2"])
+@pytest.mark.parametrize("family", SERVED)
+def test_every_family(family: str, ranks: int, size: int) -> None:
+    cases = [
+        Case(family, operator, documents, checkpointing)
+        for operator, (documents, checkpointing) in zip(
+            ("share", "rotate", "decouple", "truncate"),
+            ((True, ""), (False, ""), (True, "not reentrant"), (False, "reentrant")),
+            strict=True,
+        )
+    ]
+    assert_equal_runs([*cases, Case(family, adapter=EVERYTHING)], ranks, size)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_every_stage(stage: int) -> None:
+    cases = [Case("llama"), Case("gemma3_text", "rotate", adapter=EVERYTHING)]
+    assert_equal_runs(cases, 4, 2, stage)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("size", [2, 4])
+def test_one_key_value_head_and_long_rope(size: int) -> None:
+    shared = {"num_key_value_heads": 1}
+    dynamic = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}
+    long = {**dynamic, "max_position_embeddings": LENGTH // 2}
+    cases = [Case("llama", model=shared), Case("llama", documents=False, model=long), Case("phi3", model=LONG_ROPE)]
+    assert_equal_runs(cases, size, size)

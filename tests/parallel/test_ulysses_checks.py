@@ -1,0 +1,194 @@
+"""What a model bound to sequence parallelism leaves alone, and what is refused before a step is made."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mora_ds.errors import RunError, UserError
+from mora_ds.parallel.ulysses import bound, share_rows, whole_rows
+from mora_ds.parallel.ulysses_checks import check_config, check_split
+from mora_ds.train.replicas import check_same_rows
+from tests.helpers.gloo import run_ranks
+from tests.helpers.models import FAMILIES, tiny_model, tokens
+from tests.parallel.test_ulysses import LENGTH, SERVED
+
+pytestmark = pytest.mark.gloo
+
+# -- a bound model -----------------------------------------------------------------------------------------------------
+
+
+def in_and_out_of_the_way() -> dict[str, float]:
+    """What a bound model, within `whole_rows`, and another model in the same process compute, against plain ones."""
+    ids = tokens(3, LENGTH, seed=5)
+    plain, bound_one, other = (tiny_model("mistral", num_key_value_heads=1) for _ in range(3))
+    expected = plain(input_ids=ids, use_cache=False).logits
+    sequence = share_rows(bound_one, 2)
+    assert sequence is bound(bound_one) and bound(other) is None
+    positions = torch.arange(LENGTH).expand(3, -1)
+    found = {}
+    with torch.no_grad():
+        part = sequence.split({"input_ids": ids, "position_ids": positions})
+        mine = bound_one(**part, use_cache=False).logits  # twice: what Ulysses leaves behind must not matter
+        for number in range(2):
+            with whole_rows(bound_one):
+                found[f"whole {number}"] = (bound_one(input_ids=ids, use_cache=False).logits - expected).abs().max()
+            again = bound_one(**part, use_cache=False).logits
+            found[f"again {number}"] = (again - mine).abs().max()
+        if dist.get_rank() == 0:  # alone: nobody else takes part
+            found["other"] = (other(input_ids=ids, use_cache=False).logits - expected).abs().max()
+        found["split"] = (mine - sequence.split({"logits": expected})["logits"]).abs().max()
+    return {name: float(error) for name, error in found.items()}
+
+
+def test_whole_rows_and_models_that_are_not_bound() -> None:
+    first, second = run_ranks(2, in_and_out_of_the_way)
+    assert {**first, **second}.pop("split") < 1e-5
+    assert {
+        name: error for found in (first, second) for name, error in found.items() if name != "split" and error
+    } == {}
+
+
+def handed_to_flash_attention() -> float:
+    """Largest difference of a split row's logits, with a stand-in for the kernel that goes by what it is told."""
+    batch = {"input_ids": tokens(1, LENGTH, seed=5), "position_ids": torch.arange(LENGTH).expand(1, -1).clone()}
+    batch["position_ids"][0, 7:] -= 7
+    model = tiny_model("mistral")
+    expected = model(**batch, use_cache=False).logits
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def kernel(module: Any, query: Any, key: Any, value: Any, mask: None, **told: Any) -> Any:
+        assert mask is None and query.shape[1:3] == (2, LENGTH) and key.shape[1:3] == (1, LENGTH)
+        index, document = torch.arange(LENGTH), (told["position_ids"].diff(prepend=torch.tensor([[-1]])) != 1).cumsum(1)
+        distance = index[:, None] - index
+        seen = (distance >= 0) & (distance < told["sliding_window"]) & (document == document.T)
+        return sdpa(module, query, key, value, seen[None, None], **told)
+
+    ALL_ATTENTION_FUNCTIONS.register("flash_attention_2", kernel)
+    model.config._attn_implementation = "flash_attention_2"
+    sequence = share_rows(model, 2)
+    assert sequence is not None
+    with torch.no_grad():
+        found = model(**sequence.split(batch), use_cache=False).logits
+    return float((found - sequence.split({"logits": expected})["logits"]).abs().max())
+
+
+def test_a_flash_attention_is_handed_whole_rows() -> None:
+    assert max(run_ranks(2, handed_to_flash_attention)) < 1e-5
+
+
+def told_apart() -> list[str]:
+    """What `check_same_rows` says of equal batches, of two that differ within a replica, and between replicas."""
+    said = []
+    rank = dist.get_rank()
+    for seeds in ((0, 0, 0, 0), (0, 0, 1, 1), (0, 0, 0, 1)):
+        try:
+            check_same_rows({"input_ids": tokens(2, seed=seeds[rank])}, 2)
+            said.append("")
+        except RunError as error:
+            said.append(str(error))
+    return said
+
+
+def test_ranks_that_share_rows_must_be_given_the_same() -> None:
+    for same, between, within in run_ranks(4, told_apart):
+        assert same == between == ""
+        assert "ranks 2 and 3" in within
+
+
+# -- what cannot be split ----------------------------------------------------------------------------------------------
+
+
+def config_of(kind: str, **values: Any) -> Any:
+    return AutoConfig.for_model(kind, **{**FAMILIES.get(kind, {}), **values})
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "attention", "parts"),
+    [
+        (config_of("llama"), 3, "auto", ["--sequence_parallel_size 3", "4 attention heads"]),
+        (config_of("llama", num_attention_heads=8, num_key_value_heads=6), 4, "auto", ["6 key-value heads"]),
+        (config_of("llama"), 2, "eager", ["eager", "--attn_implementation", "sdpa"]),
+        (config_of("llama"), 2, "flex_attention", ["flex_attention", "--attn_implementation"]),
+        (config_of("gemma2"), 2, "eager", ["eager attention cannot be split", "must be one of auto"]),
+        (config_of("bloom", hidden_size=32, n_layer=2, n_head=4), 2, "auto", ["eager attention cannot be split"]),
+        (config_of("mamba", hidden_size=32, num_hidden_layers=2), 2, "auto", ["no number of attention heads"]),
+        (config_of("llama4_text"), 2, "sdpa", ["attends in chunks"]),
+    ],
+)  # fmt: skip
+def test_what_a_config_tells(config: Any, size: int, attention: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as found:
+        check_config(config, size, attention)
+    for part in ("--sequence_parallel_size", *parts):
+        assert part in str(found.value)
+    check_config(config, 1, attention)
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_configs_that_pass(family: str) -> None:
+    for size in (2, 4):
+        check_config(config_of(family), size, "auto")
+
+
+def split_checked(kinds: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What `check_split` says of each model with documents in its rows."""
+    said = {}
+    for kind, values in kinds.items():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values), attn_implementation="sdpa")
+        engine: Any = model
+        try:
+            sequence = share_rows(model, 2)
+            assert sequence is not None
+            check_split(engine, model, sequence, document_mask=kind != "lfm2")
+            said[kind] = ""
+        except UserError as error:
+            said[kind] = str(error)
+    return said
+
+
+MIXING: dict[str, dict[str, Any]] = {
+    "llama": FAMILIES["llama"],
+    "lfm2": {**FAMILIES["llama"], "layer_types": ["conv", "full_attention"], "block_ff_dim": 32},
+    "deepseek_v3": {
+        **FAMILIES["llama"], "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4, "v_head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 2,
+    },
+}  # fmt: skip
+
+
+def test_what_only_a_forward_tells() -> None:
+    for said in run_ranks(2, split_checked, MIXING):
+        assert said["llama"] == ""
+        assert "mixes tokens outside of the attention" in said["lfm2"]
+        assert "keys and values differ in shape" in said["deepseek_v3"]
+
+
+# -- DeepSpeed ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_relied_on_in_deepspeed() -> None:
+    """deepspeed/runtime/sequence_parallel/ulysses_sp.py; where one moves, mend `mora_ds/sequence_parallel.py`."""
+    wanted = (
+        "attn", "batch_size", "attn_head_count", "attn_head_size", "kv_head_count", "num_hidden_layers",
+        "process_group", "seq_length_is_variable",
+    )  # fmt: skip
+    assert set(wanted) <= set(inspect.signature(UlyssesSPAttentionHF.__init__).parameters)
+    source = inspect.getsource(UlyssesSPAttentionHF.forward)
+    assert list(inspect.signature(UlyssesSPAttentionHF.forward).parameters)[1:6] == [
+        "module", "query", "key", "value", "attention_mask",
+    ]  # fmt: skip
+    for told in (
+        'kwargs["position_ids"] = torch.cat',
+        "self.attn(module, query_layer",
+        "module.num_key_value_groups =",
+    ):
+        assert told in source, told

@@ -1,0 +1,147 @@
+"""Windows side by side, or summed, are the operator; their transposes are transposes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, adjoint, delta_weight, mora_update
+from mora_ds.errors import UserError
+from mora_ds.parallel import block_windows, windows
+from mora_ds.parallel.windows import Window, window
+
+SHAPES = [(24, 40, 10), (40, 24, 10), (24, 24, 8), (24, 40, 32), (17, 23, 6)]
+KINDS = [
+    *((kind, grouping) for kind in OperatorKind for grouping in (Grouping.PLAIN, Grouping.PERMUTED)),
+    *((OperatorKind.SHARE, grouping) for grouping in (Grouping.CONTIGUOUS, Grouping.STRIDED_CONTIGUOUS)),
+]
+SPECS = [OperatorSpec(kind, *shape, grouping, seed=3) for kind, grouping in KINDS for shape in SHAPES]
+PARTS = 3
+
+
+def bounds(size: int, parts: int = PARTS) -> list[tuple[int, int]]:
+    return list(pairwise(size * index // parts for index in range(parts + 1)))
+
+
+def update(part: Window, square: Tensor, x: Tensor) -> Tensor:
+    """As a rank computes it, from the rows and columns of M that the window may use."""
+    square = square[slice(*part.rows), slice(*part.columns)]
+    used = windows.rows_used(part, x.device)
+    square = square if used is None else square[used]
+    return windows.deal_out(part, windows.turned(part, windows.fold(part, x)) @ square.T)
+
+
+def tensors(spec: OperatorSpec) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(spec.r_hat, spec.r_hat, generator=generator, dtype=torch.float64),
+        torch.randn(2, 3, spec.d_in, generator=generator, dtype=torch.float64),
+        torch.randn(2, 3, spec.d_out, generator=generator, dtype=torch.float64),
+    )
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_windows_make_up_the_operator(spec: OperatorSpec) -> None:
+    square, x, _ = tensors(spec)
+    expected = mora_update(spec, square, x)
+    columns = [update(window(spec, outputs=part), square, x) for part in bounds(spec.d_out)]
+    torch.testing.assert_close(torch.cat(columns, dim=-1), expected)
+    rows = [update(window(spec, inputs=part), square, x[..., slice(*part)]) for part in bounds(spec.d_in)]
+    torch.testing.assert_close(torch.stack(rows).sum(0), expected)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_every_map_has_its_transpose(spec: OperatorSpec) -> None:
+    square, x, g = tensors(spec)
+    for part in (window(spec, outputs=bounds(spec.d_out)[1]), window(spec, inputs=bounds(spec.d_in)[1])):
+        inside, outside = x[..., slice(*part.inputs)], g[..., slice(*part.outputs)]
+        folded, collected = windows.fold(part, inside), windows.collect(part, outside)
+        z, u = torch.randn_like(folded), torch.randn_like(collected)
+        assert torch.isclose((folded * z).sum(), (inside * windows.unfold(part, z)).sum())
+        assert torch.isclose((collected * u).sum(), (outside * windows.deal_out(part, u)).sum())
+        turned = windows.turned(part, z)
+        torch.testing.assert_close(windows.turned(part, turned, back=True), z)
+    whole = windows.turned(window(spec), windows.fold(window(spec), x)).flatten(0, -2)
+    gradient = windows.collect(window(spec), g)
+    used = windows.rows_used(window(spec), x.device)
+    rows = torch.arange(spec.r_hat) if used is None else used
+    found = torch.zeros_like(square)
+    found[rows] = gradient.flatten(0, -2).T @ whole
+    torch.testing.assert_close(found, adjoint(spec, g.flatten(0, -2).T @ x.flatten(0, -2)))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_slice_of_the_weight(spec: OperatorSpec) -> None:
+    square, _, _ = tensors(spec)
+    whole = delta_weight(spec, square)
+    for part in (window(spec, outputs=bounds(spec.d_out)[1]), window(spec, inputs=bounds(spec.d_in)[1])):
+        used = windows.rows_used(part, square.device)
+        delta = block_windows.delta if spec.blockwise else windows.delta
+        found = delta(part, square if used is None else square[used])
+        torch.testing.assert_close(found, whole[slice(*part.outputs), slice(*part.inputs)])
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.blockwise], ids=str)
+def test_gradients_of_windows_add_up(spec: OperatorSpec) -> None:
+    _, x, g = tensors(spec)
+    expected = adjoint(spec, g.flatten(0, -2).T @ x.flatten(0, -2))
+    columns = [window(spec, outputs=part) for part in bounds(spec.d_out)]
+    rows = [window(spec, inputs=part) for part in bounds(spec.d_in)]
+    for parts in (columns, rows, [window(spec)]):
+        found = [
+            block_windows.square_gradient(part, x[..., slice(*part.inputs)], g[..., slice(*part.outputs)])
+            for part in parts
+        ]
+        torch.testing.assert_close(torch.stack(found).sum(0), expected)
+
+
+# -- segments ----------------------------------------------------------------------------------------------------------
+
+SEGMENTS = 4
+GROUPINGS = (Grouping.PERMUTED, Grouping.PLAIN, Grouping.CONTIGUOUS)
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("shape", [(24, 40, 10), (40, 24, 10), (17, 23, 6), (24, 40, 32)])
+def test_segments_confine_what_meets(shape: tuple[int, int, int], grouping: Grouping) -> None:
+    """One definition for every way to compute, and a window of whole segments needs its own lanes only."""
+    d_in, d_out, r_hat = shape
+    plain = OperatorSpec(OperatorKind.SHARE, d_in, d_out, r_hat, grouping, seed=5)
+    square, x, _ = tensors(plain)
+    for parts in (2, 4):
+        own = bounds(r_hat, parts)
+        outwards, inwards = replace(plain, out_segments=SEGMENTS), replace(plain, in_segments=SEGMENTS)
+        columns = [
+            update(window(outwards, outputs=part, rows=lanes), square, x)
+            for part, lanes in zip(bounds(d_out, parts), own, strict=True)
+        ]
+        rows = [
+            update(window(inwards, inputs=part, columns=lanes), square, x[..., slice(*part)])
+            for part, lanes in zip(bounds(d_in, parts), own, strict=True)
+        ]
+        for spec, found in ((outwards, torch.cat(columns, dim=-1)), (inwards, torch.stack(rows).sum(0))):
+            torch.testing.assert_close(found, mora_update(spec, square, x))
+            torch.testing.assert_close(found, x @ delta_weight(spec, square).T)
+
+
+def test_a_permutation_is_the_same_without_segments_and_new_with_every_seed() -> None:
+    spec = OperatorSpec(OperatorKind.SHARE, 24, 40, 10, Grouping.PERMUTED, seed=5)
+    square = tensors(spec)[0]
+    segmented = replace(spec, out_segments=4)
+    assert "out_segments" not in spec.to_dict() and segmented.to_dict()["out_segments"] == 4
+    assert OperatorSpec.from_dict(segmented.to_dict()) == segmented
+    deltas = [delta_weight(replace(segmented, seed=seed), square) for seed in range(3)]
+    assert not torch.equal(deltas[0], deltas[1])
+    ranks = [int(torch.linalg.matrix_rank(sum(deltas[:count], torch.zeros(40, 24).double()))) for count in (1, 2, 3)]
+    assert ranks[0] < ranks[1] <= ranks[2]
+
+
+def test_segments_are_for_share() -> None:
+    with pytest.raises(UserError, match="belong to operator 'share'"):
+        OperatorSpec(OperatorKind.ROTATE, 24, 40, 10, in_segments=2)
+    with pytest.raises(UserError, match="need a square of that side"):
+        OperatorSpec(OperatorKind.SHARE, 24, 40, 10, out_segments=11)

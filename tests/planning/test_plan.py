@@ -1,0 +1,361 @@
+"""Planned against done: what a micro-batch keeps, what a rank holds, what ZeRO-3 gathers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import frozen_buffers, inject
+from mora_ds.adapters.ops import mora
+from mora_ds.config.arguments import parse
+from mora_ds.config.validate import validate
+from mora_ds.engine import zero
+from mora_ds.engine.ds_config import complete_ds_config
+from mora_ds.engine.initialize import initialize
+from mora_ds.engine.traffic import CollectiveCounter
+from mora_ds.errors import UserError
+from mora_ds.models.losses import token_nll
+from mora_ds.planning.memory_meter import MemoryMeter
+from mora_ds.planning.plan import Plan, Planner, recommend
+from mora_ds.planning.report import as_json, report
+from mora_ds.planning.step import Work, measure_step, planned_model, step_memory, with_layers
+from mora_ds.planning.timing import Cluster
+from mora_ds.train.dry_run import planned
+from tests.helpers.gloo import run_ranks
+from tests.helpers.models import FAMILIES, tiny_model, tokens
+from tests.helpers.tools import call
+
+ROWS, LENGTH = 2, 64
+ADAPTER = MoRAConfig(rank=8, operator="share")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def work_of(family: str, **changes: Any) -> Work:
+    config = AutoConfig.for_model(family, **FAMILIES[family])
+    return replace(Work(config, ADAPTER, LENGTH, ROWS, torch.float32), **changes)
+
+
+def batch(packed: bool = True) -> dict[str, torch.Tensor]:
+    ids = tokens(ROWS, LENGTH)
+    positions = torch.arange(LENGTH).expand(ROWS, -1) % (40 if packed else LENGTH)
+    return {"input_ids": ids, "position_ids": positions.contiguous(), "labels": ids}
+
+
+# -- activations ------------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(model: torch.nn.Module, rows: dict[str, torch.Tensor]) -> int:
+    """Of all that autograd saves, each storage once, without the model's own: another count than the plan's."""
+    owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *rows.values())}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = token_nll(model, rows)
+    total = sum(saved.values())
+    loss.backward()
+    return total
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_activations_are_those_that_autograd_saves(family: str, packed: bool) -> None:
+    """The plan counts more than saved tensors: logits and loss, which are alive as well; both are known."""
+    model = tiny_model(family).train()
+    inject(model, ADAPTER)
+    token_nll(model, batch(packed)).backward()  # tables are made
+    saved = saved_bytes(model, batch(packed))
+    planned_bytes = step_memory(work_of(family, document_mask=packed)).kept
+    logits = ROWS * LENGTH * FAMILIES[family]["vocab_size"] * 4
+    assert saved <= 1.05 * planned_bytes
+    assert planned_bytes <= 1.05 * saved + 2 * logits
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "gpt2", "mixtral"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(
+    monkeypatch: pytest.MonkeyPatch, family: str, checkpointing: bool
+) -> None:
+    # without a device the sums go the way of a GPU: here both take that of a CPU
+    monkeypatch.setattr(mora, "scatters", lambda x: True)
+    dtype = torch.bfloat16 if family == "mixtral" else torch.float32  # torch has no grouped product of fp32 shapes
+    work = work_of(family, checkpointing=checkpointing, dtype=dtype)
+    model = tiny_model(family, dtype=dtype).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inject(model, ADAPTER)
+    rows = batch()
+    token_nll(model, rows).backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with MemoryMeter() as meter:
+        loss = token_nll(model, rows)
+        kept = meter.live
+        loss.backward()
+    found = measure_step(planned_model(work), work)
+    assert (found.kept, found.peak) == (kept, meter.peak)
+    assert found.tables > 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_deep_models_are_measured_by_shallow_ones(checkpointing: bool) -> None:
+    """Also where layers are of two kinds in turn."""
+    for family in ("llama", "gemma2"):
+        work = with_layers(work_of(family, checkpointing=checkpointing), 2)
+        work.config.num_hidden_layers = 9
+        if getattr(work.config, "layer_types", None):
+            work.config.layer_types = [("sliding_attention", "full_attention")[index % 2] for index in range(9)]
+        assert step_memory(work) == measure_step(planned_model(work), work)
+
+
+def test_ranks_that_share_work_keep_less() -> None:
+    config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], "num_key_value_heads": 4})
+    alone = Work(config, ADAPTER, 64, 2)
+    kept = step_memory(alone).kept
+    for changes in ({"tensor_parallel": 2}, {"sequence_parallel": 2}):
+        assert step_memory(replace(alone, document_mask=False, **changes)).kept < 0.85 * kept
+
+
+# -- a rank -----------------------------------------------------------------------------------------------------------
+
+SHAPE = {"num_hidden_layers": 3}
+P, PREFETCH = "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size"
+REUSE, LIVE = "stage3_max_reuse_distance", "stage3_max_live_parameters"
+CASES: list[tuple[Any, ...]] = [
+    (False, 1, {}),
+    (True, 2, {P: 0}),
+    (True, 1, {P: 600, REUSE: 3000, LIVE: 6000, PREFETCH: 2000}),
+    (False, 1, {}, True),
+]
+"""Checkpointing, accumulation, ZeRO's settings, bf16."""
+MORE: list[tuple[Any, ...]] = [
+    (False, 4, {}),
+    (False, 1, {P: 0}),
+    (False, 1, {P: 0, PREFETCH: 10**6}),
+    (True, 1, {P: 0, REUSE: 0, LIVE: 0}),
+    (False, 4, {P: 0, REUSE: 0, LIVE: 0}),
+    (False, 1, {P: 600, REUSE: 3000, LIVE: 6000}),
+    (True, 1, {P: 0, REUSE: 2000, LIVE: 9000, PREFETCH: 2000}),
+]
+
+
+def ds_config(accumulation: int, settings: dict[str, int], bf16: bool = False) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": 3, **settings},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        **({"bf16": {"enabled": True}} if bf16 else {}),
+    }
+
+
+def measured(checkpointing: bool, accumulation: int, settings: dict[str, int], bf16: bool = False) -> dict[str, int]:
+    """Of one step of this rank, the third micro-batch or a later one, and what the engine holds after it."""
+    model = tiny_model("llama", dtype=torch.bfloat16 if bf16 else torch.float32, **SHAPE)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inject(model, ADAPTER)
+    engine, optimizer, *_ = initialize(model=model, config=ds_config(accumulation, settings, bf16))
+    counter = CollectiveCounter(frozen_buffers(model).values())
+    with counter.counting():
+        for _ in range(3):  # ZeRO-3 knows the order of modules from the third micro-batch on
+            counter.reset()
+            for _ in range(accumulation):
+                engine.backward(token_nll(engine, batch()) / 100)
+                engine.step()
+    moments = [value for key, value in zero.state_tensors(engine, 0) if key != "step"]
+    masters = {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in optimizer.fp32_partitioned_groups_flat}
+    masters.pop(optimizer.lp_param_buffer.untyped_storage()._cdata, None)  # an upgrade might share them in fp32
+    return {
+        "gathered": counter.gathered_bytes,
+        "calls": counter.calls,
+        "reduced": counter.bytes["reduce_scatter_tensor"],
+        "base_sent": counter.base_bytes,
+        "base": sum({id(tensor): tensor.nbytes for tensor in frozen_buffers(model).values()}.values()),
+        "squares": optimizer.lp_param_buffer.nbytes,
+        "masters": sum(masters.values()),
+        "moments": sum(tensor.nbytes for tensor in moments),
+        "gradients": optimizer.grad_partitions_flat_buffer.nbytes,
+        "bucket": sum(bucket.buffer.nbytes for bucket in optimizer.ipg_buckets.values()),
+    }
+
+
+def all_measured(cases: list[tuple[Any, ...]]) -> list[dict[str, int]]:
+    return [measured(*case) for case in cases]
+
+
+def plan_for(ranks: int, checkpointing: bool, accumulation: int, settings: dict[str, int], bf16: bool = False) -> Plan:
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], **SHAPE})
+    work = Work(config, ADAPTER, LENGTH, ROWS, dtype, checkpointing)
+    numels = [parameter.numel() for parameter in planned_model(work).parameters()]
+    completed = complete_ds_config(ds_config(accumulation, settings, bf16), numels)
+    return Planner(work, Cluster(ranks), completed, accumulation, on_cpu=True).plan()
+
+
+def test_squares_that_persist_are_whole_again_after_the_optimizer_step() -> None:
+    few, many = (plan_for(ranks, False, 1, {P: 100_000}) for ranks in (2, 8))
+    whole = sum(many.trained.numels) * 4
+    assert many.trained.persistent == many.trained.numels
+    assert few.memory.optimizer_step == pytest.approx(1.5 * whole, rel=1e-3)  # three temporary tensors of a half
+    assert many.memory.optimizer_step == whole
+
+
+@pytest.mark.parametrize("operator", ["rotate", "share"])
+def test_a_split_plan_counts_its_tables_every_time(operator: str) -> None:
+    config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], **SHAPE})
+    adapter = replace(ADAPTER, operator=operator, compute="weight")
+    work = Work(config, adapter, LENGTH, ROWS, torch.float32, tensor_parallel=2)
+    first, second = (measure_step(planned_model(work), work).tables for _ in range(2))
+    assert first == second > 0
+
+
+def assert_as_planned(plan: Plan, found: dict[str, int], case: object) -> None:
+    assert found["gathered"] == pytest.approx(plan.gathered, rel=1e-3), case  # padding of what is gathered twice
+    assert (found["calls"], found["reduced"], found["base_sent"]) == (plan.gather_calls, plan.reduced, 0), case
+    memory = plan.memory
+    assert memory.base == pytest.approx(found["base"], abs=1000), case  # with the rotary frequencies
+    for name in ("squares", "masters", "moments", "gradients", "bucket"):
+        assert getattr(memory, name) == found[name], (case, name)
+
+
+@pytest.mark.gloo
+def test_what_two_ranks_hold_and_gather_is_what_was_planned() -> None:
+    for found in run_ranks(2, all_measured, CASES):
+        for case, each in zip(CASES, found, strict=True):
+            assert_as_planned(plan_for(2, *case), each, case)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_same_under_every_setting(ranks: int) -> None:
+    for case, each in zip(MORE, run_ranks(ranks, all_measured, MORE)[0], strict=True):
+        assert_as_planned(plan_for(ranks, *case), each, case)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_bytes_are_a_constant_and_a_share(ranks: int) -> None:
+    found = run_ranks(ranks, all_measured, CASES[:1])[0][0]
+    plan, alone = plan_for(ranks, *CASES[0]), plan_for(1, *CASES[0])
+    if ranks > 1:
+        assert_as_planned(plan, found, ranks)
+    assert found["base"] <= plan.memory.base == alone.memory.base
+    for name in ("squares", "masters", "moments", "gradients"):
+        share = getattr(alone.memory, name) / ranks
+        assert share <= found[name] <= share + 4 * 2 * len(plan.trained.numels), name  # a padding each
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+
+def llama(**changes: int) -> Any:
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    return AutoConfig.for_model("llama", **{**sizes, "vocab_size": 32000, "max_position_embeddings": 4096, **changes})
+
+
+def planner(cluster: Cluster, config: Any = None, seq_len: int = 1024) -> Planner:
+    settings = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
+    completed = complete_ds_config(settings, [1])
+    for key in ("reduce_bucket_size", "allgather_bucket_size", PREFETCH,
+                P):  # fmt: skip
+        completed["zero_optimization"][key] = "auto"
+    return Planner(Work(config or llama(num_hidden_layers=6), ADAPTER, seq_len), cluster, completed)
+
+
+def test_a_recommendation_fits_and_the_next_size_does_not() -> None:
+    made = planner(Cluster(8, memory=12e9))
+    plan = recommend(made)
+    assert plan is not None and plan.fits
+    assert not made.plan(micro_batch=2 * plan.work.micro_batch, checkpointing=plan.work.checkpointing).fits
+
+
+def test_little_memory_takes_checkpointing_and_less_takes_groups() -> None:
+    checkpointed = recommend(planner(Cluster(8, memory=4.4e9)))
+    assert checkpointed is not None and checkpointed.work.checkpointing
+    shared = recommend(planner(Cluster(8, memory=4.4e9)), rows=4)
+    assert shared is not None and shared.work.tensor_parallel * shared.work.sequence_parallel == 2
+
+
+def test_a_base_that_does_not_fit_is_said_to() -> None:
+    made = planner(Cluster(64, memory=2e9))
+    assert recommend(made) is None
+    assert "the base alone" in report(made.plan()) and "never sharded" in report(made.plan())
+
+
+def test_slow_links_become_the_bottleneck_and_shares_shrink_with_ranks() -> None:
+    fast, slow = (planner(Cluster(1024, node_link=rate)).plan() for rate in (50e9, 1e7))
+    assert fast.time.bottleneck == "arithmetic" and slow.time.bottleneck.startswith("gathering")
+    alone = planner(Cluster(1)).plan()
+    assert alone.gathered == 0 and alone.memory.base == fast.memory.base
+    assert alone.memory.moments == pytest.approx(1024 * fast.memory.moments, rel=0.01)
+
+
+def test_offloaded_states_are_in_host_memory() -> None:
+    made = planner(Cluster(8))
+    made.ds_config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    memory = made.plan().memory
+    assert (memory.masters, memory.moments) == (0, 0) and memory.host_optimizer > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gpus", "0"], "--gpus must be above 0"),
+        (["--gpus", "8", "--link_gbps", "-1"], "--link_gbps must be above 0"),
+        (["--gpus", "6", "--tensor_parallel_size", "4"], "--tensor_parallel_size 4 does not divide the 6 ranks"),
+        (["--gpus", "8", "--model", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_the_tool_refuses_what_makes_no_plan(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call("plan", "--model", ROOT / "configs" / "models" / "tiny_llama.json", "--micro_batch", "1", *flags)
+
+
+def test_the_tool_prints_json() -> None:
+    tool = [sys.executable, str(ROOT / "tools" / "plan.py"), "--gpus", "16", "--json", "--gpu_memory", "1"]
+    config = str(ROOT / "configs" / "models" / "tiny_llama.json")
+    text = subprocess.run([*tool, "--model", config], capture_output=True, text=True, check=True).stdout
+    found = json.loads(text[text.index("{") :])
+    assert found["recommended"] and found["fits"] and found["bytes"]["peak"] < 1e9
+    assert found["passes"] == pytest.approx(1, rel=0.01)
+
+
+# -- --dry_run --------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_reads_a_config_and_nothing_else(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "llama", **FAMILIES["llama"]}))
+    flags = ["--model_name_or_path", str(config), "--dry_run", "--mora_rank", "4"]
+    validate(parse(flags))
+    plan, told = planned(parse(flags), world=2)
+    assert as_json(plan)["cluster"]["gpus"] == 2 and plan.gathered > 0
+    assert "each rank stores the whole base" in told[-1]
+    with pytest.raises(UserError, match="does not divide the 3 ranks"):
+        planned(parse([*flags, "--tensor_parallel_size", "2"]), world=3)
+
+
+def test_a_dry_run_of_the_embedded_default() -> None:
+    arguments = parse(["--dry_run"])
+    validate(arguments)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--dry_run"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "dry run: nothing trained" in done.stdout and "= at the highest" in done.stdout

@@ -1,0 +1,447 @@
+"""The ledger: what it holds, what it refuses, what a kill leaves, and the one function that forms live weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from mora_ds import files
+from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight, permutation_seed
+from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, read_adapter, write_adapter
+from mora_ds.errors import RunError, UserError
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.remora import ledger as ledger_room
+from mora_ds.remora.ledger import LayerEntry, Ledger, live_weight, replay
+from tests.helpers.models import tiny_model
+
+BASE = "f" * 64
+
+
+def entry(module: str, cycle: int = 0, kind: OperatorKind = OperatorKind.ROTATE, r_hat: int = 6) -> LayerEntry:
+    spec = OperatorSpec(kind, 32, 32, r_hat, Grouping.PERMUTED, permutation_seed(0, module, cycle))
+    return LayerEntry(module, f"{module}.weight", False, spec)
+
+
+def layers_of(cycle: int, modules: tuple[str, ...] = ("a.q", "a.v")) -> dict[str, LayerEntry]:
+    return {module: entry(module, cycle) for module in modules}
+
+
+def squares_for(layers: dict[str, LayerEntry], seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sides = {name: each.operator.r_hat for name, each in layers.items()}
+    return {name: torch.randn(side, side, generator=generator) for name, side in sides.items()}
+
+
+def append(ledger: Ledger, modules: tuple[str, ...] = ("a.q", "a.v")) -> None:
+    layers = layers_of(ledger.cycles, modules)
+    ledger.append(100 * (ledger.cycles + 1), layers, squares_for(layers, ledger.cycles).items())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    ledger = Ledger.create(tmp_path / "ledger", BASE)
+    for _ in range(3):
+        append(ledger)
+    return ledger.folder
+
+
+def state(ledger: Ledger) -> list[tuple[OperatorSpec, list[float]]]:
+    pairs = [pair for module in ("a.q", "a.v") for pair in ledger.squares_of(module)]
+    return [(spec, square.flatten().tolist()) for spec, square in pairs]
+
+
+# -- contents --------------------------------------------------------------------------------------------------------
+
+
+def test_squares_come_back_in_cycle_order(folder: Path) -> None:
+    ledger = Ledger.open(folder, BASE)
+    assert ledger.cycles == 3
+    for cycle, (spec, square) in enumerate(ledger.squares_of("a.v")):
+        assert spec == layers_of(cycle)["a.v"].operator
+        assert torch.equal(square, squares_for(layers_of(cycle), cycle)["a.v"])
+    assert ledger.layers(1) == layers_of(1)
+    assert [record.step for record in ledger.records] == [100, 200, 300]
+
+
+def test_file_format(folder: Path) -> None:
+    """As the plan's readers expect it."""
+    content = json.loads((folder / "ledger.json").read_text())
+    assert (content["format"], content["base_fingerprint"]) == (1, BASE)
+    assert set(content["cycles"][0]) == {"cycle", "step", "file", "sha256", "size", "chain"}
+    with safe_open(str(folder / "cycle-00002.safetensors"), "pt") as handle:
+        assert set(handle.keys()) == {"a.q.square", "a.v.square"}
+        metadata = handle.metadata()
+    assert (metadata["cycle"], metadata["step"]) == ("2", "300")
+    assert json.loads(metadata["layers"])["a.q"]["weight"] == "a.q.weight"
+
+
+def test_layer_that_joins_late(tmp_path: Path) -> None:
+    ledger = Ledger.create(tmp_path / "ledger", BASE)
+    append(ledger)
+    append(ledger, ("a.q", "b.q"))
+    assert [len(list(ledger.squares_of(name))) for name in ("a.q", "a.v", "b.q", "none")] == [2, 1, 1, 0]
+
+
+def test_summary_gives_norms(folder: Path) -> None:
+    lines = Ledger.open(folder).summary()
+    norm = torch.stack(list(squares_for(layers_of(1), 1).values())).norm().item()
+    assert len(lines) == 3 and f"{norm:.4e}" in lines[1] and "200" in lines[1]
+
+
+# -- what it refuses -------------------------------------------------------------------------------------------------
+
+
+def damage_json(change: Any) -> Any:
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / "ledger.json").read_text())
+        change(content)
+        (folder / "ledger.json").write_text(json.dumps(content))
+
+    return damage
+
+
+def flip(folder: Path) -> None:
+    path = folder / "cycle-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 16
+    path.write_bytes(content)
+
+
+def exchange(folder: Path) -> None:
+    first, second = (folder / f"cycle-0000{i}.safetensors" for i in (0, 2))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (flip, "cycle-00001.safetensors is damaged: its sha256"),
+        (exchange, "cycle-00000.safetensors"),
+        (lambda folder: os.truncate(folder / "cycle-00001.safetensors", 700), "cycle-00001.safetensors has 700 bytes"),
+        (lambda folder: (folder / "cycle-00002.safetensors").unlink(), "cycle-00002.safetensors is missing"),
+        (lambda folder: (folder / "ledger.json").unlink(), "ledger.json is missing"),
+        (lambda folder: (folder / "ledger.json").write_text("{"), "ledger.json is damaged"),
+        (damage_json(lambda content: content["cycles"].pop(1)), "hole: cycle 1 is missing"),
+        (damage_json(lambda content: content["cycles"].pop(0)), "hole: cycle 0 is missing"),
+        (damage_json(lambda content: content["cycles"][1].pop("size")), "ledger.json is damaged"),
+        (damage_json(lambda content: content.update(format=2)), "format 2"),
+        (
+            damage_json(lambda content: content.update(base_fingerprint="e" * 64)),
+            "chain of hashes is broken at cycle 0",
+        ),
+        (damage_json(lambda content: content["cycles"][1].update(sha256="0" * 64)), "broken at cycle 1"),
+    ],
+)
+def test_damage_is_found_and_named(folder: Path, damage: Any, words: str) -> None:
+    damage(folder)
+    with pytest.raises(UserError, match=words) as caught:
+        Ledger.open(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_another_base_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="belongs to another base"):
+        Ledger.open(folder, "e" * 64)
+
+
+def test_a_used_ledger_is_not_started_anew(folder: Path) -> None:
+    with pytest.raises(UserError, match="already holds"):
+        Ledger.create(folder, BASE)
+
+
+def test_operator_unknown_to_this_version_is_named(folder: Path) -> None:
+    ledger = Ledger.open(folder)
+    layers = {"a.q": entry("a.q")}
+    text = json.dumps(ledger_room.layers_to_dict(layers)).replace("rotate", "swirl")
+    ledger._handles[0] = type("Handle", (), {"metadata": lambda self: {"layers": text}})()
+    ledger._layers.clear()
+    with pytest.raises(UserError, match=r"cycle-00000\.safetensors: unknown operator 'swirl'"):
+        ledger.layers(0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_square_that_is_not_finite_is_not_merged(folder: Path, bad: float) -> None:
+    ledger, layers = Ledger.open(folder), layers_of(3)
+    squares = squares_for(layers, 3)
+    squares["a.v"][0, 0] = bad
+    with pytest.raises(RunError, match=r"a\.v\.square is not finite"):
+        ledger.append(400, layers, squares.items())
+    assert ledger.cycles == 3 and Ledger.open(folder).cycles == 3
+
+
+# -- kills -----------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_append_killed_between_squares(folder: Path) -> None:
+    ledger, layers = Ledger.open(folder), layers_of(3)
+    before, content = state(ledger), (folder / "ledger.json").read_bytes()
+
+    def squares() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "a.q", torch.ones(6, 6)
+        raise Killed
+
+    with pytest.raises(Killed):
+        ledger.append(400, layers, squares())
+    assert (folder / "ledger.json").read_bytes() == content
+    assert ledger.cycles == 3 and state(Ledger.open(folder, BASE)) == before == state(ledger)
+    append(ledger)
+    assert Ledger.open(folder).cycles == 4
+
+
+def test_append_killed_before_the_ledger_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stray file is overwritten by the next append, not appended to the ledger."""
+    ledger, before = Ledger.open(folder), state(Ledger.open(folder))
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger_room, "write_json_atomic", kill)
+        stray = layers_of(3, ("stray",))
+        with pytest.raises(Killed):
+            ledger.append(400, stray, squares_for(stray, 9).items())
+    assert (folder / "cycle-00003.safetensors").exists()
+    again = Ledger.open(folder)
+    assert again.cycles == 3 and state(again) == before
+    append(again)
+    assert set(Ledger.open(folder).layers(3)) == {"a.q", "a.v"}
+
+
+def test_process_killed_while_writing(folder: Path) -> None:
+    """A real one: nothing is cleaned up, and the half-written file is in nobody's way."""
+    child = os.fork()
+    if child == 0:
+
+        def squares() -> Iterator[tuple[str, torch.Tensor]]:
+            yield "a.q", torch.ones(6, 6)
+            os._exit(9)
+
+        Ledger.open(folder).append(400, layers_of(3), squares())
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert (folder / ".cycle-00003.safetensors.partial").exists()
+    ledger = Ledger.open(folder)
+    append(ledger)
+    assert Ledger.open(folder).cycles == 4
+    assert not list(folder.glob(".*partial"))
+
+
+def test_truncate_then_append_is_as_if_never_been_there(folder: Path, tmp_path: Path) -> None:
+    ledger = Ledger.open(folder)
+    list(ledger.squares_of("a.q"))
+    ledger.truncate(1)
+    assert ledger.cycles == 1 and not (folder / "cycle-00001.safetensors").exists()
+    append(ledger, ("a.q", "a.v"))
+    fresh = Ledger.create(tmp_path / "fresh", BASE)
+    append(fresh)
+    append(fresh)
+    assert Ledger.open(folder).records == fresh.records and state(ledger) == state(fresh)
+    with pytest.raises(ValueError, match="cannot keep 3 of 2"):
+        ledger.truncate(3)
+
+
+def test_truncate_killed_before_deleting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_room, "remove_quietly", lambda path: None)
+    Ledger.open(folder).truncate(1)
+    ledger = Ledger.open(folder)
+    assert ledger.cycles == 1
+    append(ledger)
+    assert list(Ledger.open(folder).squares_of("a.q"))[1][0] == layers_of(1)["a.q"].operator
+
+
+# -- copies ----------------------------------------------------------------------------------------------------------
+
+
+def test_copy_is_made_of_links_and_lives_on_its_own(folder: Path, tmp_path: Path) -> None:
+    ledger = Ledger.open(folder)
+    copy = ledger.copy_to(tmp_path / "copy")
+    assert (copy.folder / "cycle-00000.safetensors").samefile(folder / "cycle-00000.safetensors")
+    ledger.truncate(1)
+    append(ledger, ("b.q",))
+    assert Ledger.open(copy.folder, BASE).cycles == 3 and Ledger.open(folder).cycles == 2
+    assert set(Ledger.open(copy.folder).layers(1)) == {"a.q", "a.v"}
+
+
+def test_copy_replaces_a_longer_ledger(folder: Path, tmp_path: Path) -> None:
+    short = Ledger.open(folder).copy_to(tmp_path / "checkpoint")
+    short.truncate(2)
+    run = Ledger.open(folder)
+    append(run, ("a.q",))
+    short.copy_to(folder)
+    assert state(Ledger.open(folder)) == state(short)
+    assert sorted(path.name for path in folder.glob("cycle-*")) == [
+        "cycle-00000.safetensors",
+        "cycle-00001.safetensors",
+    ]
+    assert short.copy_to(short.folder).cycles == Ledger.open(short.folder).cycles == 2
+
+
+def test_copy_killed_half_way_leaves_a_valid_ledger(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Ledger.create(tmp_path / "other", BASE)
+    append(other, ("c.q",))
+
+    def kill(source: Path, target: Path) -> None:
+        files.link_or_copy(source, target)
+        raise Killed
+
+    monkeypatch.setattr(ledger_room, "link_or_copy", kill)
+    with pytest.raises(Killed):
+        Ledger.open(folder).copy_to(other.folder)
+    assert Ledger.open(other.folder, BASE).cycles == 0
+
+
+def test_copy_without_links(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    copy = Ledger.open(folder).copy_to(tmp_path / "copy")
+    assert not (copy.folder / "cycle-00000.safetensors").samefile(folder / "cycle-00000.safetensors")
+    assert state(Ledger.open(copy.folder)) == state(Ledger.open(folder))
+
+
+# -- live weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_live_weight_is_the_sum_in_order_rounded_once(transposed: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    specs = [OperatorSpec(kind, 20, 12, 6, Grouping.PERMUTED, i) for i, kind in enumerate(OperatorKind)]
+    updates = [(spec, torch.randn(6, 6, generator=generator)) for spec in specs]
+    original = torch.randn((20, 12) if transposed else (12, 20), generator=generator).to(dtype)
+    kept = original.clone()
+    expected = original.float()
+    for spec, square in updates:
+        expected = expected + (delta_weight(spec, square).T if transposed else delta_weight(spec, square))
+    live = live_weight(original, iter(updates), transposed, dtype)
+    assert live.dtype == dtype and torch.equal(live, expected.to(dtype))
+    assert torch.equal(original, kept)
+    assert torch.equal(live_weight(original, [], transposed, dtype), original)
+    assert live_weight(original, [], transposed, dtype).data_ptr() != original.data_ptr()
+
+
+def test_live_weight_keeps_what_repeated_rounding_loses() -> None:
+    original, spec = torch.ones(8, 8, dtype=torch.bfloat16), OperatorSpec(OperatorKind.SHARE, 8, 8, 8)
+    updates = [(spec, torch.full((8, 8), 1e-3))] * 8
+    assert (live_weight(original, updates, False, torch.bfloat16) == torch.tensor(1.0078125)).all()
+    step = original
+    for update in updates:
+        step = live_weight(step, [update], False, torch.bfloat16)
+    assert torch.equal(step, original)  # the update has vanished
+
+
+def test_live_weight_has_the_same_bits_for_any_number_of_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    specs = [OperatorSpec(kind, 700, 500, 94, Grouping.PERMUTED, 7) for kind in OperatorKind]
+    updates = [(spec, torch.randn(94, 94, generator=generator)) for spec in specs]
+    original = torch.randn(500, 700, generator=generator)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            results.append(live_weight(original, updates, False, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_replay_forms_each_layer(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "base")
+    base = BaseCheckpoint.open(tmp_path / "base")
+    names = tuple(f"model.layers.{i}.self_attn.{kind}" for i in (0, 1) for kind in ("q_proj", "o_proj"))
+    ledger = Ledger.create(tmp_path / "ledger", base.fingerprint())
+    append(ledger, names[:3])
+    append(ledger, names[:3])
+    written: dict[str, torch.Tensor] = {}
+    entries = [entry(name) for name in names]
+    replay(ledger, base, entries, {each.weight: each.weight for each in entries}, torch.bfloat16, written.__setitem__)
+    assert list(written) == list(names)
+    for name in names:
+        updates = list(ledger.squares_of(name))
+        assert len(updates) == (2 if name in names[:3] else 0)
+        expected = live_weight(model.get_parameter(f"{name}.weight"), updates, False, torch.bfloat16)
+        assert torch.equal(written[name], expected)
+
+
+# -- adapter.json, adapter.safetensors, base.json --------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> AdapterFile:
+    layers = layers_of(2)
+    adapter = AdapterFile(layers, "bfloat16", cycle=2, step=250, rank=8, trainables=("n.weight",), facts={"seed": 3})
+    write_adapter(tmp_path, adapter, squares_for(layers, 0), {"n.weight": torch.ones(5).bfloat16()})
+    return adapter
+
+
+def test_adapter_round_trip(adapter: AdapterFile, tmp_path: Path) -> None:
+    assert read_adapter(tmp_path) == adapter
+    assert json.loads((tmp_path / "adapter.json").read_text())["seed"] == 3
+    tensors = AdapterTensors.open(tmp_path, adapter)
+    assert torch.equal(tensors.square("a.v"), squares_for(adapter.layers, 0)["a.v"])
+    assert tensors.trained("n.weight").dtype == torch.float32 and tensors.trained_shape("n.weight") == (5,)
+
+
+def test_adapter_damage_is_named(adapter: AdapterFile, tmp_path: Path) -> None:
+    content = json.loads((tmp_path / "adapter.json").read_text())
+    for change, words in (
+        ({"format": 9}, "format 9"),
+        ({"dtype": "int4"}, "unknown dtype 'int4'"),
+        ({"layers": {"a.q": {}}}, "adapter.json is damaged"),
+        ({"cycle": "two"}, "adapter.json is damaged"),
+    ):
+        (tmp_path / "adapter.json").write_text(json.dumps({**content, **change}))
+        with pytest.raises(UserError, match=words):
+            read_adapter(tmp_path)
+    (tmp_path / "adapter.json").unlink()
+    with pytest.raises(UserError, match=r"adapter\.json is missing"):
+        read_adapter(tmp_path)
+
+
+def test_adapter_tensors_must_fit(adapter: AdapterFile, tmp_path: Path) -> None:
+    fewer = AdapterFile({"a.q": adapter.layers["a.q"]}, "bfloat16", 2, 250, 8, adapter.trainables)
+    with pytest.raises(UserError, match=r"a\.v\.square"):
+        AdapterTensors.open(tmp_path, fewer)
+    wider = AdapterFile({**adapter.layers, "a.q": entry("a.q", r_hat=8)}, "bfloat16", 2, 250, 8, adapter.trainables)
+    with pytest.raises(UserError, match=r"a\.q\.square is \(6, 6\)"):
+        AdapterTensors.open(tmp_path, wider)
+    with pytest.raises(ValueError, match="not those that the adapter lists"):
+        write_adapter(tmp_path, adapter, {}, {})
+    os.truncate(tmp_path / "adapter.safetensors", 300)
+    with pytest.raises(UserError, match=r"adapter\.safetensors is truncated or damaged"):
+        AdapterTensors.open(tmp_path, adapter)
+
+
+def test_base_reference_finds_its_base_and_refuses_another(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        tiny_model(seed=seed).save_pretrained(tmp_path / f"base-{seed}")
+    checkpoint = tmp_path / "checkpoints" / "step-1"
+    checkpoint.mkdir(parents=True)
+    fingerprint = BaseCheckpoint.open(tmp_path / "base-0").fingerprint()
+    reference = BaseReference("../../base-0", fingerprint, {"a": "b"}, "float32")
+    reference.write(checkpoint)
+    (tmp_path / "latest").symlink_to(checkpoint)
+    assert BaseReference.read(checkpoint) == reference
+    assert reference.open_base(tmp_path / "latest").fingerprint() == fingerprint
+    with pytest.raises(UserError, match=r"--base: .*base-1 is not the base of .*step-1"):
+        reference.open_base(checkpoint, tmp_path / "base-1", "--base")
+    (checkpoint / "base.json").write_text('{"format": 1, "dtype": "float32"}')
+    with pytest.raises(UserError, match=r"base\.json is damaged"):
+        BaseReference.read(checkpoint)

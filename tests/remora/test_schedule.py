@@ -1,0 +1,192 @@
+"""The learning rate at its corners, and the steps at which squares are merged."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+
+from mora_ds.errors import UserError
+from mora_ds.remora.schedule import MergeWhen, Schedule, ScheduleKind, schedule_kind
+
+JAGGED = Schedule(
+    ScheduleKind.COSINE,
+    peak=1.0,
+    total_steps=100,
+    warmup_steps=10,
+    min_ratio=0.1,
+    merge_every=25,
+    restart_warmup_steps=4,
+)
+
+
+def test_first_warmup_climbs_by_equal_steps_and_never_starts_at_zero() -> None:
+    schedule = Schedule(ScheduleKind.LINEAR, peak=1.1, total_steps=50, warmup_steps=10)
+    rates = [schedule.learning_rate(step) for step in range(11)]
+    assert rates == pytest.approx([0.1 * (step + 1) for step in range(11)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "middle", "end"),
+    [(ScheduleKind.LINEAR, 0.6, 0.2), (ScheduleKind.COSINE, 0.6, 0.2), (ScheduleKind.CONSTANT, 1.0, 1.0)],
+)
+def test_global_curve_at_its_corners(kind: ScheduleKind, middle: float, end: float) -> None:
+    schedule = Schedule(kind, peak=2e-3, total_steps=110, warmup_steps=10, min_ratio=0.2)
+    at = [schedule.learning_rate(step) / 2e-3 for step in (10, 60, 110, 500)]
+    assert at == pytest.approx([1.0, middle, end, end])
+
+
+def test_cosine_is_a_cosine() -> None:
+    schedule = Schedule(ScheduleKind.COSINE, peak=1.0, total_steps=100)
+    assert schedule.learning_rate(25) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_ramp_after_a_merge_is_a_straight_line_to_the_curve() -> None:
+    target = JAGGED.curve(29)
+    ramp = [JAGGED.learning_rate(step) for step in range(25, 30)]
+    assert ramp == pytest.approx([target * part / 5 for part in (1, 2, 3, 4, 5)])
+    assert JAGGED.learning_rate(24) == JAGGED.curve(24)
+    assert JAGGED.learning_rate(30) == JAGGED.curve(30)
+
+
+def test_last_merge_that_leaves_a_full_rate_step_is_kept_and_later_ones_are_not() -> None:
+    assert JAGGED.merge_steps() == [25, 50, 75]
+    assert dataclasses.replace(JAGGED, total_steps=80).merge_steps() == [25, 50, 75]
+    short = dataclasses.replace(JAGGED, total_steps=79)
+    assert short.merge_steps() == [25, 50]
+    assert short.learning_rate(75) == short.curve(75), "without a merge there is no ramp"
+
+
+def test_no_merge_before_the_first_warmup_ends() -> None:
+    assert dataclasses.replace(JAGGED, warmup_steps=26).merge_steps() == [50, 75]
+    assert dataclasses.replace(JAGGED, warmup_steps=25).merge_steps() == [25, 50, 75]
+
+
+def test_nothing_is_merged_at_interval_zero() -> None:
+    schedule = dataclasses.replace(JAGGED, merge_every=0)
+    assert schedule.merge_steps() == []
+    assert not any(schedule.merges_after(done) for done in range(101))
+    assert all(schedule.learning_rate(step) == schedule.curve(step) for step in range(100))
+
+
+@pytest.mark.parametrize("kind", list(ScheduleKind))
+def test_every_ramp_stays_below_the_curve_and_above_zero_for_many_settings(kind: ScheduleKind) -> None:
+    for total, warmup, every, ramp in itertools.product((7, 40, 101), (0, 3), (2, 5, 13), (1, 4, 12)):
+        if every <= ramp:
+            continue
+        schedule = Schedule(kind, 1.0, total, warmup, 0.05, every, ramp)
+        ramped = {merge + k for merge in schedule.merge_steps() for k in range(ramp)}
+        for step in range(total):
+            rate = schedule.learning_rate(step)
+            assert 0 < rate < schedule.curve(step) if step in ramped else rate == schedule.curve(step)
+        assert all(done + ramp < total for done in schedule.merge_steps()), "each cycle reaches the curve"
+        assert schedule.merge_steps() == [done for done in range(total + 1) if schedule.merges_after(done)]
+
+
+def test_names_of_schedules() -> None:
+    assert schedule_kind("constant_with_warmup") is ScheduleKind.CONSTANT
+    with pytest.raises(UserError, match=r"--lr_scheduler_type 'cosin'.*Did you mean 'cosine'"):
+        schedule_kind("cosin")
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        Schedule(ScheduleKind.LINEAR, peak=0.0, total_steps=5, warmup_steps=5, min_ratio=2.0, merge_every=3)
+    for flag in ("--learning_rate", "--warmup_steps", "--min_lr_ratio", "--merge_every"):
+        assert flag in str(caught.value)
+
+
+def test_merging_without_a_ramp_is_refused() -> None:
+    with pytest.raises(UserError, match="--restart_warmup_steps must be at least 1"):
+        Schedule(ScheduleKind.LINEAR, peak=1.0, total_steps=50, merge_every=10, restart_warmup_steps=0)
+
+
+def test_warmup_stable_decay_stays_then_falls_in_a_straight_line() -> None:
+    schedule = Schedule(
+        schedule_kind("wsd"), peak=1.0, total_steps=110, warmup_steps=10, min_ratio=0.1, decay_ratio=0.25
+    )
+    assert [schedule.learning_rate(step) for step in (10, 50, 85)] == [1.0, 1.0, 1.0]
+    assert schedule.learning_rate(97) == pytest.approx(0.1 + 0.9 * (1 - 87 / 100) / 0.25)
+    assert schedule.learning_rate(109) == pytest.approx(0.1 + 0.9 * 0.01 / 0.25)
+
+
+# -- given merges ------------------------------------------------------------------------------------------------------
+
+STALLED = dataclasses.replace(JAGGED, merge_every=0, merge_when=MergeWhen.STALLED)
+
+
+def test_the_planned_merges_give_the_same_rates_bit_for_bit_as_none_given() -> None:
+    for total, warmup, every, ramp in itertools.product((7, 40, 101), (0, 3, 14), (2, 5, 13), (1, 4, 12)):
+        if every <= ramp or warmup >= total:
+            continue
+        schedule = Schedule(ScheduleKind.COSINE, 1.0, total, warmup, 0.05, every, ramp)
+        done: list[int] = []
+        for step in range(total):
+            assert schedule.merges_after(step, done) == schedule.merges_after(step)
+            if schedule.merges_after(step, done):
+                done.append(step)
+                assert not schedule.merges_after(step, done), "not twice"
+            assert schedule.learning_rate(step, done) == schedule.learning_rate(step)
+        assert done == schedule.merge_steps()
+
+
+def test_ramps_follow_the_merges_that_were_made() -> None:
+    rates = [STALLED.learning_rate(step, [31, 60]) for step in range(100)]
+    ramped = {*range(31, 35), *range(60, 64)}
+    for step, rate in enumerate(rates):
+        assert (0 < rate < STALLED.curve(step)) if step in ramped else rate == STALLED.curve(step)
+        assert STALLED.at_full_rate(step, [31, 60]) == (step not in ramped and step >= 10)
+    assert rates[31:35] == pytest.approx([STALLED.curve(35) * part / 5 for part in (1, 2, 3, 4)])
+    assert STALLED.learning_rate(30, [31, 60]) == STALLED.curve(30), "a later merge changes nothing before it"
+
+
+def test_a_merge_at_the_end_of_a_run_that_went_on_has_its_ramp_and_no_merge_in_it() -> None:
+    """Ended at step 73 with a merge, then given 100 steps: the planned merge at 75 would fall into the ramp."""
+    done = [25, 50, 73]
+    assert JAGGED.learning_rate(73, done) == pytest.approx(JAGGED.curve(77) / 5)
+    assert not JAGGED.merges_after(75, done) and JAGGED.merges_after(75, done[:2])
+
+
+def allowed(schedule: Schedule, merges: list[int]) -> list[int]:
+    return [done for done in range(schedule.total_steps + 1) if schedule.may_merge_after(done, merges)]
+
+
+def test_a_stall_merges_neither_in_a_warmup_nor_in_a_ramp_nor_near_the_end() -> None:
+    assert allowed(STALLED, []) == list(range(10, 96))
+    assert allowed(STALLED, [40]) == [*range(10, 40), *range(45, 96)]
+    assert allowed(dataclasses.replace(STALLED, merge_every=30), [40]) == [*range(30, 40), *range(70, 96)]
+    assert not STALLED.merges_after(50, [40]) and STALLED.merges_after(50, [40], stalled=True)
+    assert not any(STALLED.merges_after(done, [40], stalled=True) for done in (41, 44, 96, 100))
+
+
+def test_a_cycle_at_its_longest_is_merged_unless_near_the_end() -> None:
+    schedule = dataclasses.replace(STALLED, longest_cycle=30)
+    merges: list[int] = []
+    for done in range(1, 101):
+        if schedule.merges_after(done, merges):
+            merges.append(done)
+    assert merges == [30, 60, 90]
+    assert not dataclasses.replace(schedule, total_steps=94).merges_after(90, [30, 60])
+
+
+def test_a_run_that_waits_for_a_stall_has_no_plan() -> None:
+    assert STALLED.merge_steps() == STALLED.merges_left_out() == []
+    assert dataclasses.replace(JAGGED, total_steps=79).merges_left_out() == [75]
+
+
+def test_settings_of_stalled_runs_that_make_no_schedule() -> None:
+    for changes, flag in (
+        ({"restart_warmup_steps": 0}, "--restart_warmup_steps must be at least 1"),
+        ({"merge_every": 4}, "--merge_every 4 must be more than --restart_warmup_steps 4"),
+        ({"merge_every": 20, "longest_cycle": 19}, "--merge_at_latest 19 must not be less than --merge_every 20"),
+        ({"longest_cycle": -1}, "--merge_at_latest must not be negative"),
+    ):
+        with pytest.raises(UserError, match=flag):
+            dataclasses.replace(STALLED, **changes)
+
+
+def test_decay_ratio_out_of_range_names_its_flag() -> None:
+    with pytest.raises(UserError, match="--decay_ratio"):
+        Schedule(schedule_kind("wsd"), peak=1.0, total_steps=10, decay_ratio=0.0)

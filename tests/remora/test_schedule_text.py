@@ -1,0 +1,144 @@
+"""What a run says about its merges beforehand, and the plot in the README: the code's own output, to the letter."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mora_ds.errors import UserError
+from mora_ds.remora.schedule import MergeWhen, Schedule, ScheduleKind
+from mora_ds.remora.schedule_text import start_lines, text_plot
+from mora_ds.remora.stall import StallRule, StallSignal
+from tests.helpers.tools import call
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAIN = Schedule(ScheduleKind.COSINE, peak=1.0, total_steps=100, merge_every=25, restart_warmup_steps=4)
+STALLED = dataclasses.replace(PLAIN, merge_every=0, merge_when=MergeWhen.STALLED, warmup_steps=10)
+RULE = StallRule(StallSignal.LOSS, 20, 0.01)
+
+
+def said(schedule: Schedule, at_end: bool = False, done: int = 0, merges: tuple[int, ...] = ()) -> str:
+    return "\n".join(start_lines(schedule, RULE, at_end, done, merges))
+
+
+def test_all_merges_are_listed() -> None:
+    assert said(PLAIN) == "merges after steps 25, 50, 75 of 100"
+    assert said(PLAIN, at_end=True).endswith("\nmerge after the last step, 100 (--merge_at_end)")
+    assert said(dataclasses.replace(PLAIN, merge_every=0)) == ""
+
+
+def test_a_long_list_is_shortened() -> None:
+    text = said(dataclasses.replace(PLAIN, total_steps=10_000))
+    assert "steps 25, 50, 75, 100, 125, 150, ..., 9850, 9875, 9900, 9925, 9950, 9975 (399 in all)" in text
+
+
+def test_a_merge_whose_ramp_would_not_end_is_announced_as_left_out() -> None:
+    short = dataclasses.replace(PLAIN, total_steps=79)
+    lines = said(short).splitlines()
+    assert lines[0] == "merges after steps 25, 50 of 79"
+    assert lines[1].startswith("the merge at step 75 is left out: 4 steps would follow and the ramp alone takes 4 ")
+    assert "goes on to step 79; its squares stay live (--merge_at_end merges them)" in lines[1]
+    assert "its squares are merged at the end" in said(short, at_end=True)
+    assert "left out" not in said(dataclasses.replace(PLAIN, total_steps=80))
+
+
+def test_merges_that_the_first_warmup_swallows_are_announced() -> None:
+    text = said(dataclasses.replace(PLAIN, warmup_steps=51))
+    assert text == "merges after step 75 of 100\nnothing is merged after steps 25, 50: the first warm-up takes 51"
+
+
+def test_an_interval_longer_than_the_run_is_announced() -> None:
+    text = said(dataclasses.replace(PLAIN, merge_every=100))
+    assert text == "no merge comes by itself: --merge_every is 100, the run has 100 steps"
+
+
+def test_a_resumed_run_lists_what_is_left() -> None:
+    assert said(PLAIN, done=50, merges=(25, 50)) == "merges after step 75 of 100"
+    after_the_end = dataclasses.replace(PLAIN, total_steps=150)
+    assert said(after_the_end, done=98, merges=(25, 50, 75, 98)) == "merges after step 125 of 150", "100 is in the ramp"
+
+
+def test_a_run_that_waits_for_a_stall_says_its_rule() -> None:
+    text = said(dataclasses.replace(STALLED, longest_cycle=60))
+    assert text == (
+        "merges when the training loss moves by less than 0.01 of itself over 20 steps, two standard errors included; "
+        "a cycle has at least 24 steps and at most 60; none before step 30, none after step 95"
+    )
+    assert "at least 40 steps; none before step 40" in said(dataclasses.replace(STALLED, merge_every=40))
+    short = said(dataclasses.replace(STALLED, total_steps=34))
+    assert short.startswith("no merge can come by itself: the first would be due after step 30") and "step 29 " in short
+
+
+def test_a_plot_shows_ramps_merges_and_the_curve() -> None:
+    flat = dataclasses.replace(PLAIN, kind=ScheduleKind.CONSTANT, restart_warmup_steps=4)
+    title, *rows, axis = text_plot(flat, [25, 50, 75], columns=100, rows=5)
+    assert title.strip() == "constant" and {len(line) for line in (title, *rows, axis)} == {109}
+    assert [column for column, mark in enumerate(axis[9:]) if mark == "^"] == [25, 50, 75]
+    assert [row[9 + 26] for row in rows] == [" ", " ", "*", " ", " "], "step 26 runs at 2/5"
+    assert rows[0][9:59] == "*" * 25 + " " * 3 + "*" * 22, "steps 25 to 27 lie below 4/5"
+
+
+def test_a_plot_wider_than_the_run_has_no_holes() -> None:
+    _, *rows, _ = text_plot(dataclasses.replace(PLAIN, total_steps=30), [], columns=70, rows=4)
+    assert all(any(row[9 + column] == "*" for row in rows) for column in range(70))
+
+
+def readme_plot() -> tuple[str, str]:
+    """(command, output) of the README's block that plots the schedule."""
+    blocks = re.findall(r"```\n\$ (python tools/plot_schedule\.py .*?)\n(.*?)```", _readme(), flags=re.S)
+    assert len(blocks) == 1
+    return blocks[0]
+
+
+def _readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def plot(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/plot_schedule.py", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_readmes_plot_is_what_its_command_prints() -> None:
+    command, expected = readme_plot()
+    done = plot(*shlex.split(command)[2:])
+    assert (done.returncode, done.stdout) == (0, expected), done.stderr
+    for kind in ScheduleKind:
+        assert kind.value in expected
+    assert expected.count("^") >= 4 * 3
+
+
+def test_the_plot_tool_names_what_is_missing_or_wrong(tmp_path: Path) -> None:
+    for flags, part in (
+        (["--merge_every", "5"], "--max_steps"),
+        (["--max_steps", "50", "--merge_every", "5"], "--restart_warmup_steps"),
+        (["--max_steps", "50", "--rows", "none"], "--rows"),
+        (["--max_steps", "50", "--colums", "9"], "unknown flag --colums"),
+    ):
+        with pytest.raises(UserError, match=part):
+            call("plot_schedule", *flags)
+    done = plot("--colums", "9")
+    assert done.returncode == 2 and done.stderr.count("error") == 1 and "Traceback" not in done.stderr
+    if importlib.util.find_spec("matplotlib") is None:
+        with pytest.raises(UserError, match="pip install matplotlib"):
+            call("plot_schedule", "--max_steps", "50", "--png", tmp_path / "a.png")
+
+
+def test_a_recipe_and_the_merges_of_a_stalled_run() -> None:
+    recipe = "configs/recipes/pretrain_250m.yaml"
+    done = plot(recipe, "--merge_when", "stalled", "--max_steps", "4000", "--merges", "3000", "2000")
+    assert done.returncode == 0 and done.stdout.count("^") == 3  # two merges, and the legend
+    assert "merges when the training loss" in plot(recipe, "--merge_when", "stalled").stdout
+
+
+def test_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = plot("--max_steps", "50", "--merge_every", "20", "--png", str(tmp_path / "a.png"))
+    assert done.returncode == 0 and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,138 @@
+"""Nodes with an output folder of their own: the run is kept on rank 0's node, the same run to the bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mora_ds.checkpoint.verify import verify
+from mora_ds.errors import UserError
+from mora_ds.runtime import nodes as room
+from mora_ds.runtime.nodes import Followers
+from mora_ds.runtime.ranks import Ranks
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, job, losses, run
+from tests.train.test_resume import assert_same, final
+
+pytestmark = pytest.mark.gloo
+
+MORE = ("--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 2, "--mora_dropout", 0.1, "--train_norms")
+
+
+@pytest.fixture(scope="module")
+def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(3, user.flags(out, *MORE))
+    return out
+
+
+def on_another_node(first: Path, other: Path) -> Path:
+    """Ranks 1 and 2 become a node that has `other` and must never open a file under `first`. The folder to use."""
+    room._SEEN_WITHIN_S = 0.5
+    rank = dist.get_rank()
+    if rank == 0:
+        return first
+    os.environ["LOCAL_RANK"] = str(rank - 1)
+    forbidden = f"{first}{os.sep}"
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], str) and arguments[0].startswith(forbidden):
+            raise AssertionError(f"a follower opens {arguments[0]}")
+
+    sys.addaudithook(watch)
+    return other
+
+
+def job_on_two_nodes(flags: list[str], first: str, other: str) -> dict[str, Any]:
+    return job([*flags, "--output_dir", str(on_another_node(Path(first), Path(other)))])
+
+
+def run_on_two_nodes(user: Playground, first: Path, other: Path, *more: str | int) -> dict[str, Any]:
+    return run_ranks(3, job_on_two_nodes, user.flags("unused", *MORE, *more), str(first), str(other))[0]
+
+
+@pytest.mark.parametrize("saving", [(), ("--async_save",)], ids=["at once", "in the background"])
+def test_a_run_is_kept_on_one_node(user: Playground, whole: Path, tmp_path: Path, saving: tuple[str, ...]) -> None:
+    first, other = tmp_path / "first", tmp_path / "other"
+    run_on_two_nodes(user, first, other, *saving)
+    assert torch.equal(losses(first), losses(whole))
+    assert_same(final(first), final(whole))
+    assert all(verdict.is_good for verdict in verify(first, None)), "every shard has arrived"
+    assert not other.exists(), "nothing stays behind"
+
+
+def test_it_resumes_whatever_lies_on_the_other_node(user: Playground, whole: Path, tmp_path: Path) -> None:
+    first, other = tmp_path / "first", tmp_path / "other"
+    (other / "ledger").mkdir(parents=True)
+    (other / "ledger" / "ledger.json").write_text("of a run that this node once kept")
+    (other / ".follower").mkdir()
+    (other / ".follower" / "left").write_text("by a killed one")
+    shutil.copytree(whole, first, symlinks=True)
+    checkpoint = first / "checkpoints" / "step-000002"
+    run_on_two_nodes(user, first, other, "--resume_from_checkpoint", str(checkpoint))
+    assert torch.equal(losses(first), losses(whole))
+    assert_same(final(first), final(whole))
+    assert sorted(path.name for path in other.rglob("*")) == ["ledger", "ledger.json"]
+
+
+def test_a_base_and_a_tokenizer_made_by_the_run_reach_every_node(user: Playground, tmp_path: Path) -> None:
+    """--model_config creates the base, --train_tokenizer_vocab the tokenizer, --full_rank_steps another base."""
+    config = str(Path(__file__).parents[2] / "configs" / "models" / "tiny_llama.json")
+    own = ("--model_config", config, "--train_tokenizer_vocab", 360, "--full_rank_steps", 2, "--max_steps", 4)
+    flags = user.flags("unused", *own)
+    at = flags.index("--model_name_or_path")
+    del flags[at : at + 2]
+    summary = run_ranks(3, job_on_two_nodes, flags, str(tmp_path / "first"), str(tmp_path / "other"))[0]
+    assert summary["steps"] == 2 and not (tmp_path / "other").exists()
+
+
+def parts_moved(first: str, other: str, size: int) -> list[str]:
+    """A follower's file reaches rank 0, a folder of rank 0's the follower; the names and bytes that are there then."""
+    folder = on_another_node(Path(first), Path(other))
+    room._CHUNK = 1000
+    followers = Followers.find(folder, Ranks.current())
+    beside = followers.folder / "beside"
+    if followers.leads:
+        beside.mkdir()
+        (beside / "deep").mkdir()
+        (beside / "deep" / "shard").write_bytes(bytes(range(256)) * size)
+        (beside / "empty").write_bytes(b"")
+    if dist.get_rank() == 0:
+        beside.mkdir()
+        (beside / "mine").write_text("kept")
+    dist.barrier()
+    followers.gather(beside, followers.ranks.group)
+    shared = followers.folder / "beside"
+    followers.share(shared)
+    found = sorted(f"{path.relative_to(shared)} {path.stat().st_size}" for path in shared.rglob("*") if path.is_file())
+    assert not followers.leads or (shared / "deep" / "shard").read_bytes() == bytes(range(256)) * size
+    return found
+
+
+def test_files_travel_in_pieces(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    moved = run_ranks(3, parts_moved, str(tmp_path / "first"), str(tmp_path / "other"), 17)
+    assert moved == [[f"deep/shard {256 * 17}", "empty 0", "mine 4"]] * 3
+
+
+def split_node(first: str, other: str) -> str:
+    folder = on_another_node(Path(first), Path(other))
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    try:
+        Followers.find(folder, Ranks.current())
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_one_node_has_one_folder(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    for message in run_ranks(3, split_node, str(tmp_path / "first"), str(tmp_path / "other")):
+        assert "--output_dir" in message and "different folders" in message

@@ -1,0 +1,181 @@
+"""The wrapper: what it takes for what, when it stops, and a real job that is killed and stopped and finishes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mora_ds.errors import UserError
+from mora_ds.runtime.events import EXIT_STOPPED, Told
+from mora_ds.runtime.processes import ranks_below
+from mora_ds.runtime.restart import Verdict, judge, with_resume
+from tests.helpers.gloo import free_port
+from tests.helpers.jobs import REPOSITORY, environment, launcher, playground, run
+from tests.helpers.nodes import wait_for
+from tests.train.test_resume import assert_same_run
+
+WRAPPER = REPOSITORY / "launch" / "restart.py"
+
+ACTOR = """
+import json, os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {repository!r})
+from mora_ds import cli, stopping
+from mora_ds.status import Event, report
+
+def main():
+    plan, done = Path("plan.json"), Path("done.json")
+    acts, past = json.loads(plan.read_text()), json.loads(done.read_text()) if done.exists() else []
+    done.write_text(json.dumps([*past, sys.argv[1:]]))
+    for act, value in acts[len(past)]:
+        if act == "save":
+            report(Event.SAVED, value)
+        elif act == "wait":
+            with stopping.deferred():
+                print("waiting", flush=True)
+                while not stopping.requested():
+                    time.sleep(0.01)
+                time.sleep(value)
+                sys.exit(75)
+        elif act == "die":
+            os.kill(os.getpid(), value)
+        else:
+            sys.exit(value)
+
+cli.run(main, restartable=True)
+"""
+
+
+def perform(folder: Path, *attempts: list[tuple[str, float]], times: int = 5) -> subprocess.Popen[str]:
+    """The wrapper around a launcher's rank that only acts; what it does in each attempt."""
+    (folder / "pretrain.py").write_text(ACTOR.format(repository=str(REPOSITORY)))
+    (folder / "plan.json").write_text(json.dumps(attempts))
+    rank = ["env", "RANK=0", sys.executable, str(folder / "pretrain.py"), "--flag"]
+    words = [
+        sys.executable,
+        str(WRAPPER),
+        str(times),
+        "--wait_s",
+        "0.05",
+        "--",
+        "sh",
+        "-c",
+        '"$@"; exit $?',
+        "sh",
+        *rank,
+    ]
+    return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def attempts_made(folder: Path) -> list[list[str]]:
+    return json.loads((folder / "done.json").read_text())
+
+
+def test_failures_and_stops_are_run_again_until_it_is_done(tmp_path: Path) -> None:
+    process = perform(
+        tmp_path,
+        [("save", 2), ("die", signal.SIGKILL)],
+        [("save", 4), ("exit", 75)],
+        [("save", 6), ("exit", 1)],
+        [("exit", 0)],
+    )
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    assert attempts_made(tmp_path) == [["--flag", "--resume_from_checkpoint", "auto"]] * 4
+    assert "attempt 2: stopped, to be run again" in told and "last checkpoint: step 6" in told
+
+
+def test_the_same_step_twice_is_the_end(tmp_path: Path) -> None:
+    process = perform(tmp_path, [("save", 2), ("exit", 1)], *[[("exit", 1)]] * 4)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 1 and len(attempts_made(tmp_path)) == 2
+    assert "no checkpoint since the failure before (step 2)" in told
+
+
+def test_no_more_attempts_than_asked_for_and_none_after_a_user_error(tmp_path: Path) -> None:
+    process = perform(tmp_path, *[[("save", step), ("exit", 1)] for step in range(1, 5)], times=2)
+    assert process.wait(timeout=60) == 1 and len(attempts_made(tmp_path)) == 3
+    (tmp_path / "done.json").unlink()
+    process = perform(tmp_path, [("exit", 2)], [("exit", 0)])
+    assert process.wait(timeout=60) == 2 and len(attempts_made(tmp_path)) == 1
+
+
+def test_a_signal_is_passed_on_and_ends_the_restarts(tmp_path: Path) -> None:
+    process = perform(tmp_path, [("wait", 0.5)], [("exit", 0)])
+    assert process.stdout is not None and process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == EXIT_STOPPED and len(attempts_made(tmp_path)) == 1
+    assert "SIGUSR1: saving at the end of this step" in told
+
+
+def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
+    process = perform(tmp_path, [("wait", 60)], [("exit", 0)])
+    assert process.stdout is not None and process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+
+
+def test_what_launchers_say_and_what_ranks_say() -> None:
+    """The codes on the left are those that deepspeed 0.19.8 and torchrun (torch 2.13) were seen to give."""
+    assert judge(1, Told([11, 12], 5, [75, 75])) is Verdict.STOPPED, "launch.py after SIGTERM, torchrun"
+    assert judge(0, Told([11, 12], 5, [75, 75])) is Verdict.STOPPED, "the runner, its launch.py killed"
+    assert judge(0, Told([11, 12], 5, [])) is Verdict.FAILED, "the runner, everything below it killed"
+    assert judge(247, Told([11, 12], 5, [1])) is Verdict.FAILED
+    assert judge(1, Told([11, 12], None, [2, 1])) is Verdict.USER_ERROR
+    assert judge(0, Told([11, 12], 9, [0, 0])) is Verdict.DONE
+    elsewhere = [judge(code, Told()) for code in (0, 2, 75, 1)]  # ranks that cannot write to our file
+    assert elsewhere == [Verdict.DONE, Verdict.USER_ERROR, Verdict.STOPPED, Verdict.FAILED]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["train.py"], "launch/pretrain.py"),
+        (["launch/pretrain.py", "--overwrite_output_dir"], "--overwrite_output_dir"),
+        (["launch/pretrain.py", "--resume_from_checkpoint", "latest"], "--resume_from_checkpoint latest"),
+        (["launch/pretrain.py", "--resume_from_checkpoint=/x"], "--resume_from_checkpoint /x"),
+    ],
+)
+def test_commands_that_cannot_be_resumed_are_refused(flags: list[str], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        with_resume(["deepspeed", *flags])
+    assert with_resume(["d", "pretrain.py", "--resume_from_checkpoint", "auto"])[2:] == [
+        "--resume_from_checkpoint",
+        "auto",
+    ]
+
+
+@pytest.mark.gloo
+@pytest.mark.heavy
+def test_a_job_that_is_killed_and_stopped_finishes_as_if_nothing_had_been(tmp_path: Path) -> None:
+    user, out, whole = playground(tmp_path), tmp_path / "out", tmp_path / "whole"
+    more = ("--max_steps", 40, "--merge_every", 9, "--restart_warmup_steps", 1, "--save_steps", 4, "--eval_steps", 0)
+    run(2, user.flags(whole, *more))
+    words = launcher(2, user.flags(out, *more))
+    words[1:1] = ["--master_port", str(free_port())]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(WRAPPER), "3", "--wait_s", "0.1", "--", *words],
+            cwd=tmp_path, env=environment(), stdout=file, stderr=file, text=True,
+        )  # fmt: skip
+    try:
+        for step, rank, number in ((4, 1, signal.SIGKILL), (16, 0, signal.SIGUSR1)):
+            wait_for(out / "checkpoints" / f"step-{step:06d}", [process])
+            os.kill(ranks_below(process.pid)[rank], number)
+        assert process.wait(timeout=200) == 0, log.read_text()
+    finally:
+        process.kill()
+    told = log.read_text()
+    assert "attempt 1: failed" in told and "attempt 2: stopped" in told and "attempt 3: done" in told
+    assert_same_run(out, whole)

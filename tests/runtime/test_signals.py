@@ -1,0 +1,362 @@
+"""Signals, dead ranks, lost launchers: saved and left within two steps, ended within a minute, resumed bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mora_ds.checkpoint.folder import TrainerState
+from mora_ds.errors import Stopped, UserError
+from mora_ds.runtime import signals
+from mora_ds.runtime.events import EXIT_STOPPED
+from mora_ds.runtime.processes import is_rank, ranks_below
+from mora_ds.train.output_folder import reserve
+from mora_ds.train.trainer import Trainer
+from tests.helpers.gloo import free_port, run_ranks
+from tests.helpers.jobs import Playground, environment, job, launcher, rows, run
+from tests.helpers.nodes import wait_for
+from tests.train.test_resume import assert_same_run
+
+MERGING = ("--max_steps", 9, "--merge_every", 4, "--restart_warmup_steps", 1, "--eval_steps", 4, "--save_steps", 3)
+"""Merges and evaluations after steps 4 and 8; checkpoints at 3, 6 and 9."""
+AUTO = ("--resume_from_checkpoint", "auto")
+
+
+@pytest.fixture(scope="module")
+def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody disturbs."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(2, user.flags(out, *MERGING))
+    return out
+
+
+# -- agreement, on forked ranks --------------------------------------------------------------------------------------
+
+
+def signalled_job(argv: list[str], number: int, rank: int, method: str, step: int) -> str:
+    """A run in which `rank` gets the signal when it enters `method` of the trainer at `step`. What `Stopped` says."""
+    signals.install()
+    original: Callable[..., Any] = getattr(Trainer, method)
+
+    def hit(trainer: Trainer, *arguments: Any) -> Any:
+        if trainer.share.rank == rank and trainer.state.step == step and not signals.requested():
+            os.kill(os.getpid(), number)
+            while not signals.requested():
+                time.sleep(0.001)
+        return original(trainer, *arguments)
+
+    setattr(Trainer, method, hit)
+    try:
+        job(argv)
+    except Stopped as stopped:
+        return str(stopped)
+    raise AssertionError("the run was to stop")
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("number", "rank", "method", "step", "saved"),
+    [
+        (signal.SIGTERM, 1, "_forward_backward", 4, 5),
+        (signal.SIGUSR1, 0, "_merge", 4, 4),
+        (signal.SIGINT, 1, "_eval_batches", 4, 4),
+        (signal.SIGUSR1, 1, "_save", 3, 3),
+        (signal.SIGTERM, 1, "_eval_batches", 9, 9),
+    ],
+    ids=["step", "merge", "evaluation", "save", "last evaluation"],
+)
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
+    user: Playground, whole: Path, tmp_path: Path, number: int, rank: int, method: str, step: int, saved: int
+) -> None:
+    out = tmp_path / "out"
+    told = run_ranks(2, signalled_job, user.flags(out, *MERGING), number, rank, method, step)
+    assert told[0] == told[1] and f"stopped at step {saved}" in told[0]
+    state = TrainerState.read(out / "checkpoints" / "latest")
+    assert (state.step, state.finished) == (saved, False)
+    run(2, user.flags(out, *MERGING, *AUTO))
+    assert_same_run(out, whole)
+
+
+@pytest.mark.gloo
+def test_a_signal_before_the_first_step_leaves_nothing_to_resume(user: Playground, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = user.flags(out, *MERGING, *AUTO)
+    told = run_ranks(2, signalled_job, flags, signal.SIGUSR1, 1, "_eval_batches", 0)
+    assert "before the first step" in told[0] and not (out / "checkpoints").exists()
+    run(2, flags)
+    assert_same_run(out, whole)
+
+
+# -- one process, no torch -------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import multiprocessing, os, sys, threading, time
+from mora_ds import cli, stopping
+
+def worker(_):
+    time.sleep(60)
+
+def starting():
+    print("ready", flush=True)
+    time.sleep(60)
+
+def stuck():  # as in a collective that does not return
+    with stopping.deferred():
+        print("ready", flush=True)
+        while True:
+            threading.Lock().acquire() if not stopping.requested() else time.sleep(60)
+
+def patient():
+    with stopping.deferred():
+        print("ready", flush=True)
+        while not stopping.requested():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        for _ in range(2000):
+            print("x" * 100)
+        sys.stdout.flush()
+        stopping.settle()
+
+def pooled():
+    with stopping.deferred():
+        context = multiprocessing.get_context("fork")
+        with context.Pool(2) as pool:
+            pool.map_async(worker, range(2))
+            time.sleep(0.2)
+        time.sleep(0.7)
+        print("requested", stopping.requested(), flush=True)
+
+cli.run(globals()[sys.argv[1]], restartable=True)
+"""
+
+
+def script(function: str, **more: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, function], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
+    )
+
+
+def ready(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS)
+def test_with_nothing_to_save_a_signal_ends_the_process_at_once(number: signal.Signals) -> None:
+    process = ready(script("starting"))
+    process.send_signal(number)
+    _, told = process.communicate(timeout=5)
+    assert process.returncode == EXIT_STOPPED and number.name in told and "nothing to save" in told
+
+
+def test_sigint_again_ends_a_process_whatever_it_does() -> None:
+    process = ready(script("stuck"))
+    for _ in range(2):  # the terminal's, and the same once more from torchrun
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    time.sleep(signals._SAME_CTRL_C_S)
+    assert process.poll() is None, "one Ctrl-C is one, however often it arrives"
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=5)
+    assert process.returncode == 130 and "at once" in told
+
+
+def test_a_log_reader_that_ctrl_c_has_ended_too_does_not_fail_the_checkpoint() -> None:
+    process = ready(script("patient"))
+    assert process.stdout is not None
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 0, process.stderr and process.stderr.read()
+
+
+def test_the_end_of_a_pool_is_no_request_to_stop() -> None:
+    out, told = script("pooled").communicate(timeout=20)
+    assert out == "requested False\n", told
+
+
+# -- whole jobs under the launcher -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(user: Playground, tmp_path: Path) -> Any:
+    """A long job under `deepspeed` in a process group of its own; past its first checkpoint when it is handed over."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def begin(*more: str | int, script: Path | None = None, past: str = "step-000003") -> tuple[Any, Path, list[int]]:
+        out, log = tmp_path / "out", tmp_path / "log"
+        words = launcher(2, user.flags(out, *MERGING, "--max_steps", 5000, "--eval_steps", 0, *more))
+        words[1:1] = ["--master_port", str(free_port())]
+        if script is not None:
+            words[words.index("--num_gpus") + 2] = str(script)
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                words, cwd=tmp_path, env=environment(), stdout=file, stderr=file, text=True, start_new_session=True
+            )
+        processes.append(process)
+        if past:
+            wait_for(out / "checkpoints" / past, [process])
+        return process, log, ranks_below(process.pid)
+
+    yield begin
+    for process in processes:
+        for rank in [*ranks_below(process.pid), process.pid]:
+            if is_rank(rank) or process.poll() is None:
+                os.kill(rank, signal.SIGKILL)
+        process.wait()
+
+
+def gone_within(ranks: list[int], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while any(is_rank(rank) for rank in ranks):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.gloo
+def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start: Any, user: Playground, tmp_path: Path) -> None:
+    process, log, ranks = start()
+    out = tmp_path / "out"
+    os.kill(ranks[1], signal.SIGTERM)
+    seen = rows(out)[-1]["step"]
+    assert process.wait(timeout=60) == EXIT_STOPPED
+    assert "[rank 1] SIGTERM: saving" in log.read_text() and "--resume_from_checkpoint auto goes on" in log.read_text()
+    saved = TrainerState.read(out / "checkpoints" / "latest").step
+    assert saved == rows(out)[-1]["step"] <= seen + 3, "two steps, and one that was logged meanwhile"
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("number", "group"),
+    [
+        pytest.param(signal.SIGINT, True, id="Ctrl-C", marks=pytest.mark.heavy),
+        pytest.param(signal.SIGTERM, True, id="SIGTERM to all", marks=pytest.mark.heavy),
+        pytest.param(signal.SIGKILL, False, id="SIGKILL to the runner"),
+    ],
+)
+def test_ranks_save_and_leave_when_their_launcher_goes(start: Any, tmp_path: Path, number: int, group: bool) -> None:
+    """Ctrl-C and SIGTERM to everybody; SIGKILL to DeepSpeed's runner alone."""
+    process, log, ranks = start()
+    os.kill(-process.pid if group else process.pid, number)
+    process.wait(timeout=60)
+    assert len(ranks) == 2 and gone_within(ranks, 30), log.read_text()
+    out = tmp_path / "out"
+    assert TrainerState.read(out / "checkpoints" / "latest").step == rows(out)[-1]["step"], "no step was lost"
+
+
+@pytest.mark.gloo
+def test_a_killed_rank_takes_the_job_down(start: Any) -> None:
+    process, log, ranks = start()
+    began = time.monotonic()
+    os.kill(ranks[1], signal.SIGKILL)
+    assert process.wait(timeout=60) == 256 - signal.SIGKILL, "its code, not that of the ranks that lost it"
+    assert gone_within(ranks, 60 - (time.monotonic() - began))
+    assert "[rank 0] error: lost contact with another rank" in log.read_text()
+
+
+FAULTY = """
+import sys
+sys.path.insert(0, {repository!r})
+from mora_ds import cli
+
+def main():
+    from mora_ds.arguments import parse
+    from mora_ds.pretrain import pretrain
+    from mora_ds.trainer import Trainer
+    step = Trainer._step
+
+    def faulty(trainer):
+        if trainer.share.rank == 1 and trainer.state.step == 2:
+            raise ZeroDivisionError("on one rank only")
+        step(trainer)
+
+    Trainer._step = faulty
+    pretrain(parse(sys.argv[1:]))
+
+cli.run(main, restartable=True)
+"""
+
+
+@pytest.mark.gloo
+@pytest.mark.heavy
+def test_an_exception_on_one_rank_is_told_once_by_that_rank(start: Any, tmp_path: Path) -> None:
+    from tests.helpers.jobs import REPOSITORY
+
+    script = tmp_path / "pretrain.py"
+    script.write_text(FAULTY.format(repository=str(REPOSITORY)))
+    process, log, _ = start(script=script, past="")
+    assert process.wait(timeout=60) == 1
+    told = log.read_text()
+    assert told.count("Traceback") == 1 and "[rank 1] Traceback" in told
+    assert told.count("ZeroDivisionError: on one rank only") == 1
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from mora_ds.run_folder import reserve
+
+reserve(Path(sys.argv[1]), False, True)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_lock_of_a_folder_goes_with_its_process_however_that_ends(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    ready(holder)
+    with pytest.raises(UserError, match="another run is writing to it"):
+        reserve(tmp_path, False, True)
+    holder.kill()
+    holder.wait()
+    reserve(tmp_path, False, True)
+
+
+# -- a rank that is silent -------------------------------------------------------------------------------------------
+
+SILENT = """
+import sys, time
+from mora_ds import cli, pulse
+
+def main():
+    pulse._GRACE_S = 0.5
+    from mora_ds.engine import start_distributed
+    start_distributed(silence_s=2.0)
+    print("ready", flush=True)
+    time.sleep(60)
+
+cli.run(main, restartable=True)
+"""
+
+
+def test_a_rank_that_gives_no_sign_of_life_is_given_up() -> None:
+    """Stopped, it keeps all connections open, as a node behind a cut link does."""
+    shared = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SILENT], env={**shared, "RANK": str(rank), "LOCAL_RANK": "0"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        for rank in ranks:
+            assert rank.stdout is not None
+            while (line := rank.stdout.readline()) != "ready\n":
+                assert line, rank.stderr and rank.stderr.read()
+        ranks[1].send_signal(signal.SIGSTOP)
+        _, told = ranks[0].communicate(timeout=30)
+        assert ranks[0].returncode == 1 and "[rank 0] rank 1 has not been heard of for" in told
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()

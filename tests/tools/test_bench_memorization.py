@@ -1,0 +1,66 @@
+"""tools/bench/memorization.py, as small as it gets: every method learns on one engine, and what it prints is right."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mora_ds.errors import UserError
+from tests.helpers.jobs import REPOSITORY, Playground
+from tests.helpers.tools import call
+
+TOOL = REPOSITORY / "tools" / "bench" / "memorization.py"
+
+
+def bench(*flags: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(TOOL), *map(str, flags)], capture_output=True, text=True)
+
+
+def test_bad_flags_are_named_before_anything_runs(tmp_path: Path) -> None:
+    for flags, message in (
+        (("--methods", "loar"), "Did you mean 'lora'?"),
+        (("--batch", 7, "--micro_batch", 2), "--batch 7 is no multiple"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            call("bench/memorization", "--work", tmp_path / "work", *flags)
+    assert not (tmp_path / "work").exists()
+
+
+def learned_by_heart(folder: Path, user: Playground, *flags: object) -> tuple[list[dict[str, Any]], str]:
+    """Results of two pairs on the tiny model, and what was printed."""
+    done = bench(
+        "--work", folder, "--base", user.model, "--pairs", 2, "--batch", 4, "--micro_batch", 2, "--steps", 60,
+        "--every", 20, "--cycles", 2, "--rank", 4, "--probe", 2, "--jobs", 1, *flags,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads((folder / "results.json").read_text())
+    for each in results:
+        assert each["steps"] == [20, 40, 60] and len(each["accuracy"]) == len(each["loss"]) == 3
+        assert each["loss"][-1] < each["loss"][0] or each["ended_at"] == 20
+        assert each["ended_at"] == 60 or each["accuracy"][-1] == 1.0
+    return results, done.stdout
+
+
+@pytest.mark.heavy
+def test_two_pairs_are_known_by_heart(tmp_path: Path, user: Playground) -> None:
+    """Every method learns; MoRA, with no more parameters, more than LoRA."""
+    results, told = learned_by_heart(tmp_path, user, "--seeds", 1, "--rates", 1e-2)
+    found = {each["method"]: each for each in results}
+    assert set(found) == {"full", "lora", "mora", "remora"} and len(results) == 4
+    assert found["mora"]["trained"] == found["remora"]["trained"] <= found["lora"]["trained"] < found["full"]["trained"]
+    assert found["full"]["accuracy"][-1] >= 0.9 and found["mora"]["accuracy"][-1] > found["lora"]["accuracy"][-1]
+    assert "steps to 90%" in told and (tmp_path / "tensorboard" / "mora").is_dir()
+
+
+@pytest.mark.heavy
+def test_rates_are_swept_once_and_the_best_one_repeated(tmp_path: Path, user: Playground) -> None:
+    results, told = learned_by_heart(tmp_path, user, "--methods", "full", "--seeds", 2, "--rates", 1e-5, 1e-2)
+    assert [(each["rate"], each["seed"]) for each in results] == [(1e-5, 1), (1e-2, 1), (1e-2, 2)]
+    row = next(line for line in told.splitlines() if line.split()[:1] == ["full"])
+    assert " 0.01* " in row and row.rstrip().count("/") == 1  # steps to 90%, of each seed

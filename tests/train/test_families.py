@@ -1,0 +1,307 @@
+"""Every family on the whole way: disk -> squares -> steps under ZeRO-3 -> merge -> checkpoint -> export -> disk.
+
+And documents packed into one row do not see each other, in any family.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.checkpoint.adapter_files import BaseReference
+from mora_ds.checkpoint.contents import PROBE_TOKENS, RunWriter
+from mora_ds.checkpoint.folder import TrainerState
+from mora_ds.checkpoint.writer import save_checkpoint
+from mora_ds.deploy.export import ExportReport, export_merged
+from mora_ds.engine import zero
+from mora_ds.engine.initialize import initialize
+from mora_ds.errors import UserError
+from mora_ds.models.load import AUTO_ATTENTION, load_base
+from mora_ds.models.losses import check_document_mask, token_nll
+from mora_ds.remora.ledger import Ledger
+from mora_ds.remora.merge import ReMoRA
+from mora_ds.runtime.ranks import Ranks
+from tests.helpers.gloo import run_ranks
+from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
+
+WORLD, ROWS, LEARNING_RATE = 2, 2, 1e-2
+
+ALSO_TRAINED: dict[str, dict[str, Any]] = {
+    "llama": {"train_embeddings": True, "train_norms": True, "train_head": True},
+    "qwen2": {"train_embeddings": True, "train_norms": True},  # tied
+    "gpt2": {"train_embeddings": True},  # tied, and positions too
+    "gemma3_text": {"train_norms": True},  # (1 + w) norms
+}
+OPERATORS = ("share", "rotate", "decouple", "truncate")
+
+DS_CONFIG = {
+    "train_micro_batch_size_per_gpu": ROWS,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "weight_decay": 0.0}},
+}
+
+
+def adapter(family: str) -> MoRAConfig:
+    operator = OPERATORS[list(FAMILIES).index(family) % len(OPERATORS)]
+    return MoRAConfig(rank=4, operator=operator, **ALSO_TRAINED.get(family, {}))
+
+
+def write_model(family: str, folder: Path) -> None:
+    """With norms and biases that are not at the ones and zeros they start from."""
+    model = tiny_model(family)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    model.save_pretrained(folder)
+
+
+# -- the whole way -----------------------------------------------------------------------------------------------------
+
+
+def whole_way(root: Path, family: str) -> dict[str, Any]:
+    """One rank's share; the checkpoint lies in root/family/checkpoints afterwards."""
+    folder = root / family
+    loaded = load_base(folder / "model", folder / "base", Ranks.current(), torch.float32, AUTO_ATTENTION)
+    config = adapter(family)
+    inject(loaded.model, config)
+    engine, *_ = initialize(model=loaded.model, config=DS_CONFIG)
+    merger = new_merger(engine, config, folder, loaded.base, loaded.keys)
+    squares = {name: layer.square for name, layer in mora_layers(loaded.model).items()}
+
+    losses = [train_step(engine, seed=1), train_step(engine, seed=2)]
+    norms = {name: zero.full_fp32(engine, square).norm().item() for name, square in squares.items()}
+    before = probe(engine)
+    merger.merge(2)
+    after = probe(engine)
+    left = max(zero.full_fp32(engine, square).abs().max().item() for square in squares.values())
+
+    losses.append(train_step(engine, seed=3))  # so that the checkpoint holds squares that are not merged
+    live = probe(engine)
+    reference = BaseReference(str(loaded.base.folder), merger.ledger.base_fingerprint, loaded.keys, "float32")
+    writer = RunWriter(engine, config, merger, reference, None, tokens(1, PROBE_TOKENS), {})
+    state = TrainerState(step=3, world_size=WORLD)
+    save_checkpoint(folder / "checkpoints", engine, state, lambda target: writer.write(target, 3))
+    engine.destroy()
+    return {
+        "losses": losses, "norms": norms, "before": before, "after": after, "left": left, "live": live,
+        "own_base": loaded.base.folder != folder / "model",
+    }  # fmt: skip
+
+
+def new_merger(engine: zero.Engine, config: MoRAConfig, folder: Path, base: Any, keys: dict[str, str]) -> ReMoRA:
+    if dist.get_rank() == 0:
+        Ledger.create(folder / "ledger", base.fingerprint())
+    dist.barrier()
+    return ReMoRA(engine, config, Ledger.open(folder / "ledger"), base, keys)
+
+
+def train_step(engine: zero.Engine, seed: int) -> float:
+    rank = dist.get_rank()
+    loss = causal_loss(engine, tokens(WORLD * ROWS, seed=seed)[rank * ROWS :][:ROWS])
+    engine.backward(loss)
+    engine.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def probe(engine: zero.Engine) -> Tensor:
+    return engine(input_ids=tokens(2, seed=77), use_cache=False).logits
+
+
+def all_families(root: Path) -> dict[str, dict[str, Any]]:
+    return {family: whole_way(root, family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def journeys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, dict[str, Any]]]]:
+    """The folder of all families, and what each rank saw."""
+    root = tmp_path_factory.mktemp("families")
+    for family in FAMILIES:
+        write_model(family, root / family / "model")
+    return root, run_ranks(WORLD, all_families, root)
+
+
+def export(root: Path, family: str) -> tuple[ExportReport, Any]:
+    output = root / family / "merged"
+    report = export_merged(root / family / "checkpoints" / "latest", output, verify=True, overwrite=True)
+    return report, AutoModelForCausalLM.from_pretrained(output).eval()
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_change_every_square_and_a_merge_changes_nothing(family: str, journeys: Any) -> None:
+    root, ranks = journeys
+    for found in (rank[family] for rank in ranks):
+        assert all(norm > LEARNING_RATE for norm in found["norms"].values()), found["norms"]
+        assert found["left"] == 0.0
+        torch.testing.assert_close(found["after"], found["before"], rtol=0, atol=5e-6)
+        assert loss_of(found["after"]) == pytest.approx(loss_of(found["before"]), abs=1e-6)
+        assert torch.equal(found["live"], ranks[0][family]["live"])
+    original = AutoModelForCausalLM.from_pretrained(root / family / "model").eval()
+    with torch.no_grad():
+        untrained = original(input_ids=tokens(2, seed=77)).logits
+    assert (ranks[0][family]["before"] - untrained).abs().max() > 1e-3, "the steps did nothing that can be measured"
+
+
+def loss_of(logits: Tensor) -> float:
+    ids = tokens(2, seed=77)
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_says_what_the_live_model_said(family: str, journeys: Any) -> None:
+    root, ranks = journeys
+    report, exported = export(root, family)
+    with torch.no_grad():
+        logits = exported(input_ids=tokens(2, seed=77)).logits
+    live = ranks[0][family]["live"]
+    assert (logits - live).abs().max() <= 1e-5 * max(1.0, live.abs().max().item())
+    assert report.comparison is not None and report.cycles == 1
+    assert report.merged == len(ranks[0][family]["norms"])
+    assert report.replaced == len(load_file(root / family / "checkpoints" / "latest" / "adapter.safetensors")) - (
+        report.merged
+    )
+    assert exported.config.tie_word_embeddings == tiny_model(family).config.tie_word_embeddings
+    tied = exported.get_input_embeddings().weight is exported.get_output_embeddings().weight
+    assert tied == exported.config.tie_word_embeddings
+
+
+@pytest.mark.gloo
+def test_what_else_was_trained_is_in_the_export(journeys: Any) -> None:
+    root, _ = journeys
+    for family, settings in ALSO_TRAINED.items():
+        original = AutoModelForCausalLM.from_pretrained(root / family / "model").state_dict()
+        _, exported = export(root, family)
+        changed = {name for name, tensor in exported.state_dict().items() if not torch.equal(tensor, original[name])}
+        norms = {name for name in original if "norm" in name or ".ln_" in name}
+        assert norms <= changed if "train_norms" in settings else not norms & changed, family
+        embedding = {name for name in original if name.endswith(("embed_tokens.weight", "wte.weight", "wpe.weight"))}
+        assert embedding <= changed if "train_embeddings" in settings else not embedding & changed, family
+
+
+@pytest.mark.gloo
+def test_only_experts_need_a_base_of_its_own(journeys: Any) -> None:
+    """Files hold the live weights one to one, so nothing has to be written twice; experts, one file entry each, become
+    one tensor when they are loaded."""
+    _, ranks = journeys
+    assert [family for family, found in ranks[0].items() if found["own_base"]] == ["mixtral"]
+
+
+def test_an_attention_that_the_model_lacks_is_named(tmp_path: Path) -> None:
+    write_model("gemma2", tmp_path)
+    for wanted in ("sdpa", "spda", "flash_attention_2"):
+        with pytest.raises(UserError, match=f"--attn_implementation {wanted}"):
+            load_base(tmp_path, tmp_path / "own", None, torch.float32, wanted)  # type: ignore[arg-type]
+
+
+# -- documents in one row ----------------------------------------------------------------------------------------------
+
+FIRST, SECOND = 9, 23
+"""Lengths of two documents in one row; the second is longer than the sliding windows of 12."""
+
+
+def two_documents(seed: int) -> dict[str, Tensor]:
+    """(2, FIRST + SECOND): the second document is the same for every seed."""
+    ids = torch.cat((tokens(2, FIRST, seed), tokens(2, SECOND, seed=50)), dim=1)
+    positions = torch.cat((torch.arange(FIRST), torch.arange(SECOND))).expand(2, -1)
+    labels = ids.roll(-1, dims=1)
+    labels[:, :FIRST] = -100
+    labels[:, -1] = -100
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
+
+
+def adapted(family: str, attention: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Weights large enough that attention is not uniform, so that a leak would be seen."""
+    model = tiny_model(family, dtype=dtype)
+    model.set_attn_implementation(attention)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name and ".ln_" not in name:
+            parameter.data *= 5
+    inject(model, MoRAConfig(rank=4))
+    for layer in mora_layers(model).values():
+        torch.nn.init.normal_(layer.square, std=0.05)
+    return model
+
+
+CASES = [(family, attention) for family in FAMILIES for attention in ("sdpa", "eager")]
+CASES.remove(("gemma2", "sdpa"))  # transformers has none
+
+
+@pytest.mark.parametrize(("family", "attention"), CASES)
+def test_documents_do_not_see_each_other(family: str, attention: str) -> None:
+    model = adapted(family, attention)
+    for training in (False, True):
+        model.train(training)
+        one, other = two_documents(1), two_documents(2)
+        assert not torch.equal(one["input_ids"], other["input_ids"])
+        with torch.no_grad():
+            alone = logits_of(model, one["input_ids"][:, FIRST:], one["position_ids"][:, FIRST:])
+            first = logits_of(model, one["input_ids"], one["position_ids"])[:, FIRST:]
+            second = logits_of(model, other["input_ids"], other["position_ids"])[:, FIRST:]
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, alone, rtol=1e-4, atol=1e-4)
+
+
+def logits_of(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
+    return model(input_ids=ids, position_ids=positions, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_restarting_positions_they_do(family: str) -> None:
+    """The control: the test above can fail."""
+    model = adapted(family, "eager")
+    positions = torch.arange(FIRST + SECOND).expand(2, -1)
+    with torch.no_grad():
+        first, second = (logits_of(model, two_documents(seed)["input_ids"], positions)[:, FIRST:] for seed in (1, 2))
+    assert (first - second).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_of_the_document_mask_lets_every_family_pass(family: str) -> None:
+    check_document_mask(adapted(family, "eager"), 128)
+
+
+@pytest.mark.parametrize("kind", ["opt", "bloom", "mamba"])
+def test_a_model_that_takes_no_mask_from_the_positions_is_found(kind: str) -> None:
+    """transformers 5.24: these let documents see each other, and say nothing."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **MASKLESS[kind]))
+    with pytest.raises(UserError, match="--no_document_mask"):
+        check_document_mask(model, 128)
+
+
+MASKLESS: dict[str, dict[str, Any]] = {
+    "opt": {
+        "vocab_size": 128, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 128,
+    },
+    "bloom": {"vocab_size": 128, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mamba": {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_do_not_cross_documents_with_checkpointing(family: str, reentrant: bool) -> None:
+    """The loss of the second document gives the same gradients whatever stands before it."""
+    gradients = []
+    for seed in (1, 2):
+        model = adapted(family, "eager")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
+        model.train()
+        token_nll(model, two_documents(seed)).backward()
+        gradients.append([layer.square.grad for layer in mora_layers(model).values()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4 * float(first.abs().max()))
+        assert first.abs().max() > 0

@@ -1,0 +1,132 @@
+"""The kill matrix: SIGKILL at every moment that has a name, then the same command again: nothing has happened.
+
+pytest tests/train/test_kill.py              every second moment once, on two ranks
+pytest tests/train/test_kill.py -m heavy     every moment x one rank or all x 2 and 3 ranks x fp32 and bf16
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mora_ds.files import replace_symlink
+from tests.helpers.jobs import Playground, run
+from tests.helpers.kills import MOMENTS, STEPS, Passes, Start, assert_same_outcome, killed_run
+
+Whole = Callable[[int, str, tuple[str | int, ...]], Path]
+PRECISIONS = {"fp32": (), "bf16": ("--bf16", "true")}
+
+
+def command(user: Playground, out: Path, precision: str, *more: str | int | Path) -> list[str]:
+    return user.flags(out, *STEPS, "--eval_files", f"short={user.other}", *PRECISIONS[precision], *map(str, more))
+
+
+@pytest.fixture(scope="module")
+def whole_of(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """(ranks, precision, more flags) -> the output folder of a run that nothing has disturbed."""
+    done: dict[tuple[int, str, tuple[str | int, ...]], Path] = {}
+
+    def whole(ranks: int, precision: str, more: tuple[str | int, ...]) -> Path:
+        key = (ranks, precision, more)
+        if key not in done:
+            done[key] = tmp_path_factory.mktemp("whole") / "out"
+            run(ranks, command(user, done[key], precision, *more, "--resume_from_checkpoint", "auto"))
+        return done[key]
+
+    return whole
+
+
+def prepare(out: Path, whole: Path, start: Start) -> None:
+    if start in (Start.FINISHED, Start.UNNAMED):
+        shutil.copytree(whole, out, symlinks=True)
+    if start is Start.UNNAMED:
+        (out / "summary.json").unlink()
+        shutil.rmtree(out / "merged")
+        replace_symlink(out / "checkpoints" / "latest", "step-000005")
+    if start is Start.ANOTHER:
+        for name in (
+            "run.yaml",
+            "metrics.jsonl",
+            "checkpoints/step-000009/one",
+            "ledger/two",
+            "base/three",
+            "merged/x",
+        ):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text("of another run")
+
+
+def kill_and_run_again(
+    user: Playground, tmp_path: Path, whole: Path, moment: str, victims: list[int], ranks: int, precision: str
+) -> None:
+    out, cache, start = tmp_path / "out", tmp_path / "cache", MOMENTS[moment].start
+    prepare(out, whole, start)
+    how = ("--overwrite_output_dir", "true") if start is Start.ANOTHER else ("--resume_from_checkpoint", "auto")
+    own_cache = ("--cache_dir", cache) if moment.startswith(("tokens", "corpus")) else ()
+    again = command(user, out, precision, *MOMENTS[moment].more, *how, *own_cache)
+    killed_run(ranks, again, moment, victims)
+    run(ranks, again)
+    assert_same_outcome(out, whole, padded=ranks == 3)
+    assert not [path for path in cache.rglob("*") if "partial" in path.name or path.name.startswith("tmp")]
+
+
+def victims_of(moment: str, ranks: int) -> dict[str, list[int]]:
+    groups = {"first": [0], "last": [ranks - 1], "all": list(range(ranks))}
+    return groups if MOMENTS[moment].passes is Passes.ALL else {"first": groups["first"], "all": groups["all"]}
+
+
+ONCE = [
+    (moment, list(victims_of(moment, 2).items())[index % len(victims_of(moment, 2))])
+    for index, moment in enumerate([name for name, each in MOMENTS.items() if not each.only_heavy][::2])
+]
+"""Every second moment, with one set of victims each; all of both are heavy."""
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("moment, victims", ONCE, ids=[f"{moment}-{name}" for moment, (name, _) in ONCE])
+def test_killed(
+    user: Playground,
+    whole_of: Whole,
+    tmp_path: Path,
+    moment: str,
+    victims: tuple[str, list[int]],
+) -> None:
+    kill_and_run_again(user, tmp_path, whole_of(2, "fp32", MOMENTS[moment].more), moment, victims[1], 2, "fp32")
+
+
+EVERY = [
+    (moment, who, ranks, precision)
+    for ranks, precision, moment in itertools.product((2, 3), PRECISIONS, MOMENTS)
+    for who in victims_of(moment, ranks)
+]
+
+
+@pytest.mark.gloo
+@pytest.mark.heavy
+@pytest.mark.parametrize("moment, who, ranks, precision", EVERY)
+def test_killed_in_every_way(
+    user: Playground,
+    whole_of: Whole,
+    tmp_path: Path,
+    moment: str,
+    who: str,
+    ranks: int,
+    precision: str,
+) -> None:
+    whole = whole_of(ranks, precision, MOMENTS[moment].more)
+    kill_and_run_again(user, tmp_path, whole, moment, victims_of(moment, ranks)[who], ranks, precision)
+
+
+@pytest.mark.gloo
+def test_a_run_that_another_had_set_aside_goes_on(user: Playground, whole_of: Whole, tmp_path: Path) -> None:
+    """--overwrite_output_dir was a mistake and was killed before its run began; then the old run is resumed."""
+    whole, out = whole_of(2, "fp32", ()), tmp_path / "out"
+    prepare(out, whole, Start.UNNAMED)
+    killed_run(2, command(user, out, "fp32", "--overwrite_output_dir", "true"), "old_run_set_aside", [0, 1])
+    assert not (out / "checkpoints").exists()
+    run(2, command(user, out, "fp32", "--resume_from_checkpoint", "auto"))
+    assert_same_outcome(out, whole)

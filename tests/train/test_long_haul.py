@@ -1,0 +1,133 @@
+"""The long haul: 2,000 short steps, 40 merges, 20 kills at random moments; memory and file descriptors stay flat.
+
+    pytest tests/train/test_long_haul.py -m heavy                     two ranks; 10 minutes
+    LONG_HAUL_STEPS=400 pytest tests/train/test_long_haul.py -m heavy     a fifth of it: 8 merges, 4 kills
+
+The moments of the kills come from a seed (`LONG_HAUL_SEED`), so that a failure can be repeated.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mora_ds.train.trainer import Trainer
+from tests.helpers.gloo import run_ranks, start_ranks
+from tests.helpers.jobs import Playground, job, playground, rows
+from tests.helpers.kills import assert_same_outcome
+
+RANKS = 2
+STEPS = int(os.environ.get("LONG_HAUL_STEPS", "2000"))
+MERGE_EVERY, SAVE_EVERY = 50, 20
+KILLS = STEPS // 100
+SEED = int(os.environ.get("LONG_HAUL_SEED", "0"))
+LOOK_EVERY = 10
+GROWTH = 0.02
+
+FLAGS = (
+    "--max_steps", STEPS, "--merge_every", MERGE_EVERY, "--restart_warmup_steps", 5, "--save_steps", SAVE_EVERY,
+    "--save_total_limit", 3, "--merge_at_end", "true", "--mora_dropout", 0.1, "--resume_from_checkpoint", "auto",
+)  # fmt: skip
+
+
+def watched_job(argv: list[str]) -> list[tuple[int, int, int]]:
+    """A run; (step, resident bytes, open file descriptors) of this rank every few steps. For `run_ranks`."""
+    seen: list[tuple[int, int, int]] = []
+    after_step = Trainer._after_step
+
+    def look(trainer: Trainer) -> None:
+        after_step(trainer)
+        if trainer.state.step % LOOK_EVERY == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident = pages * os.sysconf("SC_PAGE_SIZE")
+            seen.append((trainer.state.step, resident, len(os.listdir("/proc/self/fd"))))
+
+    Trainer._after_step = look  # type: ignore[method-assign]  # in this forked rank alone
+    job(argv)
+    return seen
+
+
+def assert_flat(seen: list[tuple[int, int, int]], rank: int) -> None:
+    """Largest values of the last tenth against those of the second one: by then every buffer has its size."""
+    tenth = len(seen) // 10
+    early, late = seen[tenth : 2 * tenth], seen[-tenth:]
+    for what, place in (("resident bytes", 1), ("file descriptors", 2)):
+        before, now = (max(row[place] for row in part) for part in (early, late))
+        print(f"rank {rank}: {what} {before:,} -> {now:,} ({now / before - 1:+.2%})")
+    resident = [max(row[1] for row in part) for part in (early, late)]
+    assert resident[1] <= resident[0] * (1 + GROWTH), f"rank {rank} grew from {resident[0]:,} to {resident[1]:,} bytes"
+    descriptors = [max(row[2] for row in part) for part in (early, late)]
+    assert descriptors[1] <= descriptors[0], f"rank {rank}: {descriptors[0]} -> {descriptors[1]} open file descriptors"
+
+
+def killed_while(argv: list[str], out: Path, until: int, delay_s: float, victims: list[int]) -> bool:
+    """Runs until the step `until` is logged and `delay_s` have passed, then kills `victims`, and the rest as a launcher
+    does. Returns whether the run had not come to its end by itself."""
+    pipes, processes = start_ranks(RANKS, job, argv)
+    try:
+        deadline = time.monotonic() + 600
+        while _last_step(out) < until and all(process.is_alive() for process in processes):
+            assert time.monotonic() < deadline, f"the run did not get to step {until}"
+            time.sleep(0.02)
+        time.sleep(delay_s)
+        running = all(process.is_alive() for process in processes)
+        for rank in victims:
+            processes[rank].kill()
+        return running
+    finally:
+        time.sleep(0.2)  # what a survivor does meanwhile must be harmless
+        for process in processes:
+            process.kill()
+            process.join()
+        for pipe in pipes:
+            pipe.close()
+
+
+def _last_step(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    if not path.exists():
+        return 0
+    last = path.read_bytes()[-600:].decode(errors="replace").rpartition('"step": ')[2]
+    digits = last.split(",")[0].split("}")[0]
+    return int(digits) if digits.isdigit() else 0
+
+
+@pytest.mark.gloo
+@pytest.mark.heavy
+@pytest.mark.timeout(3 * 3600)
+def test_long_haul(tmp_path: Path) -> None:
+    user: Playground = playground(tmp_path / "user")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+
+    def flags(folder: Path) -> list[str]:
+        return user.flags(folder, *FLAGS, "--eval_files", f"short={user.other}")
+
+    for rank, seen in enumerate(run_ranks(RANKS, watched_job, flags(whole), timeout_s=3600)):
+        assert_flat(seen, rank)
+    dice, done = random.Random(SEED), 0
+    steps = sorted(dice.sample(range(5, STEPS - 5), KILLS))
+    for step in steps:
+        victims = dice.choice([[0], [1], [0, 1]])
+        done += killed_while(flags(out), out, step, dice.random() * 0.3, victims)
+    print(f"{done} kills of {KILLS} met a running job, at or after steps {steps}")
+    assert done >= 0.9 * KILLS
+    run_ranks(RANKS, job, flags(out), timeout_s=3600)
+    assert_same_outcome(out, whole)
+    assert sum("merge" in row for row in rows(out)) == STEPS // MERGE_EVERY
+
+
+def test_the_watch_sees_growth() -> None:
+    flat: list[tuple[int, int, int]] = [(step, 1000, 10) for step in range(100)]
+    assert_flat(flat, 0)
+    leaks: list[list[Any]] = [
+        [(step, 1000 + step, 10) for step in range(100)],
+        [(step, 1000, 10 + step // 50) for step in range(100)],
+    ]
+    for leak in leaks:
+        with pytest.raises(AssertionError):
+            assert_flat(leak, 0)

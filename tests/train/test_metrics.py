@@ -1,0 +1,124 @@
+"""What is logged: rows that any JSON reader takes, a resumed file that reads as one, TensorBoard, and nothing twice."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mora_ds.remora.stall import StallRule, StallSignal
+from mora_ds.train.metrics import MetricsLog, StepMetrics, peak_memory_bytes, perplexity, plain_json
+from tests.helpers.jobs import rows
+
+
+def metrics(step: int, loss: float = 2.0, grad_norm: float = 0.5) -> StepMetrics:
+    return StepMetrics(step, loss, 1e-3, grad_norm, 64 * step, 128.0, 64.0, 0.5, 2**30, 1_000_000)
+
+
+def test_a_row_has_the_promised_fields(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 3, enabled=True)
+    log.step(metrics(1))
+    log.evaluation(1, {"held": 7.5})
+    log.merge(1, {"cycle": 0, "square_norm": 0.25, "loss_before": None})
+    log.close()
+    step, evaluation, merge = rows(tmp_path)
+    wanted = {"step": 1, "loss": 2.0, "learning_rate": 1e-3, "grad_norm": 0.5, "tokens": 64, "tokens_per_s": 128.0,
+              "step_time_s": 0.5, "peak_memory_bytes": 2**30, "bytes_gathered": 1_000_000}  # fmt: skip
+    assert wanted.items() <= step.items()
+    assert step["perplexity"] == pytest.approx(math.exp(2))
+    assert evaluation == {"step": 1, "eval": {"held": 7.5}}
+    assert merge == {"step": 1, "merge": {"cycle": 0, "square_norm": 0.25, "loss_before": None}}
+
+
+def test_where_the_stall_rule_stands_is_in_both(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 3, enabled=True)
+    rule = StallRule(StallSignal.LOSS, 3, 0.1)
+    for step, history in ((1, [2.0]), (2, [2.0, 3.0, 2.5])):
+        log.stall(step, rule.facts(history))
+    log.close()
+    short, full = (row["stall"] for row in rows(tmp_path))
+    assert (short["value"], short["change"], short["error"]) == (2.0, None, None)
+    assert (full["value"], full["values"], full["tolerance"]) == (2.5, 3, 0.1) and full["change"] == pytest.approx(0.2)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("stall/value")] == [1, 2]
+    assert [event.step for event in board.Scalars("stall/change")] == [2]
+
+
+def test_the_line_for_humans() -> None:
+    line = metrics(7).line(100)
+    for part in (
+        "step 7/100",
+        "loss 2.0000",
+        "ppl 7.39",
+        "lr 1.00e-03",
+        "128 tok/s (64/rank)",
+        "mem 1.00 GiB",
+        "1.00 MB",
+    ):
+        assert part in line
+
+
+def test_what_is_no_number_is_null(tmp_path: Path) -> None:
+    """NaN and Infinity are no JSON, and a perplexity may well overflow."""
+    assert perplexity(800.0) == math.inf
+    log = MetricsLog(tmp_path, 1, enabled=True)
+    log.step(metrics(1, loss=800.0, grad_norm=math.nan))
+    log.evaluation(1, {"held": math.inf})
+    log.close()
+    first, second = rows(tmp_path)
+    assert first["perplexity"] is None and first["grad_norm"] is None and first["loss"] == 800.0
+    assert second["eval"] == {"held": None}
+    assert plain_json({"a": {"b": -math.inf}, "c": 1, "d": "x"}) == {"a": {"b": None}, "c": 1, "d": "x"}
+
+
+def write_rows(path: Path, steps: list[int], tail: str = "") -> None:
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps) + tail, encoding="utf-8")
+
+
+def test_a_resumed_file_reads_as_one(tmp_path: Path) -> None:
+    write_rows(tmp_path / "metrics.jsonl", [0, 1, 2, 2, 3, 4], tail='{"step": 5, "lo')
+    log = MetricsLog(tmp_path, 9, enabled=True, start_step=2)
+    log.step(metrics(3))
+    log.close()
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2, 2, 3]
+
+
+def test_a_run_from_the_beginning_keeps_nothing_of_an_older_one(tmp_path: Path) -> None:
+    write_rows(tmp_path / "metrics.jsonl", [0, 1, 2])
+    log = MetricsLog(tmp_path, 9, enabled=True)
+    log.evaluation(0, {"held": 3.0})
+    log.close()
+    assert rows(tmp_path) == [{"step": 0, "eval": {"held": 3.0}}]
+
+
+def test_tensorboard_shows_one_curve_after_a_resume(tmp_path: Path) -> None:
+    for start, stop, loss in ((0, 4, 2.0), (2, 5, 1.0)):  # interrupted at 4, resumed from a checkpoint at 2
+        log = MetricsLog(tmp_path, 9, enabled=True, start_step=start)
+        for step in range(start + 1, stop + 1):
+            log.step(metrics(step, loss))
+        log.evaluation(stop, {"held": loss})
+        log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [
+        (1, 2.0), (2, 2.0), (3, 1.0), (4, 1.0), (5, 1.0),
+    ]  # fmt: skip
+    assert {"train/learning_rate", "train/grad_norm", "train/tokens_per_s", "eval/held"} <= set(board.Tags()["scalars"])
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 3, enabled=False)
+    log.step(metrics(1))
+    log.evaluation(1, {})
+    log.merge(1, {"cycle": 0, "square_norm": 0.0})
+    log.stall(1, {"value": 2.0})
+    log.advance(1)
+    log.say("nothing")
+    log.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_is_in_bytes() -> None:
+    assert 2**26 < peak_memory_bytes() < 2**44

@@ -1,0 +1,391 @@
+"""The main job as users run it: one curve for any number of ranks, every kind of input and setting, the way home."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mora_ds.data import PackedDataset, build_cache, load_corpus, load_tokenizer, train_sentencepiece
+from mora_ds.deploy.export import export_merged
+from mora_ds.models.losses import token_nll
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import REPOSITORY, Playground, environment, job, launch, losses, rows, run, said
+from tests.helpers.models import tiny_model
+
+MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--max_steps", 8, "--eval_steps", 4)
+
+
+def perplexities(out: Path) -> list[tuple[int, dict[str, float]]]:
+    return [(row["step"], row["eval"]) for row in rows(out) if "eval" in row]
+
+
+def assert_close_evals(one: Path, other: Path, rel: float) -> None:
+    for (step, found), (expected_step, expected) in zip(perplexities(one), perplexities(other), strict=True):
+        assert step == expected_step and found == pytest.approx(expected, rel=rel)
+
+
+# -- one curve -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gloo
+def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user: Playground, tmp_path: Path) -> None:
+    """12 sequences a step, shared out in four ways, with two merges, embeddings and norms trained too."""
+    more = (*MERGING, "--train_embeddings", "true", "--train_norms", "true", "--learning_rate", "5e-3")
+    shares = [(1, 12, 1), (1, 3, 4), (2, 3, 2), (3, 4, 1)]
+    outs = []
+    for ranks, micro, accumulation in shares:
+        out = tmp_path / f"{ranks}-{micro}-{accumulation}"
+        batch = ("--per_device_train_batch_size", micro, "--gradient_accumulation_steps", accumulation)
+        summary = run(ranks, user.flags(out, *more, *batch, "--per_device_eval_batch_size", micro))
+        assert summary["merges"] == 2 and summary["base_bytes_gathered"] == 0
+        outs.append(out)
+    reference, *others = outs
+    assert losses(reference)[-1] < losses(reference)[0] - 0.05, "it learns"
+    for out in others:
+        torch.testing.assert_close(losses(out), losses(reference), rtol=2e-6, atol=0)
+        assert_close_evals(out, reference, rel=1e-5)
+        squares, expected = (load_file(each / "checkpoints/latest/adapter.safetensors") for each in (out, reference))
+        for name in expected:
+            torch.testing.assert_close(squares[name], expected[name], rtol=1e-3, atol=2e-5)
+
+
+def document_losses(user: Playground) -> tuple[float, float]:
+    """(summed loss of one packed block, sum over its documents each by itself), in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(user.model, attn_implementation="sdpa").eval()
+    tokenizer = AutoTokenizer.from_pretrained(user.model)
+    documents = user.root / "short_documents.jsonl"
+    documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("def f(x):", "return 1", "a = b")))
+    cache = build_cache(load_corpus([str(documents)]), tokenizer, user.root / "cache")
+    data = PackedDataset(cache, seq_len=int(cache.n_tokens) - 1)
+    batch = {name: value.unsqueeze(0) for name, value in data.block(0).items()}
+    with torch.no_grad():
+        packed = token_nll(model, batch).item()
+        alone, start = 0.0, 0
+        for end in map(int, cache.ends):
+            ids = torch.tensor(cache.tokens[start:end].astype("int64")).unsqueeze(0)
+            logits = model(input_ids=ids).logits[0, :-1]
+            alone += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+            start = end
+    return packed, alone
+
+
+def test_packed_documents_do_not_see_each_other(user: Playground) -> None:
+    packed, alone = document_losses(user)
+    assert packed == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.gloo
+def test_document_mask_can_be_turned_off(user: Playground, tmp_path: Path) -> None:
+    run(1, user.flags(tmp_path / "on"))
+    run(1, user.flags(tmp_path / "off", "--no_document_mask"))
+    assert not torch.equal(losses(tmp_path / "on"), losses(tmp_path / "off"))
+
+
+# -- the control ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gloo
+def test_full_training_under_zero3_with_export_and_resume(user: Playground, tmp_path: Path) -> None:
+    more = ("--adapter", "full", "--max_steps", 6, "--save_steps", 3, "--learning_rate", "1e-3")
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(1, user.flags(one, *more, "--per_device_train_batch_size", 4))
+    summary = run(2, user.flags(two, *more, "--export_merged", "true"))
+    assert summary["trainable_params"] == summary["total_params"]
+    torch.testing.assert_close(losses(two), losses(one), rtol=1e-5, atol=0)
+    model = AutoModelForCausalLM.from_pretrained(two / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(two / "merged")
+    data = PackedDataset(build_cache(load_corpus([str(user.held)]), tokenizer, tmp_path / "cache"), 32, shuffle=False)
+    batch = next(data.eval_batches(0, 1, data.n_blocks))
+    predicted = int((batch["labels"] != -100).sum())
+    with torch.no_grad():
+        found = torch.tensor(token_nll(model, batch).item() / predicted).exp().item()
+    assert found == pytest.approx(summary["perplexity_after"]["held"], rel=1e-5)
+    again = tmp_path / "again"
+    run(2, user.flags(again, *more, "--resume_from_checkpoint", two / "checkpoints" / "step-000003"))
+    assert torch.equal(losses(again), losses(two)[3:])
+
+
+# -- where text and model come from --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def texts(user: Playground) -> list[str]:
+    return [json.loads(line)["text"] for line in user.train.read_text().splitlines()]
+
+
+@pytest.mark.gloo
+def test_the_same_documents_in_every_format_give_the_same_run(
+    user: Playground, texts: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"body": texts}), folder / "a.parquet")
+    (folder / "a.json").write_text(json.dumps([{"body": text} for text in texts]))
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps({"body": t}) + "\n" for t in texts).encode()))
+    for number, text in enumerate(texts):
+        (folder / f"{number:03}.txt").write_bytes(text.encode())
+    run(1, user.flags(tmp_path / "jsonl"))
+    for kind, pattern in (("parquet", "*.parquet"), ("json", "*.json"), ("gz", "*.gz"), ("txt", "*.txt")):
+        out = tmp_path / kind
+        run(1, user.flags(out, "--train_files", folder / pattern, "--text_column", "body"))
+        assert torch.equal(losses(out), losses(tmp_path / "jsonl")), kind
+
+
+@pytest.mark.gloo
+def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user: Playground, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fresh = [
+        "--model_config",
+        str(REPOSITORY / "configs" / "models" / "tiny_llama.json"),
+        "--train_tokenizer_vocab",
+        "420",
+    ]
+    argv = user.flags(out, "--save_steps", 3, "--merge_every", 2, "--restart_warmup_steps", 1)
+    at = argv.index("--model_name_or_path")
+    argv[at : at + 2] = fresh
+    run(1, [*argv, "--export_merged", "true", "--train_embeddings", "true"])
+    model = AutoModelForCausalLM.from_pretrained(out / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(out / "merged")
+    assert model.config.vocab_size == 420 == len(tokenizer)
+    export_merged(out / "checkpoints" / "latest", tmp_path / "verified", verify=True)
+    whole = losses(out)
+    tokenizer_file = (out / "tokenizer" / "tokenizer.model").stat().st_mtime_ns
+    shutil.rmtree(out / "checkpoints" / "step-000006")
+    run(1, [*argv, "--train_embeddings", "true", "--resume_from_checkpoint", "auto"])
+    assert torch.equal(losses(out), whole)
+    assert (out / "tokenizer" / "tokenizer.model").stat().st_mtime_ns == tokenizer_file, "trained once"
+
+
+@pytest.mark.gloo
+def test_a_sentencepiece_file_as_tokenizer(user: Playground, texts: list[str], tmp_path: Path) -> None:
+    path = train_sentencepiece(texts, 380, tmp_path)
+    out = tmp_path / "out"
+    run(1, user.flags(out, "--tokenizer_name", path, "--export_merged", "true"))
+    exported = AutoTokenizer.from_pretrained(out / "merged")
+    assert exported("def f(x):")["input_ids"] == load_tokenizer(path)("def f(x):")["input_ids"]
+
+
+@pytest.mark.gloo
+def test_a_pattern_of_evaluation_files_is_one_set_a_file(user: Playground, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"# {name}\nimport os\n")
+    files = ("--eval_files", tmp_path / "*.txt", f"both={tmp_path}/*.txt")
+    summary = run(1, user.flags(tmp_path / "out", *files))
+    assert list(summary["perplexity_after"]) == ["one", "two", "both"]
+
+
+@pytest.mark.gloo
+def test_epochs_in_place_of_steps(user: Playground, tmp_path: Path) -> None:
+    """Every block once an epoch: half an epoch is half of them, rounded up to whole steps."""
+    more = ("--max_steps", -1, "--per_device_train_batch_size", 16, "--num_train_epochs")
+    one = run(1, user.flags(tmp_path / "one", *more, 1))
+    half = run(1, user.flags(tmp_path / "half", *more, 0.5, "--lr_scheduler_type", "constant"))
+    assert half["steps"] == -(-one["steps"] // 2) or half["steps"] == one["steps"] // 2
+    assert one["tokens"] == one["steps"] * 16 * 32
+    assert yaml.safe_load((tmp_path / "one" / "run.yaml").read_text())["resolved"]["steps"] == one["steps"]
+
+
+# -- settings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that settings which only change how it is computed must repeat."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    run(1, user.flags(out, *MERGING, "--per_device_train_batch_size", 4))
+    return out
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ("--deepspeed", REPOSITORY / "configs" / "zero0.json"),
+        ("--deepspeed", REPOSITORY / "configs" / "zero1.json"),
+        ("--deepspeed", REPOSITORY / "configs" / "zero2.json"),
+        ("--deepspeed", REPOSITORY / "configs" / "zero3_offload_optimizer.json"),
+        ("--gradient_checkpointing", "true"),
+        ("--gradient_checkpointing", "true", "--gradient_checkpointing_reentrant", "true"),
+    ],
+    ids=["zero0", "zero1", "zero2", "offload", "checkpointing", "reentrant"],
+)
+def test_how_it_is_computed_changes_nothing(user: Playground, plain: Path, tmp_path: Path, setting: Any) -> None:
+    run(2, user.flags(tmp_path / "out", *MERGING, *setting))
+    torch.testing.assert_close(losses(tmp_path / "out"), losses(plain), rtol=2e-6, atol=0)
+    assert_close_evals(tmp_path / "out", plain, rel=1e-5)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
+def test_bf16(user: Playground, plain: Path, tmp_path: Path, stage: str) -> None:
+    out = tmp_path / "out"
+    run(2, user.flags(out, *MERGING, "--bf16", "true", "--deepspeed", REPOSITORY / "configs" / f"{stage}.json"))
+    torch.testing.assert_close(losses(out), losses(plain), rtol=0, atol=0.02)
+    report = export_merged(out / "checkpoints" / "latest", tmp_path / "merged", verify=True)
+    assert report.dtype == "bfloat16" and report.comparison is not None
+
+
+@pytest.mark.gloo
+def test_tied_embeddings_trained_and_the_way_home(user: Playground, tmp_path: Path) -> None:
+    model = tiny_model("qwen2", vocab_size=400)
+    assert model.config.tie_word_embeddings
+    shutil.copytree(user.model, tmp_path / "model")
+    tiny_model(vocab_size=400, tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    trained = ("--train_embeddings", "true", "--train_norms", "true", "--save_steps", 5)
+    argv = user.flags(out, *MERGING, *trained, "--model_name_or_path", tmp_path / "model")
+    summary = run(2, [*argv, "--export_merged", "true"])
+    assert summary["trainable_params"] > 400 * 32
+    home = AutoModelForCausalLM.from_pretrained(out / "merged")
+    assert home.lm_head.weight is home.model.embed_tokens.weight
+    assert not torch.equal(home.lm_head.weight, tiny_model(vocab_size=400, tie_word_embeddings=True).lm_head.weight)
+    tool = [sys.executable, str(REPOSITORY / "tools" / "export_hf.py"), "--checkpoint", str(out / "checkpoints/latest")]
+    done = subprocess.run(
+        [*tool, "--output", str(tmp_path / "merged"), "--verify"],
+        env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "logits against the live model's" in done.stdout
+    ids = AutoTokenizer.from_pretrained(out / "merged")("def f", return_tensors="pt", return_token_type_ids=False)
+    assert home.generate(**ids, max_new_tokens=5, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+
+
+# -- as users call it ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gloo
+def test_recipe_flags_and_run_yaml(user: Playground, tmp_path: Path) -> None:
+    """A recipe with relative paths, flags over it, in a folder with a space in its name; then run.yaml as a recipe."""
+    place = tmp_path / "my work"
+    shutil.copytree(user.model, place / "a model")
+    shutil.copy(user.train, place / "some text.jsonl")
+    recipe = {
+        "deepspeed": str(REPOSITORY / "configs" / "zero3.json"), "model_name_or_path": "a model", "max_steps": 4,
+        "train_files": ["some text.jsonl"], "output_dir": "my run", "cache_dir": "cache", "mora_rank": 4, "seq_len": 32,
+        "per_device_train_batch_size": 2, "learning_rate": "1e-2",
+    }  # fmt: skip
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = launch(2, ["recipe.yaml", "--mora_rank", "2", "--export_merged", "true"], place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first = place / "my run"
+    written = yaml.safe_load((first / "run.yaml").read_text())
+    assert (written["mora_rank"], written["max_steps"], written["resolved"]["world_size"]) == (2, 4, 2)
+    assert written["versions"]["deepspeed"]
+    assert AutoModelForCausalLM.from_pretrained(first / "merged").config.vocab_size == 400
+    again = place / "again"
+    os.chdir(place)
+    run(2, [str(first / "run.yaml"), "--output_dir", str(again)])
+    assert torch.equal(losses(again), losses(first))
+
+
+@pytest.fixture(autouse=True)
+def _stay_here() -> Any:
+    here = Path.cwd()
+    yield
+    os.chdir(here)
+
+
+def home_job(home: str, argv: list[str]) -> dict[str, Any]:
+    os.environ["HOME"] = home
+    return job(argv)
+
+
+@pytest.mark.gloo
+def test_home_is_understood_where_no_shell_has_expanded_it(user: Playground, tmp_path: Path) -> None:
+    """As in a YAML recipe, or behind --flag=~/..."""
+    shutil.copytree(user.model, tmp_path / "model")
+    shutil.copy(user.train, tmp_path / "train.jsonl")
+    shutil.copy(user.flags("x")[1], tmp_path / "zero3.json")
+    argv = user.flags(
+        "~/out", "--cache_dir", "~/cache", "--model_name_or_path", "~/model", "--train_files", "~/train.jsonl"
+    )
+    run_ranks(1, home_job, str(tmp_path), [*argv, "--deepspeed", "~/zero3.json", "--save_steps", "3"])
+    assert (tmp_path / "out" / "summary.json").is_file() and (tmp_path / "cache").is_dir()
+    resume = ["--deepspeed", "~/zero3.json", "--resume_from_checkpoint", "~/out/checkpoints/step-000003"]
+    run_ranks(1, home_job, str(tmp_path), [*argv, *resume])
+    assert not Path("~").exists()
+
+
+@pytest.mark.gloo
+def test_torchrun_and_a_cache_shared_by_two_runs_at_once(user: Playground, tmp_path: Path) -> None:
+    """Two runs start together on an empty cache; both end with the same losses."""
+    argvs = [user.flags(tmp_path / name, "--cache_dir", tmp_path / "cache") for name in ("one", "two")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    program = str(REPOSITORY / "launch" / "pretrain.py")
+    started = [
+        subprocess.Popen(
+            [*command, program, *argv],
+            cwd=tmp_path,
+            env=environment(),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
+        for command, argv in zip((torchrun, torchrun), argvs, strict=True)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+    assert torch.equal(losses(tmp_path / "one"), losses(tmp_path / "two"))
+
+
+@pytest.mark.gloo
+def test_summary_and_files_of_a_run(plain: Path) -> None:
+    summary = json.loads((plain / "summary.json").read_text())
+    assert {
+        "steps", "tokens", "trainable_params", "total_params", "merges", "perplexity_before", "perplexity_after",
+        "perplexity_change_percent",
+        "bytes_gathered_per_step", "base_bytes_gathered", "peak_memory_bytes",
+    } <= summary.keys()  # fmt: skip
+    assert (summary["steps"], summary["tokens"], summary["merges"]) == (8, 8 * 4 * 32, 2)
+    assert summary["perplexity_before"].keys() == summary["perplexity_after"].keys() == {"held", "short"}
+    names = {path.name for path in plain.iterdir()}
+    written = {"run.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "ledger", "tokenizer"}
+    assert names == {*written, ".lock"}
+    assert [row["step"] for row in rows(plain) if "loss" in row] == list(range(1, 9))
+    assert [step for step, _ in perplexities(plain)] == [0, 4, 8]
+
+
+@pytest.mark.gloo
+def test_a_run_says_beforehand_what_it_will_merge_and_what_not(user: Playground, tmp_path: Path) -> None:
+    short = ("--merge_every", 3, "--restart_warmup_steps", 2, "--max_steps", 8)
+    told = run_ranks(1, said, user.flags(tmp_path / "out", *short))[0]
+    before, _, after = told.partition("step 1/8")
+    assert "merges after step 3 of 8\n" in before and "merged cycle 0 at step 3" in after
+    assert "the merge at step 6 is left out: 2 steps would follow and the ramp alone takes 2" in before
+    assert [row["step"] for row in rows(tmp_path / "out") if "merge" in row] == [3]
+
+
+# -- several nodes -----------------------------------------------------------------------------------------------------
+
+
+def job_of_a_node(argv: list[str]) -> dict[str, Any]:
+    """Every rank is the first of its node, and all nodes see the same folder."""
+    os.environ["LOCAL_RANK"] = "0"
+    return job(argv)
+
+
+@pytest.mark.gloo
+def test_nodes_that_share_the_output_folder(user: Playground, tmp_path: Path) -> None:
+    out, one = tmp_path / "nodes", tmp_path / "one"
+    short = user.flags(out, *MERGING, "--save_steps", 4)
+    summaries = run_ranks(3, job_of_a_node, short)
+    assert [summary["merges"] for summary in summaries] == [2, 2, 2]
+    shutil.rmtree(out / "checkpoints" / "step-000008")
+    again = run_ranks(3, job_of_a_node, [*short, "--resume_from_checkpoint", "auto"])
+    assert [summary["steps"] for summary in again] == [8, 8, 8]
+    run(1, user.flags(one, *MERGING, "--per_device_train_batch_size", 6))
+    torch.testing.assert_close(losses(out), losses(one), rtol=1e-4, atol=0)

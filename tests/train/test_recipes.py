@@ -1,0 +1,103 @@
+"""Every recipe of configs/recipes/ is dry-run with a model of its size, and keeps what its comments say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mora_ds.config.arguments import parse
+from mora_ds.models.load import read_model_config
+from mora_ds.planning.plan import USABLE
+from mora_ds.train.pretrain import pretrain
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
+
+LONG = ("continual_70b", "continual_7b_r8", "continual_7b_r256", "continual_7b_replay", "tensor_parallel_2")
+"""To plan."""
+
+_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+_LLAMA_3 = {"num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 131_072}
+SHAPES: dict[str, dict[str, Any]] = {
+    "7b": {**_7B, "vocab_size": 32_000},
+    "8b": {**_7B, **_LLAMA_3, "intermediate_size": 14_336},
+    "70b": {
+        **_LLAMA_3,
+        "hidden_size": 8192,
+        "intermediate_size": 28_672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
+}
+PARAMETERS = {"7b": 6.74e9, "8b": 8.03e9, "70b": 70.55e9, "250m": 247e6, "1b3": 1.34e9}
+BATCH = re.compile(r"# (\d+(?: x \d+)*)(?: groups \(\d+ GPUs\)| x (\d+) GPUs) = (\d+) sequences")
+
+
+def size_of(path: Path) -> str:
+    return next((part for part in path.stem.split("_") if part in PARAMETERS), "7b")
+
+
+def model_config(size: str, folder: Path) -> Path:
+    """The shipped one of a model that is trained from scratch; otherwise one of the size that the recipe is for."""
+    shipped = CONFIGS / "models" / f"llama_{size}.json"
+    if shipped.is_file():
+        return shipped
+    made = folder / "config.json"
+    made.write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False, **SHAPES[size]}))
+    return made
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.heavy if path.stem in LONG else (), id=path.stem) for path in RECIPES],
+)
+def test_recipes_are_planned(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--dry_run on as many ranks as the recipe is for: of the right model, within the device that its plan names."""
+    size, text = size_of(path), path.read_text(encoding="utf-8")
+    asked = re.search(r"tools/plan.py .*--gpus (\d+) --gpu_memory (\d+)", text)
+    ranks, memory = (int(asked[1]), float(asked[2])) if asked else (8, 80.0)
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.chdir(CONFIGS.parent)
+    flags = ["--model_name_or_path", str(model_config(size, tmp_path)), "--output_dir", str(tmp_path / "out")]
+    arguments = parse([str(path), *flags, "--dry_run"])
+    summary = pretrain(arguments)
+    told = capsys.readouterr().out
+    assert not (tmp_path / "out").exists() and f"plan: {ranks} ranks" in told
+    if not arguments.adapter.train_embeddings:  # what is trained comes on top of the model
+        base = summary["total_params"] - summary["trainable_params"]
+        assert base == pytest.approx(PARAMETERS[size], rel=0.01)
+    highest = re.search(r"= at the highest +([\d.]+) GB", told)
+    assert highest is not None and float(highest[1]) <= USABLE * memory
+    promised = re.search(r"([\d.]+) GB at the highest", text.replace("\n# ", " "))
+    assert asked is None or promised is not None
+    if asked is not None and promised is not None:
+        assert float(promised[1]) == pytest.approx(float(highest[1]), abs=0.06)
+
+
+@pytest.mark.parametrize("size", ["250m", "1b3"])
+def test_shapes_of_the_paper_have_their_sizes(size: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(read_model_config(CONFIGS / "models" / f"llama_{size}.json"))
+    assert sum(each.numel() for each in model.parameters()) == pytest.approx(PARAMETERS[size], rel=0.01)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_batches_are_what_the_comments_say(path: Path) -> None:
+    training = parse([str(path)]).training
+    found = BATCH.search(path.read_text(encoding="utf-8"))
+    assert found is not None
+    factors = [int(each) for each in (found[1] + (f" x {found[2]}" if found[2] else "")).split(" x ")]
+    batch = 1
+    for factor in factors:
+        batch *= factor
+    assert batch == int(found[3])
+    own = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    assert int(found[3]) % own == 0 and factors[0] == training.per_device_train_batch_size

@@ -1,0 +1,280 @@
+"""Interrupted and resumed: the same losses, squares, base and rows, bit for bit, as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mora_ds.deploy.export import export_merged
+from mora_ds.train.trainer import Trainer
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import (
+    Playground,
+    curve,
+    environment,
+    job,
+    launch,
+    launcher,
+    losses,
+    playground,
+    refused,
+    rows,
+    run,
+    said,
+)
+
+MERGING = ("--max_steps", 9, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--eval_steps", 4)
+"""Merges after steps 3 and 6; checkpoints at 2, 4, 6 (right after a merge), 8 and 9."""
+
+
+def interrupted_job(argv: list[str], step: int) -> None:
+    """A run that stops dead after optimizer step `step`, and whatever follows it (a merge, a checkpoint)."""
+    after_step = Trainer._after_step
+
+    def stop(trainer: Trainer) -> None:
+        after_step(trainer)
+        if trainer.state.step == step:
+            raise KeyboardInterrupt
+
+    Trainer._after_step = stop  # type: ignore[method-assign]  # in this forked rank alone
+    try:
+        job(argv)
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("the run was to be interrupted")
+
+
+def final(out: Path) -> dict[str, torch.Tensor]:
+    """Squares, other trained tensors and every cycle of the ledger, as the last checkpoint has them."""
+    latest = out / "checkpoints" / "latest"
+    tensors = load_file(latest / "adapter.safetensors")
+    tensors |= {f"probe.{name}": tensor for name, tensor in load_file(latest / "probe.safetensors").items()}
+    for cycle in sorted((latest / "ledger").glob("cycle-*")):
+        tensors |= {f"{cycle.stem}.{name}": tensor for name, tensor in load_file(cycle).items()}
+    return tensors
+
+
+def merged(out: Path, target: Path) -> dict[str, torch.Tensor]:
+    export_merged(out / "checkpoints" / "latest", target)
+    return load_file(target / "model.safetensors")
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def assert_same_run(out: Path, whole: Path) -> None:
+    assert curve(out) == curve(whole)
+    assert_same(final(out), final(whole))
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.heavy), 2])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(user: Playground, tmp_path: Path, ranks: int) -> None:
+    more = (*MERGING, "--mora_dropout", 0.2, "--train_norms", "true", "--per_device_train_batch_size", 4 // ranks)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(ranks, user.flags(whole, *more))
+    for step in (3, 5, 7):  # right after a merge not yet saved, then twice in between checkpoints
+        auto = () if step == 3 else ("--resume_from_checkpoint", "auto")
+        run_ranks(ranks, interrupted_job, user.flags(out, *more, *auto), step)
+    run(ranks, user.flags(out, *more, "--resume_from_checkpoint", "latest"))
+    assert_same_run(out, whole)
+    assert_same(merged(out, tmp_path / "merged"), merged(whole, tmp_path / "merged_whole"))
+    assert [row["step"] for row in rows(out) if "eval" in row] == [0, 4, 8, 9]
+    assert [row["step"] for row in rows(out) if "merge" in row] == [3, 6]
+
+
+@pytest.fixture(scope="module")
+def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run with all its checkpoints."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(1, user.flags(out, *MERGING))
+    return out
+
+
+def copied(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "out", symlinks=True))
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("step", [2, 6])
+def test_resume_from_a_path_rolls_the_ledger_back(user: Playground, whole: Path, tmp_path: Path, step: int) -> None:
+    """From before the first merge, with both merges done since, and from right after the second."""
+    out = copied(whole, tmp_path)
+    checkpoint = out / "checkpoints" / f"step-{step:06d}"
+    run_ranks(1, interrupted_job, user.flags(out, *MERGING, "--resume_from_checkpoint", checkpoint), step + 1)
+    ledger = json.loads((out / "ledger" / "ledger.json").read_text())
+    assert [cycle["step"] for cycle in ledger["cycles"]] == ([3] if step == 2 else [3, 6])
+    assert len(list((out / "ledger").glob("cycle-*"))) == len(ledger["cycles"])
+    assert max(row["step"] for row in rows(out)) == step + 1
+    run(1, user.flags(out, *MERGING, "--resume_from_checkpoint", checkpoint))
+    assert_same_run(out, whole)
+
+
+@pytest.mark.gloo
+def test_a_branch_from_an_earlier_checkpoint_is_what_goes_on(user: Playground, whole: Path, tmp_path: Path) -> None:
+    """Later checkpoints of the branch that was left neither push new ones out nor are taken by auto."""
+    out = copied(whole, tmp_path)
+    keep = (*MERGING, "--save_total_limit", 2)
+    first = user.flags(
+        out, *keep, "--resume_from_checkpoint", out / "checkpoints" / "step-000002", "--learning_rate", 1
+    )
+    run_ranks(1, interrupted_job, first, 4)
+    assert (out / "checkpoints" / "latest").resolve().name == "step-000004"
+    with_rate = user.flags(out, *keep, "--resume_from_checkpoint", "auto", "--learning_rate", 1)
+    run_ranks(1, interrupted_job, with_rate, 5)
+    assert max(row["step"] for row in rows(out)) == 5, "auto went on from step 4, not from the old branch's step 9"
+
+
+@pytest.mark.gloo
+def test_resume_into_a_new_folder(user: Playground, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "elsewhere"
+    run(1, user.flags(out, *MERGING, "--resume_from_checkpoint", whole / "checkpoints" / "step-000006"))
+    assert_same(final(out), final(whole))
+    assert torch.equal(losses(out), losses(whole)[6:])
+
+
+@pytest.mark.gloo
+def test_resume_of_a_finished_run_trains_nothing_and_can_still_export(
+    user: Playground, whole: Path, tmp_path: Path
+) -> None:
+    out = copied(whole, tmp_path)
+    before = curve(out)
+    manifest = (out / "checkpoints" / "latest" / "manifest.json").read_bytes()
+    summary = run(1, user.flags(out, *MERGING, "--resume_from_checkpoint", "auto", "--export_merged", "true"))
+    assert curve(out) == before
+    assert (out / "checkpoints" / "latest" / "manifest.json").read_bytes() == manifest
+    assert (summary["steps"], summary["merges"]) == (9, 2)
+    assert (out / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.gloo
+def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(
+    user: Playground, whole: Path, tmp_path: Path
+) -> None:
+    out = copied(whole, tmp_path)
+    longer = user.flags(out, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 12)
+    assert "it was on its way to 9 steps and has 12 now" in run_ranks(1, said, longer)[0]
+    assert torch.equal(losses(out)[:9], losses(whole))
+    assert len(losses(out)) == 12
+    shorter = user.flags(out, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 7)
+    kind, message = run_ranks(1, refused, shorter)[0]
+    assert kind == "UserError" and "--max_steps" in message and "step-000012" in message
+
+
+@pytest.mark.gloo
+def test_auto_skips_a_damaged_checkpoint_and_says_so(user: Playground, whole: Path, tmp_path: Path) -> None:
+    out = copied(whole, tmp_path)
+    damaged = next((out / "checkpoints" / "step-000009" / "engine").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    kind, message = run_ranks(1, refused, user.flags(out, *MERGING, "--resume_from_checkpoint", "latest"))[0]
+    assert kind == "UserError" and damaged.name in message and "--resume_from_checkpoint auto" in message
+    told = run_ranks(1, said, user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"))[0]
+    assert "skipped" in told and damaged.name in told
+    assert "step-000008 at step 8" in told
+    assert_same_run(out, whole)
+
+
+@pytest.mark.gloo
+def test_auto_without_a_checkpoint_starts_afresh(user: Playground, tmp_path: Path) -> None:
+    """Also over what a run has left that was killed before its first checkpoint, merges included."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    more = (*MERGING, "--save_steps", 0, "--resume_from_checkpoint", "auto")
+    run(1, user.flags(whole, *more))
+    run_ranks(1, interrupted_job, user.flags(out, *more, "--learning_rate", 0.5), 7)
+    run(1, user.flags(out, *more))
+    assert_same_run(out, whole)
+
+
+def children_of(process: int) -> list[int]:
+    path = Path(f"/proc/{process}/task/{process}/children")
+    found = [int(word) for word in path.read_text().split()] if path.exists() else []
+    return found + [grandchild for child in found for grandchild in children_of(child)]
+
+
+@pytest.mark.gloo
+def test_killed_ranks_and_auto(user: Playground, tmp_path: Path) -> None:
+    """SIGKILL for both ranks and their launcher, somewhere in mid-run."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    more = ("--max_steps", 30, "--merge_every", 7, "--restart_warmup_steps", 2, "--save_steps", 4)
+    run(2, user.flags(whole, *more))
+    flags = user.flags(out, *more, "--resume_from_checkpoint", "auto")
+    process = subprocess.Popen(
+        launcher(2, flags), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 90
+    while not (out / "checkpoints" / "step-000008").exists():
+        assert time.monotonic() < deadline and process.poll() is None, "the run did not get to step 8"
+        time.sleep(0.01)
+    family = children_of(process.pid)
+    assert len(family) >= 3, "launch.py and two ranks"
+    for child in reversed(family):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    process.communicate(timeout=60)  # its exit code says nothing: DeepSpeed's runner turns a signal into 0
+    assert not (out / "summary.json").exists(), "killed too late"
+    done = launch(2, flags, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_run(out, whole)
+
+
+def differing(user: Playground, whole: Path, *more: Any) -> str:
+    flags = user.flags(whole, *MERGING, "--resume_from_checkpoint", "latest", *more)
+    kind, message = run_ranks(1, refused, flags)[0]
+    assert kind == "UserError"
+    return message
+
+
+@pytest.mark.gloo
+def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
+    user: Playground, whole: Path, tmp_path: Path
+) -> None:
+    out = copied(whole, tmp_path)
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    message = differing(user, out, "--mora_rank", 4, "--operator", "share", "--seq_len", 16, "--bf16", "true")
+    for part in (
+        "--mora_rank (or --lora_rank): 2 there, 4 here",
+        "operator: 'auto' there",
+        "seq_len: 32 there, 16 here",
+        "--bf16",
+    ):
+        assert part in message
+    assert "--adapter: " in differing(user, out, "--adapter", "full", "--merge_every", 0)
+    other = playground(tmp_path / "other").model
+    model = load_file(other / "model.safetensors")
+    model["model.norm.weight"][0] = 2.0
+    from safetensors.torch import save_file
+
+    save_file(model, other / "model.safetensors", {"format": "pt"})
+    assert "weights of --model_name_or_path" in differing(user, out, "--model_name_or_path", other)
+    assert "--train_files" in differing(user, out, "--train_files", user.held)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files, "nothing was touched"
+
+
+@pytest.mark.gloo
+def test_ranks_that_cannot_share_the_batch_are_refused(user: Playground, whole: Path) -> None:
+    flags = user.flags(whole, *MERGING, "--resume_from_checkpoint", "auto", "--per_device_train_batch_size", 1)
+    for kind, message in run_ranks(3, refused, flags):
+        assert kind == "UserError" and "2 sequences a step, which 3 ranks cannot share" in message
+        assert "start 1 or 2 of them" in message
+
+
+@pytest.mark.gloo
+def test_latest_without_a_checkpoint_is_an_error(user: Playground, tmp_path: Path) -> None:
+    out = tmp_path / "none"
+    kind, message = run_ranks(1, refused, user.flags(out, "--resume_from_checkpoint", "latest"))[0]
+    assert kind == "UserError" and "no checkpoint" in message
+    assert not out.exists()

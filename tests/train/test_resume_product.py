@@ -1,0 +1,61 @@
+"""Resumed = uninterrupted, bit for bit, for every optimizer under every ZeRO stage, dtype, offload and adapter.
+
+pytest -m heavy tests/train/test_resume_product.py      (84 pairs of runs on two ranks, about six minutes)
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers.jobs import REPOSITORY, Playground, losses, run
+
+pytestmark = [pytest.mark.gloo, pytest.mark.heavy]
+
+KINDS = [("mora", "adamw"), ("mora", "muon"), ("lora", "adamw"), ("full", "adamw")]
+PLACES = [(0, "none"), *product((1, 2, 3), ("none", "cpu"))]
+LOOP = ("--max_steps", 7, "--save_steps", 2, "--gradient_accumulation_steps", 2, "--max_grad_norm", 0.5)
+MERGES = ("--merge_every", 3, "--restart_warmup_steps", 1, "--train_norms", "true")
+
+
+def ds_config(folder: Path, stage: int, offload: str) -> Path:
+    config: dict[str, Any] = json.loads((REPOSITORY / "configs" / f"zero{stage}.json").read_text(encoding="utf-8"))
+    if stage:
+        config["zero_optimization"]["offload_optimizer"] = {"device": offload}
+    path = folder / "deepspeed.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """Everything in the last checkpoint's safetensors files."""
+    last = out / "checkpoints" / "step-000007"
+    return {
+        f"{path.relative_to(last)} {name}": tensor
+        for path in sorted(last.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("stage", "offload"), PLACES)
+@pytest.mark.parametrize(("adapter", "optimizer"), KINDS)
+def test_resumed_is_uninterrupted(
+    user: Playground, tmp_path: Path, adapter: str, optimizer: str, stage: int, offload: str, dtype: str
+) -> None:
+    more: list[Any] = ["--adapter", adapter, "--optimizer", optimizer, *LOOP, *(MERGES if adapter != "full" else ())]
+    more += ["--deepspeed", ds_config(tmp_path, stage, offload), *([f"--{dtype}"] if dtype != "fp32" else [])]
+    out = tmp_path / "out"
+    run(2, user.flags(out, *more))
+    whole, at_end = losses(out), weights(out)
+    run(2, user.flags(out, *more, "--resume_from_checkpoint", out / "checkpoints" / "step-000004"))
+    assert torch.equal(losses(out), whole)
+    again = weights(out)
+    assert again.keys() == at_end.keys() and all(torch.equal(again[name], at_end[name]) for name in again)
+    assert adapter == "full" or at_end, "a checkpoint has squares"

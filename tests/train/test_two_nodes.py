@@ -1,0 +1,176 @@
+"""Two nodes with an address each: the same losses as on one; a cut cable ends the run, which then goes on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import remote_shell
+from tests.helpers.jobs import REPOSITORY, Playground, losses, run
+from tests.helpers.nodes import INTERFACE, Node, trouble, two_nodes, wait_for
+from tests.train.test_resume import assert_same, final
+
+pytestmark = [pytest.mark.gloo, pytest.mark.heavy]
+
+MORE = ("--max_steps", 40, "--merge_every", 9, "--restart_warmup_steps", 1, "--save_steps", 4)
+PORT = "29511"
+"""Nobody else's: the nodes have a network of their own."""
+
+
+@pytest.fixture(scope="module")
+def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(2, user.flags(out, *MORE))
+    return out
+
+
+@pytest.fixture
+def nodes() -> Iterator[tuple[Node, Node]]:
+    if (reason := trouble()) is not None:
+        pytest.skip(reason)
+    with two_nodes() as pair:
+        yield pair
+
+
+def command(how: str, node: int, folder: Path, flags: list[str]) -> list[str]:
+    program, script = Path(sys.executable).with_name(how), str(REPOSITORY / "launch" / "pretrain.py")
+    place = ["--node_rank", str(node), "--master_addr", "10.77.0.1", "--master_port", PORT]
+    if how == "torchrun":
+        return [str(program), "--nnodes", "2", "--nproc_per_node", "1", *place, script, *flags]
+    hosts = folder / "hosts"
+    hosts.write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
+    return [str(program), "--hostfile", str(hosts), "--no_ssh", *place, script, *flags]
+
+
+def start(how: str, nodes: tuple[Node, Node], folder: Path, flags: list[str]) -> list[subprocess.Popen[str]]:
+    """Token caches are each node's own."""
+    return [
+        node.start(
+            command(how, number, folder, [*flags, "--cache_dir", str(folder / f"cache{number}")]),
+            folder / f"log{number}",
+        )
+        for number, node in enumerate(nodes)
+    ]
+
+
+def told(folder: Path) -> str:
+    return "".join((folder / f"log{number}").read_text() for number in (0, 1))
+
+
+@pytest.mark.parametrize("how", ["deepspeed", "torchrun"])
+def test_two_nodes_are_one_run(
+    user: Playground, whole: Path, nodes: tuple[Node, Node], tmp_path: Path, how: str
+) -> None:
+    out = tmp_path / "out"
+    processes = start(how, nodes, tmp_path, user.flags(out, *MORE))
+    assert [process.wait(timeout=200) for process in processes] == [0, 0], told(tmp_path)
+    assert torch.equal(losses(out), losses(whole))
+    assert_same(final(out), final(whole))
+
+
+def test_the_ssh_launcher_makes_one_run_of_two_nodes(
+    user: Playground, whole: Path, nodes: tuple[Node, Node], tmp_path: Path
+) -> None:
+    """Everything of DeepSpeed's but the connection; a node gets what it needs to know from .deepspeed_env alone."""
+    out, programs = tmp_path / "out", remote_shell.install(tmp_path / "bin")
+    (tmp_path / "hosts").write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n10.77.0.9 slots=1\n")
+    needed = {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    (tmp_path / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in needed.items()))
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+    holders = ",".join(f"{node.address}={node.holder}" for node in nodes)
+    program, script = str(Path(sys.executable).with_name("deepspeed")), str(REPOSITORY / "launch" / "pretrain.py")
+    place = ["--hostfile", str(tmp_path / "hosts"), "--exclude", "10.77.0.9", "--master_port", PORT]
+    words, outside = [program, *place, script, *user.flags(out, *MORE)], {"PATH": path, remote_shell.NODES: holders}
+    with (tmp_path / "log0").open("w") as log:
+        done = subprocess.run(words, env={**os.environ, **outside}, cwd=tmp_path, stdout=log, stderr=log, timeout=200)
+    assert done.returncode == 0, (tmp_path / "log0").read_text()
+    assert torch.equal(losses(out), losses(whole))
+    assert_same(final(out), final(whole))
+
+
+def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(
+    user: Playground, whole: Path, nodes: tuple[Node, Node], tmp_path: Path
+) -> None:
+    """Collectives would wait for their half hour: it is the pulse that notices."""
+    out = tmp_path / "out"
+    flags = [*user.flags(out, *MORE), "--peer_silence_s", "10", "--resume_from_checkpoint", "auto"]
+    processes = start("deepspeed", nodes, tmp_path, flags)
+    wait_for(out / "checkpoints" / "step-000008", processes)
+    nodes[1].unplug()
+    began = time.monotonic()
+    codes = [process.wait(timeout=90) for process in processes]
+    assert 0 not in codes and time.monotonic() - began < 60, told(tmp_path)
+    assert "has not been heard of" in told(tmp_path)
+    nodes[1].run("ip", "link", "set", "veth", "up")
+    processes = start("deepspeed", nodes, tmp_path, flags)
+    assert [process.wait(timeout=200) for process in processes] == [0, 0], told(tmp_path)
+    assert torch.equal(losses(out), losses(whole))
+    assert_same(final(out), final(whole))
+
+
+def test_collectives_have_a_timeout(user: Playground, nodes: tuple[Node, Node], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = [*user.flags(out, *MORE), "--peer_silence_s", "0", "--collective_timeout_s", "20", "--max_steps", "5000"]
+    processes = start("deepspeed", nodes, tmp_path, flags)
+    wait_for(out / "checkpoints" / "step-000004", processes)
+    nodes[1].unplug()
+    began = time.monotonic()
+    codes = [process.wait(timeout=90) for process in processes]
+    assert 0 not in codes and time.monotonic() - began < 60, told(tmp_path)
+    assert "lost contact with another rank" in told(tmp_path)
+
+
+def killed_and_resumed(
+    user: Playground, nodes: tuple[Node, Node], tmp_path: Path, more: tuple[object, ...], step: int
+) -> Path:
+    """The output folder of a run whose second node has another one of that name: killed after the checkpoint of `step`,
+    given again, and ended well."""
+    out = tmp_path / "out"
+    out.mkdir()
+    nodes[1].mount(out)
+    flags = [*user.flags(out, *more), "--resume_from_checkpoint", "auto"]
+    processes = start("torchrun", nodes, tmp_path, flags)
+    wait_for(out / "checkpoints" / f"step-{step:06d}", processes)
+    for process in processes:
+        process.kill()
+    processes = start("torchrun", nodes, tmp_path, flags)
+    assert [process.wait(timeout=200) for process in processes] == [0, 0], told(tmp_path)
+    return out
+
+
+def test_nodes_with_disks_of_their_own_are_one_run(
+    user: Playground, whole: Path, nodes: tuple[Node, Node], tmp_path: Path
+) -> None:
+    """The second node's folder of that name is another; killed in mid-run, the run goes on where it was."""
+    out = killed_and_resumed(user, nodes, tmp_path, MORE, step=8)
+    assert "--output_dir is another folder there" in told(tmp_path) and "resumed from" in told(tmp_path)
+    assert torch.equal(losses(out), losses(whole))
+    assert_same(final(out), final(whole))
+
+
+def test_vectors_and_plans_reach_nodes_with_disks_of_their_own(
+    user: Playground, nodes: tuple[Node, Node], tmp_path: Path
+) -> None:
+    """Singular vectors and the plan of squares are made on rank 0's node, whose disk the other does not see."""
+    more = ("--operator", "subspace", "--subspace_cycles", 2, "--alignment_weight", 0.1, "--alignment_rank", 4)
+    planned = (*MORE, "--max_steps", 12, *more, "--targets", "auto", "--trainable_budget", "3%")
+    run(2, user.flags(tmp_path / "whole", *planned))
+    out = killed_and_resumed(user, nodes, tmp_path, planned, step=4)
+    assert "resumed from" in told(tmp_path)
+    assert torch.equal(losses(out), losses(tmp_path / "whole"))
+    assert_same(final(out), final(tmp_path / "whole"))
+
+
+def test_namespaces_are_gone_afterwards() -> None:
+    if (reason := trouble()) is not None:
+        pytest.skip(reason)
+    with two_nodes() as pair:
+        assert all(Path(f"/proc/{node.holder}").exists() for node in pair)
+    assert all(not Path(f"/proc/{node.holder}").exists() for node in pair)

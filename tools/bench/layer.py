@@ -1,0 +1,218 @@
+"""Time one layer, forward and backward, against the frozen layer alone: squares, LoRA, full training.
+
+    python tools/bench/layer.py [--dtypes float32 bfloat16] [--shapes 1024x1024] [--tokens 256 2048] [--threads 1]
+        [--base_bits 8]      three more columns: the frozen layer, and both paths, on a weight in 8 bits
+
+Every figure is the median of interleaved pairs (the frozen layer, then the case; output and input gradient of both) in
+one process, so 1.00 is an adapter that costs nothing; in one thread of a CPU by the thread's own time, of which other
+processes take none. LoRA, ours and PEFT's (`pip install -e '.[bench]'`), has as many parameters as the square. `kept`
+is what autograd keeps from a forward, every storage once, without weights: PEFT's LoRA, then ours with a square.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from mora_ds.adapters.layer import LoRALinear
+from mora_ds.adapters.ops.int8 import Int8Weight, frozen_linear, quantize
+from mora_ds.adapters.ops.linear import Compute, choose, mora_linear
+from mora_ds.adapters.ops.lora import LoRASpec
+from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, square_size
+from mora_ds.adapters.ops.tables import rope_table
+
+CASES = ((OperatorKind.ROTATE, 8), (OperatorKind.SHARE, 64))
+SHAPES = ("1024x1024", "1024x2752", "2752x1024", "576x576", "576x1536", "1536x576")
+"""Llama 7B's layers, a quarter of each side, and SmolLM-135M's."""
+Step = Callable[[], Tensor]
+"""One forward."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's tensors."""
+
+    spec: OperatorSpec
+    rank: int
+    x: Tensor
+    g: Tensor
+    base: nn.Linear
+
+    def backward(self, step: Step, *leaves: Tensor) -> None:
+        torch.autograd.grad(step(), (self.x, *leaves), self.g)
+
+
+def make(kind: OperatorKind, rank: int, shape: tuple[int, int], tokens: int, like: dict[str, Any]) -> Layer:
+    d_in, d_out = shape
+    r_hat = min(square_size(d_in, d_out, rank, kind), max(shape))
+    spec = OperatorSpec(kind, d_in, d_out, r_hat - r_hat % 2, Grouping.PERMUTED, seed=1)
+    base = nn.Linear(d_in, d_out, bias=False, **like).requires_grad_(False)
+    return Layer(
+        spec, rank, torch.randn(tokens, d_in, **like).requires_grad_(), torch.randn(tokens, d_out, **like), base
+    )
+
+
+def forwards(layer: Layer, base_bits: int) -> dict[str, tuple[Step, list[Tensor]]]:
+    """Name -> (forward, what it trains)."""
+    x, weight, spec = layer.x, layer.base.weight, layer.spec
+    square = torch.zeros(spec.r_hat, spec.r_hat, dtype=x.dtype, device=x.device).requires_grad_()
+    trained = weight.clone().requires_grad_()
+    ours = LoRALinear(layer.base, LoRASpec(spec.d_in, spec.d_out, layer.rank, 2.0 * layer.rank))
+    found: dict[str, tuple[Step, list[Tensor]]] = {
+        "frozen": (lambda: F.linear(x, weight), []),
+        "full": (lambda: F.linear(x, trained), [trained]),
+        "our LoRA": (lambda: ours(x), [ours.value]),
+        "reference": (lambda: F.linear(x, weight) + reference_update(spec, square, x), [square]),
+    }
+    peft = peft_lora(layer)
+    if peft is not None:
+        found["PEFT LoRA"] = lambda: peft(x), [p for p in peft.parameters() if p.requires_grad]
+    for path in (Compute.ACTIVATION, Compute.WEIGHT):
+        found[path.value] = (lambda path=path: mora_linear(x, weight, None, square, spec, path)), [square]  # type: ignore[misc]
+    if base_bits == 8:
+        small = Int8Weight(*quantize(weight))
+        found["frozen, int8"] = (lambda: frozen_linear(x, small, None)), []
+        for path in (Compute.ACTIVATION, Compute.WEIGHT):
+            step = lambda path=path: mora_linear(x, small, None, square, spec, path)  # noqa: E731
+            found[f"{path.value}, int8"] = step, [square]
+    return found
+
+
+def peft_lora(layer: Layer) -> nn.Module | None:
+    """PEFT's LoRA on the same frozen weight, or None where PEFT is not installed."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        return None
+    config = LoraConfig(r=layer.rank, lora_alpha=2 * layer.rank, target_modules=["0"])
+    model = inject_adapter_in_model(config, nn.Sequential(layer.base))
+    return model.to(layer.x.dtype)
+
+
+def reference_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
+    """The update by its formulas (paper, eq. 6-11), as the reference computes it: concatenations and reshapes of whole
+    activations, one product per block. It knows no permutations."""
+    size = spec.blocks_in * spec.r_hat
+    blocks = torch.cat((x, x[..., : size - spec.d_in]), dim=-1).view(*x.shape[:-1], spec.blocks_in, spec.r_hat)
+    if spec.kind is OperatorKind.SHARE:
+        y = F.linear(blocks.sum(dim=-2), square)
+        return y.repeat(*[1] * (y.dim() - 1), spec.blocks_out)[..., : spec.d_out]
+    cos, sin = (torch.cat((half, half), dim=-1) for half in rope_table(spec.blocks_in, spec.r_hat, x.dtype, x.device))
+    turned = torch.cat((-blocks[..., spec.r_hat // 2 :], blocks[..., : spec.r_hat // 2]), dim=-1)
+    y = F.linear(blocks * cos + turned * sin, square).flatten(-2)
+    return y[..., : spec.d_out] if size >= spec.d_out else torch.cat([y] * spec.blocks_out, dim=-1)[..., : spec.d_out]
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def clock(device: torch.device, threads: int) -> Callable[[], float]:
+    if device.type == "cuda":
+
+        def synchronised() -> float:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+
+        return synchronised
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
+def ratios(
+    layer: Layer, cases: dict[str, tuple[Step, list[Tensor]]], now: Callable[[], float], seconds: float
+) -> dict[str, float]:
+    """Medians over interleaved pairs; under "frozen" its own median in seconds."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    frozen = cases["frozen"][0]
+    for name, (step, trained) in cases.items():
+        layer.backward(step, *trained)  # not counted
+        started = now()
+        while len(times[name]) < 3 or now() - started < seconds:
+            first = now()
+            layer.backward(frozen)
+            second = now()
+            layer.backward(step, *trained)
+            base = second - first
+            times[name].append(base if name == "frozen" else (now() - second) / base)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def kept_mib(layer: Layer, step: Step, trained: list[Tensor]) -> float:
+    storages: dict[int, int] = {}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (layer.base.weight, *trained)}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = step()
+    assert y.requires_grad
+    return sum(storages.values()) / 2**20
+
+
+COLUMNS = ("full", "PEFT LoRA", "our LoRA", "reference", "activation", "weight")
+IN_8_BITS = ("frozen, int8", "activation, int8", "weight, int8")
+
+
+def row(layer: Layer, now: Callable[[], float], seconds: float, base_bits: int) -> str:
+    cases, spec = forwards(layer, base_bits), layer.spec
+    found, tokens = ratios(layer, cases, now, seconds), len(layer.x)
+    auto = choose(tokens, spec.d_in, spec.d_out, layer.x.dtype, spec)
+    kept = [kept_mib(layer, *cases[name]) if name in cases else float("nan") for name in ("PEFT LoRA", auto.value)]
+    figures = "".join(f" | {found[name]:.2f}" if name in found else " | -" for name in columns(base_bits))
+    return (
+        f"| {spec.d_in} x {spec.d_out}, {tokens} | {spec.kind.value} r={layer.rank} | {found['frozen'] * 1e3:.1f} ms"
+        f"{figures} | {auto.value}: {found[auto.value]:.2f} | {kept[0]:.1f}, {kept[1]:.1f} |"
+    )
+
+
+def columns(base_bits: int) -> tuple[str, ...]:
+    return (*COLUMNS, *IN_8_BITS) if base_bits == 8 else COLUMNS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="D_INxD_OUT")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[256, 2048])
+    parser.add_argument("--operators", nargs="+", default=[f"{kind.value}:{rank}" for kind, rank in CASES])
+    parser.add_argument("--seconds", type=float, default=0.5, help="at least so long, and three pairs, for each figure")
+    parser.add_argument("--base_bits", type=int, choices=[8, 16], default=16, help="8: the frozen weight in 8 bits too")
+    options = parser.parse_args()
+    names = columns(options.base_bits)
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    now = clock(device, options.threads)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {options.threads} thread(s)"
+    for dtype in options.dtypes:
+        print(f"{name}, torch {torch.__version__}, {dtype}: ratios to the frozen layer alone")
+        print(f"| d_in x d_out, tokens | square | frozen | {' | '.join(names)} | auto | kept, MiB |")
+        print("|---" * (len(names) + 5) + "|")
+        like = {"dtype": getattr(torch, dtype), "device": device}
+        for shape in options.shapes:
+            for tokens in options.tokens:
+                for operator in options.operators:
+                    kind, rank = operator.split(":")
+                    sides = tuple(int(side) for side in shape.split("x"))
+                    layer = make(OperatorKind(kind), int(rank), (sides[0], sides[1]), tokens, like)
+                    print(row(layer, now, options.seconds, options.base_bits), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""The MoRA paper's memorisation task: how many steps until random UUID pairs are known by heart?
+
+    python tools/bench/memorization.py [--base MODEL] [--pairs 64] [--steps 400] [--rank 8] [--seeds 3] [--jobs 2] ...
+
+Full training, LoRA, MoRA and ReMoRA, at equal trainable parameters, on one engine (ZeRO, AdamW, constant rate after a
+warm-up): each learns, of pairs of 32 hex digits, the second from the first, at every rate of its sweep with one seed,
+and at the best one with the others. At intervals the second is generated greedily; the share of right digits is the
+character accuracy (1/16 is chance); a trial that knows everything ends. A digit is one token here, so rows need no
+padding. Prints, at each method's best rate (largest mean accuracy over all intervals), the accuracy over steps, mean
+over seeds, and the steps to 90%; writes results.json, TensorBoard curves, and memorization.png where matplotlib is
+there. A trial that is done is kept.
+
+The default is for two cores: the small Llama of the embedded default, warm-started on prose. The paper's: Llama-2 7B,
+
+    --base LLAMA_2_7B --pairs 10000 --batch 1000 --micro_batch 20 --steps 1000 --every 100 --rank 8 (and 256)
+
+A small base, frozen, would spend its adapter on learning that digits follow digits: --digit_steps 300 teaches it that
+first, on pairs that are asked for nowhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout, not installed
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mora_ds import Run, initialize, inject
+from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
+from mora_ds.engine import zero
+from mora_ds.engine.initialize import initialize_full, start_distributed
+from mora_ds.errors import UserError, nearest
+from mora_ds.eval.ledger_summary import table
+from mora_ds.files import write_json_atomic
+from mora_ds.remora.schedule import Schedule, ScheduleKind
+from mora_ds.runtime import cli
+from tools.bench.trials import run_alone
+from tools.bench.uuid_pairs import Digits, accuracy, labels_of, prepared_base
+
+WARMUP, RAMP, KNOWN, LEARNT = 10, 5, 0.9, 0.995
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table."""
+
+    rates: tuple[float, ...]
+    adapter: type[AdapterConfig] | None = MoRAConfig
+    """None: every parameter is trained."""
+    merges: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "full": Method((3e-4, 1e-3, 3e-3), adapter=None),
+    "lora": Method((1e-3, 3e-3, 1e-2), adapter=LoRAConfig),
+    "mora": Method((3e-3, 1e-2, 3e-2)),
+    "remora": Method((3e-3, 1e-2, 3e-2), merges=True),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One method at one rate with one seed; everything that its result hangs on."""
+
+    method: str
+    rate: float
+    seed: int
+    base: str
+    rank: int
+    operator: str
+    pairs: int
+    batch: int
+    micro_batch: int
+    steps: int
+    every: int
+    probe: int
+    cycles: int
+    stage: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder; without what the base is, which has a folder of its own."""
+        return "-".join(f"{value:g}" if isinstance(value, float) else str(value) for value in self._facts())
+
+    def _facts(self) -> Iterator[Any]:
+        return (value for name, value in asdict(self).items() if name != "base")
+
+
+def main() -> None:
+    options = _options()
+    if options.trial is not None:
+        run_trial(Trial(**json.loads(options.trial)), options.work)
+        return
+    _check(options)
+    options.base = str(prepared_base(options.base, options.work, options.digit_steps))
+    swept = _results(list(_trials(options, range(1, min(options.sweep_seeds, options.seeds) + 1))), options)
+    rates = {name: _best([pair for pair in swept if pair[0].method == name]).rate for name in options.methods}
+    more = _trials(options, range(options.sweep_seeds + 1, options.seeds + 1))
+    results = swept + _results([trial for trial in more if trial.rate == rates[trial.method]], options)
+    at_best = [pair for pair in results if pair[0].rate == rates[pair[0].method]]
+    best = {name: _best([pair for pair in at_best if pair[0].method == name]) for name in options.methods}
+    write_json_atomic(options.work / "results.json", [{**asdict(trial), **found} for trial, found in results])
+    print("\n".join(_lines(best, options)))
+    _curves(best, options.work)
+
+
+def _results(trials: Sequence[Trial], options: argparse.Namespace) -> list[tuple[Trial, dict[str, Any]]]:
+    """Of every trial, run now where it has not been."""
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for done, trial in enumerate(pool.map(lambda trial: _start(trial, options.work), trials), 1):
+            print(f"{done}/{len(trials)}  {trial.name}", flush=True)
+    return [(trial, json.loads((options.work / trial.name / "result.json").read_text())) for trial in trials]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--work", type=Path, default=Path("out/bench_memorization"), help="folder for everything")
+    parser.add_argument("--base", type=Path, help="model folder. Default: a small Llama, warm-started on prose")
+    parser.add_argument("--digit_steps", type=int, default=0, help="teach the base first what digits look like")
+    parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; squares have as many parameters")
+    parser.add_argument("--operator", default="auto", help="of the squares. auto: rotate below rank 64, else share")
+    parser.add_argument("--pairs", type=int, default=64, help="to be known by heart")
+    parser.add_argument("--batch", type=int, default=32, help="pairs an optimizer step")
+    parser.add_argument("--micro_batch", type=int, default=32, help="pairs at a time")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
+    parser.add_argument("--every", type=int, default=50, help="steps from one measurement to the next")
+    parser.add_argument("--probe", type=int, default=32, help="pairs that are generated at each measurement")
+    parser.add_argument("--cycles", type=int, default=4, help="of ReMoRA: merges, and one more")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method at its best rate")
+    parser.add_argument("--sweep_seeds", type=int, default=1, help="of them at every rate, to find the best one")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--stage", type=int, default=3, choices=range(4), help="of ZeRO; 0 costs a small model least")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    parser.add_argument("--rates", nargs="+", type=float, help="instead of each method's own sweep")
+    parser.add_argument("--trial", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _check(options: argparse.Namespace) -> None:
+    unknown = [name for name in options.methods if name not in METHODS]
+    if unknown:
+        raise UserError(f"unknown --methods {unknown[0]}; known: {', '.join(METHODS)}.{nearest(unknown[0], METHODS)}")
+    counts = ("rank", "pairs", "batch", "micro_batch", "steps", "every", "probe", "cycles")
+    for name in (*counts, "seeds", "sweep_seeds", "jobs"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.batch % options.micro_batch:
+        raise UserError(f"--batch {options.batch} is no multiple of --micro_batch {options.micro_batch}")
+    if "remora" in options.methods and options.steps // options.cycles <= RAMP:
+        raise UserError(
+            f"--steps {options.steps} make cycles of {options.steps // options.cycles}, no more than a ramp"
+        )
+
+
+def _trials(options: argparse.Namespace, seeds: range) -> Iterator[Trial]:
+    shared = ("base", "rank", "operator", "pairs", "batch", "micro_batch", "steps", "every", "probe", "cycles", "stage")
+    for name in options.methods:
+        for rate in options.rates or METHODS[name].rates:
+            for seed in seeds:
+                yield Trial(name, rate, seed, **{each: getattr(options, each) for each in shared})
+
+
+def _start(trial: Trial, work: Path) -> Trial:
+    """As its launcher's only rank, in a process of its own, unless it has been run."""
+    folder = work / trial.name
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "result.json").is_file():
+        command = [sys.executable, __file__, "--work", str(work), "--trial", json.dumps(asdict(trial))]
+        run_alone(command, folder / "log")
+    return trial
+
+
+# -- one trial ---------------------------------------------------------------------------------------------------------
+
+
+def run_trial(trial: Trial, work: Path) -> None:
+    """Trains and measures; writes result.json."""
+    start_distributed()
+    torch.manual_seed(trial.seed)
+    rows = Digits(trial.base).rows(trial.pairs, trial.seed)
+    model: Any = AutoModelForCausalLM.from_pretrained(trial.base, dtype=torch.float32)
+    method, run = METHODS[trial.method], None
+    if method.adapter is None:
+        trained = sum(parameter.numel() for parameter in model.parameters())
+        engine, *_ = initialize_full(model=model, config=_ds_config(trial))
+    else:
+        extra: dict[str, Any] = {"operator": trial.operator} if method.adapter is MoRAConfig else {}
+        adapter = method.adapter(rank=trial.rank, seed=trial.seed, **extra)
+        trained = inject(model, adapter).trainable_params
+        engine, *_ = initialize(model=model, config=_ds_config(trial))
+        if method.merges:
+            run = Run(engine, adapter, trial.base, work / trial.name / "run", overwrite=True)
+    every = trial.steps // trial.cycles if method.merges else 0
+    schedule = Schedule(
+        ScheduleKind.CONSTANT, trial.rate, trial.steps, WARMUP, merge_every=every, restart_warmup_steps=RAMP
+    )
+    result: dict[str, Any] = {"trained": trained, "steps": [], "accuracy": [], "loss": []}
+    draw, merges = random.Random(f"order/{trial.seed}"), list[int]()
+    for step in range(trial.steps):
+        zero.set_learning_rate(engine, schedule.learning_rate(step, merges))
+        loss = _step(engine, rows, [draw.randrange(len(rows)) for _ in range(trial.batch)], trial.micro_batch)
+        if run is not None and schedule.merges_after(step + 1, merges):
+            run.merge(step + 1)
+            merges.append(step + 1)
+        if (step + 1) % trial.every == 0 or step + 1 == trial.steps:
+            result["steps"].append(step + 1)
+            result["accuracy"].append(accuracy(engine, rows[: trial.probe]))
+            result["loss"].append(loss)
+            if result["accuracy"][-1] >= LEARNT:
+                break
+    _fill(result, trial)
+    write_json_atomic(work / trial.name / "result.json", result)
+
+
+def _fill(result: dict[str, Any], trial: Trial) -> None:
+    """A trial ends once it knows everything; what is left of its curve is flat."""
+    measured = [*range(trial.every, trial.steps, trial.every), trial.steps]
+    result["ended_at"] = result["steps"][-1]
+    for name in ("accuracy", "loss"):
+        result[name] += result[name][-1:] * (len(measured) - len(result["steps"]))
+    result["steps"] = measured
+
+
+def _step(engine: zero.Engine, rows: Tensor, chosen: Sequence[int], micro_batch: int) -> float:
+    total = 0.0
+    for first in range(0, len(chosen), micro_batch):
+        ids = rows[list(chosen[first : first + micro_batch])].to(engine.device)
+        loss = engine(input_ids=ids, labels=labels_of(ids), use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+        total += loss.item() * micro_batch / len(chosen)
+    return total
+
+
+def _ds_config(trial: Trial) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": trial.micro_batch,
+        "gradient_accumulation_steps": trial.batch // trial.micro_batch,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": trial.stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": trial.rate, "weight_decay": 0.0}},
+    }
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A method at its best rate."""
+
+    rate: float
+    trained: int
+    steps: list[int]
+    accuracy: list[float]
+    """Mean over seeds, at each of `steps`."""
+    spread: list[float]
+    """Largest deviation of a seed from it."""
+    known_at: list[int | None]
+    """Of each seed: the first measured step from which on `KNOWN` of the digits are right."""
+
+
+def _best(results: Sequence[tuple[Trial, dict[str, Any]]]) -> Curve:
+    rates = dict.fromkeys(trial.rate for trial, _ in results)
+    curves = [_curve(rate, [found for trial, found in results if trial.rate == rate]) for rate in rates]
+    return max(curves, key=lambda curve: sum(curve.accuracy))
+
+
+def _curve(rate: float, found: Sequence[dict[str, Any]]) -> Curve:
+    columns = list(zip(*(each["accuracy"] for each in found), strict=True))
+    means = [sum(column) / len(column) for column in columns]
+    spread = [max(abs(value - mean) for value in column) for column, mean in zip(columns, means, strict=True)]
+    known = [
+        next((step for step, value in zip(each["steps"], each["accuracy"], strict=True) if value >= KNOWN), None)
+        for each in found
+    ]
+    return Curve(rate, found[0]["trained"], found[0]["steps"], means, spread, known)
+
+
+def _lines(best: dict[str, Curve], options: argparse.Namespace) -> list[str]:
+    steps = next(iter(best.values())).steps
+    shown = [index for index in range(len(steps)) if (index + 1) % -(-len(steps) // 10) == 0 or index + 1 == len(steps)]
+    rows = [["method", "trained", "best rate", *(f"{steps[index]}" for index in shown), "+-", f"to {KNOWN:.0%}"]]
+    for name, curve in best.items():
+        rates = options.rates or METHODS[name].rates
+        edge = "*" if len(rates) > 1 and curve.rate in (min(rates), max(rates)) else ""
+        known = "/".join("-" if step is None else str(step) for step in curve.known_at)
+        cells = [f"{100 * curve.accuracy[index]:.1f}" for index in shown]
+        rows.append(
+            [name, f"{curve.trained:,}", f"{curve.rate:g}{edge}", *cells, f"{100 * curve.spread[-1]:.1f}", known]
+        )
+    return [
+        f"character accuracy (%) of {options.probe} of {options.pairs} pairs after so many steps of {options.batch} "
+        f"pairs, rank {options.rank}, {options.seeds} seed(s), at each method's best rate (*: at its sweep's edge); "
+        f"steps to {KNOWN:.0%} of each seed",
+        *table(rows),
+    ]
+
+
+def _curves(best: dict[str, Curve], work: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    for name, curve in best.items():
+        with SummaryWriter(str(work / "tensorboard" / name)) as writer:
+            for step, value in zip(curve.steps, curve.accuracy, strict=True):
+                writer.add_scalar("character_accuracy", value, step)
+    print(f"curves: tensorboard --logdir {work / 'tensorboard'}")
+    try:
+        import matplotlib
+    except ImportError:
+        print("no matplotlib, no picture")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots()
+    for name, curve in best.items():
+        axes.errorbar(curve.steps, curve.accuracy, curve.spread, label=f"{name} ({curve.rate:g})", capsize=2)
+    axes.set(xlabel="steps", ylabel="character accuracy", ylim=(0, 1.02), title="random UUID pairs")
+    axes.legend()
+    figure.savefig(work / "memorization.png", dpi=120)
+    print(f"picture: {work / 'memorization.png'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

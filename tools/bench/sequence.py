@@ -1,0 +1,155 @@
+"""What one rank keeps and multiplies when rows are split over s ranks (--sequence_parallel_size), against s = 1.
+
+    python tools/bench/sequence.py [--sizes 2 4] [--seq_len 512] [--rows 2] [--hidden 256] [--heads 8] [--kv_heads 4]
+
+Starts s ranks over gloo for each s. A Llama of random weights with squares runs forward and backward of one
+micro-batch; counted on rank 0: bytes of the tensors that autograd saves (each storage once, without weights and
+squares) and floating-point operations of matrix products and attention, forward and backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mora_ds import MoRAConfig, inject
+from mora_ds.engine.initialize import start_distributed
+from mora_ds.eval.ledger_summary import table
+from mora_ds.models.losses import token_nll
+from mora_ds.parallel.ulysses import share_rows
+from mora_ds.runtime import cli
+
+
+def _attention(query_shape: Any, key_shape: Any, *others: Any, **kwargs: Any) -> int:
+    """Scores and their product with the values, as torch counts its other kernels: without regard to causality."""
+    return 4 * math.prod(query_shape) * int(key_shape[-2])
+
+
+def _attention_backward(gradient_shape: Any, query_shape: Any, key_shape: Any, *others: Any, **kwargs: Any) -> int:
+    """Scores once more, and four products."""
+    return 10 * math.prod(query_shape) * int(key_shape[-2])
+
+
+ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""What torch's counter does not know."""
+
+
+def main() -> None:
+    options = _options()
+    print(
+        f"Llama, {options.layers} layers, width {options.hidden} (MLP {4 * options.hidden}), {options.heads} heads, "
+        f"{options.kv_heads} key-value heads, vocabulary {options.vocabulary}; {options.rows} rows of "
+        f"{options.seq_len} tokens a micro-batch; share, rank {options.rank}; fp32"
+        f"{', gradient checkpointing' if options.gradient_checkpointing else ''}"
+    )
+    lines, alone = [["s", "saved MiB a rank", "ratio", "GFLOP a rank", "ratio"]], None
+    for size in (1, *options.sizes):
+        saved, flops = measure(size, options)
+        alone = alone or (saved, flops)
+        ratios = f"{saved / alone[0]:.3f}", f"{flops / alone[1]:.3f}"
+        lines.append([str(size), f"{saved / 2**20:.2f}", ratios[0], f"{flops / 1e9:.2f}", ratios[1]])
+    print("\n".join(table(lines)))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv_heads", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--seq_len", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=8, help="of the squares, as --mora_rank")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    return parser.parse_args()
+
+
+def measure(size: int, options: argparse.Namespace) -> tuple[int, int]:
+    """(saved bytes, floating-point operations) of rank 0 of `size`."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    results = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_rank, (size, port, options, results), nprocs=size)
+    saved, flops = results.get()
+    return saved, flops
+
+
+def _rank(rank: int, size: int, port: int, options: argparse.Namespace, results: Any) -> None:
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in launched.items()})
+    torch.set_num_threads(1)
+    start_distributed()
+    counted = _count(size, options)
+    if rank == 0:
+        results.put(counted)
+    dist.barrier()
+    os._exit(0)  # gloo's threads often abort at interpreter exit, after right results
+
+
+def _count(size: int, options: argparse.Namespace) -> tuple[int, int]:
+    model = _model(options)
+    sequence = share_rows(model, size)
+    drawn = torch.randint(options.vocabulary, (options.rows, options.seq_len + 1))
+    positions = torch.arange(options.seq_len).expand(options.rows, -1)
+    batch = {"input_ids": drawn[:, :-1], "labels": drawn[:, 1:], "position_ids": positions}
+    if sequence is not None:
+        batch = sequence.split(batch)
+    owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as flops:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = token_nll(model, batch)
+        kept = sum(saved.values())
+        loss.backward()
+    return kept, flops.get_total_flops()
+
+
+def _model(options: argparse.Namespace) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=options.hidden,
+        intermediate_size=4 * options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.kv_heads,
+        vocab_size=options.vocabulary,
+        max_position_embeddings=options.seq_len,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inject(model, MoRAConfig(rank=options.rank, operator="share", compute="activation"))
+    return model.train()
+
+
+if __name__ == "__main__":
+    cli.run(main)

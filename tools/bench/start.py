@@ -1,0 +1,160 @@
+"""From the command to the first step: what the base's size adds in seconds and in memory, over all ranks of a node.
+
+    python tools/bench/start.py --folder DIR [--gigabytes 1 --ranks 2]
+
+Runs `launch/pretrain.py` for one step with a base of so many GB (random bf16 weights, written to DIR first) and with a
+tiny one; the difference is the base's. Seconds count until the first step begins, against reading the file once from
+the page cache into memory. Memory is the ranks' Pss (shared pages divided among those who share them) in that step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout, not installed
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from mora_ds.data import load_tokenizer, train_sentencepiece
+from mora_ds.errors import RunError
+from mora_ds.models.base import write_own_base
+from mora_ds.runtime import cli
+from mora_ds.runtime.processes import parent_of
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCABULARY = 512
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run."""
+
+    seconds: float
+    """Until the first step began."""
+    pss: int
+    """Bytes of all ranks together, at their highest in the first step."""
+
+
+def main() -> None:
+    options = _options()
+    work = options.folder / "bench_start"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        text = work / "text.txt"
+        text.write_text("\n\n".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("mora_ds/**/*.py"))))
+        large, tiny = _base(work, text, "large", options.gigabytes), _base(work, text, "tiny", 0.0)
+        reading = median(_read(large) for _ in range(3))
+        size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
+        print(f"base {size / 1e9:.2f} GB, read in {reading:.2f} s; {options.ranks} ranks", flush=True)
+        ones, others = [], []
+        for turn in range(options.repeat):
+            ones.append(_start(large, text, work / f"large-{turn}", options.ranks))
+            others.append(_start(tiny, text, work / f"tiny-{turn}", options.ranks))
+            print(f"start {ones[-1].seconds:.1f} s, with a tiny base {others[-1].seconds:.1f} s", flush=True)
+        seconds = median(one.seconds - other.seconds for one, other in zip(ones, others, strict=True))
+        memory = median(one.pss - other.pss for one, other in zip(ones, others, strict=True))
+        print(f"the base adds {seconds:.2f} s to the start: {seconds / reading:.1f} x reading it")
+        print(f"the base adds {memory / 1e9:.2f} GB of Pss, all ranks together: {memory / size:.2f} x its size")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _base(work: Path, text: Path, name: str, gigabytes: float) -> Path:
+    """A model folder with a tokenizer. Width 2048 where the size allows: 0.1 GB a layer in bf16."""
+    layers = max(1, round(gigabytes * 1e9 / (2 * (4 * 2048**2 + 3 * 2048 * 5504)))) if gigabytes else 1
+    width = 2048 if gigabytes else 64
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=43 * width // 16,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        max_position_embeddings=512,
+    )
+    trained = train_sentencepiece([text.read_text(encoding="utf-8")], VOCABULARY, work)
+    write_own_base(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), work / name, load_tokenizer(trained))
+    return work / name
+
+
+def _read(folder: Path) -> float:
+    buffer = bytearray(1 << 24)
+    started = time.perf_counter()
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - started
+
+
+def _start(base: Path, text: Path, out: Path, ranks: int) -> Start:
+    argv = [
+        *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "launch/pretrain.py"),
+        *("--deepspeed", "configs/zero3.json", "--model_name_or_path", str(base), "--train_files", str(text)),
+        *("--output_dir", str(out), "--cache_dir", str(out.parent / "cache"), "--max_steps", "1", "--seq_len", "32"),
+        *("--per_device_train_batch_size", "1", "--bf16", "--mora_rank", "8", "--compute", "activation"),
+    ]
+    log, peak, started = out.with_suffix(".log"), 0, time.time()
+    with log.open("w") as file, subprocess.Popen(argv, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT) as runner:
+        while (first := _first_step(out / "metrics.jsonl")) is None:
+            if runner.poll() is not None:
+                raise RunError(f"the run ended with code {runner.returncode}:\n{log.read_text()[-2000:]}")
+            peak = max(peak, sum(_pss(rank) for rank in _ranks(runner.pid)))
+            time.sleep(0.05)
+        ended = (out / "metrics.jsonl").stat().st_mtime
+        if runner.wait():
+            raise RunError(f"the run ended with code {runner.returncode}:\n{log.read_text()[-2000:]}")
+    return Start(ended - first - started, peak)
+
+
+def _first_step(metrics: Path) -> float | None:
+    """Seconds that the first step took, once it is logged."""
+    if not metrics.is_file():
+        return None
+    rows = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
+    return next((row["step_time_s"] for row in rows if row.get("step") == 1 and "step_time_s" in row), None)
+
+
+def _ranks(launcher: int) -> list[int]:
+    """Processes below the launcher that hold a model."""
+    processes = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+    parents = {process: parent_of(process) for process in processes}
+    below, grown = {launcher}, True
+    while grown:
+        more = {process for process, parent in parents.items() if parent in below and process not in below}
+        below |= more
+        grown = bool(more)
+    return sorted(below - {launcher})
+
+
+def _pss(process: int) -> int:
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it has just ended
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure; left as it was")
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="of the base")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=3, help="starts of each; medians count")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,177 @@
+"""A whole training step, ours against what else could be done: tokens a second and bytes gathered, in one launch.
+
+    deepspeed --num_gpus 2 tools/bench/step.py [--width 512 --layers 8 --rank 8 --rows 2 --seq_len 512 --repeat 7]
+
+A Llama of random weights on random tokens, in turns:
+
+    base alone        the frozen model, forward and the gradient of its input: the limit of any adapter
+    mora_ds           squares under ZeRO-3, the base whole on every rank
+    mora_ds, LoRA     our control on the same engine
+    PEFT LoRA         of the same rank, under DeepSpeed's ZeRO-3 with its defaults: the base sharded with the rest
+    full training     under ZeRO-3
+
+Each takes its step in turn with the others, all ranks together; a ratio is the median over the turns. Without PEFT
+(`pip install -e '.[bench]'`) its line is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout, not installed
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from mora_ds import MoRAConfig, initialize, inject
+from mora_ds.adapters.config import LoRAConfig
+from mora_ds.engine.initialize import initialize_full, start_distributed
+from mora_ds.engine.traffic import CollectiveCounter
+from mora_ds.eval.ledger_summary import table
+from mora_ds.runtime import cli
+
+VOCABULARY = 8192
+PEER, OURS = "PEFT LoRA", "mora_ds"
+
+Step = Callable[[], None]
+
+
+def main() -> None:
+    options = _options()
+    start_distributed()
+    ids = torch.randint(
+        VOCABULARY, (options.rows, options.seq_len), generator=torch.Generator().manual_seed(dist.get_rank())
+    )
+    contenders = _contenders(options, ids)
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    gathered = {}
+    for name, (_, step) in contenders.items():
+        step()
+        with CollectiveCounter().counting() as counter:
+            step()
+        gathered[name] = counter.gathered_bytes
+    for _ in range(options.repeat):
+        for name, (_, step) in contenders.items():
+            times[name].append(_together(step))
+    if dist.get_rank() == 0:
+        print(_report(options, {name: trained for name, (trained, _) in contenders.items()}, times, gathered))
+
+
+def _contenders(options: argparse.Namespace, ids: torch.Tensor) -> dict[str, tuple[int, Step]]:
+    """Name -> (trained parameters, its step)."""
+    config = {
+        "train_micro_batch_size_per_gpu": options.rows,
+        "zero_optimization": {"stage": 3},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+    }
+    found = {"base alone": (0, _frozen_step(_model(options), ids))}
+    for name, adapter in ((OURS, MoRAConfig(rank=options.rank)), ("mora_ds, LoRA", LoRAConfig(rank=options.rank))):
+        model = _model(options)
+        trained = inject(model, adapter).trainable_params
+        found[name] = (trained, _engine_step(initialize(model=model, config=config)[0], ids))
+    if (peer := _peft(options)) is not None:
+        found[PEER] = (_trained(peer), _engine_step(initialize_full(model=peer, config=config)[0], ids))
+    full = _model(options)
+    found["full training"] = (_trained(full), _engine_step(initialize_full(model=full, config=config)[0], ids))
+    return found
+
+
+def _model(options: argparse.Namespace) -> Any:
+    torch.manual_seed(0)
+    heads = max(1, options.width // 64)
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=options.width,
+            intermediate_size=11 * options.width // 4,
+            num_hidden_layers=options.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=options.seq_len,
+        )
+    )
+
+
+def _peft(options: argparse.Namespace) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        return None
+    adapter = LoraConfig(
+        r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(_model(options), adapter)
+
+
+def _trained(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _frozen_step(model: Any, ids: torch.Tensor) -> Step:
+    model.requires_grad_(False)
+
+    def step() -> None:
+        inputs = model.get_input_embeddings()(ids).requires_grad_()
+        model(inputs_embeds=inputs, labels=ids, use_cache=False).loss.backward()
+
+    return step
+
+
+def _engine_step(engine: Any, ids: torch.Tensor) -> Step:
+    def step() -> None:
+        engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
+        engine.step()
+
+    return step
+
+
+def _together(step: Step) -> float:
+    """Seconds until all ranks have done it."""
+    dist.barrier()
+    started = time.perf_counter()
+    step()
+    dist.barrier()
+    return time.perf_counter() - started
+
+
+def _report(
+    options: argparse.Namespace, trained: dict[str, int], times: dict[str, list[float]], gathered: dict[str, int]
+) -> str:
+    tokens = options.rows * options.seq_len * dist.get_world_size()
+    lines = [["", "trained", "tokens/s", "x base alone", f"x {PEER}", "gathered a step, rank"]]
+    for name, seconds in times.items():
+        against = [_speedup(seconds, times[other]) if other in times else "-" for other in ("base alone", PEER)]
+        rate = f"{tokens / median(seconds):,.0f}"
+        lines.append([name, f"{trained[name]:,}", rate, *against, f"{gathered[name] / 1e6:.2f} MB"])
+    shape = f"Llama, {options.layers} layers of {options.width}, {options.rows} x {options.seq_len} tokens a rank"
+    where = "CPU" if not torch.cuda.is_available() else torch.cuda.get_device_name()
+    ranks = f"{dist.get_world_size()} ranks with {torch.get_num_threads()} thread(s) each"
+    head = f"{shape}, rank {options.rank}, fp32, {where}, {ranks}"
+    return "\n".join([head, *table(lines)])
+
+
+def _speedup(seconds: list[float], others: list[float]) -> str:
+    return f"{median(other / mine for mine, other in zip(seconds, others, strict=True)):.2f}"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--width", type=int, default=512, help="of the model")
+    parser.add_argument("--layers", type=int, default=8, help="how many")
+    parser.add_argument("--rank", type=int, default=8, help="of LoRA; squares have its parameters")
+    parser.add_argument("--rows", type=int, default=2, help="sequences a rank and step")
+    parser.add_argument("--seq_len", type=int, default=512, help="tokens of each")
+    parser.add_argument("--repeat", type=int, default=7, help="turns")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    cli.run(main)
