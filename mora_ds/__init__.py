@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from mora_ds.version import __version__
 
 if TYPE_CHECKING:
-    from mora_ds.adapters.alignment_loss import Alignment
+    from mora_ds.adapters.alignment import Alignment
     from mora_ds.adapters.config import MoRAConfig
-    from mora_ds.adapters.domain_layer import domains_of
+    from mora_ds.adapters.domains import domains_of
     from mora_ds.adapters.inject import InjectionReport, inject, mora_layers
     from mora_ds.adapters.ops.mora import OperatorKind, OperatorSpec, delta_weight, mora_update
     from mora_ds.deploy.adapter_io import export_adapter, load_adapter
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AdapterBank": "deploy.bank",
-    "Alignment": "adapters.alignment_loss",
+    "Alignment": "adapters.alignment",
     "MoRAConfig": "adapters.config",
-    "domains_of": "adapters.domain_layer",
+    "domains_of": "adapters.domains",
     "initialize": "engine.initialize",
     "RunError": "errors",
     "UserError": "errors",

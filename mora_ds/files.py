@@ -19,12 +19,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mora_ds.errors import RunError, UserError
 
 MANIFEST = "manifest.json"
 """Sizes and hashes of all other files of a folder."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 """What a file system says that was remounted read-only after a fault, or is gone from the network."""
 
@@ -274,3 +277,34 @@ def remove_quietly(path: Path) -> None:
     """Deletes a file that nobody refers to any more; a failure to do so is harmless."""
     with suppress(OSError):
         path.unlink()
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where plain YAML keeps the last one without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(path: str, what: str) -> dict[Any, Any]:
+    """The mapping in a YAML file that gives no key twice. Raises `UserError`, which calls the file `what`."""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {what} {path}: {error}") from error
+    try:
+        content = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold `key: value` lines, not a {type(content).__name__}")
+    return content

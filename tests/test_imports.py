@@ -1,6 +1,6 @@
-"""The house: which room stands on which floor, read from the imports. They go downward only.
+"""Who may import whom. One table, read against the imports of every module, those inside functions included.
 
-A new room gets a floor here: one above the highest room it imports. Nothing else in this file should have to change.
+A package may import the packages that the table names for it, its own modules, and `COMMON`; nothing else of mora_ds.
 """
 
 from __future__ import annotations
@@ -17,121 +17,55 @@ import mora_ds
 
 ROOT = Path(__file__).resolve().parents[1]
 
-FLOORS: tuple[tuple[str, ...], ...] = (
-    (
-        *("errors", "version", "ds_config_keys", "lanes", "tables", "processes", "status", "zero_trace"),
-        *("capped_attention", "zero", "muon", "collective_counter"),
-    ),
-    (
-        *("operator_spec", "compiling", "lora", "schedules", "stall", "files", "ranks", "flags", "ds_optimizer"),
-        *("ds_tensor_parallel", "stopping", "topology", "sequence_parallel", "restart", "background", "forgetting"),
-        *("trials", "new_rows", "memory_meter", "eight_bits", "target_sizes", "singular_vectors", "domain_names"),
-        *("checks",),
-    ),
-    (
-        *("wiring", "data", "cli", "pulse", "ds_config", "tensor_files", "metrics", "run_folder", "followers"),
-        *("checkpoint_care", "schedule_text", "data_arguments", "collectives", "loop_settings", "subspace"),
-    ),
-    (
-        *("operators", "base", "export_check", "checkpoint_folder", "training_arguments", "shards", "chunked_loss"),
-        *("mixture_settings", "source_losses"),
-    ),
-    (
-        *("model", "model_folder", "losses", "flat_tensors", "compute", "updates", "resets", "windows"),
-        *("run_sources", "domain_squares", "weight_analysis", "base_svd"),
-    ),
-    (
-        *("replicas", "deltas", "config", "layer", "spectrum", "vocabulary_rows", "partitions", "sequence_checks"),
-        *("block_windows", "alignment_terms"),
-    ),
-    (
-        *("tensor_plan", "adapter_arguments", "ledger", "checkpoint", "matching", "targets", "domain_layer"),
-        *("stall_watch", "bank_layer"),
-    ),
-    (
-        *("arguments", "injection", "adapter_files", "ledger_table", "tensor_inputs", "layer_merge", "target_checks"),
-        *("domain_settings", "row_checks", "vector_checks", "run_vectors"),
-    ),
-    (
-        *("tensor_parallel", "remora", "model_card", "ledger_tools", "universal", "portable", "run_data"),
-        *("verification", "costs", "gradient_probe", "alignment", "data_checks", "parallel_checks"),
-    ),
-    (
-        *("validation", "engine", "saving", "export", "trainer", "compact", "spectrum_report", "evaluation"),
-        *("plan_step", "first_squares", "bank_files"),
-    ),
-    ("run", "plan_memory", "plan_time", "run_targets", "weight_report", "bank"),
-    ("jobs", "plan", "bank_scores"),
-    ("plan_report",),
-    ("dry_run",),
-    ("pretrain",),
-    ("full_rank",),
-    ("demo",),
-)
+COMMON = {"errors", "files", "version"}
+"""Modules at the root of the package that every package may import."""
 
-DATA_FLOORS: tuple[tuple[str, ...], ...] = (
-    ("parallel", "pieces", "readers", "embedded", "shares", "duplicates", "scripts"),
-    ("held_out", "tokenizer", "prepared"),
-    ("corpus", "vocabulary", "encoder"),
-    ("inspection", "hub_stream"),
-    ("cache",),
-    ("packing", "split_writer"),
-    ("mixture", "stream", "preparation"),
-    ("stream_blocks",),
-)
-"""Within the wing `data`; of the house it sees no more than `DATA_SEES`."""
-
-DATA_SEES = {"errors", "files"}
-
-DEEPSPEED = {
-    *("zero", "collective_counter", "muon", "topology", "flat_tensors", "partitions", "sequence_parallel"),
-    *("engine", "saving", "jobs", "dry_run"),
+MAY_IMPORT: dict[str, set[str]] = {
+    "adapters": set(),
+    "data": set(),
+    "runtime": set(),
+    "parallel": {"adapters"},
+    "models": {"adapters", "data", "runtime"},
+    "engine": {"adapters", "models", "parallel", "runtime"},
+    "remora": {"adapters", "models", "engine"},
+    "planning": {"adapters", "models", "parallel", "engine"},
+    "checkpoint": {"adapters", "models", "parallel", "runtime", "engine", "remora"},
+    "config": {"adapters", "parallel", "engine", "remora"},
+    "deploy": {"adapters", "models", "remora", "checkpoint"},
+    "eval": {"adapters", "data", "models", "runtime", "remora", "checkpoint", "deploy"},
 }
-"""Rooms that may import deepspeed: internals in the first line, its public functions in the other."""
+MAY_IMPORT["train"] = set(MAY_IMPORT)
 
-DISTRIBUTED = {
-    *("ranks", "pulse", "background", "engine", "checkpoint", "followers", "flat_tensors", "partitions", "remora"),
-    *("saving", "trainer", "sequence_parallel", "sequence_checks", "replicas", "stall_watch"),
-}
-"""Rooms that may import torch.distributed."""
+ROOT_ENTRIES = 20
+"""Packages and modules that a newcomer meets in `mora_ds/`, at most."""
 
-STANDARD_LIBRARY_ONLY = {
-    *("errors", "version", "schedules", "stall", "schedule_text", "ds_config_keys", "ds_optimizer", "ds_config"),
-    *("ds_tensor_parallel", "files", "cli", "stopping", "processes", "trials", "target_sizes"),
-}
-WITHOUT_DEEPSPEED = (
-    "operators", "windows", "layer", "tensor_plan", "costs", "config", "injection", "data", "ledger", "export",
-    "shards", "checkpoint_folder", "verification", "universal", "portable", "arguments", "validation", "evaluation",
-    "vocabulary_rows", "bank_scores",
-)  # fmt: skip
-"""Rooms that must not need DeepSpeed, not even through another room."""
+DEEPSPEED = {"engine", "parallel"}
+"""The packages whose modules may import deepspeed."""
+
+LIBRARIES_OF_OPS = {"torch", "numpy", "safetensors"}
+"""All that the tensor functions in adapters/ops need; numpy draws the permutations."""
+
+WITHOUT_DEEPSPEED = ("adapters", "data", "deploy", "eval")
+"""Packages that must not need DeepSpeed at all, not even through another package: they serve outside of training."""
 
 
-def room_of(module: str) -> str:
-    """mora_ds.x -> x, mora_ds.data.y -> data.y."""
-    return module.removeprefix("mora_ds.")
+def name_of(path: Path) -> str:
+    """The dotted name of a module: mora_ds/data/cache.py -> mora_ds.data.cache."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def modules() -> dict[str, Path]:
-    """Room -> file; a wing stands under its own name."""
-    found = {}
-    for path in sorted((ROOT / "mora_ds").rglob("*.py")):
-        parts = path.relative_to(ROOT / "mora_ds").with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name:
-            found[name] = path
-    return found
+MODULES = {name_of(path): path for path in sorted((ROOT / "mora_ds").rglob("*.py"))}
 
 
-def imports(path: Path) -> set[str]:
-    """Absolute names of all that a file imports, also within functions; not what only type checkers read."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+def imports(tree: ast.AST) -> set[str]:
+    """Absolute names of all that is imported while the program runs, at the top or inside a function."""
     names: set[str] = set()
     for node in _running(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, f"{path}: relative imports hide the floor"
+            assert node.level == 0 and node.module, "a relative import hides which package it reaches"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
@@ -144,112 +78,128 @@ def _running(node: ast.AST) -> Iterator[ast.AST]:
         yield from _running(child)
 
 
-MODULES = modules()
-IMPORTS = {name: imports(path) for name, path in MODULES.items()}
+IMPORTS = {name: imports(ast.parse(path.read_text(encoding="utf-8"))) for name, path in MODULES.items()}
 
 
-def rooms_imported(name: str) -> set[str]:
-    """Rooms that a room imports: `from mora_ds.files import x` and `from mora_ds import files` alike."""
+def package_of(module: str) -> str:
+    """mora_ds.data.cache -> data; "" for mora_ds itself."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def modules_imported(module: str) -> set[str]:
+    """The modules of mora_ds that one imports, by their longest name: `from mora_ds.engine import zero` is
+    mora_ds.engine.zero."""
     found = set()
-    for imported in IMPORTS[name]:
-        if not imported.startswith("mora_ds."):
-            continue
-        parts = room_of(imported).split(".")
-        longest = next((".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in MODULES), None)
-        assert longest, f"{MODULES[name]} imports {imported}, which is no room"
-        found.add(longest)
-    return found - {name}
+    for imported in IMPORTS[module]:
+        parts = imported.split(".")
+        if parts[0] == "mora_ds":
+            found.add(next(".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in MODULES))
+    return found - {module}
 
 
-def libraries(name: str) -> set[str]:
-    return {imported.split(".")[0] for imported in IMPORTS[name]} - {"mora_ds"} - set(sys.stdlib_module_names)
+def libraries(module: str) -> set[str]:
+    return {imported.split(".")[0] for imported in IMPORTS[module]} - {"mora_ds"} - set(sys.stdlib_module_names)
 
 
-def everything_below(name: str) -> set[str]:
-    reached, waiting = set(), [name]
+def forbidden(package: str, imported: set[str]) -> set[str]:
+    """Those of the `imported` modules that the table does not grant to a module of `package`."""
+    granted = MAY_IMPORT[package] | COMMON | {package}
+    return {other for other in imported if package_of(other) not in granted}
+
+
+def reachable(module: str) -> set[str]:
+    """The modules that importing one brings along, itself included."""
+    reached: set[str] = set()
+    waiting = [module]
     while waiting:
-        room = waiting.pop()
-        if room not in reached:
-            reached.add(room)
-            waiting += rooms_imported(room)
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            waiting += modules_imported(name)
     return reached
 
 
-def floor_of(room: str) -> int:
-    """Of the house; every room of a wing is on the wing's floor."""
-    wing = room.split(".")[0]
-    floors = [floor for floor, rooms in enumerate(FLOORS) if wing in rooms]
-    assert floors, f"{room} has no floor yet: give it one in tests/test_imports.py"
-    return floors[0]
+def test_every_package_is_in_the_table() -> None:
+    assert {package_of(name) for name in MODULES} == {"", *MAY_IMPORT, *COMMON}
+    assert len({name for name in MODULES if name.count(".") == 1} | {"mora_ds"}) <= ROOT_ENTRIES
 
 
-def test_every_room_has_a_floor() -> None:
-    house = {room for floor in FLOORS for room in floor}
-    wing = {f"data.{room}" for floor in DATA_FLOORS for room in floor}
-    assert set(MODULES) == house | wing, "give the new room a floor in tests/test_imports.py"
+@pytest.mark.parametrize("module", [name for name in MODULES if package_of(name) in MAY_IMPORT])
+def test_a_module_imports_what_its_package_may(module: str) -> None:
+    assert not forbidden(package_of(module), modules_imported(module))
 
 
-@pytest.mark.parametrize("room", [room for room in MODULES if not room.startswith("data")])
-def test_imports_go_downward(room: str) -> None:
-    upward = {other for other in rooms_imported(room) if floor_of(other) >= floor_of(room)}
-    assert not upward, f"{room} (floor {floor_of(room)}) imports {upward}"
-    if room not in ("pretrain", "demo"):  # the wiring
-        inner = {other for other in rooms_imported(room) if other.startswith("data.")}
-        assert not inner, f"{room} goes past the door of the wing: import {inner} from mora_ds.data"
+def test_the_common_modules_import_nothing_above_them() -> None:
+    for name in COMMON:
+        assert {package_of(other) for other in modules_imported(f"mora_ds.{name}")} <= COMMON
 
 
-def test_no_room_stands_higher_than_it_must() -> None:
-    """Keeps the table honest: a floor is what a room leans on, not where somebody felt like putting it."""
-    for number, rooms in enumerate(FLOORS):
-        needed = max((floor_of(other) + 1 for room in rooms for other in rooms_imported(room)), default=0)
-        assert needed >= number, f"no room of floor {number} needs to stand there"
+def test_the_table_has_no_cycle_and_grants_nothing_that_is_not_used() -> None:
+    used: dict[str, set[str]] = {package: set() for package in MAY_IMPORT}
+    for module in MODULES:
+        if package_of(module) in MAY_IMPORT:
+            used[package_of(module)] |= {package_of(other) for other in modules_imported(module)}
+    for package, granted in MAY_IMPORT.items():
+        assert granted - {package} <= used[package], f"{package} no longer imports {granted - used[package]}"
+        for other in granted - {package}:
+            assert package not in MAY_IMPORT[other], f"{package} and {other} may import each other"
 
 
-def test_the_data_wing_is_in_order_and_sees_nothing_of_the_house() -> None:
-    floor = {f"data.{room}": number for number, rooms in enumerate(DATA_FLOORS) for room in rooms}
-    for room in floor:
-        inside = {other for other in rooms_imported(room) if other.startswith("data.")}
-        assert all(floor[other] < floor[room] for other in inside), (room, inside)
-        assert rooms_imported(room) - inside <= DATA_SEES, room
-    assert all(other in floor for other in rooms_imported("data"))
+def test_an_upward_import_is_noticed() -> None:
+    source = "def f():\n    from mora_ds.train.trainer import Trainer\n    return Trainer\n"
+    assert imports(ast.parse(source)) == {"mora_ds.train.trainer.Trainer"}
+    assert forbidden("adapters", {"mora_ds.train.trainer", "mora_ds.errors"}) == {"mora_ds.train.trainer"}
 
 
-def test_no_two_rooms_import_each_other() -> None:
-    for room in MODULES:
-        for other in rooms_imported(room):
-            assert room not in everything_below(other), f"{room} and {other} are a circle"
+def test_no_two_modules_import_each_other() -> None:
+    for module in MODULES:
+        for other in modules_imported(module):
+            assert module not in reachable(other), f"{module} and {other} import each other"
 
 
-def test_deepspeed_is_imported_by_few() -> None:
-    assert {room for room in MODULES if "deepspeed" in libraries(room)} == DEEPSPEED
+def test_packages_hand_on_from_their_own_modules_only() -> None:
+    """An `__init__` that imported another package would make every import of the package pay for it."""
+    for name, path in MODULES.items():
+        if path.name == "__init__.py" and name != "mora_ds":
+            assert all(other.startswith(f"{name}.") for other in modules_imported(name)), name
+    assert not IMPORTS["mora_ds.engine"] and not IMPORTS["mora_ds.runtime"], "their modules have costly imports"
 
 
-@pytest.mark.parametrize("room", WITHOUT_DEEPSPEED)
-def test_deepspeed_is_needed_by_few(room: str) -> None:
-    assert not everything_below(room) & DEEPSPEED
+def test_deepspeed_is_imported_by_two_packages() -> None:
+    found = {package_of(name) for name in MODULES if "deepspeed" in libraries(name)}
+    assert found == DEEPSPEED
 
 
-def test_torch_distributed_is_imported_by_few() -> None:
-    found = {room for room in MODULES if any(name.startswith("torch.distributed") for name in IMPORTS[room])}
-    assert found == DISTRIBUTED
+@pytest.mark.parametrize("package", WITHOUT_DEEPSPEED)
+def test_deepspeed_is_needed_by_few(package: str) -> None:
+    for module in MODULES:
+        if package_of(module) == package:
+            needs = {name for name in reachable(module) if "deepspeed" in libraries(name)}
+            assert not needs, f"{module} needs DeepSpeed through {needs}"
 
 
-def test_what_the_lowest_rooms_may_use() -> None:
-    for room in STANDARD_LIBRARY_ONLY:
-        assert not libraries(room), (room, libraries(room))
-    assert libraries("operators") == {"torch"}
-    assert libraries("tables") == {"torch", "numpy"}
-    assert libraries("zero") == {"deepspeed", "torch"}
-    assert not rooms_imported("zero"), "zero knows DeepSpeed, not MoRA"
+def test_the_operators_need_torch_alone() -> None:
+    for name in MODULES:
+        if name.startswith("mora_ds.adapters.ops."):
+            assert libraries(name) <= LIBRARIES_OF_OPS, name
 
 
-def test_entries_are_thin_and_nothing_imports_them() -> None:
-    entries = [*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")]
+def test_entry_points_do_not_reach_around_mora_ds() -> None:
+    entries = [*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")]
     assert entries
-    for room in MODULES:
-        assert not {name.split(".")[0] for name in IMPORTS[room]} & {"launch", "tools", "tests"}, room
+    for name in MODULES:
+        assert not {imported.split(".")[0] for imported in IMPORTS[name]} & {"launch", "tools", "tests"}, name
     for entry in entries:
-        assert "deepspeed" not in {name.split(".")[0] for name in imports(entry)}, entry
+        found = imports(ast.parse(entry.read_text(encoding="utf-8")))
+        assert "deepspeed" not in {name.split(".")[0] for name in found}, entry
+
+
+def test_long_files_say_why() -> None:
+    """A file of more than 400 lines says in its first lines why it is one."""
+    for folder in ("mora_ds", "launch", "tools", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            assert len(lines) <= 400 or any("One file because" in line for line in lines[:20]), path
 
 
 def test_the_public_names_are_there() -> None:

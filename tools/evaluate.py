@@ -22,12 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout,
 from mora_ds.data import Corpus, load_corpus
 from mora_ds.deploy.bank import AdapterBank
 from mora_ds.errors import UserError
-from mora_ds.eval.bank_scores import bank_rows, evaluate_bank
-from mora_ds.eval.ledger_summary import table
-from mora_ds.eval.perplexity import Score, Windows, evaluate, harness, load_target, named_sets
+from mora_ds.eval.perplexity import Score, Windows, bank_rows, evaluate, evaluate_bank, harness, load_target, named_sets
 from mora_ds.files import write_json_atomic
 from mora_ds.models.tensor_files import COMPUTE_DTYPES
 from mora_ds.runtime import cli
+from mora_ds.runtime.cli import table
 
 
 def main() -> None:

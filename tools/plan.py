@@ -102,7 +102,7 @@ def _work(given: argparse.Namespace) -> Work:
         tensor_parallel=given.tensor_parallel_size,
         sequence_parallel=given.sequence_parallel_size,
         document_mask=not given.no_document_mask,
-        attn_implementation=given.attn_implementation,
+        attn_implementation=None if given.attn_implementation == "auto" else given.attn_implementation,
         trust_remote_code=given.trust_remote_code,
     )
 

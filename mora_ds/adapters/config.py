@@ -8,17 +8,45 @@ AdapterConfig          what all adapters share: rank, targets, dropout, what is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from enum import Enum
 from typing import Any, ClassVar, TypeVar
 
-from mora_ds.adapters.domain_names import Freeze, check_domains
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.lora import LORA, LoRASpec
 from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, default_kind, permutation_seed, square_size
 from mora_ds.adapters.ops.subspace import SUBSPACE, SubspaceSpec
 from mora_ds.adapters.ops.update import Side, SquareSpec, UpdateSpec
 from mora_ds.errors import UserError, nearest
+
+SHARED = "shared"
+"""Stands for the shared square alone where a domain is named, so that no domain may be called that."""
+
+
+class Freeze(str, Enum):
+    """Which squares of a run with domains are kept as they are."""
+
+    NONE = "none"
+    SHARED = "shared"
+    DOMAINS = "domains"
+
+
+def check_domains(domains: Sequence[str], freeze: str) -> None:
+    """Raises `UserError` for names that are not one a domain, and for what is not to be frozen."""
+    if len(set(domains)) < len(domains) or SHARED in domains:
+        raise UserError(
+            f"--domain_adapters: each domain needs a name of its own, and {SHARED!r} is the shared square's; "
+            f"got {', '.join(domains)}"
+        )
+    if unfit := {".", ".."} & set(domains):
+        raise UserError(f"--domain_adapters: {min(unfit)!r} is no name of a domain: each has its model's folder")
+    kinds = [kind.value for kind in Freeze]
+    if freeze not in kinds:
+        raise UserError(f"unknown --freeze {freeze!r}; known: {', '.join(kinds)}.{nearest(freeze, kinds)}")
+    if freeze != Freeze.NONE.value and not domains:
+        raise UserError(f"--freeze {freeze} is for --domain_adapters")
+
 
 ALTERNATE = "alternate"
 """Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd ones (share only)."""
@@ -32,10 +60,10 @@ AS_LOADED = 16
 INCREMENTAL_IN_8_BITS = (
     "--base_bits 8: --merge_precision incremental would round to 8 bits again at every merge; leave it at exact"
 )
+
 SPLIT_IN_8_BITS = "--base_bits 8 holds whole weights, which --tensor_parallel_size {} would split: leave one out"
 
 MORA = "mora"
-
 
 Config = TypeVar("Config", bound="AdapterConfig")
 

@@ -10,13 +10,17 @@ Shape legend:  K = domains, B = rows, D = d_in, O = d_out, R = r_hat.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mora_ds.adapters.config import Freeze
+from mora_ds.adapters.layer import AdaptedLinear, MoRALinear
+from mora_ds.adapters.ops.int8 import check_floating, frozen_linear
+from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import (
     OperatorKind,
     OperatorSpec,
@@ -26,7 +30,98 @@ from mora_ds.adapters.ops.mora import (
     turn,
     unfold_input,
 )
+from mora_ds.adapters.ops.update import value_name
 from mora_ds.errors import RunError, UserError, nearest
+
+OWN = "domain_squares"
+"""Name of the parameter (K, r_hat, r_hat), here and in files."""
+
+
+class DomainLinear(MoRALinear):
+    """`MoRALinear`, and in `domain_squares` (K, r_hat, r_hat) what each domain has learned beside the others."""
+
+    domain_squares: Tensor
+    own_spec: OperatorSpec
+    """What `domain_squares` mean; `spec` is the shared square's."""
+
+    def __init__(
+        self, base: Any, spec: OperatorSpec, domains: Domains, dropout: float = 0.0, freeze: Freeze = Freeze.NONE
+    ) -> None:
+        """Squares are zero at first. What is frozen is a buffer, in fp32 and out of DeepSpeed's sight."""
+        super().__init__(base, spec, dropout, Compute.ACTIVATION)
+        self.domains, self.own_spec = domains, spec
+        own = self.square.data.new_zeros(len(domains.names), *self.square.shape)
+        self.register_parameter(OWN, nn.Parameter(own))
+        if freeze is not Freeze.NONE:
+            name = "square" if freeze is Freeze.SHARED else OWN
+            value = self._parameters.pop(name)
+            assert value is not None
+            self.register_buffer(name, value.data.float(), persistent=False)
+            self.frozen_values = (name,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters(recurse=False)).dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        choice = self.domains.choice(x)
+        if choice is None:
+            if self.training:
+                raise RunError("rows to train on need a domain each: mora_ds.domains_of(model).set([...]) before")
+            return super().forward(x)
+        own = squares_of_rows(self.domain_squares.to(x.dtype), choice)
+        rows = x.reshape(len(choice), -1, self.in_features)
+        if self.training and self.dropout:
+            rows = nn.functional.dropout(rows, self.dropout)
+        if self.spec != self.own_spec:  # since the first merge
+            return super().forward(x) + update_rows(self.own_spec, own, rows).view(*x.shape[:-1], -1)
+        frozen = self.frozen
+        check_floating(x, frozen)
+        update = update_rows(self.spec, self.square.to(x.dtype) + own, rows)
+        return frozen_linear(x, frozen, self.bias) + update.view(*x.shape[:-1], -1)
+
+
+def domain_layers(model: nn.Module) -> dict[str, DomainLinear]:
+    """Module name -> layer with squares of domains, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, DomainLinear)}
+
+
+def domains_of(model: nn.Module) -> Domains:
+    """Where the domains of rows are said. Without names for a model that has no domains."""
+    return next((layer.domains for layer in domain_layers(model).values()), Domains(()))
+
+
+def frozen_values(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> square, or squares of all domains, that are not trained: fp32."""
+    layers = domain_layers(model).items()
+    return {f"{name}.{value}": layer.get_buffer(value) for name, layer in layers for value in layer.frozen_values}
+
+
+def told_of_domains(model: nn.Module) -> str:
+    """For the report of an injection; empty where there are none."""
+    layers = list(domain_layers(model).values())
+    if not layers:
+        return ""
+    names, numel = layers[0].domains.names, sum(layer.domain_squares.numel() for layer in layers)
+    kept = {"square": "; the shared squares are frozen", OWN: "; these are frozen"}
+    frozen = "".join(kept[value] for value in layers[0].frozen_values)
+    return (
+        f"{len(names)} domains ({', '.join(names)}) with a square of their own in every layer: {numel:,} "
+        f"parameters{frozen}. Once the shared square is wired anew, after a merge, a row has two products"
+    )
+
+
+def set_values(layer: AdaptedLinear, square: Tensor, own: Tensor | None, dtype: torch.dtype) -> None:
+    """A layer's squares from fp32 ones, in `dtype` but for those that are frozen. Not where DeepSpeed holds them."""
+    values = {value_name(layer.spec): square} if own is None else {value_name(layer.spec): square, OWN: own}
+    for name, value in values.items():
+        getattr(layer, name).data = value.to(torch.float32 if name in layer.frozen_values else dtype)
+
+
+def restore_frozen(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """The squares that are not trained, from fp32 tensors by their names in the model."""
+    for name, value in frozen_values(model).items():
+        value.copy_(values[name])
 
 
 class Domains:

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.config import ALL_LINEAR, AdapterConfig, MoRAConfig
-from mora_ds.adapters.domain_layer import frozen_values, layer_for, told_of_domains
-from mora_ds.adapters.domains import Domains
-from mora_ds.adapters.layer import AdaptedLinear, linear_shape
+from mora_ds.adapters.config import ALL_LINEAR, AdapterConfig, Freeze, MoRAConfig
+from mora_ds.adapters.domains import DomainLinear, Domains, frozen_values, told_of_domains
+from mora_ds.adapters.layer import AdaptedLinear, adapt, linear_shape
 from mora_ds.adapters.new_embeddings import train_new_rows
-from mora_ds.adapters.ops.update import Side, value_name, value_shape
+from mora_ds.adapters.ops.linear import Compute
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.update import Side, UpdateSpec, describe, value_name, value_shape
 from mora_ds.adapters.target_modules import ending_of, output_head, targets_of
 from mora_ds.adapters.tp_plan import Style, style_in_plan
 from mora_ds.errors import RunError, UserError
@@ -198,8 +199,6 @@ def move_base(model: nn.Module, device: torch.device | str, dtype: torch.dtype) 
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
-
-
 def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module]) -> None:
     """Neither a weight with two owners nor a module with two places can have one square."""
     modules = list(model.modules())
@@ -239,8 +238,6 @@ def _hold_in_8_bits(layer: AdaptedLinear, name: str, original: Callable[[str], T
 
 
 # -- replacing and freezing ------------------------------------------------------------------------------------------
-
-
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)
@@ -320,3 +317,17 @@ def _note(config: AdapterConfig, d_in: int, d_out: int, shapes: list[tuple[int, 
     size, wanted = shapes[0][0], config.asked_for(d_in, d_out)
     side = "longer" if isinstance(config, MoRAConfig) and not config.is_subspace else "shorter"
     return f"(rank {config.rank} asks for {wanted}: the {side} side is enough)" if size < wanted else ""
+
+
+def layer_for(config: AdapterConfig, base: Any, spec: UpdateSpec, name: str, domains: Domains | None) -> AdaptedLinear:
+    """The layer that takes the place of `base`, called `name` in its model, in cycle 0; with squares of domains, if
+    there are any. Raises `UserError` for an update that rows cannot have of their own."""
+    if domains is not None:
+        if not (isinstance(config, MoRAConfig) and isinstance(spec, OperatorSpec)):
+            raise UserError(
+                f"--domain_adapters is for --operator truncate, share, decouple or rotate: {name} would get "
+                f"{describe(spec)}"
+            )
+        return DomainLinear(base, spec, domains, config.dropout, Freeze(config.freeze))
+    compute = Compute(config.compute) if isinstance(config, MoRAConfig) else Compute.ACTIVATION
+    return adapt(base, spec, config.dropout, compute, config.first_seed(name, cycle=0))

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mora_ds.adapters.layer import AdaptedLinear
+from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.int8 import Weight, dense
 from mora_ds.adapters.ops.update import UpdateSpec, delta_weight
-from mora_ds.remora.ledger import live_weight
 
 
 class MergeNorms(NamedTuple):

@@ -18,9 +18,8 @@ from typing import Any
 import yaml
 
 from mora_ds.adapters.config import MoRAConfig
-from mora_ds.config.flags import load_yaml
 from mora_ds.errors import UserError, nearest
-from mora_ds.files import atomic_path
+from mora_ds.files import atomic_path, load_yaml
 
 TARGETS_FILE = "targets.yaml"
 AUTO = "auto"

@@ -19,18 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.domain_layer import OWN
-from mora_ds.adapters.domain_names import SHARED
+from mora_ds.adapters.config import SHARED
+from mora_ds.adapters.domains import OWN
 from mora_ds.adapters.ops.update import UpdateSpec, spec_from_dict, value_shape
+from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON
 from mora_ds.errors import UserError, nearest
 from mora_ds.files import malformed, read_json, require_format, write_json_atomic
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
 from mora_ds.models.tensor_files import compute_dtype, open_safetensors, shape_dtype, write_safetensors_atomic
 from mora_ds.remora.ledger import LayerEntry, layers_from_dict, layers_to_dict
-
-ADAPTER_JSON = "adapter.json"
-ADAPTER_TENSORS = "adapter.safetensors"
-BASE_JSON = "base.json"
 
 
 @dataclass(frozen=True)
@@ -169,14 +166,6 @@ def write_adapter(
         raise ValueError("the tensors given are not those that the adapter lists")
     write_safetensors_atomic(folder / ADAPTER_TENSORS, tensors, {"step": str(adapter.step)})
     write_json_atomic(folder / ADAPTER_JSON, adapter.to_dict())
-
-
-def adapter_folder(path: Path) -> Path | None:
-    """The folder with adapter.json that `path` means: itself, what it links to, or a run's latest checkpoint."""
-    for folder in (path, path / "checkpoints" / "latest", path / "latest"):
-        if (folder / ADAPTER_JSON).is_file():
-            return folder.resolve()
-    return None
 
 
 def read_adapter(folder: Path) -> AdapterFile:

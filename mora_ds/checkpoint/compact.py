@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.checkpoint.adapter_files import BaseReference
 from mora_ds.checkpoint.ledger_tools import (
     LEDGER_FOLDER,
@@ -36,7 +37,7 @@ from mora_ds.files import atomic_folder
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.save import plan_shards, write_companions, write_shards
 from mora_ds.models.tensor_files import compute_dtype
-from mora_ds.remora.ledger import LayerEntry, Ledger, live_weight
+from mora_ds.remora.ledger import LayerEntry, Ledger
 
 BASE_FOLDER = "base"
 _UNCHANGED = ("probe.safetensors", "trainer_state.json")

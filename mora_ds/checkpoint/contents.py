@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mora_ds.adapters.config import AdapterConfig
-from mora_ds.adapters.domain_layer import domain_layers, domains_of, frozen_values
+from mora_ds.adapters.domains import domain_layers, domains_of, frozen_values
 from mora_ds.adapters.inject import mora_layers, value_names
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, OwnSquares, logits_of, write_adapter
 from mora_ds.engine import zero
@@ -137,7 +136,7 @@ def save_full_model(engine: zero.Engine, folder: Path, tokenizer: Any) -> None:
     model = engine.module
     gathered: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=zero.is_stage3(engine)):
+        with zero.whole_parameter(engine, parameter):
             if dist.get_rank() == 0:
                 gathered[name] = parameter.detach().cpu().clone()
     if dist.get_rank() == 0:

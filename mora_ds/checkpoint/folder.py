@@ -5,53 +5,101 @@ Needs neither DeepSpeed nor other ranks; `checkpoint` writes and loads them, `ve
 
 from __future__ import annotations
 
-import json
+import os
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mora_ds import files
-from mora_ds.checkpoint.checkpoint_care import LATEST, problems
 from mora_ds.errors import UserError
+from mora_ds.files import MANIFEST, disk_errors, fsync_folder, malformed, read_json, replace_symlink, verify_manifest
+
+LATEST = "latest"
+
+BEST = "best"
+
+WRITING = ".writing"
+
+OLD = ".old"
+
+_GONE = ".gone"
+
+_LEDGER = "ledger"
+
+_VECTORS = "vectors.safetensors"
+
+
+def settle(root: Path) -> None:
+    """Makes good what a killed run has left. Only for whoever alone may write to `root`, which need not be there."""
+    if not root.is_dir():
+        return
+    with disk_errors(root):
+        for old in root.glob(f".step-*{OLD}{WRITING}"):
+            final = root / old.name.removeprefix(".").removesuffix(f"{OLD}{WRITING}")
+            if not final.exists():  # killed between the two renames: this may be the only good one
+                os.rename(old, final)
+        for partial in root.glob(f".step-*{WRITING}"):
+            shutil.rmtree(partial, ignore_errors=True)
+        for link in (LATEST, BEST):
+            (root / f".{link}.partial").unlink(missing_ok=True)
+
+
+def problems(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint, one line a file; empty when it is whole."""
+    try:
+        return verify_manifest(folder) or ledger_problems(folder)
+    except UserError as error:  # no manifest, or a damaged one
+        return [str(error)]
+
+
+def ledger_problems(folder: Path) -> list[str]:
+    """A cycle that was damaged while the run went on is in the checkpoint's manifest as it is now: the ledger knows
+    better. Compares what the two have on record and reads no cycle."""
+    path = folder / _LEDGER / "ledger.json"
+    if not path.exists():
+        return []
+    listed = read_json(folder / MANIFEST)["files"]
+    with malformed(path):
+        content = read_json(path)
+        kept = [(f"{_LEDGER}/{cycle['file']}", cycle["sha256"], "cycle") for cycle in content["cycles"]]
+        if "vectors" in content:
+            kept.append((f"{_LEDGER}/{_VECTORS}", content["vectors"]["sha256"], "file of singular vectors"))
+    return [
+        f"{folder / name} is not the {what} that {path.name} has on record"
+        for name, sha256, what in kept
+        if listed.get(name, {}).get("sha256") != sha256
+    ]
+
+
+def retire(folder: Path) -> None:
+    """Deletes a checkpoint; renamed first, so that no half of one ever has its name."""
+    gone = folder.with_name(f".{folder.name}{_GONE}{WRITING}")
+    os.rename(folder, gone)
+    shutil.rmtree(gone)
+
+
+def name_latest(root: Path, checkpoint: Path) -> None:
+    """Lets `latest` name the checkpoint that a run goes on from, where it names none: a run killed between renaming
+    its only checkpoint and `latest` would else be finished without a latest one."""
+    if checkpoint.parent.resolve() == root.resolve() and not (root / LATEST).exists():
+        replace_symlink(root / LATEST, checkpoint.name)
+
+
+def name_best(root: Path, best: Path) -> None:
+    """Lets `best` name that checkpoint, if it is there and another one is named."""
+    if best.is_dir() and (root / BEST).resolve() != best.resolve():
+        replace_symlink(root / BEST, best.name)
+
+
+def sync_folders(folder: Path) -> None:
+    """Names of new files in `folder` and below survive a power cut."""
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        fsync_folder(path)
+
 
 ENGINE_TAG = "engine"
+
 AUTO = "auto"
-STATE_FILE = "trainer_state.json"
-
-
-@dataclass
-class TrainerState:
-    """Where a run stands. Everything a resumed run must agree on is in `identity`."""
-
-    step: int = 0
-    tokens: int = 0
-    merges: list[int] = field(default_factory=list)
-    stall_window: list[float] = field(default_factory=list)
-    """What `stall.StallRule` decides from: the newest values of its signal in the running cycle."""
-    perplexity_before: dict[str, float] = field(default_factory=dict)
-    perplexity_last: dict[str, float] = field(default_factory=dict)
-    best_step: int = 0
-    """The evaluated step of the least weighted loss so far (`forgetting.Watch.score`); 0: none yet."""
-    best_score: float | None = None
-    total_steps: int = 0
-    """Optimizer steps that the run was to have: the schedule hangs on them."""
-    finished: bool = False
-    """Whether all of them are done, with what follows the last one."""
-    evaluation_pending: bool = False
-    """Whether the evaluation after this step is still to be made: the run was stopped before it or in its midst."""
-    stream: dict[str, Any] | None = None
-    """Where streamed sources stand before the next step's batch."""
-    world_size: int = 1
-    identity: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, folder: Path) -> TrainerState:
-        """Of a checkpoint. Raises `UserError` naming the file when it is missing or damaged."""
-        path = folder / STATE_FILE
-        content = files.read_json(path)
-        with files.malformed(path):
-            return cls(**content)
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -113,62 +161,6 @@ def _newest_first(root: Path) -> list[Path]:
     folders = complete_checkpoints(root)
     latest = (root / LATEST).resolve()
     return [folder for folder in reversed(folders) if latest not in folders or step_of(folder) <= step_of(latest)]
-
-
-def check_world_size(folder: Path, world: int) -> None:
-    """Raises `UserError` when so many ranks cannot go on with the checkpoint: its batch must divide by them."""
-    rows = TrainerState.read(folder).identity.get("global_batch_size")
-    if isinstance(rows, int) and rows % world:
-        able = [str(number) for number in range(1, rows + 1) if rows % number == 0]
-        raise UserError(
-            f"{folder} belongs to a run of {rows} sequences a step, which {world} ranks cannot share evenly: "
-            f"start {', '.join(able[:-1]) + ' or ' if able[:-1] else ''}{able[-1]} of them"
-        )
-
-
-def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises one `UserError` that names everything in which the checkpoint's run differs from this one."""
-    there, here = (_flat(json.loads(json.dumps(identity))) for identity in (saved, now))
-    differences = [
-        f"{_meaning(key)}: {there.get(key)!r} there, {here.get(key)!r} here"
-        for key in sorted({*there, *here})
-        if there.get(key) != here.get(key)
-    ]
-    if differences:
-        raise UserError(f"{folder} belongs to another run:\n  " + "\n  ".join(differences))
-
-
-_MEANING = {
-    "base": "weights of --model_name_or_path",
-    "model_config": "config.json of --model_name_or_path",
-    "tokens": "tokens of the training text (--train_files, --dataset_name and the tokenizer)",
-    **{f"mixture.{part}": f"{part} of --mixture" for part in ("sources", "weights", "epochs")},
-    "adapter.kind": "--adapter",
-    "adapter.rank": "--mora_rank (or --lora_rank)",
-    "adapter.dropout": "--mora_dropout",
-    "adapter.vector_sets": "--subspace_cycles (None: 1)",
-    "adapter.vectors": "singular vectors of the base (--operator subspace, --alignment_weight)",
-    "alignment": "--alignment_weight, --alignment_rank (None: no such loss)",
-    "adapter.base_bits": "--base_bits (None: 16)",
-    "adapter.domains": "domains of --domain_adapters (None: without)",
-    "adapter.freeze": "--freeze (None: none)",
-    "global_batch_size": "sequences a step, over all ranks (--per_device_train_batch_size and so on)",
-    "dtype": "compute dtype (--bf16, --fp16)",
-    "optimizer": "--optimizer (None: adamw)",
-}
-
-
-def _meaning(key: str) -> str:
-    """In the user's words; of a mixture, with the source's name or the phase."""
-    part, _, name = key.partition("mixture.")[2].partition(".")
-    return f"{_MEANING[f'mixture.{part}']}, {name}" if name else _MEANING.get(key, key)
-
-
-def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in identity.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
 
 
 def step_of(folder: Path) -> int:

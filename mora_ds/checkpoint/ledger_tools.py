@@ -15,15 +15,8 @@ from pathlib import Path
 
 import torch
 
-from mora_ds.checkpoint.adapter_files import (
-    ADAPTER_JSON,
-    ADAPTER_TENSORS,
-    BASE_JSON,
-    AdapterFile,
-    AdapterTensors,
-    BaseReference,
-    read_adapter,
-)
+from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, read_adapter
+from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON
 from mora_ds.errors import RunError, UserError
 from mora_ds.files import (
     MANIFEST,

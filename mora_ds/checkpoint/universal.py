@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from mora_ds.checkpoint.adapter_files import AdapterTensors, read_adapter, write_adapter
-from mora_ds.checkpoint.folder import ENGINE_TAG, STATE_FILE, TrainerState
+from mora_ds.checkpoint.folder import ENGINE_TAG
+from mora_ds.checkpoint.state import STATE_FILE, TrainerState
 from mora_ds.engine.shard_reader import MASTER, EngineShards, Layout, layout_path, load_pickled, write_whole
 from mora_ds.errors import UserError
 from mora_ds.files import MANIFEST, atomic_folder, malformed, verify_manifest, write_json_atomic, write_manifest

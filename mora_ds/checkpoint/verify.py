@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from mora_ds.checkpoint.adapter_files import ADAPTER_JSON, ADAPTER_TENSORS, AdapterTensors, BaseReference, read_adapter
-from mora_ds.checkpoint.folder import ENGINE_TAG, LATEST, STATE_FILE, TrainerState, complete_checkpoints, step_of
+from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, read_adapter
+from mora_ds.checkpoint.folder import ENGINE_TAG, LATEST, complete_checkpoints, step_of
+from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS
+from mora_ds.checkpoint.state import STATE_FILE, TrainerState
 from mora_ds.engine.shard_reader import MASTER, EngineShards
 from mora_ds.errors import RunError, UserError
 from mora_ds.files import MANIFEST, malformed, read_json, verify_manifest

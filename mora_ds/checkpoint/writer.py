@@ -26,27 +26,23 @@ from torch import Tensor
 
 from mora_ds import files
 from mora_ds.checkpoint.async_save import Background, Exchange, on_host
-from mora_ds.checkpoint.checkpoint_care import (
+from mora_ds.checkpoint.folder import (
     BEST,
+    ENGINE_TAG,
+    LATEST,
     OLD,
     WRITING,
+    complete_checkpoints,
+    is_whole,
     ledger_problems,
     name_best,
     retire,
     settle,
-    sync_folders,
-)
-from mora_ds.checkpoint.folder import (
-    ENGINE_TAG,
-    LATEST,
-    STATE_FILE,
-    TrainerState,
-    check_identity,
-    complete_checkpoints,
-    is_whole,
     step_folder,
     step_of,
+    sync_folders,
 )
+from mora_ds.checkpoint.state import STATE_FILE, TrainerState, check_identity
 from mora_ds.engine import shard_writer, zero
 from mora_ds.engine.shard_reader import EngineShards, Layout
 from mora_ds.errors import RunError

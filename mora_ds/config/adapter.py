@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from mora_ds.adapters.config import AS_LOADED, AdapterConfig, LoRAConfig, MoRAConfig
-from mora_ds.adapters.domain_names import Freeze
+from mora_ds.adapters.config import AS_LOADED, AdapterConfig, Freeze, LoRAConfig, MoRAConfig
 from mora_ds.config.flags import documented
 from mora_ds.errors import member_named
 from mora_ds.remora.optimizer_reset import OptimizerReset

@@ -20,7 +20,7 @@ from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.flags import parse_flat
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.ds_config import load_ds_config
-from mora_ds.engine.ds_tensor_parallel import degree_in
+from mora_ds.engine.ds_keys import degree_in
 from mora_ds.errors import member_named
 from mora_ds.remora.schedule import MergeWhen, Schedule, schedule_kind
 

@@ -28,6 +28,11 @@ class ModelArguments:
     attn_implementation: str = "auto"
     """auto (sdpa where the model has it), sdpa, eager, flash_attention_2 and so on, as in transformers."""
 
+    @property
+    def attention(self) -> str | None:
+        """What transformers is asked for: None leaves the choice to it."""
+        return None if self.attn_implementation == "auto" else self.attn_implementation
+
 
 @dataclass(frozen=True)
 @documented

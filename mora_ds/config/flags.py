@@ -16,15 +16,15 @@ import inspect
 import textwrap
 import types
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 
 from mora_ds.errors import UserError, nearest
+from mora_ds.files import load_yaml
 
 Class = TypeVar("Class", bound=type)
+
 _NOT_GIVEN = object()
 
 
@@ -102,22 +102,6 @@ def _unknown_flags(unknown: list[str], parser: StrictParser) -> str:
     return "\n".join(f"unknown flag {flag}.{nearest(flag, known)}" for flag in flags)
 
 
-# -- recipes -----------------------------------------------------------------------------------------------------
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where plain YAML keeps the last one without a word."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def read_recipe(path: str, groups: Iterable[type], ignored_keys: Iterable[str] = ()) -> dict[str, Any]:
     """The settings of a YAML recipe, checked against the fields of `groups`; all wrong ones in one `UserError`."""
     content = load_yaml(path, "the recipe")
@@ -136,23 +120,6 @@ def read_recipe(path: str, groups: Iterable[type], ignored_keys: Iterable[str] =
     if problems:
         raise UserError("\n".join(problems))
     return settings
-
-
-def load_yaml(path: str, what: str) -> dict[Any, Any]:
-    """The mapping in a YAML file that gives no key twice. Raises `UserError`, which calls the file `what`."""
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {what} {path}: {error}") from error
-    try:
-        content = yaml.load(text, _UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no valid YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold `key: value` lines, not a {type(content).__name__}")
-    return content
 
 
 def _coerce(value: Any, hint: Any) -> Any:

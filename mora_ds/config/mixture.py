@@ -16,14 +16,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mora_ds.config.data import DataArguments
-from mora_ds.config.flags import load_yaml
 from mora_ds.errors import UserError, nearest
+from mora_ds.files import load_yaml
 
 PLAIN = "train"
 """Name of the source that plain --train_files or --dataset_name make, where it needs one."""
 
 _NAME = r"[A-Za-z0-9_.-]+"
+
 _SOURCE = re.compile(rf"({_NAME})=(.+):([^:/]+)")
+
 _KEYS = ("files", "dataset", "weight", "epochs", "text_column", "streaming")
 
 
@@ -73,8 +75,6 @@ def mixture_plan(data: DataArguments) -> MixturePlan | None:
 
 
 # -- flags -------------------------------------------------------------------------------------------------------------
-
-
 def _source_of(entry: str) -> tuple[str, str, float] | None:
     """(name, files, weight), or None for a plain path: one that has not this form, or is there under that very name."""
     found = _SOURCE.fullmatch(entry)
@@ -157,8 +157,6 @@ def _replayed(entry: str) -> tuple[str, str | None, float]:
 
 
 # -- mix.yaml ----------------------------------------------------------------------------------------------------------
-
-
 def _read(path: str) -> MixturePlan:
     content = load_yaml(path, "--mixture")
     if unknown := [key for key in content if key not in ("sources", "phases")]:
@@ -222,8 +220,6 @@ def _number(path: str, where: str, value: Any) -> float:
 
 
 # -- both --------------------------------------------------------------------------------------------------------------
-
-
 def _check_weights(plan: MixturePlan, where: str) -> None:
     for step, weights in plan.phases:
         phase = f"{where}: " if step == 0 else f"{where}, from step {step}: "
@@ -241,3 +237,7 @@ def _refuse_twice(flag: str, names: list[str]) -> None:
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise UserError(f"{flag}: {', '.join(twice)} is given twice; in a --mixture file a source may have many files")
+
+
+HELD_OUT = "held_out"
+"""Name of the evaluation set that --held_out_share makes; of a mixture, with the source's name behind it."""

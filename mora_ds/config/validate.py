@@ -9,18 +9,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from mora_ds.adapters.config import INCREMENTAL_IN_8_BITS, LoRAConfig, MoRAConfig
-from mora_ds.checks import Check, at_least, choice
 from mora_ds.config.adapter import AdapterArguments, AdapterKind, MergePrecision, TPGrouping
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.domains import domain_checks
 from mora_ds.config.forgetting import Watch
-from mora_ds.config.parallel_checks import parallel_checks
-from mora_ds.config.target_checks import target_checks
 from mora_ds.config.training import TrainingArguments
-from mora_ds.config.validate_adapter import vector_checks
-from mora_ds.config.validate_run import data_checks
+from mora_ds.config.validate_adapter import target_checks, vector_checks
+from mora_ds.config.validate_run import data_checks, parallel_checks
 from mora_ds.engine.ds_optimizer import OptimizerKind
-from mora_ds.errors import UserError, member_named
+from mora_ds.errors import Check, UserError, at_least, choice, member_named
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.remora.schedule import MergeWhen, schedule_kind
 from mora_ds.remora.stall import StallSignal

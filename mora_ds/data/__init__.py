@@ -14,13 +14,11 @@ write_embedded     no file named at all                              -> the defa
 """
 
 from mora_ds.data.cache import TokenCache, build_cache
-from mora_ds.data.corpus import Corpus, is_saved_dataset, load_corpus, resolve_files
+from mora_ds.data.corpus import Corpus, is_saved_dataset, load_corpus, resolve_files, stream_dataset
 from mora_ds.data.dedup import canonical_digest, is_held_out
 from mora_ds.data.embedded import EmbeddedCorpus, domain_documents, general_documents, write_embedded
-from mora_ds.data.encoder import Encoder
 from mora_ds.data.extend_tokenizer import Extension, check_extension, domain_pieces, extend_tokenizer
 from mora_ds.data.held_out import DocumentFilter, document_hash, hashes_of
-from mora_ds.data.hub_stream import stream_dataset
 from mora_ds.data.mixture import CachedSource, Mixture, Source, TrainData
 from mora_ds.data.packing import IGNORED, PackedDataset, TokenBlocks
 from mora_ds.data.preparation import Filters, PreparationReport, prepare_corpus
@@ -29,6 +27,7 @@ from mora_ds.data.sentencepiece import train_sentencepiece
 from mora_ds.data.stream import DocumentStream, StreamSettings
 from mora_ds.data.stream_source import Share, StreamMixture, StreamSource
 from mora_ds.data.tokenizer import (
+    Encoder,
     check_reload,
     check_vocabulary,
     largest_id,

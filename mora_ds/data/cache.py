@@ -27,12 +27,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mora_ds.data.corpus import Corpus
-from mora_ds.data.encoder import Encoder
 from mora_ds.data.held_out import DocumentFilter
 from mora_ds.data.inspection import PartFacts, inspect_parts, writable
 from mora_ds.data.prepared import PreparedPart
 from mora_ds.data.readers import Document
-from mora_ds.data.tokenizer import tokenizer_fingerprint
+from mora_ds.data.tokenizer import Encoder, tokenizer_fingerprint
 from mora_ds.data.workers import ordered_map
 from mora_ds.errors import RunError, UserError
 from mora_ds.files import at_work, disk_errors, fsync_folder, fsync_tree, is_abandoned, sha256_file

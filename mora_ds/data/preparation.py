@@ -10,9 +10,11 @@ piece by piece and taken back when its end shows that it is not wanted.
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,28 @@ from transformers import PreTrainedTokenizerBase
 from mora_ds.data.cache import cache_settings, processes_for
 from mora_ds.data.corpus import Corpus
 from mora_ds.data.dedup import Canonical, NearDuplicates, canonical_digest, is_held_out, signature
-from mora_ds.data.encoder import Encoder
 from mora_ds.data.prepared import HELD_OUT, PREPARED_JSON, TRAIN
 from mora_ds.data.readers import Document
-from mora_ds.data.scripts import count_scripts
 from mora_ds.data.split_writer import SplitWriter
+from mora_ds.data.tokenizer import Encoder
 from mora_ds.data.workers import ordered_map
 from mora_ds.errors import UserError
 from mora_ds.files import atomic_folder
+
+
+def count_scripts(text: str) -> Counter[str]:
+    """Script (LATIN, GREEK, CJK, HIRAGANA, ...) -> letters of it in `text`; digits, signs and spaces are none."""
+    found: Counter[str] = Counter()
+    for character, count in Counter(text).items():
+        if script := _script(character):
+            found[script] += count
+    return found
+
+
+@lru_cache(maxsize=1 << 17)
+def _script(character: str) -> str:
+    return unicodedata.name(character, "OTHER").split()[0].split("-")[0] if character.isalpha() else ""
+
 
 _BATCH_CHARACTERS = 1 << 18
 
@@ -157,8 +173,6 @@ def _batches(corpus: Corpus, bar: tqdm) -> Iterator[list[Document]]:
 
 
 # -- in the workers --------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class _Piece:
     """A document, or a piece of one, as a worker returns it."""
@@ -205,8 +219,6 @@ class _Worker:
 
 
 # -- in the caller's process -----------------------------------------------------------------------------------------
-
-
 class _Judge:
     """Decides document by document, in the order of the files."""
 

@@ -18,11 +18,11 @@ import numpy as np
 from torch import Tensor
 
 from mora_ds.data.cache import TokenCache
-from mora_ds.data.encoder import Encoder
 from mora_ds.data.mixture import Block, Mixture, Source
 from mora_ds.data.packing import TokenBlocks, stack
 from mora_ds.data.readers import Document
 from mora_ds.data.stream import DocumentStream, Place
+from mora_ds.data.tokenizer import Encoder
 from mora_ds.errors import RunError, UserError
 
 BATCH_CHARACTERS = 1 << 18

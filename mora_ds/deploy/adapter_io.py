@@ -20,27 +20,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import AdapterConfig, config_from_dict
-from mora_ds.adapters.domain_layer import DomainLinear, domains_of, set_values
+from mora_ds.adapters.domains import DomainLinear, domains_of, set_values
 from mora_ds.adapters.inject import inject, mora_layers, move_base
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.merge_layer import write_live
+from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.checkpoint.adapter_files import (
-    ADAPTER_JSON,
-    ADAPTER_TENSORS,
-    AdapterFile,
-    AdapterTensors,
-    BaseReference,
-    adapter_folder,
-    chosen_domain,
-    read_adapter,
-)
+from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, chosen_domain, read_adapter
+from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, find_adapter
 from mora_ds.errors import UserError
 from mora_ds.files import MANIFEST, atomic_folder, verify_manifest, write_manifest
 from mora_ds.models.tensor_files import compute_dtype
-from mora_ds.remora.ledger import Ledger, live_weight
+from mora_ds.remora.ledger import Ledger
 
 LEDGER_FOLDER = "ledger"
+
 INCREMENTAL = "incremental"
 
 
@@ -133,14 +127,6 @@ def _config(folder: Path, adapter: AdapterFile) -> AdapterConfig:
     if "config" not in adapter.facts:
         raise UserError(f"{folder / ADAPTER_JSON} does not say how the adapter was made (no config)")
     return config_from_dict(adapter.facts["config"])
-
-
-def find_adapter(path: Path) -> Path:
-    """The folder that `path` means: itself, or the latest checkpoint of a run. Raises `UserError`."""
-    folder = adapter_folder(path)
-    if folder is None:
-        raise UserError(f"{path} is neither an adapter, nor a checkpoint, nor the output folder of a run that has one")
-    return folder
 
 
 def open_adapter(folder: Path) -> tuple[AdapterFile, Ledger]:

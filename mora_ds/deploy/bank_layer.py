@@ -25,9 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters.layer import linear_shape
 from mora_ds.adapters.ops.gather import deal, scatters
-from mora_ds.adapters.ops.index_tables import fresh_wiring
+from mora_ds.adapters.ops.index_tables import fresh_wiring, rope_table
 from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec
-from mora_ds.adapters.ops.tables import rope_table
 from mora_ds.errors import UserError
 
 _CPU = torch.device("cpu")

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.domain_names import SHARED
+from mora_ds.adapters.config import SHARED
 from mora_ds.adapters.new_embeddings import is_new_rows, stands_for, with_last_rows
+from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.int8 import Int8Weight, dense, quantize
 from mora_ds.checkpoint.adapter_files import (
-    ADAPTER_JSON,
     AdapterFile,
     AdapterTensors,
     BaseReference,
@@ -30,6 +30,7 @@ from mora_ds.checkpoint.adapter_files import (
     logits_of,
     read_adapter,
 )
+from mora_ds.checkpoint.layout import ADAPTER_JSON, LEDGER_FOLDER, PROBE_FILE, TOKENIZER_FOLDER, find_checkpoint
 from mora_ds.deploy.logits_check import Comparison, compare_logits
 from mora_ds.deploy.model_card import model_card
 from mora_ds.errors import RunError, UserError
@@ -37,11 +38,7 @@ from mora_ds.files import MANIFEST, atomic_folder, recorded_hashes, verify_manif
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.save import plan_shards, write_companions, write_shards
 from mora_ds.models.tensor_files import compute_dtype, dtype_name
-from mora_ds.remora.ledger import VECTORS_FILE, LayerEntry, Ledger, live_weight
-
-LEDGER_FOLDER = "ledger"
-TOKENIZER_FOLDER = "tokenizer"
-PROBE_FILE = "probe.safetensors"
+from mora_ds.remora.ledger import VECTORS_FILE, LayerEntry, Ledger
 
 
 @dataclass(frozen=True)
@@ -150,14 +147,6 @@ def _with_domain(adapter: AdapterFile, domain: str | None) -> AdapterFile:
     return replace(adapter, facts={"domain": domain or SHARED, **adapter.facts})
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The step folder that `path` means: itself, what it links to, or the latest of a run's output folder."""
-    for folder in (path, path / "checkpoints" / "latest", path / "latest"):
-        if (folder / ADAPTER_JSON).is_file() or (folder / MANIFEST).is_file():
-            return folder.resolve()
-    raise UserError(f"--checkpoint: {path} is neither a checkpoint nor the output folder of a run that has one")
-
-
 def _check_manifest(checkpoint: Path) -> None:
     if not (checkpoint / MANIFEST).exists():
         return
@@ -239,8 +228,6 @@ def _check_output(output: Path, overwrite: bool, run: _Run) -> None:
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
-
-
 def _exported_keys(run: _Run) -> Iterator[str]:
     """The base's keys, less copies of a tied weight under its other name.
 

@@ -19,12 +19,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mora_ds.engine.ds_keys import AUTO, REFUSED, SECTIONS, TOP_LEVEL
+from mora_ds.engine.ds_keys import AUTO, REFUSED, SECTIONS, TOP_LEVEL, take_degree
 from mora_ds.engine.ds_keys import at as _at
 from mora_ds.engine.ds_keys import fill as _fill
 from mora_ds.engine.ds_keys import refused_keys as _refused_keys
 from mora_ds.engine.ds_optimizer import OptimizerKind, match_optimizer, optimizer_problems
-from mora_ds.engine.ds_tensor_parallel import take_degree
 from mora_ds.errors import UserError, nearest
 
 PERSIST_BUDGET_BYTES = 64 * 2**20

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from mora_ds.adapters.config import SPLIT_IN_8_BITS
 from mora_ds.adapters.inject import frozen_buffers, mora_layers, move_base, scale_names
-from mora_ds.adapters.tp_plan import TPInputs
 from mora_ds.engine import muon, zero
+from mora_ds.engine.device import current_device, is_cpu
 from mora_ds.engine.ds_config import complete_ds_config, compute_dtype, load_ds_config
+from mora_ds.engine.ds_keys import degree_in
 from mora_ds.engine.ds_optimizer import uses_muon
-from mora_ds.engine.ds_tensor_parallel import degree_in
 from mora_ds.errors import RunError, UserError
 from mora_ds.models.base import tensor_checksum
+from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
 from mora_ds.runtime import heartbeat, signals
@@ -89,7 +90,7 @@ def initialize(
         split_model(model, topology, tensor_parallel_inputs)
         kwargs["mpu"] = topology.mpu
     dtype = getattr(torch, compute_dtype(settings))
-    device = torch.device(get_accelerator().current_device_name())
+    device = current_device()
     move_base(model, device, dtype)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype)
@@ -112,7 +113,7 @@ def initialize_full(*, model: nn.Module, config: dict[str, Any] | str | Path, **
     check_compute_dtype(settings)
     start_distributed()
     dtype = getattr(torch, compute_dtype(settings))
-    model.to(get_accelerator().current_device_name(), dtype)
+    model.to(current_device(), dtype)
     returned = deepspeed.initialize(model=model, config=settings, model_parameters=list(model.parameters()), **kwargs)
     zero.mend_stage_0(returned[0])
     return returned
@@ -174,7 +175,7 @@ def check_base_equal(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype} {tensor_checksum(tensor)}\n".encode())
     mine = digest.hexdigest()[:16]
-    device = get_accelerator().current_device_name()
+    device = current_device()
     value = torch.tensor([int(mine[:8], 16), int(mine[8:], 16)], dtype=torch.int64, device=device)
     everyone = [torch.zeros_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, value)
@@ -203,7 +204,7 @@ def _share_cores() -> None:
     Left alone every rank starts a thread a core, and they spin against each other (measured: 2 ranks on 2 cores, a
     step of 0.2 s took 4 s).
     """
-    if get_accelerator().device_name() != "cpu" or "OMP_NUM_THREADS" in os.environ:
+    if not is_cpu() or "OMP_NUM_THREADS" in os.environ:
         return
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))

@@ -4,8 +4,8 @@ DeepSpeed 0.19.8; `tests/engine/test_muon_contract.py` fails loudly when an upgr
     preparing         around deepspeed.initialize: which parameters are Muon's; no kernel is compiled
     mend_clipping     after it: the gradient is clipped, not the update that Muon makes of it
 
-What DeepSpeed does rightly (tests/engine/test_muon.py): every update is orthogonalised as a whole matrix, once an optimizer
-step, from the gradient summed over micro-batches and ranks, and comes out the same on every rank.
+What DeepSpeed does rightly (tests/engine/test_muon.py): every update is orthogonalised as a whole matrix, once an
+optimizer step, from the gradient summed over micro-batches and ranks, and comes out the same on every rank.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ _STAND_INS: list[Any] = [
     (_Attributes, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 ]
-"""All that DeepSpeed 0.19.8 pickles beside tensors and plain containers (tests/checkpoint/test_elastic.py looks for more)."""
+"""All that DeepSpeed 0.19.8 pickles beside tensors and containers (tests/checkpoint/test_elastic.py looks for more)."""
 
 
 def load_pickled(path: Path, allowed: list[Any] | None = None) -> Any:

@@ -1,7 +1,7 @@
 """What crosses the network, counted where DeepSpeed sends it: the proof that no byte of the base does.
 
-Wraps an internal of DeepSpeed 0.19.8, the backend object of deepspeed/comm/comm.py; `tests/engine/test_zero_contract.py`
-fails loudly when an upgrade moves it.
+Wraps an internal of DeepSpeed 0.19.8, the backend object of deepspeed/comm/comm.py;
+`tests/engine/test_zero_contract.py` fails loudly when an upgrade moves it.
 """
 
 from __future__ import annotations

@@ -47,6 +47,11 @@ def prepare_backend(verbose: bool = False) -> None:
         deepspeed_logger.setLevel(logging.WARNING)
 
 
+def whole_parameter(engine: Engine, parameter: nn.Parameter) -> Any:
+    """A context in which a trained parameter that ZeRO-3 has sharded is whole on every rank. Collective."""
+    return deepspeed.zero.GatheredParameters([parameter], enabled=is_stage3(engine))
+
+
 def is_stage3(engine: Engine) -> bool:
     return engine.zero_optimization_stage() == 3
 

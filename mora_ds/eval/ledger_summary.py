@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from mora_ds.adapters.ops.update import UpdateSpec, describe
 from mora_ds.eval.spectrum import Measures, cumulative_norms, measure, singular_values
 from mora_ds.remora.ledger import Ledger
+from mora_ds.runtime.cli import table
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,3 @@ def show_lines(ledger: Ledger) -> list[str]:
         " numerical, of a delta, mean over layers, of min(d_in, d_out); top: share of the delta's energy"
     )
     return [*head, *table([titles, *rows]), legend]
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns lined up to the right; the first row holds the titles."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -17,9 +17,10 @@ from mora_ds.adapters.ops.update import UpdateSpec, describe, value_shape
 from mora_ds.checkpoint.adapter_files import AdapterTensors
 from mora_ds.checkpoint.ledger_tools import Place
 from mora_ds.errors import UserError, nearest
-from mora_ds.eval.ledger_summary import mean, modules_of, table
+from mora_ds.eval.ledger_summary import mean, modules_of
 from mora_ds.eval.spectrum import THRESHOLD, LayerSpectrum, Update, layer_spectra
 from mora_ds.files import write_json_atomic
+from mora_ds.runtime.cli import table
 
 Live = dict[str, Update]
 """Module -> (operator, square) of a cycle that is not merged yet."""

@@ -10,10 +10,11 @@ from typing import Any
 
 from mora_ds.adapters.target_modules import ending_of
 from mora_ds.eval.gradient_probe import GradientMeasures
-from mora_ds.eval.ledger_summary import mean, table
+from mora_ds.eval.ledger_summary import mean
 from mora_ds.eval.spectrum_report import require_matplotlib
 from mora_ds.eval.weights import ESTIMATED, LEADING, SHARES, WeightMeasures
 from mora_ds.files import write_json_atomic
+from mora_ds.runtime.cli import table
 
 Gradients = Mapping[str, GradientMeasures]
 """Module -> what the probe found; empty without one."""

@@ -23,8 +23,6 @@ from mora_ds.models.base import BaseCheckpoint, NotOneToOne, renamed_keys, verif
 from mora_ds.runtime.ranks import Ranks
 
 MODEL_FLAG = "--model_name_or_path"
-AUTO_ATTENTION = "auto"
-"""sdpa where the model has it, eager otherwise: what transformers takes when none is named."""
 
 
 @dataclass
@@ -72,7 +70,7 @@ def load_base(
     own_base: Path,
     ranks: Ranks,
     dtype: torch.dtype,
-    attn_implementation: str,
+    attn_implementation: str | None,
     trust_remote_code: bool = False,
     share: Callable[[Path], None] | None = None,
 ) -> LoadedBase:
@@ -146,12 +144,14 @@ def config_digest(config: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _from_pretrained(folder: Path, dtype: torch.dtype, attn_implementation: str, trust_remote_code: bool) -> nn.Module:
+def _from_pretrained(
+    folder: Path, dtype: torch.dtype, attn_implementation: str | None, trust_remote_code: bool
+) -> nn.Module:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation=None if attn_implementation == AUTO_ATTENTION else attn_implementation,
+            attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, and named

@@ -26,6 +26,39 @@ from torch.utils.checkpoint import checkpoint
 from mora_ds.data import IGNORED
 from mora_ds.errors import UserError
 
+
+def token_nll(model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor:
+    """Summed negative log-likelihood (nats, fp32) of a batch's labels, which are already shifted: labels[t] is what
+    follows input_ids[t], or IGNORED. Restarting `position_ids` keep attention inside each document. A chunk at a time
+    where the model was given to `chunk_loss`."""
+    chunked = bound(model)
+    return whole_nll(model, batch) if chunked is None else chunked.nll(model, batch)
+
+
+def whole_nll(model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor:
+    """The same from the logits of the whole batch."""
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits  # type: ignore[attr-defined]
+    labels = batch["labels"].flatten()
+    return F.cross_entropy(logits.flatten(0, -2).float(), labels, ignore_index=IGNORED, reduction="sum")
+
+
+def row_nll(model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor:
+    """(B,): what `token_nll` sums, row by row."""
+    if (chunked := bound(model)) is not None:
+        return chunked.row_nll(model, batch)
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits  # type: ignore[attr-defined]
+    labels = batch["labels"]
+    nll = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return nll.view(labels.shape).sum(dim=-1)
+
+
+# -- documents in one row ----------------------------------------------------------------------------------------------
+_DOCUMENT = 4
+"""Tokens of each of the two documents that `check_document_mask` packs into a row."""
+
+_NOT_ROUNDING = 0.05
+"""Share of a whole leak from which on one is seen: experts that get other tokens round otherwise, far below this."""
+
 FLAG = "--chunked_loss"
 
 CHUNK_NUMBERS = 2**24
@@ -124,21 +157,3 @@ def finish_of(config: Any) -> Callable[[Tensor], Tensor]:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     return finish
-
-
-@torch.no_grad()
-def check_chunked_loss(engine: Any, vocab_size: int) -> None:
-    """Raises `UserError` where the model does more to its logits than is known here. Collective: a forward of one short
-    row on every rank."""
-    chunked = bound(engine)
-    assert chunked is not None
-    rows = torch.randint(vocab_size, (1, 16), generator=torch.Generator().manual_seed(0)).to(engine.device)
-    engine.eval()
-    with chunked.noting() as raw:
-        found = engine(input_ids=rows, use_cache=False).logits
-    engine.train()
-    expected = chunked.finish(raw[-1])
-    if not torch.allclose(found.float(), expected.float(), rtol=1e-6, atol=0):
-        raise UserError(
-            f"{FLAG}: this model does more to its logits than its head and a known scale or cap: leave it out"
-        )

@@ -11,12 +11,14 @@ less (`tensor_plan.kept_inputs`). Of a rowwise layer's input a rank has its own 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from enum import Enum
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mora_ds.adapters.tp_plan import Kept
+from mora_ds.adapters.layer import AdaptedLinear
+from mora_ds.adapters.tp_plan import Style, TensorPlan, _config, _parent, is_attention
 from mora_ds.parallel.topology import Topology
 from mora_ds.parallel.windows import Window
 
@@ -139,3 +141,52 @@ def _own_tokens(topology: Topology, x: Tensor) -> Tensor:
 
 def _all_tokens(topology: Topology, own: Tensor, shape: torch.Size) -> Tensor:
     return topology.gather(own, shape[:-1].numel()).view(shape)
+
+
+class TPInputs(str, Enum):
+    """How a rank keeps the input that the layers of a split block share, until M's gradient needs it."""
+
+    AUTO = "auto"
+    """SPLIT, but WHOLE under gradient checkpointing: it is then there for a moment only."""
+    SPLIT = "split"
+    """Its tokens of it; the others are gathered again."""
+    WHOLE = "whole"
+
+
+class Kept(Enum):
+    """What a split layer keeps of its input."""
+
+    SMALLER = "input, or folded input where that is smaller"
+    INPUT = "input"
+    OWN_INPUT = "this rank's tokens of the block's input, once for all its layers"
+    OWN_FOLDED = "this rank's tokens of the folded input"
+
+
+def kept_inputs(model: nn.Module, plan: TensorPlan, inputs: TPInputs = TPInputs.AUTO) -> dict[str, Kept]:
+    """Of every split layer of an injected model that has a square."""
+    if plan.degree == 1:
+        return {}
+    if inputs is TPInputs.AUTO:
+        recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        inputs = TPInputs.WHOLE if recomputed else TPInputs.SPLIT
+    kept = {}
+    for block in plan.blocks:
+        layers: dict[str, Any] = {name: model.get_submodule(name) for name in plan.styles if _parent(name) == block}
+        specs = {name: layer.spec for name, layer in layers.items() if isinstance(layer, AdaptedLinear)}
+        colwise = [name for name in specs if plan.styles[name] is Style.COLWISE]
+        whole = inputs is TPInputs.WHOLE or not colwise
+        shared = Kept.SMALLER if whole else _shared_input([specs[name] for name in colwise])
+        rowwise = Kept.INPUT if _keeps_output(model, block) else Kept.SMALLER
+        kept.update({name: shared if name in colwise else rowwise for name in specs})
+    return kept
+
+
+def _shared_input(specs: list[Any]) -> Kept:
+    """The smaller: the input that layers share, or what each folds of it. Decouple and rotate fold nothing away."""
+    folds = all(not spec.blockwise for spec in specs) and sum(spec.r_hat for spec in specs) < specs[0].d_in
+    return Kept.OWN_FOLDED if folds else Kept.OWN_INPUT
+
+
+def _keeps_output(model: nn.Module, block: str) -> bool:
+    """Whether a block's attention keeps what it gives to its rowwise layer: all but eager do."""
+    return is_attention(model.get_submodule(block)) and getattr(_config(model), "_attn_implementation", "") != "eager"

@@ -27,12 +27,11 @@ from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops.linear import Compute, choose
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.update import value_name
-from mora_ds.adapters.tp_plan import Kept, Style, TensorPlan, TPInputs, kept_inputs, plan_of
+from mora_ds.adapters.tp_plan import Style, TensorPlan, plan_of
 from mora_ds.errors import UserError
 from mora_ds.parallel import block_windows, windows
-from mora_ds.parallel.collectives import AllLanes, OwnLanes, Sum, SumGradient
-from mora_ds.parallel.saved_inputs import BlockInput, Keeping, smaller_of
-from mora_ds.parallel.topology import FLAG, Topology, mark_split, share_of
+from mora_ds.parallel.saved_inputs import BlockInput, Keeping, Kept, TPInputs, kept_inputs, smaller_of
+from mora_ds.parallel.topology import FLAG, AllLanes, OwnLanes, Sum, SumGradient, Topology, mark_split, share_of
 from mora_ds.parallel.windows import Window, window
 
 

@@ -10,13 +10,10 @@ import copy
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mora_ds.errors import UserError
-from mora_ds.models.load import AUTO_ATTENTION
-from mora_ds.parallel.ulysses import FLAG, SequenceParallel, check_core, check_heads, core_of, whole_rows
+from mora_ds.parallel.ulysses import FLAG, check_core, check_heads, core_of
 
 _TOKENS = 4
 """Tokens a rank in the rows of `check_split`."""
@@ -34,8 +31,9 @@ def check_world(size: int, world: int) -> None:
         raise UserError(f"{FLAG} {size} does not divide the {world} ranks of this run: every row is shared by so many")
 
 
-def check_config(config: Any, size: int, attn_implementation: str, trust_remote_code: bool = False) -> None:
-    """Raises `UserError` for a model that cannot be split over `size` ranks, as far as its config tells."""
+def check_config(config: Any, size: int, attn_implementation: str | None, trust_remote_code: bool = False) -> None:
+    """Raises `UserError` for a model that cannot be split over `size` ranks, as far as its config tells.
+    `attn_implementation` None: transformers' own choice."""
     if size == 1:
         return
     text = config.get_text_config()
@@ -44,7 +42,7 @@ def check_config(config: Any, size: int, attn_implementation: str, trust_remote_
     chunked = "chunked_attention" in (getattr(text, "layer_types", None) or ())
     if chunked:
         raise UserError(f"{FLAG}: this model attends in chunks, which Ulysses does not know")
-    if attn_implementation == AUTO_ATTENTION:
+    if attn_implementation is None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
         attn_implementation = core_of(model)
@@ -69,47 +67,3 @@ def _heads(config: Any) -> tuple[int, int]:
     if not isinstance(heads, int):
         raise UserError(f"{FLAG}: this model's config names no number of attention heads to share out over ranks")
     return heads, int(getattr(config, "num_key_value_heads", None) or heads)
-
-
-@torch.no_grad()
-def check_split(engine: Any, model: Any, sequence: SequenceParallel, document_mask: bool) -> None:
-    """Raises `UserError` when the model does not compute the same over split rows as over whole ones.
-
-    Ulysses carries attention over the ranks and nothing else: state-space layers, convolutions over time or attention
-    of a model's own would see the rank's tokens alone. Measured, not listed: the difference, against what it is when
-    the other ranks' tokens are not there at all. Collective: three forwards of two short rows.
-    """
-    config = model.config.get_text_config()
-    rows = torch.randint(config.vocab_size, (2, _TOKENS * sequence.size), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(rows.shape[1]).expand(2, -1).clone()
-    if document_mask:  # a document that crosses a boundary, and another one that begins between two boundaries
-        positions[0, 3:] -= 3
-        positions[1, 2 * _TOKENS - 1 :] -= 2 * _TOKENS - 1
-    batch = {"input_ids": rows.to(engine.device), "position_ids": positions.to(engine.device)}
-    part = sequence.split(batch)
-    engine.eval()
-    split = engine(**part, use_cache=False).logits
-    with whole_rows(model):
-        whole = sequence.split({"logits": engine(**batch, use_cache=False).logits})["logits"]
-        alone = engine(**part, use_cache=False).logits
-    engine.train()
-    error, scale, size = _norm(split, whole), _norm(alone, whole), _norm(whole)
-    if error > _SMALL * scale + _ROUNDING * torch.finfo(whole.dtype).eps * size:
-        raise UserError(
-            f"{FLAG}: this model mixes tokens outside of the attention that can be split over ranks, so a split row "
-            "does not give what the whole row gives"
-        )
-    if _has_window(config) and not sequence.saw_window:
-        raise UserError(f"{FLAG}: this model's config has a sliding window that its attention is not told of")
-
-
-def _has_window(config: Any) -> bool:
-    kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
-    return bool(getattr(config, "sliding_window", None)) and "sliding_attention" in kinds
-
-
-def _norm(tensor: Tensor, other: Tensor | float = 0.0) -> float:
-    """Of the difference, over all ranks."""
-    total = (tensor.double() - other).square().sum()
-    dist.all_reduce(total)
-    return float(total.sqrt())

@@ -17,13 +17,14 @@ from typing import Any
 
 from torch import nn
 
-from mora_ds.adapters.domain_layer import DomainLinear, domain_layers
+from mora_ds.adapters.domains import DomainLinear, domain_layers
 from mora_ds.adapters.inject import count_parameters, mora_layers
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorKind, OperatorSpec
 from mora_ds.adapters.ops.subspace import SubspaceSpec
-from mora_ds.adapters.tp_plan import Kept, Style, TensorPlan, TPInputs, is_attention, kept_inputs, plan_of
+from mora_ds.adapters.tp_plan import Style, TensorPlan, is_attention, plan_of
+from mora_ds.parallel.saved_inputs import Kept, TPInputs, kept_inputs
 
 PASSES_GATHERED = 2
 """ZeRO-3 gathers a square's shares in forward and again in backward."""

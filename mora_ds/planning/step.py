@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import AdapterConfig
-from mora_ds.adapters.domain_layer import DomainLinear, domains_of
+from mora_ds.adapters.domains import DomainLinear, domains_of
 from mora_ds.adapters.inject import base_weights, frozen_buffers, inject, mora_layers, scale_names, set_cycle
 from mora_ds.adapters.merge_layer import merge_layer
-from mora_ds.adapters.ops import index_tables, tables
+from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.update import value_shape
 from mora_ds.errors import UserError
-from mora_ds.models.load import AUTO_ATTENTION
-from mora_ds.models.losses import token_nll
+from mora_ds.models.loss import token_nll
 from mora_ds.parallel import block_windows, windows
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
@@ -51,7 +50,7 @@ class Work:
     sequence_parallel: int = 1
     document_mask: bool = True
     """Whether rows hold several documents: attention then reads a mask."""
-    attn_implementation: str = AUTO_ATTENTION
+    attn_implementation: str | None = None
     trust_remote_code: bool = False
 
     @property
@@ -106,13 +105,12 @@ def step_memory(work: Work) -> StepMemory:
 
 def planned_model(work: Work) -> Any:
     """On the meta device, injected, as rank 0 of its group has it. Raises `UserError` as `inject` does."""
-    attention = None if work.attn_implementation == AUTO_ATTENTION else work.attn_implementation
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(work.config),
                 dtype=work.dtype,
-                attn_implementation=attention,
+                attn_implementation=work.attn_implementation,
                 trust_remote_code=work.trust_remote_code,
             )
     except (ImportError, ValueError) as error:
@@ -241,7 +239,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 def _forget_tables() -> None:
     """So that they are made, and counted, within the next measurement."""
-    for room in (tables, index_tables, windows, block_windows):
+    for room in (index_tables, windows, block_windows):
         for table in vars(room).values():
             if hasattr(table, "cache_clear"):
                 table.cache_clear()

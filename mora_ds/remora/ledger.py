@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.delta import add_deltas_
+from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.singular_vectors import VectorsRecord, register
 from mora_ds.adapters.ops.update import UpdateSpec, spec_from_dict, value_name, value_shape
 from mora_ds.errors import RunError, UserError
@@ -46,6 +46,7 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import SafetensorsWriter, open_safetensors, shape_dtype
 
 LEDGER_FILE = "ledger.json"
+
 VECTORS_FILE = "vectors.safetensors"
 
 
@@ -83,27 +84,6 @@ def layers_to_dict(layers: Mapping[str, LayerEntry]) -> dict[str, dict[str, Any]
 def layers_from_dict(values: Mapping[str, Mapping[str, Any]]) -> dict[str, LayerEntry]:
     """Inverse of `layers_to_dict`."""
     return {name: LayerEntry.from_dict(name, entry) for name, entry in values.items()}
-
-
-@torch.no_grad()
-def live_weight(
-    original: Tensor,
-    updates: Iterable[tuple[UpdateSpec, Tensor]],
-    transposed: bool,
-    dtype: torch.dtype,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """The original weight plus the deltas of `updates`, summed in fp32 in their order, rounded to `dtype` once.
-
-    `original`: (d_out, d_in), or (d_in, d_out) when `transposed`; it is not written to. `updates`: (operator, square).
-    Elementwise operations only, so every number of threads gives the same bits. The result lies on `device` (by
-    default where `original` does) and shares no memory with it.
-    """
-    device = torch.device(device) if device is not None else original.device
-    original = original.T if transposed else original
-    total = torch.empty(original.shape, dtype=torch.float32, device=device).copy_(original)
-    add_deltas_(total, updates)
-    return (total.T.contiguous() if transposed else total).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mora_ds.errors import RunError, Stopped, UserError
@@ -85,3 +85,9 @@ def _wait_for_rank_0() -> None:
 
 def _who() -> str:
     return f"[rank {_rank()}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns lined up to the right; the first row holds the titles."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -3,37 +3,180 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import os
-import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mora_ds.checkpoint.folder import TrainerState
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.config.arguments import Arguments
-from mora_ds.config.data import DataArguments, ModelArguments
-from mora_ds.config.mixture import mixture_plan
+from mora_ds.config.data import DataArguments
+from mora_ds.config.mixture import HELD_OUT, PLAIN, MixturePlan, SourcePlan, mixture_plan
 from mora_ds.data import (
+    CachedSource,
     Corpus,
+    DocumentFilter,
+    DocumentStream,
+    Encoder,
+    Mixture,
     PackedDataset,
+    Share,
+    Source,
+    StreamMixture,
+    StreamSettings,
+    StreamSource,
     TokenCache,
     TrainData,
     build_cache,
-    check_reload,
-    check_vocabulary,
+    hashes_of,
+    is_saved_dataset,
     load_corpus,
-    load_tokenizer,
     resolve_files,
-    train_sentencepiece,
+    stream_dataset,
+    tokenizer_fingerprint,
 )
 from mora_ds.errors import UserError
-from mora_ds.files import copy_folder, disk_errors
 from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.run_sources import Tokenising, filtered, held_out_sets, load_sources, train_data, whole
+from mora_ds.train.tokenizer import _begin_tokenizer, _save_tokenizer, _tokenizer
+
+
+def load_sources(data: DataArguments, plan: MixturePlan | None) -> dict[str, Corpus]:
+    """The corpus of every source by its name. Raises `UserError` for one that is missing or empty, naming it."""
+    if plan is None:
+        return {PLAIN: load_corpus(data.train_files, dataset_name=data.dataset_name, text_column=data.text_column)}
+    corpora = {}
+    for source in plan.sources:
+        flag = "--train_files" if plan_is_plain(plan) else f"source {source.name!r}"
+        column = source.text_column or data.text_column
+        if source.streaming and source.dataset is not None and not is_saved_dataset(Path(source.dataset)):
+            corpora[source.name] = stream_dataset(source.dataset, column, flag)
+            continue
+        corpora[source.name] = load_corpus(source.files, dataset_name=source.dataset, text_column=column, flag=flag)
+    return corpora
+
+
+def plan_is_plain(plan: MixturePlan) -> bool:
+    return [source.name for source in plan.sources] == [PLAIN]
+
+
+def filtered(data: DataArguments, corpora: Mapping[str, Corpus], evaluation: Mapping[str, Corpus]) -> dict[str, Corpus]:
+    """The sources without the documents that are not to be trained on."""
+    if not (data.held_out_share or data.exclude_eval_documents):
+        return dict(corpora)
+    excluded: frozenset[int] = frozenset()
+    if data.exclude_eval_documents:
+        excluded = excluded.union(*(hashes_of(corpus) for corpus in evaluation.values()))
+    keep = DocumentFilter(data.held_out_share, excluded=excluded)
+    return {name: replace(corpus, keep=keep) for name, corpus in corpora.items()}
+
+
+def held_out_sets(data: DataArguments, corpora: Mapping[str, Corpus]) -> dict[str, Corpus]:
+    """The other side of --held_out_share, an evaluation set a source."""
+    if not data.held_out_share:
+        return {}
+    keep = DocumentFilter(data.held_out_share, takes_held_out=True)
+    only = len(corpora) == 1
+    return {HELD_OUT if only else f"{HELD_OUT}_{name}": replace(part, keep=keep) for name, part in corpora.items()}
+
+
+def whole(corpora: Mapping[str, Corpus]) -> Corpus:
+    """All sources as one corpus, for training a tokenizer."""
+    first, *others = corpora.values()
+    return replace(first, parts=first.parts + tuple(part for other in others for part in other.parts))
+
+
+@dataclass(frozen=True)
+class Tokenising:
+    """How text becomes tokens in this run."""
+
+    tokenizer: Any
+    cached: Callable[[Corpus], TokenCache]
+    """A corpus through the cache."""
+    share: Share
+    """The ranks, which tokenise a stream together."""
+    say: Callable[[str], None]
+    warn: Callable[[str], None]
+    """Heard from every rank: each reads a stream by itself."""
+
+
+def train_data(
+    data: DataArguments,
+    plan: MixturePlan | None,
+    corpora: Mapping[str, Corpus],
+    tokenising: Tokenising,
+    seed: int,
+    rows_per_step: int,
+    stream_state: dict[str, Any] | None,
+) -> TrainData:
+    """Packed sources, mixed where the plan says so; streams go on from `stream_state`, where there is one."""
+    say = tokenising.say
+    if plan is None:
+        cache = tokenising.cached(corpora[PLAIN])
+        _tell_left_out(PLAIN, cache, say)
+        return PackedDataset(cache, data.seq_len, seed, data.document_mask)
+    sources: dict[str, Source] = {}
+    for source in plan.sources:
+        own_seed = f"{seed}/{source.name}"
+        if source.streaming:
+            sources[source.name] = _stream(data, source, corpora[source.name], tokenising, own_seed)
+            continue
+        cache = tokenising.cached(corpora[source.name])
+        _tell_left_out(source.name, cache, say)
+        sources[source.name] = CachedSource(PackedDataset(cache, data.seq_len, own_seed, data.document_mask))
+    epochs = [source.epochs for source in plan.sources]
+    mixture = (
+        StreamMixture(sources, plan.phases, epochs, data.seq_len, rows_per_step, states=stream_state)
+        if plan.streams
+        else Mixture(sources, plan.phases, epochs, data.seq_len, rows_per_step)
+    )
+    for line in _table(plan, mixture):
+        say(line)
+    return mixture
+
+
+def _stream(data: DataArguments, source: SourcePlan, corpus: Corpus, tokenising: Tokenising, seed: str) -> StreamSource:
+    settings = StreamSettings(data.shuffle_buffer, seed, data.stream_retry_s)
+    facts = {
+        "files": [(Path(part.label).name, part.size_bytes()) for part in corpus.parts],
+        "text_column": corpus.text_column,
+        "left_out": None if corpus.keep is None else corpus.keep.identity,
+        "tokenizer": tokenizer_fingerprint(tokenising.tokenizer),
+    }
+    identity = {
+        "text": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32],
+        "shuffle_buffer": data.shuffle_buffer,
+    }
+    documents = DocumentStream(source.name, corpus, settings, tokenising.warn, tokenising.say)
+    encoder = Encoder.of(tokenising.tokenizer)
+    return StreamSource(documents, encoder, data.seq_len, data.document_mask, identity, tokenising.share, source.epochs)
+
+
+def _tell_left_out(name: str, cache: TokenCache, say: Callable[[str], None]) -> None:
+    if "filter" in cache.meta:
+        read = cache.meta["documents_read"]
+        say(
+            f"{name}: {read - cache.n_documents:,} of {read:,} documents are not trained on: held out by their hash, "
+            "in --eval_files, or empty"
+        )
+
+
+def _table(plan: MixturePlan, mixture: Mixture) -> list[str]:
+    """What is mixed, for the run's log."""
+    lines = []
+    for index, (name, source) in enumerate(zip(mixture.names, mixture.sources, strict=True)):
+        weights = [(step, part[index] / sum(part)) for step, part in plan.phases]
+        shares = ", ".join(f"{100 * weight:.4g}%" + (f" from step {step}" if step else "") for step, weight in weights)
+        size = "a stream" if source.n_blocks is None else f"{source.n_blocks:,} sequences an epoch"
+        limit = plan.sources[index].epochs
+        lines.append(f"source {name}: {shares} of the batches; {size}" + (f", {limit:g} epochs" if limit else ""))
+    return lines
+
 
 EVAL_FLAG = "--eval_files"
 
@@ -122,66 +265,7 @@ def _check_positions(model_config: Any, seq_len: int) -> None:
         )
 
 
-# -- tokenizer -------------------------------------------------------------------------------------------------------
-
-
-def _begin_tokenizer(target: Path, checkpoint: Path | None) -> None:
-    """That of the checkpoint, whose files were verified; none for a new run. Full training keeps its own."""
-    saved = None if checkpoint is None else checkpoint / "tokenizer"
-    if saved is not None and not saved.is_dir():
-        return
-    shutil.rmtree(target, ignore_errors=True)
-    if saved is not None:
-        copy_folder(saved, target)
-
-
-def _tokenizer(
-    arguments: Arguments,
-    model_folder: Path | None,
-    model_config: Any,
-    target: Path,
-    corpus: Corpus,
-    followers: Followers,
-) -> Any:
-    """Trained on the corpus, named, or the model's own; the first two must fit a model that they do not come from."""
-    model, ranks = arguments.model, followers.ranks
-    if model.train_tokenizer_vocab:
-        flag, path = "--train_tokenizer_vocab", target / "tokenizer.model"
-        ranks.on_first(lambda: _train_once(corpus, model, path))
-        followers.share(target)
-        tokenizer = load_tokenizer(path, flag=flag)
-    elif model.tokenizer_name is not None:
-        flag = "--tokenizer_name"
-        tokenizer = load_tokenizer(model.tokenizer_name, trust_remote_code=model.trust_remote_code, flag=flag)
-    else:
-        assert model_folder is not None, "validated: a model without a folder has a tokenizer named or trained"
-        flag = "--model_name_or_path"
-        tokenizer = load_tokenizer(model_folder, trust_remote_code=model.trust_remote_code, flag=flag)
-    if model_folder is not None:
-        check_vocabulary(tokenizer, model_config.get_text_config().vocab_size, flag)
-    if flag != "--model_name_or_path":
-        ranks.on_first(lambda: check_reload(tokenizer, model_config.model_type, flag))
-    return tokenizer
-
-
-def _train_once(corpus: Corpus, model: ModelArguments, path: Path) -> None:
-    if not path.exists():
-        with disk_errors(path.parent):
-            train_sentencepiece(
-                corpus.texts(), model.train_tokenizer_vocab, path.parent, algorithm=model.train_tokenizer_type
-            )
-
-
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Once a run: checkpoints hold hard links of these files."""
-    if not (folder / "tokenizer_config.json").exists():
-        with disk_errors(folder):
-            tokenizer.save_pretrained(folder)
-
-
 # -- caches ----------------------------------------------------------------------------------------------------------
-
-
 def _cache_folder(data: DataArguments) -> Path:
     if data.cache_dir is not None:
         return Path(data.cache_dir).expanduser()

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
-from mora_ds.adapters.alignment_loss import factor_bytes
+from mora_ds.adapters.alignment import factor_bytes
 from mora_ds.adapters.config import AdapterConfig, MoRAConfig
-from mora_ds.adapters.domain_layer import frozen_values
+from mora_ds.adapters.domains import frozen_values
 from mora_ds.adapters.inject import inject
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.domains import adapter_config
+from mora_ds.engine import device
 from mora_ds.engine.ds_config import compute_dtype, resolve_ds_config
 from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.engine.initialize import check_compute_dtype, check_splittable
@@ -62,7 +62,7 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     if t > 1:
         check_splittable(ds_config)
     config = named_config(str(model.model_name_or_path or model.model_config), model.trust_remote_code)
-    check_config(config, s, model.attn_implementation, model.trust_remote_code)
+    check_config(config, s, model.attention, model.trust_remote_code)
     if arguments.adapter.adapter == AdapterKind.NONE.value:
         raise UserError("--adapter none trains nothing: there is nothing to plan, drop --dry_run")
     work = Work(
@@ -75,11 +75,11 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
         tensor_parallel=t,
         sequence_parallel=s,
         document_mask=arguments.data.document_mask,
-        attn_implementation=model.attn_implementation,
+        attn_implementation=model.attention,
         trust_remote_code=model.trust_remote_code,
     )
-    on_cpu = get_accelerator().device_name() == "cpu"
-    planner = Planner(work, _cluster(world, on_cpu), ds_config, training.gradient_accumulation_steps, on_cpu)
+    on_cpu = device.is_cpu()
+    planner = Planner(work, _cluster(world), ds_config, training.gradient_accumulation_steps, on_cpu)
     told = _layers(work, world)
     if arguments.adapter.alignment_weight:
         told.append(_alignment(work, arguments.adapter.alignment_rank))
@@ -113,10 +113,9 @@ def _adapter(arguments: Arguments) -> AdapterConfig | None:
     return replace(config, new_rows_from=first_new_row(named if named.is_dir() else named.parent))
 
 
-def _cluster(world: int, on_cpu: bool) -> Cluster:
+def _cluster(world: int) -> Cluster:
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if on_cpu else get_accelerator().total_memory()
-    return Cluster(world, local, float(memory))
+    return Cluster(world, local, device.memory_bytes())
 
 
 def _layers(work: Work, world: int) -> list[str]:

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.domain_layer import OWN, DomainLinear, domain_layers, domains_of
+from mora_ds.adapters.domains import OWN, DomainLinear, domain_layers, domains_of
 from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference
-from mora_ds.deploy.adapter_io import find_adapter, open_adapter
+from mora_ds.checkpoint.layout import find_adapter
+from mora_ds.deploy.adapter_io import open_adapter
 from mora_ds.engine import zero
 from mora_ds.errors import UserError
 

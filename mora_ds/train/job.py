@@ -13,28 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from mora_ds.adapters.alignment_loss import Alignment
-from mora_ds.adapters.config import AdapterConfig, MoRAConfig
-from mora_ds.adapters.domain_layer import domains_of
-from mora_ds.adapters.domain_names import SHARED
+from mora_ds.adapters.alignment import Alignment
+from mora_ds.adapters.config import SHARED, AdapterConfig, MoRAConfig
+from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject
 from mora_ds.adapters.target_plan import TargetPlan
-from mora_ds.adapters.tp_plan import TPInputs, plan_of
+from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.checkpoint.contents import PROBE_TOKENS, save_full_model
-from mora_ds.checkpoint.folder import TrainerState, check_identity
+from mora_ds.checkpoint.state import TrainerState, check_identity
 from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.domains import adapter_config
 from mora_ds.data import largest_id
 from mora_ds.deploy.export import export_merged
+from mora_ds.engine.device import current_device
 from mora_ds.engine.ds_config import compute_dtype, fill_bucket_sizes
 from mora_ds.engine.initialize import initialize, initialize_full, trainable_numels
 from mora_ds.models.load import LoadedBase, config_digest, create_base, load_base
 from mora_ds.models.vocabulary import first_new_row
+from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.parallel.ulysses import share_rows
 from mora_ds.parallel.ulysses_checks import describe
 from mora_ds.planning.costs import costs
@@ -136,9 +136,7 @@ def prepare_base(
         place.followers.share(own)
         model_folder = own
     dtype = getattr(torch, compute_dtype(ds_config))
-    loaded = load_base(
-        model_folder, own, ranks, dtype, model.attn_implementation, model.trust_remote_code, place.followers.share
-    )
+    loaded = load_base(model_folder, own, ranks, dtype, model.attention, model.trust_remote_code, place.followers.share)
     training = arguments.training
     if training.gradient_checkpointing:
         reentrant = {"use_reentrant": training.gradient_checkpointing_reentrant}
@@ -157,7 +155,7 @@ def _adapter_job(
     targets = RunTargets(arguments.adapter, place.targets, place.folder, place.checkpoint, ranks, place.say)
     config = targets.planned(config, loaded.model, loaded.base, loaded.keys)
     degree, inputs = arguments.training.tensor_parallel_size, TPInputs(arguments.training.tp_inputs)
-    device = get_accelerator().current_device_name()
+    device = current_device()
     settings = arguments.adapter
     config = _with_vectors(config, settings.alignment_rank if settings.alignment_weight else 0, loaded, place)
     report = inject(loaded.model, config, lambda name: loaded.base.read(loaded.keys[name]).to(device))
@@ -223,7 +221,7 @@ def _with_vectors(config: AdapterConfig, alignment_rank: int, loaded: LoadedBase
             f"singular vectors of {len(wanted)} weights, {exact} of them decomposed exactly: "
             f"{place.folder / VECTORS_FOLDER}"
         )
-    device = get_accelerator().current_device_name()
+    device = current_device()
     share = place.followers.share
     return prepare_vectors(config, wanted, loaded.base, place.folder, place.ranks, share, place.checkpoint, device)
 
@@ -239,7 +237,7 @@ def _export(checkpoint: Path, target: Path, domains: tuple[str, ...]) -> None:
 def _bare_job(loaded: LoadedBase, place: Place) -> Job:
     total = count_parameters(loaded.model)
     place.say(f"nothing is trained, the control: all {total:,} parameters stay as they are")
-    loaded.model.to(get_accelerator().current_device_name()).requires_grad_(False)
+    loaded.model.to(current_device()).requires_grad_(False)
 
     def refuse(*anything: object) -> Any:
         raise AssertionError("there is nothing to save")

@@ -16,42 +16,40 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from mora_ds.adapters.domain_layer import domains_of
-from mora_ds.adapters.domain_names import SHARED
-from mora_ds.adapters.ops.compiling import check_compiler, compile_operators
-from mora_ds.checkpoint.checkpoint_care import name_best, name_latest, settle
-from mora_ds.checkpoint.folder import AUTO, TrainerState, check_world_size, find_checkpoint, step_folder
+from mora_ds.adapters.config import SHARED
+from mora_ds.adapters.domains import domains_of
+from mora_ds.adapters.ops.gather import check_compiler, compile_operators
+from mora_ds.checkpoint.folder import AUTO, find_checkpoint, name_best, name_latest, settle, step_folder
+from mora_ds.checkpoint.layout import find_adapter
+from mora_ds.checkpoint.state import TrainerState, check_world_size
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.domains import eval_domains
 from mora_ds.config.forgetting import Watch, change
 from mora_ds.config.validate import validate
 from mora_ds.data import Mixture, TrainData
-from mora_ds.deploy.adapter_io import find_adapter
 from mora_ds.engine.ds_config import resolve_ds_config
 from mora_ds.engine.initialize import check_compute_dtype, check_splittable, start_distributed
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.errors import UserError
 from mora_ds.files import write_json_atomic
 from mora_ds.models.load import folder_config, read_model_config, resolve_folder
-from mora_ds.models.loss import check_chunked_loss, chunk_loss
-from mora_ds.models.losses import check_document_mask
+from mora_ds.models.loss import chunk_loss
 from mora_ds.parallel.topology import check_degree
 from mora_ds.parallel.ulysses import bound, whole_rows
-from mora_ds.parallel.ulysses_checks import check_config, check_split, check_world
+from mora_ds.parallel.ulysses_checks import check_config, check_world
 from mora_ds.remora.schedule import Schedule, ScheduleKind
 from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.dry_run import dry_run
 from mora_ds.train.job import Job, Place, prepare_base, prepare_job, rows_per_step
-from mora_ds.train.loop_settings import LoopSettings
 from mora_ds.train.metrics import MetricsLog, peak_memory_bytes, plain_json
 from mora_ds.train.output_folder import Reservation, claim, reserve, write_run_file
-from mora_ds.train.preflight import check_rows
+from mora_ds.train.preflight import check_chunked_loss, check_document_mask, check_rows, check_split
 from mora_ds.train.replicas import Share
 from mora_ds.train.targets import plan_of_file
-from mora_ds.train.trainer import Trainer
+from mora_ds.train.trainer import LoopSettings, Trainer
 
 
 def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
@@ -162,7 +160,7 @@ def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: Place) -> t
         assert model.model_config is not None
         model_folder, config = None, read_model_config(Path(model.model_config).expanduser())
     training = arguments.training
-    check_config(config, training.sequence_parallel_size, model.attn_implementation, model.trust_remote_code)
+    check_config(config, training.sequence_parallel_size, model.attention, model.trust_remote_code)
     rows = rows_per_step(arguments, ranks.world)
     data = load_data(arguments, config, model_folder, place.followers, rows, place.checkpoint, place.say)
     _watch(arguments).check_names(list(data.evaluation))

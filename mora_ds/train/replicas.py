@@ -16,7 +16,7 @@ from torch import Tensor
 from mora_ds.data import IGNORED
 from mora_ds.engine import zero
 from mora_ds.errors import RunError
-from mora_ds.models.losses import token_nll
+from mora_ds.models.loss import token_nll
 
 
 @dataclass

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from mora_ds.adapters.config import AdapterConfig, MoRAConfig
-from mora_ds.adapters.domain_layer import frozen_values, restore_frozen
+from mora_ds.adapters.domains import frozen_values, restore_frozen
 from mora_ds.adapters.inject import base_weights, mora_layers, value_names
 from mora_ds.adapters.new_embeddings import stands_for
 from mora_ds.adapters.ops.singular_vectors import path_of
 from mora_ds.adapters.target_modules import targets_of
 from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, read_adapter
 from mora_ds.checkpoint.contents import PROBE_TOKENS, RunWriter
-from mora_ds.checkpoint.folder import TrainerState, check_identity, complete_checkpoints, find_checkpoint
+from mora_ds.checkpoint.folder import complete_checkpoints, find_checkpoint
+from mora_ds.checkpoint.state import TrainerState, check_identity
 from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import start_distributed

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from mora_ds.checkpoint.folder import TrainerState
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.engine import zero
 from mora_ds.remora.schedule import Schedule
 from mora_ds.remora.stall import StallRule, StallSignal

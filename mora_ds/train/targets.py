@@ -27,7 +27,7 @@ from mora_ds.adapters.target_plan import (
     read_plan,
     sized,
 )
-from mora_ds.checkpoint.folder import TrainerState
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.errors import UserError
 from mora_ds.eval.weights import Weight, analyse

@@ -21,24 +21,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mora_ds.adapters.alignment_loss import Alignment
+from mora_ds.adapters.alignment import Alignment
 from mora_ds.adapters.domains import Domains
-from mora_ds.checkpoint.folder import TrainerState
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.config.forgetting import Watch, report
 from mora_ds.data import IGNORED, Mixture, PackedDataset, StreamMixture, TrainData
 from mora_ds.engine import zero
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.errors import RunError, Stopped
-from mora_ds.models.losses import row_nll, token_nll
+from mora_ds.models.loss import row_nll, token_nll
 from mora_ds.remora.merge import MergeReport
 from mora_ds.remora.schedule import Schedule
 from mora_ds.remora.schedule_text import start_lines
+from mora_ds.remora.stall import StallRule
 from mora_ds.runtime import signals
-from mora_ds.train.loop_settings import LoopSettings
-from mora_ds.train.metrics import MetricsLog, StepMetrics, peak_memory_bytes, perplexity
+from mora_ds.train.metrics import MetricsLog, SourceLosses, StepMetrics, peak_memory_bytes, perplexity
 from mora_ds.train.replicas import Share
-from mora_ds.train.source_losses import SourceLosses
 from mora_ds.train.stall_watch import StallWatch
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """When things happen, in optimizer steps; 0 means never (but see each)."""
+
+    total_steps: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    eval_batch_size: int
+    logging_steps: int = 1
+    eval_steps: int = 0
+    eval_on_start: bool = True
+    max_eval_batches: int | None = None
+    save_steps: int = 0
+    """0: one checkpoint, at the end."""
+    merge_at_end: bool = False
+    first_batch: int = 0
+    """Number of the first step's batch in the order of the data."""
+    others_rate: float = 1.0
+    """Learning rate of what is trained beside the squares, as a share of theirs."""
+    stall: StallRule | None = None
+    """What makes a merge due where the schedule waits for a stall."""
+
 
 PROBE_ROWS = 2
 """Sequences of the batch whose loss is measured before and after a merge: the first of the corpus, on every rank."""

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mora_ds.adapters.alignment import FLOOR, delta_energy, factors_of
-from mora_ds.adapters.alignment_loss import Alignment
+from mora_ds.adapters.alignment import FLOOR, Alignment, delta_energy, factors_of
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers, set_cycle
 from mora_ds.adapters.ops import singular_vectors

@@ -10,11 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.domain_layer import domain_layers, domains_of, layer_for
-from mora_ds.adapters.domain_names import Freeze
-from mora_ds.adapters.domains import Domains, one_hot_rows, squares_of_rows, update_rows
-from mora_ds.adapters.inject import inject, mora_layers, set_cycle
+from mora_ds.adapters.config import Freeze, MoRAConfig
+from mora_ds.adapters.domains import Domains, domain_layers, domains_of, one_hot_rows, squares_of_rows, update_rows
+from mora_ds.adapters.inject import inject, layer_for, mora_layers, set_cycle
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight, mora_update
 from mora_ds.errors import RunError, UserError

@@ -404,7 +404,7 @@ def test_a_dry_run_counts_what_the_plan_says(user: Playground, tmp_path: Path) -
         assert f"trainable {plan.parameters:,} " in told[0]
 
 
-# -- fuller: pytest -m heavy tests/adapters/test_target_plan.py ---------------------------------------------------------------------
+# -- fuller: pytest -m heavy tests/adapters/test_target_plan.py -------------------------------------------------------
 
 
 @pytest.mark.heavy

@@ -10,10 +10,11 @@ from torch import nn
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.adapters.tp_plan import Kept, Style, TPInputs, kept_inputs, plan_of
+from mora_ds.adapters.tp_plan import Style, plan_of
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 from mora_ds.errors import UserError
+from mora_ds.parallel.saved_inputs import Kept, TPInputs, kept_inputs
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology, check_degree, share
 from tests.helpers.models import FAMILIES, tiny_model

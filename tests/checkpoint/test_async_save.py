@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from mora_ds.checkpoint import writer as checkpoints
 from mora_ds.checkpoint.async_save import Background, on_host
-from mora_ds.checkpoint.folder import TrainerState, complete_checkpoints
+from mora_ds.checkpoint.folder import complete_checkpoints
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.verify import verify
 from mora_ds.engine import shard_writer
 from mora_ds.engine.shard_reader import MASTER, EngineShards

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from mora_ds.checkpoint.adapter_files import BaseReference
-from mora_ds.checkpoint.checkpoint_care import settle
-from mora_ds.checkpoint.folder import complete_checkpoints, find_checkpoint
+from mora_ds.checkpoint.folder import complete_checkpoints, find_checkpoint, settle
 from mora_ds.data import build_cache, cache, inspection, load_corpus, load_tokenizer
 from mora_ds.deploy.export import export_merged
 from mora_ds.errors import RunError, UserError

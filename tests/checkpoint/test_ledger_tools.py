@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.checkpoint import compact as compact_room
 from mora_ds.checkpoint.adapter_files import BaseReference, read_adapter
@@ -26,7 +27,7 @@ from mora_ds.errors import RunError, UserError
 from mora_ds.eval.ledger_summary import show_lines, summarize
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora import ledger as ledger_room
-from mora_ds.remora.ledger import Ledger, live_weight
+from mora_ds.remora.ledger import Ledger
 from tests.deploy.test_export import FakeRun, fake_run
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "ledger.py"

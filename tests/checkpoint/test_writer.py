@@ -14,7 +14,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mora_ds.checkpoint import writer as checkpoints
-from mora_ds.checkpoint.folder import check_identity, complete_checkpoints, find_checkpoint
+from mora_ds.checkpoint.folder import complete_checkpoints, find_checkpoint
+from mora_ds.checkpoint.state import check_identity
 from mora_ds.errors import UserError
 from mora_ds.files import replace_symlink, verify_manifest, write_manifest
 from tests.helpers.gloo import run_ranks

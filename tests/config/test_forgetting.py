@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mora_ds.checkpoint.folder import TrainerState
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.config.forgetting import Watch, change, report
 from mora_ds.errors import UserError
 from tests.helpers.gloo import run_ranks

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.config.validate import validate
 from mora_ds.data import CachedSource, Mixture, PackedDataset, TokenCache
-from mora_ds.data.shares import LONGEST_PERIOD, Phase, Shares, whole_weights
+from mora_ds.data.mixture import LONGEST_PERIOD, Phase, Shares, whole_weights
 from mora_ds.errors import UserError
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, curve, job, losses, refused, rows, run, said

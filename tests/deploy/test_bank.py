@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
-from mora_ds.checkpoint.adapter_files import ADAPTER_JSON, ADAPTER_TENSORS
+from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS
 from mora_ds.deploy import bank_layer
 from mora_ds.deploy.bank import AdapterBank
 from mora_ds.deploy.bank_layer import BankLinear

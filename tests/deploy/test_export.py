@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds import files
+from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, mora_update, permutation_seed, square_size
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.deploy import export as export_room
@@ -26,7 +27,7 @@ from mora_ds.deploy.export import ExportReport, export_merged
 from mora_ds.errors import RunError, UserError
 from mora_ds.models.base import BaseCheckpoint, renamed_keys
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
-from mora_ds.remora.ledger import LayerEntry, Ledger, live_weight
+from mora_ds.remora.ledger import LayerEntry, Ledger
 from tests.helpers.models import tiny_model, tokens
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "export_hf.py"

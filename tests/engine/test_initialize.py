@@ -14,7 +14,7 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.engine.initialize import check_compute_dtype, initialize, parameter_groups, start_distributed
 from mora_ds.errors import RunError, UserError
-from mora_ds.models.load import AUTO_ATTENTION, load_base
+from mora_ds.models.load import load_base
 from mora_ds.runtime.ranks import Ranks
 from tests.engine.test_zero import ds_config
 from tests.helpers.gloo import run_ranks
@@ -71,7 +71,7 @@ def test_ranks_that_hold_other_bases_are_named() -> None:
 def tensors_that_are_files(folder: str) -> tuple[int, int]:
     """(tensors of the live base whose memory is a mapped file of the folder, all of them)"""
     path = Path(folder)
-    model = load_base(path, path / "own", Ranks.current(), torch.bfloat16, AUTO_ATTENTION).model
+    model = load_base(path, path / "own", Ranks.current(), torch.bfloat16, None).model
     inject(model, MoRAConfig(rank=4))
     initialize(model=model, config={**ds_config(3, 2, 1), "bf16": {"enabled": True}})
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if folder in line]

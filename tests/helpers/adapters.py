@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from mora_ds import files
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.layer import linear_shape
+from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.update import UpdateSpec, value_shape
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, OwnSquares, write_adapter
 from mora_ds.deploy.adapter_io import LEDGER_FOLDER
 from mora_ds.models.base import BaseCheckpoint, renamed_keys
-from mora_ds.remora.ledger import LayerEntry, Ledger, live_weight
+from mora_ds.remora.ledger import LayerEntry, Ledger
 
 Updates = dict[str, list[tuple[UpdateSpec, Tensor]]]
 """Module name -> (operator, square) of every cycle, the live one last."""

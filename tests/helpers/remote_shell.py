@@ -1,4 +1,4 @@
-"""Stand-ins for `ssh` and `pdsh` that reach the nodes of tests/helpers/nodes.py, so that DeepSpeed's own launcher can be run.
+"""Stand-ins for `ssh` and `pdsh` that reach the nodes of tests/helpers/nodes.py, for DeepSpeed's own launcher.
 
     ssh [options] HOST COMMAND...              the command there, by its shell
     pdsh [options] -w HOST,HOST COMMAND...     the same on all at once; %n is the host's number

@@ -10,9 +10,9 @@ from deepspeed.utils import safe_get_full_grad
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.adapters.tp_plan import TPInputs
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
+from mora_ds.parallel.saved_inputs import TPInputs
 from tests.helpers.models import causal_loss, tiny_model, tokens
 
 ROWS, STEPS, ACCUMULATION, LEARNING_RATE, CLIP, EPSILON = 4, 5, 2, 1e-2, 0.5, 1e-4

@@ -17,8 +17,8 @@ from mora_ds.adapters.inject import inject
 from mora_ds.data import IGNORED
 from mora_ds.engine.initialize import initialize
 from mora_ds.errors import UserError
-from mora_ds.models.loss import check_chunked_loss, chunk_loss
-from mora_ds.models.losses import row_nll, token_nll, whole_nll
+from mora_ds.models.loss import chunk_loss, row_nll, token_nll, whole_nll
+from mora_ds.train.preflight import check_chunked_loss
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, losses, run
 from tests.helpers.models import tiny_model, tokens

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mora_ds.checkpoint.folder import TrainerState
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.verify import verify
 from mora_ds.engine.shard_reader import EngineShards
 from mora_ds.files import sha256_file

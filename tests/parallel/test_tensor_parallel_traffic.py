@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject
-from mora_ds.adapters.tp_plan import TPInputs
 from mora_ds.engine.traffic import CollectiveCounter
+from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.planning.costs import Collective, cost_table, costs
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tokens

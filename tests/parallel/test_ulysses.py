@@ -19,9 +19,9 @@ from mora_ds.data import IGNORED
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.models.base import tensor_checksum
-from mora_ds.models.losses import token_nll
+from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import share_rows
-from mora_ds.parallel.ulysses_checks import check_split
+from mora_ds.train.preflight import check_split
 from tests.engine.test_zero import CLIP, EPSILON, ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import tiny_model, tokens

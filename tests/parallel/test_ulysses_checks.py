@@ -14,7 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mora_ds.errors import RunError, UserError
 from mora_ds.parallel.ulysses import bound, share_rows, whole_rows
-from mora_ds.parallel.ulysses_checks import check_config, check_split
+from mora_ds.parallel.ulysses_checks import check_config
+from mora_ds.train.preflight import check_split
 from mora_ds.train.replicas import check_same_rows
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, tiny_model, tokens
@@ -113,17 +114,17 @@ def config_of(kind: str, **values: Any) -> Any:
 @pytest.mark.parametrize(
     ("config", "size", "attention", "parts"),
     [
-        (config_of("llama"), 3, "auto", ["--sequence_parallel_size 3", "4 attention heads"]),
-        (config_of("llama", num_attention_heads=8, num_key_value_heads=6), 4, "auto", ["6 key-value heads"]),
+        (config_of("llama"), 3, None, ["--sequence_parallel_size 3", "4 attention heads"]),
+        (config_of("llama", num_attention_heads=8, num_key_value_heads=6), 4, None, ["6 key-value heads"]),
         (config_of("llama"), 2, "eager", ["eager", "--attn_implementation", "sdpa"]),
         (config_of("llama"), 2, "flex_attention", ["flex_attention", "--attn_implementation"]),
         (config_of("gemma2"), 2, "eager", ["eager attention cannot be split", "must be one of auto"]),
-        (config_of("bloom", hidden_size=32, n_layer=2, n_head=4), 2, "auto", ["eager attention cannot be split"]),
-        (config_of("mamba", hidden_size=32, num_hidden_layers=2), 2, "auto", ["no number of attention heads"]),
+        (config_of("bloom", hidden_size=32, n_layer=2, n_head=4), 2, None, ["eager attention cannot be split"]),
+        (config_of("mamba", hidden_size=32, num_hidden_layers=2), 2, None, ["no number of attention heads"]),
         (config_of("llama4_text"), 2, "sdpa", ["attends in chunks"]),
     ],
 )  # fmt: skip
-def test_what_a_config_tells(config: Any, size: int, attention: str, parts: list[str]) -> None:
+def test_what_a_config_tells(config: Any, size: int, attention: str | None, parts: list[str]) -> None:
     with pytest.raises(UserError) as found:
         check_config(config, size, attention)
     for part in ("--sequence_parallel_size", *parts):
@@ -134,7 +135,7 @@ def test_what_a_config_tells(config: Any, size: int, attention: str, parts: list
 @pytest.mark.parametrize("family", SERVED)
 def test_configs_that_pass(family: str) -> None:
     for size in (2, 4):
-        check_config(config_of(family), size, "auto")
+        check_config(config_of(family), size, None)
 
 
 def split_checked(kinds: dict[str, dict[str, Any]]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.errors import UserError
-from mora_ds.models.losses import token_nll
+from mora_ds.models.loss import token_nll
 from mora_ds.planning.memory_meter import MemoryMeter
 from mora_ds.planning.plan import Plan, Planner, recommend
 from mora_ds.planning.report import as_json, report

@@ -13,12 +13,13 @@ import torch
 from safetensors import safe_open
 
 from mora_ds import files
+from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight, permutation_seed
 from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, read_adapter, write_adapter
 from mora_ds.errors import RunError, UserError
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora import ledger as ledger_room
-from mora_ds.remora.ledger import LayerEntry, Ledger, live_weight, replay
+from mora_ds.remora.ledger import LayerEntry, Ledger, replay
 from tests.helpers.models import tiny_model
 
 BASE = "f" * 64

@@ -11,12 +11,13 @@ import torch.distributed as dist
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.errors import RunError
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.remora import optimizer_reset
-from mora_ds.remora.ledger import Ledger, live_weight
+from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import ReMoRA
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from tests.engine.test_zero import ds_config

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mora_ds.checkpoint.folder import TrainerState
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.errors import Stopped, UserError
 from mora_ds.runtime import signals
 from mora_ds.runtime.events import EXIT_STOPPED

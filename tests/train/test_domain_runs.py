@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import mora_ds
-from mora_ds.adapters.domain_layer import domain_layers, domains_of
+from mora_ds.adapters.domains import domain_layers, domains_of
 from mora_ds.adapters.inject import set_cycle
 from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.checkpoint.universal import from_universal, to_universal

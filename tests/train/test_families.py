@@ -19,17 +19,18 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.checkpoint.adapter_files import BaseReference
 from mora_ds.checkpoint.contents import PROBE_TOKENS, RunWriter
-from mora_ds.checkpoint.folder import TrainerState
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.writer import save_checkpoint
 from mora_ds.deploy.export import ExportReport, export_merged
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.errors import UserError
-from mora_ds.models.load import AUTO_ATTENTION, load_base
-from mora_ds.models.losses import check_document_mask, token_nll
+from mora_ds.models.load import load_base
+from mora_ds.models.loss import token_nll
 from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import ReMoRA
 from mora_ds.runtime.ranks import Ranks
+from mora_ds.train.preflight import check_document_mask
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
 
@@ -70,7 +71,7 @@ def write_model(family: str, folder: Path) -> None:
 def whole_way(root: Path, family: str) -> dict[str, Any]:
     """One rank's share; the checkpoint lies in root/family/checkpoints afterwards."""
     folder = root / family
-    loaded = load_base(folder / "model", folder / "base", Ranks.current(), torch.float32, AUTO_ATTENTION)
+    loaded = load_base(folder / "model", folder / "base", Ranks.current(), torch.float32, None)
     config = adapter(family)
     inject(loaded.model, config)
     engine, *_ = initialize(model=loaded.model, config=DS_CONFIG)

@@ -18,6 +18,7 @@ from transformers import AutoConfig
 import mora_ds
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
+from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.int8 import quantize
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.arguments import parse
@@ -34,7 +35,7 @@ from mora_ds.planning.plan import Plan, Planner, _ways, recommend
 from mora_ds.planning.report import as_json, report, verdict
 from mora_ds.planning.step import Work, measure_step, planned_model
 from mora_ds.planning.timing import Cluster
-from mora_ds.remora.ledger import Ledger, live_weight
+from mora_ds.remora.ledger import Ledger
 from mora_ds.train.dry_run import planned
 from tests.engine.test_zero import CountedBelow, ds_config
 from tests.helpers.gloo import run_ranks

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mora_ds.data import PackedDataset, build_cache, load_corpus, load_tokenizer, train_sentencepiece
 from mora_ds.deploy.export import export_merged
-from mora_ds.models.losses import token_nll
+from mora_ds.models.loss import token_nll
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import REPOSITORY, Playground, environment, job, launch, losses, rows, run, said
 from tests.helpers.models import tiny_model

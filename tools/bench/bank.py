@@ -38,9 +38,9 @@ from mora_ds.deploy.adapter_io import LEDGER_FOLDER
 from mora_ds.deploy.bank import AdapterBank
 from mora_ds.deploy.bank_layer import BankLinear
 from mora_ds.errors import UserError
-from mora_ds.eval.ledger_summary import table
 from mora_ds.remora.ledger import Ledger
 from mora_ds.runtime import cli
+from mora_ds.runtime.cli import table
 from tests.helpers.adapters import Maker, Updates, merge, originals
 
 VOCABULARY = 1024

@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import mora_ds
 from mora_ds.errors import UserError
-from mora_ds.eval.ledger_summary import table
 from mora_ds.models.base import write_own_base
 from mora_ds.runtime import cli
+from mora_ds.runtime.cli import table
 from mora_ds.runtime.processes import only_rank
 
 EXPORTER = Path(__file__).resolve().parents[1] / "export_hf.py"

@@ -42,9 +42,9 @@ from mora_ds.data import (
     load_tokenizer,
     train_sentencepiece,
 )
-from mora_ds.eval.ledger_summary import table
-from mora_ds.models.losses import token_nll
+from mora_ds.models.loss import token_nll
 from mora_ds.runtime import cli
+from mora_ds.runtime.cli import table
 
 WEIGHTS = (0.70, 0.25, 0.05)
 FAR = 10**6

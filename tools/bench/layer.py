@@ -27,11 +27,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mora_ds.adapters.layer import LoRALinear
+from mora_ds.adapters.ops.index_tables import rope_table
 from mora_ds.adapters.ops.int8 import Int8Weight, frozen_linear, quantize
 from mora_ds.adapters.ops.linear import Compute, choose, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, square_size
-from mora_ds.adapters.ops.tables import rope_table
 
 CASES = ((OperatorKind.ROTATE, 8), (OperatorKind.SHARE, 64))
 SHAPES = ("1024x1024", "1024x2752", "2752x1024", "576x576", "576x1536", "1536x576")

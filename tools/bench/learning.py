@@ -25,8 +25,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mora_ds.errors import UserError, nearest
-from mora_ds.eval.ledger_summary import table
 from mora_ds.runtime import cli
+from mora_ds.runtime.cli import table
 from mora_ds.train.demo import DemoPaths, warm_start_settings, write_inputs
 from tools.bench.trials import pretrain_alone
 

@@ -24,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject
-from mora_ds.models.loss import chunk_loss
-from mora_ds.models.losses import token_nll
+from mora_ds.models.loss import chunk_loss, token_nll
 
 
 def peak_mib(device: torch.device) -> float:

@@ -41,10 +41,10 @@ from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize_full, start_distributed
 from mora_ds.errors import UserError, nearest
-from mora_ds.eval.ledger_summary import table
 from mora_ds.files import write_json_atomic
 from mora_ds.remora.schedule import Schedule, ScheduleKind
 from mora_ds.runtime import cli
+from mora_ds.runtime.cli import table
 from tools.bench.trials import run_alone
 from tools.bench.uuid_pairs import Digits, accuracy, labels_of, prepared_base
 

@@ -25,10 +25,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds import MoRAConfig, Run, initialize, inject, mora_layers
 from mora_ds.adapters.ops.update import delta_weight
-from mora_ds.eval.ledger_summary import table
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.remora.merge import EXACT, INCREMENTAL
 from mora_ds.runtime import cli
+from mora_ds.runtime.cli import table
 from mora_ds.runtime.processes import only_rank
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "models"

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece
 from mora_ds.errors import UserError, nearest
-from mora_ds.eval.ledger_summary import table
 from mora_ds.models.load import create_base
 from mora_ds.runtime import cli
+from mora_ds.runtime.cli import table
 from tools.bench.domain_texts import DOMAINS, PROSE, write_texts
 from tools.bench.trials import pretrain_alone
 

@@ -36,13 +36,13 @@ from mora_ds import MoRAConfig, initialize, inject
 from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.engine.initialize import start_distributed
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.eval.ledger_summary import table
-from mora_ds.models.losses import token_nll
+from mora_ds.models.loss import token_nll
 from mora_ds.planning.memory_meter import MemoryMeter
 from mora_ds.planning.plan import Plan, Planner
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.planning.timing import Cluster
 from mora_ds.runtime import cli
+from mora_ds.runtime.cli import table
 
 STEPS = 4
 

@@ -29,10 +29,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds import MoRAConfig, inject
 from mora_ds.engine.initialize import start_distributed
-from mora_ds.eval.ledger_summary import table
-from mora_ds.models.losses import token_nll
+from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import share_rows
 from mora_ds.runtime import cli
+from mora_ds.runtime.cli import table
 
 
 def _attention(query_shape: Any, key_shape: Any, *others: Any, **kwargs: Any) -> int:

@@ -34,8 +34,8 @@ from mora_ds import MoRAConfig, initialize, inject
 from mora_ds.adapters.config import LoRAConfig
 from mora_ds.engine.initialize import initialize_full, start_distributed
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.eval.ledger_summary import table
 from mora_ds.runtime import cli
+from mora_ds.runtime.cli import table
 
 VOCABULARY = 8192
 PEER, OURS = "PEFT LoRA", "mora_ds"

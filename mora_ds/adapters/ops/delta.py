@@ -93,3 +93,24 @@ def _orders(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which input each position of the padded input holds, (N * R,), and which output each slot goes to, (O,)."""
     found = wiring(spec, device)
     return found.sources.index, found.members.index[: spec.d_out]
+
+
+@torch.no_grad()
+def live_weight(
+    original: Tensor,
+    updates: Iterable[tuple[UpdateSpec, Tensor]],
+    transposed: bool,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The original weight plus the deltas of `updates`, summed in fp32 in their order, rounded to `dtype` once.
+
+    `original`: (d_out, d_in), or (d_in, d_out) when `transposed`; it is not written to. `updates`: (operator, square).
+    Elementwise operations only, so every number of threads gives the same bits. The result lies on `device` (by
+    default where `original` does) and shares no memory with it.
+    """
+    device = torch.device(device) if device is not None else original.device
+    original = original.T if transposed else original
+    total = torch.empty(original.shape, dtype=torch.float32, device=device).copy_(original)
+    add_deltas_(total, updates)
+    return (total.T.contiguous() if transposed else total).to(dtype)

@@ -42,9 +42,8 @@ from mora_ds.adapters.ops.gather import (
     scatters,
     sum_by,
 )
-from mora_ds.adapters.ops.index_tables import Index, wiring
+from mora_ds.adapters.ops.index_tables import Index, rope_table, wiring
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, OperatorSpec, default_kind, permutation_seed, square_size
-from mora_ds.adapters.ops.tables import rope_table
 
 __all__ = [
     "Grouping", "OperatorKind", "OperatorSpec", "adjoint", "apply_squares", "block_squares", "compress",

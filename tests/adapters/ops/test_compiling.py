@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mora_ds.adapters.ops.compiling import check_compiler
-from mora_ds.adapters.ops.gather import compile_moves
+from mora_ds.adapters.ops.gather import check_compiler, compile_moves
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec
 from mora_ds.errors import UserError

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.layer import LoRALinear
+from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.lora import LoRASpec, delta_weight, first_factors, lora_update, singular_values
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.deploy.adapter_io import load_adapter
@@ -23,7 +24,7 @@ from mora_ds.engine.initialize import initialize
 from mora_ds.errors import UserError
 from mora_ds.eval.spectrum import layer_spectra
 from mora_ds.models.base import BaseCheckpoint, write_own_base
-from mora_ds.remora.ledger import Ledger, live_weight
+from mora_ds.remora.ledger import Ledger
 from mora_ds.train.run import Run
 from tests.engine.test_zero import ds_config
 from tests.helpers.gloo import run_ranks

@@ -18,6 +18,7 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.layer import SubspaceLinear
 from mora_ds.adapters.ops import singular_vectors
+from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.subspace import SubspaceSpec, adjoint, delta_weight, sides, subspace_update
 from mora_ds.adapters.ops.update import describe, spec_from_dict
 from mora_ds.checkpoint.ledger_tools import drop
@@ -33,7 +34,7 @@ from mora_ds.eval.spectrum import layer_spectra, singular_values
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.models.svd import OVERSAMPLED, Wanted, leading_vectors, record_of, write_vectors
 from mora_ds.planning.step import Work, measure_step, planned_model
-from mora_ds.remora.ledger import VECTORS_FILE, Ledger, live_weight
+from mora_ds.remora.ledger import VECTORS_FILE, Ledger
 from mora_ds.train.dry_run import planned
 from mora_ds.train.run import Run, with_vectors
 from mora_ds.train.vectors import wanted_vectors
