@@ -19,7 +19,7 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.data import load_corpus, load_tokenizer
 from mora_ds.deploy.export import export_merged
 from mora_ds.errors import UserError
-from mora_ds.eval import bank_scores
+from mora_ds.eval import perplexity
 from mora_ds.eval.perplexity import Target, Windows, evaluate, harness, load_target, named_sets
 from tests.helpers.adapters import Maker, merge
 from tests.helpers.jobs import REPOSITORY, Playground, run
@@ -183,6 +183,6 @@ def test_every_adapter_of_a_bank_has_the_figures_of_its_merged_model(
         with pytest.raises(UserError, match=message):
             evaluated(*flags)
     (tmp_path / "bank" / "c" / "adapter.json").write_text("{")
-    monkeypatch.setattr(bank_scores, "evaluate", lambda *_: pytest.fail("nothing is evaluated before"))
+    monkeypatch.setattr(perplexity, "evaluate", lambda *_: pytest.fail("nothing is evaluated before"))
     with pytest.raises(UserError, match=r"adapter 'c' cannot be used: .*adapter.json is damaged"):
         evaluated(*sets, *bank)

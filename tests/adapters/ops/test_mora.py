@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mora_ds.adapters.ops import index_tables, tables
+from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.mora import (
     Grouping,
     OperatorKind,
@@ -191,9 +191,9 @@ def test_share_by_hand() -> None:
 def test_tables_made_in_inference_mode_serve_training(kind: OperatorKind, grouping: Grouping) -> None:
     """An evaluation may be the first to use an operator; its cached tables must not be inference tensors."""
     for cached in (
-        tables.rope_table,
-        tables.strided_groups,
-        tables.contiguous_groups,
+        index_tables.rope_table,
+        index_tables.strided_groups,
+        index_tables.contiguous_groups,
         index_tables.wiring,
     ):
         cached.cache_clear()
@@ -210,7 +210,7 @@ def test_tables_made_in_inference_mode_serve_training(kind: OperatorKind, groupi
 def test_permutations_are_those_that_every_ledger_was_written_with() -> None:
     """Literal values: a numpy that drew others would silently ruin every ledger on disk."""
     spec = OperatorSpec(OperatorKind.SHARE, 10, 6, 4, Grouping.PERMUTED, seed=12345)
-    inputs, outputs, *_ = tables.permutation_tables(spec.seed, 10, 6, torch.device("cpu"))
+    inputs, outputs, *_ = index_tables.permutation_tables(spec.seed, 10, 6, torch.device("cpu"))
     assert inputs.tolist() == [0, 7, 3, 9, 6, 4, 1, 8, 5, 2]
     assert outputs.tolist() == [0, 3, 4, 5, 1, 2]
     square = torch.arange(16.0).view(4, 4)
@@ -234,7 +234,7 @@ def test_permuted_is_plain_between_two_permutations(kind: OperatorKind) -> None:
     permuted = OperatorSpec(kind, 13, 9, 4, Grouping.PERMUTED, seed=8)
     plain = OperatorSpec(kind, 13, 9, 4, Grouping.PLAIN)
     square = random(4, 4)
-    inputs, outputs, *_ = tables.permutation_tables(8, 13, 9, torch.device("cpu"))
+    inputs, outputs, *_ = index_tables.permutation_tables(8, 13, 9, torch.device("cpu"))
     shuffled = delta_weight(permuted, square)[outputs][:, inputs]
     torch.testing.assert_close(shuffled, delta_weight(plain, square), rtol=0, atol=0)
 
