@@ -9,12 +9,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
 from mora_ds.runtime import cli
+from mora_ds.runtime.log_setup import set_up_logging
 
 
 def main() -> None:
     from mora_ds.config.arguments import parse  # not above: it takes seconds, and signals must be watched before
 
     arguments = parse(sys.argv[1:])
+    set_up_logging(arguments.training.log_level)
     if arguments.embedded_default:
         from mora_ds.train.demo import run_demo
 

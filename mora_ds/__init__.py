@@ -12,10 +12,13 @@ Loaded lazily, so that `import mora_ds` costs nothing.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mora_ds.version import __version__
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     from mora_ds.adapters.alignment import Alignment

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "remora": {"adapters", "models", "engine"},
     "planning": {"adapters", "models", "parallel", "engine"},
     "checkpoint": {"adapters", "models", "parallel", "runtime", "engine", "remora"},
-    "config": {"adapters", "parallel", "engine", "remora"},
+    "config": {"adapters", "parallel", "runtime", "engine", "remora"},
     "deploy": {"adapters", "models", "remora", "checkpoint"},
     "eval": {"adapters", "data", "models", "runtime", "remora", "checkpoint", "deploy"},
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from mora_ds.config.flags import documented
 from mora_ds.engine.ds_config import EngineSettings
 from mora_ds.engine.ds_optimizer import OptimizerKind
+from mora_ds.runtime.log_setup import LogLevel
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ class TrainingArguments:
     chunked_loss: bool = False
     """Compute the loss of some tokens at a time, so that the logits of a whole batch are never held (8 bytes x tokens x
     vocabulary): less memory, a third more arithmetic in the head."""
+    log_level: str = LogLevel.INFO.value
+    """Least severe messages that rank 0 prints: debug, info, warning or error. Other ranks print warnings and errors;
+    with debug they print everything too."""
     logging_steps: int = 1
     """Optimizer steps from one log line to the next."""
     eval_steps: int = 0

@@ -1,11 +1,10 @@
-"""How a program of ours ends: 0, 2 for a user's mistake, 75 when stopped by a signal, 1 for a failure.
+"""Runs the main function of a program and sets its exit code: 0, 2 (user error), 75 (stopped), 1 (failure).
 
-The message comes once, and first from rank 0; a rank that was torn down by another's end says so in one line.
+Rank 0 prints the error message, once; a rank that fails because another one has ended prints one line that says so.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import traceback
@@ -16,29 +15,34 @@ from typing import NoReturn
 from mora_ds.errors import RunError, Stopped, UserError
 from mora_ds.runtime import signals
 from mora_ds.runtime.events import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR
+from mora_ds.runtime.log_setup import rank, rank_prefix, set_up_logging
 from mora_ds.runtime.signals import leave
 
-_PATIENCE_S = 8.0
-"""How long ranks other than 0 keep their error back: the launcher ends them as soon as rank 0 has told its own."""
+_WAIT_FOR_RANK_0_S = 8.0
+"""How long the other ranks hold back their error message: the launcher ends them as soon as rank 0 has failed."""
 
-_AFTER_YOU_S = 3.0
-"""Launchers look for ended ranks every second or less."""
+_WAIT_FOR_FAILED_RANK_S = 3.0
+"""Launchers poll for ended ranks every second or more often."""
 
 _LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
-"""What gloo says when another rank has died or cannot be reached (torch 2.13, gloo/transport/tcp)."""
+"""Messages of gloo when another rank has died or cannot be reached (torch 2.13, gloo/transport/tcp)."""
 
 
 def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
-    """Run `main` and leave the process. Never returns. `restartable`: signals stop it in order (`stopping`)."""
-    # DeepSpeed calls these on every rank, and a user of ours cannot mend it.
+    """Run `main` with logging at INFO, then end the process. Never returns.
+
+    `restartable`: signals make the run save and stop (`runtime/signals.py`).
+    """
+    # DeepSpeed calls deprecated functions of torch on every rank, and the user cannot change that.
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+    set_up_logging()
     try:
         if restartable:
             signals.install()
         main()
     except Stopped as stopped:
         signals.settle()
-        if _rank() == 0:
+        if rank() == 0:
             print(stopped, file=sys.stderr)
         leave(EXIT_STOPPED)
     except SystemExit as left:
@@ -49,45 +53,33 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
 
 
 def _fail(error: BaseException) -> NoReturn:
-    signals.uninstall()  # the launcher's SIGTERM ends a rank that only waits to repeat what another has said
-    foreseen = isinstance(error, (UserError, RunError))
-    if not foreseen and isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_CONTACT):
+    signals.uninstall()  # the launcher's SIGTERM ends a rank that only waits to repeat rank 0's message
+    expected = isinstance(error, (UserError, RunError))
+    if not expected and isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_CONTACT):
         _lose_contact(error)
-    _wait_for_rank_0()
-    if foreseen:
-        print(f"{_who()}error: {error}", file=sys.stderr)
+    if rank() != 0:
+        time.sleep(_WAIT_FOR_RANK_0_S)
+    if expected:
+        print(f"{rank_prefix()}error: {error}", file=sys.stderr)
     else:
-        print(_who(), file=sys.stderr, end="")
+        print(rank_prefix(), file=sys.stderr, end="")
         traceback.print_exception(error)
     leave(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE)
 
 
 def _lose_contact(error: RuntimeError) -> NoReturn:
-    """Not the cause but a consequence: the launcher is to see the exit code of the other rank first."""
+    """Another rank failed first: report it, and let the launcher see that rank's exit code before this one."""
     print(
-        f"{_who()}error: lost contact with another rank, which has ended (see its own words), was killed or cannot be "
-        f"reached: {str(error).splitlines()[0]}",
+        f"{rank_prefix()}error: lost contact with another rank, which has ended (see its own message), was killed or "
+        f"cannot be reached: {str(error).splitlines()[0]}",
         file=sys.stderr,
         flush=True,
     )
-    time.sleep(_AFTER_YOU_S)
+    time.sleep(_WAIT_FOR_FAILED_RANK_S)
     leave(EXIT_FAILURE)
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _wait_for_rank_0() -> None:
-    if _rank() != 0:
-        time.sleep(_PATIENCE_S)
-
-
-def _who() -> str:
-    return f"[rank {_rank()}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-
-
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns lined up to the right; the first row holds the titles."""
+    """Lines of a text table, columns aligned to the right; the first row holds the titles."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

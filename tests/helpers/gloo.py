@@ -84,9 +84,11 @@ def _rank_main(rank: int, world: int, port: int, sender: Connection, function: C
         from deepspeed.accelerator import get_accelerator
 
         from mora_ds.engine.initialize import start_distributed
+        from mora_ds.runtime.log_setup import set_up_logging
 
         # DeepSpeed refuses fp16 on CPUs without an instruction for it; torch computes it on every one, only slower.
         get_accelerator().is_fp16_supported = lambda: True
+        set_up_logging()
         start_distributed()
         buffer = io.BytesIO()
         torch.save(function(*args), buffer)
