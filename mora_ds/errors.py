@@ -1,29 +1,17 @@
-"""What users can get wrong, told apart from what can break.
+"""The exceptions of mora_ds, and the messages that settings have in common.
 
-`launch/pretrain.py` turns these into exit codes: 2 for `UserError`, 75 for `Stopped`, 1 for `RunError` and all else.
+`runtime/cli.py` turns the exceptions into exit codes: 2 for `UserError`, 75 for `Stopped`, 1 for `RunError` and all
+others. Classes of settings have a method `problems()` that lists what is wrong with their values, one message each.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar
-
-Check = tuple[bool, str]
-"""(whether it is wrong, what to say then)."""
-
-
-def choice(flag: str, value: str, enum: type[Enum]) -> Check:
-    """That a flag has one of the values that there are."""
-    known = [member.value for member in enum]
-    return value not in known, f"unknown --{flag} {value!r}; known: {', '.join(known)}.{nearest(value, known)}"
-
-
-def at_least(flag: str, least: int, value: int | None) -> str:
-    """What to say of a number that is too small."""
-    return f"--{flag} must be at least {least}, got {value}"
-
 
 Member = TypeVar("Member", bound=Enum)
 
@@ -33,22 +21,88 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A failure while running (NaN loss, full disk, a damaged checkpoint met in mid-run)."""
+    """A failure while running (NaN loss, full disk, a checkpoint that turns out to be damaged during the run)."""
 
 
 class Stopped(BaseException):
-    """Asked to stop, by a signal; the message says what was saved. No `Exception`: nobody on the way may swallow it."""
+    """The run was stopped by a signal; the message says what was saved.
+
+    Not an `Exception`, so that no `except Exception` on the way swallows it.
+    """
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raises one `UserError` with all `problems`, one a line, each once; returns where there are none."""
+    if lines := list(dict.fromkeys(problems)):
+        raise UserError("\n".join(lines))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint such as " Did you mean 'merge_every'?" for a misspelt `word`, or "" when nothing is close."""
+    """A hint such as " Did you mean 'merge_every'?" for a misspelt `word`, or "" where nothing is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def unknown(what: str, value: object, known: Iterable[str]) -> str:
+    """The message for a `value` that is none of the `known` ones. `what` is a flag with its dashes, or a noun."""
+    known = list(known)
+    return f"unknown {what} {value!r}; known: {', '.join(known)}.{nearest(str(value), known)}"
+
+
 def member_named(enum: type[Member], flag: str, name: str) -> Member:
     """The member of `enum` whose value is `name`. Raises `UserError` that names `--flag` and all values."""
-    known = [str(member.value) for member in enum]
-    if name not in known:
-        raise UserError(f"unknown --{flag} {name!r}; known: {', '.join(known)}.{nearest(name, known)}")
-    return enum(name)
+    try:
+        return enum(name)
+    except ValueError:
+        raise UserError(unknown(f"--{flag}", name, [member.value for member in enum])) from None
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The numbers that a setting may have: finite ones from `least` on, greater than `above`, less than `below`."""
+
+    least: float = -math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def allow(self, value: float) -> bool:
+        return self.least <= value and self.above < value < self.below
+
+    def __str__(self) -> str:
+        parts = {"at least": self.least, "above": self.above, "below": self.below}
+        return " and ".join(f"{word} {bound:g}" for word, bound in parts.items() if math.isfinite(bound))
+
+
+COUNT = Bounds(least=1)
+NOT_NEGATIVE = Bounds(least=0)
+POSITIVE = Bounds(above=0)
+BELOW_1 = Bounds(least=0, below=1)
+
+
+def wrong_values(settings: object, allowed: Mapping[str, Bounds | type[Enum]]) -> Iterator[str]:
+    """One message for each attribute of `settings` that its bounds or its enum do not allow; None is always allowed.
+
+    An attribute is named in the message as the flag `--attribute`.
+    """
+    for name, values in allowed.items():
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        if isinstance(values, Bounds):
+            if not values.allow(value):
+                yield f"--{name} must be {values}, got {value}"
+        elif value not in (known := [member.value for member in values]):
+            yield unknown(f"--{name}", value, known)
+
+
+Check = tuple[bool, str]
+"""(whether it is wrong, the message then)."""
+
+
+def choice(flag: str, value: str, enum: type[Enum]) -> Check:
+    known = [member.value for member in enum]
+    return value not in known, unknown(f"--{flag}", value, known)
+
+
+def at_least(flag: str, least: int, value: int | None) -> str:
+    return f"--{flag} must be at least {least}, got {value}"

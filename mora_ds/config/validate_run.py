@@ -11,7 +11,7 @@ from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import DataArguments
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.engine.ds_optimizer import OptimizerKind
-from mora_ds.errors import Check, UserError, at_least, choice, nearest
+from mora_ds.errors import Check, UserError, at_least, choice, unknown
 from mora_ds.parallel.saved_inputs import TPInputs
 
 
@@ -104,7 +104,7 @@ def _model_and_data(arguments: Arguments) -> Iterator[Check]:
     kinds, kind = ("bpe", "unigram"), model.train_tokenizer_type
     yield (
         kind not in kinds,
-        f"unknown --train_tokenizer_type {kind!r}; known: {', '.join(kinds)}.{nearest(kind, kinds)}",
+        unknown("--train_tokenizer_type", kind, kinds),
     )
     yield (
         trains_tokenizer and model.tokenizer_name is not None,

@@ -27,7 +27,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mora_ds.errors import UserError
+from mora_ds.errors import UserError, unknown
 
 MODEL_FILE = "tokenizer.model"
 ALGORITHMS = ("bpe", "unigram")
@@ -70,7 +70,7 @@ def train_sentencepiece(
     Raises `UserError`, naming `flag`, where the corpus does not yield that many pieces.
     """
     if algorithm not in ALGORITHMS:
-        raise UserError(f"unknown SentencePiece algorithm {algorithm!r}; known: {', '.join(ALGORITHMS)}")
+        raise UserError(unknown("SentencePiece algorithm", algorithm, ALGORITHMS))
     smallest = 256 + _SPECIAL_PIECES + 1
     if vocab_size < smallest:
         raise UserError(f"{flag} must be at least {smallest} (256 bytes and the special pieces)")

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mora_ds.errors import UserError
+from mora_ds.errors import UserError, unknown
 from mora_ds.files import atomic_path
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,7 +51,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def compute_dtype(name: str) -> torch.dtype:
     """The dtype called `name`. Raises `UserError` for one that no model is trained in."""
     if name not in COMPUTE_DTYPES:
-        raise UserError(f"unknown dtype {name!r}; known: {', '.join(COMPUTE_DTYPES)}")
+        raise UserError(unknown("dtype", name, COMPUTE_DTYPES))
     return COMPUTE_DTYPES[name]
 
 

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from mora_ds.errors import UserError, nearest
+from mora_ds.errors import UserError, unknown
 
 
 class ScheduleKind(str, Enum):
@@ -45,7 +45,7 @@ def schedule_kind(name: str) -> ScheduleKind:
     """The kind called `name`. Raises `UserError` (it names --lr_scheduler_type) for an unknown one."""
     known = {**{kind.value: kind for kind in ScheduleKind}, **ALIASES}
     if name not in known:
-        raise UserError(f"unknown --lr_scheduler_type {name!r}; known: {', '.join(known)}.{nearest(str(name), known)}")
+        raise UserError(unknown("--lr_scheduler_type", name, known))
     return known[name]
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mora_ds.errors import UserError, nearest
+from mora_ds.errors import UserError, unknown
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import table
 from mora_ds.train.demo import DemoPaths, warm_start_settings, write_inputs
@@ -140,9 +140,9 @@ def main() -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    unknown = [name for name in options.methods if name not in KNOWN]
-    if unknown:
-        raise UserError(f"unknown --methods {unknown[0]}; known: {', '.join(KNOWN)}.{nearest(unknown[0], KNOWN)}")
+    wrong = [name for name in options.methods if name not in KNOWN]
+    if wrong:
+        raise UserError(unknown("--methods", wrong[0], KNOWN))
     counts = (options.steps // CYCLES - 1, options.rank, options.seeds, options.sweep_seeds, options.jobs)
     if min(counts) < 1 or options.steps <= CYCLES * RAMP:
         raise UserError(

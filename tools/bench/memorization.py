@@ -40,7 +40,7 @@ from mora_ds import Run, initialize, inject
 from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize_full, start_distributed
-from mora_ds.errors import UserError, nearest
+from mora_ds.errors import UserError, unknown
 from mora_ds.files import write_json_atomic
 from mora_ds.remora.schedule import Schedule, ScheduleKind
 from mora_ds.runtime import cli
@@ -148,9 +148,9 @@ def _options() -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    unknown = [name for name in options.methods if name not in METHODS]
-    if unknown:
-        raise UserError(f"unknown --methods {unknown[0]}; known: {', '.join(METHODS)}.{nearest(unknown[0], METHODS)}")
+    wrong = [name for name in options.methods if name not in METHODS]
+    if wrong:
+        raise UserError(unknown("--methods", wrong[0], METHODS))
     counts = ("rank", "pairs", "batch", "micro_batch", "steps", "every", "probe", "cycles")
     for name in (*counts, "seeds", "sweep_seeds", "jobs"):
         if getattr(options, name) < 1:

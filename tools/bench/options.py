@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece
-from mora_ds.errors import UserError, nearest
+from mora_ds.errors import UserError, unknown
 from mora_ds.models.load import create_base
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import table
@@ -109,7 +109,7 @@ def _check(options: argparse.Namespace) -> None:
     for flag, known in (("methods", METHODS), ("architectures", ARCHITECTURES)):
         for name in getattr(options, flag):
             if name not in known:
-                raise UserError(f"unknown --{flag} {name}; known: {', '.join(known)}.{nearest(name, known)}")
+                raise UserError(unknown(f"--{flag}", name, known))
     if min(options.steps - 10, options.seeds, options.jobs) < 1:
         raise UserError("--steps must be more than 10; --seeds and --jobs at least 1")
 
