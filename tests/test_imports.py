@@ -194,6 +194,13 @@ def test_entry_points_do_not_reach_around_mora_ds() -> None:
         assert "deepspeed" not in {name.split(".")[0] for name in found}, entry
 
 
+def test_tests_share_code_through_helpers_only() -> None:
+    """A test file that another one imports cannot be split, renamed or dropped without breaking the other."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        imported = imports(ast.parse(path.read_text(encoding="utf-8")))
+        assert not [name for name in imported if name.startswith("tests.") and ".test_" in name], path
+
+
 def test_long_files_say_why() -> None:
     """A file of more than 400 lines says in its first lines why it is one."""
     for folder in ("mora_ds", "launch", "tools", "tests"):

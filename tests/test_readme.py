@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,10 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from mora_ds.models.base import write_own_base
-from tests.engine.test_zero import ds_config
+from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import tiny_model, tokens
-
-README = Path(__file__).resolve().parents[1] / "README.md"
-
-
-def code_with(word: str) -> str:
-    """The one block of Python that has it."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
-    (code,) = (block for block in blocks if word in block)
-    return code
+from tests.helpers.readme import code_with
 
 
 def plugin_code() -> str:

@@ -27,12 +27,12 @@ from mora_ds.errors import RunError, UserError
 from mora_ds.models.svd import Wanted, record_of, write_vectors
 from mora_ds.remora.ledger import Ledger
 from mora_ds.train.dry_run import planned
-from tests.adapters.ops.test_mora import name_of, random, specs
-from tests.adapters.ops.test_subspace import MODULE, known
-from tests.engine.test_zero import ds_config
+from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, curve, job, losses, refused, rows, run
 from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.operators import random, spec_id, specs
+from tests.helpers.singular_vectors import MODULE, register_vectors
 
 CPU = torch.device("cpu")
 EVERY = [*(kind.value for kind in OperatorKind), "subspace"]
@@ -53,7 +53,7 @@ def by_definition(spec: SquareSpec, square: Tensor, weight: Tensor, rank: int) -
     return (left @ delta @ right.T).square().sum() / (energy + (FLOOR * weight.norm()) ** 2), energy
 
 
-@pytest.mark.parametrize("spec", [*specs(), *SEGMENTED], ids=name_of)
+@pytest.mark.parametrize("spec", [*specs(), *SEGMENTED], ids=spec_id)
 def test_the_share_is_that_of_the_full_delta(spec: OperatorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, square = random(spec.d_out, spec.d_in, seed=5), random(spec.r_hat, spec.r_hat)
     rank = min(3, spec.d_in, spec.d_out)
@@ -71,7 +71,7 @@ def test_the_share_is_that_of_the_full_delta(spec: OperatorSpec, monkeypatch: py
 def test_the_share_of_the_subspace_operator(d_in: int, d_out: int, r_hat: int, first: int, tmp_path: Path) -> None:
     """Its vectors are stored in fp32, and so no more orthonormal than that: the share is the delta's all the same."""
     weight, square, rank = random(d_out, d_in, seed=5), random(r_hat, r_hat), 4
-    spec = SubspaceSpec(d_in, d_out, r_hat, MODULE, known(weight, min(d_in, d_out), tmp_path), first)
+    spec = SubspaceSpec(d_in, d_out, r_hat, MODULE, register_vectors(weight, min(d_in, d_out), tmp_path), first)
     factors = factors_of(spec, spec.vectors, MODULE, rank, CPU, torch.float64)
     left, right = (side.double() for side in singular_vectors.read(spec.vectors, MODULE, 0, rank))
     delta = delta_weight(spec, square)
@@ -87,7 +87,7 @@ def test_the_share_of_the_subspace_operator(d_in: int, d_out: int, r_hat: int, f
 @pytest.mark.parametrize(
     "spec",
     [spec for spec in specs() if (spec.d_in, spec.d_out, spec.r_hat) in ((13, 7, 4), (5, 3, 8), (12, 5, 8))],
-    ids=name_of,
+    ids=spec_id,
 )
 def test_gradcheck(spec: OperatorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random(spec.d_out, spec.d_in, seed=5)
@@ -330,6 +330,6 @@ def test_ranks_that_share_rows_or_sources_are_as_one(user: Playground, tmp_path:
 
 def test_factors_follow_the_wiring(tmp_path: Path) -> None:
     spec = OperatorSpec(OperatorKind.SHARE, 12, 8, 4, Grouping.PERMUTED, seed=1)
-    name = known(random(8, 12), 2, tmp_path)
+    name = register_vectors(random(8, 12), 2, tmp_path)
     one, other = (factors_of(each, name, MODULE, 2, CPU, torch.float64) for each in (spec, replace(spec, seed=2)))
     assert not torch.equal(one.left, other.left)

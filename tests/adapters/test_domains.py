@@ -12,7 +12,7 @@ from torch import nn
 
 from mora_ds.adapters.config import Freeze, MoRAConfig
 from mora_ds.adapters.domains import Domains, domain_layers, domains_of, one_hot_rows, squares_of_rows, update_rows
-from mora_ds.adapters.inject import inject, layer_for, mora_layers, set_cycle
+from mora_ds.adapters.inject import inject, layer_for, mora_layers
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight, mora_update
 from mora_ds.errors import RunError, UserError
@@ -20,27 +20,10 @@ from mora_ds.models.loss import chunk_loss
 from mora_ds.train.init_adapter import FirstSquares
 from mora_ds.train.preflight import check_rows
 from tests.helpers.adapters import Maker
+from tests.helpers.domains import NAMES, domain_model, filled
 from tests.helpers.models import tiny_model, tokens
 
-NAMES = ("law", "code", "news", "prose")
 KINDS = tuple(kind.value for kind in OperatorKind)
-
-
-def filled(model: nn.Module, seed: int = 0) -> None:
-    """Squares that are not zero, so that every path carries a gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in domain_layers(model).values():
-        for value in (layer.square, layer.domain_squares):
-            value.data = 0.02 * torch.randn(value.shape, generator=generator)
-
-
-def domain_model(operator: str, family: str = "llama", cycle: int = 0, names: Any = NAMES, **config: Any) -> Any:
-    model = tiny_model(family)
-    wanted = MoRAConfig(rank=4, operator=operator, domains=names, **config)
-    inject(model, wanted)
-    set_cycle(model, wanted, cycle)
-    filled(model)
-    return model
 
 
 def row_losses(model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from mora_ds.errors import UserError
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.vocabulary import EXTENSION_JSON, extend_vocabulary
 from mora_ds.train.pretrain import pretrain
-from tests.engine.test_zero import ds_config
+from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, losses, refused, run
 from tests.helpers.models import causal_loss, tiny_model, tokens

@@ -13,7 +13,7 @@ import mora_ds
 from mora_ds.checkpoint.folder import complete_checkpoints
 from mora_ds.checkpoint.writer import _retain as retain
 from mora_ds.files import verify_manifest, write_manifest
-from tests.engine.test_zero import ds_config
+from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
 

@@ -21,7 +21,7 @@ from mora_ds.engine.shard_layout import scaler_of
 from mora_ds.engine.shard_reader import _STAND_INS, MASTER, EngineShards, Layout, layout_path
 from mora_ds.errors import UserError
 from mora_ds.train.trainer import Trainer
-from tests.engine.test_zero_contract import COMBINATIONS, new_engine, one_step
+from tests.helpers.engines import COMBINATIONS, new_engine, one_step
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import REPOSITORY, Playground, job, losses, rows, run
 

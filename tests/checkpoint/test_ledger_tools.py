@@ -28,7 +28,7 @@ from mora_ds.eval.ledger_summary import show_lines, summarize
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora import ledger as ledger_room
 from mora_ds.remora.ledger import Ledger
-from tests.deploy.test_export import FakeRun, fake_run
+from tests.helpers.exports import FakeRun, fake_run
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "ledger.py"
 

@@ -24,7 +24,7 @@ from mora_ds.engine import zero
 from mora_ds.engine.initialize import parameter_groups
 from mora_ds.engine.shard_reader import MASTER, EngineShards
 from mora_ds.errors import UserError
-from tests.engine.test_zero import ds_config
+from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import REPOSITORY, Playground, losses, run
 

@@ -13,8 +13,8 @@ from mora_ds.checkpoint.state import TrainerState
 from mora_ds.config.forgetting import Watch, change, report
 from mora_ds.errors import UserError
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, refused, rows, run, said
-from tests.train.test_resume import assert_same_run, interrupted_job
+from tests.helpers.jobs import Playground, printed, refused, rows, run
+from tests.helpers.resume import assert_same_run, interrupted_job
 
 
 def test_bounds_and_scores() -> None:
@@ -31,7 +31,7 @@ def test_bounds_and_scores() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bounds", "weights", "said"),
+    ("bounds", "weights", "message"),
     [
         (["old"], [], "--stop_when_forgotten old: must be NAME:NUMBER"),
         (["old:x"], [], "must be NAME:NUMBER"),
@@ -42,10 +42,10 @@ def test_bounds_and_scores() -> None:
         ([], [":1"], "--best_by :1: must be NAME:NUMBER"),
     ],
 )
-def test_what_is_no_bound_or_weight(bounds: list[str], weights: list[str], said: str) -> None:
+def test_what_is_no_bound_or_weight(bounds: list[str], weights: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
         Watch.of(bounds, weights)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def forgetting(user: Playground, out: Path, *more: Any) -> list[str]:
@@ -61,7 +61,7 @@ def test_a_run_stops_when_a_set_is_forgotten(user: Playground, tmp_path: Path) -
     out = tmp_path / "out"
     argv = forgetting(user, out, "--stop_when_forgotten", "held:1.2", "--resume_from_checkpoint", "auto")
     run_ranks(1, interrupted_job, argv, 1)
-    told = run_ranks(1, said, argv)[0]
+    told = run_ranks(1, printed, argv)[0]
     summary = json.loads((out / "summary.json").read_text())
     step = summary["steps"]
     assert step < 12 and f"stopping after step {step} of 12: the perplexity on held is" in told
@@ -71,7 +71,7 @@ def test_a_run_stops_when_a_set_is_forgotten(user: Playground, tmp_path: Path) -
     assert "perplexity on" in told and f"{100 * (ratios[-1] - 1):+.2f}%" in told
     state = TrainerState.read(out / "checkpoints" / "latest")
     assert state.finished and state.step == step
-    again = run_ranks(1, said, argv)[0]
+    again = run_ranks(1, printed, argv)[0]
     assert "--stop_when_forgotten allows 1.2" in again and len(rows(out)) == len(ratios) + step
     run(1, [*argv, "--stop_when_forgotten", "held:1e9"])
     assert json.loads((out / "summary.json").read_text())["steps"] == 12, "a higher bound goes on"

@@ -18,8 +18,9 @@ from mora_ds.data import CachedSource, Mixture, PackedDataset, TokenCache
 from mora_ds.data.mixture import LONGEST_PERIOD, Phase, Shares, whole_weights
 from mora_ds.errors import UserError
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, curve, job, losses, refused, rows, run, said
-from tests.train.test_resume import assert_same_run, interrupted_job
+from tests.helpers.jobs import Playground, curve, job, losses, printed, refused, rows, run
+from tests.helpers.mixtures import mixture_flags, source_rows, write_mixture
+from tests.helpers.resume import assert_same_run, interrupted_job
 
 
 def order(shares: Shares, samples: int) -> np.ndarray:
@@ -234,70 +235,53 @@ def test_validation_reports_it_with_the_rest() -> None:
 # -- whole runs ------------------------------------------------------------------------------------------------------
 
 
-def mix_file(user: Playground, path: Path, phases: str = "") -> Path:
-    path.write_text(
-        f"sources:\n  new: {{files: '{user.train}', weight: 0.5}}\n  old: {{files: '{user.held}', weight: 0.5}}\n"
-        + phases
-    )
-    return path
-
-
-def mixed(user: Playground, out: Path, mix: Path, *more: Any) -> list[str]:
-    """The flags of `user` without its --train_files."""
-    flags = user.flags(out, "--mixture", mix, *more)
-    at = flags.index("--train_files")
-    return flags[:at] + flags[at + 2 :]
-
-
 PHASES = "phases:\n  - {from_step: 4, weights: {new: 0.25, old: 0.75}}\n"
 
 
 @pytest.mark.gloo
 def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user: Playground, tmp_path: Path) -> None:
     """Per-source losses included: exact over ranks and micro-batches."""
-    mix = mix_file(user, tmp_path / "mix.yaml", PHASES)
+    mix = write_mixture(user, tmp_path / "mix.yaml", PHASES)
     more = ("--save_steps", 2, "--merge_every", 3, "--restart_warmup_steps", 1)
     whole, out, wide = tmp_path / "whole", tmp_path / "out", tmp_path / "wide"
-    run(1, mixed(user, whole, mix, *more, "--per_device_train_batch_size", 4))
-    argv = mixed(user, out, mix, *more, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto")
+    run(1, mixture_flags(user, whole, mix, *more, "--per_device_train_batch_size", 4))
+    argv = mixture_flags(user, out, mix, *more, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto")
     for step in (3, 5):
         run_ranks(1, interrupted_job, argv, step)
     run(1, argv)
     assert_same_run(out, whole)
-    run(2, mixed(user, wide, mix, *more, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2))
+    run(
+        2, mixture_flags(user, wide, mix, *more, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2)
+    )
     torch.testing.assert_close(losses(wide), losses(whole), rtol=1e-5, atol=0)
-    for one, other in zip(of_sources(wide), of_sources(whole), strict=True):
+    for one, other in zip(source_rows(wide), source_rows(whole), strict=True):
         for name in ("new", "old"):
             assert one[name]["tokens"] == other[name]["tokens"]
             assert one[name]["loss"] == pytest.approx(other[name]["loss"], rel=1e-5)
-    shown = of_sources(whole)
+    shown = source_rows(whole)
     assert [row["new"]["tokens"] for row in shown] == [64, 128, 192, 256, 288, 320]
     board = EventAccumulator(str(whole / "tensorboard")).Reload()
     assert len(board.Scalars("sources/old/perplexity")) == 6
     for row, facts in zip([row for row in rows(whole) if "loss" in row], shown, strict=True):
         losses_of = [facts[name]["loss"] for name in ("new", "old")]
         assert min(losses_of) <= row["loss"] <= max(losses_of)
-    mix_file(user, mix)  # without the phase
+    write_mixture(user, mix)  # without the phase
     kind, message = run_ranks(1, refused, argv)[0]
     assert kind == "UserError" and "weights of --mixture, from step 4.old" in message
-
-
-def of_sources(out: Path) -> list[dict[str, Any]]:
-    return [row["sources"] for row in rows(out) if "sources" in row]
 
 
 @pytest.mark.gloo
 @pytest.mark.heavy
 @pytest.mark.parametrize("streaming", [False, True])
 def test_four_ranks_and_a_resume_at_two(user: Playground, tmp_path: Path, streaming: bool) -> None:
-    mix = mix_file(user, tmp_path / "mix.yaml", PHASES)
+    mix = write_mixture(user, tmp_path / "mix.yaml", PHASES)
     more = ("--save_steps", 2, "--resume_from_checkpoint", "auto", *(("--streaming",) if streaming else ()))
     whole, out = tmp_path / "whole", tmp_path / "out"
-    run(1, mixed(user, whole, mix, *more, "--per_device_train_batch_size", 4))
-    run_ranks(4, interrupted_job, mixed(user, out, mix, *more, "--per_device_train_batch_size", 1), 5)
-    run(2, mixed(user, out, mix, *more, "--per_device_train_batch_size", 2))
+    run(1, mixture_flags(user, whole, mix, *more, "--per_device_train_batch_size", 4))
+    run_ranks(4, interrupted_job, mixture_flags(user, out, mix, *more, "--per_device_train_batch_size", 1), 5)
+    run(2, mixture_flags(user, out, mix, *more, "--per_device_train_batch_size", 2))
     torch.testing.assert_close(losses(out), losses(whole), rtol=1e-5, atol=0)
-    for one, other in zip(of_sources(out), of_sources(whole), strict=True):
+    for one, other in zip(source_rows(out), source_rows(whole), strict=True):
         assert all(one[name]["loss"] == pytest.approx(other[name]["loss"], rel=1e-5) for name in ("new", "old"))
 
 
@@ -305,17 +289,17 @@ def test_four_ranks_and_a_resume_at_two(user: Playground, tmp_path: Path, stream
 def test_the_loss_of_a_source_is_that_of_its_rows(user: Playground, tmp_path: Path) -> None:
     """With a rate of next to nothing, what a run reports of one source is what a run on that source alone would."""
     more = ("--max_steps", 1, "--warmup_steps", 0, "--seq_len", 16, "--per_device_train_batch_size", 8)
-    mix = mix_file(user, tmp_path / "mix.yaml")
-    run(1, mixed(user, tmp_path / "mixed", mix, *more))
-    (facts,) = of_sources(tmp_path / "mixed")
+    mix = write_mixture(user, tmp_path / "mix.yaml")
+    run(1, mixture_flags(user, tmp_path / "mixed", mix, *more))
+    (facts,) = source_rows(tmp_path / "mixed")
     weighted = []
     for name, files in (("new", user.train), ("old", user.held)):
         alone = tmp_path / f"{name}.yaml"
         alone.write_text(f"sources:\n  {name}: {{files: '{files}'}}\n")
-        run(1, mixed(user, tmp_path / name, alone, *more, "--per_device_train_batch_size", 4))
+        run(1, mixture_flags(user, tmp_path / name, alone, *more, "--per_device_train_batch_size", 4))
         assert facts[name]["loss"] == pytest.approx(float(losses(tmp_path / name)[0]), rel=1e-6)
         weighted.append(facts[name]["loss"])
-    assert not of_sources(tmp_path / "new"), "one source has its loss in the step's row"
+    assert not source_rows(tmp_path / "new"), "one source has its loss in the step's row"
 
 
 @pytest.mark.gloo
@@ -331,7 +315,7 @@ def test_bad_sources_are_named_before_anything_is_trained(user: Playground, tmp_
         fieldless: ["source 'b'", "no field 'text'", "content, url", "--text_column"],
     }
     for bad, parts in cases.items():
-        argv = mixed(user, tmp_path / "out", tmp_path / "no.yaml")
+        argv = mixture_flags(user, tmp_path / "out", tmp_path / "no.yaml")
         at = argv.index("--mixture")
         argv[at : at + 2] = ["--train_files", f"a={user.train}:0.5", f"b={bad}:0.5"]
         kind, message = run_ranks(1, refused, argv)[0]
@@ -342,9 +326,11 @@ def test_bad_sources_are_named_before_anything_is_trained(user: Playground, tmp_
 def test_used_up_sources_end_the_run_early_and_say_so(user: Playground, tmp_path: Path) -> None:
     mix = tmp_path / "mix.yaml"
     mix.write_text(f"sources:\n  a: {{files: '{user.train}', epochs: 1}}\n  b: {{files: '{user.held}', epochs: 1}}\n")
-    kind, message = run_ranks(1, refused, mixed(user, tmp_path / "out", mix, "--max_steps", 10_000))[0]
+    kind, message = run_ranks(1, refused, mixture_flags(user, tmp_path / "out", mix, "--max_steps", 10_000))[0]
     assert kind == "UserError" and "--max_steps 10000: all sources are used up after" in message
-    summary = run(1, mixed(user, tmp_path / "out", mix, "--max_steps", -1, "--per_device_train_batch_size", 128))
+    summary = run(
+        1, mixture_flags(user, tmp_path / "out", mix, "--max_steps", -1, "--per_device_train_batch_size", 128)
+    )
     assert summary["steps"] == 6, "(819 + 62) sequences // 128"
     assert curve(tmp_path / "out")
 
@@ -370,10 +356,12 @@ def test_no_held_out_document_is_trained_on(user: Playground, tmp_path: Path) ->
         assert trained and kept and not trained & held and kept <= held
     eval_file = tmp_path / "eval.jsonl"
     eval_file.write_text(json.dumps({"text": texts[3] + "  "}) + "\n")
-    argv = mixed(user, tmp_path / "out", tmp_path / "no.yaml", "--held_out_share", share, "--exclude_eval_documents")
+    argv = mixture_flags(
+        user, tmp_path / "out", tmp_path / "no.yaml", "--held_out_share", share, "--exclude_eval_documents"
+    )
     at = argv.index("--mixture")
     argv[at : at + 2] = ["--train_files", f"a={user.train}:0.5", f"b={again}:0.5", "--eval_files", f"mine={eval_file}"]
-    told = run_ranks(1, said, argv)[0]
+    told = run_ranks(1, printed, argv)[0]
     out_of_a = len({document_hash(text) for text in texts if document_hash(text) in held | {document_hash(texts[3])}})
     assert f"a: {out_of_a} of {len(texts)} documents are not trained on" in told
     (after,) = [row["eval"] for row in rows(tmp_path / "out") if "eval" in row and row["step"] == 6]

@@ -35,10 +35,10 @@ from mora_ds.data import (
 )
 from mora_ds.data.stream import Place
 from mora_ds.errors import RunError, UserError
-from tests.data.test_mixture import mixed, of_sources
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, job, losses, refused, rows, run
-from tests.train.test_resume import assert_same_run, interrupted_job
+from tests.helpers.mixtures import mixture_flags, source_rows
+from tests.helpers.resume import assert_same_run, interrupted_job
 
 T = 16
 
@@ -350,7 +350,7 @@ def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(user: Pla
     argv_wide = user.flags(wide, *more, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2)
     run_ranks(2, job_in_small_batches, argv_wide)
     torch.testing.assert_close(losses(wide), losses(whole), rtol=1e-5, atol=0)
-    assert of_sources(wide)[-1]["old"]["tokens"] == 6 * 32
+    assert source_rows(wide)[-1]["old"]["tokens"] == 6 * 32
     changed = [*argv, "--shuffle_buffer", "8"]
     kind, message = run_ranks(1, refused, changed)[0]
     assert kind == "UserError" and "sources of --mixture, train.shuffle_buffer: 7 there, 8 here" in message
@@ -396,4 +396,4 @@ def test_what_streaming_cannot_do_is_said_at_once(user: Playground, tmp_path: Pa
     argv = user.flags(tmp_path / "out", "--streaming", "--train_files", late, "--shuffle_buffer", 3, "--max_steps", 300)
     kind, message = run_ranks(1, refused, argv)[0]
     assert kind == "UserError" and "late.jsonl, line" in message and "no field 'text'; there are: body" in message
-    assert mixed(user, tmp_path, tmp_path / "x")
+    assert mixture_flags(user, tmp_path, tmp_path / "x")

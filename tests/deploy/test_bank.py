@@ -19,10 +19,10 @@ from mora_ds.deploy import bank_layer
 from mora_ds.deploy.bank import AdapterBank
 from mora_ds.deploy.bank_layer import BankLinear
 from mora_ds.errors import UserError
-from tests.deploy.test_export import fake_run
 from tests.helpers.adapters import Maker, Updates, merge, originals
+from tests.helpers.exports import fake_run
 from tests.helpers.models import tiny_model, tokens
-from tests.test_readme import code_with
+from tests.helpers.readme import code_with
 
 CYCLES = {"none": 0, "one": 1, "three": 3}
 

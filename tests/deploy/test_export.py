@@ -7,128 +7,29 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from mora_ds import files
 from mora_ds.adapters.ops.delta import live_weight
-from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, mora_update, permutation_seed, square_size
+from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.deploy import export as export_room
 from mora_ds.deploy.export import ExportReport, export_merged
 from mora_ds.errors import RunError, UserError
-from mora_ds.models.base import BaseCheckpoint, renamed_keys
+from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
 from mora_ds.remora.ledger import LayerEntry, Ledger
-from tests.helpers.models import tiny_model, tokens
+from tests.helpers.exports import FakeRun, fake_run
+from tests.helpers.models import tiny_model
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "export_hf.py"
-KINDS = tuple(OperatorKind)
-
-
-@dataclass
-class FakeRun:
-    """A run's output folder, and what its export must hold."""
-
-    output: Path
-    checkpoint: Path
-    base: Path
-    expected: dict[str, torch.Tensor]
-    """Live parameter name -> value, in the compute dtype."""
-    live: Any
-    adapter: AdapterFile
-    squares: dict[str, torch.Tensor]
-
-
-def fake_run(
-    folder: Path,
-    family: str = "llama",
-    stored: torch.dtype = torch.float32,
-    dtype: str = "float32",
-    cycles: int = 2,
-    trained: tuple[str, ...] = (),
-    shard: str = "5GB",
-    probe: bool = True,
-    **changes: Any,
-) -> FakeRun:
-    """A checkpoint after `cycles` merges with live squares, made without any training."""
-    base_folder, checkpoint = folder / "base", folder / "out" / "checkpoints" / "step-000007"
-    tiny_model(family, dtype=stored, **changes).save_pretrained(base_folder, max_shard_size=shard)
-    (base_folder / "tokenizer_config.json").write_text('{"from": "base"}')
-    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=COMPUTE_DTYPES[dtype]).eval()
-    base = BaseCheckpoint.open(base_folder)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    renamed = renamed_keys(model, base.keys())
-    keys = base.map_parameters(parameters, model.base_model_prefix, model.all_tied_weights_keys, renamed)
-    checkpoint.mkdir(parents=True)
-    ledger = Ledger.create(checkpoint / "ledger", base.fingerprint())
-    for cycle in range(cycles):
-        layers = layers_of(model, cycle)
-        ledger.append(cycle + 1, layers, random_squares(layers, cycle).items())
-    layers = layers_of(model, cycles)
-    squares = random_squares(layers, cycles)
-    values = {name: parameters[name].detach().float() + 0.01 for name in trained}
-    expected = {name: tensor.detach().clone() for name, tensor in parameters.items()}
-    for name, entry in layers.items():
-        updates = list(ledger.squares_of(name))
-        module, original = model.get_submodule(name), base.read(keys[entry.weight])
-        module.weight.data.copy_(live_weight(original, updates, entry.transposed, COMPUTE_DTYPES[dtype]))
-        module.register_forward_hook(add_square(entry.operator, squares[name]))
-        updates.append((entry.operator, squares[name]))
-        expected[entry.weight] = live_weight(original, updates, entry.transposed, COMPUTE_DTYPES[dtype])
-    for name, value in values.items():
-        parameters[name].data.copy_(value)
-        for twin in parameters:
-            if parameters[twin] is parameters[name]:
-                expected[twin] = value.to(COMPUTE_DTYPES[dtype])
-    adapter = AdapterFile(layers, dtype, cycles, 7, 8, trained, {"note": "a | b"})
-    write_adapter(checkpoint, adapter, squares, values)
-    BaseReference(os.path.relpath(base_folder, checkpoint), base.fingerprint(), keys, dtype).write(checkpoint)
-    files.write_json_atomic(checkpoint / "trainer_state.json", {"perplexity_before": {"code": 9.5}})
-    if probe:
-        write_probe(checkpoint, model, dtype)
-    files.write_manifest(checkpoint)
-    files.replace_symlink(checkpoint.parent / "latest", checkpoint.name)
-    return FakeRun(folder / "out", checkpoint, base_folder, expected, model, adapter, squares)
-
-
-def layers_of(model: nn.Module, cycle: int) -> dict[str, LayerEntry]:
-    """All linear layers but the head, with every kind of operator among them."""
-    layers: dict[str, LayerEntry] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and "lm_head" not in name:
-            transposed = isinstance(module, Conv1D)
-            d_out, d_in = module.weight.shape[::-1] if transposed else module.weight.shape
-            kind = KINDS[len(layers) % len(KINDS)]
-            seed = permutation_seed(0, name, cycle)
-            spec = OperatorSpec(kind, d_in, d_out, square_size(d_in, d_out, 8, kind), Grouping.PERMUTED, seed)
-            layers[name] = LayerEntry(name, f"{name}.weight", transposed, spec)
-    return layers
-
-
-def random_squares(layers: dict[str, LayerEntry], seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    sides = {name: entry.operator.r_hat for name, entry in layers.items()}
-    return {name: 0.02 * torch.randn(side, side, generator=generator) for name, side in sides.items()}
-
-
-def add_square(spec: OperatorSpec, square: torch.Tensor) -> Any:
-    return lambda _, inputs, output: output + mora_update(spec, square.to(output.dtype), inputs[0])
-
-
-def write_probe(checkpoint: Path, model: Any, dtype: str) -> None:
-    ids = tokens(2, 24)
-    with torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False).logits
-    write_safetensors_atomic(checkpoint / "probe.safetensors", {"input_ids": ids, "logits": logits}, {"dtype": dtype})
 
 
 def check(run: FakeRun, output: Path, dtype: torch.dtype) -> None:

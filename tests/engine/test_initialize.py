@@ -16,7 +16,7 @@ from mora_ds.engine.initialize import check_compute_dtype, initialize, parameter
 from mora_ds.errors import RunError, UserError
 from mora_ds.models.load import load_base
 from mora_ds.runtime.ranks import Ranks
-from tests.engine.test_zero import ds_config
+from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import tiny_model
 

@@ -22,12 +22,11 @@ from mora_ds.engine.muon import uses_muon
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.errors import UserError
 from mora_ds.remora.optimizer_reset import OptimizerReset
-from tests.engine.test_zero import EPSILON, ds_config, merge_by_hand
+from tests.helpers.engines import EPSILON, ds_config, merge_by_hand, merging_run
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refused, rows, run
 from tests.helpers.models import causal_loss, tiny_model, tokens
-from tests.remora.test_merge import merging_run
-from tests.train.test_resume import assert_same_run, interrupted_job
+from tests.helpers.resume import assert_same_run, interrupted_job
 
 ROWS, STEPS, ACCUMULATION, CLIP = 6, 3, 2, 0.05
 RATE, OTHERS_RATE, BETA, DECAY = 0.05, 0.01, 0.9, 0.1

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mora_ds
 from mora_ds.adapters.config import MoRAConfig
@@ -15,36 +14,24 @@ from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
-from mora_ds.engine.traffic import CollectiveCounter, nbytes_of
+from mora_ds.engine.traffic import CollectiveCounter
+from tests.helpers.engines import (
+    ACCUMULATION,
+    CLIP,
+    EPSILON,
+    LEARNING_RATE,
+    ROWS,
+    STEPS,
+    CountedBelow,
+    ds_config,
+    merge_by_hand,
+)
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
 
 pytestmark = pytest.mark.gloo
 
 OPERATORS = ("truncate", "share", "decouple", "rotate")
-ROWS, STEPS, ACCUMULATION, LEARNING_RATE, CLIP = 6, 3, 2, 1e-2, 0.5
-EPSILON = 1e-4
-"""Large against rounding errors of a gradient: Adam's first step is a sign where epsilon is small, and a sign of noise
-says nothing about equality."""
-
-
-def ds_config(stage: int, micro: int, accumulation: int = ACCUMULATION, **changes: Any) -> dict[str, Any]:
-    config = {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": CLIP,
-        "zero_optimization": {
-            "stage": stage,
-            "stage3_param_persistence_threshold": 0,
-            "memory_efficient_linear": False,
-        },
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": LEARNING_RATE, "eps": EPSILON, "weight_decay": 0.0, "torch_adam": True},
-        },
-        "steps_per_print": 10**9,
-    }
-    return {**config, **changes}
 
 
 def squares_model(operator: str, **config: Any) -> torch.nn.Module:
@@ -105,13 +92,6 @@ def sharded_run(operator: str, stage: int, merge_at: int | None = None, **change
             merge_by_hand(engine)
     squares = {name: zero.full_fp32(engine, layer.square) for name, layer in mora_layers(model).items()}
     return {"losses": losses, "gradients": gradients, "squares": squares}
-
-
-def merge_by_hand(engine: zero.Engine) -> None:
-    layers = mora_layers(engine.module)
-    for layer in layers.values():
-        layer.weight += delta_weight(layer.spec, zero.full_fp32(engine, layer.square))
-    zero.reset_group(engine, 0, [layer.square for layer in layers.values()], lambda key, value: value.zero_())
 
 
 def all_operators(stage: int) -> list[dict[str, Any]]:
@@ -211,20 +191,6 @@ def count_bytes(accumulation: int, zero_settings: dict[str, int]) -> dict[str, A
         "gathered": gathered, "seen": dict(seen), "trainable": trainable, "padded": padded, "base": base,
         "base_bytes": counter.base_bytes,
     }  # fmt: skip
-
-
-class CountedBelow(TorchDispatchMode):
-    """Counts the bytes of every c10d operator at PyTorch's dispatcher, independently of `CollectiveCounter`."""
-
-    def __init__(self, seen: dict[str, int]) -> None:
-        super().__init__()
-        self.seen = seen
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            name = func._schema.name
-            self.seen[name] = self.seen.get(name, 0) + max(nbytes_of(value) for value in args)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

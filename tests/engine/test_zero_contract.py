@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from torch import Tensor, nn
 
 from mora_ds.engine import zero
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.remora.optimizer_reset import zero as zero_state
+from tests.helpers.engines import COMBINATIONS, Small, new_engine, one_step
 from tests.helpers.gloo import run_ranks
 
 SYMBOLS = {
@@ -119,50 +119,6 @@ def test_only_zero_optimizers_get_a_scaled_loss() -> None:
 
 
 # -- behaviour, on two ranks -------------------------------------------------------------------------------------------
-
-
-class Small(nn.Module):
-    """Two parameters of sizes that two ranks cannot share evenly, and one buffer."""
-
-    base: Tensor
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Parameter(torch.randn(5, 5).to(dtype))
-        self.second = nn.Parameter(torch.randn(7).to(dtype))
-        self.register_buffer("base", torch.randn(5, 7), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ((x @ self.first) @ self.base.to(x.dtype) * self.second + 1).float().square().mean()
-
-
-def new_engine(stage: int, dtype: str, accumulation: int = 1, **changes: Any) -> Any:
-    """Plain `deepspeed.initialize`: what DeepSpeed does by itself."""
-    model = Small(getattr(torch, dtype))
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": stage, "memory_efficient_linear": False, **changes},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.0, "torch_adam": True}},
-        "steps_per_print": 10**9,
-    }
-    if dtype == "bfloat16":
-        config["bf16"] = {"enabled": True}
-    if dtype == "float16":
-        config["fp16"] = {"enabled": True, "initial_scale_power": 8}
-    if stage:
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    groups = [{"params": [model.first]}, {"params": [model.second]}]
-    return deepspeed.initialize(model=model, config=config, model_parameters=groups)[0]
-
-
-def one_step(engine: Any) -> None:
-    x = torch.ones(2, 5, dtype=engine.module.first.dtype)
-    for _ in range(engine.gradient_accumulation_steps()):
-        engine.backward(engine(x))
-        engine.step()
 
 
 def masters_and_state(stage: int, dtype: str) -> dict[str, Any]:
@@ -279,7 +235,6 @@ def safe_getters() -> list[str]:
     return [name for name, holds in facts.items() if not holds]
 
 
-COMBINATIONS = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16", "float16")]
 CHECKS = (stage3_attributes, counting, collectives, stage_0_faults, safe_getters)
 
 

@@ -76,7 +76,7 @@ def run(ranks: int, argv: list[str]) -> dict[str, Any]:
     return run_ranks(ranks, job, argv)[0]
 
 
-def said(argv: list[str]) -> str:
+def printed(argv: list[str]) -> str:
     """What a run prints. For `run_ranks`."""
     with contextlib.redirect_stdout(io.StringIO()) as told:
         run_job(parse(argv))

@@ -7,14 +7,19 @@ with two_nodes() as nodes:
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.jobs import environment
+import torch.distributed as dist
+
+from mora_ds.runtime import nodes as room
+from tests.helpers.jobs import environment, job
 
 INTERFACE = "veth"
 
@@ -87,3 +92,24 @@ def wait_for(path: Path, processes: Sequence[subprocess.Popen[str]], seconds: fl
         assert time.monotonic() < until, f"{path} did not come"
         assert all(process.poll() is None for process in processes), "a process ended too early"
         time.sleep(0.02)
+
+
+def on_another_node(first: Path, other: Path) -> Path:
+    """Ranks 1 and 2 become a node that has `other` and must never open a file under `first`. The folder to use."""
+    room._SEEN_WITHIN_S = 0.5
+    rank = dist.get_rank()
+    if rank == 0:
+        return first
+    os.environ["LOCAL_RANK"] = str(rank - 1)
+    forbidden = f"{first}{os.sep}"
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], str) and arguments[0].startswith(forbidden):
+            raise AssertionError(f"a follower opens {arguments[0]}")
+
+    sys.addaudithook(watch)
+    return other
+
+
+def job_on_two_nodes(flags: list[str], first: str, other: str) -> dict[str, Any]:
+    return job([*flags, "--output_dir", str(on_another_node(Path(first), Path(other)))])

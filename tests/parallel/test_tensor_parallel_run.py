@@ -15,7 +15,7 @@ from mora_ds.checkpoint.verify import verify
 from mora_ds.engine.shard_reader import EngineShards
 from mora_ds.files import sha256_file
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, launch, losses, playground, refused, rows, run, said
+from tests.helpers.jobs import Playground, launch, losses, playground, printed, refused, rows, run
 
 pytestmark = pytest.mark.gloo
 
@@ -143,7 +143,7 @@ def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground: Playground, tmp
     (out / "run.yaml").write_text("seed: 1")
     (out / "metrics.jsonl").write_text("")
     argv = ground.flags(out, "--deepspeed", ZERO3_TP2, "--dry_run", "--overwrite_output_dir")
-    text = run_ranks(2, said, argv)[0]
+    text = run_ranks(2, printed, argv)[0]
     assert "tensor parallel, 2 ranks a group, the base whole on each" in text
     assert "split: 2 q_proj" in text and "whole on every rank: lm_head" in text
     assert "each rank stores the whole base" in text and "each rank computes" in text and "base 0)" in text

@@ -22,9 +22,9 @@ from mora_ds.models.base import tensor_checksum
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import share_rows
 from mora_ds.train.preflight import check_split
-from tests.engine.test_zero import CLIP, EPSILON, ds_config
+from tests.helpers.engines import CLIP, EPSILON, ds_config
 from tests.helpers.gloo import run_ranks
-from tests.helpers.models import tiny_model, tokens
+from tests.helpers.models import FAMILIES, tiny_model, tokens
 
 pytestmark = pytest.mark.gloo
 
@@ -32,20 +32,6 @@ ROWS, ACCUMULATION, LENGTH, STEPS = 4, 2, 24, 5
 """Rows a micro-batch over all replicas, micro-batches, tokens (twice the sliding window of the tiny models), steps."""
 LEARNING_RATE = 2e-3
 """Low: where queries and keys are normed, larger steps blow rounding up."""
-SERVED = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "phi3",
-    "gpt_neox",
-    "gpt2",
-    "olmo2",
-    "mixtral",
-)
 EVERYTHING = {"train_embeddings": True, "train_norms": True, "train_head": True}
 LONG_ROPE = {
     "original_max_position_embeddings": 16,  # within the rows, and beyond the first rank's part of them
@@ -208,7 +194,7 @@ def test_split_rows_are_whole_rows(ranks: int, size: int, cases: list[Case]) -> 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(("ranks", "size"), [(2, 2), (4, 4), (4, 2)], ids=["s2", "s4", "s2 x dp2"])
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str, ranks: int, size: int) -> None:
     cases = [
         Case(family, operator, documents, checkpointing)

@@ -19,9 +19,11 @@ from mora_ds.train.preflight import check_split
 from mora_ds.train.replicas import check_same_rows
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, tiny_model, tokens
-from tests.parallel.test_ulysses import LENGTH, SERVED
 
 pytestmark = pytest.mark.gloo
+
+LENGTH = 24
+"""Tokens a row: twice the sliding window of the tiny models."""
 
 # -- a bound model -----------------------------------------------------------------------------------------------------
 
@@ -132,7 +134,7 @@ def test_what_a_config_tells(config: Any, size: int, attention: str | None, part
     check_config(config, 1, attention)
 
 
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_configs_that_pass(family: str) -> None:
     for size in (2, 4):
         check_config(config_of(family), size, None)

@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.delta import live_weight
-from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.errors import RunError
 from mora_ds.models.base import BaseCheckpoint, write_own_base
@@ -20,54 +18,9 @@ from mora_ds.remora import optimizer_reset
 from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import ReMoRA
 from mora_ds.remora.optimizer_reset import OptimizerReset
-from tests.engine.test_zero import ds_config
+from tests.helpers.engines import ds_config, merging_run
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
-
-ROWS = 6
-
-
-def merging_run(folder: str, dtype: str, merges: int, **options: Any) -> dict[str, Any]:
-    """Train a step, merge, train a step, ... on this rank of several."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    half = {} if dtype == "float32" else {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    model = tiny_model("llama", dtype=getattr(torch, dtype))
-    base_folder = Path(folder) / "base"
-    if rank == 0:
-        write_own_base(model, base_folder)
-    dist.barrier()
-    config = MoRAConfig(rank=4, operator=options.get("operator", "share"))
-    inject(model, config)
-    settings = ds_config(3, ROWS // world, 1, **{**half, **options.get("config", {})})
-    engine, *_ = initialize(model=model, config=settings)
-    base = BaseCheckpoint.open(base_folder)
-    if rank == 0:
-        Ledger.create(Path(folder) / "ledger", base.fingerprint())
-    dist.barrier()
-    ledger = Ledger.open(Path(folder) / "ledger")
-    keys = {f"{name}.weight": f"{name}.weight" for name in mora_layers(model)}
-    remora = ReMoRA(engine, config, ledger, base, keys, reset=options.get("reset", OptimizerReset.ZERO))
-    probe = tokens(2, seed=777)
-
-    @torch.no_grad()
-    def loss_of_probe() -> float:
-        return causal_loss(engine, probe).item()
-
-    remora.probe = loss_of_probe
-    reports = []
-    for step in range(1, merges + 1):
-        loss = causal_loss(engine, tokens(ROWS, seed=step)[rank * (ROWS // world) :][: ROWS // world])
-        engine.backward(loss)
-        engine.step()
-        reports.append(remora.merge(step))
-    moments = {key: value.clone() for key, value in zero.state_tensors(engine, 0)}
-    return {
-        "reports": [vars(report) for report in reports],
-        "weights": {name: layer.weight.clone() for name, layer in mora_layers(model).items()},
-        "moments": moments,
-        "text": str(reports[-1]),
-    }
-
 
 HEAVY = ((3, "float32"), (3, "bfloat16"), (2, "bfloat16"))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from mora_ds.runtime import nodes as room
 from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, job, losses, run
-from tests.train.test_resume import assert_same, final
+from tests.helpers.jobs import Playground, losses, run
+from tests.helpers.nodes import job_on_two_nodes, on_another_node
+from tests.helpers.resume import assert_same_tensors, checkpoint_tensors
 
 pytestmark = pytest.mark.gloo
 
@@ -33,27 +33,6 @@ def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def on_another_node(first: Path, other: Path) -> Path:
-    """Ranks 1 and 2 become a node that has `other` and must never open a file under `first`. The folder to use."""
-    room._SEEN_WITHIN_S = 0.5
-    rank = dist.get_rank()
-    if rank == 0:
-        return first
-    os.environ["LOCAL_RANK"] = str(rank - 1)
-    forbidden = f"{first}{os.sep}"
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and isinstance(arguments[0], str) and arguments[0].startswith(forbidden):
-            raise AssertionError(f"a follower opens {arguments[0]}")
-
-    sys.addaudithook(watch)
-    return other
-
-
-def job_on_two_nodes(flags: list[str], first: str, other: str) -> dict[str, Any]:
-    return job([*flags, "--output_dir", str(on_another_node(Path(first), Path(other)))])
-
-
 def run_on_two_nodes(user: Playground, first: Path, other: Path, *more: str | int) -> dict[str, Any]:
     return run_ranks(3, job_on_two_nodes, user.flags("unused", *MORE, *more), str(first), str(other))[0]
 
@@ -63,7 +42,7 @@ def test_a_run_is_kept_on_one_node(user: Playground, whole: Path, tmp_path: Path
     first, other = tmp_path / "first", tmp_path / "other"
     run_on_two_nodes(user, first, other, *saving)
     assert torch.equal(losses(first), losses(whole))
-    assert_same(final(first), final(whole))
+    assert_same_tensors(checkpoint_tensors(first), checkpoint_tensors(whole))
     assert all(verdict.is_good for verdict in verify(first, None)), "every shard has arrived"
     assert not other.exists(), "nothing stays behind"
 
@@ -78,7 +57,7 @@ def test_it_resumes_whatever_lies_on_the_other_node(user: Playground, whole: Pat
     checkpoint = first / "checkpoints" / "step-000002"
     run_on_two_nodes(user, first, other, "--resume_from_checkpoint", str(checkpoint))
     assert torch.equal(losses(first), losses(whole))
-    assert_same(final(first), final(whole))
+    assert_same_tensors(checkpoint_tensors(first), checkpoint_tensors(whole))
     assert sorted(path.name for path in other.rglob("*")) == ["ledger", "ledger.json"]
 
 

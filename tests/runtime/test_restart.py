@@ -19,7 +19,7 @@ from mora_ds.runtime.restart import Verdict, judge, with_resume
 from tests.helpers.gloo import free_port
 from tests.helpers.jobs import REPOSITORY, environment, launcher, playground, run
 from tests.helpers.nodes import wait_for
-from tests.train.test_resume import assert_same_run
+from tests.helpers.resume import assert_same_run
 
 WRAPPER = REPOSITORY / "launch" / "restart.py"
 

@@ -23,7 +23,7 @@ from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import free_port, run_ranks
 from tests.helpers.jobs import Playground, environment, job, launcher, rows, run
 from tests.helpers.nodes import wait_for
-from tests.train.test_resume import assert_same_run
+from tests.helpers.resume import assert_same_run
 
 MERGING = ("--max_steps", 9, "--merge_every", 4, "--restart_warmup_steps", 1, "--eval_steps", 4, "--save_steps", 3)
 """Merges and evaluations after steps 4 and 8; checkpoints at 3, 6 and 9."""

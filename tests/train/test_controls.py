@@ -15,7 +15,7 @@ from mora_ds.data import PackedDataset
 from mora_ds.deploy.export import export_merged
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, curve, job, losses, refused, rows, run
-from tests.train.test_resume import interrupted_job
+from tests.helpers.resume import interrupted_job
 
 pytestmark = pytest.mark.gloo
 

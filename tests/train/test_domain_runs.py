@@ -28,13 +28,13 @@ from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.errors import UserError
 from mora_ds.eval.perplexity import load_target
-from tests.adapters.test_domains import domain_model
-from tests.data.test_mixture import mix_file, mixed
-from tests.engine.test_zero import ACCUMULATION, CLIP, EPSILON, LEARNING_RATE, STEPS, ds_config
+from tests.helpers.domains import domain_model
+from tests.helpers.engines import ACCUMULATION, CLIP, EPSILON, LEARNING_RATE, STEPS, ds_config
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import REPOSITORY, Playground, losses, refused, run, said
+from tests.helpers.jobs import REPOSITORY, Playground, losses, printed, refused, run
+from tests.helpers.mixtures import mixture_flags, write_mixture
 from tests.helpers.models import causal_loss, tokens
-from tests.train.test_resume import assert_same_run, final, interrupted_job
+from tests.helpers.resume import assert_same_run, checkpoint_tensors, interrupted_job
 
 pytestmark = pytest.mark.gloo
 
@@ -120,7 +120,7 @@ def test_sharded_ranks_follow_one_process(world: int, stage: int) -> None:
 
 
 def domain_flags(user: Playground, out: Path, mix: Path, *more: Any) -> list[str]:
-    return mixed(user, out, mix, "--domain_adapters", "--eval_domains", "held=old", *more)
+    return mixture_flags(user, out, mix, "--domain_adapters", "--eval_domains", "held=old", *more)
 
 
 MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--learning_rate", 5e-2)
@@ -128,7 +128,7 @@ MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "
 
 def test_a_run_merges_resumes_elsewhere_and_goes_home(user: Playground, tmp_path: Path) -> None:
     """Two ranks, a merge, stopped in step 5, resumed on one rank; every domain's model is the live one."""
-    mix = mix_file(user, tmp_path / "mix.yaml")
+    mix = write_mixture(user, tmp_path / "mix.yaml")
     whole, out = tmp_path / "whole", tmp_path / "out"
     sets = (
         "--eval_files",
@@ -144,8 +144,8 @@ def test_a_run_merges_resumes_elsewhere_and_goes_home(user: Playground, tmp_path
     run_ranks(2, interrupted_job, argv, 5)
     run(1, [*argv, "--per_device_train_batch_size", "4"])
     torch.testing.assert_close(losses(out), losses(whole), rtol=1e-5, atol=0)
-    resumed = final(out)
-    for name, tensor in final(whole).items():
+    resumed = checkpoint_tensors(out)
+    for name, tensor in checkpoint_tensors(whole).items():
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
     assert all(verdict.is_good for verdict in verify(whole)), [verdict.lines() for verdict in verify(whole)]
 
@@ -181,7 +181,7 @@ def refuses(argv: list[str], *parts: str) -> None:
 
 @pytest.mark.heavy
 def test_a_resumed_run_is_the_same_to_the_bit(user: Playground, tmp_path: Path) -> None:
-    mix = mix_file(user, tmp_path / "mix.yaml")
+    mix = write_mixture(user, tmp_path / "mix.yaml")
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(2, domain_flags(user, whole, mix, *MERGING))
     argv = domain_flags(user, out, mix, *MERGING, "--resume_from_checkpoint", "auto")
@@ -210,12 +210,12 @@ def assert_choices_are_named(user: Playground, out: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("freeze", ["shared", pytest.param("domains", marks=pytest.mark.heavy)])
 def test_frozen_squares_stay_and_go_along(user: Playground, tmp_path: Path, freeze: str) -> None:
     """From an earlier run's squares; saved, resumed, exported, and bit for bit what they were."""
-    mix = mix_file(user, tmp_path / "mix.yaml")
+    mix = write_mixture(user, tmp_path / "mix.yaml")
     first, out, whole = tmp_path / "first", tmp_path / "out", tmp_path / "whole"
     run(1, domain_flags(user, first, mix, "--max_steps", 2))
     mix.write_text(mix.read_text() + f"  fresh: {{files: '{user.other}', weight: 0.5}}\n")
     more = ("--freeze", freeze, "--init_adapter", first, "--save_steps", 2, "--max_steps", 4, "--no_eval_on_start")
-    told = run_ranks(1, said, domain_flags(user, whole, mix, *more))[0]
+    told = run_ranks(1, printed, domain_flags(user, whole, mix, *more))[0]
     assert "the shared ones, new, old; fresh: from zero" in told and "held: old, short: shared" in told
     argv = domain_flags(user, out, mix, *more, "--resume_from_checkpoint", "auto")
     run_ranks(2, interrupted_job, [*argv, "--per_device_train_batch_size", "1"], 3)
@@ -309,7 +309,7 @@ WAYS: dict[str, tuple[int, tuple[Any, ...]]] = {
 def test_with_everything_else(user: Playground, tmp_path: Path, way: str) -> None:
     """A merge, and exports that say what the live model said (the tolerances of `export_check`)."""
     world, more = WAYS[way]
-    mix, out = mix_file(user, tmp_path / "mix.yaml"), tmp_path / "out"
+    mix, out = write_mixture(user, tmp_path / "mix.yaml"), tmp_path / "out"
     argv = domain_flags(user, out, mix, "--merge_every", 3, "--restart_warmup_steps", 1, "--export_merged", *more)
     assert run(world, argv)["merges"] == 1
     assert all(verdict.is_good for verdict in verify(out)), [verdict.lines() for verdict in verify(out)]
@@ -322,11 +322,11 @@ def test_with_everything_else(user: Playground, tmp_path: Path, way: str) -> Non
 
 @pytest.mark.heavy
 def test_ranks_that_share_rows_know_their_domains(user: Playground, tmp_path: Path) -> None:
-    mix, found = mix_file(user, tmp_path / "mix.yaml"), []
+    mix, found = write_mixture(user, tmp_path / "mix.yaml"), []
     for size in (1, 2):
         out = tmp_path / str(size)
         run(size, domain_flags(user, out, mix, *MERGING, "--sequence_parallel_size", size))
-        found.append((losses(out), final(out)))
+        found.append((losses(out), checkpoint_tensors(out)))
     (loss, tensors), (shared_loss, shared) = found
     torch.testing.assert_close(shared_loss, loss, rtol=1e-5, atol=0)
     for name, tensor in tensors.items():

@@ -7,7 +7,7 @@ import pytest
 from mora_ds import MoRAConfig, initialize, inject
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.engine import zero
-from tests.engine.test_zero import ds_config
+from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
 

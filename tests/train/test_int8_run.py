@@ -37,11 +37,11 @@ from mora_ds.planning.step import Work, measure_step, planned_model
 from mora_ds.planning.timing import Cluster
 from mora_ds.remora.ledger import Ledger
 from mora_ds.train.dry_run import planned
-from tests.engine.test_zero import CountedBelow, ds_config
+from tests.helpers.engines import CountedBelow, ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, losses, refused, run
 from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
-from tests.train.test_resume import MERGING, assert_same_run, interrupted_job, merged
+from tests.helpers.resume import MERGING, assert_same_run, interrupted_job, merged
 
 pytestmark = pytest.mark.gloo
 BITS = ("--base_bits", "8")

@@ -23,7 +23,7 @@ from mora_ds.data import PackedDataset, build_cache, load_corpus, load_tokenizer
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.loss import token_nll
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import REPOSITORY, Playground, environment, job, launch, losses, rows, run, said
+from tests.helpers.jobs import REPOSITORY, Playground, environment, job, launch, losses, printed, rows, run
 from tests.helpers.models import tiny_model
 
 MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--max_steps", 8, "--eval_steps", 4)
@@ -362,7 +362,7 @@ def test_summary_and_files_of_a_run(plain: Path) -> None:
 @pytest.mark.gloo
 def test_a_run_says_beforehand_what_it_will_merge_and_what_not(user: Playground, tmp_path: Path) -> None:
     short = ("--merge_every", 3, "--restart_warmup_steps", 2, "--max_steps", 8)
-    told = run_ranks(1, said, user.flags(tmp_path / "out", *short))[0]
+    told = run_ranks(1, printed, user.flags(tmp_path / "out", *short))[0]
     before, _, after = told.partition("step 1/8")
     assert "merges after step 3 of 8\n" in before and "merged cycle 0 at step 3" in after
     assert "the merge at step 6 is left out: 2 steps would follow and the ramp alone takes 2" in before

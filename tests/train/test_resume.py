@@ -16,69 +16,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mora_ds.deploy.export import export_merged
-from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import (
     Playground,
     curve,
     environment,
-    job,
     launch,
     launcher,
     losses,
     playground,
+    printed,
     refused,
     rows,
     run,
-    said,
 )
-
-MERGING = ("--max_steps", 9, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--eval_steps", 4)
-"""Merges after steps 3 and 6; checkpoints at 2, 4, 6 (right after a merge), 8 and 9."""
-
-
-def interrupted_job(argv: list[str], step: int) -> None:
-    """A run that stops dead after optimizer step `step`, and whatever follows it (a merge, a checkpoint)."""
-    after_step = Trainer._after_step
-
-    def stop(trainer: Trainer) -> None:
-        after_step(trainer)
-        if trainer.state.step == step:
-            raise KeyboardInterrupt
-
-    Trainer._after_step = stop  # type: ignore[method-assign]  # in this forked rank alone
-    try:
-        job(argv)
-    except KeyboardInterrupt:
-        return
-    raise AssertionError("the run was to be interrupted")
-
-
-def final(out: Path) -> dict[str, torch.Tensor]:
-    """Squares, other trained tensors and every cycle of the ledger, as the last checkpoint has them."""
-    latest = out / "checkpoints" / "latest"
-    tensors = load_file(latest / "adapter.safetensors")
-    tensors |= {f"probe.{name}": tensor for name, tensor in load_file(latest / "probe.safetensors").items()}
-    for cycle in sorted((latest / "ledger").glob("cycle-*")):
-        tensors |= {f"{cycle.stem}.{name}": tensor for name, tensor in load_file(cycle).items()}
-    return tensors
-
-
-def merged(out: Path, target: Path) -> dict[str, torch.Tensor]:
-    export_merged(out / "checkpoints" / "latest", target)
-    return load_file(target / "model.safetensors")
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
-
-
-def assert_same_run(out: Path, whole: Path) -> None:
-    assert curve(out) == curve(whole)
-    assert_same(final(out), final(whole))
+from tests.helpers.resume import (
+    MERGING,
+    assert_same_run,
+    assert_same_tensors,
+    checkpoint_tensors,
+    interrupted_job,
+    merged,
+)
 
 
 @pytest.mark.gloo
@@ -92,7 +51,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(user: Playground, tm
         run_ranks(ranks, interrupted_job, user.flags(out, *more, *auto), step)
     run(ranks, user.flags(out, *more, "--resume_from_checkpoint", "latest"))
     assert_same_run(out, whole)
-    assert_same(merged(out, tmp_path / "merged"), merged(whole, tmp_path / "merged_whole"))
+    assert_same_tensors(merged(out, tmp_path / "merged"), merged(whole, tmp_path / "merged_whole"))
     assert [row["step"] for row in rows(out) if "eval" in row] == [0, 4, 8, 9]
     assert [row["step"] for row in rows(out) if "merge" in row] == [3, 6]
 
@@ -143,7 +102,7 @@ def test_a_branch_from_an_earlier_checkpoint_is_what_goes_on(user: Playground, w
 def test_resume_into_a_new_folder(user: Playground, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "elsewhere"
     run(1, user.flags(out, *MERGING, "--resume_from_checkpoint", whole / "checkpoints" / "step-000006"))
-    assert_same(final(out), final(whole))
+    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
     assert torch.equal(losses(out), losses(whole)[6:])
 
 
@@ -167,7 +126,7 @@ def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(
 ) -> None:
     out = copied(whole, tmp_path)
     longer = user.flags(out, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 12)
-    assert "it was on its way to 9 steps and has 12 now" in run_ranks(1, said, longer)[0]
+    assert "it was on its way to 9 steps and has 12 now" in run_ranks(1, printed, longer)[0]
     assert torch.equal(losses(out)[:9], losses(whole))
     assert len(losses(out)) == 12
     shorter = user.flags(out, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 7)
@@ -182,7 +141,7 @@ def test_auto_skips_a_damaged_checkpoint_and_says_so(user: Playground, whole: Pa
     damaged.write_bytes(damaged.read_bytes()[:-1])
     kind, message = run_ranks(1, refused, user.flags(out, *MERGING, "--resume_from_checkpoint", "latest"))[0]
     assert kind == "UserError" and damaged.name in message and "--resume_from_checkpoint auto" in message
-    told = run_ranks(1, said, user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"))[0]
+    told = run_ranks(1, printed, user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"))[0]
     assert "skipped" in told and damaged.name in told
     assert "step-000008 at step 8" in told
     assert_same_run(out, whole)

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from mora_ds.config.arguments import parse
 from mora_ds.engine import zero
 from mora_ds.remora.stall import StallRule, StallSignal
-from tests.engine.test_zero_contract import new_engine, one_step
+from tests.helpers.engines import new_engine, one_step
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, refused, rows, run, said
-from tests.train.test_resume import assert_same_run, interrupted_job
+from tests.helpers.jobs import Playground, printed, refused, rows, run
+from tests.helpers.resume import assert_same_run, interrupted_job
 
 pytestmark = pytest.mark.gloo
 
@@ -115,7 +115,7 @@ def test_one_rank_merges_at_the_same_steps(user: Playground, wholes: dict[str, P
 def test_the_longest_cycle_ends_one_that_does_not_stall(user: Playground, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = user.flags(out, *STALLED, "--stall_tolerance", 1e-6, "--merge_at_latest", 8, "--merge_at_end", "false")
-    told = run_ranks(1, said, flags)[0]
+    told = run_ranks(1, printed, flags)[0]
     assert merges(out) == [8, 16]
     assert "a cycle has at least 6 steps and at most 8; none before step 5, none after step 17" in told
     assert "at its longest (--merge_at_latest)" in told and "is too noisy for a stall to be seen" in told

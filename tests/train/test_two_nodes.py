@@ -15,7 +15,7 @@ import torch
 from tests.helpers import remote_shell
 from tests.helpers.jobs import REPOSITORY, Playground, losses, run
 from tests.helpers.nodes import INTERFACE, Node, trouble, two_nodes, wait_for
-from tests.train.test_resume import assert_same, final
+from tests.helpers.resume import assert_same_tensors, checkpoint_tensors
 
 pytestmark = [pytest.mark.gloo, pytest.mark.heavy]
 
@@ -72,7 +72,7 @@ def test_two_nodes_are_one_run(
     processes = start(how, nodes, tmp_path, user.flags(out, *MORE))
     assert [process.wait(timeout=200) for process in processes] == [0, 0], told(tmp_path)
     assert torch.equal(losses(out), losses(whole))
-    assert_same(final(out), final(whole))
+    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
 
 
 def test_the_ssh_launcher_makes_one_run_of_two_nodes(
@@ -92,7 +92,7 @@ def test_the_ssh_launcher_makes_one_run_of_two_nodes(
         done = subprocess.run(words, env={**os.environ, **outside}, cwd=tmp_path, stdout=log, stderr=log, timeout=200)
     assert done.returncode == 0, (tmp_path / "log0").read_text()
     assert torch.equal(losses(out), losses(whole))
-    assert_same(final(out), final(whole))
+    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
 
 
 def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(
@@ -112,7 +112,7 @@ def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(
     processes = start("deepspeed", nodes, tmp_path, flags)
     assert [process.wait(timeout=200) for process in processes] == [0, 0], told(tmp_path)
     assert torch.equal(losses(out), losses(whole))
-    assert_same(final(out), final(whole))
+    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
 
 
 def test_collectives_have_a_timeout(user: Playground, nodes: tuple[Node, Node], tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_nodes_with_disks_of_their_own_are_one_run(
     out = killed_and_resumed(user, nodes, tmp_path, MORE, step=8)
     assert "--output_dir is another folder there" in told(tmp_path) and "resumed from" in told(tmp_path)
     assert torch.equal(losses(out), losses(whole))
-    assert_same(final(out), final(whole))
+    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
 
 
 def test_vectors_and_plans_reach_nodes_with_disks_of_their_own(
@@ -165,7 +165,7 @@ def test_vectors_and_plans_reach_nodes_with_disks_of_their_own(
     out = killed_and_resumed(user, nodes, tmp_path, planned, step=4)
     assert "resumed from" in told(tmp_path)
     assert torch.equal(losses(out), losses(tmp_path / "whole"))
-    assert_same(final(out), final(tmp_path / "whole"))
+    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(tmp_path / "whole"))
 
 
 def test_namespaces_are_gone_afterwards() -> None:

@@ -12,7 +12,7 @@ from mora_ds.adapters.ops.gather import check_compiler, compile_moves
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec
 from mora_ds.errors import UserError
-from tests.adapters.ops.test_linear import by_definition, by_path, outputs_and_gradients
+from tests.helpers.operators import by_definition, by_path, outputs_and_gradients
 
 SPECS = [
     OperatorSpec(OperatorKind.SHARE, 12, 12, 6, Grouping.PERMUTED, seed=3),

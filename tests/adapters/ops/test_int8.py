@@ -21,8 +21,8 @@ from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight
 from mora_ds.errors import RunError, UserError
 from mora_ds.planning.memory_meter import MemoryMeter
-from tests.adapters.ops.test_mora import name_of, random, specs
 from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
+from tests.helpers.operators import random, spec_id, specs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -104,7 +104,7 @@ LORA = [LoRASpec(12, 9, 3, 6.0), LoRASpec(7, 20, 2, 4.0)]
 
 
 @pytest.mark.parametrize(
-    "spec", [*list(specs())[::3], *LORA], ids=lambda s: name_of(s) if hasattr(s, "kind") else "lora"
+    "spec", [*list(specs())[::3], *LORA], ids=lambda s: spec_id(s) if hasattr(s, "kind") else "lora"
 )
 def test_a_layer_is_the_layer_over_the_dense_weight(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for sums in (True, False):  # as on a CPU, as on a GPU

@@ -12,33 +12,12 @@ from torch import Tensor
 from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.linear import Compute, choose, mora_linear
 from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight, square_size
-from tests.adapters.ops.test_mora import name_of, random, specs
+from tests.helpers.operators import by_definition, by_path, outputs_and_gradients, random, spec_id, specs
 
 both_paths = pytest.mark.parametrize("path", [Compute.ACTIVATION, Compute.WEIGHT])
 
 
-def outputs_and_gradients(spec: OperatorSpec, dtype: torch.dtype, layer: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-    """y, dL/dx, dL/dM of one layer, in float64."""
-    x, square = random(2, 3, spec.d_in), random(spec.r_hat, spec.r_hat, seed=1)
-    weight, bias, g = (
-        random(spec.d_out, spec.d_in, seed=2),
-        random(spec.d_out, seed=3),
-        random(2, 3, spec.d_out, seed=4),
-    )
-    x, square = x.to(dtype).requires_grad_(), square.to(dtype).requires_grad_()
-    y = layer(x, weight.to(dtype), bias.to(dtype), square)
-    return tuple(found.double() for found in (y, *torch.autograd.grad(y, (x, square), g.to(dtype))))
-
-
-def by_definition(spec: OperatorSpec) -> Callable[..., Tensor]:
-    return lambda x, weight, bias, square: F.linear(x, weight + delta_weight(spec, square), bias)
-
-
-def by_path(spec: OperatorSpec, path: Compute) -> Callable[..., Tensor]:
-    return lambda x, weight, bias, square: mora_linear(x, weight, bias, square, spec, path)
-
-
-@pytest.mark.parametrize("spec", list(specs()), ids=name_of)
+@pytest.mark.parametrize("spec", list(specs()), ids=spec_id)
 def test_both_paths_are_base_plus_delta(spec: OperatorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
     for sums in (True, False):  # as on a CPU, as on a GPU
@@ -50,7 +29,7 @@ def test_both_paths_are_base_plus_delta(spec: OperatorSpec, monkeypatch: pytest.
 
 
 @both_paths
-@pytest.mark.parametrize("spec", [s for s in specs() if max(s.d_in, s.d_out) > 1][::5], ids=name_of)
+@pytest.mark.parametrize("spec", [s for s in specs() if max(s.d_in, s.d_out) > 1][::5], ids=spec_id)
 def test_both_paths_in_bf16(spec: OperatorSpec, path: Compute) -> None:
     """By other products than in fp32: within what bf16 rounds."""
     expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
@@ -72,11 +51,11 @@ def test_a_transposed_weight_will_do(path: Compute) -> None:
 def saved_bytes(step: Callable[[], Tensor], *not_counted: Tensor) -> int:
     """Of the storages that autograd keeps from a forward, each once."""
     storages: dict[int, int] = {}
-    known = {tensor.untyped_storage().data_ptr() for tensor in not_counted}
+    register_vectors = {tensor.untyped_storage().data_ptr() for tensor in not_counted}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
+        if storage.data_ptr() not in register_vectors:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 

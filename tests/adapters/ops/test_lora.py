@@ -26,7 +26,7 @@ from mora_ds.eval.spectrum import layer_spectra
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.remora.ledger import Ledger
 from mora_ds.train.run import Run
-from tests.engine.test_zero import ds_config
+from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
 

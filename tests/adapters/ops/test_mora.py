@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.mora import (
@@ -26,6 +24,7 @@ from mora_ds.adapters.ops.mora import (
     square_size,
 )
 from mora_ds.errors import UserError
+from tests.helpers.operators import WIRINGS, random, spec_id, specs
 
 GOLDEN = Path(__file__).parent / "golden_operators.safetensors"
 REFERENCE_TYPES = {
@@ -35,39 +34,10 @@ REFERENCE_TYPES = {
     4: (OperatorKind.SHARE, Grouping.STRIDED_CONTIGUOUS),
     6: (OperatorKind.ROTATE, Grouping.PLAIN),
 }
-WIRINGS = [
-    (kind, grouping)
-    for kind in OperatorKind
-    for grouping in (Grouping if kind is OperatorKind.SHARE else (Grouping.PLAIN, Grouping.PERMUTED))
-]
-SHAPES = [
-    (16, 16, 4), (12, 20, 4), (20, 12, 4),  # d_in =, <, > d_out; divisible
-    (13, 7, 4), (7, 13, 4), (33, 17, 6), (17, 33, 6), (11, 11, 4),  # not divisible
-    (5, 3, 8), (3, 5, 8), (5, 12, 8), (12, 5, 8), (8, 3, 8),  # r_hat larger than a side, or both
-    (40, 128, 18), (128, 40, 18), (5, 40, 2), (40, 5, 2), (3, 100, 2), (100, 3, 2),  # many blocks on one side
-    (1, 1, 2), (1, 9, 2), (9, 1, 2), (6, 6, 6),  # tiny, and one block
-    (13, 7, 5), (7, 13, 3), (9, 9, 1), (1, 1, 1), (20, 6, 7),  # odd sides: all but rotate
-]  # fmt: skip
 
 
-def specs() -> Iterator[OperatorSpec]:
-    for kind, grouping in WIRINGS:
-        for d_in, d_out, r_hat in SHAPES:
-            if kind is OperatorKind.ROTATE and r_hat % 2:
-                continue
-            yield OperatorSpec(kind, d_in, d_out, r_hat, grouping, seed=17)
-
-
-def name_of(spec: OperatorSpec) -> str:
-    return f"{spec.kind.value}-{spec.grouping.value}-{spec.d_in}-{spec.d_out}-{spec.r_hat}"
-
-
-every_operator = pytest.mark.parametrize("spec", list(specs()), ids=name_of)
+every_operator = pytest.mark.parametrize("spec", list(specs()), ids=spec_id)
 every_wiring = pytest.mark.parametrize(("kind", "grouping"), WIRINGS)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 # -- the reference ----------------------------------------------------------------------------------------------------
@@ -150,7 +120,7 @@ def test_shapes_of_the_two_halves(spec: OperatorSpec) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", [s for s in specs() if s.kind in (OperatorKind.ROTATE, OperatorKind.DECOUPLE)], ids=name_of
+    "spec", [s for s in specs() if s.kind in (OperatorKind.ROTATE, OperatorKind.DECOUPLE)], ids=spec_id
 )
 def test_blocks_reach_every_input_and_every_output(spec: OperatorSpec) -> None:
     """The reference drops inputs where d_in > d_out (6,832 of 11,008 in Llama's down_proj)."""

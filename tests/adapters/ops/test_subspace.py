@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -32,7 +32,7 @@ from mora_ds.errors import RunError, UserError
 from mora_ds.eval.ledger_summary import summarize
 from mora_ds.eval.spectrum import layer_spectra, singular_values
 from mora_ds.models.base import BaseCheckpoint, write_own_base
-from mora_ds.models.svd import OVERSAMPLED, Wanted, leading_vectors, record_of, write_vectors
+from mora_ds.models.svd import OVERSAMPLED, Wanted, leading_vectors
 from mora_ds.planning.step import Work, measure_step, planned_model
 from mora_ds.remora.ledger import VECTORS_FILE, Ledger
 from mora_ds.train.dry_run import planned
@@ -41,39 +41,24 @@ from mora_ds.train.vectors import wanted_vectors
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, curve, losses, refused, run
 from tests.helpers.models import tiny_model, tokens
+from tests.helpers.operators import random
+from tests.helpers.singular_vectors import MODULE, register_vectors
 
 SHAPES = [(16, 16, 4), (12, 20, 5), (20, 12, 12), (13, 7, 7), (1, 9, 1), (9, 1, 1), (6, 6, 6)]
 """(d_in, d_out, r_hat)"""
-MODULE = "layer"
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def known(weight: Tensor, count: int, folder: Path, module: str = MODULE) -> str:
-    """The name of the vectors of a weight (d_out, d_in) that a base of that one tensor has."""
-    (folder / "config.json").write_text("{}")
-    save_file({"w": weight.float().contiguous()}, folder / "model.safetensors")
-    path = folder / "vectors" / VECTORS_FILE
-    d_out, d_in = weight.shape
-    write_vectors(path, BaseCheckpoint.open(folder), {module: Wanted("w", False, d_in, d_out, count)})
-    name = record_of(path).name
-    singular_vectors.register(name, path)
-    return name
 
 
 @pytest.fixture(params=SHAPES, ids=str)
 def spec(request: pytest.FixtureRequest, tmp_path: Path) -> SubspaceSpec:
     d_in, d_out, r_hat = request.param
-    name = known(random(d_out, d_in, seed=7), min(d_in, d_out), tmp_path)
+    name = register_vectors(random(d_out, d_in, seed=7), min(d_in, d_out), tmp_path)
     return SubspaceSpec(d_in, d_out, r_hat, MODULE, name, first=min(d_in, d_out) // 2)
 
 
 def test_vectors_outlive_a_checkpoint_that_was_looked_into(tmp_path: Path) -> None:
     """A checkpoint is opened while its run goes on, and deleted as the run keeps only newer ones."""
     weight = random(6, 5)
-    name = known(weight, 5, tmp_path)
+    name = register_vectors(weight, 5, tmp_path)
     ledger = Ledger.create(tmp_path / "ledger", "base", singular_vectors.path_of(name))
     Ledger.open(tmp_path / "ledger")
     ledger.copy_to(tmp_path / "checkpoint")
@@ -107,7 +92,7 @@ def test_adjoint_and_the_gradient_of_the_square(spec: SubspaceSpec) -> None:
 
 
 def test_gradcheck(tmp_path: Path) -> None:
-    spec = SubspaceSpec(7, 5, 3, MODULE, known(random(5, 7), 3, tmp_path))
+    spec = SubspaceSpec(7, 5, 3, MODULE, register_vectors(random(5, 7), 3, tmp_path))
     vectors = sides(spec, torch.device("cpu"), torch.float64)
     inputs = random(3, 3).requires_grad_(), random(2, 7, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(lambda square, x: subspace_update(square, vectors, x), inputs)
@@ -119,7 +104,7 @@ def test_the_layer_is_base_plus_delta(kind: str, dtype: torch.dtype, tmp_path: P
     torch.manual_seed(0)
     base: Any = Conv1D(10, 14) if kind == "conv1d" else nn.Linear(14, 10, bias=kind == "linear with bias")
     weight = base.weight.T if kind == "conv1d" else base.weight
-    base, spec = base.to(dtype), SubspaceSpec(14, 10, 6, MODULE, known(weight.detach(), 10, tmp_path))
+    base, spec = base.to(dtype), SubspaceSpec(14, 10, 6, MODULE, register_vectors(weight.detach(), 10, tmp_path))
     layer, x = SubspaceLinear(base, spec), torch.randn(3, 5, 14).to(dtype).requires_grad_()
     assert torch.equal(layer(x), base(x)), "a zero square changes nothing"
     layer.square.data.normal_()
@@ -136,7 +121,9 @@ def test_the_layer_is_base_plus_delta(kind: str, dtype: torch.dtype, tmp_path: P
 
 def test_it_keeps_tokens_by_r_hat(tmp_path: Path) -> None:
     tokens_seen, d, r_hat = 40, 64, 8
-    layer = SubspaceLinear(nn.Linear(d, d), SubspaceSpec(d, d, r_hat, MODULE, known(random(d, d), r_hat, tmp_path)))
+    layer = SubspaceLinear(
+        nn.Linear(d, d), SubspaceSpec(d, d, r_hat, MODULE, register_vectors(random(d, d), r_hat, tmp_path))
+    )
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -153,7 +140,7 @@ def test_it_keeps_tokens_by_r_hat(tmp_path: Path) -> None:
 
 
 def test_delta_has_the_same_bits_for_every_number_of_threads(tmp_path: Path) -> None:
-    spec = SubspaceSpec(300, 200, 40, MODULE, known(random(200, 300), 40, tmp_path))
+    spec = SubspaceSpec(300, 200, 40, MODULE, register_vectors(random(200, 300), 40, tmp_path))
     square, threads = random(40, 40).float(), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -190,7 +177,7 @@ def test_specs_survive_json_and_refuse_what_is_none() -> None:
 
 def test_vectors_are_those_of_the_weight(tmp_path: Path) -> None:
     weight = random(9, 13)
-    name = known(weight, 9, tmp_path)
+    name = register_vectors(weight, 9, tmp_path)
     left, right = singular_vectors.read(name, MODULE, 0, 9)
     values = torch.linalg.svdvals(weight.float().double())
     torch.testing.assert_close(left.double() @ weight @ right.double().T, torch.diag(values), rtol=1e-6, atol=1e-6)
@@ -220,7 +207,7 @@ def test_a_weight_too_large_for_lapack_is_decomposed_by_iteration(monkeypatch: p
 def test_vectors_that_are_not_there_are_told_by_name(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="feedfeedfeedfeed are not at hand"):
         singular_vectors.read("feedfeedfeedfeed", MODULE, 0, 1)
-    name = known(random(6, 8), 3, tmp_path)
+    name = register_vectors(random(6, 8), 3, tmp_path)
     with pytest.raises(UserError, match=r"holds 3 of layer's 6 singular vectors, not 4"):
         singular_vectors.read(name, MODULE, 1, 3)
     with pytest.raises(UserError, match="no singular vectors of other"):
@@ -228,7 +215,7 @@ def test_vectors_that_are_not_there_are_told_by_name(tmp_path: Path) -> None:
     broken = random(4, 4)
     broken[1, 2] = float("nan")
     with pytest.raises(UserError, match="w is not finite"):
-        known(broken, 2, tmp_path)
+        register_vectors(broken, 2, tmp_path)
     path = singular_vectors.path_of(name)
     path.write_bytes(path.read_bytes()[:20])
     singular_vectors.register("0" * 16, path)
@@ -402,7 +389,7 @@ def test_three_ranks_and_other_settings(user: Playground, tmp_path: Path, more: 
 @pytest.mark.gloo
 @pytest.mark.heavy
 def test_nodes_that_do_not_see_the_folder_get_the_same_vectors(user: Playground, tmp_path: Path) -> None:
-    from tests.runtime.test_nodes import job_on_two_nodes
+    from tests.helpers.nodes import job_on_two_nodes
 
     run(3, user.flags(tmp_path / "whole", *MERGING, "--save_steps", 3))
     first, other = tmp_path / "first", tmp_path / "other"
@@ -422,7 +409,7 @@ def test_a_loop_of_ones_own(tmp_path: Path) -> None:
 def own_loop(folder: str) -> dict[str, Any]:
     """As the README has it: GPT-2's transposed weights, tied embeddings."""
     from mora_ds.engine.initialize import initialize
-    from tests.engine.test_zero import ds_config
+    from tests.helpers.engines import ds_config
     from tests.helpers.models import causal_loss
 
     root, ids = Path(folder), tokens(4)

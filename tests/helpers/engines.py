@@ -1,0 +1,160 @@
+"""DeepSpeed engines for the tests: the settings, a merge by hand, a small model without adapters, a run with merges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.adapters.ops.mora import delta_weight
+from mora_ds.engine import zero
+from mora_ds.engine.initialize import initialize
+from mora_ds.engine.traffic import nbytes_of
+from mora_ds.models.base import BaseCheckpoint, write_own_base
+from mora_ds.remora.ledger import Ledger
+from mora_ds.remora.merge import ReMoRA
+from mora_ds.remora.optimizer_reset import OptimizerReset
+from tests.helpers.models import causal_loss, tiny_model, tokens
+
+ROWS, STEPS, ACCUMULATION, LEARNING_RATE, CLIP = 6, 3, 2, 1e-2, 0.5
+EPSILON = 1e-4
+"""Large against rounding errors of a gradient: Adam's first step is a sign where epsilon is small, and a sign of noise
+says nothing about equality."""
+COMBINATIONS = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16", "float16")]
+"""(ZeRO stage, dtype) of every engine that `new_engine` builds."""
+
+
+def ds_config(stage: int, micro: int, accumulation: int = ACCUMULATION, **changes: Any) -> dict[str, Any]:
+    config = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": CLIP,
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "memory_efficient_linear": False,
+        },
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": LEARNING_RATE, "eps": EPSILON, "weight_decay": 0.0, "torch_adam": True},
+        },
+        "steps_per_print": 10**9,
+    }
+    return {**config, **changes}
+
+
+def merge_by_hand(engine: zero.Engine) -> None:
+    layers = mora_layers(engine.module)
+    for layer in layers.values():
+        layer.weight += delta_weight(layer.spec, zero.full_fp32(engine, layer.square))
+    zero.reset_group(engine, 0, [layer.square for layer in layers.values()], lambda key, value: value.zero_())
+
+
+class CountedBelow(TorchDispatchMode):
+    """Counts the bytes of every c10d operator at PyTorch's dispatcher, independently of `CollectiveCounter`."""
+
+    def __init__(self, seen: dict[str, int]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name
+            self.seen[name] = self.seen.get(name, 0) + max(nbytes_of(value) for value in args)
+        return func(*args, **(kwargs or {}))
+
+
+class Small(nn.Module):
+    """Two parameters of sizes that two ranks cannot share evenly, and one buffer."""
+
+    base: Tensor
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Parameter(torch.randn(5, 5).to(dtype))
+        self.second = nn.Parameter(torch.randn(7).to(dtype))
+        self.register_buffer("base", torch.randn(5, 7), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x @ self.first) @ self.base.to(x.dtype) * self.second + 1).float().square().mean()
+
+
+def new_engine(stage: int, dtype: str, accumulation: int = 1, **changes: Any) -> Any:
+    """Plain `deepspeed.initialize`: what DeepSpeed does by itself."""
+    model = Small(getattr(torch, dtype))
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": stage, "memory_efficient_linear": False, **changes},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.0, "torch_adam": True}},
+        "steps_per_print": 10**9,
+    }
+    if dtype == "bfloat16":
+        config["bf16"] = {"enabled": True}
+    if dtype == "float16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": 8}
+    if stage:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    groups = [{"params": [model.first]}, {"params": [model.second]}]
+    return deepspeed.initialize(model=model, config=config, model_parameters=groups)[0]
+
+
+def one_step(engine: Any) -> None:
+    x = torch.ones(2, 5, dtype=engine.module.first.dtype)
+    for _ in range(engine.gradient_accumulation_steps()):
+        engine.backward(engine(x))
+        engine.step()
+
+
+COMBINATIONS = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16", "float16")]
+
+
+def merging_run(folder: str, dtype: str, merges: int, **options: Any) -> dict[str, Any]:
+    """Train a step, merge, train a step, ... on this rank of several."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    half = {} if dtype == "float32" else {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    model = tiny_model("llama", dtype=getattr(torch, dtype))
+    base_folder = Path(folder) / "base"
+    if rank == 0:
+        write_own_base(model, base_folder)
+    dist.barrier()
+    config = MoRAConfig(rank=4, operator=options.get("operator", "share"))
+    inject(model, config)
+    settings = ds_config(3, ROWS // world, 1, **{**half, **options.get("config", {})})
+    engine, *_ = initialize(model=model, config=settings)
+    base = BaseCheckpoint.open(base_folder)
+    if rank == 0:
+        Ledger.create(Path(folder) / "ledger", base.fingerprint())
+    dist.barrier()
+    ledger = Ledger.open(Path(folder) / "ledger")
+    keys = {f"{name}.weight": f"{name}.weight" for name in mora_layers(model)}
+    remora = ReMoRA(engine, config, ledger, base, keys, reset=options.get("reset", OptimizerReset.ZERO))
+    probe = tokens(2, seed=777)
+
+    @torch.no_grad()
+    def loss_of_probe() -> float:
+        return causal_loss(engine, probe).item()
+
+    remora.probe = loss_of_probe
+    reports = []
+    for step in range(1, merges + 1):
+        loss = causal_loss(engine, tokens(ROWS, seed=step)[rank * (ROWS // world) :][: ROWS // world])
+        engine.backward(loss)
+        engine.step()
+        reports.append(remora.merge(step))
+    moments = {key: value.clone() for key, value in zero.state_tensors(engine, 0)}
+    return {
+        "reports": [vars(report) for report in reports],
+        "weights": {name: layer.weight.clone() for name, layer in mora_layers(model).items()},
+        "moments": moments,
+        "text": str(reports[-1]),
+    }

@@ -1,0 +1,63 @@
+"""Every MoRA operator on every shape that the tests try, and a layer computed in each of the two ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mora_ds.adapters.ops.linear import Compute, mora_linear
+from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight
+
+WIRINGS = [
+    (kind, grouping)
+    for kind in OperatorKind
+    for grouping in (Grouping if kind is OperatorKind.SHARE else (Grouping.PLAIN, Grouping.PERMUTED))
+]
+SHAPES = [
+    (16, 16, 4), (12, 20, 4), (20, 12, 4),  # d_in =, <, > d_out; divisible
+    (13, 7, 4), (7, 13, 4), (33, 17, 6), (17, 33, 6), (11, 11, 4),  # not divisible
+    (5, 3, 8), (3, 5, 8), (5, 12, 8), (12, 5, 8), (8, 3, 8),  # r_hat larger than a side, or both
+    (40, 128, 18), (128, 40, 18), (5, 40, 2), (40, 5, 2), (3, 100, 2), (100, 3, 2),  # many blocks on one side
+    (1, 1, 2), (1, 9, 2), (9, 1, 2), (6, 6, 6),  # tiny, and one block
+    (13, 7, 5), (7, 13, 3), (9, 9, 1), (1, 1, 1), (20, 6, 7),  # odd sides: all but rotate
+]  # fmt: skip
+
+
+def specs() -> Iterator[OperatorSpec]:
+    for kind, grouping in WIRINGS:
+        for d_in, d_out, r_hat in SHAPES:
+            if kind is OperatorKind.ROTATE and r_hat % 2:
+                continue
+            yield OperatorSpec(kind, d_in, d_out, r_hat, grouping, seed=17)
+
+
+def spec_id(spec: OperatorSpec) -> str:
+    return f"{spec.kind.value}-{spec.grouping.value}-{spec.d_in}-{spec.d_out}-{spec.r_hat}"
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def outputs_and_gradients(spec: OperatorSpec, dtype: torch.dtype, layer: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    """y, dL/dx, dL/dM of one layer, in float64."""
+    x, square = random(2, 3, spec.d_in), random(spec.r_hat, spec.r_hat, seed=1)
+    weight, bias, g = (
+        random(spec.d_out, spec.d_in, seed=2),
+        random(spec.d_out, seed=3),
+        random(2, 3, spec.d_out, seed=4),
+    )
+    x, square = x.to(dtype).requires_grad_(), square.to(dtype).requires_grad_()
+    y = layer(x, weight.to(dtype), bias.to(dtype), square)
+    return tuple(found.double() for found in (y, *torch.autograd.grad(y, (x, square), g.to(dtype))))
+
+
+def by_definition(spec: OperatorSpec) -> Callable[..., Tensor]:
+    return lambda x, weight, bias, square: F.linear(x, weight + delta_weight(spec, square), bias)
+
+
+def by_path(spec: OperatorSpec, path: Compute) -> Callable[..., Tensor]:
+    return lambda x, weight, bias, square: mora_linear(x, weight, bias, square, spec, path)

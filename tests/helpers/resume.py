@@ -1,0 +1,58 @@
+"""Interrupted runs, and what must be the same after they have been resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mora_ds.deploy.export import export_merged
+from mora_ds.train.trainer import Trainer
+from tests.helpers.jobs import curve, job
+
+MERGING = ("--max_steps", 9, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--eval_steps", 4)
+"""Merges after steps 3 and 6; checkpoints at 2, 4, 6 (right after a merge), 8 and 9."""
+
+
+def interrupted_job(argv: list[str], step: int) -> None:
+    """A run that stops dead after optimizer step `step`, and whatever follows it (a merge, a checkpoint)."""
+    after_step = Trainer._after_step
+
+    def stop(trainer: Trainer) -> None:
+        after_step(trainer)
+        if trainer.state.step == step:
+            raise KeyboardInterrupt
+
+    Trainer._after_step = stop  # type: ignore[method-assign]  # in this forked rank alone
+    try:
+        job(argv)
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("the run was to be interrupted")
+
+
+def checkpoint_tensors(out: Path) -> dict[str, torch.Tensor]:
+    """Squares, other trained tensors and every cycle of the ledger, as the last checkpoint has them."""
+    latest = out / "checkpoints" / "latest"
+    tensors = load_file(latest / "adapter.safetensors")
+    tensors |= {f"probe.{name}": tensor for name, tensor in load_file(latest / "probe.safetensors").items()}
+    for cycle in sorted((latest / "ledger").glob("cycle-*")):
+        tensors |= {f"{cycle.stem}.{name}": tensor for name, tensor in load_file(cycle).items()}
+    return tensors
+
+
+def merged(out: Path, target: Path) -> dict[str, torch.Tensor]:
+    export_merged(out / "checkpoints" / "latest", target)
+    return load_file(target / "model.safetensors")
+
+
+def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def assert_same_run(out: Path, whole: Path) -> None:
+    assert curve(out) == curve(whole)
+    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
