@@ -13,15 +13,20 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import logging
 import textwrap
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
-from mora_ds.errors import UserError, nearest
+from mora_ds.errors import UserError, nearest, refuse
 from mora_ds.files import load_yaml
+from mora_ds.runtime.log_setup import rank
+
+log = logging.getLogger(__name__)
 
 Class = TypeVar("Class", bound=type)
 
@@ -51,8 +56,33 @@ def documented(cls: Class) -> Class:
     return cls
 
 
+@dataclasses.dataclass(frozen=True)
+class Retired:
+    """A setting that no longer exists. Recipes and run.yaml files of earlier versions may still name it."""
+
+    value: Any
+    """The one value that is still accepted, without effect: it asks for what every run does now."""
+    advice: str
+    """What was removed, and what to do about it."""
+
+    def parse(self, text: str) -> Any:
+        return string_to_bool(text) if isinstance(self.value, bool) else text
+
+
+RENAMED = {"peer_silence_s": "heartbeat_timeout_s"}
+"""Old name -> present name of a setting. The old one is accepted as a flag and as a key of a recipe."""
+
+RETIRED = {
+    "gradient_checkpointing_reentrant": Retired(
+        False,
+        "re-entrant checkpointing was removed, and --gradient_checkpointing uses PyTorch's other kind: leave out "
+        "gradient_checkpointing_reentrant",
+    ),
+}
+
+
 class StrictParser(HfArgumentParser):
-    """HfArgumentParser that raises `UserError` instead of leaving the process. `-h` still prints help and leaves."""
+    """HfArgumentParser that raises `UserError` instead of ending the process. `-h` still prints help and ends it."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -61,7 +91,7 @@ class StrictParser(HfArgumentParser):
 def parse_flat(
     groups: Iterable[type], argv: Sequence[str], description: str, ignored_keys: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """What `argv` sets, of all fields of the dataclasses `groups`; fields left at their defaults are absent.
+    """The values that `argv` sets, of all fields of the dataclasses `groups`; fields left at their defaults are absent.
 
     `ignored_keys` are top-level keys of a recipe that are no settings. Raises `UserError`; `-h` prints help and
     raises SystemExit(0).
@@ -76,12 +106,16 @@ def parse_flat(
         allow_abbrev=False,
         usage="%(prog)s [recipe.yaml] [--flag value ...]",
     )
-    names = [field.name for group in groups for field in dataclasses.fields(group)]
-    found, unknown = parser.parse_known_args(arguments, argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN)))
-    if unknown:
-        raise UserError(_unknown_flags(unknown, parser))
-    given.update({name: value for name, value in vars(found).items() if value is not _NOT_GIVEN})
-    return given
+    for name, retired in RETIRED.items():
+        parser.add_argument(f"--{name}", type=retired.parse, nargs="?", const=True, help=argparse.SUPPRESS)
+    names = [*RETIRED, *(field.name for group in groups for field in dataclasses.fields(group))]
+    arguments = [_present_flag(word) for word in arguments]
+    parsed, rest = parser.parse_known_args(arguments, argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN)))
+    if rest:
+        raise UserError(_unknown_flags(rest, parser))
+    settings = {name: value for name, value in vars(parsed).items() if value is not _NOT_GIVEN}
+    refuse(_retired(settings, "--"))
+    return {**given, **{name: value for name, value in settings.items() if name not in RETIRED}}
 
 
 def _pop_recipe(arguments: list[str]) -> str | None:
@@ -94,31 +128,57 @@ def _pop_recipe(arguments: list[str]) -> str | None:
     return None
 
 
+def _present_flag(word: str) -> str:
+    """`word` of a command line, with the present name where it is a renamed flag (`--flag` or `--flag=value`)."""
+    flag, mark, value = word.partition("=")
+    name = flag.removeprefix("--").replace("-", "_")
+    if not flag.startswith("--") or name not in RENAMED:
+        return word
+    return f"--{_present_name(name)}{mark}{value}"
+
+
+def _present_name(name: str) -> str:
+    """The present name of a setting; rank 0 logs a warning where `name` is an old one."""
+    if name in RENAMED and rank() == 0:
+        log.warning("--%s is called --%s now; the old name still works", name, RENAMED[name])
+    return RENAMED.get(name, name)
+
+
+def _retired(settings: Mapping[str, Any], where: str) -> Iterator[str]:
+    """One message for each retired setting with another value than the one that is accepted."""
+    for name, retired in RETIRED.items():
+        if name in settings and settings[name] != retired.value:
+            yield f"{where}{name}: {retired.advice}"
+
+
 def _unknown_flags(unknown: list[str], parser: StrictParser) -> str:
     known = [option for option in parser._option_string_actions if option.startswith("--")]
     flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
     if not flags:
-        return f"unexpected argument {unknown[0]!r}: a YAML recipe comes first, and every value behind its flag"
+        return f"unexpected argument {unknown[0]!r}: a YAML recipe comes first, and every value follows its flag"
     return "\n".join(f"unknown flag {flag}.{nearest(flag, known)}" for flag in flags)
 
 
 def read_recipe(path: str, groups: Iterable[type], ignored_keys: Iterable[str] = ()) -> dict[str, Any]:
-    """The settings of a YAML recipe, checked against the fields of `groups`; all wrong ones in one `UserError`."""
+    """The settings of a YAML recipe, checked against the fields of `groups`; one `UserError` lists all wrong ones."""
     content = load_yaml(path, "the recipe")
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
-    settings, problems = {}, []
+    settings: dict[str, Any] = {}
+    problems = list(_retired(content, f"{path}: "))
     for key, value in content.items():
-        if key in ignored_keys:
+        if key in ignored_keys or key in RETIRED:
             continue
-        if key not in hints:
+        name = _present_name(key)
+        if name not in hints:
             problems.append(f"{path}: unknown key {key!r}.{nearest(str(key), hints)}")
-            continue
-        try:
-            settings[key] = _coerce(value, hints[key])
-        except ValueError as error:
-            problems.append(f"{path}: {key} {error}")
-    if problems:
-        raise UserError("\n".join(problems))
+        elif name in settings:
+            problems.append(f"{path}: {key} and {name} are one setting: give one of them")
+        else:
+            try:
+                settings[name] = _coerce(value, hints[name])
+            except ValueError as error:
+                problems.append(f"{path}: {key} {error}")
+    refuse(problems)
     return settings
 
 

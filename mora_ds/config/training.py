@@ -82,8 +82,6 @@ class TrainingArguments:
     """Compute in float16 with loss scaling."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
-    gradient_checkpointing_reentrant: bool = False
-    """Use the older, re-entrant kind of checkpointing."""
     chunked_loss: bool = False
     """Compute the loss of some tokens at a time, so that the logits of a whole batch are never held (8 bytes x tokens x
     vocabulary): less memory, a third more arithmetic in the head."""
@@ -116,8 +114,8 @@ class TrainingArguments:
     collective_timeout_s: float | None = None
     """Seconds that a rank waits for the others in a collective, and for their start, before it gives up; longer than
     rank 0 takes to hash a checkpoint. Default: DEEPSPEED_TIMEOUT (minutes) where that is set, otherwise 30 minutes."""
-    peer_silence_s: float = 120.0
-    """Seconds after which a rank that gives no sign of life (a node or its link gone) takes the run down; 0: never."""
+    heartbeat_timeout_s: float = 120.0
+    """Seconds without a heartbeat of a rank (its node or its link has failed) after which the run ends; 0: never."""
     local_rank: int = -1
     """Set by the launcher."""
 

@@ -74,7 +74,3 @@ def _alignment(adapter: AdapterArguments, training: TrainingArguments) -> Iterat
         wanted and training.tensor_parallel_size > 1,
         "--alignment_weight needs whole squares, and no rank of a --tensor_parallel_size above 1 has them",
     )
-    yield (
-        wanted and training.gradient_checkpointing_reentrant,
-        "--alignment_weight: --gradient_checkpointing_reentrant loses what a layer adds to the loss: drop it",
-    )

@@ -79,7 +79,7 @@ def run_demo(arguments: Arguments) -> None:
     if training.dry_run:
         _plan(arguments)
         return
-    start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.peer_silence_s)
+    start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.heartbeat_timeout_s)
     ranks = Ranks.current()
     started = time.monotonic()
     folder = Path(arguments.training.output_dir)

@@ -137,12 +137,8 @@ def prepare_base(
         model_folder = own
     dtype = getattr(torch, compute_dtype(ds_config))
     loaded = load_base(model_folder, own, ranks, dtype, model.attention, model.trust_remote_code, place.followers.share)
-    training = arguments.training
-    if training.gradient_checkpointing:
-        reentrant = {"use_reentrant": training.gradient_checkpointing_reentrant}
-        loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
-        if training.gradient_checkpointing_reentrant:
-            loaded.model.enable_input_require_grads()
+    if arguments.training.gradient_checkpointing:
+        loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return loaded
 
 

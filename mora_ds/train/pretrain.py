@@ -66,7 +66,7 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     training = arguments.training
     if training.dry_run:
         return dry_run(arguments)
-    start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.peer_silence_s)
+    start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.heartbeat_timeout_s)
     ranks = Ranks.current()
     if not (ranks.is_first and sys.stderr.isatty()):
         disable_progress_bar()  # transformers' own, on every rank

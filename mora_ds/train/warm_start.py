@@ -41,7 +41,7 @@ def run_job(arguments: Arguments) -> dict[str, Any]:
     if training.dry_run:
         pretrain(_full_rank_part(arguments))
         return pretrain(arguments)
-    start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.peer_silence_s)
+    start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.heartbeat_timeout_s)
     ranks, first = Ranks.current(), _full_rank_part(arguments)
     folder = Path(first.training.output_dir)
     if not ranks.on_first(lambda: _is_done(arguments, folder)):

@@ -200,7 +200,6 @@ def test_it_is_silent_where_nothing_is_trained(tmp_path: Path) -> None:
         (("--alignment_weight", "1", "--adapter", "lora"), "--alignment_weight is for squares"),
         (("--alignment_weight", "1", "--adapter", "full"), "--alignment_weight is for squares"),
         (("--alignment_weight", "1", "--tensor_parallel_size", "2"), "--alignment_weight needs whole squares"),
-        (("--alignment_weight", "1", "--gradient_checkpointing_reentrant"), "drop it"),
     ],
 )
 def test_flags_that_do_not_go_together(user: Playground, flags: tuple[str, ...], message: str) -> None:

@@ -41,8 +41,7 @@ class Case:
     stage: int = 3
     dtype: str = "float32"
     accumulation: int = 1
-    checkpointing: str = ""
-    """"", "reentrant" or "non-reentrant"."""
+    checkpointing: bool = False
     adapter: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
     loss_scale_power: int = 12
@@ -68,10 +67,7 @@ class Case:
     def model(self) -> Any:
         model = tiny_model(self.family, dtype=getattr(torch, self.dtype))
         if self.checkpointing:
-            reentrant = self.checkpointing == "reentrant"
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-            if reentrant:
-                model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         inject(model, self.mora())
         return model.train()
 
@@ -81,29 +77,27 @@ OFFLOAD: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}}
 PERSISTENT: dict[str, Any] = {"stage3_param_persistence_threshold": 10**6}
 
 EXACT_CASES = {
-    "reentrant checkpointing": Case(checkpointing="reentrant"),
-    "non-reentrant checkpointing": Case(checkpointing="non-reentrant"),
+    "checkpointing": Case(checkpointing=True),
     "offloaded optimizer": Case(zero=OFFLOAD),
     "squares kept gathered": Case(zero=PERSISTENT, accumulation=2),
-    "computed through activations": Case(adapter={"compute": "activation"}, checkpointing="reentrant"),
-    "computed through weights": Case(adapter={"compute": "weight"}, checkpointing="reentrant"),
-    "weights, non-reentrant": Case(adapter={"compute": "weight", "operator": "rotate"}, checkpointing="non-reentrant"),
+    "computed through activations": Case(adapter={"compute": "activation"}, checkpointing=True),
+    "computed through weights": Case(adapter={"compute": "weight"}, checkpointing=True),
+    "weights, rotate": Case(adapter={"compute": "weight", "operator": "rotate"}, checkpointing=True),
     "tied embeddings": Case(**TIED, accumulation=2),
     "tied embeddings, kept gathered": Case(**TIED, zero=PERSISTENT),
-    "tied embeddings, all at once": Case(**TIED, accumulation=3, checkpointing="reentrant", zero=OFFLOAD),
-    "conv1d, tied": replace(Case(**TIED, checkpointing="non-reentrant"), family="gpt2"),
+    "tied embeddings, all at once": Case(**TIED, accumulation=3, checkpointing=True, zero=OFFLOAD),
+    "conv1d, tied": replace(Case(**TIED, checkpointing=True), family="gpt2"),
     "untied embeddings and head": Case(adapter={"train_embeddings": True, "train_head": True}),
     "stage 0": Case(**TIED, stage=0, accumulation=2),
     "stage 1": Case(**TIED, stage=1, accumulation=2),
-    "stage 2": Case(**TIED, stage=2, accumulation=2, checkpointing="reentrant"),
+    "stage 2": Case(**TIED, stage=2, accumulation=2, checkpointing=True),
     "stage 2, offloaded": Case(**TIED, stage=2, zero=OFFLOAD),
     "rotate": Case(adapter={"operator": "rotate", "rank": 8}),
 }
 ROUNDED: dict[str, dict[str, Any]] = {
     "stage 3": {},
     "stage 3, tied": {**TIED, "accumulation": 2},
-    "stage 3, reentrant": {"checkpointing": "reentrant", "accumulation": 2},
-    "stage 3, non-reentrant": {"checkpointing": "non-reentrant"},
+    "stage 3, checkpointing": {"checkpointing": True, "accumulation": 2},
     "stage 3, offloaded": {**TIED, "zero": OFFLOAD},
     "stage 3, kept gathered": {**TIED, "zero": PERSISTENT},
     "stage 2": {**TIED, "stage": 2, "accumulation": 2},
@@ -131,7 +125,7 @@ OVERFLOW_CASES = {
 
 def plain_run(case: Case) -> dict[str, Any]:
     """The whole global batch at once, in fp32."""
-    case = replace(case, dtype="float32", checkpointing="")
+    case = replace(case, dtype="float32", checkpointing=False)
     model = case.model()
     squares = {name: layer.square for name, layer in mora_layers(model).items()}
     optimizer = torch.optim.AdamW(list(model.parameters()), lr=LEARNING_RATE, weight_decay=0.0)

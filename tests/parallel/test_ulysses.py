@@ -49,8 +49,7 @@ class Case:
     family: str = "llama"
     operator: str = "share"
     documents: bool = True
-    checkpointing: str = ""
-    """"", reentrant or not."""
+    checkpointing: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
 
@@ -58,10 +57,7 @@ class Case:
 def model_of(case: Case) -> Any:
     model = tiny_model(case.family, **case.model)
     if case.checkpointing:
-        reentrant = case.checkpointing == "reentrant"
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        if reentrant:
-            model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     inject(model, MoRAConfig(rank=4, operator=case.operator, **case.adapter))
     for index, layer in enumerate(mora_layers(model).values()):
         layer.square.data = 0.02 * torch.randn(layer.square.shape, generator=torch.Generator().manual_seed(index))
@@ -173,12 +169,12 @@ def assert_equal_run(found: dict[str, Any], expected: dict[str, Any], case: Case
 CORE = [
     (2, 2, [
         Case("llama", "share"),
-        Case("mistral", "rotate", checkpointing="not reentrant"),
+        Case("mistral", "rotate", checkpointing=True),
         Case("phi3", "decouple", documents=False, model=LONG_ROPE),
         Case("gpt_neox", "truncate"),
         Case("gemma2", "share"),
     ]),
-    (4, 4, [Case("qwen2", "rotate", checkpointing="reentrant")]),
+    (4, 4, [Case("qwen2", "rotate", checkpointing=True)]),
     (4, 2, [Case("qwen3", "share", adapter=EVERYTHING)]),
 ]  # fmt: skip
 
@@ -200,7 +196,7 @@ def test_every_family(family: str, ranks: int, size: int) -> None:
         Case(family, operator, documents, checkpointing)
         for operator, (documents, checkpointing) in zip(
             ("share", "rotate", "decouple", "truncate"),
-            ((True, ""), (False, ""), (True, "not reentrant"), (False, "reentrant")),
+            ((True, False), (False, False), (True, True), (False, True)),
             strict=True,
         )
     ]

@@ -123,7 +123,6 @@ def test_a_checkpoint_goes_on_at_any_size(user: Playground, one: Path, tmp_path:
 VARIANTS: dict[str, tuple[Any, ...]] = {
     "documents see each other": ("--no_document_mask",),
     "gradient checkpointing": ("--gradient_checkpointing", "true"),
-    "its older kind": ("--gradient_checkpointing", "true", "--gradient_checkpointing_reentrant", "true"),
     "lora": ("--adapter", "lora", "--mora_rank", 4),
     "full": ("--adapter", "full", "--merge_every", 0),
     "none": ("--adapter", "none", "--merge_every", 0),

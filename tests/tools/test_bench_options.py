@@ -19,7 +19,7 @@ from tests.helpers.tools import call, tool
 def test_bad_flags_are_named_before_anything_runs(tmp_path: Path) -> None:
     for flags, message in (
         (["--methods", "subspaces"], "Did you mean 'subspace'?"),
-        (["--architectures", "llama", "mamba"], "unknown --architectures mamba"),
+        (["--architectures", "llama", "mamba"], "unknown --architectures 'mamba'"),
         (["--steps", "10"], "more than 10"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):

@@ -291,15 +291,12 @@ MASKLESS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradients_do_not_cross_documents_with_checkpointing(family: str, reentrant: bool) -> None:
+def test_gradients_do_not_cross_documents_with_checkpointing(family: str) -> None:
     """The loss of the second document gives the same gradients whatever stands before it."""
     gradients = []
     for seed in (1, 2):
         model = adapted(family, "eager")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        if reentrant:
-            model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
         token_nll(model, two_documents(seed)).backward()
         gradients.append([layer.square.grad for layer in mora_layers(model).values()])

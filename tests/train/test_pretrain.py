@@ -219,9 +219,8 @@ def plain(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--deepspeed", REPOSITORY / "configs" / "zero2.json"),
         ("--deepspeed", REPOSITORY / "configs" / "zero3_offload_optimizer.json"),
         ("--gradient_checkpointing", "true"),
-        ("--gradient_checkpointing", "true", "--gradient_checkpointing_reentrant", "true"),
     ],
-    ids=["zero0", "zero1", "zero2", "offload", "checkpointing", "reentrant"],
+    ids=["zero0", "zero1", "zero2", "offload", "checkpointing"],
 )
 def test_how_it_is_computed_changes_nothing(user: Playground, plain: Path, tmp_path: Path, setting: Any) -> None:
     run(2, user.flags(tmp_path / "out", *MERGING, *setting))

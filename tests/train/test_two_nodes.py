@@ -100,7 +100,7 @@ def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(
 ) -> None:
     """Collectives would wait for their half hour: it is the pulse that notices."""
     out = tmp_path / "out"
-    flags = [*user.flags(out, *MORE), "--peer_silence_s", "10", "--resume_from_checkpoint", "auto"]
+    flags = [*user.flags(out, *MORE), "--heartbeat_timeout_s", "10", "--resume_from_checkpoint", "auto"]
     processes = start("deepspeed", nodes, tmp_path, flags)
     wait_for(out / "checkpoints" / "step-000008", processes)
     nodes[1].unplug()
@@ -117,7 +117,15 @@ def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(
 
 def test_collectives_have_a_timeout(user: Playground, nodes: tuple[Node, Node], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    flags = [*user.flags(out, *MORE), "--peer_silence_s", "0", "--collective_timeout_s", "20", "--max_steps", "5000"]
+    flags = [
+        *user.flags(out, *MORE),
+        "--heartbeat_timeout_s",
+        "0",
+        "--collective_timeout_s",
+        "20",
+        "--max_steps",
+        "5000",
+    ]
     processes = start("deepspeed", nodes, tmp_path, flags)
     wait_for(out / "checkpoints" / "step-000004", processes)
     nodes[1].unplug()
