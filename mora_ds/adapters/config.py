@@ -1,15 +1,15 @@
-"""What an adapter is: a frozen dataclass, validated when made, and what each layer gets in each cycle.
+"""The configuration of an adapter: frozen dataclasses that check their own values.
 
-AdapterConfig          what all adapters share: rank, targets, dropout, what is trained beside them
-  MoRAConfig           squares
-  LoRAConfig           the control: LoRA's factors; merged at intervals it is ReLoRA
+AdapterConfig          what all adapters share: rank, target layers, dropout, other trained parameters (modules_to_save)
+  MoRAConfig           MoRA: one square matrix a layer
+  LoRAConfig           LoRA, for comparison; merged at intervals it is ReLoRA
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, ClassVar, TypeVar
 
@@ -18,44 +18,19 @@ from mora_ds.adapters.ops.lora import LORA, LoRASpec
 from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, default_kind, permutation_seed, square_size
 from mora_ds.adapters.ops.subspace import SUBSPACE, SubspaceSpec
 from mora_ds.adapters.ops.update import Side, SquareSpec, UpdateSpec
-from mora_ds.errors import UserError, nearest
+from mora_ds.errors import UserError, nearest, refuse, unknown
 
 SHARED = "shared"
-"""Stands for the shared square alone where a domain is named, so that no domain may be called that."""
-
-
-class Freeze(str, Enum):
-    """Which squares of a run with domains are kept as they are."""
-
-    NONE = "none"
-    SHARED = "shared"
-    DOMAINS = "domains"
-
-
-def check_domains(domains: Sequence[str], freeze: str) -> None:
-    """Raises `UserError` for names that are not one a domain, and for what is not to be frozen."""
-    if len(set(domains)) < len(domains) or SHARED in domains:
-        raise UserError(
-            f"--domain_adapters: each domain needs a name of its own, and {SHARED!r} is the shared square's; "
-            f"got {', '.join(domains)}"
-        )
-    if unfit := {".", ".."} & set(domains):
-        raise UserError(f"--domain_adapters: {min(unfit)!r} is no name of a domain: each has its model's folder")
-    kinds = [kind.value for kind in Freeze]
-    if freeze not in kinds:
-        raise UserError(f"unknown --freeze {freeze!r}; known: {', '.join(kinds)}.{nearest(freeze, kinds)}")
-    if freeze != Freeze.NONE.value and not domains:
-        raise UserError(f"--freeze {freeze} is for --domain_adapters")
-
+"""Names the MoRA matrix that all domains share where a domain is asked for, so that no domain may have this name."""
 
 ALTERNATE = "alternate"
 """Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd ones (share only)."""
 
 ALL_LINEAR = "all-linear"
-"""Target that stands for every linear layer but the output head."""
+"""Target that stands for every linear layer except the output head."""
 
 AS_LOADED = 16
-"""`base_bits` of a base that is held in the run's dtype, whatever that is."""
+"""Value of `base_bits` for a base that is held in the run's dtype."""
 
 INCREMENTAL_IN_8_BITS = (
     "--base_bits 8: --merge_precision incremental would round to 8 bits again at every merge; leave it at exact"
@@ -68,19 +43,29 @@ MORA = "mora"
 Config = TypeVar("Config", bound="AdapterConfig")
 
 
+class Freeze(str, Enum):
+    """Which MoRA matrices are not trained in a run with domains."""
+
+    NONE = "none"
+    SHARED = "shared"
+    DOMAINS = "domains"
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Which layers are adapted, and what else is trained. Make one of its subclasses.
+    """Which layers are adapted, and what else is trained. Base class: use `MoRAConfig` or `LoRAConfig`.
 
-    Raises `UserError` when a value makes no adapter; the message names the flag.
+    Raises `UserError` with one line for each wrong field; each line names the flag.
     """
 
     adapter: ClassVar[str]
     """Value of --adapter."""
     rank_flag: ClassVar[str] = "--mora_rank"
+    optional: ClassVar[frozenset[str]] = frozenset({"new_rows_from", "base_bits"})
+    """Fields that `to_dict` leaves out at their default, as in files written before these fields existed."""
 
     rank: int = 8
-    """LoRA rank whose parameter count each layer's adapter has."""
+    """LoRA rank; each layer's adapter has as many parameters as LoRA of this rank."""
 
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
     """Names (`q_proj`), globs (`*.mlp.*`), regular expressions (`re:.*layers\\.[0-3]\\..*`) or `all-linear`."""
@@ -92,41 +77,53 @@ class AdapterConfig:
     train_norms: bool = False
     train_head: bool = False
     new_rows_from: int = 0
-    """Train the rows of embeddings and head from this one on, and keep those before it frozen; 0: do not."""
+    """Train the rows of embeddings and head from this index on, and keep the earlier ones frozen; 0 turns this off."""
     base_bits: int = AS_LOADED
-    """8: the weights of adapted layers are frozen in 8 bits (`eight_bits`); 16: in the dtype they are loaded in."""
+    """8: the frozen weights of adapted layers are held in int8 (`ops.int8`); 16: in the dtype they are loaded in."""
     seed: int = 42
     """Seed of what is drawn in each cycle (permutations, LoRA's A), hashed with the layer's name and the cycle."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        refuse(self._complaints())
+
+    @classmethod
+    def problems(cls, **values: Any) -> list[str]:
+        """Everything that is wrong with these field values, one message for each field; empty for a valid config."""
+        try:
+            cls(**values)
+        except UserError as error:
+            return str(error).splitlines()
+        return []
+
+    def _complaints(self) -> Iterator[str]:
         if self.rank < 1:
-            raise UserError(f"{self.rank_flag} must be at least 1, got {self.rank}")
+            yield f"{self.rank_flag} must be at least 1, got {self.rank}"
         if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"--mora_dropout must be in [0, 1), got {self.dropout}")
+            yield f"--mora_dropout must be in [0, 1), got {self.dropout}"
         if not self.target_modules:
-            raise UserError("--target_modules names no module")
+            yield "--target_modules names no module"
         if self.base_bits not in (8, AS_LOADED):
-            raise UserError(f"--base_bits must be 8, or {AS_LOADED} for the base as it is loaded, got {self.base_bits}")
+            yield f"--base_bits must be 8, or {AS_LOADED} for the base as it is loaded, got {self.base_bits}"
 
     @property
     def title(self) -> str:
-        """What a report calls it."""
+        """The adapter's name in reports."""
         raise NotImplementedError
 
     def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, aligned: Side | None = None) -> UpdateSpec:
-        """What a layer's value means in a cycle (0 until the first merge): a pure function of its arguments.
+        """The spec of a layer's update in a cycle (0 until the first merge): a pure function of its arguments.
 
-        `aligned`: the side on which a grouping in segments is confined, if the layer has one."""
+        `aligned`: the side whose groups are confined to segments, if the layer has one."""
         raise NotImplementedError
 
     def asked_for(self, d_in: int, d_out: int) -> int:
-        """Side of a square, or rank, that `rank` asks for where the layer is large enough."""
+        """r_hat, or LoRA's rank, that `rank` stands for where the layer is large enough."""
         raise NotImplementedError
 
     @property
     def planned_layers(self) -> tuple[str, ...]:
-        """Names of the layers that a plan has chosen; with none `target_modules` say which are adapted."""
+        """Names of the layers that a plan has chosen; empty where `target_modules` chooses them."""
         return ()
 
     def first_seed(self, layer: str, cycle: int) -> int:
@@ -134,14 +131,17 @@ class AdapterConfig:
         return permutation_seed(self.seed, f"first/{layer}", cycle)
 
     def to_dict(self) -> dict[str, Any]:
-        """Without new rows where there are none, and bits where they are as ever: as before there were any."""
-        values = {"kind": self.adapter, **asdict(self), "target_modules": list(self.target_modules)}
-        usual = {"new_rows_from": 0, "base_bits": AS_LOADED}
-        return {key: each for key, each in values.items() if key not in usual or each != usual[key]}
+        """The fields as JSON values, with the adapter under "kind"; `optional` fields only where they are set."""
+        values: dict[str, Any] = {"kind": self.adapter}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in self.optional or value != field.default:
+                values[field.name] = list(value) if isinstance(value, tuple) else value
+        return values
 
     @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
-        """Strict: an unknown key is a `UserError` with the nearest known one."""
+        """Inverse of `to_dict`. Raises `UserError` for an unknown key."""
         known = [field.name for field in fields(cls)]
         values = {key: value for key, value in values.items() if key != "kind"}
         for key in values:
@@ -152,18 +152,18 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class LoRAConfig(AdapterConfig):
-    """LoRA with the same targets, merge machinery and sharding as the squares."""
+    """LoRA with the same targets, merges and sharding as MoRA."""
 
     adapter: ClassVar[str] = LORA
     rank_flag: ClassVar[str] = "--lora_rank"
 
     alpha: float | None = None
-    """The update is alpha / rank times B A; None for twice the rank."""
+    """The update is (alpha / rank) B A; None stands for twice the rank."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _complaints(self) -> Iterator[str]:
+        yield from super()._complaints()
         if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise UserError(f"--lora_alpha must be above 0, got {self.alpha}")
+            yield f"--lora_alpha must be above 0, got {self.alpha}"
 
     @property
     def title(self) -> str:
@@ -171,7 +171,7 @@ class LoRAConfig(AdapterConfig):
 
     @property
     def scale(self) -> float:
-        """alpha / rank, which stays where a layer's rank is cut."""
+        """alpha / rank; it stays the same for layers that take a smaller rank."""
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
     def asked_for(self, d_in: int, d_out: int) -> int:
@@ -184,91 +184,93 @@ class LoRAConfig(AdapterConfig):
 
 @dataclass(frozen=True)
 class MoRAConfig(AdapterConfig):
-    """Which layers get a square, of what size, and how it is wired."""
+    """Which layers get a MoRA matrix, its size, and the operator around it."""
 
     adapter: ClassVar[str] = MORA
+    optional: ClassVar[frozenset[str]] = AdapterConfig.optional | {
+        "segments", "layer_sizes", "vectors", "vector_sets", "domains", "freeze",
+    }  # fmt: skip
 
     operator: str = "auto"
-    """truncate, share, decouple, rotate or subspace; auto takes rotate for ranks below 64, share from there on."""
+    """truncate, share, decouple, rotate or subspace; auto: rotate for ranks below 64, share from there on."""
 
     grouping: str = "permuted"
     """permuted (fresh permutations every cycle), alternate (the paper's), plain, or one of share's fixed groupings."""
 
     compute: str = "auto"
-    """How a layer is computed: activation, weight or auto (see `compute.py`)."""
+    """How a layer is computed: activation, weight or auto (see `ops.linear`)."""
 
     segments: int = 0
-    """Confine the groupings of layers that tensor parallelism can split to so many segments, so that their squares need
-    no communication at any degree that divides it; 0: do not. A property of the run: the update is another one."""
+    """Confine the groups of layers that tensor parallelism can split to this number of segments, so that their
+    matrices need no communication at any degree that divides it; 0 turns this off. It changes the update itself, so
+    that it belongs to the run and not to the number of processes."""
 
     vectors: str = ""
-    """The file of the base's singular vectors that the subspace operator, or the alignment loss, reads
-    (`VectorsRecord.name`). `run_vectors` fills it in."""
+    """Name of the file of the base's singular vectors (`VectorsRecord.name`), for the subspace operator and the
+    alignment loss. `train.vectors` sets it."""
 
     vector_sets: int = 1
-    """Subspace: cycle c takes singular vectors s r_hat, s r_hat + 1, ... with s = c modulo so many sets; with 1 every
-    cycle takes the leading ones. Behind a layer's last vector comes its first."""
+    """Subspace: cycle c takes singular vectors s r_hat, s r_hat + 1, ... with s = c modulo `vector_sets`, and starts
+    again at the first vector after a layer's last one. With 1 every cycle takes the leading ones."""
 
     layer_sizes: tuple[tuple[str, int], ...] = ()
-    """(layer's name, r_hat) of exactly the layers that get a square, in place of `target_modules` and of the sizes that
-    `rank` asks for (a plan, `targets`); given as a mapping or pairs, kept in the order of names. Empty: no plan."""
+    """(layer name, r_hat) of exactly the layers that are adapted, in place of `target_modules` and of the sizes that
+    `rank` stands for (`target_plan`). Given as a mapping or pairs, kept sorted by name. Empty: no plan."""
 
     domains: tuple[str, ...] = ()
-    """Names of the domains that have a square of their own in every layer, beside the shared one."""
+    """Names of the domains; in every layer each has its own MoRA matrix, added to the shared one."""
 
     freeze: str = Freeze.NONE.value
-    """shared or domains: squares that are not trained; none: all are."""
+    """shared or domains: these matrices are not trained; none: all are trained."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "layer_sizes", _sorted_sizes(self.layer_sizes))
-        for name, size in self.layer_sizes:
-            if size < 1 or size % self.step:
-                even = ", and even for rotate" if self.step == 2 else ""
-                raise UserError(f"--targets: the side of {name} must be at least 1{even}, got {size}")
+        sizes = self.layer_sizes.items() if isinstance(self.layer_sizes, Mapping) else self.layer_sizes
+        pairs = sorted((str(name), int(size)) for name, size in sizes)  # JSON makes lists of pairs
+        object.__setattr__(self, "layer_sizes", tuple(pairs))
         object.__setattr__(self, "domains", tuple(self.domains))
-        check_domains(self.domains, self.freeze)
-        kinds = [*(kind.value for kind in OperatorKind), SUBSPACE]
-        if self.operator != "auto" and self.operator not in kinds:
-            raise UserError(
-                f"unknown --operator {self.operator!r}; known: auto, {', '.join(kinds)}.{nearest(self.operator, kinds)}"
-            )
-        paths = [path.value for path in Compute]
-        if self.compute not in paths:
-            raise UserError(
-                f"unknown --compute {self.compute!r}; known: {', '.join(paths)}.{nearest(self.compute, paths)}"
-            )
-        policies = [ALTERNATE, *(grouping.value for grouping in Grouping)]
-        if self.grouping not in policies:
-            raise UserError(
-                f"unknown --grouping {self.grouping!r}; known: {', '.join(policies)}.{nearest(self.grouping, policies)}"
-            )
+        super().__post_init__()
+
+    def _complaints(self) -> Iterator[str]:
+        yield from super()._complaints()
+        odd = [(name, size) for name, size in self.layer_sizes if size < 1 or size % self.step]
+        for name, size in odd[:1]:
+            even = ", and even for rotate" if self.step == 2 else ""
+            yield f"--targets: the side of {name} must be at least 1{even}, got {size}"
+        yield from _domain_complaints(self.domains, self.freeze)
+        operators = ["auto", *(kind.value for kind in OperatorKind), SUBSPACE]
+        groupings = [ALTERNATE, *(grouping.value for grouping in Grouping)]
+        choices = {"operator": operators, "grouping": groupings, "compute": [path.value for path in Compute]}
+        misspelt = [flag for flag, known in choices.items() if getattr(self, flag) not in known]
+        for flag in misspelt:
+            yield unknown(f"--{flag}", getattr(self, flag), choices[flag])
         if self.vector_sets < 1:
-            raise UserError(f"--subspace_cycles must be at least 1, got {self.vector_sets}")
-        if self.is_subspace:
-            self._check_subspace()
-            return
+            yield f"--subspace_cycles must be at least 1, got {self.vector_sets}"
+        if self.segments < 0:
+            yield f"--tp_segments must be at least 1, got {self.segments}"
+        if not misspelt:
+            yield from self._unsuited_to_subspace() if self.is_subspace else self._unsuited_to(self.kind)
+
+    def _unsuited_to(self, kind: OperatorKind) -> Iterator[str]:
         if self.vector_sets > 1:
-            raise UserError(f"--subspace_cycles is for --operator subspace, and the operator is {self.kind.value}")
+            yield f"--subspace_cycles is for --operator subspace, and the operator is {kind.value}"
+        if kind is OperatorKind.SHARE:
+            return
         any_kind = (Grouping.PLAIN.value, Grouping.PERMUTED.value)
-        if self.kind is not OperatorKind.SHARE and self.grouping not in any_kind:
-            raise UserError(
-                f"--grouping {self.grouping} belongs to --operator share, but the operator is {self.kind.value}: "
+        if self.grouping not in any_kind:
+            yield (
+                f"--grouping {self.grouping} belongs to --operator share, but the operator is {kind.value}: "
                 f"use {' or '.join(any_kind)}"
             )
-        if self.segments < 0:
-            raise UserError(f"--tp_segments must be at least 1, got {self.segments}")
-        if self.segments and self.kind is not OperatorKind.SHARE:
-            raise UserError(f"--tp_grouping aligned belongs to --operator share, but the operator is {self.kind.value}")
+        if self.segments > 0:
+            yield f"--tp_grouping aligned belongs to --operator share, but the operator is {kind.value}"
 
-    def _check_subspace(self) -> None:
-        """What is for the other operators."""
+    def _unsuited_to_subspace(self) -> Iterator[str]:
         if self.grouping != MoRAConfig.grouping:
-            raise UserError(f"--operator subspace has no groups: drop --grouping {self.grouping}")
+            yield f"--operator subspace has no groups: drop --grouping {self.grouping}"
         if self.compute == Compute.WEIGHT.value:
-            raise UserError("--operator subspace is computed over activations: drop --compute weight")
-        if self.segments:
-            raise UserError("--tp_grouping aligned belongs to --operator share, but the operator is subspace")
+            yield "--operator subspace is computed over activations: drop --compute weight"
+        if self.segments > 0:
+            yield "--tp_grouping aligned belongs to --operator share, but the operator is subspace"
 
     @property
     def is_subspace(self) -> bool:
@@ -276,12 +278,17 @@ class MoRAConfig(AdapterConfig):
 
     @property
     def operator_name(self) -> str:
-        """What `operator` says, with auto decided."""
+        """`operator`, with auto replaced by the operator that it stands for."""
         return default_kind(self.rank).value if self.operator == "auto" else self.operator
 
     @property
+    def kind(self) -> OperatorKind:
+        """The operator as one of the paper's four. Not for subspace."""
+        return OperatorKind(self.operator_name)
+
+    @property
     def step(self) -> int:
-        """Sides of squares are multiples of it."""
+        """r_hat is a multiple of this."""
         return 2 if self.operator_name == OperatorKind.ROTATE.value else 1
 
     @property
@@ -289,13 +296,8 @@ class MoRAConfig(AdapterConfig):
         return tuple(name for name, _ in self.layer_sizes)
 
     @property
-    def kind(self) -> OperatorKind:
-        """Which of the four that need no vectors."""
-        return default_kind(self.rank) if self.operator == "auto" else OperatorKind(self.operator)
-
-    @property
     def title(self) -> str:
-        return SUBSPACE if self.is_subspace else f"{self.kind.value}/{self.grouping}"
+        return SUBSPACE if self.is_subspace else f"{self.operator_name}/{self.grouping}"
 
     def asked_for(self, d_in: int, d_out: int) -> int:
         return square_size(d_in, d_out, self.rank, OperatorKind.SHARE if self.is_subspace else self.kind)
@@ -304,12 +306,12 @@ class MoRAConfig(AdapterConfig):
         """r_hat of a layer: the paper's size, at most `largest_size`."""
         r_hat = min(self.asked_for(d_in, d_out), self.largest_size(d_in, d_out))
         if r_hat < 1:
-            raise UserError(f"--mora_rank {self.rank} is too small for a square on a layer of {d_in} x {d_out}")
+            raise UserError(f"--mora_rank {self.rank} is too small for a MoRA matrix on a layer of {d_in} x {d_out}")
         return r_hat
 
     def largest_size(self, d_in: int, d_out: int) -> int:
-        """r_hat beyond which a square adds nothing: the layer's longer side, rounded to `step`; for the subspace
-        operator the shorter one, as a weight has no more singular vectors."""
+        """r_hat beyond which a matrix adds nothing: the layer's longer side, rounded down to `step`; for the subspace
+        operator the shorter side, as a weight has no more singular vectors."""
         longest = min(d_in, d_out) if self.is_subspace else max(d_in, d_out)
         return longest - longest % self.step
 
@@ -320,11 +322,11 @@ class MoRAConfig(AdapterConfig):
             return self.square_size(d_in, d_out)
         size = dict(self.layer_sizes).get(layer)
         if size is None:
-            raise UserError(f"--targets: the plan gives {layer} no square")
+            raise UserError(f"--targets: the plan gives {layer} no MoRA matrix")
         if size > (largest := self.largest_size(d_in, d_out)):
             raise UserError(
-                f"--targets: a square of side {size} on {layer}, a layer of {d_in} x {d_out}, is larger than it can "
-                f"use: give {largest} at most"
+                f"--targets: a MoRA matrix of side {size} on {layer}, a layer of {d_in} x {d_out}, is larger than it "
+                f"can use: give {largest} at most"
             )
         return size
 
@@ -338,30 +340,31 @@ class MoRAConfig(AdapterConfig):
         else:
             grouping = Grouping(self.grouping)
         seed = permutation_seed(self.seed, layer, cycle) if grouping is Grouping.PERMUTED else 0
-        spec = OperatorSpec(self.kind, d_in, d_out, r_hat, grouping, seed)
-        if aligned is None or not self.segments or r_hat < self.segments:
-            return spec
-        if aligned is Side.IN:
-            return replace(spec, in_segments=self.segments)
-        return replace(spec, out_segments=self.segments)
+        segments = max(self.segments, 1) if r_hat >= self.segments else 1
+        in_segments, out_segments = (segments if aligned is side else 1 for side in Side)
+        return OperatorSpec(self.kind, d_in, d_out, r_hat, grouping, seed, in_segments, out_segments)
 
     def to_dict(self) -> dict[str, Any]:
-        """Without segments, sizes, domains and singular vectors where there are none: as before there were any."""
-        values = {**super().to_dict(), "layer_sizes": dict(self.layer_sizes), "domains": list(self.domains)}
-        usual = {
-            "segments": 0, "layer_sizes": {}, "vectors": "", "vector_sets": 1, "domains": [],
-            "freeze": Freeze.NONE.value,
-        }  # fmt: skip
-        return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
+        sizes = {"layer_sizes": dict(self.layer_sizes)} if self.layer_sizes else {}
+        return {**super().to_dict(), **sizes}
 
 
-def _sorted_sizes(sizes: Any) -> tuple[tuple[str, int], ...]:
-    """Of a mapping or pairs, of which JSON makes lists."""
-    pairs: Iterable[Any] = sizes.items() if isinstance(sizes, Mapping) else sizes
-    return tuple(sorted((str(name), int(size)) for name, size in pairs))
+def _domain_complaints(domains: Sequence[str], freeze: str) -> Iterator[str]:
+    if len(set(domains)) < len(domains) or SHARED in domains:
+        yield (
+            f"--domain_adapters: each domain needs a different name, and {SHARED!r} stands for the shared MoRA matrix; "
+            f"got {', '.join(domains)}"
+        )
+    if unfit := {".", ".."} & set(domains):
+        yield f"--domain_adapters: {min(unfit)!r} cannot be a domain's name, which is also the name of a folder"
+    kinds = [kind.value for kind in Freeze]
+    if freeze not in kinds:
+        yield unknown("--freeze", freeze, kinds)
+    elif freeze != Freeze.NONE.value and not domains:
+        yield f"--freeze {freeze} is for --domain_adapters"
 
 
 def config_from_dict(values: dict[str, Any]) -> AdapterConfig:
-    """Inverse of `to_dict`, for either adapter; without a kind (version 0.1.0) it is MoRA's."""
+    """Inverse of `to_dict` for either adapter; files of version 0.1.0 have no "kind" and are MoRA's."""
     kind: type[AdapterConfig] = LoRAConfig if values.get("kind") == LORA else MoRAConfig
     return kind.from_dict(values)

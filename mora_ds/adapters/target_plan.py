@@ -121,7 +121,7 @@ def sized(config: MoRAConfig, sides: Mapping[str, int], where: str = _FLAG) -> M
     try:
         return replace(config, layer_sizes=tuple((name, side) for name, side in sides.items() if side))
     except UserError as error:
-        raise UserError(str(error).replace(_FLAG, where, 1)) from error
+        raise UserError(str(error).replace(_FLAG, where)) from error
 
 
 def parse_budget(text: str, parameters: int | None = None) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base, set_cycle
 from mora_ds.adapters.ops.mora import Grouping, OperatorKind
 from mora_ds.adapters.target_modules import match_targets
@@ -333,6 +333,21 @@ def test_alternation_is_the_papers() -> None:
     config = MoRAConfig(rank=4, operator="share", grouping="alternate")
     groupings = [config.operator_for("a", 8, 8, cycle).grouping for cycle in range(4)]
     assert groupings == [Grouping.STRIDED, Grouping.CONTIGUOUS] * 2
+
+
+def test_all_wrong_values_are_reported_together() -> None:
+    wrong = {"rank": 0, "dropout": 1.0, "operator": "shear", "grouping": "permutted", "vector_sets": 0}
+    problems = MoRAConfig.problems(**wrong)
+    assert [problem.removeprefix("unknown ").split()[0] for problem in problems] == [
+        "--mora_rank", "--mora_dropout", "--operator", "--grouping", "--subspace_cycles",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="Did you mean 'permuted'"):
+        MoRAConfig(**wrong)
+    assert LoRAConfig.problems(rank=0, alpha=-1.0) == [
+        "--lora_rank must be at least 1, got 0",
+        "--lora_alpha must be above 0, got -1.0",
+    ]
+    assert not MoRAConfig.problems(rank=4, operator="share", segments=2)
 
 
 def test_auto_operator() -> None:

@@ -196,7 +196,7 @@ def test_a_config_keeps_its_sizes_and_old_ones_stay_as_they_were() -> None:
     assert config.planned_layers == ("a", "b") and config.size_of("b", 8, 8) == 3
     assert config_from_dict(config.to_dict()) == config
     assert config.to_dict()["layer_sizes"] == {"a": 5, "b": 3}
-    with pytest.raises(UserError, match="--targets: the plan gives c no square"):
+    with pytest.raises(UserError, match="--targets: the plan gives c no MoRA matrix"):
         config.size_of("c", 8, 8)
 
 

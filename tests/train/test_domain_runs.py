@@ -269,7 +269,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "alignment": ({"alignment_weight": 0.1}, "--alignment_weight aligns one delta a layer"),
     "tensor parallel": ({"tensor_parallel_size": 2}, "--tensor_parallel_size 2 splits"),
     "called shared": ({"train_files": ["shared=x:1", "b=y:1"]}, "'shared' is the shared square's"),
-    "called like a folder's own": ({"train_files": ["..=x:1", "b=y:1"]}, "'..' is no name of a domain"),
+    "called like a folder's own": ({"train_files": ["..=x:1", "b=y:1"]}, "'..' cannot be a domain's name"),
     "evaluated as nobody": ({"eval_domains": ["held=lwa"]}, "domain 'lwa' has no square"),
     "twice": ({"eval_domains": ["held=a", "held=b"]}, "--eval_domains: held is given twice"),
     "no pair": ({"eval_domains": ["held"]}, "--eval_domains held: must be SET=DOMAIN"),
