@@ -18,7 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
 from mora_ds.checkpoint.compact import compact
-from mora_ds.checkpoint.ledger_tools import drop, find_ledger, verify
+from mora_ds.checkpoint.layout import find_ledger
+from mora_ds.checkpoint.ledger_tools import drop, verify
 from mora_ds.eval.ledger_summary import show_lines
 from mora_ds.models.tensor_files import COMPUTE_DTYPES
 from mora_ds.runtime import cli

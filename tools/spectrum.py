@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout,
 
 from tqdm import tqdm
 
-from mora_ds.checkpoint.ledger_tools import find_ledger
+from mora_ds.checkpoint.layout import find_ledger
 from mora_ds.errors import UserError
 from mora_ds.eval.spectrum import THRESHOLD
 from mora_ds.eval.spectrum_report import (

@@ -22,16 +22,16 @@ from torch import Tensor
 
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.checkpoint.adapter_files import BaseReference
-from mora_ds.checkpoint.ledger_tools import (
+from mora_ds.checkpoint.layout import (
+    BASE_FOLDER,
     LEDGER_FOLDER,
-    TOKENIZER_FOLDER,
-    Place,
-    check_fresh,
-    copy_adapter,
-    copy_cycles,
+    PROBE_FILE,
+    STATE_FILE,
+    LedgerLocation,
     find_ledger,
-    open_base,
+    tokenizer_of,
 )
+from mora_ds.checkpoint.ledger_tools import check_fresh, copy_adapter, copy_cycles, open_base
 from mora_ds.errors import UserError
 from mora_ds.files import atomic_folder
 from mora_ds.models.base import BaseCheckpoint
@@ -39,8 +39,7 @@ from mora_ds.models.save import plan_shards, write_companions, write_shards
 from mora_ds.models.tensor_files import compute_dtype
 from mora_ds.remora.ledger import LayerEntry, Ledger
 
-BASE_FOLDER = "base"
-_UNCHANGED = ("probe.safetensors", "trainer_state.json")
+_UNCHANGED = (PROBE_FILE, STATE_FILE)
 """Of a checkpoint: still true after compacting in float32, as the live model is the same."""
 
 
@@ -92,24 +91,24 @@ def compact(
     what was done, for humans. Raises `UserError` naming the flag to change, `RunError` on a full disk; nothing is
     then left at `output`.
     """
-    target, place = compute_dtype(dtype), find_ledger(path)
+    target, location = compute_dtype(dtype), find_ledger(path)
     if max_shard_gib <= 0:
         raise UserError(f"--max_shard_gib must be positive, got {max_shard_gib}")
     check_fresh(output)
-    ledger = place.open()
+    ledger = location.open()
     count = _count(ledger, first)
-    reference = BaseReference.read(place.reference) if place.reference is not None else None
-    base = open_base(_base_folder(place, reference, base_folder), ledger)
+    reference = BaseReference.read(location.reference) if location.reference is not None else None
+    base = open_base(_base_folder(location, reference, base_folder), ledger)
     folding = _Folding(base, ledger, count, _layers_by_key(ledger, count, base, reference))
     with atomic_folder(output.absolute()) as folder:
-        fingerprint = _write_base(folding, folder / BASE_FOLDER, target, int(max_shard_gib * 2**30), place)
+        fingerprint = _write_base(folding, folder / BASE_FOLDER, target, int(max_shard_gib * 2**30), location)
         copy_cycles(ledger, range(count, ledger.cycles), folder / LEDGER_FOLDER, fingerprint)
         if reference is not None:
             BaseReference(BASE_FOLDER, fingerprint, reference.keys, reference.dtype).write(folder)
-        if place.checkpoint is not None:
+        if location.checkpoint is not None:
             folded = [record.step for record in ledger.records[:count]]
-            copy_adapter(place, folder, ledger.cycles - count, "compacted_cycles_of_steps", folded)
-            _copy_unchanged(place.checkpoint, folder, target)
+            copy_adapter(location, folder, ledger.cycles - count, "compacted_cycles_of_steps", folded)
+            _copy_unchanged(location.checkpoint, folder, target)
     return _lines(folding, output, dtype)
 
 
@@ -122,12 +121,12 @@ def _count(ledger: Ledger, first: int | None) -> int:
     return count
 
 
-def _base_folder(place: Place, reference: BaseReference | None, override: Path | None) -> Path:
+def _base_folder(location: LedgerLocation, reference: BaseReference | None, override: Path | None) -> Path:
     if override is not None:
         return override
-    if reference is None or place.reference is None:
-        raise UserError(f"--base: say where the base of {place.ledger} lies; there is no base.json near it")
-    return place.reference / reference.folder
+    if reference is None or location.reference is None:
+        raise UserError(f"--base: say where the base of {location.ledger} lies; there is no base.json near it")
+    return location.reference / reference.folder
 
 
 def _layers_by_key(
@@ -156,13 +155,12 @@ def _guess_keys(base: BaseCheckpoint, entries: dict[str, LayerEntry]) -> dict[st
     return base.map_parameters(weights, weights[0].split(".")[0] if weights else "")
 
 
-def _write_base(folding: _Folding, folder: Path, dtype: torch.dtype, limit: int, place: Place) -> str:
+def _write_base(folding: _Folding, folder: Path, dtype: torch.dtype, limit: int, location: LedgerLocation) -> str:
     """Returns the new base's fingerprint."""
     folder.mkdir()
     shards = plan_shards(folding.base, folding.base.keys(), dtype, limit)
     write_shards(folder, shards, folding.tensor)
-    own = place.checkpoint / TOKENIZER_FOLDER if place.checkpoint is not None else None
-    write_companions(folding.base, folder, dtype, own if own is not None and own.is_dir() else None)
+    write_companions(folding.base, folder, dtype, tokenizer_of(location.checkpoint))
     return BaseCheckpoint.open(folder).fingerprint()
 
 

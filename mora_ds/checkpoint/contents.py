@@ -16,6 +16,7 @@ from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.domains import domain_layers, domains_of, frozen_values
 from mora_ds.adapters.inject import mora_layers, value_names
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, OwnSquares, logits_of, write_adapter
+from mora_ds.checkpoint.layout import LEDGER_FOLDER, PROBE_FILE, TOKENIZER_FOLDER
 from mora_ds.engine import zero
 from mora_ds.files import copy_folder
 from mora_ds.models.base import write_own_base
@@ -58,9 +59,9 @@ class RunWriter:
                 return
             write_adapter(folder, adapter, squares, trained, own)
             self.base.write(folder)
-            ledger.copy_to(folder / "ledger")
-            self._copy_tokenizer(folder / "tokenizer")
-            save_file(probe, str(folder / "probe.safetensors"), {"dtype": self.base.dtype})
+            ledger.copy_to(folder / LEDGER_FOLDER)
+            self._copy_tokenizer(folder / TOKENIZER_FOLDER)
+            save_file(probe, str(folder / PROBE_FILE), {"dtype": self.base.dtype})
 
         return write
 

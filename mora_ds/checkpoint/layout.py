@@ -1,47 +1,130 @@
-"""Names of the files of a run and its checkpoints, and what a given path means."""
+"""Names of the files and folders of a run, a checkpoint and an adapter, and what a given path means.
+
+    OUTPUT_DIR/         run.yaml  metrics.jsonl  summary.json  ledger/  tokenizer/  base/  merged/  checkpoints/
+    checkpoints/        step-000050/  step-000100/  latest -> step-000100  best -> step-000050
+    step-000100/        engine/  ledger/  adapter.json  adapter.safetensors  base.json  tokenizer/  probe.safetensors
+                        rng-00000.safetensors (one a rank)  trainer_state.json  manifest.json
+    exported adapter/   adapter.json  adapter.safetensors  base.json  ledger/  manifest.json
+
+Files in ledger/ are named in `remora.ledger`, the manifest in `files`, files in engine/ in `engine.shard_reader`.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from mora_ds.errors import UserError
-from mora_ds.files import (
-    MANIFEST,
-)
+from mora_ds.files import MANIFEST
+from mora_ds.remora.ledger import LEDGER_FILE, Ledger
 
+RUN_FILE = "run.yaml"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+CHECKPOINTS = "checkpoints"
+MERGED_FOLDER = "merged"
+BASE_FOLDER = "base"
+
+LATEST = "latest"
+BEST = "best"
+
+ENGINE_TAG = "engine"
+"""DeepSpeed's name for the folder that it saves into."""
 LEDGER_FOLDER = "ledger"
-
 TOKENIZER_FOLDER = "tokenizer"
-
-PROBE_FILE = "probe.safetensors"
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The step folder that `path` means: itself, what it links to, or the latest of a run's output folder."""
-    for folder in (path, path / "checkpoints" / "latest", path / "latest"):
-        if (folder / ADAPTER_JSON).is_file() or (folder / MANIFEST).is_file():
-            return folder.resolve()
-    raise UserError(f"--checkpoint: {path} is neither a checkpoint nor the output folder of a run that has one")
-
-
 ADAPTER_JSON = "adapter.json"
-
 ADAPTER_TENSORS = "adapter.safetensors"
-
 BASE_JSON = "base.json"
+PROBE_FILE = "probe.safetensors"
+STATE_FILE = "trainer_state.json"
+
+_STEP = "step-"
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """The folder of the checkpoint after optimizer step `step`, in the folder `root` of all checkpoints."""
+    return root / f"{_STEP}{step:06d}"
+
+
+def step_of(folder: Path) -> int:
+    """Inverse of `step_folder`. Raises `ValueError` for another name."""
+    return int(folder.name.removeprefix(_STEP))
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Step folders that have their final name, oldest first; those that are being written have another."""
+    return sorted((path for path in root.glob(f"{_STEP}*") if path.is_dir()), key=step_of)
+
+
+def rng_file(rank: int) -> str:
+    """The file with the random states of a rank."""
+    return f"rng-{rank:05d}.safetensors"
+
+
+def tokenizer_of(folder: Path | None) -> Path | None:
+    """The tokenizer's folder in a checkpoint, where it has one."""
+    return folder / TOKENIZER_FOLDER if folder is not None and (folder / TOKENIZER_FOLDER).is_dir() else None
+
+
+# -- what a path means -------------------------------------------------------------------------------------------------
 
 
 def adapter_folder(path: Path) -> Path | None:
     """The folder with adapter.json that `path` means: itself, what it links to, or a run's latest checkpoint."""
-    for folder in (path, path / "checkpoints" / "latest", path / "latest"):
-        if (folder / ADAPTER_JSON).is_file():
-            return folder.resolve()
-    return None
+    return _first_with(path, ADAPTER_JSON)
 
 
 def find_adapter(path: Path) -> Path:
-    """The folder that `path` means: itself, or the latest checkpoint of a run. Raises `UserError`."""
+    """As `adapter_folder`. Raises `UserError` where there is none."""
     folder = adapter_folder(path)
     if folder is None:
         raise UserError(f"{path} is neither an adapter, nor a checkpoint, nor the output folder of a run that has one")
     return folder
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, what it links to, or a run's latest one. Raises `UserError`."""
+    folder = _first_with(path, ADAPTER_JSON, MANIFEST)
+    if folder is None:
+        raise UserError(f"--checkpoint: {path} is neither a checkpoint nor the output folder of a run that has one")
+    return folder
+
+
+def _first_with(path: Path, *names: str) -> Path | None:
+    for folder in (path, path / CHECKPOINTS / LATEST, path / LATEST):
+        if any((folder / name).is_file() for name in names):
+            return folder.resolve()
+    return None
+
+
+@dataclass(frozen=True)
+class LedgerLocation:
+    """Where a merge ledger lies, and what belongs to it."""
+
+    ledger: Path
+    checkpoint: Path | None
+    """The checkpoint that the path named, links resolved; None where it named a ledger or a run."""
+    reference: Path | None
+    """A folder with base.json, which says where the base lies and what its tensors are called."""
+
+    def open(self, hashes: bool = True) -> Ledger:
+        """Raises `UserError` as `Ledger.open` does."""
+        return Ledger.open(self.ledger, hashes=hashes)
+
+
+def find_ledger(path: Path) -> LedgerLocation:
+    """`path` is a ledger's folder, a checkpoint (or a link to one), or a run's output folder, whose own ledger is
+    meant. Raises `UserError` where there is no ledger."""
+    checkpoint = None
+    if (path / LEDGER_FILE).is_file():
+        ledger = path
+    else:
+        if (path / ADAPTER_JSON).is_file() or (path / MANIFEST).is_file():
+            checkpoint = path.resolve()
+        ledger = (checkpoint or path) / LEDGER_FOLDER
+    if not (ledger / LEDGER_FILE).is_file():
+        raise UserError(f"{path} holds no ledger: name a ledger folder, a checkpoint, or the output folder of a run")
+    parent = ledger.absolute().parent
+    candidates = (parent, parent / CHECKPOINTS / LATEST)
+    reference = next((folder.resolve() for folder in candidates if (folder / BASE_JSON).is_file()), None)
+    return LedgerLocation(ledger, checkpoint, reference)

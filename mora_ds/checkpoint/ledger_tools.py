@@ -10,13 +10,22 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, read_adapter
-from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON
+from mora_ds.checkpoint.layout import (
+    ADAPTER_JSON,
+    ADAPTER_TENSORS,
+    BASE_JSON,
+    LEDGER_FOLDER,
+    TOKENIZER_FOLDER,
+    LedgerLocation,
+    find_ledger,
+    tokenizer_of,
+)
 from mora_ds.errors import RunError, UserError
 from mora_ds.files import (
     MANIFEST,
@@ -30,54 +39,22 @@ from mora_ds.files import (
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LEDGER_FILE, VECTORS_FILE, Ledger
 
-LEDGER_FOLDER = "ledger"
-TOKENIZER_FOLDER = "tokenizer"
 
+def live_adapter(location: LedgerLocation) -> AdapterFile | None:
+    """adapter.json of the location's checkpoint, if it is one.
 
-@dataclass(frozen=True)
-class Place:
-    """A ledger, and what stands around it."""
-
-    ledger: Path
-    checkpoint: Path | None
-    """The checkpoint that was asked for, links resolved; `None` where a ledger or a run was."""
-    reference: Path | None
-    """A folder with base.json, which says where the base lies and how its tensors are called."""
-
-    def open(self, hashes: bool = True) -> Ledger:
-        """Raises `UserError` as `Ledger.open` does."""
-        return Ledger.open(self.ledger, hashes=hashes)
-
-    def adapter(self) -> AdapterFile | None:
-        """Of the checkpoint. Raises `UserError` when its live squares do not follow the ledger's last cycle."""
-        if self.checkpoint is None:
-            return None
-        adapter = read_adapter(self.checkpoint)
-        cycles = self.open(hashes=False).cycles
-        if adapter.cycle != cycles:
-            raise UserError(
-                f"{self.ledger} has {cycles} cycles, but {self.checkpoint / ADAPTER_JSON} was written in cycle"
-                f" {adapter.cycle}"
-            )
-        return adapter
-
-
-def find_ledger(path: Path) -> Place:
-    """`path`: a ledger folder, a checkpoint (or a link to one), or a run's output folder (the run's own ledger)."""
-    checkpoint = None
-    if (path / LEDGER_FILE).is_file():
-        ledger = path
-    elif (path / ADAPTER_JSON).is_file() or (path / MANIFEST).is_file():
-        checkpoint = path.resolve()
-        ledger = checkpoint / LEDGER_FOLDER
-    else:
-        ledger = path / LEDGER_FOLDER
-    if not (ledger / LEDGER_FILE).is_file():
-        raise UserError(f"{path} holds no ledger: name a ledger folder, a checkpoint, or the output folder of a run")
-    around = ledger.absolute().parent
-    candidates = (around, around / "checkpoints" / "latest")
-    reference = next((folder.resolve() for folder in candidates if (folder / BASE_JSON).is_file()), None)
-    return Place(ledger, checkpoint, reference)
+    Raises `UserError` when its live MoRA matrices do not follow the last cycle of the ledger.
+    """
+    if location.checkpoint is None:
+        return None
+    adapter = read_adapter(location.checkpoint)
+    cycles = location.open(hashes=False).cycles
+    if adapter.cycle != cycles:
+        raise UserError(
+            f"{location.ledger} has {cycles} cycles, but {location.checkpoint / ADAPTER_JSON} was written in cycle"
+            f" {adapter.cycle}"
+        )
+    return adapter
 
 
 # -- verify ------------------------------------------------------------------------------------------------------------
@@ -88,52 +65,54 @@ def verify(path: Path, base: Path | None = None) -> list[str]:
 
     Raises `RunError` with all that is damaged, and `UserError` where there is no ledger or `base` is another one.
     """
-    place = find_ledger(path)
-    if problems := _problems(place):
+    location = find_ledger(path)
+    if problems := _problems(location):
         raise RunError("\n".join([f"{path} is damaged:", *problems]))
-    ledger = place.open(hashes=False)
+    ledger = location.open(hashes=False)
     nbytes = sum(record.size for record in ledger.records)
-    good = [f"{place.ledger}: {ledger.cycles} cycle(s), {nbytes:,} bytes, all hashes and their chain as recorded"]
-    if place.checkpoint is not None:
-        good.append(f"{place.checkpoint}: fits its ledger, every file of it is whole")
+    good = [f"{location.ledger}: {ledger.cycles} cycle(s), {nbytes:,} bytes, all hashes and their chain as recorded"]
+    if location.checkpoint is not None:
+        good.append(f"{location.checkpoint}: fits its ledger, every file of it is whole")
     if base is not None:
         opened = open_base(base, ledger)
         good.append(f"{opened.folder}: is the base that the ledger starts from ({ledger.base_fingerprint[:16]}...)")
     return good
 
 
-def _problems(place: Place) -> list[str]:
+def _problems(location: LedgerLocation) -> list[str]:
     """All damaged files, then the first thing that is wrong with the ledger's structure."""
-    path = place.ledger / LEDGER_FILE
+    path = location.ledger / LEDGER_FILE
     content = read_json(path)
     with malformed(path):
-        records = [(place.ledger / each["file"], int(each["size"]), str(each["sha256"])) for each in content["cycles"]]
+        records = [
+            (location.ledger / each["file"], int(each["size"]), str(each["sha256"])) for each in content["cycles"]
+        ]
         if "vectors" in content:
             vectors = content["vectors"]
-            records.append((place.ledger / VECTORS_FILE, int(vectors["size"]), str(vectors["sha256"])))
+            records.append((location.ledger / VECTORS_FILE, int(vectors["size"]), str(vectors["sha256"])))
     problems = [problem for record in records if (problem := file_problem(*record))]
-    if place.checkpoint is not None and (place.checkpoint / MANIFEST).is_file():
-        problems += [problem for problem in verify_manifest(place.checkpoint) if problem not in problems]
+    if location.checkpoint is not None and (location.checkpoint / MANIFEST).is_file():
+        problems += [problem for problem in verify_manifest(location.checkpoint) if problem not in problems]
     try:
-        _check_structure(place)
+        _check_structure(location)
     except UserError as error:
         if not any(problem in str(error) for problem in problems):
             problems.append(str(error))
     return problems
 
 
-def _check_structure(place: Place) -> None:
-    ledger = place.open(hashes=False)
+def _check_structure(location: LedgerLocation) -> None:
+    ledger = location.open(hashes=False)
     for cycle in range(ledger.cycles):
         for module in ledger.layers(cycle):
             if not torch.isfinite(ledger.square(cycle, module)).all():
                 raise UserError(f"{ledger.folder / ledger.records[cycle].file}: the square of {module} is not finite")
-    adapter = place.adapter()
-    if place.checkpoint is not None and adapter is not None:
-        AdapterTensors.open(place.checkpoint, adapter)
-        expected = BaseReference.read(place.checkpoint).fingerprint
+    adapter = live_adapter(location)
+    if location.checkpoint is not None and adapter is not None:
+        AdapterTensors.open(location.checkpoint, adapter)
+        expected = BaseReference.read(location.checkpoint).fingerprint
         if ledger.base_fingerprint != expected:
-            raise UserError(f"{ledger.folder} belongs to another base than {place.checkpoint / BASE_JSON} names")
+            raise UserError(f"{ledger.folder} belongs to another base than {location.checkpoint / BASE_JSON} names")
 
 
 def open_base(folder: Path, ledger: Ledger) -> BaseCheckpoint:
@@ -157,14 +136,14 @@ def drop(path: Path, cycles: Collection[int], output: Path | None = None, in_pla
     that ledger, the live squares, the other trained tensors. `in_place` replaces a ledger folder; the old one stays
     beside it. Returns what was done, for humans. Raises `UserError` naming the flag to change.
     """
-    place = find_ledger(path)
-    ledger = place.open()
+    location = find_ledger(path)
+    ledger = location.open()
     kept = _kept(ledger, cycles)
     if in_place == (output is not None):
         raise UserError("drop needs one of --output and --in_place")
     text = [f"kept {len(kept)} of {ledger.cycles} cycles: {', '.join(map(str, kept)) or 'none'}"]
     if output is None:
-        if place.checkpoint is not None or (place.ledger.resolve().parent / ADAPTER_JSON).exists():
+        if location.checkpoint is not None or (location.ledger.resolve().parent / ADAPTER_JSON).exists():
             raise UserError(f"--in_place: {path} belongs to a checkpoint, whose files fit each other; give --output")
         backup = _backup(ledger)
         with atomic_folder(ledger.folder.resolve()) as folder:
@@ -172,14 +151,14 @@ def drop(path: Path, cycles: Collection[int], output: Path | None = None, in_pla
         return [*text, f"wrote {ledger.folder}; as it was: {backup}"]
     check_fresh(output)
     with atomic_folder(output.absolute()) as folder:
-        if place.checkpoint is None:
+        if location.checkpoint is None:
             copy_cycles(ledger, kept, folder, ledger.base_fingerprint)
         else:
             copy_cycles(ledger, kept, folder / LEDGER_FOLDER, ledger.base_fingerprint)
-            reference = BaseReference.read(place.checkpoint)
-            replace(reference, folder=str((place.checkpoint / reference.folder).resolve())).write(folder)
+            reference = BaseReference.read(location.checkpoint)
+            replace(reference, folder=str((location.checkpoint / reference.folder).resolve())).write(folder)
             dropped = [record.step for record in ledger.records if record.cycle not in kept]
-            copy_adapter(place, folder, len(kept), "dropped_cycles_of_steps", dropped)
+            copy_adapter(location, folder, len(kept), "dropped_cycles_of_steps", dropped)
     return [*text, f"wrote {output}"]
 
 
@@ -208,19 +187,19 @@ def copy_cycles(ledger: Ledger, cycles: Iterable[int], folder: Path, base_finger
     return copy
 
 
-def copy_adapter(place: Place, folder: Path, cycles: int, fact: str, steps: list[int]) -> None:
+def copy_adapter(location: LedgerLocation, folder: Path, cycles: int, fact: str, steps: list[int]) -> None:
     """The checkpoint's live squares and trained tensors, to stand on a ledger of `cycles`; and its tokenizer.
 
     `steps`: of the cycles that are no longer in the ledger, noted in adapter.json under `fact`.
     """
-    adapter = place.adapter()
-    assert adapter is not None and place.checkpoint is not None
-    shutil.copyfile(place.checkpoint / ADAPTER_TENSORS, folder / ADAPTER_TENSORS)
+    adapter = live_adapter(location)
+    assert adapter is not None and location.checkpoint is not None
+    shutil.copyfile(location.checkpoint / ADAPTER_TENSORS, folder / ADAPTER_TENSORS)
     facts = {**adapter.facts, fact: [*adapter.facts.get(fact, []), *steps]}
     changed = replace(adapter, cycle=cycles, facts=facts)
     write_json_atomic(folder / ADAPTER_JSON, changed.to_dict())
-    if (place.checkpoint / TOKENIZER_FOLDER).is_dir():
-        shutil.copytree(place.checkpoint / TOKENIZER_FOLDER, folder / TOKENIZER_FOLDER)
+    if tokenizer := tokenizer_of(location.checkpoint):
+        shutil.copytree(tokenizer, folder / TOKENIZER_FOLDER)
 
 
 def check_fresh(output: Path) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mora_ds import files
+from mora_ds.checkpoint.layout import STATE_FILE
 from mora_ds.errors import UserError
-
-STATE_FILE = "trainer_state.json"
 
 
 @dataclass

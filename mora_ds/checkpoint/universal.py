@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from mora_ds.checkpoint.adapter_files import AdapterTensors, read_adapter, write_adapter
-from mora_ds.checkpoint.folder import ENGINE_TAG
-from mora_ds.checkpoint.state import STATE_FILE, TrainerState
+from mora_ds.checkpoint.layout import ADAPTER_JSON, ENGINE_TAG, STATE_FILE, step_folder
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.engine.shard_reader import MASTER, EngineShards, Layout, layout_path, load_pickled, write_whole
 from mora_ds.errors import UserError
 from mora_ds.files import MANIFEST, atomic_folder, malformed, verify_manifest, write_json_atomic, write_manifest
@@ -49,9 +49,9 @@ def to_universal(checkpoint: Path, output: Path) -> list[str]:
     shards, state = EngineShards.open(checkpoint / ENGINE_TAG), TrainerState.read(checkpoint)
     if shards.first.swapped:
         raise UserError(f"{shards.folder}: an optimizer's state on NVMe cannot be converted")
-    tag = f"step-{state.step:06d}"
     with atomic_folder(output.absolute()) as folder:
-        place = folder / tag
+        place = step_folder(folder, state.step)
+        tag = place.name
         for name in shards.shapes:
             _write_parameter(place / ZERO_FOLDER / name, name, shards)
         torch.save(_optimizer_state(shards), place / ZERO_FOLDER / "optimizer_state.pt")
@@ -87,7 +87,7 @@ def from_universal(folder: Path, output: Path) -> list[str]:
         shutil.copytree(place / OURS, target, ignore=shutil.ignore_patterns(layout), dirs_exist_ok=True)
         (target / ENGINE_TAG).mkdir()
         write_whole(target / ENGINE_TAG, shards, TrainerState.read(target).world_size)
-        if (target / "adapter.json").is_file():
+        if (target / ADAPTER_JSON).is_file():
             _write_adapter(target, shards)
         write_manifest(target)
     return [f"wrote {output}: {len(shards.shapes)} parameters, resume with --resume_from_checkpoint {output}"]

@@ -20,17 +20,25 @@ import torch
 from safetensors import SafetensorError
 
 from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, read_adapter
-from mora_ds.checkpoint.folder import ENGINE_TAG, LATEST, complete_checkpoints, step_of
-from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS
-from mora_ds.checkpoint.state import STATE_FILE, TrainerState
+from mora_ds.checkpoint.layout import (
+    ADAPTER_JSON,
+    ADAPTER_TENSORS,
+    CHECKPOINTS,
+    ENGINE_TAG,
+    LATEST,
+    LEDGER_FOLDER,
+    PROBE_FILE,
+    STATE_FILE,
+    complete_checkpoints,
+    rng_file,
+    step_of,
+)
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.engine.shard_reader import MASTER, EngineShards
 from mora_ds.errors import RunError, UserError
 from mora_ds.files import MANIFEST, malformed, read_json, verify_manifest
 from mora_ds.models.tensor_files import open_safetensors
 from mora_ds.remora.ledger import Ledger
-
-LEDGER_FOLDER = "ledger"
-PROBE_FILE = "probe.safetensors"
 
 
 @dataclass
@@ -61,7 +69,7 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
     path = path.expanduser()
     if any((path / name).is_file() for name in (MANIFEST, STATE_FILE, ADAPTER_JSON)):
         return [_verify_one(path.resolve(), base)]
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    root = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     folders = complete_checkpoints(root) if root.is_dir() else []
     if not folders:
         raise UserError(f"{path} is neither a checkpoint nor the folder of a run that has one")
@@ -133,7 +141,7 @@ def _state(folder: Path) -> Iterator[str]:
         number = step_of(folder) if folder.name.startswith("step-") else state.step
     if number != state.step:
         raise UserError(f"{path} is of step {state.step}, its folder of step {number}")
-    ranks = [folder / f"rng-{rank:05d}.safetensors" for rank in range(state.world_size)]
+    ranks = [folder / rng_file(rank) for rank in range(state.world_size)]
     for path in ranks:
         if "cpu" not in open_safetensors(path).keys():  # noqa: SIM118  (a safetensors handle is no mapping)
             raise UserError(f"{path} holds no random state")

@@ -27,22 +27,26 @@ from torch import Tensor
 from mora_ds import files
 from mora_ds.checkpoint.async_save import Background, Exchange, on_host
 from mora_ds.checkpoint.folder import (
-    BEST,
-    ENGINE_TAG,
-    LATEST,
     OLD,
     WRITING,
-    complete_checkpoints,
-    is_whole,
+    is_complete,
     ledger_problems,
     name_best,
     retire,
     settle,
-    step_folder,
-    step_of,
     sync_folders,
 )
-from mora_ds.checkpoint.state import STATE_FILE, TrainerState, check_identity
+from mora_ds.checkpoint.layout import (
+    BEST,
+    ENGINE_TAG,
+    LATEST,
+    STATE_FILE,
+    complete_checkpoints,
+    rng_file,
+    step_folder,
+    step_of,
+)
+from mora_ds.checkpoint.state import TrainerState, check_identity
 from mora_ds.engine import shard_writer, zero
 from mora_ds.engine.shard_reader import EngineShards, Layout
 from mora_ds.errors import RunError
@@ -137,7 +141,7 @@ class CheckpointWriter:
     ) -> None:
         """This rank's files; DeepSpeed's are there already."""
         shard_writer.write_layout(beside / ENGINE_TAG, layout)
-        save_file(rng, str(beside / f"rng-{dist.get_rank():05d}.safetensors"))
+        save_file(rng, str(beside / rng_file(dist.get_rank())))
         write_extras(beside)
 
     def _complete(self, beside: Path, final: Path, state: dict[str, Any], keep: int | None) -> None:
@@ -197,7 +201,7 @@ def _retain(root: Path, step: int, keep: int | None) -> None:
     whole: they are no checkpoints of this run's, or evidence. What goes is renamed first: half of one never counts."""
     if keep is None:
         return
-    whole = [folder for folder in complete_checkpoints(root) if step_of(folder) <= step and is_whole(folder)]
+    whole = [folder for folder in complete_checkpoints(root) if step_of(folder) <= step and is_complete(folder)]
     for folder in whole[:-keep]:
         if folder.resolve() != (root / BEST).resolve():
             retire(folder)
@@ -263,7 +267,7 @@ def _rng_states() -> dict[str, Tensor]:
 
 
 def _load_rng(folder: Path, rank: int, state: TrainerState) -> None:
-    path = folder / f"rng-{rank:05d}.safetensors"
+    path = folder / rng_file(rank)
     if not path.exists():  # fewer ranks saved the checkpoint: a state of this rank's own, the same at every resume
         torch.manual_seed(_seed_of(state, rank))
         return

@@ -27,13 +27,11 @@ from mora_ds.adapters.merge_layer import write_live
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, chosen_domain, read_adapter
-from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, find_adapter
+from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, LEDGER_FOLDER, find_adapter
 from mora_ds.errors import UserError
 from mora_ds.files import MANIFEST, atomic_folder, verify_manifest, write_manifest
 from mora_ds.models.tensor_files import compute_dtype
 from mora_ds.remora.ledger import Ledger
-
-LEDGER_FOLDER = "ledger"
 
 INCREMENTAL = "incremental"
 

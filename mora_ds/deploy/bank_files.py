@@ -20,8 +20,7 @@ from torch import Tensor
 from mora_ds.adapters.ops.mora import OperatorKind, OperatorSpec
 from mora_ds.adapters.ops.update import UpdateSpec, describe
 from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, read_adapter
-from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON, adapter_folder
-from mora_ds.deploy.adapter_io import LEDGER_FOLDER
+from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON, LEDGER_FOLDER, adapter_folder
 from mora_ds.deploy.bank_layer import form_of, index_dtype, join_tables, term_square, term_tables
 from mora_ds.errors import UserError
 from mora_ds.files import MANIFEST, malformed, read_json, recorded_hashes, sha256_file, verify_manifest

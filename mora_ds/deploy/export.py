@@ -30,7 +30,7 @@ from mora_ds.checkpoint.adapter_files import (
     logits_of,
     read_adapter,
 )
-from mora_ds.checkpoint.layout import ADAPTER_JSON, LEDGER_FOLDER, PROBE_FILE, TOKENIZER_FOLDER, find_checkpoint
+from mora_ds.checkpoint.layout import ADAPTER_JSON, BASE_JSON, LEDGER_FOLDER, PROBE_FILE, find_checkpoint, tokenizer_of
 from mora_ds.deploy.logits_check import Comparison, compare_logits
 from mora_ds.deploy.model_card import model_card
 from mora_ds.errors import RunError, UserError
@@ -120,10 +120,9 @@ def export_merged(
     _check_output(output, overwrite, run)
     target = compute_dtype(run.adapter.dtype if dtype == "auto" else dtype)
     shards = plan_shards(run.base, _exported_keys(run), target, int(max_shard_gib * 2**30))
-    tokenizer = run.checkpoint / TOKENIZER_FOLDER
     with atomic_folder(output.absolute()) as folder:
         names = write_shards(folder, shards, _tensor_of(run))
-        write_companions(run.base, folder, target, tokenizer if tokenizer.is_dir() else None)
+        write_companions(run.base, folder, target, tokenizer_of(run.checkpoint))
         comparison = _compared(run, folder, probe, target) if verify else None
         facts = run.adapter if run.adapter.own is None else _with_domain(run.adapter, run.domain)
         card = model_card(run.checkpoint, facts, run.ledger, run.reference, dtype_name(target), comparison)
@@ -206,7 +205,7 @@ def _check_shape(run: _Run, name: str, shape: tuple[int | None, ...]) -> None:
     """A side that is None may be any."""
     key = run.reference.keys.get(name)
     if key is None or key not in run.base:
-        raise UserError(f"{run.checkpoint / 'base.json'} names no tensor of {run.base.folder} for {name}")
+        raise UserError(f"{run.checkpoint / BASE_JSON} names no tensor of {run.base.folder} for {name}")
     found = run.base.shape_dtype(key)[0]
     if len(found) != len(shape) or any(side not in (None, real) for side, real in zip(shape, found, strict=True)):
         raise UserError(f"{name} has shape {shape} in the checkpoint, {found} in the base")

@@ -9,6 +9,7 @@ from typing import Any
 
 from mora_ds.adapters.ops.update import describe, value_shape
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference
+from mora_ds.checkpoint.layout import STATE_FILE, SUMMARY_FILE
 from mora_ds.deploy.logits_check import Comparison
 from mora_ds.files import read_json
 from mora_ds.remora.ledger import Ledger
@@ -61,7 +62,7 @@ def _facts(adapter: AdapterFile, ledger: Ledger, reference: BaseReference, dtype
 
 def _perplexity_table(checkpoint: Path) -> list[str]:
     columns: dict[str, dict[str, Any]] = {}
-    for path in (checkpoint / "trainer_state.json", checkpoint.parent.parent / "summary.json"):
+    for path in (checkpoint / STATE_FILE, checkpoint.parent.parent / SUMMARY_FILE):
         content = read_json(path) if path.is_file() else {}
         for name, column in PERPLEXITIES.items():
             if isinstance(content.get(name), dict) and content[name]:

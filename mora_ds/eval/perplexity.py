@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from mora_ds.checkpoint.adapter_files import BaseReference, chosen_domain, read_adapter
-from mora_ds.checkpoint.layout import adapter_folder
+from mora_ds.checkpoint.layout import adapter_folder, tokenizer_of
 from mora_ds.data import IGNORED, Corpus, load_tokenizer, wants_bos
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.bank import AdapterBank
@@ -58,8 +58,8 @@ def evaluate_bank(
     scores = {BASE: _scores(Target(bank.model, tokenizer, BASE), sets, windows, batch_size, max_documents)}
     for name in names:
         folder = adapter_folder(bank.folders[name])
-        own = None if folder is None else folder / "tokenizer"
-        each = load_tokenizer(own, flag=str(own)) if own is not None and own.is_dir() else tokenizer
+        own = tokenizer_of(folder)
+        each = tokenizer if own is None else load_tokenizer(own, flag=str(own))
         with bank.use(name):
             scores[name] = _scores(Target(bank.model, each, name), sets, windows, batch_size, max_documents)
     return scores
@@ -191,8 +191,7 @@ def _adapted(checkpoint: Path, base: Path | None, dtype: str, device: str, domai
     domain = chosen_domain(read_adapter(checkpoint).own, domain, "--domain")
     reference = BaseReference.read(checkpoint)
     folder = base if base is not None else checkpoint / reference.folder
-    own = checkpoint / "tokenizer"
-    tokenizer = load_tokenizer(own if own.is_dir() else folder, flag="MODEL")
+    tokenizer = load_tokenizer(tokenizer_of(checkpoint) or folder, flag="MODEL")
     model: Any = load_adapter(folder, checkpoint, domain=domain)
     if dtype != "auto":
         model = model.to(compute_dtype(dtype))

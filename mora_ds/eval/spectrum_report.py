@@ -15,7 +15,8 @@ import torch
 
 from mora_ds.adapters.ops.update import UpdateSpec, describe, value_shape
 from mora_ds.checkpoint.adapter_files import AdapterTensors
-from mora_ds.checkpoint.ledger_tools import Place
+from mora_ds.checkpoint.layout import LedgerLocation
+from mora_ds.checkpoint.ledger_tools import live_adapter
 from mora_ds.errors import UserError, nearest
 from mora_ds.eval.ledger_summary import mean, modules_of
 from mora_ds.eval.spectrum import THRESHOLD, LayerSpectrum, Update, layer_spectra
@@ -48,18 +49,20 @@ class Row:
 
 
 class Spectra:
-    """The layers of a place whose spectra are wanted. Reads squares as they are asked for."""
+    """The layers of a ledger or a checkpoint whose spectra are wanted. Reads squares as they are asked for."""
 
-    def __init__(self, place: Place, pattern: str = "*") -> None:
+    def __init__(self, location: LedgerLocation, pattern: str = "*") -> None:
         """`pattern`: shell-style, over module names. Raises `UserError` when it matches no layer (`--layers`)."""
-        self._ledger, self._live, self._live_step = place.open(), Live(), 0
-        adapter = place.adapter()
-        if place.checkpoint is not None and adapter is not None:
-            tensors, self._live_step = AdapterTensors.open(place.checkpoint, adapter), adapter.step
+        self._ledger, self._live, self._live_step = location.open(), Live(), 0
+        adapter = live_adapter(location)
+        if location.checkpoint is not None and adapter is not None:
+            tensors, self._live_step = AdapterTensors.open(location.checkpoint, adapter), adapter.step
             self._live = {name: (entry.operator, tensors.square(name)) for name, entry in adapter.layers.items()}
         known = list(dict.fromkeys([*modules_of(self._ledger), *self._live]))
         if not known:
-            raise UserError(f"{place.ledger} has no cycles: nothing was merged yet; name a checkpoint for live squares")
+            raise UserError(
+                f"{location.ledger} has no cycles: nothing was merged yet; name a checkpoint for live squares"
+            )
         self.modules = [module for module in known if fnmatchcase(module, pattern)]
         if not self.modules:
             raise UserError(f"--layers {pattern!r} matches none of the {len(known)} layers.{nearest(pattern, known)}")

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mora_ds.checkpoint.layout import TOKENIZER_FOLDER
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import DataArguments
@@ -216,7 +217,7 @@ def load_data(
         raise UserError(f"{EVAL_FLAG}: {twice[0]} is the name of what --held_out_share holds out; take another")
     corpora = filtered(data, corpora, evaluation)
     _check_positions(model_config, data.seq_len)
-    target = followers.folder / "tokenizer"
+    target = followers.folder / TOKENIZER_FOLDER
     ranks.on_first(lambda: _begin_tokenizer(target, checkpoint))
     tokenizer = _tokenizer(arguments, model_folder, model_config, target, whole(corpora), followers)
     ranks.on_first(lambda: _save_tokenizer(tokenizer, target))

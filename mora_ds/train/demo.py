@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from mora_ds.checkpoint.layout import MERGED_FOLDER, TOKENIZER_FOLDER
 from mora_ds.config.arguments import Arguments, from_flat
 from mora_ds.config.validate import validate
 from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_embedded
@@ -136,7 +137,7 @@ class DemoPaths:
 
     @property
     def warm(self) -> Path:
-        return self.root / "warm_start" / "merged"
+        return self.root / "warm_start" / MERGED_FOLDER
 
     @property
     def tokens(self) -> Path:
@@ -194,7 +195,7 @@ def write_inputs(paths: DemoPaths, seed: int) -> None:
     written = write_embedded(paths.corpus, general_bytes=PROSE_BYTES, domain_bytes=CODE_BYTES, eval_bytes=EVAL_BYTES)
     print("  corpora: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in written.text_bytes.items()))
     corpus = load_corpus([str(written.general_train), str(written.domain_train)])
-    tokenizer = load_tokenizer(train_sentencepiece(corpus.texts(), VOCABULARY, paths.root / "tokenizer"))
+    tokenizer = load_tokenizer(train_sentencepiece(corpus.texts(), VOCABULARY, paths.root / TOKENIZER_FOLDER))
     print(f"  tokenizer: SentencePiece, {len(tokenizer)} pieces, trained on both")
     create_base(MODEL_CONFIG, paths.start, seed, tokenizer, len(tokenizer))
 
@@ -237,7 +238,7 @@ def _report(folder: Path, summary: dict[str, Any], sharded: dict[str, Any] | Non
         ("time", f"{seconds:.0f} s on {world} rank(s)"),
         ("curves", f"tensorboard --logdir {folder / 'tensorboard'}   (numbers: {folder / 'metrics.jsonl'})"),
     ]  # fmt: skip
-    merged = folder / "merged"
+    merged = folder / MERGED_FOLDER
     if merged.is_dir():
         facts.append(("merged model", f"{merged}   (plain transformers loads it)"))
     print("\n".join(f"{name:<24}{fact}" for name, fact in facts))

@@ -22,6 +22,7 @@ from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject
 from mora_ds.adapters.target_plan import TargetPlan
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.checkpoint.contents import PROBE_TOKENS, save_full_model
+from mora_ds.checkpoint.layout import BASE_FOLDER, CHECKPOINTS
 from mora_ds.checkpoint.state import TrainerState, check_identity
 from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.config.adapter import AdapterKind
@@ -124,7 +125,7 @@ def prepare_base(
     arguments: Arguments, model_folder: Path | None, tokenizer: Any, ds_config: dict[str, Any], place: Place
 ) -> LoadedBase:
     """The base on this rank, whole; made from --model_config where that is what there is."""
-    model, own, ranks = arguments.model, place.folder / "base", place.ranks
+    model, own, ranks = arguments.model, place.folder / BASE_FOLDER, place.ranks
     if model_folder is None:
         config_file, vocabulary = Path(str(model.model_config)).expanduser(), largest_id(tokenizer)[1] + 1
 
@@ -253,7 +254,7 @@ def _full_job(arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any
     if place.checkpoint is not None:
         state = load_checkpoint(place.checkpoint, engine, identity)
 
-    root = place.folder / "checkpoints"
+    root = place.folder / CHECKPOINTS
     writer = CheckpointWriter(root, engine, lambda step: _nothing, arguments.training.async_save, place.followers)
 
     def export(checkpoint: Path, target: Path) -> None:

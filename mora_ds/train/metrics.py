@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from mora_ds.checkpoint.layout import METRICS_FILE
 from mora_ds.data import IGNORED
 from mora_ds.files import disk_errors
 
@@ -108,7 +109,7 @@ class MetricsLog:
         self.total_steps, self.enabled = total_steps, enabled
         if not enabled:
             return
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / METRICS_FILE
         _keep_rows(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)

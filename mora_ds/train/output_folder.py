@@ -18,17 +18,26 @@ from typing import Any
 
 import yaml
 
+from mora_ds.checkpoint.layout import (
+    BASE_FOLDER,
+    CHECKPOINTS,
+    LEDGER_FOLDER,
+    MERGED_FOLDER,
+    METRICS_FILE,
+    RUN_FILE,
+    SUMMARY_FILE,
+    TOKENIZER_FOLDER,
+)
 from mora_ds.errors import UserError
 from mora_ds.files import disk_errors
 
-RUN_FILE = "run.yaml"
 ASIDE, DELETING = ".overwritten", ".deleting"
 LOCK = ".lock"
 """An empty file, locked while a process writes to the folder; the lock goes with the process, however it ends."""
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "safetensors")
 _OURS = (
-    RUN_FILE, "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "ledger", "merged", "base", "tokenizer",
-    "targets.yaml", "subspace",
+    RUN_FILE, METRICS_FILE, SUMMARY_FILE, "tensorboard", CHECKPOINTS, LEDGER_FOLDER, MERGED_FOLDER, BASE_FOLDER,
+    TOKENIZER_FOLDER, "targets.yaml", "subspace",
 )  # fmt: skip
 """Everything a run writes: what --overwrite_output_dir deletes, and nothing else."""
 

@@ -19,8 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 from mora_ds.adapters.config import SHARED
 from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.ops.gather import check_compiler, compile_operators
-from mora_ds.checkpoint.folder import AUTO, find_checkpoint, name_best, name_latest, settle, step_folder
-from mora_ds.checkpoint.layout import find_adapter
+from mora_ds.checkpoint.folder import AUTO, name_best, name_latest, resume_checkpoint, settle
+from mora_ds.checkpoint.layout import CHECKPOINTS, MERGED_FOLDER, SUMMARY_FILE, find_adapter, step_folder
 from mora_ds.checkpoint.state import TrainerState, check_world_size
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump
@@ -104,9 +104,9 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     if ranks.is_first:
         reservation.commit()
         if checkpoint is not None:
-            name_latest(folder / "checkpoints", checkpoint)
+            name_latest(folder / CHECKPOINTS, checkpoint)
             if best := TrainerState.read(checkpoint).best_step:
-                name_best(folder / "checkpoints", step_folder(folder / "checkpoints", best))
+                name_best(folder / CHECKPOINTS, step_folder(folder / CHECKPOINTS, best))
     try:
         if arguments.adapter.adapter == AdapterKind.NONE.value:
             return _evaluate(arguments, job, data, place)
@@ -137,10 +137,10 @@ def _expanded(path: str | None) -> Path | None:
 def _reserve(arguments: Arguments, folder: Path, replicas: int) -> tuple[Path | None, Reservation]:
     """The checkpoint to resume from, if any; the output folder is this run's afterwards, on trial."""
     training = arguments.training
-    wanted, root = training.resume_from_checkpoint, folder / "checkpoints"
+    wanted, root = training.resume_from_checkpoint, folder / CHECKPOINTS
     claim(folder)
     settle(root)
-    checkpoint = find_checkpoint(wanted, root, print) if wanted else None
+    checkpoint = resume_checkpoint(wanted, root) if wanted else None
     if checkpoint is not None:
         check_world_size(checkpoint, replicas)
     continues = wanted == AUTO or (checkpoint is not None and checkpoint.parent == root.resolve())
@@ -227,12 +227,12 @@ def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule
     nothing_to_do = trainer.is_finished
     state = trainer.run()
     summary = plain_json(_summary(job, state, trainer, counter))
-    if ranks.is_first and not (nothing_to_do and (folder / "summary.json").exists()):
-        write_json_atomic(folder / "summary.json", summary)
+    if ranks.is_first and not (nothing_to_do and (folder / SUMMARY_FILE).exists()):
+        write_json_atomic(folder / SUMMARY_FILE, summary)
     if arguments.training.export_merged:
         assert trainer.last_checkpoint is not None, "a run ends with a checkpoint"
         log.say(f"writing the merged model to {folder / 'merged'}")
-        job.export(trainer.last_checkpoint, folder / "merged")
+        job.export(trainer.last_checkpoint, folder / MERGED_FOLDER)
     log.close()
     ranks.barrier()
     return summary
@@ -252,7 +252,7 @@ def _evaluate(arguments: Arguments, job: Job, data: RunData, place: Place) -> di
     job.state.perplexity_before = trainer.evaluate()
     summary = plain_json(_summary(job, job.state, trainer, counter))
     if place.ranks.is_first:
-        write_json_atomic(place.folder / "summary.json", summary)
+        write_json_atomic(place.folder / SUMMARY_FILE, summary)
     log.close()
     place.ranks.barrier()
     return summary

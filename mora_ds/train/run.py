@@ -23,7 +23,8 @@ from mora_ds.adapters.ops.singular_vectors import path_of
 from mora_ds.adapters.target_modules import targets_of
 from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, read_adapter
 from mora_ds.checkpoint.contents import PROBE_TOKENS, RunWriter
-from mora_ds.checkpoint.folder import complete_checkpoints, find_checkpoint
+from mora_ds.checkpoint.folder import resume_checkpoint
+from mora_ds.checkpoint.layout import CHECKPOINTS, LEDGER_FOLDER, complete_checkpoints
 from mora_ds.checkpoint.state import TrainerState, check_identity
 from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.engine import zero
@@ -31,7 +32,7 @@ from mora_ds.engine.initialize import start_distributed
 from mora_ds.errors import UserError
 from mora_ds.models.base import BaseCheckpoint, NotOneToOne, renamed_keys, verify_against_model
 from mora_ds.models.tensor_files import dtype_name
-from mora_ds.remora.ledger import Ledger
+from mora_ds.remora.ledger import LEDGER_FILE, Ledger
 from mora_ds.remora.merge import EXACT, MergeReport, ReMoRA
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.runtime.nodes import Followers
@@ -94,7 +95,7 @@ class Run:
             {"operator": config.title, "merge_precision": precision, **(facts or {})},
         )
         self._checkpoints = CheckpointWriter(
-            self.folder / "checkpoints", engine, self._writer.collect, async_save, self.followers
+            self.folder / CHECKPOINTS, engine, self._writer.collect, async_save, self.followers
         )
         self.state = TrainerState(world_size=self.ranks.world, identity=self.identity)
         if checkpoint is not None:
@@ -130,15 +131,15 @@ class Run:
         return Followers.find(folder, self.ranks)
 
     def _checkpoint(self, resume: Path | str | None, overwrite: bool) -> Path | None:
-        root = self.folder / "checkpoints"
+        root = self.folder / CHECKPOINTS
         if resume is None:
-            held = (self.folder / "ledger" / "ledger.json").exists() or bool(complete_checkpoints(root))
+            held = (self.folder / LEDGER_FOLDER / LEDGER_FILE).exists() or bool(complete_checkpoints(root))
             if self.ranks.on_first(lambda: held) and not overwrite:
                 raise UserError(f'{self.folder} holds another run: choose another folder, or resume="auto"')
             return None
         if isinstance(resume, Path):  # pretrain has verified it, and this rank can read it
             found: Path | None = resume
-        elif (found := self.ranks.on_first(lambda: find_checkpoint(str(resume), root, print))) is not None:
+        elif (found := self.ranks.on_first(lambda: resume_checkpoint(str(resume), root))) is not None:
             found = self.followers.fetch(found)
         if found is not None:
             check_identity(found, TrainerState.read(found).identity, self.identity)
@@ -149,14 +150,14 @@ class Run:
 
         Node by node: where they share the folder, two would write the same files at once. Followers have their own.
         """
-        folder = self.folder / "ledger"
+        folder = self.folder / LEDGER_FOLDER
         for turn in range(self.ranks.world):
             if self.ranks.rank == turn and self.ranks.is_local_first:
                 if checkpoint is None:
                     shutil.rmtree(folder, ignore_errors=True)
                     Ledger.create(folder, fingerprint, path_of(self._vectors) if self._vectors else None)
                 else:
-                    Ledger.open(checkpoint / "ledger", fingerprint).copy_to(folder)
+                    Ledger.open(checkpoint / LEDGER_FOLDER, fingerprint).copy_to(folder)
             self.ranks.barrier()
         return Ledger.open(folder, fingerprint)
 

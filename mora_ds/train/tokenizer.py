@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mora_ds.checkpoint.layout import TOKENIZER_FOLDER
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import ModelArguments
 from mora_ds.data import (
@@ -22,7 +23,7 @@ from mora_ds.runtime.nodes import Followers
 # -- tokenizer -------------------------------------------------------------------------------------------------------
 def _begin_tokenizer(target: Path, checkpoint: Path | None) -> None:
     """That of the checkpoint, whose files were verified; none for a new run. Full training keeps its own."""
-    saved = None if checkpoint is None else checkpoint / "tokenizer"
+    saved = None if checkpoint is None else checkpoint / TOKENIZER_FOLDER
     if saved is not None and not saved.is_dir():
         return
     shutil.rmtree(target, ignore_errors=True)

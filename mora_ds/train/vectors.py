@@ -23,6 +23,7 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.layer import linear_shape
 from mora_ds.adapters.ops.singular_vectors import register
 from mora_ds.adapters.target_modules import targets_of
+from mora_ds.checkpoint.layout import LEDGER_FOLDER
 from mora_ds.errors import UserError
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.svd import Wanted, cache_key, record_of, write_vectors
@@ -79,10 +80,10 @@ def prepare_vectors(
     `folder`: of the run; a rank on a node that does not see rank 0's has one of its own. A `checkpoint` without vectors
     is another run's: the config comes back without a name, and the run is told apart by that.
     """
-    if checkpoint is not None and not (checkpoint / "ledger").is_dir():
+    if checkpoint is not None and not (checkpoint / LEDGER_FOLDER).is_dir():
         return config
     if checkpoint is not None:
-        held = ranks.agree(lambda: Ledger.open(checkpoint / "ledger", hashes=False)).vectors
+        held = ranks.agree(lambda: Ledger.open(checkpoint / LEDGER_FOLDER, hashes=False)).vectors
         return replace(config, vectors="" if held is None else held.name)
 
     def work() -> str:

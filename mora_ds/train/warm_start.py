@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mora_ds.checkpoint.folder import AUTO
+from mora_ds.checkpoint.layout import MERGED_FOLDER, SUMMARY_FILE
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.validate import validate
@@ -49,7 +50,7 @@ def run_job(arguments: Arguments) -> dict[str, Any]:
         if ranks.is_first:
             print(f"steps 1 to {steps}: every parameter is trained, under plain ZeRO; the adapter follows")
         pretrain(first)
-    return pretrain(arguments, base=folder / "merged")
+    return pretrain(arguments, base=folder / MERGED_FOLDER)
 
 
 def _full_rank_part(arguments: Arguments) -> Arguments:
@@ -75,9 +76,9 @@ def _is_done(arguments: Arguments, folder: Path) -> bool:
     training, steps = arguments.training, arguments.adapter.full_rank_steps
     resumes = training.resume_from_checkpoint is not None
     reserve(folder.parent, training.overwrite_output_dir, resumes).rollback()
-    if not (resumes and (folder / "merged").is_dir() and (folder / "summary.json").is_file()):
+    if not (resumes and (folder / MERGED_FOLDER).is_dir() and (folder / SUMMARY_FILE).is_file()):
         return False
-    found = read_json(folder / "summary.json").get("steps")
+    found = read_json(folder / SUMMARY_FILE).get("steps")
     if found != steps:
         raise UserError(f"--full_rank_steps {steps}: {folder} was trained for {found} steps")
     return True

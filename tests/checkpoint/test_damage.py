@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from mora_ds.checkpoint.adapter_files import BaseReference
-from mora_ds.checkpoint.folder import complete_checkpoints, find_checkpoint, settle
+from mora_ds.checkpoint.folder import resume_checkpoint, settle
+from mora_ds.checkpoint.layout import complete_checkpoints
 from mora_ds.data import build_cache, cache, inspection, load_corpus, load_tokenizer
 from mora_ds.deploy.export import export_merged
 from mora_ds.errors import RunError, UserError
@@ -92,21 +93,22 @@ def test_every_file_of_a_checkpoint_has_its_case(whole: Path) -> None:
 
 @pytest.mark.parametrize("harm", HARMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_checkpoint_is_passed_over_and_refused(out: Path, kind: str, harm: str) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_refused(
+    out: Path, kind: str, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
     root = out / "checkpoints"
     damaged = root / "step-000006" / kind
     content = damaged.read_bytes()
     damaged.unlink()  # a file of its own, for cycles of the ledger have several names
     damaged.write_bytes(content)
     HARMS[harm](damaged)
-    told: list[str] = []
-    assert find_checkpoint("auto", root, told.append) == root / "step-000004"
-    (line,) = told
+    assert resume_checkpoint("auto", root) == root / "step-000004"
+    (line,) = caplog.messages
     assert line.startswith(f"skipped {root / 'step-000006'}: ") and str(damaged) in line
     asked = ["latest", str(root / "step-000006")] if kind != "manifest.json" or harm != "gone" else []
     for wanted in asked:
         with pytest.raises(UserError, match="step-000006 is damaged") as caught:
-            find_checkpoint(wanted, root, print)
+            resume_checkpoint(wanted, root)
         assert str(damaged) in str(caught.value) and "--resume_from_checkpoint auto" in str(caught.value)
     if asked:
         with pytest.raises((UserError, RunError)):
@@ -143,20 +145,20 @@ EDITS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("change", EDITS)
-def test_a_manifest_that_is_not_the_one_written(out: Path, change: str) -> None:
-    root, told = out / "checkpoints", []  # type: ignore[var-annotated]
+def test_a_manifest_that_is_not_the_one_written(out: Path, change: str, caplog: pytest.LogCaptureFixture) -> None:
+    root = out / "checkpoints"
     EDITS[change](root / "step-000006")
-    assert find_checkpoint("auto", root, told.append) == root / "step-000004"
-    assert "manifest.json" in told[0]
+    assert resume_checkpoint("auto", root) == root / "step-000004"
+    assert "manifest.json" in caplog.messages[0]
     with pytest.raises(UserError, match=r"manifest\.json"):
-        find_checkpoint("latest", root, print)
+        resume_checkpoint("latest", root)
 
 
-def test_a_cycle_that_was_damaged_before_it_was_listed(out: Path) -> None:
+def test_a_cycle_that_was_damaged_before_it_was_listed(out: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Manifest and file agree: both are of the damaged cycle. The ledger's own record does not."""
     from mora_ds.files import write_manifest
 
-    root, told = out / "checkpoints", []  # type: ignore[var-annotated]
+    root = out / "checkpoints"
     cycle = root / "step-000006" / "ledger" / "cycle-00001.safetensors"
     content = cycle.read_bytes()
     cycle.unlink()
@@ -164,8 +166,8 @@ def test_a_cycle_that_was_damaged_before_it_was_listed(out: Path) -> None:
     flip(cycle, 0.99)
     write_manifest(root / "step-000006")
     assert verify_manifest(root / "step-000006") == []
-    assert find_checkpoint("auto", root, told.append) == root / "step-000004"
-    assert str(cycle) in told[0]
+    assert resume_checkpoint("auto", root) == root / "step-000004"
+    assert str(cycle) in caplog.messages[0]
 
 
 def test_auto_does_not_begin_afresh_over_damaged_checkpoints(user: Playground, out: Path) -> None:
@@ -174,18 +176,19 @@ def test_auto_does_not_begin_afresh_over_damaged_checkpoints(user: Playground, o
     flip(out / "ledger" / "cycle-00000.safetensors", 0.9)
     before = tree(out)
     for kind, message in run_ranks(2, refused, command(user, out, "--resume_from_checkpoint", "auto")):
-        assert kind == "UserError" and f"no checkpoint in {root} is whole" in message
+        assert kind == "UserError" and f"no checkpoint in {root} is intact" in message
         assert all(f"step-00000{step}/ledger/cycle-00000.safetensors" in message for step in (2, 4, 6))
     assert tree(out) == before
 
 
 @pytest.mark.gloo
-def test_auto_goes_back_to_before_a_damaged_cycle(user: Playground, whole: Path, out: Path) -> None:
+def test_auto_goes_back_to_before_a_damaged_cycle(
+    user: Playground, whole: Path, out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The run's own ledger, two checkpoints and their cycle share the damage; the run is the same in the end."""
     flip(out / "ledger" / "cycle-00001.safetensors", 0.9)
-    told: list[str] = []
-    assert find_checkpoint("auto", out / "checkpoints", told.append) == out / "checkpoints" / "step-000002"
-    assert len(told) == 2
+    assert resume_checkpoint("auto", out / "checkpoints") == out / "checkpoints" / "step-000002"
+    assert len(caplog.messages) == 2
     run(2, command(user, out, "--resume_from_checkpoint", "auto"))
     assert_same_outcome(out, whole)
 
@@ -200,9 +203,9 @@ def test_latest_that_leads_nowhere_or_elsewhere(out: Path, target: str | None) -
     (root / "latest").unlink()
     if target is not None:
         (root / "latest").symlink_to(target)
-    assert find_checkpoint("auto", root, print) == root / "step-000006"
+    assert resume_checkpoint("auto", root) == root / "step-000006"
     with pytest.raises(UserError, match="--resume_from_checkpoint latest: "):
-        find_checkpoint("latest", root, print)
+        resume_checkpoint("latest", root)
 
 
 def test_a_checkpoint_that_was_moved_aside_comes_back(out: Path) -> None:
@@ -215,7 +218,7 @@ def test_a_checkpoint_that_was_moved_aside_comes_back(out: Path) -> None:
     (root / ".step-000002.gone.writing").mkdir()
     settle(root)
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-000006"]
-    assert find_checkpoint("auto", root, print) == root / "step-000006"
+    assert resume_checkpoint("auto", root) == root / "step-000006"
 
 
 # -- the run's ledger ------------------------------------------------------------------------------------------------
@@ -475,7 +478,7 @@ def test_a_folder_that_becomes_read_only(
     kind, message = run_ranks(1, frozen_job, argv, str(out / name))[0]
     subprocess.run(["umount", "-l", str(out / name)], check=True)
     assert kind == "RunError" and f"writing to {out / name} failed" in message and "Read-only" in message
-    assert find_checkpoint("latest", out / "checkpoints", print) == out / "checkpoints" / "step-000002"
+    assert resume_checkpoint("latest", out / "checkpoints") == out / "checkpoints" / "step-000002"
     assert run(1, [*argv, "--resume_from_checkpoint", "auto"])["steps"] == 6
 
 

@@ -21,7 +21,9 @@ from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.checkpoint import compact as compact_room
 from mora_ds.checkpoint.adapter_files import BaseReference, read_adapter
 from mora_ds.checkpoint.compact import compact
-from mora_ds.checkpoint.ledger_tools import drop, find_ledger, verify
+from mora_ds.checkpoint.folder import resume_checkpoint
+from mora_ds.checkpoint.layout import find_ledger
+from mora_ds.checkpoint.ledger_tools import drop, verify
 from mora_ds.deploy.export import export_merged
 from mora_ds.errors import RunError, UserError
 from mora_ds.eval.ledger_summary import show_lines, summarize
@@ -392,11 +394,9 @@ def test_killed_compact_leaves_nothing(original: FakeRun, tmp_path: Path, monkey
 
 def test_resume_does_not_take_these_for_checkpoints(original: FakeRun, tmp_path: Path) -> None:
     """They have no engine to go on with."""
-    from mora_ds.checkpoint.folder import find_checkpoint
-
     drop(original.checkpoint, [0], tmp_path / "new")
     with pytest.raises(UserError, match="no checkpoint at"):
-        find_checkpoint(str(tmp_path / "new"), tmp_path, print)
+        resume_checkpoint(str(tmp_path / "new"), tmp_path)
 
 
 # -- the tool --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mora_ds.checkpoint import writer as checkpoints
-from mora_ds.checkpoint.folder import complete_checkpoints, find_checkpoint
+from mora_ds.checkpoint.folder import resume_checkpoint
+from mora_ds.checkpoint.layout import complete_checkpoints
 from mora_ds.checkpoint.state import check_identity
 from mora_ds.errors import UserError
 from mora_ds.files import replace_symlink, verify_manifest, write_manifest
@@ -132,36 +133,39 @@ def checkpoint_at(root: Path, step: int) -> Path:
     return folder
 
 
-def test_auto_takes_the_newest_whole_one(tmp_path: Path) -> None:
+def test_auto_takes_the_newest_whole_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, second = checkpoint_at(tmp_path, 9), checkpoint_at(tmp_path, 10)
     third = checkpoint_at(tmp_path, 1_000_000)  # one digit more than the name is padded to
-    told: list[str] = []
-    assert find_checkpoint("auto", tmp_path, told.append) == third and not told
+    assert resume_checkpoint("auto", tmp_path) == third and not caplog.messages
     (third / "file").write_text("else")
     (second / "manifest.json").unlink()
-    assert find_checkpoint("auto", tmp_path, told.append) == first
-    assert len(told) == 2 and str(third) in told[0] and "manifest.json is missing" in told[1]
-    assert find_checkpoint("auto", tmp_path / "none", told.append) is None
+    assert resume_checkpoint("auto", tmp_path) == first
+    assert (
+        len(caplog.messages) == 2
+        and str(third) in caplog.messages[0]
+        and "manifest.json is missing" in caplog.messages[1]
+    )
+    assert resume_checkpoint("auto", tmp_path / "none") is None
 
 
 def test_latest_and_paths_must_be_whole(tmp_path: Path) -> None:
     folder = checkpoint_at(tmp_path, 3)
     replace_symlink(tmp_path / "latest", folder.name)
     for wanted in ("latest", str(folder), str(tmp_path / "latest")):
-        assert find_checkpoint(wanted, tmp_path, print) == folder
+        assert resume_checkpoint(wanted, tmp_path) == folder
     (folder / "file").unlink()
     with pytest.raises(UserError, match=r"latest: .*step-000003 is damaged: .*file is missing.*auto"):
-        find_checkpoint("latest", tmp_path, print)
+        resume_checkpoint("latest", tmp_path)
     with pytest.raises(UserError, match="no checkpoint at"):
-        find_checkpoint(str(tmp_path / "step-000007"), tmp_path, print)
+        resume_checkpoint(str(tmp_path / "step-000007"), tmp_path)
 
 
 def test_auto_stays_on_the_branch_of_latest(tmp_path: Path) -> None:
     old, new, other = (checkpoint_at(tmp_path, step) for step in (2, 4, 9))
     replace_symlink(tmp_path / "latest", new.name)
-    assert find_checkpoint("auto", tmp_path, print) == new
+    assert resume_checkpoint("auto", tmp_path) == new
     (new / "file").unlink()
-    assert find_checkpoint("auto", tmp_path, lambda text: None) == old
+    assert resume_checkpoint("auto", tmp_path) == old
     assert other.is_dir()
 
 

@@ -17,7 +17,7 @@ import torch
 
 from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
-from mora_ds.checkpoint.ledger_tools import find_ledger
+from mora_ds.checkpoint.layout import find_ledger
 from mora_ds.errors import UserError
 from mora_ds.eval import spectrum as spectrum_room
 from mora_ds.eval.spectrum import LayerSpectrum, Update, cumulative_norms, layer_spectra, measure, singular_values

@@ -18,7 +18,7 @@ from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.update import UpdateSpec, value_shape
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, OwnSquares, write_adapter
-from mora_ds.deploy.adapter_io import LEDGER_FOLDER
+from mora_ds.checkpoint.layout import LEDGER_FOLDER
 from mora_ds.models.base import BaseCheckpoint, renamed_keys
 from mora_ds.remora.ledger import LayerEntry, Ledger
 

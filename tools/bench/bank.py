@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.checkpoint.adapter_files import AdapterTensors, read_adapter
-from mora_ds.deploy.adapter_io import LEDGER_FOLDER
+from mora_ds.checkpoint.layout import LEDGER_FOLDER
 from mora_ds.deploy.bank import AdapterBank
 from mora_ds.deploy.bank_layer import BankLinear
 from mora_ds.errors import UserError
