@@ -1,0 +1,143 @@
+"""The support matrix: which options of a run go together, asked of the program's own checks. Used by tools/docs.py."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+_PLAIN = ["--train_files", "a.txt"]
+_SOURCES = ["--train_files", "a=a.txt:1", "b=b.txt:1"]
+OPTIONS: dict[str, list[str]] = {
+    "ReMoRA (`--merge_every`)": ["--merge_every", "100"],
+    "`--merge_when stalled`": ["--merge_when", "stalled"],
+    "`--adapter lora`": ["--adapter", "lora"],
+    "`--adapter full`": ["--adapter", "full"],
+    "`--full_rank_steps`": ["--full_rank_steps", "5"],
+    "`--operator truncate`": ["--operator", "truncate"],
+    "`--operator share`": ["--operator", "share"],
+    "`--operator decouple`": ["--operator", "decouple"],
+    "`--operator rotate`": ["--operator", "rotate"],
+    "`--operator subspace`": ["--operator", "subspace"],
+    "`--alignment_weight`": ["--alignment_weight", "0.1"],
+    "`--targets auto`": ["--targets", "auto", "--trainable_budget", "1%"],
+    "`--domain_adapters`": ["--domain_adapters"],
+    "`--train_embeddings`, `--train_head`": ["--train_embeddings", "--train_head"],
+    "`--train_new_embeddings`": ["--train_new_embeddings"],
+    "`--optimizer muon`": ["--optimizer", "muon"],
+    "`--mora_dropout`": ["--mora_dropout", "0.1"],
+    "`--compute weight`": ["--compute", "weight"],
+    "`--compile`": ["--compile"],
+    "`--chunked_loss`": ["--chunked_loss"],
+    "`--gradient_checkpointing`": ["--gradient_checkpointing"],
+    "`--base_bits 8`": ["--base_bits", "8"],
+    "`--tensor_parallel_size`": ["--tensor_parallel_size", "2"],
+    "`--sequence_parallel_size`": ["--sequence_parallel_size", "2"],
+    "`--streaming`": ["--streaming"],
+    "`--async_save`": ["--async_save"],
+}
+STAGES = {
+    "ZeRO 0": "zero0.json", "ZeRO 1": "zero1.json", "ZeRO 2": "zero2.json", "ZeRO-3": "zero3.json",
+    "offload": "zero3_offload_optimizer.json",
+}  # fmt: skip
+COLUMNS: dict[str, list[str]] = {
+    "ReMoRA merges": OPTIONS["ReMoRA (`--merge_every`)"],
+    **{name: ["--deepspeed", str(ROOT / "configs" / file)] for name, file in STAGES.items()},
+    "Muon": OPTIONS["`--optimizer muon`"],
+    "LoRA": OPTIONS["`--adapter lora`"],
+    "domains": OPTIONS["`--domain_adapters`"],
+    "tensor parallel": OPTIONS["`--tensor_parallel_size`"],
+    "sequence parallel": OPTIONS["`--sequence_parallel_size`"],
+    "8-bit base": OPTIONS["`--base_bits 8`"],
+    "streaming": OPTIONS["`--streaming`"],
+}
+README_ROWS = (
+    "ReMoRA (`--merge_every`)", "`--adapter lora`", "`--adapter full`", "`--operator share`", "`--operator rotate`",
+    "`--optimizer muon`", "`--domain_adapters`", "`--targets auto`", "`--train_embeddings`, `--train_head`",
+    "`--base_bits 8`", "`--tensor_parallel_size`", "`--sequence_parallel_size`",
+)  # fmt: skip
+README_COLUMNS = ("ReMoRA merges", "ZeRO 2", "ZeRO-3", "Muon", "tensor parallel", "sequence parallel", "8-bit base")
+
+
+def refusal(row: Sequence[str], column: Sequence[str]) -> str | None:
+    """What the program says to both options together, or None if it takes them.
+
+    The checks are those that a run makes before it loads a model: `validate`, the DeepSpeed config, and what tensor
+    parallelism needs of it.
+    """
+    from mora_ds.config.arguments import parse
+    from mora_ds.config.validate import validate
+    from mora_ds.engine.ds_config import resolve_ds_config
+    from mora_ds.engine.initialize import check_splittable
+    from mora_ds.errors import UserError
+
+    flags = [*row, *column]
+    text = _SOURCES if "--domain_adapters" in flags else _PLAIN
+    try:
+        arguments = parse([*flags, "--model_name_or_path", "model", "--max_steps", "1000", *text])
+        validate(arguments)
+        config = resolve_ds_config(arguments.training.deepspeed, arguments.training.engine_settings(), 2)
+        if arguments.training.tensor_parallel_size > 1:
+            check_splittable(config)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _flags(option: Sequence[str]) -> set[str]:
+    return {word for word in option if word.startswith("--")}
+
+
+def _cells(row: str, columns: Sequence[str], reasons: dict[str, int]) -> list[str]:
+    cells = []
+    for column in columns:
+        if _flags(OPTIONS[row]) & _flags(COLUMNS[column]):  # the same option, or two values of one
+            cells.append("")
+            continue
+        reason = refusal(OPTIONS[row], COLUMNS[column])
+        if reason is None:
+            cells.append("yes")
+        else:
+            number = reasons.setdefault(" / ".join(reason.splitlines()), len(reasons) + 1)
+            cells.append(f"no ({number})")
+    return cells
+
+
+def matrix_lines() -> list[str]:
+    """The lines of reference/support-matrix.md below its title."""
+    lines = [
+        "Which options go together. Each cell is what the program's own checks say to both options, before a model",
+        "is loaded; the numbers lead to the messages below the table. Everything else that is refused depends on the",
+        "model or the data and is named in the guides.", "",
+    ]  # fmt: skip
+    reasons: dict[str, int] = {}
+    columns = list(COLUMNS)
+    lines += [table_row("", *columns), table_row(*["---"] * (len(columns) + 1))]
+    lines += [table_row(row, *_cells(row, columns, reasons)) for row in OPTIONS]
+    lines += ["", "## Messages", "", *(f"{number}. {cell(reason)}" for reason, number in reasons.items()), ""]
+    lines += [
+        "## Multi-adapter inference", "",
+        "`AdapterBank` takes MoRA adapters of every operator but `subspace`, with any number of merged cycles, over",
+        "one base; no LoRA, no domains, no other trained parameters. See [the guide](../guides/multi-adapter.md).",
+    ]  # fmt: skip
+    return lines
+
+
+def readme_lines() -> list[str]:
+    """The part of the matrix that the README shows."""
+    reasons: dict[str, int] = {}
+    rows = [table_row(row, *_cells(row, README_COLUMNS, reasons)) for row in README_ROWS]
+    head = [table_row("", *README_COLUMNS), table_row(*["---"] * (len(README_COLUMNS) + 1))]
+    return [*head, *(re.sub(r"no \(\d+\)", "no", row) for row in rows)]
+
+
+def cell(text: str) -> str:
+    """Text for a table's cell: one line, with placeholders such as <file>, pipes and stars escaped."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+
+
+def table_row(*cells: str) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
