@@ -28,6 +28,7 @@ from mora_ds.engine.device import current_device, is_cpu
 from mora_ds.engine.ds_config import complete_ds_config, compute_dtype, load_ds_config
 from mora_ds.engine.ds_keys import degree_in
 from mora_ds.engine.ds_optimizer import uses_muon
+from mora_ds.engine.optimizer_view import view_of
 from mora_ds.errors import RunError, UserError
 from mora_ds.models.base import tensor_checksum
 from mora_ds.parallel.saved_inputs import TPInputs
@@ -100,7 +101,7 @@ def initialize(
     with muon.preparing(groups[0]["params"]) if uses_muon(settings) else nullcontext():
         returned = deepspeed.initialize(model=model, config=settings, model_parameters=groups, **kwargs)
     muon.mend_clipping(returned[0])
-    zero.mend_stage_0(returned[0])
+    view_of(returned[0]).repair()
     return returned
 
 
@@ -115,7 +116,7 @@ def initialize_full(*, model: nn.Module, config: dict[str, Any] | str | Path, **
     dtype = getattr(torch, compute_dtype(settings))
     model.to(current_device(), dtype)
     returned = deepspeed.initialize(model=model, config=settings, model_parameters=list(model.parameters()), **kwargs)
-    zero.mend_stage_0(returned[0])
+    view_of(returned[0]).repair()
     return returned
 
 

@@ -19,9 +19,9 @@ import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
+
+from mora_ds.engine.optimizer_view import Stage3View, ZeroView, view_of
 
 Engine: TypeAlias = DeepSpeedEngine
 
@@ -75,16 +75,10 @@ def mend_clipping(engine: Engine) -> None:
     fp16: without offload the momentum is kept of gradients times the loss scale, whatever that is at the time; here
     Muon gets them unscaled. Stages 1 and 2: the momentum follows the gradient's dtype, here always fp32.
     """
-    optimizer = engine.optimizer
-    if not uses_muon(engine):
-        return
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        _mend_stage_3(optimizer, engine.gradient_clipping())
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        if optimizer.cpu_offload:
-            _mend_stages_1_and_2_offloaded(optimizer, engine.gradient_clipping())
-        else:
-            _mend_stages_1_and_2(optimizer, engine.gradient_clipping())
+    repairs = {Stage3View: _mend_stage_3, ZeroView: _mend_stages_1_and_2}
+    repair = repairs.get(type(view_of(engine)))
+    if uses_muon(engine) and repair is not None:
+        repair(engine.optimizer, engine.gradient_clipping())
 
 
 def _mend_stage_3(optimizer: Any, most: float) -> None:
@@ -113,6 +107,9 @@ def _mend_stage_3(optimizer: Any, most: float) -> None:
 def _mend_stages_1_and_2(optimizer: Any, most: float) -> None:
     """`get_flat_partition` orthogonalises during the backward pass, before any norm is known: it is held back, and
     done when `step` asks for the norm."""
+    if optimizer.cpu_offload:
+        _mend_stages_1_and_2_offloaded(optimizer, most)
+        return
     flatten, find_norm = optimizer.get_flat_partition, optimizer.scaled_global_norm
     held: dict[int, tuple[list[Tensor], Any]] = {}
 

@@ -91,7 +91,7 @@ class Layout:
     flats: list[list[Part]]
     """For each flat tensor, the parts in it."""
     moments: list[list[Part]]
-    """For each, the parts of its optimizer state: not always the same ones (see `flat_tensors.Piece`)."""
+    """For each, the parts of its optimizer state: not always the same ones (see `optimizer_view.Flat`)."""
     groups: list[dict[str, list[int]]]
     """For each parameter group, its parameters and their shapes."""
     swapped: bool = False

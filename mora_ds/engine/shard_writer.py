@@ -1,12 +1,13 @@
-"""The second room that touches DeepSpeed's internals: its optimizers' partitions, written to shards and set from them.
+"""The shards of a checkpoint: written through DeepSpeed's `save_checkpoint`, and restored into an engine.
 
-    save_shards     DeepSpeed's own files, through a checkpoint engine of ours, and beside them what is where in them
-    restore         masters, low-precision copies, optimizer state, counters of this rank, from shards of any number
-                    of ranks and any ZeRO stage (`shards.EngineShards`)
+    save_shards     DeepSpeed's own files, through a checkpoint engine of ours; returns what lies where in them
+    restore         masters, low-precision copies, optimizer state and counters of this process, from shards that any
+                    number of processes have written at any ZeRO stage (`shard_reader.EngineShards`)
 
-Both go by `pieces`: for every flat tensor that the optimizer works on, which part of which parameter lies where in it.
-DeepSpeed's own `load_checkpoint` unpickles without limits, and serves the same number of ranks only; it is used for a
-state that lies on NVMe alone, and gets its files through `ShardWriter.load`.
+Both go by `OptimizerView.flats`: which part of which parameter lies where in the tensors that the optimizer steps on.
+DeepSpeed's own `load_checkpoint` unpickles without limits, and serves the same number of processes only; it is used for
+a state that lies on NVMe alone, and gets its files through `ShardWriter.load`. Written against DeepSpeed 0.19.8;
+tests/checkpoint/test_elastic.py fails where an upgrade lays something out in another way.
 """
 
 from __future__ import annotations
@@ -17,36 +18,111 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
-from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils.tensor_fragment import fragment_address
-from torch import Tensor, nn
+from torch import Tensor
 
 from mora_ds.engine import zero
-from mora_ds.engine.shard_layout import (
-    Piece,
-    duplicates,
-    first_element,
-    groups_of,
-    pieces,
-    scaler_of,
-    shape_of,
-    transposed_names,
-)
+from mora_ds.engine.optimizer_view import Flat, Span, view_of
 from mora_ds.engine.shard_reader import MASTER, EngineShards, Layout, Part, layout_path, load_pickled
 from mora_ds.errors import UserError
 from mora_ds.files import write_json_atomic
+from mora_ds.parallel.topology import share_of
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 """Attributes of the engine that its own checkpoints restore (engine.py, `_load_checkpoint`)."""
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What changes in a loss scaler (fp16/loss_scaler.py); LossScaleConfig of runs without ZeRO has the same names."""
+
+
+# -- what lies where ---------------------------------------------------------------------------------------------------
+
+
+Names = dict[int, str]
+"""id of a parameter -> its name in the model."""
+
+
+def _names(engine: zero.Engine) -> Names:
+    return {id(parameter): name for name, parameter in engine.module.named_parameters()}
+
+
+def _parts(spans: list[Span], names: Names) -> list[Part]:
+    """The spans by the names of their parameters, counted in the complete parameter."""
+    return [
+        Part(names[id(span.parameter)], _first_element(span.parameter) + span.start, span.numel, span.offset)
+        for span in spans
+        if span.numel
+    ]
+
+
+def _first_element(parameter: Any) -> int:
+    """The index at which this process's tensor-parallel share of a parameter begins in the flattened parameter."""
+    share = share_of(parameter)
+    return 0 if share is None else share.start * share.r_hat
+
+
+def _shapes(engine: zero.Engine) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every complete parameter, also where ZeRO-3 or tensor parallelism splits it."""
+    shapes = {}
+    for name, parameter in engine.module.named_parameters():
+        share = share_of(parameter)
+        shapes[name] = tuple(getattr(parameter, "ds_shape", parameter.shape)) if share is None else (share.r_hat,) * 2
+    return shapes
+
+
+def _transposed(engine: zero.Engine) -> set[str]:
+    """The MoRA matrices whose tensor-parallel shares are rows of the transpose."""
+    shares = {name: share_of(parameter) for name, parameter in engine.module.named_parameters()}
+    return {name for name, share in shares.items() if share is not None and share.transposed}
+
+
+def duplicates(engine: zero.Engine) -> set[str]:
+    """The parameters that another process of this one's tensor-parallel group holds as well, and saves."""
+    if engine.mpu is None or engine.mpu.get_tensor_model_parallel_rank() == 0:
+        return set()
+    return {name for name, parameter in engine.module.named_parameters() if share_of(parameter) is None}
+
+
+def _layout(engine: zero.Engine) -> Layout:
+    view, rank, names, shapes = view_of(engine), dist.get_rank(), _names(engine), _shapes(engine)
+    groups = [{names[id(p)]: list(shapes[names[id(p)]]) for p in group} for group in view.groups()]
+    sharded = engine.save_zero_checkpoint
+    name = engine._get_zero_ckpt_name("", "") if sharded else engine._get_ckpt_name("", "")
+    swapped = bool(engine.zero_nvme_offload_optimizer())
+    flats = [] if swapped else list(view.flats())
+    skipped = duplicates(engine)
+
+    def own(spans: list[Span]) -> list[Part]:
+        return [part for part in _parts(spans, names) if part.name not in skipped]
+
+    return Layout(
+        rank=rank,
+        world_size=dist.get_world_size(),
+        writers=dist.get_world_size() if sharded else 1,
+        stage=int(engine.zero_optimization_stage()),
+        optimizer=type(engine.basic_optimizer).__name__,
+        file=Path(name).name,
+        masters=list(view.masters_path),
+        state=list(view.state_path),
+        flats=[own(flat.spans) for flat in flats],
+        moments=[own(flat.state_spans) for flat in flats],
+        groups=groups if rank == 0 else [],
+        settings=[_plain(group) for group in engine.basic_optimizer.param_groups],
+        swapped=swapped,
+        counters={name: int(getattr(engine, name)) for name in COUNTERS},
+        scaler={name: getattr(view.loss_scaler, name) for name in SCALER if hasattr(view.loss_scaler, name)},
+        transposed=sorted(_transposed(engine)),
+    )
+
+
+def _plain(group: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a parameter group that JSON can hold."""
+    values = {
+        key: value.item() if isinstance(value, Tensor) and not value.dim() else value for key, value in group.items()
+    }
+    return {key: value for key, value in values.items() if isinstance(value, (int, float, str, tuple, type(None)))}
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
@@ -55,7 +131,7 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 class ShardWriter(CheckpointEngine):
     """What DeepSpeed's `save_checkpoint` hands its files to (runtime/checkpoint_engine/checkpoint_engine.py).
 
-    Parameters that follow from the optimizer's masters are left out: 2 to 4 bytes each that nobody reads. `write`
+    Parameters that follow from the optimizer's masters are left out: 2 to 4 bytes an element that nobody reads. `write`
     gets a path and what is to be in it, which it may keep: tensors are DeepSpeed's own, not copies.
     """
 
@@ -86,13 +162,13 @@ class ShardWriter(CheckpointEngine):
 
 
 def write_now(path: Path, content: Any) -> None:
-    """The file, at once."""
+    """Write a file of DeepSpeed's before the call returns."""
     torch.save(content, path)
 
 
 def save_shards(engine: zero.Engine, folder: Path, tag: str, write: Callable[[Path, Any], None] = write_now) -> Layout:
-    """DeepSpeed's files in `folder/tag`, each through `write`. Collective. Returns this rank's layout, which
-    `write_layout` puts beside them."""
+    """DeepSpeed's files in `folder/tag`, each through `write`. Collective. Returns this process's layout, for
+    `write_layout` to put into the same folder."""
     own = engine.checkpoint_engine
     engine.checkpoint_engine = ShardWriter(engine, write)
     try:
@@ -106,59 +182,9 @@ def save_shards(engine: zero.Engine, folder: Path, tag: str, write: Callable[[Pa
 
 
 def write_layout(folder: Path, layout: Layout) -> None:
+    """Write layout-N.json, on the processes that have written a shard."""
     if layout.rank < layout.writers:
         write_json_atomic(layout_path(folder, layout.rank), layout.to_dict(), indent=None)
-
-
-_INNER = "optimizer_state_dict"
-_PLACES: tuple[tuple[type, list[str], list[str]], ...] = (
-    (DeepSpeedZeroOptimizer_Stage3, [_INNER, "fp32_flat_groups"], [_INNER, _INNER]),
-    (DeepSpeedZeroOptimizer, [_INNER, "single_partition_of_fp32_groups"], [_INNER, "base_optimizer_state"]),
-    (BF16_Optimizer, [_INNER, "single_partition_of_fp32_groups"], [_INNER, "base_optimizer_state"]),
-    (FP16_UnfusedOptimizer, ["optimizer", "fp32_groups"], ["optimizer", _INNER]),
-    (FP16_Optimizer, ["optimizer", "fp32_groups_flat"], ["optimizer", _INNER]),
-    (object, ["module"], ["optimizer"]),
-)
-"""Where each optimizer's `state_dict` has masters and state, within the file that DeepSpeed makes of it."""
-
-
-def _layout(engine: zero.Engine) -> Layout:
-    optimizer, rank = engine.optimizer, dist.get_rank()
-    masters, state = next((masters, state) for kind, masters, state in _PLACES if isinstance(optimizer, kind))
-    sharded = engine.save_zero_checkpoint  # not the same as a stage: BF16_Optimizer shards as well
-    name = engine._get_zero_ckpt_name("", "") if sharded else engine._get_ckpt_name("", "")
-    found = [] if engine.zero_nvme_offload_optimizer() else list(pieces(engine))
-    held_elsewhere = duplicates(engine)
-
-    def own(parts: list[Part]) -> list[Part]:
-        return [part for part in parts if part.name not in held_elsewhere]
-
-    return Layout(
-        rank=rank,
-        world_size=dist.get_world_size(),
-        writers=dist.get_world_size() if sharded else 1,
-        stage=int(engine.zero_optimization_stage()),
-        optimizer=type(engine.basic_optimizer).__name__,
-        file=Path(name).name,
-        masters=masters,
-        state=state,
-        flats=[own(piece.parts) for piece in found],
-        moments=[own(piece.moments) for piece in found],
-        groups=groups_of(engine) if rank == 0 else [],
-        settings=[_plain(group) for group in engine.basic_optimizer.param_groups],
-        swapped=bool(engine.zero_nvme_offload_optimizer()),
-        counters={name: int(getattr(engine, name)) for name in COUNTERS},
-        scaler={name: getattr(scaler_of(engine), name) for name in SCALER if hasattr(scaler_of(engine), name)},
-        transposed=sorted(transposed_names(engine)),
-    )
-
-
-def _plain(group: dict[str, Any]) -> dict[str, Any]:
-    """What of a group's settings JSON can hold."""
-    values = {
-        key: value.item() if isinstance(value, Tensor) and not value.dim() else value for key, value in group.items()
-    }
-    return {key: value for key, value in values.items() if isinstance(value, (int, float, str, tuple, type(None)))}
 
 
 # -- restoring ---------------------------------------------------------------------------------------------------------
@@ -166,7 +192,7 @@ def _plain(group: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def restore(engine: zero.Engine, shards: EngineShards) -> None:
-    """Set everything that training changes from whole tensors. Collective under ZeRO-3.
+    """Set everything that training changes from the shards of a checkpoint. Collective under ZeRO-3.
 
     Raises `UserError` when the shards hold other parameters than the model, or another optimizer's state.
     """
@@ -174,35 +200,30 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
     if shards.first.swapped:
         _restore_swapped(engine, shards)
         return
-    optimizer = engine.optimizer
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        optimizer.checkpoint_event_prologue()  # stage3.py: partition what is still gathered
-    transposed = transposed_names(engine)
-    for piece in pieces(engine):
-        _fill(piece, shards, transposed)
-    for name, parameter in engine.module.named_parameters():
-        _fill_copies(name, parameter, shards, name in transposed)
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        optimizer.checkpoint_event_epilogue()  # gather the persistent ones again
-    for group, settings in enumerate(engine.basic_optimizer.param_groups):
+    view, names, transposed = view_of(engine), _names(engine), _transposed(engine)
+    with view.unsharded_writes():
+        for flat in view.flats():
+            _restore_flat(flat, names, shards, transposed)
+        for _, parameter in engine.module.named_parameters():
+            copy, span = view.compute_copy(parameter)  # rounded from the master, as a step rounds it
+            _fill(copy, MASTER, _parts([span], names), shards, transposed)
+    for group in range(len(engine.basic_optimizer.param_groups)):
         step = shards.group_step(group)
         if step is not None:
-            settings["step"] = (
-                torch.full_like(settings["step"], step) if isinstance(settings.get("step"), Tensor) else step
-            )
+            view.set_step(group, step)
     for name, value in shards.first.counters.items():
         setattr(engine, name, value)
     for name, number in shards.first.scaler.items():
-        if hasattr(scaler_of(engine), name):
-            setattr(scaler_of(engine), name, number)
+        if hasattr(view.loss_scaler, name):
+            setattr(view.loss_scaler, name, number)
 
 
 def _restore_swapped(engine: zero.Engine, shards: EngineShards) -> None:
     """DeepSpeed has saved files of its own for a state on NVMe (engine.py, `save_checkpoint`) and loads them itself."""
     if shards.first.world_size != dist.get_world_size():
         raise UserError(
-            f"{shards.folder}: an optimizer on NVMe (offload_optimizer) goes on at the number of ranks that saved it, "
-            f"{shards.first.world_size}, only"
+            f"{shards.folder}: a run with its optimizer on NVMe (offload_optimizer in --deepspeed) can only be resumed "
+            f"with as many processes as saved it: {shards.first.world_size}"
         )
     own = engine.checkpoint_engine
     engine.checkpoint_engine = ShardWriter(engine, write_now)
@@ -213,7 +234,7 @@ def _restore_swapped(engine: zero.Engine, shards: EngineShards) -> None:
 
 
 def _check(engine: zero.Engine, shards: EngineShards) -> None:
-    here = {name: tuple(shape_of(parameter)) for name, parameter in engine.module.named_parameters()}
+    here = _shapes(engine)
     different = sorted(name for name in {*here, *shards.shapes} if here.get(name) != shards.shapes.get(name))
     if different:
         name = different[0]
@@ -226,46 +247,34 @@ def _check(engine: zero.Engine, shards: EngineShards) -> None:
         raise UserError(f"{shards.folder} holds the state of {theirs}, this run's optimizer is {mine} (--deepspeed)")
 
 
-def _fill(piece: Piece, shards: EngineShards, transposed: set[str]) -> None:
-    """Padding, which no gradient reaches, is zero as in a fresh engine."""
-    names = [part.name for part in piece.parts] or list(shards.first.groups[piece.group])[:1]
-    _copy(piece.master, MASTER, piece.parts, shards, transposed)
-    keys, scalars = shards.keys(names[0]), shards.scalars(names[0])
-    for name in names[1:]:
+def _restore_flat(flat: Flat, names: Names, shards: EngineShards, transposed: set[str]) -> None:
+    """Set a master and its state. Padding, which no gradient reaches, becomes zero as in a fresh engine."""
+    parts, state_parts = _parts(flat.spans, names), _parts(flat.state_spans, names)
+    own = [part.name for part in parts] or list(shards.first.groups[flat.group])[:1]
+    _fill(flat.master, MASTER, parts, shards, transposed)
+    keys, scalars = shards.keys(own[0]), shards.scalars(own[0])
+    for name in own[1:]:
         if (shards.keys(name), shards.scalars(name)) != (keys, scalars):
-            raise UserError(f"{shards.folder}: {names[0]} and {name} are one tensor here, with different state there")
-    for key in set(piece.state) - {*keys, *scalars}:
-        del piece.state[key]
+            raise UserError(f"{shards.folder}: {own[0]} and {name} are one tensor here, with different state there")
+    for key in set(flat.state) - {*keys, *scalars}:
+        del flat.state[key]
     for key, value in scalars.items():  # before the moments, as torch.optim.AdamW orders them: the same file again
-        old = piece.state.get(key)
+        old = flat.state.get(key)
         if isinstance(value, Tensor):
             value = value.item() if isinstance(old, int) else value.to(old.device if isinstance(old, Tensor) else "cpu")
-        piece.state[key] = value
+        flat.state[key] = value
     for key in keys:
-        if not isinstance(piece.state.get(key), Tensor):
-            dtype = shards.read(names[0], key, 0, 0).dtype
-            piece.state[key] = torch.zeros_like(piece.master, dtype=dtype, requires_grad=False)
-            if piece.moments != piece.parts:
-                piece.state[key] = piece.state[key].new_zeros(sum(part.numel for part in piece.moments))
-        _copy(piece.state[key], key, piece.moments, shards, transposed)
+        if not isinstance(flat.state.get(key), Tensor):
+            dtype = shards.read(own[0], key, 0, 0).dtype
+            flat.state[key] = torch.zeros_like(flat.master, dtype=dtype, requires_grad=False)
+            if state_parts != parts:
+                flat.state[key] = flat.state[key].new_zeros(sum(part.numel for part in state_parts))
+        _fill(flat.state[key], key, state_parts, shards, transposed)
 
 
-def _copy(flat: Tensor, key: str, parts: list[Part], shards: EngineShards, transposed: set[str]) -> None:
-    target = flat.detach().view(-1)
-    target.zero_()
+def _fill(target: Tensor, key: str, parts: list[Part], shards: EngineShards, transposed: set[str]) -> None:
+    flat = target.detach().view(-1)
+    flat.zero_()
     for part in parts:
         values = shards.read(part.name, key, part.start, part.numel, part.name in transposed)
-        target.narrow(0, part.offset, part.numel).copy_(values)
-
-
-def _fill_copies(name: str, parameter: nn.Parameter, shards: EngineShards, transposed: bool) -> None:
-    """The copy that forward reads, in the compute dtype: rounded from the master as a step rounds it."""
-    shard: Any = getattr(parameter, "ds_tensor", None)
-    if shard is None:
-        parameter.data.copy_(shards.whole(name, MASTER))
-        return
-    size, whole = shard.ds_numel, parameter.ds_numel  # type: ignore[attr-defined]
-    start = min(dist.get_rank(group=parameter.ds_process_group) * size, whole)  # type: ignore[attr-defined]
-    mine = shards.read(name, MASTER, first_element(parameter) + start, min(size, whole - start), transposed)
-    shard.data.view(-1).zero_()
-    shard.data.view(-1).narrow(0, 0, mine.numel()).copy_(mine)
+        flat.narrow(0, part.offset, part.numel).copy_(values)

@@ -17,7 +17,7 @@ from mora_ds.checkpoint.adapter_files import BaseReference
 from mora_ds.checkpoint.verify import verify
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine import shard_writer, zero
-from mora_ds.engine.shard_layout import scaler_of
+from mora_ds.engine.optimizer_view import view_of
 from mora_ds.engine.shard_reader import _STAND_INS, MASTER, EngineShards, Layout, layout_path
 from mora_ds.errors import UserError
 from mora_ds.train.trainer import Trainer
@@ -96,7 +96,7 @@ def save_all(root: str) -> dict[Combination, Any]:
 
 
 def scale_of(engine: Any) -> Any:
-    return {name: getattr(scaler_of(engine), name, None) for name in shard_writer.SCALER}
+    return {name: getattr(view_of(engine).loss_scaler, name, None) for name in shard_writer.SCALER}
 
 
 def next_loss(engine: Any) -> float:
