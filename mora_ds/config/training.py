@@ -142,6 +142,10 @@ class TrainingArguments:
         """Consecutive ranks that compute the same rows together."""
         return self.tensor_parallel_size * self.sequence_parallel_size
 
+    def rows_per_step(self, world: int) -> int:
+        """Global batch size of a run on `world` processes, in sequences."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * (world // self.ranks_per_replica)
+
     @property
     def peak_rate(self) -> float:
         """The schedule's peak: that of the squares."""

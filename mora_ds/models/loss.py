@@ -52,13 +52,6 @@ def row_nll(model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor
     return nll.view(labels.shape).sum(dim=-1)
 
 
-# -- documents in one row ----------------------------------------------------------------------------------------------
-_DOCUMENT = 4
-"""Tokens of each of the two documents that `check_document_mask` packs into a row."""
-
-_NOT_ROUNDING = 0.05
-"""Share of a whole leak from which on one is seen: experts that get other tokens round otherwise, far below this."""
-
 FLAG = "--chunked_loss"
 
 CHUNK_NUMBERS = 2**24

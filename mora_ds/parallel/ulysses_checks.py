@@ -15,15 +15,6 @@ from transformers import AutoModelForCausalLM
 from mora_ds.errors import UserError
 from mora_ds.parallel.ulysses import FLAG, check_core, check_heads, core_of
 
-_TOKENS = 4
-"""Tokens a rank in the rows of `check_split`."""
-
-_SMALL = 2e-4
-"""Share of what the other ranks' tokens do altogether, up to which a difference is let pass."""
-
-_ROUNDING = 16
-"""And so many units of the dtype's rounding: in low precision a fresh model's logits hardly tell more."""
-
 
 def check_world(size: int, world: int) -> None:
     """Raises `UserError` unless groups of `size` ranks fill the world."""

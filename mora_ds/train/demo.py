@@ -1,14 +1,15 @@
-"""The embedded default: what runs when neither model nor text is named. No network, nothing but Python's own text.
+"""The demo, which runs when neither a model nor text is named. It needs no network, only the text of Python itself.
 
-prose (language reference, docstrings) + code (the standard library)      written out of the running Python
+prose (language reference, docstrings) + code (the standard library)      written from the running Python
 -> a SentencePiece tokenizer -> a small Llama, warm-started full-rank on the prose
--> continued on the code with MoRA and merges                             the job proper, the same as on 64 GPUs
--> a table: what was learned, what was kept, what crossed the wire; one continuation by the merged model
+-> continued on the code with MoRA and merges                             the main job, the same as on 64 GPUs
+-> a table: what was learned, what was forgotten, what was communicated; a text sampled from the merged model
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
 import time
@@ -17,20 +18,19 @@ from typing import Any
 
 import torch
 
-from mora_ds.checkpoint.layout import MERGED_FOLDER, TOKENIZER_FOLDER
+from mora_ds.checkpoint.layout import MERGED_FOLDER, METRICS_FILE, TOKENIZER_FOLDER
 from mora_ds.config.arguments import Arguments, from_flat
+from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_embedded
-from mora_ds.engine.ds_config import resolve_ds_config
-from mora_ds.engine.initialize import start_distributed
 from mora_ds.models.load import create_base
-from mora_ds.parallel.topology import check_degree
-from mora_ds.parallel.ulysses_checks import check_world
-from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.dry_run import dry_run
+from mora_ds.train.engine_config import engine_config
 from mora_ds.train.output_folder import reserve
-from mora_ds.train.pretrain import pretrain
+from mora_ds.train.pretrain import pretrain, start_processes
 from mora_ds.train.warm_start import run_job
+
+logger = logging.getLogger(__name__)
 
 MODEL_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "models" / "tiny_llama.json"
 VOCABULARY = 2048
@@ -67,12 +67,12 @@ CONTINUE: dict[str, Any] = {
     "export_merged": True,
 }
 ROWS_PER_STEP = 8
-"""Global batch size, in sequences, shared out over the ranks."""
+"""Global batch size, in sequences, divided among the processes."""
 PROMPT = "def "
 
 
 def run_demo(arguments: Arguments) -> None:
-    """Run the embedded default on all ranks. Flags that the user gave hold for the second part, the job proper.
+    """Run the demo on all processes. Flags that the user gave hold for its second part, the main job.
 
     Raises `UserError` as `pretrain` does, and where this Python comes without its own sources.
     """
@@ -80,28 +80,22 @@ def run_demo(arguments: Arguments) -> None:
     if training.dry_run:
         _plan(arguments)
         return
-    start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.heartbeat_timeout_s)
-    ranks = Ranks.current()
+    ranks = start_processes(training)
     started = time.monotonic()
-    folder = Path(arguments.training.output_dir)
-    check_world(training.sequence_parallel_size, ranks.world)
-    check_degree(training.tensor_parallel_size, ranks.world)
-    replicas = ranks.world // training.ranks_per_replica
+    folder = Path(training.output_dir)
     paths = DemoPaths(folder / "demo")
-    job = _continue_arguments(arguments, paths, max(1, ROWS_PER_STEP // replicas))
+    job = _continue_arguments(arguments, paths, ranks.world)
     validate(job)
-    resolve_ds_config(job.training.deepspeed, job.training.engine_settings(), replicas)
-    ranks.on_first(lambda: _prepare(arguments, folder))
+    engine_config(job.training, job.adapter.adapter, ranks.world)  # its errors come before anything is written
+    ranks.on_first(lambda: _prepare(training, folder, paths))
+    sharded = None
     if not paths.warm.is_dir():
-        training = arguments.training
         rows = max(1, ROWS_PER_STEP // (ranks.world // training.sequence_parallel_size))
         warm = {**warm_start_settings(paths, rows, training.seed), "deepspeed": training.deepspeed}
         warm["sequence_parallel_size"] = training.sequence_parallel_size
-        _say(ranks, f"\n1. warm start: every parameter trained on prose for {WARM_START['max_steps']} steps")
+        logger.info(f"\n1. warm start: every parameter trained on prose for {WARM_START['max_steps']} steps")
         sharded = pretrain(from_flat(warm))
-    else:
-        sharded = None
-    _say(ranks, "\n2. the job proper: continued on code with MoRA, the base frozen and whole on every rank")
+    logger.info("\n2. the main job: continued on code with MoRA, the base frozen and complete on every GPU")
     summary = run_job(job)
     if ranks.is_first:
         _report(folder, summary, sharded, ranks.world, time.monotonic() - started)
@@ -109,21 +103,20 @@ def run_demo(arguments: Arguments) -> None:
 
 
 def _plan(arguments: Arguments) -> None:
-    """--dry_run: of the job proper; the small model's config stands for the one that the warm start would make."""
+    """--dry_run of the second part; the small model's config stands for the model of the warm start."""
     if arguments.model.model_config is not None:
         validate(arguments)
         dry_run(arguments)
         return
-    replicas = max(1, int(os.environ.get("WORLD_SIZE", "1")) // arguments.training.ranks_per_replica)
     paths = DemoPaths(Path(arguments.training.output_dir) / "demo")
-    job = _continue_arguments(arguments, paths, max(1, ROWS_PER_STEP // replicas))
+    job = _continue_arguments(arguments, paths, int(os.environ.get("WORLD_SIZE", "1")))
     validate(job)
     dry_run(dataclasses.replace(job, model=dataclasses.replace(job.model, model_name_or_path=str(MODEL_CONFIG))))
 
 
 @dataclasses.dataclass(frozen=True)
 class DemoPaths:
-    """Where the demonstration keeps what it starts from."""
+    """Where the demo keeps what it starts from."""
 
     root: Path
 
@@ -149,12 +142,11 @@ class DemoPaths:
 
     @property
     def eval_files(self) -> list[str]:
-        named = (("prose", "general"), ("code", "domain"))
-        return [f"{name}={self.corpus / f'{stem}_eval.jsonl'}" for name, stem in named]
+        return [f"prose={self.corpus / 'general_eval.jsonl'}", f"code={self.corpus / 'domain_eval.jsonl'}"]
 
 
 def warm_start_settings(paths: DemoPaths, rows: int, seed: int) -> dict[str, Any]:
-    """Settings of the run that makes `paths.warm` of `paths.start`. `rows`: sequences a rank and step."""
+    """Settings of the run that makes `paths.warm` from `paths.start`. `rows`: sequences per process and step."""
     return {
         **WARM_START,
         "per_device_train_batch_size": rows,
@@ -168,99 +160,92 @@ def warm_start_settings(paths: DemoPaths, rows: int, seed: int) -> dict[str, Any
     }
 
 
-def _say(ranks: Ranks, text: str) -> None:
-    if ranks.is_first:
-        print(text, flush=True)
-
-
-def _prepare(arguments: Arguments, folder: Path) -> None:
-    """Corpora, tokenizer and the untrained model, unless a resumed run has them already."""
-    training = arguments.training
-    paths = DemoPaths(folder / "demo")
-    reserve(folder, training.overwrite_output_dir, resume=training.resume_from_checkpoint is not None).rollback()
-    print(
-        "No --model_name_or_path and no --train_files: running the embedded default.\n"
+def _prepare(training: TrainingArguments, folder: Path, paths: DemoPaths) -> None:
+    """Write corpora, tokenizer and the untrained model, unless a resumed run has them already."""
+    resumes = training.resume_from_checkpoint is not None
+    reserve(folder, training.overwrite_output_dir, resumes).rollback()
+    logger.info(
+        "No --model_name_or_path and no --train_files: running the demo.\n"
         "  general text: Python's language reference and docstrings;  new domain: the standard library's code\n"
         f"  everything is made here, without a network, and written to {folder}/"
     )
-    if training.resume_from_checkpoint is not None and paths.warm.is_dir():
-        return
-    write_inputs(paths, training.seed)
+    if not (resumes and paths.warm.is_dir()):
+        write_inputs(paths, training.seed)
 
 
 def write_inputs(paths: DemoPaths, seed: int) -> None:
-    """Corpora, a tokenizer and an untrained model, in place of what `paths` held."""
+    """Write corpora, a tokenizer and an untrained model, in place of what `paths` held."""
     if paths.root.exists():
         shutil.rmtree(paths.root)
     written = write_embedded(paths.corpus, general_bytes=PROSE_BYTES, domain_bytes=CODE_BYTES, eval_bytes=EVAL_BYTES)
-    print("  corpora: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in written.text_bytes.items()))
+    logger.info("  corpora: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in written.text_bytes.items()))
     corpus = load_corpus([str(written.general_train), str(written.domain_train)])
     tokenizer = load_tokenizer(train_sentencepiece(corpus.texts(), VOCABULARY, paths.root / TOKENIZER_FOLDER))
-    print(f"  tokenizer: SentencePiece, {len(tokenizer)} pieces, trained on both")
+    logger.info(f"  tokenizer: SentencePiece, {len(tokenizer)} tokens, trained on both")
     create_base(MODEL_CONFIG, paths.start, seed, tokenizer, len(tokenizer))
 
 
-def _continue_arguments(arguments: Arguments, paths: DemoPaths, rows: int) -> Arguments:
-    ours = {
+def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> Arguments:
+    """The settings of the second part: the demo's, and over them those that the user gave."""
+    groups = (arguments.model, arguments.adapter, arguments.data, arguments.training)
+    given = {key: value for group in groups for key, value in vars(group).items() if key in arguments.given}
+    replicas = max(1, world // arguments.training.ranks_per_replica)
+    settings = {
         **CONTINUE,
-        "per_device_train_batch_size": rows,
+        "per_device_train_batch_size": max(1, ROWS_PER_STEP // replicas),
         "model_name_or_path": str(paths.warm),
         "train_files": paths.train_files("domain"),
         "eval_files": paths.eval_files,
         "cache_dir": str(paths.tokens),
     }
-    return from_flat({**ours, **_given(arguments)})
-
-
-def _given(arguments: Arguments) -> dict[str, Any]:
-    groups = (arguments.model, arguments.adapter, arguments.data, arguments.training)
-    return {key: value for group in groups for key, value in vars(group).items() if key in arguments.given}
+    return from_flat({**settings, **given})
 
 
 # -- the report ----------------------------------------------------------------------------------------------------
 
 
 def _report(folder: Path, summary: dict[str, Any], sharded: dict[str, Any] | None, world: int, seconds: float) -> None:
+    """Log the results as a table. `sharded`: the summary of the warm start, whose base was sharded."""
     before, after = summary["perplexity_before"], summary["perplexity_after"]
-    share = 100 * summary["trainable_params"] / summary["total_params"]
-    rows = [("", "before", "after", "change")]
-    for name in after:
-        change = 100 * (after[name] / before[name] - 1) if name in before else float("nan")
-        rows.append(
-            (f"perplexity on {name}", f"{before.get(name, float('nan')):.2f}", f"{after[name]:.2f}", f"{change:+.1f}%")
-        )
-    print("\n" + "\n".join(f"{row[0]:<24}{row[1]:>12}{row[2]:>12}{row[3]:>10}" for row in rows))
-    facts = [
-        ("trained", f"{summary['trainable_params']:,} of {summary['total_params']:,} parameters ({share:.2f}%), "
-                    f"{summary['merges']} merges in {summary['steps']} steps"),
-        ("gathered a step, rank", _gathered(summary, sharded, world)),
-        ("bytes of the base", f"{summary['base_bytes_gathered']} in all collectives of the run"),
-        ("time", f"{seconds:.0f} s on {world} rank(s)"),
-        ("curves", f"tensorboard --logdir {folder / 'tensorboard'}   (numbers: {folder / 'metrics.jsonl'})"),
-    ]  # fmt: skip
+    percent = 100 * summary["trainable_params"] / summary["total_params"]
+    logger.info(f"\n{'':<24}{'before':>12}{'after':>12}{'change':>10}")
+    for name, value in after.items():
+        start = before.get(name, float("nan"))
+        logger.info(f"{'perplexity on ' + name:<24}{start:>12.2f}{value:>12.2f}{100 * (value / start - 1):>+9.1f}%")
+    facts = {
+        "trained": f"{summary['trainable_params']:,} of {summary['total_params']:,} parameters ({percent:.2f}%), "
+        f"{summary['merges']} merges in {summary['steps']} steps",
+        "all-gather a step": _gathered(summary, sharded, world),
+        "bytes of the base": f"{summary['base_bytes_gathered']} in all collectives of the run",
+        "time": f"{seconds:.0f} s on {world} rank(s)",
+        "curves": f"tensorboard --logdir {folder / 'tensorboard'}   (numbers: {folder / METRICS_FILE})",
+    }
     merged = folder / MERGED_FOLDER
     if merged.is_dir():
-        facts.append(("merged model", f"{merged}   (plain transformers loads it)"))
-    print("\n".join(f"{name:<24}{fact}" for name, fact in facts))
+        facts["merged model"] = f"{merged}   (plain transformers loads it)"
+    for name, fact in facts.items():
+        logger.info(f"{name:<24}{fact}")
     if merged.is_dir():
-        print(f"\nthe merged model goes on from {PROMPT!r}:\n" + _indent(sample(merged, PROMPT)))
+        text = "\n".join("    " + line for line in sample(merged, PROMPT).splitlines())
+        logger.info(f"\nthe merged model continues {PROMPT!r}:\n{text}")
 
 
 def _gathered(summary: dict[str, Any], sharded: dict[str, Any] | None, world: int) -> str:
+    """The all-gather volume of a step and process, beside that of plain ZeRO-3."""
     if world == 1:
-        squares, everything = 4 * summary["trainable_params"], 4 * summary["total_params"]
+        matrices, everything = 4 * summary["trainable_params"], 4 * summary["total_params"]
         return (
-            f"nothing, there is one; with more ranks the squares, {squares / 1e6:.2f} MB, "
+            f"nothing on one rank; with more the MoRA matrices, {matrices / 1e6:.2f} MB, "
             f"where ZeRO-3 with a sharded base gathers {everything / 1e6:.2f} MB"
         )
-    mine = f"{summary['bytes_gathered_per_step'] / 1e6:.2f} MB: the squares"
+    volume = f"{summary['bytes_gathered_per_step'] / 1e6:.2f} MB: the MoRA matrices"
     if sharded is None:
-        return mine
-    return f"{mine} (ZeRO-3 with the base sharded, in part 1: {sharded['bytes_gathered_per_step'] / 1e6:.2f} MB)"
+        return volume
+    return f"{volume} (ZeRO-3 with the base sharded, in part 1: {sharded['bytes_gathered_per_step'] / 1e6:.2f} MB)"
 
 
 def sample(folder: Path, prompt: str, tokens: int = 60, seed: int = 0) -> str:
-    """A sampled continuation by a Hugging Face folder, loaded with plain transformers."""
+    """A continuation of `prompt`, sampled with plain transformers from a Hugging Face folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -270,7 +255,3 @@ def sample(folder: Path, prompt: str, tokens: int = 60, seed: int = 0) -> str:
     with torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=True, temperature=0.7, top_k=40)
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
-
-
-def _indent(text: str) -> str:
-    return "\n".join("    " + line for line in text.splitlines())

@@ -23,15 +23,15 @@ FLAG = "--init_adapter"
 
 
 @dataclass(frozen=True)
-class FirstSquares:
-    """An adapter that fits a model. Make it with `FirstSquares.open`."""
+class InitialAdapter:
+    """An adapter that fits a model. Make it with `InitialAdapter.open`."""
 
     folder: Path
     facts: AdapterFile
     tensors: AdapterTensors
 
     @classmethod
-    def open(cls, path: Path, model: nn.Module, fingerprint: str) -> FirstSquares:
+    def open(cls, path: Path, model: nn.Module, fingerprint: str) -> InitialAdapter:
         """Raises `UserError` naming what does not fit. `fingerprint`: of the model's base."""
         folder = find_adapter(path.expanduser())
         facts, ledger = open_adapter(folder)

@@ -1,12 +1,13 @@
-"""What a run reports: log line and progress bar (rank 0), TensorBoard and `metrics.jsonl`."""
+"""What a run reports: step lines and a progress bar (rank 0), TensorBoard, and `metrics.jsonl`."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,33 +21,38 @@ from mora_ds.checkpoint.layout import METRICS_FILE
 from mora_ds.data import IGNORED
 from mora_ds.files import disk_errors
 
+logger = logging.getLogger(__name__)
+
 
 class SourceLosses:
-    """Of one optimizer step. `names` are the sources'."""
+    """The losses of one optimizer step, summed by source of the mixture."""
 
     def __init__(self, names: Sequence[str]) -> None:
+        """`names`: of the sources, in the order of their indices."""
         self.names = list(names)
         self._sums: Tensor | None = None
 
     def reset(self) -> None:
-        """A step begins."""
+        """Begin a step."""
         self._sums = None
 
     def add(self, sources: Sequence[int], row_nll: Tensor, labels: Tensor) -> None:
-        """A micro-batch: (B,) source of each row, (B,) its summed loss, (B, T) its labels, here or of this part."""
+        """Add a micro-batch: source of each row (B,), its summed loss (B,), its labels (B, T or a part of T)."""
         predicted = (labels != IGNORED).sum(dim=-1)
         values = torch.stack([row_nll.detach().double(), predicted.double()])
-        if self._sums is None:  # where the losses are: nothing waits for the device before `sums`
+        if self._sums is None:  # on the losses' device: nothing waits for it before `sums`
             self._sums = values.new_zeros(2, len(self.names))
         self._sums.index_add_(1, torch.tensor(sources, device=values.device), values)
 
     def sums(self) -> list[float]:
-        """This rank's, to be added up over all ranks: losses, then predicted tokens."""
+        """This process's summed losses, then predicted tokens, by source; to be summed over all processes."""
         return [] if self._sums is None else self._sums.flatten().tolist()
 
     def facts(self, sums: Sequence[float], tokens: dict[str, int]) -> dict[str, dict[str, Any]]:
-        """{source: loss, perplexity, tokens} from the sums over all ranks; no loss where the step had none of it.
-        `tokens`: of each source since the run's first step."""
+        """{source: loss, perplexity, tokens} from the sums over all processes.
+
+        The loss is None for a source without rows in this step. `tokens`: of each source since the first step.
+        """
         nll, predicted = torch.tensor(sums, dtype=torch.float64).view(2, -1).tolist()
         facts = {}
         for name, value, count in zip(self.names, nll, predicted, strict=True):
@@ -58,19 +64,21 @@ class SourceLosses:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One logged optimizer step. `loss` is the mean over all predicted tokens of the global batch."""
+    """One logged optimizer step."""
 
     step: int
     loss: float
+    """Mean over all predicted tokens of the global batch."""
     learning_rate: float
     grad_norm: float
     tokens: int
-    """Tokens read since the first step, all ranks together."""
+    """Tokens read since the first step, over all processes."""
     tokens_per_s: float
     tokens_per_s_per_rank: float
     step_time_s: float
     peak_memory_bytes: int
     bytes_gathered: int
+    """All-gather volume of the step, per process."""
 
     @property
     def perplexity(self) -> float:
@@ -94,18 +102,18 @@ def perplexity(loss: float) -> float:
 
 
 def peak_memory_bytes() -> int:
-    """Highest memory of this rank so far: allocated on the device where there is one, resident on a CPU."""
+    """This process's peak memory so far: allocated on its GPU, or resident where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class MetricsLog:
-    """Sinks of one run. On ranks other than 0 (`enabled=False`) every call does nothing."""
+    """Writes the metrics of one run. On ranks other than 0 (`enabled=False`) every call does nothing."""
 
     def __init__(self, folder: Path, total_steps: int, enabled: bool, start_step: int = 0) -> None:
-        """Rows after `start_step` (written by a run that was interrupted later than its last checkpoint) are dropped,
-        so that a resumed curve reads as an uninterrupted one. 0 is a run's beginning: all rows are dropped."""
+        """Drop the rows after `start_step`, of a run that was interrupted after its last checkpoint, so that a resumed
+        curve reads as an uninterrupted one; 0 drops all rows."""
         self.total_steps, self.enabled = total_steps, enabled
         if not enabled:
             return
@@ -117,62 +125,31 @@ class MetricsLog:
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=quiet)
 
     def step(self, metrics: StepMetrics) -> None:
-        if not self.enabled:
-            return
-        self._write(metrics.row())
-        for name, value in metrics.row().items():
-            if name != "step":
-                self._board.add_scalar(f"train/{name}", value, metrics.step)
-        self.say(metrics.line(self.total_steps))
+        row = metrics.row()
+        self._write(row)
+        self._plot("train", metrics.step, {name: value for name, value in row.items() if name != "step"})
+        logger.info(metrics.line(self.total_steps))
 
     def evaluation(self, step: int, perplexities: dict[str, float]) -> None:
-        if not self.enabled:
-            return
-        self._write({"step": step, "eval": perplexities})
-        for name, value in perplexities.items():
-            self._board.add_scalar(f"eval/{name}", value, step)
-        self.say(f"step {step}  perplexity " + "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items()))
-
-    def merge(self, step: int, facts: dict[str, Any]) -> None:
-        if not self.enabled:
-            return
-        self._write({"step": step, "merge": facts})
-        for name, value in facts.items():
-            if value is not None:
-                self._board.add_scalar(f"merge/{name}", value, step)
-
-    def sources(self, step: int, facts: dict[str, dict[str, Any]]) -> None:
-        """Loss, perplexity and tokens of every source of the mixture in `step`."""
-        if not self.enabled:
-            return
-        self._write({"step": step, "sources": facts})
-        for name, values in facts.items():
-            for key, value in values.items():
-                if value is not None:
-                    self._board.add_scalar(f"sources/{name}/{key}", value, step)
-
-    def stall(self, step: int, facts: dict[str, Any]) -> None:
-        """Where `stall.StallRule` stands after `step`; `facts` as it gives them."""
-        if not self.enabled:
-            return
-        self._write({"step": step, "stall": facts})
-        for name, value in facts.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(f"stall/{name}", value, step)
+        """The perplexity of each evaluation set after `step`."""
+        self.record("eval", step, perplexities)
+        values = "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
+        logger.info(f"step {step}  perplexity {values}")
 
     def alignment(self, step: int, share: float) -> None:
-        """Of the deltas' energy in the weights' leading subspaces, as `step` began."""
-        if self.enabled:
-            self._write({"step": step, "alignment": share})
-            self._board.add_scalar("train/alignment", share, step)
+        """The share of the updates' energy in the weights' leading subspaces, at the beginning of `step`."""
+        self._write({"step": step, "alignment": share})
+        self._plot("train", step, {"alignment": share})
+
+    def record(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
+        """A row of this kind: "eval", "merge", "stall" (`StallRule.facts`) or "sources" ({source: its figures})."""
+        self._write({"step": step, kind: facts})
+        self._plot(kind, step, facts)
 
     def advance(self, step: int) -> None:
+        """Move the progress bar to `step`."""
         if self.enabled:
             self._bar.update(step - self._bar.n)
-
-    def say(self, text: str) -> None:
-        if self.enabled:
-            self._bar.write(text)
 
     def close(self) -> None:
         if self.enabled:
@@ -181,13 +158,22 @@ class MetricsLog:
             self._file.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        with disk_errors(self._path.parent):
-            self._file.write(json.dumps(plain_json(row), allow_nan=False) + "\n")
-            self._file.flush()
+        if self.enabled:
+            with disk_errors(self._path.parent):
+                self._file.write(json.dumps(plain_json(row), allow_nan=False) + "\n")
+                self._file.flush()
+
+    def _plot(self, prefix: str, step: int, facts: Mapping[str, Any]) -> None:
+        """Every number of `facts` as a TensorBoard scalar; nested mappings by their path."""
+        for name, value in facts.items():
+            if isinstance(value, Mapping):
+                self._plot(f"{prefix}/{name}", step, value)
+            elif self.enabled and isinstance(value, (int, float)):
+                self._board.add_scalar(f"{prefix}/{name}", value, step)
 
 
 def plain_json(value: Any) -> Any:
-    """The same with null for NaN and infinity, which JSON does not have (a perplexity may overflow)."""
+    """`value` with null for NaN and infinity, which JSON does not have (a perplexity may overflow)."""
     if isinstance(value, dict):
         return {key: plain_json(part) for key, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -198,14 +184,14 @@ def _keep_rows(path: Path, last_step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line + "\n" for line in lines if 0 < last_step >= _step_of(line)]
-    beside = path.with_suffix(".tmp")
+    partial = path.with_suffix(".tmp")
     with disk_errors(path.parent):
-        beside.write_text("".join(kept), encoding="utf-8")
-        beside.replace(path)
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(path)
 
 
 def _step_of(line: str) -> float:
-    """After every other one for a line that is damaged, or that a killed process was writing."""
+    """The step of a row; infinity for a damaged row, such as one that a killed process was writing."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):

@@ -1,19 +1,22 @@
-"""The main job, from settings to a summary: every room below is wired here, and only here.
+"""The main job, from settings to a summary.
 
-    settings -> output folder -> tokenizer, tokens -> base -> squares -> engine -> (resume) -> Trainer.run -> export
+    settings -> output folder -> tokenizer and tokens -> base -> adapter -> engine -> (resume) -> preflight
+    -> Trainer.run -> export
 
-What the user can get wrong is found in this order, cheapest first; nothing is trained before all of it has been.
+What the user can get wrong is found in this order, cheapest first; no step is trained before all of it is checked.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils.logging import disable_progress_bar
 
 from mora_ds.adapters.config import SHARED
@@ -26,75 +29,113 @@ from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.domains import eval_domains
 from mora_ds.config.forgetting import Watch, change
+from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.data import Mixture, TrainData
-from mora_ds.engine.ds_config import resolve_ds_config
-from mora_ds.engine.initialize import check_compute_dtype, check_splittable, start_distributed
+from mora_ds.engine.ds_config import compute_dtype
+from mora_ds.engine.initialize import start_distributed
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.errors import UserError
 from mora_ds.files import write_json_atomic
-from mora_ds.models.load import folder_config, read_model_config, resolve_folder
 from mora_ds.models.loss import chunk_loss
-from mora_ds.parallel.topology import check_degree
-from mora_ds.parallel.ulysses import bound, whole_rows
-from mora_ds.parallel.ulysses_checks import check_config, check_world
-from mora_ds.remora.schedule import Schedule, ScheduleKind
+from mora_ds.parallel.ulysses_checks import check_config
+from mora_ds.remora.schedule import Schedule
 from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
+from mora_ds.train.adapter_job import AdapterJob
+from mora_ds.train.base import find_model, prepare_base
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.dry_run import dry_run
-from mora_ds.train.job import Job, Place, prepare_base, prepare_job, rows_per_step
+from mora_ds.train.engine_config import engine_config
+from mora_ds.train.evaluator import Evaluator
+from mora_ds.train.job import BareJob, FullJob, Job
 from mora_ds.train.metrics import MetricsLog, peak_memory_bytes, plain_json
 from mora_ds.train.output_folder import Reservation, claim, reserve, write_run_file
-from mora_ds.train.preflight import check_chunked_loss, check_document_mask, check_rows, check_split
-from mora_ds.train.replicas import Share
+from mora_ds.train.place import Place
+from mora_ds.train.preflight import preflight
+from mora_ds.train.replicas import Replica
 from mora_ds.train.targets import plan_of_file
-from mora_ds.train.trainer import LoopSettings, Trainer
+from mora_ds.train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+JOBS: dict[str, type[Job]] = {
+    AdapterKind.MORA.value: AdapterJob,
+    AdapterKind.LORA.value: AdapterJob,
+    AdapterKind.FULL.value: FullJob,
+    AdapterKind.NONE.value: BareJob,
+}
 
 
 def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
-    """Run the job that `arguments` describe, on this rank of all ranks. Returns what `summary.json` holds.
+    """Run the job that `arguments` describe, on this process of all. Returns the content of `summary.json`.
 
-    `base`: the model that --full_rank_steps have made of theirs; the job goes on from there, with the steps that are
-    left and the batches that follow.
-    Raises `UserError` before anything expensive for what the user can mend, and the output folder is then as it was;
-    `RunError` for failures while running.
+    `base`: the model that --full_rank_steps has trained; the job continues it, with the steps that are left and the
+    batches that follow. Raises `UserError` before anything expensive for what the user can mend, and the output folder
+    is then as it was; `RunError` for failures during the run.
     """
     validate(arguments)
-    if arguments.adapter.compile:
+    model, adapter, training = arguments.model, arguments.adapter, arguments.training
+    if adapter.compile:
         check_compiler()
-    training = arguments.training
     if training.dry_run:
         return dry_run(arguments)
+    ranks = start_processes(training)
+    ds_config = engine_config(training, adapter.adapter, ranks.world)
+    with _output_folder(arguments, ranks, base) as place:
+        if adapter.init_adapter is not None and place.checkpoint is None:
+            ranks.agree(lambda: find_adapter(Path(str(adapter.init_adapter)).expanduser()))
+        folder, config = find_model(model, place)
+        check_config(config, training.sequence_parallel_size, model.attention, model.trust_remote_code)
+        data = load_data(model, arguments.data, training, folder, config, place)
+        _check_evaluation_sets(arguments, data)
+        dtype = getattr(torch, compute_dtype(ds_config))
+        loaded = prepare_base(model, training, folder, data.tokenizer, dtype, place)
+        job = JOBS[adapter.adapter](arguments, loaded, ds_config, data, place)
+        if adapter.compile:
+            compile_operators()
+        if training.chunked_loss:
+            chunk_loss(loaded.model)
+        preflight(job, training.chunked_loss, arguments.data.document_mask)
+        schedule = arguments.schedule(_total_steps(training, data.train, ranks.world) - _first_batch(arguments, place))
+        _check_not_beyond(place.checkpoint, schedule.total_steps)
+    try:
+        return _evaluate(arguments, job) if isinstance(job, BareJob) else _train(arguments, job, schedule)
+    finally:
+        place.followers.close()
+
+
+def start_processes(training: TrainingArguments) -> Ranks:
+    """Join the process group. Without a terminal, and on ranks other than 0, transformers shows no progress bars."""
     start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.heartbeat_timeout_s)
     ranks = Ranks.current()
     if not (ranks.is_first and sys.stderr.isatty()):
-        disable_progress_bar()  # transformers' own, on every rank
-    say = print if ranks.is_first else _silence
-    check_world(training.sequence_parallel_size, ranks.world)
-    check_degree(training.tensor_parallel_size, ranks.world)
-    replicas = ranks.world // training.ranks_per_replica
-    settings = training.engine_settings()
-    if arguments.adapter.adapter == AdapterKind.FULL.value:
-        settings = dataclasses.replace(settings, tensor_parallel_size=None)
-    ds_config = resolve_ds_config(_expanded(training.deepspeed), settings, replicas)
-    check_compute_dtype(ds_config)
-    if training.tensor_parallel_size > 1:
-        check_splittable(ds_config)
-    if training.sequence_parallel_size > 1:
-        ds_config.pop("train_batch_size")  # checked; DeepSpeed, told of no groups, would count every rank's rows
-    folder = Path(training.output_dir).expanduser()
+        disable_progress_bar()
+    return ranks
+
+
+# -- the output folder -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _output_folder(arguments: Arguments, ranks: Ranks, base: Path | None) -> Iterator[Place]:
+    """Reserve --output_dir and find the checkpoint to resume from. Collective.
+
+    The folder becomes the run's when the block has passed, and is as it was when the block raises.
+    """
+    training = arguments.training
+    root = Path(training.output_dir).expanduser()
     targets = ranks.on_first(lambda: plan_of_file(arguments.adapter))  # it may lie in the folder
-    checkpoint, reservation = ranks.on_first(lambda: _reserve(arguments, folder, replicas))
+    checkpoint, reservation = ranks.on_first(lambda: _reserve(training, root, ranks.world))
     followers = None
     try:
-        followers = Followers.find(folder, ranks)
-        place = dataclasses.replace(_place(followers, checkpoint, base, say), targets=targets)
-        job, data = _prepare(arguments, ds_config, place)
-        steps = _total_steps(arguments, data.train, ranks.world) - _first_batch(arguments, place)
-        schedule = arguments.schedule(steps)
-        if place.checkpoint is not None and TrainerState.read(place.checkpoint).step > steps:
-            raise UserError(f"{checkpoint} is already beyond this run's {steps} steps: raise --max_steps")
+        followers = Followers.find(root, ranks)
+        if followers.names:
+            logger.info(
+                f"{', '.join(followers.names)}: --output_dir is another folder there; rank 0's node keeps the run"
+            )
+        fetched = None if checkpoint is None else followers.fetch(checkpoint)
+        yield Place(followers, fetched, None if base is None else followers.fetch(base), targets)
     except BaseException:
         if ranks.is_first:
             reservation.rollback()
@@ -104,163 +145,141 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     if ranks.is_first:
         reservation.commit()
         if checkpoint is not None:
-            name_latest(folder / CHECKPOINTS, checkpoint)
+            name_latest(root / CHECKPOINTS, checkpoint)
             if best := TrainerState.read(checkpoint).best_step:
-                name_best(folder / CHECKPOINTS, step_folder(folder / CHECKPOINTS, best))
-    try:
-        if arguments.adapter.adapter == AdapterKind.NONE.value:
-            return _evaluate(arguments, job, data, place)
-        return _train(arguments, job, data, place, schedule)
-    finally:
-        followers.close()
+                name_best(root / CHECKPOINTS, step_folder(root / CHECKPOINTS, best))
 
 
-def _place(followers: Followers, checkpoint: Path | None, base: Path | None, say: Callable[..., None]) -> Place:
-    """Where this rank works, and from copies of what on a node that does not see the run's folder."""
-    if followers.names:
-        say(f"{', '.join(followers.names)}: --output_dir is another folder there; the run is kept on rank 0's node")
-    if checkpoint is not None:
-        checkpoint = followers.fetch(checkpoint)
-    if base is not None:
-        base = followers.fetch(base)
-    return Place(followers.folder, followers.ranks, checkpoint, say, base, followers)
-
-
-def _silence(*text: object) -> None:
-    del text
-
-
-def _expanded(path: str | None) -> Path | None:
-    return None if path is None else Path(path).expanduser()
-
-
-def _reserve(arguments: Arguments, folder: Path, replicas: int) -> tuple[Path | None, Reservation]:
-    """The checkpoint to resume from, if any; the output folder is this run's afterwards, on trial."""
-    training = arguments.training
+def _reserve(training: TrainingArguments, folder: Path, world: int) -> tuple[Path | None, Reservation]:
+    """The checkpoint to resume from, if any, and the reserved output folder. On rank 0."""
     wanted, root = training.resume_from_checkpoint, folder / CHECKPOINTS
     claim(folder)
     settle(root)
     checkpoint = resume_checkpoint(wanted, root) if wanted else None
     if checkpoint is not None:
-        check_world_size(checkpoint, replicas)
+        check_world_size(checkpoint, world // training.ranks_per_replica)
     continues = wanted == AUTO or (checkpoint is not None and checkpoint.parent == root.resolve())
     return checkpoint, reserve(folder, training.overwrite_output_dir, continues)
 
 
-def _prepare(arguments: Arguments, ds_config: dict[str, Any], place: Place) -> tuple[Job, RunData]:
-    """Everything up to the first step; nothing here is lost when it fails."""
-    model, ranks = arguments.model, place.ranks
-    init = arguments.adapter.init_adapter if place.checkpoint is None else None
-    if init is not None:  # whether it fits is for the model to say; that it is there, before any text is read
-        ranks.agree(lambda: find_adapter(Path(init).expanduser()))
-    if place.base is not None or model.model_name_or_path is not None:
-        model_folder = resolve_folder(str(place.base or model.model_name_or_path), ranks)
-        config = folder_config(model_folder, model.trust_remote_code)
-    else:
-        assert model.model_config is not None
-        model_folder, config = None, read_model_config(Path(model.model_config).expanduser())
-    training = arguments.training
-    check_config(config, training.sequence_parallel_size, model.attention, model.trust_remote_code)
-    rows = rows_per_step(arguments, ranks.world)
-    data = load_data(arguments, config, model_folder, place.followers, rows, place.checkpoint, place.say)
-    _watch(arguments).check_names(list(data.evaluation))
-    if arguments.adapter.domain_adapters and isinstance(data.train, Mixture):
-        eval_domains(arguments.adapter.eval_domains, list(data.evaluation), data.train.names)
-    loaded = prepare_base(arguments, model_folder, data.tokenizer, ds_config, place)
-    job = prepare_job(arguments, loaded, ds_config, data, place)
-    if arguments.adapter.compile:
-        compile_operators()
-    vocab_size = loaded.model.config.get_text_config().vocab_size
-    if training.chunked_loss:
-        chunk_loss(loaded.model)
-        with whole_rows(loaded.model):
-            check_chunked_loss(job.engine, vocab_size)
-    if arguments.adapter.domain_adapters:
-        with whole_rows(loaded.model):
-            check_rows(job.engine, vocab_size)
-    if arguments.data.document_mask:
-        with whole_rows(loaded.model):
-            check_document_mask(job.engine, vocab_size)
-    sequence = bound(loaded.model)
-    if sequence is not None:
-        check_split(job.engine, loaded.model, sequence, arguments.data.document_mask)
-    return job, data
+# -- evaluation sets and steps -----------------------------------------------------------------------------------------
 
 
-# -- the run ---------------------------------------------------------------------------------------------------------
+def _check_evaluation_sets(arguments: Arguments, data: RunData) -> None:
+    """Raise `UserError` for flags that name an evaluation set or a domain which the run does not have."""
+    sets, adapter = list(data.evaluation), arguments.adapter
+    _watch(arguments.training).check_names(sets)
+    if adapter.domain_adapters and isinstance(data.train, Mixture):
+        eval_domains(adapter.eval_domains, sets, data.train.names)
 
 
-def _train(arguments: Arguments, job: Job, data: RunData, place: Place, schedule: Schedule) -> dict[str, Any]:
-    folder, ranks, steps = place.folder, place.ranks, schedule.total_steps
-    state = job.state
-    if ranks.is_first:
-        resolved = {"world_size": ranks.world, "steps": steps, "deepspeed": job.engine.config, **data.train.identity}
-        write_run_file(folder, dump(arguments), resolved)
-    log = MetricsLog(folder, steps, ranks.is_first, state.step)
-    if place.checkpoint is not None:
-        log.say(_resumed(place.checkpoint, state, steps))
-    state.total_steps = steps
-    domains = domains_of(job.engine.module)
-    read_as = eval_domains(arguments.adapter.eval_domains, list(data.evaluation), domains.names)
-    if domains.names and read_as:
-        log.say("evaluation sets are read as: " + ", ".join(f"{k}: {v or SHARED}" for k, v in read_as.items()))
+def _watch(training: TrainingArguments) -> Watch:
+    return Watch.of(training.stop_when_forgotten, training.best_by)
+
+
+def _first_batch(arguments: Arguments, place: Place) -> int:
+    """The number of batches that the full-rank steps have used."""
+    return arguments.adapter.full_rank_steps if place.base is not None else 0
+
+
+def _total_steps(training: TrainingArguments, data: TrainData, world: int) -> int:
+    """Optimizer steps by --max_steps or --num_train_epochs, at most as many as a mixture has data for."""
+    limit = data.max_steps if isinstance(data, Mixture) else None
+    if training.max_steps > 0:
+        if limit is not None and training.max_steps > limit:
+            raise UserError(
+                f"--max_steps {training.max_steps}: all sources are used up after {limit} steps, since each has its "
+                "`epochs`: raise or drop one of them, or lower --max_steps"
+            )
+        return training.max_steps
+    steps = max(1, math.ceil(training.num_train_epochs * data.n_blocks / training.rows_per_step(world)))
+    return steps if limit is None else min(steps, limit)
+
+
+def _check_not_beyond(checkpoint: Path | None, total_steps: int) -> None:
+    if checkpoint is not None and TrainerState.read(checkpoint).step > total_steps:
+        raise UserError(f"{checkpoint} is already beyond this run's {total_steps} steps: raise --max_steps")
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
+    """Train, write summary.json and the merged model. Returns the summary."""
+    folder, ranks, state = job.place.folder, job.place.ranks, job.state
+    facts = {"steps": schedule.total_steps, "deepspeed": job.engine.config, **job.data.train.identity}
+    log = _begin_log(arguments, job, facts)
+    if job.place.checkpoint is not None:
+        logger.info(_resumed(job.place.checkpoint, state, schedule.total_steps))
+    state.total_steps = schedule.total_steps
+    replica = Replica(job.engine, arguments.training.ranks_per_replica, job.split)
     counter = CollectiveCounter(job.base_tensors.values())
-
     trainer = Trainer(
-        share=Share(job.engine, arguments.training.ranks_per_replica, job.split),
-        train_data=data.train,
-        eval_data=data.evaluation,
+        job=job,
+        replica=replica,
+        train_data=job.data.train,
+        evaluator=_evaluator(arguments, job, replica, log),
         schedule=schedule,
-        settings=_loop_settings(arguments, steps, _first_batch(arguments, place)),
+        training=arguments.training,
         log=log,
         counter=counter,
-        state=state,
-        save=lambda now: job.save(now, arguments.training.save_total_limit),
-        merger=job.remora,
-        wait=job.wait,
-        watch=_watch(arguments),
-        domains=domains,
-        eval_domains=read_as,
-        alignment=job.alignment,
+        merge_at_end=arguments.adapter.merge_at_end,
+        stall=arguments.adapter.stall_rule(),
+        first_batch=_first_batch(arguments, job.place),
+        last_checkpoint=job.place.checkpoint,
     )
-    trainer.last_checkpoint = place.checkpoint
-    nothing_to_do = trainer.is_finished
-    state = trainer.run()
-    summary = plain_json(_summary(job, state, trainer, counter))
-    if ranks.is_first and not (nothing_to_do and (folder / SUMMARY_FILE).exists()):
+    was_finished = trainer.is_finished
+    trainer.run()
+    summary = _summary(job, trainer.bytes_gathered_per_step, counter.base_bytes)
+    if ranks.is_first and not (was_finished and (folder / SUMMARY_FILE).exists()):
         write_json_atomic(folder / SUMMARY_FILE, summary)
     if arguments.training.export_merged:
         assert trainer.last_checkpoint is not None, "a run ends with a checkpoint"
-        log.say(f"writing the merged model to {folder / 'merged'}")
+        logger.info(f"writing the merged model to {folder / MERGED_FOLDER}")
         job.export(trainer.last_checkpoint, folder / MERGED_FOLDER)
     log.close()
     ranks.barrier()
     return summary
 
 
-def _evaluate(arguments: Arguments, job: Job, data: RunData, place: Place) -> dict[str, Any]:
-    """--adapter none: the perplexities of the base, under the same names as any run's."""
-    settings, counter = _loop_settings(arguments, 0, 0), CollectiveCounter()
-    schedule = Schedule(ScheduleKind.CONSTANT, arguments.training.learning_rate, total_steps=1)
-    if place.ranks.is_first:
-        write_run_file(place.folder, dump(arguments), {"world_size": place.ranks.world, "steps": 0})
-    log = MetricsLog(place.folder, 0, place.ranks.is_first, 0)
-    share = Share(job.engine, arguments.training.ranks_per_replica, job.split)
-    trainer = Trainer(
-        share, data.train, data.evaluation, schedule, settings, log, counter, job.state, lambda now: place.folder
-    )
-    job.state.perplexity_before = trainer.evaluate()
-    summary = plain_json(_summary(job, job.state, trainer, counter))
-    if place.ranks.is_first:
-        write_json_atomic(place.folder / SUMMARY_FILE, summary)
+def _evaluate(arguments: Arguments, job: BareJob) -> dict[str, Any]:
+    """Evaluate the base (--adapter none) and write the perplexities to summary.json, as any run does."""
+    log = _begin_log(arguments, job, {"steps": 0})
+    replica = Replica(job.engine, arguments.training.ranks_per_replica, job.split)
+    job.state.perplexity_before = _evaluator(arguments, job, replica, log).evaluate()
+    summary = _summary(job, 0, 0)
+    if job.place.ranks.is_first:
+        write_json_atomic(job.place.folder / SUMMARY_FILE, summary)
     log.close()
-    place.ranks.barrier()
+    job.place.ranks.barrier()
     return summary
 
 
-def _first_batch(arguments: Arguments, place: Place) -> int:
-    """How many batches the full-rank steps have used up."""
-    return arguments.adapter.full_rank_steps if place.base is not None else 0
+def _begin_log(arguments: Arguments, job: Job, facts: dict[str, Any]) -> MetricsLog:
+    """Write run.yaml, with `facts` beside the settings, and open the metrics."""
+    folder, ranks = job.place.folder, job.place.ranks
+    if ranks.is_first:
+        write_run_file(folder, dump(arguments), {"world_size": ranks.world, **facts})
+    return MetricsLog(folder, facts["steps"], ranks.is_first, job.state.step)
+
+
+def _evaluator(arguments: Arguments, job: Job, replica: Replica, log: MetricsLog) -> Evaluator:
+    training, domains, sets = arguments.training, domains_of(job.loaded.model), job.data.evaluation
+    set_domains = eval_domains(arguments.adapter.eval_domains, list(sets), domains.names)
+    if domains.names and set_domains:
+        read_as = ", ".join(f"{name}: {domain or SHARED}" for name, domain in set_domains.items())
+        logger.info(f"evaluation sets are read as: {read_as}")
+    return Evaluator(
+        replica=replica,
+        sets=sets,
+        state=job.state,
+        log=log,
+        batch_size=training.per_device_eval_batch_size,
+        max_batches=training.max_eval_batches,
+        watch=_watch(training),
+        domains=domains,
+        set_domains=set_domains,
+    )
 
 
 def _resumed(checkpoint: Path, state: TrainerState, steps: int) -> str:
@@ -273,55 +292,20 @@ def _resumed(checkpoint: Path, state: TrainerState, steps: int) -> str:
     )
 
 
-def _total_steps(arguments: Arguments, data: TrainData, world: int) -> int:
-    training = arguments.training
-    most = data.max_steps if isinstance(data, Mixture) else None
-    if training.max_steps > 0:
-        if most is not None and training.max_steps > most:
-            raise UserError(
-                f"--max_steps {training.max_steps}: all sources are used up after {most} steps, since each has its "
-                "`epochs`: raise or drop one of them, or lower --max_steps"
-            )
-        return training.max_steps
-    steps = max(1, math.ceil(training.num_train_epochs * data.n_blocks / rows_per_step(arguments, world)))
-    return steps if most is None else min(steps, most)
-
-
-def _loop_settings(arguments: Arguments, steps: int, first_batch: int) -> LoopSettings:
-    training = arguments.training
-    return LoopSettings(
-        total_steps=steps,
-        first_batch=first_batch,
-        micro_batch_size=training.per_device_train_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        eval_batch_size=training.per_device_eval_batch_size,
-        logging_steps=training.logging_steps,
-        eval_steps=training.eval_steps,
-        eval_on_start=training.eval_on_start,
-        max_eval_batches=training.max_eval_batches,
-        save_steps=training.save_steps,
-        others_rate=training.others_rate,
-        merge_at_end=arguments.adapter.merge_at_end,
-        stall=arguments.adapter.stall_rule(),
-    )
-
-
-def _watch(arguments: Arguments) -> Watch:
-    return Watch.of(arguments.training.stop_when_forgotten, arguments.training.best_by)
-
-
-def _summary(job: Job, state: TrainerState, trainer: Trainer, counter: CollectiveCounter) -> dict[str, Any]:
-    return {
+def _summary(job: Job, bytes_gathered_per_step: int, base_bytes_gathered: int) -> dict[str, Any]:
+    state = job.state
+    summary = {
         "steps": state.step,
         "tokens": state.tokens,
-        "trainable_params": job.trainable_params,
-        "total_params": job.total_params,
+        "trainable_params": job.trainable_parameters,
+        "total_params": job.total_parameters,
         "merges": len(state.merges),
         "perplexity_before": state.perplexity_before,
         "perplexity_after": state.perplexity_last,
         "perplexity_change_percent": change(state.perplexity_before, state.perplexity_last),
         **({"best_step": state.best_step} if state.best_step else {}),
-        "bytes_gathered_per_step": trainer.bytes_gathered_per_step,
-        "base_bytes_gathered": counter.base_bytes,
+        "bytes_gathered_per_step": bytes_gathered_per_step,
+        "base_bytes_gathered": base_bytes_gathered,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+    return dict(plain_json(summary))

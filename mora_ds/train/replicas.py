@@ -1,11 +1,12 @@
-"""The ranks that compute the same rows together, and what one rank does of that.
+"""The processes that compute the same rows together (a replica), and what one process contributes to a loss.
 
-world = replicas x ranks_per_replica; ranks of a replica are consecutive, and are given the same rows
+world = replicas x processes_per_replica; the processes of a replica have consecutive ranks and are given the same rows
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -19,45 +20,61 @@ from mora_ds.errors import RunError
 from mora_ds.models.loss import token_nll
 
 
+class NotFinite(RunError):
+    """A loss or norm is NaN or infinite after training has begun; whoever knows the last checkpoint adds it."""
+
+
+def require_finite(value: float, what: str, step: int) -> None:
+    """Raise `NotFinite` with the message `what`, or `RunError` where `step` is 0, if `value` is NaN or infinite."""
+    if math.isfinite(value):
+        return
+    if step == 0:
+        raise RunError(f"{what}, before any training: the model itself is broken, or needs another dtype")
+    raise NotFinite(what)
+
+
 @dataclass
-class Share:
-    """This rank's."""
+class Replica:
+    """The replica that this process belongs to: its number, its rows of a batch, and sums over all processes."""
 
     engine: zero.Engine
-    ranks_per_replica: int = 1
+    processes_per_replica: int = 1
     split: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda batch: batch
-    """What this rank computes of its replica's rows."""
+    """Takes the replica's rows, returns the part of them that this process computes."""
 
     def __post_init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.replica, self.replicas = self.rank // self.ranks_per_replica, self.world // self.ranks_per_replica
+        self.index, self.count = self.rank // self.processes_per_replica, self.world // self.processes_per_replica
         self._rows_checked = False
 
     def rows(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of a batch to train on. The first one is held against that of the replica's other ranks: `RunError`."""
-        batch = self._moved(batch)
-        if self.ranks_per_replica > 1 and not self._rows_checked:
-            check_same_rows(batch, self.ranks_per_replica)
+        """This process's part of a training batch of its replica, on the engine's device.
+
+        The first batch is compared with those of the other processes of the replica: `RunError` if they differ.
+        """
+        batch = self._on_device(batch)
+        if self.processes_per_replica > 1 and not self._rows_checked:
+            check_same_rows(batch, self.processes_per_replica)
             self._rows_checked = True
         return self.split(batch)
 
     def sum(self, value: float) -> float:
-        """Over all ranks. Collective."""
+        """The sum of `value` over all processes. Collective."""
         total = torch.tensor(value, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(total)
         return total.item()
 
     @torch.no_grad()
     def nll(self, batch: Mapping[str, Tensor]) -> tuple[float, int]:
-        """This rank's part of a batch's loss, summed over tokens, and the number of those. Collective under ZeRO-3."""
-        own = self.split(self._moved(batch))
+        """(summed loss, number of predicted tokens) of this process's part of a batch. Collective under ZeRO-3."""
+        part = self.split(self._on_device(batch))
         self.engine.eval()
-        nll = token_nll(self.engine, own).item()
+        nll = token_nll(self.engine, part).item()
         self.engine.train()
-        return nll, int((own["labels"] != IGNORED).sum())
+        return nll, int((part["labels"] != IGNORED).sum())
 
     def mean_nll(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
-        """Over all tokens of all ranks, each of which brings as many batches. Collective."""
+        """Mean loss over all predicted tokens of all processes, which bring equally many batches. Collective."""
         total, predicted = 0.0, 0
         for batch in batches:
             nll, tokens = self.nll(batch)
@@ -65,25 +82,25 @@ class Share:
         return self.sum(total) / max(self.sum(predicted), 1.0)
 
     def replica_nll(self, batch: Mapping[str, Tensor]) -> float:
-        """The mean loss of a batch that all replicas have alike. Collective."""
+        """Mean loss of a batch that is the same in every replica. Collective."""
         nll, predicted = self.nll(batch)
-        if self.ranks_per_replica > 1:
+        if self.processes_per_replica > 1:
             nll, predicted = self.sum(nll), int(self.sum(predicted))
         return nll / max(predicted, 1)
 
-    def _moved(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.engine.device) for name, tensor in batch.items()}
 
 
-def check_same_rows(batch: Mapping[str, Tensor], ranks_per_replica: int) -> None:
-    """Raises `RunError` where the consecutive ranks of a replica hold different batches. Collective: 32 numbers."""
+def check_same_rows(batch: Mapping[str, Tensor], processes_per_replica: int) -> None:
+    """Raise `RunError` where the processes of a replica hold different batches. Collective; sends a hash each."""
     digest = hashlib.sha256()
     for name, tensor in batch.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.cpu().numpy().tobytes())
     mine = torch.tensor(list(digest.digest()), dtype=torch.int64, device=next(iter(batch.values())).device)
-    everyone = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    for rank, found in enumerate(everyone):
-        first = rank - rank % ranks_per_replica
-        if not torch.equal(found, everyone[first]):
+    digests = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(digests, mine)
+    for rank, other in enumerate(digests):
+        first = rank - rank % processes_per_replica
+        if not torch.equal(other, digests[first]):
             raise RunError(f"ranks {first} and {rank} compute the same rows together, but were given different ones")

@@ -1,4 +1,4 @@
-"""One MoRA run around an engine: merge, save, resume. The trainer's, and that of a loop of the user's own.
+"""One MoRA run around an engine: merge, save, resume. For the main job and for training loops written by users.
 
 run = Run(engine, config, base="path/of/the/model", folder="out")      resume="auto" continues what is there
 run.merge(step)        at intervals: ReMoRA
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,34 @@ from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.vectors import prepare_vectors, wanted_vectors
 
 
-class Run:
-    """The ledger and the checkpoints of one engine, in `folder`. Make it, and call its methods, on all ranks.
+@dataclass(frozen=True)
+class RunDetails:
+    """What the main job knows about its run; the defaults suit a loop written by a user."""
 
-    `base` is the Hugging Face folder that the model was loaded from: it is reread at every merge and never written.
-    With `resume` ("auto", "latest", a path) engine, ledger and live base are as that checkpoint has them, and `state`
-    says where it stands; without, the folder must hold no other run, or `overwrite` its ledger.
+    keys: Mapping[str, str] | None = None
+    """Parameter name -> key in the base; None: found from the model, whose frozen weights are then compared too."""
+    precision: str = EXACT
+    reset: OptimizerReset = OptimizerReset.ZERO
+    """What a merge does to the optimizer's state."""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """What a resumed run must share with its checkpoint besides base and adapter."""
+    tokenizer_folder: Path | None = None
+    """Copied into every checkpoint."""
+    probe_ids: Tensor | None = None
+    """(1, T) token ids, recorded in every checkpoint with the model's logits for them."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Further entries of adapter.json."""
+    followers: Followers | None = None
+    """The nodes that do not see `folder`; None: found by looking."""
+
+
+class Run:
+    """The merge ledger and the checkpoints of one engine, in `folder`. All processes make it, and call it, together.
+
+    `base` is the Hugging Face folder that the model was loaded from: it is read again at every merge and never written.
+    With `resume` ("auto", "latest", a path) engine, merge ledger and base are restored from that checkpoint, and
+    `state` holds its position; without, the folder must hold no other run, unless `overwrite` is set. A `resume` that
+    is a `Path` must have been verified. With `async_save`, `save` writes in the background.
     Raises `UserError` when the model does not hold that base, weight for weight, or the checkpoint is another run's.
     """
 
@@ -58,73 +81,66 @@ class Run:
         *,
         resume: Path | str | None = None,
         overwrite: bool = False,
-        keys: Mapping[str, str] | None = None,
-        precision: str = EXACT,
-        reset: OptimizerReset = OptimizerReset.ZERO,
-        identity: Mapping[str, Any] | None = None,
-        tokenizer_folder: Path | None = None,
-        probe_ids: Tensor | None = None,
-        facts: Mapping[str, Any] | None = None,
         async_save: bool = False,
-        followers: Followers | None = None,
+        details: RunDetails | None = None,
     ) -> None:
-        """`keys` maps parameter names to the base's keys where the caller has them already; `identity` is what a
-        resumed run must agree on beside base and adapter; a `resume` that is a `Path` is one that was verified;
-        `probe_ids` (1, T) are recorded with their logits; with `async_save`, `save` writes in the background;
-        `followers` where they have been found already."""
+        details = details or RunDetails()
         self.engine, self.ranks = engine, Ranks.current()
-        self.followers = self._find_followers(Path(folder)) if followers is None else followers
+        self.followers = details.followers or self._find_followers(Path(folder))
         self.folder = self.followers.folder
         opened = base if isinstance(base, BaseCheckpoint) else BaseCheckpoint.open(base, "base")
-        as_loaded = keys is None
-        keys = self._map(opened) if keys is None else dict(keys)
+        keys = self._map(opened) if details.keys is None else dict(details.keys)
         fingerprint = self.ranks.on_first(opened.fingerprint)
-        self.identity = run_identity(fingerprint, config, precision, identity)
-        self._vectors = config.vectors if isinstance(config, MoRAConfig) else ""
+        self.identity = run_identity(fingerprint, config, details.precision, details.identity)
         checkpoint = self._checkpoint(resume, overwrite)
-        ledger = self._open_ledger(checkpoint, fingerprint)
-        self.remora = ReMoRA(engine, config, ledger, opened, keys, precision, self.ranks.is_local_first, reset)
+        ledger = self._open_ledger(checkpoint, fingerprint, config.vectors if isinstance(config, MoRAConfig) else "")
+        self.remora = ReMoRA(
+            engine, config, ledger, opened, keys, details.precision, self.ranks.is_local_first, details.reset
+        )
         dtype = dtype_name(next(iter(mora_layers(engine.module).values())).dtype)
-        self._writer = RunWriter(
+        probe_ids = torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0) if details.probe_ids is None else details.probe_ids
+        writer = RunWriter(
             engine,
             config,
             self.remora,
             BaseReference(str(opened.folder.resolve()), fingerprint, keys, dtype),
-            tokenizer_folder,
-            torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0) if probe_ids is None else probe_ids,
-            {"operator": config.title, "merge_precision": precision, **(facts or {})},
+            details.tokenizer_folder,
+            probe_ids,
+            {"operator": config.title, "merge_precision": details.precision, **details.facts},
         )
-        self._checkpoints = CheckpointWriter(
-            self.folder / CHECKPOINTS, engine, self._writer.collect, async_save, self.followers
-        )
+        root = self.folder / CHECKPOINTS
+        self._checkpoints = CheckpointWriter(root, engine, writer.collect, async_save, self.followers)
         self.state = TrainerState(world_size=self.ranks.world, identity=self.identity)
         if checkpoint is not None:
-            self.state = load_checkpoint(checkpoint, engine, self.identity)
-            if frozen_values(engine.module):
-                tensors = AdapterTensors.open(checkpoint, read_adapter(checkpoint))
-                restore_frozen(engine.module, dict(tensors.items()))
-            self.remora.replay()
-        if as_loaded and config.base_bits == 8 and not self.remora.cycle:
-            self.remora.form_base()  # of the originals: the model may have been loaded in another dtype than theirs
+            self._restore(checkpoint)
+        if details.keys is None and config.base_bits == 8 and not self.remora.cycle:
+            self.remora.form_base()  # from the originals: the model may have been loaded in another dtype
 
     def merge(self, step: int) -> MergeReport:
-        """Merge all squares after optimizer step `step` and start the next cycle."""
+        """Merge the MoRA matrices of all layers after optimizer step `step` and start the next cycle."""
         report = self.remora.merge(step)
         self.state.merges.append(step)
         return report
 
     def save(self, step: int, keep: int | None = None) -> Path:
-        """Checkpoint `step`; the newest `keep` stay. Returns its folder, which with `async_save` comes later."""
+        """Write the checkpoint of `step` and keep the newest `keep`. Returns its folder."""
         self.state.step = step
         return self.save_state(self.state, keep)
 
     def save_state(self, state: TrainerState, keep: int | None = None) -> Path:
-        """The same with everything that a trainer knows of where it stands."""
+        """The same with the complete position of a trainer."""
         return self._checkpoints.save(state, keep)
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """With `async_save`: until the last checkpoint is written. Call it before the process ends."""
+        """Wait until the last checkpoint is written. Call it before the process ends, with `async_save`."""
         self._checkpoints.wait(timeout_s)
+
+    def _restore(self, checkpoint: Path) -> None:
+        self.state = load_checkpoint(checkpoint, self.engine, self.identity)
+        if frozen_values(self.engine.module):
+            tensors = AdapterTensors.open(checkpoint, read_adapter(checkpoint))
+            restore_frozen(self.engine.module, dict(tensors.items()))
+        self.remora.replay()
 
     def _find_followers(self, folder: Path) -> Followers:
         self.ranks.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -133,51 +149,51 @@ class Run:
     def _checkpoint(self, resume: Path | str | None, overwrite: bool) -> Path | None:
         root = self.folder / CHECKPOINTS
         if resume is None:
-            held = (self.folder / LEDGER_FOLDER / LEDGER_FILE).exists() or bool(complete_checkpoints(root))
-            if self.ranks.on_first(lambda: held) and not overwrite:
+            holds_run = (self.folder / LEDGER_FOLDER / LEDGER_FILE).exists() or bool(complete_checkpoints(root))
+            if self.ranks.on_first(lambda: holds_run) and not overwrite:
                 raise UserError(f'{self.folder} holds another run: choose another folder, or resume="auto"')
             return None
         if isinstance(resume, Path):  # pretrain has verified it, and this rank can read it
-            found: Path | None = resume
-        elif (found := self.ranks.on_first(lambda: resume_checkpoint(str(resume), root))) is not None:
-            found = self.followers.fetch(found)
-        if found is not None:
-            check_identity(found, TrainerState.read(found).identity, self.identity)
-        return found
+            checkpoint: Path | None = resume
+        elif (checkpoint := self.ranks.on_first(lambda: resume_checkpoint(str(resume), root))) is not None:
+            checkpoint = self.followers.fetch(checkpoint)
+        if checkpoint is not None:
+            check_identity(checkpoint, TrainerState.read(checkpoint).identity, self.identity)
+        return checkpoint
 
-    def _open_ledger(self, checkpoint: Path | None, fingerprint: str) -> Ledger:
-        """That of the checkpoint, or an empty one. What a run without a checkpoint has left goes.
+    def _open_ledger(self, checkpoint: Path | None, fingerprint: str, vectors: str) -> Ledger:
+        """The checkpoint's merge ledger, or an empty one in place of what a run without a checkpoint has left.
 
-        Node by node: where they share the folder, two would write the same files at once. Followers have their own.
+        One node after the other, since nodes that share the folder would write the same files at once.
         """
         folder = self.folder / LEDGER_FOLDER
         for turn in range(self.ranks.world):
             if self.ranks.rank == turn and self.ranks.is_local_first:
                 if checkpoint is None:
                     shutil.rmtree(folder, ignore_errors=True)
-                    Ledger.create(folder, fingerprint, path_of(self._vectors) if self._vectors else None)
+                    Ledger.create(folder, fingerprint, path_of(vectors) if vectors else None)
                 else:
                     Ledger.open(checkpoint / LEDGER_FOLDER, fingerprint).copy_to(folder)
             self.ranks.barrier()
         return Ledger.open(folder, fingerprint)
 
     def _map(self, base: BaseCheckpoint) -> dict[str, str]:
-        """Keys of every parameter the model was loaded with; the frozen ones are compared bit for bit."""
+        """Parameter name -> key in the base, for every parameter; the frozen ones are compared with it bit for bit."""
         model: Any = self.engine.module
         frozen = base_weights(model)
-        squares = value_names(model)
-        names = [*frozen, *(stands_for(name) for name, _ in model.named_parameters() if name not in squares)]
+        adapter = value_names(model)
+        names = [*frozen, *(stands_for(name) for name, _ in model.named_parameters() if name not in adapter)]
         ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
         keys = base.map_parameters(names, model.base_model_prefix, ties, renamed_keys(model, base.keys()))
-        whole = {name: tensor for name, tensor in frozen.items() if tensor.dtype is not torch.int8}
-        self.ranks.on_first(lambda: verify_against_model(base, keys, whole, whole))
-        self.ranks.on_first(lambda: _verify_8_bits(base, keys, model))
+        unquantized = {name: tensor for name, tensor in frozen.items() if tensor.dtype is not torch.int8}
+        self.ranks.on_first(lambda: verify_against_model(base, keys, unquantized, unquantized))
+        self.ranks.on_first(lambda: _verify_int8(base, keys, model))
         return keys
 
 
-def _verify_8_bits(base: BaseCheckpoint, keys: Mapping[str, str], model: Any) -> None:
-    """Every weight in 8 bits is its original to within its rounding, and that of any dtype it was loaded in. Raises
-    `NotOneToOne` naming the first that is not."""
+def _verify_int8(base: BaseCheckpoint, keys: Mapping[str, str], model: Any) -> None:
+    """Raise `NotOneToOne` naming the first int8 weight that differs from its original by more than rounding, the
+    quantization's and that of the dtype in which the model was loaded."""
     for name, layer in mora_layers(model).items():
         if layer.weight_scales is None:
             continue
@@ -191,7 +207,7 @@ def _verify_8_bits(base: BaseCheckpoint, keys: Mapping[str, str], model: Any) ->
 def run_identity(
     fingerprint: str, config: AdapterConfig, precision: str, more: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What a checkpoint and the run that continues it must have in common."""
+    """What a checkpoint and the run that resumes it must have in common."""
     return {
         "base": fingerprint,
         "adapter": config.to_dict(),
@@ -203,12 +219,11 @@ def run_identity(
 def with_vectors(
     config: MoRAConfig, model: Any, base: Path | str, folder: Path | str, alignment_rank: int = 0
 ) -> MoRAConfig:
-    """The config that names the base's singular vectors, which the subspace operator and the alignment loss read: call
-    it before `inject`, on all ranks.
+    """The config with the name of the base's singular vectors, which the subspace operator and the alignment loss read.
 
-    `model`: a transformers model as it was loaded from the folder `base`. Rank 0 decomposes that once; the file lies in
-    `folder`, that of the `Run` to come, which all ranks must see. Raises `UserError` for a base that cannot be opened
-    and an `alignment_rank` beyond a layer's shorter side.
+    Call it before `inject`, on all processes. `model`: a transformers model as it was loaded from the folder `base`.
+    Rank 0 decomposes its weights once, into a file in `folder`: the folder of the later `Run`, which all processes
+    must see. Raises `UserError` for a base that cannot be opened and an `alignment_rank` beyond a layer's shorter side.
     """
     start_distributed()
     opened = BaseCheckpoint.open(base, "base")

@@ -7,7 +7,8 @@ a resumed run    the sides that the checkpoint holds; a FILE, or a budget, that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from mora_ds.models.base import BaseCheckpoint, NotOneToOne, renamed_keys
 from mora_ds.models.load import folder_config
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,6 @@ class RunTargets:
     """The run's output folder."""
     checkpoint: Path | None
     ranks: Ranks
-    say: Callable[..., None]
 
     def planned(
         self, config: AdapterConfig, model: Any, base: BaseCheckpoint, keys: Mapping[str, str]
@@ -143,7 +145,7 @@ class RunTargets:
             return found
 
         plan = self.ranks.on_first(decide)
-        self.say(plan)
+        logger.info(plan)
         return sized(config, plan.sides)
 
     def _given(self, opened: OpenModel, held: Mapping[str, int]) -> TargetPlan:
@@ -157,7 +159,7 @@ class RunTargets:
     def _auto(self, opened: OpenModel, config: MoRAConfig, held: Mapping[str, int]) -> TargetPlan:
         budget = str(self.adapter.trainable_budget)
         if self.checkpoint is None:
-            self.say("--targets auto: reading the base's weights, layer by layer")
+            logger.info("--targets auto: reading the base's weights, layer by layer")
             return opened.plan_of_weights(config, budget)
         if not held:
             raise UserError(f"{self.checkpoint} has no plan of squares: drop --targets, as at its start")

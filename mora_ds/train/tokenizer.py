@@ -1,4 +1,4 @@
-"""The tokenizer of a run: the model's, a given one, or one trained once."""
+"""The tokenizer of a run: the model's, a named one, or one that the run trains once on its corpus."""
 
 from __future__ import annotations
 
@@ -6,53 +6,56 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mora_ds.checkpoint.layout import TOKENIZER_FOLDER
-from mora_ds.config.arguments import Arguments
+from mora_ds.checkpoint.layout import tokenizer_of
 from mora_ds.config.data import ModelArguments
-from mora_ds.data import (
-    Corpus,
-    check_reload,
-    check_vocabulary,
-    load_tokenizer,
-    train_sentencepiece,
-)
+from mora_ds.data import Corpus, check_reload, check_vocabulary, load_tokenizer, train_sentencepiece
 from mora_ds.files import copy_folder, disk_errors
 from mora_ds.runtime.nodes import Followers
 
 
-# -- tokenizer -------------------------------------------------------------------------------------------------------
-def _begin_tokenizer(target: Path, checkpoint: Path | None) -> None:
-    """That of the checkpoint, whose files were verified; none for a new run. Full training keeps its own."""
-    saved = None if checkpoint is None else checkpoint / TOKENIZER_FOLDER
-    if saved is not None and not saved.is_dir():
+def begin_tokenizer(target: Path, checkpoint: Path | None) -> None:
+    """Put the checkpoint's (verified) tokenizer into `target`; without a checkpoint, empty `target`.
+
+    Checkpoints of full training hold no tokenizer: `target` then stays as it is.
+    """
+    saved = tokenizer_of(checkpoint)
+    if checkpoint is not None and saved is None:
         return
     shutil.rmtree(target, ignore_errors=True)
     if saved is not None:
         copy_folder(saved, target)
 
 
-def _tokenizer(
-    arguments: Arguments,
+def load_or_train_tokenizer(
+    model: ModelArguments,
     model_folder: Path | None,
     model_config: Any,
     target: Path,
     corpus: Corpus,
     followers: Followers,
 ) -> Any:
-    """Trained on the corpus, named, or the model's own; the first two must fit a model that they do not come from."""
-    model, ranks = arguments.model, followers.ranks
+    """The tokenizer that the flags ask for. Collective.
+
+    One that is trained on the corpus or named must fit the model: `UserError` naming the flag.
+    """
+    ranks = followers.ranks
     if model.train_tokenizer_vocab:
         flag, path = "--train_tokenizer_vocab", target / "tokenizer.model"
-        ranks.on_first(lambda: _train_once(corpus, model, path))
+
+        def train_once() -> None:
+            if not path.exists():
+                vocabulary, algorithm = model.train_tokenizer_vocab, model.train_tokenizer_type
+                with disk_errors(target):
+                    train_sentencepiece(corpus.texts(), vocabulary, target, algorithm=algorithm)
+
+        ranks.on_first(train_once)
         followers.share(target)
         tokenizer = load_tokenizer(path, flag=flag)
-    elif model.tokenizer_name is not None:
-        flag = "--tokenizer_name"
-        tokenizer = load_tokenizer(model.tokenizer_name, trust_remote_code=model.trust_remote_code, flag=flag)
     else:
-        assert model_folder is not None, "validated: a model without a folder has a tokenizer named or trained"
-        flag = "--model_name_or_path"
-        tokenizer = load_tokenizer(model_folder, trust_remote_code=model.trust_remote_code, flag=flag)
+        flag = "--model_name_or_path" if model.tokenizer_name is None else "--tokenizer_name"
+        source = model_folder if model.tokenizer_name is None else model.tokenizer_name
+        assert source is not None, "validated: a model without a folder has a tokenizer named or trained"
+        tokenizer = load_tokenizer(source, trust_remote_code=model.trust_remote_code, flag=flag)
     if model_folder is not None:
         check_vocabulary(tokenizer, model_config.get_text_config().vocab_size, flag)
     if flag != "--model_name_or_path":
@@ -60,16 +63,8 @@ def _tokenizer(
     return tokenizer
 
 
-def _train_once(corpus: Corpus, model: ModelArguments, path: Path) -> None:
-    if not path.exists():
-        with disk_errors(path.parent):
-            train_sentencepiece(
-                corpus.texts(), model.train_tokenizer_vocab, path.parent, algorithm=model.train_tokenizer_type
-            )
-
-
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Once a run: checkpoints hold hard links of these files."""
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save the tokenizer unless the folder has one."""
     if not (folder / "tokenizer_config.json").exists():
         with disk_errors(folder):
             tokenizer.save_pretrained(folder)

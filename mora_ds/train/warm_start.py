@@ -3,13 +3,13 @@
     --full_rank_steps N    OUTPUT_DIR/full_rank/          steps 1 .. N, plain ZeRO, exported to full_rank/merged
                            OUTPUT_DIR/                    steps N + 1 .. --max_steps on that base: an ordinary run
 
-Both parts read one order of batches. The first one runs at a constant rate after --warmup_steps (at most half
-of it); the second has the
-schedule that the flags describe, over the steps that are left.
+Both parts read one order of batches. The first part has a constant learning rate after --warmup_steps (at most half of
+the part); the second has the schedule that the flags describe, over the steps that are left.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,67 +18,70 @@ from mora_ds.checkpoint.folder import AUTO
 from mora_ds.checkpoint.layout import MERGED_FOLDER, SUMMARY_FILE
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.arguments import Arguments
+from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.engine.ds_optimizer import OptimizerKind
-from mora_ds.engine.initialize import start_distributed
 from mora_ds.errors import UserError
 from mora_ds.files import read_json
-from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.output_folder import reserve
-from mora_ds.train.pretrain import pretrain
+from mora_ds.train.pretrain import pretrain, start_processes
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "full_rank"
 DEFAULT_RATIO = 0.1
-"""Rate of the full-rank steps / --learning_rate: the MoRA paper's 7B rates are 3e-5 for full training, 3e-4 to 5e-4
-for adapters of rank 8."""
+"""Learning rate of the full-rank steps / --learning_rate: the MoRA paper's 7B learning rates are 3e-5 for full
+training, 3e-4 to 5e-4 for adapters of rank 8."""
 
 
 def run_job(arguments: Arguments) -> dict[str, Any]:
-    """`pretrain`, after the full-rank steps where there are to be any. Returns what `summary.json` holds."""
-    if arguments.adapter.full_rank_steps < 1:
+    """`pretrain`, after the full-rank steps where there are any. Returns the content of `summary.json`."""
+    steps = arguments.adapter.full_rank_steps
+    if steps < 1:
         return pretrain(arguments)
     validate(arguments)
-    training = arguments.training
-    if training.dry_run:
-        pretrain(_full_rank_part(arguments))
+    first_part = _first_part(arguments)
+    if arguments.training.dry_run:
+        pretrain(first_part)
         return pretrain(arguments)
-    start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.heartbeat_timeout_s)
-    ranks, first = Ranks.current(), _full_rank_part(arguments)
-    folder = Path(first.training.output_dir)
-    if not ranks.on_first(lambda: _is_done(arguments, folder)):
-        steps = arguments.adapter.full_rank_steps
-        if ranks.is_first:
-            print(f"steps 1 to {steps}: every parameter is trained, under plain ZeRO; the adapter follows")
-        pretrain(first)
+    ranks, folder = start_processes(arguments.training), Path(first_part.training.output_dir)
+    if not ranks.on_first(lambda: _is_done(arguments.training, steps, folder)):
+        logger.info(f"steps 1 to {steps}: every parameter is trained, under plain ZeRO; the adapter follows")
+        pretrain(first_part)
     return pretrain(arguments, base=folder / MERGED_FOLDER)
 
 
-def _full_rank_part(arguments: Arguments) -> Arguments:
+def _first_part(arguments: Arguments) -> Arguments:
     adapter, training = arguments.adapter, arguments.training
-    warmup = min(training.warmup_steps, adapter.full_rank_steps // 2)
-    rate = adapter.full_rank_learning_rate or DEFAULT_RATIO * training.learning_rate
     return replace(
         arguments,
         adapter=AdapterArguments(adapter=AdapterKind.FULL.value),
         training=replace(
-            training, output_dir=str(Path(training.output_dir).expanduser() / FOLDER),
-            max_steps=adapter.full_rank_steps, learning_rate=rate, warmup_steps=warmup, warmup_ratio=0.0,
-            lr_scheduler_type="constant", embedding_learning_rate=None, optimizer=OptimizerKind.ADAMW.value,
+            training,
+            output_dir=str(Path(training.output_dir).expanduser() / FOLDER),
+            max_steps=adapter.full_rank_steps,
+            learning_rate=adapter.full_rank_learning_rate or DEFAULT_RATIO * training.learning_rate,
+            warmup_steps=min(training.warmup_steps, adapter.full_rank_steps // 2),
+            warmup_ratio=0.0,
+            lr_scheduler_type="constant",
+            embedding_learning_rate=None,
+            optimizer=OptimizerKind.ADAMW.value,
             export_merged=True,
             resume_from_checkpoint=AUTO if training.resume_from_checkpoint else None,
         ),
-    )  # fmt: skip
+    )
 
 
-def _is_done(arguments: Arguments, folder: Path) -> bool:
-    """Whether a run that is resumed has its full-rank part behind it. The output folder is looked at first: what would
-    refuse the second part must not wait for the end of the first."""
-    training, steps = arguments.training, arguments.adapter.full_rank_steps
+def _is_done(training: TrainingArguments, steps: int, folder: Path) -> bool:
+    """Whether a run that is resumed has finished its full-rank part in `folder`.
+
+    The output folder is checked first: what would refuse the second part must not wait for the end of the first.
+    """
     resumes = training.resume_from_checkpoint is not None
     reserve(folder.parent, training.overwrite_output_dir, resumes).rollback()
     if not (resumes and (folder / MERGED_FOLDER).is_dir() and (folder / SUMMARY_FILE).is_file()):
         return False
-    found = read_json(folder / SUMMARY_FILE).get("steps")
-    if found != steps:
-        raise UserError(f"--full_rank_steps {steps}: {folder} was trained for {found} steps")
+    done = read_json(folder / SUMMARY_FILE).get("steps")
+    if done != steps:
+        raise UserError(f"--full_rank_steps {steps}: {folder} was trained for {done} steps")
     return True

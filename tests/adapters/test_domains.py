@@ -17,8 +17,8 @@ from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight, mora_update
 from mora_ds.errors import RunError, UserError
 from mora_ds.models.loss import chunk_loss
-from mora_ds.train.init_adapter import FirstSquares
-from mora_ds.train.preflight import check_rows
+from mora_ds.train.init_adapter import InitialAdapter
+from mora_ds.train.preflight import check_domain_rows
 from tests.helpers.adapters import Maker
 from tests.helpers.domains import NAMES, domain_model, filled
 from tests.helpers.models import tiny_model, tokens
@@ -192,13 +192,13 @@ class Wrapped:
 
 
 def test_a_layer_that_does_not_see_whole_rows_is_refused() -> None:
-    check_rows(Wrapped(domain_model("rotate")), 128)
+    check_domain_rows(Wrapped(domain_model("rotate")), 128)
     model = domain_model("rotate", target_modules=("q_proj", "lm_head"))
     chunk_loss(model)
     with pytest.raises(
         UserError, match=r"--domain_adapters: 3 rows have domains, and a layer reads .*--target_modules"
     ):
-        check_rows(Wrapped(model), 128)
+        check_domain_rows(Wrapped(model), 128)
 
 
 def test_an_update_that_is_no_square_is_refused() -> None:
@@ -215,10 +215,10 @@ def test_squares_that_a_run_cannot_start_from_are_refused(tmp_path: Path) -> Non
     maker.write(tmp_path / "other", shared, domains=("cooking",))
     maker.write(tmp_path / "norm", shared, trained={"model.norm.weight": torch.ones(32)})
 
-    def opened(name: str, freeze: str, names: tuple[str, ...] = NAMES) -> FirstSquares:
+    def opened(name: str, freeze: str, names: tuple[str, ...] = NAMES) -> InitialAdapter:
         model = tiny_model("llama")
         inject(model, MoRAConfig(rank=4, domains=names, freeze=freeze))
-        return FirstSquares.open(tmp_path / name, model, maker.reference.fingerprint)
+        return InitialAdapter.open(tmp_path / name, model, maker.reference.fingerprint)
 
     opened("plain", "shared")
     opened("other", "domains", ("law", "cooking"))

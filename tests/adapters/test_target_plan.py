@@ -328,7 +328,7 @@ def decided(
     )
     keys = {name: name for name, _ in model.named_parameters()}
     out.mkdir(exist_ok=True)
-    targets = RunTargets(adapter, plan_of_file(adapter), out, checkpoint, ranks or Alone(), lambda *told: None)
+    targets = RunTargets(adapter, plan_of_file(adapter), out, checkpoint, ranks or Alone())
     config = targets.planned(MoRAConfig(rank=2), model, base, keys)
     assert isinstance(config, MoRAConfig)
     return config

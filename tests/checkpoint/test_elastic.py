@@ -299,7 +299,7 @@ def watched(argv: list[str], last: int) -> list[tuple[int, int, torch.Tensor]]:
 
     def watch(trainer: Trainer, index: int) -> dict[str, torch.Tensor]:
         batch = micro_batch(trainer, index)
-        first = (index * trainer.share.world + trainer.share.rank) * trainer.settings.micro_batch_size
+        first = (index * trainer.replica.world + trainer.replica.rank) * trainer.training.per_device_train_batch_size
         seen.append((trainer.state.step, first, batch["input_ids"].clone()))
         return batch
 

@@ -47,7 +47,7 @@ def signalled_job(argv: list[str], number: int, rank: int, method: str, step: in
     original: Callable[..., Any] = getattr(Trainer, method)
 
     def hit(trainer: Trainer, *arguments: Any) -> Any:
-        if trainer.share.rank == rank and trainer.state.step == step and not signals.requested():
+        if trainer.replica.rank == rank and trainer.state.step == step and not signals.requested():
             os.kill(os.getpid(), number)
             while not signals.requested():
                 time.sleep(0.001)
@@ -67,9 +67,9 @@ def signalled_job(argv: list[str], number: int, rank: int, method: str, step: in
     [
         (signal.SIGTERM, 1, "_forward_backward", 4, 5),
         (signal.SIGUSR1, 0, "_merge", 4, 4),
-        (signal.SIGINT, 1, "_eval_batches", 4, 4),
+        (signal.SIGINT, 1, "_evaluate", 4, 4),
         (signal.SIGUSR1, 1, "_save", 3, 3),
-        (signal.SIGTERM, 1, "_eval_batches", 9, 9),
+        (signal.SIGTERM, 1, "_evaluate", 9, 9),
     ],
     ids=["step", "merge", "evaluation", "save", "last evaluation"],
 )
@@ -89,7 +89,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
 def test_a_signal_before_the_first_step_leaves_nothing_to_resume(user: Playground, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = user.flags(out, *MERGING, *AUTO)
-    told = run_ranks(2, signalled_job, flags, signal.SIGUSR1, 1, "_eval_batches", 0)
+    told = run_ranks(2, signalled_job, flags, signal.SIGUSR1, 1, "_evaluate", 0)
     assert "before the first step" in told[0] and not (out / "checkpoints").exists()
     run(2, flags)
     assert_same_run(out, whole)
@@ -275,7 +275,7 @@ def main():
     step = Trainer._step
 
     def faulty(trainer):
-        if trainer.share.rank == 1 and trainer.state.step == 2:
+        if trainer.replica.rank == 1 and trainer.state.step == 2:
             raise ZeroDivisionError("on one rank only")
         step(trainer)
 

@@ -37,6 +37,7 @@ from mora_ds.planning.step import Work, measure_step, planned_model
 from mora_ds.planning.timing import Cluster
 from mora_ds.remora.ledger import Ledger
 from mora_ds.train.dry_run import planned
+from mora_ds.train.run import RunDetails
 from tests.helpers.engines import CountedBelow, ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, losses, refused, run
@@ -316,7 +317,7 @@ def _wrong_base(folder: Path) -> None:
 def _incremental(folder: Path) -> None:
     write_own_base(tiny_model("llama"), folder / "base")
     config = MoRAConfig(rank=4, operator="share", base_bits=8)
-    mora_ds.Run(_engine(), config, folder / "base", folder / "out2", precision="incremental")
+    mora_ds.Run(_engine(), config, folder / "base", folder / "out2", details=RunDetails(precision="incremental"))
 
 
 def test_what_the_plugin_refuses(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def test_a_row_has_the_promised_fields(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 3, enabled=True)
     log.step(metrics(1))
     log.evaluation(1, {"held": 7.5})
-    log.merge(1, {"cycle": 0, "square_norm": 0.25, "loss_before": None})
+    log.record("merge", 1, {"cycle": 0, "square_norm": 0.25, "loss_before": None})
     log.close()
     step, evaluation, merge = rows(tmp_path)
     wanted = {"step": 1, "loss": 2.0, "learning_rate": 1e-3, "grad_norm": 0.5, "tokens": 64, "tokens_per_s": 128.0,
@@ -37,7 +37,7 @@ def test_where_the_stall_rule_stands_is_in_both(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 3, enabled=True)
     rule = StallRule(StallSignal.LOSS, 3, 0.1)
     for step, history in ((1, [2.0]), (2, [2.0, 3.0, 2.5])):
-        log.stall(step, rule.facts(history))
+        log.record("stall", step, rule.facts(history))
     log.close()
     short, full = (row["stall"] for row in rows(tmp_path))
     assert (short["value"], short["change"], short["error"]) == (2.0, None, None)
@@ -112,10 +112,8 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 3, enabled=False)
     log.step(metrics(1))
     log.evaluation(1, {})
-    log.merge(1, {"cycle": 0, "square_norm": 0.0})
-    log.stall(1, {"value": 2.0})
+    log.record("merge", 1, {"cycle": 0, "square_norm": 0.0})
     log.advance(1)
-    log.say("nothing")
     log.close()
     assert not list(tmp_path.iterdir())
 

@@ -30,6 +30,7 @@ from mora_ds.remora.merge import EXACT, INCREMENTAL
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import table
 from mora_ds.runtime.processes import only_rank
+from mora_ds.train.run import RunDetails
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "models"
 VOCABULARY, ROWS, LENGTH = 512, 4, 64
@@ -69,7 +70,7 @@ def share_kept(precision: str, rate: float, merges: int, steps: int) -> tuple[fl
         base = write_own_base(model, Path(folder) / "base")
         inject(model, adapter)
         engine, *_ = initialize(model=model, config=_ds_config(rate))
-        run = Run(engine, adapter, base, Path(folder) / "out", precision=precision)
+        run = Run(engine, adapter, base, Path(folder) / "out", details=RunDetails(precision=precision))
         ids = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1)).to(engine.device)
         for merge in range(1, merges + 1):
             for _ in range(steps):

@@ -1,0 +1,160 @@
+"""Training of an adapter: MoRA matrices or LoRA factors are trained and merged, the base is frozen.
+
+adapter config (targets, singular vectors) -> injection -> identity check -> engine -> Run (merge ledger, checkpoints)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mora_ds.adapters.alignment import Alignment
+from mora_ds.adapters.config import SHARED, AdapterConfig, MoRAConfig
+from mora_ds.adapters.domains import domains_of
+from mora_ds.adapters.inject import frozen_buffers, inject
+from mora_ds.adapters.tp_plan import plan_of
+from mora_ds.checkpoint.contents import PROBE_TOKENS
+from mora_ds.checkpoint.state import TrainerState
+from mora_ds.config.domains import adapter_config
+from mora_ds.deploy.export import export_merged
+from mora_ds.engine.device import current_device
+from mora_ds.engine.ds_config import fill_bucket_sizes
+from mora_ds.engine.initialize import initialize, trainable_numels
+from mora_ds.models.vocabulary import first_new_row
+from mora_ds.parallel.saved_inputs import TPInputs
+from mora_ds.planning.costs import costs
+from mora_ds.remora.optimizer_reset import OptimizerReset
+from mora_ds.train.init_adapter import InitialAdapter
+from mora_ds.train.job import Job
+from mora_ds.train.run import Run, RunDetails, run_identity
+from mora_ds.train.targets import RunTargets
+from mora_ds.train.vectors import FOLDER as VECTORS_FOLDER
+from mora_ds.train.vectors import needs_vectors, prepare_vectors, wanted_vectors
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterJob(Job):
+    """An adapter on a frozen base (--adapter mora, lora)."""
+
+    def __init__(self, *inputs: Any) -> None:
+        super().__init__(*inputs)
+        adapter, training = self.arguments.adapter, self.arguments.training
+        self.config = self._with_vectors(self._planned_config())
+        self._inject()
+        fingerprint = self.place.ranks.on_first(self.loaded.base.fingerprint)
+        common = self.common_identity()
+        self.check_checkpoint(run_identity(fingerprint, self.config, adapter.merge_precision, common))
+        first = self._initial_adapter(fingerprint)
+        degree = training.tensor_parallel_size
+        self.engine, *_ = initialize(
+            model=self.loaded.model,
+            config=fill_bucket_sizes(self.ds_config, trainable_numels(self.loaded.model, degree)),
+            tensor_parallel_size=degree,
+            tensor_parallel_inputs=TPInputs(training.tp_inputs),
+        )
+        self.seed_dropout()
+        self.run = self._open_run(common)
+        self.state, self.merger = self.run.state, self.run.remora
+        if first is not None:
+            logger.info(first.put(self.engine))
+
+    def save(self, state: TrainerState) -> Path:
+        return self.run.save_state(state, self.arguments.training.save_total_limit)
+
+    def wait(self, timeout_s: float | None) -> None:
+        self.run.wait(timeout_s)
+
+    def export(self, checkpoint: Path, target: Path) -> None:
+        """Write one merged model; for a run with domains, one per domain and the shared one, in folders by name."""
+        domains = domains_of(self.engine.module).names
+
+        def export() -> None:
+            if not domains:
+                export_merged(checkpoint, target, overwrite=True)
+            for domain in (SHARED, *domains) if domains else ():
+                export_merged(checkpoint, target / domain, overwrite=True, domain=domain)
+
+        self.place.ranks.on_first(export)
+
+    @property
+    def base_tensors(self) -> Mapping[str, Tensor]:
+        return frozen_buffers(self.loaded.model)
+
+    def _planned_config(self) -> AdapterConfig:
+        """The adapter's config with the layers and sizes of --targets."""
+        arguments, loaded, place = self.arguments, self.loaded, self.place
+        config = adapter_config(arguments.adapter, arguments.data, arguments.training.seed)
+        if arguments.adapter.train_new_embeddings:
+            config = replace(config, new_rows_from=first_new_row(loaded.base.folder))
+        targets = RunTargets(arguments.adapter, place.targets, place.folder, place.checkpoint, place.ranks)
+        return targets.planned(config, loaded.model, loaded.base, loaded.keys)
+
+    def _with_vectors(self, config: AdapterConfig) -> AdapterConfig:
+        """The config that names the base's singular vectors, where the operator or the alignment loss reads them."""
+        adapter, loaded, place = self.arguments.adapter, self.loaded, self.place
+        rank = adapter.alignment_rank if adapter.alignment_weight else 0
+        if not isinstance(config, MoRAConfig) or not needs_vectors(config, rank):
+            return config
+        wanted = wanted_vectors(loaded.model, config, loaded.keys, rank)
+        if place.checkpoint is None:
+            exact = sum(each.is_exact for each in wanted.values())
+            logger.info(
+                f"singular vectors of {len(wanted)} weights, {exact} of them decomposed exactly: "
+                f"{place.folder / VECTORS_FOLDER}"
+            )
+        return prepare_vectors(
+            config, wanted, loaded.base, place.folder, place.ranks, place.followers.share, place.checkpoint,
+            current_device(),
+        )  # fmt: skip
+
+    def _inject(self) -> None:
+        """Put the adapter into the model, and log what it costs."""
+        adapter, training = self.arguments.adapter, self.arguments.training
+        model, base, keys, device = self.loaded.model, self.loaded.base, self.loaded.keys, current_device()
+        report = inject(model, self.config, lambda name: base.read(keys[name]).to(device))
+        self.trainable_parameters, self.total_parameters = report.trainable_params, report.total_params
+        logger.info(report)
+        if adapter.alignment_weight and isinstance(self.config, MoRAConfig):
+            self.alignment = Alignment(model, self.config.vectors, adapter.alignment_weight, adapter.alignment_rank)
+        degree = training.tensor_parallel_size
+        if degree > 1:
+            logger.info(plan_of(model, degree))
+        if self.ds_config["zero_optimization"]["stage"] == 3:
+            tokens = training.per_device_train_batch_size * self.data.train.seq_len // training.sequence_parallel_size
+            replicas = self.place.ranks.world // degree
+            logger.info(costs(model, degree, replicas, tokens, inputs=TPInputs(training.tp_inputs)))
+
+    def _initial_adapter(self, fingerprint: str) -> InitialAdapter | None:
+        """The adapter of --init_adapter, checked against the model; None where there is none, or a checkpoint."""
+        path, model = self.arguments.adapter.init_adapter, self.loaded.model
+        if path is None or self.place.checkpoint is not None:
+            return None
+        return self.place.ranks.agree(lambda: InitialAdapter.open(Path(path), model, fingerprint))
+
+    def _open_run(self, identity: Mapping[str, Any]) -> Run:
+        adapter, training, train_data = self.arguments.adapter, self.arguments.training, self.data.train
+        return Run(
+            self.engine,
+            self.config,
+            self.loaded.base,
+            self.place.folder,
+            resume=self.place.checkpoint,
+            overwrite=True,
+            async_save=training.async_save,
+            details=RunDetails(
+                keys=self.loaded.keys,
+                precision=adapter.merge_precision,
+                reset=OptimizerReset(adapter.optimizer_reset),
+                identity=identity,
+                tokenizer_folder=self.data.tokenizer_folder,
+                probe_ids=train_data.first_rows(1)["input_ids"][:, :PROBE_TOKENS],
+                facts={"seq_len": train_data.seq_len},
+                followers=self.place.followers,
+            ),
+        )

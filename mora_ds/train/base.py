@@ -1,0 +1,51 @@
+"""The base model of a run: which folder it comes from, its config, and its complete weights on this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mora_ds.checkpoint.layout import BASE_FOLDER
+from mora_ds.config.data import ModelArguments
+from mora_ds.config.training import TrainingArguments
+from mora_ds.data import largest_id
+from mora_ds.models.load import LoadedBase, create_base, folder_config, load_base, read_model_config, resolve_folder
+from mora_ds.train.place import Place
+
+
+def find_model(model: ModelArguments, place: Place) -> tuple[Path | None, Any]:
+    """(folder of the base, its config); no folder where --model_config asks for random weights. Collective."""
+    if place.base is None and model.model_name_or_path is None:
+        assert model.model_config is not None, "validated"
+        return None, read_model_config(Path(model.model_config).expanduser())
+    folder = resolve_folder(str(place.base or model.model_name_or_path), place.ranks)
+    return folder, folder_config(folder, model.trust_remote_code)
+
+
+def prepare_base(
+    model: ModelArguments,
+    training: TrainingArguments,
+    folder: Path | None,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    place: Place,
+) -> LoadedBase:
+    """Load the complete base on this process, from `folder` or created from --model_config. Collective."""
+    own = place.folder / BASE_FOLDER
+    if folder is None:
+        config_file, vocabulary = Path(str(model.model_config)).expanduser(), largest_id(tokenizer)[1] + 1
+
+        def create() -> None:
+            if place.checkpoint is None or not (own / "config.json").exists():
+                create_base(config_file, own, training.seed, tokenizer, vocabulary)
+
+        place.ranks.on_first(create)
+        place.followers.share(own)
+        folder = own
+    share = place.followers.share
+    loaded = load_base(folder, own, place.ranks, dtype, model.attention, model.trust_remote_code, share)
+    if training.gradient_checkpointing:
+        loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return loaded

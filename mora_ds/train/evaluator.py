@@ -1,0 +1,72 @@
+"""Evaluation during a run: the perplexity of every evaluation set, the best checkpoint, and forgetting."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mora_ds.adapters.domains import Domains
+from mora_ds.checkpoint.state import TrainerState
+from mora_ds.config.forgetting import Watch
+from mora_ds.data import IGNORED, PackedDataset
+from mora_ds.train.metrics import MetricsLog, perplexity
+from mora_ds.train.replicas import Replica, require_finite
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Evaluator:
+    """Evaluates the model of one engine on all evaluation sets, and keeps the results in the run's state."""
+
+    replica: Replica
+    sets: Mapping[str, PackedDataset]
+    state: TrainerState
+    log: MetricsLog
+    batch_size: int
+    """Sequences per replica and batch."""
+    max_batches: int | None = None
+    """Batches per evaluation set, over all replicas; None for all."""
+    watch: Watch = field(default_factory=lambda: Watch({}, {}))
+    """What --stop_when_forgotten and --best_by ask for."""
+    domains: Domains = field(default_factory=lambda: Domains(()))
+    set_domains: Mapping[str, str | None] = field(default_factory=dict)
+    """Evaluation set -> the domain whose MoRA matrices read it; None for the shared ones alone."""
+
+    def evaluate(self, before_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Log and return the perplexity of each set over all processes. Collective; `before_batch` is called too."""
+        step, perplexities = self.state.step, {}
+        for name, data in self.sets.items():
+            with self.domains.using(self.set_domains.get(name)):
+                nll = self.replica.mean_nll(self._batches(data, before_batch))
+            require_finite(nll, f"the loss on {name!r} is {nll} after step {step}", step)
+            perplexities[name] = perplexity(nll)
+        if perplexities:
+            self.log.evaluation(step, perplexities)
+        self.state.perplexity_last, self.state.evaluation_pending = perplexities, False
+        score = self.watch.score(perplexities)
+        if score is not None and step > 0 and (self.state.best_score is None or score < self.state.best_score):
+            self.state.best_step, self.state.best_score = step, score
+            logger.info(f"step {step}: the best so far by --best_by, {score:.4f}")
+        return perplexities
+
+    @property
+    def forgotten(self) -> str | None:
+        """Why the run has to end after the last evaluation, by --stop_when_forgotten; None where it goes on."""
+        return self.watch.forgotten(self.state.perplexity_before, self.state.perplexity_last)
+
+    def _batches(self, data: PackedDataset, before_batch: Callable[[], None]) -> Iterator[dict[str, Tensor]]:
+        """The batches of this replica; every process has equally many, as ZeRO-3 needs."""
+        index, count = self.replica.index, self.replica.count
+        limit = self.max_batches or sys.maxsize
+        for round_, batch in enumerate(data.eval_batches(index, count, self.batch_size)):
+            if round_ * count >= limit:
+                break
+            before_batch()
+            if round_ * count + index >= limit:  # the limit counts batches over all replicas
+                batch["labels"].fill_(IGNORED)
+            yield batch
