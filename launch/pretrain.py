@@ -17,7 +17,7 @@ def main() -> None:
 
     arguments = parse(sys.argv[1:])
     set_up_logging(arguments.training.log_level)
-    if arguments.embedded_default:
+    if arguments.is_demo:
         from mora_ds.train.demo import run_demo
 
         run_demo(arguments)

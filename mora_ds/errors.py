@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar
@@ -37,6 +37,15 @@ def refuse(problems: Iterable[str]) -> None:
         raise UserError("\n".join(lines))
 
 
+def refusal(check: Callable[..., object], *arguments: object) -> list[str]:
+    """The lines of the `UserError` that `check(*arguments)` raises; empty where it raises none."""
+    try:
+        check(*arguments)
+    except UserError as error:
+        return str(error).splitlines()
+    return []
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint such as " Did you mean 'merge_every'?" for a misspelt `word`, or "" where nothing is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
@@ -59,17 +68,18 @@ def member_named(enum: type[Member], flag: str, name: str) -> Member:
 
 @dataclass(frozen=True)
 class Bounds:
-    """The numbers that a setting may have: finite ones from `least` on, greater than `above`, less than `below`."""
+    """The numbers that a setting may have; never NaN or infinite. `above` and `below` are excluded themselves."""
 
     least: float = -math.inf
     above: float = -math.inf
+    most: float = math.inf
     below: float = math.inf
 
     def allow(self, value: float) -> bool:
-        return self.least <= value and self.above < value < self.below
+        return self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:
-        parts = {"at least": self.least, "above": self.above, "below": self.below}
+        parts = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
         return " and ".join(f"{word} {bound:g}" for word, bound in parts.items() if math.isfinite(bound))
 
 
@@ -77,32 +87,22 @@ COUNT = Bounds(least=1)
 NOT_NEGATIVE = Bounds(least=0)
 POSITIVE = Bounds(above=0)
 BELOW_1 = Bounds(least=0, below=1)
+AT_MOST_1 = Bounds(least=0, most=1)
+ABOVE_0_AT_MOST_1 = Bounds(above=0, most=1)
+
+
+def out_of_bounds(numbers: Iterable[tuple[str, float | None, Bounds]]) -> Iterator[str]:
+    """One message for each (flag, value, bounds) with a value outside of the bounds; None is always allowed."""
+    for flag, value, bounds in numbers:
+        if value is not None and not bounds.allow(value):
+            yield f"--{flag} must be {bounds}, got {value}"
 
 
 def wrong_values(settings: object, allowed: Mapping[str, Bounds | type[Enum]]) -> Iterator[str]:
-    """One message for each attribute of `settings` that its bounds or its enum do not allow; None is always allowed.
-
-    An attribute is named in the message as the flag `--attribute`.
-    """
+    """One message for each attribute of `settings` that its bounds or its enum do not allow, named as a flag."""
     for name, values in allowed.items():
         value = getattr(settings, name)
-        if value is None:
-            continue
         if isinstance(values, Bounds):
-            if not values.allow(value):
-                yield f"--{name} must be {values}, got {value}"
+            yield from out_of_bounds([(name, value, values)])
         elif value not in (known := [member.value for member in values]):
             yield unknown(f"--{name}", value, known)
-
-
-Check = tuple[bool, str]
-"""(whether it is wrong, the message then)."""
-
-
-def choice(flag: str, value: str, enum: type[Enum]) -> Check:
-    known = [member.value for member in enum]
-    return value not in known, unknown(f"--{flag}", value, known)
-
-
-def at_least(flag: str, least: int, value: int | None) -> str:
-    return f"--{flag} must be at least {least}, got {value}"

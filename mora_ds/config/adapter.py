@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from mora_ds.adapters.config import AS_LOADED, AdapterConfig, Freeze, LoRAConfig, MoRAConfig
+from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, AdapterConfig, Freeze, LoRAConfig, MoRAConfig
+from mora_ds.adapters.ops.subspace import SUBSPACE
+from mora_ds.adapters.target_plan import AUTO, parse_budget
 from mora_ds.config.flags import documented
-from mora_ds.errors import member_named
+from mora_ds.errors import COUNT, NOT_NEGATIVE, POSITIVE, member_named, refusal, wrong_values
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.remora.schedule import MergeWhen
 from mora_ds.remora.stall import DEFAULT_TOLERANCE, StallRule, StallSignal
@@ -23,15 +26,8 @@ class AdapterKind(str, Enum):
     NONE = "none"
 
 
-class MergePrecision(str, Enum):
-    """How a merge forms the live weight."""
-
-    EXACT = "exact"
-    INCREMENTAL = "incremental"
-
-
 class TPGrouping(str, Enum):
-    """What squares of split layers cost on the wire."""
+    """How operators group the inputs and outputs of layers that tensor parallelism splits."""
 
     GATHER = "gather"
     ALIGNED = "aligned"
@@ -43,103 +39,119 @@ class AdapterArguments:
     """What is trained, and when it is merged."""
 
     adapter: str = AdapterKind.MORA.value
-    """mora (squares), or one of the controls: lora (with --merge_every: ReLoRA), full (every parameter, under plain
-    ZeRO), none (nothing: the base is evaluated)."""
+    """mora (MoRA matrices), or a control: lora (with --merge_every: ReLoRA), full (every parameter, under plain ZeRO),
+    none (nothing is trained, the base is evaluated)."""
     mora_rank: int = 8
-    """LoRA rank whose parameter count each square matches: r_hat = floor(sqrt((d_in + d_out) * mora_rank))."""
+    """LoRA rank whose number of parameters each MoRA matrix matches: its side is r_hat = floor(sqrt((d_in + d_out) *
+    mora_rank))."""
     lora_rank: int | None = None
-    """Rank of --adapter lora. Default: --mora_rank, for as many trainable parameters."""
+    """Rank of --adapter lora. Default: --mora_rank, for equally many trainable parameters."""
     lora_alpha: float | None = None
-    """LoRA's update is lora_alpha / lora_rank times B A. Default: twice the rank."""
+    """The update of LoRA is lora_alpha / lora_rank times B A. Default: twice the rank."""
     operator: str = "auto"
     """truncate, share, decouple, rotate, or subspace (between leading singular vectors of the frozen weight, which are
     computed once, at the start). auto: rotate for ranks below 64, share from there on."""
     subspace_cycles: int = 1
-    """With --operator subspace: cycles until the same singular vectors come again. 1: all have the leading ones; with 4
-    the second cycle has those behind them, the fifth the leading ones again."""
+    """With --operator subspace: number of cycles after which the same singular vectors are used again. 1: every cycle
+    uses the leading ones; with 4 the second cycle uses the next ones in order, the fifth the leading ones again."""
     grouping: str = "permuted"
-    """permuted (fresh permutations every cycle), alternate (the paper's strided, contiguous, strided, ... for share),
-    plain, or one of share's own: strided, contiguous, contiguous-strided, strided-contiguous."""
+    """permuted (new permutations in every cycle), alternate (the paper's for share: strided and contiguous in turn),
+    plain, or one for share only: strided, contiguous, contiguous-strided, strided-contiguous."""
     alignment_weight: float = 0.0
-    """Adds to the loss minus so much times the share of each square's delta, in squares, that lies in its frozen
-    weight's leading subspaces (mean over layers); 0: do not."""
+    """Adds the alignment loss with this weight: minus the share of the squared norm of each layer's update that lies in
+    the leading subspaces of its frozen weight (mean over layers). 0 turns it off."""
     alignment_rank: int = 16
-    """Singular vectors on either side that span these subspaces."""
-    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Number of left and of right singular vectors that span these subspaces."""
+    target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
     """Modules that are adapted: names, globs, regular expressions after re:, or all-linear (all but the head)."""
     targets: str | None = None
-    """Which of them get a square, and of what side: a plan's file (tools/analyze_weights.py --write), or auto: as
-    their weights use their rank, within --trainable_budget. The plan is OUTPUT_DIR/targets.yaml; --mora_rank then only
-    chooses the operator."""
+    """Which of these get a MoRA matrix, and its side: the file of a plan (tools/analyze_weights.py --write), or auto
+    (by how their weights use their rank, within --trainable_budget). The plan is written to OUTPUT_DIR/targets.yaml;
+    --mora_rank then only chooses the operator."""
     trainable_budget: str | None = None
-    """With --targets auto: parameters of all squares, as a share of the model's (0.5%) or a number."""
+    """With --targets auto: parameters of all MoRA matrices, as a share of the model's (0.5%) or a number."""
     compute: str = "auto"
-    """activation (passes over the activations), weight (passes over the weight: W0 + delta, rounded to the run's dtype)
-    or auto (the cheaper one by tokens a micro-batch, shape, operator and dtype)."""
+    """activation (the update is applied to the activations), weight (a weight W0 + update is formed, rounded to the
+    run's dtype) or auto (the cheaper one, by tokens per micro-batch, shape, operator and dtype)."""
     base_bits: int = AS_LOADED
-    """8: hold the frozen weights of adapted layers in 8 bits (int8, a scale for each output), half of what bf16 takes;
-    merges and exports read the originals. 16: in the run's dtype."""
+    """8: hold the frozen weights of adapted layers in int8 with a scale per output, half of the memory of bf16; merges
+    and exports read the original weights. 16: hold them in the run's dtype."""
     compile: bool = False
-    """Compile what the operators move (torch.compile; on a CPU with a C++ compiler): one pass each, after slow first
-    steps."""
+    """Compile the permutations and reductions of the operators (torch.compile; on a CPU it needs a C++ compiler). The
+    first steps are slow."""
     tp_grouping: str = TPGrouping.GATHER.value
-    """gather (any grouping; ranks of a tensor-parallel group gather a square to use it) or aligned (share's groupings,
-    confined to --tp_segments segments where the model's plan splits a layer: its square is never communicated)."""
+    """gather (any grouping; tensor-parallel ranks all-gather a MoRA matrix to use it) or aligned (groupings of share,
+    confined to --tp_segments segments where the model's plan splits a layer: its matrix is never communicated)."""
     tp_segments: int = 8
-    """Segments of --tp_grouping aligned; --tensor_parallel_size must divide it. The result hangs on it, at any size."""
+    """Segments of --tp_grouping aligned; --tensor_parallel_size must divide it. It changes the update itself, whatever
+    the size is."""
     mora_dropout: float = 0.0
     """Dropout on the adapter's input, at least 0 and below 1."""
     train_embeddings: bool = False
-    """Train the input embeddings too (sharded by ZeRO like the squares)."""
+    """Train the input embeddings too (sharded by ZeRO like the MoRA matrices)."""
     train_new_embeddings: bool = False
-    """Train the rows that tools/extend_vocab.py has added to embeddings and head, and keep the others frozen."""
+    """Train the rows that tools/extend_vocab.py added to embeddings and head, and keep the others frozen."""
     train_norms: bool = False
     """Train the norms too."""
     train_head: bool = False
     """Train the output head too."""
     merge_every: int = 0
-    """ReMoRA: optimizer steps from one merge to the next; 0 for none. With --merge_when stalled: steps of the shortest
-    cycle, 0 for as short as the ramp and --stall_window allow."""
+    """ReMoRA: optimizer steps between merges; 0: never merge. With --merge_when stalled: steps of the shortest cycle, 0
+    for as short as the re-warmup and --stall_window allow."""
     merge_when: str = MergeWhen.STEPS.value
-    """steps (every --merge_every steps) or stalled (when --stall_signal has flattened)."""
+    """steps (every --merge_every steps) or stalled (when --stall_signal no longer changes)."""
     stall_signal: str = StallSignal.LOSS.value
-    """What must flatten: loss (the training loss) or update (the norm of all squares, which start a cycle at 0)."""
+    """What --merge_when stalled watches: loss (the training loss) or update (the norm of all MoRA matrices, which are 0
+    when a cycle starts)."""
     stall_window: int = 200
-    """Optimizer steps at full rate over which it must be flat; the noisier the loss, the longer."""
+    """Optimizer steps at the full learning rate over which it must be flat; a noisier loss needs a longer window."""
     stall_tolerance: float | None = None
-    """Flat is what moves by less than this share of itself over the window, two standard errors of a straight line
-    included. Default: 0.01 for loss, 0.05 for update."""
+    """The signal is flat when it changes by less than this share of itself over the window, two standard errors of the
+    fitted line included. Default: 0.01 for loss, 0.05 for update."""
     merge_at_latest: int = 0
-    """With --merge_when stalled: merge a cycle of this many steps even if nothing has stalled; 0 for no limit."""
+    """With --merge_when stalled: merge after this many steps of a cycle even if nothing stalled; 0: no limit."""
     restart_warmup_steps: int = 10
-    """Optimizer steps over which the rate climbs back after a merge (the paper: 50 of 2000)."""
+    """Optimizer steps of the re-warmup: the learning rate rises again after a merge (the paper: 50 of 2000)."""
     optimizer_reset: str = OptimizerReset.ZERO.value
     """What a merge does to the optimizer's state: zero (moments and step count), magnitude (zeroes the smallest 90% of
     each moment), random (a random 99%), or keep."""
-    merge_precision: str = MergePrecision.EXACT.value
-    """exact (original weight + all squares so far, summed in fp32, rounded once) or incremental (live weight + the
-    newest square, rounded at each merge; needs no original weights)."""
     full_rank_steps: int = 0
-    """Train every parameter for the first so many of the run's steps, under plain ZeRO, and adapt the model that comes
-    of it in the rest: ReLoRA's full-rank warm start. It is written to OUTPUT_DIR/full_rank."""
+    """ReLoRA's full-rank warm start: train every parameter in the first steps of the run, as many as given here, under
+    plain ZeRO, and adapt the resulting model in the other steps. It is written to OUTPUT_DIR/full_rank."""
     full_rank_learning_rate: float | None = None
-    """Peak rate of those steps. Default: a tenth of --learning_rate."""
+    """Peak learning rate of these steps. Default: a tenth of --learning_rate."""
     merge_at_end: bool = False
-    """Merge once more after the last step, so that the run ends with squares of zero."""
+    """Merge once more after the last step: the run ends with MoRA matrices of zeros."""
     domain_adapters: bool = False
-    """Give every layer a square for each source of --mixture or --train_files beside the shared one; each row of a
-    batch uses its own source's. A merge merges the shared ones."""
+    """Give every layer a MoRA matrix for each source of --mixture or --train_files in addition to the shared one. Each
+    row of a batch uses the matrix of its source; a merge merges the shared ones."""
     freeze: str = Freeze.NONE.value
-    """With --domain_adapters: shared or domains keeps these squares as they are; none trains all."""
+    """With --domain_adapters: shared or domains freezes these MoRA matrices; none trains all."""
     init_adapter: str | None = None
-    """With --domain_adapters: start from the squares of this checkpoint or adapter, in which nothing is merged; those
-    of domains by name."""
+    """With --domain_adapters: start from the MoRA matrices of this checkpoint or adapter, which must have no merges;
+    matrices of domains are matched by name."""
     eval_domains: list[str] = field(default_factory=list)
-    """With --domain_adapters: SET=DOMAIN, the square that an evaluation set is read with, or SET=shared. Default: that
-    of the domain it is called like (or held_out_DOMAIN), the shared one alone where there is none."""
+    """With --domain_adapters: SET=DOMAIN evaluates a set with the MoRA matrices of that domain, SET=shared with the
+    shared ones alone. Default: the domain with the set's name (or held_out_DOMAIN), the shared ones where there is
+    none."""
+
+    @property
+    def merges(self) -> bool:
+        """Whether anything is merged, during the run or at its end."""
+        return self.merge_every > 0 or self.merge_at_end or self.merge_when == MergeWhen.STALLED.value
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the run has no adapter."""
+        return self.adapter in (AdapterKind.FULL.value, AdapterKind.NONE.value)
+
+    @property
+    def trains_others(self) -> bool:
+        """Whether parameters other than the adapter's are trained (PEFT calls them modules_to_save)."""
+        return self.train_embeddings or self.train_new_embeddings or self.train_norms or self.train_head
 
     def stall_rule(self) -> StallRule | None:
-        """What decides about merges with --merge_when stalled. Raises `UserError` for settings that make no rule."""
+        """The rule that decides about merges with --merge_when stalled. Raises `UserError` for invalid settings."""
         if self.merge_when != MergeWhen.STALLED.value:
             return None
         signal = member_named(StallSignal, "stall_signal", self.stall_signal)
@@ -147,20 +159,37 @@ class AdapterArguments:
         return StallRule(signal, self.stall_window, tolerance)
 
     def merge_identity(self) -> dict[str, Any]:
-        """What must not change in mid-run for merges to come when they would have come."""
+        """The settings that a resumed run must share for merges to come at the same steps."""
         rule, identity = self.stall_rule(), {"merge_every": self.merge_every}
         if rule is None:
-            return identity  # the same as before there were other rules: old checkpoints still resume
+            return identity  # checkpoints written before --merge_when existed hold only this
         stalled = {"stall_signal": rule.signal.value, "stall_window": rule.window, "stall_tolerance": rule.tolerance}
         return {**identity, "merge_when": self.merge_when, "merge_at_latest": self.merge_at_latest, **stalled}
 
     def alignment_identity(self) -> dict[str, Any]:
-        """What must not change in mid-run for the loss to be the same function."""
+        """The settings that a resumed run must share for its loss to be the same function."""
         return {"alignment": [self.alignment_weight, self.alignment_rank]} if self.alignment_weight else {}
 
     def config(self, seed: int) -> AdapterConfig:
-        """These settings as the adapter's own config."""
-        common: dict[str, Any] = {
+        """The adapter's own config. Raises `UserError` for invalid settings."""
+        if self.adapter == AdapterKind.LORA.value:
+            rank = self.mora_rank if self.lora_rank is None else self.lora_rank
+            return LoRAConfig(rank=rank, alpha=self.lora_alpha, **self._common(seed))
+        return self._mora_config(seed)
+
+    def _mora_config(self, seed: int) -> MoRAConfig:
+        return MoRAConfig(
+            rank=self.mora_rank,
+            operator=self.operator,
+            grouping=self.grouping,
+            compute=self.compute,
+            segments=self.tp_segments if self.tp_grouping == TPGrouping.ALIGNED.value else 0,
+            vector_sets=self.subspace_cycles,
+            **self._common(seed),
+        )
+
+    def _common(self, seed: int) -> dict[str, Any]:
+        return {
             "target_modules": tuple(self.target_modules),
             "dropout": self.mora_dropout,
             "train_embeddings": self.train_embeddings,
@@ -169,15 +198,100 @@ class AdapterArguments:
             "base_bits": self.base_bits,
             "seed": seed,
         }
-        if self.adapter == AdapterKind.LORA.value:
-            rank = self.mora_rank if self.lora_rank is None else self.lora_rank
-            return LoRAConfig(rank=rank, alpha=self.lora_alpha, **common)
-        return MoRAConfig(
-            rank=self.mora_rank,
-            operator=self.operator,
-            grouping=self.grouping,
-            compute=self.compute,
-            segments=self.tp_segments if self.tp_grouping == TPGrouping.ALIGNED.value else 0,
-            vector_sets=self.subspace_cycles,
-            **common,
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with these settings alone, one message each."""
+        yield from refusal(self._mora_config, 0)
+        yield from wrong_values(
+            self,
+            {
+                "adapter": AdapterKind,
+                "lora_rank": COUNT,
+                "lora_alpha": POSITIVE,
+                "tp_grouping": TPGrouping,
+                "tp_segments": COUNT,
+                "alignment_weight": NOT_NEGATIVE,
+                "alignment_rank": COUNT,
+                "merge_every": NOT_NEGATIVE,
+                "merge_when": MergeWhen,
+                "merge_at_latest": NOT_NEGATIVE,
+                "optimizer_reset": OptimizerReset,
+                "full_rank_steps": NOT_NEGATIVE,
+                "full_rank_learning_rate": POSITIVE,
+            },
         )
+        yield from self._without_mora()
+        if self.is_control:
+            yield from self._without_adapter()
+        yield from self._stall_problems()
+        yield from self._target_problems()
+        if self.alignment_rank != AdapterArguments.alignment_rank and self.alignment_weight == 0:
+            yield "--alignment_rank is for --alignment_weight, and it is 0"
+        aligned = self.tp_grouping == TPGrouping.ALIGNED.value
+        if self.tp_segments != AdapterArguments.tp_segments and not aligned:
+            yield "--tp_segments is for --tp_grouping aligned, and it is gather"
+        if self.train_new_embeddings and (self.train_embeddings or self.train_head):
+            yield (
+                "--train_new_embeddings trains the new rows alone, --train_embeddings and --train_head train them all: "
+                "give one of them"
+            )
+        if self.train_new_embeddings and self.full_rank_steps > 0:
+            yield "--train_new_embeddings: --full_rank_steps train every row first: give one of them"
+
+    def _without_mora(self) -> Iterator[str]:
+        """Settings of MoRA matrices where --adapter has none."""
+        if self.adapter == AdapterKind.MORA.value:
+            return
+        given = {
+            "operator subspace": self.operator == SUBSPACE,
+            "subspace_cycles": self.subspace_cycles != 1,
+            "alignment_weight": self.alignment_weight != 0,
+            "targets": self.targets is not None,
+            "tp_grouping aligned": self.tp_grouping == TPGrouping.ALIGNED.value,
+            "domain_adapters": self.domain_adapters,
+        }
+        for flag in (flag for flag, is_given in given.items() if is_given):
+            yield f"--{flag} is for MoRA matrices, and --adapter is {self.adapter}"
+
+    def _without_adapter(self) -> Iterator[str]:
+        """Settings of an adapter where --adapter is full or none."""
+        if self.merges:
+            yield (
+                f"--adapter {self.adapter} has nothing to merge: leave out --merge_every, --merge_when, --merge_at_end"
+            )
+        if self.train_new_embeddings:
+            yield f"--train_new_embeddings: --adapter {self.adapter} has no frozen rows next to trained ones"
+        if self.base_bits == 8:
+            yield f"--base_bits 8: --adapter {self.adapter} has no weight that is frozen under an adapter"
+        if self.full_rank_steps > 0:
+            yield f"--full_rank_steps come before an adapter, and there is none with --adapter {self.adapter}"
+
+    def _stall_problems(self) -> Iterator[str]:
+        if self.merge_when != MergeWhen.STALLED.value:
+            for name in ("stall_signal", "stall_window", "stall_tolerance", "merge_at_latest"):
+                if getattr(self, name) != getattr(AdapterArguments, name):
+                    yield f"--{name} is for --merge_when stalled, and it is {self.merge_when}"
+            return
+        yield from refusal(self.stall_rule)
+        if self.adapter == AdapterKind.LORA.value and self.stall_signal == StallSignal.UPDATE.value:
+            yield "--stall_signal update needs matrices that start a cycle at 0, which LoRA's A does not: use loss"
+        unjudged = self.restart_warmup_steps + self.stall_window
+        if 0 < self.merge_at_latest <= unjudged:
+            yield (
+                f"--merge_at_latest {self.merge_at_latest} must be more than --restart_warmup_steps and --stall_window "
+                f"together, {unjudged}: no cycle would be long enough to detect a stall"
+            )
+
+    def _target_problems(self) -> Iterator[str]:
+        if self.targets == AUTO and self.trainable_budget is None:
+            yield "--targets auto: give --trainable_budget, such as 0.5%"
+        if self.trainable_budget is not None:
+            yield from refusal(parse_budget, self.trainable_budget)
+            if self.targets != AUTO:
+                yield "--trainable_budget is for --targets auto; the file of a plan holds the sides"
+        if self.targets in (None, AUTO):
+            return
+        if self.target_modules != [ALL_LINEAR]:
+            yield f"--targets {self.targets} names the layers itself: leave out --target_modules"
+        if self.full_rank_steps > 0:
+            yield f"--targets {self.targets} is for a model that --full_rank_steps change first: use --targets auto"

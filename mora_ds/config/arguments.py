@@ -1,7 +1,7 @@
 """All settings of a training run: four dataclasses, parsed strictly, dumped beside the run.
 
-    [recipe.yaml] --flags -> parse -> Arguments -> validation.validate -> typed fields for the rooms below
-                                          \\-> dump -> run.yaml
+    [recipe.yaml] --flags -> parse -> Arguments -> validate -> the groups of fields that each module needs
+                                         \\-> dump -> run.yaml
 
 Flag names are Hugging Face's where it has one. `dump` writes what `parse` reads: the `run.yaml` of a run is a recipe.
 """
@@ -9,7 +9,6 @@ Flag names are Hugging Face's where it has one. `dump` writes what `parse` reads
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +24,12 @@ from mora_ds.errors import member_named
 from mora_ds.remora.schedule import MergeWhen, Schedule, schedule_kind
 
 RECORDED_KEYS = ("versions", "resolved")
-"""Top-level keys under which `run.yaml` may record facts that are no settings; a recipe may carry them unread."""
+"""Top-level keys of `run.yaml` that record facts about the run; a recipe may have them, and they are not read."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Everything a run was told. Rooms below get the fields they need, never the whole."""
+    """All settings of a run. Functions take the groups or fields that they need, never this class as such."""
 
     model: ModelArguments
     adapter: AdapterArguments
@@ -40,18 +39,18 @@ class Arguments:
     """Names of the fields that flags or recipe set; the rest are defaults."""
 
     @property
-    def embedded_default(self) -> bool:
-        """Whether neither model nor training data is named, so that the run is the embedded demonstration."""
+    def is_demo(self) -> bool:
+        """Whether neither a model nor training data is named, so that the run is the demo."""
         return not (self.model.model_name_or_path or self.data.names_text)
 
     def schedule(self, total_steps: int) -> Schedule:
-        """The schedule of a run of `total_steps` optimizer steps. Raises `UserError` for one that cannot be."""
+        """The schedule of a run of `total_steps` optimizer steps. Raises `UserError` for contradicting settings."""
         training, adapter = self.training, self.adapter
         return Schedule(
             kind=schedule_kind(training.lr_scheduler_type),
-            peak=training.peak_rate,
+            peak=training.peak_learning_rate,
             total_steps=total_steps,
-            warmup_steps=training.warmup_steps or math.ceil(training.warmup_ratio * total_steps),
+            warmup_steps=training.first_warmup(total_steps),
             min_ratio=training.min_lr_ratio,
             decay_ratio=training.decay_ratio,
             merge_every=adapter.merge_every,

@@ -1,11 +1,22 @@
-"""Settings of the model and of its text."""
+"""Settings of the model, its tokenizer and the text."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
 from mora_ds.config.flags import documented
+from mora_ds.errors import BELOW_1, COUNT, NOT_NEGATIVE, Bounds, wrong_values
+
+
+class TokenizerType(str, Enum):
+    """Algorithms of SentencePiece that --train_tokenizer_vocab can use."""
+
+    BPE = "bpe"
+    UNIGRAM = "unigram"
 
 
 @dataclass(frozen=True)
@@ -14,30 +25,43 @@ class ModelArguments:
     """Which model, and which tokenizer."""
 
     model_name_or_path: str | None = None
-    """Folder or hub name of the model to go on training. Without it and without data: the embedded default."""
+    """Folder or Hub name of the model to continue training. Without it and without data the demo runs."""
     model_config: str | None = None
     """A config.json (see configs/models/) to start from random weights instead of --model_name_or_path."""
     tokenizer_name: str | None = None
-    """Folder, hub name or SentencePiece .model file of the tokenizer. Default: the model's own."""
+    """Folder, Hub name or SentencePiece .model file of the tokenizer. Default: the model's own."""
     train_tokenizer_vocab: int = 0
-    """Train a SentencePiece tokenizer of this many pieces on the training files; 0 for none."""
-    train_tokenizer_type: str = "bpe"
+    """Train a SentencePiece tokenizer with a vocabulary of this size on the training files; 0 for none."""
+    train_tokenizer_type: str = TokenizerType.BPE.value
     """SentencePiece's algorithm for --train_tokenizer_vocab: bpe or unigram."""
     trust_remote_code: bool = False
-    """Run code that comes with a hub model."""
+    """Run code that comes with a Hub model."""
     attn_implementation: str = "auto"
     """auto (sdpa where the model has it), sdpa, eager, flash_attention_2 and so on, as in transformers."""
 
     @property
     def attention(self) -> str | None:
-        """What transformers is asked for: None leaves the choice to it."""
+        """The value of transformers' attn_implementation; None lets transformers choose."""
         return None if self.attn_implementation == "auto" else self.attn_implementation
+
+    @property
+    def is_named(self) -> bool:
+        """Whether there is a model to train, trained or from random weights."""
+        return bool(self.model_name_or_path or self.model_config)
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with these settings alone, one message each."""
+        yield from wrong_values(self, {"train_tokenizer_vocab": NOT_NEGATIVE, "train_tokenizer_type": TokenizerType})
+        if self.model_name_or_path and self.model_config:
+            yield "--model_name_or_path and --model_config: give one of them"
+        if self.train_tokenizer_vocab != 0 and self.tokenizer_name is not None:
+            yield "--tokenizer_name and --train_tokenizer_vocab: give one of them"
 
 
 @dataclass(frozen=True)
 @documented
 class DataArguments:
-    """What is read, and how it becomes batches."""
+    """The text that is read, and how it becomes batches."""
 
     train_files: list[str] = field(default_factory=list)
     """Files or patterns to train on: text, JSON lines, Parquet, Arrow. Quote patterns: 'corpus/*.jsonl'. Each as PATH,
@@ -45,17 +69,19 @@ class DataArguments:
     mixture: str | None = None
     """A YAML file that names several sources with their weights, epochs and phases, instead of --train_files."""
     replay: list[str] = field(default_factory=list)
-    """Text of the old domain, as NAME=PATH:SHARE: so much of every batch. Or NAME:SHARE of a source that is there."""
+    """Text of the old domain, as NAME=PATH:SHARE: this share of every batch. Or NAME:SHARE of a source that is named
+    already."""
     held_out_share: float = 0.0
-    """Share of the documents, by a hash of each, that is never trained on and evaluated under the name held_out."""
+    """Share of the documents, chosen by a hash of each, that is never trained on and evaluated under the name
+    held_out."""
     exclude_eval_documents: bool = False
-    """Leave documents of --eval_files, known by a hash, out of training."""
+    """Leave documents of --eval_files out of training; they are recognised by a hash."""
     streaming: bool = False
     """Read and tokenise the training text while training instead of caching it first. Needs --max_steps."""
     shuffle_buffer: int = 10000
-    """With --streaming: documents that are shuffled together; 0 keeps the order of the files."""
+    """With --streaming: number of documents that are shuffled together; 0 keeps the order of the files."""
     stream_retry_s: float = 120.0
-    """With --streaming: seconds for which a source that cannot be read is tried again before the run ends."""
+    """With --streaming: seconds for which reading a source is retried after an error before the run ends."""
     eval_files: list[str] = field(default_factory=list)
     """Files or patterns whose perplexity is reported, each as PATH (named by its stem) or NAME=PATH."""
     dataset_name: str | None = None
@@ -67,7 +93,7 @@ class DataArguments:
     document_mask: bool = True
     """Restart positions at every document and keep attention inside it; --no_document_mask lets it cross."""
     preprocessing_workers: int = 1
-    """Processes that tokenise, on each node."""
+    """Number of processes that tokenise on each node."""
     cache_dir: str | None = None
     """Folder of the token cache. Default: one in the user's cache folder."""
 
@@ -81,3 +107,29 @@ class DataArguments:
         pairs = [entry.partition("=") for entry in self.eval_files]
         named = [(name, path) if mark and "/" not in name else (None, name + mark + path) for name, mark, path in pairs]
         return [(name or Path(path).stem, path) for name, path in named]
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with these settings alone, one message each; `mixture_plan` checks the sources."""
+        yield from wrong_values(
+            self,
+            {
+                "seq_len": Bounds(least=2),
+                "preprocessing_workers": COUNT,
+                "held_out_share": BELOW_1,
+                "shuffle_buffer": NOT_NEGATIVE,
+                "stream_retry_s": NOT_NEGATIVE,
+            },
+        )
+        if not self.text_column:
+            yield "--text_column must not be empty"
+        if self.train_files and self.dataset_name:
+            yield "--train_files and --dataset_name: give one of them"
+        if self.eval_files and not self.names_text:
+            yield "--eval_files without --train_files or --dataset_name"
+        if self.replay and not self.names_text:
+            yield "--replay without --train_files, --dataset_name or --mixture"
+        if self.exclude_eval_documents and not self.eval_files:
+            yield "--exclude_eval_documents without --eval_files"
+        counts = Counter(name for name, _ in self.named_eval_files())
+        if twice := [name for name, count in counts.items() if count > 1]:
+            yield f"--eval_files: {', '.join(twice)} would name two sets; write NAME=PATH"

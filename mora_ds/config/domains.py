@@ -1,8 +1,8 @@
-"""What a run is told of its domains: flags -> their names, what is kept as it is, and which text is read as whose.
+"""Settings of domains: flags -> their names, what is frozen, and the domain that each evaluation set is read with.
 
 --domain_adapters                      every source of --mixture or --train_files is a domain, under its name
---freeze shared --init_adapter DIR     squares of an earlier run; the shared ones stay as they are
---eval_domains held=code               the evaluation set `held` is read with the square of `code`
+--freeze shared --init_adapter DIR     MoRA matrices of an earlier run; the shared ones are frozen
+--eval_domains held=code               the evaluation set `held` is evaluated with the matrices of `code`
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from mora_ds.config.mixture import HELD_OUT, mixture_plan
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.errors import UserError, nearest
-from mora_ds.remora.schedule import MergeWhen
 
 FLAG = "--domain_adapters"
 
 
 def adapter_config(adapter: AdapterArguments, data: DataArguments, seed: int) -> AdapterConfig:
-    """`AdapterArguments.config`, with the domains that the sources make. Raises `UserError` for a name that none may
-    have."""
+    """`AdapterArguments.config`, with the sources of `data` as domains. Raises `UserError` for an invalid name."""
     config = adapter.config(seed)
     if not adapter.domain_adapters:
         return config
@@ -35,23 +33,23 @@ def adapter_config(adapter: AdapterArguments, data: DataArguments, seed: int) ->
 
 
 def eval_domains(entries: Sequence[str], sets: Sequence[str], domains: Sequence[str]) -> dict[str, str | None]:
-    """{evaluation set: domain whose square it is read with, None for the shared one alone}.
+    """{evaluation set: domain whose MoRA matrices it is evaluated with, None for the shared ones alone}.
 
-    As --eval_domains says; else a set that is called like a domain, or was held out of it, is that domain's, and any
-    other one nobody's. Raises `UserError` for a set or a domain that there is not.
+    `entries` are those of --eval_domains. A set without one belongs to the domain with its name, or that it was held
+    out of, otherwise to none. Raises `UserError` for a set or a domain that does not exist.
     """
-    found = {name: _by_name(name, domains) for name in sets}
+    read_as = {name: _by_name(name, domains) for name in sets}
     for name, domain in _entries(entries):
         if name not in sets:
             there = f"there are: {', '.join(sets)}." if sets else "there are none: give --eval_files."
             raise UserError(f"--eval_domains: no evaluation set is called {name!r}; {there}{nearest(name, sets)}")
         if domain not in (SHARED, *domains):
             raise UserError(
-                f"--eval_domains {name}={domain}: domain {domain!r} has no square; there are: {', '.join(domains)}, "
+                f"--eval_domains {name}={domain}: there is no domain {domain!r}; there are: {', '.join(domains)}, "
                 f"and {SHARED} for none.{nearest(domain, domains)}"
             )
-        found[name] = None if domain == SHARED else domain
-    return found
+        read_as[name] = None if domain == SHARED else domain
+    return read_as
 
 
 def _by_name(name: str, domains: Sequence[str]) -> str | None:
@@ -75,60 +73,50 @@ def _sources(data: DataArguments) -> tuple[str, ...]:
     return () if plan is None else tuple(source.name for source in plan.sources)
 
 
-def domain_checks(
-    adapter: AdapterArguments, data: DataArguments, training: TrainingArguments
-) -> Iterator[tuple[bool, str]]:
-    """(whether it is wrong, what to say then), for `validation`."""
-    kept = Freeze.NONE.value
+def domain_problems(adapter: AdapterArguments, data: DataArguments, training: TrainingArguments) -> Iterator[str]:
+    """One message for each setting that contradicts --domain_adapters, or that needs it."""
     if not adapter.domain_adapters:
-        for flag, given in (
-            ("freeze", adapter.freeze != kept), ("eval_domains", adapter.eval_domains),
-            ("init_adapter", adapter.init_adapter),
-        ):  # fmt: skip
-            yield bool(given), f"--{flag} is for {FLAG}"
+        for name in ("freeze", "eval_domains", "init_adapter"):
+            if getattr(adapter, name) not in (Freeze.NONE.value, [], None):
+                yield f"--{name} is for {FLAG}"
         return
     if adapter.adapter != AdapterKind.MORA.value:
-        yield True, f"{FLAG} is for squares, and --adapter is {adapter.adapter}"
         return
     try:
         sources = _sources(data)
-        yield (
-            len(sources) < 2,
-            f"{FLAG} needs several named sources, one a domain: --mixture, or --train_files NAME=FILES:WEIGHT ...",
-        )
-        if len(sources) > 1:
+        if len(sources) < 2:
+            yield f"{FLAG} needs several named sources, one a domain: --mixture, or --train_files NAME=FILES:WEIGHT ..."
+        else:
             MoRAConfig(domains=sources, freeze=adapter.freeze)
+            known = (*sources, SHARED)
             for _, domain in _entries(adapter.eval_domains):
-                known = (*sources, SHARED)
-                yield domain not in known, f"--eval_domains: domain {domain!r} has no square; {', '.join(known)} do"
+                if domain not in known:
+                    yield f"--eval_domains: there is no domain {domain!r}; there are: {', '.join(known)}"
     except UserError as error:
-        yield True, str(error)
-    yield adapter.compute == Compute.WEIGHT.value, f"{FLAG}: --compute weight forms one weight for all rows; leave auto"
-    yield (
-        adapter.trainable_budget is not None,
-        f"{FLAG}: --trainable_budget counts one square a layer, and there are several; give a plan's file to --targets",
-    )
-    yield adapter.operator == SUBSPACE, f"{FLAG}: --operator {SUBSPACE} has no squares of rows; take one of the others"
-    yield adapter.alignment_weight != 0, f"{FLAG}: --alignment_weight aligns one delta a layer, and rows have several"
+        yield str(error)
     size = training.tensor_parallel_size
-    yield size > 1, f"{FLAG}: --tensor_parallel_size {size} splits a layer's one square, not those of domains"
+    contradictions = {
+        "--compute weight forms one weight for all rows; leave it at auto": adapter.compute == Compute.WEIGHT.value,
+        "--trainable_budget counts one MoRA matrix a layer, and there are several; give the file of a plan to "
+        "--targets": adapter.trainable_budget is not None,
+        f"--operator {SUBSPACE} has no MoRA matrices for single rows; use another one": adapter.operator == SUBSPACE,
+        "--alignment_weight aligns one update a layer, and rows have several": adapter.alignment_weight != 0,
+        f"--tensor_parallel_size {size} splits a layer's shared MoRA matrix, not those of domains": size > 1,
+    }
+    yield from (f"{FLAG}: {message}" for message, is_given in contradictions.items() if is_given)
     yield from _frozen(adapter, training)
 
 
-def _frozen(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[tuple[bool, str]]:
-    shared = adapter.freeze == Freeze.SHARED.value
-    merges = adapter.merge_every > 0 or adapter.merge_at_end or adapter.merge_when == MergeWhen.STALLED.value
-    yield shared and merges, "--freeze shared: a merge would merge the shared squares; drop --merge_every and the like"
-    yield (
-        shared and training.optimizer == OptimizerKind.MUON.value,
-        "--freeze shared: --optimizer muon trains the shared squares (AdamW those of domains); use adamw",
-    )
-    yield (
-        adapter.freeze == Freeze.DOMAINS.value and adapter.init_adapter is None,
-        "--freeze domains keeps the domains' squares at zero: give those of an earlier run with --init_adapter, or "
-        f"drop {FLAG}",
-    )
-    yield (
-        adapter.init_adapter is not None and adapter.full_rank_steps > 0,
-        "--init_adapter is for the base that it was trained on, which --full_rank_steps change",
-    )
+def _frozen(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[str]:
+    if adapter.freeze == Freeze.SHARED.value:
+        if adapter.merges:
+            yield "--freeze shared: a merge would merge the shared matrices; leave out --merge_every and its like"
+        if training.optimizer == OptimizerKind.MUON.value:
+            yield "--freeze shared: --optimizer muon trains the shared matrices (AdamW those of domains); use adamw"
+    if adapter.freeze == Freeze.DOMAINS.value and adapter.init_adapter is None:
+        yield (
+            "--freeze domains keeps the domains' MoRA matrices at zero: give those of an earlier run with "
+            f"--init_adapter, or leave out {FLAG}"
+        )
+    if adapter.init_adapter is not None and adapter.full_rank_steps > 0:
+        yield "--init_adapter is for the base that it was trained on, which --full_rank_steps change"

@@ -78,6 +78,11 @@ RETIRED = {
         "re-entrant checkpointing was removed, and --gradient_checkpointing uses PyTorch's other kind: leave out "
         "gradient_checkpointing_reentrant",
     ),
+    "merge_precision": Retired(
+        "exact",
+        "incremental merges were removed, and every merge is exact (original weight + all MoRA matrices so far, summed "
+        "in fp32, rounded once): leave out merge_precision; a run that began with incremental merges needs version 0.2",
+    ),
 }
 
 

@@ -1,7 +1,7 @@
-"""What a run loses on old text, against its own start: the report, the bound at which it stops, the best checkpoint.
+"""Forgetting: the perplexities on old text against those at the start, and the settings that act on them.
 
---stop_when_forgotten general:1.10      stop once the perplexity on `general` is more than 1.10 of what it was
---best_by general:0.3 domain:0.7        checkpoints/best: least 0.3 x loss on general + 0.7 x loss on domain
+--stop_when_forgotten general:1.10      stop once the perplexity on `general` exceeds 1.10 of its value at the start
+--best_by general:0.3 domain:0.7        checkpoints/best: lowest 0.3 x loss on general + 0.7 x loss on domain
 """
 
 from __future__ import annotations
@@ -10,29 +10,31 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mora_ds.errors import UserError, nearest
+from mora_ds.errors import UserError, nearest, refuse
 
 
 @dataclass(frozen=True)
 class Watch:
-    """What is looked at after every evaluation. All figures are perplexities by name of the set."""
+    """The bounds and weights that are applied after every evaluation. Perplexities are mappings by name of the set."""
 
     bounds: Mapping[str, float]
-    """A set's perplexity, as a ratio to its start, at which the run stops."""
+    """The ratio of a set's perplexity to its value at the start above which the run stops."""
     weights: Mapping[str, float]
-    """Of the losses in the sum by which checkpoints are compared; empty: they are not."""
+    """The weights of the sets' losses in the sum that ranks checkpoints; empty: checkpoints are not ranked."""
 
     @classmethod
     def of(cls, bounds: Sequence[str], weights: Sequence[str]) -> Watch:
-        """From the flags. Raises `UserError` for what is no NAME:NUMBER."""
-        watch = cls(_named("--stop_when_forgotten", bounds), _named("--best_by", weights))
-        for name, bound in watch.bounds.items():
-            if bound <= 1:
-                raise UserError(
-                    f"--stop_when_forgotten {name}:{bound:g}: a ratio to the start is meant, above 1 (1.10: 10% worse)"
-                )
-        if any(weight < 0 for weight in watch.weights.values()) or (watch.weights and not sum(watch.weights.values())):
-            raise UserError("--best_by: weights must not be negative, and one must be above 0")
+        """From the values of --stop_when_forgotten and --best_by. Raises `UserError` that lists the invalid ones."""
+        problems: list[str] = []
+        watch = cls(_named("--stop_when_forgotten", bounds, problems), _named("--best_by", weights, problems))
+        problems += [
+            f"--stop_when_forgotten {name}:{bound:g}: a ratio to the start is meant, above 1 (1.10: 10% worse)"
+            for name, bound in watch.bounds.items()
+            if bound <= 1
+        ]
+        if min(watch.weights.values(), default=1) < 0 or (watch.weights and not any(watch.weights.values())):
+            problems.append("--best_by: weights must not be negative, and one must be above 0")
+        refuse(problems)
         return watch
 
     def check_names(self, known: Sequence[str]) -> None:
@@ -44,7 +46,7 @@ class Watch:
                     raise UserError(f"{flag}: no evaluation set is called {name!r}; {there}{nearest(name, known)}")
 
     def forgotten(self, before: Mapping[str, float], now: Mapping[str, float]) -> str | None:
-        """Which bound is passed, in a sentence, or None."""
+        """A sentence about the first bound that is exceeded, or None."""
         for name, bound in self.bounds.items():
             if name in before and name in now and now[name] > bound * before[name]:
                 return (
@@ -54,22 +56,23 @@ class Watch:
         return None
 
     def score(self, now: Mapping[str, float]) -> float | None:
-        """The weighted sum of losses, lower is better; None where nothing is weighed."""
+        """The weighted sum of losses, lower is better; None without weights, or where a weighted set is missing."""
         if not self.weights or not self.weights.keys() <= now.keys():
             return None
         return sum(weight * math.log(now[name]) for name, weight in self.weights.items())
 
 
 def report(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-    """Lines of a table: each set against its start. Empty where there is nothing to compare."""
-    names = [name for name in after if name in before]
-    if not names:
+    """Lines of a table with each set's perplexity at the start and now; empty where no set has both."""
+    changes = change(before, after)
+    if not changes:
         return []
-    width = max(len("perplexity on"), *map(len, names))
+    width = max(map(len, ["perplexity on", *changes]))
     lines = [f"{'perplexity on':<{width}}{'start':>12}{'now':>12}{'change':>10}"]
-    for name in names:
-        lines.append(f"{name:<{width}}{before[name]:>12.3f}{after[name]:>12.3f}{change(before, after)[name]:>+9.2f}%")
-    return lines
+    return lines + [
+        f"{name:<{width}}{before[name]:>12.3f}{after[name]:>12.3f}{percent:>+9.2f}%"
+        for name, percent in changes.items()
+    ]
 
 
 def change(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
@@ -77,17 +80,19 @@ def change(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str,
     return {name: 100 * (after[name] / before[name] - 1) for name in after if name in before}
 
 
-def _named(flag: str, entries: Sequence[str]) -> dict[str, float]:
-    found: dict[str, float] = {}
+def _named(flag: str, entries: Sequence[str], problems: list[str]) -> dict[str, float]:
+    """{name: number} of `entries` NAME:NUMBER; appends a message to `problems` for each invalid one."""
+    numbers: dict[str, float] = {}
     for entry in entries:
-        name, mark, number = entry.rpartition(":")
+        name, _, number = entry.rpartition(":")
         try:
             value = float(number)
         except ValueError:
             value = math.nan
-        if not mark or not name or not math.isfinite(value):
-            raise UserError(f"{flag} {entry}: must be NAME:NUMBER")
-        if name in found:
-            raise UserError(f"{flag}: {name} is given twice")
-        found[name] = value
-    return found
+        if not name or not math.isfinite(value):
+            problems.append(f"{flag} {entry}: must be NAME:NUMBER")
+        elif name in numbers:
+            problems.append(f"{flag}: {name} is given twice")
+        else:
+            numbers[name] = value
+    return numbers

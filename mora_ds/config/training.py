@@ -1,35 +1,51 @@
-"""Settings of the run itself: batches, optimizer, precision, saving."""
+"""Settings of the run itself: batches, optimizer, precision, evaluation, saving."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mora_ds.config.flags import documented
+from mora_ds.config.forgetting import Watch
 from mora_ds.engine.ds_config import EngineSettings
 from mora_ds.engine.ds_optimizer import OptimizerKind
+from mora_ds.errors import (
+    ABOVE_0_AT_MOST_1,
+    AT_MOST_1,
+    BELOW_1,
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    refusal,
+    wrong_values,
+)
+from mora_ds.parallel.saved_inputs import TPInputs
+from mora_ds.remora.schedule import schedule_kind
 from mora_ds.runtime.log_setup import LogLevel
 
 
 @dataclass(frozen=True)
 @documented
 class TrainingArguments:
-    """The run itself."""
+    """The run itself: batches, optimizer, precision, evaluation, saving."""
 
     output_dir: str = "out"
     """Folder that receives everything the run writes."""
     overwrite_output_dir: bool = False
     """Delete the run that --output_dir holds."""
     resume_from_checkpoint: str | None = None
-    """latest (fails without one), auto (starts afresh without one), or the path of a checkpoint."""
+    """latest (fails without one), auto (starts from the beginning without one), or the path of a checkpoint."""
     deepspeed: str | None = None
     """DeepSpeed's JSON file, such as configs/zero3.json. Default: ZeRO-3 with every value "auto"."""
     tensor_parallel_size: int = 1
-    """Ranks that share the work of one: each computes a slice of every layer and holds a share of every square; the
-    base stays whole on each. Consecutive ranks, best of one node. Ranks of the run = this x data-parallel replicas.
-    Default: what --deepspeed says ("tensor_parallel": {"autotp_size": t}), or 1."""
+    """Ranks that split the work of one: each computes a slice of every layer and holds a part of every MoRA matrix; the
+    base stays unsharded on each. Consecutive ranks, best on one node. Ranks of the run = this x data-parallel replicas.
+    Default: the value in --deepspeed ("tensor_parallel": {"autotp_size": t}), or 1."""
     tp_inputs: str = "auto"
-    """How the ranks of such a group keep the input that layers share (q, k, v; gate, up) until backward: split (each
-    its tokens; gathered again), whole (no such gather), or auto: split, but whole with --gradient_checkpointing."""
+    """How tensor-parallel ranks save the input that layers share (q, k, v; gate, up) for backward: split (each its part
+    of the tokens; all-gathered again), whole (no such all-gather), or auto: split, but whole with
+    --gradient_checkpointing."""
     dry_run: bool = False
     """Print what each rank would compute and store, and stop: nothing is trained, the output folder stays as it is."""
     max_steps: int = -1
@@ -44,19 +60,20 @@ class TrainingArguments:
     """Micro-batches per optimizer step."""
     sequence_parallel_size: int = 1
     """Consecutive ranks that share every row, each with its part of the tokens (DeepSpeed's Ulysses), for sequences
-    too long for one; the base stays whole on every rank. Batch sizes then count the rows of such a group."""
+    too long for one; the base stays unsharded on every rank. Batch sizes then count the rows of such a group."""
     optimizer: str = OptimizerKind.ADAMW.value
-    """adamw, or muon: DeepSpeed's Muon on the squares, AdamW on whatever else is trained."""
+    """adamw, or muon: DeepSpeed's Muon for the MoRA matrices, AdamW for all other trained parameters."""
     learning_rate: float = 4e-4
-    """Peak rate (the paper, 7B: 4e-4 to 5e-4 at rank 8, 5e-5 to 7e-5 at rank 256)."""
+    """Peak learning rate (the paper, 7B: 4e-4 to 5e-4 at rank 8, 5e-5 to 7e-5 at rank 256)."""
     embedding_learning_rate: float | None = None
-    """Peak rate of what is trained beside the squares: embeddings, new rows, norms, head. Default: --learning_rate."""
+    """Peak learning rate of the other trained parameters (modules_to_save): embeddings, new rows, norms, head. Default:
+    --learning_rate."""
     min_lr_ratio: float = 0.0
-    """The rate falls towards this share of the peak."""
+    """The learning rate decays towards this share of its peak."""
     lr_scheduler_type: str = "linear"
     """linear, cosine, constant (constant_with_warmup is the same) or warmup_stable_decay (wsd)."""
     decay_ratio: float = 0.2
-    """Share of the steps after the first warm-up in which warmup_stable_decay falls."""
+    """Share of the steps after the first warm-up in which warmup_stable_decay decays."""
     warmup_steps: int = 0
     """Optimizer steps of the first warm-up."""
     warmup_ratio: float = 0.0
@@ -70,57 +87,58 @@ class TrainingArguments:
     adam_epsilon: float = 1e-8
     """Adam's epsilon."""
     muon_learning_rate: float = 0.03
-    """Peak rate of the squares under --optimizer muon; --learning_rate is then that of AdamW's half. Every update of a
-    square has about this spectral norm, whatever the gradient."""
+    """Peak learning rate of the MoRA matrices under --optimizer muon; --learning_rate is then that of AdamW's part.
+    Every update of a matrix has about this spectral norm, whatever the gradient is."""
     muon_momentum: float = 0.95
     """Muon's decay of the momentum."""
     max_grad_norm: float = 1.0
     """Clip the gradient to this norm; 0 for no clipping."""
     bf16: bool = False
-    """Compute in bfloat16; masters of what is trained stay in fp32."""
+    """Compute in bfloat16; master copies of the trained parameters stay in fp32."""
     fp16: bool = False
     """Compute in float16 with loss scaling."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     chunked_loss: bool = False
-    """Compute the loss of some tokens at a time, so that the logits of a whole batch are never held (8 bytes x tokens x
-    vocabulary): less memory, a third more arithmetic in the head."""
+    """Compute the loss of a few tokens at a time, so that the logits of a complete batch are never in memory (8 bytes x
+    tokens x vocabulary): less memory, a third more arithmetic in the head."""
     log_level: str = LogLevel.INFO.value
     """Least severe messages that rank 0 prints: debug, info, warning or error. Other ranks print warnings and errors;
     with debug they print everything too."""
     logging_steps: int = 1
-    """Optimizer steps from one log line to the next."""
+    """Optimizer steps between log lines."""
     eval_steps: int = 0
-    """Optimizer steps from one evaluation to the next; 0: at start and end only."""
+    """Optimizer steps between evaluations; 0: at start and end only."""
     eval_on_start: bool = True
     """Evaluate before the first step; --no_eval_on_start to skip it."""
     stop_when_forgotten: list[str] = field(default_factory=list)
-    """Evaluation sets as NAME:RATIO (general:1.10): save and stop once one's perplexity passes this ratio to its
-    start."""
+    """Evaluation sets as NAME:RATIO (general:1.10): save and stop once the perplexity of one exceeds this ratio to its
+    value at the start."""
     best_by: list[str] = field(default_factory=list)
-    """Evaluation sets as NAME:WEIGHT: the checkpoint of the least weighted sum of losses stays as checkpoints/best."""
+    """Evaluation sets as NAME:WEIGHT: the checkpoint with the lowest weighted sum of losses is kept as
+    checkpoints/best."""
     max_eval_batches: int | None = None
-    """Batches per evaluation set, over all ranks. Default: all of it."""
+    """Batches per evaluation set, over all ranks. Default: the complete set."""
     save_steps: int = 0
-    """Optimizer steps from one checkpoint to the next; 0: one at the end."""
+    """Optimizer steps between checkpoints; 0: one at the end."""
     save_total_limit: int | None = None
-    """Checkpoints to keep, newest first. Default: all."""
+    """Number of checkpoints to keep, the newest. Default: all."""
     async_save: bool = False
-    """Write checkpoints in the background: training waits for the copy into host memory only."""
+    """Write checkpoints in the background: training waits only for the copy into host memory."""
     seed: int = 42
     """Seed of data order, initialisation, dropout and permutations."""
     export_merged: bool = False
     """Write a merged Hugging Face model to OUTPUT_DIR/merged at the end."""
     collective_timeout_s: float | None = None
-    """Seconds that a rank waits for the others in a collective, and for their start, before it gives up; longer than
-    rank 0 takes to hash a checkpoint. Default: DEEPSPEED_TIMEOUT (minutes) where that is set, otherwise 30 minutes."""
+    """Seconds that a rank waits for the others in a collective, and for their start, before it fails; longer than rank
+    0 needs to hash a checkpoint. Default: DEEPSPEED_TIMEOUT (minutes) where that is set, otherwise 30 minutes."""
     heartbeat_timeout_s: float = 120.0
     """Seconds without a heartbeat of a rank (its node or its link has failed) after which the run ends; 0: never."""
     local_rank: int = -1
     """Set by the launcher."""
 
     def engine_settings(self) -> EngineSettings:
-        """What the DeepSpeed config must agree with."""
+        """The settings that the DeepSpeed config must agree with."""
         return EngineSettings(
             micro_batch_size=self.per_device_train_batch_size,
             gradient_accumulation_steps=self.gradient_accumulation_steps,
@@ -139,7 +157,7 @@ class TrainingArguments:
 
     @property
     def ranks_per_replica(self) -> int:
-        """Consecutive ranks that compute the same rows together."""
+        """Number of consecutive ranks that compute the same rows together."""
         return self.tensor_parallel_size * self.sequence_parallel_size
 
     def rows_per_step(self, world: int) -> int:
@@ -147,12 +165,71 @@ class TrainingArguments:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * (world // self.ranks_per_replica)
 
     @property
-    def peak_rate(self) -> float:
-        """The schedule's peak: that of the squares."""
+    def peak_learning_rate(self) -> float:
+        """The schedule's peak: the learning rate of the adapter."""
         return self.muon_learning_rate if self.optimizer == OptimizerKind.MUON.value else self.learning_rate
 
     @property
-    def others_rate(self) -> float:
-        """Rate of what is trained beside the squares, as a share of theirs."""
-        rate = self.learning_rate if self.embedding_learning_rate is None else self.embedding_learning_rate
-        return rate / self.peak_rate
+    def other_lr_ratio(self) -> float:
+        """Learning rate of the other trained parameters (modules_to_save), as a ratio to the adapter's."""
+        other = self.learning_rate if self.embedding_learning_rate is None else self.embedding_learning_rate
+        return other / self.peak_learning_rate
+
+    def first_warmup(self, total_steps: int) -> int:
+        """Optimizer steps of the first warm-up in a run of `total_steps`. An invalid ratio counts as 0."""
+        ratio = self.warmup_ratio if BELOW_1.allow(self.warmup_ratio) else 0.0
+        return self.warmup_steps or math.ceil(ratio * total_steps)
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with these settings alone, one message each."""
+        yield from wrong_values(
+            self,
+            {
+                "tensor_parallel_size": COUNT,
+                "tp_inputs": TPInputs,
+                "per_device_train_batch_size": COUNT,
+                "per_device_eval_batch_size": COUNT,
+                "gradient_accumulation_steps": COUNT,
+                "sequence_parallel_size": COUNT,
+                "optimizer": OptimizerKind,
+                "learning_rate": POSITIVE,
+                "embedding_learning_rate": POSITIVE,
+                "muon_learning_rate": POSITIVE,
+                "min_lr_ratio": AT_MOST_1,
+                "decay_ratio": ABOVE_0_AT_MOST_1,
+                "warmup_steps": NOT_NEGATIVE,
+                "warmup_ratio": BELOW_1,
+                "weight_decay": NOT_NEGATIVE,
+                "adam_beta1": BELOW_1,
+                "adam_beta2": BELOW_1,
+                "adam_epsilon": POSITIVE,
+                "muon_momentum": BELOW_1,
+                "max_grad_norm": NOT_NEGATIVE,
+                "log_level": LogLevel,
+                "logging_steps": COUNT,
+                "eval_steps": NOT_NEGATIVE,
+                "max_eval_batches": COUNT,
+                "save_steps": NOT_NEGATIVE,
+                "save_total_limit": COUNT,
+                "seed": NOT_NEGATIVE,
+                "collective_timeout_s": POSITIVE,
+                "heartbeat_timeout_s": NOT_NEGATIVE,
+            },
+        )
+        yield from refusal(schedule_kind, self.lr_scheduler_type)
+        if self.max_steps != -1 and self.max_steps < 1:
+            yield f"--max_steps must be at least 1, or -1 for --num_train_epochs to decide, got {self.max_steps}"
+        if self.max_steps == -1 and not POSITIVE.allow(self.num_train_epochs):
+            yield f"--num_train_epochs must be {POSITIVE}, got {self.num_train_epochs}"
+        if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
+            yield "--overwrite_output_dir would delete what --resume_from_checkpoint needs: give one of them"
+        if self.bf16 and self.fp16:
+            yield "--bf16 and --fp16: give one of them"
+        if self.warmup_steps > 0 and self.warmup_ratio > 0:
+            yield "--warmup_steps and --warmup_ratio: give one of them"
+        yield from refusal(Watch.of, self.stop_when_forgotten, self.best_by)
+        for name in ("stop_when_forgotten", "best_by"):
+            if getattr(self, name) and self.eval_steps == 0:
+                yield f"--{name} is checked at evaluations: give --eval_steps"
+        if self.stop_when_forgotten and not self.eval_on_start:
+            yield "--stop_when_forgotten compares with the start: leave out --no_eval_on_start"

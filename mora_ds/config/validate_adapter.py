@@ -1,76 +1,65 @@
-"""Checks of the settings that have a run read singular vectors of the base: subspace operator, alignment loss."""
+"""Checks of the adapter's settings together with those of the run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mora_ds.adapters.config import ALL_LINEAR
+from mora_ds.adapters.config import SPLIT_IN_8_BITS
 from mora_ds.adapters.ops.subspace import SUBSPACE
-from mora_ds.adapters.target_plan import AUTO, parse_budget
-from mora_ds.config.adapter import AdapterArguments, AdapterKind
+from mora_ds.config.adapter import AdapterArguments, AdapterKind, TPGrouping
 from mora_ds.config.training import TrainingArguments
-from mora_ds.errors import UserError
+from mora_ds.engine.ds_optimizer import OptimizerKind
 
 
-def target_checks(adapter: AdapterArguments) -> Iterator[tuple[bool, str]]:
-    """Pairs (whether it is wrong, what to say then), for `validation`."""
-    targets, budget = adapter.targets, adapter.trainable_budget
-    yield (
-        targets is not None and adapter.adapter != AdapterKind.MORA.value,
-        f"--targets plans squares, and --adapter {adapter.adapter} has none: --target_modules chooses its layers",
-    )
-    yield targets == AUTO and budget is None, "--targets auto: give --trainable_budget, such as 0.5%"
-    yield budget is not None and targets != AUTO, "--trainable_budget is for --targets auto; a plan's file has sides"
-    from_file = targets not in (None, AUTO)
-    yield (
-        from_file and adapter.target_modules != [ALL_LINEAR],
-        f"--targets {targets} names the layers itself: drop --target_modules",
-    )
-    yield (
-        from_file and adapter.full_rank_steps > 0,
-        f"--targets {targets} is for a model that --full_rank_steps change first: use --targets auto",
-    )
-    if budget is not None:
-        try:
-            parse_budget(budget)
-        except UserError as error:
-            yield True, str(error)
+def adapter_problems(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[str]:
+    """One message for each setting of the run that the adapter does not go with."""
+    if adapter.adapter == AdapterKind.NONE.value:
+        if training.export_merged:
+            yield "--adapter none trains nothing: leave out --export_merged"
+        if training.resume_from_checkpoint is not None:
+            yield "--adapter none trains nothing, so there is nothing to resume: leave out --resume_from_checkpoint"
+    if 0 < adapter.full_rank_steps >= training.max_steps:
+        yield f"--full_rank_steps {adapter.full_rank_steps} must be less than --max_steps, got {training.max_steps}"
+    if training.optimizer == OptimizerKind.MUON.value and adapter.adapter != AdapterKind.MORA.value:
+        yield "--optimizer muon is for MoRA matrices: use --adapter mora, or --optimizer adamw"
+    if training.embedding_learning_rate is not None:
+        yield from _other_learning_rate(adapter)
+    if training.tensor_parallel_size > 1:
+        yield from _tensor_parallel(adapter, training)
 
 
-def vector_checks(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[tuple[bool, str]]:
-    """(whether it is wrong, what to say then). What needs the layers' sides is checked by `run_vectors`."""
-    yield from _subspace(adapter, training)
-    yield from _alignment(adapter, training)
+def _other_learning_rate(adapter: AdapterArguments) -> Iterator[str]:
+    flag = "--embedding_learning_rate"
+    if adapter.is_control:
+        yield f"{flag} is for parameters trained in addition to an adapter, and --adapter is {adapter.adapter}"
+    if not adapter.trains_others:
+        yield f"{flag}: only the adapter is trained; give --train_embeddings, or a flag like it"
+    if adapter.domain_adapters:
+        yield f"{flag} would hold for the domains' MoRA matrices too: leave it out with --domain_adapters"
 
 
-def _subspace(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[tuple[bool, str]]:
-    wanted, squares = adapter.operator == SUBSPACE, adapter.adapter == AdapterKind.MORA.value
-    yield wanted and not squares, f"--operator subspace is for squares, and --adapter is {adapter.adapter}"
-    yield (
-        adapter.subspace_cycles != 1 and not squares,
-        f"--subspace_cycles is for squares, and --adapter is {adapter.adapter}",
-    )
+def _tensor_parallel(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[str]:
+    """The number of processes, the heads and the matrices are checked where they are known: `parallel/topology.py`,
+    `adapters/tp_plan.py`."""
     degree = training.tensor_parallel_size
-    yield (
-        wanted and degree > 1,
-        f"--tensor_parallel_size {degree}: --operator subspace reads whole inputs, and no rank of a group has them: "
-        "leave it at 1",
-    )
-
-
-def _alignment(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[tuple[bool, str]]:
-    weight, wanted = adapter.alignment_weight, adapter.alignment_weight != 0
-    yield not 0 <= weight < float("inf"), f"--alignment_weight must be at least 0 and finite, got {weight}"
-    yield adapter.alignment_rank < 1, f"--alignment_rank must be at least 1, got {adapter.alignment_rank}"
-    yield (
-        adapter.alignment_rank != AdapterArguments.alignment_rank and not wanted,
-        "--alignment_rank is for --alignment_weight, and it is 0",
-    )
-    yield (
-        wanted and adapter.adapter != AdapterKind.MORA.value,
-        f"--alignment_weight is for squares, and --adapter is {adapter.adapter}",
-    )
-    yield (
-        wanted and training.tensor_parallel_size > 1,
-        "--alignment_weight needs whole squares, and no rank of a --tensor_parallel_size above 1 has them",
-    )
+    flag = f"--tensor_parallel_size {degree}"
+    if adapter.adapter != AdapterKind.MORA.value:
+        yield f"{flag} splits MoRA matrices, and --adapter {adapter.adapter} has none: leave it at 1"
+    if adapter.tp_grouping == TPGrouping.ALIGNED.value and adapter.tp_segments % degree > 0:
+        yield f"{flag} does not divide --tp_segments {adapter.tp_segments}: a segment belongs to one rank"
+    if adapter.operator == SUBSPACE:
+        yield f"{flag}: --operator subspace reads unsplit inputs, which no rank of a group has: leave it at 1"
+    if adapter.alignment_weight != 0:
+        yield f"{flag}: --alignment_weight needs unsharded MoRA matrices, which no rank of a group has: leave it at 1"
+    if adapter.base_bits == 8:
+        yield SPLIT_IN_8_BITS.format(degree)
+    if adapter.train_new_embeddings:
+        yield f"{flag} is not supported with --train_new_embeddings: leave it at 1"
+    if adapter.full_rank_steps > 0:
+        yield f"{flag}: --full_rank_steps train every parameter under plain ZeRO: leave it at 1"
+    if adapter.mora_dropout > 0:
+        yield f"{flag}: each rank of a group would draw a different mask, so --mora_dropout must be 0"
+    if training.sequence_parallel_size > 1:
+        yield f"{flag} and --sequence_parallel_size {training.sequence_parallel_size}: use one of them"
+    if training.optimizer == OptimizerKind.MUON.value:
+        yield f"{flag}: --optimizer muon orthogonalises unsharded MoRA matrices, which no rank has: use adamw"

@@ -21,11 +21,20 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from mora_ds.errors import UserError, unknown
+from mora_ds.errors import (
+    ABOVE_0_AT_MOST_1,
+    AT_MOST_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    UserError,
+    out_of_bounds,
+    refuse,
+    unknown,
+)
 
 
 class ScheduleKind(str, Enum):
@@ -58,6 +67,25 @@ class MergeWhen(str, Enum):
     """A cycle that has given what it can."""
 
 
+def conflicts(
+    total_steps: int, warmup_steps: int, merges: bool, merge_every: int, restart_warmup_steps: int, longest_cycle: int
+) -> Iterator[str]:
+    """One message for each pair of settings of a `Schedule` that contradict each other. `merges`: whether it merges."""
+    if total_steps < 1:
+        yield f"a run needs at least one step, got {total_steps} (--max_steps)"
+    elif total_steps <= warmup_steps:
+        yield f"--warmup_steps {warmup_steps} must be less than the run's {total_steps} steps (--max_steps)"
+    if merges and restart_warmup_steps < 1:
+        yield f"--restart_warmup_steps must be at least 1 in a run with merges, got {restart_warmup_steps}"
+    if 0 < merge_every <= restart_warmup_steps:
+        yield (
+            f"--merge_every {merge_every} must be more than --restart_warmup_steps {restart_warmup_steps}: "
+            "no step would run at the full learning rate"
+        )
+    if 0 < longest_cycle < merge_every:
+        yield f"--merge_at_latest {longest_cycle} must not be less than --merge_every {merge_every}, the shortest cycle"
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate and the merges of a run of `total_steps` optimizer steps.
@@ -87,36 +115,16 @@ class Schedule:
     """With STALLED: steps after which a cycle is merged even if nothing has stalled; 0 for no limit."""
 
     def __post_init__(self) -> None:
-        problems = [message for wrong, message in self._checks() if wrong]
-        if problems:
-            raise UserError("\n".join(problems))
-
-    def _checks(self) -> list[tuple[bool, str]]:
-        total, warmup, every, ramp = self.total_steps, self.warmup_steps, self.merge_every, self.restart_warmup_steps
-        longest = self.longest_cycle
-        return [
-            (not 0 < self.peak < math.inf, f"--learning_rate must be above 0, got {self.peak}"),
-            (not 0 <= self.min_ratio <= 1, f"--min_lr_ratio must lie in 0..1, got {self.min_ratio}"),
-            (not 0 < self.decay_ratio <= 1, f"--decay_ratio must lie in 0..1 and above 0, got {self.decay_ratio}"),
-            (total < 1, f"a run needs at least one step, got {total} (--max_steps)"),
-            (warmup < 0, f"--warmup_steps must not be negative, got {warmup}"),
-            (0 < total <= warmup, f"--warmup_steps {warmup} must be less than the run's {total} steps (--max_steps)"),
-            (every < 0, f"--merge_every must not be negative (0: no merges), got {every}"),
-            (
-                self.merges and ramp < 1,
-                f"--restart_warmup_steps must be at least 1 where squares are merged, got {ramp}",
-            ),
-            (
-                0 < every <= ramp,
-                f"--merge_every {every} must be more than --restart_warmup_steps {ramp}: "
-                "no step would run at the full rate",
-            ),
-            (longest < 0, f"--merge_at_latest must not be negative (0: no limit), got {longest}"),
-            (
-                0 < longest < every,
-                f"--merge_at_latest {longest} must not be less than --merge_every {every}, the shortest cycle",
-            ),
+        numbers = [
+            ("learning_rate", self.peak, POSITIVE),
+            ("min_lr_ratio", self.min_ratio, AT_MOST_1),
+            ("decay_ratio", self.decay_ratio, ABOVE_0_AT_MOST_1),
+            ("warmup_steps", self.warmup_steps, NOT_NEGATIVE),
+            ("merge_every", self.merge_every, NOT_NEGATIVE),
+            ("merge_at_latest", self.longest_cycle, NOT_NEGATIVE),
         ]
+        cycle = self.merges, self.merge_every, self.restart_warmup_steps, self.longest_cycle
+        refuse([*out_of_bounds(numbers), *conflicts(self.total_steps, self.warmup_steps, *cycle)])
 
     @property
     def merges(self) -> bool:

@@ -49,7 +49,7 @@ class AdapterJob(Job):
         self._inject()
         fingerprint = self.place.ranks.on_first(self.loaded.base.fingerprint)
         common = self.common_identity()
-        self.check_checkpoint(run_identity(fingerprint, self.config, adapter.merge_precision, common))
+        self.check_checkpoint(run_identity(fingerprint, self.config, "exact", common))
         first = self._initial_adapter(fingerprint)
         degree = training.tensor_parallel_size
         self.engine, *_ = initialize(
@@ -149,7 +149,7 @@ class AdapterJob(Job):
             async_save=training.async_save,
             details=RunDetails(
                 keys=self.loaded.keys,
-                precision=adapter.merge_precision,
+                precision="exact",
                 reset=OptimizerReset(adapter.optimizer_reset),
                 identity=identity,
                 tokenizer_folder=self.data.tokenizer_folder,

@@ -128,7 +128,7 @@ class Trainer:
         state = self.state
         self.counter.reset()
         learning_rate = self.schedule.learning_rate(state.step, state.merges)
-        zero.set_learning_rate(self.engine, learning_rate, self.training.others_rate)
+        zero.set_learning_rate(self.engine, learning_rate, self.training.other_lr_ratio)
         loss = self._forward_backward()
         state.step += 1
         state.tokens += self.rows_per_step * self.train_data.seq_len

@@ -197,9 +197,12 @@ def test_it_is_silent_where_nothing_is_trained(tmp_path: Path) -> None:
         (("--alignment_weight", "inf"), "--alignment_weight must be at least 0"),
         (("--alignment_rank", "0"), "--alignment_rank must be at least 1"),
         (("--alignment_rank", "4"), "--alignment_rank is for --alignment_weight"),
-        (("--alignment_weight", "1", "--adapter", "lora"), "--alignment_weight is for squares"),
-        (("--alignment_weight", "1", "--adapter", "full"), "--alignment_weight is for squares"),
-        (("--alignment_weight", "1", "--tensor_parallel_size", "2"), "--alignment_weight needs whole squares"),
+        (("--alignment_weight", "1", "--adapter", "lora"), "--alignment_weight is for MoRA matrices"),
+        (("--alignment_weight", "1", "--adapter", "full"), "--alignment_weight is for MoRA matrices"),
+        (
+            ("--alignment_weight", "1", "--tensor_parallel_size", "2"),
+            "--alignment_weight needs unsharded",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together(user: Playground, flags: tuple[str, ...], message: str) -> None:

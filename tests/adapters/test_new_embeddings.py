@@ -173,11 +173,11 @@ def test_where_it_does_not_fit_it_is_refused(user: Playground, tmp_path: Path) -
     argv = user.flags(tmp_path / "out", "--train_new_embeddings")
     assert run_ranks(1, refused, argv)[0][1].endswith("so tools/extend_vocab.py has not made it")
     for more, message in (
-        (["--train_embeddings"], "train them all: choose"),
-        (["--train_head"], "train them all: choose"),
-        (["--adapter", "full"], "--adapter full leaves no row frozen"),
+        (["--train_embeddings"], "train them all: give one of them"),
+        (["--train_head"], "train them all: give one of them"),
+        (["--adapter", "full"], "--adapter full has no frozen rows"),
         (["--full_rank_steps", "2"], "--full_rank_steps train every row first"),
-        (["--tensor_parallel_size", "2"], "not been tried with --train_new_embeddings"),
+        (["--tensor_parallel_size", "2"], "not supported with --train_new_embeddings"),
     ):
         with pytest.raises(UserError, match=message):
             validate(parse([*argv, *more]))

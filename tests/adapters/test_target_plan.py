@@ -223,7 +223,7 @@ def test_planned_layers_that_do_not_exist_are_named() -> None:
         (["--targets", "auto"], "--targets auto: give --trainable_budget"),
         (["--trainable_budget", "1%"], "--trainable_budget is for --targets auto"),
         (["--targets", "f.yaml", "--trainable_budget", "1%"], "--trainable_budget is for --targets auto"),
-        (["--targets", "auto", "--trainable_budget", "1%", "--adapter", "lora"], "--targets plans squares"),
+        (["--targets", "auto", "--trainable_budget", "1%", "--adapter", "lora"], "--targets is for MoRA matrices"),
         (["--targets", "auto", "--trainable_budget", "x"], "--trainable_budget must be like"),
         (["--targets", "f.yaml", "--target_modules", "q_proj"], "f.yaml names the layers itself"),
         (["--targets", "f.yaml", "--full_rank_steps", "2", "--max_steps", "9"], "--full_rank_steps change first"),

@@ -108,18 +108,24 @@ def test_a_degree_that_does_not_divide_the_ranks() -> None:
     ("flags", "message"),
     [
         (["--tensor_parallel_size", "0"], "--tensor_parallel_size must be at least 1"),
-        (["--tensor_parallel_size", "2", "--sequence_parallel_size", "2"], "one of them at a time"),
+        (
+            ["--tensor_parallel_size", "2", "--sequence_parallel_size", "2"],
+            "use one of them",
+        ),
         (["--tensor_parallel_size", "2", "--adapter", "lora"], "--adapter lora has none: leave it at 1"),
         (["--tensor_parallel_size", "2", "--adapter", "full"], "--adapter full has none: leave it at 1"),
         (["--tensor_parallel_size", "2", "--adapter", "none"], "--adapter none has none: leave it at 1"),
         (["--tensor_parallel_size", "2", "--mora_dropout", "0.1"], "--mora_dropout must be 0"),
-        (["--tensor_parallel_size", "2", "--optimizer", "muon"], "no rank has a whole one: use adamw"),
-        (["--tensor_parallel_size", "2", "--full_rank_steps", "3", "--max_steps", "9"], "under plain ZeRO, at 1 only"),
+        (["--tensor_parallel_size", "2", "--optimizer", "muon"], "which no rank has: use adamw"),
+        (
+            ["--tensor_parallel_size", "2", "--full_rank_steps", "3", "--max_steps", "9"],
+            "plain ZeRO: leave it at 1",
+        ),
         (["--tp_grouping", "algned"], "unknown --tp_grouping 'algned'"),
         (["--tp_inputs", "halved"], "unknown --tp_inputs 'halved'"),
         (["--tp_grouping", "aligned", "--operator", "rotate"], "belongs to --operator share"),
         (["--tp_segments", "4"], "--tp_segments is for --tp_grouping aligned"),
-        (["--tp_grouping", "aligned", "--adapter", "lora"], "--tp_grouping aligned is for squares"),
+        (["--tp_grouping", "aligned", "--adapter", "lora"], "--tp_grouping aligned is for MoRA matrices"),
         (
             ["--tp_grouping", "aligned", "--operator", "share", "--tp_segments", "3", "--tensor_parallel_size", "2"],
             "does not divide --tp_segments 3",

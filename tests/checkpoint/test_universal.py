@@ -142,7 +142,7 @@ def logits(model: Any, checkpoint: Path) -> tuple[torch.Tensor, torch.Tensor]:
         return model(input_ids=probe["input_ids"], use_cache=False).logits.float(), probe["logits"]
 
 
-@pytest.mark.parametrize("more", [(), ("--bf16", "true", "--merge_precision", "incremental")], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("more", [(), ("--bf16", "true")], ids=["fp32", "bf16"])
 def test_one_call_gives_the_live_model_to_the_bit(
     user: Playground, out: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:

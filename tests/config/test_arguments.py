@@ -42,13 +42,13 @@ def test_the_readme_command_is_understood() -> None:
     assert (arguments.adapter.operator, arguments.training.bf16, arguments.training.max_steps) == ("rotate", True, 200)
     assert arguments.training.engine_settings().learning_rate == 4e-4
     assert "bf16" in arguments.given and "fp16" not in arguments.given
-    assert not arguments.embedded_default
+    assert not arguments.is_demo
     validate(arguments)
 
 
-def test_no_flag_at_all_is_the_embedded_default_and_valid() -> None:
+def test_no_flag_at_all_is_the_is_demo_and_valid() -> None:
     arguments = parse([])
-    assert arguments.embedded_default and arguments.given == frozenset()
+    assert arguments.is_demo and arguments.given == frozenset()
     assert arguments.adapter == AdapterArguments() and arguments.training == TrainingArguments()
     validate(arguments)
 
@@ -199,7 +199,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "dropout": ({"mora_dropout": 1.0}, "--mora_dropout"),
     "adapter": ({"adapter": "mroa"}, "unknown --adapter 'mroa'; known: mora, lora, full, none. Did you mean 'mora'?"),
     "reset": ({"optimizer_reset": "half"}, "--optimizer_reset"),
-    "precision": ({"merge_precision": "exat"}, "Did you mean 'exact'?"),
     "full merges": ({"adapter": "full", "merge_every": 50}, "nothing to merge"),
     "merge inside ramp": ({"merge_every": 10, "restart_warmup_steps": 10}, "must be more than --restart_warmup_steps"),
     "merge when": (
@@ -213,7 +212,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "stalled without ramp": ({**STALLED, "restart_warmup_steps": 0}, "--restart_warmup_steps must be at least 1"),
     "short longest": ({**STALLED, "merge_at_latest": 210}, "--merge_at_latest 210 must be more than"),
     "longest below shortest": ({**STALLED, "merge_every": 300, "merge_at_latest": 250}, "less than --merge_every 300"),
-    "negative longest": ({**STALLED, "merge_at_latest": -1}, "--merge_at_latest must not be negative"),
+    "negative longest": ({**STALLED, "merge_at_latest": -1}, "--merge_at_latest must be at least 0"),
     "stray stall flag": ({"stall_window": 50}, "--stall_window is for --merge_when stalled, and it is steps"),
     "stray longest": ({"merge_at_latest": 50}, "--merge_at_latest is for --merge_when stalled"),
     "no ramp": ({"merge_every": 10, "restart_warmup_steps": 0}, "--restart_warmup_steps must be at least 1"),
@@ -228,9 +227,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "embedding rate of full training": (
         {"embedding_learning_rate": 1e-4, "train_norms": True, "adapter": "full"},
-        "--embedding_learning_rate is for what is trained beside an adapter, and --adapter is full",
+        "--embedding_learning_rate is for parameters trained in addition to an adapter, and --adapter is full",
     ),
-    "embedding rate of nothing": ({"embedding_learning_rate": 1e-4}, "give --train_embeddings, or one like it"),
+    "embedding rate of nothing": ({"embedding_learning_rate": 1e-4}, "give --train_embeddings, or a flag like it"),
     "embedding rate and domains": (
         {
             "embedding_learning_rate": 1e-4,
@@ -238,7 +237,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
             "domain_adapters": True,
             "train_files": ["code=a.txt:1", "law=b.txt:1"],
         },
-        "would be that of the domains' squares too",
+        "would hold for the domains' MoRA matrices too",
     ),
     "rate nan": ({"learning_rate": float("nan")}, "--learning_rate must be above 0"),
     "ratio": ({"min_lr_ratio": 1.5}, "--min_lr_ratio"),

@@ -51,7 +51,7 @@ def test_recipes_make_valid_runs(path: Path) -> None:
     json_file = CONFIGS.parent / arguments.training.deepspeed
     resolve_ds_config(json_file, arguments.training.engine_settings(), world_size=8)
     schedule = arguments.schedule(arguments.training.max_steps if arguments.training.max_steps > 0 else 5000)
-    assert schedule.learning_rate(schedule.warmup_steps) == arguments.training.peak_rate
+    assert schedule.learning_rate(schedule.warmup_steps) == arguments.training.peak_learning_rate
 
 
 @pytest.mark.parametrize(("name", "rank", "rates"), [("r8", 8, (4e-4, 5e-4)), ("r256", 256, (5e-5, 7e-5))])

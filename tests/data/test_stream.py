@@ -382,10 +382,10 @@ def test_what_streaming_cannot_do_is_said_at_once(user: Playground, tmp_path: Pa
         (
             "--max_steps",
             -1,
-        ): "--streaming: nobody knows how long a stream is, so the steps must be given with --max_steps",
-        ("--held_out_share", 0.1): "--held_out_share reads the whole text",
+        ): "--streaming: the length of a stream is unknown, so give the number of steps with --max_steps",
+        ("--held_out_share", 0.1): "--held_out_share reads the complete text",
         ("--shuffle_buffer", -1): "--shuffle_buffer must be at least 0",
-        ("--stream_retry_s", -1): "--stream_retry_s must not be negative",
+        ("--stream_retry_s", -1): "--stream_retry_s must be at least 0",
         ("--train_files", tmp_path / "none.jsonl"): "no file matches",
     }
     for more, said in cases.items():

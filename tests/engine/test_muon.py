@@ -431,7 +431,7 @@ def test_a_config_that_names_muon_contradicts_the_other_flag() -> None:
     ("argv", "message"),
     [
         (("--optimizer", "moun"), "unknown --optimizer 'moun'; known: adamw, muon. Did you mean 'muon'?"),
-        (("--optimizer", "muon", "--adapter", "full"), "--optimizer muon is for squares"),
+        (("--optimizer", "muon", "--adapter", "full"), "--optimizer muon is for MoRA matrices"),
         (("--optimizer", "muon", "--muon_learning_rate", "0"), "--muon_learning_rate must be above 0, got 0.0"),
         (("--optimizer", "muon", "--learning_rate", "-1"), "--learning_rate must be above 0, got -1.0"),
         (("--muon_momentum", "1"), "--muon_momentum must be at least 0 and below 1, got 1.0"),

@@ -181,7 +181,7 @@ def test_settings_of_stalled_runs_that_make_no_schedule() -> None:
         ({"restart_warmup_steps": 0}, "--restart_warmup_steps must be at least 1"),
         ({"merge_every": 4}, "--merge_every 4 must be more than --restart_warmup_steps 4"),
         ({"merge_every": 20, "longest_cycle": 19}, "--merge_at_latest 19 must not be less than --merge_every 20"),
-        ({"longest_cycle": -1}, "--merge_at_latest must not be negative"),
+        ({"longest_cycle": -1}, "--merge_at_latest must be at least 0"),
     ):
         with pytest.raises(UserError, match=flag):
             dataclasses.replace(STALLED, **changes)

@@ -275,9 +275,8 @@ def test_a_dry_run_says_it(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (("--base_bits", "4"), "--base_bits must be 8, or 16 for the base as it is loaded, got 4"),
-        ((*BITS, "--adapter", "full"), "--base_bits 8: --adapter full has no weight frozen"),
-        ((*BITS, "--adapter", "none"), "--base_bits 8: --adapter none has no weight frozen"),
-        ((*BITS, "--merge_precision", "incremental"), "--base_bits 8: --merge_precision incremental"),
+        ((*BITS, "--adapter", "full"), "--base_bits 8: --adapter full has no weight that is frozen"),
+        ((*BITS, "--adapter", "none"), "--base_bits 8: --adapter none has no weight that is frozen"),
         ((*BITS, "--tensor_parallel_size", "2"), "--base_bits 8 holds whole weights, which --tensor_parallel_size 2"),
     ],
 )
