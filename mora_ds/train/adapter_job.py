@@ -44,7 +44,7 @@ class AdapterJob(Job):
 
     def __init__(self, *inputs: Any) -> None:
         super().__init__(*inputs)
-        adapter, training = self.arguments.adapter, self.arguments.training
+        training = self.arguments.training
         self.config = self._with_vectors(self._planned_config())
         self._inject()
         fingerprint = self.place.ranks.on_first(self.loaded.base.fingerprint)
