@@ -1,7 +1,12 @@
-"""Before any test imports torch: one thread a process (the distributed tests start several), the CPU accelerator."""
+"""Settings of the test processes, the order of the test files, and the fixture that many of them share.
+
+The environment is set before any test imports torch: one thread a process (the distributed tests start several), the
+CPU accelerator, nothing from the network.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING
 
@@ -15,6 +20,32 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """A worker for each core where more than one file is asked for, unless `-n` says otherwise.
+
+    All tests of a file go to one worker, so that its fixtures are made once. Needs pytest-xdist, of the extra `test`.
+    """
+    option = config.option
+    one_file = len(config.args) == 1 and config.args[0].partition("::")[0].endswith(".py")
+    if config.pluginmanager.has_plugin("xdist") and option.numprocesses is None and not one_file and not option.usepdb:
+        option.numprocesses, option.dist = len(os.sched_getaffinity(0)), "loadfile"
+        option.loadscopereorder = False  # ours is below
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with distributed tests first: they take longest, and a long one at the end would leave a worker idle."""
+    distributed = {item.path for item in items if item.get_closest_marker("gloo")}
+    items.sort(key=lambda item: item.path not in distributed)
+
+
+def pytest_collection_finish() -> None:
+    """The collector of garbage need not walk the modules and the collected tests again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,11 @@ and the others are ended at once.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import os
+import secrets
 import socket
 import time
 import traceback
@@ -100,6 +102,12 @@ def _rank_main(rank: int, world: int, port: int, sender: Connection, function: C
 
 
 def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """A port that no process listens on, below those that Linux gives to outgoing connections (32768 and up).
+
+    Random: other test processes on the machine draw theirs at the same time.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return port
