@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from mora_ds.adapters.config import MoRAConfig
     from mora_ds.adapters.domains import domains_of
     from mora_ds.adapters.inject import InjectionReport, inject, mora_layers
-    from mora_ds.adapters.ops.mora import OperatorKind, OperatorSpec, delta_weight, mora_update
+    from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight, mora_update
+    from mora_ds.adapters.ops.spec import OperatorKind
     from mora_ds.deploy.adapter_io import export_adapter, load_adapter
     from mora_ds.deploy.bank import AdapterBank
     from mora_ds.deploy.export import export_merged
@@ -50,7 +51,7 @@ _HOME = {
     "mora_layers": "adapters.inject",
     "Ledger": "remora.ledger",
     "load_adapter": "deploy.adapter_io",
-    "OperatorKind": "adapters.ops.mora",
+    "OperatorKind": "adapters.ops.spec",
     "OperatorSpec": "adapters.ops.mora",
     "delta_weight": "adapters.ops.mora",
     "mora_update": "adapters.ops.mora",

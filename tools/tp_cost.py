@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.adapters.ops.mora import OperatorKind
+from mora_ds.adapters.ops.spec import OperatorKind
 from mora_ds.errors import UserError
 from mora_ds.models.load import folder_config, read_model_config
 from mora_ds.planning.costs import cost_table

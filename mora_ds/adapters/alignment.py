@@ -1,23 +1,24 @@
-"""How much of a delta lies in the frozen weight's leading subspaces, from the square alone: pure functions.
+"""The alignment loss: how much of a delta lies in the frozen weight's leading subspaces, computed from M alone.
 
     share(M) = |Uq^T D Vq|^2 / (|D|^2 + (FLOOR |W0|)^2)        D = delta_weight(M); Uq, Vq: q leading singular vectors
 
-Neither D nor anything else of d_out x d_in numbers is formed.
+Neither D nor any other tensor of d_out x d_in numbers is formed.
 
-    above      D x = decompress(M compress(x)), so Uq^T D Vq = sum over blocks n of C_n M B_n^T, with
-               C = decompress_transpose(Uq^T) and B = compress(Vq^T), (q, N, R) each, made once a cycle
-    below      a square's row is written to n_out(i) outputs and its column read from n_in(j) inputs:
-               |D|^2 = sum_ij n_out(i) n_in(j) M_ij^2, and on top twice the products of columns that one input meets
-               together, where inputs wrap round (`delta_energy`); subspace: <U^T U M V^T V, M>
+    numerator    D x = decompress(M compress(x)), so Uq^T D Vq = sum over blocks n of C_n M B_n^T, with
+                 C = decompress_transpose(Uq^T) and B = compress(Vq^T), (q, N, R) each, made once a cycle
+    denominator  M[i, j] acts on n_out(i) outputs and n_in(j) inputs: |D|^2 = sum_ij n_out(i) n_in(j) M_ij^2, plus twice
+                 the products of columns that one input reads together where inputs wrap round (`delta_energy`);
+                 subspace: <U^T U M V^T V, M>
 
-The floor makes the share and its gradient 0 for a square of zeros, where the quotient alone has no limit; a delta of a
-thousandth of the weight's norm counts half of what its direction would say, a larger one almost all of it.
+The floor makes the share and its gradient 0 at M = 0, where the quotient alone has no limit; a delta of a thousandth of
+the weight's norm counts half of what its direction would give, a larger one almost all of it.
 
-Shape legend as in `operators`:  D = d_in, O = d_out, R = r_hat, N = blocks; q = vectors on either side.
+Shape legend as in `ops.mora`:  D = d_in, O = d_out, R = r_hat, N = blocks; q = singular vectors on either side.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,49 +30,56 @@ from torch import Tensor, nn
 
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.layer import AdaptedLinear
-from mora_ds.adapters.ops import singular_vectors, subspace
+from mora_ds.adapters.ops import singular_vectors
 from mora_ds.adapters.ops.gather import rotate
-from mora_ds.adapters.ops.index_tables import rope_table, wiring
-from mora_ds.adapters.ops.lora import LoRASpec
-from mora_ds.adapters.ops.mora import OperatorKind, OperatorSpec, compress, decompress_transpose, input_columns
+from mora_ds.adapters.ops.index_tables import rope_table, tables_of
+from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress_transpose, input_columns
+from mora_ds.adapters.ops.spec import OperatorKind, SquareSpec
 from mora_ds.adapters.ops.subspace import SubspaceSpec
-from mora_ds.adapters.ops.update import SquareSpec, UpdateSpec
 from mora_ds.errors import RunError
+
+FLOOR = 1e-3
+"""Share of the weight's norm whose square is added to that of the delta's norm."""
 
 
 class Alignment:
-    """Of one model with squares. Make it after `inject` and before `initialize`."""
+    """The alignment loss of a model with MoRA matrices. Construct it after `inject` and before `initialize`."""
 
     def __init__(self, model: nn.Module, vectors: str, weight: float, rank: int) -> None:
-        """`vectors`: the file of the base's singular vectors (`run_vectors`), of which `rank` a side are leading."""
+        """`vectors`: name of the file of the base's singular vectors (`ops.singular_vectors`), of which the first
+        `rank` on each side span the leading subspaces."""
         layers = mora_layers(model)
         self.weight, self.layers = weight, len(layers)
         self.share = torch.zeros(())
-        """The mean over layers at the newest `loss`, which is what a curve shows."""
+        """The mean over layers at the latest `loss`, for logs."""
         self._shares: dict[str, Tensor] = {}
-        self._hears = False
+        self._recording = False
         for name, layer in layers.items():
             layer.register_forward_hook(_Hook(self, name, vectors, rank))
 
     @contextmanager
-    def hearing(self) -> Iterator[None]:
-        """Around a forward whose `loss` will be asked for."""
+    def recording(self) -> Iterator[None]:
+        """Surrounds a forward whose `loss` is wanted."""
         self._shares.clear()
-        self._hears = True
+        self._recording = True
         try:
             yield
         finally:
-            self._hears = False
+            self._recording = False
 
-    def note(self, name: str, share: Tensor) -> None:
-        if self._hears:
+    hearing = recording
+    """The name of `recording` in version 0.2."""
+
+    def record(self, name: str, share: Tensor) -> None:
+        """The share of one layer in this forward."""
+        if self._recording:
             self._shares[name] = share
 
     def loss(self) -> Tensor:
-        """What the newest forward adds to its loss. A layer that it did not use has no part in it. Raises `RunError`
-        where there was none: in training mode, within `hearing`."""
+        """The term that the latest forward adds to its loss; layers that it did not use contribute 0. Raises `RunError`
+        where there was no forward in training mode within `recording`."""
         if not self._shares:
-            raise RunError("no layer has told its share: run the model in training mode, within Alignment.hearing()")
+            raise RunError("no layer recorded its share: run the model in training mode, within Alignment.recording()")
         mean = torch.stack(list(self._shares.values())).sum() / self.layers
         self._shares.clear()
         self.share = mean.detach()
@@ -79,38 +87,43 @@ class Alignment:
 
 
 def factor_bytes(model: nn.Module, rank: int) -> int:
-    """What the factors of all layers take on each rank, in fp32."""
-    return sum(4 * factor_numbers(layer.spec, rank) for layer in mora_layers(model).values())
+    """Bytes of the `Factors` of all layers on each rank, in fp32."""
+    numbers = 0
+    for layer in mora_layers(model).values():
+        spec = layer.spec
+        assert isinstance(spec, SquareSpec), "config refuses the alignment loss for LoRA"
+        numbers += 2 * rank * spec.blocks * spec.r_hat + (2 * spec.r_hat**2 if isinstance(spec, SubspaceSpec) else 0)
+    return 4 * numbers
 
 
 class _Hook:
-    """Of one layer. What it reads is made anew when a merge has wired the layer otherwise."""
+    """Forward hook of one layer. Its factors are made again when a merge has changed the layer's operator."""
 
-    def __init__(self, heard: Alignment, name: str, vectors: str, rank: int) -> None:
-        self._heard, self._name, self._vectors, self._rank = heard, name, vectors, rank
+    def __init__(self, alignment: Alignment, name: str, vectors: str, rank: int) -> None:
+        self._alignment, self._name, self._vectors, self._rank = alignment, name, vectors, rank
         self._factors: Factors | None = None
 
     def __call__(self, layer: AdaptedLinear, args: object, output: Tensor) -> Tensor:
         if not (layer.training and torch.is_grad_enabled()):
             return output
         if layer.split is not None:
-            raise RunError(f"the alignment loss needs whole squares, and ranks share that of {self._name}")
+            raise RunError(f"the alignment loss needs unsharded matrices, and tensor parallelism splits {self._name}")
         output, share = _WithShare.apply(output, layer.value, self._factors_of(layer))
-        self._heard.note(self._name, share)
+        self._alignment.record(self._name, share)
         return output
 
     def _factors_of(self, layer: AdaptedLinear) -> Factors:
         spec, value = layer.spec, layer.value
-        assert not isinstance(spec, LoRASpec)
         dtype = torch.promote_types(value.dtype, torch.float32)
         held = self._factors
         if held is None or held.spec != spec or (held.left.device, held.left.dtype) != (value.device, dtype):
+            assert isinstance(spec, SquareSpec), "config refuses the alignment loss for LoRA"
             held = self._factors = factors_of(spec, self._vectors, self._name, self._rank, value.device, dtype)
         return held
 
 
 class _WithShare(torch.autograd.Function):
-    """(output, square) -> (output, share of the square's delta)."""
+    """(output, M) -> (output, share of M's delta)."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, square: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
@@ -131,15 +144,8 @@ class _WithShare(torch.autograd.Function):
         return g_output, g_square.to(square.dtype), None
 
 
-FLOOR = 1e-3
-"""Of the weight's norm: what is added to the delta's, in squares."""
-
-Grams = tuple[Tensor, Tensor]
-"""(U^T U, V^T V), (R, R) each: vectors that are kept in fp32 are no more orthonormal than that."""
-
-
 @dataclass(frozen=True)
-class Factors:
+class Factors(ABC):
     """What a layer's share is computed from, in one cycle, on one device."""
 
     spec: SquareSpec
@@ -149,47 +155,60 @@ class Factors:
     """B (q, N, R)."""
     floor: float
     """(FLOOR |W0|)^2."""
-    grams: Grams | None = None
-    """Of the subspace operator."""
+
+    @abstractmethod
+    def delta_energy(self, square: Tensor) -> Tensor:
+        """|delta_weight(M)|^2."""
 
     def share(self, square: Tensor) -> Tensor:
-        """A number from 0 to 1, of a square (R, R) in the factors' dtype."""
+        """The share of M (R, R), given in the factors' dtype: a number from 0 to 1."""
         inside = self.left.flatten(1) @ F.linear(self.right, square).flatten(1).T
-        return inside.square().sum() / (delta_energy(self.spec, square, self.grams) + self.floor)
+        return inside.square().sum() / (self.delta_energy(square) + self.floor)
+
+
+@dataclass(frozen=True)
+class OperatorFactors(Factors):
+    """`Factors` of truncate, share, decouple and rotate."""
+
+    spec: OperatorSpec
+
+    def delta_energy(self, square: Tensor) -> Tensor:
+        return delta_energy(self.spec, square)
+
+
+@dataclass(frozen=True)
+class SubspaceFactors(Factors):
+    """`Factors` of the subspace operator, whose vectors are orthonormal to fp32 only."""
+
+    grams: tuple[Tensor, Tensor]
+    """(U^T U, V^T V), (R, R) each."""
+
+    def delta_energy(self, square: Tensor) -> Tensor:
+        return (self.grams[0] @ square @ self.grams[1] * square).sum()
 
 
 @torch.no_grad()
 def factors_of(
     spec: SquareSpec, vectors: str, module: str, rank: int, device: torch.device, dtype: torch.dtype
 ) -> Factors:
-    """`vectors`: the file that holds the base's (`singular_vectors`). Raises as `singular_vectors.read`."""
+    """The factors of one layer. `vectors`: name of the file of the base's singular vectors. Raises as
+    `singular_vectors.read`."""
     left, right = (side.to(device, torch.float64) for side in singular_vectors.read(vectors, module, 0, rank))
-    grams = None
+    floor = (FLOOR * singular_vectors.norm(vectors, module)) ** 2
     if isinstance(spec, SubspaceSpec):
-        own_left, own_right = subspace.sides(spec, device, torch.float64)
+        own_left, own_right = spec.sides(device, torch.float64)
         left, right = (left @ own_left.T).unsqueeze(1), (right @ own_right.T).unsqueeze(1)
         grams = (own_left @ own_left.T).to(dtype), (own_right @ own_right.T).to(dtype)
-    else:
-        left, right = decompress_transpose(spec, left), compress(spec, right)
-    floor = (FLOOR * singular_vectors.norm(vectors, module)) ** 2
-    return Factors(spec, left.to(dtype), right.to(dtype), floor, grams)
+        return SubspaceFactors(spec, left.to(dtype), right.to(dtype), floor, grams)
+    assert isinstance(spec, OperatorSpec)
+    left, right = decompress_transpose(spec, left), compress(spec, right)
+    return OperatorFactors(spec, left.to(dtype), right.to(dtype), floor)
 
 
-def factor_numbers(spec: UpdateSpec, rank: int) -> int:
-    """In a layer's factors."""
-    assert not isinstance(spec, LoRASpec)
-    if isinstance(spec, SubspaceSpec):
-        return 2 * spec.r_hat * (rank + spec.r_hat)
-    return 2 * rank * spec.r_hat * (spec.blocks_in if spec.blockwise else 1)
-
-
-def delta_energy(spec: SquareSpec, square: Tensor, grams: Grams | None = None) -> Tensor:
-    """|delta_weight(M)|^2 of a square (R, R); of the subspace operator by its `grams`."""
-    if isinstance(spec, SubspaceSpec):
-        assert grams is not None
-        return (grams[0] @ square @ grams[1] * square).sum()
-    outputs = decompress_transpose(spec, square.new_ones(spec.d_out))  # (N, R): that a row is written to
-    if spec.r_hat >= spec.d_in:  # a column an input, which together are no more than the square
+def delta_energy(spec: OperatorSpec, square: Tensor) -> Tensor:
+    """|delta_weight(M)|^2 of M (R, R)."""
+    outputs = decompress_transpose(spec, square.new_ones(spec.d_out))  # (N, R): how many outputs read each row
+    if spec.r_hat >= spec.d_in:  # one column for each input: together no more numbers than M has
         columns = _folded(spec, square) if spec.blockwise else input_columns(spec, square)
         return (outputs.T * columns.square()).sum()
     meeting = _where_blocks_meet(spec, square) if spec.blockwise else _where_groups_meet(spec, square, outputs.T)
@@ -197,8 +216,8 @@ def delta_energy(spec: SquareSpec, square: Tensor, grams: Grams | None = None) -
 
 
 def _inputs(spec: OperatorSpec, like: Tensor) -> Tensor:
-    """(N, R): inputs that a column of M is read by; of a rotated block the squared length of what it is turned by,
-    which is 1 but for the rounding of the table of angles to fp32."""
+    """(N, R): how many inputs read each column; for rotate the squared length of what a column is rotated by, which is
+    1 except for the rounding of the angles' table to fp32."""
     if not spec.blockwise:
         return compress(spec, like.new_ones(spec.d_in))
     if spec.kind is not OperatorKind.ROTATE:
@@ -208,8 +227,9 @@ def _inputs(spec: OperatorSpec, like: Tensor) -> Tensor:
 
 
 def _where_groups_meet(spec: OperatorSpec, square: Tensor, outputs: Tensor) -> Tensor:
-    """Share: inputs in two groups, because the last run wraps round, sum two columns of M. `outputs`: (R, 1)."""
-    tables = wiring(spec, square.device)
+    """Share: an input in two groups, because the last run wraps round, reads the sum of two columns of M. `outputs`:
+    (R, 1)."""
+    tables = tables_of(spec, square.device)
     if not len(tables.more_sources):
         return square.new_zeros(())
     one, other = square[:, tables.places[tables.more_sources]], square[:, tables.more_places]
@@ -217,25 +237,25 @@ def _where_groups_meet(spec: OperatorSpec, square: Tensor, outputs: Tensor) -> T
 
 
 def _where_blocks_meet(spec: OperatorSpec, square: Tensor) -> Tensor:
-    """Decouple, rotate: the last input block ends in the first inputs again; where the first output block reads both,
-    the columns of M R_last at its end and of M R_0 at its beginning are summed."""
+    """Decouple, rotate: the last input block is filled up with the first inputs; where the first output block reads
+    both blocks, the last columns of M R_last and the first ones of M R_0 are summed."""
     last, wrapped = spec.blocks_in - 1, spec.blocks_in * spec.r_hat - spec.d_in
     if not wrapped or last % spec.blocks_out:
         return square.new_zeros(())
     rows = min(spec.r_hat, spec.d_out)
-    first, end = (_turned(spec, square, block)[:rows] for block in (0, last))
+    first, end = (_rotated(spec, square, block)[:rows] for block in (0, last))
     return (first[:, :wrapped] * end[:, spec.r_hat - wrapped :]).sum()
 
 
 def _folded(spec: OperatorSpec, square: Tensor) -> Tensor:
-    """(R, D) of decouple and rotate whose one block is as long as the input, or longer: the columns that each input
-    meets, summed; in the order of the permuted input."""
+    """(R, D) of decouple and rotate where one block covers the input: the sum of the columns that each input reads, in
+    the order of the permuted input."""
     places = torch.arange(spec.r_hat, device=square.device) % spec.d_in
-    return square.new_zeros(spec.r_hat, spec.d_in).index_add(1, places, _turned(spec, square, 0))
+    return square.new_zeros(spec.r_hat, spec.d_in).index_add(1, places, _rotated(spec, square, 0))
 
 
-def _turned(spec: OperatorSpec, square: Tensor, block: int) -> Tensor:
-    """M R_i of one input block."""
+def _rotated(spec: OperatorSpec, square: Tensor, block: int) -> Tensor:
+    """M R_i of input block i."""
     if spec.kind is not OperatorKind.ROTATE:
         return square
     cos, sin = rope_table(spec.blocks_in, spec.r_hat, square.dtype, square.device)

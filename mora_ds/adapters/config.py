@@ -15,9 +15,18 @@ from typing import Any, ClassVar, TypeVar
 
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.lora import LORA, LoRASpec
-from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, default_kind, permutation_seed, square_size
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.spec import (
+    Grouping,
+    OperatorKind,
+    Side,
+    SquareSpec,
+    UpdateSpec,
+    default_kind,
+    permutation_seed,
+    square_size,
+)
 from mora_ds.adapters.ops.subspace import SUBSPACE, SubspaceSpec
-from mora_ds.adapters.ops.update import Side, SquareSpec, UpdateSpec
 from mora_ds.errors import UserError, nearest, refuse, unknown
 
 SHARED = "shared"

@@ -22,15 +22,13 @@ from mora_ds.adapters.layer import AdaptedLinear, MoRALinear
 from mora_ds.adapters.ops.int8 import check_floating, frozen_linear
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import (
-    OperatorKind,
     OperatorSpec,
     decompress,
     decompress_transpose,
     fold_input,
-    turn,
+    rotate_blocks,
     unfold_input,
 )
-from mora_ds.adapters.ops.update import value_name
 from mora_ds.errors import RunError, UserError, nearest
 
 OWN = "domain_squares"
@@ -113,7 +111,7 @@ def told_of_domains(model: nn.Module) -> str:
 
 def set_values(layer: AdaptedLinear, square: Tensor, own: Tensor | None, dtype: torch.dtype) -> None:
     """A layer's squares from fp32 ones, in `dtype` but for those that are frozen. Not where DeepSpeed holds them."""
-    values = {value_name(layer.spec): square} if own is None else {value_name(layer.spec): square, OWN: own}
+    values = {layer.spec.value_name: square} if own is None else {layer.spec.value_name: square, OWN: own}
     for name, value in values.items():
         getattr(layer, name).data = value.to(torch.float32 if name in layer.frozen_values else dtype)
 
@@ -213,7 +211,7 @@ class _UpdateRows(torch.autograd.Function):
         ctx.spec = spec
         folded = fold_input(spec, x)
         ctx.save_for_backward(x if spec.blockwise else folded, squares)
-        z = _turned(spec, folded)
+        z = rotate_blocks(spec, folded)
         return decompress(spec, torch.bmm(z.flatten(1, -2), squares.mT).view(z.shape))
 
     @staticmethod
@@ -224,12 +222,8 @@ class _UpdateRows(torch.autograd.Function):
         flat = c.flatten(1, -2)
         g_x = g_squares = None
         if ctx.needs_input_grad[0]:
-            g_x = unfold_input(spec, _turned(spec, torch.bmm(flat, squares).view(c.shape), back=True))
+            g_x = unfold_input(spec, rotate_blocks(spec, torch.bmm(flat, squares).view(c.shape), back=True))
         if ctx.needs_input_grad[1]:
-            z = _turned(spec, fold_input(spec, saved) if spec.blockwise else saved)
+            z = rotate_blocks(spec, fold_input(spec, saved) if spec.blockwise else saved)
             g_squares = torch.bmm(flat.mT, z.flatten(1, -2))
         return g_x, g_squares, None
-
-
-def _turned(spec: OperatorSpec, blocks: Tensor, back: bool = False) -> Tensor:
-    return turn(spec, blocks, back) if spec.kind is OperatorKind.ROTATE else blocks

@@ -23,7 +23,7 @@ from mora_ds.adapters.layer import AdaptedLinear, adapt, linear_shape
 from mora_ds.adapters.new_embeddings import train_new_rows
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.ops.update import Side, UpdateSpec, describe, value_name, value_shape
+from mora_ds.adapters.ops.spec import Side, UpdateSpec
 from mora_ds.adapters.target_modules import ending_of, output_head, targets_of
 from mora_ds.adapters.tp_plan import Style, style_in_plan
 from mora_ds.errors import RunError, UserError
@@ -130,7 +130,7 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     values = sum(value.numel() for layer in layers for value in layer.parameters(recurse=False))
     kept = sum(value.numel() for value in frozen_values(model).values())
     trainable = sum(parameter.numel() for parameter in model.parameters())
-    named = "squares" if value_name(layers[0].spec) == "square" else "factors"
+    named = "squares" if layers[0].spec.value_name == "square" else "factors"
     all_linear = ALL_LINEAR in config.target_modules and not config.planned_layers
     left_out = _matrices_left_out(model) if all_linear else {}
     sums = values, trainable - values, total + values + kept
@@ -301,7 +301,7 @@ def _shape_rows(targets: dict[str, nn.Module], config: AdapterConfig) -> tuple[S
     held: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
     for name, module in targets.items():
         d_in, d_out = linear_shape(module)
-        shape = value_shape(config.operator_for(name, d_in, d_out, cycle=0))
+        shape = config.operator_for(name, d_in, d_out, cycle=0).value_shape
         held.setdefault((ending_of(name), d_in, d_out), []).append(shape)
     rows = []
     for (ending, d_in, d_out), shapes in held.items():
@@ -326,7 +326,7 @@ def layer_for(config: AdapterConfig, base: Any, spec: UpdateSpec, name: str, dom
         if not (isinstance(config, MoRAConfig) and isinstance(spec, OperatorSpec)):
             raise UserError(
                 f"--domain_adapters is for --operator truncate, share, decouple or rotate: {name} would get "
-                f"{describe(spec)}"
+                f"{spec.describe()}"
             )
         return DomainLinear(base, spec, domains, config.dropout, Freeze(config.freeze))
     compute = Compute(config.compute) if isinstance(config, MoRAConfig) else Compute.ACTIVATION

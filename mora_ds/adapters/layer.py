@@ -20,8 +20,8 @@ from mora_ds.adapters.ops.int8 import Int8Weight, Weight, check_floating, dense,
 from mora_ds.adapters.ops.linear import Compute, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
-from mora_ds.adapters.ops.subspace import Sides, SubspaceSpec, sides, subspace_update
-from mora_ds.adapters.ops.update import Side, UpdateSpec, describe, first_value, value_name
+from mora_ds.adapters.ops.spec import Side, UpdateSpec
+from mora_ds.adapters.ops.subspace import Sides, SubspaceSpec, subspace_update
 
 
 class Split(Protocol):
@@ -59,8 +59,8 @@ class AdaptedLinear(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("weight_scales", None, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-        value = first_value(spec, seed).to(weight.device, weight.dtype)
-        self.register_parameter(value_name(spec), nn.Parameter(value))
+        value = spec.first_value(seed).to(weight.device, weight.dtype)
+        self.register_parameter(spec.value_name, nn.Parameter(value))
         self.spec = spec
         self.dropout = dropout
         self.split: Split | None = None
@@ -73,7 +73,7 @@ class AdaptedLinear(nn.Module):
     @property
     def value(self) -> nn.Parameter:
         """The square (r_hat, r_hat), or the factors (rank, d_in + d_out); a buffer where it is frozen."""
-        found: nn.Parameter = getattr(self, value_name(self.spec))
+        found: nn.Parameter = getattr(self, self.spec.value_name)
         return found
 
     def whole(self, own: Tensor) -> Tensor:
@@ -139,8 +139,8 @@ class AdaptedLinear(nn.Module):
     def extra_repr(self) -> str:
         shape = tuple(self.value.shape)
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, {value_name(self.spec)}={shape}, "
-            f"operator={describe(self.spec)}"
+            f"in_features={self.in_features}, out_features={self.out_features}, {self.spec.value_name}={shape}, "
+            f"operator={self.spec.describe()}"
         )
 
 
@@ -183,7 +183,7 @@ class SubspaceLinear(AdaptedLinear):
     def _sides(self, like: Tensor) -> Sides:
         held = self._held
         if held is None or held[0] != self.spec or (held[1][0].device, held[1][0].dtype) != (like.device, like.dtype):
-            held = self.spec, sides(self.spec, like.device, like.dtype)
+            held = self.spec, self.spec.sides(like.device, like.dtype)
             self._held = held
         return held[1]
 
@@ -203,11 +203,9 @@ class LoRALinear(AdaptedLinear):
 
 def adapt(base: Any, spec: UpdateSpec, dropout: float, compute: Compute, seed: int) -> AdaptedLinear:
     """The layer that takes the place of `base` (`nn.Linear` or `Conv1D`), for either kind of spec."""
-    if isinstance(spec, LoRASpec):
-        return LoRALinear(base, spec, dropout, seed)
-    if isinstance(spec, SubspaceSpec):
-        return SubspaceLinear(base, spec, dropout)
-    return MoRALinear(base, spec, dropout, compute)
+    if isinstance(spec, OperatorSpec):
+        return MoRALinear(base, spec, dropout, compute)
+    return (LoRALinear if isinstance(spec, LoRASpec) else SubspaceLinear)(base, spec, dropout, seed)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.int8 import Weight, dense
-from mora_ds.adapters.ops.update import UpdateSpec, delta_weight
+from mora_ds.adapters.ops.spec import UpdateSpec
 
 
 class MergeNorms(NamedTuple):
@@ -47,7 +47,7 @@ def merge_layer(
     before = _norm(dense(old, torch.float32))
     moved = None if layer.weight.dtype is torch.float32 else _moved(layer, old)
     del old
-    delta = delta_weight(layer.spec, square)
+    delta = layer.spec.delta_weight(square)
     norms = _norm(square), _norm(delta), before
     return MergeNorms(*norms, before.new_zeros(()) if moved is None else _norm(moved.sub_(delta)))
 

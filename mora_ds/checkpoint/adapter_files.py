@@ -21,7 +21,8 @@ from torch import Tensor
 
 from mora_ds.adapters.config import SHARED
 from mora_ds.adapters.domains import OWN
-from mora_ds.adapters.ops.update import UpdateSpec, spec_from_dict, value_shape
+from mora_ds.adapters.ops.spec import UpdateSpec
+from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON
 from mora_ds.errors import UserError, nearest
 from mora_ds.files import malformed, read_json, require_format, write_json_atomic
@@ -138,11 +139,11 @@ class AdapterFile:
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every square in adapter.safetensors, those of domains included."""
         shapes: dict[str, tuple[int, ...]] = {
-            entry.square: value_shape(entry.operator) for entry in self.layers.values()
+            entry.square: entry.operator.value_shape for entry in self.layers.values()
         }
         if self.own is not None:
             for module, spec in self.own.operators.items():
-                shapes[self.own.tensor(module)] = (len(self.own.names), *value_shape(spec))
+                shapes[self.own.tensor(module)] = (len(self.own.names), *spec.value_shape)
         return shapes
 
 

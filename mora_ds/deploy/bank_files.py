@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.mora import OperatorKind, OperatorSpec
-from mora_ds.adapters.ops.update import UpdateSpec, describe
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.spec import OperatorKind, UpdateSpec
 from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, read_adapter
 from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON, LEDGER_FOLDER, adapter_folder
 from mora_ds.deploy.bank_layer import form_of, index_dtype, join_tables, term_square, term_tables
@@ -110,7 +110,7 @@ def agree(name: str, layers: Mapping[str, LayerEntry], known: dict[str, BankLaye
 
 def _known(name: str, layer: str, spec: UpdateSpec) -> OperatorSpec:
     if type(spec) is not OperatorSpec or spec.kind.value not in _KINDS:
-        raise _unknown(name, layer, describe(spec))
+        raise _unknown(name, layer, spec.describe())
     return spec
 
 

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters.layer import linear_shape
-from mora_ds.adapters.ops.gather import deal, scatters
-from mora_ds.adapters.ops.index_tables import fresh_wiring, rope_table
-from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec
+from mora_ds.adapters.ops.gather import prefers_scatter, regroup_blocks
+from mora_ds.adapters.ops.index_tables import make_tables, rope_table
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.errors import UserError
 
 _CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def term_square(spec: OperatorSpec, square: Tensor) -> Tensor:
 def term_tables(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
     """(N * R,) the input at each place of the folded input, D for none; (O,) the place that each output reads, the
     number of places for none. Int64, on the CPU."""
-    found = fresh_wiring(spec, _CPU)
+    found = make_tables(spec, _CPU)
     sources = found.sources.index.clone()
     if found.sources.missing is not None:
         sources[found.sources.missing] = spec.d_in
@@ -189,7 +190,7 @@ def add_updates_(y: Tensor, terms: Terms, x: Tensor) -> None:
     """y (G, T, O) += what each group's adapter makes of x (G, T, D), in place. On a CPU a few terms at a time, so that
     what they move is still in its cache when they multiply it."""
     count, length = len(terms.sources), x.shape[1]
-    if scatters(x):
+    if prefers_scatter(x):
         fit = max(_IN_CACHE // max(terms.sources.shape[1], terms.form.d_out), 1)
         count, length = max(fit // length, 1), min(max(fit, _SHORT), length)
     for begin in range(0, x.shape[1], length):
@@ -212,7 +213,7 @@ def _add(y: Tensor, x: Tensor, terms: Terms, part: slice) -> None:
         z = _turn(form, z)
     z = _multiply(z.flatten(1, 2), terms, part).view(z.shape)
     if form.blockwise and form.blocks_in > form.blocks_out:
-        z = deal(z, form.blocks_out)
+        z = regroup_blocks(z, form.blocks_out)
     z = z.flatten(-2)
     found = _gather(F.pad(z, (0, 1)) if form.kind is OperatorKind.TRUNCATE else z, terms.slots[part])
     if terms.groups is None:

@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mora_ds.adapters.ops.update import describe, value_shape
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference
 from mora_ds.checkpoint.layout import STATE_FILE, SUMMARY_FILE
 from mora_ds.deploy.logits_check import Comparison
@@ -42,8 +41,8 @@ def model_card(
 
 
 def _facts(adapter: AdapterFile, ledger: Ledger, reference: BaseReference, dtype: str) -> dict[str, str]:
-    operators = Counter(describe(entry.operator) for entry in adapter.layers.values())
-    shapes = sorted({value_shape(entry.operator) for entry in adapter.layers.values()})
+    operators = Counter(entry.operator.describe() for entry in adapter.layers.values())
+    shapes = sorted({entry.operator.value_shape for entry in adapter.layers.values()})
     sizes = ", ".join(f"{rows} x {columns}" for rows, columns in shapes)
     planned = "layer_sizes" in adapter.facts.get("config", {})
     return {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mora_ds.adapters.ops.update import UpdateSpec, describe
+from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.eval.spectrum import Measures, cumulative_norms, measure, singular_values
 from mora_ds.remora.ledger import Ledger
 from mora_ds.runtime.cli import table
@@ -55,7 +55,7 @@ def _summary(ledger: Ledger, cycle: int, cumulative_norm: float) -> CycleSummary
         cycle=cycle,
         step=record.step,
         layers=len(entries),
-        operators=", ".join(label for label, _ in Counter(map(describe, specs)).most_common()),
+        operators=", ".join(label for label, _ in Counter(spec.describe() for spec in specs).most_common()),
         square_norm=_total_norm(square.double().norm().item() for square in squares),
         delta_norm=_total_norm(each.norm for each in measures),
         cumulative_norm=cumulative_norm,

@@ -28,11 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops import lora, subspace
-from mora_ds.adapters.ops.lora import LoRASpec
-from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, compress, decompress, decompress_transpose
-from mora_ds.adapters.ops.subspace import SubspaceSpec
-from mora_ds.adapters.ops.update import SquareSpec, UpdateSpec, adjoint, delta_weight
+from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress, decompress_transpose, delta_weight
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind, SquareSpec, UpdateSpec
 
 THRESHOLD = 0.1
 """The MoRA paper's figure 5 counts singular values above it."""
@@ -93,10 +90,8 @@ def measure(values: Tensor, longest_side: int, threshold: float = THRESHOLD) -> 
 
 def singular_values(spec: UpdateSpec, square: Tensor) -> Tensor:
     """All min(O, D) singular values of delta_weight(spec, square), descending, float64, on the square's device."""
-    if isinstance(spec, LoRASpec):
-        return lora.singular_values(spec, square)
-    if isinstance(spec, SubspaceSpec):
-        return subspace.singular_values(spec, square)
+    if not isinstance(spec, OperatorSpec):
+        return spec.singular_values(square)
     plain = replace(spec, grouping=Grouping.PLAIN, seed=0) if spec.grouping is Grouping.PERMUTED else spec
     square = square.double()  # permutations of rows and columns change no singular value
     if not spec.blockwise:
@@ -218,14 +213,14 @@ class _Frame:
     def place(self, spec: UpdateSpec, square: Tensor) -> Tensor:
         """The delta of a float64 square."""
         if not self._sides:
-            return delta_weight(spec, square)
+            return spec.delta_weight(square)
         left, right = self._sides[spec]
         return left @ square @ right.T
 
     def lift(self, spec: SquareSpec, delta: Tensor) -> Tensor:
         """The adjoint of `place`."""
         if not self._sides:
-            return adjoint(spec, delta)
+            return spec.adjoint(delta)
         left, right = self._sides[spec]
         return left.T @ delta @ right
 
@@ -280,7 +275,7 @@ def _outside_reach(frame: _Frame, newest: Tensor, earlier: Sequence[UpdateSpec])
     energy = newest.square().sum().item()
     if energy == 0.0 or not earlier:
         return float(energy > 0.0)
-    operators = [spec for spec in earlier if not isinstance(spec, LoRASpec)]
+    operators = [spec for spec in earlier if isinstance(spec, SquareSpec)]
     if len(operators) < len(earlier):
         return 0.0
     residual = newest.clone()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mora_ds.adapters.ops.update import UpdateSpec, describe, value_shape
+from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import AdapterTensors
 from mora_ds.checkpoint.layout import LedgerLocation
 from mora_ds.checkpoint.ledger_tools import live_adapter
@@ -85,8 +85,8 @@ class Spectra:
 
 def _row(module: str, spec: UpdateSpec, place: tuple[int, int, bool], spectrum: LayerSpectrum) -> Row:
     cycle, step, is_live = place
-    size = value_shape(spec)[0]
-    return Row(module, cycle, step, describe(spec), is_live, spec.d_in, spec.d_out, size, spectrum)
+    size = spec.value_shape[0]
+    return Row(module, cycle, step, spec.describe(), is_live, spec.d_in, spec.d_out, size, spectrum)
 
 
 # -- for reading -------------------------------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ from torch import Tensor
 from mora_ds.adapters.ops.gather import gather
 from mora_ds.adapters.ops.mora import (
     OperatorSpec,
+    block_pairs,
     block_squares,
     input_blocks,
-    multiplies,
     output_slots,
-    rounds,
     sum_of_blocks,
+    sums_by_product,
     tokens_in_cache,
 )
 from mora_ds.parallel.windows import Window
@@ -46,8 +46,8 @@ def square_gradient(part: Window, x: Tensor, g: Tensor) -> Tensor:
     spec, tables = part.spec, _tables(part, g.device)
     inputs, outputs = tables.inputs, tables.outputs
     x, g = x.flatten(0, -2), g.flatten(0, -2)
-    tokens = max(1, len(g)) if multiplies(g) else tokens_in_cache(g, max(part.d_in, part.d_out))
-    runs = rounds(spec)
+    tokens = max(1, len(g)) if sums_by_product(g) else tokens_in_cache(g, max(part.d_in, part.d_out))
+    runs = block_pairs(spec)
     products = [g.new_zeros(into.stop - into.start, outputs.width, inputs.width) for into, _ in runs]
     for x_part, g_part in zip(x.split(tokens), g.split(tokens), strict=True):
         z, c = inputs.of(x_part), outputs.of(g_part)
@@ -120,7 +120,7 @@ def _moved(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
 
 def _meetings(spec: OperatorSpec, blocks: Tensor, lanes: Tensor) -> list[_Meeting]:
     found = []
-    for into, out in rounds(spec):
+    for into, out in block_pairs(spec):
         outputs = ((blocks >= out.start) & (blocks < out.stop)).nonzero().flatten()
         met = blocks[outputs] - out.start + into.start
         found.append(_Meeting(outputs, met, met * spec.r_hat + lanes[outputs]))

@@ -26,7 +26,6 @@ from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops.linear import Compute, choose
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.ops.update import value_name
 from mora_ds.adapters.tp_plan import Style, TensorPlan, plan_of
 from mora_ds.errors import UserError
 from mora_ds.parallel import block_windows, windows
@@ -84,7 +83,7 @@ def _refuse(model: nn.Module, degree: int) -> None:
     for name, layer in mora_layers(model).items():
         if not isinstance(layer, MoRALinear):
             others = {"square": "those of --operator subspace", "factors": "LoRA's factors (--adapter mora has none)"}
-            raise UserError(f"{FLAG} {degree} splits squares: {others[value_name(layer.spec)]} run at 1")
+            raise UserError(f"{FLAG} {degree} splits squares: {others[layer.spec.value_name]} run at 1")
         if layer.spec.r_hat < degree:
             raise UserError(
                 f"{FLAG} {degree}: the square of {name} has {layer.spec.r_hat} rows: a larger --mora_rank, or a "

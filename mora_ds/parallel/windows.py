@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.gather import deal
-from mora_ds.adapters.ops.mora import OperatorKind, OperatorSpec, input_blocks, output_slots, turn
+from mora_ds.adapters.ops.gather import regroup_blocks
+from mora_ds.adapters.ops.mora import OperatorSpec, input_blocks, output_slots, rotate_blocks
 
 Range = tuple[int, int]
 """[start, stop)."""
@@ -74,7 +74,7 @@ def unfold(part: Window, z: Tensor) -> Tensor:
 
 def deal_out(part: Window, u: Tensor) -> Tensor:
     spec = part.spec
-    lanes = deal(u, spec.blocks_out).flatten(-2) if spec.blockwise else u.squeeze(-2)
+    lanes = regroup_blocks(u, spec.blocks_out).flatten(-2) if spec.blockwise else u.squeeze(-2)
     return _gather(lanes, _tables(part, u.device).slots)
 
 
@@ -83,12 +83,12 @@ def collect(part: Window, g: Tensor) -> Tensor:
     lanes = _gather_sum(g, _tables(part, g.device).members)
     if not spec.blockwise:
         return lanes.unsqueeze(-2)
-    return deal(lanes.unflatten(-1, (spec.blocks_out, spec.r_hat)), spec.blocks_in)
+    return regroup_blocks(lanes.unflatten(-1, (spec.blocks_out, spec.r_hat)), spec.blocks_in)
 
 
 def turned(part: Window, z: Tensor, back: bool = False) -> Tensor:
     """Rotate's turning of each block, or its inverse; of other operators nothing."""
-    return turn(part.spec, z, back) if part.spec.kind is OperatorKind.ROTATE else z
+    return rotate_blocks(part.spec, z, back)
 
 
 def rows_used(part: Window, device: torch.device) -> Tensor | None:

@@ -20,9 +20,7 @@ from torch import nn
 from mora_ds.adapters.domains import DomainLinear, domain_layers
 from mora_ds.adapters.inject import count_parameters, mora_layers
 from mora_ds.adapters.layer import AdaptedLinear
-from mora_ds.adapters.ops.lora import LoRASpec
-from mora_ds.adapters.ops.mora import OperatorKind, OperatorSpec
-from mora_ds.adapters.ops.subspace import SubspaceSpec
+from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.tp_plan import Style, TensorPlan, is_attention, plan_of
 from mora_ds.parallel.saved_inputs import Kept, TPInputs, kept_inputs
 
@@ -123,13 +121,13 @@ def costs(
                     square += 3 * tokens * _own_macs(own[name])
                     traffic += _own_traffic(own[name], replicas)
             else:  # at t = 1 only
-                square += tokens * _macs_of_products(spec)
+                square += tokens * spec.macs_per_token
                 traffic += _zero_traffic(layers[name].value.numel(), replicas)
     traffic += _block_traffic(model, plan, tokens)
     traffic += _input_traffic(model, plan, tokens, inputs)
     squares = sum(value.numel() for layer in layers.values() for value in layer.parameters(recurse=False))
     whole = count_parameters(model) - sum(parameter.numel() for parameter in model.parameters())
-    trained = "factors" if any(isinstance(layer.spec, LoRASpec) for layer in layers.values()) else "squares"
+    trained = "factors" if any(layer.spec.value_name == "factors" for layer in layers.values()) else "squares"
     return Costs(base, square, tuple(traffic), whole, squares / degree / replicas, trained)
 
 
@@ -186,7 +184,7 @@ def _square_macs(spec: OperatorSpec, style: Style, degree: int) -> int:
     if style is Style.WHOLE or _is_aligned(spec, style, degree):
         return blocks * spec.r_hat**2 // degree
     rows = spec.r_hat
-    if style is Style.COLWISE and spec.kind in (OperatorKind.SHARE, OperatorKind.TRUNCATE):
+    if style is Style.COLWISE and not spec.blockwise:
         rows = min(rows, spec.d_out // degree)
     return blocks * spec.r_hat * rows
 
@@ -200,13 +198,6 @@ def _own_macs(layer: DomainLinear) -> int:
 def _own_traffic(layer: DomainLinear, replicas: int) -> Iterator[Traffic]:
     if isinstance(layer.domain_squares, nn.Parameter):
         yield from _zero_traffic(layer.domain_squares.numel(), replicas)
-
-
-def _macs_of_products(spec: LoRASpec | SubspaceSpec) -> int:
-    """A token's, forward and backward. LoRA's factors: each element is used once in three products. Subspace: V^T and U
-    in two, as they have no gradient."""
-    sides = spec.d_in + spec.d_out
-    return 3 * spec.rank * sides if isinstance(spec, LoRASpec) else spec.r_hat * (2 * sides + 3 * spec.r_hat)
 
 
 def _square_traffic(spec: OperatorSpec, style: Style, degree: int, replicas: int, tokens: int) -> Iterator[Traffic]:

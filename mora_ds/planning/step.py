@@ -23,7 +23,6 @@ from mora_ds.adapters.inject import base_weights, frozen_buffers, inject, mora_l
 from mora_ds.adapters.merge_layer import merge_layer
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.ops.update import value_shape
 from mora_ds.errors import UserError
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel import block_windows, windows
@@ -180,7 +179,7 @@ def measure_merge(model: nn.Module) -> int:
     layer = max(layers, key=lambda candidate: candidate.weight.numel())
     original = torch.empty(layer.weight.shape, dtype=layer.dtype, device="meta")  # a file's, mapped
     with MemoryMeter((original, *model.parameters(), *model.buffers())) as meter:
-        square = torch.empty(value_shape(layer.spec), dtype=torch.float32, device="meta")
+        square = torch.empty(layer.spec.value_shape, dtype=torch.float32, device="meta")
         merge_layer(layer, original, [(layer.spec, square)], square)
     _forget_tables()
     return meter.peak

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.singular_vectors import VectorsRecord, register
-from mora_ds.adapters.ops.update import UpdateSpec, spec_from_dict, value_name, value_shape
+from mora_ds.adapters.ops.spec import UpdateSpec
+from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.errors import RunError, UserError
 from mora_ds.files import (
     atomic_path,
@@ -65,7 +66,7 @@ class LayerEntry:
     @property
     def square(self) -> str:
         """The name of its square (or LoRA's factors) in safetensors files."""
-        return f"{self.module}.{value_name(self.operator)}"
+        return f"{self.module}.{self.operator.value_name}"
 
     def to_dict(self) -> dict[str, Any]:
         """Without the module name, which is the key that the entry stands under."""
@@ -257,7 +258,7 @@ class Ledger:
             if problem:
                 raise UserError(f"the ledger is damaged at cycle {record.cycle}: {problem}")
             handle = self._handle(record.cycle)
-            expected = {entry.square: value_shape(entry.operator) for entry in self.layers(record.cycle).values()}
+            expected = {entry.square: entry.operator.value_shape for entry in self.layers(record.cycle).values()}
             if set(handle.keys()) != set(expected):
                 raise UserError(f"{self.folder / record.file} does not hold the squares that its header lists")
             for name, shape in expected.items():
@@ -302,7 +303,7 @@ def _link(chain: str, sha256: str) -> str:
 def _write_cycle(
     path: Path, cycle: int, step: int, layers: Mapping[str, LayerEntry], squares: Iterable[tuple[str, Tensor]]
 ) -> None:
-    layout = {entry.square: (value_shape(entry.operator), torch.float32) for entry in layers.values()}
+    layout = {entry.square: (entry.operator.value_shape, torch.float32) for entry in layers.values()}
     metadata = {"layers": json.dumps(layers_to_dict(layers)), "cycle": str(cycle), "step": str(step)}
     with SafetensorsWriter(path, layout, metadata) as writer:
         for module, square in squares:

@@ -22,7 +22,7 @@ from mora_ds.adapters.config import INCREMENTAL_IN_8_BITS, AdapterConfig
 from mora_ds.adapters.inject import mora_layers, set_cycle
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.merge_layer import MergeNorms, merge_layer, write_live
-from mora_ds.adapters.ops.update import UpdateSpec, first_value
+from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.engine import zero
 from mora_ds.engine.muon import uses_muon
 from mora_ds.errors import RunError, UserError
@@ -233,7 +233,7 @@ class ReMoRA:
         zero.reset_group(self.engine, 0, [layer.value for layer in layers.values()], change)
         set_cycle(self.engine.module, self.config, cycle)
         for name, layer in layers.items():
-            first = first_value(layer.spec, self.config.first_seed(name, cycle))
+            first = layer.spec.first_value(self.config.first_seed(name, cycle))
             if first.any():  # LoRA's A
                 zero.set_fp32(self.engine, layer.value, layer.own(first))
         moments = [value for key, value in zero.state_tensors(self.engine, 0) if key != STEP]

@@ -17,7 +17,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.mora import permutation_seed
+from mora_ds.adapters.ops.spec import permutation_seed
 
 MAGNITUDE_PRUNED = 0.9
 RANDOM_PRUNED = 0.99

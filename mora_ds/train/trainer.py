@@ -153,7 +153,7 @@ class Trainer:
         self.engine.train()
         self._source_losses.reset()
         for index, batch in enumerate(micro_batches):
-            with nullcontext() if alignment is None else alignment.hearing():
+            with nullcontext() if alignment is None else alignment.recording():
                 batch_nll = self._nll(index, batch)
             loss = batch_nll * scale
             self.engine.backward(loss if alignment is None else loss + alignment.loss())

@@ -15,9 +15,9 @@ from mora_ds.adapters.alignment import FLOOR, Alignment, delta_energy, factors_o
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers, set_cycle
 from mora_ds.adapters.ops import singular_vectors
-from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind, SquareSpec
 from mora_ds.adapters.ops.subspace import SubspaceSpec
-from mora_ds.adapters.ops.update import SquareSpec, delta_weight
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 from mora_ds.deploy.export import export_merged
@@ -48,7 +48,7 @@ def vectors_of(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def by_definition(spec: SquareSpec, square: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(share, energy) from the full (d_out, d_in) delta."""
     left, right = vectors_of(weight, rank)
-    delta = delta_weight(spec, square)
+    delta = spec.delta_weight(square)
     energy = delta.square().sum()
     return (left @ delta @ right.T).square().sum() / (energy + (FLOOR * weight.norm()) ** 2), energy
 
@@ -64,7 +64,7 @@ def test_the_share_is_that_of_the_full_delta(spec: OperatorSpec, monkeypatch: py
     torch.testing.assert_close(delta_energy(spec, square), energy, rtol=1e-8, atol=0)
     torch.testing.assert_close(factors.share(square), share, rtol=1e-8, atol=1e-12)
     assert 0 <= share <= 1
-    assert factors.left.shape == (rank, spec.blocks_in if spec.blockwise else 1, spec.r_hat) == factors.right.shape
+    assert factors.left.shape == (rank, spec.blocks, spec.r_hat) == factors.right.shape
 
 
 @pytest.mark.parametrize(("d_in", "d_out", "r_hat", "first"), [(12, 20, 5, 0), (20, 12, 12, 3), (7, 7, 2, 5)])
@@ -74,7 +74,7 @@ def test_the_share_of_the_subspace_operator(d_in: int, d_out: int, r_hat: int, f
     spec = SubspaceSpec(d_in, d_out, r_hat, MODULE, register_vectors(weight, min(d_in, d_out), tmp_path), first)
     factors = factors_of(spec, spec.vectors, MODULE, rank, CPU, torch.float64)
     left, right = (side.double() for side in singular_vectors.read(spec.vectors, MODULE, 0, rank))
-    delta = delta_weight(spec, square)
+    delta = spec.delta_weight(square)
     inside = (left @ delta @ right.T).square().sum()
     expected = inside / (delta.square().sum() + (FLOOR * singular_vectors.norm(spec.vectors, MODULE)) ** 2)
     torch.testing.assert_close(factors.share(square), expected, rtol=1e-8, atol=1e-12)
@@ -138,11 +138,11 @@ def aligned_model(folder: Path, operator: str, rank: int = 3, **changes: Any) ->
 
 
 def mean_share(model: Any, name: str, rank: int) -> Tensor:
-    """From full deltas, differentiable in the squares."""
+    """From dense deltas, differentiable in the MoRA matrices."""
     found = []
     for module, layer in mora_layers(model).items():
         left, right = (side.double() for side in singular_vectors.read(name, module, 0, rank))
-        delta = delta_weight(layer.spec, layer.value)
+        delta = layer.spec.delta_weight(layer.value)
         floor = (FLOOR * singular_vectors.norm(name, module)) ** 2
         found.append((left @ delta @ right.T).square().sum() / (delta.square().sum() + floor))
     return torch.stack(found).mean()
@@ -169,7 +169,7 @@ def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: boo
             alignment = Alignment(model, name, weight=0.7, rank=4)
         model.zero_grad()
         for ids in batches:
-            with alignment.hearing():
+            with alignment.recording():
                 loss = causal_loss(model, ids)
             ((loss + alignment.loss()) / 2).backward()
             torch.testing.assert_close(alignment.share, share.detach(), rtol=1e-8, atol=0)
@@ -181,7 +181,7 @@ def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: boo
 def test_it_is_silent_where_nothing_is_trained(tmp_path: Path) -> None:
     model, _, name = aligned_model(tmp_path, "share")
     alignment, ids = Alignment(model, name, weight=0.7, rank=4), tokens(2)
-    with torch.no_grad(), alignment.hearing():
+    with torch.no_grad(), alignment.recording():
         model.train()(input_ids=ids)
         assert not alignment._shares
     model.eval()(input_ids=ids)
@@ -236,7 +236,7 @@ def sharded_squares(path: str, stage: int) -> tuple[dict[str, Tensor], float]:
     for step in range(2):
         own = tokens(6, seed=step)[rank::world]
         for part in own.split(micro):
-            with alignment.hearing():
+            with alignment.recording():
                 loss = causal_loss(engine, part)
             engine.backward(loss + alignment.loss())
             engine.step()

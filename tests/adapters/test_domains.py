@@ -14,7 +14,8 @@ from mora_ds.adapters.config import Freeze, MoRAConfig
 from mora_ds.adapters.domains import Domains, domain_layers, domains_of, one_hot_rows, squares_of_rows, update_rows
 from mora_ds.adapters.inject import inject, layer_for, mora_layers
 from mora_ds.adapters.ops.lora import LoRASpec
-from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight, mora_update
+from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight, mora_update
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.errors import RunError, UserError
 from mora_ds.models.loss import chunk_loss
 from mora_ds.train.init_adapter import InitialAdapter

@@ -10,7 +10,7 @@ from torch import nn
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base, set_cycle
-from mora_ds.adapters.ops.mora import Grouping, OperatorKind
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.errors import UserError
 from tests.helpers.models import causal_loss, tiny_model, tokens

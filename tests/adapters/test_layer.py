@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters.layer import MoRALinear, is_linear, linear_shape
-from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight
+from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 
 D_IN, D_OUT, R_HAT = 14, 10, 6
 

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds import files
 from mora_ds.adapters.ops.delta import live_weight
-from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.deploy import export as export_room
 from mora_ds.deploy.export import ExportReport, export_merged

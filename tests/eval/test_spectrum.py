@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight
+from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.checkpoint.layout import find_ledger
 from mora_ds.errors import UserError

@@ -13,7 +13,8 @@ import torch
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.adapters.ops.mora import OperatorKind, adjoint
+from mora_ds.adapters.ops.mora import adjoint
+from mora_ds.adapters.ops.spec import OperatorKind
 from mora_ds.adapters.target_plan import read_plan
 from mora_ds.data import Document
 from mora_ds.errors import RunError, UserError

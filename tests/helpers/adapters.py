@@ -15,7 +15,7 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.layer import linear_shape
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.ops.update import UpdateSpec, value_shape
+from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, OwnSquares, write_adapter
 from mora_ds.checkpoint.layout import LEDGER_FOLDER
@@ -76,7 +76,7 @@ class Maker:
                 layers[name] = replace(layers[name], operator=spec)
             squares = {}
             for name, entry in layers.items():
-                squares[name] = scale * torch.randn(value_shape(entry.operator), generator=generator)
+                squares[name] = scale * torch.randn(entry.operator.value_shape, generator=generator)
                 updates.setdefault(name, []).append((entry.operator, squares[name]))
             if cycle < cycles:
                 ledger.append(cycle + 1, layers, squares.items())

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mora_ds import files
 from mora_ds.adapters.ops.delta import live_weight
-from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, mora_update, permutation_seed, square_size
+from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind, permutation_seed, square_size
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.models.base import BaseCheckpoint, renamed_keys
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic

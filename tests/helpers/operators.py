@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mora_ds.adapters.ops.linear import Compute, mora_linear
-from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight
+from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 
 WIRINGS = [
     (kind, grouping)

@@ -91,7 +91,7 @@ def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(
     monkeypatch: pytest.MonkeyPatch, family: str, checkpointing: bool
 ) -> None:
     # without a device the sums go the way of a GPU: here both take that of a CPU
-    monkeypatch.setattr(mora, "scatters", lambda x: True)
+    monkeypatch.setattr(mora, "prefers_scatter", lambda x: True)
     dtype = torch.bfloat16 if family == "mixtral" else torch.float32  # torch has no grouped product of fp32 shapes
     work = work_of(family, checkpointing=checkpointing, dtype=dtype)
     model = tiny_model(family, dtype=dtype).train()

@@ -14,7 +14,8 @@ from safetensors import safe_open
 
 from mora_ds import files
 from mora_ds.adapters.ops.delta import live_weight
-from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight, permutation_seed
+from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind, permutation_seed
 from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, read_adapter, write_adapter
 from mora_ds.errors import RunError, UserError
 from mora_ds.models.base import BaseCheckpoint

@@ -31,7 +31,8 @@ from mora_ds.adapters.ops.index_tables import rope_table
 from mora_ds.adapters.ops.int8 import Int8Weight, frozen_linear, quantize
 from mora_ds.adapters.ops.linear import Compute, choose, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec
-from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, square_size
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
 
 CASES = ((OperatorKind.ROTATE, 8), (OperatorKind.SHARE, 64))
 SHAPES = ("1024x1024", "1024x2752", "2752x1024", "576x576", "576x1536", "1536x576")

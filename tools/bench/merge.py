@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds import MoRAConfig, Run, initialize, inject, mora_layers
-from mora_ds.adapters.ops.update import delta_weight
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.remora.merge import EXACT, INCREMENTAL
 from mora_ds.runtime import cli
@@ -93,7 +92,7 @@ def _measure(run: Run, base: BaseCheckpoint) -> tuple[float, float]:
     along, energy, sizes = 0.0, 0.0, []
     for name, layer in mora_layers(run.engine.module).items():
         updates = list(run.remora.ledger.squares_of(name))
-        total = sum(delta_weight(spec, square).double() for spec, square in updates)
+        total = sum(spec.delta_weight(square).double() for spec, square in updates)
         assert isinstance(total, torch.Tensor)
         moved = layer.weight.cpu().double() - base.read(f"{name}.weight").double()
         along += (moved * total).sum().item()

@@ -1,1 +1,14 @@
-"""Pure tensor functions: the operators of MoRA, their gradients, their deltas."""
+"""Pure tensor functions and the specs that say what an adapter's trained tensor means; no modules, no models.
+
+spec               `UpdateSpec`, the interface of all specs; names of operators and groupings, sizes, seeds
+mora               `OperatorSpec`: truncate, share, decouple, rotate
+subspace           `SubspaceSpec`: a MoRA matrix between singular vectors of the frozen weight
+lora               `LoRASpec`: LoRA's two factors
+update             any spec from its dictionary
+linear             an adapted layer's product, over activations or over the weight, with its gradients
+delta              updates added to a weight without forming them
+gather             gathers, sums and rotations of the last dimension, and their compilation
+index_tables       the tables of indices that an operator gathers with
+singular_vectors   files of singular vectors, by name
+int8               frozen weights in 8 bits
+"""

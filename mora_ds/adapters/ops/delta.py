@@ -1,10 +1,10 @@
-"""Deltas added to a weight without being formed: what a merge, a replay and an export spend their time on.
+"""Updates added to a weight without forming their deltas: most of the time of a merge, a replay and an export.
 
-    share, truncate      rows of the weight += the rows of M's columns that they read, some hundred KB at a time and
-                         many cycles at once
-    decouple, rotate     only the squares are touched: a delta is zero wherever no block of inputs meets its outputs
+    share, truncate      rows of the weight += the rows of `input_columns` that they read; 1 MiB of the weight at a
+                         time, and many cycles at once
+    decouple, rotate     only where a block of inputs meets a block of outputs, as the delta is zero elsewhere
 
-Every sum has the same two numbers in it as `total + delta_weight(spec, value)`, so the bits are the same.
+Every sum adds the same two numbers as `total + spec.delta_weight(value)`, so the bits are the same.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.index_tables import wiring
+from mora_ds.adapters.ops.index_tables import tables_of
 from mora_ds.adapters.ops.mora import OperatorSpec, block_squares, input_columns, output_slots
-from mora_ds.adapters.ops.update import UpdateSpec, delta_weight
+from mora_ds.adapters.ops.spec import UpdateSpec
 
 _CHUNK = 1 << 18
-"""Elements of the weight worked on at a time on a CPU: 1 MiB, which stays in a core's cache."""
+"""Elements of the weight that are processed at a time on a CPU: 1 MiB, which stays in a core's cache."""
 
 _PENDING = 1 << 24
-"""Elements of columns that may wait for their pass over the weight: 64 MiB."""
+"""Elements of `input_columns` that may wait until they are added to the weight together: 64 MiB."""
 
 _Rows = tuple[Tensor, Tensor]
-"""Columns of a square (R, D), and for every output the row of them that its row of the weight takes up."""
+"""`input_columns` (R, D), and for every output the row of them that is added to its row of the weight."""
 
 
 def add_deltas_(total: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> None:
-    """total += delta_weight(spec, value) for each of `updates` in turn, in place.
+    """total += spec.delta_weight(value) for each (spec, value) of `updates` in turn, in place.
 
-    `total`: contiguous (d_out, d_in); the values come to its device and dtype.
+    `total`: contiguous (d_out, d_in); the values are moved to its device and dtype.
     """
     pending: list[_Rows] = []
     for spec, value in updates:
@@ -43,7 +43,7 @@ def add_deltas_(total: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> 
         _add_rows(total, pending)
         pending.clear()
         if not isinstance(spec, OperatorSpec) or (spec.blockwise and spec.r_hat > spec.d_in):
-            total.add_(delta_weight(spec, value))
+            total.add_(spec.delta_weight(value))
         elif spec.blockwise:
             _add_blocks(total, spec, block_squares(spec, value))
     _add_rows(total, pending)
@@ -68,9 +68,10 @@ def _add_rows(total: Tensor, pending: list[_Rows]) -> None:
 
 
 def _add_blocks(total: Tensor, spec: OperatorSpec, squares: Tensor) -> None:
-    """`squares` (N, R, R): that of input block i is added wherever block i meets an output block."""
+    """Adds M R_i of `squares` (N, R, R) wherever input block i meets an output block."""
     side, blocks_in, blocks_out = spec.r_hat, spec.blocks_in, spec.blocks_out
-    inputs, outputs = _orders(spec, total.device)
+    tables = tables_of(spec, total.device)
+    inputs, outputs = tables.sources.index, tables.members.index[: spec.d_out]  # at each position of padded in-, output
     wrapped = blocks_in * side - spec.d_in
     last = blocks_in - 1
     meets_first = wrapped > 0 and last > 0 and last % blocks_out == 0
@@ -79,7 +80,7 @@ def _add_blocks(total: Tensor, spec: OperatorSpec, squares: Tensor) -> None:
         row, column = pair % blocks_out, pair % blocks_in
         square, width = squares[column], side
         if meets_first and column == last:
-            width -= wrapped  # block 0 has had them: two sums into one place would round twice
+            width -= wrapped  # added with block 0: two sums into one element would round twice
         elif meets_first and column == 0:
             square = square.clone()
             square[:, :wrapped] += squares[last][:, side - wrapped :]
@@ -87,12 +88,6 @@ def _add_blocks(total: Tensor, spec: OperatorSpec, squares: Tensor) -> None:
         feeds = inputs[column * side : column * side + width]
         places = (reads.unsqueeze(1) * spec.d_in + feeds).flatten()
         flat.index_add_(0, places, square[: len(reads), :width].flatten())
-
-
-def _orders(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which input each position of the padded input holds, (N * R,), and which output each slot goes to, (O,)."""
-    found = wiring(spec, device)
-    return found.sources.index, found.members.index[: spec.d_out]
 
 
 @torch.no_grad()
@@ -105,9 +100,9 @@ def live_weight(
 ) -> Tensor:
     """The original weight plus the deltas of `updates`, summed in fp32 in their order, rounded to `dtype` once.
 
-    `original`: (d_out, d_in), or (d_in, d_out) when `transposed`; it is not written to. `updates`: (operator, square).
-    Elementwise operations only, so every number of threads gives the same bits. The result lies on `device` (by
-    default where `original` does) and shares no memory with it.
+    `original`: (d_out, d_in), or (d_in, d_out) when `transposed`; it is not written to. The result has its layout, lies
+    on `device` (by default that of `original`) and shares no memory with it. Elementwise operations only, so that every
+    number of threads gives the same bits.
     """
     device = torch.device(device) if device is not None else original.device
     original = original.T if transposed else original

@@ -1,14 +1,14 @@
-"""Two ways to compute a layer with a square, and which to take.
+"""The product of a layer that has a MoRA matrix, computed in one of two ways, and the choice between them.
 
-    activation   W0 x + decompress(M compress(x))             passes over the activations, cost ~ tokens
-    weight       (W0 + delta_weight(M)) x                     passes over the weight, cost ~ d_in * d_out, once a pass
+    activation   W0 x + decompress(M compress(x))             works on the activations: cost ~ tokens
+    weight       (W0 + delta_weight(M)) x                     works on the weight: cost ~ d_in * d_out in each direction
 
-The weight path forms the sum in forward and again in backward, so it keeps nothing of the size of W0; the gradient of
-M comes from the folded input and the folded output gradient (`square_gradient`), never from a (d_out, d_in) product.
+The weight path forms the sum in forward and again in backward, so that nothing of the size of W0 is saved; the gradient
+of M comes from the folded input and the folded output gradient (`square_gradient`), not from a (d_out, d_in) product.
 Both are the same function of x and M. They differ in rounding: in bf16 or fp16 the weight path rounds W0 + delta to
 that dtype, as mixed-precision training of full weights does, so that a delta smaller than half a unit in the last place
-of W0 does not act until it has grown; the gradient of M is that of the sum. Loss curves of both: README.
-A weight in 8 bits is made dense for each product of either path, and is gone after it (`eight_bits`).
+of W0 has no effect until it has grown; the gradient of M is that of the sum. Loss curves of both: README.
+A weight in 8 bits is made dense for each product of either path, and freed after it (`int8`).
 """
 
 from __future__ import annotations
@@ -31,20 +31,19 @@ from mora_ds.adapters.ops.mora import (
     effective_weight,
     fold_input,
     fold_matrix,
-    multiplies,
     rows_of_outputs,
     square_gradient,
-    square_gradient_of_input,
+    sums_by_product,
     unfold_input,
 )
 
 MOVE = {torch.float32: 48, torch.float64: 24, torch.bfloat16: 450, torch.float16: 450}
 """Multiply-accumulates of a product in the time in which one number is moved (gathered, added, written). Measured on
-one core with AVX-512 and AMX; a GPU's ratio of rate to bandwidth is of the same order."""
+one core with AVX-512 and AMX; a GPU's ratio of throughput to bandwidth is of the same order."""
 
 
 class Compute(str, Enum):
-    """How a layer with a square is computed."""
+    """How a layer with a MoRA matrix is computed."""
 
     AUTO = "auto"
     ACTIVATION = "activation"
@@ -52,14 +51,14 @@ class Compute(str, Enum):
 
 
 def choose(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, spec: OperatorSpec, split: bool = False) -> Compute:
-    """The cheaper path, forward and backward, by what only one of them does, in multiply-accumulates:
+    """The cheaper path, forward and backward, by the work that only one of them has, in multiply-accumulates:
 
-        weight        W0 + delta formed twice: d_in d_out numbers, each moved once (share, truncate) or twice (others)
-        activation    two products with M (T r_hat^2 each, a block), its input and output moved once (T (d_in + d_out)),
-                      for decouple and rotate twice
+        weight        W0 + delta is formed twice: d_in d_out numbers, moved once (share, truncate) or twice (others)
+        activation    two products with M (tokens * r_hat^2 each, for every block); inputs and outputs moved once
+                      (tokens * (d_in + d_out)), for decouple and rotate twice
 
-    In low precision a CPU does share's and truncate's moves of activations by products of r_hat columns; but not in
-    the windows (d_in, d_out) of a `split` layer.
+    In low precision a CPU moves the activations of share and truncate by products of r_hat columns; but not in the
+    windows (d_in, d_out) of a layer that is `split` over a tensor-parallel group.
     """
     moves = MOVE[dtype] * (2 if spec.blockwise else 1)
     weight = 2 * moves * d_in * d_out
@@ -82,8 +81,8 @@ def mora_linear(
 
 
 class _WeightPath(torch.autograd.Function):
-    """Saves the folded input for share and truncate (tokens * r_hat); for decouple and rotate, whose folded input is as
-    large as the input, the input itself, which layers that read the same tensor share."""
+    """Saves the folded input for share and truncate (tokens * r_hat). For decouple and rotate, whose folded input is as
+    large as the input, it saves the input itself, which layers that read the same tensor share."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
@@ -99,12 +98,12 @@ class _WeightPath(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             g_x = g @ effective_weight(spec, square, dense(ctx.weight, g.dtype))
         if ctx.needs_input_grad[3]:
-            g_square = _square_gradient(spec, saved, g, whole=multiplies(g))
+            g_square = square_gradient(spec, saved, g, form_dense=sums_by_product(g))
         return g_x, None, None, g_square, None
 
 
 class _ActivationPath(torch.autograd.Function):
-    """Saves what the weight path saves. All sums go into the base's own product, without another tensor of its size."""
+    """Saves what the weight path saves. All sums go into the product with W0, without another tensor of its size."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
@@ -117,31 +116,21 @@ class _ActivationPath(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,), spec = gradients, ctx.spec
         saved, square = ctx.saved_tensors
-        g_x = g_square = None
-        if not spec.blockwise and not multiplies(g):
-            return _gradients_of_sums(spec, square, saved, g, ctx)
+        g_x = g_square = sums = None
+        if not (spec.blockwise or sums_by_product(g)):
+            sums = decompress_transpose(spec, g)  # both gradients read them
         if ctx.needs_input_grad[0]:
-            g_x = _add_input_gradient(spec, square, g, g @ dense(ctx.weight, g.dtype))
+            g_x = g @ dense(ctx.weight, g.dtype)
+            if sums is None:
+                _add_input_gradient(spec, square, g, g_x)
+            else:
+                g_x.add_(unfold_input(spec, sums @ square))
         if ctx.needs_input_grad[3]:
-            g_square = _square_gradient(spec, saved, g)
+            if sums is None:
+                g_square = square_gradient(spec, saved, g)
+            else:
+                g_square = sums.flatten(0, -2).T @ saved.flatten(0, -2)
         return g_x, None, None, g_square, None
-
-
-def _gradients_of_sums(spec: OperatorSpec, square: Tensor, z: Tensor, g: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
-    """The activation path's for share and truncate, whose two gradients read the same sums of g."""
-    c = decompress_transpose(spec, g)
-    g_x = g_square = None
-    if ctx.needs_input_grad[0]:
-        g_x = (g @ dense(ctx.weight, g.dtype)).add_(unfold_input(spec, c @ square))
-    if ctx.needs_input_grad[3]:
-        g_square = c.flatten(0, -2).T @ z.flatten(0, -2)
-    return g_x, None, None, g_square, None
-
-
-def _square_gradient(spec: OperatorSpec, saved: Tensor, g: Tensor, whole: bool = False) -> Tensor:
-    if spec.blockwise:
-        return square_gradient_of_input(spec, saved, g, whole)
-    return square_gradient(spec, saved, g)
 
 
 def _add_update(spec: OperatorSpec, square: Tensor, saved: Tensor, y: Tensor) -> Tensor:
@@ -149,18 +138,18 @@ def _add_update(spec: OperatorSpec, square: Tensor, saved: Tensor, y: Tensor) ->
     if spec.blockwise:
         z = fold_input(spec, saved).flatten(0, -3)
         return y.add_(decompress(spec, apply_squares(block_squares(spec, square), z)).view_as(y))
-    if multiplies(y):
+    if sums_by_product(y):
         y.view(-1, spec.d_out).addmm_(saved.flatten(0, -2), rows_of_outputs(spec, square).T)
         return y
     return y.add_(decompress(spec, F.linear(saved, square)))
 
 
-def _add_input_gradient(spec: OperatorSpec, square: Tensor, g: Tensor, g_x: Tensor) -> Tensor:
-    """g_x + the transpose of `_add_update`'s map from x, of g; in place. Not for `_gradients_of_sums`."""
-    if not spec.blockwise:
+def _add_input_gradient(spec: OperatorSpec, square: Tensor, g: Tensor, g_x: Tensor) -> None:
+    """g_x += the transpose of `_add_update`'s linear map, applied to g; in place."""
+    if spec.blockwise:
+        c = decompress_transpose(spec, g).flatten(0, -3)
+        g_z = apply_squares(block_squares(spec, square).transpose(1, 2), c)
+        g_x.add_(unfold_input(spec, g_z).view_as(g_x))
+    else:
         g = g.reshape(-1, spec.d_out)
         g_x.view(-1, spec.d_in).addmm_(g @ rows_of_outputs(spec, square), fold_matrix(spec, g).T)
-        return g_x
-    c = decompress_transpose(spec, g).flatten(0, -3)
-    g_z = apply_squares(block_squares(spec, square).transpose(1, 2), c)
-    return g_x.add_(unfold_input(spec, g_z).view_as(g_x))

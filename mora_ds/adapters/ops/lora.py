@@ -1,4 +1,4 @@
-"""LoRA, the control: a frozen layer with two thin factors in place of a square. Pure functions of tensors.
+"""LoRA, for comparison: a frozen layer with two thin factors in place of a MoRA matrix.
 
     h = W0 x + (alpha / r) B A x            LoRA, arXiv 2106.09685, section 4.1;  A (r, D), B (O, r)
 
@@ -9,22 +9,25 @@ Merged at intervals and started afresh it is ReLoRA (arXiv 2307.05695). Both fac
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.errors import UserError
 
 LORA = "lora"
 
 
 @dataclass(frozen=True)
-class LoRASpec:
-    """Everything that fixes what a layer's factors mean: the ledger stores it beside them."""
+class LoRASpec(UpdateSpec):
+    """The sizes and the scale of a layer's factors."""
 
+    name: ClassVar[str] = LORA
+    value_name: ClassVar[str] = "factors"
     d_in: int
     d_out: int
     rank: int
@@ -35,45 +38,46 @@ class LoRASpec:
             raise UserError(f"LoRA needs positive sizes and a positive alpha, got {self}")
 
     @property
-    def scale(self) -> float:
-        """alpha / r."""
-        return self.alpha / self.rank
+    def value_shape(self) -> tuple[int, int]:
+        return self.rank, self.d_in + self.d_out
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": LORA, **asdict(self)}
+    @property
+    def macs_per_token(self) -> int:
+        """Each element is used once in each of three products."""
+        return 3 * self.rank * (self.d_in + self.d_out)
+
+    def first_value(self, seed: int) -> Tensor:
+        """A uniform in +-1 / sqrt(D), B zero, so that the update is zero and its gradient is not. A pure function of
+        its arguments: the same on every rank and after every resume."""
+        generator = torch.Generator().manual_seed(seed)
+        factors = torch.zeros(self.value_shape)
+        factors[:, : self.d_in] = (torch.rand(self.rank, self.d_in, generator=generator) * 2 - 1) / math.sqrt(self.d_in)
+        return factors
+
+    def factors(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A (r, D), and alpha / r times B^T (r, O)."""
+        down, up = value.split((self.d_in, self.d_out), dim=1)
+        return down, up * (self.alpha / self.rank)
+
+    def delta_weight(self, value: Tensor) -> Tensor:
+        """Summed one rank after another by separate elementwise products and sums, which every number of threads
+        rounds alike (a matrix product does not)."""
+        down, up = self.factors(value)
+        up = up.unsqueeze(2)
+        total = up[0] * down[0]
+        for row, column in zip(down[1:], up[1:], strict=True):
+            total += column * row
+        return total
+
+    def singular_values(self, value: Tensor) -> Tensor:
+        """From the triangles of two thin QRs."""
+        right, left = (torch.linalg.qr(side.T, mode="r").R for side in self.factors(value.double()))
+        values = torch.linalg.svdvals(left @ right.T)
+        size = min(self.d_in, self.d_out)
+        return torch.cat((values[:size], values.new_zeros(max(0, size - len(values)))))
 
 
-def lora_update(spec: LoRASpec, factors: Tensor, x: Tensor) -> Tensor:
+def lora_update(spec: LoRASpec, value: Tensor, x: Tensor) -> Tensor:
     """(alpha / r) B A x: (..., D) -> (..., O), what the adapter adds to the frozen layer's output."""
-    down, up = factors.split((spec.d_in, spec.d_out), dim=1)
-    return F.linear(x, down) @ (up * spec.scale)
-
-
-def delta_weight(spec: LoRASpec, factors: Tensor) -> Tensor:
-    """The (O, D) matrix that the factors stand for: rank after rank, by separate elementwise products and sums, which
-    every number of threads rounds alike (a matrix product does not)."""
-    down, up = factors.split((spec.d_in, spec.d_out), dim=1)
-    up = (up * spec.scale).unsqueeze(2)
-    total = up[0] * down[0]
-    for row, column in zip(down[1:], up[1:], strict=True):
-        total += column * row
-    return total
-
-
-def first_factors(spec: LoRASpec, seed: int) -> Tensor:
-    """What a cycle starts from, fp32 on the CPU: A uniform in +-1 / sqrt(D), B zero, so that the update is zero and its
-    gradient is not. A pure function of its arguments, on every rank and after every resume."""
-    generator = torch.Generator().manual_seed(seed)
-    factors = torch.zeros(spec.rank, spec.d_in + spec.d_out)
-    factors[:, : spec.d_in] = (torch.rand(spec.rank, spec.d_in, generator=generator) * 2 - 1) / math.sqrt(spec.d_in)
-    return factors
-
-
-def singular_values(spec: LoRASpec, factors: Tensor) -> Tensor:
-    """All min(O, D) singular values of delta_weight, descending, float64: from the triangles of two thin QRs."""
-    down, up = factors.double().split((spec.d_in, spec.d_out), dim=1)
-    triangles = (torch.linalg.qr(side.T, mode="r").R for side in (up * spec.scale, down))
-    left, right = triangles
-    values = torch.linalg.svdvals(left @ right.T)
-    size = min(spec.d_in, spec.d_out)
-    return torch.cat((values[:size], values.new_zeros(max(0, size - len(values)))))
+    down, up = spec.factors(value)
+    return F.linear(x, down) @ up

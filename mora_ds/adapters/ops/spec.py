@@ -1,21 +1,29 @@
-"""What fixes an operator: its kind, shape, grouping and seed. The ledger stores it beside each square."""
+"""What every kind of update has in common: the interface of its spec, names of operators, sizes and seeds.
+
+A layer has one trained tensor, its *value*, and a *spec* that says which change of the frozen weight the value stands
+for. Merges, the merge ledger, exports and spectra use specs through `UpdateSpec` alone.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
+from abc import ABC, abstractmethod
+from dataclasses import asdict
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
-from mora_ds.errors import UserError, nearest
+import torch
+from torch import Tensor
+
+from mora_ds.errors import UserError
 
 ROTATE_BELOW_RANK = 64
-"""Below this LoRA-equivalent rank `default_kind` rotates, from it on it shares (paper: rotate at 8, share at 256)."""
+"""Below this LoRA rank `default_kind` is rotate, from it on share (the paper rotates at rank 8 and shares at 256)."""
 
 
 class OperatorKind(str, Enum):
-    """The four families of compress / decompress pairs of the paper."""
+    """The four pairs of compression and decompression of the paper (arXiv 2405.12130, section 3)."""
 
     TRUNCATE = "truncate"
     SHARE = "share"
@@ -24,7 +32,8 @@ class OperatorKind(str, Enum):
 
 
 class Grouping(str, Enum):
-    """Which inputs (outputs) meet in one slot. PLAIN and PERMUTED fit every kind; the others only `share`."""
+    """Which inputs (outputs) are summed into (copied from) one place. PLAIN and PERMUTED suit every operator, the
+    others only share."""
 
     PLAIN = "plain"
     PERMUTED = "permuted"
@@ -42,80 +51,83 @@ class Grouping(str, Enum):
         return self in (Grouping.CONTIGUOUS, Grouping.STRIDED_CONTIGUOUS)
 
 
-@dataclass(frozen=True)
-class OperatorSpec:
-    """Everything that fixes an operator: the ledger stores it beside each square.
+class Side(str, Enum):
+    """The inputs or the outputs of a layer: what tensor parallelism splits, and what segments confine groups on."""
 
-    Raises `UserError` for sizes or groupings that make no operator.
-    """
+    IN = "in"
+    OUT = "out"
 
-    kind: OperatorKind
+
+class UpdateSpec(ABC):
+    """Says which (d_out, d_in) change of a frozen weight a layer's value stands for. Immutable and hashable."""
+
+    name: ClassVar[str]
+    """Value of "kind" in `to_dict`, where the class has only one."""
+    value_name: ClassVar[str] = "square"
+    """Name of the value: the layer's parameter, and in files."""
     d_in: int
     d_out: int
-    r_hat: int
-    grouping: Grouping = Grouping.PLAIN
-    seed: int = 0
-    """Seed of the permutations; read only when `grouping` is PERMUTED."""
-    in_segments: int = 1
-    """Cut the inputs and the columns of M into so many runs; an input meets columns of its own run only. For share."""
-    out_segments: int = 1
-    """The same of the outputs and the rows of M."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", _member(OperatorKind, self.kind, "operator"))
-        object.__setattr__(self, "grouping", _member(Grouping, self.grouping, "grouping"))
-        if min(self.d_in, self.d_out, self.r_hat) < 1:
-            raise UserError(f"an operator needs positive sizes, got {self}")
-        if self.kind is OperatorKind.ROTATE and self.r_hat % 2:
-            raise UserError(f"rotate pairs dimensions, so r_hat must be even, got {self.r_hat}")
-        if self.kind is not OperatorKind.SHARE and self.grouping not in (Grouping.PLAIN, Grouping.PERMUTED):
-            raise UserError(f"grouping {self.grouping.value!r} belongs to operator 'share', not {self.kind.value!r}")
-        segments = max(self.in_segments, self.out_segments)
-        if min(self.in_segments, self.out_segments) < 1 or (segments > 1 and self.kind is not OperatorKind.SHARE):
-            raise UserError(f"segments belong to operator 'share', and are at least 1, got {self}")
-        if segments > self.r_hat:
-            raise UserError(f"{segments} segments need a square of that side at least, got {self.r_hat}")
 
     @property
-    def blocks_in(self) -> int:
-        return math.ceil(self.d_in / self.r_hat)
+    @abstractmethod
+    def value_shape(self) -> tuple[int, int]:
+        """(r_hat, r_hat) of a MoRA matrix, (rank, d_in + d_out) of LoRA's factors."""
+
+    def first_value(self, seed: int) -> Tensor:
+        """The value that a cycle starts from, fp32 on the CPU; its delta is zero. Only LoRA draws with `seed`."""
+        return torch.zeros(self.value_shape)
+
+    @abstractmethod
+    def delta_weight(self, value: Tensor) -> Tensor:
+        """The (d_out, d_in) change of the weight, in the value's dtype and on its device, sharing no memory with it."""
+
+    def singular_values(self, value: Tensor) -> Tensor:
+        """All min(d_out, d_in) singular values of `delta_weight`, descending, float64."""
+        return torch.linalg.svdvals(self.delta_weight(value.double()))
 
     @property
-    def blocks_out(self) -> int:
-        return math.ceil(self.d_out / self.r_hat)
+    @abstractmethod
+    def macs_per_token(self) -> int:
+        """Multiply-accumulates of one token, forward and backward, when the update is computed over activations."""
 
-    @property
-    def blockwise(self) -> bool:
-        """Whether M is applied to each of several blocks (decouple, rotate) instead of once."""
-        return self.kind in (OperatorKind.DECOUPLE, OperatorKind.ROTATE)
+    def describe(self) -> str:
+        """A short name for tables: rotate/permuted, subspace@0, lora."""
+        return self.name
 
     def to_dict(self) -> dict[str, Any]:
-        """Without segments where there are none, as before there were any."""
-        values = {**asdict(self), "kind": self.kind.value, "grouping": self.grouping.value}
-        return {key: value for key, value in values.items() if not (key.endswith("_segments") and value == 1)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> OperatorSpec:
-        return cls(**values)
+        """The fields as JSON values. Inverse: `update.spec_from_dict`."""
+        return {"kind": self.name, **asdict(self)}  # type: ignore[call-overload]
 
 
-def _member(enum: type[Enum], value: Any, what: str) -> Any:
-    try:
-        return enum(value)
-    except ValueError:
-        known = [member.value for member in enum]
-        raise UserError(f"unknown {what} {value!r}; known: {', '.join(known)}.{nearest(str(value), known)}") from None
+class SquareSpec(UpdateSpec):
+    """An `UpdateSpec` whose value is a MoRA matrix (r_hat, r_hat)."""
+
+    r_hat: int
+
+    @property
+    def blocks(self) -> int:
+        """N: how many blocks of the input M is applied to."""
+        return 1
+
+    @property
+    def value_shape(self) -> tuple[int, int]:
+        return self.r_hat, self.r_hat
+
+    @abstractmethod
+    def adjoint(self, gradient: Tensor) -> Tensor:
+        """The adjoint of `delta_weight`, (d_out, d_in) -> (r_hat, r_hat): <delta_weight(M), G> == <M, adjoint(G)>."""
 
 
 def default_kind(rank: int) -> OperatorKind:
-    """The operator for a LoRA-equivalent `rank` when none is named: rotate for small ranks, share for large ones."""
+    """The operator for a LoRA rank when none is named: rotate for small ranks, share for large ones."""
     return OperatorKind.ROTATE if rank < ROTATE_BELOW_RANK else OperatorKind.SHARE
 
 
 def square_size(d_in: int, d_out: int, rank: int, kind: OperatorKind) -> int:
-    """r_hat = floor(sqrt((d_in + d_out) * rank)): a square of a rank-`rank` LoRA's parameters (paper, section 3).
+    """r_hat = floor(sqrt((d_in + d_out) * rank)): a MoRA matrix with the parameters of LoRA's factors (paper, section
+    3).
 
-    Rounded down to even for rotate. Raises `UserError` where the rank is too small for any square.
+    Rounded down to an even number for rotate; it may be 0. Raises `UserError` for a rank below 1.
     """
     if rank < 1:
         raise UserError(f"--mora_rank must be at least 1, got {rank}")
@@ -124,6 +136,6 @@ def square_size(d_in: int, d_out: int, rank: int, kind: OperatorKind) -> int:
 
 
 def permutation_seed(run_seed: int, layer: str, cycle: int) -> int:
-    """The seed of a layer's permutations in a cycle: a hash, so that it never depends on the order of layers."""
+    """The seed of a layer's permutations in a cycle: a hash, which does not depend on the order of the layers."""
     digest = hashlib.sha256(f"{run_seed}/{layer}/{cycle}".encode()).digest()
     return int.from_bytes(digest[:4], "little")

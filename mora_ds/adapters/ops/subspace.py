@@ -1,9 +1,10 @@
-"""The subspace operator: a square between leading singular vectors of the frozen weight. Functions of tensors.
+"""The subspace operator: a MoRA matrix between leading singular vectors of the frozen weight.
 
     h = W0 x + U M V^T x          U (O, R), V (D, R): left and right singular vectors of W0, frozen, no parameters
 
-The update reads what W0 reads most strongly, and writes where it writes most strongly. U and V belong to the base:
-neither trained nor sharded, computed once by `base_svd`, and named by the spec (`singular_vectors`).
+The update reads the directions that W0 reads most strongly, and writes those that it writes most strongly. U and V
+belong to the base: they are neither trained nor sharded, are computed once (`models.svd`), and the spec names their
+file (`singular_vectors`).
 
 Shape legend:  D = d_in, O = d_out, R = r_hat.
 
@@ -12,14 +13,15 @@ Shape legend:  D = d_in, O = d_out, R = r_hat.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mora_ds.adapters.ops.singular_vectors import read
+from mora_ds.adapters.ops.spec import SquareSpec
 from mora_ds.errors import UserError
 
 SUBSPACE = "subspace"
@@ -29,18 +31,19 @@ Sides = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class SubspaceSpec:
-    """Everything that fixes what a layer's square means: the ledger stores it beside the square."""
+class SubspaceSpec(SquareSpec):
+    """The sizes of a layer's matrix, and the singular vectors around it."""
 
+    name: ClassVar[str] = SUBSPACE
     d_in: int
     d_out: int
     r_hat: int
     module: str
-    """Whose vectors they are."""
+    """The module whose weight the vectors belong to."""
     vectors: str
-    """The file that holds them (`VectorsRecord.name`)."""
+    """Name of the file that holds them (`VectorsRecord.name`)."""
     first: int = 0
-    """U and V are vectors first .. first + r_hat - 1, beginning anew behind the last."""
+    """U and V are vectors first .. first + r_hat - 1; after the last comes the leading one again."""
 
     def __post_init__(self) -> None:
         if min(self.d_in, self.d_out, self.r_hat) < 1 or self.first < 0:
@@ -48,46 +51,42 @@ class SubspaceSpec:
         if self.r_hat > min(self.d_in, self.d_out):
             raise UserError(f"a weight has no more singular vectors than its shorter side, got {self}")
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": SUBSPACE, **asdict(self)}
+    def sides(self, device: torch.device, dtype: torch.dtype) -> Sides:
+        """The vectors, read from their file. Raises as `singular_vectors.read`."""
+        if device.type == "meta":  # a plan needs shapes only
+            left, right = (torch.empty(self.r_hat, d, dtype=dtype, device=device) for d in (self.d_out, self.d_in))
+            return left, right
+        with torch.inference_mode(False), torch.no_grad():
+            left, right = read(self.vectors, self.module, self.first, self.r_hat)
+            return left.to(device, dtype), right.to(device, dtype)
 
+    def delta_weight(self, value: Tensor) -> Tensor:
+        """U M V^T, computed in float64 and rounded once: another order of its sums, by another number of threads or
+        another device, changes the last bits of float64, and hardly ever a number of the result."""
+        left, right = self.sides(value.device, torch.float64)
+        return ((left.T @ value.double()) @ right).to(value.dtype)
 
-def sides(spec: SubspaceSpec, device: torch.device, dtype: torch.dtype) -> Sides:
-    """The vectors, read from their file. Raises as `singular_vectors.read`."""
-    if device.type == "meta":  # a plan: shapes are enough
-        shapes = ((spec.r_hat, spec.d_out), (spec.r_hat, spec.d_in))
-        left, right = (torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
-        return left, right
-    with torch.inference_mode(False), torch.no_grad():
-        left, right = read(spec.vectors, spec.module, spec.first, spec.r_hat)
-        return left.to(device, dtype), right.to(device, dtype)
+    def adjoint(self, gradient: Tensor) -> Tensor:
+        """U^T G V, in the gradient's dtype."""
+        left, right = self.sides(gradient.device, gradient.dtype)
+        return left @ gradient @ right.T
+
+    def singular_values(self, value: Tensor) -> Tensor:
+        """From the triangles of two thin QRs, as the vectors are orthonormal to fp32 only."""
+        left, right = (torch.linalg.qr(each.T, mode="r").R for each in self.sides(value.device, torch.float64))
+        values = torch.linalg.svdvals(left @ value.double() @ right.T)
+        return torch.cat((values, values.new_zeros(min(self.d_in, self.d_out) - len(values))))
+
+    @property
+    def macs_per_token(self) -> int:
+        """U and V^T have no gradient: each of their elements is used in two products, those of M in three."""
+        return self.r_hat * (2 * (self.d_in + self.d_out) + 3 * self.r_hat)
+
+    def describe(self) -> str:
+        return f"{SUBSPACE}@{self.first}"
 
 
 def subspace_update(square: Tensor, vectors: Sides, x: Tensor) -> Tensor:
-    """U M V^T x: (..., D) -> (..., O). For backward it keeps V^T x and M V^T x, (..., R) each."""
+    """U M V^T x: (..., D) -> (..., O). Saves V^T x and M V^T x for backward, (..., R) each."""
     left, right = vectors
     return F.linear(F.linear(x, right), square) @ left
-
-
-def delta_weight(spec: SubspaceSpec, square: Tensor) -> Tensor:
-    """The (O, D) matrix U M V^T, in the square's dtype and on its device, sharing no memory.
-
-    Formed in float64 and rounded once: another order of its sums, by another number of threads or another device,
-    changes the last bits of float64, and with them next to no number of the result.
-    """
-    left, right = sides(spec, square.device, torch.float64)
-    return ((left.T @ square.double()) @ right).to(square.dtype)
-
-
-def adjoint(spec: SubspaceSpec, gradient: Tensor) -> Tensor:
-    """U^T G V (R, R), in the gradient's dtype: <delta_weight(M), G> == <M, adjoint(G)> for all M and G."""
-    left, right = sides(spec, gradient.device, gradient.dtype)
-    return left @ gradient @ right.T
-
-
-def singular_values(spec: SubspaceSpec, square: Tensor) -> Tensor:
-    """All min(O, D) singular values of delta_weight, descending, float64: from the triangles of two thin QRs, as the
-    vectors are orthonormal to fp32 only."""
-    left, right = (torch.linalg.qr(each.T, mode="r").R for each in sides(spec, square.device, torch.float64))
-    values = torch.linalg.svdvals(left @ square.double() @ right.T)
-    return torch.cat((values, values.new_zeros(min(spec.d_in, spec.d_out) - len(values))))

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mora_ds.adapters.ops.gather import check_compiler, compile_moves
+from mora_ds.adapters.ops.gather import check_compiler, compile_with
 from mora_ds.adapters.ops.linear import Compute
-from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.errors import UserError
 from tests.helpers.operators import by_definition, by_path, outputs_and_gradients
 
@@ -24,13 +25,13 @@ SPECS = [
 @pytest.fixture(autouse=True)
 def _eager_again() -> Iterator[None]:
     yield
-    compile_moves(None)
+    compile_with(None)
 
 
 def compare(backend: str, specs: list[OperatorSpec]) -> None:
     """Both paths in both precisions against base + delta."""
     expected = [outputs_and_gradients(spec, torch.float64, by_definition(spec)) for spec in specs]
-    compile_moves(backend)
+    compile_with(backend)
     for spec, right in zip(specs, expected, strict=True):
         for path in (Compute.ACTIVATION, Compute.WEIGHT):
             for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 8 * torch.finfo(torch.bfloat16).eps)):

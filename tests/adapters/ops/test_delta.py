@@ -10,8 +10,8 @@ import torch
 from mora_ds.adapters.ops import delta
 from mora_ds.adapters.ops.delta import add_deltas_
 from mora_ds.adapters.ops.lora import LoRASpec
-from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec
-from mora_ds.adapters.ops.update import UpdateSpec, delta_weight, value_shape
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind, UpdateSpec
 from mora_ds.errors import UserError
 
 SHAPES = [(16, 16), (16, 24), (24, 16), (33, 50), (50, 33), (7, 64), (64, 7), (96, 20), (20, 96)]
@@ -31,7 +31,7 @@ def specs(kind: OperatorKind) -> list[OperatorSpec]:
 
 def one_by_one(total: torch.Tensor, updates: list[tuple[UpdateSpec, torch.Tensor]]) -> torch.Tensor:
     for spec, value in updates:
-        total = total + delta_weight(spec, value)
+        total = total + spec.delta_weight(value)
     return total
 
 
@@ -58,7 +58,7 @@ def test_many_cycles_of_many_kinds_keep_their_order(monkeypatch: pytest.MonkeyPa
         OperatorSpec(kind, 40, 30, 12, Grouping.PERMUTED, seed) for seed, kind in enumerate(kinds * 3)
     ]
     chain.insert(4, LoRASpec(40, 30, 3, 6.0))
-    updates = [(spec, torch.randn(value_shape(spec), generator=generator)) for spec in chain]
+    updates = [(spec, torch.randn(spec.value_shape, generator=generator)) for spec in chain]
     total = torch.randn(30, 40, generator=generator)
     expected = one_by_one(total, updates)
     add_deltas_(total, iter(updates))

@@ -18,7 +18,8 @@ from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.int8 import Int8Weight, dense, frozen_linear, quantize
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.lora import LoRASpec
-from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight
+from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.errors import RunError, UserError
 from mora_ds.planning.memory_meter import MemoryMeter
 from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
@@ -108,7 +109,7 @@ LORA = [LoRASpec(12, 9, 3, 6.0), LoRASpec(7, 20, 2, 4.0)]
 )
 def test_a_layer_is_the_layer_over_the_dense_weight(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for sums in (True, False):  # as on a CPU, as on a GPU
-        monkeypatch.setattr(mora, "scatters", lambda x, sums=sums: sums)
+        monkeypatch.setattr(mora, "prefers_scatter", lambda x, sums=sums: sums)
         for path in (Compute.ACTIVATION, Compute.WEIGHT):
             for conv in (False, True):
                 layer = in_8_bits(adapt(base_of(spec, conv), spec, 0.0, path, seed=1))

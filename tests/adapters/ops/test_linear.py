@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.linear import Compute, choose, mora_linear
-from mora_ds.adapters.ops.mora import Grouping, OperatorKind, OperatorSpec, delta_weight, square_size
+from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
 from tests.helpers.operators import by_definition, by_path, outputs_and_gradients, random, spec_id, specs
 
 both_paths = pytest.mark.parametrize("path", [Compute.ACTIVATION, Compute.WEIGHT])
@@ -21,7 +22,7 @@ both_paths = pytest.mark.parametrize("path", [Compute.ACTIVATION, Compute.WEIGHT
 def test_both_paths_are_base_plus_delta(spec: OperatorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
     for sums in (True, False):  # as on a CPU, as on a GPU
-        monkeypatch.setattr(mora, "scatters", lambda x, sums=sums: sums)
+        monkeypatch.setattr(mora, "prefers_scatter", lambda x, sums=sums: sums)
         for path in (Compute.ACTIVATION, Compute.WEIGHT):
             found = outputs_and_gradients(spec, torch.float64, by_path(spec, path))
             for one, right in zip(found, expected, strict=True):

@@ -15,7 +15,7 @@ from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.layer import LoRALinear
 from mora_ds.adapters.ops.delta import live_weight
-from mora_ds.adapters.ops.lora import LoRASpec, delta_weight, first_factors, lora_update, singular_values
+from mora_ds.adapters.ops.lora import LoRASpec, lora_update
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.export import export_merged
@@ -42,10 +42,10 @@ def test_update_delta_and_singular_values_agree_with_the_formula() -> None:
     factors = random_factors(SPEC)
     down, up = factors[:, :12], factors[:, 12:].T
     expected = SPEC.alpha / SPEC.rank * up @ down
-    torch.testing.assert_close(delta_weight(SPEC, factors), expected)
+    torch.testing.assert_close(SPEC.delta_weight(factors), expected)
     x = torch.randn(5, 2, 12)
     torch.testing.assert_close(lora_update(SPEC, factors, x), F.linear(x, expected))
-    torch.testing.assert_close(singular_values(SPEC, factors), torch.linalg.svdvals(1.5 * up.double() @ down.double()))
+    torch.testing.assert_close(SPEC.singular_values(factors), torch.linalg.svdvals(1.5 * up.double() @ down.double()))
 
 
 def test_delta_has_the_same_bits_for_every_number_of_threads() -> None:
@@ -53,20 +53,20 @@ def test_delta_has_the_same_bits_for_every_number_of_threads() -> None:
     factors, threads = random_factors(spec), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = delta_weight(spec, factors)
+        one = spec.delta_weight(factors)
         torch.set_num_threads(2)
-        assert torch.equal(one, delta_weight(spec, factors))
+        assert torch.equal(one, spec.delta_weight(factors))
     finally:
         torch.set_num_threads(threads)
 
 
 def test_a_cycle_starts_from_a_random_a_and_a_zero_b() -> None:
-    first = first_factors(SPEC, seed=5)
-    assert torch.equal(first, first_factors(SPEC, seed=5))
-    assert not torch.equal(first, first_factors(SPEC, seed=6))
+    first = SPEC.first_value(seed=5)
+    assert torch.equal(first, SPEC.first_value(seed=5))
+    assert not torch.equal(first, SPEC.first_value(seed=6))
     assert (first[:, :12] != 0).all() and not first[:, 12:].any()
     assert first.abs().max() <= 12**-0.5
-    assert not delta_weight(SPEC, first).any()
+    assert not SPEC.delta_weight(first).any()
 
 
 def test_spec_survives_json() -> None:
@@ -147,8 +147,7 @@ def relora(folder: str, stage: int, dtype: str, merges: int) -> dict[str, Any]:
         "weights": {name: layer.weight.clone() for name, layer in mora_layers(model).items()},
         "starts": starts,
         "expected": {
-            name: first_factors(layer.spec, config.first_seed(name, merges))
-            for name, layer in mora_layers(model).items()
+            name: layer.spec.first_value(config.first_seed(name, merges)) for name, layer in mora_layers(model).items()
         },
     }
 

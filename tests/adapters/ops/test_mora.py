@@ -11,18 +11,15 @@ from safetensors import safe_open
 
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.mora import (
-    Grouping,
-    OperatorKind,
     OperatorSpec,
     adjoint,
     compress,
     decompress,
-    default_kind,
     delta_weight,
     mora_update,
-    permutation_seed,
-    square_size,
 )
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind, default_kind, permutation_seed, square_size
+from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.errors import UserError
 from tests.helpers.operators import WIRINGS, random, spec_id, specs
 
@@ -162,9 +159,8 @@ def test_tables_made_in_inference_mode_serve_training(kind: OperatorKind, groupi
     """An evaluation may be the first to use an operator; its cached tables must not be inference tensors."""
     for cached in (
         index_tables.rope_table,
-        index_tables.strided_groups,
-        index_tables.contiguous_groups,
-        index_tables.wiring,
+        index_tables.group_members,
+        index_tables.tables_of,
     ):
         cached.cache_clear()
     spec = OperatorSpec(kind, 10, 7, 4, grouping, seed=11)
@@ -180,7 +176,7 @@ def test_tables_made_in_inference_mode_serve_training(kind: OperatorKind, groupi
 def test_permutations_are_those_that_every_ledger_was_written_with() -> None:
     """Literal values: a numpy that drew others would silently ruin every ledger on disk."""
     spec = OperatorSpec(OperatorKind.SHARE, 10, 6, 4, Grouping.PERMUTED, seed=12345)
-    inputs, outputs, *_ = index_tables.permutation_tables(spec.seed, 10, 6, torch.device("cpu"))
+    inputs, outputs, *_ = index_tables.draw_permutations(spec.seed, 10, 6)
     assert inputs.tolist() == [0, 7, 3, 9, 6, 4, 1, 8, 5, 2]
     assert outputs.tolist() == [0, 3, 4, 5, 1, 2]
     square = torch.arange(16.0).view(4, 4)
@@ -204,7 +200,7 @@ def test_permuted_is_plain_between_two_permutations(kind: OperatorKind) -> None:
     permuted = OperatorSpec(kind, 13, 9, 4, Grouping.PERMUTED, seed=8)
     plain = OperatorSpec(kind, 13, 9, 4, Grouping.PLAIN)
     square = random(4, 4)
-    inputs, outputs, *_ = index_tables.permutation_tables(8, 13, 9, torch.device("cpu"))
+    inputs, outputs, *_ = index_tables.draw_permutations(8, 13, 9)
     shuffled = delta_weight(permuted, square)[outputs][:, inputs]
     torch.testing.assert_close(shuffled, delta_weight(plain, square), rtol=0, atol=0)
 
@@ -294,10 +290,10 @@ def test_default_kind_is_the_papers() -> None:
 )
 def test_specs_that_are_no_operator(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        OperatorSpec.from_dict({"kind": "share", "d_in": 8, "d_out": 8, "r_hat": 4, **changes})
+        spec_from_dict({"kind": "share", "d_in": 8, "d_out": 8, "r_hat": 4, **changes})
 
 
 @every_wiring
 def test_specs_survive_json(kind: OperatorKind, grouping: Grouping) -> None:
     spec = OperatorSpec(kind, 8, 6, 4, grouping, seed=9)
-    assert OperatorSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert spec_from_dict(json.loads(json.dumps(spec.to_dict()))) == spec

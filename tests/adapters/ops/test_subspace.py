@@ -19,8 +19,8 @@ from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.layer import SubspaceLinear
 from mora_ds.adapters.ops import singular_vectors
 from mora_ds.adapters.ops.delta import live_weight
-from mora_ds.adapters.ops.subspace import SubspaceSpec, adjoint, delta_weight, sides, subspace_update
-from mora_ds.adapters.ops.update import describe, spec_from_dict
+from mora_ds.adapters.ops.subspace import SubspaceSpec, subspace_update
+from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.checkpoint.ledger_tools import drop
 from mora_ds.checkpoint.ledger_tools import verify as verify_ledger
 from mora_ds.checkpoint.verify import verify
@@ -75,25 +75,25 @@ def test_vectors_outlive_a_checkpoint_that_was_looked_into(tmp_path: Path) -> No
 
 def test_delta_weight_is_the_update(spec: SubspaceSpec) -> None:
     square, x = random(spec.r_hat, spec.r_hat), random(2, 3, spec.d_in, seed=1)
-    delta = delta_weight(spec, square)
+    delta = spec.delta_weight(square)
     assert delta.shape == (spec.d_out, spec.d_in)
-    vectors = sides(spec, x.device, x.dtype)
+    vectors = spec.sides(x.device, x.dtype)
     torch.testing.assert_close(subspace_update(square, vectors, x), x @ delta.T, rtol=1e-12, atol=1e-12)
 
 
 def test_adjoint_and_the_gradient_of_the_square(spec: SubspaceSpec) -> None:
     square, gradient = random(spec.r_hat, spec.r_hat).requires_grad_(), random(spec.d_out, spec.d_in, seed=1)
-    left, right = (delta_weight(spec, square) * gradient).sum(), (square * adjoint(spec, gradient)).sum()
+    left, right = (spec.delta_weight(square) * gradient).sum(), (square * spec.adjoint(gradient)).sum()
     torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
     x, g = random(3, spec.d_in, seed=1), random(3, spec.d_out, seed=2)
-    update = subspace_update(square, sides(spec, x.device, x.dtype), x)
+    update = subspace_update(square, spec.sides(x.device, x.dtype), x)
     (found,) = torch.autograd.grad(update, square, g)
-    torch.testing.assert_close(found, adjoint(spec, g.T @ x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, spec.adjoint(g.T @ x), rtol=1e-12, atol=1e-12)
 
 
 def test_gradcheck(tmp_path: Path) -> None:
     spec = SubspaceSpec(7, 5, 3, MODULE, register_vectors(random(5, 7), 3, tmp_path))
-    vectors = sides(spec, torch.device("cpu"), torch.float64)
+    vectors = spec.sides(torch.device("cpu"), torch.float64)
     inputs = random(3, 3).requires_grad_(), random(2, 7, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(lambda square, x: subspace_update(square, vectors, x), inputs)
 
@@ -108,11 +108,11 @@ def test_the_layer_is_base_plus_delta(kind: str, dtype: torch.dtype, tmp_path: P
     layer, x = SubspaceLinear(base, spec), torch.randn(3, 5, 14).to(dtype).requires_grad_()
     assert torch.equal(layer(x), base(x)), "a zero square changes nothing"
     layer.square.data.normal_()
-    expected = base(x) + x @ delta_weight(spec, layer.square.data.float()).to(dtype).T
+    expected = base(x) + x @ spec.delta_weight(layer.square.data.float()).to(dtype).T
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.1}
     torch.testing.assert_close(layer(x), expected, **tolerance)
     layer.spec = replace(spec, first=4)  # the next cycle's vectors
-    other = base(x) + x @ delta_weight(layer.spec, layer.square.data.float()).to(dtype).T
+    other = base(x) + x @ layer.spec.delta_weight(layer.square.data.float()).to(dtype).T
     torch.testing.assert_close(layer(x), other, **tolerance)
     layer(x).float().square().sum().backward()
     assert layer.square.grad is not None and layer.square.grad.any()
@@ -144,16 +144,16 @@ def test_delta_has_the_same_bits_for_every_number_of_threads(tmp_path: Path) -> 
     square, threads = random(40, 40).float(), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = delta_weight(spec, square)
+        one = spec.delta_weight(square)
         torch.set_num_threads(2)
-        assert torch.equal(one, delta_weight(spec, square))
+        assert torch.equal(one, spec.delta_weight(square))
     finally:
         torch.set_num_threads(threads)
 
 
 def test_spectra_are_those_of_the_delta(spec: SubspaceSpec) -> None:
     squares = [random(spec.r_hat, spec.r_hat, seed=seed).float() for seed in (0, 1)]
-    expected = torch.linalg.svdvals(delta_weight(spec, squares[0].double()))
+    expected = torch.linalg.svdvals(spec.delta_weight(squares[0].double()))
     torch.testing.assert_close(singular_values(spec, squares[0]), expected, rtol=1e-10, atol=1e-12)
     first, second = layer_spectra([(spec, squares[0]), (spec, squares[1])])
     assert first.outside_reach == 1.0 and second.outside_reach == 0.0
@@ -166,7 +166,7 @@ def test_spectra_are_those_of_the_delta(spec: SubspaceSpec) -> None:
 
 def test_specs_survive_json_and_refuse_what_is_none() -> None:
     spec = SubspaceSpec(8, 6, 4, "a.b", "0123456789abcdef", first=2)
-    assert spec_from_dict(spec.to_dict()) == spec and describe(spec) == "subspace@2"
+    assert spec_from_dict(spec.to_dict()) == spec and spec.describe() == "subspace@2"
     for changes in ({"r_hat": 7}, {"r_hat": 0}, {"first": -1}):
         with pytest.raises(UserError):
             replace(spec, **changes)
