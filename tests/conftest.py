@@ -28,6 +28,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
     All tests of a file go to one worker, so that its fixtures are made once. Needs pytest-xdist, of the extra `test`.
     """
+    if hasattr(config, "workerinput"):  # a worker runs this hook too, and must not start workers of its own
+        return
     option = config.option
     one_file = len(config.args) == 1 and config.args[0].partition("::")[0].endswith(".py")
     if config.pluginmanager.has_plugin("xdist") and option.numprocesses is None and not one_file and not option.usepdb:
