@@ -1,8 +1,8 @@
-"""Files that are there whole or not at all: atomic writes, links, manifests with hashes.
+"""Crash-safe files and folders: atomic writes, links, manifests with hashes; JSON and YAML that is checked when read.
 
-    write beside (hidden or ".partial") -> fsync -> rename over -> fsync the folder
+    write a hidden file or folder next to the target -> fsync -> rename over the target -> fsync the parent folder
 
-Whatever kills the process, a reader finds the old file or the new one, never half of one.
+Whenever the process is killed, a reader finds the complete old content or the complete new one.
 """
 
 from __future__ import annotations
@@ -26,40 +26,28 @@ from mora_ds.errors import RunError, UserError
 MANIFEST = "manifest.json"
 """Sizes and hashes of all other files of a folder."""
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
-_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
-"""What a file system says that was remounted read-only after a fault, or is gone from the network."""
+_WRITE_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+"""Errors of a file system that was remounted read-only after a fault, or whose server has gone."""
 
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns a full disk (or quota) and one that refuses to be written to into a `RunError` that names `folder`; other
-    errors pass unchanged."""
+    """Turns the errors of a full disk or quota, and of a disk that cannot be written to, into a `RunError` that names
+    `folder`; other errors pass unchanged."""
     try:
         yield
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in DISK_FULL:
             raise RunError(f"the disk that holds {folder} is full: {error.strerror}") from error
-        if error.errno in _REFUSED:
+        if error.errno in _WRITE_REFUSED:
             raise RunError(f"writing to {folder} failed: {error}") from error
         raise
 
 
-def fsync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` survive a power cut."""
-    _fsync(folder)
-
-
-def fsync_tree(folder: Path) -> None:
-    """Every file and folder under `folder`, and `folder` itself."""
-    for path in sorted(folder.rglob("*")):
-        if not path.is_symlink():
-            _fsync(path)
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flushes a file to disk, or makes the renames inside a folder survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -67,31 +55,39 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_tree(folder: Path) -> None:
+    """`fsync` for every file and folder under `folder`, and for `folder` itself."""
+    for path in sorted(folder.rglob("*")):
+        if not path.is_symlink():
+            fsync(path)
+    fsync(folder)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Hands out a path beside `path`; what was written there takes its place if the block ends well, else goes."""
-    beside = path.with_name(f".{path.name}.partial")
+    """Yields the path of a temporary file. It replaces `path` if the block succeeds, and is deleted otherwise."""
+    temporary = path.with_name(f".{path.name}.partial")
     with disk_errors(path.parent):
-        beside.unlink(missing_ok=True)  # left by a killed process, it may be a hard link: never write into it
+        temporary.unlink(missing_ok=True)  # left by a killed process, it may be a hard link: never write into it
         try:
-            yield beside
-            _fsync(beside)
-            os.replace(beside, path)
+            yield temporary
+            fsync(temporary)
+            os.replace(temporary, path)
         except BaseException:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
-        fsync_folder(path.parent)
+        fsync(path.parent)
 
 
 def write_json_atomic(path: Path, content: Any, indent: int | None = 2) -> None:
-    """UTF-8 JSON, indented or (`None`) in one line, replaced atomically. Raises `RunError` on a full disk."""
+    """Writes UTF-8 JSON atomically, in one line where `indent` is None. Raises `RunError` on a full disk."""
     text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
-    with atomic_path(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises `UserError` naming the file when it is missing, damaged or no object."""
+    """The JSON object in `path`. Raises `UserError` naming the file when it is missing, damaged or not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -104,28 +100,28 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes, read in pieces."""
+    """Hex digest of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
+        while block := file.read(1 << 22):
+            digest.update(block)
     return digest.hexdigest()
 
 
 def replace_symlink(link: Path, target: str) -> None:
-    """Makes `link` point at `target` (relative to the link's folder) by one atomic rename."""
-    beside = link.with_name(f".{link.name}.partial")
-    beside.unlink(missing_ok=True)
+    """Makes `link` point to `target` (relative to the folder of the link) by one atomic rename."""
+    temporary = link.with_name(f".{link.name}.partial")
+    temporary.unlink(missing_ok=True)
     with disk_errors(link.parent):
-        beside.symlink_to(target)
-        os.replace(beside, link)
-    fsync_folder(link.parent)
+        temporary.symlink_to(target)
+        os.replace(temporary, link)
+    fsync(link.parent)
 
 
 @contextmanager
 def at_work(folder: Path) -> Iterator[None]:
-    """While the block runs, `is_abandoned` tells other processes that `folder` is no killed one's leftover: the folder
-    itself is locked, and the lock goes with the process. On a file system without such locks nothing is told."""
+    """Locks `folder` while the block runs, so that `is_abandoned` is false in other processes. The lock ends with the
+    process. On a file system without locks it has no effect."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -136,32 +132,32 @@ def at_work(folder: Path) -> Iterator[None]:
 
 
 def is_abandoned(folder: Path) -> bool:
-    """Whether nobody is `at_work` in `folder` any more. An empty one may be about to be locked."""
+    """Whether no process is `at_work` in `folder` any more. Not an empty one, which may be about to be locked."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return any(folder.iterdir())
-    except OSError:  # locked by its builder, or there are no locks here
+    except OSError:  # locked, or the file system has no locks
         return False
     finally:
         os.close(descriptor)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """`target` becomes a hard link of `source`, or a copy where the file system has no links. Replaces atomically."""
+    """Atomically makes `target` a hard link of `source`, or a copy where the file system has no hard links."""
     if target.exists() and os.path.samefile(source, target):  # rename(2) between two links of one file does nothing
         return
-    with atomic_path(target) as beside:
+    with atomic_path(target) as temporary:
         try:
-            os.link(source, beside)
+            os.link(source, temporary)
         except OSError as error:
-            if error.errno in FULL:
+            if error.errno in DISK_FULL:
                 raise
-            shutil.copyfile(source, beside)
+            shutil.copyfile(source, temporary)
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """A copy of all files, with their times. Raises `RunError` on a full disk (`shutil.copytree` has its own error)."""
+    """Copies all files with their times. Raises `RunError` on a full disk (`shutil.copytree` has its own error)."""
     with disk_errors(target):
         target.mkdir(parents=True)
         for path in sorted(source.rglob("*")):
@@ -173,14 +169,16 @@ def copy_folder(source: Path, target: Path) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Hands out an empty folder beside `folder`, which takes its place if the block ends well, else is removed.
+    """Yields an empty temporary folder. It replaces `folder` if the block succeeds, and is deleted otherwise.
 
-    An existing `folder` is replaced: moved aside, and deleted once the new one stands.
+    An existing `folder` is moved away first, and deleted when the new one is in place.
     """
     partial, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
     with disk_errors(folder.parent):
-        _restore(old, folder)
-        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not folder.exists():  # killed between the two renames
+            os.rename(old, folder)
+        for leftover in (old, partial):
+            shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             yield partial
@@ -191,37 +189,28 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             os.rename(folder, old)
         os.rename(partial, folder)
-        fsync_folder(folder.parent)
+        fsync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _restore(old: Path, folder: Path) -> None:
-    """Undoes a replacement that was killed between its two renames, or clears what it left after them."""
-    if old.exists() and not folder.exists():
-        os.rename(old, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def write_manifest(folder: Path) -> None:
-    """Writes `manifest.json`: size and sha256 of every file under `folder`, each on disk before the manifest is."""
+    """Writes `manifest.json`: size and sha256 of every file under `folder`, each flushed to disk before."""
     files = {}
     with disk_errors(folder):
-        for path in _files_of(folder):
-            _fsync(path)
+        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
+            fsync(path)
             files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
     write_json_atomic(folder / MANIFEST, {"format": 1, "files": files, "seal": _seal(files)})
 
 
 def _seal(files: dict[str, Any]) -> str:
-    """sha256 of a manifest's own list: one that was cut, edited or lost a line is known by it."""
+    """sha256 of the manifest's own list of files: shows that it was truncated or edited."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def verify_manifest(folder: Path, hashes: bool = True) -> list[str]:
-    """What is wrong with `folder`, one line a file; empty when every file is as the manifest says (without `hashes`:
-    there, and of the right size).
-
-    Files that the manifest does not know are no problem. Raises `UserError` for a missing or damaged manifest.
+    """One message for each file of `folder` that is not as the manifest says; without `hashes` only existence and size
+    are checked. Files that are not in the manifest are ignored. Raises `UserError` for a missing or damaged manifest.
     """
     content = read_json(folder / MANIFEST)
     with malformed(folder / MANIFEST):
@@ -230,19 +219,19 @@ def verify_manifest(folder: Path, hashes: bool = True) -> list[str]:
         if content["seal"] != _seal(content["files"]):
             return [f"{folder / MANIFEST} is damaged: it does not list what it was written with"]
         listed = [(folder / name, int(facts["size"]), str(facts["sha256"])) for name, facts in content["files"].items()]
-    checked = [(path, size, sha256 if hashes else None) for path, size, sha256 in listed]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading hold no lock
-        return [problem for problem in pool.map(lambda entry: file_problem(*entry), checked) if problem]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
+        problems = pool.map(lambda file: file_problem(file[0], file[1], file[2] if hashes else None), listed)
+        return [problem for problem in problems if problem]
 
 
 def recorded_hashes(folder: Path) -> dict[str, str]:
-    """Relative name -> sha256, as the manifest of `folder` has them; verified by `verify_manifest`, not here."""
+    """{relative name: sha256} from the manifest of `folder`; only `verify_manifest` compares them with the files."""
     with malformed(folder / MANIFEST):
         return {name: str(facts["sha256"]) for name, facts in read_json(folder / MANIFEST)["files"].items()}
 
 
 def file_problem(path: Path, size: int, sha256: str | None) -> str:
-    """What is wrong with a file, "" for nothing: missing, another size, another hash (not read when it is `None`)."""
+    """A message if the file is missing or has another size or hash, else "". `sha256` None: the file is not read."""
     if not path.is_file():
         return f"{path} is missing"
     if path.stat().st_size != size:
@@ -254,7 +243,7 @@ def file_problem(path: Path, size: int, sha256: str | None) -> str:
 
 @contextmanager
 def malformed(path: Path) -> Iterator[None]:
-    """Turns the errors of picking a wrongly built JSON object apart into a `UserError` naming its file."""
+    """Turns the errors of reading fields of an unexpected form into a `UserError` that names the file."""
     try:
         yield
     except UserError as error:
@@ -264,24 +253,19 @@ def malformed(path: Path) -> Iterator[None]:
 
 
 def require_format(path: Path, content: dict[str, Any], known: int = 1) -> None:
-    """Raises `UserError` for a file written in a format that this version does not know."""
+    """Raises `UserError` for a file in a format that this version does not know."""
     if content.get("format") != known:
         raise UserError(f"{path} has format {content.get('format')!r}; this version of mora_ds reads format {known}")
 
 
-def _files_of(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-
-
 def remove_quietly(path: Path) -> None:
-    """Deletes a file that nobody refers to any more; a failure to do so is harmless."""
+    """Deletes a file that nothing refers to any more; failing to do so is harmless."""
     with suppress(OSError):
         path.unlink()
 
 
-# -- recipes -----------------------------------------------------------------------------------------------------
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where plain YAML keeps the last one without a word."""
+    """SafeLoader that refuses a key given twice; plain YAML silently keeps the last one."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -294,17 +278,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def load_yaml(path: str, what: str) -> dict[Any, Any]:
-    """The mapping in a YAML file that gives no key twice. Raises `UserError`, which calls the file `what`."""
+    """The mapping in a YAML file without repeated keys. Raises `UserError`, which calls the file `what`."""
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        content = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {what} {path}: {error}") from error
-    try:
-        content = yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is no valid YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
+    if content is not None and not isinstance(content, dict):
         raise UserError(f"{path} must hold `key: value` lines, not a {type(content).__name__}")
-    return content
+    return content or {}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mora_ds.checkpoint.layout import BEST, LATEST, LEDGER_FOLDER, complete_checkpoints, step_of
 from mora_ds.errors import UserError
-from mora_ds.files import MANIFEST, disk_errors, fsync_folder, malformed, read_json, replace_symlink, verify_manifest
+from mora_ds.files import MANIFEST, disk_errors, fsync, malformed, read_json, replace_symlink, verify_manifest
 from mora_ds.remora.ledger import LEDGER_FILE, VECTORS_FILE
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def name_best(root: Path, best: Path) -> None:
 def sync_folders(folder: Path) -> None:
     """Makes the names of new files in `folder` and below survive a power cut."""
     for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        fsync_folder(path)
+        fsync(path)
 
 
 def resume_checkpoint(wanted: str, root: Path) -> Path | None:

@@ -153,7 +153,7 @@ class CheckpointWriter:
         sync_folders(beside)
         _stop_if_unsound(beside)
         _replace_folder(beside, final)
-        files.fsync_folder(self.root)
+        files.fsync(self.root)
         if state["best_step"]:
             name_best(self.root, step_folder(self.root, state["best_step"]))
         files.replace_symlink(self.root / LATEST, final.name)

@@ -17,6 +17,7 @@ import logging
 import textwrap
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
@@ -26,7 +27,7 @@ from mora_ds.errors import UserError, nearest, refuse
 from mora_ds.files import load_yaml
 from mora_ds.runtime.log_setup import rank
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Class = TypeVar("Class", bound=type)
 
@@ -145,7 +146,7 @@ def _present_flag(word: str) -> str:
 def _present_name(name: str) -> str:
     """The present name of a setting; rank 0 logs a warning where `name` is an old one."""
     if name in RENAMED and rank() == 0:
-        log.warning("--%s is called --%s now; the old name still works", name, RENAMED[name])
+        logger.warning("--%s is called --%s now; the old name still works", name, RENAMED[name])
     return RENAMED.get(name, name)
 
 
@@ -168,23 +169,41 @@ def read_recipe(path: str, groups: Iterable[type], ignored_keys: Iterable[str] =
     """The settings of a YAML recipe, checked against the fields of `groups`; one `UserError` lists all wrong ones."""
     content = load_yaml(path, "the recipe")
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
-    settings: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     problems = list(_retired(content, f"{path}: "))
     for key, value in content.items():
         if key in ignored_keys or key in RETIRED:
             continue
-        name = _present_name(key)
-        if name not in hints:
-            problems.append(f"{path}: unknown key {key!r}.{nearest(str(key), hints)}")
-        elif name in settings:
+        if (name := _present_name(key)) in values:
             problems.append(f"{path}: {key} and {name} are one setting: give one of them")
-        else:
-            try:
-                settings[name] = _coerce(value, hints[name])
-            except ValueError as error:
-                problems.append(f"{path}: {key} {error}")
+        values[name] = value
+    try:
+        settings = typed_values(values, hints, path)
+    except UserError as error:
+        problems += str(error).splitlines()
     refuse(problems)
     return settings
+
+
+def typed_values(content: Any, hints: Mapping[str, Any], path: str, prefix: str = "") -> dict[str, Any]:
+    """The values of a mapping in the YAML file `path` as the types in `hints`.
+
+    `prefix`: where the mapping stands in the file, such as "sources.web.". Raises one `UserError` for all unknown keys
+    and wrong types.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: {prefix.rstrip('.')} must be {_NAMES[dict]}, got {content!r}")
+    values, problems = {}, []
+    for key, value in content.items():
+        if key not in hints:
+            problems.append(f"{path}: unknown key '{prefix}{key}'.{nearest(str(key), hints)}")
+            continue
+        try:
+            values[key] = _coerce(value, hints[key])
+        except ValueError as error:
+            problems.append(f"{path}: {prefix}{key} {error}")
+    refuse(problems)
+    return values
 
 
 def _coerce(value: Any, hint: Any) -> Any:
@@ -197,18 +216,17 @@ def _coerce(value: Any, hint: Any) -> Any:
         (item,) = get_args(hint)
         return [_coerce(part, item) for part in (value if isinstance(value, list) else [value])]
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        return _to_float(value)
+        with suppress(ValueError):
+            return float(value)  # YAML 1.1 reads 4e-4, without a point, as a string
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ValueError(f"must be {_NAMES[hint]}, got {value!r}")
     return value
 
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string (in quotes)"}
-
-
-def _to_float(value: int | str) -> float:
-    """YAML 1.1 reads 4e-4, without a point, as a string: what is meant is plain."""
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError(f"must be {_NAMES[float]}, got {value!r}") from None
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string (in quotes)",
+    dict: "`key: value` lines",
+}

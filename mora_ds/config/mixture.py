@@ -1,9 +1,9 @@
-"""What a run is told about its sources: flags and mix.yaml -> a `MixturePlan`, or None for one plain source.
+"""Settings of the sources of text: flags and mix.yaml -> a `MixturePlan`, or None for one plain source.
 
 --train_files web='web/*.jsonl':0.7 code='src/**/*.py':0.3      sources with a weight each
 --mixture mix.yaml                                              the same, with lists of files, epochs and phases
---replay general='old/*.jsonl':0.05                             5% of every batch, whatever the others weigh
---replay general:0.05                                           the same of a source that is there already
+--replay general='old/*.jsonl':0.05                             5% of every batch, whatever the other weights are
+--replay general:0.05                                           the same for a source that is named already
 """
 
 from __future__ import annotations
@@ -16,17 +16,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mora_ds.config.data import DataArguments
-from mora_ds.errors import UserError, nearest
+from mora_ds.config.flags import typed_values
+from mora_ds.errors import NOT_NEGATIVE, POSITIVE, UserError, nearest
 from mora_ds.files import load_yaml
 
 PLAIN = "train"
 """Name of the source that plain --train_files or --dataset_name make, where it needs one."""
 
+HELD_OUT = "held_out"
+"""Name of the evaluation set of --held_out_share; in a mixture it is followed by the name of the source."""
+
 _NAME = r"[A-Za-z0-9_.-]+"
 
 _SOURCE = re.compile(rf"({_NAME})=(.+):([^:/]+)")
 
-_KEYS = ("files", "dataset", "weight", "epochs", "text_column", "streaming")
+_SOURCE_KEYS = {
+    "files": list[str],
+    "dataset": str | None,
+    "weight": float,
+    "epochs": float | None,
+    "text_column": str | None,
+    "streaming": bool,
+}
 
 
 @dataclass(frozen=True)
@@ -37,14 +48,14 @@ class SourcePlan:
     files: tuple[str, ...] = ()
     dataset: str | None = None
     epochs: float | None = None
-    """How often it may be read; None: as often as its weight asks for."""
+    """Most passes over the source; None: as many as its weight asks for."""
     text_column: str | None = None
     streaming: bool = False
 
 
 @dataclass(frozen=True)
 class MixturePlan:
-    """Sources in order, and from which step on which weights hold: [(0, (0.7, 0.3)), (1000, (0.5, 0.5))]."""
+    """Sources in order, and (first step, a weight for each source) of every phase: [(0, (0.7, 0.3)), (1000, ...)]."""
 
     sources: tuple[SourcePlan, ...]
     phases: tuple[tuple[int, tuple[float, ...]], ...]
@@ -76,32 +87,32 @@ def mixture_plan(data: DataArguments) -> MixturePlan | None:
 
 # -- flags -------------------------------------------------------------------------------------------------------------
 def _source_of(entry: str) -> tuple[str, str, float] | None:
-    """(name, files, weight), or None for a plain path: one that has not this form, or is there under that very name."""
-    found = _SOURCE.fullmatch(entry)
-    if found is None or os.path.exists(os.path.expanduser(entry)):
+    """(name, files, weight); None for a plain path, that is another form or the name of an existing file."""
+    match = _SOURCE.fullmatch(entry)
+    if match is None or os.path.exists(os.path.expanduser(entry)):
         return None
     try:
-        return found[1], found[2], float(found[3])
+        return match[1], match[2], float(match[3])
     except ValueError:
         return None
 
 
 def _of_flags(entries: list[str], named: list[tuple[str, str, float] | None]) -> MixturePlan:
-    plain = [entry for entry, source in zip(entries, named, strict=True) if source is None]
-    if plain:
-        raise UserError(
-            f"--train_files {plain[0]}: where one source has a name and a weight, all need them: NAME=FILES:WEIGHT"
-        )
     sources = [source for source in named if source is not None]
-    _refuse_twice("--train_files", [name for name, _, _ in sources])
-    return MixturePlan(
-        tuple(SourcePlan(name, (files,)) for name, files, _ in sources),
-        ((0, tuple(weight for _, _, weight in sources)),),
-    )
+    if len(sources) < len(entries):
+        raise UserError(
+            f"--train_files {entries[named.index(None)]}: where one source has a name and a weight, all need them: "
+            "NAME=FILES:WEIGHT"
+        )
+    counts = Counter(name for name, _, _ in sources)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
+        raise UserError(f"--train_files: {', '.join(twice)} is given twice; a source of --mixture can have many files")
+    weights = tuple(weight for _, _, weight in sources)
+    return MixturePlan(tuple(SourcePlan(name, (files,)) for name, files, _ in sources), ((0, weights),))
 
 
 def _with_replay(plan: MixturePlan, entries: list[str]) -> MixturePlan:
-    """Replayed sources take their share of every phase; the others keep their proportions in what is left."""
+    """Replayed sources take their share of every phase; the others keep their proportions in the rest."""
     shares: dict[str, float] = {}
     sources = list(plan.sources)
     for entry in entries:
@@ -119,104 +130,68 @@ def _with_replay(plan: MixturePlan, entries: list[str]) -> MixturePlan:
         if name in shares:
             raise UserError(f"--replay: {name} is given twice")
         shares[name] = share
+    if not shares:
+        return plan
     total = sum(shares.values())
     if total >= 1:
-        raise UserError(f"--replay: the shares add up to {total:g}, which leaves nothing for what is new")
+        raise UserError(f"--replay: the shares add up to {total:g}, which leaves nothing for new text")
     if set(shares) >= {source.name for source in sources}:
         raise UserError("--replay: every source is replayed, and none is new")
-    phases = tuple((step, _shared(sources, plan, weights, shares)) for step, weights in plan.phases) if shares else ()
-    return MixturePlan(tuple(sources), phases or plan.phases)
-
-
-def _shared(
-    sources: list[SourcePlan], plan: MixturePlan, weights: tuple[float, ...], shares: dict[str, float]
-) -> tuple[float, ...]:
-    """Shares are read as decimals; the others' proportions are scaled to what they leave of 1."""
-    given = {source.name: weight for source, weight in zip(plan.sources, weights, strict=True)}
-    new = sum(weight for name, weight in given.items() if name not in shares)
-    left = 1 - sum(shares.values())
-    return tuple(
-        shares[source.name] if source.name in shares else _rounded(given[source.name], new, left) for source in sources
-    )
-
-
-def _rounded(weight: float, of: float, left: float) -> float:
-    """To 12 digits: 0.05 of 1 leaves 0.95, not 0.950000000000000011."""
-    return round(weight / of * left, 12) if of else weight
+    phases = []
+    for step, weights in plan.phases:
+        given = {source.name: weight for source, weight in zip(plan.sources, weights, strict=True)}
+        new = sum(weight for name, weight in given.items() if name not in shares)
+        # to 12 digits: 0.05 of 1 leaves 0.95, not 0.950000000000000011
+        scaled = {name: round(weight / new * (1 - total), 12) if new else weight for name, weight in given.items()}
+        phases.append((step, tuple({**scaled, **shares}[source.name] for source in sources)))
+    return MixturePlan(tuple(sources), tuple(phases))
 
 
 def _replayed(entry: str) -> tuple[str, str | None, float]:
-    found = re.fullmatch(rf"({_NAME})(?:=(.+))?:([^:/]+)", entry)
+    """(name, files, share) of an entry of --replay; no files for a source that is named already."""
+    match = re.fullmatch(rf"({_NAME})(?:=(.+))?:([^:/]+)", entry)
     try:
-        share = float(found[3]) if found else math.nan
+        share = float(match[3]) if match else math.nan
     except ValueError:
         share = math.nan
-    if found is None or not 0 < share < 1:
+    if match is None or not 0 < share < 1:
         raise UserError(f"--replay {entry}: must be NAME=FILES:SHARE or NAME:SHARE, with a share between 0 and 1")
-    return found[1], found[2], share
+    return match[1], match[2], share
 
 
 # -- mix.yaml ----------------------------------------------------------------------------------------------------------
 def _read(path: str) -> MixturePlan:
-    content = load_yaml(path, "--mixture")
-    if unknown := [key for key in content if key not in ("sources", "phases")]:
-        raise UserError(f"{path}: unknown key {unknown[0]!r}.{nearest(str(unknown[0]), ('sources', 'phases'))}")
-    entries = content.get("sources")
-    if not isinstance(entries, dict) or not entries:
+    content = typed_values(load_yaml(path, "--mixture"), {"sources": dict, "phases": list[dict] | None}, path)
+    if not content.get("sources"):
         raise UserError(f"{path}: `sources` must map the name of each source to its files and weight")
-    sources = tuple(_source(path, str(name), entry) for name, entry in entries.items())
+    sources, weights = [], []
+    for name, entry in content["sources"].items():
+        values = typed_values(entry, _SOURCE_KEYS, path, f"sources.{name}.")
+        weights.append(values.pop("weight", 1.0))
+        sources.append(_source(f"{path}: sources.{name}", str(name), values))
     names = [source.name for source in sources]
-    weights = tuple(_number(path, f"sources.{name}.weight", entries[name].get("weight", 1.0)) for name in entries)
-    phases = [(0, weights)]
+    phases = [(0, tuple(weights))]
     for number, entry in enumerate(content.get("phases") or []):
-        phases.append(_phase(path, number, entry, names, phases[-1][0]))
-    return MixturePlan(sources, tuple(phases))
+        where = f"phases[{number}]"
+        phase = typed_values(entry, {"from_step": int, "weights": dict}, path, f"{where}.")
+        if len(phase) < 2:
+            raise UserError(f"{path}: {where} must have `from_step` and `weights`")
+        if phase["from_step"] <= phases[-1][0]:
+            raise UserError(f"{path}: {where}.from_step must be a step after {phases[-1][0]}, got {phase['from_step']}")
+        given = typed_values(phase["weights"], dict.fromkeys(names, float), path, f"{where}.weights.")
+        phases.append((phase["from_step"], tuple(given.get(name, 0.0) for name in names)))
+    return MixturePlan(tuple(sources), tuple(phases))
 
 
-def _source(path: str, name: str, entry: Any) -> SourcePlan:
-    where = f"{path}: sources.{name}"
+def _source(where: str, name: str, values: dict[str, Any]) -> SourcePlan:
     if not re.fullmatch(_NAME, name):
         raise UserError(f"{where}: a name has letters, digits, _, . and - only")
-    if not isinstance(entry, dict):
-        raise UserError(f"{where} must have `files` (or `dataset`) and `weight`")
-    if unknown := [key for key in entry if key not in _KEYS]:
-        raise UserError(f"{where}: unknown key {unknown[0]!r}.{nearest(str(unknown[0]), _KEYS)}")
-    files = entry.get("files", [])
-    files = [files] if isinstance(files, str) else files
-    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-        raise UserError(f"{where}.files must be a path or pattern, or a list of them")
-    if bool(files) == bool(entry.get("dataset")):
+    files, dataset, epochs = values.get("files"), values.get("dataset"), values.get("epochs")
+    if bool(files) == bool(dataset):
         raise UserError(f"{where}: give `files` or `dataset`" + (", not both" if files else ""))
-    for key, kind in (("dataset", str), ("text_column", str), ("streaming", bool)):
-        if not isinstance(entry.get(key, kind()), kind):
-            raise UserError(f"{where}.{key} must be {'true or false' if kind is bool else 'a string'}")
-    epochs = None if entry.get("epochs") is None else _number(path, f"sources.{name}.epochs", entry["epochs"])
-    if epochs is not None and not 0 < epochs < math.inf:
-        raise UserError(f"{where}.epochs must be above 0, got {epochs:g}")
-    return SourcePlan(
-        name, tuple(files), entry.get("dataset"), epochs, entry.get("text_column"), entry.get("streaming", False)
-    )
-
-
-def _phase(path: str, number: int, entry: Any, names: list[str], after: int) -> tuple[int, tuple[float, ...]]:
-    where = f"{path}: phases[{number}]"
-    if not isinstance(entry, dict) or set(entry) != {"from_step", "weights"} or not isinstance(entry["weights"], dict):
-        raise UserError(f"{where} must have `from_step` and `weights`, and nothing else")
-    step = entry["from_step"]
-    if not isinstance(step, int) or step <= after:
-        raise UserError(f"{where}.from_step must be a step after {after}, got {step!r}")
-    if unknown := [name for name in entry["weights"] if name not in names]:
-        raise UserError(f"{where}.weights: no source is called {unknown[0]!r}.{nearest(str(unknown[0]), names)}")
-    given = entry["weights"]
-    return step, tuple(_number(path, f"phases[{number}].weights.{name}", given.get(name, 0)) for name in names)
-
-
-def _number(path: str, where: str, value: Any) -> float:
-    try:
-        assert not isinstance(value, bool)
-        return float(value)
-    except (TypeError, ValueError, AssertionError):
-        raise UserError(f"{path}: {where} must be a number, got {value!r}") from None
+    if epochs is not None and not POSITIVE.allow(epochs):
+        raise UserError(f"{where}.epochs must be {POSITIVE}, got {epochs:g}")
+    return SourcePlan(name, **{**values, "files": tuple(files or ())})
 
 
 # -- both --------------------------------------------------------------------------------------------------------------
@@ -224,20 +199,10 @@ def _check_weights(plan: MixturePlan, where: str) -> None:
     for step, weights in plan.phases:
         phase = f"{where}: " if step == 0 else f"{where}, from step {step}: "
         for source, weight in zip(plan.sources, weights, strict=True):
-            if not 0 <= weight < math.inf:
+            if not NOT_NEGATIVE.allow(weight):
                 raise UserError(f"{phase}the weight of {source.name!r} must not be negative, got {weight:g}")
         if sum(weights) == 0:
-            raise UserError(f"{phase}the weights add up to 0, so nothing could be drawn")
+            raise UserError(f"{phase}the weights add up to 0, so no source could be drawn")
     for index, source in enumerate(plan.sources):
         if not any(weights[index] for _, weights in plan.phases):
             raise UserError(f"{where}: {source.name!r} has weight 0 throughout: leave it out")
-
-
-def _refuse_twice(flag: str, names: list[str]) -> None:
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    if twice:
-        raise UserError(f"{flag}: {', '.join(twice)} is given twice; in a --mixture file a source may have many files")
-
-
-HELD_OUT = "held_out"
-"""Name of the evaluation set that --held_out_share makes; of a mixture, with the source's name behind it."""

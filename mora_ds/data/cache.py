@@ -34,7 +34,7 @@ from mora_ds.data.readers import Document
 from mora_ds.data.tokenizer import Encoder, tokenizer_fingerprint
 from mora_ds.data.workers import ordered_map
 from mora_ds.errors import RunError, UserError
-from mora_ds.files import at_work, disk_errors, fsync_folder, fsync_tree, is_abandoned, sha256_file
+from mora_ds.files import at_work, disk_errors, fsync, fsync_tree, is_abandoned, sha256_file
 
 FORMAT = 1
 TOKENS, DOCUMENTS, META = "tokens.bin", "documents.bin", "meta.json"
@@ -325,7 +325,7 @@ def _move_into_place(beside: Path, folder: Path) -> None:
     except OSError:
         if damage(folder):
             raise
-    fsync_folder(folder.parent)
+    fsync(folder.parent)
 
 
 def _sweep(cache_dir: Path) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mora_ds.data.corpus import Corpus, Part
 from mora_ds.data.workers import ordered_map
 from mora_ds.errors import RunError, UserError
-from mora_ds.files import FULL
+from mora_ds.files import DISK_FULL
 
 _FORMAT = 2
 
@@ -89,6 +89,6 @@ def writable(cache_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in DISK_FULL:
             raise RunError(f"the disk that holds {cache_dir} is full: {error.strerror}") from error
         raise UserError(f"--cache_dir {cache_dir} cannot be written to: {error.strerror or error}") from error
