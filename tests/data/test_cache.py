@@ -105,7 +105,7 @@ def test_worker_processes_end_with_a_caller_that_is_killed(tmp_path: Path) -> No
     program = tmp_path / "caller.py"
     program.write_text(
         "import os, signal, itertools\n"
-        "from mora_ds.data.parallel import ordered_map\n"
+        "from mora_ds.data.workers import ordered_map\n"
         "def work(item): return os.getpid()\n"
         "if __name__ == '__main__':\n"
         "    results = ordered_map(work, itertools.count(), 2)\n"
