@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
-from mora_ds.data import is_held_out, write_embedded
+from mora_ds.data import is_held_out, write_demo_corpus
 from mora_ds.errors import RunError, UserError
 from mora_ds.files import atomic_folder
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, compute_dtype
@@ -48,7 +48,7 @@ def main() -> None:
     steps = {
         "smollm2-135m": lambda folder: write_model(folder, compute_dtype(options.dtype)),
         "domain": write_domain,
-        "general": lambda folder: write_embedded(folder, general_bytes=4_000_000, domain_bytes=8_000_000),
+        "general": lambda folder: write_demo_corpus(folder, general_bytes=4_000_000, domain_bytes=8_000_000),
     }
     for name in options.only or steps:
         if not (output / name).is_dir():

@@ -1,18 +1,19 @@
-"""Documents -> one memory-mapped stream of tokens on disk, made once for the same contents and settings.
+"""The token cache: a corpus as one memory-mapped stream of tokens on disk, built once for the same text and settings.
 
     <cache_dir>/<key>/tokens.bin      uint16 or uint32 (N,): [BOS] document EOS [BOS] document EOS ...
     <cache_dir>/<key>/documents.bin   int64 (documents,): where each document ends in tokens.bin
     <cache_dir>/<key>/meta.json       counts, dtype, settings, SHA-256 of the two files
-    <cache_dir>/index/<hash>.json     contents' hash and counts of a file, as long as its size and time stay
+    <cache_dir>/index/<hash>.json     a file's content hash and counts (see `inspection`)
 
-A cache is written beside its place and renamed into it, so a folder named by its key is whole: a process killed in
-between leaves only a folder that nobody reads (and a later build sweeps up), and of two builders the first one wins.
+A cache is written to a temporary folder and renamed, so a folder with a key as its name is complete. A killed
+builder leaves a temporary folder that nobody reads, and a later build removes it. Of two builders the first one wins.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -30,23 +31,25 @@ from mora_ds.data.corpus import Corpus
 from mora_ds.data.held_out import DocumentFilter
 from mora_ds.data.inspection import PartFacts, inspect_parts, writable
 from mora_ds.data.prepared import PreparedPart
-from mora_ds.data.readers import Document
+from mora_ds.data.readers import Document, batched
 from mora_ds.data.tokenizer import Encoder, tokenizer_fingerprint
 from mora_ds.data.workers import ordered_map
 from mora_ds.errors import RunError, UserError
 from mora_ds.files import at_work, disk_errors, fsync, fsync_tree, is_abandoned, sha256_file
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1
 TOKENS, DOCUMENTS, META = "tokens.bin", "documents.bin", "meta.json"
 PARALLEL_BYTES = 32_000_000
-"""Corpora smaller than this are tokenised in the calling process: starting others would take longer."""
+"""Smaller corpora are tokenised in the calling process, as starting others would take longer."""
 
-READ_THROUGH_BYTES = 1 << 30
-"""A second's reading. Above it a damaged byte is found where a file's time shows that somebody wrote to it."""
+HASHED_EACH_TIME_BYTES = 1 << 30
+"""Caches of up to this size (about a second of reading) are hashed whenever they are opened to train on."""
 
-_BATCH_CHARACTERS = 1 << 18
-_PARTIAL = ".partial-"
+_TEMPORARY = ".partial-"
 _STALE_S = 24 * 3600
+_KEY_SETTINGS = ("format", "tokenizer", "text_column", "bos_id", "eos_id", "dtype")
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,11 @@ class TokenCache:
 
     @classmethod
     def open(cls, folder: Path) -> TokenCache:
-        """Raises `RunError` for a cache that is damaged (build_cache would build it anew)."""
+        """Raises `RunError` for a cache that is missing or damaged (`build_cache` would rebuild it)."""
         if not folder.exists():
             raise RunError(f"there is no token cache {folder}: see the error of the rank that builds it")
-        if trouble := damage(folder):
-            raise RunError(f"the token cache {folder} is damaged: {trouble}; delete that folder")
+        if problem := damage(folder):
+            raise RunError(f"the token cache {folder} is damaged: {problem}; delete that folder")
         meta = json.loads((folder / META).read_text())
         tokens = np.memmap(folder / TOKENS, dtype=meta["dtype"], mode="r")
         return cls(folder, meta, tokens, np.memmap(folder / DOCUMENTS, dtype="<i8", mode="r"))
@@ -84,9 +87,9 @@ class TokenCache:
         return int(self.meta["eos_id"])
 
     def verify(self) -> None:
-        """Reads both files through and compares their hashes. Raises `RunError` where they differ."""
-        for name, wanted in self.meta["sha256"].items():
-            if sha256_file(self.folder / name) != wanted:
+        """Compares the hashes of both files. Raises `RunError` where they differ."""
+        for name, expected in self.meta["sha256"].items():
+            if sha256_file(self.folder / name) != expected:
                 raise RunError(f"{self.folder / name} is not what was written; delete that folder")
 
 
@@ -100,62 +103,63 @@ def build_cache(
     barrier: Callable[[], None] = lambda: None,
     progress: bool = False,
     add_bos: bool | None = None,
-    say: Callable[[str], None] = print,
 ) -> TokenCache:
     """The corpus as tokens, from `cache_dir` or built into it.
 
-    Call it on every rank: only the one with `is_builder` (each node's local rank 0) reads and writes; all pass
+    Call it on every rank: only the one with `is_builder` (each node's local rank 0) reads and writes; all ranks pass
     `barrier` once and then open the result. `num_proc` processes tokenise; their number does not change the result.
-    `add_bos` None: as the tokenizer does by itself. Every document is followed by the end-of-text token. A cache that
-    is damaged is built anew, and `say` says so.
+    `add_bos` None: as the tokenizer does by default. Every document is followed by the end-of-text token. A damaged
+    cache is rebuilt, with a warning.
     Raises `UserError` for a file that cannot be read as text (before any is tokenised), an empty corpus or a tokenizer
     without end-of-text token, and `RunError` for a full disk.
     """
     encoder = Encoder.of(tokenizer, add_bos)
     num_proc = processes_for(corpus, tokenizer, num_proc)
     settings = cache_settings(corpus.text_column, encoder, corpus.keep)
-    if (prepared := corpus.prepared) is not None:
+    if corpus.prepared is not None:
         try:
-            if corpus.keep is not None:
-                raise UserError(
-                    f"{corpus.flag}: {prepared.label} holds tokens, of which no document can be left out: do that with"
-                    " tools/prepare_corpus.py --held_out, without --held_out_share and --exclude_eval_documents"
-                )
-            return _open_prepared(prepared, corpus.flag, settings, is_builder)
+            return _open_prepared(corpus.prepared, corpus, settings, is_builder)
         finally:
             barrier()
     if not is_builder:
         barrier()
-        facts = inspect_parts(corpus, cache_dir, 1, False)
-        return TokenCache.open(cache_dir / _key(facts, settings))
+        return TokenCache.open(cache_dir / _key(inspect_parts(corpus, cache_dir, 1, False), settings))
     try:
         facts = inspect_parts(corpus, cache_dir, num_proc, progress)
         folder = cache_dir / _key(facts, settings)
-        if trouble := damage(folder) or alteration(folder):
+        if problem := damage(folder, contents=True):
             if folder.exists():
-                say(f"the token cache {folder} is damaged: {trouble}; it is built anew")
+                log.warning("the token cache %s is damaged: %s; it is rebuilt", folder, problem)
             _build(corpus, encoder, folder, settings, facts, num_proc, progress)
     finally:
-        barrier()  # also after an error: the others must not wait for ever
+        barrier()  # also after an error: the other ranks must not wait for ever
     return TokenCache.open(folder)
 
 
-def _open_prepared(part: PreparedPart, flag: str, settings: dict[str, Any], check: bool) -> TokenCache:
-    """What `prepare_corpus` has written, where it lies. Raises `UserError` for tokens of another tokenizer."""
-    if trouble := damage(part.cache) or (alteration(part.cache) if check else None):
-        raise UserError(f"{flag}: {part.label} is damaged: {trouble}; prepare it again")
+def _open_prepared(part: PreparedPart, corpus: Corpus, settings: dict[str, Any], check_contents: bool) -> TokenCache:
+    if corpus.keep is not None:
+        raise UserError(
+            f"{corpus.flag}: {part.label} holds tokens, of which no document can be left out: do that with"
+            " tools/prepare_corpus.py --held_out, without --held_out_share and --exclude_eval_documents"
+        )
+    if problem := damage(part.cache, check_contents):
+        raise UserError(f"{corpus.flag}: {part.label} is damaged: {problem}; prepare it again")
     cache = TokenCache.open(part.cache)
     names = [name for name in _KEY_SETTINGS if name != "text_column"]
     if different := [name for name in names if cache.meta[name] != settings[name]]:
         raise UserError(
-            f"{flag}: {part.label} holds the tokens of another tokenizer than this model's (another "
+            f"{corpus.flag}: {part.label} holds the tokens of another tokenizer than this model's (another "
             f"{', '.join(different)}); prepare it again with --tokenizer naming this one"
         )
     return cache
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with the cache in `folder`, or None. Looks at sizes, not at every byte (see TokenCache.verify)."""
+def damage(folder: Path, contents: bool = False) -> str | None:
+    """What is wrong with the cache in `folder`, or None.
+
+    Compares the sizes of the files, and with `contents` their hashes too: of caches of up to `HASHED_EACH_TIME_BYTES`
+    each time, of larger ones where a file is younger than meta.json, which is written last.
+    """
     try:
         meta = json.loads((folder / META).read_text())
         if meta["format"] != FORMAT or meta["key"] != folder.name:
@@ -170,39 +174,27 @@ def damage(folder: Path) -> str | None:
         return f"there is no {error.filename}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return str(error)
-    return None
-
-
-def alteration(folder: Path) -> str | None:
-    """What is wrong with the contents of a cache whose sizes are right, or None.
-
-    Caches of up to `READ_THROUGH_BYTES` are read through each time, larger ones where a file is younger than
-    meta.json, which is written last.
-    """
-    paths = [folder / name for name in (TOKENS, DOCUMENTS)]
+    paths = [folder / name for name in sizes]
     written = (folder / META).stat().st_mtime_ns
-    small = sum(path.stat().st_size for path in paths) <= READ_THROUGH_BYTES
-    if not small and all(path.stat().st_mtime_ns <= written for path in paths):
+    is_small = sum(sizes.values()) <= HASHED_EACH_TIME_BYTES
+    if not contents or (not is_small and all(path.stat().st_mtime_ns <= written for path in paths)):
         return None
-    wanted = json.loads((folder / META).read_text()).get("sha256")
-    if not isinstance(wanted, dict):
+    expected = meta.get("sha256")
+    if not isinstance(expected, dict):
         return f"{META} is not what was written"
-    return next(
-        (f"{path} is not what was written" for path in paths if sha256_file(path) != wanted.get(path.name)), None
-    )
+    altered = (path for path in paths if sha256_file(path) != expected.get(path.name))
+    return next((f"{path} is not what was written" for path in altered), None)
 
 
 def processes_for(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> int:
-    """One for small corpora, and for tokenizers whose class came with the model: it cannot be pickled to others."""
+    """How many processes tokenise: 1 for small corpora, and for tokenizers whose class came with the model, which
+    cannot be pickled."""
     remote = type(tokenizer).__module__.startswith("transformers_modules")
     return 1 if remote or corpus.size_bytes() < PARALLEL_BYTES else max(num_proc, 1)
 
 
-_KEY_SETTINGS = ("format", "tokenizer", "text_column", "bos_id", "eos_id", "dtype")
-
-
 def cache_settings(text_column: str, encoder: Encoder, keep: DocumentFilter | None = None) -> dict[str, Any]:
-    """What decides the tokens of given contents."""
+    """The settings that decide which tokens a text becomes."""
     return {
         "format": FORMAT,
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
@@ -219,7 +211,7 @@ def _key(facts: list[PartFacts], settings: dict[str, Any]) -> str:
 
 
 def key_of(settings: Mapping[str, Any], contents: list[str]) -> str:
-    """The name of a cache. `settings` may hold more than what makes it, as meta.json does."""
+    """The name of a cache, from its settings and the hashes of its contents. Other keys of `settings` are ignored."""
     content = {**{name: settings[name] for name in _KEY_SETTINGS}, "contents": contents}
     if "filter" in settings:
         content["filter"] = settings["filter"]
@@ -240,40 +232,42 @@ def _build(
 ) -> None:
     characters = sum(part.characters for part in facts)
     _check_space(folder.parent, characters, encoder.dtype)
-    _sweep(folder.parent)
+    _remove_leftovers(folder.parent)
     with writable(folder.parent):
-        beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}{_PARTIAL}", dir=folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}{_TEMPORARY}", dir=folder.parent))
     try:
-        with disk_errors(folder.parent), at_work(beside):
+        with disk_errors(folder.parent), at_work(temporary):
             bar = tqdm(desc="tokenising", total=characters, unit="char", unit_scale=True, disable=not progress)
-            counts = _write(corpus, encoder, beside, num_proc, bar)
+            counts = _write(corpus, encoder, temporary, num_proc, bar)
             if not counts["documents"]:
-                raise UserError(f"{corpus.flag}: {_nothing_left(corpus)}")
+                raise UserError(f"{corpus.flag}: {_nothing_left(corpus.keep)}")
             counts["documents_read"] = sum(part.documents for part in facts)
             meta = {**settings, **counts, "key": folder.name, "contents": [part.content_hash for part in facts]}
-            (beside / META).write_text(json.dumps(meta, indent=2) + "\n")
-            beside.chmod(0o755)  # mkdtemp's folders are private, but a cache may be shared
-            fsync_tree(beside)
-            _move_into_place(beside, folder)
+            (temporary / META).write_text(json.dumps(meta, indent=2) + "\n")
+            temporary.chmod(0o755)  # mkdtemp's folders are private, but a cache may be shared
+            fsync_tree(temporary)
+            _move_into_place(temporary, folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)  # gone already when all went well
+        shutil.rmtree(temporary, ignore_errors=True)  # renamed already, unless the build failed
 
 
-def _nothing_left(corpus: Corpus) -> str:
-    if corpus.keep is None:
+def _nothing_left(keep: DocumentFilter | None) -> str:
+    if keep is None:
         return "every document is empty"
-    if corpus.keep.takes_held_out:
-        return f"no document falls into --held_out_share {corpus.keep.held_out_share}: raise it"
+    if keep.takes_held_out:
+        return f"no document falls into --held_out_share {keep.held_out_share}: raise it"
     return "no document is left to train on: all are empty, held out or in --eval_files"
 
 
 def _write(corpus: Corpus, encoder: Encoder, folder: Path, num_proc: int, bar: tqdm) -> dict[str, Any]:
-    """Streams the tokens of all documents into `folder`; returns the counts and hashes for meta.json."""
+    """Writes the tokens of all documents into `folder`; returns the counts and hashes for meta.json."""
     files = {name: (folder / name).open("wb") for name in (TOKENS, DOCUMENTS)}
     hashes = {name: hashlib.sha256() for name in files}
     total = documents = 0
     try:
-        for tokens, ends in ordered_map(encoder, _batches(corpus, bar), num_proc):
+        for tokens, ends in ordered_map(
+            encoder, batched(_counted(corpus, bar), lambda document: len(document.text)), num_proc
+        ):
             for name, data in ((TOKENS, tokens), (DOCUMENTS, ends + total)):
                 files[name].write(data.data)
                 hashes[name].update(data.data)
@@ -286,26 +280,16 @@ def _write(corpus: Corpus, encoder: Encoder, folder: Path, num_proc: int, bar: t
     return {"tokens": total, "documents": documents, "sha256": digests}
 
 
-def _batches(corpus: Corpus, bar: tqdm) -> Iterator[list[Document]]:
-    """Documents in groups of about `_BATCH_CHARACTERS`; empty ones are left out."""
-    batch: list[Document] = []
-    size = 0
+def _counted(corpus: Corpus, bar: tqdm) -> Iterator[Document]:
+    """The documents of the corpus that are not empty; the progress bar counts their characters."""
     for document in corpus:
-        if document.begins and document.ends and not document.text:
-            continue
-        batch.append(document)
-        size += len(document.text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            bar.update(size)
-            batch, size = [], 0
-    if batch:
-        yield batch
-        bar.update(size)
+        if not document.is_empty:
+            bar.update(len(document.text))
+            yield document
 
 
 def _check_space(cache_dir: Path, characters: int, dtype: str) -> None:
-    """Text has rarely more than 6 characters a token: with less room than that the build is bound to fail."""
+    """Raises `UserError` where the disk is too full. Text has rarely more than 6 characters a token."""
     needed, free = characters // 6 * np.dtype(dtype).itemsize, shutil.disk_usage(cache_dir).free
     if free < needed:
         raise UserError(
@@ -314,24 +298,24 @@ def _check_space(cache_dir: Path, characters: int, dtype: str) -> None:
         )
 
 
-def _move_into_place(beside: Path, folder: Path) -> None:
-    """Another builder may have been faster (its cache stays), or a damaged cache may stand there (it goes)."""
-    if folder.exists() and (damage(folder) or alteration(folder)):
-        grave = Path(tempfile.mkdtemp(prefix=f"{folder.name}{_PARTIAL}", dir=folder.parent))
-        os.replace(folder, grave / "damaged")
-        shutil.rmtree(grave, ignore_errors=True)
+def _move_into_place(temporary: Path, folder: Path) -> None:
+    """Renames the new cache. A damaged one in its place is removed; one that another builder finished first stays."""
+    if folder.exists() and damage(folder, contents=True):
+        trash = Path(tempfile.mkdtemp(prefix=f"{folder.name}{_TEMPORARY}", dir=folder.parent))
+        os.replace(folder, trash / "damaged")
+        shutil.rmtree(trash, ignore_errors=True)
     try:
-        os.rename(beside, folder)
+        os.rename(temporary, folder)
     except OSError:
         if damage(folder):
             raise
     fsync(folder.parent)
 
 
-def _sweep(cache_dir: Path) -> None:
-    """Removes what killed builders have left: those that can be told from living ones at once, and others after a day
-    in which nothing was written."""
-    for leftover in cache_dir.glob(f"*{_PARTIAL}*"):
+def _remove_leftovers(cache_dir: Path) -> None:
+    """Removes the temporary folders of killed builders: at once where the file system's locks tell that the builder is
+    gone, else a day after the last write."""
+    for leftover in cache_dir.glob(f"*{_TEMPORARY}*"):
         newest = max((path.stat().st_mtime for path in (leftover, *leftover.glob("*"))), default=0.0)
         if is_abandoned(leftover) or newest < time.time() - _STALE_S:
             shutil.rmtree(leftover, ignore_errors=True)

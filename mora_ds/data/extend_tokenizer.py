@@ -1,12 +1,12 @@
-"""A tokenizer's vocabulary, extended with pieces of a domain: what was in it stays, at its ids and with its merges.
+"""Adds a domain's tokens to a tokenizer's vocabulary; the old tokens keep their ids and merges.
 
-    texts -> SentencePiece (BPE or unigram) -> candidate pieces, best first
-    candidate -> as the tokenizer's model spells it ("Ġterm" or "▁term") -> how the old pieces segment it
-    BPE        a piece and the one merge that makes it of two pieces, behind all older merges
-    Unigram    a piece and a score just above that of the pieces it replaces
-    tokenizer.json rewritten -> reloaded as transformers would -> every piece found, every text given back
+    texts -> SentencePiece (BPE or unigram) -> candidate tokens, best first
+    candidate -> as the tokenizer's model spells it ("Ġterm" or "▁term") -> how the old vocabulary segments it
+    BPE        a token and the one merge that makes it of two tokens, after all older merges
+    Unigram    a token and a score just above that of the tokens it replaces
+    tokenizer.json rewritten -> loaded as transformers would -> every new token is matched
 
-So old merges come first and text is only ever joined further: each new piece stands for two or more old ones.
+Old merges come first and text is only ever joined further: each new token stands for two or more old ones.
 """
 
 from __future__ import annotations
@@ -19,93 +19,91 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
-from mora_ds.data.sentencepiece import train_sentencepiece
+from mora_ds.data.sentencepiece import train_sentencepiece, vocabulary_by_score
 from mora_ds.data.tokenizer import largest_id, load_tokenizer
 from mora_ds.errors import UserError
 
 TOKENIZER_JSON = "tokenizer.json"
-_NORMAL = 1
-_CANDIDATES_A_PIECE = 4
-"""Many candidates are in the old vocabulary, or cannot be spelt in one word of its."""
+_CANDIDATES_A_TOKEN = 4
+"""Many candidates are in the old vocabulary already, or are more than one word for the tokenizer."""
 
-_STEPPING_STONES = 8
+_INTERMEDIATE_SHARE = 8
+"""One in so many of the candidates out of reach gets an intermediate token when no candidate is within reach."""
+
 _UNIGRAM_GAIN = 0.01
 
 
 @dataclass(frozen=True)
 class Extension:
-    """New pieces of a tokenizer."""
+    """The new tokens of an extended tokenizer."""
 
     folder: Path
     """The extended tokenizer's files."""
-    pieces: tuple[str, ...]
+    tokens: tuple[str, ...]
     """As the vocabulary spells them; the first has id `first_id`, the others follow."""
     first_id: int
     replaced: tuple[tuple[int, ...], ...]
-    """Ids of the old pieces that each new one stands for."""
+    """The ids of the old tokens that each new one stands for."""
 
 
-def domain_pieces(texts: Iterable[str], wanted: int, algorithm: str = "bpe") -> list[str]:
-    """Candidates for `wanted` new pieces: those of a SentencePiece model of its own, best first, spaces as U+2581.
+def candidate_tokens(texts: Iterable[str], wanted: int, algorithm: str = "bpe") -> list[str]:
+    """Candidates for `wanted` new tokens: the vocabulary of a SentencePiece model trained on `texts`, best first.
 
-    Digits stay apart. Raises `UserError` for a corpus without text.
+    Spaces are U+2581; digits stay apart. Raises `UserError` for a corpus without text.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = train_sentencepiece(
             texts,
-            512 + _CANDIDATES_A_PIECE * wanted,
+            512 + _CANDIDATES_A_TOKEN * wanted,
             Path(folder),
             algorithm=algorithm,
             flag="--pieces",
             hard_vocab_limit=False,
             split_digits=True,
         )
-        proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
-        proto.ParseFromString(path.read_bytes())
-    normal = [piece for piece in proto.pieces if piece.type == _NORMAL]
-    return [piece.piece for piece in sorted(normal, key=lambda piece: -piece.score)]
+        return vocabulary_by_score(path)
 
 
 def extend_tokenizer(
     tokenizer: PreTrainedTokenizerBase, candidates: Sequence[str], wanted: int, folder: Path
 ) -> Extension:
-    """Writes `tokenizer` with `wanted` of the candidates added to `folder` (which must be there).
+    """Writes `tokenizer` with `wanted` of the candidates added to `folder`, which must exist.
 
-    Raises `UserError` naming --pieces where the candidates are too few, and for tokenizers that are neither BPE nor
-    Unigram.
+    Raises `UserError`, which names --pieces, where the candidates are too few, and for tokenizers that are neither BPE
+    nor Unigram.
     """
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not isinstance(backend.model, (models.BPE, models.Unigram)):
         kind = type(tokenizer).__name__ if backend is None else type(backend.model).__name__
         raise UserError(f"the vocabulary of a {kind} tokenizer cannot be extended, only BPE's and Unigram's")
     content = json.loads(backend.to_str())
-    spell = _speller(content, backend)
-    spelt = dict.fromkeys(filter(None, map(spell, candidates)))
+    vocabulary = tokenizer.get_vocab()
+    spelt = dict.fromkeys(filter(None, map(_speller(content, backend), candidates)))
+    new = [token for token in spelt if token not in vocabulary]
     first_id = largest_id(tokenizer)[1] + 1
     old: models.BPE | models.Unigram = backend.model
-    vocabulary = tokenizer.get_vocab()
-    spelt = {piece: None for piece in spelt if piece not in vocabulary}
-    grow = _grow_bpe if isinstance(old, models.BPE) else _grow_unigram
-    pieces = grow(content["model"], old, list(spelt), wanted, first_id)
-    if len(pieces) < wanted:
+    if isinstance(old, models.BPE):
+        tokens = _grow_bpe(content["model"], new, wanted, first_id)
+    else:
+        tokens = _grow_unigram(content["model"], old, new, wanted, first_id)
+    if len(tokens) < wanted:
         raise UserError(
-            f"--pieces {wanted}: the corpus yields only {len(pieces)} pieces that this tokenizer does not have; "
+            f"--pieces {wanted}: the corpus yields only {len(tokens)} tokens that this tokenizer does not have; "
             "lower it, or give more text"
         )
-    replaced = tuple(tuple(token.id for token in old.tokenize(piece)) for piece in pieces)
+    replaced = tuple(tuple(part.id for part in old.tokenize(token)) for token in tokens)
     tokenizer.save_pretrained(folder)
     for stale in (*folder.glob("*.model"), *folder.glob("vocab.*"), *folder.glob("merges.txt")):
-        stale.unlink()  # of the old vocabulary
+        stale.unlink()  # files of the old vocabulary
     (folder / TOKENIZER_JSON).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
-    return Extension(folder, tuple(pieces), first_id, replaced)
+    return Extension(folder, tuple(tokens), first_id, replaced)
 
 
 def check_extension(extension: Extension, model_type: str) -> PreTrainedTokenizerBase:
-    """The tokenizer as transformers loads it from beside a model of that type.
+    """The tokenizer as transformers loads it from the folder of a model of that type.
 
     Raises `UserError` where that is not the extended one.
     """
@@ -116,97 +114,89 @@ def check_extension(extension: Extension, model_type: str) -> PreTrainedTokenize
     finally:
         config.unlink()
     model = tokenizer.backend_tokenizer.model
-    for number, piece in enumerate(extension.pieces, start=extension.first_id):
-        if [token.id for token in model.tokenize(piece)] != [number]:
+    for number, token in enumerate(extension.tokens, start=extension.first_id):
+        if [part.id for part in model.tokenize(token)] != [number]:
             raise UserError(
-                f"MODEL: transformers loads this tokenizer, beside a {model_type!r} model, as "
-                f"{type(tokenizer).__name__}, which does not find the new piece {piece!r}"
+                f"MODEL: transformers loads this tokenizer, in the folder of a {model_type!r} model, as "
+                f"{type(tokenizer).__name__}, which does not know the new token {token!r}"
             )
     return tokenizer
 
 
-# -- spelling ----------------------------------------------------------------------------------------------------------
-
-
 def _speller(content: dict[str, Any], backend: Tokenizer) -> Callable[[str], str | None]:
-    """SentencePiece's spelling of a piece -> the vocabulary's; None for what is never one word there, or no word."""
+    """A function from SentencePiece's spelling of a token to the vocabulary's; None for white space, and for what the
+    tokenizer never treats as one word."""
 
-    def whole(piece: str) -> str | None:
-        return piece if piece.strip("\u2581 \t\r\n") else None
+    def unchanged(token: str) -> str | None:
+        return token if token.strip("\u2581 \t\r\n") else None
 
-    def byte_level(piece: str) -> str | None:
-        text = piece.replace("\u2581", " ")
+    def byte_level(token: str) -> str | None:
+        text = token.replace("\u2581", " ")
         words = backend.pre_tokenizer.pre_tokenize_str(text) if text.strip() else []
         return words[0][0] if len(words) == 1 else None
 
-    return byte_level if "ByteLevel" in json.dumps(content["pre_tokenizer"]) else whole
+    return byte_level if "ByteLevel" in json.dumps(content["pre_tokenizer"]) else unchanged
 
 
-# -- growing -----------------------------------------------------------------------------------------------------------
+def _grow_bpe(model: dict[str, Any], candidates: list[str], wanted: int, first_id: int) -> list[str]:
+    """Adds tokens to the vocabulary, and to the merges the pair that each is made of; returns the tokens.
 
-
-def _grow_bpe(model: dict[str, Any], old: Any, candidates: list[str], wanted: int, first_id: int) -> list[str]:
-    """Adds pieces to the vocabulary, and to the merges the pair that each is made of; returns them.
-
-    Pass by pass the best candidates still needed are segmented by the merges so far: one of two parts is one merge
-    away. Where none is, the first two parts of the best ones become pieces first.
+    In each pass the best candidates still needed are segmented by the merges so far. One of two parts is one merge
+    away and is added. Where there is none, the first two parts of the best candidates are joined to a token first.
     """
-    del old
     vocabulary, merges = model["vocab"], model["merges"]
     ranks = {tuple(pair.split(" ") if isinstance(pair, str) else pair): rank for rank, pair in enumerate(merges)}
     as_text = bool(merges) and isinstance(merges[0], str)
     added: list[str] = []
 
-    def add(piece: str, parts: Sequence[str] = ()) -> None:
-        if piece in vocabulary or len(added) == wanted:
+    def add(token: str, parts: Sequence[str] = ()) -> None:
+        if token in vocabulary or len(added) == wanted:
             return
-        vocabulary[piece] = first_id + len(added)
-        added.append(piece)
+        vocabulary[token] = first_id + len(added)
+        added.append(token)
         if parts:
             ranks[tuple(parts)] = len(ranks)
             merges.append(" ".join(parts) if as_text else list(parts))
 
     while candidates and len(added) < wanted:
         before, window = len(added), candidates[: wanted - len(added)]
-        far: list[tuple[str, list[str]]] = []
-        for piece in window:
-            if len(piece) == 1:
-                add(piece)
-            elif all(character in vocabulary for character in piece):
-                parts = _segment(piece, ranks)
+        distant: list[tuple[str, list[str]]] = []
+        for token in window:
+            if len(token) == 1:
+                add(token)
+            elif all(character in vocabulary for character in token):
+                parts = _segment(token, ranks)
                 if len(parts) == 2:
-                    add(piece, parts)
+                    add(token, parts)
                 elif len(parts) > 2:
-                    far.append((piece, parts))
+                    distant.append((token, parts))
         if len(added) == before:
-            for _, parts in far[: 1 + len(far) // _STEPPING_STONES]:
+            for _, parts in distant[: 1 + len(distant) // _INTERMEDIATE_SHARE]:
                 add(parts[0] + parts[1], parts[:2])
-        candidates = [piece for piece, _ in far] + candidates[len(window) :]
+        candidates = [token for token, _ in distant] + candidates[len(window) :]
     return added
 
 
-def _segment(piece: str, ranks: Mapping[tuple[str, ...], int]) -> list[str]:
-    """As BPE does: the pair of the lowest rank first, the left one of two equals."""
-    parts = list(piece)
+def _segment(token: str, ranks: Mapping[tuple[str, ...], int]) -> list[str]:
+    """The parts that BPE makes of a token: the pair of the lowest rank is joined first, the left one of two equals."""
+    parts = list(token)
     while len(parts) > 1:
-        found = [ranks.get(pair) for pair in pairwise(parts)]
-        known = [rank for rank in found if rank is not None]
+        pair_ranks = [ranks.get(pair) for pair in pairwise(parts)]
+        known = [rank for rank in pair_ranks if rank is not None]
         if not known:
             break
-        place = found.index(min(known))
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        index = pair_ranks.index(min(known))
+        parts[index : index + 2] = [parts[index] + parts[index + 1]]
     return parts
 
 
 def _grow_unigram(model: dict[str, Any], old: Any, candidates: list[str], wanted: int, first_id: int) -> list[str]:
+    """Adds tokens to the vocabulary with a score just above the sum of their parts' scores; returns the tokens."""
     vocabulary = model["vocab"]
     if first_id != len(vocabulary):
-        raise UserError("a Unigram vocabulary with added tokens behind it cannot be extended: its ids are places")
+        raise UserError("a Unigram vocabulary followed by added tokens cannot be extended: its ids are list indices")
     scores = dict(vocabulary)
-    added = []
-    for piece in candidates[:wanted]:
-        parts = [token.value for token in old.tokenize(piece)]
-        known = [scores[part] for part in parts if part in scores]
-        vocabulary.append([piece, min(sum(known) + _UNIGRAM_GAIN, 0.0)])
-        added.append(piece)
-    return added
+    for token in candidates[:wanted]:
+        known = [scores[part.value] for part in old.tokenize(token) if part.value in scores]
+        vocabulary.append([token, min(sum(known) + _UNIGRAM_GAIN, 0.0)])
+    return candidates[:wanted]

@@ -1,7 +1,7 @@
-"""Which documents are trained on, decided by a hash of each: the same document falls on the same side in every source,
-file, run and process.
+"""Which documents are trained on, decided by a hash of each, so that the same document is on the same side in every
+source, file, run and process.
 
-    --held_out_share 0.01           documents whose hash is below 1% of all hashes are evaluation's, never training's
+    --held_out_share 0.01           documents whose hash is below 1% of all hashes are evaluated on, never trained on
     --exclude_eval_documents        documents of --eval_files are not trained on
 """
 
@@ -16,24 +16,26 @@ from mora_ds.data.dedup import canonical_digest
 from mora_ds.data.readers import Document
 
 HASHED_CHARACTERS = 1 << 16
-"""A document is known by its first so many characters, which the first piece of a long one has."""
+"""How many of a document's first characters are hashed; the first chunk of a long document has at least these."""
 
 
 def document_hash(text: str) -> int:
-    """64 bits of the document that begins with `text`; white space and capitals do not count. Of one that is no longer
-    than what is hashed it is what `prepare_corpus` holds documents out by."""
+    """64-bit hash of the document that begins with `text`, white space and case ignored.
+
+    For documents of up to `HASHED_CHARACTERS` it is the hash by which `prepare_corpus` holds documents out.
+    """
     return int.from_bytes(canonical_digest(text[:HASHED_CHARACTERS])[:8], "big")
 
 
 @dataclass(frozen=True)
 class DocumentFilter:
-    """Lets through the documents of one side. Pickled to worker processes."""
+    """Passes the documents of one side, held out or trained on. Pickled to worker processes."""
 
     held_out_share: float = 0.0
     takes_held_out: bool = False
-    """Whether it is the held-out side that passes, or training's."""
+    """Whether the held-out documents pass instead of those to train on."""
     excluded: frozenset[int] = frozenset()
-    """Hashes of documents that training must not see."""
+    """Hashes of further documents that must not be trained on."""
 
     def keeps(self, text: str) -> bool:
         """Whether the document that begins with `text` passes."""
@@ -51,11 +53,11 @@ class DocumentFilter:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides who passes: part of a token cache's name."""
+        """What decides which documents pass; part of a token cache's key."""
         excluded = hashlib.sha256(",".join(map(str, sorted(self.excluded))).encode()).hexdigest()
         return {"share": self.held_out_share, "held_out": self.takes_held_out, "excluded": excluded}
 
 
 def hashes_of(documents: Iterable[Document]) -> frozenset[int]:
-    """Of every document that is not empty."""
+    """The hash of every document that is not empty."""
     return frozenset(document_hash(document.text) for document in documents if document.begins and document.text)

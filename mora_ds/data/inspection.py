@@ -1,6 +1,6 @@
-"""Every part of a corpus read through once, before anything is tokenised: is it text, how much, and what is its hash?
+"""Reads every part of a corpus once before anything is tokenised: checks it, counts its characters, hashes it.
 
-<cache_dir>/index/<hash of path, size and time>.json    the answer, for as long as the file stays as it is
+<cache_dir>/index/<hash of path, size and time>.json    the result, valid as long as the file does not change
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mora_ds.data.corpus import Corpus, Part
+from mora_ds.data.corpus import Corpus
+from mora_ds.data.parts import Part
 from mora_ds.data.workers import ordered_map
 from mora_ds.errors import RunError, UserError
 from mora_ds.files import DISK_FULL
@@ -25,7 +26,7 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class PartFacts:
-    """What reading one part of a corpus through has told."""
+    """The result of reading one part of a corpus."""
 
     content_hash: str
     documents: int
@@ -33,7 +34,7 @@ class PartFacts:
 
 
 def inspect_parts(corpus: Corpus, cache_dir: Path, num_proc: int, progress: bool) -> list[PartFacts]:
-    """Facts of every part in order: from the index where it is unchanged, and else by reading it (and so checking it).
+    """The facts of every part, in order: from the index where the part is unchanged, otherwise by reading it.
 
     Raises `UserError` for the first file that is broken, and for a `cache_dir` that cannot be written to.
     """
@@ -69,13 +70,13 @@ def _recall(entry: Path) -> PartFacts | None:
     try:
         content = json.loads(entry.read_text())
         facts = PartFacts(**content["facts"])
-    except (OSError, ValueError, TypeError, KeyError):  # not there, or not whole: then the part is read again
+    except (OSError, ValueError, TypeError, KeyError):  # missing or incomplete: the part is read again
         return None
     return facts if content.get("seal") == _seal(facts) else None
 
 
 def _remember(entry: Path, facts: PartFacts) -> None:
-    """In place: half of an entry is no entry, and nothing beside it is left by a kill."""
+    """Writes in place: half an entry has no valid seal, and a kill leaves no temporary file."""
     entry.write_text(json.dumps({"facts": asdict(facts), "seal": _seal(facts)}))
 
 
@@ -85,7 +86,7 @@ def _seal(facts: PartFacts) -> str:
 
 @contextmanager
 def writable(cache_dir: Path) -> Iterator[None]:
-    """Turns a refusal to write (a read-only file system, say) into a `UserError`, a full disk into a `RunError`."""
+    """Turns a full disk into a `RunError`, and any other refusal to write (a read-only disk) into a `UserError`."""
     try:
         yield
     except OSError as error:

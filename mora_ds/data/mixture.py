@@ -1,8 +1,8 @@
-"""Several named sources -> batches with exact shares; like `PackedDataset`'s a pure function of the step.
+"""Several named sources -> batches with exact shares; like a `PackedDataset`'s they are a pure function of the step.
 
-    sample i  --shares.Shares-->  (source, number n of its samples)  --the source's own order-->  block
+    sample i  --SampleSchedule-->  (source, number n among its samples)  --the source's own order-->  block
 
-Each source has an order of its own, drawn from (seed, name, epoch), so that adding one does not reorder another.
+Each source has an order of its own, drawn from (seed, name, epoch), so that adding a source does not reorder another.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from mora_ds.data.packing import PackedDataset, stack
+from mora_ds.data.packing import Block, PackedDataset, stack
 from mora_ds.errors import UserError
 
 LONGEST_PERIOD = 1 << 16
@@ -33,10 +33,11 @@ class Phase:
     weights: tuple[float, ...]
 
 
-class Shares:
-    """The order of K sources under phases and caps. `caps[k]`: samples that source k has to give, None for any number.
+class SampleSchedule:
+    """Which source each sample comes from, for K sources under phases and caps.
 
-    Where every source with a weight is used up, the order ends: `limit` is its length, None for an endless one.
+    `caps[k]`: how many samples source k has to give, None for any number. Where every source with a weight is used up,
+    the schedule ends: `limit` is its length in samples, None for an endless one.
     """
 
     def __init__(self, phases: Sequence[Phase], caps: Sequence[int | None]) -> None:
@@ -59,6 +60,7 @@ class Shares:
         return self._segments[max(bisect_right(self._firsts, sample) - 1, 0)]
 
     def _lay_out(self, phases: Sequence[Phase], caps: Sequence[int | None]) -> int | None:
+        """Fills `_segments`: a new one begins with each phase and where a source is used up. Returns the limit."""
         first, before = 0, np.zeros(len(caps), dtype=np.int64)
         ends = [*(phase.first for phase in phases[1:]), None]
         for phase, end in zip(phases, ends, strict=True):
@@ -67,7 +69,7 @@ class Shares:
                 weights = [0.0 if out else weight for weight, out in zip(phase.weights, spent, strict=True)]
                 if not any(weights):
                     return first
-                segment = _Segment(first, whole_weights(weights), before)
+                segment = _Segment(first, integer_weights(weights), before)
                 self._segments.append(segment)
                 stops = [segment.sample_after(k, cap) for k, cap in enumerate(caps) if cap is not None and weights[k]]
                 stop = min(stops, default=None)
@@ -81,17 +83,17 @@ class Shares:
 
 @dataclass(frozen=True)
 class _Segment:
-    """Samples from `first` on, a period of `sum(weights)` repeated; `before`: what each source gave earlier."""
+    """Samples from `first` on, in periods of `sum(weights)` samples. `before`: (K,) each source's earlier samples."""
 
     first: int
     weights: tuple[int, ...]
     before: np.ndarray
 
     def locate(self, sample: int) -> tuple[int, int]:
-        order, rank = _period(self.weights)
-        periods, place = divmod(sample - self.first, len(order))
-        source = int(order[place])
-        return source, int(self.before[source]) + periods * self.weights[source] + int(rank[place])
+        order, number = _period(self.weights)
+        periods, index = divmod(sample - self.first, len(order))
+        source = int(order[index])
+        return source, int(self.before[source]) + periods * self.weights[source] + int(number[index])
 
     def counts(self, samples: int) -> np.ndarray:
         order, _ = _period(self.weights)
@@ -100,14 +102,14 @@ class _Segment:
         return self.before + periods * np.array(self.weights, dtype=np.int64) + within
 
     def sample_after(self, source: int, count: int) -> int:
-        """The sample behind the one with which `source` has given `count` of them."""
+        """The sample after the one with which `source` has given `count` samples."""
         order, _ = _period(self.weights)
-        periods, rank = divmod(count - int(self.before[source]) - 1, self.weights[source])
-        return self.first + periods * len(order) + int(np.flatnonzero(order == source)[rank]) + 1
+        periods, number = divmod(count - int(self.before[source]) - 1, self.weights[source])
+        return self.first + periods * len(order) + int(np.flatnonzero(order == source)[number]) + 1
 
 
-def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
-    """The smallest whole numbers in the proportion of `weights`, read as the decimals they are written as.
+def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
+    """The smallest integers in the proportion of `weights`, which are read as decimals (0.1 is 1/10).
 
     Where they would add up to more than `LONGEST_PERIOD` they are rounded to add up to it (largest remainders; at
     least 1 each), which moves a share by less than 1/65,536.
@@ -118,38 +120,38 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     if period <= LONGEST_PERIOD:
         return tuple(int(weight * period) for weight in exact)
     scaled = [weight * LONGEST_PERIOD for weight in exact]
-    whole = [max(int(weight), 1) if weight else 0 for weight in scaled]
-    while (missing := LONGEST_PERIOD - sum(whole)) != 0:
-        lack = [weight - have for weight, have in zip(scaled, whole, strict=True)]
+    rounded = [max(int(weight), 1) if weight else 0 for weight in scaled]
+    while (missing := LONGEST_PERIOD - sum(rounded)) != 0:
+        lack = [weight - have for weight, have in zip(scaled, rounded, strict=True)]
         sign = 1 if missing > 0 else -1
-        able = [k for k, have in enumerate(whole) if have > (1 if sign < 0 else 0)]
-        whole[max(able, key=lambda k: sign * lack[k])] += sign
-    return tuple(whole)
+        able = [k for k, have in enumerate(rounded) if have > (1 if sign < 0 else 0)]
+        rounded[max(able, key=lambda k: sign * lack[k])] += sign
+    return tuple(rounded)
 
 
 @lru_cache(maxsize=64)
 def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(order, rank), each (period,): the source of every sample of one period, and its number among that source's."""
+    """(order, number), each (period,): every sample's source, and its number among that source's samples.
+
+    The source that falls due first is drawn next, so that no prefix is off its share by a complete sample.
+    """
     active = [source for source, weight in enumerate(weights) if weight]
     share, period = np.array([weights[source] for source in active], dtype=np.int64), sum(weights)
-    order, rank = np.empty(period, dtype=np.int64), np.empty(period, dtype=np.int64)
+    order, number = np.empty(period, dtype=np.int64), np.empty(period, dtype=np.int64)
     given = np.zeros_like(share)
     slack = max(2 * len(active) - 2, 1)
     for sample in range(period):
         lack = (sample + 1) * share - given * period
-        due = (slack * (period - lack) - period) / share  # exact: whole numbers far below 2^53, divided once
+        due = (slack * (period - lack) - period) / share  # exact: integers far below 2^53, divided once
         due[slack * lack < period] = np.inf
         pick = int(np.argmin(due))
-        order[sample], rank[sample] = active[pick], given[pick]
+        order[sample], number[sample] = active[pick], given[pick]
         given[pick] += 1
-    return order, rank
-
-
-Block = dict[str, np.ndarray]
+    return order, number
 
 
 class Source(Protocol):
-    """One source of a mixture, packed."""
+    """One packed source of a mixture: a `PackedDataset`, or a `StreamSource`."""
 
     @property
     def n_blocks(self) -> int | None:
@@ -157,10 +159,12 @@ class Source(Protocol):
         ...
 
     @property
-    def identity(self) -> Any: ...
+    def content_id(self) -> Any:
+        """What must be the same when a run is resumed."""
+        ...
 
     def sample(self, number: int) -> Block:
-        """Sample `number` of this source's endless order: input_ids, labels, position_ids, each int64 (T,)."""
+        """Sample `number` of this source's endless order."""
         ...
 
     def probe(self, index: int) -> Block:
@@ -168,33 +172,8 @@ class Source(Protocol):
         ...
 
 
-class CachedSource:
-    """A source whose tokens lie on disk."""
-
-    def __init__(self, packed: PackedDataset) -> None:
-        self.packed = packed
-
-    @property
-    def n_blocks(self) -> int:
-        return self.packed.n_blocks
-
-    @property
-    def identity(self) -> Any:
-        return self.packed.identity["tokens"]
-
-    def sample(self, number: int) -> Block:
-        return self.packed.blocks.block(self.packed.block_of_sample(number))
-
-    def probe(self, index: int) -> Block:
-        return self.packed.blocks.block(index % self.n_blocks)
-
-
 class Mixture:
-    """Batches of several sources.
-
-    `phases`: (step, weights) from which on the weights hold, the first at step 0. `epochs[k]`: how often source k may
-    be read, None for any number; where it is used up the others share what it had.
-    """
+    """Batches of several sources."""
 
     def __init__(
         self,
@@ -204,6 +183,9 @@ class Mixture:
         seq_len: int,
         rows_per_step: int,
     ) -> None:
+        """`phases`: (step, weights) from which on the weights hold, the first at step 0. `epochs[k]`: how often source
+        k may be read, None for any number; where it is used up, the others share what it had. `rows_per_step`: the
+        global batch size."""
         self.names, self.sources = list(sources), list(sources.values())
         self.seq_len, self.rows_per_step = seq_len, rows_per_step
         self._phases, self._epochs = [(step, list(weights)) for step, weights in phases], list(epochs)
@@ -211,28 +193,28 @@ class Mixture:
             None if limit is None or source.n_blocks is None else int(limit * source.n_blocks)
             for source, limit in zip(self.sources, epochs, strict=True)
         ]
-        self.shares = Shares([Phase(step * rows_per_step, tuple(weights)) for step, weights in phases], caps)
+        self.schedule = SampleSchedule([Phase(step * rows_per_step, tuple(weights)) for step, weights in phases], caps)
 
     @property
     def n_blocks(self) -> int:
-        """Sequences of all sources together, each read once; streams count as nothing."""
+        """Sequences of all sources together, each read once; streams are not counted."""
         return sum(source.n_blocks or 0 for source in self.sources)
 
     @property
     def max_steps(self) -> int | None:
-        """Whole batches until all sources are used up; None where one is endless."""
-        return None if self.shares.limit is None else self.shares.limit // self.rows_per_step
+        """Complete batches until all sources are used up; None where one is endless."""
+        return None if self.schedule.limit is None else self.schedule.limit // self.rows_per_step
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must agree on."""
-        sources = {name: source.identity for name, source in zip(self.names, self.sources, strict=True)}
+        """What must be the same when a run is resumed."""
+        sources = {name: source.content_id for name, source in zip(self.names, self.sources, strict=True)}
         weights = {f"from step {step}": dict(zip(self.names, part, strict=True)) for step, part in self._phases}
         epochs = dict(zip(self.names, self._epochs, strict=True))
         return {"mixture": {"sources": sources, "weights": weights, "epochs": epochs}}
 
     def first_rows(self, count: int) -> dict[str, Tensor]:
-        """`count` sequences of the first source, for what must be the same in every step."""
+        """`count` sequences of the first source, for measurements that need the same text in every step."""
         return stack([self.sources[0].probe(index) for index in range(count)])
 
     def check_batch_size(self, global_batch_size: int) -> None:
@@ -243,16 +225,16 @@ class Mixture:
             )
 
     def batch(self, step: int, global_batch_size: int, rows: slice = slice(None)) -> dict[str, Tensor]:
-        """Rows `rows` of step `step`'s global batch: input_ids, labels, position_ids, each int64 (rows, T)."""
+        """Rows `rows` of step `step`'s global batch: input_ids, labels, position_ids, each int64 (B, T)."""
         return stack([self._sample(sample) for sample in self._samples(step, global_batch_size)[rows]])
 
     def sources_of(self, step: int, global_batch_size: int, rows: slice = slice(None)) -> list[int]:
-        """(rows,) which source each of those rows comes from."""
-        return [self.shares.locate(sample)[0] for sample in self._samples(step, global_batch_size)[rows]]
+        """The index of the source that each of those rows comes from."""
+        return [self.schedule.locate(sample)[0] for sample in self._samples(step, global_batch_size)[rows]]
 
     def tokens(self, steps: int) -> dict[str, int]:
         """How many tokens of each source the first `steps` batches hold."""
-        counts = self.shares.counts(steps * self.rows_per_step)
+        counts = self.schedule.counts(steps * self.rows_per_step)
         return {name: int(count) * self.seq_len for name, count in zip(self.names, counts, strict=True)}
 
     def _samples(self, step: int, global_batch_size: int) -> range:
@@ -260,9 +242,9 @@ class Mixture:
         return range(step * global_batch_size, (step + 1) * global_batch_size)
 
     def _sample(self, sample: int) -> Block:
-        source, number = self.shares.locate(sample)
+        source, number = self.schedule.locate(sample)
         return self.sources[source].sample(number)
 
 
 TrainData = PackedDataset | Mixture
-"""What a run trains on."""
+"""The training data of a run."""

@@ -1,9 +1,9 @@
-"""A folder that `prepare_corpus` has written: tokens that are mapped as they lie, in place of files to tokenise.
+"""A folder that `prepare_corpus` has written: token caches that are memory-mapped instead of files to tokenise.
 
 prepared/prepared.json         settings, report, and the key of each split
 prepared/train/<key>/          a token cache (see `cache`)
-prepared/held_out/<key>/       another: no document of it is in the first
-prepared/held_out.jsonl        its text
+prepared/held_out/<key>/       another, with documents that are not in the first
+prepared/held_out.jsonl        the text of the held-out documents
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mora_ds.data.parts import Part
 from mora_ds.data.readers import Document, Mark
 from mora_ds.errors import UserError
 from mora_ds.files import malformed, read_json, require_format
@@ -22,21 +23,21 @@ TRAIN, HELD_OUT = "train", "held_out"
 
 
 @dataclass(frozen=True)
-class PreparedPart:
-    """One split, as a part of a corpus; it is that corpus' only one."""
+class PreparedPart(Part):
+    """One split of a prepared folder. It is the only part of its corpus."""
 
     cache: Path
     """Folder of the token cache."""
 
     @property
-    def label(self) -> str:
+    def label(self) -> str:  # type: ignore[override]
         return str(self.cache.parent)
 
     def documents(self) -> Iterator[Document]:
         raise UserError(f"{self.label} holds tokens, not text; name the text files themselves where text is needed")
 
     def marked(self, mark: Mark) -> Iterator[tuple[Document, Mark]]:
-        raise UserError(f"{self.label} is prepared: it is mapped as it lies, leave --streaming out")
+        raise UserError(f"{self.label} is prepared and is memory-mapped: leave --streaming out")
 
     def content_hash(self) -> str:
         return self.cache.name
@@ -49,21 +50,21 @@ class PreparedPart:
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether this is a prepared folder, or that of one of its splits."""
+    """Whether this is a prepared folder, or the folder of one of its splits."""
     split = folder.name in (TRAIN, HELD_OUT) and (folder.parent / PREPARED_JSON).is_file()
     return split or (folder / PREPARED_JSON).is_file()
 
 
 def open_prepared(folder: Path) -> PreparedPart:
-    """The training split of a prepared folder, or the split whose own folder this is.
+    """The training split of a prepared folder, or the split in whose folder `folder` is.
 
-    Raises `UserError` for one that is damaged, or has nothing in that split.
+    Raises `UserError` for a damaged folder, or an empty split.
     """
-    place, split = (folder, TRAIN) if (folder / PREPARED_JSON).is_file() else (folder.parent, folder.name)
-    content = read_json(place / PREPARED_JSON)
-    require_format(place / PREPARED_JSON, content)
-    with malformed(place / PREPARED_JSON):
+    root, split = (folder, TRAIN) if (folder / PREPARED_JSON).is_file() else (folder.parent, folder.name)
+    content = read_json(root / PREPARED_JSON)
+    require_format(root / PREPARED_JSON, content)
+    with malformed(root / PREPARED_JSON):
         key = content["splits"][split]
     if key is None:
-        raise UserError(f"{place} has no document in its split {split!r}")
-    return PreparedPart(place / split / str(key))
+        raise UserError(f"{root} has no document in its split {split!r}")
+    return PreparedPart(root / split / str(key))

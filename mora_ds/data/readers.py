@@ -1,13 +1,13 @@
-"""One file -> its documents, checked as they are read: every error names the file and the line (or row).
+"""Reads one file as documents and checks them on the way: every error names the file and the line or row.
 
-    .txt .md ...   one document a file, in pieces of about a million characters when it is long
-    .jsonl .json   one object a line, or one array of objects; the document is its text field
+    .txt .md ...   one document a file, handed on in chunks of about a million characters where it is long
+    .jsonl .json   one object a line, or one array of objects; the document is the object's text field
     .parquet       one document a row
     .arrow         one document a row (stream or file format, so also what `datasets` writes)
-    .gz .zst       of text and JSON
+    .gz .zst       compressed text and JSON
 
-Nothing here holds more than one piece, line or record batch in memory (a `.json` array apart, which is parsed whole).
-What cannot be read in pieces has a limit: `LINE_BYTES`, `ARRAY_BYTES`.
+No more than one chunk, line or record batch is in memory at a time, except for a `.json` array, which is parsed at
+once. What cannot be read in chunks has a size limit: `LINE_BYTES`, `ARRAY_BYTES`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import count, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -31,14 +30,17 @@ import pyarrow.parquet
 
 from mora_ds.errors import UserError, nearest
 
-PIECE_CHARACTERS = 1 << 20
-"""A text file longer than this is handed on in pieces of about this size, cut at line ends."""
+CHUNK_CHARACTERS = 1 << 20
+"""A longer text file is handed on in chunks of about this size, cut at line ends."""
+
+BATCH_CHARACTERS = 1 << 18
+"""Characters of one batch of documents, the unit of work of a process that tokenises."""
 
 LINE_BYTES = 256 << 20
-"""A JSON line takes several times its size in memory while it is parsed, in every process that reads."""
+"""Longest JSON line. Parsing takes several times its size in memory, in every process that reads."""
 
 ARRAY_BYTES = 2 << 30
-"""Of a JSON array, unpacked."""
+"""Largest JSON array, uncompressed."""
 
 _READ_BYTES = 1 << 20
 _ROWS_PER_BATCH = 1024
@@ -46,31 +48,57 @@ _ROWS_PER_BATCH = 1024
 
 @dataclass(frozen=True)
 class Document:
-    """A document, or a piece of one that is too long to hold: the first piece `begins` it, the last one `ends` it."""
+    """A document, or one chunk of a document that is too long to hold in memory."""
 
     text: str
     source: str
     """File and line or row, for error messages."""
     begins: bool = True
+    """Whether this is the document's first chunk."""
     ends: bool = True
+    """Whether this is the document's last chunk."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the complete document has no text."""
+        return self.begins and self.ends and not self.text
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A place between two documents of a file or data set."""
+    """A position between two documents of a file or dataset. Checkpoints of streaming runs hold its fields."""
 
     record: int = 0
-    """Lines, rows or documents before it."""
+    """Lines, rows or documents before the position."""
     offset: int = 0
-    """Bytes before it, where the format can be entered there."""
+    """Bytes before it, for formats that can be read from any byte on."""
     state: Any = None
-    """Of a `datasets` stream, in its own words."""
+    """The state of a `datasets.IterableDataset` (its `state_dict`), None for files."""
 
 
 START = Mark()
 
 
+Item = TypeVar("Item")
+
+
+def batched(items: Iterable[Item], characters: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Consecutive items in batches of at least `BATCH_CHARACTERS` characters; the last batch may be smaller."""
+    batch: list[Item] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += characters(item)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 class FileKind(str, Enum):
+    """How a file is parsed."""
+
     TEXT = "text"
     JSON = "json"
     PARQUET = "parquet"
@@ -80,26 +108,24 @@ class FileKind(str, Enum):
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".xml", ".py")
 _KINDS = {
     **dict.fromkeys(TEXT_SUFFIXES, FileKind.TEXT),
-    ".json": FileKind.JSON,
-    ".jsonl": FileKind.JSON,
-    ".ndjson": FileKind.JSON,
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), FileKind.JSON),
     ".parquet": FileKind.PARQUET,
     ".arrow": FileKind.ARROW,
 }
-_PACKED = (".gz", ".zst")
+_COMPRESSED = (".gz", ".zst")
 _UNREADABLE = (".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".pdf", ".docx", ".safetensors", ".bin", ".npy")
 
 
 def has_known_suffix(path: Path) -> bool:
-    """Whether a folder's scan takes this file."""
+    """Whether a search for text in a folder takes this file."""
     return _inner_suffix(path) in _KINDS
 
 
 def file_kind(path: Path) -> FileKind:
-    """The format of a file by its suffix; an unknown one is text. Raises `UserError` for one that cannot be read."""
+    """The format of a file by its suffix; an unknown suffix means text. Raises `UserError` for unreadable formats."""
     suffix = _inner_suffix(path)
     kind = _KINDS.get(suffix, FileKind.TEXT)
-    if suffix in _UNREADABLE or (is_packed(path) and kind in (FileKind.PARQUET, FileKind.ARROW)):
+    if suffix in _UNREADABLE or (is_compressed(path) and kind in (FileKind.PARQUET, FileKind.ARROW)):
         raise UserError(
             f"{path}: {''.join(path.suffixes[-2:])} files are not read; "
             "give text, JSON lines (both also as .gz or .zst), Parquet or Arrow"
@@ -107,36 +133,40 @@ def file_kind(path: Path) -> FileKind:
     return kind
 
 
-def is_packed(path: Path) -> bool:
-    """Whether the file is compressed as a whole."""
-    return path.suffix.lower() in _PACKED
+def is_compressed(path: Path) -> bool:
+    """Whether the complete file is compressed, so that it can only be read from its start."""
+    return path.suffix.lower() in _COMPRESSED
 
 
-def read_documents(path: Path, text_column: str) -> Iterator[Document]:
-    """The documents of one file, in its order. Raises `UserError` at the first line or row that is none."""
-    return (document for document, _ in read_marked(path, text_column, START))
+def _inner_suffix(path: Path) -> str:
+    return Path(path.stem if is_compressed(path) else path.name).suffix.lower()
 
 
-def read_marked(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Document, Mark]]:
-    """The documents behind `mark`, each with the mark behind it (for a piece: the one before its document).
+def read_file(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+    """The documents of a file after `mark`, each with the position after it (for a chunk: before its document).
 
-    JSON lines are entered at the mark's byte, tables at its row group or record batch; what is compressed as a whole
-    is unpacked, unparsed, up to the mark.
+    JSON lines are read from the mark's byte on, tables from its row group or record batch; a compressed file is
+    decompressed, but not parsed, up to the mark. Raises `UserError` at the first line or row that is no document.
     """
     kind = file_kind(path)
-    with _naming(path):
+    try:
         if kind is FileKind.TEXT:
-            pieces = _read_text(path) if mark == START else iter(())
-            yield from ((piece, Mark(1) if piece.ends else START) for piece in pieces)
+            chunks = _read_text(path) if mark == START else iter(())
+            yield from ((chunk, Mark(1) if chunk.ends else START) for chunk in chunks)
         elif kind is FileKind.JSON:
             yield from _read_json(path, text_column, mark)
         else:
-            batches = _parquet_batches if kind is FileKind.PARQUET else _arrow_batches
-            yield from _read_rows(path, batches(path, text_column, mark.record), mark.record)
+            read = _parquet_columns if kind is FileKind.PARQUET else _arrow_columns
+            columns = read(path, text_column, mark.record)
+            starts = ((column, start) for column in columns for start in range(0, len(column), _ROWS_PER_BATCH))
+            texts = (column.slice(start, _ROWS_PER_BATCH).to_pylist() for column, start in starts)
+            yield from read_rows(str(path), texts, mark.record)
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def text_field(row: Any, text_column: str, source: str) -> str:
-    """The text of one record; says which fields there are when the column is missing, and what is there instead."""
+    """The text of one JSON record. Raises `UserError` that says what is there instead of a string in that field."""
     if not isinstance(row, dict):
         raise UserError(f"{source}: a {type(row).__name__} where an object with a field {text_column!r} should be")
     if text_column not in row:
@@ -170,19 +200,6 @@ def _no_column(source: str, text_column: str, names: Iterable[str]) -> UserError
     )
 
 
-def _inner_suffix(path: Path) -> str:
-    return Path(path.stem if is_packed(path) else path.name).suffix.lower()
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turns what the libraries raise for a broken file into a `UserError` that names it."""
-    try:
-        yield
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-
-
 def _open(path: Path) -> IO[bytes]:
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
@@ -195,17 +212,17 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _read_text(path: Path) -> Iterator[Document]:
-    """Pieces are cut behind the last line end, if any, so that no token is torn without need."""
-    held, begins = "", True
+    """A text file in chunks, cut after the last line end, if there is one, so that few words are torn."""
+    rest, begins = "", True
     for block in _decoded(path):
-        held += block
-        while len(held) > PIECE_CHARACTERS:
-            cut = held.rfind("\n", 0, PIECE_CHARACTERS) + 1 or PIECE_CHARACTERS
-            yield Document(held[:cut], str(path), begins, ends=False)
-            held, begins = held[cut:], False
-    if begins and not held:
+        rest += block
+        while len(rest) > CHUNK_CHARACTERS:
+            cut = rest.rfind("\n", 0, CHUNK_CHARACTERS) + 1 or CHUNK_CHARACTERS
+            yield Document(rest[:cut], str(path), begins, ends=False)
+            rest, begins = rest[cut:], False
+    if begins and not rest:
         raise UserError(f"{path} is empty")
-    yield Document(held, str(path), begins)
+    yield Document(rest, str(path), begins)
 
 
 def _decoded(path: Path) -> Iterator[str]:
@@ -238,25 +255,21 @@ def _not_utf8(path: Path, line: int, start: int, error: UnicodeDecodeError) -> U
 
 
 def _read_json(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Document, Mark]]:
-    found = mark != START
-    rows = _array_rows(path, mark) if _is_array(path) else _line_rows(path, mark)
-    for source, row, behind in rows:
-        found = True
-        yield Document(text_field(row, text_column, source), source), behind
-    if not found:
+    with _open(path) as stream:
+        is_array = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+    empty = mark == START
+    for source, row, after in (_array_rows if is_array else _line_rows)(path, mark):
+        empty = False
+        yield Document(text_field(row, text_column, source), source), after
+    if empty:
         raise UserError(f"{path} is empty: it holds no JSON record")
 
 
-def _is_array(path: Path) -> bool:
-    with _open(path) as stream:
-        return stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
-
-
 def _line_rows(path: Path, mark: Mark) -> Iterator[tuple[str, Any, Mark]]:
-    """(file and line, value, mark behind it) of every line that is not blank."""
+    """(file and line, value, position after it) of every line that is not blank."""
     offset = mark.offset
     with _open(path) as stream:
-        if is_packed(path):
+        if is_compressed(path):
             for _ in islice(_lines(stream, path), mark.record):
                 pass
         else:
@@ -277,8 +290,8 @@ def _lines(stream: IO[bytes], path: Path, before: int = 0) -> Iterator[bytes]:
             return
         if len(line) > LINE_BYTES:
             raise UserError(
-                f"{path}, line {number}: longer than {LINE_BYTES >> 20} MiB, and a record is parsed whole; split it, "
-                "or give the document as a text file, which is read in pieces"
+                f"{path}, line {number}: longer than {LINE_BYTES >> 20} MiB, and a record is parsed at once; split it, "
+                "or give the document as a text file, which is read in chunks"
             )
         yield line
 
@@ -290,7 +303,7 @@ def _array_rows(path: Path, mark: Mark) -> Iterator[tuple[str, Any, Mark]]:
             data += block
             if len(data) > ARRAY_BYTES:
                 raise UserError(
-                    f"{path}: an array of more than {ARRAY_BYTES >> 20} MiB, which is parsed whole; make it JSON "
+                    f"{path}: an array of more than {ARRAY_BYTES >> 20} MiB, which is parsed at once; make it JSON "
                     "lines, for instance with jq -c '.[]'"
                 )
     rows = _parse(path, bytes(data.removeprefix(codecs.BOM_UTF8)), 1, 0)
@@ -311,7 +324,7 @@ def _parse(path: Path, data: bytes, line: int, offset: int) -> Any:
 # -- tables --------------------------------------------------------------------------------------------------------
 
 
-def _parquet_batches(path: Path, text_column: str, skip: int) -> Iterator[pa.Array]:
+def _parquet_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Array]:
     with pyarrow.parquet.ParquetFile(path) as table:
         check_column(table.schema_arrow, text_column, str(path))
         groups = list(range(table.num_row_groups))
@@ -321,17 +334,16 @@ def _parquet_batches(path: Path, text_column: str, skip: int) -> Iterator[pa.Arr
         yield from _without_first((batch.column(0) for batch in batches), skip)
 
 
-def _arrow_batches(path: Path, text_column: str, skip: int) -> Iterator[pa.Array]:
+def _arrow_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Array]:
     with pa.memory_map(str(path)) as source:
         if source.read(6) == b"ARROW1":
             file = pyarrow.ipc.open_file(source)
-            check_column(file.schema, text_column, str(path))
-            batches: Iterable[pa.RecordBatch] = map(file.get_batch, range(file.num_record_batches))
+            schema, batches = file.schema, map(file.get_batch, range(file.num_record_batches))
         else:
             source.seek(0)
-            stream = pyarrow.ipc.open_stream(source)
-            check_column(stream.schema, text_column, str(path))
-            batches = stream
+            batches = pyarrow.ipc.open_stream(source)
+            schema = batches.schema
+        check_column(schema, text_column, str(path))
         columns = (batch.column(batch.schema.get_field_index(text_column)) for batch in batches)
         yield from _without_first(columns, skip)
 
@@ -343,13 +355,16 @@ def _without_first(columns: Iterable[pa.Array], skip: int) -> Iterator[pa.Array]
         skip = max(skip - len(column), 0)
 
 
-def _read_rows(path: Path, columns: Iterable[pa.Array], row: int) -> Iterator[tuple[Document, Mark]]:
+def read_rows(label: str, columns: Iterable[list[str | None]], row: int) -> Iterator[tuple[Document, Mark]]:
+    """A table's text column, batch by batch, as documents. `row`: how many rows were skipped before the first one.
+
+    Raises `UserError` for a null, and for a table without rows.
+    """
     for column in columns:
-        for start in range(0, len(column), _ROWS_PER_BATCH):
-            for text in column.slice(start, _ROWS_PER_BATCH).to_pylist():
-                row += 1
-                if text is None:
-                    raise UserError(f"{path}, row {row}: the text is null")
-                yield Document(text, f"{path}, row {row}"), Mark(row)
+        for text in column:
+            row += 1
+            if text is None:
+                raise UserError(f"{label}, row {row}: the text is null")
+            yield Document(text, f"{label}, row {row}"), Mark(row)
     if row == 0:
-        raise UserError(f"{path} is empty: it holds no row")
+        raise UserError(f"{label} is empty: it holds no row")

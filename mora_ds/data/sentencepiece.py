@@ -1,16 +1,17 @@
-"""SentencePiece: train a model on a corpus, and turn any `.model` file into a transformers tokenizer of the same ids.
+"""Trains SentencePiece models, and turns any `.model` file into a transformers tokenizer with the same ids.
 
     texts -> runs of lines -> SentencePiece's trainer -> tokenizer.model
     tokenizer.model -> tokenizers.Tokenizer -> PreTrainedTokenizerFast
 
 The wrapped tokenizer repeats what SentencePiece does, stage by stage:
 
-    normalise    the model's own character map; spaces squeezed and stripped, a leading space added, spaces -> U+2581
-    split        user-defined symbols come out whole
-    merge        BPE: every way to put a piece together, ranked by the piece's score; Unigram: the scores themselves
-    fall back    characters without a piece become their UTF-8 bytes
+    normalise    the model's own character map; repeated spaces removed, a leading space added, spaces -> U+2581
+    split        user-defined symbols are never split
+    merge        BPE: every pair that makes a token, ranked by the token's score; Unigram: the scores themselves
+    fall back    characters that are not in the vocabulary become their UTF-8 bytes
 
-Text is only text: "</s>" in a document is four characters, as in SentencePiece, never the end-of-text token.
+Documents are plain text: "</s>" in a document is four characters, as in SentencePiece, not the end-of-text token.
+(SentencePiece calls the entries of a vocabulary pieces; so do the fields of its protocol buffers.)
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ from mora_ds.errors import UserError, unknown
 
 MODEL_FILE = "tokenizer.model"
 ALGORITHMS = ("bpe", "unigram")
-_SPECIAL_PIECES = 4  # <unk> <s> </s> <pad>, ids 0 to 3 of a tokenizer trained here
+_SPECIAL_TOKENS = 4  # <unk> <s> </s> <pad>, ids 0 to 3 of a tokenizer trained here
 
 _SPACE = "\u2581"
-_PRIVATE = 0x10F000
+_PRIVATE_USE = 0x10F000
+"""First of the private-use characters that stand for user-defined symbols while text is normalised."""
+
 _LINE_BYTES = 4096
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 _UNIGRAM, _BPE = 1, 2
-_PROBES = (
+_TEST_TEXTS = (
     "Hello world. This is a test, isn't it?",
     " one leading space",
     "  two  inner  and trailing  ",
@@ -61,19 +64,18 @@ def train_sentencepiece(
     flag: str = "--train_tokenizer_vocab",
     **settings: Any,
 ) -> Path:
-    """Trains a SentencePiece model (`algorithm`: bpe or unigram) on `texts` and writes `folder`/tokenizer.model;
-    returns that path. `settings` are the trainer's own, for what is not settled here.
+    """Trains a SentencePiece model (`algorithm`: bpe or unigram) on `texts`; returns the path `folder`/tokenizer.model.
 
-    Nothing of the text is normalised away (indentation, tabs and line ends are pieces like any other), and what has
-    no piece falls back to bytes, so decoding gives back every text. The same texts give the same file. Of a corpus
-    of more than about `max_bytes` a fixed random sample of that size is used.
-    Raises `UserError`, naming `flag`, where the corpus does not yield that many pieces.
+    `settings`: further settings of SentencePiece's trainer. Nothing is normalised (indentation, tabs and line ends are
+    tokens like any other), and characters that are not in the vocabulary fall back to bytes, so decoding gives back
+    every text. The same texts give the same file. Of more than about `max_bytes` a fixed random sample of that size is
+    used. Raises `UserError`, which names `flag`, where the corpus does not yield that many tokens.
     """
     if algorithm not in ALGORITHMS:
         raise UserError(unknown("SentencePiece algorithm", algorithm, ALGORITHMS))
-    smallest = 256 + _SPECIAL_PIECES + 1
+    smallest = 256 + _SPECIAL_TOKENS + 1
     if vocab_size < smallest:
-        raise UserError(f"{flag} must be at least {smallest} (256 bytes and the special pieces)")
+        raise UserError(f"{flag} must be at least {smallest} (256 bytes and the special tokens)")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -90,7 +92,7 @@ def train_sentencepiece(
             max_sentence_length=4 * _LINE_BYTES,
             input_sentence_size=max(max_bytes // _LINE_BYTES, 101),
             shuffle_input_sentence=False,
-            num_threads=1,  # sums of floats over threads would make the pieces depend on their number
+            num_threads=1,  # sums of floats over threads would make the result depend on their number
             minloglevel=2,
             unk_id=0,
             bos_id=1,
@@ -107,7 +109,7 @@ def train_sentencepiece(
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Runs of whole lines of up to about `_LINE_BYTES` bytes; the trainer would drop anything much longer."""
+    """Runs of complete lines of up to about `_LINE_BYTES` bytes; the trainer would drop anything much longer."""
     for text in texts:
         start = 0
         while start < len(text):
@@ -122,9 +124,9 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 
 def _training_error(flag: str, message: str) -> UserError:
     if limit := re.search(r"too high .*<= (\d+)", message):
-        return UserError(f"{flag}: the training text yields only {limit[1]} pieces; lower it, or give more text")
+        return UserError(f"{flag}: the training text yields only {limit[1]} tokens; lower it, or give more text")
     if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return UserError(f"{flag}: the characters of the training text alone need {needed[1]} pieces; raise it")
+        return UserError(f"{flag}: the characters of the training text alone need {needed[1]} tokens; raise it")
     if "sentences_.empty()" in message:
         return UserError(f"{flag}: there is no text to train a tokenizer on (--train_files)")
     return UserError(f"{flag}: SentencePiece cannot train on this text: {message}")
@@ -134,19 +136,19 @@ def _training_error(flag: str, message: str) -> UserError:
 
 
 def wrap_sentencepiece(path: Path, add_bos: bool | None = None) -> PreTrainedTokenizerFast:
-    """The SentencePiece model as a tokenizer that `save_pretrained` and `AutoTokenizer.from_pretrained` carry over.
+    """The SentencePiece model as a tokenizer that `save_pretrained` and `AutoTokenizer.from_pretrained` preserve.
 
-    `add_bos` None: put BOS in front when the model defines one. Raises `UserError` for a file that is no model, or one
-    whose ids cannot be reproduced (checked on a set of awkward strings).
+    `add_bos` None: put BOS before a text when the model defines one. Raises `UserError` for a file that is no model,
+    or one whose ids cannot be reproduced (checked on `_TEST_TEXTS`).
     """
     proto = _read_model(path)
     tokenizer = Tokenizer(_bpe_model(proto) if proto.trainer_spec.model_type == _BPE else _unigram_model(proto))
     tokenizer.normalizer = _normalizer(proto)
-    if splitter := _splitter(proto):
-        tokenizer.pre_tokenizer = splitter
+    if symbols := _user_symbols(proto):
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, symbols))), behavior="isolated")
     tokenizer.decoder = _decoder(proto)
-    control = [piece.piece for piece in proto.pieces if piece.type in (_CONTROL, _UNKNOWN)]
-    tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
+    special = [piece.piece for piece in proto.pieces if piece.type in (_CONTROL, _UNKNOWN)]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     names = _special_tokens(proto)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -160,24 +162,35 @@ def wrap_sentencepiece(path: Path, add_bos: bool | None = None) -> PreTrainedTok
     return wrapped
 
 
-def _read_model(path: Path) -> Any:
+def vocabulary_by_score(path: Path) -> list[str]:
+    """The tokens of a SentencePiece model that text can become, the best-scored first, spaces as U+2581."""
+    normal = [piece for piece in _parse(path).pieces if piece.type == _NORMAL]
+    return [piece.piece for piece in sorted(normal, key=lambda piece: -piece.score)]
+
+
+def _parse(path: Path) -> Any:
     proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
     try:
         proto.ParseFromString(path.read_bytes())
     except (OSError, DecodeError) as error:
         raise UserError(f"--tokenizer_name {path} is no SentencePiece model: {error}") from error
+    return proto
+
+
+def _read_model(path: Path) -> Any:
+    proto = _parse(path)
     if not proto.pieces:
-        raise UserError(f"--tokenizer_name {path} is no SentencePiece model: it holds no pieces")
+        raise UserError(f"--tokenizer_name {path} is no SentencePiece model: it has no vocabulary")
     odd = proto.trainer_spec.treat_whitespace_as_suffix or any(piece.type == _UNUSED for piece in proto.pieces)
     if odd or proto.trainer_spec.model_type not in (_BPE, _UNIGRAM):
-        raise _not_reproduced(path, "only BPE and Unigram models without unused pieces or space suffixes are")
+        raise _not_reproduced(path, "only BPE and Unigram models without unused tokens or space suffixes are supported")
     return proto
 
 
 def _not_reproduced(path: Path, why: str) -> UserError:
     return UserError(
-        f"--tokenizer_name {path}: a transformers tokenizer cannot repeat this SentencePiece model: {why}; "
-        "pass the folder of the tokenizer's transformers version instead"
+        f"--tokenizer_name {path}: a transformers tokenizer cannot reproduce this SentencePiece model: {why}; "
+        "give the folder of the tokenizer's transformers version instead"
     )
 
 
@@ -188,7 +201,8 @@ def _special_tokens(proto: Any) -> dict[str, str]:
 
 
 def _bpe_model(proto: Any) -> models.BPE:
-    """Only normal pieces merge. SentencePiece joins the two neighbours whose union scores best, however it is split."""
+    """A BPE model with the same merges: SentencePiece joins the two neighbours whose union scores best, however the
+    union is split. Only normal tokens merge."""
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
     merges = []
     for piece, score in normal.items():
@@ -206,10 +220,11 @@ def _bpe_model(proto: Any) -> models.BPE:
 
 
 def _unigram_model(proto: Any) -> models.Unigram:
-    """SentencePiece never finds its special and byte pieces in text, `tokenizers` does unless they cost too much.
+    """A Unigram model with the same scores, but special and byte tokens with such a low score that none is matched in
+    text: SentencePiece never matches them, `tokenizers` would.
 
-    (Where its spelling needs characters that have no piece, such a piece is still found. And where two segmentations
-    score the same, the two libraries may choose differently: only BPE, which is what is trained here, is exact.)
+    (Where a token is spelt with characters that are not in the vocabulary, it is still matched. And where two
+    segmentations score the same, the two libraries may choose differently: only BPE, the default here, is exact.)
     """
     normal = [piece.score for piece in proto.pieces if piece.type == _NORMAL]
     hidden = 16 * (min(normal, default=0.0) - 10.0)
@@ -222,15 +237,16 @@ def _unigram_model(proto: Any) -> models.Unigram:
 
 
 def _normalizer(proto: Any) -> normalizers.Normalizer:
-    """User-defined symbols (a line end, say) pass the character map unchanged, behind private-use stand-ins."""
+    """SentencePiece's normalisation. User-defined symbols (a line end, say) pass the character map as private-use
+    characters, so that it does not change them."""
     spec = proto.normalizer_spec
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
-        hidden = {symbol: chr(_PRIVATE + number) for number, symbol in enumerate(_user_symbols(proto))}
+        hidden = {symbol: chr(_PRIVATE_USE + number) for number, symbol in enumerate(_user_symbols(proto))}
         steps += [normalizers.Replace(symbol, stand_in) for symbol, stand_in in hidden.items()]
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
         steps += [normalizers.Replace(stand_in, symbol) for symbol, stand_in in hidden.items()]
-    if spec.remove_extra_whitespaces:  # spaces only: line ends and tabs are left
+    if spec.remove_extra_whitespaces:  # spaces only: line ends and tabs stay
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
@@ -240,15 +256,8 @@ def _normalizer(proto: Any) -> normalizers.Normalizer:
 
 
 def _user_symbols(proto: Any) -> list[str]:
-    """Longest first, as they are matched."""
+    """User-defined symbols, the longest first, which is the order in which they are matched."""
     return sorted((piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED), key=len, reverse=True)
-
-
-def _splitter(proto: Any) -> pre_tokenizers.PreTokenizer | None:
-    symbols = _user_symbols(proto)
-    if not symbols:
-        return None
-    return pre_tokenizers.Split(Regex("|".join(map(re.escape, symbols))), behavior="isolated")
 
 
 def _decoder(proto: Any) -> decoders.Decoder:
@@ -260,10 +269,11 @@ def _decoder(proto: Any) -> decoders.Decoder:
 
 
 def _compare(path: Path, proto: Any, wrapped: PreTrainedTokenizerFast) -> None:
+    """Raises `UserError` where the tokenizer gives other ids than SentencePiece."""
     original = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-    for probe in _PROBES:
-        ids, wanted = wrapped.encode(probe, add_special_tokens=False), original.encode(probe)
-        if proto.trainer_spec.model_type == _UNIGRAM:  # the same pieces in another order score the same
-            ids, wanted = sorted(ids), sorted(wanted)
-        if ids != wanted:
-            raise _not_reproduced(path, f"the ids differ on {probe!r}")
+    for text in _TEST_TEXTS:
+        ids, expected = wrapped.encode(text, add_special_tokens=False), original.encode(text)
+        if proto.trainer_spec.model_type == _UNIGRAM:  # the same tokens in another order score the same
+            ids, expected = sorted(ids), sorted(expected)
+        if ids != expected:
+            raise _not_reproduced(path, f"the ids differ on {text!r}")

@@ -1,4 +1,4 @@
-"""Which tokenizer: the model's own, a SentencePiece `.model` file, or one trained on the corpus; and what it implies.
+"""Loads a tokenizer (the model's own, or a SentencePiece `.model` file), checks it, and encodes documents with it.
 
 load_tokenizer(folder | hub name | file.model)      ->  a transformers tokenizer
 train_sentencepiece(corpus.texts(), N, folder)      ->  folder/tokenizer.model, for load_tokenizer
@@ -23,16 +23,19 @@ from mora_ds.errors import UserError
 
 @dataclass(frozen=True)
 class Encoder:
-    """A batch of documents -> (its tokens, where in them documents end). Pickled to the worker processes."""
+    """Turns a batch of documents into tokens and the offsets at which documents end. Pickled to worker processes."""
 
     tokenizer: PreTrainedTokenizerBase
     bos_id: int | None
+    """Put before every document; None for nothing."""
     eos_id: int
+    """Put after every document."""
     dtype: str
+    """Of the tokens: `<u2` for vocabularies of up to 65,536 ids, else `<u4`."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, add_bos: bool | None = None) -> Encoder:
-        """`add_bos` None: as the tokenizer does by itself. Raises `UserError` for one without end-of-text token."""
+        """`add_bos` None: as the tokenizer does by default. Raises `UserError` if it has no end-of-text token."""
         eos_id = end_of_text_id(tokenizer)
         bos = wants_bos(tokenizer) if add_bos is None else add_bos
         dtype = "<u2" if largest_id(tokenizer)[1] < 1 << 16 else "<u4"
@@ -44,7 +47,7 @@ class Encoder:
         return np.concatenate(rows), ends
 
     def rows(self, batch: list[Document]) -> list[np.ndarray]:
-        """The tokens of each document (or piece of one)."""
+        """The tokens of each document or chunk, with BOS and EOS where a document begins and ends."""
         texts = [document.text for document in batch]
         encoded = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
@@ -57,15 +60,15 @@ class Encoder:
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json", "*.model")
-"""A folder with none of these has no tokenizer (transformers would make up an empty one for some model types)."""
+"""A folder with none of these has no tokenizer (transformers would make an empty one for some model types)."""
 
 
 def load_tokenizer(
     name_or_path: str | Path, *, trust_remote_code: bool = False, flag: str = "--tokenizer_name"
 ) -> PreTrainedTokenizerBase:
-    """A folder's or hub model's tokenizer, or a SentencePiece `.model` file as one.
+    """The tokenizer of a folder or hub model, or a SentencePiece `.model` file as a transformers tokenizer.
 
-    Raises `UserError`, naming `flag`, where there is none or its code would have to be trusted first.
+    Raises `UserError`, which names `flag`, where there is none, or where it has code that is not trusted.
     """
     path = Path(name_or_path).expanduser()
     if path.suffix == ".model" or path.is_file():
@@ -82,14 +85,13 @@ def load_tokenizer(
             str(path if path.is_dir() else name_or_path), trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError) as error:
-        hint = (
-            "" if trust_remote_code or "trust_remote_code" not in str(error) else " (--trust_remote_code runs its code)"
-        )
+        untrusted = not trust_remote_code and "trust_remote_code" in str(error)
+        hint = " (--trust_remote_code runs its code)" if untrusted else ""
         raise UserError(f"{flag}: no tokenizer can be loaded from {str(name_or_path)!r}{hint}: {error}") from error
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, flag: str = "--tokenizer_name") -> None:
-    """Raises `UserError` when the tokenizer has ids that the model's `vocab_size` embeddings do not reach."""
+    """Raises `UserError` when the tokenizer has ids beyond the model's `vocab_size` embeddings."""
     token, largest = largest_id(tokenizer)
     if largest >= vocab_size:
         raise UserError(
@@ -99,10 +101,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, flag: 
 
 
 def check_reload(tokenizer: PreTrainedTokenizerBase, model_type: str, flag: str = "--train_tokenizer_vocab") -> None:
-    """Raises `UserError` when the tokenizer, saved beside a model of this type, would come back as another one.
+    """Raises `UserError` when transformers would load the tokenizer, saved with a model of this type, as another one.
 
-    For tokenizers that are not the model's own: transformers (5.24) reads whatever lies beside a "qwen2" model, for
-    one, as that model's byte-level tokenizer, and says nothing.
+    Needed for tokenizers that are not the model's own: transformers (5.24) reads the tokenizer in the folder of a
+    "qwen2" model, for example, as that model's byte-level tokenizer, without a warning.
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -110,8 +112,8 @@ def check_reload(tokenizer: PreTrainedTokenizerBase, model_type: str, flag: str 
         again = load_tokenizer(folder, flag=flag)
     if tokenizer_fingerprint(again) != tokenizer_fingerprint(tokenizer):
         raise UserError(
-            f"{flag}: transformers loads any tokenizer beside a {model_type!r} model as {type(again).__name__}, "
-            "which would give this one's text other ids; take the model's own tokenizer"
+            f"{flag}: transformers loads any tokenizer in the folder of a {model_type!r} model as "
+            f"{type(again).__name__}, which would give other ids than this one; take the model's own tokenizer"
         )
 
 
@@ -121,14 +123,14 @@ def largest_id(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
 
 
 def wants_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer, left to itself, puts BOS in front of a text."""
+    """Whether the tokenizer puts BOS before a text by default."""
     ids = tokenizer("a", add_special_tokens=True)["input_ids"]
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] != bare[:1]
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id put behind every document. Raises `UserError` where the tokenizer has none."""
+    """The id of the end-of-text token. Raises `UserError` where the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path or ''} has no end-of-text token to put between documents: "
@@ -139,13 +141,13 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that decides the ids; the same in every process and after save and load."""
+    """A hash of everything that decides the ids. It is the same in every process and after saving and loading."""
     facts: dict[str, Any] = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     facts["split_special_tokens"] = tokenizer.split_special_tokens
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        whole = json.loads(backend.to_str())
-        facts["backend"] = {key: value for key, value in whole.items() if key not in ("truncation", "padding")}
+        content = json.loads(backend.to_str())
+        facts["backend"] = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
     else:
         facts["class"] = type(tokenizer).__name__
         facts["vocabulary"] = tokenizer.get_vocab()

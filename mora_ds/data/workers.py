@@ -1,4 +1,4 @@
-"""A function over a stream of items in several processes: results in order, only a few items in flight at a time."""
+"""Applies a function to a stream of items in several processes: results in order, few items in flight at a time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _work: Callable[[Any], Any] | None = None
-"""The function of this worker process, sent once: it may hold a whole tokenizer."""
+"""The function of this worker process, sent once, as it may hold a tokenizer."""
 
 
 def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], num_proc: int) -> Iterator[Result]:
-    """`map(work, items)`, in `num_proc` processes when there are to be more than one.
+    """`map(work, items)`, in `num_proc` processes where that is more than one.
 
     Unlike `Pool.imap` it never runs ahead of its consumer by more than a few items a process, so `items` may be far
     larger than memory. Workers are spawned, not forked: the caller may hold CUDA contexts and threads.
@@ -50,13 +50,13 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], num_proc:
 
 def _install(work: Callable[[Any], Any]) -> None:
     global _work
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _work = work
 
 
-def _leave_with_parent() -> None:
-    """A pool's worker would wait for its next item for ever when the caller is killed (Python 3.11)."""
+def _exit_with_parent() -> None:
+    """Ends this process when the caller is killed. The pool's worker would wait for its next item (Python 3.11)."""
     parent = parent_process()
     assert parent is not None, "runs in worker processes only"
     wait([parent.sentinel])

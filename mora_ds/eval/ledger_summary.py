@@ -1,4 +1,4 @@
-"""What the cycles of a ledger hold, one line each: norms, numerical rank, largest singular values."""
+"""Norms, numerical rank and largest singular values of each cycle in a merge ledger, one line a cycle."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from mora_ds.adapters.ops.spec import UpdateSpec
-from mora_ds.eval.spectrum import Measures, cumulative_norms, measure, singular_values
+from mora_ds.eval.spectrum import cumulative_norms, measure, singular_values
 from mora_ds.remora.ledger import Ledger
 from mora_ds.runtime.cli import table
 
@@ -25,15 +22,15 @@ class CycleSummary:
     operators: str
     """Such as "rotate/permuted", the most frequent first."""
     square_norm: float
-    """Of the squares."""
+    """Norm of the MoRA matrices M."""
     delta_norm: float
-    """Of the deltas, the matrices that the squares stand for."""
+    """Norm of the deltas, the (d_out, d_in) matrices that the M stand for."""
     cumulative_norm: float
-    """Of the sums of deltas up to and with this cycle."""
+    """Norm of the sums of deltas up to and including this cycle."""
     rank: float
     """Numerical rank of a delta."""
     full_rank: float
-    """min(d_in, d_out): what the rank could be."""
+    """min(d_in, d_out), the largest possible rank."""
     top_1: float
     """Share of a delta's energy that its largest singular value holds."""
     top_10_percent: float
@@ -42,7 +39,7 @@ class CycleSummary:
 
 
 def summarize(ledger: Ledger) -> list[CycleSummary]:
-    """All cycles. One square is decomposed at a time (see `spectrum`)."""
+    """The summary of every cycle. One MoRA matrix is decomposed at a time (see `spectrum`)."""
     return [_summary(ledger, cycle, norm) for cycle, norm in enumerate(_norms_of_sums(ledger))]
 
 
@@ -50,7 +47,10 @@ def _summary(ledger: Ledger, cycle: int, cumulative_norm: float) -> CycleSummary
     record, entries = ledger.records[cycle], ledger.layers(cycle)
     specs = [entry.operator for entry in entries.values()]
     squares = [ledger.square(cycle, module) for module in entries]
-    measures = [_measure(spec, square) for spec, square in zip(specs, squares, strict=True)]
+    measures = [
+        measure(singular_values(spec, square), max(spec.d_in, spec.d_out))
+        for spec, square in zip(specs, squares, strict=True)
+    ]
     return CycleSummary(
         cycle=cycle,
         step=record.step,
@@ -67,20 +67,16 @@ def _summary(ledger: Ledger, cycle: int, cumulative_norm: float) -> CycleSummary
     )
 
 
-def _measure(spec: UpdateSpec, square: Tensor) -> Measures:
-    return measure(singular_values(spec, square), max(spec.d_in, spec.d_out))
-
-
 def _norms_of_sums(ledger: Ledger) -> list[float]:
-    """After each cycle, over all layers; a layer that a cycle left out counts as it was."""
-    squares = [0.0] * ledger.cycles
+    """The norm of the sums of deltas after each cycle; a layer that a cycle left out counts with its last sum."""
+    energies = [0.0] * ledger.cycles
     for module in modules_of(ledger):
         cycles = [cycle for cycle in range(ledger.cycles) if module in ledger.layers(cycle)]
         norms = cumulative_norms(list(ledger.squares_of(module)))
         for start, end, norm in zip(cycles, [*cycles[1:], ledger.cycles], norms, strict=True):
             for cycle in range(start, end):
-                squares[cycle] += norm**2
-    return [math.sqrt(square) for square in squares]
+                energies[cycle] += norm**2
+    return [math.sqrt(energy) for energy in energies]
 
 
 def _total_norm(norms: Iterable[float]) -> float:
@@ -93,13 +89,13 @@ def modules_of(ledger: Ledger) -> list[str]:
 
 
 def mean(values: Iterable[float]) -> float:
-    """0 for no values."""
+    """The arithmetic mean; 0 for no values."""
     listed = list(values)
     return sum(listed) / len(listed) if listed else 0.0
 
 
 def show_lines(ledger: Ledger) -> list[str]:
-    """`summarize` for humans."""
+    """The summary as a text table."""
     head = [f"{ledger.folder}: {ledger.cycles} cycle(s) on the base {ledger.base_fingerprint[:16]}..."]
     if not ledger.cycles:
         return head
@@ -113,7 +109,7 @@ def show_lines(ledger: Ledger) -> list[str]:
         for each in summarize(ledger)
     ]  # fmt: skip
     legend = (
-        "|M|, |delta|, |sum|: Frobenius norms over all layers, of squares, of their deltas, of all deltas so far; rank:"
-        " numerical, of a delta, mean over layers, of min(d_in, d_out); top: share of the delta's energy"
+        "|M|, |delta|, |sum|: Frobenius norms over all layers, of the MoRA matrices, of their deltas, of all deltas so "
+        "far; rank: numerical, of a delta, mean over layers, of min(d_in, d_out); top: share of the delta's energy"
     )
     return [*head, *table([titles, *rows]), legend]

@@ -1,14 +1,14 @@
-"""Perplexity and bits per byte of any model on named texts, document by document, with sliding windows.
+"""Perplexity and bits per byte of a model on named texts, document by document, with sliding windows.
 
     HF folder                            -> the model
-    checkpoint, run's folder, adapter    -> base + ledger + live squares, in memory (`portable.load_adapter`)
+    checkpoint, run's folder, adapter    -> base + merge ledger + live MoRA matrices, in memory (`load_adapter`)
 
-    document -> [start] t0 t1 ... tn     start: BOS where the tokenizer puts it, else the end-of-text token
+    document -> [start] t0 t1 ... tn     start: BOS where the tokenizer adds one, else the end-of-text token
              -> windows of `window` tokens, each `stride` further; a token is scored once, in the first window it is in
              -> nats of all tokens -> / tokens, exp: perplexity       / bytes of the text, / ln 2: bits per byte
 
-As every token of a document is scored and nothing else is, the bytes scored are the bytes of the text: bits per byte
-can be compared between models with different tokenizers, perplexity cannot.
+Every token of a document is scored and nothing else, so the bytes scored are the bytes of the text: bits per byte can
+be compared between models with different tokenizers, perplexity cannot.
 """
 
 from __future__ import annotations
@@ -33,59 +33,15 @@ from mora_ds.errors import UserError
 from mora_ds.models.tensor_files import compute_dtype
 
 BASE = "(base)"
-"""Under which the base itself stands among the adapters."""
-
-
-def evaluate_bank(
-    bank: AdapterBank,
-    sets: Mapping[str, Corpus],
-    windows: Windows,
-    names: Sequence[str],
-    batch_size: int = 4,
-    max_documents: int | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, dict[str, Score]]:
-    """Adapter -> set -> score, the base first. A checkpoint's own tokenizer goes before the base's, as in its run.
-
-    Raises `UserError` for an unknown name, and one whose headers are damaged, before anything is evaluated; for one
-    whose squares are, when its turn comes.
-    """
-    bank.check_names(names)
-    for name in names:
-        if name in bank.damaged:
-            raise UserError(f"adapter {name!r} cannot be used: {bank.damaged[name]}")
-    tokenizer = load_tokenizer(bank.base, trust_remote_code=trust_remote_code, flag="MODEL")
-    scores = {BASE: _scores(Target(bank.model, tokenizer, BASE), sets, windows, batch_size, max_documents)}
-    for name in names:
-        folder = adapter_folder(bank.folders[name])
-        own = tokenizer_of(folder)
-        each = tokenizer if own is None else load_tokenizer(own, flag=str(own))
-        with bank.use(name):
-            scores[name] = _scores(Target(bank.model, each, name), sets, windows, batch_size, max_documents)
-    return scores
-
-
-def _scores(
-    target: Target, sets: Mapping[str, Corpus], windows: Windows, batch_size: int, max_documents: int | None
-) -> dict[str, Score]:
-    return {name: evaluate(target, corpus, windows, batch_size, max_documents) for name, corpus in sets.items()}
-
-
-def bank_rows(scores: Mapping[str, Mapping[str, Score]]) -> list[list[str]]:
-    """Titles, and a line an adapter: perplexity and bits per byte of every set."""
-    sets = list(next(iter(scores.values())))
-    titles = [f"{name}: {figure}" for name in sets for figure in ("perplexity", "bits/byte")]
-    rows = [
-        [adapter, *(f"{figure:.4f}" for name in sets for figure in (found[name].perplexity, found[name].bits_per_byte))]
-        for adapter, found in scores.items()
-    ]
-    return [["adapter", *titles], *rows]
-
+"""The name of the base model in tables of adapters."""
 
 DEFAULT_WINDOW = 1024
 
 _SORTED_AT_ONCE = 64
-"""Batches whose windows are sorted by length, so that little is padded."""
+"""Batches whose windows are sorted by length, so that there is little padding."""
+
+_Window = tuple[Sequence[int], int]
+"""(token ids, how many at the end are scored)."""
 
 
 @dataclass(frozen=True)
@@ -95,19 +51,20 @@ class Target:
     model: Any
     tokenizer: PreTrainedTokenizerBase
     source: str
-    """What it is, for humans."""
+    """What the model was loaded from, for messages."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a model makes of one set of texts."""
+    """The result of a model on one set of texts."""
 
     documents: int
     tokens: int
-    """Scored: all of the texts', without the start."""
+    """Scored tokens: all of the texts', without the start token."""
     text_bytes: int
-    """UTF-8, of exactly the text that these tokens are."""
+    """UTF-8 bytes of the scored text."""
     nats: float
+    """Summed negative log-likelihood."""
 
     @property
     def perplexity(self) -> float:
@@ -128,15 +85,17 @@ class Score:
 
 @dataclass(frozen=True)
 class Windows:
-    """How far the model sees, and how many tokens a window goes on."""
+    """The sliding windows in which a document is scored."""
 
     window: int
+    """Tokens that the model sees at a time."""
     stride: int
+    """Tokens from one window's start to the next."""
 
     @classmethod
     def of(cls, model: Any, window: int | None, stride: int | None) -> Windows:
-        """Default: the model's positions, at most `DEFAULT_WINDOW`, and half of that. Raises `UserError` for a window
-        that the model does not reach, and for a stride that leaves a window's first token without any before it."""
+        """Default: the model's number of positions, at most `DEFAULT_WINDOW`, and half of that. Raises `UserError` for
+        a window that is longer than that number, and for a stride that leaves a scored token without context."""
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if window is None:
             window = min(longest or DEFAULT_WINDOW, DEFAULT_WINDOW)
@@ -147,8 +106,8 @@ class Windows:
             raise UserError(f"--stride must be from 1 to --window less 1 ({window - 1}), got {stride}")
         return cls(window, stride)
 
-    def cut(self, ids: Sequence[int], known: int) -> Iterator[tuple[Sequence[int], int]]:
-        """(tokens of a window, how many at its end are scored), until all of `ids` but the first `known` are."""
+    def cut(self, ids: Sequence[int], known: int) -> Iterator[_Window]:
+        """Windows over `ids` that score every token but the first `known` once."""
         begin, done = 0, known
         while done < len(ids):
             end = min(begin + self.window, len(ids))
@@ -164,19 +123,20 @@ def load_target(
     trust_remote_code: bool = False,
     domain: str | None = None,
 ) -> Target:
-    """The model at `path`: a Hugging Face folder, or a checkpoint (a run's folder, an adapter) put onto its base.
+    """The model at `path`: a Hugging Face folder, or a checkpoint (a run's folder, an adapter) applied to its base.
 
-    `base`: where that lies now, if it was moved. `domain`: of a run with domains, "shared" for none.
-    `dtype` "auto": a folder's own, a run's compute dtype. Raises `UserError` for what is neither.
+    `base`: the base's folder, if it was moved. `domain`: for a run with domains, whose matrices are used; "shared" for
+    those of no domain. `dtype` "auto": the folder's dtype, or the run's compute dtype. Raises `UserError` for a path
+    that is neither.
     """
     if (folder := adapter_folder(path)) is not None:
         return _adapted(folder, base, dtype, device, domain)
     if not (path / "config.json").is_file():
         raise UserError(f"MODEL: {path} is neither a Hugging Face folder nor a checkpoint, nor has it one")
     if domain is not None:
-        raise UserError(f"--domain belongs to a checkpoint of a run with domains, {path} is a whole model")
+        raise UserError(f"--domain belongs to a checkpoint of a run with domains, {path} is a complete model")
     if base is not None:
-        raise UserError(f"--base belongs to a checkpoint, {path} is a whole model")
+        raise UserError(f"--base belongs to a checkpoint, {path} is a complete model")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto" if dtype == "auto" else compute_dtype(dtype), trust_remote_code=trust_remote_code
@@ -201,7 +161,7 @@ def _adapted(checkpoint: Path, base: Path | None, dtype: str, device: str, domai
 def evaluate(
     target: Target, corpus: Corpus, windows: Windows, batch_size: int = 4, max_documents: int | None = None
 ) -> Score:
-    """Scores every document of `corpus` (its first `max_documents`). Raises `UserError` for texts without a token."""
+    """Scores every document of `corpus`, or its first `max_documents`. Raises `UserError` for texts without a token."""
     count = _Counter(target.tokenizer, windows, max_documents)
     nats = 0.0
     for batch in _batches(count.windows(corpus), batch_size):
@@ -211,8 +171,15 @@ def evaluate(
     return Score(count.documents, count.tokens, count.text_bytes, nats)
 
 
+def evaluate_sets(
+    target: Target, sets: Mapping[str, Corpus], windows: Windows, batch_size: int, max_documents: int | None
+) -> dict[str, Score]:
+    """The score of every set, by its name."""
+    return {name: evaluate(target, corpus, windows, batch_size, max_documents) for name, corpus in sets.items()}
+
+
 class _Counter:
-    """Documents -> windows, counted on the way."""
+    """Cuts documents into windows and counts documents, tokens and bytes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, windows: Windows, max_documents: int | None) -> None:
         self.documents = self.tokens = self.text_bytes = 0
@@ -222,8 +189,8 @@ class _Counter:
             raise UserError("MODEL: its tokenizer has neither a BOS nor an end-of-text token to begin a document with")
         self._start = int(start)
 
-    def windows(self, corpus: Corpus) -> Iterator[tuple[Sequence[int], int]]:
-        """A document that comes in pieces goes on where the last one ended, within sight of its last tokens."""
+    def windows(self, corpus: Corpus) -> Iterator[_Window]:
+        """The windows of all documents. The next chunk of a document has the last tokens of the previous as context."""
         seen: list[int] = []
         for document in corpus:
             if document.begins:
@@ -239,17 +206,15 @@ class _Counter:
             seen = sequence[-max(self._windows.window - self._windows.stride, 1) :]
 
 
-def _batches(
-    windows: Iterator[tuple[Sequence[int], int]], batch_size: int
-) -> Iterator[list[tuple[Sequence[int], int]]]:
+def _batches(windows: Iterator[_Window], batch_size: int) -> Iterator[list[_Window]]:
     while group := list(islice(windows, _SORTED_AT_ONCE * batch_size)):
         group.sort(key=lambda window: len(window[0]))
         yield from (group[i : i + batch_size] for i in range(0, len(group), batch_size))
 
 
 @torch.inference_mode()
-def _nats(model: Any, batch: Sequence[tuple[Sequence[int], int]]) -> float:
-    """Summed negative log-likelihood of the tokens that each window scores. Padding stands at the right, unseen."""
+def _nats(model: Any, batch: Sequence[_Window]) -> float:
+    """Summed negative log-likelihood of the tokens that each window scores. Padding is at the right, after them."""
     longest = max(len(ids) for ids, _ in batch)
     inputs = torch.zeros(len(batch), longest, dtype=torch.long)
     labels = torch.full((len(batch), longest), IGNORED)
@@ -266,25 +231,23 @@ def _nats(model: Any, batch: Sequence[tuple[Sequence[int], int]]) -> float:
 
 
 def harness(target: Target, tasks: Sequence[str], window: int, batch_size: int) -> dict[str, Any]:
-    """Results of the lm-eval harness on the live model: task -> metric -> value. Raises `UserError` where the package
-    is missing or does not know a task."""
+    """Results of the lm-eval harness on the model in memory: task -> metric -> value. Raises `UserError` where the
+    package is missing or does not know a task."""
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise UserError(f"--lm_eval needs the package lm-eval: pip install 'lm-eval[hf]' ({error})") from error
-    wrapped = HFLM(
-        pretrained=target.model, tokenizer=target.tokenizer, batch_size=batch_size, max_length=window
-    )  # a live model, so also one that lies nowhere whole
+    wrapped = HFLM(pretrained=target.model, tokenizer=target.tokenizer, batch_size=batch_size, max_length=window)
     try:
-        found = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), log_samples=False)
+        results = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), log_samples=False)
     except (KeyError, ValueError) as error:
         raise UserError(f"--lm_eval {' '.join(tasks)}: {error}") from error
-    return dict(found["results"])
+    return dict(results["results"])
 
 
 def named_sets(entries: Iterable[str]) -> dict[str, str]:
-    """NAME=PATH, or PATH (named by its stem) -> {name: path}. Raises `UserError` for a name given twice."""
+    """Entries NAME=PATH, or PATH (named by its stem), as {name: path}. Raises `UserError` for a name given twice."""
     sets: dict[str, str] = {}
     for entry in entries:
         name, mark, path = entry.partition("=")
@@ -294,3 +257,46 @@ def named_sets(entries: Iterable[str]) -> dict[str, str]:
             raise UserError(f"--sets: {name} would name two sets; write NAME=PATH")
         sets[name] = path
     return sets
+
+
+# -- multi-adapter inference ---------------------------------------------------------------------------------------
+
+
+def evaluate_bank(
+    bank: AdapterBank,
+    sets: Mapping[str, Corpus],
+    windows: Windows,
+    names: Sequence[str],
+    batch_size: int = 4,
+    max_documents: int | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, dict[str, Score]]:
+    """Adapter -> set -> score, the base first. A checkpoint's tokenizer is used in place of the base's, as in its run.
+
+    Raises `UserError` for an unknown name or an adapter with damaged headers before anything is evaluated; for damaged
+    tensors, when that adapter's turn comes.
+    """
+    bank.check_names(names)
+    for name in names:
+        if name in bank.damaged:
+            raise UserError(f"adapter {name!r} cannot be used: {bank.damaged[name]}")
+    tokenizer = load_tokenizer(bank.base, trust_remote_code=trust_remote_code, flag="MODEL")
+    target = Target(bank.model, tokenizer, BASE)
+    scores = {BASE: evaluate_sets(target, sets, windows, batch_size, max_documents)}
+    for name in names:
+        own = tokenizer_of(adapter_folder(bank.folders[name]))
+        target = Target(bank.model, tokenizer if own is None else load_tokenizer(own, flag=str(own)), name)
+        with bank.use(name):
+            scores[name] = evaluate_sets(target, sets, windows, batch_size, max_documents)
+    return scores
+
+
+def bank_rows(scores: Mapping[str, Mapping[str, Score]]) -> list[list[str]]:
+    """Rows of a table: titles, then a line an adapter with perplexity and bits per byte of every set."""
+    sets = list(next(iter(scores.values())))
+    titles = [f"{name}: {figure}" for name in sets for figure in ("perplexity", "bits/byte")]
+    rows = [
+        [adapter, *(f"{figure:.4f}" for name in sets for figure in (of[name].perplexity, of[name].bits_per_byte))]
+        for adapter, of in scores.items()
+    ]
+    return [["adapter", *titles], *rows]

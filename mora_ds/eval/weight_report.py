@@ -1,4 +1,4 @@
-"""The analysis of a model's layers for people and programs: tables, JSON, a heat map of layers by types."""
+"""The analysis of a model's layers as text tables, JSON, and a heat map of layer types by blocks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mora_ds.adapters.target_modules import ending_of
 from mora_ds.eval.gradient_probe import GradientMeasures
@@ -17,19 +16,19 @@ from mora_ds.files import write_json_atomic
 from mora_ds.runtime.cli import table
 
 Gradients = Mapping[str, GradientMeasures]
-"""Module -> what the probe found; empty without one."""
+"""Module -> result of the gradient probe; empty without a probe."""
 
 _TITLES = ["d_in", "d_out", "norm", "s_1", "stable", "effective", "of full", *(f"{share:.0%}" for share in SHARES)]
 
 
 def report_lines(rows: Sequence[WeightMeasures], gradients: Gradients) -> list[str]:
-    """Every layer, then means over layers of a type."""
+    """Tables of every layer, and of the means over layers of a type."""
     more = ["|dL/dM|", "|dL/dW|"] if gradients else []
     layers = [[row.module + ("*" if row.method == ESTIMATED else ""), *_cells([row], gradients)] for row in rows]
-    types = [[name, str(len(held)), *_cells(held, gradients)] for name, held in by_type(rows).items()]
+    types = [[name, str(len(layers)), *_cells(layers, gradients)] for name, layers in by_type(rows).items()]
     note = (
         "stable: |W|^2 / s_1^2; effective: exp of the entropy of s_i^2 / |W|^2, and as a share of the shorter side; "
-        f"{', '.join(f'{share:.0%}' for share in SHARES)}: how many singular values hold so much of the energy"
+        f"{', '.join(f'{share:.0%}' for share in SHARES)}: how many singular values hold that share of the energy"
     )
     if any(row.method == ESTIMATED for row in rows):
         note += f"; *: estimated from the leading {LEADING} values and the norm"
@@ -41,32 +40,32 @@ def report_lines(rows: Sequence[WeightMeasures], gradients: Gradients) -> list[s
 
 
 def by_type(rows: Sequence[WeightMeasures]) -> dict[str, list[WeightMeasures]]:
-    """By the last part of their names."""
-    held: dict[str, list[WeightMeasures]] = {}
+    """The layers by the last part of their names."""
+    types: dict[str, list[WeightMeasures]] = {}
     for row in rows:
-        held.setdefault(ending_of(row.module), []).append(row)
-    return held
+        types.setdefault(ending_of(row.module), []).append(row)
+    return types
 
 
 def _cells(rows: Sequence[WeightMeasures], gradients: Gradients) -> list[str]:
-    def over(values: Any) -> float:
-        return mean(list(values))
-
     cells = [
-        f"{over(row.d_in for row in rows):.0f}", f"{over(row.d_out for row in rows):.0f}",
-        f"{over(row.norm for row in rows):.3e}", f"{over(row.leading[0] for row in rows):.3e}",
-        f"{over(row.stable_rank for row in rows):.1f}", f"{over(row.effective_rank for row in rows):.1f}",
-        f"{over(row.score for row in rows):.1%}",
-        *(f"{over(row.energy_ranks[place] for row in rows):.0f}" for place in range(len(SHARES))),
+        f"{mean(row.d_in for row in rows):.0f}", f"{mean(row.d_out for row in rows):.0f}",
+        f"{mean(row.norm for row in rows):.3e}", f"{mean(row.leading[0] for row in rows):.3e}",
+        f"{mean(row.stable_rank for row in rows):.1f}", f"{mean(row.effective_rank for row in rows):.1f}",
+        f"{mean(row.score for row in rows):.1%}",
+        *(f"{mean(row.energy_ranks[index] for row in rows):.0f}" for index in range(len(SHARES))),
     ]  # fmt: skip
-    found = [gradients[row.module] for row in rows if row.module in gradients]
     if gradients:
-        cells += [f"{over(each.square_norm for each in found):.3e}", f"{over(each.weight_norm for each in found):.3e}"]
+        probed = [gradients[row.module] for row in rows if row.module in gradients]
+        cells += [
+            f"{mean(each.square_norm for each in probed):.3e}",
+            f"{mean(each.weight_norm for each in probed):.3e}",
+        ]
     return cells
 
 
 def write_report(path: Path, model: str, rows: Sequence[WeightMeasures], gradients: Gradients) -> None:
-    """JSON of every measure of every layer, atomically."""
+    """Writes every measure of every layer as JSON, atomically."""
     layers = [
         {**row.to_dict(), **({"gradients": gradients[row.module].to_dict()} if row.module in gradients else {})}
         for row in rows
@@ -78,7 +77,7 @@ def write_report(path: Path, model: str, rows: Sequence[WeightMeasures], gradien
 
 
 def heat_map(scores: Mapping[str, float]) -> tuple[list[str], list[int], list[list[float]]]:
-    """(types, blocks, [type][block] means of scores, NaN where there is none): the block is the first number in a
+    """(types, blocks, mean score of each type in each block, NaN without layers). The block is the first number in a
     layer's name, 0 without one."""
     cells: dict[tuple[str, int], list[float]] = {}
     for name, score in scores.items():
@@ -90,8 +89,8 @@ def heat_map(scores: Mapping[str, float]) -> tuple[list[str], list[int], list[li
 
 
 def write_heat_map(path: Path, rows: Sequence[WeightMeasures], gradients: Gradients) -> None:
-    """PNG: effective rank as a share of the full one, and the probe's scores below it. Raises `UserError` without
-    matplotlib."""
+    """Writes a PNG: effective rank as a share of the full rank, and the probe's scores below it. Raises `UserError`
+    without matplotlib."""
     pyplot = require_matplotlib()
     maps = {"effective rank / shorter side": {row.module: row.score for row in rows}}
     if gradients:

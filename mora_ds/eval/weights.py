@@ -1,6 +1,6 @@
-"""What the frozen weights of a model are made of: singular values, ranks and energy, layer by layer.
+"""Singular values, ranks and energy of a model's frozen weights, layer by layer.
 
-    BaseCheckpoint -> one weight at a time, mapped -> its spectrum -> a few numbers; the weight is gone
+    BaseCheckpoint -> one weight at a time, mapped -> its spectrum -> a few numbers
 
 Of singular values s_1 >= s_2 >= ... of a weight, with its energy |W|_F^2 = sum of s_i^2:
 
@@ -10,14 +10,15 @@ Of singular values s_1 >= s_2 >= ... of a weight, with its energy |W|_F^2 = sum 
 
 Where the shorter side is at most `exact_up_to`, all singular values are computed (`torch.linalg.svdvals`, float64).
 Beyond it the leading `LEADING` are computed (`torch.svd_lowrank`, fp32: randomised subspace iteration; Halko et al.
-2011). The energy that is not in them is known from the norm; it counts as falling from the last of them to zero, as
-(1 - t)^a for t from 0 to 1 over the values that are left. Effective rank and energy curve are then estimates, and
-`method` says so: of 1536 x 1536, 1% off for a Gaussian weight, 8% for one whose values fall as i^(-1/2).
+2011). The remaining energy is known from the norm; its values are assumed to fall from the last leading one to zero as
+(1 - t)^a, t from 0 to 1. Effective rank and energy curve are then estimates, and `method` says so. Measured errors at
+1536 x 1536: 1% for a Gaussian weight, 8% for one whose values fall as i^(-1/2).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,26 +33,26 @@ EXACT_UP_TO = 1024
 """Shorter side up to which all singular values are computed: about a second of one core."""
 
 LEADING = 192
-"""Singular values that are computed of a larger weight."""
+"""How many singular values are computed of a larger weight."""
 
 _OVERSAMPLING = 64
-"""More, the last of which are too small."""
+"""How many more are computed and dropped, because the last ones are too small."""
 
-KEPT = 16
-"""Singular values that a measure lists."""
+LISTED = 16
+"""How many singular values a measure lists."""
 
 SHARES = (0.5, 0.9, 0.99)
-"""Of the energy, whose ranks are told."""
+"""Shares of the energy for which the number of singular values is reported."""
 
 EXACT, ESTIMATED = "exact", "estimated"
 
 _ITERATIONS = 4
-"""Of subspace iteration: the leading values of a flat spectrum are then right to about a per cent."""
+"""Steps of subspace iteration: the leading values of a flat spectrum are then accurate to about 1%."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A linear layer's weight in the files."""
+    """A linear layer's weight in the files of a model."""
 
     key: str
     d_in: int
@@ -60,13 +61,13 @@ class Weight:
 
 @dataclass(frozen=True)
 class WeightMeasures:
-    """A layer's weight in a few numbers."""
+    """The spectrum of a layer's weight in a few numbers."""
 
     module: str
     d_in: int
     d_out: int
     method: str
-    """exact, or estimated: effective rank and energy ranks then are, norm and stable rank not."""
+    """exact, or estimated, which concerns effective rank and energy ranks; norm and stable rank never are."""
     norm: float
     """Frobenius norm."""
     leading: tuple[float, ...]
@@ -82,7 +83,7 @@ class WeightMeasures:
 
     @property
     def score(self) -> float:
-        """Share of its directions that the layer uses: effective rank / shorter side, 0 to 1."""
+        """Effective rank / shorter side, 0 to 1: the share of its directions that the layer uses."""
         return self.effective_rank / self.full_rank
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,35 +93,33 @@ class WeightMeasures:
 def analyse(
     base: BaseCheckpoint, weights: Mapping[str, Weight], exact_up_to: int = EXACT_UP_TO, device: str = "cpu"
 ) -> Iterator[WeightMeasures]:
-    """Measures of each layer (module name -> weight), one after the other; one weight is in memory at a time.
+    """The measures of each layer (module name -> weight); one weight is in memory at a time.
 
     The same on every call with the same device and build of torch. Raises `RunError` naming a weight that is not
     finite.
     """
     for module, weight in weights.items():
-        values = base.read(weight.key).detach().to(device)
-        yield measure_weight(module, weight, values, exact_up_to)
-        del values
+        yield measure_weight(module, weight, base.read(weight.key).detach().to(device), exact_up_to)
 
 
 @torch.no_grad()
 def measure_weight(module: str, weight: Weight, values: Tensor, exact_up_to: int = EXACT_UP_TO) -> WeightMeasures:
-    """Of one weight, (d_out, d_in) or transposed: it has the same singular values."""
+    """The measures of one weight, (d_out, d_in) or transposed, which has the same singular values."""
     full_rank = min(values.shape)
     norm = torch.linalg.vector_norm(values.float(), dtype=torch.float64).item()
-    if not norm < float("inf"):
+    if not math.isfinite(norm):
         raise RunError(f"{module}.weight is not finite")
     exact = full_rank <= max(exact_up_to, LEADING + _OVERSAMPLING)
-    found = torch.linalg.svdvals(values.double()) if exact else _leading(values.float(), module)
-    shares = _shares(found.double().cpu(), norm, full_rank)
-    largest = found[0].item()
+    spectrum = torch.linalg.svdvals(values.double()) if exact else _leading(values.float(), module)
+    shares = _shares(spectrum.double().cpu(), norm, full_rank)
+    largest = spectrum[0].item()
     return WeightMeasures(
         module,
         weight.d_in,
         weight.d_out,
         EXACT if exact else ESTIMATED,
         norm,
-        tuple(found[:KEPT].tolist()),
+        tuple(spectrum[:LISTED].tolist()),
         (norm / largest) ** 2 if largest else 0.0,
         torch.special.entr(shares).sum().exp().item() if largest else 0.0,
         tuple(_ranks(shares)),
@@ -128,18 +127,18 @@ def measure_weight(module: str, weight: Weight, values: Tensor, exact_up_to: int
 
 
 def _leading(values: Tensor, module: str) -> Tensor:
-    """(LEADING,), from a start that is drawn from the layer's name; the caller's random state stays as it is."""
+    """(LEADING,) singular values. The start is drawn from the layer's name; the caller's random state is unchanged."""
     devices = [values.device] if values.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(int.from_bytes(hashlib.sha256(module.encode()).digest()[:4], "little"))
         return torch.svd_lowrank(values, q=LEADING + _OVERSAMPLING, niter=_ITERATIONS)[1][:LEADING]
 
 
-def _shares(found: Tensor, norm: float, full_rank: int) -> Tensor:
-    """(full_rank,) shares of the energy, descending; those that `found` does not hold, by a falling power."""
+def _shares(spectrum: Tensor, norm: float, full_rank: int) -> Tensor:
+    """(full_rank,) shares of the energy, descending; those of values not in `spectrum` fall by a power law."""
     if norm == 0.0:
         return torch.zeros(full_rank, dtype=torch.float64)
-    shares = (found / norm).square()
+    shares = (spectrum / norm).square()
     if (rest := full_rank - len(shares)) == 0:
         return shares / shares.sum()
     left, last = max(0.0, 1.0 - shares.sum().item()), shares[-1].item()
@@ -149,8 +148,9 @@ def _shares(found: Tensor, norm: float, full_rank: int) -> Tensor:
 
 
 def _ranks(shares: Tensor) -> list[int]:
-    held = shares.cumsum(0)
-    if not held[-1]:
+    """How many of the first values hold each share in `SHARES` of the energy."""
+    curve = shares.cumsum(0)
+    if not curve[-1]:
         return [0 for _ in SHARES]
-    wanted = torch.tensor(SHARES, dtype=held.dtype) * held[-1]
-    return [int(rank) for rank in (torch.searchsorted(held, wanted * (1 - 1e-12)) + 1)]
+    wanted = torch.tensor(SHARES, dtype=curve.dtype) * curve[-1]
+    return [int(rank) for rank in (torch.searchsorted(curve, wanted * (1 - 1e-12)) + 1)]

@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from mora_ds.data import (
     Corpus,
     Extension,
+    candidate_tokens,
     canonical_digest,
     check_extension,
     check_vocabulary,
-    domain_pieces,
     extend_tokenizer,
     is_held_out,
     load_tokenizer,
@@ -93,7 +93,7 @@ def extend_vocabulary(
     check_vocabulary(tokenizer, old_rows, FLAG)
     measured, held_out = _measured_texts(corpus)
     learned = (text for text in corpus.texts() if not (held_out and _is_measured(text)))
-    candidates = domain_pieces(learned, pieces, algorithm)
+    candidates = candidate_tokens(learned, pieces, algorithm)
     with tempfile.TemporaryDirectory() as scratch:
         extension = extend_tokenizer(tokenizer, candidates, pieces, Path(scratch))
         extended = check_extension(extension, config.model_type)
@@ -119,7 +119,7 @@ def first_new_row(folder: Path) -> int:
 
 
 def _rows(extension: Extension, old_rows: int) -> int:
-    needed = max(extension.first_id + len(extension.pieces), old_rows)
+    needed = max(extension.first_id + len(extension.tokens), old_rows)
     return -(-needed // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
@@ -210,7 +210,7 @@ def _write(base: BaseCheckpoint, folder: Path, keys: set[str], extension: Extens
     text = config.get("text_config", config)
     text["vocab_size"] = rows
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    content = {"format": 1, "first_row": extension.first_id, "pieces": list(extension.pieces)}
+    content = {"format": 1, "first_row": extension.first_id, "pieces": list(extension.tokens)}
     (folder / EXTENSION_JSON).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -68,7 +68,7 @@ class Ranks:
         return self.world
 
     def __call__(self, work: Callable[[int], Any], count: int) -> list[Any]:
-        """[work(0), ..., work(count - 1)] on every rank, each done by one of them. A `data.Share`."""
+        """[work(0), ..., work(count - 1)] on every rank, each done by one of them. A `data.ParallelMap`."""
         mine = {number: work(number) for number in range(self.rank, count, self.world)}
         if self.world == 1:
             return [mine[number] for number in range(count)]

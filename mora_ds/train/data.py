@@ -18,7 +18,6 @@ from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.mixture import HELD_OUT, PLAIN, MixturePlan, SourcePlan, mixture_plan
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import (
-    CachedSource,
     Corpus,
     DocumentFilter,
     DocumentStream,
@@ -222,7 +221,7 @@ class _Tokenization:
             "shuffle_buffer": data.shuffle_buffer,
         }
         settings = StreamSettings(data.shuffle_buffer, seed, data.stream_retry_s)
-        documents = DocumentStream(source.name, corpus, settings, logger.warning, logger.info)
+        documents = DocumentStream(source.name, corpus, settings)
         encoder = Encoder.of(self.tokenizer)
         return StreamSource(documents, encoder, data.seq_len, data.document_mask, identity, self.ranks, source.epochs)
 
@@ -244,7 +243,7 @@ def _train_data(
         if source.streaming:
             sources[name] = tokenization.stream(source, corpus, source_seed)
         else:
-            sources[name] = CachedSource(tokenization.pack_source(name, corpus, source_seed))
+            sources[name] = tokenization.pack_source(name, corpus, source_seed)
     epochs, seq_len = [source.epochs for source in plan.sources], tokenization.data.seq_len
     mixture = (
         StreamMixture(sources, plan.phases, epochs, seq_len, rows_per_step, states=stream_state)

@@ -22,7 +22,7 @@ from mora_ds.checkpoint.layout import MERGED_FOLDER, METRICS_FILE, TOKENIZER_FOL
 from mora_ds.config.arguments import Arguments, from_flat
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
-from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_embedded
+from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_demo_corpus
 from mora_ds.models.load import create_base
 from mora_ds.train.dry_run import dry_run
 from mora_ds.train.engine_config import engine_config
@@ -177,7 +177,7 @@ def write_inputs(paths: DemoPaths, seed: int) -> None:
     """Write corpora, a tokenizer and an untrained model, in place of what `paths` held."""
     if paths.root.exists():
         shutil.rmtree(paths.root)
-    written = write_embedded(paths.corpus, general_bytes=PROSE_BYTES, domain_bytes=CODE_BYTES, eval_bytes=EVAL_BYTES)
+    written = write_demo_corpus(paths.corpus, general_bytes=PROSE_BYTES, domain_bytes=CODE_BYTES, eval_bytes=EVAL_BYTES)
     logger.info("  corpora: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in written.text_bytes.items()))
     corpus = load_corpus([str(written.general_train), str(written.domain_train)])
     tokenizer = load_tokenizer(train_sentencepiece(corpus.texts(), VOCABULARY, paths.root / TOKENIZER_FOLDER))

@@ -49,7 +49,7 @@ def forbid_building(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_documents_between_bos_and_eos(
     files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "_BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(readers, "BATCH_CHARACTERS", 300)
     built = build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
     wanted = [[1, *tokenizer.encode(text, add_special_tokens=False), 2] for text in TEXTS]
     assert built.tokens.tolist() == [token for document in wanted for token in document]
@@ -72,7 +72,7 @@ def test_large_vocabularies_take_four_bytes(files: list[str], tmp_path: Path) ->
 def test_a_long_file_is_one_document(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 100)
     text = "some words\n" * 100
     (tmp_path / "a.txt").write_text(text)
     built = build_cache(load_corpus([str(tmp_path / "a.txt")]), tokenizer, tmp_path / "cache")
@@ -85,7 +85,7 @@ def test_any_number_of_processes_gives_the_same(
     files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "PARALLEL_BYTES", 0)
-    monkeypatch.setattr(cache, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(readers, "BATCH_CHARACTERS", 100)
     one, two = (build_cache(load_corpus(files), tokenizer, tmp_path / str(n), num_proc=n) for n in (1, 2))
     assert one.meta == two.meta and one.folder.name == two.folder.name
     assert one.tokens.tobytes() == two.tokens.tobytes() and one.ends.tobytes() == two.ends.tobytes()

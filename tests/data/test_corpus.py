@@ -91,7 +91,7 @@ def test_a_dataset_name_may_be_a_folder_of_files_and_an_unknown_one_is_an_error(
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "train.jsonl").write_bytes(lines(records()))
     assert list(load_corpus(dataset_name=str(tmp_path / "files")).texts()) == TEXTS
-    with pytest.raises(UserError, match=r"--dataset_name '/no/such/set'.*cannot be loaded"):
+    with pytest.raises(UserError, match=r"--dataset_name: '/no/such/set'.*cannot be loaded"):
         load_corpus(dataset_name="/no/such/set")
 
 
@@ -106,7 +106,7 @@ def test_patterns_keep_their_order_and_name_each_file_once(tmp_path: Path) -> No
 
 
 def test_long_text_comes_in_pieces_that_join_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(readers, "_READ_BYTES", 777)  # cuts two-byte characters in half
     content = "".join(f"line {number} é\n" for number in range(500)) + "x" * 2500
     (tmp_path / "a.txt").write_text(content)
@@ -125,7 +125,7 @@ def test_no_file_matches(tmp_path: Path) -> None:
     assert "--eval_files: no file matches" in error(tmp_path / "*.txt", flag="--eval_files")
     assert "There is no folder" in error(tmp_path / "nowhere" / "a.txt")
     named = f"domain={tmp_path}/*.jsonl"  # taken for a plain path, as it has no weight
-    assert error(named).endswith(f"A source that has a name has a weight, too: {named}:1")
+    assert error(named).endswith(f"A source that has a name needs a weight, too: {named}:1")
     with pytest.raises(UserError, match="--train_files or --dataset_name"):
         load_corpus([])
 

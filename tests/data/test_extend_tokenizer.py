@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from mora_ds.data import domain_pieces, extend_tokenizer, load_corpus, load_tokenizer
+from mora_ds.data import candidate_tokens, extend_tokenizer, load_corpus, load_tokenizer
 from mora_ds.data.sentencepiece import train_sentencepiece, wrap_sentencepiece
 from mora_ds.errors import UserError
 from mora_ds.models.vocabulary import EXTENSION_JSON, extend_vocabulary
@@ -160,7 +160,7 @@ def test_sentencepiece_models_trained_here(tmp_path: Path, algorithm: str) -> No
     """Both algorithms, wrapped: they round-trip, grow, and are the same after saving and loading."""
     path = train_sentencepiece(GENERAL, 600, tmp_path / "spm", algorithm=algorithm)
     old = wrap_sentencepiece(path)
-    candidates = domain_pieces(DOMAIN, 80, algorithm)
+    candidates = candidate_tokens(DOMAIN, 80, algorithm)
     (tmp_path / "out").mkdir()
     extension = extend_tokenizer(old, candidates, 80, tmp_path / "out")
     new = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -176,7 +176,7 @@ def test_what_cannot_be_extended_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     few = tmp_path / "few.txt"
     few.write_text("some few words of text, some words\n" * 3)
-    with pytest.raises(UserError, match=r"--pieces 5000: the corpus yields only \d+ pieces"):
+    with pytest.raises(UserError, match=r"--pieces 5000: the corpus yields only \d+ tokens"):
         extend_vocabulary(folder, load_corpus([str(few)], flag="--corpus"), 5000, out)
     with pytest.raises(UserError, match="--pieces must be at least 1"):
         extend_vocabulary(folder, domain(tmp_path), 0, out)

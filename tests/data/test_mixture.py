@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.config.validate import validate
-from mora_ds.data import CachedSource, Mixture, PackedDataset, TokenCache
-from mora_ds.data.mixture import LONGEST_PERIOD, Phase, Shares, whole_weights
+from mora_ds.data import Mixture, PackedDataset, TokenCache
+from mora_ds.data.mixture import LONGEST_PERIOD, Phase, SampleSchedule, integer_weights
 from mora_ds.errors import UserError
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, curve, job, losses, printed, refused, rows, run
@@ -23,7 +23,7 @@ from tests.helpers.mixtures import mixture_flags, source_rows, write_mixture
 from tests.helpers.resume import assert_same_run, interrupted_job
 
 
-def order(shares: Shares, samples: int) -> np.ndarray:
+def order(shares: SampleSchedule, samples: int) -> np.ndarray:
     return np.array([shares.locate(sample)[0] for sample in range(samples)])
 
 
@@ -34,7 +34,7 @@ def order(shares: Shares, samples: int) -> np.ndarray:
     "weights", [(0.7, 0.25, 0.05), (1, 1, 1), (0.333, 0.333, 0.334), (math.pi, math.e, 0.01), (90, 9, 1)], ids=str
 )
 def test_shares_of_three_sources_are_exact_at_every_prefix(weights: tuple[float, ...]) -> None:
-    shares = Shares([Phase(0, weights)], [None] * 3)
+    shares = SampleSchedule([Phase(0, weights)], [None] * 3)
     wanted = np.array(weights) / sum(weights)
     given = np.cumsum(order(shares, 10_000)[:, None] == np.arange(3), axis=0)
     n = np.arange(1, 10_001)[:, None]
@@ -45,7 +45,7 @@ def test_shares_of_three_sources_are_exact_at_every_prefix(weights: tuple[float,
 
 
 def test_samples_of_a_source_are_numbered_without_a_gap_and_counts_agree() -> None:
-    shares = Shares([Phase(0, (3, 1, 2)), Phase(50, (0, 1, 1)), Phase(77, (5, 1, 0))], [None, None, None])
+    shares = SampleSchedule([Phase(0, (3, 1, 2)), Phase(50, (0, 1, 1)), Phase(77, (5, 1, 0))], [None, None, None])
     seen = [0, 0, 0]
     for sample in range(500):
         assert shares.counts(sample).tolist() == seen
@@ -56,7 +56,7 @@ def test_samples_of_a_source_are_numbered_without_a_gap_and_counts_agree() -> No
 
 
 def test_a_source_that_is_used_up_leaves_its_share_to_the_others() -> None:
-    shares = Shares([Phase(0, (0.5, 0.25, 0.25))], [None, 10, 40])
+    shares = SampleSchedule([Phase(0, (0.5, 0.25, 0.25))], [None, 10, 40])
     drawn = order(shares, 1000)
     assert (drawn == 1).sum() == 10 and (drawn == 2).sum() == 40
     last = int(np.flatnonzero(drawn == 1)[-1])
@@ -64,14 +64,14 @@ def test_a_source_that_is_used_up_leaves_its_share_to_the_others() -> None:
     rest = drawn[last + 1 :][:30]
     assert (rest == 0).sum() == 20, "what is left shares as 0.5 to 0.25"
     assert shares.limit is None
-    ending = Shares([Phase(0, (1, 1))], [3, 4])
+    ending = SampleSchedule([Phase(0, (1, 1))], [3, 4])
     assert ending.limit == 7 and sorted(order(ending, 7).tolist()) == [0, 0, 0, 1, 1, 1, 1]
     with pytest.raises(IndexError):
         ending.locate(7)
 
 
 def test_a_place_far_out_is_found_without_a_walk() -> None:
-    shares = Shares([Phase(0, (0.61, 0.29, 0.1))], [None] * 3)
+    shares = SampleSchedule([Phase(0, (0.61, 0.29, 0.1))], [None] * 3)
     far = 10**12
     source, number = shares.locate(far)
     assert number == shares.counts(far)[source]
@@ -79,15 +79,15 @@ def test_a_place_far_out_is_found_without_a_walk() -> None:
 
 
 def test_weights_become_whole_numbers() -> None:
-    assert whole_weights((0.7, 0.25, 0.05)) == (14, 5, 1)
-    assert whole_weights((0.1, 0.2)) == (1, 2), "decimals, not what a float makes of them"
-    crooked = whole_weights((math.pi, math.e, 1e-9))
+    assert integer_weights((0.7, 0.25, 0.05)) == (14, 5, 1)
+    assert integer_weights((0.1, 0.2)) == (1, 2), "decimals, not what a float makes of them"
+    crooked = integer_weights((math.pi, math.e, 1e-9))
     assert sum(crooked) == LONGEST_PERIOD and crooked[2] == 1
 
 
 def test_the_order_never_changes() -> None:
     """Recorded: a run of today must resume tomorrow."""
-    assert order(Shares([Phase(0, (0.5, 0.3, 0.2))], [None] * 3), 12).tolist() == RECORDED
+    assert order(SampleSchedule([Phase(0, (0.5, 0.3, 0.2))], [None] * 3), 12).tolist() == RECORDED
 
 
 RECORDED = [0, 1, 0, 2, 0, 1, 0, 2, 1, 0, 0, 1]
@@ -96,11 +96,11 @@ RECORDED = [0, 1, 0, 2, 0, 1, 0, 2, 1, 0, 0, 1]
 # -- batches ---------------------------------------------------------------------------------------------------------
 
 
-def source(first: int, blocks: int, name: str) -> CachedSource:
+def source(first: int, blocks: int, name: str) -> PackedDataset:
     """Blocks of 4 tokens; `first` marks whose they are."""
     tokens = np.arange(first, first + 4 * blocks + 1, dtype=np.uint32)
     cache = TokenCache(Path(name), {"eos_id": 0}, tokens, np.array([len(tokens)]))
-    return CachedSource(PackedDataset(cache, 4, f"7/{name}"))
+    return PackedDataset(cache, 4, f"7/{name}")
 
 
 def mixture(rows: int = 12, phases: Any = ((0, (0.6, 0.4)),), epochs: Any = (None, None)) -> Mixture:
@@ -127,8 +127,8 @@ def test_sources_keep_their_own_order_and_epochs() -> None:
         epochs = [sorted(mine[start : start + blocks].tolist()) for start in range(0, len(mine) - blocks, blocks)]
         assert len(epochs) > 5 and all(epoch == list(range(blocks)) for epoch in epochs)
     assert data.tokens(60) == {"a": 4 * 432, "b": 4 * 288}
-    alone = PackedDataset(data.sources[1].packed.blocks.cache, 4, "7/b")  # type: ignore[attr-defined]
-    wanted = [int(alone.blocks.block(alone.block_of_sample(n))["input_ids"][0]) for n in range(9)]
+    alone = PackedDataset(data.sources[1].cache, 4, "7/b")  # type: ignore[attr-defined]
+    wanted = [int(alone.sample(n)["input_ids"][0]) for n in range(9)]
     assert drawn[marks == 1][:9].tolist() == wanted, "another source beside it does not reorder it"
 
 

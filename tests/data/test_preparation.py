@@ -29,7 +29,7 @@ from mora_ds.data import (
     train_sentencepiece,
 )
 from mora_ds.data import cache as cache_room
-from mora_ds.data.dedup import NUM_PERM, SHINGLE_WORDS, Canonical, NearDuplicates, signature
+from mora_ds.data.dedup import NUM_PERM, SHINGLE_WORDS, CanonicalHash, NearDuplicates, signature
 from mora_ds.errors import UserError
 from tests.helpers.jobs import REPOSITORY, Playground, losses, run
 
@@ -103,7 +103,7 @@ def test_the_side_of_a_document_is_a_function_of_its_text_alone() -> None:
 def test_a_text_has_one_hash_however_it_is_cut() -> None:
     text = "Die  Straße \n\n ist lang.\n\tUnd breit "
     for cuts in [(5, 6, 13), (4, 14, 15), (1, 2, 3), (0, 7, 20)]:
-        canonical = Canonical()
+        canonical = CanonicalHash()
         for start, end in zip((0, *cuts), (*cuts, len(text)), strict=True):
             canonical.add(text[start:end])
         assert canonical.digest() == canonical_digest(text) == canonical_digest("die straße ist lang. und breit")
@@ -153,7 +153,7 @@ def folder_hash(folder: Path) -> dict[str, str]:
 def test_the_number_of_processes_changes_nothing(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = load_corpus([str(write_lines(tmp_path / "a.jsonl", [document(i % 90) for i in range(120)]))])
     monkeypatch.setattr(cache_room, "PARALLEL_BYTES", 0)
-    monkeypatch.setattr("mora_ds.data.preparation._BATCH_CHARACTERS", 4000)
+    monkeypatch.setattr("mora_ds.data.readers.BATCH_CHARACTERS", 4000)
     filters = Filters(held_out_percent=HELD)
     for processes in (1, 2):
         prepare_corpus(corpus, tokenizer, tmp_path / str(processes), filters, num_proc=processes)
@@ -169,7 +169,7 @@ def test_a_document_in_pieces_is_one_document(tmp_path: Path, tokenizer, monkeyp
         (folder / f"{i:02}.txt").write_text(text)
     whole = write_lines(tmp_path / "whole.jsonl", long)
     filters = Filters(near_duplicates=0, held_out_percent=40)
-    monkeypatch.setattr(readers, "PIECE_CHARACTERS", 500)
+    monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 500)
     pieces = prepare_corpus(load_corpus([str(folder)]), tokenizer, tmp_path / "pieces", filters)
     lines = prepare_corpus(load_corpus([str(whole)]), tokenizer, tmp_path / "lines", filters)
     assert pieces.dropped == {"exact duplicate": 2} and pieces.read == 14 and not lines.dropped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import pytest
 import torch
 
 from mora_ds.data import (
-    CachedSource,
     Corpus,
     Document,
     DocumentFilter,
@@ -31,9 +31,8 @@ from mora_ds.data import (
     readers,
     stream,
     stream_dataset,
-    stream_source,
 )
-from mora_ds.data.stream import Place
+from mora_ds.data.stream import StreamPosition
 from mora_ds.errors import RunError, UserError
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, job, losses, refused, rows, run
@@ -84,10 +83,7 @@ def tokenizer(user: Playground) -> Any:
 
 def source(corpus: Corpus, tokenizer: Any, buffer: int = 0, **more: Any) -> StreamSource:
     settings = StreamSettings(buffer, "5/a", more.pop("retry_s", 0.0))
-    told = more.pop("told", [])
-    return StreamSource(
-        DocumentStream("a", corpus, settings, told.append), Encoder.of(tokenizer), T, True, None, **more
-    )
+    return StreamSource(DocumentStream("a", corpus, settings), Encoder.of(tokenizer), T, True, None, **more)
 
 
 def taken(stream: StreamSource, first: int, last: int) -> list[dict[str, np.ndarray]]:
@@ -105,7 +101,7 @@ def test_a_stream_is_the_cache_token_by_token(user: Playground, tokenizer: Any, 
     """Over two epochs: also their seams, paddings and positions."""
     corpus = load_corpus(write(tmp_path / "shards", kind, documents()))
     cached = PackedDataset(build_cache(corpus, tokenizer, tmp_path / "cache"), T, shuffle=False)
-    blocks = [cached.blocks.block(cached.block_of_sample(number)) for number in range(2 * cached.n_blocks + 3)]
+    blocks = [cached.sample(number) for number in range(2 * cached.n_blocks + 3)]
     assert_equal(taken(source(corpus, tokenizer), 0, len(blocks)), blocks)
 
 
@@ -115,8 +111,8 @@ def test_a_stream_goes_on_from_anywhere(
     tokenizer: Any, tmp_path: Path, kind: str, buffer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through JSON, as a checkpoint has it, and again and again: at every sample a new process."""
-    monkeypatch.setattr(stream_source, "BATCH_CHARACTERS", 900)
-    monkeypatch.setattr(readers, "PIECE_CHARACTERS", 800)
+    monkeypatch.setattr(readers, "BATCH_CHARACTERS", 900)
+    monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 800)
     monkeypatch.setattr(stream, "IN_ORDER_WINDOW", 4)
     corpus = load_corpus(write(tmp_path / "shards", kind, documents(60)))
     whole = taken(source(corpus, tokenizer, buffer), 0, 700)
@@ -132,20 +128,20 @@ def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_pa
     texts = [f"{n}" for n in range(50)]
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", texts))
     reader = DocumentStream("a", corpus, StreamSettings(buffer=8, seed=3))
-    epochs = [[document.text for document, _ in reader.epoch(Place(epoch=number))] for number in range(3)]
+    epochs = [[document.text for document, _ in reader.epoch(StreamPosition(epoch=number))] for number in range(3)]
     assert all(sorted(epoch) == sorted(texts) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     other = DocumentStream("a", corpus, StreamSettings(buffer=8, seed=4))
-    assert [document.text for document, _ in other.epoch(Place())] != epochs[0]
+    assert [document.text for document, _ in other.epoch(StreamPosition())] != epochs[0]
 
 
 def test_a_document_longer_than_memory_passes_in_pieces(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never more of it at once than a piece and a batch; cached and streamed alike."""
-    monkeypatch.setattr(readers, "PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(readers, "_READ_BYTES", 500)
-    monkeypatch.setattr(stream_source, "BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(readers, "BATCH_CHARACTERS", 2000)
     (tmp_path / "a.txt").write_text("short\n")
     (tmp_path / "b.txt").write_text("".join(f"line {n} of a long, long text\n" for n in range(3000)))
     corpus = load_corpus([str(tmp_path / "*.txt")])
@@ -155,31 +151,35 @@ def test_a_document_longer_than_memory_passes_in_pieces(
     for number in range(cached.n_blocks):
         block = streamed.sample(number)
         held = max(held, sum(len(part.tokens) for part in streamed._queue))
-    assert held < 3000 < cached.blocks.cache.n_tokens / 10
+    assert held < 3000 < cached.cache.n_tokens / 10
     assert block["labels"].shape == (T,)
 
 
-def test_documents_left_out_are_left_out_of_a_stream(tokenizer: Any, tmp_path: Path) -> None:
+def test_documents_left_out_are_left_out_of_a_stream(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "mora_ds.data")
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", documents()))
     corpus = Corpus(corpus.parts, keep=DocumentFilter(0.4))
     cached = PackedDataset(build_cache(corpus, tokenizer, tmp_path / "cache"), T, shuffle=False)
-    wanted = [cached.blocks.block(number) for number in range(cached.n_blocks)]
+    wanted = [cached.block(number) for number in range(cached.n_blocks)]
     assert_equal(taken(source(corpus, tokenizer), 0, len(wanted)), wanted)
-    said: list[str] = []
-    told = DocumentStream("a", corpus, StreamSettings(buffer=10), say=said.append)
-    kept = sum(1 for _ in told.epoch(Place()))
-    assert 0 < kept < 90 and said[-1].startswith(f"a: {90 - kept} of 90 documents of epoch 1 are not trained on")
-    assert 2 <= len(said) <= 5 and all("documents so far" in line for line in said[:-1])
-    assert sum(1 for _ in told.quiet().epoch(Place())) == kept and len(said) <= 5
-    everything = Corpus(corpus.parts)
-    assert list(DocumentStream("a", everything, StreamSettings(), say=said.append).epoch(Place())) and len(said) <= 5
+    caplog.clear()
+    documents_of = DocumentStream("a", corpus, StreamSettings(buffer=10))
+    kept = sum(1 for _ in documents_of.epoch(StreamPosition()))
+    logged = list(caplog.messages)
+    assert 0 < kept < 90 and logged[-1].startswith(f"a: {90 - kept} of 90 documents of epoch 1 are not trained on")
+    assert 2 <= len(logged) <= 5 and all("documents so far" in line for line in logged[:-1])
+    assert sum(1 for _ in replace(documents_of, counts=False).epoch(StreamPosition())) == kept
+    assert list(DocumentStream("a", Corpus(corpus.parts), StreamSettings()).epoch(StreamPosition()))
+    assert caplog.messages == logged
     nothing = source(Corpus(corpus.parts, keep=DocumentFilter(0.999999999)), tokenizer)
     with pytest.raises(UserError, match="source 'a' holds no text to train on"):
         nothing.sample(0)
 
 
 class Recalled:
-    """A `Share` of `width` ranks, played by one."""
+    """A `ParallelMap` of `width` ranks in one process."""
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -193,9 +193,9 @@ class Recalled:
 def test_how_many_tokenise_makes_no_difference(
     tokenizer: Any, tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_source, "BATCH_CHARACTERS", 700)
+    monkeypatch.setattr(readers, "BATCH_CHARACTERS", 700)
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", documents()))
-    one, other = source(corpus, tokenizer, 9), source(corpus, tokenizer, 9, share=Recalled(width))
+    one, other = source(corpus, tokenizer, 9), source(corpus, tokenizer, 9, parallel_map=Recalled(width))
     assert_equal(taken(other, 0, 400), taken(one, 0, 400))
 
 
@@ -225,8 +225,7 @@ def test_a_mixture_of_streams_and_caches(tokenizer: Any, tmp_path: Path) -> None
     left = load_corpus(write(tmp_path / "left", "jsonl", documents(70)))
     right = load_corpus(write(tmp_path / "right", "txt", documents(40)[20:]))
     packed = [
-        CachedSource(PackedDataset(build_cache(part, tokenizer, tmp_path / "cache"), T, shuffle=False))
-        for part in (left, right)
+        PackedDataset(build_cache(part, tokenizer, tmp_path / "cache"), T, shuffle=False) for part in (left, right)
     ]
 
     def made(states: Any = None) -> StreamMixture:
@@ -276,22 +275,23 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ConnectionError("reset by peer")])
-def test_hiccups_are_survived(tokenizer: Any, tmp_path: Path, naps: list[float], error: Exception) -> None:
+def test_hiccups_are_survived(
+    tokenizer: Any, tmp_path: Path, naps: list[float], error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", documents()))
     whole = taken(source(corpus, tokenizer, 10), 0, 300)
-    told: list[str] = []
     parts = tuple(Flaky(part, {5: 2, 20: 1}, error) for part in corpus.parts)
-    shaky = source(Corpus(parts), tokenizer, 10, retry_s=60.0, told=told)  # type: ignore[arg-type]
+    shaky = source(Corpus(parts), tokenizer, 10, retry_s=60.0)  # type: ignore[arg-type]
     assert_equal(taken(shaky, 0, 300), whole)
     assert naps[:3] == [1.0, 2.0, 1.0], "from the first wait on after every record that came"
-    assert all("source 'a'" in line and str(error) in line for line in told)
-    assert "behind record 4" in told[0] and "again in 1 s" in told[0]
+    assert all("source 'a'" in line and str(error) in line for line in caplog.messages)
+    assert "after record 4" in caplog.messages[0] and "trying again in 1 s" in caplog.messages[0]
 
 
 def test_a_hiccup_that_stays_ends_the_run(tokenizer: Any, tmp_path: Path, naps: list[float]) -> None:
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", documents()))
     parts = tuple(Flaky(part, {20: 10**6}, OSError("gone")) for part in corpus.parts)
-    with pytest.raises(RunError, match=r"source 'a': .*0.jsonl cannot be read behind record 19, tried for 45 s .*gone"):
+    with pytest.raises(RunError, match=r"source 'a': .*0.jsonl cannot be read after record 19, tried for 45 s .*gone"):
         taken(source(Corpus(parts), tokenizer, retry_s=45.0), 0, 300)  # type: ignore[arg-type]
     assert sum(naps) == 45.0 and naps[:4] == [1.0, 2.0, 4.0, 8.0]
 
@@ -358,7 +358,7 @@ def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(user: Pla
 
 def job_in_small_batches(argv: list[str]) -> None:
     """So that each rank tokenises some."""
-    stream_source.BATCH_CHARACTERS = 2000
+    readers.BATCH_CHARACTERS = 2000
     job(argv)
 
 

@@ -92,7 +92,9 @@ def test_saved_beside_a_model_config_it_stays_itself(trained: Path, tmp_path: Pa
 def test_a_model_type_that_would_change_the_tokenizer_is_told(trained: Path) -> None:
     wrapped = load_tokenizer(trained)
     check_reload(wrapped, "llama")
-    with pytest.raises(UserError, match=r"--train_tokenizer_vocab: .* beside a 'qwen2' model as Qwen2Tokenizer"):
+    with pytest.raises(
+        UserError, match=r"--train_tokenizer_vocab: .* in the folder of a 'qwen2' model as Qwen2Tokenizer"
+    ):
         check_reload(wrapped, "qwen2")
 
 
@@ -144,9 +146,9 @@ def test_vocabulary_must_fit_the_model(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("texts", "size", "said"),
     [
-        (["small corpus"], 5000, r"--train_tokenizer_vocab 5000: the training text yields only \d+ pieces"),
+        (["small corpus"], 5000, r"--train_tokenizer_vocab 5000: the training text yields only \d+ tokens"),
         (["a"], 100, "--train_tokenizer_vocab must be at least 261"),
-        (SOURCES, 270, r"--train_tokenizer_vocab 270: the characters .* alone need \d+ pieces"),
+        (SOURCES, 270, r"--train_tokenizer_vocab 270: the characters .* alone need \d+ tokens"),
         ([], 1000, "--train_tokenizer_vocab 1000: there is no text"),
         (["\n\n"], 1000, "--train_tokenizer_vocab 1000: there is no text"),
     ],

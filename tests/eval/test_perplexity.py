@@ -67,7 +67,7 @@ def test_a_long_document_in_pieces_is_scored_whole(
     target = load_target(user.model)
     windows = Windows.of(target.model, 32, 16)
     whole = evaluate(target, load_corpus([str(path)]), windows)
-    monkeypatch.setattr("mora_ds.data.readers.PIECE_CHARACTERS", 400)
+    monkeypatch.setattr("mora_ds.data.readers.CHUNK_CHARACTERS", 400)
     pieces = evaluate(target, load_corpus([str(path)]), windows)
     assert pieces.documents == whole.documents == 1 and pieces.text_bytes == whole.text_bytes
     assert pieces.perplexity == pytest.approx(whole.perplexity, rel=0.05)  # other cuts, other contexts

@@ -178,7 +178,7 @@ def test_batches_are_the_first_tokens_one_behind_the_other() -> None:
     assert [each.tolist() for each in whole] == [[[1, 2, 3], [0, 4, 5]], [[0, 6, 7], [8, 9, 10]]]
     (short,) = token_batches(documents[:1], Letters(), seq_len=8, count=2, rows=2)
     assert short.tolist() == [[1, 2, 3]]
-    with pytest.raises(UserError, match="--probe: there are not even two tokens"):
+    with pytest.raises(UserError, match="--probe: there are fewer than two tokens"):
         token_batches([Document("a", "1")], Letters(), seq_len=8, count=1, rows=1)
 
 

@@ -71,7 +71,7 @@ def document_losses(user: Playground) -> tuple[float, float]:
     documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("def f(x):", "return 1", "a = b")))
     cache = build_cache(load_corpus([str(documents)]), tokenizer, user.root / "cache")
     data = PackedDataset(cache, seq_len=int(cache.n_tokens) - 1)
-    batch = {name: value.unsqueeze(0) for name, value in data.block(0).items()}
+    batch = data.first_rows(1)
     with torch.no_grad():
         packed = token_nll(model, batch).item()
         alone, start = 0.0, 0

@@ -27,7 +27,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds import MoRAConfig, inject
 from mora_ds.data import (
-    CachedSource,
     Corpus,
     DocumentStream,
     Encoder,
@@ -64,9 +63,7 @@ def main() -> None:
 
     def cached() -> Mixture:
         sources: dict[str, Any] = {
-            name: CachedSource(
-                PackedDataset(build_cache(part, tokenizer, folder / "cache"), options.seq_len, f"0/{name}")
-            )
+            name: PackedDataset(build_cache(part, tokenizer, folder / "cache"), options.seq_len, f"0/{name}")
             for name, part in corpora.items()
         }
         return Mixture(sources, [(0, WEIGHTS)], [None] * 3, options.seq_len, options.rows)
@@ -106,7 +103,7 @@ def main() -> None:
 def _far(stream: StreamMixture, rows: int) -> dict[str, Any]:
     """Where the stream stands now, as a run would have it that came there at step 10^6."""
     states = stream.states_at(stream._next_step)
-    for name, count in zip(stream.names, stream.shares.counts(FAR * rows), strict=True):
+    for name, count in zip(stream.names, stream.schedule.counts(FAR * rows), strict=True):
         states["sources"][name]["samples"] = int(count)
     return {**states, "step": FAR}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mora_ds.data.embedded import domain_documents, general_documents
+from mora_ds.data.demo_corpus import domain_documents, general_documents
 from mora_ds.errors import UserError
 from mora_ds.files import atomic_path
 

@@ -1,20 +1,19 @@
-"""The default corpora: text that every Python holds, so that nothing is downloaded and nothing is committed.
+"""The demo's corpora: text that comes with every Python, so that nothing is downloaded and nothing is committed.
 
     general   prose: the language reference's topics (`pydoc_data.topics`), docstrings of the standard library
-    domain    code: the standard library's source files as they stand
+    domain    code: the standard library's source files, unchanged
 
     a module -> held out or not, by a hash of its name -> the same side of both corpora
 
-Docstrings are part of the code too. So the split is by module: the code and the docstrings of a held-out module are
-only ever evaluated on, and prose that a held-out document repeats is dropped from the training prose.
-The same Python gives the same bytes.
+Docstrings are part of the code too, so the split is by module: the code and the docstrings of a held-out module are
+evaluated on and never trained on, and paragraphs of held-out prose are removed from the training prose.
+The same Python version gives the same bytes.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-import inspect
 import json
 import os
 import sysconfig
@@ -27,34 +26,37 @@ from pathlib import Path
 from mora_ds.errors import UserError
 
 HELD_OUT_PERCENT = 5
-_SPLIT = "4/"
-"""Goes before the name when sides are drawn: of a few tried, one that holds out about 5% of the bytes too."""
+_SPLIT_SALT = "4/"
+"""Prefix of the hashed names. Of a few that were tried, this one holds out about 5% of the bytes too."""
 
 _SKIPPED_FOLDERS = {
     *("__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "lib-dynload", "lib2to3", "pydoc_data"),
     *("site-packages", "test", "tests", "turtledemo"),
 }
 _SKIPPED_FILES = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercustomize")
-"""Written by whoever built or packaged this Python: full of the paths of its machine."""
+"""Files that hold paths of the machine on which this Python was built or packaged."""
 
 _SHORTEST_PROSE = 80
-_REPEATED_PARAGRAPH = 40
+_SHORTEST_PARAGRAPH = 40
+"""Characters from which on a repeated paragraph is removed."""
 
 
 @dataclass(frozen=True)
-class EmbeddedDocument:
+class DemoDocument:
+    """One document of a demo corpus."""
+
     source: str
     """Module (`json.decoder`) or topic (`topic:assert`)."""
     text: str
 
     @property
     def held_out(self) -> bool:
-        return _rank(_SPLIT + self.source) % 100 < HELD_OUT_PERCENT
+        return _hash(_SPLIT_SALT + self.source) % 100 < HELD_OUT_PERCENT
 
 
 @dataclass(frozen=True)
-class EmbeddedCorpus:
-    """Where `write_embedded` has put the four files, and the bytes of text in each."""
+class DemoCorpus:
+    """The four files that `write_demo_corpus` has written."""
 
     general_train: Path
     general_eval: Path
@@ -64,31 +66,33 @@ class EmbeddedCorpus:
     """File stem -> UTF-8 bytes of its texts."""
 
 
-def general_documents() -> list[EmbeddedDocument]:
+def general_documents() -> list[DemoDocument]:
     """Prose: every topic of the language reference, and one document of docstrings for each module that has some."""
-    prose = [EmbeddedDocument(f"topic:{name}", text.strip() + "\n") for name, text in sorted(_topics().items())]
-    for module in _modules():
-        if module.prose:
-            prose.append(EmbeddedDocument(module.source, "\n\n".join(module.prose) + "\n"))
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise _missing("pydoc_data.topics") from error
+    prose = [DemoDocument(f"topic:{name}", text.strip() + "\n") for name, text in sorted(topics.items())]
+    prose += [DemoDocument(module.source, "\n\n".join(module.prose) + "\n") for module in _modules() if module.prose]
     return _without_held_out_paragraphs(prose)
 
 
-def domain_documents() -> list[EmbeddedDocument]:
+def domain_documents() -> list[DemoDocument]:
     """Code: one document for each source file of the standard library, unchanged."""
-    return [EmbeddedDocument(module.source, module.code) for module in _modules()]
+    return [DemoDocument(module.source, module.code) for module in _modules()]
 
 
-def write_embedded(
+def write_demo_corpus(
     folder: Path,
     *,
     general_bytes: int | None = None,
     domain_bytes: int | None = None,
     eval_bytes: int | None = None,
-) -> EmbeddedCorpus:
+) -> DemoCorpus:
     """Writes the four corpora into `folder` as JSON lines ("text", "source").
 
-    The limits are UTF-8 bytes of text: of each training file, and of either evaluation file; None for all there is.
-    The order is shuffled by a hash of the names, so that a limit cuts evenly through the library.
+    The limits are UTF-8 bytes of text: of each training file, and of either evaluation file; None for no limit.
+    Documents are shuffled by a hash of their names, so that a limit takes an even sample.
     Raises `UserError` where this Python has come without its library's sources.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,26 +104,26 @@ def write_embedded(
         for side, most in (("train", limit), ("eval", eval_bytes)):
             chosen = [document for document in documents if document.held_out == (side == "eval")]
             sizes[f"{name}_{side}"] = _write(folder / f"{name}_{side}.jsonl", chosen, most)
-    return EmbeddedCorpus(text_bytes=sizes, **{name: folder / f"{name}.jsonl" for name in sizes})
+    return DemoCorpus(text_bytes=sizes, **{name: folder / f"{name}.jsonl" for name in sizes})
 
 
-def _write(path: Path, documents: Iterable[EmbeddedDocument], limit: int | None) -> int:
-    """Documents in hashed order, those left out that would go over the limit; returns the bytes of text."""
+def _write(path: Path, documents: Iterable[DemoDocument], limit: int | None) -> int:
+    """Documents in hashed order, without those that would exceed the limit; returns the bytes of text."""
     total = 0
-    beside = path.with_suffix(".partial")
-    with beside.open("w", encoding="utf-8", newline="\n") as stream:
-        for document in sorted(documents, key=lambda document: (_rank(document.source), document.source)):
+    temporary = path.with_suffix(".partial")
+    with temporary.open("w", encoding="utf-8", newline="\n") as stream:
+        for document in sorted(documents, key=lambda document: (_hash(document.source), document.source)):
             size = len(document.text.encode())
             if limit is None or total + size <= limit:
                 stream.write(json.dumps({"text": document.text, "source": document.source}, ensure_ascii=False) + "\n")
                 total += size
-    os.replace(beside, path)
+    os.replace(temporary, path)
     if not total:
-        raise UserError(f"the embedded default has no document of at most {limit} bytes for {path.name}")
+        raise UserError(f"the demo corpus has no document of at most {limit} bytes for {path.name}")
     return total
 
 
-def _rank(name: str) -> int:
+def _hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
@@ -132,40 +136,32 @@ class _Module:
     """Its dotted name."""
     code: str
     prose: tuple[str, ...]
-    """Its docstrings, those that are prose."""
+    """Those of its docstrings that are prose."""
 
 
-def _topics() -> dict[str, str]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise _no_text("pydoc_data.topics") from error
-    return topics
-
-
-def _no_text(what: str) -> UserError:
-    return UserError(f"the embedded default needs {what}, which this Python has come without; give --train_files")
+def _missing(what: str) -> UserError:
+    return UserError(f"the demo needs {what}, which this Python has come without; give --train_files")
 
 
 @lru_cache(maxsize=1)
 def _modules() -> tuple[_Module, ...]:
     """Every source file of the standard library that is UTF-8 and parses, by module name."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = []
+    modules = []
     for path in _source_files(root):
         try:
             text = path.read_bytes().decode()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SyntaxWarning)
                 tree = ast.parse(text)
-        except (UnicodeDecodeError, SyntaxError, ValueError):  # a table in another encoding, a template: not code
+        except (UnicodeDecodeError, SyntaxError, ValueError):  # a table in another encoding, or a template
             continue
         if text.strip():
-            prose = tuple(filter(_is_prose, _docstrings(tree)))
-            found.append(_Module(_module_name(path.relative_to(root)), text, prose))
-    if not any(module.source == "ast" for module in found):
-        raise _no_text("the sources of the standard library")
-    return tuple(found)
+            name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+            modules.append(_Module(name, text, tuple(filter(_is_prose, _docstrings(tree)))))
+    if not any(module.source == "ast" for module in modules):
+        raise _missing("the sources of the standard library")
+    return tuple(modules)
 
 
 def _source_files(root: Path) -> Iterator[Path]:
@@ -177,41 +173,37 @@ def _source_files(root: Path) -> Iterator[Path]:
                 yield path
 
 
-def _module_name(path: Path) -> str:
-    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
-
-
 def _docstrings(tree: ast.Module) -> list[str]:
-    """Of the module and of everything defined in it, in the order of the file, dedented."""
+    """The docstrings of the module and of everything defined in it, in the order of the file, dedented."""
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, owners) and node.body]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-    return [inspect.cleandoc(text) for node in nodes if (text := ast.get_docstring(node, clean=False))]
+    return [text for node in nodes if (text := ast.get_docstring(node)) is not None]
 
 
 def _is_prose(text: str) -> bool:
-    """Long enough, mostly letters, and no doctest session."""
+    """Whether a docstring is long enough, mostly letters, and no doctest session."""
     letters = sum(character.isalpha() or character.isspace() for character in text)
     return len(text) >= _SHORTEST_PROSE and letters >= 0.8 * len(text) and ">>>" not in text
 
 
-def _without_held_out_paragraphs(documents: list[EmbeddedDocument]) -> list[EmbeddedDocument]:
-    """Topics quote each other's sections, and subclasses repeat docstrings: training must not read what is held out."""
+def _without_held_out_paragraphs(documents: list[DemoDocument]) -> list[DemoDocument]:
+    """Removes held-out paragraphs from training prose: topics quote each other, and subclasses repeat docstrings."""
     held_out = {paragraph for document in documents if document.held_out for paragraph in _paragraphs(document.text)}
-    kept = []
+    cleaned = []
     for document in documents:
         if not document.held_out:
-            rest = [part for part in document.text.split("\n\n") if _squeezed(part) not in held_out]
-            document = EmbeddedDocument(document.source, "\n\n".join(rest).strip() + "\n")
+            rest = [part for part in document.text.split("\n\n") if _normalised(part) not in held_out]
+            document = DemoDocument(document.source, "\n\n".join(rest).strip() + "\n")
         if document.text.strip():
-            kept.append(document)
-    return kept
+            cleaned.append(document)
+    return cleaned
 
 
 def _paragraphs(text: str) -> list[str]:
-    squeezed = map(_squeezed, text.split("\n\n"))
-    return [paragraph for paragraph in squeezed if len(paragraph) >= _REPEATED_PARAGRAPH]
+    normalised = map(_normalised, text.split("\n\n"))
+    return [paragraph for paragraph in normalised if len(paragraph) >= _SHORTEST_PARAGRAPH]
 
 
-def _squeezed(paragraph: str) -> str:
+def _normalised(paragraph: str) -> str:
     return " ".join(paragraph.split())

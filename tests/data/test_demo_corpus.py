@@ -1,4 +1,4 @@
-"""The embedded corpora: the same bytes every time, held-out modules out of both trainings, limits kept."""
+"""The demo corpora: the same bytes every time, held-out modules out of both trainings, limits kept."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from mora_ds.data import domain_documents, embedded, general_documents, load_corpus, write_embedded
+from mora_ds.data import demo_corpus, domain_documents, general_documents, load_corpus, write_demo_corpus
 from mora_ds.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> embedded.EmbeddedCorpus:
-    return write_embedded(tmp_path_factory.mktemp("embedded"))
+def written(tmp_path_factory: pytest.TempPathFactory) -> demo_corpus.DemoCorpus:
+    return write_demo_corpus(tmp_path_factory.mktemp("demo"))
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -26,7 +26,7 @@ def sources(path: Path) -> set[str]:
     return {row["source"] for row in rows(path)}
 
 
-def test_the_files_are_corpora_of_some_size(written: embedded.EmbeddedCorpus) -> None:
+def test_the_files_are_corpora_of_some_size(written: demo_corpus.DemoCorpus) -> None:
     for name, least in (("general_train", 600_000), ("general_eval", 10_000), ("domain_train", 3_000_000)):
         path = getattr(written, name)
         texts = list(load_corpus([str(path)]).texts())
@@ -34,7 +34,7 @@ def test_the_files_are_corpora_of_some_size(written: embedded.EmbeddedCorpus) ->
     assert written.text_bytes["domain_eval"] > 50_000
 
 
-def test_a_module_is_held_out_of_both_or_of_neither(written: embedded.EmbeddedCorpus) -> None:
+def test_a_module_is_held_out_of_both_or_of_neither(written: demo_corpus.DemoCorpus) -> None:
     train = sources(written.general_train) | sources(written.domain_train)
     held_out = sources(written.general_eval) | sources(written.domain_eval)
     assert not train & held_out
@@ -42,9 +42,9 @@ def test_a_module_is_held_out_of_both_or_of_neither(written: embedded.EmbeddedCo
     assert {"json.decoder", "topic:assert"} <= train | held_out
 
 
-def test_no_held_out_prose_is_trained_on(written: embedded.EmbeddedCorpus) -> None:
-    held_out = {part for row in rows(written.general_eval) for part in embedded._paragraphs(row["text"])}
-    trained = {part for row in rows(written.general_train) for part in embedded._paragraphs(row["text"])}
+def test_no_held_out_prose_is_trained_on(written: demo_corpus.DemoCorpus) -> None:
+    held_out = {part for row in rows(written.general_eval) for part in demo_corpus._paragraphs(row["text"])}
+    trained = {part for row in rows(written.general_train) for part in demo_corpus._paragraphs(row["text"])}
     assert held_out and not held_out & trained
 
 
@@ -70,7 +70,7 @@ def test_docstrings_are_dedented_and_in_order() -> None:
     source = (
         'def later(): "b"\nclass A:\n    """First.\n\n    second\n        indented\n    """\n    def f(self): "c"\n'
     )
-    assert embedded._docstrings(ast.parse('"""Top."""\n' + source)) == [
+    assert demo_corpus._docstrings(ast.parse('"""Top."""\n' + source)) == [
         "Top.",
         "b",
         "First.\n\nsecond\n    indented",
@@ -78,9 +78,9 @@ def test_docstrings_are_dedented_and_in_order() -> None:
     ]
 
 
-def test_limits_hold_and_the_same_bytes_come_again(written: embedded.EmbeddedCorpus, tmp_path: Path) -> None:
+def test_limits_hold_and_the_same_bytes_come_again(written: demo_corpus.DemoCorpus, tmp_path: Path) -> None:
     limits = {"general_bytes": 200_000, "domain_bytes": 300_000, "eval_bytes": 30_000}
-    first, second = (write_embedded(tmp_path / name, **limits) for name in "ab")
+    first, second = (write_demo_corpus(tmp_path / name, **limits) for name in "ab")
     assert 190_000 < first.text_bytes["general_train"] <= 200_000
     assert 290_000 < first.text_bytes["domain_train"] <= 300_000
     assert 0 < first.text_bytes["general_eval"] <= 30_000 and 0 < first.text_bytes["domain_eval"] <= 30_000
@@ -88,16 +88,16 @@ def test_limits_hold_and_the_same_bytes_come_again(written: embedded.EmbeddedCor
         assert getattr(first, name).read_bytes() == getattr(second, name).read_bytes()
         assert sources(getattr(first, name)) <= sources(getattr(written, name))
     with pytest.raises(UserError, match="no document of at most 3 bytes"):
-        write_embedded(tmp_path, general_bytes=3)
+        write_demo_corpus(tmp_path, general_bytes=3)
 
 
 def test_a_python_without_its_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "pydoc_data.topics", None)
         with pytest.raises(UserError, match=r"pydoc_data\.topics, which this Python has come without; .*--train_files"):
-            write_embedded(tmp_path)
-    monkeypatch.setattr(embedded.sysconfig, "get_path", lambda _: str(tmp_path))
-    embedded._modules.cache_clear()
+            write_demo_corpus(tmp_path)
+    monkeypatch.setattr(demo_corpus.sysconfig, "get_path", lambda _: str(tmp_path))
+    demo_corpus._modules.cache_clear()
     with pytest.raises(UserError, match=r"sources of the standard library.*--train_files"):
         domain_documents()
-    embedded._modules.cache_clear()
+    demo_corpus._modules.cache_clear()

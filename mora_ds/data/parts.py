@@ -1,0 +1,133 @@
+"""The parts of a corpus: one file, one `datasets` dataset, or one streamed dataset.
+
+A part knows the hash of its contents and reads its own documents one at a time, from any position on. Parts are pickled
+to worker processes. (`prepared.PreparedPart` is the fourth kind.)
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mora_ds.data.readers import (
+    START,
+    Document,
+    Mark,
+    file_kind,
+    is_compressed,
+    read_file,
+    read_rows,
+    text_field,
+)
+from mora_ds.errors import UserError
+from mora_ds.files import sha256_file
+
+
+class Part(ABC):
+    """One file or dataset of a corpus."""
+
+    label: str
+    """The name for messages."""
+
+    def documents(self) -> Iterator[Document]:
+        """All documents. Raises `UserError` for what is no text."""
+        return (document for document, _ in self.marked(START))
+
+    @abstractmethod
+    def marked(self, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+        """The documents after `mark`, each with the position after it."""
+
+    @abstractmethod
+    def content_hash(self) -> str:
+        """Changes whenever the contents do; the same contents elsewhere have the same hash."""
+
+    @abstractmethod
+    def stamp(self) -> dict[str, Any]:
+        """Facts that are quick to read and change with the contents: while they stay, the known hash is used."""
+
+    @abstractmethod
+    def size_bytes(self) -> int:
+        """Bytes on disk, compressed where the file is; 0 where they are not known."""
+
+
+@dataclass(frozen=True)
+class FilePart(Part):
+    """A file of text, JSON, Parquet or Arrow."""
+
+    path: Path
+    text_column: str
+
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        return str(self.path)
+
+    def marked(self, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+        return read_file(self.path, self.text_column, mark)
+
+    def content_hash(self) -> str:
+        content = f"{file_kind(self.path).value} {is_compressed(self.path)} {sha256_file(self.path)}"
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def stamp(self) -> dict[str, Any]:
+        status = self.path.stat()
+        return {"path": str(self.path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+    def size_bytes(self) -> int:
+        return self.path.stat().st_size
+
+
+@dataclass(frozen=True)
+class DatasetPart(Part):
+    """A map-style `datasets.Dataset`; it stays on disk and is read batch by batch."""
+
+    label: str
+    dataset: Any
+    text_column: str
+
+    def marked(self, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+        rows = self.dataset.select_columns([self.text_column])
+        batches = rows.select(range(mark.record, len(rows))).iter(batch_size=1024)
+        return read_rows(self.label, (batch[self.text_column] for batch in batches), mark.record)
+
+    def content_hash(self) -> str:
+        return hashlib.sha256(self.dataset._fingerprint.encode()).hexdigest()
+
+    def stamp(self) -> dict[str, Any]:
+        return {"dataset": self.label, "fingerprint": self.dataset._fingerprint}
+
+    def size_bytes(self) -> int:
+        return int(self.dataset.data.nbytes)
+
+
+@dataclass(frozen=True)
+class StreamedDatasetPart(Part):
+    """A `datasets.IterableDataset`. A mark holds the dataset's own state, which can be saved after any row."""
+
+    label: str
+    dataset: Any
+    text_column: str
+
+    def marked(self, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+        rows = copy.deepcopy(self.dataset)  # two readers of one dataset would share its state
+        rows.load_state_dict(mark.state)
+        number = mark.record
+        for row in rows:
+            number += 1
+            source = f"{self.label}, row {number}"
+            yield Document(text_field(row, self.text_column, source), source), Mark(number, 0, rows.state_dict())
+        if number == 0:
+            raise UserError(f"{self.label} is empty: it holds no row")
+
+    def content_hash(self) -> str:
+        raise AssertionError("a streamed dataset has no known contents")
+
+    def stamp(self) -> dict[str, Any]:
+        return {"dataset": self.label}
+
+    def size_bytes(self) -> int:
+        return 0
