@@ -41,10 +41,6 @@ ALL_LINEAR = "all-linear"
 AS_LOADED = 16
 """Value of `base_bits` for a base that is held in the run's dtype."""
 
-INCREMENTAL_IN_8_BITS = (
-    "--base_bits 8: --merge_precision incremental would round to 8 bits again at every merge; leave it at exact"
-)
-
 SPLIT_IN_8_BITS = "--base_bits 8 holds whole weights, which --tensor_parallel_size {} would split: leave one out"
 
 MORA = "mora"

@@ -1,10 +1,10 @@
-"""What a checkpoint holds beside the ledger: the live squares, the other trained tensors, and which base they are for.
+"""The adapter's files in a checkpoint: the MoRA matrices of the current cycle, other trained tensors, and their base.
 
-Three files, each written atomically:
+Three files, each written atomically; merged cycles are in the merge ledger, a folder of its own (`remora.ledger`).
 
     adapter.json          AdapterFile: layers and operators of the current cycle, dtype, cycle, step, rank, facts
     adapter.safetensors   "<module name>.square" fp32 (r_hat, r_hat) (LoRA: ".factors", (rank, d_in + d_out));
-                          other trained tensors fp32, by parameter name; with domains
+                          other trained tensors (modules_to_save) fp32, by parameter name; with domains
                           "<module name>.domain_squares" fp32 (K, r_hat, r_hat), in the order of adapter.json
     base.json             BaseReference: folder, fingerprint, and parameter name -> key in its safetensors
 """
@@ -12,7 +12,7 @@ Three files, each written atomically:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,82 +28,85 @@ from mora_ds.errors import UserError, nearest
 from mora_ds.files import malformed, read_json, require_format, write_json_atomic
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
 from mora_ds.models.tensor_files import compute_dtype, open_safetensors, shape_dtype, write_safetensors_atomic
-from mora_ds.remora.ledger import LayerEntry, layers_from_dict, layers_to_dict
+from mora_ds.remora.ledger import LayerEntry, Ledger, layers_from_dict, layers_to_dict
 
 
 @dataclass(frozen=True)
-class OwnSquares:
-    """What adapter.json says of the squares of domains, beside the shared ones in `AdapterFile.layers`."""
+class DomainSquares:
+    """The entry "domains" of adapter.json: MoRA matrices of domains, which come on top of the shared ones."""
 
     names: tuple[str, ...]
-    """Of the domains, in the order of the squares."""
+    """The domains, in the order of their matrices."""
     operators: Mapping[str, UpdateSpec]
-    """Module name -> what its squares mean: never merged in mid-run, they stay wired as in cycle 0."""
+    """Module name -> operator of its matrices. They are not merged during a run and keep the operator of cycle 0."""
     frozen: tuple[str, ...] = ()
-    """Names of the tensors that are not trained, shared ones or those of domains."""
+    """Names of the tensors that are not trained, of the shared matrices or those of domains."""
 
     def to_dict(self) -> dict[str, Any]:
         operators = {name: spec.to_dict() for name, spec in self.operators.items()}
         return {"names": list(self.names), "operators": operators, "frozen": list(self.frozen)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> OwnSquares:
+    def from_dict(cls, values: Mapping[str, Any]) -> DomainSquares:
         operators = {name: spec_from_dict(spec) for name, spec in values["operators"].items()}
         return cls(tuple(values["names"]), operators, tuple(values["frozen"]))
 
     def tensor(self, module: str) -> str:
-        """The name of a layer's squares in safetensors files."""
+        """The name of a layer's matrices in safetensors files."""
         return f"{module}.{OWN}"
 
     def index(self, domain: str, flag: str) -> int:
-        """Raises `UserError` that lists the domains."""
+        """The place of a domain among `names`. Raises `UserError` that names `flag` and lists the domains."""
         if domain not in self.names:
-            raise UserError(f"{flag} {domain}: {_there_are(self.names)}.{nearest(domain, self.names)}")
+            raise UserError(f"{flag} {domain}: {self._choices()}.{nearest(domain, self.names)}")
         return self.names.index(domain)
 
+    def choose(self, wanted: str | None, flag: str) -> str | None:
+        """The domain that a user names, None for `shared`. Raises `UserError` where none is named or it is unknown."""
+        if wanted is None:
+            raise UserError(f"{flag}: name a domain; {self._choices()}")
+        if wanted == SHARED:
+            return None
+        self.index(wanted, flag)
+        return wanted
 
-def _there_are(names: tuple[str, ...]) -> str:
-    return f"there are the domains {', '.join(names)}, and {SHARED} for the shared squares alone"
-
-
-def chosen_domain(own: OwnSquares | None, wanted: str | None, flag: str) -> str | None:
-    """The domain that a user names; None: of none. Raises `UserError` where one must be named and is not, or is
-    another's."""
-    if own is None:
-        if wanted is not None:
-            raise UserError(f"{flag} {wanted}: this adapter has no domains")
-        return None
-    if wanted is None:
-        raise UserError(f"{flag}: which of them? {_there_are(own.names)}")
-    if wanted != SHARED:
-        own.index(wanted, flag)
-    return None if wanted == SHARED else wanted
+    def _choices(self) -> str:
+        return f"there are the domains {', '.join(self.names)}, and {SHARED} for the shared MoRA matrices alone"
 
 
-def logits_of(domain: str | None) -> str:
-    """The name of a domain's recorded logits (None: the shared function's) in probe.safetensors."""
+def chosen_domain(domains: DomainSquares | None, wanted: str | None, flag: str) -> str | None:
+    """As `DomainSquares.choose`, for an adapter that may have no domains. Raises `UserError`."""
+    if domains is not None:
+        return domains.choose(wanted, flag)
+    if wanted is not None:
+        raise UserError(f"{flag} {wanted}: this adapter has no domains")
+    return None
+
+
+def logits_name(domain: str | None) -> str:
+    """The name of a domain's recorded logits in probe.safetensors; None: of the shared matrices alone."""
     return "logits" if domain is None else f"logits.{domain}"
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """adapter.json: everything about the adapter but its numbers."""
+    """adapter.json: everything about an adapter except its tensors."""
 
     layers: dict[str, LayerEntry]
     """Module name -> entry, with the operators of the current cycle."""
     dtype: str
     """Compute dtype of the live model: "float32", "bfloat16" or "float16"."""
     cycle: int
-    """Number of the current, unmerged cycle = number of cycles in the ledger."""
+    """Number of the current, unmerged cycle, which is the number of cycles in the ledger."""
     step: int
+    """Optimizer steps done."""
     rank: int
     """LoRA-equivalent rank (`--mora_rank`)."""
     trainables: tuple[str, ...] = ()
-    """Parameter names of the other trained tensors (embeddings, norms, head)."""
+    """Parameter names of other trained tensors (modules_to_save): embeddings, norms, head."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Anything else worth telling; written at the top level of the JSON, and read back from there."""
-    own: OwnSquares | None = None
-    """Of domains, where there are any."""
+    """Anything else worth recording; stored at the top level of the JSON."""
+    domains: DomainSquares | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -115,18 +118,18 @@ class AdapterFile:
             "cycle": self.cycle,
             "step": self.step,
             "rank": self.rank,
-            **({} if self.own is None else {"domains": self.own.to_dict()}),
+            **({} if self.domains is None else {"domains": self.domains.to_dict()}),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterFile:
-        """Raises `KeyError` for what is missing and `UserError` for an unknown operator or dtype."""
+        """Inverse of `to_dict`. Raises `KeyError` for a missing entry, `UserError` for an unknown operator or dtype."""
         rest = dict(values)
         rest.pop("format", None)
         compute_dtype(rest["dtype"])
-        own = rest.pop("domains", None)
+        domains = rest.pop("domains", None)
         return cls(
-            own=None if own is None else OwnSquares.from_dict(own),
+            domains=None if domains is None else DomainSquares.from_dict(domains),
             layers=layers_from_dict(rest.pop("layers")),
             dtype=rest.pop("dtype"),
             cycle=int(rest.pop("cycle")),
@@ -137,14 +140,20 @@ class AdapterFile:
         )
 
     def expected(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every square in adapter.safetensors, those of domains included."""
+        """Name -> shape of every MoRA matrix in adapter.safetensors, those of domains included."""
         shapes: dict[str, tuple[int, ...]] = {
             entry.square: entry.operator.value_shape for entry in self.layers.values()
         }
-        if self.own is not None:
-            for module, spec in self.own.operators.items():
-                shapes[self.own.tensor(module)] = (len(self.own.names), *spec.value_shape)
+        if self.domains is not None:
+            for module, spec in self.domains.operators.items():
+                shapes[self.domains.tensor(module)] = (len(self.domains.names), *spec.value_shape)
         return shapes
+
+    def check_cycle(self, ledger: Ledger) -> None:
+        """Raises `UserError` unless the adapter follows the last cycle of the ledger in its folder."""
+        if ledger.cycles != self.cycle:
+            path = ledger.folder.parent / ADAPTER_JSON
+            raise UserError(f"{ledger.folder} has {ledger.cycles} cycles, but {path} was written in cycle {self.cycle}")
 
 
 def write_adapter(
@@ -152,25 +161,26 @@ def write_adapter(
     adapter: AdapterFile,
     squares: Mapping[str, Tensor],
     trained: Mapping[str, Tensor],
-    own: Mapping[str, Tensor] | None = None,
+    domain_squares: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes adapter.safetensors, then adapter.json, each atomically.
+    """Writes adapter.safetensors, then adapter.json, each atomically; tensors are stored in fp32.
 
     `squares`: module name -> (r_hat, r_hat), for exactly `adapter.layers`. `trained`: parameter name -> tensor, for
-    exactly `adapter.trainables`. `own`: module name -> (K, r_hat, r_hat), where there are domains. All are stored in
-    fp32. Raises `RunError` on a full disk.
+    exactly `adapter.trainables`. `domain_squares`: module name -> (K, r_hat, r_hat), where there are domains. Raises
+    `RunError` on a full disk.
     """
-    tensors = {adapter.layers[name].square: square.detach().float() for name, square in squares.items()}
-    tensors.update({name: tensor.detach().float() for name, tensor in trained.items()})
-    tensors.update({f"{name}.{OWN}": tensor.detach().float() for name, tensor in (own or {}).items()})
+    tensors = {adapter.layers[name].square: square for name, square in squares.items()}
+    tensors.update(trained)
+    tensors.update({f"{name}.{OWN}": stack for name, stack in (domain_squares or {}).items()})
     if set(tensors) != {*adapter.expected(), *adapter.trainables}:
         raise ValueError("the tensors given are not those that the adapter lists")
-    write_safetensors_atomic(folder / ADAPTER_TENSORS, tensors, {"step": str(adapter.step)})
+    stored = {name: tensor.detach().float() for name, tensor in tensors.items()}
+    write_safetensors_atomic(folder / ADAPTER_TENSORS, stored, {"step": str(adapter.step)})
     write_json_atomic(folder / ADAPTER_JSON, adapter.to_dict())
 
 
 def read_adapter(folder: Path) -> AdapterFile:
-    """Raises `UserError` naming adapter.json where it is missing, damaged or of an unknown format."""
+    """Reads adapter.json. Raises `UserError` naming it where it is missing, damaged or of an unknown format."""
     path = folder / ADAPTER_JSON
     content = read_json(path)
     require_format(path, content)
@@ -179,7 +189,7 @@ def read_adapter(folder: Path) -> AdapterFile:
 
 
 class AdapterTensors:
-    """Reads adapter.safetensors, tensor by tensor. Make one with `AdapterTensors.open`."""
+    """Reads adapter.safetensors, one tensor at a time, in fp32 on the CPU. Create it with `AdapterTensors.open`."""
 
     def __init__(self, handle: Any, adapter: AdapterFile) -> None:
         self._handle = handle
@@ -200,41 +210,41 @@ class AdapterTensors:
         return cls(handle, adapter)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, fp32 tensor on the CPU) of everything in the file; names are those of the model's parameters."""
+        """(name, tensor) of everything in the file; names are those of the model's parameters."""
         for name in self._handle.keys():  # noqa: SIM118
             yield name, self._handle.get_tensor(name)
 
     def square(self, module: str) -> Tensor:
-        """fp32 on the CPU: the live square (or factors) of the current cycle."""
+        """The MoRA matrix (or LoRA's factors) of the current cycle."""
         return self._handle.get_tensor(self._adapter.layers[module].square)
 
-    def own(self, module: str) -> Tensor | None:
-        """(K, r_hat, r_hat) fp32 on the CPU: the squares of all domains, where there are any."""
-        own = self._adapter.own
-        return None if own is None else self._handle.get_tensor(own.tensor(module))
+    def domain_squares(self, module: str) -> Tensor | None:
+        """(K, r_hat, r_hat): the matrices of all domains; None without domains."""
+        domains = self._adapter.domains
+        return None if domains is None else self._handle.get_tensor(domains.tensor(module))
 
-    def own_square(self, module: str, domain: str) -> Tensor:
-        """(r_hat, r_hat), of one of them."""
-        own = self._adapter.own
-        assert own is not None
-        index = own.index(domain, "domain")
-        return self._handle.get_slice(own.tensor(module))[index : index + 1].squeeze(0)
+    def domain_square(self, module: str, domain: str) -> Tensor:
+        """(r_hat, r_hat): the matrix of one domain."""
+        domains = self._adapter.domains
+        assert domains is not None
+        index = domains.index(domain, "domain")
+        return self._handle.get_slice(domains.tensor(module))[index : index + 1].squeeze(0)
 
     def trained(self, name: str) -> Tensor:
-        """Another trained tensor, fp32 on the CPU."""
+        """Another trained tensor."""
         return self._handle.get_tensor(name)
 
     def trained_shape(self, name: str) -> tuple[int, ...]:
-        """Its shape, from the header alone."""
+        """The shape of another trained tensor, from the file's header alone."""
         return shape_dtype(self._handle, name)[0]
 
 
 @dataclass(frozen=True)
 class BaseReference:
-    """base.json: which base a checkpoint is for, and how the live parameters are called in its files."""
+    """base.json: which base a checkpoint belongs to, and what the live parameters are called in its files."""
 
     folder: str
-    """Absolute, or relative to the folder of base.json (for a base that moves along with its run)."""
+    """Absolute, or relative to the folder of base.json (for a base that moves together with its run)."""
     fingerprint: str
     keys: dict[str, str]
     """Parameter name -> safetensors key."""
@@ -256,13 +266,16 @@ class BaseReference:
             compute_dtype(content["dtype"])
             return cls(str(content["folder"]), str(content["fingerprint"]), dict(content["keys"]), content["dtype"])
 
-    def open_base(self, checkpoint: Path, override: Path | None = None, flag: str = MODEL_FLAG) -> BaseCheckpoint:
-        """Opens the base, from `override` where it lies elsewhere now, and checks that it is the same one.
+    def absolute(self, checkpoint: Path) -> BaseReference:
+        """The same reference for a copy of base.json in another folder than `checkpoint`."""
+        return replace(self, folder=str((checkpoint / self.folder).resolve()))
 
-        Reads every byte of it. Raises `UserError` naming `flag` when it is not there or not the same.
+    def open_base(self, checkpoint: Path, override: Path | None = None, flag: str = MODEL_FLAG) -> BaseCheckpoint:
+        """Opens the base, in `override` if it was moved, and compares its fingerprint, which reads every byte.
+
+        Raises `UserError` naming `flag` when it is missing or another one.
         """
-        place = override if override is not None else checkpoint.resolve() / self.folder
-        base = BaseCheckpoint.open(place, flag)
+        base = BaseCheckpoint.open(checkpoint.resolve() / self.folder if override is None else override, flag)
         if base.fingerprint() != self.fingerprint:
             raise UserError(
                 f"{flag}: {base.folder} is not the base of {checkpoint}: its weights have the fingerprint"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.domains import domain_layers, domains_of, frozen_values
 from mora_ds.adapters.inject import mora_layers, value_names
-from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, OwnSquares, logits_of, write_adapter
+from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, DomainSquares, logits_name, write_adapter
 from mora_ds.checkpoint.layout import LEDGER_FOLDER, PROBE_FILE, TOKENIZER_FOLDER
 from mora_ds.engine import zero
 from mora_ds.files import copy_folder
@@ -71,7 +71,7 @@ class RunWriter:
         probe = {"input_ids": self.probe_ids.cpu().long()}
         for domain in (None, *domains.names):
             with domains.using(domain):
-                probe[logits_of(domain)] = probe_logits(self.engine, self.probe_ids).cpu()
+                probe[logits_name(domain)] = probe_logits(self.engine, self.probe_ids).cpu()
         return probe
 
     def _gathered(
@@ -92,7 +92,7 @@ class RunWriter:
             step=step,
             rank=self.config.rank,
             trainables=trainables,
-            own=own_squares(self.engine.module),
+            domains=_domain_squares(self.engine.module),
             facts={"config": self.config.to_dict(), **self.facts},
         )
 
@@ -112,13 +112,13 @@ def other_trainables(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if name not in squares}
 
 
-def own_squares(model: nn.Module) -> OwnSquares | None:
+def _domain_squares(model: nn.Module) -> DomainSquares | None:
     """What the file tells of the squares of domains, if the model has any."""
     layers = domain_layers(model)
     if not layers:
         return None
     operators = {name: layer.own_spec for name, layer in layers.items()}
-    return OwnSquares(domains_of(model).names, operators, tuple(frozen_values(model)))
+    return DomainSquares(domains_of(model).names, operators, tuple(frozen_values(model)))
 
 
 @torch.no_grad()

@@ -48,12 +48,7 @@ def live_adapter(location: LedgerLocation) -> AdapterFile | None:
     if location.checkpoint is None:
         return None
     adapter = read_adapter(location.checkpoint)
-    cycles = location.open(hashes=False).cycles
-    if adapter.cycle != cycles:
-        raise UserError(
-            f"{location.ledger} has {cycles} cycles, but {location.checkpoint / ADAPTER_JSON} was written in cycle"
-            f" {adapter.cycle}"
-        )
+    adapter.check_cycle(location.open(hashes=False))
     return adapter
 
 
@@ -156,7 +151,7 @@ def drop(path: Path, cycles: Collection[int], output: Path | None = None, in_pla
         else:
             copy_cycles(ledger, kept, folder / LEDGER_FOLDER, ledger.base_fingerprint)
             reference = BaseReference.read(location.checkpoint)
-            replace(reference, folder=str((location.checkpoint / reference.folder).resolve())).write(folder)
+            reference.absolute(location.checkpoint).write(folder)
             dropped = [record.step for record in ledger.records if record.cycle not in kept]
             copy_adapter(location, folder, len(kept), "dropped_cycles_of_steps", dropped)
     return [*text, f"wrote {output}"]

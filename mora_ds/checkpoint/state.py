@@ -1,59 +1,85 @@
-"""The state of a run that a checkpoint keeps, and what it must have in common with the run that resumes it."""
+"""The state of a run that a checkpoint stores, and what a run must have in common with the checkpoint it resumes."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mora_ds import files
+from mora_ds.adapters.config import AdapterConfig
 from mora_ds.checkpoint.layout import STATE_FILE
 from mora_ds.errors import UserError
+
+MERGE_PRECISION = "exact"
+"""Recorded in identities and adapter.json: the original weight and all updates are summed in fp32 and rounded once.
+Versions up to 0.2 also knew "incremental" merges; a checkpoint of such a run cannot be resumed."""
 
 
 @dataclass
 class TrainerState:
-    """Where a run stands. Everything a resumed run must agree on is in `identity`."""
+    """trainer_state.json: how far a run has come after its last optimizer step."""
 
     step: int = 0
+    """Optimizer steps done."""
     tokens: int = 0
+    """Tokens trained on, over all ranks."""
     merges: list[int] = field(default_factory=list)
+    """The value of `step` at each merge, ascending."""
     stall_window: list[float] = field(default_factory=list)
-    """What `stall.StallRule` decides from: the newest values of its signal in the running cycle."""
+    """The newest values of the stall signal in the current cycle, which `stall.StallRule` decides from."""
     perplexity_before: dict[str, float] = field(default_factory=dict)
+    """Evaluation set -> perplexity before the first step."""
     perplexity_last: dict[str, float] = field(default_factory=dict)
+    """Evaluation set -> perplexity at the newest evaluation."""
     best_step: int = 0
-    """The evaluated step of the least weighted loss so far (`forgetting.Watch.score`); 0: none yet."""
+    """The evaluated step with the lowest weighted loss so far (`forgetting.Watch.score`); 0 before the first one."""
     best_score: float | None = None
+    """That weighted loss."""
     total_steps: int = 0
-    """Optimizer steps that the run was to have: the schedule hangs on them."""
+    """Optimizer steps that the run was planned for, from which the learning-rate schedule follows."""
     finished: bool = False
-    """Whether all of them are done, with what follows the last one."""
+    """Whether all steps are done, with the merge and the evaluation after the last one."""
     evaluation_pending: bool = False
-    """Whether the evaluation after this step is still to be made: the run was stopped before it or in its midst."""
+    """Whether the evaluation after this step is still to be made: the run stopped before or during it."""
     stream: dict[str, Any] | None = None
-    """Where streamed sources stand before the next step's batch."""
+    """Positions of streamed sources before the next step's batch; None without streams."""
     world_size: int = 1
+    """Number of ranks that wrote the checkpoint."""
     identity: dict[str, Any] = field(default_factory=dict)
+    """What a run that resumes the checkpoint must have in common with it (`run_identity`)."""
 
     @classmethod
     def read(cls, folder: Path) -> TrainerState:
-        """Of a checkpoint. Raises `UserError` naming the file when it is missing or damaged."""
+        """The state in a checkpoint's folder. Raises `UserError` naming the file when it is missing or damaged."""
         path = folder / STATE_FILE
         content = files.read_json(path)
         with files.malformed(path):
             return cls(**content)
 
 
+def run_identity(
+    base_fingerprint: str, adapter: AdapterConfig, more: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The identity of a run with an adapter; `more` holds what its trainer adds (text, seed, batch size ...)."""
+    return {
+        "base": base_fingerprint,
+        "adapter": adapter.to_dict(),
+        "merge_precision": MERGE_PRECISION,
+        **(more or {}),
+    }
+
+
 def check_world_size(folder: Path, world: int) -> None:
-    """Raises `UserError` when so many ranks cannot go on with the checkpoint: its batch must divide by them."""
+    """Raises `UserError` when `world` ranks cannot resume the checkpoint: its global batch must divide by them."""
     rows = TrainerState.read(folder).identity.get("global_batch_size")
     if isinstance(rows, int) and rows % world:
-        able = [str(number) for number in range(1, rows + 1) if rows % number == 0]
+        divisors = [str(number) for number in range(1, rows + 1) if rows % number == 0]
         raise UserError(
             f"{folder} belongs to a run of {rows} sequences a step, which {world} ranks cannot share evenly: "
-            f"start {', '.join(able[:-1]) + ' or ' if able[:-1] else ''}{able[-1]} of them"
+            f"start {', '.join(divisors[:-1]) + ' or ' if divisors[:-1] else ''}{divisors[-1]} of them"
         )
 
 
@@ -61,7 +87,7 @@ def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> 
     """Raises one `UserError` that names everything in which the checkpoint's run differs from this one."""
     there, here = (_flat(json.loads(json.dumps(identity))) for identity in (saved, now))
     differences = [
-        f"{_meaning(key)}: {there.get(key)!r} there, {here.get(key)!r} here"
+        f"{_label(key)}: {there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted({*there, *here})
         if there.get(key) != here.get(key)
     ]
@@ -69,7 +95,7 @@ def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> 
         raise UserError(f"{folder} belongs to another run:\n  " + "\n  ".join(differences))
 
 
-_MEANING = {
+_LABELS = {
     "base": "weights of --model_name_or_path",
     "model_config": "config.json of --model_name_or_path",
     "tokens": "tokens of the training text (--train_files, --dataset_name and the tokenizer)",
@@ -79,23 +105,26 @@ _MEANING = {
     "adapter.dropout": "--mora_dropout",
     "adapter.vector_sets": "--subspace_cycles (None: 1)",
     "adapter.vectors": "singular vectors of the base (--operator subspace, --alignment_weight)",
-    "alignment": "--alignment_weight, --alignment_rank (None: no such loss)",
+    "alignment": "--alignment_weight, --alignment_rank (None: no alignment loss)",
     "adapter.base_bits": "--base_bits (None: 16)",
-    "adapter.domains": "domains of --domain_adapters (None: without)",
-    "adapter.freeze": "--freeze (None: none)",
+    "adapter.domains": "domains of --domain_adapters (None: no domains)",
+    "adapter.freeze": "--freeze (None: nothing)",
+    "merge_precision": "kind of merge (incremental merges were removed after version 0.2, which can finish that run)",
     "global_batch_size": "sequences a step, over all ranks (--per_device_train_batch_size and so on)",
     "dtype": "compute dtype (--bf16, --fp16)",
     "optimizer": "--optimizer (None: adamw)",
 }
+"""Key of a flat identity -> what the user calls it, and what a missing value (None) means."""
 
 
-def _meaning(key: str) -> str:
-    """In the user's words; of a mixture, with the source's name or the phase."""
+def _label(key: str) -> str:
+    """`key` as the user calls it; parts of a mixture with the name of the source or the phase."""
     part, _, name = key.partition("mixture.")[2].partition(".")
-    return f"{_MEANING[f'mixture.{part}']}, {name}" if name else _MEANING.get(key, key)
+    return f"{_LABELS[f'mixture.{part}']}, {name}" if name else _LABELS.get(key, key)
 
 
 def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"adapter": {"rank": 8}} -> {"adapter.rank": 8}."""
     flat: dict[str, Any] = {}
     for key, value in identity.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})

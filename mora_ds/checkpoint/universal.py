@@ -108,17 +108,18 @@ def _tagged(folder: Path) -> Path:
 
 
 def _write_adapter(folder: Path, shards: EngineShards) -> None:
-    """adapter.safetensors follows the masters, as in any checkpoint."""
+    """Makes adapter.safetensors hold the masters, as in any checkpoint. Frozen tensors have none and stay."""
     adapter = read_adapter(folder)
-    kept = () if adapter.own is None else adapter.own.frozen  # of which there is no master
-    old = {name: value.clone() for name, value in AdapterTensors.open(folder, adapter).items() if name in kept}
+    domains = adapter.domains
+    names = () if domains is None else domains.frozen
+    frozen = {name: value.clone() for name, value in AdapterTensors.open(folder, adapter).items() if name in names}
 
     def tensor(name: str) -> Tensor:
-        return old[name] if name in old else shards.whole(name, MASTER)
+        return frozen[name] if name in frozen else shards.whole(name, MASTER)
 
     squares = {name: tensor(entry.square) for name, entry in adapter.layers.items()}
-    own = {} if adapter.own is None else {name: tensor(adapter.own.tensor(name)) for name in adapter.own.operators}
-    write_adapter(folder, adapter, squares, {name: tensor(name) for name in adapter.trainables}, own)
+    stacks = {} if domains is None else {name: tensor(domains.tensor(name)) for name in domains.operators}
+    write_adapter(folder, adapter, squares, {name: tensor(name) for name in adapter.trainables}, stacks)
 
 
 # -- DeepSpeed's files -------------------------------------------------------------------------------------------------

@@ -201,7 +201,7 @@ def _agreement(folder: Path) -> Iterator[str]:
     if shards.first.swapped:
         return
     tensors = dict(AdapterTensors.open(folder, adapter).items())
-    for name in () if adapter.own is None else adapter.own.frozen:
+    for name in () if adapter.domains is None else adapter.domains.frozen:
         del tensors[name]  # no shard holds it: it is not trained
     if different := sorted(set(tensors) ^ set(shards.shapes)):
         raise UserError(f"{folder / ADAPTER_TENSORS} and the shards do not hold the same tensors, e.g. {different[0]}")

@@ -8,7 +8,7 @@
 In memory are the base once, the adapters used last within the bound that is set, and the squares of the batch in
 progress. Squares stay squares (see `bank_layer`): nothing is merged, and the base is never written to. In fp32 a row's
 result is that of its adapter merged alone, to rounding. A merged model in bf16 has its weights rounded after the merge,
-and a run's live one as --base_bits 8 or --merge_precision incremental say; a bank rounds none of that.
+and a run's live one with --base_bits 8 as well; a bank rounds none of that.
 """
 
 from __future__ import annotations

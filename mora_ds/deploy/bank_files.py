@@ -78,10 +78,10 @@ def read_headers(name: str, path: Path, fingerprint: str) -> AdapterFile:
             f"adapter {name!r} ({folder}) is of another base: fingerprint {reference.fingerprint}, not {fingerprint};"
             f" its own was {(folder / reference.folder).resolve()}"
         )
-    if adapter.own is not None:
+    if adapter.domains is not None:
         raise NotOfThisBank(
-            f"adapter {name!r} ({folder}) has squares of the domains {', '.join(adapter.own.names)} beside its shared"
-            " ones; a bank takes adapters with one square a layer: evaluate it alone, with --domain"
+            f"adapter {name!r} ({folder}) has MoRA matrices of the domains {', '.join(adapter.domains.names)} and"
+            " shared ones; a bank takes adapters with one matrix a layer: evaluate it alone, with --domain"
         )
     if adapter.trainables:
         raise NotOfThisBank(
@@ -182,8 +182,7 @@ def read_resident(
         adapter = read_headers(name, path, fingerprint)
         folder = _located(path)
         ledger = _open_ledger(folder, fingerprint)
-        if ledger.cycles != adapter.cycle:
-            raise UserError(f"{ledger.folder} has {ledger.cycles} cycles, {ADAPTER_JSON} says {adapter.cycle}")
+        adapter.check_cycle(ledger)
         tensors = AdapterTensors.open(folder, adapter)
         if new := set(adapter.layers) - set(layers):
             raise UserError(f"{folder / ADAPTER_JSON} has a layer that it did not have at first: {min(new)}")

@@ -27,10 +27,10 @@ from mora_ds.checkpoint.adapter_files import (
     AdapterTensors,
     BaseReference,
     chosen_domain,
-    logits_of,
+    logits_name,
     read_adapter,
 )
-from mora_ds.checkpoint.layout import ADAPTER_JSON, BASE_JSON, LEDGER_FOLDER, PROBE_FILE, find_checkpoint, tokenizer_of
+from mora_ds.checkpoint.layout import BASE_JSON, LEDGER_FOLDER, PROBE_FILE, find_checkpoint, tokenizer_of
 from mora_ds.deploy.logits_check import Comparison, compare_logits
 from mora_ds.deploy.model_card import model_card
 from mora_ds.errors import RunError, UserError
@@ -124,7 +124,7 @@ def export_merged(
         names = write_shards(folder, shards, _tensor_of(run))
         write_companions(run.base, folder, target, tokenizer_of(run.checkpoint))
         comparison = _compared(run, folder, probe, target) if verify else None
-        facts = run.adapter if run.adapter.own is None else _with_domain(run.adapter, run.domain)
+        facts = run.adapter if run.adapter.domains is None else _with_domain(run.adapter, run.domain)
         card = model_card(run.checkpoint, facts, run.ledger, run.reference, dtype_name(target), comparison)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return ExportReport(
@@ -155,15 +155,11 @@ def _check_manifest(checkpoint: Path) -> None:
 
 def _open_run(checkpoint: Path, base_folder: Path | None, domain: str | None) -> _Run:
     adapter = read_adapter(checkpoint)
-    domain = chosen_domain(adapter.own, domain, "--domain")
+    domain = chosen_domain(adapter.domains, domain, "--domain")
     tensors = AdapterTensors.open(checkpoint, adapter)
     reference = BaseReference.read(checkpoint)
     ledger = _open_ledger(checkpoint, reference.fingerprint)
-    if ledger.cycles != adapter.cycle:
-        raise UserError(
-            f"{ledger.folder} has {ledger.cycles} cycles, but {checkpoint / ADAPTER_JSON} was written in cycle"
-            f" {adapter.cycle}"
-        )
+    adapter.check_cycle(ledger)
     base = reference.open_base(checkpoint, base_folder, flag="--base")
     run = _Run(checkpoint, adapter, tensors, reference, base, ledger, domain)
     _check_layers(run)
@@ -259,7 +255,7 @@ def _tensor_of(run: _Run) -> Callable[[str, torch.dtype], Tensor]:
 
 
 def _compared(run: _Run, exported: Path, probe: Path, target: torch.dtype) -> Comparison:
-    return compare_logits(exported, probe, target, _rounding(run, exported), logits_of(run.domain))
+    return compare_logits(exported, probe, target, _rounding(run, exported), logits_name(run.domain))
 
 
 def _rounding(run: _Run, exported: Path) -> float:
@@ -278,7 +274,7 @@ def _rounding(run: _Run, exported: Path) -> float:
 def _merged(run: _Run, key: str, entry: LayerEntry, dtype: torch.dtype) -> Tensor:
     """The live weight with the current cycle's square merged too, as the next merge would form it."""
     updates = [*run.ledger.squares_of(entry.module), (entry.operator, run.tensors.square(entry.module))]
-    if run.domain is not None and run.adapter.own is not None:
-        own = run.adapter.own.operators[entry.module]
-        updates.append((own, run.tensors.own_square(entry.module, run.domain)))
+    if run.domain is not None and run.adapter.domains is not None:
+        own = run.adapter.domains.operators[entry.module]
+        updates.append((own, run.tensors.domain_square(entry.module, run.domain)))
     return live_weight(run.base.read(key), updates, entry.transposed, dtype)

@@ -148,7 +148,7 @@ def load_target(
 
 
 def _adapted(checkpoint: Path, base: Path | None, dtype: str, device: str, domain: str | None) -> Target:
-    domain = chosen_domain(read_adapter(checkpoint).own, domain, "--domain")
+    domain = chosen_domain(read_adapter(checkpoint).domains, domain, "--domain")
     reference = BaseReference.read(checkpoint)
     folder = base if base is not None else checkpoint / reference.folder
     tokenizer = load_tokenizer(tokenizer_of(checkpoint) or folder, flag="MODEL")

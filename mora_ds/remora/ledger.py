@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.singular_vectors import VectorsRecord, register
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.update import spec_from_dict
@@ -43,7 +42,6 @@ from mora_ds.files import (
     sha256_file,
     write_json_atomic,
 )
-from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import SafetensorsWriter, open_safetensors, shape_dtype
 
 LEDGER_FILE = "ledger.json"
@@ -310,22 +308,3 @@ def _write_cycle(
             if not torch.isfinite(square).all():
                 raise RunError(f"step {step}: {layers[module].square} is not finite and cannot be merged")
             writer.write(layers[module].square, square)
-
-
-def replay(
-    ledger: Ledger,
-    base: BaseCheckpoint,
-    layers: Iterable[LayerEntry],
-    keys: Mapping[str, str],
-    dtype: torch.dtype,
-    write: Callable[[str, Tensor], None],
-    device: torch.device | str | None = None,
-) -> None:
-    """Forms the live weight of each layer, one after the other, and hands it to `write(module name, weight)`.
-
-    `keys`: weight parameter name -> key in `base` (`BaseCheckpoint.map_parameters`). Layers that the ledger does not
-    know get their original weight, cast.
-    """
-    for entry in layers:
-        original = base.read(keys[entry.weight])
-        write(entry.module, live_weight(original, ledger.squares_of(entry.module), entry.transposed, dtype, device))

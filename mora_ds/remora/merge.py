@@ -1,37 +1,33 @@
-"""ReMoRA: merge every layer's square into the base, record it, start a fresh one.
+"""ReMoRA merges: every layer's MoRA matrix M goes into the base and into the merge ledger, and a fresh one starts.
 
-At an accumulation boundary, on all ranks, layer by layer, in the same order:
+At a gradient-accumulation boundary, on all ranks, layer by layer in the same order:
 
-    square M in fp32 from the master partitions    (the only collective: r_hat^2 * 4 bytes a layer)
-    live weight = cast(original + all recorded deltas + this one), in place; or, with 8 bits, quantize of that sum
-    the cycle's squares into the ledger             (one writer a folder; see `Ledger`)
-    squares, their masters and moments back to zero; the next cycle's grouping (LoRA: a fresh A)
+    M in fp32 from the master partitions        the only collective: r_hat^2 * 4 bytes a layer
+    live weight = cast(original + all recorded deltas + delta(M)), in place; with --base_bits 8, quantize of that sum
+    M of every layer into the ledger            one writer a folder (see `Ledger`)
+    M, its masters and its moments to zero; the next cycle's grouping (LoRA: a fresh A)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mora_ds.adapters.config import INCREMENTAL_IN_8_BITS, AdapterConfig
+from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.inject import mora_layers, set_cycle
-from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.merge_layer import MergeNorms, merge_layer, write_live
-from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.engine import zero
 from mora_ds.engine.muon import uses_muon
 from mora_ds.errors import RunError, UserError
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LayerEntry, Ledger
 from mora_ds.remora.optimizer_reset import STEP, OptimizerReset, rule
-
-EXACT = "exact"
-INCREMENTAL = "incremental"
 
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2, torch.int8: 3e-2}
 """How far a merge may move the probe's loss, relative to it: what rounding the weights to that dtype can explain. In 8
@@ -46,20 +42,22 @@ class MergeReport:
     step: int
     layers: int
     square_norm: float
+    """Norm of the MoRA matrices."""
     delta_norm: float
-    """Of what the squares stood for; `weight_norm` is that of the live weights before."""
+    """Norm of the deltas that the matrices stand for."""
     weight_norm: float
+    """Norm of the live weights before the merge."""
     rounding_loss: float
     """Share of the deltas that the live weights' dtype did not take up (0 in fp32; the ledger has all of it). Above 1
     where deltas are smaller than what rounding changes, as they may be in 8 bits."""
     states_zeroed: float
-    """Share of the squares' moments that is zero after the reset."""
+    """Share of the matrices' optimizer moments that is zero after the reset."""
     loss_before: float | None = None
     loss_after: float | None = None
-    """On a fixed probe batch, where there is one."""
+    """Loss on the probe batch before and after the merge, where there is a probe."""
 
     def row(self) -> dict[str, Any]:
-        """Everything but the step, for a log."""
+        """All fields but the step, for metrics.jsonl."""
         return {name: value for name, value in vars(self).items() if name != "step"}
 
     def __str__(self) -> str:
@@ -73,22 +71,8 @@ class MergeReport:
         )
 
 
-@dataclass
-class _Norms:
-    """Sums of squares, gathered layer by layer."""
-
-    square: float = 0.0
-    delta: float = 0.0
-    weight: float = 0.0
-    lost: float = 0.0
-
-    def add(self, norms: MergeNorms) -> None:
-        for name, norm in norms._asdict().items():
-            setattr(self, name, getattr(self, name) + norm.item() ** 2)
-
-
 def layer_entries(model: torch.nn.Module) -> dict[str, LayerEntry]:
-    """Module name -> what the ledger records of the layer as it is wired now."""
+    """Module name -> what the ledger records of the layer in its present cycle."""
     return {
         name: LayerEntry(name, f"{name}.weight", layer.transposed, layer.spec)
         for name, layer in mora_layers(model).items()
@@ -98,9 +82,8 @@ def layer_entries(model: torch.nn.Module) -> dict[str, LayerEntry]:
 class ReMoRA:
     """Merges and replays for one engine.
 
-    `keys` maps a layer's weight name to its key in `base`. With `precision="exact"` the live base is always the
-    original plus all deltas, summed in fp32 and rounded once; with "incremental" each delta is added to the live
-    weight, which needs no base on disk and loses small deltas in bf16. `is_writer` marks one rank a node.
+    The live base is always the original of `base` plus all deltas in `ledger`, summed in fp32 and rounded once. `keys`
+    maps a layer's weight name to its key in `base`. `is_writer` marks one rank a node, by default rank 0 alone.
     """
 
     def __init__(
@@ -108,31 +91,25 @@ class ReMoRA:
         engine: zero.Engine,
         config: AdapterConfig,
         ledger: Ledger,
-        base: BaseCheckpoint | None,
+        base: BaseCheckpoint,
         keys: dict[str, str],
-        precision: str = EXACT,
         is_writer: bool | None = None,
         reset: OptimizerReset = OptimizerReset.ZERO,
     ) -> None:
-        if precision == EXACT and base is None:
-            raise RunError("exact merging rereads the original base: give one, or choose incremental")
-        if precision == INCREMENTAL and config.base_bits == 8:
-            raise UserError(INCREMENTAL_IN_8_BITS)
         _check_reset(engine, reset)
         self.engine, self.config, self.ledger = engine, config, ledger
-        self.base, self.keys, self.precision = base, keys, precision
+        self.base, self.keys, self.reset = base, keys, reset
         self.is_writer = dist.get_rank() == 0 if is_writer is None else is_writer
-        self.reset = reset
         self.probe: Callable[[], float] | None = None
         """Loss on a fixed batch, the same on every rank; measured before and after each merge."""
 
     @property
     def cycle(self) -> int:
-        """Number of merges so far, which is also the number of the running cycle."""
+        """Number of merges so far, which is also the number of the current cycle."""
         return self.ledger.cycles
 
     def merge(self, step: int) -> MergeReport:
-        """Merge all squares after optimizer step `step`. Collective.
+        """Merge the MoRA matrices of all layers after optimizer step `step`. Collective.
 
         Raises `RunError` when the probe's loss moves by more than rounding explains.
         """
@@ -141,28 +118,32 @@ class ReMoRA:
         model, cycle = self.engine.module, self.cycle
         entries = layer_entries(model)
         recorded: dict[str, Tensor] = {}
-        norms = _Norms()
+        norms: list[MergeNorms] = []
         before = self.probe() if self.probe else None
         for name, layer in mora_layers(model).items():
             square = layer.whole(zero.full_fp32(self.engine, layer.value))
-            norms.add(merge_layer(layer, self._start(name, layer), self._updates(name, layer, square), square))
+            updates = chain(self.ledger.squares_of(name), [(layer.spec, square)])
+            norms.append(merge_layer(layer, self._original(name), updates, square))
             if self.is_writer:
                 recorded[name] = square.cpu()
         self._record(step, entries, recorded)
         zeroed = self._start_cycle(self.cycle)
         after = self.probe() if self.probe else None
         self._check_probe(step, before, after)
+        square_sum, delta_sum, weight_sum, lost_sum = (
+            sum(n.item() ** 2 for n in column) for column in zip(*norms, strict=True)
+        )
         return MergeReport(
-            cycle,
-            step,
-            len(entries),
-            norms.square**0.5,
-            norms.delta**0.5,
-            norms.weight**0.5,
-            (norms.lost / norms.delta) ** 0.5 if norms.delta else 0.0,
-            zeroed,
-            before,
-            after,
+            cycle=cycle,
+            step=step,
+            layers=len(entries),
+            square_norm=square_sum**0.5,
+            delta_norm=delta_sum**0.5,
+            weight_norm=weight_sum**0.5,
+            rounding_loss=(lost_sum / delta_sum) ** 0.5 if delta_sum else 0.0,
+            states_zeroed=zeroed,
+            loss_before=before,
+            loss_after=after,
         )
 
     def _check_probe(self, step: int, before: float | None, after: float | None) -> None:
@@ -176,40 +157,19 @@ class ReMoRA:
                 "checkpoint; with --compute weight in low precision take activation"
             )
 
-    def reopen(self) -> None:
-        """Look at the ledger's folder again, after somebody else has changed it."""
-        self.ledger = self._reopened()
-
     def replay(self) -> None:
-        """Bring the live base to the ledger's state (after a resume) and wire the squares for the running cycle."""
-        if self.cycle and self.precision == INCREMENTAL:
-            self._replay_incrementally()
-        elif self.cycle:
+        """Bring the live base to the ledger's state (after a resume) and set the current cycle's operators."""
+        if self.cycle:
             self.form_base()
         set_cycle(self.engine.module, self.config, self.cycle)
 
     def form_base(self) -> None:
-        """The live base of the ledger, from the originals."""
+        """Form every live weight from its original and the ledger."""
         for name, layer in mora_layers(self.engine.module).items():
-            write_live(layer, self._start(name, layer), self.ledger.squares_of(name))
+            write_live(layer, self._original(name), self.ledger.squares_of(name))
 
-    def _updates(self, name: str, layer: AdaptedLinear, square: Tensor) -> Iterator[tuple[UpdateSpec, Tensor]]:
-        if self.precision == EXACT:
-            yield from self.ledger.squares_of(name)
-        yield layer.spec, square
-
-    def _start(self, name: str, layer: AdaptedLinear) -> Tensor:
-        """What the updates are added to."""
-        if self.precision == INCREMENTAL:
-            return layer.weight
-        assert self.base is not None
+    def _original(self, name: str) -> Tensor:
         return self.base.read(self.keys[f"{name}.weight"])
-
-    def _replay_incrementally(self) -> None:
-        """The same roundings as the run made: one after each cycle."""
-        for name, layer in mora_layers(self.engine.module).items():
-            for update in self.ledger.squares_of(name):
-                write_live(layer, layer.weight, (update,))
 
     def _record(self, step: int, entries: dict[str, LayerEntry], squares: dict[str, Tensor]) -> None:
         """Rank 0 appends first; then the writer of every node whose folder is not rank 0's folder."""
@@ -218,16 +178,16 @@ class ReMoRA:
             if writes and self._reopened().cycles == cycle:
                 self.ledger.append(step, entries, squares.items())
             dist.barrier()
-        self.reopen()
+        self.ledger = self._reopened()
         if self.cycle != cycle + 1:
             raise RunError(f"cycle {cycle} is not in the ledger at {self.ledger.folder} as this rank sees it")
 
     def _reopened(self) -> Ledger:
-        """The ledger as it lies on this node's disk now (another rank may have appended to it)."""
+        """The ledger as it is on this node's disk now (another rank may have appended to it)."""
         return Ledger.open(self.ledger.folder, self.ledger.base_fingerprint, hashes=False)
 
     def _start_cycle(self, cycle: int) -> float:
-        """Returns the share of the squares' moments that is zero now, over all ranks."""
+        """Returns the share of the matrices' optimizer moments that is zero after the reset, over all ranks."""
         layers = mora_layers(self.engine.module)
         change = rule(self.reset, self.config.seed, zero.state_shard(self.engine), cycle)
         zero.reset_group(self.engine, 0, [layer.value for layer in layers.values()], change)
@@ -246,8 +206,8 @@ class ReMoRA:
 
 
 def _check_reset(engine: zero.Engine, reset: OptimizerReset) -> None:
-    """At stages 1 and 2 two ranks hold the same momentum of a square that lies across their border: pruned on each by
-    itself, the two halves of the square would go different ways."""
+    """At ZeRO stages 1 and 2 two ranks hold the same Muon momentum of a matrix that lies across the border of their
+    partitions. Pruned on each rank by itself, the two copies would differ."""
     pruned = reset in (OptimizerReset.MAGNITUDE, OptimizerReset.RANDOM)
     if pruned and uses_muon(engine) and engine.zero_optimization_stage() in (1, 2):
         raise UserError(f"--optimizer_reset {reset.value} with Muon needs ZeRO stage 3 or 0: take it, or zero, or keep")

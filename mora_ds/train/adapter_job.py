@@ -19,7 +19,7 @@ from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.inject import frozen_buffers, inject
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.checkpoint.contents import PROBE_TOKENS
-from mora_ds.checkpoint.state import TrainerState
+from mora_ds.checkpoint.state import TrainerState, run_identity
 from mora_ds.config.domains import adapter_config
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine.device import current_device
@@ -31,7 +31,7 @@ from mora_ds.planning.costs import costs
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.train.init_adapter import InitialAdapter
 from mora_ds.train.job import Job
-from mora_ds.train.run import Run, RunDetails, run_identity
+from mora_ds.train.run import Run, RunDetails
 from mora_ds.train.targets import RunTargets
 from mora_ds.train.vectors import FOLDER as VECTORS_FOLDER
 from mora_ds.train.vectors import needs_vectors, prepare_vectors, wanted_vectors
@@ -49,7 +49,7 @@ class AdapterJob(Job):
         self._inject()
         fingerprint = self.place.ranks.on_first(self.loaded.base.fingerprint)
         common = self.common_identity()
-        self.check_checkpoint(run_identity(fingerprint, self.config, "exact", common))
+        self.check_checkpoint(run_identity(fingerprint, self.config, common))
         first = self._initial_adapter(fingerprint)
         degree = training.tensor_parallel_size
         self.engine, *_ = initialize(
@@ -149,7 +149,6 @@ class AdapterJob(Job):
             async_save=training.async_save,
             details=RunDetails(
                 keys=self.loaded.keys,
-                precision="exact",
                 reset=OptimizerReset(adapter.optimizer_reset),
                 identity=identity,
                 tokenizer_folder=self.data.tokenizer_folder,

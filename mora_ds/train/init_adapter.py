@@ -48,7 +48,7 @@ class InitialAdapter:
         if (found := BaseReference.read(folder).fingerprint) != fingerprint:
             raise UserError(f"{FLAG} {path} is an adapter of another base: fingerprint {found}, not {fingerprint}")
         layers, names = domain_layers(model), domains_of(model).names
-        there = () if facts.own is None else facts.own.names
+        there = () if facts.domains is None else facts.domains.names
         if set(names).isdisjoint(there) and any(OWN in layer.frozen_values for layer in layers.values()):
             raise UserError(
                 f"{FLAG} {path}: --freeze domains would keep the squares of {', '.join(names)} at zero: that run has "
@@ -57,7 +57,7 @@ class InitialAdapter:
         if different := sorted(set(layers) ^ set(facts.layers)):
             raise UserError(f"{FLAG} {path} adapts other layers (--target_modules), e.g. {different[0]}")
         for name, layer in layers.items():
-            own = layer.own_spec if facts.own is None else facts.own.operators.get(name)
+            own = layer.own_spec if facts.domains is None else facts.domains.operators.get(name)
             if (facts.layers[name].operator, own) != (layer.spec, layer.own_spec):
                 raise UserError(
                     f"{FLAG} {path}: the square of {name} means something else there (--mora_rank, --operator, "
@@ -71,17 +71,19 @@ class InitialAdapter:
         for name, layer in domain_layers(engine.module).items():
             _set(engine, layer, "square", self.tensors.square(name))
             _set(engine, layer, "domain_squares", self._own(name, layer, domains))
-        known = () if self.facts.own is None else self.facts.own.names
+        known = () if self.facts.domains is None else self.facts.domains.names
         found, new = ([name for name in domains if (name in known) is there] for there in (True, False))
         begins = f"; {', '.join(new)}: from zero" if new else ""
         return f"squares of {self.folder}: the shared ones{''.join(f', {name}' for name in found)}{begins}"
 
     def _own(self, module: str, layer: DomainLinear, domains: tuple[str, ...]) -> Tensor:
-        own = self.facts.own
+        own = self.facts.domains
         shape = layer.own_spec.r_hat, layer.own_spec.r_hat
         return torch.stack(
             [
-                self.tensors.own_square(module, name) if own is not None and name in own.names else torch.zeros(shape)
+                self.tensors.domain_square(module, name)
+                if own is not None and name in own.names
+                else torch.zeros(shape)
                 for name in domains
             ]
         )

@@ -26,7 +26,7 @@ from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, read
 from mora_ds.checkpoint.contents import PROBE_TOKENS, RunWriter
 from mora_ds.checkpoint.folder import resume_checkpoint
 from mora_ds.checkpoint.layout import CHECKPOINTS, LEDGER_FOLDER, complete_checkpoints
-from mora_ds.checkpoint.state import TrainerState, check_identity
+from mora_ds.checkpoint.state import MERGE_PRECISION, TrainerState, check_identity, run_identity
 from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import start_distributed
@@ -34,7 +34,7 @@ from mora_ds.errors import UserError
 from mora_ds.models.base import BaseCheckpoint, NotOneToOne, renamed_keys, verify_against_model
 from mora_ds.models.tensor_files import dtype_name
 from mora_ds.remora.ledger import LEDGER_FILE, Ledger
-from mora_ds.remora.merge import EXACT, MergeReport, ReMoRA
+from mora_ds.remora.merge import MergeReport, ReMoRA
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
@@ -47,7 +47,6 @@ class RunDetails:
 
     keys: Mapping[str, str] | None = None
     """Parameter name -> key in the base; None: found from the model, whose frozen weights are then compared too."""
-    precision: str = EXACT
     reset: OptimizerReset = OptimizerReset.ZERO
     """What a merge does to the optimizer's state."""
     identity: Mapping[str, Any] = field(default_factory=dict)
@@ -91,12 +90,10 @@ class Run:
         opened = base if isinstance(base, BaseCheckpoint) else BaseCheckpoint.open(base, "base")
         keys = self._map(opened) if details.keys is None else dict(details.keys)
         fingerprint = self.ranks.on_first(opened.fingerprint)
-        self.identity = run_identity(fingerprint, config, details.precision, details.identity)
+        self.identity = run_identity(fingerprint, config, details.identity)
         checkpoint = self._checkpoint(resume, overwrite)
         ledger = self._open_ledger(checkpoint, fingerprint, config.vectors if isinstance(config, MoRAConfig) else "")
-        self.remora = ReMoRA(
-            engine, config, ledger, opened, keys, details.precision, self.ranks.is_local_first, details.reset
-        )
+        self.remora = ReMoRA(engine, config, ledger, opened, keys, self.ranks.is_local_first, details.reset)
         dtype = dtype_name(next(iter(mora_layers(engine.module).values())).dtype)
         probe_ids = torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0) if details.probe_ids is None else details.probe_ids
         writer = RunWriter(
@@ -106,7 +103,7 @@ class Run:
             BaseReference(str(opened.folder.resolve()), fingerprint, keys, dtype),
             details.tokenizer_folder,
             probe_ids,
-            {"operator": config.title, "merge_precision": details.precision, **details.facts},
+            {"operator": config.title, "merge_precision": MERGE_PRECISION, **details.facts},
         )
         root = self.folder / CHECKPOINTS
         self._checkpoints = CheckpointWriter(root, engine, writer.collect, async_save, self.followers)
@@ -202,18 +199,6 @@ def _verify_int8(base: BaseCheckpoint, keys: Mapping[str, str], model: Any) -> N
         step = layer.weight_scales.max().item()
         if original.shape != layer.weight.shape or not torch.allclose(layer.read(), original, rtol=2**-8, atol=step):
             raise NotOneToOne(f"{name}.weight of the model is not, in 8 bits, the tensor {key!r} of {base.folder}")
-
-
-def run_identity(
-    fingerprint: str, config: AdapterConfig, precision: str, more: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """What a checkpoint and the run that resumes it must have in common."""
-    return {
-        "base": fingerprint,
-        "adapter": config.to_dict(),
-        "merge_precision": precision,
-        **(more or {}),
-    }
 
 
 def with_vectors(

@@ -365,7 +365,7 @@ def test_an_adapter_of_another_base_or_operator_is_refused(tmp_path: Path) -> No
     norm = {"model.norm.weight": torch.ones(32)}
     refused("'odd' .* trained model.norm.weight beside its squares", MoRAConfig(rank=3), trained=norm)
 
-    refused("'odd' .* has squares of the domains law, code beside", MoRAConfig(rank=3), domains=("law", "code"))
+    refused("'odd' .* has MoRA matrices of the domains law, code", MoRAConfig(rank=3), domains=("law", "code"))
     for kind in ("subspace", "spiral"):  # the second is known to nobody
         made.add(kind, MoRAConfig(rank=3))
         path = tmp_path / "bank" / kind / ADAPTER_JSON

@@ -17,7 +17,7 @@ from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.target_modules import match_targets
-from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, OwnSquares, write_adapter
+from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, DomainSquares, write_adapter
 from mora_ds.checkpoint.layout import LEDGER_FOLDER
 from mora_ds.models.base import BaseCheckpoint, renamed_keys
 from mora_ds.remora.ledger import LayerEntry, Ledger
@@ -84,7 +84,7 @@ class Maker:
         extra, operators = dict(trained or {}), {name: entry.operator for name, entry in layers.items()}
         adapter = AdapterFile(
             layers=layers, dtype=dtype, cycle=cycles, step=7, rank=config.rank, trainables=tuple(extra), facts=facts,
-            own=OwnSquares(domains, operators) if domains else None,
+            domains=DomainSquares(domains, operators) if domains else None,
         )  # fmt: skip
         own = {name: square.expand(len(domains), -1, -1) for name, square in squares.items() if domains}
         write_adapter(folder, adapter, squares, extra, own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
 from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.parallel.saved_inputs import TPInputs
@@ -42,6 +43,12 @@ def model_of(case: Case) -> torch.nn.Module:
     for layer in mora_layers(model).values():
         layer.square.data = 0.02 * torch.randn(layer.square.shape, generator=generator)
     return model.train()
+
+
+def base_in_memory(model: torch.nn.Module) -> tuple[Any, dict[str, str]]:
+    """(a base to merge into, keys) for a model that was never saved: copies of its frozen weights."""
+    copies = {name: tensor.clone() for name, tensor in frozen_buffers(model).items()}
+    return SimpleNamespace(read=copies.__getitem__), {name: name for name in copies}
 
 
 def batches(step: int) -> torch.Tensor:

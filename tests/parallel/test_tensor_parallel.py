@@ -19,6 +19,7 @@ from tests.helpers.tensor_parallel import (
     BATCHES,
     Case,
     assert_same_run,
+    base_in_memory,
     batches,
     config_of,
     plain_run,
@@ -76,7 +77,8 @@ def merged(case: Case, degree: int, folder: str) -> dict[str, Any]:
     if dist.get_rank() == 0:
         Ledger.create(Path(folder), "0" * 64)
     dist.barrier()
-    remora = ReMoRA(engine, config_of(case), Ledger.open(Path(folder)), None, {}, "incremental")
+    base, keys = base_in_memory(engine.module)
+    remora = ReMoRA(engine, config_of(case), Ledger.open(Path(folder)), base, keys)
     micro = BATCHES // replicas
     for step in range(2):
         for ids in batches(step):

@@ -17,7 +17,17 @@ from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import ReMoRA
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss
-from tests.helpers.tensor_parallel import ACCUMULATION, BATCHES, CLIP, Case, batches, config_of, ds_config, start
+from tests.helpers.tensor_parallel import (
+    ACCUMULATION,
+    BATCHES,
+    CLIP,
+    Case,
+    base_in_memory,
+    batches,
+    config_of,
+    ds_config,
+    start,
+)
 
 pytestmark = pytest.mark.gloo
 
@@ -62,7 +72,7 @@ def trained_in(dtype: str, case: Case, degree: int, folder: Path) -> dict[str, A
     if dist.get_rank() == 0:
         Ledger.create(folder, "0" * 64)
     dist.barrier()
-    ReMoRA(engine, config_of(case), Ledger.open(folder), None, {}, "incremental").merge(STEPS)
+    ReMoRA(engine, config_of(case), Ledger.open(folder), *base_in_memory(engine.module)).merge(STEPS)
     found["base"] = {name: tensor_checksum(tensor) for name, tensor in frozen_buffers(engine.module).items()}
     return found
 

@@ -20,7 +20,7 @@ from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseRe
 from mora_ds.errors import RunError, UserError
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora import ledger as ledger_room
-from mora_ds.remora.ledger import LayerEntry, Ledger, replay
+from mora_ds.remora.ledger import LayerEntry, Ledger
 from tests.helpers.models import tiny_model
 
 BASE = "f" * 64
@@ -361,25 +361,6 @@ def test_live_weight_has_the_same_bits_for_any_number_of_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-
-
-def test_replay_forms_each_layer(tmp_path: Path) -> None:
-    model = tiny_model()
-    model.save_pretrained(tmp_path / "base")
-    base = BaseCheckpoint.open(tmp_path / "base")
-    names = tuple(f"model.layers.{i}.self_attn.{kind}" for i in (0, 1) for kind in ("q_proj", "o_proj"))
-    ledger = Ledger.create(tmp_path / "ledger", base.fingerprint())
-    append(ledger, names[:3])
-    append(ledger, names[:3])
-    written: dict[str, torch.Tensor] = {}
-    entries = [entry(name) for name in names]
-    replay(ledger, base, entries, {each.weight: each.weight for each in entries}, torch.bfloat16, written.__setitem__)
-    assert list(written) == list(names)
-    for name in names:
-        updates = list(ledger.squares_of(name))
-        assert len(updates) == (2 if name in names[:3] else 0)
-        expected = live_weight(model.get_parameter(f"{name}.weight"), updates, False, torch.bfloat16)
-        assert torch.equal(written[name], expected)
 
 
 # -- adapter.json, adapter.safetensors, base.json --------------------------------------------------------------------

@@ -191,19 +191,19 @@ def test_a_resumed_run_is_the_same_to_the_bit(user: Playground, tmp_path: Path) 
 
 
 def assert_choices_are_named(user: Playground, out: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--domain: which of them\? there are the domains new, old, and shared"):
+    with pytest.raises(UserError, match=r"--domain: name a domain; there are the domains new, old, and shared"):
         export_merged(out, tmp_path / "never")
     with pytest.raises(UserError, match=r"--domain nwe: there are the domains new, old.* Did you mean 'new'"):
         export_merged(out, tmp_path / "never", domain="nwe")
     with pytest.raises(UserError, match="domain third: there are the domains new, old"):
         load_adapter(user.model, out, domain="third")
-    with pytest.raises(UserError, match=r"--domain: which of them\?"):
+    with pytest.raises(UserError, match=r"--domain: name a domain"):
         load_target(out)
     target = load_target(out, domain="old")
     assert target.model.get_submodule("model.layers.0.mlp.up_proj").domains is domains_of(target.model)
     tool = [sys.executable, REPOSITORY / "tools" / "export_hf.py", "--checkpoint", out, "--output", tmp_path / "never"]
     told = subprocess.run(tool, capture_output=True, text=True, check=False)
-    assert told.returncode == 2 and "--domain: which of them?" in told.stderr
+    assert told.returncode == 2 and "--domain: name a domain" in told.stderr
     assert not (tmp_path / "never").exists()
 
 

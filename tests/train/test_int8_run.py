@@ -37,7 +37,6 @@ from mora_ds.planning.step import Work, measure_step, planned_model
 from mora_ds.planning.timing import Cluster
 from mora_ds.remora.ledger import Ledger
 from mora_ds.train.dry_run import planned
-from mora_ds.train.run import RunDetails
 from tests.helpers.engines import CountedBelow, ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, losses, refused, run
@@ -288,9 +287,9 @@ def test_flags_that_do_not_go_together(flags: tuple[str, ...], message: str) -> 
 
 
 def other_ways(folder: str) -> list[str]:
-    """Refusals of the plugin: split layers, the wrong base, incremental merges."""
+    """Refusals of the plugin: split layers, the wrong base."""
     said = []
-    for attempt in (_split, _wrong_base, _incremental):
+    for attempt in (_split, _wrong_base):
         try:
             attempt(Path(folder))
         except UserError as error:
@@ -313,13 +312,7 @@ def _wrong_base(folder: Path) -> None:
     mora_ds.Run(_engine(), MoRAConfig(rank=4, operator="share", base_bits=8), folder / "other", folder / "out")
 
 
-def _incremental(folder: Path) -> None:
-    write_own_base(tiny_model("llama"), folder / "base")
-    config = MoRAConfig(rank=4, operator="share", base_bits=8)
-    mora_ds.Run(_engine(), config, folder / "base", folder / "out2", details=RunDetails(precision="incremental"))
-
-
 def test_what_the_plugin_refuses(tmp_path: Path) -> None:
-    split, wrong, incremental = run_ranks(1, other_ways, str(tmp_path))[0]
-    assert "--tensor_parallel_size 2" in split and "--merge_precision incremental" in incremental
+    split, wrong = run_ranks(1, other_ways, str(tmp_path))[0]
+    assert "--tensor_parallel_size 2" in split
     assert "is not" in wrong and str(tmp_path / "other") in wrong
