@@ -37,7 +37,7 @@ TOOLS = (
     ("Use a checkpoint", ("export_hf", "evaluate", "ledger", "spectrum", "verify_checkpoint", "convert_checkpoint")),
 )
 BENCHMARKS = (
-    "layer", "step", "cycle", "start", "loss", "plan", "data", "tensor_parallel", "sequence", "bank", "merge",
+    "layer", "step", "cycle", "start", "loss", "plan", "data", "tensor_parallel", "sequence", "bank",
     "learning", "memorization", "options",
 )  # fmt: skip
 

@@ -188,6 +188,13 @@ def test_an_adapter_that_does_not_fit_is_refused(user: Playground, checkpoint: P
         mora_ds.load_adapter(user.model, adapter)
     with pytest.raises(UserError, match="neither an adapter"):
         mora_ds.load_adapter(user.model, tmp_path)
+    incremental = tmp_path / "incremental"  # of version 0.2
+    mora_ds.export_adapter(checkpoint, incremental)
+    content = (incremental / "adapter.json").read_text()
+    (incremental / "manifest.json").unlink()
+    (incremental / "adapter.json").write_text(content.replace('"exact"', '"incremental"'))
+    with pytest.raises(UserError, match="incremental merges, which were removed"):
+        mora_ds.load_adapter(user.model, incremental)
 
 
 def test_the_program(checkpoint: Path, tmp_path: Path) -> None:

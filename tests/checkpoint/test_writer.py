@@ -178,6 +178,9 @@ def test_differences_are_told_by_flag_and_all_at_once(tmp_path: Path) -> None:
     for part in ("--model_name_or_path", rank, "seed: 1 there, None here", "more: None"):
         assert part in str(error.value)
     assert "target_modules" not in str(error.value)
+    incremental, exact = ({**saved, "merge_precision": value} for value in ("incremental", "exact"))
+    with pytest.raises(UserError, match="incremental merges were removed after version 0.2"):
+        check_identity(tmp_path, incremental, exact)
 
 
 # -- the disk ------------------------------------------------------------------------------------------------------
