@@ -1,0 +1,50 @@
+"""The documentation's commands, run as they stand, on what the demo leaves behind.
+
+A block with the comment `run: demo` before it is run, page by page and in order, in a folder that looks like a
+checkout in which the demo has just finished; `run: ci` is what .ci/run runs, and `not run: ...` says why not.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.pages import PAGES, ROOT
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
+
+BLOCK = re.compile(r"<!-- run: demo -->\n```(bash|python)\n(.*?)```", re.DOTALL)
+WITH_COMMANDS = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
+
+DEMO = "deepspeed --num_gpus 2 launch/pretrain.py --deepspeed configs/zero3.json --max_steps 24 --merge_every 8"
+DEMO += " --restart_warmup_steps 2 --warmup_steps 2 --eval_steps 12 --save_steps 12"
+
+
+def run(folder: Path, script: str, language: str = "bash") -> str:
+    """Runs one block in `folder` and returns what it printed."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    command = ["bash", "-euc", script] if language == "bash" else [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with links to the repository's own, in which a short demo has run."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("mora_ds", "launch", "tools", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    run(folder, DEMO)
+    return folder
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_of_a_page_run(checkout: Path, page: Path) -> None:
+    for language, script in BLOCK.findall(page.read_text(encoding="utf-8")):
+        run(checkout, script, language)

@@ -1,0 +1,42 @@
+"""Messages that the documentation quotes are the program's own."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.helpers.pages import ROOT
+
+GAP = "\0"
+"""Stands for what is filled in when the message is printed."""
+
+
+def texts(node: ast.AST) -> Iterator[str]:
+    """Every string in a module, with gaps for what an f-string fills in."""
+    for child in ast.walk(node):
+        if isinstance(child, ast.Constant) and isinstance(child.value, str):
+            yield child.value
+        elif isinstance(child, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else GAP for part in child.values)
+
+
+def quoted(page: Path) -> list[str]:
+    """Lines that a page quotes as messages: `> ...`."""
+    return re.findall(r"^> (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def matches(message: str, text: str) -> bool:
+    """Whether the parts of a message between its dots stand in a string of the code, in order."""
+    parts = [re.escape(part) for part in (each.strip(" ") for each in message.split("...")) if part]
+    return re.search(rf"[\s\S]*?{GAP}?".join(parts), text) is not None
+
+
+def test_every_quoted_message_is_in_the_code() -> None:
+    files = [path for name in ("mora_ds", "launch", "tools") for path in (ROOT / name).rglob("*.py")]
+    known = [text for path in files for text in texts(ast.parse(path.read_text(encoding="utf-8")))]
+    messages = quoted(ROOT / "docs" / "help" / "troubleshooting.md")
+    assert len(messages) >= 15
+    gone = [message for message in messages if not any(matches(message, text) for text in known)]
+    assert not gone

@@ -1,0 +1,108 @@
+"""What the documentation promises: pages equal the code, links lead somewhere, commands are marked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from mora_ds.version import __version__
+from tests.helpers.pages import PAGES, ROOT, prose
+from tools import docs
+from tools.docs_matrix import COLUMNS, OPTIONS, refusal
+
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """What the titles of a page are called in links, as GitHub and mkdocs make it of them."""
+    names = set()
+    for title in re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).lower().replace("`", "")
+        names.add(re.sub(r"[^\w\- ]", "", plain).strip().replace(" ", "-"))
+    return names
+
+
+def links() -> Iterator[tuple[Path, str]]:
+    for page in PAGES:
+        for target in LINK.findall(re.sub(r"`[^`\n]*`", "", prose(page))):
+            if not re.match(r"https?:", target):
+                yield page, target
+
+
+def test_every_relative_link_leads_to_a_file_and_a_title() -> None:
+    broken = []
+    for page, target in links():
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        if not path.exists() or (anchor and path.suffix == ".md" and anchor not in anchors(path)):
+            broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not broken
+
+
+@pytest.mark.parametrize("name", ["cli.md", "yaml.md", "api.md", "support-matrix.md", "README.md", "contributing.md"])
+def test_a_generated_page_is_what_the_code_says(name: str) -> None:
+    (path,) = (path for path in written() if path.name == name)
+    assert path.read_text(encoding="utf-8") == written()[path], "run tools/docs.py"
+
+
+@lru_cache
+def written() -> dict[Path, str]:
+    """All generated pages, made once."""
+    return docs.pages()
+
+
+def test_the_support_matrix_asks_the_checks_of_a_run() -> None:
+    lora, full = OPTIONS["`--adapter lora`"], OPTIONS["`--adapter full`"]
+    assert "--tensor_parallel_size 2" in (refusal(lora, COLUMNS["tensor parallel"]) or "")
+    assert "--merge_every" in (refusal(full, COLUMNS["ReMoRA merges"]) or "")
+    assert refusal(OPTIONS["`--operator share`"], COLUMNS["tensor parallel"]) is None
+    assert refusal(OPTIONS["`--tensor_parallel_size`"], COLUMNS["ZeRO 1"]) is not None
+
+
+def test_the_readme_is_one_screen_of_reading() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    assert len(text.split()) <= 1800
+
+
+def test_every_block_of_commands_says_whether_it_is_run() -> None:
+    unmarked = []
+    for page in PAGES:
+        lines = page.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines):
+            if line.strip() == "```bash" and page.parent != ROOT / "tools":
+                mark = lines[number - 1]
+                if not re.fullmatch(r"<!-- (run: (demo|ci)|not run: .+) -->", mark) and page.name != "CONTRIBUTING.md":
+                    unmarked.append(f"{page.relative_to(ROOT)}:{number + 1}")
+    assert not unmarked
+
+
+def test_what_the_check_of_a_landing_runs_is_what_the_pages_say() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for page in (ROOT / "README.md", ROOT / "docs" / "quickstart.md"):
+        (block,) = re.findall(r"<!-- run: ci -->\n```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        (demo,) = re.findall(r"deepspeed (--num_gpus.*)", block)
+        assert f"deepspeed {demo}" in script
+
+
+def test_every_figure_has_its_data_or_is_drawn() -> None:
+    data = {path.name for path in (ROOT / "docs" / "results" / "data").glob("*.json")}
+    pictures = {path.name for path in (ROOT / "docs" / "assets").glob("*.svg")}
+    source = {"base-and-matrices.svg": None, "memory.svg": "plans.json", "traffic.svg": "plans.json"}
+    source["learning.svg"] = "learning.json"
+    assert pictures <= set(source)
+    assert all(source[name] is None or source[name] in data for name in pictures)
+
+
+def test_the_pages_of_the_site_are_all_in_its_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    assert pages == set(re.findall(r": (\S+\.md)$", navigation, flags=re.MULTILINE))
+
+
+def test_the_citation_names_this_version() -> None:
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

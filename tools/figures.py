@@ -1,0 +1,281 @@
+"""Draw the figures of the documentation as SVG, from the JSON in docs/results/data.
+
+    python tools/figures.py            draws docs/assets/*.svg (needs matplotlib)
+    python tools/figures.py --plan     plans the memory and traffic of Llama 7B and 70B anew first: data/plans.json
+
+Text stays text, and colours follow the reader's light or dark scheme. No figure is drawn from numbers in this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA, ASSETS = ROOT / "docs" / "results" / "data", ROOT / "docs" / "assets"
+
+COLOURS = {
+    "#010101": ("ink", "#1f2328", "#e6edf3"),
+    "#020202": ("faint", "#d0d7de", "#3d444d"),
+    "#030303": ("base", "#57606a", "#8b949e"),
+    "#040404": ("ours", "#0969da", "#58a6ff"),
+    "#050505": ("second", "#bf5700", "#f0883e"),
+    "#060606": ("third", "#1a7f37", "#3fb950"),
+    "#070707": ("fourth", "#8250df", "#bc8cff"),
+    "#080808": ("paper", "#ffffff", "#0d1117"),
+}
+"""Placeholder in a drawing -> name, colour in a light and in a dark scheme."""
+
+INK, FAINT, BASE, OURS, SECOND, THIRD, FOURTH, PAPER = COLOURS
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "7B": {
+        **LLAMA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
+    },
+    "70B": {
+        **LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+METHODS = {
+    "MoRA r=8": ["--mora_rank", "8"],
+    "MoRA r=256": ["--mora_rank", "256"],
+    "MoRA r=8, 8-bit base": ["--mora_rank", "8", "--base_bits", "8"],
+    "LoRA r=8, ZeRO-2": ["--adapter", "lora", "--mora_rank", "8", "--deepspeed", str(ROOT / "configs" / "zero2.json")],
+    "full, ZeRO-3": ["--adapter", "full"],
+}
+GPUS = (2, 8, 64, 512)
+MEMORY = {"7B": (8, 80), "70B": (64, 192)}
+"""Model -> GPUs and the GB of one."""
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+def write_plans() -> None:
+    """data/plans.json: what `tools/plan.py --json` says of every method, and the command."""
+    plans = []
+    for model, (gpus, memory) in MEMORY.items():
+        for method in METHODS:
+            plans.append(_plan(model, method, gpus, memory))
+    for method in METHODS:
+        plans += [_plan("7B", method, gpus, 80) for gpus in GPUS if gpus != MEMORY["7B"][0]]
+    DATA.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"models": MODELS, "plans": plans}, indent=1)
+    (DATA / "plans.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _plan(model: str, method: str, gpus: int, memory: int) -> dict[str, Any]:
+    from tools import plan  # not above: it imports torch, which drawing does not need
+
+    flags = ["--gpus", str(gpus), "--gpu_memory", str(memory), "--seq_len", "4096", "--micro_batch", "1"]
+    flags += ["--gradient_checkpointing", *METHODS[method]]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]), encoding="utf-8")
+        argv = ["plan.py", "--model", folder, *flags, "--json"]
+        with mock.patch.object(sys, "argv", argv), redirect_stdout(StringIO()) as printed:
+            plan.main()
+    answer = json.loads(printed.getvalue())
+    print(f"{model} {method} {gpus}")
+    shown = [flag.replace(str(ROOT) + "/", "") for flag in flags]
+    kept = {key: answer[key] for key in ("bytes", "bytes_gathered", "bytes_reduced", "bytes_sent", "trained_elements")}
+    return {"model": model, "method": method, "gpus": gpus, "flags": " ".join(shown), **kept}
+
+
+def _plans() -> dict[tuple[str, str, int], dict[str, Any]]:
+    plans = json.loads((DATA / "plans.json").read_text(encoding="utf-8"))["plans"]
+    return {(plan["model"], plan["method"], plan["gpus"]): plan for plan in plans}
+
+
+def sharded_base(full: dict[str, Any], lora: dict[str, Any]) -> float:
+    """Bytes that a GPU sends in a step of LoRA under ZeRO-3 with the base sharded too.
+
+    The all-gathers of the full plan, for ZeRO-3 gathers frozen parameters like others, and LoRA's own reductions.
+    """
+    gpus: int = full["gpus"]
+    return (full["bytes_gathered"] + lora["bytes_reduced"]) * (gpus - 1) / gpus
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+def draw_memory() -> None:
+    """memory.svg: what one GPU holds, as stacked bars."""
+    plans = _plans()
+    figure, axes = _axes(1, 2, (7.2, 3.6))
+    shown = [name for name in METHODS if name != "MoRA r=256"]
+    for axis, (model, (gpus, memory)) in zip(axes, MEMORY.items(), strict=True):
+        parts: dict[str, list[float]] = {"base": [], "other static memory": [], "peak above it": []}
+        for method in shown:
+            sizes = plans[model, method, gpus]["bytes"]
+            parts["base"].append(sizes["base"] / 1e9)
+            parts["other static memory"].append((sizes["held"] - sizes["base"]) / 1e9)
+            parts["peak above it"].append((sizes["peak"] - sizes["held"]) / 1e9)
+        left = [0.0] * len(shown)
+        for (name, values), colour in zip(parts.items(), (BASE, OURS, SECOND), strict=True):
+            axis.barh(shown, values, left=left, color=colour, label=name, height=0.6)
+            left = [start + value for start, value in zip(left, values, strict=True)]
+        axis.axvline(memory, color=INK, linewidth=1, linestyle="--")
+        axis.set_title(f"Llama {model}, {gpus} GPUs of {memory} GB", fontsize=11, color=INK)
+        axis.set_xlabel("GB on one GPU")
+        axis.invert_yaxis()
+    axes[1].set_yticklabels([])
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=3, frameon=False, labelcolor=INK)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    _save(figure, "memory.svg", "Planned memory of one GPU")
+
+
+def draw_traffic() -> None:
+    """traffic.svg: bytes that one GPU sends in a step, against the number of GPUs."""
+    plans = _plans()
+    figure, (axis,) = _axes(1, 1, (7.2, 3.9))
+    lora = {gpus: plans["7B", "LoRA r=8, ZeRO-2", gpus] for gpus in GPUS}
+    full = {gpus: plans["7B", "full, ZeRO-3", gpus] for gpus in GPUS}
+    lines = {
+        "full training, ZeRO-3": ([full[gpus]["bytes_sent"] for gpus in GPUS], FOURTH, "-"),
+        "LoRA r=8, ZeRO-3 (base sharded)": ([sharded_base(full[gpus], lora[gpus]) for gpus in GPUS], SECOND, "-"),
+        "mora_ds, MoRA r=256": ([plans["7B", "MoRA r=256", gpus]["bytes_sent"] for gpus in GPUS], OURS, "--"),
+        "mora_ds, MoRA r=8": ([plans["7B", "MoRA r=8", gpus]["bytes_sent"] for gpus in GPUS], OURS, "-"),
+        "LoRA r=8, ZeRO-2 (PEFT)": ([lora[gpus]["bytes_sent"] for gpus in GPUS], THIRD, ":"),
+    }
+    for name, (values, colour, style) in lines.items():
+        axis.plot(GPUS, [value / 1e9 for value in values], style, color=colour, label=name, linewidth=2.2)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(GPUS, [str(gpus) for gpus in GPUS])
+    axis.set_xlabel("GPUs (4,096 tokens each)")
+    axis.set_ylabel("GB sent by one GPU in a step")
+    axis.set_title("Llama 7B, bf16", fontsize=11, color=INK)
+    axis.grid(True, which="major", color=FAINT, linewidth=0.6)
+    axis.legend(frameon=False, labelcolor=INK, loc="center right", bbox_to_anchor=(1.0, 0.55), fontsize=9.5)
+    figure.tight_layout()
+    _save(figure, "traffic.svg", "Planned bytes on the network")
+
+
+def draw_learning() -> None:
+    """learning.svg: perplexity on the new domain against perplexity on the old one; nothing without its JSON."""
+    if not (DATA / "learning.json").is_file():
+        return
+    content = json.loads((DATA / "learning.json").read_text(encoding="utf-8"))
+    figure, (axis,) = _axes(1, 1, (7.2, 4.2))
+    colours = {"lora": SECOND, "mora": OURS, "full": FOURTH}
+    for row in content["rows"]:
+        colour = next((value for key, value in colours.items() if key in row["label"].lower()), BASE)
+        axis.plot(row["prose"], row["code"], "o", color=colour, markersize=7)
+        axis.annotate(row["label"], (row["prose"], row["code"]), textcoords="offset points",
+                      xytext=row.get("offset", (8, 3)), color=INK, fontsize=9.5)  # fmt: skip
+    axis.axvline(content["before"]["prose"], color=FAINT, linestyle="--", linewidth=1)
+    axis.set_xlabel("perplexity on the old domain (dashed: before training)")
+    axis.set_ylabel("perplexity on the new domain")
+    axis.set_title(content["title"], fontsize=11, color=INK)
+    axis.margins(x=0.18, y=0.1)
+    figure.tight_layout()
+    _save(figure, "learning.svg", "Learning against forgetting")
+
+
+def _axes(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({
+        "svg.fonttype": "none", "svg.hashsalt": "mora_ds", "font.family": "sans-serif", "font.size": 10.5,
+        "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": INK, "ytick.color": INK,
+    })  # fmt: skip
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes.flat)
+
+
+def _save(figure: Any, name: str, title: str) -> None:
+    text = StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Title": title, "Creator": "mora_ds"})
+    _write(name, text.getvalue())
+
+
+# -- the diagram -------------------------------------------------------------------------------------------------------
+def draw_diagram() -> None:
+    """base-and-matrices.svg: the base unsharded on every GPU, the MoRA matrices sharded."""
+    width, gap, top = 240, 20, 20
+    parts = []
+    for gpu in range(3):
+        x = 10 + gpu * (width + gap)
+        parts += [
+            _box(x, top, width, 330, "none", FAINT),
+            _text(x + width / 2, top + 32, f"GPU {gpu}", 24, INK, bold=True),
+            _box(x + 15, top + 48, width - 30, 130, BASE, "none"),
+            _text(x + width / 2, top + 103, "frozen base W0", 24, PAPER, bold=True),
+            _text(x + width / 2, top + 137, "complete copy", 22, PAPER),
+            _text(x + width / 2, top + 215, "MoRA matrices M", 22, INK),
+        ]
+        third = (width - 30) / 3
+        for piece in range(3):
+            mine = piece == gpu
+            parts.append(_box(x + 15 + piece * third, top + 230, third - 4, 46, OURS if mine else "none", OURS))
+        parts.append(_text(x + width / 2, top + 310, f"stores shard {gpu}", 22, INK))
+    end = 10 + 3 * width + 2 * gap
+    y = top + 365
+    parts += [
+        f'<path d="M 30 {y} H {end - 20}" style="stroke: {OURS}; stroke-width: 5; fill: none"/>',
+        f'<path d="M 16 {y} l 18 -10 v 20 z M {end - 6} {y} l -18 -10 v 20 z" style="fill: {OURS}"/>',
+        _text(end / 2 + 5, y + 36, "all-gather of M: a few per cent of the model; of W0: never", 23, INK),
+    ]
+    view = f'viewBox="0 0 {end + 10} {y + 55}" xmlns="http://www.w3.org/2000/svg" role="img"'
+    title = "<title>Each GPU holds a complete frozen base and one shard of every MoRA matrix</title>"
+    _write("base-and-matrices.svg", f"<svg {view}>{title}\n" + "\n".join(parts) + "\n</svg>\n")
+
+
+def _box(x: float, y: float, width: float, height: float, fill: str, stroke: str) -> str:
+    style = f"fill: {fill}; stroke: {stroke}; stroke-width: 2"
+    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" style="{style}"/>'
+
+
+def _text(x: float, y: float, text: str, size: int, colour: str, bold: bool = False) -> str:
+    weight = "bold" if bold else "normal"
+    style = f"font: {weight} {size}px sans-serif; fill: {colour}; text-anchor: middle"
+    return f'<text x="{x:g}" y="{y:g}" style="{style}">{text}</text>'
+
+
+def _write(name: str, svg: str) -> None:
+    """The drawing, its placeholders as CSS variables that follow the reader's scheme."""
+    for placeholder, (variable, light, _) in COLOURS.items():
+        svg = svg.replace(placeholder, f"var(--{variable}, {light})")
+    light_scheme = " ".join(f"--{name}: {light};" for name, light, _ in COLOURS.values())
+    dark_scheme = " ".join(f"--{name}: {dark};" for name, _, dark in COLOURS.values())
+    style = (
+        f"<style>:root {{ {light_scheme} }} @media (prefers-color-scheme: dark) {{ :root {{ {dark_scheme} }} }}</style>"
+    )
+    start = svg.index(">", svg.index("<svg")) + 1
+    ASSETS.mkdir(parents=True, exist_ok=True)
+    lines = (svg[:start] + style + svg[start:]).splitlines()
+    (ASSETS / name).write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument(
+        "--plan", action="store_true", help="plan memory and traffic anew: docs/results/data/plans.json"
+    )
+    if parser.parse_args().plan:
+        write_plans()
+    draw_diagram()
+    draw_memory()
+    draw_traffic()
+    draw_learning()
+
+
+if __name__ == "__main__":
+    main()
