@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.helpers.slices import deal, slice_of
+
 if TYPE_CHECKING:
     from tests.helpers.jobs import Playground
 
@@ -37,9 +39,23 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.loadscopereorder = False  # ours is below
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--heavy-slice", metavar="K/N", type=slice_of, help="with -m heavy: slice K (from 0) of N, no more"
+    )
+
+
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with distributed tests first: they take longest, and a long one at the end would leave a worker idle."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a slice of the tests where one is asked for, and move the files with distributed tests to the front.
+
+    Those take longest, and a long one at the end would leave a worker idle.
+    """
+    if chosen := config.getoption("heavy_slice"):
+        number, slices = chosen
+        dealt = deal((item.nodeid for item in items), slices)
+        config.hook.pytest_deselected(items=[item for item in items if dealt[item.nodeid] != number])
+        items[:] = [item for item in items if dealt[item.nodeid] == number]
     distributed = {item.path for item in items if item.get_closest_marker("gloo")}
     items.sort(key=lambda item: item.path not in distributed)
 
