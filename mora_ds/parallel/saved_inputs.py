@@ -1,11 +1,12 @@
-"""What a rank keeps of a split layer's input until backward, where the gradient of its square needs the folded input.
+"""What a process saves of a split layer's input for the backward pass, where M's gradient needs the folded input.
 
-A block's colwise layers all read the whole of its input, on every rank. Kept whole it would not shrink as ranks are
-added, so each rank keeps its tokens of it and gathers the others again, as Megatron's sequence parallelism does
-(Korthikanti et al. 2022, section 4.2.2): either once for all layers of the block, or folded, a layer each, whichever is
-less (`tensor_plan.kept_inputs`). Of a rowwise layer's input a rank has its own features only.
+The colwise layers of a block (attention, MLP) all read the block's complete input, on every process of a group. Saved
+by each it would not shrink as processes are added, so a process saves the input of its share of the tokens and gathers
+the other tokens again in backward, as Megatron's sequence parallelism does (Korthikanti et al. 2022, section 4.2.2):
+either the input, once for all layers of the block, or each layer's folded input, whichever is smaller. Of a rowwise
+layer's input a process has its own features only, and saves them as they are.
 
-    block.enter(x) -> layers: block.keeping(kept, x) -> keep(x) ... block.leave() ... backward: recall(saved)
+    block.enter(x) -> layers: block.saving(how, x) -> save(x) ... block.leave() ... backward: restore(saved)
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from mora_ds.adapters.layer import AdaptedLinear
@@ -23,170 +23,151 @@ from mora_ds.parallel.topology import Topology
 from mora_ds.parallel.windows import Window
 
 
-class Keeping(Protocol):
-    """Of one layer and pass."""
-
-    @property
-    def folds(self) -> bool:
-        """Whether it keeps the folded input (..., N, columns), or else the input (..., w_in)."""
-
-    def keep(self, x: Tensor) -> Tensor:
-        """What to save of that."""
-
-    def recall(self, saved: Tensor) -> Tensor:
-        """That, of all tokens. May be collective."""
-
-
-@dataclass(frozen=True)
-class Whole:
-    """As it is."""
-
-    folds: bool
-
-    def keep(self, x: Tensor) -> Tensor:
-        return x
-
-    def recall(self, saved: Tensor) -> Tensor:
-        return saved
-
-
-class OwnFolded:
-    """This rank's tokens of the folded input."""
-
-    folds = True
-
-    def __init__(self, topology: Topology) -> None:
-        self._topology = topology
-
-    def keep(self, x: Tensor) -> Tensor:
-        self._shape = x.shape
-        return _own_tokens(self._topology, x)
-
-    def recall(self, saved: Tensor) -> Tensor:
-        return _all_tokens(self._topology, saved, self._shape)
-
-
-class OwnInput:
-    """This rank's tokens of a block's input, saved once and gathered once for all layers that read it."""
-
-    folds = False
-
-    def __init__(self, topology: Topology) -> None:
-        self._topology = topology
-        self._own: Tensor | None = None
-        self._whole: Tensor | None = None
-        self._users = self._left = 0
-
-    def keep(self, x: Tensor) -> Tensor:
-        self._shape = x.shape
-        self._users = self._left = self._users + 1
-        if self._own is None:
-            self._own = _own_tokens(self._topology, x)
-        return self._own
-
-    def forget(self) -> None:
-        """Leaves the tokens to autograd, which frees them or, under gradient checkpointing, never has them."""
-        self._own = None
-
-    def recall(self, saved: Tensor) -> Tensor:
-        if self._whole is None:
-            self._whole = _all_tokens(self._topology, saved, self._shape)
-        whole, self._left = self._whole, self._left - 1
-        if not self._left:
-            self._whole, self._left = None, self._users
-        return whole
-
-
-class BlockInput:
-    """The input of a split block, while the block computes."""
-
-    def __init__(self, topology: Topology) -> None:
-        self._topology = topology
-        self._x: Tensor | None = None
-        self._shared = OwnInput(topology)
-
-    def enter(self, x: Tensor) -> None:
-        self._x, self._shared = x, OwnInput(self._topology)
-
-    def leave(self) -> None:
-        self._x = None
-        self._shared.forget()
-
-    def keeping(self, kept: Kept, x: Tensor) -> Keeping | None:
-        """How a layer that is given `x` keeps it; None for whatever is smaller."""
-        if kept is Kept.INPUT:
-            return Whole(folds=False)
-        if kept is Kept.OWN_FOLDED:
-            return OwnFolded(self._topology)
-        return self._shared if kept is Kept.OWN_INPUT and self._is(x) else None
-
-    def _is(self, x: Tensor) -> bool:
-        """Whether `x` is the block's input: DeepSpeed's hooks hand views of it on."""
-        mine = self._x
-        same = mine is not None and x.data_ptr() == mine.data_ptr()
-        return same and mine is not None and (x.shape, x.stride()) == (mine.shape, mine.stride())
-
-
-def smaller_of(part: Window) -> Keeping:
-    """Input or folded input."""
-    columns = part.columns[1] - part.columns[0]
-    return Whole(folds=not part.spec.blockwise and columns < part.d_in)
-
-
-def _own_tokens(topology: Topology, x: Tensor) -> Tensor:
-    """(..., width) -> (tokens of this rank, width), in storage of its own."""
-    tokens = x.flatten(0, -2)
-    return tokens[slice(*topology.share(len(tokens)))].clone()
-
-
-def _all_tokens(topology: Topology, own: Tensor, shape: torch.Size) -> Tensor:
-    return topology.gather(own, shape[:-1].numel()).view(shape)
-
-
 class TPInputs(str, Enum):
-    """How a rank keeps the input that the layers of a split block share, until M's gradient needs it."""
+    """How a process saves the input that the layers of a split block share (--tp_inputs)."""
 
     AUTO = "auto"
-    """SPLIT, but WHOLE under gradient checkpointing: it is then there for a moment only."""
+    """SPLIT, but WHOLE under gradient checkpointing, where it is recomputed and there for a moment only."""
     SPLIT = "split"
-    """Its tokens of it; the others are gathered again."""
+    """Its share of the tokens; the other tokens are gathered again."""
     WHOLE = "whole"
+    """All tokens."""
 
 
-class Kept(Enum):
-    """What a split layer keeps of its input."""
+class Saved(Enum):
+    """What a split layer saves of its input."""
 
     SMALLER = "input, or folded input where that is smaller"
     INPUT = "input"
-    OWN_INPUT = "this rank's tokens of the block's input, once for all its layers"
-    OWN_FOLDED = "this rank's tokens of the folded input"
+    INPUT_SHARD = "this process's tokens of the block's input, once for all its layers"
+    FOLDED_SHARD = "this process's tokens of the folded input"
 
 
-def kept_inputs(model: nn.Module, plan: TensorPlan, inputs: TPInputs = TPInputs.AUTO) -> dict[str, Kept]:
-    """Of every split layer of an injected model that has a square."""
+def plan_inputs(model: nn.Module, plan: TensorPlan, inputs: TPInputs = TPInputs.AUTO) -> dict[str, Saved]:
+    """Layer name -> what it saves, for every split layer of an injected model that has a MoRA matrix."""
     if plan.degree == 1:
         return {}
     if inputs is TPInputs.AUTO:
         recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         inputs = TPInputs.WHOLE if recomputed else TPInputs.SPLIT
-    kept = {}
+    saved = {}
     for block in plan.blocks:
         layers: dict[str, Any] = {name: model.get_submodule(name) for name in plan.styles if _parent(name) == block}
         specs = {name: layer.spec for name, layer in layers.items() if isinstance(layer, AdaptedLinear)}
-        colwise = [name for name in specs if plan.styles[name] is Style.COLWISE]
-        whole = inputs is TPInputs.WHOLE or not colwise
-        shared = Kept.SMALLER if whole else _shared_input([specs[name] for name in colwise])
-        rowwise = Kept.INPUT if _keeps_output(model, block) else Kept.SMALLER
-        kept.update({name: shared if name in colwise else rowwise for name in specs})
-    return kept
+        colwise: list[Any] = [specs[name] for name in specs if plan.styles[name] is Style.COLWISE]
+        shared = Saved.SMALLER
+        if inputs is TPInputs.SPLIT and colwise:  # decouple and rotate fold nothing away
+            folds = all(not spec.blockwise for spec in colwise) and sum(s.r_hat for s in colwise) < colwise[0].d_in
+            shared = Saved.FOLDED_SHARD if folds else Saved.INPUT_SHARD
+        # All attention implementations but eager save their output, which is the rowwise layer's input, anyway.
+        attention = getattr(_config(model), "_attn_implementation", "")
+        saves_output = is_attention(model.get_submodule(block)) and attention != "eager"
+        rowwise = Saved.INPUT if saves_output else Saved.SMALLER
+        saved.update({name: shared if plan.styles[name] is Style.COLWISE else rowwise for name in specs})
+    return saved
 
 
-def _shared_input(specs: list[Any]) -> Kept:
-    """The smaller: the input that layers share, or what each folds of it. Decouple and rotate fold nothing away."""
-    folds = all(not spec.blockwise for spec in specs) and sum(spec.r_hat for spec in specs) < specs[0].d_in
-    return Kept.OWN_FOLDED if folds else Kept.OWN_INPUT
+class Saving(Protocol):
+    """How one layer saves its input in one pass."""
+
+    @property
+    def folds(self) -> bool:
+        """Whether it saves the folded input (..., N, columns), or else the input (..., w_in)."""
+
+    def save(self, x: Tensor) -> Tensor:
+        """The part of x to save for backward."""
+
+    def restore(self, saved: Tensor) -> Tensor:
+        """x with all its tokens. May be collective."""
 
 
-def _keeps_output(model: nn.Module, block: str) -> bool:
-    """Whether a block's attention keeps what it gives to its rowwise layer: all but eager do."""
-    return is_attention(model.get_submodule(block)) and getattr(_config(model), "_attn_implementation", "") != "eager"
+@dataclass(frozen=True)
+class AllTokens:
+    """Saves x as it is."""
+
+    folds: bool
+
+    def save(self, x: Tensor) -> Tensor:
+        return x
+
+    def restore(self, saved: Tensor) -> Tensor:
+        return saved
+
+
+class TokenShard:
+    """Saves this process's tokens of x."""
+
+    def __init__(self, topology: Topology, folds: bool) -> None:
+        self._topology, self.folds = topology, folds
+
+    def save(self, x: Tensor) -> Tensor:
+        """(..., width) -> (tokens of this process, width), in new memory."""
+        self._shape = x.shape
+        tokens = x.flatten(0, -2)
+        return tokens[slice(*self._topology.share(len(tokens)))].clone()
+
+    def restore(self, saved: Tensor) -> Tensor:
+        return self._topology.gather(saved, self._shape[:-1].numel()).view(self._shape)
+
+
+class InputShard(TokenShard):
+    """Saves this process's tokens of a block's input, once, and gathers them once for all layers that read it."""
+
+    def __init__(self, topology: Topology) -> None:
+        super().__init__(topology, folds=False)
+        self._saved: Tensor | None = None
+        self._restored: Tensor | None = None
+        self._users = self._left = 0
+
+    def save(self, x: Tensor) -> Tensor:
+        self._users = self._left = self._users + 1
+        if self._saved is None:
+            self._saved = super().save(x)
+        return self._saved
+
+    def forget(self) -> None:
+        """Leave the tokens to autograd, which frees them or, under gradient checkpointing, never has them."""
+        self._saved = None
+
+    def restore(self, saved: Tensor) -> Tensor:
+        if self._restored is None:
+            self._restored = super().restore(saved)
+        restored, self._left = self._restored, self._left - 1
+        if not self._left:
+            self._restored, self._left = None, self._users
+        return restored
+
+
+class BlockInput:
+    """The input of a split block while the block computes."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+        self._x: Tensor | None = None
+        self._shared = InputShard(topology)
+
+    def enter(self, x: Tensor) -> None:
+        self._x, self._shared = x, InputShard(self._topology)
+
+    def leave(self) -> None:
+        self._x = None
+        self._shared.forget()
+
+    def saving(self, saved: Saved, x: Tensor) -> Saving | None:
+        """How a layer that is given `x` saves it; None for `smaller_of`."""
+        if saved is Saved.INPUT:
+            return AllTokens(folds=False)
+        if saved is Saved.FOLDED_SHARD:
+            return TokenShard(self._topology, folds=True)
+        return self._shared if saved is Saved.INPUT_SHARD and self._is(x) else None
+
+    def _is(self, x: Tensor) -> bool:
+        """Whether `x` is the block's input: DeepSpeed's hooks hand views of it on."""
+        own = self._x
+        return own is not None and (x.data_ptr(), x.shape, x.stride()) == (own.data_ptr(), own.shape, own.stride())
+
+
+def smaller_of(part: Window) -> Saving:
+    """Saves all tokens of the input or of the folded input, whichever is smaller."""
+    columns = part.columns[1] - part.columns[0]
+    return AllTokens(folds=not part.spec.blockwise and columns < part.d_in)

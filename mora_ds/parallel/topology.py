@@ -1,9 +1,10 @@
-"""Who computes what together: world = t x dp. One of the rooms that touch DeepSpeed's internals (0.19.8).
+"""Which processes compute what together, and the collectives among them: world = t x dp.
 
-    ranks 0 .. t-1      one tensor-parallel group: the same rows of the batch, each rank a slice of every layer
-    ranks r, r+t, ...   one data-parallel group: the same slice, other rows; ZeRO partitions over it
+    ranks 0 .. t-1      one tensor-parallel group: the same rows of the batch, each process a slice of every layer
+    ranks r, r+t, ...   one data-parallel group: the same slice, other rows; ZeRO shards over it
 
-DeepSpeed learns of it by its `mpu` argument. Its own AutoTP stays off: it would shard the base.
+DeepSpeed learns of it by its `mpu` argument. Its own AutoTP stays off: it would shard the base. Written against
+DeepSpeed 0.19.8; tests/parallel/test_topology_contract.py names each symbol that an upgrade has moved.
 """
 
 from __future__ import annotations
@@ -18,81 +19,26 @@ from torch import Tensor, nn
 
 from mora_ds.errors import UserError
 
-
-class SumGradient(torch.autograd.Function):
-    """x -> x; the gradient is summed over the group."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, topology: Topology) -> Tensor:
-        ctx.topology = topology
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.topology.sum_(gradients[0].clone(memory_format=torch.contiguous_format)), None
-
-
-class Sum(torch.autograd.Function):
-    """The sum of all ranks' y, in place; its gradient is every rank's."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, topology: Topology) -> Tensor:
-        ctx.mark_dirty(y)
-        return topology.sum_(y)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-class AllLanes(torch.autograd.Function):
-    """(..., share of R) -> (..., R); each rank's share of the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, topology: Topology, r_hat: int) -> Tensor:
-        ctx.topology = topology
-        return topology.gather(own.movedim(-1, 0), r_hat).movedim(0, -1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        start, stop = ctx.topology.share(gradients[0].shape[-1])
-        return gradients[0][..., start:stop], None, None
-
-
-class OwnLanes(torch.autograd.Function):
-    """(..., R) -> (..., share of R); all shares of the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, topology: Topology) -> Tensor:
-        ctx.topology, ctx.r_hat = topology, z.shape[-1]
-        start, stop = topology.share(z.shape[-1])
-        return z[..., start:stop]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.topology.gather(gradients[0].movedim(-1, 0), ctx.r_hat).movedim(0, -1), None
-
-
 FLAG = "--tensor_parallel_size"
 
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place, and the collectives of its tensor-parallel group. All go through `deepspeed.comm`, which
-    counts them."""
+    """This process's place in its tensor-parallel group, and the group's collectives. All of them go through
+    `deepspeed.comm`, which counts them."""
 
     degree: int
-    """t, ranks of a tensor-parallel group."""
+    """t, the number of processes in a tensor-parallel group."""
     index: int
-    """Of this rank within it."""
+    """The index of this process in its group."""
     group: Any
+    """The group of torch.distributed."""
 
     @classmethod
     def of(cls, degree: int) -> Topology:
-        """Makes the groups, once a process. Collective. Raises `UserError` where `degree` does not divide the world,
+        """Make the groups, once a process. Collective. Raises `UserError` where `degree` does not divide the world,
         or differs from that of an engine that this process has made before."""
-        world = comm.get_world_size()
-        check_degree(degree, world)
+        check_degree(degree, comm.get_world_size())
         groups._init_tp_mesh_device(tensor_model_parallel_size=degree)  # utils/groups.py: (dp, t), t innermost
         group = groups.get_tensor_model_parallel_group()
         if comm.get_world_size(group) != degree:
@@ -106,7 +52,7 @@ class Topology:
         return groups
 
     def share(self, size: int) -> tuple[int, int]:
-        """[start, stop) of `size` things that are this rank's; shares differ by at most one."""
+        """[start, stop) of this process's share of `size` items; shares differ by at most one."""
         return share(size, self.degree, self.index)
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -115,31 +61,31 @@ class Topology:
         return tensor
 
     def first_(self, tensor: Tensor) -> Tensor:
-        """That of the group's first rank, in place."""
+        """The tensor of the group's first process, in place."""
         comm.broadcast(tensor, src=comm.get_global_rank(self.group, 0), group=self.group)
         return tensor
 
     def gather(self, own: Tensor, size: int) -> Tensor:
-        """Shares of the first dimension -> (size, ...), on every rank of the group."""
+        """Shares of the first dimension -> (size, ...), on every process of the group."""
         padded = _padded(own, -(-size // self.degree))
         whole = own.new_empty(len(padded) * self.degree, *own.shape[1:])
         comm.all_gather_into_tensor(whole, padded, group=self.group)
-        return whole if len(whole) == size else torch.cat(self._shares_in(whole, size))
+        if len(whole) == size:
+            return whole
+        bounds = [share(size, self.degree, index) for index in range(self.degree)]
+        parts = zip(whole.chunk(self.degree), bounds, strict=True)
+        return torch.cat([part[: stop - start] for part, (start, stop) in parts])
 
     def sum_scatter(self, whole: Tensor) -> Tensor:
-        """(size, ...) -> this rank's share of the sum over the group."""
+        """(size, ...) -> this process's share of the sum over the group."""
         size, longest = len(whole), -(-len(whole) // self.degree)
         start, stop = self.share(size)
         if longest * self.degree != size:
-            pieces = [whole[slice(*share(size, self.degree, index))] for index in range(self.degree)]
-            whole = torch.cat([_padded(piece, longest) for piece in pieces])
+            parts = [whole[slice(*share(size, self.degree, index))] for index in range(self.degree)]
+            whole = torch.cat([_padded(part, longest) for part in parts])
         own = whole.new_empty(longest, *whole.shape[1:])
         comm.reduce_scatter_tensor(own, whole.contiguous(), group=self.group)
         return own[: stop - start]
-
-    def _shares_in(self, padded: Tensor, size: int) -> list[Tensor]:
-        bounds = [share(size, self.degree, index) for index in range(self.degree)]
-        return [piece[: stop - start] for piece, (start, stop) in zip(padded.chunk(self.degree), bounds, strict=True)]
 
 
 def share(size: int, degree: int, index: int) -> tuple[int, int]:
@@ -156,7 +102,7 @@ def check_degree(degree: int, world: int) -> None:
 
 @dataclass(frozen=True)
 class Share:
-    """Which rows of a square a parameter holds on this rank."""
+    """Which rows of a MoRA matrix a parameter of this process holds."""
 
     start: int
     r_hat: int
@@ -165,14 +111,14 @@ class Share:
 
 
 def mark_split(parameter: nn.Parameter, start: int, r_hat: int, transposed: bool) -> None:
-    """Each rank of a group holds another part of a square, so each counts in the norm (runtime/utils.py,
-    `is_model_parallel_parameter`)."""
+    """Note that each process of a group holds another part of a matrix, so that each counts in the gradient norm
+    (runtime/utils.py, `is_model_parallel_parameter`)."""
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     parameter.mora_share = Share(start, r_hat, transposed)  # type: ignore[attr-defined]
 
 
 def share_of(parameter: Tensor) -> Share | None:
-    """What `mark_split` noted; None for a parameter that every rank of a group holds."""
+    """What `mark_split` noted; None for a parameter that every process of a group holds."""
     return getattr(parameter, "mora_share", None)
 
 
@@ -180,3 +126,60 @@ def _padded(tensor: Tensor, length: int) -> Tensor:
     if len(tensor) == length:
         return tensor.contiguous()
     return torch.cat((tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])))
+
+
+# -- collectives with a gradient --------------------------------------------------------------------------------------
+
+
+class SumGradient(torch.autograd.Function):
+    """x -> x; the gradient is summed over the group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, topology: Topology) -> Tensor:
+        ctx.topology = topology
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.topology.sum_(gradients[0].clone(memory_format=torch.contiguous_format)), None
+
+
+class Sum(torch.autograd.Function):
+    """y -> its sum over the group, in place; the gradient of every process is that of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, topology: Topology) -> Tensor:
+        ctx.mark_dirty(y)
+        return topology.sum_(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class AllGather(torch.autograd.Function):
+    """(..., share of R) -> (..., R); the gradient is this process's slice."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, topology: Topology, r_hat: int) -> Tensor:
+        ctx.topology = topology
+        return topology.gather(own.movedim(-1, 0), r_hat).movedim(0, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        start, stop = ctx.topology.share(gradients[0].shape[-1])
+        return gradients[0][..., start:stop], None, None
+
+
+class Slice(torch.autograd.Function):
+    """(..., R) -> (..., share of R); the gradient is gathered from all shares."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, topology: Topology) -> Tensor:
+        ctx.topology, ctx.r_hat = topology, z.shape[-1]
+        start, stop = topology.share(z.shape[-1])
+        return z[..., start:stop]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.topology.gather(gradients[0].movedim(-1, 0), ctx.r_hat).movedim(0, -1), None

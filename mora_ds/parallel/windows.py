@@ -1,28 +1,44 @@
-"""The part of an operator that one rank computes: a window on its inputs or its outputs, as tables of indices.
+"""The part of a MoRA operator that one process of a tensor-parallel group computes.
 
-    y[outputs] = part of decompress(M compress(x)) that inputs [start, stop) give to outputs [start, stop)
+A window is a range of a layer's inputs and a range of its outputs. Of the update y = decompress(M compress(x)) it
+computes what its inputs contribute to its outputs. Windows over consecutive output ranges, concatenated, give the
+complete update (a colwise layer); windows over consecutive input ranges, summed, do too (a rowwise layer).
 
-Windows on the outputs, side by side, make up the whole output (colwise); windows on the inputs, summed, do too
-(rowwise). `lanes` are rows and columns of M. The tables come of running the operator on the numbers of its own inputs,
-so that there is one definition of it. Every map has its transpose beside it, both made of gathers and sums only.
+    fold      (..., w_in) -> (..., N, columns)        unfold     its transpose
+    deal      (..., N, rows) -> (..., w_out)          collect    its transpose
+    delta     M -> (w_out, w_in) of `delta_weight`    gradient   its transpose, for decouple and rotate
 
-Shape legend as in `operators`; w_in, w_out: inputs and outputs in the window; rows, columns: lanes of M in use.
+Shape legend: D = d_in, O = d_out, R = r_hat, N = blocks, as in `adapters.ops.mora`; w_in, w_out: inputs and outputs of
+the window; rows, columns: those of M that it uses. A slot is a row or column of M, or for decouple and rotate, which
+cut inputs and outputs into blocks of R, a position in a block.
 
-    fold      (..., w_in) -> (..., N, columns)           unfold    back, transposed
-    deal      (..., N, rows) -> (..., w_out)             collect   back, transposed
+Everything is index tables, made by running the operator on the numbers of its own inputs (so that there is one
+definition of it), and gathers and sums over them, which give the same bits on every process of a group.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.gather import regroup_blocks
-from mora_ds.adapters.ops.mora import OperatorSpec, input_blocks, output_slots, rotate_blocks
+from mora_ds.adapters.ops.gather import gather, regroup_blocks
+from mora_ds.adapters.ops.mora import (
+    OperatorSpec,
+    block_pairs,
+    block_squares,
+    input_blocks,
+    output_slots,
+    rotate_blocks,
+    sum_of_blocks,
+    sums_by_product,
+    tokens_in_cache,
+)
 
 Range = tuple[int, int]
 """[start, stop)."""
@@ -30,14 +46,27 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Window:
-    """Inputs and outputs of an operator, and the lanes of M that they may use: all, or with an aligned grouping those
-    of the window's own segments."""
+    """Inputs and outputs of an operator, and the rows and columns of M that they may use: all, or, with a grouping that
+    is aligned to the group's processes, those of the window's own segments. Make it with `Window.of`."""
 
     spec: OperatorSpec
     inputs: Range
     outputs: Range
     columns: Range
     rows: Range
+
+    @classmethod
+    def of(
+        cls,
+        spec: OperatorSpec,
+        inputs: Range | None = None,
+        outputs: Range | None = None,
+        columns: Range | None = None,
+        rows: Range | None = None,
+    ) -> Window:
+        """A window with the complete range of everything that is not given."""
+        every = (0, spec.r_hat)
+        return cls(spec, inputs or (0, spec.d_in), outputs or (0, spec.d_out), columns or every, rows or every)
 
     @property
     def d_in(self) -> int:
@@ -47,129 +76,157 @@ class Window:
     def d_out(self) -> int:
         return self.outputs[1] - self.outputs[0]
 
+    def fold(self, x: Tensor) -> Tensor:
+        """(..., w_in) -> (..., N, columns): `compress` without rotate's rotation, which `rotate` does."""
+        tables = _tables(self, x.device)
+        if self.spec.blockwise:
+            return _gather(x, tables.inputs[0]).unflatten(-1, (self.spec.blocks_in, -1))
+        return _gather_sum(x, tables.inputs).unsqueeze(-2)
 
-def window(
-    spec: OperatorSpec,
-    inputs: Range | None = None,
-    outputs: Range | None = None,
-    columns: Range | None = None,
-    rows: Range | None = None,
-) -> Window:
-    """All of what is not given."""
-    lanes = (0, spec.r_hat)
-    return Window(spec, inputs or (0, spec.d_in), outputs or (0, spec.d_out), columns or lanes, rows or lanes)
+    def unfold(self, z: Tensor) -> Tensor:
+        """(..., N, columns) -> (..., w_in): the transpose of `fold`."""
+        return _gather_sum(z.flatten(-2), _tables(self, z.device).input_slots)
+
+    def rotate(self, z: Tensor, back: bool = False) -> Tensor:
+        """Rotate's rotation of each block of z (..., N, R), or its inverse; z itself for the other operators."""
+        return rotate_blocks(self.spec, z, back)
+
+    def deal(self, u: Tensor) -> Tensor:
+        """(..., N, used rows) -> (..., w_out): `decompress`."""
+        slots = regroup_blocks(u, self.spec.blocks_out).flatten(-2) if self.spec.blockwise else u.squeeze(-2)
+        return _gather(slots, _tables(self, u.device).output_slots)
+
+    def collect(self, g: Tensor) -> Tensor:
+        """(..., w_out) -> (..., N, used rows): the transpose of `deal`."""
+        slots = _gather_sum(g, _tables(self, g.device).outputs)
+        if not self.spec.blockwise:
+            return slots.unsqueeze(-2)
+        return regroup_blocks(slots.unflatten(-1, (self.spec.blocks_out, self.spec.r_hat)), self.spec.blocks_in)
+
+    def used_rows(self, matrix: Tensor, dim: int = 0) -> Tensor:
+        """rows -> used rows, along `dim`: those rows of M that the window's outputs read."""
+        used = _tables(self, matrix.device).used
+        return matrix if used is None else matrix.index_select(dim, used)
+
+    def all_rows(self, gradient: Tensor, dim: int = 0) -> Tensor:
+        """used rows -> rows, along `dim`: the transpose of `used_rows`, zero in the other rows."""
+        used = _tables(self, gradient.device).used
+        if used is None:
+            return gradient
+        shape = list(gradient.shape)
+        shape[dim] = self.rows[1] - self.rows[0]
+        return gradient.new_zeros(shape).index_copy_(dim, used, gradient)
+
+    def delta(self, matrix: Tensor) -> Tensor:
+        """(w_out, w_in): the window of `delta_weight`, from the rows and columns of M that it may use."""
+        if self.spec.blockwise:
+            return _delta_of_blocks(self, matrix)
+        tables = _tables(self, matrix.device)
+        columns = _gather_sum(self.used_rows(matrix), tables.input_slots)
+        return F.pad(columns, (0, 0, 0, 1)).index_select(0, tables.output_slots)
+
+    def gradient(self, x: Tensor, g: Tensor) -> Tensor:
+        """(R, R), for decouple and rotate: the window's part of dL/dM, from its input x (..., w_in) and the gradient g
+        (..., w_out) of its output. Only the slots of each block that the window has are multiplied."""
+        spec, tables = self.spec, _block_tables(self, g.device)
+        inputs, outputs = tables.inputs, tables.outputs
+        x, g = x.flatten(0, -2), g.flatten(0, -2)
+        tokens = max(1, len(g)) if sums_by_product(g) else tokens_in_cache(g, max(self.d_in, self.d_out))
+        runs = block_pairs(spec)
+        products = [g.new_zeros(into.stop - into.start, outputs.width, inputs.width) for into, _ in runs]
+        for x_part, g_part in zip(x.split(tokens), g.split(tokens), strict=True):
+            z, c = inputs.of(x_part), outputs.of(g_part)
+            for product, (into, out) in zip(products, runs, strict=True):
+                product.baddbmm_(c[:, out].permute(1, 2, 0), z[:, into].transpose(0, 1))
+        total = g.new_zeros(spec.blocks_in, spec.r_hat**2)
+        for product, (into, out) in zip(products, runs, strict=True):
+            elements = outputs.slots[out].unsqueeze(2) * spec.r_hat + inputs.slots[into].unsqueeze(1)
+            padding = outputs.padding[out].unsqueeze(2) | inputs.padding[into].unsqueeze(1)
+            total[into].scatter_add_(1, elements.flatten(1), product.masked_fill_(padding, 0).flatten(1))
+        return sum_of_blocks(spec, total.unflatten(1, (spec.r_hat, spec.r_hat)))
 
 
-def fold(part: Window, x: Tensor) -> Tensor:
-    """`operators.fold_input` of the window: rotate's turning is left to `turned`."""
-    tables = _tables(part, x.device)
-    if part.spec.blockwise:
-        return _gather(x, tables.sources[0]).unflatten(-1, (part.spec.blocks_in, -1))
-    return _gather_sum(x, tables.sources).unsqueeze(-2)
+def _delta_of_blocks(part: Window, matrix: Tensor) -> Tensor:
+    spec, tables = part.spec, _block_tables(part, matrix.device)
+    inputs = tables.inputs
+    values = block_squares(spec, matrix).gather(2, inputs.slots.unsqueeze(1).expand(-1, spec.r_hat, -1))
+    values = values.masked_fill(inputs.padding.unsqueeze(1), 0).flatten(0, 1)  # (N * R, Li)
+    delta = values.new_zeros(part.d_out * part.d_in)
+    for meeting in tables.meetings:
+        elements = (meeting.outputs * part.d_in).unsqueeze(1) + inputs.numbers.index_select(0, meeting.blocks)
+        delta.scatter_add_(0, elements.flatten(), values.index_select(0, meeting.rows).flatten())
+    return delta.view(part.d_out, part.d_in)
 
 
-def unfold(part: Window, z: Tensor) -> Tensor:
-    return _gather_sum(z.flatten(-2), _tables(part, z.device).places)
+# -- tables of all slots ----------------------------------------------------------------------------------------------
 
 
-def deal_out(part: Window, u: Tensor) -> Tensor:
-    spec = part.spec
-    lanes = regroup_blocks(u, spec.blocks_out).flatten(-2) if spec.blockwise else u.squeeze(-2)
-    return _gather(lanes, _tables(part, u.device).slots)
+class _Tables(NamedTuple):
+    """Index tables of a window's maps; one past the last index stands for zero."""
 
-
-def collect(part: Window, g: Tensor) -> Tensor:
-    spec = part.spec
-    lanes = _gather_sum(g, _tables(part, g.device).members)
-    if not spec.blockwise:
-        return lanes.unsqueeze(-2)
-    return regroup_blocks(lanes.unflatten(-1, (spec.blocks_out, spec.r_hat)), spec.blocks_in)
-
-
-def turned(part: Window, z: Tensor, back: bool = False) -> Tensor:
-    """Rotate's turning of each block, or its inverse; of other operators nothing."""
-    return rotate_blocks(part.spec, z, back)
-
-
-def rows_used(part: Window, device: torch.device) -> Tensor | None:
-    """Rows of M, counted from the first of `part.rows`, that the window's outputs read; None for all. `deal_out` and
-    `collect` speak of these only."""
-    return _tables(part, device).used
-
-
-def delta(part: Window, square: Tensor) -> Tensor:
-    """(w_out, w_in) of `delta_weight`, for share and truncate. `square` has the used rows and the window's columns."""
-    assert not part.spec.blockwise, "of decouple and rotate: block_windows.delta"
-    tables = _tables(part, square.device)
-    columns = _gather_sum(square, tables.places)
-    return F.pad(columns, (0, 0, 0, 1)).index_select(0, tables.slots)
-
-
-# -- tables -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Tables:
-    """Indices; one past the last stands for zero."""
-
-    sources: Tensor
-    """(K, lanes) into the window's inputs: a lane is the sum of them."""
-    places: Tensor
-    """(K, w_in) into lanes: the transpose."""
-    slots: Tensor
-    """(w_out,) into lanes: what each output reads."""
-    members: Tensor
-    """(K, lanes) into the window's outputs: the transpose."""
-    used: Tensor | None
+    inputs: Tensor
+    """(K, slots): the inputs whose sum a slot holds."""
+    input_slots: Tensor
+    """(K, w_in): the transpose, the slots that each input is added to."""
+    output_slots: Tensor
+    """(w_out,): the slot that each output reads."""
+    outputs: Tensor
+    """(K, slots): the transpose, the outputs that read each slot."""
+    used: Tensor | None = None
+    """Rows of M, counted from the first of `Window.rows`, that the outputs read; None for all."""
 
 
 @lru_cache(maxsize=1024)
 def _tables(part: Window, device: torch.device) -> _Tables:
     with torch.inference_mode(False), torch.no_grad():
-        sources, places = _input_tables(part)
-        slots, members, used = _output_tables(part)
-        sources, places, slots, members = (table.to(device) for table in (sources, places, slots, members))
-        return _Tables(sources, places, slots, members, None if used is None else used.to(device))
+        output_slots, outputs, used = _output_tables(part)
+        tables = _Tables(*_moved((*_input_tables(part), output_slots, outputs), device))
+        return tables if used is None else tables._replace(used=used.to(device))
 
 
 def _input_tables(part: Window) -> tuple[Tensor, Tensor]:
     spec, (start, stop), (first, last) = part.spec, part.inputs, part.columns
-    numbers = input_blocks(spec, torch.arange(1, spec.d_in + 1)) - 1  # (blocks, R): which input lies there, -1 for none
-    numbers = numbers[:, first:last]
+    numbers = _input_numbers(spec)[:, first:last]
     inside = (numbers >= start) & (numbers < stop)
     local, width = numbers - start, stop - start
     positions = torch.arange(numbers.numel()).view_as(numbers)
     if spec.blockwise:
-        sources = torch.where(inside, local, width).flatten().unsqueeze(0)
-        return sources, _lists(local[inside], positions[inside], width, numbers.numel())
-    lanes = positions % (last - first)
-    sources = _lists(lanes[inside], local[inside], last - first, width)
-    return sources, _lists(local[inside], lanes[inside], width, last - first)
+        inputs = torch.where(inside, local, width).flatten().unsqueeze(0)
+        return inputs, _lists(local[inside], positions[inside], width, numbers.numel())
+    slots = positions % (last - first)
+    inputs = _lists(slots[inside], local[inside], last - first, width)
+    return inputs, _lists(local[inside], slots[inside], width, last - first)
 
 
 def _output_tables(part: Window) -> tuple[Tensor, Tensor, Tensor | None]:
     spec, (start, stop) = part.spec, part.outputs
     slots = output_slots(spec)[start:stop]
     if spec.blockwise:
-        lanes, used = spec.blocks_out * spec.r_hat, None
+        count, used = spec.blocks_out * spec.r_hat, None
     else:
         slots = torch.where(slots < 0, slots, slots - part.rows[0])
         used = slots[slots >= 0].unique()
-        lanes = len(used)
+        count = len(used)
         slots = torch.where(slots < 0, slots, torch.searchsorted(used, slots))
-        used = None if lanes == part.rows[1] - part.rows[0] else used
-    held = slots >= 0
-    members = _lists(slots[held], torch.arange(stop - start)[held], lanes, stop - start)
-    return torch.where(held, slots, lanes), members, used
+        used = None if count == part.rows[1] - part.rows[0] else used
+    reads = slots >= 0
+    outputs = _lists(slots[reads], torch.arange(stop - start)[reads], count, stop - start)
+    return torch.where(reads, slots, count), outputs, used
 
 
-def _lists(keys: Tensor, values: Tensor, size: int, none: int) -> Tensor:
-    """(K, size): under each key in [0, size) its values, filled up with `none`."""
+def _input_numbers(spec: OperatorSpec) -> Tensor:
+    """(blocks, R): the input that lies at each position of each block, -1 for none."""
+    return input_blocks(spec, torch.arange(1, spec.d_in + 1)) - 1
+
+
+def _lists(keys: Tensor, values: Tensor, size: int, padding: int) -> Tensor:
+    """(K, size): in column k the values whose key is k, in their order, padded to the length K of the longest column
+    (at least 1)."""
     order = keys.argsort(stable=True)
     keys, values = keys[order], values[order]
     counts = torch.bincount(keys, minlength=size)
     rank = torch.arange(len(keys)) - (counts.cumsum(0) - counts)[keys]
-    table = torch.full((max(int(counts.max()) if len(counts) else 0, 1), size), none)
+    table = torch.full((max(int(counts.max()) if len(counts) else 0, 1), size), padding)
     table[rank, keys] = values
     return table
 
@@ -184,3 +241,73 @@ def _gather_sum(x: Tensor, table: Tensor) -> Tensor:
     """(..., n), (K, m) -> (..., m)."""
     gathered = _gather(x, table.flatten())
     return gathered if len(table) == 1 else gathered.unflatten(-1, table.shape).sum(dim=-2)
+
+
+# -- tables of the slots in use, by block -----------------------------------------------------------------------------
+
+
+class _Side(NamedTuple):
+    """The window's inputs or outputs by block, (blocks, L) each: blocks with fewer than L of them are padded. L is
+    written Li for inputs."""
+
+    slots: Tensor
+    """The position in the block."""
+    numbers: Tensor
+    """The input or output that lies there, counted from the window's first."""
+    padding: Tensor
+    """True where there is none: `slots` and `numbers` are then 0."""
+
+    @property
+    def width(self) -> int:
+        return self.slots.shape[1]
+
+    def of(self, x: Tensor) -> Tensor:
+        """(T, w) -> (T, blocks, L). The padding is any number."""
+        return gather(x, self.numbers.flatten()).unflatten(-1, self.numbers.shape)
+
+
+class _Meeting(NamedTuple):
+    """The outputs that read an input block in one of the operator's `block_pairs`; (n,) each."""
+
+    outputs: Tensor
+    """Counted from the window's first."""
+    blocks: Tensor
+    """The input block that each reads."""
+    rows: Tensor
+    """Its row among the N * R rows of all blocks of `block_squares`."""
+
+
+class _BlockTables(NamedTuple):
+    inputs: _Side
+    outputs: _Side
+    meetings: tuple[_Meeting, ...]
+
+
+@lru_cache(maxsize=1024)
+def _block_tables(part: Window, device: torch.device) -> _BlockTables:
+    """The same window for decouple and rotate without the slots that other windows have, so that its part of the delta
+    and of M's gradient costs its share of the complete one."""
+    with torch.inference_mode(False), torch.no_grad():
+        spec, (first, last), (start, stop) = part.spec, part.inputs, part.outputs
+        numbers = _input_numbers(spec)
+        in_blocks, in_slots = ((numbers >= first) & (numbers < last)).nonzero(as_tuple=True)
+        inputs = _side(in_blocks, in_slots, numbers[in_blocks, in_slots] - first, spec.blocks_in)
+        positions = output_slots(spec)[start:stop]
+        blocks, slots = positions // spec.r_hat, positions % spec.r_hat
+        outputs = _side(blocks, slots, torch.arange(stop - start), spec.blocks_out)
+        meetings = []
+        for into, out in block_pairs(spec):
+            readers = ((blocks >= out.start) & (blocks < out.stop)).nonzero().flatten()
+            read = blocks[readers] - out.start + into.start
+            meetings.append(_Meeting(*_moved((readers, read, read * spec.r_hat + slots[readers]), device)))
+        return _BlockTables(_Side(*_moved(inputs, device)), _Side(*_moved(outputs, device)), tuple(meetings))
+
+
+def _side(blocks: Tensor, slots: Tensor, numbers: Tensor, count: int) -> _Side:
+    columns = ((slots, 0), (numbers, 0), (torch.zeros_like(blocks), 1))
+    slots, numbers, padding = (_lists(blocks, values, count, fill).T.contiguous() for values, fill in columns)
+    return _Side(slots, numbers, padding.bool())
+
+
+def _moved(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    return (tensor.to(device) for tensor in tensors)

@@ -22,7 +22,7 @@ from mora_ds.adapters.inject import count_parameters, mora_layers
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.tp_plan import Style, TensorPlan, is_attention, plan_of
-from mora_ds.parallel.saved_inputs import Kept, TPInputs, kept_inputs
+from mora_ds.parallel.saved_inputs import Saved, TPInputs, plan_inputs
 
 PASSES_GATHERED = 2
 """ZeRO-3 gathers a square's shares in forward and again in backward."""
@@ -233,13 +233,13 @@ def _block_traffic(model: nn.Module, plan: TensorPlan, tokens: int) -> Iterator[
 
 def _input_traffic(model: nn.Module, plan: TensorPlan, tokens: int, inputs: TPInputs) -> Iterator[Traffic]:
     """What ranks kept their tokens of, gathered again in backward."""
-    kept, padded = kept_inputs(model, plan, inputs), -(-tokens // plan.degree) * plan.degree
-    blocks = dict.fromkeys(name.rpartition(".")[0] for name, how in kept.items() if how is Kept.OWN_INPUT)
+    kept, padded = plan_inputs(model, plan, inputs), -(-tokens // plan.degree) * plan.degree
+    blocks = dict.fromkeys(name.rpartition(".")[0] for name, how in kept.items() if how is Saved.INPUT_SHARD)
     for block in blocks:
-        name = next(name for name, how in kept.items() if how is Kept.OWN_INPUT and name.startswith(f"{block}."))
+        name = next(name for name, how in kept.items() if how is Saved.INPUT_SHARD and name.startswith(f"{block}."))
         yield Traffic("activation", Collective.GATHER, plan.degree, padded * _shape(model.get_submodule(name))[0])
     for name, how in kept.items():
-        if how is Kept.OWN_FOLDED:
+        if how is Saved.FOLDED_SHARD:
             layer: Any = model.get_submodule(name)
             yield Traffic("activation", Collective.GATHER, plan.degree, padded * layer.spec.r_hat)
 

@@ -25,7 +25,7 @@ from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.errors import UserError
 from mora_ds.models.loss import token_nll
-from mora_ds.parallel import block_windows, windows
+from mora_ds.parallel import windows
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
 from mora_ds.planning.memory_meter import MemoryMeter, fused_attention
@@ -238,7 +238,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 def _forget_tables() -> None:
     """So that they are made, and counted, within the next measurement."""
-    for room in (index_tables, windows, block_windows):
-        for table in vars(room).values():
+    for module in (index_tables, windows):
+        for table in vars(module).values():
             if hasattr(table, "cache_clear"):
                 table.cache_clear()

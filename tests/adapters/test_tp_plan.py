@@ -14,7 +14,7 @@ from mora_ds.adapters.tp_plan import Style, plan_of
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 from mora_ds.errors import UserError
-from mora_ds.parallel.saved_inputs import Kept, TPInputs, kept_inputs
+from mora_ds.parallel.saved_inputs import Saved, TPInputs, plan_inputs
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology, check_degree, share
 from tests.helpers.models import FAMILIES, tiny_model
@@ -92,7 +92,7 @@ def test_dropout_is_refused_and_named() -> None:
 def test_squares_need_a_row_a_rank() -> None:
     model = tiny_model("llama")
     inject(model, MoRAConfig(rank=1, target_modules=("k_proj",)))
-    with pytest.raises(UserError, match="has 6 rows: a larger --mora_rank, or a smaller group"):
+    with pytest.raises(UserError, match="has 6 rows: raise --mora_rank, or use a smaller group"):
         split(model, 8)
 
 
@@ -138,41 +138,41 @@ def test_settings_that_do_not_go_together(flags: list[str], message: str) -> Non
         validate(parse([*base, *flags]))
 
 
-# -- what is kept of inputs --------------------------------------------------------------------------------------------
+# -- what is saved of inputs -------------------------------------------------------------------------------------------
 
 
-def kept(inputs: TPInputs = TPInputs.AUTO, attention: str = "sdpa", **config: Any) -> dict[str, Kept]:
+def saved(inputs: TPInputs = TPInputs.AUTO, attention: str = "sdpa", **config: Any) -> dict[str, Saved]:
     """By layer of the first block of each kind."""
     model = tiny_model("llama")
     model.config._attn_implementation = attention
     if config.pop("checkpointing", False):
         model.gradient_checkpointing_enable()
     inject(model, MoRAConfig(**{"rank": 4, "operator": "share", **config}))
-    found = kept_inputs(model, plan_of(model, 2), inputs)
+    found = plan_inputs(model, plan_of(model, 2), inputs)
     return {name.rpartition(".")[2]: how for name, how in found.items() if ".layers.0." in name}
 
 
-def test_a_shared_input_is_kept_by_whichever_is_smaller() -> None:
+def test_a_shared_input_is_saved_by_whichever_is_smaller() -> None:
     """Squares of rank 4 have 16, 13 and 13 rows for q, k and v, of rank 1 8, 6 and 6: of 32 inputs."""
-    large, small, rotate = kept(), kept(rank=1), kept(rank=1, operator="rotate")
-    assert {large[name] for name in ("q_proj", "k_proj", "v_proj")} == {Kept.OWN_INPUT}
-    assert {small[name] for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")} == {Kept.OWN_FOLDED}
-    assert {rotate[name] for name in ("q_proj", "gate_proj")} == {Kept.OWN_INPUT}
-    assert kept(rank=2, target_modules=("q_proj", "o_proj"))["q_proj"] is Kept.OWN_FOLDED
+    large, small, rotate = saved(), saved(rank=1), saved(rank=1, operator="rotate")
+    assert {large[name] for name in ("q_proj", "k_proj", "v_proj")} == {Saved.INPUT_SHARD}
+    assert {small[name] for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")} == {Saved.FOLDED_SHARD}
+    assert {rotate[name] for name in ("q_proj", "gate_proj")} == {Saved.INPUT_SHARD}
+    assert saved(rank=2, target_modules=("q_proj", "o_proj"))["q_proj"] is Saved.FOLDED_SHARD
 
 
 def test_rowwise_layers_keep_what_a_rank_has_of_their_inputs() -> None:
-    assert kept()["o_proj"] is Kept.INPUT and kept()["down_proj"] is Kept.SMALLER
-    assert kept(attention="eager")["o_proj"] is Kept.SMALLER
+    assert saved()["o_proj"] is Saved.INPUT and saved()["down_proj"] is Saved.SMALLER
+    assert saved(attention="eager")["o_proj"] is Saved.SMALLER
 
 
 def test_inputs_stay_whole_where_they_are_asked_to_or_recomputed() -> None:
-    for found in (kept(TPInputs.WHOLE), kept(checkpointing=True)):
-        assert found["q_proj"] is found["gate_proj"] is Kept.SMALLER
-    assert kept(TPInputs.SPLIT, checkpointing=True)["q_proj"] is Kept.OWN_INPUT
+    for found in (saved(TPInputs.WHOLE), saved(checkpointing=True)):
+        assert found["q_proj"] is found["gate_proj"] is Saved.SMALLER
+    assert saved(TPInputs.SPLIT, checkpointing=True)["q_proj"] is Saved.INPUT_SHARD
     model = tiny_model("llama")
     inject(model, MoRAConfig(rank=4))
-    assert kept_inputs(model, plan_of(model, 1)) == {}, "nothing is shared by one rank"
+    assert plan_inputs(model, plan_of(model, 1)) == {}, "nothing is shared by one rank"
 
 
 # -- segments are the run's -------------------------------------------------------------------------------------------

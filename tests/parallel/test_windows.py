@@ -1,4 +1,4 @@
-"""Windows side by side, or summed, are the operator; their transposes are transposes."""
+"""Windows concatenated, or summed, are the operator; their transposes are transposes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from mora_ds.adapters.ops.mora import OperatorSpec, adjoint, delta_weight, mora_
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.errors import UserError
-from mora_ds.parallel import block_windows, windows
-from mora_ds.parallel.windows import Window, window
+from mora_ds.parallel.windows import Window
 
 SHAPES = [(24, 40, 10), (40, 24, 10), (24, 24, 8), (24, 40, 32), (17, 23, 6)]
 KINDS = [
@@ -30,11 +29,9 @@ def bounds(size: int, parts: int = PARTS) -> list[tuple[int, int]]:
 
 
 def update(part: Window, square: Tensor, x: Tensor) -> Tensor:
-    """As a rank computes it, from the rows and columns of M that the window may use."""
-    square = square[slice(*part.rows), slice(*part.columns)]
-    used = windows.rows_used(part, x.device)
-    square = square if used is None else square[used]
-    return windows.deal_out(part, windows.turned(part, windows.fold(part, x)) @ square.T)
+    """As a process computes it, from the rows and columns of M that the window may use."""
+    square = part.used_rows(square[slice(*part.rows), slice(*part.columns)])
+    return part.deal(part.rotate(part.fold(x)) @ square.T)
 
 
 def tensors(spec: OperatorSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,29 +47,25 @@ def tensors(spec: OperatorSpec) -> tuple[Tensor, Tensor, Tensor]:
 def test_windows_make_up_the_operator(spec: OperatorSpec) -> None:
     square, x, _ = tensors(spec)
     expected = mora_update(spec, square, x)
-    columns = [update(window(spec, outputs=part), square, x) for part in bounds(spec.d_out)]
+    columns = [update(Window.of(spec, outputs=part), square, x) for part in bounds(spec.d_out)]
     torch.testing.assert_close(torch.cat(columns, dim=-1), expected)
-    rows = [update(window(spec, inputs=part), square, x[..., slice(*part)]) for part in bounds(spec.d_in)]
+    rows = [update(Window.of(spec, inputs=part), square, x[..., slice(*part)]) for part in bounds(spec.d_in)]
     torch.testing.assert_close(torch.stack(rows).sum(0), expected)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_every_map_has_its_transpose(spec: OperatorSpec) -> None:
-    square, x, g = tensors(spec)
-    for part in (window(spec, outputs=bounds(spec.d_out)[1]), window(spec, inputs=bounds(spec.d_in)[1])):
+    _, x, g = tensors(spec)
+    for part in (Window.of(spec, outputs=bounds(spec.d_out)[1]), Window.of(spec, inputs=bounds(spec.d_in)[1])):
         inside, outside = x[..., slice(*part.inputs)], g[..., slice(*part.outputs)]
-        folded, collected = windows.fold(part, inside), windows.collect(part, outside)
+        folded, collected = part.fold(inside), part.collect(outside)
         z, u = torch.randn_like(folded), torch.randn_like(collected)
-        assert torch.isclose((folded * z).sum(), (inside * windows.unfold(part, z)).sum())
-        assert torch.isclose((collected * u).sum(), (outside * windows.deal_out(part, u)).sum())
-        turned = windows.turned(part, z)
-        torch.testing.assert_close(windows.turned(part, turned, back=True), z)
-    whole = windows.turned(window(spec), windows.fold(window(spec), x)).flatten(0, -2)
-    gradient = windows.collect(window(spec), g)
-    used = windows.rows_used(window(spec), x.device)
-    rows = torch.arange(spec.r_hat) if used is None else used
-    found = torch.zeros_like(square)
-    found[rows] = gradient.flatten(0, -2).T @ whole
+        assert torch.isclose((folded * z).sum(), (inside * part.unfold(z)).sum())
+        assert torch.isclose((collected * u).sum(), (outside * part.deal(u)).sum())
+        torch.testing.assert_close(part.rotate(part.rotate(z), back=True), z)
+    complete = Window.of(spec)
+    z = complete.rotate(complete.fold(x)).flatten(0, -2)
+    found = complete.all_rows(complete.collect(g).flatten(0, -2).T @ z)
     torch.testing.assert_close(found, adjoint(spec, g.flatten(0, -2).T @ x.flatten(0, -2)))
 
 
@@ -80,24 +73,18 @@ def test_every_map_has_its_transpose(spec: OperatorSpec) -> None:
 def test_a_slice_of_the_weight(spec: OperatorSpec) -> None:
     square, _, _ = tensors(spec)
     whole = delta_weight(spec, square)
-    for part in (window(spec, outputs=bounds(spec.d_out)[1]), window(spec, inputs=bounds(spec.d_in)[1])):
-        used = windows.rows_used(part, square.device)
-        delta = block_windows.delta if spec.blockwise else windows.delta
-        found = delta(part, square if used is None else square[used])
-        torch.testing.assert_close(found, whole[slice(*part.outputs), slice(*part.inputs)])
+    for part in (Window.of(spec, outputs=bounds(spec.d_out)[1]), Window.of(spec, inputs=bounds(spec.d_in)[1])):
+        torch.testing.assert_close(part.delta(square), whole[slice(*part.outputs), slice(*part.inputs)])
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.blockwise], ids=str)
 def test_gradients_of_windows_add_up(spec: OperatorSpec) -> None:
     _, x, g = tensors(spec)
     expected = adjoint(spec, g.flatten(0, -2).T @ x.flatten(0, -2))
-    columns = [window(spec, outputs=part) for part in bounds(spec.d_out)]
-    rows = [window(spec, inputs=part) for part in bounds(spec.d_in)]
-    for parts in (columns, rows, [window(spec)]):
-        found = [
-            block_windows.square_gradient(part, x[..., slice(*part.inputs)], g[..., slice(*part.outputs)])
-            for part in parts
-        ]
+    columns = [Window.of(spec, outputs=part) for part in bounds(spec.d_out)]
+    rows = [Window.of(spec, inputs=part) for part in bounds(spec.d_in)]
+    for parts in (columns, rows, [Window.of(spec)]):
+        found = [part.gradient(x[..., slice(*part.inputs)], g[..., slice(*part.outputs)]) for part in parts]
         torch.testing.assert_close(torch.stack(found).sum(0), expected)
 
 
@@ -118,11 +105,11 @@ def test_segments_confine_what_meets(shape: tuple[int, int, int], grouping: Grou
         own = bounds(r_hat, parts)
         outwards, inwards = replace(plain, out_segments=SEGMENTS), replace(plain, in_segments=SEGMENTS)
         columns = [
-            update(window(outwards, outputs=part, rows=lanes), square, x)
+            update(Window.of(outwards, outputs=part, rows=lanes), square, x)
             for part, lanes in zip(bounds(d_out, parts), own, strict=True)
         ]
         rows = [
-            update(window(inwards, inputs=part, columns=lanes), square, x[..., slice(*part)])
+            update(Window.of(inwards, inputs=part, columns=lanes), square, x[..., slice(*part)])
             for part, lanes in zip(bounds(d_in, parts), own, strict=True)
         ]
         for spec, found in ((outwards, torch.cat(columns, dim=-1)), (inwards, torch.stack(rows).sum(0))):
