@@ -1,0 +1,301 @@
+"""Small faults put into the code one at a time, and whether the default tests notice them. Run by hand.
+
+    python -m tests.mutations                     every fault against the tests that should notice it first
+    python -m tests.mutations --only NAME ...     some of them
+    python -m tests.mutations --all               one that these tests miss also against the complete default suite
+    python -m tests.mutations --list              what there is, and whether every anchor still fits the code
+
+Each fault is applied to a copy of the checkout, never to the checkout itself. An anchor that is not in its file exactly
+once is an error: the code has changed, and the fault has to be written anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault: `old` becomes `new` in `file`."""
+
+    name: str
+    file: str
+    """Below mora_ds/."""
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    """Files below tests/ that should notice it first."""
+
+    def problem(self, root: Path) -> str:
+        """Why the fault cannot be applied to the checkout `root`, or ""."""
+        path = root / "mora_ds" / self.file
+        if not path.is_file():
+            return f"mora_ds/{self.file} is missing"
+        count = path.read_text(encoding="utf-8").count(self.old)
+        return "" if count == 1 else f"the anchor is {count} times in mora_ds/{self.file}: {self.old!r}"
+
+
+MUTATIONS = (
+    Mutation(
+        "moments are not reset at a merge",
+        "remora/merge.py",
+        "zero.reset_group(self.engine, 0, [layer.value for layer in layers.values()], change)",
+        "del change",
+        ("remora/test_merge.py",),
+    ),
+    Mutation(
+        "permutations are the same in every cycle",
+        "adapters/config.py",
+        "permutation_seed(self.seed, layer, cycle) if grouping",
+        "permutation_seed(self.seed, layer, 0) if grouping",
+        ("adapters", "remora/test_merge.py"),
+    ),
+    Mutation(
+        "the mean over tokens is a mean of ranks' means",
+        "train/trainer.py",
+        "total_predicted = max(self.replica.sum(predicted), 1.0)",
+        "total_predicted = max(predicted * self.replica.world, 1.0)",
+        ("train/test_pretrain.py",),
+    ),
+    Mutation(
+        "hashes of files are not compared",
+        "files.py",
+        "if sha256 is not None and sha256_file(path) != sha256:",
+        "if sha256 is not None and not sha256_file(path):",
+        ("checkpoint/test_damage.py", "remora/test_ledger.py"),
+    ),
+    Mutation(
+        "the live weight is rounded twice",
+        "adapters/ops/delta.py",
+        "dtype=torch.float32, device=device).copy_(original)",
+        "dtype=torch.float32, device=device).copy_(original.to(dtype))",
+        ("adapters/ops/test_delta.py", "deploy/test_export.py", "remora/test_merge.py"),
+    ),
+    Mutation(
+        "blocks are packed one token too far apart",
+        "data/packing.py",
+        "start = index * self.seq_len\n",
+        "start = index * (self.seq_len + 1)\n",
+        ("data/test_packing.py",),
+    ),
+    Mutation(
+        "evaluation counts some blocks twice",
+        "data/packing.py",
+        "self.block(index) if index < self.n_blocks else padding for index",
+        "self.block(index % self.n_blocks) for index",
+        ("data/test_packing.py", "eval/test_perplexity.py"),
+    ),
+    Mutation(
+        "the limit of evaluation batches is one of each rank",
+        "train/evaluator.py",
+        "if round_ * count + index >= limit:",
+        "if round_ + index >= limit * count:",
+        ("train/test_pretrain.py", "train/test_controls.py"),
+    ),
+    Mutation(
+        "the re-warmup is one step short",
+        "remora/schedule.py",
+        "(step - merged_at + 1) / (self.restart_warmup_steps + 1)",
+        "(step - merged_at + 2) / (self.restart_warmup_steps + 1)",
+        ("remora/test_schedule.py",),
+    ),
+    Mutation(
+        "the last cycle is left out of an export",
+        "deploy/export.py",
+        "updates = [*run.ledger.squares_of(entry.module), (entry",
+        "updates = [*list(run.ledger.squares_of(entry.module))[:-1], (entry",
+        ("deploy/test_export.py",),
+    ),
+    Mutation(
+        "rows of a batch get each other's adapters",
+        "deploy/bank.py",
+        "[each.of(name, known.form.r_hat) for each in own], of)",
+        "[each.of(name, known.form.r_hat) for each in own], of[::-1])",
+        ("deploy/test_bank.py",),
+    ),
+    Mutation(
+        "the chain of hashes is not checked",
+        "remora/ledger.py",
+        "if record.chain != chain:",
+        "if not record.chain:",
+        ("remora/test_ledger.py",),
+    ),
+    Mutation(
+        "a request to stop is not heard",
+        "train/trainer.py",
+        "self._stop_asked |= requests > 0",
+        "self._stop_asked |= requests < 0",
+        ("runtime/test_signals.py",),
+    ),
+    Mutation(
+        "the checksum of base tensors is not in the fingerprint",
+        "models/base.py",
+        "{shape} {tensor_checksum(tensor):016x}",
+        "{shape} {0:016x}",
+        ("models/test_base.py",),
+    ),
+    Mutation(
+        "micro-batches of different ranks are swapped",
+        "train/trainer.py",
+        "first = (index * self.replica.count + self.replica.index) * size",
+        "first = (self.replica.index * self.training.gradient_accumulation_steps + index) * size",
+        ("train/test_pretrain.py", "data/test_mixture.py", "train/test_resume.py"),
+    ),
+    Mutation(
+        "the tail of a stream is dropped",
+        "data/stream_source.py",
+        "if self._available > 1:",
+        "if self._available > self.seq_len:",
+        ("data/test_stream.py",),
+    ),
+    Mutation(
+        "Muon's learning rate is ignored",
+        "config/training.py",
+        "return self.muon_learning_rate if self.optimizer == OptimizerKind.MUON.value else self.learning_rate",
+        "return self.learning_rate",
+        ("engine/test_muon.py", "config/test_arguments.py"),
+    ),
+    Mutation(
+        "a stale copy of a tied weight is exported",
+        "deploy/export.py",
+        "if key in used or key not in run.reference.keys:",
+        "if key:",
+        ("deploy/test_export.py",),
+    ),
+    Mutation(
+        "int8 scales are those of the columns",
+        "adapters/ops/int8.py",
+        "least, most = torch.aminmax(part, dim=1)",
+        "least, most = torch.aminmax(part.view(part.shape[::-1]).T, dim=1)",
+        ("adapters/ops/test_int8.py",),
+    ),
+    Mutation(
+        "a tensor-parallel window is shifted by one input",
+        "parallel/windows.py",
+        "inside = (numbers >= start) & (numbers < stop)",
+        "inside = (numbers > start) & (numbers <= stop)",
+        ("parallel/test_windows.py",),
+    ),
+    Mutation(
+        "the share of replayed text is ignored",
+        "config/mixture.py",
+        "tuple({**scaled, **shares}[source.name] for",
+        "tuple({**shares, **scaled}.get(source.name, 1.0) for",
+        ("data/test_mixture.py",),
+    ),
+    # those that the tests of 0.2 did not notice
+    Mutation(
+        "small token caches are not read through",
+        "data/cache.py",
+        "if not contents or (not is_small and all(",
+        "if not contents or (all(",
+        ("data/test_cache.py",),
+    ),
+    Mutation(
+        "elements that two shards hold are accepted",
+        "engine/shard_reader.py",
+        "if part.start > end or (once and part.start < end):",
+        "if part.start > end:",
+        ("checkpoint/test_damage.py", "checkpoint/test_elastic.py", "checkpoint/test_universal.py"),
+    ),
+    Mutation(
+        "rows of a replica are never compared",
+        "train/replicas.py",
+        "if self.processes_per_replica > 1 and not self._rows_checked:",
+        "if self.processes_per_replica < 1:",
+        ("parallel/test_tensor_parallel_run.py", "parallel/test_ulysses_checks.py", "parallel/test_ulysses_run.py"),
+    ),
+    Mutation(
+        "the folder of a checkpoint is not flushed before its name",
+        "checkpoint/writer.py",
+        "        sync_folders(beside)\n",
+        "",
+        ("checkpoint/test_writer.py",),
+    ),
+    Mutation(
+        "the folder of all checkpoints is not flushed after the rename",
+        "checkpoint/writer.py",
+        "        files.fsync(self.root)\n",
+        "",
+        ("checkpoint/test_writer.py",),
+    ),
+    Mutation(
+        "leftovers of a broken transfer are kept",
+        "runtime/nodes.py",
+        "            shutil.rmtree(incoming, ignore_errors=True)\n",
+        "",
+        ("runtime/test_nodes.py",),
+    ),
+)
+
+
+def copy_of_checkout(target: Path) -> None:
+    """Every file that git tracks or would track, as it is now."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+def fails(root: Path, tests: tuple[str, ...]) -> bool:
+    """Whether the default tests below `tests` fail in the copy `root`. Raises `RuntimeError` where none could run."""
+    files = [f"tests/{name}" for name in tests]
+    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *files]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1, 2):
+        raise RuntimeError(f"pytest ended with code {done.returncode}:\n{done.stdout[-2000:]}{done.stderr}")
+    return done.returncode != 0
+
+
+def noticed(mutation: Mutation, root: Path, complete: bool) -> str:
+    """What noticed the fault: "first tests", "other tests" or "nothing". The copy `root` is sound again afterwards."""
+    path = root / "mora_ds" / mutation.file
+    sound = path.read_text(encoding="utf-8")
+    path.write_text(sound.replace(mutation.old, mutation.new), encoding="utf-8")
+    try:
+        if fails(root, mutation.tests):
+            return "first tests"
+        return "other tests" if complete and fails(root, ("",)) else "nothing"
+    finally:
+        path.write_text(sound, encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="faults whose name contains one of these")
+    parser.add_argument("--all", action="store_true", help="run the complete default suite where the first tests pass")
+    parser.add_argument("--list", action="store_true", help="print the faults and check their anchors; run nothing")
+    options = parser.parse_args()
+    chosen = [each for each in MUTATIONS if not options.only or any(part in each.name for part in options.only)]
+    problems = {each.name: each.problem(ROOT) for each in chosen}
+    if options.list or any(problems.values()):
+        for each in chosen:
+            print(f"{each.name}: {problems[each.name] or f'mora_ds/{each.file}, ' + ', '.join(each.tests)}")
+        return 1 if any(problems.values()) else 0
+    missed = 0
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        copy_of_checkout(Path(folder))
+        for each in chosen:
+            started = time.monotonic()
+            by = noticed(each, Path(folder), options.all)
+            missed += by == "nothing"
+            print(f"{each.name:<60} noticed by {by:<12} {time.monotonic() - started:4.0f} s", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} noticed")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
