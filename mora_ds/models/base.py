@@ -192,6 +192,12 @@ def _no_safetensors(folder: Path) -> UserError:
     return UserError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
 
 
+def map_model(base: BaseCheckpoint, model: Any, names: Iterable[str]) -> dict[str, str]:
+    """`base.map_parameters` for a transformers model, which says what it ties and renames. `names`: of parameters."""
+    ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
+    return base.map_parameters(names, model.base_model_prefix, ties, renamed_keys(model, base.keys()))
+
+
 def renamed_keys(model: Any, keys: Iterable[str]) -> dict[str, str]:
     """Name after loading -> key, for keys that transformers renames (and does nothing else to) as it loads `model`.
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.errors import UserError
-from mora_ds.models.base import BaseCheckpoint, NotOneToOne, renamed_keys, verify_against_model, write_own_base
+from mora_ds.models.base import BaseCheckpoint, NotOneToOne, map_model, verify_against_model, write_own_base
 from mora_ds.runtime.ranks import Ranks
 
 MODEL_FLAG = "--model_name_or_path"
@@ -196,7 +196,6 @@ def _originals(model: Any, folder: Path, own_base: Path) -> tuple[bool, dict[str
 
 def _map_and_verify(model: Any, base: BaseCheckpoint) -> dict[str, str]:
     tensors = dict(model.named_parameters(remove_duplicate=False))
-    ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
-    keys = base.map_parameters(tensors, model.base_model_prefix, ties, renamed_keys(model, base.keys()))
+    keys = map_model(base, model, tensors)
     verify_against_model(base, keys, tensors, tensors)
     return keys

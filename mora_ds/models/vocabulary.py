@@ -31,7 +31,7 @@ from mora_ds.data import (
 )
 from mora_ds.errors import RunError, UserError
 from mora_ds.files import atomic_folder, malformed, read_json, require_format
-from mora_ds.models.base import BaseCheckpoint, renamed_keys
+from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import folder_config
 from mora_ds.models.save import fill_shards, write_companions, write_shards
 
@@ -143,8 +143,7 @@ def _vocabulary_keys(base: BaseCheckpoint, config: Any, trust_remote_code: bool)
         raise UserError(f"{FLAG}: other tables hang on the vocabulary too ({', '.join(others) or 'the head'})")
     wanted = {id(embedding.weight), *(id(each) for each in head.parameters(recurse=False))}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
-    mapping = base.map_parameters(parameters, model.base_model_prefix, ties, renamed_keys(model, base.keys()))
+    mapping = map_model(base, model, parameters)
     keys = {mapping[name] for name, parameter in parameters.items() if id(parameter) in wanted}
     keys |= {name for name, parameter in parameters.items() if id(parameter) in wanted and name in base}
     return keys, rows

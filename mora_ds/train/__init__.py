@@ -1,1 +1,17 @@
-"""The main job: from settings to a trained and exported model."""
+"""The main job: from settings to a trained and exported model. It may use every other package.
+
+pretrain        the pipeline from settings to a summary; warm_start and demo run it twice
+dry_run         --dry_run: the plan of a job in place of the job
+setup           processes, DeepSpeed config, and the place where a run happens
+output_folder   --output_dir: which run may write into it, run.yaml
+data            files -> tokens -> batches; tokenizer: which one
+base            the base model on this process
+targets         --targets: which layers have a MoRA matrix, and of which size
+vectors         singular vectors of the base for the operators that read them
+init_adapter    --init_adapter: MoRA matrices to start from
+job             the interface of the three kinds of job, full and bare ones; adapter_job: MoRA and LoRA
+run             `mora_ds.Run`: merge ledger and checkpoints of one engine, also for loops written by users
+preflight       every check of the live model before the first step
+trainer         the loop; evaluator, stall_watch, replicas: its parts
+metrics         step lines, metrics.jsonl, TensorBoard
+"""

@@ -34,7 +34,7 @@ from mora_ds.train.job import Job
 from mora_ds.train.run import Run, RunDetails
 from mora_ds.train.targets import RunTargets
 from mora_ds.train.vectors import FOLDER as VECTORS_FOLDER
-from mora_ds.train.vectors import needs_vectors, prepare_vectors, wanted_vectors
+from mora_ds.train.vectors import prepare_vectors, wanted_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class AdapterJob(Job):
         """The config that names the base's singular vectors, where the operator or the alignment loss reads them."""
         adapter, loaded, place = self.arguments.adapter, self.loaded, self.place
         rank = adapter.alignment_rank if adapter.alignment_weight else 0
-        if not isinstance(config, MoRAConfig) or not needs_vectors(config, rank):
+        if not isinstance(config, MoRAConfig) or not (config.is_subspace or rank):
             return config
         wanted = wanted_vectors(loaded.model, config, loaded.keys, rank)
         if place.checkpoint is None:

@@ -12,7 +12,7 @@ from mora_ds.config.data import ModelArguments
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import largest_id
 from mora_ds.models.load import LoadedBase, create_base, folder_config, load_base, read_model_config, resolve_folder
-from mora_ds.train.place import Place
+from mora_ds.train.setup import Place
 
 
 def find_model(model: ModelArguments, place: Place) -> tuple[Path | None, Any]:

@@ -40,7 +40,7 @@ from mora_ds.data import (
 )
 from mora_ds.errors import UserError
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.place import Place
+from mora_ds.train.setup import Place
 from mora_ds.train.tokenizer import begin_tokenizer, load_or_train_tokenizer, save_tokenizer
 
 logger = logging.getLogger(__name__)

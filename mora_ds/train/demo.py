@@ -25,9 +25,9 @@ from mora_ds.config.validate import validate
 from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_demo_corpus
 from mora_ds.models.load import create_base
 from mora_ds.train.dry_run import dry_run
-from mora_ds.train.engine_config import engine_config
 from mora_ds.train.output_folder import reserve
-from mora_ds.train.pretrain import pretrain, start_processes
+from mora_ds.train.pretrain import pretrain
+from mora_ds.train.setup import engine_config, start_processes
 from mora_ds.train.warm_start import run_job
 
 logger = logging.getLogger(__name__)
@@ -36,19 +36,23 @@ MODEL_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "models" / "tin
 VOCABULARY = 2048
 PROSE_BYTES, CODE_BYTES, EVAL_BYTES = 1_700_000, 2_500_000, 60_000
 
-_SHARED: dict[str, Any] = {"seq_len": 128, "per_device_eval_batch_size": 16, "gradient_accumulation_steps": 1}
+_SHARED: dict[str, Any] = {
+    "seq_len": 128,
+    "per_device_eval_batch_size": 16,
+    "gradient_accumulation_steps": 1,
+    "lr_scheduler_type": "cosine",
+    "min_lr_ratio": 0.1,
+    "logging_steps": 30,
+    "export_merged": True,
+}
 WARM_START: dict[str, Any] = {
     **_SHARED,
     "adapter": "full",
     "max_steps": 420,
     "learning_rate": 3e-3,
-    "lr_scheduler_type": "cosine",
-    "min_lr_ratio": 0.1,
     "warmup_steps": 20,
     "weight_decay": 0.01,
-    "logging_steps": 30,
     "eval_on_start": False,
-    "export_merged": True,
 }
 CONTINUE: dict[str, Any] = {
     **_SHARED,
@@ -56,15 +60,11 @@ CONTINUE: dict[str, Any] = {
     "operator": "rotate",
     "max_steps": 360,
     "learning_rate": 4e-3,
-    "lr_scheduler_type": "cosine",
-    "min_lr_ratio": 0.1,
     "warmup_steps": 10,
     "merge_every": 90,
     "restart_warmup_steps": 5,
-    "logging_steps": 30,
     "eval_steps": 180,
     "save_steps": 180,
-    "export_merged": True,
 }
 ROWS_PER_STEP = 8
 """Global batch size, in sequences, divided among the processes."""
@@ -114,35 +114,19 @@ def _plan(arguments: Arguments) -> None:
     dry_run(dataclasses.replace(job, model=dataclasses.replace(job.model, model_name_or_path=str(MODEL_CONFIG))))
 
 
-@dataclasses.dataclass(frozen=True)
 class DemoPaths:
     """Where the demo keeps what it starts from."""
 
-    root: Path
+    def __init__(self, root: Path) -> None:
+        self.root, self.corpus, self.tokens = root, root / "corpus", root / "tokens"
+        self.start, self.warm = root / "start", root / "warm_start" / MERGED_FOLDER
+        """The untrained model, and what the warm start makes of it."""
+        evaluation = (("prose", "general"), ("code", "domain"))
+        self.eval_files = [f"{name}={self.corpus / f'{text}_eval.jsonl'}" for name, text in evaluation]
 
-    @property
-    def corpus(self) -> Path:
-        return self.root / "corpus"
-
-    @property
-    def start(self) -> Path:
-        return self.root / "start"
-
-    @property
-    def warm(self) -> Path:
-        return self.root / "warm_start" / MERGED_FOLDER
-
-    @property
-    def tokens(self) -> Path:
-        return self.root / "tokens"
-
-    def train_files(self, domain: str) -> list[str]:
-        """`domain`: general (prose) or domain (code)."""
-        return [str(self.corpus / f"{domain}_train.jsonl")]
-
-    @property
-    def eval_files(self) -> list[str]:
-        return [f"prose={self.corpus / 'general_eval.jsonl'}", f"code={self.corpus / 'domain_eval.jsonl'}"]
+    def train_files(self, text: str) -> list[str]:
+        """`text`: general (prose) or domain (code)."""
+        return [str(self.corpus / f"{text}_train.jsonl")]
 
 
 def warm_start_settings(paths: DemoPaths, rows: int, seed: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from mora_ds.planning.plan import Plan, Planner
 from mora_ds.planning.report import report
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.planning.timing import Cluster
-from mora_ds.train.engine_config import engine_config
+from mora_ds.train.setup import engine_config
 from mora_ds.train.targets import planned_config
 from mora_ds.train.vectors import check_alignment_rank
 
@@ -114,7 +114,7 @@ def _alignment_line(work: Work, rank: int) -> str:
 def _layer_lines(work: Work, world: int) -> list[str]:
     """MoRA matrices, splits and products, as at the start of a run."""
     if work.adapter is None:
-        return ["full training, the control: every parameter, sharded by ZeRO as ever"]
+        return ["full training: every parameter is trained, sharded by ZeRO"]
     model = planned_model(Work(work.config, None, work.seq_len, dtype=work.dtype))
     lines = [str(inject(model, work.adapter))]
     if work.sequence_parallel > 1:

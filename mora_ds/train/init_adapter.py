@@ -1,7 +1,7 @@
-"""--init_adapter: a run with domains starts from the squares of an earlier one, in place of zero.
+"""--init_adapter: a run with domains starts from the MoRA matrices of an earlier run, in place of zero.
 
-The shared squares are taken as they are, those of domains by the domain's name; a domain that is new begins at zero.
-The earlier run must have the same base, layers and operators, and have merged nothing: a merged square is in its base.
+The shared matrices are taken as they are, those of domains by the domain's name; a new domain begins at zero. The
+earlier run must have the same base, layers and operators, and no merged cycle: what is merged is part of its base.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mora_ds.adapters.domains import OWN, DomainLinear, domain_layers, domains_of
+from mora_ds.adapters.domains import OWN, domain_layers, domains_of
 from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference
 from mora_ds.checkpoint.layout import find_adapter
 from mora_ds.deploy.adapter_io import open_adapter
@@ -37,22 +37,22 @@ class InitialAdapter:
         facts, ledger = open_adapter(folder)
         if ledger.cycles:
             raise UserError(
-                f"{FLAG} {path}: {ledger.cycles} merged cycle(s) are in the base of that run and not in its squares: "
-                "start from what tools/export_hf.py --domain shared makes of it"
+                f"{FLAG} {path}: {ledger.cycles} merged cycle(s) are in the base of that run and not in its MoRA "
+                "matrices: start from what tools/export_hf.py --domain shared makes of it"
             )
         if facts.trainables:
             raise UserError(
-                f"{FLAG} {path}: that run trained {facts.trainables[0]} beside its squares, which would be left out: "
-                "start from the model that tools/export_hf.py makes of it"
+                f"{FLAG} {path}: that run also trained {facts.trainables[0]}, which would be left out: start from the "
+                "model that tools/export_hf.py makes of it"
             )
-        if (found := BaseReference.read(folder).fingerprint) != fingerprint:
-            raise UserError(f"{FLAG} {path} is an adapter of another base: fingerprint {found}, not {fingerprint}")
+        if (other := BaseReference.read(folder).fingerprint) != fingerprint:
+            raise UserError(f"{FLAG} {path} is an adapter of another base: fingerprint {other}, not {fingerprint}")
         layers, names = domain_layers(model), domains_of(model).names
-        there = () if facts.domains is None else facts.domains.names
-        if set(names).isdisjoint(there) and any(OWN in layer.frozen_values for layer in layers.values()):
+        its_names = () if facts.domains is None else facts.domains.names
+        if set(names).isdisjoint(its_names) and any(OWN in layer.frozen_values for layer in layers.values()):
             raise UserError(
-                f"{FLAG} {path}: --freeze domains would keep the squares of {', '.join(names)} at zero: that run has "
-                + (f"those of {', '.join(there)}" if there else "no domains")
+                f"{FLAG} {path}: --freeze domains would keep the MoRA matrices of {', '.join(names)} at zero: that run "
+                + (f"has those of {', '.join(its_names)}" if its_names else "has no domains")
             )
         if different := sorted(set(layers) ^ set(facts.layers)):
             raise UserError(f"{FLAG} {path} adapts other layers (--target_modules), e.g. {different[0]}")
@@ -60,37 +60,23 @@ class InitialAdapter:
             own = layer.own_spec if facts.domains is None else facts.domains.operators.get(name)
             if (facts.layers[name].operator, own) != (layer.spec, layer.own_spec):
                 raise UserError(
-                    f"{FLAG} {path}: the square of {name} means something else there (--mora_rank, --operator, "
+                    f"{FLAG} {path}: the MoRA matrix of {name} means something else there (--mora_rank, --operator, "
                     f"--grouping, --seed): {facts.layers[name].operator}, not {layer.spec}"
                 )
         return cls(folder, facts, AdapterTensors.open(folder, facts))
 
     def put(self, engine: zero.Engine) -> str:
-        """Into the engine's model: masters and every copy. Returns what to say."""
-        domains = domains_of(engine.module).names
-        for name, layer in domain_layers(engine.module).items():
-            _set(engine, layer, "square", self.tensors.square(name))
-            _set(engine, layer, "domain_squares", self._own(name, layer, domains))
-        known = () if self.facts.domains is None else self.facts.domains.names
-        found, new = ([name for name in domains if (name in known) is there] for there in (True, False))
+        """Copy the matrices into the engine's model, fp32 masters included. Returns a line for the log."""
+        names = domains_of(engine.module).names
+        known = [] if self.facts.domains is None else [name for name in names if name in self.facts.domains.names]
+        for module, layer in domain_layers(engine.module).items():
+            zeros = torch.zeros(layer.own_spec.r_hat, layer.own_spec.r_hat)
+            own = [self.tensors.domain_square(module, name) if name in known else zeros for name in names]
+            for value, tensor in (("square", self.tensors.square(module)), ("domain_squares", torch.stack(own))):
+                if value in layer.frozen_values:
+                    layer.get_buffer(value).copy_(tensor)
+                else:
+                    zero.set_fp32(engine, layer.get_parameter(value), tensor)
+        new = [name for name in names if name not in known]
         begins = f"; {', '.join(new)}: from zero" if new else ""
-        return f"squares of {self.folder}: the shared ones{''.join(f', {name}' for name in found)}{begins}"
-
-    def _own(self, module: str, layer: DomainLinear, domains: tuple[str, ...]) -> Tensor:
-        own = self.facts.domains
-        shape = layer.own_spec.r_hat, layer.own_spec.r_hat
-        return torch.stack(
-            [
-                self.tensors.domain_square(module, name)
-                if own is not None and name in own.names
-                else torch.zeros(shape)
-                for name in domains
-            ]
-        )
-
-
-def _set(engine: zero.Engine, layer: DomainLinear, name: str, value: Tensor) -> None:
-    if name in layer.frozen_values:
-        layer.get_buffer(name).copy_(value)
-    else:
-        zero.set_fp32(engine, layer.get_parameter(name), value)
+        return f"MoRA matrices of {self.folder}: the shared ones{''.join(f', {name}' for name in known)}{begins}"

@@ -31,7 +31,7 @@ from mora_ds.parallel.ulysses import share_rows
 from mora_ds.parallel.ulysses_checks import describe
 from mora_ds.remora.merge import ReMoRA
 from mora_ds.train.data import RunData
-from mora_ds.train.place import Place
+from mora_ds.train.setup import Place
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ class Job(ABC):
     A subclass's constructor prepares the model, starts the engine and, where `place.checkpoint` is set, resumes.
     """
 
+    is_trained = True
+    """Whether there is anything to train; a job without is evaluated."""
     engine: Any
     """A DeepSpeed engine; the model itself for `BareJob`."""
     state: TrainerState
@@ -114,11 +116,13 @@ class Job(ABC):
 class BareJob(Job):
     """The base as it is, to be evaluated (--adapter none)."""
 
+    is_trained = False
+
     def __init__(self, *inputs: Any) -> None:
         super().__init__(*inputs)
         self.engine, self.state = self.loaded.model, TrainerState()
         self.trainable_parameters, self.total_parameters = 0, count_parameters(self.engine)
-        logger.info(f"nothing is trained, the control: all {self.total_parameters:,} parameters stay as they are")
+        logger.info(f"nothing is trained: all {self.total_parameters:,} parameters stay as they are")
         self.engine.to(current_device()).requires_grad_(False)
 
     def save(self, state: TrainerState) -> Path:
@@ -138,7 +142,7 @@ class FullJob(Job):
         super().__init__(*inputs)
         model, place = self.loaded.model, self.place
         self.trainable_parameters = self.total_parameters = count_parameters(model)
-        logger.info(f"full training, the control: all {self.total_parameters:,} parameters, sharded by ZeRO as ever")
+        logger.info(f"full training: all {self.total_parameters:,} parameters are trained, sharded by ZeRO")
         identity = {"adapter": {"kind": "full"}, **self.common_identity()}
         self.check_checkpoint(identity)
         ds_config = fill_bucket_sizes(self.ds_config, [parameter.numel() for parameter in model.parameters()])

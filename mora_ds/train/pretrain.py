@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils.logging import disable_progress_bar
 
 from mora_ds.adapters.config import SHARED
 from mora_ds.adapters.domains import domains_of
@@ -33,7 +31,6 @@ from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.data import Mixture, TrainData
 from mora_ds.engine.ds_config import compute_dtype
-from mora_ds.engine.initialize import start_distributed
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.errors import UserError
 from mora_ds.files import write_json_atomic
@@ -46,14 +43,13 @@ from mora_ds.train.adapter_job import AdapterJob
 from mora_ds.train.base import find_model, prepare_base
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.dry_run import dry_run
-from mora_ds.train.engine_config import engine_config
 from mora_ds.train.evaluator import Evaluator
 from mora_ds.train.job import BareJob, FullJob, Job
 from mora_ds.train.metrics import MetricsLog, peak_memory_bytes, plain_json
 from mora_ds.train.output_folder import Reservation, claim, reserve, write_run_file
-from mora_ds.train.place import Place
 from mora_ds.train.preflight import preflight
 from mora_ds.train.replicas import Replica
+from mora_ds.train.setup import Place, engine_config, start_processes
 from mora_ds.train.targets import plan_of_file
 from mora_ds.train.trainer import Trainer
 
@@ -97,21 +93,15 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
         if training.chunked_loss:
             chunk_loss(loaded.model)
         preflight(job, training.chunked_loss, arguments.data.document_mask)
-        schedule = arguments.schedule(_total_steps(training, data.train, ranks.world) - _first_batch(arguments, place))
-        _check_not_beyond(place.checkpoint, schedule.total_steps)
+        schedule = arguments.schedule(_total_steps(training, data.train, ranks.world) - place.first_batch)
+        if place.checkpoint is not None and TrainerState.read(place.checkpoint).step > schedule.total_steps:
+            raise UserError(
+                f"{place.checkpoint} is already beyond this run's {schedule.total_steps} steps: raise --max_steps"
+            )
     try:
-        return _evaluate(arguments, job) if isinstance(job, BareJob) else _train(arguments, job, schedule)
+        return _run(arguments, job, schedule)
     finally:
         place.followers.close()
-
-
-def start_processes(training: TrainingArguments) -> Ranks:
-    """Join the process group. Without a terminal, and on ranks other than 0, transformers shows no progress bars."""
-    start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.heartbeat_timeout_s)
-    ranks = Ranks.current()
-    if not (ranks.is_first and sys.stderr.isatty()):
-        disable_progress_bar()
-    return ranks
 
 
 # -- the output folder -------------------------------------------------------------------------------------------------
@@ -135,7 +125,8 @@ def _output_folder(arguments: Arguments, ranks: Ranks, base: Path | None) -> Ite
                 f"{', '.join(followers.names)}: --output_dir is another folder there; rank 0's node keeps the run"
             )
         fetched = None if checkpoint is None else followers.fetch(checkpoint)
-        yield Place(followers, fetched, None if base is None else followers.fetch(base), targets)
+        first_batch = 0 if base is None else arguments.adapter.full_rank_steps
+        yield Place(followers, fetched, None if base is None else followers.fetch(base), first_batch, targets)
     except BaseException:
         if ranks.is_first:
             reservation.rollback()
@@ -177,11 +168,6 @@ def _watch(training: TrainingArguments) -> Watch:
     return Watch.of(training.stop_when_forgotten, training.best_by)
 
 
-def _first_batch(arguments: Arguments, place: Place) -> int:
-    """The number of batches that the full-rank steps have used."""
-    return arguments.adapter.full_rank_steps if place.base is not None else 0
-
-
 def _total_steps(training: TrainingArguments, data: TrainData, world: int) -> int:
     """Optimizer steps by --max_steps or --num_train_epochs, at most as many as a mixture has data for."""
     limit = data.max_steps if isinstance(data, Mixture) else None
@@ -196,41 +182,38 @@ def _total_steps(training: TrainingArguments, data: TrainData, world: int) -> in
     return steps if limit is None else min(steps, limit)
 
 
-def _check_not_beyond(checkpoint: Path | None, total_steps: int) -> None:
-    if checkpoint is not None and TrainerState.read(checkpoint).step > total_steps:
-        raise UserError(f"{checkpoint} is already beyond this run's {total_steps} steps: raise --max_steps")
-
-
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
-def _train(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
-    """Train, write summary.json and the merged model. Returns the summary."""
+def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
+    """Train (or only evaluate the base), write summary.json and the merged model. Returns the summary."""
     folder, ranks, state = job.place.folder, job.place.ranks, job.state
-    facts = {"steps": schedule.total_steps, "deepspeed": job.engine.config, **job.data.train.identity}
-    log = _begin_log(arguments, job, facts)
+    steps = schedule.total_steps if job.is_trained else 0
+    facts = {"deepspeed": job.engine.config, **job.data.train.identity} if job.is_trained else {}
+    if ranks.is_first:
+        write_run_file(folder, dump(arguments), {"world_size": ranks.world, "steps": steps, **facts})
+    log = MetricsLog(folder, steps, ranks.is_first, state.step)
     if job.place.checkpoint is not None:
-        logger.info(_resumed(job.place.checkpoint, state, schedule.total_steps))
-    state.total_steps = schedule.total_steps
+        logger.info(_resumed(job.place.checkpoint, state, steps))
+    state.total_steps = steps
     replica = Replica(job.engine, arguments.training.ranks_per_replica, job.split)
-    counter = CollectiveCounter(job.base_tensors.values())
     trainer = Trainer(
         job=job,
         replica=replica,
-        train_data=job.data.train,
         evaluator=_evaluator(arguments, job, replica, log),
         schedule=schedule,
         training=arguments.training,
         log=log,
-        counter=counter,
+        counter=CollectiveCounter(job.base_tensors.values()),
         merge_at_end=arguments.adapter.merge_at_end,
         stall=arguments.adapter.stall_rule(),
-        first_batch=_first_batch(arguments, job.place),
-        last_checkpoint=job.place.checkpoint,
     )
     was_finished = trainer.is_finished
-    trainer.run()
-    summary = _summary(job, trainer.bytes_gathered_per_step, counter.base_bytes)
+    if job.is_trained:
+        trainer.run()
+    else:
+        state.perplexity_before = trainer.evaluator.evaluate()
+    summary = _summary(job, trainer)
     if ranks.is_first and not (was_finished and (folder / SUMMARY_FILE).exists()):
         write_json_atomic(folder / SUMMARY_FILE, summary)
     if arguments.training.export_merged:
@@ -240,27 +223,6 @@ def _train(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]
     log.close()
     ranks.barrier()
     return summary
-
-
-def _evaluate(arguments: Arguments, job: BareJob) -> dict[str, Any]:
-    """Evaluate the base (--adapter none) and write the perplexities to summary.json, as any run does."""
-    log = _begin_log(arguments, job, {"steps": 0})
-    replica = Replica(job.engine, arguments.training.ranks_per_replica, job.split)
-    job.state.perplexity_before = _evaluator(arguments, job, replica, log).evaluate()
-    summary = _summary(job, 0, 0)
-    if job.place.ranks.is_first:
-        write_json_atomic(job.place.folder / SUMMARY_FILE, summary)
-    log.close()
-    job.place.ranks.barrier()
-    return summary
-
-
-def _begin_log(arguments: Arguments, job: Job, facts: dict[str, Any]) -> MetricsLog:
-    """Write run.yaml, with `facts` beside the settings, and open the metrics."""
-    folder, ranks = job.place.folder, job.place.ranks
-    if ranks.is_first:
-        write_run_file(folder, dump(arguments), {"world_size": ranks.world, **facts})
-    return MetricsLog(folder, facts["steps"], ranks.is_first, job.state.step)
 
 
 def _evaluator(arguments: Arguments, job: Job, replica: Replica, log: MetricsLog) -> Evaluator:
@@ -292,7 +254,7 @@ def _resumed(checkpoint: Path, state: TrainerState, steps: int) -> str:
     )
 
 
-def _summary(job: Job, bytes_gathered_per_step: int, base_bytes_gathered: int) -> dict[str, Any]:
+def _summary(job: Job, trainer: Trainer) -> dict[str, Any]:
     state = job.state
     summary = {
         "steps": state.step,
@@ -304,8 +266,8 @@ def _summary(job: Job, bytes_gathered_per_step: int, base_bytes_gathered: int) -
         "perplexity_after": state.perplexity_last,
         "perplexity_change_percent": change(state.perplexity_before, state.perplexity_last),
         **({"best_step": state.best_step} if state.best_step else {}),
-        "bytes_gathered_per_step": bytes_gathered_per_step,
-        "base_bytes_gathered": base_bytes_gathered,
+        "bytes_gathered_per_step": trainer.bytes_gathered_per_step,
+        "base_bytes_gathered": trainer.counter.base_bytes,
         "peak_memory_bytes": peak_memory_bytes(),
     }
     return dict(plain_json(summary))

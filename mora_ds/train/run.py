@@ -31,7 +31,7 @@ from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import start_distributed
 from mora_ds.errors import UserError
-from mora_ds.models.base import BaseCheckpoint, NotOneToOne, renamed_keys, verify_against_model
+from mora_ds.models.base import BaseCheckpoint, NotOneToOne, map_model, verify_against_model
 from mora_ds.models.tensor_files import dtype_name
 from mora_ds.remora.ledger import LEDGER_FILE, Ledger
 from mora_ds.remora.merge import MergeReport, ReMoRA
@@ -180,8 +180,7 @@ class Run:
         frozen = base_weights(model)
         adapter = value_names(model)
         names = [*frozen, *(stands_for(name) for name, _ in model.named_parameters() if name not in adapter)]
-        ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
-        keys = base.map_parameters(names, model.base_model_prefix, ties, renamed_keys(model, base.keys()))
+        keys = map_model(base, model, names)
         unquantized = {name: tensor for name, tensor in frozen.items() if tensor.dtype is not torch.int8}
         self.ranks.on_first(lambda: verify_against_model(base, keys, unquantized, unquantized))
         self.ranks.on_first(lambda: _verify_int8(base, keys, model))
@@ -213,7 +212,5 @@ def with_vectors(
     start_distributed()
     opened = BaseCheckpoint.open(base, "base")
     names = [f"{name}.weight" for name in targets_of(model, config)]
-    ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
-    keys = opened.map_parameters(names, model.base_model_prefix, ties, renamed_keys(model, opened.keys()))
-    wanted = wanted_vectors(model, config, keys, alignment_rank)
+    wanted = wanted_vectors(model, config, map_model(opened, model, names), alignment_rank)
     return prepare_vectors(config, wanted, opened, Path(folder), Ranks.current(), lambda path: None)

@@ -11,7 +11,6 @@ import logging
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -49,7 +48,6 @@ class Trainer:
 
     job: Job
     replica: Replica
-    train_data: TrainData
     evaluator: Evaluator
     schedule: Schedule
     training: TrainingArguments
@@ -58,12 +56,12 @@ class Trainer:
     merge_at_end: bool = False
     stall: StallRule | None = None
     """Decides when merges are due, for a schedule that waits for a stall."""
-    first_batch: int = 0
-    """Number of the first step's batch in the order of the data."""
-    last_checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
-        self.engine, self.state, self.domains = self.job.engine, self.job.state, self.evaluator.domains
+        job = self.job
+        self.engine, self.state, self.domains = job.engine, job.state, self.evaluator.domains
+        self.train_data: TrainData = job.data.train
+        self.first_batch, self.last_checkpoint = job.place.first_batch, job.place.checkpoint
         if self.job.merger is not None:
             self.job.merger.probe = self._probe_loss
         self.rows_per_step = self.training.rows_per_step(self.replica.world)

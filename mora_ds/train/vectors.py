@@ -1,12 +1,12 @@
-"""The singular vectors that a run needs, there before its squares are: on every rank the same bits.
+"""The singular vectors that the subspace operator and the alignment loss read: on every process the same bits.
 
-    no subspace operator, no alignment loss      nothing
-    a run that begins                            rank 0 decomposes the base into OUTPUT_DIR/subspace, once; the ledger
-                                                 takes a link, and with it every checkpoint and portable adapter
-    one that resumes                             those of the checkpoint's ledger
-    nodes that do not see the folder             get the file
+    neither of the two                           nothing is done
+    a new run                                    rank 0 decomposes the base into OUTPUT_DIR/subspace, once; the merge
+                                                 ledger takes a hard link, and with it every checkpoint and adapter
+    a resumed run                                the file of the checkpoint's ledger is used
+    nodes that do not see the folder             receive the file
 
-In a loop of one's own: `run.with_vectors`.
+A training loop written by a user calls `run.with_vectors`.
 """
 
 from __future__ import annotations
@@ -33,29 +33,25 @@ from mora_ds.runtime.ranks import Ranks
 FOLDER = "subspace"
 
 Send = Callable[[Path], None]
-"""Gives a folder of rank 0's to nodes that do not see it (`followers.Followers.share`)."""
-
-
-def needs_vectors(config: MoRAConfig, alignment_rank: int = 0) -> bool:
-    return config.is_subspace or alignment_rank > 0
+"""Gives a folder of rank 0 to the nodes that do not see it (`nodes.Followers.share`)."""
 
 
 def wanted_vectors(
     model: nn.Module, config: MoRAConfig, keys: Mapping[str, str], alignment_rank: int = 0
 ) -> dict[str, Wanted]:
-    """Module -> what to decompose, before injection. Raises `UserError` for an `alignment_rank` beyond a side."""
+    """Module -> what to decompose, before injection. Raises `UserError` as `check_alignment_rank` does."""
     check_alignment_rank(model, config, alignment_rank)
     wanted = {}
     for name, module in targets_of(model, config).items():
         d_in, d_out = linear_shape(module)
-        own = config.size_of(name, d_in, d_out) * config.vector_sets if config.is_subspace else 0
-        count = max(min(own, d_in, d_out), alignment_rank)
+        for_operator = config.size_of(name, d_in, d_out) * config.vector_sets if config.is_subspace else 0
+        count = max(min(for_operator, d_in, d_out), alignment_rank)
         wanted[name] = Wanted(keys[f"{name}.weight"], isinstance(module, Conv1D), d_in, d_out, count)
     return wanted
 
 
 def check_alignment_rank(model: nn.Module, config: MoRAConfig, alignment_rank: int) -> None:
-    """Before injection; a planned model will do. Raises `UserError` naming a layer that has fewer vectors."""
+    """Raise `UserError` naming a layer with fewer singular vectors. Before injection; a planned model will do."""
     for name, module in targets_of(model, config).items():
         d_in, d_out = linear_shape(module)
         if alignment_rank > min(d_in, d_out):
@@ -75,26 +71,25 @@ def prepare_vectors(
     checkpoint: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> MoRAConfig:
-    """The config that names them, with the file known to this process. Collective.
+    """The config with the name of the vectors, whose file is then known to this process. Collective.
 
-    `folder`: of the run; a rank on a node that does not see rank 0's has one of its own. A `checkpoint` without vectors
-    is another run's: the config comes back without a name, and the run is told apart by that.
+    `folder`: the run's, or this node's own where it does not see rank 0's. For a `checkpoint` without vectors, which is
+    another run's, the config returns without a name, and the comparison of identities refuses it.
     """
-    if checkpoint is not None and not (checkpoint / LEDGER_FOLDER).is_dir():
-        return config
     if checkpoint is not None:
-        held = ranks.agree(lambda: Ledger.open(checkpoint / LEDGER_FOLDER, hashes=False)).vectors
-        return replace(config, vectors="" if held is None else held.name)
+        if not (ledger := checkpoint / LEDGER_FOLDER).is_dir():
+            return config
+        vectors = ranks.agree(lambda: Ledger.open(ledger, hashes=False)).vectors
+        return replace(config, vectors="" if vectors is None else vectors.name)
 
-    def work() -> str:
+    def write() -> str:
         path = folder / FOLDER / f"{cache_key(base.fingerprint(), wanted)}.safetensors"
         if not path.is_file():
             write_vectors(path, base, wanted, device)
         return path.name
 
-    name = ranks.on_first(work)
+    path = folder / FOLDER / ranks.on_first(write)
     send(folder / FOLDER)
-    path = folder / FOLDER / name
-    called = ranks.on_first(lambda: record_of(path).name)
-    register(called, path)
-    return replace(config, vectors=called)
+    name = ranks.on_first(lambda: record_of(path).name)
+    register(name, path)
+    return replace(config, vectors=name)

@@ -24,7 +24,8 @@ from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.errors import UserError
 from mora_ds.files import read_json
 from mora_ds.train.output_folder import reserve
-from mora_ds.train.pretrain import pretrain, start_processes
+from mora_ds.train.pretrain import pretrain
+from mora_ds.train.setup import start_processes
 
 logger = logging.getLogger(__name__)
 

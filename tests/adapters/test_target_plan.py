@@ -366,7 +366,7 @@ def test_what_a_checkpoint_holds_decides_when_it_is_resumed(user: Playground, fi
     (broken := tmp_path / "broken").mkdir()
     (broken / "targets.yaml").write_text("layers: [", encoding="utf-8")
     for out, flags, message in (
-        (tmp_path / "file", (), "has squares by a plan: give --targets, as at its start"),
+        (tmp_path / "file", (), "has MoRA matrices by a plan: give --targets, as at its start"),
         (tmp_path / "file", ("--targets", "auto", "--trainable_budget", "2%"), "--trainable_budget 2% is "),
         (tmp_path / "file", (*AUTO, "--target_modules", "q_proj"), "--target_modules leaves out model.layers.0."),
         (tmp_path / "elsewhere", AUTO, f"another plan than {changed}:\n  {first}: side {kept.sides[first]} there, 2 "),
@@ -380,7 +380,7 @@ def test_what_a_checkpoint_holds_decides_when_it_is_resumed(user: Playground, fi
 def test_a_run_without_a_plan_does_not_go_on_with_one(user: Playground, tmp_path: Path) -> None:
     state = {"identity": {"adapter": MoRAConfig(rank=2).to_dict()}}
     write_json_atomic(tmp_path / "trainer_state.json", state)
-    with pytest.raises(UserError, match="has no plan of squares: drop --targets"):
+    with pytest.raises(UserError, match="has no plan of MoRA matrices: drop --targets"):
         decided(user, tmp_path / "out", tmp_path, *AUTO)
 
 

@@ -1,0 +1,73 @@
+"""What every job begins with: its processes, its DeepSpeed config, and the place where it runs."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
+
+from mora_ds.adapters.target_plan import TargetPlan
+from mora_ds.config.adapter import AdapterKind
+from mora_ds.config.training import TrainingArguments
+from mora_ds.engine.ds_config import resolve_ds_config
+from mora_ds.engine.initialize import check_compute_dtype, check_splittable, start_distributed
+from mora_ds.parallel.topology import check_degree
+from mora_ds.parallel.ulysses_checks import check_world
+from mora_ds.runtime.nodes import Followers
+from mora_ds.runtime.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run happens, and what it starts from; paths are ones that this process can read."""
+
+    followers: Followers
+    checkpoint: Path | None
+    """The checkpoint that the run resumes from."""
+    base: Path | None
+    """The base in place of the model that the flags name: the result of --full_rank_steps."""
+    first_batch: int
+    """Batches that the full-rank steps have used: the number of the first step's batch in the order of the data."""
+    targets: TargetPlan | None
+    """The plan of --targets FILE: which layers have a MoRA matrix, and its side."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder; its own one on a node that does not see --output_dir."""
+        return self.followers.folder
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.followers.ranks
+
+
+def start_processes(training: TrainingArguments) -> Ranks:
+    """Join the process group. Without a terminal, and on ranks other than 0, transformers shows no progress bars."""
+    start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.heartbeat_timeout_s)
+    ranks = Ranks.current()
+    if not (ranks.is_first and sys.stderr.isatty()):
+        disable_progress_bar()
+    return ranks
+
+
+def engine_config(training: TrainingArguments, adapter: str, world: int) -> dict[str, Any]:
+    """The DeepSpeed config for `world` processes, complete but for ZeRO's bucket sizes.
+
+    Raises `UserError` for groups of processes that do not fill the world, and a DeepSpeed file that contradicts flags.
+    """
+    check_world(training.sequence_parallel_size, world)
+    check_degree(training.tensor_parallel_size, world)
+    settings = training.engine_settings()
+    if adapter == AdapterKind.FULL.value:
+        settings = replace(settings, tensor_parallel_size=None)
+    file = None if training.deepspeed is None else Path(training.deepspeed).expanduser()
+    config = resolve_ds_config(file, settings, world // training.ranks_per_replica)
+    check_compute_dtype(config)
+    if training.tensor_parallel_size > 1:
+        check_splittable(config)
+    if training.sequence_parallel_size > 1:
+        config.pop("train_batch_size")  # checked above; DeepSpeed, which knows no groups, would count each rank's rows
+    return config
