@@ -132,7 +132,7 @@ def test_no_file_matches(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.txt", b""), ("a.jsonl", b"\n\n"), ("a.json", b"[]"), ("a.txt.gz", gzip.compress(b"")), ("a.jsonl", b"")],
+    [("a.txt", b""), ("a.jsonl", b"\n\n"), ("a.json", b"[]"), ("a.txt.gz", gzip.compress(b"", mtime=0)), ("a.jsonl", b"")],
 )
 def test_empty_files(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
