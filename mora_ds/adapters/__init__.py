@@ -1,1 +1,15 @@
-"""Adapters: their configuration, their layers, and how a Hugging Face model gets them."""
+"""Adapters: their configuration, their layers, and how a Hugging Face model gets them.
+
+config             `MoRAConfig`, `LoRAConfig`: what is adapted, with which operator and size
+inject             replaces a model's linear layers, freezes the rest, and reports
+layer              the adapted layers
+domains            layers with one MoRA matrix for each domain, added to the shared one
+target_modules     which layers are adapted, by patterns
+target_plan        which layers are adapted, by a file with a size for each (targets.yaml)
+rank_allocation    a budget of parameters divided among layers
+tp_plan            which layers tensor parallelism splits, from the model's own plan
+new_embeddings     training of added vocabulary rows only
+alignment          the alignment loss
+merge_layer        the frozen weight of a layer, formed anew at a merge
+ops                the tensor functions below all of these
+"""

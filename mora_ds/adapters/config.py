@@ -127,6 +127,11 @@ class AdapterConfig:
         raise NotImplementedError
 
     @property
+    def limiting_side(self) -> str:
+        """The side of a layer, shorter or longer, above which a size of the adapter adds nothing."""
+        return "shorter"
+
+    @property
     def planned_layers(self) -> tuple[str, ...]:
         """Names of the layers that a plan has chosen; empty where `target_modules` chooses them."""
         return ()
@@ -295,6 +300,10 @@ class MoRAConfig(AdapterConfig):
     def step(self) -> int:
         """r_hat is a multiple of this."""
         return 2 if self.operator_name == OperatorKind.ROTATE.value else 1
+
+    @property
+    def limiting_side(self) -> str:
+        return "shorter" if self.is_subspace else "longer"
 
     @property
     def planned_layers(self) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
-"""A square for every domain beside the shared one: which row of a batch uses which, and one product for all of them.
+"""One MoRA matrix for each domain, added to the shared one: which row of a batch uses which, and their product.
 
     y_b = W0 x_b + decompress(M compress(x_b)) + decompress(M_k compress(x_b))      k: the domain of row b
 
-Rows choose their squares by a product with a one-hot matrix: the numbers are exact, and the gradient of M_k is the sum
-over its own rows, zero where there is none, without atomic additions: the same bits every time.
+The matrices of the rows are selected by a product with a one-hot matrix. That is exact, and the gradient of M_k is the
+sum over its rows, zero where there is none, without atomic additions, so that it has the same bits every time.
 
 Shape legend:  K = domains, B = rows, D = d_in, O = d_out, R = r_hat.
 """
@@ -29,23 +29,24 @@ from mora_ds.adapters.ops.mora import (
     rotate_blocks,
     unfold_input,
 )
-from mora_ds.errors import RunError, UserError, nearest
+from mora_ds.errors import RunError, UserError, unknown
 
 OWN = "domain_squares"
-"""Name of the parameter (K, r_hat, r_hat), here and in files."""
+"""Name of the parameter (K, r_hat, r_hat) that holds the domains' matrices, in layers and in files."""
 
 
 class DomainLinear(MoRALinear):
-    """`MoRALinear`, and in `domain_squares` (K, r_hat, r_hat) what each domain has learned beside the others."""
+    """`MoRALinear` with a second tensor, `domain_squares` (K, r_hat, r_hat): a matrix for each domain."""
 
     domain_squares: Tensor
     own_spec: OperatorSpec
-    """What `domain_squares` mean; `spec` is the shared square's."""
+    """The spec of `domain_squares`; `spec` is that of the shared matrix, which changes with every merge."""
 
     def __init__(
         self, base: Any, spec: OperatorSpec, domains: Domains, dropout: float = 0.0, freeze: Freeze = Freeze.NONE
     ) -> None:
-        """Squares are zero at first. What is frozen is a buffer, in fp32 and out of DeepSpeed's sight."""
+        """All matrices are zero at first. Those that `freeze` excludes from training are fp32 buffers, which DeepSpeed
+        does not partition."""
         super().__init__(base, spec, dropout, Compute.ACTIVATION)
         self.domains, self.own_spec = domains, spec
         own = self.square.data.new_zeros(len(domains.names), *self.square.shape)
@@ -65,13 +66,13 @@ class DomainLinear(MoRALinear):
         choice = self.domains.choice(x)
         if choice is None:
             if self.training:
-                raise RunError("rows to train on need a domain each: mora_ds.domains_of(model).set([...]) before")
+                raise RunError("training needs the domain of each row: call mora_ds.domains_of(model).set([...]) first")
             return super().forward(x)
         own = squares_of_rows(self.domain_squares.to(x.dtype), choice)
         rows = x.reshape(len(choice), -1, self.in_features)
         if self.training and self.dropout:
             rows = nn.functional.dropout(rows, self.dropout)
-        if self.spec != self.own_spec:  # since the first merge
+        if self.spec != self.own_spec:  # from the first merge on
             return super().forward(x) + update_rows(self.own_spec, own, rows).view(*x.shape[:-1], -1)
         frozen = self.frozen
         check_floating(x, frozen)
@@ -80,53 +81,54 @@ class DomainLinear(MoRALinear):
 
 
 def domain_layers(model: nn.Module) -> dict[str, DomainLinear]:
-    """Module name -> layer with squares of domains, in the model's order."""
+    """Module name -> layer with domains, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, DomainLinear)}
 
 
 def domains_of(model: nn.Module) -> Domains:
-    """Where the domains of rows are said. Without names for a model that has no domains."""
+    """The object that all layers of a model ask for the domains of rows; without names where it has no domains."""
     return next((layer.domains for layer in domain_layers(model).values()), Domains(()))
 
 
 def frozen_values(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> square, or squares of all domains, that are not trained: fp32."""
+    """Name -> shared matrix or `domain_squares`, fp32, where they are not trained."""
     layers = domain_layers(model).items()
     return {f"{name}.{value}": layer.get_buffer(value) for name, layer in layers for value in layer.frozen_values}
 
 
-def told_of_domains(model: nn.Module) -> str:
-    """For the report of an injection; empty where there are none."""
+def describe_domains(model: nn.Module) -> str:
+    """A line for the report of an injection; empty for a model without domains."""
     layers = list(domain_layers(model).values())
     if not layers:
         return ""
     names, numel = layers[0].domains.names, sum(layer.domain_squares.numel() for layer in layers)
-    kept = {"square": "; the shared squares are frozen", OWN: "; these are frozen"}
-    frozen = "".join(kept[value] for value in layers[0].frozen_values)
+    notes = {"square": "; the shared matrices are frozen", OWN: "; these are frozen"}
+    frozen = "".join(notes[value] for value in layers[0].frozen_values)
     return (
-        f"{len(names)} domains ({', '.join(names)}) with a square of their own in every layer: {numel:,} "
-        f"parameters{frozen}. Once the shared square is wired anew, after a merge, a row has two products"
+        f"{len(names)} domains ({', '.join(names)}), each with its own MoRA matrix in every layer: {numel:,} "
+        f"parameters{frozen}. After a merge, which changes the shared matrix's operator, each row takes two products"
     )
 
 
 def set_values(layer: AdaptedLinear, square: Tensor, own: Tensor | None, dtype: torch.dtype) -> None:
-    """A layer's squares from fp32 ones, in `dtype` but for those that are frozen. Not where DeepSpeed holds them."""
-    values = {layer.spec.value_name: square} if own is None else {layer.spec.value_name: square, OWN: own}
-    for name, value in values.items():
-        getattr(layer, name).data = value.to(torch.float32 if name in layer.frozen_values else dtype)
+    """Sets a layer's matrices from fp32 tensors: trained ones in `dtype`, frozen ones in fp32. Not after `initialize`,
+    when DeepSpeed holds them."""
+    for name, value in {layer.spec.value_name: square, OWN: own}.items():
+        if value is not None:
+            getattr(layer, name).data = value.to(torch.float32 if name in layer.frozen_values else dtype)
 
 
 def restore_frozen(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """The squares that are not trained, from fp32 tensors by their names in the model."""
+    """Sets the matrices that are not trained from fp32 tensors, by their names in the model."""
     for name, value in frozen_values(model).items():
         value.copy_(values[name])
 
 
 class Domains:
-    """The domains of a model, and the one of each row that it is computing: one object for all of its layers.
+    """The domains of a model, and the domain of each row of the current batch: one object for all of its layers.
 
-    Not a context variable: with gradient checkpointing layers ask again in backward, maybe on another thread. So it is
-    set before a forward, and left as it is until the backward is done.
+    Not a context variable, as with gradient checkpointing layers ask again in backward, maybe on another thread. It is
+    set before a forward, and must not change until the backward has ended.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -136,17 +138,17 @@ class Domains:
         self._same_for_all = False
 
     def set(self, rows: Sequence[str]) -> None:
-        """(B,) the domain of each row of the batches to come. Raises `UserError` for one that has no square."""
+        """Sets the domain of each of the B rows of the next batches. Raises `UserError` for an unknown domain."""
         self._set(self._indices(rows), same_for_all=False)
 
     def set_all(self, domain: str | None) -> None:
-        """All rows of any batch are of this domain; None: of none, so that the shared square acts alone. Raises
-        `UserError` for one that has no square."""
+        """Sets one domain for all rows of any batch; None for none, so that the shared matrix acts alone. Raises
+        `UserError` for an unknown domain."""
         self._set(None if domain is None else self._indices([domain]), same_for_all=domain is not None)
 
     @contextmanager
     def using(self, domain: str | None) -> Iterator[None]:
-        """`set_all`, for as long as this is entered."""
+        """`set_all` within the context; afterwards the setting from before."""
         before = self._choice, self._same_for_all
         self.set_all(domain)
         try:
@@ -156,7 +158,8 @@ class Domains:
             self._moved = {}
 
     def choice(self, x: Tensor) -> Tensor | None:
-        """(B, K), 1 where a row of x (B, ..., D) is of a domain, or (1, K) where all are of one; None: of none.
+        """(B, K), 1 where a row of x (B, ..., D) belongs to a domain; (1, K) where all rows belong to one; None for no
+        domain.
 
         Raises `RunError` where x does not have the rows whose domains are set.
         """
@@ -164,8 +167,8 @@ class Domains:
             return None
         if not self._same_for_all and (x.dim() < 3 or len(x) != len(self._choice)):
             raise RunError(
-                f"{len(self._choice)} rows have domains, and a layer reads {tuple(x.shape)}, which are not these rows: "
-                "leave layers that do not see whole rows (experts, a head with --chunked_loss) out of --target_modules"
+                f"domains are set for {len(self._choice)} rows, but a layer reads {tuple(x.shape)}: leave layers that "
+                "do not see complete rows (experts, a head with --chunked_loss) out of --target_modules"
             )
         key = (x.device, x.dtype)
         if key not in self._moved:
@@ -179,32 +182,29 @@ class Domains:
     def _indices(self, domains: Sequence[str]) -> Tensor:
         for domain in domains:
             if domain not in self.names:
-                raise UserError(
-                    f"domain {domain!r} has no square; there are: {', '.join(self.names)}."
-                    + nearest(domain, self.names)
-                )
+                raise UserError(unknown("domain", domain, self.names))
         return torch.tensor([self.names.index(domain) for domain in domains])
 
 
 def one_hot_rows(rows: Tensor, domains: int) -> Tensor:
-    """(B,) indices -> (B, K) fp32; a row of a negative index is all zero."""
+    """(B,) indices -> (B, K) fp32; a negative index gives a row of zeros."""
     return (rows.unsqueeze(1) == torch.arange(domains, device=rows.device)).float()
 
 
 def squares_of_rows(squares: Tensor, choice: Tensor) -> Tensor:
-    """(K, R, R), (B, K) -> (B, R, R): the square of each row, zero for one without any."""
+    """(K, R, R), (B, K) -> (B, R, R): the matrix of each row, zero for a row without a domain."""
     return (choice @ squares.flatten(1)).unflatten(1, squares.shape[1:])
 
 
 def update_rows(spec: OperatorSpec, squares: Tensor, x: Tensor) -> Tensor:
-    """decompress(M_b compress(x_b)) with the squares (B, R, R) of the rows of x (B, ..., D): (B, ..., O)."""
+    """decompress(M_b compress(x_b)) with a matrix for each row: squares (B, R, R), x (B, ..., D) -> (B, ..., O)."""
     found: Tensor = _UpdateRows.apply(x, squares, spec)
     return found
 
 
 class _UpdateRows(torch.autograd.Function):
-    """Saves what `compute`'s paths save: the folded input for share and truncate, for decouple and rotate the input
-    itself, which layers that read the same tensor share."""
+    """Saves what `ops.linear` saves: the folded input for share and truncate, for decouple and rotate the input itself,
+    which layers that read the same tensor share."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, squares: Tensor, spec: OperatorSpec) -> Tensor:

@@ -1,8 +1,7 @@
-"""A frozen linear layer with one trainable tensor beside it: `MoRALinear` and `SubspaceLinear` with a square,
-`LoRALinear` with factors.
+"""A frozen linear layer with one trainable tensor: `MoRALinear`, `SubspaceLinear` and `LoRALinear`.
 
-The frozen weight and bias are non-persistent *buffers*: DeepSpeed partitions parameters only, so they stay whole on
-every rank and no collective ever carries them. With 8 bits the weight is int8, and a buffer of scales stands beside it.
+The frozen weight and bias are non-persistent *buffers*: DeepSpeed partitions parameters only, so that every rank has
+them unsharded and no collective ever carries them. With 8 bits the weight is int8, and its scales are another buffer.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ from mora_ds.adapters.ops.subspace import Sides, SubspaceSpec, subspace_update
 
 
 class Split(Protocol):
-    """How ranks share a layer (`tensor_parallel.LayerSplit`)."""
+    """How the ranks of a tensor-parallel group compute a layer (`parallel.tensor_parallel.LayerSplit`)."""
 
     def __call__(self, layer: MoRALinear, x: Tensor) -> Tensor:
         """This rank's part of the layer's output."""
 
     def own(self, value: Tensor) -> Tensor:
-        """This rank's share of a value."""
+        """This rank's shard of a value."""
 
     def whole(self, own: Tensor) -> Tensor:
-        """The value, from all shares. Collective."""
+        """The value, from the shards of all ranks. Collective."""
 
 
 class AdaptedLinear(nn.Module):
-    """y = W0 x + b + update(dropout(x)): what both adapters share.
+    """y = W0 x + b + update(dropout(x)): what all adapters have in common.
 
-    Input (..., d_in), output (..., d_out). `weight` keeps the layout of the layer it replaces: (d_out, d_in), or
-    (d_in, d_out) when `transposed` (GPT-2's Conv1D). The only parameter is `value`, under the adapter's own name.
+    Input (..., d_in), output (..., d_out). `weight` keeps the layout of the layer that it comes from: (d_out, d_in), or
+    (d_in, d_out) when `transposed` (GPT-2's Conv1D). The only parameter is `value`, named `spec.value_name`.
     """
 
     weight: Tensor
@@ -51,37 +50,46 @@ class AdaptedLinear(nn.Module):
     spec: UpdateSpec
 
     def __init__(self, base: Any, spec: UpdateSpec, dropout: float = 0.0, seed: int = 0) -> None:
-        """Takes over the tensors of `base` (`nn.Linear` or `Conv1D`) without copying them. `seed`: of LoRA's A."""
+        """Takes over the tensors of `base` (`nn.Linear` or `Conv1D`) without copying them. `seed`: for LoRA's A."""
         super().__init__()
         self.transposed = isinstance(base, Conv1D)
         self.in_features, self.out_features = linear_shape(base)
-        weight, bias = base.weight.data, None if base.bias is None else base.bias.data
+        weight = base.weight.data
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("weight_scales", None, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("bias", None if base.bias is None else base.bias.data, persistent=False)
         value = spec.first_value(seed).to(weight.device, weight.dtype)
         self.register_parameter(spec.value_name, nn.Parameter(value))
         self.spec = spec
         self.dropout = dropout
         self.split: Split | None = None
-        """Where ranks share the layer: the parameter is then this rank's share of the value."""
+        """Set under tensor parallelism: the parameter is then this rank's shard of the value."""
         self.aligned: Side | None = None
-        """Where groupings of this layer are confined to segments, if they are at all."""
+        """The side whose groups are confined to segments, if there is one."""
         self.frozen_values: tuple[str, ...] = ()
-        """What of the adapter is not trained: buffers in fp32."""
+        """Names of the adapter's tensors that are not trained: buffers in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        frozen = self.frozen
+        check_floating(x, frozen)
+        return frozen_linear(x, frozen, self.bias) + self.update(F.dropout(x, self.dropout, self.training))
+
+    def update(self, x: Tensor) -> Tensor:
+        """What the adapter adds: (..., d_in) -> (..., d_out)."""
+        raise NotImplementedError
 
     @property
     def value(self) -> nn.Parameter:
-        """The square (r_hat, r_hat), or the factors (rank, d_in + d_out); a buffer where it is frozen."""
+        """M (r_hat, r_hat), or LoRA's factors (rank, d_in + d_out); a buffer where it is frozen."""
         found: nn.Parameter = getattr(self, self.spec.value_name)
         return found
 
     def whole(self, own: Tensor) -> Tensor:
-        """The value of which this rank's parameter is `own`. Collective where ranks share the layer."""
+        """The unsharded value, of which this rank's parameter is `own`. Collective under tensor parallelism."""
         return own if self.split is None else self.split.whole(own)
 
     def own(self, value: Tensor) -> Tensor:
-        """What of a whole value this rank's parameter holds."""
+        """The part of an unsharded value that this rank's parameter holds."""
         return value if self.split is None else self.split.own(value)
 
     @property
@@ -91,29 +99,29 @@ class AdaptedLinear(nn.Module):
 
     @property
     def frozen(self) -> Weight:
-        """What the layer multiplies by, (d_out, d_in): a view of `weight`, or its whole numbers with their scales."""
+        """What the layer multiplies by, (d_out, d_in): a view of `weight`, with its scales where it is int8."""
         stored = self.stored_weight
         return stored if self.weight_scales is None else Int8Weight(stored, self.weight_scales)
 
     def frozen_copy(self) -> Weight:
-        """`frozen`, sharing no memory with it."""
+        """A copy of `frozen`."""
         stored = self.stored_weight.clone()
         return stored if self.weight_scales is None else Int8Weight(stored, self.weight_scales.clone())
 
     @property
     def dtype(self) -> torch.dtype:
-        """That the layer computes in."""
+        """The dtype that the layer computes in."""
         return self.value.dtype
 
     def hold_in_8_bits(self, original: Tensor) -> None:
-        """From here on `weight` is int8. `original`: in the layout of `weight`; it is not kept. Raises `RunError` where
-        it is not finite."""
+        """Makes `weight` int8, from `original` in the layout of `weight`, which is not kept. Raises `RunError` where
+        that is not finite."""
         values, self.weight_scales = quantize(original.T if self.transposed else original)
         self.weight = values.T.contiguous() if self.transposed else values
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
-        """Another frozen weight, in the layout of `weight`, fp32, rounded once. In place, so that storages and ties
+        """Replaces the frozen weight by another in its layout, fp32, rounded once. In place, so that storages and ties
         stay."""
         if self.weight_scales is None:
             self.weight.copy_(weight)
@@ -123,13 +131,13 @@ class AdaptedLinear(nn.Module):
         self.weight_scales.copy_(scales)
 
     def read(self) -> Tensor:
-        """The frozen weight as it acts, in the layout of `weight`: of its dtype, or fp32 where that is int8. It may be
-        `weight` itself."""
+        """The frozen weight in its layout, in its dtype or, where that is int8, in fp32. May be `weight` itself."""
         found = dense(self.frozen, torch.float32)
         return found.T if self.transposed else found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
-        """`module.to(bf16)` would round the scales, and with them every weight; and squares that stay as they are."""
+        """Moves but does not cast scales and frozen values: `module.to(bf16)` would round the scales, and with them
+        every weight."""
         kept = {name: self._buffers[name] for name in ("weight_scales", *self.frozen_values)}
         super()._apply(fn, recurse)
         for name, tensor in kept.items():
@@ -137,10 +145,9 @@ class AdaptedLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        shape = tuple(self.value.shape)
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, {self.spec.value_name}={shape}, "
-            f"operator={self.spec.describe()}"
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"{self.spec.value_name}={tuple(self.value.shape)}, operator={self.spec.describe()}"
         )
 
 
@@ -157,34 +164,34 @@ class MoRALinear(AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.split is not None:
             return self.split(self, x)
-        square, frozen = self.square.to(x.dtype), self.frozen
+        if self.training and self.dropout:  # the frozen weight and M read different inputs
+            return super().forward(x)
+        frozen = self.frozen
         check_floating(x, frozen)
-        if self.training and self.dropout:  # base and square read different inputs
-            update = mora_update(self.spec, square, F.dropout(x, self.dropout))
-            return frozen_linear(x, frozen, self.bias) + update
-        return mora_linear(x, frozen, self.bias, square, self.spec, self.compute)
+        return mora_linear(x, frozen, self.bias, self.square.to(x.dtype), self.spec, self.compute)
+
+    def update(self, x: Tensor) -> Tensor:
+        return mora_update(self.spec, self.square.to(x.dtype), x)
 
 
 class SubspaceLinear(AdaptedLinear):
-    """y = W0 x + b + U M V^T dropout(x), with M (r_hat, r_hat) the only parameter. Always over its activations, whose
-    two thin products cost less than forming a (d_out, d_in) matrix. U and V are no buffers: they are read from their
-    file when they are first needed, and when a cycle has others."""
+    """y = W0 x + b + U M V^T dropout(x), with M (r_hat, r_hat) the only parameter.
+
+    Always computed over activations, as two thin products cost less than forming a (d_out, d_in) matrix. U and V are no
+    buffers: they are read from their file at the first forward, and again when a cycle has other vectors.
+    """
 
     spec: SubspaceSpec
     square: nn.Parameter
     _held: tuple[SubspaceSpec, Sides] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        frozen = self.frozen
-        check_floating(x, frozen)
-        dropped = F.dropout(x, self.dropout, self.training)
-        return frozen_linear(x, frozen, self.bias) + subspace_update(self.square.to(x.dtype), self._sides(x), dropped)
+    def update(self, x: Tensor) -> Tensor:
+        return subspace_update(self.square.to(x.dtype), self._sides(x), x)
 
     def _sides(self, like: Tensor) -> Sides:
         held = self._held
         if held is None or held[0] != self.spec or (held[1][0].device, held[1][0].dtype) != (like.device, like.dtype):
-            held = self.spec, self.spec.sides(like.device, like.dtype)
-            self._held = held
+            held = self._held = self.spec, self.spec.sides(like.device, like.dtype)
         return held[1]
 
 
@@ -194,15 +201,12 @@ class LoRALinear(AdaptedLinear):
     spec: LoRASpec
     factors: nn.Parameter
 
-    def forward(self, x: Tensor) -> Tensor:
-        frozen = self.frozen
-        check_floating(x, frozen)
-        dropped = F.dropout(x, self.dropout, self.training)
-        return frozen_linear(x, frozen, self.bias) + lora_update(self.spec, self.factors.to(x.dtype), dropped)
+    def update(self, x: Tensor) -> Tensor:
+        return lora_update(self.spec, self.factors.to(x.dtype), x)
 
 
 def adapt(base: Any, spec: UpdateSpec, dropout: float, compute: Compute, seed: int) -> AdaptedLinear:
-    """The layer that takes the place of `base` (`nn.Linear` or `Conv1D`), for either kind of spec."""
+    """The layer that replaces `base` (`nn.Linear` or `Conv1D`), by the kind of its spec."""
     if isinstance(spec, OperatorSpec):
         return MoRALinear(base, spec, dropout, compute)
     return (LoRALinear if isinstance(spec, LoRASpec) else SubspaceLinear)(base, spec, dropout, seed)
@@ -210,17 +214,15 @@ def adapt(base: Any, spec: UpdateSpec, dropout: float, compute: Compute, seed: i
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module can take an adapter: `Conv1D`, `nn.Linear`, or a subclass of it that computes the same."""
-    if isinstance(module, Conv1D):
-        return True
     if not isinstance(module, nn.Linear):
-        return False
+        return isinstance(module, Conv1D)
     return type(module).forward is nn.Linear.forward or _computes_linear(module)
 
 
 @torch.no_grad()
 def _computes_linear(module: nn.Linear) -> bool:
-    """Asked of a forward of its own: Falcon's is the same product written otherwise, a router's is something else.
-    A planned module, which has no numbers, is asked with numbers of its own for as long as that takes."""
+    """Whether a subclass's own `forward` is still W x + b (Falcon's is, a router's is not), by trying it. A module on
+    the meta device is tried as a copy with random numbers."""
     if module.weight.is_meta:
         module = copy.deepcopy(module).to_empty(device="cpu")
         for tensor in (*module.parameters(), *module.buffers()):

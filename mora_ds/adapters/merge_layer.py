@@ -1,9 +1,9 @@
-"""One layer's frozen weight, formed anew: what a merge, a replay and a loaded adapter do, and a plan measures.
+"""Forming one layer's frozen weight anew: what a merge, a replay and a loaded adapter do, and what a plan measures.
 
     write_live(layer, original, updates)      frozen weight = original + deltas of updates, summed in fp32, rounded once
 
-Rounded to the run's dtype, or to 8 bits (`eight_bits.quantize`): either way the sum begins with the original, so that
-no merge is made of what another one has rounded.
+It is rounded to the run's dtype, or to 8 bits (`int8.quantize`). Either way the sum starts at the original weight, so
+that rounding errors do not accumulate over merges.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.ops.delta import live_weight
-from mora_ds.adapters.ops.int8 import Weight, dense
+from mora_ds.adapters.ops.int8 import dense
 from mora_ds.adapters.ops.spec import UpdateSpec
 
 
 class MergeNorms(NamedTuple):
-    """Frobenius norms, each a number on the layer's device."""
+    """Frobenius norms, each a scalar on the layer's device."""
 
     square: Tensor
     delta: Tensor
-    """Of what the square stands for; `weight` is that of the frozen weight before."""
+    """Of the value's delta; `weight` is that of the frozen weight before the merge."""
     weight: Tensor
     lost: Tensor
-    """Of what rounding keeps the frozen weight from taking up."""
+    """Of the part of the delta that rounding keeps out of the frozen weight."""
 
 
 def write_live(layer: AdaptedLinear, original: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> None:
@@ -41,21 +41,16 @@ def write_live(layer: AdaptedLinear, original: Tensor, updates: Iterable[tuple[U
 def merge_layer(
     layer: AdaptedLinear, original: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]], square: Tensor
 ) -> MergeNorms:
-    """`write_live` with `square`, fp32 and whole, as the last of `updates`; and what that did."""
+    """`write_live` with the unsharded fp32 value `square` as the last of `updates`; returns its norms."""
     old = layer.frozen_copy()
     write_live(layer, original, updates)
-    before = _norm(dense(old, torch.float32))
-    moved = None if layer.weight.dtype is torch.float32 else _moved(layer, old)
+    before, moved = _norm(dense(old, torch.float32)), None
+    if layer.weight.dtype is not torch.float32:
+        moved = dense(layer.frozen, torch.float32).float().sub_(dense(old, torch.float32))
     del old
     delta = layer.spec.delta_weight(square)
     norms = _norm(square), _norm(delta), before
     return MergeNorms(*norms, before.new_zeros(()) if moved is None else _norm(moved.sub_(delta)))
-
-
-def _moved(layer: AdaptedLinear, old: Weight) -> Tensor:
-    """(d_out, d_in) fp32, a new tensor: by how much the frozen weight is another one than `old`."""
-    now = dense(layer.frozen, torch.float32)
-    return (now.float() if now.dtype is not torch.float32 else now).sub_(dense(old, torch.float32))
 
 
 def _norm(tensor: Tensor) -> Tensor:
