@@ -223,10 +223,10 @@ def test_squares_that_a_run_cannot_start_from_are_refused(tmp_path: Path) -> Non
 
     opened("plain", "shared")
     opened("other", "domains", ("law", "cooking"))
-    with pytest.raises(UserError, match=r"--init_adapter .*norm: that run trained model.norm.weight beside its"):
+    with pytest.raises(UserError, match=r"--init_adapter .*norm: that run also trained model.norm.weight, which"):
         opened("norm", "none")
     for name, there in (("plain", "no domains"), ("other", "those of cooking")):
-        with pytest.raises(UserError, match=f"squares of law, code, news, prose at zero: that run has {there}"):
+        with pytest.raises(UserError, match=f"matrices of law, code, news, prose at zero: that run has {there}"):
             opened(name, "domains")
 
 
