@@ -20,6 +20,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 from unittest import mock
@@ -198,8 +199,40 @@ def api_page() -> str:
     ]  # fmt: skip
     lines += [f"| [`{name}`](#{name.lower()}) | {cell(_summary(getattr(mora_ds, name)))} |" for name in names]
     for name in names:
-        lines += ["", f"## {name}", "", f"::: {paths[name]}"]
+        lines += ["", f"## {name}", "", *_signature(name, getattr(mora_ds, name)), f"::: {paths[name]}"]
     return _page(lines)
+
+
+def _signature(name: str, thing: Any) -> list[str]:
+    """How it is called, as a block of code; nothing for enums and exceptions."""
+    if isinstance(thing, type) and issubclass(thing, (Enum, BaseException)):
+        return []
+    signature = inspect.signature(thing)
+    parameters, kinds = [], [each.kind for each in signature.parameters.values()]
+    for number, each in enumerate(signature.parameters.values()):
+        if each.kind is each.KEYWORD_ONLY and not {each.KEYWORD_ONLY, each.VAR_POSITIONAL} & set(kinds[:number]):
+            parameters.append("*")
+        parameters.append(_parameter(each))
+    returned = signature.return_annotation
+    arrow = "" if isinstance(thing, type) or returned is inspect.Signature.empty else f" -> {_annotation(returned)}"
+    line = f"{name}({', '.join(parameters)}){arrow}"
+    if len(line) > 100:
+        line = "\n".join([f"{name}(", *(f"    {each}," for each in parameters), f"){arrow}"])
+    return ["```python", line, "```", ""]
+
+
+def _parameter(each: inspect.Parameter) -> str:
+    stars = {each.VAR_POSITIONAL: "*", each.VAR_KEYWORD: "**"}.get(each.kind, "")
+    text = f"{stars}{each.name}"
+    if each.annotation is not each.empty:
+        text += f": {_annotation(each.annotation)}"
+    if each.default is not each.empty:
+        text += f" = {each.default if isinstance(each.default, Enum) else repr(each.default)}"
+    return text.replace("<factory>", "...")
+
+
+def _annotation(hint: Any) -> str:
+    return hint if isinstance(hint, str) else getattr(hint, "__name__", str(hint))
 
 
 def _summary(thing: object) -> str:
