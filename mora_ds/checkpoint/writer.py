@@ -50,7 +50,7 @@ from mora_ds.checkpoint.state import TrainerState, check_identity
 from mora_ds.engine import shard_writer, zero
 from mora_ds.engine.shard_reader import EngineShards, Layout
 from mora_ds.errors import RunError
-from mora_ds.runtime.events import Event, report
+from mora_ds.runtime.events import Event, emit
 from mora_ds.runtime.nodes import Followers
 
 _EACH = 32 << 10
@@ -157,7 +157,7 @@ class CheckpointWriter:
         if state["best_step"]:
             name_best(self.root, step_folder(self.root, state["best_step"]))
         files.replace_symlink(self.root / LATEST, final.name)
-        report(Event.SAVED, state["step"])
+        emit(Event.SAVED, state["step"])
         _retain(self.root, state["step"], keep)
 
 

@@ -37,10 +37,13 @@ from mora_ds.parallel.topology import Topology
 from mora_ds.runtime import heartbeat, signals
 
 
-def start_distributed(verbose: bool = False, timeout_s: float | None = None, silence_s: float | None = None) -> None:
+def start_distributed(
+    verbose: bool = False, timeout_s: float | None = None, heartbeat_timeout_s: float | None = None
+) -> None:
     """Start `torch.distributed` the way the engine needs it; does nothing when it runs already.
 
-    `timeout_s`: of collectives; `silence_s`: ranks of the main job give up one that is silent for so long (`pulse`).
+    `timeout_s`: of collectives. `heartbeat_timeout_s`: ranks of the main job end when one sends no heartbeat for this
+    time (`runtime/heartbeat.py`).
     Raises `UserError` in a process that no launcher has started.
     """
     if not dist.is_initialized():
@@ -52,8 +55,8 @@ def start_distributed(verbose: bool = False, timeout_s: float | None = None, sil
     if not dist.is_initialized():
         extra = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
         deepspeed.init_distributed(verbose=verbose, **extra)
-    if silence_s and signals.is_installed():
-        heartbeat.start(silence_s)
+    if heartbeat_timeout_s and signals.is_installed():
+        heartbeat.start(heartbeat_timeout_s)
 
 
 def initialize(

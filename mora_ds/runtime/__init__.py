@@ -1,1 +1,12 @@
-"""Processes: ranks, nodes, signals, heartbeats, restarts, the command line. Imports nothing here."""
+"""Everything about processes: ranks, nodes, signals, heartbeats, restarts, logging, exit codes. Imports nothing here.
+
+cli          runs a program's main function and sets its exit code
+log_setup    configures the logger `mora_ds`
+ranks        `Ranks`: this process among all processes of the run, and collective calls on small objects
+nodes        `Followers`: nodes that do not see the output folder
+signals      requests to stop, and how a process ends
+heartbeat    notices ranks that no longer answer
+processes    parents, children and launchers on this machine
+events       events that ranks report to the restart wrapper
+restart      the restart wrapper behind launch/restart.py
+"""

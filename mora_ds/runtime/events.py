@@ -1,6 +1,6 @@
-"""What a rank tells the wrapper that started its launcher: launchers keep exit codes back, or turn them into others.
+"""Events that ranks report to launch/restart.py, which cannot rely on the exit codes of launchers.
 
-One JSON line an event in the file that the environment names; without that variable nothing is written.
+Each rank appends one JSON line for every event to the file that an environment variable names; without it, nothing.
 """
 
 from __future__ import annotations
@@ -11,55 +11,55 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-STATUS_FILE = "MORA_DS_STATUS_FILE"
-"""Environment variable that names the file."""
+from mora_ds.runtime.log_setup import rank
+
+EVENTS_FILE = "MORA_DS_STATUS_FILE"
+"""Environment variable with the path of the file."""
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: neither done nor failed, run me again."""
+"""EX_TEMPFAIL of sysexits.h: the run is neither done nor failed, and can be started again."""
 EXIT_INTERRUPTED = 130
-"""What shells give a process that SIGINT ended."""
+"""The exit code that shells give a process that SIGINT ended."""
 
 
 class Event(str, Enum):
-    """What happened; the number that goes with it."""
+    """Kind of event; the comment says what its value is."""
 
-    STARTED = "started"
-    """the process"""
-    SAVED = "saved"
-    """optimizer step of a checkpoint that is complete"""
-    LEFT = "left"
-    """exit code"""
+    STARTED = "started"  # process id
+    SAVED = "saved"  # optimizer step of a complete checkpoint
+    LEFT = "left"  # exit code
 
 
-def report(event: Event, value: int) -> None:
-    """Append an event of this rank; lines this short are written whole, whoever else writes."""
-    if path := os.environ.get(STATUS_FILE):
-        line = json.dumps({"rank": int(os.environ.get("RANK", "0")), "event": event.value, "value": value})
+def emit(event: Event, value: int) -> None:
+    """Append an event of this rank. Lines this short are written in one piece, whichever ranks write at the time."""
+    if path := os.environ.get(EVENTS_FILE):
         with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(json.dumps({"rank": rank(), "event": event.value, "value": value}) + "\n")
 
 
 @dataclass
-class Told:
-    """What the ranks of one attempt have told."""
+class AttemptEvents:
+    """All events of one attempt to run a job."""
 
     processes: list[int] = field(default_factory=list)
+    """Process ids of the ranks that started."""
     saved: int | None = None
-    """The latest step."""
+    """Step of the latest checkpoint; None without one."""
     codes: list[int] = field(default_factory=list)
+    """Exit codes of the ranks that reported one."""
 
     @classmethod
-    def read(cls, path: Path) -> Told:
-        told = cls()
+    def read(cls, path: Path) -> AttemptEvents:
+        events = cls()
         for line in path.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             event, value = Event(entry["event"]), int(entry["value"])
             if event is Event.STARTED:
-                told.processes.append(value)
+                events.processes.append(value)
             elif event is Event.SAVED:
-                told.saved = value
+                events.saved = value
             else:
-                told.codes.append(value)
-        return told
+                events.codes.append(value)
+        return events

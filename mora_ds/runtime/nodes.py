@@ -1,19 +1,19 @@
-"""Nodes that do not see the run's folder: they keep nothing there, and files travel to and from rank 0's node.
+"""Followers: nodes that do not see the run's output folder. Files travel to and from rank 0's node.
 
-    node of rank 0      OUTPUT_DIR             the run: checkpoints, ledger, curves
-    a follower          OUTPUT_DIR/.follower   on storage of its own: its shards until rank 0 has them, a copy of the
-                                               ledger, what it resumes from; gone when the run ends
+    node of rank 0      OUTPUT_DIR             the run: checkpoints, merge ledger, metrics
+    a follower          OUTPUT_DIR/.follower   on its local disk: its shards until rank 0 has received them, copies of
+                                               the ledger and of the checkpoint; deleted when the run ends
 
 Where all nodes share the folder there are no followers, and nothing here sends a byte.
 """
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,31 +29,35 @@ from mora_ds.runtime.ranks import Ranks
 FOLDER = ".follower"
 _INCOMING = ".incoming"
 _CHUNK = 16 << 20
-"""Bytes that are in memory at a time."""
-_SEEN_WITHIN_S = 20.0
-"""How late a network file system may show a new file to other nodes."""
+"""Bytes that are sent, and held in memory, at a time."""
+_VISIBLE_WITHIN_S = 20.0
+"""How long a network file system may take to show a new file on other nodes."""
 
 
 @dataclass(frozen=True)
 class Followers:
-    """Which nodes follow, and where this rank works. Made, and asked to move files, by all ranks together."""
+    """The nodes that follow, and the folder that this rank works in. All ranks make it, and move files, together."""
 
     ranks: Ranks
     folder: Path
-    """The run's folder; on a follower one of its own."""
+    """The run's folder; on a follower its local one."""
     leaders: tuple[int, ...]
     """The first rank of each follower."""
     names: tuple[str, ...]
-    """Of the followers, as they call themselves."""
+    """Host names of the followers."""
 
     @classmethod
     def find(cls, folder: Path, ranks: Ranks) -> Followers:
-        """Rank 0 puts up a sign in `folder`; the nodes that do not see it follow."""
-        sign = ranks.on_first(lambda: _put_up_sign(folder))
+        """Rank 0 creates a marker file in `folder`; nodes that do not see it are followers.
+
+        Raises `UserError` where ranks of one node see different folders.
+        """
+        marker = ranks.on_first(lambda: _create_marker(folder))
         facts: list[Any] = [None] * ranks.world
-        dist.all_gather_object(facts, (_sees(folder / sign), ranks.local_rank, platform.node()), group=ranks.group)
+        mine = _becomes_visible(folder / marker), ranks.local_rank, platform.node()
+        dist.all_gather_object(facts, mine, group=ranks.group)
         if ranks.is_first:
-            (folder / sign).unlink(missing_ok=True)
+            (folder / marker).unlink(missing_ok=True)
         leader, leaders = 0, []
         for rank, (sees, local_rank, name) in enumerate(facts):
             leader = rank if local_rank == 0 else leader
@@ -63,28 +67,31 @@ class Followers:
                 )
             if rank == leader and not sees:
                 leaders.append(rank)
-        own = folder if facts[ranks.rank][0] else folder / FOLDER
-        followers = cls(ranks, own, tuple(leaders), tuple(facts[rank][2] for rank in leaders))
-        followers._begin()
+        local = folder if facts[ranks.rank][0] else folder / FOLDER
+        followers = cls(ranks, local, tuple(leaders), tuple(facts[rank][2] for rank in leaders))
+        if followers.leads:
+            shutil.rmtree(local, ignore_errors=True)
+            with disk_errors(folder):
+                local.mkdir(parents=True)
         return followers
 
     @property
     def leads(self) -> bool:
-        """Whether this rank is a follower's first."""
+        """Whether this rank is the first of a follower."""
         return self.ranks.rank in self.leaders
 
     def share(self, path: Path) -> None:
-        """What rank 0 has under `path`, a file or folder in its `folder`, under the follower's `path` too."""
+        """Copy a file or folder inside rank 0's `folder` to the follower's `path`."""
         self._send(path, path)
 
     def fetch(self, path: Path) -> Path:
-        """A folder of rank 0's node, wherever it lies there, as this rank can read it."""
-        own = path if self.folder.name != FOLDER else self.folder / "fetched" / path.name
-        self._send(path, own)
-        return own
+        """Copy any folder of rank 0's node to the followers. Returns the path that this rank can read it at."""
+        local = path if self.folder.name != FOLDER else self.folder / "fetched" / path.name
+        self._send(path, local)
+        return local
 
     def gather(self, path: Path, group: Any) -> None:
-        """The files that followers have in their folder `path` move into rank 0's. On `group`, a gloo group."""
+        """Move the files in the followers' folder `path` into rank 0's, over `group`, a gloo group."""
         for leader in self.leaders:
             if self.ranks.rank == leader:
                 _send_files(path, 0, group)
@@ -93,21 +100,15 @@ class Followers:
                 _receive_files(path, leader, group)
 
     def close(self) -> None:
-        """Followers leave nothing behind. Each rank for itself."""
+        """Delete the follower's local folder. Not collective."""
         if self.leads:
             shutil.rmtree(self.folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # something else lies there
+            with suppress(OSError):  # the parent holds other files
                 self.folder.parent.rmdir()
 
-    def _begin(self) -> None:
-        if self.leads:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            with disk_errors(self.folder.parent):
-                self.folder.mkdir(parents=True)
-
     def _send(self, source: Path, target: Path) -> None:
-        for leader in self.leaders:
-            if self.ranks.is_first:
+        if self.ranks.is_first:
+            for leader in self.leaders:
                 _send_files(source, leader, self.ranks.group)
         if self.leads:
             incoming = target.with_name(target.name + _INCOMING)
@@ -119,18 +120,18 @@ class Followers:
             self.ranks.barrier()
 
 
-def _put_up_sign(folder: Path) -> str:
-    """A name that no client of a network file system can have looked up before, and remember as missing."""
-    sign = f".seen-by-all-{uuid4().hex}"
+def _create_marker(folder: Path) -> str:
+    """The name is new in every run: clients of network file systems remember names that they did not find."""
+    marker = f".seen-by-all-{uuid4().hex}"
     with disk_errors(folder):
-        (folder / sign).touch()
-    return sign
+        (folder / marker).touch()
+    return marker
 
 
-def _sees(sign: Path) -> bool:
-    until = time.monotonic() + _SEEN_WITHIN_S
-    while not sign.exists():
-        if time.monotonic() > until:
+def _becomes_visible(path: Path) -> bool:
+    deadline = time.monotonic() + _VISIBLE_WITHIN_S
+    while not path.exists():
+        if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
     return True
@@ -146,7 +147,7 @@ def _send_files(folder: Path, to: int, group: Any) -> None:
 
 
 def _parts(path: Path, size: int) -> Iterator[torch.Tensor]:
-    """(n,) bytes each, `size` in all."""
+    """The file as uint8 tensors of at most `_CHUNK` bytes, `size` in total."""
     with path.open("rb") as file:
         for start in range(0, size, _CHUNK):
             content = bytearray(file.read(min(_CHUNK, size - start)))
@@ -156,7 +157,7 @@ def _parts(path: Path, size: int) -> Iterator[torch.Tensor]:
 
 
 def _receive_files(folder: Path, sender: int, group: Any) -> None:
-    """Everything is received even when it cannot be written: the sender must not wait for ever."""
+    """Receives everything even when it cannot be written, so that the sender does not wait without end."""
     names: list[Any] = [None]
     dist.recv_object_list(names, src=sender, group=group)
     problem: OSError | None = None

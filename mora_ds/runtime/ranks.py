@@ -1,4 +1,4 @@
-"""The other ranks, as the rooms that must not import torch.distributed see them."""
+"""This process among all processes of the run: its rank, and collective calls on small Python objects."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others."""
+    """Rank of this process and number of processes; all methods are collective."""
 
     rank: int
     world: int
     local_rank: int
     group: Any
-    """A gloo group of all ranks with a timeout of days: one rank may tokenise or download for hours meanwhile."""
+    """A gloo group of all ranks with a timeout of days: the others wait while one rank tokenises or downloads."""
 
     @classmethod
     def current(cls) -> Ranks:
-        """Of the running process group; `LOCAL_RANK` as deepspeed, torchrun and our Slurm script set it. Collective."""
+        """Those of the running process group; `LOCAL_RANK` is set by deepspeed, torchrun and launch/slurm.sbatch."""
         group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), group)
 
@@ -37,7 +37,7 @@ class Ranks:
 
     @property
     def is_local_first(self) -> bool:
-        """The first rank of its node: it downloads, tokenises and writes for the others."""
+        """Whether it is the first rank of its node, which downloads, tokenises and writes for the others."""
         return self.local_rank == 0
 
     def barrier(self) -> None:
@@ -50,43 +50,42 @@ class Ranks:
         return box[0]
 
     def on_first(self, work: Callable[[], Result]) -> Result:
-        """`work()` of rank 0, its result or its error on every rank."""
+        """Calls `work` on rank 0 and returns its result, or raises its `UserError` or `RunError`, on every rank."""
         outcome: tuple[bool, Any] | None = None
         if self.is_first:
             try:
                 outcome = (True, work())
             except (UserError, RunError) as error:
                 outcome = (False, error)
-        done, value = self.broadcast(outcome)
-        if not done:
+        succeeded, value = self.broadcast(outcome)
+        if not succeeded:
             raise value
         return value
 
     @property
     def width(self) -> int:
-        """How many pieces of work a call does at a time."""
+        """Number of work items that a call processes at a time, one on each rank."""
         return self.world
 
     def __call__(self, work: Callable[[int], Any], count: int) -> list[Any]:
-        """[work(0), ..., work(count - 1)] on every rank, each done by one of them. A `data.ParallelMap`."""
+        """[work(0), ..., work(count - 1)] on every rank, each computed by one of them: a `data.ParallelMap`."""
         mine = {number: work(number) for number in range(self.rank, count, self.world)}
         if self.world == 1:
-            return [mine[number] for number in range(count)]
+            return list(mine.values())
         everyone: list[dict[int, Any]] = [{}] * self.world
         dist.all_gather_object(everyone, mine, group=self.group)
         return [everyone[number % self.world][number] for number in range(count)]
 
     def agree(self, work: Callable[[], Result]) -> Result:
-        """`work()` on every rank; when it is a `UserError` or `RunError` on one, it is raised on all."""
-        mine: Result | None = None
+        """Calls `work` on every rank; if one raises a `UserError` or `RunError`, all ranks raise it."""
+        result: Result | None = None
         error: Exception | None = None
         try:
-            mine = work()
+            result = work()
         except (UserError, RunError) as raised:
             error = raised
         errors: list[Exception | None] = [None] * self.world
         dist.all_gather_object(errors, error, group=self.group)
-        for found in errors:
-            if found is not None:
-                raise found
-        return mine  # type: ignore[return-value]
+        for each in filter(None, errors):
+            raise each
+        return result  # type: ignore[return-value]

@@ -1,11 +1,11 @@
-"""Run a command again until it is done: `restart(times, wait_s, command)`, behind `launch/restart.py`.
+"""Runs a command again until it succeeds: `restart(times, wait_s, command)`, behind `launch/restart.py`.
 
     failure, or stopped (75)  -> wait, then again with --resume_from_checkpoint auto
-    done (0), user error (2)  -> that is the end
-    the same step twice       -> so is this: two failures with no checkpoint in between
+    done (0), user error (2)  -> end
+    two failures in a row     -> end, if no checkpoint was written in between
 
-A signal to this process asks every rank to save and leave, however long that takes; the launchers between (deepspeed
-0.19.8, torchrun of torch 2.13) would kill them after 30 seconds, or know nothing of it.
+A signal to this process makes every rank save and leave, however long that takes; the launchers themselves (deepspeed
+0.19.8, torchrun of torch 2.13) kill the ranks after 30 seconds, or do not forward the signal.
 """
 
 from __future__ import annotations
@@ -17,20 +17,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from types import FrameType
 
 from mora_ds.errors import UserError
-from mora_ds.runtime.events import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, STATUS_FILE, Told
+from mora_ds.runtime.events import (
+    EVENTS_FILE,
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    AttemptEvents,
+)
 from mora_ds.runtime.processes import is_rank, ranks_below
 
 RESUME = "--resume_from_checkpoint"
 LONGEST_WAIT_S = 300.0
-LEFT_BEHIND_S = 120.0
-"""How long ranks that have lost their launcher may take to save before the next attempt kills them."""
+ORPHANS_MAY_SAVE_S = 120.0
+"""How long ranks whose launcher has ended may take to save before the next attempt kills them."""
 _TICK_S = 0.3
 
 
@@ -38,65 +45,69 @@ class Verdict(Enum):
     """How an attempt ended."""
 
     DONE = "done"
-    USER_ERROR = "a mistake that a restart does not mend"
+    USER_ERROR = "a mistake that a restart does not correct"
     STOPPED = "stopped, to be run again"
     FAILED = "failed"
 
 
 def restart(times: int, wait_s: float, command: Sequence[str]) -> int:
-    """Run `command`, which starts a `pretrain.py`, and up to `times` times again. Returns the exit code of it all.
+    """Run `command`, which starts a `pretrain.py`, and up to `times` times again. Returns the exit code for all.
 
     Raises `UserError` for a command that cannot be resumed.
     """
     command = with_resume(command)
-    asked = _Asked()
-    furthest: int | None = None
+    requests = _StopRequests()
+    latest: int | None = None
     failures = 0
     for attempt in range(times + 1):
-        _say(f"attempt {attempt + 1} of at most {times + 1}: {shlex.join(command)}")
-        code, told = _attempt(command, asked)
-        verdict = judge(code, told)
-        _say(f"attempt {attempt + 1}: {verdict.value} (launcher's code {code}, ranks' {told.codes}); {_saved(told)}")
-        if asked.at_once:
+        _print(f"attempt {attempt + 1} of at most {times + 1}: {shlex.join(command)}")
+        code, events = _attempt(command, requests)
+        verdict = judge(code, events)
+        saved = "no checkpoint was written" if events.saved is None else f"last checkpoint: step {events.saved}"
+        _print(f"attempt {attempt + 1}: {verdict.value} (launcher's code {code}, ranks' {events.codes}); {saved}")
+        failure = code if code > 0 and code != EXIT_STOPPED else EXIT_FAILURE
+        if requests.kill:
             return EXIT_INTERRUPTED
         if verdict in (Verdict.DONE, Verdict.USER_ERROR):
             return 0 if verdict is Verdict.DONE else EXIT_USER_ERROR
-        if asked.to_stop:
-            return EXIT_STOPPED if verdict is Verdict.STOPPED else _failure(code)
+        if requests.stop:
+            return EXIT_STOPPED if verdict is Verdict.STOPPED else failure
         if verdict is Verdict.FAILED:
-            if failures and told.processes and told.saved is None:
-                _say(f"no checkpoint since the failure before ({_at(furthest)}): another attempt would go the same way")
-                return _failure(code)
+            if failures and events.processes and events.saved is None:
+                before = "none so far" if latest is None else f"step {latest}"
+                _print(f"no checkpoint since the previous failure ({before}): another attempt would fail the same way")
+                return failure
             failures += 1
-        furthest = furthest if told.saved is None else told.saved
-        if attempt < times and not asked.sleep(min(wait_s * 2**attempt, LONGEST_WAIT_S)):
+        latest = latest if events.saved is None else events.saved
+        if attempt < times and not requests.wait(min(wait_s * 2**attempt, LONGEST_WAIT_S)):
             return EXIT_STOPPED
-    _say(f"{times} restarts are used up")
-    return EXIT_STOPPED if verdict is Verdict.STOPPED else _failure(code)
+    _print(f"{times} restarts are used up")
+    return EXIT_STOPPED if verdict is Verdict.STOPPED else failure
 
 
 def with_resume(command: Sequence[str]) -> list[str]:
-    """`command` with `--resume_from_checkpoint auto`. Raises `UserError` where that contradicts it."""
+    """`command` with `--resume_from_checkpoint auto`. Raises `UserError` where a flag contradicts that."""
     scripts = [index for index, word in enumerate(command) if Path(word).name == "pretrain.py"]
     if not scripts:
-        raise UserError("write: restart.py TIMES -- deepspeed launch/pretrain.py ... (torchrun as well)")
+        raise UserError("write: restart.py TIMES -- deepspeed launch/pretrain.py ... (or torchrun)")
     flags = list(command[scripts[0] + 1 :])
     if any(flag.split("=")[0] == "--overwrite_output_dir" for flag in flags):
-        raise UserError("--overwrite_output_dir: every restart would delete what the attempt before has done")
+        raise UserError("--overwrite_output_dir: every restart would delete the results of the attempt before")
     given = [index for index, flag in enumerate(flags) if flag.split("=")[0] == RESUME]
     for index in given:
         value = flags[index].partition("=")[2] or " ".join(flags[index + 1 : index + 2])
         if value != "auto":
-            raise UserError(f"{RESUME} {value}: a restart needs auto, which is added where it is missing")
+            raise UserError(f"{RESUME} {value}: a restart needs auto, which is added where the flag is missing")
     return list(command) if given else [*command, RESUME, "auto"]
 
 
-def judge(code: int, told: Told) -> Verdict:
-    """What the launcher's exit code and the ranks' own mean together.
+def judge(code: int, events: AttemptEvents) -> Verdict:
+    """The verdict on an attempt from the launcher's exit code and the ranks' events.
 
-    deepspeed's runner gives 0 for a launcher that a signal has killed (0.19.8), torchrun 1 for whatever a rank gives.
+    The launcher's code is not enough: deepspeed's runner gives 0 for a launcher that a signal has killed (0.19.8),
+    torchrun gives 1 whatever a rank gives.
     """
-    codes = told.codes or ([] if told.processes else [code])
+    codes = events.codes or ([] if events.processes else [code])
     if EXIT_USER_ERROR in codes:
         return Verdict.USER_ERROR
     if code == 0 and codes and not any(codes):
@@ -104,84 +115,66 @@ def judge(code: int, told: Told) -> Verdict:
     return Verdict.STOPPED if EXIT_STOPPED in codes and set(codes) <= {0, EXIT_STOPPED} else Verdict.FAILED
 
 
-class _Asked:
-    """Signals that this process got."""
+class _StopRequests:
+    """Signals that this process received."""
 
     def __init__(self) -> None:
-        self.to_stop = self.at_once = False
+        self.stop = self.kill = False
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.at_once |= self.to_stop and number == signal.SIGINT
-        if not self.to_stop:
-            _say(f"{signal.Signals(number).name}: every rank saves and leaves; Ctrl-C once more ends them at once")
-        self.to_stop = True
+        self.kill |= self.stop and number == signal.SIGINT
+        if not self.stop:
+            _print(f"{signal.Signals(number).name}: every rank saves and leaves; Ctrl-C again ends them at once")
+        self.stop = True
 
-    def sleep(self, seconds: float) -> bool:
-        """False when a signal ended it."""
-        _say(f"the next attempt begins in {seconds:g} s")
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and not self.to_stop:
+    def wait(self, seconds: float) -> bool:
+        """Sleep before the next attempt. Returns False when a signal ended that."""
+        _print(f"the next attempt begins in {seconds:g} s")
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.stop:
             time.sleep(min(_TICK_S, seconds))
-        return not self.to_stop
+        return not self.stop
 
 
-def _attempt(command: list[str], asked: _Asked) -> tuple[int, Told]:
-    """One run of `command`: its exit code, and what its ranks have told. None of them is left afterwards."""
+def _attempt(command: list[str], requests: _StopRequests) -> tuple[int, AttemptEvents]:
+    """Run `command` once. Returns its exit code and the events of its ranks, when all of them have ended."""
     with tempfile.TemporaryDirectory(prefix="mora_ds-") as folder:
-        status = Path(folder) / "status.jsonl"
-        status.touch()
-        try:  # a session of its own: Ctrl-C is for this process, which passes it on as the ranks need it
-            process = subprocess.Popen(command, env={**os.environ, STATUS_FILE: str(status)}, start_new_session=True)
+        file = Path(folder) / "events.jsonl"
+        file.touch()
+        try:  # in a new session, so that Ctrl-C reaches only this process, which forwards it
+            process = subprocess.Popen(command, env={**os.environ, EVENTS_FILE: str(file)}, start_new_session=True)
         except OSError as error:
             raise UserError(f"{command[0]}: {error.strerror}") from error
-        told_to_stop: set[int] = set()
+        asked: set[int] = set()
         while process.poll() is None:
-            if asked.at_once:
-                _kill(ranks_below(process.pid))
-                _kill([-process.pid])
-            elif asked.to_stop:
-                _forward(set(ranks_below(process.pid)) - told_to_stop, told_to_stop)
+            if requests.kill:
+                _send(signal.SIGKILL, [*ranks_below(process.pid), -process.pid])
+            elif requests.stop:
+                ranks = set(ranks_below(process.pid)) - asked
+                _send(signal.SIGUSR1, ranks)
+                asked |= ranks
             time.sleep(_TICK_S)
-        _wait_for(Told.read(status).processes, asked)
-        return process.returncode, Told.read(status)
+        _wait_for(AttemptEvents.read(file).processes, requests)
+        return process.returncode, AttemptEvents.read(file)
 
 
-def _forward(ranks: set[int], done: set[int]) -> None:
-    for rank in ranks:
-        with suppress(ProcessLookupError):
-            os.kill(rank, signal.SIGUSR1)
-        done.add(rank)
-
-
-def _wait_for(ranks: list[int], asked: _Asked) -> None:
+def _wait_for(ranks: list[int], requests: _StopRequests) -> None:
     """Ranks whose launcher was killed save and leave by themselves; until then the output folder is locked."""
-    until = time.monotonic() + LEFT_BEHIND_S
+    deadline = time.monotonic() + ORPHANS_MAY_SAVE_S
     while left := [rank for rank in ranks if is_rank(rank)]:
-        if asked.at_once or time.monotonic() > until:
-            _kill(left)
+        if requests.kill or time.monotonic() > deadline:
+            _send(signal.SIGKILL, left)
         time.sleep(_TICK_S)
 
 
-def _kill(processes: list[int]) -> None:
+def _send(number: signal.Signals, processes: Iterable[int]) -> None:
     for process in processes:
         with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+            os.kill(process, number)
 
 
-def _failure(code: int) -> int:
-    return code if code > 0 and code != EXIT_STOPPED else EXIT_FAILURE
-
-
-def _saved(told: Told) -> str:
-    return "no checkpoint was written" if told.saved is None else f"last checkpoint: step {told.saved}"
-
-
-def _at(step: int | None) -> str:
-    return "none so far" if step is None else f"step {step}"
-
-
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(f"restart.py: {text}", file=sys.stderr, flush=True)

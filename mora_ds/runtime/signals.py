@@ -1,11 +1,11 @@
-"""Asked to stop, or left alone: how a rank notices, and when it may act on it.
+"""Requests to stop a rank: signals, and a launcher that has ended.
 
-    SIGTERM, SIGUSR1, SIGINT, a launcher that has died   -> in training: noted; all ranks agree at the next step's end
-                                                         -> before and after it: `Stopped` in the main thread, at once
-    SIGINT again (a second later or more)                -> the process ends, whatever it does
+    SIGTERM, SIGUSR1, SIGINT, a launcher that has ended  -> in training: noted; all ranks agree at the end of the step
+                                                         -> before and after: `Stopped` in the main thread, at once
+    SIGINT again (a second later or more)                -> the process ends at once
 
-A thread does the noticing: Python runs its own handlers only between bytecodes, and a rank that waits in a collective
-executes none. `signal.set_wakeup_fd` tells the thread at once.
+A thread notices the requests: Python runs its own handlers between bytecodes only, and a rank that waits in a
+collective executes none. `signal.set_wakeup_fd` wakes the thread at once.
 """
 
 from __future__ import annotations
@@ -17,40 +17,41 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from mora_ds.errors import Stopped
-from mora_ds.runtime.events import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_STOPPED, Event, report
-from mora_ds.runtime.processes import launchers_above, parent_of, siblings_alive
+from mora_ds.runtime.events import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_STOPPED, Event, emit
+from mora_ds.runtime.log_setup import rank, rank_prefix
+from mora_ds.runtime.processes import children_of, launchers_above, parent_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _TICK_S = 0.5
 _SAME_CTRL_C_S = 1.0
-"""A terminal sends SIGINT to everybody, and torchrun sends it on: within this time it is one and the same."""
+"""A terminal sends SIGINT to all processes, and torchrun forwards it: within this time they are one request."""
 _PATIENCE_S = 10.0
 """How long the main thread may take to raise `Stopped` where there is nothing to save."""
 
 
 def install() -> None:
-    """Watch from now on. In the main thread; once a process."""
+    """Watch from now on. To be called in the main thread; later calls have no effect."""
     global _watch
     if _watch is None:
         _watch = _Watch()
-        report(Event.STARTED, os.getpid())
-        os.register_at_fork(after_in_child=_in_child)
+        emit(Event.STARTED, os.getpid())
+        os.register_at_fork(after_in_child=uninstall)  # forked workers share the pipe, and a pool sends them SIGTERM
 
 
 def uninstall() -> None:
-    """Signals have their usual effect again: this process is about to end with an error."""
+    """Give the signals their default effect again: this process is about to end with an error, or is a forked one."""
     if _watch is not None:
         _watch.stop()
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Within it requests are noted for `requested`, and nothing is raised."""
+    """Inside the block requests are noted for `requested`, and nothing is raised."""
     if _watch is None:
         yield
         return
@@ -67,67 +68,65 @@ def requested() -> bool:
 
 
 def settle() -> None:
-    """All is saved: from here on this rank leaves in peace, whoever else goes and whatever signal comes."""
+    """Everything is saved: from now on this rank ignores signals and the end of other processes."""
     if _watch is not None:
         _watch.settled = True
 
 
 def is_installed() -> bool:
-    """Whether this process is a rank that may end itself, and not a program that only uses these rooms."""
+    """Whether this process is a rank that may end itself, rather than a program that only imports mora_ds."""
     return _watch is not None
 
 
-def before_failure(tell: Callable[[str], None]) -> None:
-    """`tell(reason)` is called once, before this rank ends with an error."""
-    global _tell
-    _tell = tell
+def before_failure(callback: Callable[[str], None]) -> None:
+    """`callback(reason)` is called once, before this rank ends with an error."""
+    global _callback
+    _callback = callback
 
 
-def tell_failure(reason: str) -> None:
-    """Let the other ranks know, if they do not yet."""
-    global _tell
-    tell, _tell = _tell, None
-    if tell is not None:
-        tell(reason)
+def report_failure(reason: str) -> None:
+    """Call the callback of `before_failure`, unless that has happened."""
+    global _callback
+    callback, _callback = _callback, None
+    if callback is not None:
+        callback(reason)
 
 
 def leave_failed(reason: str) -> None:
-    """End the process for what befell another rank, unless this one is leaving already."""
+    """End the process because another rank has failed, unless this one has saved and is leaving already."""
     if _watch is not None and not _watch.settled:
-        _say(reason)
+        _print(reason)
         leave(EXIT_FAILURE)
 
 
 def leave(code: int) -> NoReturn:
-    """End the process. By `os._exit`: gloo's threads often abort at interpreter exit after right results (2.13)."""
-    report(Event.LEFT, code)
+    """End the process. By `os._exit`: gloo's threads often abort at interpreter exit after correct results (2.13)."""
+    emit(Event.LEFT, code)
     if code not in (0, EXIT_STOPPED):
-        tell_failure(f"rank {_rank()} has ended with exit code {code}")
+        report_failure(f"rank {rank()} has ended with exit code {code}")
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with suppress(BrokenPipeError):  # the reader has ended; the exit code still counts
             stream.flush()
-        except BrokenPipeError:
-            continue  # whoever read us is gone; the code still counts
     os._exit(code)
 
 
 class _Watch:
-    """Handlers and thread of this process."""
+    """Signal handlers and watching thread of this process."""
 
     def __init__(self) -> None:
         self.since: float | None = None
-        """When the first request came (monotonic seconds), if one did."""
+        """Time of the first request (monotonic seconds), if there was one."""
         self.defers = self.settled = self._raised = self._terminated = False
         self._last_interrupt: float | None = None
         self._launchers = launchers_above(os.getpid())
         self._siblings = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        self._alone = 0
+        self._ticks_with_dead_sibling = 0
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
         for number in SIGNALS:
             signal.signal(number, self._in_main_thread)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._run, name="mora_ds stop watch", daemon=True).start()
+        threading.Thread(target=self._run, name="mora_ds signals", daemon=True).start()
 
     def stop(self) -> None:
         self.settled = True
@@ -148,13 +147,13 @@ class _Watch:
             for number in os.read(self._reader, 64) if ready else b"":
                 self._note(number)
             if not self.settled:
-                self._look_around()
+                self._check_processes()
 
     def _note(self, number: int) -> None:
         now = time.monotonic()
         if number == signal.SIGINT:
             if self._last_interrupt is not None and now - self._last_interrupt > _SAME_CTRL_C_S:
-                _say("SIGINT again: leaving at once")
+                _print("SIGINT again: leaving at once")
                 leave(EXIT_INTERRUPTED)
             self._last_interrupt = self._last_interrupt or now
         self._terminated |= number == signal.SIGTERM
@@ -163,59 +162,44 @@ class _Watch:
     def _request(self, reason: str, now: float) -> None:
         if self.since is None and not self.settled:
             self.since = now
-            _mend_pipes()
-            _say(f"{reason}: {'saving at the end of this step, then leaving' if self.defers else 'leaving'}")
+            _replace_broken_pipes()
+            _print(f"{reason}: {'saving at the end of this step, then leaving' if self.defers else 'leaving'}")
 
-    def _look_around(self) -> None:
+    def _check_processes(self) -> None:
         for process, launcher in self._launchers:
             if parent_of(process) != launcher:
                 self._launchers = []
-                self._request(f"the launcher (process {launcher}) has gone", time.monotonic())
-                os.kill(os.getpid(), signal.SIGTERM)  # raises in the main thread, where that is the thing to do
+                self._request(f"the launcher (process {launcher}) has ended", time.monotonic())
+                os.kill(os.getpid(), signal.SIGTERM)  # raises `Stopped` in the main thread unless that is deferred
                 return
         if self.since is None:
             return
-        _mend_pipes()
+        _replace_broken_pipes()
         if not self.defers and time.monotonic() - self.since > _PATIENCE_S:
             leave(EXIT_STOPPED)  # the main thread waits for others, with nothing to save
-        self._leave_if_alone()
-
-    def _leave_if_alone(self) -> None:
-        """Launchers end the others by SIGTERM when a rank has died; waiting for that one would never end (NCCL)."""
-        if not self._terminated or self._siblings < 2:
-            return
-        alive = siblings_alive(os.getppid())
-        self._alone = self._alone + 1 if 0 < alive < self._siblings else 0
-        if self._alone > 10:
-            leave_failed("another rank of this node has died: leaving without saving")
+        if self._terminated and self._siblings > 1:
+            # Launchers end the other ranks by SIGTERM when one has died; with NCCL, waiting for that one never ends.
+            running = len(children_of(os.getppid()))
+            self._ticks_with_dead_sibling = self._ticks_with_dead_sibling + 1 if 0 < running < self._siblings else 0
+            if self._ticks_with_dead_sibling > 10:
+                leave_failed("another rank of this node has died: leaving without saving")
 
 
 _watch: _Watch | None = None
-_tell: Callable[[str], None] | None = None
+_callback: Callable[[str], None] | None = None
 
 
-def _in_child() -> None:
-    """Forked workers share the pipe, and a pool ends its workers by SIGTERM: not a word of that to the parent."""
-    if _watch is not None:
-        _watch.stop()
-
-
-def _mend_pipes() -> None:
-    """Ctrl-C ends the reader of `... | tee log` too; a log line must not fail the checkpoint for it."""
+def _replace_broken_pipes() -> None:
+    """Ctrl-C also ends the reader of `... | tee log`; writing a log line must not make the checkpoint fail."""
     for descriptor in (1, 2):
         poll = select.poll()
         poll.register(descriptor, select.POLLOUT)
         if any(event & (select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0)):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)
 
 
-def _say(text: str) -> None:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    line = f"[rank {_rank()}] {text}\n" if world > 1 else f"{text}\n"
-    os.write(2, line.encode())
-
-
-def _rank() -> Any:
-    return os.environ.get("RANK", "0")
+def _print(text: str) -> None:
+    """To stderr, without the locks of Python's streams and loggers, which the main thread may hold."""
+    os.write(2, f"{rank_prefix()}{text}\n".encode())

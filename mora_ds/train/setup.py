@@ -46,7 +46,7 @@ class Place:
 
 def start_processes(training: TrainingArguments) -> Ranks:
     """Join the process group. Without a terminal, and on ranks other than 0, transformers shows no progress bars."""
-    start_distributed(timeout_s=training.collective_timeout_s, silence_s=training.heartbeat_timeout_s)
+    start_distributed(timeout_s=training.collective_timeout_s, heartbeat_timeout_s=training.heartbeat_timeout_s)
     ranks = Ranks.current()
     if not (ranks.is_first and sys.stderr.isatty()):
         disable_progress_bar()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mora_ds.errors import UserError
-from mora_ds.runtime.events import EXIT_STOPPED, Told
+from mora_ds.runtime.events import EXIT_STOPPED, AttemptEvents
 from mora_ds.runtime.processes import ranks_below
 from mora_ds.runtime.restart import Verdict, judge, with_resume
 from tests.helpers.gloo import free_port
@@ -27,8 +27,8 @@ ACTOR = """
 import json, os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {repository!r})
-from mora_ds import cli, stopping
-from mora_ds.status import Event, report
+from mora_ds.runtime import cli, signals
+from mora_ds.runtime.events import Event, emit
 
 def main():
     plan, done = Path("plan.json"), Path("done.json")
@@ -36,11 +36,11 @@ def main():
     done.write_text(json.dumps([*past, sys.argv[1:]]))
     for act, value in acts[len(past)]:
         if act == "save":
-            report(Event.SAVED, value)
+            emit(Event.SAVED, value)
         elif act == "wait":
-            with stopping.deferred():
+            with signals.deferred():
                 print("waiting", flush=True)
-                while not stopping.requested():
+                while not signals.requested():
                     time.sleep(0.01)
                 time.sleep(value)
                 sys.exit(75)
@@ -96,7 +96,7 @@ def test_the_same_step_twice_is_the_end(tmp_path: Path) -> None:
     process = perform(tmp_path, [("save", 2), ("exit", 1)], *[[("exit", 1)]] * 4)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 1 and len(attempts_made(tmp_path)) == 2
-    assert "no checkpoint since the failure before (step 2)" in told
+    assert "no checkpoint since the previous failure (step 2)" in told
 
 
 def test_no_more_attempts_than_asked_for_and_none_after_a_user_error(tmp_path: Path) -> None:
@@ -127,13 +127,13 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
 
 def test_what_launchers_say_and_what_ranks_say() -> None:
     """The codes on the left are those that deepspeed 0.19.8 and torchrun (torch 2.13) were seen to give."""
-    assert judge(1, Told([11, 12], 5, [75, 75])) is Verdict.STOPPED, "launch.py after SIGTERM, torchrun"
-    assert judge(0, Told([11, 12], 5, [75, 75])) is Verdict.STOPPED, "the runner, its launch.py killed"
-    assert judge(0, Told([11, 12], 5, [])) is Verdict.FAILED, "the runner, everything below it killed"
-    assert judge(247, Told([11, 12], 5, [1])) is Verdict.FAILED
-    assert judge(1, Told([11, 12], None, [2, 1])) is Verdict.USER_ERROR
-    assert judge(0, Told([11, 12], 9, [0, 0])) is Verdict.DONE
-    elsewhere = [judge(code, Told()) for code in (0, 2, 75, 1)]  # ranks that cannot write to our file
+    assert judge(1, AttemptEvents([11, 12], 5, [75, 75])) is Verdict.STOPPED, "launch.py after SIGTERM, torchrun"
+    assert judge(0, AttemptEvents([11, 12], 5, [75, 75])) is Verdict.STOPPED, "the runner, its launch.py killed"
+    assert judge(0, AttemptEvents([11, 12], 5, [])) is Verdict.FAILED, "the runner, everything below it killed"
+    assert judge(247, AttemptEvents([11, 12], 5, [1])) is Verdict.FAILED
+    assert judge(1, AttemptEvents([11, 12], None, [2, 1])) is Verdict.USER_ERROR
+    assert judge(0, AttemptEvents([11, 12], 9, [0, 0])) is Verdict.DONE
+    elsewhere = [judge(code, AttemptEvents()) for code in (0, 2, 75, 1)]  # ranks that cannot write to our file
     assert elsewhere == [Verdict.DONE, Verdict.USER_ERROR, Verdict.STOPPED, Verdict.FAILED]
 
 

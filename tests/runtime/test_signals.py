@@ -99,7 +99,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_resume(user: Playgroun
 
 SCRIPT = """
 import multiprocessing, os, sys, threading, time
-from mora_ds import cli, stopping
+from mora_ds.runtime import cli, signals
 
 def worker(_):
     time.sleep(60)
@@ -109,30 +109,30 @@ def starting():
     time.sleep(60)
 
 def stuck():  # as in a collective that does not return
-    with stopping.deferred():
+    with signals.deferred():
         print("ready", flush=True)
         while True:
-            threading.Lock().acquire() if not stopping.requested() else time.sleep(60)
+            threading.Lock().acquire() if not signals.requested() else time.sleep(60)
 
 def patient():
-    with stopping.deferred():
+    with signals.deferred():
         print("ready", flush=True)
-        while not stopping.requested():
+        while not signals.requested():
             time.sleep(0.01)
         time.sleep(0.3)
         for _ in range(2000):
             print("x" * 100)
         sys.stdout.flush()
-        stopping.settle()
+        signals.settle()
 
 def pooled():
-    with stopping.deferred():
+    with signals.deferred():
         context = multiprocessing.get_context("fork")
         with context.Pool(2) as pool:
             pool.map_async(worker, range(2))
             time.sleep(0.2)
         time.sleep(0.7)
-        print("requested", stopping.requested(), flush=True)
+        print("requested", signals.requested(), flush=True)
 
 cli.run(globals()[sys.argv[1]], restartable=True)
 """
@@ -266,12 +266,12 @@ def test_a_killed_rank_takes_the_job_down(start: Any) -> None:
 FAULTY = """
 import sys
 sys.path.insert(0, {repository!r})
-from mora_ds import cli
+from mora_ds.runtime import cli
 
 def main():
-    from mora_ds.arguments import parse
-    from mora_ds.pretrain import pretrain
-    from mora_ds.trainer import Trainer
+    from mora_ds.config.arguments import parse
+    from mora_ds.train.pretrain import pretrain
+    from mora_ds.train.trainer import Trainer
     step = Trainer._step
 
     def faulty(trainer):
@@ -303,7 +303,7 @@ def test_an_exception_on_one_rank_is_told_once_by_that_rank(start: Any, tmp_path
 HOLDER = """
 import sys, time
 from pathlib import Path
-from mora_ds.run_folder import reserve
+from mora_ds.train.output_folder import reserve
 
 reserve(Path(sys.argv[1]), False, True)
 print("ready", flush=True)
@@ -325,12 +325,12 @@ def test_the_lock_of_a_folder_goes_with_its_process_however_that_ends(tmp_path: 
 
 SILENT = """
 import sys, time
-from mora_ds import cli, pulse
+from mora_ds.runtime import cli, heartbeat
 
 def main():
-    pulse._GRACE_S = 0.5
-    from mora_ds.engine import start_distributed
-    start_distributed(silence_s=2.0)
+    heartbeat._GRACE_S = 0.5
+    from mora_ds.engine.initialize import start_distributed
+    start_distributed(heartbeat_timeout_s=2.0)
     print("ready", flush=True)
     time.sleep(60)
 
@@ -355,7 +355,7 @@ def test_a_rank_that_gives_no_sign_of_life_is_given_up() -> None:
                 assert line, rank.stderr and rank.stderr.read()
         ranks[1].send_signal(signal.SIGSTOP)
         _, told = ranks[0].communicate(timeout=30)
-        assert ranks[0].returncode == 1 and "[rank 0] rank 1 has not been heard of for" in told
+        assert ranks[0].returncode == 1 and "[rank 0] rank 1 has sent no heartbeat for" in told
     finally:
         for rank in ranks:
             rank.kill()
