@@ -79,8 +79,7 @@ def refusal(row: Sequence[str], column: Sequence[str]) -> str | None:
         arguments = parse([*flags, "--model_name_or_path", "model", "--max_steps", "1000", *text])
         validate(arguments)
         config = resolve_ds_config(arguments.training.deepspeed, arguments.training.engine_settings(), 2)
-        if arguments.training.tensor_parallel_size > 1:
-            check_splittable(config)
+        check_splittable(config, arguments.training.tensor_parallel_size)
     except UserError as error:
         return str(error)
     return None

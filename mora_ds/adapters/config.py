@@ -41,7 +41,6 @@ ALL_LINEAR = "all-linear"
 AS_LOADED = 16
 """Value of `base_bits` for a base that is held in the run's dtype."""
 
-SPLIT_IN_8_BITS = "--base_bits 8 holds whole weights, which --tensor_parallel_size {} would split: leave one out"
 
 MORA = "mora"
 

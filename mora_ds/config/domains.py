@@ -94,14 +94,12 @@ def domain_problems(adapter: AdapterArguments, data: DataArguments, training: Tr
                     yield f"--eval_domains: there is no domain {domain!r}; there are: {', '.join(known)}"
     except UserError as error:
         yield str(error)
-    size = training.tensor_parallel_size
     contradictions = {
         "--compute weight forms one weight for all rows; leave it at auto": adapter.compute == Compute.WEIGHT.value,
         "--trainable_budget counts one MoRA matrix a layer, and there are several; give the file of a plan to "
         "--targets": adapter.trainable_budget is not None,
         f"--operator {SUBSPACE} has no MoRA matrices for single rows; use another one": adapter.operator == SUBSPACE,
         "--alignment_weight aligns one update a layer, and rows have several": adapter.alignment_weight != 0,
-        f"--tensor_parallel_size {size} splits a layer's shared MoRA matrix, not those of domains": size > 1,
     }
     yield from (f"{FLAG}: {message}" for message, is_given in contradictions.items() if is_given)
     yield from _frozen(adapter, training)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mora_ds.adapters.config import SPLIT_IN_8_BITS
-from mora_ds.adapters.ops.subspace import SUBSPACE
 from mora_ds.config.adapter import AdapterArguments, AdapterKind, TPGrouping
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.ds_optimizer import OptimizerKind
+from mora_ds.parallel.limits import tensor_parallel_problems
 
 
 def adapter_problems(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[str]:
@@ -24,8 +23,7 @@ def adapter_problems(adapter: AdapterArguments, training: TrainingArguments) -> 
         yield "--optimizer muon is for MoRA matrices: use --adapter mora, or --optimizer adamw"
     if training.embedding_learning_rate is not None:
         yield from _other_learning_rate(adapter)
-    if training.tensor_parallel_size > 1:
-        yield from _tensor_parallel(adapter, training)
+    yield from _tensor_parallel(adapter, training)
 
 
 def _other_learning_rate(adapter: AdapterArguments) -> Iterator[str]:
@@ -39,27 +37,17 @@ def _other_learning_rate(adapter: AdapterArguments) -> Iterator[str]:
 
 
 def _tensor_parallel(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[str]:
-    """The number of processes, the heads and the matrices are checked where they are known: `parallel/topology.py`,
-    `adapters/tp_plan.py`."""
-    degree = training.tensor_parallel_size
-    flag = f"--tensor_parallel_size {degree}"
-    if adapter.adapter != AdapterKind.MORA.value:
-        yield f"{flag} splits MoRA matrices, and --adapter {adapter.adapter} has none: leave it at 1"
-    if adapter.tp_grouping == TPGrouping.ALIGNED.value and adapter.tp_segments % degree > 0:
-        yield f"{flag} does not divide --tp_segments {adapter.tp_segments}: a segment belongs to one rank"
-    if adapter.operator == SUBSPACE:
-        yield f"{flag}: --operator subspace reads unsplit inputs, which no rank of a group has: leave it at 1"
-    if adapter.alignment_weight != 0:
-        yield f"{flag}: --alignment_weight needs unsharded MoRA matrices, which no rank of a group has: leave it at 1"
-    if adapter.base_bits == 8:
-        yield SPLIT_IN_8_BITS.format(degree)
-    if adapter.train_new_embeddings:
-        yield f"{flag} is not supported with --train_new_embeddings: leave it at 1"
-    if adapter.full_rank_steps > 0:
-        yield f"{flag}: --full_rank_steps train every parameter under plain ZeRO: leave it at 1"
-    if adapter.mora_dropout > 0:
-        yield f"{flag}: each rank of a group would draw a different mask, so --mora_dropout must be 0"
-    if training.sequence_parallel_size > 1:
-        yield f"{flag} and --sequence_parallel_size {training.sequence_parallel_size}: use one of them"
-    if training.optimizer == OptimizerKind.MUON.value:
-        yield f"{flag}: --optimizer muon orthogonalises unsharded MoRA matrices, which no rank has: use adamw"
+    return tensor_parallel_problems(
+        training.tensor_parallel_size,
+        adapter=adapter.adapter,
+        operator=adapter.operator or "",
+        dropout={"--mora_dropout": adapter.mora_dropout},
+        segments=adapter.tp_segments if adapter.tp_grouping == TPGrouping.ALIGNED.value else 0,
+        base_bits=adapter.base_bits,
+        alignment_weight=adapter.alignment_weight,
+        domains=adapter.domain_adapters,
+        new_embeddings=adapter.train_new_embeddings,
+        full_rank_steps=adapter.full_rank_steps,
+        sequence=training.sequence_parallel_size,
+        muon=training.optimizer == OptimizerKind.MUON.value,
+    )

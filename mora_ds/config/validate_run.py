@@ -8,15 +8,12 @@ from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.config.training import TrainingArguments
 from mora_ds.errors import UserError
+from mora_ds.parallel.limits import sequence_parallel_problems
 
 
 def run_problems(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> Iterator[str]:
     """One message for each contradiction between the settings of the three groups."""
-    size = training.sequence_parallel_size
-    if size > 1 and data.seq_len % size != 0:
-        yield f"--sequence_parallel_size {size} does not divide --seq_len {data.seq_len}"
-    if size > 1 and model.attn_implementation == "eager":
-        yield "--sequence_parallel_size: --attn_implementation eager cannot be split over ranks; use auto, or sdpa"
+    yield from sequence_parallel_problems(training.sequence_parallel_size, data.seq_len, model.attn_implementation)
     if model.model_name_or_path and not data.names_text and not training.dry_run:
         yield "--model_name_or_path without --train_files or --dataset_name: nothing to train on"
     if data.names_text and not model.is_named:

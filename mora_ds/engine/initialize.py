@@ -21,7 +21,6 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from mora_ds.adapters.config import SPLIT_IN_8_BITS
 from mora_ds.adapters.inject import frozen_buffers, mora_layers, move_base, scale_names
 from mora_ds.engine import muon, zero
 from mora_ds.engine.device import current_device, is_cpu
@@ -31,6 +30,7 @@ from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.optimizer_view import view_of
 from mora_ds.errors import RunError, UserError
 from mora_ds.models.base import tensor_checksum
+from mora_ds.parallel.limits import check_tensor_parallel
 from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
@@ -84,10 +84,7 @@ def initialize(
     degree = tensor_parallel_size or degree_in(load_ds_config(config)) or 1
     settings = complete_ds_config(config, trainable_numels(model, degree), tensor_parallel_size)
     check_compute_dtype(settings)
-    if degree > 1:
-        check_splittable(settings)
-        if scale_names(model):
-            raise UserError(SPLIT_IN_8_BITS.format(degree))
+    check_splittable(settings, degree, base_bits=8 if scale_names(model) else None)
     start_distributed()
     if degree > 1:
         topology = Topology.of(degree)
@@ -147,17 +144,13 @@ def trainable_numels(model: nn.Module, tensor_parallel_size: int = 1) -> list[in
     return numels
 
 
-def check_splittable(config: dict[str, Any]) -> None:
-    """What tensor parallelism needs of a config. Raises `UserError`."""
-    flag, settings = "--tensor_parallel_size above 1", config["zero_optimization"]
-    if settings["stage"] != 3:
-        raise UserError(f"{flag} needs ZeRO stage 3 (zero_optimization.stage in --deepspeed)")
-    if (settings.get("offload_optimizer") or {}).get("device") == "nvme":
-        raise UserError(
-            f'{flag} has not been tried with an optimizer on NVMe: offload_optimizer to "cpu", or not at all'
-        )
-    if uses_muon(config):
-        raise UserError(f"{flag}: --optimizer muon makes whole squares orthogonal, and no rank has a whole one")
+def check_splittable(config: dict[str, Any], degree: int, base_bits: int | None = None) -> None:
+    """Raises `UserError` for a resolved DeepSpeed config that tensor parallelism does not go with."""
+    zero_settings = config["zero_optimization"]
+    nvme = (zero_settings.get("offload_optimizer") or {}).get("device") == "nvme"
+    check_tensor_parallel(
+        degree, zero_stage=zero_settings["stage"], nvme=nvme, muon=uses_muon(config), base_bits=base_bits
+    )
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

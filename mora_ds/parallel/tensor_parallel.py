@@ -28,8 +28,9 @@ from mora_ds.adapters.ops.linear import Compute, choose
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.tp_plan import Style, TensorPlan, plan_of
 from mora_ds.errors import UserError
+from mora_ds.parallel.limits import TENSOR, check_tensor_parallel
 from mora_ds.parallel.saved_inputs import BlockInput, Saved, Saving, TPInputs, plan_inputs, smaller_of
-from mora_ds.parallel.topology import FLAG, AllGather, Slice, Sum, SumGradient, Topology, mark_split, share_of
+from mora_ds.parallel.topology import AllGather, Slice, Sum, SumGradient, Topology, mark_split, share_of
 from mora_ds.parallel.windows import Window
 
 
@@ -73,21 +74,15 @@ def _keep_equal(model: nn.Module, plan: TensorPlan, topology: Topology) -> None:
 
 
 def _check(model: nn.Module, degree: int) -> None:
-    drops = _dropouts(model)
-    if drops:
-        some = ", ".join(f"{name} = {value}" for name, value in list(drops.items())[:3])
-        raise UserError(
-            f"{FLAG} {degree}: every process of a group would draw other dropout masks, so that their activations "
-            f"would not belong together. Set it to 0: {some}"
-        )
+    check_tensor_parallel(degree, dropout=_dropouts(model))
     for name, layer in mora_layers(model).items():
         if not isinstance(layer, MoRALinear):
-            others = {"square": "those of --operator subspace", "factors": "LoRA's factors (--adapter mora has none)"}
-            raise UserError(f"{FLAG} {degree} splits MoRA matrices: {others[layer.spec.value_name]} run at 1")
-        if layer.spec.r_hat < degree:
+            is_lora = layer.spec.value_name == "factors"
+            check_tensor_parallel(degree, **({"adapter": "lora"} if is_lora else {"operator": "subspace"}))
+        elif layer.spec.r_hat < degree:
             raise UserError(
-                f"{FLAG} {degree}: the MoRA matrix of {name} has {layer.spec.r_hat} rows: raise --mora_rank, or use a "
-                "smaller group"
+                f"{TENSOR} {degree}: the MoRA matrix of {name} has {layer.spec.r_hat} rows: raise --mora_rank, or use "
+                "a smaller group"
             )
 
 

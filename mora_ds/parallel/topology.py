@@ -18,8 +18,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from mora_ds.errors import UserError
-
-FLAG = "--tensor_parallel_size"
+from mora_ds.parallel.limits import TENSOR, check_world
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,11 @@ class Topology:
     def of(cls, degree: int) -> Topology:
         """Make the groups, once a process. Collective. Raises `UserError` where `degree` does not divide the world,
         or differs from that of an engine that this process has made before."""
-        check_degree(degree, comm.get_world_size())
+        check_world(comm.get_world_size(), tensor=degree)
         groups._init_tp_mesh_device(tensor_model_parallel_size=degree)  # utils/groups.py: (dp, t), t innermost
         group = groups.get_tensor_model_parallel_group()
         if comm.get_world_size(group) != degree:
-            raise UserError(f"{FLAG} {degree}: this process has groups of {comm.get_world_size(group)} already")
+            raise UserError(f"{TENSOR} {degree}: this process has groups of {comm.get_world_size(group)} already")
         return cls(degree, comm.get_rank(group), group)
 
     @property
@@ -91,13 +90,6 @@ class Topology:
 def share(size: int, degree: int, index: int) -> tuple[int, int]:
     """[start, stop) of share `index` of `degree`."""
     return size * index // degree, size * (index + 1) // degree
-
-
-def check_degree(degree: int, world: int) -> None:
-    """Raises `UserError` naming the flag."""
-    if degree < 1 or world % degree:
-        able = ", ".join(str(number) for number in range(1, world + 1) if world % number == 0)
-        raise UserError(f"{FLAG} {degree} does not divide the {world} ranks of this run: {able} would")
 
 
 @dataclass(frozen=True)

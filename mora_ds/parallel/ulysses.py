@@ -35,9 +35,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mora_ds.errors import UserError
 from mora_ds.parallel import softcap_attention
+from mora_ds.parallel.limits import SEQUENCE
 from mora_ds.parallel.softcap_attention import caps_scores, use_capped_attention
 
-FLAG = "--sequence_parallel_size"
 CORES = ("sdpa", softcap_attention.NAME, "flash_attention_2", "flash_attention_3", "flash_attention_4")
 _MASKED = CORES[:2]
 """Attention of transformers that can run inside: eager needs scores of (T, T) for every head, DeepSpeed's Ulysses gives
@@ -90,7 +90,7 @@ def check_core(name: str) -> None:
     if name in CORES:
         return
     raise UserError(
-        f"{FLAG}: {name} attention cannot be split over ranks; --attn_implementation must be one of auto, sdpa, "
+        f"{SEQUENCE}: {name} attention cannot be split over ranks; --attn_implementation must be one of auto, sdpa, "
         "flash_attention_2, flash_attention_3, flash_attention_4, where the model has it"
     )
 
@@ -99,12 +99,12 @@ def check_heads(size: int, heads: int, kv_heads: int) -> None:
     """Raises `UserError` unless every rank gets whole attention heads. Too few key-value heads are repeated."""
     if heads % size:
         raise UserError(
-            f"{FLAG} {size} does not divide the model's {heads} attention heads: each rank takes some of them"
+            f"{SEQUENCE} {size} does not divide the model's {heads} attention heads: each rank takes some of them"
         )
     if kv_heads % size and size % kv_heads:
         raise UserError(
-            f"{FLAG} {size} and the model's {kv_heads} key-value heads: one must divide the other, so that each rank "
-            "takes some of them or several take the same one"
+            f"{SEQUENCE} {size} and the model's {kv_heads} key-value heads: one must divide the other, so that each "
+            "rank takes some of them or several take the same one"
         )
 
 
@@ -204,13 +204,13 @@ class SequenceParallel:
 def _check_call(key: Tensor, value: Tensor, told: Mapping[str, Any]) -> None:
     """Raises `UserError` for a layer of attention that Ulysses would compute wrongly, or not at all."""
     if key.shape != value.shape:
-        raise UserError(f"{FLAG}: this model's keys and values differ in shape, which Ulysses does not serve")
+        raise UserError(f"{SEQUENCE}: this model's keys and values differ in shape, which Ulysses does not serve")
     if told.get("position_ids") is None:
-        raise UserError(f"{FLAG}: this model does not tell its attention the tokens' positions, which Ulysses needs")
+        raise UserError(f"{SEQUENCE}: this model does not pass its attention the position_ids that Ulysses needs")
     of_heads = [name for name in _OF_HEADS if told.get(name) is not None]
     if of_heads:
         raise UserError(
-            f"{FLAG}: this model's attention has a {of_heads[0]} for each head, which Ulysses does not split"
+            f"{SEQUENCE}: this model's attention has a {of_heads[0]} for each head, which Ulysses does not split"
         )
 
 

@@ -13,13 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mora_ds.errors import UserError
-from mora_ds.parallel.ulysses import FLAG, check_core, check_heads, core_of
-
-
-def check_world(size: int, world: int) -> None:
-    """Raises `UserError` unless groups of `size` ranks fill the world."""
-    if world % size:
-        raise UserError(f"{FLAG} {size} does not divide the {world} ranks of this run: every row is shared by so many")
+from mora_ds.parallel.limits import SEQUENCE
+from mora_ds.parallel.ulysses import check_core, check_heads, core_of
 
 
 def check_config(config: Any, size: int, attn_implementation: str | None, trust_remote_code: bool = False) -> None:
@@ -32,7 +27,7 @@ def check_config(config: Any, size: int, attn_implementation: str | None, trust_
     check_heads(size, heads, kv_heads)
     chunked = "chunked_attention" in (getattr(text, "layer_types", None) or ())
     if chunked:
-        raise UserError(f"{FLAG}: this model attends in chunks, which Ulysses does not know")
+        raise UserError(f"{SEQUENCE}: this model attends in chunks, which Ulysses does not know")
     if attn_implementation is None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
@@ -56,5 +51,5 @@ def _heads(config: Any) -> tuple[int, int]:
     """(attention heads, key-value heads) of a text config."""
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
-        raise UserError(f"{FLAG}: this model's config names no number of attention heads to share out over ranks")
+        raise UserError(f"{SEQUENCE}: this model's config names no number of attention heads to share out over ranks")
     return heads, int(getattr(config, "num_key_value_heads", None) or heads)

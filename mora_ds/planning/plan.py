@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mora_ds.adapters.config import SPLIT_IN_8_BITS
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.engine.ds_config import fill_bucket_sizes
 from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.initialize import trainable_numels
-from mora_ds.errors import UserError
+from mora_ds.errors import refuse
+from mora_ds.parallel.limits import check_tensor_parallel, check_world, sequence_parallel_problems
 from mora_ds.planning.costs import Costs, costs
 from mora_ds.planning.memory import RankMemory, Trained, gathered_bytes, rank_memory, reduced_bytes
 from mora_ds.planning.step import (
@@ -222,16 +222,9 @@ def _bound(trained: Trained) -> Gathers:
 
 
 def _check(work: Work, cluster: Cluster) -> None:
-    t, s = work.tensor_parallel, work.sequence_parallel
-    if t > 1 and s > 1:
-        raise UserError("--tensor_parallel_size and --sequence_parallel_size: one of them at a time")
-    if t > 1 and work.base_bits == 8:
-        raise UserError(SPLIT_IN_8_BITS.format(t))
-    for flag, size in (("tensor", t), ("sequence", s)):
-        if cluster.ranks % size:
-            raise UserError(f"--{flag}_parallel_size {size} does not divide the {cluster.ranks} ranks")
-    if work.seq_len % s:
-        raise UserError(f"--sequence_parallel_size {s} does not divide --seq_len {work.seq_len}")
+    check_tensor_parallel(work.tensor_parallel, base_bits=work.base_bits, sequence=work.sequence_parallel)
+    check_world(cluster.ranks, work.tensor_parallel, work.sequence_parallel)
+    refuse(sequence_parallel_problems(work.sequence_parallel, work.seq_len))
 
 
 # -- a recommendation -------------------------------------------------------------------------------------------------

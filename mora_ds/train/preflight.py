@@ -20,7 +20,8 @@ from mora_ds.adapters.domains import domains_of
 from mora_ds.engine import zero
 from mora_ds.errors import RunError, UserError
 from mora_ds.models import loss
-from mora_ds.parallel.ulysses import FLAG, SequenceParallel, whole_rows
+from mora_ds.parallel.limits import SEQUENCE
+from mora_ds.parallel.ulysses import SequenceParallel, whole_rows
 from mora_ds.train.job import Job
 
 _DOCUMENT = 4
@@ -142,12 +143,12 @@ def check_split(engine: Any, model: Any, sequence: SequenceParallel, document_ma
     error, effect, size = _norm(split.double() - complete), _norm(alone.double() - complete), _norm(complete)
     if error > _SPLIT_ERROR * effect + _SPLIT_ROUNDING * torch.finfo(complete.dtype).eps * size:
         raise UserError(
-            f"{FLAG}: this model mixes tokens outside of the attention that can be split over processes, so a split "
-            "row does not give what the complete row gives"
+            f"{SEQUENCE}: this model mixes tokens outside of the attention that can be split over processes, so a "
+            "split row does not give what the complete row gives"
         )
     kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
     if getattr(config, "sliding_window", None) and "sliding_attention" in kinds and not sequence.saw_window:
-        raise UserError(f"{FLAG}: this model's config has a sliding window that its attention does not receive")
+        raise UserError(f"{SEQUENCE}: this model's config has a sliding window that its attention does not receive")
 
 
 def _random_ids(engine: Any, vocab_size: int, rows: int, length: int) -> Tensor:

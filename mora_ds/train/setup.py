@@ -14,8 +14,7 @@ from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.ds_config import resolve_ds_config
 from mora_ds.engine.initialize import check_compute_dtype, check_splittable, start_distributed
-from mora_ds.parallel.topology import check_degree
-from mora_ds.parallel.ulysses_checks import check_world
+from mora_ds.parallel.limits import check_world
 from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
 
@@ -58,16 +57,14 @@ def engine_config(training: TrainingArguments, adapter: str, world: int) -> dict
 
     Raises `UserError` for groups of processes that do not fill the world, and a DeepSpeed file that contradicts flags.
     """
-    check_world(training.sequence_parallel_size, world)
-    check_degree(training.tensor_parallel_size, world)
+    check_world(world, training.tensor_parallel_size, training.sequence_parallel_size)
     settings = training.engine_settings()
     if adapter == AdapterKind.FULL.value:
         settings = replace(settings, tensor_parallel_size=None)
     file = None if training.deepspeed is None else Path(training.deepspeed).expanduser()
     config = resolve_ds_config(file, settings, world // training.ranks_per_replica)
     check_compute_dtype(config)
-    if training.tensor_parallel_size > 1:
-        check_splittable(config)
+    check_splittable(config, training.tensor_parallel_size)
     if training.sequence_parallel_size > 1:
         config.pop("train_batch_size")  # checked above; DeepSpeed, which knows no groups, would count each rank's rows
     return config

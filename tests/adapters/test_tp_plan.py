@@ -14,9 +14,10 @@ from mora_ds.adapters.tp_plan import Style, plan_of
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 from mora_ds.errors import UserError
+from mora_ds.parallel.limits import check_world
 from mora_ds.parallel.saved_inputs import Saved, TPInputs, plan_inputs
 from mora_ds.parallel.tensor_parallel import split_model
-from mora_ds.parallel.topology import Topology, check_degree, share
+from mora_ds.parallel.topology import Topology, share
 from tests.helpers.models import FAMILIES, tiny_model
 
 SPLIT = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox"}
@@ -81,7 +82,7 @@ def split(model: nn.Module, degree: int = 2) -> None:
 def test_dropout_is_refused_and_named() -> None:
     for model in (tiny_model("gpt2", resid_pdrop=0.1), tiny_model("llama", attention_dropout=0.1)):
         inject(model, MoRAConfig(rank=4))
-        with pytest.raises(UserError, match=r"draw other dropout masks.*Set it to 0: .*drop.* = 0.1"):
+        with pytest.raises(UserError, match=r"draw a different dropout mask; set to 0: .*drop.* = 0.1"):
             split(model)
     model = tiny_model("llama")
     inject(model, MoRAConfig(rank=4, dropout=0.1))
@@ -97,11 +98,11 @@ def test_squares_need_a_row_a_rank() -> None:
 
 
 def test_a_degree_that_does_not_divide_the_ranks() -> None:
-    check_degree(2, 4)
+    check_world(4, tensor=2)
     with pytest.raises(
         UserError, match="--tensor_parallel_size 3 does not divide the 4 ranks of this run: 1, 2, 4 would"
     ):
-        check_degree(3, 4)
+        check_world(4, tensor=3)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_a_degree_that_does_not_divide_the_ranks() -> None:
         (["--tensor_parallel_size", "2", "--adapter", "lora"], "--adapter lora has none: leave it at 1"),
         (["--tensor_parallel_size", "2", "--adapter", "full"], "--adapter full has none: leave it at 1"),
         (["--tensor_parallel_size", "2", "--adapter", "none"], "--adapter none has none: leave it at 1"),
-        (["--tensor_parallel_size", "2", "--mora_dropout", "0.1"], "--mora_dropout must be 0"),
+        (["--tensor_parallel_size", "2", "--mora_dropout", "0.1"], "set to 0: --mora_dropout = 0.1"),
         (["--tensor_parallel_size", "2", "--optimizer", "muon"], "which no rank has: use adamw"),
         (
             ["--tensor_parallel_size", "2", "--full_rank_steps", "3", "--max_steps", "9"],

@@ -1,0 +1,82 @@
+"""What tensor and sequence parallelism cannot be used with: the one definition for flags, plans, engines and models.
+
+Callers give what they know; the defaults mean "nothing wrong". Limits that depend on a model's heads and sizes are in
+`adapters/tp_plan.py` and `parallel/ulysses_checks.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from mora_ds.errors import UserError, refuse
+
+TENSOR, SEQUENCE = "--tensor_parallel_size", "--sequence_parallel_size"
+
+
+def check_world(world: int, tensor: int = 1, sequence: int = 1) -> None:
+    """Raises `UserError` unless groups of `tensor` or `sequence` processes fill the `world`."""
+    for flag, size in ((TENSOR, tensor), (SEQUENCE, sequence)):
+        if size < 1 or world % size:
+            able = ", ".join(str(number) for number in range(1, world + 1) if world % number == 0)
+            raise UserError(f"{flag} {size} does not divide the {world} ranks of this run: {able} would")
+
+
+def tensor_parallel_problems(
+    degree: int,
+    *,
+    adapter: str = "mora",
+    operator: str = "",
+    dropout: Mapping[str, float] | None = None,
+    segments: int = 0,
+    base_bits: int | None = None,
+    alignment_weight: float = 0.0,
+    domains: bool = False,
+    new_embeddings: bool = False,
+    full_rank_steps: int = 0,
+    sequence: int = 1,
+    muon: bool = False,
+    zero_stage: int = 3,
+    nvme: bool = False,
+) -> Iterator[str]:
+    """One message for each setting that --tensor_parallel_size `degree` does not go with; none at a degree of 1.
+
+    `dropout`: probabilities by name; `segments`: of an aligned grouping, 0 without one.
+    """
+    if degree < 2:
+        return
+    flag = f"{TENSOR} {degree}"
+    drops = [f"{name} = {value}" for name, value in (dropout or {}).items() if value > 0]
+    limits = {
+        f"splits MoRA matrices, and --adapter {adapter} has none: leave it at 1": adapter != "mora",
+        f"does not divide --tp_segments {segments}: a segment belongs to one rank": segments % degree > 0,
+        "splits a layer's shared MoRA matrix, not those of --domain_adapters": domains,
+        "is not supported with --train_new_embeddings: leave it at 1": new_embeddings,
+        f"and {SEQUENCE} {sequence}: use one of them": sequence > 1,
+        "needs ZeRO stage 3 (zero_optimization.stage in --deepspeed)": zero_stage != 3,
+        'has not been tried with an optimizer on NVMe: set offload_optimizer to "cpu", or leave it out': nvme,
+    }
+    yield from (f"{flag} {limit}" for limit, holds in limits.items() if holds)
+    limits = {
+        "--operator subspace reads unsplit inputs, which no rank of a group has: leave it at 1": operator == "subspace",
+        "--alignment_weight needs unsharded MoRA matrices, which no rank of a group has: leave it at 1": (
+            alignment_weight != 0
+        ),
+        "--full_rank_steps train every parameter under plain ZeRO: leave it at 1": full_rank_steps > 0,
+        f"each rank of a group would draw a different dropout mask; set to 0: {', '.join(drops[:3])}": bool(drops),
+        "--optimizer muon orthogonalises unsharded MoRA matrices, which no rank has: use adamw": muon,
+        "--base_bits 8 holds unsplit weights: use one of them": base_bits == 8,
+    }
+    yield from (f"{flag}: {limit}" for limit, holds in limits.items() if holds)
+
+
+def check_tensor_parallel(degree: int, **settings: object) -> None:
+    """Raises `UserError` with all of `tensor_parallel_problems`."""
+    refuse(tensor_parallel_problems(degree, **settings))  # type: ignore[arg-type]
+
+
+def sequence_parallel_problems(size: int, seq_len: int, attention: str | None = None) -> Iterator[str]:
+    """One message for each setting that --sequence_parallel_size `size` does not go with; none at a size of 1."""
+    if size > 1 and seq_len % size:
+        yield f"{SEQUENCE} {size} does not divide --seq_len {seq_len}"
+    if size > 1 and attention == "eager":
+        yield f"{SEQUENCE}: --attn_implementation eager cannot be split over ranks; use auto, or sdpa"
