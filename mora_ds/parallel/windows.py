@@ -176,6 +176,12 @@ class _Tables(NamedTuple):
     """Rows of M, counted from the first of `Window.rows`, that the outputs read; None for all."""
 
 
+def clear_tables() -> None:
+    """Drops the cached tables of this module."""
+    _tables.cache_clear()
+    _block_tables.cache_clear()
+
+
 @lru_cache(maxsize=1024)
 def _tables(part: Window, device: torch.device) -> _Tables:
     with torch.inference_mode(False), torch.no_grad():

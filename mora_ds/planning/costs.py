@@ -1,11 +1,12 @@
-"""What tensor parallelism costs, counted from shapes: products and traffic of one micro-batch, forward and backward.
+"""Arithmetic and traffic of tensor parallelism, counted from shapes: one micro-batch, forward and backward.
 
-    costs(model, degree, replicas, tokens)      a model, injected, on any device (meta will do)
-    cost_table(...)                             ways to spend so many ranks, side by side
+    costs(model, degree, replicas, tokens)      of an injected model, on any device (the meta device will do)
+    cost_table(...)                             several ways to use the same number of GPUs, side by side
 
-`tokens` are those that a group computes together. A rank's products are counted in multiply-accumulates; the head, the
-attention scores and gradient checkpointing are left out. Traffic is a list of collectives: `payload` is what a counter
-of whole tensors sees, `wire` what a ring sends from each rank: (k-1)/k of a gather or a scatter, twice that of a sum.
+`tokens` are those that a tensor-parallel group computes together. A rank's arithmetic is counted in
+multiply-accumulates (MACs); the head, the attention scores and gradient checkpointing are left out. Traffic is a list
+of collectives: `payload` counts complete tensors, `wire` what each rank of a ring sends: (k-1)/k of an all-gather or a
+reduce-scatter, twice that of an all-reduce.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from typing import Any
 
 from torch import nn
 
-from mora_ds.adapters.domains import DomainLinear, domain_layers
+from mora_ds.adapters.domains import domain_layers
 from mora_ds.adapters.inject import count_parameters, mora_layers
-from mora_ds.adapters.layer import AdaptedLinear
+from mora_ds.adapters.layer import AdaptedLinear, linear_shape
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.tp_plan import Style, TensorPlan, is_attention, plan_of
 from mora_ds.parallel.saved_inputs import Saved, TPInputs, plan_inputs
 
-PASSES_GATHERED = 2
-"""ZeRO-3 gathers a square's shares in forward and again in backward."""
+GATHERS_A_MICRO_BATCH = 2
+"""ZeRO-3 gathers a MoRA matrix in forward and again in backward."""
 
 
 class Collective(str, Enum):
-    """What moves elements."""
+    """A kind of communication between ranks."""
 
     GATHER = "gather"
     SCATTER = "scatter"
@@ -41,11 +42,11 @@ class Traffic:
     """Collectives of one kind and size."""
 
     what: str
-    """square: M itself. activation: everything else."""
+    """square: a MoRA matrix M. activation: everything else."""
     collective: Collective
     ranks: int
     elements: int
-    """Of the whole tensor."""
+    """Elements of the complete tensor."""
     times: int = 1
 
     @property
@@ -60,24 +61,24 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one rank and one micro-batch."""
+    """Arithmetic, storage and traffic of one rank and one micro-batch."""
 
     base_macs: int
     square_macs: int
     traffic: tuple[Traffic, ...]
     base_elements: int
-    """Stored whole on every rank."""
+    """Elements of the base, which every rank stores unsharded."""
     square_elements: float
-    """Stored of all squares: r_hat^2 / world each."""
-    trained: str = "squares"
-    """What it calls them: LoRA has factors."""
+    """Elements of all MoRA matrices (or LoRA's factors) that a rank stores: 1 / world of each."""
+    trained: str = "MoRA matrices"
+    """The name of what is trained, for messages."""
 
     @property
     def macs(self) -> int:
         return self.base_macs + self.square_macs
 
     def wire(self, what: str | None = None) -> float:
-        """Elements that a rank sends."""
+        """Elements that a rank sends, of all traffic or of one kind."""
         return sum(item.wire for item in self.traffic if what in (None, item.what))
 
     def payload(self, *collectives: Collective) -> int:
@@ -86,54 +87,58 @@ class Costs:
 
     def __str__(self) -> str:
         return (
-            f"each rank stores the whole base ({self.base_elements:,} elements) and {self.square_elements:,.0f} "
+            f"each rank stores the unsharded base ({self.base_elements:,} elements) and {self.square_elements:,.0f} "
             f"elements of the {self.trained}\n"
             f"each rank computes {self.macs / 1e9:,.3f} G multiply-accumulates a micro-batch (base "
             f"{self.base_macs / 1e9:,.3f}, {self.trained} {self.square_macs / 1e9:,.3f}) and sends "
             f"{self.wire() / 1e6:,.3f} M elements ({self.trained} {self.wire('square') / 1e6:,.3f}, "
-            f"activations {self.wire('activation') / 1e6:,.3f}, "
-            "base 0)"
+            f"activations {self.wire('activation') / 1e6:,.3f}, base 0)"
         )
 
 
 def costs(
     model: nn.Module, degree: int, replicas: int, tokens: int, split: bool = True, inputs: TPInputs = TPInputs.AUTO
 ) -> Costs:
-    """Of an injected model that has not been split yet, `tokens` a group and micro-batch. Without `split`: as if every
-    layer fell back."""
+    """The costs of an injected model that has not been split yet. Without `split`: as if no layer could be split."""
     plan, layers, own = plan_of(model, degree), mora_layers(model), domain_layers(model)
     if not split:
         plan = replace(plan, styles=dict.fromkeys(plan.styles, Style.WHOLE), blocks=())
     base = square = 0
     traffic: list[Traffic] = []
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
     for name, style in plan.styles.items():
         module: Any = model.get_submodule(name)
         d_in, d_out = _shape(module)
-        if module is not _head(model):
+        if module is not head:
             base += 2 * d_in * d_out * tokens // (1 if style is Style.WHOLE else degree)
-        if name in layers:
-            spec = layers[name].spec
-            if isinstance(spec, OperatorSpec):
-                square += 3 * tokens * _square_macs(spec, style, degree)
-                if isinstance(layers[name].value, nn.Parameter):  # a frozen square is whole on every rank
-                    traffic += _square_traffic(spec, style, degree, replicas, tokens)
-                if name in own:
-                    square += 3 * tokens * _own_macs(own[name])
-                    traffic += _own_traffic(own[name], replicas)
-            else:  # at t = 1 only
-                square += tokens * spec.macs_per_token
-                traffic += _zero_traffic(layers[name].value.numel(), replicas)
+        if name not in layers:
+            continue
+        spec = layers[name].spec
+        if not isinstance(spec, OperatorSpec):  # at t = 1 only
+            square += tokens * spec.macs_per_token
+            traffic += _zero_traffic(layers[name].value.numel(), replicas)
+            continue
+        square += 3 * tokens * _square_macs(spec, style, degree)
+        if isinstance(layers[name].value, nn.Parameter):  # a frozen M is unsharded on every rank
+            traffic += _square_traffic(spec, style, degree, replicas, tokens)
+        if (domain := own.get(name)) is not None:
+            if domain.own_spec != spec:  # while the operators are equal, M + M_k is one matrix
+                square += 3 * tokens * _square_macs(domain.own_spec, Style.WHOLE, 1)
+            if isinstance(domain.domain_squares, nn.Parameter):
+                traffic += _zero_traffic(domain.domain_squares.numel(), replicas)
     traffic += _block_traffic(model, plan, tokens)
     traffic += _input_traffic(model, plan, tokens, inputs)
     squares = sum(value.numel() for layer in layers.values() for value in layer.parameters(recurse=False))
-    whole = count_parameters(model) - sum(parameter.numel() for parameter in model.parameters())
-    trained = "factors" if any(layer.spec.value_name == "factors" for layer in layers.values()) else "squares"
-    return Costs(base, square, tuple(traffic), whole, squares / degree / replicas, trained)
+    frozen = count_parameters(model) - sum(parameter.numel() for parameter in model.parameters())
+    is_lora = any(layer.spec.value_name == "factors" for layer in layers.values())
+    trained = "factors" if is_lora else "MoRA matrices"
+    return Costs(base, square, tuple(traffic), frozen, squares / degree / replicas, trained)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to spend the ranks, per rank: multiply-accumulates and elements on the wire, both in all."""
+    """One way to use the GPUs: multiply-accumulates of a rank, and elements that it sends."""
 
     name: str
     macs: float
@@ -145,7 +150,7 @@ def cost_table(
 ) -> list[Row]:
     """`gathered`, `aligned`: the model injected without and with segments; `tokens` a rank, whatever the degree."""
     alone = costs(gathered, 1, ranks, tokens)
-    rows = [Row("data parallel only, base whole", alone.macs, alone.wire())]
+    rows = [Row("data parallel only, base unsharded", alone.macs, alone.wire())]
     for degree in degrees:
         spent = (degree, ranks // degree, tokens * degree)
         repeated = costs(gathered, *spent, split=False)
@@ -154,21 +159,18 @@ def cost_table(
         for name, model in models.items():
             for inputs, words in {TPInputs.WHOLE: "", TPInputs.SPLIT: ", inputs split"}.items():
                 way = costs(model, *spent, inputs=inputs)
-                rows.append(Row(f"split, squares {name}{words}, t = {degree}", way.macs, way.wire()))
-    sharded = PASSES_GATHERED * _linear_elements(gathered) * (ranks - 1) / ranks
+                rows.append(Row(f"split, M {name}{words}, t = {degree}", way.macs, way.wire()))
+    base = sum(layer.in_features * layer.out_features for layer in mora_layers(gathered).values())
+    sharded = GATHERS_A_MICRO_BATCH * base * (ranks - 1) / ranks
     rows.append(Row("ZeRO-3 with the base sharded too", alone.macs, alone.wire() + sharded))
     for degree in degrees:
-        moved = 2 * tokens * _attention_widths(gathered) * (degree - 1) / degree
-        rows.append(Row(f"sequence parallel (Ulysses), s = {degree}", alone.macs, alone.wire() + moved))
+        sent = 2 * tokens * _attention_widths(gathered) * (degree - 1) / degree
+        rows.append(Row(f"sequence parallel (Ulysses), s = {degree}", alone.macs, alone.wire() + sent))
     return rows
 
 
-def _linear_elements(model: nn.Module) -> int:
-    return sum(layer.in_features * layer.out_features for layer in mora_layers(model).values())
-
-
 def _attention_widths(model: nn.Module) -> int:
-    """Elements a token that Ulysses exchanges in a forward: queries, keys, values and what attention makes of them."""
+    """Elements a token that Ulysses exchanges in a forward pass: queries, keys, values and attention's outputs."""
     total = 0
     for name, style in plan_of(model, 1).styles.items():
         if is_attention(model.get_submodule(name.rpartition(".")[0])) and style is not Style.WHOLE:
@@ -178,26 +180,17 @@ def _attention_widths(model: nn.Module) -> int:
 
 
 def _square_macs(spec: OperatorSpec, style: Style, degree: int) -> int:
-    """A token's, in one of the three products over activations: M compress(x), its transpose, the gradient. Of these
-    the weight path has the last alone, for decouple and rotate in this rank's lanes only."""
-    blocks = spec.blocks_in if spec.blockwise else 1
+    """MACs of a token in one of the three products over activations: M compress(x), its transpose, the gradient of M.
+
+    (When the weight is formed instead, only the last of them is computed; for decouple and rotate, of this rank's
+    input blocks.)
+    """
     if style is Style.WHOLE or _is_aligned(spec, style, degree):
-        return blocks * spec.r_hat**2 // degree
+        return spec.blocks * spec.r_hat**2 // degree
     rows = spec.r_hat
     if style is Style.COLWISE and not spec.blockwise:
         rows = min(rows, spec.d_out // degree)
-    return blocks * spec.r_hat * rows
-
-
-def _own_macs(layer: DomainLinear) -> int:
-    """Of a domain's square, beside the shared one's: none while both are wired alike, as M + M_k is one square then."""
-    spec = layer.own_spec
-    return 0 if spec == layer.spec else _square_macs(spec, Style.WHOLE, 1)
-
-
-def _own_traffic(layer: DomainLinear, replicas: int) -> Iterator[Traffic]:
-    if isinstance(layer.domain_squares, nn.Parameter):
-        yield from _zero_traffic(layer.domain_squares.numel(), replicas)
+    return spec.blocks * spec.r_hat * rows
 
 
 def _square_traffic(spec: OperatorSpec, style: Style, degree: int, replicas: int, tokens: int) -> Iterator[Traffic]:
@@ -209,36 +202,37 @@ def _square_traffic(spec: OperatorSpec, style: Style, degree: int, replicas: int
         yield Traffic("square", Collective.GATHER, degree, square, 2)
         yield Traffic("square", Collective.SCATTER, degree, square)
         return
-    lanes = tokens * spec.r_hat * (spec.blocks_in if spec.blockwise else 1)
-    yield Traffic("activation", Collective.GATHER, degree, lanes)
-    yield Traffic("activation", Collective.SUM, degree, lanes)
+    compressed = tokens * spec.r_hat * spec.blocks
+    yield Traffic("activation", Collective.GATHER, degree, compressed)
+    yield Traffic("activation", Collective.SUM, degree, compressed)
 
 
 def _zero_traffic(elements: int, replicas: int) -> Iterator[Traffic]:
     if replicas > 1:
-        yield Traffic("square", Collective.GATHER, replicas, elements, PASSES_GATHERED)
+        yield Traffic("square", Collective.GATHER, replicas, elements, GATHERS_A_MICRO_BATCH)
         yield Traffic("square", Collective.SCATTER, replicas, elements)
 
 
 def _block_traffic(model: nn.Module, plan: TensorPlan, tokens: int) -> Iterator[Traffic]:
     """The sum of a rowwise layer's outputs, and of the gradients at the block's input."""
     for block in plan.blocks if plan.degree > 1 else ():
-        rowwise: Any = next(
-            model.get_submodule(name)
-            for name, style in plan.styles.items()
-            if style is Style.ROWWISE and name.rpartition(".")[0] == block
+        rowwise = next(
+            name for name, style in plan.styles.items() if style is Style.ROWWISE and name.rpartition(".")[0] == block
         )
-        yield Traffic("activation", Collective.SUM, plan.degree, tokens * _shape(rowwise)[1], 2)
+        d_out = _shape(model.get_submodule(rowwise))[1]
+        yield Traffic("activation", Collective.SUM, plan.degree, tokens * d_out, 2)
 
 
 def _input_traffic(model: nn.Module, plan: TensorPlan, tokens: int, inputs: TPInputs) -> Iterator[Traffic]:
-    """What ranks kept their tokens of, gathered again in backward."""
-    kept, padded = plan_inputs(model, plan, inputs), -(-tokens // plan.degree) * plan.degree
-    blocks = dict.fromkeys(name.rpartition(".")[0] for name, how in kept.items() if how is Saved.INPUT_SHARD)
-    for block in blocks:
-        name = next(name for name, how in kept.items() if how is Saved.INPUT_SHARD and name.startswith(f"{block}."))
+    """All-gathers in backward of inputs of which each rank saved its own tokens only."""
+    saved, padded = plan_inputs(model, plan, inputs), -(-tokens // plan.degree) * plan.degree
+    first_of_block: dict[str, str] = {}
+    for name, how in saved.items():
+        if how is Saved.INPUT_SHARD:
+            first_of_block.setdefault(name.rpartition(".")[0], name)
+    for name in first_of_block.values():
         yield Traffic("activation", Collective.GATHER, plan.degree, padded * _shape(model.get_submodule(name))[0])
-    for name, how in kept.items():
+    for name, how in saved.items():
         if how is Saved.FOLDED_SHARD:
             layer: Any = model.get_submodule(name)
             yield Traffic("activation", Collective.GATHER, plan.degree, padded * layer.spec.r_hat)
@@ -250,12 +244,5 @@ def _is_aligned(spec: OperatorSpec, style: Style, degree: int) -> bool:
 
 
 def _shape(module: Any) -> tuple[int, int]:
-    if isinstance(module, AdaptedLinear):
-        return module.in_features, module.out_features
-    rows, columns = module.weight.shape
-    return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
-
-
-def _head(model: Any) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if get else None
+    """(d_in, d_out) of a linear layer, adapted or not."""
+    return (module.in_features, module.out_features) if isinstance(module, AdaptedLinear) else linear_shape(module)

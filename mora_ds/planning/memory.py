@@ -1,11 +1,11 @@
-"""Bytes of one rank: what it holds all the time, and at its highest in a step, a merge and a save.
+"""Bytes of one rank: static memory, and the peaks of a step, a merge and a save.
 
-    held       base, tables, squares, masters, moments, gradients, bucket
-    step       held + gathered squares + activations, or held + what the optimizer makes on its way
-    merge      held + the work on the largest layer
-    save       held + a whole square at a time; rank 0 of a run collects all of them in host memory
+    static     base, index tables, trained parameters, master weights, moments, gradients, gradient bucket
+    step       static + gathered parameters + activations, or static + temporary tensors of the optimizer
+    merge      static + the work on the largest layer
+    save       static + one complete MoRA matrix at a time; rank 0 collects all of them in host memory
 
-ZeRO's share are facts of DeepSpeed 0.19.8: stage3.py (`_create_fp16_partitions_with_defragmentation`,
+What ZeRO allocates is taken from DeepSpeed 0.19.8: stage3.py (`_create_fp16_partitions_with_defragmentation`,
 `_create_fp32_partitions`, `grad_partitions_flat_buffer`, `ipg_buckets`), stage_1_and_2.py, partition_parameters.py.
 """
 
@@ -23,21 +23,21 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Trained:
-    """What ZeRO shards, and how."""
+    """The trained parameters, and how ZeRO shards them."""
 
     numels: tuple[int, ...]
     """Elements of each parameter, as a tensor-parallel rank holds it."""
     squares: int
-    """How many of them are squares: those that Muon, where it is the optimizer, trains with one moment."""
+    """How many of the parameters are MoRA matrices, which have one moment where the optimizer is Muon."""
     ranks: int
-    """Over which ZeRO shards."""
+    """Number of ranks over which ZeRO shards."""
     bytes_each: int
-    """In the dtype that a run computes in."""
+    """Bytes of an element in the compute dtype."""
     ds_config: Mapping[str, Any]
-    """Resolved."""
+    """The complete DeepSpeed config."""
     muon: bool = False
     on_cpu: bool = False
-    """Whether ranks compute on CPUs: torch's Adam then makes two temporary tensors in place of one."""
+    """Whether ranks compute on CPUs: torch's Adam then makes two temporary tensors instead of one."""
 
     @property
     def zero(self) -> Mapping[str, Any]:
@@ -49,19 +49,20 @@ class Trained:
         return int(self.zero["stage"])
 
     @property
-    def whole(self) -> int:
+    def total(self) -> int:
+        """Elements of all trained parameters, unsharded."""
         return sum(self.numels)
 
     @property
-    def own(self) -> int:
-        """Elements of this rank's shares: under ZeRO-3 each parameter is padded to the ranks, below it all together."""
+    def shard(self) -> int:
+        """Elements of one rank's shards. ZeRO-3 pads each parameter to a multiple of the ranks, 1 and 2 the sum."""
         if self.stage == 3:
             return sum(-(-numel // self.ranks) for numel in self.numels)
-        return -(-self.whole // self.ranks) if self.stage else self.whole
+        return -(-self.total // self.ranks) if self.stage else self.total
 
     @property
     def persistent(self) -> tuple[int, ...]:
-        """Under ZeRO-3, parameters that are gathered once a step and stay."""
+        """Sizes of the parameters that ZeRO-3 gathers once a step and keeps (its persistence threshold)."""
         most = self.zero["stage3_param_persistence_threshold"] if self.stage == 3 and self.ranks > 1 else -1
         return tuple(numel for numel in self.numels if numel <= most)
 
@@ -72,73 +73,78 @@ class Trained:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank. Those of the device, but for `host` ones."""
+    """Bytes of one rank, on the device except for `host_optimizer` and `host_save`."""
 
     base: int
-    """The frozen base and what buffers the model has of its own."""
+    """The frozen base, and the model's other buffers."""
     tables: int
+    """Index tables of the operators."""
     squares: int
-    """The rank's share of all that is trained, in the dtype that it computes in."""
+    """The rank's shards of everything trained, in the compute dtype."""
     masters: int
+    """Master weights in fp32."""
     moments: int
     gradients: int
     bucket: int
-    """In which gradients are collected before they are reduced."""
+    """Buffer in which gradients are collected before they are reduced."""
     gathered: int
-    """Squares that are whole at the same time."""
+    """The most trained parameters that are gathered at the same time."""
     activations: int
     """Saved for backward at the end of forward, logits and loss included."""
     logits: int
-    """Of the last dimension of a micro-batch, in the dtype computed in; a part of the activations."""
+    """The logits of a micro-batch in the compute dtype; part of the activations."""
     forward_backward: int
-    """At its highest, beside what is held."""
+    """Peak of forward and backward, on top of static memory."""
     optimizer_step: int
     merge: int
     save: int
     host_optimizer: int
-    """Of a rank, with offload_optimizer."""
+    """Optimizer state of a rank in host memory, with offload_optimizer."""
     host_save: int
-    """Of rank 0 while it saves or merges: all squares in fp32."""
+    """Host memory of rank 0 while it saves or merges: all trained parameters in fp32."""
 
     @property
-    def held(self) -> int:
-        return (
-            self.base + self.tables + self.squares + self.masters + self.moments + self.gradients + self.bucket
-        )  # fmt: skip
+    def static(self) -> int:
+        """What is allocated all the time."""
+        return self.base + self.tables + self.squares + self.masters + self.moments + self.gradients + self.bucket
 
     @property
-    def peak(self) -> int:
-        return self.held + max(self.forward_backward, self.optimizer_step, self.merge, self.save)
-
-    @property
-    def peaks_in(self) -> str:
-        """What the highest moment is."""
-        moments = {
+    def _on_top(self) -> dict[str, int]:
+        return {
             "forward and backward": self.forward_backward,
             "the optimizer's step": self.optimizer_step,
             "a merge": self.merge,
             "a save": self.save,
         }
-        return max(moments, key=lambda name: moments[name])
+
+    @property
+    def peak(self) -> int:
+        return self.static + max(self._on_top.values())
+
+    @property
+    def peaks_in(self) -> str:
+        """The activity in which memory has its peak."""
+        return max(self._on_top, key=lambda name: self._on_top[name])
 
 
 def rank_memory(
     base_bytes: int, merge: int, logits: int, step: StepMemory, trained: Trained, gathered: Gathers
 ) -> RankMemory:
-    """Put together. `base_bytes`, `merge`: from the model; `gathered`: one micro-batch's, of what does not persist."""
-    own, whole, each = trained.own, trained.whole, trained.bytes_each
+    """The memory of a rank. `base_bytes`, `merge`: from the model; `gathered`: of one micro-batch, without persistent
+    parameters."""
+    shard, total, each = trained.shard, trained.total, trained.bytes_each
     persistent = sum(trained.persistent)
     masters, moments, gradients = _optimizer_bytes(trained)
     host = masters + moments + gradients if trained.offloads else 0
     if trained.offloads:
         masters = moments = gradients = 0
-    squares = (own if trained.stage == 3 else whole) * each
+    squares = (shard if trained.stage == 3 else total) * each
     bucket, reduced = _bucket_bytes(trained)
-    held_whole = (gathered.most_held + persistent) * each if trained.ranks > 1 and trained.stage == 3 else 0
-    # what arrives has a buffer of its own until it is taken apart: early in forward, unless backward gathers again
-    again = gathered.elements > whole - persistent
-    arriving = gathered.largest_call * each if held_whole and again else 0
-    kept_whole = persistent * each if trained.ranks > 1 else 0
+    unsharded = (gathered.most_at_once + persistent) * each if trained.ranks > 1 and trained.stage == 3 else 0
+    # An all-gather has an output buffer until it is split up: early in forward, unless backward gathers again.
+    gathers_again = gathered.elements > total - persistent
+    output_buffer = gathered.largest_call * each if unsharded and gathers_again else 0
+    stays = persistent * each if trained.ranks > 1 else 0
     largest = max(trained.numels, default=0) * FP32
     return RankMemory(
         base=base_bytes,
@@ -148,61 +154,58 @@ def rank_memory(
         moments=moments,
         gradients=gradients,
         bucket=bucket,
-        gathered=held_whole,
-        activations=step.kept,
+        gathered=unsharded,
+        activations=step.saved,
         logits=logits,
-        forward_backward=held_whole + arriving + max(step.peak, reduced),
-        optimizer_step=max(kept_whole, 0 if trained.offloads else (2 + trained.on_cpu) * own * FP32),
-        merge=merge + 2 * largest + kept_whole if merge else 0,
-        save=2 * largest + kept_whole,
+        forward_backward=unsharded + output_buffer + max(step.peak, reduced),
+        optimizer_step=max(stays, 0 if trained.offloads else (2 + trained.on_cpu) * shard * FP32),
+        merge=merge + 2 * largest + stays if merge else 0,
+        save=2 * largest + stays,
         host_optimizer=host,
-        host_save=whole * FP32,
+        host_save=total * FP32,
     )
 
 
 def _optimizer_bytes(trained: Trained) -> tuple[int, int, int]:
-    """Masters, moments, gradients. ZeRO has masters in fp32 too: stage3.py compares a torch.device with its name, and
-    so never takes the parameters for their own masters."""
-    own, stage = trained.own, trained.stage
-    masters = own * FP32 if stage or trained.bytes_each < FP32 else 0
-    share = own / max(trained.whole, 1)
-    squares = sum(trained.numels[: trained.squares]) * share
-    moments = round((squares if trained.muon else 2 * squares) * FP32 + 2 * (own - squares) * FP32)
+    """(master weights, moments, gradients). ZeRO has master weights even in fp32: stage3.py compares a torch.device
+    with its name, and so never uses the parameters as their own master weights."""
+    shard, stage = trained.shard, trained.stage
+    masters = shard * FP32 if stage or trained.bytes_each < FP32 else 0
+    squares = sum(trained.numels[: trained.squares]) * (shard / max(trained.total, 1))
+    moments = round((squares if trained.muon else 2 * squares) * FP32 + 2 * (shard - squares) * FP32)
     if stage == 0:
-        return masters, moments, trained.whole * trained.bytes_each
-    accumulated = {"fp16": 2, "bf16": 2}.get(
-        str((trained.ds_config.get("data_types") or {}).get("grad_accum_dtype")), FP32
-    )
-    return masters, moments, (trained.whole if stage == 1 else own) * accumulated
+        return masters, moments, trained.total * trained.bytes_each
+    dtype = str((trained.ds_config.get("data_types") or {}).get("grad_accum_dtype"))
+    accumulated = {"fp16": 2, "bf16": 2}.get(dtype, FP32)
+    return masters, moments, (trained.total if stage == 1 else shard) * accumulated
 
 
 def _bucket_bytes(trained: Trained) -> tuple[int, int]:
-    """The bucket, and what reducing a full one takes beside it: the shares in order, and this rank's in fp32."""
+    """(the gradient bucket, and what reducing a full one takes: the shards in order, and this rank's in fp32)."""
     if trained.stage == 0:
         return 0, 0
     size = trained.zero["reduce_bucket_size"]
-    filled = min(size, trained.whole)
+    filled = min(size, trained.total)
     if trained.stage != 3:
         return size * trained.bytes_each, filled * trained.bytes_each
-    own = filled // trained.ranks * FP32 if trained.bytes_each < FP32 else 0
-    return size * trained.bytes_each, (filled * trained.bytes_each if trained.ranks > 1 else 0) + own
+    shard = filled // trained.ranks * FP32 if trained.bytes_each < FP32 else 0
+    return size * trained.bytes_each, (filled * trained.bytes_each if trained.ranks > 1 else 0) + shard
 
 
-def gathered_bytes(trained: Trained, gathered: Gathers, accumulation: int) -> tuple[int, int]:
-    """(bytes, calls) of all-gathers that a rank takes part in in a step, whole outputs as a counter sees them. ZeRO
-    pads each parameter to its ranks."""
+def all_gather_volume(trained: Trained, gathered: Gathers, accumulation: int) -> tuple[int, int]:
+    """(bytes of complete outputs, calls) of the all-gathers of a step. ZeRO pads each parameter to its ranks."""
     if trained.ranks == 1 or trained.stage == 0:
         return 0, 0
     if trained.stage < 3:
-        return _padded((trained.whole,), trained.ranks) * trained.bytes_each, 1
-    padding = _padded(trained.numels, trained.ranks) / max(trained.whole, 1)
-    kept = _padded(trained.persistent, trained.ranks)
-    elements = round(gathered.elements * accumulation * padding) + kept
+        return _padded((trained.total,), trained.ranks) * trained.bytes_each, 1
+    padding = _padded(trained.numels, trained.ranks) / max(trained.total, 1)
+    persistent = _padded(trained.persistent, trained.ranks)
+    elements = round(gathered.elements * accumulation * padding) + persistent
     return elements * trained.bytes_each, gathered.calls * accumulation + len(trained.persistent)
 
 
 def reduced_bytes(trained: Trained, accumulation: int) -> int:
-    """Bytes of reduce-scatters in a step."""
+    """Bytes of the reduce-scatters of a step."""
     if trained.ranks == 1:
         return 0
     return _padded(trained.numels, trained.ranks) * trained.bytes_each * accumulation

@@ -1,10 +1,10 @@
-"""How much memory a piece of torch code holds, by storages: on real tensors, or on meta ones, which hold none.
+"""Counts the bytes that torch code allocates, by storages: on real tensors, or on meta tensors, which have no memory.
 
     with MemoryMeter(known=model tensors) as meter: ...      meter.live, meter.peak in bytes
 
 On the meta device a forward and backward pass of a model of any size takes seconds and no memory, and allocates the
-same storages that it would anywhere. Two things are answered for it there: attention, which would fall back to whole
-score matrices (`fused_attention`), and questions that only data could answer (`MemoryMeter.answer`).
+same storages as on any device. Two things are replaced there: attention, which would fall back to complete score
+matrices (`fused_attention`), and branches that depend on data (`MemoryMeter.answer`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from mora_ds.errors import UserError
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Bytes of the storages that operators make while it is entered, until they are freed (also after it is left).
+    """Bytes of the storages that operators create while it is entered, until they are freed, even after it is left.
 
-    `known`: tensors that were there before, which are not counted. Any that an operator is given without having been
-    made within counts as such, so that in-place operators need no list of them.
+    `known`: tensors that existed before, which are not counted. Inputs of operators that were not created within count
+    as known too, so that in-place operators need no list of them.
     """
 
     def __init__(self, known: Iterable[Tensor] = (), answer: bool = False) -> None:
-        """`answer`: what a meta tensor of booleans says when it is asked for its value."""
+        """`answer`: the value of a boolean meta tensor where the code branches on it."""
         super().__init__()
         self.live = self.peak = 0
         self.answer = answer
@@ -42,7 +42,7 @@ class MemoryMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return self._answered(args[0])
+            return self._value_of(args[0])
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 self._know(tensor.untyped_storage())
@@ -53,14 +53,14 @@ class MemoryMeter(TorchDispatchMode):
         return out
 
     def restart_peak(self) -> None:
-        """Forget the peak so far."""
+        """Measure the peak from here on."""
         self.peak = self.live
 
-    def _answered(self, tensor: Tensor) -> bool:
+    def _value_of(self, tensor: Tensor) -> bool:
         if tensor.dtype is torch.bool:
             return self.answer
         raise UserError(
-            "what this model computes hangs on its data in a way that no plan can know (a mixture of experts?): "
+            "what this model computes depends on its data in a way that no plan can know (a mixture of experts?): "
             "plan a model of the same shape without it"
         )
 
@@ -68,7 +68,7 @@ class MemoryMeter(TorchDispatchMode):
         key = storage._cdata
         if key not in self._known and key not in self._sizes:
             self._known.add(key)
-            weakref.finalize(storage, self._known.discard, key)  # another may get its address
+            weakref.finalize(storage, self._known.discard, key)  # another storage may get its address
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -85,12 +85,11 @@ class MemoryMeter(TorchDispatchMode):
 
 @contextmanager
 def fused_attention(ranks: int = 1) -> Iterator[None]:
-    """Within it, attention on meta tensors is what the fused kernels of every device make of it: they keep queries,
-    keys, values, the output and one number a query; a mask of booleans is first cast to the queries' dtype, in every
-    layer.
+    """Within it, attention on meta tensors allocates what the fused kernels of real devices do: they save queries,
+    keys, values, the output and one number a query; a boolean mask is first cast to the queries' dtype, in every layer.
 
-    `ranks`: of a sequence-parallel group (Ulysses): attention then sees all tokens of 1 / `ranks` of the heads.
-    Patched, not overridden by a mode: modes do not reach what gradient checkpointing computes again.
+    `ranks`: size of a sequence-parallel group (Ulysses), in which attention is over all tokens of 1 / `ranks` of the
+    heads. The function is patched, as a mode would not reach what gradient checkpointing recomputes.
     """
     original = F.scaled_dot_product_attention
 
@@ -108,10 +107,10 @@ def _attend(
     ranks: int, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """(B, H, T, D) -> (B, H, T, D)."""
+    """Attention of (B, H, T, D) queries, allocating as a fused kernel does; returns (B, H, T, D)."""
     del is_causal, enable_gqa
     shape = query.shape
-    query, key, value = (_traded(part, ranks) for part in (query, key, value))
+    query, key, value = (_exchanged(part, ranks) for part in (query, key, value))
     if attn_mask is not None:
         attn_mask = query.new_empty(query.shape[0], 1, query.shape[2], query.shape[2])
     out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -120,8 +119,8 @@ def _attend(
     return out.reshape(shape)
 
 
-def _traded(part: Tensor, ranks: int) -> Tensor:
-    """(B, H, T/s, D) -> (B, H/s, T, D); too few heads are repeated."""
+def _exchanged(part: Tensor, ranks: int) -> Tensor:
+    """The exchange of Ulysses, (B, H, T/s, D) -> (B, H/s, T, D); too few heads are repeated."""
     if ranks == 1:
         return part
     if part.shape[1] < ranks:

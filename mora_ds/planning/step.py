@@ -1,9 +1,9 @@
-"""One micro-batch of a model that is not there: what it keeps, at its highest, and when ZeRO-3 would gather.
+"""Memory of one micro-batch, and the order in which it uses modules, measured on the meta device.
 
     config -> model on the meta device, injected, split over t ranks -> forward and backward under a `MemoryMeter`
 
-Nothing is estimated: the run's own code allocates, and its storages are counted, without memory behind them. So the
-figures hold for any model that runs, and follow whatever the layers, the loss and checkpointing become.
+Nothing is estimated: the run's own code allocates and its storages are counted, without memory behind them. So the
+figures hold for any model that trains, and follow every change of the layers, the loss and checkpointing.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from mora_ds.planning.zero_trace import Event, record
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank is to do in a micro-batch."""
+    """The model and the settings of one micro-batch on one rank."""
 
     config: Any
-    """Of transformers."""
+    """A config of transformers."""
     adapter: AdapterConfig | None
-    """None for the full-training control."""
+    """None for full training."""
     seq_len: int
     micro_batch: int = 1
-    """Rows of a rank; of a group that shares them where there is one."""
+    """Rows of a rank, or of a group of ranks that shares them."""
     dtype: torch.dtype = torch.bfloat16
     checkpointing: bool = False
     tensor_parallel: int = 1
     sequence_parallel: int = 1
     document_mask: bool = True
-    """Whether rows hold several documents: attention then reads a mask."""
+    """Whether rows hold several documents, so that attention reads a mask."""
     attn_implementation: str | None = None
     trust_remote_code: bool = False
 
@@ -59,23 +59,40 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """That a rank computes (a tensor-parallel group: together)."""
+        """Tokens that a rank computes; with tensor parallelism, a group together."""
         return self.micro_batch * self.seq_len // self.sequence_parallel
+
+    @property
+    def layers(self) -> int:
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    @property
+    def heads(self) -> int:
+        return int(getattr(self.config.get_text_config(), "num_attention_heads", None) or 1)
+
+    @property
+    def key_value_heads(self) -> int:
+        return int(getattr(self.config.get_text_config(), "num_key_value_heads", None) or self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        text = self.config.get_text_config()
+        return int(getattr(text, "head_dim", None) or text.hidden_size // self.heads)
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one micro-batch on one rank, beside weights, squares and what the engine holds."""
+    """Bytes of one micro-batch on one rank, in addition to weights and the engine's state."""
 
-    kept: int
-    """At the end of forward: saved tensors, logits, loss."""
+    saved: int
+    """Saved activations at the end of forward, logits and loss included."""
     peak: int
     tables: int
-    """Of the operators: they stay."""
+    """Index tables of the operators, which stay."""
 
 
-class _OneOfMany(Topology):
-    """A rank of a tensor-parallel group whose other ranks are not there: collectives have the right shapes."""
+class _SingleRank(Topology):
+    """A rank of a tensor-parallel group without the other ranks: collectives return tensors of the right shapes."""
 
     def sum_(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -89,12 +106,13 @@ class _OneOfMany(Topology):
 
 
 def step_memory(work: Work) -> StepMemory:
-    """Of the whole model, from two shallow ones: every figure is a constant and a share of each layer."""
-    layers, period = work.config.get_text_config().num_hidden_layers, layer_period(work.config)
-    planned = work.adapter is not None and work.adapter.planned_layers  # each layer is then a case of its own
+    """The memory of a step of the complete model, from two shallow ones: every figure is a constant plus a multiple of
+    the number of layers."""
+    layers, period = work.layers, layer_period(work.config)
+    planned = work.adapter is not None and work.adapter.planned_layers  # every layer may then be different
     if layers <= 3 * period or planned:
         return measure_step(planned_model(work), work)
-    # as many layers beyond whole periods as the model has
+    # The shallow models have as many layers beyond complete periods as the model.
     short = layers % period + 2 * period
     shallow, deeper = (with_layers(work, depth) for depth in (short, short + period))
     first, second = (measure_step(planned_model(each), each) for each in (shallow, deeper))
@@ -103,7 +121,7 @@ def step_memory(work: Work) -> StepMemory:
 
 
 def planned_model(work: Work) -> Any:
-    """On the meta device, injected, as rank 0 of its group has it. Raises `UserError` as `inject` does."""
+    """The model on the meta device, injected, as rank 0 of its group has it. Raises `UserError` as `inject` does."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -118,20 +136,21 @@ def planned_model(work: Work) -> Any:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if work.adapter is not None:
         inject(model, work.adapter)
-        if (domains := domains_of(model)).names:  # as after the first merge, where a row's squares are two products
+        if (domains := domains_of(model)).names:  # as after the first merge, when a row uses two matrices
             set_cycle(model, work.adapter, 1)
             domains.set([domains.names[0]] * work.micro_batch)
     if work.tensor_parallel > 1:
-        split_model(model, _OneOfMany(work.tensor_parallel, 0, None))
+        split_model(model, _SingleRank(work.tensor_parallel, 0, None))
     return model.train()
 
 
 def measure_step(model: nn.Module, work: Work) -> StepMemory:
-    """Forward and backward of one micro-batch."""
-    _forget_tables()
+    """The memory of forward and backward of one micro-batch. Raises `UserError` for a model that the meta device cannot
+    run."""
+    _clear_tables()
     batch = _batch(work)
     handles = [
-        parameter.register_post_accumulate_grad_hook(_drop_gradient)  # ZeRO takes each into its bucket at once
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)  # ZeRO moves each into its bucket at once
         for parameter in model.parameters()
     ]
     known = (*model.parameters(), *model.buffers(), *batch.values())
@@ -142,21 +161,21 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
             lasting = meter.live
             meter.restart_peak()
             loss = token_nll(model, batch)
-            kept = meter.live
+            saved = meter.live
             loss.backward()
             del loss
-    except (RuntimeError, NotImplementedError) as error:  # a kernel that torch has for devices, not for shapes alone
+    except (RuntimeError, NotImplementedError) as error:  # a kernel that torch has for devices only
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"this model cannot be planned in {work.dtype}: {reason}") from error
     finally:
         for handle in handles:
             handle.remove()
-    _forget_tables()
-    return StepMemory(kept - lasting, meter.peak - lasting, lasting)
+    _clear_tables()
+    return StepMemory(saved - lasting, meter.peak - lasting, lasting)
 
 
 def trace_step(model: nn.Module, work: Work) -> list[Event]:
-    """What `zero_trace.gathers` reads. Changes the model: its layers share their tables from here on, for speed."""
+    """The events that `zero_trace.gathers` reads. Changes the model: its layers share their index tables afterwards."""
     for layer in mora_layers(model).values():
         if isinstance(layer.spec, OperatorSpec):
             layer.spec = replace(layer.spec, seed=0)
@@ -172,52 +191,51 @@ def trace_step(model: nn.Module, work: Work) -> list[Event]:
 
 @torch.no_grad()
 def measure_merge(model: nn.Module) -> int:
-    """Bytes at the highest while a layer is merged, as `ReMoRA.merge` goes about it; the largest layer's."""
+    """Peak bytes while the largest layer is merged, as `ReMoRA.merge` does it."""
     layers = mora_layers(model).values()
     if not layers:
         return 0
     layer = max(layers, key=lambda candidate: candidate.weight.numel())
-    original = torch.empty(layer.weight.shape, dtype=layer.dtype, device="meta")  # a file's, mapped
+    original = torch.empty(layer.weight.shape, dtype=layer.dtype, device="meta")  # memory-mapped from a file
     with MemoryMeter((original, *model.parameters(), *model.buffers())) as meter:
-        square = torch.empty(layer.spec.value_shape, dtype=torch.float32, device="meta")
-        merge_layer(layer, original, [(layer.spec, square)], square)
-    _forget_tables()
+        value = torch.empty(layer.spec.value_shape, dtype=torch.float32, device="meta")
+        merge_layer(layer, original, [(layer.spec, value)], value)
+    _clear_tables()
     return meter.peak
 
 
 def base_elements(model: nn.Module) -> int:
-    """Of the frozen base, each tied tensor once; no scales."""
+    """Elements of the frozen base, each tied tensor once, without scales."""
     return sum({id(tensor): tensor.numel() for tensor in base_weights(model).values()}.values())
 
 
 def base_bytes(model: nn.Module, dtype: torch.dtype) -> tuple[int, int]:
-    """Of the frozen base in a run that computes in `dtype`, and of it what is held in 8 bits, scales included."""
+    """(bytes of the frozen base in a run that computes in `dtype`, bytes of its 8-bit weights with their scales)."""
     frozen, scales = frozen_buffers(model), scale_names(model)
     eight = {id(t): t.nbytes for name, t in frozen.items() if t.dtype is torch.int8 or name in scales}
     others = {id(t): t.numel() * dtype.itemsize for t in frozen.values() if id(t) not in eight}
     return sum(eight.values()) + sum(others.values()), sum(eight.values())
 
 
-def own_buffer_bytes(model: nn.Module) -> int:
-    """Of buffers that a model has of its own, e.g. rotary frequencies."""
+def other_buffer_bytes(model: nn.Module) -> int:
+    """Bytes of the buffers that are not base weights, such as rotary frequencies."""
     frozen = {id(tensor) for tensor in frozen_buffers(model).values()}
     return sum(tensor.nbytes for tensor in model.buffers() if id(tensor) not in frozen)
 
 
 def with_layers(work: Work, layers: int) -> Work:
-    """The same with so many layers: lists with an entry a layer are cut."""
+    """The same work for a model with another number of layers; lists with an entry a layer are cut."""
     config = copy.deepcopy(work.config)
     text = config.get_text_config()
-    count = text.num_hidden_layers
     for name, value in list(vars(text).items()):
-        if isinstance(value, (list, tuple)) and len(value) == count:
+        if isinstance(value, (list, tuple)) and len(value) == work.layers:
             setattr(text, name, value[:layers])
     text.num_hidden_layers = layers
     return replace(work, config=config)
 
 
 def layer_period(config: Any) -> int:
-    """After how many layers a model's kinds of layers repeat; all of them where they do not."""
+    """After how many layers the kinds of layers repeat; the number of layers where they do not."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
     return next(
@@ -236,9 +254,7 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _forget_tables() -> None:
-    """So that they are made, and counted, within the next measurement."""
-    for module in (index_tables, windows):
-        for table in vars(module).values():
-            if hasattr(table, "cache_clear"):
-                table.cache_clear()
+def _clear_tables() -> None:
+    """Drops cached index tables, so that the next measurement makes and counts them."""
+    index_tables.clear_tables()
+    windows.clear_tables()

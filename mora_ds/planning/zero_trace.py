@@ -1,11 +1,11 @@
-"""When ZeRO-3 gathers what is trained, and how much of it is gathered at a time: its own rules, followed on paper.
+"""When ZeRO-3 gathers trained parameters, and how many at a time: a simulation of DeepSpeed's rules.
 
-    record(model)      while a micro-batch runs: which module is entered and left, forward and backward
-    gathers(...)       collectives, elements and most elements held, of one micro-batch
+    record(model)      while a micro-batch runs: which modules are entered and left, in forward and backward
+    gathers(...)       all-gathers of one micro-batch: calls, elements, most elements at the same time
 
 The rules are those of DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py (`fetch_sub_module`,
 `release_sub_module`, once its trace is complete, which is from the third micro-batch on) and parameter_offload.py (the
-hooks). `tests/test_plan_traffic.py` holds them against counted collectives.
+hooks). `tests/planning/test_plan.py` compares them with counted collectives.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Event:
-    """A module is entered (its parameters are needed), or left."""
+    """A module is entered, so that its parameters are needed, or left."""
 
     enters: bool
     parameters: tuple[int, ...]
@@ -31,19 +31,19 @@ class Event:
 
 @dataclass(frozen=True)
 class Gathers:
-    """Of one micro-batch and rank."""
+    """The all-gathers of one micro-batch on one rank."""
 
     calls: int
     elements: int
-    """Whole parameters, each as often as it is gathered."""
-    most_held: int
-    """Elements of parameters gathered at the same time."""
+    """Elements of unsharded parameters, each counted as often as it is gathered."""
+    most_at_once: int
+    """The most elements that are gathered at the same time."""
     largest_call: int
 
 
 @contextmanager
 def record(model: nn.Module) -> Iterator[list[Event]]:
-    """Events of what runs within, in order. The hooks stand where DeepSpeed's stand."""
+    """The events of the micro-batch that runs within, in order. The hooks are where DeepSpeed has its own."""
     events: list[Event] = []
     index = {id(parameter): number for number, parameter in enumerate(model.parameters())}
     handles = []
@@ -84,7 +84,7 @@ def _mapped(change: Any, value: Any) -> Any:
 
 
 class _Mark(torch.autograd.Function):
-    """x -> x; tells when the gradient passes."""
+    """The identity, which calls `note` when the gradient passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, note: Any) -> Tensor:
@@ -98,9 +98,9 @@ class _Mark(torch.autograd.Function):
 
 
 def gathers(events: Sequence[Event], numels: Sequence[int], settings: Mapping[str, int]) -> Gathers:
-    """Of one micro-batch, for parameters of these sizes (the whole ones, or what a tensor-parallel rank has of each).
+    """The all-gathers of one micro-batch, for parameters of these sizes (on a tensor-parallel rank: of its slices).
 
-    `settings`: zero_optimization of a resolved DeepSpeed config. Parameters up to its persistence threshold are left
+    `settings`: zero_optimization of a complete DeepSpeed config. Parameters up to its persistence threshold are left
     out: they are gathered once a step, one call each.
     """
     coordinator = _Coordinator(
@@ -113,11 +113,13 @@ def gathers(events: Sequence[Event], numels: Sequence[int], settings: Mapping[st
     )
     for event in events:
         (coordinator.fetch if event.enters else coordinator.release)(event.parameters)
-    return Gathers(coordinator.calls, coordinator.gathered, coordinator.most_held, coordinator.largest_call)
+    return Gathers(coordinator.calls, coordinator.gathered, coordinator.most_at_once, coordinator.largest_call)
 
 
 @dataclass
 class _Coordinator:
+    """DeepSpeed's PartitionedParameterCoordinator, without parameters."""
+
     events: Sequence[Event]
     numels: Sequence[int]
     persist: int
@@ -125,12 +127,12 @@ class _Coordinator:
     max_live: int
     max_reuse: int
     step: int = 0
-    held: set[int] = field(default_factory=set)
+    unsharded: set[int] = field(default_factory=set)
     latest: dict[int, int] = field(default_factory=dict)
-    """Parameter -> the step of the trace that it has last been fetched for."""
+    """Parameter -> the step of the trace for which it was fetched last."""
     calls: int = 0
     gathered: int = 0
-    most_held: int = 0
+    most_at_once: int = 0
     largest_call: int = 0
 
     def __post_init__(self) -> None:
@@ -148,7 +150,7 @@ class _Coordinator:
         self.step += 1
 
     def _prefetch(self) -> None:
-        most = min(self.max_live - sum(self.numels[p] for p in self.held), self.bucket) if self.bucket else 0
+        most = min(self.max_live - sum(self.numels[p] for p in self.unsharded), self.bucket) if self.bucket else 0
         ahead: list[int] = []
         while self.queue and sum(self.numels[p] for p in ahead) < most:
             parameter, step = self.queue.popleft()
@@ -158,24 +160,24 @@ class _Coordinator:
         self._gather(ahead)
 
     def release(self, own: tuple[int, ...]) -> None:
-        going = {p for p in own if p in self.held and self.latest.get(p, -1) <= self.step}
+        going = {p for p in own if p in self.unsharded and self.latest.get(p, -1) <= self.step}
         passed = 0
         for later in self.order[self.step :] if going else ():
             if passed >= self.max_reuse:
                 break
             going -= set(later)
             passed += sum(self.numels[p] for p in later)
-        self.held -= going
+        self.unsharded -= going
 
     def _gather(self, parameters: list[int]) -> None:
         if not parameters:
             return
         size = sum(self.numels[p] for p in parameters)
-        self.held |= set(parameters)
+        self.unsharded |= set(parameters)
         self.calls += 1
         self.gathered += size
         self.largest_call = max(self.largest_call, size)
-        self.most_held = max(self.most_held, sum(self.numels[p] for p in self.held))
+        self.most_at_once = max(self.most_at_once, sum(self.numels[p] for p in self.unsharded))
 
     def _absent(self, parameter: int) -> bool:
-        return parameter not in self.held and self.numels[parameter] > self.persist
+        return parameter not in self.unsharded and self.numels[parameter] > self.persist

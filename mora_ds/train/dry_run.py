@@ -47,7 +47,7 @@ def dry_run(arguments: Arguments) -> dict[str, Any]:
     if int(os.environ.get("RANK", "0")) == 0:
         print(*layers, report(plan, timed=False), sep="\n")
         print(f"dry run: nothing trained, {Path(arguments.training.output_dir)} is as it was")
-    trained = plan.trained.whole * plan.work.tensor_parallel
+    trained = plan.trained.total * plan.work.tensor_parallel
     frozen = (
         0 if plan.work.adapter is None else sum(v.numel() for v in frozen_values(planned_model(plan.work)).values())
     )

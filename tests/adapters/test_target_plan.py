@@ -400,7 +400,7 @@ def test_a_dry_run_counts_what_the_plan_says(user: Playground, tmp_path: Path) -
     auto = ("--targets", "auto", "--trainable_budget", "1500", "--target_modules", "q_proj", "down_proj")
     for flags in (auto, ("--targets", tmp_path / "targets.yaml")):
         found, told = planned(parse(user.flags(tmp_path / "out", *flags, "--dry_run")), 1)
-        assert found.trained.whole == plan.parameters and 1485 <= plan.parameters <= 1500
+        assert found.trained.total == plan.parameters and 1485 <= plan.parameters <= 1500
         assert f"trainable {plan.parameters:,} " in told[0]
 
 

@@ -104,21 +104,21 @@ def test_the_table_for_8_ranks_of_4096_tokens() -> None:
     rows = cost_table(seven_billion(), seven_billion(segments=8), 8, (2, 8), 4096)
     found = {row.name: (round(row.macs / 1e12, 2), round(row.wire / 1e6)) for row in rows}
     assert found == {
-        "data parallel only, base whole": (1.90, 52),
+        "data parallel only, base unsharded": (1.90, 52),
         "every rank repeats the base, t = 2": (3.56, 166),
-        "split, squares gathered, t = 2": (2.15, 187),
-        "split, squares aligned, t = 2": (1.90, 157),
+        "split, M gathered, t = 2": (2.15, 187),
+        "split, M aligned, t = 2": (1.90, 157),
         "every rank repeats the base, t = 8": (13.51, 1006),
-        "split, squares gathered, t = 8": (2.99, 992),
-        "split, squares aligned, t = 8": (1.90, 940),
+        "split, M gathered, t = 8": (2.99, 992),
+        "split, M aligned, t = 8": (1.90, 940),
         "ZeRO-3 with the base sharded too": (1.90, 407),
         "sequence parallel (Ulysses), s = 2": (1.90, 120),
         "sequence parallel (Ulysses), s = 8": (1.90, 170),
         # and what the default adds to it: a gather of 4096 + 2 x 1966 elements a token
-        "split, squares gathered, inputs split, t = 2": (2.15, 220),
-        "split, squares aligned, inputs split, t = 2": (1.90, 190),
-        "split, squares gathered, inputs split, t = 8": (2.99, 1222),
-        "split, squares aligned, inputs split, t = 8": (1.90, 1170),
+        "split, M gathered, inputs split, t = 2": (2.15, 220),
+        "split, M aligned, inputs split, t = 2": (1.90, 190),
+        "split, M gathered, inputs split, t = 8": (2.99, 1222),
+        "split, M aligned, inputs split, t = 8": (1.90, 1170),
     }
 
 
@@ -130,5 +130,5 @@ def test_the_tool_prints_it(tmp_path: Path) -> None:
     }))  # fmt: skip
     tool = Path(__file__).resolve().parents[2] / "tools" / "tp_cost.py"
     text = subprocess.run([sys.executable, str(tool), str(config)], capture_output=True, text=True, check=True).stdout
-    assert "split, squares aligned, t = 8                      1.90         940" in text
+    assert "split, M aligned, t = 8                            1.90         940" in text
     assert "r_hat 1448, 1966" in text

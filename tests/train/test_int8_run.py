@@ -31,7 +31,7 @@ from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.errors import UserError
 from mora_ds.models.base import BaseCheckpoint, write_own_base
-from mora_ds.planning.plan import Plan, Planner, _ways, recommend
+from mora_ds.planning.plan import Plan, Planner, _group_sizes, recommend
 from mora_ds.planning.report import as_json, report, verdict
 from mora_ds.planning.step import Work, measure_step, planned_model
 from mora_ds.planning.timing import Cluster
@@ -239,7 +239,7 @@ def test_a_plan_counts_whole_numbers_scales_and_the_dense_weight() -> None:
     few = {bits: replace(work_of(bits), micro_batch=1, seq_len=2) for bits in (8, 16)}  # weights outweigh activations
     steps = {bits: measure_step(planned_model(work), work) for bits, work in few.items()}
     assert 0.7 * largest < steps[8].peak - steps[16].peak <= largest
-    assert steps[8].kept == steps[16].kept
+    assert steps[8].saved == steps[16].saved
     assert small.memory.activations == whole.memory.activations
     assert "of it in 8 bits" in report(small) and "8 bits" not in report(whole)
     assert as_json(small)["settings"]["base_bits"] == 8 and as_json(small)["base_bytes_in_8_bits"] == in_8_bits
@@ -249,7 +249,7 @@ def test_a_recommendation_knows_of_8_bits() -> None:
     zero3 = complete_ds_config({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}, [10])
     planners = {bits: Planner(work_of(bits), Cluster(2, memory=0.3e6), zero3) for bits in (16, 8)}
     for bits, planner in planners.items():
-        ways = {t for t, _ in _ways(planner)}
+        ways = {t for t, _ in _group_sizes(planner.work, planner.cluster)}
         assert ways == ({1, 2} if bits == 16 else {1})
     assert planners[16].base_bytes > 0.3e6 > planners[8].base_bytes
     assert recommend(planners[16]) is None

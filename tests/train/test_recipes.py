@@ -74,9 +74,9 @@ def test_recipes_are_planned(
     if not arguments.adapter.train_embeddings:  # what is trained comes on top of the model
         base = summary["total_params"] - summary["trainable_params"]
         assert base == pytest.approx(PARAMETERS[size], rel=0.01)
-    highest = re.search(r"= at the highest +([\d.]+) GB", told)
+    highest = re.search(r"= peak +([\d.]+) GB", told)
     assert highest is not None and float(highest[1]) <= USABLE * memory
-    promised = re.search(r"([\d.]+) GB at the highest", text.replace("\n# ", " "))
+    promised = re.search(r"([\d.]+) GB at the peak", text.replace("\n# ", " "))
     assert asked is None or promised is not None
     if asked is not None and promised is not None:
         assert float(promised[1]) == pytest.approx(float(highest[1]), abs=0.06)

@@ -98,14 +98,14 @@ def _print(ranks: int, plan: Plan, found: list[dict[str, float]]) -> None:
     memory, mine = plan.memory, found[0]
     mapped = plan.files - memory.base + plan.eight_bits  # beside a base in 8 bits: what it was made of
     rows = [
-        ("held between steps", memory.held + _persistent(plan), mine["held"]),
+        ("held between steps", memory.static + _persistent(plan), mine["held"]),
         ("kept at the end of forward", memory.activations, mine["kept"]),
         ("forward and backward, peak", memory.forward_backward - memory.gathered, mine["peak"]),
         ("optimizer's step, peak", memory.optimizer_step, mine["step"]),
         ("gathered a step", plan.gathered, mine["gathered"]),
         ("resident, peak", memory.peak + mapped, mine["resident"]),
         ("Pss, all ranks, between steps",
-         plan.files + ranks * (memory.held - memory.base + plan.eight_bits + _persistent(plan)),
+         plan.files + ranks * (memory.static - memory.base + plan.eight_bits + _persistent(plan)),
          sum(each["pss"] for each in found)),
     ]  # fmt: skip
     lines = [[f"{ranks} rank(s)", "planned", "measured", "measured / planned"]]

@@ -172,6 +172,12 @@ def group_of_each(size: int, groups: int, segments: int = 1, contiguous: bool = 
     return torch.cat(found)
 
 
+def clear_tables() -> None:
+    """Drops all cached tables."""
+    for cached in (tables_of, group_members, rope_table):
+        cached.cache_clear()
+
+
 @lru_cache(maxsize=512)
 def group_members(size: int, groups: int, segments: int, contiguous: bool) -> Tensor:
     """(K, groups): the indices in each group, filled up with `size`."""
