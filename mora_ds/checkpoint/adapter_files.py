@@ -23,12 +23,21 @@ from mora_ds.adapters.config import SHARED
 from mora_ds.adapters.domains import OWN
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.update import spec_from_dict
-from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON
+from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_PARTS, ADAPTER_TENSORS, BASE_JSON, LEDGER_FOLDER
 from mora_ds.errors import UserError, nearest
-from mora_ds.files import malformed, read_json, require_format, write_json_atomic
+from mora_ds.files import (
+    MANIFEST,
+    malformed,
+    read_json,
+    recorded_hashes,
+    require_format,
+    sha256_file,
+    verify_manifest,
+    write_json_atomic,
+)
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
 from mora_ds.models.tensor_files import compute_dtype, open_safetensors, shape_dtype, write_safetensors_atomic
-from mora_ds.remora.ledger import LayerEntry, Ledger, layers_from_dict, layers_to_dict
+from mora_ds.remora.ledger import VECTORS_FILE, LayerEntry, Ledger, layers_from_dict, layers_to_dict
 
 
 @dataclass(frozen=True)
@@ -282,3 +291,37 @@ class BaseReference:
                 f" {base.fingerprint()}, those of the run {self.fingerprint}"
             )
         return base
+
+
+def open_adapter(
+    folder: Path, damaged: type[Exception] = UserError, adapter_only: bool = False
+) -> tuple[AdapterFile, Ledger]:
+    """adapter.json and the merge ledger of an adapter or a checkpoint, its files compared with its manifest, if any.
+
+    `adapter_only` leaves a checkpoint's other files unread: the engine's shards are larger by far. Raises `damaged` for
+    a difference from the manifest, `UserError` for anything else that is wrong.
+    """
+    hashes: dict[str, str] = {}
+    if (folder / MANIFEST).exists():
+        problems = verify_manifest(folder, hashes=not adapter_only)
+        if not problems:
+            hashes = recorded_hashes(folder)
+        if adapter_only:
+            problems += [
+                f"{folder / name} is not as it was written"
+                for name, sha256 in hashes.items()
+                if name.split("/")[0] in ADAPTER_PARTS and sha256_file(folder / name) != sha256
+            ]
+        if problems:
+            raise damaged(f"{folder} is damaged: {'; '.join(problems)}")
+    adapter = read_adapter(folder)
+    ledger = Ledger.open(folder / LEDGER_FOLDER, BaseReference.read(folder).fingerprint, hashes=not hashes)
+    if hashes:  # of the same bytes: no file is read twice
+        recorded = {record.file: record.sha256 for record in ledger.records}
+        if ledger.vectors is not None:
+            recorded[VECTORS_FILE] = ledger.vectors.sha256
+        for name, sha256 in recorded.items():
+            if hashes.get(f"{LEDGER_FOLDER}/{name}") != sha256:
+                raise UserError(f"the ledger is damaged: {ledger.folder / name} is not the file that was recorded")
+    adapter.check_cycle(ledger)
+    return adapter, ledger

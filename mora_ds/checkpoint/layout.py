@@ -38,6 +38,9 @@ BASE_JSON = "base.json"
 PROBE_FILE = "probe.safetensors"
 STATE_FILE = "trainer_state.json"
 
+ADAPTER_PARTS = (ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON, LEDGER_FOLDER)
+"""What an adapter consists of, in a checkpoint and alone."""
+
 _STEP = "step-"
 
 

@@ -1,1 +1,10 @@
-"""An adapter outside its run: merged models, portable adapters, many adapters over one base."""
+"""An adapter outside its run: merged models, exported adapters, multi-adapter inference.
+
+export          `export_merged`: checkpoint -> a merged Hugging Face folder
+logits_check    compares an export's logits with the live model's
+model_card      README.md of an export
+adapter_io      `export_adapter`, `load_adapter`: an adapter alone, and put onto its base
+bank            `AdapterBank`: many adapters over one base, chosen row by row
+bank_layer      the linear layer of a bank
+bank_files      the adapters in a bank's folder
+"""

@@ -22,13 +22,12 @@ from mora_ds.adapters.domains import DomainLinear, domains_of, set_values
 from mora_ds.adapters.inject import inject, mora_layers, move_base
 from mora_ds.adapters.merge_layer import write_live
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, chosen_domain, read_adapter
+from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, chosen_domain, open_adapter
 from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, LEDGER_FOLDER, find_adapter
 from mora_ds.checkpoint.state import MERGE_PRECISION
 from mora_ds.errors import UserError
-from mora_ds.files import MANIFEST, atomic_folder, verify_manifest, write_manifest
+from mora_ds.files import atomic_folder, write_manifest
 from mora_ds.models.tensor_files import compute_dtype
-from mora_ds.remora.ledger import Ledger
 
 
 def export_adapter(checkpoint: Path | str, output: Path | str) -> list[str]:
@@ -113,13 +112,3 @@ def load_adapter(
         trainable[name].data = tensors.trained(name).to(dtype)
     domains_of(model).set_all(chosen)
     return model.eval()
-
-
-def open_adapter(folder: Path) -> tuple[AdapterFile, Ledger]:
-    """Opens an adapter's files, checked against its manifest where it has one. Raises `UserError`."""
-    if (folder / MANIFEST).exists() and (problems := verify_manifest(folder)):
-        raise UserError("damaged: " + "; ".join(problems))
-    adapter = read_adapter(folder)
-    ledger = Ledger.open(folder / LEDGER_FOLDER, BaseReference.read(folder).fingerprint)
-    adapter.check_cycle(ledger)
-    return adapter, ledger

@@ -1,14 +1,13 @@
-"""Hundreds of adapters over one base in one process, chosen row by row of a batch.
+"""Multi-adapter inference: hundreds of adapters over one base in one process, chosen for each row of a batch.
 
     bank = AdapterBank.open(base, folder, cache_adapters=32)
-    with bank.use(["law", "code", None]):            a row each; None: the base alone
+    with bank.use(["law", "code", None]):            one for each row; None: the base alone
         logits = bank.model(input_ids=ids).logits
     bank.generate(ids, adapters=["law", "code", "law"], max_new_tokens=20)
 
-In memory are the base once, the adapters used last within the bound that is set, and the squares of the batch in
-progress. Squares stay squares (see `bank_layer`): nothing is merged, and the base is never written to. In fp32 a row's
-result is that of its adapter merged alone, to rounding. A merged model in bf16 has its weights rounded after the merge,
-and a run's live one with --base_bits 8 as well; a bank rounds none of that.
+In memory are the base once, the most recently used adapters within a bound, and the MoRA matrices of the current batch.
+Nothing is merged and the base is never written to (`bank_layer`). In fp32 a row's result is that of its adapter merged
+alone, up to rounding. A model merged in bf16 has rounded weights, and so has a run with --base_bits 8; a bank has not.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from mora_ds.adapters.layer import is_linear, linear_shape
 from mora_ds.checkpoint.adapter_files import AdapterFile
 from mora_ds.deploy.bank_files import (
     BankLayer,
-    NotOfThisBank,
+    DoesNotFit,
     Resident,
     agree,
     find_adapters,
@@ -46,48 +45,44 @@ Adapters = str | Sequence[str | None]
 
 
 class ResidentCache:
-    """The adapters used last, at most so many of them or so many bytes; None: no bound."""
+    """The most recently used adapters, at most `adapters` of them and `nbytes` bytes; None: no bound."""
 
     def __init__(self, read: Callable[[str], Resident], adapters: int | None, nbytes: int | None) -> None:
         for value, flag in ((adapters, "cache_adapters"), (nbytes, "cache_bytes")):
             if value is not None and value < 1:
                 raise UserError(f"{flag} must be at least 1, got {value}")
-        self._read, self._most, self._most_bytes = read, adapters, nbytes
-        self._held: OrderedDict[str, Resident] = OrderedDict()
+        self._read, self._adapters, self._nbytes = read, adapters, nbytes
+        self._residents: OrderedDict[str, Resident] = OrderedDict()
         self.reads = 0
-        """How often an adapter was read from disk."""
+        """Number of times that an adapter was read from disk."""
 
     def get(self, name: str) -> Resident:
-        """One that is larger than the bound is read, but not kept."""
-        if name in self._held:
-            self._held.move_to_end(name)
-            return self._held[name]
-        found = self._read(name)
+        """An adapter, read if necessary. One that is larger than `nbytes` is not kept."""
+        if name in self._residents:
+            self._residents.move_to_end(name)
+            return self._residents[name]
+        resident = self._read(name)
         self.reads += 1
-        if self._most_bytes is not None and found.nbytes > self._most_bytes:
-            return found
-        self._held[name] = found
-        while self._too_much():
-            self._held.popitem(last=False)
-        return found
+        if self._nbytes is None or resident.nbytes <= self._nbytes:
+            self._residents[name] = resident
+        while (self._adapters is not None and len(self._residents) > self._adapters) or (
+            self._nbytes is not None and self.nbytes > self._nbytes
+        ):
+            self._residents.popitem(last=False)
+        return resident
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The one used last at the end."""
-        return tuple(self._held)
+        """Adapters in memory, the most recently used one last."""
+        return tuple(self._residents)
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for each in self._held.values())
-
-    def _too_much(self) -> bool:
-        return (self._most is not None and len(self._held) > self._most) or (
-            self._most_bytes is not None and self.nbytes > self._most_bytes
-        )
+        return sum(resident.nbytes for resident in self._residents.values())
 
 
 class AdapterBank:
-    """A model with a folder of adapters. Make one with `AdapterBank.open`; one thread at a time may use it."""
+    """A model with a folder of adapters. Create it with `AdapterBank.open`; one thread at a time may use it."""
 
     def __init__(
         self,
@@ -105,7 +100,7 @@ class AdapterBank:
         self.folders = dict(folders)
         """Name -> folder of every adapter, sorted by name."""
         self.damaged = dict(damaged)
-        """Name -> what is wrong, of adapters that could not even be opened; others are looked at when they are used."""
+        """Name -> problem of adapters whose headers could not be read; the others are checked when they are used."""
         self.cache = cache
         self._layers, self._forms = dict(layers), dict(forms)
         self._rows: Rows | None = None
@@ -123,13 +118,13 @@ class AdapterBank:
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
     ) -> AdapterBank:
-        """Loads the base, in evaluation mode, and the headers of every adapter; their squares when they are used.
+        """Loads the base, in evaluation mode, and the headers of every adapter; MoRA matrices when they are used.
 
         `base`: the model folder that all were trained on. `folder`: see `bank_files`. `cache_adapters`, `cache_bytes`:
-        what may stay in memory of adapters that are not in use. `dtype` "auto": what the adapters' runs computed in
-        where they agree, else float32. Raises `UserError` naming the adapter that does not belong: of another base,
-        another operator or size than the others, with other trained tensors beside its squares, or with a name that is
-        there twice.
+        bounds of what stays in memory after use; None: no bound. `dtype` "auto": the compute dtype of the adapters'
+        runs if it is the same for all, else float32. Raises `UserError` naming an adapter that does not fit: of another
+        base, of another operator or size, with other trained tensors (modules_to_save), or with a name that occurs
+        twice.
         """
         opened = BaseCheckpoint.open(base, "MODEL")
         paths = find_adapters(Path(folder))
@@ -137,7 +132,10 @@ class AdapterBank:
         forms: dict[str, BankLayer] = {}
         for name, adapter in adapters.items():
             agree(name, adapter.layers, forms)
-        chosen = _common_dtype(adapters) if dtype == "auto" else compute_dtype(dtype)
+        if dtype == "auto":
+            dtypes = {adapter.dtype for adapter in adapters.values()}
+            dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+        chosen = compute_dtype(dtype)
         model = _load_base(opened.folder, chosen, attn_implementation, trust_remote_code)
 
         def read(name: str) -> Resident:
@@ -149,24 +147,26 @@ class AdapterBank:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all adapters, sorted."""
+        """Names of all adapters, sorted."""
         return tuple(self.folders)
 
     @contextmanager
     def use(self, adapters: Adapters) -> Iterator[None]:
         """Within the block every forward of `model` adds to each row the update of its adapter.
 
-        `adapters`: a name for all rows, or a name (None: none) for each row of the batches to come. Raises `UserError`
-        for an unknown name or a damaged adapter, and where a batch has other rows.
+        `adapters`: a name for all rows, or a name (None: the base alone) for each row of the batches to come. Raises
+        `UserError` for an unknown name or a damaged adapter, and for a batch with another number of rows.
         """
         with self._using(adapters, expands=False):
             yield
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, adapters: Adapters, **settings: Any) -> Any:
-        """transformers' `generate` with an adapter for each row of `input_ids` (rows, tokens), left-padded where they
-        differ in length, with `attention_mask` among the settings. Beams and `num_return_sequences` keep the adapter of
-        the row that they are of. Returns what `generate` does."""
+        """transformers' `generate` with an adapter for each row of `input_ids` (rows, tokens), and its return value.
+
+        Rows that differ in length are padded on the left, with `attention_mask` among the settings. Beams and
+        `num_return_sequences` use the adapter of their row.
+        """
         if not isinstance(adapters, str) and len(adapters) != len(input_ids):
             raise UserError(f"adapters are named for {len(adapters)} row(s), but the batch has {len(input_ids)}")
         with self._using(adapters, expands=True):
@@ -187,25 +187,24 @@ class AdapterBank:
         try:
             yield
         finally:
-            self._rows, kept = before
+            self._rows, terms = before
             for name, layer in self._layers.items():
-                layer.terms = kept[name]
+                layer.terms = terms[name]
 
     @torch.no_grad()
     def _terms_of(self, rows: Rows, groups: Sequence[str | None]) -> dict[str, Any]:
-        different = list(dict.fromkeys(name for name in groups if name is not None))
-        self.check_names(different)
-        of = [-1 if name is None else different.index(name) for name in groups]
-        held = self.cache.names
-        residents = {name: self.cache.get(name) for name in sorted(different, key=lambda name: name not in held)}
-        own = [residents[name] for name in different]
+        distinct = list(dict.fromkeys(name for name in groups if name is not None))
+        self.check_names(distinct)
+        of = [-1 if name is None else distinct.index(name) for name in groups]
+        cached = self.cache.names  # first, before reading others drops them
+        residents = {name: self.cache.get(name) for name in sorted(distinct, key=lambda name: name not in cached)}
         return {
-            name: stack_terms(known.form, rows, [each.of(name, known.form.r_hat) for each in own], of)
-            for name, known in self._forms.items()
+            layer: stack_terms(known.form, rows, [residents[name].of(layer, known.form.r_hat) for name in distinct], of)
+            for layer, known in self._forms.items()
         }
 
     def check_names(self, names: Sequence[str]) -> None:
-        """Raises `UserError` for one that the bank does not have."""
+        """Raises `UserError` for a name that the bank does not have."""
         for name in names:
             if name not in self.folders:
                 raise UserError(f"the bank has no adapter {name!r}.{nearest(name, self.names)}")
@@ -213,31 +212,24 @@ class AdapterBank:
     def _see_batch(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._rows is None:
             return
-        given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
-        for each in given:
-            if isinstance(each, Tensor):
-                self._rows.come(each.shape[0], each.shape[1])
-                return
+        inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+        if (tensor := next((each for each in inputs if isinstance(each, Tensor)), None)) is not None:
+            self._rows.set_batch(tensor.shape[0], tensor.shape[1])
 
 
 def _headers(paths: Mapping[str, Path], fingerprint: str) -> tuple[dict[str, AdapterFile], dict[str, str]]:
-    """Of all adapters, and what is wrong with those that are damaged."""
+    """Headers of all adapters, and the problems of those that are damaged."""
     adapters, damaged = {}, {}
     for name, path in paths.items():
         try:
             adapters[name] = read_headers(name, path, fingerprint)
-        except NotOfThisBank:
+        except DoesNotFit:
             raise
         except UserError as error:
             damaged[name] = str(error)
     if not adapters:
         raise UserError(f"--bank: every adapter is damaged, e.g. {damaged[min(damaged)]}")
     return adapters, damaged
-
-
-def _common_dtype(adapters: Mapping[str, AdapterFile]) -> torch.dtype:
-    names = {adapter.dtype for adapter in adapters.values()}
-    return compute_dtype(names.pop()) if len(names) == 1 else torch.float32
 
 
 def _load_base(folder: Path, dtype: torch.dtype, attn_implementation: str | None, trust_remote_code: bool) -> Any:
@@ -265,6 +257,6 @@ def _replace_layers(model: Any, forms: Mapping[str, BankLayer]) -> dict[str, Ban
 
 
 def _groups(names: Sequence[str | None]) -> list[str | None]:
-    """One name for each group of neighbouring rows; all groups are of one size, the largest that is possible."""
+    """The adapter of each group of neighbouring rows; all groups have one size, the largest that is possible."""
     size = math.gcd(*(len(list(run)) for _, run in groupby(names)))
     return list(names[::size])

@@ -1,13 +1,13 @@
-"""A frozen layer under many adapters at once: every row of a batch gets its own update, in one batched product.
+"""A frozen layer with many adapters at once: every row of a batch gets the update of its adapter, in one product.
 
     y_g = W0 x_g + b + sum over the terms e of g's adapter: decompress_e(M_e compress_e(x_g))
 
-A *term* is a square with its wiring: one for each merged cycle of an adapter and one for its live square. All terms of
-a layer are of one form (kind, d_in, d_out, r_hat), so that their squares stack; permutations, groupings and seeds are
-each term's own and live in tables of indices.
+A *term* is a MoRA matrix with its operator: one for each merged cycle of an adapter and one for the current cycle. All
+terms of a layer have one *form* (kind, d_in, d_out, r_hat), so that their matrices can be stacked. Permutations,
+groupings and seeds differ between terms; they are in tables of indices.
 
 Shape legend:  G = groups of rows, each with one adapter, T = tokens of a group, D = d_in, O = d_out, R = r_hat,
-               E = terms of all groups, U = different ones among them, N = input blocks (share: members of a group)
+               E = terms of all groups, U = distinct ones among them, N = input blocks (share: members of a group)
 
     x (G, T, D) -> gather -> (E, T, N, R) -> share: sum over N; rotate: turn -> bmm by (E, R, R) -> gather -> (E, T, O)
 """
@@ -33,80 +33,75 @@ from mora_ds.errors import UserError
 _CPU = torch.device("cpu")
 
 _EXACT = (torch.float32, torch.float64)
-"""Where W0 + delta is as good as two products: in low precision it would round small updates away."""
+"""Dtypes in which W0 + delta may be formed: in low precision the sum would round small updates away."""
 
 _LARGE = 64
-"""From this r_hat a CPU multiplies by squares where they lie, one after the other: that is as quick as one product of
-all, which they would first have to be copied together for, and they are in memory once."""
+"""From this r_hat on a CPU multiplies by one matrix after the other, in place: that is as fast as one stacked product,
+for which they would be copied, and keeps them in memory once."""
 
 _IN_CACHE = 1 << 18
-"""Numbers of one of an update's tensors that a CPU's cache holds beside the others."""
+"""Elements of one tensor of an update that fit into a CPU's cache together with the others."""
 
 _SHORT = 64
-"""Tokens that a group is never cut below."""
+"""Smallest number of tokens that a group is split into."""
 
 _LONG = 2
-"""Groups of so many tokens for each input are cheaper through weights of their own, which cost as much as one each."""
+"""Tokens for each input feature from which it is cheaper to form every group's merged weight."""
 
 
 def form_of(spec: OperatorSpec) -> OperatorSpec:
-    """What a spec must share with others to be multiplied together with them: all but its wiring."""
+    """What specs must have in common to be multiplied together: everything except grouping, seed and segments."""
     return replace(spec, grouping=Grouping.PLAIN, seed=0, in_segments=1, out_segments=1)
 
 
-def paired(spec: OperatorSpec, lanes: Tensor) -> Tensor:
-    """(..., R) in the order that terms have: rotate's pairs side by side, so that they are complex numbers, which turn
-    in a quarter of the time that two halves take on a CPU."""
-    return lanes.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if spec.kind is OperatorKind.ROTATE else lanes
-
-
-def term_square(spec: OperatorSpec, square: Tensor) -> Tensor:
-    """(R, R) as `Terms` multiply by it."""
-    return paired(spec, square)
+def paired(spec: OperatorSpec, x: Tensor) -> Tensor:
+    """x (..., R) with the last dimension in the order that terms use: RoPE pairs of rotate next to each other, so that
+    they are complex numbers, whose rotation takes a CPU a quarter of the time of two halves."""
+    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if spec.kind is OperatorKind.ROTATE else x
 
 
 def term_tables(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
-    """(N * R,) the input at each place of the folded input, D for none; (O,) the place that each output reads, the
-    number of places for none. Int64, on the CPU."""
-    found = make_tables(spec, _CPU)
-    sources = found.sources.index.clone()
-    if found.sources.missing is not None:
-        sources[found.sources.missing] = spec.d_in
+    """Two int64 tables on the CPU: (N * R,) the input feature at each position of the folded input, D for none, and
+    (O,) the position of M's output that each output feature reads, the number of positions for none."""
+    tables = make_tables(spec, _CPU)
+    sources = tables.sources.index.clone()
+    if tables.sources.missing is not None:
+        sources[tables.sources.missing] = spec.d_in
     sources = paired(spec, sources.view(-1, spec.r_hat)).flatten()
-    return sources, found.slots % _places_out(spec) if spec.blockwise else found.slots
+    return sources, tables.slots % _positions_out(spec) if spec.blockwise else tables.slots
 
 
 def index_dtype(forms: Iterable[OperatorSpec]) -> torch.dtype:
-    """The smallest that holds what `term_tables` of these forms hold."""
-    largest = max(max(form.d_in, _places_out(form)) for form in forms)
+    """The smallest integer dtype that holds every entry of `term_tables` of these forms."""
+    largest = max(max(form.d_in, _positions_out(form)) for form in forms)
     return torch.uint16 if largest < 2**16 else torch.int32
 
 
-def _places_out(spec: OperatorSpec) -> int:
-    """Places that outputs read from: those of the output blocks, which begin again where input blocks are fewer."""
+def _positions_out(spec: OperatorSpec) -> int:
+    """Positions that outputs read from. Where there are fewer input blocks than output blocks, these wrap around."""
     return min(spec.blocks_in, spec.blocks_out) * spec.r_hat if spec.blockwise else spec.r_hat
 
 
 @dataclass
 class Rows:
-    """Which rows of a batch the groups are, and of what shape the batch on its way is."""
+    """How the rows of a batch form groups, and the shape of the batch in the forward pass."""
 
     groups: int
     asked: int | None
-    """Rows that adapters were named for; None: one adapter, for however many there are."""
+    """Rows that adapters were named for; None: one adapter for any number of rows."""
     expands: bool = False
-    """Whether each row may have become several, one behind the other (beams)."""
+    """Whether each row may have become several consecutive ones (beams)."""
     batch: tuple[int, int] | None = None
     """(rows, tokens) of the model's input."""
 
-    def come(self, rows: int, tokens: int) -> None:
-        """A batch comes in. Raises `UserError` where there are not as many rows as adapters."""
+    def set_batch(self, rows: int, tokens: int) -> None:
+        """Notes the shape of the next batch. Raises `UserError` unless it has as many rows as adapters are named."""
         if self.asked is not None and rows != self.asked and not (self.expands and rows % self.asked == 0):
             raise UserError(f"adapters are named for {self.asked} row(s), but the batch has {rows}")
         self.batch = (rows, tokens)
 
-    def fit(self, x: Tensor) -> bool:
-        """Whether a layer's input (..., D) has the batch's rows first, so that it can be cut into groups."""
+    def divides(self, x: Tensor) -> bool:
+        """Whether a layer's input (..., D) has the batch's rows first, so that it can be split into groups."""
         if self.groups == 1:
             return True
         if self.batch is None:
@@ -122,50 +117,50 @@ class Terms:
     form: OperatorSpec
     rows: Rows
     squares: Tensor | tuple[Tensor, ...]
-    """(U, R, R); or each term's own, a view of what its adapter holds, where it is large."""
+    """(U, R, R); or, of large ones, the matrix of each term, a view of its adapter's `Resident`."""
     which: Tensor | None
-    """(E,) the square of each term, where they are one tensor; None: one each, in their order."""
+    """(E,) index into `squares` for each term; None where they are in the order of the terms."""
     sources: Tensor
-    """(E, N * R)."""
+    """(E, N * R) first table of each term."""
     gaps: bool
-    """Whether any of them reads nothing."""
+    """Whether any position of the folded input reads no feature."""
     slots: Tensor
-    """(E, O)."""
+    """(E, O) second table of each term."""
     groups: Tensor | None
-    """(E,) the group of each term; None: one term a group, in their order."""
+    """(E,) the group of each term; None where every group has one term, in the order of the groups."""
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors that are the batch's own."""
+        """Bytes of all tensors that exist for this batch only."""
         squares = self.squares if isinstance(self.squares, Tensor) else None
         tensors = (squares, self.which, self.sources, self.slots, self.groups)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def stack_terms(
-    form: OperatorSpec, rows: Rows, own: Sequence[tuple[Tensor, Tensor] | None], of: Sequence[int]
+    form: OperatorSpec, rows: Rows, adapters: Sequence[tuple[Tensor, Tensor] | None], of: Sequence[int]
 ) -> Terms | None:
     """The `Terms` of a batch whose group g has adapter `of[g]` (-1: none); None where no adapter has a term.
 
-    `own`: of each adapter, squares (terms, R, R) and tables (terms, N * R + O), or None where it leaves the layer out.
+    `adapters`: matrices (terms, R, R) and tables (terms, N * R + O) of each, None where it does not adapt the layer.
     """
-    counts = [0 if each is None else len(each[0]) for each in own]
+    counts = [0 if each is None else len(each[0]) for each in adapters]
     starts = [sum(counts[:index]) for index in range(len(counts))]
     which = [starts[each] + term for each in of if each >= 0 for term in range(counts[each])]
     groups = [group for group, each in enumerate(of) if each >= 0 for _ in range(counts[each])]
     if not which:
         return None
-    there = [each for each in own if each is not None]
-    tables, device = join_tables(form, [each[1] for each in there]), there[0][0].device
+    stacks, all_tables = zip(*(each for each in adapters if each is not None), strict=True)
+    tables, device = join_tables(form, all_tables), stacks[0].device
     index = None if which == list(range(len(tables))) else torch.tensor(which, device=device)
     if index is not None:
         tables = tables.index_select(0, index)
     squares: Tensor | tuple[Tensor, ...]
     if device.type == "cpu" and form.r_hat >= _LARGE:
-        each_square = [square for each in there for square in each[0]]
-        squares, index = tuple(each_square[term] for term in which), None
+        views = [square for stack in stacks for square in stack]
+        squares, index = tuple(views[term] for term in which), None
     else:
-        squares = torch.cat([each[0] for each in there])
+        squares = torch.cat(stacks)
     sources, slots = tables.split((tables.shape[1] - form.d_out, form.d_out), dim=1)
     return Terms(
         form, rows, squares, index, sources, bool((sources == form.d_in).any()), slots,
@@ -175,7 +170,7 @@ def stack_terms(
 
 def join_tables(form: OperatorSpec, tables: Sequence[Tensor]) -> Tensor:
     """(terms, N * R + O) int64 out of several, whose N may differ: groups of one grouping may have more members than
-    those of another. What is missing reads nothing."""
+    those of another. Missing positions read no feature."""
     widest = max(each.shape[1] for each in tables)
     if all(each.shape[1] == widest for each in tables):
         return torch.cat(list(tables)).to(torch.int64)
@@ -187,8 +182,8 @@ def join_tables(form: OperatorSpec, tables: Sequence[Tensor]) -> Tensor:
 
 
 def add_updates_(y: Tensor, terms: Terms, x: Tensor) -> None:
-    """y (G, T, O) += what each group's adapter makes of x (G, T, D), in place. On a CPU a few terms at a time, so that
-    what they move is still in its cache when they multiply it."""
+    """y (G, T, O) += the update of each group's adapter for x (G, T, D), in place. A CPU computes a few terms at once,
+    so that what they gather is still in its cache when they multiply it."""
     count, length = len(terms.sources), x.shape[1]
     if prefers_scatter(x):
         fit = max(_IN_CACHE // max(terms.sources.shape[1], terms.form.d_out), 1)
@@ -203,27 +198,29 @@ def _add(y: Tensor, x: Tensor, terms: Terms, part: slice) -> None:
     form = terms.form
     if terms.groups is None:
         y, read = y[part], x[part]
+    elif len(x) == 1:
+        read = x.expand(len(terms.groups[part]), -1, -1)
     else:
-        read = _of_terms(x, terms.groups[part])
+        read = x.index_select(0, terms.groups[part])
     z = _gather(F.pad(read, (0, 1)) if terms.gaps else read, terms.sources[part])
     z = z.unflatten(-1, (-1, form.r_hat))  # (E, T, N, R)
     if form.kind is OperatorKind.SHARE:
         z = z.sum(dim=-2, keepdim=True)
     elif form.kind is OperatorKind.ROTATE:
-        z = _turn(form, z)
+        z = _rotated(form, z)
     z = _multiply(z.flatten(1, 2), terms, part).view(z.shape)
     if form.blockwise and form.blocks_in > form.blocks_out:
         z = regroup_blocks(z, form.blocks_out)
     z = z.flatten(-2)
-    found = _gather(F.pad(z, (0, 1)) if form.kind is OperatorKind.TRUNCATE else z, terms.slots[part])
+    update = _gather(F.pad(z, (0, 1)) if form.kind is OperatorKind.TRUNCATE else z, terms.slots[part])
     if terms.groups is None:
-        y.add_(found)
+        y.add_(update)
     else:
-        y.index_add_(0, terms.groups[part], found)
+        y.index_add_(0, terms.groups[part], update)
 
 
 def _multiply(z: Tensor, terms: Terms, part: slice) -> Tensor:
-    """(E, T * N, R) by the squares of some terms."""
+    """z (E, T * N, R) times the matrices of some terms, transposed."""
     if not isinstance(terms.squares, Tensor):
         pairs = zip(z, terms.squares[part], strict=True)
         return torch.stack([F.linear(each, square.to(z.dtype)) for each, square in pairs])
@@ -232,23 +229,18 @@ def _multiply(z: Tensor, terms: Terms, part: slice) -> Tensor:
 
 
 def _through_weights(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
-    """(G, T, D) -> (G, T, O) by the groups' own weights, W0 plus what their adapters make of the unit vectors."""
-    own = weight.T.expand(len(x), -1, -1).clone(memory_format=torch.contiguous_format)  # (G, D, O)
-    add_updates_(own, terms, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1))
-    return torch.bmm(x, own) if bias is None else torch.baddbmm(bias, x, own)
+    """(G, T, D) -> (G, T, O) by a merged weight for each group: W0 plus its adapter's update of the unit vectors."""
+    merged = weight.T.expand(len(x), -1, -1).clone(memory_format=torch.contiguous_format)  # (G, D, O)
+    add_updates_(merged, terms, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1))
+    return torch.bmm(x, merged) if bias is None else torch.baddbmm(bias, x, merged)
 
 
-def _turn(form: OperatorSpec, z: Tensor) -> Tensor:
-    """Rotate's turning of paired blocks (..., N, R), in fp32 at least, for complex numbers come no smaller: those are
-    turned in place."""
+def _rotated(form: OperatorSpec, z: Tensor) -> Tensor:
+    """RoPE rotation of paired blocks (..., N, R), in fp32 at least, as complex numbers need; in place if z is that."""
     wide = z if z.dtype is torch.float64 else z.float()
     cos, sin = rope_table(form.blocks_in, form.r_hat, wide.dtype, z.device)
     torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(torch.complex(cos, sin))
     return wide.to(z.dtype)
-
-
-def _of_terms(x: Tensor, groups: Tensor) -> Tensor:
-    return x.expand(len(groups), -1, -1) if len(x) == 1 else x.index_select(0, groups)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
@@ -257,8 +249,8 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 class BankLinear(nn.Module):
-    """y = W0 x + b, and the `terms` of the batch in progress. Takes the place of an `nn.Linear` or `Conv1D`, whose
-    parameters it keeps as they are, under their names."""
+    """y = W0 x + b plus the `terms` of the current batch. Replaces an `nn.Linear` or `Conv1D` and keeps its parameters
+    under their names."""
 
     bias: nn.Parameter | None
 
@@ -276,9 +268,9 @@ class BankLinear(nn.Module):
         if self.terms is None:
             return F.linear(x, weight, self.bias)
         rows = self.terms.rows
-        if not rows.fit(x):
+        if not rows.divides(x):
             raise UserError(
-                f"{self.name} gets {tuple(x.shape)} of a batch of {rows.batch}: its rows cannot be told apart, so"
+                f"{self.name} gets {tuple(x.shape)} of a batch of {rows.batch}: its rows cannot be separated, so"
                 " adapters cannot be mixed here; give all rows one adapter"
             )
         groups = x.reshape(rows.groups, -1, self.in_features)

@@ -1,8 +1,8 @@
-"""Going home: checkpoint -> a merged Hugging Face folder that plain `from_pretrained` loads.
+"""Export: checkpoint -> a merged Hugging Face folder that plain `from_pretrained` loads.
 
-    checkpoint (manifest checked) -> base, ledger, live squares, trained tensors
-    for every tensor of the base:  replaced | base + all deltas, by `live_weight` | as it was  -> cast -> shard
-    beside it: config, generation config, tokenizer, model card -> (verify the logits) -> renamed into place
+    checkpoint (manifest checked) -> base, merge ledger, live MoRA matrices, other trained tensors
+    every tensor of the base:  replaced | base + all deltas, by `live_weight` | unchanged  -> cast -> shard
+    also config, generation config, tokenizer, model card -> (verify the logits) -> renamed into place
 
 One tensor is in memory at a time, whatever the size of the model; neither a GPU nor DeepSpeed is needed.
 """
@@ -28,17 +28,17 @@ from mora_ds.checkpoint.adapter_files import (
     BaseReference,
     chosen_domain,
     logits_name,
-    read_adapter,
+    open_adapter,
 )
-from mora_ds.checkpoint.layout import BASE_JSON, LEDGER_FOLDER, PROBE_FILE, find_checkpoint, tokenizer_of
+from mora_ds.checkpoint.layout import BASE_JSON, PROBE_FILE, find_checkpoint, tokenizer_of
 from mora_ds.deploy.logits_check import Comparison, compare_logits
 from mora_ds.deploy.model_card import model_card
 from mora_ds.errors import RunError, UserError
-from mora_ds.files import MANIFEST, atomic_folder, recorded_hashes, verify_manifest
+from mora_ds.files import atomic_folder
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.save import plan_shards, write_companions, write_shards
 from mora_ds.models.tensor_files import compute_dtype, dtype_name
-from mora_ds.remora.ledger import VECTORS_FILE, LayerEntry, Ledger
+from mora_ds.remora.ledger import LayerEntry, Ledger
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,21 @@ class ExportReport:
     dtype: str
     tensors: int
     merged: int
-    """Layers whose weight carries an update."""
+    """Number of layers whose weight contains an update."""
     replaced: int
-    """Trained embeddings, norms and heads."""
+    """Number of trained embeddings, norms and heads."""
     cycles: int
-    """Merged cycles in the ledger; the live squares come on top."""
+    """Merged cycles in the ledger; the live MoRA matrices come on top."""
     seconds: float
     comparison: Comparison | None = None
-    """Logits against the live model's, when asked for."""
+    """Logits compared with the live model's, with `verify`."""
 
     def lines(self) -> list[str]:
-        """For humans."""
+        """The report as text, for printing."""
         text = [
             f"{self.output}: {self.tensors} tensors in {self.dtype}, {self.nbytes / 2**30:.3f} GiB in {len(self.files)}"
             f" file(s), {self.seconds:.1f} s",
-            f"merged {self.merged} layers from {self.cycles} ledger cycle(s) and the live squares,"
+            f"merged {self.merged} layers from {self.cycles} ledger cycle(s) and the live MoRA matrices,"
             f" replaced {self.replaced} trained tensor(s)",
         ]
         return text + ([self.comparison.line()] if self.comparison else [])
@@ -74,7 +74,7 @@ class ExportReport:
 
 @dataclass
 class _Run:
-    """A checkpoint, opened."""
+    """An opened checkpoint."""
 
     checkpoint: Path
     adapter: AdapterFile
@@ -83,7 +83,7 @@ class _Run:
     base: BaseCheckpoint
     ledger: Ledger
     domain: str | None
-    """Whose squares come on top of the shared ones."""
+    """The domain whose MoRA matrices come on top of the shared ones; None: the shared ones alone."""
 
 
 def export_merged(
@@ -96,14 +96,13 @@ def export_merged(
     overwrite: bool = False,
     domain: str | None = None,
 ) -> ExportReport:
-    """Writes the merged model of `checkpoint` to `output`, whole or not at all.
+    """Writes the merged model of `checkpoint` to `output`, completely or not at all.
 
-    `checkpoint`: a step folder, a link to one, or a run's output folder (its latest is taken). `base_folder`: where
-    the base lies now, if it was moved. `dtype`: of all floating tensors; "auto" is the run's compute dtype. `verify`:
-    load the result and compare its logits with those recorded at save time (`export_check` has the tolerances).
-    `domain`: of a run with domains, whose squares are merged with the shared ones; "shared": the shared ones alone.
-    Raises `UserError` naming the flag to change, and `RunError` for a damaged checkpoint, logits that differ, or a
-    full disk.
+    `checkpoint`: a step folder, a link to one, or a run's output folder (its latest one is taken). `base_folder`: the
+    base, if it was moved. `dtype`: of all floating tensors; "auto" is the run's compute dtype. `verify`: load the
+    result and compare its logits with those recorded at save time (`logits_check` has the tolerances). `domain`: of a
+    run with domains, the one to merge with the shared MoRA matrices; "shared": those alone. Raises `UserError` naming
+    the flag to change, and `RunError` for a damaged checkpoint, logits that differ, or a full disk.
     """
     started = time.monotonic()
     checkpoint, output = find_checkpoint(Path(checkpoint)), Path(output)
@@ -112,20 +111,24 @@ def export_merged(
         compute_dtype(dtype)
     if max_shard_gib <= 0:
         raise UserError(f"--max_shard_gib must be positive, got {max_shard_gib}")
-    _check_manifest(checkpoint)
+    adapter, ledger = open_adapter(checkpoint, damaged=RunError)
     probe = checkpoint / PROBE_FILE
     if verify and not probe.is_file():
         raise UserError(f"--verify needs {PROBE_FILE}, which {checkpoint} does not have")
-    run = _open_run(checkpoint, base_folder, domain)
+    run = _open_run(checkpoint, adapter, ledger, base_folder, domain)
     _check_output(output, overwrite, run)
     target = compute_dtype(run.adapter.dtype if dtype == "auto" else dtype)
     shards = plan_shards(run.base, _exported_keys(run), target, int(max_shard_gib * 2**30))
+    trained = {run.reference.keys[stands_for(name)]: name for name in run.adapter.trainables}
     with atomic_folder(output.absolute()) as folder:
-        names = write_shards(folder, shards, _tensor_of(run))
+        names = write_shards(folder, shards, _tensor_of(run, trained))
         write_companions(run.base, folder, target, tokenizer_of(run.checkpoint))
-        comparison = _compared(run, folder, probe, target) if verify else None
-        facts = run.adapter if run.adapter.domains is None else _with_domain(run.adapter, run.domain)
-        card = model_card(run.checkpoint, facts, run.ledger, run.reference, dtype_name(target), comparison)
+        comparison = None
+        if verify:
+            comparison = compare_logits(folder, probe, target, _rounding(run, folder), logits_name(run.domain))
+        if adapter.domains is not None:
+            adapter = replace(adapter, facts={"domain": run.domain or SHARED, **adapter.facts})
+        card = model_card(run.checkpoint, adapter, run.ledger, run.reference, dtype_name(target), comparison)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return ExportReport(
         output=output,
@@ -134,53 +137,27 @@ def export_merged(
         dtype=dtype_name(target),
         tensors=sum(len(shard.layout) for shard in shards),
         merged=len(run.adapter.layers),
-        replaced=len(_trained_by_key(run)),
+        replaced=len(trained),
         cycles=run.ledger.cycles,
         seconds=time.monotonic() - started,
         comparison=comparison,
     )
 
 
-def _with_domain(adapter: AdapterFile, domain: str | None) -> AdapterFile:
-    """For the model card."""
-    return replace(adapter, facts={"domain": domain or SHARED, **adapter.facts})
-
-
-def _check_manifest(checkpoint: Path) -> None:
-    if not (checkpoint / MANIFEST).exists():
-        return
-    if problems := verify_manifest(checkpoint):
-        raise RunError("the checkpoint is damaged: " + "; ".join(problems))
-
-
-def _open_run(checkpoint: Path, base_folder: Path | None, domain: str | None) -> _Run:
-    adapter = read_adapter(checkpoint)
+def _open_run(
+    checkpoint: Path, adapter: AdapterFile, ledger: Ledger, base_folder: Path | None, domain: str | None
+) -> _Run:
     domain = chosen_domain(adapter.domains, domain, "--domain")
     tensors = AdapterTensors.open(checkpoint, adapter)
     reference = BaseReference.read(checkpoint)
-    ledger = _open_ledger(checkpoint, reference.fingerprint)
-    adapter.check_cycle(ledger)
     base = reference.open_base(checkpoint, base_folder, flag="--base")
     run = _Run(checkpoint, adapter, tensors, reference, base, ledger, domain)
     _check_layers(run)
     return run
 
 
-def _open_ledger(checkpoint: Path, fingerprint: str) -> Ledger:
-    """Its files are not read twice: the manifest, where there is one, has vouched for what it records."""
-    vouched = recorded_hashes(checkpoint) if (checkpoint / MANIFEST).exists() else {}
-    folder = checkpoint / LEDGER_FOLDER
-    ledger = Ledger.open(folder, fingerprint, hashes=not vouched)
-    if vouched and ledger.vectors and vouched.get(f"{LEDGER_FOLDER}/{VECTORS_FILE}") != ledger.vectors.sha256:
-        raise UserError(f"the ledger is damaged: {folder / VECTORS_FILE} is another file")
-    for record in ledger.records if vouched else ():
-        if vouched.get(f"{LEDGER_FOLDER}/{record.file}") != record.sha256:
-            raise UserError(f"the ledger is damaged at cycle {record.cycle}: {folder / record.file} is another file")
-    return ledger
-
-
 def _check_layers(run: _Run) -> None:
-    """Every layer and trained tensor must have its own tensor of the right shape in the base."""
+    """Raises `UserError` unless every layer and trained tensor has one tensor of the right shape in the base."""
     users: dict[str, list[str]] = {}
     for name, key in run.reference.keys.items():
         users.setdefault(key, []).append(name)
@@ -189,7 +166,7 @@ def _check_layers(run: _Run) -> None:
         _check_shape(run, entry.weight, sides[::-1] if entry.transposed else sides)
         if sharers := set(users[run.reference.keys[entry.weight]]) - {entry.weight}:
             raise UserError(
-                f"{entry.weight} is tied to {', '.join(sorted(sharers))}, but only one of them has a square: no single"
+                f"{entry.weight} is tied to {', '.join(sorted(sharers))}, but only one of them is adapted: no single"
                 " tensor can stand for both"
             )
     for name in run.adapter.trainables:
@@ -198,19 +175,19 @@ def _check_layers(run: _Run) -> None:
 
 
 def _check_shape(run: _Run, name: str, shape: tuple[int | None, ...]) -> None:
-    """A side that is None may be any."""
+    """`shape`: None stands for any length."""
     key = run.reference.keys.get(name)
     if key is None or key not in run.base:
         raise UserError(f"{run.checkpoint / BASE_JSON} names no tensor of {run.base.folder} for {name}")
-    found = run.base.shape_dtype(key)[0]
-    if len(found) != len(shape) or any(side not in (None, real) for side, real in zip(shape, found, strict=True)):
-        raise UserError(f"{name} has shape {shape} in the checkpoint, {found} in the base")
+    actual = run.base.shape_dtype(key)[0]
+    if len(actual) != len(shape) or any(side not in (None, real) for side, real in zip(shape, actual, strict=True)):
+        raise UserError(f"{name} has shape {shape} in the checkpoint, {actual} in the base")
 
 
 def _check_output(output: Path, overwrite: bool, run: _Run) -> None:
-    """Refuses what would be destroyed: other things than a model, and the very folders that are read."""
+    """Refuses to overwrite anything but a model, and the folders that the export reads."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise UserError(f"--output {output} exists and is no folder")
+        raise UserError(f"--output {output} exists and is not a folder")
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:
@@ -219,15 +196,15 @@ def _check_output(output: Path, overwrite: bool, run: _Run) -> None:
     if any(output.resolve() in (folder, *folder.parents) for folder in read):
         raise UserError(f"--output {output} holds the base or the checkpoint; give another folder")
     if not (output / "config.json").is_file():
-        raise UserError(f"--output {output} holds something that is no model; it is not overwritten")
+        raise UserError(f"--output {output} holds something other than a model; it is not overwritten")
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 def _exported_keys(run: _Run) -> Iterator[str]:
-    """The base's keys, less copies of a tied weight under its other name.
+    """The base's keys without copies of a tied weight under its other name.
 
-    Some files hold lm_head.weight though it is tied; once the embedding is trained that copy would be a stale one,
-    and transformers unties weights that it finds different.
+    Some files hold lm_head.weight although it is tied. Once the embedding is trained that copy is stale, and
+    transformers unties weights that differ.
     """
     used = set(run.reference.keys.values())
     for key in run.base.keys():  # noqa: SIM118  (not a mapping)
@@ -235,14 +212,8 @@ def _exported_keys(run: _Run) -> Iterator[str]:
             yield key
 
 
-def _trained_by_key(run: _Run) -> dict[str, str]:
-    """Key -> parameter name of the trained tensor that takes its place."""
-    return {run.reference.keys[stands_for(name)]: name for name in run.adapter.trainables}
-
-
-def _tensor_of(run: _Run) -> Callable[[str, torch.dtype], Tensor]:
-    """What becomes of each of the base's tensors: replaced, merged, or as it was."""
-    trained = _trained_by_key(run)
+def _tensor_of(run: _Run, trained: dict[str, str]) -> Callable[[str, torch.dtype], Tensor]:
+    """What each of the base's tensors becomes: replaced, merged, or unchanged. `trained`: key -> parameter name."""
     layers = {run.reference.keys[entry.weight]: entry for entry in run.adapter.layers.values()}
 
     def tensor_of(key: str, dtype: torch.dtype) -> Tensor:
@@ -254,12 +225,8 @@ def _tensor_of(run: _Run) -> Callable[[str, torch.dtype], Tensor]:
     return tensor_of
 
 
-def _compared(run: _Run, exported: Path, probe: Path, target: torch.dtype) -> Comparison:
-    return compare_logits(exported, probe, target, _rounding(run, exported), logits_name(run.domain))
-
-
 def _rounding(run: _Run, exported: Path) -> float:
-    """What 8 bits, where the run's base was held in them, take from the exported weights: as a share of their norm."""
+    """Rounding error that --base_bits 8 gave the live weights, relative to the norm of the exported ones."""
     if run.adapter.facts.get("config", {}).get("base_bits") != 8:
         return 0.0
     written, lost, norm = BaseCheckpoint.open(exported), 0.0, 0.0
@@ -272,9 +239,9 @@ def _rounding(run: _Run, exported: Path) -> float:
 
 
 def _merged(run: _Run, key: str, entry: LayerEntry, dtype: torch.dtype) -> Tensor:
-    """The live weight with the current cycle's square merged too, as the next merge would form it."""
+    """The live weight with the current cycle merged too, as the next merge would form it."""
     updates = [*run.ledger.squares_of(entry.module), (entry.operator, run.tensors.square(entry.module))]
     if run.domain is not None and run.adapter.domains is not None:
-        own = run.adapter.domains.operators[entry.module]
-        updates.append((own, run.tensors.domain_square(entry.module, run.domain)))
+        operator = run.adapter.domains.operators[entry.module]
+        updates.append((operator, run.tensors.domain_square(entry.module, run.domain)))
     return live_weight(run.base.read(key), updates, entry.transposed, dtype)

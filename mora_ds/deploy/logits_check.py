@@ -1,18 +1,18 @@
-"""Does an exported model say what the live one said? Logits on fixed tokens, recorded at save time, compared.
+"""Compares an exported model with the live one, by logits on fixed tokens that were recorded at save time.
 
     float32            max |difference| <= 1e-5 * max(1, max |live logit|)
     bfloat16, float16  ||difference|| / ||live logits|| <= 2 * eps * sqrt(1 + number of layers)
     base in 8 bits     ||difference|| / ||live logits|| <= (2 * eps + 2 * error) * sqrt(1 + number of layers)
 
-The live model adds the current square's output to that of the merged weight; the export has both in one weight. In
-fp32 the two differ by rounding of sums only. In a 16-bit dtype the export's weights (and the live model's activations)
-are rounded once more: by up to eps / 2 of each number, and every layer adds its own such errors to the residual
-stream, independently, hence the square root. eps is the spacing of numbers at 1: 2^-7 for bfloat16, 2^-10 for float16;
-of the live and the exported dtype the coarser counts. Tiny random models of 7 families, 2 to 36 layers deep, came to
-0.2 to 0.6 of this tolerance; an update smaller than that cannot be told from rounding by its logits.
+The live model adds the output of the current MoRA matrix to that of the merged weight; the export has both in one
+weight. In fp32 the two differ by rounding of sums only. In a 16-bit dtype the export's weights (and the live model's
+activations) are rounded once more, by up to eps / 2 of each number, and every layer adds independent errors of this
+size to the residual stream, hence the square root. eps is the spacing of numbers at 1: 2^-7 for bfloat16, 2^-10 for
+float16; the coarser of the live and the exported dtype counts. Tiny random models of 7 families, 2 to 36 layers deep,
+reached 0.2 to 0.6 of this tolerance; logits cannot distinguish a smaller update from rounding.
 
-A run on a base in 8 bits (`eight_bits`) had its frozen weights rounded, and the export has not: `error` is how far, as
-a share of their norm.
+A run with --base_bits 8 (`ops.int8`) rounded its frozen weights, and the export does not: `error` is the norm of that
+rounding relative to the norm of the weights.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ FP32_TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Comparison:
-    """Logits of an export against the live model's."""
+    """Logits of an export compared with the live model's."""
 
     max_difference: float
     error: float
-    """What is held against `tolerance`: the largest difference (fp32), or the relative norm of all (16-bit)."""
+    """What `tolerance` bounds: the largest difference (fp32), or the relative norm of all (16-bit)."""
     tolerance: float
 
     def line(self) -> str:
@@ -50,12 +50,11 @@ class Comparison:
 def compare_logits(
     folder: Path, probe: Path, dtype: torch.dtype, rounding: float = 0.0, name: str = "logits"
 ) -> Comparison:
-    """Loads the export in `folder` on the CPU and runs the tokens of `probe`.
+    """Loads the export in `folder` on the CPU and computes the logits of the tokens in `probe`.
 
-    `probe`: safetensors with "input_ids" (B, T) int64, "logits" (B, T, V), and the live model's "dtype" in its
-    metadata; `name`: of the logits that are meant. `rounding`: the relative error of the live model's weights in 8
-    bits. Raises `RunError` with the largest difference when it is beyond the tolerance, or when weights are missing
-    from the export; `UserError` for a damaged probe.
+    `probe`: safetensors with "input_ids" (B, T) int64, logits (B, T, V) called `name`, and the live model's "dtype" in
+    its metadata. `rounding`: the relative error of the live model's weights in 8 bits. Raises `RunError` when the
+    difference exceeds the tolerance or the export lacks weights; `UserError` for a damaged probe.
     """
     handle = open_safetensors(probe)
     live, tokens = handle.get_tensor(name).float(), handle.get_tensor("input_ids")

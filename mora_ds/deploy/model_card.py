@@ -1,4 +1,4 @@
-"""README.md of an exported model: what the run was, in a table."""
+"""README.md of an exported model: the facts of its run, in a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mora_ds.remora.ledger import Ledger
 from mora_ds.version import __version__
 
 PERPLEXITIES = {"perplexity_before": "before", "perplexity_last": "after", "perplexity_after": "after"}
-"""Fields of trainer_state.json and summary.json -> column."""
+"""Field of trainer_state.json or summary.json -> column of the table."""
 
 
 def model_card(
@@ -26,7 +26,7 @@ def model_card(
     dtype: str,
     comparison: Comparison | None,
 ) -> str:
-    """Markdown with the run's facts; perplexities where the checkpoint (or else its run's summary.json) has them."""
+    """Markdown with the run's facts; perplexities if the checkpoint (or else its run's summary.json) has them."""
     rows = _facts(adapter, ledger, reference, dtype)
     if comparison is not None:
         rows["verified"] = comparison.line()
@@ -35,7 +35,7 @@ def model_card(
     text += ["Continual pretraining with MoRA; the update is merged into the weights, so that this is a plain model."]
     text += ["", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     text += _perplexity_table(checkpoint)
-    cycles = ledger.summary() or ["none: all of the update was still live"]
+    cycles = ledger.summary() or ["none: nothing was merged during the run"]
     text += ["", "## Merged cycles", "", "```", *cycles, "```"]
     return "\n".join([*text, ""])
 
@@ -70,12 +70,9 @@ def _perplexity_table(checkpoint: Path) -> list[str]:
         return []
     names = sorted({name for values in columns.values() for name in values})
     head = ["", "## Perplexity", "", f"| text | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    rows = [[name, *(_number(values.get(name)) for values in columns.values())] for name in names]
-    return head + [f"| {' | '.join(row)} |" for row in rows]
-
-
-def _number(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, int | float) else "-"
+    rows = [[name, *(values.get(name) for values in columns.values())] for name in names]
+    cells = [[f"{each:.3f}" if isinstance(each, int | float) else each or "-" for each in row] for row in rows]
+    return head + [f"| {' | '.join(row)} |" for row in cells]
 
 
 def _cell(value: Any) -> str:

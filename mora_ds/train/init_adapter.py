@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from mora_ds.adapters.domains import OWN, domain_layers, domains_of
-from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference
+from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, open_adapter
 from mora_ds.checkpoint.layout import find_adapter
-from mora_ds.deploy.adapter_io import open_adapter
 from mora_ds.engine import zero
 from mora_ds.errors import UserError
 

@@ -138,7 +138,7 @@ def test_groupings_may_differ_in_a_bank(tmp_path: Path) -> None:
     made.add("inputs", MoRAConfig(rank=2, operator="share"), specs={layer: replace(spec, in_segments=5)}, scale=0.05)
     bank = made.open()
     check_rows(made, bank, [*bank.names], tokens(len(bank.names)))
-    terms = {name: bank.cache.get(name).places[layer].terms for name in bank.names}
+    terms = {name: bank.cache.get(name).slices[layer].terms for name in bank.names}
     assert (terms["permuted"], terms["plain"], terms["alternate"], terms["segments"]) == (4, 1, 2, 1)
 
 
@@ -361,16 +361,16 @@ def test_an_adapter_of_another_base_or_operator_is_refused(tmp_path: Path) -> No
     )
     refused(operator, MoRAConfig(rank=3, operator="share"))
     refused("has rotate of r_hat 16 on 32 x 32, but rotate of r_hat 12", MoRAConfig(rank=4))
-    refused("q_proj has lora; a bank takes squares of truncate, share, decouple, rotate", LoRAConfig(rank=3))
+    refused("q_proj has lora; a bank takes the operators truncate, share, decouple, rotate", LoRAConfig(rank=3))
     norm = {"model.norm.weight": torch.ones(32)}
-    refused("'odd' .* trained model.norm.weight beside its squares", MoRAConfig(rank=3), trained=norm)
+    refused("'odd' .* also trained model.norm.weight", MoRAConfig(rank=3), trained=norm)
 
     refused("'odd' .* has MoRA matrices of the domains law, code", MoRAConfig(rank=3), domains=("law", "code"))
     for kind in ("subspace", "spiral"):  # the second is known to nobody
         made.add(kind, MoRAConfig(rank=3))
         path = tmp_path / "bank" / kind / ADAPTER_JSON
         path.write_text(path.read_text().replace('"rotate"', f'"{kind}"'))
-        with pytest.raises(UserError, match=rf"adapter '{kind}': .*q_proj has {kind}; a bank takes squares of"):
+        with pytest.raises(UserError, match=rf"adapter '{kind}': .*q_proj has {kind}; a bank takes the operators"):
             made.open()
         shutil.rmtree(path.parent)
 
@@ -411,7 +411,7 @@ def test_names_folders_and_rows_that_do_not_fit_are_named(rotating: Bench, tmp_p
         layer = bank.model.model.layers[0].mlp.up_proj
         layer(torch.zeros(2 * 16, 32))  # rows and tokens flattened, as some models do
         with pytest.raises(
-            UserError, match=r"up_proj gets \(31, 32\) of a batch of \(2, 16\): its rows cannot be told"
+            UserError, match=r"up_proj gets \(31, 32\) of a batch of \(2, 16\): its rows cannot be separated"
         ):
             layer(torch.zeros(31, 32))
     for settings, message in (({"cache_adapters": 0}, "cache_adapters"), ({"cache_bytes": -1}, "cache_bytes")):

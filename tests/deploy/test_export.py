@@ -239,7 +239,7 @@ def flip_byte(path: Path) -> None:
 def test_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage: Any) -> None:
     run = fake_run(tmp_path, probe=False)
     damage(run.checkpoint / name)
-    with pytest.raises(RunError, match=f"checkpoint is damaged: .*{name}"):
+    with pytest.raises(RunError, match=f"is damaged: .*{name}"):
         export_merged(run.checkpoint, tmp_path / "merged")
     (run.checkpoint / "manifest.json").unlink()
     if damage is not flip_byte:  # without a manifest, hashes cover the ledger only; holes show everywhere
@@ -406,5 +406,5 @@ def test_report_reads_well(tmp_path: Path) -> None:
     report = ExportReport(tmp_path, ("model.safetensors",), 2**30, "bfloat16", 100, 14, 3, 2, 1.5)
     assert report.lines() == [
         f"{tmp_path}: 100 tensors in bfloat16, 1.000 GiB in 1 file(s), 1.5 s",
-        "merged 14 layers from 2 ledger cycle(s) and the live squares, replaced 3 trained tensor(s)",
+        "merged 14 layers from 2 ledger cycle(s) and the live MoRA matrices, replaced 3 trained tensor(s)",
     ]
