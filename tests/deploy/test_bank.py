@@ -295,13 +295,13 @@ def test_generation_with_mixed_adapters_is_each_merged_alone(rotating: Bench) ->
         bank.generate(ids, adapters=["one", "three"])
 
 
-def test_the_lines_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lines_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Bench(tmp_path, Maker(tiny_model(), tmp_path / "MODEL"), {})
     for seed, name in enumerate(("law", "code")):
         made.add(name, MoRAConfig(rank=3, seed=seed), cycles=1, scale=0.05)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"ids": tokens(3), "mask": torch.ones(3, 16, dtype=torch.long)}
-    exec(code_with("AdapterBank"), names)
+    exec(code_with("AdapterBank", "docs/guides/multi-adapter.md"), names)
     assert names["logits"].shape == (3, 16, 128) and names["bank"].cache.names == ("law", "code")
 
 

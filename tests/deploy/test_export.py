@@ -300,7 +300,7 @@ def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path: P
     for place, words in ((run.base, "holds the base"), (run.output, "holds the base or"), (tmp_path, "holds the base")):
         with pytest.raises(UserError, match=words):
             export_merged(run.checkpoint, place, overwrite=True)
-    with pytest.raises(UserError, match="no model"):
+    with pytest.raises(UserError, match="something other than a model"):
         export_merged(run.checkpoint, tmp_path / "photos", overwrite=True)
 
 
@@ -353,7 +353,7 @@ def test_tool_exports_and_tells_errors_apart(tmp_path: Path) -> None:
 MEASURE = """
 import sys, threading, time
 from pathlib import Path
-from mora_ds.export import export_merged
+from mora_ds.deploy.export import export_merged
 
 def anonymous_mib():  # what the process itself holds; mapped files are the page cache's
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -1,15 +1,15 @@
-"""The code blocks of README.md."""
+"""Code blocks of README.md and of the pages under docs/."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def code_with(word: str) -> str:
-    """The one block of Python that has it."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+def code_with(word: str, page: str = "README.md") -> str:
+    """The one block of Python on a page that contains `word`."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
     (code,) = (block for block in blocks if word in block)
     return code

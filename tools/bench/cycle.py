@@ -179,7 +179,7 @@ def _export_once(work: Path, target: Path) -> tuple[float, int]:
     """(seconds without starting Python, bytes of anonymous memory beyond what the imports took)."""
     code = (
         "import sys, time, os; sys.path.insert(0, sys.argv[1])\n"
-        "from mora_ds.export import export_merged; import mora_ds.verification\n"
+        "from mora_ds.deploy.export import export_merged; import mora_ds.checkpoint.verify\n"
         "print('ready', flush=True); sys.stdin.readline(); t = time.perf_counter()\n"
         "export_merged(sys.argv[2], sys.argv[3]); os.sync(); print(time.perf_counter() - t, flush=True)\n"
     )
