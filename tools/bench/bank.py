@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -42,6 +42,7 @@ from mora_ds.remora.ledger import Ledger
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import table
 from tests.helpers.adapters import Maker, Updates, merge, originals
+from tools.bench.measuring import llama_config, memory_of
 
 VOCABULARY = 1024
 
@@ -66,10 +67,7 @@ def write(folder: Path, options: argparse.Namespace) -> int:
     """The base and the adapters; bytes of all squares."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=options.width, intermediate_size=11 * options.width // 4,
-        num_hidden_layers=options.layers, num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=1024,
-    )  # fmt: skip
+    config = llama_config(options.width, options.layers, VOCABULARY, 1024, heads=8, kv_heads=4)
     maker, own = Maker(LlamaForCausalLM(config), folder / "base"), 0
     for index in range(options.adapters):
         adapter = MoRAConfig(rank=options.rank, operator=options.operator, seed=index)
@@ -171,10 +169,8 @@ def _ids(rows: int, tokens: int) -> Tensor:
 
 
 def _anonymous() -> int:
-    """Bytes of memory of this process that no file backs."""
     gc.collect()
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
+    return memory_of("RssAnon")
 
 
 def _medians(steps: list[Callable[[], None]], repeat: int) -> list[float]:

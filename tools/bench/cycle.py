@@ -20,12 +20,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout, not installed
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 import mora_ds
 from mora_ds.errors import UserError
@@ -33,8 +32,8 @@ from mora_ds.models.base import write_own_base
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import table
 from mora_ds.runtime.processes import only_rank
+from tools.bench.measuring import ROOT, llama_config, memory_of, seconds_of, zero3_config
 
-EXPORTER = Path(__file__).resolve().parents[1] / "export_hf.py"
 SEQUENCE, VOCABULARY = 512, 8192
 
 
@@ -66,10 +65,10 @@ def _measure(options: argparse.Namespace, work: Path) -> None:
         _merge(subject)
     steps, merges, saves = [], [], []
     for _ in range(options.repeat):
-        steps.append(_seconds(subject.step))
-        saves.append(_seconds(lambda: _save(subject)))
-        steps.append(_seconds(subject.step))
-        merges.append(_seconds(lambda: _merge(subject)))
+        steps.append(seconds_of(subject.step))
+        saves.append(seconds_of(lambda: _save(subject)))
+        steps.append(seconds_of(subject.step))
+        merges.append(seconds_of(lambda: _merge(subject)))
     blocked, beside = _background(options, work)
     export, copy, memory, largest = _export(options, work)
     step = median(steps)
@@ -93,28 +92,14 @@ def _measure(options: argparse.Namespace, work: Path) -> None:
 
 def _subject(options: argparse.Namespace, work: Path, out: Path, background: bool) -> Subject:
     torch.manual_seed(0)
-    heads = max(1, options.width // 64)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=options.width,
-        intermediate_size=11 * options.width // 4,
-        num_hidden_layers=options.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=SEQUENCE,
-    )
+    config = llama_config(options.width, options.layers, VOCABULARY, SEQUENCE)
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     base = write_own_base(model, work / "base")
     adapter = mora_ds.MoRAConfig(rank=options.rank)
     report = mora_ds.inject(model, adapter)
     rows = max(1, options.tokens // SEQUENCE)
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": rows,
-        "zero_optimization": {"stage": 3},
-        "bf16": {"enabled": options.bf16},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
-    }
+    settings = zero3_config(rows, bf16={"enabled": options.bf16})
     engine, *_ = mora_ds.initialize(model=model, config=settings)
     ids = torch.randint(VOCABULARY, (rows, SEQUENCE))
 
@@ -147,8 +132,8 @@ def _background(options: argparse.Namespace, work: Path) -> tuple[list[float], l
     subject = _subject(options, work, work / "background", background=True)
     blocked, beside = [], []
     for _ in range(options.repeat):
-        blocked.append(_seconds(lambda: _save(subject)))
-        beside.append(_seconds(subject.step))
+        blocked.append(seconds_of(lambda: _save(subject)))
+        beside.append(seconds_of(subject.step))
         subject.run.wait()
     return blocked, beside
 
@@ -158,7 +143,7 @@ def _export(options: argparse.Namespace, work: Path) -> tuple[list[float], list[
     files = sorted((work / "base").glob("*.safetensors"))
     exports, copies, memory = [], [], 0
     for turn in range(options.repeat):
-        copies.append(_seconds(lambda: _copy(files, work / f"copy-{turn}")))  # noqa: B023
+        copies.append(seconds_of(lambda: _copy(files, work / f"copy-{turn}")))  # noqa: B023
         seconds, peak = _export_once(work, work / f"merged-{turn}")
         exports.append(seconds)
         memory = max(memory, peak)
@@ -183,34 +168,20 @@ def _export_once(work: Path, target: Path) -> tuple[float, int]:
         "print('ready', flush=True); sys.stdin.readline(); t = time.perf_counter()\n"
         "export_merged(sys.argv[2], sys.argv[3]); os.sync(); print(time.perf_counter() - t, flush=True)\n"
     )
-    argv = [sys.executable, "-c", code, str(EXPORTER.parents[1]), str(work / "out"), str(target)]
+    argv = [sys.executable, "-c", code, str(ROOT), str(work / "out"), str(target)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None and child.stdout is not None
         child.stdout.readline()
-        before = peak = _anonymous(child.pid)
+        before = peak = memory_of("RssAnon", child.pid)
         child.stdin.write("go\n")
         child.stdin.flush()
         os.set_blocking(child.stdout.fileno(), False)
         while not (line := child.stdout.readline()):
             if child.poll() is not None:
                 raise UserError("the export failed")
-            peak = max(peak, _anonymous(child.pid))
+            peak = max(peak, memory_of("RssAnon", child.pid))
             time.sleep(0.005)
     return float(line), peak - before
-
-
-def _anonymous(pid: int) -> int:
-    """Bytes of memory that no file backs."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _seconds(act: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    act()
-    return time.perf_counter() - started
 
 
 def _ratio(ones: list[float], others: list[float]) -> float:

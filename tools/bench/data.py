@@ -44,10 +44,11 @@ from mora_ds.data import (
 from mora_ds.models.loss import token_nll
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import table
+from tools.bench.measuring import ROOT, seconds_of
 
 WEIGHTS = (0.70, 0.25, 0.05)
 FAR = 10**6
-MODEL = Path(__file__).resolve().parents[2] / "configs" / "models" / "tiny_llama.json"
+MODEL = ROOT / "configs" / "models" / "tiny_llama.json"
 
 
 def main() -> None:
@@ -81,14 +82,14 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in (*ways, "training")}
     for step in range(options.steps):
         for name, data in ways.items():
-            seconds[name].append(_timed(lambda data=data, step=step: data.batch(step, options.rows)))  # type: ignore[misc]
+            seconds[name].append(seconds_of(lambda data=data, step=step: data.batch(step, options.rows)))  # type: ignore[misc]
         seconds["training"].append(train())
     size = options.rows * options.seq_len
     step_s = median(seconds["training"])
     rates = {name: size * options.steps / sum(seconds[name]) for name in ways}  # a stream tokenises in bursts
     resumed = {
-        "cached": _timed(lambda: cached().batch(FAR, options.rows)),
-        "streaming": _timed(lambda: streamed(_far(stream, options.rows)).batch(FAR, options.rows)),
+        "cached": seconds_of(lambda: cached().batch(FAR, options.rows)),
+        "streaming": seconds_of(lambda: streamed(_far(stream, options.rows)).batch(FAR, options.rows)),
     }
     print(f"training: {size / step_s:,.0f} tokens/s ({options.rows} x {options.seq_len} tokens a step)")
     rows = [
@@ -106,12 +107,6 @@ def _far(stream: StreamMixture, rows: int) -> dict[str, Any]:
     for name, count in zip(stream.names, stream.schedule.counts(FAR * rows), strict=True):
         states["sources"][name]["samples"] = int(count)
     return {**states, "step": FAR}
-
-
-def _timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def _corpora(folder: Path, megabytes: float) -> dict[str, Corpus]:

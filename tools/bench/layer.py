@@ -33,6 +33,7 @@ from mora_ds.adapters.ops.linear import Compute, choose, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
+from tools.bench.measuring import SavedActivations
 
 CASES = ((OperatorKind.ROTATE, 8), (OperatorKind.SHARE, 64))
 SHAPES = ("1024x1024", "1024x2752", "2752x1024", "576x576", "576x1536", "1536x576")
@@ -149,20 +150,10 @@ def ratios(
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def kept_mib(layer: Layer, step: Step, trained: list[Tensor]) -> float:
-    storages: dict[int, int] = {}
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (layer.base.weight, *trained)}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = step()
-    assert y.requires_grad
-    return sum(storages.values()) / 2**20
+def saved_mib(layer: Layer, step: Step, trained: list[Tensor]) -> float:
+    with SavedActivations([layer.base.weight, *trained]).counting() as saved:
+        assert step().requires_grad
+    return saved.nbytes / 2**20
 
 
 COLUMNS = ("full", "PEFT LoRA", "our LoRA", "reference", "activation", "weight")
@@ -173,7 +164,7 @@ def row(layer: Layer, now: Callable[[], float], seconds: float, base_bits: int) 
     cases, spec = forwards(layer, base_bits), layer.spec
     found, tokens = ratios(layer, cases, now, seconds), len(layer.x)
     auto = choose(tokens, spec.d_in, spec.d_out, layer.x.dtype, spec)
-    kept = [kept_mib(layer, *cases[name]) if name in cases else float("nan") for name in ("PEFT LoRA", auto.value)]
+    kept = [saved_mib(layer, *cases[name]) if name in cases else float("nan") for name in ("PEFT LoRA", auto.value)]
     figures = "".join(f" | {found[name]:.2f}" if name in found else " | -" for name in columns(base_bits))
     return (
         f"| {spec.d_in} x {spec.d_out}, {tokens} | {spec.kind.value} r={layer.rank} | {found['frozen'] * 1e3:.1f} ms"

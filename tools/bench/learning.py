@@ -17,7 +17,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mora_ds.errors import UserError, unknown
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import table
-from mora_ds.train.demo import DemoPaths, warm_start_settings, write_inputs
-from tools.bench.trials import pretrain_alone
+from mora_ds.train.demo import DemoPaths
+from tools.bench.trials import at_edge, mean_and_spread, pretrain_alone, run_all, save_figure, warm_base
 
 LORA_RATES = MORA_RATES = (3e-3, 1e-2, 3e-2)
 MUON_RATES = (1e-2, 3e-2, 1e-1)
@@ -100,6 +99,10 @@ class Trial:
     folder: Path
 
     @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
     def summary(self) -> Path:
         return self.folder / "summary.json"
 
@@ -122,17 +125,13 @@ class Row:
 def main() -> None:
     options = _options()
     _check(options)
-    paths = DemoPaths(options.work / "base")
-    if not paths.warm.is_dir():
-        write_inputs(paths, seed=42)
-        print("warm start on prose")
-        pretrain_alone(warm_start_settings(paths, ROWS, seed=42), paths.root / "warm.log")
+    paths = warm_base(options.work / "base", ROWS)
     swept = list(_trials(options, range(1, min(options.sweep_seeds, options.seeds) + 1)))
-    _run_all(swept, paths, options)
+    run_all(swept, lambda trial: _run(trial, paths, options), options.jobs)
     best = {row.method: row.rate for row in _best([_row(group) for group in _groups(swept)])}
     more = _trials(options, range(options.sweep_seeds + 1, options.seeds + 1))
     repeated = [trial for trial in more if trial.rate == best[trial.method]]
-    _run_all(repeated, paths, options)
+    run_all(repeated, lambda trial: _run(trial, paths, options), options.jobs)
     rows = [_row(group) for group in _groups([*swept, *repeated])]
     (options.work / "results.json").write_text(json.dumps([vars(row) for row in rows], indent=1), encoding="utf-8")
     print("\n".join(_lines([row for row in rows if row.rate == best[row.method]], options)))
@@ -148,12 +147,6 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(
             f"--steps must be more than {CYCLES * RAMP}; --rank, --seeds, --sweep_seeds and --jobs at least 1"
         )
-
-
-def _run_all(trials: Sequence[Trial], paths: DemoPaths, options: argparse.Namespace) -> None:
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for done, trial in enumerate(pool.map(lambda trial: _run(trial, paths, options), trials), 1):
-            print(f"{done}/{len(trials)}  {trial.folder.name}", flush=True)
 
 
 def _options() -> argparse.Namespace:
@@ -177,7 +170,7 @@ def _trials(options: argparse.Namespace, seeds: range) -> Iterator[Trial]:
                 yield Trial(name, rate, seed, options.work / "runs" / folder)
 
 
-def _run(trial: Trial, paths: DemoPaths, options: argparse.Namespace) -> Trial:
+def _run(trial: Trial, paths: DemoPaths, options: argparse.Namespace) -> None:
     if not trial.summary.is_file():
         method = KNOWN[trial.method]
         settings: dict[str, Any] = {
@@ -195,8 +188,7 @@ def _run(trial: Trial, paths: DemoPaths, options: argparse.Namespace) -> Trial:
         if method.replay:
             settings["replay"] = [f"old={paths.train_files('general')[0]}:{method.replay:g}"]
         trial.folder.parent.mkdir(parents=True, exist_ok=True)
-        pretrain_alone(settings, trial.folder.with_name(f"{trial.folder.name}.log"))
-    return trial
+        pretrain_alone(settings, trial.folder.with_name(f"{trial.name}.log"))
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -232,7 +224,7 @@ def _lines(rows: Sequence[Row], options: argparse.Namespace) -> list[str]:
     cells = [
         [
             row.method, f"{row.trainable:,}", _rate(row, options.rates),
-            *_spread(row.code), *_spread(row.prose),
+            *map("{:.2f}".format, (*mean_and_spread(row.code), *mean_and_spread(row.prose))),
         ]
         for row in rows
     ]  # fmt: skip
@@ -246,32 +238,18 @@ def _lines(rows: Sequence[Row], options: argparse.Namespace) -> list[str]:
 def _rate(row: Row, given: Sequence[float] | None) -> str:
     if row.method == "none":
         return "-"
-    rates = given or KNOWN[row.method].rates
-    return f"{row.rate:g}" + ("*" if len(rates) > 1 and row.rate in (min(rates), max(rates)) else "")
-
-
-def _spread(values: Sequence[float]) -> tuple[str, str]:
-    mean = sum(values) / len(values)
-    return f"{mean:.2f}", f"{max(abs(value - mean) for value in values):.2f}"
+    return f"{row.rate:g}" + at_edge(row.rate, given or KNOWN[row.method].rates)
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print("no matplotlib, no picture")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def draw(axes: Any) -> None:
+        for name in _names(rows):
+            swept = [row for row in rows if row.method == name]
+            axes.plot([row.rate for row in swept], [row.mean for row in swept], marker="o", label=name)
+        axes.set(xscale="log", xlabel="learning rate", ylabel="perplexity on code", title="after continued pretraining")
+        axes.legend(fontsize="small")
 
-    figure, axes = pyplot.subplots()
-    for name in _names(rows):
-        swept = [row for row in rows if row.method == name]
-        axes.plot([row.rate for row in swept], [row.mean for row in swept], marker="o", label=name)
-    axes.set(xscale="log", xlabel="learning rate", ylabel="perplexity on code", title="after continued pretraining")
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    print(f"picture: {path}")
+    save_figure(path, draw)
 
 
 if __name__ == "__main__":

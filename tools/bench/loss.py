@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject
 from mora_ds.models.loss import chunk_loss, token_nll
+from tools.bench.measuring import llama_config
 
 
 def peak_mib(device: torch.device) -> float:
@@ -39,10 +40,7 @@ def measure(options: argparse.Namespace, chunked: bool) -> tuple[float, float, f
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     now = time.perf_counter if device.type == "cuda" else time.thread_time
-    config = LlamaConfig(
-        vocab_size=options.vocab, hidden_size=options.width, intermediate_size=2 * options.width, num_hidden_layers=2,
-        num_attention_heads=8, num_key_value_heads=8,
-    )  # fmt: skip
+    config = llama_config(options.width, 2, options.vocab, 2048, mlp=2 * options.width, heads=8)
     model: Any = LlamaForCausalLM(config)
     model.to(device, getattr(torch, options.dtype))
     inject(model, MoRAConfig(rank=8))

@@ -25,7 +25,6 @@ import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ from mora_ds.files import write_json_atomic
 from mora_ds.remora.schedule import Schedule, ScheduleKind
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import table
-from tools.bench.trials import run_alone
+from tools.bench.trials import at_edge, mean_and_spread, run_all, run_alone, save_figure
 from tools.bench.uuid_pairs import Digits, accuracy, labels_of, prepared_base
 
 WARMUP, RAMP, KNOWN, LEARNT = 10, 5, 0.9, 0.995
@@ -117,9 +116,7 @@ def main() -> None:
 
 def _results(trials: Sequence[Trial], options: argparse.Namespace) -> list[tuple[Trial, dict[str, Any]]]:
     """Of every trial, run now where it has not been."""
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for done, trial in enumerate(pool.map(lambda trial: _start(trial, options.work), trials), 1):
-            print(f"{done}/{len(trials)}  {trial.name}", flush=True)
+    run_all(trials, lambda trial: _start(trial, options.work), options.jobs)
     return [(trial, json.loads((options.work / trial.name / "result.json").read_text())) for trial in trials]
 
 
@@ -171,14 +168,13 @@ def _trials(options: argparse.Namespace, seeds: range) -> Iterator[Trial]:
                 yield Trial(name, rate, seed, **{each: getattr(options, each) for each in shared})
 
 
-def _start(trial: Trial, work: Path) -> Trial:
+def _start(trial: Trial, work: Path) -> None:
     """As its launcher's only rank, in a process of its own, unless it has been run."""
     folder = work / trial.name
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "result.json").is_file():
         command = [sys.executable, __file__, "--work", str(work), "--trial", json.dumps(asdict(trial))]
         run_alone(command, folder / "log")
-    return trial
 
 
 # -- one trial ---------------------------------------------------------------------------------------------------------
@@ -279,8 +275,7 @@ def _best(results: Sequence[tuple[Trial, dict[str, Any]]]) -> Curve:
 
 def _curve(rate: float, found: Sequence[dict[str, Any]]) -> Curve:
     columns = list(zip(*(each["accuracy"] for each in found), strict=True))
-    means = [sum(column) / len(column) for column in columns]
-    spread = [max(abs(value - mean) for value in column) for column, mean in zip(columns, means, strict=True)]
+    means, spread = map(list, zip(*(mean_and_spread(column) for column in columns), strict=True))
     known = [
         next((step for step, value in zip(each["steps"], each["accuracy"], strict=True) if value >= KNOWN), None)
         for each in found
@@ -293,8 +288,7 @@ def _lines(best: dict[str, Curve], options: argparse.Namespace) -> list[str]:
     shown = [index for index in range(len(steps)) if (index + 1) % -(-len(steps) // 10) == 0 or index + 1 == len(steps)]
     rows = [["method", "trained", "best rate", *(f"{steps[index]}" for index in shown), "+-", f"to {KNOWN:.0%}"]]
     for name, curve in best.items():
-        rates = options.rates or METHODS[name].rates
-        edge = "*" if len(rates) > 1 and curve.rate in (min(rates), max(rates)) else ""
+        edge = at_edge(curve.rate, options.rates or METHODS[name].rates)
         known = "/".join("-" if step is None else str(step) for step in curve.known_at)
         cells = [f"{100 * curve.accuracy[index]:.1f}" for index in shown]
         rows.append(
@@ -316,21 +310,14 @@ def _curves(best: dict[str, Curve], work: Path) -> None:
             for step, value in zip(curve.steps, curve.accuracy, strict=True):
                 writer.add_scalar("character_accuracy", value, step)
     print(f"curves: tensorboard --logdir {work / 'tensorboard'}")
-    try:
-        import matplotlib
-    except ImportError:
-        print("no matplotlib, no picture")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots()
-    for name, curve in best.items():
-        axes.errorbar(curve.steps, curve.accuracy, curve.spread, label=f"{name} ({curve.rate:g})", capsize=2)
-    axes.set(xlabel="steps", ylabel="character accuracy", ylim=(0, 1.02), title="random UUID pairs")
-    axes.legend()
-    figure.savefig(work / "memorization.png", dpi=120)
-    print(f"picture: {work / 'memorization.png'}")
+    def draw(axes: Any) -> None:
+        for name, curve in best.items():
+            axes.errorbar(curve.steps, curve.accuracy, curve.spread, label=f"{name} ({curve.rate:g})", capsize=2)
+        axes.set(xlabel="steps", ylabel="character accuracy", ylim=(0, 1.02), title="random UUID pairs")
+        axes.legend()
+
+    save_figure(work / "memorization.png", draw)
 
 
 if __name__ == "__main__":

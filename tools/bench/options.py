@@ -16,7 +16,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from mora_ds.models.load import create_base
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import table
 from tools.bench.domain_texts import DOMAINS, PROSE, write_texts
-from tools.bench.trials import pretrain_alone
+from tools.bench.trials import mean_and_spread, pretrain_alone, run_all
 
 VOCABULARY, WARM_STEPS, ROWS, SEQ_LEN = 2048, 300, 8, 128
 RATES = (3e-3, 1e-2, 3e-2)
@@ -64,6 +63,10 @@ class Trial:
     seed: int
     folder: Path
 
+    @property
+    def name(self) -> str:
+        return f"{self.architecture} {self.folder.name}"
+
     def summary(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
         return found
@@ -85,10 +88,12 @@ def main() -> None:
     first = options.architectures[0]
     # mora goes first: budget asks how many parameters it has
     for methods in (["mora"], [name for name in options.methods if name != "mora"]):
-        _run_all([_trial(options, first, name, rate, 1) for name in methods for rate in RATES], options)
+        swept = [_trial(options, first, name, rate, 1) for name in methods for rate in RATES]
+        run_all(swept, lambda trial: _run(trial, options), options.jobs)
     best = {name: _best(options, first, name) for name in options.methods}
     for methods in (["mora"], [name for name in options.methods if name != "mora"]):
-        _run_all(list(_repeats(options, methods, best | {"mora": _best(options, first, "mora")})), options)
+        repeats = list(_repeats(options, methods, best | {"mora": _best(options, first, "mora")}))
+        run_all(repeats, lambda trial: _run(trial, options), options.jobs)
     lines, found = _report(options, best)
     (options.work / "options.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     print("\n".join(lines))
@@ -158,15 +163,9 @@ def _repeats(options: argparse.Namespace, methods: Sequence[str], best: dict[str
                 yield _trial(options, architecture, name, best[name], seed)
 
 
-def _run_all(trials: Sequence[Trial], options: argparse.Namespace) -> None:
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for done, trial in enumerate(pool.map(lambda trial: _run(trial, options), trials), 1):
-            print(f"{done}/{len(trials)}  {trial.architecture} {trial.folder.name}", flush=True)
-
-
-def _run(trial: Trial, options: argparse.Namespace) -> Trial:
+def _run(trial: Trial, options: argparse.Namespace) -> None:
     if (trial.folder / "summary.json").is_file():
-        return trial
+        return
     texts, root = options.work / "texts", options.work / trial.architecture
     settings = {
         **_common(options.work, trial.folder), "model_name_or_path": root / "warm" / "merged",
@@ -184,7 +183,6 @@ def _run(trial: Trial, options: argparse.Namespace) -> Trial:
         settings["trainable_budget"] = mora.summary()["trainable_params"]
     trial.folder.parent.mkdir(parents=True, exist_ok=True)
     pretrain_alone(settings, trial.folder.with_name(f"{trial.folder.name}.log"))
-    return trial
 
 
 def _best(options: argparse.Namespace, architecture: str, method: str) -> float:
@@ -204,9 +202,8 @@ def _report(options: argparse.Namespace, best: dict[str, float]) -> tuple[list[s
             after = [trial.summary()["perplexity_after"] for trial in trials]
             means = {name: sum(each[name] for each in after) / len(after) for name in (PROSE, *DOMAINS)}
             domains = [trial.domains() for trial in trials]
-            mean = sum(domains) / len(domains)
+            mean, spread = mean_and_spread(domains)
             trainable = trials[0].summary()["trainable_params"]
-            spread = max(abs(each - mean) for each in domains)
             row = {"model": architecture, "method": method, "trainable": trainable, "rate": best[method]}
             found.append({**row, **means, "domains": domains})
             shown = [f"{means[name]:.2f}" for name in DOMAINS]

@@ -18,23 +18,19 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import socket
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout, not installed
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from mora_ds import MoRAConfig, initialize, inject
 from mora_ds.engine.ds_config import complete_ds_config
-from mora_ds.engine.initialize import start_distributed
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.loss import token_nll
 from mora_ds.planning.memory_meter import MemoryMeter
@@ -43,24 +39,22 @@ from mora_ds.planning.step import Work, planned_model
 from mora_ds.planning.timing import Cluster
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import table
+from tools.bench.measuring import llama_config, memory_of, on_processes, zero3_config
 
 STEPS = 4
 
 
 def main() -> None:
     options = _options()
-    config = AutoConfig.for_model(
-        "llama", hidden_size=options.hidden, intermediate_size=options.hidden * 43 // 16, vocab_size=options.vocabulary,
-        num_hidden_layers=options.layers, num_attention_heads=8, num_key_value_heads=4,
-    )  # fmt: skip
+    sides = {"heads": 8, "kv_heads": 4}
+    config = llama_config(options.hidden, options.layers, options.vocabulary, 2048, options.hidden * 43 // 16, **sides)
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-        small: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 64}
-        tiny = AutoConfig.for_model("llama", num_attention_heads=8, num_key_value_heads=4, **small)
+        tiny = llama_config(64, 1, 64, 2048, 128, **sides)
         AutoModelForCausalLM.from_config(tiny, dtype=torch.float32).save_pretrained(f"{folder}/tiny")
         work = Work(config, _adapter(options), options.seq_len, options.rows, torch.float32, options.checkpointing)
         numels = [parameter.numel() for parameter in planned_model(work).parameters()]
-        completed = complete_ds_config(_ds_config(options), numels)
+        completed = complete_ds_config(zero3_config(options.rows, gradient_accumulation_steps=1), numels)
         print(f"{options.rows} x {options.seq_len} tokens a rank, fp32, {sum(numels):,} trained; MB (10^6)")
         for ranks in options.ranks:
             plan = Planner(work, Cluster(ranks, ranks), completed, on_cpu=True).plan()
@@ -83,15 +77,6 @@ def _options() -> argparse.Namespace:
 
 def _adapter(options: argparse.Namespace) -> MoRAConfig:
     return MoRAConfig(rank=options.rank, operator="share", base_bits=options.base_bits)
-
-
-def _ds_config(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": options.rows,
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": 3},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
-    }
 
 
 def _print(ranks: int, plan: Plan, found: list[dict[str, float]]) -> None:
@@ -121,31 +106,16 @@ def _persistent(plan: Plan) -> int:
 
 
 def measure(ranks: int, folder: str, options: argparse.Namespace) -> list[dict[str, float]]:
-    """Of every rank."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    # glibc keeps freed memory for itself; what is freed shall be seen to be (mallopt(3))
+    """What each process measures."""
+    # glibc would keep freed memory, which then counts as resident (mallopt(3))
     os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
-    results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_rank, (ranks, port, folder, options, results), nprocs=ranks)
-    return [measured for _, measured in sorted(results.get() for _ in range(ranks))]
-
-
-def _rank(rank: int, ranks: int, port: int, folder: str, options: argparse.Namespace, results: Any) -> None:
-    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in launched.items()})
-    torch.set_num_threads(1)
-    start_distributed()
-    results.put((rank, _measured(folder, options)))
-    dist.barrier()
-    os._exit(0)  # gloo's threads often abort at interpreter exit, after right results
+    return on_processes(ranks, _measured, folder, options)
 
 
 def _measured(folder: str, options: argparse.Namespace) -> dict[str, float]:
     _train(f"{folder}/tiny", options, warm_up=True)  # libraries and code are in memory
     gc.collect()
-    tensors, resident, pss = _alive(), _status("VmRSS"), _pss()
+    tensors, resident, pss = _alive(), memory_of("VmRSS"), memory_of("Pss")
     return _train(folder, options, False, tensors, resident, pss)
 
 
@@ -156,7 +126,7 @@ def _train(
     if options.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     inject(model, _adapter(options))
-    engine, *_ = initialize(model=model, config=_ds_config(options))
+    engine, *_ = initialize(model=model, config=zero3_config(options.rows, gradient_accumulation_steps=1))
     ids = torch.randint(64 if warm_up else options.vocabulary, (options.rows, options.seq_len))
     positions = torch.arange(options.seq_len).expand(options.rows, -1) % (options.seq_len // 2)
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions.contiguous()}
@@ -170,11 +140,11 @@ def _train(
             engine.backward(loss / ids.numel())
             del loss
             engine.step()
-        found["resident"] = _status("VmHWM") - resident
+        found["resident"] = memory_of("VmHWM") - resident
         found["gathered"], found["calls"] = counter.gathered_bytes, counter.calls
     gc.collect()
     dist.barrier()
-    found["held"], found["pss"] = _alive() - tensors, _pss() - pss
+    found["held"], found["pss"] = _alive() - tensors, memory_of("Pss") - pss
     dist.barrier()
     with MemoryMeter() as meter:
         loss = token_nll(engine, batch)
@@ -197,16 +167,6 @@ def _alive() -> int:
             storage = thing.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
-
-
-def _pss() -> int:
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
 if __name__ == "__main__":

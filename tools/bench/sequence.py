@@ -11,28 +11,23 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from mora_ds import MoRAConfig, inject
-from mora_ds.engine.initialize import start_distributed
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import share_rows
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import table
+from tools.bench.measuring import SavedActivations, llama_config, on_processes
 
 
 def _attention(query_shape: Any, key_shape: Any, *others: Any, **kwargs: Any) -> int:
@@ -62,7 +57,7 @@ def main() -> None:
     )
     lines, alone = [["s", "saved MiB a rank", "ratio", "GFLOP a rank", "ratio"]], None
     for size in (1, *options.sizes):
-        saved, flops = measure(size, options)
+        saved, flops = on_processes(size, _count, size, options)[0]
         alone = alone or (saved, flops)
         ratios = f"{saved / alone[0]:.3f}", f"{flops / alone[1]:.3f}"
         lines.append([str(size), f"{saved / 2**20:.2f}", ratios[0], f"{flops / 1e9:.2f}", ratios[1]])
@@ -84,30 +79,8 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(size: int, options: argparse.Namespace) -> tuple[int, int]:
-    """(saved bytes, floating-point operations) of rank 0 of `size`."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_rank, (size, port, options, results), nprocs=size)
-    saved, flops = results.get()
-    return saved, flops
-
-
-def _rank(rank: int, size: int, port: int, options: argparse.Namespace, results: Any) -> None:
-    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in launched.items()})
-    torch.set_num_threads(1)
-    start_distributed()
-    counted = _count(size, options)
-    if rank == 0:
-        results.put(counted)
-    dist.barrier()
-    os._exit(0)  # gloo's threads often abort at interpreter exit, after right results
-
-
 def _count(size: int, options: argparse.Namespace) -> tuple[int, int]:
+    """(bytes that autograd saves, floating-point operations) of this process, one of `size`."""
     model = _model(options)
     sequence = share_rows(model, size)
     drawn = torch.randint(options.vocabulary, (options.rows, options.seq_len + 1))
@@ -115,35 +88,20 @@ def _count(size: int, options: argparse.Namespace) -> tuple[int, int]:
     batch = {"input_ids": drawn[:, :-1], "labels": drawn[:, 1:], "position_ids": positions}
     if sequence is not None:
         batch = sequence.split(batch)
-    owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    activations = SavedActivations([*model.parameters(), *model.buffers()])
     with FlopCounterMode(display=False, custom_mapping=ON_CPU) as flops:
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with activations.counting():
             loss = token_nll(model, batch)
-        kept = sum(saved.values())
         loss.backward()
-    return kept, flops.get_total_flops()
+    return activations.nbytes, flops.get_total_flops()
 
 
 def _model(options: argparse.Namespace) -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=options.hidden,
-        intermediate_size=4 * options.hidden,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads,
-        vocab_size=options.vocabulary,
-        max_position_embeddings=options.seq_len,
-    )
+    config = llama_config(
+        options.hidden, options.layers, options.vocabulary, options.seq_len, 4 * options.hidden, options.heads,
+        options.kv_heads,
+    )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -23,15 +23,15 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout, not installed
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from mora_ds.data import load_tokenizer, train_sentencepiece
 from mora_ds.errors import RunError
 from mora_ds.models.base import write_own_base
 from mora_ds.runtime import cli
 from mora_ds.runtime.processes import parent_of
+from tools.bench.measuring import ROOT, llama_config, memory_of
 
-ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 512
 
 
@@ -75,15 +75,7 @@ def _base(work: Path, text: Path, name: str, gigabytes: float) -> Path:
     layers = max(1, round(gigabytes * 1e9 / (2 * (4 * 2048**2 + 3 * 2048 * 5504)))) if gigabytes else 1
     width = 2048 if gigabytes else 64
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=43 * width // 16,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        max_position_embeddings=512,
-    )
+    config = llama_config(width, layers, VOCABULARY, 512, mlp=43 * width // 16)
     trained = train_sentencepiece([text.read_text(encoding="utf-8")], VOCABULARY, work)
     write_own_base(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), work / name, load_tokenizer(trained))
     return work / name
@@ -111,7 +103,7 @@ def _start(base: Path, text: Path, out: Path, ranks: int) -> Start:
         while (first := _first_step(out / "metrics.jsonl")) is None:
             if runner.poll() is not None:
                 raise RunError(f"the run ended with code {runner.returncode}:\n{log.read_text()[-2000:]}")
-            peak = max(peak, sum(_pss(rank) for rank in _ranks(runner.pid)))
+            peak = max(peak, sum(memory_of("Pss", rank) for rank in _ranks(runner.pid)))
             time.sleep(0.05)
         ended = (out / "metrics.jsonl").stat().st_mtime
         if runner.wait():
@@ -137,14 +129,6 @@ def _ranks(launcher: int) -> list[int]:
         below |= more
         grown = bool(more)
     return sorted(below - {launcher})
-
-
-def _pss(process: int) -> int:
-    try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    except OSError:  # it has just ended
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
 
 
 def _options() -> argparse.Namespace:

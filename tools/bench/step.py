@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout,
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from mora_ds import MoRAConfig, initialize, inject
 from mora_ds.adapters.config import LoRAConfig
@@ -36,6 +35,7 @@ from mora_ds.engine.initialize import initialize_full, start_distributed
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import table
+from tools.bench.measuring import llama_config, seconds_of, zero3_config
 
 VOCABULARY = 8192
 PEER, OURS = "PEFT LoRA", "mora_ds"
@@ -66,11 +66,7 @@ def main() -> None:
 
 def _contenders(options: argparse.Namespace, ids: torch.Tensor) -> dict[str, tuple[int, Step]]:
     """Name -> (trained parameters, its step)."""
-    config = {
-        "train_micro_batch_size_per_gpu": options.rows,
-        "zero_optimization": {"stage": 3},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
-    }
+    config = zero3_config(options.rows)
     found = {"base alone": (0, _frozen_step(_model(options), ids))}
     for name, adapter in ((OURS, MoRAConfig(rank=options.rank)), ("mora_ds, LoRA", LoRAConfig(rank=options.rank))):
         model = _model(options)
@@ -85,18 +81,7 @@ def _contenders(options: argparse.Namespace, ids: torch.Tensor) -> dict[str, tup
 
 def _model(options: argparse.Namespace) -> Any:
     torch.manual_seed(0)
-    heads = max(1, options.width // 64)
-    return AutoModelForCausalLM.from_config(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=options.width,
-            intermediate_size=11 * options.width // 4,
-            num_hidden_layers=options.layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=options.seq_len,
-        )
-    )
+    return AutoModelForCausalLM.from_config(llama_config(options.width, options.layers, VOCABULARY, options.seq_len))
 
 
 def _peft(options: argparse.Namespace) -> Any:
@@ -135,10 +120,12 @@ def _engine_step(engine: Any, ids: torch.Tensor) -> Step:
 def _together(step: Step) -> float:
     """Seconds until all ranks have done it."""
     dist.barrier()
-    started = time.perf_counter()
-    step()
-    dist.barrier()
-    return time.perf_counter() - started
+
+    def all_of_them() -> None:
+        step()
+        dist.barrier()
+
+    return seconds_of(all_of_them)
 
 
 def _report(

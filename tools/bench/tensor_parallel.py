@@ -11,29 +11,24 @@ the head. A step is forward, backward and AdamW under ZeRO-3.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
-import socket
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout, not installed
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject
 from mora_ds.adapters.tp_plan import plan_of
-from mora_ds.engine.initialize import initialize, start_distributed
-from mora_ds.errors import RunError
+from mora_ds.engine.initialize import initialize
 from mora_ds.runtime import cli
+from tools.bench.measuring import SavedActivations, llama_config, on_processes, seconds_of, zero3_config
 
 SEQ_LEN, HEAD_DIM, VOCABULARY = 512, 64, 512
 
@@ -62,39 +57,9 @@ class Found:
     step_s: float
 
 
-class KeptWithin:
-    """Bytes that autograd keeps while one of `blocks` computes, each storage once, without those of `leave_out`."""
-
-    def __init__(self, blocks: list[nn.Module], leave_out: list[Tensor]) -> None:
-        self._left_out = {tensor.untyped_storage().data_ptr() for tensor in leave_out}
-        self._sizes: dict[int, int] = {}
-        self._kept: list[Tensor] = []
-        self._inside = 0
-        for block in blocks:
-            block.register_forward_pre_hook(lambda *anything: self._step(1))
-            block.register_forward_hook(lambda *anything: self._step(-1))
-
-    def _step(self, change: int) -> None:
-        self._inside += change
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if self._inside and storage.data_ptr() not in self._left_out:
-            self._sizes[storage.data_ptr()] = storage.nbytes()
-            self._kept.append(tensor)  # alive, so that no address comes twice
-        return tensor
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self._sizes.values())
-
-
 def new_model(work: Work) -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=work.hidden, intermediate_size=11 * work.hidden // 4, num_hidden_layers=work.layers,
-        num_attention_heads=work.hidden // HEAD_DIM, vocab_size=VOCABULARY, max_position_embeddings=SEQ_LEN,
-    )  # fmt: skip
+    config = llama_config(work.hidden, work.layers, VOCABULARY, SEQ_LEN, heads=work.hidden // HEAD_DIM)
     model = AutoModelForCausalLM.from_config(config)
     inject(model, MoRAConfig(rank=work.rank, operator=work.operator, segments=work.segments, compute=work.compute))
     return model.train()
@@ -102,15 +67,10 @@ def new_model(work: Work) -> Any:
 
 def measure(work: Work) -> Found:
     """On this rank of `work.degree`."""
-    start_distributed()
     model = new_model(work)
     blocks = [model.get_submodule(name) for name in plan_of(model, 1).blocks]
     rows = work.tokens // SEQ_LEN
-    config = {
-        "train_micro_batch_size_per_gpu": rows,
-        "zero_optimization": {"stage": 3},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
-    }
+    config = zero3_config(rows)
     engine, *_ = initialize(model=model, config=config, tensor_parallel_size=work.degree)
     ids = torch.randint(VOCABULARY, (rows, SEQ_LEN), generator=torch.Generator().manual_seed(1))
 
@@ -123,59 +83,22 @@ def measure(work: Work) -> Found:
         engine.step()
 
     step()
-    times = [_timed(step) for _ in range(work.repeats)]
-    kept = KeptWithin(blocks, [*frozen_buffers(model).values(), *model.parameters()])
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
+    times = [seconds_of(step) for _ in range(work.repeats)]
+    saved = SavedActivations([*frozen_buffers(model).values(), *model.parameters()])
+    saved.counts = False
+    for block in blocks:
+        block.register_forward_pre_hook(lambda *_: setattr(saved, "counts", True))
+        block.register_forward_hook(lambda *_: setattr(saved, "counts", False))
+    with FlopCounterMode(display=False) as counter, saved.counting():
         engine.backward(loss())
     head = 3 * 2 * work.tokens * work.hidden * VOCABULARY * 2 // 3  # forward, and the gradient of its input
-    return Found(kept.nbytes, counter.get_total_flops() - head, min(times))
-
-
-def _timed(step: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
-
-
-# -- ranks -----------------------------------------------------------------------------------------------------------
+    return Found(saved.nbytes, counter.get_total_flops() - head, min(times))
 
 
 def on_ranks(work: Work) -> Found:
     """`measure` on every rank of a group; rank 0's findings, and the slowest one's time."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=_rank, args=(rank, port, work, queue)) for rank in range(work.degree)]
-    for process in processes:
-        process.start()
-    results = dict(queue.get(timeout=1800) for _ in processes)
-    for process in processes:
-        process.join(10)
-        process.kill()
-    if failed := [text for text in results.values() if isinstance(text, str)]:
-        raise RunError(failed[0])
-    first = results[0]
-    return Found(first.saved_bytes, first.flops, max(found.step_s for found in results.values()))
-
-
-def _rank(rank: int, port: int, work: Work, queue: Any) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(work.degree), LOCAL_SIZE=str(work.degree),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) >= work.degree:
-        os.sched_setaffinity(0, {cores[rank]})
-    try:
-        queue.put((rank, measure(work)))
-    except Exception as error:
-        queue.put((rank, f"rank {rank}: {error!r}"))
-    queue.close()
-    queue.join_thread()
-    os._exit(0)  # gloo's threads may abort at interpreter exit, after right results
+    results = on_processes(work.degree, measure, work)
+    return Found(results[0].saved_bytes, results[0].flops, max(found.step_s for found in results))
 
 
 def main() -> None:

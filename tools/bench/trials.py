@@ -1,25 +1,35 @@
-"""Many small runs for a benchmark: each a process that takes itself for the only rank that a launcher has started."""
+"""What the benchmarks that learn share: many small runs, each a job of one process, and figures over seeds."""
 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from mora_ds.errors import RunError
+from mora_ds.runtime.processes import only_rank
+from mora_ds.train.demo import DemoPaths, warm_start_settings, write_inputs
+from tools.bench.measuring import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
+
+class Named(Protocol):
+    """A trial, by what the lines of progress call it."""
+
+    @property
+    def name(self) -> str: ...
+
+
+T = TypeVar("T", bound=Named)
 
 
 def run_alone(command: Sequence[str], log: Path) -> None:
     """Runs `command` on one thread, its output in `log`. Raises `RunError` naming that when it fails."""
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port()}
     with log.open("w", encoding="utf-8") as file:
-        environment = {**os.environ, **rank, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **only_rank(), "OMP_NUM_THREADS": "1"}
         code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
     if code:
         raise RunError(f"a run failed: see {log}")
@@ -36,7 +46,42 @@ def _words(value: Any) -> list[str]:
     return [str(each) for each in value] if isinstance(value, list) else [str(value)]
 
 
-def _port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
+def run_all(trials: Sequence[T], run: Callable[[T], object], jobs: int) -> None:
+    """`run` every trial, `jobs` side by side, and print a line for each that has ended."""
+    with ThreadPoolExecutor(jobs) as pool:
+        for done, (trial, _) in enumerate(zip(trials, pool.map(run, trials), strict=True), 1):
+            print(f"{done}/{len(trials)}  {trial.name}", flush=True)
+
+
+def warm_base(folder: Path, rows: int) -> DemoPaths:
+    """The demo's small Llama after its warm start on prose, made in `folder` where it is not there yet."""
+    paths = DemoPaths(folder)
+    if not paths.warm.is_dir():
+        write_inputs(paths, seed=42)
+        print("warm start on prose", flush=True)
+        pretrain_alone(warm_start_settings(paths, rows, seed=42), paths.root / "warm.log")
+    return paths
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and the largest deviation from it."""
+    mean = sum(values) / len(values)
+    return mean, max(abs(value - mean) for value in values)
+
+
+def at_edge(rate: float, swept: Sequence[float]) -> str:
+    """ "*" where a better learning rate may lie outside of the sweep."""
+    return "*" if len(swept) > 1 and rate in (min(swept), max(swept)) else ""
+
+
+def save_figure(path: Path, draw: Callable[[Any], None]) -> None:
+    """Let `draw` fill the axes of a picture; without matplotlib there is none."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no matplotlib, no picture")
+        return
+    figure = Figure(layout="constrained")
+    draw(figure.subplots())
+    figure.savefig(path, dpi=120)
+    print(f"picture: {path}")

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 from mora_ds.data import load_tokenizer
 from mora_ds.errors import UserError
 from mora_ds.files import atomic_folder
-from mora_ds.train.demo import DemoPaths, warm_start_settings, write_inputs
-from tools.bench.trials import pretrain_alone
+from tools.bench.trials import warm_base
 
 DIGITS, HEX = 32, "0123456789abcdef"
 
@@ -47,22 +46,13 @@ def labels_of(ids: Tensor) -> Tensor:
 
 def prepared_base(given: Path | None, work: Path, digit_steps: int) -> Path:
     """The model that adapters are put on: `given`, or a small one made here, after `teach_digits`."""
-    base = given or _warm_base(work)
+    base = given or warm_base(work / "base", 8).warm
     folder = work / f"base-{digit_steps}"
     if digit_steps and not folder.is_dir():
         work.mkdir(parents=True, exist_ok=True)
         print("training on pairs that nobody is asked for", flush=True)
         teach_digits(base, folder, digit_steps)
     return folder if digit_steps else base
-
-
-def _warm_base(work: Path) -> Path:
-    paths = DemoPaths(work / "base")
-    if not paths.warm.is_dir():
-        write_inputs(paths, seed=42)
-        print("warm start on prose", flush=True)
-        pretrain_alone(warm_start_settings(paths, 8, seed=42), paths.root / "warm.log")
-    return paths.warm
 
 
 def teach_digits(base: Path, folder: Path, steps: int, rate: float = 1e-3, pairs: int = 16) -> None:
