@@ -1,1 +1,12 @@
-"""Settings of a run: flags, recipes, and every check of them."""
+"""Settings of a run: flags and recipes, parsed strictly, and every check that needs no file's contents.
+
+flags               command line and YAML -> dataclasses; renamed and retired settings
+arguments           `Arguments`: the four groups of settings, `parse` and `dump`
+adapter             settings of the adapter and its merges
+data                settings of model, tokenizer and text
+training            settings of the run itself
+mixture             sources of text with weights: flags and mix.yaml
+domains             domains, and the domain that each evaluation set is read with
+forgetting          bounds and weights that are applied after every evaluation
+validate            all checks, reported together; validate_adapter and validate_run check several groups at once
+"""

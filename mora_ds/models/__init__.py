@@ -1,1 +1,10 @@
-"""Base models: Hugging Face folders read and written, their loss, their vocabulary."""
+"""Base models: Hugging Face folders read and written, loss, vocabulary, singular vectors.
+
+base            `BaseCheckpoint`: the original weights on disk, their fingerprint and the names of parameters
+load            Hub name or folder -> live model; configs
+save            writes a model folder tensor by tensor
+tensor_files    safetensors files, written and read one tensor at a time
+loss            the loss of a batch, optionally in chunks of tokens
+vocabulary      adds rows to embeddings and head for new tokens
+svd             leading singular vectors of the weights
+"""

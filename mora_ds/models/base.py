@@ -1,12 +1,12 @@
-"""The original weights: a Hugging Face folder that is read and never written.
+"""The base's original weights: a Hugging Face folder that is read and never written.
 
-    folder -> BaseCheckpoint -> fingerprint          which base this is, whatever its sharding and place
+    folder -> BaseCheckpoint -> fingerprint          identifies the base, independent of its shards and its path
                              -> map_parameters       live parameter name -> key in the files
-                             -> read(key)            one tensor, mapped, in its stored dtype
+                             -> read(key)            one tensor, memory-mapped, in its stored dtype
 
-A run needs its base one-to-one on disk: each live weight is one tensor of the files, cast. Where that fails (pickled
-files only, weights converted at load, a model fresh from a config) `NotOneToOne` is raised, and the caller may write
-a base of its own with `write_own_base`.
+A run needs its base one to one on disk: each live weight is one tensor of the files, cast to the run's dtype. Where
+that is not so (pickled files only, weights converted at load, a new model from a config) `NotOneToOne` is raised, and
+the caller can save the live model with `write_own_base`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ INDEX_FILE = "model.safetensors.index.json"
 MODEL_FLAG = "--model_name_or_path"
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
+"""Called with (bytes done, bytes in total)."""
 
 
 class NotOneToOne(UserError):
-    """The folder's tensors are not, one by one, the live model's weights. `names`: the parameters concerned."""
+    """The folder's tensors are not one to one the live model's weights. `names`: the parameters concerned."""
 
     def __init__(self, message: str, names: Iterable[str] = ()) -> None:
         super().__init__(message)
@@ -53,16 +53,16 @@ class BaseCheckpoint:
 
     @classmethod
     def open(cls, folder: Path | str, flag: str = MODEL_FLAG) -> BaseCheckpoint:
-        """Opens a folder with config.json and model.safetensors, or an index and its shards.
+        """Opens a folder with config.json and either model.safetensors or an index and its shards.
 
-        Raises `UserError` naming `flag` and the file at fault, and its subclass `NotOneToOne` where there are weights,
-        but only pickled ones.
+        Raises `UserError` naming `flag` and the faulty file, and its subclass `NotOneToOne` where all weights are
+        pickled.
         """
         folder = Path(folder).absolute()
         if not folder.is_dir():
             raise UserError(f"{flag}: no such folder: {folder}")
         if not (folder / "config.json").is_file():
-            raise UserError(f"{flag}: {folder} is no model folder, it has no config.json")
+            raise UserError(f"{flag}: {folder} is not a model folder: it has no config.json")
         try:
             if "quantization_config" in read_json(folder / "config.json"):
                 raise UserError(f"{folder} holds quantized weights; give the unquantized model")
@@ -89,11 +89,11 @@ class BaseCheckpoint:
         return sum(tensor_nbytes(*self.shape_dtype(key)) for key in self._file_of)
 
     def shape_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """From the header alone; nothing is read."""
+        """Shape and dtype of a tensor, from the header of the file alone."""
         return shape_dtype(self._handle(key), key)
 
     def read(self, key: str) -> Tensor:
-        """The tensor as stored, on the CPU; its memory is the mapped file, so do not write to it.
+        """The tensor as stored, on the CPU. Its memory is the mapped file: do not write to it.
 
         Raises `RunError` when the file has been damaged since it was opened.
         """
@@ -109,9 +109,9 @@ class BaseCheckpoint:
         return self._handles[path]
 
     def fingerprint(self, progress: Progress | None = None) -> str:
-        """Hex sha256 of the tensors' names, dtypes, shapes and checksums: the same wherever and however sharded.
+        """Hex sha256 of the tensors' names, dtypes, shapes and checksums; independent of shards and path.
 
-        Reads every byte once, at about memory speed; the result is kept.
+        The first call reads every byte, at about memory speed.
         """
         if self._fingerprint is None:
             lines, done, total = [], 0, self.nbytes
@@ -132,10 +132,10 @@ class BaseCheckpoint:
         ties: Mapping[str, str] | None = None,
         renamed: Mapping[str, str] | None = None,
     ) -> dict[str, str]:
-        """Parameter name -> key: as it stands, without or with `base_model_prefix`, or its twin's key where tied.
+        """Parameter name -> key: the same name, also without or with `base_model_prefix`, or that of a tied parameter.
 
         `ties`: tied parameter -> the parameter whose storage it shares (transformers' `all_tied_weights_keys`).
-        `renamed`: what `renamed_keys` found. Raises `NotOneToOne` with all names that have no key.
+        `renamed`: from `renamed_keys`. Raises `NotOneToOne` with all names that have no key.
         """
         ties, renamed = ties or {}, renamed or {}
         mapping: dict[str, str] = {}
@@ -154,10 +154,8 @@ class BaseCheckpoint:
         return mapping
 
     def _find(self, name: str, prefix: str, renamed: Mapping[str, str]) -> str | None:
-        candidates = [name]
-        if prefix:
-            candidates.append(name[len(prefix) + 1 :] if name.startswith(f"{prefix}.") else f"{prefix}.{name}")
-        for candidate in candidates:
+        other = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
+        for candidate in (name, other) if prefix else (name,):
             if candidate in self._file_of:
                 return candidate
             if candidate in renamed:
@@ -166,11 +164,14 @@ class BaseCheckpoint:
 
 
 def _locate_tensors(folder: Path) -> dict[str, Path]:
-    """Key -> file. Opens every file, so that a missing or truncated one is found now."""
+    """Key -> file. Opens every file, so that a missing or truncated one is reported now."""
     if (folder / SINGLE_FILE).is_file():
         return dict.fromkeys(open_safetensors(folder / SINGLE_FILE).keys(), folder / SINGLE_FILE)
     if not (folder / INDEX_FILE).is_file():
-        raise _no_safetensors(folder)
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        if pickled:
+            raise NotOneToOne(f"{folder} has no safetensors, only pickled weights ({', '.join(pickled[:3])})")
+        raise UserError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
     weight_map = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX_FILE} is damaged: it has no weight_map")
@@ -181,27 +182,20 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
         held[folder / shard] = set(open_safetensors(folder / shard).keys())
     for key, shard in weight_map.items():
         if key not in held[folder / shard]:
-            raise UserError(f"{folder / shard} has no tensor {key!r}, though {INDEX_FILE} says so")
+            raise UserError(f"{folder / shard} has no tensor {key!r}, which {INDEX_FILE} lists")
     return {key: folder / shard for key, shard in weight_map.items()}
 
 
-def _no_safetensors(folder: Path) -> UserError:
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickled:
-        return NotOneToOne(f"{folder} has no safetensors, only pickled weights ({', '.join(pickled[:3])})")
-    return UserError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
-
-
 def map_model(base: BaseCheckpoint, model: Any, names: Iterable[str]) -> dict[str, str]:
-    """`base.map_parameters` for a transformers model, which says what it ties and renames. `names`: of parameters."""
+    """`base.map_parameters` for the parameters `names` of a transformers model, with its ties and renamings."""
     ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
     return base.map_parameters(names, model.base_model_prefix, ties, renamed_keys(model, base.keys()))
 
 
 def renamed_keys(model: Any, keys: Iterable[str]) -> dict[str, str]:
-    """Name after loading -> key, for keys that transformers renames (and does nothing else to) as it loads `model`.
+    """Name in the live model -> key, for tensors that transformers only renames when it loads `model`.
 
-    For example GPT-NeoX: {"lm_head.weight": "embed_out.weight"}. Tensors that are fused or split at load are left out.
+    For example GPT-NeoX: {"lm_head.weight": "embed_out.weight"}. Not tensors that are fused or split at load.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -220,16 +214,16 @@ def renamed_keys(model: Any, keys: Iterable[str]) -> dict[str, str]:
 def write_own_base(
     model: Any, folder: Path, tokenizer: Any = None, state_dict: Mapping[str, Tensor] | None = None
 ) -> BaseCheckpoint:
-    """Saves a live transformers model (before any injection) as a base: safetensors under the live names and dtypes.
+    """Saves a live transformers model (before injection) as a base: safetensors with the live names and dtypes.
 
-    Written beside `folder` and renamed, an older one being replaced. `state_dict` stands in for weights that the model
-    itself does not hold whole. Raises `RunError` on a full disk.
+    Atomically replaces `folder`. `state_dict` is given where the model itself holds its weights sharded. Raises
+    `RunError` on a full disk.
     """
     weights = {} if state_dict is None else {"state_dict": dict(state_dict)}
     with atomic_folder(folder) as partial:
         try:
             model.save_pretrained(partial, max_shard_size="5GB", save_original_format=False, **weights)
-        except SafetensorError as error:  # the library reports a full disk in words only
+        except SafetensorError as error:  # the library reports a full disk in the message only
             raise RunError(f"cannot write the base to {folder}: {error}") from error
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -239,9 +233,9 @@ def write_own_base(
 def verify_against_model(
     base: BaseCheckpoint, mapping: Mapping[str, str], tensors: Mapping[str, Tensor], names: Iterable[str]
 ) -> None:
-    """Checks that every named live tensor is, bit for bit, its base tensor cast to the live dtype.
+    """Checks that every named live tensor equals, bit for bit, its base tensor cast to the live dtype.
 
-    Raises `NotOneToOne` naming the first that is not.
+    Raises `NotOneToOne` naming the first that does not.
     """
     for name in names:
         live, key = tensors[name].detach(), mapping[name]
@@ -256,21 +250,21 @@ def verify_against_model(
 # -- checksum --------------------------------------------------------------------------------------------------------
 
 _CHUNK = 1 << 15
-"""64-bit words hashed at a time: 256 KiB, which stays in a core's cache."""
+"""Number of 64-bit words that are hashed at a time: 256 KiB, which fit into a core's cache."""
 
 _CHUNKS_AT_ONCE = 256
-"""Off the CPU, where cache is no matter and launches are: 64 MiB."""
+"""The same on a GPU, in chunks: 64 MiB, since the cost there is that of kernel launches."""
 
 _ODD = -7046029254386353131
 """2**64 divided by the golden ratio, as a signed odd number: multiplying by it is a bijection of 64-bit words."""
 
 
 def tensor_checksum(tensor: Tensor) -> int:
-    """A 64-bit checksum of a tensor's bytes and their order; the same on every device and for every view of the bytes.
+    """A 64-bit checksum of a tensor's bytes in order; the same on every device and for every view of the bytes.
 
     Within a chunk: sum of mix(word) * odd(position) mod 2**64, where mix is a bijection and the odd factors are
-    pseudo-random: a change of one word always changes the sum, exchanged words do but for a chance of about 2**-32.
-    The chunks' sums are hashed in their order. No defence against an adversary.
+    pseudo-random: a change of one word always changes the sum, exchanged words do except with a probability of about
+    2**-32. The sums of the chunks are hashed in order. Not secure against an adversary.
     """
     raw = _as_bytes(tensor)
     words_at_once = _CHUNK if raw.device.type == "cpu" else _CHUNK * _CHUNKS_AT_ONCE
@@ -292,15 +286,15 @@ def tensor_checksum(tensor: Tensor) -> int:
 
 
 def _sum_of_words(words: Tensor, shifted: Tensor, factors: Tensor) -> Tensor:
-    """(chunks * _CHUNK,) -> (chunks,). Destroys both arguments: everything is done in place."""
+    """(chunks * _CHUNK,) -> (chunks,). Works in place and overwrites both arguments."""
     words.mul_(_ODD)
     torch.bitwise_right_shift(words, 32, out=shifted)
-    words.bitwise_xor_(shifted.bitwise_and_(0xFFFFFFFF))  # the shift drags the sign along
+    words.bitwise_xor_(shifted.bitwise_and_(0xFFFFFFFF))  # the shift copies the sign bit
     return words.view(-1, _CHUNK).mul_(factors).sum(dim=1)
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Compared as 64-bit words where both can be read so, which is several times faster than by bytes."""
+    """Compares 64-bit words where both are aligned to them, which is several times faster than single bytes."""
     pair = (_as_bytes(one), _as_bytes(other))
     if all(raw.numel() % 8 == 0 and raw.data_ptr() % 8 == 0 for raw in pair):
         pair = (pair[0].view(torch.int64), pair[1].view(torch.int64))
@@ -313,7 +307,7 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _factors(device: torch.device) -> Tensor:
-    """(_CHUNK,) odd numbers: splitmix64 of the position (Steele, Lea & Flood 2014), which no library release alters."""
+    """(_CHUNK,) odd numbers: splitmix64 of the position (Steele, Lea & Flood 2014), independent of library releases."""
     z = np.arange(1, _CHUNK + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

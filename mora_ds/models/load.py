@@ -1,8 +1,8 @@
-"""Load the base: a Hugging Face folder or hub name -> (model, its original tensors on disk, which is which).
+"""Loads the base: a Hugging Face folder or Hub name -> live model, original tensors on disk, names of both.
 
-Every rank reads the same files, whole; nothing here shards. The originals stay on disk for exact merging, so a base
-whose files do not hold the live tensors one to one (pickled weights, tensors fused at load, a model made from a config)
-is written once, under the live names, to a folder of the run.
+Every rank reads the same files unsharded. Exact merging reads the original tensors again, so a base whose files do not
+hold the live tensors one to one (pickled weights, tensors fused at load, a model made from a config) is written once,
+with the live names, to a folder of the run.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.errors import UserError
-from mora_ds.models.base import BaseCheckpoint, NotOneToOne, map_model, verify_against_model, write_own_base
+from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint, NotOneToOne, map_model, verify_against_model, write_own_base
 from mora_ds.runtime.ranks import Ranks
-
-MODEL_FLAG = "--model_name_or_path"
 
 
 @dataclass
 class LoadedBase:
-    """A live model and where its original tensors lie."""
+    """A live model and its original tensors on disk."""
 
     model: Any
     base: BaseCheckpoint
@@ -36,11 +34,11 @@ class LoadedBase:
 
 
 def resolve_folder(name: str, ranks: Ranks) -> Path:
-    """The local folder of a model: itself, or a snapshot of the hub's repository. Collective. Raises `UserError`."""
+    """The folder `name`, or that of a downloaded Hub repository. Collective. Raises `UserError` where there is none."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"{MODEL_FLAG} {name}: the folder has no config.json, so it is no Hugging Face model")
+            raise UserError(f"{MODEL_FLAG} {name}: the folder has no config.json, so it is not a Hugging Face model")
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{MODEL_FLAG} {name}: no such folder")
@@ -60,9 +58,7 @@ def _download(name: str) -> Path:
         return folder
     except (OSError, HFValidationError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{MODEL_FLAG} {name}: neither a folder here nor a hub model that can be had: {reason}"
-        ) from error
+        raise UserError(f"{MODEL_FLAG} {name}: not a folder, and not available on the Hub: {reason}") from error
 
 
 def load_base(
@@ -74,11 +70,10 @@ def load_base(
     trust_remote_code: bool = False,
     share: Callable[[Path], None] | None = None,
 ) -> LoadedBase:
-    """The live model in `dtype` on the CPU, and the original of each of its parameters.
+    """The live model in `dtype` on the CPU, and the original of each of its parameters. Collective.
 
-    `own_base` is where rank 0 writes the base if its files are not one to one; `share` then brings it to nodes that do
-    not see it. Raises `UserError` where weights are
-    missing or do not fit the config.
+    Rank 0 writes the base to `own_base` if its files are not one to one; `share` then copies it to nodes that do not
+    see that folder. Raises `UserError` where weights are missing or do not fit the config.
     """
     model = _from_pretrained(folder, dtype, attn_implementation, trust_remote_code)
     is_own, keys = ranks.on_first(lambda: _originals(model, folder, own_base))
@@ -90,7 +85,7 @@ def load_base(
 def create_base(
     config_file: Path, folder: Path, seed: int, tokenizer: Any = None, vocab_size: int | None = None
 ) -> Path:
-    """A base with fresh random weights from a config JSON, written to `folder` in fp32. One rank calls it."""
+    """Writes a base with random weights, made from a config JSON, to `folder` in fp32. One rank calls it."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(read_model_config(config_file, vocab_size), dtype=torch.float32)
     write_own_base(model, folder, tokenizer)
@@ -98,7 +93,7 @@ def create_base(
 
 
 def read_model_config(config_file: Path, vocab_size: int | None = None) -> Any:
-    """The config of a JSON such as `configs/models/tiny_llama.json`. Raises `UserError` naming --model_config."""
+    """The config in a JSON such as `configs/models/tiny_llama.json`. Raises `UserError` naming --model_config."""
     try:
         values = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -123,7 +118,7 @@ def folder_config(folder: Path | str, trust_remote_code: bool = False) -> Any:
 
 
 def named_config(name: str, trust_remote_code: bool = False) -> Any:
-    """The config of a model folder, a hub name or a config JSON; no weights are looked for. Raises `UserError`."""
+    """The config of a model folder, a Hub name or a config JSON, without any weights. Raises `UserError`."""
     path = Path(name).expanduser()
     return (
         read_model_config(path) if path.is_file() else folder_config(path if path.is_dir() else name, trust_remote_code)
@@ -134,12 +129,12 @@ _NOT_THE_FUNCTION = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "output_attentions",
     "output_hidden_states", "return_dict", "problem_type", "id2label", "label2id", "chunk_size_feed_forward",
 }  # fmt: skip
-"""Settings of a config that change with place, library or call, and not what the model computes."""
+"""Settings of a config that do not change the model's function."""
 
 
 def config_digest(config: Any) -> str:
-    """16 hex digits for what a model's config says of what the model computes: the weights' fingerprint does not see
-    another rope_theta or number of heads."""
+    """16 hex digits that identify the model's function as its config describes it, such as rope_theta and the number of
+    heads, which the fingerprint of the weights does not contain."""
     values = {name: value for name, value in config.to_dict().items() if name not in _NOT_THE_FUNCTION}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -154,21 +149,19 @@ def _from_pretrained(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, and named
+            ignore_mismatched_sizes=True,  # refused below, with their names
         )
     except UserError:
         raise
-    except Exception as error:  # transformers and safetensors raise many kinds; all mean that the folder is no model
+    except Exception as error:  # transformers and safetensors raise many kinds, all for an unusable folder
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "attn_implementation" in str(error) or "flash" in reason.lower():
             raise UserError(f"--attn_implementation {attn_implementation}: {reason}") from error
         reason = _damaged_file(folder) or reason
         raise UserError(f"{MODEL_FLAG} {folder}: cannot be loaded as a causal language model: {reason}") from error
     model, info = loaded
-    for what, problem in (
-        ("missing_keys", "weights are missing"),
-        ("mismatched_keys", "weights do not fit the config"),
-    ):
+    problems = {"missing_keys": "weights are missing", "mismatched_keys": "weights do not fit the config"}
+    for what, problem in problems.items():
         if info.get(what):
             some = ", ".join(str(key) for key in list(info[what])[:3])
             raise UserError(f"{MODEL_FLAG} {folder}: {problem} for {len(info[what])} tensors, e.g. {some}")
@@ -176,7 +169,7 @@ def _from_pretrained(
 
 
 def _damaged_file(folder: Path) -> str:
-    """Which file of the weights is truncated or missing, "" for none; transformers does not always say."""
+    """A message about the truncated or missing file of weights, which transformers may not name; "" for none."""
     try:
         BaseCheckpoint.open(folder)
     except NotOneToOne:
@@ -187,7 +180,7 @@ def _damaged_file(folder: Path) -> str:
 
 
 def _originals(model: Any, folder: Path, own_base: Path) -> tuple[bool, dict[str, str]]:
-    """(whether they are in `own_base`, keys) of the originals; writes it when the model's own files will not do."""
+    """(whether the originals are in `own_base`, their keys); writes that folder where the files are not one to one."""
     try:
         return False, _map_and_verify(model, BaseCheckpoint.open(folder))
     except NotOneToOne:

@@ -1,8 +1,6 @@
-"""A Hugging Face folder, written anew after the pattern of a base: weights tensor by tensor, config, what lies beside.
+"""Writes a Hugging Face folder modelled on a base: weights tensor by tensor, config.json, tokenizer and other files.
 
-    keys of the base -> plan_shards (shapes only) -> write_shards (one tensor in memory) -> config.json, copied files
-
-Export and compaction both write theirs through here.
+keys of the base -> plan_shards (shapes only) -> write_shards (one tensor in memory) -> write_companions
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from mora_ds.models.base import INDEX_FILE, SINGLE_FILE, BaseCheckpoint
 from mora_ds.models.tensor_files import SafetensorsWriter, dtype_name, tensor_nbytes
 
 COPIED_FROM_BASE = ("generation_config.json", "*.py", "LICENSE*", "vocabulary_extension.json")
-"""Beside the tokenizer: settings for sampling, a custom model's code, the licence, which rows are new."""
+"""Settings for sampling, code of a custom model, licence, record of the new rows."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -39,23 +37,20 @@ TOKENIZER_FILES = (
 
 @dataclass
 class Shard:
-    """Tensors that go into one file: key -> (shape, dtype)."""
+    """The tensors of one file: key -> (shape, dtype)."""
 
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     nbytes: int = 0
 
 
 def plan_shards(base: BaseCheckpoint, keys: Iterable[str], dtype: torch.dtype, limit: int) -> list[Shard]:
-    """Tensors in the order of `keys`, a new file whenever the next one would exceed `limit` bytes.
-
-    Floating tensors become `dtype`, others stay as the base has them.
-    """
+    """`fill_shards` for the tensors `keys` of a base: floating-point ones in `dtype`, others as they are."""
     stored = ((key, *base.shape_dtype(key)) for key in keys)
     return fill_shards(((key, shape, dtype if was.is_floating_point else was) for key, shape, was in stored), limit)
 
 
 def fill_shards(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]], limit: int) -> list[Shard]:
-    """(key, shape, dtype) of each tensor, in this order, a new file whenever the next would exceed `limit` bytes."""
+    """Distributes (key, shape, dtype) in order over files; a new one begins where `limit` bytes would be exceeded."""
     shards = [Shard()]
     for key, shape, dtype in tensors:
         size = tensor_nbytes(shape, dtype)
@@ -69,9 +64,9 @@ def fill_shards(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]], lim
 def write_shards(
     folder: Path, shards: Sequence[Shard], tensor_of: Callable[[str, torch.dtype], Tensor]
 ) -> tuple[str, ...]:
-    """Writes the safetensors, and their index where there are several. Returns the files' names.
+    """Writes the safetensors files, and their index where there are several. Returns the names of the files.
 
-    `tensor_of(key, dtype)` gives each tensor when its turn comes, in the dtype that was planned.
+    `tensor_of(key, dtype)` returns each tensor in the planned dtype; it is called just before that is written.
     """
     names = tuple(f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1))
     names = names if len(shards) > 1 else (SINGLE_FILE,)
@@ -87,19 +82,16 @@ def write_shards(
 
 
 def write_companions(base: BaseCheckpoint, folder: Path, dtype: torch.dtype, tokenizer: Path | None = None) -> None:
-    """config.json with the new dtype, what else belongs to the base, and a tokenizer (by default the base's own)."""
+    """Writes config.json with the new dtype, the base's other files, and a tokenizer (by default the base's)."""
     config = _with_dtype(read_json(base.folder / "config.json"), dtype_name(dtype))
     config.setdefault("dtype", dtype_name(dtype))
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _copy(base.folder, folder, COPIED_FROM_BASE)
-    if tokenizer is not None:
-        _copy(tokenizer, folder, ("*",))
-    else:
-        _copy(base.folder, folder, TOKENIZER_FILES)
+    _copy(tokenizer or base.folder, folder, ("*",) if tokenizer else TOKENIZER_FILES)
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Sets the dtype wherever the config, or the config of a part, states one (`torch_dtype`: transformers 4)."""
+    """Sets the dtype wherever the config, or a config inside it, has one (`torch_dtype`: transformers 4)."""
     changed: dict[str, Any] = {}
     for name, value in config.items():
         if name in ("dtype", "torch_dtype"):

@@ -1,12 +1,12 @@
-"""Leading singular vectors of the original weights: read from the base, a layer at a time, written to one file.
+"""Computes leading singular vectors of the base's weights, one layer at a time, and writes them to one file.
 
-    base + {module: Wanted} -> write_vectors -> the file that `singular_vectors` reads
+    base + {module: Wanted} -> write_vectors -> the file that `adapters/ops/singular_vectors.py` reads
 
-Exact (LAPACK, float64) where the matrix is small or most of its vectors are wanted; else by randomised subspace
-iteration (Halko, Martinsson & Tropp 2011, `torch.svd_lowrank`), whose vectors are orthonormal too, but blend those of
-singular values that lie close together. The sign of a pair, which no decomposition fixes, makes the largest entry of
-the right vector positive. Seeds are hashes of the modules' names: the same machine finds the same bits again, and no
-other needs to, since what is written is kept.
+Exact (LAPACK, float64) where the matrix is small or most of its vectors are needed; otherwise by randomised subspace
+iteration (Halko, Martinsson & Tropp 2011, `torch.svd_lowrank`), whose vectors are orthonormal too, but mix those of
+singular values that are close together. The sign of a pair is arbitrary: the largest entry of the right vector is made
+positive. Seeds are hashes of the modules' names, so that one machine computes the same bits again; other machines read
+the file.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import SafetensorsWriter
 
 EXACT_NUMBERS = 2**22
-"""Up to so many elements (2048 x 2048) a weight is decomposed exactly."""
+"""Largest number of elements (2048 x 2048) of a weight that is decomposed exactly."""
 
 OVERSAMPLED = 32
-"""Further vectors that the randomised iteration carries along."""
+"""Number of additional vectors in the randomised iteration."""
 _ITERATIONS = 4
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Of one layer."""
+    """The weight of one layer, and how many of its singular vectors are needed."""
 
     key: str
-    """Its weight's name in the base."""
+    """Name of the weight in the base."""
     transposed: bool
-    """Whether it is stored (d_in, d_out)."""
+    """Whether the weight is stored as (d_in, d_out)."""
     d_in: int
     d_out: int
     count: int
-    """How many leading pairs; at most the shorter side."""
+    """Number of leading pairs; at most the shorter side."""
 
     @property
     def is_exact(self) -> bool:
@@ -54,7 +54,7 @@ class Wanted:
 
 
 def cache_key(fingerprint: str, wanted: Mapping[str, Wanted]) -> str:
-    """Hex digits that stand for a base and what is wanted of it."""
+    """16 hex digits that identify a base and the vectors needed of it."""
     content = [fingerprint, [(module, vars(each)) for module, each in sorted(wanted.items())]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
@@ -63,7 +63,7 @@ def cache_key(fingerprint: str, wanted: Mapping[str, Wanted]) -> str:
 def write_vectors(
     path: Path, base: BaseCheckpoint, wanted: Mapping[str, Wanted], device: torch.device | str = "cpu"
 ) -> None:
-    """Writes the file at `path`, whole or not at all. In memory is one layer.
+    """Writes the file atomically, with one layer in memory at a time.
 
     Raises `UserError` naming a weight that is not finite, and `RunError` on a full disk.
     """
@@ -73,12 +73,12 @@ def write_vectors(
         layout[f"{module}.right"] = ((each.count, each.d_in), torch.float32)
         layout[f"{module}.norm"] = ((1,), torch.float64)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as beside, SafetensorsWriter(beside, layout, {"base": base.fingerprint()}) as writer:
+    with atomic_path(path) as temporary, SafetensorsWriter(temporary, layout, {"base": base.fingerprint()}) as writer:
         for module, each in wanted.items():
             weight = base.read(each.key).to(device, torch.float64)
             weight = weight.T if each.transposed else weight
             if not torch.isfinite(weight).all():
-                raise UserError(f"{base.folder}: {each.key} is not finite, and has no singular vectors")
+                raise UserError(f"{base.folder}: {each.key} has NaN or infinite values, and no singular vectors")
             left, right = leading_vectors(weight, each, module)
             writer.write(f"{module}.left", left.float())
             writer.write(f"{module}.right", right.float())
@@ -86,7 +86,7 @@ def write_vectors(
 
 
 def record_of(path: Path) -> VectorsRecord:
-    """Of a file that was written. Reads all of it."""
+    """Name and size of a file of vectors; reads all of it to hash it."""
     return VectorsRecord(sha256_file(path), path.stat().st_size)
 
 

@@ -1,13 +1,14 @@
 """Safetensors files, written tensor by tensor and read lazily.
 
-The file format (github.com/huggingface/safetensors, README): an 8-byte little-endian length, a JSON header that gives
-dtype, shape and byte range of every tensor, then the bytes. As the header needs shapes only, a file larger than
-memory can be written while its tensors are still being computed.
+The file format (github.com/huggingface/safetensors, README): an 8-byte little-endian length, a JSON header with dtype,
+shape and byte range of every tensor, then the bytes. As the header needs only the shapes, a file larger than memory can
+be written while its tensors are computed; the library itself needs all tensors at once.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from mora_ds.errors import UserError, unknown
 from mora_ds.files import atomic_path
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What a model may be trained and exported in, under the names that config.json uses."""
+"""Dtypes that a model can be trained and exported in, by their names in config.json."""
 
 CODES = {
     torch.float64: "F64",
@@ -44,12 +45,12 @@ DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name that config.json uses, such as "bfloat16"."""
+    """The dtype's name in config.json, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def compute_dtype(name: str) -> torch.dtype:
-    """The dtype called `name`. Raises `UserError` for one that no model is trained in."""
+    """The dtype called `name`. Raises `UserError` for one that is not in `COMPUTE_DTYPES`."""
     if name not in COMPUTE_DTYPES:
         raise UserError(unknown("dtype", name, COMPUTE_DTYPES))
     return COMPUTE_DTYPES[name]
@@ -57,17 +58,14 @@ def compute_dtype(name: str) -> torch.dtype:
 
 def tensor_nbytes(shape: Iterable[int], dtype: torch.dtype) -> int:
     """Bytes of a dense tensor."""
-    size = dtype.itemsize
-    for side in shape:
-        size *= side
-    return size
+    return dtype.itemsize * math.prod(shape)
 
 
 class SafetensorsWriter:
-    """Writes one safetensors file: all shapes first, then the tensors one by one, in any order.
+    """Writes one safetensors file: the header with all shapes, then the tensors one by one, in any order.
 
-    `layout`: name -> (shape, dtype). Wide dtypes are laid out first, so that every tensor starts at a multiple of its
-    element size. Leaving the `with` block without an error checks that every tensor was written.
+    `layout`: name -> (shape, dtype). Wide dtypes come first in the file, so that every tensor starts at a multiple of
+    its element size. At the end of the `with` block, raises `ValueError` if a tensor was not written.
     """
 
     def __init__(
@@ -92,9 +90,9 @@ class SafetensorsWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes one tensor of the layout. Raises `ValueError` for a tensor that the layout does not hold."""
         if name not in self._missing:
-            raise ValueError(f"{name!r} was not announced, or is written twice")
+            raise ValueError(f"{name!r} is not in the layout, or was written before")
         if (tuple(tensor.shape), tensor.dtype) != self._layout[name]:
-            raise ValueError(f"{name!r} is {tuple(tensor.shape)} {tensor.dtype}, announced was {self._layout[name]}")
+            raise ValueError(f"{name!r} is {tuple(tensor.shape)} {tensor.dtype}, in the layout {self._layout[name]}")
         self._file.seek(self._start + self._offsets[name])
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         self._file.write(raw.numpy().data)
@@ -106,13 +104,13 @@ class SafetensorsWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._file.close()
         if kind is None and self._missing:
-            raise ValueError(f"never written: {', '.join(sorted(self._missing))}")
+            raise ValueError(f"not written: {', '.join(sorted(self._missing))}")
 
 
 def write_safetensors_atomic(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """All of `tensors` into one file, replaced atomically. Raises `RunError` on a full disk."""
+    """Writes `tensors` to one file, atomically. Raises `RunError` on a full disk."""
     layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    with atomic_path(path) as beside, SafetensorsWriter(beside, layout, metadata) as writer:
+    with atomic_path(path) as temporary, SafetensorsWriter(temporary, layout, metadata) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
 
@@ -120,7 +118,7 @@ def write_safetensors_atomic(path: Path, tensors: Mapping[str, Tensor], metadata
 def open_safetensors(path: Path) -> Any:
     """A lazy, memory-mapped reader (`keys`, `metadata`, `get_tensor`, `get_slice`).
 
-    Raises `UserError` naming the file when it is missing, truncated or no safetensors file.
+    Raises `UserError` naming the file when it is missing, truncated or not a safetensors file.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing")

@@ -1,8 +1,10 @@
-"""A model for an extended vocabulary: new rows in the embeddings and the head, everything else as it was.
+"""Extends a model's vocabulary: new rows in the embeddings and the head, everything else unchanged.
 
-model folder + corpus -> new pieces (`data.vocabulary`) -> rows: the mean of the rows that a piece stands for
-rows up to a multiple of 64 that no token has: the mean of all old rows
-tensors copied one at a time -> config.json with the new vocabulary -> tokenizer -> vocabulary_extension.json
+model folder + corpus -> new tokens (`data/extend_tokenizer.py`) -> their rows
+                      -> tensors copied one at a time, config.json, tokenizer, vocabulary_extension.json
+
+The row of a new token is the mean of the rows of the tokens that it replaces. Rows without a token, up to a multiple of
+64, are the mean of all old rows.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ from mora_ds.models.save import fill_shards, write_companions, write_shards
 EXTENSION_JSON = "vocabulary_extension.json"
 ROW_MULTIPLE = 64
 MEASURED_PERCENT = 5.0
-"""Of documents: tokens per byte are measured on them, no piece is chosen for them. Others than `is_held_out` holds out,
-which a corpus may have lost already."""
+"""Percentage of the documents on which tokens per byte are measured, and from which no token is learned. They differ
+from those that `is_held_out` selects, which the corpus may not contain any more."""
 
 _MEASURED_CHARACTERS = 4_000_000
 _SHARD_BYTES = 5 << 30
@@ -48,24 +50,24 @@ FLAG = "MODEL"
 
 @dataclass(frozen=True)
 class VocabularyReport:
-    """What an extension did."""
+    """Result of an extension of the vocabulary."""
 
     output: Path
-    pieces: int
+    new_tokens: int
     vocabulary: tuple[int, int]
     """Rows of the embeddings, before and after."""
     tokens_per_byte: tuple[float, float]
     measured_bytes: int
     held_out: bool
-    """Whether measured on documents that no piece was chosen for."""
+    """Whether tokens per byte were measured on documents from which no token was learned."""
 
     def lines(self) -> list[str]:
-        """For humans."""
+        """The report as text."""
         (old, new), (before, after) = self.vocabulary, self.tokens_per_byte
         kind = "held-out" if self.held_out else "training (too few documents to hold some out)"
         return [
-            f"{self.output}: {self.pieces:,} new pieces, {old:,} -> {new:,} rows",
-            f"tokens a byte, on {self.measured_bytes:,} bytes of {kind} text: {before:.4f} -> {after:.4f} "
+            f"{self.output}: {self.new_tokens:,} new tokens, {old:,} -> {new:,} rows",
+            f"tokens per byte, on {self.measured_bytes:,} bytes of {kind} text: {before:.4f} -> {after:.4f} "
             f"({after / before - 1:+.1%})",
         ]
 
@@ -79,10 +81,11 @@ def extend_vocabulary(
     algorithm: str = "bpe",
     trust_remote_code: bool = False,
 ) -> VocabularyReport:
-    """Writes to the new folder `output` the model of `folder` with `pieces` more, learned from `corpus`.
+    """Writes the model in `folder` with `pieces` new tokens, learned from `corpus`, to the new folder `output`.
 
     One tensor is in memory at a time. Raises `UserError` for a head that is neither tied nor linear, a corpus that
-    yields fewer pieces, and a tokenizer that cannot be extended; `RunError` if a text would no longer be given back.
+    yields fewer tokens, and a tokenizer that cannot be extended; `RunError` if the extended tokenizer does not decode a
+    text to itself, but the old one did.
     """
     if pieces < 1:
         raise UserError(f"--pieces must be at least 1, got {pieces}")
@@ -98,7 +101,8 @@ def extend_vocabulary(
         extension = extend_tokenizer(tokenizer, candidates, pieces, Path(scratch))
         extended = check_extension(extension, config.model_type)
         densities = _compare(tokenizer, extended, measured)
-        rows = _rows(extension, old_rows)
+        rows = max(extension.first_id + len(extension.tokens), old_rows)
+        rows += -rows % ROW_MULTIPLE
         with atomic_folder(output.absolute()) as partial:
             _write(base, partial, keys, extension, rows)
     nbytes = sum(len(text.encode()) for text in measured)
@@ -106,11 +110,11 @@ def extend_vocabulary(
 
 
 def first_new_row(folder: Path) -> int:
-    """The first row that an extension has added. Raises `UserError` for a folder that holds no extended model."""
+    """Index of the first row that an extension added. Raises `UserError` for a folder without an extended model."""
     path = folder / EXTENSION_JSON
     if not path.is_file():
         raise UserError(
-            f"--train_new_embeddings: {folder} has no {EXTENSION_JSON}, so tools/extend_vocab.py has not made it"
+            f"--train_new_embeddings: {folder} has no {EXTENSION_JSON}, so it was not written by tools/extend_vocab.py"
         )
     content = read_json(path)
     require_format(path, content)
@@ -118,16 +122,11 @@ def first_new_row(folder: Path) -> int:
         return int(content["first_row"])
 
 
-def _rows(extension: Extension, old_rows: int) -> int:
-    needed = max(extension.first_id + len(extension.tokens), old_rows)
-    return -(-needed // ROW_MULTIPLE) * ROW_MULTIPLE
-
-
 # -- which tensors -----------------------------------------------------------------------------------------------------
 
 
 def _vocabulary_keys(base: BaseCheckpoint, config: Any, trust_remote_code: bool) -> tuple[set[str], int]:
-    """(keys of all tensors with a row for every token, rows). Raises `UserError` for heads of other kinds."""
+    """(keys of the tensors with a row per token, number of rows). Raises `UserError` for other kinds of heads."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -138,9 +137,10 @@ def _vocabulary_keys(base: BaseCheckpoint, config: Any, trust_remote_code: bool)
         kind = "it has none" if head is None else f"it is a {type(head).__name__}"
         raise UserError(f"{FLAG}: the output head is neither tied to the embeddings nor a linear layer ({kind})")
     rows = embedding.num_embeddings
-    others = [name for name, each in model.named_modules() if _has_rows(each, rows) and each not in (embedding, head)]
+    tables = {name: each for name, each in model.named_modules() if isinstance(each, nn.Embedding)}
+    others = [name for name, each in tables.items() if each.num_embeddings == rows and each not in (embedding, head)]
     if others or (isinstance(head, nn.Linear) and head.out_features != rows):
-        raise UserError(f"{FLAG}: other tables hang on the vocabulary too ({', '.join(others) or 'the head'})")
+        raise UserError(f"{FLAG}: other tables depend on the vocabulary too ({', '.join(others) or 'the head'})")
     wanted = {id(embedding.weight), *(id(each) for each in head.parameters(recurse=False))}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     mapping = map_model(base, model, parameters)
@@ -149,15 +149,11 @@ def _vocabulary_keys(base: BaseCheckpoint, config: Any, trust_remote_code: bool)
     return keys, rows
 
 
-def _has_rows(module: nn.Module, rows: int) -> bool:
-    return isinstance(module, nn.Embedding) and module.num_embeddings == rows
-
-
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
 def _measured_texts(corpus: Corpus) -> tuple[list[str], bool]:
-    """(texts, whether they are held out) of up to `_MEASURED_CHARACTERS`."""
+    """(texts of about `_MEASURED_CHARACTERS` in total, whether they are held out)."""
     held = _first(filter(_is_measured, corpus.texts()))
     return (held, True) if held else (_first(corpus.texts()), False)
 
@@ -168,18 +164,18 @@ def _is_measured(text: str) -> bool:
 
 
 def _first(texts: Iterable[str]) -> list[str]:
-    found: list[str] = []
+    first: list[str] = []
     size = 0
     for text in texts:
-        found.append(text)
+        first.append(text)
         size += len(text)
         if size >= _MEASURED_CHARACTERS:
             break
-    return found
+    return first
 
 
 def _compare(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[float, float]:
-    """Tokens a byte of either. Raises `RunError` for a text that only the old one gives back."""
+    """Tokens per byte of both. Raises `RunError` for a text that only the old one decodes to itself."""
     counts, nbytes = [0, 0], 0
     for text in texts:
         nbytes += len(text.encode())
@@ -187,7 +183,7 @@ def _compare(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, texts: 
         counts = [count + len(ids) for count, ids in zip(counts, encoded, strict=True)]
         before, after = (each.decode(ids) for each, ids in zip((old, new), encoded, strict=True))
         if before == text != after:
-            raise RunError(f"the extended tokenizer does not give back {text[:60]!r}...")
+            raise RunError(f"the extended tokenizer does not decode to the same text: {text[:60]!r}...")
     return counts[0] / max(nbytes, 1), counts[1] / max(nbytes, 1)
 
 
@@ -214,8 +210,8 @@ def _write(base: BaseCheckpoint, folder: Path, keys: set[str], extension: Extens
 
 
 def grown(table: Tensor, extension: Extension, rows: int) -> Tensor:
-    """(old rows, ...) -> (rows, ...): the mean of the rows that each new piece stands for, taken in fp32; rows of no
-    token are the mean of all, so that a head finds them no likelier than the average token."""
+    """(old rows, ...) -> (rows, ...). The row of a new token is the mean, taken in fp32, of the rows that it replaces;
+    rows without a token are the mean of all rows, so that the head gives them no more than average probability."""
     result = table.new_empty((rows, *table.shape[1:]))
     known = min(len(table), extension.first_id)
     result[: len(table)] = table

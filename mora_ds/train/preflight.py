@@ -108,7 +108,7 @@ def check_chunked_loss(engine: Any, vocab_size: int) -> None:
     chunked = loss.bound(engine)
     assert chunked is not None, "chunk_loss comes first"
     engine.eval()
-    with chunked.noting() as raw:
+    with chunked.recording() as raw:
         logits = engine(input_ids=_random_ids(engine, vocab_size, 1, 16), use_cache=False).logits
     engine.train()
     expected = chunked.finish(raw[-1])
