@@ -101,7 +101,7 @@ class _Hook:
 
     def __init__(self, alignment: Alignment, name: str, vectors: str, rank: int) -> None:
         self._alignment, self._name, self._vectors, self._rank = alignment, name, vectors, rank
-        self._factors: Factors | None = None
+        self._cached: tuple[tuple[SquareSpec, torch.device, torch.dtype], Factors] | None = None
 
     def __call__(self, layer: AdaptedLinear, args: object, output: Tensor) -> Tensor:
         if not (layer.training and torch.is_grad_enabled()):
@@ -113,13 +113,12 @@ class _Hook:
         return output
 
     def _factors_of(self, layer: AdaptedLinear) -> Factors:
-        spec, value = layer.spec, layer.value
-        dtype = torch.promote_types(value.dtype, torch.float32)
-        held = self._factors
-        if held is None or held.spec != spec or (held.left.device, held.left.dtype) != (value.device, dtype):
-            assert isinstance(spec, SquareSpec), "config refuses the alignment loss for LoRA"
-            held = self._factors = factors_of(spec, self._vectors, self._name, self._rank, value.device, dtype)
-        return held
+        spec, device, dtype = layer.spec, layer.value.device, torch.promote_types(layer.value.dtype, torch.float32)
+        assert isinstance(spec, SquareSpec), "config refuses the alignment loss for LoRA"
+        if self._cached is None or self._cached[0] != (spec, device, dtype):
+            factors = factors_of(spec, self._vectors, self._name, self._rank, device, dtype)
+            self._cached = (spec, device, dtype), factors
+        return self._cached[1]
 
 
 class _WithShare(torch.autograd.Function):

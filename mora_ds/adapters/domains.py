@@ -198,8 +198,8 @@ def squares_of_rows(squares: Tensor, choice: Tensor) -> Tensor:
 
 def update_rows(spec: OperatorSpec, squares: Tensor, x: Tensor) -> Tensor:
     """decompress(M_b compress(x_b)) with a matrix for each row: squares (B, R, R), x (B, ..., D) -> (B, ..., O)."""
-    found: Tensor = _UpdateRows.apply(x, squares, spec)
-    return found
+    update: Tensor = _UpdateRows.apply(x, squares, spec)
+    return update
 
 
 class _UpdateRows(torch.autograd.Function):

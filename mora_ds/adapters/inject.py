@@ -269,13 +269,13 @@ def _set_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
 def _matrices_left_out(model: nn.Module) -> dict[str, int]:
     """Elements of the frozen tensors of two dimensions or more that are neither adapted nor embedding nor head."""
     head = output_head(model)
-    found: Counter[str] = Counter()
+    numels: Counter[str] = Counter()
     for path, module in model.named_modules():
         if not isinstance(module, (AdaptedLinear, nn.Embedding)) and module is not head:
             for name, tensor in module.named_buffers(recurse=False):
                 if f"{path}.{name}" in model._mora_frozen and tensor.dim() > 1:  # type: ignore[operator]
-                    found[f"{ending_of(path)}.{name}"] += tensor.numel()
-    return dict(found)
+                    numels[f"{ending_of(path)}.{name}"] += tensor.numel()
+    return dict(numels)
 
 
 def _shape_rows(targets: dict[str, nn.Module], config: AdapterConfig) -> tuple[ShapeRow, ...]:

@@ -29,10 +29,10 @@ class Split(Protocol):
     def __call__(self, layer: MoRALinear, x: Tensor) -> Tensor:
         """This rank's part of the layer's output."""
 
-    def own(self, value: Tensor) -> Tensor:
+    def shard(self, value: Tensor) -> Tensor:
         """This rank's shard of a value."""
 
-    def whole(self, own: Tensor) -> Tensor:
+    def unshard(self, own: Tensor) -> Tensor:
         """The value, from the shards of all ranks. Collective."""
 
 
@@ -81,16 +81,16 @@ class AdaptedLinear(nn.Module):
     @property
     def value(self) -> nn.Parameter:
         """M (r_hat, r_hat), or LoRA's factors (rank, d_in + d_out); a buffer where it is frozen."""
-        found: nn.Parameter = getattr(self, self.spec.value_name)
-        return found
+        value: nn.Parameter = getattr(self, self.spec.value_name)
+        return value
 
-    def whole(self, own: Tensor) -> Tensor:
+    def unshard(self, own: Tensor) -> Tensor:
         """The unsharded value, of which this rank's parameter is `own`. Collective under tensor parallelism."""
-        return own if self.split is None else self.split.whole(own)
+        return own if self.split is None else self.split.unshard(own)
 
-    def own(self, value: Tensor) -> Tensor:
+    def shard(self, value: Tensor) -> Tensor:
         """The part of an unsharded value that this rank's parameter holds."""
-        return value if self.split is None else self.split.own(value)
+        return value if self.split is None else self.split.shard(value)
 
     @property
     def stored_weight(self) -> Tensor:
@@ -132,8 +132,8 @@ class AdaptedLinear(nn.Module):
 
     def read(self) -> Tensor:
         """The frozen weight in its layout, in its dtype or, where that is int8, in fp32. May be `weight` itself."""
-        found = dense(self.frozen, torch.float32)
-        return found.T if self.transposed else found
+        weight = dense(self.frozen, torch.float32)
+        return weight.T if self.transposed else weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
         """Moves but does not cast scales and frozen values: `module.to(bf16)` would round the scales, and with them
@@ -183,16 +183,16 @@ class SubspaceLinear(AdaptedLinear):
 
     spec: SubspaceSpec
     square: nn.Parameter
-    _held: tuple[SubspaceSpec, Sides] | None = None
+    _cached: tuple[tuple[SubspaceSpec, torch.device, torch.dtype], Sides] | None = None
 
     def update(self, x: Tensor) -> Tensor:
         return subspace_update(self.square.to(x.dtype), self._sides(x), x)
 
     def _sides(self, like: Tensor) -> Sides:
-        held = self._held
-        if held is None or held[0] != self.spec or (held[1][0].device, held[1][0].dtype) != (like.device, like.dtype):
-            held = self._held = self.spec, self.spec.sides(like.device, like.dtype)
-        return held[1]
+        key = self.spec, like.device, like.dtype
+        if self._cached is None or self._cached[0] != key:
+            self._cached = key, self.spec.sides(like.device, like.dtype)
+        return self._cached[1]
 
 
 class LoRALinear(AdaptedLinear):
@@ -229,13 +229,15 @@ def _computes_linear(module: nn.Linear) -> bool:
             tensor.copy_(torch.randn(tensor.shape))
     x = torch.randn(3, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
     try:
-        found, expected = module(x), F.linear(x, module.weight, module.bias)
+        output, expected = module(x), F.linear(x, module.weight, module.bias)
     except (TypeError, ValueError, RuntimeError, IndexError):
         return False  # other arguments, or a weight of another layout
-    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-2)
+    return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-2)
 
 
 def linear_shape(module: Any) -> tuple[int, int]:
-    """(d_in, d_out) of an `nn.Linear` or a `Conv1D`."""
+    """(d_in, d_out) of an `nn.Linear`, a `Conv1D` or an adapted layer."""
+    if isinstance(module, AdaptedLinear):
+        return module.in_features, module.out_features
     rows, columns = module.weight.shape
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)

@@ -1,10 +1,11 @@
-"""The last rows of the embeddings (and of the head), trained while the rows before them stay frozen.
+"""Training of the last rows of the embeddings (and of the head), while the earlier rows stay frozen.
 
     frozen weight (V, d), a buffer      rows first .. V-1 of it are never read
-    new_rows (V - first, d)             a parameter like a square: small, sharded by ZeRO
+    new_rows (V - first, d)             a parameter: small, and sharded by ZeRO as the adapters are
     tied head                           the same parameter, a second time
 
-In a checkpoint it is another trained tensor, called `<module>.new_rows`: the last rows of `<module>.weight`.
+A checkpoint has it among the other trained parameters (modules_to_save), as `<module>.new_rows`: the last rows of
+`<module>.weight`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class NewRowEmbedding(nn.Embedding):
 
 
 class NewRowHead(nn.Linear):
-    """x (..., d) -> logits (..., V), those of the new rows by `new_rows`."""
+    """x (..., d) -> logits (..., V): the last ones from `new_rows`."""
 
     weight: Tensor
     bias: Tensor | None  # type: ignore[assignment]
@@ -66,9 +67,9 @@ class NewRowHead(nn.Linear):
 
 
 def train_new_rows(model: Any, first: int) -> None:
-    """Puts the two in place of the model's embeddings and its tied or linear head, both frozen to buffers.
+    """Replaces the model's embeddings and its head, whose frozen weights are buffers already.
 
-    Raises `UserError` for other kinds of either, and where there is no row from `first` on.
+    Raises `UserError` where either is not a plain look-up or linear layer, and where there is no row from `first` on.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if type(embedding).forward is not nn.Embedding.forward:
@@ -87,18 +88,16 @@ def train_new_rows(model: Any, first: int) -> None:
         setattr(model.get_submodule(parent), child, new)
 
 
-# -- in a checkpoint ---------------------------------------------------------------------------------------------------
-
-
 def stands_for(name: str) -> str:
-    """The parameter of the base that a trained tensor takes the place of, or the last rows of."""
+    """The parameter of the base that a trained tensor replaces, or whose last rows it replaces."""
     return f"{name.removesuffix(NEW_ROWS)}weight" if is_new_rows(name) else name
 
 
 def is_new_rows(name: str) -> bool:
+    """Whether a trained tensor is the last rows of a parameter, by its name."""
     return name.rpartition(".")[2] == NEW_ROWS
 
 
 def with_last_rows(table: Tensor, rows: Tensor) -> Tensor:
-    """(V, d) with its last rows replaced."""
+    """A copy of `table` (V, d) with its last rows replaced by `rows`."""
     return torch.cat([table[: len(table) - len(rows)], rows.to(table.dtype)])

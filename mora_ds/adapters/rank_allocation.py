@@ -1,13 +1,13 @@
-"""A budget of parameters -> the side of each layer's square: how --targets auto spends it.
+"""How --targets auto divides a budget of parameters among layers: the side r_hat of each layer's MoRA matrix.
 
     score     of a layer: what a parameter is worth there, from its weights or from gradients
     r_hat^2   = lambda * score * (d_in + d_out)      MoRA's own size, r_hat^2 = rank * (d_in + d_out), with a rank in
-                                                     proportion to the score; lambda is what uses the budget up
+                                                     proportion to the score; lambda uses the budget up
 
-A layer gets a square as long as its rank lambda * score is 1 or more, so that a small budget goes to the layers of the
-highest scores; the side is at most what the layer can use. Sides are whole numbers, even for rotate: rounded down, then
-moved by single steps, those furthest behind first, until the sum of squares is within `TOLERANCE` below the budget.
-Scores count to four digits and ties go by name: the same numbers give the same sides, whatever their order.
+A layer gets a matrix if its rank lambda * score is 1 or more, so that a small budget goes to the layers of the highest
+scores; the side is at most the largest that adds anything. Sides are multiples of a step (2 for rotate): rounded down,
+then changed by single steps, those furthest below the rule first, until the sum of r_hat^2 is within `TOLERANCE` below
+the budget. Scores count to four digits and ties go by name: the same scores give the same sides, in any order.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ TOLERANCE = 0.01
 """Share of the budget that may be left over."""
 
 _GOOD_ENOUGH = 0.005
-"""Share at which no more sides are moved: the fewer moves, the nearer to the rule."""
+"""Share left over at which no more sides are changed: the fewer changes, the nearer to the rule."""
 
-_STRAY = 2
-"""Steps that a side may end away from its due."""
+_MOST_STEPS = 2
+"""Steps that a side may end away from the rule."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer that may get a square."""
+    """A layer that may get a MoRA matrix."""
 
     name: str
     d_in: int
     d_out: int
     largest: int
-    """Side of the largest square that adds anything there."""
+    """Largest side that adds anything there."""
     score: float = 1.0
     """Not negative; only ratios matter."""
 
@@ -52,20 +52,28 @@ class _Layer:
     least: int
     """Side at rank 1."""
     most: int
-    due: float = 0.0
+    ideal: float = 0.0
     """The side by the rule, not rounded."""
     side: int = 0
+
+    def cost(self, by: int) -> int:
+        """Parameters that a side larger by `by` takes."""
+        return (self.side + by) ** 2 - self.side**2
+
+
+_Move = tuple[tuple[_Layer, int], ...]
+"""Layers, and by how much the side of each changes."""
 
 
 def spend(
     candidates: Sequence[Candidate], budget: int, step: int = 1, flag: str = "--trainable_budget"
 ) -> dict[str, int]:
-    """Name -> side, a multiple of `step` (0: no square), in the order of `candidates`.
+    """Name -> side, a multiple of `step` (0: no matrix), in the order of `candidates`.
 
-    Raises `UserError` naming `flag` for a budget that is too small for one square, more than all layers can hold, or
+    Raises `UserError` naming `flag` for a budget that is too small for one matrix, more than all layers can hold, or
     that no sides come within `TOLERANCE` of.
     """
-    layers = [each for each in (_layer(each, step) for each in candidates) if each.least <= each.most]
+    layers = _usable(candidates, step)
     layers = sorted((each for each in layers if each.score > 0), key=lambda each: (-each.score, each.name))
     _check(layers, budget, flag)
     layers = [each for each in layers if each.least**2 <= budget]
@@ -74,30 +82,33 @@ def spend(
 
 
 def check_budget(candidates: Iterable[Candidate], budget: int, step: int = 1, flag: str = "--trainable_budget") -> None:
-    """Raises the same `UserError`s as far as can be told before there are scores."""
-    layers = [_layer(each, step) for each in candidates]
-    _check([each for each in layers if each.least <= each.most], budget, flag)
+    """Raises those `UserError`s of `spend` that do not depend on scores."""
+    _check(_usable(candidates, step), budget, flag)
 
 
-def _layer(candidate: Candidate, step: int) -> _Layer:
-    sides, score = candidate.d_in + candidate.d_out, float(f"{candidate.score:.3e}")
-    least = max(math.isqrt(sides) // step, 1) * step
-    return _Layer(candidate.name, score, score * sides, least, candidate.largest // step * step)
+def _usable(candidates: Iterable[Candidate], step: int) -> list[_Layer]:
+    layers = []
+    for each in candidates:
+        sides, score = each.d_in + each.d_out, float(f"{each.score:.3e}")
+        least, most = max(math.isqrt(sides) // step, 1) * step, each.largest // step * step
+        if least <= most:
+            layers.append(_Layer(each.name, score, score * sides, least, most))
+    return layers
 
 
 def _check(layers: Sequence[_Layer], budget: int, flag: str) -> None:
     if not layers:
-        raise UserError(f"{flag}: there is no layer with a score above 0 and room for a square")
+        raise UserError(f"{flag}: no layer has a score above 0 and is large enough for a MoRA matrix")
     smallest = min(layers, key=lambda each: (each.least, each.name))
     if budget < smallest.least**2:
         raise UserError(
-            f"{flag}: {budget:,} parameters are too few for one square: the smallest, of side {smallest.least} on "
+            f"{flag}: {budget:,} parameters are too few for one MoRA matrix: the smallest, of side {smallest.least} on "
             f"{smallest.name}, has {smallest.least**2:,}"
         )
     if budget > (capacity := _capacity(layers)):
         raise UserError(
             f"{flag}: {budget:,} parameters are more than the {len(layers)} layers can hold: {capacity:,}, with the "
-            "largest squares that add anything"
+            "largest matrices that add anything"
         )
 
 
@@ -105,8 +116,12 @@ def _capacity(layers: Iterable[_Layer]) -> int:
     return sum(each.most**2 for each in layers)
 
 
+def _used(layers: Iterable[_Layer]) -> int:
+    return sum(each.side**2 for each in layers)
+
+
 def _fitting(layers: list[_Layer], budget: int, step: int, flag: str) -> dict[str, int]:
-    """Sides within the tolerance: of as many layers as the rule has, else of fewer, else of more."""
+    """Sides within the tolerance: of as many layers as the rule gives, else of fewer, else of more."""
     wanted = _how_many(layers, budget)
     nearest = full if (full := _capacity(layers)) < budget else 0
     for count in (*range(wanted, 0, -1), *range(wanted + 1, len(layers) + 1)):
@@ -119,13 +134,13 @@ def _fitting(layers: list[_Layer], budget: int, step: int, flag: str) -> dict[st
             return {each.name: each.side for each in chosen}
         nearest = max(nearest, used if used <= budget else 0)
     raise UserError(
-        f"{flag}: no squares of whole sides (multiples of {step}) come within 1% of {budget:,} parameters on these "
-        f"layers; {nearest:,} can be had"
+        f"{flag}: no sides (multiples of {step}) of these layers' matrices come within 1% of {budget:,} parameters; "
+        f"the nearest below is {nearest:,}"
     )
 
 
 def _how_many(layers: Sequence[_Layer], budget: int) -> int:
-    """Of the first layers, the most whose last one still has rank 1: fewer layers leave more to each."""
+    """The largest number of first layers of which the last one still has rank 1: fewer layers leave more to each."""
     low, high = 1, len(layers)
     while low < high:
         count = (low + high + 1) // 2
@@ -139,43 +154,49 @@ def _how_many(layers: Sequence[_Layer], budget: int) -> int:
 
 
 def _lambda(layers: Iterable[_Layer], budget: int) -> float:
-    """What uses the budget up; where layers are full the others have more."""
-    left, weight, found = float(budget), math.fsum(each.weight for each in layers), math.inf
+    """The factor that uses the budget up; what full layers cannot take goes to the others."""
+    left, weight, factor = float(budget), math.fsum(each.weight for each in layers), math.inf
     for layer in sorted(layers, key=lambda each: (each.most**2 / each.weight, each.name)):
-        found = left / weight
-        if layer.most**2 > found * layer.weight:
+        factor = left / weight
+        if layer.most**2 > factor * layer.weight:
             break
         left, weight = left - layer.most**2, max(weight - layer.weight, math.ulp(1.0))
-    return found
+    return factor
 
 
 def _round(layers: Sequence[_Layer], budget: int, step: int) -> None:
-    """Sets `due` and `side` of each: rounded down, then up in turn, then moved until little is left."""
+    """Sets `ideal` and `side` of each layer: rounded down, then up in turn, then changed until little is left over."""
     factor = _lambda(layers, budget)
     for layer in layers:
-        layer.due = min(float(layer.most), math.sqrt(factor * layer.weight))
-        layer.side = max(layer.least, int(layer.due) // step * step)
+        layer.ideal = min(float(layer.most), math.sqrt(factor * layer.weight))
+        layer.side = max(layer.least, int(layer.ideal) // step * step)
     left = budget - _used(layers)
-    for layer in sorted(layers, key=lambda each: each.side - each.due):
-        if layer.side + step <= layer.most and _cost(layer, step) <= left:
-            left -= _cost(layer, step)
+    for layer in sorted(layers, key=lambda each: each.side - each.ideal):
+        if layer.side + step <= layer.most and layer.cost(step) <= left:
+            left -= layer.cost(step)
             layer.side += step
     good = int(_GOOD_ENOUGH * budget)
+
+    def rating(move: _Move) -> tuple[bool, int]:
+        """Too much is worse than any too little, and up to `good` nothing is too little."""
+        rest = left - sum(layer.cost(by) for layer, by in move)
+        return rest < 0, 0 if 0 <= rest <= good else abs(rest)
+
+    def distance(move: _Move) -> float:
+        """Sum of the distances from the rule."""
+        return sum(abs(layer.side + by - layer.ideal) for layer, by in move)
+
     while not 0 <= left <= good:
-        best = min(_moves(layers, step), key=lambda move: (_badness(left - _price(move), good), _stray(move)))
-        if _badness(left - _price(best), good) >= _badness(left, good):
+        best = min(_moves(layers, step), key=lambda move: (rating(move), distance(move)))
+        if rating(best) >= rating(()):
             return
-        left -= _price(best)
+        left -= sum(layer.cost(by) for layer, by in best)
         for layer, by in best:
             layer.side += by
 
 
-_Move = tuple[tuple[_Layer, int], ...]
-"""Layers, and by how much the side of each changes."""
-
-
 def _moves(layers: Sequence[_Layer], step: int) -> Iterator[_Move]:
-    """None, one side up or down, or one up and another down; of layers with the same side two stand for all."""
+    """No change, one side up or down, or one up and another down; of layers with the same side two are tried."""
     yield ()
     up, down = _movable(layers, step), _movable(layers, -step)
     yield from (((layer, step),) for layer in up)
@@ -184,32 +205,9 @@ def _moves(layers: Sequence[_Layer], step: int) -> Iterator[_Move]:
 
 
 def _movable(layers: Sequence[_Layer], by: int) -> list[_Layer]:
-    held: dict[int, list[_Layer]] = {}
+    of_side: dict[int, list[_Layer]] = {}
     for layer in layers:
         side = layer.side + by
-        if layer.least <= side <= layer.most and abs(side - layer.due) <= _STRAY * abs(by):
-            held.setdefault(layer.side, []).append(layer)
-    return [layer for same in held.values() for layer in same[:2]]
-
-
-def _used(layers: Iterable[_Layer]) -> int:
-    return sum(each.side**2 for each in layers)
-
-
-def _cost(layer: _Layer, by: int) -> int:
-    """Parameters that another side takes."""
-    return (layer.side + by) ** 2 - layer.side**2
-
-
-def _price(move: _Move) -> int:
-    return sum(_cost(layer, by) for layer, by in move)
-
-
-def _badness(left: int, good: int) -> tuple[bool, int]:
-    """Too much is worse than any too little, and up to `good` nothing is too little."""
-    return left < 0, 0 if 0 <= left <= good else abs(left)
-
-
-def _stray(move: _Move) -> float:
-    """How far from its due each side comes to be, in all."""
-    return sum(abs(layer.side + by - layer.due) for layer, by in move)
+        if layer.least <= side <= layer.most and abs(side - layer.ideal) <= _MOST_STEPS * abs(by):
+            of_side.setdefault(layer.side, []).append(layer)
+    return [layer for same in of_side.values() for layer in same[:2]]

@@ -1,4 +1,4 @@
-"""Which layers of a model are adapted: patterns, or the layers of a plan, against its linear layers."""
+"""Which linear layers of a model are adapted: those that patterns match, or those of a plan."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mora_ds.errors import UserError, nearest
 
 
 def targets_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
-    """Name -> linear layer for every layer that `config` adapts, in the model's order. Raises `UserError` for patterns
-    that match nothing, and for planned layers that the model does not have."""
+    """Name -> linear layer for every layer that `config` adapts, in the model's order. Raises `UserError` for a pattern
+    that matches nothing, and for planned layers that the model does not have."""
     if not config.planned_layers:
         return match_targets(model, config.target_modules)
     linear = _linear_layers(model)
@@ -27,7 +27,8 @@ def targets_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
 
 
 def match_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Module name -> linear layer for every layer that a pattern matches, in the model's order."""
+    """Name -> linear layer for every layer that a pattern matches, in the model's order. Raises `UserError` for a
+    pattern that matches nothing."""
     linear = _linear_layers(model)
     chosen: set[str] = set()
     for pattern in patterns:
@@ -45,7 +46,7 @@ def match_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.M
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     if not linear:
-        raise UserError("the model has no nn.Linear or Conv1D layer that could take a square")
+        raise UserError("the model has no nn.Linear or Conv1D layer that could be adapted")
     return linear
 
 
@@ -65,11 +66,11 @@ def _match(pattern: str, linear: dict[str, nn.Module], model: nn.Module) -> set[
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """What makes logits of hidden states, if the model says so."""
+    """The layer from hidden states to logits, if the model names it."""
     get = getattr(model, "get_output_embeddings", None)
     return get() if get else None
 
 
 def ending_of(name: str) -> str:
-    """The last part of a module's name, such as q_proj: the type of a layer."""
+    """The last part of a module's name, such as q_proj."""
     return name.rsplit(".", 1)[-1]

@@ -1,10 +1,10 @@
-"""The plan of which layers get a square and of what side: a file that people read, edit and give to --targets.
+"""The plan of which layers get a MoRA matrix and of what side: a file that people read, edit and give to --targets.
 
     targets.yaml      format, model, fingerprint, budget, by, operator, layers: {name: side}
 
-A layer with side 0, or without a line, gets none. The file is the same for the same plan, to the byte; the notes behind
-# (parameters, score) are for reading only. `sized` puts a plan into the adapter's config, from where checkpoints, the
-portable adapter and exports have it.
+A layer with side 0, or without a line, gets none. The same plan gives the same bytes; the comments (parameters, score)
+are for people only. `sized` puts a plan into the adapter's config, which checkpoints, portable adapters and exports
+carry.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ BY_WEIGHTS, BY_PROBE, BY_HAND = "weights", "probe", "hand"
 _BUDGET = "--trainable_budget"
 _FLAG = "--targets"
 _HEAD = """\
-# Which layers get a square, and of what side (r_hat; its parameters are the side squared): --targets THIS_FILE.
-# To be edited: 0, or no line, is no square; sides are even for rotate, and at most the layer's longer side.
+# Which layers get a MoRA matrix, and of what side (r_hat; it has r_hat^2 parameters): --targets THIS_FILE.
+# You may edit it: 0, or no line, is no matrix; sides are even for rotate, and at most the layer's longer side.
 """
 
 
 @dataclass(frozen=True)
 class TargetPlan:
-    """Sides of the squares of one model's layers."""
+    """Sides of the MoRA matrices of one model's layers."""
 
     model: str
-    """What the model is called: for people."""
+    """Name of the model, for people."""
     fingerprint: str
-    """Of the base's weights, as `BaseCheckpoint.fingerprint` tells it: for which model the plan is."""
+    """`BaseCheckpoint.fingerprint` of the base that the plan is for."""
     sides: Mapping[str, int]
-    """Layer -> r_hat, in the model's order; 0: no square."""
+    """Layer -> r_hat, in the model's order; 0: no matrix."""
     budget: str = ""
-    """As it was given: 0.5%, or a number; "" for none."""
+    """The value of --trainable_budget, 0.5% or a number; "" for none."""
     by: str = BY_HAND
-    """What the scores are: weights, or probe."""
+    """Where the scores come from: weights, probe, or hand for none."""
     operator: str = ""
-    """That the sides were made for; "" if it is not said."""
+    """The operator that the sides were made for; "" if unknown."""
     scores: Mapping[str, float] = field(default_factory=dict)
-    """For the notes in the file; not read back."""
+    """For the comments in the file; not read back."""
 
     @property
     def parameters(self) -> int:
@@ -65,7 +65,7 @@ class TargetPlan:
         )
 
     def text(self) -> str:
-        """The file."""
+        """The contents of the file."""
         facts = {
             "format": 1, "model": self.model, "fingerprint": self.fingerprint, "budget": self.budget, "by": self.by,
             "operator": self.operator,
@@ -85,8 +85,8 @@ class TargetPlan:
 
 
 def read_plan(path: Path) -> TargetPlan:
-    """Raises `UserError` naming the file for what is missing, misspelt, no YAML or no side."""
-    content = load_yaml(str(path), f"{_FLAG}")
+    """The plan in a file. Raises `UserError` naming the file where it is no YAML, or a key or a side is wrong."""
+    content = load_yaml(str(path), _FLAG)
     known = ("format", "model", "fingerprint", "budget", "by", "operator", "layers")
     for key in content:
         if key not in known:
@@ -116,8 +116,8 @@ def check_model(plan: TargetPlan, path: Path, model: str, fingerprint: str) -> N
 
 
 def sized(config: MoRAConfig, sides: Mapping[str, int], where: str = _FLAG) -> MoRAConfig:
-    """`config` with squares of these sides on these layers and no others. Raises `UserError` naming `where` for a side
-    that the operator does not take."""
+    """`config` with MoRA matrices of these sides on these layers and no others. Raises `UserError` naming `where` for a
+    side that the operator does not take."""
     try:
         return replace(config, layer_sizes=tuple((name, side) for name, side in sides.items() if side))
     except UserError as error:
@@ -125,8 +125,8 @@ def sized(config: MoRAConfig, sides: Mapping[str, int], where: str = _FLAG) -> M
 
 
 def parse_budget(text: str, parameters: int | None = None) -> int:
-    """Parameters that "0.5%" (of the model's `parameters`) or "250000" stand for. Without `parameters` the text is only
-    looked at. Raises `UserError` naming --trainable_budget where it is no budget."""
+    """The number of parameters that "0.5%" (of the model's `parameters`) or "250000" stands for; without `parameters`
+    the text is only checked. Raises `UserError` naming --trainable_budget where it is no budget."""
     number, is_share = text.strip().removesuffix("%").replace("_", ""), text.strip().endswith("%")
     try:
         value = Decimal(number)
@@ -137,14 +137,12 @@ def parse_budget(text: str, parameters: int | None = None) -> int:
     if is_share:
         return int(value * (parameters or 0) / 100)
     if value != value.to_integral_value():
-        raise UserError(
-            f"{_BUDGET} {text} is neither a number of parameters nor a share of them: did you mean {text}%?"
-        )
+        raise UserError(f"{_BUDGET} {text} is no whole number of parameters: did you mean {text}%?")
     return int(value)
 
 
 def _scalar(text: str) -> str:
-    """As YAML writes it, quoted where it must be."""
+    """A string as a YAML scalar, quoted where it must be."""
     return yaml.safe_dump(text, width=10_000).removesuffix("\n").removesuffix("\n...")
 
 

@@ -47,7 +47,7 @@ class RunWriter:
     def collect(self, step: int) -> Callable[[Path], None]:
         """Gathers everything as it is now onto rank 0. What it returns writes it, whatever training does meanwhile."""
         layers, others = mora_layers(self.engine.module), other_trainables(self.engine.module)
-        squares = dict(self._gathered({name: (layer.value, layer.whole) for name, layer in layers.items()}))
+        squares = dict(self._gathered({name: (layer.value, layer.unshard) for name, layer in layers.items()}))
         trained = dict(self._gathered({name: (parameter, _as_it_is) for name, parameter in others.items()}))
         of_domains = {name: layer.domain_squares for name, layer in domain_layers(self.engine.module).items()}
         own = dict(self._gathered({name: (squares, _as_it_is) for name, squares in of_domains.items()}))

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from mora_ds.adapters.layer import AdaptedLinear
-from mora_ds.adapters.tp_plan import Style, TensorPlan, _config, _parent, is_attention
+from mora_ds.adapters.tp_plan import Style, TensorPlan, is_attention, text_config
 from mora_ds.parallel.topology import Topology
 from mora_ds.parallel.windows import Window
 
@@ -52,7 +52,9 @@ def plan_inputs(model: nn.Module, plan: TensorPlan, inputs: TPInputs = TPInputs.
         inputs = TPInputs.WHOLE if recomputed else TPInputs.SPLIT
     saved = {}
     for block in plan.blocks:
-        layers: dict[str, Any] = {name: model.get_submodule(name) for name in plan.styles if _parent(name) == block}
+        layers: dict[str, Any] = {
+            name: model.get_submodule(name) for name in plan.styles if name.rpartition(".")[0] == block
+        }
         specs = {name: layer.spec for name, layer in layers.items() if isinstance(layer, AdaptedLinear)}
         colwise: list[Any] = [specs[name] for name in specs if plan.styles[name] is Style.COLWISE]
         shared = Saved.SMALLER
@@ -60,7 +62,7 @@ def plan_inputs(model: nn.Module, plan: TensorPlan, inputs: TPInputs = TPInputs.
             folds = all(not spec.blockwise for spec in colwise) and sum(s.r_hat for s in colwise) < colwise[0].d_in
             shared = Saved.FOLDED_SHARD if folds else Saved.INPUT_SHARD
         # All attention implementations but eager save their output, which is the rowwise layer's input, anyway.
-        attention = getattr(_config(model), "_attn_implementation", "")
+        attention = getattr(text_config(model), "_attn_implementation", "")
         saves_output = is_attention(model.get_submodule(block)) and attention != "eager"
         rowwise = Saved.INPUT if saves_output else Saved.SMALLER
         saved.update({name: shared if plan.styles[name] is Style.COLWISE else rowwise for name in specs})

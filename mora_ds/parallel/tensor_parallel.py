@@ -46,7 +46,7 @@ def split_model(model: nn.Module, topology: Topology, inputs: TPInputs = TPInput
         block = blocks.get(name.rpartition(".")[0])
         aligned_inside = layer.spec.in_segments > 1
         layer.split = LayerSplit(topology, plan.styles[name], aligned_inside, saved.get(name, Saved.SMALLER), block)
-        own = nn.Parameter(layer.split.own(layer.square.data).clone(memory_format=torch.contiguous_format))
+        own = nn.Parameter(layer.split.shard(layer.square.data).clone(memory_format=torch.contiguous_format))
         mark_split(own, topology.share(layer.spec.r_hat)[0], layer.spec.r_hat, layer.split.transposed)
         layer.square = own
     for name, style in plan.styles.items():
@@ -127,12 +127,12 @@ class LayerSplit:
         y = _SplitLinear.apply(x, weight, bias, own, part, self, layer.compute, saving or smaller_of(part))
         return y if self.style is Style.COLWISE else _summed(self.topology, y, layer.bias)
 
-    def own(self, matrix: Tensor) -> Tensor:
+    def shard(self, matrix: Tensor) -> Tensor:
         """This process's share of M (r_hat, r_hat)."""
         start, stop = self.topology.share(len(matrix))
         return (matrix.T if self.transposed else matrix)[start:stop]
 
-    def whole(self, own: Tensor) -> Tensor:
+    def unshard(self, own: Tensor) -> Tensor:
         """M (r_hat, r_hat), from the shares of all processes of the group. Collective."""
         matrix = self.topology.gather(own, own.shape[1])
         return matrix.T.contiguous() if self.transposed else matrix
@@ -141,7 +141,7 @@ class LayerSplit:
         """The rows and columns of M that the window may use."""
         if self._is_aligned(part.spec):
             return own.T if self.transposed else own
-        return self.whole(own)
+        return self.unshard(own)
 
     def gradient(self, gradient: Tensor, part: Window) -> Tensor:
         """The gradient of this process's share, from its gradient of what `for_compute` returned."""

@@ -20,8 +20,9 @@ from torch import nn
 
 from mora_ds.adapters.domains import domain_layers
 from mora_ds.adapters.inject import count_parameters, mora_layers
-from mora_ds.adapters.layer import AdaptedLinear, linear_shape
+from mora_ds.adapters.layer import linear_shape
 from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.target_modules import output_head
 from mora_ds.adapters.tp_plan import Style, TensorPlan, is_attention, plan_of
 from mora_ds.parallel.saved_inputs import Saved, TPInputs, plan_inputs
 
@@ -105,11 +106,10 @@ def costs(
         plan = replace(plan, styles=dict.fromkeys(plan.styles, Style.WHOLE), blocks=())
     base = square = 0
     traffic: list[Traffic] = []
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head else None
+    head = output_head(model)
     for name, style in plan.styles.items():
         module: Any = model.get_submodule(name)
-        d_in, d_out = _shape(module)
+        d_in, d_out = linear_shape(module)
         if module is not head:
             base += 2 * d_in * d_out * tokens // (1 if style is Style.WHOLE else degree)
         if name not in layers:
@@ -174,7 +174,7 @@ def _attention_widths(model: nn.Module) -> int:
     total = 0
     for name, style in plan_of(model, 1).styles.items():
         if is_attention(model.get_submodule(name.rpartition(".")[0])) and style is not Style.WHOLE:
-            d_in, d_out = _shape(model.get_submodule(name))
+            d_in, d_out = linear_shape(model.get_submodule(name))
             total += d_out if style is Style.COLWISE else d_in
     return total
 
@@ -219,7 +219,7 @@ def _block_traffic(model: nn.Module, plan: TensorPlan, tokens: int) -> Iterator[
         rowwise = next(
             name for name, style in plan.styles.items() if style is Style.ROWWISE and name.rpartition(".")[0] == block
         )
-        d_out = _shape(model.get_submodule(rowwise))[1]
+        d_out = linear_shape(model.get_submodule(rowwise))[1]
         yield Traffic("activation", Collective.SUM, plan.degree, tokens * d_out, 2)
 
 
@@ -231,7 +231,7 @@ def _input_traffic(model: nn.Module, plan: TensorPlan, tokens: int, inputs: TPIn
         if how is Saved.INPUT_SHARD:
             first_of_block.setdefault(name.rpartition(".")[0], name)
     for name in first_of_block.values():
-        yield Traffic("activation", Collective.GATHER, plan.degree, padded * _shape(model.get_submodule(name))[0])
+        yield Traffic("activation", Collective.GATHER, plan.degree, padded * linear_shape(model.get_submodule(name))[0])
     for name, how in saved.items():
         if how is Saved.FOLDED_SHARD:
             layer: Any = model.get_submodule(name)
@@ -241,8 +241,3 @@ def _input_traffic(model: nn.Module, plan: TensorPlan, tokens: int, inputs: TPIn
 def _is_aligned(spec: OperatorSpec, style: Style, degree: int) -> bool:
     segments = {Style.COLWISE: spec.out_segments, Style.ROWWISE: spec.in_segments}.get(style, 1)
     return segments > 1 and segments % degree == 0
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    """(d_in, d_out) of a linear layer, adapted or not."""
-    return (module.in_features, module.out_features) if isinstance(module, AdaptedLinear) else linear_shape(module)

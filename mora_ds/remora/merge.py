@@ -121,7 +121,7 @@ class ReMoRA:
         norms: list[MergeNorms] = []
         before = self.probe() if self.probe else None
         for name, layer in mora_layers(model).items():
-            square = layer.whole(zero.full_fp32(self.engine, layer.value))
+            square = layer.unshard(zero.full_fp32(self.engine, layer.value))
             updates = chain(self.ledger.squares_of(name), [(layer.spec, square)])
             norms.append(merge_layer(layer, self._original(name), updates, square))
             if self.is_writer:
@@ -195,7 +195,7 @@ class ReMoRA:
         for name, layer in layers.items():
             first = layer.spec.first_value(self.config.first_seed(name, cycle))
             if first.any():  # LoRA's A
-                zero.set_fp32(self.engine, layer.value, layer.own(first))
+                zero.set_fp32(self.engine, layer.value, layer.shard(first))
         moments = [value for key, value in zero.state_tensors(self.engine, 0) if key != STEP]
         zeros = sum(int((value == 0).sum()) for value in moments)
         counts = torch.tensor(

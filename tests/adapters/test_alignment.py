@@ -19,7 +19,6 @@ from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, SquareSpec
 from mora_ds.adapters.ops.subspace import SubspaceSpec
 from mora_ds.config.arguments import parse
-from mora_ds.config.validate import validate
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
@@ -188,26 +187,6 @@ def test_it_is_silent_where_nothing_is_trained(tmp_path: Path) -> None:
     assert not alignment._shares
     with pytest.raises(RunError, match="in training mode"):
         alignment.loss()
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--alignment_weight", "-1"), "--alignment_weight must be at least 0"),
-        (("--alignment_weight", "inf"), "--alignment_weight must be at least 0"),
-        (("--alignment_rank", "0"), "--alignment_rank must be at least 1"),
-        (("--alignment_rank", "4"), "--alignment_rank is for --alignment_weight"),
-        (("--alignment_weight", "1", "--adapter", "lora"), "--alignment_weight is for MoRA matrices"),
-        (("--alignment_weight", "1", "--adapter", "full"), "--alignment_weight is for MoRA matrices"),
-        (
-            ("--alignment_weight", "1", "--tensor_parallel_size", "2"),
-            "--alignment_weight needs unsharded",
-        ),
-    ],
-)
-def test_flags_that_do_not_go_together(user: Playground, flags: tuple[str, ...], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        validate(parse(user.flags("out", *flags)))
 
 
 def test_a_dry_run_tells_what_the_factors_take(user: Playground) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base, set_cycle
-from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from mora_ds.adapters.ops.spec import Grouping
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.errors import UserError
 from tests.helpers.models import causal_loss, tiny_model, tokens
@@ -62,11 +62,7 @@ def test_a_pattern_without_a_match_is_an_error_that_lists_what_there_is(pattern:
     message = str(error.value)
     assert "--target_modules" in message and repr(pattern) in message
     assert all(name in message for name in (*ATTENTION, *MLP, "lm_head"))
-
-
-def test_a_typing_error_gets_a_hint() -> None:
-    with pytest.raises(UserError, match=r"(?i)did you mean.*q_proj"):
-        matched(tiny_model(), "q_porj")
+    assert ("Did you mean 'q_proj'?" in message) == (pattern == "q_porj")
 
 
 def test_a_broken_regular_expression_is_named() -> None:
@@ -135,20 +131,26 @@ def test_a_rank_too_small_for_a_pair_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("config", "values", "flags"),
     [
-        ({"rank": 0}, "--mora_rank"),
-        ({"dropout": 1.0}, "--mora_dropout"),
-        ({"target_modules": ()}, "--target_modules"),
-        ({"operator": "rotat"}, "rotate"),
-        ({"grouping": "permutted"}, "permuted"),
-        ({"operator": "rotate", "grouping": "alternate"}, "--grouping alternate"),
-        ({"rank": 8, "grouping": "strided"}, "--grouping strided"),  # auto: rotate
+        (MoRAConfig, {"rank": 0, "dropout": 1.0, "operator": "rotat", "grouping": "permutted", "vector_sets": 0},
+         ["--mora_rank", "--mora_dropout", "--operator", "--grouping", "--subspace_cycles"]),
+        (MoRAConfig, {"target_modules": (), "compute": "fast", "base_bits": 4, "freeze": "shared"},
+         ["--target_modules", "--base_bits", "--freeze", "--compute"]),
+        (MoRAConfig, {"operator": "rotate", "grouping": "alternate", "segments": 2}, ["--grouping", "--tp_grouping"]),
+        (MoRAConfig, {"rank": 8, "grouping": "strided"}, ["--grouping"]),  # auto: rotate
+        (LoRAConfig, {"rank": 0, "alpha": 0.0}, ["--lora_rank", "--lora_alpha"]),
+        (LoRAConfig, {"alpha": float("inf")}, ["--lora_alpha"]),
+        (MoRAConfig, {"rank": 4, "operator": "share", "grouping": "strided", "segments": 2}, []),
     ],
-)
-def test_settings_that_make_no_adapter(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        MoRAConfig(**changes)
+)  # fmt: skip
+def test_all_wrong_values_are_reported_together(config: Any, values: dict[str, Any], flags: list[str]) -> None:
+    problems = config.problems(**values)
+    assert [problem.removeprefix("unknown ").split()[0] for problem in problems] == flags
+    if problems:
+        with pytest.raises(UserError) as caught:
+            config(**values)
+        assert str(caught.value).splitlines() == problems
 
 
 def test_unknown_settings_get_a_hint() -> None:
@@ -333,27 +335,6 @@ def test_alternation_is_the_papers() -> None:
     config = MoRAConfig(rank=4, operator="share", grouping="alternate")
     groupings = [config.operator_for("a", 8, 8, cycle).grouping for cycle in range(4)]
     assert groupings == [Grouping.STRIDED, Grouping.CONTIGUOUS] * 2
-
-
-def test_all_wrong_values_are_reported_together() -> None:
-    wrong = {"rank": 0, "dropout": 1.0, "operator": "shear", "grouping": "permutted", "vector_sets": 0}
-    problems = MoRAConfig.problems(**wrong)
-    assert [problem.removeprefix("unknown ").split()[0] for problem in problems] == [
-        "--mora_rank", "--mora_dropout", "--operator", "--grouping", "--subspace_cycles",
-    ]  # fmt: skip
-    with pytest.raises(UserError, match="Did you mean 'permuted'"):
-        MoRAConfig(**wrong)
-    assert LoRAConfig.problems(rank=0, alpha=-1.0) == [
-        "--lora_rank must be at least 1, got 0",
-        "--lora_alpha must be above 0, got -1.0",
-    ]
-    assert not MoRAConfig.problems(rank=4, operator="share", segments=2)
-
-
-def test_auto_operator() -> None:
-    assert MoRAConfig(rank=8).kind is OperatorKind.ROTATE
-    assert MoRAConfig(rank=128).kind is OperatorKind.SHARE
-    assert MoRAConfig(rank=8, operator="decouple").kind is OperatorKind.DECOUPLE
 
 
 def test_matrices_that_are_no_linear_layers_are_told() -> None:

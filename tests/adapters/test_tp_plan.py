@@ -11,8 +11,6 @@ from torch import nn
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.tp_plan import Style, plan_of
-from mora_ds.config.arguments import parse
-from mora_ds.config.validate import validate
 from mora_ds.errors import UserError
 from mora_ds.parallel.limits import check_world
 from mora_ds.parallel.saved_inputs import Saved, TPInputs, plan_inputs
@@ -103,40 +101,6 @@ def test_a_degree_that_does_not_divide_the_ranks() -> None:
         UserError, match="--tensor_parallel_size 3 does not divide the 4 ranks of this run: 1, 2, 4 would"
     ):
         check_world(4, tensor=3)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--tensor_parallel_size", "0"], "--tensor_parallel_size must be at least 1"),
-        (
-            ["--tensor_parallel_size", "2", "--sequence_parallel_size", "2"],
-            "use one of them",
-        ),
-        (["--tensor_parallel_size", "2", "--adapter", "lora"], "--adapter lora has none: leave it at 1"),
-        (["--tensor_parallel_size", "2", "--adapter", "full"], "--adapter full has none: leave it at 1"),
-        (["--tensor_parallel_size", "2", "--adapter", "none"], "--adapter none has none: leave it at 1"),
-        (["--tensor_parallel_size", "2", "--mora_dropout", "0.1"], "set to 0: --mora_dropout = 0.1"),
-        (["--tensor_parallel_size", "2", "--optimizer", "muon"], "which no rank has: use adamw"),
-        (
-            ["--tensor_parallel_size", "2", "--full_rank_steps", "3", "--max_steps", "9"],
-            "plain ZeRO: leave it at 1",
-        ),
-        (["--tp_grouping", "algned"], "unknown --tp_grouping 'algned'"),
-        (["--tp_inputs", "halved"], "unknown --tp_inputs 'halved'"),
-        (["--tp_grouping", "aligned", "--operator", "rotate"], "belongs to --operator share"),
-        (["--tp_segments", "4"], "--tp_segments is for --tp_grouping aligned"),
-        (["--tp_grouping", "aligned", "--adapter", "lora"], "--tp_grouping aligned is for MoRA matrices"),
-        (
-            ["--tp_grouping", "aligned", "--operator", "share", "--tp_segments", "3", "--tensor_parallel_size", "2"],
-            "does not divide --tp_segments 3",
-        ),
-    ],
-)
-def test_settings_that_do_not_go_together(flags: list[str], message: str) -> None:
-    base = ["--model_name_or_path", "m", "--train_files", "t"]
-    with pytest.raises(UserError, match=message):
-        validate(parse([*base, *flags]))
 
 
 # -- what is saved of inputs -------------------------------------------------------------------------------------------

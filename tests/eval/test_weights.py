@@ -226,7 +226,7 @@ def test_estimates_are_marked_in_the_table() -> None:
         (["--trainable_budget", "1%"], "--trainable_budget and --write belong together"),
         (["--write", "OUT/t.yaml"], "--trainable_budget and --write belong together"),
         (["--write", "OUT/no/t.yaml", "--trainable_budget", "1%"], "--write .*folder that exists"),
-        (["--write", "OUT/t.yaml", "--trainable_budget", "3"], "3 parameters are too few for one square"),
+        (["--write", "OUT/t.yaml", "--trainable_budget", "3"], "3 parameters are too few for one MoRA matrix"),
         (["--write", "OUT/t.yaml", "--trainable_budget", "much"], "--trainable_budget must be like"),
         (["--seq_len", "1"], "--seq_len must be at least 2"),
         (["--probe", "OUT/none.txt"], "--probe"),

@@ -43,6 +43,34 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def assert_same_bits_for_every_number_of_threads(compute: Callable[[], Tensor]) -> None:
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            results.append(compute())
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+def saved_bytes(step: Callable[[], Tensor], *not_counted: Tensor) -> int:
+    """Bytes of the storages that autograd saves from a forward, each once."""
+    storages: dict[int, int] = {}
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in not_counted}
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in excluded:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        y = step()
+    assert y.requires_grad
+    return sum(storages.values())
+
+
 def outputs_and_gradients(spec: OperatorSpec, dtype: torch.dtype, layer: Callable[..., Tensor]) -> tuple[Tensor, ...]:
     """y, dL/dx, dL/dM of one layer, in float64."""
     x, square = random(2, 3, spec.d_in), random(spec.r_hat, spec.r_hat, seed=1)

@@ -130,7 +130,7 @@ def whole(engine: Any, get: Any) -> dict[str, torch.Tensor]:
     found = {}
     for name, parameter in engine.module.named_parameters():
         value = get(parameter).clone()
-        found[name] = layers[name].split.whole(value) if name in layers and layers[name].split else value
+        found[name] = layers[name].split.unshard(value) if name in layers and layers[name].split else value
     return found
 
 

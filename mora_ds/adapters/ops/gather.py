@@ -72,10 +72,10 @@ def compile_with(backend: str | None) -> None:
 def gather(x: Tensor, index: Tensor, missing: Tensor | None = None) -> Tensor:
     """x[..., index], zero at the positions `missing`. Two-dimensional inside, which is up to five times faster on a
     CPU."""
-    found = x.reshape(-1, x.shape[-1]).index_select(1, index)
+    taken = x.reshape(-1, x.shape[-1]).index_select(1, index)
     if missing is not None:
-        found = found.index_fill_(1, missing, 0)
-    return found.view(*x.shape[:-1], len(index))
+        taken = taken.index_fill_(1, missing, 0)
+    return taken.view(*x.shape[:-1], len(index))
 
 
 @Compilable

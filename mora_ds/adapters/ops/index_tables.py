@@ -159,17 +159,17 @@ def group_of_each(size: int, groups: int, segments: int = 1, contiguous: bool = 
 
     Within a segment groups are residues modulo their number, or contiguous runs of which the first are longer by one.
     """
-    found = []
+    parts = []
     index_bounds, group_bounds = segment_bounds(size, segments), segment_bounds(groups, segments)
     for (start, stop), (first, last) in zip(index_bounds, group_bounds, strict=True):
         indices, count = torch.arange(stop - start), last - first
         if contiguous:
             lengths = torch.full((count,), len(indices) // count)
             lengths[: len(indices) % count] += 1
-            found.append(first + torch.repeat_interleave(torch.arange(count), lengths))
+            parts.append(first + torch.repeat_interleave(torch.arange(count), lengths))
         else:
-            found.append(first + indices % count)
-    return torch.cat(found)
+            parts.append(first + indices % count)
+    return torch.cat(parts)
 
 
 def clear_tables() -> None:

@@ -1,17 +1,16 @@
-"""A frozen weight in 8 bits: whole numbers from -127 to 127, and one scale for each output.
+"""A frozen weight in 8 bits: integers from -127 to 127, and one scale for each output.
 
     quantize(W) -> values, scales       scale = max |row| / 127, value = round(W / scale): off by at most scale / 2
-    dense(weight, dtype)                values * scales, made anew for every product, in forward and in backward
-    frozen_linear(x, weight, bias)      keeps nothing for backward, neither of the size of W nor of x
+    dense(weight, dtype)                values * scales, formed for every product, in forward and in backward
+    frozen_linear(x, weight, bias)      saves nothing for backward, neither of the size of W nor of x
 
 Shape legend:  O = d_out, D = d_in.
 
-Plain torch, because what libraries have is made for inference: torch's `_weight_int8pack_mm` has no backward, and
-torchao's tensor subclass brings products of its own where here the update is added to the weight first. The scheme is
-theirs (symmetric, one scale an output), so another kernel may take the place of `dense` in a product.
+Plain torch, because the libraries' kernels are made for inference: torch's `_weight_int8pack_mm` has no backward, and
+torchao's tensor subclass has its own matrix products, where here the update is added to the weight first. The scheme is
+theirs (symmetric, one scale an output), so that another kernel could replace `dense` in a product.
 
-Each number comes of separate elementwise operations, in the same order on every device and for every number of
-threads: the same weight gives the same bits.
+All results come from separate elementwise operations, so that every device and number of threads gives the same bits.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from mora_ds.errors import RunError, UserError
 LARGEST = 127
 
 _CHUNK = {"cpu": 1 << 18}
-"""Elements worked on at a time on a CPU: 1 MiB in fp32, which stays in a core's cache."""
+"""Elements that are processed at a time on a CPU: 1 MiB in fp32, which stays in a core's cache."""
 
 _CHUNK_OF_DEVICES = 1 << 24
-"""Elsewhere: 64 MiB."""
+"""Elements on other devices: 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Int8Weight:
 
 
 Weight: TypeAlias = Tensor | Int8Weight
-"""(O, D), either way."""
+"""A frozen weight (O, D), dense or in 8 bits."""
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +69,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The weight (O, D) to multiply by: itself, or values * scales rounded to `dtype`, a new tensor."""
+    """The weight (O, D) to multiply by: a dense one itself, else values * scales rounded to `dtype`, a new tensor."""
     if isinstance(weight, Tensor):
         return weight
     if weight.values.is_contiguous():
@@ -79,14 +78,14 @@ def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def _multiplied(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    found = torch.empty(values.shape, dtype=dtype, device=values.device)
-    if values.device.type != "cpu":  # one kernel, which converts on its way
-        return torch.mul(values, scales, out=found)
+    result = torch.empty(values.shape, dtype=dtype, device=values.device)
+    if values.device.type != "cpu":  # one kernel, which converts as well
+        return torch.mul(values, scales, out=result)
     rows = _rows_at_once(values)
     for start in range(0, len(values), rows):
         part = slice(start, start + rows)
-        torch.mul(values[part], scales[part] if len(scales) > 1 else scales, out=found[part])
-    return found
+        torch.mul(values[part], scales[part] if len(scales) > 1 else scales, out=result[part])
+    return result
 
 
 def _rows_at_once(matrix: Tensor) -> int:
@@ -94,7 +93,7 @@ def _rows_at_once(matrix: Tensor) -> int:
 
 
 def check_floating(x: Tensor, weight: Weight) -> None:
-    """Some models cast what they compute to the dtype of a layer's weight. Raises `UserError` where that is int8."""
+    """Raises `UserError` where a model has cast activations to the dtype of a layer's weight, and that is int8."""
     if isinstance(weight, Int8Weight) and not x.is_floating_point():
         raise UserError(f"--base_bits 8: this model casts activations to the dtype of a layer's weight, here {x.dtype}")
 
@@ -107,7 +106,7 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """The weight in backward is formed again: autograd would keep the dense one, as large as what 8 bits save."""
+    """Forms the dense weight again in backward, as saving it would cost the memory that 8 bits save."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:

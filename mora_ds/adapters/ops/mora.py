@@ -229,9 +229,9 @@ def block_squares(spec: OperatorSpec, square: Tensor) -> Tensor:
 
 def apply_squares(squares: Tensor, z: Tensor) -> Tensor:
     """The product of each of the (N, R, R) with its block of z (T, N, R): (T, N, R)."""
-    found = torch.empty_like(z)
-    torch.bmm(z.transpose(0, 1), squares.transpose(1, 2), out=found.transpose(0, 1))
-    return found
+    product = torch.empty_like(z)
+    torch.bmm(z.transpose(0, 1), squares.transpose(1, 2), out=product.transpose(0, 1))
+    return product
 
 
 def mora_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
@@ -263,11 +263,11 @@ def input_columns(spec: OperatorSpec, square: Tensor) -> Tensor:
     Second positions are added D at a time, so that no step adds to one input twice.
     """
     tables = tables_of(spec, square.device)
-    found = gather(_with_zero(spec, square), tables.places)
+    columns = gather(_with_zero(spec, square), tables.places)
     for sources, places in zip(tables.more_sources.split(spec.d_in), tables.more_places.split(spec.d_in), strict=True):
         if len(sources):
-            found.index_add_(-1, sources, gather(square, places))
-    return found
+            columns.index_add_(-1, sources, gather(square, places))
+    return columns
 
 
 def adjoint(spec: OperatorSpec, gradient: Tensor) -> Tensor:
@@ -339,21 +339,21 @@ def _block_rows(spec: OperatorSpec, square: Tensor) -> Tensor:
     The inputs that fill up the last block are added afterwards, as nothing else meets a column twice.
     """
     squares, columns = block_squares(spec, square), _columns_of_blocks(spec, square.device)
-    found = squares.new_zeros(spec.blocks_out, spec.r_hat, spec.d_in)
+    delta = squares.new_zeros(spec.blocks_out, spec.r_hat, spec.d_in)
     last, filled = spec.blocks_in - 1, spec.d_in - (spec.blocks_in - 1) * spec.r_hat
     rows_of_last = []
     for into, out in block_pairs(spec):
         if into.stop > last and filled < spec.r_hat:
-            rows_of_last.append(found[out.stop - 1])
+            rows_of_last.append(delta[out.stop - 1])
             _scatter(rows_of_last[-1], columns[last, :, :filled], squares[last, :, :filled])
             into, out = slice(into.start, last), slice(out.start, out.stop - 1)
-        _scatter(found[out], columns[into], squares[into])
+        _scatter(delta[out], columns[into], squares[into])
     for start in range(filled, spec.r_hat, spec.d_in):  # a block longer than the input meets a column several times
         part = slice(start, start + spec.d_in)
         for rows in rows_of_last:
             values = squares[last, :, part]
             rows.scatter_add_(1, columns[last, :, part].expand_as(values), values)
-    return found.flatten(0, 1)
+    return delta.flatten(0, 1)
 
 
 def _scatter(rows: Tensor, columns: Tensor, values: Tensor) -> None:

@@ -23,7 +23,7 @@ from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.errors import RunError, UserError
 from mora_ds.planning.memory_meter import MemoryMeter
 from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
-from tests.helpers.operators import random, spec_id, specs
+from tests.helpers.operators import assert_same_bits_for_every_number_of_threads, random, spec_id, specs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -70,11 +70,9 @@ def test_dense_is_the_product_rounded_once(dtype: torch.dtype) -> None:
 def test_bits_do_not_hang_on_threads_or_layout() -> None:
     weight = matrix(300, 2000)
     first = quantize(weight)
-    for again in (weight, weight.T.contiguous().T):
-        torch.set_num_threads(2)
-        found = quantize(again)
-        torch.set_num_threads(1)
-        assert all(torch.equal(one, other) for one, other in zip(first, found, strict=True))
+    for part in (0, 1):
+        assert_same_bits_for_every_number_of_threads(lambda part=part: quantize(weight)[part])
+        assert torch.equal(first[part], quantize(weight.T.contiguous().T)[part])
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------

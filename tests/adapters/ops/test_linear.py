@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.linear import Compute, choose, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
-from tests.helpers.operators import by_definition, by_path, outputs_and_gradients, random, spec_id, specs
+from tests.helpers.operators import by_definition, by_path, outputs_and_gradients, random, saved_bytes, spec_id, specs
 
 both_paths = pytest.mark.parametrize("path", [Compute.ACTIVATION, Compute.WEIGHT])
 
@@ -47,23 +44,6 @@ def test_a_transposed_weight_will_do(path: Compute) -> None:
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
-
-
-def saved_bytes(step: Callable[[], Tensor], *not_counted: Tensor) -> int:
-    """Of the storages that autograd keeps from a forward, each once."""
-    storages: dict[int, int] = {}
-    register_vectors = {tensor.untyped_storage().data_ptr() for tensor in not_counted}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in register_vectors:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = step()
-    assert y.requires_grad
-    return sum(storages.values())
 
 
 @both_paths

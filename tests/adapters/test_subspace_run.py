@@ -1,0 +1,183 @@
+"""Runs with the subspace operator: merges, resume, export, damage, several nodes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import inject
+from mora_ds.adapters.ops import singular_vectors
+from mora_ds.adapters.ops.delta import live_weight
+from mora_ds.checkpoint.ledger_tools import drop
+from mora_ds.checkpoint.ledger_tools import verify as verify_ledger
+from mora_ds.checkpoint.verify import verify
+from mora_ds.deploy.adapter_io import export_adapter, load_adapter
+from mora_ds.deploy.export import export_merged
+from mora_ds.errors import RunError, UserError
+from mora_ds.eval.ledger_summary import summarize
+from mora_ds.models.base import BaseCheckpoint, write_own_base
+from mora_ds.remora.ledger import VECTORS_FILE, Ledger
+from mora_ds.train.run import Run, with_vectors
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, curve, losses, refused, run
+from tests.helpers.models import tiny_model, tokens
+
+MERGING = ("--operator", "subspace", "--merge_every", 2, "--restart_warmup_steps", 1, "--max_steps", 6)
+
+
+@pytest.fixture(scope="module")
+def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks, two merges, two sets of vectors."""
+    out = tmp_path_factory.mktemp("whole")
+    summary = run(2, user.flags(out, *MERGING, "--subspace_cycles", 2, "--save_steps", 3))
+    assert summary["merges"] == 2 and summary["base_bytes_gathered"] == 0
+    return out
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens(2, vocab=400)).logits
+
+
+@pytest.mark.gloo
+def test_two_ranks_are_as_one(user: Playground, whole: Path, tmp_path: Path) -> None:
+    run(1, user.flags(tmp_path, *MERGING, "--subspace_cycles", 2, "--per_device_train_batch_size", 4))
+    torch.testing.assert_close(losses(tmp_path), losses(whole), rtol=1e-5, atol=0)
+    assert (losses(whole).diff() != 0).all()
+
+
+@pytest.mark.gloo
+def test_it_is_exported_verified_and_loaded_elsewhere(user: Playground, whole: Path, tmp_path: Path) -> None:
+    ledger = Ledger.open(whole / "ledger")
+    assert [each.operators for each in summarize(ledger)] == ["subspace@0", "subspace@13, subspace@11, subspace@9"]
+    firsts = [{entry.operator.first for entry in ledger.layers(cycle).values()} for cycle in (0, 1)]
+    assert ledger.cycles == 2 and firsts[0] == {0} and 0 not in firsts[1]
+    assert all(verdict.is_good for verdict in verify(whole))
+    assert any("all hashes" in line for line in verify_ledger(whole))
+    export_merged(whole, tmp_path / "merged", verify=True)
+    export_adapter(whole, tmp_path / "adapter")
+    moved = shutil.move(tmp_path / "adapter", tmp_path / "elsewhere")
+    singular_vectors._paths.clear()  # as another machine
+    model = load_adapter(user.model, moved)
+    assert singular_vectors.path_of(ledger.vectors.name).is_relative_to(moved)
+    torch.testing.assert_close(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()))
+    entry = ledger.layers(0)["model.layers.0.mlp.up_proj"]
+    base = BaseCheckpoint.open(user.model)
+    updates = list(ledger.squares_of(entry.module))
+    expected = live_weight(base.read(entry.weight), updates, False, torch.float32)
+    torch.testing.assert_close(model.get_submodule(entry.module).weight, expected, rtol=0, atol=0)
+
+
+@pytest.mark.gloo
+def test_a_resumed_run_is_the_uninterrupted_one(user: Playground, whole: Path, tmp_path: Path) -> None:
+    """From a checkpoint that has moved into a folder without vectors of its own."""
+    flags = (*MERGING, "--subspace_cycles", 2, "--save_steps", 3)
+    checkpoint = shutil.copytree(whole / "checkpoints" / "step-000003", tmp_path / "step-000003")
+    run(2, user.flags(tmp_path / "again", *flags, "--resume_from_checkpoint", checkpoint))
+    assert [row for row in curve(whole) if row["step"] > 3 and "merge" not in row] == [
+        row for row in curve(tmp_path / "again") if "merge" not in row
+    ]
+    one, other = (load_file(out / "checkpoints/latest/adapter.safetensors") for out in (whole, tmp_path / "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not (tmp_path / "again" / "subspace").exists(), "nothing was decomposed again"
+    kind, message = run_ranks(
+        1, refused, user.flags(tmp_path / "third", *MERGING, "--per_device_train_batch_size", 4,
+                               "--resume_from_checkpoint", checkpoint)
+    )[0]  # fmt: skip
+    assert kind == "UserError" and "--subspace_cycles (None: 1): 2 there" in message
+
+
+@pytest.mark.gloo
+def test_damaged_vectors_are_found_and_a_dropped_cycle_keeps_them(whole: Path, tmp_path: Path) -> None:
+    drop(whole / "checkpoints" / "latest", [0], tmp_path / "dropped")
+    assert Ledger.open(tmp_path / "dropped" / "ledger").vectors == Ledger.open(whole / "ledger").vectors
+    copy = shutil.copytree((whole / "checkpoints" / "latest").resolve(), tmp_path / "copy")
+    path = copy / "ledger" / VECTORS_FILE
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"the ledger is damaged: {path}"):
+        Ledger.open(copy / "ledger")
+    with pytest.raises(RunError, match=str(path)):
+        export_merged(copy, tmp_path / "merged")
+    assert not verify(copy)[0].is_good
+    path.unlink()
+    with pytest.raises(UserError, match=f"{path} is missing"):
+        Ledger.open(copy / "ledger", hashes=False)
+
+
+@pytest.mark.gloo
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--base_bits", 8),
+        ("--bf16",),
+        ("--optimizer", "muon"),
+        ("--gradient_checkpointing",),
+        ("--full_rank_steps", 1),
+        ("--targets", "auto", "--trainable_budget", "5%", "--alignment_weight", 0.1),
+    ],
+    ids=str,
+)
+def test_three_ranks_and_other_settings(user: Playground, tmp_path: Path, more: tuple[Any, ...]) -> None:
+    """pytest -m heavy tests/adapters/ops/test_subspace.py"""
+    run(3, user.flags(tmp_path / "three", *MERGING, "--per_device_train_batch_size", 1, *more))
+    run(1, user.flags(tmp_path / "one", *MERGING, "--per_device_train_batch_size", 3, *more))
+    rtol = 3e-3 if more and more[0] in ("--bf16",) else 1e-4
+    torch.testing.assert_close(losses(tmp_path / "three"), losses(tmp_path / "one"), rtol=rtol, atol=0)
+    export_merged(tmp_path / "three", tmp_path / "merged", verify=True)
+
+
+@pytest.mark.gloo
+@pytest.mark.heavy
+def test_nodes_that_do_not_see_the_folder_get_the_same_vectors(user: Playground, tmp_path: Path) -> None:
+    from tests.helpers.nodes import job_on_two_nodes
+
+    run(3, user.flags(tmp_path / "whole", *MERGING, "--save_steps", 3))
+    first, other = tmp_path / "first", tmp_path / "other"
+    for more in ((), ("--resume_from_checkpoint", first / "checkpoints" / "step-000003")):
+        flags = user.flags("unused", *MERGING, "--save_steps", 3, *more)
+        run_ranks(3, job_on_two_nodes, flags, str(first), str(other))
+        assert torch.equal(losses(first), losses(tmp_path / "whole")[-len(losses(first)) :])
+        assert Ledger.open(first / "ledger").vectors == Ledger.open(tmp_path / "whole" / "ledger").vectors
+        assert not other.exists()
+
+
+def test_a_loop_of_ones_own(tmp_path: Path) -> None:
+    found = run_ranks(1, own_loop, str(tmp_path))[0]
+    assert found["after"] == pytest.approx(found["before"], rel=1e-6) and found["verified"]
+
+
+def own_loop(folder: str) -> dict[str, Any]:
+    """As the README has it: GPT-2's transposed weights, tied embeddings."""
+    from mora_ds.engine.initialize import initialize
+    from tests.helpers.engines import ds_config
+    from tests.helpers.models import causal_loss
+
+    root, ids = Path(folder), tokens(4)
+    write_own_base(tiny_model("gpt2"), root / "base")
+    model = tiny_model("gpt2")
+    config = with_vectors(MoRAConfig(rank=2, operator="subspace"), model, root / "base", root / "out")
+    inject(model, config)
+    engine, *_ = initialize(model=model, config=ds_config(3, micro=4, accumulation=1))
+    work = Run(engine, config, base=root / "base", folder=root / "out")
+    for _ in range(2):
+        engine.backward(causal_loss(engine, ids))
+        engine.step()
+    with torch.no_grad():
+        before = causal_loss(engine, ids).item()
+        work.merge(2)
+        after = causal_loss(engine, ids).item()
+    work.save(2)
+    report = export_merged(root / "out", root / "merged", verify=True)
+    return {"before": before, "after": after, "verified": report.comparison is not None}
