@@ -240,6 +240,12 @@ def test_damaged_and_foreign_shards_are_told(saved: tuple[str, dict[Combination,
     shard_writer.write_layout(folder, layout)
     with pytest.raises(UserError, match="do not hold all of first"):
         EngineShards.open(folder)
+    layout = Layout.read(place(saved[0], (3, "float32")) / "engine", 1)
+    part = layout.flats[0][0]
+    layout.flats[0][0] = replace(part, start=part.start - 1, numel=part.numel + 1)
+    shard_writer.write_layout(folder, layout)
+    with pytest.raises(UserError, match="and each element once"):
+        EngineShards.open(folder)
 
 
 class Evil:

@@ -122,6 +122,39 @@ def test_latest_moves_last_and_only_so_many_are_kept(user: Playground, tmp_path:
     assert [path.name for path in kept] == ["step-000005", "step-000006"]
 
 
+def flushed_job(argv: list[str]) -> list[str]:
+    """What a run flushes, renames and links, in order, from its first checkpoint's manifest on."""
+    events: list[str] = []
+    flush, rename, link = os.fsync, checkpoints._replace_folder, checkpoints.files.replace_symlink
+
+    def fsync(descriptor: int) -> None:
+        flush(descriptor)
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def replace_folder(beside: Path, final: Path) -> None:
+        rename(beside, final)
+        events.append(f"{beside} -> {final.name}")
+
+    def replace_symlink(path: Path, target: str) -> None:
+        events.append(f"{path} links")
+        link(path, target)
+
+    os.fsync, checkpoints._replace_folder, checkpoints.files.replace_symlink = fsync, replace_folder, replace_symlink
+    job(argv)
+    return events[next(index for index, event in enumerate(events) if "manifest.json" in event) :]
+
+
+@pytest.mark.gloo
+def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(user: Playground, tmp_path: Path) -> None:
+    """Without it a power cut may leave the name of a checkpoint without its files, or a link to no checkpoint."""
+    events = run_ranks(1, flushed_job, user.flags(tmp_path / "out", "--max_steps", 2))[0]
+    renamed = next(index for index, event in enumerate(events) if " -> step-000002" in event)
+    beside = events[renamed].split(" -> ")[0]
+    linked = next(index for index, event in enumerate(events) if event.endswith("latest links"))
+    assert {beside, f"{beside}/engine"} <= set(events[:renamed])
+    assert str(tmp_path / "out" / "checkpoints") in events[renamed:linked]
+
+
 # -- finding one ---------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -216,6 +217,25 @@ def test_verify_finds_a_changed_byte(files: list[str], tokenizer: PreTrainedToke
         stream.write(b"\x09")
     with pytest.raises(RunError, match="is not what was written"):
         built.verify()
+
+
+@pytest.mark.parametrize("is_small", [True, False])
+def test_small_caches_are_hashed_each_time(
+    files: list[str], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_small: bool
+) -> None:
+    """A byte that changed while the times of the files did not: found there, and the cache is built again.
+
+    Large caches are hashed again only where a file is younger than meta.json.
+    """
+    built = build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+    path = built.folder / "tokens.bin"
+    sound, times = path.read_bytes(), path.stat()
+    path.write_bytes(b"\x09" + sound[1:])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    if not is_small:
+        monkeypatch.setattr(cache, "HASHED_EACH_TIME_BYTES", 0)
+    again = build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+    assert ((again.folder / "tokens.bin").read_bytes() == sound) == is_small
 
 
 def test_only_the_builder_builds_and_all_meet_at_the_barrier(

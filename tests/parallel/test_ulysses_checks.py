@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from mora_ds.errors import RunError, UserError
 from mora_ds.parallel.ulysses import bound, share_rows, whole_rows
 from mora_ds.parallel.ulysses_checks import check_config
 from mora_ds.train.preflight import check_split
-from mora_ds.train.replicas import check_same_rows
+from mora_ds.train.replicas import Replica
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, tiny_model, tokens
 
@@ -88,12 +89,12 @@ def test_a_flash_attention_is_handed_whole_rows() -> None:
 
 
 def told_apart() -> list[str]:
-    """What `check_same_rows` says of equal batches, of two that differ within a replica, and between replicas."""
+    """What a replica's first batch is refused with: equal ones, then ones that differ between and within replicas."""
     said = []
     rank = dist.get_rank()
     for seeds in ((0, 0, 0, 0), (0, 0, 1, 1), (0, 0, 0, 1)):
         try:
-            check_same_rows({"input_ids": tokens(2, seed=seeds[rank])}, 2)
+            Replica(SimpleNamespace(device="cpu"), 2).rows({"input_ids": tokens(2, seed=seeds[rank])})
             said.append("")
         except RunError as error:
             said.append(str(error))

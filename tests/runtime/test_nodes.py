@@ -89,6 +89,11 @@ def parts_moved(first: str, other: str, size: int) -> list[str]:
     dist.barrier()
     followers.gather(beside, followers.ranks.group)
     shared = followers.folder / "beside"
+    if followers.leads:  # what a transfer that broke off has left
+        broken = shared.with_name("beside.incoming")
+        broken.mkdir()
+        for name in ("stale", "mine"):
+            (broken / name).write_text("half")
     followers.share(shared)
     found = sorted(f"{path.relative_to(shared)} {path.stat().st_size}" for path in shared.rglob("*") if path.is_file())
     assert not followers.leads or (shared / "deep" / "shard").read_bytes() == bytes(range(256)) * size
