@@ -41,7 +41,6 @@ ALL_LINEAR = "all-linear"
 AS_LOADED = 16
 """Value of `base_bits` for a base that is held in the run's dtype."""
 
-
 MORA = "mora"
 
 Config = TypeVar("Config", bound="AdapterConfig")

@@ -139,12 +139,12 @@ class Domains:
 
     def set(self, rows: Sequence[str]) -> None:
         """Sets the domain of each of the B rows of the next batches. Raises `UserError` for an unknown domain."""
-        self._set(self._indices(rows), same_for_all=False)
+        self._set(self._one_hot(rows), same_for_all=False)
 
     def set_all(self, domain: str | None) -> None:
         """Sets one domain for all rows of any batch; None for none, so that the shared matrix acts alone. Raises
         `UserError` for an unknown domain."""
-        self._set(None if domain is None else self._indices([domain]), same_for_all=domain is not None)
+        self._set(None if domain is None else self._one_hot([domain]), same_for_all=domain is not None)
 
     @contextmanager
     def using(self, domain: str | None) -> Iterator[None]:
@@ -175,20 +175,15 @@ class Domains:
             self._moved[key] = self._choice.to(*key)
         return self._moved[key]
 
-    def _set(self, rows: Tensor | None, same_for_all: bool) -> None:
-        self._choice = None if rows is None else one_hot_rows(rows, len(self.names))
-        self._same_for_all, self._moved = same_for_all, {}
+    def _set(self, choice: Tensor | None, same_for_all: bool) -> None:
+        self._choice, self._same_for_all, self._moved = choice, same_for_all, {}
 
-    def _indices(self, domains: Sequence[str]) -> Tensor:
-        for domain in domains:
+    def _one_hot(self, rows: Sequence[str]) -> Tensor:
+        """(B, K) fp32."""
+        for domain in rows:
             if domain not in self.names:
                 raise UserError(unknown("domain", domain, self.names))
-        return torch.tensor([self.names.index(domain) for domain in domains])
-
-
-def one_hot_rows(rows: Tensor, domains: int) -> Tensor:
-    """(B,) indices -> (B, K) fp32; a negative index gives a row of zeros."""
-    return (rows.unsqueeze(1) == torch.arange(domains, device=rows.device)).float()
+        return torch.tensor([[float(domain == name) for name in self.names] for domain in rows])
 
 
 def squares_of_rows(squares: Tensor, choice: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The alignment loss: the full delta's share, its gradient, one curve for any ranks, accumulation, checkpointing."""
+"""The alignment loss is that of the dense delta, with its gradient, for any number of processes and accumulation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mora_ds.adapters.alignment import FLOOR, Alignment, delta_energy, factors_of
+from mora_ds.adapters.alignment import FLOOR, Alignment, Factors, factors_of
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers, set_cycle
 from mora_ds.adapters.ops import singular_vectors
@@ -45,22 +45,27 @@ def vectors_of(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def by_definition(spec: SquareSpec, square: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(share, energy) from the full (d_out, d_in) delta."""
+    """(share, energy) from the dense (d_out, d_in) delta."""
     left, right = vectors_of(weight, rank)
     delta = spec.delta_weight(square)
     energy = delta.square().sum()
     return (left @ delta @ right.T).square().sum() / (energy + (FLOOR * weight.norm()) ** 2), energy
 
 
+def factors_by_svd(monkeypatch: pytest.MonkeyPatch, spec: OperatorSpec, weight: Tensor, rank: int) -> Factors:
+    """Factors from the float64 vectors of a weight, without a file."""
+    monkeypatch.setattr(singular_vectors, "read", lambda *given: vectors_of(weight, rank))
+    monkeypatch.setattr(singular_vectors, "norm", lambda *given: weight.norm().item())
+    return factors_of(spec, "", "", rank, CPU, torch.float64)
+
+
 @pytest.mark.parametrize("spec", [*specs(), *SEGMENTED], ids=spec_id)
 def test_the_share_is_that_of_the_full_delta(spec: OperatorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, square = random(spec.d_out, spec.d_in, seed=5), random(spec.r_hat, spec.r_hat)
     rank = min(3, spec.d_in, spec.d_out)
-    monkeypatch.setattr(singular_vectors, "read", lambda *given: vectors_of(weight, rank))
-    monkeypatch.setattr(singular_vectors, "norm", lambda *given: weight.norm().item())
-    factors = factors_of(spec, "", "", rank, CPU, torch.float64)
+    factors = factors_by_svd(monkeypatch, spec, weight, rank)
     share, energy = by_definition(spec, square, weight, rank)
-    torch.testing.assert_close(delta_energy(spec, square), energy, rtol=1e-8, atol=0)
+    torch.testing.assert_close(factors.delta_energy(square), energy, rtol=1e-8, atol=0)
     torch.testing.assert_close(factors.share(square), share, rtol=1e-8, atol=1e-12)
     assert 0 <= share <= 1
     assert factors.left.shape == (rank, spec.blocks, spec.r_hat) == factors.right.shape
@@ -90,17 +95,13 @@ def test_the_share_of_the_subspace_operator(d_in: int, d_out: int, r_hat: int, f
 )
 def test_gradcheck(spec: OperatorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random(spec.d_out, spec.d_in, seed=5)
-    monkeypatch.setattr(singular_vectors, "read", lambda *given: vectors_of(weight, 2))
-    monkeypatch.setattr(singular_vectors, "norm", lambda *given: weight.norm().item())
-    factors = factors_of(spec, "", "", 2, CPU, torch.float64)
+    factors = factors_by_svd(monkeypatch, spec, weight, 2)
     assert torch.autograd.gradcheck(factors.share, random(spec.r_hat, spec.r_hat).requires_grad_())
 
 
 def test_a_square_of_zeros_has_neither_share_nor_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, weight = OperatorSpec(OperatorKind.ROTATE, 12, 8, 4, Grouping.PERMUTED, seed=1), random(8, 12)
-    monkeypatch.setattr(singular_vectors, "read", lambda *given: vectors_of(weight, 2))
-    monkeypatch.setattr(singular_vectors, "norm", lambda *given: weight.norm().item())
-    factors = factors_of(spec, "", "", 2, CPU, torch.float64)
+    factors = factors_by_svd(monkeypatch, spec, weight, 2)
     square = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)
     share = factors.share(square)
     (gradient,) = torch.autograd.grad(share, square)
@@ -152,7 +153,7 @@ def mean_share(model: Any, name: str, rank: int) -> Tensor:
     [*((operator, False) for operator in EVERY), ("share", True), ("subspace", True)],
 )
 def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: bool, tmp_path: Path) -> None:
-    """Two micro-batches before a step; then the same after the squares are wired otherwise."""
+    """Two micro-batches before a step; then the same with the operators of the next cycle."""
     model, config, name = aligned_model(tmp_path, operator)
     model.train()
     if checkpointing:
@@ -309,7 +310,7 @@ def test_ranks_that_share_rows_or_sources_are_as_one(user: Playground, tmp_path:
     assert shares(tmp_path / "two") == pytest.approx(shares(tmp_path / "one"), rel=1e-3, abs=1e-4)
 
 
-def test_factors_follow_the_wiring(tmp_path: Path) -> None:
+def test_factors_follow_the_operator(tmp_path: Path) -> None:
     spec = OperatorSpec(OperatorKind.SHARE, 12, 8, 4, Grouping.PERMUTED, seed=1)
     name = register_vectors(random(8, 12), 2, tmp_path)
     one, other = (factors_of(each, name, MODULE, 2, CPU, torch.float64) for each in (spec, replace(spec, seed=2)))

@@ -1,4 +1,4 @@
-"""A square for every domain beside the shared one: sums over rows, sharding, merges, files, runs."""
+"""A MoRA matrix for each domain, added to the shared one: sums over rows, merges, refusals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mora_ds.adapters.config import Freeze, MoRAConfig
-from mora_ds.adapters.domains import Domains, domain_layers, domains_of, one_hot_rows, squares_of_rows, update_rows
+from mora_ds.adapters.domains import Domains, domain_layers, domains_of, squares_of_rows, update_rows
 from mora_ds.adapters.inject import inject, layer_for, mora_layers
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight, mora_update
@@ -44,7 +44,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float =
 
 
 def plain_of(model: Any, operator: str, family: str, cycle: int, domain: int) -> Any:
-    """An ordinary model of one domain: a shared square, and where its wiring is the same, M + M_k in it."""
+    """A model without domains whose matrices are M + M_k of one domain."""
     plain = tiny_model(family)
     inject(plain, MoRAConfig(rank=4, operator=operator, compute="activation"))
     for name, layer in mora_layers(plain).items():
@@ -60,7 +60,7 @@ ROWS = ("code", "law", "prose", "code", "news", "law", "law", "prose")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("operator", KINDS)
 def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(operator: str, family: str) -> None:
-    """Losses of every row and gradients of every square against ordinary squares M + M_k, one model a domain."""
+    """Losses of every row and gradients of every matrix, against one model for each domain with matrices M + M_k."""
     model, ids = domain_model(operator, family), tokens(len(ROWS), 12)
     domains_of(model).set(ROWS)
     found = row_losses(model, ids)
@@ -82,7 +82,7 @@ def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(operator: st
 
 
 def test_checkpointing_computes_again_with_the_same_domains() -> None:
-    """In backward, when the trainer says nothing more; before and after a merge has wired the shared square anew."""
+    """In backward, before and after a merge has changed the operator of the shared matrix."""
     ids = tokens(len(ROWS), 12)
     for cycle in (0, 1):
         found = []
@@ -100,7 +100,7 @@ def test_checkpointing_computes_again_with_the_same_domains() -> None:
 
 @pytest.mark.parametrize("operator", ["share", "rotate"])
 def test_after_a_merge_rows_still_have_what_their_own_batches_have(operator: str) -> None:
-    """Two products then: against batches of one domain, and against the deltas as full matrices."""
+    """Each row then takes two products: against batches of one domain, and against dense deltas."""
     rows = [name.replace("news", "code") for name in ROWS]
     model, ids = domain_model(operator, cycle=3), tokens(len(rows), 12)
     assert operator == "truncate" or all(layer.spec != layer.own_spec for layer in domain_layers(model).values())
@@ -159,8 +159,8 @@ def test_gradients_of_rows(kind: OperatorKind) -> None:
 
 
 def rows_of(spec: OperatorSpec, rows: torch.Tensor, squares: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`update_rows` with a square for each row by its index, a negative one for none."""
-    choice = one_hot_rows(rows, len(squares)).to(squares.dtype)
+    """`update_rows` with a matrix for each row by its index; a negative index stands for none."""
+    choice = (rows.unsqueeze(1) == torch.arange(len(squares))).to(squares.dtype)
     return update_rows(spec, squares_of_rows(squares, choice), x)
 
 
@@ -181,7 +181,7 @@ def test_a_row_without_a_square_is_refused_by_name() -> None:
 
 
 class Wrapped:
-    """What a check needs of an engine."""
+    """The parts of an engine that the check uses."""
 
     device = "cpu"
 
@@ -209,7 +209,7 @@ def test_an_update_that_is_no_square_is_refused() -> None:
 
 
 def test_squares_that_a_run_cannot_start_from_are_refused(tmp_path: Path) -> None:
-    """Those of a run that trained other tensors too, and domains that would stay at zero for ever."""
+    """Those of a run that trained other parameters too, and domains whose matrices would stay at zero."""
     maker = Maker(tiny_model("llama"), tmp_path / "base")
     shared = MoRAConfig(rank=4)
     maker.write(tmp_path / "plain", shared)

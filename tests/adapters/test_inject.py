@@ -50,11 +50,6 @@ def test_patterns(patterns: list[str], expected: set[str]) -> None:
     assert matched(tiny_model(), *patterns) == expected
 
 
-def test_names_match_whole_components() -> None:
-    with pytest.raises(UserError, match="matches no linear layer"):
-        matched(tiny_model(), "proj")  # the end of every name, but of no component
-
-
 @pytest.mark.parametrize("pattern", ["q_porj", "*.attention.*", r"re:layers\.9", "embed_tokens", "input_layernorm"])
 def test_a_pattern_without_a_match_is_an_error_that_lists_what_there_is(pattern: str) -> None:
     with pytest.raises(UserError) as error:
@@ -65,14 +60,13 @@ def test_a_pattern_without_a_match_is_an_error_that_lists_what_there_is(pattern:
     assert ("Did you mean 'q_proj'?" in message) == (pattern == "q_porj")
 
 
-def test_a_broken_regular_expression_is_named() -> None:
+def test_patterns_and_models_that_cannot_match() -> None:
     with pytest.raises(UserError, match="no regular expression"):
         matched(tiny_model(), "re:layers.(0")
-
-
-def test_a_model_without_linear_layers() -> None:
     with pytest.raises(UserError, match=r"no nn\.Linear or Conv1D"):
         matched(nn.Sequential(nn.Embedding(3, 4)), "all-linear")
+    with pytest.raises(UserError, match="matches no linear layer"):
+        matched(tiny_model(), "proj")  # the end of every name, but of no component
 
 
 def test_all_linear_leaves_the_head_out_under_any_name() -> None:
@@ -95,22 +89,25 @@ def test_a_square_on_a_tied_head_is_refused(family: str) -> None:
     assert not mora_layers(model) and causal_loss(model, tokens(1)).isfinite()  # left as it was
 
 
-def test_a_square_on_one_of_two_tied_layers_is_refused() -> None:
+def with_one_weight_twice(module: bool) -> Any:
+    """A model two of whose layers are one module, or have one weight."""
     model = tiny_model()
-    first, second = (model.model.layers[index].mlp.up_proj for index in (0, 1))
-    second.weight = first.weight
-    for target in ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "up_proj"):
-        with pytest.raises(UserError, match="tied"):
-            inject(model, MoRAConfig(target_modules=(target,)))
+    first, second = (model.model.layers[index].mlp for index in (0, 1))
+    if module:
+        second.up_proj = first.up_proj
+    else:
+        second.up_proj.weight = first.up_proj.weight
+    return model
+
+
+@pytest.mark.parametrize("target", ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "up_proj"])
+@pytest.mark.parametrize("module", [True, False])
+def test_a_layer_that_shares_its_weight_is_refused(module: bool, target: str) -> None:
+    """An adapter of one would change or miss the other."""
+    model = with_one_weight_twice(module)
+    with pytest.raises(UserError, match="matches no linear layer" if module and ".1." in target else "tied"):
+        inject(model, MoRAConfig(target_modules=(target,)))
     inject(model, MoRAConfig(target_modules=("down_proj",)))
-
-
-def test_a_layer_that_is_used_twice_is_refused() -> None:
-    """One module under two names: replacing it under one would leave the other without its square."""
-    model = tiny_model()
-    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
-    with pytest.raises(UserError, match="tied"):
-        inject(model, MoRAConfig(target_modules=("up_proj",)))
 
 
 def test_double_injection_is_refused() -> None:
@@ -120,12 +117,9 @@ def test_double_injection_is_refused() -> None:
         inject(model, MoRAConfig(target_modules=("k_proj",)))
 
 
-def test_a_square_on_a_trained_head_is_refused() -> None:
+def test_a_trained_head_and_a_rank_too_small_for_a_pair_are_refused() -> None:
     with pytest.raises(UserError, match="--train_head"):
         inject(tiny_model(), MoRAConfig(target_modules=("all-linear", "lm_head"), train_head=True))
-
-
-def test_a_rank_too_small_for_a_pair_is_refused() -> None:
     with pytest.raises(UserError, match="--mora_rank 1"):
         inject(nn.Sequential(nn.Linear(1, 1)), MoRAConfig(rank=1, operator="rotate"))
 
@@ -296,11 +290,7 @@ def test_a_square_larger_than_its_layer_is_cut_and_said_so() -> None:
     assert rows["down_proj"].size == 56 and "asks for 75" in rows["down_proj"].note
     assert "rank 64 asks for 64" in str(report)
     assert not any(row.note for row in inject(tiny_model(), MoRAConfig(rank=4)).rows)
-
-
-def test_rotate_cuts_to_an_even_size() -> None:
-    config = MoRAConfig(rank=100, operator="rotate")
-    assert config.square_size(7, 5) == 6
+    assert MoRAConfig(rank=100, operator="rotate").square_size(7, 5) == 6, "even"
     assert MoRAConfig(rank=100, operator="share").square_size(7, 5) == 7
 
 

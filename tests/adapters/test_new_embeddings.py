@@ -1,4 +1,4 @@
-"""--train_new_embeddings: the added rows alone are trained, sharded like squares, merged like them."""
+"""--train_new_embeddings trains the added rows only; they are sharded, resumed and exported with the adapters."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def model_with_new_rows(tied: bool) -> Any:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_outputs_and_gradients_are_those_of_trained_tables(tied: bool) -> None:
-    """Against the same model with its tables trained whole: same loss, and the same gradient in the new rows."""
+    """The loss and the gradient of the new rows are those of a model whose complete tables are trained."""
     model, whole, ids = model_with_new_rows(tied), tiny_model("llama", tie_word_embeddings=tied), tokens(3)
     assert (ids >= FIRST).any() and (ids < FIRST).any()
     for each in (model, whole):
@@ -59,7 +59,7 @@ def test_outputs_and_gradients_are_those_of_trained_tables(tied: bool) -> None:
 
 
 def shard_sizes(tied: bool) -> list[int]:
-    """Elements of the new rows on this rank under ZeRO-3, after a step that moved them."""
+    """Elements of the new rows on this rank under ZeRO-3, after a step that changed them."""
     model = model_with_new_rows(tied)
     config = ds_config(3, 2, 1)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -76,8 +76,9 @@ def test_new_rows_are_sharded() -> None:
     assert run_ranks(2, shard_sizes, True) == [[16 * 32 // 2]] * 2
 
 
-def trained_on(world: int, rank: int, tied: bool) -> dict[str, torch.Tensor]:
-    """Everything trained, whole and in fp32, after three steps on this rank's part of the same rows."""
+def trained_on_ranks(tied: bool) -> dict[str, torch.Tensor]:
+    """All trained parameters, unsharded and in fp32, after three steps on this rank's part of the same rows."""
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     engine, *_ = initialize(model=model_with_new_rows(tied), config=ds_config(3, 4 // world, 1))
     for step in range(3):
         mine = tokens(4, seed=step)[rank * 4 // world : (rank + 1) * 4 // world]
@@ -86,14 +87,10 @@ def trained_on(world: int, rank: int, tied: bool) -> dict[str, torch.Tensor]:
     return {name: zero.full_fp32(engine, each).clone() for name, each in engine.module.named_parameters()}
 
 
-def trained_on_ranks(tied: bool) -> dict[str, torch.Tensor]:
-    return trained_on(torch.distributed.get_world_size(), torch.distributed.get_rank(), tied)
-
-
 @pytest.mark.gloo
 @pytest.mark.parametrize("tied", [True, False])
 def test_two_ranks_train_them_as_one(tied: bool) -> None:
-    """The same rows, split over two ranks: the same new rows and squares after three steps."""
+    """The same rows of data, split over two ranks: the same parameters after three steps."""
     alone = run_ranks(1, trained_on_ranks, tied)[0]
     both = run_ranks(2, trained_on_ranks, tied)
     new = [name for name in alone if name.endswith("new_rows")]
@@ -125,7 +122,7 @@ def extended(user: Playground) -> Playground:
 
 @pytest.mark.gloo
 def test_a_run_trains_resumes_and_exports_them(extended: Playground, tmp_path: Path) -> None:
-    """Two ranks, a merge, a resume in the middle; exported = live = loaded, old rows to the bit, new ones moved."""
+    """Two ranks, a merge, a resume in the middle. The exported model is the live one; old rows keep their bits."""
     out, base = tmp_path / "out", BaseCheckpoint.open(extended.model)
     first = json.loads((extended.model / EXTENSION_JSON).read_text())["first_row"]
     flags = extended.flags(

@@ -1,4 +1,4 @@
-"""What is split, what falls back and why: decided from the model alone, told in the start report."""
+"""Which layers tensor parallelism splits, which it does not and why, and what is saved of their inputs."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_degree_that_does_not_divide_the_ranks() -> None:
 
 
 def saved(inputs: TPInputs = TPInputs.AUTO, attention: str = "sdpa", **config: Any) -> dict[str, Saved]:
-    """By layer of the first block of each kind."""
+    """How each layer of the first block of each kind saves its input."""
     model = tiny_model("llama")
     model.config._attn_implementation = attention
     if config.pop("checkpointing", False):
@@ -118,7 +118,7 @@ def saved(inputs: TPInputs = TPInputs.AUTO, attention: str = "sdpa", **config: A
 
 
 def test_a_shared_input_is_saved_by_whichever_is_smaller() -> None:
-    """Squares of rank 4 have 16, 13 and 13 rows for q, k and v, of rank 1 8, 6 and 6: of 32 inputs."""
+    """r_hat of q, k and v is 16, 13 and 13 at rank 4, and 8, 6 and 6 at rank 1, for 32 inputs."""
     large, small, rotate = saved(), saved(rank=1), saved(rank=1, operator="rotate")
     assert {large[name] for name in ("q_proj", "k_proj", "v_proj")} == {Saved.INPUT_SHARD}
     assert {small[name] for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")} == {Saved.FOLDED_SHARD}

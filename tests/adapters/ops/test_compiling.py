@@ -1,4 +1,4 @@
-"""Compiled moves give what eager ones give; a missing compiler is told before anything is compiled."""
+"""Compiled functions return what eager ones return; a missing compiler is reported before anything is compiled."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def compare(backend: str, specs: list[OperatorSpec]) -> None:
                     assert (one - other).norm() <= tolerance * other.norm()
 
 
-def test_compiled_moves_are_the_eager_ones() -> None:
+def test_compiled_functions_return_what_eager_ones_return() -> None:
     compare("aot_eager", SPECS)
 
 
 @pytest.mark.heavy
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductors_moves_are_the_eager_ones() -> None:
+def test_inductor_returns_what_eager_functions_return() -> None:
     compare("inductor", SPECS[1:2])
 
 
-def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"--compile needs .* install no-such-compiler"):
         check_compiler("cpu")

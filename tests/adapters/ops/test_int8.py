@@ -1,4 +1,4 @@
-"""A frozen weight in 8 bits: how far it is from the original, and a layer on it = a layer on the dense one."""
+"""A frozen weight in 8 bits: its error, and that a layer on it computes what one on the dense weight does."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_the_frozen_layer_alone() -> None:
 
 
 class Casting(nn.Module):
-    """What some models do (Falcon Mamba's head)."""
+    """Casts its input to the dtype of a weight, as Falcon Mamba's head does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def test_activations_do_not_become_whole_numbers() -> None:
     MoRAConfig(rank=4, operator="share", dropout=0.1), LoRAConfig(rank=4),
 ], ids=["weight path", "activation path", "dropout", "lora"])  # fmt: skip
 def test_nothing_of_a_weights_size_is_kept(config: Any, checkpointing: bool) -> None:
-    """What a forward leaves for backward is, to the byte, what it leaves on a base as it is loaded."""
+    """A forward saves as many bytes for backward as on a base that is not in 8 bits."""
     kept = {}
     for bits in (16, 8):
         model = tiny_model("llama")
