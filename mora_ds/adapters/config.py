@@ -120,7 +120,7 @@ class AdapterConfig:
         `aligned`: the side whose groups are confined to segments, if the layer has one."""
         raise NotImplementedError
 
-    def asked_for(self, d_in: int, d_out: int) -> int:
+    def requested_size(self, d_in: int, d_out: int) -> int:
         """r_hat, or LoRA's rank, that `rank` stands for where the layer is large enough."""
         raise NotImplementedError
 
@@ -182,7 +182,7 @@ class LoRAConfig(AdapterConfig):
         """alpha / rank; it stays the same for layers that take a smaller rank."""
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
-    def asked_for(self, d_in: int, d_out: int) -> int:
+    def requested_size(self, d_in: int, d_out: int) -> int:
         return self.rank
 
     def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, aligned: Side | None = None) -> LoRASpec:
@@ -311,12 +311,12 @@ class MoRAConfig(AdapterConfig):
     def title(self) -> str:
         return SUBSPACE if self.is_subspace else f"{self.operator_name}/{self.grouping}"
 
-    def asked_for(self, d_in: int, d_out: int) -> int:
+    def requested_size(self, d_in: int, d_out: int) -> int:
         return square_size(d_in, d_out, self.rank, OperatorKind.SHARE if self.is_subspace else self.kind)
 
     def square_size(self, d_in: int, d_out: int) -> int:
         """r_hat of a layer: the paper's size, at most `largest_size`."""
-        r_hat = min(self.asked_for(d_in, d_out), self.largest_size(d_in, d_out))
+        r_hat = min(self.requested_size(d_in, d_out), self.largest_size(d_in, d_out))
         if r_hat < 1:
             raise UserError(f"--mora_rank {self.rank} is too small for a MoRA matrix on a layer of {d_in} x {d_out}")
         return r_hat

@@ -3,7 +3,7 @@
     targets.yaml      format, model, fingerprint, budget, by, operator, layers: {name: side}
 
 A layer with side 0, or without a line, gets none. The same plan gives the same bytes; the comments (parameters, score)
-are for people only. `sized` puts a plan into the adapter's config, which checkpoints, portable adapters and exports
+are for people only. `with_sizes` puts a plan into the adapter's config, which checkpoints, portable adapters and exports
 carry.
 """
 
@@ -115,7 +115,7 @@ def check_model(plan: TargetPlan, path: Path, model: str, fingerprint: str) -> N
         )
 
 
-def sized(config: MoRAConfig, sides: Mapping[str, int], where: str = _FLAG) -> MoRAConfig:
+def with_sizes(config: MoRAConfig, sides: Mapping[str, int], where: str = _FLAG) -> MoRAConfig:
     """`config` with MoRA matrices of these sides on these layers and no others. Raises `UserError` naming `where` for a
     side that the operator does not take."""
     try:

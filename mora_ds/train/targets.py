@@ -26,7 +26,7 @@ from mora_ds.adapters.target_plan import (
     check_model,
     parse_budget,
     read_plan,
-    sized,
+    with_sizes,
 )
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.config.adapter import AdapterArguments
@@ -104,7 +104,7 @@ def plan_of_file(adapter: AdapterArguments) -> TargetPlan | None:
     plan = read_plan(Path(str(adapter.targets)).expanduser())
     config = adapter.config(seed=0)
     if isinstance(config, MoRAConfig):
-        sized(config, plan.sides, f"--targets {adapter.targets}")
+        with_sizes(config, plan.sides, f"--targets {adapter.targets}")
     return plan
 
 
@@ -145,7 +145,7 @@ class RunTargets:
 
         plan = self.ranks.on_first(decide)
         logger.info(plan)
-        return sized(config, plan.sides)
+        return with_sizes(config, plan.sides)
 
     def _checked(self, opened: OpenModel, saved: Mapping[str, int]) -> TargetPlan:
         """The file's plan, compared with the model and the checkpoint."""
@@ -220,4 +220,4 @@ def planned_config(
             raise UserError(f"--targets auto reads weights, and {model} is no folder: give a plan's file to --dry_run")
         opened = open_model(folder, adapter.target_modules, trust_remote_code, "--model_name_or_path")
         plan = opened.plan_of_weights(config, str(adapter.trainable_budget))
-    return sized(config, plan.sides)
+    return with_sizes(config, plan.sides)

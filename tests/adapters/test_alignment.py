@@ -114,7 +114,7 @@ def test_a_square_of_zeros_has_neither_share_nor_gradient(monkeypatch: pytest.Mo
 
 
 def aligned_model(folder: Path, operator: str, rank: int = 3, **changes: Any) -> tuple[Any, MoRAConfig, str]:
-    """A tiny Llama in float64 with squares that are not zero, its config, and the name of its vectors."""
+    """A tiny Llama in float64 with MoRA matrices that are not zero, its config, and the name of its vectors."""
     from mora_ds.models.base import BaseCheckpoint, write_own_base
 
     torch.manual_seed(0)
@@ -149,8 +149,7 @@ def mean_share(model: Any, name: str, rank: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("operator", "checkpointing"),
-    [*((operator, False) for operator in EVERY), ("share", True), ("subspace", True)],
+    ("operator", "checkpointing"), [*((operator, False) for operator in EVERY), ("share", True), ("subspace", True)]
 )
 def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: bool, tmp_path: Path) -> None:
     """Two micro-batches before a step; then the same with the operators of the next cycle."""
@@ -202,7 +201,7 @@ def test_a_dry_run_tells_what_the_factors_take(user: Playground) -> None:
 
 
 def sharded_squares(path: str, stage: int) -> tuple[dict[str, Tensor], float]:
-    """Two steps, each of two micro-batches, on this rank's rows of six; no square is kept gathered."""
+    """Two steps, each of two micro-batches, on this rank's rows of six; no matrix stays gathered."""
     name = record_of(Path(path)).name
     singular_vectors.register(name, Path(path))
     model = tiny_model("llama")
@@ -227,8 +226,7 @@ def sharded_squares(path: str, stage: int) -> tuple[dict[str, Tensor], float]:
 
 @pytest.mark.gloo
 @pytest.mark.parametrize(
-    ("world", "stage"),
-    [(3, 3), *(pytest.param(3, stage, marks=pytest.mark.heavy) for stage in (0, 1, 2))],
+    ("world", "stage"), [(3, 3), *(pytest.param(3, stage, marks=pytest.mark.heavy) for stage in (0, 1, 2))]
 )
 def test_squares_sharded_by_zero_are_those_of_one_process(world: int, stage: int, tmp_path: Path) -> None:
     aligned_model(tmp_path, "rotate")

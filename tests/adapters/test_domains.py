@@ -192,7 +192,7 @@ class Wrapped:
         return self.module(**batch)
 
 
-def test_a_layer_that_does_not_see_whole_rows_is_refused() -> None:
+def test_a_layer_that_does_not_see_complete_rows_is_refused() -> None:
     check_domain_rows(Wrapped(domain_model("rotate")), 128)
     model = domain_model("rotate", target_modules=("q_proj", "lm_head"))
     chunk_loss(model)

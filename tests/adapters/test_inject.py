@@ -1,4 +1,4 @@
-"""Matching, replacing, freezing, counting and refusing."""
+"""Injection: which layers match, what is replaced, frozen, counted and refused."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def test_report_for_humans() -> None:
     assert "share/permuted" in lines[-1]
 
 
-def test_a_square_larger_than_its_layer_is_cut_and_said_so() -> None:
+def test_a_size_larger_than_the_layer_is_reduced_and_noted() -> None:
     report = inject(tiny_model(), MoRAConfig(rank=64, operator="share"))
     rows = {row.name: row for row in report.rows}
     assert rows["q_proj"].size == 32 and "asks for 64" in rows["q_proj"].note
@@ -327,7 +327,7 @@ def test_alternation_is_the_papers() -> None:
     assert groupings == [Grouping.STRIDED, Grouping.CONTIGUOUS] * 2
 
 
-def test_matrices_that_are_no_linear_layers_are_told() -> None:
+def test_weights_outside_linear_layers_are_reported() -> None:
     """Experts lie in one tensor each; a named target asks for no more than it names."""
     report = inject(tiny_model("mixtral"), MoRAConfig(rank=4))
     told = {"gate.weight": 2 * 4 * 32, "experts.gate_up_proj": 2 * 4 * 112 * 32, "experts.down_proj": 2 * 4 * 56 * 32}

@@ -96,7 +96,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(user: Playground, whole: Path, t
 
 
 @pytest.mark.gloo
-def test_damaged_vectors_are_found_and_a_dropped_cycle_keeps_them(whole: Path, tmp_path: Path) -> None:
+def test_damaged_vectors_are_refused_and_a_dropped_cycle_keeps_them(whole: Path, tmp_path: Path) -> None:
     drop(whole / "checkpoints" / "latest", [0], tmp_path / "dropped")
     assert Ledger.open(tmp_path / "dropped" / "ledger").vectors == Ledger.open(whole / "ledger").vectors
     copy = shutil.copytree((whole / "checkpoints" / "latest").resolve(), tmp_path / "copy")
@@ -153,13 +153,13 @@ def test_nodes_that_do_not_see_the_folder_get_the_same_vectors(user: Playground,
         assert not other.exists()
 
 
-def test_a_loop_of_ones_own(tmp_path: Path) -> None:
-    found = run_ranks(1, own_loop, str(tmp_path))[0]
+def test_a_training_loop_of_the_user(tmp_path: Path) -> None:
+    found = run_ranks(1, user_loop, str(tmp_path))[0]
     assert found["after"] == pytest.approx(found["before"], rel=1e-6) and found["verified"]
 
 
-def own_loop(folder: str) -> dict[str, Any]:
-    """As the README has it: GPT-2's transposed weights, tied embeddings."""
+def user_loop(folder: str) -> dict[str, Any]:
+    """As documented: GPT-2's transposed weights, tied embeddings."""
     from mora_ds.engine.initialize import initialize
     from tests.helpers.engines import ds_config
     from tests.helpers.models import causal_loss

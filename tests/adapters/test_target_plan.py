@@ -8,7 +8,7 @@ import pytest
 
 from mora_ds.adapters.config import MoRAConfig, config_from_dict
 from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.adapters.target_plan import TargetPlan, check_model, parse_budget, read_plan, sized
+from mora_ds.adapters.target_plan import TargetPlan, check_model, parse_budget, read_plan, with_sizes
 from mora_ds.errors import UserError
 from mora_ds.models.base import write_own_base
 from mora_ds.train.targets import open_model
@@ -52,7 +52,7 @@ def test_a_plan_of_weights_holds_its_budget_and_is_always_the_same(tmp_path: Pat
     assert plans[0].text() == plans[1].text()
     model = tiny_model(family)
     budget = int(0.04 * sum(each.numel() for each in model.parameters()))
-    report = inject(model, sized(config, plans[0].sides))
+    report = inject(model, with_sizes(config, plans[0].sides))
     assert 0.99 * budget <= report.square_params == plans[0].parameters <= budget
     assert "as planned)" in str(report)
     for name, layer in mora_layers(model).items():
@@ -108,7 +108,7 @@ def test_a_plan_of_another_model_is_refused_by_name() -> None:
 
 def test_a_config_keeps_its_sizes_and_old_ones_stay_as_they_were() -> None:
     assert "layer_sizes" not in MoRAConfig().to_dict()
-    config = sized(MoRAConfig(operator="share"), {"b": 3, "a": 5, "c": 0})
+    config = with_sizes(MoRAConfig(operator="share"), {"b": 3, "a": 5, "c": 0})
     assert config.planned_layers == ("a", "b") and config.size_of("b", 8, 8) == 3
     assert config_from_dict(config.to_dict()) == config
     assert config.to_dict()["layer_sizes"] == {"a": 5, "b": 3}
@@ -118,8 +118,8 @@ def test_a_config_keeps_its_sizes_and_old_ones_stay_as_they_were() -> None:
 
 def test_sides_that_no_operator_takes() -> None:
     with pytest.raises(UserError, match=r"^FILE: the side of a must be at least 1, and even for rotate, got 7"):
-        sized(MoRAConfig(rank=8), {"a": 7}, "FILE")
-    config = sized(MoRAConfig(rank=8), {"model.layers.0.self_attn.q_proj": 34})
+        with_sizes(MoRAConfig(rank=8), {"a": 7}, "FILE")
+    config = with_sizes(MoRAConfig(rank=8), {"model.layers.0.self_attn.q_proj": 34})
     with pytest.raises(
         UserError,
         match=r"side 34 on model\.layers\.0\.self_attn\.q_proj, .* of 32 x 32, is larger than it can use: give 32",
@@ -128,6 +128,6 @@ def test_sides_that_no_operator_takes() -> None:
 
 
 def test_planned_layers_that_do_not_exist_are_named() -> None:
-    config = sized(MoRAConfig(rank=8), {"model.layers.0.self_attn.q_prj": 8, "model.layers.1.mlp.up_proj": 8})
+    config = with_sizes(MoRAConfig(rank=8), {"model.layers.0.self_attn.q_prj": 8, "model.layers.1.mlp.up_proj": 8})
     with pytest.raises(UserError, match=r"q_prj\. Did you mean 'model\.layers\.0\.self_attn\.q_proj'\?$"):
         inject(tiny_model(), config)

@@ -24,17 +24,28 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, losses, refused, run
 from tests.helpers.models import tiny_model
 
+AUTO = ("--targets", "auto", "--trainable_budget", "3%")
+MERGING = (*AUTO, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 4)
+
 
 def adapter_json(out: Path) -> dict[str, Any]:
     return read_json(out / "checkpoints" / "latest" / "adapter.json")
+
+
+def trained_sides(out: Path) -> dict[str, int]:
+    """r_hat of the layers in the latest checkpoint."""
+    return {name: entry["operator"]["r_hat"] for name, entry in adapter_json(out)["layers"].items()}
+
+
+def planned_sides(out: Path) -> dict[str, int]:
+    return {name: side for name, side in read_plan(out / "targets.yaml").sides.items() if side}
 
 
 @pytest.fixture(scope="module")
 def finished(user: Playground) -> Path:
     """Two ranks, a merge, a checkpoint in the middle, exported."""
     out = user.root / "planned"
-    auto = ("--targets", "auto", "--trainable_budget", "3%", "--merge_every", 3, "--restart_warmup_steps", 1)
-    summary = run(2, user.flags(out, *auto, "--save_steps", 4, "--export_merged"))
+    summary = run(2, user.flags(out, *MERGING, "--export_merged"))
     budget = int(0.03 * (summary["total_params"] - summary["trainable_params"]))
     assert 0.99 * budget <= summary["trainable_params"] <= budget
     return out
@@ -42,13 +53,9 @@ def finished(user: Playground) -> Path:
 
 @pytest.mark.gloo
 def test_a_run_trains_merges_and_exports_what_the_plan_says(user: Playground, finished: Path) -> None:
-    plan = read_plan(finished / "targets.yaml")
     fresh = open_model(user.model, ["all-linear"]).plan_of_weights(MoRAConfig(rank=2), "3%")
     assert (finished / "targets.yaml").read_text(encoding="utf-8") == fresh.text(), "the same in every process"
-    layers = adapter_json(finished)["layers"]
-    assert {name: entry["operator"]["r_hat"] for name, entry in layers.items()} == {
-        name: side for name, side in plan.sides.items() if side
-    }
+    assert trained_sides(finished) == planned_sides(finished)
     assert [each.problems for each in verify(finished, user.model)] == [[], []]
     live: Any = mora_ds.load_adapter(user.model, finished / "checkpoints" / "latest")
     merged: Any = type(live).from_pretrained(finished / "merged")
@@ -62,9 +69,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(user: Playground, finished:
     shutil.copytree(finished, out, symlinks=True)
     shutil.rmtree(out / "checkpoints" / "step-000006")
     (out / "checkpoints" / "latest").unlink()
-    auto = ("--targets", "auto", "--trainable_budget", "3%", "--merge_every", 3, "--restart_warmup_steps", 1)
-    flags = user.flags(out, *auto, "--save_steps", 4, "--resume_from_checkpoint", "auto")
-    run(2, flags)
+    run(2, user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"))
     ended, resumed = (path / "checkpoints" / "latest" / "adapter.safetensors" for path in (finished, out))
     assert ended.read_bytes() == resumed.read_bytes() and torch.equal(losses(finished), losses(out))
 
@@ -77,8 +82,7 @@ def test_an_edited_plan_is_honoured_and_another_refused(user: Playground, finish
     text = TargetPlan(kept.model, kept.fingerprint, {names[0]: 10, names[1]: 6, "lm_head": 0}).text()
     plan.write_text(text + "# mine\n", encoding="utf-8")
     run(1, user.flags(out, "--targets", plan, "--max_steps", 2))
-    layers = adapter_json(out)["layers"]
-    assert {name: entry["operator"]["r_hat"] for name, entry in layers.items()} == {names[0]: 10, names[1]: 6}
+    assert trained_sides(out) == {names[0]: 10, names[1]: 6}
 
     resume = ("--max_steps", 4, "--resume_from_checkpoint", "latest")
     plan.write_text(text.replace(f"{names[0]}: 10", f"{names[0]}: 12"), encoding="utf-8")
@@ -89,7 +93,7 @@ def test_an_edited_plan_is_honoured_and_another_refused(user: Playground, finish
 
 
 class Alone:
-    """The only rank, as far as `RunTargets` looks."""
+    """The parts of `Ranks` that `RunTargets` uses, for a single process."""
 
     is_first = True
 
@@ -97,19 +101,10 @@ class Alone:
         return work()
 
 
-AUTO = ("--targets", "auto", "--trainable_budget", "3%")
-
-
-def decided(
-    user: Playground,
-    out: Path,
-    checkpoint: Path | None,
-    *flags: str | Path,
-    ranks: Any = None,
-) -> MoRAConfig:
-    """What a run by these flags takes, resumed from `checkpoint`."""
+def decided(user: Playground, out: Path, checkpoint: Path | None, *flags: str | Path, ranks: Any = None) -> MoRAConfig:
+    """The config of a run with these flags, resumed from `checkpoint`."""
     adapter, model, base = (
-        parse(list(map(str, flags))).adapter,
+        parse([*map(str, flags)]).adapter,
         tiny_model(vocab_size=400),
         BaseCheckpoint.open(user.model),
     )
@@ -122,7 +117,7 @@ def decided(
 
 
 def decided_together(user: Playground, out: Path) -> MoRAConfig:
-    """On a rank of several, of which only the first one can read weights. For `run_ranks`."""
+    """The config on one of several ranks, of which only the first can read weights. For `run_ranks`."""
     ranks = Ranks.current()
     if not ranks.is_first:
         BaseCheckpoint.read = None  # type: ignore[assignment, method-assign]
@@ -191,9 +186,6 @@ def test_a_dry_run_counts_what_the_plan_says(user: Playground, tmp_path: Path) -
         assert f"trainable {plan.parameters:,} " in told[0]
 
 
-# -- fuller: pytest -m heavy tests/adapters/test_target_plan.py -------------------------------------------------------
-
-
 @pytest.mark.heavy
 @pytest.mark.gloo
 @pytest.mark.parametrize(
@@ -219,9 +211,5 @@ def test_planned_runs_of_every_kind(user: Playground, tmp_path: Path, family: st
     assert 0.99 * budget <= summary["trainable_params"] <= budget
     rows = () if "--tensor_parallel_size" in more else ("--per_device_train_batch_size", "4")  # 2 replicas, or 1
     run(1 if rows else 2, [*flags, *rows, "--resume_from_checkpoint", "auto", "--max_steps", "5"])
-    plan = read_plan(tmp_path / "out" / "targets.yaml")
-    layers = adapter_json(tmp_path / "out")["layers"]
-    assert {name: entry["operator"]["r_hat"] for name, entry in layers.items()} == {
-        name: side for name, side in plan.sides.items() if side
-    }
+    assert trained_sides(tmp_path / "out") == planned_sides(tmp_path / "out")
     mora_ds.export_merged(tmp_path / "out" / "checkpoints" / "latest", tmp_path / "merged", verify=True)

@@ -46,13 +46,13 @@ def test_heads_that_the_degree_does_not_divide_fall_back() -> None:
     assert "2 does not divide the 57 outputs of gate_proj" in str(odd)
 
 
-def test_a_model_without_a_plan_falls_back_as_a_whole() -> None:
+def test_a_model_without_a_plan_is_not_split() -> None:
     plan = plan_of(tiny_model("gpt2"), 2)
     assert not plan.blocks and "the model has no tensor-parallel plan" in str(plan)
     assert "colwise_gather_output" in str(plan_of(tiny_model("phi3"), 2))
 
 
-def test_a_weight_that_the_plan_does_not_know_keeps_its_block_whole() -> None:
+def test_a_block_with_a_weight_unknown_to_the_plan_is_not_split() -> None:
     model = tiny_model("llama")
     model.model.layers[0].mlp.extra = nn.LayerNorm(56)
     plan = plan_of(model, 2)
@@ -131,7 +131,7 @@ def test_rowwise_layers_keep_what_a_rank_has_of_their_inputs() -> None:
     assert saved(attention="eager")["o_proj"] is Saved.SMALLER
 
 
-def test_inputs_stay_whole_where_they_are_asked_to_or_recomputed() -> None:
+def test_inputs_are_not_split_where_the_flag_says_so_or_they_are_recomputed() -> None:
     for found in (saved(TPInputs.WHOLE), saved(checkpointing=True)):
         assert found["q_proj"] is found["gate_proj"] is Saved.SMALLER
     assert saved(TPInputs.SPLIT, checkpointing=True)["q_proj"] is Saved.INPUT_SHARD
@@ -143,7 +143,7 @@ def test_inputs_stay_whole_where_they_are_asked_to_or_recomputed() -> None:
 # -- segments are the run's -------------------------------------------------------------------------------------------
 
 
-def test_aligned_segments_hang_on_the_models_plan_alone() -> None:
+def test_aligned_segments_depend_on_the_models_plan_only() -> None:
     model = tiny_model("llama")
     inject(model, MoRAConfig(rank=4, operator="share", segments=4))
     found: dict[str, Any] = {}

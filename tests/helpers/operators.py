@@ -12,7 +12,7 @@ from mora_ds.adapters.ops.linear import Compute, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 
-WIRINGS = [
+KINDS_AND_GROUPINGS = [
     (kind, grouping)
     for kind in OperatorKind
     for grouping in (Grouping if kind is OperatorKind.SHARE else (Grouping.PLAIN, Grouping.PERMUTED))
@@ -28,7 +28,7 @@ SHAPES = [
 
 
 def specs() -> Iterator[OperatorSpec]:
-    for kind, grouping in WIRINGS:
+    for kind, grouping in KINDS_AND_GROUPINGS:
         for d_in, d_out, r_hat in SHAPES:
             if kind is OperatorKind.ROTATE and r_hat % 2:
                 continue

@@ -49,7 +49,7 @@ def test_the_same_bits_as_forming_the_delta(kind: OperatorKind) -> None:
 
 
 def test_many_cycles_of_many_kinds_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where they have to be added in several passes, and the weight in pieces."""
+    """Also where they are added in several passes, and the weight is processed in parts."""
     monkeypatch.setattr(delta, "_PENDING", 900)
     monkeypatch.setattr(delta, "_CHUNK", 100)
     generator = torch.Generator().manual_seed(1)

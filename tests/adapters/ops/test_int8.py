@@ -67,7 +67,7 @@ def test_dense_is_the_product_rounded_once(dtype: torch.dtype) -> None:
     assert not view.is_contiguous() and torch.equal(dense(Int8Weight(view, scales), dtype), expected)
 
 
-def test_bits_do_not_hang_on_threads_or_layout() -> None:
+def test_bits_do_not_depend_on_threads_or_layout() -> None:
     weight = matrix(300, 2000)
     first = quantize(weight)
     for part in (0, 1):
@@ -155,7 +155,7 @@ class Casting(nn.Module):
         return self.proj(x.to(self.proj.weight.dtype))
 
 
-def test_activations_do_not_become_whole_numbers() -> None:
+def test_activations_are_not_cast_to_integers() -> None:
     for config in (MoRAConfig(rank=1, base_bits=8), LoRAConfig(rank=1, base_bits=8, dropout=0.5)):
         model = Casting()
         inject(model, config)
@@ -189,7 +189,7 @@ def test_nothing_of_a_weights_size_is_kept(config: Any, checkpointing: bool) -> 
     assert kept[8] == kept[16]
 
 
-def test_buffers_are_int8_and_whole_and_nothing_else_is() -> None:
+def test_only_adapted_weights_are_int8() -> None:
     model = tiny_model("qwen2")  # tied embeddings, biases
     before = count_parameters(model)
     report = inject(model, MoRAConfig(rank=4, base_bits=8))

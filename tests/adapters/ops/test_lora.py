@@ -75,7 +75,7 @@ def test_injected_layers_have_as_many_parameters_as_their_squares_at_most() -> N
     assert "factors" in str(report) and "rank" in str(report)
 
 
-def test_a_rank_beyond_the_shorter_side_is_cut_and_said() -> None:
+def test_a_rank_beyond_the_shorter_side_is_reduced_and_noted() -> None:
     report = inject(tiny_model("llama"), LoRAConfig(rank=20))
     cut = {row.name: row for row in report.rows}["k_proj"]
     assert cut.size == 16 and "shorter side" in cut.note

@@ -10,18 +10,11 @@ import torch
 from safetensors import safe_open
 
 from mora_ds.adapters.ops import index_tables
-from mora_ds.adapters.ops.mora import (
-    OperatorSpec,
-    adjoint,
-    compress,
-    decompress,
-    delta_weight,
-    mora_update,
-)
+from mora_ds.adapters.ops.mora import OperatorSpec, adjoint, compress, decompress, delta_weight, mora_update
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, default_kind, permutation_seed, square_size
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.errors import UserError
-from tests.helpers.operators import WIRINGS, random, spec_id, specs
+from tests.helpers.operators import KINDS_AND_GROUPINGS, random, spec_id, specs
 
 GOLDEN = Path(__file__).parent / "golden_operators.safetensors"
 REFERENCE_TYPES = {
@@ -34,7 +27,7 @@ REFERENCE_TYPES = {
 
 
 every_operator = pytest.mark.parametrize("spec", list(specs()), ids=spec_id)
-every_wiring = pytest.mark.parametrize(("kind", "grouping"), WIRINGS)
+every_grouping = pytest.mark.parametrize(("kind", "grouping"), KINDS_AND_GROUPINGS)
 
 
 # -- the reference ----------------------------------------------------------------------------------------------------
@@ -87,7 +80,7 @@ def test_gradient_of_the_square_is_the_adjoint(spec: OperatorSpec) -> None:
     torch.testing.assert_close(found, adjoint(spec, g.T @ x), rtol=1e-11, atol=1e-10)
 
 
-@every_wiring
+@every_grouping
 @pytest.mark.parametrize(("d_in", "d_out"), [(7, 10), (10, 7), (3, 2)])
 def test_gradcheck(kind: OperatorKind, grouping: Grouping, d_in: int, d_out: int) -> None:
     spec = OperatorSpec(kind, d_in, d_out, 4, grouping, seed=3)
@@ -96,7 +89,7 @@ def test_gradcheck(kind: OperatorKind, grouping: Grouping, d_in: int, d_out: int
     assert torch.autograd.gradcheck(lambda m: delta_weight(spec, m), (square,))
 
 
-@every_wiring
+@every_grouping
 def test_low_precision(kind: OperatorKind, grouping: Grouping) -> None:
     spec = OperatorSpec(kind, 33, 20, 6, grouping, seed=5)
     square, x = random(6, 6), random(4, 33, seed=1)
@@ -126,7 +119,7 @@ def test_blocks_reach_every_input_and_every_output(spec: OperatorSpec) -> None:
     assert (delta.abs().sum(dim=1) > 0).all(), "an output never adapts"
 
 
-def test_rotate_adapts_the_whole_of_a_down_projection() -> None:
+def test_rotate_adapts_all_of_a_down_projection() -> None:
     spec = OperatorSpec(OperatorKind.ROTATE, 11008, 4096, square_size(11008, 4096, 8, OperatorKind.ROTATE))
     delta = delta_weight(spec, torch.ones(spec.r_hat, spec.r_hat))
     assert spec.r_hat == 346
@@ -154,15 +147,10 @@ def test_share_by_hand() -> None:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-@every_wiring
+@every_grouping
 def test_tables_made_in_inference_mode_serve_training(kind: OperatorKind, grouping: Grouping) -> None:
     """An evaluation may be the first to use an operator; its cached tables must not be inference tensors."""
-    for cached in (
-        index_tables.rope_table,
-        index_tables.group_members,
-        index_tables.tables_of,
-    ):
-        cached.cache_clear()
+    index_tables.clear_tables()
     spec = OperatorSpec(kind, 10, 7, 4, grouping, seed=11)
     square, x = random(4, 4).requires_grad_(), random(2, 10, seed=1).requires_grad_()
     with torch.inference_mode():
@@ -209,7 +197,7 @@ def test_permuted_is_plain_between_two_permutations(kind: OperatorKind) -> None:
 
 
 def summed_ranks(groupings: list[Grouping], seeds: list[int], d: int = 512, r_hat: int = 128) -> list[int]:
-    """Rank of the sum of the deltas after each cycle, with a random square in each."""
+    """Rank of the sum of the deltas after each cycle, with a random M in each."""
     total, ranks = torch.zeros(d, d, dtype=torch.float64), []
     for cycle, (grouping, seed) in enumerate(zip(groupings, seeds, strict=True)):
         total += delta_weight(
@@ -293,7 +281,7 @@ def test_specs_that_are_no_operator(changes: dict[str, object], message: str) ->
         spec_from_dict({"kind": "share", "d_in": 8, "d_out": 8, "r_hat": 4, **changes})
 
 
-@every_wiring
+@every_grouping
 def test_specs_survive_json(kind: OperatorKind, grouping: Grouping) -> None:
     spec = OperatorSpec(kind, 8, 6, 4, grouping, seed=9)
     assert spec_from_dict(json.loads(json.dumps(spec.to_dict()))) == spec

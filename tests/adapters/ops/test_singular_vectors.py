@@ -46,7 +46,7 @@ def test_a_weight_too_large_for_lapack_is_decomposed_by_iteration(monkeypatch: p
     torch.testing.assert_close(found_left.double(), (left[:, :count] * signs).T, rtol=1e-4, atol=1e-4)
 
 
-def test_vectors_that_are_not_there_are_told_by_name(tmp_path: Path) -> None:
+def test_missing_and_damaged_vectors_are_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="feedfeedfeedfeed is missing"):
         singular_vectors.read("feedfeedfeedfeed", MODULE, 0, 1)
     name = register_vectors(random(6, 8), 3, tmp_path)
