@@ -1,13 +1,13 @@
-"""mora_ds: MoRA and ReMoRA for DeepSpeed. The names below are the public API, and nothing else is.
+"""mora_ds: MoRA and ReMoRA for DeepSpeed. The names in `__all__` are the public API:
 
-    inject(model, MoRAConfig(rank=8))            a Hugging Face model gets its squares, the rest becomes buffers
+    inject(model, MoRAConfig(rank=8))            every target layer gets a MoRA matrix, the base becomes buffers
     engine, ... = initialize(model=model, config="ds.json")      in place of deepspeed.initialize
     run = Run(engine, config, base=..., folder="out"); run.merge(step); run.save(step)
     export_merged(checkpoint, output)                            a merged Hugging Face model
-    export_adapter(checkpoint, folder); load_adapter(base, folder)      the adapter alone, and onto the base again
-    bank = AdapterBank.open(base, folder)                        many of them over one base, chosen row by row
+    export_adapter(checkpoint, folder); load_adapter(base, folder)      the adapter alone, and its use on a base
+    bank = AdapterBank.open(base, folder)                        multi-adapter inference: one base, an adapter per row
 
-Loaded lazily, so that `import mora_ds` costs nothing.
+They are imported at first use, so that `import mora_ds` is fast.
 """
 
 from __future__ import annotations

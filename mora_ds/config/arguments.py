@@ -1,4 +1,4 @@
-"""All settings of a training run: four dataclasses, parsed strictly, dumped beside the run.
+"""All settings of a training run: four dataclasses, parsed strictly, written to the run's run.yaml.
 
     [recipe.yaml] --flags -> parse -> Arguments -> validate -> the groups of fields that each module needs
                                          \\-> dump -> run.yaml

@@ -175,13 +175,13 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
     weight_map = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX_FILE} is damaged: it has no weight_map")
-    held: dict[Path, set[str]] = {}
+    keys_of: dict[Path, set[str]] = {}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
             raise UserError(f"{folder / shard} is missing, but {INDEX_FILE} names it")
-        held[folder / shard] = set(open_safetensors(folder / shard).keys())
+        keys_of[folder / shard] = set(open_safetensors(folder / shard).keys())
     for key, shard in weight_map.items():
-        if key not in held[folder / shard]:
+        if key not in keys_of[folder / shard]:
             raise UserError(f"{folder / shard} has no tensor {key!r}, which {INDEX_FILE} lists")
     return {key: folder / shard for key, shard in weight_map.items()}
 
@@ -272,12 +272,12 @@ def tensor_checksum(tensor: Tensor) -> int:
     shifted, factors = torch.empty_like(scratch), _factors(raw.device)
     sums = []
     for start in range(0, raw.numel(), words_at_once * 8):
-        piece = raw[start : start + words_at_once * 8]
-        chunks = -(-piece.numel() // (_CHUNK * 8))
+        part = raw[start : start + words_at_once * 8]
+        chunks = -(-part.numel() // (_CHUNK * 8))
         words = scratch[: chunks * _CHUNK]
-        if piece.numel() < words.numel() * 8:
+        if part.numel() < words.numel() * 8:
             words.zero_()
-        words.view(torch.uint8)[: piece.numel()].copy_(piece)
+        words.view(torch.uint8)[: part.numel()].copy_(part)
         sums.append(_sum_of_words(words, shifted[: words.numel()], factors))
     digest = hashlib.blake2b(str(raw.numel()).encode(), digest_size=8)
     if sums:

@@ -75,20 +75,20 @@ class VocabularyReport:
 def extend_vocabulary(
     folder: Path,
     corpus: Corpus,
-    pieces: int,
+    new_tokens: int,
     output: Path,
     *,
     algorithm: str = "bpe",
     trust_remote_code: bool = False,
 ) -> VocabularyReport:
-    """Writes the model in `folder` with `pieces` new tokens, learned from `corpus`, to the new folder `output`.
+    """Writes the model in `folder` with `new_tokens` more tokens, learned from `corpus`, to the new folder `output`.
 
     One tensor is in memory at a time. Raises `UserError` for a head that is neither tied nor linear, a corpus that
     yields fewer tokens, and a tokenizer that cannot be extended; `RunError` if the extended tokenizer does not decode a
     text to itself, but the old one did.
     """
-    if pieces < 1:
-        raise UserError(f"--pieces must be at least 1, got {pieces}")
+    if new_tokens < 1:
+        raise UserError(f"--pieces must be at least 1, got {new_tokens}")
     base = BaseCheckpoint.open(folder, FLAG)
     config = folder_config(folder, trust_remote_code)
     keys, old_rows = _vocabulary_keys(base, config, trust_remote_code)
@@ -96,9 +96,9 @@ def extend_vocabulary(
     check_vocabulary(tokenizer, old_rows, FLAG)
     measured, held_out = _measured_texts(corpus)
     learned = (text for text in corpus.texts() if not (held_out and _is_measured(text)))
-    candidates = candidate_tokens(learned, pieces, algorithm)
+    candidates = candidate_tokens(learned, new_tokens, algorithm)
     with tempfile.TemporaryDirectory() as scratch:
-        extension = extend_tokenizer(tokenizer, candidates, pieces, Path(scratch))
+        extension = extend_tokenizer(tokenizer, candidates, new_tokens, Path(scratch))
         extended = check_extension(extension, config.model_type)
         densities = _compare(tokenizer, extended, measured)
         rows = max(extension.first_id + len(extension.tokens), old_rows)
@@ -106,7 +106,7 @@ def extend_vocabulary(
         with atomic_folder(output.absolute()) as partial:
             _write(base, partial, keys, extension, rows)
     nbytes = sum(len(text.encode()) for text in measured)
-    return VocabularyReport(output, pieces, (old_rows, rows), densities, nbytes, held_out)
+    return VocabularyReport(output, new_tokens, (old_rows, rows), densities, nbytes, held_out)
 
 
 def first_new_row(folder: Path) -> int:
@@ -154,8 +154,8 @@ def _vocabulary_keys(base: BaseCheckpoint, config: Any, trust_remote_code: bool)
 
 def _measured_texts(corpus: Corpus) -> tuple[list[str], bool]:
     """(texts of about `_MEASURED_CHARACTERS` in total, whether they are held out)."""
-    held = _first(filter(_is_measured, corpus.texts()))
-    return (held, True) if held else (_first(corpus.texts()), False)
+    measured = _first(filter(_is_measured, corpus.texts()))
+    return (measured, True) if measured else (_first(corpus.texts()), False)
 
 
 def _is_measured(text: str) -> bool:

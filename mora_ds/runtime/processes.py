@@ -21,8 +21,8 @@ _WRAPPER = ("launch", "restart.py")
 def parent_of(process: int) -> int | None:
     """Process id of its parent; None for a process that has ended, zombies included."""
     try:
-        found = psutil.Process(process)
-        return None if found.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else found.ppid()
+        running = psutil.Process(process)
+        return None if running.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else running.ppid()
     except psutil.NoSuchProcess:
         return None
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mora_ds.config.adapter import AdapterArguments
-from mora_ds.config.arguments import Arguments, dump, from_flat, parse
+from mora_ds.config.arguments import dump, from_flat, parse
 from mora_ds.config.flags import documented
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
@@ -71,7 +71,10 @@ def test_launchers_put_the_local_rank_before_the_recipe(tmp_path: Path, rank: li
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--mora_rnk", "8"], "unknown flag --mora_rnk. Did you mean '--mora_rank'?"),
+        (
+            ["--mora_rnk", "8", "--sed", "3"],
+            "unknown flag --mora_rnk. Did you mean '--mora_rank'?\nunknown flag --sed",
+        ),
         (["--max_step=5"], "unknown flag --max_step. Did you mean '--max_steps'?"),
         (["--max_steps", "ten"], "argument --max_steps/--max-steps: invalid int value: 'ten'"),
         (["--bf16", "perhaps"], "--bf16"),
@@ -86,12 +89,6 @@ def test_mistakes_on_the_command_line_are_named(argv: list[str], message: str) -
     assert message in str(caught.value)
 
 
-def test_all_unknown_flags_are_listed_at_once() -> None:
-    with pytest.raises(UserError) as caught:
-        parse(["--mora_rnk", "8", "--sed", "3"])
-    assert "--mora_rnk" in str(caught.value) and "--sed" in str(caught.value)
-
-
 def test_help_shows_docstrings_and_defaults_and_leaves_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         parse(["-h"])
@@ -102,11 +99,10 @@ def test_help_shows_docstrings_and_defaults_and_leaves_with_0(capsys: pytest.Cap
 
 
 def test_every_field_carries_its_docstring_as_help() -> None:
-    groups = [field.type for field in dataclasses.fields(Arguments) if field.name != "given"]
+    groups = [each for each in vars(parse([])).values() if dataclasses.is_dataclass(each)]
     assert len(groups) == 4
-    for group in (type(getattr(parse([]), name)) for name in ("model", "adapter", "data", "training")):
-        for field in dataclasses.fields(group):
-            assert len(field.metadata["help"]) > 8, field.name
+    for field in (field for group in groups for field in dataclasses.fields(group)):
+        assert len(field.metadata["help"]) > 8, field.name
 
 
 def test_a_field_without_docstring_is_refused() -> None:
@@ -140,35 +136,31 @@ def test_mistakes_in_a_recipe_are_listed_at_once(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError) as caught:
         parse([path])
-    text = str(caught.value)
-    assert "unknown key 'mora_rnk'. Did you mean 'mora_rank'?" in text
-    assert "max_steps must be a whole number, got 'ten'" in text
-    assert "seq_len must be a whole number, got 12.5" in text
-    assert "bf16 must be true or false, got 1" in text
-    assert "seed must be a whole number, got True" in text
-    assert "learning_rate must be a number, got 'fast'" in text
-    assert "train_files must be a string (in quotes), got 1" in text
-    assert "output_dir must be a string (in quotes), got None" in text
-    assert text.count(path) == 8
+    assert str(caught.value).replace(f"{path}: ", "").splitlines() == [
+        "unknown key 'mora_rnk'. Did you mean 'mora_rank'?",
+        "max_steps must be a whole number, got 'ten'",
+        "seq_len must be a whole number, got 12.5",
+        "bf16 must be true or false, got 1",
+        "seed must be a whole number, got True",
+        "learning_rate must be a number, got 'fast'",
+        "train_files must be a string (in quotes), got 1",
+        "output_dir must be a string (in quotes), got None",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("content", "message"),
     [
-        ("seed: 1\nseed: 2\n", "'seed' is given twice"),
-        ("seed: [1\n", "no valid YAML"),
-        ("- seed\n", "not a list"),
+        (b"seed: 1\nseed: 2\n", "'seed' is given twice"),
+        (b"seed: [1\n", "no valid YAML"),
+        (b"- seed\n", "not a list"),
+        (b"\xff\xfe\x00seed", r"cannot read the recipe .*recipe\.yaml"),
     ],
 )
-def test_broken_recipes(tmp_path: Path, text: str, message: str) -> None:
+def test_broken_recipes(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        parse([recipe(tmp_path, text)])
-
-
-def test_a_recipe_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00seed")
-    with pytest.raises(UserError, match=r"cannot read the recipe .*binary\.yaml"):
-        parse([str(tmp_path / "binary.yaml")])
+        parse([str(tmp_path / "recipe.yaml")])
 
 
 def test_an_empty_recipe_sets_nothing(tmp_path: Path) -> None:
@@ -191,7 +183,6 @@ def test_run_yaml_is_a_recipe_that_repeats_the_run(tmp_path: Path) -> None:
 STALLED = {"merge_when": "stalled"}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"mora_rank": 0}, "--mora_rank must be at least 1, got 0"),
-    "negative rank": ({"mora_rank": -4}, "--mora_rank must be at least 1"),
     "operator": ({"operator": "rotat"}, "'rotat'"),
     "grouping": ({"grouping": "stride"}, "Did you mean 'strided'"),
     "grouping of another operator": ({"grouping": "strided", "operator": "rotate"}, "--grouping strided"),

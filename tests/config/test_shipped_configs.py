@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.arguments import parse
-from mora_ds.config.data import DataArguments
+from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.flags import read_recipe
 from mora_ds.config.mixture import mixture_plan
+from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.engine.ds_config import compute_dtype, resolve_ds_config
 
@@ -66,10 +70,6 @@ def test_recipes_of_the_paper_hold_the_papers_figures(name: str, rank: int, rate
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_leave_model_and_data_to_the_user(path: Path) -> None:
-    from mora_ds.config.adapter import AdapterArguments
-    from mora_ds.config.data import ModelArguments
-    from mora_ds.config.training import TrainingArguments
-
     keys = read_recipe(str(path), [ModelArguments, AdapterArguments, DataArguments, TrainingArguments])
     assert not {"model_name_or_path", "train_files", "output_dir"} & set(keys)
 
@@ -83,9 +83,6 @@ def test_mixtures_make_plans(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_model_configs_build_a_model(path: Path) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = AutoConfig.from_pretrained(str(path))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

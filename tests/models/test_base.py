@@ -1,4 +1,4 @@
-"""Original weights on disk: opening, mapping, fingerprints, checksums, and the files beneath."""
+"""Original weights on disk: opening, mapping, fingerprints, checksums, safetensors files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mora_ds import files
 from mora_ds.errors import RunError, UserError
 from mora_ds.models.base import (
     BaseCheckpoint,
@@ -74,7 +74,7 @@ def test_sharded_folder_reads_the_same(llama: Path, sharded: Path) -> None:
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (lambda folder: files.shutil.rmtree(folder), "no such folder"),
+        (lambda folder: shutil.rmtree(folder), "no such folder"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor"),
         (lambda folder: os.truncate(folder / "model.safetensors", 9_000), "model.safetensors is truncated or damaged"),
@@ -238,14 +238,10 @@ def test_fingerprint_sees_one_flipped_bit_and_reports_progress(llama: Path) -> N
     base = BaseCheckpoint.open(llama)
     before = base.fingerprint(lambda done, total: calls.append((done, total)))
     assert calls[-1] == (base.nbytes, base.nbytes) and len(calls) == len(base.keys())
-    flip_byte(llama / "model.safetensors", -1)
+    content = bytearray((llama / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (llama / "model.safetensors").write_bytes(content)
     assert BaseCheckpoint.open(llama).fingerprint() != before
-
-
-def flip_byte(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
 
 
 def test_checksum_is_of_bytes_not_of_views() -> None:
@@ -348,61 +344,3 @@ def test_writer_holds_to_its_layout(tmp_path: Path) -> None:
         for name, tensor in (("a", torch.zeros(2)), ("c", torch.zeros(2)), ("b", torch.zeros(2))):
             with pytest.raises(ValueError, match=f"'{name}'"):
                 writer.write(name, tensor)
-
-
-def test_full_disk_is_named_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.json"
-    files.write_json_atomic(path, {"old": 1})
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunError, match=f"{tmp_path} is full"):
-        files.write_json_atomic(path, {"new": 1})
-    assert files.read_json(path) == {"old": 1} and [each.name for each in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_manifest_names_each_damage(tmp_path: Path) -> None:
-    (tmp_path / "deep").mkdir()
-    for name in ("whole", "flipped", "short", "gone", "deep/flipped"):
-        (tmp_path / name).write_bytes(b"0123456789" * 100)
-    files.write_manifest(tmp_path)
-    assert files.verify_manifest(tmp_path) == []
-    (tmp_path / "unknown").write_text("is no problem")
-    flip_byte(tmp_path / "flipped", 500)
-    flip_byte(tmp_path / "deep/flipped", 0)
-    os.truncate(tmp_path / "short", 999)
-    (tmp_path / "gone").unlink()
-    problems = "\n".join(files.verify_manifest(tmp_path))
-    assert len(problems.splitlines()) == 4
-    for words in ("deep/flipped is damaged", "/flipped is damaged", "short has 999 bytes", "gone is missing"):
-        assert words in problems
-    (tmp_path / "manifest.json").write_text('{"files": {}}')
-    assert "no seal" in files.verify_manifest(tmp_path)[0]
-    (tmp_path / "manifest.json").write_text('{"seal": "a"}')
-    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
-        files.verify_manifest(tmp_path)
-
-
-def test_symlink_moves_and_folder_replacement_recovers(tmp_path: Path) -> None:
-    for target in ("step-1", "step-2"):
-        (tmp_path / target).mkdir()
-        files.replace_symlink(tmp_path / "latest", target)
-        assert (tmp_path / "latest").resolve() == tmp_path / target
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "kept").write_text("")
-    os.rename(folder, tmp_path / ".model.old")  # killed between the two renames
-    with pytest.raises(RuntimeError), files.atomic_folder(folder):
-        raise RuntimeError
-    assert (folder / "kept").exists() and not (tmp_path / ".model.old").exists()
-
-
-def test_half_made_link_is_never_written_through(tmp_path: Path) -> None:
-    """A killed `link_or_copy` leaves a hard link where the next write begins: the linked file must not change."""
-    precious = tmp_path / "precious"
-    precious.write_text("keep")
-    os.link(precious, tmp_path / ".a.json.partial")
-    files.write_json_atomic(tmp_path / "a.json", {})
-    assert precious.read_text() == "keep"

@@ -1,4 +1,4 @@
-"""What `model.py` asks of the hub; folders on disk go through all of tests/."""
+"""Which files of a Hub repository are downloaded; folders on disk are loaded by most other tests."""
 
 from __future__ import annotations
 

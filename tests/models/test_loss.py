@@ -1,4 +1,4 @@
-"""The loss a chunk at a time is the model's own: values, gradients, evaluation, also under ZeRO-3."""
+"""The loss in chunks equals the model's own: values, gradients, evaluation, also under ZeRO-3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nodes with an output folder of their own: the run is kept on rank 0's node, the same run to the bit."""
+"""Nodes that do not see the output folder: the run is kept on rank 0's node, the same run to the bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from mora_ds.checkpoint.verify import verify
 from mora_ds.errors import UserError
-from mora_ds.runtime import nodes as room
+from mora_ds.runtime import nodes
 from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
 from tests.helpers.gloo import run_ranks
@@ -44,7 +44,7 @@ def test_a_run_is_kept_on_one_node(user: Playground, whole: Path, tmp_path: Path
     assert torch.equal(losses(first), losses(whole))
     assert_same_tensors(checkpoint_tensors(first), checkpoint_tensors(whole))
     assert all(verdict.is_good for verdict in verify(first, None)), "every shard has arrived"
-    assert not other.exists(), "nothing stays behind"
+    assert not other.exists(), "the follower's folder is deleted"
 
 
 def test_it_resumes_whatever_lies_on_the_other_node(user: Playground, whole: Path, tmp_path: Path) -> None:
@@ -73,9 +73,9 @@ def test_a_base_and_a_tokenizer_made_by_the_run_reach_every_node(user: Playgroun
 
 
 def parts_moved(first: str, other: str, size: int) -> list[str]:
-    """A follower's file reaches rank 0, a folder of rank 0's the follower; the names and bytes that are there then."""
+    """Files of a follower are moved to rank 0, and a folder of rank 0 is copied back. Returns names and sizes."""
     folder = on_another_node(Path(first), Path(other))
-    room._CHUNK = 1000
+    nodes._CHUNK = 1000
     followers = Followers.find(folder, Ranks.current())
     beside = followers.folder / "beside"
     if followers.leads:
@@ -95,12 +95,12 @@ def parts_moved(first: str, other: str, size: int) -> list[str]:
         for name in ("stale", "mine"):
             (broken / name).write_text("half")
     followers.share(shared)
-    found = sorted(f"{path.relative_to(shared)} {path.stat().st_size}" for path in shared.rglob("*") if path.is_file())
+    names = sorted(f"{path.relative_to(shared)} {path.stat().st_size}" for path in shared.rglob("*") if path.is_file())
     assert not followers.leads or (shared / "deep" / "shard").read_bytes() == bytes(range(256)) * size
-    return found
+    return names
 
 
-def test_files_travel_in_pieces(tmp_path: Path) -> None:
+def test_files_are_sent_in_chunks(tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     moved = run_ranks(3, parts_moved, str(tmp_path / "first"), str(tmp_path / "other"), 17)
     assert moved == [[f"deep/shard {256 * 17}", "empty 0", "mine 4"]] * 3

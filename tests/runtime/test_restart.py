@@ -1,4 +1,4 @@
-"""The wrapper: what it takes for what, when it stops, and a real job that is killed and stopped and finishes."""
+"""The restart wrapper: its verdicts, when it stops, and a real job that is killed, stopped and finishes."""
 
 from __future__ import annotations
 
@@ -54,23 +54,12 @@ cli.run(main, restartable=True)
 
 
 def perform(folder: Path, *attempts: list[tuple[str, float]], times: int = 5) -> subprocess.Popen[str]:
-    """The wrapper around a launcher's rank that only acts; what it does in each attempt."""
+    """The wrapper around a rank that only performs the `attempts`, one list of actions each."""
     (folder / "pretrain.py").write_text(ACTOR.format(repository=str(REPOSITORY)))
     (folder / "plan.json").write_text(json.dumps(attempts))
     rank = ["env", "RANK=0", sys.executable, str(folder / "pretrain.py"), "--flag"]
-    words = [
-        sys.executable,
-        str(WRAPPER),
-        str(times),
-        "--wait_s",
-        "0.05",
-        "--",
-        "sh",
-        "-c",
-        '"$@"; exit $?',
-        "sh",
-        *rank,
-    ]
+    wrapper = [sys.executable, str(WRAPPER), str(times), "--wait_s", "0.05", "--"]
+    words = [*wrapper, "sh", "-c", '"$@"; exit $?', "sh", *rank]
     return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -79,13 +68,8 @@ def attempts_made(folder: Path) -> list[list[str]]:
 
 
 def test_failures_and_stops_are_run_again_until_it_is_done(tmp_path: Path) -> None:
-    process = perform(
-        tmp_path,
-        [("save", 2), ("die", signal.SIGKILL)],
-        [("save", 4), ("exit", 75)],
-        [("save", 6), ("exit", 1)],
-        [("exit", 0)],
-    )
+    first, second = [("save", 2), ("die", signal.SIGKILL)], [("save", 4), ("exit", 75)]
+    process = perform(tmp_path, first, second, [("save", 6), ("exit", 1)], [("exit", 0)])
     _, told = process.communicate(timeout=60)
     assert process.returncode == 0, told
     assert attempts_made(tmp_path) == [["--flag", "--resume_from_checkpoint", "auto"]] * 4
@@ -126,14 +110,14 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
 
 
 def test_what_launchers_say_and_what_ranks_say() -> None:
-    """The codes on the left are those that deepspeed 0.19.8 and torchrun (torch 2.13) were seen to give."""
+    """The codes on the left are those of deepspeed 0.19.8 and torchrun (torch 2.13)."""
     assert judge(1, AttemptEvents([11, 12], 5, [75, 75])) is Verdict.STOPPED, "launch.py after SIGTERM, torchrun"
     assert judge(0, AttemptEvents([11, 12], 5, [75, 75])) is Verdict.STOPPED, "the runner, its launch.py killed"
     assert judge(0, AttemptEvents([11, 12], 5, [])) is Verdict.FAILED, "the runner, everything below it killed"
     assert judge(247, AttemptEvents([11, 12], 5, [1])) is Verdict.FAILED
     assert judge(1, AttemptEvents([11, 12], None, [2, 1])) is Verdict.USER_ERROR
     assert judge(0, AttemptEvents([11, 12], 9, [0, 0])) is Verdict.DONE
-    elsewhere = [judge(code, AttemptEvents()) for code in (0, 2, 75, 1)]  # ranks that cannot write to our file
+    elsewhere = [judge(code, AttemptEvents()) for code in (0, 2, 75, 1)]  # ranks on nodes that do not see the file
     assert elsewhere == [Verdict.DONE, Verdict.USER_ERROR, Verdict.STOPPED, Verdict.FAILED]
 
 
@@ -149,10 +133,8 @@ def test_what_launchers_say_and_what_ranks_say() -> None:
 def test_commands_that_cannot_be_resumed_are_refused(flags: list[str], named: str) -> None:
     with pytest.raises(UserError, match=named):
         with_resume(["deepspeed", *flags])
-    assert with_resume(["d", "pretrain.py", "--resume_from_checkpoint", "auto"])[2:] == [
-        "--resume_from_checkpoint",
-        "auto",
-    ]
+    given = ["d", "pretrain.py", "--resume_from_checkpoint", "auto"]
+    assert with_resume(given) == given
 
 
 @pytest.mark.gloo

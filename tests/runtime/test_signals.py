@@ -1,4 +1,4 @@
-"""Signals, dead ranks, lost launchers: saved and left within two steps, ended within a minute, resumed bit for bit."""
+"""Signals, dead ranks, dead launchers: saved within two steps, ended within a minute, resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ AUTO = ("--resume_from_checkpoint", "auto")
 
 @pytest.fixture(scope="module")
 def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nobody disturbs."""
+    """The uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "out"
     run(2, user.flags(out, *MERGING))
     return out
@@ -42,7 +42,8 @@ def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def signalled_job(argv: list[str], number: int, rank: int, method: str, step: int) -> str:
-    """A run in which `rank` gets the signal when it enters `method` of the trainer at `step`. What `Stopped` says."""
+    """A run in which `rank` receives the signal when it enters `method` of the trainer at `step`; the message of
+    `Stopped`."""
     signals.install()
     original: Callable[..., Any] = getattr(Trainer, method)
 
@@ -187,7 +188,7 @@ def test_the_end_of_a_pool_is_no_request_to_stop() -> None:
 
 @pytest.fixture
 def start(user: Playground, tmp_path: Path) -> Any:
-    """A long job under `deepspeed` in a process group of its own; past its first checkpoint when it is handed over."""
+    """Starts a long job under `deepspeed` in a new process group and waits for its first checkpoint."""
     processes: list[subprocess.Popen[str]] = []
 
     def begin(*more: str | int, script: Path | None = None, past: str = "step-000003") -> tuple[Any, Path, list[int]]:
@@ -243,8 +244,8 @@ def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start: Any, user: Playg
         pytest.param(signal.SIGKILL, False, id="SIGKILL to the runner"),
     ],
 )
-def test_ranks_save_and_leave_when_their_launcher_goes(start: Any, tmp_path: Path, number: int, group: bool) -> None:
-    """Ctrl-C and SIGTERM to everybody; SIGKILL to DeepSpeed's runner alone."""
+def test_ranks_save_and_leave_when_their_launcher_ends(start: Any, tmp_path: Path, number: int, group: bool) -> None:
+    """Ctrl-C and SIGTERM to all processes; SIGKILL to DeepSpeed's runner alone."""
     process, log, ranks = start()
     os.kill(-process.pid if group else process.pid, number)
     process.wait(timeout=60)
@@ -258,7 +259,7 @@ def test_a_killed_rank_takes_the_job_down(start: Any) -> None:
     process, log, ranks = start()
     began = time.monotonic()
     os.kill(ranks[1], signal.SIGKILL)
-    assert process.wait(timeout=60) == 256 - signal.SIGKILL, "its code, not that of the ranks that lost it"
+    assert process.wait(timeout=60) == 256 - signal.SIGKILL, "its exit code, not that of the other ranks"
     assert gone_within(ranks, 60 - (time.monotonic() - began))
     assert "[rank 0] error: lost contact with another rank" in log.read_text()
 
@@ -321,7 +322,7 @@ def test_the_lock_of_a_folder_goes_with_its_process_however_that_ends(tmp_path: 
     reserve(tmp_path, False, True)
 
 
-# -- a rank that is silent -------------------------------------------------------------------------------------------
+# -- a rank without heartbeat ---------------------------------------------------------------------------------------
 
 SILENT = """
 import sys, time
@@ -338,8 +339,8 @@ cli.run(main, restartable=True)
 """
 
 
-def test_a_rank_that_gives_no_sign_of_life_is_given_up() -> None:
-    """Stopped, it keeps all connections open, as a node behind a cut link does."""
+def test_a_rank_without_heartbeat_ends_the_others() -> None:
+    """A stopped process keeps all connections open, like a node behind a broken link."""
     shared = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
