@@ -222,8 +222,8 @@ def _signature(name: str, thing: Any) -> list[str]:
 
 
 def _parameter(each: inspect.Parameter) -> str:
-    stars = {each.VAR_POSITIONAL: "*", each.VAR_KEYWORD: "**"}.get(each.kind, "")
-    text = f"{stars}{each.name}"
+    stars: dict[Any, str] = {each.VAR_POSITIONAL: "*", each.VAR_KEYWORD: "**"}
+    text = f"{stars.get(each.kind, '')}{each.name}"
     if each.annotation is not each.empty:
         text += f": {_annotation(each.annotation)}"
     if each.default is not each.empty:
