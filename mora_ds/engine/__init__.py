@@ -1,1 +1,13 @@
-"""Everything that touches DeepSpeed: its configuration, its engine, its internals. Imports nothing here."""
+"""Everything that touches DeepSpeed: its configuration, its engine, its internals.
+
+    initialize        a model with MoRA matrices -> a DeepSpeed engine, after the checks that need no engine
+    ds_config         a DeepSpeed JSON with "auto" values -> the config of the engine; ds_keys, ds_optimizer: its parts
+    optimizer_view    DeepSpeed's optimizers behind one interface
+    zero              what other packages ask an engine: masters, optimizer state, learning rate, gradient norm
+    muon              what DeepSpeed's Muon needs besides
+    shard_writer      writes and restores the shards of a checkpoint; shard_reader reads them, without DeepSpeed
+    traffic           counts the bytes that collectives carry
+    device            the device of this process
+
+It imports nothing itself, as most of its modules take seconds to import.
+"""

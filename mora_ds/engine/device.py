@@ -1,4 +1,4 @@
-"""The device that this process computes on, as DeepSpeed's accelerator has it."""
+"""The device of this process, from DeepSpeed's accelerator."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from deepspeed.accelerator import get_accelerator
 
 
 def current_device() -> torch.device:
-    """This rank's device, once `start_distributed` has chosen it."""
+    """The device of this process, once `start_distributed` has chosen it."""
     return torch.device(get_accelerator().current_device_name())
 
 
 def is_cpu() -> bool:
-    """Whether ranks compute on the CPU."""
+    """Whether the processes compute on the CPU."""
     return bool(get_accelerator().device_name() == "cpu")
 
 
 def memory_bytes() -> float:
-    """All the memory of this rank's device; on a CPU, of the machine."""
+    """The total memory of this process's device; on a CPU, of the machine."""
     if is_cpu():
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return float(get_accelerator().total_memory())

@@ -1,10 +1,10 @@
-"""From DeepSpeed's JSON with "auto" values to the dictionary that `deepspeed.initialize` gets.
+"""From DeepSpeed's JSON with "auto" values to the dictionary for `deepspeed.initialize`.
 
-    load_ds_config(path)          read, with the place of a broken line
-    complete_ds_config(...)       for a loop without our flags: checks and defaults only
-    resolve_ds_config(...)        fill "auto" from the flags, add our defaults, list every contradiction at once
-    compute_dtype(ds_config)      dtype in which the base is to be loaded
-    fill_bucket_sizes(...)        once the squares exist: buffers and thresholds of ZeRO from their sizes
+    load_ds_config(path)          reads the file; an error names the line
+    complete_ds_config(...)       for a user's own loop without our flags: checks and defaults only
+    resolve_ds_config(...)        fills "auto" from the flags, adds our defaults, lists every contradiction at once
+    compute_dtype(ds_config)      the dtype in which the base is to be loaded
+    fill_bucket_sizes(...)        once the model is injected: buffers and thresholds of ZeRO from its parameters' sizes
 
 Facts about DeepSpeed are those of 0.19.8: runtime/config.py, runtime/zero/config.py, runtime/engine.py.
 """
@@ -19,21 +19,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mora_ds.engine.ds_keys import AUTO, REFUSED, SECTIONS, TOP_LEVEL, take_degree
-from mora_ds.engine.ds_keys import at as _at
-from mora_ds.engine.ds_keys import fill as _fill
-from mora_ds.engine.ds_keys import refused_keys as _refused_keys
+from mora_ds.engine.ds_keys import AUTO, REFUSED, SECTIONS, TOP_LEVEL, at, fill, refused_keys, take_degree
 from mora_ds.engine.ds_optimizer import OptimizerKind, match_optimizer, optimizer_problems
-from mora_ds.errors import UserError, nearest
+from mora_ds.errors import UserError, nearest, refuse
 
 PERSIST_BUDGET_BYTES = 64 * 2**20
-"""A rank keeps gathered what fits in here, smallest parameters first: see `fill_bucket_sizes`."""
+"""Memory for parameters that ZeRO-3 keeps unsharded, the smallest first: see `fill_bucket_sizes`."""
 
 REDUCE_BUCKET_NUMEL = 2**25
-"""Elements of the gradient bucket where the trainable parameters are many: ZeRO allocates all of it (default 5e8)."""
+"""Most elements of the gradient bucket, all of which ZeRO allocates (DeepSpeed's default is 5e8)."""
 
 PREFETCH_PARAMETERS = 8
-"""Squares fetched ahead: about those of one transformer block, which has seven linear layers."""
+"""Parameters to prefetch: about those of one transformer block, which has seven linear layers."""
 
 _BUCKET_KEYS = (
     "reduce_bucket_size",
@@ -47,10 +44,10 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """The flags that a DeepSpeed config can also hold."""
+    """The flags for values that a DeepSpeed config has as well."""
 
     micro_batch_size: int
-    """Sequences per rank and micro-batch."""
+    """Sequences per process and micro-batch."""
     gradient_accumulation_steps: int
     learning_rate: float
     betas: tuple[float, float]
@@ -63,7 +60,7 @@ class EngineSettings:
     muon_learning_rate: float = 0.0
     muon_momentum: float = 0.0
     tensor_parallel_size: int | None = None
-    """None: whatever the config says is let pass, as full training runs at 1."""
+    """None: any value in the config is accepted, and ignored, as full training runs at 1."""
 
 
 def load_ds_config(config: dict[str, Any] | str | Path | None) -> dict[str, Any]:
@@ -104,57 +101,56 @@ def resolve_ds_config(
     world_size: int,
     trainable_numels: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """A new dictionary for `deepspeed.initialize`, from the user's dictionary or the path of a JSON.
+    """A new dictionary for `deepspeed.initialize`, from the user's dictionary or the path of a JSON file.
 
     Without `trainable_numels`, ZeRO's sizes stay "auto" until `fill_bucket_sizes`: the rest can be checked before a
     model is loaded. Raises one `UserError` that lists all unknown and refused keys, all contradictions with
     `settings`, and every "auto" that nothing fills.
     """
-    resolved = load_ds_config(config)
-    _drop_null_sections(resolved)
-    problems = [*_wrong_shapes(resolved), *take_degree(resolved, settings.tensor_parallel_size)]
-    if not problems:
-        problems += _unknown_keys(resolved)
-        problems += _refused_keys(resolved, REFUSED)
-        problems += _match_flags(resolved, settings, world_size)
-        problems += match_optimizer(resolved, settings.optimizer, settings.muon_learning_rate, settings.muon_momentum)
-        problems += _precision(resolved, settings)
-        problems += _zero(resolved)
-        problems += optimizer_problems(resolved)
-        problems += _left_auto(resolved)
-    if problems:
-        source = config if isinstance(config, (str, Path)) else "the DeepSpeed config"
-        raise UserError("\n".join(f"{source}: {problem}" for problem in problems))
+    source = config if isinstance(config, (str, Path)) else "the DeepSpeed config"
+    resolved = _resolve(config, source, settings.tensor_parallel_size, settings, world_size)
     return resolved if trainable_numels is None else fill_bucket_sizes(resolved, trainable_numels)
 
 
 def complete_ds_config(
     config: dict[str, Any] | str | Path, trainable_numels: Sequence[int], tensor_parallel_size: int | None = None
 ) -> dict[str, Any]:
-    """For a loop of the user's own, where no flags are there to match: the same checks and defaults, all values given.
+    """The same checks and defaults for a user's own loop, which has no flags to fill values from.
 
     ZeRO's sizes may be "auto" or absent; any other "auto" is an error, as is all that `resolve_ds_config` refuses.
     """
-    completed = load_ds_config(config)
-    _drop_null_sections(completed)
-    problems = [*_wrong_shapes(completed), *take_degree(completed, tensor_parallel_size)]
+    return fill_bucket_sizes(_resolve(config, "the DeepSpeed config", tensor_parallel_size), trainable_numels)
+
+
+def _resolve(
+    config: dict[str, Any] | str | Path | None,
+    source: str | Path,
+    degree: int | None,
+    settings: EngineSettings | None = None,
+    world_size: int = 1,
+) -> dict[str, Any]:
+    resolved = load_ds_config(config)
+    _drop_null_sections(resolved)
+    problems = [*_wrong_shapes(resolved), *take_degree(resolved, degree)]
     if not problems:
-        problems += [
-            *_unknown_keys(completed),
-            *_refused_keys(completed, REFUSED),
-            *_zero(completed),
-            *optimizer_problems(completed),
-        ]
-        problems += _left_auto(completed)
-    if problems:
-        raise UserError("\n".join(f"the DeepSpeed config: {problem}" for problem in problems))
-    return fill_bucket_sizes(completed, trainable_numels)
+        problems += _unknown_keys(resolved)
+        problems += refused_keys(resolved, REFUSED)
+        if settings is not None:
+            muon = settings.muon_learning_rate, settings.muon_momentum
+            problems += _match_flags(resolved, settings, world_size)
+            problems += match_optimizer(resolved, settings.optimizer, *muon)
+            problems += _precision(resolved, settings)
+        problems += _zero(resolved)
+        problems += optimizer_problems(resolved)
+        problems += _left_auto(resolved)
+    refuse(f"{source}: {problem}" for problem in problems)
+    return resolved
 
 
 def compute_dtype(ds_config: dict[str, Any]) -> str:
-    """ "bfloat16", "float16" or "float32": what a resolved config computes in, and the base is to be loaded in."""
+    """The dtype in which a resolved config computes: "bfloat16", "float16" or "float32"."""
     for section, dtype in _DTYPES.items():
-        if _at(ds_config, f"{section}.enabled") is True:
+        if at(ds_config, f"{section}.enabled") is True:
             return dtype
     return "float32"
 
@@ -162,9 +158,10 @@ def compute_dtype(ds_config: dict[str, Any]) -> str:
 def fill_bucket_sizes(ds_config: dict[str, Any], trainable_numels: Sequence[int]) -> dict[str, Any]:
     """A new config with ZeRO's "auto" sizes set from the numbers of elements of the trainable parameters.
 
-    - `stage3_param_persistence_threshold`: persistent parameters stay gathered on every rank and are refreshed in one
-      gather a step; the others are gathered one by one, in forward and again in backward. As many as fit in
-      `PERSIST_BUDGET_BYTES` persist, smallest first: all squares at small ranks, the norms only at large ones.
+    - `stage3_param_persistence_threshold`: persistent parameters stay unsharded on every process and are refreshed by
+      one all-gather a step; the others are gathered one by one, in forward and again in backward. As many as fit in
+      `PERSIST_BUDGET_BYTES` persist, smallest first: all MoRA matrices at a small adapter rank, only the norms at a
+      large one.
     - `stage3_prefetch_bucket_size`: what one transformer block needs.
     - `reduce_bucket_size`, `allgather_bucket_size`: all trainables, or `REDUCE_BUCKET_NUMEL`, or the largest one.
     """
@@ -185,7 +182,7 @@ def fill_bucket_sizes(ds_config: dict[str, Any], trainable_numels: Sequence[int]
 
 
 def _persistence_threshold(numels: list[int], bytes_each: int) -> int:
-    """Largest threshold at which all parameters of at most so many elements fit in the budget together."""
+    """The largest threshold at which all parameters of at most that many elements fit in the budget together."""
     threshold, used = 0, 0
     for numel, equals in groupby(numels):
         used += sum(equals) * bytes_each
@@ -199,18 +196,18 @@ def _persistence_threshold(numels: list[int], bytes_each: int) -> int:
 
 
 def _drop_null_sections(config: dict[str, Any]) -> None:
-    """Takes out sections that are null: they are as good as absent."""
+    """Remove sections that are null, which means the same as absent."""
     for path in SECTIONS:
         parent, _, key = path.rpartition(".")
-        holder = _at(config, parent) if parent else config
+        holder = at(config, parent) if parent else config
         if isinstance(holder, dict) and holder.get(key, ...) is None:
             del holder[key]
 
 
 def _wrong_shapes(config: dict[str, Any]) -> Iterable[str]:
-    """Sections that are no objects: nothing else can be asked of such a file."""
+    """Sections that are no JSON objects; nothing else is checked in such a file."""
     for path in SECTIONS:
-        value = _at(config, path)
+        value = at(config, path)
         if value is not None and not isinstance(value, dict):
             yield f'"{path}" must be an object with keys of its own, not {value!r}'
 
@@ -220,14 +217,14 @@ def _unknown_keys(config: dict[str, Any]) -> list[str]:
     problems = []
     for path, names in known.items():
         prefix = f"{path}." if path else ""
-        for key in _at(config, path) or {} if path else config:
+        for key in at(config, path) or {} if path else config:
             if key not in names and prefix + key not in REFUSED:
                 problems.append(f"unknown key {prefix + key!r}.{nearest(key, names)}")
     return problems
 
 
 def _left_auto(config: dict[str, Any], prefix: str = "") -> list[str]:
-    """Every "auto" that neither we fill nor DeepSpeed understands."""
+    """Every "auto" that neither mora_ds fills nor DeepSpeed understands."""
     problems = []
     for key, value in config.items():
         path = prefix + key
@@ -243,19 +240,19 @@ def _left_auto(config: dict[str, Any], prefix: str = "") -> list[str]:
 
 def _match_flags(config: dict[str, Any], settings: EngineSettings, world_size: int) -> list[str]:
     micro, accumulation = settings.micro_batch_size, settings.gradient_accumulation_steps
-    whole = micro * accumulation * world_size
-    formula = f"{micro} a rank x {accumulation} accumulated x {world_size} ranks = {whole}"
+    rows = micro * accumulation * world_size
+    formula = f"{micro} a process x {accumulation} accumulated x {world_size} processes = {rows}"
     wanted: list[tuple[str, Any, str]] = [
         ("train_micro_batch_size_per_gpu", micro, f"--per_device_train_batch_size = {micro}"),
         ("gradient_accumulation_steps", accumulation, f"--gradient_accumulation_steps = {accumulation}"),
-        ("train_batch_size", whole, formula),
+        ("train_batch_size", rows, formula),
         ("gradient_clipping", settings.max_grad_norm, f"--max_grad_norm = {settings.max_grad_norm}"),
         ("optimizer.params.lr", settings.learning_rate, f"--learning_rate = {settings.learning_rate}"),
         ("optimizer.params.betas", list(settings.betas), f"--adam_beta1, --adam_beta2 = {list(settings.betas)}"),
         ("optimizer.params.eps", settings.epsilon, f"--adam_epsilon = {settings.epsilon}"),
         ("optimizer.params.weight_decay", settings.weight_decay, f"--weight_decay = {settings.weight_decay}"),
     ]
-    return [problem for path, value, flag in wanted for problem in _fill(config, path, value, flag)]
+    return [problem for path, value, flag in wanted for problem in fill(config, path, value, flag)]
 
 
 def _precision(config: dict[str, Any], settings: EngineSettings) -> list[str]:
@@ -263,28 +260,29 @@ def _precision(config: dict[str, Any], settings: EngineSettings) -> list[str]:
     for section, wanted in (("bf16", settings.bf16), ("fp16", settings.fp16)):
         if wanted or section in config:
             flag = f"--{section} {'is given' if wanted else 'is not given'}"
-            problems += _fill(config, f"{section}.enabled", wanted, flag)
-    if all(_at(config, f"{section}.enabled") is True for section in _DTYPES):
+            problems += fill(config, f"{section}.enabled", wanted, flag)
+    if all(at(config, f"{section}.enabled") is True for section in _DTYPES):
         problems.append("bf16 and fp16 cannot both be enabled")
     return problems
 
 
 def _zero(config: dict[str, Any]) -> list[str]:
-    """ZeRO's section: our defaults, and the accumulation dtype, which hangs on the stage."""
+    """Set our defaults for ZeRO, and the dtype of gradient accumulation, which depends on the stage. Returns what is
+    refused."""
     zero = config.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         return [f"zero_optimization.stage must be 0, 1, 2 or 3, got {json.dumps(stage)}"]
     problems = []
-    # The default patches torch's F.linear for the whole process and keeps inputs of frozen layers.
+    # The default replaces torch's F.linear everywhere and saves the inputs of frozen layers.
     zero.setdefault("memory_efficient_linear", False)
     zero.update({key: zero.get(key, AUTO) for key in _BUCKET_KEYS})
-    if stage == 0 and _at(zero, "offload_optimizer.device") not in (None, "none"):
+    if stage == 0 and at(zero, "offload_optimizer.device") not in (None, "none"):
         problems.append("zero_optimization.offload_optimizer needs stage 1, 2 or 3")
     if config.get("gradient_allreduce_op") not in (None, "mean"):
         problems.append('gradient_allreduce_op must stay "mean": the loss is an average over tokens')
     if config.get("managed_gradient_accumulation") not in (None, True):
-        problems.append("managed_gradient_accumulation must stay true: the training loop counts on it")
+        problems.append("managed_gradient_accumulation must stay true: the training loop relies on it")
     # Without ZeRO, DeepSpeed accumulates in the model's dtype and refuses any other.
     low_precision_without_zero = stage == 0 and compute_dtype(config) != "float32"
     types = config.setdefault("data_types", {})

@@ -1,7 +1,6 @@
-"""The keys of a DeepSpeed JSON that DeepSpeed 0.19 reads, those that a run with whole bases must not hold, and how to
-reach them.
+"""The keys of a DeepSpeed JSON: those that DeepSpeed 0.19 reads, and those that mora_ds refuses with the reason.
 
-DeepSpeed ignores an unknown top-level key without a word; a test holds these tables against the installed version.
+DeepSpeed ignores an unknown top-level key without a message; a test looks for ours in the source of the installed one.
 """
 
 from __future__ import annotations
@@ -9,14 +8,19 @@ from __future__ import annotations
 import json
 from typing import Any
 
-SECTION, KEY = "tensor_parallel", "autotp_size"
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
-FLAG = "--tensor_parallel_size"
+from mora_ds.parallel.limits import TENSOR
+
+AUTO = "auto"
+
+SECTION, KEY = "tensor_parallel", "autotp_size"
 
 
 def degree_in(config: dict[str, Any]) -> int | None:
-    """The degree that a config names; None where it leaves it open. One that makes no sense is found by
-    `take_degree`."""
+    """The tensor-parallel degree in a config; None where it has none, or one that `take_degree` reports as wrong."""
     section = config.get(SECTION)
     degree = section.get(KEY, AUTO) if isinstance(section, dict) else AUTO
     if not isinstance(degree, int) or isinstance(degree, bool):
@@ -25,7 +29,8 @@ def degree_in(config: dict[str, Any]) -> int | None:
 
 
 def take_degree(config: dict[str, Any], wanted: int | None) -> list[str]:
-    """Takes the section out of a config; what is wrong with it, or differs from the degree `wanted` (None: any)."""
+    """Remove the section from a config. Returns what is wrong with it, or differs from the degree `wanted` (None:
+    any)."""
     section = config.pop(SECTION, None)
     if section in QUIETLY_OFF:
         return []
@@ -36,16 +41,13 @@ def take_degree(config: dict[str, Any], wanted: int | None) -> list[str]:
         for key in section
         if key != KEY
     ]
-    found = section.get(KEY, AUTO)
+    value = section.get(KEY, AUTO)
     degree = degree_in({SECTION: section})
-    if found != AUTO and (degree is None or found < 0):
-        problems.append(f"{SECTION}.{KEY} must be a whole number or {json.dumps(AUTO)}, got {json.dumps(found)}")
+    if value != AUTO and (degree is None or value < 0):
+        problems.append(f"{SECTION}.{KEY} must be a whole number or {json.dumps(AUTO)}, got {json.dumps(value)}")
     elif degree is not None and wanted is not None and degree != wanted:
-        problems.append(f'{SECTION}.{KEY} = {found} but {FLAG} = {wanted}; set it to "auto", or leave the flag out')
+        problems.append(f'{SECTION}.{KEY} = {value} but {TENSOR} = {wanted}; set it to "auto", or leave the flag out')
     return problems
-
-
-AUTO = "auto"
 
 
 def _words(text: str) -> frozenset[str]:
@@ -63,37 +65,16 @@ TOP_LEVEL = _words(
     """
 )
 
+
+def _fields(model: Any) -> frozenset[str]:
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
+
+
 SECTIONS: dict[str, frozenset[str]] = {
-    "zero_optimization": _words(
-        """
-        stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce
-        allgather_partitions allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights
-        elastic_checkpoint offload_param offload_optimizer zenflow sub_group_size cpu_offload_param
-        cpu_offload_use_pin_memory cpu_offload stage3_prefetch_bucket_size stage3_param_persistence_threshold
-        stage3_model_persistence_threshold stage3_max_live_parameters stage3_max_reuse_distance
-        stage3_gather_16bit_weights_on_model_save stage3_module_granularity_threshold
-        stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential stage3_gather_fp16_weights_on_model_save
-        ignore_unused_parameters legacy_stage1 round_robin_gradients parameter_alignment zero_hpz_partition_size
-        zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear
-        pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings enable_sanity_checks
-        save_muon_momentum_buffer_in_memory leaf_module
-        """
-    ),
-    "zero_optimization.offload_optimizer": _words(
-        """
-        device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio super_offload
-        cpuadam_cores_perc
-        """
-    ),
-    "bf16": _words(
-        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
-    ),
-    "fp16": _words(
-        """
-        enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
-        min_loss_scale fp16_master_weights_and_grads
-        """
-    ),
+    "zero_optimization": _fields(DeepSpeedZeroConfig),
+    "zero_optimization.offload_optimizer": _fields(DeepSpeedZeroOffloadOptimizerConfig),
+    "bf16": _fields(DeepSpeedBF16Config),
+    "fp16": _fields(DeepSpeedFP16Config),
     "data_types": _words("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
     "optimizer": _words("type params legacy_fusion"),
     "optimizer.params": _words(
@@ -105,50 +86,50 @@ SECTIONS: dict[str, frozenset[str]] = {
 }
 """Keys of each section that is checked, by its dotted path."""
 
-_BASE_IS_WHOLE = "the frozen base is no parameter of DeepSpeed's here: every rank holds it whole"
+_BASE_IS_UNSHARDED = "the frozen base is no parameter of DeepSpeed's here: every process holds all of it"
 
-_MASTER = "the master copy of the squares and Adam's moments must stay in fp32"
+_MASTER = "the masters of the MoRA matrices and Adam's moments must stay in fp32"
 
 REFUSED: dict[str, str] = {
     "scheduler": "the learning rate follows the merges: set it with --lr_scheduler_type, --warmup_steps, --merge_every",
     "autotp": 'it would shard the base; write "tensor_parallel": {"autotp_size": t}',
-    "amp": 'apex is gone from DeepSpeed: use "bf16" or "fp16"',
+    "amp": 'DeepSpeed no longer has apex: use "bf16" or "fp16"',
     "bfloat16": 'write "bf16"',
     "torch_autocast": 'the base is loaded in the compute dtype: use "bf16" or "fp16"',
     "pipeline": "mora_ds does not run on DeepSpeed's pipeline engine",
     "expert_parallel": "mora_ds does not run under expert parallelism",
     "sequence_parallel_size": "set it with --sequence_parallel_size",
-    "hybrid_engine": "it is for generation in between training steps",
+    "hybrid_engine": "it is for generation between training steps",
     "data_efficiency": "batches are packed by mora_ds: a batch is a function of the step",
     "weight_quantization": "it is for inference",
-    "zero_optimization.offload_param": f"{_BASE_IS_WHOLE}, and the squares are small",
-    "zero_optimization.cpu_offload_param": f"{_BASE_IS_WHOLE}, and the squares are small",
+    "zero_optimization.offload_param": f"{_BASE_IS_UNSHARDED}, and the MoRA matrices are small",
+    "zero_optimization.cpu_offload_param": f"{_BASE_IS_UNSHARDED}, and the MoRA matrices are small",
     "zero_optimization.cpu_offload": 'write "offload_optimizer": {"device": "cpu"}',
     "zero_optimization.zenflow": "it keeps Adam's state where a merge cannot reset it",
-    "zero_optimization.round_robin_gradients": "masters then lie in another order than a merge reads them in",
-    "optimizer.params.adam_lr": 'with Muon "lr" is the rate of AdamW\'s half and "muon_lr" that of the squares',
-    "optimizer.params.per_head_muon": "a square is no attention projection",
+    "zero_optimization.round_robin_gradients": "it puts the masters in another order than a merge reads them in",
+    "optimizer.params.adam_lr": 'with Muon, "lr" is the learning rate of AdamW and "muon_lr" that of the MoRA matrices',
+    "optimizer.params.per_head_muon": "a MoRA matrix is no attention projection",
     "bf16.bf16_master_weights_and_grads": _MASTER,
     "bf16.bf16_optimizer_states": _MASTER,
     "fp16.fp16_master_weights_and_grads": _MASTER,
 }
-"""Settings that cannot be, by dotted path, with the reason. `false`, `null` and `{"enabled": false}` pass."""
+"""Settings that are refused, by dotted path, with the reason. `false`, `null` and `{"enabled": false}` pass."""
 
 REFUSED_WITH_MUON: dict[str, str] = {
     "zero_optimization.save_muon_momentum_buffer_in_memory": "a resumed run would start with the momentum at zero",
     "zero_optimization.zero_quantized_gradients": "stage 3 refuses it",
-    "zero_optimization.offload_optimizer.ratio": "Muon's momentum is offloaded whole",
+    "zero_optimization.offload_optimizer.ratio": "Muon's momentum can only be offloaded completely",
     "zero_optimization.offload_optimizer.super_offload": "it steps on its own Adam",
 }
-"""The same for what Muon cannot run with."""
+"""Settings that are refused with Muon, likewise."""
 
 ONLY_FOR_ADAM = frozenset(("bias_correction", "fp32_optimizer_states"))
 
 ONLY_FOR_MUON = frozenset(("muon_lr", "momentum", "ns_method"))
-"""Keys of optimizer.params that the other optimizer would stumble over, or ignore."""
+"""Keys of optimizer.params that the other optimizer rejects or ignores."""
 
 QUIETLY_OFF: tuple[Any, ...] = (None, False, {}, {"enabled": False}, {"device": "none"})
-"""Values with which a refused key does nothing: it is dropped, as DeepSpeed refuses some of them even so."""
+"""Values with which a refused key does nothing. The key is dropped, as DeepSpeed refuses some of them even so."""
 
 
 def at(config: dict[str, Any], path: str) -> Any:
@@ -160,19 +141,19 @@ def at(config: dict[str, Any], path: str) -> Any:
 
 
 def fill(config: dict[str, Any], path: str, wanted: Any, flag: str) -> list[str]:
-    """Puts `wanted` at a dotted path that is absent or "auto"; a problem where another value stands there."""
+    """Set a dotted path that is absent or "auto" to `wanted`. Returns a problem where it has another value."""
     *sections, key = path.split(".")
     for section in sections:
         config = config.setdefault(section, {})
-    found = config.get(key, AUTO)
-    if found in (AUTO, wanted):
+    value = config.get(key, AUTO)
+    if value in (AUTO, wanted):
         config[key] = wanted
         return []
-    return [f'{path} = {json.dumps(found)} but {flag}; set it to "auto"']
+    return [f'{path} = {json.dumps(value)} but {flag}; set it to "auto"']
 
 
 def refused_keys(config: dict[str, Any], table: dict[str, str]) -> list[str]:
-    """A problem for every key of `table` (dotted path -> reason) that is set; all of them are taken out."""
+    """Remove every key of `table` (dotted path -> reason). Returns a problem for each that was set."""
     problems = []
     for path, reason in table.items():
         parent, _, key = path.rpartition(".")

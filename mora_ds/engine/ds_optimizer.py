@@ -1,8 +1,9 @@
-"""The optimizer's part of a DeepSpeed config: AdamW for everything, or Muon for the squares and AdamW for the rest.
+"""The optimizer's part of a DeepSpeed config: AdamW for everything, or Muon for the MoRA matrices and AdamW for the
+other trained parameters.
 
-    match_optimizer       fill type, muon_lr and momentum from the flags
-    optimizer_problems    our defaults, and what cannot be
-    uses_muon             of a resolved config
+    match_optimizer       fills type, muon_lr and momentum from the flags
+    optimizer_problems    sets our defaults, and lists what is refused
+    uses_muon             whether a resolved config trains the MoRA matrices by Muon
 
 Facts about DeepSpeed are those of 0.19.8: runtime/engine.py, `_configure_basic_optimizer`, `_muon_param_groups`.
 """
@@ -16,40 +17,41 @@ from typing import Any
 from mora_ds.engine.ds_keys import AUTO, ONLY_FOR_ADAM, ONLY_FOR_MUON, REFUSED_WITH_MUON, at, fill, refused_keys
 
 NEVER = 2**31 - 1
-"""`steps_per_print` that keeps DeepSpeed quiet: the trainer logs."""
+"""The value of `steps_per_print` with which DeepSpeed prints nothing: the trainer logs."""
 
 
 class OptimizerKind(str, Enum):
-    """What trains the squares; all else is trained by AdamW."""
+    """The optimizer of the MoRA matrices; the other trained parameters always have AdamW."""
 
     ADAMW = "adamw"
     MUON = "muon"
 
 
 _NAMES = {OptimizerKind.ADAMW: ("AdamW", "Adam"), OptimizerKind.MUON: ("Muon",)}
-"""What DeepSpeed calls them; the first is what "auto" becomes."""
+"""DeepSpeed's names of them; "auto" becomes the first."""
 
 
-def match_optimizer(config: dict[str, Any], kind: OptimizerKind, muon_rate: float, momentum: float) -> list[str]:
-    """Fills what the flags say, and names what contradicts them."""
-    names, found = _NAMES[kind], at(config, "optimizer.type")
-    others = {name.lower() for other, of_it in _NAMES.items() if other is not kind for name in of_it}
-    taken = found not in (None, AUTO) and str(found).lower() not in others  # an unknown one is told of later
-    name = found if taken else names[0]
+def match_optimizer(config: dict[str, Any], kind: OptimizerKind, muon_lr: float, momentum: float) -> list[str]:
+    """Fill in the values of the flags. Returns what contradicts them."""
+    given = at(config, "optimizer.type")
+    others = {name.lower() for other, names in _NAMES.items() if other is not kind for name in names}
+    is_free = given in (None, AUTO) or str(given).lower() in others
+    name = _NAMES[kind][0] if is_free else given  # `optimizer_problems` reports an unknown one
     wanted: list[tuple[str, Any, str]] = [("optimizer.type", name, f"--optimizer = {kind.value}")]
     if kind is OptimizerKind.MUON:
-        wanted.append(("optimizer.params.muon_lr", muon_rate, f"--muon_learning_rate = {muon_rate}"))
+        wanted.append(("optimizer.params.muon_lr", muon_lr, f"--muon_learning_rate = {muon_lr}"))
         wanted.append(("optimizer.params.momentum", momentum, f"--muon_momentum = {momentum}"))
     return [problem for path, value, flag in wanted for problem in fill(config, path, value, flag)]
 
 
 def uses_muon(ds_config: dict[str, Any]) -> bool:
-    """Whether a resolved config trains the squares by Muon."""
+    """Whether a resolved config trains the MoRA matrices by Muon."""
     return str(at(ds_config, "optimizer.type")).lower() == OptimizerKind.MUON.value
 
 
 def optimizer_problems(config: dict[str, Any]) -> list[str]:
-    """AdamW of torch, which needs no compiler, also for states offloaded to the CPU; and a quiet engine."""
+    """Set our defaults: torch's AdamW, which needs no compiler, also for states offloaded to the CPU; and an engine
+    that prints nothing. Returns what is refused."""
     optimizer = config.setdefault("optimizer", {})
     kind = optimizer.setdefault("type", "AdamW")
     # "torch_adam": false gives DeepSpeed's own: FusedAdam, or CPUAdam with offload_optimizer, built at first use.
@@ -58,7 +60,7 @@ def optimizer_problems(config: dict[str, Any]) -> list[str]:
         return ['optimizer.params.bias_correction is for DeepSpeed\'s own Adam ("torch_adam": false)']
     config.setdefault("steps_per_print", NEVER)
     config.setdefault("wall_clock_breakdown", False)
-    known = {name.lower() for of_it in _NAMES.values() for name in of_it}
+    known = {name.lower() for names in _NAMES.values() for name in names}
     if not isinstance(kind, str) or kind.lower() not in known:
         return [
             f"optimizer.type must be AdamW, Adam or Muon, got {json.dumps(kind)}: merges reset the optimizer's state"
@@ -69,13 +71,13 @@ def optimizer_problems(config: dict[str, Any]) -> list[str]:
 
 
 def _muon(config: dict[str, Any]) -> list[str]:
-    """What Muon needs of the rest, and what it cannot run with (mora_ds/muon.py says what is mended instead)."""
+    """Set what Muon needs. Returns what it does not run with (`engine/muon.py` has what is repaired instead)."""
     zero = config["zero_optimization"]
     problems = refused_keys(config, REFUSED_WITH_MUON)
     wanted: list[tuple[str, Any, str]] = []
     if zero.get("stage") == 3:
-        wanted.append(("zero_optimization.reduce_scatter", False, "Muon needs whole gradients at stage 3"))
-        # In low precision gradients and Muon's momentum would be gathered, and the momentum kept, in that.
+        wanted.append(("zero_optimization.reduce_scatter", False, "Muon needs unsharded gradients at stage 3"))
+        # Else gradients and Muon's momentum would be gathered, and the momentum stored, in low precision.
         wanted.append(("communication_data_type", "fp32", "Muon's momentum is kept in that dtype at stage 3"))
     method = at(config, "optimizer.params.ns_method")
     if method not in (None, "gram", "standard"):

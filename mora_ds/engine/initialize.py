@@ -1,7 +1,7 @@
-"""`mora_ds.initialize`: a model with squares -> a DeepSpeed engine whose base is whole on every rank.
+"""`mora_ds.initialize`: a model with MoRA matrices -> a DeepSpeed engine whose base is unsharded on every process.
 
-model with squares -> base moved and cast (once per tied tensor) -> equal on all ranks? -> squares in parameter
-group 0, other trainables in group 1 -> deepspeed.initialize
+move and cast the base (once per tied tensor) -> compare it between the processes -> MoRA matrices in parameter group 0,
+other trained parameters in group 1 -> deepspeed.initialize -> repair DeepSpeed's faults
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def start_distributed(
 ) -> None:
     """Start `torch.distributed` the way the engine needs it; does nothing when it runs already.
 
-    `timeout_s`: of collectives. `heartbeat_timeout_s`: ranks of the main job end when one sends no heartbeat for this
-    time (`runtime/heartbeat.py`).
+    `timeout_s`: of collectives. `heartbeat_timeout_s`: the processes of the main job end when one of them sends no
+    heartbeat for this time (`runtime/heartbeat.py`).
     Raises `UserError` in a process that no launcher has started.
     """
     if not dist.is_initialized():
         _require_launcher()
     zero.prepare_backend(verbose)
     _share_cores()
-    # Every rank of a node sees all its devices; DeepSpeed's engine picks one, but too late for the base and for NCCL.
+    # Each process sees all devices of its node; DeepSpeed's engine picks one, but too late for the base and for NCCL.
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         extra = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
@@ -68,17 +68,17 @@ def initialize(
     tensor_parallel_inputs: TPInputs = TPInputs.AUTO,
     **kwargs: Any,
 ) -> tuple[zero.Engine, Any, Any, Any]:
-    """`deepspeed.initialize` for a model that `mora_ds.inject` prepared: same arguments, same four returns.
+    """`deepspeed.initialize` for a model that `mora_ds.inject` prepared: same arguments, same four return values.
 
     `config` is a DeepSpeed config (dict or path); sizes of ZeRO's buckets may be "auto". The base is moved to this
-    rank's device in the config's dtype and, with `check_base`, compared over all ranks by checksum. With
-    `tensor_parallel_size` t, t consecutive ranks share the work of one, and get the same batch (`tensor_parallel`);
-    by default it is what the config says ("tensor_parallel": {"autotp_size": t}), or 1.
-    `tensor_parallel_inputs` says how they keep what a block's layers read (`TPInputs`).
-    Raises `UserError` for a model without squares and `RunError` when the ranks hold different bases.
+    process's device in the config's dtype and, with `check_base`, compared between all processes by checksum. With
+    `tensor_parallel_size` t, t consecutive ranks share the work of one, and must be given the same batch
+    (`parallel/tensor_parallel.py`); by default it is that of the config ("tensor_parallel": {"autotp_size": t}), or 1.
+    `tensor_parallel_inputs`: how they save the inputs of a block's layers for backward (`TPInputs`).
+    Raises `UserError` for a model without adapter, and `RunError` when the processes hold different bases.
     """
     if not mora_layers(model):
-        raise UserError("the model has no squares: call mora_ds.inject(model, MoRAConfig(...)) first")
+        raise UserError("the model has no adapter: call mora_ds.inject(model, MoRAConfig(...)) first")
     if "model_parameters" in kwargs:
         raise UserError("mora_ds.initialize chooses the trainable parameters itself: leave model_parameters out")
     degree = tensor_parallel_size or degree_in(load_ds_config(config)) or 1
@@ -100,17 +100,19 @@ def initialize(
     groups = parameter_groups(model)
     with muon.preparing(groups[0]["params"]) if uses_muon(settings) else nullcontext():
         returned = deepspeed.initialize(model=model, config=settings, model_parameters=groups, **kwargs)
-    muon.mend_clipping(returned[0])
+    muon.repair_clipping(returned[0])
     view_of(returned[0]).repair()
     return returned
 
 
 def initialize_full(*, model: nn.Module, config: dict[str, Any] | str | Path, **kwargs: Any) -> tuple[Any, ...]:
-    """The full-training control: every parameter trained under plain DeepSpeed, sharded like any model. Raises
+    """Full training, as a control: every parameter is trained under plain DeepSpeed, sharded like any model. Raises
     `UserError` for Muon."""
     settings = complete_ds_config(config, [parameter.numel() for parameter in model.parameters()])
     if uses_muon(settings):
-        raise UserError("full training runs on AdamW here: Muon is for the squares")
+        raise UserError(
+            "full training supports AdamW only: Muon is for MoRA matrices (optimizer.type in the DeepSpeed config)"
+        )
     check_compute_dtype(settings)
     start_distributed()
     dtype = getattr(torch, compute_dtype(settings))
@@ -134,8 +136,8 @@ def check_compute_dtype(config: dict[str, Any]) -> None:
 
 
 def trainable_numels(model: nn.Module, tensor_parallel_size: int = 1) -> list[int]:
-    """Elements of every trainable parameter as a tensor-parallel group will share the squares: of the largest share,
-    so that all ranks choose the same sizes."""
+    """Elements of every trainable parameter; of a MoRA matrix those of the largest share in a tensor-parallel group, so
+    that all processes choose the same bucket sizes."""
     squares = {id(layer.value): layer.value.shape for layer in mora_layers(model).values()}
     numels = []
     for parameter in model.parameters():
@@ -154,10 +156,11 @@ def check_splittable(config: dict[str, Any], degree: int, base_bits: int | None 
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Squares in group 0, whatever else is trained in group 1: those of domains too, which no merge resets.
+    """MoRA matrices in group 0, the other trained parameters in group 1, with the matrices of domains, which no merge
+    resets.
 
-    With Muon, DeepSpeed splits each group into Muon's and AdamW's half (engine.py, `_muon_param_groups`): squares are
-    all Muon's, the others all AdamW's, so both stay whole.
+    With Muon, DeepSpeed splits each group into a half for Muon and one for AdamW (engine.py, `_muon_param_groups`):
+    all MoRA matrices get Muon and all others AdamW, so neither group is split.
     """
     values = [layer.value for layer in mora_layers(model).values()]
     squares = {id(value): value for value in values if isinstance(value, nn.Parameter)}  # a frozen one is a buffer
@@ -167,7 +170,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def check_base_equal(tensors: Iterable[Tensor]) -> str:
-    """Checksum of the base, compared over all ranks (8 bytes a rank on the wire). Returns it in hexadecimal."""
+    """The checksum of the base in hexadecimal. Raises `RunError` where it differs between processes. Collective."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype} {tensor_checksum(tensor)}\n".encode())
@@ -186,7 +189,7 @@ def check_base_equal(tensors: Iterable[Tensor]) -> str:
 
 
 def _require_launcher() -> None:
-    """DeepSpeed takes a process without RANK for one of MPI's, which needs mpi4py."""
+    """DeepSpeed assumes that MPI has started a process without RANK, and then needs mpi4py."""
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing and find_spec("mpi4py") is None:
         raise UserError(
@@ -196,10 +199,10 @@ def _require_launcher() -> None:
 
 
 def _share_cores() -> None:
-    """On a CPU, give each rank of the node its share of the cores, unless OMP_NUM_THREADS says otherwise.
+    """On a CPU, give each process of the node its share of the cores, unless OMP_NUM_THREADS is set.
 
-    Left alone every rank starts a thread a core, and they spin against each other (measured: 2 ranks on 2 cores, a
-    step of 0.2 s took 4 s).
+    By default every process starts a thread a core, and they compete (measured: with 2 processes on 2 cores, a step of
+    0.2 s took 4 s).
     """
     if not is_cpu() or "OMP_NUM_THREADS" in os.environ:
         return

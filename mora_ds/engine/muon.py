@@ -1,11 +1,11 @@
-"""The other room that touches DeepSpeed's internals: what its Muon needs to be right for squares. Written against
-DeepSpeed 0.19.8; `tests/engine/test_muon_contract.py` fails loudly when an upgrade moves one of the symbols named here.
+"""What DeepSpeed's Muon needs to be right for MoRA matrices. Written against DeepSpeed 0.19.8;
+tests/engine/test_muon_contract.py names each symbol that an upgrade has moved.
 
-    preparing         around deepspeed.initialize: which parameters are Muon's; no kernel is compiled
-    mend_clipping     after it: the gradient is clipped, not the update that Muon makes of it
+    preparing          around deepspeed.initialize: chooses the parameters that get Muon; no kernel is compiled
+    repair_clipping    after it: the gradient is clipped, not the update that Muon makes of it
 
-What DeepSpeed does rightly (tests/engine/test_muon.py): every update is orthogonalised as a whole matrix, once an
-optimizer step, from the gradient summed over micro-batches and ranks, and comes out the same on every rank.
+What DeepSpeed does right (tests/engine/test_muon.py): every update is orthogonalised as an unsharded matrix, once an
+optimizer step, from the gradient summed over micro-batches and processes, and is the same on every process.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ Engine: TypeAlias = DeepSpeedEngine
 
 
 def uses_muon(engine: Engine) -> bool:
+    """Whether an engine trains the MoRA matrices by Muon."""
     return engine.optimizer_name() == "muon"
 
 
 @contextmanager
-def preparing(squares: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Surrounds `deepspeed.initialize` with a config that names Muon: `squares` get Muon, all else AdamW.
+def preparing(matrices: Iterable[nn.Parameter]) -> Iterator[None]:
+    """A context for `deepspeed.initialize` with a config that names Muon: `matrices` get Muon, all others AdamW.
 
     DeepSpeed goes by names (deepspeed/__init__.py, `set_optimizer_flags`): each matrix without "embed" or "lm_head" in
-    its name is Muon's. So GPT-2's embedding `wte` would be, and a square under a module called `embed_in` would not,
-    which would split the squares' parameter group in two as well.
+    its name gets Muon. So would GPT-2's embedding `wte`, while a MoRA matrix in a module called `embed_in` would not,
+    which would also split the parameter group of the MoRA matrices.
     """
     _leave_kernels_uncompiled()
-    ours, tag_by_name = {id(square) for square in squares}, deepspeed.set_optimizer_flags
+    ours, tag_by_name = {id(matrix) for matrix in matrices}, deepspeed.set_optimizer_flags
 
     def tag(config: Any, model: nn.Module) -> None:
         tag_by_name(config, model)
@@ -54,8 +55,8 @@ def preparing(squares: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def _leave_kernels_uncompiled() -> None:
-    """runtime/zero/muon/original_muon.py puts `torch.compile` on its functions: 19 s at the first step for two shapes
-    of squares on a CPU, and an error without a C++ compiler. Fifteen products of small matrices gain little by it."""
+    """Undo `torch.compile` in runtime/zero/muon/original_muon.py: 19 s at the first step for two shapes of matrices on
+    a CPU, and an error without a C++ compiler. Fifteen products of small matrices gain little from it."""
     from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
 
     for module in (original_muon, muon_optimizer):
@@ -64,25 +65,25 @@ def _leave_kernels_uncompiled() -> None:
                 setattr(module, name, inspect.unwrap(getattr(module, name)))
 
 
-def mend_clipping(engine: Engine) -> None:
-    """Clip the gradient, before Muon; with another optimizer there is nothing to do.
+def repair_clipping(engine: Engine) -> None:
+    """Clip the gradient before Muon; with another optimizer there is nothing to do.
 
-    The optimizers of ZeRO run Muon first and clip then (stage3.py and stage_1_and_2.py, `step`): a Muon update of a
-    square has a norm of about sqrt(r_hat) whatever the gradient was, so `gradient_clipping` would scale every single
-    update down, by a factor that grows with the number of layers, and the norm that is logged would be the update's.
-    Without ZeRO, and in BF16_Optimizer, the order is right.
+    The optimizers of ZeRO run Muon first and clip then (stage3.py and stage_1_and_2.py, `step`): the Muon update of an
+    M has a norm of about sqrt(r_hat) whatever the gradient was, so `gradient_clipping` would scale every update down,
+    by a factor that grows with the number of layers, and the norm that is logged would be the update's. Without ZeRO,
+    and in BF16_Optimizer, the order is right.
 
-    fp16: without offload the momentum is kept of gradients times the loss scale, whatever that is at the time; here
-    Muon gets them unscaled. Stages 1 and 2: the momentum follows the gradient's dtype, here always fp32.
+    fp16: without offload the momentum would be that of gradients times the loss scale, whatever that is at the time;
+    here Muon gets them unscaled. Stages 1 and 2: the momentum follows the gradient's dtype, here always fp32.
     """
-    repairs = {Stage3View: _mend_stage_3, ZeroView: _mend_stages_1_and_2}
+    repairs = {Stage3View: _repair_stage_3, ZeroView: _repair_stages_1_and_2}
     repair = repairs.get(type(view_of(engine)))
     if uses_muon(engine) and repair is not None:
         repair(engine.optimizer, engine.gradient_clipping())
 
 
-def _mend_stage_3(optimizer: Any, most: float) -> None:
-    """Wraps what `step` calls in turn: `_apply_muon_to_accumulated_grads`, then `_get_norm_groups`."""
+def _repair_stage_3(optimizer: Any, limit: float) -> None:
+    """Wrap what `step` calls in turn: `_apply_muon_to_accumulated_grads`, then `_get_norm_groups`."""
     orthogonalise, find_norms = optimizer._apply_muon_to_accumulated_grads, optimizer._get_norm_groups
     norms: list[Any] = []
 
@@ -90,7 +91,7 @@ def _mend_stage_3(optimizer: Any, most: float) -> None:
         optimizer.clip_grad = 0.0  # `unscale_and_clip_grads` is left with the unscaling
         optimizer.sub_groups_lacking_loss_scale.clear()  # the last step's: these gradients are scaled
         norms[:] = find_norms()
-        factor = _factor(norms, optimizer.loss_scale, most)
+        factor = _factor(norms, optimizer.loss_scale, limit)
         if factor is None:
             return
         for index, uses_muon in enumerate(optimizer.sub_groups_using_muon):
@@ -104,20 +105,23 @@ def _mend_stage_3(optimizer: Any, most: float) -> None:
     optimizer._get_norm_groups = lambda: norms
 
 
-def _mend_stages_1_and_2(optimizer: Any, most: float) -> None:
-    """`get_flat_partition` orthogonalises during the backward pass, before any norm is known: it is held back, and
-    done when `step` asks for the norm."""
+def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:
+    """`get_flat_partition` orthogonalises during the backward pass, before any norm is known: postpone that until
+    `step` asks for the norm."""
     if optimizer.cpu_offload:
-        _mend_stages_1_and_2_offloaded(optimizer, most)
+        _repair_stages_1_and_2_offloaded(optimizer, limit)
         return
     flatten, find_norm = optimizer.get_flat_partition, optimizer.scaled_global_norm
-    held: dict[int, tuple[list[Tensor], Any]] = {}
+    postponed: dict[int, tuple[list[Tensor], Any]] = {}
 
-    def hold(tensors: list[nn.Parameter], *args: Any, param_group_idx: int, **kwargs: Any) -> list[Tensor]:
+    def postpone(tensors: list[nn.Parameter], *args: Any, param_group_idx: int, **kwargs: Any) -> list[Tensor]:
         if not (tensors and optimizer._is_muon_group(tensors)):
             return flatten(tensors, *args, param_group_idx=param_group_idx, **kwargs)
         gradients = list(optimizer.all_grad_tensors[param_group_idx])
-        held[param_group_idx] = gradients, lambda: flatten(tensors, *args, param_group_idx=param_group_idx, **kwargs)
+        postponed[param_group_idx] = (
+            gradients,
+            lambda: flatten(tensors, *args, param_group_idx=param_group_idx, **kwargs),
+        )
         with _untagged(tensors):
             return flatten(tensors, *args, param_group_idx=param_group_idx, **kwargs)
 
@@ -125,16 +129,16 @@ def _mend_stages_1_and_2(optimizer: Any, most: float) -> None:
         optimizer.clip_grad = 0.0
         optimizer.groups_lacking_loss_scale.clear()
         norm = find_norm(*args, **kwargs)
-        factor = _factor([norm], optimizer.loss_scale, most)
+        factor = _factor([norm], optimizer.loss_scale, limit)
         if factor is not None:
-            orthogonalise_held(factor)
-        held.clear()
+            orthogonalise_postponed(factor)
+        postponed.clear()
         return norm
 
-    def orthogonalise_held(factor: float) -> None:
+    def orthogonalise_postponed(factor: float) -> None:
         for index in range(len(optimizer.bit16_groups)):
-            if index in held:
-                gradients, orthogonalise = held[index]
+            if index in postponed:
+                gradients, orthogonalise = postponed[index]
                 scale = factor / optimizer.loss_scale
                 optimizer.all_grad_tensors[index] = [gradient.float() * scale for gradient in gradients]
                 optimizer.averaged_gradients[index] = orthogonalise()
@@ -142,18 +146,18 @@ def _mend_stages_1_and_2(optimizer: Any, most: float) -> None:
             else:
                 _scale(optimizer.averaged_gradients[index], factor)
 
-    optimizer.get_flat_partition, optimizer.scaled_global_norm = hold, clip_and_orthogonalise
+    optimizer.get_flat_partition, optimizer.scaled_global_norm = postpone, clip_and_orthogonalise
 
 
-def _mend_stages_1_and_2_offloaded(optimizer: Any, most: float) -> None:
-    """Wraps what `step` calls in turn: `_apply_muon_updates_cpu_offload`, then `scaled_global_norm`."""
+def _repair_stages_1_and_2_offloaded(optimizer: Any, limit: float) -> None:
+    """Wrap what `step` calls in turn: `_apply_muon_updates_cpu_offload`, then `scaled_global_norm`."""
     orthogonalise, find_norm = optimizer._apply_muon_updates_cpu_offload, optimizer.scaled_global_norm
     norms: list[Tensor] = []
 
     def clip_and_orthogonalise() -> None:
         optimizer.clip_grad = 0.0
         norms[:] = [find_norm()]
-        factor = _factor(norms, optimizer.loss_scale, most)
+        factor = _factor(norms, optimizer.loss_scale, limit)
         if factor is not None:
             _scale([master.grad for master in optimizer.single_partition_of_fp32_groups], factor)
             orthogonalise()
@@ -173,13 +177,13 @@ def _untagged(parameters: list[nn.Parameter]) -> Iterator[None]:
             parameter.use_muon = True  # type: ignore[attr-defined]
 
 
-def _factor(scaled_norms: list[Any], loss_scale: float, most: float) -> float | None:
-    """What clips gradients of these norms, which still carry the loss scale; None where a norm is no number: DeepSpeed
-    drops such a step, and Muon's momentum must not take it in."""
+def _factor(scaled_norms: list[Any], loss_scale: float, limit: float) -> float | None:
+    """The factor that clips gradients of these norms, which are still scaled by the loss scale. None where a norm is
+    NaN or infinite: DeepSpeed drops such a step, and Muon's momentum must not take it in."""
     norm = combine_grad_norm_groups(scaled_norms)
     if is_invalid_grad_norm(norm):
         return None
-    return min(1.0, most / (float(norm) / loss_scale + 1e-6)) if most > 0 else 1.0
+    return min(1.0, limit / (float(norm) / loss_scale + 1e-6)) if limit > 0 else 1.0
 
 
 @torch.no_grad()

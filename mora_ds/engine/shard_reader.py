@@ -1,11 +1,11 @@
-"""Read the engine's shards of a checkpoint, whatever the number of ranks that wrote them. Needs no DeepSpeed.
+"""Reads the shards of a checkpoint, whatever the number of processes that wrote them. Needs no DeepSpeed.
 
-    engine/layout-00000.json      which part of which parameter lies where in that rank's shard (ours)
+    engine/layout-00000.json      which part of which parameter lies where in the shard of that rank (ours)
     engine/*_optim_states.pt      fp32 masters and optimizer state, flat (DeepSpeed's, a pickle)
 
-`EngineShards.read(name, key, start, numel)` puts any piece of a whole parameter together: its fp32 master, or any
-tensor of its optimizer's state, whatever that is called. The files are mapped, so only what is asked for is read, and
-unpickled with `weights_only=True`: four classes of DeepSpeed's are allowed, each as a stand-in that holds attributes.
+`EngineShards.read(name, key, start, numel)` assembles any range of a complete parameter: its fp32 master, or any tensor
+of its optimizer state. The files are memory-mapped, so that only what is asked for is read, and unpickled with
+`weights_only=True`: four classes of DeepSpeed are allowed, each as a stand-in that holds attributes.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from mora_ds.files import atomic_path, malformed, read_json, require_format, wri
 from mora_ds.models.tensor_files import SafetensorsWriter, open_safetensors
 
 MASTER = "master"
-"""Key of a parameter's fp32 master; all other keys are the optimizer's own."""
+"""The key of a parameter's fp32 master; all other keys are those of the optimizer's state."""
 LAYOUT_FORMAT = 1
 WHOLE_FILE = "whole.safetensors"
 
 
 class _Attributes:
-    """Stands for an object of DeepSpeed's whose attributes are all that a reader may see."""
+    """Stand-in for an object of DeepSpeed, of which a reader sees the attributes only."""
 
 
 _STAND_INS: list[Any] = [
@@ -40,13 +40,14 @@ _STAND_INS: list[Any] = [
     (_Attributes, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 ]
-"""All that DeepSpeed 0.19.8 pickles beside tensors and containers (tests/checkpoint/test_elastic.py looks for more)."""
+"""All that DeepSpeed 0.19.8 pickles in addition to tensors and containers (tests/checkpoint/test_elastic.py)."""
 
 
 def load_pickled(path: Path, allowed: list[Any] | None = None) -> Any:
-    """What a file of DeepSpeed's holds, mapped, on the CPU; nothing in it is executed. Raises `UserError`.
+    """The content of a file of DeepSpeed, memory-mapped, on the CPU; nothing in it is executed. Raises `UserError`.
 
-    `allowed`: classes that objects in it may have; by default the stand-ins."""
+    `allowed`: classes that objects in it may have; by default the stand-ins.
+    """
     if not path.is_file():
         raise UserError(f"{path} is missing")
     try:
@@ -63,26 +64,25 @@ def layout_path(folder: Path, rank: int) -> Path:
 
 @dataclass(frozen=True)
 class Part:
-    """Elements [start, start + numel) of a flattened parameter, and where they are in a flat tensor."""
+    """Elements [start, start + numel) of a flattened parameter, which lie from `offset` on in a flat tensor."""
 
     name: str
     start: int
     numel: int
     offset: int
-    """Of the first one in the flat tensor."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """layout-N.json: what one rank has written."""
+    """layout-N.json: what rank N has written."""
 
     rank: int
     world_size: int
     writers: int
-    """Ranks that wrote a shard: all, or only the first without ZeRO."""
+    """Number of ranks that wrote a shard: all, or only the first without ZeRO."""
     stage: int
     optimizer: str
-    """Class of the optimizer within DeepSpeed's, such as AdamW."""
+    """Class name of the torch optimizer, such as AdamW."""
     file: str
     masters: list[str]
     """Keys that lead to the flat fp32 masters within the file."""
@@ -91,18 +91,18 @@ class Layout:
     flats: list[list[Part]]
     """For each flat tensor, the parts in it."""
     moments: list[list[Part]]
-    """For each, the parts of its optimizer state: not always the same ones (see `optimizer_view.Flat`)."""
+    """For each flat tensor, the parts in its optimizer state: not always the same (see `optimizer_view.Flat`)."""
     groups: list[dict[str, list[int]]]
-    """For each parameter group, its parameters and their shapes."""
+    """For each parameter group, its parameters and their complete shapes."""
     swapped: bool = False
-    """Whether masters and state lie on NVMe: then they are in files that only DeepSpeed reads."""
+    """Whether masters and state were on NVMe: then they are in files that only DeepSpeed reads."""
     settings: list[dict[str, Any]] = field(default_factory=list)
-    """Of each parameter group: learning rate, betas and so on; of some optimizers the step count."""
+    """For each parameter group: learning rate, betas and so on; for some optimizers the step count."""
     counters: dict[str, int] = field(default_factory=dict)
     scaler: dict[str, float] = field(default_factory=dict)
-    """The running values of fp16's loss scaler."""
+    """State of fp16's loss scaler."""
     transposed: list[str] = field(default_factory=list)
-    """Squares of which the shards hold the transpose (tensor parallelism with an aligned grouping)."""
+    """MoRA matrices of which the shards hold the transpose (tensor parallelism with an aligned grouping)."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": LAYOUT_FORMAT, **vars(self), "flats": _plain(self.flats), "moments": _plain(self.moments)}
@@ -125,7 +125,7 @@ def _plain(flats: list[list[Part]]) -> list[list[list[str | int]]]:
 
 
 class _Shard:
-    """One rank's file, opened when something of it is wanted."""
+    """The file of one rank, opened when it is first read."""
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.path, self.layout = folder / layout.file, layout
@@ -145,18 +145,18 @@ class _Shard:
         return value
 
     def master(self, flat: int) -> Tensor:
-        """The whole flat tensor, one-dimensional."""
-        found = self._at(self.layout.masters)
+        """A complete flat tensor, one-dimensional."""
+        masters = self._at(self.layout.masters)
         with malformed(self.path):
-            if isinstance(found, dict):  # without ZeRO in fp32: the module's own parameters, by name
-                return found[self.layout.flats[flat][0].name].reshape(-1)
-            return next(tensor for index, tensor in enumerate(_flattened(found)) if index == flat).reshape(-1)
+            if isinstance(masters, dict):  # without ZeRO in fp32: the module's own parameters, by name
+                return masters[self.layout.flats[flat][0].name].reshape(-1)
+            return next(tensor for index, tensor in enumerate(_flattened(masters)) if index == flat).reshape(-1)
 
     def state(self, flat: int) -> dict[str, Any]:
         """Everything that the optimizer keeps for a flat tensor."""
-        found = self._at(self.layout.state)
+        state = self._at(self.layout.state)
         with malformed(self.path):
-            states = found if isinstance(found, list) else found["state"]
+            states = state if isinstance(state, list) else state["state"]
             return states[flat] if flat in range(len(states)) else {}
 
     def moments(self, flat: int) -> dict[str, Tensor]:
@@ -170,7 +170,7 @@ class _Shard:
 
 
 class _WholeFile(_Shard):
-    """A file of ours in a shard's place: every tensor whole, under "key/parameter name"."""
+    """A file of ours in place of shards: every tensor complete, under "key/parameter name"."""
 
     @property
     def _handle(self) -> Any:
@@ -193,7 +193,7 @@ class _WholeFile(_Shard):
 
 
 def write_whole(folder: Path, shards: EngineShards, world_size: int) -> None:
-    """The same content as one safetensors file and its layout, which `EngineShards.open` reads like any shards."""
+    """Write the same content as one safetensors file with a layout, which `EngineShards.open` reads like any shards."""
     layout = {}
     for name, shape in shards.shapes.items():
         for key in (MASTER, *shards.keys(name)):
@@ -221,7 +221,7 @@ def _flattened(tensors: Any) -> Iterator[Tensor]:
 
 
 Places: TypeAlias = dict[str, list[tuple[_Shard, int, Part]]]
-"""Parameter name -> where its parts are: in which shard, in which flat tensor of it."""
+"""Parameter name -> its parts: (shard, index of the flat tensor in it, part)."""
 
 
 class EngineShards:
@@ -231,7 +231,7 @@ class EngineShards:
         self.folder = folder
         self.first = layouts[0]
         self.shapes = {name: tuple(shape) for group in self.first.groups for name, shape in group.items()}
-        """Parameter name -> shape of the whole."""
+        """Parameter name -> complete shape."""
         self._shards = [(_WholeFile if layout.file == WHOLE_FILE else _Shard)(folder, layout) for layout in layouts]
         self._parts = self._places([layout.flats for layout in layouts])
         self._moments = self._places([layout.moments for layout in layouts])
@@ -247,32 +247,32 @@ class EngineShards:
         return shards
 
     def _places(self, flats_of: list[list[list[Part]]]) -> Places:
-        found: Places = {name: [] for name in self.shapes}
+        places: Places = {name: [] for name in self.shapes}
         for shard, flats in zip(self._shards, flats_of, strict=True):
             for index, flat in enumerate(flats):
                 for part in flat:
-                    found.setdefault(part.name, []).append((shard, index, part))
-        return found
+                    places.setdefault(part.name, []).append((shard, index, part))
+        return places
 
     @property
     def files(self) -> list[Path]:
         return [shard.path for shard in self._shards]
 
     def keys(self, name: str) -> list[str]:
-        """Of the optimizer state that has a value for every element of a parameter, such as exp_avg."""
+        """Keys of the optimizer state that has a value for every element of a parameter, such as exp_avg."""
         shard, index, _ = self._moments[name][0]
         return list(shard.moments(index))
 
     def scalars(self, name: str) -> dict[str, Any]:
-        """The rest of its state, such as step: one value for all of it. Raises `UserError` if ranks differ."""
-        found: dict[str, Any] | None = None
+        """The rest of the state of a parameter, such as step: one value each. Raises `UserError` if shards differ."""
+        first: dict[str, Any] | None = None
         for shard, index, _ in self._parts[name]:
             moments = shard.moments(index)
             values = {key: value for key, value in shard.state(index).items() if key not in moments}
-            if found is not None and not _equal(values, found):
-                raise UserError(f"{shard.path}: {name} has {values}, another rank's shard {found}")
-            found = values
-        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in (found or {}).items()}
+            if first is not None and not _equal(values, first):
+                raise UserError(f"{shard.path}: {name} has {values}, another rank's shard {first}")
+            first = values
+        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in (first or {}).items()}
 
     def group_step(self, group: int) -> int | None:
         """The step count of optimizers that keep it with the parameter group (DeepSpeed's FusedAdam)."""
@@ -280,15 +280,15 @@ class EngineShards:
         return None if step is None else int(step)
 
     def read(self, name: str, key: str, start: int = 0, numel: int | None = None, transposed: bool = False) -> Tensor:
-        """(numel,) elements of a flattened parameter's master or moment, on the CPU, put together from all shards.
-        `transposed`: of its transpose."""
+        """(numel,) elements of a flattened parameter's master or moment, on the CPU, assembled from all shards.
+        `transposed`: those of its transpose."""
         if (name in self.first.transposed) is transposed:
             return self._read(name, key, start, numel)
         whole = self._read(name, key, 0, None).view(self.shapes[name]).T.flatten()
         return whole[start : None if numel is None else start + numel].clone()
 
     def _read(self, name: str, key: str, start: int, numel: int | None) -> Tensor:
-        """As it lies in the shards."""
+        """The same, transposed or not as in the shards."""
         size = math.prod(self.shapes[name])
         end = size if numel is None else start + numel
         whole: Tensor | None = None
@@ -307,12 +307,12 @@ class EngineShards:
         return whole
 
     def whole(self, name: str, key: str) -> Tensor:
-        """The same in the parameter's shape."""
+        """A complete master or moment in the parameter's shape."""
         return self.read(name, key).view(self.shapes[name])
 
     def _check_whole(self) -> None:
-        for what, found in (("", self._parts), ("the optimizer's state of ", self._moments)):
-            for name, places in found.items():
+        for what, places_of in (("", self._parts), ("the optimizer's state of ", self._moments)):
+            for name, places in places_of.items():
                 if name not in self.shapes:
                     raise UserError(f"{self.folder}: a shard holds {name}, which no parameter group lists")
                 if not _cover([part for _, _, part in places], math.prod(self.shapes[name]), once=not what):

@@ -1,7 +1,7 @@
-"""What crosses the network, counted where DeepSpeed sends it: the proof that no byte of the base does.
+"""Counts the bytes that DeepSpeed sends over the network: the proof that none is of the base.
 
 Wraps an internal of DeepSpeed 0.19.8, the backend object of deepspeed/comm/comm.py;
-`tests/engine/test_zero_contract.py` fails loudly when an upgrade moves it.
+tests/engine/test_zero_contract.py fails when an upgrade moves it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 
 class CollectiveCounter:
-    """Bytes that collectives carried through `deepspeed.comm` since the last `reset`, by kind.
+    """Counts the bytes that collectives carry through `deepspeed.comm`, by kind, since the last `reset`.
 
-    A call counts its largest tensor: the whole output of a gather, the whole input of a reduction.
+    A call counts as its largest tensor: the complete output of a gather, the complete input of a reduction.
     DeepSpeed's own comms logger synchronises the device for every call; this one only adds sizes up.
     """
 
@@ -29,10 +29,10 @@ class CollectiveCounter:
     )  # fmt: skip
 
     def __init__(self, base: Iterable[Tensor] = ()) -> None:
-        """`base`: the frozen tensors; a collective that is handed memory of one of them counts into `base_bytes`."""
+        """`base`: the frozen tensors. A collective on the memory of one of them counts into `base_bytes`."""
         self.bytes: Counter[str] = Counter()
         self.calls = 0
-        """Gathers."""
+        """Number of gathers."""
         self.base_bytes = 0
         self._base_storages = {tensor.untyped_storage().data_ptr() for tensor in base}
 
@@ -46,7 +46,7 @@ class CollectiveCounter:
 
     @contextmanager
     def counting(self) -> Iterator[CollectiveCounter]:
-        """Count while the block runs. Wraps the methods of deepspeed/comm/comm.py's `cdb` backend object."""
+        """Count while the block runs, by wrapping the methods of `cdb`, the backend of deepspeed/comm/comm.py."""
         backend = deepspeed.comm.comm.cdb
         kinds = [kind for kind in (*self._GATHERS, *self._OTHERS) if hasattr(backend, kind)]
         for kind in kinds:
@@ -62,17 +62,15 @@ class CollectiveCounter:
             values = (*args, *kwargs.values())
             self.bytes[kind] += max(nbytes_of(value) for value in values)
             self.calls += kind in self._GATHERS
-            self.base_bytes += sum(nbytes_of(tensor) for tensor in tensors_of(values) if self._is_base(tensor))
+            base = (t for t in tensors_of(values) if t.untyped_storage().data_ptr() in self._base_storages)
+            self.base_bytes += nbytes_of(list(base))
             return call(*args, **kwargs)
 
         return counted
 
-    def _is_base(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self._base_storages
-
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Of what a collective is given."""
+    """The tensors among a collective's arguments."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
@@ -81,4 +79,5 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def nbytes_of(value: Any) -> int:
+    """Bytes of the tensors among a collective's arguments."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(value))

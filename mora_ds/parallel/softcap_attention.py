@@ -1,10 +1,10 @@
-"""Attention whose scores are capped (Gemma 2), without keeping them: for transformers, beside its eager attention.
+"""Attention with capped scores (Gemma 2) that does not save them, registered with transformers.
 
-    out = softmax(cap * tanh(q k^T * scaling / cap) + mask) v         a block of queries after the other, recomputed in
-                                                                      backward: never (T, T) scores of all heads
+    out = softmax(cap * tanh(q k^T * scaling / cap) + mask) v
 
-Of transformers' own ways eager keeps all scores, sdpa cannot cap, and flex_attention needs a compiler. Like sdpa it
-takes boolean masks, and None for plain causal attention.
+It is computed for one block of queries after the other and recomputed in backward, so that the (T, T) scores of all
+heads never exist. Of transformers' own implementations eager saves all scores, sdpa cannot cap, and flex_attention
+needs a compiler. Like sdpa it takes boolean masks, and None for plain causal attention.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "mora_ds_capped"
-"""Under which transformers knows it, once `use_capped_attention` has been called."""
+"""Its name in transformers, once `use_capped_attention` has been called."""
 
 QUERIES = 256
-"""Of a block: scores of (B, H, QUERIES, T) exist at a time."""
+"""Queries in a block: scores of (B, H, QUERIES, T) exist at a time."""
 
 
 def use_capped_attention(model: Any) -> bool:
-    """Put it in the place of the eager attention of a model that caps its scores. Returns whether the model does."""
+    """Replace the eager attention of a model that caps its scores. Returns whether it did."""
     config = model.config.get_text_config()
     if not caps_scores(config) or config._attn_implementation != "eager":
         return False
-    if NAME not in ALL_ATTENTION_FUNCTIONS:  # what others have put before it by then stays
+    if NAME not in ALL_ATTENTION_FUNCTIONS:  # else keep what `ulysses` has wrapped around it
         ALL_ATTENTION_FUNCTIONS.register(NAME, capped_attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.set_attn_implementation(NAME)
@@ -53,8 +53,8 @@ def capped_attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """query (B, H, T, D), key and value (B, H_kv, S, D), mask (B, 1, T, S) -> (B, T, H, D). Transformers' attention
-    interface; windows and documents are in the mask."""
+    """Transformers' attention interface: query (B, H, T, D), key and value (B, H_kv, S, D), mask (B, 1, T, S) ->
+    (B, T, H, D). Sliding windows and documents are in the mask."""
     del others
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]

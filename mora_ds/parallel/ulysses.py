@@ -1,22 +1,22 @@
-"""Ulysses sequence parallelism with DeepSpeed's own attention: s consecutive ranks share every row.
+"""Ulysses sequence parallelism with DeepSpeed's attention: s consecutive processes share every row.
 
-    rows (B, T), the same on all s ranks -> rank i keeps tokens [i T/s, (i + 1) T/s) -> embeddings, linear layers and
-    squares, head, loss: of those tokens alone -> attention: an all-to-all trades tokens for heads, so that the rank
-    sees H/s heads over all T tokens, and another trades them back
+    rows (B, T), the same on all s processes -> process i takes tokens [i T/s, (i + 1) T/s) -> embeddings, linear layers
+    and adapters, head, loss: of those tokens only -> attention: an all-to-all exchanges tokens for heads, so that a
+    process has H/s heads over all T tokens, and another exchanges them back
 
-    share_rows          bind a model to its ranks; None where nothing is shared
-    SequenceParallel    split(batch): this rank's part of rows
-    whole_rows          within it the bound model takes whole rows, each rank for itself
+    share_rows          binds a model to its group of processes; None where nothing is shared
+    SequenceParallel    the group; split(batch) takes this process's part of rows
+    whole_rows          a context in which the bound model takes complete rows, on each process by itself
 
-`UlyssesSPAttentionHF` (deepspeed/runtime/sequence_parallel/ulysses_sp.py) does the trading. Of what surrounds it there:
+`UlyssesSPAttentionHF` (deepspeed/runtime/sequence_parallel/ulysses_sp.py) does the exchange. Of its surroundings:
 
-- `register_with_transformers` is not used: it wants one batch size for good, num_key_value_heads in the config, and
-  drops every mask. Here an instance is made for each shape that attention meets, sdpa and `capped_attention` get the
-  mask of the whole rows (documents, sliding window) from the positions that Ulysses gathers, and models that are not
-  bound are left alone.
-- No mpu is given to DeepSpeed (deepspeed/utils/groups.py): all ranks are equals to ZeRO. The loss is a sum over tokens,
-  so the gradient of the global batch is the sum over all ranks, whichever tokens they hold; and nothing of sharding,
-  checkpoints or merging knows of s.
+- `register_with_transformers` is not used: it needs a constant batch size and num_key_value_heads in the config, and
+  drops every mask. Here an instance is made for each shape of attention, sdpa and `capped_attention` get the mask of
+  the complete rows (documents, sliding window) from the positions that Ulysses gathers, and models that are not bound
+  are unchanged.
+- DeepSpeed gets no mpu (deepspeed/utils/groups.py): to ZeRO all processes are equal. The loss is a sum over tokens, so
+  the gradient of the global batch is the sum over all processes, whichever tokens they hold; sharding, checkpoints and
+  merges do not depend on s.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from mora_ds.parallel.softcap_attention import caps_scores, use_capped_attention
 
 CORES = ("sdpa", softcap_attention.NAME, "flash_attention_2", "flash_attention_3", "flash_attention_4")
 _MASKED = CORES[:2]
-"""Attention of transformers that can run inside: eager needs scores of (T, T) for every head, DeepSpeed's Ulysses gives
-flex_attention a plain causal mask whatever the model asks for. `_MASKED` of them read masks, not positions."""
+"""Attention of transformers that Ulysses can run. Eager needs scores of (T, T) for every head, and DeepSpeed's Ulysses
+gives flex_attention a plain causal mask whatever the model asks for. Those in `_MASKED` read masks, not positions."""
 
 _BOUND = "_mora_ds_sequence"
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies hang on the longest position of the batch (modeling_rope_utils.py)."""
-_OF_HEADS = ("s_aux", "position_bias")
-"""Tensors that transformers hands to attention beside queries, keys and values, with a part for each head."""
+"""Rotary embeddings whose frequencies depend on the longest position in the batch (modeling_rope_utils.py)."""
+_PER_HEAD = ("s_aux", "position_bias")
+"""Further arguments of transformers' attention functions that have a part for each head."""
 _dispatched: set[str] = set()
 _groups: dict[int, Any] = {}
 
@@ -55,9 +55,9 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def share_rows(model: nn.Module, size: int, timeout_s: float | None = None) -> SequenceParallel | None:
-    """Let every `size` consecutive ranks share each row of `model`; None for a size of 1. Collective.
+    """Let every `size` consecutive processes share each row of `model`; None for a size of 1. Collective.
 
-    `timeout_s`: of the collectives among them (torch's default for None).
+    `timeout_s`: of the collectives in a group (torch's default for None).
     Raises `UserError` for attention that cannot be split.
     """
     if size == 1:
@@ -75,12 +75,12 @@ def share_rows(model: nn.Module, size: int, timeout_s: float | None = None) -> S
 
 
 def attention_of(model: Any) -> str:
-    """The name of the attention that a model of transformers runs on."""
+    """The name of a model's attention in transformers."""
     return str(model.config.get_text_config()._attn_implementation)
 
 
 def core_of(model: Any) -> str:
-    """The name of that which it will run on over split rows: where it caps its scores, ours in the place of eager."""
+    """The name of the attention for split rows: `capped_attention` in place of eager where a model caps its scores."""
     name = attention_of(model)
     return softcap_attention.NAME if name == "eager" and caps_scores(model.config.get_text_config()) else name
 
@@ -90,16 +90,16 @@ def check_core(name: str) -> None:
     if name in CORES:
         return
     raise UserError(
-        f"{SEQUENCE}: {name} attention cannot be split over ranks; --attn_implementation must be one of auto, sdpa, "
-        "flash_attention_2, flash_attention_3, flash_attention_4, where the model has it"
+        f"{SEQUENCE}: {name} attention cannot be split over processes; --attn_implementation must be one of auto, "
+        "sdpa, flash_attention_2, flash_attention_3, flash_attention_4, where the model has it"
     )
 
 
 def check_heads(size: int, heads: int, kv_heads: int) -> None:
-    """Raises `UserError` unless every rank gets whole attention heads. Too few key-value heads are repeated."""
+    """Raises `UserError` unless the heads can be divided among the processes. Too few key-value heads are repeated."""
     if heads % size:
         raise UserError(
-            f"{SEQUENCE} {size} does not divide the model's {heads} attention heads: each rank takes some of them"
+            f"{SEQUENCE} {size} does not divide the model's {heads} attention heads: each process takes some of them"
         )
     if kv_heads % size and size % kv_heads:
         raise UserError(
@@ -110,7 +110,7 @@ def check_heads(size: int, heads: int, kv_heads: int) -> None:
 
 @contextmanager
 def whole_rows(model: nn.Module) -> Iterator[None]:
-    """Within it a bound model takes whole rows and every rank computes all of them; for passes without gradients."""
+    """A context in which a bound model takes complete rows on every process; for passes without gradients."""
     sequence = bound(model)
     if sequence is None:
         yield
@@ -123,12 +123,12 @@ def whole_rows(model: nn.Module) -> Iterator[None]:
 
 
 def bound(module: nn.Module) -> SequenceParallel | None:
-    """What `share_rows` bound a model (or a module of it) to."""
+    """The group that `share_rows` bound a model (or a module of it) to; None for others."""
     return module.__dict__.get(_BOUND)
 
 
 class SequenceParallel:
-    """The ranks that share this rank's rows, and how attention runs over them."""
+    """The group of processes that share rows, and attention over it."""
 
     def __init__(self, size: int, group: Any) -> None:
         self.size, self.group = size, group
@@ -136,30 +136,26 @@ class SequenceParallel:
         self.splits = True
         """Whether the bound model is given parts of rows."""
         self.saw_window = False
-        """Whether any attention was told of a sliding window."""
+        """Whether any attention has been given a sliding window."""
         self._ulysses: dict[tuple[int, ...], UlyssesSPAttentionHF] = {}
         self._masks = _Masks()
 
     def split(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's tokens of a batch: tensors (B, T) -> (B, T/s). Labels are shifted before, so that the last token
-        of a part still predicts the first of the next one.
-        """
-        return {name: self._part(tensor) for name, tensor in batch.items()}
-
-    def _part(self, tensor: Tensor) -> Tensor:
-        return tensor.unflatten(1, (self.size, -1))[:, self.rank].contiguous()
+        """This process's tokens of a batch: tensors (B, T) -> (B, T/s). Labels must have been shifted, so that the last
+        token of a part still predicts the first of the next one."""
+        return {name: rows.unflatten(1, (self.size, -1))[:, self.rank].contiguous() for name, rows in batch.items()}
 
     def longest(self, positions: Tensor) -> Tensor:
-        """(1,) the largest position of whole rows, from this rank's part of them."""
-        most = positions.max().reshape(1)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
-        return most
+        """(1,) the largest position in the complete rows, from this process's part of them."""
+        largest = positions.max().reshape(1)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        return largest
 
     def attend(
         self, core: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """One layer's attention: query (B, H, T/s, D), key and value (B, H_kv, T/s, D) -> (B, T/s, H, D). `core` runs
-        over whole rows."""
+        over complete rows."""
         _check_call(key, value, kwargs)
         self.saw_window |= kwargs.get("sliding_window") is not None
         ulysses = self._ulysses_for(query, key)
@@ -168,7 +164,7 @@ class SequenceParallel:
         try:
             out, weights = ulysses(module, query, key, value, None, **kwargs)
         finally:
-            if groups is not None:  # Ulysses leaves another number behind where it repeats key-value heads
+            if groups is not None:  # Ulysses changes it where it repeats key-value heads
                 module.num_key_value_groups = groups
         return out.unflatten(-1, (query.shape[1], -1)), weights
 
@@ -183,14 +179,14 @@ class SequenceParallel:
                 attn_head_count=heads,
                 attn_head_size=head_size,
                 kv_head_count=kv_heads,
-                num_hidden_layers=1,  # read in a debugging mode only
+                num_hidden_layers=1,  # used in a debugging mode only
                 process_group=self.group,
                 seq_length_is_variable=True,
             )
         return self._ulysses[shape]
 
     def masked(self, core: Attention) -> Attention:
-        """`core` for one that reads neither positions nor windows: it gets the mask that says the same."""
+        """`core`, which reads neither positions nor windows, with the mask that they make."""
 
         def attention(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
@@ -201,29 +197,29 @@ class SequenceParallel:
         return attention
 
 
-def _check_call(key: Tensor, value: Tensor, told: Mapping[str, Any]) -> None:
+def _check_call(key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> None:
     """Raises `UserError` for a layer of attention that Ulysses would compute wrongly, or not at all."""
     if key.shape != value.shape:
-        raise UserError(f"{SEQUENCE}: this model's keys and values differ in shape, which Ulysses does not serve")
-    if told.get("position_ids") is None:
+        raise UserError(f"{SEQUENCE}: this model's keys and values differ in shape, which Ulysses does not support")
+    if arguments.get("position_ids") is None:
         raise UserError(f"{SEQUENCE}: this model does not pass its attention the position_ids that Ulysses needs")
-    of_heads = [name for name in _OF_HEADS if told.get(name) is not None]
-    if of_heads:
+    per_head = [name for name in _PER_HEAD if arguments.get(name) is not None]
+    if per_head:
         raise UserError(
-            f"{SEQUENCE}: this model's attention has a {of_heads[0]} for each head, which Ulysses does not split"
+            f"{SEQUENCE}: this model's attention has a {per_head[0]} for each head, which Ulysses does not split"
         )
 
 
 class _Masks:
-    """Masks of the latest rows, one a window: all layers of a pass, and its backward, share them."""
+    """The masks of the latest rows, one for each sliding window, which all layers of a pass and its backward share."""
 
     def __init__(self) -> None:
         self._positions: Tensor | None = None
         self._by_window: dict[int, Tensor | None] = {}
 
     def of(self, positions: Tensor, window: int | None) -> Tensor | None:
-        """(B, 1, T, T), true where a query sees a key; None where plain causal attention is meant. `positions` (B, T)
-        restart where a document begins."""
+        """(B, 1, T, T), true where a query sees a key; None for plain causal attention. `positions` (B, T) restart
+        where a document begins."""
         if self._positions is None or not torch.equal(positions, self._positions):
             self._positions, self._by_window = positions, {}
         length = positions.shape[1]
@@ -245,19 +241,16 @@ def _mask(positions: Tensor, window: int) -> Tensor | None:
     return (documents[:, None, :, None] == documents[:, None, None, :]) & seen
 
 
-# -- in the model's way ----------------------------------------------------------------------------------------------
+# -- changes to models and to transformers ---------------------------------------------------------------------------
 
 
 def _dispatch(name: str) -> None:
-    """Put a fork before transformers' attention `name`: modules that are bound take Ulysses, all others go on as ever.
-
-    The name stays, for the places that ask for it.
-    """
+    """Wrap transformers' attention `name`, under the same name: bound modules take Ulysses, all others the original."""
     if name in _dispatched:
         return
     core = ALL_ATTENTION_FUNCTIONS[name]
 
-    def fork(
+    def dispatched(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         sequence = bound(module)
@@ -266,7 +259,7 @@ def _dispatch(name: str) -> None:
         over_rows = sequence.masked(core) if name in _MASKED else core
         return sequence.attend(over_rows, module, query, key, value, **kwargs)
 
-    ALL_ATTENTION_FUNCTIONS.register(name, fork)
+    ALL_ATTENTION_FUNCTIONS.register(name, dispatched)
     _dispatched.add(name)
 
 
@@ -277,8 +270,8 @@ def _depends_on_length(module: nn.Module) -> bool:
 
 
 def _share_longest_position(rotary: nn.Module, sequence: SequenceParallel) -> None:
-    """Every rank's rotary embedding takes its frequencies from the whole rows: it is shown their longest position as
-    one token more, whose cosine and sine are dropped."""
+    """Let a rotary embedding take its frequencies from the complete rows on every process: it gets their longest
+    position as one more token, whose cosine and sine are dropped."""
     forward = rotary.forward
 
     def shared(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -292,7 +285,7 @@ def _share_longest_position(rotary: nn.Module, sequence: SequenceParallel) -> No
 
 
 def _group(size: int, timeout_s: float | None) -> Any:
-    """This rank's group of `size` consecutive ranks, made once a process. Collective over all ranks."""
+    """This process's group of `size` consecutive ranks, made once. Collective over all processes."""
     if size not in _groups:
         timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         for first in range(0, dist.get_world_size(), size):

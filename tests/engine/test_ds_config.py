@@ -23,7 +23,7 @@ from mora_ds.engine.ds_config import (
     load_ds_config,
     resolve_ds_config,
 )
-from mora_ds.engine.ds_keys import REFUSED, SECTIONS, TOP_LEVEL
+from mora_ds.engine.ds_keys import REFUSED, TOP_LEVEL
 from mora_ds.errors import UserError
 from tests.helpers.gloo import run_ranks
 
@@ -151,7 +151,7 @@ def test_contradictions_are_listed_at_once(tmp_path: Path) -> None:
     assert lines == [
         f'{path}: train_micro_batch_size_per_gpu = 8 but --per_device_train_batch_size = 4; set it to "auto"',
         f'{path}: gradient_accumulation_steps = 1 but --gradient_accumulation_steps = 2; set it to "auto"',
-        f'{path}: train_batch_size = 100 but 4 a rank x 2 accumulated x 3 ranks = 24; set it to "auto"',
+        f'{path}: train_batch_size = 100 but 4 a process x 2 accumulated x 3 processes = 24; set it to "auto"',
         f'{path}: gradient_clipping = 0.5 but --max_grad_norm = 1.0; set it to "auto"',
         f'{path}: optimizer.params.lr = 0.001 but --learning_rate = 0.0004; set it to "auto"',
         f'{path}: optimizer.params.betas = [0.9, 0.999] but --adam_beta1, --adam_beta2 = [0.9, 0.95]; set it to "auto"',
@@ -271,21 +271,6 @@ def test_no_file_means_zero_3() -> None:
 
 
 # -- against the installed DeepSpeed -----------------------------------------------------------------------------
-
-
-def test_key_tables_are_those_of_the_installed_deepspeed() -> None:
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
-
-    models = {
-        "zero_optimization": DeepSpeedZeroConfig,
-        "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
-        "bf16": DeepSpeedBF16Config,
-        "fp16": DeepSpeedFP16Config,
-    }
-    for section, model in models.items():
-        assert SECTIONS[section] == {field.alias or name for name, field in model.model_fields.items()}, section
 
 
 def test_every_known_top_level_key_is_named_in_deepspeeds_source() -> None:

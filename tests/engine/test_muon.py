@@ -10,14 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.ops.mora import delta_weight
-from mora_ds.config.arguments import parse
-from mora_ds.config.validate import validate
 from mora_ds.engine import zero
-from mora_ds.engine.ds_config import complete_ds_config, resolve_ds_config
-from mora_ds.engine.initialize import initialize, initialize_full
+from mora_ds.engine.initialize import initialize
 from mora_ds.engine.muon import uses_muon
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.errors import UserError
@@ -25,7 +21,7 @@ from mora_ds.remora.optimizer_reset import OptimizerReset
 from tests.helpers.engines import EPSILON, ds_config, merge_by_hand, merging_run
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refused, rows, run
-from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.models import adapted_model, causal_loss, tokens
 from tests.helpers.resume import assert_same_run, interrupted_job
 
 ROWS, STEPS, ACCUMULATION, CLIP = 6, 3, 2, 0.05
@@ -46,13 +42,8 @@ def muon_config(stage: int, micro: int, accumulation: int = ACCUMULATION, **chan
     return config
 
 
-def small_model(dtype: torch.dtype = torch.float32) -> Any:
-    """Squares of several sizes that are not zero; norms, embeddings and head are trained beside them."""
-    model = tiny_model("llama", dtype=dtype)
-    inject(model, MoRAConfig(rank=4, operator="share", train_norms=True, train_embeddings=True, train_head=True))
-    for index, layer in enumerate(mora_layers(model).values()):
-        layer.square.data = 0.02 * torch.randn(layer.square.shape, generator=torch.Generator().manual_seed(index))
-    return model
+def small_model() -> Any:
+    return adapted_model(train_norms=True, train_embeddings=True, train_head=True)
 
 
 def squares_of(model: nn.Module) -> list[nn.Parameter]:
@@ -139,7 +130,7 @@ def sharded_run(stage: int, merge_at: int | None, changes: dict[str, Any]) -> di
     half |= {"fp16": {"enabled": True, "initial_scale_power": 8}} if changes.get("fp16") else {}
     config = muon_config(stage, ROWS // dist.get_world_size(), **half)
     config["zero_optimization"] |= offload
-    model = small_model(torch.float32)
+    model = small_model()
     engine, *_ = initialize(model=model, config=config)
     norms = train(engine, range(STEPS), merge_at)
     state = [(key, value.dtype, value.float()) for key, value in zero.state_tensors(engine, 0)]
@@ -223,8 +214,7 @@ def test_the_schedule_keeps_the_two_rates_in_proportion() -> None:
 
 def groups_of(family: str) -> tuple[list[int], list[int], bool]:
     """Elements of each parameter group, as the optimizer has them and as they should be."""
-    model = tiny_model(family)
-    inject(model, MoRAConfig(rank=4, train_embeddings=True, train_head=True))
+    model = adapted_model(family, train_embeddings=True, train_head=True)
     expected = [sum(parameter.numel() for parameter in half) for half in (squares_of(model), others_of(model))]
     engine, *_ = initialize(model=model, config=muon_config(0, 2))
     found = [sum(parameter.numel() for parameter in group["params"]) for group in engine.optimizer.param_groups]
@@ -346,8 +336,7 @@ def test_the_job_learns_merges_and_resumes_bit_for_bit(user: Playground, tmp_pat
 
 def carried(persistent: bool) -> dict[str, int]:
     """Bytes of one optimizer step at stage 3, and of the squares."""
-    model = tiny_model("llama")
-    inject(model, MoRAConfig(rank=4, operator="share"))
+    model = adapted_model()
     config = muon_config(3, 3, 1)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 10**6 if persistent else 0
     engine, *_ = initialize(model=model, config=config)
@@ -368,81 +357,3 @@ def test_a_step_gathers_the_squares_five_times(persistent: bool) -> None:
     for found in run_ranks(2, carried, persistent):
         assert 4.9 < found["gathered"] / found["squares"] < 5.5  # padding apart
         assert found["all"] - found["gathered"] <= 1.1 * found["squares"] + 1024  # the gradients' reduction
-
-
-# -- refused -----------------------------------------------------------------------------------------------------------
-
-
-def flags(*argv: str) -> Any:
-    return parse(["--model_name_or_path", "m", "--train_files", "t", *argv])
-
-
-def test_the_flags_fill_the_config() -> None:
-    settings = flags("--optimizer", "muon", "--learning_rate", "1e-3").training.engine_settings()
-    for config in (
-        {"zero_optimization": {"stage": 3}},
-        {"zero_optimization": {"stage": 3}, "optimizer": {"type": "auto"}},
-    ):
-        resolved = resolve_ds_config(config, settings, 2)
-        assert resolved["optimizer"]["type"] == "Muon"
-        params = resolved["optimizer"]["params"]
-        assert (params["lr"], params["muon_lr"], params["momentum"], params["torch_adam"]) == (1e-3, 0.03, 0.95, True)
-        assert resolved["zero_optimization"]["reduce_scatter"] is False
-        assert resolved["communication_data_type"] == "fp32"
-    assert "reduce_scatter" not in resolve_ds_config({}, settings, 2)["zero_optimization"]
-    assert flags("--optimizer", "muon").schedule(10).peak == 0.03
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"optimizer": {"type": "AdamW"}}, 'optimizer.type = "AdamW" but --optimizer = muon; set it to "auto"'),
-        ({"optimizer": {"params": {"muon_lr": 1.0}}}, "muon_lr = 1.0 but --muon_learning_rate = 0.03"),
-        ({"optimizer": {"params": {"momentum": 0.5}}}, "momentum = 0.5 but --muon_momentum = 0.95"),
-        ({"optimizer": {"params": {"adam_lr": 0.5}}}, '"lr" is the rate of AdamW\'s half'),
-        ({"optimizer": {"params": {"per_head_muon": True}}}, "a square is no attention projection"),
-        ({"optimizer": {"params": {"fp32_optimizer_states": True}}}, "fp32_optimizer_states is not for Muon"),
-        ({"optimizer": {"params": {"ns_method": "newton"}}}, 'ns_method must be "gram" or "standard"'),
-        ({"zero_optimization": {"stage": 3, "reduce_scatter": True}}, "reduce_scatter = true but Muon needs whole"),
-        ({"zero_optimization": {"stage": 3}, "communication_data_type": "bf16"}, "communication_data_type"),
-        ({"zero_optimization": {"save_muon_momentum_buffer_in_memory": True}}, "momentum at zero"),
-        ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_gradients"),
-        ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients"),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, 'use "cpu"'),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "offloaded whole"),
-        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "compute_grad_norm must stay true"),
-    ],
-)
-def test_each_wrong_setting_is_named(config: dict[str, Any], message: str) -> None:
-    settings = flags("--optimizer", "muon").training.engine_settings()
-    with pytest.raises(UserError) as error:
-        resolve_ds_config(config, settings, 2)
-    assert message in str(error.value)
-
-
-def test_a_config_that_names_muon_contradicts_the_other_flag() -> None:
-    with pytest.raises(UserError, match=r'optimizer\.type = "Muon" but --optimizer = adamw'):
-        resolve_ds_config({"optimizer": {"type": "Muon"}}, flags().training.engine_settings(), 1)
-    with pytest.raises(UserError, match=r"optimizer\.params\.momentum is not for AdamW"):
-        complete_ds_config({"optimizer": {"params": {"momentum": 0.9}}}, [1])
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (("--optimizer", "moun"), "unknown --optimizer 'moun'; known: adamw, muon. Did you mean 'muon'?"),
-        (("--optimizer", "muon", "--adapter", "full"), "--optimizer muon is for MoRA matrices"),
-        (("--optimizer", "muon", "--muon_learning_rate", "0"), "--muon_learning_rate must be above 0, got 0.0"),
-        (("--optimizer", "muon", "--learning_rate", "-1"), "--learning_rate must be above 0, got -1.0"),
-        (("--muon_momentum", "1"), "--muon_momentum must be at least 0 and below 1, got 1.0"),
-    ],
-)
-def test_wrong_flags(argv: tuple[str, ...], message: str) -> None:
-    with pytest.raises(UserError) as error:
-        validate(flags(*argv))
-    assert str(error.value).splitlines() == [message] or message in str(error.value)
-
-
-def test_full_training_by_muon_is_refused_in_a_loop_of_ones_own_too() -> None:
-    with pytest.raises(UserError, match="Muon is for the squares"):
-        initialize_full(model=nn.Linear(2, 2), config={"train_batch_size": 1, "optimizer": MUON})

@@ -1,6 +1,6 @@
-"""What `mora_ds/muon.py` relies on in DeepSpeed, and the faults that it mends: when a test here breaks, mend `muon.py`.
+"""What mora_ds/engine/muon.py relies on in DeepSpeed, and the faults that it repairs.
 
-A fault that is gone is a failure too: take the mending out then.
+A fault that is gone is a failure too: drop the repair then.
 """
 
 from __future__ import annotations
@@ -150,6 +150,6 @@ def everything(folder: str) -> dict[str, Any]:
 def test_the_faults_are_still_there(tmp_path: Any) -> None:
     for found in run_ranks(2, everything, str(tmp_path)):
         for case, norm in found["clipped"].items():
-            assert 0.009 < norm <= 0.01, f"{case}: the gradient is clipped now? See muon.mend_clipping"
+            assert 0.009 < norm <= 0.01, f"{case}: the gradient is clipped now? See muon.repair_clipping"
         assert not found["buffer resumed"], "save_muon_momentum_buffer_in_memory can be allowed now"
         assert found["tags"] == [True, False]

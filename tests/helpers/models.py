@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import inject, mora_layers
+
 _COMMON = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -44,6 +47,22 @@ def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
     config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
     attention = "eager" if family == "gemma2" else "sdpa"  # transformers refuses sdpa for Gemma 2's capped scores
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+def adapted_model(
+    family: str = "llama", checkpointing: bool = False, model: dict[str, Any] | None = None, **adapter: Any
+) -> Any:
+    """A tiny model with MoRA matrices (rank 4, operator share) that are not zero, so that every path has a gradient.
+
+    `model`: changes of its config; `adapter`: of `MoRAConfig`.
+    """
+    adapted = tiny_model(family, **(model or {}))
+    if checkpointing:
+        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inject(adapted, MoRAConfig(**{"rank": 4, "operator": "share", **adapter}))
+    for index, layer in enumerate(mora_layers(adapted).values()):
+        layer.square.data = 0.02 * torch.randn(layer.square.shape, generator=torch.Generator().manual_seed(index))
+    return adapted
 
 
 def tokens(rows: int, length: int = 16, seed: int = 0, vocab: int = 128) -> torch.Tensor:

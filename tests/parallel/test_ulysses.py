@@ -12,8 +12,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
-from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
+from mora_ds.adapters.inject import frozen_buffers, mora_layers
 from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.data import IGNORED
 from mora_ds.engine import zero
@@ -24,7 +23,7 @@ from mora_ds.parallel.ulysses import share_rows
 from mora_ds.train.preflight import check_split
 from tests.helpers.engines import CLIP, EPSILON, ds_config
 from tests.helpers.gloo import run_ranks
-from tests.helpers.models import FAMILIES, tiny_model, tokens
+from tests.helpers.models import FAMILIES, adapted_model, tokens
 
 pytestmark = pytest.mark.gloo
 
@@ -55,13 +54,7 @@ class Case:
 
 
 def model_of(case: Case) -> Any:
-    model = tiny_model(case.family, **case.model)
-    if case.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    inject(model, MoRAConfig(rank=4, operator=case.operator, **case.adapter))
-    for index, layer in enumerate(mora_layers(model).values()):
-        layer.square.data = 0.02 * torch.randn(layer.square.shape, generator=torch.Generator().manual_seed(index))
-    return model
+    return adapted_model(case.family, case.checkpointing, case.model, operator=case.operator, **case.adapter)
 
 
 def batch_of(case: Case, step: int) -> dict[str, Tensor]:

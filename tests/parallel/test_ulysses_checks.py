@@ -180,7 +180,7 @@ def test_what_only_a_forward_tells() -> None:
 
 
 def test_what_is_relied_on_in_deepspeed() -> None:
-    """deepspeed/runtime/sequence_parallel/ulysses_sp.py; where one moves, mend `mora_ds/sequence_parallel.py`."""
+    """deepspeed/runtime/sequence_parallel/ulysses_sp.py; where one moves, adapt mora_ds/parallel/ulysses.py."""
     wanted = (
         "attn", "batch_size", "attn_head_count", "attn_head_size", "kv_head_count", "num_hidden_layers",
         "process_group", "seq_length_is_variable",

@@ -63,7 +63,7 @@ def assert_close(found: dict[str, Any], wanted: dict[str, Any], rel: float) -> N
 def test_a_run_over_split_rows_and_on_at_one_rank(user: Playground, one: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     told = run_ranks(2, printed, flags(user, out, 2, 2))[0]
-    assert "2 ranks share every row; each computes 16 of its 32 tokens, in attention 2 of 4 heads" in told
+    assert "2 processes share every row; each computes 16 of its 32 tokens, in attention 2 of 4 heads" in told
     assert_same_curve(out, one)
     assert json.loads((out / "summary.json").read_text())["base_bytes_gathered"] == 0
     report = export_merged(out / "checkpoints" / "latest", tmp_path / "merged", verify=True)

@@ -1,0 +1,92 @@
+"""The optimizer's part of a DeepSpeed config: filled from the flags, and refused where it cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+from mora_ds.config.arguments import parse
+from mora_ds.config.validate import validate
+from mora_ds.engine.ds_config import complete_ds_config, resolve_ds_config
+from mora_ds.engine.initialize import initialize_full
+from mora_ds.errors import UserError
+
+
+def flags(*argv: str) -> Any:
+    return parse(["--model_name_or_path", "m", "--train_files", "t", *argv])
+
+
+def test_the_flags_fill_the_config() -> None:
+    settings = flags("--optimizer", "muon", "--learning_rate", "1e-3").training.engine_settings()
+    for config in (
+        {"zero_optimization": {"stage": 3}},
+        {"zero_optimization": {"stage": 3}, "optimizer": {"type": "auto"}},
+    ):
+        resolved = resolve_ds_config(config, settings, 2)
+        assert resolved["optimizer"]["type"] == "Muon"
+        params = resolved["optimizer"]["params"]
+        assert (params["lr"], params["muon_lr"], params["momentum"], params["torch_adam"]) == (1e-3, 0.03, 0.95, True)
+        assert resolved["zero_optimization"]["reduce_scatter"] is False
+        assert resolved["communication_data_type"] == "fp32"
+    assert "reduce_scatter" not in resolve_ds_config({}, settings, 2)["zero_optimization"]
+    assert flags("--optimizer", "muon").schedule(10).peak == 0.03
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, 'optimizer.type = "AdamW" but --optimizer = muon; set it to "auto"'),
+        ({"optimizer": {"params": {"muon_lr": 1.0}}}, "muon_lr = 1.0 but --muon_learning_rate = 0.03"),
+        ({"optimizer": {"params": {"momentum": 0.5}}}, "momentum = 0.5 but --muon_momentum = 0.95"),
+        ({"optimizer": {"params": {"adam_lr": 0.5}}}, '"lr" is the learning rate of AdamW'),
+        ({"optimizer": {"params": {"per_head_muon": True}}}, "a MoRA matrix is no attention projection"),
+        ({"optimizer": {"params": {"fp32_optimizer_states": True}}}, "fp32_optimizer_states is not for Muon"),
+        ({"optimizer": {"params": {"ns_method": "newton"}}}, 'ns_method must be "gram" or "standard"'),
+        ({"zero_optimization": {"stage": 3, "reduce_scatter": True}}, "reduce_scatter = true but Muon needs unsharded"),
+        ({"zero_optimization": {"stage": 3}, "communication_data_type": "bf16"}, "communication_data_type"),
+        ({"zero_optimization": {"save_muon_momentum_buffer_in_memory": True}}, "momentum at zero"),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_gradients"),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, 'use "cpu"'),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            "can only be offloaded completely",
+        ),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "compute_grad_norm must stay true"),
+    ],
+)
+def test_each_wrong_setting_is_named(config: dict[str, Any], message: str) -> None:
+    settings = flags("--optimizer", "muon").training.engine_settings()
+    with pytest.raises(UserError) as error:
+        resolve_ds_config(config, settings, 2)
+    assert message in str(error.value)
+
+
+def test_a_config_that_names_muon_contradicts_the_other_flag() -> None:
+    with pytest.raises(UserError, match=r'optimizer\.type = "Muon" but --optimizer = adamw'):
+        resolve_ds_config({"optimizer": {"type": "Muon"}}, flags().training.engine_settings(), 1)
+    with pytest.raises(UserError, match=r"optimizer\.params\.momentum is not for AdamW"):
+        complete_ds_config({"optimizer": {"params": {"momentum": 0.9}}}, [1])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--optimizer", "moun"), "unknown --optimizer 'moun'; known: adamw, muon. Did you mean 'muon'?"),
+        (("--optimizer", "muon", "--adapter", "full"), "--optimizer muon is for MoRA matrices"),
+        (("--optimizer", "muon", "--muon_learning_rate", "0"), "--muon_learning_rate must be above 0, got 0.0"),
+        (("--optimizer", "muon", "--learning_rate", "-1"), "--learning_rate must be above 0, got -1.0"),
+        (("--muon_momentum", "1"), "--muon_momentum must be at least 0 and below 1, got 1.0"),
+    ],
+)
+def test_wrong_flags(argv: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        validate(flags(*argv))
+    assert str(error.value).splitlines() == [message] or message in str(error.value)
+
+
+def test_full_training_by_muon_is_refused_in_a_users_own_loop_too() -> None:
+    with pytest.raises(UserError, match="Muon is for MoRA matrices"):
+        initialize_full(model=nn.Linear(2, 2), config={"train_batch_size": 1, "optimizer": {"type": "Muon"}})
