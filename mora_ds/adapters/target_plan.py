@@ -3,8 +3,8 @@
     targets.yaml      format, model, fingerprint, budget, by, operator, layers: {name: side}
 
 A layer with side 0, or without a line, gets none. The same plan gives the same bytes; the comments (parameters, score)
-are for people only. `with_sizes` puts a plan into the adapter's config, which checkpoints, portable adapters and exports
-carry.
+are for people only. `with_sizes` puts a plan into the config of the adapter, which checkpoints, portable adapters and
+exports carry.
 """
 
 from __future__ import annotations
