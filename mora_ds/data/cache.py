@@ -86,12 +86,6 @@ class TokenCache:
     def eos_id(self) -> int:
         return int(self.meta["eos_id"])
 
-    def verify(self) -> None:
-        """Compares the hashes of both files. Raises `RunError` where they differ."""
-        for name, expected in self.meta["sha256"].items():
-            if sha256_file(self.folder / name) != expected:
-                raise RunError(f"{self.folder / name} is not what was written; delete that folder")
-
 
 def build_cache(
     corpus: Corpus,

@@ -1,21 +1,20 @@
-"""What the update is made of: singular values of the deltas that a ledger holds, cycle by cycle.
+"""Singular values of the deltas in a merge ledger, the record of all merged MoRA matrices M, cycle by cycle.
 
-    one delta            `singular_values`: from its square, by algebra; no (O, D) matrix is decomposed
+    one delta            `singular_values`: from its M, by algebra; no (O, D) matrix is decomposed
     a layer's history    `layer_spectra`: the sum of deltas after every cycle, and what the newest one adds to it
 
-Shape legend as in `operators`:  D = d_in, O = d_out, R = r_hat.  A delta is left @ M @ right^T with left (O, R) and
-right (D, R) made of zeros and ones (truncate, share), or M on every block of inputs (decouple, rotate). Hence
+Shape legend:  D = d_in, O = d_out, R = r_hat.  A delta is left @ M @ right^T with left (O, R) and right (D, R) made of
+zeros and ones (truncate, share), or M on every block of inputs (decouple, rotate). Hence
 
     truncate, share   members of a group share a row (column) of M: the delta's singular values are those of
                       diag(rows a group)^(1/2) M diag(columns a group)^(1/2), an (R, R) matrix
     decouple, rotate  blocks share no row or no column: the union over blocks of those of n^(1/2) M,
-                      n being the number of places that M stands in
-    a sum of cycles   QR of all left factors side by side, and of all right ones: as long as the ranks add up to
-                      less than min(O, D), everything is read off a matrix of that size
+                      n being the number of blocks in which M is
+    a sum of cycles   QR of all left factors side by side, and of all right ones: as long as the sides R add up to
+                      less than min(O, D), a matrix of that size has the same singular values
 
-Only where inputs wrap round (D no multiple of R) or the ranks exceed that is the matrix formed, one layer at a time.
-LoRA's and subspace deltas are read off the triangles of two thin QRs; their sums are formed.
-All in float64 from the fp32 squares.
+The (O, D) matrix is formed only where D is no multiple of R or the sides exceed that, one layer at a time. LoRA's and
+subspace deltas are computed from two thin QRs; their sums are formed. All in float64 from M in fp32.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ _CG_STEPS = 200
 _CG_TOLERANCE = 1e-10
 
 Update = tuple[UpdateSpec, Tensor]
-"""(operator, fp32 (R, R) square), or LoRA's spec and factors."""
+"""(operator, M in fp32 (R, R)), or LoRA's spec and factors."""
 
 
 @dataclass(frozen=True)
 class Measures:
-    """A matrix's singular values s_1 >= s_2 >= ... in a few numbers; all 0 for the zero matrix."""
+    """Summary of a matrix's singular values s_1 >= s_2 >= ...; all 0 for the zero matrix."""
 
     norm: float
     """Frobenius norm: the root of the sum of s_i^2."""
@@ -58,7 +57,7 @@ class Measures:
     effective_rank: float
     """exp of the entropy of s_i / sum of s_i (Roy & Vetterli 2007)."""
     rank: int
-    """How many exceed s_1 * max(O, D) * eps of fp32: the precision that squares are stored in."""
+    """How many exceed s_1 * max(O, D) * eps of fp32, the precision in which M is stored."""
     top_1: float
     """Share of the energy (s_i^2) that s_1 holds."""
     top_10_percent: float
@@ -66,7 +65,7 @@ class Measures:
 
 
 def measure(values: Tensor, longest_side: int, threshold: float = THRESHOLD) -> Measures:
-    """`values`: all min(O, D) singular values, descending. `longest_side`: max(O, D)."""
+    """The summary of `values`, all min(O, D) singular values, descending. `longest_side`: max(O, D)."""
     largest = values[0].item()
     if largest == 0.0:
         return Measures(0.0, 0.0, 0, 0.0, 0.0, 0, 0.0, 0.0)
@@ -89,7 +88,7 @@ def measure(values: Tensor, longest_side: int, threshold: float = THRESHOLD) -> 
 
 
 def singular_values(spec: UpdateSpec, square: Tensor) -> Tensor:
-    """All min(O, D) singular values of delta_weight(spec, square), descending, float64, on the square's device."""
+    """All min(O, D) singular values of delta_weight(spec, square), descending, float64, on its device."""
     if not isinstance(spec, OperatorSpec):
         return spec.singular_values(square)
     plain = replace(spec, grouping=Grouping.PLAIN, seed=0) if spec.grouping is Grouping.PERMUTED else spec
@@ -106,7 +105,9 @@ def singular_values(spec: UpdateSpec, square: Tensor) -> Tensor:
 
 
 def _scaled_square(spec: OperatorSpec, square: Tensor) -> Tensor:
-    """Truncate, share: (R, R), or (R, D) where wrapped inputs belong to two groups. Each row stands for its outputs."""
+    """Truncate, share: a matrix with the delta's singular values, (R, R), or (R, D) where inputs are in two groups.
+
+    Each row is scaled by the number of its outputs."""
     rows = decompress_transpose(spec, square.new_ones(spec.d_out)).flatten()  # outputs a group
     if spec.kind is OperatorKind.SHARE and not spec.grouping.contiguous_in and spec.d_in % spec.r_hat:
         columns = delta_weight(replace(spec, d_out=spec.r_hat), square)  # one output a group
@@ -116,19 +117,19 @@ def _scaled_square(spec: OperatorSpec, square: Tensor) -> Tensor:
 
 
 def _block_values(spec: OperatorSpec, square: Tensor) -> Tensor:
-    """Decouple, rotate, D a multiple of R: turning a block's inputs leaves M's singular values alone."""
-    lines = torch.arange(spec.blocks_out * spec.r_hat, device=square.device)
-    kept = (lines < spec.d_out).view(spec.blocks_out, spec.r_hat).double()  # the last block's rows may be cut off
+    """Decouple, rotate, D a multiple of R: rotating a block's inputs does not change M's singular values."""
+    rows_out = torch.arange(spec.blocks_out * spec.r_hat, device=square.device)
+    exists = (rows_out < spec.d_out).view(spec.blocks_out, spec.r_hat).double()  # the last block may have fewer rows
     pairs = torch.arange(max(spec.blocks_in, spec.blocks_out), device=square.device)
-    pieces = min(spec.blocks_in, spec.blocks_out)
-    places = kept.new_zeros(pieces, spec.r_hat).index_add_(0, pairs % pieces, kept[pairs % spec.blocks_out])
-    distinct, repeats = places.unique(dim=0, return_counts=True)
+    blocks = min(spec.blocks_in, spec.blocks_out)
+    counts = exists.new_zeros(blocks, spec.r_hat).index_add_(0, pairs % blocks, exists[pairs % spec.blocks_out])
+    distinct, repeats = counts.unique(dim=0, return_counts=True)
     values = [torch.linalg.svdvals(rows.sqrt().unsqueeze(1) * square) for rows in distinct]
     return torch.cat([each.repeat(int(count)) for each, count in zip(values, repeats, strict=True)])
 
 
 def _component_values(spec: OperatorSpec, square: Tensor) -> Tensor:
-    """Decouple, rotate, inputs wrapped: the first and the last block of inputs meet, the others stay apart."""
+    """Decouple, rotate, D no multiple of R: the first and last block of inputs overlap, the others are separate."""
     delta, pieces = delta_weight(spec, square), min(spec.blocks_in, spec.blocks_out)
     rows, columns = (
         torch.arange(size, device=square.device) // spec.r_hat % pieces for size in (spec.d_out, spec.d_in)
@@ -144,24 +145,24 @@ def _component_values(spec: OperatorSpec, square: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """A layer after one cycle. `outside_*`: shares, 0 to 1, of the newest delta's energy (squared norm)."""
+    """A layer after one cycle. `outside_*` are shares, 0 to 1, of the newest delta's energy (squared norm)."""
 
     newest: Measures
-    """Of this cycle's delta alone."""
+    """Summary of this cycle's delta alone."""
     cumulative: Measures
-    """Of the sum of all deltas so far."""
+    """Summary of the sum of all deltas so far."""
     outside_span: float
-    """Outside the span of the earlier ones: what does not both read from the row space and write to the column space
-    of their sum. 0 as soon as that sum has full rank (rotate and decouple: after one cycle)."""
+    """The share outside the span of the earlier ones: what does not both read from the row space and write to the
+    column space of their sum. 0 as soon as that sum has full rank (rotate and decouple: after one cycle)."""
     outside_reach: float
-    """What the operators of the earlier cycles could not have expressed, whatever their squares had been."""
+    """The share that the operators of the earlier cycles could not have expressed with any M."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def layer_spectra(updates: Sequence[Update], threshold: float = THRESHOLD) -> Iterator[LayerSpectrum]:
-    """One after each of a layer's `updates`, in their order, computed on the device of the squares."""
+    """The spectrum after each of a layer's `updates`, in their order, computed on the device of the M."""
     frame = _Frame(updates)
     total: Tensor | None = None
     earlier: dict[UpdateSpec, None] = {}
@@ -182,7 +183,7 @@ def layer_spectra(updates: Sequence[Update], threshold: float = THRESHOLD) -> It
 
 
 def cumulative_norms(updates: Sequence[Update]) -> list[float]:
-    """Frobenius norm of the sum of deltas after each of a layer's updates. Decomposes nothing."""
+    """Frobenius norm of the sum of deltas after each of a layer's updates, without any decomposition."""
     frame = _Frame(updates)
     norms, total = [], None
     for spec, square in updates:
@@ -193,10 +194,10 @@ def cumulative_norms(updates: Sequence[Update]) -> list[float]:
 
 
 class _Frame:
-    """Coordinates in which a layer's deltas are looked at: isometric to (O, D), and small where the ranks are.
+    """Coordinates for a layer's deltas, isometric to (O, D) matrices and small where the sides R are small.
 
-    Small: with left factors side by side = Q S (QR) and right ones = Q' S', the delta S_c M S'_c^T of a cycle is the
-    real one seen in the bases Q and Q'. Otherwise the deltas themselves.
+    Small: with left factors side by side = Q S (QR) and right ones = Q' S', the matrix S_c M S'_c^T is the delta of
+    cycle c in the bases Q and Q'. Otherwise the coordinates are the deltas themselves.
     """
 
     def __init__(self, updates: Sequence[Update]) -> None:
@@ -211,7 +212,7 @@ class _Frame:
             self._sides = self._small_sides(updates[0][1].device)
 
     def place(self, spec: UpdateSpec, square: Tensor) -> Tensor:
-        """The delta of a float64 square."""
+        """The delta of a float64 M in these coordinates."""
         if not self._sides:
             return spec.delta_weight(square)
         left, right = self._sides[spec]
@@ -225,7 +226,7 @@ class _Frame:
         return left.T @ delta @ right
 
     def all_values(self, values: Tensor) -> Tensor:
-        """A placed delta's singular values, with the zeros that the real one has on top."""
+        """The min(O, D) singular values of a delta whose coordinates have `values`: the others are zero."""
         return torch.cat((values, values.new_zeros(min(self._shape) - len(values))))
 
     def _small_sides(self, device: torch.device) -> dict[UpdateSpec, tuple[Tensor, Tensor]]:
@@ -240,13 +241,13 @@ class _Frame:
 def _factors(spec: OperatorSpec, device: torch.device) -> tuple[Tensor, Tensor]:
     """Truncate, share: left (O, R) and right (D, R) of delta_weight(M) = left @ M @ right^T, float64."""
     slots = torch.eye(spec.r_hat, dtype=torch.float64, device=device)
-    pieces = torch.arange(spec.d_in, device=device).split(_COLUMNS_AT_ONCE)
-    inputs = (torch.nn.functional.one_hot(piece, spec.d_in).double() for piece in pieces)
-    return decompress(spec, slots.unsqueeze(-2)).T, torch.cat([compress(spec, piece).squeeze(-2) for piece in inputs])
+    chunks = torch.arange(spec.d_in, device=device).split(_COLUMNS_AT_ONCE)
+    inputs = (torch.nn.functional.one_hot(chunk, spec.d_in).double() for chunk in chunks)
+    return decompress(spec, slots.unsqueeze(-2)).T, torch.cat([compress(spec, chunk).squeeze(-2) for chunk in inputs])
 
 
 def _decompose(total: Tensor, longest_side: int, vectors: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Singular values, and (`vectors`) orthonormal bases of the column and the row space: (O, rank), (rank, D)."""
+    """Singular values, and with `vectors` orthonormal bases of the column and row space, (O, rank) and (rank, D)."""
     if not vectors:
         return torch.linalg.svdvals(total), None
     left, values, right = torch.linalg.svd(total, full_matrices=False)
@@ -265,12 +266,11 @@ def _outside_span(newest: Tensor, span: tuple[Tensor, Tensor] | None) -> float:
 
 
 def _outside_reach(frame: _Frame, newest: Tensor, earlier: Sequence[UpdateSpec]) -> float:
-    """Share of `newest` that is left after the best fit by any squares under the `earlier` operators.
+    """Share of the energy of `newest` that is left after the best fit by any M under the `earlier` operators.
 
-    Factors can be those of any matrix of their rank, so nothing is out of LoRA's reach.
-
-    Least squares by conjugate gradients (CGLS; Hestenes & Stiefel 1952): a handful of steps, as permuted operators
-    overlap little. An upper bound should they ever not suffice.
+    It is 0 after a LoRA cycle, whose factors can express any matrix of their rank. Least squares by conjugate gradients
+    (CGLS; Hestenes & Stiefel 1952), which takes few steps, as permuted operators overlap little. An upper bound if
+    `_CG_STEPS` do not suffice.
     """
     energy = newest.square().sum().item()
     if energy == 0.0 or not earlier:

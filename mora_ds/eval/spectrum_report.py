@@ -1,6 +1,6 @@
-"""The spectra of a whole ledger: rows for JSON, tables for reading, a TensorBoard page, the paper's figure 5 as PNG.
+"""The spectra of a merge ledger as text tables, JSON, TensorBoard curves and the paper's figure 5 as PNG.
 
-ledger (+ a checkpoint's live squares) -> rows, layer by layer -> spectrum_lines | write_json | write_board | ...
+merge ledger (+ a checkpoint's live MoRA matrices) -> rows, layer by layer -> spectrum_lines, write_json, ...
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import AdapterTensors
 from mora_ds.checkpoint.layout import LedgerLocation
 from mora_ds.checkpoint.ledger_tools import live_adapter
@@ -24,12 +23,12 @@ from mora_ds.files import write_json_atomic
 from mora_ds.runtime.cli import table
 
 Live = dict[str, Update]
-"""Module -> (operator, square) of a cycle that is not merged yet."""
+"""Module -> (operator, M) of the running cycle, which is not merged yet."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A layer after a cycle."""
+    """The spectrum of one layer after one cycle."""
 
     module: str
     cycle: int
@@ -37,11 +36,11 @@ class Row:
     operator: str
     """Kind and grouping, such as rotate/permuted."""
     is_live: bool
-    """Whether this is the running cycle's square, which is not merged yet."""
+    """Whether this is the running cycle, which is not merged yet."""
     d_in: int
     d_out: int
     r_hat: int
-    """Side of the square, or LoRA's rank."""
+    """Side of M, or LoRA's rank."""
     spectrum: LayerSpectrum
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,7 +48,7 @@ class Row:
 
 
 class Spectra:
-    """The layers of a ledger or a checkpoint whose spectra are wanted. Reads squares as they are asked for."""
+    """The spectra of a ledger's or a checkpoint's layers. MoRA matrices are read when a layer's rows are asked for."""
 
     def __init__(self, location: LedgerLocation, pattern: str = "*") -> None:
         """`pattern`: shell-style, over module names. Raises `UserError` when it matches no layer (`--layers`)."""
@@ -61,39 +60,33 @@ class Spectra:
         known = list(dict.fromkeys([*modules_of(self._ledger), *self._live]))
         if not known:
             raise UserError(
-                f"{location.ledger} has no cycles: nothing was merged yet; name a checkpoint for live squares"
+                f"{location.ledger} has no cycles: nothing was merged yet; name a checkpoint to see its live matrices"
             )
         self.modules = [module for module in known if fnmatchcase(module, pattern)]
         if not self.modules:
             raise UserError(f"--layers {pattern!r} matches none of the {len(known)} layers.{nearest(pattern, known)}")
 
     def rows(self, module: str, threshold: float = THRESHOLD, device: torch.device | str = "cpu") -> Iterator[Row]:
-        """A layer's rows, cycle after cycle; computed on `device`."""
-        places = [
-            (cycle, self._ledger.records[cycle].step, False)
-            for cycle in range(self._ledger.cycles)
-            if module in self._ledger.layers(cycle)
-        ]
+        """A layer's rows, one a cycle; computed on `device`."""
+        cycles = [cycle for cycle in range(self._ledger.cycles) if module in self._ledger.layers(cycle)]
+        origins = [(cycle, self._ledger.records[cycle].step, False) for cycle in cycles]
         updates = list(self._ledger.squares_of(module))
         if module in self._live:
-            places.append((self._ledger.cycles, self._live_step, True))
+            origins.append((self._ledger.cycles, self._live_step, True))
             updates.append(self._live[module])
-        moved = [(spec, square.to(device)) for spec, square in updates]
-        for (spec, _), place, spectrum in zip(moved, places, layer_spectra(moved, threshold), strict=True):
-            yield _row(module, spec, place, spectrum)
-
-
-def _row(module: str, spec: UpdateSpec, place: tuple[int, int, bool], spectrum: LayerSpectrum) -> Row:
-    cycle, step, is_live = place
-    size = spec.value_shape[0]
-    return Row(module, cycle, step, spec.describe(), is_live, spec.d_in, spec.d_out, size, spectrum)
+        moved = [(spec, value.to(device)) for spec, value in updates]
+        for (spec, _), (cycle, step, is_live), spectrum in zip(
+            moved, origins, layer_spectra(moved, threshold), strict=True
+        ):
+            size = spec.value_shape[0]
+            yield Row(module, cycle, step, spec.describe(), is_live, spec.d_in, spec.d_out, size, spectrum)
 
 
 # -- for reading -------------------------------------------------------------------------------------------------------
 
 
 def spectrum_lines(rows: Sequence[Row], threshold: float) -> list[str]:
-    """The layers after their last cycle, then means over layers, cycle by cycle."""
+    """Tables of the layers after their last cycle, and of means over layers for each cycle."""
     titles = ["rank", "of", f">{threshold:g}", "stable", "effective", "|delta|", "|sum|", "new span", "new reach"]
     last = {row.module: row for row in rows}
     layers = [[name, _cycle(row), *_cells([row])] for name, row in last.items()]
@@ -101,18 +94,15 @@ def spectrum_lines(rows: Sequence[Row], threshold: float) -> list[str]:
     for cycle in sorted({row.cycle for row in rows}):
         members = [row for row in rows if row.cycle == cycle]
         cycles.append([_cycle(members[0]), str(members[0].step), str(len(members)), *_cells(members)])
+    live = "; *: the running cycle, not merged yet" if any(row.is_live for row in rows) else ""
     return [
         *table([["layer", "cycle", *titles], *layers]),
         "",
         *table([["cycle", "step", "layers", *titles], *cycles]),
         "of the sum of deltas up to the cycle: numerical rank of min(d_in, d_out), singular values above the threshold,"
-        " stable and effective rank; |delta|: norm of the cycle's own; new: share of its energy outside the span of the"
-        " earlier sum, outside all that the earlier operators can express" + _live_note(rows),
+        " stable and effective rank; |delta|: norm of the cycle's delta; new: share of its energy outside the span of "
+        "the earlier sum, outside all that the earlier operators can express" + live,
     ]
-
-
-def _live_note(rows: Sequence[Row]) -> str:
-    return "; *: the running cycle, not merged yet" if any(row.is_live for row in rows) else ""
 
 
 def _cycle(row: Row) -> str:
@@ -131,7 +121,7 @@ def _cells(rows: Sequence[Row]) -> list[str]:
 
 
 def _figures(spectrum: LayerSpectrum) -> dict[str, float]:
-    """What is plotted, under the names of the curves."""
+    """Name of the curve -> value, as plotted."""
     total = spectrum.cumulative
     return {
         "values_above_threshold": total.above,
@@ -149,12 +139,12 @@ def _figures(spectrum: LayerSpectrum) -> dict[str, float]:
 
 
 def write_json(path: Path, rows: Sequence[Row], threshold: float) -> None:
-    """Every row with every measure, atomically."""
+    """Writes every row with every measure, atomically."""
     write_json_atomic(path, {"format": 1, "threshold": threshold, "rows": [row.to_dict() for row in rows]})
 
 
 def write_board(folder: Path, rows: Sequence[Row]) -> None:
-    """A TensorBoard page over steps: means over layers under spectrum/, each layer under spectrum_of_layers/."""
+    """Writes TensorBoard curves over steps: means over layers in spectrum/, each layer in spectrum_of_layers/."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as board:
@@ -168,7 +158,7 @@ def write_board(folder: Path, rows: Sequence[Row]) -> None:
 
 
 def require_matplotlib(flag: str = "--png") -> Any:
-    """Its pyplot, drawing to files only. Raises `UserError` naming `flag` where it is not installed."""
+    """matplotlib.pyplot, drawing to files only. Raises `UserError`, which names `flag`, where it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -180,7 +170,7 @@ def require_matplotlib(flag: str = "--png") -> Any:
 
 
 def write_png(path: Path, rows: Sequence[Row], threshold: float) -> None:
-    """The paper's figure 5: singular values above the threshold, layer by layer, a curve a cycle."""
+    """Plots the MoRA paper's figure 5: singular values above the threshold, layer by layer, a curve a cycle."""
     pyplot = require_matplotlib()
     modules = list(dict.fromkeys(row.module for row in rows))
     figure, axes = pyplot.subplots(figsize=(max(6.0, 0.18 * len(modules)), 4.5), layout="constrained")
@@ -196,7 +186,7 @@ def write_png(path: Path, rows: Sequence[Row], threshold: float) -> None:
 
 
 def torch_device(name: str) -> torch.device:
-    """Raises `UserError` naming --device where torch has no such device."""
+    """The device of that name. Raises `UserError`, which names --device, where torch has none."""
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -204,6 +194,6 @@ def torch_device(name: str) -> torch.device:
 
 
 def check_writable(flag: str, path: Path | None) -> None:
-    """Raises `UserError` naming `flag` where its file could not be written: to be asked before the work."""
+    """Raises `UserError`, which names `flag`, where its file could not be written. To be called before the work."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise UserError(f"{flag} {path}: name a file in a folder that exists")

@@ -21,6 +21,7 @@ from mora_ds.data import (
     DocumentFilter,
     DocumentStream,
     Encoder,
+    Mixture,
     PackedDataset,
     StreamMixture,
     StreamSettings,
@@ -36,7 +37,7 @@ from mora_ds.data.stream import StreamPosition
 from mora_ds.errors import RunError, UserError
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, job, losses, refused, rows, run
-from tests.helpers.mixtures import mixture_flags, source_rows
+from tests.helpers.mixtures import source_rows
 from tests.helpers.resume import assert_same_run, interrupted_job
 
 T = 16
@@ -53,23 +54,23 @@ def write(folder: Path, kind: str, texts: list[str]) -> list[str]:
     for number in range(3):
         part, path = texts[number::3], folder / f"{number}.{kind}"
         lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in part).encode()
-        if kind == "jsonl":
-            path.write_bytes(lines)
-        elif kind == "jsonl.gz":
-            path.write_bytes(gzip.compress(lines))
-        elif kind == "jsonl.zst":
-            with pa.CompressedOutputStream(str(path), "zstd") as file:
-                file.write(lines)
-        elif kind == "parquet":
-            pyarrow.parquet.write_table(pa.table({"text": part}), path, row_group_size=7)
-        elif kind == "arrow":
-            table = pa.table({"text": part})
-            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-                writer.write_table(table, max_chunksize=11)
-        elif kind == "json":
-            path.write_text(json.dumps([{"text": text} for text in part]))
-        else:
-            path.write_text("".join(part))
+        table = pa.table({"text": part})
+        match kind:
+            case "jsonl":
+                path.write_bytes(lines)
+            case "jsonl.gz":
+                path.write_bytes(gzip.compress(lines))
+            case "jsonl.zst":
+                path.write_bytes(pa.compress(lines, "zstd", asbytes=True))
+            case "parquet":
+                pyarrow.parquet.write_table(table, path, row_group_size=7)
+            case "arrow":
+                with pa.ipc.new_stream(path, table.schema) as writer:
+                    writer.write_table(table, max_chunksize=11)
+            case "json":
+                path.write_text(json.dumps([{"text": text} for text in part]))
+            case _:
+                path.write_text("".join(part))
     return [str(folder / f"*.{kind}")]
 
 
@@ -232,8 +233,6 @@ def test_a_mixture_of_streams_and_caches(tokenizer: Any, tmp_path: Path) -> None
         sources = {"left": source(left, tokenizer), "right": packed[1]}
         return StreamMixture(sources, [(0, (0.7, 0.3)), (9, (0.2, 0.8))], [None, None], T, 12, states=states)
 
-    from mora_ds.data import Mixture
-
     cached = Mixture({"left": packed[0], "right": packed[1]}, [(0, (0.7, 0.3)), (9, (0.2, 0.8))], [None, None], T, 12)
     whole, state = made(), None
     for step in range(20):
@@ -331,15 +330,7 @@ def test_a_stream_that_ends_early_says_so(tokenizer: Any, tmp_path: Path) -> Non
 
 @pytest.mark.gloo
 def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(user: Playground, tmp_path: Path) -> None:
-    more = (
-        "--streaming",
-        "--shuffle_buffer",
-        7,
-        "--save_steps",
-        2,
-        "--replay",
-        f"old={user.held}:0.25",
-    )
+    more = ("--streaming", "--shuffle_buffer", 7, "--save_steps", 2, "--replay", f"old={user.held}:0.25")
     whole, out, wide = tmp_path / "whole", tmp_path / "out", tmp_path / "wide"
     run(1, user.flags(whole, *more, "--per_device_train_batch_size", 4))
     argv = user.flags(out, *more, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto")
@@ -396,4 +387,3 @@ def test_what_streaming_cannot_do_is_said_at_once(user: Playground, tmp_path: Pa
     argv = user.flags(tmp_path / "out", "--streaming", "--train_files", late, "--shuffle_buffer", 3, "--max_steps", 300)
     kind, message = run_ranks(1, refused, argv)[0]
     assert kind == "UserError" and "late.jsonl, line" in message and "no field 'text'; there are: body" in message
-    assert mixture_flags(user, tmp_path, tmp_path / "x")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +20,8 @@ from mora_ds.errors import UserError
 from mora_ds.eval import perplexity
 from mora_ds.eval.perplexity import Target, Windows, evaluate, harness, load_target, named_sets
 from tests.helpers.adapters import Maker, merge
-from tests.helpers.jobs import REPOSITORY, Playground, run
+from tests.helpers.jobs import Playground, run
+from tests.helpers.tools import call
 
 
 def naive(folder: Path, texts: list[str], window: int, stride: int) -> tuple[float, int]:
@@ -59,7 +58,7 @@ def test_perplexity_is_the_naive_one(user: Playground, tmp_path: Path, window: i
     assert one.documents == 1 and one.text_bytes == len(texts[0].encode())
 
 
-def test_a_long_document_in_pieces_is_scored_whole(
+def test_a_long_document_in_chunks_is_scored_completely(
     user: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "long.txt"
@@ -68,20 +67,21 @@ def test_a_long_document_in_pieces_is_scored_whole(
     windows = Windows.of(target.model, 32, 16)
     whole = evaluate(target, load_corpus([str(path)]), windows)
     monkeypatch.setattr("mora_ds.data.readers.CHUNK_CHARACTERS", 400)
-    pieces = evaluate(target, load_corpus([str(path)]), windows)
-    assert pieces.documents == whole.documents == 1 and pieces.text_bytes == whole.text_bytes
-    assert pieces.perplexity == pytest.approx(whole.perplexity, rel=0.05)  # other cuts, other contexts
+    chunked = evaluate(target, load_corpus([str(path)]), windows)
+    assert chunked.documents == whole.documents == 1 and chunked.text_bytes == whole.text_bytes
+    assert chunked.perplexity == pytest.approx(whole.perplexity, rel=0.05)  # other cuts, other contexts
 
 
-def test_a_checkpoint_and_its_export_give_the_same_figures(user: Playground, tmp_path: Path) -> None:
-    """With a merge behind it and live squares in it, norms trained too; and other figures than its base."""
+def test_a_checkpoint_and_its_export_give_the_same_figures(
+    user: Playground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint with a merge, live MoRA matrices and trained norms; its figures are not those of its base."""
     out = tmp_path / "out"
     run(1, user.flags(out, "--merge_every", 3, "--restart_warmup_steps", 1, "--warmup_steps", 1, "--train_norms"))
     export_merged(out, tmp_path / "merged")
-    command = [sys.executable, str(REPOSITORY / "tools" / "evaluate.py"), str(out), "--sets", f"held={user.held}"]
-    command += [str(user.other), "--window", "64", "--stride", "32", "--json", str(tmp_path / "scores.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "bits/byte" in done.stdout, done.stderr
+    window = ("--window", 64, "--stride", 32)
+    call("evaluate", out, "--sets", f"held={user.held}", user.other, *window, "--json", tmp_path / "scores.json")
+    assert "bits/byte" in capsys.readouterr().out
     live = json.loads((tmp_path / "scores.json").read_text())["sets"]
     assert set(live) == {"held", "other"}
     merged, base = load_target(tmp_path / "merged"), load_target(user.model)
@@ -147,19 +147,13 @@ def test_every_adapter_of_a_bank_has_the_figures_of_its_merged_model(
         name: maker.write(tmp_path / "bank" / name, MoRAConfig(rank=2, seed=cycles), cycles, scale=0.1)
         for cycles, name in enumerate(("a", "b", "c"))
     }
-    module = importlib.util.spec_from_file_location("evaluate_tool", REPOSITORY / "tools" / "evaluate.py")
-    assert module is not None and module.loader is not None
-    tool = importlib.util.module_from_spec(module)
-    module.loader.exec_module(tool)
 
-    def evaluated(*flags: str) -> dict[str, Any]:
-        given = ["evaluate.py", str(user.model), *flags, "--json", str(tmp_path / "scores.json")]
-        monkeypatch.setattr(sys, "argv", given)
-        tool.main()
+    def evaluated(*flags: object) -> dict[str, Any]:
+        call("evaluate", user.model, *flags, "--json", tmp_path / "scores.json")
         return json.loads((tmp_path / "scores.json").read_text())
 
-    sets = ["--sets", f"held={user.held}", str(user.other), "--window", "64", "--stride", "32"]
-    bank = ["--bank", str(tmp_path / "bank"), "--bank_cache", "2"]
+    sets = ["--sets", f"held={user.held}", user.other, "--window", 64, "--stride", 32]
+    bank = ["--bank", tmp_path / "bank", "--bank_cache", 2]
     found = evaluated(*sets, *bank)["adapters"]
     said = capsys.readouterr().out
     assert "held: perplexity" in said and "3 adapter(s) on" in said
@@ -178,7 +172,7 @@ def test_every_adapter_of_a_bank_has_the_figures_of_its_merged_model(
         ([*sets, *bank, "--adapters", "c", "d"], "the bank has no adapter 'd'"),
         ([*sets, "--adapters", "c"], "--adapters and --bank_cache belong to --bank"),
         ([*sets, *bank, "--lm_eval", "x"], "--bank takes the base as MODEL"),
-        ([*sets, "--bank", str(tmp_path / "bank"), "--bank_cache", "0"], "--bank_cache must be at least 1"),
+        ([*sets, "--bank", tmp_path / "bank", "--bank_cache", 0], "--bank_cache must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):
             evaluated(*flags)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import itertools
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,7 @@ from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.checkpoint.layout import find_ledger
 from mora_ds.errors import UserError
-from mora_ds.eval import spectrum as spectrum_room
+from mora_ds.eval import spectrum as spectrum_module
 from mora_ds.eval.spectrum import LayerSpectrum, Update, cumulative_norms, layer_spectra, measure, singular_values
 from mora_ds.eval.spectrum_report import (
     Row,
@@ -34,8 +32,8 @@ from mora_ds.eval.spectrum_report import (
     write_png,
 )
 from mora_ds.remora.ledger import LayerEntry, Ledger
+from tests.helpers.tools import call
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "spectrum.py"
 SHARE_ONLY = [each for each in Grouping if each not in (Grouping.PLAIN, Grouping.PERMUTED)]
 FAMILIES = [(kind, each) for kind in OperatorKind for each in (Grouping.PLAIN, Grouping.PERMUTED)]
 FAMILIES += [(OperatorKind.SHARE, each) for each in SHARE_ONLY]
@@ -72,7 +70,7 @@ def test_no_large_matrix_is_formed(kind: OperatorKind, monkeypatch: pytest.Monke
     def fail(*_: Any) -> None:
         raise AssertionError("formed")
 
-    monkeypatch.setattr(spectrum_room, "delta_weight", fail)
+    monkeypatch.setattr(spectrum_module, "delta_weight", fail)
     assert len(singular_values(OperatorSpec(kind, 32, 48, 8, Grouping.PERMUTED), square(8))) == 32
     if kind is OperatorKind.SHARE:
         updates = [(OperatorSpec(kind, 32, 48, 8, Grouping.PERMUTED, seed), square(8, seed)) for seed in range(3)]
@@ -159,25 +157,18 @@ def ranks(found: list[LayerSpectrum]) -> list[int]:
     return [each.cumulative.rank for each in found]
 
 
-def test_rank_grows_by_a_square_a_cycle_with_fresh_permutations() -> None:
-    """One less from the second on: the sum of all inputs (outputs) is in every grouping's span."""
-    found = spectra(OperatorKind.SHARE, 6, lambda cycle: (Grouping.PERMUTED, cycle))
-    assert ranks(found) == [16, 31, 46, 61, 64, 64]
-    assert found[1].outside_span > 0.8 and found[5].outside_span < 1e-9 < 0.4 < found[5].outside_reach
-    assert [each.newest.rank for each in found] == [16] * 6
-
-
-def test_rank_saturates_with_the_paper_s_alternation() -> None:
-    groupings = (Grouping.STRIDED, Grouping.CONTIGUOUS)
-    found = spectra(OperatorKind.SHARE, 6, lambda cycle: (groupings[cycle % 2], 0))
-    assert ranks(found) == [16, 28, 28, 28, 28, 28]
-    assert [each.outside_reach for each in found[2:]] == [0.0] * 4
-    assert max(each.outside_span for each in found[2:]) < 1e-9
-
-
-def test_rank_stays_with_the_same_grouping() -> None:
-    found = spectra(OperatorKind.SHARE, 6, lambda _: (Grouping.PERMUTED, 7))
-    assert ranks(found) == [16] * 6 and max(each.outside_span for each in found[1:]) < 1e-9
+def test_rank_grows_with_fresh_permutations_and_no_longer_with_repeated_groupings() -> None:
+    """By a matrix a cycle, less one from the second on: the sum of all inputs (outputs) is in every grouping's span."""
+    fresh = spectra(OperatorKind.SHARE, 6, lambda cycle: (Grouping.PERMUTED, cycle))
+    assert ranks(fresh) == [16, 31, 46, 61, 64, 64] and [each.newest.rank for each in fresh] == [16] * 6
+    assert fresh[1].outside_span > 0.8 and fresh[5].outside_span < 1e-9 < 0.4 < fresh[5].outside_reach
+    groupings = (Grouping.STRIDED, Grouping.CONTIGUOUS)  # the paper's alternation
+    alternating = spectra(OperatorKind.SHARE, 6, lambda cycle: (groupings[cycle % 2], 0))
+    assert ranks(alternating) == [16, 28, 28, 28, 28, 28]
+    assert [each.outside_reach for each in alternating[2:]] == [0.0] * 4
+    same = spectra(OperatorKind.SHARE, 6, lambda _: (Grouping.PERMUTED, 7))
+    assert ranks(same) == [16] * 6
+    assert max(each.outside_span for each in (*alternating[2:], *same[1:])) < 1e-9
 
 
 def test_rotate_is_full_at_once_and_permutations_extend_its_reach() -> None:
@@ -280,14 +271,7 @@ def test_png(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_png_without_matplotlib_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any, **named: Any) -> Any:
-        if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return real(name, *rest, **named)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="--png needs matplotlib"):
         require_matplotlib()
 
@@ -302,8 +286,6 @@ def test_flags_are_checked_before_the_work(tmp_path: Path) -> None:
         check_writable("--json", tmp_path / "none" / "new.json")
 
 
-def test_tool(checkpoint: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(TOOL), str(checkpoint), "--json", str(tmp_path / "out.json"), "--layers", "a.*"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "a.v" in done.stdout and len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 5
+def test_tool(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call("spectrum", checkpoint, "--json", tmp_path / "out.json", "--layers", "a.*")
+    assert "a.v" in capsys.readouterr().out and len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 5
