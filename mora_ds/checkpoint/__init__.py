@@ -1,1 +1,14 @@
-"""Checkpoints: writing, reading, verifying and converting them."""
+"""Checkpoints: writing, reading, verifying and converting them.
+
+layout          names of files, and what a given path means
+folder          the checkpoints of a run: which one a resume takes, whether it is intact
+state           trainer_state.json, and what a resumed run must have in common with its checkpoint
+adapter_files   adapter.json, adapter.safetensors, base.json
+contents        gathers what a run with an adapter writes into a checkpoint
+writer          writes checkpoints on all ranks, and loads them
+async_save      the thread behind --async_save
+verify          checks checkpoints in depth, offline
+ledger_tools    checks a merge ledger, drops cycles from it
+compact         folds old cycles of a merge ledger into a new base
+universal       to and from DeepSpeed's universal checkpoints
+"""

@@ -1,12 +1,12 @@
-"""One piece of work at a time beside training, on every rank: all have done it, or all know who has not.
+"""The thread behind --async_save: one task at a time during training, which succeeds or fails on all ranks alike.
 
-The ranks talk over a gloo group that nothing else uses, so that their messages never meet training's.
+The ranks agree over a gloo group that nothing else uses, so that their messages never mix with those of training.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,33 +19,35 @@ from torch import Tensor
 
 from mora_ds.errors import RunError
 
+logger = logging.getLogger(__name__)
+
 
 class Exchange:
-    """A gloo group of all ranks and what they tell each other. Made by all ranks together."""
+    """A gloo group over which all ranks report the outcome of a task. Create it on all ranks together."""
 
     def __init__(self) -> None:
         self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
     def agree(self, error: BaseException | None) -> None:
-        """Every rank calls it with what went wrong there. Raises it there and a `RunError` elsewhere, if anything."""
-        told: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}", group=self.group)
+        """Collective, with the error of this rank or None. Raises that error, or a `RunError` for another rank's."""
+        texts: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(texts, None if error is None else f"{type(error).__name__}: {error}", group=self.group)
         if error is not None:
             raise error
-        for rank, text in enumerate(told):
+        for rank, text in enumerate(texts):
             if text is not None:
                 raise RunError(f"rank {rank} could not write its part of the checkpoint: {text}")
 
 
 @dataclass
 class Background:
-    """A thread for the work, and its outcome for whoever asks next."""
+    """A thread for one task at a time, and its outcome."""
 
     thread: threading.Thread | None = None
     error: BaseException | None = None
 
-    def start(self, work: Callable[[], None], what: str) -> None:
-        """Begins `work`; the one before must have been waited for."""
+    def start(self, work: Callable[[], None], name: str) -> None:
+        """Starts `work`; the task before must have been waited for. `name` is used in warnings."""
         assert self.thread is None, "one at a time"
 
         def run() -> None:
@@ -54,13 +56,13 @@ class Background:
             except BaseException as error:
                 self.error = error  # raised by the next `wait`
                 if dist.get_rank() == 0:
-                    print(f"warning: {what}: {error}; the next save will stop the run", file=sys.stderr, flush=True)
+                    logger.warning("warning: %s: %s; the next save will stop the run", name, error)
 
-        self.thread = threading.Thread(target=run, name=what, daemon=True)
+        self.thread = threading.Thread(target=run, name=name, daemon=True)
         self.thread.start()
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Until the work is done, if there is any. Raises what it raised."""
+        """Waits for the task, if there is one, and raises what it raised."""
         if self.thread is None:
             return
         self.thread.join(timeout_s)
@@ -72,7 +74,7 @@ class Background:
 
 
 def on_host(value: Any) -> Any:
-    """A copy in host memory of all that DeepSpeed hands over: nothing in it changes when training goes on."""
+    """A deep copy in host memory, which does not change when training continues."""
     copied = _copied(value)
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -1,12 +1,12 @@
-"""Old cycles become part of a new base: an explicit, offline step, for ledgers that have grown long.
+"""Folds the first cycles of a merge ledger into a new base: an explicit, offline step for ledgers that have grown long.
 
     base + cycles 0..K-1  -> output/base/      a Hugging Face folder; in float32 exactly the sum that a replay forms
     cycles K..            -> output/ledger/    renumbered, chained to the new base's fingerprint
-                             output/base.json  which base that is
-    from a checkpoint also its live squares and trained tensors: `export_merged` takes `output` as it takes any
+                             output/base.json  refers to the new base
+    from a checkpoint also its MoRA matrices and other trained tensors, so that `export_merged` takes `output`
 
-A replay sums in fp32, cycle after cycle, so going on from a float32 base gives the same live weights bit for bit.
-One tensor is in memory at a time.
+A replay sums in fp32, cycle after cycle, so the same live weights follow from a float32 base bit for bit. One tensor is
+in memory at a time.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from mora_ds.models.tensor_files import compute_dtype
 from mora_ds.remora.ledger import LayerEntry, Ledger
 
 _UNCHANGED = (PROBE_FILE, STATE_FILE)
-"""Of a checkpoint: still true after compacting in float32, as the live model is the same."""
+"""Files of a checkpoint that stay valid after compacting in float32, as the live model is the same."""
 
 
 @dataclass
 class _Folding:
-    """Makes the new base's tensors, and keeps account of what rounding takes from the folded update."""
+    """Forms the new base's tensors, and measures how much of the folded update rounding loses."""
 
     base: BaseCheckpoint
     ledger: Ledger
@@ -53,27 +53,22 @@ class _Folding:
     layers: dict[str, LayerEntry]
     """Key in the base -> the layer that some folded cycle adapted."""
     lost: float = field(default=0.0, init=False)
+    """Squared norm of what rounding changed."""
     update: float = field(default=0.0, init=False)
-    """Squared norms: of what rounding changed, and of all that was added."""
+    """Squared norm of the folded update."""
 
     def tensor(self, key: str, dtype: torch.dtype) -> Tensor:
         original = self.base.read(key)
         if key not in self.layers:
             return original.to(dtype)
         entry = self.layers[key]
-        exact = live_weight(original, self._updates(entry.module), entry.transposed, torch.float32)
+        count = sum(entry.module in self.ledger.layers(cycle) for cycle in range(self.cycles))
+        updates = islice(self.ledger.squares_of(entry.module), count)
+        exact = live_weight(original, updates, entry.transposed, torch.float32)
         rounded = exact.to(dtype)
         self.lost += (rounded.double() - exact.double()).square().sum().item()
         self.update += (exact.double() - original.double()).square().sum().item()
         return rounded
-
-    def _updates(self, module: str) -> islice:
-        there = sum(module in self.ledger.layers(cycle) for cycle in range(self.cycles))
-        return islice(self.ledger.squares_of(module), there)
-
-    @property
-    def relative_loss(self) -> float:
-        return math.sqrt(self.lost / self.update) if self.update else 0.0
 
 
 def compact(
@@ -86,10 +81,9 @@ def compact(
 ) -> list[str]:
     """Folds the `first` cycles (by default all) of the ledger at `path` into a new base under `output`.
 
-    `path`: a ledger, a checkpoint or a run's output folder. `dtype`: of the new base's floating tensors; another one
-    than "float32" rounds them. `base_folder`: where the base lies, if no base.json says so or it was moved. Returns
-    what was done, for humans. Raises `UserError` naming the flag to change, `RunError` on a full disk; nothing is
-    then left at `output`.
+    `path`: a ledger, a checkpoint or a run's output folder. `dtype`: of the new base's floating tensors; any other than
+    "float32" rounds them. `base_folder`: the base, if no base.json refers to it or it was moved. Returns lines to
+    print. Raises `UserError` naming the flag to change, `RunError` on a full disk; `output` then does not exist.
     """
     target, location = compute_dtype(dtype), find_ledger(path)
     if max_shard_gib <= 0:
@@ -108,7 +102,9 @@ def compact(
         if location.checkpoint is not None:
             folded = [record.step for record in ledger.records[:count]]
             copy_adapter(location, folder, ledger.cycles - count, "compacted_cycles_of_steps", folded)
-            _copy_unchanged(location.checkpoint, folder, target)
+            for name in _UNCHANGED if target is torch.float32 else ():
+                if (location.checkpoint / name).is_file():
+                    shutil.copyfile(location.checkpoint / name, folder / name)
     return _lines(folding, output, dtype)
 
 
@@ -125,14 +121,15 @@ def _base_folder(location: LedgerLocation, reference: BaseReference | None, over
     if override is not None:
         return override
     if reference is None or location.reference is None:
-        raise UserError(f"--base: say where the base of {location.ledger} lies; there is no base.json near it")
+        raise UserError(f"--base: name the folder of the base of {location.ledger}; no base.json refers to it")
     return location.reference / reference.folder
 
 
 def _layers_by_key(
     ledger: Ledger, cycles: int, base: BaseCheckpoint, reference: BaseReference | None
 ) -> dict[str, LayerEntry]:
-    """Raises `UserError` for a weight that the base does not have, has in another shape, or shares with another."""
+    """Key in the base -> layer. Raises `UserError` for a weight that is missing in the base, has another shape there
+    or is tied to another parameter."""
     entries = {name: entry for cycle in range(cycles) for name, entry in ledger.layers(cycle).items()}
     keys = reference.keys if reference is not None else _guess_keys(base, entries)
     layers: dict[str, LayerEntry] = {}
@@ -142,7 +139,9 @@ def _layers_by_key(
         if key is None or key not in base:
             raise UserError(f"{base.folder} has no tensor for {entry.weight}, which {ledger.folder} changes")
         if base.shape_dtype(key)[0] != (sides[::-1] if entry.transposed else sides):
-            raise UserError(f"{key} of {base.folder} has shape {base.shape_dtype(key)[0]}, its square is for {sides}")
+            raise UserError(
+                f"{key} of {base.folder} has shape {base.shape_dtype(key)[0]}, its MoRA matrix is for {sides}"
+            )
         if sharers := [name for name, other in keys.items() if other == key and name != entry.weight]:
             raise UserError(f"{entry.weight} is tied to {', '.join(sharers)}: no single tensor can stand for both")
         layers[key] = entry
@@ -150,24 +149,18 @@ def _layers_by_key(
 
 
 def _guess_keys(base: BaseCheckpoint, entries: dict[str, LayerEntry]) -> dict[str, str]:
-    """Weights stand under their live names, or without the model's prefix (GPT-2's "transformer.")."""
+    """Keys are the parameters' names, or those without the model's prefix (GPT-2's "transformer.")."""
     weights = [entry.weight for entry in entries.values()]
     return base.map_parameters(weights, weights[0].split(".")[0] if weights else "")
 
 
 def _write_base(folding: _Folding, folder: Path, dtype: torch.dtype, limit: int, location: LedgerLocation) -> str:
-    """Returns the new base's fingerprint."""
+    """Writes the new base in files of at most `limit` bytes and returns its fingerprint."""
     folder.mkdir()
     shards = plan_shards(folding.base, folding.base.keys(), dtype, limit)
     write_shards(folder, shards, folding.tensor)
     write_companions(folding.base, folder, dtype, tokenizer_of(location.checkpoint))
     return BaseCheckpoint.open(folder).fingerprint()
-
-
-def _copy_unchanged(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
-    for name in _UNCHANGED:
-        if dtype is torch.float32 and (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, folder / name)
 
 
 def _lines(folding: _Folding, output: Path, dtype: str) -> list[str]:
@@ -177,12 +170,13 @@ def _lines(folding: _Folding, output: Path, dtype: str) -> list[str]:
         f"{output / LEDGER_FOLDER}: {left} cycle(s) left, chained to the new base",
     ]
     if dtype == "float32":
-        text.append("nothing is lost: live weights formed from these are, bit for bit, those formed from the old ones")
+        text.append("nothing is lost: the live weights formed from these are bit for bit those formed before")
     else:
+        loss = math.sqrt(folding.lost / folding.update) if folding.update else 0.0
         text.append(
-            f"every weight was rounded to {dtype}: a relative {folding.relative_loss:.2e} of the folded update is lost;"
-            " float32 loses nothing"
+            f"every weight was rounded to {dtype}: a relative {loss:.2e} of the folded update is lost; float32 loses"
+            " nothing"
         )
     if not left:
-        text.append("a run that starts on it needs another --seed, or its groupings repeat those that were folded")
+        text.append("a run that starts from it needs another --seed, or its groupings repeat those that were folded")
     return text

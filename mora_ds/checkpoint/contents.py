@@ -1,4 +1,5 @@
-"""What a checkpoint holds beside DeepSpeed's shards: the live squares, the ledger, which base, tokenizer, probe."""
+"""What a run writes into a checkpoint besides DeepSpeed's shards: adapter, merge ledger, base reference, tokenizer and
+probe."""
 
 from __future__ import annotations
 
@@ -24,12 +25,12 @@ from mora_ds.parallel.ulysses import whole_rows
 from mora_ds.remora.merge import ReMoRA, layer_entries
 
 PROBE_TOKENS = 8
-"""Length of the recorded probe: one row; its logits cost 4 * PROBE_TOKENS * vocabulary bytes."""
+"""Length of the one row of the recorded probe; its logits take 4 * PROBE_TOKENS * vocabulary bytes."""
 
 
 @dataclass
 class RunWriter:
-    """A MoRA run's own files in a checkpoint. Call on all ranks: squares are gathered one by one."""
+    """Writes the files of a run with an adapter. Call it on all ranks: MoRA matrices are gathered one by one."""
 
     engine: zero.Engine
     config: AdapterConfig
@@ -40,19 +41,15 @@ class RunWriter:
     """(1, PROBE_TOKENS) token ids whose logits are recorded for `export --verify`."""
     facts: dict[str, Any]
 
-    def write(self, folder: Path, step: int) -> None:
-        """Gathers and writes."""
-        self.collect(step)(folder)
-
     def collect(self, step: int) -> Callable[[Path], None]:
-        """Gathers everything as it is now onto rank 0. What it returns writes it, whatever training does meanwhile."""
+        """Gathers everything onto rank 0. The returned function writes it, however training changes it meanwhile."""
         layers, others = mora_layers(self.engine.module), other_trainables(self.engine.module)
         squares = dict(self._gathered({name: (layer.value, layer.unshard) for name, layer in layers.items()}))
         trained = dict(self._gathered({name: (parameter, _as_it_is) for name, parameter in others.items()}))
         of_domains = {name: layer.domain_squares for name, layer in domain_layers(self.engine.module).items()}
         own = dict(self._gathered({name: (squares, _as_it_is) for name, squares in of_domains.items()}))
         probe = self._probe()
-        adapter, ledger = self._adapter_file(step, tuple(trained)), self.remora.ledger.as_it_is()
+        adapter, ledger = self._adapter_file(step, tuple(trained)), self.remora.ledger.snapshot()
 
         def write(folder: Path) -> None:
             if dist.get_rank() != 0:
@@ -60,13 +57,14 @@ class RunWriter:
             write_adapter(folder, adapter, squares, trained, own)
             self.base.write(folder)
             ledger.copy_to(folder / LEDGER_FOLDER)
-            self._copy_tokenizer(folder / TOKENIZER_FOLDER)
+            if self.tokenizer_folder is not None:  # no links: one damaged file would be damaged in every checkpoint
+                copy_folder(self.tokenizer_folder, folder / TOKENIZER_FOLDER)
             save_file(probe, str(folder / PROBE_FILE), {"dtype": self.base.dtype})
 
         return write
 
     def _probe(self) -> dict[str, Tensor]:
-        """The recorded tokens, and the logits of the shared function and of every domain's."""
+        """The recorded tokens, and their logits with the shared matrices alone and for every domain."""
         domains = domains_of(self.engine.module)
         probe = {"input_ids": self.probe_ids.cpu().long()}
         for domain in (None, *domains.names):
@@ -77,8 +75,8 @@ class RunWriter:
     def _gathered(
         self, parameters: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]]
     ) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole fp32 tensor), kept on rank 0 only; the other ranks take part and keep nothing. With each
-        parameter, what makes a whole of a tensor-parallel rank's share. What is frozen is a buffer, whole and fp32."""
+        """(name, complete fp32 tensor) on rank 0; the other ranks only take part. `parameters` gives with each one the
+        function that completes a tensor-parallel rank's share. Frozen ones are buffers, complete and fp32 already."""
         for name, (value, complete) in parameters.items():
             whole = complete(zero.full_fp32(self.engine, value) if isinstance(value, nn.Parameter) else value)
             if dist.get_rank() == 0:
@@ -96,11 +94,6 @@ class RunWriter:
             facts={"config": self.config.to_dict(), **self.facts},
         )
 
-    def _copy_tokenizer(self, target: Path) -> None:
-        """No links: a few megabytes, and one damaged file would be damaged in every checkpoint."""
-        if self.tokenizer_folder is not None:
-            copy_folder(self.tokenizer_folder, target)
-
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
@@ -113,7 +106,7 @@ def other_trainables(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _domain_squares(model: nn.Module) -> DomainSquares | None:
-    """What the file tells of the squares of domains, if the model has any."""
+    """The entry "domains" of adapter.json, if the model has domains."""
     layers = domain_layers(model)
     if not layers:
         return None
@@ -133,7 +126,7 @@ def probe_logits(engine: zero.Engine, ids: Tensor) -> Tensor:
 
 
 def save_full_model(engine: zero.Engine, folder: Path, tokenizer: Any) -> None:
-    """The full-training control's model as a Hugging Face folder, gathered one parameter at a time onto rank 0."""
+    """Writes a fully trained model as a Hugging Face folder, gathered one parameter at a time onto rank 0."""
     model = engine.module
     gathered: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():

@@ -1,9 +1,9 @@
-"""Offline work on a ledger: find it, check it, write a new one without some of its cycles.
+"""Offline work on a merge ledger: check it, or write a new one without some of its cycles.
 
-    path -> find_ledger -> verify    every hash, the chain, the base, and the checkpoint around it
-                        -> drop      a new ledger without the named cycles; the rest keep their operators
+    path -> find_ledger -> verify    every hash, the chain, the base, and the checkpoint that contains the ledger
+                        -> drop      a new ledger without the named cycles; the others keep their operators
 
-`ledger_table` shows what the cycles hold, `compact` folds them into a new base. What is read is never changed.
+`eval.ledger_summary` shows what the cycles contain, `compact` folds them into a new base. Inputs are never changed.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def live_adapter(location: LedgerLocation) -> AdapterFile | None:
 
 
 def verify(path: Path, base: Path | None = None) -> list[str]:
-    """Reads every byte of a ledger, and of its base where `base` says where that lies. Returns what was found good.
+    """Reads every byte of a ledger, and of the folder `base` if given. Returns a line for everything that is intact.
 
-    Raises `RunError` with all that is damaged, and `UserError` where there is no ledger or `base` is another one.
+    Raises `RunError` that lists all damage, and `UserError` where there is no ledger or `base` is another base.
     """
     location = find_ledger(path)
     if problems := _problems(location):
@@ -67,7 +67,7 @@ def verify(path: Path, base: Path | None = None) -> list[str]:
     nbytes = sum(record.size for record in ledger.records)
     good = [f"{location.ledger}: {ledger.cycles} cycle(s), {nbytes:,} bytes, all hashes and their chain as recorded"]
     if location.checkpoint is not None:
-        good.append(f"{location.checkpoint}: fits its ledger, every file of it is whole")
+        good.append(f"{location.checkpoint}: fits its ledger, and all its files are intact")
     if base is not None:
         opened = open_base(base, ledger)
         good.append(f"{opened.folder}: is the base that the ledger starts from ({ledger.base_fingerprint[:16]}...)")
@@ -75,7 +75,7 @@ def verify(path: Path, base: Path | None = None) -> list[str]:
 
 
 def _problems(location: LedgerLocation) -> list[str]:
-    """All damaged files, then the first thing that is wrong with the ledger's structure."""
+    """All damaged files, then the first problem in the structure of the ledger."""
     path = location.ledger / LEDGER_FILE
     content = read_json(path)
     with malformed(path):
@@ -101,7 +101,9 @@ def _check_structure(location: LedgerLocation) -> None:
     for cycle in range(ledger.cycles):
         for module in ledger.layers(cycle):
             if not torch.isfinite(ledger.square(cycle, module)).all():
-                raise UserError(f"{ledger.folder / ledger.records[cycle].file}: the square of {module} is not finite")
+                raise UserError(
+                    f"{ledger.folder / ledger.records[cycle].file}: the MoRA matrix of {module} is not finite"
+                )
     adapter = live_adapter(location)
     if location.checkpoint is not None and adapter is not None:
         AdapterTensors.open(location.checkpoint, adapter)
@@ -111,7 +113,7 @@ def _check_structure(location: LedgerLocation) -> None:
 
 
 def open_base(folder: Path, ledger: Ledger) -> BaseCheckpoint:
-    """The base in `folder`, every byte of it read. Raises `UserError` when the ledger starts from another one."""
+    """Opens the base in `folder` and reads every byte. Raises `UserError` when the ledger starts from another base."""
     base = BaseCheckpoint.open(folder, "--base")
     if base.fingerprint() != ledger.base_fingerprint:
         raise UserError(
@@ -125,11 +127,11 @@ def open_base(folder: Path, ledger: Ledger) -> BaseCheckpoint:
 
 
 def drop(path: Path, cycles: Collection[int], output: Path | None = None, in_place: bool = False) -> list[str]:
-    """A ledger without `cycles`: the others renumbered and chained anew, each with the operators it was trained with.
+    """Writes a ledger without `cycles`: the others renumbered and chained again, each with its own operators.
 
-    From a ledger or a run `output` becomes a ledger folder; from a checkpoint a folder that `export_merged` takes:
-    that ledger, the live squares, the other trained tensors. `in_place` replaces a ledger folder; the old one stays
-    beside it. Returns what was done, for humans. Raises `UserError` naming the flag to change.
+    From a ledger or a run `output` becomes a ledger folder; from a checkpoint a folder that `export_merged` takes, with
+    that ledger, the live MoRA matrices and the other trained tensors. `in_place` replaces a ledger folder and keeps a
+    backup next to it. Returns lines to print. Raises `UserError` naming the flag to change.
     """
     location = find_ledger(path)
     ledger = location.open()
@@ -139,11 +141,11 @@ def drop(path: Path, cycles: Collection[int], output: Path | None = None, in_pla
     text = [f"kept {len(kept)} of {ledger.cycles} cycles: {', '.join(map(str, kept)) or 'none'}"]
     if output is None:
         if location.checkpoint is not None or (location.ledger.resolve().parent / ADAPTER_JSON).exists():
-            raise UserError(f"--in_place: {path} belongs to a checkpoint, whose files fit each other; give --output")
+            raise UserError(f"--in_place: {path} belongs to a checkpoint, whose other files fit it; give --output")
         backup = _backup(ledger)
         with atomic_folder(ledger.folder.resolve()) as folder:
             copy_cycles(ledger, kept, folder, ledger.base_fingerprint)
-        return [*text, f"wrote {ledger.folder}; as it was: {backup}"]
+        return [*text, f"wrote {ledger.folder}; backup: {backup}"]
     check_fresh(output)
     with atomic_folder(output.absolute()) as folder:
         if location.checkpoint is None:
@@ -160,13 +162,13 @@ def drop(path: Path, cycles: Collection[int], output: Path | None = None, in_pla
 def _kept(ledger: Ledger, cycles: Collection[int]) -> list[int]:
     unknown = sorted(set(cycles) - set(range(ledger.cycles)))
     if unknown or not cycles:
-        there = f"cycles 0 to {ledger.cycles - 1}" if ledger.cycles else "no cycles"
-        raise UserError(f"--cycles {' '.join(map(str, unknown))}: {ledger.folder} has {there}")
+        known = f"cycles 0 to {ledger.cycles - 1}" if ledger.cycles else "no cycles"
+        raise UserError(f"--cycles {' '.join(map(str, unknown))}: {ledger.folder} has {known}")
     return [cycle for cycle in range(ledger.cycles) if cycle not in cycles]
 
 
 def _backup(ledger: Ledger) -> Path:
-    """A copy beside the ledger, by hard links, under the first name that is free."""
+    """Copies the ledger, by hard links, to the first unused name next to it."""
     folder, number = ledger.folder.resolve(), 1
     while (backup := folder.with_name(f"{folder.name}.backup-{number}")).exists():
         number += 1
@@ -174,7 +176,7 @@ def _backup(ledger: Ledger) -> Path:
 
 
 def copy_cycles(ledger: Ledger, cycles: Iterable[int], folder: Path, base_fingerprint: str) -> Ledger:
-    """A new ledger in `folder` with these cycles, numbered from 0 and chained to `base_fingerprint`."""
+    """Writes a ledger with these cycles, numbered from 0 and chained to `base_fingerprint`."""
     copy = Ledger.create(folder, base_fingerprint, ledger.vectors_path)
     for cycle in cycles:
         entries = ledger.layers(cycle)
@@ -183,9 +185,9 @@ def copy_cycles(ledger: Ledger, cycles: Iterable[int], folder: Path, base_finger
 
 
 def copy_adapter(location: LedgerLocation, folder: Path, cycles: int, fact: str, steps: list[int]) -> None:
-    """The checkpoint's live squares and trained tensors, to stand on a ledger of `cycles`; and its tokenizer.
+    """Copies a checkpoint's adapter and tokenizer to `folder`, whose ledger has `cycles` cycles.
 
-    `steps`: of the cycles that are no longer in the ledger, noted in adapter.json under `fact`.
+    `steps`: those of the cycles that are no longer in the ledger, recorded in adapter.json under `fact`.
     """
     adapter = live_adapter(location)
     assert adapter is not None and location.checkpoint is not None
@@ -198,6 +200,6 @@ def copy_adapter(location: LedgerLocation, folder: Path, cycles: int, fact: str,
 
 
 def check_fresh(output: Path) -> None:
-    """Raises `UserError` unless `output` is free to be written to: nothing is ever replaced."""
+    """Raises `UserError` unless `output` is a new or an empty folder: nothing is ever replaced."""
     if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         raise UserError(f"--output {output} exists already; name a new folder")

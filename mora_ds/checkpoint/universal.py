@@ -1,15 +1,15 @@
-"""DeepSpeed's universal checkpoints, made of ours and turned back. Offline, without DeepSpeed.
+"""Converts checkpoints to DeepSpeed's universal checkpoints and back. Offline, without DeepSpeed.
 
     folder/latest_universal                             the tag
     folder/TAG/mp_rank_00_model_states.pt               counters (the same file for ZeRO-3: zero_pp_rank_0_...)
     folder/TAG/zero/optimizer_state.pt                  settings of the parameter groups, the step count
-    folder/TAG/zero/PARAMETER/fp32.pt, exp_avg.pt, ...  whole tensors, {"param": tensor}; step.pt
-    folder/TAG/mora/                                    ours: ledger, adapter, base, state, tokenizer, layout
+    folder/TAG/zero/PARAMETER/fp32.pt, exp_avg.pt, ...  complete tensors, {"param": tensor}; step.pt
+    folder/TAG/mora/                                    merge ledger, adapter, base.json, state, tokenizer, layout
 
-Plain DeepSpeed takes it with `"checkpoint": {"load_universal": true}` and `load_checkpoint(folder)`, under ZeRO 1 to 3
-and at any number of ranks; without ZeRO DeepSpeed has no loader for it. The base's merged weights are not in it: they
-come of `mora/ledger`. Two limits of DeepSpeed 0.19.8: ZeRO-3 reads exp_avg and exp_avg_sq only, so no Muon; and lets
-all sub-groups share one step tensor, which then counts once for each.
+Plain DeepSpeed loads it with `"checkpoint": {"load_universal": true}` and `load_checkpoint(folder)`, under ZeRO 1 to 3
+and with any number of ranks; without ZeRO DeepSpeed has no loader for it. Merged weights are not in it, but follow
+from `mora/ledger`. Two limits of DeepSpeed 0.19.8: ZeRO-3 reads exp_avg and exp_avg_sq only, so not Muon's momentum;
+and all sub-groups share one step tensor, which is then incremented once for each.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ ZERO_FOLDER = "zero"
 FORMAT_VERSION = 0.4
 """deepspeed/checkpoint/constants.py, UNIVERSAL_CHECKPOINT_VERSION_VALUE."""
 _MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
-"""Which of them DeepSpeed looks for hangs on the stage that it loads into (engine.py, `_get_ckpt_name`)."""
+"""DeepSpeed reads one of them, depending on the ZeRO stage that loads it (engine.py, `_get_ckpt_name`)."""
 
 
 def to_universal(checkpoint: Path, output: Path) -> list[str]:
-    """Writes a universal checkpoint to the new folder `output`. Returns lines for humans.
+    """Writes a universal checkpoint to the new folder `output`. Returns lines to print.
 
     Raises `UserError` for a checkpoint that is damaged, or `output` that exists.
     """
@@ -65,22 +65,22 @@ def to_universal(checkpoint: Path, output: Path) -> list[str]:
 
 
 def from_universal(folder: Path, output: Path) -> list[str]:
-    """A checkpoint of ours again, in the new folder `output`, with the tensors of a universal one that
-    `to_universal` made. Any number of ranks can resume from it.
+    """Writes a checkpoint to the new folder `output`, from a universal one that `to_universal` made. Any number of
+    ranks can resume from it. Returns lines to print.
 
-    Raises `UserError` when it is not one of these, or DeepSpeed has trained on and saved over it.
+    Raises `UserError` for any other universal checkpoint, and where DeepSpeed has trained further and saved over it.
     """
     place = _tagged(folder)
     if not (place / OURS / STATE_FILE).is_file():
         raise UserError(
-            f"{place} has no folder {OURS}: only what convert_checkpoint.py universal made can be turned back"
+            f"{place} has no folder {OURS}: only what convert_checkpoint.py universal has made can be converted"
         )
     _require(place, output)
     shards = _Universal(place)
     counted = load_pickled(place / _MODEL_FILES[0]).get("global_steps")
     if counted != shards.first.counters.get("global_steps"):
         raise UserError(
-            f"{place} was trained on ({counted} steps): its ledger and data position are of an earlier step"
+            f"{place} was trained further ({counted} steps): its ledger and data position are of an earlier step"
         )
     with atomic_folder(output.absolute()) as target:
         layout = layout_path(place / OURS, 0).name
@@ -95,7 +95,7 @@ def from_universal(folder: Path, output: Path) -> list[str]:
 
 def _require(checkpoint: Path, output: Path) -> None:
     if problems := verify_manifest(checkpoint):
-        raise UserError("the checkpoint is damaged: " + "; ".join(problems))
+        raise UserError(f"{checkpoint} is damaged: {'; '.join(problems)}")
     if output.is_symlink() or output.exists():
         raise UserError(f"--output {output} exists already; name a new folder")
 
@@ -138,7 +138,7 @@ def _file_of(key: str) -> str:
 
 
 def _optimizer_state(shards: EngineShards) -> dict[str, Any]:
-    """What ZeRO 1 and 2 read, and nested in it what ZeRO-3 reads."""
+    """The file that ZeRO 1 and 2 read; its entry "optimizer_state_dict" is what ZeRO-3 reads."""
     names = [next(iter(group)) for group in shards.first.groups]
     groups = [{**settings, "params": [index]} for index, settings in enumerate(shards.first.settings)]
     state = {index: shards.scalars(name) for index, name in enumerate(names)}
@@ -164,7 +164,7 @@ def _model_state(shards: EngineShards, state: TrainerState) -> dict[str, Any]:
 
 
 class _Universal(EngineShards):
-    """A universal checkpoint, read like shards."""
+    """Reads a universal checkpoint through the interface of `EngineShards`."""
 
     def __init__(self, place: Path) -> None:
         first = Layout.read(place / OURS, 0)
@@ -188,8 +188,7 @@ class _Universal(EngineShards):
         return {key: value for key, value in self._stored(name).items() if key not in keys}
 
     def _read(self, name: str, key: str, start: int, numel: int | None) -> Tensor:
-        found = self._file(name, key)
-        if tuple(found.shape) != self.shapes[name]:
-            raise UserError(f"{self.folder / name}: {key} is {tuple(found.shape)}, not {self.shapes[name]}")
-        whole = found.reshape(-1)
-        return whole.narrow(0, start, whole.numel() if numel is None else numel).clone()
+        tensor = self._file(name, key)
+        if tuple(tensor.shape) != self.shapes[name]:
+            raise UserError(f"{self.folder / name}: {key} is {tuple(tensor.shape)}, not {self.shapes[name]}")
+        return tensor.reshape(-1).narrow(0, start, tensor.numel() if numel is None else numel).clone()

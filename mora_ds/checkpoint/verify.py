@@ -1,13 +1,13 @@
-"""Is a checkpoint whole, and does it agree with itself? Offline: needs neither DeepSpeed, nor a GPU, nor the base.
+"""Checks whether a checkpoint is intact and consistent. Offline: needs neither DeepSpeed, nor a GPU, nor the base.
 
-    files       as manifest.json lists them: there, size, sha256
+    files       as manifest.json lists them: existence, size, sha256
     formats     trainer_state.json, adapter.json and its tensors, base.json, probe, random states
-    ledger      every hash, their chain, the base that they begin with, as many cycles as the adapter says
+    ledger      every hash, their chain, the base that it starts from, as many cycles as adapter and state record
     shards      readable, complete for the number of ranks, every element of every parameter once
     agreement   adapter.safetensors = the fp32 masters in the shards, bit for bit
     base        (where a folder is given) the same fingerprint
 
-Every check runs, whatever the ones before found.
+Every check runs, even where an earlier one has failed.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from mora_ds.remora.ledger import Ledger
 
 @dataclass
 class Verdict:
-    """What a look at one checkpoint has found."""
+    """The result of checking one checkpoint."""
 
     folder: Path
     problems: list[str] = field(default_factory=list)
-    """What is wrong, one line a finding; each names its file."""
+    """What is wrong, one line a problem; each names its file."""
     facts: list[str] = field(default_factory=list)
-    """What was checked and is well."""
+    """What was checked and is right."""
     is_latest: bool = False
 
     @property
@@ -62,7 +62,7 @@ class Verdict:
 
 
 def verify(path: Path, base: Path | None = None) -> list[Verdict]:
-    """The verdict on a checkpoint, or on each one of a run (its output folder, or `checkpoints` in it), oldest first.
+    """Checks a checkpoint, or every one of a run (its output folder, or `checkpoints` in it), oldest first.
 
     Raises `UserError` when there is none at `path`.
     """
@@ -78,7 +78,7 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
     for verdict in verdicts:
         verdict.is_latest = verdict.folder.resolve() == latest
     if (root / LATEST).is_symlink() and not latest.is_dir():
-        verdicts[-1].problems.append(f"{root / LATEST} names {latest.name}, which is not there")
+        verdicts[-1].problems.append(f"{root / LATEST} names {latest.name}, which does not exist")
     return verdicts
 
 
@@ -99,14 +99,14 @@ def _verify_one(folder: Path, base: Path | None) -> Verdict:
 def _run(verdict: Verdict, check: Callable[[], Iterator[str]]) -> None:
     try:
         verdict.facts.extend(check())
-    except _Several as error:
+    except _Problems as error:
         verdict.problems.extend(error.problems)
     except (UserError, RunError, SafetensorError, OSError) as error:
         verdict.problems.append(str(error))
 
 
-class _Several(Exception):
-    """More than one finding of a check."""
+class _Problems(Exception):
+    """Several problems that one check has found."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__(*problems)
@@ -114,24 +114,24 @@ class _Several(Exception):
 
 
 def _is_full_training(folder: Path) -> bool:
-    """The full-training control has neither adapter nor ledger."""
+    """Whether it is a checkpoint of --adapter full, which has neither adapter nor ledger."""
     try:
         return TrainerState.read(folder).identity.get("adapter", {}).get("kind") == "full"
     except (UserError, AttributeError):
         return False
 
 
-# -- checks: each yields what is well, and raises what is wrong --------------------------------------------------------
+# -- checks: each yields what is right, and raises what is wrong ---------------------------------------------------
 
 
 def _files(folder: Path) -> Iterator[str]:
     if problems := verify_manifest(folder):
-        raise _Several(problems)
+        raise _Problems(problems)
     listed = read_json(folder / MANIFEST)["files"]
     nbytes = sum(facts["size"] for facts in listed.values())
     yield f"files: {len(listed)} as the manifest says, {nbytes / 2**20:,.2f} MiB"
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    if strays := sorted(found - set(listed) - {MANIFEST}):
+    existing = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if strays := sorted(existing - set(listed) - {MANIFEST}):
         yield f"not in the manifest, and not read by a resume: {', '.join(strays)}"
 
 
@@ -165,7 +165,7 @@ def _shards(folder: Path) -> Iterator[str]:
                 problems.append(f"{shards.folder}: {key} of {name} is not finite")
         shards.scalars(name)  # raises when the ranks do not agree
     if problems:
-        raise _Several(problems)
+        raise _Problems(problems)
     what = f"{len(shards.shapes)} tensors ({', '.join(sorted(keys))})"
     yield f"shards: {len(shards.files)} file(s) of {saved} rank(s), ZeRO {shards.first.stage}, {what}"
 
@@ -181,7 +181,7 @@ def _adapter(folder: Path) -> Iterator[str]:
     BaseReference.read(folder)
     open_safetensors(folder / PROBE_FILE)
     if problems:
-        raise _Several(problems)
+        raise _Problems(problems)
     yield f"adapter: {len(adapter.layers)} layers, cycle {adapter.cycle}, {len(adapter.trainables)} other tensor(s)"
 
 
@@ -191,7 +191,7 @@ def _ledger(folder: Path) -> Iterator[str]:
     if not ledger.cycles == cycle == merges:
         raise UserError(
             f"{ledger.folder} has {ledger.cycles} cycle(s), {ADAPTER_JSON} was written in cycle {cycle}, "
-            f"{STATE_FILE} knows of {merges} merge(s)"
+            f"{STATE_FILE} records {merges} merge(s)"
         )
     yield f"ledger: {ledger.cycles} cycle(s), hashes and chain"
 
@@ -211,7 +211,7 @@ def _agreement(folder: Path) -> Iterator[str]:
         if not torch.equal(tensor, shards.whole(name, MASTER).float())
     ]
     if problems:
-        raise _Several(problems)
+        raise _Problems(problems)
     yield f"agreement: {len(tensors)} live tensor(s) equal their masters in the shards"
 
 

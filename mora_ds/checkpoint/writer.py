@@ -1,10 +1,7 @@
-"""Save and resume a run: engine shards, ledger, live squares, random states, position; written beside and renamed.
+"""Writes and loads checkpoints on all ranks (`layout` lists their files). A checkpoint never holds a base weight.
 
-    step-000100/  engine/  ledger/  adapter.*  base.json  tokenizer/  probe.safetensors  rng-*.safetensors
-                  trainer_state.json  manifest.json (size and hash of every file)
-    latest -> step-000100     moved last
-
-A checkpoint never holds a base weight.
+all ranks write into .step-000100.writing -> manifest -> renamed to step-000100 -> `latest` linked to it -> older
+checkpoints deleted
 """
 
 from __future__ import annotations
@@ -53,44 +50,43 @@ from mora_ds.errors import RunError
 from mora_ds.runtime.events import Event, emit
 from mora_ds.runtime.nodes import Followers
 
-_EACH = 32 << 10
-"""Bytes of random state, layout and DeepSpeed's config, a rank; tokenizer and JSON files are two more of it."""
-_NOTHING_LEFT = 1 << 20
-"""Bytes: with less than this free, a write that failed has failed for lack of space."""
-
+_SMALL_FILES = 32 << 10
+"""Bytes of a rank's random state, layout and DeepSpeed config; tokenizer and JSON files take as much again, twice."""
+_FULL = 1 << 20
+"""Free bytes below which a failed write counts as one on a full disk."""
 
 Collect = Callable[[int], Callable[[Path], None]]
-"""Called on every rank with the step, so that it may gather; what it returns writes that into a folder, alone."""
+"""Called on every rank with the step, so that it may gather; returns a function that writes the result to a folder
+without further communication."""
 
 
 class CheckpointWriter:
-    """Writes `root/step-N` on all ranks together, and keeps the newest `keep`. Make it, and call it, on all ranks.
+    """Writes checkpoints `root/step-N` and deletes old ones. Create it, and call it, on all ranks together.
 
-    In the background, training waits for the copy into host memory only: each rank's thread writes its files, and
-    when all have, rank 0's hashes, renames, moves `latest` and deletes. An error there, a full disk say, is raised by
-    the next `save` or `wait`, on all ranks; the checkpoints before are untouched, and half of one goes.
+    In the background, training waits only for the copy into host memory: each rank's thread writes its files, and when
+    all have, rank 0's hashes, renames, links `latest` and deletes. An error of the thread (a full disk) is raised by
+    the next `save` or `wait`, on all ranks; the incomplete checkpoint is deleted and earlier ones stay.
     """
 
     def __init__(
         self, root: Path, engine: zero.Engine, collect: Collect, background: bool = False,
         followers: Followers | None = None,
     ) -> None:  # fmt: skip
-        """`root` is on rank 0's node; on `followers` a folder of their own, for what is on its way there."""
+        """`root` is on rank 0's node; `followers` are nodes that do not see it and send their files there."""
         self.root, self.engine, self.collect, self.followers = root, engine, collect, followers
         self._background = Background() if background else None
         self._exchange = Exchange() if background else None
 
     def save(self, state: TrainerState, keep: int | None = None) -> Path:
-        """Returns the final folder, which in the background is not there yet. Raises `RunError` on a full disk, or
-        for what befell the checkpoint before."""
+        """Returns the final folder, which in the background does not exist yet. Keeps the newest `keep` checkpoints,
+        None: all. Raises `RunError` on a full disk, and the error of the checkpoint before, if it had one."""
         self.wait()
         final = step_folder(self.root, state.step)
         beside = self.root / f".{final.name}{WRITING}"
         with _disk_errors(self.root, beside):
             if dist.get_rank() == 0:
                 settle(self.root)
-                beside.mkdir(parents=True)
-            elif self.followers is not None and self.followers.leads:
+            if dist.get_rank() == 0 or (self.followers is not None and self.followers.leads):
                 beside.mkdir(parents=True)
             dist.barrier()
             _check_space(self.root, self.engine)
@@ -107,12 +103,12 @@ class CheckpointWriter:
         return final
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Until the checkpoint that is being written is there. Raises what went wrong with it."""
+        """Waits for the checkpoint that is being written, and raises its error."""
         if self._background is not None:
             self._background.wait(timeout_s)
 
     def _copied(self, beside: Path, final: Path, state: TrainerState, keep: int | None) -> Callable[[], None]:
-        """Everything in host memory, and what the thread is to do with it."""
+        """Copies everything into host memory; returns the task for the thread."""
         pending: list[tuple[Path, Any]] = []
         layout = shard_writer.save_shards(
             self.engine, beside, ENGINE_TAG, lambda path, content: pending.append((path, on_host(content)))
@@ -139,13 +135,13 @@ class CheckpointWriter:
     def _write(
         self, beside: Path, layout: Layout, rng: dict[str, Tensor], write_extras: Callable[[Path], None]
     ) -> None:
-        """This rank's files; DeepSpeed's are there already."""
+        """Writes this rank's files except DeepSpeed's shards."""
         shard_writer.write_layout(beside / ENGINE_TAG, layout)
         save_file(rng, str(beside / rng_file(dist.get_rank())))
         write_extras(beside)
 
     def _complete(self, beside: Path, final: Path, state: dict[str, Any], keep: int | None) -> None:
-        """What follows when all ranks have written."""
+        """Rank 0 finishes the checkpoint that all ranks have written."""
         if dist.get_rank() != 0:
             return
         files.write_json_atomic(beside / STATE_FILE, state)
@@ -169,24 +165,12 @@ def _error_of(work: Callable[[], None]) -> BaseException | None:
     return None
 
 
-def save_checkpoint(
-    root: Path,
-    engine: zero.Engine,
-    state: TrainerState,
-    write_extras: Callable[[Path], None],
-    keep: int | None = None,
-) -> Path:
-    """One checkpoint, at once; `write_extras(folder)` adds the caller's files (called on every rank, so that it may
-    gather). As `CheckpointWriter.save`."""
-    return CheckpointWriter(root, engine, lambda step: write_extras).save(state, keep)
-
-
 def load_checkpoint(folder: Path, engine: zero.Engine, identity: dict[str, Any]) -> TrainerState:
-    """Restore engine and random states from a verified folder, saved by any number of ranks under any ZeRO stage.
+    """Restores engine and random states from a verified folder, saved by any number of ranks under any ZeRO stage.
 
-    At the number of ranks that saved it the run goes on bit for bit; at another one masters, moments and step counts
-    are the same to the bit, and sums over ranks round otherwise. Raises `UserError` when the checkpoint belongs to
-    another run (each difference named).
+    With the number of ranks that saved it the run continues bit for bit. With another one masters, moments and step
+    counts are the same to the bit, but sums over ranks round differently. Raises `UserError` that names each
+    difference when the checkpoint belongs to another run.
     """
     state = TrainerState.read(folder)
     check_identity(folder, state.identity, identity)
@@ -197,12 +181,12 @@ def load_checkpoint(folder: Path, engine: zero.Engine, identity: dict[str, Any])
 
 
 def _retain(root: Path, step: int, keep: int | None) -> None:
-    """Later checkpoints than this one, of a branch that was left, neither count nor go; nor do folders that are not
-    whole: they are no checkpoints of this run's, or evidence. What goes is renamed first: half of one never counts."""
+    """Deletes all but the newest `keep` checkpoints. Later ones than `step`, which a resume from an earlier checkpoint
+    has left behind, and incomplete folders are neither counted nor deleted."""
     if keep is None:
         return
-    whole = [folder for folder in complete_checkpoints(root) if step_of(folder) <= step and is_complete(folder)]
-    for folder in whole[:-keep]:
+    complete = [folder for folder in complete_checkpoints(root) if step_of(folder) <= step and is_complete(folder)]
+    for folder in complete[:-keep]:
         if folder.resolve() != (root / BEST).resolve():
             retire(folder)
 
@@ -212,13 +196,13 @@ def _retain(root: Path, step: int, keep: int | None) -> None:
 
 @contextmanager
 def _disk_errors(root: Path, beside: Path) -> Iterator[None]:
-    """`files.disk_errors` for torch and safetensors too, which report a full disk in words of their own. What was
-    written so far goes, which leaves the disk as it was."""
+    """As `files.disk_errors`, also for torch and safetensors, which report a full disk as other errors. Deletes
+    `beside`."""
     try:
         with files.disk_errors(root):
             yield
     except (RunError, RuntimeError, SafetensorError) as error:
-        full = "No space left" in str(error) or (root.exists() and shutil.disk_usage(root).free < _NOTHING_LEFT)
+        full = "No space left" in str(error) or (root.exists() and shutil.disk_usage(root).free < _FULL)
         shutil.rmtree(beside, ignore_errors=True)
         if full and not isinstance(error, RunError):
             raise RunError(f"the disk that holds {root} is full: {str(error).splitlines()[0]}") from error
@@ -226,19 +210,19 @@ def _disk_errors(root: Path, beside: Path) -> Iterator[None]:
 
 
 def _check_space(root: Path, engine: zero.Engine) -> None:
-    """What is written is known beforehand, roughly: master and two moments in fp32, the whole tensors in fp32, and
-    what every rank, tensor and checkpoint has beside them. Raises `RunError` on all ranks alike."""
+    """Estimates what will be written: master and two moments in fp32, the adapter in fp32, and small files a rank, a
+    tensor and a checkpoint. Raises `RunError` on all ranks alike where less is free."""
     sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()]
-    if engine.mpu is not None:  # the other ranks of a tensor-parallel group hold as much of the squares
+    if engine.mpu is not None:  # the other ranks of a tensor-parallel group hold as much of the matrices
         sizes = [size * engine.mpu.get_tensor_model_parallel_world_size() for size in sizes]
-    needed = 16 * sum(sizes) + 2048 * len(sizes) + _EACH * (2 + dist.get_world_size())
+    needed = 16 * sum(sizes) + 2048 * len(sizes) + _SMALL_FILES * (2 + dist.get_world_size())
     free = shutil.disk_usage(root).free
     missing = torch.tensor(needed - free, dtype=torch.int64, device=engine.device)
     dist.all_reduce(missing, op=dist.ReduceOp.MAX)
     if missing.item() > 0:
         raise RunError(
             f"the disk that holds {root} is full: a checkpoint needs about {needed / 2**20:,.1f} MiB, "
-            f"{free / 2**20:,.1f} MiB are left. Older checkpoints can go by --save_total_limit"
+            f"{free / 2**20:,.1f} MiB are left. --save_total_limit deletes older checkpoints"
         )
 
 
@@ -251,9 +235,9 @@ def _replace_folder(beside: Path, final: Path) -> None:
 
 
 def _stop_if_unsound(beside: Path) -> None:
-    """The files are those just written; the ledger's cycles are older, and merges have read them since."""
-    if found := ledger_problems(beside):
-        raise RunError(f"the ledger was damaged while the run went on: {found[0]}. Resume from an older checkpoint")
+    """The ledger's cycles are older than the other files, and later merges and exports read them."""
+    if problems := ledger_problems(beside):
+        raise RunError(f"the ledger was damaged during the run: {problems[0]}. Resume from an older checkpoint")
 
 
 # -- random states ---------------------------------------------------------------------------------------------------
@@ -268,16 +252,12 @@ def _rng_states() -> dict[str, Tensor]:
 
 def _load_rng(folder: Path, rank: int, state: TrainerState) -> None:
     path = folder / rng_file(rank)
-    if not path.exists():  # fewer ranks saved the checkpoint: a state of this rank's own, the same at every resume
-        torch.manual_seed(_seed_of(state, rank))
+    if not path.exists():  # fewer ranks saved the checkpoint: dropout draws other masks, the same at every resume
+        seed = state.identity.get("seed", state.identity.get("adapter", {}).get("seed", 0))
+        digest = hashlib.sha256(f"{seed}/{state.step}/{rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         return
     states = load_file(str(path))
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _seed_of(state: TrainerState, rank: int) -> int:
-    """From the run's seed, the step and the rank. Dropout then draws other masks than with the old number of ranks."""
-    seed = state.identity.get("seed", state.identity.get("adapter", {}).get("seed", 0))
-    return int.from_bytes(hashlib.sha256(f"{seed}/{state.step}/{rank}".encode()).digest()[:8], "big") >> 1

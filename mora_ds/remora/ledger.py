@@ -1,17 +1,17 @@
-"""The ledger: every merged square of a run, on disk, append-only and hash-chained.
+"""The merge ledger: every merged MoRA matrix M of a run, on disk, append-only and chained by hashes.
 
     live weight = cast( W_original + delta_weight(M_0) + delta_weight(M_1) + ... )      fp32 sum, rounded once
 
-The base on disk never changes; what the run has done to it is here. `live_weight` is the one function that forms a
-live weight: merge, resume and export all call it, so that they agree bit for bit.
+The base on disk never changes; the ledger holds all that a run has merged into it. Merge, resume and export form live
+weights by one function, `live_weight`, so that they agree bit for bit.
 
     folder/cycle-00000.safetensors   "<module name>.square" -> fp32 (r_hat, r_hat); the layers in the header
                                      (LoRA: "<module name>.factors" -> fp32 (rank, d_in + d_out))
     folder/ledger.json               the cycles' hashes, each chained to the one before, the first to the base
-    folder/vectors.safetensors       where operators or the loss read them: the base's singular vectors
+    folder/vectors.safetensors       the base's singular vectors, if operators or the loss read them
 
-A cycle exists once ledger.json names it. That file is replaced by an atomic rename after the cycle's own file is
-safely on disk, so an append that is killed at any point leaves the ledger as it was.
+A cycle exists once ledger.json names it. That file is replaced by an atomic rename after the cycle's file is safely on
+disk, so an append that is killed at any point leaves the ledger unchanged.
 """
 
 from __future__ import annotations
@@ -45,13 +45,12 @@ from mora_ds.files import (
 from mora_ds.models.tensor_files import SafetensorsWriter, open_safetensors, shape_dtype
 
 LEDGER_FILE = "ledger.json"
-
 VECTORS_FILE = "vectors.safetensors"
 
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """An adapted layer: where its weight is, and what its square means."""
+    """An adapted layer: its weight, and the operator of its MoRA matrix."""
 
     module: str
     """Name in the model, e.g. model.layers.0.self_attn.q_proj."""
@@ -63,11 +62,11 @@ class LayerEntry:
 
     @property
     def square(self) -> str:
-        """The name of its square (or LoRA's factors) in safetensors files."""
+        """The name of its matrix (or LoRA's factors) in safetensors files."""
         return f"{self.module}.{self.operator.value_name}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Without the module name, which is the key that the entry stands under."""
+        """The entry as JSON, without the module name, which is its key."""
         return {"weight": self.weight, "transposed": self.transposed, "operator": self.operator.to_dict()}
 
     @classmethod
@@ -76,7 +75,7 @@ class LayerEntry:
 
 
 def layers_to_dict(layers: Mapping[str, LayerEntry]) -> dict[str, dict[str, Any]]:
-    """{module name: entry} as it is written to JSON."""
+    """{module name: entry} as JSON."""
     return {name: entry.to_dict() for name, entry in layers.items()}
 
 
@@ -87,7 +86,7 @@ def layers_from_dict(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Layer
 
 @dataclass(frozen=True)
 class CycleRecord:
-    """One line of ledger.json."""
+    """The entry of a cycle in ledger.json."""
 
     cycle: int
     step: int
@@ -95,11 +94,11 @@ class CycleRecord:
     sha256: str
     size: int
     chain: str
-    """sha256 of the previous chain (at first: the base's fingerprint) and this file's sha256, as hex text."""
+    """sha256 of the previous entry's chain (first: the base's fingerprint) followed by this file's sha256, in hex."""
 
 
 class Ledger:
-    """A ledger folder. Make one with `Ledger.create` or `Ledger.open`; one process at a time may change it."""
+    """A ledger's folder. Create it with `Ledger.create` or `Ledger.open`; one process at a time may change it."""
 
     def __init__(
         self,
@@ -117,8 +116,8 @@ class Ledger:
 
     @classmethod
     def create(cls, folder: Path, base_fingerprint: str, vectors: Path | None = None) -> Ledger:
-        """An empty ledger for a base, with a link to the file `vectors` (`base_svd`), or a copy, where one is given.
-        Raises `UserError` when the folder already holds one with cycles in it."""
+        """An empty ledger for a base, with a link to, or a copy of, the file `vectors` (`models.svd`), if given. Raises
+        `UserError` when the folder already has a ledger with cycles."""
         if (folder / LEDGER_FILE).exists() and read_json(folder / LEDGER_FILE).get("cycles"):
             raise UserError(f"{folder} already holds the ledger of a run")
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,34 +130,34 @@ class Ledger:
 
     @classmethod
     def open(cls, folder: Path, base_fingerprint: str | None = None, hashes: bool = True) -> Ledger:
-        """Opens and checks a ledger: numbering, chain, sizes, headers, and (`hashes`) every byte. From here on this
-        process reads singular vectors that it holds from there.
+        """Opens and checks a ledger: numbering, chain, sizes, headers, and (`hashes`) every byte. Registers its
+        singular vectors, so that this process reads them from there.
 
-        Raises `UserError` naming the file and what is wrong with it, or that it belongs to another base.
+        Raises `UserError` naming the file and the problem, or that it belongs to another base.
         """
         path = folder / LEDGER_FILE
         content = read_json(path)
         require_format(path, content)
         with malformed(path):
             records = [CycleRecord(**record) for record in content["cycles"]]
-            found = str(content["base_fingerprint"])
+            fingerprint = str(content["base_fingerprint"])
             vectors = VectorsRecord(**content["vectors"]) if "vectors" in content else None
-        if base_fingerprint is not None and found != base_fingerprint:
-            raise UserError(f"{path} belongs to another base: fingerprint {found}, not {base_fingerprint}")
-        ledger = cls(folder, found, records, vectors)
+        if base_fingerprint is not None and fingerprint != base_fingerprint:
+            raise UserError(f"{path} belongs to another base: fingerprint {fingerprint}, not {base_fingerprint}")
+        ledger = cls(folder, fingerprint, records, vectors)
         ledger._check_records()
         ledger.verify(hashes)
         if vectors is not None:
             register(vectors.name, folder / VECTORS_FILE)
         return ledger
 
-    def as_it_is(self) -> Ledger:
-        """The same cycles, whatever is appended to this one afterwards."""
+    def snapshot(self) -> Ledger:
+        """A ledger with the present cycles, which later appends to this one do not change."""
         return Ledger(self.folder, self.base_fingerprint, self._records, self.vectors)
 
     @property
     def vectors_path(self) -> Path | None:
-        """The base's singular vectors, where the ledger holds any."""
+        """The file of the base's singular vectors, if the ledger has one."""
         return None if self.vectors is None else self.folder / VECTORS_FILE
 
     @property
@@ -171,7 +170,7 @@ class Ledger:
         return tuple(self._records)
 
     def layers(self, cycle: int) -> dict[str, LayerEntry]:
-        """Module name -> entry with the operator that the cycle was trained with."""
+        """Module name -> entry, with the operator that the layer had in the cycle."""
         if cycle not in self._layers:
             path = self.folder / self._records[cycle].file
             with malformed(path):
@@ -179,21 +178,20 @@ class Ledger:
         return self._layers[cycle]
 
     def square(self, cycle: int, module: str) -> Tensor:
-        """(r_hat, r_hat) fp32, or LoRA's factors, on the CPU; do not write to it."""
+        """The layer's matrix (r_hat, r_hat) fp32, or LoRA's factors, on the CPU; do not write to it."""
         return self._handle(cycle).get_tensor(self.layers(cycle)[module].square)
 
     def squares_of(self, module: str) -> Iterator[tuple[UpdateSpec, Tensor]]:
-        """(operator, square) of a layer, cycle after cycle; cycles that did not adapt the layer are passed over."""
+        """(operator, matrix) of a layer for each cycle that adapted it, in order."""
         for cycle in range(self.cycles):
-            entry = self.layers(cycle).get(module)
-            if entry is not None:
+            if entry := self.layers(cycle).get(module):
                 yield entry.operator, self.square(cycle, module)
 
     def append(self, step: int, layers: Mapping[str, LayerEntry], squares: Iterable[tuple[str, Tensor]]) -> int:
         """Adds a cycle and returns its number.
 
-        `squares` gives (module name, fp32 (r_hat, r_hat)) for exactly the keys of `layers`, in any order, one at a
-        time. Raises `RunError` for a full disk or a square that is not finite; the ledger is then as before.
+        `squares` yields (module name, matrix (r_hat, r_hat) fp32) for exactly the keys of `layers`, in any order.
+        Raises `RunError` for a full disk or a matrix that is not finite; the ledger is then unchanged.
         """
         cycle = self.cycles
         path = self.folder / f"cycle-{cycle:05d}.safetensors"
@@ -206,7 +204,7 @@ class Ledger:
         return cycle
 
     def truncate(self, cycles: int) -> None:
-        """Forgets every cycle but the first `cycles`: what a resume from an earlier checkpoint does."""
+        """Drops all but the first `cycles` cycles."""
         if not 0 <= cycles <= self.cycles:
             raise ValueError(f"cannot keep {cycles} of {self.cycles} cycles")
         dropped = self._records[cycles:]
@@ -218,9 +216,9 @@ class Ledger:
             remove_quietly(self.folder / record.file)
 
     def copy_to(self, folder: Path) -> Ledger:
-        """The same ledger in another folder, by hard links where possible; a ledger that is there is replaced.
+        """Copies the ledger to another folder, by hard links where possible; a ledger in that folder is replaced.
 
-        The folder holds a valid ledger at every moment: an empty one until all files are in place.
+        The folder holds a valid ledger at any time: an empty one until all files are in place.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if folder.samefile(self.folder):
@@ -237,7 +235,7 @@ class Ledger:
         return copy
 
     def summary(self) -> list[str]:
-        """One line a cycle: its step, its layers and the Frobenius norm of all its squares."""
+        """One line a cycle: its step, its layers and the Frobenius norm of all its matrices."""
         lines = []
         for record in self._records:
             names = self.layers(record.cycle)
@@ -246,7 +244,7 @@ class Ledger:
         return lines
 
     def verify(self, hashes: bool = True) -> None:
-        """Checks every file again. Raises `UserError` naming the first that is not as it was written."""
+        """Checks every file. Raises `UserError` naming the first that is not as it was written."""
         if self.vectors is not None:
             path, sha256 = self.folder / VECTORS_FILE, self.vectors.sha256
             if problem := file_problem(path, self.vectors.size, sha256 if hashes else None):
@@ -258,7 +256,7 @@ class Ledger:
             handle = self._handle(record.cycle)
             expected = {entry.square: entry.operator.value_shape for entry in self.layers(record.cycle).values()}
             if set(handle.keys()) != set(expected):
-                raise UserError(f"{self.folder / record.file} does not hold the squares that its header lists")
+                raise UserError(f"{self.folder / record.file} does not hold the matrices that its header lists")
             for name, shape in expected.items():
                 if shape_dtype(handle, name) != (shape, torch.float32):
                     raise UserError(f"{self.folder / record.file}: {name} is not fp32 {shape}")

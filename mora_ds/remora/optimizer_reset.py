@@ -1,12 +1,12 @@
-"""What a merge does to the optimizer's state of the squares: rules that change one flat tensor of it in place. Adam has
-two moments and a step count, Muon one moment, the momentum.
+"""What a merge does to the optimizer's state of the MoRA matrices: rules that change one flat tensor of it in place.
+Adam has two moments and a step count, Muon one moment, the momentum.
 
     zero        moments and step count to zero (ReMoRA's default)
     magnitude   the smallest 90% of each moment to zero, by absolute value        the two of ReLoRA
     random      a random 99% of each moment to zero                               (arXiv 2307.05695, section 3)
-    keep        nothing
+    keep        no change
 
-All but `zero` keep the step count, as ReLoRA does.
+All except `zero` keep the step count, as ReLoRA does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ StateReset = Callable[[str, Tensor], None]
 
 
 class OptimizerReset(str, Enum):
-    """What a merge does to the optimizer's state."""
+    """Values of --optimizer_reset: what a merge does to the optimizer's state."""
 
     ZERO = "zero"
     MAGNITUDE = "magnitude"
@@ -38,11 +38,11 @@ class OptimizerReset(str, Enum):
 
 
 def rule(reset: OptimizerReset, run_seed: int, rank: int, cycle: int) -> StateReset:
-    """The rule for one merge. The random one is a pure function of its arguments, so a resumed run repeats it."""
+    """The rule for one merge. The random one depends on its arguments alone, so a resumed run repeats it."""
     if reset is OptimizerReset.ZERO:
         return zero
     if reset is OptimizerReset.KEEP:
-        return keep
+        return lambda key, value: None
     if reset is OptimizerReset.MAGNITUDE:
         return prune_magnitude
     generator = torch.Generator().manual_seed(permutation_seed(run_seed, f"reset/{rank}", cycle))
@@ -50,17 +50,13 @@ def rule(reset: OptimizerReset, run_seed: int, rank: int, cycle: int) -> StateRe
 
 
 def zero(key: str, value: Tensor) -> None:
-    """Moments and step count to zero: with the old count the first update would be 2.94 times too large."""
+    """Sets moments and step count to zero: with the old count the first update would be 2.94 times too large."""
     del key
     value.zero_()
 
 
-def keep(key: str, value: Tensor) -> None:
-    del key, value
-
-
 def prune_magnitude(key: str, value: Tensor) -> None:
-    """Keeps the largest tenth of a moment."""
+    """Sets all but the largest tenth of a moment to zero."""
     if key == STEP:
         return
     kept = max(1, round(value.numel() * (1.0 - MAGNITUDE_PRUNED)))
@@ -71,7 +67,7 @@ def prune_magnitude(key: str, value: Tensor) -> None:
 
 
 def prune_randomly(key: str, value: Tensor, generator: torch.Generator) -> None:
-    """Keeps a random hundredth of a moment."""
+    """Sets all but a random hundredth of a moment to zero."""
     if key == STEP:
         return
     kept = torch.rand(value.shape, generator=generator) >= RANDOM_PRUNED

@@ -1,20 +1,20 @@
-"""When to merge, and the learning rate at every step: pure functions of the step and of the merges so far.
+"""When to merge, and the learning rate at every step: pure functions of the step and of past merges.
 
-    rate
-    peak |    /\\___        merge                     a global curve (linear, cosine, constant, stable-decay) after a
-         |   /     \\__|     |                         first warm-up; at a merge the rate drops to almost 0 and climbs
-         |  /         |   /\\|    ___                  back to the curve along a straight line
+    learning rate
+    peak |    /\\___        merge                     a global curve (linear, cosine, constant, stable-decay) after the
+         |   /     \\__|     |                         first warm-up; at a merge the learning rate drops to almost 0,
+         |  /         |   /\\|    ___                  and a re-warmup raises it to the curve along a straight line
          | /          |  /  |   /   \\__
          |/           |_/   |__/
          +-------------------------------> step
 
-The curve and the ramps are those of ReLoRA (arXiv 2307.05695), except that no step is taken at full rate between a
-merge and its ramp, and none at rate 0: with `warmup_steps = W`, step k of a warm-up runs at (k + 1) / (W + 1) of where
-it leads, so that exactly W steps lie below the curve and step W lies on it.
+Curve and re-warmup are those of ReLoRA (arXiv 2307.05695), except that no step runs at the full learning rate between a
+merge and its re-warmup, and none at zero: with `warmup_steps = W`, step k of a warm-up runs at (k + 1) / (W + 1) of the
+learning rate that it leads to, so that exactly W steps lie below the curve and step W lies on it.
 
-Where merges come every `merge_every` steps they are known beforehand. With `MergeWhen.STALLED` they come when the run
-stalls (see `stall`), and this room only says when one may come. `merges` is the list of past ones, ascending: the
-numbers of optimizer steps that were done at each.
+With merges every `merge_every` steps all of them are known in advance. With `MergeWhen.STALLED` they come when the run
+stalls (`stall`), and this module only decides when one is allowed. `merges` always is the list of past merges: the
+numbers of optimizer steps done at each, ascending.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ScheduleKind(str, Enum):
 
 
 ALIASES = {"constant_with_warmup": ScheduleKind.CONSTANT, "wsd": ScheduleKind.WARMUP_STABLE_DECAY}
-"""Names that Hugging Face users know for the same curves: the warm-up is a setting of its own here."""
+"""Hugging Face's names of the same curves; the warm-up is a separate setting here."""
 
 
 def schedule_kind(name: str) -> ScheduleKind:
@@ -59,12 +59,12 @@ def schedule_kind(name: str) -> ScheduleKind:
 
 
 class MergeWhen(str, Enum):
-    """What makes a merge due."""
+    """Values of --merge_when."""
 
     STEPS = "steps"
-    """So many steps since the run began."""
+    """A merge every --merge_every optimizer steps."""
     STALLED = "stalled"
-    """A cycle that has given what it can."""
+    """A merge when the stall signal has stopped changing."""
 
 
 def conflicts(
@@ -90,29 +90,29 @@ def conflicts(
 class Schedule:
     """The learning rate and the merges of a run of `total_steps` optimizer steps.
 
-    Steps are counted from 0: `learning_rate(0)` is the rate of the first step. Raises `UserError` for settings that
-    make no schedule.
+    Steps are counted from 0: `learning_rate(0)` is that of the first step. Raises `UserError` for settings that
+    contradict each other.
     """
 
     kind: ScheduleKind
     peak: float
-    """The highest rate, `--learning_rate`."""
+    """The highest learning rate, `--learning_rate`."""
     total_steps: int
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the complete run."""
     warmup_steps: int = 0
     """Steps of the first warm-up, all below the peak."""
     min_ratio: float = 0.0
-    """The curve falls towards min_ratio * peak, which it would reach at step `total_steps`."""
+    """The curve decays towards min_ratio * peak, which it would reach at step `total_steps`."""
     merge_every: int = 0
-    """Optimizer steps from one merge to the next; 0 for none. With STALLED: steps of the shortest cycle, 0 for as short
-    as the ramp and the signal's window allow."""
+    """Optimizer steps from one merge to the next; 0 for no merges. With STALLED: steps of the shortest cycle, 0 for as
+    short as the re-warmup and the signal's window allow."""
     restart_warmup_steps: int = 10
-    """Steps of the ramp after each merge, all below the curve."""
+    """Steps of the re-warmup after each merge, all below the curve."""
     decay_ratio: float = 0.2
-    """Share of the steps after the first warm-up in which warmup_stable_decay falls."""
+    """Share of the steps after the first warm-up in which warmup_stable_decay decays."""
     merge_when: MergeWhen = MergeWhen.STEPS
     longest_cycle: int = 0
-    """With STALLED: steps after which a cycle is merged even if nothing has stalled; 0 for no limit."""
+    """With STALLED: steps after which a cycle is merged without a stall; 0 for no limit."""
 
     def __post_init__(self) -> None:
         numbers = [
@@ -128,11 +128,11 @@ class Schedule:
 
     @property
     def merges(self) -> bool:
-        """Whether squares are merged at all in mid-run."""
+        """Whether there are merges during the run."""
         return self.merge_every > 0 or self.merge_when is MergeWhen.STALLED
 
     def curve(self, step: int) -> float:
-        """The rate at `step` as if nothing were ever merged: first warm-up, then the global curve."""
+        """The learning rate at `step` of a run without merges: first warm-up, then the global curve."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / (self.warmup_steps + 1)
         progress = min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
@@ -145,45 +145,44 @@ class Schedule:
         return self.peak * (self.min_ratio + (1.0 - self.min_ratio) * height)
 
     def learning_rate(self, step: int, merges: Sequence[int] | None = None) -> float:
-        """The rate of optimizer step `step` (0-based, the one about to be taken) after past `merges`.
+        """The learning rate of optimizer step `step` (0-based, the next one) after past `merges`.
 
-        Without `merges`: those that are planned, of which STALLED has none.
+        Without `merges`: after those that are planned; STALLED has no plan.
         """
         merged_at = self._last_merge(step, merges)
         if merged_at is None or step - merged_at >= self.restart_warmup_steps:
             return self.curve(step)
-        end_of_ramp = self.curve(merged_at + self.restart_warmup_steps)
-        return end_of_ramp * (step - merged_at + 1) / (self.restart_warmup_steps + 1)
+        target = self.curve(merged_at + self.restart_warmup_steps)
+        return target * (step - merged_at + 1) / (self.restart_warmup_steps + 1)
 
     def at_full_rate(self, step: int, merges: Sequence[int]) -> bool:
-        """Whether step `step` (0-based) lies on the curve: behind the first warm-up and behind the newest ramp."""
+        """Whether step `step` (0-based) lies on the curve: after the first warm-up and after the latest re-warmup."""
         merged_at = self._last_merge(step, merges)
-        ramp_is_over = merged_at is None or step - merged_at >= self.restart_warmup_steps
-        return self.warmup_steps <= step and ramp_is_over
+        after_rewarmup = merged_at is None or step - merged_at >= self.restart_warmup_steps
+        return self.warmup_steps <= step and after_rewarmup
 
     def may_merge_after(self, steps_done: int, merges: Sequence[int] | None = None) -> bool:
         """Whether a merge is allowed once `steps_done` optimizer steps are done (1-based: 1 after the first step).
 
-        Never during the first warm-up or inside a ramp, not even one that the merge at the end of a run left behind
-        which then went on; and never where so few steps are left that the run would end inside the next ramp: those
-        steps would be spent at low rates for nothing, so the running cycle goes on to the end instead. The end of the
-        run itself is no such merge (see `--merge_at_end`).
+        Never during the first warm-up or a re-warmup, even one after the merge at the end of a run that was extended.
+        Nor where so few steps are left that the run would end during the next re-warmup: those steps would run at low
+        learning rates to no effect, so the current cycle continues to the end. `--merge_at_end` is not decided here.
         """
         if not self.merges or steps_done == 0:
             return False
         if self.merge_when is MergeWhen.STEPS and steps_done % self.merge_every:
             return False
         cycle = self._cycle(steps_done, merges)
-        in_ramp = cycle < steps_done and cycle <= self.restart_warmup_steps
+        in_rewarmup = cycle < steps_done and cycle <= self.restart_warmup_steps
         too_short = self.merge_when is MergeWhen.STALLED and cycle < self.merge_every
-        last_ramp_ends = self.restart_warmup_steps < self.total_steps - steps_done
-        return self.warmup_steps <= steps_done and not in_ramp and not too_short and last_ramp_ends
+        rewarmup_ends = self.restart_warmup_steps < self.total_steps - steps_done
+        return self.warmup_steps <= steps_done and not in_rewarmup and not too_short and rewarmup_ends
 
     def merges_after(self, steps_done: int, merges: Sequence[int] | None = None, stalled: bool = False) -> bool:
         """Whether a merge follows once `steps_done` optimizer steps are done.
 
-        Where it may: every `merge_every` steps; or, with STALLED, when the run has `stalled` or the cycle has come to
-        its longest.
+        Where one is allowed: every `merge_every` steps; or, with STALLED, when the run has `stalled` or the cycle has
+        reached `longest_cycle`.
         """
         if not self.may_merge_after(steps_done, merges):
             return False
@@ -191,15 +190,15 @@ class Schedule:
         return self.merge_when is MergeWhen.STEPS or stalled or too_long
 
     def merge_steps(self) -> list[int]:
-        """All step counts after which a merge follows, in order; none with STALLED, which has no plan."""
+        """All step counts after which a merge is planned, in order; none with STALLED."""
         return [done for done in self._multiples() if self.merges_after(done)]
 
     def merges_left_out(self) -> list[int]:
-        """Multiples of `merge_every`, behind the first warm-up, at which nothing is merged: too near the end."""
+        """Multiples of `merge_every` after the first warm-up without a merge: too close to the end."""
         return [done for done in self._multiples() if self.warmup_steps <= done and not self.merges_after(done)]
 
     def merge_steps_in_warmup(self) -> list[int]:
-        """Multiples of `merge_every` at which nothing is merged since the first warm-up is not over."""
+        """Multiples of `merge_every` without a merge, as they lie in the first warm-up."""
         return [done for done in self._multiples() if done < self.warmup_steps]
 
     def _multiples(self) -> range:
@@ -207,7 +206,7 @@ class Schedule:
         return range(self.merge_every, self.total_steps, self.merge_every) if planned else range(0)
 
     def _last_merge(self, steps_done: int, merges: Sequence[int] | None) -> int | None:
-        """The newest merge when `steps_done` steps are done."""
+        """The latest merge when `steps_done` steps are done."""
         if merges is not None:
             before = bisect_right(merges, steps_done)
             return merges[before - 1] if before else None
@@ -217,5 +216,5 @@ class Schedule:
         return multiple if self.merges_after(multiple) else None
 
     def _cycle(self, steps_done: int, merges: Sequence[int] | None) -> int:
-        """Steps since the newest of past `merges`, or since the run began."""
+        """Steps since the latest of past `merges`, or since the start of the run."""
         return steps_done - ((self._last_merge(steps_done, merges) if merges else None) or 0)

@@ -1,4 +1,4 @@
-"""A schedule for readers: what a run says at its start about its merges, and a plot in plain characters."""
+"""A schedule as text: the lines about merges at the start of a run, and a plot of plain characters."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from mora_ds.remora.schedule import MergeWhen, Schedule
 from mora_ds.remora.stall import StallRule
 
 _SHOWN = 6
-"""Step numbers written out at each end of a long list."""
+"""Step numbers shown at each end of a long list."""
 
 _GUTTER = 9
-"""Columns left of a plot, for the rate's figures."""
+"""Columns to the left of a plot, for the learning rate's values."""
 
 
-# -- what a run says ---------------------------------------------------------------------------------------------------
+# -- start lines -------------------------------------------------------------------------------------------------------
 
 
 def start_lines(
     schedule: Schedule, rule: StallRule | None, merge_at_end: bool, done: int = 0, merges: Sequence[int] = ()
 ) -> list[str]:
-    """What will be merged when, and what will not, from `done` steps and past `merges` on; nothing where nothing is."""
+    """When merges will come, and which are left out, after `done` steps and past `merges`; no lines without merges."""
     if schedule.merge_when is MergeWhen.STALLED:
         assert rule is not None, "a schedule that waits for a stall needs a rule"
         lines = _rule_lines(schedule, rule)
@@ -42,28 +42,26 @@ def _plan_lines(schedule: Schedule, merge_at_end: bool, done: int, merges: Seque
     lines = [f"merges after {_steps(coming)} of {schedule.total_steps}"] if coming else []
     early = [step for step in schedule.merge_steps_in_warmup() if step > done]
     if early:
-        lines.append(f"nothing is merged after {_steps(early)}: the first warm-up takes {schedule.warmup_steps}")
+        lines.append(f"no merge after {_steps(early)}: the first warm-up takes {schedule.warmup_steps}")
     lines += [_left_out(schedule, step, merge_at_end) for step in schedule.merges_left_out() if step > done]
     if not lines:
-        lines.append(f"no merge comes by itself: --merge_every is {schedule.merge_every}, {_ahead(schedule, done)}")
+        lines.append(f"there will be no merge: --merge_every is {schedule.merge_every}, {_ahead(schedule, done)}")
     return lines
 
 
 def _left_out(schedule: Schedule, step: int, merge_at_end: bool) -> str:
     left = schedule.total_steps - step
-    squares = (
-        "its squares are merged at the end" if merge_at_end else "its squares stay live (--merge_at_end merges them)"
-    )
+    rest = "its update is merged at the end" if merge_at_end else "its update stays unmerged (--merge_at_end merges it)"
     return (
-        f"the merge at step {step} is left out: {left} steps would follow and the ramp alone takes "
+        f"the merge at step {step} is left out: {left} steps would follow and the re-warmup alone takes "
         f"{schedule.restart_warmup_steps} (--restart_warmup_steps). The cycle before it goes on to step "
-        f"{schedule.total_steps}; {squares}"
+        f"{schedule.total_steps}; {rest}"
     )
 
 
 def _rule_lines(schedule: Schedule, rule: StallRule) -> list[str]:
-    ramp, latest = schedule.restart_warmup_steps, schedule.total_steps - schedule.restart_warmup_steps - 1
-    shortest = max(schedule.merge_every, ramp + rule.window)
+    latest = schedule.total_steps - schedule.restart_warmup_steps - 1
+    shortest = max(schedule.merge_every, schedule.restart_warmup_steps + rule.window)
     text = f"merges when {rule}; a cycle has at least {shortest} steps"
     if schedule.longest_cycle:
         text += f" and at most {schedule.longest_cycle}"
@@ -72,8 +70,9 @@ def _rule_lines(schedule: Schedule, rule: StallRule) -> list[str]:
         first = min(first, max(schedule.longest_cycle, schedule.warmup_steps))
     if first > latest:
         return [
-            f"no merge can come by itself: the first would be due after step {first}, and none comes after step "
-            f"{max(latest, 0)} of {schedule.total_steps}, too near the end for a ramp (--stall_window, --merge_every)"
+            f"there can be no merge: the first would be due after step {first}, and none comes after step "
+            f"{max(latest, 0)} of {schedule.total_steps}, too close to the end for a re-warmup (--stall_window, "
+            "--merge_every)"
         ]
     return [f"{text}; none before step {first}, none after step {latest}"]
 
@@ -96,7 +95,7 @@ def _steps(steps: Sequence[int]) -> str:
 
 
 def text_plot(schedule: Schedule, merges: Sequence[int], columns: int, rows: int) -> list[str]:
-    """Lines of equal width: the rate of every step (a column holds several), and the merges as ^ on the axis."""
+    """Lines of equal width: the learning rate of every step (several a column), and merges as ^ on the axis."""
     marked = [[" "] * columns for _ in range(rows)]
     axis = ["-"] * columns
     for step in range(max(schedule.total_steps, columns)):

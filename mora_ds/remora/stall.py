@@ -1,14 +1,14 @@
-"""When a cycle has given what it can: a straight line through the newest values of one number.
+"""Decides whether a training signal has stalled, by a straight line through its newest values.
 
-    values (one a step at full rate)        change   what the line moves over the window   }  as shares of
+    values (one a step at full lr)          change   what the line moves over the window   }  as shares of
       .                                     error    two standard errors of that           }  the window's mean
         . ' .
       ------.--.-'-.--.---   least squares  stalled  |change| + error < tolerance
         |<--- window --->|
 
-So a signal has stalled when the data say that it is flat, not when they only fail to say that it moves: noise and
-single spikes widen the error and put a merge off. A signal that truly moves by the tolerance or more passes in about 1
-window of 40 (one side of two standard errors). Pure functions of the history, in floats that are summed exactly.
+So a signal has stalled when the data show that it is flat, not when they merely fail to show a change: noise and single
+spikes widen the error and delay a merge. A signal that really moves by the tolerance or more passes in about 1 window
+of 40 (one side of two standard errors). Pure functions of the history; floats are summed exactly.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from typing import Any
 from mora_ds.errors import UserError
 
 LEAST_WINDOW = 3
-"""Below this no line has an error. From about 30 values on two standard errors mean what they say."""
+"""Fewest values for which a line has an error; from about 30 on two standard errors mean 95%."""
 
 _STANDARD_ERRORS = 2.0
 
-_NOTHING = 1e-200
-"""Below it squares of floats are zeros: no mean that one could take a share of."""
+_SMALLEST_MEAN = 1e-200
+"""Smallest mean to divide by: below it the squares of floats underflow."""
 
 
 class StallSignal(str, Enum):
-    """What is watched."""
+    """Values of --stall_signal."""
 
     LOSS = "loss"
     """The training loss of each step, over the global batch."""
     UPDATE = "update"
-    """The norm of all squares together, which start a cycle at zero: how far the cycle has moved the model."""
+    """The joint norm of all MoRA matrices, which start a cycle at zero: how far the cycle has moved the model."""
 
 
 DEFAULT_TOLERANCE = {StallSignal.LOSS: 0.01, StallSignal.UPDATE: 0.05}
-"""The norm of a random walk, which is what remains of training once nothing more is learned, grows by 5% over 200 steps
-after 2000: with the default window a cycle is then about as long as the MoRA paper's."""
+"""The norm of a random walk, which training becomes once nothing more is learned, grows by 5% from step 2000 to 2200:
+with the default window a cycle is then about as long as the MoRA paper's."""
 
 
 @dataclass(frozen=True)
 class Trend:
-    """A window's straight line, in shares of the window's mean."""
+    """The straight line through a window, relative to the window's mean."""
 
     change: float
-    """From the first value to the last, along the line; negative where it falls."""
+    """Change along the line from the first value to the last; negative where it falls."""
     error: float
     """Two standard errors of `change`; takes the noise of different steps as independent."""
 
@@ -57,11 +57,11 @@ class Trend:
 def trend(values: Sequence[float]) -> Trend | None:
     """The least-squares line through `values`, finite numbers at equal distances.
 
-    None where there are fewer than `LEAST_WINDOW` or their mean is next to nothing (squares that have not moved yet).
+    None where there are fewer than `LEAST_WINDOW` or their mean is about zero (matrices that have not moved yet).
     """
     count = len(values)
     mean = math.fsum(values) / count if count else 0.0
-    if count < LEAST_WINDOW or abs(mean) < _NOTHING:
+    if count < LEAST_WINDOW or abs(mean) < _SMALLEST_MEAN:
         return None
     places = [place - (count - 1) / 2 for place in range(count)]
     spread = count * (count * count - 1) / 12
@@ -78,9 +78,9 @@ class StallRule:
 
     signal: StallSignal
     window: int
-    """Values, one a step at full rate; a shorter history has not stalled."""
+    """Number of values, one a step at the full learning rate; a shorter history has not stalled."""
     tolerance: float
-    """Share of the signal's mean by which it may still move over the window."""
+    """Largest change over the window that counts as flat, relative to the signal's mean."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -92,48 +92,48 @@ class StallRule:
             raise UserError("\n".join(problems))
 
     def noted(self, history: Sequence[float], value: float) -> list[float]:
-        """`history` with `value` behind it, as much of it as `judge` needs."""
+        """`history` with `value` appended, cut to what `judge` needs."""
         return [*history, value][-self.window :]
 
     def judge(self, history: Sequence[float]) -> Trend | None:
-        """The trend of the newest `window` values since the cycle came to its full rate; None while there are fewer."""
+        """The trend of the newest `window` values at the full learning rate; None while there are fewer."""
         return trend(history[-self.window :]) if len(history) >= self.window else None
 
     def stalled(self, history: Sequence[float]) -> bool:
-        found = self.judge(history)
-        return found is not None and abs(found.change) + found.error < self.tolerance
+        line = self.judge(history)
+        return line is not None and abs(line.change) + line.error < self.tolerance
 
     def facts(self, history: Sequence[float]) -> dict[str, Any]:
-        """For a log: the newest value, and the trend where there is one."""
-        found = self.judge(history)
+        """For metrics.jsonl: the newest value, and the trend if there is one."""
+        line = self.judge(history)
         return {
             "signal": self.signal.value,
             "value": history[-1] if history else None,
             "values": len(history),
-            "change": found.change if found else None,
-            "error": found.error if found else None,
+            "change": line.change if line else None,
+            "error": line.error if line else None,
             "tolerance": self.tolerance,
         }
 
     def sentence(self, history: Sequence[float]) -> str:
-        """The same for a reader."""
-        found, name = self.judge(history), _NAMES[self.signal]
-        if found is None:
-            return f"{name} has {len(history)} of {self.window} values since the ramp"
+        """As `facts`, in words."""
+        line, name = self.judge(history), _NAMES[self.signal]
+        if line is None:
+            return f"{name} has {len(history)} of {self.window} values since the re-warmup"
         return (
-            f"{name} moved by {found.change:+.2%} +- {found.error:.2%} over the last {self.window} steps, "
+            f"{name} moved by {line.change:+.2%} +- {line.error:.2%} over the last {self.window} steps, "
             f"--stall_tolerance is {self.tolerance:.2%}"
         )
 
     def complaint(self, history: Sequence[float]) -> str | None:
-        """What to change where noise alone is wider than the tolerance, so that no stall can be seen; else None."""
-        found = self.judge(history)
-        if found is None or found.error < self.tolerance:
+        """What to change where noise alone exceeds the tolerance, so that no stall can be detected; else None."""
+        line = self.judge(history)
+        if line is None or line.error < self.tolerance:
             return None
-        needed = math.ceil(self.window * (found.error / self.tolerance) ** 2)
+        needed = math.ceil(self.window * (line.error / self.tolerance) ** 2)
         return (
-            f"{_NAMES[self.signal]} is too noisy for a stall to be seen: two standard errors over {self.window} steps "
-            f"are {found.error:.2%}, --stall_tolerance is {self.tolerance:.2%}. A --stall_window of more than "
+            f"{_NAMES[self.signal]} is too noisy to detect a stall: two standard errors over {self.window} steps "
+            f"are {line.error:.2%}, --stall_tolerance is {self.tolerance:.2%}. A --stall_window of more than "
             f"{needed}, more sequences a step or a larger tolerance would do"
         )
 
@@ -144,4 +144,4 @@ class StallRule:
         )
 
 
-_NAMES = {StallSignal.LOSS: "the training loss", StallSignal.UPDATE: "the norm of the squares"}
+_NAMES = {StallSignal.LOSS: "the training loss", StallSignal.UPDATE: "the norm of the MoRA matrices"}

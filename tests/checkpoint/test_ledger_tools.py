@@ -205,7 +205,7 @@ def test_square_that_is_not_finite_is_told(copied: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(torch, "isfinite", lambda tensor: torch.ones(1, dtype=torch.bool))
         ledger.append(9, entries, squares.items())
-    with pytest.raises(RunError, match=r"cycle-00003\.safetensors: the square of .* is not finite"):
+    with pytest.raises(RunError, match=r"cycle-00003\.safetensors: the MoRA matrix of .* is not finite"):
         verify(copied)
 
 
@@ -336,7 +336,7 @@ def test_new_base_stands_alone_and_can_move(original: FakeRun, tmp_path: Path) -
 def test_bare_ledger_needs_to_be_told_its_base(family: str, tmp_path: Path) -> None:
     run = fake_run(tmp_path, family, probe=False, cycles=1)
     bare = Ledger.open(run.checkpoint / "ledger").copy_to(tmp_path / "elsewhere" / "ledger").folder
-    with pytest.raises(UserError, match="--base: say where"):
+    with pytest.raises(UserError, match="--base: name the folder"):
         compact(bare, tmp_path / "new")
     compact(bare, tmp_path / "new", base_folder=run.base)
     compact(run.checkpoint, tmp_path / "same")

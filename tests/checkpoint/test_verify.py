@@ -139,7 +139,7 @@ DEEPER: list[tuple[str, Callable[[Path], Any], str]] = [
     ("the step", changed_json("trainer_state.json", lambda state: state.update(step=5)), "is of step 5, its folder of"),
     ("the ranks", changed_json("trainer_state.json", lambda state: state.update(world_size=3)), "rng-00002"),
     ("a key", changed_json("trainer_state.json", lambda state: state.update(x=1)), "is damaged"),
-    ("a merge", changed_json("trainer_state.json", lambda state: state["merges"].clear()), "knows of 0 merge"),
+    ("a merge", changed_json("trainer_state.json", lambda state: state["merges"].clear()), "records 0 merge"),
     ("the cycle", changed_json("adapter.json", lambda adapter: adapter.update(cycle=0)), "was written in cycle 0"),
     ("the chain", changed_json("ledger/ledger.json", lambda ledger: ledger["cycles"][0].update(chain="0")), "chain of"),
     ("the base", changed_json("base.json", lambda base: base.update(fingerprint="0")), "belongs to another base"),
@@ -172,6 +172,6 @@ def test_another_base(out: Path, user: Playground, tmp_path: Path) -> None:
 def test_latest_that_leads_nowhere(out: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(out, tmp_path / "out", symlinks=True))
     replace_symlink(copy / "checkpoints" / "latest", "step-000009")
-    assert "latest names step-000009, which is not there" in "\n".join(verify(copy)[-1].problems)
+    assert "latest names step-000009, which does not exist" in "\n".join(verify(copy)[-1].problems)
     with pytest.raises(UserError, match="neither a checkpoint"):
         verify(tmp_path)

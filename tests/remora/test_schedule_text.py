@@ -43,20 +43,22 @@ def test_a_merge_whose_ramp_would_not_end_is_announced_as_left_out() -> None:
     short = dataclasses.replace(PLAIN, total_steps=79)
     lines = said(short).splitlines()
     assert lines[0] == "merges after steps 25, 50 of 79"
-    assert lines[1].startswith("the merge at step 75 is left out: 4 steps would follow and the ramp alone takes 4 ")
-    assert "goes on to step 79; its squares stay live (--merge_at_end merges them)" in lines[1]
-    assert "its squares are merged at the end" in said(short, at_end=True)
+    assert lines[1].startswith(
+        "the merge at step 75 is left out: 4 steps would follow and the re-warmup alone takes 4 "
+    )
+    assert "goes on to step 79; its update stays unmerged (--merge_at_end merges it)" in lines[1]
+    assert "its update is merged at the end" in said(short, at_end=True)
     assert "left out" not in said(dataclasses.replace(PLAIN, total_steps=80))
 
 
 def test_merges_that_the_first_warmup_swallows_are_announced() -> None:
     text = said(dataclasses.replace(PLAIN, warmup_steps=51))
-    assert text == "merges after step 75 of 100\nnothing is merged after steps 25, 50: the first warm-up takes 51"
+    assert text == "merges after step 75 of 100\nno merge after steps 25, 50: the first warm-up takes 51"
 
 
 def test_an_interval_longer_than_the_run_is_announced() -> None:
     text = said(dataclasses.replace(PLAIN, merge_every=100))
-    assert text == "no merge comes by itself: --merge_every is 100, the run has 100 steps"
+    assert text == "there will be no merge: --merge_every is 100, the run has 100 steps"
 
 
 def test_a_resumed_run_lists_what_is_left() -> None:
@@ -73,7 +75,7 @@ def test_a_run_that_waits_for_a_stall_says_its_rule() -> None:
     )
     assert "at least 40 steps; none before step 40" in said(dataclasses.replace(STALLED, merge_every=40))
     short = said(dataclasses.replace(STALLED, total_steps=34))
-    assert short.startswith("no merge can come by itself: the first would be due after step 30") and "step 29 " in short
+    assert short.startswith("there can be no merge: the first would be due after step 30") and "step 29 " in short
 
 
 def test_a_plot_shows_ramps_merges_and_the_curve() -> None:

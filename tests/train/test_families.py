@@ -20,7 +20,7 @@ from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.checkpoint.adapter_files import BaseReference
 from mora_ds.checkpoint.contents import PROBE_TOKENS, RunWriter
 from mora_ds.checkpoint.state import TrainerState
-from mora_ds.checkpoint.writer import save_checkpoint
+from mora_ds.checkpoint.writer import CheckpointWriter
 from mora_ds.deploy.export import ExportReport, export_merged
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
@@ -90,7 +90,7 @@ def whole_way(root: Path, family: str) -> dict[str, Any]:
     reference = BaseReference(str(loaded.base.folder), merger.ledger.base_fingerprint, loaded.keys, "float32")
     writer = RunWriter(engine, config, merger, reference, None, tokens(1, PROBE_TOKENS), {})
     state = TrainerState(step=3, world_size=WORLD)
-    save_checkpoint(folder / "checkpoints", engine, state, lambda target: writer.write(target, 3))
+    CheckpointWriter(folder / "checkpoints", engine, writer.collect).save(state)
     engine.destroy()
     return {
         "losses": losses, "norms": norms, "before": before, "after": after, "left": left, "live": live,

@@ -364,7 +364,7 @@ def test_a_run_says_beforehand_what_it_will_merge_and_what_not(user: Playground,
     told = run_ranks(1, printed, user.flags(tmp_path / "out", *short))[0]
     before, _, after = told.partition("step 1/8")
     assert "merges after step 3 of 8\n" in before and "merged cycle 0 at step 3" in after
-    assert "the merge at step 6 is left out: 2 steps would follow and the ramp alone takes 2" in before
+    assert "the merge at step 6 is left out: 2 steps would follow and the re-warmup alone takes 2" in before
     assert [row["step"] for row in rows(tmp_path / "out") if "merge" in row] == [3]
 
 
