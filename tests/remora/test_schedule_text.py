@@ -1,4 +1,4 @@
-"""What a run says about its merges beforehand, and the plot in the README: the code's own output, to the letter."""
+"""What a run says about its merges beforehand, and the plot in the docs: the code's own output, to the letter."""
 
 from __future__ import annotations
 
@@ -92,24 +92,16 @@ def test_a_plot_wider_than_the_run_has_no_holes() -> None:
     assert all(any(row[9 + column] == "*" for row in rows) for column in range(70))
 
 
-def readme_plot() -> tuple[str, str]:
-    """(command, output) of the README's block that plots the schedule."""
-    blocks = re.findall(r"```\n\$ (python tools/plot_schedule\.py .*?)\n(.*?)```", _readme(), flags=re.S)
-    assert len(blocks) == 1
-    return blocks[0]
-
-
-def _readme() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8")
-
-
 def plot(*flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "tools/plot_schedule.py", *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_the_readmes_plot_is_what_its_command_prints() -> None:
-    command, expected = readme_plot()
+def test_the_documented_plot_is_what_its_command_prints() -> None:
+    page = (ROOT / "docs" / "concepts" / "remora-schedule.md").read_text(encoding="utf-8")
+    ((command, expected),) = re.findall(
+        r"(python tools/plot_schedule\.py .*?)\n```\n+```[a-z]*\n(.*?)```", page, flags=re.S
+    )
     done = plot(*shlex.split(command)[2:])
     assert (done.returncode, done.stdout) == (0, expected), done.stderr
     for kind in ScheduleKind:
