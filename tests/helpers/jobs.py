@@ -92,6 +92,13 @@ def refused(argv: list[str]) -> tuple[str, str]:
     raise AssertionError("the run was not refused")
 
 
+def refusal(argv: list[str], ranks: int = 1) -> str:
+    """The message of the `UserError` with which all ranks refuse a run."""
+    ((kind, message),) = set(run_ranks(ranks, refused, argv))
+    assert kind == "UserError", message
+    return message
+
+
 def launch(ranks: int, argv: list[str], cwd: Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
     """The real launcher, as in the README."""
     return subprocess.run(

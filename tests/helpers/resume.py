@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from mora_ds.deploy.export import export_merged
 from mora_ds.train.trainer import Trainer
-from tests.helpers.jobs import curve, job
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import curve, job, run
 
 MERGING = ("--max_steps", 9, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--eval_steps", 4)
 """Merges after steps 3 and 6; checkpoints at 2, 4, 6 (right after a merge), 8 and 9."""
@@ -30,6 +32,14 @@ def interrupted_job(argv: list[str], step: int) -> None:
     except KeyboardInterrupt:
         return
     raise AssertionError("the run was to be interrupted")
+
+
+def stop_and_resume(ranks: int, argv: list[str], *steps: int) -> dict[str, Any]:
+    """A run that stops dead after each of `steps` and is resumed by auto each time; the summary of the last part."""
+    argv = [*argv, "--resume_from_checkpoint", "auto"]
+    for step in steps:
+        run_ranks(ranks, interrupted_job, argv, step)
+    return run(ranks, argv)
 
 
 def checkpoint_tensors(out: Path) -> dict[str, torch.Tensor]:

@@ -39,9 +39,9 @@ from mora_ds.remora.ledger import Ledger
 from mora_ds.train.dry_run import planned
 from tests.helpers.engines import CountedBelow, ds_config
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, losses, refused, run
+from tests.helpers.jobs import Playground, losses, refusal, run
 from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
-from tests.helpers.resume import MERGING, assert_same_run, interrupted_job, merged
+from tests.helpers.resume import MERGING, assert_same_run, merged, stop_and_resume
 
 pytestmark = pytest.mark.gloo
 BITS = ("--base_bits", "8")
@@ -175,8 +175,7 @@ def test_killed_and_resumed_is_uninterrupted_and_goes_home_exactly(
     flags = (*MERGING, *BITS, "--per_device_train_batch_size", 2)
     summary = run(ranks, user.flags(whole, *flags))
     assert summary["base_bytes_gathered"] == 0 and summary["merges"] == 2
-    run_ranks(ranks, interrupted_job, user.flags(out, *flags), 5)
-    run(ranks, user.flags(out, *flags, "--resume_from_checkpoint", "auto"))
+    stop_and_resume(ranks, user.flags(out, *flags), 5)
     assert_same_run(out, whole)
     # the export knows nothing of 8 bits: originals and deltas, in fp32
     exported = merged(out, tmp_path / "merged")
@@ -191,8 +190,8 @@ def test_killed_and_resumed_is_uninterrupted_and_goes_home_exactly(
         assert torch.equal(exported[f"{name}.weight"], exact)
     comparison = export_merged(out, tmp_path / "verified", verify=True).comparison
     assert comparison is not None and 0.02 * comparison.tolerance < comparison.error < 0.6 * comparison.tolerance
-    kind, message = run_ranks(1, refused, user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"))[0]
-    assert kind == "UserError" and "--base_bits (None: 16): 8 there, None here" in message
+    message = refusal(user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"))
+    assert "--base_bits (None: 16): 8 there, None here" in message
 
 
 @pytest.mark.heavy
@@ -286,33 +285,19 @@ def test_flags_that_do_not_go_together(flags: tuple[str, ...], message: str) -> 
     assert AdapterArguments.base_bits == 16
 
 
-def other_ways(folder: str) -> list[str]:
-    """Refusals of the plugin: split layers, the wrong base."""
-    said = []
-    for attempt in (_split, _wrong_base):
-        try:
-            attempt(Path(folder))
-        except UserError as error:
-            said.append(str(error))
-    return said
-
-
-def _engine(**options: Any) -> Any:
-    model = tiny_model("llama")
-    inject(model, MoRAConfig(rank=4, operator="share", base_bits=8))
-    return initialize(model=model, config=ds_config(3, 2, 1), **options)[0]
-
-
-def _split(folder: Path) -> None:
-    _engine(tensor_parallel_size=2)
-
-
-def _wrong_base(folder: Path) -> None:
+def refused_by_the_plugin(folder: Path) -> None:
+    """For `run_ranks`."""
+    config = MoRAConfig(rank=4, operator="share", base_bits=8)
+    models = [tiny_model("llama"), tiny_model("llama")]
+    for model in models:
+        inject(model, config)
+    with pytest.raises(UserError, match="--tensor_parallel_size 2"):
+        initialize(model=models[0], config=ds_config(3, 2, 1), tensor_parallel_size=2)
+    engine, *_ = initialize(model=models[1], config=ds_config(3, 2, 1))
     write_own_base(tiny_model("llama", seed=1), folder / "other")
-    mora_ds.Run(_engine(), MoRAConfig(rank=4, operator="share", base_bits=8), folder / "other", folder / "out")
+    with pytest.raises(UserError, match=f"is not.*{folder / 'other'}"):
+        mora_ds.Run(engine, config, folder / "other", folder / "out")
 
 
-def test_what_the_plugin_refuses(tmp_path: Path) -> None:
-    split, wrong = run_ranks(1, other_ways, str(tmp_path))[0]
-    assert "--tensor_parallel_size 2" in split
-    assert "is not" in wrong and str(tmp_path / "other") in wrong
+def test_split_layers_and_another_base_are_refused(tmp_path: Path) -> None:
+    run_ranks(1, refused_by_the_plugin, tmp_path)

@@ -1,7 +1,7 @@
-"""The kill matrix: SIGKILL at every moment that has a name, then the same command again: nothing has happened.
+"""The kill matrix: SIGKILL at every named moment, then the same command again ends as if nothing had happened.
 
 pytest tests/train/test_kill.py              every second moment once, on two ranks
-pytest tests/train/test_kill.py -m heavy     every moment x one rank or all x 2 and 3 ranks x fp32 and bf16
+pytest tests/train/test_kill.py -m heavy     the rest of: every moment x one rank or all x 2 and 3 ranks x fp32, bf16
 """
 
 from __future__ import annotations
@@ -48,14 +48,8 @@ def prepare(out: Path, whole: Path, start: Start) -> None:
         shutil.rmtree(out / "merged")
         replace_symlink(out / "checkpoints" / "latest", "step-000005")
     if start is Start.ANOTHER:
-        for name in (
-            "run.yaml",
-            "metrics.jsonl",
-            "checkpoints/step-000009/one",
-            "ledger/two",
-            "base/three",
-            "merged/x",
-        ):
+        folders = ("checkpoints/step-000009/one", "ledger/two", "base/three", "merged/x")
+        for name in ("run.yaml", "metrics.jsonl", *folders):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_text("of another run")
 
@@ -80,42 +74,24 @@ def victims_of(moment: str, ranks: int) -> dict[str, list[int]]:
 
 
 ONCE = [
-    (moment, list(victims_of(moment, 2).items())[index % len(victims_of(moment, 2))])
+    (moment, list(victims_of(moment, 2))[index % len(victims_of(moment, 2))], 2, "fp32")
     for index, moment in enumerate([name for name, each in MOMENTS.items() if not each.only_heavy][::2])
 ]
-"""Every second moment, with one set of victims each; all of both are heavy."""
-
-
-@pytest.mark.gloo
-@pytest.mark.parametrize("moment, victims", ONCE, ids=[f"{moment}-{name}" for moment, (name, _) in ONCE])
-def test_killed(
-    user: Playground,
-    whole_of: Whole,
-    tmp_path: Path,
-    moment: str,
-    victims: tuple[str, list[int]],
-) -> None:
-    kill_and_run_again(user, tmp_path, whole_of(2, "fp32", MOMENTS[moment].more), moment, victims[1], 2, "fp32")
+"""Every second moment, with one set of victims each; all others are heavy."""
 
 
 EVERY = [
-    (moment, who, ranks, precision)
+    pytest.param(moment, who, ranks, precision, marks=pytest.mark.heavy)
     for ranks, precision, moment in itertools.product((2, 3), PRECISIONS, MOMENTS)
     for who in victims_of(moment, ranks)
+    if (moment, who, ranks, precision) not in ONCE
 ]
 
 
 @pytest.mark.gloo
-@pytest.mark.heavy
-@pytest.mark.parametrize("moment, who, ranks, precision", EVERY)
-def test_killed_in_every_way(
-    user: Playground,
-    whole_of: Whole,
-    tmp_path: Path,
-    moment: str,
-    who: str,
-    ranks: int,
-    precision: str,
+@pytest.mark.parametrize("moment, who, ranks, precision", [*ONCE, *EVERY])
+def test_killed(
+    user: Playground, whole_of: Whole, tmp_path: Path, moment: str, who: str, ranks: int, precision: str
 ) -> None:
     whole = whole_of(ranks, precision, MOMENTS[moment].more)
     kill_and_run_again(user, tmp_path, whole, moment, victims_of(moment, ranks)[who], ranks, precision)

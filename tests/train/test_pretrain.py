@@ -1,4 +1,4 @@
-"""The main job as users run it: one curve for any number of ranks, every kind of input and setting, the way home."""
+"""The main job as users run it: one curve for any number of ranks, every kind of input and setting, the export."""
 
 from __future__ import annotations
 
@@ -148,12 +148,8 @@ def test_the_same_documents_in_every_format_give_the_same_run(
 @pytest.mark.gloo
 def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user: Playground, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    fresh = [
-        "--model_config",
-        str(REPOSITORY / "configs" / "models" / "tiny_llama.json"),
-        "--train_tokenizer_vocab",
-        "420",
-    ]
+    config = str(REPOSITORY / "configs" / "models" / "tiny_llama.json")
+    fresh = ["--model_config", config, "--train_tokenizer_vocab", "420"]
     argv = user.flags(out, "--save_steps", 3, "--merge_every", 2, "--restart_warmup_steps", 1)
     at = argv.index("--model_name_or_path")
     argv[at : at + 2] = fresh
@@ -239,7 +235,7 @@ def test_bf16(user: Playground, plain: Path, tmp_path: Path, stage: str) -> None
 
 
 @pytest.mark.gloo
-def test_tied_embeddings_trained_and_the_way_home(user: Playground, tmp_path: Path) -> None:
+def test_tied_embeddings_are_trained_and_exported(user: Playground, tmp_path: Path) -> None:
     model = tiny_model("qwen2", vocab_size=400)
     assert model.config.tie_word_embeddings
     shutil.copytree(user.model, tmp_path / "model")
@@ -249,9 +245,9 @@ def test_tied_embeddings_trained_and_the_way_home(user: Playground, tmp_path: Pa
     argv = user.flags(out, *MERGING, *trained, "--model_name_or_path", tmp_path / "model")
     summary = run(2, [*argv, "--export_merged", "true"])
     assert summary["trainable_params"] > 400 * 32
-    home = AutoModelForCausalLM.from_pretrained(out / "merged")
-    assert home.lm_head.weight is home.model.embed_tokens.weight
-    assert not torch.equal(home.lm_head.weight, tiny_model(vocab_size=400, tie_word_embeddings=True).lm_head.weight)
+    exported = AutoModelForCausalLM.from_pretrained(out / "merged")
+    assert exported.lm_head.weight is exported.model.embed_tokens.weight
+    assert not torch.equal(exported.lm_head.weight, tiny_model(vocab_size=400, tie_word_embeddings=True).lm_head.weight)
     tool = [sys.executable, str(REPOSITORY / "tools" / "export_hf.py"), "--checkpoint", str(out / "checkpoints/latest")]
     done = subprocess.run(
         [*tool, "--output", str(tmp_path / "merged"), "--verify"],
@@ -260,7 +256,7 @@ def test_tied_embeddings_trained_and_the_way_home(user: Playground, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert "logits against the live model's" in done.stdout
     ids = AutoTokenizer.from_pretrained(out / "merged")("def f", return_tensors="pt", return_token_type_ids=False)
-    assert home.generate(**ids, max_new_tokens=5, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+    assert exported.generate(**ids, max_new_tokens=5, do_sample=False).shape[1] > ids["input_ids"].shape[1]
 
 
 # -- as users call it ----------------------------------------------------------------------------------------------
@@ -323,19 +319,10 @@ def test_home_is_understood_where_no_shell_has_expanded_it(user: Playground, tmp
 def test_torchrun_and_a_cache_shared_by_two_runs_at_once(user: Playground, tmp_path: Path) -> None:
     """Two runs start together on an empty cache; both end with the same losses."""
     argvs = [user.flags(tmp_path / name, "--cache_dir", tmp_path / "cache") for name in ("one", "two")]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    program = str(REPOSITORY / "launch" / "pretrain.py")
-    started = [
-        subprocess.Popen(
-            [*command, program, *argv],
-            cwd=tmp_path,
-            env=environment(),
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-        )
-        for command, argv in zip((torchrun, torchrun), argvs, strict=True)
-    ]
-    for process in started:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    command.append(str(REPOSITORY / "launch" / "pretrain.py"))
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    for process in [subprocess.Popen([*command, *argv], cwd=tmp_path, env=environment(), **pipes) for argv in argvs]:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors.decode()
     assert torch.equal(losses(tmp_path / "one"), losses(tmp_path / "two"))
@@ -346,8 +333,7 @@ def test_summary_and_files_of_a_run(plain: Path) -> None:
     summary = json.loads((plain / "summary.json").read_text())
     assert {
         "steps", "tokens", "trainable_params", "total_params", "merges", "perplexity_before", "perplexity_after",
-        "perplexity_change_percent",
-        "bytes_gathered_per_step", "base_bytes_gathered", "peak_memory_bytes",
+        "perplexity_change_percent", "bytes_gathered_per_step", "base_bytes_gathered", "peak_memory_bytes",
     } <= summary.keys()  # fmt: skip
     assert (summary["steps"], summary["tokens"], summary["merges"]) == (8, 8 * 4 * 32, 2)
     assert summary["perplexity_before"].keys() == summary["perplexity_after"].keys() == {"held", "short"}
