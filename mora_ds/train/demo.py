@@ -215,7 +215,7 @@ def _report(folder: Path, summary: dict[str, Any], sharded: dict[str, Any] | Non
 
 
 def _gathered(summary: dict[str, Any], sharded: dict[str, Any] | None, world: int) -> str:
-    """The all-gather volume of a step and process, beside that of plain ZeRO-3."""
+    """The all-gather volume of a step and process, next to that of plain ZeRO-3."""
     if world == 1:
         matrices, everything = 4 * summary["trainable_params"], 4 * summary["total_params"]
         return (

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from mora_ds.deploy.export import export_merged
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import curve, job, run
+from tests.helpers.jobs import curve, job, losses, run
 
 MERGING = ("--max_steps", 9, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--eval_steps", 4)
 """Merges after steps 3 and 6; checkpoints at 2, 4, 6 (right after a merge), 8 and 9."""
@@ -61,6 +61,12 @@ def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
     assert one.keys() == other.keys()
     for name in one:
         assert torch.equal(one[name], other[name]), name
+
+
+def assert_same_result(out: Path, whole: Path) -> None:
+    """The same losses and the same last checkpoint, whatever else was logged."""
+    assert torch.equal(losses(out), losses(whole))
+    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
 
 
 def assert_same_run(out: Path, whole: Path) -> None:

@@ -49,16 +49,8 @@ def test_where_the_stall_rule_stands_is_in_both(tmp_path: Path) -> None:
 
 def test_the_line_for_humans() -> None:
     line = metrics(7).line(100)
-    for part in (
-        "step 7/100",
-        "loss 2.0000",
-        "ppl 7.39",
-        "lr 1.00e-03",
-        "128 tok/s (64/rank)",
-        "mem 1.00 GiB",
-        "1.00 MB",
-    ):
-        assert part in line
+    parts = ("step 7/100", "loss 2.0000", "ppl 7.39", "lr 1.00e-03", "128 tok/s (64/rank)", "mem 1.00 GiB", "1.00 MB")
+    assert all(part in line for part in parts), line
 
 
 def test_what_is_no_number_is_null(tmp_path: Path) -> None:

@@ -28,13 +28,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "7b": {**_7B, "vocab_size": 32_000},
     "8b": {**_7B, **_LLAMA_3, "intermediate_size": 14_336},
     "70b": {
-        **_LLAMA_3,
-        "hidden_size": 8192,
-        "intermediate_size": 28_672,
-        "num_hidden_layers": 80,
+        **_LLAMA_3, "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80,
         "num_attention_heads": 64,
     },
-}
+}  # fmt: skip
 PARAMETERS = {"7b": 6.74e9, "8b": 8.03e9, "70b": 70.55e9, "250m": 247e6, "1b3": 1.34e9}
 BATCH = re.compile(r"# (\d+(?: x \d+)*)(?: groups \(\d+ GPUs\)| x (\d+) GPUs) = (\d+) sequences")
 
