@@ -1,4 +1,4 @@
-"""Domains on real ranks: ZeRO against one process, whole runs with merges, resumes, exports, frozen squares."""
+"""Domains on real ranks: ZeRO against one process, complete runs with merges, resumes, exports, frozen matrices."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ MICRO = 3
 CONFIG = mora_ds.MoRAConfig(rank=4, operator="share", domains=NAMES)
 
 
-def of_step(step: int, count: int) -> list[str]:
-    """Domains of a step's rows; the last domain has none in the first step."""
+def row_domains(step: int, count: int) -> list[str]:
+    """The domain of each row of a step; the last domain has no row in the first step."""
     return [NAMES[(row * row + step) % (3 if step else 2)] for row in range(count)]
 
 
 def merge(engine: Any, layers: dict[str, Any], whole: Any) -> None:
-    """By hand, of the shared squares alone."""
+    """A merge of the shared MoRA matrices, written out. `whole`: gives the complete fp32 value of a parameter."""
     for layer in layers.values():
         layer.weight += delta_weight(layer.spec, whole(layer.square))
     if engine is not None:
@@ -62,7 +62,7 @@ def plain_run(world: int) -> dict[str, torch.Tensor]:
     layers, found = domain_layers(model), {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=EPSILON, weight_decay=0.0)
     for step in range(STEPS):
-        domains_of(model).set(of_step(step, rows))
+        domains_of(model).set(row_domains(step, rows))
         loss = causal_loss(model, tokens(rows, seed=step))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -87,7 +87,7 @@ def sharded_run(stage: int) -> dict[str, torch.Tensor]:
     layers, found = domain_layers(model), {}
     for step in range(STEPS):
         ids = tokens(MICRO * world * ACCUMULATION, seed=step).view(ACCUMULATION, world, MICRO, -1)
-        names = of_step(step, MICRO * world * ACCUMULATION)
+        names = row_domains(step, MICRO * world * ACCUMULATION)
         total = torch.zeros(())
         for index in range(ACCUMULATION):
             first = (index * world + rank) * MICRO
@@ -119,7 +119,7 @@ def test_sharded_ranks_follow_one_process(world: int, stage: int) -> None:
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5, msg=name)
 
 
-# -- whole runs ------------------------------------------------------------------------------------------------------
+# -- complete runs ---------------------------------------------------------------------------------------------------
 
 
 def domain_flags(user: Playground, out: Path, mix: Path, *more: Any) -> list[str]:
@@ -175,7 +175,7 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, t
 
 
 @pytest.mark.heavy
-def test_a_resumed_run_is_the_same_to_the_bit(user: Playground, tmp_path: Path) -> None:
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(user: Playground, tmp_path: Path) -> None:
     mix = write_mixture(user, tmp_path / "mix.yaml")
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(2, domain_flags(user, whole, mix, *MERGING))
@@ -201,8 +201,8 @@ def assert_choices_are_named(user: Playground, out: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("freeze", ["shared", pytest.param("domains", marks=pytest.mark.heavy)])
-def test_frozen_squares_stay_and_go_along(user: Playground, tmp_path: Path, freeze: str) -> None:
-    """From an earlier run's squares; saved, resumed, exported, and bit for bit what they were."""
+def test_frozen_matrices_stay_as_they_are(user: Playground, tmp_path: Path, freeze: str) -> None:
+    """Taken from an earlier run; saved, resumed and exported bit for bit as they were."""
     mix = write_mixture(user, tmp_path / "mix.yaml")
     first, out, whole = tmp_path / "first", tmp_path / "out", tmp_path / "whole"
     run(1, domain_flags(user, first, mix, "--max_steps", 2))
@@ -247,7 +247,7 @@ def test_frozen_squares_stay_and_go_along(user: Playground, tmp_path: Path, free
 
 
 def refused_here(argv: list[str], folder: Path) -> tuple[str, str]:
-    """`refused`, with a last flag of this rank's own."""
+    """`refused`, with a last argument that differs from rank to rank."""
     return refused([*argv, f"{folder}{dist.get_rank()}"])
 
 
@@ -298,8 +298,8 @@ WAYS: dict[str, tuple[int, tuple[Any, ...]]] = {
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("way", WAYS)
-def test_with_everything_else(user: Playground, tmp_path: Path, way: str) -> None:
-    """A merge, and exports that say what the live model said (the tolerances of `export_check`)."""
+def test_domains_with_other_options(user: Playground, tmp_path: Path, way: str) -> None:
+    """A merge, and exports that give the live model's logits (within the tolerances of `logits_check`)."""
     world, more = WAYS[way]
     mix, out = write_mixture(user, tmp_path / "mix.yaml"), tmp_path / "out"
     argv = domain_flags(user, out, mix, "--merge_every", 3, "--restart_warmup_steps", 1, "--export_merged", *more)

@@ -1,6 +1,6 @@
-"""Every family on the whole way: disk -> squares -> steps under ZeRO-3 -> merge -> checkpoint -> export -> disk.
+"""Every model family from end to end: load -> inject -> steps under ZeRO-3 -> merge -> checkpoint -> export -> load.
 
-And documents packed into one row do not see each other, in any family.
+Documents packed into one row do not see each other, in any family.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def write_model(family: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-# -- the whole way -----------------------------------------------------------------------------------------------------
+# -- end to end -------------------------------------------------------------------------------------------------------
 
 
-def whole_way(root: Path, family: str) -> dict[str, Any]:
-    """One rank's share; the checkpoint lies in root/family/checkpoints afterwards."""
+def end_to_end(root: Path, family: str) -> dict[str, Any]:
+    """On one rank of several; the checkpoint lies in root/family/checkpoints afterwards."""
     folder = root / family
     loaded = load_base(folder / "model", folder / "base", Ranks.current(), torch.float32, None)
     config = adapter(family)
@@ -85,7 +85,7 @@ def whole_way(root: Path, family: str) -> dict[str, Any]:
     after = probe(engine)
     left = max(zero.full_fp32(engine, square).abs().max().item() for square in squares.values())
 
-    losses.append(train_step(engine, seed=3))  # so that the checkpoint holds squares that are not merged
+    losses.append(train_step(engine, seed=3))  # so that the checkpoint holds matrices that are not merged
     live = probe(engine)
     reference = BaseReference(str(loaded.base.folder), merger.ledger.base_fingerprint, loaded.keys, "float32")
     writer = RunWriter(engine, config, merger, reference, None, tokens(1, PROBE_TOKENS), {})
@@ -119,11 +119,11 @@ def probe(engine: zero.Engine) -> Tensor:
 
 
 def all_families(root: Path) -> dict[str, dict[str, Any]]:
-    return {family: whole_way(root, family) for family in FAMILIES}
+    return {family: end_to_end(root, family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
-def journeys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, dict[str, Any]]]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, dict[str, Any]]]]:
     """The folder of all families, and what each rank saw."""
     root = tmp_path_factory.mktemp("families")
     for family in FAMILIES:
@@ -139,8 +139,8 @@ def export(root: Path, family: str) -> tuple[ExportReport, Any]:
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("family", FAMILIES)
-def test_steps_change_every_square_and_a_merge_changes_nothing(family: str, journeys: Any) -> None:
-    root, ranks = journeys
+def test_steps_change_every_matrix_and_a_merge_changes_no_logits(family: str, results: Any) -> None:
+    root, ranks = results
     for found in (rank[family] for rank in ranks):
         assert all(norm > LEARNING_RATE for norm in found["norms"].values()), found["norms"]
         assert found["left"] == 0.0
@@ -160,8 +160,8 @@ def loss_of(logits: Tensor) -> float:
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("family", FAMILIES)
-def test_export_says_what_the_live_model_said(family: str, journeys: Any) -> None:
-    root, ranks = journeys
+def test_an_export_gives_the_logits_of_the_live_model(family: str, results: Any) -> None:
+    root, ranks = results
     report, exported = export(root, family)
     with torch.no_grad():
         logits = exported(input_ids=tokens(2, seed=77)).logits
@@ -178,8 +178,8 @@ def test_export_says_what_the_live_model_said(family: str, journeys: Any) -> Non
 
 
 @pytest.mark.gloo
-def test_what_else_was_trained_is_in_the_export(journeys: Any) -> None:
-    root, _ = journeys
+def test_what_else_was_trained_is_in_the_export(results: Any) -> None:
+    root, _ = results
     for family, settings in ALSO_TRAINED.items():
         original = AutoModelForCausalLM.from_pretrained(root / family / "model").state_dict()
         _, exported = export(root, family)
@@ -191,10 +191,10 @@ def test_what_else_was_trained_is_in_the_export(journeys: Any) -> None:
 
 
 @pytest.mark.gloo
-def test_only_experts_need_a_base_of_its_own(journeys: Any) -> None:
+def test_only_experts_need_a_converted_base(results: Any) -> None:
     """Files hold the live weights one to one, so nothing has to be written twice; experts, one file entry each, become
     one tensor when they are loaded."""
-    _, ranks = journeys
+    _, ranks = results
     assert [family for family, found in ranks[0].items() if found["own_base"]] == ["mixtral"]
 
 
@@ -258,7 +258,7 @@ def logits_of(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_restarting_positions_they_do(family: str) -> None:
+def test_documents_see_each_other_without_restarting_positions(family: str) -> None:
     """The control: the test above can fail."""
     model = adapted(family, "eager")
     positions = torch.arange(FIRST + SECOND).expand(2, -1)
@@ -268,13 +268,13 @@ def test_without_restarting_positions_they_do(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_check_of_the_document_mask_lets_every_family_pass(family: str) -> None:
+def test_every_family_passes_the_check_of_the_document_mask(family: str) -> None:
     check_document_mask(adapted(family, "eager"), 128)
 
 
 @pytest.mark.parametrize("kind", ["opt", "bloom", "mamba"])
-def test_a_model_that_takes_no_mask_from_the_positions_is_found(kind: str) -> None:
-    """transformers 5.24: these let documents see each other, and say nothing."""
+def test_a_model_that_takes_no_mask_from_the_positions_is_refused(kind: str) -> None:
+    """transformers 5.24: these let documents see each other without a warning."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **MASKLESS[kind]))
     with pytest.raises(UserError, match="--no_document_mask"):
         check_document_mask(model, 128)

@@ -294,13 +294,13 @@ def _stay_here() -> Any:
     os.chdir(here)
 
 
-def home_job(home: str, argv: list[str]) -> dict[str, Any]:
+def job_with_home(home: str, argv: list[str]) -> dict[str, Any]:
     os.environ["HOME"] = home
     return job(argv)
 
 
 @pytest.mark.gloo
-def test_home_is_understood_where_no_shell_has_expanded_it(user: Playground, tmp_path: Path) -> None:
+def test_a_tilde_is_expanded_where_no_shell_has_done_it(user: Playground, tmp_path: Path) -> None:
     """As in a YAML recipe, or behind --flag=~/..."""
     shutil.copytree(user.model, tmp_path / "model")
     shutil.copy(user.train, tmp_path / "train.jsonl")
@@ -308,10 +308,10 @@ def test_home_is_understood_where_no_shell_has_expanded_it(user: Playground, tmp
     argv = user.flags(
         "~/out", "--cache_dir", "~/cache", "--model_name_or_path", "~/model", "--train_files", "~/train.jsonl"
     )
-    run_ranks(1, home_job, str(tmp_path), [*argv, "--deepspeed", "~/zero3.json", "--save_steps", "3"])
+    run_ranks(1, job_with_home, str(tmp_path), [*argv, "--deepspeed", "~/zero3.json", "--save_steps", "3"])
     assert (tmp_path / "out" / "summary.json").is_file() and (tmp_path / "cache").is_dir()
     resume = ["--deepspeed", "~/zero3.json", "--resume_from_checkpoint", "~/out/checkpoints/step-000003"]
-    run_ranks(1, home_job, str(tmp_path), [*argv, *resume])
+    run_ranks(1, job_with_home, str(tmp_path), [*argv, *resume])
     assert not Path("~").exists()
 
 
@@ -345,7 +345,7 @@ def test_summary_and_files_of_a_run(plain: Path) -> None:
 
 
 @pytest.mark.gloo
-def test_a_run_says_beforehand_what_it_will_merge_and_what_not(user: Playground, tmp_path: Path) -> None:
+def test_a_run_logs_its_planned_merges_and_those_left_out(user: Playground, tmp_path: Path) -> None:
     short = ("--merge_every", 3, "--restart_warmup_steps", 2, "--max_steps", 8)
     told = run_ranks(1, printed, user.flags(tmp_path / "out", *short))[0]
     before, _, after = told.partition("step 1/8")

@@ -1,4 +1,4 @@
-"""Interrupted and resumed: the same losses, squares, base and rows, bit for bit, as if nothing had happened."""
+"""Interrupted and resumed: the same losses, MoRA matrices, base and logged rows, bit for bit."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_resume_from_a_path_rolls_the_ledger_back(user: Playground, whole: Path,
 
 
 @pytest.mark.gloo
-def test_a_branch_from_an_earlier_checkpoint_is_what_goes_on(user: Playground, whole: Path, tmp_path: Path) -> None:
+def test_auto_continues_the_newest_branch(user: Playground, whole: Path, tmp_path: Path) -> None:
     """Later checkpoints of the branch that was left neither push new ones out nor are taken by auto."""
     out = copied(whole, tmp_path)
     keep = (*MERGING, "--save_total_limit", 2)

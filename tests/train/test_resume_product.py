@@ -58,4 +58,4 @@ def test_resumed_is_uninterrupted(
     assert torch.equal(losses(out), whole)
     again = weights(out)
     assert again.keys() == at_end.keys() and all(torch.equal(again[name], at_end[name]) for name in again)
-    assert adapter == "full" or at_end, "a checkpoint has squares"
+    assert adapter == "full" or at_end, "a checkpoint has MoRA matrices"

@@ -21,9 +21,9 @@ from tests.helpers.resume import assert_same_run, interrupted_job
 
 pytestmark = pytest.mark.gloo
 
-STEPS, WARMUP, RAMP, WINDOW = 20, 1, 2, 4
+STEPS, WARMUP, REWARMUP, WINDOW = 20, 1, 2, 4
 STALLED = (
-    "--merge_when", "stalled", "--max_steps", STEPS, "--restart_warmup_steps", RAMP, "--stall_window", WINDOW,
+    "--merge_when", "stalled", "--max_steps", STEPS, "--restart_warmup_steps", REWARMUP, "--stall_window", WINDOW,
     "--gradient_accumulation_steps", 2, "--per_device_train_batch_size", 2, "--merge_at_end", "true",
 )  # fmt: skip
 SIGNALS = {"loss": ("--stall_tolerance", 0.009), "update": ("--stall_signal", "update", "--stall_tolerance", 0.4)}
@@ -57,9 +57,9 @@ def merges_by_hand(out: Path, rule: StallRule) -> list[int]:
             resting -= 1
             continue
         history.append(values[step])
-        if len(history) >= WINDOW and rule.stalled(history[-WINDOW:]) and STEPS - step > RAMP:
+        if len(history) >= WINDOW and rule.stalled(history[-WINDOW:]) and STEPS - step > REWARMUP:
             found.append(step)
-            history, resting = [], RAMP
+            history, resting = [], REWARMUP
     return [*found, STEPS]
 
 
@@ -81,11 +81,11 @@ def test_the_loss_that_is_judged_is_the_loss_that_is_logged(wholes: dict[str, Pa
     assert all(value in (None, losses[step]) for step, value in values.items())
 
 
-def test_every_merge_is_followed_by_a_ramp(user: Playground, wholes: dict[str, Path]) -> None:
+def test_every_merge_is_followed_by_a_rewarmup(user: Playground, wholes: dict[str, Path]) -> None:
     schedule = parse(user.flags("out", *STALLED)).schedule(STEPS)
     rates = {row["step"]: row["learning_rate"] for row in rows(wholes["update"]) if "loss" in row}
     for merge in merges(wholes["update"])[:-1]:
-        top = schedule.curve(merge + RAMP)
+        top = schedule.curve(merge + REWARMUP)
         assert [rates[merge + k] for k in (1, 2, 3)] == pytest.approx([top / 3, 2 * top / 3, top])
 
 
@@ -121,7 +121,7 @@ def test_the_longest_cycle_ends_one_that_does_not_stall(user: Playground, tmp_pa
     assert "at its longest (--merge_at_latest)" in told and "is too noisy for a stall to be seen" in told
 
 
-def test_after_the_merge_at_the_end_a_longer_run_ramps_up_again(
+def test_a_run_extended_past_its_last_merge_warms_up_again(
     user: Playground, wholes: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "longer"
@@ -132,7 +132,7 @@ def test_after_the_merge_at_the_end_a_longer_run_ramps_up_again(
     run(2, flags)
     schedule = parse(flags).schedule(STEPS + 4)
     rates = [row["learning_rate"] for row in rows(out) if "loss" in row]
-    top = schedule.curve(STEPS + RAMP)
+    top = schedule.curve(STEPS + REWARMUP)
     assert rates == pytest.approx([top / 3, 2 * top / 3, top, schedule.curve(STEPS + 3)])
 
 

@@ -1,4 +1,4 @@
-"""Two nodes with an address each: the same losses as on one; a cut cable ends the run, which then goes on."""
+"""Two nodes with an address each: the same losses as on one; a cut cable ends the run, which can be resumed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.gloo, pytest.mark.heavy]
 
 MORE = ("--max_steps", 40, "--merge_every", 9, "--restart_warmup_steps", 1, "--save_steps", 4)
 PORT = "29511"
-"""Nobody else's: the nodes have a network of their own."""
+"""Used by nothing else: the nodes have a separate network."""
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_nodes_with_disks_of_their_own_are_one_run(
 def test_vectors_and_plans_reach_nodes_with_disks_of_their_own(
     user: Playground, nodes: tuple[Node, Node], tmp_path: Path
 ) -> None:
-    """Singular vectors and the plan of squares are made on rank 0's node, whose disk the other does not see."""
+    """Singular vectors and the plan of targets are made on rank 0's node, whose disk the other does not see."""
     more = ("--operator", "subspace", "--subspace_cycles", 2, "--alignment_weight", 0.1, "--alignment_rank", 4)
     planned = (*MORE, "--max_steps", 12, *more, "--targets", "auto", "--trainable_budget", "3%")
     run(2, user.flags(tmp_path / "whole", *planned))
