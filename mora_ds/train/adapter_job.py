@@ -42,8 +42,7 @@ logger = logging.getLogger(__name__)
 class AdapterJob(Job):
     """An adapter on a frozen base (--adapter mora, lora)."""
 
-    def __init__(self, *inputs: Any) -> None:
-        super().__init__(*inputs)
+    def prepare(self) -> None:
         training = self.arguments.training
         self.config = self._with_vectors(self._planned_config())
         self._inject()

@@ -37,10 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class Job(ABC):
-    """An engine, its state, and how both are saved and exported. All processes make it, and call it, together.
-
-    A subclass's constructor prepares the model, starts the engine and, where `place.checkpoint` is set, resumes.
-    """
+    """An engine, its state, and how both are saved and exported. All processes make it, and call it, together."""
 
     is_trained = True
     """Whether there is anything to train; a job without is evaluated."""
@@ -62,6 +59,14 @@ class Job(ABC):
         self.sequence = share_rows(loaded.model, training.sequence_parallel_size, training.collective_timeout_s)
         if self.sequence is not None:
             logger.info(describe(loaded.model.config, training.sequence_parallel_size, data.train.seq_len))
+        self.prepare()
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Prepare the model, start the engine and, where `place.checkpoint` is set, resume.
+
+        Sets the attributes above. Raises `UserError` for settings that do not fit the model or the checkpoint.
+        """
 
     @abstractmethod
     def save(self, state: TrainerState) -> Path:
@@ -118,8 +123,7 @@ class BareJob(Job):
 
     is_trained = False
 
-    def __init__(self, *inputs: Any) -> None:
-        super().__init__(*inputs)
+    def prepare(self) -> None:
         self.engine, self.state = self.loaded.model, TrainerState()
         self.trainable_parameters, self.total_parameters = 0, count_parameters(self.engine)
         logger.info(f"nothing is trained: all {self.total_parameters:,} parameters stay as they are")
@@ -138,8 +142,7 @@ class BareJob(Job):
 class FullJob(Job):
     """Training of every parameter under plain ZeRO (--adapter full)."""
 
-    def __init__(self, *inputs: Any) -> None:
-        super().__init__(*inputs)
+    def prepare(self) -> None:
         model, place = self.loaded.model, self.place
         self.trainable_parameters = self.total_parameters = count_parameters(model)
         logger.info(f"full training: all {self.total_parameters:,} parameters are trained, sharded by ZeRO")
