@@ -77,8 +77,8 @@ def run(ranks: int, argv: list[str]) -> dict[str, Any]:
 
 
 def printed(argv: list[str]) -> str:
-    """What a run prints. For `run_ranks`."""
-    with contextlib.redirect_stdout(io.StringIO()) as told:
+    """What a run prints, to stdout and stderr. For `run_ranks`."""
+    with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.redirect_stderr(told):
         run_job(parse(argv))
     return told.getvalue()
 
