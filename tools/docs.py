@@ -4,8 +4,8 @@
     python tools/docs.py --check    exits with 1 if one of them is not what the code says
 
 Generated: reference/cli.md from the parsers, reference/yaml.md from the dataclasses, reference/api.md from the public
-names, reference/support-matrix.md and the README's part of it from the checks of settings, and the table of packages in
-contributing.md from tests/test_imports.py.
+names, reference/support-matrix.md and the README's part of it from the checks of settings, the table of packages in
+contributing.md from tests/test_imports.py, and the tables of planned figures in results/memory.md from their JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
+from tools import figures
 from tools.docs_matrix import cell, matrix_lines, readme_lines, table_row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -275,6 +276,24 @@ def _sets_as_lists(node: ast.expr) -> ast.expr:
     return new
 
 
+# -- planned figures ---------------------------------------------------------------------------------------------------
+def _memory(text: str) -> str:
+    """The tables of results/memory.md, from the JSON that its figures are drawn from."""
+    plans = figures.plans()
+    body = ["| Llama 7B, 8 GPUs, and 70B, 64 GPUs | Base | Static memory | Peak |", "|---|---|---|---|"]
+    for model, (gpus, _) in figures.MEMORY.items():
+        for method in figures.METHODS:
+            sizes = plans[model, method, gpus]["bytes"]
+            cells = (f"{sizes[key] / 1e9:,.2f} GB" for key in ("base", "held", "peak"))
+            body.append(table_row(f"{model}, {method}", *cells))
+    text = _between(text, "memory", body)
+    lines = figures.traffic(plans)
+    body = [table_row("GB sent by one GPU in a step, at this number of GPUs", *map(str, figures.GPUS))]
+    body.append(table_row(*["---"] * (len(figures.GPUS) + 1)))
+    body += [table_row(name, *(f"{value:,.3f}" for value in values)) for name, values in lines.items()]
+    return _between(text, "traffic", body)
+
+
 # -- Markdown ----------------------------------------------------------------------------------------------------------
 def _first_line(doc: str | None) -> str:
     """The first paragraph of a docstring, as one line."""
@@ -297,6 +316,7 @@ def _between(text: str, name: str, body: Sequence[str]) -> str:
 def pages() -> dict[Path, str]:
     """Every generated page, as the code says it now: {path: text}."""
     reference = ROOT / "docs" / "reference"
+    memory = ROOT / "docs" / "results" / "memory.md"
     readme, contributing = ROOT / "README.md", ROOT / "docs" / "contributing.md"
     return {
         reference / "cli.md": cli_page(),
@@ -304,6 +324,7 @@ def pages() -> dict[Path, str]:
         reference / "api.md": api_page(),
         reference / "support-matrix.md": _page(["# Support matrix", "", GENERATED, "", *matrix_lines()]),
         readme: _between(readme.read_text(encoding="utf-8"), "support matrix", readme_lines()),
+        memory: _memory(memory.read_text(encoding="utf-8")),
         contributing: _contributing(contributing.read_text(encoding="utf-8")),
     }
 

@@ -94,9 +94,10 @@ def _plan(model: str, method: str, gpus: int, memory: int) -> dict[str, Any]:
     return {"model": model, "method": method, "gpus": gpus, "flags": " ".join(shown), **kept}
 
 
-def _plans() -> dict[tuple[str, str, int], dict[str, Any]]:
-    plans = json.loads((DATA / "plans.json").read_text(encoding="utf-8"))["plans"]
-    return {(plan["model"], plan["method"], plan["gpus"]): plan for plan in plans}
+def plans() -> dict[tuple[str, str, int], dict[str, Any]]:
+    """data/plans.json by model, method and number of GPUs."""
+    found = json.loads((DATA / "plans.json").read_text(encoding="utf-8"))["plans"]
+    return {(plan["model"], plan["method"], plan["gpus"]): plan for plan in found}
 
 
 def sharded_base(full: dict[str, Any], lora: dict[str, Any]) -> float:
@@ -108,16 +109,30 @@ def sharded_base(full: dict[str, Any], lora: dict[str, Any]) -> float:
     return (full["bytes_gathered"] + lora["bytes_reduced"]) * (gpus - 1) / gpus
 
 
+def traffic(known: dict[tuple[str, str, int], dict[str, Any]]) -> dict[str, list[float]]:
+    """{method: GB that one GPU sends in a step of Llama 7B, for each of `GPUS`}."""
+    lora = [known["7B", "LoRA r=8, ZeRO-2", gpus] for gpus in GPUS]
+    full = [known["7B", "full, ZeRO-3", gpus] for gpus in GPUS]
+    sent = {
+        "full training, ZeRO-3": [plan["bytes_sent"] for plan in full],
+        "LoRA r=8, ZeRO-3, base sharded": [sharded_base(*pair) for pair in zip(full, lora, strict=True)],
+        "mora_ds, MoRA r=256": [known["7B", "MoRA r=256", gpus]["bytes_sent"] for gpus in GPUS],
+        "mora_ds, MoRA r=8": [known["7B", "MoRA r=8", gpus]["bytes_sent"] for gpus in GPUS],
+        "LoRA r=8, ZeRO-2 (as PEFT)": [plan["bytes_sent"] for plan in lora],
+    }
+    return {name: [value / 1e9 for value in values] for name, values in sent.items()}
+
+
 # -- figures -----------------------------------------------------------------------------------------------------------
 def draw_memory() -> None:
     """memory.svg: what one GPU holds, as stacked bars."""
-    plans = _plans()
+    known = plans()
     figure, axes = _axes(1, 2, (7.2, 3.6))
     shown = [name for name in METHODS if name != "MoRA r=256"]
     for axis, (model, (gpus, memory)) in zip(axes, MEMORY.items(), strict=True):
         parts: dict[str, list[float]] = {"base": [], "other static memory": [], "peak above it": []}
         for method in shown:
-            sizes = plans[model, method, gpus]["bytes"]
+            sizes = known[model, method, gpus]["bytes"]
             parts["base"].append(sizes["base"] / 1e9)
             parts["other static memory"].append((sizes["held"] - sizes["base"]) / 1e9)
             parts["peak above it"].append((sizes["peak"] - sizes["held"]) / 1e9)
@@ -138,19 +153,10 @@ def draw_memory() -> None:
 
 def draw_traffic() -> None:
     """traffic.svg: bytes that one GPU sends in a step, against the number of GPUs."""
-    plans = _plans()
     figure, (axis,) = _axes(1, 1, (7.2, 3.9))
-    lora = {gpus: plans["7B", "LoRA r=8, ZeRO-2", gpus] for gpus in GPUS}
-    full = {gpus: plans["7B", "full, ZeRO-3", gpus] for gpus in GPUS}
-    lines = {
-        "full training, ZeRO-3": ([full[gpus]["bytes_sent"] for gpus in GPUS], FOURTH, "-"),
-        "LoRA r=8, ZeRO-3 (base sharded)": ([sharded_base(full[gpus], lora[gpus]) for gpus in GPUS], SECOND, "-"),
-        "mora_ds, MoRA r=256": ([plans["7B", "MoRA r=256", gpus]["bytes_sent"] for gpus in GPUS], OURS, "--"),
-        "mora_ds, MoRA r=8": ([plans["7B", "MoRA r=8", gpus]["bytes_sent"] for gpus in GPUS], OURS, "-"),
-        "LoRA r=8, ZeRO-2 (PEFT)": ([lora[gpus]["bytes_sent"] for gpus in GPUS], THIRD, ":"),
-    }
-    for name, (values, colour, style) in lines.items():
-        axis.plot(GPUS, [value / 1e9 for value in values], style, color=colour, label=name, linewidth=2.2)
+    looks = ((FOURTH, "-"), (SECOND, "-"), (OURS, "--"), (OURS, "-"), (THIRD, ":"))
+    for (name, values), (colour, style) in zip(traffic(plans()).items(), looks, strict=True):
+        axis.plot(GPUS, values, style, color=colour, label=name, linewidth=2.2)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(GPUS, [str(gpus) for gpus in GPUS])
