@@ -48,7 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "70B": {
         **LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+        "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096,
     },
 }  # fmt: skip
 METHODS = {
@@ -127,7 +127,7 @@ def traffic(known: dict[tuple[str, str, int], dict[str, Any]]) -> dict[str, list
 def draw_memory() -> None:
     """memory.svg: what one GPU holds, as stacked bars."""
     known = plans()
-    figure, axes = _axes(1, 2, (7.2, 3.6))
+    figure, axes = _axes(2, 1, (5, 5.4))
     shown = [name for name in METHODS if name != "MoRA r=256"]
     for axis, (model, (gpus, memory)) in zip(axes, MEMORY.items(), strict=True):
         parts: dict[str, list[float]] = {"base": [], "other static memory": [], "peak above it": []}
@@ -141,30 +141,33 @@ def draw_memory() -> None:
             axis.barh(shown, values, left=left, color=colour, label=name, height=0.6)
             left = [start + value for start, value in zip(left, values, strict=True)]
         axis.axvline(memory, color=INK, linewidth=1, linestyle="--")
-        axis.set_title(f"Llama {model}, {gpus} GPUs of {memory} GB", fontsize=11, color=INK)
-        axis.set_xlabel("GB on one GPU")
+        axis.set_title(f"Llama {model}, {gpus} GPUs of {memory} GB", fontsize=12, color=INK)
         axis.invert_yaxis()
-    axes[1].set_yticklabels([])
+    axes[1].set_xlabel("GB on one GPU (dashed: what it has)")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=3, frameon=False, labelcolor=INK)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncol=3, frameon=False, labelcolor=INK, columnspacing=1,
+                  handlelength=1.2)  # fmt: skip
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     _save(figure, "memory.svg", "Planned memory of one GPU")
 
 
 def draw_traffic() -> None:
     """traffic.svg: bytes that one GPU sends in a step, against the number of GPUs."""
-    figure, (axis,) = _axes(1, 1, (7.2, 3.9))
-    looks = ((FOURTH, "-"), (SECOND, "-"), (OURS, "--"), (OURS, "-"), (THIRD, ":"))
-    for (name, values), (colour, style) in zip(traffic(plans()).items(), looks, strict=True):
-        axis.plot(GPUS, values, style, color=colour, label=name, linewidth=2.2)
+    figure, (axis,) = _axes(1, 1, (5, 4.6))
+    looks = ((FOURTH, "-", 5), (SECOND, "-", -17), (OURS, "--", 6), (OURS, "-", 6), (THIRD, ":", -18))
+    for (name, values), (colour, style, above) in zip(traffic(plans()).items(), looks, strict=True):
+        axis.plot(GPUS, values, style, color=colour, linewidth=2.4)
+        axis.annotate(name, (GPUS[-1], values[-1]), textcoords="offset points", xytext=(0, above), ha="right",
+                      color=colour, fontsize=11)  # fmt: skip
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    axis.set_ylim(0.02, 100)
     axis.set_xticks(GPUS, [str(gpus) for gpus in GPUS])
-    axis.set_xlabel("GPUs (4,096 tokens each)")
+    axis.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
+    axis.set_xlabel("GPUs, 4,096 tokens each")
     axis.set_ylabel("GB sent by one GPU in a step")
-    axis.set_title("Llama 7B, bf16", fontsize=11, color=INK)
+    axis.set_title("Llama 7B, bf16, planned", fontsize=12, color=INK)
     axis.grid(True, which="major", color=FAINT, linewidth=0.6)
-    axis.legend(frameon=False, labelcolor=INK, loc="center right", bbox_to_anchor=(1.0, 0.55), fontsize=9.5)
     figure.tight_layout()
     _save(figure, "traffic.svg", "Planned bytes on the network")
 
@@ -174,7 +177,7 @@ def draw_learning() -> None:
     if not (DATA / "learning.json").is_file():
         return
     content = json.loads((DATA / "learning.json").read_text(encoding="utf-8"))
-    figure, (axis,) = _axes(1, 1, (7.2, 4.2))
+    figure, (axis,) = _axes(1, 1, (5, 4.4))
     colours = {"lora": SECOND, "mora": OURS, "full": FOURTH}
     for row in content["rows"]:
         colour = next((value for key, value in colours.items() if key in row["label"].lower()), BASE)
@@ -197,7 +200,7 @@ def _axes(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]
     from matplotlib import pyplot
 
     pyplot.rcParams.update({
-        "svg.fonttype": "none", "svg.hashsalt": "mora_ds", "font.family": "sans-serif", "font.size": 10.5,
+        "svg.fonttype": "none", "svg.hashsalt": "mora_ds", "font.family": "sans-serif", "font.size": 11,
         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": INK, "ytick.color": INK,
     })  # fmt: skip
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
