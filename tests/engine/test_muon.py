@@ -1,4 +1,4 @@
-"""Muon on the squares, AdamW on the rest: sharded = one plain process, merged, resumed, refused."""
+"""Muon on the MoRA matrices, AdamW on the other parameters: sharded = one plain process, merged, resumed, refused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def without_half_precision() -> None:
 
 
 def plain_run(merge_at: int | None = None) -> dict[str, Any]:
-    """No DeepSpeed, the whole global batch at once: gradient clipped, then Muon and AdamW."""
+    """No DeepSpeed, the complete global batch at once: gradient clipped, then Muon and AdamW."""
     model = small_model()
     squares, others = squares_of(model), others_of(model)
     momentum = [torch.zeros_like(square) for square in squares]
@@ -152,8 +152,8 @@ def worst(found: list[Tensor], expected: list[Any], unit: float) -> float:
 
 
 def assert_follows(ranks: list[dict[str, Any]], expected: dict[str, Any], tolerance: float) -> None:
-    """A step moves a square by one rate: an update that is clipped itself, or orthogonalised in pieces, is off by more
-    than that."""
+    """A step moves a matrix by one learning rate: an update that is clipped itself, or orthogonalised in parts, is off
+    by more than that."""
     for found in ranks:
         assert found["muon"] == [True, False]
         assert worst(found["squares"], expected["squares"], RATE) < tolerance
@@ -230,7 +230,7 @@ def test_squares_are_group_0_and_all_of_muon_whatever_the_names(family: str) -> 
 
 
 def saved_and_resumed(stage: int, changes: dict[str, Any], folder: str) -> bool:
-    """Whether squares, the rest and all optimizer state agree, bit for bit, with a run that was never stopped."""
+    """Whether masters and all optimizer state agree, bit for bit, with a run that was never stopped."""
 
     def new() -> zero.Engine:
         config = muon_config(stage, ROWS // dist.get_world_size(), **changes)
@@ -307,7 +307,7 @@ def random_reset_without_zero(folder: str) -> list[Tensor]:
 
 @pytest.mark.gloo
 def test_without_zero_every_rank_prunes_alike(tmp_path: Path) -> None:
-    """Else their squares would move apart at the next step."""
+    """Else their matrices would differ after the next step."""
     one, other = run_ranks(2, random_reset_without_zero, str(tmp_path))
     assert all(torch.equal(mine, yours) for mine, yours in zip(one, other, strict=True))
 
@@ -335,7 +335,7 @@ def test_the_job_learns_merges_and_resumes_bit_for_bit(user: Playground, tmp_pat
 
 
 def carried(persistent: bool) -> dict[str, int]:
-    """Bytes of one optimizer step at stage 3, and of the squares."""
+    """Bytes that one optimizer step at stage 3 gathers, and those of the MoRA matrices."""
     model = adapted_model()
     config = muon_config(3, 3, 1)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 10**6 if persistent else 0

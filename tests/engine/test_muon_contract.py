@@ -17,32 +17,7 @@ from torch import nn
 from mora_ds.engine import muon, optimizer_view, zero
 from tests.helpers.gloo import run_ranks
 
-ZERO = "deepspeed.runtime.zero"
-SYMBOLS = {
-    "deepspeed": ["set_optimizer_flags"],
-    "deepspeed.runtime.engine": ["DeepSpeedEngine.optimizer_name", "DeepSpeedEngine._muon_param_groups"],
-    "deepspeed.runtime.utils": ["combine_grad_norm_groups", "is_invalid_grad_norm"],
-    f"{ZERO}.muon.original_muon": [
-        "muon_update", "zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz", "ns_compute_dtype",
-    ],
-    f"{ZERO}.muon.muon_optimizer": ["MuonWithAuxAdam", "muon_update"],
-    f"{ZERO}.stage3": [
-        "DeepSpeedZeroOptimizer_Stage3._apply_muon_to_accumulated_grads",
-        "DeepSpeedZeroOptimizer_Stage3._get_norm_groups",
-    ],
-    f"{ZERO}.stage_1_and_2": [
-        "DeepSpeedZeroOptimizer._apply_muon_updates_cpu_offload", "DeepSpeedZeroOptimizer._is_muon_group",
-        "DeepSpeedZeroOptimizer.get_flat_partition", "DeepSpeedZeroOptimizer.scaled_global_norm",
-    ],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in SYMBOLS.items() for name in names])
-def test_symbols(module: str, name: str) -> None:
-    value = import_module(module)
-    for part in name.split("."):
-        assert hasattr(value, part), f"{module}.{name} is gone"
-        value = getattr(value, part)
+KERNELS = "deepspeed.runtime.zero.muon.original_muon"
 
 
 def step_calls(optimizer: type) -> list[str]:
@@ -77,10 +52,10 @@ def test_parameters_are_tagged_by_name() -> None:
 
 
 def test_kernels_are_compiled_unless_unwrapped() -> None:
-    kernels = import_module(f"{ZERO}.muon.original_muon")
+    kernels = import_module(KERNELS)
     assert inspect.getsource(kernels).count("@compiler.compile()") == 3
     muon._leave_kernels_uncompiled()
-    for name in SYMBOLS[f"{ZERO}.muon.original_muon"][:3]:
+    for name in ("muon_update", "zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz"):
         assert not hasattr(getattr(kernels, name), "_torchdynamo_orig_callable"), name
 
 
@@ -88,7 +63,7 @@ def test_kernels_are_compiled_unless_unwrapped() -> None:
 
 
 class Small(nn.Module):
-    """A square that two ranks cannot share evenly, and something else."""
+    """A matrix that two processes cannot share evenly, and another parameter."""
 
     def __init__(self) -> None:
         super().__init__()

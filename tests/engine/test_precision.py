@@ -1,7 +1,7 @@
 """Every precision, ZeRO stage, checkpointing and offload, with embeddings and norms trained too, across a merge.
 
 In fp32 each run must follow one plain PyTorch process. In bf16 and fp16 a merge must change nothing but what rounding
-does, leave nothing of the old squares behind, and touch nothing else that is trained.
+does, leave nothing of the old MoRA matrices behind, and touch nothing else that is trained.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ OVERFLOW_CASES = {
 
 
 def plain_run(case: Case) -> dict[str, Any]:
-    """The whole global batch at once, in fp32."""
+    """The complete global batch at once, in fp32."""
     case = replace(case, dtype="float32", checkpointing=False)
     model = case.model()
     squares = {name: layer.square for name, layer in mora_layers(model).items()}
@@ -310,7 +310,7 @@ def test_a_merge_leaves_nothing_behind_and_touches_nothing_else(name: str, runs:
 
 @pytest.mark.parametrize("name", OVERFLOW_CASES)
 def test_a_skipped_step_can_be_followed_by_a_merge(name: str, runs: Any) -> None:
-    """The loss scale starts far too high: the steps before the merge are dropped, the squares are still zero."""
+    """The loss scale starts far too high: the steps before the merge are skipped, the MoRA matrices are still zero."""
     for found in (rank[name] for rank in runs):
         assert found["skipped"][:MERGE_AFTER] == [True] * MERGE_AFTER
         before, after = found["probes"]

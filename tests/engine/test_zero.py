@@ -32,7 +32,7 @@ OPERATORS = ("truncate", "share", "decouple", "rotate")
 
 
 def plain_run(operator: str) -> dict[str, Any]:
-    """One process, no DeepSpeed, the whole global batch at once."""
+    """One process, no DeepSpeed, the complete global batch at once."""
     model = adapted_model(operator=operator)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, eps=EPSILON, weight_decay=0.0)

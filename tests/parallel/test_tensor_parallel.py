@@ -1,4 +1,4 @@
-"""Split equals whole: t x dp ranks follow one plain PyTorch process, for every family and operator."""
+"""Split equals unsplit: t x dp ranks follow one plain PyTorch process, for every family and operator."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CORE: list[Case] = [
     {"family": "llama", "operator": "rotate", "grouping": "permuted"},
     {"family": "mistral", "operator": "decouple", "grouping": "permuted", "compute": "weight"},
     {"family": "llama", "operator": "decouple", "target_modules": ("q_proj", "down_proj")},
-    {"family": "llama", "operator": "truncate", "rank": 1},  # 3 squares of 8 rows: the folded inputs are smaller
+    {"family": "llama", "operator": "truncate", "rank": 1},  # 3 matrices of 8 rows: the folded inputs are smaller
     {"family": "qwen3", "operator": "share", "train_norms": True, "checkpointing": True},
     {"family": "qwen2", "operator": "share", "compute": "weight", "train_embeddings": True},
     {"family": "gpt_neox", "operator": "rotate"},
@@ -135,8 +135,8 @@ OPERATORS = ("share", "rotate", "decouple", "truncate")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("world", "degree"), [(2, 2), (4, 4), (4, 2)])
 def test_every_family_and_operator(world: int, degree: int, family: str) -> None:
-    """Everything trained beside the squares, without gradient checkpointing; the squares alone, over the weight, with
-    it. At t = 4 with four key-value heads as well as with two, where the attention falls back."""
+    """With all other trained parameters and no gradient checkpointing; MoRA matrices only, over the weight, with
+    checkpointing. At t = 4 with four key-value heads as well as with two, where the attention falls back."""
     models: list[dict[str, Any]] = [{}]
     if degree == 4 and family not in ("gpt2", "gpt_neox"):
         models.append({"num_key_value_heads": 4})

@@ -1,4 +1,4 @@
-"""What a rank keeps and multiplies falls as 1/t, in what the plan splits: measured by the benchmark's own counters."""
+"""What a process saves and multiplies falls as 1/t, where the plan splits: measured by the benchmark's own counters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def measured(degree: int) -> dict[str, tuple[int, int]]:
-    """(bytes kept for backward, operations) of this rank, by the way its squares are computed."""
+    """(bytes saved for backward, operations) of this process, by the way its updates are computed."""
     import sys
 
     spec = spec_from_file_location("bench_tensor_parallel", TOOL)
@@ -39,6 +39,6 @@ def test_kept_activations_and_products_fall_with_the_degree() -> None:
     for found in ranks:
         for name, (kept, flops) in found.items():
             assert kept <= 0.53 * alone[name][0], (name, kept / alone[name][0])
-            # gathered squares over activations: each rank multiplies by all of M's rows, for its part of the outputs
+            # gathered matrices over activations: each process multiplies by all rows of M, for its part of the outputs
             most = 0.505 if name in ("aligned", "rotate") else 0.80
             assert flops <= most * alone[name][1], (name, flops / alone[name][1])

@@ -43,7 +43,7 @@ TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-11}
 EVERYTHING = {"train_norms": True, "train_embeddings": True, "train_head": True}
 CASES: list[Case] = [
     {"family": "qwen3", "operator": "share", **EVERYTHING},  # q_norm and k_norm see a rank's heads alone
-    {"family": "gpt2", "operator": "rotate", **EVERYTHING},  # nothing is split but the squares
+    {"family": "gpt2", "operator": "rotate", **EVERYTHING},  # only the MoRA matrices are split
 ]
 
 

@@ -95,7 +95,7 @@ def hashes(folder: Path, pattern: str) -> dict[str, str]:
 
 
 def test_the_same_bytes_at_every_size(saved: tuple[str, Path, torch.Tensor], ground: Playground) -> None:
-    """Squares, ledger and merged model of one state, saved and exported by one rank and by others."""
+    """Adapter, merge ledger and merged model of one state, saved and exported by one rank and by others."""
     name, out, _ = saved
     found = []
     for degree, replicas in ((1, 1), (2, 1), (2, 2)):

@@ -23,15 +23,15 @@ from tests.helpers.tensor_parallel import Case, model_of, start
 
 ROWS, LENGTH = 2, 16
 PASSES = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
-"""Squares are gathered in forward and again in backward, as at a size that matters."""
+"""MoRA matrices are gathered in forward and again in backward, as at a size that matters."""
 SHAPE = {"num_key_value_heads": 4, "intermediate_size": 68}
-"""Squares of 16 and 20 rows: no padding."""
+"""MoRA matrices of 16 and 20 rows: no padding."""
 CASES: dict[str, Case] = {
     "gather": {"family": "llama", "model": SHAPE},
     "aligned": {"family": "llama", "segments": 4, "model": SHAPE},
     "fallback": {"family": "llama", "model": {**SHAPE, "num_key_value_heads": 1, "num_attention_heads": 1}},
     "rotate": {"family": "llama", "operator": "rotate", "model": SHAPE},
-    "folded inputs": {"family": "llama", "rank": 1, "model": SHAPE},  # squares of 8 and 10: 24 and 20 lanes of 32
+    "folded inputs": {"family": "llama", "rank": 1, "model": SHAPE},  # 8 and 10 rows: 24 and 20 columns of 32 in all
     "whole inputs": {"family": "llama", "model": SHAPE, "inputs": "whole"},
 }
 DEGREE, REPLICAS = 2, 2
@@ -89,7 +89,7 @@ def test_an_aligned_grouping_adds_nothing_for_the_squares() -> None:
 
 
 def seven_billion(**config: Any) -> torch.nn.Module:
-    """One layer of Llama 7B, without memory, with squares of rank 256."""
+    """One layer of Llama 7B, on the meta device, with an adapter of rank 256."""
     llama = LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=1, vocab_size=64
     )

@@ -1,4 +1,4 @@
-"""Rows split over ranks give what whole rows give: s = 2, 4 and 2 x 2 under ZeRO-3 follow one plain PyTorch process."""
+"""Split rows give what complete rows give: s = 2, 4 and 2 x 2 under ZeRO-3 follow one plain PyTorch process."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def batch_of(case: Case, step: int) -> dict[str, Tensor]:
 
 
 def plain_run(case: Case) -> dict[str, Any]:
-    """One process, no DeepSpeed, whole rows."""
+    """One process, no DeepSpeed, complete rows."""
     model = model_of(case)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, eps=EPSILON, weight_decay=0.0)

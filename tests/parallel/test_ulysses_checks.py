@@ -61,7 +61,7 @@ def test_whole_rows_and_models_that_are_not_bound() -> None:
 
 
 def handed_to_flash_attention() -> float:
-    """Largest difference of a split row's logits, with a stand-in for the kernel that goes by what it is told."""
+    """Largest difference of a split row's logits, with a stand-in for the kernel that reads its arguments."""
     batch = {"input_ids": tokens(1, LENGTH, seed=5), "position_ids": torch.arange(LENGTH).expand(1, -1).clone()}
     batch["position_ids"][0, 7:] -= 7
     model = tiny_model("mistral")

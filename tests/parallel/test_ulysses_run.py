@@ -1,4 +1,4 @@
-"""Whole runs with --sequence_parallel_size: batches, merges, evaluation, checkpoints are those of one process."""
+"""Complete runs with --sequence_parallel_size: batches, merges, evaluation, checkpoints are those of one process."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
 
 def job_in_fp32(argv: list[str]) -> dict[str, Any]:
     """`job`, where Muon makes gradients orthogonal in fp32. In bf16, as it does, a rounding of 1e-7 in a gradient
-    becomes one of 4e-4 in the norm of a square."""
+    becomes one of 4e-4 in the norm of a MoRA matrix."""
     from deepspeed.runtime.zero.muon import original_muon
 
     original_muon.ns_compute_dtype = lambda method: torch.float32

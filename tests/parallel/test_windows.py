@@ -97,7 +97,7 @@ GROUPINGS = (Grouping.PERMUTED, Grouping.PLAIN, Grouping.CONTIGUOUS)
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("shape", [(24, 40, 10), (40, 24, 10), (17, 23, 6), (24, 40, 32)])
 def test_segments_confine_what_meets(shape: tuple[int, int, int], grouping: Grouping) -> None:
-    """One definition for every way to compute, and a window of whole segments needs its own lanes only."""
+    """One definition for every way to compute, and a window of complete segments needs its own rows or columns only."""
     d_in, d_out, r_hat = shape
     plain = OperatorSpec(OperatorKind.SHARE, d_in, d_out, r_hat, grouping, seed=5)
     square, x, _ = tensors(plain)
