@@ -260,7 +260,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "subspace": ({"operator": "subspace"}, "--operator subspace has no MoRA matrices for single rows"),
     "alignment": ({"alignment_weight": 0.1}, "--alignment_weight aligns one update a layer"),
     "tensor parallel": ({"tensor_parallel_size": 2}, "--tensor_parallel_size 2 splits"),
-    "called shared": ({"train_files": ["shared=x:1", "b=y:1"]}, "'shared' is the shared square's"),
+    "called shared": ({"train_files": ["shared=x:1", "b=y:1"]}, "'shared' stands for the shared MoRA matrix"),
     "called like a folder's own": ({"train_files": ["..=x:1", "b=y:1"]}, "'..' cannot be a domain's name"),
     "evaluated as nobody": ({"eval_domains": ["held=lwa"]}, "there is no domain 'lwa'"),
     "twice": ({"eval_domains": ["held=a", "held=b"]}, "--eval_domains: held is given twice"),
