@@ -26,7 +26,7 @@ from mora_ds.remora.ledger import Ledger
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refused, rows, run
-from tests.helpers.kills import assert_same_outcome, tree
+from tests.helpers.outcome import assert_same_outcome, tree
 
 MERGING = (
     "--max_steps", 6, "--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 2, "--train_norms", "true",

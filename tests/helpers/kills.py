@@ -1,10 +1,10 @@
-"""Ranks that SIGKILL themselves at a named moment of a run, and what must be the same afterwards.
+"""Processes that kill themselves with SIGKILL at a named moment of a run.
 
-    killed_run(2, argv, "before_the_rename", victims=[0])      ends when the last rank is dead
+    killed_run(2, argv, "before_the_rename", victims=[0])      returns when the last process has ended
     run(2, argv)                                               the same command again
-    assert_same_outcome(out, whole)                            every file, byte for byte
+    assert_same_outcome(out, uninterrupted)                    every file is equal, byte for byte (outcome.py)
 
-The moments are patched into the rank that is to die, here alone: the package itself has no hooks.
+Each moment is patched into the process that is to die; the package itself has no hooks.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -40,14 +39,14 @@ from mora_ds.remora.merge import ReMoRA
 from mora_ds.train import metrics, output_folder, pretrain, vectors
 from mora_ds.train.run import Run
 from tests.helpers.gloo import start_ranks
-from tests.helpers.jobs import curve, job
+from tests.helpers.jobs import job
 
 Install = Callable[[], None]
 
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)  # the signal is on its way: not one line more
+    time.sleep(60)  # the signal may take a moment to arrive; nothing else must run meanwhile
 
 
 # -- ways to die -----------------------------------------------------------------------------------------------------
@@ -106,14 +105,14 @@ def torn(owner: Any, name: str, path_of: Callable[..., Path], nth: int = 1) -> N
 
 
 def half_deleted(folder_name: str) -> None:
-    """Die in the middle of `shutil.rmtree` of a folder of that name, wherever it lies and whatever hides it."""
+    """Die in the middle of `shutil.rmtree` of a folder whose name contains `folder_name`."""
     original = shutil.rmtree
 
     def patched(path: Any, *args: Any, **kwargs: Any) -> None:
         if folder_name in Path(path).name and Path(path).exists():
-            found = sorted(file for file in Path(path).rglob("*") if file.is_file())
-            assert len(found) > 1, f"{path} is no folder that can be half deleted"
-            for file in found[: len(found) // 2]:
+            contents = sorted(file for file in Path(path).rglob("*") if file.is_file())
+            assert len(contents) > 1, f"{path} has too few files to be half deleted"
+            for file in contents[: len(contents) // 2]:
                 file.unlink()
             die()
         original(path, *args, **kwargs)
@@ -122,6 +121,7 @@ def half_deleted(folder_name: str) -> None:
 
 
 def half_a_row() -> None:
+    """Die in the middle of a row of metrics.jsonl."""
     write = metrics.MetricsLog._write
 
     def patched(log: Any, row: dict[str, Any]) -> None:
@@ -135,6 +135,7 @@ def half_a_row() -> None:
 
 
 def half_a_tokenizer() -> None:
+    """Die when the tokenizer's folder lacks tokenizer.json."""
     save = transformers.PreTrainedTokenizerBase.save_pretrained
 
     def patched(tokenizer: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
@@ -146,7 +147,7 @@ def half_a_tokenizer() -> None:
 
 
 def cycle_without_its_line() -> None:
-    """The second cycle's file is there, and ledger.json does not name it yet."""
+    """Die when the file of the second cycle exists and ledger.json does not name it yet."""
     write = ledger.Ledger._write
 
     def patched(book: Any, records: Sequence[Any]) -> None:
@@ -161,32 +162,32 @@ def cycle_without_its_line() -> None:
 
 
 class Start(Enum):
-    """What lies in the output folder when the run begins that is to be killed."""
+    """The content of the output folder before the run that is killed."""
 
     NOTHING = "nothing"
-    FINISHED = "a run that has come to its end"
+    FINISHED = "a finished run"
     UNNAMED = "a run whose last checkpoint `latest` does not name yet"
     ANOTHER = "another run, which --overwrite_output_dir deletes"
 
 
 class Passes(Enum):
-    """Which ranks come to a moment."""
+    """The processes that reach a moment."""
 
     ALL = "all"
-    FIRST = "the first one alone"
+    FIRST = "rank 0 only"
 
 
 @dataclass(frozen=True)
 class Moment:
     install: Install
-    """Patches a rank so that it dies then. Numbers count from a run of `STEPS`: a save after every step, merges after
-    steps 2 and 4."""
+    """Patches a process so that it dies then. The numbers of calls are those of a run with the flags `STEPS`: a
+    checkpoint after every step, merges after steps 2 and 4."""
     passes: Passes = Passes.FIRST
     start: Start = Start.NOTHING
     more: tuple[str | int, ...] = ()
-    """Flags beside `STEPS`."""
+    """Flags in addition to `STEPS`."""
     only_heavy: bool = False
-    """Left out where every moment is tried once."""
+    """Whether only the heavy tests try this moment."""
 
 
 STEPS = (
@@ -197,7 +198,7 @@ STEPS = (
 SUBSPACE = ("--operator", "subspace", "--subspace_cycles", 2)
 
 BEST = ("--best_by", "short:1", "--eval_steps", 1)
-"""Every step has an evaluation, and with most of them a new best checkpoint."""
+"""Flags for an evaluation after each step, most of which make a new best checkpoint."""
 
 PLANNED = ("--targets", "auto", "--trainable_budget", "3%")
 
@@ -207,7 +208,7 @@ MOMENTS: dict[str, Moment] = {
     "after_the_optimizer_step": Moment(lambda: after(DeepSpeedEngine, "step", 4), Passes.ALL),
     "half_a_row_of_metrics": Moment(half_a_row),
     # a checkpoint
-    "squares_are_gathered": Moment(
+    "matrices_are_gathered": Moment(
         lambda: within(contents.RunWriter, "collect", 3, lambda: before(zero, "full_fp32", 5)), Passes.ALL
     ),
     "engine_shard_half_written": Moment(
@@ -308,22 +309,22 @@ MOMENTS: dict[str, Moment] = {
 
 
 def doomed_job(argv: list[str], moment: str, victims: Sequence[int]) -> None:
-    """A run in which the ranks `victims` die. For `start_ranks`."""
+    """A run in which the processes with the ranks `victims` die. For `start_ranks`."""
     if dist.get_rank() in victims:
         MOMENTS[moment].install()
     job(argv)
 
 
 def killed_run(world: int, argv: list[str], moment: str, victims: Sequence[int], patience_s: float = 30) -> None:
-    """Runs until the ranks `victims` have killed themselves; those that are left must then end by themselves.
+    """Run until the processes with the ranks `victims` have died; the others must then end within `patience_s`.
 
-    With all ranks as victims the first death is followed by that of the others at once, as by a node's.
+    With all ranks as victims, the others are killed as soon as the first has died, as when a node fails.
     """
     pipes, processes = start_ranks(world, doomed_job, argv, moment, victims)
     try:
         first = _first_death([processes[rank] for rank in victims], 120)
         if first.exitcode != -signal.SIGKILL:
-            raise AssertionError(f"{moment} never came:\n{_last_words(pipes)}")
+            raise AssertionError(f"the run did not reach {moment}:\n{_last_words(pipes)}")
         if len(victims) == world:
             return
         deadline = time.monotonic() + patience_s
@@ -338,7 +339,7 @@ def killed_run(world: int, argv: list[str], moment: str, victims: Sequence[int],
 
 def _first_death(processes: list[Any], timeout_s: float) -> Any:
     ready = multiprocessing.connection.wait([process.sentinel for process in processes], timeout_s)
-    assert ready, "nobody died"
+    assert ready, "no process died"
     process = next(process for process in processes if process.sentinel in ready)
     process.join()
     return process
@@ -352,70 +353,3 @@ def _last_words(pipes: list[Any]) -> str:
         except EOFError:
             words.append("(dead)")
     return "\n".join(words)
-
-
-# -- afterwards ------------------------------------------------------------------------------------------------------
-
-_MEASURED = {"metrics.jsonl", "run.yaml", "summary.json"}
-"""Files that two equal runs need not share byte for byte: they hold times, memory, the folder's name."""
-
-
-def tree(out: Path) -> dict[str, bytes]:
-    """Every file and link of a run by its path, TensorBoard's apart (their names are made of time and process)."""
-    return {str(path.relative_to(out)): _content(path) for path in _entries(out)}
-
-
-def _unpadded(out: Path) -> dict[str, bytes]:
-    found = tree(out)
-    for name in found:
-        if "/engine/" in name and name.endswith(".pt"):
-            loaded = torch.load(out / name, map_location="cpu", weights_only=False)  # written a moment ago
-            found[name] = b"".join(_tensors(loaded))
-        elif name.startswith("checkpoints/") and name.endswith("manifest.json"):
-            listed = json.loads(found[name])["files"].items()
-            found[name] = repr([(file, "engine/" in file or facts) for file, facts in listed]).encode()
-    return found
-
-
-def _tensors(value: Any, path: str = "") -> Iterator[bytes]:
-    """Every tensor's place and bytes but those of the masters."""
-    if isinstance(value, torch.Tensor):
-        yield path.encode() + value.detach().flatten().view(torch.uint8).numpy().tobytes()
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            if key != "fp32_flat_groups":
-                yield from _tensors(part, f"{path}/{key}")
-    elif isinstance(value, (list, tuple)):
-        for index, part in enumerate(value):
-            yield from _tensors(part, f"{path}/{index}")
-
-
-def _entries(out: Path) -> Iterator[Path]:
-    for path in sorted(out.rglob("*")):
-        is_leaf = path.is_symlink() or not path.is_dir() or not any(path.iterdir())
-        if is_leaf and "tensorboard" not in path.parts:
-            yield path
-
-
-def _content(path: Path) -> bytes:
-    if path.is_symlink():
-        return os.readlink(path).encode()
-    return b"" if path.name in _MEASURED or path.is_dir() else path.read_bytes()
-
-
-def assert_same_outcome(out: Path, whole: Path, padded: bool = False) -> None:
-    """Checkpoints (squares, moments, random states, manifest), ledger, merged model, curve: equal, and nothing more.
-
-    `padded`: the number of ranks does not divide every parameter. DeepSpeed 0.19.8 leaves what fills the last rank's
-    share of a master as `torch.empty` made it, so shards are compared without their masters, which stand whole in
-    adapter.safetensors.
-    """
-    assert curve(out) == curve(whole)
-    found, wanted = (_unpadded(folder) if padded else tree(folder) for folder in (out, whole))
-    assert found.keys() == wanted.keys(), (
-        f"{found.keys() - wanted.keys()} too many, {wanted.keys() - found.keys()} lost"
-    )
-    assert [path for path in wanted if found[path] != wanted[path]] == []
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (out, whole)]
-    for name in ("steps", "tokens", "merges", "perplexity_before", "perplexity_after"):
-        assert summaries[0][name] == summaries[1][name], name

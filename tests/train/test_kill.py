@@ -15,7 +15,8 @@ import pytest
 
 from mora_ds.files import replace_symlink
 from tests.helpers.jobs import Playground, run
-from tests.helpers.kills import MOMENTS, STEPS, Passes, Start, assert_same_outcome, killed_run
+from tests.helpers.kills import MOMENTS, STEPS, Passes, Start, killed_run
+from tests.helpers.outcome import assert_same_outcome
 
 Whole = Callable[[int, str, tuple[str | int, ...]], Path]
 PRECISIONS = {"fp32": (), "bf16": ("--bf16", "true")}

@@ -19,7 +19,7 @@ import pytest
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks, start_ranks
 from tests.helpers.jobs import Playground, job, playground, rows
-from tests.helpers.kills import assert_same_outcome
+from tests.helpers.outcome import assert_same_outcome
 
 RANKS = 2
 STEPS = int(os.environ.get("LONG_HAUL_STEPS", "2000"))
