@@ -119,8 +119,8 @@ MUTATIONS = (
     Mutation(
         "rows of a batch get each other's adapters",
         "deploy/bank.py",
-        "[each.of(name, known.form.r_hat) for each in own], of)",
-        "[each.of(name, known.form.r_hat) for each in own], of[::-1])",
+        "[residents[name].of(layer, known.form.r_hat) for name in distinct], of)",
+        "[residents[name].of(layer, known.form.r_hat) for name in distinct], of[::-1])",
         ("deploy/test_bank.py",),
     ),
     Mutation(
