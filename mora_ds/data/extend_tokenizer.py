@@ -31,7 +31,7 @@ _CANDIDATES_A_TOKEN = 4
 """Many candidates are in the old vocabulary already, or are more than one word for the tokenizer."""
 
 _INTERMEDIATE_SHARE = 8
-"""One in so many of the candidates out of reach gets an intermediate token when no candidate is within reach."""
+"""One in 8 of the candidates out of reach gets an intermediate token when no candidate is within reach."""
 
 _UNIGRAM_GAIN = 0.01
 

@@ -26,7 +26,7 @@ from mora_ds.errors import RunError, UserError
 log = logging.getLogger(__name__)
 
 IN_ORDER_WINDOW = 1024
-"""Documents of a window that is not shuffled: so many are read again when a run is resumed."""
+"""Documents of a window that is not shuffled: this number is read again when a run is resumed."""
 
 WINDOW_CHARACTERS = 1 << 28
 """A window with so much text is complete, however few documents it has."""

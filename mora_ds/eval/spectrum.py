@@ -130,12 +130,12 @@ def _block_values(spec: OperatorSpec, square: Tensor) -> Tensor:
 
 def _component_values(spec: OperatorSpec, square: Tensor) -> Tensor:
     """Decouple, rotate, D no multiple of R: the first and last block of inputs overlap, the others are separate."""
-    delta, pieces = delta_weight(spec, square), min(spec.blocks_in, spec.blocks_out)
+    delta, blocks = delta_weight(spec, square), min(spec.blocks_in, spec.blocks_out)
     rows, columns = (
-        torch.arange(size, device=square.device) // spec.r_hat % pieces for size in (spec.d_out, spec.d_in)
+        torch.arange(size, device=square.device) // spec.r_hat % blocks for size in (spec.d_out, spec.d_in)
     )
     for labels in (rows, columns):
-        labels[labels == (spec.blocks_in - 1) % pieces] = 0
+        labels[labels == (spec.blocks_in - 1) % blocks] = 0
     values = [torch.linalg.svdvals(delta[rows == label][:, columns == label]) for label in rows.unique()]
     return torch.cat(values)
 

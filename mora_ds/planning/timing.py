@@ -29,10 +29,6 @@ class Cluster:
     node_link: float = 50e9
     """Bytes a second that a node sends to other nodes, all its ranks together."""
 
-    @property
-    def nodes(self) -> int:
-        return -(-self.ranks // self.per_node)
-
     def bandwidth(self, group: int, stride: int = 1) -> float:
         """Bytes a second of a rank in a ring of `group` ranks, `stride` apart. A ring that leaves the node shares the
         node's link with the rings of its neighbours."""

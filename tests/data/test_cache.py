@@ -1,4 +1,4 @@
-"""The token cache: built once, whole or not at all, the same for any number of processes, new for new contents."""
+"""The token cache: built once, completely or not at all, equal for any number of processes, new for new contents."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_killed_while_writing_leaves_nothing_that_is_used(
     files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill leaves the partial folder as it is: so does this stand-in for the last write and for the clean-up. Here
-    the file system has no locks, so that a builder at work cannot be told from a dead one."""
+    the file system has no locks, so that a running builder looks like a dead one."""
     good = build_cache(load_corpus(files), tokenizer, tmp_path / "good")
     cache_dir = tmp_path / "cache"
     with monkeypatch.context() as patch:

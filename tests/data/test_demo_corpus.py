@@ -1,4 +1,4 @@
-"""The demo corpora: the same bytes every time, held-out modules out of both trainings, limits kept."""
+"""The demo corpora: equal bytes on every call, held-out modules in neither training set, limits on sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixtures: exact shares in an order that any step can be asked for, phases, sources that are used up, whole runs."""
+"""Mixtures: exact shares in an order that can start at any step, phases, used-up sources, complete runs."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_sources_keep_their_own_order_and_epochs() -> None:
     assert data.tokens(60) == {"a": 4 * 432, "b": 4 * 288}
     alone = PackedDataset(data.sources[1].cache, 4, "7/b")  # type: ignore[attr-defined]
     wanted = [int(alone.sample(n)["input_ids"][0]) for n in range(9)]
-    assert drawn[marks == 1][:9].tolist() == wanted, "another source beside it does not reorder it"
+    assert drawn[marks == 1][:9].tolist() == wanted, "another source does not reorder it"
 
 
 def test_phases_begin_at_their_step() -> None:
@@ -232,7 +232,7 @@ def test_validation_reports_it_with_the_rest() -> None:
     assert "add up to 0" in str(error.value) and "--held_out_share" in str(error.value)
 
 
-# -- whole runs ------------------------------------------------------------------------------------------------------
+# -- complete runs ---------------------------------------------------------------------------------------------------
 
 
 PHASES = "phases:\n  - {from_step: 4, weights: {new: 0.25, old: 0.75}}\n"
@@ -287,7 +287,7 @@ def test_four_ranks_and_a_resume_at_two(user: Playground, tmp_path: Path, stream
 
 @pytest.mark.gloo
 def test_the_loss_of_a_source_is_that_of_its_rows(user: Playground, tmp_path: Path) -> None:
-    """With a rate of next to nothing, what a run reports of one source is what a run on that source alone would."""
+    """In the first step, the loss that a run reports of one source is the loss of a run on that source alone."""
     more = ("--max_steps", 1, "--warmup_steps", 0, "--seq_len", 16, "--per_device_train_batch_size", 8)
     mix = write_mixture(user, tmp_path / "mix.yaml")
     run(1, mixture_flags(user, tmp_path / "mixed", mix, *more))

@@ -38,6 +38,7 @@ def test_each_token_is_predicted_once_from_the_one_before_it(seq_len: int, mask:
         predicted += block["labels"][real].tolist()
         assert np.array_equal(block["labels"][real], block["input_ids"][real] + 1)
         read += [token for token in block["input_ids"].tolist() if token != EOS]
+        assert mask or block["position_ids"].tolist() == list(range(seq_len)), "positions run through"
     starts = {0, *cache.ends.tolist()} if mask else {0}
     assert predicted == [token for token in range(cache.n_tokens) if token not in starts]
     assert read in (list(range(cache.n_tokens)), list(range(cache.n_tokens - 1)))  # the very last predicts nothing
@@ -62,13 +63,6 @@ def test_document_mask_keeps_documents_and_padding_apart(seq_len: int) -> None:
             fresh = offset == 0 or documents[offset] != documents[offset - 1]
             assert position[offset] == (0 if fresh else position[offset - 1] + 1)
         assert (block["labels"][real:] == IGNORED).all()
-
-
-def test_without_the_mask_positions_run_through() -> None:
-    data = PackedDataset(make_cache(LENGTHS), 16, document_mask=False)
-    for index in range(data.n_blocks):
-        assert data.block(index)["position_ids"].tolist() == list(range(16))
-    assert (data.block(0)["labels"] == np.arange(1, 17)).all()
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

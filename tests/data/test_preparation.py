@@ -1,4 +1,4 @@
-"""tools/prepare_corpus.py: what is kept, what is held out, and that the trainer takes the folder as it is."""
+"""tools/prepare_corpus.py: which documents are kept and held out, and that the trainer maps the folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mora_ds.data import (
     readers,
     train_sentencepiece,
 )
-from mora_ds.data import cache as cache_room
+from mora_ds.data import cache as cache_module
 from mora_ds.data.dedup import NUM_PERM, SHINGLE_WORDS, CanonicalHash, NearDuplicates, signature
 from mora_ds.errors import UserError
 from tests.helpers.jobs import REPOSITORY, Playground, losses, run
@@ -152,7 +152,7 @@ def folder_hash(folder: Path) -> dict[str, str]:
 
 def test_the_number_of_processes_changes_nothing(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = load_corpus([str(write_lines(tmp_path / "a.jsonl", [document(i % 90) for i in range(120)]))])
-    monkeypatch.setattr(cache_room, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(cache_module, "PARALLEL_BYTES", 0)
     monkeypatch.setattr("mora_ds.data.readers.BATCH_CHARACTERS", 4000)
     filters = Filters(held_out_percent=HELD)
     for processes in (1, 2):
@@ -160,8 +160,8 @@ def test_the_number_of_processes_changes_nothing(tmp_path: Path, tokenizer, monk
     assert folder_hash(tmp_path / "1") == folder_hash(tmp_path / "2")
 
 
-def test_a_document_in_pieces_is_one_document(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of text files longer than a piece: kept, held out, or taken back, and the same as if read in one go."""
+def test_a_document_in_chunks_is_one_document(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text files longer than a chunk are kept, held out or dropped, exactly as if they were read in one chunk."""
     long = ["\n".join(document(100 * i + j).strip() for j in range(9)) + "\n" for i in range(12)]
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -170,14 +170,14 @@ def test_a_document_in_pieces_is_one_document(tmp_path: Path, tokenizer, monkeyp
     whole = write_lines(tmp_path / "whole.jsonl", long)
     filters = Filters(near_duplicates=0, held_out_percent=40)
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 500)
-    pieces = prepare_corpus(load_corpus([str(folder)]), tokenizer, tmp_path / "pieces", filters)
+    chunked = prepare_corpus(load_corpus([str(folder)]), tokenizer, tmp_path / "pieces", filters)
     lines = prepare_corpus(load_corpus([str(whole)]), tokenizer, tmp_path / "lines", filters)
-    assert pieces.dropped == {"exact duplicate": 2} and pieces.read == 14 and not lines.dropped
+    assert chunked.dropped == {"exact duplicate": 2} and chunked.read == 14 and not lines.dropped
     held = [text for text in long if is_held_out(text, 40)]
     assert 0 < len(held) < 12
     for split, wanted in (("train", [text for text in long if text not in held]), ("held_out", held)):
         assert texts_of(tmp_path / "pieces" / split, tokenizer) == wanted
-        assert pieces.splits[split].text_bytes == lines.splits[split].text_bytes
+        assert chunked.splits[split].text_bytes == lines.splits[split].text_bytes
     assert (tmp_path / "pieces/held_out.jsonl").read_bytes() == (tmp_path / "lines/held_out.jsonl").read_bytes()
     near = prepare_corpus(load_corpus([str(folder)]), tokenizer, tmp_path / "near", Filters(near_duplicates=0.9))
     assert near.dropped == {"exact duplicate": 2}

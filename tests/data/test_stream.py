@@ -1,4 +1,4 @@
-"""Streaming: the same blocks as a cache gives, gone on with from any place, hiccups survived, ends told."""
+"""Streaming: the same blocks as from a cache, resumed at any position, passing failures, errors and ends."""
 
 from __future__ import annotations
 
@@ -108,10 +108,10 @@ def test_a_stream_is_the_cache_token_by_token(user: Playground, tokenizer: Any, 
 
 @pytest.mark.parametrize("buffer", [0, 10])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_goes_on_from_anywhere(
+def test_a_stream_is_resumed_at_any_sample(
     tokenizer: Any, tmp_path: Path, kind: str, buffer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through JSON, as a checkpoint has it, and again and again: at every sample a new process."""
+    """Through JSON, as in a checkpoint, again and again with a new source."""
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 900)
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 800)
     monkeypatch.setattr(stream, "IN_ORDER_WINDOW", 4)
@@ -136,10 +136,10 @@ def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_pa
     assert [document.text for document, _ in other.epoch(StreamPosition())] != epochs[0]
 
 
-def test_a_document_longer_than_memory_passes_in_pieces(
+def test_a_document_longer_than_memory_passes_in_chunks(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Never more of it at once than a piece and a batch; cached and streamed alike."""
+    """At most a chunk and a batch of it are in memory."""
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(readers, "_READ_BYTES", 500)
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 2000)
@@ -200,8 +200,8 @@ def test_how_many_tokenise_makes_no_difference(
     assert_equal(taken(other, 0, 400), taken(one, 0, 400))
 
 
-def test_a_datasets_name_is_streamed_and_gone_on_with(tokenizer: Any, tmp_path: Path) -> None:
-    """A folder stands for a name of the hub."""
+def test_a_datasets_name_is_streamed_and_resumed(tokenizer: Any, tmp_path: Path) -> None:
+    """A folder in place of a name of the hub."""
     files = write(tmp_path / "shards", "jsonl", documents(60))
     named = stream_dataset(str(tmp_path / "shards"), "text", "source 'a'")
     whole = taken(source(load_corpus(files), tokenizer), 0, 300)
@@ -222,7 +222,7 @@ def test_a_datasets_name_is_streamed_and_gone_on_with(tokenizer: Any, tmp_path: 
 
 
 def test_a_mixture_of_streams_and_caches(tokenizer: Any, tmp_path: Path) -> None:
-    """Rows of any rank, gone on with at any step; its batches are those of the same mixture from caches."""
+    """Batches equal those of the same mixture from caches, for rows of any rank, resumed at any step."""
     left = load_corpus(write(tmp_path / "left", "jsonl", documents(70)))
     right = load_corpus(write(tmp_path / "right", "txt", documents(40)[20:]))
     packed = [
@@ -267,35 +267,35 @@ class Flaky:
 
 
 @pytest.fixture
-def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    slept: list[float] = []
-    monkeypatch.setattr(stream.time, "sleep", slept.append)
-    return slept
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    seconds: list[float] = []
+    monkeypatch.setattr(stream.time, "sleep", seconds.append)
+    return seconds
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ConnectionError("reset by peer")])
-def test_hiccups_are_survived(
-    tokenizer: Any, tmp_path: Path, naps: list[float], error: Exception, caplog: pytest.LogCaptureFixture
+def test_passing_failures_are_retried(
+    tokenizer: Any, tmp_path: Path, waits: list[float], error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", documents()))
     whole = taken(source(corpus, tokenizer, 10), 0, 300)
     parts = tuple(Flaky(part, {5: 2, 20: 1}, error) for part in corpus.parts)
     shaky = source(Corpus(parts), tokenizer, 10, retry_s=60.0)  # type: ignore[arg-type]
     assert_equal(taken(shaky, 0, 300), whole)
-    assert naps[:3] == [1.0, 2.0, 1.0], "from the first wait on after every record that came"
+    assert waits[:3] == [1.0, 2.0, 1.0], "the first wait again after every new record"
     assert all("source 'a'" in line and str(error) in line for line in caplog.messages)
     assert "after record 4" in caplog.messages[0] and "trying again in 1 s" in caplog.messages[0]
 
 
-def test_a_hiccup_that_stays_ends_the_run(tokenizer: Any, tmp_path: Path, naps: list[float]) -> None:
+def test_a_failure_that_stays_ends_the_run(tokenizer: Any, tmp_path: Path, waits: list[float]) -> None:
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", documents()))
     parts = tuple(Flaky(part, {20: 10**6}, OSError("gone")) for part in corpus.parts)
     with pytest.raises(RunError, match=r"source 'a': .*0.jsonl cannot be read after record 19, tried for 45 s .*gone"):
         taken(source(Corpus(parts), tokenizer, retry_s=45.0), 0, 300)  # type: ignore[arg-type]
-    assert sum(naps) == 45.0 and naps[:4] == [1.0, 2.0, 4.0, 8.0]
+    assert sum(waits) == 45.0 and waits[:4] == [1.0, 2.0, 4.0, 8.0]
 
 
-def test_damage_in_the_middle_is_named_and_not_tried_again(tokenizer: Any, tmp_path: Path, naps: list[float]) -> None:
+def test_damage_in_the_middle_is_named_and_not_tried_again(tokenizer: Any, tmp_path: Path, waits: list[float]) -> None:
     lines = [json.dumps({"text": text}) for text in documents()]
     broken = {
         "broken.jsonl": ("\n".join([*lines[:40], '{"text": 5', *lines[40:]]), "line 41, column"),
@@ -311,7 +311,7 @@ def test_damage_in_the_middle_is_named_and_not_tried_again(tokenizer: Any, tmp_p
     packed.write_bytes(gzip.compress("\n".join(lines * 50).encode())[:-40])
     with pytest.raises(UserError, match=r"source 'a': .*cut.jsonl.gz cannot be read"):
         taken(source(load_corpus([str(packed)]), tokenizer), 0, 10**5)
-    assert not naps
+    assert not waits
 
 
 def test_a_stream_that_ends_early_says_so(tokenizer: Any, tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_a_stream_that_ends_early_says_so(tokenizer: Any, tmp_path: Path) -> Non
         ending.sample(2 * n)
 
 
-# -- whole runs ------------------------------------------------------------------------------------------------------
+# -- complete runs ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gloo

@@ -1,4 +1,4 @@
-"""Tokenizers: what is trained, wrapped and saved gives exactly SentencePiece's ids; misfits are told."""
+"""Tokenizers that are trained, wrapped and saved give exactly SentencePiece's ids; unsuitable ones are refused."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_foreign_models_are_wrapped_alike(tmp_path: Path, spec: str) -> None:
     wrapped = load_tokenizer(path)
     for text in [*AWKWARD[:9], "a<code>b <code> \n\nx", *fuzz(200)]:
         ids, wanted = wrapped.encode(text, add_special_tokens=False), original.encode(text)
-        assert sorted(ids) == sorted(wanted), text  # Unigram may order pieces of equal sum differently
+        assert sorted(ids) == sorted(wanted), text  # Unigram may choose another segmentation of equal score
         assert ids == wanted or spec == "t5", text
     assert wants_bos(wrapped) == (spec != "t5")
     text = "def f(x): return x"

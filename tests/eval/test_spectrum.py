@@ -187,7 +187,7 @@ def test_a_zero_square_adds_nothing() -> None:
     first, second = layer_spectra([(spec, torch.zeros(8, 8)), (other, square(8))])
     assert (first.cumulative.rank, first.outside_span, first.outside_reach) == (0, 0.0, 0.0)
     assert (second.cumulative.rank, second.outside_span) == (8, 1.0)
-    assert 0.8 < second.outside_reach < 1.0  # of the operator, whatever its square was
+    assert 0.8 < second.outside_reach < 1.0  # of the operator, whatever its M was
 
 
 # -- a ledger --------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def entries(cycle: int, names: tuple[str, ...]) -> dict[str, LayerEntry]:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """Two merged cycles, the second with a layer more, and live squares."""
+    """Two merged cycles, the second with a layer more, and live MoRA matrices."""
     folder = tmp_path / "step"
     ledger = Ledger.create(folder / "ledger", "f" * 64)
     for cycle, names in enumerate((("a.q",), ("a.q", "a.v"))):

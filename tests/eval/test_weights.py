@@ -55,17 +55,15 @@ def test_measures_are_their_formulas() -> None:
     assert found.score == pytest.approx(found.effective_rank / 7)
 
 
-def test_an_even_spectrum_has_all_ranks_and_a_zero_weight_none() -> None:
-    even = measure_weight("a", Weight("a.weight", 8, 8), torch.eye(8))
+def test_spectra_at_the_limits() -> None:
+    """Equal singular values, the zero matrix, and a weight that is not finite."""
+    weight = Weight("a.weight", 8, 8)
+    even, zero = measure_weight("a", weight, torch.eye(8)), measure_weight("a", weight, torch.zeros(8, 8))
     assert (even.stable_rank, even.effective_rank) == (pytest.approx(8), pytest.approx(8))
     assert even.energy_ranks == (4, 8, 8)
-    zero = measure_weight("a", Weight("a.weight", 8, 8), torch.zeros(8, 8))
     assert (zero.stable_rank, zero.effective_rank, zero.energy_ranks, zero.score) == (0.0, 0.0, (0, 0, 0), 0.0)
-
-
-def test_a_weight_that_is_not_finite_is_named() -> None:
     with pytest.raises(RunError, match=r"layer\.weight is not finite"):
-        measure_weight("layer", Weight("w", 4, 4), torch.full((4, 4), math.nan))
+        measure_weight("layer", weight, torch.full((8, 8), math.nan))
 
 
 def test_estimates_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
