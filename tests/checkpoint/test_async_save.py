@@ -18,11 +18,12 @@ from mora_ds.checkpoint.folder import complete_checkpoints
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.verify import verify
 from mora_ds.engine import shard_writer
-from mora_ds.engine.shard_reader import MASTER, EngineShards
+from mora_ds.engine.shard_reader import EngineShards
 from mora_ds.errors import RunError
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, curve, job, refused, run
+from tests.helpers.shards import assert_same, contents_of
 
 pytestmark = pytest.mark.gloo
 
@@ -86,18 +87,10 @@ def test_the_same_checkpoints_while_training_goes_on(user: Playground, whole: Pa
         for name in ("trainer_state.json", "adapter.json", "ledger/ledger.json"):
             assert (verdict.folder / name).read_bytes() == (other / name).read_bytes(), (verdict.folder, name)
         for path in sorted(other.rglob("*.safetensors")):
-            one, two = load_file(verdict.folder / path.relative_to(other)), load_file(path)
-            assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one), path
-        assert_same_shards(verdict.folder / "engine", other / "engine")
-
-
-def assert_same_shards(one: Path, other: Path) -> None:
-    first, second = EngineShards.open(one), EngineShards.open(other)
-    assert first.shapes == second.shapes and first.first.counters == second.first.counters
-    for name in first.shapes:
-        assert first.scalars(name) == second.scalars(name)
-        for key in (MASTER, *second.keys(name)):
-            assert torch.equal(first.whole(name, key), second.whole(name, key)), (name, key)
+            assert_same(load_file(verdict.folder / path.relative_to(other)), load_file(path))
+        shards = [EngineShards.open(each / "engine").first.counters for each in (verdict.folder, other)]
+        assert shards[0] == shards[1]
+        assert_same(contents_of(verdict.folder / "engine"), contents_of(other / "engine"))
 
 
 def failing_job(argv: list[str], rank: int) -> tuple[str, str]:

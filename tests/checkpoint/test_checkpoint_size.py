@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 import mora_ds
 from mora_ds.checkpoint.folder import complete_checkpoints
 from mora_ds.checkpoint.writer import _retain as retain
-from mora_ds.files import verify_manifest, write_manifest
+from mora_ds.files import verify_manifest
+from tests.helpers.damage import checkpoint_at
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
@@ -57,14 +58,6 @@ def test_bytes_a_parameter(tmp_path: Path) -> None:
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
-
-
-def checkpoint_at(root: Path, step: int) -> Path:
-    folder = root / f"step-{step:06d}"
-    folder.mkdir(parents=True)
-    (folder / "file").write_text(str(step))
-    write_manifest(folder)
-    return folder
 
 
 def names(root: Path) -> list[int]:

@@ -1,12 +1,11 @@
 """The damage matrix: every kind of file cut, flipped in a bit or deleted; found, named, passed over, never trained on.
 
-What `auto` passes over and `latest` refuses is decided without an engine, so most cases only copy a finished run.
+What `auto` passes over and `latest` refuses is decided without an engine, so most cases only copy a finished run. One
+file because all of them share that run.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -18,12 +17,13 @@ import pytest
 from mora_ds.checkpoint.adapter_files import BaseReference
 from mora_ds.checkpoint.folder import resume_checkpoint, settle
 from mora_ds.checkpoint.layout import complete_checkpoints
-from mora_ds.data import build_cache, cache, inspection, load_corpus, load_tokenizer
+from mora_ds.data import build_cache, load_corpus, load_tokenizer
 from mora_ds.deploy.export import export_merged
 from mora_ds.errors import RunError, UserError
 from mora_ds.files import replace_symlink, verify_manifest
 from mora_ds.remora.ledger import Ledger
 from mora_ds.train.trainer import Trainer
+from tests.helpers.damage import HARMS, change_json, cut, flip, gone
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refused, rows, run
 from tests.helpers.outcome import assert_same_outcome, tree
@@ -51,27 +51,6 @@ def out(whole: Path, tmp_path: Path) -> Path:
     subprocess.run(["cp", "-a", str(whole), str(tmp_path / "out")], check=True)
     return tmp_path / "out"
 
-
-# -- ways to harm ----------------------------------------------------------------------------------------------------
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 2)  # one would be the line break that ends our JSON
-
-
-def flip(path: Path, where: float = 0.5) -> None:
-    with path.open("r+b") as file:
-        file.seek(int(path.stat().st_size * where))
-        byte = file.read(1)[0]
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 1]))
-
-
-def gone(path: Path) -> None:
-    path.unlink()
-
-
-HARMS: dict[str, Callable[[Path], None]] = {"cut": cut, "flip": flip, "gone": gone}
 
 KINDS = (
     "adapter.json", "adapter.safetensors", "base.json", "probe.safetensors", "trainer_state.json", "manifest.json",
@@ -117,10 +96,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused(
 
 
 def edit(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    path = checkpoint / "manifest.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+    change_json(checkpoint / "manifest.json", change)
 
 
 def lose(checkpoint: Path, name: str) -> None:
@@ -277,72 +253,12 @@ def test_a_damaged_row_of_metrics_costs_that_row_alone(user: Playground, whole: 
     assert rows(out) == wanted[:2] + wanted[3:]
 
 
-# -- the token cache -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def build(user: Playground, tmp_path: Path) -> Callable[[], Any]:
-    """Builds or opens a cache."""
-    tokenizer = load_tokenizer(user.model)
-    return lambda: build_cache(load_corpus([str(user.train)]), tokenizer, tmp_path / "cache")
-
-
-@pytest.mark.parametrize("harm", HARMS)
-@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "meta.json"])
-def test_a_damaged_cache_is_named_and_built_anew(
-    build: Callable[[], Any], caplog: pytest.LogCaptureFixture, name: str, harm: str
-) -> None:
-    built = build()
-    contents = tree(built.folder)
-    for where in (0.02, 0.4, 0.97) if harm == "flip" else (0.0,):
-        flip(built.folder / name, where) if harm == "flip" else HARMS[harm](built.folder / name)
-        assert build().folder == built.folder and tree(built.folder) == contents
-    assert caplog.messages and all(f"the token cache {built.folder} is damaged" in line for line in caplog.messages)
-    caplog.clear()
-    assert build().folder == built.folder and not caplog.messages
-
-
-def test_a_large_cache_is_read_through_once_it_was_written_to(
-    build: Callable[[], Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    built = build()
-    read: list[Path] = []
-    monkeypatch.setattr(cache, "HASHED_EACH_TIME_BYTES", 0)
-    monkeypatch.setattr(cache, "sha256_file", lambda path: read.append(path) or "not that")
-    build()
-    assert not read and not caplog.messages
-    monkeypatch.undo()
-    monkeypatch.setattr(cache, "HASHED_EACH_TIME_BYTES", 0)
-    flip(built.folder / "tokens.bin")
-    build()
-    assert len(caplog.messages) == 1 and "tokens.bin is not what was written" in caplog.messages[0]
-
-
-@pytest.mark.parametrize("where", [0.1, 0.3, 0.6, 0.9])
-def test_a_damaged_entry_of_the_index_is_not_believed(build: Callable[[], Any], where: float) -> None:
-    """It would name another cache, and with it another run."""
-    built = build()
-    (entry,) = (built.folder.parent / "index").iterdir()
-    content = entry.read_text()
-    flip(entry, where)
-    assert inspection._recall(entry) is None
-    assert build().folder == built.folder and entry.read_text() == content
-
-
 # -- the base --------------------------------------------------------------------------------------------------------
 
 
 def another_rope(path: Path) -> None:
     """Valid JSON, the same weights, another model."""
-    content = json.loads(path.read_text())
-    content["rope_parameters"]["rope_theta"] += 1
-    path.write_text(json.dumps(content))
-
-
-def more_text(path: Path) -> None:
-    content = json.loads(path.read_text())
-    content["transformers_version"] = "5.99.0"
-    path.write_text(json.dumps(content))
+    change_json(path, lambda content: content["rope_parameters"].update(rope_theta=12345.0))
 
 
 BASES: list[tuple[str, Callable[[Path], None], str]] = [
@@ -374,7 +290,7 @@ def test_a_damaged_base_is_not_trained_on(user: Playground, out: Path, tmp_path:
             assert kind == "UserError" and words in message, (name, harm.__name__, message)
     assert tree(out) == before
     same = Path(shutil.copytree(user.model, tmp_path / "elsewhere"))
-    more_text(same / "config.json")
+    change_json(same / "config.json", lambda content: content.update(transformers_version="5.99.0"))
     run(2, command(user, out, "--resume_from_checkpoint", "auto", "--model_name_or_path", same))
 
 

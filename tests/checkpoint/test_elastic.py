@@ -1,4 +1,7 @@
-"""A checkpoint saved by two ranks goes on at one, three, four and two, under any ZeRO stage, with nothing lost."""
+"""A checkpoint saved by two ranks goes on at one, three, four and two, under any ZeRO stage, with nothing lost.
+
+One file because its cases share the engines saved by two ranks and one undisturbed run.
+"""
 
 from __future__ import annotations
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import re
 import runpy
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,9 +15,7 @@ from safetensors.torch import load_file
 
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.mora import delta_weight
-from mora_ds.checkpoint import compact as compact_room
-from mora_ds.checkpoint.adapter_files import BaseReference, read_adapter
-from mora_ds.checkpoint.compact import compact
+from mora_ds.checkpoint.adapter_files import read_adapter
 from mora_ds.checkpoint.folder import resume_checkpoint
 from mora_ds.checkpoint.layout import find_ledger
 from mora_ds.checkpoint.ledger_tools import drop, verify
@@ -30,37 +25,10 @@ from mora_ds.eval.ledger_summary import show_lines, summarize
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora import ledger as ledger_room
 from mora_ds.remora.ledger import Ledger
-from tests.helpers.exports import FakeRun, fake_run
+from tests.helpers.damage import change_json
+from tests.helpers.exports import FakeRun, Killed, contents, fake_run, step_of
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "ledger.py"
-
-
-class Killed(BaseException):
-    pass
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
-    """Three cycles, every kind of operator, live squares, a run's own ledger beside its checkpoint. Not written to."""
-    run = fake_run(tmp_path_factory.mktemp("run"), cycles=3, num_hidden_layers=1, trained=("model.norm.weight",))
-    Ledger.open(run.checkpoint / "ledger").copy_to(run.output / "ledger")
-    return run
-
-
-@pytest.fixture
-def copied(original: FakeRun, tmp_path: Path) -> Path:
-    """The run's output folder, free to be damaged; its base lies at the same relative place."""
-    shutil.copytree(original.base, tmp_path / "base")
-    shutil.copytree(original.output, tmp_path / "out", symlinks=True)
-    return tmp_path / "out"
-
-
-def step_of(output: Path) -> Path:
-    return output / "checkpoints" / "step-000007"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # -- find and show ---------------------------------------------------------------------------------------------------
@@ -143,12 +111,6 @@ def flip(path: Path) -> None:
     content[-5] ^= 16
     path.unlink()  # hard links: the other ledger keeps its bytes
     path.write_bytes(content)
-
-
-def change_json(path: Path, change: Callable[[Any], Any]) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 def two_files(output: Path) -> None:
@@ -282,114 +244,6 @@ def test_killed_drop_leaves_all_as_it_was(copied: Path, monkeypatch: pytest.Monk
     with pytest.raises(Killed):
         drop(copied, [0], None if in_place else copied / "new", in_place)
     assert contents(copied / "ledger") == before and not (copied / "new").exists()
-
-
-# -- compact ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "family, stored, dtype, first, shard",
-    [
-        ("llama", torch.float32, "float32", 1, 5.0),
-        ("llama", torch.bfloat16, "bfloat16", 2, 3e-5),
-        ("gpt2", torch.float16, "float16", None, 5.0),
-    ],
-)
-def test_compacted_and_original_give_the_same_model(
-    family: str, stored: torch.dtype, dtype: str, first: int | None, shard: float, tmp_path: Path
-) -> None:
-    """Bit for bit, through export, and with the logits that the live model had."""
-    layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
-    run = fake_run(tmp_path, family, stored=stored, dtype=dtype, cycles=3, **{layers: 1})
-    lines = compact(run.checkpoint, tmp_path / "new", first, max_shard_gib=shard)
-    assert "bit for bit" in lines[2]
-    old = export_merged(run.checkpoint, tmp_path / "old-merged", max_shard_gib=5.0)
-    new = export_merged(tmp_path / "new", tmp_path / "new-merged", verify=True)
-    assert new.cycles == 3 - (first or 3) and old.cycles == 3 and old.dtype == new.dtype == dtype
-    expected, found = (load_file(folder / "model.safetensors") for folder in (old.output, new.output))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
-    assert len(list((tmp_path / "new" / "base").glob("*.safetensors"))) == (1 if shard == 5.0 else 3)
-    assert json.loads((tmp_path / "new" / "base" / "config.json").read_text())["dtype"] == "float32"
-    assert len(verify(tmp_path / "new", tmp_path / "new" / "base")) == 3
-
-
-def test_new_base_stands_alone_and_can_move(original: FakeRun, tmp_path: Path) -> None:
-    """From a run's own ledger: base and ledger, no checkpoint; folded again, it is what was folded at once."""
-    before = contents(original.output)
-    compact(original.output, tmp_path / "one", 1)
-    assert not (tmp_path / "one" / "adapter.json").exists() and contents(original.output) == before
-    (tmp_path / "one").rename(tmp_path / "moved")
-    compact(tmp_path / "moved", tmp_path / "two")
-    lines = compact(original.output, tmp_path / "at_once")
-    assert "another --seed" in lines[-1]
-    twice, once = (BaseCheckpoint.open(tmp_path / name / "base") for name in ("two", "at_once"))
-    assert twice.fingerprint() == once.fingerprint() == Ledger.open(tmp_path / "two" / "ledger").base_fingerprint
-    ledger, base = Ledger.open(original.output / "ledger"), BaseCheckpoint.open(original.base)
-    for name, entry in ledger.layers(0).items():
-        expected = live_weight(base.read(entry.weight), ledger.squares_of(name), False, torch.float32)
-        assert torch.equal(once.read(entry.weight), expected)
-    assert torch.equal(once.read("model.norm.weight"), base.read("model.norm.weight"))  # trained ones are no cycle's
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_bare_ledger_needs_to_be_told_its_base(family: str, tmp_path: Path) -> None:
-    run = fake_run(tmp_path, family, probe=False, cycles=1)
-    bare = Ledger.open(run.checkpoint / "ledger").copy_to(tmp_path / "elsewhere" / "ledger").folder
-    with pytest.raises(UserError, match="--base: name the folder"):
-        compact(bare, tmp_path / "new")
-    compact(bare, tmp_path / "new", base_folder=run.base)
-    compact(run.checkpoint, tmp_path / "same")
-    new, same = (BaseCheckpoint.open(tmp_path / name / "base").fingerprint() for name in ("new", "same"))
-    assert new == same and not (tmp_path / "new" / "base.json").exists()
-
-
-def test_rounding_is_told(original: FakeRun, tmp_path: Path) -> None:
-    lines = compact(original.checkpoint, tmp_path / "new", dtype="bfloat16")
-    told = re.search(r"relative (\S+) of the folded update is lost", lines[-2])
-    assert told is not None
-    new, old = BaseCheckpoint.open(tmp_path / "new" / "base"), BaseCheckpoint.open(original.base)
-    ledger, lost, update = Ledger.open(original.checkpoint / "ledger"), 0.0, 0.0
-    for name, entry in ledger.layers(0).items():
-        exact = live_weight(old.read(entry.weight), ledger.squares_of(name), False, torch.float32).double()
-        lost += (new.read(entry.weight).double() - exact).square().sum().item()
-        update += (exact - old.read(entry.weight).double()).square().sum().item()
-    assert float(told[1]) == pytest.approx((lost / update) ** 0.5, rel=0.01) and lost > 0
-    assert not (tmp_path / "new" / "probe.safetensors").exists()  # another live model: its logits are not these
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"first": 4}, "--first 4: .* has 3"),
-        ({"first": 0}, "--first 0"),
-        ({"dtype": "int8"}, "unknown dtype 'int8'"),
-        ({"max_shard_gib": 0.0}, "--max_shard_gib"),
-        ({"base_folder": Path("/nowhere")}, "--base: no such folder"),
-    ],
-)
-def test_compact_refuses(original: FakeRun, tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        compact(original.output, tmp_path / "new", **change)
-    assert not any(tmp_path.iterdir())
-
-
-def test_compact_refuses_a_weight_that_others_share(copied: Path) -> None:
-    reference = BaseReference.read(step_of(copied))
-    shared = {**reference.keys, "twin.weight": reference.keys["model.layers.0.mlp.up_proj.weight"]}
-    BaseReference(reference.folder, reference.fingerprint, shared, "float32").write(step_of(copied))
-    with pytest.raises(UserError, match=r"up_proj.weight is tied to twin\.weight"):
-        compact(copied, copied / "new")
-
-
-def test_killed_compact_leaves_nothing(original: FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def kill(*_: Any) -> None:
-        raise Killed
-
-    monkeypatch.setattr(compact_room, "copy_cycles", kill)
-    with pytest.raises(Killed):
-        compact(original.output, tmp_path / "new")
-    assert not any(tmp_path.iterdir())
 
 
 def test_resume_does_not_take_these_for_checkpoints(original: FakeRun, tmp_path: Path) -> None:

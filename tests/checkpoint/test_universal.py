@@ -22,11 +22,12 @@ from mora_ds.checkpoint.universal import from_universal, to_universal
 from mora_ds.checkpoint.verify import verify
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import parameter_groups
-from mora_ds.engine.shard_reader import MASTER, EngineShards
+from mora_ds.engine.shard_reader import MASTER
 from mora_ds.errors import UserError
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import REPOSITORY, Playground, losses, run
+from tests.helpers.shards import assert_same, contents_of
 
 pytestmark = pytest.mark.gloo
 
@@ -53,20 +54,6 @@ def universal(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("converted") / "universal"
     to_universal(checkpoint, folder)
     return folder
-
-
-def whole(shards: EngineShards) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in shards.shapes:
-        found |= {f"{name} {key}": shards.whole(name, key) for key in (MASTER, *shards.keys(name))}
-        found |= {f"{name} {key}": torch.as_tensor(value) for key, value in shards.scalars(name).items()}
-    return found
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
 
 
 # -- universal ---------------------------------------------------------------------------------------------------------
@@ -96,7 +83,7 @@ def loaded_by_deepspeed(model_folder: str, checkpoint: str, universal: str) -> l
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_deepspeeds_own_loader_takes_it(user: Playground, checkpoint: Path, universal: Path, world: int) -> None:
-    expected = whole(EngineShards.open(checkpoint / "engine"))
+    expected = contents_of(checkpoint / "engine")
     for rank in run_ranks(world, loaded_by_deepspeed, str(user.model), str(checkpoint), str(universal)):
         for held in rank:
             assert len(held) == 3 * 19
@@ -107,7 +94,7 @@ def test_there_and_back(user: Playground, out: Path, checkpoint: Path, universal
     """The same tensors, good by `verify`, and a run resumed from it is the run resumed from the original."""
     back = tmp_path / "out" / "checkpoints" / "step-000005"
     from_universal(universal, back)
-    assert_same(whole(EngineShards.open(back / "engine")), whole(EngineShards.open(checkpoint / "engine")))
+    assert_same(contents_of(back / "engine"), contents_of(checkpoint / "engine"))
     assert_same(load_file(back / "adapter.safetensors"), load_file(checkpoint / "adapter.safetensors"))
     (verdict,) = verify(back, user.model)
     assert verdict.is_good, verdict.problems

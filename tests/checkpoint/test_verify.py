@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from mora_ds.checkpoint.verify import verify
 from mora_ds.errors import UserError
 from mora_ds.files import replace_symlink, write_manifest
+from tests.helpers.damage import change_json
 from tests.helpers.jobs import REPOSITORY, Playground, run
 
 pytestmark = pytest.mark.gloo
@@ -101,12 +101,7 @@ def test_without_a_manifest_the_rest_is_still_looked_at(checkpoint: Path) -> Non
 
 
 def changed_json(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        content = json.loads((folder / name).read_text())
-        change(content)
-        (folder / name).write_text(json.dumps(content))
-
-    return apply
+    return lambda folder: change_json(folder / name, change)
 
 
 def changed_tensor(folder: Path, value: float) -> None:

@@ -18,7 +18,8 @@ from mora_ds.checkpoint.folder import resume_checkpoint
 from mora_ds.checkpoint.layout import complete_checkpoints
 from mora_ds.checkpoint.state import check_identity
 from mora_ds.errors import UserError
-from mora_ds.files import replace_symlink, verify_manifest, write_manifest
+from mora_ds.files import replace_symlink, verify_manifest
+from tests.helpers.damage import checkpoint_at
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, job, launch, refused, run
 
@@ -156,14 +157,6 @@ def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(user: P
 
 
 # -- finding one ---------------------------------------------------------------------------------------------------
-
-
-def checkpoint_at(root: Path, step: int) -> Path:
-    folder = root / f"step-{step:06d}"
-    folder.mkdir(parents=True)
-    (folder / "file").write_text(str(step))
-    write_manifest(folder)
-    return folder
 
 
 def test_auto_takes_the_newest_whole_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -22,7 +22,7 @@ from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.deploy import export as export_room
-from mora_ds.deploy.export import ExportReport, export_merged
+from mora_ds.deploy.export import export_merged
 from mora_ds.errors import RunError, UserError
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
@@ -144,15 +144,7 @@ def test_companions(tmp_path: Path) -> None:
         assert words in card
 
 
-def test_tokenizer_of_the_checkpoint_wins(tmp_path: Path) -> None:
-    run = fake_run(tmp_path)
-    (run.checkpoint / "tokenizer").mkdir()
-    (run.checkpoint / "tokenizer" / "tokenizer_config.json").write_text('{"from": "run"}')
-    export_merged(run.output, tmp_path / "merged")
-    assert json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text()) == {"from": "run"}
-
-
-def test_a_real_tokenizer_travels_along(tmp_path: Path) -> None:
+def test_tokenizer_of_the_checkpoint_wins_over_that_of_the_base(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -400,11 +392,3 @@ def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 90, done.stdout  # about 37
     assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(weights)
-
-
-def test_report_reads_well(tmp_path: Path) -> None:
-    report = ExportReport(tmp_path, ("model.safetensors",), 2**30, "bfloat16", 100, 14, 3, 2, 1.5)
-    assert report.lines() == [
-        f"{tmp_path}: 100 tensors in bfloat16, 1.000 GiB in 1 file(s), 1.5 s",
-        "merged 14 layers from 2 ledger cycle(s) and the live MoRA matrices, replaced 3 trained tensor(s)",
-    ]

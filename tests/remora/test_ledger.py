@@ -15,30 +15,13 @@ from safetensors import safe_open
 from mora_ds import files
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
-from mora_ds.adapters.ops.spec import Grouping, OperatorKind, permutation_seed
-from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, read_adapter, write_adapter
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.errors import RunError, UserError
-from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora import ledger as ledger_room
-from mora_ds.remora.ledger import LayerEntry, Ledger
-from tests.helpers.models import tiny_model
+from mora_ds.remora.ledger import Ledger
+from tests.helpers.ledgers import entry, layers_of, squares_for
 
 BASE = "f" * 64
-
-
-def entry(module: str, cycle: int = 0, kind: OperatorKind = OperatorKind.ROTATE, r_hat: int = 6) -> LayerEntry:
-    spec = OperatorSpec(kind, 32, 32, r_hat, Grouping.PERMUTED, permutation_seed(0, module, cycle))
-    return LayerEntry(module, f"{module}.weight", False, spec)
-
-
-def layers_of(cycle: int, modules: tuple[str, ...] = ("a.q", "a.v")) -> dict[str, LayerEntry]:
-    return {module: entry(module, cycle) for module in modules}
-
-
-def squares_for(layers: dict[str, LayerEntry], seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    sides = {name: each.operator.r_hat for name, each in layers.items()}
-    return {name: torch.randn(side, side, generator=generator) for name, side in sides.items()}
 
 
 def append(ledger: Ledger, modules: tuple[str, ...] = ("a.q", "a.v")) -> None:
@@ -361,70 +344,3 @@ def test_live_weight_has_the_same_bits_for_any_number_of_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-
-
-# -- adapter.json, adapter.safetensors, base.json --------------------------------------------------------------------
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> AdapterFile:
-    layers = layers_of(2)
-    adapter = AdapterFile(layers, "bfloat16", cycle=2, step=250, rank=8, trainables=("n.weight",), facts={"seed": 3})
-    write_adapter(tmp_path, adapter, squares_for(layers, 0), {"n.weight": torch.ones(5).bfloat16()})
-    return adapter
-
-
-def test_adapter_round_trip(adapter: AdapterFile, tmp_path: Path) -> None:
-    assert read_adapter(tmp_path) == adapter
-    assert json.loads((tmp_path / "adapter.json").read_text())["seed"] == 3
-    tensors = AdapterTensors.open(tmp_path, adapter)
-    assert torch.equal(tensors.square("a.v"), squares_for(adapter.layers, 0)["a.v"])
-    assert tensors.trained("n.weight").dtype == torch.float32 and tensors.trained_shape("n.weight") == (5,)
-
-
-def test_adapter_damage_is_named(adapter: AdapterFile, tmp_path: Path) -> None:
-    content = json.loads((tmp_path / "adapter.json").read_text())
-    for change, words in (
-        ({"format": 9}, "format 9"),
-        ({"dtype": "int4"}, "unknown dtype 'int4'"),
-        ({"layers": {"a.q": {}}}, "adapter.json is damaged"),
-        ({"cycle": "two"}, "adapter.json is damaged"),
-    ):
-        (tmp_path / "adapter.json").write_text(json.dumps({**content, **change}))
-        with pytest.raises(UserError, match=words):
-            read_adapter(tmp_path)
-    (tmp_path / "adapter.json").unlink()
-    with pytest.raises(UserError, match=r"adapter\.json is missing"):
-        read_adapter(tmp_path)
-
-
-def test_adapter_tensors_must_fit(adapter: AdapterFile, tmp_path: Path) -> None:
-    fewer = AdapterFile({"a.q": adapter.layers["a.q"]}, "bfloat16", 2, 250, 8, adapter.trainables)
-    with pytest.raises(UserError, match=r"a\.v\.square"):
-        AdapterTensors.open(tmp_path, fewer)
-    wider = AdapterFile({**adapter.layers, "a.q": entry("a.q", r_hat=8)}, "bfloat16", 2, 250, 8, adapter.trainables)
-    with pytest.raises(UserError, match=r"a\.q\.square is \(6, 6\)"):
-        AdapterTensors.open(tmp_path, wider)
-    with pytest.raises(ValueError, match="not those that the adapter lists"):
-        write_adapter(tmp_path, adapter, {}, {})
-    os.truncate(tmp_path / "adapter.safetensors", 300)
-    with pytest.raises(UserError, match=r"adapter\.safetensors is truncated or damaged"):
-        AdapterTensors.open(tmp_path, adapter)
-
-
-def test_base_reference_finds_its_base_and_refuses_another(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        tiny_model(seed=seed).save_pretrained(tmp_path / f"base-{seed}")
-    checkpoint = tmp_path / "checkpoints" / "step-1"
-    checkpoint.mkdir(parents=True)
-    fingerprint = BaseCheckpoint.open(tmp_path / "base-0").fingerprint()
-    reference = BaseReference("../../base-0", fingerprint, {"a": "b"}, "float32")
-    reference.write(checkpoint)
-    (tmp_path / "latest").symlink_to(checkpoint)
-    assert BaseReference.read(checkpoint) == reference
-    assert reference.open_base(tmp_path / "latest").fingerprint() == fingerprint
-    with pytest.raises(UserError, match=r"--base: .*base-1 is not the base of .*step-1"):
-        reference.open_base(checkpoint, tmp_path / "base-1", "--base")
-    (checkpoint / "base.json").write_text('{"format": 1, "dtype": "float32"}')
-    with pytest.raises(UserError, match=r"base\.json is damaged"):
-        BaseReference.read(checkpoint)

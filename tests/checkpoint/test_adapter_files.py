@@ -1,0 +1,80 @@
+"""adapter.json, adapter.safetensors and base.json: what they store, and how damage is named."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, read_adapter, write_adapter
+from mora_ds.errors import UserError
+from mora_ds.models.base import BaseCheckpoint
+from tests.helpers.ledgers import entry, layers_of, squares_for
+from tests.helpers.models import tiny_model
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> AdapterFile:
+    layers = layers_of(2)
+    adapter = AdapterFile(layers, "bfloat16", cycle=2, step=250, rank=8, trainables=("n.weight",), facts={"seed": 3})
+    write_adapter(tmp_path, adapter, squares_for(layers, 0), {"n.weight": torch.ones(5).bfloat16()})
+    return adapter
+
+
+def test_adapter_round_trip(adapter: AdapterFile, tmp_path: Path) -> None:
+    assert read_adapter(tmp_path) == adapter
+    assert json.loads((tmp_path / "adapter.json").read_text())["seed"] == 3
+    tensors = AdapterTensors.open(tmp_path, adapter)
+    assert torch.equal(tensors.square("a.v"), squares_for(adapter.layers, 0)["a.v"])
+    assert tensors.trained("n.weight").dtype == torch.float32 and tensors.trained_shape("n.weight") == (5,)
+
+
+def test_adapter_damage_is_named(adapter: AdapterFile, tmp_path: Path) -> None:
+    content = json.loads((tmp_path / "adapter.json").read_text())
+    for change, words in (
+        ({"format": 9}, "format 9"),
+        ({"dtype": "int4"}, "unknown dtype 'int4'"),
+        ({"layers": {"a.q": {}}}, "adapter.json is damaged"),
+        ({"cycle": "two"}, "adapter.json is damaged"),
+    ):
+        (tmp_path / "adapter.json").write_text(json.dumps({**content, **change}))
+        with pytest.raises(UserError, match=words):
+            read_adapter(tmp_path)
+    (tmp_path / "adapter.json").unlink()
+    with pytest.raises(UserError, match=r"adapter\.json is missing"):
+        read_adapter(tmp_path)
+
+
+def test_adapter_tensors_must_fit(adapter: AdapterFile, tmp_path: Path) -> None:
+    fewer = AdapterFile({"a.q": adapter.layers["a.q"]}, "bfloat16", 2, 250, 8, adapter.trainables)
+    with pytest.raises(UserError, match=r"a\.v\.square"):
+        AdapterTensors.open(tmp_path, fewer)
+    wider = AdapterFile({**adapter.layers, "a.q": entry("a.q", r_hat=8)}, "bfloat16", 2, 250, 8, adapter.trainables)
+    with pytest.raises(UserError, match=r"a\.q\.square is \(6, 6\)"):
+        AdapterTensors.open(tmp_path, wider)
+    with pytest.raises(ValueError, match="not those that the adapter lists"):
+        write_adapter(tmp_path, adapter, {}, {})
+    os.truncate(tmp_path / "adapter.safetensors", 300)
+    with pytest.raises(UserError, match=r"adapter\.safetensors is truncated or damaged"):
+        AdapterTensors.open(tmp_path, adapter)
+
+
+def test_base_reference_finds_its_base_and_refuses_another(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        tiny_model(seed=seed).save_pretrained(tmp_path / f"base-{seed}")
+    checkpoint = tmp_path / "checkpoints" / "step-1"
+    checkpoint.mkdir(parents=True)
+    fingerprint = BaseCheckpoint.open(tmp_path / "base-0").fingerprint()
+    reference = BaseReference("../../base-0", fingerprint, {"a": "b"}, "float32")
+    reference.write(checkpoint)
+    (tmp_path / "latest").symlink_to(checkpoint)
+    assert BaseReference.read(checkpoint) == reference
+    assert reference.open_base(tmp_path / "latest").fingerprint() == fingerprint
+    with pytest.raises(UserError, match=r"--base: .*base-1 is not the base of .*step-1"):
+        reference.open_base(checkpoint, tmp_path / "base-1", "--base")
+    (checkpoint / "base.json").write_text('{"format": 1, "dtype": "float32"}')
+    with pytest.raises(UserError, match=r"base\.json is damaged"):
+        BaseReference.read(checkpoint)

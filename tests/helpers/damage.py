@@ -1,0 +1,46 @@
+"""Ways to damage a file: cut short, one bit flipped, deleted, another JSON; and a checkpoint small enough for it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mora_ds.files import write_manifest
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 2)  # one would be the line break that ends our JSON
+
+
+def flip(path: Path, where: float = 0.5) -> None:
+    with path.open("r+b") as file:
+        file.seek(int(path.stat().st_size * where))
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+HARMS: dict[str, Callable[[Path], None]] = {"cut": cut, "flip": flip, "gone": gone}
+
+
+def change_json(path: Path, change: Callable[[Any], object]) -> None:
+    """Applies `change` to the content of a JSON file."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def checkpoint_at(root: Path, step: int) -> Path:
+    """A checkpoint of one file and its manifest."""
+    folder = root / f"step-{step:06d}"
+    folder.mkdir(parents=True)
+    (folder / "file").write_text(str(step))
+    write_manifest(folder)
+    return folder
