@@ -284,7 +284,8 @@ def _memory(text: str) -> str:
     for model, (gpus, _) in figures.MEMORY.items():
         for method in figures.METHODS:
             sizes = plans[model, method, gpus]["bytes"]
-            cells = (f"{sizes[key] / 1e9:,.2f} GB" for key in ("base", "held", "peak"))
+            base = "sharded" if "full" in method else f"{sizes['base'] / 1e9:,.2f} GB"
+            cells = (base, *(f"{sizes[key] / 1e9:,.2f} GB" for key in ("held", "peak")))
             body.append(table_row(f"{model}, {method}", *cells))
     text = _between(text, "memory", body)
     lines = figures.traffic(plans)

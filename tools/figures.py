@@ -56,7 +56,7 @@ METHODS = {
     "MoRA r=256": ["--mora_rank", "256"],
     "MoRA r=8, 8-bit base": ["--mora_rank", "8", "--base_bits", "8"],
     "LoRA r=8, ZeRO-2": ["--adapter", "lora", "--mora_rank", "8", "--deepspeed", str(ROOT / "configs" / "zero2.json")],
-    "full, ZeRO-3": ["--adapter", "full"],
+    "full training, ZeRO-3": ["--adapter", "full"],
 }
 GPUS = (2, 8, 64, 512)
 MEMORY = {"7B": (8, 80), "70B": (64, 192)}
@@ -112,7 +112,7 @@ def sharded_base(full: dict[str, Any], lora: dict[str, Any]) -> float:
 def traffic(known: dict[tuple[str, str, int], dict[str, Any]]) -> dict[str, list[float]]:
     """{method: GB that one GPU sends in a step of Llama 7B, for each of `GPUS`}."""
     lora = [known["7B", "LoRA r=8, ZeRO-2", gpus] for gpus in GPUS]
-    full = [known["7B", "full, ZeRO-3", gpus] for gpus in GPUS]
+    full = [known["7B", "full training, ZeRO-3", gpus] for gpus in GPUS]
     sent = {
         "full training, ZeRO-3": [plan["bytes_sent"] for plan in full],
         "LoRA r=8, ZeRO-3, base sharded": [sharded_base(*pair) for pair in zip(full, lora, strict=True)],
@@ -142,6 +142,8 @@ def draw_memory() -> None:
             left = [start + value for start, value in zip(left, values, strict=True)]
         axis.axvline(memory, color=INK, linewidth=1, linestyle="--")
         axis.set_title(f"Llama {model}, {gpus} GPUs of {memory} GB", fontsize=12, color=INK)
+        axis.set_xlim(0, 1.05 * memory)
+        axis.set_xticks([memory * quarter / 4 for quarter in range(5)])
         axis.invert_yaxis()
     axes[1].set_xlabel("GB on one GPU (dashed: what it has)")
     handles, labels = axes[0].get_legend_handles_labels()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mora_ds.version import __version__
-from tests.helpers.pages import PAGES, ROOT, prose
+from tests.helpers.pages import FENCE, PAGES, ROOT, prose
 from tools import docs
 from tools.docs_matrix import COLUMNS, OPTIONS, refusal
 
@@ -106,3 +106,22 @@ def test_the_pages_of_the_site_are_all_in_its_navigation() -> None:
 
 def test_the_citation_names_this_version() -> None:
     assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+OTHERS = {
+    "--num_gpus", "--hostfile", "--include", "--exclude", "--no_ssh", "--node_rank", "--master_addr", "--master_port",
+    "--nnodes", "--nproc_per_node", "--nodes", "--strict", "--relora", "--help", "--logdir",
+}  # fmt: skip
+"""Flags of other programs: launchers, sbatch, mkdocs, ReLoRA's own code."""
+
+
+def test_every_flag_that_a_page_names_exists() -> None:
+    known = set(re.findall(r"--\w+", (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")))
+    unknown = {}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        code = " ".join([*FENCE.findall(text), *re.findall(r"`([^`\n]+)`", FENCE.sub("", text))])
+        named = set(re.findall(r"(?<![\w-])--[a-z]\w+", code)) - known - OTHERS
+        if named and page.name != "CONTRIBUTING.md":
+            unknown[str(page.relative_to(ROOT))] = named
+    assert not unknown
