@@ -1,11 +1,11 @@
-"""What a model's weights are made of, layer by layer; and which layers to adapt under a budget.
+"""Analyse the weights of a model layer by layer, and plan which layers to adapt under a budget.
 
     python tools/analyze_weights.py MODEL --json weights.json --png weights.png
     python tools/analyze_weights.py MODEL --probe 'domain/*.jsonl' --trainable_budget 0.5% --write targets.yaml
 
-The first reads the weights alone, one at a time. With --probe a few batches go forward and backward too, for norms of
-gradients. --write makes the plan for --targets: by the probe's scores if there is one, else by the weights'. Exit code
-2: something to change in the command.
+The first command reads the weights only, one at a time. With --probe, norms of gradients are measured on a few batches
+too. --write writes the plan for --targets, by the scores of the probe if there is one, else by those of the weights.
+Exit code 2: an error that you can correct in the command.
 """
 
 from __future__ import annotations
@@ -87,7 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder with safetensors")
     parser.add_argument("--target_modules", nargs="+", default=[ALL_LINEAR], help="which layers, as in training")
-    parser.add_argument("--exact_up_to", type=int, default=EXACT_UP_TO, help="shorter side up to which no estimate is")
+    parser.add_argument(
+        "--exact_up_to",
+        type=int,
+        default=EXACT_UP_TO,
+        help="largest shorter side of a weight that is decomposed exactly; larger ones are estimated",
+    )
     parser.add_argument("--json", type=Path, help="file for all measures of all layers")
     parser.add_argument("--png", type=Path, help="file for a heat map; needs matplotlib")
     parser.add_argument("--device", default="cpu", help="where to compute, such as cuda")
@@ -96,9 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=1, help="sequences of a batch")
     parser.add_argument("--seq_len", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--text_column", default="text", help="column or JSON key that holds the text")
-    parser.add_argument("--mora_rank", type=int, default=8, help="of the squares that are probed; chooses the operator")
-    parser.add_argument("--operator", default="auto", help="that the plan and the probe are for")
-    parser.add_argument("--trainable_budget", help="parameters of all squares: 0.5%% of the model's, or a number")
+    parser.add_argument(
+        "--mora_rank", type=int, default=8, help="rank of the adapter that is probed; it decides the operator"
+    )
+    parser.add_argument("--operator", default="auto", help="operator of the plan and the probe")
+    parser.add_argument(
+        "--trainable_budget", help="trainable parameters: a share of the model's, such as 0.5%%, or a number"
+    )
     parser.add_argument("--write", type=Path, metavar="FILE", help="the plan for --targets")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     return parser

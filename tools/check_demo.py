@@ -1,4 +1,4 @@
-"""Hold the embedded default's results against what the README promises: `python tools/check_demo.py out`."""
+"""Check the results of the demo against what the README promises: `python tools/check_demo.py out`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def problems(folder: Path) -> list[str]:
-    """What is not as promised, one line each."""
+    """One line for each result in `folder` that is not as promised."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     before, after = summary["perplexity_before"]["code"], summary["perplexity_after"]["code"]
     checks = [
-        (after > 0.75 * before, f"perplexity on code fell from {before:.2f} to {after:.2f} only"),
-        (summary["base_bytes_gathered"] != 0, f"{summary['base_bytes_gathered']} bytes of the base were gathered"),
+        (after > 0.75 * before, f"perplexity on code fell only from {before:.2f} to {after:.2f}"),
+        (summary["base_bytes_gathered"] != 0, f"{summary['base_bytes_gathered']} bytes of the base were communicated"),
         (summary["merges"] < 2, f"{summary['merges']} merges"),
         (not (folder / "merged" / "config.json").is_file(), "no merged model"),
     ]
@@ -21,9 +21,9 @@ def problems(folder: Path) -> list[str]:
 
 
 def main() -> int:
-    found = problems(Path(sys.argv[1] if len(sys.argv) > 1 else "out"))
-    print("\n".join(found) if found else "as promised")
-    return 1 if found else 0
+    messages = problems(Path(sys.argv[1] if len(sys.argv) > 1 else "out"))
+    print("\n".join(messages) or "as promised")
+    return 1 if messages else 0
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Turn a checkpoint into another form: DeepSpeed's universal one, and back, or an adapter without its run.
+"""Convert a checkpoint to DeepSpeed's universal format, back from it, or to an adapter without its run.
 
     python tools/convert_checkpoint.py universal out/checkpoints/latest --output universal
     python tools/convert_checkpoint.py from_universal universal --output back/step-000100
     python tools/convert_checkpoint.py adapter out/checkpoints/latest --output adapter
 
-Exit code 2: something to change in the command or the files; 1: a full disk.
+Exit code 2: an error that you can correct in the command or the files; 1: a full disk.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from mora_ds.deploy.adapter_io import export_adapter
 from mora_ds.runtime import cli
 
 _ACTIONS = {
-    "universal": (to_universal, "what plain DeepSpeed loads with load_universal, at any number of ranks"),
-    "from_universal": (from_universal, "a checkpoint again, of what `universal` made"),
-    "adapter": (export_adapter, "squares and ledger alone, for mora_ds.load_adapter"),
+    "universal": (
+        to_universal,
+        "write the format that DeepSpeed loads with load_universal, on any number of processes",
+    ),
+    "from_universal": (from_universal, "write a checkpoint from the output of `universal`"),
+    "adapter": (export_adapter, "write the MoRA matrices and the merge ledger only, for mora_ds.load_adapter"),
 }
 
 

@@ -1,12 +1,12 @@
-"""Perplexity and bits per byte on named texts, of a Hugging Face folder or of a checkpoint as it is.
+"""Measure perplexity and bits per byte of a Hugging Face model or a checkpoint on named texts.
 
     python tools/evaluate.py out/checkpoints/latest --sets domain=held.jsonl general='prose/*.txt' --stride 256
     python tools/evaluate.py MODEL --sets domain=held.jsonl --json scores.json --lm_eval hellaswag arc_easy
     python tools/evaluate.py BASE --bank DIR --sets domain=held.jsonl [--adapters law code] [--bank_cache 8]
 
-With --bank: every adapter in a folder, or those named, over one base. A checkpoint needs no merged model: base, ledger
-and live squares are put together in memory. Every document is scored for itself and whole. Bits per byte compare models
-with different tokenizers; perplexities do not.
+With --bank: every adapter in a folder, or the named ones, on one base. A checkpoint needs no merged model: base, merge
+ledger and current MoRA matrices are combined in memory. Every document is scored completely and separately.
+Bits per byte are comparable between models with different tokenizers; perplexities are not.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _model(given: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
-    """What goes into the JSON."""
+    """Evaluate one model. Returns the content of the JSON file."""
     target = load_target(given.model, given.base, given.dtype, given.device, given.trust_remote_code, given.domain)
     windows = Windows.of(target.model, given.window, given.stride)
     print(f"{target.source}; windows of {windows.window} tokens, stride {windows.stride}")
@@ -76,6 +76,7 @@ def _model(given: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, A
 
 
 def _bank(given: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
+    """Evaluate many adapters on one base. Returns the content of the JSON file."""
     bank = AdapterBank.open(
         given.model, given.bank, cache_adapters=1 if given.bank_cache is None else given.bank_cache,
         dtype=given.dtype, device=given.device, trust_remote_code=given.trust_remote_code,
@@ -107,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, metavar="MODEL", help="model folder, checkpoint, run's folder, or adapter")
     parser.add_argument("--sets", nargs="+", default=[], metavar="NAME=PATH", help="files or patterns, each a set")
     parser.add_argument("--text_column", default="text", help="column or JSON key that holds the text")
-    parser.add_argument("--window", type=int, help="tokens the model sees. Default: its positions, 1024 at most")
+    parser.add_argument("--window", type=int, help="tokens of a window. Default: the model's positions, at most 1024")
     parser.add_argument("--stride", type=int, help="tokens from one window to the next. Default: half of --window")
     parser.add_argument("--batch_size", type=int, default=4, help="windows at a time")
     parser.add_argument("--max_documents", type=int, help="score only the first ones of each set")
@@ -115,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bank", type=Path, metavar="DIR", help="every adapter in this folder, on the base MODEL")
     parser.add_argument("--adapters", nargs="+", metavar="NAME", help="only these of the bank")
     parser.add_argument("--bank_cache", type=int, metavar="N", help="adapters that stay in memory. Default: 1")
-    parser.add_argument("--domain", metavar="NAME", help="of a run with domains, whose model; shared: without any's")
+    parser.add_argument(
+        "--domain", metavar="NAME", help="for a run with domain adapters: the domain to use, or 'shared' for none"
+    )
     parser.add_argument("--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: the model's own")
     parser.add_argument("--device", default="cpu", help="such as cuda:0")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores there too")

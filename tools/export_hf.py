@@ -2,7 +2,8 @@
 
     python tools/export_hf.py --checkpoint out/checkpoints/latest --output merged --verify
 
-Exit code 2: something to change in the command or the files; 1: a damaged checkpoint, differing logits, a full disk.
+Exit code 2: an error that you can correct in the command or the files; 1: a damaged checkpoint, logits that differ, a
+full disk.
 """
 
 from __future__ import annotations
@@ -38,10 +39,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, required=True, help="step folder, link to one, or output folder")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new or empty")
     parser.add_argument("--base", type=Path, help="where the base model lies now, if it was moved")
-    parser.add_argument("--domain", metavar="NAME", help="of a run with domains, whose model; shared: without any's")
+    parser.add_argument(
+        "--domain", metavar="NAME", help="for a run with domain adapters: the domain to merge, or 'shared' for none"
+    )
     parser.add_argument("--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: as in training")
     parser.add_argument("--max_shard_gib", type=float, default=5.0, help="largest weight file in GiB")
-    parser.add_argument("--verify", action="store_true", help="load it and compare logits with the live model's")
+    parser.add_argument(
+        "--verify", action="store_true", help="load the result and compare its logits with those recorded in training"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model that stands at --output")
     return parser
 

@@ -1,9 +1,9 @@
-"""Give a model pieces of its own for a domain: fewer tokens for the same text, new rows that start as old ones' mean.
+"""Add tokens of a domain to the vocabulary of a model; each new embedding starts as the mean of those it replaces.
 
     python tools/extend_vocab.py MODEL --corpus 'domain/*.jsonl' --pieces 4000 --output extended
 
-The pieces come from a SentencePiece model trained on the corpus. Old ids and merges stay. Then train on `extended`,
-the new rows too: --train_new_embeddings (or all of them: --train_embeddings, with an untied head --train_head).
+The tokens come from a SentencePiece model trained on the corpus. Existing token ids and merges stay. Then train on
+`extended` with --train_new_embeddings, or with --train_embeddings (and, for an untied head, --train_head).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of the model")
     parser.add_argument("--corpus", nargs="+", required=True, help="files, patterns or folders of the domain's text")
-    parser.add_argument("--pieces", type=int, required=True, help="how many to add")
+    parser.add_argument("--pieces", type=int, required=True, help="number of tokens to add")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
     parser.add_argument("--text_column", default="text", help="column or JSON key that holds the text")
     parser.add_argument(

@@ -1,12 +1,12 @@
-"""Look at a run's ledger, check it, leave cycles out of it, or fold them into a new base.
+"""Show, verify, edit or compact the merge ledger of a run, which records the MoRA matrices of every merged cycle.
 
     python tools/ledger.py show out                                      norms, rank, largest singular values
-    python tools/ledger.py verify out/checkpoints/latest --base MODEL    every hash, their chain, the base
+    python tools/ledger.py verify out/checkpoints/latest --base MODEL    hashes, their chain, the base
     python tools/ledger.py drop out/checkpoints/latest --cycles 3 --output without-3
-    python tools/ledger.py compact out --output compacted                all cycles into compacted/base
+    python tools/ledger.py compact out --output compacted                merge all cycles into compacted/base
 
-The argument is a ledger folder, a checkpoint, or a run's output folder. Exit code 2: something to change in the
-command; 1: damaged files, a full disk.
+The argument is a ledger folder, a checkpoint, or the output folder of a run. Exit code 2: an error that you can correct
+in the command; 1: damaged files, a full disk.
 """
 
 from __future__ import annotations
@@ -50,10 +50,14 @@ def _parser() -> argparse.ArgumentParser:
     drop_flags.add_argument("--cycles", type=int, nargs="+", required=True, help="numbers as `show` gives them")
     where = drop_flags.add_mutually_exclusive_group(required=True)
     where.add_argument("--output", type=Path, help="folder to write; must be new or empty")
-    where.add_argument("--in_place", action="store_true", help="replace the ledger; the old one is kept beside it")
+    where.add_argument("--in_place", action="store_true", help="replace the ledger; the old one is kept next to it")
     fold_flags.add_argument("--output", type=Path, required=True, help="folder to write; must be new or empty")
-    fold_flags.add_argument("--first", type=int, help="how many cycles to fold, from the first on; default: all")
-    fold_flags.add_argument("--dtype", choices=COMPUTE_DTYPES, default="float32", help="others round the new base")
+    fold_flags.add_argument(
+        "--first", type=int, help="number of cycles to merge into the base, from the first on; default: all"
+    )
+    fold_flags.add_argument(
+        "--dtype", choices=COMPUTE_DTYPES, default="float32", help="dtype of the new base; all but float32 round it"
+    )
     fold_flags.add_argument("--base", type=Path, help="where the base lies now, if it was moved")
     fold_flags.add_argument("--max_shard_gib", type=float, default=5.0, help="largest weight file in GiB")
     return parser
@@ -63,7 +67,7 @@ _ACTIONS = {
     "show": "list the cycles with their norms, rank and largest singular values",
     "verify": "check every hash, their chain, and the base",
     "drop": "write a ledger without some cycles",
-    "compact": "fold the first cycles into a new base",
+    "compact": "merge the first cycles into a new base",
 }
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Will it fit? Memory, traffic and time of a run on any cluster, from a model's config alone; no weights are read.
+"""Plan memory, traffic and time of a run on any cluster from the config of its model; no weights are read.
 
 python tools/plan.py --model MODEL_FOLDER_OR_NAME_OR_CONFIG.json --gpus 64 --gpu_memory 80 --seq_len 4096
     [--mora_rank 8 ...] [--gpus_per_node 8 --link_gbps 1600 --node_link_gbps 400 --tflops 400] [--json]
 
-Without --micro_batch it recommends micro-batch, checkpointing, t and s; with it, it tells what those settings give.
+Without --micro_batch it recommends a micro-batch size, gradient checkpointing, and the tensor and sequence parallel
+sizes; with it, it plans the given settings.
 """
 
 import argparse
@@ -46,13 +47,15 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--gpus", type=int, required=True, help="ranks of the run")
-    parser.add_argument("--gpu_memory", type=float, default=80.0, help="of a device, in GB (10^9 bytes)")
+    parser.add_argument("--gpus", type=int, required=True, help="number of processes, one per GPU")
+    parser.add_argument("--gpu_memory", type=float, default=80.0, help="memory of a GPU in GB (10^9 bytes)")
     parser.add_argument("--gpus_per_node", type=int, default=8)
-    parser.add_argument("--link_gbps", type=float, default=1600.0, help="that a rank sends within its node, in Gbit/s")
-    parser.add_argument("--node_link_gbps", type=float, default=400.0, help="that a node sends to others, in Gbit/s")
-    parser.add_argument("--tflops", type=float, default=400.0, help="that products reach on a device")
-    parser.add_argument("--cpu", action="store_true", help="ranks compute on CPUs")
+    parser.add_argument("--link_gbps", type=float, default=1600.0, help="bandwidth of a GPU within its node in Gbit/s")
+    parser.add_argument(
+        "--node_link_gbps", type=float, default=400.0, help="bandwidth between nodes, per node, in Gbit/s"
+    )
+    parser.add_argument("--tflops", type=float, default=400.0, help="TFLOP/s that a GPU reaches in matrix products")
+    parser.add_argument("--cpu", action="store_true", help="plan for processes on CPUs")
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument("--adapter", default="mora", choices=["mora", "lora", "full"])
     parser.add_argument("--mora_rank", type=int, default=8)
@@ -64,9 +67,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--train_head", action="store_true")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
     parser.add_argument("--deepspeed", help="a DeepSpeed JSON; default: ZeRO-3")
-    parser.add_argument("--micro_batch", type=int, help="sequences a rank; default: recommended")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches a step")
-    parser.add_argument("--rows", type=int, help="most sequences that all ranks may take at a time")
+    parser.add_argument("--micro_batch", type=int, help="sequences per micro-batch and process; default: recommended")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step")
+    parser.add_argument("--rows", type=int, help="upper limit of sequences per micro-batch over all processes")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--tensor_parallel_size", type=int, default=1)
     parser.add_argument("--sequence_parallel_size", type=int, default=1)

@@ -1,11 +1,11 @@
-"""Plot a run's learning rate against the step, merges marked, as the trainer itself computes it.
+"""Plot the learning rate of a run against its steps, with its merges, as the trainer computes it.
 
     python tools/plot_schedule.py --max_steps 400 --merge_every 100 --lr_scheduler_type cosine
     python tools/plot_schedule.py configs/recipes/pretrain_250m.yaml --png schedule.png
-    python tools/plot_schedule.py out/run.yaml --max_steps 900 --merges 210 480     a run that merged when it stalled
+    python tools/plot_schedule.py out/run.yaml --max_steps 900 --merges 210 480   for a run that merged when it stalled
 
-Takes the recipe and the flags of a run; the number of steps must be given, since no text is read. Exit code 2:
-something to change in the command.
+Takes the recipe and the flags of a run. --max_steps must be given, since no text is read. Exit code 2: an error that
+you can correct in the command.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from mora_ds.remora.schedule_text import side_by_side, start_lines, text_plot
 from mora_ds.runtime import cli
 
 PANEL_COLUMNS, PANEL_ROWS = 34, 6
-"""Of one of four plots."""
+"""Size of each of the four plots, in characters."""
 
 
 def main() -> None:
     options, rest = _parser().parse_known_args()
     arguments = parse(rest)
     if arguments.training.max_steps < 1:
-        raise UserError("--max_steps: say how many steps the run has; only its text would tell otherwise")
+        raise UserError("--max_steps: give the number of steps of the run; without it the text would have to be read")
     schedule = arguments.schedule(arguments.training.max_steps)
     merges = schedule.merge_steps() if options.merges is None else sorted(options.merges)
     if options.all_kinds:
@@ -83,14 +83,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Flags of this tool's own; all others are a run's."""
+    """The flags of this tool; all others are those of a run."""
     parser = _Parser(
         description=(__doc__ or "").splitlines()[0],
         allow_abbrev=False,
         usage="%(prog)s [recipe.yaml] --max_steps N [a run's flags] [the flags below]",
     )
     parser.add_argument("--merges", type=int, nargs="*", help="steps of the merges, in place of the planned ones")
-    parser.add_argument("--all_kinds", action="store_true", help="all four kinds of curve in small")
+    parser.add_argument("--all_kinds", action="store_true", help="plot all four kinds of schedule, each smaller")
     parser.add_argument("--columns", type=_positive, default=72, help="width of the plot")
     parser.add_argument("--rows", type=_positive, default=12, help="height of the plot")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also write a picture (needs matplotlib)")

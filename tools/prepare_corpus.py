@@ -1,11 +1,11 @@
-"""Text files -> a folder of tokens, filtered and without duplicates, that --train_files takes as it is.
+"""Tokenise text files into a folder for --train_files, filtered and without duplicates.
 
     python tools/prepare_corpus.py --files 'corpus/*.jsonl' --tokenizer MODEL --output prepared
 
-Text, JSON lines (also .gz), Parquet and Arrow are read, in one pass. Exact duplicates go by a hash of the text
-(case and spacing aside), near ones by MinHash (`pip install -e '.[corpus]'`); both take memory: about 100 bytes and
-5 KB a document. Which documents are held out is decided by that hash: `--eval_files held=prepared/held_out` evaluates
-on them, prepared/held_out.jsonl has their text.
+Reads text, JSON lines (also .gz), Parquet and Arrow in one pass. Exact duplicates are removed by a hash of the text
+(without case and spacing), near duplicates by MinHash (`pip install -e '.[corpus]'`); they take about 100 bytes and
+5 KB of memory per document. The same hash decides which documents are held out: `--eval_files held=prepared/held_out`
+evaluates on them, and prepared/held_out.jsonl holds their text.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Measure the update of a run, layer by layer and cycle by cycle: singular values, ranks, what each cycle added.
+"""Measure the singular values and ranks of the merged update of a run, for each layer and cycle.
 
     python tools/spectrum.py out/checkpoints/latest --json spectrum.json --tensorboard out/tensorboard
 
-The argument is a ledger folder, a checkpoint (its live squares come last), or a run's output folder. For wide layers,
-choose some with --layers, or a GPU with --device cuda. Exit code 2: something to change in the command.
+The argument is a ledger folder, a checkpoint (its current MoRA matrices come last), or the output folder of a run. For
+wide layers, select some with --layers, or use a GPU with --device cuda. Exit code 2: an error that you can correct.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a micro-batch costs a rank, by shapes alone: tensor parallel, data parallel, sequence parallel.
+"""Compute what a micro-batch costs each process by shapes only: tensor, data and sequence parallelism.
 
 python tools/tp_cost.py MODEL_FOLDER_OR_CONFIG.json [--mora_rank 256] [--ranks 8] [--degrees 2 8] [--tokens 4096]
 """
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--operator", default="auto")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--degrees", type=int, nargs="+", default=[2, 8])
-    parser.add_argument("--tokens", type=int, default=4096, help="of a rank's micro-batch")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens per micro-batch and process")
     parser.add_argument("--tp_segments", type=int, default=8)
     given = parser.parse_args()
     if any(degree < 1 or given.ranks % degree for degree in given.degrees):
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def model_of(path: Path, config: MoRAConfig) -> Any:
-    """Injected, without memory."""
+    """The model of the config in `path` with adapters, on the meta device."""
     read = folder_config(path) if path.is_dir() else read_model_config(path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(read)

@@ -1,9 +1,9 @@
-"""Check a checkpoint, or all of a run, offline: every file, and that they agree with each other.
+"""Verify one checkpoint, or all of a run: every file, and that the files agree with each other.
 
     python tools/verify_checkpoint.py out                           all checkpoints of a run, oldest first
     python tools/verify_checkpoint.py out/checkpoints/latest --base MODEL
 
-Exit code 1 when anything is wrong with one of them, 2 for a mistake in the command.
+Exit code 1 when a checkpoint is damaged, 2 for an error that you can correct in the command.
 """
 
 from __future__ import annotations
