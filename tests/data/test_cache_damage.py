@@ -11,7 +11,7 @@ import pytest
 from mora_ds.data import build_cache, cache, inspection, load_corpus, load_tokenizer
 from tests.helpers.damage import HARMS, flip
 from tests.helpers.jobs import Playground
-from tests.helpers.kills import tree
+from tests.helpers.outcome import tree
 
 
 @pytest.fixture
