@@ -1,7 +1,8 @@
 """The damage matrix: every kind of file cut, flipped in a bit or deleted; found, named, passed over, never trained on.
 
-What `auto` passes over and `latest` refuses is decided without an engine, so most cases only copy a finished run. One
-file because all of them share that run.
+What `auto` passes over and `latest` refuses is decided without an engine, so most cases only copy a finished run.
+
+One file because all of them share that run.
 """
 
 from __future__ import annotations
