@@ -10,7 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-from mora_ds.checkpoint.layout import BEST, LATEST, LEDGER_FOLDER, complete_checkpoints, step_of
+from mora_ds.checkpoint.layout import BEST, LATEST, LEDGER_FOLDER, complete_checkpoints, is_step_name, step_of
 from mora_ds.errors import UserError
 from mora_ds.files import MANIFEST, disk_errors, fsync, malformed, read_json, replace_symlink, verify_manifest
 from mora_ds.remora.ledger import LEDGER_FILE, VECTORS_FILE
@@ -27,17 +27,17 @@ _GONE = ".gone"
 
 
 def settle(root: Path) -> None:
-    """Repairs what a killed run has left in `root`, which need not exist. Only the one process that may write to
-    `root` may call it."""
+    """Repairs what a killed run has left in `root`, which need not exist, and deletes what could not be deleted before.
+    Only the one process that may write to `root` may call it."""
     if not root.is_dir():
         return
     with disk_errors(root):
-        for old in root.glob(f".step-*{OLD}{WRITING}"):
-            final = root / old.name.removeprefix(".").removesuffix(f"{OLD}{WRITING}")
+        for old, final in _hidden(root, f"{OLD}{WRITING}"):
             if not final.exists():  # killed between the two renames: this may be the only good one
                 os.rename(old, final)
-        for partial in root.glob(f".step-*{WRITING}"):
-            shutil.rmtree(partial, ignore_errors=True)
+        for ending in (WRITING, f"{OLD}{WRITING}", f"{_GONE}{WRITING}"):
+            for partial, _ in _hidden(root, ending):
+                delete(partial)
         for link in (LATEST, BEST):
             (root / f".{link}.partial").unlink(missing_ok=True)
 
@@ -72,11 +72,36 @@ def ledger_problems(folder: Path) -> list[str]:
     ]
 
 
+def _hidden(root: Path, ending: str) -> list[tuple[Path, Path]]:
+    """(hidden folder, the checkpoint that its name speaks of) for every name .step-NNNNNN`ending` in `root`."""
+    names = [(path, path.name.removeprefix(".").removesuffix(ending)) for path in root.glob(f".step-*{ending}")]
+    return [(path, root / name) for path, name in names if is_step_name(name)]
+
+
+def delete(folder: Path) -> None:
+    """Deletes as much of a folder as can be deleted, which need not exist. What cannot be (a file that is still open
+    on an NFS server, a folder without permission) is only worth a warning: the next save tries again (`settle`)."""
+    if not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        if folder.is_symlink():  # a checkpoint that the user keeps elsewhere
+            folder.unlink()
+        elif folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        logger.warning("warning: %s cannot be deleted and takes up space: %s; the next save tries again", folder, error)
+
+
 def retire(folder: Path) -> None:
-    """Deletes a checkpoint, renamed first: a half-deleted one never has a checkpoint's name."""
+    """Deletes a checkpoint, renamed first: a half-deleted one never has a checkpoint's name. Where it cannot be deleted
+    it is a warning, as in `delete`."""
     gone = folder.with_name(f".{folder.name}{_GONE}{WRITING}")
-    os.rename(folder, gone)
-    shutil.rmtree(gone)
+    try:
+        os.rename(folder, gone)
+    except OSError as error:
+        logger.warning("warning: %s cannot be deleted and takes up space: %s; the next save tries again", folder, error)
+    else:
+        delete(gone)
 
 
 def name_latest(root: Path, checkpoint: Path) -> None:

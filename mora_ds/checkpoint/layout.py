@@ -11,6 +11,7 @@ Files in ledger/ are named in `remora.ledger`, the manifest in `files`, files in
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,8 @@ ADAPTER_PARTS = (ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON, LEDGER_FOLDER)
 """What an adapter consists of, in a checkpoint and alone."""
 
 _STEP = "step-"
+_STEP_NAME = re.compile(rf"{_STEP}(?:[0-9]{{6}}|[1-9][0-9]{{6,11}})")
+"""The names that `step_folder` gives, and no other: step-000040.bak, a copy made by hand, is not one."""
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -49,14 +52,28 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"{_STEP}{step:06d}"
 
 
+def is_step_name(name: str) -> bool:
+    """Whether `step_folder` gives this name to a folder."""
+    return _STEP_NAME.fullmatch(name) is not None
+
+
 def step_of(folder: Path) -> int:
     """Inverse of `step_folder`. Raises `ValueError` for another name."""
+    if not is_step_name(folder.name):
+        raise ValueError(f"{folder.name} is not the name of a checkpoint")
     return int(folder.name.removeprefix(_STEP))
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """Step folders that have their final name, oldest first; those that are being written have another."""
-    return sorted((path for path in root.glob(f"{_STEP}*") if path.is_dir()), key=step_of)
+    return sorted((path for path in root.glob(f"{_STEP}*") if is_step_name(path.name) and path.is_dir()), key=step_of)
+
+
+def unknown_entries(root: Path) -> list[str]:
+    """Names in the folder `root` of all checkpoints that no run gives, hidden ones aside: the user's own files and
+    folders, which are neither read nor deleted."""
+    names = (path.name for path in root.iterdir() if not path.name.startswith("."))
+    return sorted(name for name in names if name not in (LATEST, BEST) and not is_step_name(name))
 
 
 def rng_file(rank: int) -> str:

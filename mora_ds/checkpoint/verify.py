@@ -12,6 +12,7 @@ Every check runs, even where an earlier one has failed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,15 +31,19 @@ from mora_ds.checkpoint.layout import (
     PROBE_FILE,
     STATE_FILE,
     complete_checkpoints,
+    is_step_name,
     rng_file,
     step_of,
+    unknown_entries,
 )
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.engine.shard_reader import MASTER, EngineShards
 from mora_ds.errors import RunError, UserError
-from mora_ds.files import MANIFEST, malformed, read_json, verify_manifest
+from mora_ds.files import MANIFEST, read_json, verify_manifest
 from mora_ds.models.tensor_files import open_safetensors
 from mora_ds.remora.ledger import Ledger
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -73,6 +78,8 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
     folders = complete_checkpoints(root) if root.is_dir() else []
     if not folders:
         raise UserError(f"{path} is neither a checkpoint nor the folder of a run that has one")
+    if unknown := unknown_entries(root):
+        logger.warning("%s: not checkpoints by their names, and not looked into: %s", root, ", ".join(unknown))
     latest = (root / LATEST).resolve()
     verdicts = [_verify_one(folder, base) for folder in folders]
     for verdict in verdicts:
@@ -137,8 +144,7 @@ def _files(folder: Path) -> Iterator[str]:
 
 def _state(folder: Path) -> Iterator[str]:
     path, state = folder / STATE_FILE, TrainerState.read(folder)
-    with malformed(path):
-        number = step_of(folder) if folder.name.startswith("step-") else state.step
+    number = step_of(folder) if is_step_name(folder.name) else state.step
     if number != state.step:
         raise UserError(f"{path} is of step {state.step}, its folder of step {number}")
     ranks = [folder / rng_file(rank) for rank in range(state.world_size)]

@@ -7,6 +7,7 @@ checkpoints deleted
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from mora_ds.checkpoint.async_save import Background, Exchange, on_host
 from mora_ds.checkpoint.folder import (
     OLD,
     WRITING,
+    delete,
     is_complete,
     ledger_problems,
     name_best,
@@ -42,6 +44,7 @@ from mora_ds.checkpoint.layout import (
     rng_file,
     step_folder,
     step_of,
+    unknown_entries,
 )
 from mora_ds.checkpoint.state import TrainerState, check_identity
 from mora_ds.engine import shard_writer, zero
@@ -49,6 +52,8 @@ from mora_ds.engine.shard_reader import EngineShards, Layout
 from mora_ds.errors import RunError
 from mora_ds.runtime.events import Event, emit
 from mora_ds.runtime.nodes import Followers
+
+logger = logging.getLogger(__name__)
 
 _SMALL_FILES = 32 << 10
 """Bytes of a rank's random state, layout and DeepSpeed config; tokenizer and JSON files take as much again, twice."""
@@ -76,6 +81,8 @@ class CheckpointWriter:
         self.root, self.engine, self.collect, self.followers = root, engine, collect, followers
         self._background = Background() if background else None
         self._exchange = Exchange() if background else None
+        self._named: set[str] = set()
+        """Entries of `root` that are not the run's, and have been named in the log."""
 
     def save(self, state: TrainerState, keep: int | None = None) -> Path:
         """Returns the final folder, which in the background does not exist yet. Keeps the newest `keep` checkpoints,
@@ -86,7 +93,10 @@ class CheckpointWriter:
         with _disk_errors(self.root, beside):
             if dist.get_rank() == 0:
                 settle(self.root)
+                self._name_unknown()
             if dist.get_rank() == 0 or (self.followers is not None and self.followers.leads):
+                if beside.exists():
+                    raise RunError(f"{beside} was left by a run that was killed and cannot be deleted: remove it")
                 beside.mkdir(parents=True)
             dist.barrier()
             _check_space(self.root, self.engine)
@@ -101,6 +111,13 @@ class CheckpointWriter:
             else:
                 self._background.start(self._copied(beside, final, state, keep), f"checkpoint {final.name}")
         return final
+
+    def _name_unknown(self) -> None:
+        """Says once of each file and folder beside the checkpoints that it is left alone."""
+        unknown = [name for name in unknown_entries(self.root) if name not in self._named] if self.root.is_dir() else []
+        if unknown:
+            logger.info("%s: left alone, as no checkpoint has such a name: %s", self.root, ", ".join(unknown))
+            self._named.update(unknown)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits for the checkpoint that is being written, and raises its error."""
@@ -182,12 +199,13 @@ def load_checkpoint(folder: Path, engine: zero.Engine, identity: dict[str, Any])
 
 def _retain(root: Path, step: int, keep: int | None) -> None:
     """Deletes all but the newest `keep` checkpoints. Later ones than `step`, which a resume from an earlier checkpoint
-    has left behind, and incomplete folders are neither counted nor deleted."""
+    has left behind, and incomplete folders are neither counted nor deleted. A link to a checkpoint that the user keeps
+    elsewhere is counted and stays."""
     if keep is None:
         return
     complete = [folder for folder in complete_checkpoints(root) if step_of(folder) <= step and is_complete(folder)]
     for folder in complete[:-keep]:
-        if folder.resolve() != (root / BEST).resolve():
+        if not folder.is_symlink() and folder.resolve() != (root / BEST).resolve():
             retire(folder)
 
 
@@ -231,7 +249,7 @@ def _replace_folder(beside: Path, final: Path) -> None:
     if final.exists():
         os.replace(final, old)
     os.replace(beside, final)
-    shutil.rmtree(old, ignore_errors=True)
+    delete(old)
 
 
 def _stop_if_unsound(beside: Path) -> None:

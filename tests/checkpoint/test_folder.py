@@ -1,0 +1,123 @@
+"""The folder of all checkpoints: what is not a run's stays, and what cannot be deleted does not end a run."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mora_ds.checkpoint import folder as folders
+from mora_ds.checkpoint import writer
+from mora_ds.checkpoint.folder import resume_checkpoint, settle
+from mora_ds.checkpoint.layout import complete_checkpoints, step_folder, step_of
+from mora_ds.checkpoint.verify import verify
+from mora_ds.files import replace_symlink
+from tests.helpers.damage import checkpoint_at
+
+UNKNOWN_FOLDERS = ("step-000002.bak", "step-", "step-2", "step-0000002", "step--00002", "step-00000\uff12", "notes")
+HIDDEN_FOLDERS = (".step-000002.bak.writing", ".step-x.old.writing", ".step-9.gone.writing", ".mine")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Three checkpoints, the user's own folders and files beside them, and a link to a checkpoint elsewhere."""
+    root = tmp_path / "checkpoints"
+    for step in (2, 4, 6):
+        checkpoint_at(root, step)
+    for name in (*UNKNOWN_FOLDERS, *HIDDEN_FOLDERS):
+        shutil.copytree(root / "step-000002", root / name)
+    (root / "step-000007").write_text("a file")
+    (root / "step-000008.log").write_text("a file")
+    checkpoint_at(tmp_path / "elsewhere", 1)
+    (root / "step-000001").symlink_to(tmp_path / "elsewhere" / "step-000001")
+    replace_symlink(root / "latest", "step-000006")
+    return root
+
+
+def contents(root: Path) -> set[str]:
+    return {path.relative_to(root).as_posix() for path in root.rglob("*")}
+
+
+def names(root: Path) -> list[str]:
+    return [folder.name for folder in complete_checkpoints(root)]
+
+
+@pytest.mark.parametrize("step", [0, 40, 999_999, 1_000_000, 123_456_789])
+def test_a_step_and_its_folder(tmp_path: Path, step: int) -> None:
+    step_folder(tmp_path, step).mkdir()
+    assert step_of(step_folder(tmp_path, step)) == step
+    assert complete_checkpoints(tmp_path) == [step_folder(tmp_path, step)]
+
+
+def test_what_is_not_a_checkpoint_by_its_name_is_neither_read_nor_deleted(root: Path) -> None:
+    before = contents(root)
+    settle(root)
+    assert names(root) == ["step-000001", "step-000002", "step-000004", "step-000006"]
+    assert resume_checkpoint("auto", root) == root / "step-000006"
+    writer._retain(root, 6, keep=1)
+    gone = {name for name in before if name.split("/")[0] in ("step-000002", "step-000004")}
+    assert contents(root) == before - gone
+    assert (root / "step-000001" / "file").read_text() == "1", "a link and what it leads to are the user's"
+
+
+def test_a_copy_can_be_resumed_from_and_verified(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    copy = root / "step-000002.bak"
+    assert resume_checkpoint(str(copy), root) == copy
+    assert [verdict.folder.name for verdict in verify(root)] == names(root)
+    assert "step-000002.bak" in caplog.text and "notes" in caplog.text and "latest" not in caplog.text
+    assert not any("not the name of a checkpoint" in problem for problem in verify(copy)[0].problems)
+
+
+def test_unknown_entries_are_named_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    of_run: Any = writer.CheckpointWriter(root, None, lambda step: lambda folder: None)  # type: ignore[arg-type]
+    of_run._name_unknown()
+    assert all(f"{name}" in caplog.text for name in (*UNKNOWN_FOLDERS, "step-000008.log"))
+    assert not any(name in caplog.text for name in ("step-000004", "latest", ".mine"))
+    caplog.clear()
+    of_run._name_unknown()
+    assert not caplog.text
+    (root / "another").mkdir()
+    of_run._name_unknown()
+    assert caplog.messages == [f"{root}: left alone, as no checkpoint has such a name: another"]
+
+
+def busy(*_: object, **options: object) -> None:
+    if not options.get("ignore_errors"):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+
+@pytest.mark.parametrize(("module", "call"), [(shutil, "rmtree"), (os, "rename")])
+def test_a_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, module: Any, call: str
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(module, call, busy)
+        writer._retain(root, 6, keep=1)
+        settle(root)
+    assert "cannot be deleted and takes up space: [Errno 16] Device or resource busy" in caplog.text
+    assert resume_checkpoint("auto", root) == root / "step-000006"
+    caplog.clear()
+    settle(root)
+    writer._retain(root, 6, keep=1)
+    assert names(root) == ["step-000001", "step-000006"]
+    assert {path.name for path in root.glob(".*")} == set(HIDDEN_FOLDERS)
+    assert not caplog.text
+
+
+def test_the_checkpoint_that_a_new_one_replaces_may_be_impossible_to_delete(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    beside = shutil.copytree(root / "step-000006", root / ".step-000006.writing")
+    with monkeypatch.context() as patched:
+        patched.setattr(folders.shutil, "rmtree", busy)
+        writer._replace_folder(beside, root / "step-000006")
+    assert "step-000006.old.writing cannot be deleted" in caplog.text
+    assert folders.problems(root / "step-000006") == []
+    settle(root)
+    assert not list(root.glob(".step-000006*"))
