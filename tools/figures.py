@@ -184,8 +184,9 @@ def draw_learning() -> None:
     for row in content["rows"]:
         colour = next((value for key, value in colours.items() if key in row["label"].lower()), BASE)
         axis.plot(row["prose"], row["code"], "o", color=colour, markersize=7)
-        axis.annotate(row["label"], (row["prose"], row["code"]), textcoords="offset points",
-                      xytext=row["offset"], ha="right" if row["offset"][0] < 0 else "left", color=INK, fontsize=9.5)  # fmt: skip
+        side = "right" if row["offset"][0] < 0 else "left"
+        axis.annotate(row["label"], (row["prose"], row["code"]), textcoords="offset points", xytext=row["offset"],
+                      ha=side, color=INK, fontsize=9.5)  # fmt: skip
     axis.axvline(content["before"]["prose"], color=FAINT, linestyle="--", linewidth=1)
     axis.set_xlabel("perplexity on the old domain (dashed: before)")
     axis.set_ylabel("perplexity on the new domain")
