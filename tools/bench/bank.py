@@ -3,12 +3,12 @@
     python tools/bench/bank.py [--adapters 310] [--width 256] [--layers 2] [--operator rotate] [--rank 8] [--cycles 1]
         [--rows 16] [--tokens 1 16 64 256] [--repeat 9] [--folder DIR]
 
-A Llama of random weights and adapters of random squares, written as portable adapters by the project's own writers.
+A Llama of random weights and random adapters, written as portable adapters by the project's own writers.
 
 memory   every adapter is evaluated on one row of tokens, all in one process that keeps them all: by how much its
-         tensors and its memory (RssAnon) grow, over the bytes of the squares as they lie in the files
+         tensors and its memory (RssAnon) grow, over the bytes of the MoRA matrices in the files
 time     a batch whose rows have an adapter each, choosing them included (they are in memory), against the same rows
-         one by one with the adapter merged first (weights formed from the original and written, squares in memory),
+         one by one with the adapter merged first (weights formed from the original and written, matrices in memory),
          and against the bank with one row at a time. In fp32, one thread's own time, medians of interleaved turns
 equal    largest difference of a logit to the merged model's, over all adapters in mixed batches
 """
@@ -55,7 +55,7 @@ def main() -> None:
         started = time.monotonic()
         own = write(Path(folder), options)
         print(
-            f"{options.adapters} adapters of {own / options.adapters / 2**20:.2f} MiB of squares ({options.operator},"
+            f"{options.adapters} adapters of {own / options.adapters / 2**20:.2f} MiB of matrices ({options.operator},"
             f" rank {options.rank}, {options.cycles} merged cycle(s)) in {time.monotonic() - started:.0f} s"
         )
         for measure in (memory, speed, equality):
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def write(folder: Path, options: argparse.Namespace) -> int:
-    """The base and the adapters; bytes of all squares."""
+    """The base and the adapters; bytes of all MoRA matrices."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = llama_config(options.width, options.layers, VOCABULARY, 1024, heads=8, kv_heads=4)
@@ -90,7 +90,7 @@ def memory(folder: Path, options: argparse.Namespace, own: int) -> list[str]:
         layers = [module for module in bank.model.modules() if isinstance(module, BankLinear)]
         batch = sum(layer.terms.nbytes for layer in layers if layer.terms is not None)
     return [
-        f"memory: {len(bank.cache.names)} adapters evaluated and held, {own / 2**20:.1f} MiB of squares;"
+        f"memory: {len(bank.cache.names)} adapters evaluated and held, {own / 2**20:.1f} MiB of MoRA matrices;"
         f" {seconds:.1f} s, reading and checking included",
         f"  tensors held {bank.cache.nbytes / own:.3f} of it, growth of the process {(after - before) / own:.3f},"
         f" what a mixed batch of {options.rows} adds {batch / own:.3f}",
@@ -146,7 +146,7 @@ def equality(folder: Path, options: argparse.Namespace, own: int) -> list[str]:
 
 
 def read_updates(folder: Path) -> Updates:
-    """Of a portable adapter: every cycle's squares."""
+    """The MoRA matrices of every cycle of a portable adapter."""
     adapter = read_adapter(folder)
     ledger, tensors = Ledger.open(folder / LEDGER_FOLDER, hashes=False), AdapterTensors.open(folder, adapter)
     return {
@@ -191,7 +191,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--operator", default="rotate")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--cycles", type=int, default=1, help="merged cycles of every adapter, beside its live squares")
+    parser.add_argument("--cycles", type=int, default=1, help="merged cycles of every adapter")
     parser.add_argument("--rows", type=int, default=16, help="of a mixed batch")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256], help="of a row")
     parser.add_argument("--repeat", type=int, default=9)

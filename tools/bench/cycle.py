@@ -69,7 +69,7 @@ def _measure(options: argparse.Namespace, work: Path) -> None:
         saves.append(seconds_of(lambda: _save(subject)))
         steps.append(seconds_of(subject.step))
         merges.append(seconds_of(lambda: _merge(subject)))
-    blocked, beside = _background(options, work)
+    blocked, during = _background(options, work)
     export, copy, memory, largest = _export(options, work)
     step = median(steps)
     cycles = f"{options.cycles} to {options.cycles + options.repeat - 1} cycles behind it"
@@ -79,7 +79,7 @@ def _measure(options: argparse.Namespace, work: Path) -> None:
         [f"a merge of all layers, {cycles}", f"{median(merges):.3f}", "a step", f"{median(merges) / step:.2f}"],
         ["a save, at once", f"{median(saves):.3f}", "a step", f"{median(saves) / step:.2f}"],
         ["a save in the background, blocked", f"{median(blocked):.3f}", "a step", f"{median(blocked) / step:.2f}"],
-        ["the step beside that save", f"{median(beside):.3f}", "a step", f"{median(beside) / step:.2f}"],
+        ["the step during that save", f"{median(during):.3f}", "a step", f"{median(during) / step:.2f}"],
         ["an export", f"{median(export):.3f}", f"a copy ({median(copy):.3f} s)", f"{_ratio(export, copy):.2f}"],
     ]
     print("\n".join(table(rows)))
@@ -130,12 +130,12 @@ def _save(subject: Subject) -> None:
 def _background(options: argparse.Namespace, work: Path) -> tuple[list[float], list[float]]:
     """Seconds that each save stopped training, and of the steps that ran while it was written."""
     subject = _subject(options, work, work / "background", background=True)
-    blocked, beside = [], []
+    blocked, during = [], []
     for _ in range(options.repeat):
         blocked.append(seconds_of(lambda: _save(subject)))
-        beside.append(seconds_of(subject.step))
+        during.append(seconds_of(subject.step))
         subject.run.wait()
-    return blocked, beside
+    return blocked, during
 
 
 def _export(options: argparse.Namespace, work: Path) -> tuple[list[float], list[float], int, int]:

@@ -2,7 +2,7 @@
 
     python tools/bench/data.py [--megabytes 20] [--seq_len 512] [--rows 16] [--steps 30] [--folder /tmp/bench_data]
 
-Three sources of Python's own code in JSON lines, 70 : 25 : 5, and the small Llama of the embedded default with squares
+Three sources of Python's own code in JSON lines, 70 : 25 : 5, and the demo's small Llama with MoRA matrices
 (forward, backward and AdamW in one process, no DeepSpeed: a real step is slower). Loader and training steps take turns;
 medians. A resume opens everything anew, as another process would (its imports and its tokenizer apart).
 """

@@ -1,12 +1,11 @@
-"""Time one layer, forward and backward, against the frozen layer alone: squares, LoRA, full training.
+"""Time one layer, forward and backward, against the frozen layer alone: MoRA, LoRA, full training.
 
     python tools/bench/layer.py [--dtypes float32 bfloat16] [--shapes 1024x1024] [--tokens 256 2048] [--threads 1]
         [--base_bits 8]      three more columns: the frozen layer, and both paths, on a weight in 8 bits
 
 Every figure is the median of interleaved pairs (the frozen layer, then the case; output and input gradient of both) in
 one process, so 1.00 is an adapter that costs nothing; in one thread of a CPU by the thread's own time, of which other
-processes take none. LoRA, ours and PEFT's (`pip install -e '.[bench]'`), has as many parameters as the square. `kept`
-is what autograd keeps from a forward, every storage once, without weights: PEFT's LoRA, then ours with a square.
+processes take none. LoRA, ours and PEFT's (`pip install -e '.[bench]'`), has as many parameters as M. `kept` is what autograd keeps from a forward, every storage once, without weights: PEFT's LoRA, then MoRA's.
 """
 
 from __future__ import annotations
@@ -194,7 +193,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {options.threads} thread(s)"
     for dtype in options.dtypes:
         print(f"{name}, torch {torch.__version__}, {dtype}: ratios to the frozen layer alone")
-        print(f"| d_in x d_out, tokens | square | frozen | {' | '.join(names)} | auto | kept, MiB |")
+        print(f"| d_in x d_out, tokens | r_hat | frozen | {' | '.join(names)} | auto | kept, MiB |")
         print("|---" * (len(names) + 5) + "|")
         like = {"dtype": getattr(torch, dtype), "device": device}
         for shape in options.shapes:

@@ -5,7 +5,7 @@
 A small Llama is warm-started on prose and continued on code (both are made out of the running Python) by every method
 at every rate of its sweep, the best one with more seeds; batches, their order and the schedule are the same for all.
 Best is the least perplexity on code; of rates that are as good within 1%, the one that leaves least on prose.
-`--methods replay-5 ...` set MoRA against itself with so many per cent of prose in every batch. Each run is
+`--methods replay-5 ...` set MoRA against itself with that percentage of prose in every batch. Each run is
 `launch/pretrain.py` with other flags, on one rank. A run that is done is kept: the command goes on where it was
 stopped. Prints, at each method's best rate, the perplexity on code and on prose, mean and largest deviation over seeds;
 writes results.json, and learning.png where matplotlib is there. Curves: tensorboard --logdir FOLDER/runs.
@@ -46,7 +46,7 @@ class Method:
     rates: tuple[float, ...] = MORA_RATES
     merges: bool = False
     rate_flag: str = "learning_rate"
-    """What is swept; with embeddings their rate, and the squares (factors) keep the one that is best without them."""
+    """What is swept; with embeddings their learning rate, while the adapter keeps the one that is best without them."""
     replay: float = 0.0
     """Share of prose in every batch."""
     full_rank: float = 0.0
@@ -152,7 +152,7 @@ def _check(options: argparse.Namespace) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("out/bench_learning"), help="folder for everything")
-    parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; squares have as many parameters")
+    parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; MoRA matrices have as many parameters")
     parser.add_argument("--steps", type=int, default=200, help=f"steps of {ROWS} x 128 tokens")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method at its best rate")
     parser.add_argument("--sweep_seeds", type=int, default=2, help="of them at every rate, to find the best one")

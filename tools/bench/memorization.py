@@ -1,4 +1,4 @@
-"""The MoRA paper's memorisation task: how many steps until random UUID pairs are known by heart?
+"""The MoRA paper's memorisation task: how many steps until random UUID pairs are memorised?
 
     python tools/bench/memorization.py [--base MODEL] [--pairs 64] [--steps 400] [--rank 8] [--seeds 3] [--jobs 2] ...
 
@@ -10,7 +10,7 @@ padding. Prints, at each method's best rate (largest mean accuracy over all inte
 over seeds, and the steps to 90%; writes results.json, TensorBoard curves, and memorization.png where matplotlib is
 there. A trial that is done is kept.
 
-The default is for two cores: the small Llama of the embedded default, warm-started on prose. The paper's: Llama-2 7B,
+The default is for two cores: the demo's small Llama, warm-started on prose. The paper's: Llama-2 7B,
 
     --base LLAMA_2_7B --pairs 10000 --batch 1000 --micro_batch 20 --steps 1000 --every 100 --rank 8 (and 256)
 
@@ -125,9 +125,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("out/bench_memorization"), help="folder for everything")
     parser.add_argument("--base", type=Path, help="model folder. Default: a small Llama, warm-started on prose")
     parser.add_argument("--digit_steps", type=int, default=0, help="teach the base first what digits look like")
-    parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; squares have as many parameters")
-    parser.add_argument("--operator", default="auto", help="of the squares. auto: rotate below rank 64, else share")
-    parser.add_argument("--pairs", type=int, default=64, help="to be known by heart")
+    parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; MoRA matrices have as many parameters")
+    parser.add_argument("--operator", default="auto", help="MoRA's operator. auto: rotate below rank 64, else share")
+    parser.add_argument("--pairs", type=int, default=64, help="pairs to memorise")
     parser.add_argument("--batch", type=int, default=32, help="pairs an optimizer step")
     parser.add_argument("--micro_batch", type=int, default=32, help="pairs at a time")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
@@ -156,7 +156,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--batch {options.batch} is no multiple of --micro_batch {options.micro_batch}")
     if "remora" in options.methods and options.steps // options.cycles <= RAMP:
         raise UserError(
-            f"--steps {options.steps} make cycles of {options.steps // options.cycles}, no more than a ramp"
+            f"--steps {options.steps} make cycles of {options.steps // options.cycles}, no longer than the re-warmup"
         )
 
 
@@ -295,7 +295,7 @@ def _lines(best: dict[str, Curve], options: argparse.Namespace) -> list[str]:
             [name, f"{curve.trained:,}", f"{curve.rate:g}{edge}", *cells, f"{100 * curve.spread[-1]:.1f}", known]
         )
     return [
-        f"character accuracy (%) of {options.probe} of {options.pairs} pairs after so many steps of {options.batch} "
+        f"character accuracy (%) of {options.probe} of {options.pairs} pairs after N steps of {options.batch} "
         f"pairs, rank {options.rank}, {options.seeds} seed(s), at each method's best rate (*: at its sweep's edge); "
         f"steps to {KNOWN:.0%} of each seed",
         *table(rows),

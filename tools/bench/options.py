@@ -1,4 +1,4 @@
-"""Where to adapt, and with what: the options around the squares against each other, at equal trainable parameters.
+"""Where to adapt, and with what: the adapter's options against each other, at equal trainable parameters.
 
     python tools/bench/options.py [--work FOLDER] [--steps 150] [--seeds 3] [--jobs 2] [--methods mora lora ...]
 
@@ -50,7 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "alignment": {"alignment_weight": 0.1, "alignment_rank": 16},
     "domains": {"domain_adapters": True, "mora_rank": 8 // (1 + len(DOMAINS))},
 }
-"""`budget` has as many parameters as `mora`; `domains` has four squares a layer, of a quarter of the rank."""
+"""`budget` has as many parameters as `mora`; `domains` has four MoRA matrices a layer, of a quarter of the rank."""
 
 
 @dataclass(frozen=True)

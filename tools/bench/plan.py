@@ -3,8 +3,7 @@
     python tools/bench/plan.py [--ranks 1 2 4] [--layers 8] [--hidden 512] [--rows 2] [--seq_len 256] [--rank 32]
         [--base_bits 8]
 
-A Llama of random weights is written to disk, mapped by every rank, given squares and trained for a few steps under
-ZeRO-3. Measured on rank 0, beside what `mora_ds.plan` says from the config alone:
+A Llama of random weights is written to disk, mapped by every rank, adapted and trained for a few steps under ZeRO-3. Measured on rank 0, next to what `mora_ds.plan` says from the config alone:
 
     held                 bytes of all tensors that are alive between steps, less those that were there before
     kept, peak           of tensors made in forward and backward (`MemoryMeter`)
@@ -69,7 +68,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--seq_len", type=int, default=256)
-    parser.add_argument("--rank", type=int, default=32, help="of the squares, as --mora_rank")
+    parser.add_argument("--rank", type=int, default=32, help="as --mora_rank")
     parser.add_argument("--base_bits", type=int, choices=[8, 16], default=16)
     parser.add_argument("--checkpointing", action="store_true")
     return parser.parse_args()
@@ -81,7 +80,7 @@ def _adapter(options: argparse.Namespace) -> MoRAConfig:
 
 def _print(ranks: int, plan: Plan, found: list[dict[str, float]]) -> None:
     memory, mine = plan.memory, found[0]
-    mapped = plan.files - memory.base + plan.eight_bits  # beside a base in 8 bits: what it was made of
+    mapped = plan.files - memory.base + plan.eight_bits  # the files of an int8 base stay mapped
     rows = [
         ("held between steps", memory.static + _persistent(plan), mine["held"]),
         ("kept at the end of forward", memory.activations, mine["kept"]),

@@ -2,7 +2,7 @@
 
     python tools/bench/sequence.py [--sizes 2 4] [--seq_len 512] [--rows 2] [--hidden 256] [--heads 8] [--kv_heads 4]
 
-Starts s ranks over gloo for each s. A Llama of random weights with squares runs forward and backward of one
+Starts s ranks over gloo for each s. A Llama of random weights with MoRA matrices runs forward and backward of one
 micro-batch; counted on rank 0: bytes of the tensors that autograd saves (each storage once, without weights and
 squares) and floating-point operations of matrix products and attention, forward and backward.
 """
@@ -74,7 +74,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--seq_len", type=int, default=512)
-    parser.add_argument("--rank", type=int, default=8, help="of the squares, as --mora_rank")
+    parser.add_argument("--rank", type=int, default=8, help="as --mora_rank")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     return parser.parse_args()
 

@@ -5,7 +5,7 @@
 A Llama of random weights on random tokens, in turns:
 
     base alone        the frozen model, forward and the gradient of its input: the limit of any adapter
-    mora_ds           squares under ZeRO-3, the base whole on every rank
+    mora_ds           MoRA under ZeRO-3, the base unsharded on every rank
     mora_ds, LoRA     our control on the same engine
     PEFT LoRA         of the same rank, under DeepSpeed's ZeRO-3 with its defaults: the base sharded with the rest
     full training     under ZeRO-3
@@ -152,7 +152,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--width", type=int, default=512, help="of the model")
     parser.add_argument("--layers", type=int, default=8, help="how many")
-    parser.add_argument("--rank", type=int, default=8, help="of LoRA; squares have its parameters")
+    parser.add_argument("--rank", type=int, default=8, help="of LoRA; MoRA matrices have as many parameters")
     parser.add_argument("--rows", type=int, default=2, help="sequences a rank and step")
     parser.add_argument("--seq_len", type=int, default=512, help="tokens of each")
     parser.add_argument("--repeat", type=int, default=7, help="turns")

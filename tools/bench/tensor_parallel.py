@@ -4,7 +4,7 @@
 
 Every figure is divided by that of one rank with the same rows of the batch. Ranks are processes over gloo, with one
 thread and, where there are enough, one core each. Activations are those that autograd keeps within attention and MLP
-(the blocks that are split), each storage once, without weights and squares; products are those of the whole model but
+(the blocks that are split), each storage once, without weights and matrices M; products are those of the whole model but
 the head. A step is forward, backward and AdamW under ZeRO-3.
 """
 
@@ -113,9 +113,9 @@ def main() -> None:
     parser.add_argument("--tp_segments", type=int, default=8)
     given = parser.parse_args()
     shape = (given.hidden, given.layers, given.tokens, given.repeats, given.operator, given.mora_rank)
-    ways = {"squares gathered": 0}
+    ways = {"matrices gathered": 0}
     if given.operator == "share":
-        ways["squares aligned"] = given.tp_segments
+        ways["matrices aligned"] = given.tp_segments
     print(
         f"Llama of {given.layers} layers, hidden {given.hidden}, {given.tokens} tokens, {given.operator}, rank "
         f"{given.mora_rank}; t = {given.degree} against t = 1"

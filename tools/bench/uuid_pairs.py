@@ -1,4 +1,4 @@
-"""The task of `bench/memorization.py`: random pairs of hex digits, and how many of them a model knows by heart."""
+"""The task of `bench/memorization.py`: random pairs of hex digits, and how many of them a model has memorised."""
 
 from __future__ import annotations
 
