@@ -3,9 +3,10 @@
     python tools/bench/layer.py [--dtypes float32 bfloat16] [--shapes 1024x1024] [--tokens 256 2048] [--threads 1]
         [--base_bits 8]      three more columns: the frozen layer, and both paths, on a weight in 8 bits
 
-Every figure is the median of interleaved pairs (the frozen layer, then the case; output and input gradient of both) in
-one process, so 1.00 is an adapter that costs nothing; in one thread of a CPU by the thread's own time, of which other
-processes take none. LoRA, ours and PEFT's (`pip install -e '.[bench]'`), has as many parameters as M. `kept` is what autograd keeps from a forward, every storage once, without weights: PEFT's LoRA, then MoRA's.
+Every figure is the median of interleaved pairs (the frozen layer, then the case; output and input gradient of both)
+in one process, so 1.00 is an adapter that costs nothing; in one thread of a CPU by the thread's own time, of which
+other processes take none. LoRA, ours and PEFT's (`pip install -e '.[bench]'`), has as many parameters as M. `kept` is
+what autograd keeps from a forward, every storage once, without weights: PEFT's LoRA, then MoRA's.
 """
 
 from __future__ import annotations

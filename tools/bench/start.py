@@ -2,8 +2,9 @@
 
     python tools/bench/start.py --folder DIR [--gigabytes 1 --ranks 2]
 
-Runs `launch/pretrain.py` for one step with a base of that size (random bf16 weights, written to DIR first) and a tiny one; the difference is the base's. Seconds count until the first step begins, against reading the file once from
-the page cache into memory. Memory is the ranks' Pss (shared pages divided among those who share them) in that step.
+Runs `launch/pretrain.py` for one step with a base of that size (random bf16 weights, written to DIR first) and a tiny
+one; the difference is the base's. Seconds count until the first step begins, against reading the file once from the
+page cache into memory. Memory is the ranks' Pss (shared pages divided among those who share them) in that step.
 """
 
 from __future__ import annotations

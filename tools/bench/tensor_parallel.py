@@ -4,8 +4,8 @@
 
 Every figure is divided by that of one rank with the same rows of the batch. Ranks are processes over gloo, with one
 thread and, where there are enough, one core each. Activations are those that autograd keeps within attention and MLP
-(the blocks that are split), each storage once, without weights and matrices M; products are those of the whole model but
-the head. A step is forward, backward and AdamW under ZeRO-3.
+(the blocks that are split), each storage once, without weights and matrices M; products are those of the whole model
+but the head. A step is forward, backward and AdamW under ZeRO-3.
 """
 
 from __future__ import annotations
