@@ -3,7 +3,7 @@
 pretrain        the pipeline from settings to a summary; warm_start and demo run it twice
 dry_run         --dry_run: the plan of a job in place of the job
 setup           processes, DeepSpeed config, and the place where a run happens
-output_folder   --output_dir: which run may write into it, run.yaml
+output_folder   --output_dir: which run may write into it, and what of it is a run's; run_file: run.yaml
 data            files -> tokens -> batches; tokenizer: which one
 base            the base model on this process
 targets         --targets: which layers have a MoRA matrix, and of which size

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from mora_ds.config.arguments import Arguments, from_flat
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_demo_corpus
+from mora_ds.errors import UserError
 from mora_ds.models.load import create_base
 from mora_ds.train.dry_run import dry_run
-from mora_ds.train.output_folder import reserve
+from mora_ds.train.output_folder import DEMO, NAMES, give_up, reserve
 from mora_ds.train.pretrain import pretrain
 from mora_ds.train.setup import engine_config, start_processes
 from mora_ds.train.warm_start import run_job
@@ -82,21 +82,26 @@ def run_demo(arguments: Arguments) -> None:
         return
     ranks = start_processes(training)
     started = time.monotonic()
-    folder = Path(training.output_dir)
-    paths = DemoPaths(folder / "demo")
+    folder = Path(training.output_dir).expanduser()
+    paths = DemoPaths(folder / DEMO)
     job = _continue_arguments(arguments, paths, ranks.world)
     validate(job)
     engine_config(job.training, job.adapter.adapter, ranks.world)  # its errors come before anything is written
-    ranks.on_first(lambda: _prepare(training, folder, paths))
     sharded = None
-    if not paths.warm.is_dir():
-        rows = max(1, ROWS_PER_STEP // (ranks.world // training.sequence_parallel_size))
-        warm = {**warm_start_settings(paths, rows, training.seed), "deepspeed": training.deepspeed}
-        warm["sequence_parallel_size"] = training.sequence_parallel_size
-        logger.info(f"\n1. warm start: every parameter trained on prose for {WARM_START['max_steps']} steps")
-        sharded = pretrain(from_flat(warm))
-    logger.info("\n2. the main job: continued on code with MoRA, the base frozen and complete on every GPU")
-    summary = run_job(job)
+    try:  # what is made for the main job goes again where that does not begin
+        ranks.on_first(lambda: _prepare(job.training, folder, paths))
+        if not paths.warm.is_dir():
+            rows = max(1, ROWS_PER_STEP // (ranks.world // training.sequence_parallel_size))
+            warm = {**warm_start_settings(paths, rows, training.seed), "deepspeed": training.deepspeed}
+            warm["sequence_parallel_size"] = training.sequence_parallel_size
+            logger.info(f"\n1. warm start: every parameter trained on prose for {WARM_START['max_steps']} steps")
+            sharded = pretrain(from_flat(warm))
+        logger.info("\n2. the main job: continued on code with MoRA, the base frozen and complete on every GPU")
+        summary = run_job(job)
+    except BaseException:
+        if ranks.is_first:
+            give_up(folder)
+        raise
     if ranks.is_first:
         _report(folder, summary, sharded, ranks.world, time.monotonic() - started)
     ranks.barrier()
@@ -108,7 +113,7 @@ def _plan(arguments: Arguments) -> None:
         validate(arguments)
         dry_run(arguments)
         return
-    paths = DemoPaths(Path(arguments.training.output_dir) / "demo")
+    paths = DemoPaths(Path(arguments.training.output_dir).expanduser() / DEMO)
     job = _continue_arguments(arguments, paths, int(os.environ.get("WORLD_SIZE", "1")))
     validate(job)
     dry_run(dataclasses.replace(job, model=dataclasses.replace(job.model, model_name_or_path=str(MODEL_CONFIG))))
@@ -145,22 +150,24 @@ def warm_start_settings(paths: DemoPaths, rows: int, seed: int) -> dict[str, Any
 
 
 def _prepare(training: TrainingArguments, folder: Path, paths: DemoPaths) -> None:
-    """Write corpora, tokenizer and the untrained model, unless a resumed run has them already."""
+    """Reserve the folder, and write corpora, tokenizer and untrained model, unless a resumed run has them already."""
     resumes = training.resume_from_checkpoint is not None
-    reserve(folder, training.overwrite_output_dir, resumes).rollback()
+    reserve(folder, (*NAMES, DEMO)).prepare(training.overwrite_output_dir, resumes, training.export_merged)
     logger.info(
         "No --model_name_or_path and no --train_files: running the demo.\n"
         "  general text: Python's language reference and docstrings;  new domain: the standard library's code\n"
         f"  everything is made here, without a network, and written to {folder}/"
     )
-    if not (resumes and paths.warm.is_dir()):
+    if not paths.root.exists():
         write_inputs(paths, training.seed)
+    elif not paths.warm.is_dir():
+        raise UserError(
+            f"{paths.warm} is missing, with which the demo began: start it anew with --overwrite_output_dir"
+        )
 
 
 def write_inputs(paths: DemoPaths, seed: int) -> None:
-    """Write corpora, a tokenizer and an untrained model, in place of what `paths` held."""
-    if paths.root.exists():
-        shutil.rmtree(paths.root)
+    """Write corpora, a tokenizer and an untrained model into a new folder."""
     written = write_demo_corpus(paths.corpus, general_bytes=PROSE_BYTES, domain_bytes=CODE_BYTES, eval_bytes=EVAL_BYTES)
     logger.info("  corpora: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in written.text_bytes.items()))
     corpus = load_corpus([str(written.general_train), str(written.domain_train)])

@@ -1,24 +1,23 @@
-"""The output folder of a run: which run may write into it, and the content of `run.yaml`.
+"""The output folder of a run: which run may write into it, and what of it is a run's own.
 
-    reserve -> (settings, files and model are checked; some things are written) -> commit, or rollback to how it was
+    reserve (lock, repair) -> prepare -> (settings, files and model are checked; some things are written)
+                                      -> commit, or rollback to how it was
 
-With --overwrite_output_dir the old run is set aside first and deleted by `commit`: a mistyped flag costs nothing.
+A run owns only what it has made. Names that a run uses must not be there without a run, whose mark is run.yaml, or the
+file `STARTING` until that is written. What a start-up may change of an earlier run is set aside until `commit`.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
-import platform
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from mora_ds.checkpoint.layout import (
     BASE_FOLDER,
@@ -31,82 +30,197 @@ from mora_ds.checkpoint.layout import (
     TOKENIZER_FOLDER,
 )
 from mora_ds.errors import UserError
-from mora_ds.files import disk_errors
+from mora_ds.files import disk_errors, link_or_copy
+from mora_ds.train.run_file import holds_run, owned_by_run
 
 ASIDE, DELETING = ".overwritten", ".deleting"
+STARTING = ".mora_ds-starting"
+"""Lists the names that a run which has no run.yaml yet may have made."""
 LOCK = ".lock"
 """An empty file, locked while a process writes to the folder; the lock ends with the process, however that ends."""
-_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "safetensors")
-_OURS = (
-    RUN_FILE, METRICS_FILE, SUMMARY_FILE, "tensorboard", CHECKPOINTS, LEDGER_FOLDER, MERGED_FOLDER, BASE_FOLDER,
-    TOKENIZER_FOLDER, "targets.yaml", "subspace",
+TARGETS, VECTORS, TENSORBOARD, DEMO = "targets.yaml", "subspace", "tensorboard", "demo"
+NAMES = (
+    RUN_FILE, METRICS_FILE, SUMMARY_FILE, TENSORBOARD, CHECKPOINTS, LEDGER_FOLDER, MERGED_FOLDER, BASE_FOLDER,
+    TOKENIZER_FOLDER, TARGETS, VECTORS,
 )  # fmt: skip
-"""Everything a run writes: what --overwrite_output_dir deletes, and nothing else."""
+"""Everything that a run writes; the demo writes `DEMO`, too."""
+_FILES = (RUN_FILE, METRICS_FILE, SUMMARY_FILE, TARGETS)
+"""Those of the names that are files; the others are folders."""
+_AT_START = (BASE_FOLDER, TOKENIZER_FOLDER, TARGETS, VECTORS)
+"""What the start-up of a run writes, where its settings ask for it; what a resumed one may write again."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reservation:
     """An output folder that is reserved for a run which has not begun. Held by rank 0."""
 
     folder: Path
-    is_new: bool
-    """Whether the folder itself was made for this run."""
-    kept: frozenset[str]
-    """The files and folders of a run that were there before and stay."""
+    names: tuple[str, ...]
+    """The names that the run uses."""
+    made: tuple[Path, ...]
+    """The folders that were made for this run, the innermost first."""
+    had_lock_file: bool
+    kept: frozenset[str] = field(init=False)
+    """Those of the names that were there before and stay."""
+    is_prepared: bool = False
+
+    def __post_init__(self) -> None:
+        self.kept = frozenset(_present(self.folder, self.names))
+
+    def prepare(self, overwrite: bool, resume: bool, exports: bool = False) -> None:
+        """Set aside what the run may change. `exports`: whether it writes a merged model. The second call does nothing.
+
+        Raises `UserError` when the folder holds another run (unless `overwrite` or `resume`), something under the
+        run's names that the run in the folder has not made, or something that the run could not write to.
+        """
+        if self.is_prepared:
+            return
+        is_run = holds_run(self.folder)
+        if is_run and not (overwrite or resume):
+            raise UserError(
+                f"--output_dir {self.folder} holds another run: choose another folder, continue it with "
+                "--resume_from_checkpoint auto, or delete it with --overwrite_output_dir"
+            )
+        owned = self._owned() if is_run else []
+        written = [name for name in self.names if exports or name != MERGED_FOLDER]
+        if strange := [name for name in _present(self.folder, written) if name not in owned]:
+            raise UserError(
+                f"--output_dir {self.folder} holds {', '.join(strange)}, which the run there has not made and this one "
+                "would replace: move it away, or choose another folder"
+            )
+        if resume:
+            _check_kinds(self.folder, owned)
+            if exports:
+                check_merged(self.folder / MERGED_FOLDER)
+        self.is_prepared = True
+        with _writing(self.folder):
+            if is_run:
+                (self.folder / ASIDE).mkdir()
+                if resume:
+                    _copy_aside(self.folder, [name for name in (*_AT_START, LEDGER_FOLDER) if name in owned])
+                else:
+                    _set_aside(self.folder, owned)
+            if not (is_run and resume):
+                (self.folder / STARTING).write_text(json.dumps(self.names), encoding="utf-8")
+        self.kept = frozenset(_present(self.folder, self.names))
 
     def commit(self) -> None:
         """Begin the run: delete what was set aside."""
         if (self.folder / ASIDE).is_dir():
             (self.folder / ASIDE).rename(self.folder / DELETING)
             shutil.rmtree(self.folder / DELETING)
+        _open.pop(self.folder.resolve(), None)
 
     def rollback(self) -> None:
         """Give the run up: the folder is again as it was."""
-        for name in set(_OURS) - self.kept:
-            _remove(self.folder / name)
-        _bring_back(self.folder)
+        _undo(self.folder, set(self.names) - self.kept)
+        if not self.had_lock_file:
+            (self.folder / LOCK).unlink(missing_ok=True)
         file = _locks.pop(self.folder.resolve(), None)
         if file is not None:
             os.close(file)
-        if self.is_new and [path.name for path in self.folder.iterdir()] == [LOCK]:
-            shutil.rmtree(self.folder)
+        _open.pop(self.folder.resolve(), None)
+        for folder in self.made:
+            with suppress(OSError):  # something else was put into it meanwhile
+                folder.rmdir()
+
+    def _owned(self) -> list[str]:
+        """What the run in the folder has made; of what earlier versions have made there is no list."""
+        listed = [
+            *(owned_by_run(self.folder) or NAMES),
+            *([DEMO] if holds_run(self.folder / DEMO / "warm_start") else []),
+        ]
+        return _present(self.folder, [name for name in self.names if name in listed])
 
 
-def reserve(folder: Path, overwrite: bool, resume: bool) -> Reservation:
-    """Make `folder` ready for a run. Called by rank 0.
+def reserve(folder: Path, names: tuple[str, ...] = NAMES) -> Reservation:
+    """Lock `folder` for a run, and repair what a killed one has left. Called by rank 0.
 
-    Raises `UserError` when it holds another run (unless `overwrite` or `resume`) or one that is still running, and
-    when it cannot be written to.
+    A reservation that this process holds already is returned as it is: the demo's, whose main job is a run.
+    Raises `UserError` for a folder with any of the `names` and without a run, one that another run is writing to, and
+    one that cannot be written to.
     """
+    if (reservation := _open.get(folder.resolve())) is not None:
+        return reservation
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file")
-    is_new = not folder.exists()
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    _lock(folder)
-    _recover(folder)
-    if (folder / RUN_FILE).exists() and not resume:
-        if not overwrite:
-            raise UserError(
-                f"--output_dir {folder} holds another run: choose another folder, continue it with "
-                "--resume_from_checkpoint auto, or delete it with --overwrite_output_dir"
-            )
-        _set_aside(folder)
-    return Reservation(folder, is_new, frozenset(_present(folder)))
-
-
-def claim(folder: Path) -> None:
-    """Lock a folder that holds a run, and repair what a killed run has left, before its checkpoints are looked for.
-
-    A folder without a run stays as it is. Raises `UserError` when another run is writing to it.
-    """
-    if _present(folder) or (folder / ASIDE).is_dir() or (folder / DELETING).is_dir():
+    _check_owned(folder, names)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    had_lock_file = (folder / LOCK).exists()
+    try:
         with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
             _lock(folder)
             _recover(folder)
+    except UserError:
+        for path in made:
+            with suppress(OSError):  # it was not made
+                path.rmdir()
+        raise
+    reservation = _open[folder.resolve()] = Reservation(folder, names, tuple(made), had_lock_file)
+    return reservation
+
+
+def check(folder: Path, overwrite: bool, resume: bool, exports: bool) -> None:
+    """Raise the `UserError` that `reserve` and `prepare` would raise; nothing changes."""
+    if folder.resolve() not in _open:
+        try:
+            reserve(folder).prepare(overwrite, resume, exports)
+        finally:
+            give_up(folder)
+
+
+def give_up(folder: Path) -> None:
+    """Roll back the reservation that this process holds, if it holds one."""
+    if (reservation := _open.get(folder.resolve())) is not None:
+        reservation.rollback()
+
+
+def names_of_run(folder: Path, exports: bool) -> list[str]:
+    """What the run that begins in `folder` makes, and what it has made already where it is resumed.
+
+    `exports`: whether it writes a merged model.
+    """
+    before = (owned_by_run(folder) or NAMES) if holds_run(folder) else ()
+    made = {*before, *_present(folder, _AT_START), *((MERGED_FOLDER,) if exports else ())}
+    return [name for name in NAMES if name in made or name not in (*_AT_START, MERGED_FOLDER)]
+
+
+def has_begun(folder: Path) -> None:
+    """From now on run.yaml, which has been written, is the mark of the run."""
+    (folder / STARTING).unlink(missing_ok=True)
+
+
+def check_merged(folder: Path) -> None:
+    """Raise `UserError` where --export_merged would replace something that is no model, nor a folder of models."""
+    if not os.path.lexists(folder):
+        return
+    models = [folder]
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        models = list(folder.iterdir())  # one for each domain
+    if folder.is_symlink() or not all((model / "config.json").is_file() for model in models):
+        raise UserError(f"--export_merged: {folder} holds something other than a model; move it away")
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _check_owned(folder: Path, names: tuple[str, ...]) -> None:
+    """Raise `UserError` for a folder with any of the names, and without a run that has made them."""
+    present = _present(folder, (*names, ASIDE, DELETING))
+    if present and not (holds_run(folder) or holds_run(folder / ASIDE) or _starting(folder)):
+        raise UserError(
+            f"--output_dir {folder} holds {', '.join(present)}, and no run that has made it (no run.yaml that a "
+            "run has written). A run would replace it: choose another folder, or move it away"
+        )
+
+
+def _check_kinds(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (folder / name).is_dir() == (name in _FILES):
+            kind = "file" if name in _FILES else "folder"
+            raise UserError(f"--output_dir {folder}: {folder / name} is no {kind}, as a run has it; move it away")
 
 
 @contextmanager
@@ -118,18 +232,10 @@ def _writing(folder: Path) -> Iterator[None]:
         raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror or error}") from error
 
 
-def write_run_file(folder: Path, settings: dict[str, Any], resolved: dict[str, Any]) -> None:
-    """Write `run.yaml`: the resolved settings, which as a recipe repeat the run, and versions and facts of the run."""
-    content = {**settings, "versions": versions(), "resolved": resolved}
-    with disk_errors(folder):
-        partial = folder / f".{RUN_FILE}.partial"
-        partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        partial.replace(folder / RUN_FILE)
+# -- the lock ----------------------------------------------------------------------------------------------------------
 
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
-
+_open: dict[Path, Reservation] = {}
+"""Folder -> the reservation of this process that is neither begun nor given up."""
 
 _locks: dict[Path, int] = {}
 """Folder -> lock file of this process. Closing a lock file gives the lock up, so they stay open to the end."""
@@ -143,43 +249,82 @@ def _lock(folder: Path) -> None:
     """
     if (resolved := folder.resolve()) in _locks:
         return
-    file = os.open(resolved / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        os.close(file)
-        raise UserError(
-            f"--output_dir {folder}: another run is writing to it at this moment; end that one first"
-        ) from None
-    except OSError:  # a file system without locks: the folder is used unlocked
-        pass
+    path = resolved / LOCK
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            os.close(file)
+            raise UserError(
+                f"--output_dir {folder}: another run is writing to it at this moment; end that one first"
+            ) from None
+        except OSError:  # a file system without locks: the folder is used unlocked
+            pass
+        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+            break
+        os.close(file)  # a run that was given up has deleted it since it was opened
     _locks[resolved] = file
+
+
+# -- what is set aside -------------------------------------------------------------------------------------------------
 
 
 def _recover(folder: Path) -> None:
     """After a run that was killed: bring back what was only set aside, finish deleting what was to be deleted."""
     shutil.rmtree(folder / DELETING, ignore_errors=True)
-    for name in _present(folder / ASIDE):
+    if holds_run(folder):
+        has_begun(folder)
+    _undo(folder, _starting(folder))
+
+
+def _starting(folder: Path) -> list[str]:
+    """The names that a run which was killed before it had a run.yaml may have made."""
+    try:
+        names = json.loads((folder / STARTING).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [name for name in (*NAMES, DEMO) if name in names]
+
+
+def _undo(folder: Path, made: Iterable[str]) -> None:
+    """Remove what a start-up has made, then bring back what it had set aside."""
+    for name in made:
         _remove(folder / name)
-    _bring_back(folder)
+    has_begun(folder)
+    aside = folder / ASIDE
+    for name in _present(aside, (*NAMES, DEMO)):
+        _remove(folder / name)
+        (aside / name).rename(folder / name)
+    if aside.is_dir():
+        shutil.rmtree(aside)  # the start of a copy
 
 
-def _set_aside(folder: Path) -> None:
-    (folder / ASIDE).mkdir()
-    for name in _present(folder):
+def _set_aside(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
         (folder / name).rename(folder / ASIDE / name)
 
 
-def _bring_back(folder: Path) -> None:
-    for name in _present(folder / ASIDE):
-        (folder / ASIDE / name).rename(folder / name)
-    if (folder / ASIDE).is_dir():
-        (folder / ASIDE).rmdir()
+def _copy_aside(folder: Path, names: Iterable[str]) -> None:
+    """Hard links where the file system has them: a run replaces its files, and writes into none of these."""
+    for name in names:
+        partial = folder / ASIDE / f".{name}.partial"
+        with disk_errors(folder):
+            if (folder / name).is_symlink():
+                partial.symlink_to(os.readlink(folder / name))
+            elif (folder / name).is_dir():
+                shutil.copytree(
+                    folder / name, partial, symlinks=True,
+                    copy_function=lambda source, target: link_or_copy(Path(source), Path(target)),
+                )  # fmt: skip
+            else:
+                link_or_copy(folder / name, partial)
+        partial.rename(folder / ASIDE / name)
 
 
-def _present(folder: Path) -> list[str]:
-    """What `folder` has of a run, broken links included."""
-    return [name for name in _OURS if os.path.lexists(folder / name)]
+def _present(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of the names that `folder` has, broken links included."""
+    return [name for name in names if os.path.lexists(folder / name)]
 
 
 def _remove(path: Path) -> None:

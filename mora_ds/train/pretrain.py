@@ -46,9 +46,10 @@ from mora_ds.train.dry_run import dry_run
 from mora_ds.train.evaluator import Evaluator
 from mora_ds.train.job import BareJob, FullJob, Job
 from mora_ds.train.metrics import MetricsLog, peak_memory_bytes, plain_json
-from mora_ds.train.output_folder import Reservation, claim, reserve, write_run_file
+from mora_ds.train.output_folder import Reservation, give_up, has_begun, names_of_run, reserve
 from mora_ds.train.preflight import preflight
 from mora_ds.train.replicas import Replica
+from mora_ds.train.run_file import write_run_file
 from mora_ds.train.setup import Place, engine_config, start_processes
 from mora_ds.train.targets import plan_of_file
 from mora_ds.train.trainer import Trainer
@@ -144,13 +145,18 @@ def _output_folder(arguments: Arguments, ranks: Ranks, base: Path | None) -> Ite
 def _reserve(training: TrainingArguments, folder: Path, world: int) -> tuple[Path | None, Reservation]:
     """The checkpoint to resume from, if any, and the reserved output folder. On rank 0."""
     wanted, root = training.resume_from_checkpoint, folder / CHECKPOINTS
-    claim(folder)
-    settle(root)
-    checkpoint = resume_checkpoint(wanted, root) if wanted else None
-    if checkpoint is not None:
-        check_world_size(checkpoint, world // training.ranks_per_replica)
-    continues = wanted == AUTO or (checkpoint is not None and checkpoint.parent == root.resolve())
-    return checkpoint, reserve(folder, training.overwrite_output_dir, continues)
+    reservation = reserve(folder)
+    try:
+        settle(root)
+        checkpoint = resume_checkpoint(wanted, root) if wanted else None
+        if checkpoint is not None:
+            check_world_size(checkpoint, world // training.ranks_per_replica)
+        continues = wanted == AUTO or (checkpoint is not None and checkpoint.parent == root.resolve())
+        reservation.prepare(training.overwrite_output_dir, continues, training.export_merged)
+    except BaseException:
+        give_up(folder)
+        raise
+    return checkpoint, reservation
 
 
 # -- evaluation sets and steps -----------------------------------------------------------------------------------------
@@ -191,7 +197,9 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
     steps = schedule.total_steps if job.is_trained else 0
     facts = {"deepspeed": job.engine.config, **job.data.train.identity} if job.is_trained else {}
     if ranks.is_first:
-        write_run_file(folder, dump(arguments), {"world_size": ranks.world, "steps": steps, **facts})
+        owns = names_of_run(folder, arguments.training.export_merged)
+        write_run_file(folder, dump(arguments), {"world_size": ranks.world, "steps": steps, **facts}, owns)
+        has_begun(folder)
     log = MetricsLog(folder, steps, ranks.is_first, state.step)
     if job.place.checkpoint is not None:
         logger.info(_resumed(job.place.checkpoint, state, steps))

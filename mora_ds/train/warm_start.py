@@ -23,7 +23,7 @@ from mora_ds.config.validate import validate
 from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.errors import UserError
 from mora_ds.files import read_json
-from mora_ds.train.output_folder import reserve
+from mora_ds.train.output_folder import check
 from mora_ds.train.pretrain import pretrain
 from mora_ds.train.setup import start_processes
 
@@ -79,7 +79,7 @@ def _is_done(training: TrainingArguments, steps: int, folder: Path) -> bool:
     The output folder is checked first: what would refuse the second part must not wait for the end of the first.
     """
     resumes = training.resume_from_checkpoint is not None
-    reserve(folder.parent, training.overwrite_output_dir, resumes).rollback()
+    check(folder.parent, training.overwrite_output_dir, resumes, training.export_merged)
     if not (resumes and (folder / MERGED_FOLDER).is_dir() and (folder / SUMMARY_FILE).is_file()):
         return False
     done = read_json(folder / SUMMARY_FILE).get("steps")

@@ -273,10 +273,7 @@ def test_a_folder_that_a_run_is_still_writing_to(user: Playground, other_run: Pa
     """Its launcher was killed, and it is resumed or overwritten while the ranks live on."""
     out = Path(shutil.copytree(other_run, tmp_path / "out", symlinks=True))
     before = contents(out)
-    holder = (
-        "import sys, pathlib as p; from mora_ds.train.output_folder import reserve; "
-        "reserve(p.Path(sys.argv[1]), False, True)"
-    )
+    holder = "import sys, pathlib as p; from mora_ds.train.output_folder import reserve; reserve(p.Path(sys.argv[1]))"
     command = [sys.executable, "-c", f"{holder}; print('held', flush=True); input()", str(out)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY, text=True) as living:
         assert living.stdout is not None and living.stdout.readline() == "held\n"

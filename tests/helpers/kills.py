@@ -288,7 +288,7 @@ MOMENTS: dict[str, Moment] = {
         lambda: within(TargetPlan, "write", 1, lambda: before(os, "replace")), more=PLANNED
     ),
     "before_the_run_is_begun": Moment(lambda: before(output_folder.Reservation, "commit")),
-    "run_file_half_written": Moment(lambda: within(pretrain, "write_run_file", 1, lambda: before(Path, "replace"))),
+    "run_file_half_written": Moment(lambda: within(pretrain, "write_run_file", 1, lambda: before(os, "replace"))),
     "old_run_half_set_aside": Moment(
         lambda: within(output_folder, "_set_aside", 1, lambda: after(Path, "rename", 3)), start=Start.ANOTHER
     ),

@@ -306,7 +306,7 @@ import sys, time
 from pathlib import Path
 from mora_ds.train.output_folder import reserve
 
-reserve(Path(sys.argv[1]), False, True)
+reserve(Path(sys.argv[1]))
 print("ready", flush=True)
 time.sleep(60)
 """
@@ -316,10 +316,10 @@ def test_the_lock_of_a_folder_goes_with_its_process_however_that_ends(tmp_path: 
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     ready(holder)
     with pytest.raises(UserError, match="another run is writing to it"):
-        reserve(tmp_path, False, True)
+        reserve(tmp_path)
     holder.kill()
     holder.wait()
-    reserve(tmp_path, False, True)
+    reserve(tmp_path)
 
 
 # -- a rank without heartbeat ---------------------------------------------------------------------------------------

@@ -57,7 +57,8 @@ def warm_base(folder: Path, rows: int) -> DemoPaths:
     """The demo's small Llama after its warm start on prose, made in `folder` where it is not there yet."""
     paths = DemoPaths(folder)
     if not paths.warm.is_dir():
-        write_inputs(paths, seed=42)
+        if not paths.start.is_dir():
+            write_inputs(paths, seed=42)
         print("warm start on prose", flush=True)
         pretrain_alone(warm_start_settings(paths, rows, seed=42), paths.root / "warm.log")
     return paths

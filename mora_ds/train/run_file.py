@@ -1,0 +1,69 @@
+"""`run.yaml`: the settings of a run, the versions that it ran with, and the mark that the folder is a run's."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mora_ds.checkpoint.layout import RUN_FILE
+from mora_ds.config.arguments import RECORDED_KEYS
+from mora_ds.errors import UserError
+from mora_ds.files import atomic_path, load_yaml
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "safetensors")
+_OWNS = "owns"
+_SECRETS = ("key", "token", "secret", "password")
+_MASK = "***"
+
+
+def write_run_file(folder: Path, settings: dict[str, Any], resolved: dict[str, Any], owns: list[str]) -> None:
+    """Write `run.yaml`: the resolved settings, which as a recipe repeat the run, and versions and facts of the run.
+
+    `owns`: the names in `folder` that the run makes. Secrets among the facts are masked. Raises `RunError` on a full
+    disk.
+    """
+    facts = {**masked(resolved), _OWNS: owns}
+    content = {**settings, "versions": versions(), "resolved": facts}
+    with atomic_path(folder / RUN_FILE) as partial:
+        partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def masked(content: Any, is_secret: bool = False) -> Any:
+    """`content` with every text masked that lies under a name such as comet's api_key."""
+    if isinstance(content, dict):
+        return {
+            name: masked(value, is_secret or any(word in str(name).lower() for word in _SECRETS))
+            for name, value in content.items()
+        }
+    if isinstance(content, list):
+        return [masked(value, is_secret) for value in content]
+    return _MASK if is_secret and isinstance(content, str) and content else content
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has begun in `folder`: whether its run.yaml is one that a run has written."""
+    return _read(folder) is not None
+
+
+def owned_by_run(folder: Path) -> list[str] | None:
+    """The names that the run in `folder` makes; None where there is no run, or one of 0.2, which kept no list."""
+    owns = ((_read(folder) or {}).get("resolved") or {}).get(_OWNS)
+    return [str(name) for name in owns] if isinstance(owns, list) else None
+
+
+def _read(folder: Path) -> dict[Any, Any] | None:
+    if not (folder / RUN_FILE).is_file():
+        return None
+    try:
+        content = load_yaml(str(folder / RUN_FILE), RUN_FILE)
+    except UserError:
+        return None
+    return content if all(isinstance(content.get(key), dict) for key in RECORDED_KEYS) else None

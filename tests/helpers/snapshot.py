@@ -1,0 +1,40 @@
+"""What a folder holds, to the byte: for tests that nothing of it was touched."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+Snapshot = dict[str, tuple[str, int, bytes]]
+
+
+def snapshot(path: Path) -> Snapshot:
+    """{relative name: (kind, mode, content)} of `path` and all below it, links not followed; {} where it is missing.
+
+    The content of a link is its target, that of a folder empty.
+    """
+    return {os.path.relpath(each, path): _facts(each) for each in (path, *sorted(path.rglob("*"))) if _exists(each)}
+
+
+def _exists(path: Path) -> bool:
+    return os.path.lexists(path)
+
+
+def _facts(path: Path) -> tuple[str, int, bytes]:
+    mode = stat.S_IMODE(path.lstat().st_mode)
+    if path.is_symlink():
+        return "link", mode, os.readlink(path).encode()
+    return ("folder", mode, b"") if path.is_dir() else ("file", mode, path.read_bytes())
+
+
+@contextmanager
+def untouched(path: Path) -> Iterator[None]:
+    """Fails where the block changes anything at `path`, or makes it."""
+    before = snapshot(path)
+    yield
+    after = snapshot(path)
+    names = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
+    assert not names, f"{path} is not as it was: {names[:10]}"

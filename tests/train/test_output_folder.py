@@ -1,0 +1,200 @@
+"""The output folder: a run takes none that holds something of the user's under its names, and removes only its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mora_ds.errors import UserError
+from mora_ds.train import output_folder
+from mora_ds.train.output_folder import DEMO, NAMES, STARTING, check_merged, give_up, has_begun, names_of_run, reserve
+from mora_ds.train.run_file import write_run_file
+from tests.helpers.snapshot import snapshot, untouched
+
+FOLDERS = tuple(name for name in NAMES if "." not in name)
+
+
+def a_run(folder: Path, *more: str) -> Path:
+    """A folder with the files of a finished run, and with those of the names `more` that start-up has made."""
+    reservation = reserve(folder)
+    reservation.prepare(False, False, True)
+    for name in more:
+        put(folder, name, "a run's")
+    reservation.commit()
+    write_run_file(folder, {"seed": 1}, {"steps": 6}, names_of_run(folder, exports=True))
+    has_begun(folder)
+    for name in ("metrics.jsonl", "checkpoints", "ledger"):
+        put(folder, name, "a run's")
+    forget(folder)
+    return folder
+
+
+def prepared(folder: Path, overwrite: bool, resume: bool, exports: bool = False) -> None:
+    """A start-up that is given up where it is refused."""
+    try:
+        reserve(folder).prepare(overwrite, resume, exports)
+    except UserError:
+        give_up(folder)
+        raise
+
+
+def put(folder: Path, name: str, text: str) -> None:
+    path = folder / name / "file" if name in FOLDERS else folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def forget(folder: Path) -> None:
+    """As if the process had ended."""
+    output_folder._open.pop(folder.resolve(), None)
+    output_folder._locks.pop(folder.resolve(), None)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", [*NAMES, ".overwritten", ".deleting"])
+def test_a_name_of_a_run_without_a_run_is_the_users(tmp_path: Path, name: str, overwrite: bool) -> None:
+    put(tmp_path, name, "seed: 1")
+    with untouched(tmp_path), pytest.raises(UserError, match=name) as refused:
+        reserve(tmp_path).prepare(overwrite, not overwrite)
+    assert str(tmp_path) in str(refused.value) and "move it away" in str(refused.value)
+
+
+def test_all_names_are_listed(tmp_path: Path) -> None:
+    for name in ("ledger", "base", "metrics.jsonl"):
+        put(tmp_path, name, "mine")
+    with untouched(tmp_path), pytest.raises(UserError, match=r"metrics\.jsonl, ledger, base"):
+        reserve(tmp_path)
+
+
+def test_other_files_do_not_matter_and_stay(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / ".writable").write_text("mine")
+    (tmp_path / DEMO).mkdir()
+    with untouched(tmp_path):
+        reserve(tmp_path).prepare(False, False)
+        put(tmp_path, "tokenizer", "new")
+        give_up(tmp_path)
+
+
+def test_the_demo_takes_no_folder_that_is_called_demo(tmp_path: Path) -> None:
+    put(tmp_path, f"{DEMO}/corpus.txt", "mine")
+    with untouched(tmp_path), pytest.raises(UserError, match=DEMO):
+        reserve(tmp_path, (*NAMES, DEMO))
+
+
+def test_a_new_folder_goes_again_with_the_folders_above_it(tmp_path: Path) -> None:
+    with untouched(tmp_path):
+        reserve(tmp_path / "a" / "b").prepare(False, True)
+        give_up(tmp_path / "a" / "b")
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_start_that_is_given_up_leaves_the_run_as_it_was(tmp_path: Path, overwrite: bool) -> None:
+    """A resumed run may have written the files of its start-up again, an overwriting one all of them."""
+    out = a_run(tmp_path / "out", "tokenizer", "targets.yaml")
+    with untouched(out):
+        reserve(out).prepare(overwrite, not overwrite)
+        for name in ("tokenizer", "ledger", "base"):
+            if (out / name / "file").exists():
+                (out / name / "file").unlink()
+            put(out, name, "new")
+        (out / "targets.yaml").unlink(missing_ok=True)
+        give_up(out)
+
+
+def test_overwriting_removes_what_the_run_has_made(tmp_path: Path) -> None:
+    out = a_run(tmp_path / "out", "tokenizer")
+    put(out, "notes.txt", "mine")
+    reservation = reserve(out)
+    reservation.prepare(True, False)
+    reservation.commit()
+    assert {path.name for path in out.iterdir()} == {"notes.txt", ".lock", STARTING}
+    forget(out)
+
+
+@pytest.mark.parametrize("name", ["base", "tokenizer", "targets.yaml", "subspace"])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_the_run_in_the_folder_has_not_made_is_the_users(tmp_path: Path, name: str, overwrite: bool) -> None:
+    out = a_run(tmp_path / "out")
+    put(out, name, "mine")
+    with untouched(out), pytest.raises(UserError, match=f"{name}, which the run there has not made"):
+        prepared(out, overwrite, not overwrite)
+
+
+def test_a_run_of_0_2_has_no_list(tmp_path: Path) -> None:
+    """Whatever has a name of a run is then taken for the run's."""
+    out = a_run(tmp_path / "out")
+    content = yaml.safe_load((out / "run.yaml").read_text())
+    del content["resolved"]["owns"]
+    (out / "run.yaml").write_text(yaml.safe_dump(content))
+    put(out, "base", "a run's")
+    with untouched(out):
+        reserve(out).prepare(False, True)
+        give_up(out)
+    reserve(out).prepare(True, False)
+    assert not (out / "base").exists()
+    give_up(out)
+    assert (out / "base").exists()
+
+
+def killed(folder: Path, work: Callable[[], None]) -> None:
+    """A start-up that ends there without a word, and the next one's repair."""
+    work()
+    forget(folder)
+    reserve(folder)
+    output_folder._locks.pop(folder.resolve())
+    output_folder._open.pop(folder.resolve())
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_start_that_was_killed_is_undone_by_the_next_one(tmp_path: Path, overwrite: bool) -> None:
+    out = a_run(tmp_path / "out", "tokenizer")
+    before = snapshot(out)
+
+    def start() -> None:
+        reserve(out).prepare(overwrite, not overwrite)
+        (out / "tokenizer" / "file").unlink(missing_ok=True)
+        put(out, "tokenizer", "new")
+
+    killed(out, start)
+    assert snapshot(out) == before
+
+
+def test_a_first_start_that_was_killed_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+
+    def start() -> None:
+        reserve(tmp_path).prepare(False, True)
+        put(tmp_path, "base", "new")
+
+    killed(tmp_path, start)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", ".lock"}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard", "checkpoints", "tokenizer"])
+def test_a_name_of_the_wrong_kind_is_refused_before_a_run_is_resumed(tmp_path: Path, name: str) -> None:
+    out = a_run(tmp_path / "out", "tokenizer")
+    output_folder._remove(out / name)
+    (out / name).mkdir() if name == "metrics.jsonl" else (out / name).write_text("")
+    with untouched(out), pytest.raises(UserError, match=f"{name} is no (file|folder)"):
+        prepared(out, False, True)
+
+
+@pytest.mark.parametrize("files", [["a.txt"], ["shared/config.json", "a.txt"], ["shared/config.json", "b/a.txt"]])
+def test_a_merged_folder_that_is_no_model_is_refused_before_training(tmp_path: Path, files: list[str]) -> None:
+    out = a_run(tmp_path / "out")
+    for file in files:
+        put(out / "merged", file, "{}")
+        (out / "merged" / file).parent.mkdir(parents=True, exist_ok=True)
+    with untouched(out), pytest.raises(UserError, match="--export_merged"):
+        prepared(out, False, True, True)
+
+
+@pytest.mark.parametrize("files", [[], ["config.json", "a.txt"], ["shared/config.json", "b/config.json"]])
+def test_models_are_replaced(tmp_path: Path, files: list[str]) -> None:
+    for file in files:
+        put(tmp_path / "merged", file, "{}")
+    check_merged(tmp_path / "merged")
