@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mora_ds.config.flags import documented
 from mora_ds.config.forgetting import Watch
@@ -23,6 +25,13 @@ from mora_ds.errors import (
 from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.remora.schedule import schedule_kind
 from mora_ds.runtime.log_setup import LogLevel
+
+
+def _is_shared(output_dir: str) -> bool:
+    """Whether the path is empty, the working directory, the home folder or one that holds it."""
+    home = Path(os.path.expanduser("~")).resolve()
+    folder = Path(os.path.expanduser(output_dir)).resolve()
+    return not output_dir.strip() or folder in (Path.cwd(), home, *home.parents)
 
 
 @dataclass(frozen=True)
@@ -223,6 +232,11 @@ class TrainingArguments:
             yield f"--num_train_epochs must be {POSITIVE}, got {self.num_train_epochs}"
         if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
             yield "--overwrite_output_dir would delete what --resume_from_checkpoint needs: give one of them"
+        if _is_shared(self.output_dir):
+            yield (
+                f"--output_dir {self.output_dir!r}: name a folder for the run alone, not the working directory, the "
+                "home folder or the root"
+            )
         if self.bf16 and self.fp16:
             yield "--bf16 and --fp16: give one of them"
         if self.warmup_steps > 0 and self.warmup_ratio > 0:

@@ -183,7 +183,9 @@ def _originals(model: Any, folder: Path, own_base: Path) -> tuple[bool, dict[str
     """(whether the originals are in `own_base`, their keys); writes that folder where the files are not one to one."""
     try:
         return False, _map_and_verify(model, BaseCheckpoint.open(folder))
-    except NotOneToOne:
+    except NotOneToOne as error:
+        if own_base.exists() and own_base.samefile(folder):
+            raise UserError(f"{MODEL_FLAG} {folder}: {error}; the run would write its base over it: move it") from error
         return True, _map_and_verify(model, write_own_base(model, own_base))
 
 

@@ -5,6 +5,7 @@ dry_run         --dry_run: the plan of a job in place of the job
 setup           processes, DeepSpeed config, and the place where a run happens
 output_folder   --output_dir: which run may write into it, and what of it is a run's; run_file: run.yaml
 data            files -> tokens -> batches; tokenizer: which one
+inputs          what a run reads, and that none of it lies where it writes
 base            the base model on this process
 targets         --targets: which layers have a MoRA matrix, and of which size
 vectors         singular vectors of the base for the operators that read them

@@ -25,6 +25,7 @@ from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write
 from mora_ds.errors import UserError
 from mora_ds.models.load import create_base
 from mora_ds.train.dry_run import dry_run
+from mora_ds.train.inputs import check_inputs
 from mora_ds.train.output_folder import DEMO, NAMES, give_up, reserve
 from mora_ds.train.pretrain import pretrain
 from mora_ds.train.setup import engine_config, start_processes
@@ -89,7 +90,7 @@ def run_demo(arguments: Arguments) -> None:
     engine_config(job.training, job.adapter.adapter, ranks.world)  # its errors come before anything is written
     sharded = None
     try:  # what is made for the main job goes again where that does not begin
-        ranks.on_first(lambda: _prepare(job.training, folder, paths))
+        ranks.on_first(lambda: _prepare(arguments, job.training, folder, paths))
         if not paths.warm.is_dir():
             rows = max(1, ROWS_PER_STEP // (ranks.world // training.sequence_parallel_size))
             warm = {**warm_start_settings(paths, rows, training.seed), "deepspeed": training.deepspeed}
@@ -149,9 +150,10 @@ def warm_start_settings(paths: DemoPaths, rows: int, seed: int) -> dict[str, Any
     }
 
 
-def _prepare(training: TrainingArguments, folder: Path, paths: DemoPaths) -> None:
+def _prepare(arguments: Arguments, training: TrainingArguments, folder: Path, paths: DemoPaths) -> None:
     """Reserve the folder, and write corpora, tokenizer and untrained model, unless a resumed run has them already."""
     resumes = training.resume_from_checkpoint is not None
+    check_inputs(arguments, folder, (*NAMES, DEMO))
     reserve(folder, (*NAMES, DEMO)).prepare(training.overwrite_output_dir, resumes, training.export_merged)
     logger.info(
         "No --model_name_or_path and no --train_files: running the demo.\n"

@@ -44,6 +44,7 @@ from mora_ds.train.base import find_model, prepare_base
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.dry_run import dry_run
 from mora_ds.train.evaluator import Evaluator
+from mora_ds.train.inputs import check_inputs
 from mora_ds.train.job import BareJob, FullJob, Job
 from mora_ds.train.metrics import MetricsLog, peak_memory_bytes, plain_json
 from mora_ds.train.output_folder import Reservation, give_up, has_begun, names_of_run, reserve
@@ -117,7 +118,7 @@ def _output_folder(arguments: Arguments, ranks: Ranks, base: Path | None) -> Ite
     training = arguments.training
     root = Path(training.output_dir).expanduser()
     targets = ranks.on_first(lambda: plan_of_file(arguments.adapter))  # it may lie in the folder
-    checkpoint, reservation = ranks.on_first(lambda: _reserve(training, root, ranks.world))
+    checkpoint, reservation = ranks.on_first(lambda: _reserve(arguments, root, ranks.world))
     followers = None
     try:
         followers = Followers.find(root, ranks)
@@ -142,9 +143,11 @@ def _output_folder(arguments: Arguments, ranks: Ranks, base: Path | None) -> Ite
                 name_best(root / CHECKPOINTS, step_folder(root / CHECKPOINTS, best))
 
 
-def _reserve(training: TrainingArguments, folder: Path, world: int) -> tuple[Path | None, Reservation]:
+def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | None, Reservation]:
     """The checkpoint to resume from, if any, and the reserved output folder. On rank 0."""
+    training = arguments.training
     wanted, root = training.resume_from_checkpoint, folder / CHECKPOINTS
+    check_inputs(arguments, folder)
     reservation = reserve(folder)
     try:
         settle(root)

@@ -18,11 +18,11 @@ from mora_ds.checkpoint.folder import AUTO
 from mora_ds.checkpoint.layout import MERGED_FOLDER, SUMMARY_FILE
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.arguments import Arguments
-from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.errors import UserError
 from mora_ds.files import read_json
+from mora_ds.train.inputs import check_inputs
 from mora_ds.train.output_folder import check
 from mora_ds.train.pretrain import pretrain
 from mora_ds.train.setup import start_processes
@@ -46,7 +46,7 @@ def run_job(arguments: Arguments) -> dict[str, Any]:
         pretrain(first_part)
         return pretrain(arguments)
     ranks, folder = start_processes(arguments.training), Path(first_part.training.output_dir)
-    if not ranks.on_first(lambda: _is_done(arguments.training, steps, folder)):
+    if not ranks.on_first(lambda: _is_done(arguments, steps, folder)):
         logger.info(f"steps 1 to {steps}: every parameter is trained, under plain ZeRO; the adapter follows")
         pretrain(first_part)
     return pretrain(arguments, base=folder / MERGED_FOLDER)
@@ -73,12 +73,14 @@ def _first_part(arguments: Arguments) -> Arguments:
     )
 
 
-def _is_done(training: TrainingArguments, steps: int, folder: Path) -> bool:
+def _is_done(arguments: Arguments, steps: int, folder: Path) -> bool:
     """Whether a run that is resumed has finished its full-rank part in `folder`.
 
     The output folder is checked first: what would refuse the second part must not wait for the end of the first.
     """
+    training = arguments.training
     resumes = training.resume_from_checkpoint is not None
+    check_inputs(arguments, folder.parent)
     check(folder.parent, training.overwrite_output_dir, resumes, training.export_merged)
     if not (resumes and (folder / MERGED_FOLDER).is_dir() and (folder / SUMMARY_FILE).is_file()):
         return False

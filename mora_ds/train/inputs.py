@@ -1,0 +1,89 @@
+"""What a run reads, and that none of it lies where the run writes or deletes."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from mora_ds.adapters.target_plan import AUTO
+from mora_ds.checkpoint.layout import BASE_FOLDER
+from mora_ds.config.arguments import Arguments
+from mora_ds.config.data import DataArguments
+from mora_ds.config.mixture import mixture_plan
+from mora_ds.errors import UserError
+from mora_ds.train.output_folder import NAMES, TARGETS
+from mora_ds.train.run_file import holds_run
+
+_READABLE = (BASE_FOLDER, TARGETS)
+
+
+def check_inputs(arguments: Arguments, folder: Path, names: Iterable[str] = NAMES) -> None:
+    """Raise `UserError` for a flag that names a file which would be replaced or deleted.
+
+    `names`: what the run writes into `folder`. Links are followed, and other names of the same file (hard links) found.
+    A resumed run may read what it has made and will not replace.
+    """
+    resumes = arguments.training.resume_from_checkpoint is not None and holds_run(folder)
+    places = [folder.resolve() / name for name in names if not (resumes and name in _READABLE)]
+    places += [place.resolve() for place in places if place.is_symlink()]
+    taken = {_identity(path) for place in places for path in _files_in(place)} - {None}
+    for flag, named in inputs_of(arguments):
+        for path in (named, *(_files_in(named) if taken else ())):
+            real = path.resolve()
+            if any(place == real or place in real.parents for place in places) or _identity(path) in taken:
+                raise UserError(
+                    f"{flag} {named}: the run would read {path} and also replace or delete it in --output_dir "
+                    f"{folder}: name a copy elsewhere, or another --output_dir"
+                )
+
+
+def inputs_of(arguments: Arguments) -> Iterator[tuple[str, Path]]:
+    """(flag, path) of every file and folder that validated settings name; names on the Hub are among them."""
+    model, adapter, training = arguments.model, arguments.adapter, arguments.training
+    named = [
+        ("--model_name_or_path", model.model_name_or_path),
+        ("--model_config", model.model_config),
+        ("--tokenizer_name", model.tokenizer_name),
+        ("--init_adapter", adapter.init_adapter),
+        ("--targets", None if adapter.targets == AUTO else adapter.targets),
+        ("--deepspeed", training.deepspeed),
+        *_texts(arguments.data),
+        ("--cache_dir", arguments.data.cache_dir),
+    ]
+    for flag, name in named:
+        if name:
+            path = os.path.expanduser(name)
+            matches = glob.glob(path, recursive=True) if glob.has_magic(path) and not os.path.exists(path) else [path]
+            yield from ((flag, Path(match)) for match in matches)
+
+
+def _texts(data: DataArguments) -> Iterator[tuple[str, str | None]]:
+    """The flags and patterns of all text."""
+    if (plan := mixture_plan(data)) is None:
+        yield from (("--train_files", pattern) for pattern in data.train_files)
+        yield "--dataset_name", data.dataset_name
+    else:
+        yield "--mixture", data.mixture
+        for source in plan.sources:
+            flag = "--mixture" if data.mixture else "--train_files"
+            yield from ((flag, pattern) for pattern in (*source.files, source.dataset))
+    yield from (("--eval_files", pattern) for _, pattern in data.named_eval_files())
+
+
+def _files_in(path: Path) -> Iterator[Path]:
+    """All files of a folder, those that links lead to included; the file itself where it is none."""
+    if path.is_file():
+        yield path
+    for folder, _, names in os.walk(path):
+        yield from (Path(folder) / name for name in names)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """The same for all names of one file."""
+    try:
+        status = path.stat()
+    except OSError:  # a broken link, or no file at all
+        return None
+    return status.st_dev, status.st_ino

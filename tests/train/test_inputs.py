@@ -1,0 +1,109 @@
+"""No input may lie in what a run writes or deletes, whichever way its name leads there."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mora_ds.config.arguments import from_flat
+from mora_ds.errors import UserError
+from mora_ds.train.inputs import check_inputs
+from tests.helpers.snapshot import untouched
+
+NAMED: dict[str, tuple[dict[str, Any], str]] = {
+    "model": ({"model_name_or_path": "out/base"}, "--model_name_or_path out/base"),
+    "a file of the model": ({"model_name_or_path": "linked"}, "out/base/pytorch_model.bin"),
+    "a link to the model": ({"model_name_or_path": "link"}, "--model_name_or_path link"),
+    "another name of the output": ({"model_name_or_path": "other/base"}, "--model_name_or_path other/base"),
+    "another name of a file": ({"train_files": ["hard.jsonl"]}, "--train_files hard.jsonl"),
+    "config": ({"model_config": "out/base/config.json"}, "--model_config"),
+    "tokenizer": ({"tokenizer_name": "out/tokenizer"}, "--tokenizer_name out/tokenizer"),
+    "text": ({"train_files": ["out/metrics.jsonl"]}, "--train_files out/metrics.jsonl"),
+    "a pattern": ({"train_files": ["out/*.jsonl"]}, "--train_files out/metrics.jsonl"),
+    "a folder of text": ({"train_files": ["texts"]}, "texts/metrics.jsonl"),
+    "a source": ({"train_files": ["a=text.txt:1", "b=out/ledger/*:1"]}, "--train_files out/ledger/a.txt"),
+    "replayed text": ({"train_files": ["text.txt"], "replay": ["a=out/ledger/a.txt:0.1"]}, "out/ledger/a.txt"),
+    "a mixture": ({"mixture": "mix.yaml", "train_files": []}, "--mixture out/ledger/a.txt"),
+    "the mixture's file": ({"mixture": "out/subspace/mix.yaml", "train_files": []}, "--mixture out/subspace/mix.yaml"),
+    "a data set": ({"dataset_name": "out/subspace", "train_files": []}, "--dataset_name out/subspace"),
+    "evaluation text": ({"eval_files": ["held=out/ledger/a.txt"]}, "--eval_files out/ledger/a.txt"),
+    "cache": ({"cache_dir": "out/checkpoints/tokens"}, "--cache_dir out/checkpoints/tokens"),
+    "adapter": ({"init_adapter": "out/checkpoints/latest"}, "--init_adapter"),
+    "plan": ({"targets": "out/targets.yaml"}, "--targets out/targets.yaml"),
+    "DeepSpeed's file": ({"deepspeed": "out/base/ds.json"}, "--deepspeed out/base/ds.json"),
+}
+
+MIXTURE = "sources: {a: {files: [out/ledger/a.txt]}}\n"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: an output folder with all that the cases name, and other names that lead into it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base/pytorch_model.bin", "ledger/a.txt", "tokenizer/tokenizer.json", "metrics.jsonl", "targets.yaml"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("mine")
+    for name in ("mix.yaml", "out/subspace/mix.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(MIXTURE.replace("out/ledger/a.txt", "text.txt") if "out" in name else MIXTURE)
+    (tmp_path / "text.txt").write_text("other")
+    for name in ("linked", "texts"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "linked" / "pytorch_model.bin").symlink_to("../out/base/pytorch_model.bin")
+    os.link("out/metrics.jsonl", "hard.jsonl")
+    os.link("out/metrics.jsonl", "texts/metrics.jsonl")
+    (tmp_path / "link").symlink_to("out/base")
+    (tmp_path / "other").symlink_to("out")
+    return tmp_path
+
+
+def settings(changes: dict[str, Any]) -> Any:
+    return from_flat({"model_name_or_path": "facebook/opt-125m", "train_files": ["text.txt"], **changes})
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_an_input_within_the_output_is_named(home: Path, case: str) -> None:
+    changes, message = NAMED[case]
+    with untouched(home), pytest.raises(UserError) as refused:
+        check_inputs(settings(changes), Path("out"))
+    assert message.replace("out/base/pytorch_model.bin", "linked/pytorch_model.bin") in str(refused.value)
+    assert "--output_dir out" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train_files": ["out/corpus.txt"]},
+        {"cache_dir": "out/cache"},
+        {"targets": "auto"},
+        {"train_files": ["no*"]},
+    ],
+)
+def test_other_inputs_pass(home: Path, changes: dict[str, Any]) -> None:
+    """A file that lies in the output folder under none of a run's names is safe there."""
+    (home / "out" / "corpus.txt").write_text("text")
+    check_inputs(settings(changes), Path("out"))
+
+
+def test_a_resumed_run_may_read_its_base_and_its_plan(home: Path) -> None:
+    (home / "out" / "run.yaml").write_text("seed: 1\nversions: {}\nresolved: {}\n")
+    again = {"resume_from_checkpoint": "auto", "deepspeed": None}
+    check_inputs(settings({"model_name_or_path": "out/base", "targets": "out/targets.yaml", **again}), Path("out"))
+    with pytest.raises(UserError, match="--tokenizer_name"):
+        check_inputs(settings({"tokenizer_name": "out/tokenizer", **again}), Path("out"))
+
+
+def test_every_setting_that_names_a_file_is_looked_at() -> None:
+    """Whoever adds one must decide whether it is an input."""
+    groups = vars(settings({})).values()
+    fields = {name for group in groups if dataclasses.is_dataclass(group) for name in vars(group)}
+    ends = ("_dir", "_files", "_file", "_name", "_path", "_checkpoint", "_config", "_adapter", "deepspeed", "mixture")
+    outputs = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
+    assert {name for name in fields if name.endswith(ends)} - outputs <= {
+        name for case, _ in NAMED.values() for name in case
+    }
