@@ -1,17 +1,21 @@
 """Events that ranks report to launch/restart.py, which cannot rely on the exit codes of launchers.
 
 Each rank appends one JSON line for every event to the file that an environment variable names; without it, nothing.
+The file lies in the temporary directory, which some systems empty of what is old: it may vanish during a long run.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
 from mora_ds.runtime.log_setup import rank
+
+logger = logging.getLogger(__name__)
 
 EVENTS_FILE = "MORA_DS_STATUS_FILE"
 """Environment variable with the path of the file."""
@@ -33,10 +37,41 @@ class Event(str, Enum):
 
 
 def emit(event: Event, value: int) -> None:
-    """Append an event of this rank. Lines this short are written in one piece, whichever ranks write at the time."""
-    if path := os.environ.get(EVENTS_FILE):
+    """Append an event of this rank. Lines this short are written in one piece, whichever ranks write at the time.
+
+    A file that has vanished is made anew, with its folder. One that cannot be written to is a warning: training does
+    not depend on it.
+    """
+    path = os.environ.get(EVENTS_FILE)
+    if not path:
+        return
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"rank": rank(), "event": event.value, "value": value}) + "\n")
+    except OSError as error:
+        logger.warning("warning: restart.py is not told of %r: %s", event.value, error)
+
+
+@dataclass
+class EventsText:
+    """The text of an events file, followed while ranks append to it; what was read stays known if the file vanishes."""
+
+    path: Path
+    _lost: str = ""
+    """Text of files that have vanished."""
+    _text: str = ""
+
+    def read(self) -> str:
+        """All text so far. Call it now and then: only what has been read survives the loss of the file."""
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            text = ""
+        if not text.startswith(self._text):  # another file than before
+            self._lost += self._text
+        self._text = text
+        return self._lost + text
 
 
 @dataclass
@@ -51,9 +86,10 @@ class AttemptEvents:
     """Exit codes of the ranks that reported one."""
 
     @classmethod
-    def read(cls, path: Path) -> AttemptEvents:
+    def parse(cls, text: str) -> AttemptEvents:
+        """The events in the lines of an events file."""
         events = cls()
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in text.splitlines():
             entry = json.loads(line)
             event, value = Event(entry["event"]), int(entry["value"])
             if event is Event.STARTED:

@@ -31,6 +31,7 @@ from mora_ds.runtime.events import (
     EXIT_STOPPED,
     EXIT_USER_ERROR,
     AttemptEvents,
+    EventsText,
 )
 from mora_ds.runtime.processes import is_rank, ranks_below
 
@@ -143,13 +144,14 @@ def _attempt(command: list[str], requests: _StopRequests) -> tuple[int, AttemptE
     """Run `command` once. Returns its exit code and the events of its ranks, when all of them have ended."""
     with tempfile.TemporaryDirectory(prefix="mora_ds-") as folder:
         file = Path(folder) / "events.jsonl"
-        file.touch()
+        told = EventsText(file)
         try:  # in a new session, so that Ctrl-C reaches only this process, which forwards it
             process = subprocess.Popen(command, env={**os.environ, EVENTS_FILE: str(file)}, start_new_session=True)
         except OSError as error:
             raise UserError(f"{command[0]}: {error.strerror}") from error
         asked: set[int] = set()
         while process.poll() is None:
+            told.read()
             if requests.kill:
                 _send(signal.SIGKILL, [*ranks_below(process.pid), -process.pid])
             elif requests.stop:
@@ -157,8 +159,8 @@ def _attempt(command: list[str], requests: _StopRequests) -> tuple[int, AttemptE
                 _send(signal.SIGUSR1, ranks)
                 asked |= ranks
             time.sleep(_TICK_S)
-        _wait_for(AttemptEvents.read(file).processes, requests)
-        return process.returncode, AttemptEvents.read(file)
+        _wait_for(AttemptEvents.parse(told.read()).processes, requests)
+        return process.returncode, AttemptEvents.parse(told.read())
 
 
 def _wait_for(ranks: list[int], requests: _StopRequests) -> None:

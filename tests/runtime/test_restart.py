@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mora_ds.errors import UserError
-from mora_ds.runtime.events import EXIT_STOPPED, AttemptEvents
+from mora_ds.runtime.events import EVENTS_FILE, EXIT_STOPPED, AttemptEvents, Event, emit
 from mora_ds.runtime.processes import ranks_below
 from mora_ds.runtime.restart import Verdict, judge, with_resume
 from tests.helpers.gloo import free_port
@@ -24,7 +24,7 @@ from tests.helpers.resume import assert_same_run
 WRAPPER = REPOSITORY / "launch" / "restart.py"
 
 ACTOR = """
-import json, os, signal, sys, time
+import json, os, shutil, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {repository!r})
 from mora_ds.runtime import cli, signals
@@ -37,6 +37,9 @@ def main():
     for act, value in acts[len(past)]:
         if act == "save":
             emit(Event.SAVED, value)
+        elif act == "lose":
+            time.sleep(value)
+            shutil.rmtree(Path(os.environ["MORA_DS_STATUS_FILE"]).parent)
         elif act == "wait":
             with signals.deferred():
                 print("waiting", flush=True)
@@ -74,6 +77,24 @@ def test_failures_and_stops_are_run_again_until_it_is_done(tmp_path: Path) -> No
     assert process.returncode == 0, told
     assert attempts_made(tmp_path) == [["--flag", "--resume_from_checkpoint", "auto"]] * 4
     assert "attempt 2: stopped, to be run again" in told and "last checkpoint: step 6" in told
+
+
+def test_a_status_folder_that_vanishes_is_made_anew(tmp_path: Path) -> None:
+    """As a system does that empties its temporary directory: ranks and wrapper go on, and earlier events stay known."""
+    process = perform(tmp_path, [("save", 2), ("lose", 1), ("exit", 1)], [("lose", 0), ("save", 4), ("exit", 0)])
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    assert "attempt 1: failed (launcher's code 1, ranks' [1]); last checkpoint: step 2" in told
+    assert "attempt 2: done (launcher's code 0, ranks' [0]); last checkpoint: step 4" in told
+
+
+def test_events_that_cannot_be_written_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(EVENTS_FILE, str(tmp_path / "file" / "events.jsonl"))
+    emit(Event.SAVED, 3)
+    assert "restart.py is not told of 'saved'" in caplog.text
 
 
 def test_the_same_step_twice_is_the_end(tmp_path: Path) -> None:
