@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
+from mora_ds.data.json_limits import deepest_bracket, lines_before, longest_number
 from mora_ds.errors import UserError, nearest
 
 CHUNK_CHARACTERS = 1 << 20
@@ -319,6 +320,13 @@ def _parse(path: Path, data: bytes, line: int, offset: int) -> Any:
     except json.JSONDecodeError as error:
         where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
         raise UserError(f"{where}: broken JSON: {error.msg} (one object a line, or one array of objects)") from None
+    except RecursionError:
+        where = f"{path}, line {line + lines_before(data, deepest_bracket(data))}"
+        raise UserError(f"{where}: brackets nested too deep for a JSON record; flatten it, or leave it out") from None
+    except ValueError as error:  # Python refuses to convert an integer of more than about 4,300 digits
+        start, digits = longest_number(data)
+        where = f"{path}, line {line + lines_before(data, start)}"
+        raise UserError(f"{where}: a number of {digits:,} digits is not read; make it a string") from error
 
 
 # -- tables --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,6 +144,13 @@ WRONG: list[tuple[str, bytes, str]] = [
     ("a.jsonl", FIRST + b'{"text": "\\ud800"}\n', "line 4: field 'text' holds half a surrogate pair"),
     ("a.json", b'[\n{"text": "a"},\n{"text": }\n]', "line 3, column 10: broken JSON"),
     ("a.json", b'[{"text": "a"}, {"text": 1}]', "element 2: field 'text' holds int"),
+    ("a.jsonl", FIRST + b'{"text": "a", "n": -%s}\n' % (b"7" * 5000), "line 4: a number of 5,000 digits"),
+    ("a.json", b'[\n{"text": "%s"},\n{"text": "a", "n": %s}\n]' % (b"1" * 9000, b"7" * 5000),
+     "line 3: a number of 5,000 digits"),
+    ("a.jsonl", FIRST + b'{"n": "[[[", "text": %s}\n' % (b"[" * 100_000 + b"]" * 100_000),
+     "line 4: brackets nested too deep"),
+    ("a.json", b'[\n{"text": "a"},\n%s\n]' % (b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
+     "line 3: brackets nested too deep"),
     *((name, b"this is something else altogether", "cannot be read")
       for name in ("a.parquet", "a.arrow", "a.txt.gz", "a.jsonl.gz")),
     ("a.txt.gz", CUT_GZIP, "cannot be read"),
@@ -180,6 +188,32 @@ def test_records_too_long_to_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(readers, "ARRAY_BYTES", 1 << 20)
     assert f"{path.name}, line 2: longer than 1 MiB" in error(path)
     assert f"{array.name}: an array of more than 1 MiB" in error(array)
+
+
+def test_a_long_line_takes_a_small_multiple_of_its_size(tmp_path: Path) -> None:
+    """Unpacked too: 16 MiB of one letter are 16 KiB of gzip."""
+    size = 16 << 20
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(lines([{"text": "x" * size}])))
+    tracemalloc.start()
+    try:
+        assert len(texts(path)[0]) == size
+        assert tracemalloc.get_traced_memory()[1] < 8 * size
+    finally:
+        tracemalloc.stop()
+
+
+def test_unpacking_ends_at_the_limit_of_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the rest would unpack to, and whether or not it holds a line end."""
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "' + b"x" * (64 << 20)))
+    monkeypatch.setattr(readers, "LINE_BYTES", 1 << 20)
+    tracemalloc.start()
+    try:
+        assert "line 1: longer than 1 MiB" in error(path)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_null_in_a_table_names_its_row_and_an_empty_table_is_named(tmp_path: Path) -> None:
