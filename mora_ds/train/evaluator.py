@@ -46,7 +46,7 @@ class Evaluator:
             require_finite(nll, f"the loss on {name!r} is {nll} after step {step}", step)
             perplexities[name] = perplexity(nll)
         if perplexities:
-            self.log.evaluation(step, perplexities)
+            self.log.evaluation(step, perplexities, self.state.perplexity_before)
         self.state.perplexity_last, self.state.evaluation_pending = perplexities, False
         score = self.watch.score(perplexities)
         if score is not None and step > 0 and (self.state.best_score is None or score < self.state.best_score):

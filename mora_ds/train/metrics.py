@@ -23,6 +23,26 @@ from mora_ds.files import disk_errors
 
 logger = logging.getLogger(__name__)
 
+STEP_TAGS = {
+    "loss": ("1_loss/training", 1.0),
+    "perplexity": ("1_loss/training_perplexity", 1.0),
+    "learning_rate": ("3_learning_rate/learning_rate", 1.0),
+    "grad_norm": ("3_learning_rate/gradient_norm", 1.0),
+    "bytes_gathered": ("5_traffic/all_gather_MB_per_step", 1e-6),
+    "tokens_per_s": ("6_speed/tokens_per_second", 1.0),
+    "tokens_per_s_per_rank": ("6_speed/tokens_per_second_and_process", 1.0),
+    "step_time_s": ("6_speed/seconds_per_step", 1.0),
+    "tokens": ("6_speed/tokens_read", 1.0),
+    "peak_memory_bytes": ("7_memory/peak_GiB", 2.0**-30),
+}
+"""Field of `StepMetrics` -> its TensorBoard tag and the factor to the tag's unit. TensorBoard sorts groups by name and
+opens the first ones: the digits put the curves first that a person looks for first."""
+
+GROUPS = {"eval": "2_evaluation/perplexity", "merge": "4_merges", "stall": "4_merges/stall", "sources": "8_sources"}
+"""Kind of a row of metrics.jsonl -> the TensorBoard group of its numbers."""
+
+FORGETTING = "2_evaluation/forgetting_percent"
+
 
 class SourceLosses:
     """The losses of one optimizer step, summed by source of the mixture."""
@@ -127,24 +147,31 @@ class MetricsLog:
     def step(self, metrics: StepMetrics) -> None:
         row = metrics.row()
         self._write(row)
-        self._plot("train", metrics.step, {name: value for name, value in row.items() if name != "step"})
+        for name, (tag, unit) in STEP_TAGS.items():
+            self._scalar(tag, row[name] * unit, metrics.step)
         logger.info(metrics.line(self.total_steps))
 
-    def evaluation(self, step: int, perplexities: dict[str, float]) -> None:
-        """The perplexity of each evaluation set after `step`."""
+    def evaluation(self, step: int, perplexities: dict[str, float], before: Mapping[str, float] | None = None) -> None:
+        """The perplexity of each evaluation set after `step`; `before`: before the first step.
+
+        TensorBoard also gets the change since then in per cent: positive where the model has forgotten.
+        """
         self.record("eval", step, perplexities)
+        for name, start in (before or {}).items():
+            if name in perplexities:
+                self._scalar(f"{FORGETTING}/{name}", 100 * (perplexities[name] / start - 1), step)
         values = "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
         logger.info(f"step {step}  perplexity {values}")
 
     def alignment(self, step: int, share: float) -> None:
         """The share of the updates' energy in the weights' leading subspaces, at the beginning of `step`."""
         self._write({"step": step, "alignment": share})
-        self._plot("train", step, {"alignment": share})
+        self._scalar("9_subspace/alignment", share, step)
 
     def record(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
         """A row of this kind: "eval", "merge", "stall" (`StallRule.facts`) or "sources" ({source: its figures})."""
         self._write({"step": step, kind: facts})
-        self._plot(kind, step, facts)
+        self._plot(GROUPS[kind], step, facts)
 
     def advance(self, step: int) -> None:
         """Move the progress bar to `step`."""
@@ -168,8 +195,12 @@ class MetricsLog:
         for name, value in facts.items():
             if isinstance(value, Mapping):
                 self._plot(f"{prefix}/{name}", step, value)
-            elif self.enabled and isinstance(value, (int, float)):
-                self._board.add_scalar(f"{prefix}/{name}", value, step)
+            elif isinstance(value, (int, float)):
+                self._scalar(f"{prefix}/{name}", value, step)
+
+    def _scalar(self, tag: str, value: float, step: int) -> None:
+        if self.enabled:
+            self._board.add_scalar(tag, value, step)
 
 
 def plain_json(value: Any) -> Any:

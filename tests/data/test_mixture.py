@@ -261,7 +261,7 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user: Playground, tmp
     shown = source_rows(whole)
     assert [row["new"]["tokens"] for row in shown] == [64, 128, 192, 256, 288, 320]
     board = EventAccumulator(str(whole / "tensorboard")).Reload()
-    assert len(board.Scalars("sources/old/perplexity")) == 6
+    assert len(board.Scalars("8_sources/old/perplexity")) == 6
     for row, facts in zip([row for row in rows(whole) if "loss" in row], shown, strict=True):
         losses_of = [facts[name]["loss"] for name in ("new", "old")]
         assert min(losses_of) <= row["loss"] <= max(losses_of)

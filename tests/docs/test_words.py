@@ -28,7 +28,6 @@ BANNED = {
 
 def written_by_hand(text: str) -> str:
     """Without code in the line, links' targets, comments, quoted messages and mathematics."""
-    text = text.partition("\n## Benchmarks\n")[0]  # of the command line: not yet
     text = re.sub(r"``?[^`\n]+``?|<!--.*?-->|\]\([^)]*\)", " ", text, flags=re.DOTALL)
     text = re.sub(r"^(>| {4}).*$", "", text, flags=re.MULTILINE)
     return " ".join(text.split()).replace("root mean square", "")

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mora_ds.remora.stall import StallRule, StallSignal
-from mora_ds.train.metrics import MetricsLog, StepMetrics, peak_memory_bytes, perplexity, plain_json
+from mora_ds.train.metrics import STEP_TAGS, MetricsLog, StepMetrics, peak_memory_bytes, perplexity, plain_json
 from tests.helpers.jobs import rows
 
 
@@ -43,8 +43,8 @@ def test_where_the_stall_rule_stands_is_in_both(tmp_path: Path) -> None:
     assert (short["value"], short["change"], short["error"]) == (2.0, None, None)
     assert (full["value"], full["values"], full["tolerance"]) == (2.5, 3, 0.1) and full["change"] == pytest.approx(0.2)
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in board.Scalars("stall/value")] == [1, 2]
-    assert [event.step for event in board.Scalars("stall/change")] == [2]
+    assert [event.step for event in board.Scalars("4_merges/stall/value")] == [1, 2]
+    assert [event.step for event in board.Scalars("4_merges/stall/change")] == [2]
 
 
 def test_the_line_for_humans() -> None:
@@ -91,13 +91,21 @@ def test_tensorboard_shows_one_curve_after_a_resume(tmp_path: Path) -> None:
         log = MetricsLog(tmp_path, 9, enabled=True, start_step=start)
         for step in range(start + 1, stop + 1):
             log.step(metrics(step, loss))
-        log.evaluation(stop, {"held": loss})
+        log.evaluation(stop, {"held": loss, "old": 3.0}, before={"old": 2.0})
         log.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [
+    assert [(event.step, event.value) for event in board.Scalars("1_loss/training")] == [
         (1, 2.0), (2, 2.0), (3, 1.0), (4, 1.0), (5, 1.0),
     ]  # fmt: skip
-    assert {"train/learning_rate", "train/grad_norm", "train/tokens_per_s", "eval/held"} <= set(board.Tags()["scalars"])
+    tags = {tag for tag, _ in STEP_TAGS.values()}
+    tags |= {"2_evaluation/perplexity/held", "2_evaluation/perplexity/old", "2_evaluation/forgetting_percent/old"}
+    assert set(board.Tags()["scalars"]) == tags
+    assert [event.value for event in board.Scalars("2_evaluation/forgetting_percent/old")][-1] == pytest.approx(50.0)
+    assert board.Scalars("5_traffic/all_gather_MB_per_step")[0].value == pytest.approx(1.0)
+
+
+def test_every_number_of_a_step_has_its_curve() -> None:
+    assert set(STEP_TAGS) == set(metrics(1).row()) - {"step"}
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

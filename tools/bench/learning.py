@@ -3,12 +3,12 @@
     python tools/bench/learning.py [--work FOLDER] [--rank 8] [--steps 200] [--seeds 3] [--jobs 2] [--methods lora ...]
 
 A small Llama is warm-started on prose and continued on code (both are made out of the running Python) by every method
-at every rate of its sweep, the best one with more seeds; batches, their order and the schedule are the same for all.
-Best is the least perplexity on code; of rates that are as good within 1%, the one that leaves least on prose.
-`--methods replay-5 ...` set MoRA against itself with that percentage of prose in every batch. Each run is
+at every learning rate of its sweep, the best one with more seeds; batches, their order and the schedule are the same
+for all. Best is the least perplexity on code; of learning rates that are as good within 1%, the one that leaves least
+on prose. `--methods replay-5 ...` set MoRA against itself with that percentage of prose in every batch. Each run is
 `launch/pretrain.py` with other flags, on one rank. A run that is done is kept: the command goes on where it was
-stopped. Prints, at each method's best rate, the perplexity on code and on prose, mean and largest deviation over seeds;
-writes results.json, and learning.png where matplotlib is there. Curves: tensorboard --logdir FOLDER/runs.
+stopped. Prints, at each method's best learning rate, the perplexity on code and on prose, mean and largest deviation
+over seeds; writes results.json, and learning.png where matplotlib is there. Curves: tensorboard --logdir FOLDER/runs.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("out/bench_learning"), help="folder for everything")
     parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; MoRA matrices have as many parameters")
     parser.add_argument("--steps", type=int, default=200, help=f"steps of {ROWS} x 128 tokens")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method at its best rate")
-    parser.add_argument("--sweep_seeds", type=int, default=2, help="of them at every rate, to find the best one")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method at its best learning rate")
+    parser.add_argument("--sweep_seeds", type=int, default=2, help="of them at every learning rate of the sweep")
     parser.add_argument("--rates", nargs="+", type=float, help="instead of each method's own sweep")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(KNOWN))
@@ -220,7 +220,7 @@ def _names(rows: Sequence[Row]) -> list[str]:
 
 
 def _lines(rows: Sequence[Row], options: argparse.Namespace) -> list[str]:
-    titles = ["method", "trainable", "best rate", "code", "+-", "prose", "+-"]
+    titles = ["method", "trainable", "best learning rate", "code", "+-", "prose", "+-"]
     cells = [
         [
             row.method, f"{row.trainable:,}", _rate(row, options.rates),
@@ -230,7 +230,7 @@ def _lines(rows: Sequence[Row], options: argparse.Namespace) -> list[str]:
     ]  # fmt: skip
     return [
         f"perplexity after {options.steps} steps of {ROWS} x 128 tokens, rank {options.rank}, {options.seeds} seed(s);"
-        " the best rate on code of each sweep (*: at its edge)",
+        " the best learning rate on code of each sweep (*: at its edge)",
         *table([titles, *cells]),
     ]
 

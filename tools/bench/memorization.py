@@ -2,13 +2,13 @@
 
     python tools/bench/memorization.py [--base MODEL] [--pairs 64] [--steps 400] [--rank 8] [--seeds 3] [--jobs 2] ...
 
-Full training, LoRA, MoRA and ReMoRA, at equal trainable parameters, on one engine (ZeRO, AdamW, constant rate after a
-warm-up): each learns, of pairs of 32 hex digits, the second from the first, at every rate of its sweep with one seed,
-and at the best one with the others. At intervals the second is generated greedily; the share of right digits is the
-character accuracy (1/16 is chance); a trial that knows everything ends. A digit is one token here, so rows need no
-padding. Prints, at each method's best rate (largest mean accuracy over all intervals), the accuracy over steps, mean
-over seeds, and the steps to 90%; writes results.json, TensorBoard curves, and memorization.png where matplotlib is
-there. A trial that is done is kept.
+Full training, LoRA, MoRA and ReMoRA, at equal trainable parameters, on one engine (ZeRO, AdamW, a constant learning
+rate after a warm-up): each learns, of pairs of 32 hex digits, the second from the first, at every learning rate of
+its sweep with one seed, and at the best one with the others. At intervals the second is generated greedily; the share
+of right digits is the character accuracy (1/16 is chance); a trial that knows everything ends. A digit is one token
+here, so rows need no padding. Prints, at each method's best learning rate (largest mean accuracy over all intervals),
+the accuracy over steps, mean over seeds, and the steps to 90%; writes results.json, TensorBoard curves, and
+memorization.png where matplotlib is there. A trial that is done is kept.
 
 The default is for two cores: the demo's small Llama, warm-started on prose. The paper's: Llama-2 7B,
 
@@ -134,8 +134,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=50, help="steps from one measurement to the next")
     parser.add_argument("--probe", type=int, default=32, help="pairs that are generated at each measurement")
     parser.add_argument("--cycles", type=int, default=4, help="of ReMoRA: merges, and one more")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method at its best rate")
-    parser.add_argument("--sweep_seeds", type=int, default=1, help="of them at every rate, to find the best one")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method at its best learning rate")
+    parser.add_argument("--sweep_seeds", type=int, default=1, help="of them at every learning rate of the sweep")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--stage", type=int, default=3, choices=range(4), help="of ZeRO; 0 costs a small model least")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
@@ -254,7 +254,7 @@ def _ds_config(trial: Trial) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Curve:
-    """A method at its best rate."""
+    """A method at its best learning rate."""
 
     rate: float
     trained: int
@@ -286,7 +286,7 @@ def _curve(rate: float, found: Sequence[dict[str, Any]]) -> Curve:
 def _lines(best: dict[str, Curve], options: argparse.Namespace) -> list[str]:
     steps = next(iter(best.values())).steps
     shown = [index for index in range(len(steps)) if (index + 1) % -(-len(steps) // 10) == 0 or index + 1 == len(steps)]
-    rows = [["method", "trained", "best rate", *(f"{steps[index]}" for index in shown), "+-", f"to {KNOWN:.0%}"]]
+    rows = [["method", "trained", "best lr", *(f"{steps[index]}" for index in shown), "+-", f"to {KNOWN:.0%}"]]
     for name, curve in best.items():
         edge = at_edge(curve.rate, options.rates or METHODS[name].rates)
         known = "/".join("-" if step is None else str(step) for step in curve.known_at)
@@ -296,7 +296,7 @@ def _lines(best: dict[str, Curve], options: argparse.Namespace) -> list[str]:
         )
     return [
         f"character accuracy (%) of {options.probe} of {options.pairs} pairs after N steps of {options.batch} "
-        f"pairs, rank {options.rank}, {options.seeds} seed(s), at each method's best rate (*: at its sweep's edge); "
+        f"pairs, rank {options.rank}, {options.seeds} seed(s), each at its best learning rate (*: sweep's edge); "
         f"steps to {KNOWN:.0%} of each seed",
         *table(rows),
     ]
