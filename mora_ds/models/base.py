@@ -12,6 +12,7 @@ the caller can save the live model with `write_own_base`.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,8 @@ from torch import Tensor
 from mora_ds.errors import RunError, UserError
 from mora_ds.files import atomic_folder, read_json
 from mora_ds.models.tensor_files import dtype_name, open_safetensors, shape_dtype, tensor_nbytes
+
+logger = logging.getLogger(__name__)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -42,6 +45,10 @@ class NotOneToOne(UserError):
         self.names = tuple(names)
 
 
+class BaseChanged(RunError):
+    """The base's files are no longer those that were opened, from which mapped weights are read."""
+
+
 class BaseCheckpoint:
     """Read-only view of a model folder's safetensors. Make one with `BaseCheckpoint.open`."""
 
@@ -50,6 +57,7 @@ class BaseCheckpoint:
         self._file_of = dict(file_of)
         self._handles: dict[Path, Any] = {}
         self._fingerprint: str | None = None
+        self._stamps = {path: _stamp(path) for path in self.files()}
 
     @classmethod
     def open(cls, folder: Path | str, flag: str = MODEL_FLAG) -> BaseCheckpoint:
@@ -82,6 +90,29 @@ class BaseCheckpoint:
     def files(self) -> list[Path]:
         """The safetensors files."""
         return list(dict.fromkeys(self._file_of.values()))
+
+    def require_unchanged(self, fingerprint: str) -> None:
+        """Raises `BaseChanged` where a file is no longer the one that was opened, by its size, its time of change and
+        its inode: files are mapped, so what is written into one of them changes weights in memory.
+
+        Reads nothing as long as nothing changes. Files that were only touched, moved or copied are read once: with
+        `fingerprint` they are accepted.
+        """
+        stamps = {path: _stamp(path) for path in self._stamps}
+        changed = [path for path, stamp in stamps.items() if stamp != self._stamps[path]]
+        if not changed:
+            return
+        try:
+            is_same = BaseCheckpoint.open(self.folder).fingerprint() == fingerprint
+        except (UserError, RunError):
+            is_same = False
+        if not is_same:
+            raise BaseChanged(
+                f"{changed[0]} was changed or replaced during the run, which reads its weights from there: the model "
+                "in memory is no longer the one that was trained. Put the original file back and resume"
+            )
+        logger.info("%s: files were touched, and hold the same weights as before", self.folder)
+        self._stamps = stamps
 
     @property
     def nbytes(self) -> int:
@@ -161,6 +192,15 @@ class BaseCheckpoint:
             if candidate in renamed:
                 return renamed[candidate]
         return None
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Size, time of change and inode of a file; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _locate_tensors(folder: Path) -> dict[str, Path]:

@@ -5,6 +5,7 @@ Rank 0 prints the error message, once; a rank that fails because another one has
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 import time
 import traceback
@@ -36,6 +37,8 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
     # DeepSpeed calls deprecated functions of torch on every rank, and the user cannot change that.
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     set_up_logging()
+    if sys.__stderr__ is not None:  # the stack of a bus error: a mapped file was truncated
+        faulthandler.enable(sys.__stderr__)
     try:
         if restartable:
             signals.install()

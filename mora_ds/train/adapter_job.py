@@ -66,6 +66,9 @@ class AdapterJob(Job):
     def save(self, state: TrainerState) -> Path:
         return self.run.save_state(state, self.arguments.training.save_total_limit)
 
+    def check_base(self) -> None:
+        self.run.check_base()
+
     def wait(self, timeout_s: float | None) -> None:
         self.run.wait(timeout_s)
 

@@ -76,6 +76,11 @@ class Job(ABC):
     def wait(self, timeout_s: float | None) -> None:
         """Wait until the last checkpoint is written. Raises what went wrong with it."""
 
+    def check_base(self) -> None:
+        """Raise `BaseChanged`, on all processes, when files have changed from which live weights are read. Here none
+        are: training copies them, and an evaluation is short."""
+        return None
+
     @abstractmethod
     def export(self, checkpoint: Path, target: Path) -> None:
         """Write the merged model of a checkpoint into the folder `target`."""

@@ -115,6 +115,7 @@ class Run:
 
     def merge(self, step: int) -> MergeReport:
         """Merge the MoRA matrices of all layers after optimizer step `step` and start the next cycle."""
+        self.check_base()
         report = self.remora.merge(step)
         self.state.merges.append(step)
         return report
@@ -125,8 +126,14 @@ class Run:
         return self.save_state(self.state, keep)
 
     def save_state(self, state: TrainerState, keep: int | None = None) -> Path:
-        """The same with the complete position of a trainer."""
+        """The same with the complete position of a trainer. Raises `RunError` as `check_base` does."""
+        self.check_base()
         return self._checkpoints.save(state, keep)
+
+    def check_base(self) -> None:
+        """Raise `RunError`, on all processes, when the base's files have changed on the disk of one of them."""
+        remora = self.remora
+        self.ranks.agree(lambda: remora.base.require_unchanged(remora.ledger.base_fingerprint))
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until the last checkpoint is written. Call it before the process ends, with `async_save`."""

@@ -22,6 +22,7 @@ from mora_ds.data import IGNORED, Mixture, StreamMixture, TrainData
 from mora_ds.engine import zero
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.errors import RunError, Stopped
+from mora_ds.models.base import BaseChanged
 from mora_ds.models.loss import row_nll, token_nll
 from mora_ds.remora.schedule import Schedule
 from mora_ds.remora.schedule_text import start_lines
@@ -94,13 +95,23 @@ class Trainer:
         except BaseException as error:
             with suppress(RunError):  # `error` is the one to report
                 self.job.wait(PATIENCE_S)
-            if isinstance(error, NotFinite):
-                raise RunError(
-                    f"{error}. Last good checkpoint: {self.last_checkpoint or 'none was written'}. "
-                    "A lower --learning_rate, a longer --warmup_steps or a smaller --max_grad_norm may help"
-                ) from error
+            if isinstance(error, (NotFinite, BaseChanged)):
+                raise RunError(self._explained(error)) from error
             raise
         self.job.wait(None)
+
+    def _explained(self, error: NotFinite | BaseChanged) -> str:
+        """The message of an error that all processes have raised alike, with the checkpoint to go on from."""
+        last = f"Last good checkpoint: {self.last_checkpoint or 'none was written'}"
+        try:
+            self.job.check_base()  # weights that were overwritten may be the reason for a NaN
+        except BaseChanged as changed:
+            error = changed
+        if isinstance(error, BaseChanged):
+            return f"{error}. {last}"
+        return (
+            f"{error}. {last}. A lower --learning_rate, a longer --warmup_steps or a smaller --max_grad_norm may help"
+        )
 
     def _run(self) -> None:
         state, evaluator = self.state, self.evaluator
@@ -270,6 +281,7 @@ class Trainer:
 
     def _merge(self) -> None:
         assert self.job.merger is not None, "a schedule with merges needs a merger"
+        self.job.check_base()
         merge = self.job.merger.merge(self.state.step)
         self.state.merges.append(self.state.step)
         self.state.stall_window = []
@@ -292,6 +304,7 @@ class Trainer:
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> dict[str, float]:
+        self.job.check_base()
         return self.evaluator.evaluate(before_batch=self._leave_if_asked)
 
     def _evaluate_and_save_best(self) -> None:

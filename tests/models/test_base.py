@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds.errors import RunError, UserError
 from mora_ds.models.base import (
+    BaseChanged,
     BaseCheckpoint,
     NotOneToOne,
     renamed_keys,
@@ -114,6 +116,48 @@ def test_pickled_weights_lead_to_an_own_base(tmp_path: Path) -> None:
         BaseCheckpoint.open(folder)
     base = write_own_base(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "own")
     verify_against_model(base, mapping_of(model, base), parameters(model), parameters(model))
+
+
+def overwritten(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 0x40
+    path.write_bytes(content)
+
+
+def replaced(path: Path) -> None:
+    content = path.read_bytes()
+    status = path.stat()
+    path.unlink()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 0x40]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def shortened(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("harm", [overwritten, replaced, shortened, Path.unlink])
+def test_a_file_that_changes_after_it_was_opened_is_named(sharded: Path, harm: Callable[[Path], None]) -> None:
+    base = BaseCheckpoint.open(sharded)
+    fingerprint = base.fingerprint()
+    base.require_unchanged(fingerprint)
+    path = base.files()[1]
+    harm(path)
+    for _ in range(2):
+        with pytest.raises(BaseChanged, match=f"{path.name} was changed or replaced during the run"):
+            BaseCheckpoint.require_unchanged(base, fingerprint)
+
+
+@pytest.mark.parametrize("how", [os.utime, lambda path: shutil.move(shutil.copy(path, f"{path}.copy"), path)])
+def test_a_file_that_was_only_touched_or_copied_is_read_once(
+    sharded: Path, how: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = BaseCheckpoint.open(sharded)
+    fingerprint = base.fingerprint()
+    how(base.files()[0])
+    base.require_unchanged(fingerprint)
+    monkeypatch.setattr(BaseCheckpoint, "read", None)
+    base.require_unchanged(fingerprint)
 
 
 # -- mapping ---------------------------------------------------------------------------------------------------------
