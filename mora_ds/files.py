@@ -157,14 +157,17 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copies all files with their times. Raises `RunError` on a full disk (`shutil.copytree` has its own error)."""
+    """Copies all files with their times, not their modes. Raises `RunError` on a full disk (`shutil.copytree` has its
+    own error)."""
     with disk_errors(target):
         target.mkdir(parents=True)
         for path in sorted(source.rglob("*")):
             if path.is_dir():
                 (target / path.relative_to(source)).mkdir()
             else:
-                shutil.copy2(path, target / path.relative_to(source))
+                copy = target / path.relative_to(source)
+                shutil.copyfile(path, copy)
+                os.utime(copy, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
 
 
 @contextmanager

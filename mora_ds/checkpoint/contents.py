@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mora_ds.adapters.config import AdapterConfig
@@ -21,6 +20,7 @@ from mora_ds.checkpoint.layout import LEDGER_FOLDER, PROBE_FILE, TOKENIZER_FOLDE
 from mora_ds.engine import zero
 from mora_ds.files import copy_folder
 from mora_ds.models.base import write_own_base
+from mora_ds.models.tensor_files import write_safetensors_atomic
 from mora_ds.parallel.ulysses import whole_rows
 from mora_ds.remora.merge import ReMoRA, layer_entries
 
@@ -59,7 +59,7 @@ class RunWriter:
             ledger.copy_to(folder / LEDGER_FOLDER)
             if self.tokenizer_folder is not None:  # no links: one damaged file would be damaged in every checkpoint
                 copy_folder(self.tokenizer_folder, folder / TOKENIZER_FOLDER)
-            save_file(probe, str(folder / PROBE_FILE), {"dtype": self.base.dtype})
+            write_safetensors_atomic(folder / PROBE_FILE, probe, {"dtype": self.base.dtype})
 
         return write
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mora_ds import files
@@ -50,6 +50,7 @@ from mora_ds.checkpoint.state import TrainerState, check_identity
 from mora_ds.engine import shard_writer, zero
 from mora_ds.engine.shard_reader import EngineShards, Layout
 from mora_ds.errors import RunError
+from mora_ds.models.tensor_files import write_safetensors_atomic
 from mora_ds.runtime.events import Event, emit
 from mora_ds.runtime.nodes import Followers
 
@@ -154,7 +155,7 @@ class CheckpointWriter:
     ) -> None:
         """Writes this rank's files except DeepSpeed's shards."""
         shard_writer.write_layout(beside / ENGINE_TAG, layout)
-        save_file(rng, str(beside / rng_file(dist.get_rank())))
+        write_safetensors_atomic(beside / rng_file(dist.get_rank()), rng, {})
         write_extras(beside)
 
     def _complete(self, beside: Path, final: Path, state: dict[str, Any], keep: int | None) -> None:

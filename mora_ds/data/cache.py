@@ -16,12 +16,12 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from tqdm import tqdm
@@ -228,7 +228,7 @@ def _build(
     _check_space(folder.parent, characters, encoder.dtype)
     _remove_leftovers(folder.parent)
     with writable(folder.parent):
-        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}{_TEMPORARY}", dir=folder.parent))
+        temporary = _temporary(folder)
     try:
         with disk_errors(folder.parent), at_work(temporary):
             bar = tqdm(desc="tokenising", total=characters, unit="char", unit_scale=True, disable=not progress)
@@ -238,7 +238,6 @@ def _build(
             counts["documents_read"] = sum(part.documents for part in facts)
             meta = {**settings, **counts, "key": folder.name, "contents": [part.content_hash for part in facts]}
             (temporary / META).write_text(json.dumps(meta, indent=2) + "\n")
-            temporary.chmod(0o755)  # mkdtemp's folders are private, but a cache may be shared
             fsync_tree(temporary)
             _move_into_place(temporary, folder)
     finally:
@@ -292,10 +291,17 @@ def _check_space(cache_dir: Path, characters: int, dtype: str) -> None:
         )
 
 
+def _temporary(folder: Path) -> Path:
+    """A new folder next to the cache's. Not of `tempfile`, whose folders are private: a cache may be shared."""
+    temporary = folder.with_name(f"{folder.name}{_TEMPORARY}{uuid4().hex}")
+    temporary.mkdir()
+    return temporary
+
+
 def _move_into_place(temporary: Path, folder: Path) -> None:
     """Renames the new cache. A damaged one in its place is removed; one that another builder finished first stays."""
     if folder.exists() and damage(folder, contents=True):
-        trash = Path(tempfile.mkdtemp(prefix=f"{folder.name}{_TEMPORARY}", dir=folder.parent))
+        trash = _temporary(folder)
         os.replace(folder, trash / "damaged")
         shutil.rmtree(trash, ignore_errors=True)
     try:

@@ -265,6 +265,8 @@ def write_own_base(
             model.save_pretrained(partial, max_shard_size="5GB", save_original_format=False, **weights)
         except SafetensorError as error:  # the library reports a full disk in the message only
             raise RunError(f"cannot write the base to {folder}: {error}") from error
+        for path in partial.glob("*.safetensors"):  # the library makes them private, whatever the umask is
+            path.chmod((partial / "config.json").stat().st_mode)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     return BaseCheckpoint.open(folder)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mora_ds.checkpoint.layout import METRICS_FILE
 from mora_ds.data import IGNORED
-from mora_ds.files import disk_errors
+from mora_ds.files import atomic_path, disk_errors
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,8 @@ class MetricsLog:
         self._path = folder / METRICS_FILE
         _keep_rows(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
+        with disk_errors(folder):
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
         quiet = not sys.stderr.isatty()  # in a log file the lines are enough
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=quiet)
 
@@ -181,8 +182,9 @@ class MetricsLog:
     def close(self) -> None:
         if self.enabled:
             self._bar.close()
-            self._board.close()
             self._file.close()
+            with disk_errors(self._path.parent):
+                self._board.close()
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.enabled:
@@ -191,7 +193,10 @@ class MetricsLog:
                 self._file.flush()
 
     def _plot(self, prefix: str, step: int, facts: Mapping[str, Any]) -> None:
-        """Every number of `facts` as a TensorBoard scalar; nested mappings by their path."""
+        """Every number of `facts` as a TensorBoard scalar; nested mappings by their path.
+
+        TensorBoard writes in a thread, whose error comes with a later call.
+        """
         for name, value in facts.items():
             if isinstance(value, Mapping):
                 self._plot(f"{prefix}/{name}", step, value)
@@ -200,7 +205,8 @@ class MetricsLog:
 
     def _scalar(self, tag: str, value: float, step: int) -> None:
         if self.enabled:
-            self._board.add_scalar(tag, value, step)
+            with disk_errors(self._path.parent):
+                self._board.add_scalar(tag, value, step)
 
 
 def plain_json(value: Any) -> Any:
@@ -215,10 +221,8 @@ def _keep_rows(path: Path, last_step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line + "\n" for line in lines if 0 < last_step >= _step_of(line)]
-    partial = path.with_suffix(".tmp")
-    with disk_errors(path.parent):
+    with atomic_path(path) as partial:
         partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
 
 
 def _step_of(line: str) -> float:

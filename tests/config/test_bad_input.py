@@ -80,7 +80,7 @@ def test_recipes_and_deepspeed_files(user: Playground, tmp_path: Path) -> None:
     for part in ("recipe.yaml", "mora_rnak", "mora_rank", "max_steps must be a whole number"):
         assert part in first
     for part in ("ds.json", "zero_optimisation", "zero_optimization", "--per_device_train_batch_size = 2",
-                 "2 a rank x 1 accumulated x 1 ranks = 2", "--learning_rate"):  # fmt: skip
+                 "2 a process x 1 accumulated x 1 processes = 2", "--learning_rate"):  # fmt: skip
         assert part in second, "all contradictions at once"
     assert "torn.json, line 1" in third
 
@@ -315,7 +315,7 @@ def test_a_run_killed_while_the_old_one_was_set_aside(user: Playground, other_ru
     (out / ".overwritten").mkdir()
     for name in ("run.yaml", "metrics.jsonl", "checkpoints"):
         (out / name).rename(out / ".overwritten" / name)
-    kind, message = run_ranks(1, refused, user.flags(out))[0]
+    kind, message = run_ranks(1, refused, user.flags(out), True)[0]
     assert kind == "UserError" and "holds another run" in message
     assert contents(out) == before
 

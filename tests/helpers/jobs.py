@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import torch
 from mora_ds.config.arguments import parse
 from mora_ds.data import load_tokenizer, train_sentencepiece
 from mora_ds.errors import RunError, UserError
+from mora_ds.runtime.events import EXIT_USER_ERROR
 from mora_ds.train.warm_start import run_job
 from tests.helpers.gloo import free_port, run_ranks
 from tests.helpers.models import tiny_model
+from tests.helpers.snapshot import assert_same, snapshot
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ZERO3 = REPOSITORY / "configs" / "zero3.json"
@@ -83,13 +86,28 @@ def printed(argv: list[str]) -> str:
     return told.getvalue()
 
 
-def refused(argv: list[str]) -> tuple[str, str]:
-    """(kind of error, its message) of a run that must fail. For `run_ranks`."""
+def refused(argv: list[str], is_repaired: bool = False) -> tuple[str, str]:
+    """(kind of error, its message) of a run that must fail. For `run_ranks`.
+
+    A `UserError` must leave the output folder to the byte as it was, unless it `is_repaired` after a killed run.
+    """
+    out = output_of(argv)
+    before = snapshot(out)
     try:
         run_job(parse(argv))
-    except (UserError, RunError) as error:
+    except UserError as error:
+        if int(os.environ["RANK"]) == 0 and not is_repaired:
+            assert_same(out, before)
+        return type(error).__name__, str(error)
+    except RunError as error:
         return type(error).__name__, str(error)
     raise AssertionError("the run was not refused")
+
+
+def output_of(argv: list[str]) -> Path:
+    """The output folder that a command line names, the default one where it names none."""
+    named = [value for flag, value in pairwise(argv) if flag == "--output_dir"]
+    return Path([*["out"], *named][-1])
 
 
 def refusal(argv: list[str], ranks: int = 1) -> str:
@@ -100,10 +118,15 @@ def refusal(argv: list[str], ranks: int = 1) -> str:
 
 
 def launch(ranks: int, argv: list[str], cwd: Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    """The real launcher, as in the README."""
-    return subprocess.run(
+    """The real launcher, as in the README. Where it ends with a user's error, the output folder must be as it was."""
+    out = cwd / output_of(argv)
+    before = snapshot(out)
+    done = subprocess.run(
         launcher(ranks, argv), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout_s
     )
+    if done.returncode == EXIT_USER_ERROR:
+        assert_same(out, before)
+    return done
 
 
 def launcher(ranks: int, argv: list[str]) -> list[str]:

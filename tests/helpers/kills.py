@@ -300,7 +300,7 @@ MOMENTS: dict[str, Moment] = {
     ),
     "before_the_replay": Moment(lambda: before(ReMoRA, "replay"), Passes.ALL, Start.UNNAMED),
     "metrics_half_trimmed": Moment(
-        lambda: within(metrics, "_keep_rows", 1, lambda: before(Path, "replace")), start=Start.UNNAMED
+        lambda: within(metrics, "_keep_rows", 1, lambda: before(os, "replace")), start=Start.UNNAMED
     ),
 }  # fmt: skip
 

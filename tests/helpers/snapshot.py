@@ -16,11 +16,9 @@ def snapshot(path: Path) -> Snapshot:
 
     The content of a link is its target, that of a folder empty.
     """
-    return {os.path.relpath(each, path): _facts(each) for each in (path, *sorted(path.rglob("*"))) if _exists(each)}
-
-
-def _exists(path: Path) -> bool:
-    return os.path.lexists(path)
+    if not os.path.lexists(path):
+        return {}
+    return {os.path.relpath(each, path): _facts(each) for each in (path, *sorted(path.rglob("*")))}
 
 
 def _facts(path: Path) -> tuple[str, int, bytes]:
@@ -35,6 +33,11 @@ def untouched(path: Path) -> Iterator[None]:
     """Fails where the block changes anything at `path`, or makes it."""
     before = snapshot(path)
     yield
+    assert_same(path, before)
+
+
+def assert_same(path: Path, before: Snapshot) -> None:
+    """Fails, naming what differs, where `path` does not hold what it held."""
     after = snapshot(path)
     names = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
     assert not names, f"{path} is not as it was: {names[:10]}"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from mora_ds.errors import RunError
 from mora_ds.remora.stall import StallRule, StallSignal
 from mora_ds.train.metrics import STEP_TAGS, MetricsLog, StepMetrics, peak_memory_bytes, perplexity, plain_json
 from tests.helpers.jobs import rows
@@ -120,3 +124,20 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 def test_memory_is_in_bytes() -> None:
     assert 2**26 < peak_memory_bytes() < 2**44
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_in_tensorboards_thread_is_the_error_of_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = MetricsLog(tmp_path, 100, enabled=True)
+
+    def write(self: object, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    with pytest.raises(RunError, match=f"the disk that holds {tmp_path} is full"):
+        for step in range(100):
+            log.step(metrics(step))
+            time.sleep(0.05)
+        log.close()

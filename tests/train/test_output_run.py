@@ -1,0 +1,128 @@
+"""Whole runs and their output folder: what of the user's they refuse to touch, and the mode of what they write."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from mora_ds.config.arguments import parse
+from mora_ds.errors import UserError
+from mora_ds.train import demo
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, job, refused
+from tests.helpers.models import tiny_model
+from tests.helpers.snapshot import untouched
+
+
+@pytest.fixture(scope="module")
+def pickled(user: Playground) -> Path:
+    """A model whose weights are pickled, and notes of the user's, in the folder `base` of an output folder."""
+    folder = user.root / "pickled" / "base"
+    model = tiny_model(vocab_size=400, num_hidden_layers=2)
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    for path in user.model.glob("*token*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+def refused_each(cases: list[list[str]]) -> list[tuple[str, str]]:
+    return [refused(argv) for argv in cases]
+
+
+@pytest.mark.gloo
+def test_what_is_the_users_is_refused_and_named(user: Playground, pickled: Path, tmp_path: Path) -> None:
+    """H1: a pickled model in OUT/base. H2: OUT/tokenizer, OUT/ledger and OUT/metrics.jsonl without a run."""
+    for name in ("tokenizer/tokenizer.json", "ledger/notes.txt", "metrics.jsonl"):
+        path = tmp_path / name.partition("/")[0].partition(".")[0] / name
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+    cases: dict[str, list[str]] = {
+        f"--model_name_or_path {pickled}: the run would read": user.flags(
+            pickled.parent, "--model_name_or_path", pickled, "--target_modules", "q_prj"
+        ),
+        "holds base, and no run": user.flags(pickled.parent, "--overwrite_output_dir"),
+        "--tokenizer_name": user.flags(
+            tmp_path / "tokenizer", "--tokenizer_name", tmp_path / "tokenizer" / "tokenizer"
+        ),
+        "holds tokenizer, and no run": user.flags(tmp_path / "tokenizer"),
+        "holds ledger, and no run": user.flags(tmp_path / "ledger", "--overwrite_output_dir"),
+        "holds metrics.jsonl, and no run": user.flags(
+            tmp_path / "metrics", "--full_rank_steps", 2, "--resume_from_checkpoint", "auto"
+        ),
+        "--output_dir ''": user.flags(""),
+    }
+    with untouched(tmp_path), untouched(pickled):
+        results = run_ranks(1, refused_each, list(cases.values()))[0]
+    for part, (kind, message) in zip(cases, results, strict=True):
+        assert kind == "UserError" and part in message, message
+
+
+def run_privately(argv: list[str]) -> dict[str, Any]:
+    """A run that gives its group read access and others none. For `run_ranks`."""
+    os.umask(0o027)
+    return job(argv)
+
+
+@pytest.mark.gloo
+def test_all_files_have_the_mode_that_the_umask_asks_for(user: Playground, pickled: Path, tmp_path: Path) -> None:
+    """Base, checkpoints, merged model and token cache included; secrets of DeepSpeed's file are masked in run.yaml."""
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    argv = user.flags(out, "--model_name_or_path", pickled, "--export_merged", "--cache_dir", cache)
+    run_ranks(1, run_privately, argv)
+    assert (out / "base" / "model.safetensors").is_file() and (out / "merged" / "config.json").is_file()
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for root in (out, cache) for path in root.rglob("*")}
+    assert {str(path): oct(mode) for path, mode in modes.items() if mode != (0o750 if path.is_dir() else 0o640)} == {}
+    assert yaml.safe_load((out / "run.yaml").read_text())["resolved"]["owns"].count("base") == 1
+
+
+# -- the demo ----------------------------------------------------------------------------------------------------------
+
+
+def demo_refused(argv: list[str]) -> str:
+    """The message with which the demo is refused at the start of its main job. For `run_ranks`."""
+
+    def write_inputs(paths: demo.DemoPaths, seed: int) -> None:
+        for folder in (paths.corpus, paths.warm):
+            folder.mkdir(parents=True)
+            (folder / "file").write_text("new")
+
+    def refuse(arguments: Any) -> None:
+        raise UserError("--eval_files: no file")
+
+    demo.write_inputs, demo.run_job = write_inputs, refuse  # type: ignore[assignment]
+    with pytest.raises(UserError) as caught:
+        demo.run_demo(parse(argv))
+    return str(caught.value)
+
+
+def demos_refused(cases: list[list[str]]) -> list[str]:
+    return [demo_refused(argv) for argv in cases]
+
+
+@pytest.mark.gloo
+def test_a_demo_that_is_refused_leaves_its_folder_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "mine" / "demo").mkdir(parents=True)
+    (tmp_path / "mine" / "demo" / "notes.txt").write_text("mine")
+    (tmp_path / "run" / "demo" / "warm_start" / "merged").mkdir(parents=True)
+    for folder in (tmp_path / "run", tmp_path / "run" / "demo" / "warm_start"):
+        (folder / "run.yaml").write_text("versions: {}\nresolved: {}\n")
+    cases = {
+        str(tmp_path / "new"): "no file",
+        str(tmp_path / "not" / "there"): "no file",
+        str(tmp_path / "mine"): "holds demo, and no run",
+        str(tmp_path / "run"): "no file",
+    }
+    argvs = [["--output_dir", out, *(["--overwrite_output_dir"] if out.endswith("run") else [])] for out in cases]
+    with untouched(tmp_path):
+        results = run_ranks(1, demos_refused, argvs)[0]
+    for message, part in zip(results, cases.values(), strict=True):
+        assert part in message
