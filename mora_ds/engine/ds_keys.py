@@ -6,6 +6,7 @@ DeepSpeed ignores an unknown top-level key without a message; a test looks for o
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
@@ -161,3 +162,28 @@ def refused_keys(config: dict[str, Any], table: dict[str, str]) -> list[str]:
         if holder and key in holder and holder.pop(key) not in QUIETLY_OFF:
             problems.append(f'"{path}" cannot be used: {reason}')
     return problems
+
+
+_SECRETS = ("key", "token", "secret", "password")
+_MASK = "***"
+
+
+def masked(content: Any, is_secret: bool = False) -> Any:
+    """`content` with every text masked that lies under a name such as comet's api_key."""
+    if isinstance(content, dict):
+        return {
+            name: masked(value, is_secret or any(word in str(name).lower() for word in _SECRETS))
+            for name, value in content.items()
+        }
+    if isinstance(content, list):
+        return [masked(value, is_secret) for value in content]
+    return _MASK if is_secret and isinstance(content, str) and content else content
+
+
+def tracker_folders(config: dict[str, Any]) -> dict[str, Path]:
+    """Dotted path -> folder that DeepSpeed's own monitors write to."""
+    return {
+        f"{name}.output_path": Path(path).expanduser()
+        for name in ("tensorboard", "csv_monitor")
+        if at(config, f"{name}.enabled") and (path := at(config, f"{name}.output_path"))
+    }

@@ -25,6 +25,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from mora_ds.engine import zero
+from mora_ds.engine.ds_keys import masked
 from mora_ds.engine.optimizer_view import Flat, Span, view_of
 from mora_ds.engine.shard_reader import MASTER, EngineShards, Layout, Part, layout_path, load_pickled
 from mora_ds.errors import UserError
@@ -149,6 +150,8 @@ class ShardWriter(CheckpointEngine):
         if module is not None:
             kept = {name: tensor for name, tensor in module.items() if name not in self._left_out}
             state_dict = {**state_dict, "module": kept}
+        if "ds_config" in state_dict:  # nobody reads it, and a checkpoint is passed on
+            state_dict = {**state_dict, "ds_config": masked(state_dict["ds_config"])}
         self._write(Path(path), state_dict)
 
     def load(self, path: str, map_location: Any = None) -> Any:

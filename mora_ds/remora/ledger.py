@@ -151,6 +151,13 @@ class Ledger:
             register(vectors.name, folder / VECTORS_FILE)
         return ledger
 
+    @staticmethod
+    def strays(folder: Path) -> list[str]:
+        """Names of what lies in a ledger's folder, which need not exist, and belongs to no ledger."""
+        names = (LEDGER_FILE, VECTORS_FILE, "cycle-*.safetensors")
+        own = {path for name in names for pattern in (name, f".{name}.partial") for path in folder.glob(pattern)}
+        return sorted(path.name for path in folder.glob("*") if path not in own)
+
     def snapshot(self) -> Ledger:
         """A ledger with the present cycles, which later appends to this one do not change."""
         return Ledger(self.folder, self.base_fingerprint, self._records, self.vectors)

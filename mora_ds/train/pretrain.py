@@ -31,6 +31,7 @@ from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.data import Mixture, TrainData
 from mora_ds.engine.ds_config import compute_dtype
+from mora_ds.engine.ds_keys import tracker_folders
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.errors import UserError
 from mora_ds.files import write_json_atomic
@@ -47,7 +48,7 @@ from mora_ds.train.evaluator import Evaluator
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.job import BareJob, FullJob, Job
 from mora_ds.train.metrics import MetricsLog, peak_memory_bytes, plain_json
-from mora_ds.train.output_folder import Reservation, give_up, has_begun, names_of_run, reserve
+from mora_ds.train.output_folder import Reservation, check_trackers, give_up, has_begun, names_of_run, reserve
 from mora_ds.train.preflight import preflight
 from mora_ds.train.replicas import Replica
 from mora_ds.train.run_file import write_run_file
@@ -80,6 +81,7 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
         return dry_run(arguments)
     ranks = start_processes(training)
     ds_config = engine_config(training, adapter.adapter, ranks.world)
+    ranks.on_first(lambda: check_trackers(tracker_folders(ds_config)))
     with _output_folder(arguments, ranks, base) as place:
         if adapter.init_adapter is not None and place.checkpoint is None:
             ranks.agree(lambda: find_adapter(Path(str(adapter.init_adapter)).expanduser()))

@@ -171,6 +171,8 @@ class Run:
         One node after the other, since nodes that share the folder would write the same files at once.
         """
         folder = self.folder / LEDGER_FOLDER
+        if checkpoint is None and (strays := self.ranks.on_first(lambda: Ledger.strays(folder))):
+            raise UserError(f"{folder} holds {', '.join(strays)}, which no run has made: move it away")
         for turn in range(self.ranks.world):
             if self.ranks.rank == turn and self.ranks.is_local_first:
                 if checkpoint is None:

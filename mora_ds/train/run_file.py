@@ -11,13 +11,12 @@ import yaml
 
 from mora_ds.checkpoint.layout import RUN_FILE
 from mora_ds.config.arguments import RECORDED_KEYS
+from mora_ds.engine.ds_keys import masked
 from mora_ds.errors import UserError
 from mora_ds.files import atomic_path, load_yaml
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "safetensors")
 _OWNS = "owns"
-_SECRETS = ("key", "token", "secret", "password")
-_MASK = "***"
 
 
 def write_run_file(folder: Path, settings: dict[str, Any], resolved: dict[str, Any], owns: list[str]) -> None:
@@ -34,18 +33,6 @@ def write_run_file(folder: Path, settings: dict[str, Any], resolved: dict[str, A
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
-
-
-def masked(content: Any, is_secret: bool = False) -> Any:
-    """`content` with every text masked that lies under a name such as comet's api_key."""
-    if isinstance(content, dict):
-        return {
-            name: masked(value, is_secret or any(word in str(name).lower() for word in _SECRETS))
-            for name, value in content.items()
-        }
-    if isinstance(content, list):
-        return [masked(value, is_secret) for value in content]
-    return _MASK if is_secret and isinstance(content, str) and content else content
 
 
 def holds_run(folder: Path) -> bool:

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
+from mora_ds.engine.ds_keys import tracker_folders
 from mora_ds.errors import UserError
 from mora_ds.train import output_folder
-from mora_ds.train.output_folder import DEMO, NAMES, STARTING, check_merged, give_up, has_begun, names_of_run, reserve
+from mora_ds.train.output_folder import (
+    DEMO,
+    NAMES,
+    STARTING,
+    check_merged,
+    check_trackers,
+    give_up,
+    has_begun,
+    names_of_run,
+    reserve,
+)
+from mora_ds.train.run import Run
 from mora_ds.train.run_file import write_run_file
 from tests.helpers.snapshot import snapshot, untouched
 
@@ -191,6 +205,37 @@ def test_a_merged_folder_that_is_no_model_is_refused_before_training(tmp_path: P
         (out / "merged" / file).parent.mkdir(parents=True, exist_ok=True)
     with untouched(out), pytest.raises(UserError, match="--export_merged"):
         prepared(out, False, True, True)
+
+
+def test_deepspeeds_monitors_have_a_folder_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path / "file" / "csv")}}
+    with pytest.raises(UserError, match=r"csv_monitor\.output_path = .*: .*file is no folder"):
+        check_trackers(tracker_folders(config))
+    check_trackers(tracker_folders({"csv_monitor": {**config["csv_monitor"], "enabled": False}}))
+    check_trackers(tracker_folders({"tensorboard": {"enabled": True, "output_path": str(tmp_path / "a" / "b")}}))
+
+
+class Alone:
+    """The parts of `Ranks` that opening a ledger uses, for a single process."""
+
+    rank, world, is_local_first = 0, 1, True
+
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+    def barrier(self) -> None:
+        pass
+
+
+def test_a_users_own_loop_takes_no_ledger_folder_that_holds_other_files(tmp_path: Path) -> None:
+    run: Any = SimpleNamespace(folder=tmp_path, ranks=Alone())
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger" / ".ledger.json.partial").write_text("")
+    assert Run._open_ledger(run, None, "fingerprint", "").cycles == 0
+    (tmp_path / "ledger" / "accounts.txt").write_text("mine")
+    with untouched(tmp_path), pytest.raises(UserError, match=r"holds accounts\.txt, which no run has made"):
+        Run._open_ledger(run, None, "fingerprint", "")
 
 
 @pytest.mark.parametrize("files", [[], ["config.json", "a.txt"], ["shared/config.json", "b/config.json"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -15,7 +16,7 @@ from mora_ds.config.arguments import parse
 from mora_ds.errors import UserError
 from mora_ds.train import demo
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, job, refused
+from tests.helpers.jobs import ZERO3, Playground, job, refused
 from tests.helpers.models import tiny_model
 from tests.helpers.snapshot import untouched
 
@@ -73,14 +74,18 @@ def run_privately(argv: list[str]) -> dict[str, Any]:
 
 @pytest.mark.gloo
 def test_all_files_have_the_mode_that_the_umask_asks_for(user: Playground, pickled: Path, tmp_path: Path) -> None:
-    """Base, checkpoints, merged model and token cache included; secrets of DeepSpeed's file are masked in run.yaml."""
+    """Base, checkpoints, merged model and token cache included; no secret of DeepSpeed's file is in any of them."""
     out, cache = tmp_path / "out", tmp_path / "cache"
-    argv = user.flags(out, "--model_name_or_path", pickled, "--export_merged", "--cache_dir", cache)
+    secret = {**json.loads(ZERO3.read_text()), "comet": {"enabled": False, "api_key": "s3cret"}}
+    (tmp_path / "ds.json").write_text(json.dumps(secret))
+    more = ("--export_merged", "--cache_dir", cache, "--deepspeed", tmp_path / "ds.json")
+    argv = user.flags(out, "--model_name_or_path", pickled, *more)
     run_ranks(1, run_privately, argv)
     assert (out / "base" / "model.safetensors").is_file() and (out / "merged" / "config.json").is_file()
     modes = {path: stat.S_IMODE(path.stat().st_mode) for root in (out, cache) for path in root.rglob("*")}
     assert {str(path): oct(mode) for path, mode in modes.items() if mode != (0o750 if path.is_dir() else 0o640)} == {}
     assert yaml.safe_load((out / "run.yaml").read_text())["resolved"]["owns"].count("base") == 1
+    assert [path for path in out.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()] == []
 
 
 # -- the demo ----------------------------------------------------------------------------------------------------------
