@@ -79,7 +79,7 @@ MUTATIONS = (
         "adapters/ops/delta.py",
         "dtype=torch.float32, device=device).copy_(original)",
         "dtype=torch.float32, device=device).copy_(original.to(dtype))",
-        ("adapters/ops/test_delta.py", "deploy/test_export.py", "remora/test_merge.py"),
+        ("remora/test_ledger.py",),
     ),
     Mutation(
         "blocks are packed one token too far apart",
@@ -100,7 +100,7 @@ MUTATIONS = (
         "train/evaluator.py",
         "if round_ * count + index >= limit:",
         "if round_ + index >= limit * count:",
-        ("train/test_pretrain.py", "train/test_controls.py"),
+        ("train/test_evaluator.py",),
     ),
     Mutation(
         "the re-warmup is one step short",

@@ -118,7 +118,7 @@ def test_the_longest_cycle_ends_one_that_does_not_stall(user: Playground, tmp_pa
     told = run_ranks(1, printed, flags)[0]
     assert merges(out) == [8, 16]
     assert "a cycle has at least 6 steps and at most 8; none before step 5, none after step 17" in told
-    assert "at its longest (--merge_at_latest)" in told and "is too noisy for a stall to be seen" in told
+    assert "at its longest (--merge_at_latest)" in told and "is too noisy to detect a stall" in told
 
 
 def test_a_run_extended_past_its_last_merge_warms_up_again(

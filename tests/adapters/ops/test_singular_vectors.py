@@ -56,7 +56,7 @@ def test_missing_and_damaged_vectors_are_named(tmp_path: Path) -> None:
         singular_vectors.read(name, "other", 0, 1)
     broken = random(4, 4)
     broken[1, 2] = float("nan")
-    with pytest.raises(UserError, match="w is not finite"):
+    with pytest.raises(UserError, match="w has NaN or infinite values"):
         register_vectors(broken, 2, tmp_path)
     path = singular_vectors.path_of(name)
     path.write_bytes(path.read_bytes()[:20])
