@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.errors import UserError
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint, NotOneToOne, map_model, verify_against_model, write_own_base
+from mora_ds.models.tensor_files import COMPUTE_DTYPES, dtype_name
 from mora_ds.runtime.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -72,11 +78,16 @@ def load_base(
 ) -> LoadedBase:
     """The live model in `dtype` on the CPU, and the original of each of its parameters. Collective.
 
-    Rank 0 writes the base to `own_base` if its files are not one to one; `share` then copies it to nodes that do not
-    see that folder. Raises `UserError` where weights are missing or do not fit the config.
+    Rank 0 writes the base to `own_base`, in the precision of its files, if these are not one to one; `share` then
+    copies it to nodes that do not see that folder. Raises `UserError` where weights are missing or do not fit the
+    config.
     """
     model = _from_pretrained(folder, dtype, attn_implementation, trust_remote_code)
-    is_own, keys = ranks.on_first(lambda: _originals(model, folder, own_base))
+
+    def load(stored: torch.dtype) -> nn.Module:
+        return _from_pretrained(folder, stored, attn_implementation, trust_remote_code)
+
+    is_own, keys = ranks.on_first(lambda: _originals(model, folder, own_base, dtype, load))
     if is_own and share is not None:
         share(own_base)
     return LoadedBase(model, BaseCheckpoint.open(own_base if is_own else folder), keys)
@@ -179,14 +190,43 @@ def _damaged_file(folder: Path) -> str:
     return ""
 
 
-def _originals(model: Any, folder: Path, own_base: Path) -> tuple[bool, dict[str, str]]:
-    """(whether the originals are in `own_base`, their keys); writes that folder where the files are not one to one."""
+def _originals(
+    model: Any, folder: Path, own_base: Path, dtype: torch.dtype, load: Callable[[torch.dtype], Any]
+) -> tuple[bool, dict[str, str]]:
+    """(whether the originals are in `own_base`, their keys); writes that folder where the files are not one to one.
+
+    `load` loads the model again in another dtype: `own_base` keeps the precision of the files, not that of the run.
+    """
     try:
         return False, _map_and_verify(model, BaseCheckpoint.open(folder))
     except NotOneToOne as error:
         if own_base.exists() and own_base.samefile(folder):
             raise UserError(f"{MODEL_FLAG} {folder}: {error}; the run would write its base over it: move it") from error
-        return True, _map_and_verify(model, write_own_base(model, own_base))
+    with suppress(UserError):  # a resumed run has written it; versions up to 0.2 in the run's own precision
+        return True, _map_and_verify(model, BaseCheckpoint.open(own_base))
+    stored = _stored_dtype(folder)
+    if torch.promote_types(stored, dtype) != dtype:
+        try:
+            return True, _map_and_verify(model, write_own_base(load(stored), own_base))
+        except NotOneToOne as error:
+            logger.warning(
+                "warning: the weights of %s are %s and are kept in %s only, in which exports in more precision are"
+                " rounded: %s", folder, dtype_name(stored), dtype_name(dtype), error,
+            )  # fmt: skip
+    return True, _map_and_verify(model, write_own_base(model, own_base))
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The smallest dtype that holds every floating-point weight of the folder's files without rounding."""
+    try:
+        base = BaseCheckpoint.open(folder)
+        dtypes = {base.shape_dtype(key)[1] for key in base.keys()}  # noqa: SIM118  (a `BaseCheckpoint` is no mapping)
+    except NotOneToOne:
+        dtypes = set()
+        for path in folder.glob("pytorch_model*.bin"):
+            content = torch.load(path, map_location="meta", weights_only=True)  # dtypes and shapes, without the numbers
+            dtypes |= {value.dtype for value in content.values() if isinstance(value, Tensor)}
+    return reduce(torch.promote_types, dtypes & set(COMPUTE_DTYPES.values()) or {torch.float32})
 
 
 def _map_and_verify(model: Any, base: BaseCheckpoint) -> dict[str, str]:

@@ -1,14 +1,22 @@
-"""Which files of a Hub repository are downloaded; folders on disk are loaded by most other tests."""
+"""Which files of a Hub repository are downloaded, and in which precision a run keeps weights that are not one to one;
+folders on disk are loaded by most other tests."""
 
 from __future__ import annotations
 
 import fnmatch
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from mora_ds.files import write_json_atomic
 from mora_ds.models import load
+from mora_ds.models.base import write_own_base
+from tests.helpers.models import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -31,3 +39,84 @@ def test_pickled_weights_are_downloaded_where_there_are_no_others(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert sorted(path.name for path in load._download("some/model").iterdir()) == wanted
+
+
+# -- pickled weights -----------------------------------------------------------------------------------------------
+
+
+def pickled(folder: Path, dtype: torch.dtype, shards: int = 1, zipped: bool = True) -> dict[str, torch.Tensor]:
+    """A folder with pickled weights only. Returns them."""
+    model = tiny_model(dtype=dtype)
+    model.config.save_pretrained(folder)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    names = sorted(weights)
+    for shard in range(shards):
+        name = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{shard + 1:05d}-of-{shards:05d}.bin"
+        part = {key: weights[key] for key in names[shard::shards]}
+        torch.save(part, folder / name, _use_new_zipfile_serialization=zipped)
+    if shards > 1:
+        files = {key: f"pytorch_model-{i % shards + 1:05d}-of-{shards:05d}.bin" for i, key in enumerate(names)}
+        write_json_atomic(folder / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": files})
+    return weights
+
+
+def originals(folder: Path, own: Path, dtype: torch.dtype) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The live model, and the tensors of the run's own base."""
+
+    def loaded(dtype: torch.dtype) -> Any:
+        return load._from_pretrained(folder, dtype, None, False)
+
+    model = loaded(dtype)
+    is_own, _ = load._originals(model, folder, own, dtype, loaded)
+    assert is_own
+    return model, load_file(own / "model.safetensors")
+
+
+@pytest.mark.parametrize("stored, dtype, kept, shards, zipped", [
+    (torch.float32, torch.bfloat16, torch.float32, 1, True),
+    (torch.float32, torch.bfloat16, torch.float32, 1, False),
+    (torch.float32, torch.float16, torch.float32, 2, True),
+    (torch.float32, torch.float32, torch.float32, 1, True),
+    (torch.float16, torch.bfloat16, torch.float16, 1, True),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16, 2, True),
+    (torch.bfloat16, torch.float32, torch.float32, 1, True),
+])  # fmt: skip
+def test_a_run_keeps_the_precision_of_pickled_weights(
+    tmp_path: Path, stored: torch.dtype, dtype: torch.dtype, kept: torch.dtype, shards: int, zipped: bool
+) -> None:
+    weights = pickled(tmp_path / "model", stored, shards, zipped)
+    model, own = originals(tmp_path / "model", tmp_path / "own", dtype)
+    for name, tensor in own.items():
+        assert tensor.dtype == kept and torch.equal(tensor, weights[name].to(kept)), name
+    assert all(parameter.dtype == dtype for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+def test_a_resumed_run_reads_the_base_that_it_has(tmp_path: Path, precision: torch.dtype) -> None:
+    """Up to 0.2 that was in the precision of the run, and its fingerprint is in every checkpoint."""
+    pickled(tmp_path / "model", torch.float32)
+    write_own_base(load._from_pretrained(tmp_path / "model", precision, None, False), tmp_path / "own")
+    before = (tmp_path / "own" / "model.safetensors").stat()
+    _, own = originals(tmp_path / "model", tmp_path / "own", torch.bfloat16)
+    after = (tmp_path / "own" / "model.safetensors").stat()
+    assert {tensor.dtype for tensor in own.values()} == {precision}
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_the_base_of_another_model_is_replaced(tmp_path: Path) -> None:
+    weights = pickled(tmp_path / "model", torch.float32)
+    write_own_base(tiny_model(seed=5), tmp_path / "own")
+    _, own = originals(tmp_path / "model", tmp_path / "own", torch.bfloat16)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in own.items())
+
+
+def test_precision_that_cannot_be_kept_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pickled(tmp_path / "model", torch.float32)
+    model = load._from_pretrained(tmp_path / "model", torch.bfloat16, None, False)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)  # as where weights are computed, not copied, when they are loaded
+    is_own, _ = load._originals(
+        model, tmp_path / "model", tmp_path / "own", torch.bfloat16,
+        lambda dtype: AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+    )  # fmt: skip
+    assert is_own and "are float32 and are kept in bfloat16 only" in caplog.text
