@@ -47,9 +47,18 @@ def refusal(check: Callable[..., object], *arguments: object) -> list[str]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint such as " Did you mean 'merge_every'?" for a misspelt `word`, or "" where nothing is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    """A hint such as " Did you mean 'merge_every'?" for a misspelt `word`; "" where nothing else is close."""
+    close = difflib.get_close_matches(word, [other for other in known if other != word], n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def reason(error: BaseException) -> str:
+    """The message of another library's error in one line, for use in our own; a line that ends with a colon is followed
+    by the next one. A message without words, such as that of a KeyError, follows the name of the error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    count = next((number for number, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
+    text = " ".join(lines[:count])
+    return text if " " in text else f"{type(error).__name__} {text}".rstrip()
 
 
 def unknown(what: str, value: object, known: Iterable[str]) -> str:
@@ -80,7 +89,10 @@ class Bounds:
 
     def __str__(self) -> str:
         parts = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        return " and ".join(f"{word} {bound:g}" for word, bound in parts.items() if math.isfinite(bound))
+        finite = {word: bound for word, bound in parts.items() if math.isfinite(bound)}
+        return " and ".join(
+            f"{word} {bound:g}" if bound < 1e6 else f"{word} {bound:,.0f}" for word, bound in finite.items()
+        )
 
 
 COUNT = Bounds(least=1)
@@ -89,12 +101,20 @@ POSITIVE = Bounds(above=0)
 BELOW_1 = Bounds(least=0, below=1)
 AT_MOST_1 = Bounds(least=0, most=1)
 ABOVE_0_AT_MOST_1 = Bounds(above=0, most=1)
+SECONDS = Bounds(least=0, most=1e9)
+"""A waiting time; the longest is 31 years. Python's clocks refuse times beyond 292 years."""
+
+_TOO_LARGE = 2**63
+"""Whole numbers from here on do not fit in the integers of torch and numpy."""
 
 
 def out_of_bounds(numbers: Iterable[tuple[str, float | None, Bounds]]) -> Iterator[str]:
-    """One message for each (flag, value, bounds) with a value outside of the bounds; None is always allowed."""
+    """One message for each (flag, value, bounds) with a value outside of the bounds, or a whole number of more than 63
+    bits; None is always allowed."""
     for flag, value, bounds in numbers:
-        if value is not None and not bounds.allow(value):
+        if isinstance(value, int) and value >= _TOO_LARGE:
+            yield f"--{flag} must be below {_TOO_LARGE}, got {value}"
+        elif value is not None and not bounds.allow(value):
             yield f"--{flag} must be {bounds}, got {value}"
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from mora_ds.errors import RunError, UserError
+from mora_ds.errors import RunError, UserError, reason
 
 MANIFEST = "manifest.json"
 """Sizes and hashes of all other files of a folder."""
@@ -86,13 +87,26 @@ def write_json_atomic(path: Path, content: Any, indent: int | None = 2) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def parse_json(text: str, **options: Any) -> Any:
+    """`json.loads`. Raises ValueError also for brackets that are nested too deeply, and one with a message for users
+    for a number that is too long; `json.JSONDecodeError` has the line."""
+    try:
+        return json.loads(text, **options)
+    except (json.JSONDecodeError, UserError):
+        raise
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
+    except ValueError:
+        raise ValueError(f"a number has more than {sys.get_int_max_str_digits()} digits") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises `UserError` naming the file when it is missing, damaged or not an object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, brackets nested too deep
+    except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: a JSON object was expected, not {type(content).__name__}")
@@ -274,6 +288,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, (str, int, float)):
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no key", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
             seen.add(key)
@@ -288,6 +304,10 @@ def load_yaml(path: str, what: str) -> dict[Any, Any]:
         raise UserError(f"cannot read {what} {path}: {error}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is no valid YAML: {error}") from error
+    except RecursionError:
+        raise UserError(f"{path} is no valid YAML: it is nested too deeply") from None
+    except ValueError as error:  # of a date that does not exist, or a number of too many digits
+        raise UserError(f"{path} is no valid YAML: {reason(error)}") from error
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path} must hold `key: value` lines, not a {type(content).__name__}")
     return content or {}

@@ -96,7 +96,7 @@ def _work(given: argparse.Namespace) -> Work:
         raise UserError("--base_bits 8: --adapter full leaves no weight frozen")
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return Work(
-        config=named_config(given.model, given.trust_remote_code),
+        config=named_config(given.model, given.trust_remote_code, "--model"),
         adapter=None if given.adapter == AdapterKind.FULL.value else adapter.config(seed=42),
         seq_len=given.seq_len,
         micro_batch=given.micro_batch or 1,

@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.spec import OperatorKind
-from mora_ds.errors import UserError
-from mora_ds.models.load import folder_config, read_model_config
+from mora_ds.errors import COUNT, UserError, out_of_bounds, reason, refuse
+from mora_ds.models.load import named_config
 from mora_ds.planning.costs import cost_table
 from mora_ds.runtime import cli
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a config JSON, or the folder of a model")
     parser.add_argument("--mora_rank", type=int, default=256)
     parser.add_argument("--operator", default="auto")
     parser.add_argument("--ranks", type=int, default=8)
@@ -32,7 +32,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per micro-batch and process")
     parser.add_argument("--tp_segments", type=int, default=8)
     given = parser.parse_args()
-    if any(degree < 1 or given.ranks % degree for degree in given.degrees):
+    counts = [(name, getattr(given, name), COUNT) for name in ("ranks", "tokens", "tp_segments")]
+    refuse(out_of_bounds([*counts, *(("degrees", degree, COUNT) for degree in given.degrees)]))
+    if any(given.ranks % degree for degree in given.degrees):
         raise UserError(f"--degrees must divide --ranks {given.ranks}")
     plain = MoRAConfig(rank=given.mora_rank, operator=given.operator)
     gathered = model_of(given.config, plain)
@@ -55,9 +57,12 @@ def main() -> None:
 
 def model_of(path: Path, config: MoRAConfig) -> Any:
     """The model of the config in `path` with adapters, on the meta device."""
-    read = folder_config(path) if path.is_dir() else read_model_config(path)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(read)
+    read = named_config(str(path), flag="CONFIG")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(read)
+    except Exception as error:  # each model's class has checks of its own, which raise many kinds
+        raise UserError(f"CONFIG {path}: no model can be made of it: {reason(error)}") from error
     inject(model, config)
     return model
 

@@ -215,6 +215,7 @@ class AdapterArguments:
                 "merge_every": NOT_NEGATIVE,
                 "merge_when": MergeWhen,
                 "merge_at_latest": NOT_NEGATIVE,
+                "restart_warmup_steps": NOT_NEGATIVE,
                 "optimizer_reset": OptimizerReset,
                 "full_rank_steps": NOT_NEGATIVE,
                 "full_rank_learning_rate": POSITIVE,

@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 
 from mora_ds.config.flags import documented
-from mora_ds.errors import BELOW_1, COUNT, NOT_NEGATIVE, Bounds, wrong_values
+from mora_ds.errors import BELOW_1, COUNT, NOT_NEGATIVE, SECONDS, Bounds, wrong_values
 
 
 class TokenizerType(str, Enum):
@@ -51,7 +51,8 @@ class ModelArguments:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
-        yield from wrong_values(self, {"train_tokenizer_vocab": NOT_NEGATIVE, "train_tokenizer_type": TokenizerType})
+        vocabulary = Bounds(least=0, most=10_000_000)
+        yield from wrong_values(self, {"train_tokenizer_vocab": vocabulary, "train_tokenizer_type": TokenizerType})
         if self.model_name_or_path and self.model_config:
             yield "--model_name_or_path and --model_config: give one of them"
         if self.train_tokenizer_vocab != 0 and self.tokenizer_name is not None:
@@ -117,7 +118,7 @@ class DataArguments:
                 "preprocessing_workers": COUNT,
                 "held_out_share": BELOW_1,
                 "shuffle_buffer": NOT_NEGATIVE,
-                "stream_retry_s": NOT_NEGATIVE,
+                "stream_retry_s": SECONDS,
             },
         )
         if not self.text_column:

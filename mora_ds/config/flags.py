@@ -175,7 +175,8 @@ def read_recipe(path: str, groups: Iterable[type], ignored_keys: Iterable[str] =
         if key in ignored_keys or key in RETIRED:
             continue
         if (name := _present_name(key)) in values:
-            problems.append(f"{path}: {key} and {name} are one setting: give one of them")
+            old = next(old for old, new in RENAMED.items() if new == name)
+            problems.append(f"{path}: {old} and {name} are one setting: give one of them")
         values[name] = value
     try:
         settings = typed_values(values, hints, path)

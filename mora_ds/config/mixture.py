@@ -178,7 +178,8 @@ def _read(path: str) -> MixturePlan:
             raise UserError(f"{path}: {where} must have `from_step` and `weights`")
         if phase["from_step"] <= phases[-1][0]:
             raise UserError(f"{path}: {where}.from_step must be a step after {phases[-1][0]}, got {phase['from_step']}")
-        given = typed_values(phase["weights"], dict.fromkeys(names, float), path, f"{where}.weights.")
+        weights_of = {str(name): weight for name, weight in phase["weights"].items()}  # as the names of sources
+        given = typed_values(weights_of, dict.fromkeys(names, float), path, f"{where}.weights.")
         phases.append((phase["from_step"], tuple(given.get(name, 0.0) for name in names)))
     return MixturePlan(tuple(sources), tuple(phases))
 

@@ -19,12 +19,21 @@ from mora_ds.errors import (
     COUNT,
     NOT_NEGATIVE,
     POSITIVE,
+    SECONDS,
+    Bounds,
+    out_of_bounds,
     refusal,
     wrong_values,
 )
 from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.remora.schedule import schedule_kind
 from mora_ds.runtime.log_setup import LogLevel
+
+SEED = Bounds(least=0, below=2**48)
+"""Each rank's generator is seeded with 16 bits more, and takes 64 bits."""
+
+ROWS = Bounds(least=1, most=1_000_000)
+"""Sequences of one batch, all of which are in memory."""
 
 
 def _is_shared(output_dir: str) -> bool:
@@ -196,8 +205,8 @@ class TrainingArguments:
             {
                 "tensor_parallel_size": COUNT,
                 "tp_inputs": TPInputs,
-                "per_device_train_batch_size": COUNT,
-                "per_device_eval_batch_size": COUNT,
+                "per_device_train_batch_size": ROWS,
+                "per_device_eval_batch_size": ROWS,
                 "gradient_accumulation_steps": COUNT,
                 "sequence_parallel_size": COUNT,
                 "optimizer": OptimizerKind,
@@ -220,14 +229,15 @@ class TrainingArguments:
                 "max_eval_batches": COUNT,
                 "save_steps": NOT_NEGATIVE,
                 "save_total_limit": COUNT,
-                "seed": NOT_NEGATIVE,
-                "collective_timeout_s": POSITIVE,
-                "heartbeat_timeout_s": NOT_NEGATIVE,
+                "seed": SEED,
+                "collective_timeout_s": Bounds(above=0, most=SECONDS.most),
+                "heartbeat_timeout_s": SECONDS,
             },
         )
         yield from refusal(schedule_kind, self.lr_scheduler_type)
         if self.max_steps != -1 and self.max_steps < 1:
             yield f"--max_steps must be at least 1, or -1 for --num_train_epochs to decide, got {self.max_steps}"
+        yield from out_of_bounds([("max_steps", self.max_steps, Bounds())])
         if self.max_steps == -1 and not POSITIVE.allow(self.num_train_epochs):
             yield f"--num_train_epochs must be {POSITIVE}, got {self.num_train_epochs}"
         if self.overwrite_output_dir and self.resume_from_checkpoint is not None:

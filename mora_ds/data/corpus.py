@@ -129,6 +129,8 @@ def resolve_files(patterns: Sequence[str], flag: str = "--train_files") -> list[
     for pattern in patterns:
         matches = [path for match in _matches(pattern) for path in _expand(match)]
         if not matches:
+            if os.path.isdir(os.path.expanduser(pattern)):
+                raise UserError(f"{flag}: the folder {pattern!r} holds no file of a kind that is read")
             raise UserError(f"{flag}: no file matches {pattern!r}.{_near_files(pattern)}")
         for path in matches:
             paths.setdefault(os.path.realpath(path), path)

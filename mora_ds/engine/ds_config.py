@@ -19,9 +19,23 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mora_ds.engine.ds_keys import AUTO, REFUSED, SECTIONS, TOP_LEVEL, at, fill, refused_keys, take_degree
+from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
+from pydantic import ValidationError
+
+from mora_ds.engine.ds_keys import (
+    AUTO,
+    OTHER_SECTIONS,
+    REFUSED,
+    SECTIONS,
+    TOP_LEVEL,
+    at,
+    fill,
+    refused_keys,
+    take_degree,
+)
 from mora_ds.engine.ds_optimizer import OptimizerKind, match_optimizer, optimizer_problems
-from mora_ds.errors import UserError, nearest, refuse
+from mora_ds.errors import UserError, nearest, reason, refuse, unknown
+from mora_ds.files import parse_json
 
 PERSIST_BUDGET_BYTES = 64 * 2**20
 """Memory for parameters that ZeRO-3 keeps unsharded, the smallest first: see `fill_bucket_sizes`."""
@@ -79,9 +93,13 @@ def _read(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --deepspeed {path}: {error}") from error
     try:
-        config = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
+        config = parse_json(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: no valid JSON: {error.msg}") from error
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: no valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(config).__name__}")
     return config
@@ -143,8 +161,29 @@ def _resolve(
         problems += _zero(resolved)
         problems += optimizer_problems(resolved)
         problems += _left_auto(resolved)
+    if not problems:
+        problems = _refused_by_deepspeed(resolved)
     refuse(f"{source}: {problem}" for problem in problems)
     return resolved
+
+
+def _refused_by_deepspeed(config: dict[str, Any]) -> list[str]:
+    """What DeepSpeed's own classes say of the values, which they would say only once the model is loaded."""
+    trial = copy.deepcopy(config)
+    trial.pop("train_batch_size", None)  # `_match_flags` checks it, and knows the number of processes
+    trial.setdefault("train_micro_batch_size_per_gpu", 1)
+    zero = trial["zero_optimization"]
+    zero.update({key: 1 for key in _BUCKET_KEYS if zero.get(key) == AUTO})
+    try:
+        DeepSpeedConfig(trial)
+    except ValidationError as error:
+        return [
+            f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}, got {json.dumps(detail['input'], default=str)}"
+            for detail in error.errors()
+        ]
+    except Exception as error:  # assertions, and whatever a value of another type leads to
+        return [f"DeepSpeed cannot use it: {reason(error)}"]
+    return []
 
 
 def compute_dtype(ds_config: dict[str, Any]) -> str:
@@ -197,7 +236,7 @@ def _persistence_threshold(numels: list[int], bytes_each: int) -> int:
 
 def _drop_null_sections(config: dict[str, Any]) -> None:
     """Remove sections that are null, which means the same as absent."""
-    for path in SECTIONS:
+    for path in (*SECTIONS, *OTHER_SECTIONS):
         parent, _, key = path.rpartition(".")
         holder = at(config, parent) if parent else config
         if isinstance(holder, dict) and holder.get(key, ...) is None:
@@ -206,7 +245,7 @@ def _drop_null_sections(config: dict[str, Any]) -> None:
 
 def _wrong_shapes(config: dict[str, Any]) -> Iterable[str]:
     """Sections that are no JSON objects; nothing else is checked in such a file."""
-    for path in SECTIONS:
+    for path in (*SECTIONS, *OTHER_SECTIONS):
         value = at(config, path)
         if value is not None and not isinstance(value, dict):
             yield f'"{path}" must be an object with keys of its own, not {value!r}'
@@ -290,4 +329,10 @@ def _zero(config: dict[str, Any]) -> list[str]:
         types["grad_accum_dtype"] = None if low_precision_without_zero else "fp32"
     elif low_precision_without_zero and types["grad_accum_dtype"] == "fp32":
         problems.append('data_types.grad_accum_dtype = "fp32" needs stage 1, 2 or 3 with bf16 or fp16; drop the key')
+    elif types["grad_accum_dtype"] is not None:
+        try:
+            DtypeEnum(types["grad_accum_dtype"])
+        except ValueError:
+            known = [dtype.name for dtype in DtypeEnum]
+            problems.append(unknown("data_types.grad_accum_dtype", types["grad_accum_dtype"], known))
     return problems

@@ -87,6 +87,14 @@ SECTIONS: dict[str, frozenset[str]] = {
 }
 """Keys of each section that is checked, by its dotted path."""
 
+OTHER_SECTIONS = _words(
+    """
+    activation_checkpointing aio checkpoint comet comms_logger compile csv_monitor datastates_ckpt flops_profiler
+    tensorboard timers wandb
+    """
+)
+"""Sections whose keys only DeepSpeed checks."""
+
 _BASE_IS_UNSHARDED = "the frozen base is no parameter of DeepSpeed's here: every process holds all of it"
 
 _MASTER = "the masters of the MoRA matrices and Adam's moments must stay in fp32"

@@ -215,6 +215,8 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
     weight_map = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX_FILE} is damaged: it has no weight_map")
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise UserError(f"{folder / INDEX_FILE} is damaged: its weight_map must name a file for each tensor")
     keys_of: dict[Path, set[str]] = {}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mora_ds.errors import UserError
+from mora_ds.errors import UserError, reason
+from mora_ds.files import parse_json
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint, NotOneToOne, map_model, verify_against_model, write_own_base
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, dtype_name
 from mora_ds.runtime.ranks import Ranks
@@ -63,8 +64,7 @@ def _download(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin"]))
         return folder
     except (OSError, HFValidationError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{MODEL_FLAG} {name}: not a folder, and not available on the Hub: {reason}") from error
+        raise UserError(f"{MODEL_FLAG} {name}: not a folder, and not available on the Hub: {reason(error)}") from error
 
 
 def load_base(
@@ -103,37 +103,49 @@ def create_base(
     return folder
 
 
-def read_model_config(config_file: Path, vocab_size: int | None = None) -> Any:
-    """The config in a JSON such as `configs/models/tiny_llama.json`. Raises `UserError` naming --model_config."""
+def read_model_config(config_file: Path, vocab_size: int | None = None, flag: str = "--model_config") -> Any:
+    """The config in a JSON such as `configs/models/tiny_llama.json`. Raises `UserError` naming `flag`."""
     try:
-        values = json.loads(config_file.read_text(encoding="utf-8"))
+        values = parse_json(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--model_config {config_file}: {error}") from error
+        raise UserError(f"{flag} {config_file}: {error}") from error
     if not isinstance(values, dict) or "model_type" not in values:
-        raise UserError(f"--model_config {config_file}: no model_type in it")
+        raise UserError(f"{flag} {config_file}: no model_type in it")
     if vocab_size is not None:
         values["vocab_size"] = vocab_size
     try:
-        return AutoConfig.for_model(**values)
-    except ValueError as error:
-        raise UserError(f"--model_config {config_file}: {error}") from error
+        config = AutoConfig.for_model(**values)
+    except Exception as error:  # each class of config has checks of its own, which raise many kinds
+        raise UserError(f"{flag} {config_file}: {reason(error)}") from error
+    return _with_sizes(config, f"{flag} {config_file}")
 
 
-def folder_config(folder: Path | str, trust_remote_code: bool = False) -> Any:
-    """The config of a model folder. Raises `UserError` naming --model_name_or_path."""
+def folder_config(folder: Path | str, trust_remote_code: bool = False, flag: str = MODEL_FLAG) -> Any:
+    """The config of a model folder. Raises `UserError` naming `flag`."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{MODEL_FLAG} {folder}: its config.json cannot be used: {reason}") from error
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each class of config has checks of its own, which raise many kinds
+        raise UserError(f"{flag} {folder}: its config.json cannot be used: {reason(error)}") from error
+    return _with_sizes(config, f"{flag} {folder}: its config.json cannot be used")
 
 
-def named_config(name: str, trust_remote_code: bool = False) -> Any:
-    """The config of a model folder, a Hub name or a config JSON, without any weights. Raises `UserError`."""
+def _with_sizes(config: Any, where: str) -> Any:
+    """`config`. Raises `UserError`, after the words `where`, for a size that no model has."""
+    text = config.get_text_config()
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        size = getattr(text, name, 1)
+        if not isinstance(size, int) or size < 1:
+            raise UserError(f"{where}: {name} must be a whole number above 0, got {size!r}")
+    return config
+
+
+def named_config(name: str, trust_remote_code: bool = False, flag: str = MODEL_FLAG) -> Any:
+    """The config of a model folder, a Hub name or a config JSON, without any weights. Raises `UserError` naming
+    `flag`."""
     path = Path(name).expanduser()
-    return (
-        read_model_config(path) if path.is_file() else folder_config(path if path.is_dir() else name, trust_remote_code)
-    )
+    if path.is_file():
+        return read_model_config(path, flag=flag)
+    return folder_config(path if path.is_dir() else name, trust_remote_code, flag)
 
 
 _NOT_THE_FUNCTION = {
@@ -165,11 +177,11 @@ def _from_pretrained(
     except UserError:
         raise
     except Exception as error:  # transformers and safetensors raise many kinds, all for an unusable folder
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "attn_implementation" in str(error) or "flash" in reason.lower():
-            raise UserError(f"--attn_implementation {attn_implementation}: {reason}") from error
-        reason = _damaged_file(folder) or reason
-        raise UserError(f"{MODEL_FLAG} {folder}: cannot be loaded as a causal language model: {reason}") from error
+        why = reason(error)
+        if "attn_implementation" in str(error) or "flash" in why.lower():
+            raise UserError(f"--attn_implementation {attn_implementation}: {why}") from error
+        why = _damaged_file(folder) or why
+        raise UserError(f"{MODEL_FLAG} {folder}: cannot be loaded as a causal language model: {why}") from error
     model, info = loaded
     problems = {"missing_keys": "weights are missing", "mismatched_keys": "weights do not fit the config"}
     for what, problem in problems.items():

@@ -90,7 +90,7 @@ def extend_vocabulary(
     if new_tokens < 1:
         raise UserError(f"--pieces must be at least 1, got {new_tokens}")
     base = BaseCheckpoint.open(folder, FLAG)
-    config = folder_config(folder, trust_remote_code)
+    config = folder_config(folder, trust_remote_code, FLAG)
     keys, old_rows = _vocabulary_keys(base, config, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code, flag=FLAG)
     check_vocabulary(tokenizer, old_rows, FLAG)

@@ -23,7 +23,7 @@ from mora_ds.adapters.inject import base_weights, frozen_buffers, inject, mora_l
 from mora_ds.adapters.merge_layer import merge_layer
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.errors import UserError
+from mora_ds.errors import UserError, reason
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel import windows
 from mora_ds.parallel.tensor_parallel import split_model
@@ -130,8 +130,8 @@ def planned_model(work: Work) -> Any:
                 attn_implementation=work.attn_implementation,
                 trust_remote_code=work.trust_remote_code,
             )
-    except (ImportError, ValueError) as error:
-        raise UserError(f"no model can be made of this config: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # as at `folder_config`: each model's class has checks of its own
+        raise UserError(f"no model can be made of this config: {reason(error)}") from error
     if work.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if work.adapter is not None:
@@ -165,8 +165,7 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
             loss.backward()
             del loss
     except (RuntimeError, NotImplementedError) as error:  # a kernel that torch has for devices only
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"this model cannot be planned in {work.dtype}: {reason}") from error
+        raise UserError(f"this model cannot be planned in {work.dtype}: {reason(error)}") from error
     finally:
         for handle in handles:
             handle.remove()

@@ -25,6 +25,7 @@ from mora_ds.engine import device
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.errors import UserError
+from mora_ds.models.base import MODEL_FLAG
 from mora_ds.models.load import named_config
 from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.ulysses_checks import check_config, describe
@@ -59,7 +60,8 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     adapter, training, model = arguments.adapter, arguments.training, arguments.model
     ds_config = engine_config(training, adapter.adapter, world)
     name = str(model.model_name_or_path or model.model_config)
-    config = named_config(name, model.trust_remote_code)
+    flag = MODEL_FLAG if model.model_name_or_path else "--model_config"
+    config = named_config(name, model.trust_remote_code, flag)
     check_config(config, training.sequence_parallel_size, model.attention, model.trust_remote_code)
     if adapter.adapter == AdapterKind.NONE.value:
         raise UserError("--adapter none trains nothing: there is nothing to plan, drop --dry_run")

@@ -85,7 +85,7 @@ def open_model(
     folder: Path, patterns: Iterable[str], trust_remote_code: bool = False, flag: str = "MODEL"
 ) -> OpenModel:
     """Open a Hugging Face folder. Raises `UserError` where its files do not hold the model's weights one to one."""
-    base, config = BaseCheckpoint.open(folder, flag), folder_config(folder, trust_remote_code)
+    base, config = BaseCheckpoint.open(folder, flag), folder_config(folder, trust_remote_code, flag)
     model = planned_model(Work(config, None, seq_len=1, trust_remote_code=trust_remote_code))
     try:
         keys = map_model(base, model, [name for name, _ in model.named_parameters(remove_duplicate=False)])

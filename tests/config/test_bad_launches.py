@@ -1,0 +1,306 @@
+"""Launches with one mistake each: code 2, and a message that names the flag or the file. No traceback, nothing written.
+
+Each line of `LAUNCHES` is what follows a good command line, and what the message must contain, separated by " | ".
+"-flag" takes that flag out of the good command line; a recipe goes before it. {bad} is the folder of
+`tests/helpers/mistakes.py`, {user} that of a user's own files, {tok} a good tokenizer. All run in one process, in
+this order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import REPOSITORY, Playground
+from tests.helpers.mistakes import answer, flags_of, make_mistakes
+
+pytestmark = pytest.mark.gloo
+
+LAUNCHES = r"""
+# -- numbers and words of flags
+--mora_rank 0 | --mora_rank must be at least 1
+--mora_rank 2.5 | --mora_rank | 2.5
+--lora_rank 0 --adapter lora | --lora_rank must be at least 1
+--lora_alpha -1 --adapter lora | --lora_alpha must be above 0
+--seq_len 1 | --seq_len must be at least 2
+--seq_len 4096 | --seq_len 4096 | 128 positions
+--learning_rate nan | --learning_rate must be above 0
+--learning_rate inf | --learning_rate must be above 0
+--learning_rate fast | --learning_rate | fast
+--min_lr_ratio 2 | --min_lr_ratio must be at least 0 and at most 1
+--decay_ratio 0 | --decay_ratio must be above 0 and at most 1
+--warmup_steps 0 --warmup_ratio 1 | --warmup_ratio must be at least 0 and below 1
+--warmup_ratio 0.5 | --warmup_steps and --warmup_ratio
+--weight_decay -1 | --weight_decay must be at least 0
+--adam_beta1 1 | --adam_beta1 must be at least 0 and below 1
+--adam_epsilon 0 | --adam_epsilon must be above 0
+--max_grad_norm -1 | --max_grad_norm must be at least 0
+--seed -1 | --seed must be at least 0
+--seed 100000000000000000000000 | --seed must be below 9223372036854775808
+--seed 281474976710656 | --seed must be at least 0 and below 281,474,976,710,656
+--seed 1e23 | --seed | 1e23
+--seed | --seed
+--peer_silence_s -1 | --heartbeat_timeout_s must be at least 0
+--peer_silence_s 1e30 | --heartbeat_timeout_s must be at least 0 and at most 1,000,000,000
+--heartbeat_timeout_s nan | --heartbeat_timeout_s must be at least 0
+--collective_timeout_s 0 | --collective_timeout_s must be above 0
+--collective_timeout_s 1e30 | --collective_timeout_s must be above 0 and at most 1,000,000,000
+--stream_retry_s 1e30 | --stream_retry_s must be at least 0 and at most
+--max_steps 0 | --max_steps must be at least 1
+--max_steps 1000000000000000000000000000000 | --max_steps must be below
+--max_steps -1 --num_train_epochs 0 | --num_train_epochs must be above 0
+--save_steps -1 | --save_steps must be at least 0
+--save_total_limit 0 | --save_total_limit must be at least 1
+--logging_steps 0 | --logging_steps must be at least 1
+--eval_steps -1 | --eval_steps must be at least 0
+--max_eval_batches 0 | --max_eval_batches must be at least 1
+--tensor_parallel_size 0 | --tensor_parallel_size must be at least 1
+--tensor_parallel_size 3 | --tensor_parallel_size 3 does not divide
+--sequence_parallel_size 2 | --sequence_parallel_size 2 does not divide
+--per_device_train_batch_size 0 | --per_device_train_batch_size must be at least 1
+--per_device_train_batch_size 5000 | shorter than one batch | --train_files
+--per_device_eval_batch_size 2000000 | --per_device_eval_batch_size must be at least 1 and at most 1,000,000
+--gradient_accumulation_steps 0 | --gradient_accumulation_steps must be at least 1
+--gradient_accumulation_steps 99999999999999999999 | --gradient_accumulation_steps must be below
+--optimizer sgd | --optimizer 'sgd' | adamw, muon
+--lr_scheduler_type lin | --lr_scheduler_type 'lin' | Did you mean 'linear'
+--log_level loud | --log_level 'loud' | debug, info
+--tp_inputs half | --tp_inputs 'half'
+--operator turn | --operator 'turn'
+--grouping odd | --grouping 'odd'
+--compute fast | --compute 'fast'
+--base_bits 4 | --base_bits
+--mora_dropout 1 | --mora_dropout
+--subspace_cycles 0 | --subspace_cycles must be at least 1
+--adapter mroa | --adapter 'mroa' | Did you mean 'mora'
+--merge_every -1 | --merge_every must be at least 0
+--merge_when never | --merge_when 'never'
+--merge_when stalled --stall_window 1 | --stall_window must be at least 3
+--restart_warmup_steps -1 | --restart_warmup_steps must be at least 0
+--optimizer_reset none | --optimizer_reset 'none'
+--muon_momentum 1 | --muon_momentum must be at least 0 and below 1
+--alignment_weight -1 | --alignment_weight must be at least 0
+--alignment_weight 0.1 --alignment_rank 100000 | --alignment_rank 100000 | 32 singular vectors
+--held_out_share 1 | --held_out_share must be at least 0 and below 1
+--preprocessing_workers 0 | --preprocessing_workers must be at least 1
+--shuffle_buffer -1 | --shuffle_buffer must be at least 0
+--text_column '' | --text_column must not be empty
+--train_tokenizer_vocab -1 | --train_tokenizer_vocab must be at least 0
+--train_tokenizer_vocab 5 | --train_tokenizer_vocab must be at least 261
+--train_tokenizer_vocab 1000000000 | --train_tokenizer_vocab must be at least 0 and at most 10,000,000
+--train_tokenizer_vocab 300 --train_tokenizer_type word | --train_tokenizer_type 'word'
+--train_embeddings perhaps | --train_embeddings | perhaps
+--mora_rnk 3 | --mora_rnk | Did you mean '--mora_rank'
+stray | 'stray'
+# -- flags that contradict each other
+--full_rank_steps 6 | --full_rank_steps 6 must be less than --max_steps
+--freeze both | --freeze is for --domain_adapters
+--init_adapter /nowhere | --init_adapter is for --domain_adapters
+--domain_adapters | --domain_adapters needs several named sources
+--bf16 --fp16 | --bf16 and --fp16
+--overwrite_output_dir --resume_from_checkpoint latest | --overwrite_output_dir | --resume_from_checkpoint
+--stop_when_forgotten general | --stop_when_forgotten general: must be NAME:NUMBER
+--best_by general:1 --eval_steps 2 | --best_by | 'general' | held, short
+--best_by short:1 | --best_by is checked at evaluations
+--targets auto | --targets auto: give --trainable_budget
+--targets auto --trainable_budget much | --trainable_budget | much
+--optimizer muon --adapter lora | --optimizer muon is for MoRA matrices
+--base_bits 8 --adapter full | --base_bits 8
+--embedding_learning_rate 1e-3 | --embedding_learning_rate
+--merge_every 2 --restart_warmup_steps 5 | --merge_every 2 must be more than --restart_warmup_steps 5
+--streaming --max_steps -1 | --streaming | --max_steps
+--tokenizer_name x --train_tokenizer_vocab 300 | --tokenizer_name and --train_tokenizer_vocab
+--model_config x.json | --model_name_or_path and --model_config
+--dataset_name x | --train_files and --dataset_name
+--mixture x.yaml | --mixture names the sources
+--eval_files a/held.txt b/held.txt | --eval_files | held
+--replay x | --replay x: must be NAME=FILES:SHARE
+--replay old={user}/held.txt:2 | --replay | between 0 and 1
+-train_files | nothing to train on
+# -- files that are missing or of another kind
+--resume_from_checkpoint latest | --resume_from_checkpoint latest: no checkpoint at
+--resume_from_checkpoint {user}/model | --resume_from_checkpoint | no checkpoint at
+--resume_from_checkpoint {user}/train.jsonl | --resume_from_checkpoint | no checkpoint at
+--attn_implementation magic | --attn_implementation magic
+--target_modules re:[ | --target_modules 're:['
+--target_modules q_prj | --target_modules 'q_prj' | Did you mean 'q_proj'
+--cache_dir {user}/train.jsonl | --cache_dir | Not a directory
+--output_dir {user}/train.jsonl | --output_dir | is a file
+--eval_files /nowhere | --eval_files: no file matches '/nowhere'
+--train_files {bad}/emptydir | --train_files: the folder | emptydir' holds no file
+--train_files {bad}/empty | no file matches | Did you mean 'emptydir'
+--train_files {bad}/text/empty.txt | empty.txt is empty
+--train_files {bad}/text/torn.jsonl | torn.jsonl, line 2 | broken JSON
+--train_files {bad}/text/number.jsonl | number.jsonl, line 1 | --text_column
+--train_files {bad}/text/torn.parquet | torn.parquet cannot be read
+--train_files {bad}/text/torn.jsonl.gz | torn.jsonl.gz cannot be read
+--train_files {bad}/text/torn.txt.zst | torn.txt.zst cannot be read
+--train_files {bad}/text/torn.arrow | torn.arrow cannot be read
+--train_files {bad}/text/notes.docx | notes.docx | .docx files are not read
+-train_files --dataset_name {bad}/emptydir | --dataset_name | emptydir
+--tokenizer_name /nowhere | --tokenizer_name | '/nowhere'
+--tokenizer_name {bad}/text/torn.model | --tokenizer_name | torn.model is no SentencePiece model
+--tokenizer_name {bad}/emptydir | --tokenizer_name | holds no tokenizer
+--deepspeed {bad}/emptydir | --deepspeed | Is a directory
+--targets /nowhere | --targets /nowhere
+--targets {bad}/targets/list.yaml | list.yaml must hold
+--targets {bad}/targets/empty.yaml | --targets | empty.yaml | format
+--targets {bad}/targets/other.yaml | --targets | other.yaml: unknown key 'seed'
+--targets {bad}/targets/format.yaml | --targets | format.yaml: format is 99
+--targets {bad}/targets/binary.yaml | --targets | binary.yaml
+# -- DeepSpeed files
+--deepspeed {bad}/ds/live.json | live.json: stage3_max_live_parameters | got -5
+--deepspeed {bad}/ds/bucket.json | bucket.json: reduce_bucket_size | "large"
+--deepspeed {bad}/ds/stage.json | stage.json: zero_optimization.stage must be 0, 1, 2 or 3
+--deepspeed {bad}/ds/device.json | device.json: offload_optimizer.device | "disk"
+--deepspeed {bad}/ds/nvme.json | nvme.json: offload_optimizer.nvme_path | got 7
+--deepspeed {bad}/ds/hpz.json | hpz.json | zero_hpz_partition_size
+--deepspeed {bad}/ds/activation.json | activation.json: "activation_checkpointing" must be an object | 7
+--deepspeed {bad}/ds/flops.json | flops.json: "flops_profiler" must be an object
+--deepspeed {bad}/ds/comms.json | comms.json | enabled | often
+--deepspeed {bad}/ds/tensorboard.json | tensorboard.json: "tensorboard" must be an object
+--deepspeed {bad}/ds/checkpoint.json | checkpoint.json: "checkpoint" must be an object
+--deepspeed {bad}/ds/aio.json | aio.json: "aio" must be an object
+--deepspeed {bad}/ds/fp16.json | fp16.json: fp16.enabled | --fp16
+--deepspeed {bad}/ds/scale.json --fp16 | scale.json | loss_scale
+--deepspeed {bad}/ds/betas.json | betas.json: optimizer.params.betas | --adam_beta1
+--deepspeed {bad}/ds/optimizer.json | optimizer.json: optimizer.type must be AdamW, Adam or Muon
+--deepspeed {bad}/ds/clipping.json | clipping.json: gradient_clipping | --max_grad_norm
+--deepspeed {bad}/ds/rows.json | rows.json: train_batch_size = 7
+--deepspeed {bad}/ds/types.json | types.json: unknown data_types.grad_accum_dtype 'fp8'
+--deepspeed {bad}/ds/communication.json | communication.json | communication_data_type | fp99
+--deepspeed {bad}/ds/scheduler.json | scheduler.json: "scheduler" cannot be used
+--deepspeed {bad}/ds/param.json | param.json: "zero_optimization.offload_param" cannot be used
+--deepspeed {bad}/ds/typo.json | typo.json: unknown key 'zero_optimisation'
+--deepspeed {bad}/ds/section.json | section.json: "zero_optimization" must be an object
+--deepspeed {bad}/ds/list.json | list.json must hold a JSON object
+--deepspeed {bad}/ds/twice.json | twice.json: key given twice: bf16
+--deepspeed {bad}/ds/comma.json | comma.json, line 1
+--deepspeed {bad}/ds/empty.json | empty.json, line 1
+--deepspeed {bad}/ds/number.json | number.json | more than 4300 digits
+--deepspeed {bad}/ds/deep.json | deep.json | nested too deeply
+--deepspeed {bad}/ds/binary.json | --deepspeed | binary.json
+# -- recipes
+{bad}/recipes/gone.yaml | cannot read the recipe | gone.yaml
+{bad}/recipes/typo.yaml | typo.yaml: unknown key 'mora_rnak'. Did you mean 'mora_rank'
+{bad}/recipes/type.yaml | type.yaml: max_steps must be a whole number
+{bad}/recipes/list.yaml | list.yaml must hold
+{bad}/recipes/twice.yaml | twice.yaml | 'seed' is given twice
+{bad}/recipes/tab.yaml | tab.yaml is no valid YAML
+{bad}/recipes/number.yaml | number.yaml is no valid YAML
+{bad}/recipes/deep.yaml | deep.yaml is no valid YAML | nested too deeply
+{bad}/recipes/key.yaml | key.yaml is no valid YAML
+{bad}/recipes/date.yaml | date.yaml is no valid YAML | month
+{bad}/recipes/alias.yaml | alias.yaml is no valid YAML
+{bad}/recipes/tag.yaml | tag.yaml is no valid YAML
+{bad}/recipes/binary.yaml | cannot read the recipe | binary.yaml
+{bad}/recipes/renamed.yaml | renamed.yaml: peer_silence_s and heartbeat_timeout_s are one setting
+{bad}/recipes/retired.yaml | retired.yaml: merge_precision
+# -- mixtures
+-train_files --mixture /nowhere.yaml | cannot read --mixture /nowhere.yaml
+-train_files --mixture {bad}/mix/no_sources.yaml | no_sources.yaml: `sources` must map
+-train_files --mixture {bad}/mix/no_files.yaml | no_files.yaml: sources.web: give `files` or `dataset`
+-train_files --mixture {bad}/mix/list.yaml | list.yaml: sources must be
+-train_files --mixture {bad}/mix/entry.yaml | entry.yaml: sources.web must be
+-train_files --mixture {bad}/mix/key.yaml | key.yaml: unknown key 'sources.web.wieght'. Did you mean 'weight'
+-train_files --mixture {bad}/mix/weight.yaml | weight.yaml: the weight of 'web' must not be negative
+-train_files --mixture {bad}/mix/zero.yaml | zero.yaml: the weights add up to 0
+-train_files --mixture {bad}/mix/epochs.yaml | epochs.yaml: sources.web.epochs must be above 0
+-train_files --mixture {bad}/mix/name.yaml | name.yaml: sources.a/b
+-train_files --mixture {bad}/mix/number.yaml | number.yaml: unknown key 'phases[0].weights.2'
+-train_files --mixture {bad}/mix/phase.yaml | phase.yaml: phases[0].from_step must be a step after 0
+-train_files --mixture {bad}/mix/gone.yaml | source 'web': no file matches 'gone.txt'
+# -- model folders
+--model_name_or_path {bad}/models/heads | --model_name_or_path | config.json | not a multiple of
+--model_name_or_path {bad}/models/kv_heads | --model_name_or_path | weights do not fit the config | k_proj
+--model_name_or_path {bad}/models/string | --model_name_or_path | config.json | 'hidden_size' expected int, got str
+--model_name_or_path {bad}/models/negative | --model_name_or_path | config.json | num_hidden_layers must be
+--model_name_or_path {bad}/models/no_heads | --model_name_or_path | config.json cannot be used
+--model_name_or_path {bad}/models/float | --model_name_or_path | config.json | 'vocab_size' expected int, got float
+--model_name_or_path {bad}/models/list | --model_name_or_path | config.json | 'intermediate_size' expected int, got list
+--model_name_or_path {bad}/models/null | --model_name_or_path | config.json | 'hidden_size' expected int, got NoneType
+--model_name_or_path {bad}/models/activation | --model_name_or_path | cannot be loaded | swiglu9
+--model_name_or_path {bad}/models/rope | --model_name_or_path | cannot be loaded | spiral
+--model_name_or_path {bad}/models/type | --model_name_or_path | config.json | lama
+--model_name_or_path {bad}/models/no_type | --model_name_or_path | config.json | model type
+--model_name_or_path {bad}/models/quantized | --model_name_or_path | holds quantized weights
+--model_name_or_path {bad}/models/more_layers | --model_name_or_path | weights are missing | model.layers.2
+--model_name_or_path {bad}/models/wider | --model_name_or_path | weights do not fit the config | mlp
+--model_name_or_path {bad}/models/code | --model_name_or_path | config.json | own
+--model_name_or_path {bad}/models/config_deep | --model_name_or_path | config.json | recursion
+--model_name_or_path {bad}/models/config_number | --model_name_or_path | config.json | digits
+--model_name_or_path {bad}/models/config_list | --model_name_or_path | config.json cannot be used
+--model_name_or_path {bad}/models/config_empty | --model_name_or_path | config.json | valid JSON
+--model_name_or_path {bad}/models/config_binary | --model_name_or_path | config.json | valid JSON
+--model_name_or_path {bad}/models/weights_empty | --model_name_or_path | model.safetensors is truncated or damaged
+--model_name_or_path {bad}/models/weights_torn | --model_name_or_path | model.safetensors is truncated or damaged
+--model_name_or_path {bad}/models/weights_html | --model_name_or_path | model.safetensors is truncated or damaged
+--model_name_or_path {bad}/models/weights_length | --model_name_or_path | model.safetensors is truncated or damaged
+--model_name_or_path {bad}/models/header_json | --model_name_or_path | model.safetensors is truncated or damaged
+--model_name_or_path {bad}/models/header_dtype | --model_name_or_path | model.safetensors is truncated or damaged | F31
+--model_name_or_path {bad}/models/header_offsets | --model_name_or_path | model.safetensors is truncated or damaged
+--model_name_or_path {bad}/models/lfs | --model_name_or_path | model.safetensors is truncated or damaged
+--model_name_or_path {bad}/models/merges | --model_name_or_path | no tokenizer can be loaded | MergeType
+--model_name_or_path {bad}/models/tokenizer_torn | --model_name_or_path | no tokenizer can be loaded
+--model_name_or_path {bad}/models/tokenizer_list | --model_name_or_path | no tokenizer can be loaded
+--model_name_or_path {bad}/models/tokenizer_number | --model_name_or_path | no tokenizer can be loaded | digits
+--model_name_or_path {bad}/models/tokenizer_deep | --model_name_or_path | no tokenizer can be loaded | recursion
+--model_name_or_path {bad}/models/tokenizer_class | no end-of-text token | tokenizer_config.json
+--model_name_or_path {bad}/models/index_lists | --model_name_or_path | index.json is damaged | name a file
+--model_name_or_path {bad}/models/index_numbers | --model_name_or_path | index.json is damaged | name a file
+--model_name_or_path {bad}/models/index_none | --model_name_or_path | index.json is damaged: it has no weight_map
+--model_name_or_path {bad}/models/index_array | --model_name_or_path | index.json is damaged: it has no weight_map
+--model_name_or_path {bad}/models/index_gone | --model_name_or_path | gone.safetensors is missing
+--model_name_or_path {bad}/models/index_key | --model_name_or_path | has no tensor 'other.weight'
+--model_name_or_path {bad}/models/index_deep | --model_name_or_path | index.json | brackets are nested too deeply
+--model_name_or_path {bad}/models/index_number | --model_name_or_path | index.json | a number has more than 4300 digits
+--model_name_or_path {bad}/models/no_config | --model_name_or_path | the folder has no config.json
+--model_name_or_path {bad}/models/no_weights | --model_name_or_path | has no weights
+--model_name_or_path {bad}/models/no_tokenizer | --model_name_or_path | holds no tokenizer | --tokenizer_name
+-model_name_or_path --model_config /nowhere.json --tokenizer_name {tok} | --model_config /nowhere.json
+-model_name_or_path --model_config {bad}/text/model.json --tokenizer_name {tok} | --model_config | no model_type
+-model_name_or_path --model_config {bad}/text/heads.json --tokenizer_name {tok} | --model_config | not a multiple of
+-model_name_or_path --model_config {bad}/text/types.json --tokenizer_name {tok} | --model_config | 'hidden_size'
+-model_name_or_path --model_config {bad}/text/deep.json --tokenizer_name {tok} | --model_config | nested too deeply
+-model_name_or_path --model_config {bad}/text/digits.json --tokenizer_name {tok} | --model_config | 4300 digits
+"""
+
+CASES = [line for line in LAUNCHES.splitlines() if line and not line.startswith("#")]
+
+
+def answers(folder: Path, user: Playground) -> dict[str, tuple[int, str, bool]]:
+    """Line -> exit code, message, and whether anything was written to the output folder."""
+    spec = importlib.util.spec_from_file_location("launch_pretrain", REPOSITORY / "launch" / "pretrain.py")
+    assert spec is not None and spec.loader is not None
+    launch = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launch)
+    places = {"bad": folder, "user": user.root, "tok": user.model}
+    found = {}
+    for number, line in enumerate(CASES):
+        out = folder / "out" / str(number)
+        flags = flags_of(line.split(" | ")[0], user.flags(out), places)
+        with contextlib.redirect_stderr(io.StringIO()):  # argparse's usage
+            code, message = answer(launch.main, "pretrain.py", flags)
+        found[line] = code, message, out.exists()
+    return found
+
+
+@pytest.fixture(scope="module")
+def answered(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, bool]]:
+    folder = tmp_path_factory.mktemp("bad")
+    make_mistakes(folder, user)
+    found: dict[str, tuple[int, str, bool]] = run_ranks(1, answers, folder, user)[0]
+    return found
+
+
+@pytest.mark.parametrize("line", CASES)
+def test_a_launch_with_a_mistake(line: str, answered: dict[str, tuple[int, str, bool]]) -> None:
+    code, message, wrote = answered[line]
+    assert code == 2, message
+    assert [part for part in line.split(" | ")[1:] if part not in message] == [], message
+    assert not wrote

@@ -1,0 +1,266 @@
+"""Files with one mistake each, as users and broken transfers make them, and programs that are called with them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mora_ds.errors import UserError
+from tests.helpers.jobs import Playground
+
+NUMBER_5000 = "1" * 5_000
+"""More digits than Python turns into a number."""
+
+DEEP = "[" * 100_000 + "]" * 100_000
+"""More brackets than Python's JSON reader follows."""
+
+
+def answer(program: Callable[[], Any], name: str, flags: list[str]) -> tuple[int, str]:
+    """(exit code, message) of a program in this process. An error that is not the project's own has code 1 and a
+    traceback, as on a command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *flags])
+        try:
+            program()
+        except UserError as error:
+            return 2, str(error)
+        except SystemExit as left:  # argparse has printed its message
+            return (left.code if isinstance(left.code, int) else 1), str(left.__context__ or left)
+        except Exception:
+            return 1, traceback.format_exc()
+    return 0, ""
+
+
+def flags_of(case: str, defaults: list[str], places: dict[str, Path]) -> list[str]:
+    """The words of `case`, with the paths of `places` in place of {NAME}, after the flags `defaults`; "-FLAG" takes a
+    flag and its value out of them. A recipe comes first, as it has to."""
+    words = shlex.split(case.format(**places))
+    kept = list(defaults)
+    while words and words[0].startswith("-") and not words[0].startswith("--"):
+        position = kept.index(f"-{words.pop(0)}")
+        del kept[position : position + 2]
+    recipe = [words.pop(0)] if words and words[0].endswith(".yaml") else []
+    return [*recipe, *kept, *words]
+
+
+def write(folder: Path, name: str, content: str | bytes) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def deepspeed_files(folder: Path) -> None:
+    """ds/NAME.json, each with one wrong value."""
+    zero: dict[str, dict[str, Any]] = {
+        "live": {"stage3_max_live_parameters": -5},
+        "bucket": {"reduce_bucket_size": "large"},
+        "stage": {"stage": "3"},
+        "device": {"offload_optimizer": {"device": "disk"}},
+        "nvme": {"offload_optimizer": {"device": "nvme", "nvme_path": 7}},
+        "hpz": {"zero_hpz_partition_size": "two"},
+    }
+    others: dict[str, Any] = {
+        "activation": {"activation_checkpointing": 7},
+        "flops": {"flops_profiler": "on"},
+        "comms": {"comms_logger": {"enabled": "often"}},
+        "tensorboard": {"tensorboard": 3},
+        "checkpoint": {"checkpoint": 5},
+        "aio": {"aio": []},
+        "fp16": {"fp16": {"enabled": "perhaps"}},
+        "scale": {"fp16": {"loss_scale": -1}},
+        "betas": {"optimizer": {"params": {"betas": 0.9}}},
+        "optimizer": {"optimizer": {"type": "Lamb"}},
+        "clipping": {"gradient_clipping": "much"},
+        "rows": {"train_batch_size": 7},
+        "types": {"data_types": {"grad_accum_dtype": "fp8"}},
+        "communication": {"communication_data_type": "fp99"},
+        "scheduler": {"scheduler": {"type": "WarmupLR"}},
+        "param": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+        "typo": {"zero_optimisation": {"stage": 3}},
+        "section": {"zero_optimization": 3},
+        "list": [{"zero_optimization": {"stage": 3}}],
+    }
+    files = {name: {"zero_optimization": {"stage": 3, **values}} for name, values in zero.items()} | others
+    for name, content in files.items():
+        write(folder, f"ds/{name}.json", json.dumps(content))
+    texts = {
+        "twice": '{"bf16": {}, "bf16": {}}',
+        "comma": '{"zero_optimization": {"stage": 3},}',
+        "empty": "",
+        "number": f'{{"zero_optimization": {{"reduce_bucket_size": {NUMBER_5000}}}}}',
+        "deep": f'{{"zero_optimization": {DEEP}}}',
+        "binary": b"\x80\x02}q\x00.",
+    }
+    for name, text in texts.items():
+        write(folder, f"ds/{name}.json", text)
+
+
+def yaml_files(folder: Path) -> None:
+    """recipes/NAME.yaml, mix/NAME.yaml and targets/NAME.yaml, each with one mistake."""
+    texts = {
+        "recipes/typo": "mora_rnak: 8\n",
+        "recipes/type": "max_steps: many\n",
+        "recipes/list": "- max_steps\n- 8\n",
+        "recipes/twice": "seed: 1\nseed: 2\n",
+        "recipes/tab": "seed:\t1\n\tbf16: true\n",
+        "recipes/number": f"seed: {NUMBER_5000}\n",
+        "recipes/deep": f"target_modules: {DEEP}\n",
+        "recipes/key": "? [seed, bf16]\n: 1\n",
+        "recipes/date": "seed: 2024-13-45\n",
+        "recipes/alias": "seed: *other\n",
+        "recipes/tag": "seed: !!python/object:os.system 1\n",
+        "recipes/binary": b"\x80\x02}q\x00.",
+        "recipes/renamed": "peer_silence_s: 1\nheartbeat_timeout_s: 2\n",
+        "recipes/retired": "merge_precision: incremental\n",
+        "mix/no_sources": "phases: []\n",
+        "mix/no_files": "sources: {web: {weight: 1}}\n",
+        "mix/list": "sources: [web, code]\n",
+        "mix/entry": "sources: {web: corpus.txt}\n",
+        "mix/key": "sources: {web: {files: a.txt, wieght: 2}}\n",
+        "mix/weight": "sources: {web: {files: a.txt, weight: -1}}\n",
+        "mix/zero": "sources: {web: {files: a.txt, weight: 0}}\n",
+        "mix/epochs": "sources: {web: {files: a.txt, epochs: 0}}\n",
+        "mix/name": "sources: {a/b: {files: a.txt}}\n",
+        "mix/number": "sources: {1: {files: a.txt}}\nphases: [{from_step: 3, weights: {2: 1}}]\n",
+        "mix/phase": "sources: {web: {files: a.txt}}\nphases: [{from_step: 0, weights: {web: 1}}]\n",
+        "mix/gone": "sources: {web: {files: gone.txt}}\n",
+        "targets/list": "- q_proj\n",
+        "targets/empty": "",
+        "targets/other": "seed: 1\n",
+        "targets/format": "format: 99\n",
+        "targets/binary": b"\x80\x02}q\x00.",
+    }
+    for name, text in texts.items():
+        write(folder, f"{name}.yaml", text)
+
+
+def model_folders(folder: Path, user: Playground) -> None:
+    """models/NAME, each a copy of the user's model with one mistake."""
+    config = json.loads((user.model / "config.json").read_text())
+    changes: dict[str, dict[str, Any]] = {
+        "heads": {"num_attention_heads": 5, "num_key_value_heads": 5},
+        "kv_heads": {"num_key_value_heads": 3},
+        "string": {"hidden_size": "32"},
+        "negative": {"num_hidden_layers": -2},
+        "no_heads": {"num_attention_heads": 0},
+        "float": {"vocab_size": 400.5},
+        "list": {"intermediate_size": [56]},
+        "null": {"hidden_size": None},
+        "activation": {"hidden_act": "swiglu9"},
+        "rope": {"rope_parameters": {"rope_type": "spiral"}},
+        "type": {"model_type": "lama"},
+        "no_type": {"model_type": None},
+        "quantized": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "more_layers": {"num_hidden_layers": 3},
+        "wider": {"intermediate_size": 64},
+        "code": {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}, "model_type": "own"},
+    }
+    files: dict[str, dict[str, str | bytes]] = {
+        name: {"config.json": json.dumps({**config, **change})} for name, change in changes.items()
+    }
+    weights = (user.model / "model.safetensors").read_bytes()
+    (length,) = memoryview(weights[:8]).cast("Q")
+    header = json.loads(weights[8 : 8 + length])
+    tensors = {name: facts for name, facts in header.items() if name != "__metadata__"}
+    names, first = list(tensors), next(iter(tensors))
+
+    def with_header(content: str) -> bytes:
+        return len(content).to_bytes(8, "little") + content.encode() + weights[8 + length :]
+
+    def changed(**facts: Any) -> str:
+        return json.dumps({**tensors, first: {**tensors[first], **facts}})
+
+    def index(weight_map: Any) -> dict[str, str | bytes]:
+        return {"model.safetensors.index.json": json.dumps({"weight_map": weight_map}), "part.safetensors": weights}
+
+    files |= {
+        "config_deep": {"config.json": f'{{"a": {DEEP}}}'},
+        "config_number": {"config.json": f'{{"model_type": "llama", "hidden_size": {NUMBER_5000}}}'},
+        "config_list": {"config.json": "[1, 2]"},
+        "config_empty": {"config.json": ""},
+        "config_binary": {"config.json": b"\xff\xfe\x00"},
+        "weights_empty": {"model.safetensors": b""},
+        "weights_torn": {"model.safetensors": weights[:-100]},
+        "weights_html": {"model.safetensors": b"<!doctype html><title>404 Not Found</title>"},
+        "weights_length": {"model.safetensors": b"\xff" * 8 + weights[8:]},
+        "header_json": {"model.safetensors": with_header("{" + "x" * 100)},
+        "header_dtype": {"model.safetensors": with_header(changed(dtype="F31"))},
+        "header_offsets": {"model.safetensors": with_header(changed(data_offsets=[9, 1]))},
+        "lfs": {"model.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n"},
+        "merges": {"tokenizer.json": broken_tokenizer(user, merges=[["a", "nowhere"], "b"])},
+        "tokenizer_torn": {"tokenizer.json": (user.model / "tokenizer.json").read_bytes()[:200]},
+        "tokenizer_list": {"tokenizer_config.json": "[]"},
+        "tokenizer_number": {"tokenizer_config.json": f'{{"model_max_length": {NUMBER_5000}}}'},
+        "tokenizer_deep": {"tokenizer_config.json": f'{{"a": {DEEP}}}'},
+        "tokenizer_class": {"tokenizer_config.json": '{"tokenizer_class": "NoTokenizer"}'},
+    }  # fmt: skip
+    sharded: dict[str, Any] = {
+        "index_lists": {name: ["part.safetensors"] for name in names},
+        "index_numbers": dict.fromkeys(names, 3),
+        "index_none": {},
+        "index_array": names,
+        "index_gone": dict.fromkeys(names, "gone.safetensors"),
+        "index_key": {**dict.fromkeys(names, "part.safetensors"), "other.weight": "part.safetensors"},
+    }
+    files |= {name: index(weight_map) for name, weight_map in sharded.items()}
+    files["index_deep"] = {"model.safetensors.index.json": f'{{"weight_map": {DEEP}}}'}
+    files["index_number"] = {
+        "model.safetensors.index.json": f'{{"metadata": {NUMBER_5000}, "weight_map": {{"a": "b"}}}}'
+    }
+    for name, contents in files.items():
+        shutil.copytree(user.model, folder / "models" / name)
+        if name.startswith("index"):
+            (folder / "models" / name / "model.safetensors").unlink()
+        for file, content in contents.items():
+            write(folder / "models" / name, file, content)
+    for name, gone in (("no_config", "config.json"), ("no_weights", "model.safetensors"), ("no_tokenizer", "tok*")):
+        shutil.copytree(user.model, folder / "models" / name)
+        for path in (folder / "models" / name).glob(gone):
+            path.unlink()
+
+
+def broken_tokenizer(user: Playground, **model: Any) -> str:
+    content = json.loads((user.model / "tokenizer.json").read_text())
+    content["model"].update({"type": "BPE", "vocab": {"a": 0, "b": 1}, **model})
+    return json.dumps(content)
+
+
+def text_files(folder: Path) -> None:
+    """text/NAME, each with one mistake."""
+    contents: dict[str, str | bytes] = {
+        "empty.txt": b"",
+        "torn.jsonl": b'{"text": "fine"}\n{"text": "torn\n',
+        "column.jsonl": b'{"txt": "fine"}\n',
+        "number.jsonl": b'{"text": 7}\n',
+        "list.jsonl": b"[1, 2]\n",
+        "latin.txt": b"na\xefve\n",
+        "torn.parquet": b"PAR1 and nothing else",
+        "torn.jsonl.gz": b"\x1f\x8b\x08\x00 and nothing else",
+        "torn.txt.zst": b"(\xb5/\xfd and nothing else",
+        "torn.arrow": b"ARROW1",
+        "notes.docx": b"PK",
+        "torn.model": b"\x0a\x07not sentencepiece",
+        "model.json": json.dumps({"hidden_size": 32}),
+        "heads.json": json.dumps({"model_type": "llama", "hidden_size": 32, "num_attention_heads": 5}),
+        "types.json": json.dumps({"model_type": "llama", "hidden_size": "32", "num_hidden_layers": 1}),
+        "deep.json": f'{{"model_type": {DEEP}}}',
+        "digits.json": f'{{"model_type": "llama", "hidden_size": {NUMBER_5000}}}',
+    }
+    for name, content in contents.items():
+        write(folder, f"text/{name}", content)
+    (folder / "emptydir").mkdir()
+
+
+def make_mistakes(folder: Path, user: Playground) -> None:
+    """All of the files above, in `folder`."""
+    deepspeed_files(folder)
+    yaml_files(folder)
+    model_folders(folder, user)
+    text_files(folder)
