@@ -22,10 +22,11 @@ _OWNS = "owns"
 def write_run_file(folder: Path, settings: dict[str, Any], resolved: dict[str, Any], owns: list[str]) -> None:
     """Write `run.yaml`: the resolved settings, which as a recipe repeat the run, and versions and facts of the run.
 
-    `owns`: the names in `folder` that the run makes. Secrets among the facts are masked. Raises `RunError` on a full
-    disk.
+    `owns`: the names in `folder` that the run makes. Secrets of the DeepSpeed config are masked. Raises `RunError` on a
+    full disk.
     """
-    facts = {**masked(resolved), _OWNS: owns}
+    facts = {name: masked(value) if name == "deepspeed" else value for name, value in resolved.items()}
+    facts[_OWNS] = owns
     content = {**settings, "versions": versions(), "resolved": facts}
     with atomic_path(folder / RUN_FILE) as partial:
         partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
