@@ -1,0 +1,65 @@
+"""tools/verify_checkpoint.py --repair: a damaged cycle is replaced by any copy whose hash is on record."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mora_ds.checkpoint.layout import complete_checkpoints
+from mora_ds.checkpoint.repair import repair
+from mora_ds.errors import RunError, UserError
+from mora_ds.files import verify_manifest
+from mora_ds.remora.ledger import Ledger
+from tests.helpers.damage import HARMS, flip
+
+CYCLE = "cycle-00001.safetensors"
+
+
+def ledgers(out: Path) -> list[Path]:
+    """Those of the only checkpoint and of the run."""
+    (checkpoint,) = complete_checkpoints(out / "checkpoints")
+    return [checkpoint / "ledger", out / "ledger"]
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path): (path.read_bytes(), path.stat().st_ino) for path in files}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("asked", ["", "checkpoints", "checkpoints/latest"])
+def test_a_damaged_cycle_is_taken_from_another_ledger_of_the_run(copied: Path, harm: str, asked: str) -> None:
+    damaged, intact = ledgers(copied)
+    assert not (damaged / CYCLE).samefile(intact / CYCLE), "a copied run shares nothing"
+    assert repair(copied) == []
+    HARMS[harm](damaged / CYCLE)
+    (line,) = repair(copied / asked)
+    assert line == f"{(damaged / CYCLE).resolve()}: replaced by an intact copy"
+    assert verify_manifest(damaged.parent) == [] and Ledger.open(damaged).cycles == 3
+    assert not (damaged / CYCLE).samefile(intact / CYCLE)
+
+
+def test_a_cycle_that_all_ledgers_share_is_taken_from_a_backup(copied: Path, tmp_path: Path) -> None:
+    backup = Path(shutil.copytree(copied, tmp_path / "backup", symlinks=True))
+    one, other = ledgers(copied)
+    (other / CYCLE).unlink()
+    os.link(one / CYCLE, other / CYCLE)
+    flip(one / CYCLE)
+    before = contents(copied)
+    with pytest.raises(RunError, match=f"name a backup with --repair FOLDER:\n.*{CYCLE} is damaged"):
+        repair(copied)
+    assert contents(copied) == before
+    kept = contents(backup)
+    assert len(repair(copied, [backup])) == 2
+    assert Ledger.open(one).cycles == Ledger.open(other).cycles == 3 and verify_manifest(one.parent) == []
+    assert (one / CYCLE).samefile(other / CYCLE), "one file again, and not the backup's"
+    assert contents(backup) == kept
+    assert repair(copied) == []
+
+
+def test_what_has_no_ledger_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no ledger"):
+        repair(tmp_path)
