@@ -41,7 +41,7 @@ opens the first ones: the digits put the curves first that a person looks for fi
 GROUPS = {"eval": "2_evaluation/perplexity", "merge": "4_merges", "stall": "4_merges/stall", "sources": "8_sources"}
 """Kind of a row of metrics.jsonl -> the TensorBoard group of its numbers."""
 
-FORGETTING = "2_evaluation/forgetting_percent"
+FORGETTING = "2_evaluation/forgetting"
 
 
 class SourceLosses:

@@ -13,6 +13,7 @@ from mora_ds.version import __version__
 from tests.helpers.pages import FENCE, PAGES, ROOT, prose
 from tools import docs
 from tools.docs_matrix import COLUMNS, OPTIONS, refusal
+from tools.docs_notebooks import TUTORIALS
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -43,7 +44,10 @@ def test_every_relative_link_leads_to_a_file_and_a_title() -> None:
     assert not broken
 
 
-@pytest.mark.parametrize("name", ["cli.md", "yaml.md", "api.md", "support-matrix.md", "README.md", "contributing.md"])
+GENERATED = ["cli.md", "yaml.md", "api.md", "support-matrix.md", "README.md", "contributing.md"]
+
+
+@pytest.mark.parametrize("name", [*GENERATED, *(f"{name}.ipynb" for name in TUTORIALS)])
 def test_a_generated_page_is_what_the_code_says(name: str) -> None:
     (path,) = (path for path in written() if path.name == name)
     assert path.read_text(encoding="utf-8") == written()[path], "run tools/docs.py"
@@ -110,7 +114,7 @@ def test_the_citation_names_this_version() -> None:
 
 OTHERS = {
     "--num_gpus", "--hostfile", "--include", "--exclude", "--no_ssh", "--node_rank", "--master_addr", "--master_port",
-    "--nnodes", "--nproc_per_node", "--nodes", "--strict", "--relora", "--help", "--logdir",
+    "--nnodes", "--nproc_per_node", "--nodes", "--signal", "--strict", "--relora", "--help", "--logdir",
 }  # fmt: skip
 """Flags of other programs: launchers, sbatch, mkdocs, ReLoRA's own code."""
 

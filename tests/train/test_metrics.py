@@ -102,9 +102,9 @@ def test_tensorboard_shows_one_curve_after_a_resume(tmp_path: Path) -> None:
         (1, 2.0), (2, 2.0), (3, 1.0), (4, 1.0), (5, 1.0),
     ]  # fmt: skip
     tags = {tag for tag, _ in STEP_TAGS.values()}
-    tags |= {"2_evaluation/perplexity/held", "2_evaluation/perplexity/old", "2_evaluation/forgetting_percent/old"}
+    tags |= {"2_evaluation/perplexity/held", "2_evaluation/perplexity/old", "2_evaluation/forgetting/old"}
     assert set(board.Tags()["scalars"]) == tags
-    assert [event.value for event in board.Scalars("2_evaluation/forgetting_percent/old")][-1] == pytest.approx(50.0)
+    assert [event.value for event in board.Scalars("2_evaluation/forgetting/old")][-1] == pytest.approx(50.0)
     assert board.Scalars("5_traffic/all_gather_MB_per_step")[0].value == pytest.approx(1.0)
 
 

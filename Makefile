@@ -1,0 +1,40 @@
+# One command for each habit. PYTHON is an environment with `pip install -e '.[dev]'`: .venv, where it exists.
+PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python)
+N ?= 0
+
+.PHONY: help install check lint format types spelling test heavy mutations docs site
+
+help: ## list these commands
+	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
+
+install: ## make .venv with everything that the other commands need
+	python3 -m venv .venv && .venv/bin/pip install -e '.[dev]'
+
+check: lint types spelling ## before each commit: lint, types, spelling
+
+lint: ## ruff: rules and format, changing nothing
+	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
+
+format: ## ruff: mend what can be mended
+	$(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format .
+
+types: ## mypy
+	$(PYTHON) -m mypy
+
+spelling: ## codespell, over everything but the tests
+	$(PYTHON) -m codespell_lib
+
+test: ## the default tests; TESTS=tests/remora/test_merge.py for some of them
+	$(PYTHON) -m pytest $(TESTS)
+
+heavy: ## one tenth of the heavy tests: N=0 to 9
+	$(PYTHON) -m pytest -m heavy --heavy-slice $(N)/10
+
+mutations: ## small faults in the code: which of them do the tests notice?
+	$(PYTHON) -m tests.mutations
+
+docs: ## write the generated pages, notebooks and figures
+	$(PYTHON) tools/docs.py && $(PYTHON) tools/figures.py
+
+site: docs ## build the site, in site/
+	$(PYTHON) -m mkdocs build --strict
