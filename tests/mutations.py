@@ -149,7 +149,7 @@ MUTATIONS = (
         "train/trainer.py",
         "first = (index * self.replica.count + self.replica.index) * size",
         "first = (self.replica.index * self.training.gradient_accumulation_steps + index) * size",
-        ("train/test_pretrain.py", "data/test_mixture.py", "train/test_resume.py"),
+        ("train/test_trainer.py",),
     ),
     Mutation(
         "the tail of a stream is dropped",
