@@ -1,4 +1,4 @@
-"""Which rows of the global batch a process computes: the order that a resume at another number of processes relies on."""
+"""Which rows of the global batch a process computes; a resume at another number of processes relies on the order."""
 
 from __future__ import annotations
 
