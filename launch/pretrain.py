@@ -14,8 +14,10 @@ from mora_ds.runtime.log_setup import set_up_logging
 
 def main() -> None:
     from mora_ds.config.arguments import parse  # not above: it takes seconds, and signals must be watched before
+    from mora_ds.train.agreement import start_up
 
-    arguments = parse(sys.argv[1:])
+    with start_up():
+        arguments = parse(sys.argv[1:])
     set_up_logging(arguments.training.log_level)
     if arguments.is_demo:
         from mora_ds.train.demo import run_demo

@@ -85,6 +85,7 @@ def initialize(
     settings = complete_ds_config(config, trainable_numels(model, degree), tensor_parallel_size)
     check_compute_dtype(settings)
     check_splittable(settings, degree, base_bits=8 if scale_names(model) else None)
+    check_no_secondary_copies(settings)
     start_distributed()
     if degree > 1:
         topology = Topology.of(degree)
@@ -153,6 +154,20 @@ def check_splittable(config: dict[str, Any], degree: int, base_bits: int | None 
     check_tensor_parallel(
         degree, zero_stage=zero_settings["stage"], nvme=nvme, muon=uses_muon(config), base_bits=base_bits
     )
+
+
+def check_no_secondary_copies(config: dict[str, Any]) -> None:
+    """Raises `UserError` for a resolved DeepSpeed config with which a merge or a resumed run would have no effect.
+
+    ZeRO++ computes with a second copy of each parameter, and setting a MoRA matrix does not change that one: after a
+    merge the old matrix stays until the next step, after a resume it is zero (DeepSpeed's `ds_secondary_tensor`).
+    """
+    size = config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    if size != 1:
+        raise UserError(
+            f"zero_optimization.zero_hpz_partition_size = {size} in --deepspeed cannot be used with an adapter: merges "
+            "and resumed runs would not change the copies that ZeRO++ computes with; drop the key"
+        )
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,21 @@ class LoadedBase:
 
 
 def resolve_folder(name: str, ranks: Ranks) -> Path:
-    """The folder `name`, or that of a downloaded Hub repository. Collective. Raises `UserError` where there is none."""
+    """The folder `name`, or that of a downloaded Hub repository. Collective.
+
+    Raises `UserError` where there is none, and where only some ranks see the folder.
+    """
+    folder = ranks.agree("folder of the model", lambda: _local_folder(name))
+    kind = "no folder, so a name on the Hub" if folder is None else "a folder"
+    ranks.same("the model", {f"{MODEL_FLAG} is": kind})
+    if folder is not None:
+        return folder
+    ranks.agree("download of the model", lambda: _download(name) if ranks.is_local_first else None, long=True)
+    return ranks.agree("downloaded model", lambda: _download(name))
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder `name`; None for a name that can only be one of the Hub's."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -49,8 +63,7 @@ def resolve_folder(name: str, ranks: Ranks) -> Path:
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{MODEL_FLAG} {name}: no such folder")
-    ranks.agree(lambda: _download(name) if ranks.is_local_first else None)
-    return _download(name)
+    return None
 
 
 def _download(name: str) -> Path:
@@ -82,15 +95,17 @@ def load_base(
     copies it to nodes that do not see that folder. Raises `UserError` where weights are missing or do not fit the
     config.
     """
-    model = _from_pretrained(folder, dtype, attn_implementation, trust_remote_code)
 
     def load(stored: torch.dtype) -> nn.Module:
         return _from_pretrained(folder, stored, attn_implementation, trust_remote_code)
 
-    is_own, keys = ranks.on_first(lambda: _originals(model, folder, own_base, dtype, load))
+    model = ranks.agree("loading of the model", lambda: load(dtype), long=True)
+    originals = partial(_originals, model, folder, own_base, dtype, load)
+    is_own, keys = ranks.on_first("originals of the model", originals, long=True)
     if is_own and share is not None:
         share(own_base)
-    return LoadedBase(model, BaseCheckpoint.open(own_base if is_own else folder), keys)
+    base = ranks.agree("files of the model", lambda: BaseCheckpoint.open(own_base if is_own else folder))
+    return LoadedBase(model, base, keys)
 
 
 def create_base(

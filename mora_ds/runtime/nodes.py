@@ -52,10 +52,11 @@ class Followers:
 
         Raises `UserError` where ranks of one node see different folders.
         """
-        marker = ranks.on_first(lambda: _create_marker(folder))
-        facts: list[Any] = [None] * ranks.world
-        mine = _becomes_visible(folder / marker), ranks.local_rank, platform.node()
-        dist.all_gather_object(facts, mine, group=ranks.group)
+        marker = ranks.on_first("output folder of the nodes", lambda: _create_marker(folder))
+        facts = ranks.gather(
+            "visibility of the output folder",
+            (_becomes_visible(folder / marker), ranks.local_rank, platform.node()),
+        )
         if ranks.is_first:
             (folder / marker).unlink(missing_ok=True)
         leader, leaders = 0, []
@@ -107,6 +108,9 @@ class Followers:
                 self.folder.parent.rmdir()
 
     def _send(self, source: Path, target: Path) -> None:
+        if not self.leaders:
+            return
+        self.ranks.barrier(f"copy of {source.name} to other nodes", long=True)
         if self.ranks.is_first:
             for leader in self.leaders:
                 _send_files(source, leader, self.ranks.group)
@@ -116,8 +120,7 @@ class Followers:
             _receive_files(incoming, 0, self.ranks.group)
             shutil.rmtree(target, ignore_errors=True)
             incoming.rename(target)
-        if self.leaders:
-            self.ranks.barrier()
+        self.ranks.barrier(f"end of the copy of {source.name}", long=True)
 
 
 def _create_marker(folder: Path) -> str:

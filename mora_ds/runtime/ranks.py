@@ -1,35 +1,75 @@
-"""This process among all processes of the run: its rank, and collective calls on small Python objects."""
+"""This process among all processes of the run: its rank, and how all ranks go through the checks of a start together.
+
+    every check has a name, and all ranks meet at it:
+
+    rank 0   "output folder"  ->  "settings" ------------.
+    rank 1   "output folder"  ->  "settings" -------------+->  all have the outcomes of all, and go on or fail alike
+    rank 2   "output folder"  ->  an error elsewhere ----'     (`Ranks.leave`)
+
+There is one way to meet, `Ranks._meet`, so no rank waits in one collective while another one waits in a different one:
+ranks at different checks see both names and fail, and a rank that fails between two checks reports it at the next.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from mora_ds.errors import RunError, UserError
 
 Result = TypeVar("Result")
 
+_LONG_S = 7 * 24 * 3600.0
+"""Tokenising, downloading, hashing of a model: the heartbeat, not a timeout, notices a rank that has failed."""
+_LEAVING_S = 15.0
+"""How long a rank that has failed waits for the others to come to a check and see why."""
+_ABSENT = "(none)"
+
+
+class _Outcome(NamedTuple):
+    """What one rank brings to a check."""
+
+    check: str | None
+    """None: the rank has failed between two checks."""
+    value: Any
+    error: Exception | None
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """Rank of this process and number of processes; all methods are collective."""
+    """Rank of this process and number of processes; all methods are collective.
+
+    Every method that takes a `check`, the name of what happens there for messages, raises on all ranks alike: the
+    error of the first rank that has one (a `UserError` before others), a `UserError` when the ranks are at different
+    checks, or a `RunError` when a rank does not come in time. `long` marks work that may take hours.
+    """
 
     rank: int
     world: int
     local_rank: int
     group: Any
-    """A gloo group of all ranks with a timeout of days: the others wait while one rank tokenises or downloads."""
+    """A gloo group of all ranks, the same one for the whole process."""
+    timeout_s: float
+    """Seconds that ranks wait for each other at a check that is not `long`."""
 
     @classmethod
-    def current(cls) -> Ranks:
-        """Those of the running process group; `LOCAL_RANK` is set by deepspeed, torchrun and launch/slurm.sbatch."""
-        group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-        return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), group)
+    def current(cls, timeout_s: float | None = None) -> Ranks:
+        """Those of the running process group; `LOCAL_RANK` is set by deepspeed, torchrun and launch/slurm.sbatch.
+
+        `timeout_s` None: DEEPSPEED_TIMEOUT (minutes), or 30 minutes.
+        """
+        seconds = 60 * float(os.environ.get("DEEPSPEED_TIMEOUT", "30")) if timeout_s is None else timeout_s
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        return cls(dist.get_rank(), dist.get_world_size(), local_rank, _group(), seconds)
 
     @property
     def is_first(self) -> bool:
@@ -40,27 +80,52 @@ class Ranks:
         """Whether it is the first rank of its node, which downloads, tokenises and writes for the others."""
         return self.local_rank == 0
 
-    def barrier(self) -> None:
-        dist.barrier(group=self.group)
+    def barrier(self, check: str, long: bool = False) -> None:
+        """Wait until all ranks are here."""
+        self._meet(check, long=long)
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's `value`, on every rank."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group)
-        return box[0]
+    def gather(self, check: str, value: Any) -> list[Any]:
+        """The `value` of every rank, in the order of ranks."""
+        return self._meet(check, value)
 
-    def on_first(self, work: Callable[[], Result]) -> Result:
-        """Calls `work` on rank 0 and returns its result, or raises its `UserError` or `RunError`, on every rank."""
-        outcome: tuple[bool, Any] | None = None
-        if self.is_first:
-            try:
-                outcome = (True, work())
-            except (UserError, RunError) as error:
-                outcome = (False, error)
-        succeeded, value = self.broadcast(outcome)
-        if not succeeded:
-            raise value
-        return value
+    def agree(self, check: str, work: Callable[[], Result], long: bool = False) -> Result:
+        """Call `work` on every rank and return this rank's result; where it fails on any, all ranks fail."""
+        result: Result | None = None
+        error: Exception | None = None
+        try:
+            result = work()
+        except Exception as raised:
+            if _is_shared(raised):  # by a check inside of `work`
+                raise
+            error = raised
+        self._meet(check, None, error, long)
+        return result  # type: ignore[return-value]
+
+    def on_first(self, check: str, work: Callable[[], Result], long: bool = False) -> Result:
+        """Call `work` on rank 0 and return its result, or raise its error, on every rank."""
+        result = [self.agree(check, work if self.is_first else lambda: None, long)]
+        if self.world > 1:
+            dist.broadcast_object_list(result, src=0, group=self.group)
+        return result[0]  # type: ignore[return-value]
+
+    def same(self, check: str, values: Mapping[str, Any]) -> None:
+        """Raise `UserError` that lists each name whose value differs between ranks, with the values and their ranks.
+
+        The values are compared as JSON; digests are exchanged first, and the values only where those differ.
+        """
+        mine = {name: json.dumps(value, sort_keys=True, default=str) for name, value in values.items()}
+        digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+        if len(set(self.gather(check, digest))) == 1:
+            return
+        everyone: list[dict[str, str]] = self.gather(f"{check}: values", mine)
+        lines = []
+        for name in dict.fromkeys(name for each in everyone for name in each):
+            holders: dict[str, list[int]] = {}
+            for rank, each in enumerate(everyone):
+                holders.setdefault(each.get(name, _ABSENT), []).append(rank)
+            if len(holders) > 1:
+                lines.append(f"  {name}: " + "; ".join(f"{value} on {_named(at)}" for value, at in holders.items()))
+        raise UserError("\n".join([f"{check}: not the same on all ranks; give every rank the same", *lines]))
 
     @property
     def width(self) -> int:
@@ -69,23 +134,110 @@ class Ranks:
 
     def __call__(self, work: Callable[[int], Any], count: int) -> list[Any]:
         """[work(0), ..., work(count - 1)] on every rank, each computed by one of them: a `data.ParallelMap`."""
-        mine = {number: work(number) for number in range(self.rank, count, self.world)}
-        if self.world == 1:
-            return list(mine.values())
-        everyone: list[dict[int, Any]] = [{}] * self.world
-        dist.all_gather_object(everyone, mine, group=self.group)
+        name = "work shared by all ranks"
+        mine = self.agree(name, lambda: {number: work(number) for number in range(self.rank, count, self.world)})
+        everyone = [mine]
+        if self.world > 1:
+            everyone = [{}] * self.world
+            dist.all_gather_object(everyone, mine, group=self.group)
         return [everyone[number % self.world][number] for number in range(count)]
 
-    def agree(self, work: Callable[[], Result]) -> Result:
-        """Calls `work` on every rank; if one raises a `UserError` or `RunError`, all ranks raise it."""
-        result: Result | None = None
-        error: Exception | None = None
+    def leave(self, error: Exception) -> None:
+        """Report an error that this rank alone may have, to be called before it ends.
+
+        The other ranks raise it at the check that they come to next. Returns after all have seen it, or after
+        15 seconds, and at once for an error that all ranks have already. Raises another rank's error where that one
+        comes first.
+        """
+        if self.world == 1 or _is_shared(error):
+            return
+        error.is_shared = True  # type: ignore[attr-defined]  # it is reported once
+        self._meet(None, None, error)
+
+    def _meet(
+        self, check: str | None, value: Any = None, error: Exception | None = None, long: bool = False
+    ) -> list[Any]:
+        """Exchange the outcomes of a check: every rank's value, or one error on all of them."""
+        if self.world == 1:
+            if error is not None:
+                raise error
+            return [value]
+        if not self._arrive(check, _LONG_S if long else self.timeout_s):
+            return []
+        sent = error if error is None or _is_expected(error) else RunError(f"{type(error).__name__}: {error}")
+        outcomes: list[Any] = [None] * self.world
+        dist.all_gather_object(outcomes, _Outcome(check, value, sent), group=self.group)
+        failure = _first_failure(outcomes) or _different_checks(outcomes)
+        if failure is None:
+            return [outcome.value for outcome in outcomes]
+        if error is not None and not _is_expected(error):
+            failure = error  # with its traceback
+        failure.is_shared = True  # type: ignore[attr-defined]
+        raise failure from error if failure is not error else None
+
+    def _arrive(self, check: str | None, timeout_s: float) -> bool:
+        """Wait for all ranks. False when a rank that has failed waits in vain."""
+        since, limit = time.monotonic(), _LEAVING_S if check is None else timeout_s
         try:
-            result = work()
-        except (UserError, RunError) as raised:
-            error = raised
-        errors: list[Exception | None] = [None] * self.world
-        dist.all_gather_object(errors, error, group=self.group)
-        for each in filter(None, errors):
-            raise each
-        return result  # type: ignore[return-value]
+            dist.all_reduce(torch.zeros(1), group=self.group, async_op=True).wait(timedelta(seconds=limit))
+        except RuntimeError as error:
+            if check is None:
+                return False
+            if time.monotonic() - since < limit:
+                raise  # a rank has ended
+            raise RunError(
+                f"{check}: not all ranks came within {limit:.0f} s (--collective_timeout_s); those that are missing "
+                "still do something else, or wait for a disk or a network"
+            ) from error
+        return True
+
+
+def _is_expected(error: BaseException) -> bool:
+    return isinstance(error, (UserError, RunError))
+
+
+def _is_shared(error: BaseException) -> bool:
+    """Whether all ranks raise this error."""
+    return getattr(error, "is_shared", False)
+
+
+def _first_failure(outcomes: Iterable[_Outcome]) -> Exception | None:
+    """The error of the first rank that has a `UserError`, or else any error; its message names a rank other than 0."""
+    failed = [(rank, outcome.error) for rank, outcome in enumerate(outcomes) if outcome.error is not None]
+    if not failed:
+        return None
+    rank, error = next((each for each in failed if isinstance(each[1], UserError)), failed[0])
+    return error if rank == 0 else type(error)(f"rank {rank}: {error}")
+
+
+def _different_checks(outcomes: Iterable[_Outcome]) -> Exception | None:
+    places: dict[str, list[int]] = {}
+    for rank, outcome in enumerate(outcomes):
+        places.setdefault(str(outcome.check), []).append(rank)
+    if len(places) == 1:
+        return None
+    where = "; ".join(f"{_named(ranks)} at {check!r}" for check, ranks in places.items())
+    return UserError(f"the ranks do different things: {where}. Do all nodes have the same files and the same packages?")
+
+
+def _named(ranks: list[int]) -> str:
+    """Such as "ranks 0-3, 6"."""
+    parts: list[list[int]] = []
+    for rank in ranks:
+        if parts and parts[-1][-1] == rank - 1:
+            parts[-1] = [parts[-1][0], rank]
+        else:
+            parts.append([rank])
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join("-".join(map(str, part)) for part in parts)
+
+
+_groups: dict[Any, Any] = {}
+"""The default group -> the gloo group of its ranks. One only: ranks in two groups would not meet."""
+
+
+def _group() -> Any:
+    world = dist.group.WORLD
+    if world not in _groups:
+        _groups.clear()
+        _groups[world] = dist.new_group(backend="gloo", timeout=timedelta(seconds=_LONG_S))
+    return _groups[world]

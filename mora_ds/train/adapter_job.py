@@ -45,12 +45,13 @@ class AdapterJob(Job):
     def prepare(self) -> None:
         training = self.arguments.training
         self.config = self._with_vectors(self._planned_config())
-        self._inject()
-        fingerprint = self.place.ranks.on_first(self.loaded.base.fingerprint)
+        self.place.ranks.agree("injection of the adapter", self._inject, long=True)
+        fingerprint = self.place.ranks.on_first("fingerprint of the base", self.loaded.base.fingerprint, long=True)
         common = self.common_identity()
         self.check_checkpoint(run_identity(fingerprint, self.config, common))
         first = self._initial_adapter(fingerprint)
         degree = training.tensor_parallel_size
+        self.place.ranks.barrier("start of the engine")
         self.engine, *_ = initialize(
             model=self.loaded.model,
             config=fill_bucket_sizes(self.ds_config, trainable_numels(self.loaded.model, degree)),
@@ -82,7 +83,7 @@ class AdapterJob(Job):
             for domain in (SHARED, *domains) if domains else ():
                 export_merged(checkpoint, target / domain, overwrite=True, domain=domain)
 
-        self.place.ranks.on_first(export)
+        self.place.ranks.on_first("export of the merged model", export, long=True)
 
     @property
     def base_tensors(self) -> Mapping[str, Tensor]:
@@ -137,7 +138,7 @@ class AdapterJob(Job):
         path, model = self.arguments.adapter.init_adapter, self.loaded.model
         if path is None or self.place.checkpoint is not None:
             return None
-        return self.place.ranks.agree(lambda: InitialAdapter.open(Path(path), model, fingerprint))
+        return self.place.ranks.agree("--init_adapter", lambda: InitialAdapter.open(Path(path), model, fingerprint))
 
     def _open_run(self, identity: Mapping[str, Any]) -> Run:
         adapter, training, train_data = self.arguments.adapter, self.arguments.training, self.data.train

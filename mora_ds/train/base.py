@@ -11,17 +11,29 @@ from mora_ds.checkpoint.layout import BASE_FOLDER
 from mora_ds.config.data import ModelArguments
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import largest_id
-from mora_ds.models.load import LoadedBase, create_base, folder_config, load_base, read_model_config, resolve_folder
+from mora_ds.models.load import (
+    LoadedBase,
+    config_digest,
+    create_base,
+    folder_config,
+    load_base,
+    read_model_config,
+    resolve_folder,
+)
 from mora_ds.train.setup import Place
 
 
 def find_model(model: ModelArguments, place: Place) -> tuple[Path | None, Any]:
     """(folder of the base, its config); no folder where --model_config asks for random weights. Collective."""
+    folder = None
     if place.base is None and model.model_name_or_path is None:
         assert model.model_config is not None, "validated"
-        return None, read_model_config(Path(model.model_config).expanduser())
-    folder = resolve_folder(str(place.base or model.model_name_or_path), place.ranks)
-    return folder, folder_config(folder, model.trust_remote_code)
+        config = read_model_config(Path(model.model_config).expanduser())
+    else:
+        folder = resolve_folder(str(place.base or model.model_name_or_path), place.ranks)
+        config = folder_config(folder, model.trust_remote_code)
+    place.ranks.same("the model", {"config.json (digest)": config_digest(config)})
+    return folder, config
 
 
 def prepare_base(
@@ -41,7 +53,7 @@ def prepare_base(
             if place.checkpoint is None or not (own / "config.json").exists():
                 create_base(config_file, own, training.seed, tokenizer, vocabulary)
 
-        place.ranks.on_first(create)
+        place.ranks.on_first("creation of the base", create, long=True)
         place.followers.share(own)
         folder = own
     share = place.followers.share

@@ -85,11 +85,11 @@ def load_data(
     corpora = _filtered(data, corpora, evaluation)
     _check_positions(model_config, data.seq_len)
     folder = place.folder / TOKENIZER_FOLDER
-    ranks.on_first(lambda: begin_tokenizer(folder, place.checkpoint))
+    ranks.on_first("folder of the tokenizer", lambda: begin_tokenizer(folder, place.checkpoint))
     first, *others = corpora.values()
     joined = replace(first, parts=first.parts + tuple(part for other in others for part in other.parts))
     tokenizer = load_or_train_tokenizer(model, model_folder, model_config, folder, joined, place.followers)
-    ranks.on_first(lambda: save_tokenizer(tokenizer, folder))
+    ranks.on_first("copy of the tokenizer", lambda: save_tokenizer(tokenizer, folder))
     logger.info(f"tokens of the training corpus: {_cache_folder(data)}")
     tokenization = _Tokenization(tokenizer, data, ranks)
     state = None if place.checkpoint is None else TrainerState.read(place.checkpoint).stream
@@ -100,6 +100,14 @@ def load_data(
     for name, corpus in {**evaluation, **held_out}.items():
         logger.info(f"tokens of {name}: {_cache_folder(data)}")
         packed[name] = tokenization.pack_evaluation_set(corpus)
+    ranks.same(
+        "tokenizer and text",
+        {
+            "tokenizer (digest)": tokenizer_fingerprint(tokenizer),
+            "training text": train.identity,
+            "evaluation sets": [(name, each.content_id) for name, each in packed.items()],
+        },
+    )
     return RunData(tokenizer, folder, train, packed)
 
 
@@ -182,15 +190,16 @@ class _Tokenization:
     def cache(self, corpus: Corpus) -> TokenCache:
         """The tokens of a corpus, from the cache folder or made now by the first process of each node."""
         return self.ranks.agree(
+            f"token cache of {corpus.flag}",
             lambda: build_cache(
                 corpus,
                 self.tokenizer,
                 _cache_folder(self.data),
                 num_proc=self.data.preprocessing_workers,
                 is_builder=self.ranks.is_local_first,
-                barrier=self.ranks.barrier,
+                barrier=lambda: self.ranks.barrier("building of a token cache", long=True),
                 progress=self.ranks.is_first,
-            )
+            ),
         )
 
     def pack_evaluation_set(self, corpus: Corpus) -> PackedDataset:

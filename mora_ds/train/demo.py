@@ -24,6 +24,7 @@ from mora_ds.config.validate import validate
 from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_demo_corpus
 from mora_ds.errors import UserError
 from mora_ds.models.load import create_base
+from mora_ds.train.agreement import start_up
 from mora_ds.train.dry_run import dry_run
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.output_folder import DEMO, NAMES, give_up, reserve
@@ -81,17 +82,18 @@ def run_demo(arguments: Arguments) -> None:
     if training.dry_run:
         _plan(arguments)
         return
-    ranks = start_processes(training)
     started = time.monotonic()
     folder = Path(training.output_dir).expanduser()
     paths = DemoPaths(folder / DEMO)
-    job = _continue_arguments(arguments, paths, ranks.world)
-    validate(job)
-    engine_config(job.training, job.adapter.adapter, ranks.world)  # its errors come before anything is written
+    with start_up():
+        ranks = start_processes(arguments)
+        job = _continue_arguments(arguments, paths, ranks.world)
+        validate(job)
+        engine_config(job.training, job.adapter.adapter, ranks.world)  # its errors come before anything is written
     sharded = None
     try:  # what is made for the main job goes again where that does not begin
-        ranks.on_first(lambda: _prepare(arguments, job.training, folder, paths))
-        if not paths.warm.is_dir():
+        ranks.on_first("files of the demo", lambda: _prepare(arguments, job.training, folder, paths), long=True)
+        if not ranks.on_first("warm start of the demo", paths.warm.is_dir):
             rows = max(1, ROWS_PER_STEP // (ranks.world // training.sequence_parallel_size))
             warm = {**warm_start_settings(paths, rows, training.seed), "deepspeed": training.deepspeed}
             warm["sequence_parallel_size"] = training.sequence_parallel_size
@@ -105,7 +107,7 @@ def run_demo(arguments: Arguments) -> None:
         raise
     if ranks.is_first:
         _report(folder, summary, sharded, ranks.world, time.monotonic() - started)
-    ranks.barrier()
+    ranks.barrier("end of the demo")
 
 
 def _plan(arguments: Arguments) -> None:

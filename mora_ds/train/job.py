@@ -56,6 +56,7 @@ class Job(ABC):
     ) -> None:
         self.arguments, self.loaded, self.ds_config, self.data, self.place = arguments, loaded, ds_config, data, place
         training = arguments.training
+        place.ranks.barrier("model, tokenizer and text are loaded")  # what follows has collectives of its own
         self.sequence = share_rows(loaded.model, training.sequence_parallel_size, training.collective_timeout_s)
         if self.sequence is not None:
             logger.info(describe(loaded.model.config, training.sequence_parallel_size, data.train.seq_len))
@@ -154,6 +155,7 @@ class FullJob(Job):
         identity = {"adapter": {"kind": "full"}, **self.common_identity()}
         self.check_checkpoint(identity)
         ds_config = fill_bucket_sizes(self.ds_config, [parameter.numel() for parameter in model.parameters()])
+        place.ranks.barrier("start of the engine")
         self.engine, *_ = initialize_full(model=model, config=ds_config)
         self.seed_dropout()
         self.state = TrainerState(world_size=place.ranks.world, identity=identity)

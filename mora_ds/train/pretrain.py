@@ -41,6 +41,7 @@ from mora_ds.remora.schedule import Schedule
 from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.adapter_job import AdapterJob
+from mora_ds.train.agreement import start_up
 from mora_ds.train.base import find_model, prepare_base
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.dry_run import dry_run
@@ -73,18 +74,27 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     batches that follow. Raises `UserError` before anything expensive for what the user can mend, and the output folder
     is then as it was; `RunError` for failures during the run.
     """
-    validate(arguments)
+    with start_up():
+        validate(arguments)
+        if arguments.adapter.compile:
+            check_compiler()
+        if arguments.training.dry_run:
+            return dry_run(arguments)
+        job, schedule = _prepare(arguments, start_processes(arguments), base)
+    try:
+        return _run(arguments, job, schedule)
+    finally:
+        job.place.followers.close()
+
+
+def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job, Schedule]:
+    """Everything before the first step, with all checks. Collective; an error of one rank is one of all ranks."""
     model, adapter, training = arguments.model, arguments.adapter, arguments.training
-    if adapter.compile:
-        check_compiler()
-    if training.dry_run:
-        return dry_run(arguments)
-    ranks = start_processes(training)
     ds_config = engine_config(training, adapter.adapter, ranks.world)
-    ranks.on_first(lambda: check_trackers(tracker_folders(ds_config)))
+    ranks.on_first("folders of monitors", lambda: check_trackers(tracker_folders(ds_config)))
     with _output_folder(arguments, ranks, base) as place:
         if adapter.init_adapter is not None and place.checkpoint is None:
-            ranks.agree(lambda: find_adapter(Path(str(adapter.init_adapter)).expanduser()))
+            find_adapter(Path(adapter.init_adapter).expanduser())
         folder, config = find_model(model, place)
         check_config(config, training.sequence_parallel_size, model.attention, model.trust_remote_code)
         data = load_data(model, arguments.data, training, folder, config, place)
@@ -102,10 +112,8 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
             raise UserError(
                 f"{place.checkpoint} is already beyond this run's {schedule.total_steps} steps: raise --max_steps"
             )
-    try:
-        return _run(arguments, job, schedule)
-    finally:
-        place.followers.close()
+        ranks.barrier("end of all checks", long=True)
+    return job, schedule
 
 
 # -- the output folder -------------------------------------------------------------------------------------------------
@@ -119,10 +127,17 @@ def _output_folder(arguments: Arguments, ranks: Ranks, base: Path | None) -> Ite
     """
     training = arguments.training
     root = Path(training.output_dir).expanduser()
-    targets = ranks.on_first(lambda: plan_of_file(arguments.adapter))  # it may lie in the folder
-    checkpoint, reservation = ranks.on_first(lambda: _reserve(arguments, root, ranks.world))
+    targets = ranks.on_first("--targets", lambda: plan_of_file(arguments.adapter))  # it may lie in the folder
+    reservations: list[Reservation] = []  # of rank 0
     followers = None
+
+    def reserve_folder() -> Path | None:
+        checkpoint, reservation = _reserve(arguments, root, ranks.world)
+        reservations.append(reservation)
+        return checkpoint
+
     try:
+        checkpoint = ranks.on_first("output folder", reserve_folder, long=True)
         followers = Followers.find(root, ranks)
         if followers.names:
             logger.info(
@@ -132,12 +147,12 @@ def _output_folder(arguments: Arguments, ranks: Ranks, base: Path | None) -> Ite
         first_batch = 0 if base is None else arguments.adapter.full_rank_steps
         yield Place(followers, fetched, None if base is None else followers.fetch(base), first_batch, targets)
     except BaseException:
-        if ranks.is_first:
+        for reservation in reservations:
             reservation.rollback()
         if followers is not None:
             followers.close()
         raise
-    if ranks.is_first:
+    for reservation in reservations:
         reservation.commit()
         if checkpoint is not None:
             name_latest(root / CHECKPOINTS, checkpoint)
@@ -234,7 +249,7 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
         logger.info(f"writing the merged model to {folder / MERGED_FOLDER}")
         job.export(trainer.last_checkpoint, folder / MERGED_FOLDER)
     log.close()
-    ranks.barrier()
+    ranks.barrier("end of the run", long=True)
     return summary
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,13 @@ class Run:
         details: RunDetails | None = None,
     ) -> None:
         details = details or RunDetails()
-        self.engine, self.ranks = engine, Ranks.current()
+        self.engine = engine
+        self.ranks = Ranks.current() if details.followers is None else details.followers.ranks
         self.followers = details.followers or self._find_followers(Path(folder))
         self.folder = self.followers.folder
         opened = base if isinstance(base, BaseCheckpoint) else BaseCheckpoint.open(base, "base")
         keys = self._map(opened) if details.keys is None else dict(details.keys)
-        fingerprint = self.ranks.on_first(opened.fingerprint)
+        fingerprint = self.ranks.on_first("fingerprint of the base", opened.fingerprint, long=True)
         self.identity = run_identity(fingerprint, config, details.identity)
         checkpoint = self._checkpoint(resume, overwrite)
         ledger = self._open_ledger(checkpoint, fingerprint, config.vectors if isinstance(config, MoRAConfig) else "")
@@ -133,7 +135,7 @@ class Run:
     def check_base(self) -> None:
         """Raise `RunError`, on all processes, when the base's files have changed on the disk of one of them."""
         remora = self.remora
-        self.ranks.agree(lambda: remora.base.require_unchanged(remora.ledger.base_fingerprint))
+        self.ranks.agree("files of the base", lambda: remora.base.require_unchanged(remora.ledger.base_fingerprint))
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until the last checkpoint is written. Call it before the process ends, with `async_save`."""
@@ -147,20 +149,22 @@ class Run:
         self.remora.replay()
 
     def _find_followers(self, folder: Path) -> Followers:
-        self.ranks.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+        self.ranks.on_first("output folder", lambda: folder.mkdir(parents=True, exist_ok=True))
         return Followers.find(folder, self.ranks)
 
     def _checkpoint(self, resume: Path | str | None, overwrite: bool) -> Path | None:
         root = self.folder / CHECKPOINTS
         if resume is None:
             holds_run = (self.folder / LEDGER_FOLDER / LEDGER_FILE).exists() or bool(complete_checkpoints(root))
-            if self.ranks.on_first(lambda: holds_run) and not overwrite:
+            if self.ranks.on_first("another run in the output folder", lambda: holds_run) and not overwrite:
                 raise UserError(f'{self.folder} holds another run: choose another folder, or resume="auto"')
             return None
         if isinstance(resume, Path):  # pretrain has verified it, and this rank can read it
             checkpoint: Path | None = resume
-        elif (checkpoint := self.ranks.on_first(lambda: resume_checkpoint(str(resume), root))) is not None:
-            checkpoint = self.followers.fetch(checkpoint)
+        else:
+            find = "checkpoint to resume from"
+            checkpoint = self.ranks.on_first(find, lambda: resume_checkpoint(str(resume), root), long=True)
+            checkpoint = None if checkpoint is None else self.followers.fetch(checkpoint)
         if checkpoint is not None:
             check_identity(checkpoint, TrainerState.read(checkpoint).identity, self.identity)
         return checkpoint
@@ -171,17 +175,22 @@ class Run:
         One node after the other, since nodes that share the folder would write the same files at once.
         """
         folder = self.folder / LEDGER_FOLDER
-        if checkpoint is None and (strays := self.ranks.on_first(lambda: Ledger.strays(folder))):
+        foreign = "files of others in the folder of the merge ledger"
+        if checkpoint is None and (strays := self.ranks.on_first(foreign, lambda: Ledger.strays(folder))):
             raise UserError(f"{folder} holds {', '.join(strays)}, which no run has made: move it away")
+
+        def write(turn: int) -> None:
+            if self.ranks.rank != turn or not self.ranks.is_local_first:
+                return
+            if checkpoint is None:
+                shutil.rmtree(folder, ignore_errors=True)
+                Ledger.create(folder, fingerprint, path_of(vectors) if vectors else None)
+            else:
+                Ledger.open(checkpoint / LEDGER_FOLDER, fingerprint).copy_to(folder)
+
         for turn in range(self.ranks.world):
-            if self.ranks.rank == turn and self.ranks.is_local_first:
-                if checkpoint is None:
-                    shutil.rmtree(folder, ignore_errors=True)
-                    Ledger.create(folder, fingerprint, path_of(vectors) if vectors else None)
-                else:
-                    Ledger.open(checkpoint / LEDGER_FOLDER, fingerprint).copy_to(folder)
-            self.ranks.barrier()
-        return Ledger.open(folder, fingerprint)
+            self.ranks.agree(f"writing of the merge ledger, rank {turn}", partial(write, turn), long=True)
+        return self.ranks.agree("merge ledger", lambda: Ledger.open(folder, fingerprint))
 
     def _map(self, base: BaseCheckpoint) -> dict[str, str]:
         """Parameter name -> key in the base, for every parameter; the frozen ones are compared with it bit for bit."""
@@ -191,8 +200,10 @@ class Run:
         names = [*frozen, *(stands_for(name) for name, _ in model.named_parameters() if name not in adapter)]
         keys = map_model(base, model, names)
         unquantized = {name: tensor for name, tensor in frozen.items() if tensor.dtype is not torch.int8}
-        self.ranks.on_first(lambda: verify_against_model(base, keys, unquantized, unquantized))
-        self.ranks.on_first(lambda: _verify_int8(base, keys, model))
+        self.ranks.on_first(
+            "weights of the base", lambda: verify_against_model(base, keys, unquantized, unquantized), long=True
+        )
+        self.ranks.on_first("weights of the base in 8 bits", lambda: _verify_int8(base, keys, model), long=True)
         return keys
 
 

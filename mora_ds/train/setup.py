@@ -11,12 +11,19 @@ from transformers.utils.logging import disable_progress_bar
 
 from mora_ds.adapters.target_plan import TargetPlan
 from mora_ds.config.adapter import AdapterKind
+from mora_ds.config.arguments import Arguments
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.ds_config import resolve_ds_config
-from mora_ds.engine.initialize import check_compute_dtype, check_splittable, start_distributed
+from mora_ds.engine.initialize import (
+    check_compute_dtype,
+    check_no_secondary_copies,
+    check_splittable,
+    start_distributed,
+)
 from mora_ds.parallel.limits import check_world
 from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
+from mora_ds.train.agreement import check_settings
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,15 @@ class Place:
         return self.followers.ranks
 
 
-def start_processes(training: TrainingArguments) -> Ranks:
-    """Join the process group. Without a terminal, and on ranks other than 0, transformers shows no progress bars."""
+def start_processes(arguments: Arguments) -> Ranks:
+    """Join the process group and compare the settings of all ranks. Raises `UserError` where they differ.
+
+    Without a terminal, and on ranks other than 0, transformers shows no progress bars.
+    """
+    training = arguments.training
     start_distributed(timeout_s=training.collective_timeout_s, heartbeat_timeout_s=training.heartbeat_timeout_s)
-    ranks = Ranks.current()
+    ranks = Ranks.current(training.collective_timeout_s)
+    check_settings(arguments, ranks)
     if not (ranks.is_first and sys.stderr.isatty()):
         disable_progress_bar()
     return ranks
@@ -65,6 +77,8 @@ def engine_config(training: TrainingArguments, adapter: str, world: int) -> dict
     config = resolve_ds_config(file, settings, world // training.ranks_per_replica)
     check_compute_dtype(config)
     check_splittable(config, training.tensor_parallel_size)
+    if adapter in (AdapterKind.MORA.value, AdapterKind.LORA.value):
+        check_no_secondary_copies(config)
     if training.sequence_parallel_size > 1:
         config.pop("train_batch_size")  # checked above; DeepSpeed, which knows no groups, would count each rank's rows
     return config

@@ -143,7 +143,7 @@ class RunTargets:
                 plan.write(self.folder / TARGETS_FILE)
             return plan
 
-        plan = self.ranks.on_first(decide)
+        plan = self.ranks.on_first("plan of targets", decide, long=True)
         logger.info(plan)
         return with_sizes(config, plan.sides)
 

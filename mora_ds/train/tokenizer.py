@@ -48,7 +48,7 @@ def load_or_train_tokenizer(
                 with disk_errors(target):
                     train_sentencepiece(corpus.texts(), vocabulary, target, algorithm=algorithm)
 
-        ranks.on_first(train_once)
+        ranks.on_first("training of the tokenizer", train_once, long=True)
         followers.share(target)
         tokenizer = load_tokenizer(path, flag=flag)
     else:
@@ -59,7 +59,7 @@ def load_or_train_tokenizer(
     if model_folder is not None:
         check_vocabulary(tokenizer, model_config.get_text_config().vocab_size, flag)
     if flag != "--model_name_or_path":
-        ranks.on_first(lambda: check_reload(tokenizer, model_config.model_type, flag))
+        ranks.on_first("reload of the tokenizer", lambda: check_reload(tokenizer, model_config.model_type, flag))
     return tokenizer
 
 

@@ -79,7 +79,7 @@ def prepare_vectors(
     if checkpoint is not None:
         if not (ledger := checkpoint / LEDGER_FOLDER).is_dir():
             return config
-        vectors = ranks.agree(lambda: Ledger.open(ledger, hashes=False)).vectors
+        vectors = ranks.agree("singular vectors of the checkpoint", lambda: Ledger.open(ledger, hashes=False)).vectors
         return replace(config, vectors="" if vectors is None else vectors.name)
 
     def write() -> str:
@@ -88,8 +88,8 @@ def prepare_vectors(
             write_vectors(path, base, wanted, device)
         return path.name
 
-    path = folder / FOLDER / ranks.on_first(write)
+    path = folder / FOLDER / ranks.on_first("singular vectors", write, long=True)
     send(folder / FOLDER)
-    name = ranks.on_first(lambda: record_of(path).name)
+    name = ranks.on_first("record of the singular vectors", lambda: record_of(path).name)
     register(name, path)
     return replace(config, vectors=name)

@@ -22,6 +22,7 @@ from mora_ds.config.validate import validate
 from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.errors import UserError
 from mora_ds.files import read_json
+from mora_ds.train.agreement import start_up
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.output_folder import check
 from mora_ds.train.pretrain import pretrain
@@ -40,13 +41,15 @@ def run_job(arguments: Arguments) -> dict[str, Any]:
     steps = arguments.adapter.full_rank_steps
     if steps < 1:
         return pretrain(arguments)
-    validate(arguments)
-    first_part = _first_part(arguments)
-    if arguments.training.dry_run:
-        pretrain(first_part)
-        return pretrain(arguments)
-    ranks, folder = start_processes(arguments.training), Path(first_part.training.output_dir)
-    if not ranks.on_first(lambda: _is_done(arguments, steps, folder)):
+    with start_up():
+        validate(arguments)
+        first_part = _first_part(arguments)
+        if arguments.training.dry_run:
+            pretrain(first_part)
+            return pretrain(arguments)
+        ranks, folder = start_processes(arguments), Path(first_part.training.output_dir)
+        is_done = ranks.on_first("full-rank part", lambda: _is_done(arguments, steps, folder))
+    if not is_done:
         logger.info(f"steps 1 to {steps}: every parameter is trained, under plain ZeRO; the adapter follows")
         pretrain(first_part)
     return pretrain(arguments, base=folder / MERGED_FOLDER)

@@ -97,7 +97,7 @@ class Alone:
 
     is_first = True
 
-    def on_first(self, work: Any) -> Any:
+    def on_first(self, check: str, work: Any, long: bool = False) -> Any:
         return work()
 
 

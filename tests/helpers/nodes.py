@@ -96,7 +96,7 @@ def wait_for(path: Path, processes: Sequence[subprocess.Popen[str]], seconds: fl
 
 def on_another_node(first: Path, other: Path) -> Path:
     """Ranks 1 and 2 become a node that has `other` and must never open a file under `first`. The folder to use."""
-    room._SEEN_WITHIN_S = 0.5
+    room._VISIBLE_WITHIN_S = 0.5
     rank = dist.get_rank()
     if rank == 0:
         return first

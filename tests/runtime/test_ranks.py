@@ -1,0 +1,102 @@
+"""Ranks meet at checks that have names: they go on together, or all of them fail with the same error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from mora_ds.errors import RunError, UserError
+from mora_ds.runtime.ranks import Ranks
+from tests.helpers.gloo import run_ranks
+
+pytestmark = pytest.mark.gloo
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+def error_of(work: Callable[[], Any]) -> str:
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def meetings(rank: int) -> dict[str, str]:
+    """Case -> the error of this rank where `rank` alone does something else than the others."""
+    ranks, is_odd = Ranks.current(), dist.get_rank() == rank
+    odd = f"of rank {rank}"
+
+    def between() -> None:
+        try:
+            if is_odd:
+                raise UserError(odd)
+            ranks.agree("loading", lambda: None)
+        except UserError as error:
+            ranks.leave(error)
+            raise
+
+    def nested() -> None:
+        """A check inside of a check, as the token cache has."""
+        ranks.agree("outer", lambda: fail(UserError(odd)) if is_odd else ranks.barrier("inner"))
+
+    cases: dict[str, Callable[[], Any]] = {
+        "same check": lambda: ranks.agree("loading", lambda: fail(UserError(odd)) if is_odd else None),
+        "user error first": lambda: ranks.agree("loading", lambda: fail(UserError(odd) if is_odd else RunError("no"))),
+        "unexpected": lambda: ranks.agree("loading", lambda: fail(KeyError(odd)) if is_odd else None),
+        "different checks": lambda: ranks.barrier("one") if is_odd else ranks.on_first("other", lambda: 1),
+        "between checks": between,
+        "nested": nested,
+        "shared work": lambda: ranks(
+            lambda number: fail(UserError(odd)) if number == rank else 0, dist.get_world_size()
+        ),
+        "values": lambda: ranks.same("settings", {"--seed": int(is_odd), "--lr": 0.1}),
+        "healthy": lambda: ranks.barrier("end"),
+    }
+    return {name: error_of(work) for name, work in cases.items()}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_fail_alike_and_meet_again_afterwards(rank: int) -> None:
+    results = run_ranks(2, meetings, rank)
+    where = "" if rank == 0 else "rank 1: "
+    for name in ("same check", "user error first", "between checks", "nested", "shared work"):
+        assert {each[name] for each in results} == {f"UserError: {where}of rank {rank}"}, name
+    assert results[rank]["unexpected"] == f"KeyError: 'of rank {rank}'"
+    assert results[1 - rank]["unexpected"] == f"RunError: {where}KeyError: 'of rank {rank}'"
+    for each in results:
+        assert all(word in each["different checks"] for word in ("UserError", "'one'", "'other'", f"rank {rank} at"))
+        assert each["values"] == (
+            "UserError: settings: not the same on all ranks; give every rank the same\n"
+            f"  --seed: {int(rank == 0)} on rank 0; {int(rank == 1)} on rank 1"
+        )
+        assert each["healthy"] == "none"
+
+
+def late(seconds: float) -> tuple[str, float]:
+    ranks, since = Ranks.current(timeout_s=seconds), time.monotonic()
+    ranks.barrier("both are here")
+    if dist.get_rank() == 1:
+        time.sleep(3 * seconds)
+        return "", 0.0
+    return error_of(lambda: ranks.barrier("reading of the settings")), time.monotonic() - since
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_without_end() -> None:
+    message, seconds = run_ranks(2, late, 1.0)[0]
+    assert message.startswith("RunError: reading of the settings: not all ranks came within 1 s") and "1" in message
+    assert "--collective_timeout_s" in message and seconds < 3
+
+
+def long_work() -> int:
+    return Ranks.current(timeout_s=1.0).on_first("tokens", lambda: (time.sleep(2), 5)[1], long=True)
+
+
+def test_long_work_is_waited_for() -> None:
+    assert run_ranks(2, long_work) == [5, 5]

@@ -1,0 +1,186 @@
+"""All ranks begin together, or none does: settings that differ, and a failure of one rank at each check of a start."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from mora_ds.config.arguments import parse
+from mora_ds.errors import UserError
+from mora_ds.runtime.ranks import Ranks
+from mora_ds.train import agreement, pretrain
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, refused
+
+pytestmark = pytest.mark.gloo
+
+SECONDS = 20.0
+"""Within this time every rank must have refused a run whose ranks differ."""
+
+MERGES = ("--merge_every", 2, "--restart_warmup_steps", 1)
+
+DIFFERENT: dict[str, tuple[tuple[Any, ...], list[str]]] = {
+    "seed": (("--seed", 7), ["--seed: 42 on rank 0; 7 on rank 1"]),
+    "learning rate": (("--learning_rate", 0.5), ["--learning_rate: 0.01 on rank 0; 0.5 on rank 1"]),
+    "merge_every": (("--merge_every", 3), ["--merge_every: 2 on rank 0; 3 on rank 1"]),
+    "max_steps": (("--max_steps", 8), ["--max_steps: 6 on rank 0; 8 on rank 1"]),
+    "operator": (("--operator", "share"), ["--operator", '"share" on rank 1']),
+    "accumulation": (
+        ("--gradient_accumulation_steps", 2),
+        ["--gradient_accumulation_steps: 1 on rank 0; 2 on rank 1"],
+    ),
+    "only valid on one rank": (("--mora_rank", 0), ["rank 1: --mora_rank must be at least 1"]),
+    "a missing DeepSpeed file": (("--deepspeed", "/nowhere.json"), ["rank 1: ", "--deepspeed /nowhere.json"]),
+    "a missing text": (("--train_files", "/nowhere.txt"), ["rank 1: ", "/nowhere.txt"]),
+    "a missing model": (("--model_name_or_path", "/nowhere"), ["rank 1: ", "--model_name_or_path /nowhere"]),
+}
+"""What rank 1 is given in addition -> parts of the message that both ranks end with."""
+
+
+def refused_each(cases: list[list[list[str]]]) -> list[tuple[str, str, float]]:
+    """(kind of error, message, seconds) of each case, whose list has the arguments of every rank."""
+    results = []
+    for argv in cases:
+        since = time.monotonic()
+        kind, message = _refused_in_start_up(argv[dist.get_rank()])
+        results.append((kind, message, time.monotonic() - since))
+    return results
+
+
+def _refused_in_start_up(argv: list[str]) -> tuple[str, str]:
+    try:
+        with agreement.start_up():  # as launch/pretrain.py reads its command line
+            parse(argv)
+    except UserError as error:
+        return "UserError", str(error)
+    return refused(argv)
+
+
+def test_ranks_with_different_settings(user: Playground, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cases = [[user.flags(out, *MERGES), user.flags(out, *MERGES, *more)] for more, _ in DIFFERENT.values()]
+    results = run_ranks(2, refused_each, cases)
+    for (name, (_, parts)), *ranks in zip(DIFFERENT.items(), *results, strict=True):
+        for kind, message, seconds in ranks:
+            assert kind == "UserError" and all(part in message for part in parts), (name, message)
+            assert seconds < SECONDS, name
+    assert not out.exists(), "nothing was written"
+
+
+def other_version(argv: list[str]) -> tuple[str, str]:
+    if dist.get_rank() == 1:
+        agreement.version = lambda name: "0.0.1" if name == "safetensors" else "1"  # type: ignore[attr-defined]
+    return refused(argv)
+
+
+def test_ranks_with_different_packages(user: Playground, tmp_path: Path) -> None:
+    for kind, message in run_ranks(2, other_version, user.flags(tmp_path / "out")):
+        assert kind == "UserError" and "version of safetensors: " in message and '"0.0.1" on rank 1' in message
+
+
+def refused_in(folders: list[str], argv: list[str]) -> tuple[str, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folders[dist.get_rank()])
+        return refused(argv)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_relative_model_folder_that_one_node_does_not_have(user: Playground, tmp_path: Path, missing: int) -> None:
+    """There the name is taken for one of the Hub's."""
+    folders = [str(user.root), str(user.root)]
+    folders[missing] = str(tmp_path)
+    argv = user.flags(tmp_path / "out", "--model_name_or_path", "model")
+    for kind, message in run_ranks(2, refused_in, folders, argv, timeout_s=60):
+        assert kind == "UserError" and "--model_name_or_path is" in message
+        assert f'Hub" on rank {missing}' in message and f'"a folder" on rank {1 - missing}' in message
+
+
+def refused_on_its_node(argv: list[list[str]]) -> tuple[str, str]:
+    """Every rank is the first one of a node, which tokenises for itself."""
+    os.environ["LOCAL_RANK"] = "0"
+    return refused(argv[dist.get_rank()])
+
+
+def test_texts_that_differ_under_one_name(user: Playground, tmp_path: Path) -> None:
+    other = tmp_path / "train.jsonl"
+    other.write_text(user.train.read_text().replace("def", "fed"))
+    out = tmp_path / "out"
+    argv = [user.flags(out), user.flags(out, "--train_files", other, "--cache_dir", tmp_path / "cache")]
+    for kind, message in run_ranks(2, refused_on_its_node, argv):
+        assert kind == "UserError" and "training text" in message and "on rank 1" in message
+
+
+# -- a failure at each check -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def before_meetings(act: Callable[[int, str | None], None]) -> Iterator[None]:
+    """`act(number, check)` is called whenever this rank is about to meet the others."""
+    meet, numbers = Ranks._meet, iter(range(10_000))
+
+    def watched(self: Ranks, check: str | None, *more: Any, **named: Any) -> Any:
+        if check is not None:
+            act(next(numbers), check)
+        return meet(self, check, *more, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ranks, "_meet", watched)
+        yield
+
+
+def checks_of(argv: list[str]) -> list[str]:
+    """The checks of a start, in order; nothing is trained."""
+    names: list[str] = []
+    with before_meetings(lambda number, check: names.append(str(check))), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "_run", lambda arguments, job, schedule: {})
+        pretrain.pretrain(parse(argv))
+    return names
+
+
+def walk(argv: list[str], numbers: list[int], failing: int) -> list[tuple[str, str]]:
+    """The errors of this rank where rank `failing` fails before the check of each number."""
+
+    def act_at(wanted: int) -> Callable[[int, str | None], None]:
+        def act(number: int, check: str | None) -> None:
+            if dist.get_rank() == failing and number == wanted:
+                raise UserError(f"injected before {number}")
+
+        return act
+
+    results = []
+    for wanted in numbers:
+        with before_meetings(act_at(wanted)):
+            results.append(refused(argv))
+    return results
+
+
+def assert_all_fail(world: int, argv: list[str], numbers: list[int], failing: int) -> None:
+    results = run_ranks(world, walk, argv, numbers, failing, timeout_s=900)
+    where = "" if failing == 0 else f"rank {failing}: "
+    for each in results:
+        assert each == [("UserError", f"{where}injected before {number}") for number in numbers]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_at_some_checks(user: Playground, tmp_path: Path, failing: int) -> None:
+    argv = user.flags(tmp_path / "out", *MERGES)
+    names = run_ranks(2, checks_of, user.flags(tmp_path / "healthy", *MERGES))[0] if failing else [""] * 20
+    assert len(names) >= 20
+    assert_all_fail(2, argv, [0, 2, 6, 12, len(names) - 1 if failing else 16], failing)
+    assert not (tmp_path / "out").exists(), "the folder is as it was"
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("world", "failing"), [(2, 0), (2, 1), (3, 0), (3, 2)])
+def test_a_failure_at_each_check(user: Playground, tmp_path: Path, world: int, failing: int) -> None:
+    more = (*MERGES, "--operator", "subspace", "--subspace_cycles", 2, "--targets", "auto", "--trainable_budget", "3%")
+    names = run_ranks(world, checks_of, user.flags(tmp_path / "healthy", *more))[0]
+    assert_all_fail(world, user.flags(tmp_path / "out", *more), list(range(len(names))), failing)
+    assert not (tmp_path / "out").exists()
