@@ -53,6 +53,7 @@ def prepare(out: Path, whole: Path, start: Start) -> None:
         for name in ("run.yaml", "metrics.jsonl", *folders):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_text("of another run")
+        (out / "run.yaml").write_text("versions: {}\nresolved: {}\n")  # the mark that a run has made the folder
 
 
 def kill_and_run_again(
