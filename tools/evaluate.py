@@ -23,6 +23,7 @@ from mora_ds.data import Corpus, load_corpus
 from mora_ds.deploy.bank import AdapterBank
 from mora_ds.errors import UserError
 from mora_ds.eval.perplexity import Score, Windows, bank_rows, evaluate, evaluate_bank, harness, load_target, named_sets
+from mora_ds.eval.spectrum_report import torch_device
 from mora_ds.files import write_json_atomic
 from mora_ds.models.tensor_files import COMPUTE_DTYPES
 from mora_ds.runtime import cli
@@ -44,6 +45,7 @@ def main() -> None:
 def _check(given: argparse.Namespace) -> None:
     if not given.sets and not given.lm_eval:
         raise UserError("nothing to evaluate on: give --sets NAME=PATH, or --lm_eval TASK")
+    torch_device(given.device)
     if given.batch_size < 1 or (given.max_documents is not None and given.max_documents < 1):
         raise UserError("--batch_size and --max_documents must be at least 1")
     if given.bank is None and (given.adapters or given.bank_cache is not None):

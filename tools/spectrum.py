@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout,
 from tqdm import tqdm
 
 from mora_ds.checkpoint.layout import find_ledger
-from mora_ds.errors import UserError
+from mora_ds.errors import POSITIVE, UserError
 from mora_ds.eval.spectrum import THRESHOLD
 from mora_ds.eval.spectrum_report import (
     Spectra,
@@ -34,8 +34,8 @@ from mora_ds.runtime import cli
 
 def main() -> None:
     options = _parser().parse_args()
-    if options.threshold <= 0:
-        raise UserError(f"--threshold must be positive, got {options.threshold:g}")
+    if not POSITIVE.allow(options.threshold):
+        raise UserError(f"--threshold must be {POSITIVE}, got {options.threshold:g}")
     check_writable("--json", options.json)
     check_writable("--png", options.png)
     if options.png:

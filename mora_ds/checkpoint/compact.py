@@ -32,7 +32,7 @@ from mora_ds.checkpoint.layout import (
     tokenizer_of,
 )
 from mora_ds.checkpoint.ledger_tools import check_fresh, copy_adapter, copy_cycles, open_base
-from mora_ds.errors import UserError
+from mora_ds.errors import POSITIVE, UserError
 from mora_ds.files import atomic_folder
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.save import plan_shards, write_companions, write_shards
@@ -86,8 +86,8 @@ def compact(
     print. Raises `UserError` naming the flag to change, `RunError` on a full disk; `output` then does not exist.
     """
     target, location = compute_dtype(dtype), find_ledger(path)
-    if max_shard_gib <= 0:
-        raise UserError(f"--max_shard_gib must be positive, got {max_shard_gib}")
+    if not POSITIVE.allow(max_shard_gib):
+        raise UserError(f"--max_shard_gib must be {POSITIVE}, got {max_shard_gib}")
     check_fresh(output)
     ledger = location.open()
     count = _count(ledger, first)

@@ -33,7 +33,7 @@ from mora_ds.checkpoint.adapter_files import (
 from mora_ds.checkpoint.layout import BASE_JSON, PROBE_FILE, find_checkpoint, tokenizer_of
 from mora_ds.deploy.logits_check import Comparison, compare_logits
 from mora_ds.deploy.model_card import model_card
-from mora_ds.errors import RunError, UserError
+from mora_ds.errors import POSITIVE, RunError, UserError
 from mora_ds.files import atomic_folder
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.save import plan_shards, write_companions, write_shards
@@ -109,8 +109,8 @@ def export_merged(
     base_folder = None if base_folder is None else Path(base_folder)
     if dtype != "auto":
         compute_dtype(dtype)
-    if max_shard_gib <= 0:
-        raise UserError(f"--max_shard_gib must be positive, got {max_shard_gib}")
+    if not POSITIVE.allow(max_shard_gib):
+        raise UserError(f"--max_shard_gib must be {POSITIVE}, got {max_shard_gib}")
     adapter, ledger = open_adapter(checkpoint, damaged=RunError)
     probe = checkpoint / PROBE_FILE
     if verify and not probe.is_file():

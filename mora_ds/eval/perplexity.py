@@ -29,7 +29,8 @@ from mora_ds.checkpoint.layout import adapter_folder, tokenizer_of
 from mora_ds.data import IGNORED, Corpus, load_tokenizer, wants_bos
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.bank import AdapterBank
-from mora_ds.errors import UserError
+from mora_ds.errors import UserError, reason
+from mora_ds.models.load import damaged_file
 from mora_ds.models.tensor_files import compute_dtype
 
 BASE = "(base)"
@@ -141,8 +142,9 @@ def load_target(
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto" if dtype == "auto" else compute_dtype(dtype), trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
-        raise UserError(f"MODEL: {path} cannot be loaded as a causal language model: {error}") from error
+    except Exception as error:  # transformers and safetensors raise many kinds, all for an unusable folder
+        why = damaged_file(path) or reason(error)
+        raise UserError(f"MODEL: {path} cannot be loaded as a causal language model: {why}") from error
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code, flag="MODEL")
     return Target(model.to(device).eval(), tokenizer, str(path))
 

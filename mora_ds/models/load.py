@@ -195,7 +195,7 @@ def _from_pretrained(
         why = reason(error)
         if "attn_implementation" in str(error) or "flash" in why.lower():
             raise UserError(f"--attn_implementation {attn_implementation}: {why}") from error
-        why = _damaged_file(folder) or why
+        why = damaged_file(folder) or why
         raise UserError(f"{MODEL_FLAG} {folder}: cannot be loaded as a causal language model: {why}") from error
     model, info = loaded
     problems = {"missing_keys": "weights are missing", "mismatched_keys": "weights do not fit the config"}
@@ -206,7 +206,7 @@ def _from_pretrained(
     return model
 
 
-def _damaged_file(folder: Path) -> str:
+def damaged_file(folder: Path) -> str:
     """A message about the truncated or missing file of weights, which transformers may not name; "" for none."""
     try:
         BaseCheckpoint.open(folder)

@@ -1,0 +1,130 @@
+"""Calls of the tools with one mistake each: code 2, and a message that names the flag or the file. No traceback.
+
+Each line of `CALLS` is a tool with its flags, and what the message must contain, separated by " | ". {bad} is the
+folder of `tests/helpers/mistakes.py`, {user} that of a user's own files, {run} an output folder, {step} its checkpoint,
+{new} a path where nothing is, {tiny} a config. Damaged checkpoints, which end with code 1, are in tests/checkpoint/.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.exports import fake_run
+from tests.helpers.jobs import REPOSITORY, Playground
+from tests.helpers.mistakes import answer, make_mistakes
+from tests.helpers.tools import tool
+
+CALLS = r"""
+tp_cost {bad}/gone.json | CONFIG | gone.json
+tp_cost {bad}/text/model.json | CONFIG | no model_type
+tp_cost {bad}/text/heads.json | CONFIG | not a multiple of
+tp_cost {bad}/text/deep.json | CONFIG | nested too deeply
+tp_cost {bad}/emptydir | CONFIG | emptydir
+tp_cost {bad}/models/activation | CONFIG | swiglu9
+tp_cost {tiny} --ranks 4 --degrees 3 | --degrees must divide --ranks 4
+tp_cost {tiny} --ranks 0 --degrees 1 | --ranks must be at least 1
+tp_cost {tiny} --tokens 0 | --tokens must be at least 1
+tp_cost {tiny} --tp_segments 0 | --tp_segments must be at least 1
+tp_cost {tiny} --mora_rank 0 | --mora_rank must be at least 1
+tp_cost {tiny} --degrees two | --degrees | two
+plan --gpus 8 --model {bad}/gone.json | --model | gone.json
+plan --gpus 8 --model {bad}/text/types.json | --model | 'hidden_size'
+plan --gpus 8 --model {bad}/models/heads | --model | config.json
+plan --gpus 8 --model {bad}/models/activation | swiglu9
+plan --gpus 0 --model {tiny} | --gpus must be above 0
+plan --gpus 8 --model {tiny} --micro_batch 0 | --micro_batch must be above 0
+plan --gpus 8 --model {tiny} --gpu_memory nan | --gpu_memory must be above 0
+plan --gpus 8 --model {tiny} --deepspeed {bad}/ds/live.json | live.json | got -5
+plan --gpus 8 --model {tiny} --deepspeed {bad}/ds/deep.json | deep.json | nested too deeply
+plan --gpus 8 --model {tiny} --mora_rank 0 | --mora_rank
+plot_schedule --merge_every 5 | --max_steps
+plot_schedule --max_steps 10 --merge_every 5 | --merge_every 5 must be more than
+plot_schedule --max_steps ten | --max_steps | ten
+plot_schedule --max_steps 10 --columns 0 | --columns
+plot_schedule {bad}/recipes/date.yaml --max_steps 10 | date.yaml
+export_hf --checkpoint {bad}/gone --output {new} | --checkpoint | gone
+export_hf --checkpoint {bad}/emptydir --output {new} | --checkpoint | emptydir
+export_hf --checkpoint {run} --output {user} | --output
+export_hf --checkpoint {run} --output {new} --dtype int3 | --dtype | int3
+export_hf --checkpoint {run} --output {new} --max_shard_gib 0 | --max_shard_gib
+export_hf --checkpoint {run} --output {new} --max_shard_gib nan | --max_shard_gib
+export_hf --checkpoint {run} --output {new} --domain code | --domain
+export_hf --checkpoint {run} --output {new} --base {bad}/models/index_lists | index.json
+export_hf --checkpoint {run} --output {new} --base {user}/model | {user}/model
+verify_checkpoint {bad}/gone | gone
+verify_checkpoint {bad}/emptydir | emptydir
+convert_checkpoint universal {bad}/gone --output {new} | gone
+convert_checkpoint universal {run} --output {new} | {run}
+convert_checkpoint adapter {bad}/emptydir --output {new} | emptydir
+convert_checkpoint adapter {run} --output {user} | {user}
+convert_checkpoint melt {run} --output {new} | melt
+ledger show {bad}/gone | gone
+ledger show {bad}/ledger_deep | ledger.json
+ledger drop {step} --cycles 99 --output {new} | 99
+ledger drop {step} --cycles one --output {new} | --cycles | one
+ledger compact {step} --first 99 --output {new} | --first
+ledger verify {step} --base {bad}/gone | --base | gone
+spectrum {bad}/gone | gone
+spectrum {step} --layers nothing | --layers | nothing
+spectrum {step} --device warp | --device warp
+spectrum {step} --threshold nan | --threshold
+evaluate {bad}/gone --sets a={user}/held.txt | gone
+evaluate {bad}/models/heads --sets a={user}/held.txt | models/heads | not a multiple of
+evaluate {bad}/models/merges --sets a={user}/held.txt | MergeType
+evaluate {bad}/models/index_lists --sets a={user}/held.txt | index.json
+evaluate {user}/model | --sets
+evaluate {user}/model --sets {bad}/text/empty.txt | --sets
+evaluate {user}/model --sets a={bad}/emptydir | --sets a | emptydir
+evaluate {user}/model --sets a={user}/held.txt --batch_size 0 | --batch_size
+evaluate {user}/model --sets a={user}/held.txt --window 1 | --window
+evaluate {user}/model --sets a={user}/held.txt --window 8 --stride 9 | --stride
+evaluate {user}/model --sets a={user}/held.txt --device warp | --device
+evaluate {user}/model --sets a={user}/held.txt --bank {bad}/gone | --bank
+evaluate {user}/model --sets a={user}/held.txt --adapters x | --adapters
+analyze_weights {bad}/gone | gone
+analyze_weights {bad}/models/string | config.json
+analyze_weights {bad}/models/index_numbers | index.json
+analyze_weights {user}/model --target_modules q_prj | q_prj | q_proj
+analyze_weights {user}/model --device warp | --device
+analyze_weights {user}/model --probe {bad}/gone.txt | --probe
+analyze_weights {user}/model --probe {user}/held.txt --probe_batches 0 | --probe_batches
+prepare_corpus --files {bad}/gone.txt --tokenizer {user}/model --output {new} | --files
+prepare_corpus --files {bad}/emptydir --tokenizer {user}/model --output {new} | --files | emptydir
+prepare_corpus --files {user}/held.txt --tokenizer {bad}/models/merges --output {new} | --tokenizer | MergeType
+prepare_corpus --files {user}/held.txt --tokenizer {user}/model --output {user} | --output
+prepare_corpus --files {user}/held.txt --tokenizer {user}/model --output {new} --held_out 100 | --held_out
+prepare_corpus --files {user}/held.txt --tokenizer {user}/model --output {new} --min_characters -1 | --min_characters
+extend_vocab {bad}/gone --corpus {user}/held.txt --pieces 8 --output {new} | gone
+extend_vocab {user}/model --corpus {bad}/gone.txt --pieces 8 --output {new} | --corpus
+extend_vocab {user}/model --corpus {user}/held.txt --pieces 0 --output {new} | --pieces
+extend_vocab {bad}/models/string --corpus {user}/held.txt --pieces 8 --output {new} | config.json
+"""
+
+CASES = [line for line in CALLS.splitlines() if line]
+
+
+@pytest.fixture(scope="module")
+def places(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    bad = tmp_path_factory.mktemp("bad")
+    make_mistakes(bad, user)
+    run = fake_run(tmp_path_factory.mktemp("run"))
+    shutil.copytree(run.checkpoint, bad / "ledger_deep")
+    path = bad / "ledger_deep" / "ledger" / "ledger.json"
+    path.unlink()  # it is a link
+    path.write_text("[" * 100_000)
+    tiny = REPOSITORY / "configs" / "models" / "tiny_llama.json"
+    return {"bad": bad, "user": user.root, "run": run.output, "step": run.checkpoint, "new": bad / "new", "tiny": tiny}
+
+
+@pytest.mark.parametrize("line", CASES)
+def test_a_call_with_a_mistake(line: str, places: dict[str, Path]) -> None:
+    case, *parts = line.format(**places).split(" | ")
+    name, *flags = shlex.split(case)
+    code, message = answer(tool(name).main, f"{name}.py", flags)
+    assert code == 2, message
+    assert [part for part in parts if part not in message] == [], message
+    assert not places["new"].exists()
