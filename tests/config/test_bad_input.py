@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +59,7 @@ def assert_user_errors(cases: list[list[str]], parts: list[list[str]]) -> None:
 @pytest.mark.gloo
 def test_settings(user: Playground, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    started = time.monotonic()
     assert_user_errors([user.flags(out, *more) for more, _ in FLAGS], [parts for _, parts in FLAGS])
-    assert time.monotonic() - started < 60
     assert not out.exists(), "nothing was written"
 
 

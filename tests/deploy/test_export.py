@@ -27,6 +27,7 @@ from mora_ds.errors import RunError, UserError
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
 from mora_ds.remora.ledger import LayerEntry, Ledger
+from tests.helpers.adapters import summed
 from tests.helpers.exports import FakeRun, fake_run
 from tests.helpers.models import tiny_model
 
@@ -85,7 +86,7 @@ def test_dtype_can_be_chosen(tmp_path: Path) -> None:
     exported = load_file(tmp_path / "merged" / "model.safetensors")
     for name, entry in run.adapter.layers.items():
         updates = [*ledger.squares_of(name), (entry.operator, run.squares[name])]
-        assert torch.equal(exported[entry.weight], live_weight(base.read(entry.weight), updates, False, torch.float32))
+        assert torch.equal(exported[entry.weight], summed(base.read(entry.weight), updates, False, torch.float32))
 
 
 def test_shards_and_index(tmp_path: Path) -> None:

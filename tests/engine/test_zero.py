@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import mora_ds
 from mora_ds.adapters.inject import frozen_buffers, mora_layers
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
@@ -137,7 +136,3 @@ def test_collectives_carry_the_squares_and_nothing_else(
         reductions = accumulation * 4 * result["padded"]
         assert everything <= gathers + reductions + 512 * accumulation  # + norms and flags
         assert result["base_bytes"] == 0
-
-
-def test_public_api_is_what_the_tests_use() -> None:
-    assert mora_ds.initialize is initialize

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from mora_ds import files
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.layer import linear_shape
-from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.target_modules import match_targets
@@ -94,13 +93,23 @@ class Maker:
 
 
 @torch.no_grad()
+def summed(original: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]], transposed: bool, dtype: Any) -> Tensor:
+    """What `live_weight` must return, to the bit, by complete deltas: the original in fp32, plus the delta of each
+    update in turn, rounded to `dtype` once."""
+    total = (original.T if transposed else original).float()
+    for spec, value in updates:
+        total = total + spec.delta_weight(value.float())
+    return (total.T if transposed else total).to(dtype)
+
+
+@torch.no_grad()
 def merge(model: Any, originals: Mapping[str, Tensor], updates: Updates) -> None:
     """Weights of `model` = originals with the updates merged, in place. `originals`: by name of the weight."""
     for name, cycles in updates.items():
         module = model.get_submodule(name)
         transposed = not isinstance(module, nn.Linear)
         original = originals[f"{name}.weight"]
-        module.weight.copy_(live_weight(original, cycles, transposed, original.dtype))
+        module.weight.copy_(summed(original, cycles, transposed, original.dtype))
 
 
 def originals(model: Any) -> dict[str, Tensor]:

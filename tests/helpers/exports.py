@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds import files
-from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, permutation_seed, square_size
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.models.base import BaseCheckpoint, renamed_keys
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
 from mora_ds.remora.ledger import LayerEntry, Ledger
+from tests.helpers.adapters import summed
 from tests.helpers.models import tiny_model, tokens
 
 KINDS = tuple(OperatorKind)
@@ -71,10 +71,10 @@ def fake_run(
     for name, entry in layers.items():
         updates = list(ledger.squares_of(name))
         module, original = model.get_submodule(name), base.read(keys[entry.weight])
-        module.weight.data.copy_(live_weight(original, updates, entry.transposed, COMPUTE_DTYPES[dtype]))
+        module.weight.data.copy_(summed(original, updates, entry.transposed, COMPUTE_DTYPES[dtype]))
         module.register_forward_hook(add_square(entry.operator, squares[name]))
         updates.append((entry.operator, squares[name]))
-        expected[entry.weight] = live_weight(original, updates, entry.transposed, COMPUTE_DTYPES[dtype])
+        expected[entry.weight] = summed(original, updates, entry.transposed, COMPUTE_DTYPES[dtype])
     for name, value in values.items():
         parameters[name].data.copy_(value)
         for twin in parameters:

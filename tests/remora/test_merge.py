@@ -10,7 +10,6 @@ import torch
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.engine.initialize import initialize
 from mora_ds.errors import RunError
 from mora_ds.models.base import BaseCheckpoint, write_own_base
@@ -18,6 +17,7 @@ from mora_ds.remora import optimizer_reset
 from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import ReMoRA
 from mora_ds.remora.optimizer_reset import OptimizerReset
+from tests.helpers.adapters import summed
 from tests.helpers.engines import ds_config, merging_run
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
@@ -36,7 +36,7 @@ def test_after_50_merges_every_rank_holds_the_replayed_ledger(tmp_path: Path, wo
     base = BaseCheckpoint.open(tmp_path / "base")
     assert ledger.cycles == 50
     for name, weight in ranks[0]["weights"].items():
-        replayed = live_weight(base.read(f"{name}.weight"), ledger.squares_of(name), False, getattr(torch, dtype))
+        replayed = summed(base.read(f"{name}.weight"), ledger.squares_of(name), False, getattr(torch, dtype))
         assert not torch.equal(replayed, base.read(f"{name}.weight"))
         for result in ranks:
             assert torch.equal(result["weights"][name], replayed), name

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.layer import LoRALinear
-from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.deploy.adapter_io import load_adapter
@@ -25,6 +24,7 @@ from mora_ds.eval.spectrum import layer_spectra
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.remora.ledger import Ledger
 from mora_ds.train.run import Run
+from tests.helpers.adapters import summed
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
@@ -147,7 +147,7 @@ def test_relora_live_base_is_its_replayed_ledger(tmp_path: Path, world: int, sta
     ledger, base = Ledger.open(tmp_path / "out" / "ledger"), BaseCheckpoint.open(tmp_path / "base")
     assert ledger.cycles == 4
     for name, weight in ranks[0]["weights"].items():
-        replayed = live_weight(base.read(f"{name}.weight"), ledger.squares_of(name), False, getattr(torch, dtype))
+        replayed = summed(base.read(f"{name}.weight"), ledger.squares_of(name), False, getattr(torch, dtype))
         assert not torch.equal(replayed, base.read(f"{name}.weight"))
         assert torch.equal(weight, replayed)
         for result in ranks:
