@@ -12,8 +12,10 @@ import contextlib
 import importlib.util
 import io
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import REPOSITORY, Playground
@@ -272,35 +274,42 @@ stray | 'stray'
 
 CASES = [line for line in LAUNCHES.splitlines() if line and not line.startswith("#")]
 
+Answer = tuple[int, str, bool, bool]
 
-def answers(folder: Path, user: Playground) -> dict[str, tuple[int, str, bool]]:
-    """Line -> exit code, message, and whether anything was written to the output folder."""
+NEED_WEIGHTS = ("--model_name_or_path {bad}", "--target_modules", "--alignment_weight 0.1", "--attn_implementation")
+"""How launches begin whose mistake shows only when the model is loaded."""
+
+
+def answers(folder: Path, user: Playground) -> dict[str, Answer]:
+    """Line -> exit code, message, whether the output folder was made, and whether weights were loaded."""
     spec = importlib.util.spec_from_file_location("launch_pretrain", REPOSITORY / "launch" / "pretrain.py")
     assert spec is not None and spec.loader is not None
     launch = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(launch)
     places = {"bad": folder, "user": user.root, "tok": user.model}
-    found = {}
+    load, found = AutoModelForCausalLM.from_pretrained, {}
     for number, line in enumerate(CASES):
         out = folder / "out" / str(number)
         flags = flags_of(line.split(" | ")[0], user.flags(out), places)
-        with contextlib.redirect_stderr(io.StringIO()):  # argparse's usage
+        usage = contextlib.redirect_stderr(io.StringIO())  # of argparse
+        with usage, mock.patch.object(AutoModelForCausalLM, "from_pretrained", wraps=load) as loading:
             code, message = answer(launch.main, "pretrain.py", flags)
-        found[line] = code, message, out.exists()
+        found[line] = code, message, out.exists(), loading.called
     return found
 
 
 @pytest.fixture(scope="module")
-def answered(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, bool]]:
+def answered(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
     folder = tmp_path_factory.mktemp("bad")
     make_mistakes(folder, user)
-    found: dict[str, tuple[int, str, bool]] = run_ranks(1, answers, folder, user)[0]
+    found: dict[str, Answer] = run_ranks(1, answers, folder, user)[0]
     return found
 
 
 @pytest.mark.parametrize("line", CASES)
-def test_a_launch_with_a_mistake(line: str, answered: dict[str, tuple[int, str, bool]]) -> None:
-    code, message, wrote = answered[line]
+def test_a_launch_with_a_mistake(line: str, answered: dict[str, Answer]) -> None:
+    code, message, wrote, loaded = answered[line]
     assert code == 2, message
     assert [part for part in line.split(" | ")[1:] if part not in message] == [], message
     assert not wrote
+    assert not loaded or line.startswith(NEED_WEIGHTS), "found only after the weights were loaded"
