@@ -86,17 +86,19 @@ def printed(argv: list[str]) -> str:
     return told.getvalue()
 
 
-def refused(argv: list[str], is_repaired: bool = False) -> tuple[str, str]:
+def refused(argv: list[str], may_change: bool = False) -> tuple[str, str]:
     """(kind of error, its message) of a run that must fail. For `run_ranks`.
 
-    A `UserError` must leave the output folder to the byte as it was, unless it `is_repaired` after a killed run.
+    A `UserError` must leave the output folder to the byte as it was, as rank 0 finds it. It `may_change` where it is
+    repaired after a killed run, and where the run had begun.
     """
     out = output_of(argv)
-    before = snapshot(out)
+    is_watched = int(os.environ["RANK"]) == 0 and not may_change
+    before = snapshot(out) if is_watched else {}
     try:
         run_job(parse(argv))
     except UserError as error:
-        if int(os.environ["RANK"]) == 0 and not is_repaired:
+        if is_watched:
             assert_same(out, before)
         return type(error).__name__, str(error)
     except RunError as error:
