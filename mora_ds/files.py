@@ -13,16 +13,17 @@ import hashlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mora_ds.errors import RunError, UserError, reason
+from mora_ds.untrusted import Count, RelativePath, entry, links, plain_json, read_text, require_plain, shown
 
 MANIFEST = "manifest.json"
 """Sizes and hashes of all other files of a folder."""
@@ -87,27 +88,14 @@ def write_json_atomic(path: Path, content: Any, indent: int | None = 2) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def parse_json(text: str, **options: Any) -> Any:
-    """`json.loads`. Raises ValueError also for brackets that are nested too deeply, and one with a message for users
-    for a number that is too long; `json.JSONDecodeError` has the line."""
-    try:
-        return json.loads(text, **options)
-    except (json.JSONDecodeError, UserError):
-        raise
-    except RecursionError:
-        raise ValueError("brackets are nested too deeply") from None
-    except ValueError:
-        raise ValueError(f"a number has more than {sys.get_int_max_str_digits()} digits") from None
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises `UserError` naming the file when it is missing, damaged or not an object."""
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = plain_json(read_text(path), path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: a JSON object was expected, not {type(content).__name__}")
     return content
@@ -170,18 +158,22 @@ def link_or_copy(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-def copy_folder(source: Path, target: Path) -> None:
-    """Copies all files with their times, not their modes. Raises `RunError` on a full disk (`shutil.copytree` has its
-    own error)."""
+def copy_folder(source: Path, target: Path, without: Collection[str] = ()) -> None:
+    """Copies all files with their times, not their modes, and not the entries of `source` that `without` names. Raises
+    `UserError` for a link in it, which is not followed, and `RunError` on a full disk (`shutil.copytree` has its own
+    error)."""
+    require_plain(source)
     with disk_errors(target):
         target.mkdir(parents=True)
         for path in sorted(source.rglob("*")):
+            relative = path.relative_to(source)
+            if relative.parts[0] in without:
+                continue
             if path.is_dir():
-                (target / path.relative_to(source)).mkdir()
+                (target / relative).mkdir()
             else:
-                copy = target / path.relative_to(source)
-                shutil.copyfile(path, copy)
-                os.utime(copy, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+                shutil.copyfile(path, target / relative)
+                os.utime(target / relative, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
 
 
 @contextmanager
@@ -230,26 +222,43 @@ def verify_manifest(folder: Path, hashes: bool = True) -> list[str]:
     are checked. Files that are not in the manifest are ignored. Raises `UserError` for a missing or damaged manifest.
     """
     content = read_json(folder / MANIFEST)
-    with malformed(folder / MANIFEST):
-        if "seal" not in content:
-            return [f"{folder / MANIFEST} has no seal: damaged, or written by mora_ds 0.1.0, which can still read it"]
-        if content["seal"] != _seal(content["files"]):
-            return [f"{folder / MANIFEST} is damaged: it does not list what it was written with"]
-        listed = [(folder / name, int(facts["size"]), str(facts["sha256"])) for name, facts in content["files"].items()]
+    if "seal" not in content:
+        return [f"{folder / MANIFEST} has no seal: damaged, or written by mora_ds 0.1.0, which can still read it"]
+    if content["seal"] != _seal(entry(content, "files", dict[str, Any], folder / MANIFEST)):
+        return [f"{folder / MANIFEST} is damaged: it does not list what it was written with"]
+    if problems := links(folder):
+        return problems
+    facts_of = listed_files(folder)
+    listed = [(folder / name, facts.size, facts.sha256) for name, facts in facts_of.items()]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
-        problems = pool.map(lambda file: file_problem(file[0], file[1], file[2] if hashes else None), listed)
-        return [problem for problem in problems if problem]
+        found = pool.map(lambda file: file_problem(file[0], file[1], file[2] if hashes else None), listed)
+        return [problem for problem in found if problem]
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a manifest records of a file."""
+
+    size: Count
+    sha256: str
+
+
+def listed_files(folder: Path) -> dict[str, FileFacts]:
+    """{relative path: facts} from the manifest of `folder`, each path one that stays in the folder. Raises `UserError`
+    for a missing or damaged manifest; only `verify_manifest` compares the facts with the files."""
+    path = folder / MANIFEST
+    found: dict[str, FileFacts] = entry(read_json(path), "files", dict[RelativePath, FileFacts], path)
+    return found
 
 
 def recorded_hashes(folder: Path) -> dict[str, str]:
-    """{relative name: sha256} from the manifest of `folder`; only `verify_manifest` compares them with the files."""
-    with malformed(folder / MANIFEST):
-        return {name: str(facts["sha256"]) for name, facts in read_json(folder / MANIFEST)["files"].items()}
+    """{relative path: sha256} of `listed_files`."""
+    return {name: facts.sha256 for name, facts in listed_files(folder).items()}
 
 
 def file_problem(path: Path, size: int, sha256: str | None) -> str:
     """A message if the file is missing or has another size or hash, else "". `sha256` None: the file is not read."""
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
         return f"{path} is missing"
     if path.stat().st_size != size:
         return f"{path} has {path.stat().st_size:,} bytes instead of {size:,}"
@@ -265,8 +274,10 @@ def malformed(path: Path) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error!r}") from error
+    except RunError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged: {shown(error)}") from error
 
 
 def require_format(path: Path, content: dict[str, Any], known: int = 1) -> None:

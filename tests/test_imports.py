@@ -17,7 +17,7 @@ import mora_ds
 
 ROOT = Path(__file__).resolve().parents[1]
 
-COMMON = {"errors", "files", "version"}
+COMMON = {"errors", "files", "untrusted", "version"}
 """Modules at the root of the package that every package may import."""
 
 MAY_IMPORT: dict[str, set[str]] = {

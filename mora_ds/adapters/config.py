@@ -28,6 +28,7 @@ from mora_ds.adapters.ops.spec import (
 )
 from mora_ds.adapters.ops.subspace import SUBSPACE, SubspaceSpec
 from mora_ds.errors import UserError, nearest, refuse, unknown
+from mora_ds.untrusted import typed
 
 SHARED = "shared"
 """Names the MoRA matrix that all domains share where a domain is asked for, so that no domain may have this name."""
@@ -155,7 +156,10 @@ class AdapterConfig:
         for key in values:
             if key not in known:
                 raise UserError(f"unknown key {key!r} in the adapter's settings.{nearest(key, known)}")
-        return cls(**values)
+        if isinstance(sizes := values.get("layer_sizes"), Mapping):
+            values["layer_sizes"] = list(sizes.items())
+        config: Config = typed(cls, values, "the adapter's settings")
+        return config
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.config import SHARED
+from mora_ds.adapters.config import SHARED, config_from_dict
 from mora_ds.adapters.domains import OWN
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.update import spec_from_dict
@@ -37,7 +38,8 @@ from mora_ds.files import (
 )
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
 from mora_ds.models.tensor_files import compute_dtype, open_safetensors, shape_dtype, write_safetensors_atomic
-from mora_ds.remora.ledger import VECTORS_FILE, LayerEntry, Ledger, layers_from_dict, layers_to_dict
+from mora_ds.remora.ledger import VECTORS_FILE, LayerEntry, Ledger, agree_on_layers, layers_from_dict, layers_to_dict
+from mora_ds.untrusted import AnyPath, Count, FileName, entry, typed
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,10 @@ class DomainSquares:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DomainSquares:
-        operators = {name: spec_from_dict(spec) for name, spec in values["operators"].items()}
-        return cls(tuple(values["names"]), operators, tuple(values["frozen"]))
+        """Inverse of `to_dict`. Raises `UserError`."""
+        known = typed(_Domains, values, "domains")
+        operators = {name: spec_from_dict(spec) for name, spec in known.operators.items()}
+        return cls(known.names, operators, known.frozen)
 
     def tensor(self, module: str) -> str:
         """The name of a layer's matrices in safetensors files."""
@@ -83,6 +87,15 @@ class DomainSquares:
         return f"there are the domains {', '.join(self.names)}, and {SHARED} for the shared MoRA matrices alone"
 
 
+@dataclass(frozen=True)
+class _Domains:
+    """The JSON of `DomainSquares`."""
+
+    names: tuple[FileName, ...]
+    operators: dict[FileName, dict[str, Any]]
+    frozen: tuple[FileName, ...]
+
+
 def chosen_domain(domains: DomainSquares | None, wanted: str | None, flag: str) -> str | None:
     """As `DomainSquares.choose`, for an adapter that may have no domains. Raises `UserError`."""
     if domains is not None:
@@ -95,6 +108,10 @@ def chosen_domain(domains: DomainSquares | None, wanted: str | None, flag: str) 
 def logits_name(domain: str | None) -> str:
     """The name of a domain's recorded logits in probe.safetensors; None: of the shared matrices alone."""
     return "logits" if domain is None else f"logits.{domain}"
+
+
+_FIELDS = ("format", "layers", "dtype", "cycle", "step", "rank", "trainables", "domains")
+"""Entries of adapter.json that are no facts."""
 
 
 @dataclass(frozen=True)
@@ -132,31 +149,43 @@ class AdapterFile:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterFile:
-        """Inverse of `to_dict`. Raises `KeyError` for a missing entry, `UserError` for an unknown operator or dtype."""
-        rest = dict(values)
-        rest.pop("format", None)
-        compute_dtype(rest["dtype"])
-        domains = rest.pop("domains", None)
-        return cls(
+        """Inverse of `to_dict`. Raises `UserError` for missing entries, wrong types, an unknown operator or dtype."""
+        read = partial(entry, dict(values), where=ADAPTER_JSON)
+        compute_dtype(read("dtype", str))
+        domains = values.get("domains")
+        made = cls(
             domains=None if domains is None else DomainSquares.from_dict(domains),
-            layers=layers_from_dict(rest.pop("layers")),
-            dtype=rest.pop("dtype"),
-            cycle=int(rest.pop("cycle")),
-            step=int(rest.pop("step")),
-            rank=int(rest.pop("rank")),
-            trainables=tuple(rest.pop("trainables")),
-            facts=rest,
+            layers=layers_from_dict(read("layers", dict[str, Any])),
+            dtype=read("dtype", str),
+            cycle=read("cycle", Count),
+            step=read("step", Count),
+            rank=read("rank", Count),
+            trainables=read("trainables", tuple[FileName, ...]),
+            facts={key: value for key, value in values.items() if key not in _FIELDS},
         )
+        made._check_facts()
+        return made
+
+    def _check_facts(self) -> None:
+        if "config" in self.facts:
+            config_from_dict(typed(dict[str, Any], self.facts["config"], "config"))
+        if self.domains is not None and (missing := set(self.layers) ^ set(self.domains.operators)):
+            raise UserError(f"domains: {min(missing)} has no matrix, or none that is shared")
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every MoRA matrix in adapter.safetensors, those of domains included."""
-        shapes: dict[str, tuple[int, ...]] = {
-            entry.square: entry.operator.value_shape for entry in self.layers.values()
-        }
+        shapes: dict[str, tuple[int, ...]] = {each.square: each.operator.value_shape for each in self.layers.values()}
         if self.domains is not None:
             for module, spec in self.domains.operators.items():
                 shapes[self.domains.tensor(module)] = (len(self.domains.names), *spec.value_shape)
         return shapes
+
+    def check_ledger(self, ledger: Ledger) -> None:
+        """Raises `UserError` unless the layers are those of the ledger's cycles, and follow the last of them."""
+        known: dict[str, LayerEntry] = dict(self.layers)
+        for cycle in range(ledger.cycles):
+            agree_on_layers(known, ledger.layers(cycle), ledger.folder / ledger.records[cycle].file)
+        self.check_cycle(ledger)
 
     def check_cycle(self, ledger: Ledger) -> None:
         """Raises `UserError` unless the adapter follows the last cycle of the ledger in its folder."""
@@ -252,10 +281,10 @@ class AdapterTensors:
 class BaseReference:
     """base.json: which base a checkpoint belongs to, and what the live parameters are called in its files."""
 
-    folder: str
+    folder: AnyPath
     """Absolute, or relative to the folder of base.json (for a base that moves together with its run)."""
     fingerprint: str
-    keys: dict[str, str]
+    keys: dict[FileName, str]
     """Parameter name -> safetensors key."""
     dtype: str
     """Compute dtype that the base is cast to when it is loaded."""
@@ -271,9 +300,11 @@ class BaseReference:
         path = folder / BASE_JSON
         content = read_json(path)
         require_format(path, content)
+        content.pop("format")
+        reference: BaseReference = typed(cls, content, f"{path} is damaged")
         with malformed(path):
-            compute_dtype(content["dtype"])
-            return cls(str(content["folder"]), str(content["fingerprint"]), dict(content["keys"]), content["dtype"])
+            compute_dtype(reference.dtype)
+        return reference
 
     def absolute(self, checkpoint: Path) -> BaseReference:
         """The same reference for a copy of base.json in another folder than `checkpoint`."""
@@ -323,5 +354,5 @@ def open_adapter(
         for name, sha256 in recorded.items():
             if hashes.get(f"{LEDGER_FOLDER}/{name}") != sha256:
                 raise UserError(f"the ledger is damaged: {ledger.folder / name} is not the file that was recorded")
-    adapter.check_cycle(ledger)
+    adapter.check_ledger(ledger)
     return adapter, ledger

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from mora_ds.checkpoint.layout import BEST, LATEST, LEDGER_FOLDER, complete_checkpoints, is_step_name, step_of
 from mora_ds.errors import UserError
-from mora_ds.files import MANIFEST, disk_errors, fsync, malformed, read_json, replace_symlink, verify_manifest
-from mora_ds.remora.ledger import LEDGER_FILE, VECTORS_FILE
+from mora_ds.files import MANIFEST, disk_errors, fsync, recorded_hashes, replace_symlink, verify_manifest
+from mora_ds.remora.ledger import LEDGER_FILE, VECTORS_FILE, read_records
 
 logger = logging.getLogger(__name__)
 
@@ -59,16 +59,15 @@ def ledger_problems(folder: Path) -> list[str]:
     path = folder / LEDGER_FOLDER / LEDGER_FILE
     if not path.exists():
         return []
-    listed = read_json(folder / MANIFEST)["files"]
-    with malformed(path):
-        content = read_json(path)
-        recorded = [(cycle["file"], cycle["sha256"], "cycle") for cycle in content["cycles"]]
-        if "vectors" in content:
-            recorded.append((VECTORS_FILE, content["vectors"]["sha256"], "file of singular vectors"))
+    listed = recorded_hashes(folder)
+    cycles, vectors = read_records(path.parent)
+    recorded = [(cycle.file, cycle.sha256, "cycle") for cycle in cycles]
+    if vectors is not None:
+        recorded.append((VECTORS_FILE, vectors.sha256, "file of singular vectors"))
     return [
         f"{path.parent / name} is not the {what} that {path.name} has on record"
         for name, sha256, what in recorded
-        if listed.get(f"{LEDGER_FOLDER}/{name}", {}).get("sha256") != sha256
+        if listed.get(f"{LEDGER_FOLDER}/{name}") != sha256
     ]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from mora_ds.errors import UserError
 from mora_ds.files import MANIFEST
 from mora_ds.remora.ledger import LEDGER_FILE, Ledger
+from mora_ds.untrusted import require_plain
 
 RUN_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -90,8 +91,14 @@ def tokenizer_of(folder: Path | None) -> Path | None:
 
 
 def adapter_folder(path: Path) -> Path | None:
-    """The folder with adapter.json that `path` means: itself, what it links to, or a run's latest checkpoint."""
+    """The folder with adapter.json that `path` means: itself, what it links to, or a run's latest checkpoint. Raises
+    `UserError` for one with links in it."""
     return _first_with(path, ADAPTER_JSON)
+
+
+def has_adapter(path: Path) -> bool:
+    """Whether there is an `adapter_folder`, be it readable or not."""
+    return _candidate(path, ADAPTER_JSON) is not None
 
 
 def find_adapter(path: Path) -> Path:
@@ -111,6 +118,13 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def _first_with(path: Path, *names: str) -> Path | None:
+    folder = _candidate(path, *names)
+    if folder is not None:
+        require_plain(folder)
+    return folder
+
+
+def _candidate(path: Path, *names: str) -> Path | None:
     for folder in (path, path / CHECKPOINTS / LATEST, path / LATEST):
         if any((folder / name).is_file() for name in names):
             return folder.resolve()
@@ -141,9 +155,11 @@ def find_ledger(path: Path) -> LedgerLocation:
     else:
         if (path / ADAPTER_JSON).is_file() or (path / MANIFEST).is_file():
             checkpoint = path.resolve()
+            require_plain(checkpoint)
         ledger = (checkpoint or path) / LEDGER_FOLDER
     if not (ledger / LEDGER_FILE).is_file():
         raise UserError(f"{path} holds no ledger: name a ledger folder, a checkpoint, or the output folder of a run")
+    require_plain(ledger)
     parent = ledger.absolute().parent
     candidates = (parent, parent / CHECKPOINTS / LATEST)
     reference = next((folder.resolve() for folder in candidates if (folder / BASE_JSON).is_file()), None)

@@ -30,14 +30,13 @@ from mora_ds.errors import RunError, UserError
 from mora_ds.files import (
     MANIFEST,
     atomic_folder,
+    copy_folder,
     file_problem,
-    malformed,
-    read_json,
     verify_manifest,
     write_json_atomic,
 )
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.remora.ledger import LEDGER_FILE, VECTORS_FILE, Ledger
+from mora_ds.remora.ledger import VECTORS_FILE, Ledger, read_records
 
 
 def live_adapter(location: LedgerLocation) -> AdapterFile | None:
@@ -76,15 +75,10 @@ def verify(path: Path, base: Path | None = None) -> list[str]:
 
 def _problems(location: LedgerLocation) -> list[str]:
     """All damaged files, then the first problem in the structure of the ledger."""
-    path = location.ledger / LEDGER_FILE
-    content = read_json(path)
-    with malformed(path):
-        records = [
-            (location.ledger / each["file"], int(each["size"]), str(each["sha256"])) for each in content["cycles"]
-        ]
-        if "vectors" in content:
-            vectors = content["vectors"]
-            records.append((location.ledger / VECTORS_FILE, int(vectors["size"]), str(vectors["sha256"])))
+    cycles, vectors = read_records(location.ledger)
+    records = [(location.ledger / each.file, each.size, each.sha256) for each in cycles]
+    if vectors is not None:
+        records.append((location.ledger / VECTORS_FILE, vectors.size, vectors.sha256))
     problems = [problem for record in records if (problem := file_problem(*record))]
     if location.checkpoint is not None and (location.checkpoint / MANIFEST).is_file():
         problems += [problem for problem in verify_manifest(location.checkpoint) if problem not in problems]
@@ -196,7 +190,7 @@ def copy_adapter(location: LedgerLocation, folder: Path, cycles: int, fact: str,
     changed = replace(adapter, cycle=cycles, facts=facts)
     write_json_atomic(folder / ADAPTER_JSON, changed.to_dict())
     if tokenizer := tokenizer_of(location.checkpoint):
-        shutil.copytree(tokenizer, folder / TOKENIZER_FOLDER)
+        copy_folder(tokenizer, folder / TOKENIZER_FOLDER)
 
 
 def check_fresh(output: Path) -> None:

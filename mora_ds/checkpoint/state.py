@@ -6,27 +6,31 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from mora_ds import files
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.checkpoint.layout import STATE_FILE
-from mora_ds.errors import UserError
+from mora_ds.errors import Bounds, UserError
+from mora_ds.untrusted import Count, typed
 
 MERGE_PRECISION = "exact"
 """Recorded in identities and adapter.json: the original weight and all updates are summed in fp32 and rounded once.
 Versions up to 0.2 also knew "incremental" merges; a checkpoint of such a run cannot be resumed."""
 
 
+Processes = Annotated[int, Bounds(least=1, most=1 << 20)]
+
+
 @dataclass
 class TrainerState:
     """trainer_state.json: how far a run has come after its last optimizer step."""
 
-    step: int = 0
+    step: Count = 0
     """Optimizer steps done."""
-    tokens: int = 0
+    tokens: Count = 0
     """Tokens trained on, over all ranks."""
-    merges: list[int] = field(default_factory=list)
+    merges: list[Count] = field(default_factory=list)
     """The value of `step` at each merge, ascending."""
     stall_window: list[float] = field(default_factory=list)
     """The newest values of the stall signal in the current cycle, which `stall.StallRule` decides from."""
@@ -34,11 +38,11 @@ class TrainerState:
     """Evaluation set -> perplexity before the first step."""
     perplexity_last: dict[str, float] = field(default_factory=dict)
     """Evaluation set -> perplexity at the newest evaluation."""
-    best_step: int = 0
+    best_step: Count = 0
     """The evaluated step with the lowest weighted loss so far (`forgetting.Watch.score`); 0 before the first one."""
     best_score: float | None = None
     """That weighted loss."""
-    total_steps: int = 0
+    total_steps: Count = 0
     """Optimizer steps that the run was planned for, from which the learning-rate schedule follows."""
     finished: bool = False
     """Whether all steps are done, with the merge and the evaluation after the last one."""
@@ -46,7 +50,7 @@ class TrainerState:
     """Whether the evaluation after this step is still to be made: the run stopped before or during it."""
     stream: dict[str, Any] | None = None
     """Positions of streamed sources before the next step's batch; None without streams."""
-    world_size: int = 1
+    world_size: Processes = 1
     """Number of ranks that wrote the checkpoint."""
     identity: dict[str, Any] = field(default_factory=dict)
     """What a run that resumes the checkpoint must have in common with it (`run_identity`)."""
@@ -56,8 +60,8 @@ class TrainerState:
         """The state in a checkpoint's folder. Raises `UserError` naming the file when it is missing or damaged."""
         path = folder / STATE_FILE
         content = files.read_json(path)
-        with files.malformed(path):
-            return cls(**content)
+        state: TrainerState = typed(cls, content, f"{path} is damaged")
+        return state
 
 
 def run_identity(
@@ -72,10 +76,14 @@ def run_identity(
     }
 
 
+_MOST_ROWS = 1 << 24
+"""Sequences a step; far above any that was ever trained with."""
+
+
 def check_world_size(folder: Path, world: int) -> None:
     """Raises `UserError` when `world` ranks cannot resume the checkpoint: its global batch must divide by them."""
     rows = TrainerState.read(folder).identity.get("global_batch_size")
-    if isinstance(rows, int) and rows % world:
+    if isinstance(rows, int) and 0 < rows <= _MOST_ROWS and rows % world:
         divisors = [str(number) for number in range(1, rows + 1) if rows % number == 0]
         raise UserError(
             f"{folder} belongs to a run of {rows} sequences a step, which {world} ranks cannot share evenly: "

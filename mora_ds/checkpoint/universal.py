@@ -14,7 +14,6 @@ and all sub-groups share one step tensor, which is then incremented once for eac
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,13 +25,17 @@ from torch import Tensor
 from mora_ds.checkpoint.adapter_files import AdapterTensors, read_adapter, write_adapter
 from mora_ds.checkpoint.layout import ADAPTER_JSON, ENGINE_TAG, STATE_FILE, step_folder
 from mora_ds.checkpoint.state import TrainerState
-from mora_ds.engine.shard_reader import MASTER, EngineShards, Layout, layout_path, load_pickled, write_whole
+from mora_ds.engine.pickled import load_pickled
+from mora_ds.engine.shard_reader import MASTER, EngineShards, Layout, layout_path, typed_tensor, write_whole
 from mora_ds.errors import UserError
-from mora_ds.files import MANIFEST, atomic_folder, malformed, verify_manifest, write_json_atomic, write_manifest
+from mora_ds.files import MANIFEST, atomic_folder, copy_folder, verify_manifest, write_json_atomic, write_manifest
+from mora_ds.untrusted import file_name, read_text, require_plain, shown
 
 OURS = "mora"
 LATEST_UNIVERSAL = "latest_universal"
 ZERO_FOLDER = "zero"
+OPTIMIZER_STATE = "optimizer_state.pt"
+_FP32 = "fp32"
 FORMAT_VERSION = 0.4
 """deepspeed/checkpoint/constants.py, UNIVERSAL_CHECKPOINT_VERSION_VALUE."""
 _MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
@@ -53,11 +56,11 @@ def to_universal(checkpoint: Path, output: Path) -> list[str]:
         place = step_folder(folder, state.step)
         tag = place.name
         for name in shards.shapes:
-            _write_parameter(place / ZERO_FOLDER / name, name, shards)
-        torch.save(_optimizer_state(shards), place / ZERO_FOLDER / "optimizer_state.pt")
+            _write_parameter(_parameter_folder(place / ZERO_FOLDER, name), name, shards)
+        torch.save(_optimizer_state(shards), place / ZERO_FOLDER / OPTIMIZER_STATE)
         for file in _MODEL_FILES:
             torch.save(_model_state(shards, state), place / file)
-        shutil.copytree(checkpoint, place / OURS, ignore=shutil.ignore_patterns(ENGINE_TAG, MANIFEST))
+        copy_folder(checkpoint, place / OURS, without=(ENGINE_TAG, MANIFEST))
         write_json_atomic(layout_path(place / OURS, 0), replace(shards.first, flats=[], moments=[]).to_dict())
         write_manifest(place)
         (folder / LATEST_UNIVERSAL).write_text(tag, encoding="utf-8")
@@ -77,14 +80,14 @@ def from_universal(folder: Path, output: Path) -> list[str]:
         )
     _require(place, output)
     shards = _Universal(place)
-    counted = load_pickled(place / _MODEL_FILES[0]).get("global_steps")
+    counted = _counted_steps(place / _MODEL_FILES[0])
     if counted != shards.first.counters.get("global_steps"):
         raise UserError(
             f"{place} was trained further ({counted} steps): its ledger and data position are of an earlier step"
         )
     with atomic_folder(output.absolute()) as target:
-        layout = layout_path(place / OURS, 0).name
-        shutil.copytree(place / OURS, target, ignore=shutil.ignore_patterns(layout), dirs_exist_ok=True)
+        target.rmdir()  # an empty folder, which the copy makes anew
+        copy_folder(place / OURS, target, without=(layout_path(place / OURS, 0).name, ENGINE_TAG, MANIFEST))
         (target / ENGINE_TAG).mkdir()
         write_whole(target / ENGINE_TAG, shards, TrainerState.read(target).world_size)
         if (target / ADAPTER_JSON).is_file():
@@ -94,6 +97,7 @@ def from_universal(folder: Path, output: Path) -> list[str]:
 
 
 def _require(checkpoint: Path, output: Path) -> None:
+    require_plain(checkpoint)
     if problems := verify_manifest(checkpoint):
         raise UserError(f"{checkpoint} is damaged: {'; '.join(problems)}")
     if output.is_symlink() or output.exists():
@@ -104,7 +108,12 @@ def _tagged(folder: Path) -> Path:
     latest = folder / LATEST_UNIVERSAL
     if not latest.is_file():
         raise UserError(f"{folder} is no universal checkpoint: it has no file {LATEST_UNIVERSAL}")
-    return folder / Path(latest.read_text(encoding="utf-8").strip()).name
+    return folder / file_name(read_text(latest, 4096).strip(), f"{latest}: the tag")
+
+
+def _counted_steps(path: Path) -> Any:
+    content = load_pickled(path)
+    return content.get("global_steps") if isinstance(content, dict) else None
 
 
 def _write_adapter(folder: Path, shards: EngineShards) -> None:
@@ -117,6 +126,9 @@ def _write_adapter(folder: Path, shards: EngineShards) -> None:
     def tensor(name: str) -> Tensor:
         return frozen[name] if name in frozen else shards.whole(name, MASTER)
 
+    for name, shape in adapter.expected().items():
+        if name not in frozen and shards.shapes.get(name) != shape:
+            raise UserError(f"{folder}: {name} is {shape} in {ADAPTER_JSON}, {shards.shapes.get(name)} in the shards")
     squares = {name: tensor(entry.square) for name, entry in adapter.layers.items()}
     stacks = {} if domains is None else {name: tensor(domains.tensor(name)) for name in domains.operators}
     write_adapter(folder, adapter, squares, {name: tensor(name) for name in adapter.trainables}, stacks)
@@ -128,18 +140,31 @@ def _write_adapter(folder: Path, shards: EngineShards) -> None:
 def _write_parameter(folder: Path, name: str, shards: EngineShards) -> None:
     folder.mkdir(parents=True)
     for key in (MASTER, *shards.keys(name)):
-        torch.save({"param": shards.whole(name, key)}, folder / f"{_file_of(key)}.pt")
+        torch.save({"param": shards.whole(name, key)}, folder / _file_of(name, key))
     for key, value in shards.scalars(name).items():
-        torch.save(value, folder / f"{key}.pt")
+        torch.save(value, folder / _file_of(name, key))
 
 
-def _file_of(key: str) -> str:
-    return "fp32" if key == MASTER else key
+def _parameter_folder(folder: Path, name: str) -> Path:
+    """Names of parameters and keys of their state come from the checkpoint, and become names of files here."""
+    if file_name(name, "the name of a parameter") == OPTIMIZER_STATE:
+        raise UserError(f"a parameter cannot be called {name}")
+    return folder / name
+
+
+def _file_of(name: str, key: str) -> str:
+    if key == MASTER:
+        return f"{_FP32}.pt"
+    if key == _FP32:
+        raise UserError(f"{name}: {key} is the name of its master, and cannot be a key of the optimizer's state")
+    return file_name(f"{key}.pt", f"{name}: a key of the optimizer's state")
 
 
 def _optimizer_state(shards: EngineShards) -> dict[str, Any]:
     """The file that ZeRO 1 and 2 read; its entry "optimizer_state_dict" is what ZeRO-3 reads."""
-    names = [next(iter(group)) for group in shards.first.groups]
+    names = [next(iter(group), "") for group in shards.first.groups]
+    if "" in names:
+        raise UserError(f"{shards.folder}: a parameter group is empty")
     groups = [{**settings, "params": [index]} for index, settings in enumerate(shards.first.settings)]
     state = {index: shards.scalars(name) for index, name in enumerate(names)}
     return {
@@ -171,14 +196,17 @@ class _Universal(EngineShards):
         super().__init__(place / ZERO_FOLDER, [replace(first, flats=[], moments=[], transposed=[])])
 
     def _file(self, name: str, key: str) -> Any:
-        path = self.folder / name / f"{_file_of(key)}.pt"
+        path = _parameter_folder(self.folder, name) / _file_of(name, key)
         content = load_pickled(path)
-        with malformed(path):
-            return content["param"] if isinstance(content, dict) else content
+        if isinstance(content, dict):
+            return typed_tensor(content.get("param"), f"{path}: param")
+        if not isinstance(content, (Tensor, int, float)):
+            raise UserError(f"{path} must hold a tensor or a number, got {shown(content)}")
+        return content
 
     def _stored(self, name: str) -> dict[str, Any]:
-        keys = sorted(path.stem for path in (self.folder / name).glob("*.pt") if path.stem != _file_of(MASTER))
-        return {key: self._file(name, key) for key in keys}
+        keys = sorted(path.stem for path in _parameter_folder(self.folder, name).glob("*.pt") if path.stem != _FP32)
+        return {key: self._file(name, key) for key in keys if key != MASTER}
 
     def keys(self, name: str) -> list[str]:
         return [key for key, value in self._stored(name).items() if isinstance(value, Tensor) and value.dim()]
@@ -188,7 +216,7 @@ class _Universal(EngineShards):
         return {key: value for key, value in self._stored(name).items() if key not in keys}
 
     def _read(self, name: str, key: str, start: int, numel: int | None) -> Tensor:
-        tensor = self._file(name, key)
+        tensor = typed_tensor(self._file(name, key), f"{self.folder / name}: {key}")
         if tuple(tensor.shape) != self.shapes[name]:
             raise UserError(f"{self.folder / name}: {key} is {tuple(tensor.shape)}, not {self.shapes[name]}")
         return tensor.reshape(-1).narrow(0, start, tensor.numel() if numel is None else numel).clone()

@@ -39,7 +39,7 @@ from mora_ds.checkpoint.layout import (
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.engine.shard_reader import MASTER, EngineShards
 from mora_ds.errors import RunError, UserError
-from mora_ds.files import MANIFEST, read_json, verify_manifest
+from mora_ds.files import MANIFEST, listed_files, verify_manifest
 from mora_ds.models.tensor_files import open_safetensors
 from mora_ds.remora.ledger import Ledger
 
@@ -134,8 +134,8 @@ def _is_full_training(folder: Path) -> bool:
 def _files(folder: Path) -> Iterator[str]:
     if problems := verify_manifest(folder):
         raise _Problems(problems)
-    listed = read_json(folder / MANIFEST)["files"]
-    nbytes = sum(facts["size"] for facts in listed.values())
+    listed = listed_files(folder)
+    nbytes = sum(facts.size for facts in listed.values())
     yield f"files: {len(listed)} as the manifest says, {nbytes / 2**20:,.2f} MiB"
     existing = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if strays := sorted(existing - set(listed) - {MANIFEST}):

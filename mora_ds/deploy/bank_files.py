@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ from torch import Tensor
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import OperatorKind, UpdateSpec
 from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, open_adapter, read_adapter
-from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_PARTS, adapter_folder
+from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_PARTS, adapter_folder, has_adapter
 from mora_ds.deploy.bank_layer import form_of, index_dtype, join_tables, paired, term_tables
 from mora_ds.errors import UserError
 from mora_ds.files import malformed, read_json
 from mora_ds.remora.ledger import LayerEntry
+from mora_ds.untrusted import FileName, entry, typed
 
 _KINDS = tuple(
     kind.value for kind in (OperatorKind.TRUNCATE, OperatorKind.SHARE, OperatorKind.DECOUPLE, OperatorKind.ROTATE)
@@ -50,7 +51,7 @@ def find_adapters(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"--bank: no such folder: {folder}")
     folders: dict[str, Path] = {}
-    for path in _leaves(folder):
+    for path in _leaves(folder, set()):
         if path.name in folders:
             raise UserError(f"--bank: two adapters are called {path.name!r}: {folders[path.name]} and {path}")
         folders[path.name] = path
@@ -59,23 +60,28 @@ def find_adapters(folder: Path) -> dict[str, Path]:
     return dict(sorted(folders.items()))
 
 
-def _leaves(folder: Path) -> Iterator[Path]:
+def _leaves(folder: Path, searched: set[Path]) -> Iterator[Path]:
+    """`searched`: folders by resolved path. Links are followed, for a bank may consist of them, and may form a loop."""
+    if (resolved := folder.resolve()) in searched:
+        return
+    searched.add(resolved)
     for path in sorted(folder.iterdir()):
         if not path.is_dir() or path.name.startswith("."):  # a folder that is being written is hidden
             continue
-        if adapter_folder(path) is not None or any((path / part).exists() for part in ADAPTER_PARTS):
+        if has_adapter(path) or any((path / part).exists() for part in ADAPTER_PARTS):
             yield path
         else:
-            yield from _leaves(path)
+            yield from _leaves(path, searched)
 
 
 def read_headers(name: str, path: Path, fingerprint: str) -> AdapterFile:
     """adapter.json of an adapter. Raises `DoesNotFit` unless it belongs to the base with this fingerprint and has one
     MoRA matrix a layer and nothing else; another `UserError` where it is damaged."""
     folder = adapter_folder(path) or path
-    with malformed(folder / ADAPTER_JSON):
-        layers = read_json(folder / ADAPTER_JSON)["layers"]
-        kinds = {layer: entry["operator"]["kind"] for layer, entry in layers.items()}
+    path = folder / ADAPTER_JSON
+    with malformed(path):
+        layers = entry(read_json(path), "layers", dict[FileName, dict[str, Any]], path)
+        kinds = {layer: typed(str, each["operator"]["kind"], path) for layer, each in layers.items()}
     for layer, kind in kinds.items():  # before `read_adapter`, to which an unknown kind is damage
         if kind not in _KINDS:
             raise _other_operator(name, layer, kind)
@@ -101,8 +107,8 @@ def read_headers(name: str, path: Path, fingerprint: str) -> AdapterFile:
 
 def agree(name: str, layers: Mapping[str, LayerEntry], known: dict[str, BankLayer]) -> None:
     """Adds the layers of an adapter to the `known` ones. Raises `DoesNotFit` where they have another operator."""
-    for layer, entry in layers.items():
-        form = form_of(_supported(name, layer, entry.operator))
+    for layer, each in layers.items():
+        form = form_of(_supported(name, layer, each.operator))
         first = known.setdefault(layer, BankLayer(form, name))
         if form != first.form:
             raise DoesNotFit(
@@ -173,8 +179,8 @@ def read_resident(
         if new := set(adapter.layers) - set(layers):
             raise UserError(f"{folder / ADAPTER_JSON} has a layer that it did not have at first: {min(new)}")
         terms = {}
-        for layer, entry in adapter.layers.items():
-            updates = [*ledger.squares_of(layer), (entry.operator, tensors.square(layer))]
+        for layer, each in adapter.layers.items():
+            updates = [*ledger.squares_of(layer), (each.operator, tensors.square(layer))]
             terms[layer] = _terms(name, layer, updates, layers[layer].form)
         return _packed(terms, dtype, index_dtype(layer.form for layer in layers.values()), device)
     except DoesNotFit:

@@ -35,7 +35,7 @@ from mora_ds.engine.ds_keys import (
 )
 from mora_ds.engine.ds_optimizer import OptimizerKind, match_optimizer, optimizer_problems
 from mora_ds.errors import UserError, nearest, reason, refuse, unknown
-from mora_ds.files import parse_json
+from mora_ds.untrusted import parse_json
 
 PERSIST_BUDGET_BYTES = 64 * 2**20
 """Memory for parameters that ZeRO-3 keeps unsharded, the smallest first: see `fill_bucket_sizes`."""

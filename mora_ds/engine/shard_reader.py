@@ -4,25 +4,26 @@
     engine/*_optim_states.pt      fp32 masters and optimizer state, flat (DeepSpeed's, a pickle)
 
 `EngineShards.read(name, key, start, numel)` assembles any range of a complete parameter: its fp32 master, or any tensor
-of its optimizer state. The files are memory-mapped, so that only what is asked for is read, and unpickled with
-`weights_only=True`: four classes of DeepSpeed are allowed, each as a stand-in that holds attributes.
+of its optimizer state. The files are memory-mapped, so that only what is asked for is read, and are read as plain data
+(`pickled`).
 """
 
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from mora_ds.errors import UserError
+from mora_ds.engine.pickled import load_pickled
+from mora_ds.errors import Bounds, UserError
 from mora_ds.files import atomic_path, malformed, read_json, require_format, write_json_atomic
 from mora_ds.models.tensor_files import SafetensorsWriter, open_safetensors
+from mora_ds.untrusted import MAX_SIDE, Count, FileName, entry, shown, typed
 
 MASTER = "master"
 """The key of a parameter's fp32 master; all other keys are those of the optimizer's state."""
@@ -30,60 +31,37 @@ LAYOUT_FORMAT = 1
 WHOLE_FILE = "whole.safetensors"
 
 
-class _Attributes:
-    """Stand-in for an object of DeepSpeed, of which a reader sees the attributes only."""
-
-
-_STAND_INS: list[Any] = [
-    (_Attributes, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (_Attributes, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_Attributes, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-]
-"""All that DeepSpeed 0.19.8 pickles in addition to tensors and containers (tests/checkpoint/test_elastic.py)."""
-
-
-def load_pickled(path: Path, allowed: list[Any] | None = None) -> Any:
-    """The content of a file of DeepSpeed, memory-mapped, on the CPU; nothing in it is executed. Raises `UserError`.
-
-    `allowed`: classes that objects in it may have; by default the stand-ins.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
-    try:
-        with torch.serialization.safe_globals(_STAND_INS if allowed is None else allowed):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} cannot be read as plain data: {reason}") from error
-
-
 def layout_path(folder: Path, rank: int) -> Path:
     return folder / f"layout-{rank:05d}.json"
+
+
+Processes = Annotated[int, Bounds(least=1, most=1 << 20)]
+Length = Annotated[int, Bounds(least=0, most=2 * MAX_SIDE)]
+"""Of one dimension of a parameter; LoRA's factors are as long as both sides of a layer."""
 
 
 @dataclass(frozen=True)
 class Part:
     """Elements [start, start + numel) of a flattened parameter, which lie from `offset` on in a flat tensor."""
 
-    name: str
-    start: int
-    numel: int
-    offset: int
+    name: FileName
+    start: Count
+    numel: Count
+    offset: Count
 
 
 @dataclass(frozen=True)
 class Layout:
     """layout-N.json: what rank N has written."""
 
-    rank: int
-    world_size: int
-    writers: int
+    rank: Count
+    world_size: Processes
+    writers: Processes
     """Number of ranks that wrote a shard: all, or only the first without ZeRO."""
     stage: int
     optimizer: str
     """Class name of the torch optimizer, such as AdamW."""
-    file: str
+    file: FileName
     masters: list[str]
     """Keys that lead to the flat fp32 masters within the file."""
     state: list[str]
@@ -92,7 +70,7 @@ class Layout:
     """For each flat tensor, the parts in it."""
     moments: list[list[Part]]
     """For each flat tensor, the parts in its optimizer state: not always the same (see `optimizer_view.Flat`)."""
-    groups: list[dict[str, list[int]]]
+    groups: list[dict[FileName, list[Length]]]
     """For each parameter group, its parameters and their complete shapes."""
     swapped: bool = False
     """Whether masters and state were on NVMe: then they are in files that only DeepSpeed reads."""
@@ -113,11 +91,17 @@ class Layout:
         path = layout_path(folder, rank)
         content = read_json(path)
         require_format(path, content, LAYOUT_FORMAT)
-        with malformed(path):
-            content.pop("format")
-            for key in ("flats", "moments"):
-                content[key] = [[Part(*part) for part in flat] for flat in content[key]]
-            return cls(**content)
+        content.pop("format")
+        for key in ("flats", "moments"):
+            listed = entry(content, key, list[list[tuple[Any, Any, Any, Any]]], path)
+            content[key] = [[dict(zip(_PART, part, strict=True)) for part in flat] for flat in listed]
+        layout: Layout = typed(cls, content, f"{path} is damaged")
+        if layout.rank != rank or layout.rank >= layout.writers:
+            raise UserError(f"{path}: it is the layout of rank {layout.rank} of {layout.writers}, not of {rank}")
+        return layout
+
+
+_PART = ("name", "start", "numel", "offset")
 
 
 def _plain(flats: list[list[Part]]) -> list[list[list[str | int]]]:
@@ -149,15 +133,21 @@ class _Shard:
         masters = self._at(self.layout.masters)
         with malformed(self.path):
             if isinstance(masters, dict):  # without ZeRO in fp32: the module's own parameters, by name
-                return masters[self.layout.flats[flat][0].name].reshape(-1)
-            return next(tensor for index, tensor in enumerate(_flattened(masters)) if index == flat).reshape(-1)
+                tensor = masters[self.layout.flats[flat][0].name]
+            else:
+                tensor = list(_flattened(masters))[flat]
+            return typed_tensor(tensor, f"{self.path}: master {flat}").reshape(-1)
 
     def state(self, flat: int) -> dict[str, Any]:
-        """Everything that the optimizer keeps for a flat tensor."""
+        """Everything that the optimizer keeps for a flat tensor. Raises `UserError` naming the file."""
         state = self._at(self.layout.state)
         with malformed(self.path):
             states = state if isinstance(state, list) else state["state"]
-            return states[flat] if flat in range(len(states)) else {}
+            values = states[flat] if flat in range(len(states)) else {}
+        for key, value in typed(dict[FileName, Any], values, f"{self.path}: state").items():
+            if not isinstance(value, (Tensor, int, float)):
+                raise UserError(f"{self.path}: {key} of the optimizer's state is {shown(value)}")
+        return values
 
     def moments(self, flat: int) -> dict[str, Tensor]:
         """The part of the state that has a value for every element, one-dimensional."""
@@ -179,17 +169,22 @@ class _WholeFile(_Shard):
         return self._content
 
     def _name(self, flat: int) -> str:
-        return self.layout.flats[flat][0].name
+        with malformed(self.path):
+            return self.layout.flats[flat][0].name
 
     def master(self, flat: int) -> Tensor:
-        return self._handle.get_tensor(f"{MASTER}/{self._name(flat)}").reshape(-1)
+        name = f"{MASTER}/{self._name(flat)}"
+        if name not in self._handle.keys():  # noqa: SIM118  (no mapping)
+            raise UserError(f"{self.path} holds no {name}")
+        return self._handle.get_tensor(name).reshape(-1)
 
     def state(self, flat: int) -> dict[str, Any]:
         split = [name.partition("/") for name in self._handle.keys()]  # noqa: SIM118  (no mapping)
         keys = [key for key, _, name in split if name == self._name(flat) and key != MASTER]
         tensors = {key: self._handle.get_tensor(f"{key}/{self._name(flat)}") for key in keys}
-        counts = (torch.int64,)  # a Python number once
-        return {key: tensor.item() if tensor.dtype in counts else tensor for key, tensor in tensors.items()}
+        with malformed(self.path):
+            counts = (torch.int64,)  # a Python number once
+            return {key: tensor.item() if tensor.dtype in counts else tensor for key, tensor in tensors.items()}
 
 
 def write_whole(folder: Path, shards: EngineShards, world_size: int) -> None:
@@ -213,11 +208,18 @@ def write_whole(folder: Path, shards: EngineShards, world_size: int) -> None:
 
 
 def _flattened(tensors: Any) -> Iterator[Tensor]:
-    for entry in tensors:
-        if isinstance(entry, (list, tuple)):
-            yield from _flattened(entry)
+    for each in tensors:
+        if isinstance(each, (list, tuple)):
+            yield from _flattened(each)
         else:
-            yield entry
+            yield each
+
+
+def typed_tensor(value: Any, where: str) -> Tensor:
+    """`value`, if it is a tensor. Raises `UserError` otherwise."""
+    if not isinstance(value, Tensor):
+        raise UserError(f"{where} must be a tensor, got {shown(value)}")
+    return value
 
 
 Places: TypeAlias = dict[str, list[tuple[_Shard, int, Part]]]
@@ -269,8 +271,10 @@ class EngineShards:
         for shard, index, _ in self._parts[name]:
             moments = shard.moments(index)
             values = {key: value for key, value in shard.state(index).items() if key not in moments}
-            if first is not None and not _equal(values, first):
-                raise UserError(f"{shard.path}: {name} has {values}, another rank's shard {first}")
+            with malformed(shard.path):
+                is_same = first is None or _equal(values, first)
+            if not is_same:
+                raise UserError(f"{shard.path}: {name} has {shown(values)}, another rank's shard {shown(first)}")
             first = values
         return {key: value.clone() if isinstance(value, Tensor) else value for key, value in (first or {}).items()}
 
@@ -281,7 +285,9 @@ class EngineShards:
 
     def read(self, name: str, key: str, start: int = 0, numel: int | None = None, transposed: bool = False) -> Tensor:
         """(numel,) elements of a flattened parameter's master or moment, on the CPU, assembled from all shards.
-        `transposed`: those of its transpose."""
+        `transposed`: those of its transpose. Raises `UserError` where the shards do not hold them."""
+        if name not in self.shapes:
+            raise UserError(f"{self.folder}: the shards do not hold {name}")
         if (name in self.first.transposed) is transposed:
             return self._read(name, key, start, numel)
         whole = self._read(name, key, 0, None).view(self.shapes[name]).T.flatten()
@@ -296,7 +302,9 @@ class EngineShards:
             first, last = max(start, part.start), min(end, part.start + part.numel)
             if first >= last and whole is not None:
                 continue
-            source = shard.master(index) if key == MASTER else shard.moments(index)[key]
+            source = shard.master(index) if key == MASTER else shard.moments(index).get(key)
+            if source is None:
+                raise UserError(f"{shard.path} has no {key} of {name}")
             if source.numel() < part.offset + part.numel:
                 raise UserError(f"{shard.path} is incomplete: {key} of {name}")
             if whole is None:
@@ -311,6 +319,11 @@ class EngineShards:
         return self.read(name, key).view(self.shapes[name])
 
     def _check_whole(self) -> None:
+        nbytes = sum(file.stat().st_size for file in self.files if file.is_file())
+        if sum(math.prod(shape) for shape in self.shapes.values()) > nbytes:
+            raise UserError(
+                f"{layout_path(self.folder, 0)} lists parameters of more elements than the shards have bytes"
+            )
         for what, places_of in (("", self._parts), ("the optimizer's state of ", self._moments)):
             for name, places in places_of.items():
                 if name not in self.shapes:

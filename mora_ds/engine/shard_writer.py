@@ -27,7 +27,8 @@ from torch import Tensor
 from mora_ds.engine import zero
 from mora_ds.engine.ds_keys import masked
 from mora_ds.engine.optimizer_view import Flat, Span, view_of
-from mora_ds.engine.shard_reader import MASTER, EngineShards, Layout, Part, layout_path, load_pickled
+from mora_ds.engine.pickled import load_pickled
+from mora_ds.engine.shard_reader import MASTER, EngineShards, Layout, Part, layout_path
 from mora_ds.errors import UserError
 from mora_ds.files import write_json_atomic
 from mora_ds.parallel.topology import share_of

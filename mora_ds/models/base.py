@@ -26,6 +26,7 @@ from torch import Tensor
 from mora_ds.errors import RunError, UserError
 from mora_ds.files import atomic_folder, read_json
 from mora_ds.models.tensor_files import dtype_name, open_safetensors, shape_dtype, tensor_nbytes
+from mora_ds.untrusted import FileName, typed
 
 logger = logging.getLogger(__name__)
 
@@ -215,8 +216,7 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
     weight_map = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX_FILE} is damaged: it has no weight_map")
-    if not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise UserError(f"{folder / INDEX_FILE} is damaged: its weight_map must name a file for each tensor")
+    weight_map = typed(dict[str, FileName], weight_map, f"{folder / INDEX_FILE}: weight_map")
     keys_of: dict[Path, set[str]] = {}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mora_ds.errors import UserError
 from mora_ds.files import read_json, write_json_atomic
 from mora_ds.models.base import INDEX_FILE, SINGLE_FILE, BaseCheckpoint
 from mora_ds.models.tensor_files import SafetensorsWriter, dtype_name, tensor_nbytes
@@ -107,4 +108,14 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
     for pattern in patterns:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and not (target / path.name).exists():
+                _require_own(path, source)
                 shutil.copyfile(path, target / path.name)
+
+
+def _require_own(path: Path, folder: Path) -> None:
+    """Raises `UserError` for a link out of `folder`, which would copy a stranger's choice of file into the model. The
+    hub's cache keeps the files of snapshots/REVISION in blobs/ beside it."""
+    if path.is_symlink():
+        resolved, home = path.resolve(), folder.resolve()
+        if not any(resolved.is_relative_to(each) for each in (home, home.parent.parent / "blobs")):
+            raise UserError(f"{path} is a link to {resolved}, which is not copied: put the file itself in its place")

@@ -43,6 +43,7 @@ from mora_ds.files import (
     write_json_atomic,
 )
 from mora_ds.models.tensor_files import SafetensorsWriter, open_safetensors, shape_dtype
+from mora_ds.untrusted import Count, FileName, entry, plain_json, shown, typed
 
 LEDGER_FILE = "ledger.json"
 VECTORS_FILE = "vectors.safetensors"
@@ -52,7 +53,7 @@ VECTORS_FILE = "vectors.safetensors"
 class LayerEntry:
     """An adapted layer: its weight, and the operator of its MoRA matrix."""
 
-    module: str
+    module: FileName
     """Name in the model, e.g. model.layers.0.self_attn.q_proj."""
     weight: str
     """Name of its weight, e.g. model.layers.0.self_attn.q_proj.weight."""
@@ -71,28 +72,53 @@ class LayerEntry:
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> LayerEntry:
-        return cls(module, values["weight"], values["transposed"], spec_from_dict(values["operator"]))
+        """Inverse of `to_dict`. Raises `UserError`."""
+        known = typed(_Entry, values, module)
+        if known.weight != f"{module}.weight":
+            raise UserError(f"{module}: its weight cannot be {shown(known.weight)}")
+        return cls(module, known.weight, known.transposed, spec_from_dict(known.operator))
 
 
 def layers_to_dict(layers: Mapping[str, LayerEntry]) -> dict[str, dict[str, Any]]:
     """{module name: entry} as JSON."""
-    return {name: entry.to_dict() for name, entry in layers.items()}
+    return {name: each.to_dict() for name, each in layers.items()}
 
 
 def layers_from_dict(values: Mapping[str, Mapping[str, Any]]) -> dict[str, LayerEntry]:
-    """Inverse of `layers_to_dict`."""
-    return {name: LayerEntry.from_dict(name, entry) for name, entry in values.items()}
+    """Inverse of `layers_to_dict`. Raises `UserError`."""
+    entries = typed(dict[FileName, Any], values, "layers")
+    return {name: LayerEntry.from_dict(name, each) for name, each in entries.items()}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """The JSON of a `LayerEntry`."""
+
+    weight: FileName
+    transposed: bool
+    operator: dict[str, Any]
+
+
+def agree_on_layers(known: dict[str, LayerEntry], layers: Mapping[str, LayerEntry], path: Path) -> None:
+    """Adds `layers`, of the file at `path`, to the `known` ones. Raises `UserError` where one has another shape now."""
+    for name, layer in layers.items():
+        first = known.setdefault(name, layer)
+        shape = (layer.operator.d_in, layer.operator.d_out, layer.transposed)
+        if shape != (first.operator.d_in, first.operator.d_out, first.transposed):
+            raise UserError(
+                f"{path}: {name} is another layer than in earlier cycles: {shape} (d_in, d_out, transposed)"
+            )
 
 
 @dataclass(frozen=True)
 class CycleRecord:
     """The entry of a cycle in ledger.json."""
 
-    cycle: int
-    step: int
-    file: str
+    cycle: Count
+    step: Count
+    file: FileName
     sha256: str
-    size: int
+    size: Count
     chain: str
     """sha256 of the previous entry's chain (first: the base's fingerprint) followed by this file's sha256, in hex."""
 
@@ -138,10 +164,8 @@ class Ledger:
         path = folder / LEDGER_FILE
         content = read_json(path)
         require_format(path, content)
-        with malformed(path):
-            records = [CycleRecord(**record) for record in content["cycles"]]
-            fingerprint = str(content["base_fingerprint"])
-            vectors = VectorsRecord(**content["vectors"]) if "vectors" in content else None
+        fingerprint = entry(content, "base_fingerprint", str, path)
+        records, vectors = _records_of(content, path)
         if base_fingerprint is not None and fingerprint != base_fingerprint:
             raise UserError(f"{path} belongs to another base: fingerprint {fingerprint}, not {base_fingerprint}")
         ledger = cls(folder, fingerprint, records, vectors)
@@ -181,7 +205,7 @@ class Ledger:
         if cycle not in self._layers:
             path = self.folder / self._records[cycle].file
             with malformed(path):
-                self._layers[cycle] = layers_from_dict(json.loads(self._handle(cycle).metadata()["layers"]))
+                self._layers[cycle] = layers_from_dict(plain_json(self._handle(cycle).metadata()["layers"], "layers"))
         return self._layers[cycle]
 
     def square(self, cycle: int, module: str) -> Tensor:
@@ -191,8 +215,8 @@ class Ledger:
     def squares_of(self, module: str) -> Iterator[tuple[UpdateSpec, Tensor]]:
         """(operator, matrix) of a layer for each cycle that adapted it, in order."""
         for cycle in range(self.cycles):
-            if entry := self.layers(cycle).get(module):
-                yield entry.operator, self.square(cycle, module)
+            if layer := self.layers(cycle).get(module):
+                yield layer.operator, self.square(cycle, module)
 
     def append(self, step: int, layers: Mapping[str, LayerEntry], squares: Iterable[tuple[str, Tensor]]) -> int:
         """Adds a cycle and returns its number.
@@ -256,12 +280,14 @@ class Ledger:
             path, sha256 = self.folder / VECTORS_FILE, self.vectors.sha256
             if problem := file_problem(path, self.vectors.size, sha256 if hashes else None):
                 raise UserError(f"the ledger is damaged: {problem}")
+        known: dict[str, LayerEntry] = {}
         for record in self._records:
             problem = file_problem(self.folder / record.file, record.size, record.sha256 if hashes else None)
             if problem:
                 raise UserError(f"the ledger is damaged at cycle {record.cycle}: {problem}")
             handle = self._handle(record.cycle)
-            expected = {entry.square: entry.operator.value_shape for entry in self.layers(record.cycle).values()}
+            agree_on_layers(known, self.layers(record.cycle), self.folder / record.file)
+            expected = {each.square: each.operator.value_shape for each in self.layers(record.cycle).values()}
             if set(handle.keys()) != set(expected):
                 raise UserError(f"{self.folder / record.file} does not hold the matrices that its header lists")
             for name, shape in expected.items():
@@ -299,6 +325,16 @@ class Ledger:
         write_json_atomic(self.folder / LEDGER_FILE, content)
 
 
+def read_records(folder: Path) -> tuple[list[CycleRecord], VectorsRecord | None]:
+    """What the ledger in `folder` records of its files, none of which is read. Raises `UserError`."""
+    return _records_of(read_json(folder / LEDGER_FILE), folder / LEDGER_FILE)
+
+
+def _records_of(content: dict[str, Any], path: Path) -> tuple[list[CycleRecord], VectorsRecord | None]:
+    records = entry(content, "cycles", list[CycleRecord], path)
+    return records, entry(content, "vectors", VectorsRecord, path) if "vectors" in content else None
+
+
 def _link(chain: str, sha256: str) -> str:
     return hashlib.sha256((chain + sha256).encode()).hexdigest()
 
@@ -306,7 +342,7 @@ def _link(chain: str, sha256: str) -> str:
 def _write_cycle(
     path: Path, cycle: int, step: int, layers: Mapping[str, LayerEntry], squares: Iterable[tuple[str, Tensor]]
 ) -> None:
-    layout = {entry.square: (entry.operator.value_shape, torch.float32) for entry in layers.values()}
+    layout = {each.square: (each.operator.value_shape, torch.float32) for each in layers.values()}
     metadata = {"layers": json.dumps(layers_to_dict(layers)), "cycle": str(cycle), "step": str(step)}
     with SafetensorsWriter(path, layout, metadata) as writer:
         for module, square in squares:

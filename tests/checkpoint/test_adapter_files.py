@@ -37,8 +37,8 @@ def test_adapter_damage_is_named(adapter: AdapterFile, tmp_path: Path) -> None:
     for change, words in (
         ({"format": 9}, "format 9"),
         ({"dtype": "int4"}, "unknown dtype 'int4'"),
-        ({"layers": {"a.q": {}}}, "adapter.json is damaged"),
-        ({"cycle": "two"}, "adapter.json is damaged"),
+        ({"layers": {"a.q": {}}}, "adapter.json: a.q: 'operator' is missing"),
+        ({"cycle": "two"}, "adapter.json is damaged: cycle must be a whole number"),
     ):
         (tmp_path / "adapter.json").write_text(json.dumps({**content, **change}))
         with pytest.raises(UserError, match=words):

@@ -21,7 +21,8 @@ from mora_ds.checkpoint.verify import verify
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine import shard_writer, zero
 from mora_ds.engine.optimizer_view import view_of
-from mora_ds.engine.shard_reader import _STAND_INS, MASTER, EngineShards, Layout, layout_path
+from mora_ds.engine.pickled import STAND_INS
+from mora_ds.engine.shard_reader import MASTER, EngineShards, Layout, layout_path
 from mora_ds.errors import UserError
 from mora_ds.train.trainer import Trainer
 from tests.helpers.engines import COMBINATIONS, new_engine, one_step
@@ -268,11 +269,11 @@ def test_nothing_in_a_shard_is_executed(
 
 
 def test_the_stand_ins_are_all_that_deepspeed_pickles(saved: tuple[str, dict[Combination, Any]]) -> None:
-    allowed = {name for _, name in _STAND_INS}
+    allowed = {name for _, name in STAND_INS}
     found: set[str] = set()
     for path in Path(saved[0]).rglob("*.pt"):
         found |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    assert found == allowed, "shards._STAND_INS: DeepSpeed pickles other classes now"
+    assert found == allowed, "pickled.STAND_INS: DeepSpeed pickles other classes now"
 
 
 def refused_by_model(folder: str) -> str:

@@ -86,7 +86,8 @@ def test_an_adapter_of_another_base_or_operator_is_refused(tmp_path: Path) -> No
         shutil.rmtree(path.parent)
 
     content = json.loads((tmp_path / "bank" / "a" / ADAPTER_JSON).read_text())
-    content["layers"]["model.layers.7.up"] = next(iter(content["layers"].values()))
+    operator = next(iter(content["layers"].values()))
+    content["layers"]["model.layers.7.up"] = {**operator, "weight": "model.layers.7.up.weight"}
     (tmp_path / "bank" / "a" / ADAPTER_JSON).write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"'a': the base has no linear layer model.layers.7.up of 32 x 32"):
         made.open()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.errors import UserError
+from mora_ds.untrusted import MAX_SIDE
 
 LORA = "lora"
 
@@ -34,7 +35,8 @@ class LoRASpec(UpdateSpec):
     alpha: float
 
     def __post_init__(self) -> None:
-        if min(self.d_in, self.d_out, self.rank) < 1 or not 0 < self.alpha < math.inf:
+        sizes = (self.d_in, self.d_out, self.rank)
+        if min(sizes) < 1 or max(sizes) > MAX_SIDE or not 0 < self.alpha < math.inf:
             raise UserError(f"LoRA needs positive sizes and a positive alpha, got {self}")
 
     @property

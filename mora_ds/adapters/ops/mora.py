@@ -48,6 +48,7 @@ from mora_ds.adapters.ops.gather import (
 from mora_ds.adapters.ops.index_tables import rope_table, tables_of
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, SquareSpec
 from mora_ds.errors import UserError, unknown
+from mora_ds.untrusted import MAX_SIDE
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,10 @@ class OperatorSpec(SquareSpec):
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", _member(OperatorKind, self.kind, "operator"))
         object.__setattr__(self, "grouping", _member(Grouping, self.grouping, "grouping"))
-        if min(self.d_in, self.d_out, self.r_hat) < 1:
-            raise UserError(f"an operator needs positive sizes, got {self}")
+        if min(self.d_in, self.d_out, self.r_hat) < 1 or max(self.d_in, self.d_out, self.r_hat) > MAX_SIDE:
+            raise UserError(f"an operator needs positive sizes, and none above {MAX_SIDE:,}, got {self}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"the seed of an operator's permutations must be from 0 to 2^32 - 1, got {self.seed}")
         if self.kind is OperatorKind.ROTATE and self.r_hat % 2:
             raise UserError(f"rotate pairs dimensions, so r_hat must be even, got {self.r_hat}")
         is_share, segments = self.kind is OperatorKind.SHARE, max(self.in_segments, self.out_segments)

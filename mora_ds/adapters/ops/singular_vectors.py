@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mora_ds.errors import RunError, UserError
+from mora_ds.untrusted import Count
 
 _NAME = 16
 """Hex digits in a name."""
@@ -35,7 +36,7 @@ class VectorsRecord:
     """What the merge ledger records of a file."""
 
     sha256: str
-    size: int
+    size: Count
 
     @property
     def name(self) -> str:
@@ -69,8 +70,12 @@ def read(name: str, module: str, first: int, count: int) -> tuple[Tensor, Tensor
 
     Raises `RunError` where the file is missing, and `UserError` naming it where it does not hold the vectors.
     """
-    left, right = (_handle(name, module).get_slice(f"{module}.{side}") for side in ("left", "right"))
-    (stored, d_out), (_, d_in) = left.get_shape(), right.get_shape()
+    handle = _handle(name, module)
+    left, right = (handle.get_slice(f"{module}.{side}") for side in ("left", "right"))
+    shapes = left.get_shape(), right.get_shape()
+    if [len(shape) for shape in shapes] != [2, 2] or min(map(min, shapes)) < 1 or shapes[0][0] != shapes[1][0]:
+        raise UserError(f"{_paths[name][0]}: the singular vectors of {module} have the shapes {shapes}")
+    (stored, d_out), (_, d_in) = shapes
     most = min(d_out, d_in)
     rows = [(first + number) % most for number in range(count)]
     needed = max(count, max(rows) + 1)
@@ -92,6 +97,7 @@ def _handle(name: str, module: str) -> Any:
             _handles[name] = safe_open(str(path), framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is truncated or damaged: {error}") from error
-    if f"{module}.left" not in _handles[name].keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+    parts = {f"{module}.{part}" for part in ("left", "right", "norm")}
+    if not parts <= set(_handles[name].keys()):
         raise UserError(f"{_paths[name][0]} holds no singular vectors of {module}")
     return _handles[name]

@@ -23,6 +23,7 @@ from torch import Tensor
 from mora_ds.adapters.ops.singular_vectors import read
 from mora_ds.adapters.ops.spec import SquareSpec
 from mora_ds.errors import UserError
+from mora_ds.untrusted import MAX_SIDE
 
 SUBSPACE = "subspace"
 
@@ -46,7 +47,8 @@ class SubspaceSpec(SquareSpec):
     """U and V are vectors first .. first + r_hat - 1; after the last comes the leading one again."""
 
     def __post_init__(self) -> None:
-        if min(self.d_in, self.d_out, self.r_hat) < 1 or self.first < 0:
+        sizes = (self.d_in, self.d_out, self.r_hat)
+        if min(sizes) < 1 or max(*sizes, self.first) > MAX_SIDE or self.first < 0:
             raise UserError(f"the subspace operator needs positive sizes, got {self}")
         if self.r_hat > min(self.d_in, self.d_out):
             raise UserError(f"a weight has no more singular vectors than its shorter side, got {self}")

@@ -1,0 +1,301 @@
+"""Values from a file are only data: each type, name, path, number and size is checked here before it is used.
+
+    plain_json, read_text        bounded in size and depth, before memory is taken
+    typed(hint, value, where)    a value of JSON or YAML as a type: a dataclass, list[int], dict[str, FileName], ...
+    file_name, relative_path     text of a file that becomes a part of a path
+    require_plain(folder)        no symbolic link, pipe or device inside a checkpoint or an adapter
+    require_memory               sizes that a file states, against the memory that there is
+
+All of them raise `UserError`, whose text begins with `where`: the file, and the place in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import stat
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
+from functools import lru_cache
+from pathlib import Path
+from reprlib import Repr
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import psutil
+
+from mora_ds.errors import Bounds, UserError, nearest, unknown
+
+MAX_BYTES = 32 * 2**20
+"""Largest JSON file, in bytes. Parsed, it may take 25 times as much memory; the layout of a shard with 100,000
+parameters has 10 MiB."""
+MAX_DEPTH = 64
+"""Deepest nesting of JSON."""
+MAX_TEXT = 1 << 16
+"""Longest text in characters, where it is a value of known meaning."""
+MAX_SIDE = 1 << 24
+"""Longest side of a layer: far above any vocabulary."""
+
+_WHOLE = Bounds(least=-(2**63), below=2**63)
+
+_short = Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 60
+
+
+def shown(value: Any) -> str:
+    """`repr` of a value for a message, cut to a line."""
+    return _short.repr(value)
+
+
+# -- text and JSON -----------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path, limit: int = MAX_BYTES) -> str:
+    """A UTF-8 file of at most `limit` bytes. Raises `UserError` for a larger one and for one that is no text, OSError
+    where it cannot be read."""
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise UserError(f"{path} is larger than the {limit:,} bytes that such a file may have")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def parse_json(text: str, **options: Any) -> Any:
+    """`json.loads`. Raises ValueError also for brackets that are nested too deeply, and one with a message for users
+    for a number that is too long; `json.JSONDecodeError` has the line."""
+    try:
+        return json.loads(text, **options)
+    except (json.JSONDecodeError, UserError):
+        raise
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
+    except ValueError:
+        raise ValueError(f"a number has more than {sys.get_int_max_str_digits()} digits") from None
+
+
+def plain_json(text: str, where: object) -> Any:
+    """JSON of bounded size and depth, whose texts can be printed and written. Raises `UserError`."""
+    if len(text) > MAX_BYTES:
+        raise UserError(f"{where} is larger than the {MAX_BYTES:,} characters that such JSON may have")
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{where} is damaged: {error}") from error
+    level, depth = [content], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise UserError(f"{where} is damaged: nested more than {MAX_DEPTH} deep")
+        level = [child for value in level for child in _children(value, where)]
+    return content
+
+
+def _children(value: Any, where: object) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for key in value:
+            _require_encodable(key, where)
+        yield from value.values()
+    elif isinstance(value, list):
+        yield from value
+    elif isinstance(value, str):
+        _require_encodable(value, where)
+
+
+def _require_encodable(text: str, where: object) -> None:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where} is damaged: {shown(text)} is no Unicode text") from error
+
+
+# -- typed values ------------------------------------------------------------------------------------------------------
+
+
+def file_name(text: str, where: str) -> str:
+    """`text`, if it can be the name of one file or folder: nothing that leads elsewhere or cannot be printed."""
+    if text in ("", ".", "..") or "/" in text or "\\" in text or not text.isprintable():
+        raise UserError(f"{where}: {shown(text)} cannot be the name of a file, nor a part of one")
+    if len(text.encode()) > 240:
+        raise UserError(f"{where}: a name of {len(text)} characters, {shown(text)}, is too long")
+    return text
+
+
+def relative_path(text: str, where: str) -> str:
+    """`text`, if it is a path of a file below a folder: a/b/c, each part a `file_name`."""
+    for part in text.split("/"):
+        file_name(part, f"{where}: {shown(text)}")
+    return text
+
+
+def any_path(text: str, where: str) -> str:
+    """`text`, if it can be a path at all, wherever it leads: it is only read, and what is there is compared."""
+    if not text or not text.isprintable() or len(text.encode()) > 4000 or max(map(len, text.split("/"))) > 240:
+        raise UserError(f"{where}: {shown(text)} cannot be a path")
+    return text
+
+
+FileName = Annotated[str, file_name]
+"""Names of parameters and modules too: some tools make files of them."""
+RelativePath = Annotated[str, relative_path]
+AnyPath = Annotated[str, any_path]
+Count = Annotated[int, Bounds(least=0, below=2**63)]
+Side = Annotated[int, Bounds(least=1, most=MAX_SIDE)]
+
+
+def typed(hint: Any, value: Any, where: object) -> Any:
+    """`value`, checked to be a `hint`; of dataclasses, tuples and enums an instance. Raises `UserError`.
+
+    Hints: dataclasses (from a mapping of their fields), list, tuple and dict of hints, enums (by value), unions with
+    None, bool, int (64 bits), float, str, Any; and `Annotated` with `Bounds`, or a function of (value, where) that
+    raises. True and False are no numbers.
+    """
+    origin = get_origin(hint)
+    if hint is Any:
+        return value
+    if origin is Annotated:
+        return _annotated(hint, value, where)
+    if origin in (Union, types.UnionType):
+        (inner,) = (part for part in get_args(hint) if part is not type(None))
+        return None if value is None else typed(inner, value, where)
+    if is_dataclass(hint):
+        return _instance(hint, value, where)
+    if origin in (list, tuple):
+        return _sequence(hint, value, where)
+    if origin is dict:
+        return _mapping(hint, value, where)
+    if issubclass(hint, Enum):
+        known = [member.value for member in hint]
+        if not isinstance(value, str) or len(value) > 99 or value not in known:
+            value = value if isinstance(value, str) and len(value) < 99 else shown(value)
+            raise UserError(f"{where}: {unknown(hint.__name__.removesuffix('Kind').lower(), value, known)}")
+        return hint(value)
+    return _scalar(hint, value, where)
+
+
+def _annotated(hint: Any, value: Any, where: object) -> Any:
+    inner, *checks = get_args(hint)
+    result = typed(inner, value, where)
+    for check in checks:
+        if not isinstance(check, Bounds):
+            check(result, str(where))
+        elif not check.allow(result):
+            raise UserError(f"{where} must be {check}, got {shown(value)}")
+    return result
+
+
+def _scalar(hint: Any, value: Any, where: object) -> Any:
+    kinds = (int, float) if hint is float else hint
+    if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{where} must be {_NAMES.get(hint, hint.__name__)}, got {shown(value)}")
+    if isinstance(value, int) and not _WHOLE.allow(value):
+        raise UserError(f"{where}: the number {shown(value)} is out of bounds")
+    if isinstance(value, str):
+        if len(value) > MAX_TEXT:
+            raise UserError(f"{where}: a text of {len(value):,} characters is too long")
+        _require_encodable(value, where)
+    return value
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def _sequence(hint: Any, value: Any, where: object) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{where} must be a list, got {shown(value)}")
+    items = get_args(hint)
+    if get_origin(hint) is list or items[-1] is Ellipsis:
+        made = [typed(items[0], each, f"{where}[{index}]") for index, each in enumerate(value)]
+    elif len(items) != len(value):
+        raise UserError(f"{where} must have {len(items)} entries, got {shown(value)}")
+    else:
+        made = [typed(*pair, f"{where}[{index}]") for index, pair in enumerate(zip(items, value, strict=True))]
+    return made if get_origin(hint) is list else tuple(made)
+
+
+def _mapping(hint: Any, value: Any, where: object) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must be a mapping, got {shown(value)}")
+    key_hint, value_hint = get_args(hint)
+    return {
+        typed(key_hint, key, f"{where}: a key"): typed(value_hint, each, f"{where}: {shown(key)}")
+        for key, each in value.items()
+    }
+
+
+@lru_cache(maxsize=64)
+def _hints(cls: type) -> tuple[dict[str, Any], frozenset[str]]:
+    """(hint of each field, names of those without a default)."""
+    hints, of_class = get_type_hints(cls, include_extras=True), [each for each in fields(cls) if each.init]
+    needed = [each.name for each in of_class if each.default is MISSING and each.default_factory is MISSING]
+    return {each.name: hints[each.name] for each in of_class}, frozenset(needed)
+
+
+def _instance(cls: Any, value: Any, where: object) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must be a mapping, got {shown(value)}")
+    hints, needed = _hints(cls)
+    for key in value:
+        if key not in hints:
+            raise UserError(f"{where}: unknown key {shown(key)}.{nearest(str(key)[:99], hints)}")
+    if missing := sorted(needed - value.keys()):
+        raise UserError(f"{where}: {missing[0]!r} is missing")
+    made = {name: typed(hints[name], each, f"{where}: {name}") for name, each in value.items()}
+    try:
+        return cls(**made)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def entry(content: dict[str, Any], key: str, hint: Any, where: object) -> Any:
+    """`content[key]` as a `hint`. Raises `UserError`, also where there is no such key."""
+    if key not in content:
+        raise UserError(f"{where} is damaged: {key!r} is missing")
+    return typed(hint, content[key], f"{where} is damaged: {key}")
+
+
+# -- folders and memory ------------------------------------------------------------------------------------------------
+
+
+def links(folder: Path) -> list[str]:
+    """A message for every link, pipe, socket and device under `folder`, by its own path; links are not followed."""
+    problems, waiting = [], [folder]
+    while waiting:
+        inner = waiting.pop()
+        try:
+            with os.scandir(inner) as entries:
+                listed = sorted(entries, key=lambda each: each.name)
+        except OSError as error:
+            problems.append(f"{inner} cannot be read: {error.strerror}")
+            continue
+        for each in listed:
+            mode = each.stat(follow_symlinks=False).st_mode
+            if stat.S_ISDIR(mode):
+                waiting.append(Path(each.path))
+            elif stat.S_ISLNK(mode):
+                problems.append(f"{each.path} is a link to {os.readlink(each.path)}, and links are not followed")
+            elif not stat.S_ISREG(mode):
+                problems.append(f"{each.path} is neither a file nor a folder")
+    return problems
+
+
+def require_plain(folder: Path) -> None:
+    """Raises `UserError` where `folder`, a checkpoint or an adapter, has anything in it but files and folders."""
+    if problems := links(folder):
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{problems[0]}{more}: make a copy that holds the files themselves (cp -rL)")
+
+
+def require_memory(nbytes: int, what: str) -> None:
+    """Raises `UserError` where this machine, or this process by its limit, has fewer bytes left than `what` takes."""
+    free, limit = psutil.virtual_memory().available, resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        free = min(free, limit - psutil.Process().memory_info().vms)
+    if nbytes > free:
+        raise UserError(f"{what} takes {nbytes / 2**30:,.1f} GiB of memory, and {max(free, 0) / 2**30:,.1f} are free")

@@ -1,0 +1,296 @@
+"""Checkpoints that somebody has made by hand, with hashes that fit: nothing is written, read or executed elsewhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mora_ds.checkpoint.folder import resume_checkpoint
+from mora_ds.checkpoint.ledger_tools import drop
+from mora_ds.checkpoint.ledger_tools import verify as verify_ledger
+from mora_ds.checkpoint.state import TrainerState, check_world_size
+from mora_ds.checkpoint.universal import from_universal, to_universal
+from mora_ds.checkpoint.verify import verify
+from mora_ds.deploy.adapter_io import export_adapter
+from mora_ds.deploy.export import export_merged
+from mora_ds.engine.pickled import load_pickled
+from mora_ds.errors import UserError
+from tests.helpers.crafted import SHARD, change_header, reseal, rewrite_pickle, whole_checkpoint
+from tests.helpers.damage import change_json
+from tests.helpers.exports import FakeRun
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
+    return whole_checkpoint(tmp_path_factory.mktemp("crafted"))
+
+
+@pytest.fixture
+def checkpoint(original: FakeRun, tmp_path: Path) -> Path:
+    shutil.copytree(original.base, tmp_path / "base")
+    return Path(shutil.copytree(original.checkpoint, tmp_path / "out" / "checkpoints" / "step-000007"))
+
+
+def snapshot(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_the_checkpoint_itself_is_good(checkpoint: Path, tmp_path: Path) -> None:
+    (verdict,) = verify(checkpoint, tmp_path / "base")
+    assert verdict.is_good, verdict.problems
+    to_universal(checkpoint, tmp_path / "universal")
+    from_universal(tmp_path / "universal", tmp_path / "back" / "step-000007")
+    (verdict,) = verify(tmp_path / "back" / "step-000007")
+    assert verdict.is_good, verdict.problems
+    export_merged(checkpoint, tmp_path / "merged", verify=True)
+
+
+# -- names that become paths -------------------------------------------------------------------------------------------
+
+
+def rename_parameter(checkpoint: Path, name: str) -> None:
+    """model.norm.weight is called `name`, wherever it stands."""
+
+    def change(content: dict[str, Any]) -> None:
+        group = content["groups"][0]
+        group[name] = group.pop("model.norm.weight")
+        for parts in (*content["flats"], *content["moments"]):
+            for part in parts:
+                part[0] = name if part[0] == "model.norm.weight" else part[0]
+
+    change_json(checkpoint / "engine" / "layout-00000.json", change)
+    reseal(checkpoint)
+
+
+def rename_key(checkpoint: Path, key: str) -> None:
+    def change(content: Any) -> Any:
+        state = content["optimizer_state_dict"]["state"]["state"][0]
+        state[key] = state.pop("exp_avg")
+        return content
+
+    rewrite_pickle(checkpoint / "engine" / SHARD, change)
+    reseal(checkpoint)
+
+
+NAMES = ("../../../../evil", "/tmp/evil/mora", "..", "", "a/b", "a\\b", "a\nb", "a\0b", "x" * 300, "optimizer_state.pt")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_path_is_made_of_a_parameters_name(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    rename_parameter(checkpoint, name)
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError):
+        to_universal(checkpoint, tmp_path / "deep" / "er" / "universal")
+    assert snapshot(tmp_path) - before <= {"deep", "deep/er"}
+    if name != "optimizer_state.pt":
+        assert not verify(checkpoint)[0].is_good
+
+
+@pytest.mark.parametrize("key", [*NAMES[:-1], "fp32", "../../tag"])
+def test_no_path_is_made_of_a_key_of_the_optimizers_state(checkpoint: Path, tmp_path: Path, key: str) -> None:
+    rename_key(checkpoint, key)
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError):
+        to_universal(checkpoint, tmp_path / "deep" / "er" / "universal")
+    assert snapshot(tmp_path) - before <= {"deep", "deep/er"}
+    if key != "fp32":
+        assert not verify(checkpoint)[0].is_good
+
+
+def test_the_way_back_makes_no_path_of_names_either(checkpoint: Path, tmp_path: Path) -> None:
+    to_universal(checkpoint, tmp_path / "universal")
+    for tag in ("..", "../out", "/etc", "", "a" * 5000):
+        (tmp_path / "universal" / "latest_universal").write_text(tag)
+        with pytest.raises(UserError):
+            from_universal(tmp_path / "universal", tmp_path / "back")
+    (tmp_path / "universal" / "latest_universal").write_text("step-000007")
+    layout = tmp_path / "universal" / "step-000007" / "mora" / "layout-00000.json"
+    change_json(layout, lambda content: content["groups"][0].update({"../mora": [32]}))
+    reseal(tmp_path / "universal")
+    with pytest.raises(UserError, match="cannot be the name of a file"):
+        from_universal(tmp_path / "universal", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret"])
+def test_a_manifest_lists_files_of_its_own_folder(checkpoint: Path, name: str) -> None:
+    from mora_ds.files import _seal
+
+    def change(content: dict[str, Any]) -> None:
+        content["files"][name] = {"size": 1, "sha256": "a"}
+        content["seal"] = _seal(content["files"])
+
+    change_json(checkpoint / "manifest.json", change)
+    with pytest.raises(UserError, match="cannot be the name of a file"):
+        export_adapter(checkpoint, checkpoint.parent / "made")
+
+
+# -- links -------------------------------------------------------------------------------------------------------------
+
+LINKS: dict[str, Callable[[Path, Path], object]] = {
+    "merge": lambda folder, out: export_merged(folder, out),
+    "adapter": lambda folder, out: export_adapter(folder, out),
+    "universal": lambda folder, out: to_universal(folder, out),
+    "drop": lambda folder, out: drop(folder, [0], out),
+    "resume": lambda folder, _: resume_checkpoint(str(folder), folder.parent),
+}
+
+
+@pytest.mark.parametrize("tool", LINKS)
+@pytest.mark.parametrize("place", ["tokenizer/vocab.txt", "stray", "engine/more", "ledger/more"])
+def test_no_tool_follows_a_link(checkpoint: Path, tmp_path: Path, tool: str, place: str) -> None:
+    (tmp_path / "secret").write_text("of the user")
+    (checkpoint / place).symlink_to(tmp_path / "secret")
+    reseal(checkpoint)
+    with pytest.raises(UserError, match="links are not followed"):
+        LINKS[tool](checkpoint, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+    assert any("links are not followed" in problem for problem in verify(checkpoint)[0].problems)
+    with pytest.raises(UserError, match="links are not followed"):
+        verify_ledger(checkpoint)
+
+
+def test_no_link_is_followed_out_of_a_universal_checkpoint_or_a_base(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of the user")
+    to_universal(checkpoint, tmp_path / "universal")
+    (tmp_path / "universal" / "step-000007" / "mora" / "tokenizer" / "more").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="links are not followed"):
+        from_universal(tmp_path / "universal", tmp_path / "back")
+    (tmp_path / "base" / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="which is not copied"):
+        export_merged(checkpoint, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "back").exists()
+
+
+def test_a_pipe_in_a_checkpoint_does_not_hang(checkpoint: Path, tmp_path: Path) -> None:
+    os.mkfifo(checkpoint / "tokenizer" / "pipe")
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        export_merged(checkpoint, tmp_path / "merged")
+
+
+# -- types, numbers and sizes ------------------------------------------------------------------------------------------
+
+Change = Callable[[dict[str, Any]], object]
+HUGE: list[tuple[str, Change, str]] = [
+    ("trainer_state.json", lambda content: content.update(world_size=10**12), "world_size must be at least 1"),
+    ("trainer_state.json", lambda content: content.update(step="7"), "step must be a whole number"),
+    ("trainer_state.json", lambda content: content.update(merges=True), "merges must be a list"),
+    ("adapter.json", lambda content: content.update(cycle=10**30), "out of bounds"),
+    ("adapter.json", lambda content: content.update(layers=[]), "layers must be a mapping"),
+    ("adapter.json", lambda content: content["config"].update(rank="8"), "rank must be a whole number"),
+    ("base.json", lambda content: content.update(folder="a\0b"), "cannot be a path"),
+    ("base.json", lambda content: content.update(keys={"a": 1}), "must be a text"),
+    ("ledger/ledger.json", lambda content: content.update(cycles={}), "cycles must be a list"),
+    ("ledger/ledger.json", lambda content: content["cycles"][0].update(file="../x"), "cannot be the name of a file"),
+    ("engine/layout-00000.json", lambda content: content.update(writers=10**12), "writers must be at least 1"),
+    ("engine/layout-00000.json", lambda content: content.update(file="/etc/hostname"), "cannot be the name of a file"),
+    ("engine/layout-00000.json", lambda content: content.update(groups=7), "groups must be a list"),
+    ("engine/layout-00000.json", lambda content: content["groups"][0].update(m=[2**24] * 3), "more elements than"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "change", "words"), HUGE, ids=[f"{file}-{words}" for file, _, words in HUGE])
+def test_wrong_types_and_numbers_are_named(checkpoint: Path, file: str, change: Change, words: str) -> None:
+    change_json(checkpoint / file, change)
+    reseal(checkpoint)
+    found = [problem for problem in verify(checkpoint)[0].problems if words in problem]
+    assert found and file.split("/")[-1] in found[0]
+
+
+def test_an_operators_seed_and_sizes_have_bounds(checkpoint: Path) -> None:
+    for change in ({"seed": 10**12}, {"d_in": 10**9}, {"d_in": True}, {"kind": ["share"]}, {"more": 1}):
+        before = (checkpoint / "adapter.json").read_text()
+        operator = lambda content: next(iter(content["layers"].values()))["operator"].update(change)  # noqa: B023, E731
+        change_json(checkpoint / "adapter.json", operator)
+        reseal(checkpoint)
+        with pytest.raises(UserError, match="operator"):
+            export_adapter(checkpoint, checkpoint.parent / "made")
+        (checkpoint / "adapter.json").write_text(before)
+
+
+def test_a_layer_keeps_its_shape_from_cycle_to_cycle(checkpoint: Path, tmp_path: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        header["__metadata__"]["layers"] = header["__metadata__"]["layers"].replace('"d_in": 32', '"d_in": 16777216', 1)
+
+    change_header(checkpoint / "ledger" / "cycle-00001.safetensors", change)
+    reseal(checkpoint)
+    with pytest.raises(UserError, match="another layer than in earlier cycles"):
+        export_merged(checkpoint, tmp_path / "merged")
+
+
+def test_ranks_that_share_rows_are_counted_in_no_time(checkpoint: Path) -> None:
+    change_json(checkpoint / "trainer_state.json", lambda content: content["identity"].update(global_batch_size=10**15))
+    check_world_size(checkpoint, 7)
+    assert TrainerState.read(checkpoint).step == 7
+
+
+# -- pickles -----------------------------------------------------------------------------------------------------------
+
+
+class _Large:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bytearray, (10**11,)
+
+
+def cyclic() -> list[Any]:
+    loop: list[Any] = []
+    loop.append(loop)
+    return loop
+
+
+def nested() -> list[Any]:
+    """2^64 objects by reference."""
+    level: list[Any] = []
+    for _ in range(25):
+        level = [level] * 8
+    return level
+
+
+PICKLES: dict[str, Callable[[], Any]] = {
+    "larger than the file": lambda: torch.zeros(1).expand(10**9),
+    "bytearray": _Large,
+    "nested more than": cyclic,
+    "objects": nested,
+    "not a plain one": lambda: torch.zeros(2, 2).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("words", PICKLES)
+def test_a_pickle_takes_no_more_than_its_size(tmp_path: Path, words: str) -> None:
+    torch.save({"param": PICKLES[words]()}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=rf"a\.pt cannot be read as plain data: .*({words}|no plain data)"):
+        load_pickled(tmp_path / "a.pt")
+
+
+def test_a_broken_pickle_is_named_without_bad_advice(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"param": torch.zeros(4)}, path)
+    whole = path.read_bytes()
+    broken = (whole.replace(b"\x80\x02}", b"\x80\x02t"), whole.replace(b"q\x00", b"h\x77"))
+    for data in (b"", b"PK", whole[:-1], whole[:50], *broken):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"a\.pt cannot be read as plain data") as caught:
+            load_pickled(path)
+        assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
+    torch.save(os.system, path)
+    with pytest.raises(UserError, match=r"posix\.system.*no plain data"):
+        load_pickled(path)
+
+
+def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
+    torch.save({"param": torch.zeros(1000)}, tmp_path / "a.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as source,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(UserError, match="compressed"):
+        load_pickled(tmp_path / "b.pt")

@@ -1,0 +1,95 @@
+"""A whole checkpoint made without training, with pickled shards, for tests that change its files and reseal them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mora_ds import files
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.checkpoint.state import TrainerState
+from mora_ds.engine.shard_reader import Layout, Part, layout_path
+from mora_ds.remora.ledger import _link
+from tests.helpers.damage import change_json
+from tests.helpers.exports import FakeRun, fake_run
+
+SHARD = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+
+
+def whole_checkpoint(folder: Path) -> FakeRun:
+    """As `fake_run`, with the shards of one process, random states, and a tokenizer's folder."""
+    run = fake_run(folder, cycles=2, num_hidden_layers=1, trained=("model.norm.weight",))
+    checkpoint = run.checkpoint
+    change_json(checkpoint / "adapter.json", lambda content: content.update(config=MoRAConfig(rank=8).to_dict()))
+    state = TrainerState(step=7, tokens=7, merges=[1, 2], identity={"base": "b", "global_batch_size": 2})
+    files.write_json_atomic(checkpoint / "trainer_state.json", vars(state))
+    save_file({"cpu": torch.zeros(8, dtype=torch.uint8)}, checkpoint / "rng-00000.safetensors")
+    (checkpoint / "tokenizer").mkdir()
+    (checkpoint / "tokenizer" / "tokenizer_config.json").write_text('{"from": "run"}')
+    _write_engine(checkpoint)
+    files.write_manifest(checkpoint)
+    return run
+
+
+def _write_engine(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / "adapter.safetensors")
+    parts, offset = [], 0
+    for name, tensor in tensors.items():
+        parts.append(Part(name, 0, tensor.numel(), offset))
+        offset += tensor.numel()
+    flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
+    optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": flat * 0, "exp_avg_sq": flat * 0}}}
+    (checkpoint / "engine").mkdir()
+    torch.save({"optimizer_state_dict": {"masters": [flat], "state": optimizer}}, checkpoint / "engine" / SHARD)
+    layout = Layout(
+        rank=0, world_size=1, writers=1, stage=2, optimizer="AdamW", file=SHARD,
+        masters=["optimizer_state_dict", "masters"], state=["optimizer_state_dict", "state"],
+        flats=[parts], moments=[parts], groups=[{name: list(tensor.shape) for name, tensor in tensors.items()}],
+        settings=[{"lr": 0.1}], counters={"global_steps": 7},
+    )  # fmt: skip
+    files.write_json_atomic(layout_path(checkpoint / "engine", 0), layout.to_dict(), indent=None)
+
+
+def reseal(folder: Path) -> None:
+    """Makes every hash that is recorded under `folder` that of the file as it is: ledgers first, then manifests."""
+    for path in folder.rglob("ledger.json"):
+        if not path.is_symlink():
+            _reseal_ledger(path)
+    for path in folder.rglob("manifest.json"):
+        if not path.is_symlink():
+            files.write_manifest(path.parent)
+
+
+def _reseal_ledger(path: Path) -> None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        chain = content["base_fingerprint"]
+        for cycle in content["cycles"]:
+            file = path.parent / cycle["file"]
+            cycle.update(sha256=files.sha256_file(file), size=file.stat().st_size)
+            cycle["chain"] = chain = _link(chain, cycle["sha256"])
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
+        return  # a mutation that has no such structure is left as it is
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def change_header(path: Path, change: Any) -> None:
+    """Applies `change` to the JSON header of a safetensors file."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def rewrite_pickle(path: Path, change: Any) -> None:
+    """Applies `change` to the content of a file of torch.save."""
+    content = torch.load(path, weights_only=False)
+    torch.save(change(content), path, pickle_module=pickle)
