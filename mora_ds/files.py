@@ -307,13 +307,43 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_MAX_YAML, _MAX_NODES = 8 * 2**20, 1_000_000
+
+
+def _nodes(node: yaml.Node, seen: dict[int, int]) -> int:
+    """Number of values that a node stands for, each alias counted with all that it repeats. Raises RecursionError for
+    one that contains itself."""
+    if id(node) not in seen:
+        seen[id(node)] = _MAX_NODES + 1  # for whatever meets it again while it is counted
+        value: Any = node.value
+        children = [each for pair in value for each in pair] if isinstance(node, yaml.MappingNode) else value
+        inner = children if isinstance(node, yaml.CollectionNode) else ()
+        seen[id(node)] = 1 + sum(_nodes(child, seen) for child in inner)
+    return seen[id(node)]
+
+
 def load_yaml(path: str, what: str) -> dict[Any, Any]:
-    """The mapping in a YAML file without repeated keys. Raises `UserError`, which calls the file `what`."""
+    """The mapping in a YAML file of at most 8 MiB without repeated keys. Raises `UserError`, which calls the file
+    `what`."""
     try:
-        content = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError) as error:
+        loader = _UniqueKeyLoader(read_text(Path(path).expanduser(), _MAX_YAML))
+        node = loader.get_single_node()
+        if node is not None and _nodes(node, {}) > _MAX_NODES:
+            raise UserError(f"{path} stands for more than {_MAX_NODES:,} values, by anchors that are repeated")
+        content = None if node is None else loader.construct_document(node)
+    except UserError:
+        raise
+    except OSError as error:
         raise UserError(f"cannot read {what} {path}: {error}") from error
-    except yaml.YAMLError as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise UserError(f"{path} is no valid YAML: {error}") from error
     except RecursionError:
         raise UserError(f"{path} is no valid YAML: it is nested too deeply") from None

@@ -20,6 +20,7 @@ import yaml
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.errors import UserError, nearest
 from mora_ds.files import atomic_path, load_yaml
+from mora_ds.untrusted import MAX_SIDE, file_name, shown, typed
 
 TARGETS_FILE = "targets.yaml"
 AUTO = "auto"
@@ -99,10 +100,11 @@ def read_plan(path: Path) -> TargetPlan:
     layers = content["layers"]
     if not isinstance(layers, dict):
         raise UserError(f"{_FLAG} {path}: layers must be lines of `name: side`, not a {type(layers).__name__}")
-    sides = {str(name): _side(path, name, side) for name, side in layers.items()}
+    sides = {file_name(str(name), f"{_FLAG} {path}"): _side(path, name, side) for name, side in layers.items()}
     if not any(sides.values()):
         raise UserError(f"{_FLAG} {path}: no layer has a side above 0")
-    model, fingerprint, budget, by, operator = (str(content.get(key) or "") for key in known[1:6])
+    texts = (str(content.get(key) or "") for key in known[1:6])
+    model, fingerprint, budget, by, operator = (typed(str, text, f"{_FLAG} {path}") for text in texts)
     return TargetPlan(model, fingerprint, sides, budget, by or BY_HAND, operator)
 
 
@@ -147,6 +149,6 @@ def _scalar(text: str) -> str:
 
 
 def _side(path: Path, name: Any, side: Any) -> int:
-    if isinstance(side, bool) or not isinstance(side, int) or side < 0:
-        raise UserError(f"{_FLAG} {path}: the side of {name} must be a whole number, 0 for none, got {side!r}")
+    if isinstance(side, bool) or not isinstance(side, int) or not 0 <= side <= MAX_SIDE:
+        raise UserError(f"{_FLAG} {path}: the side of {name} must be a whole number, 0 for none, got {shown(side)}")
     return side

@@ -47,7 +47,7 @@ def live_adapter(location: LedgerLocation) -> AdapterFile | None:
     if location.checkpoint is None:
         return None
     adapter = read_adapter(location.checkpoint)
-    adapter.check_cycle(location.open(hashes=False))
+    adapter.check_ledger(location.open(hashes=False))
     return adapter
 
 

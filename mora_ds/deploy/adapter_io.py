@@ -10,6 +10,7 @@ a plain model instead. `load_adapter` takes a checkpoint as well as what `export
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from mora_ds.adapters.domains import DomainLinear, domains_of, set_values
 from mora_ds.adapters.inject import inject, mora_layers, move_base
 from mora_ds.adapters.merge_layer import write_live
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, chosen_domain, open_adapter
-from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, LEDGER_FOLDER, find_adapter
+from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, chosen_domain, open_adapter
+from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON, LEDGER_FOLDER, find_adapter
 from mora_ds.checkpoint.state import MERGE_PRECISION
 from mora_ds.errors import UserError
 from mora_ds.files import atomic_folder, write_manifest
@@ -92,13 +93,20 @@ def load_adapter(
         )
 
         def original(weight: str) -> Tensor:
-            return opened.read(reference.keys[weight])
+            key = reference.keys.get(weight)
+            if key is None or key not in opened:
+                raise UserError(f"{folder / BASE_JSON} names no tensor of {opened.folder} for {weight}")
+            return opened.read(key)
 
-    inject(model, config_from_dict(facts.facts["config"]))
+    config = config_from_dict(facts.facts["config"])
+    if any(pattern.startswith("re:") for pattern in config.target_modules):  # an expression may run for years
+        config = replace(config, target_modules=tuple(facts.layers))
+    inject(model, config)
     move_base(model, "cpu", dtype)
     layers = mora_layers(model)
     if different := set(layers) ^ set(facts.layers):
         raise UserError(f"{folder} adapts other layers than this model has, e.g. {min(different)}")
+    _check_fit(folder, facts, tensors, model)
     for name, layer in layers.items():
         layer.spec = facts.layers[name].operator
         write_live(layer, original(facts.layers[name].weight), ledger.squares_of(name))
@@ -112,3 +120,18 @@ def load_adapter(
         trainable[name].data = tensors.trained(name).to(dtype)
     domains_of(model).set_all(chosen)
     return model.eval()
+
+
+def _check_fit(folder: Path, facts: AdapterFile, tensors: AdapterTensors, model: nn.Module) -> None:
+    """Raises `UserError` unless the adapter's operators and trained tensors have the shapes of the model's."""
+    for name, layer in mora_layers(model).items():
+        ours, theirs = layer.spec, facts.layers[name].operator
+        if (type(ours), ours.d_in, ours.d_out, ours.value_shape) != (
+            type(theirs), theirs.d_in, theirs.d_out, theirs.value_shape,
+        ):  # fmt: skip
+            raise UserError(f"{folder / ADAPTER_JSON}: {name} has {theirs}, for which this model has {ours}")
+    trainable = dict(model.named_parameters())
+    for name in facts.trainables:
+        shape = tensors.trained_shape(name)
+        if name not in trainable or tuple(trainable[name].shape) != shape:
+            raise UserError(f"{folder / ADAPTER_JSON}: this model does not train a {name} of shape {shape}")

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mora_ds.errors import RunError
+from mora_ds.errors import RunError, UserError
 from mora_ds.models.tensor_files import compute_dtype, open_safetensors
 
 FP32_TOLERANCE = 1e-5
@@ -57,7 +57,13 @@ def compare_logits(
     difference exceeds the tolerance or the export lacks weights; `UserError` for a damaged probe.
     """
     handle = open_safetensors(probe)
+    if missing := {name, "input_ids"} - set(handle.keys()):
+        raise UserError(f"{probe} holds no {min(missing)}")
     live, tokens = handle.get_tensor(name).float(), handle.get_tensor("input_ids")
+    if tokens.dim() != 2 or tokens.dtype != torch.int64 or live.shape[:-1] != tokens.shape:
+        raise UserError(f"{probe} holds tokens of shape {tuple(tokens.shape)}, logits of {tuple(live.shape)}")
+    if not bool(((tokens >= 0) & (tokens < live.shape[-1])).all()):
+        raise UserError(f"{probe} holds tokens that have no logits")
     recorded = compute_dtype((handle.metadata() or {}).get("dtype", "float32"))
     model = _load(folder, dtype)
     with torch.inference_mode():

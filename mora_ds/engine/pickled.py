@@ -109,6 +109,8 @@ def _count(value: Any, size: int, seen: dict[int, int], depth: int) -> int:
         if max(value.numel() * value.element_size(), value.untyped_storage().nbytes()) > size:
             raise UserError(f"a tensor of shape {tuple(value.shape)} is larger than the file")
         return 1
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(f"the number {shown(value)} is out of bounds")
     if isinstance(value, _Attributes):
         value = vars(value)
     if not isinstance(value, (dict, list, tuple)):

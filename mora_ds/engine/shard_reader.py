@@ -77,7 +77,7 @@ class Layout:
     settings: list[dict[str, Any]] = field(default_factory=list)
     """For each parameter group: learning rate, betas and so on; for some optimizers the step count."""
     counters: dict[str, int] = field(default_factory=dict)
-    scaler: dict[str, float] = field(default_factory=dict)
+    scaler: dict[str, float | None] = field(default_factory=dict)
     """State of fp16's loss scaler."""
     transposed: list[str] = field(default_factory=list)
     """MoRA matrices of which the shards hold the transpose (tensor parallelism with an aligned grouping)."""

@@ -7,9 +7,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.eval.spectrum import cumulative_norms, measure, singular_values
 from mora_ds.remora.ledger import Ledger
 from mora_ds.runtime.cli import table
+from mora_ds.untrusted import require_memory
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,17 @@ class CycleSummary:
 
 def summarize(ledger: Ledger) -> list[CycleSummary]:
     """The summary of every cycle. One MoRA matrix is decomposed at a time (see `spectrum`)."""
+    for cycle in range(ledger.cycles):
+        for name, entry in ledger.layers(cycle).items():
+            require_delta(name, entry.operator)
     return [_summary(ledger, cycle, norm) for cycle, norm in enumerate(_norms_of_sums(ledger))]
+
+
+def require_delta(module: str, spec: UpdateSpec) -> None:
+    """Raises `UserError` where there is not the memory for a delta of a layer, whose size only its file states."""
+    is_small = isinstance(spec, OperatorSpec) and not spec.blockwise  # then only its factors are formed (`spectrum`)
+    elements = (spec.d_in + spec.d_out) * spec.value_shape[0] if is_small else spec.d_in * spec.d_out
+    require_memory(8 * elements, f"{module}: a delta of {spec.d_out} x {spec.d_in}")
 
 
 def _summary(ledger: Ledger, cycle: int, cumulative_norm: float) -> CycleSummary:

@@ -17,7 +17,7 @@ from mora_ds.checkpoint.adapter_files import AdapterTensors
 from mora_ds.checkpoint.layout import LedgerLocation
 from mora_ds.checkpoint.ledger_tools import live_adapter
 from mora_ds.errors import UserError, nearest
-from mora_ds.eval.ledger_summary import mean, modules_of
+from mora_ds.eval.ledger_summary import mean, modules_of, require_delta
 from mora_ds.eval.spectrum import THRESHOLD, LayerSpectrum, Update, layer_spectra
 from mora_ds.files import write_json_atomic
 from mora_ds.runtime.cli import table
@@ -74,6 +74,8 @@ class Spectra:
         if module in self._live:
             origins.append((self._ledger.cycles, self._live_step, True))
             updates.append(self._live[module])
+        for spec, _ in updates:
+            require_delta(module, spec)
         moved = [(spec, value.to(device)) for spec, value in updates]
         for (spec, _), (cycle, step, is_live), spectrum in zip(
             moved, origins, layer_spectra(moved, threshold), strict=True

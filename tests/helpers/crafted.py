@@ -59,7 +59,7 @@ def _write_engine(checkpoint: Path) -> None:
 def reseal(folder: Path) -> None:
     """Makes every hash that is recorded under `folder` that of the file as it is: ledgers first, then manifests."""
     for path in folder.rglob("ledger.json"):
-        if not path.is_symlink():
+        if path.is_file() and not path.is_symlink():
             _reseal_ledger(path)
     for path in folder.rglob("manifest.json"):
         if not path.is_symlink():

@@ -1,0 +1,248 @@
+"""Runs the tools on mutated, resealed files, each call bounded in time and memory, in processes that may die.
+
+subjects(folder)                  a small checkpoint, adapter, bank, universal folder, model and targets file
+fuzz(subjects, seeds, scratch)    one call of a tool for each seed; what it found
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.target_plan import TargetPlan
+from mora_ds.checkpoint.universal import to_universal
+from mora_ds.config.adapter import AdapterArguments
+from mora_ds.errors import RunError, UserError
+from mora_ds.train.targets import plan_of_file
+from tests.helpers.adapters import Maker
+from tests.helpers.crafted import reseal, whole_checkpoint
+from tests.helpers.damage import change_json
+from tests.helpers.jobs import playground
+from tests.helpers.mutate import Mutator
+from tests.helpers.tools import call
+
+SECONDS, NBYTES = 10, 2**30
+"""What one call may take: seconds of its own, on a machine that others use too, and bytes."""
+
+Tool = Callable[[Path, Path], None]
+"""Called with (the case's folder, the output)."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A folder whose part `mutated` is changed, and the tools that read it, each as often as it is listed."""
+
+    folder: Path
+    mutated: str
+    tools: tuple[Tool, ...]
+
+
+def _targets(case: Path, _: Path) -> None:
+    plan_of_file(AdapterArguments(targets=str(case / "targets" / "targets.yaml")))
+
+
+def _tool(name: str, *flags: str) -> Tool:
+    """`flags` with {case} and {out} filled in."""
+
+    def run(case: Path, out: Path) -> None:
+        call(name, *(flag.format(case=case, out=out) for flag in flags))
+
+    return run
+
+
+_CHECKPOINT = "{case}/out/checkpoints/step-000007"
+_EXPORT = ("export_hf", "--checkpoint", _CHECKPOINT, "--output", "{out}")
+
+
+def subjects(folder: Path) -> list[Subject]:
+    """Made once, without training. The slow tools, which load a model, are listed apart and seldom."""
+    run, base = folder / "run", "{case}/base"
+    made = whole_checkpoint(run)
+    shutil.copytree(made.checkpoint / "ledger", made.output / "ledger")
+    to_universal(made.checkpoint, folder / "universal" / "universal")
+    user = playground(folder / "user")
+    bank = folder / "bank"
+    shutil.copytree(user.model, bank / "base")
+    shutil.copyfile(user.held, bank / "held.txt")
+    (bank / "held.txt").write_text("a b c", encoding="utf-8")
+    from transformers import AutoModelForCausalLM
+
+    maker = Maker(AutoModelForCausalLM.from_pretrained(bank / "base"), bank / "base")
+    for seed, name in enumerate(("one", "two")):
+        maker.write(bank / "bank" / name, MoRAConfig(rank=3, seed=seed), cycles=1)
+        change_json(bank / "bank" / name / "base.json", lambda content: content.update(folder="../../base"))
+        reseal(bank / "bank" / name)
+    (folder / "plan" / "targets").mkdir(parents=True)
+    plan = TargetPlan("m", "f", {f"model.layers.{i}.mlp.up_proj": 2 * i for i in range(4)}, "100", "hand", "rotate")
+    plan.write(folder / "plan" / "targets" / "targets.yaml")
+    sets = ("--sets", "a={case}/held.txt")
+    fast = (
+        _tool("verify_checkpoint", _CHECKPOINT),
+        _tool("verify_checkpoint", _CHECKPOINT, "--base", base),
+        _tool("convert_checkpoint", "universal", _CHECKPOINT, "--output", "{out}"),
+        _tool("convert_checkpoint", "adapter", _CHECKPOINT, "--output", "{out}"),
+        _tool("ledger", "show", _CHECKPOINT),
+        _tool("ledger", "verify", _CHECKPOINT, "--base", base),
+        _tool("ledger", "drop", _CHECKPOINT, "--cycles", "0", "--output", "{out}"),
+        _tool("ledger", "compact", _CHECKPOINT, "--output", "{out}", "--first", "1"),
+        _tool(*_EXPORT),
+        _tool("spectrum", _CHECKPOINT),
+    )
+    return [
+        Subject(run, "out/checkpoints/step-000007", fast),
+        Subject(run, "base", (_tool("ledger", "verify", _CHECKPOINT, "--base", base), *fast[7:9])),
+        Subject(
+            folder / "universal",
+            "universal",
+            (_tool("convert_checkpoint", "from_universal", "{case}/universal", "--output", "{out}"),),
+        ),
+        Subject(folder / "plan", "targets", (_targets,)),
+        Subject(bank, "bank", (_tool("evaluate", base, "--bank", "{case}/bank", *sets),)),
+        Subject(bank, "bank/one", (_tool("evaluate", "{case}/bank/one", *sets),)),
+        Subject(run, "out/checkpoints/step-000007", (_tool(*_EXPORT, "--verify"),)),
+    ]  # fmt: skip
+
+
+WEIGHTS = (60, 8, 14, 10, 3, 3, 2)
+"""How often each of the subjects is taken."""
+
+
+class _TooLong(BaseException):
+    pass
+
+
+def _stop(_: int, __: FrameType | None) -> None:
+    raise _TooLong
+
+
+def fuzz(made: list[Subject], seeds: Iterable[int], scratch: Path) -> tuple[list[dict[str, Any]], float, int]:
+    """(findings, longest call in seconds, largest growth of memory in bytes) of one call for each seed."""
+    waiting, found, slowest, largest = list(seeds), [], 0.0, 0
+    while waiting:
+        report = scratch / f"report-{waiting[0]}.jsonl"
+        report.write_text("")
+        child = os.fork()
+        if child == 0:
+            _run_all(made, waiting, scratch, report)
+        _, status = os.waitpid(child, 0)
+        lines = [json.loads(line) for line in report.read_text().splitlines()]
+        done = [line for line in lines if "seconds" in line]
+        found += [line for line in done if line["error"]]
+        slowest = max([slowest, *(line["seconds"] for line in done)])
+        largest = max([largest, *(line["grown"] for line in done)])
+        if status and len(lines) > len(done) + sum("seconds" in line for line in lines):
+            found.append({**lines[-1], "error": f"the process ended with status {status}"})
+        waiting = waiting[sum("seed" in line and "seconds" not in line for line in lines) or 1 :]
+    return found, slowest, largest
+
+
+def _run_all(made: list[Subject], seeds: list[int], scratch: Path, report: Path) -> None:
+    """In the child: never returns."""
+    code = 1
+    try:
+        signal.signal(signal.SIGALRM, _stop)
+        signal.signal(signal.SIGPROF, _stop)
+        process = psutil.Process()
+        resource.setrlimit(resource.RLIMIT_AS, (process.memory_info().vms + NBYTES,) * 2)
+        with report.open("a", buffering=1) as file:
+            for seed in seeds[:400]:
+                file.write(json.dumps({"seed": seed}) + "\n")
+                result = _one(made, seed, scratch, process)
+                file.write(json.dumps({"seed": seed, **result}) + "\n")
+                if result["grown"] > NBYTES // 2:
+                    break  # what a call has left in memory is not the next one's
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _one(made: list[Subject], seed: int, scratch: Path, process: psutil.Process) -> dict[str, Any]:
+    chosen = random.Random(seed)
+    (subject,) = chosen.choices(made, WEIGHTS[: len(made)])
+    tool = chosen.choice(subject.tools)
+    case = scratch / "case"
+    shutil.rmtree(case, ignore_errors=True)
+    shutil.copytree(subject.folder, case, symlinks=True)
+    (case / "canary").write_text("of the user")
+    mutator, target = Mutator(seed, case), case / subject.mutated
+    done = [mutator.mutate(target) for _ in range(chosen.choice((1, 1, 1, 2, 4)))]
+    if chosen.random() < 0.93:
+        with contextlib.suppress(OSError, ValueError):
+            reseal(target)
+    before, size, started = _state(case), process.memory_info().rss, time.monotonic()
+    error = _error(tool, case)
+    seconds, grown = time.monotonic() - started, process.memory_info().rss - size
+    if not error and _state(case) != before:
+        changed = sorted({name for name, _ in before ^ _state(case)})
+        error = f"written outside of the output: {changed[:3]}"
+    if not error and grown > NBYTES:
+        error = f"{grown:,} bytes"
+    return {"tool": subject.tools.index(tool), "subject": subject.mutated, "done": done, "error": error,
+            "seconds": seconds, "grown": max(grown, 0)}  # fmt: skip
+
+
+def _state(case: Path) -> set[tuple[str, tuple[int, int]]]:
+    """Names, sizes and times of everything but the output."""
+    found = set()
+    for path in case.rglob("*"):
+        if path.relative_to(case).parts[0] != "made":
+            status = path.lstat()
+            found.add((str(path.relative_to(case)), (0, 0) if path.is_dir() else (status.st_size, status.st_mtime_ns)))
+    return found
+
+
+def _error(tool: Tool, case: Path) -> str:
+    """The traceback of anything but the project's own errors, else ""."""
+    quiet = io.StringIO()
+    signal.alarm(6 * SECONDS)  # for a call that waits, such as on a pipe
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            tool(case, case / "made" / "output")
+    except (UserError, RunError) as error:
+        return "" if str(error).strip() else "a message without words"
+    except _TooLong:
+        return f"more than {SECONDS} s: {traceback.format_exc(limit=-4)}"
+    except BaseException:
+        return traceback.format_exc(limit=-6)
+    finally:
+        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    return ""
+
+
+def main() -> None:
+    """python -m tests.helpers.fuzz FIRST COUNT FOLDER: for long runs, in several processes."""
+    first, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    made = subjects(folder / "subjects")
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    started = time.monotonic()
+    found, slowest, largest = fuzz(made, range(first, first + count), scratch)
+    (folder / "findings.json").write_text(json.dumps(found, indent=1))
+    print(f"{count} calls in {time.monotonic() - started:.0f} s: {len(found)} finding(s), slowest {slowest:.1f} s, "
+          f"largest {largest / 2**20:.0f} MiB")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
