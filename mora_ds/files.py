@@ -335,19 +335,11 @@ def load_yaml(path: str, what: str) -> dict[Any, Any]:
         raise
     except OSError as error:
         raise UserError(f"cannot read {what} {path}: {error}") from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
+    except yaml.YAMLError as error:
         raise UserError(f"{path} is no valid YAML: {error}") from error
     except RecursionError:
         raise UserError(f"{path} is no valid YAML: it is nested too deeply") from None
-    except ValueError as error:  # of a date that does not exist, or a number of too many digits
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:  # of a date, a number, a key that is a list
         raise UserError(f"{path} is no valid YAML: {reason(error)}") from error
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path} must hold `key: value` lines, not a {type(content).__name__}")

@@ -131,3 +131,21 @@ def test_planned_layers_that_do_not_exist_are_named() -> None:
     config = with_sizes(MoRAConfig(rank=8), {"model.layers.0.self_attn.q_prj": 8, "model.layers.1.mlp.up_proj": 8})
     with pytest.raises(UserError, match=r"q_prj\. Did you mean 'model\.layers\.0\.self_attn\.q_proj'\?$"):
         inject(tiny_model(), config)
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+YAMLS = {
+    "by anchors that are repeated": BOMB,
+    "no valid YAML": "? [a]\n: 1\n",
+    "nested too deeply": "a: " + "[" * 5000,
+    "must be a whole number": "format: 1\nfingerprint: f\nlayers: {a: 1" + "0" * 40 + "}\n",
+    "cannot be the name": 'format: 1\nfingerprint: f\nlayers: {"../a": 1}\n',
+    "more than": "a: &a [*a]\n",
+}
+
+
+@pytest.mark.parametrize("words", YAMLS)
+def test_a_file_by_a_stranger_is_refused_in_no_time(tmp_path: Path, words: str) -> None:
+    (tmp_path / "targets.yaml").write_text(YAMLS[words], encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        read_plan(tmp_path / "targets.yaml")
