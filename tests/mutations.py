@@ -163,7 +163,7 @@ MUTATIONS = (
         "config/training.py",
         "return self.muon_learning_rate if self.optimizer == OptimizerKind.MUON.value else self.learning_rate",
         "return self.learning_rate",
-        ("engine/test_muon.py", "config/test_arguments.py"),
+        ("config/test_arguments.py",),
     ),
     Mutation(
         "a stale copy of a tied weight is exported",

@@ -309,3 +309,11 @@ def test_checkpoints_from_before_there_were_stalls_still_belong_to_their_run() -
 def test_adapter_settings_become_the_adapters_config() -> None:
     config = parse(["--mora_rank", "16", "--train_norms", "--target_modules", "q_proj"]).adapter.config(seed=5)
     assert (config.rank, config.train_norms, config.target_modules, config.seed) == (16, True, ("q_proj",), 5)
+
+
+def test_each_optimizer_has_its_own_peak_learning_rate() -> None:
+    """The schedule's peak is the MoRA matrices': Muon's under --optimizer muon, AdamW's otherwise."""
+    rates = ("--learning_rate", "0.001", "--muon_learning_rate", "0.02")
+    assert parse([*rates]).training.peak_learning_rate == 0.001
+    assert parse([*rates, "--optimizer", "muon"]).training.peak_learning_rate == 0.02
+    assert parse([*rates, "--optimizer", "muon"]).training.other_lr_ratio == pytest.approx(0.05)
