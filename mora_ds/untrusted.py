@@ -56,6 +56,8 @@ def shown(value: Any) -> str:
 def read_text(path: Path, limit: int = MAX_BYTES) -> str:
     """A UTF-8 file of at most `limit` bytes. Raises `UserError` for a larger one and for one that is no text, OSError
     where it cannot be read."""
+    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode) and path.parts[:2] != ("/", "dev"):
+        raise UserError(f"{path} is no file")  # a pipe would wait for ever; what a shell names /dev/fd/63 is meant
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:

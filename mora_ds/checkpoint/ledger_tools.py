@@ -185,6 +185,7 @@ def copy_adapter(location: LedgerLocation, folder: Path, cycles: int, fact: str,
     """
     adapter = live_adapter(location)
     assert adapter is not None and location.checkpoint is not None
+    AdapterTensors.open(location.checkpoint, adapter)
     shutil.copyfile(location.checkpoint / ADAPTER_TENSORS, folder / ADAPTER_TENSORS)
     facts = {**adapter.facts, fact: [*adapter.facts.get(fact, []), *steps]}
     changed = replace(adapter, cycle=cycles, facts=facts)

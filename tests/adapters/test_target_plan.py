@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,12 @@ YAMLS = {
     "cannot be the name": 'format: 1\nfingerprint: f\nlayers: {"../a": 1}\n',
     "more than": "a: &a [*a]\n",
 }
+
+
+def test_a_pipe_is_no_targets_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "targets.yaml")
+    with pytest.raises(UserError, match="is no file"):
+        read_plan(tmp_path / "targets.yaml")
 
 
 @pytest.mark.parametrize("words", YAMLS)

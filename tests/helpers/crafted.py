@@ -72,6 +72,8 @@ def _reseal_ledger(path: Path) -> None:
         chain = content["base_fingerprint"]
         for cycle in content["cycles"]:
             file = path.parent / cycle["file"]
+            if not file.is_file():  # a pipe, which would wait for ever, or a device
+                return
             cycle.update(sha256=files.sha256_file(file), size=file.stat().st_size)
             cycle["chain"] = chain = _link(chain, cycle["sha256"])
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):

@@ -164,6 +164,7 @@ def _run_all(made: list[Subject], seeds: list[int], scratch: Path, report: Path)
         with report.open("a", buffering=1) as file:
             for seed in seeds[:400]:
                 file.write(json.dumps({"seed": seed}) + "\n")
+                signal.alarm(120)  # for the mutation itself
                 result = _one(made, seed, scratch, process)
                 file.write(json.dumps({"seed": seed, **result}) + "\n")
                 if result["grown"] > NBYTES // 2:

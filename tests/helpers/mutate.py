@@ -34,6 +34,8 @@ class Mutator:
     def mutate(self, folder: Path) -> str:
         """Returns what was done, for the report."""
         files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+        if not files:
+            return "nothing left to change"
         path = self._random.choice(files)
         name = path.relative_to(folder).as_posix()
         try:
@@ -42,7 +44,7 @@ class Mutator:
             if self._random.random() < 0.08:
                 return f"{name}: {self._bytes(path)}"
             return f"{name}: {self._content(path)}"
-        except (ValueError, KeyError, TypeError, OverflowError, RuntimeError, OSError) as error:
+        except Exception as error:  # of a file that an earlier change has broken
             return f"{name}: unchanged, {type(error).__name__}"
 
     def _content(self, path: Path) -> str:
@@ -92,9 +94,13 @@ class Mutator:
     def _changed(self, content: Any) -> tuple[Any, str]:
         """(`content` with one change somewhere, what was done)."""
         holders: list[tuple[Any, Any]] = []
-        waiting = [content]
+        waiting, seen = [content], set[int]()
         while waiting:
             value = waiting.pop()
+            if id(value) in seen:  # an earlier change may have made a list that contains itself
+                continue
+            if isinstance(value, (dict, list)):
+                seen.add(id(value))
             items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
             for key, child in items:
                 holders.append((value, key))
