@@ -326,15 +326,17 @@ def load_yaml(path: str, what: str) -> dict[Any, Any]:
     """The mapping in a YAML file of at most 8 MiB without repeated keys. Raises `UserError`, which calls the file
     `what`."""
     try:
-        loader = _UniqueKeyLoader(read_text(Path(path).expanduser(), _MAX_YAML))
+        text = read_text(Path(path).expanduser(), _MAX_YAML)
+    except (OSError, UserError) as error:
+        raise UserError(f"cannot read {what} {path}: {error}") from error
+    try:
+        loader = _UniqueKeyLoader(text)
         node = loader.get_single_node()
         if node is not None and _nodes(node, {}) > _MAX_NODES:
             raise UserError(f"{path} stands for more than {_MAX_NODES:,} values, by anchors that are repeated")
         content = None if node is None else loader.construct_document(node)
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"cannot read {what} {path}: {error}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is no valid YAML: {error}") from error
     except RecursionError:

@@ -154,7 +154,7 @@ def test_mistakes_in_a_recipe_are_listed_at_once(tmp_path: Path) -> None:
         (b"seed: 1\nseed: 2\n", "'seed' is given twice"),
         (b"seed: [1\n", "no valid YAML"),
         (b"- seed\n", "not a list"),
-        (b"\xff\xfe\x00seed", r"recipe\.yaml is damaged"),
+        (b"\xff\xfe\x00seed", r"cannot read the recipe .*recipe\.yaml"),
     ],
 )
 def test_broken_recipes(tmp_path: Path, content: bytes, message: str) -> None:
