@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -239,16 +240,19 @@ def test_frozen_matrices_stay_as_they_are(user: Playground, tmp_path: Path, free
         (("--init_adapter", tmp_path / "nowhere"), "is neither an adapter"),
     ):
         assert part in refusal(domain_flags(user, never, mix, *more))
-    (tmp_path / "rank0").symlink_to(first)  # as where another node does not see the folder
-    argv = domain_flags(user, never, mix, "--init_adapter")
-    for kind, message in run_ranks(2, refused_here, argv, tmp_path / "rank"):
-        assert kind == "UserError" and "rank1 is neither an adapter" in message
+    for rank in range(2):
+        (tmp_path / f"rank{rank}").mkdir()
+    (tmp_path / "rank0" / "earlier").symlink_to(first)  # as where another node does not see the folder
+    argv = domain_flags(user, never, mix, "--init_adapter", "earlier")
+    for kind, message in run_ranks(2, refused_here, argv, tmp_path):
+        assert kind == "UserError" and "earlier is neither an adapter" in message
     assert not (never / "checkpoints").exists()
 
 
 def refused_here(argv: list[str], folder: Path) -> tuple[str, str]:
-    """`refused`, with a last argument that differs from rank to rank."""
-    return refused([*argv, f"{folder}{dist.get_rank()}"])
+    """`refused`, in a working directory of each rank's own."""
+    os.chdir(folder / f"rank{dist.get_rank()}")
+    return refused(argv)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
