@@ -5,7 +5,7 @@ parts, corpus      files, patterns, folders or a `datasets` name -> `Corpus`
 held_out, dedup    which documents are held out; equal and similar documents
 sentencepiece, tokenizer, extend_tokenizer    train, load, check and extend tokenizers
 inspection, cache  `Corpus` + tokenizer -> `TokenCache`, memory-mapped, built once by several processes (`workers`)
-packing            `TokenCache` + sequence length + seed -> `PackedDataset`, batches by step
+packing, documents `TokenCache` + sequence length + seed -> `PackedDataset`, batches by step
 mixture            several sources, weights, phases -> `Mixture`, batches with exact shares
 stream, stream_source    documents tokenised while training -> `StreamMixture`, the same batches without a cache
 preparation, split_writer, prepared    filtered and split offline -> a folder of tokens that `load_corpus` takes

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mora_ds.data.cache import TokenCache
+from mora_ds.data.documents import Documents
 from mora_ds.errors import UserError
 
 IGNORED = -100
@@ -144,9 +145,10 @@ class PackedDataset:
             yield stack([self.block(index) if index < self.n_blocks else padding for index in indices])
 
 
-def stack(rows: Sequence[Block]) -> dict[str, Tensor]:
-    """Makes a batch (rows, T) of blocks (T,)."""
-    return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in _KEYS}
+def stack(rows: Sequence[Block]) -> dict[str, Any]:
+    """Makes a batch (rows, T) of blocks (T,), with its `Documents` as `documents`."""
+    batch = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in _KEYS}
+    return {**batch, "documents": Documents.of(batch["position_ids"])}
 
 
 def epoch_order(seed: int | str, epoch: int, n_blocks: int) -> np.ndarray:

@@ -140,10 +140,14 @@ class SequenceParallel:
         self._ulysses: dict[tuple[int, ...], UlyssesSPAttentionHF] = {}
         self._masks = _Masks()
 
-    def split(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def split(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This process's tokens of a batch: tensors (B, T) -> (B, T/s). Labels must have been shifted, so that the last
-        token of a part still predicts the first of the next one."""
-        return {name: rows.unflatten(1, (self.size, -1))[:, self.rank].contiguous() for name, rows in batch.items()}
+        token of a part still predicts the first of the next one. `documents` stay those of the complete rows, which
+        attention sees."""
+        return {
+            name: rows.unflatten(1, (self.size, -1))[:, self.rank].contiguous() if isinstance(rows, Tensor) else rows
+            for name, rows in batch.items()
+        }
 
     def longest(self, positions: Tensor) -> Tensor:
         """(1,) the largest position in the complete rows, from this process's part of them."""

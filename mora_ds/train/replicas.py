@@ -95,9 +95,10 @@ class Replica:
 def check_same_rows(batch: Mapping[str, Tensor], processes_per_replica: int) -> None:
     """Raise `RunError` where the processes of a replica hold different batches. Collective; sends a hash each."""
     digest = hashlib.sha256()
-    for name, tensor in batch.items():
+    for name in ("input_ids", "labels", "position_ids"):
+        tensor = batch[name]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.cpu().numpy().tobytes())
-    mine = torch.tensor(list(digest.digest()), dtype=torch.int64, device=next(iter(batch.values())).device)
+    mine = torch.tensor(list(digest.digest()), dtype=torch.int64, device=tensor.device)
     digests = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(digests, mine)
     for rank, other in enumerate(digests):

@@ -11,11 +11,14 @@ import torch
 from transformers.masking_utils import find_packed_sequence_indices
 
 from mora_ds.data import IGNORED, PackedDataset, TokenCache
+from mora_ds.data.documents import Documents
 from mora_ds.errors import UserError
 
 EOS = 9999
 RECORDED = [9, 4, 3, 6, 2, 0, 5, 1, 7, 8, 5, 9, 8, 6, 4, 2, 0, 7, 1, 3]
 LENGTHS = [5, 1, 1, 17, 8, 30, 2, 8, 16, 3, 1]
+
+KEYS = ("input_ids", "labels", "position_ids")
 
 
 def make_cache(lengths: list[int]) -> TokenCache:
@@ -89,8 +92,10 @@ def test_a_batch_is_the_same_for_any_number_of_ranks(world: int) -> None:
             part = PackedDataset(make_cache(LENGTHS), 7, seed=1).batch(step, 12, slice(rank * rows, (rank + 1) * rows))
             assert part["labels"].shape == (rows, 7)
             parts.insert(0, part)
-        for key, value in whole.batch(step, 12).items():
-            assert torch.equal(value, torch.cat([part[key] for part in parts]))
+        batch = whole.batch(step, 12)
+        for key in KEYS:
+            assert torch.equal(batch[key], torch.cat([part[key] for part in parts]))
+        assert batch["documents"].lengths == sum((part["documents"].lengths for part in parts), ())
 
 
 def test_the_order_is_drawn_from_the_seed_and_never_changes() -> None:
@@ -119,7 +124,7 @@ def test_evaluation_meets_every_block_once_over_all_ranks(world: int, batch_size
     data = PackedDataset(make_cache(LENGTHS), 7)
     ranks = [list(data.eval_batches(rank, world, batch_size)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
-    rows = [row for batches in ranks for batch in batches for row in zip(*batch.values(), strict=True)]
+    rows = [row for batches in ranks for batch in batches for row in zip(*map(batch.get, KEYS), strict=True)]
     assert all(batch["labels"].shape == (batch_size, 7) for batches in ranks for batch in batches)
     real = sorted((row for row in rows if (row[1] != IGNORED).any()), key=lambda row: int(row[0][0]))
     assert [int(row[0][0]) for row in real] == [7 * index for index in range(data.n_blocks)]
@@ -139,3 +144,21 @@ def test_a_corpus_shorter_than_one_batch() -> None:
         PackedDataset(make_cache([5]), 0)
     with pytest.raises(IndexError):
         data.block(7)
+
+
+def test_documents_begin_with_rows_and_where_positions_restart() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [4, 5, 6, 7, 8, 9], [0, 1, 0, 0, 1, 2]])
+    documents = Documents.of(positions)
+    assert documents.lengths == (3, 2, 1, 6, 2, 1, 3) and documents.longest == 6 and documents.tokens == 18
+    assert documents.bounds.tolist() == [0, 3, 5, 6, 12, 14, 15, 18] and documents.bounds.dtype is torch.int32
+    whole = Documents.whole_rows(3, 6)
+    assert whole.bounds.tolist() == [0, 6, 12, 18] and whole.lengths == (6, 6, 6)
+
+
+def test_a_batch_knows_its_documents() -> None:
+    data = PackedDataset(make_cache(LENGTHS), 7, seed=1)
+    for batch in (data.batch(3, 12), data.first_rows(2), *data.eval_batches(0, 2, 3)):
+        assert batch["documents"].lengths == Documents.of(batch["position_ids"]).lengths
+        assert batch["documents"].tokens == batch["input_ids"].numel()
+    crossing = PackedDataset(make_cache(LENGTHS), 7, seed=1, document_mask=False)
+    assert crossing.batch(0, 4)["documents"].lengths == (7,) * 4

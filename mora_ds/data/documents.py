@@ -1,0 +1,56 @@
+"""Where documents begin in packed rows: what attention by documents reads in place of a mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """The documents of rows (B, T) that are laid one after the other: those of row 0, then those of row 1, and so on.
+
+    Every row begins with a document, and another one begins at each position that does not follow the one before it.
+    """
+
+    bounds: Tensor
+    """(documents + 1,) int32: the token with which each begins, then the number of all tokens B T."""
+    lengths: tuple[int, ...]
+    """Tokens of each document, known on the host, so that no device has to be asked."""
+
+    @classmethod
+    def of(cls, positions: Tensor) -> Documents:
+        """The documents of rows with these positions, (B, T) on the CPU."""
+        rows = positions.numpy()
+        begins = np.ones(rows.shape, dtype=bool)
+        begins[:, 1:] = np.diff(rows, axis=1) != 1
+        bounds = np.append(np.flatnonzero(begins), rows.size).astype(np.int32)
+        return cls(torch.from_numpy(bounds), tuple(np.diff(bounds).tolist()))
+
+    @classmethod
+    def whole_rows(cls, rows: int, length: int, device: torch.device | None = None) -> Documents:
+        """One document a row."""
+        bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
+        return cls(bounds, (length,) * rows)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.lengths)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(self.lengths)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Documents:
+        """The same with `bounds` on a device, as a batch's tensors are moved."""
+        return Documents(self.bounds.to(device, non_blocking=non_blocking), self.lengths)
+
+    def pin_memory(self) -> Documents:
+        """The same with `bounds` in pinned memory."""
+        return Documents(self.bounds.pin_memory(), self.lengths)
