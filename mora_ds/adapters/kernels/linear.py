@@ -1,0 +1,123 @@
+"""An adapted layer's product, by the operations of `ops`: both paths of `ops.linear`, in the fewest kernels.
+
+    weight        forward    W' = W0 + delta, W' x, fold(x) for share
+                  backward   W', g W', fold(x) for decouple and rotate, collect(g), dM
+    activation    forward    fold(x), M z, W0 x, += deal(u)
+                  backward   collect(g), c M, g W0, += unfold(g_z), fold(x) for decouple and rotate, dM
+
+The folded input is rotated for rotate, so that M's gradient is one product for every operator, c^T z over all tokens
+and blocks, summed in fp32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mora_ds.adapters.kernels import ops
+from mora_ds.adapters.kernels.tables import KernelTables
+from mora_ds.adapters.ops.int8 import Int8Weight, Weight, dense
+
+
+def activation_linear(x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables) -> Tensor:
+    """W0 x + b + decompress(M compress(x)): (..., D) -> (..., O). Saves what `weight_linear` saves."""
+    y: Tensor = _Activation.apply(x, weight, bias, square, tables)
+    return y
+
+
+def weight_linear(
+    x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables, keep: bool = False
+) -> Tensor:
+    """(W0 + delta) x + b: (..., D) -> (..., O). Saves the folded input for share and truncate, the input itself for
+    decouple and rotate; and W0 + delta with `keep`, which is right where activation checkpointing runs forward again
+    just before backward, as the sum would be formed a third time."""
+    y: Tensor = _Weight.apply(x, weight, bias, square, tables, keep)
+    return y
+
+
+def form_weight(weight: Weight, square: Tensor, tables: KernelTables) -> Tensor:
+    """W0 + delta (O, D), contiguous, in the dtype of M. Not for merges: these round otherwise."""
+    spec = tables.spec
+    values, scales = (weight.values, weight.scales) if isinstance(weight, Int8Weight) else (weight, None)
+    cos, sin = tables.rotation
+    blocks = (spec.blocks_in, spec.blocks_out) if spec.blockwise else (1, 1)
+    formed: Tensor = ops.form(values, scales, square, tables.unfold, tables.deal, tables.members, cos, sin, *blocks)
+    return formed
+
+
+def _fold(x: Tensor, tables: KernelTables) -> Tensor:
+    """(T, D) -> (T, N * R), rotated for rotate."""
+    folded: Tensor = ops.gather_sum(x, tables.fold, *tables.rotation, False)
+    return folded
+
+
+def _collect(g: Tensor, tables: KernelTables) -> Tensor:
+    """(T, O) -> (T * N, R)."""
+    collected: Tensor = ops.gather_sum(g, tables.collect, None, None, False)
+    return collected.view(-1, tables.spec.r_hat)
+
+
+def _square_gradient(c: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+    gradient: Tensor = ops.sum_parts(ops.product(c, z.view(c.shape)), dtype)
+    return gradient
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(..., D) -> (T, D), contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+class _Weight(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables, keep: bool
+    ) -> Tensor:
+        formed = form_weight(weight, square, tables)
+        saved = x if tables.spec.blockwise else _fold(_flat(x), tables)
+        ctx.weight, ctx.tables = weight, tables
+        ctx.save_for_backward(saved, square, formed if keep else None)
+        return F.linear(x, formed, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), tables = gradients, ctx.tables
+        saved, square, formed = ctx.saved_tensors
+        g_x = g_square = None
+        if ctx.needs_input_grad[0]:
+            g_x = g @ (form_weight(ctx.weight, square, tables) if formed is None else formed)
+        if ctx.needs_input_grad[3]:
+            z = _fold(_flat(saved), tables) if tables.spec.blockwise else saved
+            g_square = _square_gradient(_collect(_flat(g), tables), z, square.dtype)
+        return g_x, None, None, g_square, None, None
+
+
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables
+    ) -> Tensor:
+        z = _fold(_flat(x), tables)
+        ctx.weight, ctx.tables = weight, tables
+        ctx.save_for_backward(x if tables.spec.blockwise else z, square)
+        u = z.view(-1, tables.spec.r_hat) @ square.T
+        y = F.linear(x, dense(weight, x.dtype), bias)
+        ops.gather_add_(y.view(-1, y.shape[-1]), u.view(z.shape), tables.deal, None, None, False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), tables = gradients, ctx.tables
+        saved, square = ctx.saved_tensors
+        c = _collect(_flat(g), tables)
+        g_x = g_square = None
+        if ctx.needs_input_grad[0]:
+            g_x = g @ dense(ctx.weight, g.dtype)
+            g_z = (c @ square).view(-1, tables.fold.shape[1])
+            ops.gather_add_(g_x.view(-1, g_x.shape[-1]), g_z, tables.unfold, *tables.rotation, True)
+        if ctx.needs_input_grad[3]:
+            z = _fold(_flat(saved), tables) if tables.spec.blockwise else saved
+            g_square = _square_gradient(c, z, square.dtype)
+        return g_x, None, None, g_square, None

@@ -1,0 +1,95 @@
+"""The operations that the GPU's path of a layer is made of, as `torch.ops.mora_ds`. Each call starts one kernel.
+
+    gather_sum(x, table, cos, sin, back)         (T, S), (K, Q) -> (T, Q)   out[t, q] = sum over k of x[t, table[k, q]]
+    gather_add_(y, x, table, cos, sin, back)     the same, added to y (T, Q) in place
+    form(...)                                    (O, D): the frozen weight plus the delta of M
+    product(c, z)                                (S, R), (S, R) -> (P, R, R): c^T z in P parts, summed in fp32
+    sum_parts(parts, dtype)                      (P, R, R) -> (R, R)
+
+Index -1 of a table stands for zero. With cosines and sines (N, R / 2), both given for rotate only, `gather_sum` rotates
+each of the N blocks of the result (`back` False) or rotates each block of x back before it gathers (`back` True).
+
+`form`: weight (O, D) of any strides, in the dtype of M or, with scales (O,) fp32, int8; M (R, R); `unfold`, `deal` and,
+for share, `members` of `tables`. The result is contiguous, in the dtype of M.
+
+Sums are made in fp32 (fp64 for fp64) and rounded once. Nothing here has a gradient of its own: `linear` has it.
+CPU and CUDA run `plain`; meta tensors give the shapes, so that a plan or a count
+sees CUDA's operations.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mora_ds.adapters.kernels import plain
+
+NAMES = ("gather_sum", "gather_add_", "form", "product", "sum_parts")
+
+_LIBRARY = torch.library.Library("mora_ds", "DEF")
+_ROTATION = "Tensor? cos, Tensor? sin, bool back"
+_LIBRARY.define(f"gather_sum(Tensor x, Tensor table, {_ROTATION}) -> Tensor")
+_LIBRARY.define(f"gather_add_(Tensor(a!) y, Tensor x, Tensor table, {_ROTATION}) -> ()")
+_LIBRARY.define(
+    "form(Tensor weight, Tensor? scales, Tensor square, Tensor unfold, Tensor deal, Tensor? members, Tensor? cos, "
+    "Tensor? sin, int blocks_in, int blocks_out) -> Tensor"
+)
+_LIBRARY.define("product(Tensor c, Tensor z) -> Tensor")
+_LIBRARY.define("sum_parts(Tensor parts, ScalarType dtype) -> Tensor")
+
+TILE = 128
+"""Side of the tiles of M's gradient that one program of `product` sums."""
+
+_TERMS = 512
+"""Terms of a sum that a part of `product` has at least."""
+
+_PROGRAMS_ON_META = 256
+"""Programs that a device runs at once, where there is no device to ask."""
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether a device has kernels for these operations: CUDA where triton is installed."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+def parts_of(terms: int, r_hat: int, programs: int) -> int:
+    """P: in how many parts `product` sums `terms` products, so that about `programs` programs have work."""
+    tiles = -((-r_hat // TILE) ** 2)
+    return max(1, min(programs // tiles, terms // _TERMS))
+
+
+def _meta_gather_sum(x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> Tensor:
+    return x.new_empty(x.shape[0], table.shape[1])
+
+
+def _meta_gather_add_(y: Tensor, x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> None:
+    return None
+
+
+def _meta_form(weight: Tensor, scales: Tensor | None, square: Tensor, *_: Any) -> Tensor:
+    return square.new_empty(weight.shape)
+
+
+def _meta_product(c: Tensor, z: Tensor) -> Tensor:
+    parts = parts_of(c.shape[0], c.shape[1], _PROGRAMS_ON_META)
+    dtype = torch.promote_types(c.dtype, torch.float32)
+    return c.new_empty(parts, c.shape[1], z.shape[1], dtype=dtype)
+
+
+def _meta_sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    return parts.new_empty(parts.shape[1:], dtype=dtype)
+
+
+for _name in NAMES:
+    _LIBRARY.impl(_name, getattr(plain, _name), "CPU")
+    _LIBRARY.impl(_name, getattr(plain, _name), "CUDA")
+    _LIBRARY.impl(_name, globals()[f"_meta_{_name}"], "Meta")
+
+gather_sum = torch.ops.mora_ds.gather_sum.default
+gather_add_ = torch.ops.mora_ds.gather_add_.default
+form = torch.ops.mora_ds.form.default
+product = torch.ops.mora_ds.product.default
+sum_parts = torch.ops.mora_ds.sum_parts.default

@@ -1,0 +1,80 @@
+"""The operations of `ops` in plain torch: what the kernels are tested against, and what runs where there is no GPU.
+
+Sums are made in fp32 (fp64 for fp64), term after term in the order of the table, and rounded once, as in the kernels.
+Shape legend: `tables`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mora_ds.adapters.ops.gather import rotate
+
+
+def gather_sum(x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> Tensor:
+    """See `ops.gather_sum`."""
+    return _sums(x, table, cos, sin, back).to(x.dtype)
+
+
+def gather_add_(y: Tensor, x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> None:
+    """See `ops.gather_add_`."""
+    y.copy_(_sums(x, table, cos, sin, back).add_(y))
+
+
+def form(
+    weight: Tensor, scales: Tensor | None, square: Tensor, unfold: Tensor, deal: Tensor, members: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, blocks_in: int, blocks_out: int,
+) -> Tensor:  # fmt: skip
+    """See `ops.form`."""
+    del members
+    r_hat, slots = len(square), deal[0]
+    rows = _with_zero_row(square)[slots.where(slots < 0, slots % r_hat)]
+    rows = F.pad(_unturned(_wide(rows).repeat(1, blocks_in), cos, sin), (0, 1))  # (O, N * R + 1)
+    delta = torch.zeros(weight.shape, dtype=rows.dtype, device=rows.device)
+    for positions in unfold:
+        meets = (positions // r_hat) % blocks_out == (slots // r_hat % blocks_in).unsqueeze(1)
+        delta += rows.index_select(1, positions % rows.shape[1]).where(meets, 0)
+    base = weight.to(rows.dtype) if scales is None else weight * scales.unsqueeze(1).to(rows.dtype)
+    return delta.add_(base).to(square.dtype)
+
+
+def product(c: Tensor, z: Tensor) -> Tensor:
+    """See `ops.product`."""
+    return (_wide(c).T @ _wide(z)).unsqueeze(0)
+
+
+def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `ops.sum_parts`."""
+    return parts.sum(dim=0).to(dtype)
+
+
+def _sums(x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> Tensor:
+    wide = _wide(x)
+    if back:
+        wide = _unturned(wide, cos, sin)
+    padded = F.pad(wide, (0, 1))
+    total = padded.index_select(1, table[0] % padded.shape[1])
+    for row in table[1:]:
+        total += padded.index_select(1, row % padded.shape[1])
+    if cos is not None and sin is not None and not back:
+        return rotate(total.view(-1, len(cos), 2 * cos.shape[1]), cos, sin).flatten(1)
+    return total
+
+
+def _unturned(rows: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """(T, N * R), each block rotated back; itself where nothing is rotated."""
+    if cos is None or sin is None:
+        return rows
+    return rotate(rows.view(-1, len(cos), 2 * cos.shape[1]), cos, -sin).flatten(1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in the dtype that sums are made in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _with_zero_row(square: Tensor) -> Tensor:
+    """With one more row, which index -1 is."""
+    return F.pad(square, (0, 0, 0, 1))

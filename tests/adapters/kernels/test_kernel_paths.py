@@ -1,0 +1,143 @@
+"""The GPU's paths of a layer, by their operations in plain torch: base + delta, forward and backward; and how many
+kernels they start, counted on the meta device, which runs what CUDA runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from mora_ds.adapters.kernels.linear import activation_linear, form_weight, weight_linear
+from mora_ds.adapters.kernels.tables import KernelTables
+from mora_ds.adapters.ops.int8 import Int8Weight, quantize
+from mora_ds.adapters.ops.mora import OperatorSpec, effective_weight
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from tests.helpers.operators import by_definition, outputs_and_gradients, random, saved_bytes, spec_id, specs
+
+CPU = torch.device("cpu")
+PATHS: dict[str, Callable[..., Tensor]] = {"activation": activation_linear, "weight": weight_linear}
+both_paths = pytest.mark.parametrize("path", list(PATHS))
+
+MOST_KERNELS = {OperatorKind.SHARE: 10, OperatorKind.ROTATE: 14}
+"""Of a layer, forward and backward."""
+
+SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "unique", "masked_select", "to_copy_cpu"}
+"""Operations that wait for the device."""
+
+
+def by_kernels(spec: OperatorSpec, path: str) -> Callable[..., Tensor]:
+    tables = KernelTables(spec, CPU)
+    return lambda x, weight, bias, square: PATHS[path](x, weight, bias, square, tables)
+
+
+@pytest.mark.parametrize("spec", list(specs()), ids=spec_id)
+def test_both_paths_are_base_plus_delta(spec: OperatorSpec) -> None:
+    expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
+    for path in PATHS:
+        for one, right in zip(
+            outputs_and_gradients(spec, torch.float64, by_kernels(spec, path)), expected, strict=True
+        ):
+            torch.testing.assert_close(one, right, rtol=1e-6, atol=1e-6)  # rotate's cosines are fp32
+
+
+@both_paths
+@pytest.mark.parametrize("spec", [s for s in specs() if max(s.d_in, s.d_out) > 1][::5], ids=spec_id)
+def test_both_paths_in_bf16(spec: OperatorSpec, path: str) -> None:
+    expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
+    for found, right in zip(outputs_and_gradients(spec, torch.bfloat16, by_kernels(spec, path)), expected, strict=True):
+        assert (found - right).norm() <= 4 * torch.finfo(torch.bfloat16).eps * right.norm()
+
+
+@pytest.mark.parametrize("spec", list(specs()), ids=spec_id)
+def test_the_formed_weight_has_the_bits_of_the_plain_path(spec: OperatorSpec) -> None:
+    square, weight = random(spec.r_hat, spec.r_hat).float(), random(spec.d_out, spec.d_in, seed=1).float()
+    formed = form_weight(weight, square, KernelTables(spec, CPU))
+    assert torch.equal(formed, effective_weight(spec, square, weight))
+    transposed = form_weight(weight.T.contiguous().T, square, KernelTables(spec, CPU))
+    assert torch.equal(formed, transposed)
+    small = Int8Weight(*quantize(weight))
+    dequantised = small.values * small.scales.unsqueeze(1)
+    in_8_bits = form_weight(small, square, KernelTables(spec, CPU))
+    assert torch.equal(in_8_bits, effective_weight(spec, square, dequantised))
+
+
+# -- gradients and memory ---------------------------------------------------------------------------------------------
+
+
+@both_paths
+@pytest.mark.parametrize("kind", list(OperatorKind))
+def test_gradients_equal_differences(kind: OperatorKind, path: str) -> None:
+    tables = KernelTables(OperatorSpec(kind, 13, 7, 4, Grouping.PERMUTED, seed=2), CPU)
+    weight = random(7, 13, seed=1)
+    x, square = random(3, 13).requires_grad_(), random(4, 4, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, m: PATHS[path](x, weight, None, m, tables), (x, square))
+
+
+@both_paths
+def test_a_shared_square_keeps_the_folded_input_alone(path: str) -> None:
+    spec = OperatorSpec(OperatorKind.SHARE, 64, 64, 16, Grouping.PERMUTED, seed=1)
+    x, weight = torch.randn(40, 64, requires_grad=True), torch.randn(64, 64)
+    square, tables = torch.randn(16, 16, requires_grad=True), KernelTables(spec, CPU)
+    step = lambda: PATHS[path](x, weight, None, square, tables)  # noqa: E731
+    assert saved_bytes(step, weight, square) == 40 * 16 * 4
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(("keep", "formed"), [(False, 3), (True, 2)])
+def test_checkpointing_forms_the_weight_once_for_each_forward(keep: bool, formed: int, reentrant: bool) -> None:
+    spec = OperatorSpec(OperatorKind.SHARE, 16, 16, 4)
+    x, square = meta(8, 16).requires_grad_(), meta(4, 4).requires_grad_()
+    tables, weight = KernelTables(spec, x.device), meta(16, 16)
+
+    def layer(x: Tensor) -> Tensor:
+        return weight_linear(x, weight, None, square, tables, keep)
+
+    with Kernels() as kernels:
+        checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+    assert kernels.started["mora_ds.form"] == formed
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that start a kernel: all but views and allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").replace("::", ".").split(".", 2 if "mora_ds" in func.name() else 1)
+        if not (func.is_view or name[0] in ("empty", "new_empty", "empty_like", "detach", "_unsafe_view")):
+            self.started[".".join(name[:2]) if name[0] == "mora_ds" else name[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def meta(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+
+@both_paths
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", list(OperatorKind))
+@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 11008), (11008, 4096)])
+def test_a_layer_starts_few_kernels_and_never_waits(
+    shape: tuple[int, int], kind: OperatorKind, bias: bool, path: str
+) -> None:
+    d_in, d_out = shape
+    spec = OperatorSpec(kind, d_in, d_out, 256, Grouping.PERMUTED, seed=1)
+    x, square, weight = meta(2, 2048, d_in).requires_grad_(), meta(256, 256).requires_grad_(), meta(d_out, d_in)
+    tables, g = KernelTables(spec, x.device), meta(2, 2048, d_out)
+    with Kernels() as kernels:
+        y = PATHS[path](x, weight, meta(d_out) if bias else None, square, tables)
+        torch.autograd.grad(y, (x, square), g)
+    assert not SYNCS & set(kernels.started)
+    most = MOST_KERNELS[OperatorKind.ROTATE if spec.blockwise else OperatorKind.SHARE]
+    assert kernels.started.total() <= most, kernels.started
