@@ -10,7 +10,6 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds.errors import RunError
+from mora_ds.runtime.exchange import gather_to_all, new_group
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +26,15 @@ class Exchange:
     """A gloo group over which all ranks report the outcome of a task. Create it on all ranks together."""
 
     def __init__(self) -> None:
-        self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        self.group: Any = new_group(timeout_s=24 * 3600.0)
 
     def agree(self, error: BaseException | None) -> None:
         """Collective, with the error of this rank or None. Raises that error, or a `RunError` for another rank's."""
-        texts: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(texts, None if error is None else f"{type(error).__name__}: {error}", group=self.group)
+        failed = torch.tensor(int(error is not None))
+        dist.all_reduce(failed, group=self.group)
+        if not failed:
+            return
+        texts = gather_to_all(None if error is None else f"{type(error).__name__}: {error}", self.group)
         if error is not None:
             raise error
         for rank, text in enumerate(texts):

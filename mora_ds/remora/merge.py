@@ -83,7 +83,8 @@ class ReMoRA:
     """Merges and replays for one engine.
 
     The live base is always the original of `base` plus all deltas in `ledger`, summed in fp32 and rounded once. `keys`
-    maps a layer's weight name to its key in `base`. `is_writer` marks one rank a node, by default rank 0 alone.
+    maps a layer's weight name to its key in `base`. `is_writer` marks one rank for each folder of the ledger, by
+    default rank 0 alone.
     """
 
     def __init__(

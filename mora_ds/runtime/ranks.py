@@ -8,6 +8,8 @@
 
 There is one way to meet, `Ranks._meet`, so no rank waits in one collective while another one waits in a different one:
 ranks at different checks see both names and fail, and a rank that fails between two checks reports it at the next.
+Where all is well a check is one all-reduce of three numbers; only errors, and values that are asked for, are
+exchanged one by one (`exchange`).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from mora_ds.errors import RunError, UserError
+from mora_ds.runtime.exchange import gather_to_all, new_group
 
 Result = TypeVar("Result")
 
@@ -57,7 +60,8 @@ class Ranks:
     world: int
     local_rank: int
     group: Any
-    """A gloo group of all ranks, the same one for the whole process."""
+    """A gloo group of all ranks, the same one for the whole process. It connects two ranks when they first exchange
+    something (`exchange.new_group`)."""
     timeout_s: float
     """Seconds that ranks wait for each other at a check that is not `long`."""
 
@@ -86,7 +90,7 @@ class Ranks:
 
     def gather(self, check: str, value: Any) -> list[Any]:
         """The `value` of every rank, in the order of ranks."""
-        return self._meet(check, value)
+        return self._meet(check, value, gathers=True)
 
     def agree(self, check: str, work: Callable[[], Result], long: bool = False) -> Result:
         """Call `work` on every rank and return this rank's result; where it fails on any, all ranks fail."""
@@ -114,8 +118,8 @@ class Ranks:
         The values are compared as JSON; digests are exchanged first, and the values only where those differ.
         """
         mine = {name: json.dumps(value, sort_keys=True, default=str) for name, value in values.items()}
-        digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
-        if len(set(self.gather(check, digest))) == 1:
+        self.barrier(check)
+        if self.world == 1 or self._is_equal(_number(json.dumps(mine, sort_keys=True))):
             return
         everyone: list[dict[str, str]] = self.gather(f"{check}: values", mine)
         lines = []
@@ -138,8 +142,7 @@ class Ranks:
         mine = self.agree(name, lambda: {number: work(number) for number in range(self.rank, count, self.world)})
         everyone = [mine]
         if self.world > 1:
-            everyone = [{}] * self.world
-            dist.all_gather_object(everyone, mine, group=self.group)
+            everyone = gather_to_all(mine, self.group)
         return [everyone[number % self.world][number] for number in range(count)]
 
     def leave(self, error: Exception) -> None:
@@ -155,18 +158,23 @@ class Ranks:
         self._meet(None, None, error)
 
     def _meet(
-        self, check: str | None, value: Any = None, error: Exception | None = None, long: bool = False
+        self,
+        check: str | None,
+        value: Any = None,
+        error: Exception | None = None,
+        long: bool = False,
+        gathers: bool = False,
     ) -> list[Any]:
-        """Exchange the outcomes of a check: every rank's value, or one error on all of them."""
+        """Come to a check. Where it `gathers`: every rank's value. An error of one rank is raised on all of them."""
         if self.world == 1:
             if error is not None:
                 raise error
             return [value]
-        if not self._arrive(check, _LONG_S if long else self.timeout_s):
+        is_well = self._arrive(check, error, gathers, _LONG_S if long else self.timeout_s)
+        if is_well is None or (is_well and not gathers):
             return []
         sent = error if error is None or _is_expected(error) else RunError(f"{type(error).__name__}: {error}")
-        outcomes: list[Any] = [None] * self.world
-        dist.all_gather_object(outcomes, _Outcome(check, value, sent), group=self.group)
+        outcomes: list[_Outcome] = gather_to_all(_Outcome(check, value, sent), self.group)
         failure = _first_failure(outcomes) or _different_checks(outcomes)
         if failure is None:
             return [outcome.value for outcome in outcomes]
@@ -175,21 +183,37 @@ class Ranks:
         failure.is_shared = True  # type: ignore[attr-defined]
         raise failure from error if failure is not error else None
 
-    def _arrive(self, check: str | None, timeout_s: float) -> bool:
-        """Wait for all ranks. False when a rank that has failed waits in vain."""
+    def _arrive(self, check: str | None, error: Exception | None, gathers: bool, timeout_s: float) -> bool | None:
+        """Wait for all ranks. Whether all are at this check without an error; None when a rank that has failed waits
+        in vain."""
         since, limit = time.monotonic(), _LEAVING_S if check is None else timeout_s
+        place = _number(f"{gathers} {check}")
+        highest = torch.tensor([int(error is not None), place, -place])
         try:
-            dist.all_reduce(torch.zeros(1), group=self.group, async_op=True).wait(timedelta(seconds=limit))
-        except RuntimeError as error:
+            work = dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+            work.wait(timedelta(seconds=limit))
+        except RuntimeError as raised:
             if check is None:
-                return False
+                return None
             if time.monotonic() - since < limit:
                 raise  # a rank has ended
             raise RunError(
                 f"{check}: not all ranks came within {limit:.0f} s (--collective_timeout_s); those that are missing "
                 "still do something else, or wait for a disk or a network"
-            ) from error
-        return True
+            ) from raised
+        failed, most, least = highest.tolist()
+        return not failed and most == -least
+
+    def _is_equal(self, number: int) -> bool:
+        """Whether all ranks have the same number."""
+        highest = torch.tensor([number, -number])
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.group)
+        return highest[0].item() == -highest[1].item()
+
+
+def _number(text: str) -> int:
+    """A digest of 56 bits, which a tensor can hold."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def _is_expected(error: BaseException) -> bool:
@@ -239,5 +263,5 @@ def _group() -> Any:
     world = dist.group.WORLD
     if world not in _groups:
         _groups.clear()
-        _groups[world] = dist.new_group(backend="gloo", timeout=timedelta(seconds=_LONG_S))
+        _groups[world] = new_group(_LONG_S)
     return _groups[world]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ class Run:
         self.identity = run_identity(fingerprint, config, details.identity)
         checkpoint = self._checkpoint(resume, overwrite)
         ledger = self._open_ledger(checkpoint, fingerprint, config.vectors if isinstance(config, MoRAConfig) else "")
-        self.remora = ReMoRA(engine, config, ledger, opened, keys, self.ranks.is_local_first, details.reset)
+        self.remora = ReMoRA(engine, config, ledger, opened, keys, self._writes, details.reset)
         dtype = dtype_name(next(iter(mora_layers(engine.module).values())).dtype)
         probe_ids = torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0) if details.probe_ids is None else details.probe_ids
         writer = RunWriter(
@@ -172,25 +171,31 @@ class Run:
     def _open_ledger(self, checkpoint: Path | None, fingerprint: str, vectors: str) -> Ledger:
         """The checkpoint's merge ledger, or an empty one in place of what a run without a checkpoint has left.
 
-        One node after the other, since nodes that share the folder would write the same files at once.
+        The writers change different folders: all nodes that see rank 0's folder leave it to rank 0. What they have
+        written is hashed by them alone.
         """
         folder = self.folder / LEDGER_FOLDER
         foreign = "files of others in the folder of the merge ledger"
         if checkpoint is None and (strays := self.ranks.on_first(foreign, lambda: Ledger.strays(folder))):
             raise UserError(f"{folder} holds {', '.join(strays)}, which no run has made: move it away")
 
-        def write(turn: int) -> None:
-            if self.ranks.rank != turn or not self.ranks.is_local_first:
+        def write() -> None:
+            if not self._writes:
                 return
             if checkpoint is None:
                 shutil.rmtree(folder, ignore_errors=True)
                 Ledger.create(folder, fingerprint, path_of(vectors) if vectors else None)
             else:
-                Ledger.open(checkpoint / LEDGER_FOLDER, fingerprint).copy_to(folder)
+                Ledger.open(checkpoint / LEDGER_FOLDER, fingerprint, hashes=False).copy_to(folder)
+                Ledger.open(folder, fingerprint)
 
-        for turn in range(self.ranks.world):
-            self.ranks.agree(f"writing of the merge ledger, rank {turn}", partial(write, turn), long=True)
-        return self.ranks.agree("merge ledger", lambda: Ledger.open(folder, fingerprint))
+        self.ranks.agree("writing of the merge ledger", write, long=True)
+        return self.ranks.agree("merge ledger", lambda: Ledger.open(folder, fingerprint, hashes=False))
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this rank writes to its node's folder: rank 0, and the first rank of each node with another one."""
+        return self.ranks.is_first or self.followers.leads
 
     def _map(self, base: BaseCheckpoint) -> dict[str, str]:
         """Parameter name -> key in the base, for every parameter; the frozen ones are compared with it bit for bit."""

@@ -1,0 +1,81 @@
+"""gloo groups of all ranks, and objects between them, along a tree: a rank talks to about log2(N) others, not to all.
+
+    rank 0 <- 1      0 <- 2 <- 3      0 <- 4 <- 5 ...      each rank hands on what it has received, in one message
+
+A gather in which rank 0 receives from every rank needs N - 1 connections there, and a ring needs N - 1 messages one
+after the other (both are what gloo has).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_LAZY = "TORCH_GLOO_LAZY_INIT"
+
+
+def new_group(timeout_s: float) -> Any:
+    """A gloo group of all ranks that connects two of them when they first exchange something. Collective.
+
+    By default gloo connects all with all when a group is made: 1,023 sockets on each of 1,024 ranks, for each group.
+    `_LAZY` is read by torch, ProcessGroupGloo.cpp, `getDefaultGlooLazyInit`.
+    """
+    before = os.environ.get(_LAZY)
+    os.environ[_LAZY] = "1"
+    try:
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    finally:
+        if before is None:
+            del os.environ[_LAZY]
+        else:
+            os.environ[_LAZY] = before
+
+
+def gather_to_first(value: Any, group: Any) -> list[Any] | None:
+    """The `value` of every rank, in the order of ranks, on rank 0; None on the others. Collective over `group`, a gloo
+    group of all ranks. Each value is unpickled on rank 0 alone."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    parts, step = [pickle.dumps(value)], 1
+    while step < world:
+        if rank & step:
+            _send(parts, rank - step, group)
+            return None
+        if rank + step < world:
+            parts += _receive(rank + step, group)
+        step *= 2
+    return [pickle.loads(part) for part in parts]
+
+
+def gather_to_all(value: Any, group: Any) -> list[Any]:
+    """The `value` of every rank, in the order of ranks. Collective over `group`, a gloo group of all ranks."""
+    everyone = [gather_to_first(value, group)]
+    dist.broadcast_object_list(everyone, src=0, group=group)
+    assert everyone[0] is not None
+    return everyone[0]
+
+
+def _send(parts: list[bytes], to: int, group: Any) -> None:
+    """A message is the lengths of its parts, then the parts as one tensor of bytes."""
+    lengths = torch.tensor([len(part) for part in parts])
+    dist.send(torch.tensor([len(lengths)]), dst=to, group=group)
+    dist.send(lengths, dst=to, group=group)
+    dist.send(torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8), dst=to, group=group)
+
+
+def _receive(sender: int, group: Any) -> list[bytes]:
+    (count,) = _received(1, torch.int64, sender, group).tolist()
+    lengths = _received(count, torch.int64, sender, group).tolist()
+    content = _received(sum(lengths), torch.uint8, sender, group)
+    return [part.numpy().tobytes() for part in content.split(lengths)]
+
+
+def _received(numel: int, dtype: torch.dtype, sender: int, group: Any) -> Tensor:
+    tensor = torch.empty(numel, dtype=dtype)
+    dist.recv(tensor, src=sender, group=group)
+    return tensor

@@ -1,0 +1,57 @@
+"""Objects travel along a tree, over connections that are made when they are first used."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from mora_ds.runtime.exchange import gather_to_all, gather_to_first
+from mora_ds.runtime.ranks import Ranks
+from tests.helpers.gloo import run_ranks
+
+pytestmark = pytest.mark.gloo
+
+
+def sockets() -> int:
+    """Connections of this process over TCP, listening ones included."""
+    links = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return sum(os.readlink(path).startswith("socket:") for path in links if os.path.lexists(path))
+
+
+def gathered() -> tuple[Any, Any]:
+    group, rank = Ranks.current().group, dist.get_rank()
+    value = {"rank": rank, "text": "x" * (1 + 1000 * rank)}
+    return gather_to_first(value, group), gather_to_all(value["rank"], group)
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_every_value_arrives_in_the_order_of_ranks(world: int) -> None:
+    results = run_ranks(world, gathered)
+    assert [each["rank"] for each in results[0][0]] == list(range(world))
+    assert [len(each["text"]) for each in results[0][0]] == [1 + 1000 * rank for rank in range(world)]
+    assert all(first is None for first, _ in results[1:])
+    assert [every for _, every in results] == [list(range(world))] * world
+
+
+def counted() -> tuple[int, int, int]:
+    """Sockets before the group is made, once it is made, and after every kind of exchange."""
+    before = sockets()
+    ranks = Ranks.current()
+    made = sockets()
+    ranks.barrier("one")
+    ranks.on_first("two", lambda: 1)
+    ranks.gather("three", ranks.rank)
+    ranks.same("four", {"--seed": 1})
+    return before, made, sockets()
+
+
+def test_ranks_are_connected_where_they_talk_and_not_before() -> None:
+    """Were gloo no longer told to wait (`exchange.new_group`), each of 8 ranks would have 7 connections more
+    as soon as the group is made."""
+    for before, made, after in run_ranks(8, counted):
+        assert made - before <= 3, "the group's own listening sockets"
+        assert after - made <= 6, "neighbours in the tree and in the ring, of 7 other ranks"
