@@ -52,13 +52,7 @@ class Followers:
 
         Raises `UserError` where ranks of one node see different folders.
         """
-        marker = ranks.on_first("output folder of the nodes", lambda: _create_marker(folder))
-        facts = ranks.gather(
-            "visibility of the output folder",
-            (_becomes_visible(folder / marker), ranks.local_rank, platform.node()),
-        )
-        if ranks.is_first:
-            (folder / marker).unlink(missing_ok=True)
+        facts = _who_sees(folder, ranks)
         leader, leaders = 0, []
         for rank, (sees, local_rank, name) in enumerate(facts):
             leader = rank if local_rank == 0 else leader
@@ -123,12 +117,28 @@ class Followers:
         self.ranks.barrier(f"end of the copy of {source.name}", long=True)
 
 
-def _create_marker(folder: Path) -> str:
-    """The name is new in every run: clients of network file systems remember names that they did not find."""
-    marker = f".seen-by-all-{uuid4().hex}"
-    with disk_errors(folder):
-        (folder / marker).touch()
-    return marker
+def _who_sees(folder: Path, ranks: Ranks) -> list[tuple[bool, int, str]]:
+    """Of every rank: whether it sees a file that rank 0 makes in `folder`, its local rank and its host's name.
+
+    The file's name is new in every run: clients of network file systems remember names that they did not find.
+    """
+    name = f".seen-by-all-{uuid4().hex}"  # rank 0's counts
+
+    def create() -> str:
+        with disk_errors(folder):
+            (folder / name).touch()
+        return name
+
+    try:
+        marker = folder / ranks.on_first("output folder of the nodes", create)
+        facts = (_becomes_visible(marker), ranks.local_rank, platform.node())
+        return ranks.gather("visibility of the output folder", facts)
+    except Exception as error:
+        ranks.leave(error)  # the others still look for the file, and see this error where they meet next
+        raise
+    finally:
+        if ranks.is_first:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _becomes_visible(path: Path) -> bool:
