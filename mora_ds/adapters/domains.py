@@ -172,7 +172,7 @@ class Domains:
             )
         key = (x.device, x.dtype)
         if key not in self._moved:
-            self._moved[key] = self._choice.to(*key)
+            self._moved[key] = self._choice.to(*key, non_blocking=True)
         return self._moved[key]
 
     def _set(self, choice: Tensor | None, same_for_all: bool) -> None:

@@ -196,9 +196,11 @@ class StreamMixture(Mixture):
         return stack([self._drawn.get(sample) or self._sample(sample) for sample in samples])
 
     def states_at(self, step: int) -> dict[str, Any]:
-        """What a run needs that goes on with batch `step`, which is the last one drawn or the one after it."""
-        assert step in (self._next_step - 1, self._next_step)
-        return self._now() if step == self._next_step else self._before
+        """What a run needs that goes on with batch `step`, which is the last one drawn or the one after it. Where
+        drawing it has failed half-way, that is the position before."""
+        found = self._before if step == self._before["step"] else self._now()
+        assert step == found["step"]
+        return found
 
     def _now(self) -> dict[str, Any]:
         return {"step": self._next_step, "sources": {name: part.state() for name, part in self._streams.items()}}

@@ -44,6 +44,8 @@ _MASKED = CORES[:2]
 gives flex_attention a plain causal mask whatever the model asks for. Those in `_MASKED` read masks, not positions."""
 
 _BOUND = "_mora_ds_sequence"
+_DOCUMENTS = "_mora_ds_documents"
+"""Attribute of a part's positions: whether any complete row of theirs holds several documents."""
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on the longest position in the batch (modeling_rope_utils.py)."""
 _PER_HEAD = ("s_aux", "position_bias")
@@ -143,11 +145,17 @@ class SequenceParallel:
     def split(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This process's tokens of a batch: tensors (B, T) -> (B, T/s). Labels must have been shifted, so that the last
         token of a part still predicts the first of the next one. `documents` stay those of the complete rows, which
-        attention sees."""
-        return {
+        attention sees.
+
+        Positions get a note for the masks, which otherwise need a look at the device; it is to be copied with them
+        (`vars(tensor)`)."""
+        parts = {
             name: rows.unflatten(1, (self.size, -1))[:, self.rank].contiguous() if isinstance(rows, Tensor) else rows
             for name, rows in batch.items()
         }
+        if "position_ids" in batch:
+            setattr(parts["position_ids"], _DOCUMENTS, _restart(batch["position_ids"]))
+        return parts
 
     def longest(self, positions: Tensor) -> Tensor:
         """(1,) the largest position in the complete rows, from this process's part of them."""
@@ -162,6 +170,7 @@ class SequenceParallel:
         over complete rows."""
         _check_call(key, value, kwargs)
         self.saw_window |= kwargs.get("sliding_window") is not None
+        self._masks.use(kwargs["position_ids"])
         ulysses = self._ulysses_for(query, key)
         ulysses.attn = core
         groups = getattr(module, "num_key_value_groups", None)
@@ -218,28 +227,36 @@ class _Masks:
     """The masks of the latest rows, one for each sliding window, which all layers of a pass and its backward share."""
 
     def __init__(self) -> None:
-        self._positions: Tensor | None = None
+        self._part: tuple[Tensor, int] | None = None
         self._by_window: dict[int, Tensor | None] = {}
+
+    def use(self, part: Tensor) -> None:
+        """The rows that follow have these positions (B, T/s) in this process's part. Layers of one pass are given the
+        same tensor: comparing the numbers would make the host wait for the device in every layer."""
+        if self._part is None or self._part[0] is not part or self._part[1] != part._version:
+            self._part, self._by_window = (part, part._version), {}
 
     def of(self, positions: Tensor, window: int | None) -> Tensor | None:
         """(B, 1, T, T), true where a query sees a key; None for plain causal attention. `positions` (B, T) restart
         where a document begins."""
-        if self._positions is None or not torch.equal(positions, self._positions):
-            self._positions, self._by_window = positions, {}
+        assert self._part is not None
         length = positions.shape[1]
         window = min(window or length, length)
         if window not in self._by_window:
-            self._by_window[window] = _mask(positions, window)
+            documents = getattr(self._part[0], _DOCUMENTS, None)
+            documents = _restart(positions) if documents is None else documents
+            self._by_window[window] = _mask(positions, window) if documents or window < length else None
         return self._by_window[window]
 
 
-def _mask(positions: Tensor, window: int) -> Tensor | None:
-    length = positions.shape[1]
-    begins = positions.diff(dim=1) != 1
-    if window == length and not begins.any():
-        return None
-    documents = nn.functional.pad(begins.cumsum(1), (1, 0))
-    index = torch.arange(length, device=positions.device)
+def _restart(positions: Tensor) -> bool:
+    """Whether positions (B, T) restart within a row."""
+    return bool((positions.diff(dim=1) != 1).any())
+
+
+def _mask(positions: Tensor, window: int) -> Tensor:
+    documents = nn.functional.pad((positions.diff(dim=1) != 1).cumsum(1), (1, 0))
+    index = torch.arange(positions.shape[1], device=positions.device)
     distance = index[:, None] - index
     seen = (distance >= 0) & (distance < window)
     return (documents[:, None, :, None] == documents[:, None, None, :]) & seen

@@ -18,7 +18,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mora_ds.checkpoint.layout import METRICS_FILE
-from mora_ds.data import IGNORED
 from mora_ds.files import atomic_path, disk_errors
 
 logger = logging.getLogger(__name__)
@@ -45,31 +44,34 @@ FORGETTING = "2_evaluation/forgetting"
 
 
 class SourceLosses:
-    """The losses of one optimizer step, summed by source of the mixture."""
+    """The losses and label counts of one optimizer step, summed by source of the mixture."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        """`names`: of the sources, in the order of their indices."""
+    def __init__(self, names: Sequence[str], device: torch.device | str = "cpu") -> None:
+        """`names`: of the sources, in the order of their indices. `device`: of the losses."""
         self.names = list(names)
-        self._sums: Tensor | None = None
+        self._losses = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        self._labels = [0] * len(self.names)
 
     def reset(self) -> None:
         """Begin a step."""
-        self._sums = None
+        self._losses.zero_()
+        self._labels = [0] * len(self.names)
 
-    def add(self, sources: Sequence[int], row_nll: Tensor, labels: Tensor) -> None:
-        """Add a micro-batch: source of each row (B,), its summed loss (B,), its labels (B, T or a part of T)."""
-        predicted = (labels != IGNORED).sum(dim=-1)
-        values = torch.stack([row_nll.detach().double(), predicted.double()])
-        if self._sums is None:  # on the losses' device: nothing waits for it before `sums`
-            self._sums = values.new_zeros(2, len(self.names))
-        self._sums.index_add_(1, torch.tensor(sources, device=values.device), values)
+    def add(self, sources: Sequence[int], row_nll: Tensor, labels: Sequence[int]) -> None:
+        """Add a micro-batch: of each row its source, its summed loss (B,), which is not waited for, and how many of its
+        labels count."""
+        index = torch.tensor(sources).to(self._losses.device, non_blocking=True)
+        self._losses.index_add_(0, index, row_nll.detach().double())
+        for source, count in zip(sources, labels, strict=True):
+            self._labels[source] += count
 
-    def sums(self) -> list[float]:
-        """This process's summed losses, then predicted tokens, by source; to be summed over all processes."""
-        return [] if self._sums is None else self._sums.flatten().tolist()
+    def sums(self) -> tuple[Tensor, list[int]]:
+        """This process's summed losses, a vector on the device, and labels by source; to be summed over all
+        processes."""
+        return self._losses, self._labels
 
     def facts(self, sums: Sequence[float], tokens: dict[str, int]) -> dict[str, dict[str, Any]]:
-        """{source: loss, perplexity, tokens} from the sums over all processes.
+        """{source: loss, perplexity, tokens} from the sums over all processes, losses first, then labels.
 
         The loss is None for a source without rows in this step. `tokens`: of each source since the first step.
         """

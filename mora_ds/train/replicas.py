@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ class Replica:
 
     engine: zero.Engine
     processes_per_replica: int = 1
-    split: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda batch: batch
+    split: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch
     """Takes the replica's rows, returns the part of them that this process computes."""
 
     def __post_init__(self) -> None:
@@ -47,16 +48,22 @@ class Replica:
         self.index, self.count = self.rank // self.processes_per_replica, self.world // self.processes_per_replica
         self._rows_checked = False
 
-    def rows(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This process's part of a training batch of its replica, on the engine's device.
+    def rows(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """This process's part of a training batch of its replica, on the CPU as the batch.
 
-        The first batch is compared with those of the other processes of the replica: `RunError` if they differ.
+        The first batch is compared with those of the other processes of the replica (collective): `RunError` if they
+        differ.
         """
-        batch = self._on_device(batch)
+        batch = dict(batch)
         if self.processes_per_replica > 1 and not self._rows_checked:
-            check_same_rows(batch, self.processes_per_replica)
+            check_same_rows(batch, self.processes_per_replica, self.engine.device)
             self._rows_checked = True
         return self.split(batch)
+
+    def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch on the engine's device; where it is pinned, the host does not wait for the copy."""
+        device = self.engine.device
+        return {name: moved(part, lambda each: each.to(device, non_blocking=True)) for name, part in batch.items()}
 
     def sum(self, value: float) -> float:
         """The sum of `value` over all processes. Collective."""
@@ -65,15 +72,16 @@ class Replica:
         return total.item()
 
     @torch.no_grad()
-    def nll(self, batch: Mapping[str, Tensor]) -> tuple[float, int]:
+    def nll(self, batch: Mapping[str, Any]) -> tuple[float, int]:
         """(summed loss, number of predicted tokens) of this process's part of a batch. Collective under ZeRO-3."""
-        part = self.split(self._on_device(batch))
+        part = self.split(dict(batch))
+        predicted = int((part["labels"] != IGNORED).sum())
         self.engine.eval()
-        nll = token_nll(self.engine, part).item()
+        nll = token_nll(self.engine, self.on_device(part)).item()
         self.engine.train()
-        return nll, int((part["labels"] != IGNORED).sum())
+        return nll, predicted
 
-    def mean_nll(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
+    def mean_nll(self, batches: Iterable[Mapping[str, Any]]) -> float:
         """Mean loss over all predicted tokens of all processes, which bring equally many batches. Collective."""
         total, predicted = 0.0, 0
         for batch in batches:
@@ -81,24 +89,32 @@ class Replica:
             total, predicted = total + nll, predicted + tokens
         return self.sum(total) / max(self.sum(predicted), 1.0)
 
-    def replica_nll(self, batch: Mapping[str, Tensor]) -> float:
+    def replica_nll(self, batch: Mapping[str, Any]) -> float:
         """Mean loss of a batch that is the same in every replica. Collective."""
         nll, predicted = self.nll(batch)
         if self.processes_per_replica > 1:
             nll, predicted = self.sum(nll), int(self.sum(predicted))
         return nll / max(predicted, 1)
 
-    def _on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.engine.device) for name, tensor in batch.items()}
+
+def moved(part: Any, move: Callable[[Any], Any]) -> Any:
+    """A copy elsewhere of a tensor of a batch, or of its `Documents`. A tensor keeps its Python attributes
+    (`SequenceParallel.split` makes a note for attention)."""
+    copy = move(part)
+    if isinstance(part, Tensor):
+        vars(copy).update(vars(part))
+    return copy
 
 
-def check_same_rows(batch: Mapping[str, Tensor], processes_per_replica: int) -> None:
-    """Raise `RunError` where the processes of a replica hold different batches. Collective; sends a hash each."""
+def check_same_rows(batch: Mapping[str, Any], processes_per_replica: int, device: torch.device | str) -> None:
+    """Raise `RunError` where the processes of a replica hold different batches. Collective; sends a hash each, from
+    `device`."""
     digest = hashlib.sha256()
-    for name in ("input_ids", "labels", "position_ids"):
-        tensor = batch[name]
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.cpu().numpy().tobytes())
-    mine = torch.tensor(list(digest.digest()), dtype=torch.int64, device=tensor.device)
+    for name, tensor in batch.items():
+        if not isinstance(tensor, Tensor):
+            continue  # its documents, which follow from the positions
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes())
+    mine = torch.tensor(list(digest.digest()), dtype=torch.int64, device=device)
     digests = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(digests, mine)
     for rank, other in enumerate(digests):

@@ -3,12 +3,16 @@
 A batch is a pure function of (seed, step, global batch size). Micro-batch m of replica r holds the global rows
 [(m * replicas + r) * B, ... + B) for a micro-batch size of B. The loss is the mean over all predicted tokens of the
 global batch, so neither the number of processes nor that of micro-batches changes the curve.
+
+The host waits for the device once a step, for one small all-reduce: the loss, stop requests, and the number of labels
+of the next batch, by which its losses are divided.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
@@ -18,7 +22,7 @@ from torch import Tensor
 
 from mora_ds.config.forgetting import report
 from mora_ds.config.training import TrainingArguments
-from mora_ds.data import IGNORED, Mixture, StreamMixture, TrainData
+from mora_ds.data import Mixture, StreamMixture, TrainData
 from mora_ds.engine import zero
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.errors import RunError, Stopped
@@ -30,6 +34,7 @@ from mora_ds.remora.stall import StallRule
 from mora_ds.runtime import signals
 from mora_ds.train.evaluator import Evaluator
 from mora_ds.train.job import Job
+from mora_ds.train.loader import BatchLoader, MicroBatch, labels_in
 from mora_ds.train.metrics import MetricsLog, SourceLosses, StepMetrics, peak_memory_bytes
 from mora_ds.train.replicas import NotFinite, Replica, require_finite
 from mora_ds.train.stall_watch import StallWatch
@@ -65,15 +70,17 @@ class Trainer:
         self.first_batch, self.last_checkpoint = job.place.first_batch, job.place.checkpoint
         if self.job.merger is not None:
             self.job.merger.probe = self._probe_loss
-        self.rows_per_step = self.training.rows_per_step(self.replica.world)
+        self.loader = BatchLoader(self.train_data, self.replica, self.training, self.first_batch, self.total_steps)
+        self.rows_per_step = self.loader.rows_per_step
+        self._step_labels: float | None = None
+        """Labels of the next step's global batch; None before the first step of this process."""
         self.bytes_gathered_per_step = 0
         self._stop_asked = False
         """Whether any process was asked to stop; the same on all processes."""
         self._saved_step: int | None = None
         self._stall = StallWatch(self.replica, self.schedule, self.stall, self.log, self.state)
-        data = self.train_data
-        self._mixture = data if isinstance(data, Mixture) and len(data.names) > 1 else None
-        self._source_losses = SourceLosses(self._mixture.names if self._mixture else [])
+        self._mixture = self.loader.mixture
+        self._source_losses = SourceLosses(self._mixture.names if self._mixture else [], self.engine.device)
 
     @property
     def total_steps(self) -> int:
@@ -151,49 +158,45 @@ class Trainer:
 
     def _forward_backward(self) -> float:
         """All micro-batches and the optimizer's step. Returns the global mean loss."""
-        accumulation = self.training.gradient_accumulation_steps
-        micro_batches = [self._micro_batch(index) for index in range(accumulation)]
-        predicted = sum(int((batch["labels"] != IGNORED).sum()) for batch in micro_batches)
-        total_predicted = max(self.replica.sum(predicted), 1.0)
+        step, accumulation = self.state.step, self.training.gradient_accumulation_steps
+        batch = self.loader.take(step)
+        if self._step_labels is None:
+            self._step_labels = self.replica.sum(labels_in(batch))
+        total_labels = max(self._step_labels, 1.0)
         # DeepSpeed divides by the number of micro-batches and averages over ranks: undo both, divide by tokens.
-        scale = accumulation * self.replica.world / total_predicted
-        nll = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        scale = accumulation * self.replica.world / total_labels
+        nll = torch.zeros(1, dtype=torch.float64, device=self.engine.device)
         alignment = self.job.alignment
         self.engine.train()
         self._source_losses.reset()
-        for index, batch in enumerate(micro_batches):
+        for micro_batch in batch:
             with nullcontext() if alignment is None else alignment.recording():
-                batch_nll = self._nll(index, batch)
+                batch_nll = self._nll(micro_batch)
             loss = batch_nll * scale
             self.engine.backward(loss if alignment is None else loss + alignment.loss())
             self.engine.step()
             nll += batch_nll.detach()
-        total, *self._source_sums = self._sum_and_hear_requests([nll.item(), *self._source_losses.sums()])
-        return total / total_predicted
+        losses, tokens = self._source_losses.sums()
+        total, *sums = self._sum_and_hear_requests([nll, losses], [*tokens, self.loader.labels_ahead(step + 1)])
+        *self._source_sums, self._step_labels = sums
+        return total / total_labels
 
-    def _nll(self, index: int, batch: dict[str, Tensor]) -> Tensor:
-        """The summed loss of micro-batch `index`, recorded by source for a mixture."""
+    def _nll(self, micro_batch: MicroBatch) -> Tensor:
+        """The summed loss of a micro-batch, recorded by source for a mixture."""
+        rows = self.replica.on_device(micro_batch.rows)
         if self._mixture is None:
-            return token_nll(self.engine, batch)
-        sources = self._mixture.sources_of(*self._position(index))
+            return token_nll(self.engine, rows)
         if self.domains.names:  # until the next micro-batch: activation checkpointing reads them again in backward
-            self.domains.set([self._mixture.names[source] for source in sources])
-        rows = row_nll(self.engine, batch)
-        self._source_losses.add(sources, rows, batch["labels"])
-        return rows.sum()
+            self.domains.set([self._mixture.names[source] for source in micro_batch.sources])
+        losses = row_nll(self.engine, rows)
+        self._source_losses.add(micro_batch.sources, losses, micro_batch.labels)
+        return losses.sum()
 
-    def _position(self, index: int) -> tuple[int, int, slice]:
-        """(batch number, batch size, rows) of this replica's micro-batch `index` in the order of the data."""
-        size = self.training.per_device_train_batch_size
-        first = (index * self.replica.count + self.replica.index) * size
-        return self.first_batch + self.state.step, self.rows_per_step, slice(first, first + size)
-
-    def _micro_batch(self, index: int) -> dict[str, Tensor]:
-        return self.replica.rows(self.train_data.batch(*self._position(index)))
-
-    def _sum_and_hear_requests(self, values: list[float]) -> list[float]:
-        """The sums over all processes; the same collective tells whether any of them was asked to stop."""
-        sums = torch.tensor([*values, float(signals.requested())], dtype=torch.float64, device=self.engine.device)
+    def _sum_and_hear_requests(self, on_device: Sequence[Tensor] = (), on_host: Sequence[float] = ()) -> list[float]:
+        """The sums over all processes of vectors on the device and of numbers on the host, in that order; the same
+        collective tells whether any process was asked to stop. The host waits for the device here."""
+        host = torch.tensor([*on_host, float(signals.requested())], dtype=torch.float64)
+        sums = torch.cat([*on_device, host.to(self.engine.device, non_blocking=True)])
         dist.all_reduce(sums)
         *totals, requests = sums.tolist()
         self._stop_asked |= requests > 0
@@ -247,7 +250,7 @@ class Trainer:
         `hear_again`: exchange requests first (collective), since much time may have passed since the step's exchange.
         """
         if hear_again:
-            self._sum_and_hear_requests([])
+            self._sum_and_hear_requests()
         if not self._stop_asked:
             return
         step = self.state.step
@@ -277,7 +280,7 @@ class Trainer:
         or not be able to read it yet."""
         if isinstance(self.train_data, Mixture):
             return self._probe_loss()
-        return self.replica.nll(self.train_data.batch(*self._position(0)))[0]
+        return self.replica.nll(self.train_data.batch(*self.loader.position(self.state.step, 0)))[0]
 
     def _merge(self) -> None:
         assert self.job.merger is not None, "a schedule with merges needs a merger"

@@ -24,6 +24,7 @@ from mora_ds.engine.optimizer_view import view_of
 from mora_ds.engine.pickled import STAND_INS
 from mora_ds.engine.shard_reader import MASTER, EngineShards, Layout, layout_path
 from mora_ds.errors import UserError
+from mora_ds.train.loader import MicroBatch
 from mora_ds.train.trainer import Trainer
 from tests.helpers.engines import COMBINATIONS, new_engine, one_step
 from tests.helpers.gloo import run_ranks
@@ -305,26 +306,27 @@ def flags(user: Playground, out: Path, world: int, *more: Any) -> list[str]:
 def watched(argv: list[str], last: int) -> list[tuple[int, int, torch.Tensor]]:
     """Runs up to optimizer step `last`; (step, first global row, token ids) of every training batch of this rank."""
     seen: list[tuple[int, int, torch.Tensor]] = []
-    micro_batch, after_step = Trainer._micro_batch, Trainer._after_step
+    forward, after_step = Trainer._nll, Trainer._after_step
 
-    def watch(trainer: Trainer, index: int) -> dict[str, torch.Tensor]:
-        batch = micro_batch(trainer, index)
-        first = (index * trainer.replica.world + trainer.replica.rank) * trainer.training.per_device_train_batch_size
-        seen.append((trainer.state.step, first, batch["input_ids"].clone()))
-        return batch
+    def watch(trainer: Trainer, batch: MicroBatch) -> torch.Tensor:
+        step, size = trainer.state.step, trainer.training.per_device_train_batch_size
+        index = sum(earlier == step for earlier, _, _ in seen)
+        first = (index * trainer.replica.world + trainer.replica.rank) * size
+        seen.append((step, first, batch.rows["input_ids"].clone()))
+        return forward(trainer, batch)
 
     def stop(trainer: Trainer) -> None:
         after_step(trainer)
         if trainer.state.step == last:
             raise KeyboardInterrupt
 
-    Trainer._micro_batch, Trainer._after_step = watch, stop  # type: ignore[method-assign]
+    Trainer._nll, Trainer._after_step = watch, stop  # type: ignore[method-assign]
     try:
         job(argv)
     except KeyboardInterrupt:
         pass
     finally:
-        Trainer._micro_batch, Trainer._after_step = micro_batch, after_step  # type: ignore[method-assign]
+        Trainer._nll, Trainer._after_step = forward, after_step  # type: ignore[method-assign]
     return seen
 
 

@@ -1,0 +1,66 @@
+"""Counts the moments at which a program reads a tensor's numbers on the host, and waits for a GPU where there is one.
+
+with HostReads() as reads: ...
+reads.places      {"train/trainer.py": 1, ...}: by the file that asked, within mora_ds, DeepSpeed or transformers
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+METHODS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+FUNCTIONS = ("equal", "nonzero", "allclose")
+PACKAGES = ("mora_ds", "deepspeed", "transformers")
+
+
+class HostReads:
+    """Those of the thread that enters it. A read within another one counts once."""
+
+    def __init__(self) -> None:
+        self.places: Counter[str] = Counter()
+        self._thread, self._depth = threading.get_ident(), 0
+        self._patches = [
+            *(patch.object(Tensor, name, self._counted(getattr(Tensor, name))) for name in METHODS),
+            *(patch.object(torch, name, self._counted(getattr(torch, name))) for name in FUNCTIONS),
+        ]
+
+    def _counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def read(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self._thread:
+                return original(*args, **kwargs)
+            if not self._depth:
+                self.places[_asker()] += 1
+            self._depth += 1
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._depth -= 1
+
+        return read
+
+    def __enter__(self) -> HostReads:
+        for each in self._patches:
+            each.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for each in self._patches:
+            each.stop()
+
+
+def _asker() -> str:
+    for frame in reversed(traceback.extract_stack()):
+        for package in PACKAGES:
+            before, _, name = frame.filename.rpartition(f"/{package}/")
+            if before:
+                return f"{package}/{name}"
+    return "elsewhere"

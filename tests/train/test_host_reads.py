@@ -1,0 +1,71 @@
+"""A training step reads numbers from the device once: the sums over all processes at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mora_ds.train.trainer import Trainer
+from tests.helpers.gloo import run_ranks
+from tests.helpers.host_reads import HostReads
+from tests.helpers.jobs import Playground, job
+
+TRAINER = "mora_ds/train/trainer.py"
+DEEPSPEED = {"deepspeed/runtime/zero/stage3.py": 1, "deepspeed/runtime/utils.py": 1}
+"""The gradient norm, copied to the host to decide whether the step is skipped (stage3.py, `step`), and looked at
+there. In the first three steps DeepSpeed also compares its trace of the model between ranks."""
+
+RUNS: dict[str, tuple[object, ...]] = {
+    "mixture": ("--replay", "old={held}:0.25", "--gradient_accumulation_steps", 2),
+    "sequence": ("--sequence_parallel_size", 2, "--gradient_checkpointing", "true"),
+    "plain": (),
+    "domains": ("--domain_adapters", "true", "--replay", "old={held}:0.25"),
+    "tensor": ("--tensor_parallel_size", 2, "--deepspeed", "configs/zero3_tp2.json"),
+}
+DEFAULT = ("mixture", "sequence")
+
+
+def reads_of_steps(argv: list[str]) -> list[dict[str, int]]:
+    """By file, the reads of each step but the first, which compares ranks and has no batch ready."""
+    found: list[dict[str, int]] = []
+    original = Trainer._step
+
+    def step(trainer: Trainer) -> None:
+        if trainer.state.step == 0:
+            original(trainer)
+            return
+        with HostReads() as reads:
+            original(trainer)
+        found.append(dict(reads.places))
+
+    Trainer._step = step  # type: ignore[method-assign]
+    job(argv)
+    return found
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.heavy) for name in RUNS]
+)
+def test_the_host_waits_once_a_step(user: Playground, tmp_path: Path, name: str) -> None:
+    more = [str(flag).format(held=user.held) for flag in RUNS[name]]
+    argv = user.flags(tmp_path, "--max_steps", 5, "--logging_steps", 100, "--eval_on_start", "false", *more)
+    for steps in run_ranks(2, reads_of_steps, argv):
+        *first, last, _ = steps  # the last one of all is logged
+        for step in [*first, last]:
+            assert {place: count for place, count in step.items() if place.startswith("mora_ds/")} == {TRAINER: 1}
+        found = {place: count for place, count in last.items() if not place.startswith("transformers/")}
+        assert found == {TRAINER: 1, **DEEPSPEED}
+
+
+def test_a_read_is_counted_once_and_by_its_file() -> None:
+    def reader(x: Any) -> bool:
+        return bool(x.sum() > 0) and torch.equal(x, x)
+
+    with HostReads() as reads:
+        reader(torch.ones(3))
+    assert reads.places == {"elsewhere": 2} and not hasattr(torch.equal, "places")
+    assert reader(torch.ones(3)) and reads.places == {"elsewhere": 2}

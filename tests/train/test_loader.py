@@ -1,0 +1,119 @@
+"""Batches that are prepared a step ahead: whose rows they are, when errors come, where a stream is found meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mora_ds.data import IGNORED, StreamMixture
+from mora_ds.errors import UserError
+from mora_ds.train.loader import BatchLoader, labels_in
+from mora_ds.train.replicas import Replica
+
+T = 4
+
+
+class Data:
+    """Rows whose tokens are the numbers of their samples; `fails_at` a batch."""
+
+    def __init__(self, fails_at: int = -1) -> None:
+        self.fails_at, self.threads = fails_at, list[str]()
+
+    def batch(self, step: int, size: int, rows: slice) -> dict[str, torch.Tensor]:
+        self.threads.append(threading.current_thread().name)
+        if step == self.fails_at:
+            raise UserError(f"line {step} is damaged")
+        ids = torch.arange(step * size, (step + 1) * size)[rows, None].expand(-1, T).contiguous()
+        labels = torch.where(ids % 2 == 0, ids, IGNORED)
+        return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(T).expand(len(ids), -1)}
+
+
+def loader(data: Any, replica: int = 0, replicas: int = 1, accumulation: int = 2, size: int = 2, steps: int = 5) -> Any:
+    training = SimpleNamespace(
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        rows_per_step=lambda world: size * accumulation * world,
+    )
+    process = SimpleNamespace(
+        index=replica, count=replicas, world=replicas, engine=SimpleNamespace(device="cpu"), rows=lambda batch: batch
+    )
+    return BatchLoader(data, process, training, 7, steps)  # type: ignore[arg-type]
+
+
+def rows_of(replica: int, replicas: int, micro_batches: int, size: int) -> list[list[int]]:
+    """The global rows of each micro-batch of a replica, at step 5 of a run whose data begin at batch 7."""
+    found = []
+    made = loader(Data(), replica, replicas, micro_batches, size)
+    for index in range(micro_batches):
+        batch, rows_per_step, rows = made.position(5, index)
+        assert (batch, rows_per_step) == (12, size * micro_batches * replicas)
+        found.append(list(range(rows.start, rows.stop)))
+    return found
+
+
+def test_micro_batch_m_of_replica_r_holds_the_rows_from_m_times_replicas_plus_r() -> None:
+    assert rows_of(0, 2, 3, 2) == [[0, 1], [4, 5], [8, 9]]
+    assert rows_of(1, 2, 3, 2) == [[2, 3], [6, 7], [10, 11]]
+    assert rows_of(0, 1, 2, 3) == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_step_is_prepared_by_a_thread_and_taken_in_order() -> None:
+    data = Data()
+    made = loader(data)
+    for step in range(3, 5):
+        batch = made.take(step)
+        ids = torch.cat([each.rows["input_ids"][:, 0] for each in batch])
+        assert ids.tolist() == list(range((7 + step) * 4, (8 + step) * 4))
+        for each in batch:
+            counted = (each.rows["labels"] != IGNORED).sum(dim=1)
+            assert each.labels == counted.tolist() and sum(each.labels) == T
+        assert made.labels_ahead(step + 1) == (2 * T if step < 4 else 0)
+    main = threading.current_thread().name
+    assert data.threads == [main, main, "mora_ds batches", "mora_ds batches"], "and nothing beyond the last step"
+
+
+def test_an_error_is_raised_when_its_batch_is_taken() -> None:
+    made = loader(Data(fails_at=7 + 2))
+    made.take(0)
+    assert made.labels_ahead(1) == 2 * T
+    made.take(1)
+    assert made.labels_ahead(2) == 0, "step 1 is still to be finished and saved"
+    for _ in range(2):
+        with pytest.raises(UserError, match="line 9 is damaged"):
+            made.take(2)
+
+
+class Stream(StreamMixture):
+    """A stream that processes read together is read by the main thread, after the work of a step is queued."""
+
+    def __init__(self) -> None:
+        self.names, self.data = ["one"], Data()
+
+    def batch(self, step: int, size: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+        return self.data.batch(step, size, rows)
+
+
+def test_a_stream_shared_by_processes_is_read_by_the_main_thread() -> None:
+    for world, name in ((1, "mora_ds batches"), (2, threading.current_thread().name)):
+        stream = Stream()
+        made = loader(stream, 0, world)
+        made.take(0)
+        assert len(stream.data.threads) == 2 or world == 1
+        assert made.labels_ahead(1) == 2 * T
+        assert stream.data.threads[2:] == [name] * 2
+
+
+def test_counts_are_those_of_the_part_that_a_process_computes() -> None:
+    """Under sequence parallelism a process has some tokens of each row."""
+    made = loader(Data())
+    made.replica = Replica.__new__(Replica)
+    vars(made.replica).update(
+        vars(loader(Data()).replica), processes_per_replica=1, split=lambda b: {k: v[:, :1] for k, v in b.items()}
+    )
+    del made.replica.rows
+    (first, second) = made.take(0)
+    assert first.rows["labels"].shape == (2, 1) and labels_in([first, second]) == 2
