@@ -19,6 +19,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups as process_groups
 from torch import Tensor, nn
 
 from mora_ds.adapters.inject import frozen_buffers, mora_layers, move_base, scale_names
@@ -30,7 +31,7 @@ from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.optimizer_view import view_of
 from mora_ds.errors import RunError, UserError
 from mora_ds.models.base import tensor_checksum
-from mora_ds.parallel.limits import check_tensor_parallel
+from mora_ds.parallel.limits import TENSOR, check_tensor_parallel
 from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
@@ -85,8 +86,8 @@ def initialize(
     settings = complete_ds_config(config, trainable_numels(model, degree), tensor_parallel_size)
     check_compute_dtype(settings)
     check_splittable(settings, degree, base_bits=8 if scale_names(model) else None)
-    check_no_secondary_copies(settings)
     start_distributed()
+    check_second_copies(settings, dist.get_world_size(), degree)
     if degree > 1:
         topology = Topology.of(degree)
         split_model(model, topology, tensor_parallel_inputs)
@@ -98,9 +99,10 @@ def initialize(
         parameter.data = parameter.data.to(device, dtype)
     if check_base:
         check_base_equal(frozen_buffers(model).values())
-    groups = parameter_groups(model)
-    with muon.preparing(groups[0]["params"]) if uses_muon(settings) else nullcontext():
-        returned = deepspeed.initialize(model=model, config=settings, model_parameters=groups, **kwargs)
+    parameters = parameter_groups(model)
+    _forget_groups_of_second_copies()
+    with muon.preparing(parameters[0]["params"]) if uses_muon(settings) else nullcontext():
+        returned = deepspeed.initialize(model=model, config=settings, model_parameters=parameters, **kwargs)
     muon.repair_clipping(returned[0])
     view_of(returned[0]).repair()
     return returned
@@ -118,6 +120,7 @@ def initialize_full(*, model: nn.Module, config: dict[str, Any] | str | Path, **
     start_distributed()
     dtype = getattr(torch, compute_dtype(settings))
     model.to(current_device(), dtype)
+    _forget_groups_of_second_copies()
     returned = deepspeed.initialize(model=model, config=settings, model_parameters=list(model.parameters()), **kwargs)
     view_of(returned[0]).repair()
     return returned
@@ -156,18 +159,29 @@ def check_splittable(config: dict[str, Any], degree: int, base_bits: int | None 
     )
 
 
-def check_no_secondary_copies(config: dict[str, Any]) -> None:
-    """Raises `UserError` for a resolved DeepSpeed config with which a merge or a resumed run would have no effect.
-
-    ZeRO++ computes with a second copy of each parameter, and setting a MoRA matrix does not change that one: after a
-    merge the old matrix stays until the next step, after a resume it is zero (DeepSpeed's `ds_secondary_tensor`).
-    """
-    size = config["zero_optimization"].get("zero_hpz_partition_size", 1)
-    if size != 1:
+def check_second_copies(config: dict[str, Any], world: int, degree: int = 1) -> None:
+    """Raises `UserError` for a resolved DeepSpeed config whose second copies of the shards (ZeRO++'s hpZ) cannot be
+    made by `world` processes, with a tensor-parallel `degree`. DeepSpeed ignores the key below stage 3."""
+    zero_settings = config["zero_optimization"]
+    size = zero_settings.get("zero_hpz_partition_size", 1)
+    if size <= 1:
+        return
+    where = f"zero_optimization.zero_hpz_partition_size = {size} in --deepspeed"
+    if zero_settings["stage"] != 3:
+        raise UserError(f"{where} is for stage 3, and the stage is {zero_settings['stage']}; drop the key")
+    if degree > 1:
         raise UserError(
-            f"zero_optimization.zero_hpz_partition_size = {size} in --deepspeed cannot be used with an adapter: merges "
-            "and resumed runs would not change the copies that ZeRO++ computes with; drop the key"
+            f"{where} cannot be used with {TENSOR} {degree}: DeepSpeed would gather the shards of the ranks that split "
+            "a matrix; drop the key"
         )
+    if size > world or world % size:
+        raise UserError(f"{where} must divide the number of processes, which is {world}: drop the key, or change it")
+
+
+def _forget_groups_of_second_copies() -> None:
+    """DeepSpeed makes the groups for hpZ once and refuses a second engine (groups.py,
+    `_create_zero_param_parallel_group`); after --full_rank_steps there is one."""
+    process_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

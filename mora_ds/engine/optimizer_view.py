@@ -114,6 +114,9 @@ class OptimizerView:
         """The flat tensor on this process that forward reads a parameter from, in the compute dtype; and its span."""
         return parameter.data.view(-1), Span(parameter, 0, parameter.numel(), 0)
 
+    def drop_second_copy(self, parameter: nn.Parameter) -> None:
+        """Forget what else forward may read a parameter from, as its compute copy is overwritten."""
+
     def unsharded_writes(self) -> AbstractContextManager[None]:
         """A context in which masters and compute copies may be overwritten."""
         return nullcontext()
@@ -200,15 +203,22 @@ class Stage3View(OptimizerView):
         own = nn.functional.pad(own, (0, shard.numel() - span.numel))
         safe_set_local_fp32_param(parameter, own)
         shard.copy_(own)
+        self.drop_second_copy(parameter)
 
     def compute_copy(self, parameter: Any) -> tuple[Tensor, Span]:
         return parameter.ds_tensor.data.view(-1), self._span(parameter, 0)
+
+    def drop_second_copy(self, parameter: Any) -> None:
+        """Under ZeRO++ (zero_hpz_partition_size) a group of processes holds a second copy, from which all-gathers read
+        until the next step. Without it they read the shards and make it anew (partition_parameters.py,
+        `_partition_param_sec`; stage3.py, `invalidate_secondary_tensor`)."""
+        parameter.ds_secondary_tensor = None
 
     @contextmanager
     def unsharded_writes(self) -> Iterator[None]:
         self.optimizer.checkpoint_event_prologue()  # shards what is still gathered
         yield
-        self.optimizer.checkpoint_event_epilogue()  # gathers the persistent parameters again
+        self.optimizer.checkpoint_event_epilogue()  # drops second copies, gathers the persistent parameters again
 
 
 class _MappedView(OptimizerView):

@@ -87,6 +87,7 @@ def reset_group(engine: Engine, group: int, parameters: Iterable[nn.Parameter], 
     view.reset_step(group, reset_state)
     for parameter in parameters:
         view.compute_copy(parameter)[0].zero_()
+        view.drop_second_copy(parameter)
         parameter.data.zero_()  # empty under ZeRO-3, unless still gathered
 
 

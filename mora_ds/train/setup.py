@@ -16,7 +16,7 @@ from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.ds_config import resolve_ds_config
 from mora_ds.engine.initialize import (
     check_compute_dtype,
-    check_no_secondary_copies,
+    check_second_copies,
     check_splittable,
     start_distributed,
 )
@@ -77,8 +77,7 @@ def engine_config(training: TrainingArguments, adapter: str, world: int) -> dict
     config = resolve_ds_config(file, settings, world // training.ranks_per_replica)
     check_compute_dtype(config)
     check_splittable(config, training.tensor_parallel_size)
-    if adapter in (AdapterKind.MORA.value, AdapterKind.LORA.value):
-        check_no_secondary_copies(config)
+    check_second_copies(config, world, training.tensor_parallel_size)
     if training.sequence_parallel_size > 1:
         config.pop("train_batch_size")  # checked above; DeepSpeed, which knows no groups, would count each rank's rows
     return config

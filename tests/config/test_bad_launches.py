@@ -162,6 +162,7 @@ stray | 'stray'
 --deepspeed {bad}/ds/device.json | device.json: offload_optimizer.device | "disk"
 --deepspeed {bad}/ds/nvme.json | nvme.json: offload_optimizer.nvme_path | got 7
 --deepspeed {bad}/ds/hpz.json | hpz.json | zero_hpz_partition_size
+--deepspeed {bad}/ds/hpz_4.json | zero_hpz_partition_size = 4 in --deepspeed must divide the number of processes
 --deepspeed {bad}/ds/activation.json | activation.json: "activation_checkpointing" must be an object | 7
 --deepspeed {bad}/ds/flops.json | flops.json: "flops_profiler" must be an object
 --deepspeed {bad}/ds/comms.json | comms.json | enabled | often

@@ -25,7 +25,6 @@ from mora_ds.engine.ds_config import (
 )
 from mora_ds.engine.ds_keys import REFUSED, TOP_LEVEL
 from mora_ds.errors import UserError
-from mora_ds.train.setup import engine_config
 from tests.helpers.gloo import run_ranks
 
 SETTINGS = EngineSettings(
@@ -318,16 +317,3 @@ def test_deepspeed_trains_under_every_stage_and_precision() -> None:
     for (config, dtype), (first, last, optimizer) in zip(configs, results, strict=True):
         assert last < 0.8 * first, (config["zero_optimization"], dtype)
         assert optimizer == "AdamW", "torch's own: nothing is compiled, offloaded or not"
-
-
-@pytest.mark.parametrize("adapter", ["mora", "lora", "full"])
-def test_second_copies_of_parameters_are_refused_for_adapters(tmp_path: Path, adapter: str) -> None:
-    """A merge or a resumed run would not change the copies that ZeRO++ computes with."""
-    file = tmp_path / "ds.json"
-    file.write_text('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}')
-    training = parse(["--deepspeed", str(file)]).training
-    if adapter == "full":
-        assert engine_config(training, adapter, 2)["zero_optimization"]["zero_hpz_partition_size"] == 2
-        return
-    with pytest.raises(UserError, match="zero_hpz_partition_size = 2 in --deepspeed"):
-        engine_config(training, adapter, 2)

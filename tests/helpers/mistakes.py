@@ -65,6 +65,7 @@ def deepspeed_files(folder: Path) -> None:
         "device": {"offload_optimizer": {"device": "disk"}},
         "nvme": {"offload_optimizer": {"device": "nvme", "nvme_path": 7}},
         "hpz": {"zero_hpz_partition_size": "two"},
+        "hpz_4": {"stage": 3, "zero_hpz_partition_size": 4},
     }
     others: dict[str, Any] = {
         "activation": {"activation_checkpointing": 7},

@@ -1,0 +1,107 @@
+"""ZeRO++'s second copies of the shards (zero_hpz_partition_size): whatever sets a MoRA matrix drops them.
+
+A merge is measured before and after, so that its copies are there when the matrices are reset; a resumed run has those
+of its start.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.utils import groups
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.engine import zero
+from mora_ds.engine.initialize import check_second_copies, initialize
+from mora_ds.errors import UserError
+from tests.helpers.engines import ds_config
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, run
+from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.resume import assert_same_result, stop_and_resume
+
+RUN = ("--max_steps", 6, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--train_norms", "true")
+ROWS = 8
+"""Sequences a step."""
+
+
+def file(folder: Path, second_copies: int) -> Path:
+    path = folder / f"hpz{second_copies}.json"
+    zero3: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    if second_copies:
+        zero3["zero_hpz_partition_size"] = second_copies
+    path.write_text(json.dumps({"zero_optimization": zero3}))
+    return path
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(("world", "size"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.heavy)])
+def test_a_run_with_second_copies_is_the_run_without_also_resumed(
+    user: Playground, tmp_path: Path, world: int, size: int
+) -> None:
+    def flags(out: str, second_copies: int) -> list[str]:
+        rows = "--per_device_train_batch_size", ROWS // world
+        return user.flags(tmp_path / out, *RUN, *rows, "--deepspeed", file(tmp_path, second_copies))
+
+    run(world, flags("plain", 0))
+    run(world, flags("whole", size))
+    stop_and_resume(world, flags("resumed", size), 3, 5)
+    for out in ("whole", "resumed"):
+        assert_same_result(tmp_path / out, tmp_path / "plain")
+
+
+def set_and_reset() -> list[float]:
+    """How far the gathered matrix is from what was set, with second copies there; then from 0 after a reset. The engine
+    is the second one of its process."""
+    found: list[float] = []
+    for _ in range(2):
+        model = tiny_model("llama")
+        inject(model, MoRAConfig(rank=4))
+        config = ds_config(3, 2, 1)
+        config["zero_optimization"]["zero_hpz_partition_size"] = 2
+        engine, *_ = initialize(model=model, config=config)
+    layers = [layer.value for layer in mora_layers(model).values()]
+    ones = torch.ones(layers[0].ds_shape)
+    changes: list[tuple[float, Callable[[], None]]] = [
+        (1.0, lambda: zero.set_fp32(engine, layers[0], ones)),
+        (0.0, lambda: zero.reset_group(engine, 0, layers, lambda key, state: None)),
+    ]
+    for wanted, change in changes:
+        with torch.no_grad():
+            causal_loss(engine, tokens(2, seed=1))
+        assert layers[0].ds_secondary_tensor is not None, "else this tests nothing"
+        change()
+        with zero.whole_parameter(engine, layers[0]):
+            found.append((layers[0].detach() - wanted).abs().max().item())
+    return found
+
+
+@pytest.mark.gloo
+def test_a_matrix_that_is_set_or_reset_is_the_one_that_is_gathered() -> None:
+    assert run_ranks(2, set_and_reset) == [[0.0, 0.0]] * 2
+
+
+def test_sizes_that_cannot_be_are_refused() -> None:
+    def refused(world: int, degree: int = 1, stage: int = 3, size: int = 2) -> str:
+        config = {"zero_optimization": {"stage": stage, "zero_hpz_partition_size": size}}
+        try:
+            check_second_copies(config, world, degree)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    assert refused(2) == refused(4) == refused(3, size=1) == refused(1, stage=0, size=0) == ""
+    assert "must divide the number of processes, which is 3" in refused(3)
+    assert "must divide the number of processes, which is 2" in refused(2, size=4)
+    assert "is for stage 3, and the stage is 2" in refused(2, stage=2)
+    assert "cannot be used with --tensor_parallel_size 2" in refused(4, degree=2)
+
+
+def test_deepspeed_keeps_the_groups_where_they_are_forgotten() -> None:
+    assert groups._ZERO_PARAM_INTRA_PARALLEL_GROUP is None and callable(groups._create_zero_param_parallel_group)
