@@ -5,8 +5,8 @@
 
 Generated: reference/cli.md from the parsers, reference/yaml.md from the dataclasses, reference/api.md from the public
 names, reference/support-matrix.md and the README's part of it from the checks of settings, the table of packages in
-contributing.md from tests/test_imports.py, the tables of planned figures in results/memory.md from their JSON, and the
-notebooks of tutorials/ from their pages.
+contributing.md from tests/test_imports.py, the tables of planned figures in results/memory.md and those of benchmarks
+from the JSON in results/data, and the notebooks of tutorials/ from their pages.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import dataclasses
 import importlib
 import inspect
 import io
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -297,6 +298,36 @@ def _memory(text: str) -> str:
     return _between(text, "traffic", body)
 
 
+# -- benchmarks --------------------------------------------------------------------------------------------------------
+_RESULT = re.compile(r"<!-- (?P<file>[\w-]+\.json) (?P<part>.+?), by tools/docs\.py -->")
+
+
+def _results(text: str) -> str:
+    """A page with its blocks `<!-- FILE.json PART, by tools/docs.py -->` written anew.
+
+    PART is a table of the benchmark's JSON or "sentences"; above it stand the command and the machine.
+    """
+    for block in list(_RESULT.finditer(text)):
+        found = json.loads((figures.DATA / block["file"]).read_text(encoding="utf-8"))
+        made_by = f"`{found['command']}` on {_machine(found['measured_on'])}:"
+        if block["part"] == "sentences":
+            body = [made_by, "", *(f"- {sentence}" for sentence in found["sentences"])]
+        else:
+            titles, *rows = found["tables"][block["part"]]
+            ruler = table_row("---", *["---:"] * (len(titles) - 1))
+            body = [made_by, "", table_row(*titles), ruler, *(table_row(*row) for row in rows)]
+        text = _between(text, f"{block['file']} {block['part']}", ["", *body, ""])
+    return text
+
+
+def _machine(found: dict[str, Any]) -> str:
+    """The machine of a result in a few words."""
+    cores, versions = found["cores"], found["versions"]
+    amx = "with AMX" if "amx_bf16" in found["cpu_features"] else "without AMX"
+    device = f"{cores} CPU core{'s' * (cores > 1)} ({amx})" if found["device"] == "CPU" else found["device"]
+    return f"{device}, torch {versions['torch'].partition('+')[0]}, mora_ds {versions['mora_ds']}"
+
+
 # -- Markdown ----------------------------------------------------------------------------------------------------------
 def _first_line(doc: str | None) -> str:
     """The first paragraph of a docstring, as one line."""
@@ -321,13 +352,19 @@ def pages() -> dict[Path, str]:
     reference = ROOT / "docs" / "reference"
     memory = ROOT / "docs" / "results" / "memory.md"
     readme, contributing = ROOT / "README.md", ROOT / "docs" / "contributing.md"
+    results = {
+        path: _results(text)
+        for path in sorted((ROOT / "docs").rglob("*.md"))
+        if path != memory and _RESULT.search(text := path.read_text(encoding="utf-8"))
+    }
     return {
+        **results,
         reference / "cli.md": cli_page(),
         reference / "yaml.md": yaml_page(),
         reference / "api.md": api_page(),
         reference / "support-matrix.md": _page(["# Support matrix", "", GENERATED, "", *matrix_lines()]),
         readme: _between(readme.read_text(encoding="utf-8"), "support matrix", readme_lines()),
-        memory: _memory(memory.read_text(encoding="utf-8")),
+        memory: _results(_memory(memory.read_text(encoding="utf-8"))),
         contributing: _contributing(contributing.read_text(encoding="utf-8")),
         **notebooks(ROOT / "docs" / "tutorials"),
     }

@@ -12,7 +12,12 @@ from tests.helpers.tools import call, tool
 
 
 def test_bad_flags_are_named_before_anything_runs(tmp_path: Path) -> None:
-    for flags, message in ((["--methods", "loar"], "Did you mean 'lora'?"), (["--steps", "20"], "more than 20")):
+    cases = (
+        (["--methods", "loar"], "Did you mean 'lora'?"),
+        (["--methods", "lora@fast"], "'fast' is no learning rate"),
+        (["--steps", "20"], "more than 20"),
+    )
+    for flags, message in cases:
         with pytest.raises(UserError, match=re.escape(message)):
             call("bench/learning", "--work", tmp_path / "work", *flags)
     assert not (tmp_path / "work").exists()
@@ -28,3 +33,4 @@ def test_of_rates_that_learn_alike_the_one_that_forgets_least_is_best() -> None:
     ]
     assert [(row.method, row.rate) for row in bench._best(rows)] == [("lora", 1e-2), ("full", 1e-3)]
     assert bench._rate(rows[1], (1e-3, 1e-2, 3e-2)) == "0.01" and bench._rate(rows[2], (1e-2, 3e-2)) == "0.03*"
+    assert bench._rate(rows[1], (1e-2,)) == "0.01"

@@ -40,11 +40,15 @@ from mora_ds.deploy.bank_layer import BankLinear
 from mora_ds.errors import UserError
 from mora_ds.remora.ledger import Ledger
 from mora_ds.runtime import cli
-from mora_ds.runtime.cli import table
 from tests.helpers.adapters import Maker, Updates, merge, originals
 from tools.bench.measuring import llama_config, memory_of
+from tools.bench.report import Report, json_flag
 
 VOCABULARY = 1024
+
+
+Found = tuple[str, list[list[str]]]
+"""A sentence, and the rows of a table or none."""
 
 
 def main() -> None:
@@ -54,13 +58,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         started = time.monotonic()
         own = write(Path(folder), options)
-        print(
+        report = Report(options)
+        report.say(
             f"{options.adapters} adapters of {own / options.adapters / 2**20:.2f} MiB of matrices ({options.operator},"
             f" rank {options.rank}, {options.cycles} merged cycle(s)) in {time.monotonic() - started:.0f} s"
         )
         for measure in (memory, speed, equality):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                print("\n".join(pool.apply(measure, (Path(folder), options, own))), flush=True)
+                sentence, rows = pool.apply(measure, (Path(folder), options, own))
+            report.say(sentence)
+            if rows:
+                report.show("speed", rows)
+        report.write()
 
 
 def write(folder: Path, options: argparse.Namespace) -> int:
@@ -76,7 +85,7 @@ def write(folder: Path, options: argparse.Namespace) -> int:
     return own
 
 
-def memory(folder: Path, options: argparse.Namespace, own: int) -> list[str]:
+def memory(folder: Path, options: argparse.Namespace, own: int) -> Found:
     torch.set_num_threads(1)
     bank, ids = AdapterBank.open(folder / "base", folder / "bank"), _ids(options.rows, max(options.tokens))
     _logits(bank.model, ids)
@@ -89,15 +98,16 @@ def memory(folder: Path, options: argparse.Namespace, own: int) -> list[str]:
     with bank.use(bank.names[: options.rows]):
         layers = [module for module in bank.model.modules() if isinstance(module, BankLinear)]
         batch = sum(layer.terms.nbytes for layer in layers if layer.terms is not None)
-    return [
+    return (
         f"memory: {len(bank.cache.names)} adapters evaluated and held, {own / 2**20:.1f} MiB of MoRA matrices;"
-        f" {seconds:.1f} s, reading and checking included",
-        f"  tensors held {bank.cache.nbytes / own:.3f} of it, growth of the process {(after - before) / own:.3f},"
+        f" {seconds:.1f} s, reading and checking included;"
+        f" tensors held {bank.cache.nbytes / own:.3f} of it, growth of the process {(after - before) / own:.3f},"
         f" what a mixed batch of {options.rows} adds {batch / own:.3f}",
-    ]
+        [],
+    )
 
 
-def speed(folder: Path, options: argparse.Namespace, own: int) -> list[str]:
+def speed(folder: Path, options: argparse.Namespace, own: int) -> Found:
     torch.set_num_threads(1)
     bank, model = AdapterBank.open(folder / "base", folder / "bank"), _merging(folder)
     names = [bank.names[row % len(bank.names)] for row in range(options.rows)]
@@ -125,10 +135,10 @@ def speed(folder: Path, options: argparse.Namespace, own: int) -> list[str]:
 
         first, *others = _medians([mixed, merging, one_by_one, base], options.repeat)
         rows.append([str(tokens), f"{1e3 * first:.1f}", *(f"{other / first:.2f}" for other in others)])
-    return [f"time of a batch of {options.rows} rows, an adapter each, against mixed:", *table(rows)]
+    return f"time of a batch of {options.rows} rows, an adapter each, against mixed:", rows
 
 
-def equality(folder: Path, options: argparse.Namespace, own: int) -> list[str]:
+def equality(folder: Path, options: argparse.Namespace, own: int) -> Found:
     torch.set_num_threads(1)
     bank = AdapterBank.open(folder / "base", folder / "bank", cache_adapters=options.rows)
     model, worst, largest = _merging(folder), 0.0, 0.0
@@ -142,7 +152,7 @@ def equality(folder: Path, options: argparse.Namespace, own: int) -> list[str]:
             expected = _logits(model, ids[row : row + 1])
             worst = max(worst, (expected - found[row]).abs().max().item())
             largest = max(largest, expected.abs().max().item())
-    return [f"equal: to merged models within {worst:.1e} (logits up to {largest:.2f}), {len(bank.names)} adapters"]
+    return f"equal: to merged models within {worst:.1e} (logits up to {largest:.2f}), {len(bank.names)} adapters", []
 
 
 def read_updates(folder: Path) -> Updates:
@@ -195,6 +205,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=16, help="of a mixed batch")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256], help="of a row")
     parser.add_argument("--repeat", type=int, default=9)
+    json_flag(parser)
     parser.add_argument("--folder", type=Path, help="where the adapters are written, and removed again")
     return parser.parse_args()
 

@@ -30,9 +30,9 @@ import mora_ds
 from mora_ds.errors import UserError
 from mora_ds.models.base import write_own_base
 from mora_ds.runtime import cli
-from mora_ds.runtime.cli import table
 from mora_ds.runtime.processes import only_rank
 from tools.bench.measuring import ROOT, llama_config, memory_of, seconds_of, zero3_config
+from tools.bench.report import Report, json_flag
 
 SEQUENCE, VOCABULARY = 512, 8192
 
@@ -43,6 +43,8 @@ class Subject:
 
     run: mora_ds.Run
     step: Callable[[], None]
+    trained: int
+    """Parameters."""
     done: int = 0
 
 
@@ -59,7 +61,9 @@ def main() -> None:
 
 
 def _measure(options: argparse.Namespace, work: Path) -> None:
+    report = Report(options)
     subject = _subject(options, work, work / "out", background=False)
+    report.say(_setting(options, subject))
     for _ in range(options.cycles):
         subject.step()
         _merge(subject)
@@ -82,12 +86,13 @@ def _measure(options: argparse.Namespace, work: Path) -> None:
         ["the step during that save", f"{median(during):.3f}", "a step", f"{median(during) / step:.2f}"],
         ["an export", f"{median(export):.3f}", f"a copy ({median(copy):.3f} s)", f"{_ratio(export, copy):.2f}"],
     ]
-    print("\n".join(table(rows)))
+    report.show("cycle", rows)
     budget = 2 * largest + 300e6
-    print(
+    report.say(
         f"the export took {memory / 1e6:.0f} MB beyond its imports; twice the largest tensor ({largest / 1e6:.0f} MB)"
         f" and 300 MB are {budget / 1e6:.0f} MB"
     )
+    report.write()
 
 
 def _subject(options: argparse.Namespace, work: Path, out: Path, background: bool) -> Subject:
@@ -107,14 +112,17 @@ def _subject(options: argparse.Namespace, work: Path, out: Path, background: boo
         engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
         engine.step()
 
-    if not background:
-        size = sum(path.stat().st_size for path in base.files())
-        print(
-            f"base {size / 1e6:.0f} MB in {dtype}, {report.trainable_params:,} trained, {rows} x {SEQUENCE} tokens a"
-            f" step, {torch.get_num_threads()} thread(s)"
-        )
     step()
-    return Subject(mora_ds.Run(engine, adapter, base, out, async_save=background), step)
+    return Subject(mora_ds.Run(engine, adapter, base, out, async_save=background), step, report.trainable_params)
+
+
+def _setting(options: argparse.Namespace, subject: Subject) -> str:
+    """What is measured."""
+    size = sum(path.stat().st_size for path in subject.run.remora.base.files())
+    return (
+        f"base {size / 1e6:.0f} MB in {'bf16' if options.bf16 else 'fp32'}, {subject.trained:,} trained,"
+        f" {max(1, options.tokens // SEQUENCE)} x {SEQUENCE} tokens a step, {torch.get_num_threads()} thread(s)"
+    )
 
 
 def _merge(subject: Subject) -> None:
@@ -198,6 +206,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cycles", type=int, default=10, help="merged before the clock starts")
     parser.add_argument("--repeat", type=int, default=5, help="of everything; medians count")
     parser.add_argument("--bf16", action="store_true")
+    json_flag(parser)
     return parser.parse_args()
 
 

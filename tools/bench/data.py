@@ -43,8 +43,8 @@ from mora_ds.data import (
 )
 from mora_ds.models.loss import token_nll
 from mora_ds.runtime import cli
-from mora_ds.runtime.cli import table
 from tools.bench.measuring import ROOT, seconds_of
+from tools.bench.report import Report, json_flag
 
 WEIGHTS = (0.70, 0.25, 0.05)
 FAR = 10**6
@@ -53,6 +53,7 @@ MODEL = ROOT / "configs" / "models" / "tiny_llama.json"
 
 def main() -> None:
     options = _parser().parse_args()
+    report = Report(options)
     folder = Path(options.folder or tempfile.mkdtemp(prefix="bench_data-"))
     corpora = _corpora(folder, options.megabytes)
     tokenizer = load_tokenizer(train_sentencepiece(_sample(corpora["a"]), options.vocabulary, folder / "tokenizer"))
@@ -60,7 +61,7 @@ def main() -> None:
     caches = {name: build_cache(corpus, tokenizer, folder / "cache") for name, corpus in corpora.items()}
     built = time.perf_counter() - started
     tokens = sum(cache.n_tokens for cache in caches.values())
-    print(f"{tokens:,} tokens; cached in {built:.1f} s ({tokens / built:,.0f} tokens/s in one process)")
+    report.say(f"{tokens:,} tokens; cached in {built:.1f} s ({tokens / built:,.0f} tokens/s in one process)")
 
     def cached() -> Mixture:
         sources: dict[str, Any] = {
@@ -91,12 +92,14 @@ def main() -> None:
         "cached": seconds_of(lambda: cached().batch(FAR, options.rows)),
         "streaming": seconds_of(lambda: streamed(_far(stream, options.rows)).batch(FAR, options.rows)),
     }
-    print(f"training: {size / step_s:,.0f} tokens/s ({options.rows} x {options.seq_len} tokens a step)")
+    report.say(f"training: {size / step_s:,.0f} tokens/s ({options.rows} x {options.seq_len} tokens a step)")
     rows = [
         [name, f"{rates[name]:,.0f}", f"{rates[name] * step_s / size:,.0f} x", f"{resumed[name]:.3f} s"]
         for name in ways
     ]
-    print("\n".join(table([["loader", "tokens/s", "against training", f"first batch at step {FAR:,}"], *rows])))
+    titles = ["loader", "tokens/s", "against training", f"first batch at step {FAR:,}"]
+    report.show("loaders", [titles, *rows])
+    report.write()
     if options.folder is None:
         shutil.rmtree(folder)
 
@@ -165,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--vocabulary", type=int, default=4000)
     parser.add_argument("--buffer", type=int, default=10_000, help="--shuffle_buffer")
+    json_flag(parser)
     parser.add_argument("--folder", help="for texts and caches; default: one that goes again")
     return parser
 

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mora_ds.errors import UserError, unknown
 from mora_ds.runtime import cli
-from mora_ds.runtime.cli import table
 from mora_ds.train.demo import DemoPaths
+from tools.bench.report import Report, json_flag
 from tools.bench.trials import at_edge, mean_and_spread, pretrain_alone, run_all, save_figure, warm_base
 
 LORA_RATES = MORA_RATES = (3e-3, 1e-2, 3e-2)
@@ -134,12 +134,18 @@ def main() -> None:
     run_all(repeated, lambda trial: _run(trial, paths, options), options.jobs)
     rows = [_row(group) for group in _groups([*swept, *repeated])]
     (options.work / "results.json").write_text(json.dumps([vars(row) for row in rows], indent=1), encoding="utf-8")
-    print("\n".join(_lines([row for row in rows if row.rate == best[row.method]], options)))
+    report = Report(options)
+    report.say(
+        f"perplexity after {options.steps} steps of {ROWS} x 128 tokens, rank {options.rank}, {options.seeds} seed(s);"
+        " the best learning rate on code of each sweep (*: at its edge)"
+    )
+    report.show("learning", _table([row for row in rows if row.rate == best[row.method]], options))
+    report.write()
     _plot(rows, options.work / "learning.png")
 
 
 def _check(options: argparse.Namespace) -> None:
-    wrong = [name for name in options.methods if name not in KNOWN]
+    wrong = [name for name in options.rates_of if name not in KNOWN]
     if wrong:
         raise UserError(unknown("--methods", wrong[0], KNOWN))
     counts = (options.steps // CYCLES - 1, options.rank, options.seeds, options.sweep_seeds, options.jobs)
@@ -158,13 +164,29 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sweep_seeds", type=int, default=2, help="of them at every learning rate of the sweep")
     parser.add_argument("--rates", nargs="+", type=float, help="instead of each method's own sweep")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(KNOWN))
-    return parser.parse_args()
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), metavar="METHOD[@RATE]",
+        help=f"each at one learning rate where it is given with one: {', '.join(KNOWN)}",
+    )  # fmt: skip
+    json_flag(parser)
+    options = parser.parse_args()
+    options.rates_of = dict(_with_rates(each, options.rates) for each in options.methods)
+    return options
+
+
+def _with_rates(text: str, rates: list[float] | None) -> tuple[str, tuple[float, ...]]:
+    """A method and the learning rates of its sweep. Raises `UserError` for a rate that is no number."""
+    name, at, rate = text.partition("@")
+    try:
+        own = (float(rate),) if at else tuple(rates or ())
+    except ValueError:
+        raise UserError(f"--methods {text}: {rate!r} is no learning rate") from None
+    return name, own or (KNOWN[name].rates if name in KNOWN else ())
 
 
 def _trials(options: argparse.Namespace, seeds: range) -> Iterator[Trial]:
-    for name in options.methods:
-        for rate in options.rates or KNOWN[name].rates:
+    for name, rates in options.rates_of.items():
+        for rate in rates:
             for seed in seeds if name != "none" else [each for each in seeds if each == 1]:
                 folder = f"r{options.rank}-{options.steps}-{name}-{rate:g}-{seed}"
                 yield Trial(name, rate, seed, options.work / "runs" / folder)
@@ -219,26 +241,22 @@ def _names(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row.method for row in rows))
 
 
-def _lines(rows: Sequence[Row], options: argparse.Namespace) -> list[str]:
-    titles = ["method", "trainable", "best learning rate", "code", "+-", "prose", "+-"]
+def _table(rows: Sequence[Row], options: argparse.Namespace) -> list[list[str]]:
+    titles = ["method", "trained", "learning rate", "seeds", "on code (new)", "±", "on prose (old)", "±"]
     cells = [
         [
-            row.method, f"{row.trainable:,}", _rate(row, options.rates),
-            *map("{:.2f}".format, (*mean_and_spread(row.code), *mean_and_spread(row.prose))),
+            row.method, f"{row.trainable:,}", _rate(row, options.rates_of[row.method]), str(len(row.code)),
+            *map("{:.1f}".format, (*mean_and_spread(row.code), *mean_and_spread(row.prose))),
         ]
         for row in rows
     ]  # fmt: skip
-    return [
-        f"perplexity after {options.steps} steps of {ROWS} x 128 tokens, rank {options.rank}, {options.seeds} seed(s);"
-        " the best learning rate on code of each sweep (*: at its edge)",
-        *table([titles, *cells]),
-    ]
+    return [titles, *cells]
 
 
-def _rate(row: Row, given: Sequence[float] | None) -> str:
+def _rate(row: Row, swept: Sequence[float]) -> str:
     if row.method == "none":
         return "-"
-    return f"{row.rate:g}" + at_edge(row.rate, given or KNOWN[row.method].rates)
+    return f"{row.rate:g}" + (at_edge(row.rate, swept) if len(swept) > 1 else "")
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:

@@ -26,6 +26,7 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject
 from mora_ds.models.loss import chunk_loss, token_nll
 from tools.bench.measuring import llama_config
+from tools.bench.report import Report, json_flag
 
 
 def peak_mib(device: torch.device) -> float:
@@ -65,15 +66,18 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--dtype", default="float32")
+    json_flag(parser)
     options = parser.parse_args()
+    report, rows = Report(options), [["loss", "peak over the model, MiB", "time, s", "a token"]]
     logits = options.tokens * options.vocab * 4 / 2**20
-    print(f"{options.tokens} tokens, vocabulary {options.vocab}: logits in fp32 {logits:.0f} MiB")
-    print("| loss | peak over the model, MiB | time, s | a token |\n|---|---|---|---|")
+    report.say(f"{options.tokens} tokens, vocabulary {options.vocab}: logits in fp32 {logits:.0f} MiB")
     context = multiprocessing.get_context("spawn")
     for chunked in (False, True):
         with context.Pool(1) as pool:
             peak, seconds, loss = pool.apply(measure, (options, chunked))
-        print(f"| {'chunked' if chunked else 'whole'} | {peak:.0f} | {seconds:.2f} | {loss:.6f} |", flush=True)
+        rows.append(["chunked" if chunked else "whole", f"{peak:.0f}", f"{seconds:.2f}", f"{loss:.6f}"])
+    report.show("loss", rows)
+    report.write()
 
 
 if __name__ == "__main__":

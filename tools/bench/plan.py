@@ -38,14 +38,15 @@ from mora_ds.planning.plan import Plan, Planner
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.planning.timing import Cluster
 from mora_ds.runtime import cli
-from mora_ds.runtime.cli import table
 from tools.bench.measuring import llama_config, memory_of, on_processes, zero3_config
+from tools.bench.report import Report, json_flag
 
 STEPS = 4
 
 
 def main() -> None:
     options = _options()
+    report = Report(options)
     sides = {"heads": 8, "kv_heads": 4}
     config = llama_config(options.hidden, options.layers, options.vocabulary, 2048, options.hidden * 43 // 16, **sides)
     with tempfile.TemporaryDirectory() as folder:
@@ -55,10 +56,11 @@ def main() -> None:
         work = Work(config, _adapter(options), options.seq_len, options.rows, torch.float32, options.checkpointing)
         numels = [parameter.numel() for parameter in planned_model(work).parameters()]
         completed = complete_ds_config(zero3_config(options.rows, gradient_accumulation_steps=1), numels)
-        print(f"{options.rows} x {options.seq_len} tokens a rank, fp32, {sum(numels):,} trained; MB (10^6)")
+        report.say(f"{options.rows} x {options.seq_len} tokens a rank, fp32, {sum(numels):,} trained; MB (10^6)")
         for ranks in options.ranks:
             plan = Planner(work, Cluster(ranks, ranks), completed, on_cpu=True).plan()
-            _print(ranks, plan, measure(ranks, folder, options))
+            _show(report, ranks, plan, measure(ranks, folder, options))
+    report.write()
 
 
 def _options() -> argparse.Namespace:
@@ -72,6 +74,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=32, help="as --mora_rank")
     parser.add_argument("--base_bits", type=int, choices=[8, 16], default=16)
     parser.add_argument("--checkpointing", action="store_true")
+    json_flag(parser)
     return parser.parse_args()
 
 
@@ -79,7 +82,7 @@ def _adapter(options: argparse.Namespace) -> MoRAConfig:
     return MoRAConfig(rank=options.rank, operator="share", base_bits=options.base_bits)
 
 
-def _print(ranks: int, plan: Plan, found: list[dict[str, float]]) -> None:
+def _show(report: Report, ranks: int, plan: Plan, found: list[dict[str, float]]) -> None:
     memory, mine = plan.memory, found[0]
     mapped = plan.files - memory.base + plan.eight_bits  # the files of an int8 base stay mapped
     rows = [
@@ -97,8 +100,8 @@ def _print(ranks: int, plan: Plan, found: list[dict[str, float]]) -> None:
     for name, planned, measured in rows:
         ratio = f"{measured / planned:.3f}" if planned else "-"
         lines.append([name, f"{planned / 1e6:.2f}", f"{measured / 1e6:.2f}", ratio])
-    print("\n".join(table(lines)))
-    print(f"collectives that gather: planned {plan.gather_calls}, measured {mine['calls']:.0f}\n", flush=True)
+    report.show(f"{ranks} ranks", lines)
+    report.say(f"collectives that gather: planned {plan.gather_calls}, measured {mine['calls']:.0f}")
 
 
 def _persistent(plan: Plan) -> int:

@@ -26,8 +26,8 @@ from mora_ds import MoRAConfig, inject
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import share_rows
 from mora_ds.runtime import cli
-from mora_ds.runtime.cli import table
 from tools.bench.measuring import SavedActivations, llama_config, on_processes
+from tools.bench.report import Report, json_flag
 
 
 def _attention(query_shape: Any, key_shape: Any, *others: Any, **kwargs: Any) -> int:
@@ -49,7 +49,8 @@ ON_CPU = {
 
 def main() -> None:
     options = _options()
-    print(
+    report = Report(options)
+    report.say(
         f"Llama, {options.layers} layers, width {options.hidden} (MLP {4 * options.hidden}), {options.heads} heads, "
         f"{options.kv_heads} key-value heads, vocabulary {options.vocabulary}; {options.rows} rows of "
         f"{options.seq_len} tokens a micro-batch; share, rank {options.rank}; fp32"
@@ -61,7 +62,8 @@ def main() -> None:
         alone = alone or (saved, flops)
         ratios = f"{saved / alone[0]:.3f}", f"{flops / alone[1]:.3f}"
         lines.append([str(size), f"{saved / 2**20:.2f}", ratios[0], f"{flops / 1e9:.2f}", ratios[1]])
-    print("\n".join(table(lines)))
+    report.show("sequence", lines)
+    report.write()
 
 
 def _options() -> argparse.Namespace:
@@ -76,6 +78,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument("--rank", type=int, default=8, help="as --mora_rank")
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    json_flag(parser)
     return parser.parse_args()
 
 

@@ -31,6 +31,7 @@ from mora_ds.models.base import write_own_base
 from mora_ds.runtime import cli
 from mora_ds.runtime.processes import parent_of
 from tools.bench.measuring import ROOT, llama_config, memory_of
+from tools.bench.report import Report, json_flag
 
 VOCABULARY = 512
 
@@ -47,6 +48,7 @@ class Start:
 
 def main() -> None:
     options = _options()
+    report, rows = Report(options), [["turn", "start, s", "with a tiny base, s"]]
     work = options.folder / "bench_start"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -56,16 +58,18 @@ def main() -> None:
         large, tiny = _base(work, text, "large", options.gigabytes), _base(work, text, "tiny", 0.0)
         reading = median(_read(large) for _ in range(3))
         size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
-        print(f"base {size / 1e9:.2f} GB, read in {reading:.2f} s; {options.ranks} ranks", flush=True)
+        report.say(f"base {size / 1e9:.2f} GB, read in {reading:.2f} s; {options.ranks} ranks")
         ones, others = [], []
         for turn in range(options.repeat):
             ones.append(_start(large, text, work / f"large-{turn}", options.ranks))
             others.append(_start(tiny, text, work / f"tiny-{turn}", options.ranks))
-            print(f"start {ones[-1].seconds:.1f} s, with a tiny base {others[-1].seconds:.1f} s", flush=True)
+            rows.append([str(turn), f"{ones[-1].seconds:.1f}", f"{others[-1].seconds:.1f}"])
+        report.show("start", rows)
         seconds = median(one.seconds - other.seconds for one, other in zip(ones, others, strict=True))
         memory = median(one.pss - other.pss for one, other in zip(ones, others, strict=True))
-        print(f"the base adds {seconds:.2f} s to the start: {seconds / reading:.1f} x reading it")
-        print(f"the base adds {memory / 1e9:.2f} GB of Pss, all ranks together: {memory / size:.2f} x its size")
+        report.say(f"the base adds {seconds:.2f} s to the start: {seconds / reading:.1f} x reading it")
+        report.say(f"the base adds {memory / 1e9:.2f} GB of Pss, all ranks together: {memory / size:.2f} x its size")
+        report.write()
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -137,6 +141,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of the base")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3, help="starts of each; medians count")
+    json_flag(parser)
     return parser.parse_args()
 
 

@@ -29,6 +29,7 @@ from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.engine.initialize import initialize
 from mora_ds.runtime import cli
 from tools.bench.measuring import SavedActivations, llama_config, on_processes, seconds_of, zero3_config
+from tools.bench.report import Report, json_flag
 
 SEQ_LEN, HEAD_DIM, VOCABULARY = 512, 64, 512
 
@@ -111,16 +112,18 @@ def main() -> None:
     parser.add_argument("--operator", default="share")
     parser.add_argument("--mora_rank", type=int, default=64)
     parser.add_argument("--tp_segments", type=int, default=8)
+    json_flag(parser)
     given = parser.parse_args()
+    report = Report(given)
     shape = (given.hidden, given.layers, given.tokens, given.repeats, given.operator, given.mora_rank)
     ways = {"matrices gathered": 0}
     if given.operator == "share":
         ways["matrices aligned"] = given.tp_segments
-    print(
+    report.say(
         f"Llama of {given.layers} layers, hidden {given.hidden}, {given.tokens} tokens, {given.operator}, rank "
         f"{given.mora_rank}; t = {given.degree} against t = 1"
     )
-    print(f"{'':<20} {'kept activations':>24} {'matrix products':>24} {'step':>24}")
+    rows = [["", "kept activations", "matrix products", "step"]]
     for name, segments in ways.items():
         alone, split = (on_ranks(Work(degree, *shape, segments)) for degree in (1, given.degree))
         columns = [
@@ -129,7 +132,9 @@ def main() -> None:
             (split.step_s, alone.step_s, "s"),
         ]
         cells = [f"{mine:,.2f} / {theirs:,.2f} {unit} = {mine / theirs:.3f}" for mine, theirs, unit in columns]
-        print(f"{name:<20} " + " ".join(f"{cell:>28}" for cell in cells), flush=True)
+        rows.append([name, *cells])
+    report.show("tensor parallelism", rows)
+    report.write()
 
 
 if __name__ == "__main__":

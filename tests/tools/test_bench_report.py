@@ -1,0 +1,45 @@
+"""tools/bench/report.py: what is printed is what the file holds, and tools/docs.py makes the pages' tables from it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.tools import tool
+from tools import figures
+from tools.bench.report import Report, json_flag
+
+
+def test_a_file_holds_what_is_printed_and_a_page_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    json_flag(parser)
+    flags = ["--rows", "2", "--json", str(tmp_path / "new" / "bench.json")]
+    monkeypatch.setattr("sys.argv", [str(figures.ROOT / "tools" / "bench" / "loss.py"), *flags])
+    report = Report(parser.parse_known_args()[0])
+    report.say("Two rows.")
+    report.show("times", [["what", "seconds"], ["a step", "0.5"]])
+    report.write()
+    assert capsys.readouterr().out.split("\n") == ["Two rows.", "  what  seconds", "a step      0.5", ""]
+    found = json.loads((tmp_path / "new" / "bench.json").read_text())
+    assert found["command"] == "python tools/bench/loss.py --rows 2"
+    assert found["tables"] == {"times": [["what", "seconds"], ["a step", "0.5"]]} and found["sentences"] == [
+        "Two rows."
+    ]
+    assert found["measured_on"]["cores"] > 0 and found["measured_on"]["versions"]["torch"]
+
+    monkeypatch.setattr(figures, "DATA", tmp_path / "new")
+    old = "<!-- bench.json times, by tools/docs.py -->\nold\n<!-- end of bench.json times -->"
+    page = tool("docs")._results(f"# Title\n\n{old}\n\nText.")
+    assert "| what | seconds |\n| --- | ---: |\n| a step | 0.5 |" in page and "old" not in page
+    assert "`python tools/bench/loss.py --rows 2` on " in page and page.endswith("\n\nText.")
+
+
+def test_without_json_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Report(argparse.Namespace(json=None)).write()
+    assert not list(tmp_path.iterdir())

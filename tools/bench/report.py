@@ -1,0 +1,99 @@
+"""What a benchmark finds, printed and written as JSON: the tables of docs/results are made from these files.
+
+A benchmark whose parser has `--json FILE` (`json_flag`) hands its tables and sentences to one `Report`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mora_ds.files import write_json_atomic
+from mora_ds.runtime.cli import table
+from mora_ds.version import __version__
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "triton")
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+"""Of a CPU, as /proc/cpuinfo names them: those that decide how fast its matrix products are."""
+
+
+def json_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what is printed as JSON too")
+
+
+class Report:
+    """Tables and sentences of one run, in the order in which they are printed."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._path: Path | None = options.json
+        self.tables: dict[str, list[list[str]]] = {}
+        self.sentences: list[str] = []
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence and keep it."""
+        self.sentences.append(sentence)
+        print(sentence, flush=True)
+
+    def show(self, name: str, rows: Sequence[Sequence[str]]) -> None:
+        """Print the table `name` and keep it; the first row holds the titles."""
+        self.tables[name] = [list(row) for row in rows]
+        print("\n".join(table(rows)), flush=True)
+
+    def write(self) -> None:
+        """Write the file that `--json` names, if it names one."""
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(self._path, {**self.found(), "measured_on": machine()})
+
+    def found(self) -> dict[str, Any]:
+        """What the file holds, without the machine."""
+        return {"command": command(), "sentences": self.sentences, "tables": self.tables}
+
+
+def command() -> str:
+    """The command of this process, without the flags that only say where to write."""
+    words, kept = list(sys.argv[1:]), []
+    while words:
+        word = words.pop(0)
+        if word in ("--json", "--folder", "--work"):
+            words = words[1:]
+        elif not word.startswith("--local_rank"):
+            kept.append(word)
+    script = Path(sys.argv[0]).resolve()
+    root = Path(__file__).resolve().parents[2]
+    name = script.relative_to(root) if script.is_relative_to(root) else Path(script.name)
+    return shlex.join(["python", str(name), *kept])
+
+
+def machine() -> dict[str, Any]:
+    """The device, the cores, the threads and the versions that the figures depend on."""
+    try:
+        flags = next(
+            line.split() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
+        )
+    except (OSError, StopIteration):
+        flags = []
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {
+        "device": device,
+        "cores": len(os.sched_getaffinity(0)),
+        "cpu_features": [name for name in FEATURES if name in flags],
+        "threads": torch.get_num_threads(),
+        "versions": {"mora_ds": __version__, **{name: found for name in PACKAGES if (found := _version(name))}},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
