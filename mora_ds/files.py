@@ -28,10 +28,19 @@ from mora_ds.untrusted import Count, RelativePath, entry, links, plain_json, rea
 MANIFEST = "manifest.json"
 """Sizes and hashes of all other files of a folder."""
 
+CONFIGS = Path(__file__).parent / "configs"
+"""Recipes, DeepSpeed files and model configs: a link to configs/ in a checkout, a folder of the package in a wheel."""
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _WRITE_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 """Errors of a file system that was remounted read-only after a fault, or whose server has gone."""
+
+
+def shipped(path: str) -> str:
+    """`path`, or that of the package's own file where it begins with configs/ and the working directory has none."""
+    own = CONFIGS.parent / path
+    return str(own) if path.startswith("configs/") and not Path(path).exists() and own.is_file() else path
 
 
 @contextmanager

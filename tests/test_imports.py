@@ -35,6 +35,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "eval": {"adapters", "data", "models", "runtime", "remora", "checkpoint", "deploy"},
 }
 MAY_IMPORT["train"] = set(MAY_IMPORT)
+MAY_IMPORT["commands"] = {
+    "adapters", "data", "runtime", "models", "engine", "planning", "checkpoint", "config", "deploy", "eval", "train",
+}  # fmt: skip
+"""A command stands above all that it calls: it reads flags, calls functions and prints what they return."""
+MAY_IMPORT["__main__"] = {"commands"}
 
 ROOT_ENTRIES = 20
 """Packages and modules that a newcomer meets in `mora_ds/`, at most."""

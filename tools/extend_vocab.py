@@ -1,53 +1,12 @@
-"""Add tokens of a domain to the vocabulary of a model; each new embedding starts as the mean of those it replaces.
+"""The same as `mora-ds extend-vocab`, from a checkout that is not installed."""
 
-    python tools/extend_vocab.py MODEL --corpus 'domain/*.jsonl' --pieces 4000 --output extended
-
-The tokens come from a SentencePiece model trained on the corpus. Existing token ids and merges stay. Then train on
-`extended` with --train_new_embeddings, or with --train_embeddings (and, for an untied head, --train_head).
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mora_ds.data import load_corpus
-from mora_ds.errors import UserError
-from mora_ds.models.vocabulary import extend_vocabulary
+from mora_ds.commands.extend_vocab import main
 from mora_ds.runtime import cli
-
-
-def main() -> None:
-    given = _parser().parse_args()
-    if given.output.is_symlink() or given.output.exists():
-        raise UserError(f"--output {given.output} exists already; name a new folder")
-    report = extend_vocabulary(
-        given.model,
-        load_corpus(given.corpus, text_column=given.text_column, flag="--corpus"),
-        given.pieces,
-        given.output,
-        algorithm=given.algorithm,
-        trust_remote_code=given.trust_remote_code,
-    )
-    print("\n".join(report.lines()))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of the model")
-    parser.add_argument("--corpus", nargs="+", required=True, help="files, patterns or folders of the domain's text")
-    parser.add_argument("--pieces", type=int, required=True, help="number of tokens to add")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
-    parser.add_argument("--text_column", default="text", help="column or JSON key that holds the text")
-    parser.add_argument(
-        "--algorithm", choices=["bpe", "unigram"], default="bpe", help="SentencePiece's, for the choice"
-    )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    return parser
-
 
 if __name__ == "__main__":
     cli.run(main)

@@ -78,7 +78,7 @@ def write_plans() -> None:
 
 
 def _plan(model: str, method: str, gpus: int, memory: int) -> dict[str, Any]:
-    from tools import plan  # not above: it imports torch, which drawing does not need
+    from mora_ds.commands import plan  # not above: it imports torch, which drawing does not need
 
     flags = ["--gpus", str(gpus), "--gpu_memory", str(memory), "--seq_len", "4096", "--micro_batch", "1"]
     flags += ["--gradient_checkpointing", *METHODS[method]]

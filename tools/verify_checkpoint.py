@@ -1,49 +1,12 @@
-"""Verify one checkpoint, or all of a run: every file, and that the files agree with each other.
+"""The same as `mora-ds verify`, from a checkout that is not installed."""
 
-    python tools/verify_checkpoint.py out                           all checkpoints of a run, oldest first
-    python tools/verify_checkpoint.py out/checkpoints/latest --base MODEL
-    python tools/verify_checkpoint.py out --repair [BACKUP]         damaged cycles of the ledgers from intact copies
-
-Exit code 1 when a checkpoint is damaged, 2 for an error that you can correct in the command.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mora_ds.checkpoint.repair import repair
-from mora_ds.checkpoint.verify import verify
-from mora_ds.errors import RunError
+from mora_ds.commands.verify import main
 from mora_ds.runtime import cli
-
-
-def main() -> None:
-    options = _parser().parse_args()
-    if options.repair is not None:
-        print("\n".join(repair(options.path, options.repair) or ["no ledger needs a repair"]))
-    verdicts = verify(options.path, options.base)
-    for verdict in verdicts:
-        print("\n".join(verdict.lines()))
-    damaged = [verdict.folder.name for verdict in verdicts if not verdict.is_good]
-    if damaged:
-        raise RunError(f"{len(damaged)} of {len(verdicts)} checkpoint(s) damaged: {', '.join(damaged)}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("path", type=Path, help="a checkpoint, a link to one, or a run's output folder")
-    parser.add_argument("--base", type=Path, help="the base's folder, to check that it is the right one")
-    parser.add_argument(
-        "--repair", type=Path, nargs="*", metavar="FOLDER",
-        help="first replace damaged cycles of the ledgers by intact copies, of this run or of the runs, checkpoints or"
-        " ledgers FOLDER (a backup), which are only read",
-    )  # fmt: skip
-    return parser
-
 
 if __name__ == "__main__":
     cli.run(main)

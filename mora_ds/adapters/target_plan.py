@@ -113,7 +113,7 @@ def check_model(plan: TargetPlan, path: Path, model: str, fingerprint: str) -> N
     if plan.fingerprint != fingerprint:
         raise UserError(
             f"{_FLAG} {path} is a plan for {plan.model or 'a model'} with the fingerprint {plan.fingerprint}; "
-            f"{model} has {fingerprint}: make one for it (tools/analyze_weights.py --write)"
+            f"{model} has {fingerprint}: make one for it (mora-ds analyze --write)"
         )
 
 

@@ -65,7 +65,7 @@ class AdapterArguments:
     target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
     """Modules that are adapted: names, globs, regular expressions after re:, or all-linear (all but the head)."""
     targets: str | None = None
-    """Which of these get a MoRA matrix, and its side: the file of a plan (tools/analyze_weights.py --write), or auto
+    """Which of these get a MoRA matrix, and its side: the file of a plan (mora-ds analyze --write), or auto
     (by how their weights use their rank, within --trainable_budget). The plan is written to OUTPUT_DIR/targets.yaml;
     --mora_rank then only chooses the operator."""
     trainable_budget: str | None = None
@@ -90,7 +90,7 @@ class AdapterArguments:
     train_embeddings: bool = False
     """Train the input embeddings too (sharded by ZeRO like the MoRA matrices)."""
     train_new_embeddings: bool = False
-    """Train the rows that tools/extend_vocab.py added to embeddings and head, and keep the others frozen."""
+    """Train the rows that mora-ds extend-vocab added to embeddings and head, and keep the others frozen."""
     train_norms: bool = False
     """Train the norms too."""
     train_head: bool = False

@@ -21,6 +21,7 @@ from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.ds_config import load_ds_config
 from mora_ds.engine.ds_keys import degree_in
 from mora_ds.errors import member_named
+from mora_ds.files import shipped
 from mora_ds.remora.schedule import MergeWhen, Schedule, schedule_kind
 
 RECORDED_KEYS = ("versions", "resolved")
@@ -68,6 +69,10 @@ _GROUPS: dict[str, Any] = {
 }
 
 
+_SHIPPED = ("deepspeed", "mixture", "model_config")
+"""Settings whose file may be one of the package's own (`files.shipped`)."""
+
+
 def parse(argv: Sequence[str]) -> Arguments:
     """Arguments from a command line (without the program's name): an optional YAML recipe first, then flags.
 
@@ -75,6 +80,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     unknown or of a wrong type, and for such a file that cannot be read. `-h` prints help and raises SystemExit(0).
     """
     given = parse_flat(_GROUPS.values(), argv, "Continual pretraining with MoRA under DeepSpeed.", RECORDED_KEYS)
+    given.update({name: shipped(given[name]) for name in _SHIPPED if given.get(name) is not None})
     file = given.get("deepspeed")
     if file is not None and "tensor_parallel_size" not in given:
         degree = degree_in(load_ds_config(Path(file).expanduser()))

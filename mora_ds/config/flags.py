@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from mora_ds.errors import UserError, nearest, refuse
-from mora_ds.files import load_yaml
+from mora_ds.files import load_yaml, shipped
 from mora_ds.runtime.log_setup import rank
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def parse_flat(
     groups = list(groups)
     arguments = list(argv)
     recipe = _pop_recipe(arguments)
-    given = read_recipe(recipe, groups, ignored_keys) if recipe else {}
+    given = read_recipe(shipped(recipe), groups, ignored_keys) if recipe else {}
     parser = StrictParser(
         cast(Any, groups),
         description=description,

@@ -134,7 +134,7 @@ def _open_prepared(part: PreparedPart, corpus: Corpus, settings: dict[str, Any],
     if corpus.keep is not None:
         raise UserError(
             f"{corpus.flag}: {part.label} holds tokens, of which no document can be left out: do that with"
-            " tools/prepare_corpus.py --held_out, without --held_out_share and --exclude_eval_documents"
+            " mora-ds prepare-corpus --held_out, without --held_out_share and --exclude_eval_documents"
         )
     if problem := damage(part.cache, check_contents):
         raise UserError(f"{corpus.flag}: {part.label} is damaged: {problem}; prepare it again")

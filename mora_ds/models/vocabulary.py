@@ -114,7 +114,7 @@ def first_new_row(folder: Path) -> int:
     path = folder / EXTENSION_JSON
     if not path.is_file():
         raise UserError(
-            f"--train_new_embeddings: {folder} has no {EXTENSION_JSON}, so it was not written by tools/extend_vocab.py"
+            f"--train_new_embeddings: {folder} has no {EXTENSION_JSON}, so it was not written by mora-ds extend-vocab"
         )
     content = read_json(path)
     require_format(path, content)

@@ -16,6 +16,8 @@ _LAUNCHER_MODULES = (
 )
 _LAUNCHER_PROGRAMS = ("deepspeed", "deepspeed.pt", "ds", "torchrun")
 _WRAPPER = ("launch", "restart.py")
+_COMMANDS = ("mora-ds", "mora_ds")
+"""The console script, and the package after -m."""
 
 
 def parent_of(process: int) -> int | None:
@@ -37,7 +39,7 @@ def children_of(process: int) -> list[int]:
 
 
 def is_launcher(process: int) -> bool:
-    """Whether it starts ranks and should outlive them: deepspeed (both programs), torchrun, Slurm's step, restart.py.
+    """Whether it starts ranks and should outlive them: deepspeed (both programs), torchrun, Slurm's step, a restart.
 
     A shell is not one: a run that was started in the background may outlive its shell.
     """
@@ -51,6 +53,7 @@ def is_launcher(process: int) -> bool:
     return (
         any(path.name in _LAUNCHER_PROGRAMS or path.parts[-2:] == _WRAPPER for path in paths)
         or any(flag == "-m" and name in _LAUNCHER_MODULES for flag, name in pairwise(words))
+        or any(Path(program).name in _COMMANDS and word == "restart" for program, word in pairwise(words))
     )  # fmt: skip
 
 

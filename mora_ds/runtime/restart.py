@@ -1,4 +1,4 @@
-"""Runs a command again until it succeeds: `restart(times, wait_s, command)`, behind `launch/restart.py`.
+"""Runs a command again until it succeeds: `restart(times, wait_s, command)`, behind `mora-ds restart`.
 
     failure, or stopped (75)  -> wait, then again with --resume_from_checkpoint auto
     done (0), user error (2)  -> end
@@ -52,7 +52,7 @@ class Verdict(Enum):
 
 
 def restart(times: int, wait_s: float, command: Sequence[str]) -> int:
-    """Run `command`, which starts a `pretrain.py`, and up to `times` times again. Returns the exit code for all.
+    """Run `command`, which starts a training, and up to `times` times again. Returns the exit code for all.
 
     Raises `UserError` for a command that cannot be resumed.
     """
@@ -88,9 +88,11 @@ def restart(times: int, wait_s: float, command: Sequence[str]) -> int:
 
 def with_resume(command: Sequence[str]) -> list[str]:
     """`command` with `--resume_from_checkpoint auto`. Raises `UserError` where a flag contradicts that."""
-    scripts = [index for index, word in enumerate(command) if Path(word).name == "pretrain.py"]
+    scripts = [index for index, word in enumerate(command) if Path(word).name in ("pretrain.py", "pretrain")]
     if not scripts:
-        raise UserError("write: restart.py TIMES -- deepspeed launch/pretrain.py ... (or torchrun)")
+        raise UserError(
+            "write: mora-ds restart TIMES -- mora-ds pretrain ... (or deepspeed or torchrun with launch/pretrain.py)"
+        )
     flags = list(command[scripts[0] + 1 :])
     if any(flag.split("=")[0] == "--overwrite_output_dir" for flag in flags):
         raise UserError("--overwrite_output_dir: every restart would delete the results of the attempt before")

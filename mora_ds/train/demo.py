@@ -23,6 +23,7 @@ from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_demo_corpus
 from mora_ds.errors import UserError
+from mora_ds.files import CONFIGS
 from mora_ds.models.load import create_base
 from mora_ds.train.agreement import start_up
 from mora_ds.train.dry_run import dry_run
@@ -34,7 +35,7 @@ from mora_ds.train.warm_start import run_job
 
 logger = logging.getLogger(__name__)
 
-MODEL_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "models" / "tiny_llama.json"
+MODEL_CONFIG = CONFIGS / "models" / "tiny_llama.json"
 VOCABULARY = 2048
 PROSE_BYTES, CODE_BYTES, EVAL_BYTES = 1_700_000, 2_500_000, 60_000
 

@@ -37,12 +37,12 @@ class InitialAdapter:
         if ledger.cycles:
             raise UserError(
                 f"{FLAG} {path}: {ledger.cycles} merged cycle(s) are in the base of that run and not in its MoRA "
-                "matrices: start from what tools/export_hf.py --domain shared makes of it"
+                "matrices: start from what mora-ds export --domain shared makes of it"
             )
         if facts.trainables:
             raise UserError(
                 f"{FLAG} {path}: that run also trained {facts.trainables[0]}, which would be left out: start from the "
-                "model that tools/export_hf.py makes of it"
+                "model that mora-ds export makes of it"
             )
         if (other := BaseReference.read(folder).fingerprint) != fingerprint:
             raise UserError(f"{FLAG} {path} is an adapter of another base: fingerprint {other}, not {fingerprint}")

@@ -168,7 +168,7 @@ def test_a_dry_run_counts_them(extended: Playground, tmp_path: Path, monkeypatch
 
 def test_where_it_does_not_fit_it_is_refused(user: Playground, tmp_path: Path) -> None:
     argv = user.flags(tmp_path / "out", "--train_new_embeddings")
-    assert run_ranks(1, refused, argv)[0][1].endswith("so it was not written by tools/extend_vocab.py")
+    assert run_ranks(1, refused, argv)[0][1].endswith("so it was not written by mora-ds extend-vocab")
     for more, message in (
         (["--train_embeddings"], "train them all: give one of them"),
         (["--train_head"], "train them all: give one of them"),

@@ -115,6 +115,7 @@ def test_the_citation_names_this_version() -> None:
 OTHERS = {
     "--num_gpus", "--hostfile", "--include", "--exclude", "--no_ssh", "--node_rank", "--master_addr", "--master_port",
     "--nnodes", "--nproc_per_node", "--nodes", "--signal", "--strict", "--relora", "--help", "--logdir",
+    "--module", "--no",
 }  # fmt: skip
 """Flags of other programs: launchers, sbatch, mkdocs, ReLoRA's own code."""
 

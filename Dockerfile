@@ -1,0 +1,19 @@
+# An image with `mora-ds`. CUDA:
+#   docker build -t mora_ds .
+#   docker run --gpus all --ipc host -v "$PWD:/work" mora_ds pretrain configs/recipes/continual.yaml ...
+# CPU:
+#   docker build -t mora_ds:cpu --build-arg IMAGE=python:3.12-slim --build-arg PIP_EXTRA_INDEX_URL=INDEX_OF_CPU_TORCH .
+#   docker run --ipc host -v "$PWD:/work" mora_ds:cpu pretrain --num_gpus 2
+# --ipc host: processes on one node exchange data through shared memory, of which a container has 64 MB otherwise.
+ARG IMAGE=pytorch/pytorch:2.9.1-cuda12.8-cudnn9-runtime
+FROM ${IMAGE}
+
+# torch of the CUDA image is kept; the CPU image takes it from the index that is given, or from the default one.
+ARG PIP_EXTRA_INDEX_URL
+COPY setup.cfg pyproject.toml README.md LICENSE /source/
+COPY configs /source/configs
+COPY mora_ds /source/mora_ds
+RUN pip install --no-cache-dir '/source[corpus]' && rm -r /source
+
+WORKDIR /work
+ENTRYPOINT ["mora-ds"]

@@ -1,0 +1,13 @@
+"""The command line: `mora-ds COMMAND`, `python -m mora_ds COMMAND`. Each module is one command and has its `main`.
+
+dispatch        the table of commands; starts one of them
+pretrain        training, in this process or by DeepSpeed's launcher
+restart         runs a training again when it fails or was stopped
+recipes         the recipes and DeepSpeed files of the package
+plan, analyze                       before a run: memory, traffic and time; weights and target layers
+prepare_corpus, extend_vocab        text and vocabulary
+export, convert, evaluate           what a checkpoint is good for
+ledger, spectrum, verify            what a checkpoint holds
+
+The programs in launch/ and tools/ call the same functions from a checkout.
+"""

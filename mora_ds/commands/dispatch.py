@@ -1,0 +1,80 @@
+"""`mora-ds COMMAND [flags]`: one program for training and for all that is done with a model, a text or a checkpoint.
+
+A command's module is imported when the command is called, so that the list of commands is there at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+
+from mora_ds.errors import UserError, unknown
+from mora_ds.runtime import cli
+from mora_ds.version import __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it does in a line, and its function in `mora_ds.commands`."""
+
+    what: str
+    function: str
+    """module.function"""
+    restartable: bool = False
+    """Whether a signal makes it save and stop, to be run again (`runtime/cli.py`)."""
+
+
+COMMANDS = {
+    "pretrain": Command("train, or run the demo; --num_gpus N starts N processes", "pretrain.start", restartable=True),
+    "restart": Command("run a training again when it fails or was stopped", "restart.main"),
+    "recipes": Command("list, show or copy the recipes and DeepSpeed files of this package", "recipes.main"),
+    "plan": Command("plan memory, traffic and time of a run from its model's config", "plan.main"),
+    "analyze": Command("analyse a model's weights, and plan which layers to adapt", "analyze.main"),
+    "prepare-corpus": Command("filter, deduplicate and tokenise text", "prepare_corpus.main"),
+    "extend-vocab": Command("add a domain's tokens to a model's vocabulary", "extend_vocab.main"),
+    "export": Command("write the merged Hugging Face model of a checkpoint", "export.main"),
+    "convert": Command("convert a checkpoint: universal format, adapter alone", "convert.main"),
+    "evaluate": Command("measure perplexity and bits per byte of a model or a checkpoint", "evaluate.main"),
+    "ledger": Command("show, verify, edit or compact a merge ledger", "ledger.main"),
+    "spectrum": Command("measure singular values and ranks of merged updates", "spectrum.main"),
+    "verify": Command("verify every file of a checkpoint or a run", "verify.main"),
+}
+
+
+def main() -> None:
+    """Run the command that `sys.argv` names, and end the process. Never returns."""
+    name = take_command(sys.argv)
+    cli.run(lambda: run(name), restartable=name in COMMANDS and COMMANDS[name].restartable)
+
+
+def take_command(argv: list[str]) -> str:
+    """Takes the command's name out of `argv`, where a launcher may have put its `--local_rank` before it; "" for none.
+
+    `argv[0]` becomes what `--help` calls the program.
+    """
+    place = 2 if argv[1:] and argv[1].startswith("--local_rank=") else 1
+    name = argv.pop(place) if len(argv) > place else ""
+    argv[0] = f"mora-ds {name}"
+    return name
+
+
+def run(name: str) -> None:
+    """Run a command on the flags in `sys.argv`. Raises `UserError` for an unknown one, and what the command raises."""
+    if name in ("", "-h", "--help"):
+        print("\n".join(help_lines()))
+    elif name == "--version":
+        print(f"mora_ds {__version__}")
+    elif name not in COMMANDS:
+        raise UserError(unknown("command", name, COMMANDS))
+    else:
+        module, _, function = COMMANDS[name].function.partition(".")
+        getattr(import_module(f"mora_ds.commands.{module}"), function)()
+
+
+def help_lines() -> list[str]:
+    """What `mora-ds --help` prints."""
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {command.what}" for name, command in COMMANDS.items()]
+    head = ["usage: mora-ds COMMAND [flags]", "", "Continual pretraining with MoRA and ReMoRA under DeepSpeed.", ""]
+    return [*head, *rows, "", "mora-ds COMMAND --help lists a command's flags."]

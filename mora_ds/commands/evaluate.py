@@ -1,0 +1,125 @@
+"""Measure perplexity and bits per byte of a Hugging Face model or a checkpoint on named texts.
+
+    mora-ds evaluate out/checkpoints/latest --sets domain=held.jsonl general='prose/*.txt' --stride 256
+    mora-ds evaluate MODEL --sets domain=held.jsonl --json scores.json --lm_eval hellaswag arc_easy
+    mora-ds evaluate BASE --bank DIR --sets domain=held.jsonl [--adapters law code] [--bank_cache 8]
+
+With --bank: every adapter in a folder, or the named ones, on one base. A checkpoint needs no merged model: base, merge
+ledger and current MoRA matrices are combined in memory. Every document is scored completely and separately.
+Bits per byte are comparable between models with different tokenizers; perplexities are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mora_ds.data import Corpus, load_corpus
+from mora_ds.deploy.bank import AdapterBank
+from mora_ds.errors import UserError
+from mora_ds.eval.perplexity import Score, Windows, bank_rows, evaluate, evaluate_bank, harness, load_target, named_sets
+from mora_ds.eval.spectrum_report import torch_device
+from mora_ds.files import write_json_atomic
+from mora_ds.models.tensor_files import COMPUTE_DTYPES
+from mora_ds.runtime.cli import table
+
+
+def main() -> None:
+    given = _parser().parse_args()
+    _check(given)
+    sets = {
+        name: load_corpus([path], text_column=given.text_column, flag=f"--sets {name}")
+        for name, path in named_sets(given.sets).items()
+    }
+    content = _bank(given, sets) if given.bank is not None else _model(given, sets)
+    if given.json is not None:
+        write_json_atomic(given.json, {"model": str(given.model), **content})
+
+
+def _check(given: argparse.Namespace) -> None:
+    if not given.sets and not given.lm_eval:
+        raise UserError("nothing to evaluate on: give --sets NAME=PATH, or --lm_eval TASK")
+    torch_device(given.device)
+    if given.batch_size < 1 or (given.max_documents is not None and given.max_documents < 1):
+        raise UserError("--batch_size and --max_documents must be at least 1")
+    if given.bank is None and (given.adapters or given.bank_cache is not None):
+        raise UserError("--adapters and --bank_cache belong to --bank DIR")
+    if given.bank_cache is not None and given.bank_cache < 1:
+        raise UserError(f"--bank_cache must be at least 1, got {given.bank_cache}")
+    if given.bank is not None and (given.lm_eval or given.base is not None or given.domain is not None):
+        raise UserError(
+            "--bank takes the base as MODEL and evaluates on --sets: leave --base, --domain and --lm_eval out"
+        )
+
+
+def _model(given: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
+    """Evaluate one model. Returns the content of the JSON file."""
+    target = load_target(given.model, given.base, given.dtype, given.device, given.trust_remote_code, given.domain)
+    windows = Windows.of(target.model, given.window, given.stride)
+    print(f"{target.source}; windows of {windows.window} tokens, stride {windows.stride}")
+    scores = {
+        name: evaluate(target, corpus, windows, given.batch_size, given.max_documents) for name, corpus in sets.items()
+    }
+    if scores:
+        print("\n".join(table([_TITLES, *(_row(*named) for named in scores.items())])))
+    tasks = harness(target, given.lm_eval, windows.window, given.batch_size) if given.lm_eval else {}
+    for task, metrics in tasks.items():
+        print(f"{task}: " + ", ".join(f"{name} {value}" for name, value in metrics.items()))
+    return {
+        "domain": given.domain, "window": windows.window, "stride": windows.stride,
+        "sets": {name: score.to_dict() for name, score in scores.items()}, "lm_eval": tasks,
+    }  # fmt: skip
+
+
+def _bank(given: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
+    """Evaluate many adapters on one base. Returns the content of the JSON file."""
+    bank = AdapterBank.open(
+        given.model, given.bank, cache_adapters=1 if given.bank_cache is None else given.bank_cache,
+        dtype=given.dtype, device=given.device, trust_remote_code=given.trust_remote_code,
+    )  # fmt: skip
+    windows = Windows.of(bank.model, given.window, given.stride)
+    chosen = given.adapters or bank.names
+    print(f"{len(chosen)} adapter(s) on {bank.base}; windows of {windows.window} tokens, stride {windows.stride}")
+    scores = evaluate_bank(bank, sets, windows, chosen, given.batch_size, given.max_documents, given.trust_remote_code)
+    print("\n".join(table(bank_rows(scores))))
+    return {
+        "bank": str(given.bank), "window": windows.window, "stride": windows.stride,
+        "adapters": {
+            name: {each: score.to_dict() for each, score in found.items()} for name, found in scores.items()
+        },
+    }  # fmt: skip
+
+
+_TITLES = ["set", "documents", "tokens", "bytes", "tokens/byte", "perplexity", "bits/byte"]
+
+
+def _row(name: str, score: Score) -> list[str]:
+    counts = (f"{count:,}" for count in (score.documents, score.tokens, score.text_bytes))
+    rates = (f"{rate:.4f}" for rate in (score.tokens_per_byte, score.perplexity, score.bits_per_byte))
+    return [name, *counts, *rates]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="model folder, checkpoint, run's folder, or adapter")
+    parser.add_argument("--sets", nargs="+", default=[], metavar="NAME=PATH", help="files or patterns, each a set")
+    parser.add_argument("--text_column", default="text", help="column or JSON key that holds the text")
+    parser.add_argument("--window", type=int, help="tokens of a window. Default: the model's positions, at most 1024")
+    parser.add_argument("--stride", type=int, help="tokens from one window to the next. Default: half of --window")
+    parser.add_argument("--batch_size", type=int, default=4, help="windows at a time")
+    parser.add_argument("--max_documents", type=int, help="score only the first ones of each set")
+    parser.add_argument("--base", type=Path, help="where a checkpoint's base lies now, if it was moved")
+    parser.add_argument("--bank", type=Path, metavar="DIR", help="every adapter in this folder, on the base MODEL")
+    parser.add_argument("--adapters", nargs="+", metavar="NAME", help="only these of the bank")
+    parser.add_argument("--bank_cache", type=int, metavar="N", help="adapters that stay in memory. Default: 1")
+    parser.add_argument(
+        "--domain", metavar="NAME", help="for a run with domain adapters: the domain to use, or 'shared' for none"
+    )
+    parser.add_argument("--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: the model's own")
+    parser.add_argument("--device", default="cpu", help="such as cuda:0")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores there too")
+    parser.add_argument("--lm_eval", nargs="+", metavar="TASK", help="tasks of the lm-eval harness, where installed")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    return parser

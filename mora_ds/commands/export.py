@@ -1,0 +1,47 @@
+"""Write the merged Hugging Face model of a checkpoint.
+
+    mora-ds export --checkpoint out/checkpoints/latest --output merged --verify
+
+Exit code 2: an error that you can correct in the command or the files; 1: a damaged checkpoint, logits that differ, a
+full disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mora_ds.deploy.export import export_merged
+from mora_ds.models.tensor_files import COMPUTE_DTYPES
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    report = export_merged(
+        options.checkpoint,
+        options.output,
+        base_folder=options.base,
+        dtype=options.dtype,
+        max_shard_gib=options.max_shard_gib,
+        verify=options.verify,
+        overwrite=options.overwrite,
+        domain=options.domain,
+    )
+    print("\n".join(report.lines()))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="step folder, link to one, or output folder")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new or empty")
+    parser.add_argument("--base", type=Path, help="where the base model lies now, if it was moved")
+    parser.add_argument(
+        "--domain", metavar="NAME", help="for a run with domain adapters: the domain to merge, or 'shared' for none"
+    )
+    parser.add_argument("--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: as in training")
+    parser.add_argument("--max_shard_gib", type=float, default=5.0, help="largest weight file in GiB")
+    parser.add_argument(
+        "--verify", action="store_true", help="load the result and compare its logits with those recorded in training"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that stands at --output")
+    return parser

@@ -1,0 +1,122 @@
+"""Plan memory, traffic and time of a run on any cluster from the config of its model; no weights are read.
+
+mora-ds plan --model MODEL_FOLDER_OR_NAME_OR_CONFIG.json --gpus 64 --gpu_memory 80 --seq_len 4096
+    [--mora_rank 8 ...] [--gpus_per_node 8 --link_gbps 1600 --node_link_gbps 400 --tflops 400] [--json]
+
+Without --micro_batch it recommends a micro-batch size, gradient checkpointing, and the tensor and sequence parallel
+sizes; with it, it plans the given settings.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+
+import torch
+
+from mora_ds.config.adapter import AdapterArguments, AdapterKind
+from mora_ds.config.training import TrainingArguments
+from mora_ds.engine.ds_config import resolve_ds_config
+from mora_ds.errors import UserError
+from mora_ds.files import shipped
+from mora_ds.models.load import named_config
+from mora_ds.planning.plan import Planner, recommend
+from mora_ds.planning.report import as_json, report
+from mora_ds.planning.step import Work
+from mora_ds.planning.timing import Cluster
+
+
+def main() -> None:
+    given = _options()
+    planner = Planner(_work(given), _cluster(given), _ds_config(given), given.accumulation, given.cpu)
+    chosen = None
+    if given.micro_batch is None:
+        chosen = recommend(planner, given.rows)
+    plan = chosen or planner.plan()
+    if given.json:
+        print(json.dumps({**as_json(plan), "recommended": chosen is not None}, indent=2))
+        return
+    if given.micro_batch is None:
+        print("recommended:" if chosen else "nothing fits; the smallest there is:")
+    print(report(plan))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--gpus", type=int, required=True, help="number of processes, one per GPU")
+    parser.add_argument("--gpu_memory", type=float, default=80.0, help="memory of a GPU in GB (10^9 bytes)")
+    parser.add_argument("--gpus_per_node", type=int, default=8)
+    parser.add_argument("--link_gbps", type=float, default=1600.0, help="bandwidth of a GPU within its node in Gbit/s")
+    parser.add_argument(
+        "--node_link_gbps", type=float, default=400.0, help="bandwidth between nodes, per node, in Gbit/s"
+    )
+    parser.add_argument("--tflops", type=float, default=400.0, help="TFLOP/s that a GPU reaches in matrix products")
+    parser.add_argument("--cpu", action="store_true", help="plan for processes on CPUs")
+    parser.add_argument("--seq_len", type=int, default=512)
+    parser.add_argument("--adapter", default="mora", choices=["mora", "lora", "full"])
+    parser.add_argument("--mora_rank", type=int, default=8)
+    parser.add_argument("--operator", default="auto")
+    parser.add_argument("--target_modules", nargs="+", default=["all-linear"])
+    parser.add_argument("--base_bits", type=int, default=AdapterArguments.base_bits)
+    parser.add_argument("--train_embeddings", action="store_true")
+    parser.add_argument("--train_norms", action="store_true")
+    parser.add_argument("--train_head", action="store_true")
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--deepspeed", help="a DeepSpeed JSON; default: ZeRO-3")
+    parser.add_argument("--micro_batch", type=int, help="sequences per micro-batch and process; default: recommended")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step")
+    parser.add_argument("--rows", type=int, help="upper limit of sequences per micro-batch over all processes")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--tensor_parallel_size", type=int, default=1)
+    parser.add_argument("--sequence_parallel_size", type=int, default=1)
+    parser.add_argument("--no_document_mask", action="store_true")
+    parser.add_argument("--attn_implementation", default="auto")
+    parser.add_argument("--trust_remote_code", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    for name in ("gpus", "gpus_per_node", "gpu_memory", "link_gbps", "node_link_gbps", "tflops", "seq_len",
+                 "micro_batch", "accumulation", "rows", "tensor_parallel_size", "sequence_parallel_size"):  # fmt: skip
+        value = getattr(given, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{name} must be above 0, got {value}")
+    return given
+
+
+def _work(given: argparse.Namespace) -> Work:
+    adapter = AdapterArguments(
+        adapter=given.adapter, mora_rank=given.mora_rank, operator=given.operator, target_modules=given.target_modules,
+        train_embeddings=given.train_embeddings, train_norms=given.train_norms, train_head=given.train_head,
+        base_bits=given.base_bits,
+    )  # fmt: skip
+    if given.adapter == AdapterKind.FULL.value and given.base_bits == 8:
+        raise UserError("--base_bits 8: --adapter full leaves no weight frozen")
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return Work(
+        config=named_config(shipped(given.model), given.trust_remote_code, "--model"),
+        adapter=None if given.adapter == AdapterKind.FULL.value else adapter.config(seed=42),
+        seq_len=given.seq_len,
+        micro_batch=given.micro_batch or 1,
+        dtype=dtypes[given.dtype],
+        checkpointing=given.gradient_checkpointing or given.micro_batch is None,
+        tensor_parallel=given.tensor_parallel_size,
+        sequence_parallel=given.sequence_parallel_size,
+        document_mask=not given.no_document_mask,
+        attn_implementation=None if given.attn_implementation == "auto" else given.attn_implementation,
+        trust_remote_code=given.trust_remote_code,
+    )
+
+
+def _cluster(given: argparse.Namespace) -> Cluster:
+    return Cluster(
+        given.gpus, given.gpus_per_node, given.gpu_memory * 1e9, given.tflops, given.link_gbps / 8 * 1e9,
+        given.node_link_gbps / 8 * 1e9,
+    )  # fmt: skip
+
+
+def _ds_config(given: argparse.Namespace) -> dict[str, object]:
+    settings = TrainingArguments(
+        per_device_train_batch_size=given.micro_batch or 1, gradient_accumulation_steps=given.accumulation
+    )
+    flags = replace(settings.engine_settings(), bf16=given.dtype == "bf16", fp16=given.dtype == "fp16")
+    replicas = given.gpus // (given.tensor_parallel_size * given.sequence_parallel_size)
+    return resolve_ds_config(given.deepspeed and shipped(given.deepspeed), flags, max(1, replicas))

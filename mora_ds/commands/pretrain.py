@@ -1,0 +1,44 @@
+"""Continual pretraining with MoRA under DeepSpeed.
+
+    mora-ds pretrain [RECIPE.yaml] --deepspeed configs/zero3.json [--flags, see --help]
+    mora-ds pretrain --num_gpus 8 ...        starts DeepSpeed's launcher, with the launcher's own flags
+
+deepspeed, torchrun and srun start launch/pretrain.py, or `--module mora_ds pretrain` without a checkout, by themselves.
+"""
+
+import os
+import sys
+
+from mora_ds.runtime.log_setup import set_up_logging
+
+
+def start() -> None:
+    """Train in this process, or hand over to DeepSpeed's launcher: where one of its flags is given, and on a machine
+    with several GPUs, each of which gets a process."""
+    from mora_ds.engine.launcher import accelerators, command, launcher_flags
+
+    given, flags = launcher_flags(sys.argv[1:])
+    is_rank = "RANK" in os.environ or any(flag.startswith("--local_rank") for flag in flags)
+    only_prints = {"-h", "--help"} & set(flags)
+    if not is_rank and not only_prints and (given or accelerators() > 1):
+        words = command(given, flags)
+        os.execv(words[0], words)  # signals reach the launcher itself
+    main()
+
+
+def main() -> None:
+    """Train in this process: one rank of the job, or a job of its own."""
+    from mora_ds.config.arguments import parse  # not above: it takes seconds, and signals must be watched before
+    from mora_ds.train.agreement import start_up
+
+    with start_up():
+        arguments = parse(sys.argv[1:])
+    set_up_logging(arguments.training.log_level)
+    if arguments.is_demo:
+        from mora_ds.train.demo import run_demo
+
+        run_demo(arguments)
+    else:
+        from mora_ds.train.warm_start import run_job
+
+        run_job(arguments)

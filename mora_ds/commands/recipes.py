@@ -1,0 +1,66 @@
+"""List, show or copy the recipes, DeepSpeed files and model configs that come with mora_ds.
+
+    mora-ds recipes                              every file, and what it is for
+    mora-ds recipes show recipes/continual.yaml
+    mora-ds recipes copy my-configs              all of them, to be changed
+
+Without copying, a path that begins with configs/ means the package's own file wherever the working directory has none:
+mora-ds pretrain configs/recipes/continual.yaml --deepspeed configs/zero3.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from itertools import takewhile
+from pathlib import Path
+
+from mora_ds.errors import UserError, unknown
+from mora_ds.files import CONFIGS, copy_folder
+
+
+def main() -> None:
+    given = _parser().parse_args()
+    if given.action == "show":
+        print(_read(given.name), end="")
+    elif given.action == "copy":
+        if given.folder.is_symlink() or given.folder.exists():
+            raise UserError(f"{given.folder} exists already; name a new folder")
+        copy_folder(CONFIGS, given.folder)
+        print(f"wrote {given.folder}: {len(names())} files")
+    else:
+        width = max(map(len, names()))
+        print("\n".join(f"configs/{name:<{width}}  {_purpose(name)}".rstrip() for name in names()))
+
+
+def names() -> list[str]:
+    """Paths below configs/ of all files, sorted."""
+    return sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*") if path.suffix in _KINDS)
+
+
+_KINDS = (".json", ".yaml")
+
+
+def _read(name: str) -> str:
+    name = name.removeprefix("configs/")
+    if name not in names():
+        raise UserError(unknown("file", name, names()))
+    return (CONFIGS / name).read_text(encoding="utf-8")
+
+
+def _purpose(name: str) -> str:
+    """What a recipe's comment begins with; nothing for JSON, which has no comments."""
+    lines = takewhile(lambda line: line.startswith("#"), _read(name).splitlines())
+    text = " ".join(line.removeprefix("#").strip() for line in lines)
+    return re.split(r"[.:;(,]\s|\s\(", text)[0].removesuffix(".")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    actions = parser.add_subparsers(dest="action", metavar="show|copy")
+    show = actions.add_parser("show", help="print a file", description="print a file", allow_abbrev=False)
+    show.add_argument("name", help="as listed, such as recipes/continual.yaml")
+    text = "write all files into a new folder"
+    copy = actions.add_parser("copy", help=text, description=text, allow_abbrev=False)
+    copy.add_argument("folder", type=Path, help="folder to write; must be new")
+    return parser

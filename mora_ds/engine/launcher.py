@@ -1,0 +1,54 @@
+"""DeepSpeed's launcher, which starts one process for each GPU: its flags, and how it is called for `mora-ds pretrain`.
+
+Facts about DeepSpeed are those of 0.19.8: deepspeed/launcher/runner.py, `parse_args` and `main`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from mora_ds.errors import UserError
+
+RUNNER = "deepspeed.launcher.runner"
+"""What the program `deepspeed` runs (bin/deepspeed)."""
+
+VALUES = (
+    "hostfile", "include", "exclude", "num_nodes", "num_gpus", "master_port", "master_addr", "node_rank", "launcher",
+    "launcher_args", "ssh_port", "bind_core_list",
+)  # fmt: skip
+"""Flags of the launcher that take a value and that `mora-ds pretrain` hands on."""
+
+SWITCHES = ("no_ssh", "force_multi", "bind_cores_to_rank")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def launcher_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the launcher's flags, all others) of a command line, each in its order. Raises `UserError` for a flag without
+    its value."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for name in VALUES:
+        parser.add_argument(f"--{name}")
+    for name in SWITCHES:
+        parser.add_argument(f"--{name}", action="store_true")
+    parsed, rest = parser.parse_known_args(list(argv))
+    given = [word for name in VALUES if (value := getattr(parsed, name)) is not None for word in (f"--{name}", value)]
+    return [*given, *(f"--{name}" for name in SWITCHES if getattr(parsed, name))], rest
+
+
+def command(launcher: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The command that starts `mora-ds pretrain` with `flags` on every GPU."""
+    return [sys.executable, "-m", RUNNER, *launcher, "--module", "mora_ds", "pretrain", *flags]
+
+
+def accelerators() -> int:
+    """Number of GPUs of this machine that are visible; 0 without one."""
+    import torch  # not above: a list of flags needs no torch
+
+    return torch.cuda.device_count()

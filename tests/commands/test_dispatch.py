@@ -1,0 +1,121 @@
+"""`mora-ds COMMAND`: which function runs, on which flags, and who starts the processes of a training."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from deepspeed.launcher import runner
+
+from mora_ds.commands import dispatch, pretrain, recipes
+from mora_ds.config.arguments import parse
+from mora_ds.engine import launcher
+from mora_ds.errors import UserError
+from mora_ds.files import CONFIGS, shipped
+from tests.helpers.jobs import REPOSITORY
+from tests.helpers.mistakes import answer
+
+
+def test_a_launcher_may_put_its_local_rank_first() -> None:
+    argv = ["/bin/mora-ds", "--local_rank=1", "pretrain", "recipe.yaml", "--seed", "3"]
+    assert dispatch.take_command(argv) == "pretrain"
+    assert argv == ["mora-ds pretrain", "--local_rank=1", "recipe.yaml", "--seed", "3"]
+    assert dispatch.take_command(["mora-ds"]) == ""
+
+
+def test_every_command_has_its_function_and_the_list_names_it() -> None:
+    shown = "\n".join(dispatch.help_lines())
+    for name, command in dispatch.COMMANDS.items():
+        module, function = command.function.split(".")
+        assert callable(getattr(import_module(f"mora_ds.commands.{module}"), function))
+        assert f"  {name} " in shown
+    assert [name for name, command in dispatch.COMMANDS.items() if command.restartable] == ["pretrain"]
+
+
+def test_a_command_reads_the_flags_after_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(lambda: dispatch.run("verify"), "mora-ds verify", ["/nowhere"])[0] == 2
+    assert answer(lambda: dispatch.run("export"), "mora-ds export", ["--help"])[0] == 0
+    assert capsys.readouterr().out.startswith("usage: mora-ds export ")
+    code, message = answer(lambda: dispatch.run("exprot"), "mora-ds", [])
+    assert code == 2 and "Did you mean 'export'?" in message
+
+
+# -- the package's own recipes -----------------------------------------------------------------------------------------
+def test_the_recipes_of_the_package_are_those_of_the_checkout() -> None:
+    assert CONFIGS.resolve() == REPOSITORY / "configs"
+
+
+def test_a_path_under_configs_is_found_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = parse(["configs/recipes/continual.yaml", "--seed", "3"])  # it names configs/zero3.json
+    assert given.training.deepspeed == str(CONFIGS / "zero3.json") and given.training.seed == 3
+    with pytest.raises(UserError, match="configs/recipes/gone"):
+        parse(["configs/recipes/gone.yaml"])
+    own = tmp_path / "configs" / "zero3.json"
+    own.parent.mkdir()
+    own.write_text("{}")
+    assert shipped("configs/zero3.json") == "configs/zero3.json", "a file of the user's comes first"
+
+
+def test_recipes_are_listed_shown_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(recipes.main, "mora-ds recipes", []) == (0, "")
+    assert "configs/recipes/continual.yaml " in capsys.readouterr().out
+    assert answer(recipes.main, "mora-ds recipes", ["show", "configs/zero3.json"]) == (0, "")
+    assert capsys.readouterr().out == (CONFIGS / "zero3.json").read_text()
+    code, message = answer(recipes.main, "mora-ds recipes", ["show", "recipes/continual"])
+    assert code == 2 and "Did you mean 'recipes/continual.yaml'" in message
+    copy = tmp_path / "mine"
+    assert answer(recipes.main, "mora-ds recipes", ["copy", str(copy)]) == (0, "")
+    assert (copy / "recipes" / "continual.yaml").read_bytes() == (CONFIGS / "recipes" / "continual.yaml").read_bytes()
+    code, message = answer(recipes.main, "mora-ds recipes", ["copy", str(copy)])
+    assert code == 2 and str(copy) in message
+
+
+# -- who starts the processes ------------------------------------------------------------------------------------------
+FLAGS = ["recipe.yaml", "--num_gpus", "2", "--eval_files", "a", "b", "--no_ssh", "--master_port=29501", "--seed", "3"]
+
+
+def test_the_launchers_flags_are_told_from_the_others() -> None:
+    given, rest = launcher.launcher_flags(FLAGS)
+    assert given == ["--num_gpus", "2", "--master_port", "29501", "--no_ssh"]
+    assert rest == ["recipe.yaml", "--eval_files", "a", "b", "--seed", "3"]
+    with pytest.raises(UserError, match="--num_gpus"):
+        launcher.launcher_flags(["--num_gpus"])
+
+
+def test_deepspeeds_launcher_has_these_flags_and_starts_a_module() -> None:
+    values = {"num_nodes": "1", "num_gpus": "2", "master_port": "1", "node_rank": "0", "ssh_port": "22"}
+    words = [word for name in launcher.VALUES for word in (f"--{name}", values.get(name, "x"))]
+    words += [f"--{name}" for name in launcher.SWITCHES]
+    parsed = runner.parse_args(launcher.command(words, ["--num_gpus", "ours"])[3:])
+    assert parsed.module and parsed.user_script == "mora_ds" and parsed.num_gpus == 2
+    assert parsed.user_args == ["pretrain", "--num_gpus", "ours"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpus", "rank", "launched"),
+    [
+        (["--num_gpus", "2", "--seed", "3"], 0, None, ["--num_gpus", "2"]),
+        (["--seed", "3"], 8, None, []),
+        (["--seed", "3"], 1, None, None),
+        (["--seed", "3"], 8, "0", None),  # torchrun and srun have started it
+        (["--local_rank=0", "--seed", "3"], 8, None, None),
+        (["--num_gpus", "2", "--help"], 8, None, None),
+    ],
+)
+def test_a_training_is_launched_once(
+    flags: list[str], gpus: int, rank: str | None, launched: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(sys, "argv", ["mora-ds pretrain", *flags])
+    monkeypatch.setattr(launcher, "accelerators", lambda: gpus)
+    monkeypatch.setattr(os, "execv", lambda path, words: calls.append(words))
+    monkeypatch.setattr(pretrain, "main", lambda: None)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    pretrain.start()
+    assert calls == ([] if launched is None else [launcher.command(launched, ["--seed", "3"])])

@@ -1,0 +1,102 @@
+"""A wheel in an environment of its own and an empty folder: every command, the demo, nothing read from the checkout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from mora_ds.commands.dispatch import COMMANDS
+from mora_ds.version import __version__
+from tests.helpers.gloo import free_port
+from tests.helpers.jobs import REPOSITORY, rows
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
+
+WATCH = """
+import os, sys
+
+def refuse(event, arguments):
+    if event == "open" and isinstance(arguments[0], str):
+        path = os.path.realpath(arguments[0])
+        if path.startswith({folders!r}):
+            sys.stderr.write("READ FROM THE CHECKOUT: " + path + "\\n")
+            os._exit(99)
+
+sys.addaudithook(refuse)
+"""
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of an environment with the wheel, and the packages that this one has."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    for name in ("mora_ds", "configs"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPOSITORY / name, source / name, symlinks=True, ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source]
+    subprocess.run(build, check=True)
+    environment = folder / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    (wheel,) = folder.glob("*.whl")
+    python = environment / "bin" / "python"
+    subprocess.run([*pip, "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
+    (site,) = (environment / "lib").glob("python*/site-packages")
+    installed = {Path(import_module(name).__file__ or "").parents[1] for name in ("torch", "deepspeed", "transformers")}
+    (site / "packages.pth").write_text("".join(f"{path}\n" for path in installed))
+    watched = tuple(f"{REPOSITORY / name}{os.sep}" for name in ("mora_ds", "configs", "launch", "tools", "tests"))
+    (site / "watch_opens.py").write_text(WATCH.format(folders=watched))
+    (site / "watch.pth").write_text("import watch_opens\n")
+    return environment / "bin"
+
+
+def call(programs: Path, folder: Path, *words: str | int) -> str:
+    """What a program of the environment prints, started in `folder`."""
+    environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    program = programs / str(words[0])
+    done = subprocess.run(
+        [str(program), *map(str, words[1:])], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def test_the_watch_notices_the_checkout(programs: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="READ FROM THE CHECKOUT"):
+        call(programs, tmp_path, "python", "-c", f"open({str(REPOSITORY / 'configs' / 'zero3.json')!r})")
+
+
+def test_the_wheel_is_what_runs(programs: Path, tmp_path: Path) -> None:
+    told = call(programs, tmp_path, "python", "-c", "import mora_ds; print(mora_ds.__file__)")
+    assert Path(told.strip()).is_relative_to(programs.parent)
+    assert (Path(told.strip()).parent / "py.typed").is_file()
+    assert call(programs, tmp_path, "mora-ds", "--version") == f"mora_ds {__version__}\n"
+    assert call(programs, tmp_path, "python", "-m", "mora_ds") == call(programs, tmp_path, "mora-ds", "--help")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_tells_its_flags(programs: Path, tmp_path: Path, command: str) -> None:
+    assert call(programs, tmp_path, "mora-ds", command, "--help").startswith(f"usage: mora-ds {command} ")
+
+
+def test_the_demo_runs_and_its_checkpoint_is_used(programs: Path, tmp_path: Path) -> None:
+    """In two processes, that DeepSpeed's launcher starts from the package; the recipe is the package's own."""
+    flags = ["--num_gpus", 2, "--master_port", free_port(), "--deepspeed", "configs/zero3.json", "--max_steps", 6]
+    flags += ["--merge_every", 3, "--restart_warmup_steps", 1, "--warmup_steps", 1, "--eval_steps", 6]
+    call(programs, tmp_path, "mora-ds", "pretrain", *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert rows(tmp_path / "out")[-1]["step"] == 6
+    assert "0 damaged" not in call(programs, tmp_path, "mora-ds", "verify", "out")
+    call(programs, tmp_path, "mora-ds", "export", "--checkpoint", "out", "--output", "merged", "--verify")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
