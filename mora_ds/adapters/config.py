@@ -8,15 +8,16 @@ AdapterConfig          what all adapters share: rank, target layers, dropout, ot
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from enum import Enum
 from typing import Any, ClassVar, TypeVar
 
+from mora_ds.adapters.domain_names import Freeze, domain_complaints
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.lora import LORA, LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import (
+    R_HAT_MULTIPLE,
     Grouping,
     OperatorKind,
     Side,
@@ -24,14 +25,13 @@ from mora_ds.adapters.ops.spec import (
     UpdateSpec,
     default_kind,
     permutation_seed,
+    round_side,
+    smallest_side,
     square_size,
 )
 from mora_ds.adapters.ops.subspace import SUBSPACE, SubspaceSpec
 from mora_ds.errors import UserError, nearest, refuse, unknown
 from mora_ds.untrusted import typed
-
-SHARED = "shared"
-"""Names the MoRA matrix that all domains share where a domain is asked for, so that no domain may have this name."""
 
 ALTERNATE = "alternate"
 """Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd ones (share only)."""
@@ -45,14 +45,6 @@ AS_LOADED = 16
 MORA = "mora"
 
 Config = TypeVar("Config", bound="AdapterConfig")
-
-
-class Freeze(str, Enum):
-    """Which MoRA matrices are not trained in a run with domains."""
-
-    NONE = "none"
-    SHARED = "shared"
-    DOMAINS = "domains"
 
 
 @dataclass(frozen=True)
@@ -69,7 +61,7 @@ class AdapterConfig:
     """Fields that `to_dict` leaves out at their default, as in files written before these fields existed."""
 
     rank: int = 8
-    """LoRA rank; each layer's adapter has as many parameters as LoRA of this rank."""
+    """LoRA rank; each layer's adapter has about as many parameters as LoRA of this rank."""
 
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
     """Names (`q_proj`), globs (`*.mlp.*`), regular expressions (`re:.*layers\\.[0-3]\\..*`) or `all-linear`."""
@@ -209,6 +201,10 @@ class MoRAConfig(AdapterConfig):
     grouping: str = "permuted"
     """permuted (fresh permutations every cycle), alternate (the paper's), plain, or one of share's fixed groupings."""
 
+    r_hat_multiple: int = R_HAT_MULTIPLE
+    """r_hat is rounded down to a multiple of this, and to an even number below twice this (`round_side`). 1: the
+    paper's size, as in all versions up to 0.2, whose files have no such key."""
+
     compute: str = "auto"
     """How a layer is computed: activation, weight or auto (see `ops.linear`)."""
 
@@ -248,13 +244,15 @@ class MoRAConfig(AdapterConfig):
         for name, size in odd[:1]:
             even = ", and even for rotate" if self.step == 2 else ""
             yield f"--targets: the side of {name} must be at least 1{even}, got {size}"
-        yield from _domain_complaints(self.domains, self.freeze)
+        yield from domain_complaints(self.domains, self.freeze)
         operators = ["auto", *(kind.value for kind in OperatorKind), SUBSPACE]
         groupings = [ALTERNATE, *(grouping.value for grouping in Grouping)]
         choices = {"operator": operators, "grouping": groupings, "compute": [path.value for path in Compute]}
         misspelt = [flag for flag, known in choices.items() if getattr(self, flag) not in known]
         for flag in misspelt:
             yield unknown(f"--{flag}", getattr(self, flag), choices[flag])
+        if self.r_hat_multiple < 1 or (self.r_hat_multiple > 1 and self.r_hat_multiple % 2):
+            yield f"--r_hat_multiple must be 1 or even, got {self.r_hat_multiple}"
         if self.vector_sets < 1:
             yield f"--subspace_cycles must be at least 1, got {self.vector_sets}"
         if self.segments < 0:
@@ -300,8 +298,8 @@ class MoRAConfig(AdapterConfig):
 
     @property
     def step(self) -> int:
-        """r_hat is a multiple of this."""
-        return 2 if self.operator_name == OperatorKind.ROTATE.value else 1
+        """Every r_hat that the operator takes is a multiple of this."""
+        return smallest_side(self._paper_kind)
 
     @property
     def limiting_side(self) -> str:
@@ -316,11 +314,17 @@ class MoRAConfig(AdapterConfig):
         return SUBSPACE if self.is_subspace else f"{self.operator_name}/{self.grouping}"
 
     def requested_size(self, d_in: int, d_out: int) -> int:
-        return square_size(d_in, d_out, self.rank, OperatorKind.SHARE if self.is_subspace else self.kind)
+        return square_size(d_in, d_out, self.rank, self._paper_kind, self.r_hat_multiple)
+
+    @property
+    def _paper_kind(self) -> OperatorKind:
+        """`kind`; for subspace the operator whose sizes it has."""
+        return OperatorKind.SHARE if self.is_subspace else self.kind
 
     def square_size(self, d_in: int, d_out: int) -> int:
-        """r_hat of a layer: the paper's size, at most `largest_size`."""
-        r_hat = min(self.requested_size(d_in, d_out), self.largest_size(d_in, d_out))
+        """r_hat of a layer: the paper's size, at most `largest_size`, rounded down."""
+        largest = round_side(self.largest_size(d_in, d_out), self.r_hat_multiple, self.step)
+        r_hat = min(self.requested_size(d_in, d_out), largest)
         if r_hat < 1:
             raise UserError(f"--mora_rank {self.rank} is too small for a MoRA matrix on a layer of {d_in} x {d_out}")
         return r_hat
@@ -361,23 +365,16 @@ class MoRAConfig(AdapterConfig):
         return OperatorSpec(self.kind, d_in, d_out, r_hat, grouping, seed, in_segments, out_segments)
 
     def to_dict(self) -> dict[str, Any]:
-        sizes = {"layer_sizes": dict(self.layer_sizes)} if self.layer_sizes else {}
-        return {**super().to_dict(), **sizes}
+        values = super().to_dict()
+        if self.layer_sizes:
+            values["layer_sizes"] = dict(self.layer_sizes)
+        if self.r_hat_multiple == 1:
+            del values["r_hat_multiple"]
+        return values
 
-
-def _domain_complaints(domains: Sequence[str], freeze: str) -> Iterator[str]:
-    if len(set(domains)) < len(domains) or SHARED in domains:
-        yield (
-            f"--domain_adapters: each domain needs a different name, and {SHARED!r} stands for the shared MoRA matrix; "
-            f"got {', '.join(domains)}"
-        )
-    if unfit := {".", ".."} & set(domains):
-        yield f"--domain_adapters: {min(unfit)!r} cannot be a domain's name, which is also the name of a folder"
-    kinds = [kind.value for kind in Freeze]
-    if freeze not in kinds:
-        yield unknown("--freeze", freeze, kinds)
-    elif freeze != Freeze.NONE.value and not domains:
-        yield f"--freeze {freeze} is for --domain_adapters"
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MoRAConfig:
+        return super().from_dict({"r_hat_multiple": 1, **values})
 
 
 def config_from_dict(values: dict[str, Any]) -> AdapterConfig:

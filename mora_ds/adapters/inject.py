@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.config import ALL_LINEAR, AdapterConfig, Freeze, MoRAConfig
+from mora_ds.adapters.config import ALL_LINEAR, AdapterConfig, MoRAConfig
+from mora_ds.adapters.domain_names import Freeze
 from mora_ds.adapters.domains import DomainLinear, Domains, describe_domains, frozen_values
 from mora_ds.adapters.layer import AdaptedLinear, adapt, linear_shape
 from mora_ds.adapters.new_embeddings import train_new_rows

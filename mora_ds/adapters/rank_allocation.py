@@ -5,17 +5,20 @@
                                                      proportion to the score; lambda uses the budget up
 
 A layer gets a matrix if its rank lambda * score is 1 or more, so that a small budget goes to the layers of the highest
-scores; the side is at most the largest that adds anything. Sides are multiples of a step (2 for rotate): rounded down,
-then changed by single steps, those furthest below the rule first, until the sum of r_hat^2 is within `TOLERANCE` below
-the budget. Scores count to four digits and ties go by name: the same scores give the same sides, in any order.
+scores; the side is at most the largest that adds anything. Sides are rounded down as those of `--mora_rank` are
+(`round_side`), then changed by single steps, those furthest below the rule first, until the sum of r_hat^2 is within
+`TOLERANCE` below the budget. Where no such sides are, as with few or small layers, multiples of 8 are tried, then every
+side that the operator takes. Scores count to four digits and ties go by name: the same scores give the same sides, in
+any order.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from mora_ds.adapters.ops.spec import round_side
 from mora_ds.errors import UserError
 
 TOLERANCE = 0.01
@@ -26,6 +29,9 @@ _GOOD_ENOUGH = 0.005
 
 _MOST_STEPS = 2
 """Steps that a side may end away from the rule."""
+
+_FALLBACKS = (8, 1)
+"""Multiples for budgets that the wanted one does not meet; of bf16 numbers, 8 are 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,25 @@ class Candidate:
     """Largest side that adds anything there."""
     score: float = 1.0
     """Not negative; only ratios matter."""
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The sides to choose among: those that `round_side` gives."""
+
+    multiple: int
+    smallest: int
+
+    def down(self, side: float) -> int:
+        """The largest one that is at most `side`."""
+        return round_side(int(side), self.multiple, self.smallest)
+
+    def up(self, side: int) -> int:
+        """The one above `side`."""
+        above = side + 1
+        while self.down(above) <= side:
+            above += 1
+        return above
 
 
 @dataclass
@@ -56,41 +81,55 @@ class _Layer:
     """The side by the rule, not rounded."""
     side: int = 0
 
-    def cost(self, by: int) -> int:
-        """Parameters that a side larger by `by` takes."""
-        return (self.side + by) ** 2 - self.side**2
+    def cost(self, to: int) -> int:
+        """Parameters that the side `to` takes more."""
+        return to**2 - self.side**2
 
 
 _Move = tuple[tuple[_Layer, int], ...]
-"""Layers, and by how much the side of each changes."""
+"""Layers, and the side that each changes to."""
 
 
 def spend(
-    candidates: Sequence[Candidate], budget: int, step: int = 1, flag: str = "--trainable_budget"
+    candidates: Sequence[Candidate],
+    budget: int,
+    smallest: int = 1,
+    multiple: int = 1,
+    flag: str = "--trainable_budget",
 ) -> dict[str, int]:
-    """Name -> side, a multiple of `step` (0: no matrix), in the order of `candidates`.
+    """Name -> side (0: no matrix), in the order of `candidates`. `smallest` and `multiple`: as for `round_side`.
 
     Raises `UserError` naming `flag` for a budget that is too small for one matrix, more than all layers can hold, or
     that no sides come within `TOLERANCE` of.
     """
-    layers = _usable(candidates, step)
-    layers = sorted((each for each in layers if each.score > 0), key=lambda each: (-each.score, each.name))
-    _check(layers, budget, flag)
-    layers = [each for each in layers if each.least**2 <= budget]
-    chosen = _fitting(layers, budget, step, flag)
-    return {each.name: chosen.get(each.name, 0) for each in candidates}
+    check_budget([each for each in candidates if each.score > 0], budget, smallest, flag)
+    nearest = 0
+    for each in (multiple, *(other for other in _FALLBACKS if other < multiple)):
+        grid = _Grid(each, smallest)
+        layers = [layer for layer in _usable(candidates, grid) if layer.score > 0 and layer.least**2 <= budget]
+        layers.sort(key=lambda layer: (-layer.score, layer.name))
+        chosen, used = _fitting(layers, budget, grid) if layers else ({}, 0)
+        if chosen:
+            return {candidate.name: chosen.get(candidate.name, 0) for candidate in candidates}
+        nearest = max(nearest, used)
+    raise UserError(
+        f"{flag}: no sides (multiples of {smallest}) of these layers' matrices come within 1% of {budget:,} "
+        f"parameters; the nearest below is {nearest:,}"
+    )
 
 
-def check_budget(candidates: Iterable[Candidate], budget: int, step: int = 1, flag: str = "--trainable_budget") -> None:
+def check_budget(
+    candidates: Iterable[Candidate], budget: int, smallest: int = 1, flag: str = "--trainable_budget"
+) -> None:
     """Raises those `UserError`s of `spend` that do not depend on scores."""
-    _check(_usable(candidates, step), budget, flag)
+    _check(_usable(candidates, _Grid(1, smallest)), budget, flag)
 
 
-def _usable(candidates: Iterable[Candidate], step: int) -> list[_Layer]:
+def _usable(candidates: Iterable[Candidate], grid: _Grid) -> list[_Layer]:
     layers = []
     for each in candidates:
         sides, score = each.d_in + each.d_out, float(f"{each.score:.3e}")
-        least, most = max(math.isqrt(sides) // step, 1) * step, each.largest // step * step
+        least, most = max(grid.down(math.isqrt(sides)), grid.smallest), grid.down(each.largest)
         if least <= most:
             layers.append(_Layer(each.name, score, score * sides, least, most))
     return layers
@@ -120,23 +159,22 @@ def _used(layers: Iterable[_Layer]) -> int:
     return sum(each.side**2 for each in layers)
 
 
-def _fitting(layers: list[_Layer], budget: int, step: int, flag: str) -> dict[str, int]:
-    """Sides within the tolerance: of as many layers as the rule gives, else of fewer, else of more."""
+def _fitting(layers: list[_Layer], budget: int, grid: _Grid) -> tuple[dict[str, int], int]:
+    """Sides within the tolerance, of as many layers as the rule gives. Of fewer or of more only where every side is on
+    the grid, and finer ones are none. Without such sides {}; and the number of parameters that is nearest below."""
     wanted = _how_many(layers, budget)
+    others = (*range(wanted - 1, 0, -1), *range(wanted + 1, len(layers) + 1)) if grid.multiple == 1 else ()
     nearest = full if (full := _capacity(layers)) < budget else 0
-    for count in (*range(wanted, 0, -1), *range(wanted + 1, len(layers) + 1)):
+    for count in (wanted, *others):
         chosen = layers[:count]
         if _capacity(chosen) < budget or sum(each.least**2 for each in chosen) > budget:
             continue
-        _round(chosen, budget, step)
+        _round(chosen, budget, grid)
         used = _used(chosen)
         if (1 - TOLERANCE) * budget <= used <= budget:
-            return {each.name: each.side for each in chosen}
+            return {each.name: each.side for each in chosen}, used
         nearest = max(nearest, used if used <= budget else 0)
-    raise UserError(
-        f"{flag}: no sides (multiples of {step}) of these layers' matrices come within 1% of {budget:,} parameters; "
-        f"the nearest below is {nearest:,}"
-    )
+    return {}, nearest
 
 
 def _how_many(layers: Sequence[_Layer], budget: int) -> int:
@@ -164,50 +202,50 @@ def _lambda(layers: Iterable[_Layer], budget: int) -> float:
     return factor
 
 
-def _round(layers: Sequence[_Layer], budget: int, step: int) -> None:
+def _round(layers: Sequence[_Layer], budget: int, grid: _Grid) -> None:
     """Sets `ideal` and `side` of each layer: rounded down, then up in turn, then changed until little is left over."""
     factor = _lambda(layers, budget)
     for layer in layers:
         layer.ideal = min(float(layer.most), math.sqrt(factor * layer.weight))
-        layer.side = max(layer.least, int(layer.ideal) // step * step)
+        layer.side = max(layer.least, grid.down(layer.ideal))
     left = budget - _used(layers)
     for layer in sorted(layers, key=lambda each: each.side - each.ideal):
-        if layer.side + step <= layer.most and layer.cost(step) <= left:
-            left -= layer.cost(step)
-            layer.side += step
+        above = grid.up(layer.side)
+        if above <= layer.most and layer.cost(above) <= left:
+            left -= layer.cost(above)
+            layer.side = above
     good = int(_GOOD_ENOUGH * budget)
 
     def rating(move: _Move) -> tuple[bool, int]:
         """Too much is worse than any too little, and up to `good` nothing is too little."""
-        rest = left - sum(layer.cost(by) for layer, by in move)
+        rest = left - sum(layer.cost(to) for layer, to in move)
         return rest < 0, 0 if 0 <= rest <= good else abs(rest)
 
     def distance(move: _Move) -> float:
         """Sum of the distances from the rule."""
-        return sum(abs(layer.side + by - layer.ideal) for layer, by in move)
+        return sum(abs(to - layer.ideal) for layer, to in move)
 
     while not 0 <= left <= good:
-        best = min(_moves(layers, step), key=lambda move: (rating(move), distance(move)))
+        best = min(_moves(layers, grid), key=lambda move: (rating(move), distance(move)))
         if rating(best) >= rating(()):
             return
-        left -= sum(layer.cost(by) for layer, by in best)
-        for layer, by in best:
-            layer.side += by
+        left -= sum(layer.cost(to) for layer, to in best)
+        for layer, to in best:
+            layer.side = to
 
 
-def _moves(layers: Sequence[_Layer], step: int) -> Iterator[_Move]:
+def _moves(layers: Sequence[_Layer], grid: _Grid) -> Iterator[_Move]:
     """No change, one side up or down, or one up and another down; of layers with the same side two are tried."""
     yield ()
-    up, down = _movable(layers, step), _movable(layers, -step)
-    yield from (((layer, step),) for layer in up)
-    yield from (((layer, -step),) for layer in down)
-    yield from (((one, step), (other, -step)) for one in up for other in down if one is not other)
+    up, down = _movable(layers, grid.up), _movable(layers, lambda side: grid.down(side - 1))
+    yield from ((each,) for each in (*up, *down))
+    yield from ((one, other) for one in up for other in down if one[0] is not other[0])
 
 
-def _movable(layers: Sequence[_Layer], by: int) -> list[_Layer]:
-    of_side: dict[int, list[_Layer]] = {}
+def _movable(layers: Sequence[_Layer], moved: Callable[[int], int]) -> list[tuple[_Layer, int]]:
+    of_side: dict[int, list[tuple[_Layer, int]]] = {}
     for layer in layers:
-        side = layer.side + by
-        if layer.least <= side <= layer.most and abs(side - layer.ideal) <= _MOST_STEPS * abs(by):
-            of_side.setdefault(layer.side, []).append(layer)
-    return [layer for same in of_side.values() for layer in same[:2]]
+        to = moved(layer.side)
+        if layer.least <= to <= layer.most and abs(to - layer.ideal) <= _MOST_STEPS * abs(to - layer.side):
+            of_side.setdefault(layer.side, []).append((layer, to))
+    return [each for same in of_side.values() for each in same[:2]]

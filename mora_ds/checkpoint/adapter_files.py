@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.config import SHARED, config_from_dict
+from mora_ds.adapters.config import config_from_dict
+from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import OWN
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.update import spec_from_dict

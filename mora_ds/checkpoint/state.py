@@ -110,6 +110,7 @@ _LABELS = {
     **{f"mixture.{part}": f"{part} of --mixture" for part in ("sources", "weights", "epochs")},
     "adapter.kind": "--adapter",
     "adapter.rank": "--mora_rank (or --lora_rank)",
+    "adapter.r_hat_multiple": "--r_hat_multiple (None: 1)",
     "adapter.dropout": "--mora_dropout",
     "adapter.vector_sets": "--subspace_cycles (None: 1)",
     "adapter.vectors": "singular vectors of the base (--operator subspace, --alignment_weight)",

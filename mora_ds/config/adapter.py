@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, AdapterConfig, Freeze, LoRAConfig, MoRAConfig
+from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, AdapterConfig, LoRAConfig, MoRAConfig
+from mora_ds.adapters.domain_names import Freeze
+from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
 from mora_ds.adapters.ops.subspace import SUBSPACE
 from mora_ds.adapters.target_plan import AUTO, parse_budget
 from mora_ds.config.flags import documented
@@ -42,10 +44,13 @@ class AdapterArguments:
     """mora (MoRA matrices), or a control: lora (with --merge_every: ReLoRA), full (every parameter, under plain ZeRO),
     none (nothing is trained, the base is evaluated)."""
     mora_rank: int = 8
-    """LoRA rank whose number of parameters each MoRA matrix matches: its side is r_hat = floor(sqrt((d_in + d_out) *
-    mora_rank))."""
+    """LoRA rank whose number of parameters each MoRA matrix is closest to: its side is r_hat = sqrt((d_in + d_out) *
+    mora_rank), rounded down to a multiple of --r_hat_multiple."""
+    r_hat_multiple: int | None = None
+    """Sides of MoRA matrices are multiples of this, and even where they are below twice this; 1: of every size that the
+    operator takes, as in versions up to 0.2. Default: 16, and in a resumed run as it began."""
     lora_rank: int | None = None
-    """Rank of --adapter lora. Default: --mora_rank, for equally many trainable parameters."""
+    """Rank of --adapter lora. Default: --mora_rank, for about as many trainable parameters."""
     lora_alpha: float | None = None
     """The update of LoRA is lora_alpha / lora_rank times B A. Default: twice the rank."""
     operator: str = "auto"
@@ -182,6 +187,7 @@ class AdapterArguments:
             rank=self.mora_rank,
             operator=self.operator,
             grouping=self.grouping,
+            r_hat_multiple=R_HAT_MULTIPLE if self.r_hat_multiple is None else self.r_hat_multiple,
             compute=self.compute,
             segments=self.tp_segments if self.tp_grouping == TPGrouping.ALIGNED.value else 0,
             vector_sets=self.subspace_cycles,

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from mora_ds.adapters.config import SHARED, AdapterConfig, Freeze, MoRAConfig
+from mora_ds.adapters.config import AdapterConfig, MoRAConfig
+from mora_ds.adapters.domain_names import SHARED, Freeze
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.subspace import SUBSPACE
 from mora_ds.config.adapter import AdapterArguments, AdapterKind

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.config import SHARED
+from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.new_embeddings import is_new_rows, stands_for, with_last_rows
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.int8 import Int8Weight, dense, quantize

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from mora_ds.adapters.alignment import Alignment
-from mora_ds.adapters.config import SHARED, AdapterConfig, MoRAConfig
+from mora_ds.adapters.config import AdapterConfig, MoRAConfig
+from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.inject import frozen_buffers, inject
 from mora_ds.adapters.tp_plan import plan_of

@@ -59,8 +59,9 @@ class InitialAdapter:
             own = layer.own_spec if facts.domains is None else facts.domains.operators.get(name)
             if (facts.layers[name].operator, own) != (layer.spec, layer.own_spec):
                 raise UserError(
-                    f"{FLAG} {path}: the MoRA matrix of {name} means something else there (--mora_rank, --operator, "
-                    f"--grouping, --seed): {facts.layers[name].operator}, not {layer.spec}"
+                    f"{FLAG} {path}: the MoRA matrix of {name} means something else there (--mora_rank, "
+                    f"--r_hat_multiple, --operator, --grouping, --seed): "
+                    f"{facts.layers[name].operator}, not {layer.spec}"
                 )
         return cls(folder, facts, AdapterTensors.open(folder, facts))
 

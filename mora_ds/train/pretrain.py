@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mora_ds.adapters.config import SHARED
+from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.ops.gather import check_compiler, compile_operators
 from mora_ds.checkpoint.folder import AUTO, name_best, name_latest, resume_checkpoint, settle

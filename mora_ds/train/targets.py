@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from mora_ds.models.base import BaseCheckpoint, NotOneToOne, map_model
 from mora_ds.models.load import folder_config
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime.ranks import Ranks
+from mora_ds.untrusted import typed
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,8 @@ class OpenModel:
 
     def plan(self, scores: Mapping[str, float], by: str, config: MoRAConfig, budget: str) -> TargetPlan:
         """Spend the budget by these scores. Raises `UserError` for a budget that the layers cannot take."""
-        sides = spend(self._candidates(config, scores), parse_budget(budget, self.parameters), config.step)
+        parameters = parse_budget(budget, self.parameters)
+        sides = spend(self._candidates(config, scores), parameters, config.step, config.r_hat_multiple)
         name, fingerprint = self.base.folder.name, self.base.fingerprint()
         return TargetPlan(name, fingerprint, sides, budget, by, config.operator_name, dict(scores))
 
@@ -130,6 +132,8 @@ class RunTargets:
         """
         if not isinstance(config, MoRAConfig):
             return config
+        if self.checkpoint is not None and self.adapter.r_hat_multiple is None:
+            config = replace(config, r_hat_multiple=saved_multiple(self.checkpoint))
         saved = {} if self.checkpoint is None else saved_sides(self.checkpoint)
         if self.adapter.targets is None:
             if saved:
@@ -183,6 +187,12 @@ def saved_sides(checkpoint: Path) -> dict[str, int]:
     """Layer -> side of its MoRA matrix in the plan of the checkpoint's run; {} for a run without a plan."""
     adapter = TrainerState.read(checkpoint).identity.get("adapter") or {}
     return dict(adapter.get("layer_sizes") or {})
+
+
+def saved_multiple(checkpoint: Path) -> int:
+    """`MoRAConfig.r_hat_multiple` of the checkpoint's run; 1 for one of a version up to 0.2, which had no such key."""
+    adapter = TrainerState.read(checkpoint).identity.get("adapter") or {}
+    return typed(int, adapter.get("r_hat_multiple", 1), f"{checkpoint}: r_hat_multiple")
 
 
 def _is_same(path: Path, plan: TargetPlan) -> bool:

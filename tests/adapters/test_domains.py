@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from mora_ds.adapters.config import Freeze, MoRAConfig
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.domain_names import Freeze
 from mora_ds.adapters.domains import Domains, domain_layers, domains_of, squares_of_rows, update_rows
 from mora_ds.adapters.inject import inject, layer_for, mora_layers
 from mora_ds.adapters.ops.lora import LoRASpec

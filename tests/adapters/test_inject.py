@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from mora_ds.adapters.config import LoRAConfig, MoRAConfig
+from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base, set_cycle
 from mora_ds.adapters.ops.spec import Grouping
 from mora_ds.adapters.target_modules import match_targets
@@ -261,8 +262,8 @@ def test_counts_are_exact() -> None:
     base = sum(parameter.numel() for parameter in model.parameters())  # the tied head once
     assert count_parameters(model) == base
     report = inject(model, MoRAConfig(rank=4, operator="share", train_norms=True))
-    # Two layers, rank 4: floor(sqrt((d_in + d_out) * 4))^2 each; key and value heads are half as wide.
-    squares = 2 * (2 * 16**2 + 2 * 13**2 + 3 * 18**2)
+    # Two layers, rank 4: sqrt((d_in + d_out) * 4), made even, squared; key and value heads are half as wide.
+    squares = 2 * (2 * 16**2 + 2 * 12**2 + 3 * 18**2)
     norms = 5 * 32
     assert (report.square_params, report.other_trainable_params) == (squares, norms)
     assert report.trainable_params == squares + norms == sum(p.numel() for p in model.parameters())
@@ -274,7 +275,7 @@ def test_report_for_humans() -> None:
     lines = str(report).splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines[2:-1]}
     assert rows["q_proj"] == ["2", "32", "32", "16", "512"]
-    assert rows["k_proj"] == ["2", "32", "16", "13", "338"]
+    assert rows["k_proj"] == ["2", "32", "16", "12", "288"]
     assert rows["down_proj"] == ["2", "56", "32", "18", "648"]
     assert len(rows) == 7
     share = 100 * report.trainable_params / report.total_params
@@ -287,11 +288,23 @@ def test_a_size_larger_than_the_layer_is_reduced_and_noted() -> None:
     report = inject(tiny_model(), MoRAConfig(rank=64, operator="share"))
     rows = {row.name: row for row in report.rows}
     assert rows["q_proj"].size == 32 and "asks for 64" in rows["q_proj"].note
-    assert rows["down_proj"].size == 56 and "asks for 75" in rows["down_proj"].note
+    assert rows["down_proj"].size == 48 and "asks for 64" in rows["down_proj"].note
     assert "rank 64 asks for 64" in str(report)
     assert not any(row.note for row in inject(tiny_model(), MoRAConfig(rank=4)).rows)
     assert MoRAConfig(rank=100, operator="rotate").square_size(7, 5) == 6, "even"
-    assert MoRAConfig(rank=100, operator="share").square_size(7, 5) == 7
+    assert MoRAConfig(rank=100, operator="share", r_hat_multiple=1).square_size(7, 5) == 7
+
+
+def test_sides_of_a_file_that_names_no_multiple_are_the_papers() -> None:
+    """Versions up to 0.2 wrote such files, and today's write them for such a run."""
+    config = MoRAConfig(rank=8, operator="share")
+    old = {key: value for key, value in config.to_dict().items() if key != "r_hat_multiple"}
+    assert config.to_dict()["r_hat_multiple"] == 16 and config_from_dict(config.to_dict()) == config
+    assert config_from_dict(old) == replace(config, r_hat_multiple=1) and config_from_dict(old).to_dict() == old
+    assert [each.square_size(4096, 11008) for each in (config, MoRAConfig.from_dict(old))] == [336, 347]
+    for size in (3, -2):
+        with pytest.raises(UserError, match=f"--r_hat_multiple must be 1 or even, got {size}"):
+            MoRAConfig(r_hat_multiple=size)
 
 
 # -- cycles ------------------------------------------------------------------------------------------------------------

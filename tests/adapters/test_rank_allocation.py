@@ -28,6 +28,20 @@ def test_any_budget_is_held_within_one_per_cent(step: int) -> None:
         assert all(side % step == 0 and side <= max(shape) for side, shape in zip(sides.values(), shapes, strict=True))
 
 
+def test_sides_are_multiples_where_such_sides_meet_the_budget() -> None:
+    """60 layers of a 7B Llama's shapes; of one layer, no multiple of 16 comes within 1%."""
+    shapes = [(4096, 4096), (4096, 11008), (11008, 4096)] * 20
+    candidates = [Candidate(f"l{n}", *shape, max(shape), 1 + n % 7) for n, shape in enumerate(shapes)]
+    for budget in (2_000_000, 20_000_000):
+        sides = spend(candidates, budget, smallest=2, multiple=16)
+        assert (1 - TOLERANCE) * budget <= used(sides) <= budget
+        assert all(side % 16 == 0 for side in sides.values())
+    one = [Candidate("only", 512, 512, 512)]
+    assert spend(one, 104**2, 1, multiple=16) == {"only": 104}
+    assert spend(one, 105**2, 1, multiple=16) == {"only": 105}
+    assert spend(one, 112**2, 1, multiple=16) == {"only": 112}
+
+
 def test_sizes_follow_scores_and_shapes() -> None:
     candidates = [
         Candidate("plain", 64, 64, 64, 0.4), Candidate("twice", 64, 64, 64, 0.8), Candidate("wide", 64, 192, 192, 0.4),
@@ -48,11 +62,11 @@ def test_a_small_budget_goes_to_the_best_layers() -> None:
 
 
 def test_the_same_numbers_give_the_same_sides_in_any_order() -> None:
-    sides = spend(PROJECTIONS, 5_000, step=2)
+    sides = spend(PROJECTIONS, 5_000, smallest=2)
     shuffled = random.Random(0).sample(PROJECTIONS, len(PROJECTIONS))
-    assert spend(shuffled, 5_000, step=2) == sides and list(sides) == [each.name for each in PROJECTIONS]
+    assert spend(shuffled, 5_000, smallest=2) == sides and list(sides) == [each.name for each in PROJECTIONS]
     noisy = [Candidate(each.name, 64, 64, 64, 0.5 * (1 + 1e-9 * n)) for n, each in enumerate(PROJECTIONS)]
-    assert spend(noisy, 5_000, step=2) == sides
+    assert spend(noisy, 5_000, smallest=2) == sides
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,19 @@ def test_a_run_without_a_plan_does_not_go_on_with_one(user: Playground, tmp_path
         decided(user, tmp_path / "out", tmp_path, *AUTO)
 
 
+def test_a_resumed_run_keeps_the_multiple_of_its_sides(user: Playground, tmp_path: Path) -> None:
+    """A checkpoint of a version up to 0.2 names none."""
+    for name, multiple in (("old", 1), ("new", 16)):
+        (tmp_path / name).mkdir()
+        identity = {"adapter": MoRAConfig(rank=2, r_hat_multiple=multiple).to_dict()}
+        write_json_atomic(tmp_path / name / "trainer_state.json", {"identity": identity})
+        assert decided(user, tmp_path / "out", tmp_path / name).r_hat_multiple == multiple
+    assert decided(user, tmp_path / "out", tmp_path / "old", "--r_hat_multiple", "16").r_hat_multiple == 16
+    write_json_atomic(tmp_path / "old" / "trainer_state.json", {"identity": {"adapter": {"r_hat_multiple": "x"}}})
+    with pytest.raises(UserError, match="r_hat_multiple"):
+        decided(user, tmp_path / "out", tmp_path / "old")
+
+
 @pytest.mark.gloo
 def test_a_plan_of_another_model_leaves_no_folder(user: Playground, tmp_path: Path) -> None:
     plan = tmp_path / "other.yaml"

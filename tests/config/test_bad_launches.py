@@ -76,6 +76,7 @@ LAUNCHES = r"""
 --operator turn | --operator 'turn'
 --grouping odd | --grouping 'odd'
 --compute fast | --compute 'fast'
+--r_hat_multiple 3 | --r_hat_multiple must be 1 or even
 --base_bits 4 | --base_bits
 --mora_dropout 1 | --mora_dropout
 --subspace_cycles 0 | --subspace_cycles must be at least 1

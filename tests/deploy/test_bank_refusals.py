@@ -68,7 +68,7 @@ def test_an_adapter_of_another_base_or_operator_is_refused(tmp_path: Path) -> No
 
     refused("adapter 'odd' .* is of another base: fingerprint abc", MoRAConfig(rank=3), fingerprint="abc")
     operator = (
-        "adapter 'odd': model.layers.0.self_attn.q_proj has share of r_hat 13 .* but rotate of r_hat 12 .* in 'a'"
+        "adapter 'odd': model.layers.0.self_attn.q_proj has share of r_hat 12 .* but rotate of r_hat 12 .* in 'a'"
     )
     refused(operator, MoRAConfig(rank=3, operator="share"))
     refused("has rotate of r_hat 16 on 32 x 32, but rotate of r_hat 12", MoRAConfig(rank=4))

@@ -158,7 +158,7 @@ def _check(options: argparse.Namespace) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("out/bench_learning"), help="folder for everything")
-    parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; MoRA matrices have as many parameters")
+    parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; MoRA matrices have about as many")
     parser.add_argument("--steps", type=int, default=200, help=f"steps of {ROWS} x 128 tokens")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method at its best learning rate")
     parser.add_argument("--sweep_seeds", type=int, default=2, help="of them at every learning rate of the sweep")

@@ -125,7 +125,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("out/bench_memorization"), help="folder for everything")
     parser.add_argument("--base", type=Path, help="model folder. Default: a small Llama, warm-started on prose")
     parser.add_argument("--digit_steps", type=int, default=0, help="teach the base first what digits look like")
-    parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; MoRA matrices have as many parameters")
+    parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; MoRA matrices have about as many")
     parser.add_argument("--operator", default="auto", help="MoRA's operator. auto: rotate below rank 64, else share")
     parser.add_argument("--pairs", type=int, default=64, help="pairs to memorise")
     parser.add_argument("--batch", type=int, default=32, help="pairs an optimizer step")

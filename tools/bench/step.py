@@ -152,7 +152,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--width", type=int, default=512, help="of the model")
     parser.add_argument("--layers", type=int, default=8, help="how many")
-    parser.add_argument("--rank", type=int, default=8, help="of LoRA; MoRA matrices have as many parameters")
+    parser.add_argument("--rank", type=int, default=8, help="of LoRA; MoRA matrices have about as many parameters")
     parser.add_argument("--rows", type=int, default=2, help="sequences a rank and step")
     parser.add_argument("--seq_len", type=int, default=512, help="tokens of each")
     parser.add_argument("--repeat", type=int, default=7, help="turns")

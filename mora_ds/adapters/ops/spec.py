@@ -22,6 +22,11 @@ ROTATE_BELOW_RANK = 64
 """Below this LoRA rank `default_kind` is rotate, from it on share (the paper rotates at rank 8 and shares at 256)."""
 
 
+R_HAT_MULTIPLE = 16
+"""Sides of new MoRA matrices are multiples of this: for rows of bf16 or fp16 numbers that are no multiple of 16 bytes
+cuBLAS takes kernels for unaligned rows, which are slower."""
+
+
 class OperatorKind(str, Enum):
     """The four pairs of compression and decompression of the paper (arXiv 2405.12130, section 3)."""
 
@@ -123,16 +128,27 @@ def default_kind(rank: int) -> OperatorKind:
     return OperatorKind.ROTATE if rank < ROTATE_BELOW_RANK else OperatorKind.SHARE
 
 
-def square_size(d_in: int, d_out: int, rank: int, kind: OperatorKind) -> int:
+def square_size(d_in: int, d_out: int, rank: int, kind: OperatorKind, multiple: int = R_HAT_MULTIPLE) -> int:
     """r_hat = floor(sqrt((d_in + d_out) * rank)): a MoRA matrix with the parameters of LoRA's factors (paper, section
     3).
 
-    Rounded down to an even number for rotate; it may be 0. Raises `UserError` for a rank below 1.
+    Rounded down by `round_side`; for rotate it may be 0. Raises `UserError` for a rank below 1.
     """
     if rank < 1:
         raise UserError(f"--mora_rank must be at least 1, got {rank}")
-    r_hat = math.isqrt((d_in + d_out) * rank)
-    return r_hat - r_hat % 2 if kind is OperatorKind.ROTATE else r_hat
+    return round_side(math.isqrt((d_in + d_out) * rank), multiple, smallest_side(kind))
+
+
+def smallest_side(kind: OperatorKind) -> int:
+    """The smallest side of a MoRA matrix, of which all sides are multiples: rotate pairs dimensions."""
+    return 2 if kind is OperatorKind.ROTATE else 1
+
+
+def round_side(side: int, multiple: int, smallest: int) -> int:
+    """`side` rounded down to a multiple of `multiple`, or of 2 where it is below twice `multiple`; always one of
+    `smallest`, which itself stays. `multiple` 1 leaves every such side as it is."""
+    step = max(smallest, multiple if side >= 2 * multiple else min(2, multiple))
+    return side if side == smallest else side - side % step
 
 
 def permutation_seed(run_seed: int, layer: str, cycle: int) -> int:

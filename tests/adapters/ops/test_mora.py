@@ -11,7 +11,14 @@ from safetensors import safe_open
 
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.mora import OperatorSpec, adjoint, compress, decompress, delta_weight, mora_update
-from mora_ds.adapters.ops.spec import Grouping, OperatorKind, default_kind, permutation_seed, square_size
+from mora_ds.adapters.ops.spec import (
+    Grouping,
+    OperatorKind,
+    default_kind,
+    permutation_seed,
+    round_side,
+    square_size,
+)
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.errors import UserError
 from tests.helpers.operators import KINDS_AND_GROUPINGS, random, spec_id, specs
@@ -122,7 +129,7 @@ def test_blocks_reach_every_input_and_every_output(spec: OperatorSpec) -> None:
 def test_rotate_adapts_all_of_a_down_projection() -> None:
     spec = OperatorSpec(OperatorKind.ROTATE, 11008, 4096, square_size(11008, 4096, 8, OperatorKind.ROTATE))
     delta = delta_weight(spec, torch.ones(spec.r_hat, spec.r_hat))
-    assert spec.r_hat == 346
+    assert spec.r_hat == 336
     assert (delta.abs().sum(dim=0) > 0).all() and (delta.abs().sum(dim=1) > 0).all()
 
 
@@ -245,12 +252,24 @@ def test_rotate_fills_the_matrix_with_fresh_permutations() -> None:
 
 def test_square_size() -> None:
     assert square_size(4096, 4096, 8, OperatorKind.SHARE) == 256
-    assert square_size(4096, 11008, 8, OperatorKind.SHARE) == 347  # floor of 347.6; the reference rounds to 348
-    assert square_size(4096, 11008, 8, OperatorKind.ROTATE) == 346  # even
+    assert square_size(4096, 11008, 8, OperatorKind.SHARE) == 336  # of 347.6, which the reference rounds to 348
+    assert square_size(4096, 11008, 8, OperatorKind.SHARE, multiple=8) == 344
+    assert square_size(4096, 11008, 8, OperatorKind.SHARE, multiple=1) == 347
+    assert square_size(4096, 11008, 8, OperatorKind.ROTATE, multiple=1) == 346  # even
     assert square_size(1, 1, 1, OperatorKind.SHARE) == 1
     assert square_size(1, 1, 1, OperatorKind.ROTATE) == 0  # too small for a pair: the config refuses it
     for d_in, d_out, rank in ((100, 37, 3), (4096, 11008, 256), (10**6 + 3, 7, 64)):
         assert square_size(d_in, d_out, rank, OperatorKind.SHARE) ** 2 <= (d_in + d_out) * rank
+
+
+@pytest.mark.parametrize("smallest", [1, 2])
+@pytest.mark.parametrize("multiple", [1, 2, 8, 16])
+def test_a_side_is_rounded_down_to_a_side(multiple: int, smallest: int) -> None:
+    sides = [round_side(side, multiple, smallest) for side in range(200)]
+    assert sides == sorted(sides) and all(rounded <= side for side, rounded in enumerate(sides))
+    assert [round_side(side, multiple, smallest) for side in sides] == sides
+    assert all(side % smallest == 0 and (side < 2 * multiple or side % multiple == 0) for side in sides)
+    assert sides[1] == 2 - smallest and (multiple < 16 or sides[30:33] + sides[47:49] == [30, 30, 32, 32, 48])
 
 
 @pytest.mark.parametrize("rank", [0, -1])
