@@ -40,8 +40,10 @@ MAY_IMPORT["commands"] = {
 }  # fmt: skip
 """A command stands above all that it calls: it reads flags, calls functions and prints what they return."""
 MAY_IMPORT["__main__"] = {"commands"}
+MAY_IMPORT["hf"] = {"adapters", "checkpoint", "deploy", "engine", "models", "remora", "runtime", "train"}
+MAY_IMPORT["peft"] = {"adapters"}
 
-ROOT_ENTRIES = 20
+ROOT_ENTRIES = 24
 """Packages and modules that a newcomer meets in `mora_ds/`, at most."""
 
 DEEPSPEED = {"engine", "parallel"}

@@ -47,9 +47,11 @@ def at_accumulation_boundary(engine: Engine) -> bool:
     """Whether the last `step()` was an optimizer step.
 
     `engine.is_gradient_accumulation_boundary()` already speaks of the next micro-batch after `step()`: engine.py
-    counts `micro_steps` up at its end.
+    counts `micro_steps` up at its end. Where the caller sets the boundary, as accelerate does, `step()` is called once
+    for all micro-batches, and what was set for the last one holds (engine.py, `set_gradient_accumulation_boundary`).
     """
-    return engine.micro_steps % engine.gradient_accumulation_steps() == 0
+    boundary = engine._is_gradient_accumulation_boundary
+    return engine.micro_steps % engine.gradient_accumulation_steps() == 0 if boundary is None else boundary
 
 
 def full_fp32(engine: Engine, parameter: nn.Parameter) -> Tensor:

@@ -121,10 +121,17 @@ class Run:
         self.state.merges.append(step)
         return report
 
-    def save(self, step: int, keep: int | None = None) -> Path:
-        """Write the checkpoint of `step` and keep the newest `keep`. Returns its folder."""
+    def save(self, step: int, keep: int | None = None, folder: Path | str | None = None) -> Path:
+        """Write the checkpoint of `step` and keep the newest `keep`. Returns its folder.
+
+        `folder`: another one than the run's, in it; the checkpoint is then complete when the call returns.
+        """
         self.state.step = step
-        return self.save_state(self.state, keep)
+        if folder is None:
+            return self.save_state(self.state, keep)
+        self.check_base()
+        root, own = Path(folder) / CHECKPOINTS, self._checkpoints
+        return CheckpointWriter(root, self.engine, own.collect, followers=self.followers).save(self.state, keep)
 
     def save_state(self, state: TrainerState, keep: int | None = None) -> Path:
         """The same with the complete position of a trainer. Raises `RunError` as `check_base` does."""

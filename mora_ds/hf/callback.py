@@ -1,0 +1,74 @@
+"""When a Trainer merges, and what a merge does to its learning rate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mora_ds.errors import UserError
+from mora_ds.remora.schedule import Schedule, ScheduleKind
+
+if TYPE_CHECKING:
+    from mora_ds.hf.trainer import MoRATrainer
+
+logger = logging.getLogger(__name__)
+
+
+class MoRACallback(TrainerCallback):
+    """ReMoRA: a merge every `merge_every` optimizer steps, before that step's evaluation and checkpoint.
+
+    The learning rate is that of `lr_scheduler_type`; after a merge a re-warmup of `restart_warmup_steps` raises it to
+    that curve again (`remora.schedule`). As there, no merge falls into a warm-up, or so close to the end that its
+    re-warmup would not end; `merge_at_end` adds one after the last step. Every merge is logged as `merge_*`.
+    For trainers with `MoRATrainer` among their classes. Raises `UserError` for numbers that contradict each other, once
+    the length of the run is known.
+    """
+
+    def __init__(self, merge_every: int = 0, restart_warmup_steps: int = 10, merge_at_end: bool = False) -> None:
+        self.merge_every, self.restart_warmup_steps, self.merge_at_end = merge_every, restart_warmup_steps, merge_at_end
+        self.trainer: MoRATrainer | None = None
+        """Set by the trainer, before its first step."""
+        self._schedule: Schedule | None = None
+
+    def plan(self, args: TrainingArguments, total_steps: int) -> None:
+        """Fixes the steps of merges in a run of `total_steps`."""
+        self._schedule = Schedule(
+            kind=ScheduleKind.CONSTANT,
+            peak=args.learning_rate,
+            total_steps=total_steps,
+            warmup_steps=args.get_warmup_steps(total_steps),
+            merge_every=self.merge_every,
+            restart_warmup_steps=self.restart_warmup_steps,
+        )
+
+    def rewarmed(self, curve: Callable[[int], float]) -> Callable[[int], float]:
+        """`curve` (0-based optimizer step -> factor of the learning rate) with a re-warmup after every past merge."""
+
+        def factor(step: int) -> float:
+            merged_at = max((merge for merge in self._merges if merge <= step), default=None)
+            if merged_at is None or step - merged_at >= self.restart_warmup_steps:
+                return curve(step)
+            target = curve(merged_at + self.restart_warmup_steps)
+            return target * (step - merged_at + 1) / (self.restart_warmup_steps + 1)
+
+        return factor
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer is None:
+            raise UserError("MoRACallback is for a trainer with MoRATrainer: class Trainer(MoRATrainer, ...)")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        step = state.global_step
+        assert self._schedule is not None and self.trainer is not None
+        at_end = self.merge_at_end and step >= state.max_steps
+        if at_end or self._schedule.merges_after(step, self._merges):
+            self.trainer.merge()
+
+    @property
+    def _merges(self) -> list[int]:
+        return [] if self.trainer is None or self.trainer.run is None else self.trainer.run.state.merges

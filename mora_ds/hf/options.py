@@ -1,0 +1,90 @@
+"""What of `TrainingArguments` and of the Trainer's own arguments cannot be honoured, and what is filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mora_ds.engine.ds_config import fill_bucket_sizes
+from mora_ds.engine.ds_keys import degree_in
+from mora_ds.errors import UserError, refuse
+
+REFUSED = {
+    "fsdp": "FSDP would shard the base; DeepSpeed shards the MoRA matrices alone",
+    "torch_compile": "merges change the operators that were compiled, and DeepSpeed's hooks break the graph",
+    "auto_find_batch_size": "it starts the run again within the run, whose merges would stay",
+    "use_cpu": "accelerate then leaves DeepSpeed out; without a GPU the CPU is used anyway",
+}
+"""Option of `TrainingArguments` -> why it cannot be set."""
+
+REFUSED_ARGUMENTS = {
+    "model_init": "every process loads its model once; give `model`",
+    "optimizers": "the optimizer is AdamW, or Muon by `optimizer` in the DeepSpeed config; the learning rate follows "
+    "`lr_scheduler_type`",
+    "optimizer_cls_and_kwargs": "the optimizer is AdamW, or Muon by `optimizer` in the DeepSpeed config",
+    "peft_config": "the adapter is the one of `mora`",
+}
+"""Argument of the Trainer -> why it cannot be given."""
+
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+"""Values of `optim` that mean AdamW: the others name optimizers whose state merges do not know."""
+
+WITHOUT_LAMBDA = ("reduce_lr_on_plateau", "greedy")
+"""Values of `lr_scheduler_type` whose learning rate is no function of the step."""
+
+
+def check_options(args: Any, arguments: Mapping[str, Any]) -> None:
+    """Raises one `UserError` that names everything which contradicts an adapter under DeepSpeed. `args`: of
+    `TrainingArguments`; `arguments`: further ones of the Trainer, by name."""
+    refuse([*_problems(args), *_of_arguments(arguments)])
+
+
+def _problems(args: Any) -> Iterator[str]:
+    if not args.deepspeed:
+        yield "TrainingArguments(deepspeed=...) is missing: MoRATrainer trains under DeepSpeed (configs/zero3.json)"
+        return
+    for name, reason in REFUSED.items():
+        if getattr(args, name, None):
+            yield f"TrainingArguments({name}=...) cannot be used with MoRATrainer: {reason}"
+    config = args.hf_deepspeed_config.config
+    if (optim := _text(args.optim)) not in ADAMW and "optimizer" not in config:
+        yield f"TrainingArguments(optim={optim!r}): an adapter is trained by AdamW ({', '.join(ADAMW)})"
+    if (kind := _text(args.lr_scheduler_type)) in WITHOUT_LAMBDA:
+        yield f"TrainingArguments(lr_scheduler_type={kind!r}): the learning rate must be a function of the step"
+    if "scheduler" in config:
+        yield '"scheduler" in the DeepSpeed config: take `lr_scheduler_type`, which MoRACallback can restart'
+    if (degree_in(config) or 1) > 1:
+        yield '"tensor_parallel" in the DeepSpeed config would shard the base; launch/pretrain.py shards matrices alone'
+    parallel = getattr(args, "parallelism_config", None)
+    if parallel is not None and getattr(parallel, "non_data_parallel_size", 1) > 1:
+        yield "TrainingArguments(parallelism_config=...): only data parallelism goes with MoRATrainer"
+
+
+def _text(value: Any) -> str:
+    """The value of an option that may be an enum's member."""
+    return str(getattr(value, "value", value))
+
+
+def _of_arguments(arguments: Mapping[str, Any]) -> Iterator[str]:
+    for name, reason in REFUSED_ARGUMENTS.items():
+        if arguments.get(name) not in (None, (None, None)):
+            yield f"MoRATrainer({name}=...) cannot be used: {reason}"
+
+
+def fill_config(args: Any, trainable_numels: list[int]) -> None:
+    """Sets, in the DeepSpeed config that `args` hold, the optimizer and ZeRO's "auto" sizes: those that the adapter's
+    parameters need, where transformers would take the model's hidden size. Raises `UserError` for another optimizer."""
+    config = args.hf_deepspeed_config.config
+    given = config.setdefault("optimizer", {}).get("type", "AdamW")
+    if not isinstance(given, str):
+        raise UserError(f'"optimizer.type" in the DeepSpeed config must be a name, got {given!r}')
+    config["optimizer"]["type"] = "AdamW" if given == "auto" else given
+    defaults = {
+        "lr": args.learning_rate,
+        "betas": [args.adam_beta1, args.adam_beta2],
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }
+    config["optimizer"]["params"] = {**defaults, **config["optimizer"].get("params", {})}
+    zero: dict[str, Any] = config.setdefault("zero_optimization", {})
+    zero.update(fill_bucket_sizes(config, trainable_numels)["zero_optimization"])

@@ -1,0 +1,47 @@
+"""`MoraConfig`: the settings of an adapter in PEFT's form, which adapter_config.json holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+
+from mora_ds.adapters.config import SUBSPACE, MoRAConfig
+from mora_ds.errors import UserError
+from mora_ds.peft.register import PEFT_TYPE
+
+
+@dataclass
+class MoraConfig(PeftConfig):
+    """As `mora_ds.MoRAConfig`, with PEFT's names and way to choose modules. Raises `UserError` for wrong values."""
+
+    r: int = field(default=8, metadata={"help": "LoRA rank that has as many parameters as a layer's matrix."})
+    operator: str = field(default="auto", metadata={"help": "truncate, share, decouple, rotate, or auto."})
+    grouping: str = field(default="permuted", metadata={"help": "permuted, plain, or a fixed grouping of share."})
+    mora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, in [0, 1)."})
+    seed: int = field(default=42, metadata={"help": "Seed of the permutations, hashed with the layer's name."})
+    cycle: int = field(default=0, metadata={"help": "Number of merges before: each cycle has other permutations."})
+    target_modules: list[str] | str | None = field(
+        default="all-linear", metadata={"help": "Names or a regular expression of modules, or all-linear."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Numbers of layers."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules that are trained themselves."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's own configs do
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if self.operator == SUBSPACE:
+            raise UserError("operator 'subspace' reads a file of singular vectors, which PEFT's adapters cannot name")
+        self.adapter()
+
+    def adapter(self) -> MoRAConfig:
+        """The settings as the rest of mora_ds has them."""
+        return MoRAConfig(
+            rank=self.r, operator=self.operator, grouping=self.grouping, dropout=self.mora_dropout, seed=self.seed
+        )

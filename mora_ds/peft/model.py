@@ -1,0 +1,125 @@
+"""PEFT's model and layer of MoRA: a linear layer, and a square matrix for each named adapter.
+
+Written against PEFT 0.21 (peft/tuners/tuners_utils.py); tests/peft fails where an upgrade moves what is overridden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mora_ds.adapters.layer import is_linear, linear_shape
+from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight, mora_update
+from mora_ds.errors import UserError
+from mora_ds.peft.config import MoraConfig
+from mora_ds.peft.register import PREFIX
+
+
+class MoraLinear(nn.Module, BaseTunerLayer):
+    """y = W0 x + b + sum over active adapters of decompress(M compress(dropout(x))).
+
+    Input (..., d_in), output (..., d_out). `base_layer` is an `nn.Linear` or `Conv1D`, whose weight `merge` changes.
+    """
+
+    # PEFT's all-linear finds a layer that has adapters already by the word Linear in its class's name.
+    adapter_layer_names = ("mora_square",)
+    other_param_names = ("mora_spec", "mora_dropout")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = linear_shape(base_layer)
+        self.mora_square = nn.ParameterDict()
+        """Name of the adapter -> M (r_hat, r_hat)."""
+        self.mora_dropout = nn.ModuleDict()
+        self.mora_spec: dict[str, OperatorSpec] = {}
+        self.merged_adapters: list[str] = []
+
+    def add(self, adapter: str, config: MoraConfig, name: str) -> None:
+        """Gives the layer, called `name` in its model, an adapter whose M is zero."""
+        spec = config.adapter().operator_for(name, self.in_features, self.out_features, config.cycle)
+        if not isinstance(spec, OperatorSpec):
+            raise UserError(f"{spec.describe()} is no operator of PEFT's adapters")
+        self.mora_spec[adapter] = spec
+        self.mora_dropout[adapter] = nn.Dropout(config.mora_dropout)
+        self.mora_square[adapter] = nn.Parameter(torch.zeros(spec.r_hat, spec.r_hat))
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for name in self.active_adapters:
+            if name in self.mora_square:
+                square = self.mora_square[name].to(x.dtype)
+                result = result + mora_update(self.mora_spec[name], square, self.mora_dropout[name](x))
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the deltas of `adapter_names`, by default the active ones, to the weight: summed in fp32, rounded once.
+
+        Raises `UserError`, with `safe_merge`, for a sum that is not finite; the weight is then as it was.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mora_square]
+        self._add_to_weight(names, 1, safe_merge)
+        self.merged_adapters += names
+
+    def unmerge(self) -> None:
+        """Subtracts what `merge` has added; in low precision the weight comes back but for its rounding."""
+        self._add_to_weight(self.merged_adapters, -1, False)
+        self.merged_adapters = []
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The update of the weight in its layout, fp32: (d_out, d_in), or (d_in, d_out) of a `Conv1D`."""
+        delta = delta_weight(self.mora_spec[adapter], self.mora_square[adapter].detach().float())
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    @torch.no_grad()
+    def _add_to_weight(self, names: list[str], sign: int, check: bool) -> None:
+        if not names:
+            return
+        weight: Any = self.get_base_layer().weight
+        total = weight.float()
+        for name in names:
+            total = total + sign * self.get_delta_weight(name)
+        if check and not total.isfinite().all():
+            raise UserError(f"merging {', '.join(names)} gives a weight that is not finite")
+        weight.copy_(total)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {spec.describe()}, r_hat={spec.r_hat}" for name, spec in self.mora_spec.items())
+
+
+class MoraModel(BaseTuner):
+    """PEFT's wrapper of a model with MoRA layers; `get_peft_model` makes it."""
+
+    prefix = PREFIX
+    tuner_layer_cls = MoraLinear
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (an attribute of every tuner)
+    """Empty: `target_modules` has a default that suits every architecture."""
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: Any, target_name: str, parent: nn.Module, current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
+        if isinstance(target, MoraLinear):
+            target.add(adapter_name, peft_config, current_key)
+            return
+        if isinstance(target, BaseTunerLayer) or not is_linear(target) or not target.weight.is_floating_point():
+            raise UserError(
+                f"target_modules includes {current_key!r}, a {type(target).__name__}: MoRA adapts nn.Linear and Conv1D "
+                "with floating-point weights"
+            )
+        layer = MoraLinear(target)
+        layer._active_adapter = adapter_name
+        layer.add(adapter_name, peft_config, current_key)
+        if adapter_name not in self.active_adapters:  # a further adapter is not trained until `set_adapter`
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)

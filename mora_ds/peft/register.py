@@ -1,0 +1,35 @@
+"""The entry of MoRA in PEFT's list of methods.
+
+`peft.utils.register_peft_method` takes only names that `PeftType` has, an enum in PEFT's source. The name is therefore
+added first. It is no other project's: a MoRA that PEFT may get itself would be called MORA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.utils import PeftType, register_peft_method
+
+PEFT_TYPE = "MORA_DS"
+"""`peft_type` in adapter_config.json."""
+
+PREFIX = "mora_"
+"""Names of the method's parameters begin with it."""
+
+
+def register(config: Any, model: Any) -> None:
+    """Makes the method known to `get_peft_model` and `PeftModel.from_pretrained`, once a process."""
+    if PEFT_TYPE in PeftType.__members__:
+        return
+    _add_member(PEFT_TYPE)
+    register_peft_method(name=PEFT_TYPE.lower(), config_cls=config, model_cls=model, prefix=PREFIX)
+
+
+def _add_member(name: str) -> None:
+    """Adds `name` to `PeftType`, whose members are their own names. Python's enums have no public way."""
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    setattr(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member

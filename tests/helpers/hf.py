@@ -1,0 +1,151 @@
+"""Runs by Hugging Face's Trainer for the tests, and the same run by a loop of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+import mora_ds
+from mora_ds.engine import zero
+from mora_ds.hf import MoRACallback, MoRATrainer
+from mora_ds.models.base import write_own_base
+from tests.helpers.models import tiny_model, tokens
+
+ROWS, STEPS, MERGE_EVERY, REWARMUP, RATE = 4, 8, 3, 1, 1e-2
+"""Sequences a step over all ranks; optimizer steps; the merges' settings; learning rate."""
+
+
+class Trainer(MoRATrainer, transformers.Trainer):
+    """What a user writes."""
+
+
+def ds_config(stage: int = 3) -> dict[str, Any]:
+    return {
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": 0,
+        },
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+
+
+def arguments(out: Path, accumulation: int = 1, **changes: Any) -> TrainingArguments:
+    micro = ROWS // accumulation // dist.get_world_size()
+    values: dict[str, Any] = {
+        "deepspeed": ds_config(),
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": STEPS,
+        "learning_rate": RATE,
+        "lr_scheduler_type": "linear",
+        "adam_epsilon": 1e-4,
+        "weight_decay": 0.01,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return TrainingArguments(output_dir=str(out), **{**values, **changes})
+
+
+class InOrder(Trainer):
+    """Reads its rows in the order of the dataset, as the loop does."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+
+def dataset(rows: int = ROWS * STEPS) -> list[dict[str, Tensor]]:
+    return [{"input_ids": row, "labels": row} for row in tokens(rows, seed=5)]
+
+
+def base_in(folder: Path) -> Path:
+    """A tiny model in `folder`, written once."""
+    if dist.get_rank() == 0 and not folder.exists():
+        write_own_base(tiny_model(), folder)
+    dist.barrier()
+    return folder
+
+
+def trainer_in(
+    root: Path,
+    name: str,
+    accumulation: int = 1,
+    merges: int = MERGE_EVERY,
+    kind: type[Trainer] = InOrder,
+    **changes: Any,
+) -> Trainer:
+    """A trainer of a run in root/name, before training."""
+    base = base_in(root / "base")
+    return kind(
+        str(base),
+        arguments(root / name, accumulation, **changes),
+        train_dataset=dataset(),
+        eval_dataset=dataset(6),
+        mora=mora_ds.MoRAConfig(rank=4),
+        callbacks=[MoRACallback(merges, REWARMUP)],
+    )
+
+
+def matrices(engine: zero.Engine) -> dict[str, Tensor]:
+    """The unsharded MoRA matrices and the live weights. Collective."""
+    layers = mora_ds.mora_layers(engine.module)
+    squares = {name: zero.full_fp32(engine, layer.value).clone() for name, layer in layers.items()}
+    return {**squares, **{f"{name}.weight": layer.weight.clone() for name, layer in layers.items()}}
+
+
+def own_loop(root: Path, rates: list[float]) -> tuple[dict[str, Tensor], list[float]]:
+    """The same run by a loop around `mora_ds.initialize`: (matrices and weights at the end, losses)."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    base = base_in(root / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = mora_ds.MoRAConfig(rank=4)
+    mora_ds.inject(model, config)
+    micro = ROWS // world
+    settings = {
+        **ds_config(),
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": RATE, "eps": 1e-4, "weight_decay": 0.01}},
+    }
+    engine, *_ = mora_ds.initialize(model=model, config=settings)
+    run = mora_ds.Run(engine, config, base=base, folder=root / "loop")
+    rows = torch.stack([row["input_ids"] for row in dataset()]).view(STEPS, ROWS, -1)
+    losses = []
+    engine.train()
+    for step, rate in enumerate(rates, 1):
+        zero.set_learning_rate(engine, rate)
+        batch = rows[step - 1, rank * micro : (rank + 1) * micro]
+        loss = engine(input_ids=batch, labels=batch).loss
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(total.item() / world)
+        if step in run_merges():
+            run.merge(step)
+    return matrices(engine), losses
+
+
+def run_merges() -> list[int]:
+    """The steps after which the runs above merge."""
+    return [step for step in range(MERGE_EVERY, STEPS, MERGE_EVERY) if STEPS - step > REWARMUP]
+
+
+def rates() -> list[float]:
+    """The learning rate of each step: linear decay, with a re-warmup of one step after each merge."""
+    curve = [RATE * (1 - step / STEPS) for step in range(STEPS + 1)]
+    return [curve[step + 1] / 2 if step in run_merges() else curve[step] for step in range(STEPS)]

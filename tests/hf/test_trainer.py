@@ -1,0 +1,124 @@
+"""Hugging Face's Trainer with MoRA: equal to a loop of its own, resumed bit for bit, the base never sharded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import mora_ds
+from mora_ds.adapters.inject import frozen_buffers
+from mora_ds.deploy.export import export_merged
+from mora_ds.engine.traffic import CollectiveCounter
+from mora_ds.errors import UserError
+from tests.helpers import hf
+from tests.helpers.gloo import run_ranks
+
+pytestmark = pytest.mark.gloo
+
+
+def trained_both_ways(root: str) -> dict[str, Any]:
+    by_loop, losses = hf.own_loop(Path(root), hf.rates())
+    trainers = {}
+    for accumulation in (1, 2):
+        trainers[accumulation] = hf.trainer_in(Path(root), f"by-{accumulation}", accumulation)
+        trainers[accumulation].train()
+    return {
+        "loop": by_loop,
+        "losses": losses,
+        "trainer": {number: hf.matrices(trainer.deepspeed) for number, trainer in trainers.items()},
+        "history": {number: trainer.state.log_history for number, trainer in trainers.items()},
+        "merges": {number: trainer.run.state.merges for number, trainer in trainers.items()},
+    }
+
+
+def test_a_run_by_trainer_is_the_run_by_a_loop(tmp_path: Path) -> None:
+    both = run_ranks(2, trained_both_ways, str(tmp_path))
+    for rank in both:
+        for number in (1, 2):
+            history = [row for row in rank["history"][number] if "loss" in row]
+            assert [row["loss"] for row in history] == pytest.approx(rank["losses"], abs=1e-6)
+            assert rank["merges"][number] == hf.run_merges() == [3, 6]
+            for name, tensor in rank["loop"].items():
+                torch.testing.assert_close(rank["trainer"][number][name], tensor, rtol=0, atol=1e-6)
+
+
+def interrupted_and_not(root: str) -> dict[str, Any]:
+    """One run to its end, and another one that begins at its checkpoint-4 anew, after one merge and before another."""
+    steps = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+    whole = hf.trainer_in(Path(root), "out", **steps)
+    before = whole.evaluate()["eval_loss"]
+    whole.train()
+    expected = hf.matrices(whole.deepspeed)
+    history = [row for row in whole.state.log_history if row["step"] > 4 and "train_runtime" not in row]
+    whole.save_model(f"{root}/saved")
+    counter = CollectiveCounter(frozen_buffers(whole.model).values())
+    resumed = hf.trainer_in(Path(root), "out", **steps)
+    with counter.counting():
+        resumed.train(resume_from_checkpoint=f"{root}/out/checkpoint-4")
+    resumed_history = [row for row in resumed.state.log_history if row["step"] > 4 and "train_runtime" not in row]
+    with pytest.raises(UserError, match="called before"):
+        resumed.train()
+    return {
+        "evaluated": before,
+        "expected": expected,
+        "resumed": hf.matrices(resumed.deepspeed),
+        "history": (_without_times(history), _without_times(resumed_history)),
+        "base_bytes": counter.base_bytes,
+    }
+
+
+def _without_times(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    measured = ("runtime", "per_second", "preparation_time")
+    return [{key: value for key, value in row.items() if not key.endswith(measured)} for row in history]
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    both = run_ranks(2, interrupted_and_not, str(tmp_path))
+    for rank in both:
+        assert rank["history"][0] == rank["history"][1] and rank["base_bytes"] == 0
+        assert rank["evaluated"] == pytest.approx(4.85, abs=0.1)
+        for name, tensor in rank["expected"].items():
+            assert torch.equal(rank["resumed"][name], tensor), name
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
+        "README.md", "config.json", "generation_config.json", "model.safetensors",
+    ]  # fmt: skip
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    for name, tensor in both[0]["expected"].items():
+        if not name.endswith(".weight"):
+            continue
+        layer = name.removesuffix(".weight")
+        spec = mora_ds.MoRAConfig(rank=4).operator_for(layer, tensor.shape[1], tensor.shape[0], 2)
+        merged = tensor + mora_ds.delta_weight(spec, both[0]["expected"][layer])
+        torch.testing.assert_close(saved.get_parameter(name), merged, rtol=0, atol=1e-6)
+    export_merged(tmp_path / "out" / "checkpoint-8", tmp_path / "exported", verify=True)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), exported.parameters(), strict=True))
+
+
+def best_is_loaded(root: str) -> dict[str, Any]:
+    """The first checkpoint is the best one: a metric that grows with every evaluation, to be kept small."""
+    calls = iter(range(100))
+    trainer = hf.trainer_in(
+        Path(root), "out", save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="rank", greater_is_better=False, save_total_limit=2,
+    )  # fmt: skip
+    trainer.compute_metrics = lambda predictions: {"rank": float(next(calls))}
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    live = hf.matrices(trainer.deepspeed)
+    again = hf.trainer_in(Path(root), "out", max_steps=2)
+    again.train(resume_from_checkpoint=best)
+    return {"best": best, "live": live, "saved": hf.matrices(again.deepspeed), "merges": trainer.run.state.merges}
+
+
+@pytest.mark.heavy
+def test_the_best_checkpoint_brings_its_base_back(tmp_path: Path) -> None:
+    for rank in run_ranks(2, best_is_loaded, str(tmp_path)):
+        assert Path(rank["best"]).name == "checkpoint-2" and rank["merges"] == []
+        for name, tensor in rank["saved"].items():
+            assert torch.equal(rank["live"][name], tensor), name
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-8"]

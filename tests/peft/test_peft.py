@@ -1,0 +1,161 @@
+"""MoRA as a method of PEFT: the numbers of mora_ds's own layers, through PEFT's own functions."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import mora_ds
+from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.adapters.ops.spec import OperatorKind
+from mora_ds.errors import UserError
+from mora_ds.peft import PEFT_TYPE, MoraConfig
+from mora_ds.peft.model import MoraLinear
+from tests.helpers.gloo import run_ranks
+from tests.helpers.models import causal_loss, tiny_model, tokens
+
+IDS = tokens(3)
+
+
+def layers(model: Any) -> dict[str, MoraLinear]:
+    """Name in the base model -> layer."""
+    inner = model.base_model.model if hasattr(model, "peft_config") else model
+    return {name: module for name, module in inner.named_modules() if isinstance(module, MoraLinear)}
+
+
+def fill(model: Any, adapter: str, seed: int) -> None:
+    """Matrices that are not zero."""
+    for index, layer in enumerate(layers(model).values()):
+        square = layer.mora_square[adapter]
+        generator = torch.Generator().manual_seed(100 * seed + index)
+        square.data = 0.05 * torch.randn(square.shape, generator=generator).to(square)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("operator", [kind.value for kind in OperatorKind])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_logits_and_gradients_are_those_of_our_layers(family: str, operator: str) -> None:
+    ours, theirs = tiny_model(family), tiny_model(family)
+    inject(ours, mora_ds.MoRAConfig(rank=4, operator=operator))
+    theirs = get_peft_model(theirs, MoraConfig(r=4, operator=operator))
+    fill(theirs, "default", seed=1)
+    squares = {name: layer.mora_square["default"] for name, layer in layers(theirs).items()}
+    assert squares.keys() == mora_layers(ours).keys()
+    for name, layer in mora_layers(ours).items():
+        layer.square.data = squares[name].detach().clone()
+    for model in (ours, theirs):
+        causal_loss(model, IDS).backward()
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-5)
+    for name, layer in mora_layers(ours).items():
+        torch.testing.assert_close(squares[name].grad, layer.square.grad, rtol=1e-4, atol=1e-6)
+    trained = {name for name, parameter in theirs.named_parameters() if parameter.requires_grad}
+    assert len(trained) == len(squares) and all("mora_square.default" in name for name in trained)
+
+
+def test_an_adapter_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model(), MoraConfig(r=4, target_modules=["q_proj", "down_proj"], seed=7))
+    fill(model, "default", seed=1)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == PEFT_TYPE
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    assert torch.equal(logits(loaded), expected)
+    assert len(layers(loaded)) == 4, "two layers of two modules each"
+    low_memory = PeftModel.from_pretrained(tiny_model(), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(logits(low_memory), expected)
+    resumed = PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True)
+    assert any(parameter.requires_grad for parameter in resumed.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_keeps_the_model(family: str, dtype: torch.dtype) -> None:
+    model = get_peft_model(tiny_model(family, dtype=dtype), MoraConfig(r=4))
+    fill(model, "default", seed=1)
+    expected = logits(model)
+    tolerance = 1e-5 if dtype is torch.float32 else 5e-2
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=tolerance)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=tolerance)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert not layers(merged) and type(merged) is type(tiny_model(family))
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=tolerance)
+
+
+def test_several_adapters_are_chosen_by_name(tmp_path: Path) -> None:
+    base = logits(tiny_model())
+    model = get_peft_model(tiny_model(), MoraConfig(r=4), adapter_name="law")
+    model.add_adapter("physics", MoraConfig(r=8, operator="share"))
+    for seed, name in enumerate(("law", "physics"), 1):
+        fill(model, name, seed)
+    model.set_adapter("law")
+    law = logits(model)
+    model.set_adapter("physics")
+    physics = logits(model)
+    assert not torch.equal(law, physics)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all("physics" in name for name in trained)
+    model.base_model.set_adapter(["law", "physics"])
+    both = logits(model)
+    assert not torch.equal(both, law) and not torch.equal(both, physics)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    model.set_adapter("physics")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "law", adapter_name="law")
+    loaded.load_adapter(str(tmp_path / "physics"), "physics")
+    assert torch.equal(logits(loaded), law)
+    loaded.set_adapter("physics")
+    assert torch.equal(logits(loaded), physics)
+    loaded.delete_adapter("law")
+    assert torch.equal(logits(loaded), physics)
+    merged = copy.deepcopy(loaded).merge_and_unload()
+    torch.testing.assert_close(logits(merged), physics, rtol=0, atol=1e-5)
+
+
+def test_wrong_settings_are_named() -> None:
+    with pytest.raises(UserError, match="rank"):
+        MoraConfig(r=0)
+    with pytest.raises(UserError, match="subspace"):
+        MoraConfig(operator="subspace")
+    with pytest.raises(UserError, match="embed_tokens"):
+        get_peft_model(tiny_model(), MoraConfig(target_modules=["embed_tokens"]))
+    with pytest.raises(UserError, match="MoRA adapts"):
+        model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
+        get_peft_model(model, MoraConfig(target_modules=["q_proj"]))
+
+
+def trained(world: int) -> dict[str, Tensor]:
+    """Three steps over the same six rows, however many processes share them."""
+    model = get_peft_model(tiny_model(), MoraConfig(r=4))
+    own = DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-4)
+    rank = dist.get_rank() if world > 1 else 0
+    for step in range(3):
+        rows = tokens(6, seed=step)[rank * (6 // world) :][: 6 // world]
+        causal_loss(own, rows).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: layer.mora_square["default"].detach().clone() for name, layer in layers(model).items()}
+
+
+@pytest.mark.gloo
+def test_two_processes_under_ddp_train_as_one() -> None:
+    expected = trained(1)
+    for squares in run_ranks(2, trained, 2):
+        for name, square in squares.items():
+            torch.testing.assert_close(square, expected[name], rtol=0, atol=1e-6)
