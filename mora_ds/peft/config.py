@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from peft import PeftConfig
 
 from mora_ds.adapters.config import SUBSPACE, MoRAConfig
+from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
 from mora_ds.errors import UserError
 from mora_ds.peft.register import PEFT_TYPE
 
@@ -16,6 +17,7 @@ class MoraConfig(PeftConfig):
     """As `mora_ds.MoRAConfig`, with PEFT's names and way to choose modules. Raises `UserError` for wrong values."""
 
     r: int = field(default=8, metadata={"help": "LoRA rank that has as many parameters as a layer's matrix."})
+    r_hat_multiple: int = field(default=R_HAT_MULTIPLE, metadata={"help": "A matrix's side is a multiple of this."})
     operator: str = field(default="auto", metadata={"help": "truncate, share, decouple, rotate, or auto."})
     grouping: str = field(default="permuted", metadata={"help": "permuted, plain, or a fixed grouping of share."})
     mora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, in [0, 1)."})
@@ -43,5 +45,10 @@ class MoraConfig(PeftConfig):
     def adapter(self) -> MoRAConfig:
         """The settings as the rest of mora_ds has them."""
         return MoRAConfig(
-            rank=self.r, operator=self.operator, grouping=self.grouping, dropout=self.mora_dropout, seed=self.seed
+            rank=self.r,
+            r_hat_multiple=self.r_hat_multiple,
+            operator=self.operator,
+            grouping=self.grouping,
+            dropout=self.mora_dropout,
+            seed=self.seed,
         )
