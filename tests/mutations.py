@@ -63,8 +63,8 @@ MUTATIONS = (
     Mutation(
         "the mean over tokens is a mean of ranks' means",
         "train/trainer.py",
-        "total_predicted = max(self.replica.sum(predicted), 1.0)",
-        "total_predicted = max(predicted * self.replica.world, 1.0)",
+        "total_labels = max(self._step_labels, 1.0)",
+        "total_labels = max(labels_in(batch) * self.replica.world, 1.0)",
         ("train/test_pretrain.py",),
     ),
     Mutation(
@@ -146,7 +146,7 @@ MUTATIONS = (
     ),
     Mutation(
         "micro-batches of different ranks are swapped",
-        "train/trainer.py",
+        "train/loader.py",
         "first = (index * self.replica.count + self.replica.index) * size",
         "first = (self.replica.index * self.training.gradient_accumulation_steps + index) * size",
         ("train/test_trainer.py",),
