@@ -149,7 +149,7 @@ MUTATIONS = (
         "train/loader.py",
         "first = (index * self.replica.count + self.replica.index) * size",
         "first = (self.replica.index * self.training.gradient_accumulation_steps + index) * size",
-        ("train/test_trainer.py",),
+        ("train/test_loader.py",),
     ),
     Mutation(
         "the tail of a stream is dropped",
