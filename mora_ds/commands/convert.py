@@ -1,8 +1,9 @@
-"""Convert a checkpoint to DeepSpeed's universal format, back from it, or to an adapter without its run.
+"""Convert a checkpoint: DeepSpeed's universal format and back, an adapter without its run, a LoRA adapter of PEFT.
 
     mora-ds convert universal out/checkpoints/latest --output universal
     mora-ds convert from_universal universal --output back/step-000100
     mora-ds convert adapter out/checkpoints/latest --output adapter
+    mora-ds convert peft out/checkpoints/latest --output lora [--rank 64]
 
 Exit code 2: an error that you can correct in the command or the files; 1: a full disk.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from mora_ds.checkpoint.universal import from_universal, to_universal
 from mora_ds.deploy.adapter_io import export_adapter
+from mora_ds.deploy.peft_export import export_peft
 
 _ACTIONS = {
     "universal": (
@@ -22,13 +24,17 @@ _ACTIONS = {
     ),
     "from_universal": (from_universal, "write a checkpoint from the output of `universal`"),
     "adapter": (export_adapter, "write the MoRA matrices and the merge ledger only, for mora_ds.load_adapter"),
+    "peft": (export_peft, "write a LoRA adapter that PEFT and vLLM load; exact where the update's rank is bounded"),
 }
 
 
 def main() -> None:
     options = _parser().parse_args()
-    convert, _ = _ACTIONS[options.action]
-    print("\n".join(convert(options.path, options.output)))
+    if options.action == "peft":
+        lines = export_peft(options.path, options.output, options.rank, options.base, options.domain)
+    else:
+        lines = _ACTIONS[options.action][0](options.path, options.output)
+    print("\n".join(lines))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,4 +44,10 @@ def _parser() -> argparse.ArgumentParser:
         action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
         action.add_argument("path", type=Path, help="the checkpoint to convert")
         action.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
+    peft = actions.choices["peft"]
+    peft.add_argument("--rank", type=int, help="largest rank of a layer. Default: as large as an exact adapter takes")
+    peft.add_argument("--base", type=Path, help="where the base model lies now, if it was moved")
+    peft.add_argument(
+        "--domain", metavar="NAME", help="for a run with domain adapters: the domain to write, or 'shared' for none"
+    )
     return parser

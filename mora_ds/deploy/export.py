@@ -22,6 +22,7 @@ from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.new_embeddings import is_new_rows, stands_for, with_last_rows
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.int8 import Int8Weight, dense, quantize
+from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import (
     AdapterFile,
     AdapterTensors,
@@ -73,8 +74,8 @@ class ExportReport:
 
 
 @dataclass
-class _Run:
-    """An opened checkpoint."""
+class OpenedRun:
+    """An opened checkpoint, or exported adapter, with its base. Make one with `open_run`."""
 
     checkpoint: Path
     adapter: AdapterFile
@@ -84,6 +85,21 @@ class _Run:
     ledger: Ledger
     domain: str | None
     """The domain whose MoRA matrices come on top of the shared ones; None: the shared ones alone."""
+
+    def updates(self, entry: LayerEntry) -> list[tuple[UpdateSpec, Tensor]]:
+        """(operator, value) of everything that is added to a layer's original weight, merged cycles first."""
+        updates = [*self.ledger.squares_of(entry.module), (entry.operator, self.tensors.square(entry.module))]
+        if self.domain is not None and self.adapter.domains is not None:
+            operator = self.adapter.domains.operators[entry.module]
+            updates.append((operator, self.tensors.domain_square(entry.module, self.domain)))
+        return updates
+
+    def trained(self, name: str, dtype: torch.dtype) -> Tensor:
+        """What a trained tensor's parameter becomes; new rows with the old ones before them."""
+        tensor = self.tensors.trained(name).to(dtype)
+        if not is_new_rows(name):
+            return tensor
+        return with_last_rows(self.base.read(self.reference.keys[stands_for(name)]).to(dtype), tensor)
 
 
 def export_merged(
@@ -115,7 +131,7 @@ def export_merged(
     probe = checkpoint / PROBE_FILE
     if verify and not probe.is_file():
         raise UserError(f"--verify needs {PROBE_FILE}, which {checkpoint} does not have")
-    run = _open_run(checkpoint, adapter, ledger, base_folder, domain)
+    run = open_run(checkpoint, adapter, ledger, base_folder, domain)
     _check_output(output, overwrite, run)
     target = compute_dtype(run.adapter.dtype if dtype == "auto" else dtype)
     shards = plan_shards(run.base, _exported_keys(run), target, int(max_shard_gib * 2**30))
@@ -144,19 +160,20 @@ def export_merged(
     )
 
 
-def _open_run(
+def open_run(
     checkpoint: Path, adapter: AdapterFile, ledger: Ledger, base_folder: Path | None, domain: str | None
-) -> _Run:
+) -> OpenedRun:
+    """Opens the tensors and the base of an adapter that was read. Raises `UserError` where anything does not fit."""
     domain = chosen_domain(adapter.domains, domain, "--domain")
     tensors = AdapterTensors.open(checkpoint, adapter)
     reference = BaseReference.read(checkpoint)
     base = reference.open_base(checkpoint, base_folder, flag="--base")
-    run = _Run(checkpoint, adapter, tensors, reference, base, ledger, domain)
+    run = OpenedRun(checkpoint, adapter, tensors, reference, base, ledger, domain)
     _check_layers(run)
     return run
 
 
-def _check_layers(run: _Run) -> None:
+def _check_layers(run: OpenedRun) -> None:
     """Raises `UserError` unless every layer and trained tensor has one tensor of the right shape in the base."""
     users: dict[str, list[str]] = {}
     for name, key in run.reference.keys.items():
@@ -174,7 +191,7 @@ def _check_layers(run: _Run) -> None:
         _check_shape(run, stands_for(name), (None, *shape[1:]) if is_new_rows(name) else shape)
 
 
-def _check_shape(run: _Run, name: str, shape: tuple[int | None, ...]) -> None:
+def _check_shape(run: OpenedRun, name: str, shape: tuple[int | None, ...]) -> None:
     """`shape`: None stands for any length."""
     key = run.reference.keys.get(name)
     if key is None or key not in run.base:
@@ -184,7 +201,7 @@ def _check_shape(run: _Run, name: str, shape: tuple[int | None, ...]) -> None:
         raise UserError(f"{name} has shape {shape} in the checkpoint, {actual} in the base")
 
 
-def _check_output(output: Path, overwrite: bool, run: _Run) -> None:
+def _check_output(output: Path, overwrite: bool, run: OpenedRun) -> None:
     """Refuses to overwrite anything but a model, and the folders that the export reads."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"--output {output} exists and is not a folder")
@@ -200,7 +217,7 @@ def _check_output(output: Path, overwrite: bool, run: _Run) -> None:
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
-def _exported_keys(run: _Run) -> Iterator[str]:
+def _exported_keys(run: OpenedRun) -> Iterator[str]:
     """The base's keys without copies of a tied weight under its other name.
 
     Some files hold lm_head.weight although it is tied. Once the embedding is trained that copy is stale, and
@@ -212,20 +229,19 @@ def _exported_keys(run: _Run) -> Iterator[str]:
             yield key
 
 
-def _tensor_of(run: _Run, trained: dict[str, str]) -> Callable[[str, torch.dtype], Tensor]:
+def _tensor_of(run: OpenedRun, trained: dict[str, str]) -> Callable[[str, torch.dtype], Tensor]:
     """What each of the base's tensors becomes: replaced, merged, or unchanged. `trained`: key -> parameter name."""
     layers = {run.reference.keys[entry.weight]: entry for entry in run.adapter.layers.values()}
 
     def tensor_of(key: str, dtype: torch.dtype) -> Tensor:
         if key in trained:
-            tensor = run.tensors.trained(trained[key]).to(dtype)
-            return with_last_rows(run.base.read(key).to(dtype), tensor) if is_new_rows(trained[key]) else tensor
+            return run.trained(trained[key], dtype)
         return _merged(run, key, layers[key], dtype) if key in layers else run.base.read(key).to(dtype)
 
     return tensor_of
 
 
-def _rounding(run: _Run, exported: Path) -> float:
+def _rounding(run: OpenedRun, exported: Path) -> float:
     """Rounding error that --base_bits 8 gave the live weights, relative to the norm of the exported ones."""
     if run.adapter.facts.get("config", {}).get("base_bits") != 8:
         return 0.0
@@ -238,10 +254,6 @@ def _rounding(run: _Run, exported: Path) -> float:
     return math.sqrt(lost / norm) if norm else 0.0
 
 
-def _merged(run: _Run, key: str, entry: LayerEntry, dtype: torch.dtype) -> Tensor:
+def _merged(run: OpenedRun, key: str, entry: LayerEntry, dtype: torch.dtype) -> Tensor:
     """The live weight with the current cycle merged too, as the next merge would form it."""
-    updates = [*run.ledger.squares_of(entry.module), (entry.operator, run.tensors.square(entry.module))]
-    if run.domain is not None and run.adapter.domains is not None:
-        operator = run.adapter.domains.operators[entry.module]
-        updates.append((operator, run.tensors.domain_square(entry.module, run.domain)))
-    return live_weight(run.base.read(key), updates, entry.transposed, dtype)
+    return live_weight(run.base.read(key), run.updates(entry), entry.transposed, dtype)

@@ -61,6 +61,12 @@ convert_checkpoint universal {bad}/gone --output {new} | gone
 convert_checkpoint universal {run} --output {new} | {run}
 convert_checkpoint adapter {bad}/emptydir --output {new} | emptydir
 convert_checkpoint adapter {run} --output {user} | {user}
+convert_checkpoint peft {bad}/emptydir --output {new} | emptydir
+convert_checkpoint peft {run} --output {new} | --rank is missing
+convert_checkpoint peft {run} --output {new} --rank 0 | --rank must be at least 1
+convert_checkpoint peft {run} --output {user} --rank 4 | {user}
+convert_checkpoint peft {run} --output {new} --rank 4 --base {bad}/gone | --base | gone
+convert_checkpoint peft {run} --output {new} --rank 4 --domain code | --domain
 convert_checkpoint melt {run} --output {new} | melt
 ledger show {bad}/gone | gone
 ledger show {bad}/ledger_deep | ledger.json

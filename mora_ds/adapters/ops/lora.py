@@ -71,6 +71,10 @@ class LoRASpec(UpdateSpec):
             total += column * row
         return total
 
+    def low_rank(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        down, up = self.factors(value)
+        return down, up.T
+
     def singular_values(self, value: Tensor) -> Tensor:
         """From the triangles of two thin QRs."""
         right, left = (torch.linalg.qr(side.T, mode="r").R for side in self.factors(value.double()))

@@ -109,6 +109,10 @@ class OperatorSpec(SquareSpec):
     def delta_weight(self, value: Tensor) -> Tensor:
         return delta_weight(self, value)
 
+    def low_rank(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
+        """For truncate and share: A says which inputs are summed (zeros and ones), B holds the rows of M."""
+        return None if self.blockwise else (fold_matrix(self, value).T, rows_of_outputs(self, value))
+
     def adjoint(self, gradient: Tensor) -> Tensor:
         return adjoint(self, gradient)
 

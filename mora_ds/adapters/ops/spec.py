@@ -86,6 +86,11 @@ class UpdateSpec(ABC):
     def delta_weight(self, value: Tensor) -> Tensor:
         """The (d_out, d_in) change of the weight, in the value's dtype and on its device, sharing no memory with it."""
 
+    def low_rank(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
+        """A (k, d_in) and B (d_out, k) with B @ A == `delta_weight(value)`, as LoRA has them, where the kind of update
+        bounds the rank by k; None where it does not."""
+        return None
+
     def singular_values(self, value: Tensor) -> Tensor:
         """All min(d_out, d_in) singular values of `delta_weight`, descending, float64."""
         return torch.linalg.svdvals(self.delta_weight(value.double()))

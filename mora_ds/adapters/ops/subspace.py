@@ -68,6 +68,10 @@ class SubspaceSpec(SquareSpec):
         left, right = self.sides(value.device, torch.float64)
         return ((left.T @ value.double()) @ right).to(value.dtype)
 
+    def low_rank(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = self.sides(value.device, value.dtype)
+        return right, left.T @ value
+
     def adjoint(self, gradient: Tensor) -> Tensor:
         """U^T G V, in the gradient's dtype."""
         left, right = self.sides(gradient.device, gradient.dtype)

@@ -1,0 +1,240 @@
+"""A checkpoint as a LoRA adapter in PEFT's format, for PEFT itself and for servers such as vLLM.
+
+    update of a layer = delta of every merged cycle + delta of the live value = B A      A (k, d_in), B (d_out, k)
+
+    lora                rank r a cycle          exact
+    share, truncate     rank r_hat a cycle      exact: A holds zeros and ones, B the rows of M that outputs read
+    subspace            rank r_hat a cycle      exact: A = V^T, B = U M
+    decouple, rotate    any rank                the leading `rank` singular directions, with the energy that is lost
+
+Factors of several cycles are concatenated, up to the layer's shorter side. Trained embeddings, norms and heads are
+PEFT's `modules_to_save`. Formats: peft 0.21, `peft/tuners/lora/config.py` and `peft/utils/save_and_load.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mora_ds.adapters.new_embeddings import stands_for
+from mora_ds.adapters.ops.delta import add_deltas_
+from mora_ds.adapters.ops.spec import UpdateSpec
+from mora_ds.checkpoint.adapter_files import logits_name, open_adapter
+from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter
+from mora_ds.deploy.export import OpenedRun, open_run
+from mora_ds.errors import RunError, UserError
+from mora_ds.files import atomic_folder, write_json_atomic
+from mora_ds.models.svd import Wanted, leading_vectors
+from mora_ds.models.tensor_files import SafetensorsWriter, compute_dtype, open_safetensors
+from mora_ds.remora.ledger import LayerEntry
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of a model's parameters."""
+FINGERPRINT = "base_fingerprint"
+"""Entry of the metadata of the weights' file: which base the adapter belongs to."""
+
+_NOTICEABLE = 1e-6
+"""Share of an update's energy below which its loss is rounding."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a layer's update becomes two factors."""
+
+    entry: LayerEntry
+    rank: int
+    is_exact: bool
+    """Whether the factors of all cycles are concatenated; otherwise the sum of deltas is decomposed."""
+
+
+@torch.no_grad()
+def export_peft(
+    checkpoint: Path | str,
+    output: Path | str,
+    rank: int | None = None,
+    base_folder: Path | str | None = None,
+    domain: str | None = None,
+) -> list[str]:
+    """Writes `checkpoint` (or an exported adapter) to the new folder `output` as a LoRA adapter of PEFT.
+
+    `rank`: the largest rank of a layer; None: as large as it takes to be exact. `base_folder`: the base, if it was
+    moved. `domain`: as for `export_merged`. Returns lines to print: ranks, the energy of the update that each layer
+    loses, and the perplexity of the probe's tokens. Raises `UserError` for a rank below 1, a rank that is missing where
+    an update has no bound on its own, and a folder that exists; `RunError` for a damaged checkpoint.
+    """
+    source, output = find_adapter(Path(checkpoint)), Path(output)
+    if rank is not None and rank < 1:
+        raise UserError(f"--rank must be at least 1, got {rank}")
+    if output.is_symlink() or output.exists():
+        raise UserError(f"--output {output} exists already; name a new folder")
+    adapter, ledger = open_adapter(source, damaged=RunError, adapter_only=True)
+    run = open_run(source, adapter, ledger, None if base_folder is None else Path(base_folder), domain)
+    plans = [_plan(run, entry, rank) for entry in run.adapter.layers.values()]
+    lost: dict[str, float] = {}
+    with atomic_folder(output.absolute()) as folder:
+        _write_tensors(run, plans, folder, lost)
+        write_json_atomic(folder / CONFIG_FILE, _config(run, plans))
+        lines = [*_report(run, plans, lost), *_perplexities(run, folder)]
+        (folder / "README.md").write_text(_card(lines), encoding="utf-8")
+    nbytes = (output / WEIGHTS_FILE).stat().st_size
+    return [f"wrote {output}: LoRA of {len(plans)} layers, {nbytes / 2**20:,.2f} MiB", *lines]
+
+
+# -- factors -----------------------------------------------------------------------------------------------------------
+def _plan(run: OpenedRun, entry: LayerEntry, limit: int | None) -> _Plan:
+    side = min(entry.operator.d_in, entry.operator.d_out)
+    ranks = [_bound(spec) for spec, _ in run.updates(entry)]
+    total = sum(ranks)
+    if total <= min(side, limit or side):
+        return _Plan(entry, int(total), True)
+    if limit is None and total == math.inf:
+        raise UserError(
+            f"--rank is missing: the update of {entry.module} ({entry.operator.describe()}) may have any rank up to "
+            f"{side}; name how many of its leading directions to keep"
+        )
+    return _Plan(entry, min(side, limit or side), False)
+
+
+def _bound(spec: UpdateSpec) -> float:
+    """The rank that `spec.low_rank` gives; infinite where it gives no factors."""
+    factors = spec.low_rank(torch.zeros(spec.value_shape))
+    return math.inf if factors is None else len(factors[0])
+
+
+def _factors(run: OpenedRun, plan: _Plan) -> tuple[Tensor, Tensor, float]:
+    """A (rank, d_in), B (d_out, rank), and the share of the update's energy (its squared norm) that they lack."""
+    spec, updates = plan.entry.operator, run.updates(plan.entry)
+    if plan.is_exact:
+        pairs = [factors for own, value in updates if (factors := own.low_rank(value.float())) is not None]
+        return torch.cat([down for down, _ in pairs]), torch.cat([up for _, up in pairs], dim=1), 0.0
+    delta = torch.zeros(spec.d_out, spec.d_in)
+    add_deltas_(delta, updates)
+    delta = delta.double()
+    wanted = Wanted(plan.entry.weight, plan.entry.transposed, spec.d_in, spec.d_out, plan.rank)
+    down = leading_vectors(delta, wanted, plan.entry.module)[1].double()
+    up = delta @ down.T
+    energy = delta.square().sum().item()
+    return down.float(), up.float(), max(0.0, 1 - up.square().sum().item() / energy) if energy else 0.0
+
+
+def _write_tensors(run: OpenedRun, plans: list[_Plan], folder: Path, lost: dict[str, float]) -> None:
+    """Writes the weights' file, one layer in memory at a time, and notes in `lost` what each layer lacks."""
+    saved = dict(_saved(run))
+    layout = {f"{PREFIX}{name}": (run.base.shape_dtype(key)[0], torch.float32) for name, (key, _) in saved.items()}
+    for plan in plans:
+        spec = plan.entry.operator
+        shapes = ((plan.rank, spec.d_in), (spec.d_out, plan.rank))
+        layout |= {name: (shape, torch.float32) for name, shape in zip(_names(plan.entry.module), shapes, strict=True)}
+    with SafetensorsWriter(folder / WEIGHTS_FILE, layout, {FINGERPRINT: run.reference.fingerprint}) as writer:
+        for plan in plans:
+            down, up, lost[plan.entry.module] = _factors(run, plan)
+            for name, tensor in zip(_names(plan.entry.module), (down, up), strict=True):
+                writer.write(name, tensor)
+        for name, (key, trained) in saved.items():
+            tensor = run.base.read(key).float() if trained is None else run.trained(trained, torch.float32)
+            writer.write(f"{PREFIX}{name}", tensor)
+
+
+def _names(module: str) -> tuple[str, str]:
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+
+
+def _saved(run: OpenedRun) -> Iterator[tuple[str, tuple[str, str | None]]]:
+    """(parameter, (key in the base, trained tensor)) of all modules with a trained parameter. A module is saved whole,
+    and so is one whose parameter is tied to a trained one: PEFT copies a module that it saves, which unties it."""
+    keys = run.reference.keys
+    trained = {keys[stands_for(name)]: name for name in run.adapter.trainables}
+    modules = {name.rpartition(".")[0] for name, key in keys.items() if key in trained}
+    for name, key in keys.items():
+        if name.rpartition(".")[0] in modules:
+            yield name, (key, trained.get(key))
+
+
+def _config(run: OpenedRun, plans: list[_Plan]) -> dict[str, Any]:
+    """adapter_config.json. Alpha is the rank everywhere, so that every scaling is 1."""
+    ranks = {plan.entry.module: plan.rank for plan in plans}
+    largest = max(ranks.values())
+    others = {module: rank for module, rank in ranks.items() if rank != largest}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(run.base.folder),
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": list(ranks),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name, _ in _saved(run)}) or None,
+        "fan_in_fan_out": any(plan.entry.transposed for plan in plans),
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+    }
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+def _report(run: OpenedRun, plans: list[_Plan], lost: dict[str, float]) -> list[str]:
+    ranks = sorted({plan.rank for plan in plans})
+    cycles = f"{run.ledger.cycles} merged cycle(s) and the live one"
+    lines = [f"ranks {', '.join(map(str, ranks))}, from {cycles}; servers need to allow rank {ranks[-1]}"]
+    losing = {module: share for module, share in lost.items() if share > _NOTICEABLE}
+    if not losing:
+        lines.append("exact: the factors are the complete update")
+    else:
+        mean = sum(losing.values()) / len(lost)
+        lines.append(f"energy of the update that is lost: {mean:.2%} on average")
+        lines += [f"  {module}: {share:.2%}" for module, share in losing.items()]
+    if run.adapter.trainables:
+        lines.append("modules_to_save holds trained embeddings, norms or heads, which PEFT loads and vLLM refuses")
+    return lines
+
+
+def _perplexities(run: OpenedRun, folder: Path) -> Iterator[str]:
+    """A line with the perplexity of the probe's tokens, as recorded with the live model and with this adapter."""
+    path, name = run.checkpoint / PROBE_FILE, logits_name(run.domain)
+    if not path.is_file():
+        yield "perplexity: not compared, as there is no probe.safetensors; tools/evaluate.py measures it on any text"
+        return
+    probe = open_safetensors(path)
+    ids, live = probe.get_tensor("input_ids"), probe.get_tensor(name).float()
+    logits = _load(run, folder)(input_ids=ids, use_cache=False).logits.float()
+    before, after = (_perplexity(each, ids) for each in (live, logits))
+    yield (
+        f"perplexity of {ids.numel()} tokens of the run's text: {before:.4f} with the live model, {after:.4f} with "
+        f"this adapter ({after / before - 1:+.2%})"
+    )
+
+
+def _perplexity(logits: Tensor, ids: Tensor) -> float:
+    return math.exp(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item())
+
+
+def _load(run: OpenedRun, folder: Path) -> Any:
+    """The base in the run's dtype, with the adapter of the written file merged into its weights."""
+    from transformers import AutoModelForCausalLM
+
+    dtype, tensors = compute_dtype(run.adapter.dtype), open_safetensors(folder / WEIGHTS_FILE)
+    model: Any = AutoModelForCausalLM.from_pretrained(run.base.folder, dtype=dtype)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for entry in run.adapter.layers.values():
+        down, up = (tensors.get_tensor(name) for name in _names(entry.module))
+        delta, weight = up @ down, parameters[entry.weight].data
+        weight.copy_(run.base.read(run.reference.keys[entry.weight]).float() + (delta.T if entry.transposed else delta))
+    for name, _ in _saved(run):
+        parameters[name].data.copy_(tensors.get_tensor(f"{PREFIX}{name}"))
+    return model.eval()
+
+
+def _card(lines: list[str]) -> str:
+    head = ["---", "library_name: peft", "tags: [lora, mora, continual-pretraining]", "---", "", "# LoRA adapter", ""]
+    text = "Continual pretraining with MoRA, written as a LoRA adapter. `adapter_config.json` names the base."
+    return "\n".join([*head, text, "", "```", *lines, "```", ""])

@@ -1,0 +1,126 @@
+"""A checkpoint as PEFT's LoRA adapter: PEFT loads it, and on the base it is the merged model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
+from mora_ds.deploy.peft_export import CONFIG_FILE, export_peft
+from mora_ds.errors import UserError
+from tests.helpers.adapters import Maker, Updates, merge, originals, summed
+from tests.helpers.exports import fake_run
+from tests.helpers.models import tiny_model, tokens
+
+
+@torch.inference_mode()
+def logits_of(model: Any) -> torch.Tensor:
+    return model.eval()(input_ids=tokens(2, 24), use_cache=False).logits
+
+
+def loaded(base: Path, adapter: Path) -> Any:
+    """PEFT's model, all of whose tensors came from the files."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    assert any("lora_A" in name for name, _ in model.named_parameters())
+    return model
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> None:
+    assert (one - other).abs().max() <= 1e-5 * max(1.0, other.abs().max().item())
+
+
+def adapter(folder: Path, config: AdapterConfig, cycles: int, family: str = "llama") -> tuple[Any, Updates]:
+    """The base, with the adapter at `folder`/adapter merged into it, and the updates."""
+    model = tiny_model(family)
+    maker = Maker(model, folder / "base")
+    updates = maker.write(folder / "adapter", config, cycles)  # type: ignore[arg-type]
+    merge(model, originals(model), updates)
+    return model, updates
+
+
+@pytest.mark.parametrize(
+    ("config", "cycles", "family"),
+    [
+        (LoRAConfig(rank=3), 0, "llama"),
+        (LoRAConfig(rank=3, alpha=5.0), 2, "llama"),
+        (MoRAConfig(rank=1, operator="share"), 1, "llama"),
+        (MoRAConfig(rank=1, operator="share", grouping="alternate"), 1, "gpt2"),
+        (MoRAConfig(rank=1, operator="truncate"), 0, "llama"),
+        (MoRAConfig(rank=2, operator="share"), 9, "llama"),  # more ranks than the shorter side has
+    ],
+    ids=str,
+)
+def test_an_exact_adapter_is_the_merged_model(tmp_path: Path, config: AdapterConfig, cycles: int, family: str) -> None:
+    merged, updates = adapter(tmp_path, config, cycles, family)
+    lines = export_peft(tmp_path / "adapter", tmp_path / "lora")
+    assert any(line.startswith("exact") for line in lines), lines
+    model = loaded(tmp_path / "base", tmp_path / "lora")
+    close(logits_of(model), logits_of(merged))
+    close(logits_of(model.merge_and_unload()), logits_of(merged))
+    ranks = json.loads((tmp_path / "lora" / CONFIG_FILE).read_text())
+    name, own = next(iter(updates.items()))
+    side = min(own[0][0].d_in, own[0][0].d_out)
+    total = sum(spec.rank if hasattr(spec, "rank") else spec.r_hat for spec, _ in own)  # type: ignore[attr-defined]
+    assert ranks["rank_pattern"].get(name, ranks["r"]) == min(side, total)
+
+
+@pytest.mark.parametrize("operator", ["rotate", "decouple"])
+def test_a_rank_keeps_the_leading_directions(tmp_path: Path, operator: str) -> None:
+    config, rank = MoRAConfig(rank=2, operator=operator), 5
+    _, updates = adapter(tmp_path, config, cycles=1)
+    lines = export_peft(tmp_path / "adapter", tmp_path / "lora", rank)
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    shares = {}
+    for name, own in updates.items():
+        delta = summed(torch.zeros(own[0][0].d_out, own[0][0].d_in), own, False, torch.float32)
+        left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
+        kept = (left[:, :rank] * values[:rank]) @ right[:rank]
+        best.get_submodule(name).weight.data += kept.float()
+        shares[name] = (values[rank:].square().sum() / values.square().sum()).item()
+    close(logits_of(loaded(tmp_path / "base", tmp_path / "lora")), logits_of(best))
+    assert min(shares.values()) > 0.01
+    for name, share in shares.items():
+        assert f"  {name}: {share:.2%}" in lines
+    assert f"{sum(shares.values()) / len(shares):.2%} on average" in "\n".join(lines)
+
+
+def test_every_rank_is_the_merged_model_too(tmp_path: Path) -> None:
+    """rotate has no bound on its rank, so that one must be named; the layer's shorter side loses nothing."""
+    merged, _ = adapter(tmp_path, MoRAConfig(rank=2, operator="rotate"), cycles=2)
+    with pytest.raises(UserError, match="--rank is missing"):
+        export_peft(tmp_path / "adapter", tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    export_peft(tmp_path / "adapter", tmp_path / "lora", 10_000)
+    close(logits_of(loaded(tmp_path / "base", tmp_path / "lora")), logits_of(merged))
+
+
+@pytest.mark.parametrize(
+    ("family", "trained", "saved"),
+    [
+        ("llama", ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"), 3),
+        ("llama", ("model.layers.1.input_layernorm.weight",), 1),
+        ("gpt2", ("transformer.wte.weight", "transformer.ln_f.weight"), 3),  # the head is tied; ln_f has a bias
+    ],
+)
+def test_other_trained_tensors_are_modules_to_save(
+    tmp_path: Path, family: str, trained: tuple[str, ...], saved: int
+) -> None:
+    run = fake_run(tmp_path, family, trained=trained)
+    lines = export_peft(run.output, tmp_path / "lora", 10_000)
+    assert any("modules_to_save" in line for line in lines)
+    assert len(json.loads((tmp_path / "lora" / CONFIG_FILE).read_text())["modules_to_save"]) == saved
+    close(logits_of(loaded(run.base, tmp_path / "lora")), logits_of(run.live))
+    (line,) = (line for line in lines if line.startswith("perplexity of"))
+    assert line.endswith("(+0.00%)") or line.endswith("(-0.00%)")
+
+
+def test_a_low_rank_changes_the_perplexity_that_is_told(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, dtype="bfloat16")
+    (line,) = (line for line in export_peft(run.output, tmp_path / "lora", 1) if line.startswith("perplexity of"))
+    assert "live model" in line and not line.endswith("0.00%)")
