@@ -191,6 +191,15 @@ def test_the_operators_need_torch_alone() -> None:
             assert libraries(name) <= LIBRARIES_OF_OPS, name
 
 
+def test_triton_is_imported_by_one_module_and_only_layers_use_its_kernels() -> None:
+    """The kernels round otherwise than merges, merge ledgers and exports, which must have the same bits everywhere."""
+    assert {name for name in MODULES if "triton" in libraries(name)} == {"mora_ds.adapters.kernels.triton_ops"}
+    users = {name for name in MODULES if any(".kernels" in other for other in modules_imported(name))}
+    assert {name for name in users if ".kernels" not in name} == {"mora_ds.adapters.layer"}
+    for name in ("delta", "mora", "int8", "update"):
+        assert not [other for other in reachable(f"mora_ds.adapters.ops.{name}") if ".kernels" in other]
+
+
 def test_entry_points_do_not_reach_around_mora_ds() -> None:
     entries = [*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")]
     assert entries

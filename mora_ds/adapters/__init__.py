@@ -11,5 +11,6 @@ tp_plan            which layers tensor parallelism splits, from the model's own 
 new_embeddings     training of added vocabulary rows only
 alignment          the alignment loss
 merge_layer        the frozen weight of a layer, formed anew at a merge
+kernels            a layer's product on a GPU, in few Triton kernels
 ops                the tensor functions below all of these
 """

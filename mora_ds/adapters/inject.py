@@ -115,12 +115,14 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     rows = _shape_rows(targets, config)
     styles = style_in_plan(model)
     domains = Domains(config.domains) if isinstance(config, MoRAConfig) and config.domains else None
+    checkpointed = [name for name, module in model.named_modules() if getattr(module, "gradient_checkpointing", False)]
     eight_bits = _bytes_in_8_bits(targets) if config.base_bits == 8 else (0, 0)
     for name, base in targets.items():
         aligned = _SIDES.get(styles[name])
         layer = layer_for(config, base, config.operator_for(name, *linear_shape(base), 0, aligned), name, domains)
         layer.train(base.training)
         layer.aligned = aligned
+        layer.recomputed = any(name.startswith(f"{each}." if each else "") for each in checkpointed)
         if config.base_bits == 8:
             try:
                 layer.hold_in_8_bits(layer.weight if original is None else original(f"{name}.weight"))

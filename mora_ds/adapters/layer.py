@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mora_ds.adapters.kernels.linear import kernel_linear
+from mora_ds.adapters.kernels.ops import runs_kernels
+from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops.int8 import Int8Weight, Weight, check_floating, dense, frozen_linear, quantize
 from mora_ds.adapters.ops.linear import Compute, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
@@ -62,6 +65,8 @@ class AdaptedLinear(nn.Module):
         self.register_parameter(spec.value_name, nn.Parameter(value))
         self.spec = spec
         self.dropout = dropout
+        self.recomputed = False
+        """Whether gradient checkpointing runs forward again just before backward, which may then use what it formed."""
         self.split: Split | None = None
         """Set under tensor parallelism: the parameter is then this rank's shard of the value."""
         self.aligned: Side | None = None
@@ -160,6 +165,7 @@ class MoRALinear(AdaptedLinear):
     def __init__(self, base: Any, spec: OperatorSpec, dropout: float = 0.0, compute: Compute = Compute.AUTO) -> None:
         super().__init__(base, spec, dropout)
         self.compute = compute
+        self.tables: KernelTables | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.split is not None:
@@ -168,7 +174,17 @@ class MoRALinear(AdaptedLinear):
             return super().forward(x)
         frozen = self.frozen
         check_floating(x, frozen)
-        return mora_linear(x, frozen, self.bias, self.square.to(x.dtype), self.spec, self.compute)
+        square, keep = self.square.to(x.dtype), self.recomputed and self.training
+        if runs_kernels(x.device):
+            return kernel_linear(x, frozen, self.bias, square, self.kernel_tables(x.device), self.compute, keep)
+        return mora_linear(x, frozen, self.bias, square, self.spec, self.compute, keep)
+
+    def kernel_tables(self, device: torch.device) -> KernelTables:
+        """The index tables of the layer's operator on a device, made anew when a cycle brings another operator."""
+        tables = self.tables
+        if tables is None or tables.spec != self.spec or tables.fold.device != device:
+            self.tables = tables = KernelTables(self.spec, device)
+        return tables
 
     def update(self, x: Tensor) -> Tensor:
         return mora_update(self.spec, self.square.to(x.dtype), x)

@@ -20,6 +20,7 @@ from torch import Tensor
 from mora_ds.adapters.kernels import ops
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops.int8 import Int8Weight, Weight, dense
+from mora_ds.adapters.ops.linear import Compute, choose
 
 
 def activation_linear(x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables) -> Tensor:
@@ -36,6 +37,19 @@ def weight_linear(
     just before backward, as the sum would be formed a third time."""
     y: Tensor = _Weight.apply(x, weight, bias, square, tables, keep)
     return y
+
+
+def kernel_linear(
+    x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables,
+    path: Compute = Compute.AUTO, keep: bool = False,
+) -> Tensor:  # fmt: skip
+    """`ops.linear.mora_linear` by kernels."""
+    spec = tables.spec
+    if path is Compute.AUTO:
+        path = choose(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype, spec)
+    if path is Compute.WEIGHT:
+        return weight_linear(x, weight, bias, square, tables, keep)
+    return activation_linear(x, weight, bias, square, tables)
 
 
 def form_weight(weight: Weight, square: Tensor, tables: KernelTables) -> Tensor:

@@ -13,7 +13,7 @@ each of the N blocks of the result (`back` False) or rotates each block of x bac
 for share, `members` of `tables`. The result is contiguous, in the dtype of M.
 
 Sums are made in fp32 (fp64 for fp64) and rounded once. Nothing here has a gradient of its own: `linear` has it.
-CPU and CUDA run `plain`; meta tensors give the shapes, so that a plan or a count
+A CPU runs `plain`, CUDA runs `triton_ops`; meta tensors give the shapes, so that a plan or a count
 sees CUDA's operations.
 """
 
@@ -40,12 +40,6 @@ _LIBRARY.define(
 _LIBRARY.define("product(Tensor c, Tensor z) -> Tensor")
 _LIBRARY.define("sum_parts(Tensor parts, ScalarType dtype) -> Tensor")
 
-TILE = 128
-"""Side of the tiles of M's gradient that one program of `product` sums."""
-
-_TERMS = 512
-"""Terms of a sum that a part of `product` has at least."""
-
 _PROGRAMS_ON_META = 256
 """Programs that a device runs at once, where there is no device to ask."""
 
@@ -53,12 +47,6 @@ _PROGRAMS_ON_META = 256
 def runs_kernels(device: torch.device) -> bool:
     """Whether a device has kernels for these operations: CUDA where triton is installed."""
     return device.type == "cuda" and find_spec("triton") is not None
-
-
-def parts_of(terms: int, r_hat: int, programs: int) -> int:
-    """P: in how many parts `product` sums `terms` products, so that about `programs` programs have work."""
-    tiles = -((-r_hat // TILE) ** 2)
-    return max(1, min(programs // tiles, terms // _TERMS))
 
 
 def _meta_gather_sum(x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> Tensor:
@@ -74,7 +62,7 @@ def _meta_form(weight: Tensor, scales: Tensor | None, square: Tensor, *_: Any) -
 
 
 def _meta_product(c: Tensor, z: Tensor) -> Tensor:
-    parts = parts_of(c.shape[0], c.shape[1], _PROGRAMS_ON_META)
+    parts = plain.parts_of(c.shape[0], c.shape[1], _PROGRAMS_ON_META)
     dtype = torch.promote_types(c.dtype, torch.float32)
     return c.new_empty(parts, c.shape[1], z.shape[1], dtype=dtype)
 
@@ -83,9 +71,18 @@ def _meta_sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return parts.new_empty(parts.shape[1:], dtype=dtype)
 
 
+def _in_triton(name: str) -> Any:
+    def call(*arguments: Any) -> Any:
+        from mora_ds.adapters.kernels import triton_ops  # triton is an optional dependency
+
+        return getattr(triton_ops, name)(*arguments)
+
+    return call
+
+
 for _name in NAMES:
     _LIBRARY.impl(_name, getattr(plain, _name), "CPU")
-    _LIBRARY.impl(_name, getattr(plain, _name), "CUDA")
+    _LIBRARY.impl(_name, _in_triton(_name), "CUDA")
     _LIBRARY.impl(_name, globals()[f"_meta_{_name}"], "Meta")
 
 gather_sum = torch.ops.mora_ds.gather_sum.default

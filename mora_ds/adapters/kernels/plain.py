@@ -6,11 +6,19 @@ Shape legend: `tables`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mora_ds.adapters.ops.gather import rotate
+
+TILE = 128
+"""Side of the tiles of M's gradient that one program of `product` sums."""
+
+_TERMS = 512
+"""Terms of a sum that a part of `product` has at least."""
 
 
 def gather_sum(x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> Tensor:
@@ -43,6 +51,12 @@ def form(
 def product(c: Tensor, z: Tensor) -> Tensor:
     """See `ops.product`."""
     return (_wide(c).T @ _wide(z)).unsqueeze(0)
+
+
+def parts_of(terms: int, r_hat: int, programs: int) -> int:
+    """P: in how many parts `product` sums `terms` products, so that about `programs` programs have work."""
+    tiles = math.ceil(r_hat / TILE) ** 2
+    return max(1, min(programs // tiles, terms // _TERMS))
 
 
 def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:

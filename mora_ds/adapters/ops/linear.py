@@ -71,13 +71,19 @@ def choose(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, spec: Operato
 
 
 def mora_linear(
-    x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec, path: Compute = Compute.AUTO
-) -> Tensor:
-    """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will do."""
+    x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec,
+    path: Compute = Compute.AUTO, keep: bool = False,
+) -> Tensor:  # fmt: skip
+    """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will do.
+
+    `keep`: the weight path saves W0 + delta for backward. Right under gradient checkpointing, which runs forward again
+    just before backward and drops what the first forward saved: the sum is then formed twice, not three times.
+    """
     if path is Compute.AUTO:
         path = choose(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype, spec)
-    function = _WeightPath if path is Compute.WEIGHT else _ActivationPath
-    return function.apply(x, weight, bias, square, spec)
+    if path is Compute.WEIGHT:
+        return _WeightPath.apply(x, weight, bias, square, spec, keep)
+    return _ActivationPath.apply(x, weight, bias, square, spec)
 
 
 class _WeightPath(torch.autograd.Function):
@@ -85,21 +91,25 @@ class _WeightPath(torch.autograd.Function):
     large as the input, it saves the input itself, which layers that read the same tensor share."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec, keep: bool
+    ) -> Tensor:
         ctx.spec, ctx.weight = spec, weight
-        ctx.save_for_backward(x if spec.blockwise else fold_input(spec, x), square)
-        return F.linear(x, effective_weight(spec, square, dense(weight, x.dtype)), bias)
+        saved = x if spec.blockwise else fold_input(spec, x)
+        formed = effective_weight(spec, square, dense(weight, x.dtype))
+        ctx.save_for_backward(saved, square, formed if keep else None)
+        return F.linear(x, formed, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,), spec = gradients, ctx.spec
-        saved, square = ctx.saved_tensors
+        saved, square, formed = ctx.saved_tensors
         g_x = g_square = None
         if ctx.needs_input_grad[0]:
-            g_x = g @ effective_weight(spec, square, dense(ctx.weight, g.dtype))
+            g_x = g @ (effective_weight(spec, square, dense(ctx.weight, g.dtype)) if formed is None else formed)
         if ctx.needs_input_grad[3]:
             g_square = square_gradient(spec, saved, g, form_dense=sums_by_product(g))
-        return g_x, None, None, g_square, None
+        return g_x, None, None, g_square, None, None
 
 
 class _ActivationPath(torch.autograd.Function):

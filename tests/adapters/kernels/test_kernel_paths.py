@@ -5,23 +5,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mora_ds.adapters.kernels.linear import activation_linear, form_weight, weight_linear
 from mora_ds.adapters.kernels.tables import KernelTables
+from mora_ds.adapters.layer import MoRALinear
+from mora_ds.adapters.merge_layer import merge_layer
+from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
-from mora_ds.adapters.ops.mora import OperatorSpec, effective_weight
+from mora_ds.adapters.ops.linear import Compute
+from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight, effective_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
-from tests.helpers.operators import by_definition, outputs_and_gradients, random, saved_bytes, spec_id, specs
+from tests.helpers.operators import by_definition, outputs_and_gradients, random, saved_bytes, specs
 
 CPU = torch.device("cpu")
 PATHS: dict[str, Callable[..., Tensor]] = {"activation": activation_linear, "weight": weight_linear}
+by_kind = pytest.mark.parametrize("kind", list(OperatorKind))
 both_paths = pytest.mark.parametrize("path", list(PATHS))
 
 MOST_KERNELS = {OperatorKind.SHARE: 10, OperatorKind.ROTATE: 14}
@@ -36,26 +43,35 @@ def by_kernels(spec: OperatorSpec, path: str) -> Callable[..., Tensor]:
     return lambda x, weight, bias, square: PATHS[path](x, weight, bias, square, tables)
 
 
-@pytest.mark.parametrize("spec", list(specs()), ids=spec_id)
-def test_both_paths_are_base_plus_delta(spec: OperatorSpec) -> None:
-    expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
-    for path in PATHS:
-        for one, right in zip(
-            outputs_and_gradients(spec, torch.float64, by_kernels(spec, path)), expected, strict=True
-        ):
-            torch.testing.assert_close(one, right, rtol=1e-6, atol=1e-6)  # rotate's cosines are fp32
+@both_paths
+@by_kind
+def test_both_paths_are_base_plus_delta(kind: OperatorKind, path: str) -> None:
+    for spec in specs():
+        if spec.kind is kind:
+            expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
+            found = outputs_and_gradients(spec, torch.float64, by_kernels(spec, path))
+            for one, right in zip(found, expected, strict=True):  # rotate's cosines are fp32
+                assert torch.allclose(one, right, rtol=1e-6, atol=1e-6), spec
 
 
 @both_paths
-@pytest.mark.parametrize("spec", [s for s in specs() if max(s.d_in, s.d_out) > 1][::5], ids=spec_id)
-def test_both_paths_in_bf16(spec: OperatorSpec, path: str) -> None:
-    expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
-    for found, right in zip(outputs_and_gradients(spec, torch.bfloat16, by_kernels(spec, path)), expected, strict=True):
-        assert (found - right).norm() <= 4 * torch.finfo(torch.bfloat16).eps * right.norm()
+@by_kind
+def test_both_paths_in_bf16(kind: OperatorKind, path: str) -> None:
+    for spec in [spec for spec in specs() if spec.kind is kind and max(spec.d_in, spec.d_out) > 1][::5]:
+        expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
+        found = outputs_and_gradients(spec, torch.bfloat16, by_kernels(spec, path))
+        for one, right in zip(found, expected, strict=True):
+            assert (one - right).norm() <= 4 * torch.finfo(torch.bfloat16).eps * right.norm(), spec
 
 
-@pytest.mark.parametrize("spec", list(specs()), ids=spec_id)
-def test_the_formed_weight_has_the_bits_of_the_plain_path(spec: OperatorSpec) -> None:
+@by_kind
+def test_the_formed_weight_has_the_bits_of_the_plain_path(kind: OperatorKind) -> None:
+    for spec in specs():
+        if spec.kind is kind:
+            check_formed(spec)
+
+
+def check_formed(spec: OperatorSpec) -> None:
     square, weight = random(spec.r_hat, spec.r_hat).float(), random(spec.d_out, spec.d_in, seed=1).float()
     formed = form_weight(weight, square, KernelTables(spec, CPU))
     assert torch.equal(formed, effective_weight(spec, square, weight))
@@ -67,11 +83,37 @@ def test_the_formed_weight_has_the_bits_of_the_plain_path(spec: OperatorSpec) ->
     assert torch.equal(in_8_bits, effective_weight(spec, square, dequantised))
 
 
+# -- the layer --------------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By kernels in plain torch. The tables follow the cycle; a merge has the bits of plain operations."""
+    monkeypatch.setattr("mora_ds.adapters.layer.runs_kernels", lambda device: True)
+    spec = OperatorSpec(OperatorKind.SHARE, 12, 8, 6, Grouping.PERMUTED, seed=1)
+    base, x, square = nn.Linear(12, 8), torch.randn(5, 12), torch.randn(6, 6)
+    original = base.weight.data.clone()
+    layer = MoRALinear(base, spec, compute=Compute.WEIGHT)
+    layer.square.data.copy_(square)
+    for seed in (1, 2):
+        layer.spec = replace(spec, seed=seed)
+        with Kernels() as kernels:
+            y = layer(x)
+        assert kernels.started["mora_ds.form"] == kernels.started["mora_ds.gather_sum"] == 1
+        torch.testing.assert_close(y, F.linear(x, original + delta_weight(layer.spec, square), base.bias))
+    assert {name for name, _ in layer.named_buffers()} >= {"tables.fold", "tables.unfold", "tables.deal"}
+    assert not layer.state_dict().keys() & {"tables.fold", "weight"}
+    assert layer.to(torch.bfloat16).tables.fold.dtype is torch.int32
+    with Kernels() as kernels:
+        merge_layer(layer.float(), original, [(layer.spec, square)], square)
+    assert not [name for name in kernels.started if name.startswith("mora_ds")]
+    assert torch.equal(layer.weight, live_weight(original, [(layer.spec, square)], False, torch.float32))
+
+
 # -- gradients and memory ---------------------------------------------------------------------------------------------
 
 
 @both_paths
-@pytest.mark.parametrize("kind", list(OperatorKind))
+@by_kind
 def test_gradients_equal_differences(kind: OperatorKind, path: str) -> None:
     tables = KernelTables(OperatorSpec(kind, 13, 7, 4, Grouping.PERMUTED, seed=2), CPU)
     weight = random(7, 13, seed=1)
@@ -125,9 +167,8 @@ def meta(*shape: int) -> Tensor:
 
 
 @both_paths
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", list(OperatorKind))
-@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 11008), (11008, 4096)])
+@by_kind
+@pytest.mark.parametrize(("shape", "bias"), [((4096, 4096), True), ((4096, 11008), False), ((11008, 4096), False)])
 def test_a_layer_starts_few_kernels_and_never_waits(
     shape: tuple[int, int], kind: OperatorKind, bias: bool, path: str
 ) -> None:

@@ -1,0 +1,356 @@
+"""The operations of `ops` as Triton kernels. Only this module imports triton.
+
+Each function has a `plan_` that says which kernel is started, with which sizes; a plan needs shapes and dtypes only, so
+that the kernels of a 7B model are compiled, and their machine code inspected, without a GPU (tests/adapters/kernels).
+
+Memory is read and written in 128-bit pieces. What is gathered in a random order is one row, first copied to shared
+memory (`tl.gather`): in global memory every number would cost a transaction of 32 bytes. Rows of more than `_SHARED`
+bytes are gathered from global memory all the same.
+
+Products and sums are not fused into one rounding (`enable_fp_fusion`), so that fp32 has the bits of plain torch.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False
+# The kernels have no types: triton reads their arguments' annotations as its own.
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mora_ds.adapters.kernels import plain
+
+_SHARED = 1 << 16
+"""Bytes of a row that is copied to shared memory; every GPU since sm_80 has at least 99 KiB of it for a program."""
+
+_TOKENS = 4
+"""Tokens of one program of `gather_sum`, which all read the same part of the table."""
+
+_NONE, _FORTH, _BACK = 0, 1, 2
+"""Which rotation `_gather_sum` makes: of what it gathered, or of what it gathers from."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of a kernel."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self) -> None:
+        first = next(each for each in self.arguments.values() if isinstance(each, Tensor))
+        with _current(first.device):
+            self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+
+
+def gather_sum(x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> Tensor:
+    """See `ops.gather_sum`."""
+    out = x.new_empty(x.shape[0], table.shape[1])
+    plan_gather_sum(out, x.contiguous(), table, cos, sin, back, add=False)()
+    return out
+
+
+def gather_add_(y: Tensor, x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> None:
+    """See `ops.gather_add_`."""
+    assert y.is_contiguous()
+    plan_gather_sum(y, x.contiguous(), table, cos, sin, back, add=True)()
+
+
+def plan_gather_sum(
+    out: Tensor, x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool, add: bool
+) -> Launch:
+    """`gather_sum` into out (T, Q), or added to it."""
+    (tokens, size), (terms, columns) = x.shape, table.shape
+    turn = _NONE if cos is None else _BACK if back else _FORTH
+    row = triton.next_power_of_2(size)
+    part = min(triton.next_power_of_2(columns), 2048)
+    shared = row * (_accumulator(x.dtype).primitive_bitwidth // 8 if turn == _BACK else x.element_size()) <= _SHARED
+    width = max(row if shared else 0, part)
+    half = 0 if cos is None else cos.shape[1]
+    unit = 8 if half % 8 == 0 else 1  # triton sees that 16 divides an argument, not that 8 does
+    return Launch(
+        _gather_sum,
+        (triton.cdiv(tokens, _TOKENS), triton.cdiv(columns, part)),
+        {"out": out, "x": x, "table": table, "cos": cos, "sin": sin, "tokens": tokens, "size": size,
+         "columns": columns, "units": half // unit},
+        {"TERMS": terms, "TURN": turn, "ADD": add, "SHARED": shared, "ROW": row, "PART": part,
+         "TOKENS": _TOKENS, "UNIT": unit, "SUM": _accumulator(x.dtype)},
+        {"num_warps": min(16, max(4, width // 512)), "enable_fp_fusion": False},
+    )  # fmt: skip
+
+
+def form(
+    weight: Tensor, scales: Tensor | None, square: Tensor, unfold: Tensor, deal: Tensor, members: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, blocks_in: int, blocks_out: int,
+) -> Tensor:  # fmt: skip
+    """See `ops.form`."""
+    out = square.new_empty(weight.shape)
+    square = square.contiguous()
+    if members is not None:
+        plan_form_groups(out, weight, scales, square, unfold, members)()
+    else:
+        plan_form_blocks(out, weight, scales, square, unfold, deal, cos, sin, blocks_in, blocks_out)()
+    return out
+
+
+def plan_form_groups(
+    out: Tensor, weight: Tensor, scales: Tensor | None, square: Tensor, unfold: Tensor, members: Tensor
+) -> Launch:
+    """`form` for share: a program gathers a row of M once, and adds it to all rows of the weight that read it."""
+    columns, r_hat = weight.shape[1], len(square)
+    row, part = triton.next_power_of_2(r_hat), min(triton.next_power_of_2(columns), 2048)
+    return Launch(
+        _form_groups,
+        (r_hat, triton.cdiv(columns, part)),
+        {"out": out, "weight": weight, "scales": scales, "square": square, "unfold": unfold, "members": members,
+         "columns": columns, "row_stride": weight.stride(0), "column_stride": weight.stride(1), "r_hat": r_hat,
+         "most_members": len(members)},
+        {"TERMS": len(unfold), "SHARED": row * square.element_size() <= _SHARED, "ROW": row, "PART": part,
+         "SUM": _accumulator(square.dtype)},
+        {"num_warps": 8, "enable_fp_fusion": False},
+    )  # fmt: skip
+
+
+def plan_form_blocks(
+    out: Tensor, weight: Tensor, scales: Tensor | None, square: Tensor, unfold: Tensor, deal: Tensor,
+    cos: Tensor | None, sin: Tensor | None, blocks_in: int, blocks_out: int,
+) -> Launch:  # fmt: skip
+    """`form` for the other operators: most elements of the delta are zero, and of M only the others are read."""
+    rows, columns = weight.shape
+    part, lines = min(triton.next_power_of_2(columns), 512), 8
+    return Launch(
+        _form_blocks,
+        (triton.cdiv(rows, lines), triton.cdiv(columns, part)),
+        {"out": out, "weight": weight, "scales": scales, "square": square, "unfold": unfold, "deal": deal, "cos": cos,
+         "sin": sin, "rows": rows, "columns": columns, "row_stride": weight.stride(0),
+         "column_stride": weight.stride(1), "r_hat": len(square), "blocks_in": blocks_in, "blocks_out": blocks_out},
+        {"TERMS": len(unfold), "ROWS": lines, "PART": part, "SUM": _accumulator(square.dtype)},
+        {"num_warps": 8, "enable_fp_fusion": False},
+    )  # fmt: skip
+
+
+def product(c: Tensor, z: Tensor) -> Tensor:
+    """See `ops.product`. In fp32 and fp64, which tensor cores do not multiply exactly, by torch."""
+    if c.dtype not in (torch.bfloat16, torch.float16):
+        return plain.product(c, z)
+    parts = plain.parts_of(c.shape[0], c.shape[1], 2 * _processors(c.device))
+    out = torch.empty(parts, c.shape[1], z.shape[1], dtype=torch.float32, device=c.device)
+    plan_product(out, c.contiguous(), z.contiguous())()
+    return out
+
+
+def plan_product(out: Tensor, c: Tensor, z: Tensor) -> Launch:
+    """`product` into out (P, R, R). The order of the sums depends on P alone."""
+    (parts, r_hat, _), terms = out.shape, len(c)
+    tile, deep = max(16, min(plain.TILE, triton.next_power_of_2(r_hat))), 64
+    tiles = triton.cdiv(r_hat, tile)
+    return Launch(
+        _product,
+        (tiles * tiles, parts),
+        {"out": out, "c": c, "z": z, "terms": terms, "r_hat": r_hat,
+         "terms_of_part": deep * triton.cdiv(triton.cdiv(terms, parts), deep)},
+        {"TILE": tile, "DEEP": deep},
+        {"num_warps": 8 if tile == plain.TILE else 4, "num_stages": 3},
+    )  # fmt: skip
+
+
+def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `ops.sum_parts`."""
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    plan_sum_parts(out, parts)()
+    return out
+
+
+def plan_sum_parts(out: Tensor, parts: Tensor) -> Launch:
+    """`sum_parts` into out (R, R), part after part."""
+    return Launch(
+        _sum_parts,
+        (triton.cdiv(out.numel(), 1024),),
+        {"out": out, "parts": parts, "count": len(parts), "size": out.numel()},
+        {"PART": 1024},
+        {"num_warps": 4},
+    )
+
+
+def _accumulator(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":  # triton's interpreter
+        return 2
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton starts kernels on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rotation(cos, sin, position, half, inside):
+    """Of positions in blocks of 2 * half: the one that each is paired with, and cosine and signed sine, so that the
+    rotated x at p is x[p] * cosine + x[pair] * sine; rotated back with the other sign of the sine."""
+    lane = position % (2 * half)
+    first = lane < half
+    angle = position // (2 * half) * half + tl.where(first, lane, lane - half)
+    pair = tl.where(first, position + half, position - half)
+    cosine = tl.load(cos + angle, mask=inside, other=0)
+    sine = tl.load(sin + angle, mask=inside, other=0)
+    return pair, cosine, tl.where(first, -sine, sine)
+
+
+@triton.jit
+def _gather_sum(
+    out, x, table, cos, sin, tokens, size, columns, units,
+    TERMS: tl.constexpr, TURN: tl.constexpr, ADD: tl.constexpr, SHARED: tl.constexpr,
+    ROW: tl.constexpr, PART: tl.constexpr, TOKENS: tl.constexpr, UNIT: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    half = units * UNIT
+    column = tl.program_id(1) * PART + tl.arange(0, PART)
+    inside = column < columns
+    lane = tl.arange(0, ROW)
+    if TURN == 1:
+        pair, cosine, sine = _rotation(cos, sin, column, half, inside)
+        paired = tl.load(table + pair, mask=inside, other=-1)
+    if TURN == 2 and SHARED:
+        pair, cosine, sine = _rotation(cos, sin, lane, half, lane < size)
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    for token in range(first, tl.minimum(first + TOKENS, tokens)):
+        source = x + token * size
+        target = out + token * columns + column
+        if SHARED:
+            row = tl.load(source + lane, mask=lane < size, other=0)
+            if TURN == 2:
+                other = tl.load(source + pair, mask=lane < size, other=0)
+                row = row.to(SUM) * cosine - other.to(SUM) * sine
+        total = tl.zeros((PART,), SUM)
+        for term in tl.static_range(TERMS):
+            position = tl.load(table + term * columns + column, mask=inside, other=-1)
+            if SHARED:
+                value = tl.gather(row, tl.maximum(position, 0), 0).to(SUM)
+                value = tl.where(position >= 0, value, 0)
+            else:
+                found = position >= 0
+                value = tl.load(source + position, mask=found, other=0).to(SUM)
+                if TURN == 2:
+                    pair, cosine, sine = _rotation(cos, sin, position, half, found)
+                    value = value * cosine - tl.load(source + pair, mask=found, other=0).to(SUM) * sine
+            total = value if term == 0 else total + value
+        if TURN == 1:
+            if SHARED:
+                other = tl.gather(row, tl.maximum(paired, 0), 0).to(SUM)
+                other = tl.where(paired >= 0, other, 0)
+            else:
+                other = tl.load(source + paired, mask=paired >= 0, other=0).to(SUM)
+            total = total * cosine + other * sine
+        if ADD:
+            total += tl.load(target, mask=inside, other=0).to(SUM)
+        tl.store(target, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _form_groups(
+    out, weight, scales, square, unfold, members, columns, row_stride, column_stride, r_hat, most_members,
+    TERMS: tl.constexpr, SHARED: tl.constexpr, ROW: tl.constexpr, PART: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0)
+    column = tl.program_id(1) * PART + tl.arange(0, PART)
+    inside = column < columns
+    source = square + group * r_hat
+    if SHARED:
+        lane = tl.arange(0, ROW)
+        row = tl.load(source + lane, mask=lane < r_hat, other=0)
+    delta = tl.zeros((PART,), SUM)
+    for term in tl.static_range(TERMS):
+        position = tl.load(unfold + term * columns + column, mask=inside, other=-1)
+        if SHARED:
+            value = tl.gather(row, tl.maximum(position, 0), 0).to(SUM)
+            value = tl.where(position >= 0, value, 0)
+        else:
+            value = tl.load(source + position, mask=position >= 0, other=0).to(SUM)
+        delta = value if term == 0 else delta + value
+    for member in range(most_members):
+        output = tl.load(members + member * r_hat + group)
+        if output >= 0:
+            line = output.to(tl.int64)
+            base = tl.load(weight + line * row_stride + column * column_stride, mask=inside, other=0).to(SUM)
+            if scales is not None:
+                base = base * tl.load(scales + output).to(SUM)
+            tl.store(out + line * columns + column, (base + delta).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _form_blocks(
+    out, weight, scales, square, unfold, deal, cos, sin, rows, columns, row_stride, column_stride, r_hat, blocks_in,
+    blocks_out, TERMS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    output = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * PART + tl.arange(0, PART)
+    in_rows, in_columns = output < rows, column < columns
+    inside = in_rows[:, None] & in_columns[None, :]
+    slot = tl.load(deal + output, mask=in_rows, other=-1)
+    block = tl.where(slot >= 0, slot // r_hat % blocks_in, -1)
+    source = square + (slot % r_hat)[:, None] * r_hat
+    line = output.to(tl.int64)[:, None]
+    base = tl.load(weight + line * row_stride + column[None, :] * column_stride, mask=inside, other=0).to(SUM)
+    if scales is not None:
+        base = base * tl.load(scales + output, mask=in_rows, other=0)[:, None].to(SUM)
+    delta = tl.zeros((ROWS, PART), SUM)
+    for term in tl.static_range(TERMS):
+        position = tl.load(unfold + term * columns + column, mask=in_columns, other=-1)
+        found = position >= 0
+        met = tl.where(found, position // r_hat % blocks_out, -2)
+        meets = block[:, None] == met[None, :]
+        start = position // r_hat * r_hat
+        value = tl.load(source + (position - start)[None, :], mask=meets, other=0).to(SUM)
+        if cos is not None:
+            pair, cosine, sine = _rotation(cos, sin, position, r_hat // 2, found)
+            other = tl.load(source + (pair - start)[None, :], mask=meets, other=0).to(SUM)
+            value = value * cosine[None, :] - other * sine[None, :]
+        delta = value if term == 0 else delta + value
+    tl.store(out + line * columns + column[None, :], (base + delta).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _product(out, c, z, terms, r_hat, terms_of_part, TILE: tl.constexpr, DEEP: tl.constexpr):
+    tiles = tl.cdiv(r_hat, TILE)
+    row = tl.program_id(0) // tiles * TILE + tl.arange(0, TILE)
+    column = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
+    part = tl.program_id(1)
+    start = part * terms_of_part
+    stop = tl.minimum(start + terms_of_part, terms)
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for first in range(start, stop, DEEP):
+        term = first + tl.arange(0, DEEP)
+        line = term.to(tl.int64)[:, None] * r_hat
+        inside = (term < stop)[:, None]
+        left = tl.load(c + line + row[None, :], mask=inside & (row < r_hat)[None, :], other=0)
+        right = tl.load(z + line + column[None, :], mask=inside & (column < r_hat)[None, :], other=0)
+        total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
+    inside = (row < r_hat)[:, None] & (column < r_hat)[None, :]
+    tl.store(out + (part * r_hat + row)[:, None] * r_hat + column[None, :], total, mask=inside)
+
+
+@triton.jit
+def _sum_parts(out, parts, count, size, PART: tl.constexpr):
+    place = tl.program_id(0) * PART + tl.arange(0, PART)
+    inside = place < size
+    total = tl.zeros((PART,), parts.dtype.element_ty)
+    for _ in range(count):
+        total += tl.load(parts + place, mask=inside, other=0)
+        parts += size
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)

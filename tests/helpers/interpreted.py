@@ -1,0 +1,152 @@
+"""The Triton kernels in triton's interpreter (`TRITON_INTERPRET=1`), against plain torch.
+
+    python -m tests.helpers.interpreted START STEP      every STEP-th of the operators in `operators.specs`, from START
+
+In a process of its own, as triton decides at its import whether it interprets. Exits with the first difference. Each
+kernel gathers from shared memory, as by default, or from global memory, as it does from long rows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from mora_ds.adapters.kernels import linear, plain, triton_ops
+from mora_ds.adapters.kernels.ops import NAMES
+from mora_ds.adapters.kernels.tables import KernelTables
+from mora_ds.adapters.ops.int8 import quantize
+from mora_ds.adapters.ops.mora import OperatorSpec
+from tests.helpers.operators import outputs_and_gradients, random, spec_id, specs
+
+CPU = torch.device("cpu")
+TOKENS = 5
+
+VARIANTS = {"shared": {}, "global": {"_SHARED": 0}}
+"""Constants of `triton_ops` that choose another branch of a kernel."""
+
+
+def same(found: Tensor, expected: Tensor, what: str) -> None:
+    """To the bit in fp32 and fp64. In half precision within one unit in the last place, as the interpreter cuts bf16
+    off where torch rounds."""
+    assert found.shape == expected.shape and found.dtype == expected.dtype, what
+    if found.dtype in (torch.float32, torch.float64):
+        assert torch.equal(found, expected), f"{what}: {(found - expected).abs().max()} apart"
+        return
+    apart = (_ordinal(found) - _ordinal(expected)).abs().max()
+    assert apart <= 1, f"{what}: {apart} units in the last place"
+
+
+def _ordinal(x: Tensor) -> Tensor:
+    """Numbers in 16 bits as integers in their order."""
+    bits = x.contiguous().view(torch.int16).int()
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
+def check_kernels(spec: OperatorSpec, dtype: torch.dtype) -> None:
+    tables = KernelTables(spec, CPU)
+    rotation = tables.rotation
+    x, g = random(TOKENS, spec.d_in).to(dtype), random(TOKENS, spec.d_out, seed=1).to(dtype)
+    z = plain.gather_sum(x, tables.fold, *rotation, False)
+    same(triton_ops.gather_sum(x, tables.fold, *rotation, False), z, "fold")
+    c = plain.gather_sum(g, tables.collect, None, None, False)
+    same(triton_ops.gather_sum(g, tables.collect, None, None, False), c, "collect")
+    for target, source, arguments in (
+        (g, z, (tables.deal, None, None, False)),
+        (x, c, (tables.unfold, *rotation, True)),
+    ):
+        found, expected = target.clone(), target.clone()
+        triton_ops.gather_add_(found, source, *arguments)
+        plain.gather_add_(expected, source, *arguments)
+        same(found, expected, "deal or unfold")
+    check_form(spec, tables, dtype)
+    # `tl.dot` multiplies the bit patterns of bf16 in triton 3.9's interpreter (`create_dot`): fp16 in its place.
+    c, z = c.view(-1, spec.r_hat).half(), z.view(-1, spec.r_hat).half()
+    parts = triton_ops.product(c, z)
+    torch.testing.assert_close(parts.sum(0), plain.product(c, z)[0], rtol=1e-5, atol=1e-5)
+    stack = torch.stack([parts[0], 2 * parts[0], -parts[0] / 3])
+    same(triton_ops.sum_parts(stack, dtype), plain.sum_parts(stack, dtype), "sum_parts")
+
+
+def check_form(spec: OperatorSpec, tables: KernelTables, dtype: torch.dtype) -> None:
+    square, weight = random(spec.r_hat, spec.r_hat, seed=2).to(dtype), random(spec.d_out, spec.d_in, seed=3).to(dtype)
+    blocks = (spec.blocks_in, spec.blocks_out) if spec.blockwise else (1, 1)
+    rest = square, tables.unfold, tables.deal, tables.members, *tables.rotation, *blocks
+    expected = plain.form(weight, None, *rest)
+    same(triton_ops.form(weight, None, *rest), expected, "form")
+    same(triton_ops.form(weight.T.contiguous().T, None, *rest), expected, "form of a transposed weight")
+    values, scales = quantize(weight)
+    same(triton_ops.form(values, scales, *rest), plain.form(values, scales, *rest), "form of int8")
+
+
+def check_parts() -> None:
+    """A sum so long that it is made in several parts, the last of them shorter; with sides of several tiles."""
+    for terms, r_hat in ((1300, 18), (70, 150)):
+        c, z = random(terms, r_hat).half(), random(terms, r_hat, seed=1).half()
+        parts = triton_ops.product(c, z)
+        assert len(parts) == (2 if terms == 1300 else 1)
+        torch.testing.assert_close(parts.sum(0), plain.product(c, z)[0], rtol=1e-4, atol=1e-4)
+
+
+def check_layer(spec: OperatorSpec) -> None:
+    """Outputs and gradients of both paths, by the kernels and by plain torch."""
+    tables = KernelTables(spec, CPU)
+    for path in (linear.activation_linear, linear.weight_linear):
+
+        def layer(x: Tensor, weight: Tensor, bias: Tensor, square: Tensor, path=path) -> Tensor:  # type: ignore[no-untyped-def]
+            return path(x, weight, bias, square, tables)
+
+        expected = outputs_and_gradients(spec, torch.float64, layer)
+        with by_triton():
+            found = outputs_and_gradients(spec, torch.float64, layer)
+        for one, right in zip(found, expected, strict=True):
+            same(one, right, path.__name__)
+
+
+@contextmanager
+def by_triton() -> Iterator[None]:
+    """Within it, layers call the interpreted kernels."""
+    registered = linear.ops
+    linear.ops = SimpleNamespace(**{name: getattr(triton_ops, name) for name in NAMES})  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        linear.ops = registered
+
+
+@contextmanager
+def variant(constants: dict[str, int]) -> Iterator[None]:
+    before = {name: getattr(triton_ops, name) for name in constants}
+    vars(triton_ops).update(constants)
+    try:
+        yield
+    finally:
+        vars(triton_ops).update(before)
+
+
+def main() -> None:
+    assert triton_ops.triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+    check_parts()
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    names = list(VARIANTS)
+    start, step = map(int, sys.argv[1:])
+    for number, spec in islice(enumerate(specs()), start, None, step):
+        dtype, name = dtypes[number % 3], names[number // 3 % 2]
+        try:
+            check_kernels(spec, torch.float32)
+            with variant(VARIANTS[name]):
+                check_kernels(spec, dtype)
+            if number % 2:
+                check_layer(spec)
+        except AssertionError as error:
+            sys.exit(f"{spec_id(spec)}, {dtype}, {name}: {error}")
+        print(spec_id(spec), dtype, name, flush=True)
+
+
+if __name__ == "__main__":
+    main()
