@@ -1,7 +1,4 @@
-"""The thread behind --async_save: one task at a time during training, which succeeds or fails on all ranks alike.
-
-The ranks agree over a gloo group that nothing else uses, so that their messages never mix with those of training.
-"""
+"""The thread behind --async_save: one task at a time during training, and how long training waits for it."""
 
 from __future__ import annotations
 
@@ -17,35 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds.errors import RunError
-from mora_ds.runtime.exchange import gather_to_all, new_group
 
 logger = logging.getLogger(__name__)
-
-
-class Exchange:
-    """A gloo group over which all ranks report the outcome of a task. Create it on all ranks together."""
-
-    def __init__(self) -> None:
-        self.group: Any = new_group(timeout_s=24 * 3600.0)
-
-    def agree(self, error: BaseException | None) -> None:
-        """Collective, with the error of this rank or None. Raises that error, or a `RunError` for another rank's."""
-        failed = torch.tensor(int(error is not None))
-        dist.all_reduce(failed, group=self.group)
-        if not failed:
-            return
-        texts = gather_to_all(None if error is None else f"{type(error).__name__}: {error}", self.group)
-        if error is not None:
-            raise error
-        for rank, text in enumerate(texts):
-            if text is not None:
-                raise RunError(f"rank {rank} could not write its part of the checkpoint: {text}")
 
 
 @dataclass
 class Background:
     """A thread for one task at a time, and its outcome."""
 
+    limit_s: float
+    """Seconds that `wait` waits for a task at most: on a disk that hangs, a write never returns."""
     thread: threading.Thread | None = None
     error: BaseException | None = None
 
@@ -65,13 +43,21 @@ class Background:
         self.thread.start()
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Waits for the task, if there is one, and raises what it raised."""
-        if self.thread is None:
+        """Waits for the task, if there is one, and raises what it raised.
+
+        Returns after `timeout_s`; without it, gives the task up and raises `RunError` after `limit_s`.
+        """
+        if (thread := self.thread) is None:
             return
-        self.thread.join(timeout_s)
-        if self.thread.is_alive():
+        thread.join(self.limit_s if timeout_s is None else timeout_s)
+        if thread.is_alive() and timeout_s is not None:
             return
         self.thread, error, self.error = None, self.error, None
+        if thread.is_alive():
+            raise RunError(
+                f"{thread.name}: not written after {self.limit_s:.0f} s in which training waited for it "
+                "(--collective_timeout_s): the disk does not answer, or needs more time"
+            )
         if error is not None:
             raise error
 

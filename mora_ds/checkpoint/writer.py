@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mora_ds import files
-from mora_ds.checkpoint.async_save import Background, Exchange, on_host
+from mora_ds.checkpoint.async_save import Background, on_host
 from mora_ds.checkpoint.folder import (
     OLD,
     WRITING,
@@ -53,6 +53,7 @@ from mora_ds.errors import RunError
 from mora_ds.models.tensor_files import write_safetensors_atomic
 from mora_ds.runtime.events import Event, emit
 from mora_ds.runtime.nodes import Followers
+from mora_ds.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ class CheckpointWriter:
 
     In the background, training waits only for the copy into host memory: each rank's thread writes its files, and when
     all have, rank 0's hashes, renames, links `latest` and deletes. An error of the thread (a full disk) is raised by
-    the next `save` or `wait`, on all ranks; the incomplete checkpoint is deleted and earlier ones stay.
+    the next `save` or `wait`, on all ranks; the incomplete checkpoint is deleted and earlier ones stay. A disk that
+    does not answer is such an error after the time of --collective_timeout_s.
     """
 
     def __init__(
@@ -80,8 +82,10 @@ class CheckpointWriter:
     ) -> None:  # fmt: skip
         """`root` is on rank 0's node; `followers` are nodes that do not see it and send their files there."""
         self.root, self.engine, self.collect, self.followers = root, engine, collect, followers
-        self._background = Background() if background else None
-        self._exchange = Exchange() if background else None
+        self._background, self._thread_ranks = None, None
+        if background:
+            ranks = Ranks.current() if followers is None else followers.ranks
+            self._background, self._thread_ranks = Background(ranks.timeout_s), ranks.separate()
         self._named: set[str] = set()
         """Entries of `root` that are not the run's, and have been named in the log."""
 
@@ -91,7 +95,7 @@ class CheckpointWriter:
         self.wait()
         final = step_folder(self.root, state.step)
         beside = self.root / f".{final.name}{WRITING}"
-        with _disk_errors(self.root, beside):
+        with _removed_on_failure(beside), _disk_errors(self.root):
             if dist.get_rank() == 0:
                 settle(self.root)
                 self._name_unknown()
@@ -110,7 +114,7 @@ class CheckpointWriter:
                 self._complete(beside, final, asdict(state), keep)
                 dist.barrier()
             else:
-                self._background.start(self._copied(beside, final, state, keep), f"checkpoint {final.name}")
+                self._background.start(self._copied(beside, final, state, keep), f"checkpoint {final}")
         return final
 
     def _name_unknown(self) -> None:
@@ -132,21 +136,23 @@ class CheckpointWriter:
             self.engine, beside, ENGINE_TAG, lambda path, content: pending.append((path, on_host(content)))
         )
         rng, write_extras, facts = _rng_states(), self.collect(state.step), asdict(state)
-        exchange = self._exchange
-        assert exchange is not None
+        ranks, followers = self._thread_ranks, self.followers
+        assert ranks is not None
 
         def write_own() -> None:
             for path, content in pending:
                 shard_writer.write_now(path, content)
             self._write(beside, layout, rng, write_extras)
 
+        def together(what: str, task: Callable[[], None]) -> None:
+            ranks.agree(f"checkpoint {final}, {what}", _disk_errors(self.root)(task))
+
         def work() -> None:
-            with _disk_errors(self.root, beside):
-                exchange.agree(_error_of(write_own))
-                if self.followers is not None:
-                    followers = self.followers
-                    exchange.agree(_error_of(lambda: followers.gather(beside, exchange.group)))
-                exchange.agree(_error_of(lambda: self._complete(beside, final, facts, keep)))
+            with _removed_on_failure(beside):
+                together("files of each rank", write_own)
+                if followers is not None:
+                    together("files of other nodes", lambda: followers.gather(beside, ranks.group))
+                together("manifest", lambda: self._complete(beside, final, facts, keep))
 
         return work
 
@@ -173,14 +179,6 @@ class CheckpointWriter:
         files.replace_symlink(self.root / LATEST, final.name)
         emit(Event.SAVED, state["step"])
         _retain(self.root, state["step"], keep)
-
-
-def _error_of(work: Callable[[], None]) -> BaseException | None:
-    try:
-        work()
-    except Exception as error:
-        return error
-    return None
 
 
 def load_checkpoint(folder: Path, engine: zero.Engine, identity: dict[str, Any]) -> TrainerState:
@@ -214,17 +212,25 @@ def _retain(root: Path, step: int, keep: int | None) -> None:
 
 
 @contextmanager
-def _disk_errors(root: Path, beside: Path) -> Iterator[None]:
-    """As `files.disk_errors`, also for torch and safetensors, which report a full disk as other errors. Deletes
-    `beside`."""
+def _disk_errors(root: Path) -> Iterator[None]:
+    """As `files.disk_errors`, also for torch and safetensors, which report a full disk as other errors."""
     try:
         with files.disk_errors(root):
             yield
-    except (RunError, RuntimeError, SafetensorError) as error:
+    except (RuntimeError, SafetensorError) as error:
         full = "No space left" in str(error) or (root.exists() and shutil.disk_usage(root).free < _FULL)
-        shutil.rmtree(beside, ignore_errors=True)
         if full and not isinstance(error, RunError):
             raise RunError(f"the disk that holds {root} is full: {str(error).splitlines()[0]}") from error
+        raise
+
+
+@contextmanager
+def _removed_on_failure(beside: Path) -> Iterator[None]:
+    """Deletes the incomplete checkpoint `beside` where writing it fails: it would keep a full disk full."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError):
+        shutil.rmtree(beside, ignore_errors=True)
         raise
 
 

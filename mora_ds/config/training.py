@@ -149,7 +149,8 @@ class TrainingArguments:
     """Write a merged Hugging Face model to OUTPUT_DIR/merged at the end."""
     collective_timeout_s: float | None = None
     """Seconds that a rank waits for the others in a collective, and for their start, before it fails; longer than rank
-    0 needs to hash a checkpoint. Default: DEEPSPEED_TIMEOUT (minutes) where that is set, otherwise 30 minutes."""
+    0 needs to hash a checkpoint. With --async_save also for the disk. Default: DEEPSPEED_TIMEOUT (minutes) where that
+    is set, otherwise 30 minutes."""
     heartbeat_timeout_s: float = 120.0
     """Seconds without a heartbeat of a rank (its node or its link has failed) after which the run ends; 0: never."""
     local_rank: int = -1

@@ -19,7 +19,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -74,6 +74,10 @@ class Ranks:
         seconds = 60 * float(os.environ.get("DEEPSPEED_TIMEOUT", "30")) if timeout_s is None else timeout_s
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         return cls(dist.get_rank(), dist.get_world_size(), local_rank, _group(), seconds)
+
+    def separate(self) -> Ranks:
+        """The same ranks in a group of their own, for a thread that meets while the main thread communicates."""
+        return replace(self, group=new_group(_LONG_S))
 
     @property
     def is_first(self) -> bool:

@@ -117,12 +117,35 @@ def test_what_went_wrong_is_told_on_all_ranks_and_the_checkpoint_before_stays(
     told = run_ranks(2, failing_job, user.flags(out, *MORE, "--async_save", "true"), rank)
     assert [kind for kind, _ in told] == ["RunError", "RunError"]
     assert f"the disk that holds {out / 'checkpoints'} is full" in told[rank][1]
-    assert f"rank {rank} could not write its part of the checkpoint" in told[1 - rank][1]
+    assert told[1 - rank][1].startswith("rank 1: " if rank else "the disk that holds")
     root = out / "checkpoints"
     assert [folder.name for folder in complete_checkpoints(root)] == ["step-000002"]
     assert (root / "latest").resolve().name == "step-000002"
     assert not list(root.glob(".step*")), "half a checkpoint would keep the disk full"
     assert verify(out)[0].is_good
+
+
+def hanging_job(argv: list[str], rank: int) -> tuple[str, str]:
+    """The disk of one rank does not answer from the second checkpoint on."""
+    write = shard_writer.write_now
+
+    def hang(path: Path, content: Any) -> None:
+        if torch.distributed.get_rank() == rank and "step-000004" in str(path):
+            threading.Event().wait()
+        write(path, content)
+
+    shard_writer.write_now = hang
+    return refused(argv)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_that_does_not_answer_ends_the_run_on_all_ranks(user: Playground, tmp_path: Path, rank: int) -> None:
+    out = tmp_path / "out"
+    argv = user.flags(out, *MORE, "--async_save", "true", "--collective_timeout_s", 8)
+    for kind, message in run_ranks(2, hanging_job, argv, rank, timeout_s=100):
+        assert kind == "RunError" and f"checkpoint {out / 'checkpoints' / 'step-000004'}" in message, message
+        assert "8 s" in message and "--collective_timeout_s" in message
+    assert (out / "checkpoints" / "latest").resolve().name == "step-000002"
 
 
 # -- the pieces --------------------------------------------------------------------------------------------------------
@@ -140,7 +163,7 @@ def test_a_copy_shares_nothing_with_what_goes_on() -> None:
 
 
 def test_background_work_is_waited_for_and_its_error_raised_once() -> None:
-    background = Background()
+    background = Background(limit_s=60)
     background.wait()
     done: list[int] = []
     background.start(lambda: (time.sleep(0.2), done.append(1))[0], "work")  # type: ignore[func-returns-value]
@@ -150,11 +173,20 @@ def test_background_work_is_waited_for_and_its_error_raised_once() -> None:
     assert done == [1]
 
 
+def test_work_that_does_not_end_is_given_up() -> None:
+    background = Background(limit_s=0.1)
+    background.start(lambda: threading.Event().wait() and None, "checkpoint out/step-000002")
+    background.wait(0.01)
+    with pytest.raises(RunError, match=r"checkpoint out/step-000002: not written .* \(--collective_timeout_s\)"):
+        background.wait()
+    background.wait()  # nothing is waited for twice
+
+
 def failing_work() -> list[str]:
     def fail() -> None:
         raise RunError("broken")
 
-    background, told = Background(), []
+    background, told = Background(limit_s=60), []
     background.start(fail, "work")
     for _ in range(2):
         try:
