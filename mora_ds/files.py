@@ -119,6 +119,15 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """Size, time of change (nanoseconds) and inode of a file; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 def replace_symlink(link: Path, target: str) -> None:
     """Makes `link` point to `target` (relative to the folder of the link) by one atomic rename."""
     temporary = link.with_name(f".{link.name}.partial")

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mora_ds.errors import RunError, UserError
-from mora_ds.files import atomic_folder, read_json
+from mora_ds.files import atomic_folder, read_json, stamp
 from mora_ds.models.tensor_files import dtype_name, open_safetensors, shape_dtype, tensor_nbytes
 from mora_ds.untrusted import FileName, typed
 
@@ -58,7 +58,8 @@ class BaseCheckpoint:
         self._file_of = dict(file_of)
         self._handles: dict[Path, Any] = {}
         self._fingerprint: str | None = None
-        self._stamps = {path: _stamp(path) for path in self.files()}
+        self.stamps = {path: stamp(path) for path in self.files()}
+        """Of each file as it was opened, or as it was when `require_unchanged` last accepted it."""
 
     @classmethod
     def open(cls, folder: Path | str, flag: str = MODEL_FLAG) -> BaseCheckpoint:
@@ -92,17 +93,19 @@ class BaseCheckpoint:
         """The safetensors files."""
         return list(dict.fromkeys(self._file_of.values()))
 
-    def require_unchanged(self, fingerprint: str) -> None:
-        """Raises `BaseChanged` where a file is no longer the one that was opened, by its size, its time of change and
-        its inode: files are mapped, so what is written into one of them changes weights in memory.
+    def changed_files(self) -> list[Path]:
+        """Files that are no longer those that were opened, by size, time of change and inode. Reads none of them."""
+        return [path for path, before in self.stamps.items() if stamp(path) != before]
 
-        Reads nothing as long as nothing changes. Files that were only touched, moved or copied are read once: with
-        `fingerprint` they are accepted.
+    def require_unchanged(self, fingerprint: str) -> None:
+        """Raises `BaseChanged` where `changed_files` hold other weights: files are mapped, so what is written into one
+        of them changes weights in memory, and what is cut off is a bus error of the process that reads it.
+
+        Files that were only touched, moved or copied are read once: with `fingerprint` they are accepted.
         """
-        stamps = {path: _stamp(path) for path in self._stamps}
-        changed = [path for path, stamp in stamps.items() if stamp != self._stamps[path]]
-        if not changed:
+        if not (changed := self.changed_files()):
             return
+        stamps = {path: stamp(path) for path in self.stamps}
         try:
             is_same = BaseCheckpoint.open(self.folder).fingerprint() == fingerprint
         except (UserError, RunError):
@@ -113,7 +116,7 @@ class BaseCheckpoint:
                 "in memory is no longer the one that was trained. Put the original file back and resume"
             )
         logger.info("%s: files were touched, and hold the same weights as before", self.folder)
-        self._stamps = stamps
+        self.stamps = stamps
 
     @property
     def nbytes(self) -> int:
@@ -193,15 +196,6 @@ class BaseCheckpoint:
             if candidate in renamed:
                 return renamed[candidate]
         return None
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Size, time of change and inode of a file; None where there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _locate_tensors(folder: Path) -> dict[str, Path]:

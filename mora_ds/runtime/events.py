@@ -12,7 +12,9 @@ import os
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
+from mora_ds.files import stamp
 from mora_ds.runtime.log_setup import rank
 
 logger = logging.getLogger(__name__)
@@ -34,9 +36,10 @@ class Event(str, Enum):
     STARTED = "started"  # process id
     SAVED = "saved"  # optimizer step of a complete checkpoint
     LEFT = "left"  # exit code
+    MAPPED = "mapped"  # [path, its `files.stamp`] of a file that weights are read from
 
 
-def emit(event: Event, value: int) -> None:
+def emit(event: Event, value: Any) -> None:
     """Append an event of this rank. Lines this short are written in one piece, whichever ranks write at the time.
 
     A file that has vanished is made anew, with its folder. One that cannot be written to is a warning: training does
@@ -84,6 +87,13 @@ class AttemptEvents:
     """Step of the latest checkpoint; None without one."""
     codes: list[int] = field(default_factory=list)
     """Exit codes of the ranks that reported one."""
+    mapped: dict[str, Any] = field(default_factory=dict)
+    """File of the base -> its stamp when it was mapped, of the ranks on this node."""
+
+    def changed_files(self) -> list[str]:
+        """Mapped files that are no longer what they were: a rank that reads beyond the end of one that was cut off ends
+        by a bus error (signal 7), which it cannot explain itself."""
+        return [name for name, before in self.mapped.items() if stamp(Path(name)) != tuple(before)]
 
     @classmethod
     def parse(cls, text: str) -> AttemptEvents:
@@ -91,11 +101,13 @@ class AttemptEvents:
         events = cls()
         for line in text.splitlines():
             entry = json.loads(line)
-            event, value = Event(entry["event"]), int(entry["value"])
+            event, value = Event(entry["event"]), entry["value"]
             if event is Event.STARTED:
                 events.processes.append(value)
             elif event is Event.SAVED:
                 events.saved = value
+            elif event is Event.MAPPED:
+                events.mapped[value[0]] = value[1]
             else:
                 events.codes.append(value)
         return events

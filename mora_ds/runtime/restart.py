@@ -66,6 +66,11 @@ def restart(times: int, wait_s: float, command: Sequence[str]) -> int:
         verdict = judge(code, events)
         saved = "no checkpoint was written" if events.saved is None else f"last checkpoint: step {events.saved}"
         _print(f"attempt {attempt + 1}: {verdict.value} (launcher's code {code}, ranks' {events.codes}); {saved}")
+        for name in events.changed_files() if verdict is Verdict.FAILED else ():
+            _print(
+                f"{name} was changed or replaced while the ranks read their weights from it, and one may have ended by "
+                "a bus error for that: put the original file back"
+            )
         failure = code if code > 0 and code != EXIT_STOPPED else EXIT_FAILURE
         if requests.kill:
             return EXIT_INTERRUPTED

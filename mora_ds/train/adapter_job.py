@@ -30,6 +30,7 @@ from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.planning.costs import costs
 from mora_ds.remora.optimizer_reset import OptimizerReset
+from mora_ds.runtime.events import Event, emit
 from mora_ds.train.init_adapter import InitialAdapter
 from mora_ds.train.job import Job
 from mora_ds.train.run import Run, RunDetails
@@ -61,6 +62,9 @@ class AdapterJob(Job):
         )
         self.seed_dropout()
         self.run = self._open_run(common)
+        if self.place.ranks.is_local_first:
+            for path, stamp in self.loaded.base.stamps.items():
+                emit(Event.MAPPED, [str(path), stamp])
         self.state, self.merger = self.run.state, self.run.remora
         if first is not None:
             logger.info(first.put(self.engine))
@@ -70,6 +74,9 @@ class AdapterJob(Job):
 
     def check_base(self) -> None:
         self.run.check_base()
+
+    def changed_base_files(self) -> list[Path]:
+        return self.loaded.base.changed_files()
 
     def wait(self, timeout_s: float | None) -> None:
         self.run.wait(timeout_s)

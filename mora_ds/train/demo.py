@@ -30,7 +30,7 @@ from mora_ds.train.dry_run import dry_run
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.output_folder import DEMO, NAMES, give_up, reserve
 from mora_ds.train.pretrain import pretrain
-from mora_ds.train.setup import engine_config, start_processes
+from mora_ds.train.setup import compare_settings, engine_config, start_processes
 from mora_ds.train.warm_start import run_job
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,9 @@ def run_demo(arguments: Arguments) -> None:
     """
     training = arguments.training
     if training.dry_run:
-        _plan(arguments)
+        with start_up():
+            compare_settings(arguments)
+            _plan(arguments)
         return
     started = time.monotonic()
     folder = Path(training.output_dir).expanduser()

@@ -1,6 +1,7 @@
 """--dry_run: what each process would compute, store and send, from the flags and the model's config alone.
 
-Every process may call it; rank 0 prints. It reads no weights and no text, starts no process group, writes no file.
+Every process may call it; rank 0 prints. It reads no weights and no text and writes no file. Processes of a launcher
+meet once before, to compare their settings (`setup.compare_settings`).
 """
 
 from __future__ import annotations

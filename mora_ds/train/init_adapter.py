@@ -14,11 +14,23 @@ from torch import nn
 
 from mora_ds.adapters.domains import OWN, domain_layers, domains_of
 from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, open_adapter
-from mora_ds.checkpoint.layout import find_adapter
+from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, find_adapter
 from mora_ds.engine import zero
 from mora_ds.errors import UserError
+from mora_ds.files import sha256_file
+from mora_ds.runtime.ranks import Ranks
 
 FLAG = "--init_adapter"
+
+
+def check_same_files(path: Path, ranks: Ranks) -> None:
+    """Raise `UserError` where there is no adapter, or not the same one on all ranks. Collective."""
+
+    def digests() -> dict[str, str | None]:
+        files = [find_adapter(path.expanduser()) / name for name in (ADAPTER_JSON, ADAPTER_TENSORS)]
+        return {f"sha256 of {file.name}": sha256_file(file) if file.is_file() else None for file in files}
+
+    ranks.same(FLAG, ranks.agree(f"files of {FLAG}", digests))
 
 
 @dataclass(frozen=True)

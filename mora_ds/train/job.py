@@ -82,6 +82,10 @@ class Job(ABC):
         are: training copies them, and an evaluation is short."""
         return None
 
+    def changed_base_files(self) -> list[Path]:
+        """Files that `check_base` would have to read again on this process. Not collective."""
+        return []
+
     @abstractmethod
     def export(self, checkpoint: Path, target: Path) -> None:
         """Write the merged model of a checkpoint into the folder `target`."""

@@ -21,7 +21,7 @@ from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.ops.gather import check_compiler, compile_operators
 from mora_ds.checkpoint.folder import AUTO, name_best, name_latest, resume_checkpoint, settle
-from mora_ds.checkpoint.layout import CHECKPOINTS, MERGED_FOLDER, SUMMARY_FILE, find_adapter, step_folder
+from mora_ds.checkpoint.layout import CHECKPOINTS, MERGED_FOLDER, SUMMARY_FILE, step_folder
 from mora_ds.checkpoint.state import TrainerState, check_world_size
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump
@@ -46,6 +46,7 @@ from mora_ds.train.base import find_model, prepare_base
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.dry_run import dry_run
 from mora_ds.train.evaluator import Evaluator
+from mora_ds.train.init_adapter import check_same_files
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.job import BareJob, FullJob, Job
 from mora_ds.train.metrics import MetricsLog, peak_memory_bytes, plain_json
@@ -53,7 +54,7 @@ from mora_ds.train.output_folder import Reservation, check_trackers, give_up, ha
 from mora_ds.train.preflight import preflight
 from mora_ds.train.replicas import Replica
 from mora_ds.train.run_file import write_run_file
-from mora_ds.train.setup import Place, engine_config, start_processes
+from mora_ds.train.setup import Place, compare_settings, engine_config, start_processes
 from mora_ds.train.targets import plan_of_file
 from mora_ds.train.trainer import Trainer
 
@@ -79,6 +80,7 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
         if arguments.adapter.compile:
             check_compiler()
         if arguments.training.dry_run:
+            compare_settings(arguments)
             return dry_run(arguments)
         job, schedule = _prepare(arguments, start_processes(arguments), base)
     try:
@@ -94,7 +96,7 @@ def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job
     ranks.on_first("folders of monitors", lambda: check_trackers(tracker_folders(ds_config)))
     with _output_folder(arguments, ranks, base) as place:
         if adapter.init_adapter is not None and place.checkpoint is None:
-            find_adapter(Path(adapter.init_adapter).expanduser())
+            check_same_files(Path(adapter.init_adapter), ranks)
         folder, config = find_model(model, place)
         check_config(config, training.sequence_parallel_size, model.attention, model.trust_remote_code)
         data = load_data(model, arguments.data, training, folder, config, place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +63,17 @@ def start_processes(arguments: Arguments) -> Ranks:
     if not (ranks.is_first and sys.stderr.isatty()):
         disable_progress_bar()
     return ranks
+
+
+def compare_settings(arguments: Arguments) -> None:
+    """Compare the settings of all ranks for --dry_run, which needs no process group otherwise.
+
+    Does nothing for a process that plans alone. No heartbeat is started: ranks leave as they finish their plan.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ:
+        timeout_s = arguments.training.collective_timeout_s
+        start_distributed(timeout_s=timeout_s)
+        check_settings(arguments, Ranks.current(timeout_s))
 
 
 def engine_config(training: TrainingArguments, adapter: str, world: int) -> dict[str, Any]:

@@ -104,21 +104,30 @@ class Trainer:
                 self.job.wait(PATIENCE_S)
             if isinstance(error, (NotFinite, BaseChanged)):
                 raise RunError(self._explained(error)) from error
+            if isinstance(error, RuntimeError) and (changed := self.job.changed_base_files()):
+                raise RunError(
+                    f"{error}\n{changed[0]} was touched or changed during the run, and another rank may have ended for "
+                    f"that. {self._last_good}. Put the original file back and resume"
+                ) from error
             raise
         self.job.wait(None)
 
     def _explained(self, error: NotFinite | BaseChanged) -> str:
         """The message of an error that all processes have raised alike, with the checkpoint to go on from."""
-        last = f"Last good checkpoint: {self.last_checkpoint or 'none was written'}"
         try:
             self.job.check_base()  # weights that were overwritten may be the reason for a NaN
         except BaseChanged as changed:
             error = changed
         if isinstance(error, BaseChanged):
-            return f"{error}. {last}"
+            return f"{error}. {self._last_good}"
         return (
-            f"{error}. {last}. A lower --learning_rate, a longer --warmup_steps or a smaller --max_grad_norm may help"
+            f"{error}. {self._last_good}. "
+            "A lower --learning_rate, a longer --warmup_steps or a smaller --max_grad_norm may help"
         )
+
+    @property
+    def _last_good(self) -> str:
+        return f"Last good checkpoint: {self.last_checkpoint or 'none was written'}"
 
     def _run(self) -> None:
         state, evaluator = self.state, self.evaluator
@@ -151,7 +160,7 @@ class Trainer:
         self.bytes_gathered_per_step = self.counter.gathered_bytes
         require_finite(loss, f"the loss is {loss} at step {state.step}", state.step)
         self._stall.note(loss)
-        if self._logs_this_step:
+        if self._is_logged(state.step):
             self._log_step(loss, learning_rate, time.perf_counter() - started)
         self.log.advance(state.step)
         self._after_step()
@@ -176,8 +185,10 @@ class Trainer:
             self.engine.backward(loss if alignment is None else loss + alignment.loss())
             self.engine.step()
             nll += batch_nll.detach()
+        changed = self._is_logged(step + 1) and bool(self.job.changed_base_files())
         losses, tokens = self._source_losses.sums()
-        total, *sums = self._sum_and_hear_requests([nll, losses], [*tokens, self.loader.labels_ahead(step + 1)])
+        numbers = [*tokens, self.loader.labels_ahead(step + 1)]
+        total, *sums = self._sum_and_hear_requests([nll, losses], numbers, changed)
         *self._source_sums, self._step_labels = sums
         return total / total_labels
 
@@ -192,19 +203,25 @@ class Trainer:
         self._source_losses.add(micro_batch.sources, losses, micro_batch.labels)
         return losses.sum()
 
-    def _sum_and_hear_requests(self, on_device: Sequence[Tensor] = (), on_host: Sequence[float] = ()) -> list[float]:
+    def _sum_and_hear_requests(
+        self, on_device: Sequence[Tensor] = (), on_host: Sequence[float] = (), base_changed: bool = False
+    ) -> list[float]:
         """The sums over all processes of vectors on the device and of numbers on the host, in that order; the same
-        collective tells whether any process was asked to stop. The host waits for the device here."""
-        host = torch.tensor([*on_host, float(signals.requested())], dtype=torch.float64)
+        collective tells whether any process was asked to stop or finds the base's files changed. That is rare, and only
+        then they look which of both it is. The host waits for the device here."""
+        host = torch.tensor([*on_host, float(base_changed or signals.requested())], dtype=torch.float64)
         sums = torch.cat([*on_device, host.to(self.engine.device, non_blocking=True)])
         dist.all_reduce(sums)
-        *totals, requests = sums.tolist()
-        self._stop_asked |= requests > 0
+        *totals, news = sums.tolist()
+        if news > 0:
+            self.job.check_base()
+            requests = torch.tensor(float(signals.requested()), device=self.engine.device)
+            dist.all_reduce(requests)
+            self._stop_asked |= requests.item() > 0
         return totals
 
-    @property
-    def _logs_this_step(self) -> bool:
-        return self.state.step % self.training.logging_steps == 0 or self.state.step == self.total_steps
+    def _is_logged(self, step: int) -> bool:
+        return step % self.training.logging_steps == 0 or step == self.total_steps
 
     def _log_step(self, loss: float, learning_rate: float, seconds: float) -> None:
         step, tokens = self.state.step, self.rows_per_step * self.train_data.seq_len
@@ -232,7 +249,7 @@ class Trainer:
 
     def _after_step(self) -> None:
         state, training = self.state, self.training
-        at_end, merges = state.step == self.total_steps, self._stall.merge_is_due(self._logs_this_step)
+        at_end, merges = state.step == self.total_steps, self._stall.merge_is_due(self._is_logged(state.step))
         if merges:
             self._merge()
         state.evaluation_pending = bool(training.eval_steps) and state.step % training.eval_steps == 0 and not at_end
@@ -268,6 +285,7 @@ class Trainer:
         """Write a checkpoint, once the loss of the next batch is finite: a step with a finite loss may leave NaN in the
         MoRA matrices, and a checkpoint of those would pass for a good one."""
         step = self.state.step
+        self.job.check_base()
         nll = self.replica.sum(self._next_loss())
         require_finite(nll, f"after step {step} the loss of the next batch is {nll}", step)
         if isinstance(self.train_data, StreamMixture):

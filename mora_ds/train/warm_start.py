@@ -26,7 +26,7 @@ from mora_ds.train.agreement import start_up
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.output_folder import check
 from mora_ds.train.pretrain import pretrain
-from mora_ds.train.setup import start_processes
+from mora_ds.train.setup import compare_settings, start_processes
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ def run_job(arguments: Arguments) -> dict[str, Any]:
         validate(arguments)
         first_part = _first_part(arguments)
         if arguments.training.dry_run:
+            compare_settings(arguments)
             pretrain(first_part)
             return pretrain(arguments)
         ranks, folder = start_processes(arguments), Path(first_part.training.output_dir)

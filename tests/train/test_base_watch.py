@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mora_ds.checkpoint.layout import complete_checkpoints
+from mora_ds.checkpoint.layout import complete_checkpoints, step_of
+from mora_ds.runtime.events import EXIT_USER_ERROR
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, refused, run
+from tests.helpers.jobs import REPOSITORY, Playground, environment, launcher, refused, rows, run
+from tests.helpers.nodes import wait_for
 
 pytestmark = pytest.mark.gloo
 
@@ -44,6 +49,52 @@ def test_a_base_that_is_overwritten_ends_the_run_and_the_original_continues_it(
         assert kind == "RunError" and "model.safetensors was changed or replaced during the run" in message, message
         assert f"Last good checkpoint: {out / 'checkpoints' / 'step-000002'}" in message
     assert [folder.name for folder in complete_checkpoints(out / "checkpoints")] == ["step-000002"]
+    assert [row["step"] for row in rows(out) if "loss" in row] == [1, 2, 3], "found in the next step, not at a save"
     if word != 0x7FC00000:
         shutil.copy(user.model / "model.safetensors", own.model)
         assert run(2, [*argv, "--resume_from_checkpoint", "auto"])["steps"] == 6
+
+
+def shortened_job(argv: list[str]) -> tuple[str, str]:
+    """A run whose base is cut off after step 3, when a checkpoint is due: to go on would be a bus error."""
+    after_step = Trainer._after_step
+
+    def patched(trainer: Trainer) -> None:
+        if trainer.state.step == 3 and trainer.job.place.ranks.is_first:
+            os.truncate(Path(argv[argv.index("--model_name_or_path") + 1]) / "model.safetensors", 1000)
+        after_step(trainer)
+
+    Trainer._after_step = patched  # type: ignore[method-assign]  # in this forked rank alone
+    return refused(argv)
+
+
+def test_a_base_that_is_cut_off_is_found_before_it_is_read(user: Playground, tmp_path: Path) -> None:
+    own = replace(user, model=Path(shutil.copytree(user.model, tmp_path / "model")))
+    out = tmp_path / "out"
+    for kind, message in run_ranks(2, shortened_job, own.flags(out, "--save_steps", 3, "--eval_steps", 0)):
+        assert kind == "RunError" and "model.safetensors was changed or replaced during the run" in message, message
+
+
+@pytest.mark.heavy
+def test_a_bus_error_is_explained_by_the_restart_wrapper(user: Playground, tmp_path: Path) -> None:
+    """A real job whose base is cut off at any moment: it ends, the file is named, and the original continues it."""
+    own = replace(user, model=Path(shutil.copytree(user.model, tmp_path / "model")))
+    out, base = tmp_path / "out", tmp_path / "model" / "model.safetensors"
+    argv = own.flags(out, "--save_steps", 2, "--eval_steps", 0, "--max_steps", 400)
+    wrapper = [sys.executable, str(REPOSITORY / "launch" / "restart.py"), "3", "--wait_s", "0.1", "--"]
+    job = subprocess.Popen(
+        [*wrapper, *launcher(2, argv)], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_for(out / "checkpoints" / "latest", [job], 300)
+        os.truncate(base, 1000)
+        _, told = job.communicate(timeout=300)
+    finally:
+        job.terminate()
+    assert job.returncode == EXIT_USER_ERROR, told
+    assert "attempt 1: failed" in told and f"{base} was changed or replaced while the ranks read" in told, told
+    assert "attempt 2: a mistake that a restart does not correct" in told and "--model_name_or_path" in told, told
+    shutil.copy(user.model / "model.safetensors", base)
+    last = complete_checkpoints(out / "checkpoints")[-1]
+    assert run(2, [*argv, "--resume_from_checkpoint", "auto", "--max_steps", str(step_of(last) + 1)])

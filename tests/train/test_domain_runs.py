@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -246,6 +247,14 @@ def test_frozen_matrices_stay_as_they_are(user: Playground, tmp_path: Path, free
     argv = domain_flags(user, never, mix, "--init_adapter", "earlier")
     for kind, message in run_ranks(2, refused_here, argv, tmp_path):
         assert kind == "UserError" and "earlier is neither an adapter" in message
+    other = Path(shutil.copytree(first / "checkpoints/latest", tmp_path / "rank1" / "earlier"))
+    (other / "manifest.json").unlink()
+    tensors = bytearray((other / "adapter.safetensors").read_bytes())
+    tensors[-1] ^= 1
+    (other / "adapter.safetensors").write_bytes(tensors)
+    for kind, message in run_ranks(2, refused_here, argv, tmp_path):
+        assert kind == "UserError" and "--init_adapter: not the same on all ranks" in message
+        assert "sha256 of adapter.safetensors: " in message and "sha256 of adapter.json" not in message
     assert not (never / "checkpoints").exists()
 
 
