@@ -28,6 +28,7 @@ from mora_ds.engine.device import current_device, is_cpu
 from mora_ds.engine.ds_config import complete_ds_config, compute_dtype, load_ds_config
 from mora_ds.engine.ds_keys import degree_in
 from mora_ds.engine.ds_optimizer import uses_muon
+from mora_ds.engine.module_hooks import drop_idle_hooks
 from mora_ds.engine.optimizer_view import view_of
 from mora_ds.errors import RunError, UserError
 from mora_ds.models.base import tensor_checksum
@@ -105,6 +106,8 @@ def initialize(
         returned = deepspeed.initialize(model=model, config=settings, model_parameters=parameters, **kwargs)
     muon.repair_clipping(returned[0])
     view_of(returned[0]).repair()
+    if zero.is_stage3(returned[0]):
+        drop_idle_hooks(returned[0])
     return returned
 
 

@@ -1,0 +1,122 @@
+"""ZeRO-3 without the hooks of modules that have nothing to gather: the same numbers to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.engine import initialize as initialize_module
+from mora_ds.engine import zero
+from mora_ds.engine.initialize import initialize
+from mora_ds.engine.module_hooks import _gather, drop_idle_hooks
+from tests.helpers.engines import ds_config
+from tests.helpers.gloo import run_ranks
+from tests.helpers.models import causal_loss, tiny_model, tokens
+
+SETTINGS = ("persistent", "sharded", "some", "checkpointing", "embeddings")
+
+
+def engine_of(setting: str, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    model = tiny_model("gpt2" if setting == "some" else "llama")
+    inject(model, MoRAConfig(rank=4, train_embeddings=setting == "embeddings", train_head=setting == "embeddings"))
+    if setting == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    config = ds_config(3, 2, 2, **changes)
+    numels = sorted(layer.value.numel() for layer in mora_layers(model).values())
+    thresholds = {"persistent": 10**6, "sharded": 0, "some": numels[0], "embeddings": numels[-1]}
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = thresholds.get(setting, 10**6)
+    return initialize(model=model, config=config)[0]
+
+
+def trained(setting: str) -> tuple[list[float], dict[str, torch.Tensor], int]:
+    """Losses and trained tensors after 3 steps, and how many modules have DeepSpeed's hooks."""
+    engine, losses = engine_of(setting), []
+    for step in range(6):
+        loss = causal_loss(engine, tokens(2, seed=10 * step + dist.get_rank()))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    offload = engine.optimizer.parameter_offload
+    hooked = {handle.id for handle in offload.forward_hooks}
+    count = sum(bool(hooked & set(module._forward_hooks)) for module in engine.module.modules())
+    values = {name: zero.full_fp32(engine, each).clone() for name, each in engine.module.named_parameters()}
+    return losses, values, count
+
+
+def with_and_without(setting: str) -> tuple[int, int]:
+    with patch.object(initialize_module, "drop_idle_hooks", lambda engine: []):
+        losses, values, everywhere = trained(setting)
+    found, own, kept = trained(setting)
+    assert found == losses
+    for name in values:
+        assert torch.equal(own[name], values[name]), name
+    return everywhere, kept
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_step_is_the_same_to_the_bit_with_hooks_where_something_is_gathered(setting: str) -> None:
+    for everywhere, kept in run_ranks(2, with_and_without, setting):
+        layers = len(mora_layers(_injected("gpt2" if setting == "some" else "llama")))
+        expected = {"persistent": 1, "checkpointing": 1, "sharded": 1 + layers, "embeddings": 3}
+        assert everywhere > 2 * layers
+        assert kept == expected.get(setting, kept) and kept < everywhere
+        if setting == "some":
+            assert 1 < kept < 1 + layers
+
+
+def _injected(family: str) -> Any:
+    model = tiny_model(family)
+    inject(model, MoRAConfig(rank=4))
+    return model
+
+
+def gathered_when_needed() -> list[Any]:
+    """Steps after fp16 has skipped one, and after a context that gathers a matrix and shards it again."""
+    engine = engine_of("persistent", fp16={"enabled": True, "initial_scale_power": 30, "hysteresis": 1})
+    persistent = engine.optimizer.parameter_offload.persistent_parameters
+    found = []
+    for step in range(8):
+        sharded = any(each.ds_status.name == "NOT_AVAILABLE" for each in persistent)
+        loss = causal_loss(engine, tokens(2, seed=step))
+        engine.backward(loss)
+        engine.step()
+        found.append((sharded, zero.step_was_skipped(engine), bool(torch.isfinite(loss))))
+    with zero.whole_parameter(engine, persistent[0]):
+        pass
+    with torch.no_grad():
+        last = causal_loss(engine, tokens(2, seed=0))
+    return [found, bool(torch.isfinite(last)), _gather(persistent)]
+
+
+@pytest.mark.gloo
+def test_persistent_matrices_are_gathered_again_after_a_skipped_step() -> None:
+    for found, last, _ in run_ranks(2, gathered_when_needed):
+        assert found[0][0], "nothing is gathered before the first pass"
+        assert any(sharded for sharded, _, _ in found[2:]), "a skipped step leaves the matrices sharded"
+        assert any(skipped for _, skipped, _ in found) and last
+        assert all(finite for _, _, finite in found)
+
+
+def hooks_of_deepspeed() -> list[str]:
+    """What `drop_idle_hooks` relies on, in an engine that has it not."""
+    with patch.object(initialize_module, "drop_idle_hooks", lambda engine: []):
+        engine = engine_of("persistent")
+    offload = engine.optimizer.parameter_offload
+    layer = next(iter(mora_layers(engine.module).values()))
+    ids = {handle.id for handle in (*offload.forward_hooks, *offload.backward_hooks)}
+    assert len(ids & {*layer._forward_pre_hooks, *layer._forward_hooks}) == 4, "two before forward, two after"
+    assert layer.value.ds_persist and offload.persistent_parameters
+    return drop_idle_hooks(engine)
+
+
+@pytest.mark.gloo
+def test_deepspeed_has_the_hooks_that_are_dropped() -> None:
+    assert run_ranks(1, hooks_of_deepspeed) == [[""]]
