@@ -112,8 +112,8 @@ MUTATIONS = (
     Mutation(
         "the last cycle is left out of an export",
         "deploy/export.py",
-        "updates = [*run.ledger.squares_of(entry.module), (entry",
-        "updates = [*list(run.ledger.squares_of(entry.module))[:-1], (entry",
+        "updates = [*self.ledger.squares_of(entry.module), (entry",
+        "updates = [*list(self.ledger.squares_of(entry.module))[:-1], (entry",
         ("deploy/test_export.py",),
     ),
     Mutation(
@@ -133,8 +133,8 @@ MUTATIONS = (
     Mutation(
         "a request to stop is not heard",
         "train/trainer.py",
-        "self._stop_asked |= requests > 0",
-        "self._stop_asked |= requests < 0",
+        "self._stop_asked |= requests.item() > 0",
+        "self._stop_asked |= requests.item() < 0",
         ("runtime/test_signals.py",),
     ),
     Mutation(
