@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mora_ds.config.flags import documented
 from mora_ds.config.forgetting import Watch
+from mora_ds.config.tracking import tracker_problems
 from mora_ds.engine.ds_config import EngineSettings
 from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.errors import (
@@ -123,6 +124,14 @@ class TrainingArguments:
     log_level: str = LogLevel.INFO.value
     """Least severe messages that rank 0 prints: debug, info, warning or error. Other ranks print warnings and errors;
     with debug they print everything too."""
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Where the curves go besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, or none."""
+    run_name: str | None = None
+    """The run's name in wandb, mlflow and trackio. Default: the name of --output_dir."""
+    run_tags: list[str] = field(default_factory=list)
+    """Tags of the run there."""
+    project: str = "mora_ds"
+    """Project of wandb and trackio, experiment of mlflow."""
     logging_steps: int = 1
     """Optimizer steps between log lines."""
     eval_steps: int = 0
@@ -236,6 +245,7 @@ class TrainingArguments:
             },
         )
         yield from refusal(schedule_kind, self.lr_scheduler_type)
+        yield from tracker_problems(self.report_to)
         if self.max_steps != -1 and self.max_steps < 1:
             yield f"--max_steps must be at least 1, or -1 for --num_train_epochs to decide, got {self.max_steps}"
         yield from out_of_bounds([("max_steps", self.max_steps, Bounds())])

@@ -1,4 +1,4 @@
-"""What a run reports: step lines and a progress bar (rank 0), TensorBoard, and `metrics.jsonl`."""
+"""What a run reports: step lines and a progress bar (rank 0), `metrics.jsonl`, and the curves of trackers."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import logging
 import math
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mora_ds.checkpoint.layout import METRICS_FILE
 from mora_ds.files import atomic_path, disk_errors
+from mora_ds.train.trackers import TensorBoard, Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -133,48 +133,66 @@ def peak_memory_bytes() -> int:
 class MetricsLog:
     """Writes the metrics of one run. On ranks other than 0 (`enabled=False`) every call does nothing."""
 
-    def __init__(self, folder: Path, total_steps: int, enabled: bool, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        enabled: bool,
+        start_step: int = 0,
+        report_to: Callable[[], Sequence[Tracker]] | None = None,
+    ) -> None:
         """Drop the rows after `start_step`, of a run that was interrupted after its last checkpoint, so that a resumed
-        curve reads as an uninterrupted one; 0 drops all rows."""
+        curve reads as an uninterrupted one; 0 drops all rows. `report_to` starts the trackers, by default TensorBoard.
+        """
         self.total_steps, self.enabled = total_steps, enabled
+        self._trackers: Sequence[Tracker] = ()
         if not enabled:
             return
         self._path = folder / METRICS_FILE
         _keep_rows(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8")
-        with disk_errors(folder):
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
+        self._trackers = [TensorBoard(folder, start_step)] if report_to is None else report_to()
         quiet = not sys.stderr.isatty()  # in a log file the lines are enough
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=quiet)
 
     def step(self, metrics: StepMetrics) -> None:
         row = metrics.row()
         self._write(row)
-        for name, (tag, unit) in STEP_TAGS.items():
-            self._scalar(tag, row[name] * unit, metrics.step)
+        self._log({tag: row[name] * unit for name, (tag, unit) in STEP_TAGS.items()}, metrics.step)
         logger.info(metrics.line(self.total_steps))
 
     def evaluation(self, step: int, perplexities: dict[str, float], before: Mapping[str, float] | None = None) -> None:
         """The perplexity of each evaluation set after `step`; `before`: before the first step.
 
-        TensorBoard also gets the change since then in per cent: positive where the model has forgotten.
+        Trackers also get the change since then in per cent: positive where the model has forgotten.
         """
         self.record("eval", step, perplexities)
-        for name, start in (before or {}).items():
-            if name in perplexities:
-                self._scalar(f"{FORGETTING}/{name}", 100 * (perplexities[name] / start - 1), step)
+        changes = {name: 100 * (perplexities[name] / start - 1) for name, start in (before or {}).items()
+                   if name in perplexities}  # fmt: skip
+        self._log({f"{FORGETTING}/{name}": value for name, value in changes.items()}, step)
         values = "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
         logger.info(f"step {step}  perplexity {values}")
 
     def alignment(self, step: int, share: float) -> None:
         """The share of the updates' energy in the weights' leading subspaces, at the beginning of `step`."""
         self._write({"step": step, "alignment": share})
-        self._scalar("9_subspace/alignment", share, step)
+        self._log({"9_subspace/alignment": share}, step)
 
     def record(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
         """A row of this kind: "eval", "merge", "stall" (`StallRule.facts`) or "sources" ({source: its figures})."""
         self._write({"step": step, kind: facts})
-        self._plot(GROUPS[kind], step, facts)
+        self._log(dict(numbers_in(GROUPS[kind], facts)), step)
+
+    def event(self, step: int, title: str, text: str) -> None:
+        """Something that happened after `step`, for the log and the trackers."""
+        logger.info(text)
+        for tracker in self._trackers:
+            tracker.event(step, title, text)
+
+    def summary(self, facts: Mapping[str, Any]) -> None:
+        """The results of the run, for the trackers."""
+        for tracker in self._trackers:
+            tracker.summary(facts)
 
     def advance(self, step: int) -> None:
         """Move the progress bar to `step`."""
@@ -185,8 +203,8 @@ class MetricsLog:
         if self.enabled:
             self._bar.close()
             self._file.close()
-            with disk_errors(self._path.parent):
-                self._board.close()
+            for tracker in self._trackers:
+                tracker.close()
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.enabled:
@@ -194,21 +212,19 @@ class MetricsLog:
                 self._file.write(json.dumps(plain_json(row), allow_nan=False) + "\n")
                 self._file.flush()
 
-    def _plot(self, prefix: str, step: int, facts: Mapping[str, Any]) -> None:
-        """Every number of `facts` as a TensorBoard scalar; nested mappings by their path.
+    def _log(self, numbers: Mapping[str, float], step: int) -> None:
+        if numbers:
+            for tracker in self._trackers:
+                tracker.log(numbers, step)
 
-        TensorBoard writes in a thread, whose error comes with a later call.
-        """
-        for name, value in facts.items():
-            if isinstance(value, Mapping):
-                self._plot(f"{prefix}/{name}", step, value)
-            elif isinstance(value, (int, float)):
-                self._scalar(f"{prefix}/{name}", value, step)
 
-    def _scalar(self, tag: str, value: float, step: int) -> None:
-        if self.enabled:
-            with disk_errors(self._path.parent):
-                self._board.add_scalar(tag, value, step)
+def numbers_in(prefix: str, facts: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """(curve, value) of every number of `facts`; those of nested mappings by their path."""
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from numbers_in(f"{prefix}/{name}", value)
+        elif isinstance(value, (int, float)):
+            yield f"{prefix}/{name}", value
 
 
 def plain_json(value: Any) -> Any:

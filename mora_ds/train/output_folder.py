@@ -32,6 +32,7 @@ from mora_ds.checkpoint.layout import (
 from mora_ds.errors import UserError
 from mora_ds.files import disk_errors, link_or_copy
 from mora_ds.train.run_file import holds_run, owned_by_run
+from mora_ds.train.trackers import TRACKERS
 
 ASIDE, DELETING = ".overwritten", ".deleting"
 STARTING = ".mora_ds-starting"
@@ -41,7 +42,7 @@ LOCK = ".lock"
 TARGETS, VECTORS, TENSORBOARD, DEMO = "targets.yaml", "subspace", "tensorboard", "demo"
 NAMES = (
     RUN_FILE, METRICS_FILE, SUMMARY_FILE, TENSORBOARD, CHECKPOINTS, LEDGER_FOLDER, MERGED_FOLDER, BASE_FOLDER,
-    TOKENIZER_FOLDER, TARGETS, VECTORS,
+    TOKENIZER_FOLDER, TARGETS, VECTORS, TRACKERS,
 )  # fmt: skip
 """Everything that a run writes; the demo writes `DEMO`, too."""
 _FILES = (RUN_FILE, METRICS_FILE, SUMMARY_FILE, TARGETS)

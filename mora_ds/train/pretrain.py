@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ from mora_ds.train.replicas import Replica
 from mora_ds.train.run_file import write_run_file
 from mora_ds.train.setup import Place, compare_settings, engine_config, start_processes
 from mora_ds.train.targets import plan_of_file
+from mora_ds.train.trackers import Label, Tracker, check_installed, shown_config, start_trackers
 from mora_ds.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     """
     with start_up():
         validate(arguments)
+        check_installed(arguments.training.report_to)
         if arguments.adapter.compile:
             check_compiler()
         if arguments.training.dry_run:
@@ -222,7 +224,7 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
         owns = names_of_run(folder, arguments.training.export_merged)
         write_run_file(folder, dump(arguments), {"world_size": ranks.world, "steps": steps, **facts}, owns)
         has_begun(folder)
-    log = MetricsLog(folder, steps, ranks.is_first, state.step)
+    log = MetricsLog(folder, steps, ranks.is_first, state.step, lambda: _trackers(arguments, folder, facts, state.step))
     if job.place.checkpoint is not None:
         logger.info(_resumed(job.place.checkpoint, state, steps))
     state.total_steps = steps
@@ -246,6 +248,7 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
     summary = _summary(job, trainer)
     if ranks.is_first and not (was_finished and (folder / SUMMARY_FILE).exists()):
         write_json_atomic(folder / SUMMARY_FILE, summary)
+    log.summary(summary)
     if arguments.training.export_merged:
         assert trainer.last_checkpoint is not None, "a run ends with a checkpoint"
         logger.info(f"writing the merged model to {folder / MERGED_FOLDER}")
@@ -253,6 +256,13 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
     log.close()
     ranks.barrier("end of the run", long=True)
     return summary
+
+
+def _trackers(arguments: Arguments, folder: Path, facts: Mapping[str, Any], start_step: int) -> list[Tracker]:
+    training = arguments.training
+    name = training.run_name or Path(training.output_dir).expanduser().resolve().name
+    label = Label(training.project, name, tuple(training.run_tags), shown_config(dump(arguments), facts))
+    return start_trackers(training.report_to, label, folder, start_step)
 
 
 def _evaluator(arguments: Arguments, job: Job, replica: Replica, log: MetricsLog) -> Evaluator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,14 @@ def write_run_file(folder: Path, settings: dict[str, Any], resolved: dict[str, A
     `owns`: the names in `folder` that the run makes. Secrets of the DeepSpeed config are masked. Raises `RunError` on a
     full disk.
     """
-    facts = {name: masked(value) if name == "deepspeed" else value for name, value in resolved.items()}
-    facts[_OWNS] = owns
-    content = {**settings, "versions": versions(), "resolved": facts}
+    content = {**settings, "versions": versions(), "resolved": {**without_secrets(resolved), _OWNS: owns}}
     with atomic_path(folder / RUN_FILE) as partial:
         partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def without_secrets(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a run with the secrets of its DeepSpeed config masked."""
+    return {name: masked(value) if name == "deepspeed" else value for name, value in resolved.items()}
 
 
 def versions() -> dict[str, str]:

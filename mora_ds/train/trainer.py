@@ -307,7 +307,7 @@ class Trainer:
         self.state.merges.append(self.state.step)
         self.state.stall_window = []
         self.log.record("merge", merge.step, merge.row())
-        logger.info(str(merge))
+        self.log.event(merge.step, "merges", str(merge))
 
     def _finish(self) -> None:
         state, is_early = self.state, self.state.step < self.total_steps

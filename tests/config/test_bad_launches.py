@@ -42,6 +42,8 @@ LAUNCHES = r"""
 --adam_beta1 1 | --adam_beta1 must be at least 0 and below 1
 --adam_epsilon 0 | --adam_epsilon must be above 0
 --max_grad_norm -1 | --max_grad_norm must be at least 0
+--report_to wanb | unknown --report_to 'wanb' | 'wandb'
+--report_to none wandb | --report_to none goes with no other tracker
 --seed -1 | --seed must be at least 0
 --seed 100000000000000000000000 | --seed must be below 9223372036854775808
 --seed 281474976710656 | --seed must be at least 0 and below 281,474,976,710,656

@@ -1,0 +1,198 @@
+"""Trackers besides TensorBoard: the same curves, resumed ones continued, and a run that does without a failing one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sqlite3
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mora_ds.config.tracking import tracker_problems
+from mora_ds.errors import UserError
+from mora_ds.train import trackers
+from mora_ds.train.metrics import MetricsLog
+from mora_ds.train.trackers import Label, check_installed, shown_config, start_trackers
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, job
+
+LABEL = Label("project", "run", ("a", "b"), {"seed": 1, "resolved": {"deepspeed": {"bf16": True}}})
+
+
+class StandIn:
+    """A service that keeps what it is given, and fails from the `fails_at`-th call on."""
+
+    made: list[StandIn]
+    fails_at = 10**9
+
+    def __init__(self, label: Label, folder: Path, run_id: str | None) -> None:
+        self.calls: list[Any] = []
+        self.run_id = run_id or f"id-{len(self.made)}"
+        self.made.append(self)
+        self._note(("start", label.name, run_id))
+
+    def _note(self, call: Any) -> None:
+        if len(self.calls) >= self.fails_at:
+            raise ConnectionError("no route to host")
+        self.calls.append(call)
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        self._note((step, numbers))
+
+    def event(self, step: int, title: str, text: str) -> None:
+        self._note((step, title, text))
+
+    def summary(self, facts: dict[str, Any]) -> None:
+        self._note(facts)
+
+    def close(self) -> None:
+        self._note("close")
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
+    service = type("Fresh", (StandIn,), {"made": []})
+    monkeypatch.setitem(trackers._SERVICES, "wandb", service)
+    return service
+
+
+def logged(folder: Path, start_step: int = 0) -> None:
+    """What a run reports after one step and a merge."""
+    log = MetricsLog(folder, 9, True, start_step, lambda: start_trackers(["wandb"], LABEL, folder, start_step))
+    log.record("merge", start_step + 1, {"cycle": 0, "loss_before": None})
+    log.event(start_step + 1, "merges", "merged cycle 0")
+    log.evaluation(start_step + 1, {"old": 2.2}, {"old": 2.0})
+    log.summary({"steps": 1})
+    log.close()
+
+
+def test_a_service_gets_what_tensorboard_gets(tmp_path: Path, stand_in: type[StandIn]) -> None:
+    logged(tmp_path)
+    assert stand_in.made[0].calls == [
+        ("start", "run", None),
+        (1, {"4_merges/cycle": 0}),
+        (1, "merges", "merged cycle 0"),
+        (1, {"2_evaluation/perplexity/old": 2.2}),
+        (1, {"2_evaluation/forgetting/old": pytest.approx(10)}),
+        {"steps": 1},
+        "close",
+    ]
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_resumed_run_continues_and_another_one_begins(tmp_path: Path, stand_in: type[StandIn]) -> None:
+    logged(tmp_path)
+    logged(tmp_path, start_step=1)
+    logged(tmp_path)
+    assert [service.calls[0][2] for service in stand_in.made] == [None, "id-0", None]
+    assert json.loads((tmp_path / "trackers" / "runs.json").read_text()) == {"wandb": "id-2"}
+
+
+@pytest.mark.parametrize("fails_at", range(6))
+def test_a_failing_service_is_reported_once(
+    tmp_path: Path, stand_in: type[StandIn], caplog: pytest.LogCaptureFixture, fails_at: int
+) -> None:
+    stand_in.fails_at = fails_at
+    with caplog.at_level(logging.WARNING, "mora_ds"):
+        logged(tmp_path)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("--report_to wandb ") and "no route to host" in record.getMessage()
+    assert len(stand_in.made[0].calls) == fails_at
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_an_interrupt_is_not_a_failing_service(tmp_path: Path, stand_in: type[StandIn]) -> None:
+    service = start_trackers(["wandb"], LABEL, tmp_path, 0)[0]
+    stand_in.log = lambda self, numbers, step: sys.exit(3)  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        service.log({"a": 1.0}, 1)
+
+
+def test_names_that_cannot_be_are_listed() -> None:
+    assert not list(tracker_problems(["tensorboard", "wandb"])) and not list(tracker_problems(["none"]))
+    assert "did you mean 'wandb'" in next(iter(tracker_problems(["wanb"]))).lower()
+    assert "none" in next(iter(tracker_problems(["none", "wandb"])))
+    assert "twice" in next(iter(tracker_problems(["wandb", "wandb"])))
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    check_installed(["tensorboard", "none"])
+    with pytest.raises(UserError, match=r"pip install 'mora_ds\[trackio\]'"):
+        check_installed(["trackio"])
+
+
+def test_services_see_no_secrets() -> None:
+    deepspeed = {"comet": {"api_key": "secret"}, "bf16": {"enabled": True}}
+    shown = shown_config({"seed": 1, "path": Path("x")}, {"deepspeed": deepspeed})
+    assert "secret" not in json.dumps(shown) and shown["resolved"]["deepspeed"]["bf16"] == {"enabled": True}
+    assert shown["path"] == "x"
+
+
+def offline(argv: list[str], root: str) -> None:
+    """A run with every service, offline, on this rank."""
+    os.environ.update(WANDB_MODE="offline", TRACKIO_DIR=f"{root}/trackio", MLFLOW_TRACKING_URI=f"file:{root}/mlflow")
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+    job(argv)
+
+
+def wandb_rows(file: Path) -> Iterator[Any]:
+    """The items of every row in W&B's offline file: a log of LevelDB's format after 7 bytes, in blocks of 32 KiB, each
+    part with 7 bytes of checksum, length and kind (1 complete, 2 first, 3 middle, 4 last)."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, parts = file.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record.history.item
+
+
+@pytest.mark.heavy
+@pytest.mark.gloo
+def test_a_run_with_every_service_offline(user: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    out = tmp_path / "out"
+    flags = user.flags(
+        out, "--report_to", "tensorboard", "wandb", "mlflow", "trackio", "--run_name", "first", "--run_tags", "tiny",
+        "--project", "tests", "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 4,
+    )  # fmt: skip
+    run_ranks(1, offline, flags, str(tmp_path))
+    losses = [row["loss"] for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    assert len(losses) == 6 and (out / "tensorboard").is_dir()
+
+    mlflow.set_tracking_uri(f"file:{tmp_path}/mlflow")
+    (run,) = mlflow.search_runs(experiment_names=["tests"], output_format="list")
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "1_loss/training")
+    assert [point.value for point in sorted(history, key=lambda point: point.step)] == pytest.approx(losses)
+    assert run.data.params["mora_rank"] == "2" and run.info.run_name == "first"
+    assert "merged cycle 0 at step 3" in run.data.tags["merges.000003"]
+
+    (file,) = (out / "trackers").rglob("*.wandb")
+    steps = [
+        {item.key or "/".join(item.nested_key): item.value_json for item in history} for history in wandb_rows(file)
+    ]
+    seen = [float(step["1_loss/training"]) for step in steps if "1_loss/training" in step]
+    assert seen == pytest.approx(losses)
+
+    (database,) = (tmp_path / "trackio").glob("tests*.db")
+    rows = sqlite3.connect(database).execute("select metrics from metrics order by step").fetchall()
+    points = [json.loads(text) for (text,) in rows]
+    assert [row["1_loss/training"] for row in points if "1_loss/training" in row] == pytest.approx(losses)
