@@ -77,9 +77,12 @@ def _sources(data: DataArguments) -> tuple[str, ...]:
 def domain_problems(adapter: AdapterArguments, data: DataArguments, training: TrainingArguments) -> Iterator[str]:
     """One message for each setting that contradicts --domain_adapters, or that needs it."""
     if not adapter.domain_adapters:
-        for name in ("freeze", "eval_domains", "init_adapter"):
-            if getattr(adapter, name) not in (Freeze.NONE.value, [], None):
+        for name in ("freeze", "eval_domains"):
+            if getattr(adapter, name) not in (Freeze.NONE.value, []):
                 yield f"--{name} is for {FLAG}"
+        if adapter.init_adapter is not None and adapter.adapter != AdapterKind.LORA.value:
+            yield f"--init_adapter is for {FLAG}, and for --adapter lora"
+        yield from _initial(adapter)
         return
     if adapter.adapter != AdapterKind.MORA.value:
         return
@@ -117,5 +120,9 @@ def _frozen(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[
             "--freeze domains keeps the domains' MoRA matrices at zero: give those of an earlier run with "
             f"--init_adapter, or leave out {FLAG}"
         )
+    yield from _initial(adapter)
+
+
+def _initial(adapter: AdapterArguments) -> Iterator[str]:
     if adapter.init_adapter is not None and adapter.full_rank_steps > 0:
         yield "--init_adapter is for the base that it was trained on, which --full_rank_steps change"

@@ -6,6 +6,7 @@ earlier run must have the same base, layers and operators, and no merged cycle: 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +24,18 @@ from mora_ds.runtime.ranks import Ranks
 FLAG = "--init_adapter"
 
 
-def check_same_files(path: Path, ranks: Ranks) -> None:
-    """Raise `UserError` where there is no adapter, or not the same one on all ranks. Collective."""
+def adapter_files(path: Path) -> list[Path]:
+    """The files that make an adapter. Raises `UserError` where there is none."""
+    return [find_adapter(path.expanduser()) / name for name in (ADAPTER_JSON, ADAPTER_TENSORS)]
+
+
+def check_same_files(files_of: Callable[[Path], list[Path]], path: Path, ranks: Ranks) -> None:
+    """Raise `UserError` where there is no adapter, or not the same one on all ranks. Collective.
+
+    `files_of`: the files of an adapter of its kind."""
 
     def digests() -> dict[str, str | None]:
-        files = [find_adapter(path.expanduser()) / name for name in (ADAPTER_JSON, ADAPTER_TENSORS)]
+        files = files_of(path)
         return {f"sha256 of {file.name}": sha256_file(file) if file.is_file() else None for file in files}
 
     ranks.same(FLAG, ranks.agree(f"files of {FLAG}", digests))

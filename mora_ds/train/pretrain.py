@@ -46,7 +46,8 @@ from mora_ds.train.base import find_model, prepare_base
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.dry_run import dry_run
 from mora_ds.train.evaluator import Evaluator
-from mora_ds.train.init_adapter import check_same_files
+from mora_ds.train.init_adapter import adapter_files, check_same_files
+from mora_ds.train.init_lora import lora_files
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.job import BareJob, FullJob, Job
 from mora_ds.train.metrics import MetricsLog, peak_memory_bytes, plain_json
@@ -98,7 +99,8 @@ def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job
     ranks.on_first("folders of monitors", lambda: check_trackers(tracker_folders(ds_config)))
     with _output_folder(arguments, ranks, base) as place:
         if adapter.init_adapter is not None and place.checkpoint is None:
-            check_same_files(Path(adapter.init_adapter), ranks)
+            files = lora_files if adapter.adapter == AdapterKind.LORA.value else adapter_files
+            check_same_files(files, Path(adapter.init_adapter), ranks)
         folder, config = find_model(model, place)
         check_config(config, training.sequence_parallel_size, model.attention, model.trust_remote_code)
         data = load_data(model, arguments.data, training, folder, config, place)

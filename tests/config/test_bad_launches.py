@@ -106,6 +106,7 @@ stray | 'stray'
 --full_rank_steps 6 | --full_rank_steps 6 must be less than --max_steps
 --freeze both | --freeze is for --domain_adapters
 --init_adapter /nowhere | --init_adapter is for --domain_adapters
+--adapter lora --init_adapter {bad}/emptydir | --init_adapter | adapter_config.json
 --domain_adapters | --domain_adapters needs several named sources
 --bf16 --fp16 | --bf16 and --fp16
 --overwrite_output_dir --resume_from_checkpoint latest | --overwrite_output_dir | --resume_from_checkpoint
