@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,13 @@ Versions up to 0.2 also knew "incremental" merges; a checkpoint of such a run ca
 
 
 Processes = Annotated[int, Bounds(least=1, most=1 << 20)]
+
+
+class AttentionKind(str, Enum):
+    """How a run keeps attention inside documents."""
+
+    DOCUMENTS = "documents"
+    DENSE = "dense"
 
 
 @dataclass
@@ -50,6 +58,8 @@ class TrainerState:
     """Whether the evaluation after this step is still to be made: the run stopped before or during it."""
     stream: dict[str, Any] | None = None
     """Positions of streamed sources before the next step's batch; None without streams."""
+    attention: AttentionKind = AttentionKind.DENSE
+    """The attention that the run computes with, which it keeps when it resumes. Versions up to 0.2 knew dense only."""
     world_size: Processes = 1
     """Number of ranks that wrote the checkpoint."""
     identity: dict[str, Any] = field(default_factory=dict)

@@ -14,15 +14,18 @@ from dataclasses import replace
 import torch
 
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
+from mora_ds.config.data import Attention, ModelArguments
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.ds_config import resolve_ds_config
 from mora_ds.errors import UserError
 from mora_ds.files import shipped
+from mora_ds.models.attention import NAME
 from mora_ds.models.load import named_config
 from mora_ds.planning.plan import Planner, recommend
 from mora_ds.planning.report import as_json, report
 from mora_ds.planning.step import Work
 from mora_ds.planning.timing import Cluster
+from mora_ds.train.attention import choose_attention, implementation_of
 
 
 def main() -> None:
@@ -71,6 +74,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sequence_parallel_size", type=int, default=1)
     parser.add_argument("--no_document_mask", action="store_true")
     parser.add_argument("--attn_implementation", default="auto")
+    parser.add_argument("--attention", default="auto", choices=[kind.value for kind in Attention])
     parser.add_argument("--trust_remote_code", action="store_true")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
@@ -90,9 +94,11 @@ def _work(given: argparse.Namespace) -> Work:
     )  # fmt: skip
     if given.adapter == AdapterKind.FULL.value and given.base_bits == 8:
         raise UserError("--base_bits 8: --adapter full leaves no weight frozen")
+    config = named_config(shipped(given.model), given.trust_remote_code, "--model")
+    model = ModelArguments(attn_implementation=given.attn_implementation, attention=given.attention)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return Work(
-        config=named_config(shipped(given.model), given.trust_remote_code, "--model"),
+        config=config,
         adapter=None if given.adapter == AdapterKind.FULL.value else adapter.config(seed=42),
         seq_len=given.seq_len,
         micro_batch=given.micro_batch or 1,
@@ -101,7 +107,8 @@ def _work(given: argparse.Namespace) -> Work:
         tensor_parallel=given.tensor_parallel_size,
         sequence_parallel=given.sequence_parallel_size,
         document_mask=not given.no_document_mask,
-        attn_implementation=None if given.attn_implementation == "auto" else given.attn_implementation,
+        attn_implementation=model.implementation,
+        by_documents=implementation_of(model, choose_attention(model, config)) == NAME,
         trust_remote_code=given.trust_remote_code,
     )
 

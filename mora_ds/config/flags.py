@@ -87,6 +87,11 @@ RETIRED = {
 }
 
 
+BEFORE = {"attention": "dense"}
+"""What a run did before a setting existed: it holds for a run.yaml that does not name the setting, so that the file
+still repeats its run."""
+
+
 class StrictParser(HfArgumentParser):
     """HfArgumentParser that raises `UserError` instead of ending the process. `-h` still prints help and ends it."""
 
@@ -178,6 +183,8 @@ def read_recipe(path: str, groups: Iterable[type], ignored_keys: Iterable[str] =
             old = next(old for old, new in RENAMED.items() if new == name)
             problems.append(f"{path}: {old} and {name} are one setting: give one of them")
         values[name] = value
+    if any(key in content for key in ignored_keys):  # a run has written it
+        values = {**{name: value for name, value in BEFORE.items() if name in hints}, **values}
     try:
         settings = typed_values(values, hints, path)
     except UserError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -21,6 +21,8 @@ class Documents:
     """(documents + 1,) int32: the token with which each begins, then the number of all tokens B T."""
     lengths: tuple[int, ...]
     """Tokens of each document, known on the host, so that no device has to be asked."""
+    windows: set[int | None] = field(default_factory=set)
+    """The sliding windows with which attention has been asked for them; None for none."""
 
     @classmethod
     def of(cls, positions: Tensor) -> Documents:
@@ -49,8 +51,8 @@ class Documents:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Documents:
         """The same with `bounds` on a device, as a batch's tensors are moved."""
-        return Documents(self.bounds.to(device, non_blocking=non_blocking), self.lengths)
+        return Documents(self.bounds.to(device, non_blocking=non_blocking), self.lengths, self.windows)
 
     def pin_memory(self) -> Documents:
         """The same with `bounds` in pinned memory."""
-        return Documents(self.bounds.pin_memory(), self.lengths)
+        return Documents(self.bounds.pin_memory(), self.lengths, self.windows)

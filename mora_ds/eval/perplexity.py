@@ -27,9 +27,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from mora_ds.checkpoint.adapter_files import BaseReference, chosen_domain, read_adapter
 from mora_ds.checkpoint.layout import adapter_folder, tokenizer_of
 from mora_ds.data import IGNORED, Corpus, load_tokenizer, wants_bos
+from mora_ds.data.documents import Documents
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.bank import AdapterBank
 from mora_ds.errors import UserError, reason
+from mora_ds.models.attention import model_inputs, prefer_documents
 from mora_ds.models.load import damaged_file
 from mora_ds.models.tensor_files import compute_dtype
 
@@ -146,7 +148,7 @@ def load_target(
         why = damaged_file(path) or reason(error)
         raise UserError(f"MODEL: {path} cannot be loaded as a causal language model: {why}") from error
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code, flag="MODEL")
-    return Target(model.to(device).eval(), tokenizer, str(path))
+    return Target(prefer_documents(model.to(device).eval()), tokenizer, str(path))
 
 
 def _adapted(checkpoint: Path, base: Path | None, dtype: str, device: str, domain: str | None) -> Target:
@@ -157,7 +159,7 @@ def _adapted(checkpoint: Path, base: Path | None, dtype: str, device: str, domai
     model: Any = load_adapter(folder, checkpoint, domain=domain)
     if dtype != "auto":
         model = model.to(compute_dtype(dtype))
-    return Target(model.to(device), tokenizer, f"{checkpoint} on {folder}")
+    return Target(prefer_documents(model.to(device)), tokenizer, f"{checkpoint} on {folder}")
 
 
 def evaluate(
@@ -224,7 +226,8 @@ def _nats(model: Any, batch: Sequence[_Window]) -> float:
         tokens = torch.tensor(ids)
         inputs[row, : len(ids)] = tokens
         labels[row, len(ids) - scored - 1 : len(ids) - 1] = tokens[-scored:]
-    logits = model(input_ids=inputs.to(model.device), use_cache=False).logits
+    documents = Documents.whole_rows(len(batch), longest, model.device)
+    logits = model(**model_inputs(model, {"input_ids": inputs.to(model.device), "documents": documents})).logits
     rows = (
         F.cross_entropy(row.float(), label, ignore_index=IGNORED, reduction="sum").double()
         for row, label in zip(logits, labels.to(logits.device), strict=True)
@@ -283,7 +286,7 @@ def evaluate_bank(
         if name in bank.damaged:
             raise UserError(f"adapter {name!r} cannot be used: {bank.damaged[name]}")
     tokenizer = load_tokenizer(bank.base, trust_remote_code=trust_remote_code, flag="MODEL")
-    target = Target(bank.model, tokenizer, BASE)
+    target = Target(prefer_documents(bank.model), tokenizer, BASE)
     scores = {BASE: evaluate_sets(target, sets, windows, batch_size, max_documents)}
     for name in names:
         own = tokenizer_of(adapter_folder(bank.folders[name]))

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mora_ds.data import IGNORED
 from mora_ds.errors import UserError
+from mora_ds.models.attention import model_inputs
 
 FLAG = "--chunked_loss"
 
@@ -34,30 +35,31 @@ CHUNK_NUMBERS = 2**24
 _ATTRIBUTE = "_mora_chunked_head"
 
 
-def token_nll(model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor:
+def token_nll(model: Callable[..., object], batch: Mapping[str, Any]) -> Tensor:
     """(): summed negative log-likelihood (nats, fp32) of a batch's labels.
 
-    Labels are already shifted: labels[t] is the token after input_ids[t], or IGNORED. Restarting `position_ids` keep
-    attention inside each document. Computed in chunks where the model was given to `chunk_loss`.
+    Labels are already shifted: labels[t] is the token after input_ids[t], or IGNORED. Restarting `position_ids`, and
+    the `documents` that follow from them, keep attention inside each document. Computed in chunks where the model was
+    given to `chunk_loss`.
     """
     chunked = bound(model)
     return whole_nll(model, batch) if chunked is None else chunked.token_losses(model, batch).sum()
 
 
-def whole_nll(model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor:
+def whole_nll(model: Callable[..., object], batch: Mapping[str, Any]) -> Tensor:
     """(): the same from the logits of the complete batch."""
     return _cross_entropy(model, batch, "sum")
 
 
-def row_nll(model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor:
+def row_nll(model: Callable[..., object], batch: Mapping[str, Any]) -> Tensor:
     """(B,): `token_nll` of each row."""
     if (chunked := bound(model)) is not None:
         return chunked.token_losses(model, batch).sum(dim=(1, 2))
     return _cross_entropy(model, batch, "none").view(batch["labels"].shape).sum(dim=-1)
 
 
-def _cross_entropy(model: Callable[..., object], batch: Mapping[str, Tensor], reduction: str) -> Tensor:
-    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits  # type: ignore[attr-defined]
+def _cross_entropy(model: Callable[..., object], batch: Mapping[str, Any], reduction: str) -> Tensor:
+    logits = model(**model_inputs(model, batch)).logits  # type: ignore[attr-defined]
     labels = batch["labels"].flatten()
     return F.cross_entropy(logits.flatten(0, -2).float(), labels, ignore_index=IGNORED, reduction=reduction)
 
@@ -74,12 +76,12 @@ class ChunkedHead:
         # after DeepSpeed's hooks, which make the output all-gather the weight in backward
         head.register_forward_hook(self._record)
 
-    def token_losses(self, model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor:
+    def token_losses(self, model: Callable[..., object], batch: Mapping[str, Any]) -> Tensor:
         """(B, T, 1): the negative log-likelihood of each label; 0 for IGNORED."""
         with self.recording() as outputs:
             self._labels = batch["labels"]
             try:
-                model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+                model(**model_inputs(model, batch))
             finally:
                 self._labels = None
         return outputs[-1]

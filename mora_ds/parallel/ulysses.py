@@ -34,22 +34,26 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mora_ds.errors import UserError
+from mora_ds.models import document_attention
+from mora_ds.models.attention import attention_of
 from mora_ds.parallel import softcap_attention
 from mora_ds.parallel.limits import SEQUENCE
 from mora_ds.parallel.softcap_attention import caps_scores, use_capped_attention
 
-CORES = ("sdpa", softcap_attention.NAME, "flash_attention_2", "flash_attention_3", "flash_attention_4")
+CORES = (
+    "sdpa", softcap_attention.NAME, document_attention.NAME,
+    "flash_attention_2", "flash_attention_3", "flash_attention_4",
+)  # fmt: skip
 _MASKED = CORES[:2]
 """Attention of transformers that Ulysses can run. Eager needs scores of (T, T) for every head, and DeepSpeed's Ulysses
-gives flex_attention a plain causal mask whatever the model asks for. Those in `_MASKED` read masks, not positions."""
+gives flex_attention a plain causal mask whatever the model asks for. Those in `_MASKED` read masks; attention by
+documents reads the documents of the complete rows, which every process is given."""
 
 _BOUND = "_mora_ds_sequence"
 _DOCUMENTS = "_mora_ds_documents"
 """Attribute of a part's positions: whether any complete row of theirs holds several documents."""
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on the longest position in the batch (modeling_rope_utils.py)."""
-_PER_HEAD = ("s_aux", "position_bias")
-"""Further arguments of transformers' attention functions that have a part for each head."""
 _dispatched: set[str] = set()
 _groups: dict[int, Any] = {}
 
@@ -74,11 +78,6 @@ def share_rows(model: nn.Module, size: int, timeout_s: float | None = None) -> S
         if _depends_on_length(module):
             _share_longest_position(module, sequence)
     return sequence
-
-
-def attention_of(model: Any) -> str:
-    """The name of a model's attention in transformers."""
-    return str(model.config.get_text_config()._attn_implementation)
 
 
 def core_of(model: Any) -> str:
@@ -169,6 +168,8 @@ class SequenceParallel:
         """One layer's attention: query (B, H, T/s, D), key and value (B, H_kv, T/s, D) -> (B, T/s, H, D). `core` runs
         over complete rows."""
         _check_call(key, value, kwargs)
+        if kwargs.get("s_aux") is not None:  # attention sinks: those of this process's heads
+            kwargs["s_aux"] = kwargs["s_aux"].unflatten(0, (self.size, -1))[self.rank]
         self.saw_window |= kwargs.get("sliding_window") is not None
         self._masks.use(kwargs["position_ids"])
         ulysses = self._ulysses_for(query, key)
@@ -216,11 +217,8 @@ def _check_call(key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> Non
         raise UserError(f"{SEQUENCE}: this model's keys and values differ in shape, which Ulysses does not support")
     if arguments.get("position_ids") is None:
         raise UserError(f"{SEQUENCE}: this model does not pass its attention the position_ids that Ulysses needs")
-    per_head = [name for name in _PER_HEAD if arguments.get(name) is not None]
-    if per_head:
-        raise UserError(
-            f"{SEQUENCE}: this model's attention has a {per_head[0]} for each head, which Ulysses does not split"
-        )
+    if arguments.get("position_bias") is not None:
+        raise UserError(f"{SEQUENCE}: this model's attention has a position bias for each head, which is not split")
 
 
 class _Masks:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mora_ds.errors import UserError
 
@@ -84,23 +85,38 @@ class MemoryMeter(TorchDispatchMode):
 
 
 @contextmanager
-def fused_attention(ranks: int = 1) -> Iterator[None]:
+def fused_attention(ranks: int = 1, by_documents: str | None = None) -> Iterator[None]:
     """Within it, attention on meta tensors allocates what the fused kernels of real devices do: they save queries,
     keys, values, the output and one number a query; a boolean mask is first cast to the queries' dtype, in every layer.
 
     `ranks`: size of a sequence-parallel group (Ulysses), in which attention is over all tokens of 1 / `ranks` of the
-    heads. The function is patched, as a mode would not reach what gradient checkpointing recomputes.
+    heads. `by_documents`: transformers' name of an attention that is given complete rows, with that exchange around it.
+    The functions are patched, as a mode would not reach what gradient checkpointing recomputes.
     """
     original = F.scaled_dot_product_attention
+    core: Any = None if by_documents is None else ALL_ATTENTION_FUNCTIONS[by_documents]
 
     def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _attend(ranks, query, *args, **kwargs) if query.is_meta else original(query, *args, **kwargs)
+        if not query.is_meta:
+            return original(query, *args, **kwargs)
+        return _attend(1 if core else ranks, query, *args, **kwargs)
+
+    def exchanged(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        whole = (_exchanged(part, ranks) for part in (query, key, value))
+        if (sinks := kwargs.get("s_aux")) is not None:
+            kwargs["s_aux"] = sinks[: query.shape[1] // ranks]
+        out, weights = core(module, *whole, *args, **kwargs)
+        return out.reshape(query.shape[0], query.shape[2], query.shape[1], -1), weights
 
     F.scaled_dot_product_attention = attention
+    if by_documents:
+        ALL_ATTENTION_FUNCTIONS.register(by_documents, exchanged)
     try:
         yield
     finally:
         F.scaled_dot_product_attention = original
+        if by_documents:
+            ALL_ATTENTION_FUNCTIONS.register(by_documents, core)
 
 
 def _attend(

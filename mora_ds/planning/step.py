@@ -9,7 +9,7 @@ figures hold for any model that trains, and follow every change of the layers, t
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,9 @@ from mora_ds.adapters.inject import base_weights, frozen_buffers, inject, mora_l
 from mora_ds.adapters.merge_layer import merge_layer
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.data.documents import Documents
 from mora_ds.errors import UserError, reason
+from mora_ds.models.attention import NAME, use_documents
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel import windows
 from mora_ds.parallel.tensor_parallel import split_model
@@ -50,6 +52,8 @@ class Work:
     document_mask: bool = True
     """Whether rows hold several documents, so that attention reads a mask."""
     attn_implementation: str | None = None
+    by_documents: bool = False
+    """Whether attention is document by document; planned with documents as long as the rows."""
     trust_remote_code: bool = False
 
     @property
@@ -132,6 +136,8 @@ def planned_model(work: Work) -> Any:
             )
     except Exception as error:  # as at `folder_config`: each model's class has checks of its own
         raise UserError(f"no model can be made of this config: {reason(error)}") from error
+    if work.by_documents:
+        use_documents(model)
     if work.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if work.adapter is not None:
@@ -153,9 +159,9 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
         parameter.register_post_accumulate_grad_hook(_drop_gradient)  # ZeRO moves each into its bucket at once
         for parameter in model.parameters()
     ]
-    known = (*model.parameters(), *model.buffers(), *batch.values())
+    known = (*model.parameters(), *model.buffers(), *(rows for rows in batch.values() if isinstance(rows, Tensor)))
     try:
-        with MemoryMeter(known, answer=not work.document_mask) as meter, fused_attention(work.sequence_parallel):
+        with MemoryMeter(known, answer=not work.document_mask) as meter, _attention(work):
             with torch.no_grad():
                 token_nll(model, batch)  # the first pass makes the tables
             lasting = meter.live
@@ -181,7 +187,7 @@ def trace_step(model: nn.Module, work: Work) -> list[Event]:
         if isinstance(layer, DomainLinear):
             layer.own_spec = replace(layer.own_spec, seed=0)
             layer.domains.set([layer.domains.names[0]] * work.micro_batch)
-    with record(model) as events, MemoryMeter(answer=not work.document_mask), fused_attention(work.sequence_parallel):
+    with record(model) as events, MemoryMeter(answer=not work.document_mask), _attention(work):
         token_nll(model, _batch(work)).backward()
     for parameter in model.parameters():
         parameter.grad = None
@@ -243,10 +249,16 @@ def layer_period(config: Any) -> int:
     )
 
 
-def _batch(work: Work) -> Mapping[str, Tensor]:
+def _attention(work: Work) -> AbstractContextManager[None]:
+    return fused_attention(work.sequence_parallel, NAME if work.by_documents else None)
+
+
+def _batch(work: Work) -> dict[str, Any]:
     length = work.seq_len // work.sequence_parallel
     ids = torch.empty(work.micro_batch, length, dtype=torch.long, device="meta")
-    return {"input_ids": ids, "position_ids": torch.empty_like(ids), "labels": torch.empty_like(ids)}
+    documents = Documents.whole_rows(work.micro_batch, work.seq_len, ids.device)
+    rows = {"input_ids": ids, "position_ids": torch.empty_like(ids), "labels": torch.empty_like(ids)}
+    return {**rows, "documents": documents}
 
 
 def _drop_gradient(parameter: Tensor) -> None:

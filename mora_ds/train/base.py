@@ -57,7 +57,7 @@ def prepare_base(
         place.followers.share(own)
         folder = own
     share = place.followers.share
-    loaded = load_base(folder, own, place.ranks, dtype, model.attention, model.trust_remote_code, share)
+    loaded = load_base(folder, own, place.ranks, dtype, model.implementation, model.trust_remote_code, share)
     if training.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return loaded

@@ -26,6 +26,7 @@ from mora_ds.engine import device
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.errors import UserError
+from mora_ds.models.attention import NAME
 from mora_ds.models.base import MODEL_FLAG
 from mora_ds.models.load import named_config
 from mora_ds.models.vocabulary import first_new_row
@@ -35,6 +36,7 @@ from mora_ds.planning.plan import Plan, Planner
 from mora_ds.planning.report import report
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.planning.timing import Cluster
+from mora_ds.train.attention import choose_attention, implementation_of
 from mora_ds.train.setup import engine_config
 from mora_ds.train.targets import planned_config
 from mora_ds.train.vectors import check_alignment_rank
@@ -63,7 +65,8 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     name = str(model.model_name_or_path or model.model_config)
     flag = MODEL_FLAG if model.model_name_or_path else "--model_config"
     config = named_config(name, model.trust_remote_code, flag)
-    check_config(config, training.sequence_parallel_size, model.attention, model.trust_remote_code)
+    implementation = implementation_of(model, choose_attention(model, config))
+    check_config(config, training.sequence_parallel_size, implementation, model.trust_remote_code)
     if adapter.adapter == AdapterKind.NONE.value:
         raise UserError("--adapter none trains nothing: there is nothing to plan, drop --dry_run")
     if adapter.domain_adapters and training.optimizer == OptimizerKind.MUON.value:
@@ -78,7 +81,8 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
         tensor_parallel=training.tensor_parallel_size,
         sequence_parallel=training.sequence_parallel_size,
         document_mask=arguments.data.document_mask,
-        attn_implementation=model.attention,
+        attn_implementation=model.implementation,
+        by_documents=implementation == NAME,
         trust_remote_code=model.trust_remote_code,
     )
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)

@@ -1,6 +1,6 @@
 """Every check of the live model before the first step, by small forward passes.
 
-document mask           do documents packed into one row see each other?              --no_document_mask
+document mask           do documents packed into one row see each other?              --attention, --no_document_mask
 chunked loss            are the head and a known scale or cap all of the logits?      --chunked_loss
 domains                 does every adapted layer read complete rows?                  --domain_adapters
 sequence parallelism    do split rows give the logits of complete rows?               --sequence_parallel_size
@@ -10,6 +10,8 @@ What a model does is measured, not looked up in a list of architectures. No chec
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,12 +19,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds.adapters.domains import domains_of
-from mora_ds.engine import zero
+from mora_ds.checkpoint.state import AttentionKind
+from mora_ds.config.arguments import Arguments
+from mora_ds.config.data import Attention
+from mora_ds.data.documents import Documents
 from mora_ds.errors import RunError, UserError
 from mora_ds.models import loss
+from mora_ds.models.attention import NAME, attention_of, model_inputs, use_dense
 from mora_ds.parallel.limits import SEQUENCE
 from mora_ds.parallel.ulysses import SequenceParallel, whole_rows
 from mora_ds.train.job import Job
+
+logger = logging.getLogger(__name__)
 
 _DOCUMENT = 4
 """Tokens of each of the two documents that `check_document_mask` packs into a row."""
@@ -41,17 +49,34 @@ _SPLIT_ROUNDING = 16
 """Further permitted difference, in units of the dtype's rounding: in bf16 a new model's logits hardly differ."""
 
 
-def preflight(job: Job, chunked_loss: bool, document_mask: bool) -> None:
-    """Run all checks that apply to this job. Collective. Raises `UserError` naming the flag to change."""
-    model = job.loaded.model
+def preflight(job: Job, arguments: Arguments) -> None:
+    """Run all checks that apply to this job. Collective. Raises `UserError` naming the flag to change.
+
+    A new run whose model turns out not to attend by documents falls back to dense attention, where --attention is auto.
+    """
+    model, training, document_mask = job.loaded.model, arguments.training, arguments.data.document_mask
     vocab_size = model.config.get_text_config().vocab_size
+    sizes = {1, 2, training.per_device_train_batch_size, training.per_device_eval_batch_size}
+    can_fall_back = (
+        arguments.model.attention == Attention.AUTO.value
+        and job.state.attention is AttentionKind.DOCUMENTS
+        and job.place.checkpoint is None
+        and job.sequence is None
+    )
     with whole_rows(model):
-        if chunked_loss:
+        if training.chunked_loss:
             check_chunked_loss(job.engine, vocab_size)
         if domains_of(model).names:
             check_domain_rows(job.engine, vocab_size)
-        if document_mask:
-            check_document_mask(job.engine, vocab_size)
+        try:
+            check_attention(job.engine, vocab_size, sizes, document_mask)
+        except UserError as error:
+            if not can_fall_back:
+                raise
+            logger.info(f"attention: dense, because {error}")
+            use_dense(model)
+            job.state.attention = AttentionKind.DENSE
+            check_attention(job.engine, vocab_size, sizes, document_mask)
     if job.sequence is not None:
         check_split(job.engine, model, job.sequence, document_mask)
 
@@ -77,28 +102,70 @@ def check_domain_rows(engine: Any, vocab_size: int) -> None:
         engine.train()
 
 
+def check_attention(engine: Any, vocab_size: int, row_counts: Iterable[int], document_mask: bool) -> None:
+    """Raise `UserError` where documents see each other, or attention by documents is not given the config's window."""
+    if document_mask:
+        check_document_mask(engine, vocab_size, row_counts)
+    model = getattr(engine, "module", engine)
+    if attention_of(model) == NAME and _has_window(model.config.get_text_config()):
+        check_window(engine, vocab_size)
+
+
 @torch.no_grad()
-def check_document_mask(engine: zero.Engine, vocab_size: int) -> None:
+def check_document_mask(engine: Any, vocab_size: int, row_counts: Iterable[int] = (1, 2)) -> None:
     """Raise `UserError` where a document sees the one before it although its positions start again at 0.
 
-    Only newer models of transformers take their mask from the positions (5.24: OPT, Bloom, MPT and GPT-OSS do not), and
-    state-space layers have no mask. Compared: what a changed first document does to the second one's logits, with and
-    without the restart of positions. Collective: two forward passes of two short rows.
+    Not every model of transformers takes its mask from the positions (5.24: Bloom and MPT do not), state-space layers
+    have no mask, and FlashAttention takes rows for packed ones only where there is a single row. Compared: what a
+    changed first document does to the second one's logits, with and without the restart of positions, in batches of
+    every number of rows that the run computes. Collective: a forward pass of short rows for each number, two for one.
     """
-    rows = _random_ids(engine, vocab_size, 2, 2 * _DOCUMENT)
-    rows[1, _DOCUMENT:] = rows[0, _DOCUMENT:]
-    straight = torch.arange(2 * _DOCUMENT, device=rows.device).expand(2, -1)
     engine.eval()
-    effects = []
-    for positions in (straight % _DOCUMENT, straight):
-        one, other = engine(input_ids=rows, position_ids=positions, use_cache=False).logits[:, _DOCUMENT:].double()
-        effects.append((one - other).norm().item())
+    straight = torch.arange(2 * _DOCUMENT)
+    unmasked = _effect(engine, vocab_size, 2, straight)
+    for rows in sorted(set(row_counts)):
+        if _effect(engine, vocab_size, rows, straight % _DOCUMENT) > _LEAK * unmasked:
+            engine.train()
+            raise UserError(
+                "this model's attention does not stop at restarting positions, so documents packed into one row would "
+                f"see each other (in batches of {rows} rows): leave out --attention dense and --attn_implementation, "
+                "or give --no_document_mask if they may"
+            )
     engine.train()
-    if effects[0] > _LEAK * effects[1]:
-        raise UserError(
-            "this model's attention does not stop at restarting positions, so documents packed into one row would see "
-            "each other: give --no_document_mask if they may"
-        )
+
+
+def _effect(engine: Any, vocab_size: int, rows: int, positions: Tensor) -> float:
+    """The largest change of a row's second document, as a norm of its logits, when the first one is another."""
+    ids = _random_ids(engine, vocab_size, max(rows, 2), 2 * _DOCUMENT)
+    ids[1:, _DOCUMENT:] = ids[0, _DOCUMENT:]
+    parts = ids.split(1 if rows == 1 else len(ids))
+    batches = ({"input_ids": part, **_places(engine, positions, len(part))} for part in parts)
+    logits = torch.cat([engine(**model_inputs(engine, batch)).logits[:, _DOCUMENT:].double() for batch in batches])
+    return max((row - logits[0]).norm().item() for row in logits[1:])
+
+
+def _places(engine: Any, positions: Tensor, rows: int) -> dict[str, Any]:
+    """The positions (T,) of every row, and the documents that they make."""
+    every = positions.expand(rows, -1)
+    return {"position_ids": every.to(engine.device), "documents": Documents.of(every).to(engine.device)}
+
+
+@torch.no_grad()
+def check_window(engine: Any, vocab_size: int) -> None:
+    """Raise `UserError` where the config has a sliding window that attention by documents does not receive. Collective:
+    a forward pass of one short row."""
+    places = _places(engine, torch.arange(2 * _DOCUMENT), 1)
+    batch = {"input_ids": _random_ids(engine, vocab_size, 1, 2 * _DOCUMENT), **places}
+    engine.eval()
+    engine(**model_inputs(engine, batch))
+    engine.train()
+    if places["documents"].windows == {None}:
+        raise UserError("this model's config has a sliding window that its attention does not receive")
+
+
+def _has_window(config: Any) -> bool:
+    kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
+    return bool(getattr(config, "sliding_window", None)) and "sliding_attention" in kinds
 
 
 @torch.no_grad()
@@ -132,13 +199,15 @@ def check_split(engine: Any, model: Any, sequence: SequenceParallel, document_ma
     if document_mask:  # a document that crosses a boundary, and another one that begins between two boundaries
         positions[0, 3:] -= 3
         positions[1, 2 * _TOKENS - 1 :] -= 2 * _TOKENS - 1
-    batch = {"input_ids": rows, "position_ids": positions.to(engine.device)}
+    places = {"position_ids": positions.to(engine.device), "documents": Documents.of(positions).to(engine.device)}
+    batch = {"input_ids": rows, **places}
     part = sequence.split(batch)
     engine.eval()
-    split = engine(**part, use_cache=False).logits
+    split = engine(**model_inputs(engine, part)).logits
+    part["documents"] = Documents.of(part["position_ids"].cpu()).to(engine.device)
     with whole_rows(model):
-        complete = sequence.split({"logits": engine(**batch, use_cache=False).logits})["logits"]
-        alone = engine(**part, use_cache=False).logits
+        complete = sequence.split({"logits": engine(**model_inputs(engine, batch)).logits})["logits"]
+        alone = engine(**model_inputs(engine, part)).logits
     engine.train()
     error, effect, size = _norm(split.double() - complete), _norm(alone.double() - complete), _norm(complete)
     if error > _SPLIT_ERROR * effect + _SPLIT_ROUNDING * torch.finfo(complete.dtype).eps * size:
@@ -146,8 +215,7 @@ def check_split(engine: Any, model: Any, sequence: SequenceParallel, document_ma
             f"{SEQUENCE}: this model mixes tokens outside of the attention that can be split over processes, so a "
             "split row does not give what the complete row gives"
         )
-    kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
-    if getattr(config, "sliding_window", None) and "sliding_attention" in kinds and not sequence.saw_window:
+    if _has_window(config) and not sequence.saw_window:
         raise UserError(f"{SEQUENCE}: this model's config has a sliding window that its attention does not receive")
 
 

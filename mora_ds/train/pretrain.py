@@ -22,7 +22,7 @@ from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.ops.gather import check_compiler, compile_operators
 from mora_ds.checkpoint.folder import AUTO, name_best, name_latest, resume_checkpoint, settle
 from mora_ds.checkpoint.layout import CHECKPOINTS, MERGED_FOLDER, SUMMARY_FILE, step_folder
-from mora_ds.checkpoint.state import TrainerState, check_world_size
+from mora_ds.checkpoint.state import AttentionKind, TrainerState, check_world_size
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.domains import eval_domains
@@ -35,6 +35,7 @@ from mora_ds.engine.ds_keys import tracker_folders
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.errors import UserError
 from mora_ds.files import write_json_atomic
+from mora_ds.models.attention import use_documents
 from mora_ds.models.loss import chunk_loss
 from mora_ds.parallel.ulysses_checks import check_config
 from mora_ds.remora.schedule import Schedule
@@ -42,6 +43,7 @@ from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.adapter_job import AdapterJob
 from mora_ds.train.agreement import start_up
+from mora_ds.train.attention import choose_attention, implementation_of
 from mora_ds.train.base import find_model, prepare_base
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.dry_run import dry_run
@@ -102,17 +104,22 @@ def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job
             files = lora_files if adapter.adapter == AdapterKind.LORA.value else adapter_files
             check_same_files(files, Path(adapter.init_adapter), ranks)
         folder, config = find_model(model, place)
-        check_config(config, training.sequence_parallel_size, model.attention, model.trust_remote_code)
+        attention = choose_attention(model, config, place.checkpoint)
+        implementation = implementation_of(model, attention)
+        check_config(config, training.sequence_parallel_size, implementation, model.trust_remote_code)
         data = load_data(model, arguments.data, training, folder, config, place)
         _check_evaluation_sets(arguments, data)
         dtype = getattr(torch, compute_dtype(ds_config))
         loaded = prepare_base(model, training, folder, data.tokenizer, dtype, place)
+        if attention is AttentionKind.DOCUMENTS:
+            use_documents(loaded.model)
         job = JOBS[adapter.adapter](arguments, loaded, ds_config, data, place)
         if adapter.compile:
             compile_operators()
         if training.chunked_loss:
             chunk_loss(loaded.model)
-        preflight(job, training.chunked_loss, arguments.data.document_mask)
+        job.state.attention = attention
+        preflight(job, arguments)
         schedule = arguments.schedule(_total_steps(training, data.train, ranks.world) - place.first_batch)
         if place.checkpoint is not None and TrainerState.read(place.checkpoint).step > schedule.total_steps:
             raise UserError(
@@ -224,7 +231,8 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
     facts = {"deepspeed": job.engine.config, **job.data.train.identity} if job.is_trained else {}
     if ranks.is_first:
         owns = names_of_run(folder, arguments.training.export_merged)
-        write_run_file(folder, dump(arguments), {"world_size": ranks.world, "steps": steps, **facts}, owns)
+        settings = {**dump(arguments), "attention": state.attention.value}
+        write_run_file(folder, settings, {"world_size": ranks.world, "steps": steps, **facts}, owns)
         has_begun(folder)
     log = MetricsLog(folder, steps, ranks.is_first, state.step, lambda: _trackers(arguments, folder, facts, state.step))
     if job.place.checkpoint is not None:

@@ -133,6 +133,8 @@ stray | 'stray'
 --resume_from_checkpoint {user}/model | --resume_from_checkpoint | no checkpoint at
 --resume_from_checkpoint {user}/train.jsonl | --resume_from_checkpoint | no checkpoint at
 --attn_implementation magic | --attn_implementation magic
+--attention sparse | unknown --attention 'sparse' | known: auto, documents, dense
+--attention documents --attn_implementation sdpa | --attention documents and --attn_implementation sdpa
 --target_modules re:[ | --target_modules 're:['
 --target_modules q_prj | --target_modules 'q_prj' | Did you mean 'q_proj'
 --cache_dir {user}/train.jsonl | --cache_dir | Not a directory

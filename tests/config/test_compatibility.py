@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from mora_ds.config.arguments import RECORDED_KEYS, dump, parse
-from mora_ds.config.flags import RENAMED, RETIRED
+from mora_ds.config.flags import BEFORE, RENAMED, RETIRED
 from mora_ds.config.validate import validate
 from mora_ds.errors import UserError
 
@@ -22,8 +22,17 @@ def test_run_yaml_of_0_2_repeats_its_run() -> None:
     validate(arguments)
     written = yaml.safe_load(RUN_OF_0_2.read_text(encoding="utf-8"))
     settings = {RENAMED.get(key, key): value for key, value in written.items() if key not in (*RECORDED_KEYS, *RETIRED)}
-    assert len(settings) > 100 and settings.keys() == arguments.given
-    assert dump(arguments).items() >= settings.items()
+    assert len(settings) > 100 and settings.keys() | BEFORE.keys() == arguments.given
+    assert dump(arguments).items() >= {**settings, **BEFORE}.items()
+
+
+def test_a_run_yaml_repeats_what_runs_did_before_a_setting_existed(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("mora_rank: 16\n", encoding="utf-8")
+    assert parse([str(recipe)]).model.attention == "auto", "a recipe that no run has written"
+    recipe.write_text("mora_rank: 16\nattention: documents\nversions: {}\nresolved: {}\n", encoding="utf-8")
+    assert parse([str(recipe)]).model.attention == "documents"
+    assert parse([str(RUN_OF_0_2), "--attention", "auto"]).model.attention == "auto"
 
 
 @pytest.fixture

@@ -11,8 +11,11 @@ from deepspeed.utils import safe_get_full_grad
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
+from mora_ds.data.documents import Documents
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
+from mora_ds.models.attention import use_documents
+from mora_ds.models.loss import token_nll
 from mora_ds.parallel.saved_inputs import TPInputs
 from tests.helpers.models import causal_loss, tiny_model, tokens
 
@@ -21,8 +24,9 @@ BATCHES = 2
 """Sequences of a micro-batch, over all replicas."""
 
 Case = dict[str, Any]
-"""family, checkpointing, model (changes of its config), inputs (`TPInputs`), and everything else for `MoRAConfig`."""
-OWN_KEYS = ("family", "checkpointing", "model", "inputs")
+"""family, checkpointing, model (changes of its config), inputs (`TPInputs`), documents (whether rows hold several, and
+split models attend by them), and everything else for `MoRAConfig`."""
+OWN_KEYS = ("family", "checkpointing", "model", "inputs", "documents")
 
 
 def config_of(case: Case) -> MoRAConfig:
@@ -56,6 +60,15 @@ def batches(step: int) -> torch.Tensor:
     return tokens(BATCHES * ACCUMULATION, seed=step).view(ACCUMULATION, BATCHES, -1)
 
 
+def loss_of(case: Case, model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Mean loss over the tokens of rows that are one document each, or several."""
+    if not case.get("documents"):
+        return causal_loss(model, ids)
+    positions = (torch.arange(ids.shape[1]) % 7).expand(len(ids), -1).contiguous()
+    batch = {"input_ids": ids, "labels": ids.roll(-1, 1), "position_ids": positions}
+    return token_nll(model, {**batch, "documents": Documents.of(positions)}) / ids.numel()
+
+
 def plain_run(case: Case, steps: int = STEPS) -> dict[str, Any]:
     """One process, no DeepSpeed."""
     model = model_of(case)
@@ -63,7 +76,7 @@ def plain_run(case: Case, steps: int = STEPS) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, eps=EPSILON, weight_decay=0.0)
     found: dict[str, Any] = {"losses": [], "norms": [], "logits": logits(model)}
     for step in range(steps):
-        losses = [causal_loss(model, ids) / ACCUMULATION for ids in batches(step)]
+        losses = [loss_of(case, model, ids) / ACCUMULATION for ids in batches(step)]
         for loss in losses:
             loss.backward()
         if step == 0:
@@ -99,7 +112,10 @@ def start(
         config["tensor_parallel"] = {"autotp_size": degree}
     else:
         how["tensor_parallel_size"] = degree
-    engine, *_ = initialize(model=model_of(case), config=config, **how)
+    model = model_of(case)
+    if case.get("documents"):
+        use_documents(model)
+    engine, *_ = initialize(model=model, config=config, **how)
     return engine, dist.get_rank() // degree, replicas
 
 
@@ -111,7 +127,7 @@ def split_run(case: Case, degree: int, steps: int = STEPS, **zero_settings: Any)
     for step in range(steps):
         total = 0.0
         for index, ids in enumerate(batches(step)):
-            loss = causal_loss(engine, ids[replica * micro :][:micro])
+            loss = loss_of(case, engine, ids[replica * micro :][:micro])
             engine.backward(loss)
             if step == 0 and index == ACCUMULATION - 1:
                 found["gradients"] = whole(engine, safe_get_full_grad)

@@ -37,11 +37,11 @@ CORE: list[Case] = [
     {"family": "llama", **ALIGNED},  # at t = 4 the attention falls back
     {"family": "llama", "operator": "rotate", "checkpointing": True, "inputs": "split", "compute": "weight"},
     {"family": "llama", "operator": "rotate", "grouping": "permuted"},
-    {"family": "mistral", "operator": "decouple", "grouping": "permuted", "compute": "weight"},
+    {"family": "mistral", "operator": "decouple", "grouping": "permuted", "compute": "weight", "documents": True},
     {"family": "llama", "operator": "decouple", "target_modules": ("q_proj", "down_proj")},
     {"family": "llama", "operator": "truncate", "rank": 1},  # 3 matrices of 8 rows: the folded inputs are smaller
     {"family": "qwen3", "operator": "share", "train_norms": True, "checkpointing": True},
-    {"family": "qwen2", "operator": "share", "compute": "weight", "train_embeddings": True},
+    {"family": "qwen2", "operator": "share", "compute": "weight", "train_embeddings": True, "documents": True},
     {"family": "gpt_neox", "operator": "rotate"},
     {"family": "gpt2", "operator": "share", "train_norms": True},
     {"family": "phi3", "operator": "decouple"},
@@ -154,4 +154,5 @@ def test_every_family_and_operator(world: int, degree: int, family: str) -> None
         for model in models
         for g in ("permuted", "alternate")
     ]
+    cases += [{"family": family, "documents": True, "model": model, "checkpointing": True} for model in models]
     compare(world, degree, cases)

@@ -15,8 +15,10 @@ from torch import Tensor
 from mora_ds.adapters.inject import frozen_buffers, mora_layers
 from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.data import IGNORED
+from mora_ds.data.documents import Documents
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
+from mora_ds.models.attention import use_documents
 from mora_ds.models.base import tensor_checksum
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import share_rows
@@ -48,6 +50,8 @@ class Case:
     family: str = "llama"
     operator: str = "share"
     documents: bool = True
+    by_documents: bool = False
+    """Whether the split rows attend document by document; the complete ones never do."""
     checkpointing: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
@@ -100,6 +104,8 @@ def split_run(case: Case, size: int, stage: int = 3) -> dict[str, Any]:
     world, replicas = dist.get_world_size(), dist.get_world_size() // size
     replica, micro = dist.get_rank() // size, ROWS // replicas
     model = model_of(case)
+    if case.by_documents:
+        use_documents(model)
     sequence = share_rows(model, size)
     assert sequence is not None
     config = ds_config(stage, micro, ACCUMULATION)
@@ -112,7 +118,10 @@ def split_run(case: Case, size: int, stage: int = 3) -> dict[str, Any]:
         predicted = int((batch["labels"] != IGNORED).sum())
         for index in range(ACCUMULATION):
             first = (index * replicas + replica) * micro
-            part = sequence.split({name: tensor[first : first + micro] for name, tensor in batch.items()})
+            rows: dict[str, Any] = {name: tensor[first : first + micro] for name, tensor in batch.items()}
+            if case.by_documents and index == 0:  # else attention reads them from the positions
+                rows["documents"] = Documents.of(rows["position_ids"])
+            part = sequence.split(rows)
             assert part["input_ids"].shape == (micro, LENGTH // size)
             nll = token_nll(engine, part)
             engine.backward(nll * ACCUMULATION * world / predicted)
@@ -166,8 +175,10 @@ CORE = [
         Case("phi3", "decouple", documents=False, model=LONG_ROPE),
         Case("gpt_neox", "truncate"),
         Case("gemma2", "share"),
+        Case("gemma2", "share", by_documents=True),
+        Case("mistral", "rotate", checkpointing=True, by_documents=True),
     ]),
-    (4, 4, [Case("qwen2", "rotate", checkpointing=True)]),
+    (4, 4, [Case("qwen2", "rotate", checkpointing=True, by_documents=True)]),
     (4, 2, [Case("qwen3", "share", adapter=EVERYTHING)]),
 ]  # fmt: skip
 
@@ -193,7 +204,8 @@ def test_every_family(family: str, ranks: int, size: int) -> None:
             strict=True,
         )
     ]
-    assert_equal_runs([*cases, Case(family, adapter=EVERYTHING)], ranks, size)
+    documents = [Case(family, checkpointing=each, by_documents=True) for each in (False, True)]
+    assert_equal_runs([*cases, Case(family, adapter=EVERYTHING), *documents], ranks, size)
 
 
 @pytest.mark.heavy

@@ -23,6 +23,7 @@ from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.errors import UserError
+from mora_ds.models.attention import use_documents
 from mora_ds.models.loss import token_nll
 from mora_ds.planning.memory_meter import MemoryMeter
 from mora_ds.planning.plan import Plan, Planner, recommend
@@ -87,18 +88,23 @@ def test_activations_are_those_that_autograd_saves(family: str, packed: bool) ->
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "gpt2", "mixtral"])
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("by_documents", [False, True])
 def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(
-    monkeypatch: pytest.MonkeyPatch, family: str, checkpointing: bool
+    monkeypatch: pytest.MonkeyPatch, family: str, checkpointing: bool, by_documents: bool
 ) -> None:
+    if by_documents and family == "mixtral":
+        pytest.skip("bf16 on the meta device is planned for a GPU's kernel, which saves one number a query in fp32")
     # without a device the sums go the way of a GPU: here both take that of a CPU
     monkeypatch.setattr(mora, "prefers_scatter", lambda x: True)
     dtype = torch.bfloat16 if family == "mixtral" else torch.float32  # torch has no grouped product of fp32 shapes
-    work = work_of(family, checkpointing=checkpointing, dtype=dtype)
+    work = work_of(family, checkpointing=checkpointing, dtype=dtype, by_documents=by_documents)
     model = tiny_model(family, dtype=dtype).train()
+    if by_documents:
+        use_documents(model)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     inject(model, ADAPTER)
-    rows = batch()
+    rows = batch(packed=not by_documents)
     token_nll(model, rows).backward()
     for parameter in model.parameters():
         parameter.grad = None

@@ -1,0 +1,326 @@
+"""Causal attention inside each document of packed rows, registered with transformers: no mask, no (T, T) scores.
+
+    rows (B, H, T, D) -> tokens of all rows (N, H, D), N = B T, with the `Documents` in them -> (B, T, H, D)
+
+    CUDA, bf16 or fp16    torch.nn.attention.varlen: one kernel over all documents
+    otherwise             scaled_dot_product_attention; short documents of similar length together, padded at the right,
+                          where causal attention never looks; long ones under a sliding window in blocks of queries
+    capped scores         in blocks of queries that are recomputed in backward (Gemma 2); torch's kernels cannot cap
+
+Grouped key-value heads are not repeated. Attention sinks (GPT-OSS) need no kernel of their own: with one more score s,
+which takes weight and gives nothing, lse' = log(exp(lse) + exp(s)) and out' = exp(lse - lse') out, and the gradients of
+query, key and value are those of the same kernel's backward pass, given lse' and out'.
+
+The documents come with the batch, as the keyword argument `documents` that models hand down to their attention. Without
+it they are read from the positions, and where a model hands down neither, a row is one document. With a mask of padding
+or a cache, attention is transformers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mora_ds.data.documents import Documents
+from mora_ds.models.sink_attention import CPUKernel, VarlenKernel, attend_with_sinks
+
+NAME = "mora_ds_documents"
+"""Its name in transformers, once `register` has been called."""
+
+QUERIES = 256
+"""Queries in a block whose scores are computed: (n, H, QUERIES, keys) exist at a time."""
+
+_SHORT = 512
+"""Documents of more tokens are not padded to be computed together: there is nothing to save."""
+
+_FLASH_HEAD = 256
+"""The largest head size of torch's flash attention on CUDA."""
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Attention of query (n, H, C, D) to key (n, H_kv, K, D) and value (n, H_kv, K, D_v); (C, K) true where a query sees a
+key, None for causal attention with C = K."""
+
+
+def register() -> None:
+    """Make the attention known to transformers, once."""
+    if NAME not in ALL_ATTENTION_FUNCTIONS:  # else keep what `ulysses` has wrapped around it
+        ALL_ATTENTION_FUNCTIONS.register(NAME, document_attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
+
+
+def document_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    documents: Documents | None = None,
+    position_ids: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface: query (B, H, T, D), key (B, H_kv, T, D), value (B, H_kv, T, D_v) ->
+    (B, T, H, D_v). `s_aux`: (H,) attention sinks. Raises ValueError for attention that is not causal or has a bias, and
+    for documents of another batch."""
+    if others.get("position_bias") is not None or others.get("is_causal", getattr(module, "is_causal", True)) is False:
+        raise ValueError("attention by documents is causal and has no position bias: give --attention dense")
+    rows, heads, length, size = query.shape
+    scores = Scores(size**-0.5 if scaling is None else scaling, softcap, s_aux, dropout)
+    if attention_mask is not None or length != key.shape[2]:
+        return _masked(module, query, key, value, attention_mask, scores), None
+    if documents is None:
+        documents = _from_positions(position_ids, query)
+    if documents.tokens != rows * length:
+        raise ValueError(f"documents of {documents.tokens} tokens came with {rows} rows of {length}")
+    documents.windows.add(sliding_window)
+    window = None if sliding_window is None or sliding_window >= documents.longest else sliding_window
+    fits = fits_varlen(query, value, scores)
+    query, key, value = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
+    if fits:
+        out = _varlen(query, key, value, documents, window, scores)
+    else:
+        out = _by_documents(query, key, value, documents.lengths, window, scores)
+    return out.view(rows, length, heads, value.shape[2]), None
+
+
+def _mask(q_length: int, kv_length: int, attention_mask: Tensor | None = None, **others: Any) -> Tensor | None:
+    """Transformers' mask interface: none, but for padding, a cache or a model's own rules."""
+    if attention_mask is None and q_length == kv_length and not others.get("use_vmap"):
+        return None
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **others)
+
+
+def _from_positions(positions: Tensor | None, query: Tensor) -> Documents:
+    rows, _, length, _ = query.shape
+    if positions is None or positions.dim() != 2 or positions.shape[1] != length or positions.is_meta:
+        return Documents.whole_rows(rows, length, query.device)
+    return Documents.of(positions.expand(rows, -1).cpu()).to(query.device)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a layer makes weights of query-key products."""
+
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    dropout: float = 0.0
+
+
+# -- one kernel over all documents -------------------------------------------------------------------------------------
+
+
+def fits_varlen(query: Tensor, value: Tensor, scores: Scores) -> bool:
+    """Whether torch's varlen kernel computes this; the meta device, for plans, is taken for a GPU."""
+    return (
+        (query.is_meta or (query.is_cuda and _has_flash(query.device)))
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and max(query.shape[3], value.shape[3]) <= _FLASH_HEAD
+        and scores.softcap is None
+        and scores.dropout == 0
+    )
+
+
+@lru_cache
+def _has_flash(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None, scores: Scores
+) -> Tensor:
+    """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v). The kernel wants one head size, a multiple of 8."""
+    head, wanted = value.shape[2], -(-max(query.shape[2], value.shape[2]) // 8) * 8
+    query, key, value = (_padded(part, wanted) for part in (query, key, value))
+    bounds, longest, left = documents.bounds, documents.longest, -1 if window is None else window - 1
+    if scores.sinks is not None:
+        out = attend_with_sinks(query, key, value, scores.sinks, VarlenKernel(bounds, longest, left, scores.scale))
+    else:
+        shared = query.shape[1] != key.shape[1]
+        out = varlen_attn(  # type: ignore[assignment]  # a pair where more is asked for
+            query, key, value, bounds, bounds, longest, longest,
+            scale=scores.scale, window_size=(left, 0), enable_gqa=shared,
+        )  # fmt: skip
+    return out[..., :head]
+
+
+def _padded(part: Tensor, size: int) -> Tensor:
+    return part if part.shape[-1] == size else F.pad(part, (0, size - part.shape[-1]))
+
+
+# -- document by document ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Documents that are computed together."""
+
+    shapes: list[tuple[int, int]]
+    """(documents, tokens of each, padding included) of each group."""
+    gather: Tensor | None
+    """(M,) the token at each place of the groups; None where all are in their order already."""
+    scatter: Tensor | None
+    """(N,) the place of each token in the groups."""
+
+
+@lru_cache(maxsize=16)
+def groups_of(lengths: tuple[int, ...]) -> _Groups:
+    """The groups of documents with these lengths, which lie one after the other."""
+    begins = np.cumsum((0, *lengths[:-1]))
+    by_size: dict[int, list[int]] = {}
+    for document, length in enumerate(lengths):
+        by_size.setdefault(_rounded(length), []).append(document)
+    total, places, shapes = sum(lengths), [], []
+    scatter, used = np.empty(total, dtype=np.int64), 0
+    for members in by_size.values():
+        size = max(lengths[document] for document in members)
+        places.append(np.minimum(begins[members][:, None] + np.arange(size), total - 1).ravel())
+        shapes.append((len(members), size))
+        for row, document in enumerate(members):
+            begin, length = begins[document], lengths[document]
+            scatter[begin : begin + length] = used + row * size + np.arange(length)
+        used += len(members) * size
+    gather = np.concatenate(places)
+    if len(gather) == total and (gather == np.arange(total)).all():
+        return _Groups(shapes, None, None)
+    return _Groups(shapes, torch.from_numpy(gather), torch.from_numpy(scatter))
+
+
+def _rounded(length: int) -> int:
+    """Documents of the same rounded length are padded to the longest of them: at most a quarter of short ones."""
+    if length > _SHORT:
+        return length
+    step = max(16, 1 << max(0, length.bit_length() - 3))
+    return -(-length // step) * step
+
+
+def _by_documents(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], window: int | None, scores: Scores
+) -> Tensor:
+    """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v)."""
+    groups, attend = groups_of(lengths), _attend_for(query, key, value, scores)
+    parts = []
+    for part in (query, key, value):
+        if groups.gather is not None:
+            part = part.index_select(0, groups.gather.to(part.device))
+        parts.append(part.split([count * size for count, size in groups.shapes]))
+    outs = []
+    for shape, *tokens in zip(groups.shapes, *parts, strict=True):
+        query, key, value = (part.unflatten(0, shape).transpose(1, 2) for part in tokens)
+        out = _rows(query, key, value, window, attend)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    out = torch.cat(outs) if len(outs) > 1 else outs[0]
+    return out if groups.scatter is None else out.index_select(0, groups.scatter.to(out.device))
+
+
+def _rows(query: Tensor, key: Tensor, value: Tensor, window: int | None, attend: Attend) -> Tensor:
+    """Causal attention of documents of one length: (n, H, L, D) -> (n, H, L, D_v). Where scores are computed, or a
+    window is shorter than a document, in blocks of queries with the keys that they see."""
+    length, is_scored = query.shape[2], isinstance(attend, partial) and attend.func is _scored
+    window = None if window is None or window >= length else window
+    if window is None and not is_scored:
+        return attend(query, key, value, None)
+    step = QUERIES if is_scored or window is None else min(max(window, 128), 512)
+    outs = []
+    for begin in range(0, length, step):
+        end = min(begin + step, length)
+        first = 0 if window is None else max(0, begin - window + 1)
+        seen = _seen(begin - first, end - begin, end - first, window, query.device)
+        outs.append(attend(query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end], seen))
+    return torch.cat(outs, dim=2)
+
+
+def _seen(offset: int, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(queries, keys): true where a query, the first of which stands at `offset` of the keys, sees a key."""
+    distance = torch.arange(offset, offset + queries, device=device)[:, None] - torch.arange(keys, device=device)
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def _attend_for(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Attend:
+    """The function for these heads. Only the CPU's kernel gives the sums of exponentials that sinks need."""
+    fused = query.device.type == "cpu" and not scores.dropout and query.shape[-1] == value.shape[-1]
+    if scores.softcap is not None or (scores.sinks is not None and not fused):
+        return partial(_scored, scores)
+    if scores.sinks is not None:
+        sinks, scale = scores.sinks, scores.scale
+        return lambda q, k, v, seen: attend_with_sinks(q, k, v, sinks, CPUKernel(seen, scale))
+    return partial(_fused, scores)
+
+
+def _fused(scores: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
+    head = value.shape[3]
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        _padded(value, query.shape[3]) if head < query.shape[3] else value,
+        attn_mask=seen,
+        dropout_p=scores.dropout,
+        is_causal=seen is None,
+        scale=scores.scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[..., :head]
+
+
+# -- scores in blocks --------------------------------------------------------------------------------------------------
+
+
+def _scored(scores: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
+    """As `Attend`, with scores that are computed again in backward; `seen` may also be (n, 1, C, K)."""
+    assert seen is not None
+    arguments = (query, key, value, seen, scores.sinks, scores.scale, scores.softcap, scores.dropout)
+    if not torch.is_grad_enabled():
+        return _weigh(*arguments)
+    out: Tensor = checkpoint(_weigh, *arguments, use_reentrant=False)
+    return out
+
+
+def _weigh(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, sinks: Tensor | None,
+    scale: float, softcap: float | None, dropout: float,
+) -> Tensor:  # fmt: skip
+    """The queries of the heads that share a key-value head are laid one after the other, so that no key is repeated."""
+    shared, count = key.shape[1], query.shape[2]
+    groups = query.shape[1] // shared
+    scores = query.unflatten(1, (shared, groups)).flatten(2, 3) @ key.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.unflatten(2, (groups, count))  # (n, H_kv, groups, C, K)
+    seen = seen.unsqueeze(2) if seen.dim() == 4 else seen
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        one_more = sinks.to(scores.dtype).view(shared, groups, 1, 1).expand(*scores.shape[:4], 1)
+        scores = torch.cat([scores, one_more], dim=-1)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights if sinks is None else weights[..., :-1], dropout)
+    return (weights.flatten(2, 3) @ value).unflatten(2, (groups, count)).flatten(1, 2)
+
+
+def _masked(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores
+) -> Tensor:
+    """Attention with a mask (B, 1, T, S), or of the last T of S tokens: (B, T, H, D_v)."""
+    if scores.softcap is None and scores.sinks is None:
+        out, _ = sdpa_attention_forward(module, query, key, value, mask, scores.dropout, scores.scale)
+        return out
+    length, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = _seen(keys - length, length, keys, None, query.device)[None, None]
+    blocks = zip(query.split(QUERIES, dim=2), mask.split(QUERIES, dim=2), strict=True)
+    return torch.cat([_scored(scores, part, key, value, seen) for part, seen in blocks], dim=2).transpose(1, 2)

@@ -1,0 +1,43 @@
+"""Which attention a run computes with (--attention): settled before anything is loaded, and kept when it resumes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from mora_ds.checkpoint.state import AttentionKind, TrainerState
+from mora_ds.config.data import Attention, ModelArguments
+from mora_ds.errors import UserError
+from mora_ds.models.attention import NAME, is_flash, why_dense
+
+logger = logging.getLogger(__name__)
+
+
+def choose_attention(model: ModelArguments, config: Any, checkpoint: Path | None = None) -> AttentionKind:
+    """The attention of a run on a model of this config, which resumes from `checkpoint` where there is one.
+
+    Raises `UserError` for --attention documents, and for a checkpoint of a run with it, where the model cannot.
+    """
+    before = None if checkpoint is None else TrainerState.read(checkpoint).attention
+    reason = why_dense(config, model.implementation)
+    if model.attention == Attention.AUTO.value:
+        if before is None and reason is not None:
+            logger.info(f"attention: dense, because {reason}")
+        chosen = before or (AttentionKind.DOCUMENTS if reason is None else AttentionKind.DENSE)
+    else:
+        chosen = AttentionKind(model.attention)
+    if chosen is AttentionKind.DOCUMENTS and reason is not None:
+        raise UserError(f"--attention documents: not for this run, because {reason}: give --attention dense")
+    if before is not None and before is not chosen:
+        logger.info(
+            f"attention: {chosen.value} from here on, {before.value} before; losses agree to rounding, not to the bit"
+        )
+    return chosen
+
+
+def implementation_of(model: ModelArguments, chosen: AttentionKind) -> str | None:
+    """The name in transformers of the attention that runs; None for transformers' default."""
+    if chosen is AttentionKind.DENSE or (model.implementation is not None and is_flash(model.implementation)):
+        return model.implementation
+    return NAME

@@ -1,0 +1,96 @@
+"""Attention by documents is dense attention in every family: losses and gradients, at one row and at several."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import transformers.modeling_flash_attention_utils as flash
+from torch import Tensor
+
+from mora_ds.adapters.inject import mora_layers
+from mora_ds.models.attention import NAME, attention_of, use_dense, use_documents, why_dense
+from mora_ds.models.document_attention import Scores, _by_documents
+from mora_ds.models.loss import token_nll
+from tests.helpers.batches import LAYOUTS, batch_of
+from tests.helpers.models import FAMILIES, adapted_model
+
+
+def model_of(family: str, checkpointing: bool = False) -> Any:
+    """Weights large enough that attention is not uniform."""
+    model = adapted_model(family, checkpointing)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name and ".ln_" not in name:
+            parameter.data *= 3
+    return model.train()
+
+
+def losses_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
+    loss = token_nll(model, batch) / (batch["labels"] != -100).sum()
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("rows", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_are_dense_attention(family: str, rows: int) -> None:
+    batch = batch_of(rows)
+    expected, wanted = losses_and_gradients(model_of(family), batch)
+    for checkpointing in (False, True):
+        model = model_of(family, checkpointing)
+        use_documents(model)
+        assert attention_of(model) == NAME and why_dense(model.config, None) is None
+        loss, found = losses_and_gradients(model, batch)
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert found.keys() == wanted.keys() and len(found) >= len(mora_layers(model))
+        for name, gradient in found.items():
+            scale = float(wanted[name].abs().max())
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5 * scale)
+
+
+# -- FlashAttention ----------------------------------------------------------------------------------------------------
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **told: Any) -> Tensor:
+    """A stand-in for `flash_attn_varlen_func`: (N, H, D), documents by their bounds."""
+    assert told["causal"] and cu_seqlens_q is cu_seqlens_k and cu_seqlens_q.dtype is torch.int32
+    lengths = cu_seqlens_q.diff()
+    assert int(cu_seqlens_q[-1]) == len(q) and told["max_seqlen_q"] == int(lengths.max())
+    window = told["window_size"][0] + 1 if "window_size" in told else None
+    return _by_documents(q, k, v, tuple(lengths.tolist()), window, Scores(told["softmax_scale"]))
+
+
+def unused(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("rows were not taken for documents")
+
+
+@pytest.mark.parametrize("rows", LAYOUTS)
+def test_flash_attention_is_given_the_documents_of_all_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own code around a stand-in for the kernel: it takes rows for packed ones at one row only, but
+    flattens any number of them where it is told the bounds."""
+    supports = {
+        name: name in ("dropout_p", "window_size", "max_seqlen_q", "max_seqlen_k")
+        for name in ("dropout_p", "window_size", "deterministic", "softcap", "s_aux", "learnable_sink", "block_table",
+                     "page_table", "cache_seqlens", "max_seqlen_q", "max_seqlen_k")
+    }  # fmt: skip
+    process = partial(flash._process_flash_attention_kwargs, supports_mapping=supports)
+    kernels = (unused, varlen, unused, unused, unused), (process, process)
+    monkeypatch.setattr("transformers.integrations.flash_attention.get_target_dtype", lambda *args: None)  # fp32
+    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *args, **kwargs: kernels)
+    batch = batch_of(rows)
+    expected, wanted = losses_and_gradients(model_of("mistral"), batch)
+    model = model_of("mistral")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    use_documents(model)
+    assert attention_of(model) == "flash_attention_2"
+    loss, found = losses_and_gradients(model, batch)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5 * float(wanted[name].abs().max()))
+    with pytest.raises(KeyError, match="documents"):
+        token_nll(model, {name: part for name, part in batch.items() if name != "documents"})
+    use_dense(model)
+    with pytest.raises(AssertionError, match="rows were not taken for documents"):
+        token_nll(model, batch_of(4))

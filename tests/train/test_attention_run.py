@@ -1,0 +1,221 @@
+"""--attention in whole runs: what is chosen, what is kept when a run resumes, and what dense attention stays."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mora_ds.checkpoint.state import AttentionKind, TrainerState
+from mora_ds.config.data import ModelArguments
+from mora_ds.errors import UserError
+from mora_ds.models.attention import NAME, attention_of, model_inputs, use_dense, use_documents
+from mora_ds.models.loss import token_nll
+from mora_ds.train.attention import choose_attention, implementation_of
+from mora_ds.train.preflight import check_attention, check_document_mask
+from tests.helpers.batches import batch_of
+from tests.helpers.crafted import reseal
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, losses, printed, run
+from tests.helpers.models import tiny_model
+from tests.helpers.resume import assert_same_run, interrupted_job, stop_and_resume
+
+MORE = ("--per_device_train_batch_size", 4, "--save_steps", 2, "--merge_every", 3, "--restart_warmup_steps", 1)
+
+
+@pytest.fixture(scope="module")
+def by_documents(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("attention") / "documents"
+    run(1, user.flags(out, *MORE))
+    return out
+
+
+@pytest.fixture(scope="module")
+def dense(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("attention") / "dense"
+    run(1, user.flags(out, *MORE, "--attention", "dense"))
+    return out
+
+
+def attention_in(out: Path) -> tuple[str, str]:
+    """What run.yaml and the last checkpoint say."""
+    written = yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))["attention"]
+    return written, TrainerState.read(out / "checkpoints" / "latest").attention.value
+
+
+@pytest.mark.gloo
+def test_a_run_attends_by_documents_and_its_losses_are_those_of_dense_attention(
+    by_documents: Path, dense: Path
+) -> None:
+    assert attention_in(by_documents) == ("documents", "documents") and attention_in(dense) == ("dense", "dense")
+    torch.testing.assert_close(losses(by_documents), losses(dense), rtol=1e-5, atol=0)
+
+
+@pytest.mark.gloo
+def test_a_run_that_resumes_keeps_its_attention_to_the_bit(
+    user: Playground, by_documents: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "resumed"
+    stop_and_resume(1, user.flags(out, *MORE), 4)
+    assert_same_run(out, by_documents)
+    assert attention_in(out) == ("documents", "documents")
+
+
+@pytest.mark.gloo
+def test_a_run_of_an_earlier_version_goes_on_with_dense_attention(
+    user: Playground, dense: Path, tmp_path: Path
+) -> None:
+    """Its checkpoint and its run.yaml say nothing of attention."""
+    out = tmp_path / "old"
+    run_ranks(1, interrupted_job, user.flags(out, *MORE, "--attention", "dense"), 4)
+    for path in out.glob("checkpoints/step-*/trainer_state.json"):
+        state = json.loads(path.read_text(encoding="utf-8"))
+        del state["attention"]
+        path.write_text(json.dumps(state), encoding="utf-8")
+    reseal(out)
+    run(1, user.flags(out, *MORE, "--resume_from_checkpoint", "auto"))
+    assert_same_run(out, dense)
+    assert attention_in(out) == ("dense", "dense")
+
+
+@pytest.mark.gloo
+def test_a_run_changes_its_attention_where_it_is_told_to(user: Playground, dense: Path, tmp_path: Path) -> None:
+    checkpoint = dense / "checkpoints" / "step-000004"
+    flags = user.flags(
+        tmp_path / "other", *MORE, "--attention", "documents", "--resume_from_checkpoint", str(checkpoint)
+    )
+    (told,) = run_ranks(1, printed, flags)
+    assert "attention: documents from here on, dense before" in told
+    assert attention_in(tmp_path / "other") == ("documents", "documents")
+    torch.testing.assert_close(losses(tmp_path / "other"), losses(dense)[4:], rtol=1e-5, atol=0)
+
+
+def test_dense_attention_is_what_it_was_to_the_bit() -> None:
+    """The model is given what versions up to 0.2 gave it, and nothing of it is replaced."""
+    batch = batch_of(4)
+    one, other = tiny_model("mistral"), tiny_model("mistral")
+    logits = one(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=-100, reduction="sum")
+    found = token_nll(other, batch)
+    assert torch.equal(found, loss) and attention_of(other) == "sdpa"
+    assert model_inputs(other, batch).keys() == {"input_ids", "position_ids", "use_cache"}
+    loss.backward()
+    found.backward()
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+    use_documents(other)
+    use_dense(other)
+    assert attention_of(other) == "sdpa" and torch.equal(token_nll(other, batch), loss)
+
+
+# -- what is chosen ----------------------------------------------------------------------------------------------------
+
+
+def config_of(kind: str, **values: Any) -> Any:
+    return AutoConfig.for_model(kind, **values)
+
+
+LLAMA = config_of("llama")
+
+
+@pytest.mark.parametrize(
+    ("config", "implementation", "chosen", "reason"),
+    [
+        (LLAMA, "auto", "documents", ""),
+        (LLAMA, "flash_attention_2", "documents", ""),
+        (LLAMA, "sdpa", "dense", "--attn_implementation sdpa reads masks"),
+        (config_of("gpt_oss"), "auto", "documents", ""),
+        (config_of("gemma2"), "auto", "documents", ""),
+        (config_of("bloom"), "auto", "dense", "calls the attention of BloomForCausalLM directly"),
+        (config_of("llama4_text"), "auto", "dense", "layers of the kind chunked_attention"),
+        (config_of("mamba"), "auto", "dense", "layers of the kind linear_attention"),
+    ],
+)  # fmt: skip
+def test_documents_wherever_the_model_can(config: Any, implementation: str, chosen: str, reason: str) -> None:
+    model = ModelArguments(attn_implementation=implementation)
+    assert choose_attention(model, config).value == chosen
+    wanted = ModelArguments(attn_implementation=implementation, attention="documents")
+    if reason:
+        with pytest.raises(UserError, match="--attention documents: not for this run, because .*" + reason):
+            choose_attention(wanted, config)
+    else:
+        assert choose_attention(wanted, config) is AttentionKind.DOCUMENTS
+    name = implementation_of(model, AttentionKind(chosen))
+    assert name == (model.implementation if chosen == "dense" or implementation != "auto" else NAME)
+
+
+# -- documents in batches of any size ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_leak_at_one_batch_size_is_found(rows: int) -> None:
+    """A stand-in for FlashAttention without bounds, which takes rows for packed ones where there is a single row."""
+    model: Any = tiny_model("llama").eval()
+    for parameter in model.parameters():
+        parameter.data *= 3
+    forward = model.forward
+
+    def leaks(input_ids: Any, position_ids: Any, **others: Any) -> Any:
+        if len(input_ids) == rows:
+            position_ids = torch.arange(position_ids.shape[1]).expand_as(position_ids)
+        return forward(input_ids=input_ids, position_ids=position_ids, **others)
+
+    check_document_mask(model, 128, (1, 2, 4))
+    model.forward = leaks
+    check_document_mask(model, 128, (2, 3))
+    with pytest.raises(UserError, match=f"in batches of {rows} rows"):
+        check_document_mask(model, 128, (1, 2, 4))
+
+
+SINKS = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12,
+    "max_position_embeddings": 128, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def with_sinks() -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of("gpt_oss", **SINKS))
+    for name, parameter in model.named_parameters():
+        if "sinks" in name:
+            torch.nn.init.normal_(parameter)
+        elif "norm" not in name:
+            parameter.data *= 5
+    return model.eval()
+
+
+def test_attention_sinks_by_documents() -> None:
+    """GPT-OSS, which takes no mask from the positions: its documents in one row are what each is alone."""
+    with pytest.raises(UserError, match="--no_document_mask"):
+        check_attention(with_sinks(), 128, (1, 4), document_mask=True)
+    model, alone, batch = with_sinks(), with_sinks(), batch_of(4)
+    use_documents(model)
+    check_attention(model, 128, (1, 4), document_mask=True)
+    found = model(**model_inputs(model, batch)).logits
+    for row, begins in enumerate((batch["position_ids"] == 0).int()):
+        edges = [*begins.nonzero().flatten().tolist(), len(begins)]
+        parts = [batch["input_ids"][None, row, a:b] for a, b in pairwise(edges)]
+        expected = torch.cat([alone(input_ids=part, use_cache=False).logits[0] for part in parts])
+        torch.testing.assert_close(found[row], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_that_does_not_reach_attention_is_noticed() -> None:
+    model: Any = tiny_model("mistral")
+    use_documents(model)
+    check_attention(model, 128, (1,), document_mask=False)
+    model.config.sliding_window = None
+    check_attention(model, 128, (1,), document_mask=False)
+    model.config.sliding_window = 12
+    for layer in model.model.layers:
+        layer.self_attn.config = AutoConfig.for_model("mistral", sliding_window=None)
+        layer.self_attn.config._attn_implementation = NAME
+    with pytest.raises(UserError, match="sliding window that its attention does not receive"):
+        check_attention(model, 128, (1,), document_mask=False)
