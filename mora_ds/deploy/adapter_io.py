@@ -10,15 +10,16 @@ a plain model instead. `load_adapter` takes a checkpoint as well as what `export
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from mora_ds.adapters.config import config_from_dict
+from mora_ds.adapters.config import AdapterConfig, config_from_dict
 from mora_ds.adapters.domains import DomainLinear, domains_of, set_values
 from mora_ds.adapters.inject import inject, mora_layers, move_base
 from mora_ds.adapters.merge_layer import write_live
@@ -28,6 +29,7 @@ from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON, 
 from mora_ds.checkpoint.state import MERGE_PRECISION
 from mora_ds.errors import UserError
 from mora_ds.files import atomic_folder, write_manifest
+from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import compute_dtype
 
 
@@ -69,45 +71,22 @@ def load_adapter(
     """
     folder = find_adapter(Path(adapter))
     facts, ledger = open_adapter(folder)
-    if "config" not in facts.facts:
-        raise UserError(f"{folder / ADAPTER_JSON} does not record how the adapter was made (it has no config)")
-    if facts.facts.get("merge_precision", MERGE_PRECISION) != MERGE_PRECISION:
-        raise UserError(
-            f"{folder}: its run made incremental merges, which were removed after version 0.2: this version cannot form"
-            " its live weights. tools/export_hf.py still merges it"
-        )
     tensors, reference = AdapterTensors.open(folder, facts), BaseReference.read(folder)
     dtype = compute_dtype(facts.dtype)
     chosen = None if domain is None else chosen_domain(facts.domains, domain, "domain")
+    config = _config_of(folder, facts)
     if isinstance(base, nn.Module):
-        model: Any = base
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-
-        def original(weight: str) -> Tensor:
-            return parameters[weight].data
-
+        model, original = base, _parameters_of(base)
     else:
         opened = reference.open_base(folder, Path(base), "base")
         model = AutoModelForCausalLM.from_pretrained(
             opened.folder, dtype=dtype, attn_implementation=attn_implementation
         )
-
-        def original(weight: str) -> Tensor:
-            key = reference.keys.get(weight)
-            if key is None or key not in opened:
-                raise UserError(f"{folder / BASE_JSON} names no tensor of {opened.folder} for {weight}")
-            return opened.read(key)
-
-    config = config_from_dict(facts.facts["config"])
-    if any(pattern.startswith("re:") for pattern in config.target_modules):  # an expression may run for years
-        config = replace(config, target_modules=tuple(facts.layers))
+        original = partial(_read_original, opened, reference, folder)
     inject(model, config)
     move_base(model, "cpu", dtype)
-    layers = mora_layers(model)
-    if different := set(layers) ^ set(facts.layers):
-        raise UserError(f"{folder} adapts other layers than this model has, e.g. {min(different)}")
     _check_fit(folder, facts, tensors, model)
-    for name, layer in layers.items():
+    for name, layer in mora_layers(model).items():
         layer.spec = facts.layers[name].operator
         write_live(layer, original(facts.layers[name].weight), ledger.squares_of(name))
         set_values(layer, tensors.square(name), tensors.domain_squares(name), dtype)
@@ -122,9 +101,42 @@ def load_adapter(
     return model.eval()
 
 
+def _config_of(folder: Path, facts: AdapterFile) -> AdapterConfig:
+    """The config to inject with. Raises `UserError` for an adapter whose live weights cannot be formed from it."""
+    if "config" not in facts.facts:
+        raise UserError(f"{folder / ADAPTER_JSON} does not record how the adapter was made (it has no config)")
+    if facts.facts.get("merge_precision", MERGE_PRECISION) != MERGE_PRECISION:
+        raise UserError(
+            f"{folder}: its run made incremental merges, which were removed after version 0.2: this version cannot form"
+            " its live weights. tools/export_hf.py still merges it"
+        )
+    config = config_from_dict(facts.facts["config"])
+    if any(pattern.startswith("re:") for pattern in config.target_modules):  # an expression may run for years
+        config = replace(config, target_modules=tuple(facts.layers))
+    return config
+
+
+def _parameters_of(model: nn.Module) -> Callable[[str], Tensor]:
+    """Name of a weight -> its tensor, of the model before injection."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return lambda weight: parameters[weight].data
+
+
+def _read_original(base: BaseCheckpoint, reference: BaseReference, folder: Path, weight: str) -> Tensor:
+    """The tensor of `base` that the adapter in `folder` names for a weight. Raises `UserError` where there is none."""
+    key = reference.keys.get(weight)
+    if key is None or key not in base:
+        raise UserError(f"{folder / BASE_JSON} names no tensor of {base.folder} for {weight}")
+    return base.read(key)
+
+
 def _check_fit(folder: Path, facts: AdapterFile, tensors: AdapterTensors, model: nn.Module) -> None:
-    """Raises `UserError` unless the adapter's operators and trained tensors have the shapes of the model's."""
-    for name, layer in mora_layers(model).items():
+    """Raises `UserError` unless the adapter has the model's layers, and its operators and trained tensors their
+    shapes."""
+    layers = mora_layers(model)
+    if different := set(layers) ^ set(facts.layers):
+        raise UserError(f"{folder} adapts other layers than this model has, e.g. {min(different)}")
+    for name, layer in layers.items():
         ours, theirs = layer.spec, facts.layers[name].operator
         if (type(ours), ours.d_in, ours.d_out, ours.value_shape) != (
             type(theirs), theirs.d_in, theirs.d_out, theirs.value_shape,

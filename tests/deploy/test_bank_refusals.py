@@ -134,6 +134,8 @@ def test_names_folders_and_rows_that_do_not_fit_are_named(rotating: Bench, tmp_p
     with pytest.raises(UserError, match=r"two adapters are called 'one': .*/bank/one and .*/bank/team/one"):
         AdapterBank.open(rotating.folder / "base", tmp_path / "bank")
     (tmp_path / "empty" / "x").mkdir(parents=True)
+    for name in ("back", "again"):  # two links into a loop: without a memory there are 2^40 ways through them
+        (tmp_path / "empty" / "x" / name).symlink_to(tmp_path / "empty")
     for folder, message in (("empty", "no folder in .*empty holds an adapter"), ("nowhere", "no such folder")):
         with pytest.raises(UserError, match=message):
             AdapterBank.open(rotating.folder / "base", tmp_path / folder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +16,11 @@ import torch.distributed as dist
 
 from mora_ds.config.arguments import parse
 from mora_ds.errors import UserError
+from mora_ds.runtime.events import EXIT_USER_ERROR
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train import agreement, pretrain
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, refused
+from tests.helpers.gloo import free_port, run_ranks
+from tests.helpers.jobs import REPOSITORY, Playground, environment, refused
 
 pytestmark = pytest.mark.gloo
 
@@ -185,3 +188,41 @@ def test_a_failure_at_each_check(user: Playground, tmp_path: Path, world: int, f
     names = run_ranks(world, checks_of, user.flags(tmp_path / "healthy", *more))[0]
     assert_all_fail(world, user.flags(tmp_path / "out", *more), list(range(len(names))), failing)
     assert not (tmp_path / "out").exists()
+
+
+# -- the real launcher -------------------------------------------------------------------------------------------------
+
+
+SETTINGS = ("seed", "learning rate", "merge_every", "max_steps", "operator", "accumulation")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("names", [SETTINGS, ("dry_run",)], ids=["settings", "dry_run"])
+def test_two_nodes_that_are_given_different_commands(user: Playground, tmp_path: Path, names: tuple[str, ...]) -> None:
+    """Each node has a `deepspeed --no_ssh` of its own: all of it ends with a user's error, and nothing is written."""
+    flags = user.flags(tmp_path / "out", *MERGES)
+    more = [str(word) for name in names for word in DIFFERENT[name][0]]
+    nodes = [
+        subprocess.Popen(
+            command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        for command in launchers_of_nodes(tmp_path, [flags, [*flags, *more]])
+    ]
+    try:
+        told = [node.communicate(timeout=400)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            node.terminate()
+    assert [node.returncode for node in nodes] == [EXIT_USER_ERROR] * 2, told
+    assert all(part in told[0] for name in names for part in DIFFERENT[name][1]), told[0]
+    assert not (tmp_path / "out").exists()
+
+
+def launchers_of_nodes(folder: Path, argv: list[list[str]]) -> list[list[str]]:
+    """The command of each node; here they are addresses of one machine."""
+    hosts = folder / "hosts"
+    hosts.write_text("".join(f"127.0.0.{node + 1} slots=1\n" for node in range(len(argv))))
+    program, port = str(Path(sys.executable).with_name("deepspeed")), str(free_port())
+    place = ["--hostfile", str(hosts), "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port]
+    script = str(REPOSITORY / "launch" / "pretrain.py")
+    return [[program, *place, "--node_rank", str(node), script, *flags] for node, flags in enumerate(argv)]
