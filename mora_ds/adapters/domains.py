@@ -62,12 +62,16 @@ class DomainLinear(MoRALinear):
     def dtype(self) -> torch.dtype:
         return next(self.parameters(recurse=False)).dtype
 
+    def operators(self) -> tuple[OperatorSpec, ...]:
+        return self.spec, self.own_spec
+
     def forward(self, x: Tensor) -> Tensor:
         choice = self.domains.choice(x)
         if choice is None:
             if self.training:
                 raise RunError("training needs the domain of each row: call mora_ds.domains_of(model).set([...]) first")
             return super().forward(x)
+        self.hold_tables(x.device)
         own = squares_of_rows(self.domain_squares.to(x.dtype), choice)
         rows = x.reshape(len(choice), -1, self.in_features)
         if self.training and self.dropout:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from mora_ds.adapters.kernels.linear import kernel_linear
 from mora_ds.adapters.kernels.ops import runs_kernels
 from mora_ds.adapters.kernels.tables import KernelTables
+from mora_ds.adapters.ops.index_tables import IndexTables, tables_of
 from mora_ds.adapters.ops.int8 import Int8Weight, Weight, check_floating, dense, frozen_linear, quantize
 from mora_ds.adapters.ops.linear import Compute, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
@@ -166,6 +167,7 @@ class MoRALinear(AdaptedLinear):
         super().__init__(base, spec, dropout)
         self.compute = compute
         self.tables: KernelTables | None = None
+        self._held: tuple[IndexTables, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.split is not None:
@@ -177,7 +179,16 @@ class MoRALinear(AdaptedLinear):
         square, keep = self.square.to(x.dtype), self.recomputed and self.training
         if runs_kernels(x.device):
             return kernel_linear(x, frozen, self.bias, square, self.kernel_tables(x.device), self.compute, keep)
+        self.hold_tables(x.device)
         return mora_linear(x, frozen, self.bias, square, self.spec, self.compute, keep)
+
+    def operators(self) -> tuple[OperatorSpec, ...]:
+        """All operators that the layer computes with."""
+        return (self.spec,)
+
+    def hold_tables(self, device: torch.device) -> None:
+        """Keeps the tables of the layer's operators as long as it uses them, however many other layers there are."""
+        self._held = tuple(tables_of(spec, device) for spec in self.operators())
 
     def kernel_tables(self, device: torch.device) -> KernelTables:
         """The index tables of the layer's operator on a device, made anew when a cycle brings another operator."""

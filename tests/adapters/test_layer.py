@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters.layer import MoRALinear, is_linear, linear_shape
+from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 
@@ -139,3 +141,21 @@ def test_a_linear_subclass_is_taken_when_it_computes_the_same() -> None:
     with torch.device("meta"):  # a planned model has no numbers to compare
         planned = FalconLinear(6, 4), FalconLinear(6, 4, bias=False).to(torch.bfloat16), Router(6, 4), Pair(6, 4)
     assert [is_linear(each) for each in planned] == [True, True, False, False]
+
+
+def test_layers_keep_their_tables_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 70B model with domains uses 1,120 operators one after the other: more than the cache of tables holds."""
+    made: list[OperatorSpec] = []
+    original = index_tables.make_tables
+    monkeypatch.setattr(index_tables, "make_tables", lambda spec, device: made.append(spec) or original(spec, device))
+    index_tables.clear_tables()
+    layer = MoRALinear(base_layer("linear"), spec())
+    x = inputs().requires_grad_()
+    for _ in range(3):
+        layer(x).sum().backward()
+        index_tables.tables_of.cache_clear()  # as 1,024 other layers do
+    assert made == [spec()]
+    layer.spec = replace(spec(), seed=2)
+    layer(x)
+    index_tables.tables_of.cache_clear()
+    assert not [key for key in index_tables._held if key[0] == spec()], "the last cycle's tables are dropped"

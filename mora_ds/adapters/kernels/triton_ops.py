@@ -238,7 +238,7 @@ def _gather_sum(
                 other = tl.load(source + pair, mask=lane < size, other=0)
                 row = row.to(SUM) * cosine - other.to(SUM) * sine
         total = tl.zeros((PART,), SUM)
-        for term in tl.static_range(TERMS):
+        for term in range(TERMS):  # not unrolled: 20 terms would spill
             position = tl.load(table + term * columns + column, mask=inside, other=-1)
             if SHARED:
                 value = tl.gather(row, tl.maximum(position, 0), 0).to(SUM)
@@ -249,7 +249,7 @@ def _gather_sum(
                 if TURN == 2:
                     pair, cosine, sine = _rotation(cos, sin, position, half, found)
                     value = value * cosine - tl.load(source + pair, mask=found, other=0).to(SUM) * sine
-            total = value if term == 0 else total + value
+            total += value
         if TURN == 1:
             if SHARED:
                 other = tl.gather(row, tl.maximum(paired, 0), 0).to(SUM)

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -70,10 +71,19 @@ class IndexTables:
         return IndexTables(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-@lru_cache(maxsize=1024)  # a 70B model has 560 layers
+_held: WeakValueDictionary[tuple[OperatorSpec, torch.device], IndexTables] = WeakValueDictionary()
+"""Tables that someone holds."""
+
+
+@lru_cache(maxsize=1024)
 def tables_of(spec: OperatorSpec, device: torch.device) -> IndexTables:
-    """The operator's tables, made on the CPU and kept on `device`."""
-    return make_tables(spec, device)
+    """The operator's tables, made on the CPU and kept on `device`: those last used, and those that anyone holds. A
+    layer holds its own, as a model of 70B with domains has 1,120 operators, used one after the other."""
+    key = spec, device
+    tables = _held.get(key)
+    if tables is None:
+        tables = _held[key] = make_tables(spec, device)
+    return tables
 
 
 def make_tables(spec: OperatorSpec, device: torch.device) -> IndexTables:
@@ -173,7 +183,8 @@ def group_of_each(size: int, groups: int, segments: int = 1, contiguous: bool = 
 
 
 def clear_tables() -> None:
-    """Drops all cached tables."""
+    """Forgets all cached tables; those that are held stay with their holders alone."""
+    _held.clear()
     for cached in (tables_of, group_members, rope_table):
         cached.cache_clear()
 
