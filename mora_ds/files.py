@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -220,14 +221,44 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_manifest(folder: Path) -> None:
-    """Writes `manifest.json`: size and sha256 of every file under `folder`, each flushed to disk before."""
+def record(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """{relative path: size and sha256} of files under `folder`, each flushed to disk before."""
     files = {}
     with disk_errors(folder):
-        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
+        for path in paths:
             fsync(path)
             files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+    return files
+
+
+def write_manifest(folder: Path, recorded: Mapping[str, dict[str, Any]] | None = None) -> None:
+    """Writes `manifest.json`: size and sha256 of every file under `folder`.
+
+    `recorded`: the entries that `record` has made where the files were written; all other files are recorded here.
+    Raises `RunError` for one of them that is not there, in its size: a file system that is shared by several nodes may
+    show a file late, and is waited for.
+    """
+    known = dict(recorded or {})
+    for name, facts in known.items():
+        await_file(folder / name, facts["size"])
+    listed = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    own = [path for path in listed if path.relative_to(folder).as_posix() not in known]
+    files = dict(sorted({**known, **record(folder, own)}.items()))
     write_json_atomic(folder / MANIFEST, {"format": 1, "files": files, "seal": _seal(files)})
+
+
+VISIBLE_WITHIN_S = 20.0
+"""How long a network file system may take to show a new file on other nodes."""
+
+
+def await_file(path: Path, size: int) -> None:
+    """Waits until a file that another node has written is there, in its size. Raises `RunError` where it does not come
+    within `VISIBLE_WITHIN_S`."""
+    deadline = time.monotonic() + VISIBLE_WITHIN_S
+    while problem := file_problem(path, size, None):
+        if time.monotonic() > deadline:
+            raise RunError(f"{problem} on rank 0's node, {VISIBLE_WITHIN_S:.0f} s after another rank has written it")
+        time.sleep(0.1)
 
 
 def _seal(files: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,8 @@ from mora_ds.checkpoint.adapter_files import AdapterTensors, read_adapter, write
 from mora_ds.checkpoint.layout import ADAPTER_JSON, ENGINE_TAG, STATE_FILE, step_folder
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.engine.pickled import load_pickled
-from mora_ds.engine.shard_reader import MASTER, EngineShards, Layout, layout_path, typed_tensor, write_whole
+from mora_ds.engine.shard_index import Layout, ShardIndex, layout_path
+from mora_ds.engine.shard_reader import MASTER, EngineShards, typed_tensor, write_whole
 from mora_ds.errors import UserError
 from mora_ds.files import MANIFEST, atomic_folder, copy_folder, verify_manifest, write_json_atomic, write_manifest
 from mora_ds.untrusted import file_name, read_text, require_plain, shown
@@ -193,7 +195,9 @@ class _Universal(EngineShards):
 
     def __init__(self, place: Path) -> None:
         first = Layout.read(place / OURS, 0)
-        super().__init__(place / ZERO_FOLDER, [replace(first, flats=[], moments=[], transposed=[])])
+        empty = np.empty((0, 6), np.int64)
+        bare = replace(first, flats=[], moments=[], transposed=[])
+        super().__init__(place / ZERO_FOLDER, ShardIndex(bare, [first.file], empty, empty))
 
     def _file(self, name: str, key: str) -> Any:
         path = _parameter_folder(self.folder, name) / _file_of(name, key)
@@ -208,10 +212,12 @@ class _Universal(EngineShards):
         keys = sorted(path.stem for path in _parameter_folder(self.folder, name).glob("*.pt") if path.stem != _FP32)
         return {key: self._file(name, key) for key in keys if key != MASTER}
 
-    def keys(self, name: str) -> list[str]:
+    def keys(self, name: str, start: int = 0, numel: int | None = None) -> list[str]:
+        del start, numel
         return [key for key, value in self._stored(name).items() if isinstance(value, Tensor) and value.dim()]
 
-    def scalars(self, name: str) -> dict[str, Any]:
+    def scalars(self, name: str, start: int = 0, numel: int | None = None) -> dict[str, Any]:
+        del start, numel
         keys = self.keys(name)
         return {key: value for key, value in self._stored(name).items() if key not in keys}
 

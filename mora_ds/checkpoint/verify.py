@@ -29,6 +29,7 @@ from mora_ds.checkpoint.layout import (
     LATEST,
     LEDGER_FOLDER,
     PROBE_FILE,
+    RNG_FILE,
     STATE_FILE,
     complete_checkpoints,
     is_step_name,
@@ -147,11 +148,19 @@ def _state(folder: Path) -> Iterator[str]:
     number = step_of(folder) if is_step_name(folder.name) else state.step
     if number != state.step:
         raise UserError(f"{path} is of step {state.step}, its folder of step {number}")
-    ranks = [folder / rng_file(rank) for rank in range(state.world_size)]
-    for path in ranks:
-        if "cpu" not in open_safetensors(path).keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-            raise UserError(f"{path} holds no random state")
+    _random_states(folder, state.world_size)
     yield f"state: step {state.step}, {state.tokens:,} tokens, {len(state.merges)} merge(s), {state.world_size} rank(s)"
+
+
+def _random_states(folder: Path, world: int) -> None:
+    """Raises `UserError` unless there is one of each rank."""
+    is_one = (folder / RNG_FILE).is_file()
+    for path in [folder / RNG_FILE] if is_one else [folder / rng_file(rank) for rank in range(world)]:
+        handle = open_safetensors(path)
+        if "cpu" not in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+            raise UserError(f"{path} holds no random state")
+        if is_one and (saved := handle.get_slice("cpu").get_shape()[0]) != world:
+            raise UserError(f"{path} holds the random states of {saved} ranks, {STATE_FILE} says {world}")
 
 
 def _shards(folder: Path) -> Iterator[str]:

@@ -1,7 +1,9 @@
 """Writes and loads checkpoints on all ranks (`layout` lists their files). A checkpoint never holds a base weight.
 
-all ranks write into .step-000100.writing -> manifest -> renamed to step-000100 -> `latest` linked to it -> older
-checkpoints deleted
+all ranks write into .step-000100.writing, and hash what they wrote -> rank 0: layouts, random states and hashes of all
+-> renamed to step-000100 -> `latest` linked to it -> older checkpoints deleted
+
+A rank writes one file, whatever their number; cycles of the merge ledger are hashed in slices over the ranks.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -39,6 +42,8 @@ from mora_ds.checkpoint.layout import (
     BEST,
     ENGINE_TAG,
     LATEST,
+    LEDGER_FOLDER,
+    RNG_FILE,
     STATE_FILE,
     complete_checkpoints,
     rng_file,
@@ -48,10 +53,12 @@ from mora_ds.checkpoint.layout import (
 )
 from mora_ds.checkpoint.state import TrainerState, check_identity
 from mora_ds.engine import shard_writer, zero
-from mora_ds.engine.shard_reader import EngineShards, Layout
+from mora_ds.engine.shard_index import Layout, RankShard, ShardIndex
+from mora_ds.engine.shard_reader import EngineShards
 from mora_ds.errors import RunError
-from mora_ds.models.tensor_files import write_safetensors_atomic
+from mora_ds.models.tensor_files import open_safetensors, write_safetensors_atomic
 from mora_ds.runtime.events import Event, emit
+from mora_ds.runtime.exchange import gather_to_first
 from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
 
@@ -105,16 +112,11 @@ class CheckpointWriter:
                 beside.mkdir(parents=True)
             dist.barrier()
             _check_space(self.root, self.engine)
+            work = self._prepared(beside, final, state, keep)
             if self._background is None:
-                layout = shard_writer.save_shards(self.engine, beside, ENGINE_TAG)
-                self._write(beside, layout, _rng_states(), self.collect(state.step))
-                dist.barrier()
-                if self.followers is not None:
-                    self.followers.gather(beside, self.followers.ranks.group)
-                self._complete(beside, final, asdict(state), keep)
-                dist.barrier()
+                work()
             else:
-                self._background.start(self._copied(beside, final, state, keep), f"checkpoint {final}")
+                self._background.start(work, f"checkpoint {final}")
         return final
 
     def _name_unknown(self) -> None:
@@ -129,20 +131,25 @@ class CheckpointWriter:
         if self._background is not None:
             self._background.wait(timeout_s)
 
-    def _copied(self, beside: Path, final: Path, state: TrainerState, keep: int | None) -> Callable[[], None]:
-        """Copies everything into host memory; returns the task for the thread."""
+    def _prepared(self, beside: Path, final: Path, state: TrainerState, keep: int | None) -> Callable[[], None]:
+        """Gathers everything, for the background into copies in host memory; returns what writes it. No file is written
+        in between, where an error of one rank would leave the others waiting in DeepSpeed's collectives."""
         pending: list[tuple[Path, Any]] = []
+        held = on_host if self._background is not None else (lambda content: content)
         layout = shard_writer.save_shards(
-            self.engine, beside, ENGINE_TAG, lambda path, content: pending.append((path, on_host(content)))
+            self.engine, beside, ENGINE_TAG, lambda path, content: pending.append((path, held(content)))
         )
         rng, write_extras, facts = _rng_states(), self.collect(state.step), asdict(state)
-        ranks, followers = self._thread_ranks, self.followers
-        assert ranks is not None
+        ranks, followers = self._thread_ranks or self._ranks, self.followers
+        shares: list[Any] = []  # of this rank; on rank 0 then those of all
 
         def write_own() -> None:
             for path, content in pending:
                 shard_writer.write_now(path, content)
-            self._write(beside, layout, rng, write_extras)
+            write_extras(beside)
+
+        def hash_own() -> None:
+            shares.append(_Share.of(beside, [path for path, _ in pending], layout, rng))
 
         def together(what: str, task: Callable[[], None]) -> None:
             ranks.agree(f"checkpoint {final}, {what}", _disk_errors(self.root)(task))
@@ -150,26 +157,41 @@ class CheckpointWriter:
         def work() -> None:
             with _removed_on_failure(beside):
                 together("files of each rank", write_own)
-                if followers is not None:
+                together("hashes", hash_own)
+                everyone = gather_to_first(shares[0], ranks.group)
+                if followers is not None and followers.leaders:
                     together("files of other nodes", lambda: followers.gather(beside, ranks.group))
-                together("manifest", lambda: self._complete(beside, final, facts, keep))
+                together("manifest", lambda: self._complete(beside, final, everyone, layout, facts, keep))
 
         return work
 
-    def _write(
-        self, beside: Path, layout: Layout, rng: dict[str, Tensor], write_extras: Callable[[Path], None]
-    ) -> None:
-        """Writes this rank's files except DeepSpeed's shards."""
-        shard_writer.write_layout(beside / ENGINE_TAG, layout)
-        write_safetensors_atomic(beside / rng_file(dist.get_rank()), rng, {})
-        write_extras(beside)
+    @property
+    def _ranks(self) -> Ranks:
+        return Ranks.current() if self.followers is None else self.followers.ranks
 
-    def _complete(self, beside: Path, final: Path, state: dict[str, Any], keep: int | None) -> None:
-        """Rank 0 finishes the checkpoint that all ranks have written."""
-        if dist.get_rank() != 0:
+    def _complete(
+        self,
+        beside: Path,
+        final: Path,
+        shares: list[_Share] | None,
+        layout: Layout,
+        state: dict[str, Any],
+        keep: int | None,
+    ) -> None:
+        """Rank 0, which has the `shares` of all, finishes the checkpoint that they have written."""
+        if shares is None:
             return
+        shards = [share.shard for share in shares if share.shard is not None]
+        if different := [shard.rank for shard in shards if shard.facts != shards[0].facts]:
+            raise RunError(f"ranks {different} trained other parameters or with other settings than rank 0")
+        ShardIndex.of(layout, shards).write(beside / ENGINE_TAG)
+        states = {kind: torch.from_numpy(np.stack([share.rng[kind] for share in shares])) for kind in shares[0].rng}
+        write_safetensors_atomic(beside / RNG_FILE, states, {})
         files.write_json_atomic(beside / STATE_FILE, state)
-        files.write_manifest(beside)
+        recorded: dict[str, dict[str, Any]] = {}
+        for share in shares:
+            recorded.update(share.files)
+        files.write_manifest(beside, recorded)
         sync_folders(beside)
         _stop_if_unsound(beside)
         _replace_folder(beside, final)
@@ -181,6 +203,25 @@ class CheckpointWriter:
         _retain(self.root, state["step"], keep)
 
 
+class _Share(NamedTuple):
+    """What a rank brings to the completion of a checkpoint."""
+
+    files: dict[str, dict[str, Any]]
+    """Size and hash of the files that it wrote, and of its slice of the merge ledger's."""
+    shard: RankShard | None
+    """None on the ranks that write none, as all but the first without ZeRO."""
+    rng: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, beside: Path, written: list[Path], layout: Layout, rng: dict[str, Tensor]) -> _Share:
+        """To be called when rank 0 has linked the ledger into `beside`. A rank that does not see it leaves its slice to
+        rank 0."""
+        ledger = sorted((beside / LEDGER_FOLDER).glob("*.safetensors"))
+        own = [path for path in written if path.is_file()] + ledger[layout.rank :: layout.world_size]
+        shard = RankShard.of(layout) if layout.rank < layout.writers else None
+        return cls(files.record(beside, own), shard, {kind: state.numpy() for kind, state in rng.items()})
+
+
 def load_checkpoint(folder: Path, engine: zero.Engine, identity: dict[str, Any]) -> TrainerState:
     """Restores engine and random states from a verified folder, saved by any number of ranks under any ZeRO stage.
 
@@ -190,7 +231,9 @@ def load_checkpoint(folder: Path, engine: zero.Engine, identity: dict[str, Any])
     """
     state = TrainerState.read(folder)
     check_identity(folder, state.identity, identity)
-    shard_writer.restore(engine, EngineShards.open(folder / ENGINE_TAG))
+    ranks, place = Ranks.current(), folder / ENGINE_TAG
+    index = ranks.on_first("layouts of the checkpoint", lambda: ShardIndex.read(place), long=True)
+    shard_writer.restore(engine, EngineShards(place, index, min(ranks.rank, len(index.files) - 1)))
     _load_rng(folder, dist.get_rank(), state)
     state.world_size = dist.get_world_size()
     return state
@@ -276,13 +319,25 @@ def _rng_states() -> dict[str, Tensor]:
 
 
 def _load_rng(folder: Path, rank: int, state: TrainerState) -> None:
-    path = folder / rng_file(rank)
-    if not path.exists():  # fewer ranks saved the checkpoint: dropout draws other masks, the same at every resume
+    states = _saved_rng(folder, rank)
+    if states is None:  # fewer ranks saved the checkpoint: dropout draws other masks, the same at every resume
         seed = state.identity.get("seed", state.identity.get("adapter", {}).get("seed", 0))
         digest = hashlib.sha256(f"{seed}/{state.step}/{rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         return
-    states = load_file(str(path))
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _saved_rng(folder: Path, rank: int) -> dict[str, Tensor] | None:
+    """The random states of a rank; None where that rank saved none."""
+    if not (folder / RNG_FILE).is_file():
+        path = folder / rng_file(rank)
+        return load_file(str(path)) if path.exists() else None
+    handle = open_safetensors(folder / RNG_FILE)
+    with files.malformed(folder / RNG_FILE):
+        slices = {kind: handle.get_slice(kind) for kind in handle.keys()}  # noqa: SIM118  (no mapping)
+        if rank >= slices["cpu"].get_shape()[0]:
+            return None
+        return {kind: each[rank : rank + 1].flatten().clone() for kind, each in slices.items()}

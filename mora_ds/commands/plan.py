@@ -9,7 +9,7 @@ sizes; with it, it plans the given settings.
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
@@ -23,6 +23,7 @@ from mora_ds.models.attention import NAME
 from mora_ds.models.load import named_config
 from mora_ds.planning.plan import Planner, recommend
 from mora_ds.planning.report import as_json, report
+from mora_ds.planning.sharding import recommend_sharding
 from mora_ds.planning.step import Work
 from mora_ds.planning.timing import Cluster
 from mora_ds.train.attention import choose_attention, implementation_of
@@ -35,12 +36,14 @@ def main() -> None:
     if given.micro_batch is None:
         chosen = recommend(planner, given.rows)
     plan = chosen or planner.plan()
+    sharding = recommend_sharding(planner, plan)
     if given.json:
-        print(json.dumps({**as_json(plan), "recommended": chosen is not None}, indent=2))
+        facts = {"recommended": chosen is not None, "sharding": asdict(sharding)}
+        print(json.dumps({**as_json(plan), **facts}, indent=2))
         return
     if given.micro_batch is None:
         print("recommended:" if chosen else "nothing fits; the smallest there is:")
-    print(report(plan))
+    print(report(plan, sharding=sharding))
 
 
 def _options() -> argparse.Namespace:

@@ -45,6 +45,9 @@ class ModelArguments:
     """Train a SentencePiece tokenizer with a vocabulary of this size on the training files; 0 for none."""
     train_tokenizer_type: str = TokenizerType.BPE.value
     """SentencePiece's algorithm for --train_tokenizer_vocab: bpe or unigram."""
+    base_cache_dir: str | None = None
+    """Folder on each node's own disk into which the model's files are copied once, and read from there: for a model
+    that lies on storage which many nodes share."""
     trust_remote_code: bool = False
     """Run code that comes with a Hub model."""
     attn_implementation: str = "auto"

@@ -117,6 +117,12 @@ class OptimizerView:
     def drop_second_copy(self, parameter: nn.Parameter) -> None:
         """Forget what else forward may read a parameter from, as its compute copy is overwritten."""
 
+    def gather_copies(self) -> bool:
+        """Set the compute copies of all parameters from the masters, where each process holds a part of the masters and
+        complete copies: as a step does, so that no process reads the others' masters. Collective. False, and nothing is
+        done, where a process can set its copies by itself."""
+        return False
+
     def unsharded_writes(self) -> AbstractContextManager[None]:
         """A context in which masters and compute copies may be overwritten."""
         return nullcontext()
@@ -238,6 +244,10 @@ class _MappedView(OptimizerView):
                     own, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
                     spans.append(Span(parameter, own.start, own.numel, flat.start))
             yield index, master, spans
+
+    def gather_copies(self) -> bool:
+        self.optimizer.update_lp_params()
+        return True
 
     def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
         safe_set_full_fp32_param(parameter, value)

@@ -1,6 +1,6 @@
 """Reads the shards of a checkpoint, whatever the number of processes that wrote them. Needs no DeepSpeed.
 
-    engine/layout-00000.json      which part of which parameter lies where in the shard of that rank (ours)
+    engine/layouts.safetensors    which part of which parameter lies where in the shards of all ranks (`shard_index`)
     engine/*_optim_states.pt      fp32 masters and optimizer state, flat (DeepSpeed's, a pickle)
 
 `EngineShards.read(name, key, start, numel)` assembles any range of a complete parameter: its fp32 master, or any tensor
@@ -12,107 +12,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mora_ds.engine.pickled import load_pickled
-from mora_ds.errors import Bounds, UserError
-from mora_ds.files import atomic_path, malformed, read_json, require_format, write_json_atomic
+from mora_ds.engine.shard_index import FLAT, NAME, NUMEL, OFFSET, RANK, START, Part, ShardIndex, layout_path
+from mora_ds.errors import UserError
+from mora_ds.files import atomic_path, malformed, write_json_atomic
 from mora_ds.models.tensor_files import SafetensorsWriter, open_safetensors
-from mora_ds.untrusted import MAX_SIDE, Count, FileName, entry, shown, typed
+from mora_ds.untrusted import FileName, shown, typed
 
 MASTER = "master"
 """The key of a parameter's fp32 master; all other keys are those of the optimizer's state."""
-LAYOUT_FORMAT = 1
 WHOLE_FILE = "whole.safetensors"
-
-
-def layout_path(folder: Path, rank: int) -> Path:
-    return folder / f"layout-{rank:05d}.json"
-
-
-Processes = Annotated[int, Bounds(least=1, most=1 << 20)]
-Length = Annotated[int, Bounds(least=0, most=2 * MAX_SIDE)]
-"""Of one dimension of a parameter; LoRA's factors are as long as both sides of a layer."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Elements [start, start + numel) of a flattened parameter, which lie from `offset` on in a flat tensor."""
-
-    name: FileName
-    start: Count
-    numel: Count
-    offset: Count
-
-
-@dataclass(frozen=True)
-class Layout:
-    """layout-N.json: what rank N has written."""
-
-    rank: Count
-    world_size: Processes
-    writers: Processes
-    """Number of ranks that wrote a shard: all, or only the first without ZeRO."""
-    stage: int
-    optimizer: str
-    """Class name of the torch optimizer, such as AdamW."""
-    file: FileName
-    masters: list[str]
-    """Keys that lead to the flat fp32 masters within the file."""
-    state: list[str]
-    """Keys that lead to the optimizer's `state_dict`."""
-    flats: list[list[Part]]
-    """For each flat tensor, the parts in it."""
-    moments: list[list[Part]]
-    """For each flat tensor, the parts in its optimizer state: not always the same (see `optimizer_view.Flat`)."""
-    groups: list[dict[FileName, list[Length]]]
-    """For each parameter group, its parameters and their complete shapes."""
-    swapped: bool = False
-    """Whether masters and state were on NVMe: then they are in files that only DeepSpeed reads."""
-    settings: list[dict[str, Any]] = field(default_factory=list)
-    """For each parameter group: learning rate, betas and so on; for some optimizers the step count."""
-    counters: dict[str, int] = field(default_factory=dict)
-    scaler: dict[str, float | None] = field(default_factory=dict)
-    """State of fp16's loss scaler."""
-    transposed: list[str] = field(default_factory=list)
-    """MoRA matrices of which the shards hold the transpose (tensor parallelism with an aligned grouping)."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"format": LAYOUT_FORMAT, **vars(self), "flats": _plain(self.flats), "moments": _plain(self.moments)}
-
-    @classmethod
-    def read(cls, folder: Path, rank: int) -> Layout:
-        """Raises `UserError` naming the file."""
-        path = layout_path(folder, rank)
-        content = read_json(path)
-        require_format(path, content, LAYOUT_FORMAT)
-        content.pop("format")
-        for key in ("flats", "moments"):
-            listed = entry(content, key, list[list[tuple[Any, Any, Any, Any]]], path)
-            content[key] = [[dict(zip(_PART, part, strict=True)) for part in flat] for flat in listed]
-        layout: Layout = typed(cls, content, f"{path} is damaged")
-        if layout.rank != rank or layout.rank >= layout.writers:
-            raise UserError(f"{path}: it is the layout of rank {layout.rank} of {layout.writers}, not of {rank}")
-        return layout
-
-
-_PART = ("name", "start", "numel", "offset")
-
-
-def _plain(flats: list[list[Part]]) -> list[list[list[str | int]]]:
-    return [[[part.name, part.start, part.numel, part.offset] for part in flat] for flat in flats]
 
 
 class _Shard:
     """The file of one rank, opened when it is first read."""
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
-        self.path, self.layout = folder / layout.file, layout
+    def __init__(self, folder: Path, index: ShardIndex, rank: int) -> None:
+        self.path, self.layout = folder / index.files[rank], index.first
+        self._parts = index.parts[index.parts[:, RANK] == rank]
+        self._moments = index.moments[index.moments[:, RANK] == rank]
+        self._names = list(index.shapes)
         self._content: Any = None
 
     @property
@@ -128,12 +55,17 @@ class _Shard:
                 value = value[key]
         return value
 
+    def _name(self, flat: int) -> str:
+        """The name of the first parameter in a flat tensor."""
+        with malformed(self.path):
+            return self._names[self._parts[self._parts[:, FLAT] == flat][0, NAME]]
+
     def master(self, flat: int) -> Tensor:
         """A complete flat tensor, one-dimensional."""
         masters = self._at(self.layout.masters)
         with malformed(self.path):
             if isinstance(masters, dict):  # without ZeRO in fp32: the module's own parameters, by name
-                tensor = masters[self.layout.flats[flat][0].name]
+                tensor = masters[self._name(flat)]
             else:
                 tensor = list(_flattened(masters))[flat]
             return typed_tensor(tensor, f"{self.path}: master {flat}").reshape(-1)
@@ -151,7 +83,8 @@ class _Shard:
 
     def moments(self, flat: int) -> dict[str, Tensor]:
         """The part of the state that has a value for every element, one-dimensional."""
-        least = max((part.offset + part.numel for part in self.layout.moments[flat]), default=1)
+        rows = self._moments[self._moments[:, FLAT] == flat]
+        least = int((rows[:, OFFSET] + rows[:, NUMEL]).max()) if len(rows) else 1
         return {
             key: value.reshape(-1)
             for key, value in self.state(flat).items()
@@ -167,10 +100,6 @@ class _WholeFile(_Shard):
         if self._content is None:
             self._content = open_safetensors(self.path)
         return self._content
-
-    def _name(self, flat: int) -> str:
-        with malformed(self.path):
-            return self.layout.flats[flat][0].name
 
     def master(self, flat: int) -> Tensor:
         name = f"{MASTER}/{self._name(flat)}"
@@ -222,53 +151,56 @@ def typed_tensor(value: Any, where: str) -> Tensor:
     return value
 
 
-Places: TypeAlias = dict[str, list[tuple[_Shard, int, Part]]]
-"""Parameter name -> its parts: (shard, index of the flat tensor in it, part)."""
-
-
 class EngineShards:
     """All shards of a checkpoint as one. Make it with `EngineShards.open`."""
 
-    def __init__(self, folder: Path, layouts: list[Layout]) -> None:
+    def __init__(self, folder: Path, index: ShardIndex, rank: int = 0) -> None:
+        """`rank`: the writer whose file is read first, where several hold the same elements."""
         self.folder = folder
-        self.first = layouts[0]
-        self.shapes = {name: tuple(shape) for group in self.first.groups for name, shape in group.items()}
+        self.first = index.first
+        self.shapes = index.shapes
         """Parameter name -> complete shape."""
-        self._shards = [(_WholeFile if layout.file == WHOLE_FILE else _Shard)(folder, layout) for layout in layouts]
-        self._parts = self._places([layout.flats for layout in layouts])
-        self._moments = self._places([layout.moments for layout in layouts])
+        self._index, self._rank = index, rank
+        self._number = {name: number for number, name in enumerate(self.shapes)}
+        self._shards: dict[int, _Shard] = {}
 
     @classmethod
     def open(cls, folder: Path) -> EngineShards:
-        """Reads the layouts of an engine folder. Raises `UserError` when one is missing or a parameter has holes."""
-        first = Layout.read(folder, 0)
-        layouts = [first, *(Layout.read(folder, rank) for rank in range(1, first.writers))]
-        shards = cls(folder, layouts)
-        if not first.swapped:
-            shards._check_whole()
-        return shards
-
-    def _places(self, flats_of: list[list[list[Part]]]) -> Places:
-        places: Places = {name: [] for name in self.shapes}
-        for shard, flats in zip(self._shards, flats_of, strict=True):
-            for index, flat in enumerate(flats):
-                for part in flat:
-                    places.setdefault(part.name, []).append((shard, index, part))
-        return places
+        """Reads the table of an engine folder. Raises `UserError` when one is missing or a parameter has holes."""
+        return cls(folder, ShardIndex.read(folder))
 
     @property
     def files(self) -> list[Path]:
-        return [shard.path for shard in self._shards]
+        return [self.folder / file for file in self._index.files]
 
-    def keys(self, name: str) -> list[str]:
-        """Keys of the optimizer state that has a value for every element of a parameter, such as exp_avg."""
-        shard, index, _ = self._moments[name][0]
-        return list(shard.moments(index))
+    def _shard(self, rank: int) -> _Shard:
+        if rank not in self._shards:
+            kind = _WholeFile if self._index.files[rank] == WHOLE_FILE else _Shard
+            self._shards[rank] = kind(self.folder, self._index, rank)
+        return self._shards[rank]
 
-    def scalars(self, name: str) -> dict[str, Any]:
-        """The rest of the state of a parameter, such as step: one value each. Raises `UserError` if shards differ."""
+    def _rows(self, name: str, is_master: bool, start: int = 0, numel: int | None = None) -> np.ndarray:
+        """The rows of the table that hold any of `numel` elements from `start` on (of none: that hold the first one),
+        those of the preferred rank first."""
+        table = self._index.parts if is_master else self._index.moments
+        first, last = np.searchsorted(table[:, NAME], [self._number[name], self._number[name] + 1])
+        rows = table[first:last]
+        end = math.prod(self.shapes[name]) if numel is None else start + max(numel, 1)
+        rows = rows[(rows[:, START] < end) & (rows[:, START] + rows[:, NUMEL] > start)]
+        return rows[np.argsort(rows[:, RANK] != self._rank, kind="stable")]
+
+    def keys(self, name: str, start: int = 0, numel: int | None = None) -> list[str]:
+        """Keys of the optimizer state that has a value for every element of a parameter, such as exp_avg; as the shards
+        of these elements have them."""
+        row = self._rows(name, False, start, numel)[0]
+        return list(self._shard(int(row[RANK])).moments(int(row[FLAT])))
+
+    def scalars(self, name: str, start: int = 0, numel: int | None = None) -> dict[str, Any]:
+        """The rest of the state of a parameter, such as step: one value each. Raises `UserError` if the shards of these
+        elements differ."""
         first: dict[str, Any] | None = None
-        for shard, index, _ in self._parts[name]:
+        for row in self._rows(name, True, start, numel):
+            shard, index = self._shard(int(row[RANK])), int(row[FLAT])
             moments = shard.moments(index)
             values = {key: value for key, value in shard.state(index).items() if key not in moments}
             with malformed(shard.path):
@@ -294,52 +226,29 @@ class EngineShards:
         return whole[start : None if numel is None else start + numel].clone()
 
     def _read(self, name: str, key: str, start: int, numel: int | None) -> Tensor:
-        """The same, transposed or not as in the shards."""
-        size = math.prod(self.shapes[name])
-        end = size if numel is None else start + numel
+        """The same, transposed or not as in the shards. No file is opened that is not needed."""
+        end = math.prod(self.shapes[name]) if numel is None else start + numel
+        rows = self._rows(name, key == MASTER, start, numel)
+        complete = rows[(rows[:, START] <= start) & (rows[:, START] + rows[:, NUMEL] >= end)]
         whole: Tensor | None = None
-        for shard, index, part in (self._parts if key == MASTER else self._moments)[name]:
-            first, last = max(start, part.start), min(end, part.start + part.numel)
-            if first >= last and whole is not None:
-                continue
-            source = shard.master(index) if key == MASTER else shard.moments(index).get(key)
+        for _, begin, size, rank, flat, offset in (complete[:1] if len(complete) else rows).tolist():
+            shard = self._shard(rank)
+            source = shard.master(flat) if key == MASTER else shard.moments(flat).get(key)
             if source is None:
                 raise UserError(f"{shard.path} has no {key} of {name}")
-            if source.numel() < part.offset + part.numel:
+            if source.numel() < offset + size:
                 raise UserError(f"{shard.path} is incomplete: {key} of {name}")
             if whole is None:
                 whole = torch.empty(end - start, dtype=source.dtype)
+            first, last = max(start, begin), min(end, begin + size)
             if first < last:
-                whole[first - start : last - start] = source.narrow(0, part.offset + first - part.start, last - first)
+                whole[first - start : last - start] = source.narrow(0, offset + first - begin, last - first)
         assert whole is not None, "every parameter has a part"
         return whole
 
     def whole(self, name: str, key: str) -> Tensor:
         """A complete master or moment in the parameter's shape."""
         return self.read(name, key).view(self.shapes[name])
-
-    def _check_whole(self) -> None:
-        nbytes = sum(file.stat().st_size for file in self.files if file.is_file())
-        if sum(math.prod(shape) for shape in self.shapes.values()) > nbytes:
-            raise UserError(
-                f"{layout_path(self.folder, 0)} lists parameters of more elements than the shards have bytes"
-            )
-        for what, places_of in (("", self._parts), ("the optimizer's state of ", self._moments)):
-            for name, places in places_of.items():
-                if name not in self.shapes:
-                    raise UserError(f"{self.folder}: a shard holds {name}, which no parameter group lists")
-                if not _cover([part for _, _, part in places], math.prod(self.shapes[name]), once=not what):
-                    once = "" if what else ", and each element once"
-                    raise UserError(f"{self.folder}: the shards do not hold all of {what}{name}{once}")
-
-
-def _cover(parts: list[Part], numel: int, once: bool) -> bool:
-    end = 0
-    for part in sorted(parts, key=lambda part: part.start):
-        if part.start > end or (once and part.start < end):
-            return False
-        end = max(end, part.start + part.numel)
-    return bool(parts) and end == numel
 
 
 def _equal(values: dict[str, Any], others: dict[str, Any]) -> bool:

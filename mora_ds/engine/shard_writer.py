@@ -28,9 +28,9 @@ from mora_ds.engine import zero
 from mora_ds.engine.ds_keys import masked
 from mora_ds.engine.optimizer_view import Flat, Span, view_of
 from mora_ds.engine.pickled import load_pickled
-from mora_ds.engine.shard_reader import MASTER, EngineShards, Layout, Part, layout_path
+from mora_ds.engine.shard_index import Layout, Part
+from mora_ds.engine.shard_reader import MASTER, EngineShards
 from mora_ds.errors import UserError
-from mora_ds.files import write_json_atomic
 from mora_ds.parallel.topology import share_of
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -110,7 +110,7 @@ def _layout(engine: zero.Engine) -> Layout:
         state=list(view.state_path),
         flats=[own(flat.spans) for flat in flats],
         moments=[own(flat.state_spans) for flat in flats],
-        groups=groups if rank == 0 else [],
+        groups=groups,
         settings=[_plain(group) for group in engine.basic_optimizer.param_groups],
         swapped=swapped,
         counters={name: int(getattr(engine, name)) for name in COUNTERS},
@@ -130,23 +130,32 @@ def _plain(group: dict[str, Any]) -> dict[str, Any]:
 # -- saving ------------------------------------------------------------------------------------------------------------
 
 
+_MODEL_FILE = "_model_states.pt"
+"""The end of the name that engine.py, `_get_ckpt_name`, gives to the file of the module."""
+
+
 class ShardWriter(CheckpointEngine):
     """What DeepSpeed's `save_checkpoint` hands its files to (runtime/checkpoint_engine/checkpoint_engine.py).
 
-    Parameters that follow from the optimizer's masters are left out: 2 to 4 bytes an element that nobody reads. `write`
-    gets a path and what is to be in it, which it may keep: tensors are DeepSpeed's own, not copies.
+    Parameters that follow from the optimizer's masters are left out: 2 to 4 bytes an element that nobody reads. So is
+    the second file of each rank under ZeRO-3, in which nothing else is left (engine.py, `_save_checkpoint`), but for a
+    state on NVMe, with which DeepSpeed reads it again. `write` gets a path and what is to be in it, which it may keep:
+    tensors are DeepSpeed's own, not copies.
     """
 
     def __init__(self, engine: zero.Engine, write: Callable[[Path, Any], None]) -> None:
         super().__init__()
         has_masters = engine.optimizer is not engine.basic_optimizer
         self._left_out = {name for name, _ in engine.module.named_parameters()} if has_masters else set()
+        self._unread = None if engine.zero_nvme_offload_optimizer() or not engine.save_zero_checkpoint else _MODEL_FILE
         self._write = write
 
     def create(self, info: CheckpointCommitInfo) -> None:
         del info
 
     def save(self, state_dict: Any, path: str) -> None:
+        if self._unread is not None and path.endswith(self._unread):
+            return
         module = state_dict.get("module")
         if module is not None:
             kept = {name: tensor for name, tensor in module.items() if name not in self._left_out}
@@ -171,8 +180,8 @@ def write_now(path: Path, content: Any) -> None:
 
 
 def save_shards(engine: zero.Engine, folder: Path, tag: str, write: Callable[[Path, Any], None] = write_now) -> Layout:
-    """DeepSpeed's files in `folder/tag`, each through `write`. Collective. Returns this process's layout, for
-    `write_layout` to put into the same folder."""
+    """DeepSpeed's files in `folder/tag`, each through `write`. Collective. Returns this process's layout, for the table
+    of all (`shard_index.ShardIndex`) in the same folder."""
     own = engine.checkpoint_engine
     engine.checkpoint_engine = ShardWriter(engine, write)
     try:
@@ -185,18 +194,13 @@ def save_shards(engine: zero.Engine, folder: Path, tag: str, write: Callable[[Pa
     return _layout(engine)
 
 
-def write_layout(folder: Path, layout: Layout) -> None:
-    """Write layout-N.json, on the processes that have written a shard."""
-    if layout.rank < layout.writers:
-        write_json_atomic(layout_path(folder, layout.rank), layout.to_dict(), indent=None)
-
-
 # -- restoring ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def restore(engine: zero.Engine, shards: EngineShards) -> None:
-    """Set everything that training changes from the shards of a checkpoint. Collective under ZeRO-3.
+    """Set everything that training changes from the shards of a checkpoint. Collective. With the number of processes
+    that wrote them each one opens its own file alone.
 
     Raises `UserError` when the shards hold other parameters than the model, or another optimizer's state.
     """
@@ -208,9 +212,10 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
     with view.unsharded_writes():
         for flat in view.flats():
             _restore_flat(flat, names, shards, transposed)
-        for _, parameter in engine.module.named_parameters():
-            copy, span = view.compute_copy(parameter)  # rounded from the master, as a step rounds it
-            _fill(copy, MASTER, _parts([span], names), shards, transposed)
+        if not view.gather_copies():
+            for _, parameter in engine.module.named_parameters():
+                copy, span = view.compute_copy(parameter)  # rounded from the master, as a step rounds it
+                _fill(copy, MASTER, _parts([span], names), shards, transposed)
     for group in range(len(engine.basic_optimizer.param_groups)):
         step = shards.group_step(group)
         if step is not None:
@@ -254,12 +259,15 @@ def _check(engine: zero.Engine, shards: EngineShards) -> None:
 def _restore_flat(flat: Flat, names: Names, shards: EngineShards, transposed: set[str]) -> None:
     """Set a master and its state. Padding, which no gradient reaches, becomes zero as in a fresh engine."""
     parts, state_parts = _parts(flat.spans, names), _parts(flat.state_spans, names)
-    own = [part.name for part in parts] or list(shards.first.groups[flat.group])[:1]
     _fill(flat.master, MASTER, parts, shards, transposed)
-    keys, scalars = shards.keys(own[0]), shards.scalars(own[0])
-    for name in own[1:]:
-        if (shards.keys(name), shards.scalars(name)) != (keys, scalars):
-            raise UserError(f"{shards.folder}: {own[0]} and {name} are one tensor here, with different state there")
+    own = parts or [Part(next(iter(shards.first.groups[flat.group])), 0, 0, 0)]
+    state_of = [(shards.keys(p.name, p.start, p.numel), shards.scalars(p.name, p.start, p.numel)) for p in own]
+    keys, scalars = state_of[0]
+    for part, state in zip(own, state_of, strict=True):
+        if state != (keys, scalars):
+            raise UserError(
+                f"{shards.folder}: {own[0].name} and {part.name} are one tensor here, with different state there"
+            )
     for key in set(flat.state) - {*keys, *scalars}:
         del flat.state[key]
     for key, value in scalars.items():  # before the moments, as torch.optim.AdamW orders them: the same file again
@@ -269,7 +277,7 @@ def _restore_flat(flat: Flat, names: Names, shards: EngineShards, transposed: se
         flat.state[key] = value
     for key in keys:
         if not isinstance(flat.state.get(key), Tensor):
-            dtype = shards.read(own[0], key, 0, 0).dtype
+            dtype = shards.read(own[0].name, key, own[0].start, 0).dtype
             flat.state[key] = torch.zeros_like(flat.master, dtype=dtype, requires_grad=False)
             if state_parts != parts:
                 flat.state[key] = flat.state[key].new_zeros(sum(part.numel for part in state_parts))

@@ -12,6 +12,7 @@ the caller can save the live model with `write_own_base`.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
@@ -26,6 +27,7 @@ from torch import Tensor
 from mora_ds.errors import RunError, UserError
 from mora_ds.files import atomic_folder, read_json, stamp
 from mora_ds.models.tensor_files import dtype_name, open_safetensors, shape_dtype, tensor_nbytes
+from mora_ds.runtime.ranks import Ranks
 from mora_ds.untrusted import FileName, typed
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ class BaseCheckpoint:
 
     def __init__(self, folder: Path, file_of: Mapping[str, Path]) -> None:
         self.folder = folder
+        self.origin = folder
+        """The folder that checkpoints name: another one where `folder` is a copy of it (`base_cache`)."""
         self._file_of = dict(file_of)
         self._handles: dict[Path, Any] = {}
         self._fingerprint: str | None = None
@@ -143,22 +147,43 @@ class BaseCheckpoint:
             self._handles[path] = open_safetensors(path)
         return self._handles[path]
 
-    def fingerprint(self, progress: Progress | None = None) -> str:
+    def fingerprint(self, progress: Progress | None = None, ranks: Ranks | None = None) -> str:
         """Hex sha256 of the tensors' names, dtypes, shapes and checksums; independent of shards and path.
 
-        The first call reads every byte, at about memory speed.
+        The first call reads every byte, at about memory speed; with `ranks` it is collective, and each rank reads a
+        slice of the tensors.
         """
+        if ranks is not None and ranks.world > 1:
+            self._fingerprint = ranks.on_first("known fingerprint of the base", lambda: self._fingerprint)
         if self._fingerprint is None:
-            lines, done, total = [], 0, self.nbytes
-            for key in self._file_of:
-                tensor = self.read(key)
-                shape = "x".join(map(str, tensor.shape))
-                lines.append(f"{key} {dtype_name(tensor.dtype)} {shape} {tensor_checksum(tensor):016x}\n")
-                done += tensor.nbytes
-                if progress:
-                    progress(done, total)
+            if ranks is None:
+                lines = self._lines(self._file_of, progress)
+            else:
+                slices = self._slices(ranks.width)
+                lines = [line for part in ranks(lambda n: self._lines(slices[n]), len(slices)) for line in part]
             self._fingerprint = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
         return self._fingerprint
+
+    def _lines(self, keys: Iterable[str], progress: Progress | None = None) -> list[str]:
+        """A line with the checksum of each tensor."""
+        lines, done, total = [], 0, self.nbytes
+        for key in keys:
+            tensor = self.read(key)
+            shape = "x".join(map(str, tensor.shape))
+            lines.append(f"{key} {dtype_name(tensor.dtype)} {shape} {tensor_checksum(tensor):016x}\n")
+            done += tensor.nbytes
+            if progress:
+                progress(done, total)
+        return lines
+
+    def _slices(self, count: int) -> list[list[str]]:
+        """The keys in at most `count` slices of about the same number of bytes, the largest tensors dealt out first."""
+        sizes = {key: tensor_nbytes(*self.shape_dtype(key)) for key in self._file_of}
+        slices: list[tuple[int, int, list[str]]] = [(0, number, []) for number in range(min(count, len(sizes)))]
+        for key in sorted(sizes, key=lambda key: -sizes[key]):
+            nbytes, number, keys = slices[0]
+            heapq.heapreplace(slices, (nbytes + sizes[key], number, [*keys, key]))
+        return [keys for _, _, keys in slices]
 
     def map_parameters(
         self,

@@ -100,8 +100,10 @@ def load_base(
         return _from_pretrained(folder, stored, attn_implementation, trust_remote_code)
 
     model = ranks.agree("loading of the model", lambda: load(dtype), long=True)
-    originals = partial(_originals, model, folder, own_base, dtype, load)
-    is_own, keys = ranks.on_first("originals of the model", originals, long=True)
+    is_own, keys = False, _one_to_one(model, folder, ranks)
+    if keys is None:
+        originals = partial(_originals, model, folder, own_base, dtype, load)
+        is_own, keys = ranks.on_first("originals of the model", originals, long=True)
     if is_own and share is not None:
         share(own_base)
     base = ranks.agree("files of the model", lambda: BaseCheckpoint.open(own_base if is_own else folder))
@@ -217,6 +219,20 @@ def damaged_file(folder: Path) -> str:
     return ""
 
 
+def _one_to_one(model: Any, folder: Path, ranks: Ranks) -> dict[str, str] | None:
+    """Parameter name -> key in the folder's files, if these are the live tensors one to one; else None. Collective:
+    each rank compares a slice of them."""
+
+    def compare() -> tuple[dict[str, str] | None, bool]:
+        try:
+            return _map_and_verify(model, BaseCheckpoint.open(folder), ranks.rank, ranks.world), True
+        except NotOneToOne:
+            return None, False
+
+    keys, is_equal = ranks.agree("weights of the model", compare, long=True)
+    return keys if all(ranks.gather("comparison of the weights", is_equal)) else None
+
+
 def _originals(
     model: Any, folder: Path, own_base: Path, dtype: torch.dtype, load: Callable[[torch.dtype], Any]
 ) -> tuple[bool, dict[str, str]]:
@@ -256,8 +272,9 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return reduce(torch.promote_types, dtypes & set(COMPUTE_DTYPES.values()) or {torch.float32})
 
 
-def _map_and_verify(model: Any, base: BaseCheckpoint) -> dict[str, str]:
+def _map_and_verify(model: Any, base: BaseCheckpoint, part: int = 0, parts: int = 1) -> dict[str, str]:
+    """Parameter name -> key of all tensors; every `parts`-th of them, from `part` on, is compared."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     keys = map_model(base, model, tensors)
-    verify_against_model(base, keys, tensors, tensors)
+    verify_against_model(base, keys, tensors, list(tensors)[part::parts])
     return keys

@@ -7,14 +7,18 @@ from typing import Any
 
 from mora_ds.adapters.config import AS_LOADED
 from mora_ds.planning.plan import USABLE, Plan
+from mora_ds.planning.sharding import Sharding
 
 
-def report(plan: Plan, timed: bool = True) -> str:
+def report(plan: Plan, timed: bool = True, sharding: Sharding | None = None) -> str:
     """The plan as tables; sizes in GB (10^9 bytes), or MB where they are small.
 
-    Without `timed`, times are left out, as the speed of the devices and links is not known.
+    Without `timed`, times are left out, as the speed of the devices and links is not known. `sharding`: what is
+    recommended for the cluster, if it is to be named.
     """
     lines = [*_head(plan), *_memory(plan), *_traffic(plan), *(_time(plan) if timed else []), verdict(plan)]
+    if sharding is not None:
+        lines.append(f"recommended at {plan.cluster.ranks:,} GPUs: {sharding}")
     return "\n".join(lines)
 
 

@@ -23,15 +23,13 @@ import torch
 import torch.distributed as dist
 
 from mora_ds.errors import RunError, UserError
-from mora_ds.files import disk_errors
+from mora_ds.files import VISIBLE_WITHIN_S, disk_errors, fsync
 from mora_ds.runtime.ranks import Ranks
 
 FOLDER = ".follower"
 _INCOMING = ".incoming"
 _CHUNK = 16 << 20
 """Bytes that are sent, and held in memory, at a time."""
-_VISIBLE_WITHIN_S = 20.0
-"""How long a network file system may take to show a new file on other nodes."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def _who_sees(folder: Path, ranks: Ranks) -> list[tuple[bool, int, str]]:
 
 
 def _becomes_visible(path: Path) -> bool:
-    deadline = time.monotonic() + _VISIBLE_WITHIN_S
+    deadline = time.monotonic() + VISIBLE_WITHIN_S
     while not path.exists():
         if time.monotonic() > deadline:
             return False
@@ -181,9 +179,18 @@ def _receive_files(folder: Path, sender: int, group: Any) -> None:
             if numel:
                 dist.recv(part, src=sender, group=group)
             problem = problem or _append(folder / name, part)
+        problem = problem or _flushed(folder / name)
     if problem is not None:
         with disk_errors(folder):
             raise problem
+
+
+def _flushed(path: Path) -> OSError | None:
+    try:
+        fsync(path)
+    except OSError as error:
+        return error
+    return None
 
 
 def _append(path: Path, part: torch.Tensor) -> OSError | None:

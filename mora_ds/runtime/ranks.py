@@ -143,7 +143,8 @@ class Ranks:
     def __call__(self, work: Callable[[int], Any], count: int) -> list[Any]:
         """[work(0), ..., work(count - 1)] on every rank, each computed by one of them: a `data.ParallelMap`."""
         name = "work shared by all ranks"
-        mine = self.agree(name, lambda: {number: work(number) for number in range(self.rank, count, self.world)})
+        numbers = range(self.rank, count, self.world)
+        mine = self.agree(name, lambda: {number: work(number) for number in numbers}, long=True)
         everyone = [mine]
         if self.world > 1:
             everyone = gather_to_all(mine, self.group)

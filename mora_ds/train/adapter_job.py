@@ -49,7 +49,7 @@ class AdapterJob(Job):
         training = self.arguments.training
         self.config = self._with_vectors(self._planned_config())
         self.place.ranks.agree("injection of the adapter", self._inject, long=True)
-        fingerprint = self.place.ranks.on_first("fingerprint of the base", self.loaded.base.fingerprint, long=True)
+        fingerprint = self.loaded.base.fingerprint(ranks=self.place.ranks)
         common = self.common_identity()
         self.check_checkpoint(run_identity(fingerprint, self.config, common))
         first = self._initial_adapter(fingerprint)

@@ -11,6 +11,7 @@ from mora_ds.checkpoint.layout import BASE_FOLDER
 from mora_ds.config.data import ModelArguments
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import largest_id
+from mora_ds.models.base_cache import cached_base
 from mora_ds.models.load import (
     LoadedBase,
     config_digest,
@@ -56,8 +57,12 @@ def prepare_base(
         place.ranks.on_first("creation of the base", create, long=True)
         place.followers.share(own)
         folder = own
-    share = place.followers.share
+    source, share = folder, place.followers.share
+    if model.base_cache_dir is not None and folder != own:
+        folder = cached_base(folder, Path(model.base_cache_dir).expanduser(), place.ranks)
     loaded = load_base(folder, own, place.ranks, dtype, model.implementation, model.trust_remote_code, share)
+    if loaded.base.folder == folder.absolute():
+        loaded.base.origin = source.absolute()
     if training.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return loaded

@@ -90,7 +90,7 @@ class Run:
         self.folder = self.followers.folder
         opened = base if isinstance(base, BaseCheckpoint) else BaseCheckpoint.open(base, "base")
         keys = self._map(opened) if details.keys is None else dict(details.keys)
-        fingerprint = self.ranks.on_first("fingerprint of the base", opened.fingerprint, long=True)
+        fingerprint = opened.fingerprint(ranks=self.ranks)
         self.identity = run_identity(fingerprint, config, details.identity)
         checkpoint = self._checkpoint(resume, overwrite)
         ledger = self._open_ledger(checkpoint, fingerprint, config.vectors if isinstance(config, MoRAConfig) else "")
@@ -101,7 +101,7 @@ class Run:
             engine,
             config,
             self.remora,
-            BaseReference(str(opened.folder.resolve()), fingerprint, keys, dtype),
+            BaseReference(str(opened.origin.resolve()), fingerprint, keys, dtype),
             details.tokenizer_folder,
             probe_ids,
             {"operator": config.title, "merge_precision": MERGE_PRECISION, **details.facts},
@@ -212,9 +212,8 @@ class Run:
         names = [*frozen, *(stands_for(name) for name, _ in model.named_parameters() if name not in adapter)]
         keys = map_model(base, model, names)
         unquantized = {name: tensor for name, tensor in frozen.items() if tensor.dtype is not torch.int8}
-        self.ranks.on_first(
-            "weights of the base", lambda: verify_against_model(base, keys, unquantized, unquantized), long=True
-        )
+        own = list(unquantized)[self.ranks.rank :: self.ranks.world]
+        self.ranks.agree("weights of the base", lambda: verify_against_model(base, keys, unquantized, own), long=True)
         self.ranks.on_first("weights of the base in 8 bits", lambda: _verify_int8(base, keys, model), long=True)
         return keys
 

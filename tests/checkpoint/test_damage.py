@@ -55,10 +55,9 @@ def out(whole: Path, tmp_path: Path) -> Path:
 
 KINDS = (
     "adapter.json", "adapter.safetensors", "base.json", "probe.safetensors", "trainer_state.json", "manifest.json",
-    "rng-00000.safetensors", "rng-00001.safetensors", "ledger/ledger.json", "ledger/cycle-00001.safetensors",
+    "rng.safetensors", "ledger/ledger.json", "ledger/cycle-00001.safetensors",
     "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
-    "engine/layout-00000.json", "engine/layout-00001.json",
-    *(f"engine/zero_pp_rank_{rank}_mp_rank_00_{what}_states.pt" for rank in (0, 1) for what in ("model", "optim")),
+    "engine/layouts.safetensors", *(f"engine/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)),
 )  # fmt: skip
 
 
@@ -108,8 +107,9 @@ def lose(checkpoint: Path, name: str) -> None:
 
 EDITS: dict[str, Callable[[Path], object]] = {
     "shard in neither": lambda folder: lose(folder, KINDS[-1]),
-    "random state in neither": lambda folder: lose(folder, "rng-00001.safetensors"),
+    "random state in neither": lambda folder: lose(folder, "rng.safetensors"),
     "ledger in neither": lambda folder: lose(folder, "ledger/ledger.json"),
+    "one hash missing": lambda folder: edit(folder, lambda content: content["files"].pop(KINDS[-1])),
     "nothing listed": lambda folder: edit(folder, lambda content: content["files"].clear()),
     "no list": lambda folder: edit(folder, lambda content: content.pop("files")),
     "a list for a mapping": lambda folder: edit(folder, lambda content: content.update(files=[])),

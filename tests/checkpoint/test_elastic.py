@@ -11,6 +11,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,26 +20,29 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from mora_ds.checkpoint.adapter_files import BaseReference
 from mora_ds.checkpoint.verify import verify
 from mora_ds.deploy.export import export_merged
-from mora_ds.engine import shard_writer, zero
+from mora_ds.engine import shard_reader, shard_writer, zero
 from mora_ds.engine.optimizer_view import view_of
 from mora_ds.engine.pickled import STAND_INS
-from mora_ds.engine.shard_reader import MASTER, EngineShards, Layout, layout_path
+from mora_ds.engine.shard_index import Layout, ShardIndex, layout_path
+from mora_ds.engine.shard_reader import MASTER, EngineShards
 from mora_ds.errors import UserError
 from mora_ds.train.loader import MicroBatch
 from mora_ds.train.trainer import Trainer
 from tests.helpers.engines import COMBINATIONS, new_engine, one_step
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import REPOSITORY, Playground, job, losses, rows, run
+from tests.helpers.shards import save_engine, write_old_layout
 
 pytestmark = pytest.mark.gloo
 
 Combination = tuple[int, str]
 MOMENTS = ["exp_avg", "exp_avg_sq"]
+OLD = "old"
 
 
-def save(engine: Any, folder: Path) -> None:
-    layout = shard_writer.save_shards(engine, folder, "engine")
-    shard_writer.write_layout(folder / "engine", layout)
+def save_as_before(engine: Any, folder: Path) -> None:
+    """As versions up to 0.2 did: a layout of each rank in a file of its own."""
+    write_old_layout(folder / "engine", shard_writer.save_shards(engine, folder, "engine"))
     dist.barrier()
 
 
@@ -95,7 +99,8 @@ def save_all(root: str) -> dict[Combination, Any]:
     found = {}
     for combination in COMBINATIONS:
         engine = trained(combination)
-        save(engine, place(root, combination))
+        save_engine(engine, place(root, combination))
+        save_as_before(engine, Path(root) / OLD / place(root, combination).name)
         found[combination] = {**live(engine), "scale": scale_of(engine), "next": next_loss(engine)}
     return found
 
@@ -122,7 +127,7 @@ def restore_all(root: str, target: str, pairs: list[tuple[Combination, Combinati
     for saved, now in pairs:
         engine = restored(now, place(root, saved))
         facts = {**live(engine), "scale": scale_of(engine)}
-        save(engine, place(target, saved) / str(now))
+        save_engine(engine, place(target, saved) / str(now))
         found.append({**facts, "next": next_loss(engine)})
     return found
 
@@ -170,9 +175,48 @@ def test_steps_and_what_a_shard_holds(saved: tuple[str, dict[Combination, Any]])
             assert torch.equal(found[f"{name}.{MASTER}"], expected[combination][f"{name}.{MASTER}"]), combination
             assert all(found[f"{name}.{key}"].abs().min() > 0 for key in MOMENTS), combination
         assert (found["first.step"].item(), found["second.step"].item()) in ((3, 2), (4, 2)), combination
-        layout = Layout.read(place(root, combination) / "engine", 0)
+        layout = ShardIndex.read(place(root, combination) / "engine").first
         assert (layout.world_size, layout.stage) == (2, combination[0])
         assert layout.writers == (2 if combination[0] else 1)
+
+
+def test_a_checkpoint_of_0_2_has_the_same_table(saved: tuple[str, dict[Combination, Any]]) -> None:
+    """Everything is read by that table, so that what is equal here is restored alike."""
+    root, _ = saved
+    for combination in COMBINATIONS:
+        new, old = (ShardIndex.read(place(folder, combination) / "engine") for folder in (root, str(Path(root) / OLD)))
+        assert layout_path(place(str(Path(root) / OLD), combination) / "engine", 0).is_file()
+        assert (new.first, new.files) == (old.first, old.files), combination
+        assert np.array_equal(new.parts, old.parts) and np.array_equal(new.moments, old.moments), combination
+        assert_equal(whole(place(str(Path(root) / OLD), combination)), whole(place(root, combination)), combination)
+
+
+def opened_while_restored(folder: str) -> list[list[str]]:
+    """The files that this rank opens for each kind of shards, at the size that wrote them."""
+    opened: list[str] = []
+    load = shard_reader.load_pickled
+
+    def watch(path: Path) -> Any:
+        opened.append(path.name)
+        return load(path)
+
+    shard_reader.load_pickled = watch
+    found = []
+    for combination in COMBINATIONS:
+        index = ShardIndex.read(place(folder, combination) / "engine")
+        engine = new_engine(*combination)
+        opened.clear()
+        rank = min(dist.get_rank(), len(index.files) - 1)
+        shard_writer.restore(engine, EngineShards(place(folder, combination) / "engine", index, rank))
+        found.append(sorted(set(opened)))
+    return found
+
+
+def test_a_rank_opens_its_own_file_alone(saved: tuple[str, dict[Combination, Any]]) -> None:
+    for rank, found in enumerate(run_ranks(2, opened_while_restored, saved[0])):
+        for combination, files in zip(COMBINATIONS, found, strict=True):
+            assert len(files) == 1, (combination, files)
+            assert f"rank_{rank if combination[0] else 0}_" in files[0] or combination[0] == 0, (combination, files)
 
 
 def deepspeeds_own_state() -> list[str]:
@@ -181,7 +225,7 @@ def deepspeeds_own_state() -> list[str]:
     for stage in (1, 2, 3):
         engine = trained((stage, "bfloat16"))
         folder = Path("linked") / str(stage)
-        save(engine, folder)
+        save_engine(engine, folder)
         before = safe_get_full_optimizer_state(engine.module.first, "exp_avg").clone()
         again = restored((stage, "bfloat16"), folder)
         one_step(again)
@@ -205,13 +249,15 @@ def in_folder(folder: str, work: Any) -> Any:
 
 
 def by_deepspeed(folder: str) -> list[bool]:
-    """The path for a state on NVMe, without NVMe: DeepSpeed's own load, its files read as plain data."""
+    """The path for a state on NVMe, without NVMe: DeepSpeed's own load, its files read as plain data. With NVMe none of
+    its files is left out."""
+    shard_writer._MODEL_FILE = "no file has this name"
     same = []
     for combination in ((1, "float32"), (3, "float16")):
         engine = trained(combination)
         place_ = Path(folder) / str(combination[0])
         layout = shard_writer.save_shards(engine, place_, "engine")
-        shard_writer.write_layout(place_ / "engine", replace(layout, flats=[], swapped=True))
+        write_old_layout(place_ / "engine", replace(layout, flats=[], swapped=True))
         dist.barrier()
         again = restored(combination, place_)
         ours, theirs = zero.full_fp32(engine, engine.module.first), zero.full_fp32(again, again.module.first)
@@ -236,19 +282,19 @@ def test_what_only_deepspeed_can_load_is_loaded_as_plain_data(tmp_path: Path) ->
 
 
 def test_damaged_and_foreign_shards_are_told(saved: tuple[str, dict[Combination, Any]], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(place(saved[0], (3, "float32")) / "engine", tmp_path / "engine"))
+    folder = Path(shutil.copytree(place(f"{saved[0]}/{OLD}", (3, "float32")) / "engine", tmp_path / "engine"))
     layout = Layout.read(folder, 1)
     layout_path(folder, 1).unlink()
     with pytest.raises(UserError, match=r"layout-00001\.json is missing"):
         EngineShards.open(folder)
     layout.flats[0].clear()
-    shard_writer.write_layout(folder, layout)
+    write_old_layout(folder, layout)
     with pytest.raises(UserError, match="do not hold all of first"):
         EngineShards.open(folder)
-    layout = Layout.read(place(saved[0], (3, "float32")) / "engine", 1)
+    layout = Layout.read(place(f"{saved[0]}/{OLD}", (3, "float32")) / "engine", 1)
     part = layout.flats[0][0]
     layout.flats[0][0] = replace(part, start=part.start - 1, numel=part.numel + 1)
-    shard_writer.write_layout(folder, layout)
+    write_old_layout(folder, layout)
     with pytest.raises(UserError, match="and each element once"):
         EngineShards.open(folder)
 
@@ -261,7 +307,7 @@ class Evil:
 def test_nothing_in_a_shard_is_executed(
     saved: tuple[str, dict[Combination, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = Path(shutil.copytree(place(saved[0], (3, "float32")) / "engine", tmp_path / "engine"))
+    folder = Path(shutil.copytree(place(f"{saved[0]}/{OLD}", (3, "float32")) / "engine", tmp_path / "engine"))
     shards = EngineShards.open(folder)
     torch.save({"optimizer_state_dict": Evil()}, shards.files[0])
     with pytest.raises(UserError, match="cannot be read as plain data"):

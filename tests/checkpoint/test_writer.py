@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mora_ds import files
 from mora_ds.checkpoint import writer as checkpoints
 from mora_ds.checkpoint.folder import resume_checkpoint
 from mora_ds.checkpoint.layout import complete_checkpoints
 from mora_ds.checkpoint.state import check_identity
-from mora_ds.errors import UserError
+from mora_ds.engine import shard_writer
+from mora_ds.errors import RunError, UserError
 from mora_ds.files import replace_symlink, verify_manifest
 from tests.helpers.damage import checkpoint_at
 from tests.helpers.gloo import run_ranks
@@ -72,7 +77,7 @@ def test_a_checkpoint_holds_no_base_weight(user: Playground, out: Path) -> None:
     trainable = 1_680
     for path, tensor in found:
         assert tuple(tensor.shape) not in shapes, path
-        assert tensor.numel() <= max(trainable, 8 * 400) or path.name.startswith("rng-"), path
+        assert tensor.numel() <= max(trainable, 8 * 400) or path.name == "rng.safetensors", path
     content = b"".join(path.read_bytes() for path in checkpoint.resolve().rglob("*") if path.is_file())
     for name, tensor in frozen.items():
         assert tensor.detach().numpy().tobytes()[:64] not in content, name
@@ -88,8 +93,11 @@ def test_its_files_and_links(out: Path) -> None:
     names = {path.name for path in checkpoint.iterdir()}
     assert names == {
         "engine", "ledger", "tokenizer", "adapter.json", "adapter.safetensors", "base.json", "probe.safetensors",
-        "rng-00000.safetensors", "rng-00001.safetensors", "trainer_state.json", "manifest.json",
+        "rng.safetensors", "trainer_state.json", "manifest.json",
     }  # fmt: skip
+    engine = {path.name for path in (checkpoint / "engine").iterdir()}
+    shards = {f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)}
+    assert engine == {"layouts.safetensors", *shards}, "one file a rank"
     assert verify_manifest(checkpoint) == []
     assert AutoTokenizer.from_pretrained(checkpoint / "tokenizer").eos_token == "</s>"
     assert not list((out / "checkpoints").glob(".*")), "nothing half-written stays"
@@ -262,3 +270,63 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(user: Playground, sm
         assert kept and all(verify_manifest(folder) == [] for folder in kept)
         assert (out / "checkpoints" / "latest").resolve() == kept[-1]
         shutil.rmtree(out)
+
+
+def one_full_disk(argv: list[str], rank: int) -> tuple[str, str]:
+    """The disk of one rank's node is full from the second checkpoint on."""
+    write = shard_writer.write_now
+
+    def fail(path: Path, content: Any) -> None:
+        if torch.distributed.get_rank() == rank and "step-000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content)
+
+    shard_writer.write_now = fail
+    return refused(argv)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_that_is_full_on_one_node_ends_all_ranks(user: Playground, tmp_path: Path, rank: int) -> None:
+    out = tmp_path / "out"
+    for kind, message in run_ranks(2, one_full_disk, user.flags(out, *MERGING), rank):
+        assert kind == "RunError" and f"the disk that holds {out / 'checkpoints'} is full" in message
+        assert rank == 0 or "rank 1: " in message
+    root = out / "checkpoints"
+    assert [folder.name for folder in complete_checkpoints(root)] == ["step-000002"]
+    assert (root / "latest").resolve().name == "step-000002" and not list(root.glob(".step*"))
+
+
+# -- shared storage ----------------------------------------------------------------------------------------------------
+
+
+def recorded(folder: Path) -> dict[str, dict[str, Any]]:
+    """A file that another node has written, and that is not to be seen yet, with what that node says of it."""
+    (folder / "shard").write_bytes(b"content")
+    facts = files.record(folder, [folder / "shard"])
+    (folder / "shard").rename(folder.parent / "hidden")
+    return facts
+
+
+def test_a_file_that_shared_storage_shows_late_is_waited_for(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    facts = recorded(folder)
+    timer = threading.Timer(0.3, lambda: (tmp_path / "hidden").rename(folder / "shard"))
+    timer.start()
+    files.write_manifest(folder, facts)
+    timer.join()
+    assert verify_manifest(folder) == []
+
+
+def test_a_file_that_never_comes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    facts = recorded(folder)
+    monkeypatch.setattr(files, "VISIBLE_WITHIN_S", 0.2)
+    with pytest.raises(RunError, match=r"shard is missing on rank 0's node, 0 s after another rank has written it"):
+        files.write_manifest(folder, facts)
+    assert not (folder / "manifest.json").exists()
+    (folder / "shard").write_bytes(b"short")
+    with pytest.raises(RunError, match=r"shard has 5 bytes instead of 7"):
+        files.write_manifest(folder, facts)

@@ -213,14 +213,11 @@ MOMENTS: dict[str, Moment] = {
     ),
     "engine_shard_half_written": Moment(
         lambda: within(
-            DeepSpeedEngine,
-            "save_checkpoint",
-            3,
-            lambda: torn(shard_writer.ShardWriter, "save", lambda engine, state_dict, path: Path(path)),
+            writer.CheckpointWriter, "save", 3, lambda: torn(shard_writer, "write_now", lambda path, content: path)
         ),
         Passes.ALL,
     ),
-    "after_the_shards": Moment(lambda: before(shard_writer, "write_layout", 3), Passes.ALL),
+    "after_the_shards": Moment(lambda: before(writer._Share, "of", 3), Passes.ALL),
     "adapter_half_written": Moment(
         lambda: within(contents, "write_adapter", 3, lambda: after(SafetensorsWriter, "write", 4))
     ),

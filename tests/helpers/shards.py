@@ -1,12 +1,37 @@
-"""The complete contents of a checkpoint's engine shards."""
+"""Engine shards: written as a checkpoint has them, as versions up to 0.2 wrote them; their complete contents."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from mora_ds.engine import shard_writer
+from mora_ds.engine.shard_index import Layout, RankShard, ShardIndex, layout_path
 from mora_ds.engine.shard_reader import MASTER, EngineShards
+from mora_ds.files import write_json_atomic
+from mora_ds.runtime.exchange import gather_to_first
+from mora_ds.runtime.ranks import Ranks
+
+
+def save_engine(engine: Any, folder: Path) -> None:
+    """The shards of all ranks and their table in `folder/engine`. Collective."""
+    layout = shard_writer.save_shards(engine, folder, "engine")
+    own = RankShard.of(layout) if layout.rank < layout.writers else None
+    shards = gather_to_first(own, Ranks.current().group)
+    if shards is not None:
+        ShardIndex.of(layout, [shard for shard in shards if shard is not None]).write(folder / "engine")
+    dist.barrier()
+
+
+def write_old_layout(folder: Path, layout: Layout) -> None:
+    """layout-N.json, on the ranks that have written a shard."""
+    if layout.rank < layout.writers:
+        groups = layout.groups if layout.rank == 0 else []
+        write_json_atomic(layout_path(folder, layout.rank), replace(layout, groups=groups).to_dict(), indent=None)
 
 
 def contents_of(engine: Path) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from mora_ds.runtime.exchange import gather_to_all, gather_to_first
 from mora_ds.runtime.ranks import Ranks
-from tests.helpers.gloo import run_ranks
+from tests.helpers.gloo import run_ranks, start_ranks
 
 pytestmark = pytest.mark.gloo
 
@@ -55,3 +56,39 @@ def test_ranks_are_connected_where_they_talk_and_not_before() -> None:
     for before, made, after in run_ranks(8, counted):
         assert made - before <= 3, "the group's own listening sockets"
         assert after - made <= 6, "neighbours in the tree and in the ring, of 7 other ranks"
+
+
+# -- a rank that ends while others wait --------------------------------------------------------------------------------
+
+VICTIM = 1
+
+
+def waiting(connected: bool) -> tuple[str, float]:
+    """(how a check ends where one rank never comes, seconds)"""
+    ranks = Ranks.current(timeout_s=10.0)
+    if connected:
+        ranks.barrier("before")
+    if ranks.rank == VICTIM:
+        os._exit(1)
+    began = time.monotonic()
+    try:
+        ranks.barrier("after")
+    except RuntimeError as error:
+        os.write(2, f"{type(error).__name__}\n".encode())
+        return type(error).__name__, time.monotonic() - began
+    return "none", time.monotonic() - began
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_ranks_do_not_wait_for_one_that_has_ended(connected: bool) -> None:
+    """Also where they were never connected to it, so that no broken connection tells them."""
+    pipes, processes = start_ranks(3, waiting, connected)
+    try:
+        for process in processes:
+            process.join(90)
+        assert all(not process.is_alive() for process in processes), "the others wait without end"
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    assert len(pipes) == 3

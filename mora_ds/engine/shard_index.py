@@ -1,0 +1,270 @@
+"""Which part of which parameter lies where in the shards of a checkpoint: one table for the shards of all ranks.
+
+    engine/layouts.safetensors    that table, written by rank 0: one row a part, and what all ranks have in common
+    engine/layout-00000.json      the rows of one rank, as versions up to 0.2 wrote it; of a file of ours with complete
+                                  tensors (`shard_reader.write_whole`) still
+
+1,024 ranks with 224 matrices under ZeRO-3 have 229,376 parts: they stay rows of an array, which is sorted, checked and
+searched as a whole. Needs no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mora_ds.errors import Bounds, UserError
+from mora_ds.files import malformed, read_json, require_format
+from mora_ds.models.tensor_files import open_safetensors, write_safetensors_atomic
+from mora_ds.untrusted import MAX_SIDE, Count, FileName, entry, plain_json, typed
+
+LAYOUT_FORMAT = 1
+INDEX_FILE = "layouts.safetensors"
+
+
+def layout_path(folder: Path, rank: int) -> Path:
+    return folder / f"layout-{rank:05d}.json"
+
+
+Processes = Annotated[int, Bounds(least=1, most=1 << 20)]
+Length = Annotated[int, Bounds(least=0, most=2 * MAX_SIDE)]
+"""Of one dimension of a parameter; LoRA's factors are as long as both sides of a layer."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements [start, start + numel) of a flattened parameter, which lie from `offset` on in a flat tensor."""
+
+    name: FileName
+    start: Count
+    numel: Count
+    offset: Count
+
+
+@dataclass(frozen=True)
+class Layout:
+    """layout-N.json: what rank N has written."""
+
+    rank: Count
+    world_size: Processes
+    writers: Processes
+    """Number of ranks that wrote a shard: all, or only the first without ZeRO."""
+    stage: int
+    optimizer: str
+    """Class name of the torch optimizer, such as AdamW."""
+    file: FileName
+    masters: list[str]
+    """Keys that lead to the flat fp32 masters within the file."""
+    state: list[str]
+    """Keys that lead to the optimizer's `state_dict`."""
+    flats: list[list[Part]]
+    """For each flat tensor, the parts in it."""
+    moments: list[list[Part]]
+    """For each flat tensor, the parts in its optimizer state: not always the same (see `optimizer_view.Flat`)."""
+    groups: list[dict[FileName, list[Length]]]
+    """For each parameter group, its parameters and their complete shapes."""
+    swapped: bool = False
+    """Whether masters and state were on NVMe: then they are in files that only DeepSpeed reads."""
+    settings: list[dict[str, Any]] = field(default_factory=list)
+    """For each parameter group: learning rate, betas and so on; for some optimizers the step count."""
+    counters: dict[str, int] = field(default_factory=dict)
+    scaler: dict[str, float | None] = field(default_factory=dict)
+    """State of fp16's loss scaler."""
+    transposed: list[str] = field(default_factory=list)
+    """MoRA matrices of which the shards hold the transpose (tensor parallelism with an aligned grouping)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": LAYOUT_FORMAT, **vars(self), "flats": _plain(self.flats), "moments": _plain(self.moments)}
+
+    @classmethod
+    def read(cls, folder: Path, rank: int) -> Layout:
+        """Raises `UserError` naming the file."""
+        path = layout_path(folder, rank)
+        content = read_json(path)
+        require_format(path, content, LAYOUT_FORMAT)
+        content.pop("format")
+        for key in ("flats", "moments"):
+            listed = entry(content, key, list[list[tuple[Any, Any, Any, Any]]], path)
+            content[key] = [[dict(zip(_PART, part, strict=True)) for part in flat] for flat in listed]
+        layout: Layout = typed(cls, content, f"{path} is damaged")
+        if layout.rank != rank or layout.rank >= layout.writers:
+            raise UserError(f"{path}: it is the layout of rank {layout.rank} of {layout.writers}, not of {rank}")
+        return layout
+
+
+_PART = ("name", "start", "numel", "offset")
+
+
+def _plain(flats: list[list[Part]]) -> list[list[list[str | int]]]:
+    return [[[part.name, part.start, part.numel, part.offset] for part in flat] for flat in flats]
+
+
+NAME, START, NUMEL, RANK, FLAT, OFFSET = range(6)
+"""Columns of the table: index of the parameter's name; first element and number of elements; the rank that wrote the
+part; the flat tensor in its file, and the offset in that."""
+
+
+class RankShard(NamedTuple):
+    """What a rank tells of its shard."""
+
+    rank: int
+    file: str
+    parts: np.ndarray
+    """(P, 6) int64"""
+    moments: np.ndarray | None
+    """(Q, 6) int64; None: as `parts`."""
+    facts: str
+    """A digest of what all ranks must have in common."""
+
+    @classmethod
+    def of(cls, layout: Layout) -> RankShard:
+        """`layout.groups` must be there, from which names are counted."""
+        number = {name: index for index, name in enumerate(_names(layout))}
+        parts = _rows(layout.flats, layout.rank, number)
+        moments = None if layout.moments == layout.flats else _rows(layout.moments, layout.rank, number)
+        facts = hashlib.sha256(json.dumps(_common(layout), sort_keys=True).encode()).hexdigest()
+        return cls(layout.rank, layout.file, parts, moments, facts)
+
+
+def _common(layout: Layout) -> dict[str, Any]:
+    """The facts that do not depend on the rank."""
+    return {name: value for name, value in vars(layout).items() if name not in ("rank", "file", "flats", "moments")}
+
+
+def _names(layout: Layout) -> list[str]:
+    return [name for group in layout.groups for name in group]
+
+
+def _rows(flats: list[list[Part]], rank: int, number: dict[str, int]) -> np.ndarray:
+    rows = [
+        (number[part.name], part.start, part.numel, rank, index, part.offset)
+        for index, flat in enumerate(flats)
+        for part in flat
+    ]
+    return np.array(rows, np.int64).reshape(-1, 6)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The table of all shards. Make it with `read` or `of`. It can be pickled: rank 0 reads it for all."""
+
+    first: Layout
+    """Rank 0's layout without its parts: what all ranks have in common."""
+    files: list[str]
+    """The file of every rank that wrote one."""
+    parts: np.ndarray
+    """(P, 6) int64 rows of the masters, by name and then by start."""
+    moments: np.ndarray
+    """(Q, 6) int64 rows of the optimizer's state; `parts` itself where they are the same."""
+
+    @classmethod
+    def of(cls, first: Layout, shards: list[RankShard]) -> ShardIndex:
+        """From the shards of all ranks that wrote one, in their order."""
+        parts = np.concatenate([shard.parts for shard in shards])
+        own = [shard.parts if shard.moments is None else shard.moments for shard in shards]
+        same = all(shard.moments is None for shard in shards)
+        parts = _sorted(parts)
+        moments = parts if same else _sorted(np.concatenate(own))
+        return cls(replace(first, flats=[], moments=[]), [shard.file for shard in shards], parts, moments)
+
+    @classmethod
+    def read(cls, folder: Path) -> ShardIndex:
+        """Raises `UserError` naming the file that is missing or damaged, or the parameter that has holes."""
+        index = cls._read_table(folder) if (folder / INDEX_FILE).is_file() else cls._read_layouts(folder)
+        if not index.first.swapped:
+            index._check_whole(folder)
+        return index
+
+    @classmethod
+    def _read_layouts(cls, folder: Path) -> ShardIndex:
+        first = Layout.read(folder, 0)
+        number = {name: index for index, name in enumerate(_names(first))}
+        shards = []
+        for layout in (first, *(Layout.read(folder, rank) for rank in range(1, first.writers))):
+            unknown = {part.name for flats in (layout.flats, layout.moments) for flat in flats for part in flat}
+            if unknown := unknown - set(number):
+                raise UserError(f"{folder}: a shard holds {min(unknown)}, which no parameter group lists")
+            shards.append(RankShard.of(replace(layout, groups=first.groups)))
+        return cls.of(first, shards)
+
+    @classmethod
+    def _read_table(cls, folder: Path) -> ShardIndex:
+        path = folder / INDEX_FILE
+        handle = open_safetensors(path)
+        with malformed(path):
+            content = plain_json((handle.metadata() or {})["layout"], path)
+            require_format(path, content, LAYOUT_FORMAT)
+            content.pop("format")
+            files = typed(list[FileName], content.pop("files"), f"{path}: files")
+            first: Layout = typed(Layout, {**content, "rank": 0, "file": files[0], "flats": [], "moments": []}, path)
+            tables = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (no mapping)
+            parts = _table(tables["parts"])
+            index = cls(first, files, parts, _table(tables["moments"]) if "moments" in tables else parts)
+        if len(files) != first.writers:
+            raise UserError(f"{path}: it lists {len(files)} files of {first.writers} ranks")
+        return index
+
+    def write(self, folder: Path) -> None:
+        """Write layouts.safetensors atomically. Raises `RunError` on a full disk."""
+        content = {"format": LAYOUT_FORMAT, **_common(self.first), "files": self.files}
+        tables = {"parts": torch.from_numpy(self.parts)}
+        if self.moments is not self.parts:
+            tables["moments"] = torch.from_numpy(self.moments)
+        write_safetensors_atomic(folder / INDEX_FILE, tables, {"layout": json.dumps(content)})
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> complete shape."""
+        return {name: tuple(shape) for group in self.first.groups for name, shape in group.items()}
+
+    def _check_whole(self, folder: Path) -> None:
+        """Raises `UserError` unless the files are large enough for the parameters, and hold every element of each."""
+        nbytes = sum((folder / file).stat().st_size for file in self.files if (folder / file).is_file())
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        if sum(sizes) > nbytes:
+            where = INDEX_FILE if (folder / INDEX_FILE).is_file() else layout_path(folder, 0).name
+            raise UserError(f"{folder / where} lists parameters of more elements than the shards have bytes")
+        for what, rows in (("", self.parts), ("the optimizer's state of ", self.moments)):
+            if (faulty := _first_hole(rows, np.array(sizes, np.int64), len(self.files), once=not what)) is not None:
+                once = "" if what else ", and each element once"
+                raise UserError(f"{folder}: the shards do not hold all of {what}{_names(self.first)[faulty]}{once}")
+
+
+def _sorted(rows: np.ndarray) -> np.ndarray:
+    return rows[np.lexsort((rows[:, RANK], rows[:, START], rows[:, NAME]))]
+
+
+def _table(tensor: torch.Tensor) -> np.ndarray:
+    """Raises ValueError for another shape, dtype or order than `write` gives it."""
+    if tensor.dtype != torch.int64 or tensor.dim() != 2 or tensor.shape[1] != 6:
+        raise ValueError(f"a table of shape {tuple(tensor.shape)} {tensor.dtype}")
+    return _sorted(tensor.numpy())
+
+
+def _first_hole(rows: np.ndarray, sizes: np.ndarray, ranks: int, once: bool) -> int | None:
+    """The index of the first parameter of which a part is missing, out of bounds or (`once`) held twice; else None."""
+    name, start, numel = rows[:, NAME], rows[:, START], rows[:, NUMEL]
+    if len(name) and not 0 <= name.min() <= name.max() < len(sizes):
+        raise UserError("a shard holds a parameter that no group lists")
+    wrong = (start < 0) | (numel < 1) | (numel > sizes[name]) | (start > sizes[name] - numel)
+    wrong |= (rows[:, RANK] < 0) | (rows[:, RANK] >= ranks) | (rows[:, FLAT] < 0) | (rows[:, OFFSET] < 0)
+    if wrong.any():
+        return int(name[wrong.argmax()])
+    # All parameters one after the other are one range, which the rows, in order, must cover.
+    begins = np.concatenate([[0], np.cumsum(sizes)])
+    first = begins[name] + start
+    reached = np.concatenate([[0], np.maximum.accumulate(first + numel)])
+    first = np.concatenate([first, [begins[-1]]])
+    holes = reached != first if once else reached < first
+    if not holes.any():
+        return None
+    where = holes.argmax()
+    at = int(min(reached[where], first[where]))  # the element that is missing, or held twice
+    return min(int(np.searchsorted(begins, at, side="right")) - 1, len(sizes) - 1)

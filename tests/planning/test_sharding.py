@@ -1,0 +1,59 @@
+"""Which stage and shard group the plan recommends, and why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.planning import sharding
+from mora_ds.planning.plan import Plan, Planner
+from mora_ds.planning.report import report
+from mora_ds.planning.step import Work
+from mora_ds.planning.timing import Cluster
+from tests.helpers.models import FAMILIES
+
+CONFIG = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+
+
+def planned(ranks: int, memory: float = 80e9) -> tuple[Planner, Plan]:
+    work = Work(AutoConfig.for_model("llama", **FAMILIES["llama"]), MoRAConfig(rank=8), 64, 1, torch.bfloat16)
+    auto = dict.fromkeys(
+        ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size",
+         "stage3_param_persistence_threshold"), "auto",
+    )  # fmt: skip
+    made = Planner(
+        work, Cluster(ranks, memory=memory), {**CONFIG, "zero_optimization": {**CONFIG["zero_optimization"], **auto}}
+    )
+    return made, made.plan()
+
+
+def test_few_ranks_take_stage_3_and_many_take_stage_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner, plan = planned(8)
+    parameters = len(plan.trained.numels)
+    monkeypatch.setattr(sharding, "FEW_SLICES", 64 * parameters)
+    stages = {}
+    for ranks in (8, 64, 1024):
+        planner, plan = planned(ranks)
+        found = sharding.recommend_sharding(planner, plan)
+        stages[ranks] = found.stage
+        assert f"{parameters:,} parameters x {ranks:,} ranks = {parameters * ranks:,} slices" in found.reason
+        assert f"recommended at {ranks:,} GPUs: ZeRO-{found.stage}" in report(plan, sharding=found)
+    assert stages == {8: 3, 64: 3, 1024: 1}
+
+
+def test_matrices_that_do_not_fit_unsharded_are_gathered_within_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner, plan = planned(1024)
+    at_stage_1 = replace(
+        planner,
+        ds_config={**planner.ds_config, "zero_optimization": {**planner.ds_config["zero_optimization"], "stage": 1}},
+    ).plan()
+    assert plan.memory.peak < at_stage_1.memory.peak, "stage 3 holds less"
+    between = (plan.memory.peak + at_stage_1.memory.peak) / 2 / 0.92
+    monkeypatch.setattr(sharding, "FEW_SLICES", 1)
+    found = sharding.recommend_sharding(*planned(1024, memory=between))
+    assert (found.stage, found.group) == (3, 8) and "zero_hpz_partition_size 8" in str(found)
+    assert "do not fit unsharded" in found.reason

@@ -1,0 +1,144 @@
+"""One rank among N without the others: torch's fake process group, and the exchanges of objects answered and counted.
+
+Everything that this rank does by itself is the real code. Collectives reach nobody (torch's backend "fake"): what they
+would move is counted by calls and bytes, and a gather gives this rank's part as that of each other one. Objects are
+gathered likewise, by as many pickles as rank 0 would have to read; what rank 0 would broadcast is computed outside of
+the clock.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from mora_ds.checkpoint import writer
+from mora_ds.runtime import exchange, ranks
+
+COLLECTIVES = (
+    "all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor", "broadcast",
+    "reduce", "barrier", "all_to_all_single",
+)  # fmt: skip
+
+
+@dataclass
+class Spent:
+    """What one phase took on this rank."""
+
+    cpu_s: float = 0.0
+    """Of all threads."""
+    files: int = 0
+    """Distinct files under the watched folder that were opened."""
+    read: int = 0
+    """Bytes through read(2): what is memory-mapped is not in it."""
+    written: int = 0
+    collectives: int = 0
+    moved: int = 0
+    """Bytes of the tensors and objects that collectives were given."""
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class OneRank:
+    """Rank `rank` of `world`. Make it before anything else of DeepSpeed runs in the process; there is one a process."""
+
+    rank: int
+    world: int
+    folder: Path
+    relabel: Callable[[Any, int], Any] = lambda value, rank: value
+    """What another rank would have given in place of this rank's value."""
+    _spent: Spent = field(default_factory=Spent)
+    _files: set[str] = field(default_factory=set)
+    _paused: float = 0.0
+
+    def __post_init__(self) -> None:
+        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK=str(self.rank % 8))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+        dist.init_process_group("fake", rank=self.rank, world_size=self.world, store=FakeStore())
+        for name in COLLECTIVES:
+            setattr(dist, name, self._counted(getattr(dist, name)))
+        for module in (exchange, ranks):
+            module.new_group = lambda timeout_s: dist.group.WORLD  # type: ignore[attr-defined]
+        for module in (exchange, writer):
+            module.gather_to_first = self._gather_to_first  # type: ignore[attr-defined]
+        for module in (exchange, ranks):
+            module.gather_to_all = self._gather_to_all  # type: ignore[attr-defined]
+        ranks.Ranks.on_first = self._on_first  # type: ignore[method-assign, assignment]
+        lengths: Any = sys.modules["deepspeed.runtime.zero.utils"]  # compared with what rank 0 broadcasts
+        lengths.get_lst_from_rank0, lengths.assert_lst_len_same_as_other_ranks = (lambda own: own), (lambda own: None)
+        sys.addaudithook(self._audit)
+
+    @contextmanager
+    def phase(self) -> Iterator[Spent]:
+        """Measures what runs inside."""
+        self._spent, self._paused = Spent(), 0.0
+        self._files.clear()
+        read, written = _io()
+        began = time.process_time()
+        yield self._spent
+        self._spent.cpu_s = time.process_time() - began - self._paused
+        now = _io()
+        self._spent.read, self._spent.written = now[0] - read, now[1] - written
+        self._spent.files = len(self._files)
+
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and str(arguments[0]).startswith(str(self.folder)):
+            self._files.add(str(arguments[0]))
+
+    def _count(self, nbytes: int) -> None:
+        self._spent.collectives += 1
+        self._spent.moved += nbytes
+
+    def _counted(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            tensors = [value for value in (*arguments, *options.values()) if isinstance(value, torch.Tensor)]
+            self._count(max((tensor.nbytes for tensor in tensors), default=0))
+            if collective.__name__.startswith("all_gather") and len(tensors) == 2 and tensors[1].numel():
+                tensors[0].view(-1, tensors[1].numel()).copy_(tensors[1].clone().view(1, -1))
+            return collective(*arguments, **options)
+
+        return call
+
+    def _everyone(self, value: Any) -> list[Any]:
+        """Every rank's value. Each is unpickled, as what comes from other ranks is."""
+        text = pickle.dumps(value)
+        self._count(len(text) * self.world)
+        return [self.relabel(pickle.loads(text), rank) for rank in range(self.world)]
+
+    def _gather_to_first(self, value: Any, group: Any) -> list[Any] | None:
+        if self.rank == 0:
+            return self._everyone(value)
+        self._count(len(pickle.dumps(value)))
+        return None
+
+    def _gather_to_all(self, value: Any, group: Any) -> list[Any]:
+        return self._everyone(value)
+
+    def _on_first(self, check: str, work: Callable[[], Any], long: bool = False) -> Any:
+        if self.rank == 0:
+            result = work()
+            self._count(len(pickle.dumps(result)))
+            return result
+        began, files = time.process_time(), set(self._files)
+        text = pickle.dumps(work())
+        self._files &= files
+        self._paused += time.process_time() - began
+        self._count(len(text))
+        return pickle.loads(text)
+
+
+def _io() -> tuple[int, int]:
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["rchar"]), int(counts["wchar"])

@@ -1,0 +1,341 @@
+"""What one rank of 8, 64 or 1,024 does on its own: start, step, save, resume, merge. The other ranks are not there.
+
+    python tools/bench/scale.py --folder DIR [--ranks 8 64 1024 --models 7B-r8 70B-r256 --json FILE]
+
+The real code of rank 0 and of one other rank runs in a process each, on states of the shapes of Llama 7B at rank 8 (all
+32 decoder layers) and 70B at rank 256 (8 of 80); collectives are counted, not made (`one_rank`). Step, save and resume
+take an engine whose parameters are the MoRA matrices alone, as ZeRO sees them; start and merge one real decoder layer
+on a base of 16 bits. Sockets are counted on real gloo groups: all ranks of one, as threads of one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout, not installed
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import mora_ds
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import mora_layers
+from mora_ds.checkpoint.layout import ENGINE_TAG, RNG_FILE
+from mora_ds.checkpoint.state import TrainerState
+from mora_ds.checkpoint.writer import CheckpointWriter, _Share, load_checkpoint
+from mora_ds.engine.initialize import initialize_full
+from mora_ds.engine.shard_index import NAME, NUMEL, OFFSET, RANK, START, RankShard, ShardIndex
+from mora_ds.engine.shard_writer import _layout
+from mora_ds.errors import RunError
+from mora_ds.models.base import BaseCheckpoint, write_own_base
+from mora_ds.models.tensor_files import write_safetensors_atomic
+from mora_ds.planning.step import Work, planned_model
+from mora_ds.runtime import cli
+from mora_ds.runtime.ranks import Ranks
+from mora_ds.train.run import Run, RunDetails
+from tools.bench.measuring import llama_config, zero3_config
+from tools.bench.one_rank import OneRank, Spent
+from tools.bench.report import Report, json_flag
+
+MODELS: dict[str, tuple[LlamaConfig, int]] = {
+    "7B-r8": (llama_config(4096, 32, 32000, 4096, mlp=11008, heads=32), 8),
+    "70B-r256": (llama_config(8192, 8, 32000, 4096, mlp=28672, heads=64, kv_heads=8), 256),
+}
+"""Name -> (config, rank of the adapter)."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ZeRO-3": {"stage": 3},
+    "ZeRO-3, no reduce_scatter": {"stage": 3, "reduce_scatter": False},
+    "ZeRO-1": {"stage": 1},
+}
+TITLES = ("model", "ranks", "rank", "setting", "CPU s", "files", "MB read", "MB written", "MB moved", "collectives")
+PHASES = ("start", "step", "save", "resume", "merge")
+WARM_UP, STEPS = 2, 3
+"""DeepSpeed's trace of modules is complete from the third micro-batch on."""
+
+
+def main() -> None:
+    options = _options()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    report = Report(options)
+    rows: list[list[str]] = [["phase", *TITLES]]
+    sockets: list[list[str]] = [["ranks", "sockets a rank, at most"]]
+    for world, model in itertools.product(options.ranks, options.models):
+        for rank in (0, 1):
+            for setting in SETTINGS if rank else list(SETTINGS)[:1]:
+                rows += _measured(options.folder, model, setting, world, rank)
+                print("\n".join(" ".join(row) for row in rows[-len(PHASES) :]), flush=True)
+    for world in options.ranks:
+        sockets.append([f"{world:,}", str(_sockets(world))])
+    order = {phase: number for number, phase in enumerate(PHASES)}
+    report.show("phases", [rows[0], *sorted(rows[1:], key=lambda row: order[row[0]])])
+    report.show("sockets", sockets)
+    report.write()
+
+
+def _measured(folder: Path, model: str, setting: str, world: int, rank: int) -> list[list[str]]:
+    """The rows of one rank, from a fork of this process: there is one process group a process."""
+    place = folder / f"{model}-{world}-{rank}"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(place, model, setting, world, rank))
+    process.start()
+    process.join()
+    try:
+        if process.exitcode:
+            raise RunError((place / "log").read_text(encoding="utf-8")[-3000:])
+        rows: list[list[str]] = json.loads((place / "result.json").read_text(encoding="utf-8"))
+        return rows
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _child(place: Path, *arguments: Any) -> None:
+    log = os.open(place / "log", os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    (place / "result.json").write_text(json.dumps(_one(place, *arguments)), encoding="utf-8")
+
+
+# -- one rank ----------------------------------------------------------------------------------------------------------
+
+
+def _one(folder: Path, model: str, setting: str, world: int, rank: int) -> list[list[str]]:
+    torch.set_num_threads(1)
+    config, lora_rank = MODELS[model]
+    one = OneRank(rank, world, folder)
+    found: dict[str, Spent] = {}
+    engine = _engine(config, lora_rank, SETTINGS[setting])
+    found["step"] = _step(one, engine)
+    found["save"], checkpoint = _save(one, engine, folder / "run", SETTINGS[setting]["stage"])
+    with one.phase() as found["resume"]:
+        load_checkpoint(checkpoint, engine, {})
+    if setting == next(iter(SETTINGS)):
+        found |= _start_and_merge(one, folder, config, lora_rank)
+    own = [model, f"{world:,}", str(rank), setting]
+    return [[phase, *own, *_cells(found[phase])] for phase in PHASES if phase in found]
+
+
+def _cells(spent: Spent) -> list[str]:
+    megabytes = (f"{nbytes / 1e6:.1f}" for nbytes in (spent.read, spent.written, spent.moved))
+    return [f"{spent.cpu_s:.3f}", str(spent.files), *megabytes, str(spent.collectives)]
+
+
+class _Square(nn.Module):
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.square = nn.Parameter(torch.zeros(side, side))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.square.view(-1)[:1]
+
+
+class _Squares(nn.Module):
+    """The MoRA matrices of a model, in modules of the same order, without arithmetic."""
+
+    def __init__(self, config: LlamaConfig, rank: int) -> None:
+        super().__init__()
+        one = planned_model(Work(LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1}), MoRAConfig(rank=rank), 8))
+        sides = [layer.spec.value_shape[0] for layer in mora_layers(one).values()]
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*(_Square(side) for side in sides)) for _ in range(config.num_hidden_layers)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.float().sum()
+
+
+def _engine(config: LlamaConfig, rank: int, zero: dict[str, Any]) -> Any:
+    settings = zero3_config(1, zero_optimization=dict(zero), bf16={"enabled": True})
+    return initialize_full(model=_Squares(config, rank), config=settings)[0]
+
+
+def _step(one: OneRank, engine: Any) -> Spent:
+    """The median of some steps."""
+    steps = []
+    for _ in range(WARM_UP + STEPS):
+        with one.phase() as spent:
+            engine.backward(engine(torch.zeros(1, dtype=torch.bfloat16)))
+            engine.step()
+        steps.append(spent)
+    steps[-1].cpu_s = median(spent.cpu_s for spent in steps[WARM_UP:])
+    return steps[-1]
+
+
+def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Path]:
+    """(what it took, the checkpoint, to which the other ranks' files and the table of all have been added)"""
+    beside = root / ".step-000001.writing"
+    shares: list[_Share] = []
+    sizes = np.array(
+        [parameter.ds_numel if stage == 3 else parameter.numel() for parameter in engine.module.parameters()]
+    )
+
+    def other(value: Any, rank: int) -> Any:
+        if not isinstance(value, _Share):
+            return value
+        assert value.shard is not None
+        files = {_renamed(name, one.rank, rank): facts for name, facts in value.files.items()}
+        for name, source in zip(files, value.files, strict=True):
+            if name != source:
+                os.link(beside / source, beside / name)
+        return value._replace(files=files, shard=_shard_of(value.shard, one, rank, sizes, stage))
+
+    one.relabel = other
+    make = _Share.of
+
+    def kept(*arguments: Any) -> _Share:
+        shares.append(make(*arguments))
+        return shares[-1]
+
+    _Share.of = kept  # type: ignore[method-assign, assignment]
+    if one.rank:
+        beside.mkdir(parents=True)
+    writer = CheckpointWriter(root, engine, lambda step: lambda folder: None)
+    with one.phase() as spent:
+        final = writer.save(TrainerState(step=1, world_size=one.world))
+    if one.rank:  # what rank 0 would have added
+        everyone = [other(shares[0], rank) for rank in range(one.world)]
+        beside.rename(final)
+        layout = ShardIndex.of(_layout(engine), [share.shard for share in everyone])
+        layout.write(final / ENGINE_TAG)
+        rng = torch.from_numpy(np.stack([share.rng["cpu"] for share in everyone]))
+        write_safetensors_atomic(final / RNG_FILE, {"cpu": rng}, {})
+        (final / "trainer_state.json").write_text(json.dumps(vars(TrainerState(step=1, world_size=one.world))))
+    return spent, final
+
+
+def _renamed(name: str, own: int, rank: int) -> str:
+    return name.replace(f"pp_rank_{own}_", f"pp_rank_{rank}_")
+
+
+def _shard_of(own: RankShard, one: OneRank, rank: int, sizes: np.ndarray, stage: int) -> RankShard:
+    """The shard of another rank: under ZeRO-3 its part of each matrix, else its part of all in a row."""
+    each = -(-sizes // one.world)
+    if stage == 3:
+        start = np.minimum(rank * each, sizes)
+        rows = np.stack([np.arange(len(sizes)), start, np.minimum(each, sizes - start), np.full(len(sizes), rank),
+                         np.zeros(len(sizes), np.int64), np.cumsum(each) - each], axis=1)  # fmt: skip
+    else:
+        begins, share = np.cumsum(sizes) - sizes, -(-int(sizes.sum()) // one.world)
+        start, end = np.maximum(begins, rank * share), np.minimum(begins + sizes, (rank + 1) * share)
+        rows = np.stack([np.arange(len(sizes)), start - begins, end - start, np.full(len(sizes), rank),
+                         np.zeros(len(sizes), np.int64), start - rank * share], axis=1)  # fmt: skip
+    rows = rows[rows[:, NUMEL] > 0]
+    assert rows.shape[1] == 6 and (NAME, START, RANK, OFFSET) == (0, 1, 3, 5)
+    return own._replace(rank=rank, file=_renamed(own.file, one.rank, rank), parts=rows, moments=None)
+
+
+def _start_and_merge(one: OneRank, folder: Path, config: LlamaConfig, rank: int) -> dict[str, Spent]:
+    """One decoder layer of the model on a base of its own. A rank other than 0 writes the merge ledger as well, as the
+    first rank of a node with a folder of its own does."""
+
+    def other(value: Any, rank: int) -> Any:
+        """Of the tensors that the ranks check together, each rank has its own numbers."""
+        if not isinstance(value, dict):
+            return value
+        return {number - one.rank + rank: result for number, result in value.items()}
+
+    one.relabel = other
+    small = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1, "vocab_size": 512})
+    model = AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16)
+    base = write_own_base(model, folder / "base")
+    keys = {name: name for name, _ in model.named_parameters()}
+    adapter = MoRAConfig(rank=rank)
+    found = {"start": Spent(), "merge": Spent()}
+    with one.phase() as found["start"]:
+        ranks = Ranks.current()
+        ranks.same("settings", {f"--flag_{number}": number for number in range(150)})
+        mora_ds.inject(model, adapter)
+        settings = zero3_config(1, bf16={"enabled": True}, gradient_accumulation_steps=1)
+        engine, *_ = mora_ds.initialize(model=model, config=settings)
+        run = Run(engine, adapter, BaseCheckpoint.open(base.folder), folder / "out", details=RunDetails(keys=keys))
+    run.remora.is_writer = True
+    with one.phase() as found["merge"]:
+        run.merge(1)
+    return found
+
+
+# -- sockets -----------------------------------------------------------------------------------------------------------
+
+
+def _sockets(world: int) -> int:
+    """The most connections that a rank has after every kind of exchange that `Ranks` makes, all ranks being threads of
+    this process with a gloo context each. Every connection has two ends here."""
+    from torch.distributed import HashStore, ProcessGroupGloo
+
+    store, groups = HashStore(), [Any] * world
+    gloo: Any = ProcessGroupGloo
+    peers: list[set[int]] = [set() for _ in range(world)]
+    threading.stack_size(1 << 18)
+
+    def make(rank: int) -> None:
+        settings = gloo._Options()
+        settings._timeout, settings._threads = timedelta(seconds=300), 1
+        settings._devices = [gloo.create_device(hostname="127.0.0.1", lazy_init=True)]
+        groups[rank] = gloo(store, rank, world, settings)
+
+    def talk(rank: int) -> None:
+        group: Any = groups[rank]
+        group.allreduce([torch.zeros(3)]).wait()
+        group.broadcast(torch.zeros(1), 0).wait()
+        step = 1
+        while step < world:  # as `exchange.gather_to_first`
+            if rank & step:
+                group.send([torch.zeros(1)], rank - step, 0).wait()
+                peers[rank].add(rank - step)
+                break
+            if rank + step < world:
+                group.recv([torch.zeros(1)], rank + step, 0).wait()
+                peers[rank].add(rank + step)
+            step *= 2
+
+    _on_threads(make, world)
+    before = _open_sockets()
+    _on_threads(talk, world)
+    made = (_open_sockets() - before) / world
+    return max(len(each) for each in peers) + round(made) + 2
+
+
+def _on_threads(work: Any, world: int) -> None:
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _open_sockets() -> int:
+    time.sleep(0.1)
+    return sum(os.readlink(f"/proc/self/fd/{name}").startswith("socket:") for name in _descriptors())
+
+
+def _descriptors() -> list[str]:
+    return [name for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--folder", type=Path, required=True, help="for checkpoints; left as it was")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 1024])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    json_flag(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    cli.run(main)
