@@ -73,6 +73,8 @@ def main() -> None:
     report = Report(options)
     rows: list[list[str]] = [["phase", *TITLES]]
     sockets: list[list[str]] = [["ranks", "sockets a rank, at most"]]
+    for model in options.models:
+        _write_base(options.folder / f"{model}-base", MODELS[model][0])
     for world, model in itertools.product(options.ranks, options.models):
         for rank in (0, 1):
             for setting in SETTINGS if rank else list(SETTINGS)[:1]:
@@ -84,6 +86,14 @@ def main() -> None:
     report.show("phases", [rows[0], *sorted(rows[1:], key=lambda row: order[row[0]])])
     report.show("sockets", sockets)
     report.write()
+    for model in options.models:
+        shutil.rmtree(options.folder / f"{model}-base")
+
+
+def _write_base(folder: Path, config: LlamaConfig) -> None:
+    """One decoder layer, in 16 bits."""
+    small = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1, "vocab_size": 512})
+    write_own_base(AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16), folder)
 
 
 def _measured(folder: Path, model: str, setting: str, world: int, rank: int) -> list[list[str]]:
@@ -124,7 +134,7 @@ def _one(folder: Path, model: str, setting: str, world: int, rank: int) -> list[
     with one.phase() as found["resume"]:
         load_checkpoint(checkpoint, engine, {})
     if setting == next(iter(SETTINGS)):
-        found |= _start_and_merge(one, folder, config, lora_rank)
+        found |= _start_and_merge(one, folder, folder.with_name(f"{model}-base"), lora_rank)
     own = [model, f"{world:,}", str(rank), setting]
     return [[phase, *own, *_cells(found[phase])] for phase in PHASES if phase in found]
 
@@ -240,7 +250,7 @@ def _shard_of(own: RankShard, one: OneRank, rank: int, sizes: np.ndarray, stage:
     return own._replace(rank=rank, file=_renamed(own.file, one.rank, rank), parts=rows, moments=None)
 
 
-def _start_and_merge(one: OneRank, folder: Path, config: LlamaConfig, rank: int) -> dict[str, Spent]:
+def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -> dict[str, Spent]:
     """One decoder layer of the model on a base of its own. A rank other than 0 writes the merge ledger as well, as the
     first rank of a node with a folder of its own does."""
 
@@ -251,9 +261,8 @@ def _start_and_merge(one: OneRank, folder: Path, config: LlamaConfig, rank: int)
         return {number - one.rank + rank: result for number, result in value.items()}
 
     one.relabel = other
-    small = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1, "vocab_size": 512})
-    model = AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16)
-    base = write_own_base(model, folder / "base")
+    base = BaseCheckpoint.open(base_folder)
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
     keys = {name: name for name, _ in model.named_parameters()}
     adapter = MoRAConfig(rank=rank)
     found = {"start": Spent(), "merge": Spent()}
@@ -263,7 +272,7 @@ def _start_and_merge(one: OneRank, folder: Path, config: LlamaConfig, rank: int)
         mora_ds.inject(model, adapter)
         settings = zero3_config(1, bf16={"enabled": True}, gradient_accumulation_steps=1)
         engine, *_ = mora_ds.initialize(model=model, config=settings)
-        run = Run(engine, adapter, BaseCheckpoint.open(base.folder), folder / "out", details=RunDetails(keys=keys))
+        run = Run(engine, adapter, base, folder / "out", details=RunDetails(keys=keys))
     run.remora.is_writer = True
     with one.phase() as found["merge"]:
         run.merge(1)
