@@ -116,6 +116,10 @@ class TrainingArguments:
     """Compute in bfloat16; master copies of the trained parameters stay in fp32."""
     fp16: bool = False
     """Compute in float16 with loss scaling."""
+    deterministic: bool = False
+    """On GPUs: use only operations, workspaces and NCCL algorithms that give the same bits each time, so that a resumed
+    run equals an uninterrupted one to the bit, as it does on CPUs without this flag. Slower, most of all in attention;
+    an operation that has no such form ends the run with its name."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     chunked_loss: bool = False

@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
 from deepspeed.accelerator import get_accelerator
+
+logger = logging.getLogger(__name__)
+
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple"}
+"""Environment of a deterministic run, read when CUDA and NCCL start: one cuBLAS workspace for each stream (torch's
+notes on reproducibility), and one order in which NCCL adds numbers up, whatever the size of a tensor."""
+
+
+def make_deterministic() -> None:
+    """Let torch, cuBLAS and NCCL give the same bits each time. To be called before anything runs on a device; values
+    that the environment has already stay."""
+    for name, value in DETERMINISTIC.items():
+        os.environ.setdefault(name, value)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all of it is written first
+
+
+def warn_of_slow_precision(dtype: str) -> None:
+    """Log a warning where a GPU is to compute in fp32 without TF32, about ten times slower than in bf16."""
+    if dtype == "float32" and not is_cpu() and torch.get_float32_matmul_precision() == "highest":
+        logger.warning(
+            "the run computes in fp32, on a GPU about ten times slower than with --bf16, "
+            "which keeps the master copies in fp32, too"
+        )
 
 
 def current_device() -> torch.device:

@@ -58,6 +58,8 @@ def optimizer_problems(config: dict[str, Any]) -> list[str]:
     params = optimizer.setdefault("params", {})
     if params.setdefault("torch_adam", True) and "bias_correction" in params:
         return ['optimizer.params.bias_correction is for DeepSpeed\'s own Adam ("torch_adam": false)']
+    if params.get("fused") and (not params["torch_adam"] or params.get("foreach")):
+        return ['optimizer.params.fused is for torch\'s AdamW ("torch_adam": true), and not together with "foreach"']
     config.setdefault("steps_per_print", NEVER)
     config.setdefault("wall_clock_breakdown", False)
     known = {name.lower() for names in _NAMES.values() for name in names}

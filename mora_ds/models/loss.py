@@ -32,6 +32,9 @@ FLAG = "--chunked_loss"
 CHUNK_NUMBERS = 2**24
 """Number of logits in a chunk: 64 MiB in fp32."""
 
+GPU_CHUNK_NUMBERS = 2**27
+"""The same on a GPU, which needs as many tokens at a time to be busy: 512 MiB."""
+
 _ATTRIBUTE = "_mora_chunked_head"
 
 
@@ -125,14 +128,20 @@ def bound(model: Any) -> ChunkedHead | None:
 def chunk_loss(model: Any, chunk_tokens: int | None = None) -> ChunkedHead:
     """Makes `token_nll` and `row_nll` of this transformers model, also through its engine, compute in chunks.
 
-    `chunk_tokens`: by default as many as make `CHUNK_NUMBERS` logits. Raises `UserError` for a model without a head.
+    `chunk_tokens`: by default as many as make `CHUNK_NUMBERS` logits, on a GPU `GPU_CHUNK_NUMBERS`. Raises `UserError`
+    for a model without a head.
     """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     if not isinstance(head, nn.Module):
         raise UserError(f"{FLAG}: this model names no output head ({type(model).__name__})")
-    chunked = ChunkedHead(head, finish_of(config), chunk_tokens or max(1, CHUNK_NUMBERS // config.vocab_size))
+    numbers = CHUNK_NUMBERS if _device_of(head).type == "cpu" else GPU_CHUNK_NUMBERS
+    chunked = ChunkedHead(head, finish_of(config), chunk_tokens or max(1, numbers // config.vocab_size))
     vars(model)[_ATTRIBUTE] = chunked
     return chunked
+
+
+def _device_of(head: nn.Module) -> torch.device:
+    return next((each.device for each in (*head.parameters(), *head.buffers())), torch.device("cpu"))
 
 
 def finish_of(config: Any) -> Callable[[Tensor], Tensor]:

@@ -14,7 +14,8 @@ from mora_ds.adapters.target_plan import TargetPlan
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.training import TrainingArguments
-from mora_ds.engine.ds_config import resolve_ds_config
+from mora_ds.engine.device import make_deterministic, warn_of_slow_precision
+from mora_ds.engine.ds_config import compute_dtype, resolve_ds_config
 from mora_ds.engine.initialize import (
     check_compute_dtype,
     check_second_copies,
@@ -57,6 +58,8 @@ def start_processes(arguments: Arguments) -> Ranks:
     Without a terminal, and on ranks other than 0, transformers shows no progress bars.
     """
     training = arguments.training
+    if training.deterministic:
+        make_deterministic()
     start_distributed(timeout_s=training.collective_timeout_s, heartbeat_timeout_s=training.heartbeat_timeout_s)
     ranks = Ranks.current(training.collective_timeout_s)
     check_settings(arguments, ranks)
@@ -88,6 +91,7 @@ def engine_config(training: TrainingArguments, adapter: str, world: int) -> dict
     file = None if training.deepspeed is None else Path(training.deepspeed).expanduser()
     config = resolve_ds_config(file, settings, world // training.ranks_per_replica)
     check_compute_dtype(config)
+    warn_of_slow_precision(compute_dtype(config))
     check_splittable(config, training.tensor_parallel_size)
     check_second_copies(config, world, training.tensor_parallel_size)
     if training.sequence_parallel_size > 1:

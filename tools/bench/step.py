@@ -5,9 +5,9 @@
 A Llama of random weights on random tokens, in turns:
 
     base alone        the frozen model, forward and the gradient of its input: the limit of any adapter
-    mora_ds           MoRA under ZeRO-3, the base unsharded on every rank
-    mora_ds, LoRA     our control on the same engine
-    PEFT LoRA         of the same rank, under DeepSpeed's ZeRO-3 with its defaults: the base sharded with the rest
+    mora_ds           MoRA under ZeRO-3, the base unsharded on every rank; also with the operator share, and our LoRA
+    PEFT LoRA         of the same rank, under DeepSpeed's ZeRO-3 with its defaults: the base sharded with the rest;
+                      and under ZeRO-2, where every rank has the complete base as here: the rival
     full training     under ZeRO-3
 
 Each takes its step in turn with the others, all ranks together; a ratio is the median over the turns. Without PEFT
@@ -34,11 +34,11 @@ from mora_ds.adapters.config import LoRAConfig
 from mora_ds.engine.initialize import initialize_full, start_distributed
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.runtime import cli
-from mora_ds.runtime.cli import table
 from tools.bench.measuring import llama_config, seconds_of, zero3_config
+from tools.bench.report import Report, json_flag
 
 VOCABULARY = 8192
-PEER, OURS = "PEFT LoRA", "mora_ds"
+PEER, RIVAL = "PEFT LoRA, ZeRO-3", "PEFT LoRA, ZeRO-2"
 
 Step = Callable[[], None]
 
@@ -61,19 +61,30 @@ def main() -> None:
         for name, (_, step) in contenders.items():
             times[name].append(_together(step))
     if dist.get_rank() == 0:
-        print(_report(options, {name: trained for name, (trained, _) in contenders.items()}, times, gathered))
+        report = Report(options)
+        report.say(_head(options))
+        sizes = {name: trained for name, (trained, _) in contenders.items()}
+        report.show("step", _rows(options, sizes, times, gathered))
+        report.write()
 
 
 def _contenders(options: argparse.Namespace, ids: torch.Tensor) -> dict[str, tuple[int, Step]]:
     """Name -> (trained parameters, its step)."""
     config = zero3_config(options.rows)
     found = {"base alone": (0, _frozen_step(_model(options), ids))}
-    for name, adapter in ((OURS, MoRAConfig(rank=options.rank)), ("mora_ds, LoRA", LoRAConfig(rank=options.rank))):
+    ours = {
+        "mora_ds": MoRAConfig(rank=options.rank),
+        "mora_ds, share": MoRAConfig(rank=options.rank, operator="share"),
+        "mora_ds, LoRA": LoRAConfig(rank=options.rank),
+    }
+    for name, adapter in ours.items():
         model = _model(options)
         trained = inject(model, adapter).trainable_params
         found[name] = (trained, _engine_step(initialize(model=model, config=config)[0], ids))
-    if (peer := _peft(options)) is not None:
-        found[PEER] = (_trained(peer), _engine_step(initialize_full(model=peer, config=config)[0], ids))
+    for name, stage in ((PEER, 3), (RIVAL, 2)):
+        if (peer := _peft(options)) is not None:
+            settings = {**config, "zero_optimization": {"stage": stage}}
+            found[name] = (_trained(peer), _engine_step(initialize_full(model=peer, config=settings)[0], ids))
     full = _model(options)
     found["full training"] = (_trained(full), _engine_step(initialize_full(model=full, config=config)[0], ids))
     return found
@@ -128,20 +139,24 @@ def _together(step: Step) -> float:
     return seconds_of(all_of_them)
 
 
-def _report(
+def _rows(
     options: argparse.Namespace, trained: dict[str, int], times: dict[str, list[float]], gathered: dict[str, int]
-) -> str:
+) -> list[list[str]]:
     tokens = options.rows * options.seq_len * dist.get_world_size()
-    lines = [["", "trained", "tokens/s", "x base alone", f"x {PEER}", "gathered a step, rank"]]
+    others = [name for name in ("base alone", PEER, RIVAL) if name in times]
+    lines = [["", "trained", "tokens/s", *(f"x {name}" for name in others), "gathered a step, rank"]]
     for name, seconds in times.items():
-        against = [_speedup(seconds, times[other]) if other in times else "-" for other in ("base alone", PEER)]
+        against = [_speedup(seconds, times[other]) for other in others]
         rate = f"{tokens / median(seconds):,.0f}"
         lines.append([name, f"{trained[name]:,}", rate, *against, f"{gathered[name] / 1e6:.2f} MB"])
+    return lines
+
+
+def _head(options: argparse.Namespace) -> str:
     shape = f"Llama, {options.layers} layers of {options.width}, {options.rows} x {options.seq_len} tokens a rank"
     where = "CPU" if not torch.cuda.is_available() else torch.cuda.get_device_name()
     ranks = f"{dist.get_world_size()} ranks with {torch.get_num_threads()} thread(s) each"
-    head = f"{shape}, rank {options.rank}, fp32, {where}, {ranks}"
-    return "\n".join([head, *table(lines)])
+    return f"{shape}, rank {options.rank}, fp32, {where}, {ranks}"
 
 
 def _speedup(seconds: list[float], others: list[float]) -> str:
@@ -156,6 +171,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2, help="sequences a rank and step")
     parser.add_argument("--seq_len", type=int, default=512, help="tokens of each")
     parser.add_argument("--repeat", type=int, default=7, help="turns")
+    json_flag(parser)
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     return parser.parse_args()
 

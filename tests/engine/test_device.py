@@ -1,0 +1,64 @@
+"""What a run sets up for its device."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from mora_ds.engine import device
+from mora_ds.engine.device import DETERMINISTIC, make_deterministic, warn_of_slow_precision
+from mora_ds.engine.ds_config import complete_ds_config
+from mora_ds.errors import UserError
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, job, losses, run
+
+
+def deterministic_job(argv: list[str]) -> tuple[bool, dict[str, str | None]]:
+    os.environ["NCCL_ALGO"] = "Tree"
+    job(argv)
+    return torch.are_deterministic_algorithms_enabled(), {name: os.environ.get(name) for name in DETERMINISTIC}
+
+
+@pytest.mark.gloo
+def test_a_deterministic_run_is_set_up_and_computes_the_same(user: Playground, tmp_path: Any) -> None:
+    found = run_ranks(2, deterministic_job, user.flags(tmp_path / "one", "--deterministic", "true"))
+    for enabled, environment in found:
+        assert enabled and environment == {**DETERMINISTIC, "NCCL_ALGO": "Tree"}, "what the user has set stays"
+    run(2, user.flags(tmp_path / "other"))
+    assert torch.equal(losses(tmp_path / "one"), losses(tmp_path / "other"))
+    assert make_deterministic.__doc__ and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_fp32_on_a_gpu_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(device.logger, "warning", said.append)
+    warn_of_slow_precision("float32")
+    monkeypatch.setattr(device, "is_cpu", lambda: False)
+    warn_of_slow_precision("bfloat16")
+    assert not said
+    warn_of_slow_precision("float32")
+    assert len(said) == 1 and "--bf16" in said[0]
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    warn_of_slow_precision("float32")
+    assert len(said) == 1, "with TF32 it is the user's choice"
+
+
+def test_torchs_fused_adam_is_a_key() -> None:
+    def refused(**params: Any) -> str:
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 3},
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, **params}},
+        }
+        try:
+            assert complete_ds_config(config, [4])["optimizer"]["params"]["torch_adam"] is True
+        except UserError as error:
+            return str(error)
+        return ""
+
+    assert refused(fused=True) == refused(fused=False, foreach=True) == ""
+    assert "optimizer.params.fused is for torch's AdamW" in refused(fused=True, foreach=True)
+    assert "optimizer.params.fused is for torch's AdamW" in refused(fused=True, torch_adam=False)
