@@ -7,20 +7,31 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
-import torch
-import triton
 import triton.backends.nvidia
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from mora_ds.adapters.kernels.triton_ops import Launch
 
-_TYPES = {
-    torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
-    torch.int8: "i8",
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class _Device:
+    """What triton asks its driver before it compiles, for a GPU that is not there (triton/runtime/jit.py,
+    `JITFunction.run`)."""
+
+    capability: int
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
 
 _CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
@@ -45,22 +56,10 @@ class Code:
 
 
 def compile_launch(launch: Launch, capability: int) -> Code:
-    """Compiles what `launch` would start on a GPU of compute capability 80 or 90, with triton's own specialisation:
-    pointers and integers that 16 divides, and integers that are 1. `launch` may be made of meta tensors."""
-    signature: dict[str, str] = {}
-    constants = dict(launch.constants)
-    attributes = {}
-    for number, name in enumerate(launch.kernel.arg_names):
-        value = launch.arguments.get(name)
-        if name in launch.constants or value is None or (isinstance(value, int) and value == 1):
-            signature[name] = "constexpr"
-            constants.setdefault(name, value)
-        else:
-            signature[name] = f"*{_TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
-            if isinstance(value, Tensor) or value % 16 == 0:
-                attributes[(number,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    """Compiles what `launch` would start on a GPU of compute capability 80 or 90, by the code that would start it, with
+    its checks of arguments and its specialisations. `launch` may be made of meta tensors."""
+    with patch.object(driver, "_active", _Device(capability)):  # `reset_active` would look for a GPU
+        compiled = launch.kernel.warmup(**launch.arguments, **launch.constants, **launch.options, grid=launch.grid)
     with TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])

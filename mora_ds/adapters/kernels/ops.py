@@ -13,12 +13,13 @@ each of the N blocks of the result (`back` False) or rotates each block of x bac
 for share, `members` of `tables`. The result is contiguous, in the dtype of M.
 
 Sums are made in fp32 (fp64 for fp64) and rounded once. Nothing here has a gradient of its own: `linear` has it.
-A CPU runs `plain`, CUDA runs `triton_ops`; meta tensors give the shapes, so that a plan or a count
-sees CUDA's operations.
+A CPU runs `plain`, CUDA runs `triton_ops`; meta tensors give the shapes, so that a plan or a count sees CUDA's
+operations.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -46,7 +47,12 @@ _PROGRAMS_ON_META = 256
 
 def runs_kernels(device: torch.device) -> bool:
     """Whether a device has kernels for these operations: CUDA where triton is installed."""
-    return device.type == "cuda" and find_spec("triton") is not None
+    return device.type == "cuda" and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _meta_gather_sum(x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> Tensor:
