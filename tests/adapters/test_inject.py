@@ -348,3 +348,13 @@ def test_weights_outside_linear_layers_are_reported() -> None:
     assert f"experts.down_proj ({2 * 4 * 56 * 32:,} parameters)" in str(report)
     assert not inject(tiny_model("mixtral"), MoRAConfig(rank=4, target_modules=("q_proj",))).left_out
     assert not inject(tiny_model("gpt2"), MoRAConfig(rank=4)).left_out
+
+
+def test_layers_within_a_checkpointed_block_are_marked() -> None:
+    """Their backward may use the weight that the second forward formed; without checkpointing all would be kept."""
+    for checkpointing in (False, True):
+        model = tiny_model("llama")
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inject(model, MoRAConfig(rank=4))
+        assert {layer.recomputed for layer in mora_layers(model).values()} == {checkpointing}

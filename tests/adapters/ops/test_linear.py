@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from mora_ds.adapters.ops import mora
+from mora_ds.adapters.ops import linear, mora
 from mora_ds.adapters.ops.linear import Compute, choose, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
@@ -68,6 +69,24 @@ def test_rotate_keeps_the_input_that_others_read_too(path: Compute) -> None:
     x, square = torch.randn(9, 32, requires_grad=True), torch.randn(8, 8, requires_grad=True)
     weight = torch.randn(32, 32)
     assert saved_bytes(lambda: mora_linear(x, weight, None, square, spec, path), weight, square, x) == 0
+
+
+@pytest.mark.parametrize("kind", [OperatorKind.SHARE, OperatorKind.ROTATE])
+def test_checkpointing_forms_the_weight_once_for_each_forward(
+    kind: OperatorKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `keep`, and the same bits as without."""
+    spec, formed = OperatorSpec(kind, 16, 12, 6, Grouping.PERMUTED, seed=1), []
+    weight, x, square = random(12, 16), random(5, 16, seed=1).requires_grad_(), random(6, 6, seed=2).requires_grad_()
+    original = linear.effective_weight
+    monkeypatch.setattr(linear, "effective_weight", lambda *given: formed.append(1) or original(*given))
+    gradients = []
+    for keep, times in ((False, 3), (True, 2)):
+        formed.clear()
+        y = checkpoint(mora_linear, x, weight, None, square, spec, Compute.WEIGHT, keep, use_reentrant=False)
+        gradients.append(torch.autograd.grad(y.sum(), (x, square)))
+        assert len(formed) == times
+    assert all(map(torch.equal, *gradients))
 
 
 # -- the choice -------------------------------------------------------------------------------------------------------
