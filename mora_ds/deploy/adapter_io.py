@@ -43,6 +43,7 @@ def export_adapter(checkpoint: Path | str, output: Path | str) -> list[str]:
     if output.is_symlink() or output.exists():
         raise UserError(f"--output {output} exists already; name a new folder")
     adapter, ledger = open_adapter(source)
+    AdapterTensors.open(source, adapter)  # the file is there, and has the tensors that adapter.json lists
     reference = BaseReference.read(source)
     with atomic_folder(output.absolute()) as folder:
         for name in (ADAPTER_JSON, ADAPTER_TENSORS):

@@ -218,8 +218,9 @@ def test_an_operators_seed_and_sizes_have_bounds(checkpoint: Path) -> None:
 def test_an_adapter_without_its_tensors_is_not_copied(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "adapter.safetensors").rename(checkpoint / "other.safetensors")
     reseal(checkpoint)
-    with pytest.raises(UserError, match=r"adapter\.safetensors is missing"):
-        drop(checkpoint, [0], tmp_path / "made")
+    for copy in (lambda output: drop(checkpoint, [0], output), lambda output: export_adapter(checkpoint, output)):
+        with pytest.raises(UserError, match=r"adapter\.safetensors is missing"):
+            copy(tmp_path / "made")
     assert not (tmp_path / "made").exists()
 
 
