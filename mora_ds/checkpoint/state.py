@@ -46,6 +46,10 @@ class TrainerState:
     """Evaluation set -> perplexity before the first step."""
     perplexity_last: dict[str, float] = field(default_factory=dict)
     """Evaluation set -> perplexity at the newest evaluation."""
+    task_costs_before: dict[str, float] = field(default_factory=dict)
+    """Task -> its cost before the first step (`tasks.TaskResult`)."""
+    task_costs_last: dict[str, float] = field(default_factory=dict)
+    """Task -> its cost at the newest evaluation of tasks."""
     best_step: Count = 0
     """The evaluated step with the lowest weighted loss so far (`forgetting.Watch.score`); 0 before the first one."""
     best_score: float | None = None

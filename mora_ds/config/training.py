@@ -142,12 +142,18 @@ class TrainingArguments:
     """Optimizer steps between evaluations; 0: at start and end only."""
     eval_on_start: bool = True
     """Evaluate before the first step; --no_eval_on_start to skip it."""
+    eval_tasks: list[str] = field(default_factory=list)
+    """Tasks of the lm-eval harness to evaluate on the live model, at start and end; FILE.yaml is a task of your own."""
+    eval_tasks_steps: int = 0
+    """Optimizer steps between evaluations of --eval_tasks, a multiple of --eval_steps; 0: at start and end only."""
+    eval_tasks_limit: int | None = None
+    """Documents of each task. Default: all."""
     stop_when_forgotten: list[str] = field(default_factory=list)
     """Evaluation sets as NAME:RATIO (general:1.10): save and stop once the perplexity of one exceeds this ratio to its
-    value at the start."""
+    value at the start. A task of --eval_tasks: once its score has fallen by this ratio."""
     best_by: list[str] = field(default_factory=list)
     """Evaluation sets as NAME:WEIGHT: the checkpoint with the lowest weighted sum of losses is kept as
-    checkpoints/best."""
+    checkpoints/best. A task's loss is minus the logarithm of its score."""
     max_eval_batches: int | None = None
     """Batches per evaluation set, over all ranks. Default: the complete set."""
     save_steps: int = 0
@@ -241,6 +247,8 @@ class TrainingArguments:
                 "logging_steps": COUNT,
                 "eval_steps": NOT_NEGATIVE,
                 "max_eval_batches": COUNT,
+                "eval_tasks_steps": NOT_NEGATIVE,
+                "eval_tasks_limit": COUNT,
                 "save_steps": NOT_NEGATIVE,
                 "save_total_limit": COUNT,
                 "seed": SEED,
@@ -266,6 +274,13 @@ class TrainingArguments:
             yield "--bf16 and --fp16: give one of them"
         if self.warmup_steps > 0 and self.warmup_ratio > 0:
             yield "--warmup_steps and --warmup_ratio: give one of them"
+        if self.eval_tasks_steps and (self.eval_steps == 0 or self.eval_tasks_steps % self.eval_steps):
+            yield (
+                f"--eval_tasks_steps {self.eval_tasks_steps}: tasks are evaluated with the evaluation sets, so it must "
+                f"be a multiple of --eval_steps, {self.eval_steps}"
+            )
+        if not self.eval_tasks and (self.eval_tasks_steps or self.eval_tasks_limit):
+            yield "--eval_tasks_steps and --eval_tasks_limit are for --eval_tasks"
         yield from refusal(Watch.of, self.stop_when_forgotten, self.best_by)
         for name in ("stop_when_forgotten", "best_by"):
             if getattr(self, name) and self.eval_steps == 0:

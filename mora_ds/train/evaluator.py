@@ -15,6 +15,7 @@ from mora_ds.config.forgetting import Watch
 from mora_ds.data import IGNORED, PackedDataset
 from mora_ds.train.metrics import MetricsLog, perplexity
 from mora_ds.train.replicas import Replica, require_finite
+from mora_ds.train.tasks import TaskSuite
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,10 @@ class Evaluator:
     domains: Domains = field(default_factory=lambda: Domains(()))
     set_domains: Mapping[str, str | None] = field(default_factory=dict)
     """Evaluation set -> the domain whose MoRA matrices read it; None for the shared ones alone."""
+    tasks: TaskSuite | None = None
+    """The tasks of --eval_tasks."""
+    tasks_steps: int = 0
+    """Optimizer steps between evaluations of tasks; 0: at the start and at the end."""
 
     def evaluate(self, before_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Log and return the perplexity of each set over all processes. Collective; `before_batch` is called too."""
@@ -47,8 +52,9 @@ class Evaluator:
             perplexities[name] = perplexity(nll)
         if perplexities:
             self.log.evaluation(step, perplexities, self.state.perplexity_before)
+        costs = self._evaluate_tasks(before_batch)
         self.state.perplexity_last, self.state.evaluation_pending = perplexities, False
-        score = self.watch.score(perplexities)
+        score = self.watch.score({**perplexities, **costs})
         if score is not None and step > 0 and (self.state.best_score is None or score < self.state.best_score):
             self.state.best_step, self.state.best_score = step, score
             logger.info(f"step {step}: the best so far by --best_by, {score:.4f}")
@@ -57,7 +63,25 @@ class Evaluator:
     @property
     def forgotten(self) -> str | None:
         """Why the run has to end after the last evaluation, by --stop_when_forgotten; None where it goes on."""
-        return self.watch.forgotten(self.state.perplexity_before, self.state.perplexity_last)
+        state = self.state
+        before = {**state.perplexity_before, **state.task_costs_before}
+        return self.watch.forgotten(before, {**state.perplexity_last, **state.task_costs_last})
+
+    def _evaluate_tasks(self, before_batch: Callable[[], None]) -> dict[str, float]:
+        """{task: cost}, also in the run's state; empty where no evaluation of tasks is due. Collective."""
+        state = self.state
+        at_end = 0 < state.step == state.total_steps
+        every = bool(self.tasks_steps) and state.step % self.tasks_steps == 0
+        if self.tasks is None or not (state.step == 0 or at_end or every):
+            return {}
+        before_batch()
+        results = self.tasks.evaluate()
+        costs = {name: result.cost for name, result in results.items()}
+        self.log.tasks(state.step, {name: result.metrics for name, result in results.items()})
+        if state.step == 0:
+            state.task_costs_before = costs
+        state.task_costs_last = costs
+        return costs
 
     def _batches(self, data: PackedDataset, before_batch: Callable[[], None]) -> Iterator[dict[str, Tensor]]:
         """The batches of this replica; every process has equally many, as ZeRO-3 needs."""

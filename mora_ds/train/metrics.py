@@ -37,7 +37,13 @@ STEP_TAGS = {
 """Field of `StepMetrics` -> its TensorBoard tag and the factor to the tag's unit. TensorBoard sorts groups by name and
 opens the first ones: the digits put the curves first that a person looks for first."""
 
-GROUPS = {"eval": "2_evaluation/perplexity", "merge": "4_merges", "stall": "4_merges/stall", "sources": "8_sources"}
+GROUPS = {
+    "eval": "2_evaluation/perplexity",
+    "merge": "4_merges",
+    "stall": "4_merges/stall",
+    "sources": "8_sources",
+    "tasks": "2_evaluation/tasks",
+}
 """Kind of a row of metrics.jsonl -> the TensorBoard group of its numbers."""
 
 FORGETTING = "2_evaluation/forgetting"
@@ -173,13 +179,22 @@ class MetricsLog:
         values = "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
         logger.info(f"step {step}  perplexity {values}")
 
+    def tasks(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
+        """The metrics of each task after `step`: {task: {metric: value}}."""
+        self.record("tasks", step, results)
+        for name, metrics in results.items():
+            logger.info(
+                f"step {step}  {name}  " + "  ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
+            )
+
     def alignment(self, step: int, share: float) -> None:
         """The share of the updates' energy in the weights' leading subspaces, at the beginning of `step`."""
         self._write({"step": step, "alignment": share})
         self._log({"9_subspace/alignment": share}, step)
 
     def record(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
-        """A row of this kind: "eval", "merge", "stall" (`StallRule.facts`) or "sources" ({source: its figures})."""
+        """A row of this kind: "eval", "merge", "stall" (`StallRule.facts`), "tasks" or "sources", whose facts are those
+        of each task or source."""
         self._write({"step": step, kind: facts})
         self._log(dict(numbers_in(GROUPS[kind], facts)), step)
 

@@ -59,6 +59,7 @@ from mora_ds.train.replicas import Replica
 from mora_ds.train.run_file import write_run_file
 from mora_ds.train.setup import Place, compare_settings, engine_config, start_processes
 from mora_ds.train.targets import plan_of_file
+from mora_ds.train.tasks import TaskSuite, check_tasks, task_names
 from mora_ds.train.trackers import Label, Tracker, check_installed, shown_config, start_trackers
 from mora_ds.train.trainer import Trainer
 
@@ -99,6 +100,8 @@ def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job
     model, adapter, training = arguments.model, arguments.adapter, arguments.training
     ds_config = engine_config(training, adapter.adapter, ranks.world)
     ranks.on_first("folders of monitors", lambda: check_trackers(tracker_folders(ds_config)))
+    if training.eval_tasks:
+        ranks.on_first("tasks", lambda: check_tasks(training.eval_tasks), long=True)
     with _output_folder(arguments, ranks, base) as place:
         if adapter.init_adapter is not None and place.checkpoint is None:
             files = lora_files if adapter.adapter == AdapterKind.LORA.value else adapter_files
@@ -196,9 +199,11 @@ def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | Non
 
 
 def _check_evaluation_sets(arguments: Arguments, data: RunData) -> None:
-    """Raise `UserError` for flags that name an evaluation set or a domain which the run does not have."""
-    sets, adapter = list(data.evaluation), arguments.adapter
-    _watch(arguments.training).check_names(sets)
+    """Raise `UserError` for flags that name an evaluation set, a task or a domain which the run does not have."""
+    sets, adapter, tasks = list(data.evaluation), arguments.adapter, task_names(arguments.training.eval_tasks)
+    if both := sorted({*sets} & {*tasks}):
+        raise UserError(f"--eval_files: {both[0]} is the name of a task of --eval_tasks; choose another name")
+    _watch(arguments.training).check_names([*sets, *tasks])
     if adapter.domain_adapters and isinstance(data.train, Mixture):
         eval_domains(adapter.eval_domains, sets, data.train.names)
 
@@ -291,7 +296,16 @@ def _evaluator(arguments: Arguments, job: Job, replica: Replica, log: MetricsLog
         watch=_watch(training),
         domains=domains,
         set_domains=set_domains,
+        tasks=_tasks(training, job, replica),
+        tasks_steps=training.eval_tasks_steps,
     )
+
+
+def _tasks(training: TrainingArguments, job: Job, replica: Replica) -> TaskSuite | None:
+    if not training.eval_tasks:
+        return None
+    limit, size = training.eval_tasks_limit, training.per_device_eval_batch_size
+    return TaskSuite(training.eval_tasks, replica, job.data.tokenizer, size, limit)
 
 
 def _resumed(checkpoint: Path, state: TrainerState, steps: int) -> str:

@@ -44,6 +44,8 @@ LAUNCHES = r"""
 --max_grad_norm -1 | --max_grad_norm must be at least 0
 --report_to wanb | unknown --report_to 'wanb' | 'wandb'
 --report_to none wandb | --report_to none goes with no other tracker
+--eval_tasks_steps 3 | --eval_tasks_steps and --eval_tasks_limit are for --eval_tasks
+--eval_tasks a --eval_tasks_steps 3 --eval_steps 2 | --eval_tasks_steps 3 | multiple of --eval_steps, 2
 --seed -1 | --seed must be at least 0
 --seed 100000000000000000000000 | --seed must be below 9223372036854775808
 --seed 281474976710656 | --seed must be at least 0 and below 281,474,976,710,656

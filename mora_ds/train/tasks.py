@@ -1,0 +1,220 @@
+"""Tasks of the lm-eval harness on the live model, during a run: all ranks share the work.
+
+Every rank runs the harness with a part of each task's requests, and all get all answers. Ranks need unequal numbers of
+forward passes, but under ZeRO-3 each pass gathers MoRA matrices from all ranks: before each one they agree whether any
+still has work, and a rank without computes along with a row of one token, until none has.
+
+    rank 0    pass    pass    pass    done
+    rank 1    pass    one token       done
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mora_ds.errors import UserError, reason
+from mora_ds.files import load_yaml
+from mora_ds.parallel.ulysses import whole_rows
+from mora_ds.runtime.ranks import Ranks
+from mora_ds.train.replicas import Replica
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--eval_tasks"
+PREFERRED = ("acc_norm", "acc", "exact_match", "f1", "word_perplexity", "perplexity")
+"""The metric that stands for a task is the first of these that it has, otherwise its first one."""
+SMALLEST = 1e-3
+"""A score counts as at least this where its reciprocal is taken."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task's metrics after an evaluation."""
+
+    metrics: dict[str, float]
+    """Metric -> value, without errors of estimation."""
+    cost: float
+    """Low is good, as a perplexity is: the main metric, or its reciprocal where high is good."""
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Load the tasks, with their data, so that nothing is missing later. Raises `UserError`."""
+    try:
+        _loaded(names)
+    except ImportError as error:
+        raise UserError(f"{FLAG} needs the package lm-eval: pip install 'mora_ds[tasks]' ({error})") from error
+
+
+def task_names(names: Sequence[str]) -> list[str]:
+    """What the tasks are called in results: names as they are, files by their key "task". Raises `UserError`."""
+    return [str(_of_file(name).get("task")) if _is_file(name) else name for name in names]
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def _of_file(name: str) -> dict[Any, Any]:
+    content = load_yaml(name, f"{FLAG} {name}")
+    if not isinstance(content.get("task"), str):
+        raise UserError(f"{FLAG} {name}: the file names no task (key: task)")
+    return content
+
+
+def _loaded(names: Sequence[str]) -> Any:
+    """The harness's manager of the tasks."""
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    folders = sorted({str(Path(name).expanduser().resolve().parent) for name in names if _is_file(name)})
+    known = task_names(names)
+    manager = TaskManager(include_path=folders or None)
+    if missing := [name for name in known if not manager.match_tasks([name])]:
+        raise UserError(f"{FLAG} {missing[0]}: the harness has no such task; a file of your own ends in .yaml")
+    try:
+        get_task_dict(known, manager)
+    except Exception as error:  # whatever a task's data leads to
+        raise UserError(f"{FLAG} {' '.join(names)}: cannot be loaded: {reason(error)}") from error
+    return manager
+
+
+class TaskSuite:
+    """The tasks of a run on its engine. All ranks make it, and call it, together."""
+
+    def __init__(
+        self, names: Sequence[str], replica: Replica, tokenizer: Any, batch_size: int, limit: int | None = None
+    ) -> None:
+        """`batch_size`: rows of a pass; `limit`: documents of each task."""
+        self.names, self._manager = task_names(names), _loaded(names)
+        self._replica, self._tokenizer, self._batch_size, self._limit = replica, tokenizer, batch_size, limit
+
+    def evaluate(self) -> dict[str, TaskResult]:
+        """Task (or group) -> its result, the same on all ranks. Collective. Random states stay as they are."""
+        import lm_eval
+
+        engine = self._replica.engine
+        module = getattr(engine, "module", engine)
+        was_training = module.training
+        with _random_states_kept(), whole_rows(module), torch.no_grad(), _InStep(module, self._replica) as in_step:
+            model = _model(module, self._tokenizer, self._batch_size, self._replica, in_step)
+            results = lm_eval.simple_evaluate(
+                model=model, tasks=list(self.names), task_manager=self._manager, limit=self._limit, log_samples=False,
+                bootstrap_iters=0,
+            )  # fmt: skip
+        module.train(was_training)
+        return Ranks.current().on_first("results of tasks", lambda: _results(results, self.names))
+
+
+def _results(results: Any, names: Sequence[str]) -> dict[str, TaskResult]:
+    """The harness keys a metric as "acc,none": its name and the filter of answers."""
+    found = {}
+    for name in names:
+        values = {
+            key.partition(",")[0]: float(value)
+            for key, value in results["results"][name].items()
+            if isinstance(value, (int, float)) and "_stderr" not in key and "," in key
+        }
+        if not values:
+            raise UserError(f"{FLAG} {name}: the task has no metric that is a number")
+        main = next((metric for metric in PREFERRED if metric in values), next(iter(values)))
+        rises = results.get("higher_is_better", {}).get(name, {}).get(main)
+        rises = not main.endswith("perplexity") if rises is None else rises
+        found[name] = TaskResult(values, 1 / max(values[main], SMALLEST) if rises else values[main])
+    return found
+
+
+class _InStep:
+    """While it is entered, a pass of the model begins on all ranks together, or on none."""
+
+    def __init__(self, module: nn.Module, replica: Replica) -> None:
+        self._module, self._device = module, replica.engine.device
+        self._is_idle = False
+
+    def __enter__(self) -> _InStep:
+        # before DeepSpeed's own hook, which may gather already
+        self._hook = self._module.register_forward_pre_hook(self._before_pass, prepend=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+
+    def _before_pass(self, module: nn.Module, args: Any) -> None:
+        del module, args
+        if not self._is_idle:
+            self._anyone_works(True)
+
+    def _anyone_works(self, works: bool) -> bool:
+        flag = torch.tensor(float(works), device=self._device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def wait_for_all(self) -> None:
+        """Compute along until every rank has come here."""
+        self._is_idle = True
+        try:
+            while self._anyone_works(False):
+                self._module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._device), use_cache=False)
+        finally:
+            self._is_idle = False
+
+
+def _model(module: nn.Module, tokenizer: Any, batch_size: int, replica: Replica, in_step: _InStep) -> Any:
+    """The live model as the harness sees it."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Shared(HFLM):
+        """Answers this replica's part of the requests, and gets the other parts."""
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return self._shared(super().loglikelihood, requests)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return self._shared(super().loglikelihood_rolling, requests)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return self._shared(super().generate_until, requests)
+
+        def _shared(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
+            own = requests[replica.index :: replica.count]
+            answers = answer(own, disable_tqdm=True) if own else []
+            in_step.wait_for_all()
+            everyone = Ranks.current().gather("answers to tasks", answers)
+            joined: list[Any] = [None] * len(requests)
+            for index in range(replica.count):
+                joined[index :: replica.count] = everyone[index * replica.processes_per_replica]
+            return joined
+
+    with _weights_stay_tied(module):
+        return Shared(pretrained=module, tokenizer=tokenizer, batch_size=batch_size)
+
+
+@contextlib.contextmanager
+def _weights_stay_tied(module: nn.Module) -> Iterator[None]:
+    """The harness ties a model's weights (lm_eval/models/huggingface.py), which are tied, and may be sharded."""
+    vars(module)["tie_weights"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del vars(module)["tie_weights"]
+
+
+@contextlib.contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """The harness seeds Python, numpy and torch; a run's dropout must not notice."""
+    python, numbers = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numbers)

@@ -1,0 +1,167 @@
+"""Tasks of the lm-eval harness during a run: shared by all ranks, the results of the exported model on one process."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+
+from mora_ds.config.arguments import parse
+from mora_ds.config.validate import validate
+from mora_ds.errors import UserError
+from mora_ds.train.replicas import Replica
+from mora_ds.train.tasks import TaskSuite, _results, check_tasks, task_names
+from tests.helpers.engines import ROWS, ds_config
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, run
+from tests.helpers.models import adapted_model
+
+WORDS = "value name result index return string number list"
+
+
+def task_files(folder: Path) -> dict[str, Path]:
+    """Three tasks of seven documents, one of each kind of request: choices, continuation, perplexity."""
+    draw = random.Random(0)
+    words = WORDS.split()
+    rows = [
+        {"question": " ".join(draw.choices(words, k=1 + row)), "choices": words[row % 4 :][:4], "answer": row % 4}
+        for row in range(7)
+    ]
+    data = folder / "rows.json"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+    kinds: dict[str, dict[str, Any]] = {
+        "choices": {
+            "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices",
+            "doc_to_target": "answer", "metric_list": [{"metric": "acc"}],
+        },
+        "continued": {
+            "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "x",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6, "do_sample": False},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+        "rolling": {
+            "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}}",
+            "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+        },
+    }  # fmt: skip
+    files = {}
+    for name, kind in kinds.items():
+        files[name] = folder / f"{name}.yaml"
+        files[name].write_text(yaml.safe_dump({"task": name, **common, **kind}), encoding="utf-8")
+    return files
+
+
+def test_results_become_costs() -> None:
+    results = {
+        "results": {
+            "a": {"alias": "a", "acc,none": 0.25, "acc_stderr,none": 0.1, "other,none": 3.0, "sample_len": 4},
+            "b": {"word_perplexity,none": 7.0},
+            "c": {"error,none": 0.5},
+            "d": {"acc,none": 0.0},
+        },
+        "higher_is_better": {"a": {"acc": True}, "c": {"error": False}},
+    }
+    found = _results(results, "abcd")
+    assert {name: result.cost for name, result in found.items()} == {"a": 4.0, "b": 7.0, "c": 0.5, "d": 1000.0}
+    assert found["a"].metrics == {"acc": 0.25, "other": 3.0}
+    with pytest.raises(UserError, match="no metric"):
+        _results({"results": {"e": {"alias": "e"}}}, "e")
+
+
+def test_a_file_is_known_by_the_task_in_it(tmp_path: Path) -> None:
+    files = task_files(tmp_path)
+    assert task_names(["hellaswag", str(files["choices"])]) == ["hellaswag", "choices"]
+    (tmp_path / "empty.yaml").write_text("a: 1\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"--eval_tasks .*empty.yaml: the file names no task"):
+        task_names([str(tmp_path / "empty.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--eval_tasks a --eval_tasks_steps 3 --eval_steps 2", "must be a multiple of --eval_steps, 2"),
+        ("--eval_tasks a --eval_tasks_steps 3", "must be a multiple of --eval_steps, 0"),
+        ("--eval_tasks_limit 3", "are for --eval_tasks"),
+        ("--eval_tasks a --eval_tasks_limit 0", "--eval_tasks_limit must be at least 1"),
+    ],
+)
+def test_settings_that_contradict_are_named(flags: str, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        validate(parse(flags.split()))
+    assert message in str(refused.value)
+
+
+@pytest.mark.heavy
+def test_a_task_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--eval_tasks no_such_task: the harness has no such task"):
+        check_tasks(["no_such_task"])
+    broken = task_files(tmp_path)["choices"]
+    (tmp_path / "rows.json").unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        check_tasks([str(broken)])
+
+
+@pytest.mark.heavy
+@pytest.mark.gloo
+@pytest.mark.parametrize("stage", [3])
+def test_a_run_evaluates_what_its_export_scores(user: Playground, tmp_path: Path, stage: int) -> None:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    files, out = task_files(tmp_path), tmp_path / "out"
+    flags = user.flags(
+        out, "--eval_tasks", *files.values(), "--eval_steps", 2, "--eval_tasks_steps", 4, "--best_by", "rolling:1",
+        "--stop_when_forgotten", "rolling:50", "--merge_every", 3, "--restart_warmup_steps", 1, "--export_merged",
+        "--per_device_eval_batch_size", 2,
+    )  # fmt: skip
+    run(2, flags)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = {row["step"]: row["tasks"] for row in rows if "tasks" in row}
+    assert list(found) == [0, 4, 6]
+    state = json.loads((out / "checkpoints" / "latest" / "trainer_state.json").read_text())
+    assert state["best_step"] in (4, 6) and state["task_costs_last"].keys() == files.keys()
+    model = AutoModelForCausalLM.from_pretrained(out / "merged")
+    wrapped = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(out / "merged"), batch_size=2)
+    manager = TaskManager(include_path=[str(tmp_path)])
+    expected = lm_eval.simple_evaluate(model=wrapped, tasks=list(files), task_manager=manager, bootstrap_iters=0)
+    for name, metrics in found[6].items():
+        assert metrics and metrics == pytest.approx(
+            {metric: expected["results"][name][f"{metric},none"] for metric in metrics}, rel=1e-4
+        )
+    assert found[0]["rolling"] != found[6]["rolling"]
+
+
+def random_states_around_tasks(files: list[str], folder: str) -> tuple[bool, dict[str, Any]]:
+    """Whether an evaluation leaves random states as they are; and its results, on an engine of ZeRO-3."""
+    import mora_ds
+    from mora_ds.data import load_tokenizer
+
+    model = adapted_model(model={"vocab_size": 400})
+    engine, *_ = mora_ds.initialize(model=model, config=ds_config(3, ROWS // dist.get_world_size(), 1))
+    suite = TaskSuite(files, Replica(engine), load_tokenizer(Path(folder)), batch_size=2, limit=5)
+    states = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
+    results = suite.evaluate()
+    same = torch.equal(states[0], torch.get_rng_state()) and random.getstate() == states[2]
+    return same and bool((np.random.get_state()[1] == states[1]).all()), {k: vars(v) for k, v in results.items()}
+
+
+@pytest.mark.heavy
+@pytest.mark.gloo
+def test_three_ranks_score_as_one_and_leave_random_states(user: Playground, tmp_path: Path) -> None:
+    files = [str(path) for path in task_files(tmp_path).values()]
+    ((kept, alone),) = run_ranks(1, random_states_around_tasks, files, str(user.model))
+    assert kept and len(alone) == 3
+    for also_kept, results in run_ranks(3, random_states_around_tasks, files, str(user.model)):
+        assert also_kept
+        for name, result in results.items():
+            assert result["metrics"] == pytest.approx(alone[name]["metrics"], rel=1e-5)
