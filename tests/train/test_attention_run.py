@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.checkpoint.state import AttentionKind, TrainerState
+from mora_ds.config.arguments import from_flat
 from mora_ds.config.data import ModelArguments
 from mora_ds.errors import UserError
 from mora_ds.models.attention import NAME, attention_of, model_inputs, use_dense, use_documents
 from mora_ds.models.loss import token_nll
 from mora_ds.train.attention import choose_attention, implementation_of
-from mora_ds.train.preflight import check_attention, check_document_mask
+from mora_ds.train.preflight import check_attention, check_document_mask, preflight
 from tests.helpers.batches import batch_of
 from tests.helpers.crafted import reseal
 from tests.helpers.gloo import run_ranks
@@ -207,15 +209,33 @@ def test_attention_sinks_by_documents() -> None:
         torch.testing.assert_close(found[row], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_window_that_does_not_reach_attention_is_noticed() -> None:
+def with_lost_window() -> Any:
+    """A model whose layers do not hand their attention the window of its config."""
     model: Any = tiny_model("mistral")
     use_documents(model)
     check_attention(model, 128, (1,), document_mask=False)
-    model.config.sliding_window = None
-    check_attention(model, 128, (1,), document_mask=False)
-    model.config.sliding_window = 12
     for layer in model.model.layers:
         layer.self_attn.config = AutoConfig.for_model("mistral", sliding_window=None)
         layer.self_attn.config._attn_implementation = NAME
+    return model
+
+
+def test_a_window_that_does_not_reach_attention_is_noticed() -> None:
     with pytest.raises(UserError, match="sliding window that its attention does not receive"):
-        check_attention(model, 128, (1,), document_mask=False)
+        check_attention(with_lost_window(), 128, (1,), document_mask=False)
+
+
+@pytest.mark.parametrize(("attention", "before"), [("auto", None), ("auto", Path("step")), ("documents", None)])
+def test_a_new_run_falls_back_to_dense_attention_where_it_may(attention: str, before: Path | None) -> None:
+    model = with_lost_window()
+    state = TrainerState(attention=AttentionKind.DOCUMENTS)
+    loaded, place = SimpleNamespace(model=model), SimpleNamespace(checkpoint=before)
+    job: Any = SimpleNamespace(engine=model, state=state, loaded=loaded, place=place, sequence=None)
+    arguments = from_flat({"attention": attention})
+    if attention == "auto" and before is None:
+        preflight(job, arguments)
+        assert state.attention is AttentionKind.DENSE and attention_of(model) == "sdpa"
+    else:
+        with pytest.raises(UserError, match="sliding window"):
+            preflight(job, arguments)
+        assert state.attention is AttentionKind.DOCUMENTS
