@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from mora_ds.runtime.events import EXIT_USER_ERROR
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train import agreement, pretrain
 from tests.helpers.gloo import free_port, run_ranks
-from tests.helpers.jobs import REPOSITORY, Playground, environment, refused
+from tests.helpers.jobs import REPOSITORY, Playground, environment, refused, run
 
 pytestmark = pytest.mark.gloo
 
@@ -188,6 +189,17 @@ def test_a_failure_at_each_check(user: Playground, tmp_path: Path, world: int, f
     names = run_ranks(world, checks_of, user.flags(tmp_path / "healthy", *more))[0]
     assert_all_fail(world, user.flags(tmp_path / "out", *more), list(range(len(names))), failing)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_at_each_check_of_a_resumed_run(user: Playground, tmp_path: Path, failing: int) -> None:
+    argv = user.flags(tmp_path / "out", *MERGES, "--resume_from_checkpoint", "auto")
+    run(2, [*argv, "--max_steps", "3"])
+    shutil.copytree(tmp_path / "out", tmp_path / "healthy", symlinks=True)
+    names = run_ranks(2, checks_of, [*argv, "--output_dir", str(tmp_path / "healthy")])[0]
+    assert len(names) >= 20
+    assert_all_fail(2, argv, list(range(len(names))), failing)
 
 
 # -- the real launcher -------------------------------------------------------------------------------------------------
