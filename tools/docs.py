@@ -43,7 +43,7 @@ LONGER = {"analyze": "_weights", "export": "_hf", "verify": "_checkpoint", "conv
 """Commands of `mora-ds` whose programs in tools/ have longer names."""
 BENCHMARKS = (
     "layer", "step", "cycle", "start", "loss", "plan", "data", "tensor_parallel", "sequence", "bank",
-    "learning", "memorization", "options", "scale",
+    "learning", "memorization", "options", "scale", "gpu",
 )  # fmt: skip
 
 

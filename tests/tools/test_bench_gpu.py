@@ -1,0 +1,55 @@
+"""tools/bench/gpu.py: every question at toy sizes on the CPU, so that nothing is first run on rented hardware."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.gloo import run_ranks
+from tests.helpers.tools import call, tool
+
+QUESTIONS = ("ceilings", "operators", "gather", "attention", "step", "resume")
+
+
+def answers(folder: str, questions: tuple[str, ...], *flags: str) -> dict[str, list[list[str]]]:
+    for question in questions:
+        call("bench/gpu", question, *flags, "--json", f"{folder}/{question}.json")
+    found = {question: json.loads(Path(folder, f"{question}.json").read_text()) for question in questions}
+    return {question: content["tables"][question][1:] for question, content in found.items()}
+
+
+def check(found: dict[str, Any], waits: str) -> None:
+    for name, dtype, _, *errors, merge in found["operators"]:
+        assert merge == "same bits", name
+        assert max(map(float, errors)) < (1e-5 if dtype == "float32" else 5e-2), (name, dtype)
+    assert len(found["operators"]) >= 4 * 3 * 2 and len(found["ceilings"]) == 6 and found["gather"]
+    assert [leak for *_, leak in found["attention"]] == ["0", "0", "0"]
+    assert [(row[0], row[-1]) for row in found["step"]] == [(stage, waits) for stage in ("0", "1", "3")]
+    assert found["resume"] == [["3", "same"]]
+
+
+def test_it_names_every_question() -> None:
+    assert set(tool("bench/gpu").QUESTIONS) == set(QUESTIONS)
+
+
+@pytest.mark.gloo
+def test_every_question_runs_at_toy_size(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, answers, str(tmp_path), QUESTIONS, "--device", "cpu", "--toy")
+    check(found, "only a GPU can say")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_question_runs_on_a_gpu(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, answers, str(tmp_path), QUESTIONS, "--device", "cuda", "--toy")
+    check(found, "none")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    call("bench/gpu", "ceilings")
+    assert capsys.readouterr().out.startswith("no GPU here") and not torch.cuda.is_available()

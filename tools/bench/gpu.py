@@ -1,0 +1,310 @@
+"""What is to be measured on the day that a GPU is there, one question at a time, each within minutes.
+
+    python tools/bench/gpu.py ceilings|operators|gather|attention|step|resume [--json FILE]
+    python tools/bench/gpu.py ... --device cpu --toy        the same code at toy sizes, which a test runs
+
+    ceilings    what the card gives at best: copies in TB/s, products in TFLOP/s
+    operators   every operator, grouping, dtype and path against fp64 on the CPU; merges: the bits of the CPU
+    gather      the operations of `adapters/kernels` against plain torch, in GB/s
+    attention   by documents against a dense mask: time, and what leaks from one document to another (0)
+    step        one rank under ZeRO 0, 1 and 3: tokens a second, peak memory, and whether the host waits inside a
+                micro-batch, which on a GPU is an error (torch.cuda.set_sync_debug_mode)
+    resume      a run that is saved and resumed, against the uninterrupted one, to the bit, as --deterministic has it
+
+`layer.py`, `loss.py` and `plan.py` measure layers, the loss and memory, on a GPU too. Without a GPU, a line says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout, not installed
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mora_ds import MoRAConfig, initialize, inject
+from mora_ds.adapters.inject import mora_layers
+from mora_ds.adapters.kernels import ops
+from mora_ds.adapters.kernels.tables import KernelTables
+from mora_ds.adapters.ops.linear import Compute, mora_linear
+from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
+from mora_ds.data.documents import Documents
+from mora_ds.engine import zero
+from mora_ds.engine.device import make_deterministic
+from mora_ds.engine.initialize import start_distributed
+from mora_ds.models.base import write_own_base
+from mora_ds.models.document_attention import document_attention
+from mora_ds.runtime import cli
+from mora_ds.runtime.processes import only_rank
+from mora_ds.train.run import Run
+from tools.bench.measuring import llama_config
+from tools.bench.report import Report, json_flag
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def main() -> None:
+    options = _options()
+    options.device = torch.device(options.device)
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        print("no GPU here: nothing is measured (--device cpu --toy runs the same code at toy sizes)")
+        return
+    report = Report(options)
+    report.say(f"{options.question} on {_name(options.device)}{', toy sizes' if options.toy else ''}")
+    QUESTIONS[options.question](options, report)
+    report.write()
+
+
+# -- questions ---------------------------------------------------------------------------------------------------------
+
+
+def ceilings(options: argparse.Namespace, report: Report) -> None:
+    side = 128 if options.toy else 8192
+    rows = [["what", "dtype", "rate"]]
+    for dtype in DTYPES:
+        a, b = (torch.randn(side, side, device=options.device).to(dtype) for _ in range(2))
+        copied = 2 * a.numel() * a.element_size() / _seconds(lambda a=a, b=b: b.copy_(a), options)  # type: ignore[misc]
+        product = 2 * side**3 / _seconds(lambda a=a, b=b: a @ b, options)  # type: ignore[misc]
+        name = str(dtype).removeprefix("torch.")
+        rows += [["copy", name, f"{copied / 1e12:.3f} TB/s"], ["product", name, f"{product / 1e12:.2f} TFLOP/s"]]
+    report.show("ceilings", rows)
+
+
+def operators(options: argparse.Namespace, report: Report) -> None:
+    rows = [["operator", "dtype", "path", "error of y", "of x's gradient", "of M's gradient", "merge"]]
+    for spec in _specs(options):
+        x, weight, square = (torch.randn(*shape, dtype=torch.float64) for shape in _shapes(spec, options))
+        wanted = _product(spec, x, weight, square, Compute.ACTIVATION)
+        merged = delta_weight(spec, square.float())
+        same = torch.equal(delta_weight(spec, square.float().to(options.device)).cpu(), merged)
+        for dtype in DTYPES:
+            there = x.to(options.device, dtype), weight.to(options.device, dtype), square.to(options.device, dtype)
+            for path in (Compute.ACTIVATION, Compute.WEIGHT):
+                found = _product(spec, *there, path)
+                errors = [f"{(a.double().cpu() - b).norm() / b.norm():.1e}" for a, b in zip(found, wanted, strict=True)]
+                name = f"{spec.kind.value}, {spec.grouping.value}"
+                rows.append([name, str(dtype)[6:], path.value, *errors, "same bits" if same else "OTHER BITS"])
+    report.show("operators", rows)
+
+
+def gather(options: argparse.Namespace, report: Report) -> None:
+    rows = [["operator", "dtype", "plain torch, GB/s", "mora_ds.gather_sum, GB/s"]]
+    for spec in _specs(options):
+        if spec.grouping is not Grouping.PERMUTED or spec.kind is OperatorKind.TRUNCATE:
+            continue
+        tables = KernelTables(spec, options.device)
+        for dtype in DTYPES[:2]:
+            x = torch.randn(_tokens(options), spec.d_in, device=options.device).to(dtype)
+            index = tables.fold.clamp(0, spec.d_in - 1).flatten().long()
+            moved = 2 * x.numel() * x.element_size()
+            plain = moved / _seconds(lambda x=x, i=index: x.index_select(1, i), options)  # type: ignore[misc]
+            own = moved / _seconds(lambda x=x, t=tables: ops.gather_sum(x, t.fold, None, None, False), options)  # type: ignore[misc]
+            rows.append([spec.kind.value, str(dtype)[6:], f"{plain / 1e9:.1f}", f"{own / 1e9:.1f}"])
+    report.show("gather", rows)
+
+
+def attention(options: argparse.Namespace, report: Report) -> None:
+    heads, size, length = (4, 32, 64) if options.toy else (32, 128, 16384)
+    dtype = torch.float32 if options.device.type == "cpu" else torch.bfloat16
+    module = SimpleNamespace(training=True, is_causal=True, num_key_value_groups=1)
+    rows = [["documents", "by documents, ms", "dense mask, ms", "leak"]]
+    for count in (1, 4, 16):
+        positions = torch.arange(length // count).repeat(count)[None]
+        documents = Documents.of(positions).to(options.device)
+        q, k, v = (
+            torch.randn(1, heads, length, size, device=options.device).to(dtype).requires_grad_() for _ in range(3)
+        )
+        number = (positions.diff(dim=1) != 1).cumsum(1)[0].to(options.device)
+        number = F.pad(number, (1, 0))
+
+        def by_documents(q: Tensor = q, k: Tensor = k, v: Tensor = v, d: Documents = documents) -> Tensor:
+            return document_attention(module, q, k, v, None, documents=d)[0]  # type: ignore[arg-type]
+
+        def dense(q: Tensor = q, k: Tensor = k, v: Tensor = v, n: Tensor = number) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, (n[:, None] == n).tril())
+
+        leak = 0.0
+        if count > 1:  # what the last document's output takes from the first document's keys
+            (by,) = torch.autograd.grad(by_documents()[:, -1].float().sum(), k)
+            leak = by[:, :, : length // count].abs().max().item()
+        times = [_seconds(lambda f=f: f().float().sum().backward(), options) for f in (by_documents, dense)]  # type: ignore[misc]
+        rows.append([str(count), *(f"{1e3 * each:.3f}" for each in times), f"{leak:g}"])
+    report.show("attention", rows)
+
+
+def step(options: argparse.Namespace, report: Report) -> None:
+    rows = [["ZeRO", "tokens/s", "peak, GiB", "waits inside a micro-batch"]]
+    _one_rank()
+    for stage in (0, 1, 3):
+        engine, ids = _engine(options, stage), _ids(options)
+        _train(engine, ids, 3)  # DeepSpeed traces the model in the first steps
+        waits = "none" if options.device.type == "cuda" else "only a GPU can say"
+        with _waits_are_errors(options.device):
+            try:
+                loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
+                engine.backward(loss)
+            except RuntimeError as error:
+                if "synchroniz" not in str(error):
+                    raise
+                waits = str(error).splitlines()[0]
+        engine.step()
+        seconds = _seconds(lambda e=engine, i=ids: _train(e, i, 1), options)  # type: ignore[misc]
+        peak = torch.cuda.max_memory_reserved() / 2**30 if options.device.type == "cuda" else float("nan")
+        rows.append([str(stage), f"{ids.numel() / seconds:,.0f}", f"{peak:.2f}", waits])
+        engine.destroy()
+    report.show("step", rows)
+
+
+def resume(options: argparse.Namespace, report: Report) -> None:
+    make_deterministic()
+    _one_rank()
+    config = MoRAConfig(rank=8)
+    with tempfile.TemporaryDirectory() as folder:
+        base, out = Path(folder) / "base", Path(folder) / "out"
+        write_own_base(_model(options), base)
+        whole = _engine(options, 3, config)
+        run = Run(whole, config, base, out)
+        _train(whole, _ids(options), 2)
+        run.merge(2)
+        run.save(2)
+        losses = _train(whole, _ids(options), 3)
+        again = _engine(options, 3, config)
+        Run(again, config, base, out, resume="auto")
+        found = _train(again, _ids(options), 3)
+        pairs = zip(_matrices(whole), _matrices(again), strict=True)
+        same = found == losses and all(torch.equal(one, other) for one, other in pairs)
+    rows = [["steps after the checkpoint", "losses and matrices"], ["3", "same" if same else "DIFFERENT"]]
+    report.show("resume", rows)
+
+
+QUESTIONS: dict[str, Callable[[argparse.Namespace, Report], None]] = {
+    each.__name__: each for each in (ceilings, operators, gather, attention, step, resume)
+}
+
+
+# -- what they share ---------------------------------------------------------------------------------------------------
+
+
+def _seconds(work: Callable[[], object], options: argparse.Namespace) -> float:
+    """Median of a call, after one that is not counted."""
+    times = []
+    for _ in range(3 if options.toy else 21):
+        started = _now(options.device)
+        work()
+        times.append(_now(options.device) - started)
+    return median(times[1:])
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _specs(options: argparse.Namespace) -> Iterator[OperatorSpec]:
+    d_in, d_out, rank = (48, 80, 8) if options.toy else (4096, 11008, 256)
+    for kind in (OperatorKind.TRUNCATE, OperatorKind.SHARE, OperatorKind.DECOUPLE, OperatorKind.ROTATE):
+        r_hat = square_size(d_in, d_out, 8 if kind is OperatorKind.ROTATE else rank, kind)
+        for grouping in Grouping if kind is OperatorKind.SHARE else (Grouping.PLAIN, Grouping.PERMUTED):
+            yield OperatorSpec(kind, d_in, d_out, min(r_hat, d_in), grouping, seed=1)
+
+
+def _shapes(spec: OperatorSpec, options: argparse.Namespace) -> tuple[tuple[int, int], ...]:
+    return (_tokens(options) // 8, spec.d_in), (spec.d_out, spec.d_in), (spec.r_hat, spec.r_hat)
+
+
+def _tokens(options: argparse.Namespace) -> int:
+    return 64 if options.toy else 4096
+
+
+def _product(spec: OperatorSpec, x: Tensor, weight: Tensor, square: Tensor, path: Compute) -> tuple[Tensor, ...]:
+    """y, and the gradients of x and M for a gradient of one everywhere."""
+    x, square = x.detach().requires_grad_(), square.detach().requires_grad_()
+    y = mora_linear(x, weight, None, square, spec, path)
+    return y.detach(), *torch.autograd.grad(y.sum(), (x, square))
+
+
+def _model(options: argparse.Namespace) -> Any:
+    torch.manual_seed(0)
+    shape = (32, 2, 64, 32) if options.toy else (4096, 8, 32000, 4096)
+    return AutoModelForCausalLM.from_config(llama_config(*shape))
+
+
+def _ids(options: argparse.Namespace) -> Tensor:
+    length, vocabulary = (32, 64) if options.toy else (4096, 32000)
+    return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(options.device)
+
+
+def _engine(options: argparse.Namespace, stage: int, config: MoRAConfig | None = None) -> Any:
+    model = _model(options)
+    inject(model, config or MoRAConfig(rank=8))
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": options.device.type == "cuda"},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+    }
+    return initialize(model=model, config=settings)[0]
+
+
+def _train(engine: Any, ids: Tensor, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.detach())
+    return [each.item() for each in losses]
+
+
+def _matrices(engine: Any) -> list[Tensor]:
+    return [zero.full_fp32(engine, layer.value) for layer in mora_layers(engine.module).values()]
+
+
+def _one_rank() -> None:
+    if "RANK" not in os.environ:
+        os.environ.update(only_rank())
+    start_distributed()
+
+
+@contextmanager
+def _waits_are_errors(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("question", choices=list(QUESTIONS), help="what to measure")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where")
+    parser.add_argument("--toy", action="store_true", help="toy sizes, which say nothing about speed")
+    json_flag(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    cli.run(main)
