@@ -12,11 +12,14 @@ import argparse
 from pathlib import Path
 
 from mora_ds.deploy.export import export_merged
+from mora_ds.deploy.hub import check_repository, push_folder
 from mora_ds.models.tensor_files import COMPUTE_DTYPES
 
 
 def main() -> None:
     options = _parser().parse_args()
+    if options.push_to_hub is not None:
+        check_repository(options.push_to_hub)
     report = export_merged(
         options.checkpoint,
         options.output,
@@ -28,6 +31,8 @@ def main() -> None:
         domain=options.domain,
     )
     print("\n".join(report.lines()))
+    if options.push_to_hub is not None:
+        print(push_folder(options.output, options.push_to_hub))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,4 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         "--verify", action="store_true", help="load the result and compare its logits with those recorded in training"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model that stands at --output")
+    parser.add_argument(
+        "--push_to_hub", metavar="REPO", help="also upload it to this repository of the Hub, a new one being private"
+    )
     return parser

@@ -15,8 +15,12 @@ def adapter_problems(adapter: AdapterArguments, training: TrainingArguments) -> 
     if adapter.adapter == AdapterKind.NONE.value:
         if training.export_merged:
             yield "--adapter none trains nothing: leave out --export_merged"
+        if training.push_to_hub is not None:
+            yield "--adapter none trains nothing: leave out --push_to_hub"
         if training.resume_from_checkpoint is not None:
             yield "--adapter none trains nothing, so there is nothing to resume: leave out --resume_from_checkpoint"
+    if adapter.adapter == AdapterKind.FULL.value and training.push_to_hub and not training.export_merged:
+        yield "--push_to_hub: --adapter full has no adapter to upload; add --export_merged"
     if 0 < adapter.full_rank_steps >= training.max_steps:
         yield f"--full_rank_steps {adapter.full_rank_steps} must be less than --max_steps, got {training.max_steps}"
     if training.optimizer == OptimizerKind.MUON.value and adapter.adapter != AdapterKind.MORA.value:

@@ -30,10 +30,11 @@ from mora_ds.config.forgetting import Watch, change
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.data import Mixture, TrainData
+from mora_ds.deploy.hub import check_repository, push_adapter, push_folder
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_keys import tracker_folders
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.errors import UserError
+from mora_ds.errors import RunError, UserError
 from mora_ds.files import write_json_atomic
 from mora_ds.models.attention import use_documents
 from mora_ds.models.loss import chunk_loss
@@ -85,6 +86,8 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
         check_installed(arguments.training.report_to)
         if arguments.adapter.compile:
             check_compiler()
+        if arguments.training.push_to_hub is not None:
+            check_repository(arguments.training.push_to_hub)
         if arguments.training.dry_run:
             compare_settings(arguments)
             return dry_run(arguments)
@@ -269,8 +272,25 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
         logger.info(f"writing the merged model to {folder / MERGED_FOLDER}")
         job.export(trainer.last_checkpoint, folder / MERGED_FOLDER)
     log.close()
+    if arguments.training.push_to_hub is not None:
+        assert trainer.last_checkpoint is not None
+        _push(arguments.training, ranks, trainer.last_checkpoint, folder / MERGED_FOLDER)
     ranks.barrier("end of the run", long=True)
     return summary
+
+
+def _push(training: TrainingArguments, ranks: Ranks, checkpoint: Path, merged: Path) -> None:
+    """--push_to_hub. The run has ended well: what cannot be uploaded is a warning."""
+    repository = training.push_to_hub or ""
+
+    def push() -> str:
+        return push_folder(merged, repository) if training.export_merged else push_adapter(checkpoint, repository)
+
+    try:
+        logger.info(ranks.on_first("upload to the Hub", push, long=True))
+    except RunError as error:
+        if ranks.is_first:
+            logger.warning("%s", error)
 
 
 def _trackers(arguments: Arguments, folder: Path, facts: Mapping[str, Any], start_step: int) -> list[Tracker]:

@@ -109,6 +109,8 @@ stray | 'stray'
 --freeze both | --freeze is for --domain_adapters
 --init_adapter /nowhere | --init_adapter is for --domain_adapters
 --adapter lora --init_adapter {bad}/emptydir | --init_adapter | adapter_config.json
+--push_to_hub a/b/c | --push_to_hub a/b/c
+--adapter full --push_to_hub a/b | --push_to_hub | --export_merged
 --domain_adapters | --domain_adapters needs several named sources
 --bf16 --fp16 | --bf16 and --fp16
 --overwrite_output_dir --resume_from_checkpoint latest | --overwrite_output_dir | --resume_from_checkpoint

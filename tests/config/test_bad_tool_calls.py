@@ -55,6 +55,7 @@ export_hf --checkpoint {run} --output {new} --max_shard_gib nan | --max_shard_gi
 export_hf --checkpoint {run} --output {new} --domain code | --domain
 export_hf --checkpoint {run} --output {new} --base {bad}/models/index_lists | index.json
 export_hf --checkpoint {run} --output {new} --base {user}/model | {user}/model
+export_hf --checkpoint {run} --output {new} --push_to_hub a/b/c | --push_to_hub a/b/c
 verify_checkpoint {bad}/gone | gone
 verify_checkpoint {bad}/emptydir | emptydir
 convert_checkpoint universal {bad}/gone --output {new} | gone

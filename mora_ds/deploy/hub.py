@@ -1,0 +1,68 @@
+"""Uploads models and adapters to the Hugging Face Hub, by huggingface_hub.
+
+The token is huggingface_hub's own (`hf auth login`, or HF_TOKEN): no flag takes one, so that none is in run.yaml, in a
+log or in a message. A repository that does not exist is made, private.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from mora_ds.deploy.adapter_io import export_adapter
+from mora_ds.errors import RunError, UserError, reason
+
+FLAG = "--push_to_hub"
+
+
+def check_repository(repository: str) -> None:
+    """Raises `UserError` for a name that the Hub cannot have."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"{FLAG} {repository}: {reason(error)}") from None
+
+
+def push_folder(folder: Path, repository: str) -> str:
+    """Uploads all files of `folder` as one commit and returns a line to print.
+
+    Raises `RunError` where there is no network, no token or no permission. Nothing is lost: the folder stays.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HTTPError  # of the client that it uses: httpx, or httpx2 from 2.4 on
+
+    try:
+        api = HfApi()
+        url = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {folder.name} by mora_ds")
+    except (HTTPError, OSError) as error:  # OSError: also huggingface_hub's own errors, and its offline mode
+        text, token = reason(error), get_token()
+        text = text.replace(token, "***") if token else text
+        raise RunError(
+            f"{FLAG} {repository}: not uploaded ({text}); it stays in {folder}: hf upload {repository} {folder}"
+        ) from None
+    return f"uploaded {folder} to {url}"
+
+
+def push_adapter(checkpoint: Path, repository: str) -> str:
+    """Uploads the adapter of a checkpoint alone, with a model card. Returns and raises as `push_folder`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "adapter"
+        lines = export_adapter(checkpoint, folder)
+        (folder / "README.md").write_text(_card(repository, lines[0].partition(": ")[2]), encoding="utf-8")
+        try:
+            push_folder(folder, repository)
+        except RunError as error:
+            again = f"mora-ds convert adapter {checkpoint} --output FOLDER, and hf upload {repository} FOLDER"
+            raise RunError(f"{str(error).partition('; it stays')[0]}: {again}") from None
+    return f"uploaded the adapter of {checkpoint} to {repository}"
+
+
+def _card(repository: str, facts: str) -> str:
+    name = repository.rpartition("/")[2]
+    head = ["---", "library_name: mora_ds", "tags: [mora, continual-pretraining]", "---", "", f"# {name}", ""]
+    text = f"MoRA matrices and merge ledger of a continual pretraining: {facts}. `base.json` names the base."
+    return "\n".join([*head, text, "", "```python", f'model = mora_ds.load_adapter("BASE", "{name}")', "```", ""])

@@ -1,0 +1,105 @@
+"""--push_to_hub, against a stand-in for the Hub: what is uploaded, who sees it, and a run without a network."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from mora_ds.commands import export
+from mora_ds.errors import RunError
+from tests.helpers.exports import fake_run
+from tests.helpers.gloo import run_ranks
+from tests.helpers.hub import Hub, stand_in
+from tests.helpers.jobs import Playground, job, refusal
+from tests.helpers.mistakes import answer
+
+TOKEN = "hf_SecretOfTheTest"
+REPOSITORY = "someone/model"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with stand_in() as found:
+        turn_to(found.url, monkeypatch)
+        yield found
+
+
+def turn_to(url: str, patch: pytest.MonkeyPatch, is_offline: bool = False) -> None:
+    """Makes this process take `url` for the Hub, and a token of its own."""
+    patch.setenv("HF_TOKEN", TOKEN)
+    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
+    original = huggingface_hub.HfApi.__init__
+
+    def at_the_stand_in(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **{"endpoint": url, **kwargs})
+
+    patch.setattr(huggingface_hub.HfApi, "__init__", at_the_stand_in)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_export_is_uploaded_as_it_was_written(tmp_path: Path, hub: Hub) -> None:
+    run, merged = fake_run(tmp_path), tmp_path / "merged"
+    flags = ["--checkpoint", str(run.output), "--output", str(merged), "--push_to_hub", REPOSITORY]
+    assert answer(export.main, "mora-ds export", flags) == (0, "")
+    assert hub.private == {REPOSITORY: True}
+    assert hub.files[REPOSITORY] == contents(merged)
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+
+
+def test_an_export_that_is_refused_stays_where_it_is(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, merged = fake_run(tmp_path), tmp_path / "merged"
+    hub.refuses = True
+    words = ["mora-ds export", "--checkpoint", str(run.output), "--output", str(merged), "--push_to_hub", REPOSITORY]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(RunError, match="not uploaded") as failed:
+        export.main()
+    assert f"hf upload {REPOSITORY} {merged}" in str(failed.value) and TOKEN not in str(failed.value)
+    assert (merged / "model.safetensors").is_file()
+
+
+def trained(url: str, is_offline: bool, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """A run's summary, and its warnings. For `run_ranks`."""
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("mora_ds").addHandler(handler)
+    with pytest.MonkeyPatch.context() as patch:
+        turn_to(url, patch, is_offline)
+        return job(argv), warnings
+
+
+def test_a_run_uploads_its_model_or_its_adapter(user: Playground, tmp_path: Path, hub: Hub) -> None:
+    flags = user.flags(tmp_path / "out", "--max_steps", 2, "--push_to_hub", REPOSITORY)
+    run_ranks(1, trained, hub.url, False, flags)
+    adapter = hub.files.pop(REPOSITORY)
+    assert {"adapter.json", "adapter.safetensors", "base.json", "README.md"} <= set(adapter)
+    assert json.loads(adapter["adapter.json"])["step"] == 2
+    run_ranks(1, trained, hub.url, False, [*flags, "--export_merged", "--overwrite_output_dir"])
+    assert hub.files[REPOSITORY] == contents(tmp_path / "out" / "merged")
+    written = b"".join(path.read_bytes() for path in (tmp_path / "out").glob("*.*"))
+    assert REPOSITORY.encode() in written and TOKEN.encode() not in written
+
+
+@pytest.mark.parametrize("is_offline", [False, True])
+def test_a_run_goes_on_without_the_hub(user: Playground, tmp_path: Path, hub: Hub, is_offline: bool) -> None:
+    hub.refuses = True
+    flags = user.flags(tmp_path / "out", "--max_steps", 2, "--push_to_hub", REPOSITORY)
+    ((summary, warnings),) = run_ranks(1, trained, hub.url, is_offline, flags)
+    assert summary["steps"] == 2
+    (warning,) = (text for text in warnings if "--push_to_hub" in text)
+    assert "not uploaded" in warning and "mora-ds convert adapter" in warning and TOKEN not in warning
+    assert (tmp_path / "out" / "summary.json").is_file()
+
+
+def test_a_name_that_no_repository_has_is_refused_at_once(user: Playground, tmp_path: Path) -> None:
+    assert "--push_to_hub a/b/c" in refusal(user.flags(tmp_path / "out", "--push_to_hub", "a/b/c"))
+    assert not (tmp_path / "out").exists()

