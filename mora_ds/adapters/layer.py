@@ -30,8 +30,12 @@ from mora_ds.adapters.ops.subspace import Sides, SubspaceSpec, subspace_update
 class Split(Protocol):
     """How the ranks of a tensor-parallel group compute a layer (`parallel.tensor_parallel.LayerSplit`)."""
 
-    def __call__(self, layer: MoRALinear, x: Tensor) -> Tensor:
-        """This rank's part of the layer's output."""
+    @property
+    def has_paths(self) -> bool:
+        """Whether the layer can be computed over its weight, too."""
+
+    def __call__(self, layer: MoRALinear, x: Tensor, own: Tensor, path: Compute) -> Tensor:
+        """This rank's part of the layer's output, from its shard of the value."""
 
     def shard(self, value: Tensor) -> Tensor:
         """This rank's shard of a value."""
@@ -169,18 +173,27 @@ class MoRALinear(AdaptedLinear):
         self.tables: KernelTables | None = None
         self._held: tuple[IndexTables, ...] = ()
 
+    @property
+    def has_paths(self) -> bool:
+        """Whether it can be trained over either path: with dropout, the frozen weight and M read different inputs."""
+        return not self.dropout and (self.split is None or self.split.has_paths)
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.split is not None:
-            return self.split(self, x)
-        if self.training and self.dropout:  # the frozen weight and M read different inputs
+        if self.split is None and self.training and self.dropout:
             return super().forward(x)
+        return self.product(x, self.square.to(x.dtype), self.compute)
+
+    def product(self, x: Tensor, square: Tensor, path: Compute) -> Tensor:
+        """The layer's output with `square` in place of its own M (this rank's shard of it, where it is split)."""
+        if self.split is not None:
+            return self.split(self, x, square, path)
         frozen = self.frozen
         check_floating(x, frozen)
-        square, keep = self.square.to(x.dtype), self.recomputed and self.training
+        keep = self.recomputed and self.training
         if runs_kernels(x.device):
-            return kernel_linear(x, frozen, self.bias, square, self.kernel_tables(x.device), self.compute, keep)
+            return kernel_linear(x, frozen, self.bias, square, self.kernel_tables(x.device), path, keep)
         self.hold_tables(x.device)
-        return mora_linear(x, frozen, self.bias, square, self.spec, self.compute, keep)
+        return mora_linear(x, frozen, self.bias, square, self.spec, path, keep)
 
     def operators(self) -> tuple[OperatorSpec, ...]:
         """All operators that the layer computes with."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.adapters.domain_names import Freeze
+from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
 from mora_ds.adapters.ops.subspace import SUBSPACE
 from mora_ds.adapters.target_plan import AUTO, parse_budget
@@ -77,7 +79,8 @@ class AdapterArguments:
     """With --targets auto: parameters of all MoRA matrices, as a share of the model's (0.5%) or a number."""
     compute: str = "auto"
     """activation (the update is applied to the activations), weight (a weight W0 + update is formed, rounded to the
-    run's dtype) or auto (the cheaper one, by tokens per micro-batch, shape, operator and dtype)."""
+    run's dtype), auto (both are timed at the start, and each shape of layers takes the quicker one) or the run.yaml of
+    an earlier run of auto, whose choice is taken. A resumed run keeps its choice."""
     base_bits: int = AS_LOADED
     """8: hold the frozen weights of adapted layers in int8 with a scale per output, half of the memory of bf16; merges
     and exports read the original weights. 16: hold them in the run's dtype."""
@@ -156,6 +159,11 @@ class AdapterArguments:
         """Whether parameters other than the adapter's are trained (PEFT calls them modules_to_save)."""
         return self.train_embeddings or self.train_new_embeddings or self.train_norms or self.train_head
 
+    @property
+    def compute_file(self) -> Path | None:
+        """The file of --compute, where its value is no name."""
+        return Path(self.compute).expanduser() if self.compute.endswith((".yaml", ".yml")) else None
+
     def stall_rule(self) -> StallRule | None:
         """The rule that decides about merges with --merge_when stalled. Raises `UserError` for invalid settings."""
         if self.merge_when != MergeWhen.STALLED.value:
@@ -189,7 +197,7 @@ class AdapterArguments:
             operator=self.operator,
             grouping=self.grouping,
             r_hat_multiple=R_HAT_MULTIPLE if self.r_hat_multiple is None else self.r_hat_multiple,
-            compute=self.compute,
+            compute=self.compute if self.compute_file is None else Compute.AUTO.value,
             segments=self.tp_segments if self.tp_grouping == TPGrouping.ALIGNED.value else 0,
             vector_sets=self.subspace_cycles,
             **self._common(seed),

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.layer import MoRALinear
-from mora_ds.adapters.ops.linear import Compute, choose
+from mora_ds.adapters.ops.linear import Compute, formula_of_0_2
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.tp_plan import Style, TensorPlan, plan_of
 from mora_ds.errors import UserError
@@ -114,17 +114,20 @@ class LayerSplit:
     block: BlockInput | None
     """The input of the block that the layer is split with."""
 
-    def __call__(self, layer: MoRALinear, x: Tensor) -> Tensor:
+    @property
+    def has_paths(self) -> bool:
+        return self.style is not Style.WHOLE
+
+    def __call__(self, layer: MoRALinear, x: Tensor, own: Tensor, path: Compute) -> Tensor:
         """(..., d_in) -> (..., d_out), where a rowwise layer's input and a colwise layer's output are this process's
-        slices."""
-        own = layer.square.to(x.dtype)
+        slices. `own`: this process's share of M."""
         if self.style is Style.WHOLE:
             return F.linear(x, layer.stored_weight, layer.bias) + self._unsplit_update(layer.spec, own, x)
         weight, bias = _slices(self.topology, self.style, layer.stored_weight, layer.bias)
         part, saving = self._window(layer.spec), None
         if self.block is not None and torch.is_grad_enabled():
             saving = self.block.saving(self.saved, x)
-        y = _SplitLinear.apply(x, weight, bias, own, part, self, layer.compute, saving or smaller_of(part))
+        y = _SplitLinear.apply(x, weight, bias, own, part, self, path, saving or smaller_of(part))
         return y if self.style is Style.COLWISE else _summed(self.topology, y, layer.bias)
 
     def shard(self, matrix: Tensor) -> Tensor:
@@ -226,7 +229,7 @@ class _SplitLinear(torch.autograd.Function):
         path: Compute, saving: Saving,
     ) -> Tensor:  # fmt: skip
         if path is Compute.AUTO:
-            path = choose(x.numel() // part.d_in, part.d_in, part.d_out, x.dtype, part.spec, split=True)
+            path = formula_of_0_2(x.numel() // part.d_in, part.d_in, part.d_out, x.dtype, part.spec, split=True)
         by_weight = path is Compute.WEIGHT
         ctx.part, ctx.split, ctx.weight, ctx.saving, ctx.by_weight = part, split, weight, saving, by_weight
         matrix = split.for_compute(own, part)

@@ -18,6 +18,7 @@ from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.inject import frozen_buffers, inject
+from mora_ds.adapters.path_times import undecided
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.checkpoint.contents import PROBE_TOKENS
 from mora_ds.checkpoint.state import TrainerState, run_identity
@@ -31,9 +32,11 @@ from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.planning.costs import costs
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.runtime.events import Event, emit
+from mora_ds.train.compute import check_same, path_in
 from mora_ds.train.init_adapter import InitialAdapter
 from mora_ds.train.init_lora import InitialLoRA
 from mora_ds.train.job import Job
+from mora_ds.train.replicas import Replica
 from mora_ds.train.run import Run, RunDetails
 from mora_ds.train.targets import RunTargets
 from mora_ds.train.vectors import FOLDER as VECTORS_FOLDER
@@ -49,6 +52,7 @@ class AdapterJob(Job):
         training = self.arguments.training
         self.config = self._with_vectors(self._planned_config())
         self.place.ranks.agree("injection of the adapter", self._inject, long=True)
+        self._check_paths()
         fingerprint = self.loaded.base.fingerprint(ranks=self.place.ranks)
         common = self.common_identity()
         self.check_checkpoint(run_identity(fingerprint, self.config, common))
@@ -69,6 +73,12 @@ class AdapterJob(Job):
         self.state, self.merger = self.run.state, self.run.remora
         if first is not None:
             logger.info(first.put(self.engine))
+
+    def choose_compute(self) -> None:
+        training, data = self.arguments.training, self.data.train
+        replica = Replica(self.engine, training.ranks_per_replica, self.split)
+        rows = training.per_device_train_batch_size
+        self.run.choose_compute(lambda: replica.nll(data.first_rows(rows)), self.place.paths)
 
     def save(self, state: TrainerState) -> Path:
         return self.run.save_state(state, self.arguments.training.save_total_limit)
@@ -141,6 +151,15 @@ class AdapterJob(Job):
             tokens = training.per_device_train_batch_size * self.data.train.seq_len // training.sequence_parallel_size
             replicas = self.place.ranks.world // degree
             logger.info(costs(model, degree, replicas, tokens, inputs=TPInputs(training.tp_inputs)))
+
+    def _check_paths(self) -> None:
+        """Raise `UserError` for a --compute FILE of another model, or of other paths than a resumed run has."""
+        paths, checkpoint, model = self.place.paths, self.place.checkpoint, self.loaded.model
+        if checkpoint is not None:
+            check_same(checkpoint, TrainerState.read(checkpoint).compute, paths)
+        elif paths is not None:
+            for name, layer in undecided(model).items():
+                path_in(paths, name, layer, f"--compute {self.arguments.adapter.compute}")
 
     def _initial_adapter(self, fingerprint: str) -> InitialAdapter | InitialLoRA | None:
         """The adapter of --init_adapter, checked against the model; None where there is none, or a checkpoint."""

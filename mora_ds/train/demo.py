@@ -64,6 +64,7 @@ CONTINUE: dict[str, Any] = {
     "max_steps": 360,
     "learning_rate": 4e-3,
     "warmup_steps": 10,
+    "compute": "weight",  # not by times: every run of the demo on one machine ends with the same numbers
     "merge_every": 90,
     "restart_warmup_steps": 5,
     "eval_steps": 180,
@@ -197,6 +198,8 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
         "eval_files": paths.eval_files,
         "cache_dir": str(paths.tokens),
     }
+    if arguments.training.resume_from_checkpoint is not None:
+        del settings["compute"]  # as it began: in versions up to 0.2 by a formula
     return from_flat({**settings, **given})
 
 

@@ -8,7 +8,7 @@ run.save(step)         out/checkpoints/step-N, from which export_merged makes a 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from mora_ds.adapters.domains import frozen_values, restore_frozen
 from mora_ds.adapters.inject import base_weights, mora_layers, value_names
 from mora_ds.adapters.new_embeddings import stands_for
 from mora_ds.adapters.ops.singular_vectors import path_of
+from mora_ds.adapters.path_times import undecided
 from mora_ds.adapters.target_modules import targets_of
 from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, read_adapter
 from mora_ds.checkpoint.contents import PROBE_TOKENS, RunWriter
 from mora_ds.checkpoint.folder import resume_checkpoint
 from mora_ds.checkpoint.layout import CHECKPOINTS, LEDGER_FOLDER, complete_checkpoints
-from mora_ds.checkpoint.state import MERGE_PRECISION, TrainerState, check_identity, run_identity
+from mora_ds.checkpoint.state import MERGE_PRECISION, Paths, TrainerState, check_identity, run_identity
 from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import start_distributed
@@ -38,6 +39,7 @@ from mora_ds.remora.merge import MergeReport, ReMoRA
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
+from mora_ds.train.compute import choose, take
 from mora_ds.train.vectors import prepare_vectors, wanted_vectors
 
 
@@ -109,10 +111,23 @@ class Run:
         root = self.folder / CHECKPOINTS
         self._checkpoints = CheckpointWriter(root, engine, writer.collect, async_save, self.followers)
         self.state = TrainerState(world_size=self.ranks.world, identity=self.identity)
+        self._begins = checkpoint is None
         if checkpoint is not None:
             self._restore(checkpoint)
         if details.keys is None and config.base_bits == 8 and not self.remora.cycle:
             self.remora.form_base()  # from the originals: the model may have been loaded in another dtype
+
+    def choose_compute(self, forward: Callable[[], Any], paths: Paths | None = None) -> None:
+        """Time both paths of every layer on this machine and take the quicker one; the choice is part of the run.
+
+        `forward` runs the model once, without gradients, on a micro-batch of training. `paths`: those of an earlier
+        run, in place of timing. Does nothing in a resumed run, which keeps its paths, and for layers whose path the
+        adapter's config has chosen. Collective: call it before the first step.
+        """
+        model: Any = self.engine.module
+        if self._begins and undecided(model):
+            self.state.compute = choose(model, self.ranks, forward) if paths is None else paths
+            take(model, self.state.compute, "--compute")
 
     def merge(self, step: int) -> MergeReport:
         """Merge the MoRA matrices of all layers after optimizer step `step` and start the next cycle."""
@@ -152,6 +167,8 @@ class Run:
         if frozen_values(self.engine.module):
             tensors = AdapterTensors.open(checkpoint, read_adapter(checkpoint))
             restore_frozen(self.engine.module, dict(tensors.items()))
+        if self.state.compute:
+            take(self.engine.module, self.state.compute, str(checkpoint))
         self.remora.replay()
 
     def _find_followers(self, folder: Path) -> Followers:

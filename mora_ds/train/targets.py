@@ -16,6 +16,7 @@ from typing import Any
 from mora_ds.adapters.config import AdapterConfig, MoRAConfig
 from mora_ds.adapters.inject import count_parameters
 from mora_ds.adapters.layer import linear_shape
+from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.rank_allocation import TOLERANCE, Candidate, check_budget, spend
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.adapters.target_plan import (
@@ -132,8 +133,8 @@ class RunTargets:
         """
         if not isinstance(config, MoRAConfig):
             return config
-        if self.checkpoint is not None and self.adapter.r_hat_multiple is None:
-            config = replace(config, r_hat_multiple=saved_multiple(self.checkpoint))
+        if self.checkpoint is not None:
+            config = as_begun(config, self.adapter, self.checkpoint)
         saved = {} if self.checkpoint is None else saved_sides(self.checkpoint)
         if self.adapter.targets is None:
             if saved:
@@ -189,10 +190,15 @@ def saved_sides(checkpoint: Path) -> dict[str, int]:
     return dict(adapter.get("layer_sizes") or {})
 
 
-def saved_multiple(checkpoint: Path) -> int:
-    """`MoRAConfig.r_hat_multiple` of the checkpoint's run; 1 for one of a version up to 0.2, which had no such key."""
-    adapter = TrainerState.read(checkpoint).identity.get("adapter") or {}
-    return typed(int, adapter.get("r_hat_multiple", 1), f"{checkpoint}: r_hat_multiple")
+def as_begun(config: MoRAConfig, adapter: AdapterArguments, checkpoint: Path) -> MoRAConfig:
+    """`config` with what the checkpoint's run began with where the flags leave it open."""
+    saved = TrainerState.read(checkpoint).identity.get("adapter") or {}
+    if adapter.r_hat_multiple is None:  # up to 0.2 there was no such key
+        multiple = typed(int, saved.get("r_hat_multiple", 1), f"{checkpoint}: r_hat_multiple")
+        config = replace(config, r_hat_multiple=multiple)
+    if config.compute == Compute.AUTO.value:
+        config = replace(config, compute=typed(str, saved.get("compute", config.compute), f"{checkpoint}: compute"))
+    return config
 
 
 def _is_same(path: Path, plan: TargetPlan) -> bool:

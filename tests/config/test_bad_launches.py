@@ -80,6 +80,7 @@ LAUNCHES = r"""
 --operator turn | --operator 'turn'
 --grouping odd | --grouping 'odd'
 --compute fast | --compute 'fast'
+--compute none.yaml | cannot read --compute none.yaml
 --r_hat_multiple 3 | --r_hat_multiple must be 1 or even
 --base_bits 4 | --base_bits
 --mora_dropout 1 | --mora_dropout

@@ -2,6 +2,7 @@
 
     python tools/bench/layer.py [--dtypes float32 bfloat16] [--shapes 1024x1024] [--tokens 256 2048] [--threads 1]
         [--base_bits 8]      three more columns: the frozen layer, and both paths, on a weight in 8 bits
+        [--choices]          instead: how the path that `--compute auto` takes compares with the best one
 
 Every figure is the median of interleaved pairs (the frozen layer, then the case; output and input gradient of both)
 in one process, so 1.00 is an adapter that costs nothing; in one thread of a CPU by the thread's own time, of which
@@ -14,8 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,16 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mora_ds.adapters.layer import LoRALinear
+from mora_ds.adapters.layer import LoRALinear, MoRALinear
 from mora_ds.adapters.ops.index_tables import rope_table
 from mora_ds.adapters.ops.int8 import Int8Weight, frozen_linear, quantize
-from mora_ds.adapters.ops.linear import Compute, choose, mora_linear
+from mora_ds.adapters.ops.linear import Compute, formula_of_0_2, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
+from mora_ds.adapters.path_times import Call, Case, clock, enough_rounds, quickest, time_paths
 from tools.bench.measuring import SavedActivations
+from tools.bench.report import Report, json_flag
 
 CASES = ((OperatorKind.ROTATE, 8), (OperatorKind.SHARE, 64))
 SHAPES = ("1024x1024", "1024x2752", "2752x1024", "576x576", "576x1536", "1536x576")
@@ -52,6 +54,9 @@ class Layer:
     g: Tensor
     base: nn.Linear
 
+    def case(self) -> Case:
+        return Case(MoRALinear(self.base, self.spec), Call(len(self.x), self.spec.d_in), 1)
+
     def backward(self, step: Step, *leaves: Tensor) -> None:
         torch.autograd.grad(step(), (self.x, *leaves), self.g)
 
@@ -59,7 +64,7 @@ class Layer:
 def make(kind: OperatorKind, rank: int, shape: tuple[int, int], tokens: int, like: dict[str, Any]) -> Layer:
     d_in, d_out = shape
     r_hat = min(square_size(d_in, d_out, rank, kind), max(shape))
-    spec = OperatorSpec(kind, d_in, d_out, r_hat - r_hat % 2, Grouping.PERMUTED, seed=1)
+    spec = OperatorSpec(kind, d_in, d_out, r_hat, Grouping.PERMUTED, seed=1)
     base = nn.Linear(d_in, d_out, bias=False, **like).requires_grad_(False)
     return Layer(
         spec, rank, torch.randn(tokens, d_in, **like).requires_grad_(), torch.randn(tokens, d_out, **like), base
@@ -120,17 +125,6 @@ def reference_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
-def clock(device: torch.device, threads: int) -> Callable[[], float]:
-    if device.type == "cuda":
-
-        def synchronised() -> float:
-            torch.cuda.synchronize()
-            return time.perf_counter()
-
-        return synchronised
-    return time.thread_time if threads == 1 else time.perf_counter
-
-
 def ratios(
     layer: Layer, cases: dict[str, tuple[Step, list[Tensor]]], now: Callable[[], float], seconds: float
 ) -> dict[str, float]:
@@ -163,13 +157,44 @@ IN_8_BITS = ("frozen, int8", "activation, int8", "weight, int8")
 def row(layer: Layer, now: Callable[[], float], seconds: float, base_bits: int) -> str:
     cases, spec = forwards(layer, base_bits), layer.spec
     found, tokens = ratios(layer, cases, now, seconds), len(layer.x)
-    auto = choose(tokens, spec.d_in, spec.d_out, layer.x.dtype, spec)
+    auto = chosen(layer.case())
     kept = [saved_mib(layer, *cases[name]) if name in cases else float("nan") for name in ("PEFT LoRA", auto.value)]
     figures = "".join(f" | {found[name]:.2f}" if name in found else " | -" for name in columns(base_bits))
     return (
         f"| {spec.d_in} x {spec.d_out}, {tokens} | {spec.kind.value} r={layer.rank} | {found['frozen'] * 1e3:.1f} ms"
         f"{figures} | {auto.value}: {found[auto.value]:.2f} | {kept[0]:.1f}, {kept[1]:.1f} |"
     )
+
+
+def chosen(case: Case) -> Compute:
+    """What `--compute auto` takes, in the few milliseconds that a run gives it."""
+    return quickest([(case, time_paths(case, enough_rounds))])[case.shape]
+
+
+def choice(layer: Layer, seconds: float) -> tuple[list[str], float, float]:
+    """A row, and the times of the chosen path and of the path of 0.2's formula as multiples of the best one's."""
+    case, spec, tokens = layer.case(), layer.spec, len(layer.x)
+    auto, formula = chosen(case), formula_of_0_2(tokens, spec.d_in, spec.d_out, layer.x.dtype, spec)
+    times = time_paths(case, lambda one: max(15, int(seconds / one)))
+    found = {path: statistics.median(each) for path, each in times.items()}
+    best = min(found.values())
+    figures = [f"{1e3 * found[path]:.2f}" for path in found]
+    ratios = [found[path] / best for path in (auto, formula)]
+    took = [f"{path.value}: {ratio:.2f}" for path, ratio in zip((auto, formula), ratios, strict=True)]
+    name = f"{spec.d_in} x {spec.d_out}, {tokens}"
+    return [name, f"{spec.kind.value} r={layer.rank}", str(spec.r_hat), *figures, *took], ratios[0], ratios[1]
+
+
+def choices(layers: Iterator[Layer], seconds: float, name: str, report: Report) -> None:
+    """The table of `choice`, and the worst of its ratios."""
+    rows, ratios = [["d_in x d_out, tokens", "operator", "r_hat", "activation, ms", "weight, ms", "auto", "0.2"]], []
+    for layer in layers:
+        found, *pair = choice(layer, seconds)
+        rows.append(found)
+        ratios.append(pair)
+    report.show(f"choices, {name}", rows)
+    worst = [max(each) for each in zip(*ratios, strict=True)]
+    report.say(f"{name}: at most {worst[0]:.2f} times the best path's time; by the formula of 0.2 {worst[1]:.2f} times")
 
 
 def columns(base_bits: int) -> tuple[str, ...]:
@@ -186,24 +211,35 @@ def main() -> None:
     parser.add_argument("--operators", nargs="+", default=[f"{kind.value}:{rank}" for kind, rank in CASES])
     parser.add_argument("--seconds", type=float, default=0.5, help="at least so long, and three pairs, for each figure")
     parser.add_argument("--base_bits", type=int, choices=[8, 16], default=16, help="8: the frozen weight in 8 bits too")
+    parser.add_argument("--choices", action="store_true", help="hold what --compute auto takes against the best path")
+    json_flag(parser)
     options = parser.parse_args()
-    names = columns(options.base_bits)
+    report, names = Report(options), columns(options.base_bits)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    now = clock(device, options.threads)
+    now = clock(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {options.threads} thread(s)"
     for dtype in options.dtypes:
+        layers = made(options, {"dtype": getattr(torch, dtype), "device": device})
+        if options.choices:
+            choices(layers, options.seconds, f"{name}, {dtype}", report)
+            continue
         print(f"{name}, torch {torch.__version__}, {dtype}: ratios to the frozen layer alone")
         print(f"| d_in x d_out, tokens | r_hat | frozen | {' | '.join(names)} | auto | kept, MiB |")
         print("|---" * (len(names) + 5) + "|")
-        like = {"dtype": getattr(torch, dtype), "device": device}
-        for shape in options.shapes:
-            for tokens in options.tokens:
-                for operator in options.operators:
-                    kind, rank = operator.split(":")
-                    sides = tuple(int(side) for side in shape.split("x"))
-                    layer = make(OperatorKind(kind), int(rank), (sides[0], sides[1]), tokens, like)
-                    print(row(layer, now, options.seconds, options.base_bits), flush=True)
+        for layer in layers:
+            print(row(layer, now, options.seconds, options.base_bits), flush=True)
+    report.write()
+
+
+def made(options: argparse.Namespace, like: dict[str, Any]) -> Iterator[Layer]:
+    """A layer for each shape, number of tokens and operator."""
+    for shape in options.shapes:
+        for tokens in options.tokens:
+            for operator in options.operators:
+                kind, rank = operator.split(":")
+                d_in, d_out = (int(side) for side in shape.split("x"))
+                yield make(OperatorKind(kind), int(rank), (d_in, d_out), tokens, like)
 
 
 if __name__ == "__main__":

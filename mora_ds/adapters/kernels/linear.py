@@ -20,7 +20,7 @@ from torch import Tensor
 from mora_ds.adapters.kernels import ops
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops.int8 import Int8Weight, Weight, dense
-from mora_ds.adapters.ops.linear import Compute, choose
+from mora_ds.adapters.ops.linear import Compute, formula_of_0_2
 
 
 def activation_linear(x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables) -> Tensor:
@@ -46,7 +46,7 @@ def kernel_linear(
     """`ops.linear.mora_linear` by kernels."""
     spec = tables.spec
     if path is Compute.AUTO:
-        path = choose(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype, spec)
+        path = formula_of_0_2(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype, spec)
     if path is Compute.WEIGHT:
         return weight_linear(x, weight, bias, square, tables, keep)
     return activation_linear(x, weight, bias, square, tables)

@@ -1,4 +1,4 @@
-"""The product of a layer that has a MoRA matrix, computed in one of two ways, and the choice between them.
+"""The product of a layer that has a MoRA matrix, computed in one of two ways.
 
     activation   W0 x + decompress(M compress(x))             works on the activations: cost ~ tokens
     weight       (W0 + delta_weight(M)) x                     works on the weight: cost ~ d_in * d_out in each direction
@@ -37,9 +37,9 @@ from mora_ds.adapters.ops.mora import (
     unfold_input,
 )
 
-MOVE = {torch.float32: 48, torch.float64: 24, torch.bfloat16: 450, torch.float16: 450}
-"""Multiply-accumulates of a product in the time in which one number is moved (gathered, added, written). Measured on
-one core with AVX-512 and AMX; a GPU's ratio of throughput to bandwidth is of the same order."""
+_MOVE = {torch.float32: 48, torch.float64: 24, torch.bfloat16: 450, torch.float16: 450}
+"""Multiply-accumulates of a product in the time in which one number is moved (gathered, added, written), on one core
+with AVX-512 and AMX, whose user `formula_of_0_2` is not to be trusted on other machines."""
 
 
 class Compute(str, Enum):
@@ -50,8 +50,14 @@ class Compute(str, Enum):
     WEIGHT = "weight"
 
 
-def choose(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, spec: OperatorSpec, split: bool = False) -> Compute:
-    """The cheaper path, forward and backward, by the work that only one of them has, in multiply-accumulates:
+def formula_of_0_2(
+    tokens: int, d_in: int, d_out: int, dtype: torch.dtype, spec: OperatorSpec, split: bool = False
+) -> Compute:
+    """The path of a layer that is still AUTO. New runs time the paths (`train.compute`); this formula of one machine
+    stays for runs that began with it, whose bits it decides, and where there is no run: in plans, in loops that do not
+    call `Run.choose_compute`, and in models that only answer.
+
+    It is the cheaper path, forward and backward, by the work that only one of them has, in multiply-accumulates:
 
         weight        W0 + delta is formed twice: d_in d_out numbers, moved once (share, truncate) or twice (others)
         activation    two products with M (tokens * r_hat^2 each, for every block); inputs and outputs moved once
@@ -60,7 +66,7 @@ def choose(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, spec: Operato
     In low precision a CPU moves the activations of share and truncate by products of r_hat columns; but not in the
     windows (d_in, d_out) of a layer that is `split` over a tensor-parallel group.
     """
-    moves = MOVE[dtype] * (2 if spec.blockwise else 1)
+    moves = _MOVE[dtype] * (2 if spec.blockwise else 1)
     weight = 2 * moves * d_in * d_out
     if dtype in LOW_PRECISION and not (split or spec.blockwise):
         activation = tokens * spec.r_hat * (d_in + 2 * d_out)
@@ -80,7 +86,7 @@ def mora_linear(
     just before backward and drops what the first forward saved: the sum is then formed twice, not three times.
     """
     if path is Compute.AUTO:
-        path = choose(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype, spec)
+        path = formula_of_0_2(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype, spec)
     if path is Compute.WEIGHT:
         return _WeightPath.apply(x, weight, bias, square, spec, keep)
     return _ActivationPath.apply(x, weight, bias, square, spec)

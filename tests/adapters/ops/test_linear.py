@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mora_ds.adapters.ops import linear, mora
-from mora_ds.adapters.ops.linear import Compute, choose, mora_linear
+from mora_ds.adapters.ops.linear import Compute, formula_of_0_2, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
 from tests.helpers.operators import by_definition, by_path, outputs_and_gradients, random, saved_bytes, spec_id, specs
@@ -89,26 +89,26 @@ def test_checkpointing_forms_the_weight_once_for_each_forward(
     assert all(map(torch.equal, *gradients))
 
 
-# -- the choice -------------------------------------------------------------------------------------------------------
+# -- the formula ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [OperatorKind.ROTATE, OperatorKind.SHARE])
 def test_many_tokens_go_over_the_weight_and_few_over_the_activations(kind: OperatorKind) -> None:
     spec = OperatorSpec(kind, 1024, 1024, 128)
-    assert choose(8192, 1024, 1024, torch.float32, spec) is Compute.WEIGHT
-    assert choose(64, 1024, 1024, torch.float32, spec) is Compute.ACTIVATION
-    assert choose(8192, 1024, 1024, torch.bfloat16, spec) is Compute.WEIGHT
+    assert formula_of_0_2(8192, 1024, 1024, torch.float32, spec) is Compute.WEIGHT
+    assert formula_of_0_2(64, 1024, 1024, torch.float32, spec) is Compute.ACTIVATION
+    assert formula_of_0_2(8192, 1024, 1024, torch.bfloat16, spec) is Compute.WEIGHT
     for tokens, path in ((8192, Compute.WEIGHT), (64, Compute.ACTIVATION)):  # a window of a layer that ranks share
-        assert choose(tokens, 1024, 512, torch.bfloat16, spec, split=True) is path
+        assert formula_of_0_2(tokens, 1024, 512, torch.bfloat16, spec, split=True) is path
 
 
 @pytest.mark.parametrize("kind", [OperatorKind.ROTATE, OperatorKind.SHARE])
 def test_in_low_precision_too_few_tokens_take_the_activations(kind: OperatorKind) -> None:
     spec = OperatorSpec(kind, 1024, 1024, 128)
-    assert choose(256, 1024, 1024, torch.bfloat16, spec) is Compute.ACTIVATION
+    assert formula_of_0_2(256, 1024, 1024, torch.bfloat16, spec) is Compute.ACTIVATION
 
 
 def test_a_larger_square_prefers_the_weight_earlier() -> None:
     small, large = (OperatorSpec(OperatorKind.SHARE, 1024, 1024, r_hat) for r_hat in (16, 512))
-    assert choose(512, 1024, 1024, torch.float32, small) is Compute.ACTIVATION
-    assert choose(512, 1024, 1024, torch.float32, large) is Compute.WEIGHT
+    assert formula_of_0_2(512, 1024, 1024, torch.float32, small) is Compute.ACTIVATION
+    assert formula_of_0_2(512, 1024, 1024, torch.float32, large) is Compute.WEIGHT

@@ -1,0 +1,150 @@
+"""--compute auto in whole runs: rank 0's times decide, and a run keeps its paths, which no other times change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import inject
+from mora_ds.adapters.ops.linear import Compute
+from mora_ds.adapters.path_times import PATHS, Case, shape_of, undecided
+from mora_ds.checkpoint.state import TrainerState
+from mora_ds.errors import UserError
+from mora_ds.runtime.ranks import Ranks
+from mora_ds.train import compute
+from mora_ds.train.adapter_job import AdapterJob
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, job, playground, refusal, run
+from tests.helpers.models import tiny_model, tokens
+from tests.helpers.resume import assert_same_result, assert_same_tensors, checkpoint_tensors, merged
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
+    return playground(tmp_path_factory.mktemp("user"))
+
+
+def always(quick: Compute) -> Callable[..., Any]:
+    """`time_paths` of a machine on which one path is quicker."""
+
+    def timed(case: Case, rounds: Callable[[float], int]) -> dict[Compute, list[float]]:
+        return {path: [1.0 if path is quick else 2.0] * rounds(1.0) for path in PATHS}
+
+    return timed
+
+
+def job_where(quick: Compute | None, argv: list[str]) -> None:
+    """A run where a path is always quicker; None: of a version that times none. For `run_ranks`."""
+    if quick is None:
+        AdapterJob.choose_compute = lambda job: None  # type: ignore[method-assign]  # in this forked rank alone
+    else:
+        compute.time_paths = always(quick)
+    job(argv)
+
+
+def saved(out: Path, step: str = "latest") -> dict[str, Compute]:
+    return TrainerState.read(out / "checkpoints" / step).compute
+
+
+AUTO = ("--compute", "auto", "--save_steps", 3, "--merge_every", 2, "--restart_warmup_steps", 1)
+
+
+@pytest.mark.gloo
+def test_a_resumed_run_keeps_its_paths_whatever_it_would_measure(user: Playground, tmp_path: Path) -> None:
+    whole, out, other = (tmp_path / name for name in ("whole", "out", "other"))
+    run_ranks(1, job_where, Compute.ACTIVATION, user.flags(whole, *AUTO))
+    run_ranks(1, job_where, Compute.WEIGHT, user.flags(other, *AUTO))
+    assert set(saved(whole).values()) == {Compute.ACTIVATION} and set(saved(other).values()) == {Compute.WEIGHT}
+    tensors, others = checkpoint_tensors(whole), checkpoint_tensors(other)
+    assert any(not torch.equal(tensors[name], others[name]) for name in tensors), "or this test shows nothing"
+
+    step = whole / "checkpoints" / "step-000003"
+    run_ranks(1, job_where, Compute.WEIGHT, user.flags(out, *AUTO, "--resume_from_checkpoint", step))
+    assert saved(out) == saved(whole)
+    assert_same_tensors(checkpoint_tensors(out), tensors)
+    assert_same_tensors(merged(out, tmp_path / "a"), merged(whole, tmp_path / "b"))
+
+    file = whole / "run.yaml"
+    recorded = yaml.safe_load(file.read_text(encoding="utf-8"))["resolved"]["compute"]
+    assert recorded == dict.fromkeys(saved(whole), "activation")
+    again = tmp_path / "again"
+    run_ranks(1, job_where, Compute.WEIGHT, user.flags(again, *AUTO, "--compute", file))
+    assert_same_result(again, whole)
+
+    changed = (*AUTO, "--compute", other / "run.yaml", "--resume_from_checkpoint", step)
+    assert "--compute: a run keeps the paths that it began with" in refusal(user.flags(tmp_path / "no", *changed))
+    unsuited = ("--operator", "share", "--compute", file)
+    assert f"--compute {file} has no path for model.layers.0" in refusal(user.flags(tmp_path / "no", *unsuited))
+
+
+@pytest.mark.gloo
+def test_a_run_that_began_before_paths_were_timed_keeps_the_formula(user: Playground, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run_ranks(1, job_where, None, user.flags(whole, *AUTO))
+    resumed = user.flags(out, *AUTO, "--resume_from_checkpoint", whole / "checkpoints" / "step-000003")
+    run_ranks(1, job_where, Compute.ACTIVATION, resumed)  # the formula takes the weight here
+    assert saved(out) == saved(whole) == {}
+    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
+
+
+def decided(folder: str) -> dict[str, str]:
+    """Two ranks of which each finds another path quicker."""
+    ranks, model = Ranks.current(), tiny_model("llama")
+    inject(model, MoRAConfig(rank=4, operator="share"))
+    compute.time_paths = always(PATHS[ranks.rank])  # in this forked rank alone
+    found = compute.choose(model, ranks, lambda: model(input_ids=tokens(2 + ranks.rank)))
+    compute.take(model, found, "here")
+    assert not undecided(model)
+    return {shape: path.value for shape, path in found.items()}
+
+
+@pytest.mark.gloo
+def test_the_times_of_the_first_rank_decide(tmp_path: Path) -> None:
+    one, other = run_ranks(2, decided, str(tmp_path))
+    assert one == other and set(one.values()) == {PATHS[0].value}
+
+
+@pytest.mark.gloo
+def test_paths_are_timed_in_a_tensor_parallel_run_and_kept_without(user: Playground, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    more = ("--operator", "share", "--compute", "auto", "--save_steps", 2, "--max_steps", 4)
+    run(2, user.flags(out, *more, "--tensor_parallel_size", 2))
+    began = saved(out, "step-000002")
+    assert began and set(began.values()) <= set(PATHS)
+    step = out / "checkpoints" / "step-000002"
+    flags = user.flags(tmp_path / "one", *more, "--resume_from_checkpoint", step)
+    run(1, flags)
+    assert saved(tmp_path / "one") == began
+
+
+def test_a_layer_that_is_not_timed_takes_the_activations() -> None:
+    """With dropout there is one path to train over; evaluation takes it, too."""
+
+    class Alone:
+        def on_first(self, check: str, work: Callable[[], Any], long: bool = False) -> Any:
+            return work()
+
+    model = tiny_model("llama")
+    inject(model, MoRAConfig(rank=4, operator="share", dropout=0.1))
+    layers = undecided(model).values()
+    found = compute.choose(model, Alone(), lambda: model(input_ids=tokens(2)))  # type: ignore[arg-type]
+    assert found == {shape_of(layer): Compute.ACTIVATION for layer in layers}
+
+
+def test_a_file_of_paths_is_checked(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    for text, message in (
+        ("compute: auto\n", "it holds no paths under resolved: compute"),
+        ("resolved: {compute: {share: fast}}\n", f"--compute {file}"),
+        ("resolved: {compute: [weight]}\n", f"--compute {file}"),
+    ):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            compute.paths_of_file(file)
+    assert compute.paths_of_file(None) is None
