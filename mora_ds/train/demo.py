@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from mora_ds.adapters.ops.subspace import SUBSPACE
 from mora_ds.checkpoint.layout import MERGED_FOLDER, METRICS_FILE, TOKENIZER_FOLDER
 from mora_ds.config.arguments import Arguments, from_flat
 from mora_ds.config.training import TrainingArguments
@@ -198,8 +199,9 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
         "eval_files": paths.eval_files,
         "cache_dir": str(paths.tokens),
     }
-    if arguments.training.resume_from_checkpoint is not None:
-        del settings["compute"]  # as it began: in versions up to 0.2 by a formula
+    has_one_path = arguments.adapter.operator == SUBSPACE or arguments.adapter.domain_adapters
+    if has_one_path or arguments.training.resume_from_checkpoint is not None:
+        del settings["compute"]  # a resumed demo goes on as it began: in versions up to 0.2 by a formula
     return from_flat({**settings, **given})
 
 
