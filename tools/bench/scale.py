@@ -3,9 +3,10 @@
     python tools/bench/scale.py --folder DIR [--ranks 8 64 1024 --models 7B-r8 70B-r256 --json FILE]
 
 The real code of rank 0 and of one other rank runs in a process each, on states of the shapes of Llama 7B at rank 8 (all
-32 decoder layers) and 70B at rank 256 (8 of 80); collectives are counted, not made (`one_rank`). Step, save and resume
-take an engine whose parameters are the MoRA matrices alone, as ZeRO sees them; start and merge one real decoder layer
-on a base of 16 bits. Sockets are counted on real gloo groups: all ranks of one, as threads of one process.
+32 decoder layers) and 70B at rank 256 (8 of 80); collectives are counted, not made (`one_rank`). Save and resume take
+an engine whose parameters are the MoRA matrices alone, as ZeRO sees them; step one of as many small matrices, so that
+it is bookkeeping alone; start and merge one real decoder layer on a base of 16 bits. Sockets are counted on real gloo
+groups: all ranks of one, as threads of one process.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 TITLES = ("model", "ranks", "rank", "setting", "CPU s", "files", "MB read", "MB written", "MB moved", "collectives")
 PHASES = ("start", "step", "save", "resume", "merge")
+BOOKKEEPING_SIDE = 32
+"""Of the matrices in the phase `step`, which shows what DeepSpeed does in Python: the arithmetic is the GPU's."""
 WARM_UP, STEPS = 2, 3
 """DeepSpeed's trace of modules is complete from the third micro-batch on."""
 
@@ -77,7 +80,7 @@ def main() -> None:
         _write_base(options.folder / f"{model}-base", MODELS[model][0])
     for world, model in itertools.product(options.ranks, options.models):
         for rank in (0, 1):
-            for setting in SETTINGS if rank else list(SETTINGS)[:1]:
+            for setting in options.settings if rank else options.settings[:1]:
                 rows += _measured(options.folder, model, setting, world, rank)
                 print("\n".join(" ".join(row) for row in rows[-len(PHASES) :]), flush=True)
     for world in options.ranks:
@@ -128,9 +131,11 @@ def _one(folder: Path, model: str, setting: str, world: int, rank: int) -> list[
     config, lora_rank = MODELS[model]
     one = OneRank(rank, world, folder)
     found: dict[str, Spent] = {}
-    engine = _engine(config, lora_rank, SETTINGS[setting])
-    found["step"] = _step(one, engine)
-    found["save"], checkpoint = _save(one, engine, folder / "run", SETTINGS[setting]["stage"])
+    zero = SETTINGS[setting]
+    found["step"] = _step(one, _engine(_Squares(config, lora_rank, side=BOOKKEEPING_SIDE), zero))
+    engine = _engine(_Squares(config, lora_rank), zero)
+    _step(one, engine, times=1)
+    found["save"], checkpoint = _save(one, engine, folder / "run", zero["stage"])
     with one.phase() as found["resume"]:
         load_checkpoint(checkpoint, engine, {})
     if setting == next(iter(SETTINGS)):
@@ -156,10 +161,11 @@ class _Square(nn.Module):
 class _Squares(nn.Module):
     """The MoRA matrices of a model, in modules of the same order, without arithmetic."""
 
-    def __init__(self, config: LlamaConfig, rank: int) -> None:
+    def __init__(self, config: LlamaConfig, rank: int, side: int | None = None) -> None:
+        """`side`: of every matrix, in place of its own."""
         super().__init__()
         one = planned_model(Work(LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1}), MoRAConfig(rank=rank), 8))
-        sides = [layer.spec.value_shape[0] for layer in mora_layers(one).values()]
+        sides = [side or layer.spec.value_shape[0] for layer in mora_layers(one).values()]
         self.blocks = nn.ModuleList(
             nn.Sequential(*(_Square(side) for side in sides)) for _ in range(config.num_hidden_layers)
         )
@@ -170,20 +176,20 @@ class _Squares(nn.Module):
         return x.float().sum()
 
 
-def _engine(config: LlamaConfig, rank: int, zero: dict[str, Any]) -> Any:
+def _engine(model: nn.Module, zero: dict[str, Any]) -> Any:
     settings = zero3_config(1, zero_optimization=dict(zero), bf16={"enabled": True})
-    return initialize_full(model=_Squares(config, rank), config=settings)[0]
+    return initialize_full(model=model, config=settings)[0]
 
 
-def _step(one: OneRank, engine: Any) -> Spent:
+def _step(one: OneRank, engine: Any, times: int = WARM_UP + STEPS) -> Spent:
     """The median of some steps."""
     steps = []
-    for _ in range(WARM_UP + STEPS):
+    for _ in range(times):
         with one.phase() as spent:
             engine.backward(engine(torch.zeros(1, dtype=torch.bfloat16)))
             engine.step()
         steps.append(spent)
-    steps[-1].cpu_s = median(spent.cpu_s for spent in steps[WARM_UP:])
+    steps[-1].cpu_s = median(spent.cpu_s for spent in steps[WARM_UP:] or steps)
     return steps[-1]
 
 
@@ -261,6 +267,7 @@ def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -
         return {number - one.rank + rank: result for number, result in value.items()}
 
     one.relabel = other
+    Run._writes = property(lambda run: True)  # type: ignore[assignment, method-assign]
     base = BaseCheckpoint.open(base_folder)
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
     keys = {name: name for name, _ in model.named_parameters()}
@@ -273,7 +280,6 @@ def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -
         settings = zero3_config(1, bf16={"enabled": True}, gradient_accumulation_steps=1)
         engine, *_ = mora_ds.initialize(model=model, config=settings)
         run = Run(engine, adapter, base, folder / "out", details=RunDetails(keys=keys))
-    run.remora.is_writer = True
     with one.phase() as found["merge"]:
         run.merge(1)
     return found
@@ -342,6 +348,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints; left as it was")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 1024])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="of DeepSpeed")
     json_flag(parser)
     return parser.parse_args()
 

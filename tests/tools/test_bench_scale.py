@@ -1,0 +1,44 @@
+"""The benchmark of one rank among many: every phase runs, and what must not grow with the ranks does not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.bench import scale
+from tools.bench.measuring import llama_config
+
+
+@pytest.mark.heavy
+def test_every_phase_of_two_and_of_sixteen_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "MODELS", {"tiny": (llama_config(64, 2, 512, 64), 4)})
+    out = tmp_path / "found.json"
+    argv = [
+        "scale.py",
+        "--folder",
+        str(tmp_path / "work"),
+        "--models",
+        "tiny",
+        "--ranks",
+        "2",
+        "16",
+        "--json",
+        str(out),
+    ]
+    monkeypatch.setattr(sys, "argv", argv)
+    scale.main()
+    tables = json.loads(out.read_text())["tables"]
+    titles, *rows = tables["phases"]
+    found = [dict(zip(titles, row, strict=True)) for row in rows]
+    for phase in scale.PHASES:
+        assert {row["ranks"] for row in found if row["phase"] == phase} == {"2", "16"}, phase
+    for row in found:
+        if row["phase"] == "resume":
+            assert int(row["files"]) <= 2, "its own shard, and the table on rank 0"
+    files = {(row["ranks"], row["rank"], row["setting"]): row["files"] for row in found if row["phase"] == "save"}
+    for (ranks, rank, setting), count in files.items():
+        assert count == files["2", rank, setting], (ranks, "a save opens more files where there are more ranks")
+    assert all(int(count) <= int(ranks) + 6 for ranks, count in tables["sockets"][1:])
