@@ -90,8 +90,10 @@ class CheckpointWriter:
         """`root` is on rank 0's node; `followers` are nodes that do not see it and send their files there."""
         self.root, self.engine, self.collect, self.followers = root, engine, collect, followers
         self._background, self._thread_ranks = None, None
+        self._named_root = self._ranks.on_first("folder of the checkpoints", lambda: root)
+        """The folder as rank 0 names it, for the names of checks, which are the same on all nodes."""
         if background:
-            ranks = Ranks.current() if followers is None else followers.ranks
+            ranks = self._ranks
             self._background, self._thread_ranks = Background(ranks.timeout_s), ranks.separate()
         self._named: set[str] = set()
         """Entries of `root` that are not the run's, and have been named in the log."""
@@ -152,7 +154,7 @@ class CheckpointWriter:
             shares.append(_Share.of(beside, [path for path, _ in pending], layout, rng))
 
         def together(what: str, task: Callable[[], None]) -> None:
-            ranks.agree(f"checkpoint {final}, {what}", _disk_errors(self.root)(task))
+            ranks.agree(f"checkpoint {self._named_root / final.name}, {what}", _disk_errors(self.root)(task))
 
         def work() -> None:
             with _removed_on_failure(beside):
