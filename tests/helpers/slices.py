@@ -8,6 +8,8 @@ from collections.abc import Iterable
 LONG_TESTS_S = {
     "tests/train/test_long_haul.py::test_long_haul": 600,
     "tests/runtime/test_restart.py::test_a_job_that_is_killed_and_stopped_finishes_as_if_nothing_had_been": 120,
+    "tests/commands/test_wheel.py::test_the_demo": 180,
+    "tests/deploy/test_vllm.py": 150,
     "tests/train/test_two_nodes.py": 60,
     "tests/tools/test_bench_memorization.py": 60,
     "tests/parallel/test_tensor_parallel.py": 60,
