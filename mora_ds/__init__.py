@@ -16,7 +16,7 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mora_ds.version import __version__
+from mora_ds.common.version import __version__
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from mora_ds.adapters.inject import InjectionReport, inject, mora_layers
     from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight, mora_update
     from mora_ds.adapters.ops.spec import OperatorKind
+    from mora_ds.common.errors import RunError, UserError
     from mora_ds.deploy.adapter_io import export_adapter, load_adapter
     from mora_ds.deploy.bank import AdapterBank
     from mora_ds.deploy.export import export_merged
     from mora_ds.engine.initialize import initialize
-    from mora_ds.errors import RunError, UserError
     from mora_ds.remora.ledger import Ledger
     from mora_ds.remora.merge import ReMoRA
     from mora_ds.train.run import Run, with_vectors
@@ -42,8 +42,8 @@ _HOME = {
     "MoRAConfig": "adapters.config",
     "domains_of": "adapters.domains",
     "initialize": "engine.initialize",
-    "RunError": "errors",
-    "UserError": "errors",
+    "RunError": "common.errors",
+    "UserError": "common.errors",
     "export_adapter": "deploy.adapter_io",
     "export_merged": "deploy.export",
     "InjectionReport": "adapters.inject",

@@ -67,11 +67,11 @@ def refusal(row: Sequence[str], column: Sequence[str]) -> str | None:
     The checks are those that a run makes before it loads a model: `validate`, the DeepSpeed config, and what tensor
     parallelism needs of it.
     """
+    from mora_ds.common.errors import UserError
     from mora_ds.config.arguments import parse
     from mora_ds.config.validate import validate
     from mora_ds.engine.ds_config import resolve_ds_config
     from mora_ds.engine.initialize import check_splittable
-    from mora_ds.errors import UserError
 
     flags = [*row, *column]
     text = _SOURCES if "--domain_adapters" in flags else _PLAIN

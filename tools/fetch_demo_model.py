@@ -28,9 +28,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import atomic_folder
 from mora_ds.data import is_held_out, write_demo_corpus
-from mora_ds.errors import RunError, UserError
-from mora_ds.files import atomic_folder
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, compute_dtype
 from mora_ds.runtime import cli
 

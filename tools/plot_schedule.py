@@ -18,8 +18,8 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
+from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import Arguments, parse
-from mora_ds.errors import UserError
 from mora_ds.remora.schedule import Schedule, ScheduleKind
 from mora_ds.remora.schedule_text import side_by_side, start_lines, text_plot
 from mora_ds.runtime import cli

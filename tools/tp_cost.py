@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.spec import OperatorKind
-from mora_ds.errors import COUNT, UserError, out_of_bounds, reason, refuse
+from mora_ds.common.errors import COUNT, UserError, out_of_bounds, reason, refuse
 from mora_ds.models.load import named_config
 from mora_ds.planning.costs import cost_table
 from mora_ds.runtime import cli

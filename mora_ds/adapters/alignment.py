@@ -36,7 +36,7 @@ from mora_ds.adapters.ops.index_tables import rope_table, tables_of
 from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress_transpose, input_columns
 from mora_ds.adapters.ops.spec import OperatorKind, SquareSpec
 from mora_ds.adapters.ops.subspace import SubspaceSpec
-from mora_ds.errors import RunError
+from mora_ds.common.errors import RunError
 
 FLOOR = 1e-3
 """Share of the weight's norm whose square is added to that of the delta's norm."""

@@ -30,8 +30,8 @@ from mora_ds.adapters.ops.spec import (
     square_size,
 )
 from mora_ds.adapters.ops.subspace import SUBSPACE, SubspaceSpec
-from mora_ds.errors import UserError, nearest, refuse, unknown
-from mora_ds.untrusted import typed
+from mora_ds.common.errors import UserError, nearest, refuse, unknown
+from mora_ds.common.untrusted import typed
 
 ALTERNATE = "alternate"
 """Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd ones (share only)."""

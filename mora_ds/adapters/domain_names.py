@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from enum import Enum
 
-from mora_ds.errors import unknown
+from mora_ds.common.errors import unknown
 
 SHARED = "shared"
 """Names the MoRA matrix that all domains share where a domain is asked for, so that no domain may have this name."""

@@ -29,7 +29,7 @@ from mora_ds.adapters.ops.mora import (
     rotate_blocks,
     unfold_input,
 )
-from mora_ds.errors import RunError, UserError, unknown
+from mora_ds.common.errors import RunError, UserError, unknown
 
 OWN = "domain_squares"
 """Name of the parameter (K, r_hat, r_hat) that holds the domains' matrices, in layers and in files."""

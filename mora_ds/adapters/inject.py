@@ -26,7 +26,7 @@ from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Side, SquareSpec, UpdateSpec
 from mora_ds.adapters.target_modules import ending_of, output_head, targets_of
 from mora_ds.adapters.tp_plan import Style, style_in_plan
-from mora_ds.errors import RunError, UserError
+from mora_ds.common.errors import RunError, UserError
 
 
 @dataclass(frozen=True)

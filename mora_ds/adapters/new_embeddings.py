@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 
 NEW_ROWS = "new_rows"
 FLAG = "--train_new_embeddings"

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mora_ds.adapters.ops.spec import round_side
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 
 TOLERANCE = 0.01
 """Share of the budget that may be left over."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from mora_ds.adapters.config import ALL_LINEAR, AdapterConfig
 from mora_ds.adapters.layer import is_linear
-from mora_ds.errors import UserError, nearest
+from mora_ds.common.errors import UserError, nearest
 
 
 def targets_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:

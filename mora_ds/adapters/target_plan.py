@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 
 from mora_ds.adapters.config import MoRAConfig
-from mora_ds.errors import UserError, nearest
-from mora_ds.files import atomic_path, load_yaml
-from mora_ds.untrusted import MAX_SIDE, file_name, shown, typed
+from mora_ds.common.errors import UserError, nearest
+from mora_ds.common.files import atomic_path, load_yaml
+from mora_ds.common.untrusted import MAX_SIDE, file_name, shown, typed
 
 TARGETS_FILE = "targets.yaml"
 AUTO = "auto"

@@ -26,8 +26,8 @@ from mora_ds.adapters.domains import OWN
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_PARTS, ADAPTER_TENSORS, BASE_JSON, LEDGER_FOLDER
-from mora_ds.errors import UserError, nearest
-from mora_ds.files import (
+from mora_ds.common.errors import UserError, nearest
+from mora_ds.common.files import (
     MANIFEST,
     malformed,
     read_json,
@@ -37,10 +37,10 @@ from mora_ds.files import (
     verify_manifest,
     write_json_atomic,
 )
+from mora_ds.common.untrusted import AnyPath, Count, FileName, entry, typed
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
 from mora_ds.models.tensor_files import compute_dtype, open_safetensors, shape_dtype, write_safetensors_atomic
 from mora_ds.remora.ledger import VECTORS_FILE, LayerEntry, Ledger, agree_on_layers, layers_from_dict, layers_to_dict
-from mora_ds.untrusted import AnyPath, Count, FileName, entry, typed
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mora_ds.errors import RunError
+from mora_ds.common.errors import RunError
 
 logger = logging.getLogger(__name__)
 

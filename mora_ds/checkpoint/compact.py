@@ -32,8 +32,8 @@ from mora_ds.checkpoint.layout import (
     tokenizer_of,
 )
 from mora_ds.checkpoint.ledger_tools import check_fresh, copy_adapter, copy_cycles, open_base
-from mora_ds.errors import POSITIVE, UserError
-from mora_ds.files import atomic_folder
+from mora_ds.common.errors import POSITIVE, UserError
+from mora_ds.common.files import atomic_folder
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.save import plan_shards, write_companions, write_shards
 from mora_ds.models.tensor_files import compute_dtype

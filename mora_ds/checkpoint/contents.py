@@ -17,8 +17,8 @@ from mora_ds.adapters.domains import domain_layers, domains_of, frozen_values
 from mora_ds.adapters.inject import mora_layers, value_names
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, DomainSquares, logits_name, write_adapter
 from mora_ds.checkpoint.layout import LEDGER_FOLDER, PROBE_FILE, TOKENIZER_FOLDER
+from mora_ds.common.files import copy_folder
 from mora_ds.engine import zero
-from mora_ds.files import copy_folder
 from mora_ds.models.base import write_own_base
 from mora_ds.models.tensor_files import write_safetensors_atomic
 from mora_ds.parallel.ulysses import whole_rows

@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 
 from mora_ds.checkpoint.layout import BEST, LATEST, LEDGER_FOLDER, complete_checkpoints, is_step_name, step_of
-from mora_ds.errors import UserError
-from mora_ds.files import MANIFEST, disk_errors, fsync, recorded_hashes, replace_symlink, verify_manifest
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import MANIFEST, disk_errors, fsync, recorded_hashes, replace_symlink, verify_manifest
 from mora_ds.remora.ledger import LEDGER_FILE, VECTORS_FILE, read_records
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mora_ds.errors import UserError
-from mora_ds.files import MANIFEST
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import MANIFEST
+from mora_ds.common.untrusted import require_plain
 from mora_ds.remora.ledger import LEDGER_FILE, Ledger
-from mora_ds.untrusted import require_plain
 
 RUN_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"

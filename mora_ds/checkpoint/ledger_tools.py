@@ -26,8 +26,8 @@ from mora_ds.checkpoint.layout import (
     find_ledger,
     tokenizer_of,
 )
-from mora_ds.errors import RunError, UserError
-from mora_ds.files import (
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import (
     MANIFEST,
     atomic_folder,
     copy_folder,

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mora_ds.checkpoint.layout import CHECKPOINTS, LEDGER_FOLDER, complete_checkpoints
-from mora_ds.errors import RunError, UserError
-from mora_ds.files import atomic_path, file_problem, link_or_copy, malformed, read_json
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import atomic_path, file_problem, link_or_copy, malformed, read_json
 from mora_ds.remora.ledger import LEDGER_FILE, VECTORS_FILE
 
 

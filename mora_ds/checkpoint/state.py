@@ -9,12 +9,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-from mora_ds import files
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.checkpoint.layout import STATE_FILE
-from mora_ds.errors import Bounds, UserError
-from mora_ds.untrusted import Count, typed
+from mora_ds.common import files
+from mora_ds.common.errors import Bounds, UserError
+from mora_ds.common.untrusted import Count, typed
 
 MERGE_PRECISION = "exact"
 """Recorded in identities and adapter.json: the original weight and all updates are summed in fp32 and rounded once.

@@ -26,12 +26,19 @@ from torch import Tensor
 from mora_ds.checkpoint.adapter_files import AdapterTensors, read_adapter, write_adapter
 from mora_ds.checkpoint.layout import ADAPTER_JSON, ENGINE_TAG, STATE_FILE, step_folder
 from mora_ds.checkpoint.state import TrainerState
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import (
+    MANIFEST,
+    atomic_folder,
+    copy_folder,
+    verify_manifest,
+    write_json_atomic,
+    write_manifest,
+)
+from mora_ds.common.untrusted import file_name, read_text, require_plain, shown
 from mora_ds.engine.pickled import load_pickled
 from mora_ds.engine.shard_index import Layout, ShardIndex, layout_path
 from mora_ds.engine.shard_reader import MASTER, EngineShards, typed_tensor, write_whole
-from mora_ds.errors import UserError
-from mora_ds.files import MANIFEST, atomic_folder, copy_folder, verify_manifest, write_json_atomic, write_manifest
-from mora_ds.untrusted import file_name, read_text, require_plain, shown
 
 OURS = "mora"
 LATEST_UNIVERSAL = "latest_universal"

@@ -38,9 +38,9 @@ from mora_ds.checkpoint.layout import (
     unknown_entries,
 )
 from mora_ds.checkpoint.state import TrainerState
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import MANIFEST, listed_files, verify_manifest
 from mora_ds.engine.shard_reader import MASTER, EngineShards
-from mora_ds.errors import RunError, UserError
-from mora_ds.files import MANIFEST, listed_files, verify_manifest
 from mora_ds.models.tensor_files import open_safetensors
 from mora_ds.remora.ledger import Ledger
 

@@ -25,7 +25,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mora_ds import files
 from mora_ds.checkpoint.async_save import Background, on_host
 from mora_ds.checkpoint.folder import (
     OLD,
@@ -52,10 +51,11 @@ from mora_ds.checkpoint.layout import (
     unknown_entries,
 )
 from mora_ds.checkpoint.state import TrainerState, check_identity
+from mora_ds.common import files
+from mora_ds.common.errors import RunError
 from mora_ds.engine import shard_writer, zero
 from mora_ds.engine.shard_index import Layout, RankShard, ShardIndex
 from mora_ds.engine.shard_reader import EngineShards
-from mora_ds.errors import RunError
 from mora_ds.models.tensor_files import open_safetensors, write_safetensors_atomic
 from mora_ds.runtime.events import Event, emit
 from mora_ds.runtime.exchange import gather_to_first

@@ -16,8 +16,8 @@ from pathlib import Path
 from mora_ds.adapters.config import ALL_LINEAR, MoRAConfig
 from mora_ds.adapters.ops.subspace import SUBSPACE
 from mora_ds.adapters.target_plan import BY_PROBE, BY_WEIGHTS, parse_budget
+from mora_ds.common.errors import UserError
 from mora_ds.data import load_corpus
-from mora_ds.errors import UserError
 from mora_ds.eval.gradient_probe import FLAG, GradientMeasures, probe, token_batches
 from mora_ds.eval.perplexity import load_target
 from mora_ds.eval.spectrum_report import check_writable, require_matplotlib, torch_device

@@ -9,9 +9,9 @@ import sys
 from dataclasses import dataclass
 from importlib import import_module
 
-from mora_ds.errors import UserError, unknown
+from mora_ds.common.errors import UserError, unknown
+from mora_ds.common.version import __version__
 from mora_ds.runtime import cli
-from mora_ds.version import __version__
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import write_json_atomic
 from mora_ds.data import Corpus, load_corpus
 from mora_ds.deploy.bank import AdapterBank
-from mora_ds.errors import UserError
 from mora_ds.eval.perplexity import Score, Windows, bank_rows, evaluate, evaluate_bank, harness, load_target, named_sets
 from mora_ds.eval.spectrum_report import torch_device
-from mora_ds.files import write_json_atomic
 from mora_ds.models.tensor_files import COMPUTE_DTYPES
 from mora_ds.runtime.cli import table
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mora_ds.common.errors import UserError
 from mora_ds.data import load_corpus
-from mora_ds.errors import UserError
 from mora_ds.models.vocabulary import extend_vocabulary
 
 

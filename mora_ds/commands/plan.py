@@ -13,12 +13,12 @@ from dataclasses import asdict, replace
 
 import torch
 
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import shipped
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.data import Attention, ModelArguments
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.ds_config import resolve_ds_config
-from mora_ds.errors import UserError
-from mora_ds.files import shipped
 from mora_ds.models.attention import NAME
 from mora_ds.models.load import named_config
 from mora_ds.planning.plan import Planner, recommend

@@ -14,8 +14,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from mora_ds.common.errors import UserError
 from mora_ds.data import Filters, load_corpus, load_tokenizer, prepare_corpus
-from mora_ds.errors import UserError
 
 
 def main() -> None:

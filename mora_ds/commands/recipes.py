@@ -15,8 +15,8 @@ import re
 from itertools import takewhile
 from pathlib import Path
 
-from mora_ds.errors import UserError, unknown
-from mora_ds.files import CONFIGS, copy_folder
+from mora_ds.common.errors import UserError, unknown
+from mora_ds.common.files import CONFIGS, copy_folder
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mora_ds.checkpoint.layout import find_ledger
-from mora_ds.errors import POSITIVE, UserError
+from mora_ds.common.errors import POSITIVE, UserError
 from mora_ds.eval.spectrum import THRESHOLD
 from mora_ds.eval.spectrum_report import (
     Spectra,

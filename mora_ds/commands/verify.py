@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mora_ds.checkpoint.repair import repair
 from mora_ds.checkpoint.verify import verify
-from mora_ds.errors import RunError
+from mora_ds.common.errors import RunError
 
 
 def main() -> None:

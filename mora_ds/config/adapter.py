@@ -14,8 +14,8 @@ from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
 from mora_ds.adapters.ops.subspace import SUBSPACE
 from mora_ds.adapters.target_plan import AUTO, parse_budget
+from mora_ds.common.errors import COUNT, NOT_NEGATIVE, POSITIVE, member_named, refusal, wrong_values
 from mora_ds.config.flags import documented
-from mora_ds.errors import COUNT, NOT_NEGATIVE, POSITIVE, member_named, refusal, wrong_values
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.remora.schedule import MergeWhen
 from mora_ds.remora.stall import DEFAULT_TOLERANCE, StallRule, StallSignal

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mora_ds.common.errors import member_named
+from mora_ds.common.files import shipped
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.flags import parse_flat
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.ds_config import load_ds_config
 from mora_ds.engine.ds_keys import degree_in
-from mora_ds.errors import member_named
-from mora_ds.files import shipped
 from mora_ds.remora.schedule import MergeWhen, Schedule, schedule_kind
 
 RECORDED_KEYS = ("versions", "resolved")

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+from mora_ds.common.errors import BELOW_1, COUNT, NOT_NEGATIVE, SECONDS, Bounds, wrong_values
 from mora_ds.config.flags import documented
-from mora_ds.errors import BELOW_1, COUNT, NOT_NEGATIVE, SECONDS, Bounds, wrong_values
 
 
 class TokenizerType(str, Enum):

@@ -14,12 +14,12 @@ from mora_ds.adapters.config import AdapterConfig, MoRAConfig
 from mora_ds.adapters.domain_names import SHARED, Freeze
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.subspace import SUBSPACE
+from mora_ds.common.errors import UserError, nearest
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.data import DataArguments
 from mora_ds.config.mixture import HELD_OUT, mixture_plan
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.ds_optimizer import OptimizerKind
-from mora_ds.errors import UserError, nearest
 
 FLAG = "--domain_adapters"
 

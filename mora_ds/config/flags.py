@@ -23,8 +23,8 @@ from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, ge
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from mora_ds.errors import UserError, nearest, refuse
-from mora_ds.files import load_yaml, shipped
+from mora_ds.common.errors import UserError, nearest, refuse
+from mora_ds.common.files import load_yaml, shipped
 from mora_ds.runtime.log_setup import rank
 
 logger = logging.getLogger(__name__)

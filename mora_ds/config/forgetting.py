@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mora_ds.errors import UserError, nearest, refuse
+from mora_ds.common.errors import UserError, nearest, refuse
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mora_ds.common.errors import NOT_NEGATIVE, POSITIVE, UserError, nearest
+from mora_ds.common.files import load_yaml
 from mora_ds.config.data import DataArguments
 from mora_ds.config.flags import typed_values
-from mora_ds.errors import NOT_NEGATIVE, POSITIVE, UserError, nearest
-from mora_ds.files import load_yaml
 
 PLAIN = "train"
 """Name of the source that plain --train_files or --dataset_name make, where it needs one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mora_ds.errors import unknown
+from mora_ds.common.errors import unknown
 
 NONE = "none"
 EXTRAS = ("wandb", "mlflow", "trackio")

@@ -8,12 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mora_ds.config.flags import documented
-from mora_ds.config.forgetting import Watch
-from mora_ds.config.tracking import tracker_problems
-from mora_ds.engine.ds_config import EngineSettings
-from mora_ds.engine.ds_optimizer import OptimizerKind
-from mora_ds.errors import (
+from mora_ds.common.errors import (
     ABOVE_0_AT_MOST_1,
     AT_MOST_1,
     BELOW_1,
@@ -26,6 +21,11 @@ from mora_ds.errors import (
     refusal,
     wrong_values,
 )
+from mora_ds.config.flags import documented
+from mora_ds.config.forgetting import Watch
+from mora_ds.config.tracking import tracker_problems
+from mora_ds.engine.ds_config import EngineSettings
+from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.remora.schedule import schedule_kind
 from mora_ds.runtime.log_setup import LogLevel

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mora_ds.common.errors import refuse
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.domains import domain_problems
 from mora_ds.config.validate_adapter import adapter_problems
 from mora_ds.config.validate_run import run_problems
-from mora_ds.errors import refuse
 from mora_ds.remora.schedule import MergeWhen, conflicts
 
 _UNKNOWN_LENGTH = 2**62

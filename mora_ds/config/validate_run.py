@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mora_ds.common.errors import UserError
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.config.training import TrainingArguments
-from mora_ds.errors import UserError
 from mora_ds.parallel.limits import sequence_parallel_problems
 
 

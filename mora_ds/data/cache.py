@@ -27,6 +27,8 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import at_work, disk_errors, fsync, fsync_tree, is_abandoned, sha256_file
 from mora_ds.data.corpus import Corpus
 from mora_ds.data.held_out import DocumentFilter
 from mora_ds.data.inspection import PartFacts, inspect_parts, writable
@@ -34,8 +36,6 @@ from mora_ds.data.prepared import PreparedPart
 from mora_ds.data.readers import Document, batched
 from mora_ds.data.tokenizer import Encoder, tokenizer_fingerprint
 from mora_ds.data.workers import ordered_map
-from mora_ds.errors import RunError, UserError
-from mora_ds.files import at_work, disk_errors, fsync, fsync_tree, is_abandoned, sha256_file
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mora_ds.common.errors import UserError, nearest
 from mora_ds.data.held_out import DocumentFilter
 from mora_ds.data.parts import DatasetPart, FilePart, Part, StreamedDatasetPart
 from mora_ds.data.prepared import PreparedPart, is_prepared, open_prepared
 from mora_ds.data.readers import Document, check_column, file_kind, has_known_suffix
-from mora_ds.errors import UserError, nearest
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 
 NUM_PERM = 128
 """Numbers in a signature. The similarity estimated from them has a standard deviation of at most 0.045."""

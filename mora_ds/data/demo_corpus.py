@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 
 HELD_OUT_PERCENT = 5
 _SPLIT_SALT = "4/"

@@ -22,9 +22,9 @@ from typing import Any
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
+from mora_ds.common.errors import UserError
 from mora_ds.data.sentencepiece import train_sentencepiece, vocabulary_by_score
 from mora_ds.data.tokenizer import largest_id, load_tokenizer
-from mora_ds.errors import UserError
 
 TOKENIZER_JSON = "tokenizer.json"
 _CANDIDATES_A_TOKEN = 4

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import DISK_FULL
 from mora_ds.data.corpus import Corpus
 from mora_ds.data.parts import Part
 from mora_ds.data.workers import ordered_map
-from mora_ds.errors import RunError, UserError
-from mora_ds.files import DISK_FULL
 
 _FORMAT = 2
 

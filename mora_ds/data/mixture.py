@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from mora_ds.common.errors import UserError
 from mora_ds.data.packing import Block, PackedDataset, stack
-from mora_ds.errors import UserError
 
 LONGEST_PERIOD = 1 << 16
 """Weights whose common denominator is larger are rounded to multiples of 1 / this."""

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mora_ds.common.errors import UserError
 from mora_ds.data.cache import TokenCache
 from mora_ds.data.documents import Documents
-from mora_ds.errors import UserError
 
 IGNORED = -100
 """Label of positions that predict nothing."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import sha256_file
 from mora_ds.data.readers import (
     START,
     Document,
@@ -24,8 +26,6 @@ from mora_ds.data.readers import (
     read_rows,
     text_field,
 )
-from mora_ds.errors import UserError
-from mora_ds.files import sha256_file
 
 
 class Part(ABC):

@@ -21,6 +21,8 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import atomic_folder
 from mora_ds.data.cache import cache_settings, processes_for
 from mora_ds.data.corpus import Corpus
 from mora_ds.data.dedup import CanonicalHash, NearDuplicates, canonical_digest, is_held_out, signature
@@ -29,8 +31,6 @@ from mora_ds.data.readers import Document, batched
 from mora_ds.data.split_writer import SplitWriter
 from mora_ds.data.tokenizer import Encoder
 from mora_ds.data.workers import ordered_map
-from mora_ds.errors import UserError
-from mora_ds.files import atomic_folder
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import malformed, read_json, require_format
 from mora_ds.data.parts import Part
 from mora_ds.data.readers import Document, Mark
-from mora_ds.errors import UserError
-from mora_ds.files import malformed, read_json, require_format
 
 PREPARED_JSON = "prepared.json"
 TRAIN, HELD_OUT = "train", "held_out"

@@ -28,8 +28,8 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
+from mora_ds.common.errors import UserError, nearest
 from mora_ds.data.json_limits import deepest_bracket, lines_before, longest_number
-from mora_ds.errors import UserError, nearest
 
 CHUNK_CHARACTERS = 1 << 20
 """A longer text file is handed on in chunks of about this size, cut at line ends."""

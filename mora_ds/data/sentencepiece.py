@@ -28,7 +28,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mora_ds.errors import UserError, unknown
+from mora_ds.common.errors import UserError, unknown
 
 MODEL_FILE = "tokenizer.model"
 ALGORITHMS = ("bpe", "unigram")

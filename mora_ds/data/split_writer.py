@@ -12,9 +12,9 @@ from typing import IO, Any
 
 import numpy as np
 
+from mora_ds.common.files import sha256_file
 from mora_ds.data.cache import DOCUMENTS, META, TOKENS, key_of
 from mora_ds.data.prepared import HELD_OUT, TRAIN
-from mora_ds.files import sha256_file
 
 _IN_MEMORY = 1 << 24
 """Bytes of an unfinished document that are kept in memory; more of it is on disk."""

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.data.corpus import Corpus
 from mora_ds.data.packing import epoch_order
 from mora_ds.data.parts import Part
 from mora_ds.data.readers import START, Document, Mark
-from mora_ds.errors import RunError, UserError
 
 log = logging.getLogger(__name__)
 

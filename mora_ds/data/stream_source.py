@@ -17,12 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.data.mixture import Mixture, Source
 from mora_ds.data.packing import Block, pack, stack
 from mora_ds.data.readers import Document, batched
 from mora_ds.data.stream import DocumentStream, StreamPosition
 from mora_ds.data.tokenizer import Encoder
-from mora_ds.errors import RunError, UserError
 
 
 class ParallelMap(Protocol):

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mora_ds.common.errors import UserError
 from mora_ds.data.readers import CHUNK_CHARACTERS, Document
 from mora_ds.data.sentencepiece import wrap_sentencepiece
-from mora_ds.errors import UserError
 
 PIECE_CHARACTERS = 1 << 18
 """A text of more than `CHUNK_CHARACTERS` (a record of JSON or a table) is tokenised in pieces of about this size: a

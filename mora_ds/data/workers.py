@@ -12,7 +12,7 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
-from mora_ds.errors import RunError
+from mora_ds.common.errors import RunError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

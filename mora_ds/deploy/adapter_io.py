@@ -27,8 +27,8 @@ from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, chosen_domain, open_adapter
 from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON, LEDGER_FOLDER, find_adapter
 from mora_ds.checkpoint.state import MERGE_PRECISION
-from mora_ds.errors import UserError
-from mora_ds.files import atomic_folder, write_manifest
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import atomic_folder, write_manifest
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import compute_dtype
 

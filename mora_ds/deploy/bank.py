@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.layer import is_linear, linear_shape
 from mora_ds.checkpoint.adapter_files import AdapterFile
+from mora_ds.common.errors import UserError, nearest
 from mora_ds.deploy.bank_files import (
     BankLayer,
     DoesNotFit,
@@ -36,7 +37,6 @@ from mora_ds.deploy.bank_files import (
     read_resident,
 )
 from mora_ds.deploy.bank_layer import BankLinear, Rows, stack_terms
-from mora_ds.errors import UserError, nearest
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import compute_dtype
 

@@ -21,11 +21,11 @@ from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import OperatorKind, UpdateSpec
 from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, open_adapter, read_adapter
 from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_PARTS, adapter_folder, has_adapter
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import malformed, read_json
+from mora_ds.common.untrusted import FileName, entry, typed
 from mora_ds.deploy.bank_layer import form_of, index_dtype, join_tables, paired, term_tables
-from mora_ds.errors import UserError
-from mora_ds.files import malformed, read_json
 from mora_ds.remora.ledger import LayerEntry
-from mora_ds.untrusted import FileName, entry, typed
 
 _KINDS = tuple(
     kind.value for kind in (OperatorKind.TRUNCATE, OperatorKind.SHARE, OperatorKind.DECOUPLE, OperatorKind.ROTATE)

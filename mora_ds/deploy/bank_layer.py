@@ -28,7 +28,7 @@ from mora_ds.adapters.ops.gather import prefers_scatter, regroup_blocks
 from mora_ds.adapters.ops.index_tables import make_tables, rope_table
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 
 _CPU = torch.device("cpu")
 

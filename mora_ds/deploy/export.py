@@ -32,10 +32,10 @@ from mora_ds.checkpoint.adapter_files import (
     open_adapter,
 )
 from mora_ds.checkpoint.layout import BASE_JSON, PROBE_FILE, find_checkpoint, tokenizer_of
+from mora_ds.common.errors import POSITIVE, RunError, UserError
+from mora_ds.common.files import atomic_folder
 from mora_ds.deploy.logits_check import Comparison, compare_logits
 from mora_ds.deploy.model_card import model_card
-from mora_ds.errors import POSITIVE, RunError, UserError
-from mora_ds.files import atomic_folder
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.save import plan_shards, write_companions, write_shards
 from mora_ds.models.tensor_files import compute_dtype, dtype_name

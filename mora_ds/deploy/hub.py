@@ -9,8 +9,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from mora_ds.common.errors import RunError, UserError, reason
 from mora_ds.deploy.adapter_io import export_adapter
-from mora_ds.errors import RunError, UserError, reason
 
 FLAG = "--push_to_hub"
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference
 from mora_ds.checkpoint.layout import STATE_FILE, SUMMARY_FILE
+from mora_ds.common.files import read_json
+from mora_ds.common.version import __version__
 from mora_ds.deploy.logits_check import Comparison
-from mora_ds.files import read_json
 from mora_ds.remora.ledger import Ledger
-from mora_ds.version import __version__
 
 PERPLEXITIES = {"perplexity_before": "before", "perplexity_last": "after", "perplexity_after": "after"}
 """Field of trainer_state.json or summary.json -> column of the table."""

@@ -28,9 +28,9 @@ from mora_ds.adapters.ops.delta import add_deltas_
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import logits_name, open_adapter
 from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import atomic_folder, write_json_atomic
 from mora_ds.deploy.export import OpenedRun, open_run
-from mora_ds.errors import RunError, UserError
-from mora_ds.files import atomic_folder, write_json_atomic
 from mora_ds.models.svd import Wanted, leading_vectors
 from mora_ds.models.tensor_files import SafetensorsWriter, compute_dtype, open_safetensors
 from mora_ds.remora.ledger import LayerEntry

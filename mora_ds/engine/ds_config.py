@@ -22,6 +22,8 @@ from typing import Any
 from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from pydantic import ValidationError
 
+from mora_ds.common.errors import UserError, nearest, reason, refuse, unknown
+from mora_ds.common.untrusted import parse_json
 from mora_ds.engine.ds_keys import (
     AUTO,
     OTHER_SECTIONS,
@@ -34,8 +36,6 @@ from mora_ds.engine.ds_keys import (
     take_degree,
 )
 from mora_ds.engine.ds_optimizer import OptimizerKind, match_optimizer, optimizer_problems
-from mora_ds.errors import UserError, nearest, reason, refuse, unknown
-from mora_ds.untrusted import parse_json
 
 PERSIST_BUDGET_BYTES = 64 * 2**20
 """Memory for parameters that ZeRO-3 keeps unsharded, the smallest first: see `fill_bucket_sizes`."""

@@ -23,6 +23,7 @@ from deepspeed.utils import groups as process_groups
 from torch import Tensor, nn
 
 from mora_ds.adapters.inject import frozen_buffers, mora_layers, move_base, scale_names
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.engine import muon, zero
 from mora_ds.engine.device import current_device, is_cpu
 from mora_ds.engine.ds_config import complete_ds_config, compute_dtype, load_ds_config
@@ -30,7 +31,6 @@ from mora_ds.engine.ds_keys import degree_in
 from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.module_hooks import drop_idle_hooks
 from mora_ds.engine.optimizer_view import view_of
-from mora_ds.errors import RunError, UserError
 from mora_ds.models.base import tensor_checksum
 from mora_ds.parallel.limits import TENSOR, check_tensor_parallel
 from mora_ds.parallel.saved_inputs import TPInputs

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 
 RUNNER = "deepspeed.launcher.runner"
 """What the program `deepspeed` runs (bin/deepspeed)."""

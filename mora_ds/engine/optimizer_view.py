@@ -30,7 +30,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
 
-from mora_ds.errors import RunError
+from mora_ds.common.errors import RunError
 
 StateReset = Callable[[str, Tensor], Any]
 """Changes one tensor of optimizer state in place, given its key and this process's flat partition of it."""

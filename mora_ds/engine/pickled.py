@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mora_ds.errors import UserError
-from mora_ds.untrusted import shown
+from mora_ds.common.errors import UserError
+from mora_ds.common.untrusted import shown
 
 _MAX_PICKLE = 1 << 26
 """Bytes of the pickle itself, which holds names, shapes and settings, but no tensor's contents."""

@@ -20,10 +20,10 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 
-from mora_ds.errors import Bounds, UserError
-from mora_ds.files import malformed, read_json, require_format
+from mora_ds.common.errors import Bounds, UserError
+from mora_ds.common.files import malformed, read_json, require_format
+from mora_ds.common.untrusted import MAX_SIDE, Count, FileName, entry, plain_json, typed
 from mora_ds.models.tensor_files import open_safetensors, write_safetensors_atomic
-from mora_ds.untrusted import MAX_SIDE, Count, FileName, entry, plain_json, typed
 
 LAYOUT_FORMAT = 1
 INDEX_FILE = "layouts.safetensors"

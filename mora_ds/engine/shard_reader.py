@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import atomic_path, malformed, write_json_atomic
+from mora_ds.common.untrusted import FileName, shown, typed
 from mora_ds.engine.pickled import load_pickled
 from mora_ds.engine.shard_index import FLAT, NAME, NUMEL, OFFSET, RANK, START, Part, ShardIndex, layout_path
-from mora_ds.errors import UserError
-from mora_ds.files import atomic_path, malformed, write_json_atomic
 from mora_ds.models.tensor_files import SafetensorsWriter, open_safetensors
-from mora_ds.untrusted import FileName, shown, typed
 
 MASTER = "master"
 """The key of a parameter's fp32 master; all other keys are those of the optimizer's state."""

@@ -24,13 +24,13 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
+from mora_ds.common.errors import UserError
 from mora_ds.engine import zero
 from mora_ds.engine.ds_keys import masked
 from mora_ds.engine.optimizer_view import Flat, Span, view_of
 from mora_ds.engine.pickled import load_pickled
 from mora_ds.engine.shard_index import Layout, Part
 from mora_ds.engine.shard_reader import MASTER, EngineShards
-from mora_ds.errors import UserError
 from mora_ds.parallel.topology import share_of
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")

@@ -23,8 +23,8 @@ from torch import Tensor
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.layer import AdaptedLinear
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.data import Document
-from mora_ds.errors import RunError, UserError
 
 FLAG = "--probe"
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import UpdateSpec
+from mora_ds.common.untrusted import require_memory
 from mora_ds.eval.spectrum import cumulative_norms, measure, singular_values
 from mora_ds.remora.ledger import Ledger
 from mora_ds.runtime.cli import table
-from mora_ds.untrusted import require_memory
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from mora_ds.checkpoint.adapter_files import BaseReference, chosen_domain, read_adapter
 from mora_ds.checkpoint.layout import adapter_folder, tokenizer_of
+from mora_ds.common.errors import UserError, reason
 from mora_ds.data import IGNORED, Corpus, load_tokenizer, wants_bos
 from mora_ds.data.documents import Documents
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.bank import AdapterBank
-from mora_ds.errors import UserError, reason
 from mora_ds.models.attention import model_inputs, prefer_documents
 from mora_ds.models.load import damaged_file
 from mora_ds.models.tensor_files import compute_dtype

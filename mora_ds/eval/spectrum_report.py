@@ -16,10 +16,10 @@ import torch
 from mora_ds.checkpoint.adapter_files import AdapterTensors
 from mora_ds.checkpoint.layout import LedgerLocation
 from mora_ds.checkpoint.ledger_tools import live_adapter
-from mora_ds.errors import UserError, nearest
+from mora_ds.common.errors import UserError, nearest
+from mora_ds.common.files import write_json_atomic
 from mora_ds.eval.ledger_summary import mean, modules_of, require_delta
 from mora_ds.eval.spectrum import THRESHOLD, LayerSpectrum, Update, layer_spectra
-from mora_ds.files import write_json_atomic
 from mora_ds.runtime.cli import table
 
 Live = dict[str, Update]

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mora_ds.adapters.target_modules import ending_of
+from mora_ds.common.files import write_json_atomic
 from mora_ds.eval.gradient_probe import GradientMeasures
 from mora_ds.eval.ledger_summary import mean
 from mora_ds.eval.spectrum_report import require_matplotlib
 from mora_ds.eval.weights import ESTIMATED, LEADING, SHARES, WeightMeasures
-from mora_ds.files import write_json_atomic
 from mora_ds.runtime.cli import table
 
 Gradients = Mapping[str, GradientMeasures]

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mora_ds.errors import RunError
+from mora_ds.common.errors import RunError
 from mora_ds.models.base import BaseCheckpoint
 
 EXACT_UP_TO = 1024

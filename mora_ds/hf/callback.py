@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.remora.schedule import Schedule, ScheduleKind
 
 if TYPE_CHECKING:

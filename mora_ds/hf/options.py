@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mora_ds.common.errors import UserError, refuse
 from mora_ds.engine.ds_config import fill_bucket_sizes
 from mora_ds.engine.ds_keys import degree_in
-from mora_ds.errors import UserError, refuse
 
 REFUSED = {
     "fsdp": "FSDP would shard the base; DeepSpeed shards the MoRA matrices alone",

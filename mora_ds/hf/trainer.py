@@ -28,10 +28,10 @@ from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.inject import count_parameters, inject
 from mora_ds.checkpoint.folder import LATEST, resume_checkpoint
 from mora_ds.checkpoint.layout import CHECKPOINTS
+from mora_ds.common.errors import UserError
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine.accelerate import allow_cpu, bare_model, is_sharded, optimizer_steps, our_engine, unsharded_loading
 from mora_ds.engine.initialize import trainable_numels
-from mora_ds.errors import UserError
 from mora_ds.hf.callback import MoRACallback
 from mora_ds.hf.options import check_options, fill_config
 from mora_ds.models.load import resolve_folder

@@ -24,11 +24,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mora_ds.errors import RunError, UserError
-from mora_ds.files import atomic_folder, read_json, stamp
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import atomic_folder, read_json, stamp
+from mora_ds.common.untrusted import FileName, typed
 from mora_ds.models.tensor_files import dtype_name, open_safetensors, shape_dtype, tensor_nbytes
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.untrusted import FileName, typed
 
 logger = logging.getLogger(__name__)
 

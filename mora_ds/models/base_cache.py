@@ -16,8 +16,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from mora_ds.errors import RunError, UserError
-from mora_ds.files import at_work, disk_errors, fsync_tree, is_abandoned
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import at_work, disk_errors, fsync_tree, is_abandoned
 from mora_ds.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mora_ds.errors import UserError, reason
+from mora_ds.common.errors import UserError, reason
+from mora_ds.common.untrusted import parse_json
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint, NotOneToOne, map_model, verify_against_model, write_own_base
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, dtype_name
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 

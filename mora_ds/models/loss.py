@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mora_ds.common.errors import UserError
 from mora_ds.data import IGNORED
-from mora_ds.errors import UserError
 from mora_ds.models.attention import model_inputs
 
 FLAG = "--chunked_loss"

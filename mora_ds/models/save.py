@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mora_ds.errors import UserError
-from mora_ds.files import read_json, write_json_atomic
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json, write_json_atomic
 from mora_ds.models.base import INDEX_FILE, SINGLE_FILE, BaseCheckpoint
 from mora_ds.models.tensor_files import SafetensorsWriter, dtype_name, tensor_nbytes
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from mora_ds.adapters.ops.singular_vectors import VectorsRecord
-from mora_ds.errors import UserError
-from mora_ds.files import atomic_path, sha256_file
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import atomic_path, sha256_file
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import SafetensorsWriter
 

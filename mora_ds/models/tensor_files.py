@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mora_ds.errors import UserError, unknown
-from mora_ds.files import atomic_path
+from mora_ds.common.errors import UserError, unknown
+from mora_ds.common.files import atomic_path
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes that a model can be trained and exported in, by their names in config.json."""

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import atomic_folder, malformed, read_json, require_format
 from mora_ds.data import (
     Corpus,
     Extension,
@@ -31,8 +33,6 @@ from mora_ds.data import (
     is_held_out,
     load_tokenizer,
 )
-from mora_ds.errors import RunError, UserError
-from mora_ds.files import atomic_folder, malformed, read_json, require_format
 from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import folder_config
 from mora_ds.models.save import fill_shards, write_companions, write_shards

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from mora_ds.errors import UserError, refuse
+from mora_ds.common.errors import UserError, refuse
 
 TENSOR, SEQUENCE = "--tensor_parallel_size", "--sequence_parallel_size"
 

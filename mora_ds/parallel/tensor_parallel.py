@@ -27,7 +27,7 @@ from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops.linear import Compute, formula_of_0_2
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.tp_plan import Style, TensorPlan, plan_of
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.parallel.limits import TENSOR, check_tensor_parallel
 from mora_ds.parallel.saved_inputs import BlockInput, Saved, Saving, TPInputs, plan_inputs, smaller_of
 from mora_ds.parallel.topology import AllGather, Slice, Sum, SumGradient, Topology, mark_split, share_of

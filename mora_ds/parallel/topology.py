@@ -17,7 +17,7 @@ import torch
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.parallel.limits import TENSOR, check_world
 
 

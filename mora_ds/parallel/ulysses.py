@@ -33,7 +33,7 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.models import document_attention
 from mora_ds.models.attention import attention_of
 from mora_ds.parallel import softcap_attention

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.parallel.limits import SEQUENCE
 from mora_ds.parallel.ulysses import check_core, check_heads, core_of
 

@@ -8,7 +8,7 @@ from peft import PeftConfig
 
 from mora_ds.adapters.config import SUBSPACE, MoRAConfig
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.peft.register import PEFT_TYPE
 
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters.layer import is_linear, linear_shape
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight, mora_update
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.peft.config import MoraConfig
 from mora_ds.peft.register import PREFIX
 

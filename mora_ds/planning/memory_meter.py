@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 
 
 class MemoryMeter(TorchDispatchMode):

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mora_ds.adapters.inject import mora_layers
+from mora_ds.common.errors import refuse
 from mora_ds.engine.ds_config import fill_bucket_sizes
 from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.initialize import trainable_numels
-from mora_ds.errors import refuse
 from mora_ds.parallel.limits import check_tensor_parallel, check_world, sequence_parallel_problems
 from mora_ds.planning.costs import Costs, costs
 from mora_ds.planning.memory import RankMemory, Trained, all_gather_volume, rank_memory, reduced_bytes

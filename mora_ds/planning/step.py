@@ -23,8 +23,8 @@ from mora_ds.adapters.inject import base_weights, frozen_buffers, inject, mora_l
 from mora_ds.adapters.merge_layer import merge_layer
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.common.errors import UserError, reason
 from mora_ds.data.documents import Documents
-from mora_ds.errors import UserError, reason
 from mora_ds.models.attention import NAME, use_documents
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel import windows

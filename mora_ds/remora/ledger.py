@@ -30,8 +30,8 @@ from torch import Tensor
 from mora_ds.adapters.ops.singular_vectors import VectorsRecord, register
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.update import spec_from_dict
-from mora_ds.errors import RunError, UserError
-from mora_ds.files import (
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import (
     atomic_path,
     file_problem,
     link_or_copy,
@@ -42,8 +42,8 @@ from mora_ds.files import (
     sha256_file,
     write_json_atomic,
 )
+from mora_ds.common.untrusted import Count, FileName, entry, plain_json, shown, typed
 from mora_ds.models.tensor_files import SafetensorsWriter, open_safetensors, shape_dtype
-from mora_ds.untrusted import Count, FileName, entry, plain_json, shown, typed
 
 LEDGER_FILE = "ledger.json"
 VECTORS_FILE = "vectors.safetensors"

@@ -22,9 +22,9 @@ from torch import Tensor
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.inject import mora_layers, set_cycle
 from mora_ds.adapters.merge_layer import MergeNorms, merge_layer, write_live
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.engine import zero
 from mora_ds.engine.muon import uses_muon
-from mora_ds.errors import RunError, UserError
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LayerEntry, Ledger
 from mora_ds.remora.optimizer_reset import STEP, OptimizerReset, rule

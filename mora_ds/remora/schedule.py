@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from mora_ds.errors import (
+from mora_ds.common.errors import (
     ABOVE_0_AT_MOST_1,
     AT_MOST_1,
     NOT_NEGATIVE,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 
 LEAST_WINDOW = 3
 """Fewest values for which a line has an error; from about 30 on two standard errors mean 95%."""

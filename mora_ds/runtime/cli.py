@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from mora_ds.errors import RunError, Stopped, UserError
+from mora_ds.common.errors import RunError, Stopped, UserError
 from mora_ds.runtime import signals
 from mora_ds.runtime.events import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR
 from mora_ds.runtime.log_setup import rank, rank_prefix, set_up_logging

@@ -14,7 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from mora_ds.files import stamp
+from mora_ds.common.files import stamp
 from mora_ds.runtime.log_setup import rank
 
 logger = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
-from mora_ds.errors import RunError, UserError
-from mora_ds.files import VISIBLE_WITHIN_S, disk_errors, fsync
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import VISIBLE_WITHIN_S, disk_errors, fsync
 from mora_ds.runtime.ranks import Ranks
 
 FOLDER = ".follower"

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from mora_ds.errors import RunError, UserError
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.runtime.exchange import gather_to_all, new_group
 
 Result = TypeVar("Result")

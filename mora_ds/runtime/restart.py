@@ -23,7 +23,7 @@ from enum import Enum
 from pathlib import Path
 from types import FrameType
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.runtime.events import (
     EVENTS_FILE,
     EXIT_FAILURE,

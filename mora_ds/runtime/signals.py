@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-from mora_ds.errors import Stopped
+from mora_ds.common.errors import Stopped
 from mora_ds.runtime.events import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_STOPPED, Event, emit
 from mora_ds.runtime.log_setup import rank, rank_prefix
 from mora_ds.runtime.processes import children_of, launchers_above, parent_of

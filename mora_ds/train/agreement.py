@@ -16,13 +16,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mora_ds.common.errors import UserError
+from mora_ds.common.version import __version__
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.engine.ds_config import load_ds_config
 from mora_ds.engine.initialize import start_distributed
-from mora_ds.errors import UserError
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.version import __version__
 
 NODE_SETTINGS = frozenset(
     {

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mora_ds.checkpoint.state import AttentionKind, TrainerState
+from mora_ds.common.errors import UserError
 from mora_ds.config.data import Attention, ModelArguments
-from mora_ds.errors import UserError
 from mora_ds.models.attention import NAME, is_flash, why_dense
 
 logger = logging.getLogger(__name__)

@@ -33,10 +33,10 @@ from mora_ds.adapters.path_times import (
     undecided,
 )
 from mora_ds.checkpoint.state import Paths
-from mora_ds.errors import UserError
-from mora_ds.files import load_yaml
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import load_yaml
+from mora_ds.common.untrusted import typed
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.untrusted import typed
 
 logger = logging.getLogger(__name__)
 

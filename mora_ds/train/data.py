@@ -14,6 +14,7 @@ from typing import Any
 
 from mora_ds.checkpoint.layout import TOKENIZER_FOLDER
 from mora_ds.checkpoint.state import TrainerState
+from mora_ds.common.errors import UserError
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.mixture import HELD_OUT, PLAIN, MixturePlan, SourcePlan, mixture_plan
 from mora_ds.config.training import TrainingArguments
@@ -38,7 +39,6 @@ from mora_ds.data import (
     stream_dataset,
     tokenizer_fingerprint,
 )
-from mora_ds.errors import UserError
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.setup import Place
 from mora_ds.train.tokenizer import begin_tokenizer, load_or_train_tokenizer, save_tokenizer

@@ -19,12 +19,12 @@ import torch
 
 from mora_ds.adapters.ops.subspace import SUBSPACE
 from mora_ds.checkpoint.layout import MERGED_FOLDER, METRICS_FILE, TOKENIZER_FOLDER
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import CONFIGS
 from mora_ds.config.arguments import Arguments, from_flat
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_demo_corpus
-from mora_ds.errors import UserError
-from mora_ds.files import CONFIGS
 from mora_ds.models.load import create_base
 from mora_ds.train.agreement import start_up
 from mora_ds.train.dry_run import dry_run

@@ -18,6 +18,7 @@ from mora_ds.adapters.config import AdapterConfig, MoRAConfig
 from mora_ds.adapters.domains import frozen_values
 from mora_ds.adapters.inject import inject
 from mora_ds.adapters.tp_plan import plan_of
+from mora_ds.common.errors import UserError
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import DataArguments
@@ -25,7 +26,6 @@ from mora_ds.config.domains import adapter_config
 from mora_ds.engine import device
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_optimizer import OptimizerKind
-from mora_ds.errors import UserError
 from mora_ds.models.attention import NAME
 from mora_ds.models.base import MODEL_FLAG
 from mora_ds.models.load import named_config

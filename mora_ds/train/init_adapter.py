@@ -16,9 +16,9 @@ from torch import nn
 from mora_ds.adapters.domains import OWN, domain_layers, domains_of
 from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, open_adapter
 from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, find_adapter
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import sha256_file
 from mora_ds.engine import zero
-from mora_ds.errors import UserError
-from mora_ds.files import sha256_file
 from mora_ds.runtime.ranks import Ranks
 
 FLAG = "--init_adapter"

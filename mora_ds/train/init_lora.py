@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.ops.lora import LoRASpec
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
+from mora_ds.common.untrusted import entry
 from mora_ds.deploy.peft_export import CONFIG_FILE, FINGERPRINT, PREFIX, WEIGHTS_FILE
 from mora_ds.engine import zero
-from mora_ds.errors import UserError
-from mora_ds.files import read_json
 from mora_ds.models.tensor_files import open_safetensors, shape_dtype
 from mora_ds.train.init_adapter import FLAG
-from mora_ds.untrusted import entry
 
 _FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from mora_ds.adapters.target_plan import AUTO
 from mora_ds.checkpoint.layout import BASE_FOLDER
+from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import DataArguments
 from mora_ds.config.mixture import mixture_plan
-from mora_ds.errors import UserError
 from mora_ds.train.output_folder import NAMES, TARGETS
 from mora_ds.train.run_file import holds_run
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mora_ds.checkpoint.layout import METRICS_FILE
-from mora_ds.files import atomic_path, disk_errors
+from mora_ds.common.files import atomic_path, disk_errors
 from mora_ds.train.trackers import TensorBoard, Tracker
 
 logger = logging.getLogger(__name__)

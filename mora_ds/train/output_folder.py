@@ -29,8 +29,8 @@ from mora_ds.checkpoint.layout import (
     SUMMARY_FILE,
     TOKENIZER_FOLDER,
 )
-from mora_ds.errors import UserError
-from mora_ds.files import disk_errors, link_or_copy
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import disk_errors, link_or_copy
 from mora_ds.train.run_file import holds_run, owned_by_run
 from mora_ds.train.trackers import TRACKERS
 

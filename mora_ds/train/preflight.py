@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mora_ds.adapters.domains import domains_of
 from mora_ds.checkpoint.state import AttentionKind
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import Attention
 from mora_ds.data.documents import Documents
-from mora_ds.errors import RunError, UserError
 from mora_ds.models import loss
 from mora_ds.models.attention import NAME, attention_of, model_inputs, use_dense
 from mora_ds.parallel.limits import SEQUENCE

@@ -23,6 +23,8 @@ from mora_ds.adapters.ops.gather import check_compiler, compile_operators
 from mora_ds.checkpoint.folder import AUTO, name_best, name_latest, resume_checkpoint, settle
 from mora_ds.checkpoint.layout import CHECKPOINTS, MERGED_FOLDER, SUMMARY_FILE, step_folder
 from mora_ds.checkpoint.state import AttentionKind, TrainerState, check_world_size
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import write_json_atomic
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.domains import eval_domains
@@ -34,8 +36,6 @@ from mora_ds.deploy.hub import check_repository, push_adapter, push_folder
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_keys import tracker_folders
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.errors import RunError, UserError
-from mora_ds.files import write_json_atomic
 from mora_ds.models.attention import use_documents
 from mora_ds.models.loss import chunk_loss
 from mora_ds.parallel.ulysses_checks import check_config

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mora_ds.common.errors import RunError
 from mora_ds.data import IGNORED
 from mora_ds.engine import zero
-from mora_ds.errors import RunError
 from mora_ds.models.loss import token_nll
 
 

@@ -29,9 +29,9 @@ from mora_ds.checkpoint.folder import resume_checkpoint
 from mora_ds.checkpoint.layout import CHECKPOINTS, LEDGER_FOLDER, complete_checkpoints
 from mora_ds.checkpoint.state import MERGE_PRECISION, Paths, TrainerState, check_identity, run_identity
 from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
+from mora_ds.common.errors import UserError
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import start_distributed
-from mora_ds.errors import UserError
 from mora_ds.models.base import BaseCheckpoint, NotOneToOne, map_model, verify_against_model
 from mora_ds.models.tensor_files import dtype_name
 from mora_ds.remora.ledger import LEDGER_FILE, Ledger

@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 
 from mora_ds.checkpoint.layout import RUN_FILE
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import atomic_path, load_yaml
 from mora_ds.config.arguments import RECORDED_KEYS
 from mora_ds.engine.ds_keys import masked
-from mora_ds.errors import UserError
-from mora_ds.files import atomic_path, load_yaml
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "safetensors")
 _OWNS = "owns"

@@ -30,14 +30,14 @@ from mora_ds.adapters.target_plan import (
     with_sizes,
 )
 from mora_ds.checkpoint.state import TrainerState
+from mora_ds.common.errors import UserError
+from mora_ds.common.untrusted import typed
 from mora_ds.config.adapter import AdapterArguments
-from mora_ds.errors import UserError
 from mora_ds.eval.weights import Weight, analyse
 from mora_ds.models.base import BaseCheckpoint, NotOneToOne, map_model
 from mora_ds.models.load import folder_config
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.untrusted import typed
 
 logger = logging.getLogger(__name__)
 

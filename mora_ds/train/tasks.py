@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mora_ds.errors import UserError, reason
-from mora_ds.files import load_yaml
+from mora_ds.common.errors import UserError, reason
+from mora_ds.common.files import load_yaml
 from mora_ds.parallel.ulysses import whole_rows
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.replicas import Replica

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mora_ds.checkpoint.layout import tokenizer_of
+from mora_ds.common.files import copy_folder, disk_errors
 from mora_ds.config.data import ModelArguments
 from mora_ds.data import Corpus, check_reload, check_vocabulary, load_tokenizer, train_sentencepiece
-from mora_ds.files import copy_folder, disk_errors
 from mora_ds.runtime.nodes import Followers
 
 

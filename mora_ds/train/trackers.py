@@ -22,9 +22,9 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
+from mora_ds.common.errors import UserError, reason
+from mora_ds.common.files import disk_errors, read_json, write_json_atomic
 from mora_ds.config.tracking import EXTRAS, NONE
-from mora_ds.errors import UserError, reason
-from mora_ds.files import disk_errors, read_json, write_json_atomic
 from mora_ds.train.run_file import without_secrets
 
 logger = logging.getLogger(__name__)

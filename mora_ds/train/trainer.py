@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mora_ds.common.errors import RunError, Stopped
 from mora_ds.config.forgetting import report
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import Mixture, StreamMixture, TrainData
 from mora_ds.engine import zero
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.errors import RunError, Stopped
 from mora_ds.models.base import BaseChanged
 from mora_ds.models.loss import row_nll, token_nll
 from mora_ds.remora.schedule import Schedule

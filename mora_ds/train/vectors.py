@@ -24,7 +24,7 @@ from mora_ds.adapters.layer import linear_shape
 from mora_ds.adapters.ops.singular_vectors import register
 from mora_ds.adapters.target_modules import targets_of
 from mora_ds.checkpoint.layout import LEDGER_FOLDER
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.svd import Wanted, cache_key, record_of, write_vectors
 from mora_ds.remora.ledger import Ledger

@@ -16,12 +16,12 @@ from typing import Any
 
 from mora_ds.checkpoint.folder import AUTO
 from mora_ds.checkpoint.layout import MERGED_FOLDER, SUMMARY_FILE
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.validate import validate
 from mora_ds.engine.ds_optimizer import OptimizerKind
-from mora_ds.errors import UserError
-from mora_ds.files import read_json
 from mora_ds.train.agreement import start_up
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.output_folder import check

@@ -18,11 +18,11 @@ from mora_ds.adapters.ops import singular_vectors
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, SquareSpec
 from mora_ds.adapters.ops.subspace import SubspaceSpec
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.arguments import parse
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
-from mora_ds.errors import RunError, UserError
 from mora_ds.models.svd import Wanted, record_of, write_vectors
 from mora_ds.remora.ledger import Ledger
 from mora_ds.train.dry_run import planned

@@ -17,7 +17,7 @@ from mora_ds.adapters.inject import inject, layer_for, mora_layers
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight, mora_update
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
-from mora_ds.errors import RunError, UserError
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.models.loss import chunk_loss
 from mora_ds.train.init_adapter import InitialAdapter
 from mora_ds.train.preflight import check_domain_rows

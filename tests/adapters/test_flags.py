@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
-from mora_ds.errors import UserError
 
 SUBSPACE = "--operator subspace "
 AUTO = "--targets auto --trainable_budget 1% "

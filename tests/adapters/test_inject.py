@@ -13,7 +13,7 @@ from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base, set_cycle
 from mora_ds.adapters.ops.spec import Grouping
 from mora_ds.adapters.target_modules import match_targets
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from tests.helpers.models import causal_loss, tiny_model, tokens
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -16,12 +16,12 @@ from mora_ds.adapters.inject import count_parameters, move_base
 from mora_ds.adapters.new_embeddings import NewRowEmbedding, NewRowHead
 from mora_ds.checkpoint.universal import from_universal, to_universal
 from mora_ds.checkpoint.verify import verify
+from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 from mora_ds.data import load_corpus, load_tokenizer
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine import zero
-from mora_ds.errors import UserError
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.vocabulary import EXTENSION_JSON, extend_vocabulary
 from mora_ds.train.pretrain import pretrain

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from mora_ds.adapters.rank_allocation import TOLERANCE, Candidate, spend
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 
 PROJECTIONS = [Candidate(f"layers.{n}.{name}", 64, 64, 64, 0.5) for n in range(4) for name in "abcd"]
 

@@ -19,9 +19,9 @@ from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.checkpoint.ledger_tools import drop
 from mora_ds.checkpoint.ledger_tools import verify as verify_ledger
 from mora_ds.checkpoint.verify import verify
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.deploy.adapter_io import export_adapter, load_adapter
 from mora_ds.deploy.export import export_merged
-from mora_ds.errors import RunError, UserError
 from mora_ds.eval.ledger_summary import summarize
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.remora.ledger import VECTORS_FILE, Ledger

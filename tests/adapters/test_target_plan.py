@@ -10,7 +10,7 @@ import pytest
 from mora_ds.adapters.config import MoRAConfig, config_from_dict
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.target_plan import TargetPlan, check_model, parse_budget, read_plan, with_sizes
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.models.base import write_own_base
 from mora_ds.train.targets import open_model
 from tests.helpers.models import tiny_model

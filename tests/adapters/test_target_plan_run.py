@@ -14,9 +14,9 @@ import mora_ds
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.target_plan import TargetPlan, read_plan
 from mora_ds.checkpoint.verify import verify
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json, write_json_atomic
 from mora_ds.config.arguments import parse
-from mora_ds.errors import UserError
-from mora_ds.files import read_json, write_json_atomic
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.dry_run import planned

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, read_adapter, write_adapter
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.models.base import BaseCheckpoint
 from tests.helpers.ledgers import entry, layers_of, squares_for
 from tests.helpers.models import tiny_model

@@ -17,9 +17,9 @@ from mora_ds.checkpoint.async_save import Background, on_host
 from mora_ds.checkpoint.folder import complete_checkpoints
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.verify import verify
+from mora_ds.common.errors import RunError
 from mora_ds.engine import shard_writer
 from mora_ds.engine.shard_reader import EngineShards
-from mora_ds.errors import RunError
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, curve, job, refused, run

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import mora_ds
 from mora_ds.checkpoint.folder import complete_checkpoints
 from mora_ds.checkpoint.writer import _retain as retain
-from mora_ds.files import verify_manifest
+from mora_ds.common.files import verify_manifest
 from tests.helpers.damage import checkpoint_at
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks

@@ -16,8 +16,8 @@ from mora_ds.checkpoint import compact as compact_room
 from mora_ds.checkpoint.adapter_files import BaseReference
 from mora_ds.checkpoint.compact import compact
 from mora_ds.checkpoint.ledger_tools import verify
+from mora_ds.common.errors import UserError
 from mora_ds.deploy.export import export_merged
-from mora_ds.errors import UserError
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import Ledger
 from tests.helpers.exports import FakeRun, Killed, contents, fake_run, step_of

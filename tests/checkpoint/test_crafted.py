@@ -18,10 +18,10 @@ from mora_ds.checkpoint.ledger_tools import verify as verify_ledger
 from mora_ds.checkpoint.state import TrainerState, check_world_size
 from mora_ds.checkpoint.universal import from_universal, to_universal
 from mora_ds.checkpoint.verify import verify
+from mora_ds.common.errors import UserError
 from mora_ds.deploy.adapter_io import export_adapter
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine.pickled import load_pickled
-from mora_ds.errors import UserError
 from tests.helpers.crafted import SHARD, change_header, reseal, rewrite_pickle, whole_checkpoint
 from tests.helpers.damage import change_json
 from tests.helpers.exports import FakeRun
@@ -121,7 +121,7 @@ def test_the_way_back_makes_no_path_of_names_either(checkpoint: Path, tmp_path: 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret"])
 def test_a_manifest_lists_files_of_its_own_folder(checkpoint: Path, name: str) -> None:
-    from mora_ds.files import _seal
+    from mora_ds.common.files import _seal
 
     def change(content: dict[str, Any]) -> None:
         content["files"][name] = {"size": 1, "sha256": "a"}

@@ -18,10 +18,10 @@ import pytest
 from mora_ds.checkpoint.adapter_files import BaseReference
 from mora_ds.checkpoint.folder import resume_checkpoint, settle
 from mora_ds.checkpoint.layout import complete_checkpoints
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import replace_symlink, verify_manifest
 from mora_ds.data import build_cache, load_corpus, load_tokenizer
 from mora_ds.deploy.export import export_merged
-from mora_ds.errors import RunError, UserError
-from mora_ds.files import replace_symlink, verify_manifest
 from mora_ds.remora.ledger import Ledger
 from mora_ds.train.trainer import Trainer
 from tests.helpers.damage import HARMS, change_json, cut, flip, gone
@@ -133,7 +133,7 @@ def test_a_manifest_that_is_not_the_one_written(out: Path, change: str, caplog: 
 
 def test_a_cycle_that_was_damaged_before_it_was_listed(out: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Manifest and file agree: both are of the damaged cycle. The ledger's own record does not."""
-    from mora_ds.files import write_manifest
+    from mora_ds.common.files import write_manifest
 
     root = out / "checkpoints"
     cycle = root / "step-000006" / "ledger" / "cycle-00001.safetensors"

@@ -19,13 +19,13 @@ from deepspeed.utils import safe_get_full_optimizer_state
 
 from mora_ds.checkpoint.adapter_files import BaseReference
 from mora_ds.checkpoint.verify import verify
+from mora_ds.common.errors import UserError
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine import shard_reader, shard_writer, zero
 from mora_ds.engine.optimizer_view import view_of
 from mora_ds.engine.pickled import STAND_INS
 from mora_ds.engine.shard_index import Layout, ShardIndex, layout_path
 from mora_ds.engine.shard_reader import MASTER, EngineShards
-from mora_ds.errors import UserError
 from mora_ds.train.loader import MicroBatch
 from mora_ds.train.trainer import Trainer
 from tests.helpers.engines import COMBINATIONS, new_engine, one_step

@@ -16,7 +16,7 @@ from mora_ds.checkpoint import writer
 from mora_ds.checkpoint.folder import resume_checkpoint, settle
 from mora_ds.checkpoint.layout import complete_checkpoints, step_folder, step_of
 from mora_ds.checkpoint.verify import verify
-from mora_ds.files import replace_symlink
+from mora_ds.common.files import replace_symlink
 from tests.helpers.damage import checkpoint_at
 
 UNKNOWN_FOLDERS = ("step-000002.bak", "step-", "step-2", "step-0000002", "step--00002", "step-00000\uff12", "notes")

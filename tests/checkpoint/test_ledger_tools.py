@@ -19,8 +19,8 @@ from mora_ds.checkpoint.adapter_files import read_adapter
 from mora_ds.checkpoint.folder import resume_checkpoint
 from mora_ds.checkpoint.layout import find_ledger
 from mora_ds.checkpoint.ledger_tools import drop, verify
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.deploy.export import export_merged
-from mora_ds.errors import RunError, UserError
 from mora_ds.eval.ledger_summary import show_lines, summarize
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora import ledger as ledger_room

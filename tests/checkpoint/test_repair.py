@@ -10,8 +10,8 @@ import pytest
 
 from mora_ds.checkpoint.layout import complete_checkpoints
 from mora_ds.checkpoint.repair import repair
-from mora_ds.errors import RunError, UserError
-from mora_ds.files import verify_manifest
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import verify_manifest
 from mora_ds.remora.ledger import Ledger
 from tests.helpers.damage import HARMS, flip
 

@@ -20,10 +20,10 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.checkpoint.adapter_files import read_adapter
 from mora_ds.checkpoint.universal import from_universal, to_universal
 from mora_ds.checkpoint.verify import verify
+from mora_ds.common.errors import UserError
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import parameter_groups
 from mora_ds.engine.shard_reader import MASTER
-from mora_ds.errors import UserError
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import REPOSITORY, Playground, losses, run

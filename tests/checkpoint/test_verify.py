@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mora_ds.checkpoint.verify import verify
-from mora_ds.errors import UserError
-from mora_ds.files import replace_symlink, write_manifest
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import replace_symlink, write_manifest
 from tests.helpers.damage import change_json
 from tests.helpers.jobs import REPOSITORY, Playground, run
 

@@ -16,14 +16,14 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mora_ds import files
 from mora_ds.checkpoint import writer as checkpoints
 from mora_ds.checkpoint.folder import resume_checkpoint
 from mora_ds.checkpoint.layout import complete_checkpoints
 from mora_ds.checkpoint.state import check_identity
+from mora_ds.common import files
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import replace_symlink, verify_manifest
 from mora_ds.engine import shard_writer
-from mora_ds.errors import RunError, UserError
-from mora_ds.files import replace_symlink, verify_manifest
 from tests.helpers.damage import checkpoint_at
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, job, launch, refused, run

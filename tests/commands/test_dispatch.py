@@ -11,10 +11,10 @@ import pytest
 from deepspeed.launcher import runner
 
 from mora_ds.commands import dispatch, pretrain, recipes
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import CONFIGS, shipped
 from mora_ds.config.arguments import parse
 from mora_ds.engine import launcher
-from mora_ds.errors import UserError
-from mora_ds.files import CONFIGS, shipped
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.mistakes import answer
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mora_ds.commands.dispatch import COMMANDS
-from mora_ds.version import __version__
+from mora_ds.common.version import __version__
 from tests.helpers.gloo import free_port
 from tests.helpers.jobs import REPOSITORY, rows
 

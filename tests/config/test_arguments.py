@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
+from mora_ds.common.errors import UserError
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.arguments import dump, from_flat, parse
 from mora_ds.config.flags import documented
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
-from mora_ds.errors import UserError
 from mora_ds.remora.schedule import ScheduleKind
 from mora_ds.remora.stall import StallRule, StallSignal
 

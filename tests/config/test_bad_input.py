@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.checkpoint.folder import complete_checkpoints
+from mora_ds.common.files import verify_manifest
 from mora_ds.data import train_sentencepiece
-from mora_ds.files import verify_manifest
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import REPOSITORY, Playground, environment, launch, losses, refused, run
 from tests.helpers.models import tiny_model

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import RECORDED_KEYS, dump, parse
 from mora_ds.config.flags import BEFORE, RENAMED, RETIRED
 from mora_ds.config.validate import validate
-from mora_ds.errors import UserError
 
 RUN_OF_0_2 = Path(__file__).with_name("run_of_0_2.yaml")
 """Written by version 0.2 at the end of the demo, with every setting that it had."""

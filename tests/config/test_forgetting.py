@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mora_ds.checkpoint.state import TrainerState
+from mora_ds.common.errors import UserError
 from mora_ds.config.forgetting import Watch, change, report
-from mora_ds.errors import UserError
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, printed, refused, rows, run
 from tests.helpers.resume import assert_same_run, interrupted_job

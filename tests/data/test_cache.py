@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from mora_ds import files as mora_files
+from mora_ds.common import files as mora_files
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.data import TokenCache, build_cache, cache, load_corpus, load_tokenizer, readers, train_sentencepiece
 from mora_ds.data.cache import damage
-from mora_ds.errors import RunError, UserError
 
 TEXTS = [f"document {number}: " + "some words and more words\n" * (number % 7) for number in range(40)]
 

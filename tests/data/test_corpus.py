@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from mora_ds.common.errors import UserError
 from mora_ds.data import load_corpus, readers, resolve_files
-from mora_ds.errors import UserError
 
 TEXTS = ["First document.\n", "Second, with ünïcödé 😀.", "  third\twith\r\nspace "]
 

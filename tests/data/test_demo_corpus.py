@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mora_ds.common.errors import UserError
 from mora_ds.data import demo_corpus, domain_documents, general_documents, load_corpus, write_demo_corpus
-from mora_ds.errors import UserError
 
 
 @pytest.fixture(scope="module")

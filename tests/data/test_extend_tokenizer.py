@@ -17,9 +17,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from mora_ds.common.errors import UserError
 from mora_ds.data import candidate_tokens, extend_tokenizer, load_corpus, load_tokenizer
 from mora_ds.data.sentencepiece import train_sentencepiece, wrap_sentencepiece
-from mora_ds.errors import UserError
 from mora_ds.models.vocabulary import EXTENSION_JSON, extend_vocabulary
 from tests.helpers.models import tiny_model
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mora_ds.common.errors import UserError
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.config.validate import validate
 from mora_ds.data import Mixture, PackedDataset, TokenCache
 from mora_ds.data.mixture import LONGEST_PERIOD, Phase, SampleSchedule, integer_weights
-from mora_ds.errors import UserError
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, curve, job, losses, printed, refused, rows, run
 from tests.helpers.mixtures import mixture_flags, source_rows, write_mixture

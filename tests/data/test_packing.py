@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers.masking_utils import find_packed_sequence_indices
 
+from mora_ds.common.errors import UserError
 from mora_ds.data import IGNORED, PackedDataset, TokenCache
 from mora_ds.data.documents import Documents
-from mora_ds.errors import UserError
 
 EOS = 9999
 RECORDED = [9, 4, 3, 6, 2, 0, 5, 1, 7, 8, 5, 9, 8, 6, 4, 2, 0, 7, 1, 3]

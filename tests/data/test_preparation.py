@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from mora_ds.common.errors import UserError
 from mora_ds.data import (
     Filters,
     PackedDataset,
@@ -30,7 +31,6 @@ from mora_ds.data import (
 )
 from mora_ds.data import cache as cache_module
 from mora_ds.data.dedup import NUM_PERM, SHINGLE_WORDS, CanonicalHash, NearDuplicates, signature
-from mora_ds.errors import UserError
 from tests.helpers.jobs import REPOSITORY, Playground, losses, run
 
 WORDS = [f"{a}{b}" for a in ("mor", "lex", "tar", "pin", "sol", "ven") for b in ("a", "en", "it", "os", "um", "y")]

@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.data import (
     Corpus,
     Document,
@@ -34,7 +35,6 @@ from mora_ds.data import (
     stream_dataset,
 )
 from mora_ds.data.stream import StreamPosition
-from mora_ds.errors import RunError, UserError
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, job, losses, refused, rows, run
 from tests.helpers.mixtures import source_rows

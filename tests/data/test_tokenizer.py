@@ -12,11 +12,11 @@ import sentencepiece
 import tokenizers
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
+from mora_ds.common.errors import UserError
 from mora_ds.data import check_reload, check_vocabulary, load_tokenizer, train_sentencepiece, wants_bos
 from mora_ds.data import tokenizer as tokenizers_module
 from mora_ds.data.readers import Document
 from mora_ds.data.tokenizer import Encoder, end_of_text_id, tokenizer_fingerprint
-from mora_ds.errors import UserError
 
 SOURCES = [Path(module.__file__ or "").read_text() for module in (json, random, io, pytest)]
 AWKWARD = [

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mora_ds.adapters.config import MoRAConfig
+from mora_ds.common.errors import UserError
 from mora_ds.deploy import bank_layer
 from mora_ds.deploy.bank_layer import BankLinear
-from mora_ds.errors import UserError
 from tests.helpers.adapters import Maker, originals
 from tests.helpers.banks import CYCLES, Bench, bench, check_rows, logits
 from tests.helpers.models import tiny_model, tokens

@@ -12,8 +12,8 @@ import torch
 
 from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS
+from mora_ds.common.errors import UserError
 from mora_ds.deploy.bank import AdapterBank
-from mora_ds.errors import UserError
 from tests.helpers.banks import Bench, bench, check_rows, logits
 from tests.helpers.exports import fake_run
 from tests.helpers.models import tokens

@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mora_ds import files
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
+from mora_ds.common import files
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.deploy import export as export_room
 from mora_ds.deploy.export import export_merged
-from mora_ds.errors import RunError, UserError
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
 from mora_ds.remora.ledger import LayerEntry, Ledger

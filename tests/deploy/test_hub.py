@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 
 from mora_ds.commands import export
-from mora_ds.errors import RunError
+from mora_ds.common.errors import RunError
 from tests.helpers.exports import fake_run
 from tests.helpers.gloo import run_ranks
 from tests.helpers.hub import Hub, stand_in

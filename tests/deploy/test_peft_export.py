@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
+from mora_ds.common.errors import UserError
 from mora_ds.deploy.peft_export import CONFIG_FILE, export_peft
-from mora_ds.errors import UserError
 from tests.helpers.adapters import Maker, Updates, merge, originals, summed
 from tests.helpers.exports import fake_run
 from tests.helpers.models import tiny_model, tokens

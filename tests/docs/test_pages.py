@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mora_ds.version import __version__
+from mora_ds.common.version import __version__
 from tests.helpers.pages import FENCE, PAGES, ROOT, prose
 from tools import docs
 from tools.docs_matrix import COLUMNS, OPTIONS, refusal

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from mora_ds.common.errors import UserError
 from mora_ds.engine import device
 from mora_ds.engine.device import DETERMINISTIC, make_deterministic, warn_of_slow_precision
 from mora_ds.engine.ds_config import complete_ds_config
-from mora_ds.errors import UserError
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, job, losses, run
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.engine.ds_config import (
     AUTO,
@@ -24,7 +25,6 @@ from mora_ds.engine.ds_config import (
     resolve_ds_config,
 )
 from mora_ds.engine.ds_keys import REFUSED, TOP_LEVEL
-from mora_ds.errors import UserError
 from tests.helpers.gloo import run_ranks
 
 SETTINGS = EngineSettings(

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from torch import nn
 
+from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 from mora_ds.engine.ds_config import complete_ds_config, resolve_ds_config
 from mora_ds.engine.initialize import initialize_full
-from mora_ds.errors import UserError
 
 
 def flags(*argv: str) -> Any:

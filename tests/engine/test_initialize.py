@@ -12,8 +12,8 @@ from deepspeed.accelerator import get_accelerator
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.engine.initialize import check_compute_dtype, initialize, parameter_groups, start_distributed
-from mora_ds.errors import RunError, UserError
 from mora_ds.models.load import load_base
 from mora_ds.runtime.ranks import Ranks
 from tests.helpers.engines import ds_config

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.ops.mora import delta_weight
+from mora_ds.common.errors import UserError
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.muon import uses_muon
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.errors import UserError
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from tests.helpers.engines import EPSILON, ds_config, merge_by_hand, merging_run
 from tests.helpers.gloo import run_ranks

@@ -17,9 +17,9 @@ from deepspeed.utils import groups
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.common.errors import UserError
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import check_second_copies, initialize
-from mora_ds.errors import UserError
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, run

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
+from mora_ds.common.errors import UserError
 from mora_ds.data import load_corpus, load_tokenizer
 from mora_ds.deploy.export import export_merged
-from mora_ds.errors import UserError
 from mora_ds.eval import perplexity
 from mora_ds.eval.perplexity import Target, Windows, evaluate, harness, load_target, named_sets
 from tests.helpers.adapters import Maker, merge

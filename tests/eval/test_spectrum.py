@@ -17,7 +17,7 @@ from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.checkpoint.layout import find_ledger
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.eval import spectrum as spectrum_module
 from mora_ds.eval.spectrum import LayerSpectrum, Update, cumulative_norms, layer_spectra, measure, singular_values
 from mora_ds.eval.spectrum_report import (

@@ -16,8 +16,8 @@ from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.mora import adjoint
 from mora_ds.adapters.ops.spec import OperatorKind
 from mora_ds.adapters.target_plan import read_plan
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.data import Document
-from mora_ds.errors import RunError, UserError
 from mora_ds.eval.gradient_probe import probe, token_batches
 from mora_ds.eval.weight_report import heat_map, report_lines
 from mora_ds.eval.weights import ESTIMATED, EXACT, Weight, analyse, measure_weight

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mora_ds import files
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.layer import linear_shape
 from mora_ds.adapters.ops.mora import OperatorSpec
@@ -18,6 +17,7 @@ from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, DomainSquares, write_adapter
 from mora_ds.checkpoint.layout import LEDGER_FOLDER
+from mora_ds.common import files
 from mora_ds.models.base import BaseCheckpoint, renamed_keys
 from mora_ds.remora.ledger import LayerEntry, Ledger
 

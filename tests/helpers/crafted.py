@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mora_ds import files
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.checkpoint.state import TrainerState
+from mora_ds.common import files
 from mora_ds.engine.shard_index import Layout, Part, layout_path
 from mora_ds.remora.ledger import _link
 from tests.helpers.damage import change_json

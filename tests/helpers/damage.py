@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mora_ds.files import write_manifest
+from mora_ds.common.files import write_manifest
 
 
 def cut(path: Path) -> None:

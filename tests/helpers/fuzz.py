@@ -28,8 +28,8 @@ import psutil
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.target_plan import TargetPlan
 from mora_ds.checkpoint.universal import to_universal
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.adapter import AdapterArguments
-from mora_ds.errors import RunError, UserError
 from mora_ds.train.targets import plan_of_file
 from tests.helpers.adapters import Maker
 from tests.helpers.crafted import reseal, whole_checkpoint

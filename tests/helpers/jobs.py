@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.arguments import parse
 from mora_ds.data import load_tokenizer, train_sentencepiece
-from mora_ds.errors import RunError, UserError
 from mora_ds.runtime.events import EXIT_USER_ERROR
 from mora_ds.train.warm_start import run_job
 from tests.helpers.gloo import free_port, run_ranks

@@ -28,9 +28,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 import mora_ds.data.cache
 import mora_ds.data.inspection
-from mora_ds import files
 from mora_ds.adapters.target_plan import TargetPlan
 from mora_ds.checkpoint import contents, writer
+from mora_ds.common import files
 from mora_ds.deploy import export
 from mora_ds.engine import shard_writer, zero
 from mora_ds.models.tensor_files import SafetensorsWriter

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from tests.helpers.jobs import Playground
 
 NUMBER_5000 = "1" * 5_000

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mora_ds.common.files import write_json_atomic
 from mora_ds.engine import shard_writer
 from mora_ds.engine.shard_index import Layout, RankShard, ShardIndex, layout_path
 from mora_ds.engine.shard_reader import MASTER, EngineShards
-from mora_ds.files import write_json_atomic
 from mora_ds.runtime.exchange import gather_to_first
 from mora_ds.runtime.ranks import Ranks
 

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from transformers.integrations import deepspeed as hf_deepspeed
 
 import mora_ds
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.hf import MoRACallback, MoRATrainer, load_model
 from mora_ds.hf.options import REFUSED, check_options, fill_config
 from tests.helpers.hf import Trainer, ds_config

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import mora_ds
 from mora_ds.adapters.inject import frozen_buffers
+from mora_ds.common.errors import UserError
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.errors import UserError
 from tests.helpers import hf
 from tests.helpers.gloo import run_ranks
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mora_ds.errors import RunError, UserError
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.models.base import (
     BaseChanged,
     BaseCheckpoint,

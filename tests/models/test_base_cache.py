@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mora_ds.checkpoint.adapter_files import BaseReference
-from mora_ds.errors import RunError, UserError
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.models import base_cache
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.runtime.ranks import Ranks

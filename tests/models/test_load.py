@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mora_ds.files import write_json_atomic
+from mora_ds.common.files import write_json_atomic
 from mora_ds.models import load
 from mora_ds.models.base import write_own_base
 from tests.helpers.models import tiny_model

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject
+from mora_ds.common.errors import UserError
 from mora_ds.data import IGNORED
 from mora_ds.engine.initialize import initialize
-from mora_ds.errors import UserError
 from mora_ds.models.loss import chunk_loss, row_nll, token_nll, whole_nll
 from mora_ds.train.preflight import check_chunked_loss
 from tests.helpers.gloo import run_ranks

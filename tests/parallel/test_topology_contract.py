@@ -12,8 +12,8 @@ import torch.distributed as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils import groups
 
+from mora_ds.common.errors import UserError
 from mora_ds.engine.shard_writer import duplicates
-from mora_ds.errors import UserError
 from mora_ds.parallel.topology import Topology
 from tests.helpers.gloo import run_ranks
 from tests.helpers.tensor_parallel import start

@@ -13,7 +13,7 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mora_ds.errors import RunError, UserError
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.parallel.ulysses import bound, share_rows, whole_rows
 from mora_ds.parallel.ulysses_checks import check_config
 from mora_ds.train.preflight import check_split

@@ -12,7 +12,7 @@ from torch import Tensor
 from mora_ds.adapters.ops.mora import OperatorSpec, adjoint, delta_weight, mora_update
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.adapters.ops.update import spec_from_dict
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.parallel.windows import Window
 
 SHAPES = [(24, 40, 10), (40, 24, 10), (24, 24, 8), (24, 40, 32), (17, 23, 6)]

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mora_ds
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.spec import OperatorKind
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.peft import PEFT_TYPE, MoraConfig
 from mora_ds.peft.model import MoraLinear
 from tests.helpers.gloo import run_ranks

@@ -16,13 +16,13 @@ from transformers import AutoConfig
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject
 from mora_ds.adapters.ops import mora
+from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 from mora_ds.engine import zero
 from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.errors import UserError
 from mora_ds.models.attention import use_documents
 from mora_ds.models.loss import token_nll
 from mora_ds.planning.memory_meter import MemoryMeter

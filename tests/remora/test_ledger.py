@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mora_ds import files
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
-from mora_ds.errors import RunError, UserError
+from mora_ds.common import files
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.remora import ledger as ledger_room
 from mora_ds.remora.ledger import Ledger
 from tests.helpers.ledgers import entry, layers_of, squares_for

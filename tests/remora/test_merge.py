@@ -10,8 +10,8 @@ import torch
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.common.errors import RunError
 from mora_ds.engine.initialize import initialize
-from mora_ds.errors import RunError
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.remora import optimizer_reset
 from mora_ds.remora.ledger import Ledger

@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.remora.schedule import MergeWhen, Schedule, ScheduleKind, schedule_kind
 
 JAGGED = Schedule(

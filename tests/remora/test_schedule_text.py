@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.remora.schedule import MergeWhen, Schedule, ScheduleKind
 from mora_ds.remora.schedule_text import start_lines, text_plot
 from mora_ds.remora.stall import StallRule, StallSignal

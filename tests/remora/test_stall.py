@@ -9,7 +9,7 @@ import random
 import numpy
 import pytest
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.remora.stall import LEAST_WINDOW, StallRule, StallSignal, trend
 
 WINDOW = 200

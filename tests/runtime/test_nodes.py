@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mora_ds.checkpoint.verify import verify
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.runtime import nodes
 from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.runtime.events import EVENTS_FILE, EXIT_STOPPED, AttemptEvents, Event, emit
 from mora_ds.runtime.processes import ranks_below
 from mora_ds.runtime.restart import Verdict, judge, with_resume

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mora_ds.checkpoint.state import TrainerState
-from mora_ds.errors import Stopped, UserError
+from mora_ds.common.errors import Stopped, UserError
 from mora_ds.runtime import signals
 from mora_ds.runtime.events import EXIT_STOPPED
 from mora_ds.runtime.processes import is_rank, ranks_below

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from tests.helpers.tools import call, tool
 
 

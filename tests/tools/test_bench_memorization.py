@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from tests.helpers.jobs import REPOSITORY, Playground
 from tests.helpers.tools import call
 

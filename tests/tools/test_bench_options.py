@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import from_flat
 from mora_ds.config.validate import validate
-from mora_ds.errors import UserError
 from tests.helpers.tools import call, tool
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
-from mora_ds.errors import UserError
 from mora_ds.runtime.events import EXIT_USER_ERROR
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train import agreement, pretrain

@@ -15,9 +15,9 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.checkpoint.state import AttentionKind, TrainerState
+from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import from_flat
 from mora_ds.config.data import ModelArguments
-from mora_ds.errors import UserError
 from mora_ds.models.attention import NAME, attention_of, model_inputs, use_dense, use_documents
 from mora_ds.models.loss import token_nll
 from mora_ds.train.attention import choose_attention, implementation_of

@@ -15,7 +15,7 @@ from mora_ds.adapters.inject import inject
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.path_times import PATHS, Case, shape_of, undecided
 from mora_ds.checkpoint.state import TrainerState
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train import compute
 from mora_ds.train.adapter_job import AdapterJob

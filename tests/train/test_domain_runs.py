@@ -22,13 +22,13 @@ from mora_ds.adapters.inject import set_cycle
 from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.checkpoint.universal import from_universal, to_universal
 from mora_ds.checkpoint.verify import verify
+from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import from_flat
 from mora_ds.config.validate import validate
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
-from mora_ds.errors import UserError
 from mora_ds.eval.perplexity import load_target
 from tests.helpers.domains import domain_model
 from tests.helpers.engines import ACCUMULATION, CLIP, EPSILON, LEARNING_RATE, STEPS, ds_config

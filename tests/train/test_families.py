@@ -22,10 +22,10 @@ from mora_ds.checkpoint.adapter_files import BaseReference
 from mora_ds.checkpoint.contents import PROBE_TOKENS, RunWriter
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.writer import CheckpointWriter
+from mora_ds.common.errors import UserError
 from mora_ds.deploy.export import ExportReport, export_merged
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
-from mora_ds.errors import UserError
 from mora_ds.models.load import load_base
 from mora_ds.models.loss import token_nll
 from mora_ds.remora.ledger import Ledger

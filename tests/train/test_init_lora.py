@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import LoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.common.errors import UserError
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.peft_export import CONFIG_FILE, FINGERPRINT, WEIGHTS_FILE
-from mora_ds.errors import UserError
 from mora_ds.train.init_lora import InitialLoRA
 from tests.helpers.jobs import Playground, refusal, run
 from tests.helpers.models import tokens

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import from_flat
-from mora_ds.errors import UserError
 from mora_ds.train.inputs import check_inputs
 from tests.helpers.snapshot import untouched
 

@@ -20,6 +20,7 @@ from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.int8 import quantize
+from mora_ds.common.errors import UserError
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
@@ -29,7 +30,6 @@ from mora_ds.engine import zero
 from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.errors import UserError
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.planning.plan import Plan, Planner, _group_sizes, recommend
 from mora_ds.planning.report import as_json, report, verdict

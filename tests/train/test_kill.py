@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mora_ds.files import replace_symlink
+from mora_ds.common.files import replace_symlink
 from tests.helpers.jobs import Playground, run
 from tests.helpers.kills import MOMENTS, STEPS, Passes, Start, killed_run
 from tests.helpers.outcome import assert_same_outcome

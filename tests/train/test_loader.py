@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from mora_ds.common.errors import UserError
 from mora_ds.data import IGNORED, StreamMixture
-from mora_ds.errors import UserError
 from mora_ds.train.loader import BatchLoader, labels_in
 from mora_ds.train.replicas import Replica
 

@@ -12,7 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from mora_ds.errors import RunError
+from mora_ds.common.errors import RunError
 from mora_ds.remora.stall import StallRule, StallSignal
 from mora_ds.train.metrics import STEP_TAGS, MetricsLog, StepMetrics, peak_memory_bytes, perplexity, plain_json
 from tests.helpers.jobs import rows

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from mora_ds.common.errors import UserError
 from mora_ds.engine.ds_keys import tracker_folders
-from mora_ds.errors import UserError
 from mora_ds.train import output_folder
 from mora_ds.train.output_folder import (
     DEMO,

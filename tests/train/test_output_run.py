@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 
+from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
-from mora_ds.errors import UserError
 from mora_ds.train import demo
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import ZERO3, Playground, job, refused

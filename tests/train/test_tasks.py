@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
-from mora_ds.errors import UserError
 from mora_ds.train.replicas import Replica
 from mora_ds.train.tasks import TaskSuite, _results, check_tasks, task_names
 from tests.helpers.engines import ROWS, ds_config

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from mora_ds.common.errors import UserError
 from mora_ds.config.tracking import tracker_problems
-from mora_ds.errors import UserError
 from mora_ds.train import trackers
 from mora_ds.train.metrics import MetricsLog
 from mora_ds.train.trackers import Label, check_installed, shown_config, start_trackers

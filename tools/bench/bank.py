@@ -35,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.checkpoint.adapter_files import AdapterTensors, read_adapter
 from mora_ds.checkpoint.layout import LEDGER_FOLDER
+from mora_ds.common.errors import UserError
 from mora_ds.deploy.bank import AdapterBank
 from mora_ds.deploy.bank_layer import BankLinear
-from mora_ds.errors import UserError
 from mora_ds.remora.ledger import Ledger
 from mora_ds.runtime import cli
 from tests.helpers.adapters import Maker, Updates, merge, originals

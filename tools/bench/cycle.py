@@ -27,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mora_ds
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from mora_ds.models.base import write_own_base
 from mora_ds.runtime import cli
 from mora_ds.runtime.processes import only_rank

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import atomic_path
 from mora_ds.data.demo_corpus import domain_documents, general_documents
-from mora_ds.errors import UserError
-from mora_ds.files import atomic_path
 
 PROSE, DOMAINS = "prose", ("code", "headers", "unicode")
 TRAIN_BYTES, EVAL_BYTES = 1_200_000, 30_000

@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mora_ds.errors import UserError, unknown
+from mora_ds.common.errors import UserError, unknown
 from mora_ds.runtime import cli
 from mora_ds.train.demo import DemoPaths
 from tools.bench.report import Report, json_flag

@@ -37,10 +37,10 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds import Run, initialize, inject
 from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
+from mora_ds.common.errors import UserError, unknown
+from mora_ds.common.files import write_json_atomic
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize_full, start_distributed
-from mora_ds.errors import UserError, unknown
-from mora_ds.files import write_json_atomic
 from mora_ds.remora.schedule import Schedule, ScheduleKind
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import table

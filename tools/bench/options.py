@@ -22,8 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from mora_ds.common.errors import UserError, unknown
 from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece
-from mora_ds.errors import UserError, unknown
 from mora_ds.models.load import create_base
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import table

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from mora_ds.files import write_json_atomic
+from mora_ds.common.files import write_json_atomic
+from mora_ds.common.version import __version__
 from mora_ds.runtime.cli import table
-from mora_ds.version import __version__
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "triton")
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")

@@ -38,10 +38,10 @@ from mora_ds.adapters.inject import mora_layers
 from mora_ds.checkpoint.layout import ENGINE_TAG, RNG_FILE
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.writer import CheckpointWriter, _Share, load_checkpoint
+from mora_ds.common.errors import RunError
 from mora_ds.engine.initialize import initialize_full
 from mora_ds.engine.shard_index import NAME, NUMEL, OFFSET, RANK, START, RankShard, ShardIndex
 from mora_ds.engine.shard_writer import _layout
-from mora_ds.errors import RunError
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.models.tensor_files import write_safetensors_atomic
 from mora_ds.planning.step import Work, planned_model

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout,
 import torch
 from transformers import AutoModelForCausalLM
 
+from mora_ds.common.errors import RunError
 from mora_ds.data import load_tokenizer, train_sentencepiece
-from mora_ds.errors import RunError
 from mora_ds.models.base import write_own_base
 from mora_ds.runtime import cli
 from mora_ds.runtime.processes import parent_of

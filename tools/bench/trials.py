@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from mora_ds.errors import RunError
+from mora_ds.common.errors import RunError
 from mora_ds.runtime.processes import only_rank
 from mora_ds.train.demo import DemoPaths, warm_start_settings, write_inputs
 from tools.bench.measuring import ROOT

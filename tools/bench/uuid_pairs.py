@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import atomic_folder
 from mora_ds.data import load_tokenizer
-from mora_ds.errors import UserError
-from mora_ds.files import atomic_folder
 from tools.bench.trials import warm_base
 
 DIGITS, HEX = 32, "0123456789abcdef"

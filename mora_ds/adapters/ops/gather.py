@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 
 FLAG = "--compile"
 

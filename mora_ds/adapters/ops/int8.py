@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.errors import RunError, UserError
+from mora_ds.common.errors import RunError, UserError
 
 LARGEST = 127
 

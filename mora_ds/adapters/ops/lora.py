@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mora_ds.adapters.ops.spec import UpdateSpec
-from mora_ds.errors import UserError
-from mora_ds.untrusted import MAX_SIDE
+from mora_ds.common.errors import UserError
+from mora_ds.common.untrusted import MAX_SIDE
 
 LORA = "lora"
 

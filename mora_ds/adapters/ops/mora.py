@@ -47,8 +47,8 @@ from mora_ds.adapters.ops.gather import (
 )
 from mora_ds.adapters.ops.index_tables import rope_table, tables_of
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, SquareSpec
-from mora_ds.errors import UserError, unknown
-from mora_ds.untrusted import MAX_SIDE
+from mora_ds.common.errors import UserError, unknown
+from mora_ds.common.untrusted import MAX_SIDE
 
 
 @dataclass(frozen=True)

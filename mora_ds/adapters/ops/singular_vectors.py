@@ -20,8 +20,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mora_ds.errors import RunError, UserError
-from mora_ds.untrusted import Count
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.untrusted import Count
 
 _NAME = 16
 """Hex digits in a name."""

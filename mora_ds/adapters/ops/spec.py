@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 
 ROTATE_BELOW_RANK = 64
 """Below this LoRA rank `default_kind` is rotate, from it on share (the paper rotates at rank 8 and shares at 256)."""

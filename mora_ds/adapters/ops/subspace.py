@@ -22,8 +22,8 @@ from torch import Tensor
 
 from mora_ds.adapters.ops.singular_vectors import read
 from mora_ds.adapters.ops.spec import SquareSpec
-from mora_ds.errors import UserError
-from mora_ds.untrusted import MAX_SIDE
+from mora_ds.common.errors import UserError
+from mora_ds.common.untrusted import MAX_SIDE
 
 SUBSPACE = "subspace"
 

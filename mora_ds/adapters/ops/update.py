@@ -9,7 +9,7 @@ from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.subspace import SubspaceSpec
-from mora_ds.untrusted import typed
+from mora_ds.common.untrusted import typed
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> UpdateSpec:

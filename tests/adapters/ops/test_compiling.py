@@ -12,7 +12,7 @@ from mora_ds.adapters.ops.gather import check_compiler, compile_with
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from tests.helpers.operators import by_definition, by_path, outputs_and_gradients
 
 SPECS = [

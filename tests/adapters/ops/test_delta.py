@@ -12,7 +12,7 @@ from mora_ds.adapters.ops.delta import add_deltas_
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, UpdateSpec
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 
 SHAPES = [(16, 16), (16, 24), (24, 16), (33, 50), (50, 33), (7, 64), (64, 7), (96, 20), (20, 96)]
 SIDES = (2, 6, 10, 16, 30, 70)

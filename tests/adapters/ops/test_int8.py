@@ -20,7 +20,7 @@ from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
-from mora_ds.errors import RunError, UserError
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.planning.memory_meter import MemoryMeter
 from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads, random, spec_id, specs

@@ -20,7 +20,7 @@ from mora_ds.adapters.ops.spec import (
     square_size,
 )
 from mora_ds.adapters.ops.update import spec_from_dict
-from mora_ds.errors import UserError
+from mora_ds.common.errors import UserError
 from tests.helpers.operators import KINDS_AND_GROUPINGS, random, spec_id, specs
 
 GOLDEN = Path(__file__).parent / "golden_operators.safetensors"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mora_ds.adapters.ops import singular_vectors
-from mora_ds.errors import RunError, UserError
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.models.svd import OVERSAMPLED, Wanted, leading_vectors
 from mora_ds.remora.ledger import VECTORS_FILE, Ledger
 from tests.helpers.operators import random

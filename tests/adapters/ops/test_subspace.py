@@ -17,8 +17,8 @@ from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.layer import SubspaceLinear
 from mora_ds.adapters.ops.subspace import SubspaceSpec, subspace_update
 from mora_ds.adapters.ops.update import spec_from_dict
+from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
-from mora_ds.errors import UserError
 from mora_ds.eval.spectrum import layer_spectra, singular_values
 from mora_ds.planning.step import Work, measure_step, planned_model
 from mora_ds.train.dry_run import planned

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mora_ds import files
-from mora_ds.errors import RunError, UserError
+from mora_ds.common import files
+from mora_ds.common.errors import RunError, UserError
 
 
 def flip_byte(path: Path, position: int) -> None:

@@ -23,8 +23,8 @@ from typing import Any
 
 import yaml
 
-from mora_ds.errors import RunError, UserError, reason
-from mora_ds.untrusted import Count, RelativePath, entry, links, plain_json, read_text, require_plain, shown
+from mora_ds.common.errors import RunError, UserError, reason
+from mora_ds.common.untrusted import Count, RelativePath, entry, links, plain_json, read_text, require_plain, shown
 
 MANIFEST = "manifest.json"
 """Sizes and hashes of all other files of a folder."""

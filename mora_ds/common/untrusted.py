@@ -27,7 +27,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import psutil
 
-from mora_ds.errors import Bounds, UserError, nearest, unknown
+from mora_ds.common.errors import Bounds, UserError, nearest, unknown
 
 MAX_BYTES = 32 * 2**20
 """Largest JSON file, in bytes. Parsed, it may take 25 times as much memory; the layout of a shard with 100,000
