@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from tests.helpers.jobs import (
     rows,
     run,
 )
+from tests.helpers.nodes import wait_for
 from tests.helpers.resume import (
     MERGING,
     assert_same_run,
@@ -158,8 +158,9 @@ def test_auto_without_a_checkpoint_starts_afresh(user: Playground, tmp_path: Pat
 
 
 def children_of(process: int) -> list[int]:
-    path = Path(f"/proc/{process}/task/{process}/children")
-    found = [int(word) for word in path.read_text().split()] if path.exists() else []
+    found: list[int] = []
+    with contextlib.suppress(OSError):  # it has ended
+        found = [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
     return found + [grandchild for child in found for grandchild in children_of(child)]
 
 
@@ -170,21 +171,20 @@ def test_killed_ranks_and_auto(user: Playground, tmp_path: Path) -> None:
     more = ("--max_steps", 30, "--merge_every", 7, "--restart_warmup_steps", 2, "--save_steps", 4)
     run(2, user.flags(whole, *more))
     flags = user.flags(out, *more, "--resume_from_checkpoint", "auto")
-    process = subprocess.Popen(
-        launcher(2, flags), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    deadline = time.monotonic() + 90
-    while not (out / "checkpoints" / "step-000008").exists():
-        assert time.monotonic() < deadline and process.poll() is None, "the run did not get to step 8"
-        time.sleep(0.01)
+    log = tmp_path / "log"
+    with log.open("w") as file:  # no pipe, which would fill up and hold the run
+        process = subprocess.Popen(
+            launcher(2, flags), cwd=tmp_path, env=environment(), stdout=file, stderr=file, text=True
+        )
+    wait_for(out / "checkpoints" / "step-000008", [process], seconds=240, log=log)
     family = children_of(process.pid)
     assert len(family) >= 3, "launch.py and two ranks"
     for child in reversed(family):
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
-    process.communicate(timeout=60)  # its exit code says nothing: DeepSpeed's runner turns a signal into 0
+    process.wait(timeout=60)  # its exit code says nothing: DeepSpeed's runner turns a signal into 0
     assert not (out / "summary.json").exists(), "killed too late"
-    done = launch(2, flags, tmp_path)
+    done = launch(2, flags, tmp_path, timeout_s=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_run(out, whole)
 
