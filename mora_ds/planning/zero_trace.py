@@ -27,6 +27,8 @@ class Event:
     enters: bool
     parameters: tuple[int, ...]
     """Indices into `model.parameters()`."""
+    is_root: bool
+    """Whether it is the model itself, whose hooks start and end a pass."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def record(model: nn.Module) -> Iterator[list[Event]]:
     handles = []
     for module in model.modules():
         own = tuple(sorted(index[id(parameter)] for parameter in module.parameters(recurse=False)))
-        handles += _hooked(module, own, events)
+        handles += _hooked(module, own, events, module is model)
     try:
         yield events
     finally:
@@ -57,9 +59,9 @@ def record(model: nn.Module) -> Iterator[list[Event]]:
             handle.remove()
 
 
-def _hooked(module: nn.Module, own: tuple[int, ...], events: list[Event]) -> list[Any]:
+def _hooked(module: nn.Module, own: tuple[int, ...], events: list[Event], is_root: bool) -> list[Any]:
     def note(enters: bool) -> None:
-        events.append(Event(enters, own))
+        events.append(Event(enters, own, is_root))
 
     def before_forward(_: nn.Module, inputs: Any) -> Any:
         note(True)
@@ -101,12 +103,15 @@ def gathers(events: Sequence[Event], numels: Sequence[int], settings: Mapping[st
     """The all-gathers of one micro-batch, for parameters of these sizes (on a tensor-parallel rank: of its slices).
 
     `settings`: zero_optimization of a complete DeepSpeed config. Parameters up to its persistence threshold are left
-    out: they are gathered once a step, one call each.
+    out: they are gathered once a step, one call each, and a module that has no others has no hooks
+    (`engine.module_hooks.drop_idle_hooks`).
     """
+    persist = settings["stage3_param_persistence_threshold"]
+    events = [each for each in events if each.is_root or any(numels[own] > persist for own in each.parameters)]
     coordinator = _Coordinator(
         events,
         numels,
-        settings["stage3_param_persistence_threshold"],
+        persist,
         settings["stage3_prefetch_bucket_size"],
         settings.get("stage3_max_live_parameters", 10**9),
         settings.get("stage3_max_reuse_distance", 10**9),
