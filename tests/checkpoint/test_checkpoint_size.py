@@ -32,7 +32,7 @@ def sizes(folder: str) -> dict[str, tuple[int, int]]:
     for stage in range(4):
         for dtype in ("float32", "bf16"):
             model = AutoModelForCausalLM.from_pretrained(place / "model")
-            config = mora_ds.MoRAConfig(rank=64, train_norms=True)
+            config = mora_ds.MoRAConfig(rank=64, r_hat_multiple=1, train_norms=True)
             report = mora_ds.inject(model, config)
             more = {} if dtype == "float32" else {"bf16": {"enabled": True}}
             if stage and more:
