@@ -48,7 +48,7 @@ class Case:
     """fp16: the first loss scale is 2 to this."""
 
     def mora(self) -> MoRAConfig:
-        return MoRAConfig(**{"rank": 4, "operator": "share", **self.adapter})
+        return MoRAConfig(**{"rank": 4, "operator": "share", "r_hat_multiple": 1, **self.adapter})
 
     def deepspeed(self) -> dict[str, Any]:
         config: dict[str, Any] = {
