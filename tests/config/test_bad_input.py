@@ -366,7 +366,7 @@ def test_a_model_with_an_infinite_weight(user: Playground, tmp_path: Path) -> No
 def test_the_launcher_says_it_once(
     user: Playground, tmp_path: Path, ranks: int, more: list[str], code: int, part: str
 ) -> None:
-    done = launch(ranks, user.flags("out", *more), tmp_path, timeout_s=60)
+    done = launch(ranks, user.flags("out", *more), tmp_path, timeout_s=180)
     assert done.returncode == code, done.stdout + done.stderr
     assert done.stderr.count(part) == 1 and done.stderr.count("error:") == 1
     assert "Traceback" not in done.stderr
