@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
 from mora_ds.common.errors import (
@@ -42,6 +43,42 @@ def _is_shared(output_dir: str) -> bool:
     home = Path(os.path.expanduser("~")).resolve()
     folder = Path(os.path.expanduser(output_dir)).resolve()
     return not output_dir.strip() or folder in (Path.cwd(), home, *home.parents)
+
+
+_ALLOWED: dict[str, Bounds | type[Enum]] = {
+    "tensor_parallel_size": COUNT,
+    "tp_inputs": TPInputs,
+    "per_device_train_batch_size": ROWS,
+    "per_device_eval_batch_size": ROWS,
+    "gradient_accumulation_steps": COUNT,
+    "sequence_parallel_size": COUNT,
+    "optimizer": OptimizerKind,
+    "learning_rate": POSITIVE,
+    "embedding_learning_rate": POSITIVE,
+    "muon_learning_rate": POSITIVE,
+    "min_lr_ratio": AT_MOST_1,
+    "decay_ratio": ABOVE_0_AT_MOST_1,
+    "warmup_steps": NOT_NEGATIVE,
+    "warmup_ratio": BELOW_1,
+    "weight_decay": NOT_NEGATIVE,
+    "adam_beta1": BELOW_1,
+    "adam_beta2": BELOW_1,
+    "adam_epsilon": POSITIVE,
+    "muon_momentum": BELOW_1,
+    "max_grad_norm": NOT_NEGATIVE,
+    "log_level": LogLevel,
+    "logging_steps": COUNT,
+    "eval_steps": NOT_NEGATIVE,
+    "max_eval_batches": COUNT,
+    "eval_tasks_steps": NOT_NEGATIVE,
+    "eval_tasks_limit": COUNT,
+    "save_steps": NOT_NEGATIVE,
+    "save_total_limit": COUNT,
+    "seed": SEED,
+    "collective_timeout_s": Bounds(above=0, most=SECONDS.most),
+    "heartbeat_timeout_s": SECONDS,
+}
+"""Setting -> the limits of its number, or the enum of its words."""
 
 
 @dataclass(frozen=True)
@@ -223,42 +260,7 @@ class TrainingArguments:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
-        yield from wrong_values(
-            self,
-            {
-                "tensor_parallel_size": COUNT,
-                "tp_inputs": TPInputs,
-                "per_device_train_batch_size": ROWS,
-                "per_device_eval_batch_size": ROWS,
-                "gradient_accumulation_steps": COUNT,
-                "sequence_parallel_size": COUNT,
-                "optimizer": OptimizerKind,
-                "learning_rate": POSITIVE,
-                "embedding_learning_rate": POSITIVE,
-                "muon_learning_rate": POSITIVE,
-                "min_lr_ratio": AT_MOST_1,
-                "decay_ratio": ABOVE_0_AT_MOST_1,
-                "warmup_steps": NOT_NEGATIVE,
-                "warmup_ratio": BELOW_1,
-                "weight_decay": NOT_NEGATIVE,
-                "adam_beta1": BELOW_1,
-                "adam_beta2": BELOW_1,
-                "adam_epsilon": POSITIVE,
-                "muon_momentum": BELOW_1,
-                "max_grad_norm": NOT_NEGATIVE,
-                "log_level": LogLevel,
-                "logging_steps": COUNT,
-                "eval_steps": NOT_NEGATIVE,
-                "max_eval_batches": COUNT,
-                "eval_tasks_steps": NOT_NEGATIVE,
-                "eval_tasks_limit": COUNT,
-                "save_steps": NOT_NEGATIVE,
-                "save_total_limit": COUNT,
-                "seed": SEED,
-                "collective_timeout_s": Bounds(above=0, most=SECONDS.most),
-                "heartbeat_timeout_s": SECONDS,
-            },
-        )
+        yield from wrong_values(self, _ALLOWED)
         yield from refusal(schedule_kind, self.lr_scheduler_type)
         yield from tracker_problems(self.report_to)
         if self.max_steps != -1 and self.max_steps < 1:
