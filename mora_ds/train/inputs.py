@@ -15,6 +15,7 @@ from mora_ds.config.data import DataArguments
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.train.output_folder import NAMES, TARGETS
 from mora_ds.train.run_file import holds_run
+from mora_ds.train.tasks import is_task_file
 
 _READABLE = (BASE_FOLDER, TARGETS)
 
@@ -51,6 +52,9 @@ def inputs_of(arguments: Arguments) -> Iterator[tuple[str, Path]]:
         ("--deepspeed", training.deepspeed),
         *_texts(arguments.data),
         ("--cache_dir", arguments.data.cache_dir),
+        ("--base_cache_dir", model.base_cache_dir),
+        ("--compute", adapter.compute if adapter.compute_file else None),
+        *(("--eval_tasks", name) for name in training.eval_tasks if is_task_file(name)),
     ]
     for flag, name in named:
         if name:

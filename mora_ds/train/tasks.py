@@ -58,10 +58,11 @@ def check_tasks(names: Sequence[str]) -> None:
 
 def task_names(names: Sequence[str]) -> list[str]:
     """What the tasks are called in results: names as they are, files by their key "task". Raises `UserError`."""
-    return [str(_of_file(name).get("task")) if _is_file(name) else name for name in names]
+    return [str(_of_file(name).get("task")) if is_task_file(name) else name for name in names]
 
 
-def _is_file(name: str) -> bool:
+def is_task_file(name: str) -> bool:
+    """Whether a value of --eval_tasks is a file of a task, not a name."""
     return name.endswith((".yaml", ".yml"))
 
 
@@ -76,7 +77,7 @@ def _loaded(names: Sequence[str]) -> Any:
     """The harness's manager of the tasks."""
     from lm_eval.tasks import TaskManager, get_task_dict
 
-    folders = sorted({str(Path(name).expanduser().resolve().parent) for name in names if _is_file(name)})
+    folders = sorted({str(Path(name).expanduser().resolve().parent) for name in names if is_task_file(name)})
     known = task_names(names)
     manager = TaskManager(include_path=folders or None)
     if missing := [name for name in known if not manager.match_tasks([name])]:

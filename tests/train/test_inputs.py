@@ -31,6 +31,9 @@ NAMED: dict[str, tuple[dict[str, Any], str]] = {
     "the mixture's file": ({"mixture": "out/subspace/mix.yaml", "train_files": []}, "--mixture out/subspace/mix.yaml"),
     "a data set": ({"dataset_name": "out/subspace", "train_files": []}, "--dataset_name out/subspace"),
     "evaluation text": ({"eval_files": ["held=out/ledger/a.txt"]}, "--eval_files out/ledger/a.txt"),
+    "copies of bases": ({"base_cache_dir": "out/checkpoints/bases"}, "--base_cache_dir out/checkpoints/bases"),
+    "an earlier run's choice": ({"compute": "out/run.yaml"}, "--compute out/run.yaml"),
+    "a task": ({"eval_tasks": ["piqa", "out/ledger/task.yaml"]}, "--eval_tasks out/ledger/task.yaml"),
     "cache": ({"cache_dir": "out/checkpoints/tokens"}, "--cache_dir out/checkpoints/tokens"),
     "adapter": ({"init_adapter": "out/checkpoints/latest"}, "--init_adapter"),
     "plan": ({"targets": "out/targets.yaml"}, "--targets out/targets.yaml"),
@@ -103,7 +106,7 @@ def test_every_setting_that_names_a_file_is_looked_at() -> None:
     groups = vars(settings({})).values()
     fields = {name for group in groups if dataclasses.is_dataclass(group) for name in vars(group)}
     ends = ("_dir", "_files", "_file", "_name", "_path", "_checkpoint", "_config", "_adapter", "deepspeed", "mixture")
-    outputs = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
+    outputs = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name"}
     assert {name for name in fields if name.endswith(ends)} - outputs <= {
         name for case, _ in NAMED.values() for name in case
     }
