@@ -232,6 +232,9 @@ class ShardIndex:
             where = INDEX_FILE if (folder / INDEX_FILE).is_file() else layout_path(folder, 0).name
             raise UserError(f"{folder / where} lists parameters of more elements than the shards have bytes")
         for what, rows in (("", self.parts), ("the optimizer's state of ", self.moments)):
+            names = rows[:, NAME]
+            if len(names) and not 0 <= names.min() <= names.max() < len(sizes):
+                raise UserError(f"{folder}: a shard holds a parameter that no parameter group lists")
             if (faulty := _first_hole(rows, np.array(sizes, np.int64), len(self.files), once=not what)) is not None:
                 once = "" if what else ", and each element once"
                 raise UserError(f"{folder}: the shards do not hold all of {what}{_names(self.first)[faulty]}{once}")
@@ -251,8 +254,6 @@ def _table(tensor: torch.Tensor) -> np.ndarray:
 def _first_hole(rows: np.ndarray, sizes: np.ndarray, ranks: int, once: bool) -> int | None:
     """The index of the first parameter of which a part is missing, out of bounds or (`once`) held twice; else None."""
     name, start, numel = rows[:, NAME], rows[:, START], rows[:, NUMEL]
-    if len(name) and not 0 <= name.min() <= name.max() < len(sizes):
-        raise UserError("a shard holds a parameter that no group lists")
     wrong = (start < 0) | (numel < 1) | (numel > sizes[name]) | (start > sizes[name] - numel)
     wrong |= (rows[:, RANK] < 0) | (rows[:, RANK] >= ranks) | (rows[:, FLAT] < 0) | (rows[:, OFFSET] < 0)
     if wrong.any():

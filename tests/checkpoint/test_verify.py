@@ -153,6 +153,7 @@ DEEPER: list[tuple[str, Callable[[Path], Any], str]] = [
     ("a count", lambda folder: changed_shard(folder, count_on), "another rank's shard"),
     ("a part", lambda folder: changed_table(folder, lambda rows: rows[:-1]), "do not hold all of"),
     ("a part twice", lambda folder: changed_table(folder, lambda rows: torch.cat([rows, rows[:1]])), "element once"),
+    ("a parameter", lambda folder: changed_table(folder, lambda rows: rows + 10**6), "engine: a shard holds"),
     ("a pickle", lambda folder: torch.save(Path, next((folder / "engine").glob("*1_mp*optim*"))), "as plain data"),
 ]  # fmt: skip
 

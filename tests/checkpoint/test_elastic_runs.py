@@ -1,0 +1,152 @@
+"""A run saved by two ranks goes on at one, three, four and two, under any ZeRO stage, with nothing lost.
+
+The state of the engines alone: `test_elastic`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mora_ds.checkpoint.adapter_files import BaseReference
+from mora_ds.checkpoint.verify import verify
+from mora_ds.deploy.export import export_merged
+from mora_ds.train.loader import MicroBatch
+from mora_ds.train.trainer import Trainer
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import REPOSITORY, Playground, job, losses, rows, run
+
+pytestmark = pytest.mark.gloo
+
+ROWS = 12
+"""Sequences a step: shared evenly by 1, 2, 3 and 4 ranks."""
+RUN = ("--max_steps", 8, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--train_norms", "true")
+
+
+def flags(user: Playground, out: Path, world: int, *more: Any) -> list[str]:
+    return user.flags(out, *RUN, "--per_device_train_batch_size", ROWS // world, *more)
+
+
+def watched(argv: list[str], last: int) -> list[tuple[int, int, torch.Tensor]]:
+    """Runs up to optimizer step `last`; (step, first global row, token ids) of every training batch of this rank."""
+    seen: list[tuple[int, int, torch.Tensor]] = []
+    forward, after_step = Trainer._nll, Trainer._after_step
+
+    def watch(trainer: Trainer, batch: MicroBatch) -> torch.Tensor:
+        step, size = trainer.state.step, trainer.training.per_device_train_batch_size
+        index = sum(earlier == step for earlier, _, _ in seen)
+        first = (index * trainer.replica.world + trainer.replica.rank) * size
+        seen.append((step, first, batch.rows["input_ids"].clone()))
+        return forward(trainer, batch)
+
+    def stop(trainer: Trainer) -> None:
+        after_step(trainer)
+        if trainer.state.step == last:
+            raise KeyboardInterrupt
+
+    Trainer._nll, Trainer._after_step = watch, stop  # type: ignore[method-assign]
+    try:
+        job(argv)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        Trainer._nll, Trainer._after_step = forward, after_step  # type: ignore[method-assign]
+    return seen
+
+
+def in_order(ranks: list[list[tuple[int, int, torch.Tensor]]]) -> dict[int, torch.Tensor]:
+    """Step -> (ROWS, T) token ids of the global batch."""
+    steps: dict[int, dict[int, torch.Tensor]] = {}
+    for rank in ranks:
+        for step, first, ids in rank:
+            steps.setdefault(step, {})[first] = ids
+    return {step: torch.cat([batches[first] for first in sorted(batches)]) for step, batches in steps.items()}
+
+
+@pytest.fixture(scope="module")
+def two(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, torch.Tensor]]:
+    """The undisturbed run of two ranks, and its batches."""
+    out = tmp_path_factory.mktemp("two") / "out"
+    return out, in_order(run_ranks(2, watched, flags(user, out, 2), -1))
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 3), (3, 3), (4, 2)])
+def test_a_run_goes_on_at_another_size_and_back(
+    user: Playground, two: tuple[Path, dict[int, torch.Tensor]], tmp_path: Path, world: int, stage: int
+) -> None:
+    """Steps 1 to 4 at two ranks (merge after 3), 5 and 6 at another number (merge after 6), 7 and 8 at two again."""
+    reference, batches = two
+    out = Path(shutil.copytree(reference, tmp_path / "out", symlinks=True))
+    resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000004")
+    other = ("--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json")
+    middle = in_order(run_ranks(world, watched, flags(user, out, world, *resume, *other), 6))
+    last = in_order(run_ranks(2, watched, flags(user, out, 2, "--resume_from_checkpoint", "auto"), -1))
+    assert set(middle) >= {4, 5} and set(last) >= {6, 7}  # and the batch that a save looks ahead at
+    for step, ids in {**middle, **last}.items():
+        assert ids.shape[0] == ROWS and torch.equal(ids, batches[step]), f"the batch of step {step}"
+    torch.testing.assert_close(losses(out), losses(reference), rtol=0, atol=1e-5)
+    assert [row["step"] for row in rows(out) if "merge" in row] == [3, 6]
+    for step in (6, 8):  # saved by the other number of ranks, and by two again
+        report = export_merged(out / "checkpoints" / f"step-{step:06d}", tmp_path / f"merged-{step}", verify=True)
+        assert report.comparison is not None and report.cycles == 2
+        (verdict,) = verify(out / "checkpoints" / f"step-{step:06d}", user.model)
+        assert verdict.is_good, verdict.problems
+
+
+def test_the_base_may_lie_elsewhere(
+    user: Playground, two: tuple[Path, dict[int, torch.Tensor]], tmp_path: Path
+) -> None:
+    """Another path, the same fingerprint: the run goes on, and its checkpoints name the new place."""
+    reference, _ = two
+    out = Path(shutil.copytree(reference, tmp_path / "out", symlinks=True))
+    moved = Path(shutil.copytree(user.model, tmp_path / "elsewhere" / "model"))
+    resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000004", "--model_name_or_path", moved)
+    run(2, flags(user, out, 2, *resume))
+    assert torch.equal(losses(out), losses(reference))
+    assert BaseReference.read(out / "checkpoints" / "step-000008").folder == str(moved.resolve())
+
+
+def test_dropout_draws_masks_for_ranks_without_a_saved_state(user: Playground, tmp_path: Path) -> None:
+    """Saved by one rank, resumed at two: the same losses each time, with other masks than one rank draws."""
+    first = tmp_path / "first"
+    more = ("--mora_dropout", 0.5, "--max_steps", 4, "--merge_every", 0)
+    run(1, flags(user, first, 1, *more))
+    resumed = []
+    for name in ("a", "b"):
+        out = Path(shutil.copytree(first, tmp_path / name, symlinks=True))
+        resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000002")
+        run(2, flags(user, out, 2, *more, *resume))
+        resumed.append(losses(out))
+    assert torch.equal(*resumed)
+    assert (resumed[0][2:] - losses(first)[2:]).abs().max() > 0
+
+
+MUON = ("--optimizer", "muon", "--muon_learning_rate", 0.02)
+
+
+@pytest.fixture(scope="module")
+def muon(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run of two ranks under ZeRO-3; steps 4 and 8 are inside a cycle, with a momentum to lose."""
+    out = tmp_path_factory.mktemp("muon") / "out"
+    run(2, flags(user, out, 2, *MUON))
+    return out
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 3), (3, 2), (2, 1)])
+def test_muons_momentum_goes_on_at_another_size_and_stage(
+    user: Playground, muon: Path, tmp_path: Path, world: int, stage: int
+) -> None:
+    out = Path(shutil.copytree(muon, tmp_path / "out", symlinks=True))
+    resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000004")
+    other = ("--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json")
+    run(world, flags(user, out, world, *MUON, *resume, *other))
+    torch.testing.assert_close(losses(out), losses(muon), rtol=0, atol=1e-5)
+    (verdict,) = verify(out / "checkpoints" / "step-000008", user.model)
+    assert verdict.is_good, verdict.problems
+    back = ("--resume_from_checkpoint", out / "checkpoints" / "step-000006")  # saved as it was resumed
+    run(2, flags(user, out, 2, *MUON, *back))
+    torch.testing.assert_close(losses(out), losses(muon), rtol=0, atol=1e-5)
