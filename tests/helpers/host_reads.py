@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
 from unittest.mock import patch
@@ -19,7 +20,12 @@ from torch import Tensor
 
 METHODS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 FUNCTIONS = ("equal", "nonzero", "allclose")
-PACKAGES = ("mora_ds", "deepspeed", "transformers")
+FOLDERS = {
+    f"{folder}/": name
+    for name in ("mora_ds", "deepspeed", "transformers")
+    if (package := find_spec(name)) is not None
+    for folder in package.submodule_search_locations or ()
+}
 
 
 class HostReads:
@@ -59,8 +65,7 @@ class HostReads:
 
 def _asker() -> str:
     for frame in reversed(traceback.extract_stack()):
-        for package in PACKAGES:
-            before, _, name = frame.filename.rpartition(f"/{package}/")
-            if before:
-                return f"{package}/{name}"
+        for folder, package in FOLDERS.items():
+            if frame.filename.startswith(folder):
+                return f"{package}/{frame.filename.removeprefix(folder)}"
     return "elsewhere"
