@@ -15,8 +15,8 @@ from tests.helpers.jobs import Playground, job
 
 TRAINER = "mora_ds/train/trainer.py"
 STAGE3, UTILS = "deepspeed/runtime/zero/stage3.py", "deepspeed/runtime/utils.py"
-"""The gradient norm of each parameter group, copied to the host (stage3.py, `_get_norm_groups`), and looked at there, all
-together. In the first three steps DeepSpeed also compares its trace of the model between ranks."""
+"""The gradient norm of each parameter group, copied to the host (stage3.py, `_get_norm_groups`), and looked at there.
+In the first three steps DeepSpeed also compares its trace of the model between ranks."""
 
 RUNS: dict[str, tuple[object, ...]] = {
     "mixture": ("--replay", "old={held}:0.25", "--gradient_accumulation_steps", 2),
