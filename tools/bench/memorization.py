@@ -43,7 +43,7 @@ from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize_full, start_distributed
 from mora_ds.remora.schedule import Schedule, ScheduleKind
 from mora_ds.runtime import cli
-from mora_ds.runtime.cli import table
+from tools.bench.report import Report, json_flag
 from tools.bench.trials import at_edge, mean_and_spread, run_all, run_alone, save_figure
 from tools.bench.uuid_pairs import Digits, accuracy, labels_of, prepared_base
 
@@ -110,7 +110,7 @@ def main() -> None:
     at_best = [pair for pair in results if pair[0].rate == rates[pair[0].method]]
     best = {name: _best([pair for pair in at_best if pair[0].method == name]) for name in options.methods}
     write_json_atomic(options.work / "results.json", [{**asdict(trial), **found} for trial, found in results])
-    print("\n".join(_lines(best, options)))
+    _show(best, options)
     _curves(best, options.work)
 
 
@@ -141,6 +141,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, help="instead of each method's own sweep")
     parser.add_argument("--trial", help=argparse.SUPPRESS)
+    json_flag(parser)
     return parser.parse_args()
 
 
@@ -283,7 +284,7 @@ def _curve(rate: float, found: Sequence[dict[str, Any]]) -> Curve:
     return Curve(rate, found[0]["trained"], found[0]["steps"], means, spread, known)
 
 
-def _lines(best: dict[str, Curve], options: argparse.Namespace) -> list[str]:
+def _show(best: dict[str, Curve], options: argparse.Namespace) -> None:
     steps = next(iter(best.values())).steps
     shown = [index for index in range(len(steps)) if (index + 1) % -(-len(steps) // 10) == 0 or index + 1 == len(steps)]
     rows = [["method", "trained", "best lr", *(f"{steps[index]}" for index in shown), "+-", f"to {KNOWN:.0%}"]]
@@ -294,12 +295,14 @@ def _lines(best: dict[str, Curve], options: argparse.Namespace) -> list[str]:
         rows.append(
             [name, f"{curve.trained:,}", f"{curve.rate:g}{edge}", *cells, f"{100 * curve.spread[-1]:.1f}", known]
         )
-    return [
-        f"character accuracy (%) of {options.probe} of {options.pairs} pairs after N steps of {options.batch} "
-        f"pairs, rank {options.rank}, {options.seeds} seed(s), each at its best learning rate (*: sweep's edge); "
-        f"steps to {KNOWN:.0%} of each seed",
-        *table(rows),
-    ]
+    report = Report(options)
+    report.say(
+        f"Character accuracy (%) of {options.probe} of {options.pairs} pairs after N steps of {options.batch} pairs, "
+        f"rank {options.rank}, {options.seeds} seed(s), each at its best learning rate (*: the sweep's edge); first "
+        f"measured step with {KNOWN:.0%} of each seed."
+    )
+    report.show("memorization", rows)
+    report.write()
 
 
 def _curves(best: dict[str, Curve], work: Path) -> None:

@@ -6,7 +6,7 @@ Small models of three architectures are warm-started on prose, then continued on
 every batch each: Python's code, C++ headers, the table of Unicode) by every method; perplexity on each domain, and on
 prose for what is forgotten. Each method's rate is swept on the first architecture with the first seed, and kept. Each
 run is `launch/pretrain.py` with other flags, on one rank; a run that is done is kept, so the command goes on where it
-was stopped. Prints a table, mean over seeds and the largest deviation of the domains' mean; writes options.json.
+was stopped. Prints a table, mean over seeds and the largest deviation of the domains' mean.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mora_ds.common.errors import UserError, unknown
 from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece
 from mora_ds.models.load import create_base
 from mora_ds.runtime import cli
-from mora_ds.runtime.cli import table
 from tools.bench.domain_texts import DOMAINS, PROSE, write_texts
+from tools.bench.report import Report, json_flag
 from tools.bench.trials import mean_and_spread, pretrain_alone, run_all
 
 VOCABULARY, WARM_STEPS, ROWS, SEQ_LEN = 2048, 300, 8, 128
@@ -94,9 +94,7 @@ def main() -> None:
     for methods in (["mora"], [name for name in options.methods if name != "mora"]):
         repeats = list(_repeats(options, methods, best | {"mora": _best(options, first, "mora")}))
         run_all(repeats, lambda trial: _run(trial, options), options.jobs)
-    lines, found = _report(options, best)
-    (options.work / "options.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    print("\n".join(lines))
+    _report(options, best)
 
 
 def _options() -> argparse.Namespace:
@@ -107,6 +105,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), metavar="NAME")
+    json_flag(parser)
     return parser.parse_args()
 
 
@@ -193,9 +192,8 @@ def _best(options: argparse.Namespace, architecture: str, method: str) -> float:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def _report(options: argparse.Namespace, best: dict[str, float]) -> tuple[list[str], list[dict[str, Any]]]:
+def _report(options: argparse.Namespace, best: dict[str, float]) -> None:
     cells = [["model", "method", "trainable", "rate", *DOMAINS, "all three", "+-", PROSE]]
-    found = []
     for architecture in options.architectures:
         for method in options.methods:
             trials = [_trial(options, architecture, method, best[method], seed) for seed in range(1, options.seeds + 1)]
@@ -204,15 +202,16 @@ def _report(options: argparse.Namespace, best: dict[str, float]) -> tuple[list[s
             domains = [trial.domains() for trial in trials]
             mean, spread = mean_and_spread(domains)
             trainable = trials[0].summary()["trainable_params"]
-            row = {"model": architecture, "method": method, "trainable": trainable, "rate": best[method]}
-            found.append({**row, **means, "domains": domains})
             shown = [f"{means[name]:.2f}" for name in DOMAINS]
             cells.append(
                 [architecture, method, f"{trainable:,}", f"{best[method]:g}", *shown, f"{mean:.2f}", f"{spread:.2f}",
                  f"{means[PROSE]:.2f}"]
             )  # fmt: skip
-    title = f"perplexity after {options.steps} steps of {ROWS} x {SEQ_LEN} tokens, mean of {options.seeds} seed(s)"
-    return [title, *table(cells)], found
+    report = Report(options)
+    seeds = f"mean of {options.seeds} seed(s), and the largest deviation of one from the mean of all three"
+    report.say(f"Perplexity after {options.steps} steps of {ROWS} x {SEQ_LEN} tokens, {seeds}.")
+    report.show("options", cells)
+    report.write()
 
 
 if __name__ == "__main__":
