@@ -5,6 +5,7 @@
     run = Run(engine, config, base=..., folder="out"); run.merge(step); run.save(step)
     export_merged(checkpoint, output)                            a merged Hugging Face model
     export_adapter(checkpoint, folder); load_adapter(base, folder)      the adapter alone, and its use on a base
+    combine_adapters([a, b], [0.5, 0.5], folder)                 a weighted sum of updates of one base
     bank = AdapterBank.open(base, folder)                        multi-adapter inference: one base, an adapter per row
 
 They are imported at first use, so that `import mora_ds` is fast.
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mora_ds.common.errors import RunError, UserError
     from mora_ds.deploy.adapter_io import export_adapter, load_adapter
     from mora_ds.deploy.bank import AdapterBank
+    from mora_ds.deploy.combine import Mix, combine_adapters
     from mora_ds.deploy.export import export_merged
     from mora_ds.engine.initialize import initialize
     from mora_ds.remora.ledger import Ledger
@@ -44,6 +46,8 @@ _HOME = {
     "initialize": "engine.initialize",
     "RunError": "common.errors",
     "UserError": "common.errors",
+    "combine_adapters": "deploy.combine",
+    "Mix": "deploy.combine",
     "export_adapter": "deploy.adapter_io",
     "export_merged": "deploy.export",
     "InjectionReport": "adapters.inject",
@@ -65,6 +69,7 @@ __all__ = [
     "Alignment",
     "InjectionReport",
     "Ledger",
+    "Mix",
     "MoRAConfig",
     "OperatorKind",
     "OperatorSpec",
@@ -73,6 +78,7 @@ __all__ = [
     "RunError",
     "UserError",
     "__version__",
+    "combine_adapters",
     "delta_weight",
     "domains_of",
     "export_adapter",

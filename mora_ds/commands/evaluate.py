@@ -2,11 +2,13 @@
 
     mora-ds evaluate out/checkpoints/latest --sets domain=held.jsonl general='prose/*.txt' --stride 256
     mora-ds evaluate MODEL --sets domain=held.jsonl --json scores.json --lm_eval hellaswag arc_easy
+    mora-ds evaluate out --sets domain=held.jsonl general='prose/*.txt' --delta_scale 0 0.25 0.5 0.75 1
     mora-ds evaluate BASE --bank DIR --sets domain=held.jsonl [--adapters law code] [--bank_cache 8]
 
 With --bank: every adapter in a folder, or the named ones, on one base. A checkpoint needs no merged model: base, merge
-ledger and current MoRA matrices are combined in memory. Every document is scored completely and separately.
-Bits per byte are comparable between models with different tokenizers; perplexities are not.
+ledger and current MoRA matrices are combined in memory, the update multiplied by --delta_scale if asked to. Every
+document is scored completely and separately. Bits per byte are comparable between models with different tokenizers;
+perplexities are not.
 """
 
 from __future__ import annotations
@@ -16,11 +18,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mora_ds.commands.export import average_flags
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import write_json_atomic
 from mora_ds.data import Corpus, load_corpus
 from mora_ds.deploy.bank import AdapterBank
-from mora_ds.eval.perplexity import Score, Windows, bank_rows, evaluate, evaluate_bank, harness, load_target, named_sets
+from mora_ds.deploy.combine import Mix, mixed
+from mora_ds.eval.perplexity import (
+    Score,
+    Target,
+    Windows,
+    bank_rows,
+    evaluate_bank,
+    evaluate_sets,
+    harness,
+    load_target,
+    named_sets,
+)
 from mora_ds.eval.spectrum_report import torch_device
 from mora_ds.models.tensor_files import COMPUTE_DTYPES
 from mora_ds.runtime.cli import table
@@ -52,16 +66,34 @@ def _check(given: argparse.Namespace) -> None:
         raise UserError(
             "--bank takes the base as MODEL and evaluates on --sets: leave --base, --domain and --lm_eval out"
         )
+    if given.bank is not None and not all(mix.is_plain for mix in _mixes(given)):
+        raise UserError("--delta_scale and --average_last take a checkpoint as MODEL: leave --bank out")
+
+
+def _mixes(given: argparse.Namespace) -> list[Mix]:
+    """What to make of the update, for each --delta_scale. Raises `UserError`."""
+    mixes = [Mix(scale, given.average_last, given.average_decay) for scale in given.delta_scale]
+    for mix in mixes:
+        mix.check()
+    return mixes
 
 
 def _model(given: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
-    """Evaluate one model. Returns the content of the JSON file."""
-    target = load_target(given.model, given.base, given.dtype, given.device, given.trust_remote_code, given.domain)
+    """Evaluate one model at each --delta_scale. Returns the content of the JSON file."""
+    found = {}
+    for mix in _mixes(given):
+        with mixed(given.model, mix, given.base) as path:
+            target = load_target(path, given.base, given.dtype, given.device, given.trust_remote_code, given.domain)
+        found[f"{mix.delta_scale:g}"] = _scores(target, target.source if mix.is_plain else f"{given.model}, {mix}",
+                                                given, sets)  # fmt: skip
+    return found.popitem()[1] if len(found) == 1 else {"delta_scales": found}
+
+
+def _scores(target: Target, source: str, given: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
+    """Print the scores of one model, and return them for the JSON file."""
     windows = Windows.of(target.model, given.window, given.stride)
-    print(f"{target.source}; windows of {windows.window} tokens, stride {windows.stride}")
-    scores = {
-        name: evaluate(target, corpus, windows, given.batch_size, given.max_documents) for name, corpus in sets.items()
-    }
+    print(f"{source}; windows of {windows.window} tokens, stride {windows.stride}")
+    scores = evaluate_sets(target, sets, windows, given.batch_size, given.max_documents)
     if scores:
         print("\n".join(table([_TITLES, *(_row(*named) for named in scores.items())])))
     tasks = harness(target, given.lm_eval, windows.window, given.batch_size) if given.lm_eval else {}
@@ -117,6 +149,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--domain", metavar="NAME", help="for a run with domain adapters: the domain to use, or 'shared' for none"
     )
+    parser.add_argument(
+        "--delta_scale", type=float, nargs="+", default=[1.0], metavar="S",
+        help="multiply a checkpoint's update, and evaluate at each of these: 0 is the base, 1 the trained model",
+    )  # fmt: skip
+    average_flags(parser)
     parser.add_argument("--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: the model's own")
     parser.add_argument("--device", default="cpu", help="such as cuda:0")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores there too")

@@ -1,6 +1,7 @@
 """Write the merged Hugging Face model of a checkpoint.
 
     mora-ds export --checkpoint out/checkpoints/latest --output merged --verify
+    mora-ds export --checkpoint out --output milder --delta_scale 0.7 --average_last 3
 
 Exit code 2: an error that you can correct in the command or the files; 1: a damaged checkpoint, logits that differ, a
 full disk.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mora_ds.deploy.combine import Mix
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.hub import check_repository, push_folder
 from mora_ds.models.tensor_files import COMPUTE_DTYPES
@@ -29,6 +31,7 @@ def main() -> None:
         verify=options.verify,
         overwrite=options.overwrite,
         domain=options.domain,
+        mix=Mix(options.delta_scale, options.average_last, options.average_decay),
     )
     print("\n".join(report.lines()))
     if options.push_to_hub is not None:
@@ -43,6 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--domain", metavar="NAME", help="for a run with domain adapters: the domain to merge, or 'shared' for none"
     )
+    parser.add_argument(
+        "--delta_scale", type=float, default=1.0, metavar="S",
+        help="multiply the update: 0 is the base, 1 the trained model; between them old knowledge comes back",
+    )  # fmt: skip
+    average_flags(parser)
     parser.add_argument("--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: as in training")
     parser.add_argument("--max_shard_gib", type=float, default=5.0, help="largest weight file in GiB")
     parser.add_argument(
@@ -53,3 +61,15 @@ def _parser() -> argparse.ArgumentParser:
         "--push_to_hub", metavar="REPO", help="also upload it to this repository of the Hub, a new one being private"
     )
     return parser
+
+
+def average_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that average an update over the checkpoints of its run."""
+    parser.add_argument(
+        "--average_last", type=int, default=1, metavar="K",
+        help="take the mean update of the K newest checkpoints, up to and including the named one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--average_decay", type=float, default=1.0, metavar="D",
+        help="with --average_last: each checkpoint counts D times as much as the next newer one; 1: all alike",
+    )  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,10 +34,11 @@ from mora_ds.checkpoint.adapter_files import (
 from mora_ds.checkpoint.layout import BASE_JSON, PROBE_FILE, find_checkpoint, tokenizer_of
 from mora_ds.common.errors import POSITIVE, RunError, UserError
 from mora_ds.common.files import atomic_folder
+from mora_ds.deploy.combine import Mix, mixed
 from mora_ds.deploy.logits_check import Comparison, compare_logits
 from mora_ds.deploy.model_card import model_card
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.models.save import plan_shards, write_companions, write_shards
+from mora_ds.models.save import Shard, plan_shards, write_companions, write_shards
 from mora_ds.models.tensor_files import compute_dtype, dtype_name
 from mora_ds.remora.ledger import LayerEntry, Ledger
 
@@ -111,14 +112,16 @@ def export_merged(
     verify: bool = False,
     overwrite: bool = False,
     domain: str | None = None,
+    mix: Mix | None = None,
 ) -> ExportReport:
     """Writes the merged model of `checkpoint` to `output`, completely or not at all.
 
     `checkpoint`: a step folder, a link to one, or a run's output folder (its latest one is taken). `base_folder`: the
     base, if it was moved. `dtype`: of all floating tensors; "auto" is the run's compute dtype. `verify`: load the
     result and compare its logits with those recorded at save time (`logits_check` has the tolerances). `domain`: of a
-    run with domains, the one to merge with the shared MoRA matrices; "shared": those alone. Raises `UserError` naming
-    the flag to change, and `RunError` for a damaged checkpoint, logits that differ, or a full disk.
+    run with domains, the one to merge with the shared MoRA matrices; "shared": those alone. `mix`: scale the update, or
+    average it over checkpoints. Raises `UserError` naming the flag to change, and `RunError` for a damaged checkpoint,
+    logits that differ, or a full disk.
     """
     started = time.monotonic()
     checkpoint, output = find_checkpoint(Path(checkpoint)), Path(output)
@@ -127,37 +130,50 @@ def export_merged(
         compute_dtype(dtype)
     if not POSITIVE.allow(max_shard_gib):
         raise UserError(f"--max_shard_gib must be {POSITIVE}, got {max_shard_gib}")
-    adapter, ledger = open_adapter(checkpoint, damaged=RunError)
-    probe = checkpoint / PROBE_FILE
-    if verify and not probe.is_file():
-        raise UserError(f"--verify needs {PROBE_FILE}, which {checkpoint} does not have")
-    run = open_run(checkpoint, adapter, ledger, base_folder, domain)
-    _check_output(output, overwrite, run)
-    target = compute_dtype(run.adapter.dtype if dtype == "auto" else dtype)
-    shards = plan_shards(run.base, _exported_keys(run), target, int(max_shard_gib * 2**30))
-    trained = {run.reference.keys[stands_for(name)]: name for name in run.adapter.trainables}
-    with atomic_folder(output.absolute()) as folder:
-        names = write_shards(folder, shards, _tensor_of(run, trained))
-        write_companions(run.base, folder, target, tokenizer_of(run.checkpoint))
-        comparison = None
-        if verify:
-            comparison = compare_logits(folder, probe, target, _rounding(run, folder), logits_name(run.domain))
-        if adapter.domains is not None:
-            adapter = replace(adapter, facts={"domain": run.domain or SHARED, **adapter.facts})
-        card = model_card(run.checkpoint, adapter, run.ledger, run.reference, dtype_name(target), comparison)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    mix = mix or Mix()
+    if verify and not mix.is_plain:
+        raise UserError("--verify compares with what the run recorded: it has no logits of a scaled or averaged update")
+    with mixed(checkpoint, mix, base_folder) as source:
+        adapter, ledger = open_adapter(source, damaged=RunError)
+        if verify and not (checkpoint / PROBE_FILE).is_file():
+            raise UserError(f"--verify needs {PROBE_FILE}, which {checkpoint} does not have")
+        run = open_run(source, adapter, ledger, base_folder, domain)
+        _check_output(output, overwrite, (run.base.folder.resolve(), checkpoint))
+        target = compute_dtype(adapter.dtype if dtype == "auto" else dtype)
+        shards = plan_shards(run.base, _exported_keys(run), target, int(max_shard_gib * 2**30))
+        names, comparison = _write(run, output, shards, target, verify)
     return ExportReport(
         output=output,
         files=names,
         nbytes=sum(shard.nbytes for shard in shards),
         dtype=dtype_name(target),
         tensors=sum(len(shard.layout) for shard in shards),
-        merged=len(run.adapter.layers),
-        replaced=len(trained),
-        cycles=run.ledger.cycles,
+        merged=len(adapter.layers),
+        replaced=len(adapter.trainables),
+        cycles=ledger.cycles,
         seconds=time.monotonic() - started,
         comparison=comparison,
     )
+
+
+def _write(
+    run: OpenedRun, output: Path, shards: Sequence[Shard], dtype: torch.dtype, verify: bool
+) -> tuple[tuple[str, ...], Comparison | None]:
+    """Writes weights, companions and model card, and compares the logits if asked to; then renames into place. Returns
+    the names of the weight files too."""
+    trained = {run.reference.keys[stands_for(name)]: name for name in run.adapter.trainables}
+    comparison, adapter = None, run.adapter
+    with atomic_folder(output.absolute()) as folder:
+        names = write_shards(folder, shards, _tensor_of(run, trained))
+        write_companions(run.base, folder, dtype, tokenizer_of(run.checkpoint))
+        if verify:
+            probe = run.checkpoint / PROBE_FILE
+            comparison = compare_logits(folder, probe, dtype, _rounding(run, folder), logits_name(run.domain))
+        if adapter.domains is not None:
+            adapter = replace(adapter, facts={"domain": run.domain or SHARED, **adapter.facts})
+        card = model_card(run.checkpoint, adapter, run.ledger, run.reference, dtype_name(dtype), comparison)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return names, comparison
 
 
 def open_run(
@@ -201,7 +217,7 @@ def _check_shape(run: OpenedRun, name: str, shape: tuple[int | None, ...]) -> No
         raise UserError(f"{name} has shape {shape} in the checkpoint, {actual} in the base")
 
 
-def _check_output(output: Path, overwrite: bool, run: OpenedRun) -> None:
+def _check_output(output: Path, overwrite: bool, read: Sequence[Path]) -> None:
     """Refuses to overwrite anything but a model, and the folders that the export reads."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"--output {output} exists and is not a folder")
@@ -209,7 +225,6 @@ def _check_output(output: Path, overwrite: bool, run: OpenedRun) -> None:
         return
     if not overwrite:
         raise UserError(f"--output {output} exists already; give another folder, or --overwrite")
-    read = (run.base.folder.resolve(), run.checkpoint)
     if any(output.resolve() in (folder, *folder.parents) for folder in read):
         raise UserError(f"--output {output} holds the base or the checkpoint; give another folder")
     if not (output / "config.json").is_file():

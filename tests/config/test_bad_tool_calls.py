@@ -53,6 +53,11 @@ export_hf --checkpoint {run} --output {new} --dtype int3 | --dtype | int3
 export_hf --checkpoint {run} --output {new} --max_shard_gib 0 | --max_shard_gib
 export_hf --checkpoint {run} --output {new} --max_shard_gib nan | --max_shard_gib
 export_hf --checkpoint {run} --output {new} --domain code | --domain
+export_hf --checkpoint {run} --output {new} --delta_scale nan | --delta_scale
+export_hf --checkpoint {run} --output {new} --delta_scale 0.5 --verify | --verify
+export_hf --checkpoint {run} --output {new} --average_last 0 | --average_last
+export_hf --checkpoint {run} --output {new} --average_last 2 | --average_last 2 | 1 checkpoint(s)
+export_hf --checkpoint {run} --output {new} --average_last 1 --average_decay 0 | --average_decay
 export_hf --checkpoint {run} --output {new} --base {bad}/models/index_lists | index.json
 export_hf --checkpoint {run} --output {new} --base {user}/model | {user}/model
 export_hf --checkpoint {run} --output {new} --push_to_hub a/b/c | --push_to_hub a/b/c
@@ -74,6 +79,10 @@ ledger show {bad}/ledger_deep | ledger.json
 ledger drop {step} --cycles 99 --output {new} | 99
 ledger drop {step} --cycles one --output {new} | --cycles | one
 ledger compact {step} --first 99 --output {new} | --first
+ledger combine {step} --weights 1 2 --output {new} | --weights
+ledger combine {step} --weights inf --output {new} | --weights
+ledger combine {step} {bad}/gone --weights 1 1 --output {new} | gone
+ledger combine {step} --weights 0.5 --output {user} | --output
 ledger verify {step} --base {bad}/gone | --base | gone
 spectrum {bad}/gone | gone
 spectrum {step} --layers nothing | --layers | nothing
@@ -91,6 +100,9 @@ evaluate {user}/model --sets a={user}/held.txt --window 1 | --window
 evaluate {user}/model --sets a={user}/held.txt --window 8 --stride 9 | --stride
 evaluate {user}/model --sets a={user}/held.txt --device warp | --device
 evaluate {user}/model --sets a={user}/held.txt --bank {bad}/gone | --bank
+evaluate {user}/model --sets a={user}/held.txt --delta_scale 0.5 | --delta_scale | {user}/model
+evaluate {user}/model --sets a={user}/held.txt --delta_scale 0.5 nan | --delta_scale
+evaluate {user}/model --sets a={user}/held.txt --bank {user} --delta_scale 0.5 | --bank
 evaluate {user}/model --sets a={user}/held.txt --adapters x | --adapters
 analyze_weights {bad}/gone | gone
 analyze_weights {bad}/models/string | config.json

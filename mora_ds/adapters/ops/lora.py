@@ -61,6 +61,11 @@ class LoRASpec(UpdateSpec):
         down, up = value.split((self.d_in, self.d_out), dim=1)
         return down, up * (self.alpha / self.rank)
 
+    def scaled(self, value: Tensor, factor: float) -> Tensor:
+        """B alone is multiplied: the delta is a product of both."""
+        down, up = value.split((self.d_in, self.d_out), dim=1)
+        return torch.cat((down, up * factor), dim=1)
+
     def delta_weight(self, value: Tensor) -> Tensor:
         """Summed one rank after another by separate elementwise products and sums, which every number of threads
         rounds alike (a matrix product does not)."""

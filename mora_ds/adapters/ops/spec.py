@@ -86,6 +86,10 @@ class UpdateSpec(ABC):
     def delta_weight(self, value: Tensor) -> Tensor:
         """The (d_out, d_in) change of the weight, in the value's dtype and on its device, sharing no memory with it."""
 
+    def scaled(self, value: Tensor, factor: float) -> Tensor:
+        """The value whose delta is `factor` times that of `value`."""
+        return value * factor
+
     def low_rank(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
         """A (k, d_in) and B (d_out, k) with B @ A == `delta_weight(value)`, as LoRA has them, where the kind of update
         bounds the rank by k; None where it does not."""

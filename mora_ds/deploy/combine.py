@@ -1,0 +1,292 @@
+"""Exact arithmetic of updates: the weighted sum of adapters of one base is an adapter of that base.
+
+    W = W0 + sum_i w_i delta_i             delta(M) is linear in M: sum_i w_i delta(M_i) = delta(sum_i w_i M_i)
+
+    sources, weights -> terms              a term has the operators of one cycle of one seed; equal ones become one term
+             MoRA matrices of a term       summed in fp64, rounded to fp32 once
+             other trained tensors         W0 + sum_i w_i (T_i - W0), the same
+    -> output/       ledger/ (a cycle for every term but one), adapter.safetensors: the last source's live term
+
+So a mean over the checkpoints of a run is no larger than one of them. LoRA's product is not linear in its factors:
+each source is a term of its own there, whose factor B is multiplied. One tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import partial, reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mora_ds.adapters.new_embeddings import is_new_rows, stands_for
+from mora_ds.adapters.ops.spec import SquareSpec
+from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, open_adapter
+from mora_ds.checkpoint.layout import (
+    ADAPTER_JSON,
+    ADAPTER_TENSORS,
+    LEDGER_FOLDER,
+    TOKENIZER_FOLDER,
+    adapter_folder,
+    complete_checkpoints,
+    find_adapter,
+    is_step_name,
+    step_of,
+    tokenizer_of,
+)
+from mora_ds.checkpoint.ledger_tools import check_fresh
+from mora_ds.common.errors import ABOVE_0_AT_MOST_1, COUNT, RunError, UserError, refuse, wrong_values
+from mora_ds.common.files import atomic_folder, atomic_path, copy_folder, write_json_atomic, write_manifest
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.tensor_files import SafetensorsWriter
+from mora_ds.remora.ledger import LayerEntry, Ledger
+
+COMBINED = "combined_from"
+"""The fact of adapter.json that lists the sources with their weights."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What to make of the update of a run before it is used. The default leaves it as it is."""
+
+    delta_scale: float = 1.0
+    """Multiplies the update: 0 is the base, 1 the trained model, values between them lie between the two."""
+    average_last: int = 1
+    """Checkpoints whose mean is taken, up to and including the named one."""
+    average_decay: float = 1.0
+    """Weight of a checkpoint in that mean, relative to the next newer one; 1: all count alike."""
+
+    @property
+    def is_plain(self) -> bool:
+        return self.delta_scale == 1 and self.average_last == 1
+
+    def __str__(self) -> str:
+        mean = f", mean of the last {self.average_last} checkpoints" if self.average_last > 1 else ""
+        decay = f", each {self.average_decay:g} of the next" if mean and self.average_decay != 1 else ""
+        return f"update x {self.delta_scale:g}{mean}{decay}"
+
+    def check(self) -> None:
+        """Raises `UserError` naming the flag whose value is impossible."""
+        finite = [] if math.isfinite(self.delta_scale) else [f"--delta_scale must be finite, got {self.delta_scale}"]
+        refuse([*finite, *wrong_values(self, {"average_last": COUNT, "average_decay": ABOVE_0_AT_MOST_1})])
+
+    def sources(self, path: Path) -> list[tuple[Path, Fraction]]:
+        """The adapters to be summed, oldest first, with their weights. `path`: as `find_adapter` takes it. Raises
+        `UserError` where a run has too few checkpoints."""
+        newest = find_adapter(path)
+        found = [newest]
+        if self.average_last > 1:
+            if not is_step_name(newest.name):
+                raise UserError(f"--average_last: {path} is no checkpoint of a run: it has no earlier ones beside it")
+            known = complete_checkpoints(newest.parent)
+            found = [folder for folder in known if step_of(folder) <= step_of(newest)][-self.average_last :]
+            if len(found) < self.average_last:
+                raise UserError(
+                    f"--average_last {self.average_last}: {newest.parent} has {len(found)} checkpoint(s) up to"
+                    f" {newest.name}; --save_steps and --save_total_limit say how many a run keeps"
+                )
+        ages = [Fraction(self.average_decay) ** age for age in reversed(range(len(found)))]
+        return [(folder, Fraction(self.delta_scale) * age / sum(ages)) for folder, age in zip(found, ages, strict=True)]
+
+
+@contextmanager
+def mixed(path: Path, mix: Mix, base_folder: Path | None = None) -> Iterator[Path]:
+    """The adapter that `mix` makes of the one at `path`: in a temporary folder, or `path` itself where it changes
+    nothing. Raises `UserError` as `combine_adapters` and `Mix` do."""
+    mix.check()
+    if mix.is_plain:
+        yield path
+        return
+    if adapter_folder(path) is None:
+        raise UserError(f"--delta_scale and --average_last belong to a checkpoint or an adapter, which {path} is not")
+    with tempfile.TemporaryDirectory(prefix="mora_ds-") as folder:
+        output = Path(folder) / "adapter"
+        sources, weights = zip(*mix.sources(path), strict=True)
+        combine_adapters(sources, weights, output, base_folder)
+        yield output
+
+
+def combine_adapters(
+    sources: Sequence[Path | str],
+    weights: Sequence[float | Fraction],
+    output: Path | str,
+    base_folder: Path | str | None = None,
+) -> list[str]:
+    """Writes the adapter whose update is the sum of those of `sources`, each times its weight, to a new folder.
+
+    `sources`: checkpoints, runs (their latest one) or exported adapters, all of one base and the same layers; ranks,
+    operators and seeds may differ. `weights`: any finite numbers. `base_folder`: the base, if it was moved; read only
+    where embeddings, norms or a head were trained and the weights do not sum to 1. Returns lines to print. Raises
+    `UserError` naming what does not fit, `RunError` for damaged sources, values that are not finite and a full disk.
+    """
+    output = Path(output)
+    if len(weights) != len(sources) or not sources:
+        raise UserError(f"--weights: {len(weights)} for {len(sources)} adapter(s); give one for each")
+    if odd := [str(weight) for weight in weights if not math.isfinite(weight)]:
+        raise UserError(f"--weights must be finite, got {odd[0]}")
+    check_fresh(output)
+    opened = [_Source.open(Path(path), Fraction(weight)) for path, weight in zip(sources, weights, strict=True)]
+    last = opened[-1]
+    for source in opened[:-1]:
+        _check_pair(source, last)
+    terms = _terms(opened)
+    trained = _Trained(opened, None if base_folder is None else Path(base_folder))
+    facts = [{"adapter": str(each.folder), "step": each.adapter.step, "weight": float(each.weight)} for each in opened]
+    adapter = replace(last.adapter, cycle=len(terms) - 1, facts={**last.adapter.facts, COMBINED: facts})
+    with atomic_folder(output.absolute()) as folder:
+        vectors = next((path for each in opened if (path := each.ledger.vectors_path) is not None), None)
+        ledger = Ledger.create(folder / LEDGER_FOLDER, last.reference.fingerprint, vectors)
+        for term in terms[:-1]:
+            ledger.append(term.step, term.layers, ((module, term.value(module)) for module in term.layers))
+        _write_tensors(folder / ADAPTER_TENSORS, adapter, terms[-1], opened, trained)
+        write_json_atomic(folder / ADAPTER_JSON, adapter.to_dict())
+        reference = last.reference.absolute(last.folder)
+        if base_folder is not None:
+            reference = replace(reference, folder=str(Path(base_folder).resolve()))
+        reference.write(folder)
+        if tokenizer := tokenizer_of(last.folder):
+            copy_folder(tokenizer, folder / TOKENIZER_FOLDER)
+        write_manifest(folder)
+    parts = ", ".join(f"{float(each.weight):g} x {each.folder}" for each in opened)
+    return [f"wrote {output}: {parts}", f"{len(terms)} term(s) in {len(adapter.layers)} layers; {len(terms) - 1} of"
+            " them in its ledger"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One of the adapters that are summed."""
+
+    folder: Path
+    weight: Fraction
+    adapter: AdapterFile
+    ledger: Ledger
+    tensors: AdapterTensors
+    reference: BaseReference
+
+    @classmethod
+    def open(cls, path: Path, weight: Fraction) -> _Source:
+        folder = find_adapter(path)
+        adapter, ledger = open_adapter(folder, damaged=RunError, adapter_only=True)
+        tensors = AdapterTensors.open(folder, adapter)
+        return cls(folder, weight, adapter, ledger, tensors, BaseReference.read(folder))
+
+
+def _check_pair(source: _Source, last: _Source) -> None:
+    """Raises `UserError` unless two updates can be summed."""
+    pair = f"{source.folder} and {last.folder}"
+    if source.reference.fingerprint != last.reference.fingerprint:
+        raise UserError(f"{pair} have different bases: only updates of the same weights can be summed")
+    if different := sorted(set(source.adapter.layers) ^ set(last.adapter.layers)):
+        raise UserError(f"{pair} adapt different layers (--target_modules), e.g. {different[0]}")
+    if different := sorted(set(source.adapter.trainables) ^ set(last.adapter.trainables)):
+        raise UserError(f"{pair} train different tensors beside their matrices, e.g. {different[0]}")
+    if source.adapter.domains != last.adapter.domains:
+        raise UserError(f"{pair} have different domains, or other operators for them")
+    if None not in (source.ledger.vectors, last.ledger.vectors) and source.ledger.vectors != last.ledger.vectors:
+        raise UserError(f"{pair} have different singular vectors of their base")
+
+
+# -- terms -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Term:
+    """Values of all layers with the same operators, and what each counts."""
+
+    step: int
+    layers: dict[str, LayerEntry]
+    parts: dict[str, tuple[Fraction, Callable[[str], Tensor]]] = field(default_factory=dict)
+    """A name for the content, such as its hash -> its weight, and the value of a module. The same content in several
+    sources, such as a merged cycle in the checkpoints after it, is one part, whose weights are summed exactly."""
+
+    @property
+    def is_linear(self) -> bool:
+        return all(isinstance(entry.operator, SquareSpec) for entry in self.layers.values())
+
+    def takes(self, content: str, layers: dict[str, LayerEntry]) -> bool:
+        return layers == self.layers and (self.is_linear or content in self.parts)
+
+    def add(self, content: str, weight: Fraction, value: Callable[[str], Tensor]) -> None:
+        known = self.parts.get(content, (Fraction(0), value))[0]
+        self.parts[content] = known + weight, value
+
+    def value(self, module: str) -> Tensor:
+        """The layer's MoRA matrix or LoRA factors in fp32. Raises `RunError` where they are not finite."""
+        scaled = self.layers[module].operator.scaled
+        parts = (scaled(value(module).double(), float(weight)) for weight, value in self.parts.values())
+        return _rounded_sum(parts, module)
+
+
+def _terms(sources: Sequence[_Source]) -> list[_Term]:
+    """The live term of the last source comes last."""
+    terms: list[_Term] = []
+
+    def add(
+        content: str, step: int, layers: dict[str, LayerEntry], source: _Source, value: Callable[[str], Tensor]
+    ) -> _Term:
+        term = next((term for term in terms if term.takes(content, layers)), None)
+        if term is None:
+            terms.append(term := _Term(step, layers))
+        term.step = max(term.step, step)
+        term.add(content, source.weight, value)
+        return term
+
+    for number, source in enumerate(sources):
+        for record in source.ledger.records:
+            value = partial(source.ledger.square, record.cycle)
+            add(record.sha256, record.step, source.ledger.layers(record.cycle), source, value)
+        live = add(f"live {number}", source.adapter.step, source.adapter.layers, source, source.tensors.square)
+    terms.remove(live)
+    return [*terms, live]
+
+
+def _rounded_sum(parts: Iterable[Tensor], name: str) -> Tensor:
+    """The sum of fp64 tensors, rounded to fp32 once. Raises `RunError` where it is not finite."""
+    total = reduce(torch.add, parts).float()
+    if not torch.isfinite(total).all():
+        raise RunError(f"the sum of {name} is not finite: a source holds no numbers there, or a weight is too large")
+    return total
+
+
+# -- other tensors -----------------------------------------------------------------------------------------------------
+
+
+class _Trained:
+    """Sums of the tensors that were trained beside the matrices: embeddings, norms, heads."""
+
+    def __init__(self, sources: Sequence[_Source], base_folder: Path | None) -> None:
+        self._sources, self._base_folder = sources, base_folder
+        self._of_base = 1 - sum((source.weight for source in sources), Fraction(0))
+        self._base: BaseCheckpoint | None = None
+        if self._of_base and sources[-1].adapter.trainables:
+            self._base = sources[-1].reference.open_base(sources[-1].folder, base_folder, flag="--base")
+
+    def value(self, name: str) -> Tensor:
+        """base + sum_i w_i (T_i - base), as sum_i w_i T_i + (1 - sum_i w_i) base."""
+        parts = [(source.weight, source.tensors.trained(name)) for source in self._sources]
+        if self._base is not None:
+            original = self._base.read(self._sources[-1].reference.keys[stands_for(name)])
+            parts.append((self._of_base, original[-len(parts[0][1]) :] if is_new_rows(name) else original))
+        return _rounded_sum((tensor.double() * float(weight) for weight, tensor in parts), name)
+
+
+def _write_tensors(
+    path: Path, adapter: AdapterFile, live: _Term, sources: Sequence[_Source], trained: _Trained
+) -> None:
+    shapes = {**adapter.expected(), **{name: sources[-1].tensors.trained_shape(name) for name in adapter.trainables}}
+    layout = {name: (shape, torch.float32) for name, shape in shapes.items()}
+    with atomic_path(path) as beside, SafetensorsWriter(beside, layout, {"step": str(adapter.step)}) as writer:
+        for module, entry in adapter.layers.items():
+            writer.write(entry.square, live.value(module))
+            if adapter.domains is not None:
+                name = adapter.domains.tensor(module)
+                stacks = (each.tensors.trained(name).double() * float(each.weight) for each in sources)
+                writer.write(name, _rounded_sum(stacks, name))
+        for name in adapter.trainables:
+            writer.write(name, trained.value(name))

@@ -1,0 +1,243 @@
+"""Sums of updates against the same sums formed by hand in fp64, and what they refuse."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mora_ds.adapters.config import LoRAConfig, MoRAConfig
+from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, open_adapter, read_adapter, write_adapter
+from mora_ds.checkpoint.layout import step_folder
+from mora_ds.checkpoint.ledger_tools import verify
+from mora_ds.common import files
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.deploy.adapter_io import load_adapter
+from mora_ds.deploy.combine import COMBINED, Mix, combine_adapters, mixed
+from mora_ds.deploy.export import export_merged
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.remora.ledger import Ledger
+from tests.helpers.adapters import Maker, Updates, summed
+from tests.helpers.exports import FakeRun, fake_run, layers_of, random_squares
+from tests.helpers.models import tiny_model
+
+TRAINED = ("model.embed_tokens.weight", "model.norm.weight")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
+    """A run with two merges, embeddings and norm trained too; before its checkpoint lies one with a single merge."""
+    made = fake_run(tmp_path_factory.mktemp("run"), trained=TRAINED, num_hidden_layers=1, tie_word_embeddings=True)
+    earlier = step_folder(made.checkpoint.parent, 3)
+    shutil.copytree(made.checkpoint, earlier)
+    adapter, ledger = open_adapter(earlier)
+    layers = layers_of(made.live, 1)
+    ledger.truncate(1)
+    tensors = AdapterTensors.open(earlier, adapter)
+    trained = {name: tensors.trained(name) + 0.5 for name in TRAINED}
+    write_adapter(earlier, replace(adapter, layers=layers, cycle=1, step=3), random_squares(layers, 77), trained)
+    files.write_manifest(earlier)
+    return made
+
+
+def content(folder: Path) -> dict[str, Tensor]:
+    base = BaseCheckpoint.open(folder)
+    return {key: base.read(key) for key in base.keys()}  # noqa: SIM118  (not a mapping)
+
+
+def by_hand(parts: Sequence[tuple[float, Path]], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """What the sum must be in every tensor, formed in fp64 from complete deltas."""
+    reference = BaseReference.read(parts[0][1])
+    original = content((parts[0][1] / reference.folder).resolve())
+    total = {key: tensor.double() for key, tensor in original.items()}
+    for weight, folder in parts:
+        adapter, ledger = open_adapter(folder)
+        tensors = AdapterTensors.open(folder, adapter)
+        for module, entry in adapter.layers.items():
+            for spec, value in [*ledger.squares_of(module), (entry.operator, tensors.square(module))]:
+                delta = weight * spec.delta_weight(value.double())
+                total[reference.keys[entry.weight]] += delta.T if entry.transposed else delta
+        for name in adapter.trainables:
+            key = reference.keys[name]
+            total[key] += weight * (tensors.trained(name).double() - original[key].double())
+    return total
+
+
+def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor.double(), expected[key], rtol=2e-7, atol=2e-7, msg=key)
+
+
+# -- scale -------------------------------------------------------------------------------------------------------------
+
+
+def test_scale_one_is_the_plain_export_to_the_bit(run: FakeRun, tmp_path: Path) -> None:
+    combine_adapters([run.checkpoint], [1.0], tmp_path / "same")
+    export_merged(tmp_path / "same", tmp_path / "merged")
+    export_merged(run.checkpoint, tmp_path / "plain", mix=Mix(delta_scale=1.0))
+    plain = content(tmp_path / "plain")
+    assert all(torch.equal(tensor, plain[key]) for key, tensor in content(tmp_path / "merged").items())
+    assert (
+        verify(tmp_path / "same")
+        and (tmp_path / "same" / "tokenizer").is_dir() == (run.checkpoint / "tokenizer").is_dir()
+    )
+
+
+def test_scale_zero_is_the_base_to_the_bit(run: FakeRun, tmp_path: Path) -> None:
+    export_merged(run.checkpoint, tmp_path / "merged", mix=Mix(delta_scale=0.0))
+    base = content(run.base)
+    assert all(torch.equal(tensor, base[key]) for key, tensor in content(tmp_path / "merged").items())
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.2, -1.0])
+def test_scale_multiplies_the_whole_update(run: FakeRun, tmp_path: Path, scale: float) -> None:
+    report = export_merged(run.checkpoint, tmp_path / "merged", mix=Mix(delta_scale=scale))
+    check(content(tmp_path / "merged"), by_hand([(scale, run.checkpoint)]))
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert report.cycles == 2 and COMBINED in card and f'"weight": {scale}' in card
+
+
+def test_a_scale_that_rounds_nothing_is_exact(run: FakeRun, tmp_path: Path) -> None:
+    export_merged(run.checkpoint, tmp_path / "merged", dtype="bfloat16", mix=Mix(delta_scale=0.5))
+    adapter, ledger = open_adapter(run.checkpoint)
+    tensors, base = AdapterTensors.open(run.checkpoint, adapter), content(run.base)
+    merged, keys = content(tmp_path / "merged"), BaseReference.read(run.checkpoint).keys
+    for module, entry in adapter.layers.items():
+        updates = [*ledger.squares_of(module), (entry.operator, tensors.square(module))]
+        halves = [(spec, value / 2) for spec, value in updates]
+        expected = summed(base[keys[entry.weight]], halves, entry.transposed, torch.bfloat16)
+        assert torch.equal(merged[keys[entry.weight]], expected), module
+
+
+# -- average -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.25])
+def test_average_is_the_mean_of_the_deltas(run: FakeRun, tmp_path: Path, decay: float) -> None:
+    mix = Mix(delta_scale=0.9, average_last=2, average_decay=decay)
+    earlier = step_folder(run.checkpoint.parent, 3)
+    weights = [0.9 * decay / (1 + decay), 0.9 / (1 + decay)]
+    with mixed(run.output, mix) as folder:
+        export_merged(folder, tmp_path / "merged")
+        adapter, ledger = open_adapter(folder)
+    check(content(tmp_path / "merged"), by_hand(list(zip(weights, (earlier, run.checkpoint), strict=True))))
+    assert ledger.cycles == adapter.cycle == 2, "checkpoints of one run share their operators: no term is added"
+    assert [each["step"] for each in adapter.facts[COMBINED]] == [3, 7]
+
+
+def test_what_all_checkpoints_have_in_common_keeps_its_bits(run: FakeRun, tmp_path: Path) -> None:
+    """The first cycle is in each of them, and weights such as a third sum to one."""
+    folders = [step_folder(run.checkpoint.parent, 3), run.checkpoint, run.checkpoint]
+    combine_adapters(folders, [Fraction(1, 3)] * 3, tmp_path / "mean")
+    ledger, original = Ledger.open(tmp_path / "mean" / "ledger"), Ledger.open(run.checkpoint / "ledger")
+    assert all(torch.equal(ledger.square(0, name), original.square(0, name)) for name in original.layers(0))
+
+
+# -- sums of runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def maker(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    return Maker(tiny_model("llama", num_hidden_layers=1), tmp_path_factory.mktemp("maker") / "base")
+
+
+LORA = LoRAConfig(rank=2, seed=5)
+SETTINGS = {
+    "rank": (MoRAConfig(rank=3, seed=0), MoRAConfig(rank=4, seed=1), 2),
+    "operator": (MoRAConfig(rank=3, seed=0), MoRAConfig(rank=3, seed=1, operator="share"), 2),
+    "seed": (MoRAConfig(rank=3, seed=0), MoRAConfig(rank=3, seed=0), 1),
+    "lora": (LORA, LoRAConfig(rank=2, seed=6), 2),
+}
+
+
+@pytest.mark.parametrize("first, second, terms", SETTINGS.values(), ids=SETTINGS)
+def test_sum_of_two_runs(maker: Maker, tmp_path: Path, first: Any, second: Any, terms: int) -> None:
+    maker.write(tmp_path / "a", first)
+    maker.write(tmp_path / "b", second)
+    combine_adapters([tmp_path / "a", tmp_path / "b"], [0.75, -0.5], tmp_path / "sum")
+    assert read_adapter(tmp_path / "sum").cycle == terms - 1
+    export_merged(tmp_path / "sum", tmp_path / "merged")
+    check(content(tmp_path / "merged"), by_hand([(0.75, tmp_path / "a"), (-0.5, tmp_path / "b")]))
+    ids = torch.arange(8).unsqueeze(0)
+    live = load_adapter(maker.folder, tmp_path / "sum")(input_ids=ids).logits
+    merged = type(maker.model).from_pretrained(tmp_path / "merged").eval()(input_ids=ids).logits
+    torch.testing.assert_close(live, merged, rtol=0, atol=1e-5)
+
+
+def test_sum_of_the_cycles_apart_is_their_merge(maker: Maker, tmp_path: Path) -> None:
+    """Each cycle as an adapter of its own, summed, is the adapter that holds them all."""
+    updates: Updates = maker.write(tmp_path / "all", MoRAConfig(rank=3, seed=0), cycles=2)
+    adapter, ledger = open_adapter(tmp_path / "all")
+    parts = []
+    for cycle in range(3):
+        layers = adapter.layers if cycle == 2 else ledger.layers(cycle)
+        parts.append(folder := tmp_path / f"part-{cycle}")
+        folder.mkdir()
+        Ledger.create(folder / "ledger", maker.reference.fingerprint)
+        values = {name: updates[name][cycle][1] for name in layers}
+        write_adapter(folder, replace(adapter, layers=layers, cycle=0), values, {})
+        maker.reference.write(folder)
+    combine_adapters(parts, [1, 1, 1], tmp_path / "sum")
+    for name in ("all", "sum"):
+        export_merged(tmp_path / name, tmp_path / f"{name}-merged")
+    whole = content(tmp_path / "all-merged")
+    assert all(torch.equal(tensor, whole[key]) for key, tensor in content(tmp_path / "sum-merged").items())
+
+
+def test_domains_are_summed_too(maker: Maker, tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        maker.write(tmp_path / name, MoRAConfig(rank=3, seed=0), scale=0.02 + seed, domains=("law", "code"))
+    combine_adapters([tmp_path / "a", tmp_path / "b"], [0.5, 2.0], tmp_path / "sum")
+    found = [AdapterTensors.open(tmp_path / name, read_adapter(tmp_path / name)) for name in ("a", "b", "sum")]
+    for module in read_adapter(tmp_path / "sum").layers:
+        a, b, total = (each.domain_square(module, "code") for each in found)
+        torch.testing.assert_close(total, 0.5 * a + 2 * b)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def other_base(folder: Path) -> Path:
+    Maker(tiny_model("llama", num_hidden_layers=1, seed=9), folder / "base").write(folder / "own", MoRAConfig(rank=3))
+    return folder / "own"
+
+
+REFUSED: dict[str, tuple[Callable[[Maker, Path], Path], list[float], str]] = {
+    "base": (lambda maker, folder: other_base(folder), [1, 1], "have different bases"),
+    "count": (lambda maker, folder: folder / "a", [1], "--weights: 1 for 2"),
+    "number": (lambda maker, folder: folder / "a", [1, float("nan")], "--weights must be finite"),
+    "folder": (lambda maker, folder: folder / "gone", [1, 1], "gone is neither an adapter"),
+}
+
+
+@pytest.mark.parametrize("second, weights, message", REFUSED.values(), ids=REFUSED)
+def test_refusals(maker: Maker, tmp_path: Path, second: Any, weights: list[float], message: str) -> None:
+    maker.write(tmp_path / "a", MoRAConfig(rank=3))
+    with pytest.raises(UserError, match=re.escape(message)):
+        combine_adapters([tmp_path / "a", second(maker, tmp_path)], weights, tmp_path / "sum")
+    assert not (tmp_path / "sum").exists()
+
+
+def test_layers_and_trained_tensors_must_be_the_same(maker: Maker, tmp_path: Path) -> None:
+    maker.write(tmp_path / "a", MoRAConfig(rank=3))
+    maker.write(tmp_path / "fewer", MoRAConfig(rank=3, target_modules=("q_proj",)))
+    norm = {"model.norm.weight": torch.ones(maker.weights["model.norm.weight"].shape)}
+    maker.write(tmp_path / "norms", MoRAConfig(rank=3), trained=norm)
+    for name, message in (("fewer", "adapt different layers"), ("norms", "train different tensors")):
+        with pytest.raises(UserError, match=message):
+            combine_adapters([tmp_path / "a", tmp_path / name], [1, 1], tmp_path / "sum")
+
+
+def test_a_sum_that_is_not_finite_is_not_written(maker: Maker, tmp_path: Path) -> None:
+    maker.write(tmp_path / "a", MoRAConfig(rank=3))
+    with pytest.raises(RunError, match="is not finite"):
+        combine_adapters([tmp_path / "a"], [1e300], tmp_path / "sum")
+    assert not (tmp_path / "sum").exists()
