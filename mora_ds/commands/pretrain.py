@@ -6,10 +6,17 @@
 deepspeed, torchrun and srun start launch/pretrain.py, or `--module mora_ds pretrain` without a checkout, by themselves.
 """
 
+from __future__ import annotations
+
 import os
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from mora_ds.runtime.log_setup import set_up_logging
+
+if TYPE_CHECKING:
+    from mora_ds.config.arguments import Arguments
 
 
 def start() -> None:
@@ -28,17 +35,29 @@ def start() -> None:
 
 def main() -> None:
     """Train in this process: one rank of the job, or a job of its own."""
-    from mora_ds.config.arguments import parse  # not above: it takes seconds, and signals must be watched before
+    # not above: it takes seconds, and signals must be watched before
+    from mora_ds.config.arguments import parse
+    from mora_ds.config.validate import validate
     from mora_ds.train.agreement import start_up
+    from mora_ds.train.setup import meet
 
     with start_up():
         arguments = parse(sys.argv[1:])
-    set_up_logging(arguments.training.log_level)
+        set_up_logging(arguments.training.log_level)
+        if not arguments.is_demo:  # the demo's settings depend on the number of ranks
+            validate(arguments)
+        meet(arguments)
+        run = _job(arguments)
+    run(arguments)
+
+
+def _job(arguments: Arguments) -> Callable[[Arguments], object]:
+    """The function that runs the job. What it needs takes seconds to import: ranks whose settings differ are told so
+    before."""
     if arguments.is_demo:
         from mora_ds.train.demo import run_demo
 
-        run_demo(arguments)
-    else:
-        from mora_ds.train.warm_start import run_job
+        return run_demo
+    from mora_ds.train.warm_start import run_job
 
-        run_job(arguments)
+    return run_job

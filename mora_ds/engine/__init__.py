@@ -9,5 +9,9 @@
     traffic           counts the bytes that collectives carry
     device            the device of this process
 
-It imports nothing itself, as most of its modules take seconds to import.
+It imports none of them itself, as most take seconds to import.
 """
+
+from mora_ds.common.lazy_imports import hide
+
+hide("mlflow", importer="deepspeed.autotuning.autotuner")  # half of the time that `import deepspeed` takes

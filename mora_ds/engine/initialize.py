@@ -102,6 +102,7 @@ def initialize(
         check_base_equal(frozen_buffers(model).values())
     parameters = parameter_groups(model)
     _forget_groups_of_second_copies()
+    muon.load_kernels()
     with muon.preparing(parameters[0]["params"]) if uses_muon(settings) else nullcontext():
         returned = deepspeed.initialize(model=model, config=settings, model_parameters=parameters, **kwargs)
     muon.repair_clipping(returned[0])
@@ -124,6 +125,7 @@ def initialize_full(*, model: nn.Module, config: dict[str, Any] | str | Path, **
     dtype = getattr(torch, compute_dtype(settings))
     model.to(current_device(), dtype)
     _forget_groups_of_second_copies()
+    muon.load_kernels()
     returned = deepspeed.initialize(model=model, config=settings, model_parameters=list(model.parameters()), **kwargs)
     view_of(returned[0]).repair()
     return returned

@@ -1,7 +1,8 @@
 """What DeepSpeed's Muon needs to be right for MoRA matrices. Written against DeepSpeed 0.19.8;
 tests/engine/test_muon_contract.py names each symbol that an upgrade has moved.
 
-    preparing          around deepspeed.initialize: chooses the parameters that get Muon; no kernel is compiled
+    load_kernels       before deepspeed.initialize, for every optimizer: no kernel is compiled
+    preparing          around deepspeed.initialize: chooses the parameters that get Muon
     repair_clipping    after it: the gradient is clipped, not the update that Muon makes of it
 
 What DeepSpeed does right (tests/engine/test_muon.py): every update is orthogonalised as an unsharded matrix, once an
@@ -17,6 +18,7 @@ from typing import Any, TypeAlias
 
 import deepspeed
 import torch
+from deepspeed.runtime import compiler
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
 from torch import Tensor, nn
@@ -39,7 +41,6 @@ def preparing(matrices: Iterable[nn.Parameter]) -> Iterator[None]:
     its name gets Muon. So would GPT-2's embedding `wte`, while a MoRA matrix in a module called `embed_in` would not,
     which would also split the parameter group of the MoRA matrices.
     """
-    _leave_kernels_uncompiled()
     ours, tag_by_name = {id(matrix) for matrix in matrices}, deepspeed.set_optimizer_flags
 
     def tag(config: Any, model: nn.Module) -> None:
@@ -54,12 +55,20 @@ def preparing(matrices: Iterable[nn.Parameter]) -> Iterator[None]:
         deepspeed.set_optimizer_flags = tag_by_name
 
 
-def _leave_kernels_uncompiled() -> None:
-    """Undo `torch.compile` in runtime/zero/muon/original_muon.py: 19 s at the first step for two shapes of matrices on
-    a CPU, and an error without a C++ compiler. Fifteen products of small matrices gain little from it."""
-    from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
+def load_kernels() -> None:
+    """Import runtime/zero/muon/original_muon.py, whose functions are decorated with `compiler.compile()`, uncompiled.
 
-    for module in (original_muon, muon_optimizer):
+    DeepSpeed imports it for every engine (stage3.py, `__init__`), and to decorate a function takes a second: torch
+    loads its compiler. With Muon, compiling takes 19 s at the first step for two shapes of matrices on a CPU, and needs
+    a C++ compiler; fifteen products of small matrices gain little from it.
+    """
+    decorator = compiler.compile
+    compiler.compile = lambda *args, **kwargs: lambda function: function
+    try:
+        from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
+    finally:
+        compiler.compile = decorator
+    for module in (original_muon, muon_optimizer):  # somebody else may have imported them before
         for name in ("muon_update", "zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz"):
             if hasattr(module, name):
                 setattr(module, name, inspect.unwrap(getattr(module, name)))

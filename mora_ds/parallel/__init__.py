@@ -8,3 +8,7 @@ ulysses              sequence parallelism; ulysses_checks: which models it serve
 softcap_attention    attention with capped scores that does not save them
 limits               what both cannot be used with
 """
+
+from mora_ds.common.lazy_imports import hide
+
+hide("mlflow", importer="deepspeed.autotuning.autotuner")  # as mora_ds.engine does

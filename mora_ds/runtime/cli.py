@@ -60,8 +60,8 @@ def _fail(error: BaseException) -> NoReturn:
     expected = isinstance(error, (UserError, RunError))
     if not expected and isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_CONTACT):
         _lose_contact(error)
-    if rank() != 0:
-        time.sleep(_WAIT_FOR_RANK_0_S)
+    if rank() != 0:  # an error of all ranks, as `Ranks` raises it, comes on rank 0 at the same time
+        time.sleep(_WAIT_FOR_FAILED_RANK_S if getattr(error, "is_shared", False) else _WAIT_FOR_RANK_0_S)
     if expected:
         print(f"{rank_prefix()}error: {error}", file=sys.stderr)
     else:

@@ -55,6 +55,14 @@ class Place:
         return self.followers.ranks
 
 
+def meet(arguments: Arguments) -> None:
+    """What a run begins with, before anything that is slow to import: `start_processes`, or what --dry_run needs."""
+    if arguments.training.dry_run:
+        compare_settings(arguments)
+    else:
+        start_processes(arguments)
+
+
 def start_processes(arguments: Arguments) -> Ranks:
     """Join the process group and compare the settings of all ranks. Raises `UserError` where they differ.
 

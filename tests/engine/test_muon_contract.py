@@ -54,7 +54,7 @@ def test_parameters_are_tagged_by_name() -> None:
 def test_kernels_are_compiled_unless_unwrapped() -> None:
     kernels = import_module(KERNELS)
     assert inspect.getsource(kernels).count("@compiler.compile()") == 3
-    muon._leave_kernels_uncompiled()
+    muon.load_kernels()
     for name in ("muon_update", "zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz"):
         assert not hasattr(getattr(kernels, name), "_torchdynamo_orig_callable"), name
 
@@ -77,7 +77,7 @@ class Small(nn.Module):
 
 def plain_engine(stage: int, **zero_settings: Any) -> Any:
     """What DeepSpeed does by itself, but for compiling."""
-    muon._leave_kernels_uncompiled()
+    muon.load_kernels()
     model = Small()
     config = {
         "train_micro_batch_size_per_gpu": 4,
