@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -226,12 +227,16 @@ class ShardIndex:
 
     def _check_whole(self, folder: Path) -> None:
         """Raises `UserError` unless the files are large enough for the parameters, and hold every element of each."""
-        nbytes = sum((folder / file).stat().st_size for file in self.files if (folder / file).is_file())
+        listed = set(self.files)
+        nbytes = sum(entry.stat().st_size for entry in os.scandir(folder) if entry.name in listed and entry.is_file())
         sizes = [math.prod(shape) for shape in self.shapes.values()]
         if sum(sizes) > nbytes:
             where = INDEX_FILE if (folder / INDEX_FILE).is_file() else layout_path(folder, 0).name
             raise UserError(f"{folder / where} lists parameters of more elements than the shards have bytes")
-        for what, rows in (("", self.parts), ("the optimizer's state of ", self.moments)):
+        tables = [("", self.parts)]
+        if self.moments is not self.parts:
+            tables.append(("the optimizer's state of ", self.moments))
+        for what, rows in tables:
             names = rows[:, NAME]
             if len(names) and not 0 <= names.min() <= names.max() < len(sizes):
                 raise UserError(f"{folder}: a shard holds a parameter that no parameter group lists")
@@ -241,6 +246,12 @@ class ShardIndex:
 
 
 def _sorted(rows: np.ndarray) -> np.ndarray:
+    is_sorted = np.ones(max(len(rows) - 1, 0), bool)
+    for column in (RANK, START, NAME):  # the last one decides before the others
+        before, after = rows[:-1, column], rows[1:, column]
+        is_sorted = (before < after) | ((before == after) & is_sorted)
+    if is_sorted.all():  # as `ShardIndex.write` has left them
+        return rows
     return rows[np.lexsort((rows[:, RANK], rows[:, START], rows[:, NAME]))]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -83,8 +84,14 @@ class _Heartbeat:
         signals.leave_failed(f"{reason}: leaving without saving")
 
     def _report_failure(self, reason: str) -> None:
-        """Write the reason to the store, unless that does not answer in time."""
-        writing = threading.Thread(target=lambda: self._store.set(self._key("failed"), reason), daemon=True)
+        """Write the reason to the store, unless that does not answer in time, or has ended: then rank 0 has, and the
+        others notice that."""
+
+        def write() -> None:
+            with suppress(RuntimeError):  # torch's DistError
+                self._store.set(self._key("failed"), reason)
+
+        writing = threading.Thread(target=write, daemon=True)
         writing.start()
         writing.join(_FAREWELL_S)
 

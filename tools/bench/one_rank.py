@@ -2,8 +2,8 @@
 
 Everything that this rank does by itself is the real code. Collectives reach nobody (torch's backend "fake"): what they
 would move is counted by calls and bytes, and a gather gives this rank's part as that of each other one. Objects are
-gathered likewise, by as many pickles as rank 0 would have to read; what rank 0 would broadcast is computed outside of
-the clock.
+gathered likewise, by as many pickles as rank 0 would have to read. What stands for other ranks and for the network is
+outside of the clock: the collectives themselves, what other ranks would have given, what rank 0 would broadcast.
 """
 
 from __future__ import annotations
@@ -97,17 +97,25 @@ class OneRank:
         if event == "open" and str(arguments[0]).startswith(str(self.folder)):
             self._files.add(str(arguments[0]))
 
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Stops the clock."""
+        began = time.process_time()
+        yield
+        self._paused += time.process_time() - began
+
     def _count(self, nbytes: int) -> None:
         self._spent.collectives += 1
         self._spent.moved += nbytes
 
     def _counted(self, collective: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            tensors = [value for value in (*arguments, *options.values()) if isinstance(value, torch.Tensor)]
-            self._count(max((tensor.nbytes for tensor in tensors), default=0))
-            if collective.__name__.startswith("all_gather") and len(tensors) == 2 and tensors[1].numel():
-                tensors[0].view(-1, tensors[1].numel()).copy_(tensors[1].clone().view(1, -1))
-            return collective(*arguments, **options)
+            with self._pause():  # the fake backend copies the tensor once for each rank
+                tensors = [value for value in (*arguments, *options.values()) if isinstance(value, torch.Tensor)]
+                self._count(max((tensor.nbytes for tensor in tensors), default=0))
+                if collective.__name__.startswith("all_gather") and len(tensors) == 2 and tensors[1].numel():
+                    tensors[0].view(-1, tensors[1].numel()).copy_(tensors[1].clone().view(1, -1))
+                return collective(*arguments, **options)
 
         return call
 
@@ -115,7 +123,9 @@ class OneRank:
         """Every rank's value. Each is unpickled, as what comes from other ranks is."""
         text = pickle.dumps(value)
         self._count(len(text) * self.world)
-        return [self.relabel(pickle.loads(text), rank) for rank in range(self.world)]
+        values = [pickle.loads(text) for _ in range(self.world)]
+        with self._pause():
+            return [self.relabel(value, rank) for rank, value in enumerate(values)]
 
     def _gather_to_first(self, value: Any, group: Any) -> list[Any] | None:
         if self.rank == 0:
@@ -131,10 +141,10 @@ class OneRank:
             result = work()
             self._count(len(pickle.dumps(result)))
             return result
-        began, files = time.process_time(), set(self._files)
-        text = pickle.dumps(work())
-        self._files &= files
-        self._paused += time.process_time() - began
+        with self._pause():
+            files = set(self._files)
+            text = pickle.dumps(work())
+            self._files &= files
         self._count(len(text))
         return pickle.loads(text)
 
