@@ -2,6 +2,7 @@
 
     python tools/figures.py            draws docs/assets/*.svg (needs matplotlib)
     python tools/figures.py --plan     plans the memory and traffic of Llama 7B and 70B anew first: data/plans.json
+    python tools/figures.py --learning FILE --output FOLDER       those of tools/bench/learning.py --json FILE alone
 
 Text stays text, and colours follow the reader's light or dark scheme. No figure is drawn from numbers in this file.
 """
@@ -20,22 +21,11 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
+from tools import figures_learning
+from tools.figures_style import BASE, FAINT, FOURTH, INK, OURS, PAPER, SECOND, THIRD, axes, save, write
+
 ROOT = Path(__file__).resolve().parents[1]
 DATA, ASSETS = ROOT / "docs" / "results" / "data", ROOT / "docs" / "assets"
-
-COLOURS = {
-    "#010101": ("ink", "#1f2328", "#e6edf3"),
-    "#020202": ("faint", "#d0d7de", "#3d444d"),
-    "#030303": ("base", "#57606a", "#8b949e"),
-    "#040404": ("ours", "#0969da", "#58a6ff"),
-    "#050505": ("second", "#bf5700", "#f0883e"),
-    "#060606": ("third", "#1a7f37", "#3fb950"),
-    "#070707": ("fourth", "#8250df", "#bc8cff"),
-    "#080808": ("paper", "#ffffff", "#0d1117"),
-}
-"""Placeholder in a drawing -> name, colour in a light and in a dark scheme."""
-
-INK, FAINT, BASE, OURS, SECOND, THIRD, FOURTH, PAPER = COLOURS
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
@@ -127,9 +117,9 @@ def traffic(known: dict[tuple[str, str, int], dict[str, Any]]) -> dict[str, list
 def draw_memory() -> None:
     """memory.svg: what one GPU holds, as stacked bars."""
     known = plans()
-    figure, axes = _axes(2, 1, (5, 5.4))
+    figure, both = axes(2, 1, (5, 5.4))
     shown = [name for name in METHODS if name != "MoRA r=256"]
-    for axis, (model, (gpus, memory)) in zip(axes, MEMORY.items(), strict=True):
+    for axis, (model, (gpus, memory)) in zip(both, MEMORY.items(), strict=True):
         parts: dict[str, list[float]] = {"base": [], "other static memory": [], "peak above it": []}
         for method in shown:
             sizes = known[model, method, gpus]["bytes"]
@@ -145,17 +135,17 @@ def draw_memory() -> None:
         axis.set_xlim(0, 1.05 * memory)
         axis.set_xticks([memory * quarter / 4 for quarter in range(5)])
         axis.invert_yaxis()
-    axes[1].set_xlabel("GB on one GPU (dashed: what it has)")
-    handles, labels = axes[0].get_legend_handles_labels()
+    both[1].set_xlabel("GB on one GPU (dashed: what it has)")
+    handles, labels = both[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=3, frameon=False, labelcolor=INK, columnspacing=1,
                   handlelength=1.2)  # fmt: skip
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    _save(figure, "memory.svg", "Planned memory of one GPU")
+    save(figure, ASSETS / "memory.svg", "Planned memory of one GPU")
 
 
 def draw_traffic() -> None:
     """traffic.svg: bytes that one GPU sends in a step, against the number of GPUs."""
-    figure, (axis,) = _axes(1, 1, (5, 4.6))
+    figure, (axis,) = axes(1, 1, (5, 4.6))
     looks = ((FOURTH, "-", 5), (SECOND, "-", -17), (OURS, "--", 6), (OURS, "-", 6), (THIRD, ":", -18))
     for (name, values), (colour, style, above) in zip(traffic(plans()).items(), looks, strict=True):
         axis.plot(GPUS, values, style, color=colour, linewidth=2.4)
@@ -171,51 +161,7 @@ def draw_traffic() -> None:
     axis.set_title("Llama 7B, bf16, planned", fontsize=12, color=INK)
     axis.grid(True, which="major", color=FAINT, linewidth=0.6)
     figure.tight_layout()
-    _save(figure, "traffic.svg", "Planned bytes on the network")
-
-
-def draw_learning() -> None:
-    """learning.svg: perplexity on the new domain against perplexity on the old one; nothing without its JSON."""
-    if not (DATA / "learning.json").is_file():
-        return
-    content = json.loads((DATA / "learning.json").read_text(encoding="utf-8"))
-    figure, (axis,) = _axes(1, 1, (5, 4.4))
-    colours = {"lora": SECOND, "mora": OURS, "full": FOURTH}
-    for row in content["rows"]:
-        colour = next((value for key, value in colours.items() if key in row["label"].lower()), BASE)
-        axis.plot(row["prose"], row["code"], "o", color=colour, markersize=7)
-        side = "right" if row["offset"][0] < 0 else "left"
-        axis.annotate(row["label"], (row["prose"], row["code"]), textcoords="offset points", xytext=row["offset"],
-                      ha=side, color=INK, fontsize=9.5)  # fmt: skip
-    axis.axvline(content["before"]["prose"], color=FAINT, linestyle="--", linewidth=1)
-    axis.set_xlabel("perplexity on the old domain (dashed: before)")
-    axis.set_ylabel("perplexity on the new domain")
-    axis.set_title(content["title"], fontsize=11, color=INK)
-    axis.margins(x=0.18, y=0.1)
-    figure.tight_layout()
-    _save(figure, "learning.svg", "Learning against forgetting")
-
-
-def _axes(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({
-        "svg.fonttype": "none", "svg.hashsalt": "mora_ds", "font.family": "sans-serif", "font.size": 11,
-        "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": INK, "ytick.color": INK,
-    })  # fmt: skip
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes.flat)
-
-
-def _save(figure: Any, name: str, title: str) -> None:
-    text = StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Title": title, "Creator": "mora_ds"})
-    _write(name, text.getvalue())
+    save(figure, ASSETS / "traffic.svg", "Planned bytes on the network")
 
 
 # -- the diagram -------------------------------------------------------------------------------------------------------
@@ -247,7 +193,7 @@ def draw_diagram() -> None:
     ]
     view = f'viewBox="0 0 {end + 10} {y + 55}" xmlns="http://www.w3.org/2000/svg" role="img"'
     title = "<title>Each GPU holds a complete frozen base and one shard of every MoRA matrix</title>"
-    _write("base-and-matrices.svg", f"<svg {view}>{title}\n" + "\n".join(parts) + "\n</svg>\n")
+    write(ASSETS / "base-and-matrices.svg", f"<svg {view}>{title}\n" + "\n".join(parts) + "\n</svg>\n")
 
 
 def _box(x: float, y: float, width: float, height: float, fill: str, stroke: str) -> str:
@@ -261,32 +207,24 @@ def _text(x: float, y: float, text: str, size: int, colour: str, bold: bool = Fa
     return f'<text x="{x:g}" y="{y:g}" style="{style}">{text}</text>'
 
 
-def _write(name: str, svg: str) -> None:
-    """The drawing, its placeholders as CSS variables that follow the reader's scheme."""
-    for placeholder, (variable, light, _) in COLOURS.items():
-        svg = svg.replace(placeholder, f"var(--{variable}, {light})")
-    light_scheme = " ".join(f"--{name}: {light};" for name, light, _ in COLOURS.values())
-    dark_scheme = " ".join(f"--{name}: {dark};" for name, _, dark in COLOURS.values())
-    style = (
-        f"<style>:root {{ {light_scheme} }} @media (prefers-color-scheme: dark) {{ :root {{ {dark_scheme} }} }}</style>"
-    )
-    start = svg.index(">", svg.index("<svg")) + 1
-    ASSETS.mkdir(parents=True, exist_ok=True)
-    lines = (svg[:start] + style + svg[start:]).splitlines()
-    (ASSETS / name).write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument(
         "--plan", action="store_true", help="plan memory and traffic anew: docs/results/data/plans.json"
     )
-    if parser.parse_args().plan:
+    parser.add_argument("--learning", type=Path, metavar="FILE", help="draw only this JSON of tools/bench/learning.py")
+    parser.add_argument("--output", type=Path, default=ASSETS, metavar="FOLDER", help="where those are written")
+    options = parser.parse_args()
+    if options.learning is not None:
+        figures_learning.draw(options.learning, options.output)
+        return
+    if options.plan:
         write_plans()
     draw_diagram()
     draw_memory()
     draw_traffic()
-    draw_learning()
+    figures_learning.draw(DATA / "learning.json", ASSETS)
+    figures_learning.draw_scale(DATA / "delta_scale.json", ASSETS)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,8 @@ def test_every_figure_has_its_data_or_is_drawn() -> None:
     data = {path.name for path in (ROOT / "docs" / "results" / "data").glob("*.json")}
     pictures = {path.name for path in (ROOT / "docs" / "assets").glob("*.svg")}
     source = {"base-and-matrices.svg": None, "memory.svg": "plans.json", "traffic.svg": "plans.json"}
-    source["learning.svg"] = "learning.json"
+    source |= dict.fromkeys(("learning.svg", "learning-curves.svg", "learning-gap.svg"), "learning.json")
+    source["delta-scale.svg"] = "delta_scale.json"
     assert pictures <= set(source)
     assert all(source[name] is None or source[name] in data for name in pictures)
 

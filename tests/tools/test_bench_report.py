@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.tools import tool
-from tools import figures
+from tools import docs_results, figures
 from tools.bench.report import Report, json_flag
 
 
@@ -34,7 +33,7 @@ def test_a_file_holds_what_is_printed_and_a_page_shows_it(
 
     monkeypatch.setattr(figures, "DATA", tmp_path / "new")
     old = "<!-- bench.json times, by tools/docs.py -->\nold\n<!-- end of bench.json times -->"
-    page = tool("docs")._results(f"# Title\n\n{old}\n\nText.")
+    page = docs_results.results(f"# Title\n\n{old}\n\nText.")
     assert "| what | seconds |\n| --- | ---: |\n| a step | 0.5 |" in page and "old" not in page
     assert "`python tools/bench/loss.py --rows 2` on " in page and page.endswith("\n\nText.")
 

@@ -1,92 +1,59 @@
 """Which adapter learns a new domain best, at equal trainable parameters? One table, from one engine.
 
-    python tools/bench/learning.py [--work FOLDER] [--rank 8] [--steps 200] [--seeds 3] [--jobs 2] [--methods lora ...]
+    python tools/bench/learning.py [--work FOLDER] [--rank 8] [--steps 200] [--seeds 3] [--methods lora full@0.003]
+    python tools/bench/learning.py --base MODEL --new law.jsonl law_held.jsonl --old web.jsonl web_held.jsonl
 
-A small Llama is warm-started on prose and continued on code (both are made out of the running Python) by every method
-at every learning rate of its sweep, the best one with more seeds; batches, their order and the schedule are the same
-for all. Best is the least perplexity on code; of learning rates that are as good within 1%, the one that leaves least
-on prose. `--methods replay-5 ...` set MoRA against itself with that percentage of prose in every batch. Each run is
-`launch/pretrain.py` with other flags, on one rank. A run that is done is kept: the command goes on where it was
-stopped. Prints, at each method's best learning rate, the perplexity on code and on prose, mean and largest deviation
-over seeds; writes results.json, and learning.png where matplotlib is there. Curves: tensorboard --logdir FOLDER/runs.
+A model that knows the old text is continued on the new one by every method of a YAML file (learning.yaml beside this
+one), at every learning rate of its sweep, the best one with more seeds; batches, their order and the schedule are the
+same for all. Best is the least perplexity on the new text; of learning rates that are as good within 1%, the one that
+leaves least on the old one. By default the model is a small Llama, warm-started on prose and continued on code, both
+made out of the running Python. Each run is `launch/pretrain.py` with other flags, on one process.
+
+Every finished run leaves FOLDER/results/NAME.json and is not repeated while its settings are the same, so the command
+goes on where it was stopped. Prints, at each method's best learning rate, both perplexities, mean and largest deviation
+over seeds, and the part of LoRA's distance to full training that is closed; `--json FILE` keeps all runs with their
+curves, of which `tools/figures.py --learning FILE --output FOLDER` draws three figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mora_ds.common.errors import UserError, unknown
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import write_json_atomic
 from mora_ds.runtime import cli
-from mora_ds.train.demo import DemoPaths
+from tools.bench.learning_methods import METHODS_FILE, Methods
+from tools.bench.measuring import ROOT
 from tools.bench.report import Report, json_flag
-from tools.bench.trials import at_edge, mean_and_spread, pretrain_alone, run_all, save_figure, warm_base
+from tools.bench.trials import at_edge, mean_and_spread, pretrain_alone, run_all, run_alone, warm_base
 
-LORA_RATES = MORA_RATES = (3e-3, 1e-2, 3e-2)
-MUON_RATES = (1e-2, 3e-2, 1e-1)
-FULL_RATES = (3e-4, 1e-3, 3e-3)
-EMBEDDING_RATES = (1e-3, 3e-3, 1e-2)
-ROWS, CYCLES, RAMP = 8, 4, 5
 AS_GOOD = 1.01
-"""Of the best perplexity on code."""
+"""Of the best perplexity on the new text."""
+EVALUATIONS = 4
+"""Of a run, evenly spaced, the last one at its end."""
+NEW, OLD = "new", "old"
 
 
 @dataclass(frozen=True)
-class Method:
-    """A row of the table."""
+class Texts:
+    """What the runs start from and learn: a model's folder, and files of text."""
 
-    flags: dict[str, Any]
-    rates: tuple[float, ...] = MORA_RATES
-    merges: bool = False
-    rate_flag: str = "learning_rate"
-    """What is swept; with embeddings their learning rate, while the adapter keeps the one that is best without them."""
-    replay: float = 0.0
-    """Share of prose in every batch."""
-    full_rank: float = 0.0
-    """Share of the steps that train every parameter first."""
-
-
-EMBEDDINGS = {"train_embeddings": True, "learning_rate": 1e-2}
-EMBEDDING_RATE = "embedding_learning_rate"
-METHODS: dict[str, Method] = {
-    "none": Method({"adapter": "none"}, rates=(1e-3,)),
-    "lora": Method({"adapter": "lora"}, LORA_RATES),
-    "relora": Method({"adapter": "lora"}, LORA_RATES, merges=True),
-    "mora-rotate": Method({"operator": "rotate"}),
-    "mora-share": Method({"operator": "share"}),
-    "remora-rotate": Method({"operator": "rotate"}, merges=True),
-    "remora-share": Method({"operator": "share"}, merges=True),
-    "remora-alternate": Method({"operator": "share", "grouping": "alternate"}, merges=True),
-    "mora-muon": Method({"operator": "rotate", "optimizer": "muon"}, MUON_RATES, rate_flag="muon_learning_rate"),
-    "remora-muon": Method({"operator": "rotate", "optimizer": "muon"}, MUON_RATES, True, "muon_learning_rate"),
-    "lora-embeddings": Method({"adapter": "lora", **EMBEDDINGS}, EMBEDDING_RATES, rate_flag=EMBEDDING_RATE),
-    "relora-embeddings": Method({"adapter": "lora", **EMBEDDINGS}, EMBEDDING_RATES, True, EMBEDDING_RATE),
-    "mora-embeddings": Method({"operator": "rotate", **EMBEDDINGS}, EMBEDDING_RATES, rate_flag=EMBEDDING_RATE),
-    "remora-embeddings": Method({"operator": "rotate", **EMBEDDINGS}, EMBEDDING_RATES, True, EMBEDDING_RATE),
-    "muon-embeddings": Method(
-        {"operator": "rotate", "optimizer": "muon", "muon_learning_rate": 3e-2, **EMBEDDINGS},
-        EMBEDDING_RATES,
-        rate_flag=EMBEDDING_RATE,
-    ),
-    "mora-warm": Method({"operator": "rotate", "full_rank_learning_rate": 1e-3}, full_rank=0.2),
-    "mora-muon-warm": Method(
-        {"operator": "rotate", "optimizer": "muon", "full_rank_learning_rate": 1e-3},
-        MUON_RATES,
-        False,
-        "muon_learning_rate",
-        full_rank=0.2,
-    ),
-    "full": Method({"adapter": "full"}, rates=FULL_RATES),
-}
-REPLAYS = {f"replay-{share}": Method({"operator": "rotate"}, (1e-2,), replay=share / 100) for share in (5, 10, 25)}
-KNOWN = {**METHODS, **REPLAYS}
+    base: Path
+    new: Path
+    new_held: Path
+    old: Path
+    old_held: Path
 
 
 @dataclass(frozen=True)
@@ -96,157 +63,195 @@ class Trial:
     method: str
     rate: float
     seed: int
-    folder: Path
+    settings: dict[str, Any]
+    """Flags of the training program; output_dir names the run."""
+    shift: bool = False
+    """Whether only a bias for each token is trained."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.settings["output_dir"])
 
     @property
     def name(self) -> str:
         return self.folder.name
 
     @property
-    def summary(self) -> Path:
-        return self.folder / "summary.json"
+    def result(self) -> Path:
+        return self.folder.parents[1] / "results" / f"{self.name}.json"
+
+    def read(self) -> dict[str, Any] | None:
+        """What the run has found; None where it has not been run with these settings."""
+        if not self.result.is_file():
+            return None
+        found: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
+        return found if found["settings"] == json.loads(json.dumps(self.settings, default=str)) else None
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method at one rate, over all seeds."""
+    """A method at one learning rate, over its seeds."""
 
     method: str
     rate: float
-    trainable: int
-    code: tuple[float, ...]
-    prose: tuple[float, ...]
+    trained: int
+    new: dict[int, float]
+    """Seed -> perplexity on the new text."""
+    old: dict[int, float]
 
     @property
     def mean(self) -> float:
-        return sum(self.code) / len(self.code)
+        return mean_and_spread(list(self.new.values()))[0]
 
 
 def main() -> None:
     options = _options()
+    methods = Methods.read(options.methods_file)
+    if options.methods is None:
+        options.methods = list(methods.methods)
+    options.rates_of = methods.chosen(options.methods, options.rates)
     _check(options)
-    paths = warm_base(options.work / "base", ROWS)
-    swept = list(_trials(options, range(1, min(options.sweep_seeds, options.seeds) + 1)))
-    run_all(swept, lambda trial: _run(trial, paths, options), options.jobs)
-    best = {row.method: row.rate for row in _best([_row(group) for group in _groups(swept)])}
-    more = _trials(options, range(options.sweep_seeds + 1, options.seeds + 1))
+    trials = partial(_trials, options, methods, _texts(options))
+    swept = list(trials(range(1, min(options.sweep_seeds, options.seeds) + 1)))
+    run_all(swept, _run, options.jobs)
+    best = {row.method: row.rate for row in _best(_rows(swept))}
+    more = trials(range(options.sweep_seeds + 1, options.seeds + 1))
     repeated = [trial for trial in more if trial.rate == best[trial.method]]
-    run_all(repeated, lambda trial: _run(trial, paths, options), options.jobs)
-    rows = [_row(group) for group in _groups([*swept, *repeated])]
-    (options.work / "results.json").write_text(json.dumps([vars(row) for row in rows], indent=1), encoding="utf-8")
-    report = Report(options)
-    report.say(
-        f"perplexity after {options.steps} steps of {ROWS} x 128 tokens, rank {options.rank}, {options.seeds} seed(s);"
-        " the best learning rate on code of each sweep (*: at its edge)"
-    )
-    report.show("learning", _table([row for row in rows if row.rate == best[row.method]], options))
-    report.write()
-    _plot(rows, options.work / "learning.png")
-
-
-def _check(options: argparse.Namespace) -> None:
-    wrong = [name for name in options.rates_of if name not in KNOWN]
-    if wrong:
-        raise UserError(unknown("--methods", wrong[0], KNOWN))
-    counts = (options.steps // CYCLES - 1, options.rank, options.seeds, options.sweep_seeds, options.jobs)
-    if min(counts) < 1 or options.steps <= CYCLES * RAMP:
-        raise UserError(
-            f"--steps must be more than {CYCLES * RAMP}; --rank, --seeds, --sweep_seeds and --jobs at least 1"
-        )
+    run_all(repeated, _run, options.jobs)
+    _report(options, [*swept, *repeated], best)
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--work", type=Path, default=Path("out/bench_learning"), help="folder for everything")
-    parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; MoRA matrices have about as many")
-    parser.add_argument("--steps", type=int, default=200, help=f"steps of {ROWS} x 128 tokens")
+    parser.add_argument("--base", type=Path, help="model folder. Default: a small Llama, warm-started on prose")
+    parser.add_argument("--new", type=Path, nargs=2, metavar=("TRAIN", "HELD"), help="the new text, with --base")
+    parser.add_argument("--old", type=Path, nargs=2, metavar=("TRAIN", "HELD"), help="what the base knows, with --base")
+    parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; MoRA matrices have about as many parameters")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method at its best learning rate")
     parser.add_argument("--sweep_seeds", type=int, default=2, help="of them at every learning rate of the sweep")
     parser.add_argument("--rates", nargs="+", type=float, help="instead of each method's own sweep")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, one thread each")
+    parser.add_argument("--methods_file", type=Path, default=METHODS_FILE, help="YAML file that defines the methods")
     parser.add_argument(
-        "--methods", nargs="+", default=list(METHODS), metavar="METHOD[@RATE]",
-        help=f"each at one learning rate where it is given with one: {', '.join(KNOWN)}",
+        "--methods", nargs="+", metavar="METHOD[@RATE]",
+        help="those of the file to run, each at one learning rate where it is given with one. Default: all",
     )  # fmt: skip
     json_flag(parser)
-    options = parser.parse_args()
-    options.rates_of = dict(_with_rates(each, options.rates) for each in options.methods)
-    return options
+    return parser.parse_args()
 
 
-def _with_rates(text: str, rates: list[float] | None) -> tuple[str, tuple[float, ...]]:
-    """A method and the learning rates of its sweep. Raises `UserError` for a rate that is no number."""
-    name, at, rate = text.partition("@")
-    try:
-        own = (float(rate),) if at else tuple(rates or ())
-    except ValueError:
-        raise UserError(f"--methods {text}: {rate!r} is no learning rate") from None
-    return name, own or (KNOWN[name].rates if name in KNOWN else ())
+def _check(options: argparse.Namespace) -> None:
+    if min(options.rank, options.steps, options.seeds, options.sweep_seeds, options.jobs) < 1:
+        raise UserError("--rank, --steps, --seeds, --sweep_seeds and --jobs must be at least 1")
+    if len({given is None for given in (options.base, options.new, options.old)}) > 1:
+        raise UserError(
+            "--base, --new and --old belong together: give all three, or none for the demo's model and texts"
+        )
 
 
-def _trials(options: argparse.Namespace, seeds: range) -> Iterator[Trial]:
+def _texts(options: argparse.Namespace) -> Texts:
+    if options.base is not None:
+        for path in (options.base, *options.new, *options.old):
+            if not path.exists():
+                raise UserError(f"--base, --new and --old: there is no {path}")
+        return Texts(*(path.resolve() for path in (options.base, *options.new, *options.old)))
+    paths = warm_base(options.work / "base", rows=8)
+    return Texts(paths.warm, *(paths.corpus / f"{name}_{part}.jsonl" for name in ("domain", "general")
+                               for part in ("train", "eval")))  # fmt: skip
+
+
+def _trials(options: argparse.Namespace, methods: Methods, texts: Texts, seeds: range) -> Iterator[Trial]:
     for name, rates in options.rates_of.items():
+        method = methods.methods[name]
+        learns = method.flags.get("adapter") != "none"
         for rate in rates:
-            for seed in seeds if name != "none" else [each for each in seeds if each == 1]:
-                folder = f"r{options.rank}-{options.steps}-{name}-{rate:g}-{seed}"
-                yield Trial(name, rate, seed, options.work / "runs" / folder)
+            for seed in seeds if learns else [each for each in seeds if each == 1]:
+                settings = {
+                    "model_name_or_path": texts.base, "train_files": [texts.new], "cache_dir": options.work / "tokens",
+                    "eval_files": [f"{OLD}={texts.old_held}", f"{NEW}={texts.new_held}"], "mora_rank": options.rank,
+                    "max_steps": options.steps, "eval_steps": max(1, options.steps // EVALUATIONS),
+                    "eval_on_start": False, "overwrite_output_dir": True, "seed": seed,
+                    "output_dir": options.work / "runs" / f"r{options.rank}-{options.steps}-{name}-{rate:g}-{seed}",
+                    **methods.settings, **method.settings(rate, options.steps, texts.old),
+                }  # fmt: skip
+                yield Trial(name, rate, seed, settings, method.shift)
 
 
-def _run(trial: Trial, paths: DemoPaths, options: argparse.Namespace) -> None:
-    if not trial.summary.is_file():
-        method = KNOWN[trial.method]
-        settings: dict[str, Any] = {
-            "seq_len": 128, "per_device_train_batch_size": ROWS, "per_device_eval_batch_size": 16,
-            "model_name_or_path": paths.warm, "train_files": paths.train_files("domain"),
-            "eval_files": paths.eval_files, "cache_dir": paths.tokens, "output_dir": trial.folder,
-            "overwrite_output_dir": True, "mora_rank": options.rank, "max_steps": options.steps,
-            method.rate_flag: trial.rate, "lr_scheduler_type": "cosine", "min_lr_ratio": 0.1, "warmup_steps": 10,
-            "logging_steps": 10, "eval_on_start": False, "seed": trial.seed, **method.flags,
-        }  # fmt: skip
-        if method.merges:
-            settings |= {"merge_every": options.steps // CYCLES, "restart_warmup_steps": RAMP}
-        if method.full_rank:
-            settings["full_rank_steps"] = round(method.full_rank * options.steps)
-        if method.replay:
-            settings["replay"] = [f"old={paths.train_files('general')[0]}:{method.replay:g}"]
-        trial.folder.parent.mkdir(parents=True, exist_ok=True)
-        pretrain_alone(settings, trial.folder.with_name(f"{trial.name}.log"))
+def _run(trial: Trial) -> None:
+    """Run what has not been run, and write its result."""
+    if trial.read() is not None:
+        return
+    trial.folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(trial.folder, ignore_errors=True)
+    log = trial.folder.with_name(f"{trial.name}.log")
+    if trial.shift:
+        program = str(ROOT / "tools" / "bench" / "token_bias.py")
+        run_alone([sys.executable, program, "--settings", json.dumps(trial.settings, default=str)], log)
+    else:
+        pretrain_alone(trial.settings, log)
+    summary = json.loads((trial.folder / "summary.json").read_text(encoding="utf-8"))
+    lines = (trial.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    trial.result.parent.mkdir(exist_ok=True)
+    write_json_atomic(trial.result, {
+        "method": trial.method, "learning_rate": trial.rate, "seed": trial.seed,
+        "trained": summary["trainable_params"], "perplexity": summary["perplexity_after"],
+        "curve": [{"step": row["step"], **row["eval"]} for row in rows if "eval" in row],
+        "loss": [[row["step"], row["loss"]] for row in rows if "loss" in row],
+        "settings": json.loads(json.dumps(trial.settings, default=str)),
+    })  # fmt: skip
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def _groups(trials: Sequence[Trial]) -> list[list[Trial]]:
-    keys = dict.fromkeys((trial.method, trial.rate) for trial in trials)
-    return [[trial for trial in trials if (trial.method, trial.rate) == key] for key in keys]
+def _report(options: argparse.Namespace, trials: Sequence[Trial], best: dict[str, float]) -> None:
+    shown = [row for row in _rows(trials) if row.rate == best[row.method]]
+    report = Report(options)
+    report.say(
+        f"perplexity after {options.steps} steps, rank {options.rank}, up to {options.seeds} seed(s), at the best"
+        " learning rate on the new text of each sweep (*: at its edge); gap: how much of LoRA's distance to full"
+        " training is closed, on the seeds that all three have"
+    )
+    report.show("learning", _table(shown, options.rates_of))
+    kept = ("method", "learning_rate", "seed", "trained", "perplexity", "curve", "loss")
+    report.points["runs"] = [
+        {**{key: found[key] for key in kept}, "is_best": trial.rate == best[trial.method]}
+        for trial in trials
+        if (found := trial.read()) is not None
+    ]
+    report.write()
 
 
-def _row(trials: Sequence[Trial]) -> Row:
-    found = [json.loads(trial.summary.read_text(encoding="utf-8")) for trial in trials]
-    code, prose = (tuple(each["perplexity_after"][name] for each in found) for name in ("code", "prose"))
-    return Row(trials[0].method, trials[0].rate, found[0]["trainable_params"], code, prose)
+def _rows(trials: Sequence[Trial]) -> list[Row]:
+    """One for each method and learning rate, in their order."""
+    rows = []
+    for key in dict.fromkeys((trial.method, trial.rate) for trial in trials):
+        found = [each for trial in trials if (trial.method, trial.rate) == key and (each := trial.read()) is not None]
+        new, old = ({each["seed"]: each["perplexity"][name] for each in found} for name in (NEW, OLD))
+        rows.append(Row(*key, found[0]["trained"], new, old))
+    return rows
 
 
 def _best(rows: Sequence[Row]) -> list[Row]:
     """Of each method."""
     found = []
-    for name in _names(rows):
+    for name in dict.fromkeys(row.method for row in rows):
         own = [row for row in rows if row.method == name]
         least = min(row.mean for row in own)
-        found.append(min((row for row in own if row.mean <= AS_GOOD * least), key=lambda row: sum(row.prose)))
+        found.append(min((row for row in own if row.mean <= AS_GOOD * least), key=lambda row: sum(row.old.values())))
     return found
 
 
-def _names(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row.method for row in rows))
-
-
-def _table(rows: Sequence[Row], options: argparse.Namespace) -> list[list[str]]:
-    titles = ["method", "trained", "learning rate", "seeds", "on code (new)", "±", "on prose (old)", "±"]
+def _table(rows: Sequence[Row], rates: dict[str, tuple[float, ...]]) -> list[list[str]]:
+    titles = ["method", "trained", "learning rate", "seeds", "new", "±", "old", "±", "gap"]
     cells = [
         [
-            row.method, f"{row.trainable:,}", _rate(row, options.rates_of[row.method]), str(len(row.code)),
-            *map("{:.1f}".format, (*mean_and_spread(row.code), *mean_and_spread(row.prose))),
+            row.method, f"{row.trained:,}", _rate(row, rates[row.method]), str(len(row.new)),
+            *(f"{each:.1f}" for side in (row.new, row.old) for each in mean_and_spread(list(side.values()))),
+            _gap(row, {each.method: each for each in rows}),
         ]
         for row in rows
     ]  # fmt: skip
@@ -254,20 +259,18 @@ def _table(rows: Sequence[Row], options: argparse.Namespace) -> list[list[str]]:
 
 
 def _rate(row: Row, swept: Sequence[float]) -> str:
-    if row.method == "none":
+    return f"{row.rate:g}{at_edge(row.rate, swept)}" if row.trained else "-"
+
+
+def _gap(row: Row, of: dict[str, Row]) -> str:
+    """The part of the distance from LoRA to full training that a method closes, on the new text."""
+    if row.method in ("lora", "full") or not {"lora", "full"} <= set(of) or not row.trained:
         return "-"
-    return f"{row.rate:g}" + (at_edge(row.rate, swept) if len(swept) > 1 else "")
-
-
-def _plot(rows: Sequence[Row], path: Path) -> None:
-    def draw(axes: Any) -> None:
-        for name in _names(rows):
-            swept = [row for row in rows if row.method == name]
-            axes.plot([row.rate for row in swept], [row.mean for row in swept], marker="o", label=name)
-        axes.set(xscale="log", xlabel="learning rate", ylabel="perplexity on code", title="after continued pretraining")
-        axes.legend(fontsize="small")
-
-    save_figure(path, draw)
+    lora, full = of["lora"].new, of["full"].new
+    if not (seeds := set(lora) & set(full) & set(row.new)):
+        return "-"
+    start, end, own = (sum(each[seed] for seed in seeds) for each in (lora, full, row.new))
+    return f"{(start - own) / (start - end):.0%}" if start > end else "-"
 
 
 if __name__ == "__main__":

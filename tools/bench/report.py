@@ -37,6 +37,8 @@ class Report:
         self._path: Path | None = options.json
         self.tables: dict[str, list[list[str]]] = {}
         self.sentences: list[str] = []
+        self.points: dict[str, list[dict[str, Any]]] = {}
+        """What figures are drawn from: name -> rows, such as the runs of a benchmark that trains, with their curves."""
 
     def say(self, sentence: str) -> None:
         """Print a sentence and keep it."""
@@ -56,7 +58,7 @@ class Report:
 
     def found(self) -> dict[str, Any]:
         """What the file holds, without the machine."""
-        return {"command": command(), "sentences": self.sentences, "tables": self.tables}
+        return {"command": command(), "sentences": self.sentences, "tables": self.tables, **self.points}
 
 
 def command() -> str:

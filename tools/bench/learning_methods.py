@@ -1,0 +1,71 @@
+"""The methods of tools/bench/learning.py: read from YAML, and turned into the flags of one run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mora_ds.common.errors import UserError, unknown
+from mora_ds.common.files import load_yaml
+from mora_ds.common.untrusted import typed
+
+METHODS_FILE = Path(__file__).with_name("learning.yaml")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table; learning.yaml says what each entry means."""
+
+    rates: tuple[float, ...]
+    flags: dict[str, Any] = field(default_factory=dict)
+    sweeps: str = "learning_rate"
+    cycles: int = 1
+    replay: float = 0.0
+    full_rank: float = 0.0
+    shift: bool = False
+
+    def settings(self, rate: float, steps: int, old: Path) -> dict[str, Any]:
+        """The flags of a run of so many steps. `old`: the text that is replayed."""
+        found = {self.sweeps: rate, **self.flags}
+        if self.cycles > 1:
+            found["merge_every"] = steps // self.cycles
+        if self.full_rank:
+            found["full_rank_steps"] = round(self.full_rank * steps)
+        if self.replay:
+            found["replay"] = [f"old={old}:{self.replay:g}"]
+        return found
+
+
+@dataclass(frozen=True)
+class Methods:
+    """The content of a file of methods."""
+
+    settings: dict[str, Any]
+    methods: dict[str, Method]
+
+    @classmethod
+    def read(cls, path: Path) -> Methods:
+        """Raises `UserError` for a file that is no such one."""
+        found: Methods = typed(cls, load_yaml(str(path), "--methods_file"), str(path))
+        for name, method in found.methods.items():
+            if not method.rates or min(method.rates) <= 0 or method.cycles < 1:
+                raise UserError(f"{path}: {name} needs positive rates, and at least one cycle")
+            if not 0 <= method.replay < 1 or not 0 <= method.full_rank < 1:
+                raise UserError(f"{path}: {name}: replay and full_rank are shares, from 0 to below 1")
+        return found
+
+    def chosen(self, words: list[str], rates: list[float] | None) -> dict[str, tuple[float, ...]]:
+        """The learning rates of every named method. `words`: NAME or NAME@RATE; `rates`: in place of its own sweep.
+        Raises `UserError` for an unknown name and for a rate that is no number."""
+        found: dict[str, tuple[float, ...]] = {}
+        for word in words:
+            name, at, rate = word.partition("@")
+            if name not in self.methods:
+                raise UserError(unknown("--methods", name, self.methods))
+            try:
+                own = (float(rate),) if at else tuple(rates or ())
+            except ValueError:
+                raise UserError(f"--methods {word}: {rate!r} is no learning rate") from None
+            found[name] = own or self.methods[name].rates
+        return found

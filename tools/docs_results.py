@@ -1,0 +1,99 @@
+"""The tables of docs/results/ and of the README, from the JSON in docs/results/data."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from tools import figures
+from tools.docs_matrix import table_row
+from tools.figures_learning import Point, mean, points
+
+README_LEARNING = {
+    "before training": ("none", None, None, None),
+    "adapter alone": ("lora", "mora-rotate", "mora-muon", "full"),
+    "embeddings trained too": ("lora-embeddings", "mora-embeddings", "muon-embeddings", None),
+    "the same, 10% replay (default recipe)": (None, None, "recipe", None),
+}
+"""Row of the README's table -> methods of data/learning.json for LoRA, MoRA, MoRA with Muon and full training."""
+
+
+def between(text: str, name: str, body: Sequence[str]) -> str:
+    """`text` with `body` between its two comments `name` and `end of name`."""
+    start, end = f"<!-- {name}, by tools/docs.py -->", f"<!-- end of {name} -->"
+    head, _, rest = text.partition(start)
+    _, found, tail = rest.partition(end)
+    assert found, f"no {start} ... {end}"
+    return "\n".join([head + start, *body, end + tail])
+
+
+# -- planned figures ---------------------------------------------------------------------------------------------------
+def memory(text: str) -> str:
+    """The tables of results/memory.md, from the JSON that its figures are drawn from."""
+    plans = figures.plans()
+    body = ["| Llama 7B, 8 GPUs, and 70B, 64 GPUs | Base | Static memory | Peak |", "|---|---|---|---|"]
+    for model, (gpus, _) in figures.MEMORY.items():
+        for method in figures.METHODS:
+            sizes = plans[model, method, gpus]["bytes"]
+            base = "sharded" if "full" in method else f"{sizes['base'] / 1e9:,.2f} GB"
+            cells = (base, *(f"{sizes[key] / 1e9:,.2f} GB" for key in ("held", "peak")))
+            body.append(table_row(f"{model}, {method}", *cells))
+    text = between(text, "memory", body)
+    lines = figures.traffic(plans)
+    body = [table_row("GB sent by one GPU in a step, at this number of GPUs", *map(str, figures.GPUS))]
+    body.append(table_row(*["---"] * (len(figures.GPUS) + 1)))
+    body += [table_row(name, *(f"{value:,.3f}" for value in values)) for name, values in lines.items()]
+    return between(text, "traffic", body)
+
+
+# -- benchmarks --------------------------------------------------------------------------------------------------------
+RESULT = re.compile(r"<!-- (?P<file>[\w-]+\.json) (?P<part>.+?), by tools/docs\.py -->")
+
+
+def results(text: str) -> str:
+    """A page with its blocks `<!-- FILE.json PART, by tools/docs.py -->` written anew.
+
+    PART is a table of the benchmark's JSON or "sentences"; above it stand the command and the machine.
+    """
+    for block in list(RESULT.finditer(text)):
+        found = json.loads((figures.DATA / block["file"]).read_text(encoding="utf-8"))
+        made_by = f"`{found['command']}` on {_machine(found['measured_on'])}:"
+        if block["part"] == "sentences":
+            body = [made_by, "", *(f"- {sentence}" for sentence in found["sentences"])]
+        else:
+            titles, *rows = found["tables"][block["part"]]
+            ruler = table_row("---", *["---:"] * (len(titles) - 1))
+            body = [made_by, "", table_row(*titles), ruler, *(table_row(*row) for row in rows)]
+        text = between(text, f"{block['file']} {block['part']}", ["", *body, ""])
+    return text
+
+
+def _machine(found: dict[str, Any]) -> str:
+    """The machine of a result in a few words."""
+    cores, versions = found["cores"], found["versions"]
+    amx = "with AMX" if "amx_bf16" in found["cpu_features"] else "without AMX"
+    device = f"{cores} CPU core{'s' * (cores > 1)} ({amx})" if found["device"] == "CPU" else found["device"]
+    return f"{device}, torch {versions['torch'].partition('+')[0]}, mora_ds {versions['mora_ds']}"
+
+
+# -- learning ----------------------------------------------------------------------------------------------------------
+def learning(text: str) -> str:
+    """The README with its table of what each adapter learned and kept."""
+    found = {point.method: point for point in points(figures.DATA / "learning.json")}
+    body = ["| | LoRA | MoRA | MoRA, Muon | full training |", "|---|---|---|---|---|"]
+    for name, methods in README_LEARNING.items():
+        cells = [_both(found.get(method)) if method else "" for method in methods]
+        if any(cells):
+            body.append(table_row(name, *cells))
+    return between(text, "learning", body)
+
+
+def _both(point: Point | None) -> str:
+    """Perplexity on the new and on the old text, and how far seeds lie apart on the new one."""
+    if point is None:
+        return ""
+    centre = mean(point.new)
+    spread = f" ± {max(abs(each - centre) for each in point.new):.1f}" if len(point.new) > 1 else ""
+    return f"{centre:.1f}{spread}, {mean(point.old):.1f}"

@@ -1,0 +1,185 @@
+"""Figures of what `tools/bench/learning.py` and `tools/bench/delta_scale.py` have measured, from their JSON alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.figures_style import BASE, FAINT, FOURTH, INK, OURS, SECOND, THIRD, axes, save
+
+LABELS = {
+    "none": "before", "lora": "LoRA", "relora": "ReLoRA", "mora-rotate": "MoRA", "remora-rotate": "ReMoRA",
+    "mora-muon": "MoRA, Muon", "remora-muon": "ReMoRA, Muon", "replay-10": "MoRA, 10% replay",
+    "lora-embeddings": "LoRA, embeddings", "mora-embeddings": "MoRA, embeddings",
+    "muon-embeddings": "Muon, embeddings", "recipe": "default recipe", "full": "full training",
+    "token-bias": "a bias per token", "embeddings": "embeddings alone",
+}  # fmt: skip
+"""Method of tools/bench/learning.yaml -> its name in a figure; others have their own."""
+CURVES = ("lora", "mora-rotate", "mora-muon", "recipe", "full")
+"""The methods whose curves are drawn, as far as they were run."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at its best learning rate: values of all seeds."""
+
+    method: str
+    trained: int
+    new: list[float]
+    old: list[float]
+    curves: list[list[dict[str, float]]]
+    """Of each seed: step, new, old."""
+
+    @property
+    def label(self) -> str:
+        return LABELS.get(self.method, self.method)
+
+    @property
+    def colour(self) -> str:
+        kinds = {"full": FOURTH, "none": BASE, "token-bias": BASE, "embeddings": BASE, "recipe": THIRD}
+        return kinds.get(self.method, SECOND if "lora" in self.method else OURS)
+
+
+def points(path: Path) -> list[Point]:
+    """The methods of a JSON of `tools/bench/learning.py`, in their order."""
+    runs = [run for run in json.loads(path.read_text(encoding="utf-8"))["runs"] if run["is_best"]]
+    found = []
+    for method in dict.fromkeys(run["method"] for run in runs):
+        own = [run for run in runs if run["method"] == method]
+        new, old = ([run["perplexity"][name] for run in own] for name in ("new", "old"))
+        found.append(Point(method, own[0]["trained"], new, old, [run["curve"] for run in own]))
+    return found
+
+
+def draw(path: Path, folder: Path) -> None:
+    """learning.svg, learning-curves.svg and learning-gap.svg: nothing where there is no such JSON."""
+    if not path.is_file():
+        return
+    found = points(path)
+    _draw_both_domains(found, folder / "learning.svg")
+    _draw_curves(found, folder / "learning-curves.svg")
+    _draw_gap(found, folder / "learning-gap.svg")
+
+
+def _draw_both_domains(found: Sequence[Point], path: Path) -> None:
+    figure, (axis,) = axes(1, 1, (6, 4.6))
+    for point in found:
+        x, y = mean(point.old), mean(point.new)
+        bars = [[max(x - min(point.old), 0)], [max(point.old) - x]], [[y - min(point.new)], [max(point.new) - y]]
+        axis.errorbar(x, y, xerr=bars[0], yerr=bars[1], fmt="o", color=point.colour, markersize=6, linewidth=1)
+    _logarithmic(axis, [value for point in found for value in point.new])
+    axis.set_xlabel("perplexity on the old text")
+    axis.set_ylabel("perplexity on the new text")
+    axis.set_title("Learning against forgetting (down and left is better)", fontsize=11, color=INK)
+    _label_beside(axis, [(mean(point.old), mean(point.new), point.label, point.colour) for point in found])
+    save(figure, path, "Learning against forgetting")
+
+
+def _draw_curves(found: Sequence[Point], path: Path) -> None:
+    figure, panels = axes(2, 1, (6, 6.4))
+    start = next((point for point in found if point.method == "none"), None)
+    for axis, name, title in zip(panels, ("new", "old"), ("new text", "old text"), strict=True):
+        ends = []
+        for point in (point for point in found if point.method in CURVES):
+            steps = [row["step"] for row in point.curves[0]]
+            seeds = list(zip(*([row[name] for row in curve] for curve in point.curves), strict=True))
+            if start is not None:
+                steps, seeds = [0, *steps], [(mean(getattr(start, name)),), *seeds]
+            means = [mean(values) for values in seeds]
+            axis.fill_between(steps, *zip(*((min(each), max(each)) for each in seeds), strict=True), color=point.colour,
+                              alpha=0.2, linewidth=0)  # fmt: skip
+            axis.plot(steps, means, color=point.colour, linewidth=2, linestyle="--" if "muon" in point.method else "-")
+            ends.append((steps[-1], means[-1], point.label, point.colour))
+        _logarithmic(axis, [value for line in axis.lines for value in line.get_ydata()])
+        axis.set_ylabel(f"perplexity on the {title}")
+        _label_beside(axis, ends, apart=0.11)
+    panels[1].set_xlabel("optimizer steps")
+    save(figure, path, "Perplexity of the new and the old text during training")
+
+
+def _draw_gap(found: Sequence[Point], path: Path) -> None:
+    figure, (axis,) = axes(1, 1, (6, 4.6))
+    of = {point.method: mean(point.new) for point in found}
+    if not {"lora", "full"} <= set(of):
+        return
+    shown = []
+    for point in found:
+        if point.trained:
+            closed = 100 * (of["lora"] - of[point.method]) / (of["lora"] - of["full"])
+            axis.plot(point.trained, closed, "o", color=point.colour, markersize=7)
+            shown.append((point.trained, closed, point.label, point.colour))
+    axis.axhline(100, color=FAINT, linestyle="--", linewidth=1)
+    axis.set_xscale("log")
+    axis.set_xlabel("trained parameters")
+    axis.set_ylabel("LoRA's distance to full training closed, %")
+    _label_beside(axis, shown)
+    save(figure, path, "Gap closed against trained parameters")
+
+
+def draw_scale(path: Path, folder: Path) -> None:
+    """delta-scale.svg: both perplexities as the update's scale grows, beside those of earlier checkpoints."""
+    if not path.is_file():
+        return
+    content = json.loads(path.read_text(encoding="utf-8"))
+    figure, (axis,) = axes(1, 1, (6, 4.6))
+    lines = ((content["scales"], "scale", OURS, "o-"), (content["steps"], "step", SECOND, "s--"))
+    for rows, name, colour, look in lines:
+        axis.plot([row["old"] for row in rows], [row["new"] for row in rows], look, color=colour, markersize=5)
+        for row in rows:
+            axis.annotate(f"{row[name]:g}", (row["old"], row["new"]), textcoords="offset points", xytext=(5, 4),
+                          color=colour, fontsize=9)  # fmt: skip
+    ends = [(rows[-1]["old"], rows[-1]["new"], f"{title}", colour) for (rows, _, colour, _), title in
+            zip(lines, ("scale of the update", "step of the run"), strict=True)]  # fmt: skip
+    _logarithmic(axis, [row["new"] for rows, *_ in lines for row in rows])
+    axis.set_xlabel("perplexity on the old text")
+    axis.set_ylabel("perplexity on the new text")
+    _label_beside(axis, ends)
+    save(figure, path=folder / "delta-scale.svg", title="Scaling the update")
+
+
+# -- drawing -----------------------------------------------------------------------------------------------------------
+
+
+def mean(values: Iterable[float]) -> float:
+    """The arithmetic mean."""
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _logarithmic(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic y axis over these values, with ticks at round numbers."""
+    low, high = min(values), max(values)
+    axis.set_yscale("log")
+    axis.set_ylim(low / 1.06, high * 1.06)
+    step = next(each for each in (1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000) if (high - low) / each < 8)
+    ticks = [step * number for number in range(int(low / 1.06 / step) + 1, int(high * 1.06 / step) + 1)]
+    axis.set_yticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.grid(True, axis="y", color=FAINT, linewidth=0.6)
+
+
+def _label_beside(axis: Any, labels: Sequence[tuple[float, float, str, str]], apart: float = 0.065) -> None:
+    """Names at the right of the axes, in the order of their points and never over one another, a thin line to each.
+
+    `labels`: (x, y, text, colour). `apart`: the least distance of two names, as a part of the height.
+    """
+    axis.figure.subplots_adjust(left=0.12, right=0.66, top=0.92, bottom=0.12, hspace=0.25)
+
+    def height(x: float, y: float) -> float:
+        return float(axis.transAxes.inverted().transform(axis.transData.transform((x, y)))[1])
+
+    ordered = sorted(labels, key=lambda label: height(label[0], label[1]))
+    places: list[float] = []
+    for x, y, *_ in ordered:
+        places.append(max(height(x, y), places[-1] + apart if places else 0.0))
+    over = max(0.0, places[-1] - 1.0) if places else 0.0
+    for number in reversed(range(len(places))):
+        above = places[number + 1] - apart if number + 1 < len(places) else places[number] - over
+        places[number] = min(places[number], above)
+    for (x, y, text, colour), place in zip(ordered, places, strict=True):
+        axis.annotate(text, (x, y), xycoords="data", xytext=(1.04, place), textcoords="axes fraction", va="center",
+                      color=colour, fontsize=10, arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.7},
+                      annotation_clip=False)  # fmt: skip

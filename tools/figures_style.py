@@ -1,0 +1,60 @@
+"""What the figures of the documentation have in common: SVG whose text stays text, in the reader's colours."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+COLOURS = {
+    "#010101": ("ink", "#1f2328", "#e6edf3"),
+    "#020202": ("faint", "#d0d7de", "#3d444d"),
+    "#030303": ("base", "#57606a", "#8b949e"),
+    "#040404": ("ours", "#0969da", "#58a6ff"),
+    "#050505": ("second", "#bf5700", "#f0883e"),
+    "#060606": ("third", "#1a7f37", "#3fb950"),
+    "#070707": ("fourth", "#8250df", "#bc8cff"),
+    "#080808": ("paper", "#ffffff", "#0d1117"),
+}
+"""Placeholder in a drawing -> name, colour in a light and in a dark scheme."""
+
+INK, FAINT, BASE, OURS, SECOND, THIRD, FOURTH, PAPER = COLOURS
+
+
+def axes(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure of `size` inches, and its axes row by row."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({
+        "svg.fonttype": "none", "svg.hashsalt": "mora_ds", "font.family": "sans-serif", "font.size": 11,
+        "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": INK, "ytick.color": INK,
+    })  # fmt: skip
+    figure, made = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
+    for axis in made.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, list(made.flat)
+
+
+def save(figure: Any, path: Path, title: str) -> None:
+    """Write a figure as SVG whose text can be selected."""
+    text = StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Title": title, "Creator": "mora_ds"})
+    write(path, text.getvalue())
+
+
+def write(path: Path, svg: str) -> None:
+    """Write a drawing, its placeholders as CSS variables that follow the reader's scheme."""
+    for placeholder, (variable, light, _) in COLOURS.items():
+        svg = svg.replace(placeholder, f"var(--{variable}, {light})")
+    light_scheme = " ".join(f"--{name}: {light};" for name, light, _ in COLOURS.values())
+    dark_scheme = " ".join(f"--{name}: {dark};" for name, _, dark in COLOURS.values())
+    style = (
+        f"<style>:root {{ {light_scheme} }} @media (prefers-color-scheme: dark) {{ :root {{ {dark_scheme} }} }}</style>"
+    )
+    start = svg.index(">", svg.index("<svg")) + 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (svg[:start] + style + svg[start:]).splitlines()
+    path.write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
