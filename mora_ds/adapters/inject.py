@@ -9,7 +9,7 @@ inject(model, MoRAConfig(rank=8))
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,8 +185,9 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) + sum(frozen.values())
 
 
-def move_base(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Moves and casts the frozen base, each tied tensor once; scales of weights in 8 bits stay fp32.
+def move_base(model: nn.Module, device: torch.device | str, dtype: torch.dtype, on_host: Collection[str] = ()) -> None:
+    """Moves and casts the frozen base, each tied tensor once; scales of weights in 8 bits stay fp32. The tensors named
+    by `on_host` go to the CPU instead.
 
     `nn.Module.to` would move buffers one by one and so untie tied ones, and DeepSpeed casts parameters, not buffers
     (runtime/engine.py, `_cast_module_mixed_precision`).
@@ -196,7 +197,8 @@ def move_base(model: nn.Module, device: torch.device | str, dtype: torch.dtype) 
     for name, tensor in frozen_buffers(model).items():
         if id(tensor) not in moved:
             casts = tensor.is_floating_point() and name not in scales
-            moved[id(tensor)] = tensor.to(device, dtype if casts else tensor.dtype)
+            where = "cpu" if name in on_host else device
+            moved[id(tensor)] = tensor.to(where, dtype if casts else tensor.dtype)
         _set_buffer(model, name, moved[id(tensor)])
     for name, tensor in frozen_values(model).items():
         _set_buffer(model, name, tensor.to(device))

@@ -113,10 +113,15 @@ class AdaptedLinear(nn.Module):
         stored = self.stored_weight
         return stored if self.weight_scales is None else Int8Weight(stored, self.weight_scales)
 
-    def frozen_copy(self) -> Weight:
-        """A copy of `frozen`."""
-        stored = self.stored_weight.clone()
-        return stored if self.weight_scales is None else Int8Weight(stored, self.weight_scales.clone())
+    def frozen_on(self, device: torch.device, copy: bool = False) -> Weight:
+        """`frozen` on a device; with `copy` always a copy."""
+        stored, scales = self.stored_weight.to(device, copy=copy), self.weight_scales
+        return stored if scales is None else Int8Weight(stored, scales.to(device, copy=copy))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes. The frozen weight may wait in host memory (`engine.base_ring`)."""
+        return self.value.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -151,7 +156,7 @@ class AdaptedLinear(nn.Module):
         kept = {name: self._buffers[name] for name in ("weight_scales", *self.frozen_values)}
         super()._apply(fn, recurse)
         for name, tensor in kept.items():
-            self._buffers[name] = None if tensor is None else tensor.to(self.weight.device)
+            self._buffers[name] = None if tensor is None else tensor.to(self.device)
         return self
 
     def extra_repr(self) -> str:

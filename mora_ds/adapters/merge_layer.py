@@ -34,7 +34,7 @@ class MergeNorms(NamedTuple):
 def write_live(layer: AdaptedLinear, original: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> None:
     """In place. `original`: in the layout of the layer's weight; it is not written to."""
     dtype = torch.float32 if layer.weight_scales is not None else layer.weight.dtype
-    layer.write(live_weight(original, updates, layer.transposed, dtype, layer.weight.device))
+    layer.write(live_weight(original, updates, layer.transposed, dtype, layer.device))
 
 
 @torch.no_grad()
@@ -42,11 +42,11 @@ def merge_layer(
     layer: AdaptedLinear, original: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]], square: Tensor
 ) -> MergeNorms:
     """`write_live` with the unsharded fp32 value `square` as the last of `updates`; returns its norms."""
-    old = layer.frozen_copy()
+    old = layer.frozen_on(layer.device, copy=True)
     write_live(layer, original, updates)
     before, moved = _norm(dense(old, torch.float32)), None
     if layer.weight.dtype is not torch.float32:
-        moved = dense(layer.frozen, torch.float32).float().sub_(dense(old, torch.float32))
+        moved = dense(layer.frozen_on(layer.device), torch.float32).float().sub_(dense(old, torch.float32))
     del old
     delta = layer.spec.delta_weight(square)
     norms = _norm(square), _norm(delta), before

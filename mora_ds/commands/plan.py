@@ -1,10 +1,11 @@
 """Plan memory, traffic and time of a run on any cluster from the config of its model; no weights are read.
 
 mora-ds plan --model MODEL_FOLDER_OR_NAME_OR_CONFIG.json --gpus 64 --gpu_memory 80 --seq_len 4096
-    [--mora_rank 8 ...] [--gpus_per_node 8 --link_gbps 1600 --node_link_gbps 400 --tflops 400] [--json]
+    [--mora_rank 8 ...] [--gpus_per_node 8 --link_gbps 1600 --node_link_gbps 400 --host_link_gbps 400 --tflops 400]
+    [--json]
 
 Without --micro_batch it recommends a micro-batch size, gradient checkpointing, and the tensor and sequence parallel
-sizes; with it, it plans the given settings.
+sizes; with it, it plans the given settings. Where the base does not fit it plans --base_device host.
 """
 
 import argparse
@@ -18,23 +19,32 @@ from mora_ds.common.files import shipped
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.data import Attention, ModelArguments
 from mora_ds.config.training import TrainingArguments
+from mora_ds.engine.base_device import LEAST_BUFFERS, BaseDevice
 from mora_ds.engine.ds_config import resolve_ds_config
+from mora_ds.engine.host_copies import host_bandwidth
 from mora_ds.models.attention import NAME
 from mora_ds.models.load import named_config
-from mora_ds.planning.plan import Planner, recommend
+from mora_ds.planning.plan import Planner, place_base, recommend
 from mora_ds.planning.report import as_json, report
 from mora_ds.planning.sharding import recommend_sharding
 from mora_ds.planning.step import Work
-from mora_ds.planning.timing import Cluster
+from mora_ds.planning.timing import HOST_LINK, Cluster
 from mora_ds.train.attention import choose_attention, implementation_of
 
 
 def main() -> None:
     given = _options()
     planner = Planner(_work(given), _cluster(given), _ds_config(given), given.accumulation, given.cpu)
-    chosen = None
+    device, chosen = BaseDevice(given.base_device), None
     if given.micro_batch is None:
-        chosen = recommend(planner, given.rows)
+        both = planner.work.adapter is not None and not given.cpu
+        places = [BaseDevice.DEVICE, *([BaseDevice.HOST] if both else [])]
+        for place in places if device is BaseDevice.AUTO else [device]:
+            planner = place_base(planner, place, given.base_buffers)
+            if chosen := recommend(planner, given.rows):
+                break
+    else:
+        planner = place_base(planner, device, given.base_buffers)
     plan = chosen or planner.plan()
     sharding = recommend_sharding(planner, plan)
     if given.json:
@@ -57,6 +67,11 @@ def _options() -> argparse.Namespace:
         "--node_link_gbps", type=float, default=400.0, help="bandwidth between nodes, per node, in Gbit/s"
     )
     parser.add_argument("--tflops", type=float, default=400.0, help="TFLOP/s that a GPU reaches in matrix products")
+    parser.add_argument(
+        "--host_link_gbps", type=float,
+        help="bandwidth from host memory to a GPU while all GPUs of a node copy, in Gbit/s; default: measured where "
+        f"there is a GPU, else {HOST_LINK * 8e-9:g}",
+    )  # fmt: skip
     parser.add_argument("--cpu", action="store_true", help="plan for processes on CPUs")
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument("--adapter", default="mora", choices=["mora", "lora", "full"])
@@ -64,6 +79,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--operator", default="auto")
     parser.add_argument("--target_modules", nargs="+", default=["all-linear"])
     parser.add_argument("--base_bits", type=int, default=AdapterArguments.base_bits)
+    parser.add_argument("--base_device", default="auto", choices=[each.value for each in BaseDevice])
+    parser.add_argument("--base_buffers", type=int, default=LEAST_BUFFERS)
     parser.add_argument("--train_embeddings", action="store_true")
     parser.add_argument("--train_norms", action="store_true")
     parser.add_argument("--train_head", action="store_true")
@@ -81,11 +98,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--trust_remote_code", action="store_true")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    for name in ("gpus", "gpus_per_node", "gpu_memory", "link_gbps", "node_link_gbps", "tflops", "seq_len",
-                 "micro_batch", "accumulation", "rows", "tensor_parallel_size", "sequence_parallel_size"):  # fmt: skip
+    for name in ("gpus", "gpus_per_node", "gpu_memory", "link_gbps", "node_link_gbps", "host_link_gbps", "tflops",
+                 "seq_len", "micro_batch", "accumulation", "rows", "tensor_parallel_size",
+                 "sequence_parallel_size"):  # fmt: skip
         value = getattr(given, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{name} must be above 0, got {value}")
+    if given.base_buffers < LEAST_BUFFERS:
+        raise UserError(f"--base_buffers must be at least {LEAST_BUFFERS}, got {given.base_buffers}")
     return given
 
 
@@ -120,6 +140,7 @@ def _cluster(given: argparse.Namespace) -> Cluster:
     return Cluster(
         given.gpus, given.gpus_per_node, given.gpu_memory * 1e9, given.tflops, given.link_gbps / 8 * 1e9,
         given.node_link_gbps / 8 * 1e9,
+        host_bandwidth() or HOST_LINK if given.host_link_gbps is None else given.host_link_gbps / 8 * 1e9,
     )  # fmt: skip
 
 

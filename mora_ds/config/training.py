@@ -25,6 +25,7 @@ from mora_ds.common.errors import (
 from mora_ds.config.flags import documented
 from mora_ds.config.forgetting import Watch
 from mora_ds.config.tracking import tracker_problems
+from mora_ds.engine.base_device import LEAST_BUFFERS, BaseDevice
 from mora_ds.engine.ds_config import EngineSettings
 from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.parallel.saved_inputs import TPInputs
@@ -67,6 +68,8 @@ _ALLOWED: dict[str, Bounds | type[Enum]] = {
     "muon_momentum": BELOW_1,
     "max_grad_norm": NOT_NEGATIVE,
     "log_level": LogLevel,
+    "base_device": BaseDevice,
+    "base_buffers": Bounds(least=LEAST_BUFFERS, most=COUNT.most),
     "logging_steps": COUNT,
     "eval_steps": NOT_NEGATIVE,
     "max_eval_batches": COUNT,
@@ -102,6 +105,12 @@ class TrainingArguments:
     """How tensor-parallel ranks save the input that layers share (q, k, v; gate, up) for backward: split (each its part
     of the tokens; all-gathered again), whole (no such all-gather), or auto: split, but whole with
     --gradient_checkpointing."""
+    base_device: str = BaseDevice.AUTO.value
+    """Where the frozen weights of the decoder layers are: device, or host (in host memory; a GPU holds those of
+    --base_buffers layers at a time, and copies the next ones while it computes). auto: device, unless the plan says
+    that the base does not fit there."""
+    base_buffers: int = LEAST_BUFFERS
+    """With --base_device host: decoder layers whose frozen weights a device holds at a time, at least 2."""
     dry_run: bool = False
     """Print what each rank would compute and store, and stop: nothing is trained, the output folder stays as it is."""
     max_steps: int = -1

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from mora_ds.config.adapter import AdapterArguments, AdapterKind, TPGrouping
 from mora_ds.config.training import TrainingArguments
+from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.parallel.limits import tensor_parallel_problems
 
@@ -27,6 +28,8 @@ def adapter_problems(adapter: AdapterArguments, training: TrainingArguments) -> 
         yield "--optimizer muon is for MoRA matrices: use --adapter mora, or --optimizer adamw"
     if training.embedding_learning_rate is not None:
         yield from _other_learning_rate(adapter)
+    if adapter.is_control and training.base_device == BaseDevice.HOST.value:
+        yield f"--base_device host is for a base that is frozen under an adapter, and --adapter is {adapter.adapter}"
     yield from _tensor_parallel(adapter, training)
 
 
@@ -54,4 +57,5 @@ def _tensor_parallel(adapter: AdapterArguments, training: TrainingArguments) -> 
         full_rank_steps=adapter.full_rank_steps,
         sequence=training.sequence_parallel_size,
         muon=training.optimizer == OptimizerKind.MUON.value,
+        streams_base=training.base_device == BaseDevice.HOST.value,
     )

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from mora_ds.adapters.inject import frozen_buffers, mora_layers, move_base, scale_names
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.engine import muon, zero
+from mora_ds.engine.base_ring import names_on_host, stream_base
 from mora_ds.engine.device import current_device, is_cpu
 from mora_ds.engine.ds_config import complete_ds_config, compute_dtype, load_ds_config
 from mora_ds.engine.ds_keys import degree_in
@@ -68,6 +69,7 @@ def initialize(
     check_base: bool = True,
     tensor_parallel_size: int | None = None,
     tensor_parallel_inputs: TPInputs = TPInputs.AUTO,
+    base_buffers: int | None = None,
     **kwargs: Any,
 ) -> tuple[zero.Engine, Any, Any, Any]:
     """`deepspeed.initialize` for a model that `mora_ds.inject` prepared: same arguments, same four return values.
@@ -77,6 +79,8 @@ def initialize(
     `tensor_parallel_size` t, t consecutive ranks share the work of one, and must be given the same batch
     (`parallel/tensor_parallel.py`); by default it is that of the config ("tensor_parallel": {"autotp_size": t}), or 1.
     `tensor_parallel_inputs`: how they save the inputs of a block's layers for backward (`TPInputs`).
+    With `base_buffers` the decoder layers' frozen weights stay in host memory, and the device holds those of so many
+    layers at a time, at least 2 (`engine/base_ring.py`).
     Raises `UserError` for a model without adapter, and `RunError` when the processes hold different bases.
     """
     if not mora_layers(model):
@@ -86,7 +90,7 @@ def initialize(
     degree = tensor_parallel_size or degree_in(load_ds_config(config)) or 1
     settings = complete_ds_config(config, trainable_numels(model, degree), tensor_parallel_size)
     check_compute_dtype(settings)
-    check_splittable(settings, degree, base_bits=8 if scale_names(model) else None)
+    check_splittable(settings, degree, base_bits=8 if scale_names(model) else None, base_buffers=base_buffers)
     start_distributed()
     check_second_copies(settings, dist.get_world_size(), degree)
     if degree > 1:
@@ -95,7 +99,7 @@ def initialize(
         kwargs["mpu"] = topology.mpu
     dtype = getattr(torch, compute_dtype(settings))
     device = current_device()
-    move_base(model, device, dtype)
+    move_base(model, device, dtype, () if base_buffers is None else names_on_host(model))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype)
     if check_base:
@@ -103,7 +107,9 @@ def initialize(
     parameters = parameter_groups(model)
     _forget_groups_of_second_copies()
     muon.load_kernels()
-    with muon.preparing(parameters[0]["params"]) if uses_muon(settings) else nullcontext():
+    # DeepSpeed moves the module to the device, buffers too (engine.py, `_configure_distributed_model`).
+    aside = nullcontext() if base_buffers is None else stream_base(model, base_buffers, device).aside()
+    with aside, muon.preparing(parameters[0]["params"]) if uses_muon(settings) else nullcontext():
         returned = deepspeed.initialize(model=model, config=settings, model_parameters=parameters, **kwargs)
     muon.repair_clipping(returned[0])
     view_of(returned[0]).repair()
@@ -155,13 +161,16 @@ def trainable_numels(model: nn.Module, tensor_parallel_size: int = 1) -> list[in
     return numels
 
 
-def check_splittable(config: dict[str, Any], degree: int, base_bits: int | None = None) -> None:
+def check_splittable(
+    config: dict[str, Any], degree: int, base_bits: int | None = None, base_buffers: int | None = None
+) -> None:
     """Raises `UserError` for a resolved DeepSpeed config that tensor parallelism does not go with."""
     zero_settings = config["zero_optimization"]
     nvme = (zero_settings.get("offload_optimizer") or {}).get("device") == "nvme"
     check_tensor_parallel(
-        degree, zero_stage=zero_settings["stage"], nvme=nvme, muon=uses_muon(config), base_bits=base_bits
-    )
+        degree, zero_stage=zero_settings["stage"], nvme=nvme, muon=uses_muon(config), base_bits=base_bits,
+        streams_base=base_buffers is not None,
+    )  # fmt: skip
 
 
 def check_second_copies(config: dict[str, Any], world: int, degree: int = 1) -> None:

@@ -37,6 +37,7 @@ def tensor_parallel_problems(
     muon: bool = False,
     zero_stage: int = 3,
     nvme: bool = False,
+    streams_base: bool = False,
 ) -> Iterator[str]:
     """One message for each setting that --tensor_parallel_size `degree` does not go with; none at a degree of 1.
 
@@ -65,6 +66,7 @@ def tensor_parallel_problems(
         f"each rank of a group would draw a different dropout mask; set to 0: {', '.join(drops[:3])}": bool(drops),
         "--optimizer muon orthogonalises unsharded MoRA matrices, which no rank has: use adamw": muon,
         "--base_bits 8 holds unsplit weights: use one of them": base_bits == 8,
+        "--base_device host copies unsplit layers: use one of them": streams_base,
     }
     yield from (f"{flag}: {limit}" for limit, holds in limits.items() if holds)
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mora_ds.planning.step import StepMemory
+from mora_ds.planning.step import StepMemory, Streamed
 from mora_ds.planning.zero_trace import Gathers
 
 FP32 = 4
@@ -73,10 +73,10 @@ class Trained:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank, on the device except for `host_optimizer` and `host_save`."""
+    """Bytes of one rank, on the device except for `host_optimizer`, `host_save` and `host_base`."""
 
     base: int
-    """The frozen base, and the model's other buffers."""
+    """The frozen base, or the part of it that is on the device, and the model's other buffers."""
     tables: int
     """Index tables of the operators."""
     squares: int
@@ -102,6 +102,10 @@ class RankMemory:
     """Optimizer state of a rank in host memory, with offload_optimizer."""
     host_save: int
     """Host memory of rank 0 while it saves or merges: all trained parameters in fp32."""
+    base_buffers: int
+    """The part of `base` that is buffers for decoder layers copied from host memory."""
+    host_base: int
+    """Frozen weights in host memory, from which they are copied."""
 
     @property
     def static(self) -> int:
@@ -128,10 +132,17 @@ class RankMemory:
 
 
 def rank_memory(
-    base_bytes: int, merge: int, logits: int, step: StepMemory, trained: Trained, gathered: Gathers
+    base_bytes: int,
+    merge: int,
+    logits: int,
+    step: StepMemory,
+    trained: Trained,
+    gathered: Gathers,
+    streamed: Streamed | None = None,
 ) -> RankMemory:
     """The memory of a rank. `base_bytes`, `merge`: from the model; `gathered`: of one micro-batch, without persistent
-    parameters."""
+    parameters; `streamed`: the part of the base that stays in host memory."""
+    buffers, host_base = (0, 0) if streamed is None else (streamed.on_device, streamed.total)
     shard, total, each = trained.shard, trained.total, trained.bytes_each
     persistent = sum(trained.persistent)
     masters, moments, gradients = _optimizer_bytes(trained)
@@ -147,7 +158,7 @@ def rank_memory(
     stays = persistent * each if trained.ranks > 1 else 0
     largest = max(trained.numels, default=0) * FP32
     return RankMemory(
-        base=base_bytes,
+        base=base_bytes - host_base + buffers,
         tables=step.tables,
         squares=squares,
         masters=masters,
@@ -163,6 +174,8 @@ def rank_memory(
         save=2 * largest + stays,
         host_optimizer=host,
         host_save=total * FP32,
+        base_buffers=buffers,
+        host_base=host_base,
     )
 
 

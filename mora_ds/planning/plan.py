@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mora_ds.adapters.inject import mora_layers
-from mora_ds.common.errors import refuse
+from mora_ds.common.errors import UserError, refuse
+from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.ds_config import fill_bucket_sizes
 from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.initialize import trainable_numels
@@ -23,6 +24,7 @@ from mora_ds.planning.costs import Costs, costs
 from mora_ds.planning.memory import RankMemory, Trained, all_gather_volume, rank_memory, reduced_bytes
 from mora_ds.planning.step import (
     StepMemory,
+    Streamed,
     Work,
     base_bytes,
     base_elements,
@@ -64,6 +66,8 @@ class Plan:
     base_elements: int
     eight_bits: int
     """Bytes of the base's 8-bit weights, with their scales."""
+    copied: int
+    """Bytes of the base that are copied from host memory to a device in a step."""
 
     @property
     def passes(self) -> float:
@@ -87,18 +91,21 @@ class Plan:
         """Bytes of a node's host memory: the base's files, mapped and shared by its ranks, offloaded optimizer states,
         and what rank 0 collects to save. On CPUs also everything else of a rank, and its own copy of 8-bit weights."""
         memory = self.memory
-        on_cpu = memory.peak - memory.base + self.eight_bits if self.trained.on_cpu else 0
+        on_cpu = memory.peak - memory.base + memory.base_buffers + self.eight_bits if self.trained.on_cpu else 0
         return self.files + self.ranks_of_node * (memory.host_optimizer + on_cpu) + memory.host_save
 
     @property
     def files(self) -> int:
-        """Bytes of the base's files, which are assumed to be in the compute dtype, and of the model's other buffers."""
-        return self.memory.base if not self.eight_bits else self.base_elements * self.work.dtype.itemsize
+        """Bytes of the base's files, which are assumed to be in the compute dtype, and of the model's other buffers; or
+        of the base in host memory from which devices copy, in whose place the files need not be in memory."""
+        if not self.eight_bits or self.memory.host_base:
+            return self.memory.base - self.memory.base_buffers + self.memory.host_base
+        return self.base_elements * self.work.dtype.itemsize
 
     @property
     def host_memory_after_merge(self) -> int:
         """The same after a merge. On CPUs it writes to the mapped pages, of which every rank then has its own copy."""
-        written = self.memory.base if self.trained.on_cpu and not self.eight_bits else 0
+        written = self.files if self.trained.on_cpu and not self.eight_bits else 0
         return self.host_memory + max(0, self.ranks_of_node - 1) * written
 
 
@@ -126,22 +133,34 @@ class Planner:
         gathered = self._gathers(model, trained, work) if exact else _bound(trained)
         logits = work.tokens * work.config.get_text_config().vocab_size * work.dtype.itemsize
         base = model.base_bytes + model.other_buffers
-        memory = rank_memory(base, model.merge, logits, self._step(work), trained, gathered)
+        streamed = None if work.base_buffers is None else model.streamed(work.base_buffers)
+        memory = rank_memory(base, model.merge, logits, self._step(work), trained, gathered, streamed)
         volume, calls = all_gather_volume(trained, gathered, self.accumulation)
         reduced = reduced_bytes(trained, self.accumulation)
         spent = model.costs(self.cluster.ranks // work.tensor_parallel, work.tokens)
         sent = (volume + reduced) * (trained.ranks - 1) / trained.ranks
-        time = step_time(work, spent, self.cluster, sent, self.accumulation)
+        time = step_time(work, spent, self.cluster, sent, self.accumulation, streamed)
+        copied = 0 if streamed is None else streamed.forward + streamed.backward
         activations = spent.wire("activation") * work.dtype.itemsize * self.accumulation
         return Plan(
             work, self.cluster, self.accumulation, trained, memory, volume, calls, reduced, sent + activations, time,
-            model.base_elements, model.eight_bits,
+            model.base_elements, model.eight_bits, copied * self.accumulation,
         )  # fmt: skip
 
     @property
     def base_bytes(self) -> int:
-        """Bytes of the base on every rank."""
-        return self._model(replace(self.work, tensor_parallel=1, sequence_parallel=1)).base_bytes
+        """Bytes of the base on every device."""
+        work = replace(self.work, tensor_parallel=1, sequence_parallel=1)
+        size = self._model(work).base_bytes
+        if work.base_buffers is None:
+            return size
+        streamed = self.streamed(work.base_buffers)
+        return size - streamed.total + streamed.on_device
+
+    def streamed(self, buffers: int) -> Streamed:
+        """The part of the base that --base_device host keeps in host memory. Raises `UserError` for a model whose
+        decoder layers are not found."""
+        return self._model(self.work).streamed(buffers)
 
     def _model(self, work: Work) -> _MeasuredModel:
         key = (work.tensor_parallel, work.checkpointing)
@@ -184,6 +203,9 @@ class _MeasuredModel:
         self.other_buffers = other_buffer_bytes(model)
         self.merge = measure_merge(model)
 
+    def streamed(self, buffers: int) -> Streamed:
+        return Streamed.of(self._unsplit, buffers)
+
     def costs(self, replicas: int, tokens: int) -> Costs:
         """Of one micro-batch. Full training forms the weights' gradients too: 3 products instead of 2."""
         spent = costs(self._unsplit, self._work.tensor_parallel, replicas, tokens)
@@ -198,9 +220,26 @@ def _bound(trained: Trained) -> Gathers:
 
 
 def _check(work: Work, cluster: Cluster) -> None:
-    check_tensor_parallel(work.tensor_parallel, base_bits=work.base_bits, sequence=work.sequence_parallel)
+    check_tensor_parallel(
+        work.tensor_parallel,
+        base_bits=work.base_bits,
+        sequence=work.sequence_parallel,
+        streams_base=work.base_buffers is not None,
+    )
     check_world(cluster.ranks, work.tensor_parallel, work.sequence_parallel)
     refuse(sequence_parallel_problems(work.sequence_parallel, work.seq_len))
+
+
+def place_base(planner: Planner, device: BaseDevice, buffers: int) -> Planner:
+    """The planner with its base where `device` says; auto: in host memory if its work does not fit otherwise. Raises
+    `UserError` for work that has no frozen base to be there."""
+    work = planner.work
+    has_choice = work.adapter is not None and work.tensor_parallel == 1
+    if device is BaseDevice.HOST and work.adapter is None:
+        raise UserError("--base_device host is for a base that is frozen under an adapter: use device")
+    if device is BaseDevice.DEVICE or (device is BaseDevice.AUTO and (not has_choice or planner.plan().fits)):
+        return planner
+    return replace(planner, work=replace(work, base_buffers=buffers))
 
 
 # -- a recommendation -------------------------------------------------------------------------------------------------
@@ -213,7 +252,7 @@ def recommend(planner: Planner, rows: int | None = None) -> Plan | None:
     otherwise, or where there are fewer rows than ranks.
     """
     if planner.base_bytes > USABLE * planner.cluster.memory:
-        return None  # the base is unsharded on every rank, whatever t and s
+        return None  # the base is unsharded, whatever t and s
     for t, s in _group_sizes(planner.work, planner.cluster):
         replicas = planner.cluster.ranks // (t * s)
         if rows is not None and rows < replicas:
@@ -239,7 +278,8 @@ def _group_sizes(work: Work, cluster: Cluster) -> Iterator[tuple[int, int]]:
             continue
         if work.seq_len % size == 0 and (key_values % size == 0 or size % key_values == 0):
             yield 1, size
-        if key_values % size == 0 and work.adapter is not None and work.base_bits != 8:
+        splits = work.adapter is not None and work.base_bits != 8 and work.base_buffers is None
+        if key_values % size == 0 and splits:
             yield size, 1
 
 

@@ -6,8 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 from mora_ds.adapters.config import AS_LOADED
+from mora_ds.engine.base_device import BaseDevice
 from mora_ds.planning.plan import USABLE, Plan
 from mora_ds.planning.sharding import Sharding
+from mora_ds.planning.timing import StepTime
 
 
 def report(plan: Plan, timed: bool = True, sharding: Sharding | None = None) -> str:
@@ -27,16 +29,19 @@ def verdict(plan: Plan) -> str:
     peak, capacity = plan.memory.peak, plan.cluster.memory
     if plan.trained.on_cpu:
         after = plan.host_memory_after_merge
-        return f"a node needs {_size(plan.host_memory)}, {_size(after)} after a merge, which writes to its base"
+        return f"a node needs {size_text(plan.host_memory)}, {size_text(after)} after a merge, which writes to its base"
     if plan.fits:
-        return f"it fits: {_size(peak)} of {_size(capacity)} at the peak, in {plan.memory.peaks_in}"
+        return f"it fits: {size_text(peak)} of {size_text(capacity)} at the peak, in {plan.memory.peaks_in}"
     if plan.memory.base > USABLE * capacity:
         return (
-            f"it does not fit: the base alone is {_size(plan.memory.base)} on every GPU, and a device has "
-            f"{_size(capacity)}. The base is never sharded: use devices with more memory, a smaller base"
-            f"{', or --base_bits 8' if plan.work.base_bits == AS_LOADED else ''}"
+            f"it does not fit: the base alone is {size_text(plan.memory.base)} on every GPU, and a device has "
+            f"{size_text(capacity)}. The base is never sharded: use devices with more memory, a smaller base"
+            f"{', --base_bits 8' if plan.work.base_bits == AS_LOADED else ''}"
+            f"{', or --base_device host' if plan.work.base_buffers is None else ''}"
         )
-    return f"it does not fit: {_size(peak)} at the peak, in {plan.memory.peaks_in}; a device has {_size(capacity)}"
+    return (
+        f"it does not fit: {size_text(peak)} at the peak, in {plan.memory.peaks_in}; a device has {size_text(capacity)}"
+    )
 
 
 def _head(plan: Plan) -> list[str]:
@@ -49,7 +54,8 @@ def _head(plan: Plan) -> list[str]:
         f"--per_device_train_batch_size {work.micro_batch} --gradient_accumulation_steps {plan.accumulation} "
         f"--seq_len {work.seq_len} --tensor_parallel_size {work.tensor_parallel} "
         f"--sequence_parallel_size {work.sequence_parallel}"
-        f"{' --gradient_checkpointing' if work.checkpointing else ''}: "
+        f"{' --gradient_checkpointing' if work.checkpointing else ''}"
+        f"{'' if work.base_buffers is None else f' --base_device host --base_buffers {work.base_buffers}'}: "
         f"{work.micro_batch * plan.accumulation * replicas * work.seq_len:,} tokens a step",
     ]
 
@@ -57,9 +63,13 @@ def _head(plan: Plan) -> list[str]:
 def _memory(plan: Plan) -> list[str]:
     memory, trained = plan.memory, plan.trained
     in_host_memory = "in host memory" if trained.offloads else ""
-    quantized = f"; {_size(plan.eight_bits)} of it in 8 bits" if plan.eight_bits else ""
+    quantized = f"; {size_text(plan.eight_bits)} of it in 8 bits" if plan.eight_bits else ""
+    where = "never sharded"
+    if memory.host_base:
+        buffers, host = size_text(memory.base_buffers), size_text(memory.host_base)
+        where = f"{buffers} of it buffers of decoder layers, which are in host memory: {host}, unsharded"
     rows = [
-        ("base, unsharded", memory.base, f"never sharded{quantized}"),
+        ("base, unsharded", memory.base, f"{where}{quantized}"),
         ("index tables", memory.tables, ""),
         ("MoRA matrices, this shard", memory.squares, f"1/{trained.ranks}" if trained.stage == 3 else ""),
         ("fp32 masters", memory.masters, in_host_memory),
@@ -68,13 +78,14 @@ def _memory(plan: Plan) -> list[str]:
         ("gradient bucket", memory.bucket, ""),
         ("= static memory", memory.static, ""),
         ("+ forward and backward", memory.forward_backward,
-         f"activations {_size(memory.activations)}, of them logits {_size(memory.logits)}; "
-         f"gathered MoRA matrices {_size(memory.gathered)}"),
+         f"activations {size_text(memory.activations)}, of them logits {size_text(memory.logits)}; "
+         f"gathered MoRA matrices {size_text(memory.gathered)}"),
         ("+ or: optimizer's step", memory.optimizer_step, ""),
         ("+ or: a merge", memory.merge, ""),
-        ("+ or: a save", memory.save, f"rank 0 collects {_size(memory.host_save)} in host memory"),
+        ("+ or: a save", memory.save, f"rank 0 collects {size_text(memory.host_save)} in host memory"),
         ("= peak", memory.peak, memory.peaks_in),
-        ("host memory of a node", plan.host_memory, "the base's files, mapped, once a node"),
+        ("host memory of a node", plan.host_memory,
+         "the base, locked, once a node" if memory.host_base else "the base's files, mapped, once a node"),
     ]  # fmt: skip
     return [_row(*row) for row in rows]
 
@@ -85,6 +96,7 @@ def _traffic(plan: Plan) -> list[str]:
         _row("all-gather volume", plan.gathered, gathers),
         _row("reduced a step and GPU", plan.reduced, ""),
         _row("sent a step and GPU", plan.sent, "MoRA matrices and activations"),
+        *([_row("copied from host memory", plan.copied, "the base, a step and GPU")] if plan.memory.host_base else []),
     ]
 
 
@@ -93,8 +105,18 @@ def _time(plan: Plan) -> list[str]:
     return [
         f"  step {time.step:.3f} s = {plan.tokens_per_second:,.0f} tokens/s: arithmetic {time.products:.3f} s, "
         f"MoRA matrices {time.zero:.3f} s in parallel, activations between GPUs {time.groups:.3f} s",
+        *([_copies(time)] if plan.memory.host_base else []),
         f"  the bottleneck is {time.bottleneck}",
     ]
+
+
+def _copies(time: StepTime) -> str:
+    """What copies of the base cost."""
+    hides = "hides them all" if not time.waits else f"hides all but {time.waits:.3f} s of them"
+    return (
+        f"  copies of the base {time.copies:.3f} s in parallel, arithmetic {hides}: the step would take "
+        f"{time.resident:.3f} s with the base on the device"
+    )
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -110,6 +132,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "gradient_checkpointing": work.checkpointing,
             "dtype": _dtype(plan),
             "base_bits": work.base_bits,
+            "base_device": (BaseDevice.DEVICE if work.base_buffers is None else BaseDevice.HOST).value,
+            "base_buffers": work.base_buffers,
         },
         "cluster": dict(plan.cluster.flags()),
         "base_elements": plan.base_elements,
@@ -123,6 +147,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "passes": plan.passes,
         "bytes_reduced": plan.reduced,
         "bytes_sent": plan.sent,
+        "base_bytes_copied": plan.copied,
         "seconds": {**asdict(plan.time), "step": plan.time.step},
         "tokens_per_second": plan.tokens_per_second,
         "bottleneck": plan.time.bottleneck,
@@ -132,12 +157,13 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def _row(name: str, size: float, note: str) -> str:
-    return f"  {name:<28}{_size(size):>10}  {note}".rstrip()
+    return f"  {name:<28}{size_text(size):>10}  {note}".rstrip()
 
 
 def _dtype(plan: Plan) -> str:
     return str(plan.work.dtype).removeprefix("torch.")
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Bytes in GB (10^9), or in MB where they are few."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"

@@ -26,6 +26,7 @@ from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.common.errors import UserError, reason
 from mora_ds.data.documents import Documents
 from mora_ds.models.attention import NAME, use_documents
+from mora_ds.models.decoder_layers import stored_bytes, weights_of_layers
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel import windows
 from mora_ds.parallel.tensor_parallel import split_model
@@ -55,6 +56,8 @@ class Work:
     by_documents: bool = False
     """Whether attention is document by document; planned with documents as long as the rows."""
     trust_remote_code: bool = False
+    base_buffers: int | None = None
+    """Decoder layers whose frozen weights a device holds at a time (--base_device host); None: all of them."""
 
     @property
     def base_bits(self) -> int | None:
@@ -220,6 +223,42 @@ def base_bytes(model: nn.Module, dtype: torch.dtype) -> tuple[int, int]:
     eight = {id(t): t.nbytes for name, t in frozen.items() if t.dtype is torch.int8 or name in scales}
     others = {id(t): t.numel() * dtype.itemsize for t in frozen.values() if id(t) not in eight}
     return sum(eight.values()) + sum(others.values()), sum(eight.values())
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """The frozen weights that stay in host memory, and what a device holds of them (`engine.base_ring`)."""
+
+    layers: tuple[int, ...]
+    """Bytes of each decoder layer's."""
+    buffers: int
+    slot: int
+    """Bytes of a buffer."""
+
+    @classmethod
+    def of(cls, model: nn.Module, buffers: int) -> Streamed:
+        """Raises `UserError` for a model whose decoder layers are not found."""
+        weights = [list(own.values()) for own in weights_of_layers(model).values()]
+        sizes = tuple(sum({id(tensor): tensor.nbytes for tensor in own}.values()) for own in weights)
+        return cls(sizes, min(buffers, len(sizes)), max(stored_bytes(own) for own in weights))
+
+    @property
+    def total(self) -> int:
+        return sum(self.layers)
+
+    @property
+    def on_device(self) -> int:
+        return self.buffers * self.slot
+
+    @property
+    def forward(self) -> int:
+        """Bytes copied in a forward pass. The first layers are there already, from the end of the last backward."""
+        return sum(self.layers[self.buffers :])
+
+    @property
+    def backward(self) -> int:
+        """Bytes copied in a backward pass, where the last layers are there."""
+        return sum(self.layers[: -self.buffers])
 
 
 def other_buffer_bytes(model: nn.Module) -> int:

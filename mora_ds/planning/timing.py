@@ -1,5 +1,8 @@
 """How long a step takes, from the speed of devices and links: arithmetic, and every byte that a rank sends.
 
+Where the base is in host memory, its layers are copied in parallel with the arithmetic, which waits for those that take
+longer than it.
+
 Only speeds are modelled: kernels that do not reach the given arithmetic speed, latency of collectives and waiting for
 a slow rank are not included. ZeRO's traffic runs in parallel with the arithmetic (`overlap_comm`, stage 3's default);
 that of tensor and sequence parallelism does not.
@@ -11,7 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mora_ds.planning.costs import Costs
-from mora_ds.planning.step import Work
+from mora_ds.planning.step import Streamed, Work
+
+HOST_LINK = 50e9
+"""Bytes a second from host memory, where nothing better is known: about what PCIe 5.0 x16 reaches."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,8 @@ class Cluster:
     """Bytes a second that a rank sends within its node."""
     node_link: float = 50e9
     """Bytes a second that a node sends to other nodes, all its ranks together."""
+    host_link: float = HOST_LINK
+    """Bytes a second that a device receives from its node's host memory while the node's other devices do, too."""
 
     def bandwidth(self, group: int, stride: int = 1) -> float:
         """Bytes a second of a rank in a ring of `group` ranks, `stride` apart. A ring that leaves the node shares the
@@ -45,6 +53,7 @@ class Cluster:
             "tflops": self.tflops,
             "link_gbps": self.link * 8e-9,
             "node_link_gbps": self.node_link * 8e-9,
+            "host_link_gbps": self.host_link * 8e-9,
         }
 
 
@@ -58,9 +67,18 @@ class StepTime:
     """All-gathers and reductions of trained parameters."""
     groups: float
     """Activations between the ranks of a tensor- or sequence-parallel group."""
+    copies: float = 0.0
+    """Copies of the base's layers from host memory, beside the arithmetic."""
+    waits: float = 0.0
+    """What the arithmetic waits for them: the part of the copies that it does not hide."""
 
     @property
     def step(self) -> float:
+        return max(self.products + self.waits, self.zero) + self.groups
+
+    @property
+    def resident(self) -> float:
+        """Seconds of the step if the base were on the device."""
         return max(self.products, self.zero) + self.groups
 
     @property
@@ -70,22 +88,34 @@ class StepTime:
             "arithmetic": self.products,
             "gathering and reducing the MoRA matrices": self.zero,
             "activations between GPUs of a group": self.groups,
+            "copying the base from host memory": self.copies,
         }
         return max(causes, key=lambda name: causes[name])
 
 
-def step_time(work: Work, costs: Costs, cluster: Cluster, zero_bytes: float, accumulation: int) -> StepTime:
-    """The time of a step. `costs`: of one micro-batch; `zero_bytes`: that this rank sends for ZeRO in a step."""
+def step_time(
+    work: Work, costs: Costs, cluster: Cluster, zero_bytes: float, accumulation: int, streamed: Streamed | None = None
+) -> StepTime:
+    """The time of a step. `costs`: of one micro-batch; `zero_bytes`: that this rank sends for ZeRO in a step;
+    `streamed`: the weights that are copied from host memory."""
     t, s = work.tensor_parallel, work.sequence_parallel
     attention = attention_macs(work)
-    macs = costs.macs + head_macs(work) + attention
-    if work.checkpointing:  # all but the head once more: half of the base's products, a third of the MoRA matrices'
-        macs += costs.base_macs // 2 + costs.square_macs // 3 + attention * 2 // 7
+    # Of the layers: half of the base's products, a third of the MoRA matrices' and two of attention's seven.
+    forward = costs.base_macs // 2 + costs.square_macs // 3 + attention * 2 // 7
+    layers = costs.macs + attention + (forward if work.checkpointing else 0)
+    seconds = 2e-12 / cluster.tflops
     groups = costs.wire("activation") * work.dtype.itemsize / cluster.bandwidth(t) if t > 1 else 0.0
     groups += ulysses_bytes(work) / cluster.bandwidth(s) if s > 1 else 0.0
     # With groups of t, ZeRO's ring has every t-th rank; without, all ranks in order, one of which leaves the node.
     ring = cluster.bandwidth(cluster.ranks // t, t)
-    return StepTime(2e-12 * macs * accumulation / cluster.tflops, zero_bytes / ring, groups * accumulation)
+    copies = waits = 0.0
+    if streamed is not None:  # while a layer computes, the next one is copied: each direction takes what is longer
+        passes = (forward, streamed.forward), (layers - forward, streamed.backward)
+        copies = sum(size for _, size in passes) / cluster.host_link
+        waits = sum(max(0.0, size / cluster.host_link - seconds * macs) for macs, size in passes)
+    products = seconds * (layers + head_macs(work))
+    times = (each * accumulation for each in (groups, copies, waits))
+    return StepTime(products * accumulation, zero_bytes / ring, *times)
 
 
 def attention_macs(work: Work) -> int:

@@ -24,6 +24,7 @@ from mora_ds.adapters.inject import mora_layers, set_cycle
 from mora_ds.adapters.merge_layer import MergeNorms, merge_layer, write_live
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.engine import zero
+from mora_ds.engine.base_ring import ring_of
 from mora_ds.engine.muon import uses_muon
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LayerEntry, Ledger
@@ -121,6 +122,7 @@ class ReMoRA:
         recorded: dict[str, Tensor] = {}
         norms: list[MergeNorms] = []
         before = self.probe() if self.probe else None
+        self._forget_copies()
         for name, layer in mora_layers(model).items():
             square = layer.unshard(zero.full_fp32(self.engine, layer.value))
             updates = chain(self.ledger.squares_of(name), [(layer.spec, square)])
@@ -166,8 +168,14 @@ class ReMoRA:
 
     def form_base(self) -> None:
         """Form every live weight from its original and the ledger."""
+        self._forget_copies()
         for name, layer in mora_layers(self.engine.module).items():
             write_live(layer, self._original(name), self.ledger.squares_of(name))
+
+    def _forget_copies(self) -> None:
+        """Where the base is streamed, the device's copies of weights that are about to change are not used again."""
+        if ring := ring_of(self.engine.module):
+            ring.forget()
 
     def _original(self, name: str) -> Tensor:
         return self.base.read(self.keys[f"{name}.weight"])

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mora_ds.adapters.alignment import Alignment
@@ -24,6 +25,8 @@ from mora_ds.checkpoint.contents import PROBE_TOKENS
 from mora_ds.checkpoint.state import TrainerState, run_identity
 from mora_ds.config.domains import adapter_config
 from mora_ds.deploy.export import export_merged
+from mora_ds.engine.base_device import BaseDevice
+from mora_ds.engine.base_ring import ring_of
 from mora_ds.engine.device import current_device
 from mora_ds.engine.ds_config import fill_bucket_sizes
 from mora_ds.engine.initialize import initialize, trainable_numels
@@ -64,6 +67,7 @@ class AdapterJob(Job):
             config=fill_bucket_sizes(self.ds_config, trainable_numels(self.loaded.model, degree)),
             tensor_parallel_size=degree,
             tensor_parallel_inputs=TPInputs(training.tp_inputs),
+            base_buffers=training.base_buffers if self._streams else None,
         )
         self.seed_dropout()
         self.run = self._open_run(common)
@@ -106,7 +110,14 @@ class AdapterJob(Job):
 
     @property
     def base_tensors(self) -> Mapping[str, Tensor]:
-        return frozen_buffers(self.loaded.model)
+        ring = ring_of(self.loaded.model)
+        buffers = {} if ring is None else {f"buffer {number}": slot for number, slot in enumerate(ring.slots)}
+        return {**frozen_buffers(self.loaded.model), **buffers}
+
+    @property
+    def _streams(self) -> bool:
+        """Whether the base stays in host memory."""
+        return self.arguments.training.base_device == BaseDevice.HOST.value
 
     def _planned_config(self) -> AdapterConfig:
         """The adapter's config with the layers and sizes of --targets."""
@@ -138,7 +149,8 @@ class AdapterJob(Job):
     def _inject(self) -> None:
         """Put the adapter into the model, and log what it costs."""
         adapter, training = self.arguments.adapter, self.arguments.training
-        model, base, keys, device = self.loaded.model, self.loaded.base, self.loaded.keys, current_device()
+        model, base, keys = self.loaded.model, self.loaded.base, self.loaded.keys
+        device = torch.device("cpu") if self._streams else current_device()
         report = inject(model, self.config, lambda name: base.read(keys[name]).to(device))
         self.trainable_parameters, self.total_parameters = report.trainable_params, report.total_params
         logger.info(report)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +37,7 @@ from mora_ds.checkpoint.state import Paths
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import load_yaml
 from mora_ds.common.untrusted import typed
+from mora_ds.engine.base_ring import ring_of
 from mora_ds.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -63,7 +65,10 @@ def choose(model: nn.Module, ranks: Ranks, forward: Callable[[], Any]) -> dict[s
     def rounds(seconds: float) -> int:
         return ranks.on_first("rounds of timing", lambda: enough_rounds(seconds))
 
-    timed: list[tuple[Case, Times]] = [(case, time_paths(case, rounds)) for case in cases(layers, calls)]
+    ring, timed = ring_of(model), list[tuple[Case, Times]]()
+    for case in cases(layers, calls):
+        with nullcontext() if ring is None else ring.holding(case.layer):
+            timed.append((case, time_paths(case, rounds)))
     found: dict[str, Compute] = ranks.on_first("paths of the layers", lambda: quickest(timed))
     if timed:
         logger.info("\n".join(_table(timed, found)))

@@ -24,6 +24,7 @@ from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import DataArguments
 from mora_ds.config.domains import adapter_config
 from mora_ds.engine import device
+from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.models.attention import NAME
@@ -32,7 +33,7 @@ from mora_ds.models.load import named_config
 from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.ulysses_checks import check_config, describe
 from mora_ds.planning.costs import costs
-from mora_ds.planning.plan import Plan, Planner
+from mora_ds.planning.plan import Plan, Planner, place_base
 from mora_ds.planning.report import report
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.planning.timing import Cluster
@@ -62,8 +63,7 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     """The plan, and the lines about the adapted layers with which the run would start."""
     adapter, training, model = arguments.adapter, arguments.training, arguments.model
     ds_config = engine_config(training, adapter.adapter, world)
-    name = str(model.model_name_or_path or model.model_config)
-    flag = MODEL_FLAG if model.model_name_or_path else "--model_config"
+    name, flag = _model_of(arguments)
     config = named_config(name, model.trust_remote_code, flag)
     implementation = implementation_of(model, choose_attention(model, config))
     check_config(config, training.sequence_parallel_size, implementation, model.trust_remote_code)
@@ -71,6 +71,31 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
         raise UserError("--adapter none trains nothing: there is nothing to plan, drop --dry_run")
     if adapter.domain_adapters and training.optimizer == OptimizerKind.MUON.value:
         raise UserError("--dry_run cannot plan Muon's state with --domain_adapters: plan it with --optimizer adamw")
+    planner = planner_of(arguments, config, ds_config, world, implementation)
+    place = BaseDevice(training.base_device)
+    if place is not BaseDevice.AUTO or not device.is_cpu():
+        planner = place_base(planner, place, training.base_buffers)
+    layers = _layer_lines(planner.work, world)
+    if adapter.alignment_weight:
+        layers.append(_alignment_line(planner.work, adapter.alignment_rank))
+    return planner.plan(), layers
+
+
+def _model_of(arguments: Arguments) -> tuple[str, str]:
+    """The folder, Hub name or config.json of the model, and the flag that names it."""
+    model = arguments.model
+    if model.model_name_or_path:
+        return model.model_name_or_path, MODEL_FLAG
+    return str(model.model_config), "--model_config"
+
+
+def planner_of(
+    arguments: Arguments, config: Any, ds_config: dict[str, Any], world: int, implementation: str | None
+) -> Planner:
+    """Plans of a run on devices of this machine's kind, with its base on them. `config`: of the model;
+    `implementation`: of `train.attention`."""
+    adapter, training, model = arguments.adapter, arguments.training, arguments.model
+    name, _ = _model_of(arguments)
     work = Work(
         config=config,
         adapter=_adapter_config(adapter, arguments.data, training.seed, name, model.trust_remote_code),
@@ -87,11 +112,7 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     )
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
     cluster = Cluster(world, local, device.memory_bytes())
-    planner = Planner(work, cluster, ds_config, training.gradient_accumulation_steps, device.is_cpu())
-    layers = _layer_lines(work, world)
-    if adapter.alignment_weight:
-        layers.append(_alignment_line(work, adapter.alignment_rank))
-    return planner.plan(), layers
+    return Planner(work, cluster, ds_config, training.gradient_accumulation_steps, device.is_cpu())
 
 
 def _adapter_config(

@@ -46,6 +46,7 @@ from mora_ds.train.adapter_job import AdapterJob
 from mora_ds.train.agreement import start_up
 from mora_ds.train.attention import choose_attention, implementation_of
 from mora_ds.train.base import find_model, prepare_base
+from mora_ds.train.base_device import settle_base_device
 from mora_ds.train.compute import KEY, paths_of_file
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.dry_run import dry_run
@@ -114,6 +115,7 @@ def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job
         attention = choose_attention(model, config, place.checkpoint)
         implementation = implementation_of(model, attention)
         check_config(config, training.sequence_parallel_size, implementation, model.trust_remote_code)
+        arguments = settle_base_device(arguments, config, implementation, ds_config, ranks)
         data = load_data(model, arguments.data, training, folder, config, place)
         _check_evaluation_sets(arguments, data)
         dtype = getattr(torch, compute_dtype(ds_config))

@@ -21,6 +21,7 @@ from mora_ds.common.files import read_json
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.validate import validate
+from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.train.agreement import start_up
 from mora_ds.train.inputs import check_inputs
@@ -70,6 +71,7 @@ def _first_part(arguments: Arguments) -> Arguments:
             warmup_ratio=0.0,
             lr_scheduler_type="constant",
             embedding_learning_rate=None,
+            base_device=BaseDevice.DEVICE.value,
             optimizer=OptimizerKind.ADAMW.value,
             export_merged=True,
             resume_from_checkpoint=AUTO if training.resume_from_checkpoint else None,

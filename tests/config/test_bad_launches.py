@@ -122,6 +122,11 @@ stray | 'stray'
 --targets auto --trainable_budget much | --trainable_budget | much
 --optimizer muon --adapter lora | --optimizer muon is for MoRA matrices
 --base_bits 8 --adapter full | --base_bits 8
+--base_device disk | --base_device 'disk' | host
+--base_device host --base_buffers 1 | --base_buffers must be at least 2
+--base_device host --adapter full | --base_device host | --adapter is full
+--base_device host --adapter none | --base_device host | --adapter is none
+--base_device host --tensor_parallel_size 2 | --tensor_parallel_size 2 | --base_device host
 --embedding_learning_rate 1e-3 | --embedding_learning_rate
 --merge_every 2 --restart_warmup_steps 5 | --merge_every 2 must be more than --restart_warmup_steps 5
 --streaming --max_steps -1 | --streaming | --max_steps

@@ -20,6 +20,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 from mora_ds.engine import zero
+from mora_ds.engine.base_ring import names_on_host, ring_of
 from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
@@ -147,8 +148,9 @@ CASES: list[tuple[Any, ...]] = [
     (True, 2, {P: 0}),
     (True, 1, {P: 600, REUSE: 3000, LIVE: 6000, PREFETCH: 2000}),
     (False, 1, {}, True),
+    (True, 2, {}, False, 2),
 ]
-"""Checkpointing, accumulation, ZeRO's settings, bf16."""
+"""Checkpointing, accumulation, ZeRO's settings, bf16, buffers of a base in host memory."""
 MORE: list[tuple[Any, ...]] = [
     (False, 4, {}),
     (False, 1, {P: 0}),
@@ -170,17 +172,23 @@ def ds_config(accumulation: int, settings: dict[str, int], bf16: bool = False) -
     }
 
 
-def measured(checkpointing: bool, accumulation: int, settings: dict[str, int], bf16: bool = False) -> dict[str, int]:
+def measured(
+    checkpointing: bool, accumulation: int, settings: dict[str, int], bf16: bool = False, buffers: int | None = None
+) -> dict[str, int]:
     """Of one step of this rank, the third micro-batch or a later one, and what the engine holds after it."""
     model = tiny_model("llama", dtype=torch.bfloat16 if bf16 else torch.float32, **SHAPE)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     inject(model, ADAPTER)
-    engine, optimizer, *_ = initialize(model=model, config=ds_config(accumulation, settings, bf16))
-    counter = CollectiveCounter(frozen_buffers(model).values())
+    config = ds_config(accumulation, settings, bf16)
+    engine, optimizer, *_ = initialize(model=model, config=config, base_buffers=buffers)
+    ring, copied = ring_of(model), 0
+    slots, on_host = (ring.slots, names_on_host(model)) if ring else ([], set())
+    counter = CollectiveCounter([*frozen_buffers(model).values(), *slots])
     with counter.counting():
         for _ in range(3):  # ZeRO-3 knows the order of modules from the third micro-batch on
             counter.reset()
+            copied = ring.copied if ring else 0
             for _ in range(accumulation):
                 engine.backward(token_nll(engine, batch()) / 100)
                 engine.step()
@@ -192,7 +200,9 @@ def measured(checkpointing: bool, accumulation: int, settings: dict[str, int], b
         "calls": counter.calls,
         "reduced": counter.bytes["reduce_scatter_tensor"],
         "base_sent": counter.base_bytes,
-        "base": sum({id(tensor): tensor.nbytes for tensor in frozen_buffers(model).values()}.values()),
+        "base": sum({id(t): t.nbytes for name, t in frozen_buffers(model).items() if name not in on_host}.values())
+        + sum(slot.nbytes for slot in slots),
+        "copied": ring.copied - copied if ring else 0,
         "squares": optimizer.lp_param_buffer.nbytes,
         "masters": sum(masters.values()),
         "moments": sum(tensor.nbytes for tensor in moments),
@@ -205,10 +215,17 @@ def all_measured(cases: list[tuple[Any, ...]]) -> list[dict[str, int]]:
     return [measured(*case) for case in cases]
 
 
-def plan_for(ranks: int, checkpointing: bool, accumulation: int, settings: dict[str, int], bf16: bool = False) -> Plan:
+def plan_for(
+    ranks: int,
+    checkpointing: bool,
+    accumulation: int,
+    settings: dict[str, int],
+    bf16: bool = False,
+    buffers: int | None = None,
+) -> Plan:
     dtype = torch.bfloat16 if bf16 else torch.float32
     config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], **SHAPE})
-    work = Work(config, ADAPTER, LENGTH, ROWS, dtype, checkpointing)
+    work = Work(config, ADAPTER, LENGTH, ROWS, dtype, checkpointing, base_buffers=buffers)
     numels = [parameter.numel() for parameter in planned_model(work).parameters()]
     completed = complete_ds_config(ds_config(accumulation, settings, bf16), numels)
     return Planner(work, Cluster(ranks), completed, accumulation, on_cpu=True).plan()
@@ -235,6 +252,7 @@ def assert_as_planned(plan: Plan, found: dict[str, int], case: object) -> None:
     assert found["gathered"] == pytest.approx(plan.gathered, rel=1e-3), case  # padding of what is gathered twice
     assert (found["calls"], found["reduced"], found["base_sent"]) == (plan.gather_calls, plan.reduced, 0), case
     memory = plan.memory
+    assert plan.copied == found["copied"], case
     assert memory.base == pytest.approx(found["base"], abs=1000), case  # with the rotary frequencies
     for name in ("squares", "masters", "moments", "gradients", "bucket"):
         assert getattr(memory, name) == found[name], (case, name)
@@ -257,7 +275,10 @@ def test_the_same_under_every_setting(ranks: int) -> None:
 @pytest.mark.gloo
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_bytes_are_a_constant_and_a_share(ranks: int) -> None:
-    found = run_ranks(ranks, all_measured, CASES[:1])[0][0]
+    found, streamed = run_ranks(ranks, all_measured, [CASES[0], CASES[-1]])[0]
+    in_host_memory = plan_for(ranks, *CASES[-1])
+    assert 0 < streamed["copied"] == in_host_memory.copied
+    assert in_host_memory.memory.base == pytest.approx(streamed["base"], abs=1000)
     plan, alone = plan_for(ranks, *CASES[0]), plan_for(1, *CASES[0])
     if ranks > 1:
         assert_as_planned(plan, found, ranks)
@@ -323,6 +344,9 @@ def test_offloaded_states_are_in_host_memory() -> None:
     [
         (["--gpus", "0"], "--gpus must be above 0"),
         (["--gpus", "8", "--link_gbps", "-1"], "--link_gbps must be above 0"),
+        (["--gpus", "8", "--host_link_gbps", "0"], "--host_link_gbps must be above 0"),
+        (["--gpus", "8", "--base_buffers", "1"], "--base_buffers must be at least 2"),
+        (["--gpus", "8", "--base_device", "host", "--adapter", "full"], "--base_device host is for a base"),
         (["--gpus", "6", "--tensor_parallel_size", "4"], "--tensor_parallel_size 4 does not divide the 6 ranks"),
         (["--gpus", "8", "--model", "nowhere.json"], "nowhere.json"),
     ],

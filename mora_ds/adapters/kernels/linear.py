@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mora_ds.adapters.kernels import ops
 from mora_ds.adapters.kernels.tables import KernelTables
-from mora_ds.adapters.ops.int8 import Int8Weight, Weight, dense
+from mora_ds.adapters.ops.int8 import Int8Weight, Weight, dense, parts_of, weight_of
 from mora_ds.adapters.ops.linear import Compute, formula_of_0_2
 
 
@@ -91,17 +91,17 @@ class _Weight(torch.autograd.Function):
     ) -> Tensor:
         formed = form_weight(weight, square, tables)
         saved = x if tables.spec.blockwise else _fold(_flat(x), tables)
-        ctx.weight, ctx.tables = weight, tables
-        ctx.save_for_backward(saved, square, formed if keep else None)
+        ctx.tables = tables
+        ctx.save_for_backward(saved, square, formed if keep else None, *parts_of(weight))
         return F.linear(x, formed, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,), tables = gradients, ctx.tables
-        saved, square, formed = ctx.saved_tensors
+        saved, square, formed, *parts = ctx.saved_tensors
         g_x = g_square = None
         if ctx.needs_input_grad[0]:
-            g_x = g @ (form_weight(ctx.weight, square, tables) if formed is None else formed)
+            g_x = g @ (form_weight(weight_of(*parts), square, tables) if formed is None else formed)
         if ctx.needs_input_grad[3]:
             z = _fold(_flat(saved), tables) if tables.spec.blockwise else saved
             g_square = _square_gradient(_collect(_flat(g), tables), z, square.dtype)
@@ -114,8 +114,8 @@ class _Activation(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables
     ) -> Tensor:
         z = _fold(_flat(x), tables)
-        ctx.weight, ctx.tables = weight, tables
-        ctx.save_for_backward(x if tables.spec.blockwise else z, square)
+        ctx.tables = tables
+        ctx.save_for_backward(x if tables.spec.blockwise else z, square, *parts_of(weight))
         u = z.view(-1, tables.spec.r_hat) @ square.T
         y = F.linear(x, dense(weight, x.dtype), bias)
         ops.gather_add_(y.view(-1, y.shape[-1]), u.view(z.shape), tables.deal, None, None, False)
@@ -124,11 +124,11 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,), tables = gradients, ctx.tables
-        saved, square = ctx.saved_tensors
+        saved, square, *parts = ctx.saved_tensors
         c = _collect(_flat(g), tables)
         g_x = g_square = None
         if ctx.needs_input_grad[0]:
-            g_x = g @ dense(ctx.weight, g.dtype)
+            g_x = g @ dense(weight_of(*parts), g.dtype)
             g_z = (c @ square).view(-1, tables.fold.shape[1])
             ops.gather_add_(g_x.view(-1, g_x.shape[-1]), g_z, tables.unfold, *tables.rotation, True)
         if ctx.needs_input_grad[3]:

@@ -68,6 +68,17 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
+def parts_of(weight: Weight) -> tuple[Tensor, Tensor | None]:
+    """What an autograd function saves of a weight, by `save_for_backward`: where the base is streamed, hooks on saved
+    tensors bring it to the device."""
+    return (weight, None) if isinstance(weight, Tensor) else (weight.values, weight.scales)
+
+
+def weight_of(values: Tensor, scales: Tensor | None) -> Weight:
+    """The weight of these parts."""
+    return values if scales is None else Int8Weight(values, scales)
+
+
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     """The weight (O, D) to multiply by: a dense one itself, else values * scales rounded to `dtype`, a new tensor."""
     if isinstance(weight, Tensor):
@@ -110,10 +121,10 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
+        ctx.save_for_backward(*parts_of(weight))
         return F.linear(x, dense(weight, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = gradients
-        return g @ dense(ctx.weight, g.dtype), None, None
+        return g @ dense(weight_of(*ctx.saved_tensors), g.dtype), None, None

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mora_ds.adapters.ops.gather import LOW_PRECISION
-from mora_ds.adapters.ops.int8 import Weight, dense
+from mora_ds.adapters.ops.int8 import Weight, dense, parts_of, weight_of
 from mora_ds.adapters.ops.mora import (
     OperatorSpec,
     apply_squares,
@@ -100,19 +100,19 @@ class _WeightPath(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec, keep: bool
     ) -> Tensor:
-        ctx.spec, ctx.weight = spec, weight
+        ctx.spec = spec
         saved = x if spec.blockwise else fold_input(spec, x)
         formed = effective_weight(spec, square, dense(weight, x.dtype))
-        ctx.save_for_backward(saved, square, formed if keep else None)
+        ctx.save_for_backward(saved, square, formed if keep else None, *parts_of(weight))
         return F.linear(x, formed, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,), spec = gradients, ctx.spec
-        saved, square, formed = ctx.saved_tensors
+        saved, square, formed, *parts = ctx.saved_tensors
         g_x = g_square = None
         if ctx.needs_input_grad[0]:
-            g_x = g @ (effective_weight(spec, square, dense(ctx.weight, g.dtype)) if formed is None else formed)
+            g_x = g @ (effective_weight(spec, square, dense(weight_of(*parts), g.dtype)) if formed is None else formed)
         if ctx.needs_input_grad[3]:
             g_square = square_gradient(spec, saved, g, form_dense=sums_by_product(g))
         return g_x, None, None, g_square, None, None
@@ -123,20 +123,20 @@ class _ActivationPath(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
-        ctx.spec, ctx.weight = spec, weight
+        ctx.spec = spec
         saved = x if spec.blockwise else fold_input(spec, x)
-        ctx.save_for_backward(saved, square)
+        ctx.save_for_backward(saved, square, *parts_of(weight))
         return _add_update(spec, square, saved, F.linear(x, dense(weight, x.dtype), bias))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,), spec = gradients, ctx.spec
-        saved, square = ctx.saved_tensors
+        saved, square, *parts = ctx.saved_tensors
         g_x = g_square = sums = None
         if not (spec.blockwise or sums_by_product(g)):
             sums = decompress_transpose(spec, g)  # both gradients read them
         if ctx.needs_input_grad[0]:
-            g_x = g @ dense(ctx.weight, g.dtype)
+            g_x = g @ dense(weight_of(*parts), g.dtype)
             if sums is None:
                 _add_input_gradient(spec, square, g, g_x)
             else:

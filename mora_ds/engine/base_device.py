@@ -1,0 +1,16 @@
+"""The words of --base_device, and the fewest buffers of a base in host memory (`base_ring`)."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+LEAST_BUFFERS = 2
+"""One decoder layer computes while another one is copied."""
+
+
+class BaseDevice(str, Enum):
+    """Where the frozen weights of the decoder layers are."""
+
+    AUTO = "auto"
+    DEVICE = "device"
+    HOST = "host"

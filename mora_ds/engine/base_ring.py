@@ -1,0 +1,245 @@
+"""A base that stays in host memory: the device holds the weights of a few decoder layers, copied there in turn.
+
+    forward     layer 0, 1, ..., L-1        while layer i computes, the layers i+1 ... i+N-1 are copied
+    backward    L-1, ..., 0                 the same downwards; then 0 ... N-1 for the next forward
+    slots       layer i is always in buffer i mod N
+
+Outside of a layer's forward its modules hold the tensors in host memory, which merges write, checksums read and every
+rank of a node may share. While a layer runs they hold views into its buffer instead. What autograd saves of a weight is
+such a view. As a layer's buffer is always the same, the view is right whenever the layer is there, and a hook on saved
+tensors brings it there when backward asks for it. Gradient checkpointing has such hooks of its own and runs the layer's
+modules again, which brings it there as well. Copies leave autograd's version counters alone (`Tensor.data`).
+
+With N buffers a micro-batch copies L - N layers in each direction, the fewest possible: backward finds the last N
+there, and forward the first N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.engine.base_device import LEAST_BUFFERS
+from mora_ds.engine.host_copies import Copies, copies_for
+from mora_ds.models.decoder_layers import extent, offsets, stored_bytes, weights_of_layers
+
+_RING = "_mora_ring"
+"""The attribute of a model that holds its ring."""
+
+
+class _Layer:
+    """The frozen tensors of a decoder layer: where its modules hold them, and where they lie in its buffer."""
+
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor], slot: Tensor) -> None:
+        places, _ = offsets(tensors.values())
+        views: dict[int, Tensor] = {}
+        self.entries: list[tuple[dict[str, Any], str, Tensor]] = []
+        for name, tensor in tensors.items():
+            if id(tensor) not in views:
+                start, size = places[id(tensor)], extent(tensor) * tensor.element_size()
+                flat = slot[start : start + size].view(tensor.dtype)
+                views[id(tensor)] = flat.as_strided(tensor.size(), tensor.stride())
+            owner, _, key = name.rpartition(".")
+            self.entries.append((model.get_submodule(owner)._buffers, key, views[id(tensor)]))
+        self._hosts: list[Tensor | None] = []
+        """What the modules held before `show`."""
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """(view, tensor in host memory) of each tensor, as the modules hold them now."""
+        found = {id(view): (view.data, buffers[key]) for buffers, key, view in self.entries}
+        return list(found.values())
+
+    def show(self) -> None:
+        """Let the modules hold the views."""
+        self._hosts = [buffers[key] for buffers, key, _ in self.entries]
+        for buffers, key, view in self.entries:
+            buffers[key] = view
+
+    def hide(self) -> None:
+        """Undo `show`."""
+        for (buffers, key, _), host in zip(self.entries, self._hosts, strict=bool(self._hosts)):
+            buffers[key] = host
+        self._hosts = []
+
+
+class BaseRing:
+    """The buffers of one model, and which layer each of them holds."""
+
+    def __init__(self, model: Any, buffers: int, device: torch.device, copies: Copies) -> None:
+        """Raises `UserError` for a model whose layers are not found, and host memory that cannot be locked."""
+        weights = weights_of_layers(model)
+        self.buffers = min(buffers, len(weights))
+        size = max(stored_bytes(tensors.values()) for tensors in weights.values())
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(self.buffers)]
+        self.copied = 0
+        """Bytes copied so far."""
+        self._copies = copies
+        self._layers = [_Layer(model, own, self._slot(index)) for index, own in enumerate(weights.values())]
+        self._slot_at = {slot.untyped_storage().data_ptr(): number for number, slot in enumerate(self.slots)}
+        self._held: list[int | None] = [None] * self.buffers
+        """The layer that each buffer holds, or is to hold once its copy has ended."""
+        self._tickets: dict[int, Any] = {}
+        """Layer -> its copy, until something waits for it."""
+        self._now: tuple[int, bool] | None = None
+        """The layer that was asked for last, and whether in backward."""
+        self._running: list[int] = []
+        """The layer whose forward is running, once for each of its modules that is."""
+        self._hooks: Any = nullcontext()
+        self._index = _modules_of_layers(model, weights)
+        copies.pin(tensor for own in weights.values() for tensor in own.values())
+        for module, index in self._index.items():
+            module.register_forward_pre_hook(partial(self._enter, index))
+            module.register_forward_hook(self._leave, always_call=True)
+
+    @contextmanager
+    def holding(self, module: nn.Module) -> Iterator[None]:
+        """Within it, the layer of `module` is on the device, as while its forward runs."""
+        if module not in self._index:
+            yield
+            return
+        self._enter(self._index[module])
+        try:
+            yield
+        finally:
+            self._leave()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within it, all modules hold views: `nn.Module.to` would move what is in host memory to the device."""
+        for layer in self._layers:
+            layer.show()
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.hide()
+
+    def forget(self) -> None:
+        """To be called before weights in host memory are written: waits for copies of them, and makes new ones when
+        they are needed again."""
+        self._copies.finish()
+        self._held = [None] * self.buffers
+        self._tickets.clear()
+        self._now = None
+
+    # -- which layer is where ------------------------------------------------------------------------------------------
+
+    def _slot(self, index: int) -> Tensor:
+        return self.slots[index % self.buffers]
+
+    def _use(self, index: int) -> None:
+        """Order the device's work after the copy of a layer, and begin to copy those that come next."""
+        now = index, torch._C._current_graph_task_id() != -1  # as torch/autograd/graph.py tells that backward runs
+        if self._now == now:
+            return
+        self._copy(index)
+        if index in self._tickets:
+            self._copies.wait(self._tickets.pop(index))
+        self._now = now
+        self._look_ahead(*now)
+
+    def _look_ahead(self, index: int, backward: bool) -> None:
+        """Copy the layers that come next into the buffers that none before them needs."""
+        taken = {index % self.buffers}
+        for following in self._following(index, backward):
+            if len(taken) == self.buffers:
+                return
+            if following % self.buffers not in taken:
+                taken.add(following % self.buffers)
+                self._copy(following)
+
+    def _following(self, index: int, backward: bool) -> Iterable[int]:
+        upwards, downwards = range(len(self._layers)), range(len(self._layers) - 1, -1, -1)
+        if backward:
+            return chain(downwards[len(self._layers) - index :], upwards)
+        return chain(upwards[index + 1 :], downwards if torch.is_grad_enabled() else upwards)
+
+    def _copy(self, index: int) -> None:
+        number = index % self.buffers
+        before = self._held[number]
+        if before == index:
+            return
+        if before is not None and before in self._running:
+            raise RunError(f"--base_device host: decoder layer {index} runs within layer {before}: use device")
+        self._tickets.pop(before, None)  # type: ignore[arg-type]
+        pairs = self._layers[index].pairs()
+        self._tickets[index] = self._copies.start(pairs)
+        self._held[number] = index
+        self.copied += sum(view.nbytes for view, _ in pairs)
+
+    # -- forward and backward ------------------------------------------------------------------------------------------
+
+    def _enter(self, index: int, *_: Any) -> None:
+        """Before the forward of a module of layer `index`, in a forward pass or where checkpointing repeats it."""
+        self._running.append(index)
+        if len(self._running) > 1:
+            return
+        self._use(index)
+        self._layers[index].show()
+        # Hooks that are there already are checkpointing's, which save no tensor of the layer.
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+            self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+            self._hooks.__enter__()
+
+    def _leave(self, *_: Any) -> None:
+        """After it, also where it has raised: checkpointing ends a repeated forward so."""
+        index = self._running.pop()
+        if not self._running:
+            self._hooks.__exit__(None, None, None)
+            self._hooks = nullcontext()
+            self._layers[index].hide()
+
+    def _pack(self, tensor: Tensor) -> Tensor | tuple[int, Tensor]:
+        number = self._slot_at.get(tensor.untyped_storage().data_ptr())
+        held = None if number is None else self._held[number]
+        return tensor if held is None else (held, tensor)
+
+    def _unpack(self, packed: Tensor | tuple[int, Tensor]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        index, view = packed
+        self._use(index)
+        return view
+
+
+def stream_base(model: Any, buffers: int, device: torch.device) -> BaseRing:
+    """Let a model whose frozen weights are in host memory run on `device` with those of `buffers` decoder layers there.
+    Raises `UserError` as `BaseRing` does."""
+    if buffers < LEAST_BUFFERS:
+        raise UserError(f"--base_buffers must be at least {LEAST_BUFFERS}, got {buffers}: one computes, one is copied")
+    ring = BaseRing(model, buffers, device, copies_for(device))
+    setattr(model, _RING, ring)
+    return ring
+
+
+def names_on_host(model: Any) -> set[str]:
+    """Names of the frozen tensors that `stream_base` takes from host memory."""
+    return {name for own in weights_of_layers(model).values() for name in own}
+
+
+def ring_of(model: nn.Module) -> BaseRing | None:
+    """The ring of a model whose base is streamed; None for one whose base is on the device."""
+    ring: BaseRing | None = getattr(model, _RING, None)
+    return ring
+
+
+def _modules_of_layers(model: nn.Module, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[nn.Module, int]:
+    """Module that has weights of a decoder layer, or contains one that has -> index of the layer.
+
+    transformers' checkpointing runs a layer's forward again without the hooks of the layer itself (modeling_layers.py,
+    `GradientCheckpointingLayer`), but with those of the modules in it.
+    """
+    found: dict[nn.Module, int] = {}
+    for index, (layer, own) in enumerate(weights.items()):
+        for name in own:
+            while name != layer:
+                name = name.rpartition(".")[0]
+                found[model.get_submodule(name)] = index
+    return found

@@ -1,0 +1,145 @@
+"""Copies of weights from host memory to buffers of the device, beside the arithmetic: on CUDA, and a twin for CPUs.
+
+    copies = copies_for(device)
+    copies.pin(tensors)             lock their pages, so that copies need no help of the host
+    ticket = copies.start(pairs)    begin to copy, once the arithmetic issued so far has ended
+    copies.wait(ticket)             let the arithmetic issued from here on begin after it
+    copies.finish()                 wait on the host until nothing is being copied
+
+On a CPU a copy is made when it starts: one device computes and copies in turn. Not tried on CUDA here: the ring's order
+of copies is tested with twins that copy as early and as late as these promises permit.
+"""
+
+from __future__ import annotations
+
+import mmap
+import resource
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mora_ds.common.errors import UserError
+from mora_ds.models.decoder_layers import extent
+
+Pairs = Iterable[tuple[Tensor, Tensor]]
+"""(to, from)."""
+
+
+class Copies(Protocol):
+    """What the ring of buffers needs of a device."""
+
+    def pin(self, tensors: Iterable[Tensor]) -> None:
+        """Lock the memory of these tensors. Raises `UserError` where the system does not permit it."""
+
+    def start(self, pairs: Pairs) -> Any:
+        """Begin to copy. Returns a ticket."""
+
+    def wait(self, ticket: Any) -> None:
+        """Order the device's further work after the copies of this ticket."""
+
+    def finish(self) -> None:
+        """Return when all copies are done."""
+
+
+class CpuCopies:
+    """Copies at once."""
+
+    def pin(self, tensors: Iterable[Tensor]) -> None:
+        del tensors
+
+    def start(self, pairs: Pairs) -> None:
+        for target, source in pairs:
+            target.copy_(source)
+
+    def wait(self, ticket: None) -> None:
+        del ticket
+
+    def finish(self) -> None:
+        return None
+
+
+class CudaCopies:
+    """Copies on a stream of their own. The tensors' pages are locked where they are, so that ranks that share a mapping
+    go on sharing it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def pin(self, tensors: Iterable[Tensor]) -> None:
+        library: Any = torch.cuda.cudart()
+        for start, stop in page_ranges(tensors):
+            error = library.cudaHostRegister(start, stop - start, 0)
+            if int(error) not in (0, _ALREADY_REGISTERED):
+                raise UserError(
+                    f"--base_device host: {(stop - start) / 1e9:,.2f} GB of host memory cannot be locked for copies "
+                    f"({library.cudaGetErrorString(error)}; ulimit -l is {_locked_limit()}): raise the limits of "
+                    "locked and of host memory, or use --base_device device"
+                )
+
+    def start(self, pairs: Pairs) -> torch.cuda.Event:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        return event
+
+    def wait(self, ticket: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self._device).wait_event(ticket)
+
+    def finish(self) -> None:
+        self._stream.synchronize()
+
+
+_ALREADY_REGISTERED = 712
+"""cudaErrorHostMemoryAlreadyRegistered (driver_types.h)."""
+
+
+def copies_for(device: torch.device) -> Copies:
+    """Raises `UserError` for a kind of device that nobody has written this for."""
+    if device.type == "cpu":
+        return CpuCopies()
+    if device.type == "cuda":
+        return CudaCopies(device)
+    raise UserError(f"--base_device host is for CUDA devices and CPUs, not for {device.type}: use --base_device device")
+
+
+def host_bandwidth() -> float | None:
+    """Bytes a second that this process's GPU receives from locked host memory, measured; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    size, times = 1 << 28, []
+    source, target = torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.empty(size, dtype=torch.uint8).cuda()
+    for _ in range(5):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source, non_blocking=True)
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e-3)
+    return size / sorted(times)[2]
+
+
+def page_ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """(start, stop) of the memory of all tensors in whole pages, in order and disjoint: a page is locked once."""
+    page, ranges = mmap.PAGESIZE, []
+    for tensor in tensors:
+        if size := extent(tensor) * tensor.element_size():
+            start = tensor.data_ptr() // page * page
+            ranges.append((start, -(-(tensor.data_ptr() + size) // page) * page))
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(stop, merged[-1][1])
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _locked_limit() -> str:
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / 1e9:,.2f} GB"

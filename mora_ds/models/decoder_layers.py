@@ -1,0 +1,90 @@
+"""The decoder layers of a model, and the frozen weights that belong to each alone: what can be held layer by layer.
+
+decoder_layers(model)       name -> layer, in the order in which they run
+weights_of_layers(model)    name of a layer -> (name -> frozen tensor)
+stored_bytes(tensors)       bytes of a buffer for them; `offsets` says where each lies in it
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from mora_ds.adapters.inject import frozen_buffers
+from mora_ds.common.errors import UserError
+
+_ALIGNMENT, _LINE = 256, 64
+"""Bytes: the places of tensors in a buffer are multiples of the first, as in CUDA's allocator. On a CPU a tensor keeps
+its place within a cache line, the second: a matrix product may round otherwise at another one."""
+
+
+def decoder_layers(model: Any) -> dict[str, nn.Module]:
+    """The entries of the model's list of decoder layers: the `nn.ModuleList` with num_hidden_layers entries; of several
+    the one with most frozen elements. Raises `UserError` for a model that has none."""
+    count = int(model.config.get_text_config().num_hidden_layers)
+    lists = {
+        name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each) == count
+    }
+    if not lists:
+        raise UserError(
+            f"--base_device host: {type(model).__name__} has no list of {count} decoder layers, whose weights could be "
+            "held in turn: use --base_device device"
+        )
+    frozen = frozen_buffers(model)
+
+    def elements(name: str) -> int:
+        return sum(tensor.numel() for each, tensor in frozen.items() if each.startswith(f"{name}."))
+
+    chosen = max(lists, key=elements)
+    return {f"{chosen}.{index}": layer for index, layer in enumerate(lists[chosen])}
+
+
+def weights_of_layers(model: Any) -> dict[str, dict[str, Tensor]]:
+    """For each decoder layer in turn: its name -> (name in the model -> frozen tensor).
+
+    Left out: tensors that something outside of the layer uses, too. Raises `UserError` as `decoder_layers` does, and
+    for a model whose layers have no frozen weights of their own.
+    """
+    frozen = frozen_buffers(model)
+    owners: dict[str, str] = {}
+    for layer in decoder_layers(model):
+        owners.update({name: layer for name in frozen if name.startswith(f"{layer}.")})
+    uses = Counter((id(tensor), owners.get(name, "")) for name, tensor in frozen.items())
+    users = Counter(tensor for tensor, _ in uses)
+    weights: dict[str, dict[str, Tensor]] = {}
+    for name, layer in owners.items():
+        if users[id(frozen[name])] == 1:
+            weights.setdefault(layer, {})[name] = frozen[name]
+    if not weights:
+        raise UserError(
+            f"--base_device host: the decoder layers of {type(model).__name__} share their weights: use --base_device "
+            "device"
+        )
+    return weights
+
+
+def offsets(tensors: Iterable[Tensor]) -> tuple[dict[int, int], int]:
+    """(id of a tensor -> its first byte in a buffer that holds each once, bytes of the buffer)."""
+    places: dict[int, int] = {}
+    size = 0
+    for tensor in tensors:
+        if id(tensor) not in places:
+            within = 0 if tensor.is_meta else tensor.data_ptr() % _LINE // tensor.itemsize * tensor.itemsize
+            places[id(tensor)] = size + within
+            size += -(-(extent(tensor) * tensor.itemsize + _LINE) // _ALIGNMENT) * _ALIGNMENT
+    return places, size
+
+
+def stored_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of a buffer that holds each of these tensors once."""
+    return offsets(tensors)[1]
+
+
+def extent(tensor: Tensor) -> int:
+    """Elements of memory from a tensor's first to its last one, in its own strides."""
+    if not tensor.numel():
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -1,0 +1,307 @@
+"""A base in host memory, copied to buffers in turn: the same numbers to the bit as a base on the device.
+
+The device is another buffer of the CPU. Its copies come as late as the ring permits (`Late`) or at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.engine import base_ring, zero
+from mora_ds.engine.base_ring import BaseRing, ring_of, stream_base
+from mora_ds.engine.host_copies import CpuCopies, page_ranges
+from mora_ds.engine.initialize import initialize
+from mora_ds.engine.traffic import CollectiveCounter
+from mora_ds.models.decoder_layers import decoder_layers, stored_bytes, weights_of_layers
+from mora_ds.planning.step import Streamed, Work, planned_model
+from tests.helpers.engines import ds_config
+from tests.helpers.gloo import run_ranks
+from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
+
+LAYERS, CPU = 5, torch.device("cpu")
+
+
+class Late(CpuCopies):
+    """Copies when something waits for them; until then a buffer holds numbers that would be noticed."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[object, list[tuple[Tensor, Tensor]]]] = []
+
+    def start(self, pairs: Any) -> Any:
+        ticket, kept = object(), list(pairs)
+        for target, _ in kept:
+            target.fill_(float("nan") if target.is_floating_point() else 99)
+        self.waiting.append((ticket, kept))
+        return ticket
+
+    def wait(self, ticket: Any) -> None:
+        known = [each for each, _ in self.waiting]
+        for _, pairs in self.waiting[: known.index(ticket) + 1]:  # a stream copies in order
+            super().start(pairs)
+        del self.waiting[: known.index(ticket) + 1]
+
+    def finish(self) -> None:
+        if self.waiting:
+            self.wait(self.waiting[-1][0])
+
+
+CASES: list[dict[str, Any]] = [
+    {"checkpointing": True, "bf16": True, "accumulation": 4},
+    {"base_bits": 8, "operator": "share", "compute": "weight", "buffers": 3},
+]
+MORE: list[dict[str, Any]] = [
+    *({"checkpointing": c, "bf16": b, "accumulation": a} for c in (False, True) for b in (False, True) for a in (1, 4)),
+    *({"checkpointing": c, "base_bits": 8, "bf16": b} for c in (False, True) for b in (False, True)),
+    {"operator": "share", "compute": "weight", "checkpointing": True, "base_bits": 8},
+    {"operator": "decouple", "compute": "weight"},
+    {"family": "gpt2", "base_bits": 8},
+    {"family": "qwen2", "operator": "truncate", "accumulation": 4},
+    {"family": "gpt2", "checkpointing": True, "stage": 1},
+    {"family": "mixtral", "bf16": True, "checkpointing": True, "buffers": 4},
+    {"family": "gemma2", "train_norms": True, "train_embeddings": True, "stage": 2},
+    {"family": "gpt_neox", "stage": 0},
+    {"buffers": 99},
+]
+
+
+def trained(case: dict[str, Any], streamed: bool) -> dict[str, Any]:
+    """Two steps of this rank, with a change of the base in host memory between them."""
+    bf16, accumulation = case.get("bf16", False), case.get("accumulation", 1)
+    torch.manual_seed(0)
+    model = tiny_model(case.get("family", "llama"), num_hidden_layers=LAYERS)
+    if case.get("checkpointing"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    options = ("operator", "compute", "base_bits", "train_norms", "train_embeddings")
+    inject(model, MoRAConfig(rank=4, **{name: case[name] for name in options if name in case}))
+    config = ds_config(case.get("stage", 3), 2, accumulation, **({"bf16": {"enabled": True}} if bf16 else {}))
+    with patch.object(base_ring, "copies_for", lambda device: Late()):
+        buffers = case.get("buffers", 2) if streamed else None
+        engine, *_ = initialize(model=model, config=config, base_buffers=buffers)
+    ring, seen, losses = ring_of(model), Seen(model), []
+    slots = ring.slots if ring else []
+    counter = CollectiveCounter([*frozen_buffers(model).values(), *slots])
+    with counter.counting(), seen.counting():
+        for step in range(2 * accumulation):
+            if step == accumulation:
+                change(model)
+            loss = causal_loss(engine, tokens(2, seed=10 * step + dist.get_rank()))
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+    engine.eval()
+    with torch.no_grad():
+        losses.append(causal_loss(engine, tokens(2, seed=99)).item())
+    values = {name: zero.full_fp32(engine, each).clone() for name, each in engine.module.named_parameters()}
+    frozen = {name: tensor.clone() for name, tensor in frozen_buffers(model).items()}
+    used = len(seen.storages)
+    return {"losses": losses, "values": values, "frozen": frozen, "sent": counter.base_bytes, "used": used}
+
+
+def change(model: Any) -> None:
+    """As a merge does."""
+    if ring := ring_of(model):
+        ring.forget()
+    for layer in mora_layers(model).values():
+        layer.write(layer.read().float() * 1.5)
+
+
+class Seen:
+    """Storages that hold the weights of linear layers within decoder layers while these run."""
+
+    def __init__(self, model: Any) -> None:
+        prefix = next(iter(decoder_layers(model))).rpartition(".")[0]
+        self.layers = [layer for name, layer in mora_layers(model).items() if name.startswith(prefix)]
+        self.storages: set[int] = set()
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        handles = [layer.register_forward_hook(self._note, prepend=True) for layer in self.layers]
+        yield
+        for handle in handles:
+            handle.remove()
+
+    def _note(self, layer: Any, *_: Any) -> None:
+        self.storages.add(layer.weight.untyped_storage().data_ptr())
+
+
+def both(cases: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    return [(trained(case, False), trained(case, True)) for case in cases]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("cases", [CASES, *(pytest.param([case], marks=pytest.mark.heavy) for case in MORE)])
+def test_a_streamed_base_is_a_resident_one_to_the_bit(cases: list[dict[str, Any]]) -> None:
+    for results in run_ranks(2, both, cases):
+        for case, (resident, streamed) in zip(cases, results, strict=True):
+            assert streamed["losses"] == resident["losses"], case
+            for kind in ("values", "frozen"):
+                for name, value in resident[kind].items():
+                    assert torch.equal(streamed[kind][name], value), (case, name)
+            assert streamed["sent"] == 0
+            assert streamed["used"] == min(case.get("buffers", 2), LAYERS), case
+
+
+# -- the ring alone ---------------------------------------------------------------------------------------------------
+
+
+def streamed_model(buffers: int, family: str = "llama", layers: int = LAYERS, bits: int = 16) -> tuple[Any, BaseRing]:
+    model = tiny_model(family, num_hidden_layers=layers)
+    inject(model, MoRAConfig(rank=4, base_bits=bits))
+    return model, stream_base(model, buffers, CPU)
+
+
+@pytest.mark.parametrize("buffers", [2, 3, 4])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_micro_batch_copies_what_buffers_do_not_hold(buffers: int, checkpointing: bool) -> None:
+    """And as many bytes as the plan says, which a buffer that held another layer than it should would exceed."""
+    model, ring = streamed_model(buffers)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    plan = Streamed.of(model, buffers)
+    for _ in range(3):
+        before = ring.copied
+        causal_loss(model.train(), tokens(2)).backward()
+    assert ring.copied - before == plan.forward + plan.backward == 2 * (LAYERS - buffers) * plan.layers[0]
+    assert sum(slot.nbytes for slot in ring.slots) == plan.on_device
+    work = Work(AutoConfig.for_model("llama", **{**FAMILIES["llama"], "num_hidden_layers": LAYERS}),
+                MoRAConfig(rank=4), 16, dtype=torch.float32)  # fmt: skip
+    assert Streamed.of(planned_model(work), buffers) == plan
+
+
+def test_an_evaluation_copies_each_layer_once() -> None:
+    model, ring = streamed_model(2)
+    with torch.no_grad():
+        for _ in range(3):
+            before = ring.copied
+            causal_loss(model, tokens(2))
+    weights = [stored_bytes(own.values()) for own in weights_of_layers(model).values()]
+    assert LAYERS - 2 <= (ring.copied - before) / (Streamed.of(model, 2).layers[0]) <= LAYERS
+    assert max(weights) == ring.slots[0].nbytes
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_modules_hold_host_memory_outside_of_their_forward(family: str, bits: int) -> None:
+    model, ring = streamed_model(2, family, bits=bits)
+    host = {name: (id(tensor), tensor.clone()) for name, tensor in frozen_buffers(model).items()}
+    causal_loss(model.train(), tokens(2)).backward()
+    broken = next(iter(mora_layers(model).values()))
+    with patch.object(type(broken), "forward", side_effect=ValueError), pytest.raises(ValueError):
+        causal_loss(model, tokens(2))
+    for name, tensor in frozen_buffers(model).items():
+        assert (id(tensor), True) == (host[name][0], torch.equal(tensor, host[name][1])), name
+    with ring.aside():
+        found = {tensor.untyped_storage().data_ptr() for name, tensor in frozen_buffers(model).items()
+                 if name in ring_names(model)}  # fmt: skip
+    assert found == {slot.data_ptr() for slot in ring.slots}
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+
+
+def ring_names(model: Any) -> set[str]:
+    return base_ring.names_on_host(model)
+
+
+def test_a_saved_weight_is_there_again_when_backward_asks_for_it() -> None:
+    """Whatever has run since: here another forward pass of all layers, and an evaluation."""
+    model, _ = streamed_model(2)
+    expected = gradients(model)
+    loss = causal_loss(model.train(), tokens(2))
+    causal_loss(model, tokens(2, seed=5)).backward()
+    model.zero_grad()
+    with torch.no_grad():
+        causal_loss(model, tokens(2, seed=6))
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, expected[name]), name
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    causal_loss(model.train(), tokens(2)).backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def test_a_copy_that_is_being_used_is_not_replaced() -> None:
+    model, ring = streamed_model(2)
+    layers = list(decoder_layers(model).values())
+    with ring.holding(mora_layers(model)["model.layers.0.mlp.up_proj"]), pytest.raises(RunError, match="layer 2 runs"):
+        ring._copy(2)
+    with ring.holding(model.lm_head), ring.holding(layers[1].mlp):  # type: ignore[operator]
+        pass
+
+
+def test_tied_tensors_stay_on_the_device() -> None:
+    model = tiny_model("llama", num_hidden_layers=3)
+    inject(model, MoRAConfig(rank=4, target_modules=("q_proj",)))
+    layers = decoder_layers(model)
+    shared = model.model.layers[0].input_layernorm._buffers
+    model.model.layers[2].input_layernorm._buffers["weight"] = shared["weight"]
+    names = {name for own in weights_of_layers(model).values() for name in own}
+    assert list(layers) == [f"model.layers.{index}" for index in range(3)]
+    assert "model.layers.1.input_layernorm.weight" in names and "model.layers.1.mlp.up_proj.weight" in names
+    assert not names & {f"model.layers.{index}.input_layernorm.weight" for index in (0, 2)}
+    assert not [name for name in names if "embed" in name or "lm_head" in name]
+
+
+def test_what_is_refused() -> None:
+    model = tiny_model("llama", num_hidden_layers=3)
+    inject(model, MoRAConfig(rank=4))
+    with pytest.raises(UserError, match="--base_buffers must be at least 2, got 1"):
+        stream_base(model, 1, CPU)
+    with pytest.raises(UserError, match="not for meta"):
+        stream_base(model, 2, torch.device("meta"))
+    model.model.layers = nn.ModuleList([*model.model.layers, nn.Identity()])
+    with pytest.raises(UserError, match=r"LlamaForCausalLM has no list of 3 decoder layers.*--base_device device"):
+        weights_of_layers(model)
+
+
+def test_pages_are_locked_once() -> None:
+    page = page_ranges([torch.empty(1)])[0]
+    assert page[1] - page[0] in (4096, 16384, 65536)
+    memory = torch.empty(10 * (page[1] - page[0]), dtype=torch.uint8)
+    pieces = [memory[:100], memory[100:5000], memory[30_000:30_010], memory[:0]]
+    ranges = page_ranges(pieces)
+    assert ranges == sorted(ranges) and all(a[1] < b[0] for a, b in pairwise(ranges))
+    for piece in pieces[:3]:
+        assert any(start <= piece.data_ptr() and piece.data_ptr() + len(piece) <= stop for start, stop in ranges)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_gpu_computes_the_same_with_weights_in_locked_memory(checkpointing: bool) -> None:
+    device = torch.device("cuda")
+    found = []
+    for streamed in (False, True):
+        torch.manual_seed(0)
+        model = tiny_model("llama", num_hidden_layers=LAYERS)
+        inject(model, MoRAConfig(rank=4, operator="share"))
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if streamed:
+            ring = stream_base(model, 2, device)
+            assert all(tensor.is_pinned() for own in weights_of_layers(model).values() for tensor in own.values())
+            with ring.aside():
+                model.to(device)
+            for _ in range(3):
+                model.zero_grad()
+                causal_loss(model.train(), tokens(2).to(device)).backward()
+        else:
+            model.to(device)
+            causal_loss(model.train(), tokens(2).to(device)).backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

@@ -1,0 +1,159 @@
+"""Runs with --base_device host: curve, checkpoints and merge ledger are those of a run with its base on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from transformers import AutoConfig
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.ops.linear import Compute
+from mora_ds.config.arguments import parse
+from mora_ds.engine.base_device import BaseDevice
+from mora_ds.engine.base_ring import BaseRing
+from mora_ds.runtime.ranks import Ranks
+from mora_ds.train import base_device
+from mora_ds.train.base_device import settle_base_device
+from mora_ds.train.dry_run import planned
+from mora_ds.train.warm_start import run_job
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, refused, run
+from tests.helpers.models import FAMILIES
+from tests.helpers.resume import MERGING, assert_same_run, interrupted_job
+
+pytestmark = pytest.mark.gloo
+HOST = ("--base_device", "host")
+
+
+def deep(user: Playground, out: str, *more: Any) -> list[str]:
+    """Flags of a run with more decoder layers than buffers, and no file of weights."""
+    model = user.root / "deep.json"
+    if not model.exists():
+        AutoConfig.for_model("llama", **{**FAMILIES["llama"], "num_hidden_layers": 4}).to_json_file(model)
+    flags = user.flags(user.root / out, *MERGING, *more)
+    at = flags.index("--model_name_or_path")
+    return [*flags[:at], "--model_config", str(model), "--tokenizer_name", str(user.model), *flags[at + 2 :]]
+
+
+def counted(argv: list[str]) -> tuple[dict[str, Any], int]:
+    """A run's summary, and the bytes that it copied to the buffers."""
+    rings: list[BaseRing] = []
+    made = BaseRing.__init__
+
+    def noted(ring: BaseRing, *args: Any) -> None:
+        made(ring, *args)
+        rings.append(ring)
+
+    with patch.object(BaseRing, "__init__", noted):
+        summary = run_job(parse(argv))
+    return summary, sum(ring.copied for ring in rings)
+
+
+def test_a_run_is_the_same_and_goes_on_on_the_other_side(user: Playground) -> None:
+    """Two merges; stopped right after the first one, and resumed with the base on the device."""
+    more = ("--gradient_checkpointing", "--bf16")
+    run(1, deep(user, "resident", *more))
+    summary, copied = run_ranks(1, counted, deep(user, "streamed", *more, *HOST))[0]
+    assert copied > 0 == summary["base_bytes_gathered"]
+    assert_same_run(user.root / "streamed", user.root / "resident")
+    argv = deep(user, "changed", *more, "--resume_from_checkpoint", "auto")
+    run_ranks(1, interrupted_job, [*argv, *HOST], 4)
+    run(1, argv)
+    assert_same_run(user.root / "changed", user.root / "resident")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--gradient_accumulation_steps", 4),
+        ("--base_bits", 8, "--gradient_checkpointing", "--bf16"),
+        ("--base_bits", 8, "--operator", "share"),
+        ("--adapter", "lora", "--base_buffers", 3),
+        ("--optimizer", "muon", "--chunked_loss", "--attention", "dense"),
+        ("--operator", "subspace", "--alignment_weight", "0.1", "--mora_dropout", "0.1"),
+    ],
+    ids=lambda more: " ".join(map(str, more)),
+)
+def test_more_runs(user: Playground, more: tuple[Any, ...]) -> None:
+    """On two ranks; a streamed run resumed with its base on the device, and the other way."""
+    name = "-".join(map(str, more)).replace("-", "")
+    run(2, deep(user, f"{name}-resident", *more))
+    run(2, deep(user, f"{name}-streamed", *more, *HOST))
+    assert_same_run(user.root / f"{name}-streamed", user.root / f"{name}-resident")
+    for first, then, label in (((), HOST, "a"), (HOST, (), "b")):
+        argv = deep(user, f"{name}-{label}", *more, "--resume_from_checkpoint", "auto")
+        run_ranks(2, interrupted_job, [*argv, *first], 5)
+        run(2, [*argv, *map(str, then)])
+        assert_same_run(user.root / f"{name}-{label}", user.root / f"{name}-resident")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("more", [("--sequence_parallel_size", 2), ("--compile",)], ids=["ulysses", "compile"])
+def test_with_other_options(user: Playground, more: tuple[Any, ...]) -> None:
+    name = str(more[0]).strip("-")
+    run(2, deep(user, f"{name}-resident", *more))
+    run(2, deep(user, f"{name}-streamed", *more, *HOST))
+    assert_same_run(user.root / f"{name}-streamed", user.root / f"{name}-resident")
+
+
+@pytest.mark.heavy
+def test_paths_are_timed_and_domains_and_a_warm_start_work(user: Playground) -> None:
+    flags = deep(user, "timed", *HOST, "--compute", "auto", "--full_rank_steps", 2)
+    run(2, flags)
+    sources = [f"a={user.train}:1", f"b={user.other}:1"]
+    for out, more in (("domains", ()), ("domains-streamed", HOST)):
+        argv = deep(user, out, "--domain_adapters", "--train_files", *sources, "--compute", "auto", *more)
+        run(2, argv)
+    assert_same_run(user.root / "domains-streamed", user.root / "domains")
+
+
+# -- where the base is ------------------------------------------------------------------------------------------------
+
+
+def without_memory(argv: list[str]) -> tuple[str, str]:
+    with patch.object(base_device, "free_host_memory", lambda: 10_000):
+        return refused(argv)
+
+
+def test_too_little_host_memory_is_said_before_anything_is_loaded(user: Playground) -> None:
+    kind, message = run_ranks(1, without_memory, deep(user, "none", *HOST))[0]
+    assert kind == "UserError" and "0.01 MB are available" in message and "--base_device host" in message
+
+
+def settled(argv: list[str], memory: float) -> str:
+    """What auto becomes on a GPU with so much memory."""
+    from mora_ds.engine import device
+    from mora_ds.engine.initialize import start_distributed
+
+    start_distributed()
+    arguments = parse(argv)
+    config = AutoConfig.from_pretrained(arguments.model.model_config)
+    with (
+        patch.object(base_device, "is_cpu", lambda: False),
+        patch.object(device, "memory_bytes", lambda: memory),
+    ):
+        ds_config = base_device_config(arguments)
+        return settle_base_device(arguments, config, None, ds_config, Ranks.current()).training.base_device
+
+
+def base_device_config(arguments: Any) -> dict[str, Any]:
+    from mora_ds.train.setup import engine_config
+
+    return engine_config(arguments.training, arguments.adapter.adapter, 1)
+
+
+def test_auto_takes_the_host_where_the_base_does_not_fit(user: Playground) -> None:
+    argv = deep(user, "auto")
+    assert run_ranks(1, settled, argv, 80e9)[0] == BaseDevice.DEVICE.value
+    assert run_ranks(1, settled, argv, 1e5)[0] == BaseDevice.HOST.value
+
+
+def test_a_dry_run_plans_both(user: Playground) -> None:
+    resident, streamed = (planned(parse(deep(user, "dry", *more)), 1)[0] for more in ((), HOST))
+    assert resident.memory.host_base == 0 < streamed.memory.host_base
+    assert streamed.memory.base == resident.memory.base - streamed.memory.host_base + streamed.memory.base_buffers
+    assert streamed.copied > 0 and isinstance(streamed.work.adapter, MoRAConfig)
+    assert streamed.work.adapter.compute == Compute.WEIGHT.value
