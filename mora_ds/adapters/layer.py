@@ -183,6 +183,12 @@ class MoRALinear(AdaptedLinear):
         """Whether it can be trained over either path: with dropout, the frozen weight and M read different inputs."""
         return not self.dropout and (self.split is None or self.split.has_paths)
 
+    @property
+    def has_blocks_path(self) -> bool:
+        """Whether `Compute.BLOCKS` is another path than WEIGHT: for decouple and rotate, where neither kernels nor a
+        tensor-parallel group compute them."""
+        return self.spec.blockwise and self.split is None and not runs_kernels(self.weight.device)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.split is None and self.training and self.dropout:
             return super().forward(x)

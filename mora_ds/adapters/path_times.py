@@ -2,7 +2,7 @@
 
     observe(layers, forward)     how many tokens each layer reads in a forward
     cases(layers, calls)         the layers that are alike: in operator, size, tokens and part of a split layer
-    time_paths(case, rounds)     seconds of forward and backward of one layer of a case over each path in turn
+    time_cases(found, agree)     seconds of forward and backward of one layer of each case, over each path in turn
     quickest(timed)              the path of each shape
 
 The paths are timed in turn, so that whatever else the machine does slows all of them alike.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -24,15 +25,18 @@ from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops.linear import Compute
 
-PATHS = (Compute.ACTIVATION, Compute.WEIGHT)
+PATHS = (Compute.ACTIVATION, Compute.WEIGHT, Compute.BLOCKS)
 
 _SECONDS = 0.05
 """How long a case is timed, but at least `_FEWEST` rounds ..."""
 _FEWEST, _MOST = 5, 25
 """... and at most so many."""
+_CLOSE, _LONGER = 1.25, 4
+"""Paths that take up to so many times the quickest one's time are timed once more, for so many times as long."""
 
 Times = Mapping[Compute, Sequence[float]]
 """Seconds of each round, by path."""
+Agree = Callable[[str, Callable[[], Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,46 @@ def cases(layers: Mapping[str, MoRALinear], calls: Mapping[str, Call]) -> list[C
     return [Case(same[0], call, len(same)) for (_, call), same in alike.items()]
 
 
+def paths_of(layer: MoRALinear) -> tuple[Compute, ...]:
+    """The paths that differ for a layer."""
+    return PATHS if layer.has_blocks_path else (Compute.ACTIVATION, Compute.WEIGHT)
+
+
+def time_cases(
+    found: Iterable[Case], agree: Agree, hold: Callable[[MoRALinear], AbstractContextManager[Any]] = nullcontext
+) -> list[tuple[Case, Times]]:
+    """Seconds of each round of every case, by path; those of close paths are the longer ones of a second turn.
+
+    `agree(name, work)`: what `work` returns on rank 0, on all ranks. `hold`: what has the layer's weight on the device
+    while it is timed. Collective.
+    """
+
+    def timed_once(case: Case, times: int = 1, paths: Iterable[Compute] | None = None) -> dict[Compute, list[float]]:
+        with hold(case.layer):
+            return time_paths(case, lambda one: agree("rounds of timing", lambda: enough_rounds(one, times)), paths)
+
+    timed = [(case, timed_once(case)) for case in found]
+    for index, paths in agree("close paths", lambda: close_paths(timed)):
+        timed[index][1].update(timed_once(timed[index][0], _LONGER, paths))
+    return [(case, times) for case, times in timed]
+
+
+def close_paths(timed: Sequence[tuple[Case, Times]]) -> list[tuple[int, list[Compute]]]:
+    """The cases whose quickest paths are close, by index, and these paths."""
+    found = []
+    for index, (_, times) in enumerate(timed):
+        least = min(median(seconds) for seconds in times.values())
+        paths = [path for path, seconds in times.items() if median(seconds) <= _CLOSE * least]
+        if len(paths) > 1:
+            found.append((index, paths))
+    return found
+
+
 def time_paths(
-    case: Case, rounds: Callable[[float], int], paths: Iterable[Compute] = PATHS
+    case: Case, rounds: Callable[[float], int], paths: Iterable[Compute] | None = None
 ) -> dict[Compute, list[float]]:
     """Seconds of forward and backward over each path, as many times as `rounds` says of the seconds of one round.
+    `paths`: by default those of the layer.
 
     Collective for a split layer. Random numbers stand for input, gradient and M; the layer's own parameter, which ZeRO
     may have partitioned, is not touched, and torch's global generator is not drawn from.
@@ -112,7 +152,7 @@ def time_paths(
     x = torch.randn(1, case.call.tokens, case.call.inputs, generator=generator).to(layer.weight.device, layer.dtype)
     square = layer.shard(torch.randn(layer.spec.value_shape, generator=generator) / layer.spec.r_hat)
     leaves = x.requires_grad_(), square.to(x).requires_grad_()
-    found: dict[Compute, list[float]] = {path: [] for path in paths}
+    found: dict[Compute, list[float]] = {path: [] for path in paths or paths_of(layer)}
     with torch.no_grad():
         y = layer.product(*leaves, next(iter(found)))
     g = torch.randn(y.shape, generator=generator).to(y)
@@ -134,9 +174,9 @@ def time_paths(
     return found
 
 
-def enough_rounds(seconds: float) -> int:
-    """How many rounds of so many seconds tell the paths apart."""
-    return min(_MOST, max(_FEWEST, int(_SECONDS / max(seconds, 1e-9))))
+def enough_rounds(seconds: float, times: int = 1) -> int:
+    """How many rounds of so many seconds tell the paths apart; `times` as many where they are close."""
+    return min(times * _MOST, max(_FEWEST, int(times * _SECONDS / max(seconds, 1e-9))))
 
 
 def clock(device: torch.device) -> Callable[[], float]:

@@ -79,8 +79,9 @@ class AdapterArguments:
     """With --targets auto: parameters of all MoRA matrices, as a share of the model's (0.5%) or a number."""
     compute: str = "auto"
     """activation (the update is applied to the activations), weight (a weight W0 + update is formed, rounded to the
-    run's dtype), auto (both are timed at the start, and each shape of layers takes the quicker one) or the run.yaml of
-    an earlier run of auto, whose choice is taken. A resumed run keeps its choice."""
+    run's dtype), blocks (the same for decouple and rotate, block by block: quicker on a CPU, rounded otherwise), auto
+    (all are timed at the start, and each shape of layers takes the quickest one) or the run.yaml of an earlier run of
+    auto, whose choice is taken. A resumed run keeps its choice."""
     base_bits: int = AS_LOADED
     """8: hold the frozen weights of adapted layers in int8 with a scale per output, half of the memory of bf16; merges
     and exports read the original weights. 16: hold them in the run's dtype."""

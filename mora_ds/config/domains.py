@@ -99,7 +99,8 @@ def domain_problems(adapter: AdapterArguments, data: DataArguments, training: Tr
     except UserError as error:
         yield str(error)
     contradictions = {
-        "--compute weight forms one weight for all rows; leave it at auto": adapter.compute == Compute.WEIGHT.value,
+        f"--compute {adapter.compute} forms one weight for all rows; leave it at auto": adapter.compute
+        in (Compute.WEIGHT.value, Compute.BLOCKS.value),
         "--trainable_budget counts one MoRA matrix a layer, and there are several; give the file of a plan to "
         "--targets": adapter.trainable_budget is not None,
         f"--operator {SUBSPACE} has no MoRA matrices for single rows; use another one": adapter.operator == SUBSPACE,

@@ -230,7 +230,7 @@ class _SplitLinear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         if path is Compute.AUTO:
             path = formula_of_0_2(x.numel() // part.d_in, part.d_in, part.d_out, x.dtype, part.spec, split=True)
-        by_weight = path is Compute.WEIGHT
+        by_weight = path.over_weight
         ctx.part, ctx.split, ctx.weight, ctx.saving, ctx.by_weight = part, split, weight, saving, by_weight
         matrix = split.for_compute(own, part)
         z = part.fold(x) if saving.folds or not by_weight else x

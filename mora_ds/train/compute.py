@@ -26,11 +26,10 @@ from mora_ds.adapters.path_times import (
     Case,
     Times,
     cases,
-    enough_rounds,
     observe,
     quickest,
     shape_of,
-    time_paths,
+    time_cases,
     undecided,
 )
 from mora_ds.checkpoint.state import Paths
@@ -61,14 +60,8 @@ def choose(model: nn.Module, ranks: Ranks, forward: Callable[[], Any]) -> dict[s
         for name, count in tokens.items()
         if count
     }
-
-    def rounds(seconds: float) -> int:
-        return ranks.on_first("rounds of timing", lambda: enough_rounds(seconds))
-
-    ring, timed = ring_of(model), list[tuple[Case, Times]]()
-    for case in cases(layers, calls):
-        with nullcontext() if ring is None else ring.holding(case.layer):
-            timed.append((case, time_paths(case, rounds)))
+    ring = ring_of(model)
+    timed = time_cases(cases(layers, calls), ranks.on_first, nullcontext if ring is None else ring.holding)
     found: dict[str, Compute] = ranks.on_first("paths of the layers", lambda: quickest(timed))
     if timed:
         logger.info("\n".join(_table(timed, found)))
@@ -127,7 +120,7 @@ def _table(timed: list[tuple[Case, Times]], found: Mapping[str, Compute]) -> lis
         f"{'layer':<{width}} {'count':>6} {'tokens':>8}{names}  takes",
     ]
     for case, times in timed:
-        figures = "".join(f"{1e3 * median(times[path]):>12.3f}" for path in PATHS)
+        figures = "".join(f"{1e3 * median(times[path]):>12.3f}" if path in times else f"{'':>12}" for path in PATHS)
         takes = found[case.shape].value
         lines.append(f"{case.shape:<{width}} {case.count:>6} {case.call.tokens:>8}{figures}  {takes}")
     return lines

@@ -15,10 +15,13 @@ from mora_ds.adapters.path_times import (
     Call,
     Case,
     cases,
+    close_paths,
     enough_rounds,
     observe,
+    paths_of,
     quickest,
     shape_of,
+    time_cases,
     time_paths,
     undecided,
 )
@@ -50,10 +53,10 @@ def test_layers_with_one_path_are_not_timed() -> None:
         assert not cases(layers, calls)
 
 
-@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize(("bits", "operator"), [(16, "share"), (8, "share"), (16, "rotate"), (8, "rotate")])
 @pytest.mark.parametrize("recomputes", [False, True])
-def test_timing_leaves_layer_and_generator_alone(bits: int, recomputes: bool) -> None:
-    layer = undecided(injected(base_bits=bits))["model.layers.0.mlp.down_proj"]
+def test_timing_leaves_layer_and_generator_alone(bits: int, operator: str, recomputes: bool) -> None:
+    layer = undecided(injected(base_bits=bits, operator=operator))["model.layers.0.mlp.down_proj"]
     before = [layer.square.clone(), layer.weight.clone(), torch.get_rng_state()]
     layer.recomputed = recomputes
     calls: list[Compute] = []
@@ -65,14 +68,15 @@ def test_timing_leaves_layer_and_generator_alone(bits: int, recomputes: bool) ->
 
     layer.product = counted  # type: ignore[method-assign]
     found = time_paths(Case(layer, Call(16, layer.in_features), 1), lambda seconds: 3)
-    assert list(found) == list(PATHS) and all(len(times) == 3 and min(times) >= 0 for times in found.values())
+    assert list(found) == list(paths_of(layer)) and all(len(times) == 3 and min(times) >= 0 for times in found.values())
     assert all(
         torch.equal(*pair) for pair in zip(before, [layer.square, layer.weight, torch.get_rng_state()], strict=True)
     )
     assert layer.square.grad is None
     rounds = calls[1:]  # the first makes the output's gradient
     per_path = 2 if recomputes else 1
-    assert rounds == [path for path in PATHS for _ in range(per_path)] * 5, "warmed up, counted, then timed in turn"
+    turn = [path for path in found for _ in range(per_path)]
+    assert rounds == turn * 5, "warmed up, counted, then timed in turn"
 
 
 def test_the_path_of_a_shape_is_the_quickest_of_all_its_layers() -> None:
@@ -83,6 +87,24 @@ def test_the_path_of_a_shape_is_the_quickest_of_all_its_layers() -> None:
     other = {Compute.ACTIVATION: slow, Compute.WEIGHT: quick}
     assert quickest([(few, one), (many, other)]) == {shape_of(layer): Compute.WEIGHT}
     assert quickest([(few, one)]) == {shape_of(layer): Compute.ACTIVATION}
+
+
+def test_close_paths_are_timed_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = undecided(injected(operator="rotate"))["model.layers.0.self_attn.q_proj"]
+    assert paths_of(layer) == PATHS
+    wanted = []
+
+    def timed(case: Case, rounds: object, paths: object = None) -> dict[Compute, list[float]]:
+        wanted.append(paths)
+        if paths is None:
+            return {Compute.ACTIVATION: [9.0], Compute.WEIGHT: [1.0], Compute.BLOCKS: [1.1]}
+        return {Compute.WEIGHT: [1.1] * 3, Compute.BLOCKS: [1.0] * 3}
+
+    monkeypatch.setattr(path_times, "time_paths", timed)
+    found = time_cases([Case(layer, Call(8, 32), 1)], lambda name, work: work())
+    assert wanted == [None, [Compute.WEIGHT, Compute.BLOCKS]]
+    assert quickest(found) == {shape_of(layer): Compute.BLOCKS}
+    assert not close_paths([(found[0][0], {Compute.WEIGHT: [1.0], Compute.BLOCKS: [2.0]})])
 
 
 def test_short_rounds_are_many() -> None:
@@ -97,7 +119,7 @@ def test_a_layer_over_its_path_is_what_was_timed() -> None:
     with torch.no_grad():
         layer.square.normal_()
     x = torch.randn(2, 5, 32)
-    for path in PATHS:
+    for path in PATHS:  # share takes `blocks` for `weight`
         layer.compute = path
         assert torch.equal(layer(x), layer.product(x, layer.square, path))
     assert path_times.undecided(layer) == {}

@@ -10,10 +10,11 @@ import pytest
 import torch
 import yaml
 
+from mora_ds.adapters import path_times
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject
 from mora_ds.adapters.ops.linear import Compute
-from mora_ds.adapters.path_times import PATHS, Case, shape_of, undecided
+from mora_ds.adapters.path_times import PATHS, Case, paths_of, shape_of, undecided
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import UserError
 from mora_ds.runtime.ranks import Ranks
@@ -33,8 +34,8 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
 def always(quick: Compute) -> Callable[..., Any]:
     """`time_paths` of a machine on which one path is quicker."""
 
-    def timed(case: Case, rounds: Callable[[float], int]) -> dict[Compute, list[float]]:
-        return {path: [1.0 if path is quick else 2.0] * rounds(1.0) for path in PATHS}
+    def timed(case: Case, rounds: Callable[[float], int], paths: object = None) -> dict[Compute, list[float]]:
+        return {path: [1.0 if path is quick else 2.0] * rounds(1.0) for path in paths_of(case.layer)}
 
     return timed
 
@@ -44,7 +45,7 @@ def job_where(quick: Compute | None, argv: list[str]) -> None:
     if quick is None:
         AdapterJob.choose_compute = lambda job: None  # type: ignore[method-assign]  # in this forked rank alone
     else:
-        compute.time_paths = always(quick)
+        path_times.time_paths = always(quick)
     job(argv)
 
 
@@ -59,8 +60,8 @@ AUTO = ("--compute", "auto", "--save_steps", 3, "--merge_every", 2, "--restart_w
 def test_a_resumed_run_keeps_its_paths_whatever_it_would_measure(user: Playground, tmp_path: Path) -> None:
     whole, out, other = (tmp_path / name for name in ("whole", "out", "other"))
     run_ranks(1, job_where, Compute.ACTIVATION, user.flags(whole, *AUTO))
-    run_ranks(1, job_where, Compute.WEIGHT, user.flags(other, *AUTO))
-    assert set(saved(whole).values()) == {Compute.ACTIVATION} and set(saved(other).values()) == {Compute.WEIGHT}
+    run_ranks(1, job_where, Compute.BLOCKS, user.flags(other, *AUTO))
+    assert set(saved(whole).values()) == {Compute.ACTIVATION} and set(saved(other).values()) == {Compute.BLOCKS}
     tensors, others = checkpoint_tensors(whole), checkpoint_tensors(other)
     assert any(not torch.equal(tensors[name], others[name]) for name in tensors), "or this test shows nothing"
 
@@ -97,7 +98,7 @@ def decided(folder: str) -> dict[str, str]:
     """Two ranks of which each finds another path quicker."""
     ranks, model = Ranks.current(), tiny_model("llama")
     inject(model, MoRAConfig(rank=4, operator="share"))
-    compute.time_paths = always(PATHS[ranks.rank])  # in this forked rank alone
+    path_times.time_paths = always(PATHS[ranks.rank])  # in this forked rank alone
     found = compute.choose(model, ranks, lambda: model(input_ids=tokens(2 + ranks.rank)))
     compute.take(model, found, "here")
     assert not undecided(model)

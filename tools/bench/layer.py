@@ -33,7 +33,7 @@ from mora_ds.adapters.ops.linear import Compute, formula_of_0_2, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
-from mora_ds.adapters.path_times import Call, Case, clock, enough_rounds, quickest, time_paths
+from mora_ds.adapters.path_times import PATHS, Call, Case, clock, quickest, time_cases, time_paths
 from tools.bench.measuring import SavedActivations
 from tools.bench.report import Report, json_flag
 
@@ -86,7 +86,7 @@ def forwards(layer: Layer, base_bits: int) -> dict[str, tuple[Step, list[Tensor]
     peft = peft_lora(layer)
     if peft is not None:
         found["PEFT LoRA"] = lambda: peft(x), [p for p in peft.parameters() if p.requires_grad]
-    for path in (Compute.ACTIVATION, Compute.WEIGHT):
+    for path in PATHS if spec.blockwise else PATHS[:2]:
         found[path.value] = (lambda path=path: mora_linear(x, weight, None, square, spec, path)), [square]  # type: ignore[misc]
     if base_bits == 8:
         small = Int8Weight(*quantize(weight))
@@ -150,7 +150,7 @@ def saved_mib(layer: Layer, step: Step, trained: list[Tensor]) -> float:
     return saved.nbytes / 2**20
 
 
-COLUMNS = ("full", "PEFT LoRA", "our LoRA", "reference", "activation", "weight")
+COLUMNS = ("full", "PEFT LoRA", "our LoRA", "reference", *(path.value for path in PATHS))
 IN_8_BITS = ("frozen, int8", "activation, int8", "weight, int8")
 
 
@@ -168,7 +168,7 @@ def row(layer: Layer, now: Callable[[], float], seconds: float, base_bits: int) 
 
 def chosen(case: Case) -> Compute:
     """What `--compute auto` takes, in the few milliseconds that a run gives it."""
-    return quickest([(case, time_paths(case, enough_rounds))])[case.shape]
+    return quickest(time_cases([case], lambda name, work: work()))[case.shape]
 
 
 def choice(layer: Layer, seconds: float) -> tuple[list[str], float, float]:
@@ -178,7 +178,7 @@ def choice(layer: Layer, seconds: float) -> tuple[list[str], float, float]:
     times = time_paths(case, lambda one: max(15, int(seconds / one)))
     found = {path: statistics.median(each) for path, each in times.items()}
     best = min(found.values())
-    figures = [f"{1e3 * found[path]:.2f}" for path in found]
+    figures = [f"{1e3 * found[path]:.2f}" if path in found else "" for path in PATHS]
     ratios = [found[path] / best for path in (auto, formula)]
     took = [f"{path.value}: {ratio:.2f}" for path, ratio in zip((auto, formula), ratios, strict=True)]
     name = f"{spec.d_in} x {spec.d_out}, {tokens}"
@@ -187,7 +187,8 @@ def choice(layer: Layer, seconds: float) -> tuple[list[str], float, float]:
 
 def choices(layers: Iterator[Layer], seconds: float, name: str, report: Report) -> None:
     """The table of `choice`, and the worst of its ratios."""
-    rows, ratios = [["d_in x d_out, tokens", "operator", "r_hat", "activation, ms", "weight, ms", "auto", "0.2"]], []
+    times = [f"{path.value}, ms" for path in PATHS]
+    rows, ratios = [["d_in x d_out, tokens", "operator", "r_hat", *times, "auto", "0.2"]], []
     for layer in layers:
         found, *pair = choice(layer, seconds)
         rows.append(found)

@@ -5,7 +5,8 @@
 A Llama of random weights on random tokens, in turns:
 
     base alone        the frozen model, forward and the gradient of its input: the limit of any adapter
-    mora_ds           MoRA under ZeRO-3, the base unsharded on every rank; also with the operator share, and our LoRA
+    mora_ds           MoRA under ZeRO-3, the base unsharded on every rank, each layer over the path that --compute auto
+                      takes; also with the operator share, and our LoRA
     PEFT LoRA         of the same rank, under DeepSpeed's ZeRO-3 with its defaults: the base sharded with the rest;
                       and under ZeRO-2, where every rank has the complete base as here: the rival
     full training     under ZeRO-3
@@ -34,6 +35,8 @@ from mora_ds.adapters.config import LoRAConfig
 from mora_ds.engine.initialize import initialize_full, start_distributed
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.runtime import cli
+from mora_ds.runtime.ranks import Ranks
+from mora_ds.train.compute import choose, take
 from tools.bench.measuring import llama_config, seconds_of, zero3_config
 from tools.bench.report import Report, json_flag
 
@@ -80,7 +83,9 @@ def _contenders(options: argparse.Namespace, ids: torch.Tensor) -> dict[str, tup
     for name, adapter in ours.items():
         model = _model(options)
         trained = inject(model, adapter).trainable_params
-        found[name] = (trained, _engine_step(initialize(model=model, config=config)[0], ids))
+        engine = initialize(model=model, config=config)[0]
+        _choose_paths(model, ids)
+        found[name] = (trained, _engine_step(engine, ids))
     for name, stage in ((PEER, 3), (RIVAL, 2)):
         if (peer := _peft(options)) is not None:
             settings = {**config, "zero_optimization": {"stage": stage}}
@@ -88,6 +93,12 @@ def _contenders(options: argparse.Namespace, ids: torch.Tensor) -> dict[str, tup
     full = _model(options)
     found["full training"] = (_trained(full), _engine_step(initialize_full(model=full, config=config)[0], ids))
     return found
+
+
+@torch.no_grad()
+def _choose_paths(model: Any, ids: torch.Tensor) -> None:
+    """What `Run.choose_compute` does when a run begins."""
+    take(model, choose(model, Ranks.current(), lambda: model(input_ids=ids)), "--compute")
 
 
 def _model(options: argparse.Namespace) -> Any:

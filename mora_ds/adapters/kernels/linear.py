@@ -47,7 +47,7 @@ def kernel_linear(
     spec = tables.spec
     if path is Compute.AUTO:
         path = formula_of_0_2(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype, spec)
-    if path is Compute.WEIGHT:
+    if path.over_weight:
         return weight_linear(x, weight, bias, square, tables, keep)
     return activation_linear(x, weight, bias, square, tables)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -37,13 +37,19 @@ class GatherIndex:
     """Positions that stay zero; None where there are none."""
     rows: int
 
+    @cached_property
+    def narrow(self) -> Tensor:
+        """`index` in int32, which takes less time to read."""
+        with torch.inference_mode(False):  # it may be training that takes it next
+            return self.index.int()
+
     def take(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., rows, R)."""
-        return gather(x, self.index, self.missing).unflatten(-1, (self.rows, -1))
+        return gather(x, self.narrow, self.missing).unflatten(-1, (self.rows, -1))
 
     def sum(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., 1, R): `take`, summed over rows."""
-        return gather_sum(x, self.index, self.missing, self.rows)
+        return gather_sum(x, self.narrow, self.missing, self.rows)
 
     def to(self, device: torch.device) -> GatherIndex:
         missing = None if self.missing is None else self.missing.to(device)

@@ -1,11 +1,12 @@
-"""The product of a layer that has a MoRA matrix, computed in one of two ways.
+"""The product of a layer that has a MoRA matrix, computed in one of three ways.
 
     activation   W0 x + decompress(M compress(x))             works on the activations: cost ~ tokens
     weight       (W0 + delta_weight(M)) x                     works on the weight: cost ~ d_in * d_out in each direction
+    blocks       the same for decouple and rotate             moves no more of delta than its blocks (`ops.blocks`)
 
-The weight path forms the sum in forward and again in backward, so that nothing of the size of W0 is saved; the gradient
+The weight paths form the sum in forward and again in backward, so that nothing of the size of W0 is saved; the gradient
 of M comes from the folded input and the folded output gradient (`square_gradient`), not from a (d_out, d_in) product.
-Both are the same function of x and M. They differ in rounding: in bf16 or fp16 the weight path rounds W0 + delta to
+All are the same function of x and M. They differ in rounding: in bf16 or fp16 the weight path rounds W0 + delta to
 that dtype, as mixed-precision training of full weights does, so that a delta smaller than half a unit in the last place
 of W0 has no effect until it has grown; the gradient of M is that of the sum. Loss curves of both: README.
 A weight in 8 bits is made dense for each product of either path, and freed after it (`int8`).
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mora_ds.adapters.ops import blocks
 from mora_ds.adapters.ops.gather import LOW_PRECISION
 from mora_ds.adapters.ops.int8 import Weight, dense, parts_of, weight_of
 from mora_ds.adapters.ops.mora import (
@@ -48,6 +50,12 @@ class Compute(str, Enum):
     AUTO = "auto"
     ACTIVATION = "activation"
     WEIGHT = "weight"
+    BLOCKS = "blocks"
+
+    @property
+    def over_weight(self) -> bool:
+        """Whether W0 + delta is formed."""
+        return self in (Compute.WEIGHT, Compute.BLOCKS)
 
 
 def formula_of_0_2(
@@ -71,8 +79,8 @@ def formula_of_0_2(
     if dtype in LOW_PRECISION and not (split or spec.blockwise):
         activation = tokens * spec.r_hat * (d_in + 2 * d_out)
     else:
-        blocks = max(spec.blocks_in, spec.blocks_out) if spec.blockwise else 1
-        activation = moves * tokens * (d_in + d_out) + 2 * tokens * spec.r_hat**2 * blocks
+        count = max(spec.blocks_in, spec.blocks_out) if spec.blockwise else 1
+        activation = moves * tokens * (d_in + d_out) + 2 * tokens * spec.r_hat**2 * count
     return Compute.WEIGHT if weight <= activation else Compute.ACTIVATION
 
 
@@ -87,8 +95,8 @@ def mora_linear(
     """
     if path is Compute.AUTO:
         path = formula_of_0_2(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype, spec)
-    if path is Compute.WEIGHT:
-        return _WeightPath.apply(x, weight, bias, square, spec, keep)
+    if path.over_weight:
+        return _WeightPath.apply(x, weight, bias, square, spec, keep, path is Compute.BLOCKS and spec.blockwise)
     return _ActivationPath.apply(x, weight, bias, square, spec)
 
 
@@ -98,11 +106,12 @@ class _WeightPath(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec, keep: bool
-    ) -> Tensor:
-        ctx.spec = spec
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec, keep: bool,
+        by_blocks: bool,
+    ) -> Tensor:  # fmt: skip
+        ctx.spec, ctx.form = spec, blocks.form if by_blocks else effective_weight
         saved = x if spec.blockwise else fold_input(spec, x)
-        formed = effective_weight(spec, square, dense(weight, x.dtype))
+        formed = ctx.form(spec, square, dense(weight, x.dtype))
         ctx.save_for_backward(saved, square, formed if keep else None, *parts_of(weight))
         return F.linear(x, formed, bias)
 
@@ -112,10 +121,13 @@ class _WeightPath(torch.autograd.Function):
         saved, square, formed, *parts = ctx.saved_tensors
         g_x = g_square = None
         if ctx.needs_input_grad[0]:
-            g_x = g @ (effective_weight(spec, square, dense(weight_of(*parts), g.dtype)) if formed is None else formed)
+            g_x = g @ (ctx.form(spec, square, dense(weight_of(*parts), g.dtype)) if formed is None else formed)
         if ctx.needs_input_grad[3]:
-            g_square = square_gradient(spec, saved, g, form_dense=sums_by_product(g))
-        return g_x, None, None, g_square, None, None
+            if ctx.form is blocks.form:
+                g_square = blocks.square_gradient(spec, saved, g)
+            else:
+                g_square = square_gradient(spec, saved, g, form_dense=sums_by_product(g))
+        return g_x, None, None, g_square, None, None, None
 
 
 class _ActivationPath(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Both ways to compute a layer are base + delta, forward and backward, on every operator, shape and kind of device."""
+"""All ways to compute a layer are base + delta, forward and backward, on every operator, shape and kind of device."""
 
 from __future__ import annotations
 
@@ -7,36 +7,37 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mora_ds.adapters.ops import linear, mora
+from mora_ds.adapters.ops import blocks, linear, mora
 from mora_ds.adapters.ops.linear import Compute, formula_of_0_2, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
 from tests.helpers.operators import by_definition, by_path, outputs_and_gradients, random, saved_bytes, spec_id, specs
 
-both_paths = pytest.mark.parametrize("path", [Compute.ACTIVATION, Compute.WEIGHT])
+PATHS = (Compute.ACTIVATION, Compute.WEIGHT, Compute.BLOCKS)
+all_paths = pytest.mark.parametrize("path", PATHS)
 
 
 @pytest.mark.parametrize("spec", list(specs()), ids=spec_id)
-def test_both_paths_are_base_plus_delta(spec: OperatorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_paths_are_base_plus_delta(spec: OperatorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
     for sums in (True, False):  # as on a CPU, as on a GPU
         monkeypatch.setattr(mora, "prefers_scatter", lambda x, sums=sums: sums)
-        for path in (Compute.ACTIVATION, Compute.WEIGHT):
+        for path in PATHS:
             found = outputs_and_gradients(spec, torch.float64, by_path(spec, path))
             for one, right in zip(found, expected, strict=True):
                 torch.testing.assert_close(one, right, rtol=1e-11, atol=1e-10)
 
 
-@both_paths
+@all_paths
 @pytest.mark.parametrize("spec", [s for s in specs() if max(s.d_in, s.d_out) > 1][::5], ids=spec_id)
-def test_both_paths_in_bf16(spec: OperatorSpec, path: Compute) -> None:
+def test_all_paths_in_bf16(spec: OperatorSpec, path: Compute) -> None:
     """By other products than in fp32: within what bf16 rounds."""
     expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
     for found, right in zip(outputs_and_gradients(spec, torch.bfloat16, by_path(spec, path)), expected, strict=True):
         assert (found - right).norm() <= 8 * torch.finfo(torch.bfloat16).eps * right.norm()
 
 
-@both_paths
+@all_paths
 def test_a_transposed_weight_will_do(path: Compute) -> None:
     spec = OperatorSpec(OperatorKind.SHARE, 12, 8, 6, Grouping.PERMUTED, seed=1)
     x, weight, square = random(5, 12), random(12, 8, seed=1), random(6, 6, seed=2)
@@ -44,10 +45,31 @@ def test_a_transposed_weight_will_do(path: Compute) -> None:
     torch.testing.assert_close(found, x @ (weight.T + delta_weight(spec, square)).T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", [s for s in specs() if s.blockwise][::5], ids=spec_id)
+def test_blocks_form_the_weight_that_delta_weight_says(spec: OperatorSpec, dtype: torch.dtype) -> None:
+    """Where a block is longer than the input, an entry is a sum of several, rounded one by one."""
+    square, weight = random(spec.r_hat, spec.r_hat).to(dtype), random(spec.d_out, spec.d_in, seed=1).to(dtype)
+    found = blocks.form(spec, square, weight)
+    expected = weight.double() + delta_weight(spec, square.double())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=64 * torch.finfo(dtype).eps)
+    assert found.is_contiguous() and found.dtype is dtype
+
+
+def test_blocks_sum_any_number_of_tokens_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many at a time as fit into the cache: the gradient is that of all at once."""
+    spec = OperatorSpec(OperatorKind.ROTATE, 33, 17, 6, Grouping.PERMUTED, seed=17)
+    x, g = random(50, 33), random(50, 17, seed=1)
+    at_once = blocks.square_gradient(spec, x, g)
+    monkeypatch.setattr(blocks, "tokens_in_cache", lambda *_: 16)
+    torch.testing.assert_close(blocks.square_gradient(spec, x, g), at_once)
+    torch.testing.assert_close(at_once, mora.adjoint(spec, g.T @ x))
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-@both_paths
+@all_paths
 def test_a_shared_square_keeps_the_folded_input_alone(path: Compute) -> None:
     d, rank, tokens = 64, 4, 40
     spec = OperatorSpec(
@@ -63,7 +85,7 @@ def test_a_shared_square_keeps_the_folded_input_alone(path: Compute) -> None:
     assert kept <= 0.6 * lora
 
 
-@both_paths
+@all_paths
 def test_rotate_keeps_the_input_that_others_read_too(path: Compute) -> None:
     spec = OperatorSpec(OperatorKind.ROTATE, 32, 32, 8, Grouping.PERMUTED, seed=1)
     x, square = torch.randn(9, 32, requires_grad=True), torch.randn(8, 8, requires_grad=True)
