@@ -55,6 +55,8 @@ def main() -> None:
     options = _options()
     if min(options.adapters, options.rows, options.repeat, *options.tokens) < 1 or options.cycles < 0:
         raise UserError("--adapters, --rows, --repeat and --tokens must be at least 1, --cycles at least 0")
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         started = time.monotonic()
         own = write(Path(folder), options)
