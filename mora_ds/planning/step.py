@@ -21,7 +21,7 @@ from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.domains import DomainLinear, domains_of
 from mora_ds.adapters.inject import base_weights, frozen_buffers, inject, mora_layers, scale_names, set_cycle
 from mora_ds.adapters.merge_layer import merge_layer
-from mora_ds.adapters.ops import index_tables
+from mora_ds.adapters.ops import blocks, index_tables
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.common.errors import UserError, reason
 from mora_ds.data.documents import Documents
@@ -307,4 +307,5 @@ def _drop_gradient(parameter: Tensor) -> None:
 def _clear_tables() -> None:
     """Drops cached index tables, so that the next measurement makes and counts them."""
     index_tables.clear_tables()
+    blocks.clear_tables()
     windows.clear_tables()
