@@ -234,10 +234,11 @@ def place_base(planner: Planner, device: BaseDevice, buffers: int) -> Planner:
     """The planner with its base where `device` says; auto: in host memory if its work does not fit otherwise. Raises
     `UserError` for work that has no frozen base to be there."""
     work = planner.work
-    has_choice = work.adapter is not None and work.tensor_parallel == 1
     if device is BaseDevice.HOST and work.adapter is None:
         raise UserError("--base_device host is for a base that is frozen under an adapter: use device")
-    if device is BaseDevice.DEVICE or (device is BaseDevice.AUTO and (not has_choice or planner.plan().fits)):
+    can_be_there = work.adapter is not None and work.tensor_parallel == 1
+    stays = device is BaseDevice.AUTO and (not can_be_there or planner.plan(exact=False).fits)
+    if stays or device is BaseDevice.DEVICE:
         return planner
     return replace(planner, work=replace(work, base_buffers=buffers))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from mora_ds.common.errors import UserError
+from mora_ds.common.errors import UserError, reason
 from mora_ds.config.arguments import Arguments
-from mora_ds.engine.base_device import LEAST_BUFFERS, BaseDevice
+from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.device import free_host_memory, is_cpu
 from mora_ds.planning.plan import Planner, place_base
 from mora_ds.planning.report import size_text, verdict
@@ -26,19 +27,21 @@ def settle_base_device(
     Raises `UserError` for --base_device host where the model's decoder layers are not found, and where a node has too
     little memory for them.
     """
-    wanted = BaseDevice(arguments.training.base_device)
+    training = arguments.training
+
+    def planner() -> Planner:
+        return planner_of(arguments, config, ds_config, ranks.world, implementation)
+
+    wanted = BaseDevice(training.base_device)
     if wanted is BaseDevice.AUTO and (arguments.adapter.is_control or is_cpu()):
         wanted = BaseDevice.DEVICE
-    if wanted is not BaseDevice.DEVICE:
-        planner = planner_of(arguments, config, ds_config, ranks.world, implementation)
-        if wanted is BaseDevice.AUTO:
-            wanted = ranks.on_first("where the base is", lambda: _by_plan(planner), long=True)
+    if wanted is BaseDevice.AUTO:
+        wanted = ranks.on_first("where the base is", lambda: _by_plan(planner, training.base_buffers), long=True)
     if wanted is BaseDevice.HOST:
-        buffers = arguments.training.base_buffers
-        needed = ranks.on_first("decoder layers", lambda: planner.streamed(buffers).total, long=True)
+        needed = ranks.on_first("decoder layers", lambda: planner().streamed(training.base_buffers).total, long=True)
         ranks.agree("host memory for the base", lambda: check_host_memory(needed, free_host_memory()))
         logger.info(f"frozen base: {size_text(needed)} in host memory, copied to the device layer by layer")
-    return replace(arguments, training=replace(arguments.training, base_device=wanted.value))
+    return replace(arguments, training=replace(training, base_device=wanted.value))
 
 
 def check_host_memory(needed: int, free: int) -> None:
@@ -51,15 +54,17 @@ def check_host_memory(needed: int, free: int) -> None:
         )
 
 
-def _by_plan(planner: Planner) -> BaseDevice:
-    """What auto means: host if the run does not fit otherwise, as far as it can be planned."""
+def _by_plan(make: Callable[[], Planner], buffers: int) -> BaseDevice:
+    """What auto means: host if the run does not fit otherwise."""
     try:
-        placed = place_base(planner, BaseDevice.AUTO, LEAST_BUFFERS)
+        planner = make()
+        placed = place_base(planner, BaseDevice.AUTO, buffers)
         if placed is planner:
             return BaseDevice.DEVICE
-        placed.streamed(LEAST_BUFFERS)
-    except UserError as error:
-        logger.info(f"--base_device auto: device, as no other can be planned: {error}")
+        placed.streamed(buffers)
+        text = verdict(planner.plan(exact=False))
+    except Exception as error:  # a plan is advice: a model that cannot be planned may well run
+        logger.warning("--base_device auto: device, as this run cannot be planned: %s", reason(error))
         return BaseDevice.DEVICE
-    logger.info(f"--base_device auto: host, as with device {verdict(planner.plan())}")
+    logger.info(f"--base_device auto: host, as with device {text}")
     return BaseDevice.HOST

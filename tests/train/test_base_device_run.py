@@ -151,6 +151,15 @@ def test_auto_takes_the_host_where_the_base_does_not_fit(user: Playground) -> No
     assert run_ranks(1, settled, argv, 1e5)[0] == BaseDevice.HOST.value
 
 
+def unplannable(argv: list[str]) -> str:
+    with patch.object(base_device, "planner_of", side_effect=RuntimeError("no such kernel")):
+        return settled(argv, 1e5)
+
+
+def test_a_model_that_cannot_be_planned_stays_on_the_device(user: Playground) -> None:
+    assert run_ranks(1, unplannable, deep(user, "auto"))[0] == BaseDevice.DEVICE.value
+
+
 def test_a_dry_run_plans_both(user: Playground) -> None:
     resident, streamed = (planned(parse(deep(user, "dry", *more)), 1)[0] for more in ((), HOST))
     assert resident.memory.host_base == 0 < streamed.memory.host_base

@@ -2,7 +2,7 @@
 
     quantize(W) -> values, scales       scale = max |row| / 127, value = round(W / scale): off by at most scale / 2
     dense(weight, dtype)                values * scales, formed for every product, in forward and in backward
-    frozen_linear(x, weight, bias)      saves nothing for backward, neither of the size of W nor of x
+    frozen_linear(x, weight, bias)      keeps nothing for backward but the weight itself, neither its dense form nor x
 
 Shape legend:  O = d_out, D = d_in.
 
