@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 from mora_ds.adapters.domain_names import Freeze, domain_complaints
@@ -113,6 +113,10 @@ class AdapterConfig:
         `aligned`: the side whose groups are confined to segments, if the layer has one."""
         raise NotImplementedError
 
+    def of_expert(self, layer: str, experts_per_token: int) -> AdapterConfig:
+        """The config that gives each expert of `layer` its operator."""
+        return self
+
     def requested_size(self, d_in: int, d_out: int) -> int:
         """r_hat, or LoRA's rank, that `rank` stands for where the layer is large enough."""
         raise NotImplementedError
@@ -192,7 +196,7 @@ class MoRAConfig(AdapterConfig):
 
     adapter: ClassVar[str] = MORA
     optional: ClassVar[frozenset[str]] = AdapterConfig.optional | {
-        "segments", "layer_sizes", "vectors", "vector_sets", "domains", "freeze",
+        "segments", "layer_sizes", "vectors", "vector_sets", "domains", "freeze", "expert_rank",
     }  # fmt: skip
 
     operator: str = "auto"
@@ -204,6 +208,10 @@ class MoRAConfig(AdapterConfig):
     r_hat_multiple: int = R_HAT_MULTIPLE
     """r_hat is rounded down to a multiple of this, and to an even number below twice this (`round_side`). 1: the
     paper's size, as in all versions up to 0.2, whose files have no such key."""
+
+    expert_rank: int = 0
+    """The rank of each expert of a mixture; 0: `rank` divided by the number of experts that compute a token, so that
+    together they have what a linear layer has."""
 
     compute: str = "auto"
     """How a layer is computed: activation, weight or auto (see `ops.linear`)."""
@@ -255,6 +263,8 @@ class MoRAConfig(AdapterConfig):
             yield f"--r_hat_multiple must be 1 or even, got {self.r_hat_multiple}"
         if self.vector_sets < 1:
             yield f"--subspace_cycles must be at least 1, got {self.vector_sets}"
+        if self.expert_rank < 0:
+            yield f"--expert_rank must be at least 1, got {self.expert_rank}"
         if self.segments < 0:
             yield f"--tp_segments must be at least 1, got {self.segments}"
         if not misspelt:
@@ -322,6 +332,12 @@ class MoRAConfig(AdapterConfig):
     def _paper_kind(self) -> OperatorKind:
         """`kind`; for subspace the operator whose sizes it has."""
         return OperatorKind.SHARE if self.is_subspace else self.kind
+
+    def of_expert(self, layer: str, experts_per_token: int) -> MoRAConfig:
+        if not (self.expert_rank or experts_per_token):
+            raise UserError(f"{layer}: the model's config does not tell how many experts a token has: --expert_rank")
+        rank = self.expert_rank or max(1, self.rank // experts_per_token)
+        return replace(self, rank=rank, operator=self.operator_name)
 
     def square_size(self, d_in: int, d_out: int) -> int:
         """r_hat of a layer: the paper's size, at most `largest_size`, rounded down."""

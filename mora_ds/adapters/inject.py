@@ -8,6 +8,7 @@ inject(model, MoRAConfig(rank=8))
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 from mora_ds.adapters.config import ALL_LINEAR, AdapterConfig, MoRAConfig
 from mora_ds.adapters.domain_names import Freeze
 from mora_ds.adapters.domains import DomainLinear, Domains, describe_domains, frozen_values
-from mora_ds.adapters.layer import AdaptedLinear, adapt, linear_shape
+from mora_ds.adapters.experts import MoRAExperts, compute_sorted
+from mora_ds.adapters.layer import AdaptedLinear, ExpertStack, adapt, linear_shape
 from mora_ds.adapters.new_embeddings import train_new_rows
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Side, SquareSpec, UpdateSpec
+from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.target_modules import ending_of, output_head, targets_of
 from mora_ds.adapters.tp_plan import Style, style_in_plan
 from mora_ds.common.errors import RunError, UserError
@@ -118,18 +121,22 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     checkpointed = [name for name, module in model.named_modules() if getattr(module, "gradient_checkpointing", False)]
     eight_bits = _bytes_in_8_bits(targets) if config.base_bits == 8 else (0, 0)
     for name, base in targets.items():
-        aligned = _SIDES.get(styles[name])
-        layer = layer_for(config, base, config.operator_for(name, *linear_shape(base), 0, aligned), name, domains)
+        aligned = _SIDES.get(styles.get(name, Style.WHOLE))
+        layer = layer_for(config, base, spec_of(config, name, base, 0, aligned), name, domains)
         layer.train(base.training)
         layer.aligned = aligned
         layer.recomputed = any(name.startswith(f"{each}." if each else "") for each in checkpointed)
         if config.base_bits == 8:
             try:
-                layer.hold_in_8_bits(layer.weight if original is None else original(f"{name}.weight"))
+                layer.hold_in_8_bits(layer.weight if original is None else original(layer.spec.weight_name(name)))
             except RunError as error:
-                raise UserError(f"--base_bits 8: {name}.weight: {error}") from error
+                raise UserError(f"--base_bits 8: {layer.spec.weight_name(name)}: {error}") from error
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        holder = model.get_submodule(parent)
+        if isinstance(base, ExpertStack):
+            delattr(holder, child)  # torch puts no module in a parameter's place
+            compute_sorted(holder)
+        setattr(holder, child, layer)
     _freeze_to_buffers(model, trained)
     if config.new_rows_from:
         train_new_rows(model, config.new_rows_from)
@@ -158,7 +165,22 @@ def value_names(model: nn.Module) -> set[str]:
 def set_cycle(model: nn.Module, config: AdapterConfig, cycle: int) -> None:
     """Gives every layer its operator of a cycle (fresh permutations, or the next grouping)."""
     for name, layer in mora_layers(model).items():
-        layer.spec = config.operator_for(name, layer.in_features, layer.out_features, cycle, layer.aligned)
+        layer.spec = spec_of(config, name, layer, cycle, layer.aligned)
+
+
+def spec_of(config: AdapterConfig, name: str, module: nn.Module, cycle: int, aligned: Side | None = None) -> UpdateSpec:
+    """The spec of a layer in a cycle; `module`: the layer, or what it replaces."""
+    d_in, d_out = linear_shape(module)
+    if isinstance(module, (ExpertStack, MoRAExperts)):
+        count = module.count if isinstance(module, ExpertStack) else module.spec.count
+        each = config.of_expert(name, module.experts_per_token).operator_for(name, d_in, d_out, cycle)
+        if not isinstance(each, OperatorSpec):
+            raise UserError(
+                f"--target_modules includes {name}, experts, which take --operator truncate, share, decouple or "
+                f"rotate, not {each.describe()}: leave them out"
+            )
+        return StackSpec(count, each)
+    return config.operator_for(name, d_in, d_out, cycle, aligned)
 
 
 def frozen_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -169,9 +191,11 @@ def frozen_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """`frozen_buffers` without the scales: the tensors that the base's files have."""
+    """`frozen_buffers` without the scales, by the names that the parameters had before injection."""
     scales = scale_names(model)
-    return {name: tensor for name, tensor in frozen_buffers(model).items() if name not in scales}
+    names = {f"{name}.weight": layer.spec.weight_name(name) for name, layer in mora_layers(model).items()}
+    frozen = frozen_buffers(model).items()
+    return {names.get(name, name): tensor for name, tensor in frozen if name not in scales}
 
 
 def scale_names(model: nn.Module) -> set[str]:
@@ -224,7 +248,7 @@ def _bytes_in_8_bits(targets: dict[str, nn.Module]) -> tuple[int, int]:
         weight: Any = module.weight
         if not weight.is_floating_point():
             raise UserError(f"--base_bits 8: {name}.weight is {weight.dtype}: only floating-point weights are rounded")
-        now += weight.numel() + 4 * linear_shape(module)[1]
+        now += weight.numel() + 4 * weight.numel() // linear_shape(module)[0]
         before += weight.nbytes
     return now, before
 
@@ -284,19 +308,21 @@ def _matrices_left_out(model: nn.Module) -> dict[str, int]:
 
 
 def _shape_rows(targets: dict[str, nn.Module], config: AdapterConfig) -> tuple[ShapeRow, ...]:
-    groups: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
+    groups: dict[tuple[str, int, int], list[tuple[int, ...]]] = {}
     for name, module in targets.items():
         d_in, d_out = linear_shape(module)
-        shape = config.operator_for(name, d_in, d_out, cycle=0).value_shape
+        shape = spec_of(config, name, module, cycle=0).value_shape
         groups.setdefault((ending_of(name), d_in, d_out), []).append(shape)
     rows = []
     for (ending, d_in, d_out), shapes in groups.items():
-        size, params = min(shapes)[0], sum(rows * columns for rows, columns in shapes)
+        size, params = min(shapes)[-2], sum(math.prod(shape) for shape in shapes)
         rows.append(ShapeRow(ending, len(shapes), d_in, d_out, size, params, _note(config, d_in, d_out, shapes)))
     return tuple(rows)
 
 
-def _note(config: AdapterConfig, d_in: int, d_out: int, shapes: list[tuple[int, int]]) -> str:
+def _note(config: AdapterConfig, d_in: int, d_out: int, shapes: list[tuple[int, ...]]) -> str:
+    if len(shapes[0]) > 2:
+        return f"({shapes[0][0]} experts each)"
     if config.planned_layers:
         largest = max(shapes)[0]
         return f"(to {largest}, as planned)" if largest > min(shapes)[0] else "(as planned)"
@@ -309,6 +335,11 @@ def _note(config: AdapterConfig, d_in: int, d_out: int, shapes: list[tuple[int, 
 def layer_for(config: AdapterConfig, base: Any, spec: UpdateSpec, name: str, domains: Domains | None) -> AdaptedLinear:
     """The layer that replaces `base`, called `name` in its model, in cycle 0. Raises `UserError` for an operator that
     cannot have domains."""
+    if isinstance(base, ExpertStack):
+        if domains is not None:
+            raise UserError(f"--domain_adapters: {name} are experts, which can have no domains: leave them out")
+        assert isinstance(spec, StackSpec)
+        return MoRAExperts(base, spec, config.dropout)
     if domains is None:
         compute = Compute(config.compute) if isinstance(config, MoRAConfig) else Compute.ACTIVATION
         return adapt(base, spec, config.dropout, compute, config.first_seed(name, cycle=0))

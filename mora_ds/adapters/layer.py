@@ -44,6 +44,20 @@ class Split(Protocol):
         """The value, from the shards of all ranks. Collective."""
 
 
+class ExpertStack(nn.Module):
+    """The weights (E, d_out, d_in) of one projection of all experts, or (E, d_in, d_out) when `transposed`: what stands
+    for the parameter of transformers until a layer takes its place."""
+
+    bias = None
+
+    def __init__(self, weight: Tensor, transposed: bool, experts_per_token: int) -> None:
+        """`experts_per_token`: how many experts compute each token; 0 where the config does not say."""
+        super().__init__()
+        self.weight, self.transposed, self.experts_per_token = weight, transposed, experts_per_token
+        self.count = len(weight)
+        self.out_features, self.in_features = (weight.mT if transposed else weight).shape[1:]
+
+
 class AdaptedLinear(nn.Module):
     """y = W0 x + b + update(dropout(x)): what all adapters have in common.
 
@@ -58,9 +72,10 @@ class AdaptedLinear(nn.Module):
     spec: UpdateSpec
 
     def __init__(self, base: Any, spec: UpdateSpec, dropout: float = 0.0, seed: int = 0) -> None:
-        """Takes over the tensors of `base` (`nn.Linear` or `Conv1D`) without copying them. `seed`: for LoRA's A."""
+        """Takes over the tensors of `base` (`nn.Linear`, `Conv1D` or `ExpertStack`) without copying them. `seed`: for
+        LoRA's A."""
         super().__init__()
-        self.transposed = isinstance(base, Conv1D)
+        self.transposed = base.transposed if isinstance(base, ExpertStack) else isinstance(base, Conv1D)
         self.in_features, self.out_features = linear_shape(base)
         weight = base.weight.data
         self.register_buffer("weight", weight, persistent=False)
@@ -105,7 +120,7 @@ class AdaptedLinear(nn.Module):
     @property
     def stored_weight(self) -> Tensor:
         """`weight` as (d_out, d_in), a view."""
-        return self.weight.T if self.transposed else self.weight
+        return self.weight.mT if self.transposed else self.weight
 
     @property
     def frozen(self) -> Weight:
@@ -131,8 +146,8 @@ class AdaptedLinear(nn.Module):
     def hold_in_8_bits(self, original: Tensor) -> None:
         """Makes `weight` int8, from `original` in the layout of `weight`, which is not kept. Raises `RunError` where
         that is not finite."""
-        values, self.weight_scales = quantize(original.T if self.transposed else original)
-        self.weight = values.T.contiguous() if self.transposed else values
+        values, self.weight_scales = quantize(original.mT if self.transposed else original)
+        self.weight = values.mT.contiguous() if self.transposed else values
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
@@ -141,14 +156,14 @@ class AdaptedLinear(nn.Module):
         if self.weight_scales is None:
             self.weight.copy_(weight)
             return
-        values, scales = quantize(weight.T if self.transposed else weight)
+        values, scales = quantize(weight.mT if self.transposed else weight)
         self.stored_weight.copy_(values)
         self.weight_scales.copy_(scales)
 
     def read(self) -> Tensor:
         """The frozen weight in its layout, in its dtype or, where that is int8, in fp32. May be `weight` itself."""
         weight = dense(self.frozen, torch.float32)
-        return weight.T if self.transposed else weight
+        return weight.mT if self.transposed else weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
         """Moves but does not cast scales and frozen values: `module.to(bf16)` would round the scales, and with them
@@ -287,8 +302,8 @@ def _computes_linear(module: nn.Linear) -> bool:
 
 
 def linear_shape(module: Any) -> tuple[int, int]:
-    """(d_in, d_out) of an `nn.Linear`, a `Conv1D` or an adapted layer."""
-    if isinstance(module, AdaptedLinear):
+    """(d_in, d_out) of an `nn.Linear`, a `Conv1D`, an adapted layer or each expert of a stack."""
+    if isinstance(module, (AdaptedLinear, ExpertStack)):
         return module.in_features, module.out_features
     rows, columns = module.weight.shape
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)

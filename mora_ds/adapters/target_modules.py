@@ -1,46 +1,80 @@
-"""Which linear layers of a model are adapted: those that patterns match, or those of a plan."""
+"""Which linear layers of a model are adapted: those that patterns match, or those of a plan.
+
+A pattern reaches the experts of a mixture only where it names them (`names_experts`): `experts` for all projections,
+`experts.down_proj` for one, or that word in a glob or a regular expression. Others leave them frozen, so that they mean
+the same in a model with experts as in one without.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Iterable
+from typing import NoReturn
 
 from torch import nn
 
 from mora_ds.adapters.config import ALL_LINEAR, AdapterConfig
-from mora_ds.adapters.layer import is_linear
+from mora_ds.adapters.experts import find_stacks, require_known
+from mora_ds.adapters.layer import ExpertStack, is_linear
 from mora_ds.common.errors import UserError, nearest
+
+_EXPERTS = re.compile(r"(?<![A-Za-z_])experts(?![A-Za-z_])")
+
+
+def names_experts(pattern: str) -> bool:
+    """Whether a pattern contains the word experts; shared_experts, which are linear layers, is another word."""
+    return _EXPERTS.search(pattern) is not None
 
 
 def targets_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
-    """Name -> linear layer for every layer that `config` adapts, in the model's order. Raises `UserError` for a pattern
-    that matches nothing, and for planned layers that the model does not have."""
+    """Name -> linear layer, or projection of experts, for every one that `config` adapts, in the model's order. Raises
+    `UserError` for a pattern that matches nothing, and for planned layers that the model does not have."""
     if not config.planned_layers:
         return match_targets(model, config.target_modules)
-    linear = _linear_layers(model)
+    known = {**_linear_layers(model), **_known_stacks(model)}
     planned = set(config.planned_layers)
-    if missing := sorted(planned - linear.keys()):
+    if missing := sorted(planned - known.keys()):
         more = f"\nand {len(missing) - 3} more" if len(missing) > 3 else ""
-        named = "".join(f"\n{name}.{nearest(name, linear)}" for name in missing[:3])
+        named = "".join(f"\n{name}.{nearest(name, known)}" for name in missing[:3])
         raise UserError(f"--targets: the plan names linear layers that the model does not have:{named}{more}")
-    return {name: module for name, module in linear.items() if name in planned}
+    return _chosen(model, known, planned)
 
 
 def match_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Name -> linear layer for every layer that a pattern matches, in the model's order. Raises `UserError` for a
-    pattern that matches nothing."""
-    linear = _linear_layers(model)
+    """Name -> linear layer, or projection of experts, for every one that a pattern matches, in the model's order.
+    Raises `UserError` for a pattern that matches nothing, and for experts of a layout that is not known."""
+    linear, stacks = _linear_layers(model), find_stacks(model)
     chosen: set[str] = set()
     for pattern in patterns:
         matched = _match(pattern, linear, model)
+        if names_experts(pattern):
+            experts = {name for name in stacks if _matches_experts(pattern, name)}
+            require_known({name: stacks[name] for name in stacks if name in experts}, pattern)
+            matched |= experts
         if not matched:
-            endings = sorted({ending_of(name) for name in linear})
-            raise UserError(
-                f"--target_modules {pattern!r} matches no linear layer; there are: {', '.join(endings)}."
-                + nearest(pattern, endings)
-            )
+            _refuse_nothing(pattern, linear, stacks)
         chosen |= matched
-    return {name: module for name, module in linear.items() if name in chosen}
+    return _chosen(model, {**linear, **_known_stacks(model)}, chosen)
+
+
+def _chosen(model: nn.Module, known: dict[str, nn.Module], names: set[str]) -> dict[str, nn.Module]:
+    """In the model's order, which is that of its parameters: a stack has no module of its own yet."""
+    order = [name.removesuffix(".weight") for name, _ in model.named_parameters(remove_duplicate=False)]
+    return {name: known[name] for name in dict.fromkeys([*order, *known]) if name in names}
+
+
+def _known_stacks(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: stack for name, stack in find_stacks(model).items() if isinstance(stack, ExpertStack)}
+
+
+def _refuse_nothing(pattern: str, linear: Iterable[str], stacks: Iterable[str]) -> NoReturn:
+    endings = sorted({ending_of(name) for name in linear})
+    endings += sorted({".".join(name.split(".")[-2:]) for name in stacks})
+    raise UserError(
+        f"--target_modules {pattern!r} matches no linear layer; there are: {', '.join(endings)}."
+        + nearest(pattern, endings)
+    )
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -54,15 +88,23 @@ def _match(pattern: str, linear: dict[str, nn.Module], model: nn.Module) -> set[
     if pattern == ALL_LINEAR:
         head = output_head(model)
         return {name for name, module in linear.items() if module is not head}
+    return {name for name in linear if _matches(pattern, name)}
+
+
+def _matches_experts(pattern: str, name: str) -> bool:
+    return _matches(pattern, name) or _matches(pattern, name.rpartition(".")[0])
+
+
+def _matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         try:
             regex = re.compile(pattern[3:])
         except re.error as error:
             raise UserError(f"--target_modules {pattern!r} is no regular expression: {error}") from error
-        return {name for name in linear if regex.fullmatch(name)}
+        return regex.fullmatch(name) is not None
     if any(sign in pattern for sign in "*?["):
-        return {name for name in linear if fnmatch.fnmatchcase(name, pattern)}
-    return {name for name in linear if name == pattern or name.endswith("." + pattern)}
+        return fnmatch.fnmatchcase(name, pattern)
+    return name == pattern or name.endswith("." + pattern)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.checkpoint.adapter_files import BaseReference
 from mora_ds.checkpoint.layout import (
     BASE_FOLDER,
@@ -38,6 +37,7 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.save import plan_shards, write_companions, write_shards
 from mora_ds.models.tensor_files import compute_dtype
 from mora_ds.remora.ledger import LayerEntry, Ledger
+from mora_ds.remora.stored_weights import StoredWeight, stored_weights, weight_shape
 
 _UNCHANGED = (PROBE_FILE, STATE_FILE)
 """Files of a checkpoint that stay valid after compacting in float32, as the live model is the same."""
@@ -50,8 +50,8 @@ class _Folding:
     base: BaseCheckpoint
     ledger: Ledger
     cycles: int
-    layers: dict[str, LayerEntry]
-    """Key in the base -> the layer that some folded cycle adapted."""
+    stored: dict[str, StoredWeight]
+    """Key in the base -> the tensor of a layer that some folded cycle adapted."""
     lost: float = field(default=0.0, init=False)
     """Squared norm of what rounding changed."""
     update: float = field(default=0.0, init=False)
@@ -59,12 +59,12 @@ class _Folding:
 
     def tensor(self, key: str, dtype: torch.dtype) -> Tensor:
         original = self.base.read(key)
-        if key not in self.layers:
+        if key not in self.stored:
             return original.to(dtype)
-        entry = self.layers[key]
+        entry = self.stored[key].entry
         count = sum(entry.module in self.ledger.layers(cycle) for cycle in range(self.cycles))
         updates = islice(self.ledger.squares_of(entry.module), count)
-        exact = live_weight(original, updates, entry.transposed, torch.float32)
+        exact = self.stored[key].live(self.base, updates, torch.float32)
         rounded = exact.to(dtype)
         self.lost += (rounded.double() - exact.double()).square().sum().item()
         self.update += (exact.double() - original.double()).square().sum().item()
@@ -93,7 +93,7 @@ def compact(
     count = _count(ledger, first)
     reference = BaseReference.read(location.reference) if location.reference is not None else None
     base = open_base(_base_folder(location, reference, base_folder), ledger)
-    folding = _Folding(base, ledger, count, _layers_by_key(ledger, count, base, reference))
+    folding = _Folding(base, ledger, count, _stored_by_key(ledger, count, base, reference))
     with atomic_folder(output.absolute()) as folder:
         fingerprint = _write_base(folding, folder / BASE_FOLDER, target, int(max_shard_gib * 2**30), location)
         copy_cycles(ledger, range(count, ledger.cycles), folder / LEDGER_FOLDER, fingerprint)
@@ -125,27 +125,24 @@ def _base_folder(location: LedgerLocation, reference: BaseReference | None, over
     return location.reference / reference.folder
 
 
-def _layers_by_key(
+def _stored_by_key(
     ledger: Ledger, cycles: int, base: BaseCheckpoint, reference: BaseReference | None
-) -> dict[str, LayerEntry]:
-    """Key in the base -> layer. Raises `UserError` for a weight that is missing in the base, has another shape there
-    or is tied to another parameter."""
+) -> dict[str, StoredWeight]:
+    """Key in the base -> the layer's tensor. Raises `UserError` for a weight that is missing in the base, has another
+    shape there or is tied to another parameter."""
     entries = {name: entry for cycle in range(cycles) for name, entry in ledger.layers(cycle).items()}
     keys = reference.keys if reference is not None else _guess_keys(base, entries)
-    layers: dict[str, LayerEntry] = {}
+    stored: dict[str, StoredWeight] = {}
     for entry in entries.values():
-        sides = (entry.operator.d_out, entry.operator.d_in)
         key = keys.get(entry.weight)
         if key is None or key not in base:
             raise UserError(f"{base.folder} has no tensor for {entry.weight}, which {ledger.folder} changes")
-        if base.shape_dtype(key)[0] != (sides[::-1] if entry.transposed else sides):
-            raise UserError(
-                f"{key} of {base.folder} has shape {base.shape_dtype(key)[0]}, its MoRA matrix is for {sides}"
-            )
+        if (shape := base.shape_dtype(key)[0]) != (wanted := weight_shape(entry)):
+            raise UserError(f"{key} of {base.folder} has shape {shape}, its MoRA matrix is for {wanted}")
         if sharers := [name for name, other in keys.items() if other == key and name != entry.weight]:
             raise UserError(f"{entry.weight} is tied to {', '.join(sharers)}: no single tensor can stand for both")
-        layers[key] = entry
-    return layers
+        stored.update(stored_weights(entry, key, base))
+    return stored
 
 
 def _guess_keys(base: BaseCheckpoint, entries: dict[str, LayerEntry]) -> dict[str, str]:
@@ -165,8 +162,9 @@ def _write_base(folding: _Folding, folder: Path, dtype: torch.dtype, limit: int,
 
 def _lines(folding: _Folding, output: Path, dtype: str) -> list[str]:
     left = folding.ledger.cycles - folding.cycles
+    layers = len({each.entry.module for each in folding.stored.values()})
     text = [
-        f"{output / BASE_FOLDER}: the base with {folding.cycles} cycle(s) in {len(folding.layers)} layers, in {dtype}",
+        f"{output / BASE_FOLDER}: the base with {folding.cycles} cycle(s) in {layers} layers, in {dtype}",
         f"{output / LEDGER_FOLDER}: {left} cycle(s) left, chained to the new base",
     ]
     if dtype == "float32":

@@ -76,6 +76,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument("--adapter", default="mora", choices=["mora", "lora", "full"])
     parser.add_argument("--mora_rank", type=int, default=8)
+    parser.add_argument("--expert_rank", type=int)
     parser.add_argument("--operator", default="auto")
     parser.add_argument("--target_modules", nargs="+", default=["all-linear"])
     parser.add_argument("--base_bits", type=int, default=AdapterArguments.base_bits)
@@ -112,6 +113,7 @@ def _options() -> argparse.Namespace:
 def _work(given: argparse.Namespace) -> Work:
     adapter = AdapterArguments(
         adapter=given.adapter, mora_rank=given.mora_rank, operator=given.operator, target_modules=given.target_modules,
+        expert_rank=given.expert_rank,
         train_embeddings=given.train_embeddings, train_norms=given.train_norms, train_head=given.train_head,
         base_bits=given.base_bits,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from mora_ds.adapters.domain_names import Freeze
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
 from mora_ds.adapters.ops.subspace import SUBSPACE
+from mora_ds.adapters.target_modules import names_experts
 from mora_ds.adapters.target_plan import AUTO, parse_budget
 from mora_ds.common.errors import COUNT, NOT_NEGATIVE, POSITIVE, member_named, refusal, wrong_values
 from mora_ds.config.flags import documented
@@ -51,6 +52,9 @@ class AdapterArguments:
     r_hat_multiple: int | None = None
     """Sides of MoRA matrices are multiples of this, and even where they are below twice this; 1: of every size that the
     operator takes, as in versions up to 0.2. Default: 16, and in a resumed run as it began."""
+    expert_rank: int | None = None
+    """Rank of each expert of a mixture, where --target_modules names experts. Default: --mora_rank divided by the
+    number of experts that compute a token, which together then have the rank of a linear layer."""
     lora_rank: int | None = None
     """Rank of --adapter lora. Default: --mora_rank, for about as many trainable parameters."""
     lora_alpha: float | None = None
@@ -70,7 +74,8 @@ class AdapterArguments:
     alignment_rank: int = 16
     """Number of left and of right singular vectors that span these subspaces."""
     target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
-    """Modules that are adapted: names, globs, regular expressions after re:, or all-linear (all but the head)."""
+    """Modules that are adapted: names, globs, regular expressions after re:, all-linear (all but the head), experts
+    (all projections of a mixture's experts, which no pattern without this word reaches)."""
     targets: str | None = None
     """Which of these get a MoRA matrix, and its side: the file of a plan (mora-ds analyze --write), or auto
     (by how their weights use their rank, within --trainable_budget). The plan is written to OUTPUT_DIR/targets.yaml;
@@ -165,6 +170,11 @@ class AdapterArguments:
         """The file of --compute, where its value is no name."""
         return Path(self.compute).expanduser() if self.compute.endswith((".yaml", ".yml")) else None
 
+    @property
+    def adapts_experts(self) -> bool:
+        """Whether the targets name experts of a mixture."""
+        return any(names_experts(pattern) for pattern in self.target_modules)
+
     def stall_rule(self) -> StallRule | None:
         """The rule that decides about merges with --merge_when stalled. Raises `UserError` for invalid settings."""
         if self.merge_when != MergeWhen.STALLED.value:
@@ -197,6 +207,7 @@ class AdapterArguments:
             rank=self.mora_rank,
             operator=self.operator,
             grouping=self.grouping,
+            expert_rank=self.expert_rank or 0,
             r_hat_multiple=R_HAT_MULTIPLE if self.r_hat_multiple is None else self.r_hat_multiple,
             compute=self.compute if self.compute_file is None else Compute.AUTO.value,
             segments=self.tp_segments if self.tp_grouping == TPGrouping.ALIGNED.value else 0,
@@ -222,6 +233,7 @@ class AdapterArguments:
             self,
             {
                 "adapter": AdapterKind,
+                "expert_rank": COUNT,
                 "lora_rank": COUNT,
                 "lora_alpha": POSITIVE,
                 "tp_grouping": TPGrouping,
@@ -299,6 +311,18 @@ class AdapterArguments:
                 f"together, {unjudged}: no cycle would be long enough to detect a stall"
             )
 
+    def _expert_problems(self) -> Iterator[str]:
+        """Settings that experts of a mixture do not go with."""
+        given = {
+            f"--adapter {self.adapter}": self.adapter == AdapterKind.LORA.value,
+            "--operator subspace": self.operator == SUBSPACE,
+            "--alignment_weight": self.alignment_weight != 0,
+            "--domain_adapters": self.domain_adapters,
+            "--targets auto": self.targets == AUTO,
+        }
+        for flag in (flag for flag, is_given in given.items() if is_given):
+            yield f"{flag} is for linear layers, and --target_modules names experts: leave out one of them"
+
     def _target_problems(self) -> Iterator[str]:
         if self.targets == AUTO and self.trainable_budget is None:
             yield "--targets auto: give --trainable_budget, such as 0.5%"
@@ -306,6 +330,10 @@ class AdapterArguments:
             yield from refusal(parse_budget, self.trainable_budget)
             if self.targets != AUTO:
                 yield "--trainable_budget is for --targets auto; the file of a plan holds the sides"
+        if self.adapts_experts:
+            yield from self._expert_problems()
+        elif self.expert_rank is not None and self.targets in (None, AUTO):
+            yield "--expert_rank is for experts, which --target_modules does not name: add experts to it"
         if self.targets in (None, AUTO):
             return
         if self.target_modules != [ALL_LINEAR]:

@@ -26,6 +26,8 @@ def adapter_problems(adapter: AdapterArguments, training: TrainingArguments) -> 
         yield f"--full_rank_steps {adapter.full_rank_steps} must be less than --max_steps, got {training.max_steps}"
     if training.optimizer == OptimizerKind.MUON.value and adapter.adapter != AdapterKind.MORA.value:
         yield "--optimizer muon is for MoRA matrices: use --adapter mora, or --optimizer adamw"
+    if training.optimizer == OptimizerKind.MUON.value and adapter.adapts_experts:
+        yield "--optimizer muon is for single MoRA matrices, and --target_modules names experts: use --optimizer adamw"
     if training.embedding_learning_rate is not None:
         yield from _other_learning_rate(adapter)
     if adapter.is_control and training.base_device == BaseDevice.HOST.value:
@@ -56,6 +58,7 @@ def _tensor_parallel(adapter: AdapterArguments, training: TrainingArguments) -> 
         new_embeddings=adapter.train_new_embeddings,
         full_rank_steps=adapter.full_rank_steps,
         sequence=training.sequence_parallel_size,
+        experts=adapter.adapts_experts,
         muon=training.optimizer == OptimizerKind.MUON.value,
         streams_base=training.base_device == BaseDevice.HOST.value,
     )

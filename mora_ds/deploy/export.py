@@ -20,7 +20,6 @@ from torch import Tensor
 
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.new_embeddings import is_new_rows, stands_for, with_last_rows
-from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.int8 import Int8Weight, dense, quantize
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import (
@@ -41,6 +40,7 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.save import Shard, plan_shards, write_companions, write_shards
 from mora_ds.models.tensor_files import compute_dtype, dtype_name
 from mora_ds.remora.ledger import LayerEntry, Ledger
+from mora_ds.remora.stored_weights import StoredWeight, stored_weights, weight_shape
 
 
 @dataclass(frozen=True)
@@ -195,8 +195,7 @@ def _check_layers(run: OpenedRun) -> None:
     for name, key in run.reference.keys.items():
         users.setdefault(key, []).append(name)
     for entry in run.adapter.layers.values():
-        sides = (entry.operator.d_out, entry.operator.d_in)
-        _check_shape(run, entry.weight, sides[::-1] if entry.transposed else sides)
+        _check_shape(run, entry.weight, weight_shape(entry))
         if sharers := set(users[run.reference.keys[entry.weight]]) - {entry.weight}:
             raise UserError(
                 f"{entry.weight} is tied to {', '.join(sorted(sharers))}, but only one of them is adapted: no single"
@@ -246,12 +245,16 @@ def _exported_keys(run: OpenedRun) -> Iterator[str]:
 
 def _tensor_of(run: OpenedRun, trained: dict[str, str]) -> Callable[[str, torch.dtype], Tensor]:
     """What each of the base's tensors becomes: replaced, merged, or unchanged. `trained`: key -> parameter name."""
-    layers = {run.reference.keys[entry.weight]: entry for entry in run.adapter.layers.values()}
+    stored: dict[str, StoredWeight] = {}
+    for entry in run.adapter.layers.values():
+        stored.update(stored_weights(entry, run.reference.keys[entry.weight], run.base))
 
     def tensor_of(key: str, dtype: torch.dtype) -> Tensor:
         if key in trained:
             return run.trained(trained[key], dtype)
-        return _merged(run, key, layers[key], dtype) if key in layers else run.base.read(key).to(dtype)
+        if key in stored:  # with the current cycle merged too, as the next merge would form it
+            return stored[key].live(run.base, run.updates(stored[key].entry), dtype)
+        return run.base.read(key).to(dtype)
 
     return tensor_of
 
@@ -263,12 +266,7 @@ def _rounding(run: OpenedRun, exported: Path) -> float:
     written, lost, norm = BaseCheckpoint.open(exported), 0.0, 0.0
     for entry in run.adapter.layers.values():
         weight = written.read(run.reference.keys[entry.weight]).float()
-        weight = weight.T if entry.transposed else weight
+        weight = weight.mT if entry.transposed else weight
         lost += (dense(Int8Weight(*quantize(weight)), weight.dtype) - weight).norm().item() ** 2
         norm += weight.norm().item() ** 2
     return math.sqrt(lost / norm) if norm else 0.0
-
-
-def _merged(run: OpenedRun, key: str, entry: LayerEntry, dtype: torch.dtype) -> Tensor:
-    """The live weight with the current cycle merged too, as the next merge would form it."""
-    return live_weight(run.base.read(key), run.updates(entry), entry.transposed, dtype)

@@ -43,7 +43,7 @@ def model_card(
 def _facts(adapter: AdapterFile, ledger: Ledger, reference: BaseReference, dtype: str) -> dict[str, str]:
     operators = Counter(entry.operator.describe() for entry in adapter.layers.values())
     shapes = sorted({entry.operator.value_shape for entry in adapter.layers.values()})
-    sizes = ", ".join(f"{rows} x {columns}" for rows, columns in shapes)
+    sizes = ", ".join(" x ".join(map(str, shape)) for shape in shapes)
     planned = "layer_sizes" in adapter.facts.get("config", {})
     return {
         "base": f"`{reference.folder}`",

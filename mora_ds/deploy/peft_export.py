@@ -26,6 +26,7 @@ from torch import Tensor
 from mora_ds.adapters.new_embeddings import stands_for
 from mora_ds.adapters.ops.delta import add_deltas_
 from mora_ds.adapters.ops.spec import UpdateSpec
+from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.checkpoint.adapter_files import logits_name, open_adapter
 from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter
 from mora_ds.common.errors import RunError, UserError
@@ -77,6 +78,11 @@ def export_peft(
     if output.is_symlink() or output.exists():
         raise UserError(f"--output {output} exists already; name a new folder")
     adapter, ledger = open_adapter(source, damaged=RunError, adapter_only=True)
+    if experts := [name for name, entry in adapter.layers.items() if isinstance(entry.operator, StackSpec)]:
+        raise UserError(
+            f"{source}: {experts[0]} are experts, which PEFT's LoRA of linear layers cannot adapt: use mora-ds export, "
+            "which merges them, or an adapter without experts in --target_modules"
+        )
     run = open_run(source, adapter, ledger, None if base_folder is None else Path(base_folder), domain)
     plans = [_plan(run, entry, rank) for entry in run.adapter.layers.values()]
     lost: dict[str, float] = {}

@@ -7,6 +7,7 @@ other trained parameters in group 1 -> deepspeed.initialize -> repair DeepSpeed'
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -156,8 +157,8 @@ def trainable_numels(model: nn.Module, tensor_parallel_size: int = 1) -> list[in
     squares = {id(layer.value): layer.value.shape for layer in mora_layers(model).values()}
     numels = []
     for parameter in model.parameters():
-        rows, columns = squares.get(id(parameter), (0, 0))
-        numels.append(-(-rows // tensor_parallel_size) * columns if rows else parameter.numel())
+        rows, *others = squares.get(id(parameter), (0,))
+        numels.append(-(-rows // tensor_parallel_size) * math.prod(others) if rows else parameter.numel())
     return numels
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.common.untrusted import require_memory
-from mora_ds.eval.spectrum import cumulative_norms, measure, singular_values
+from mora_ds.eval.spectrum import Update, cumulative_norms, measure, singular_values
 from mora_ds.remora.ledger import Ledger
 from mora_ds.runtime.cli import table
 
@@ -52,18 +52,18 @@ def summarize(ledger: Ledger) -> list[CycleSummary]:
 def require_delta(module: str, spec: UpdateSpec) -> None:
     """Raises `UserError` where there is not the memory for a delta of a layer, whose size only its file states."""
     is_small = isinstance(spec, OperatorSpec) and not spec.blockwise  # then only its factors are formed (`spectrum`)
-    elements = (spec.d_in + spec.d_out) * spec.value_shape[0] if is_small else spec.d_in * spec.d_out
+    elements = (spec.d_in + spec.d_out) * spec.value_shape[-1] if is_small else spec.d_in * spec.d_out
     require_memory(8 * elements, f"{module}: a delta of {spec.d_out} x {spec.d_in}")
 
 
 def _summary(ledger: Ledger, cycle: int, cumulative_norm: float) -> CycleSummary:
     record, entries = ledger.records[cycle], ledger.layers(cycle)
-    specs = [entry.operator for entry in entries.values()]
     squares = [ledger.square(cycle, module) for module in entries]
-    measures = [
-        measure(singular_values(spec, square), max(spec.d_in, spec.d_out))
-        for spec, square in zip(specs, squares, strict=True)
-    ]
+    measures, specs = [], []
+    for (module, entry), value in zip(entries.items(), squares, strict=True):
+        for _, spec, square in entry.operator.members(module, value):
+            measures.append(measure(singular_values(spec, square), max(spec.d_in, spec.d_out)))
+            specs.append(spec)
     return CycleSummary(
         cycle=cycle,
         step=record.step,
@@ -85,11 +85,18 @@ def _norms_of_sums(ledger: Ledger) -> list[float]:
     energies = [0.0] * ledger.cycles
     for module in modules_of(ledger):
         cycles = [cycle for cycle in range(ledger.cycles) if module in ledger.layers(cycle)]
-        norms = cumulative_norms(list(ledger.squares_of(module)))
-        for start, end, norm in zip(cycles, [*cycles[1:], ledger.cycles], norms, strict=True):
-            for cycle in range(start, end):
-                energies[cycle] += norm**2
+        for _, updates in histories(module, ledger.squares_of(module)):
+            norms = cumulative_norms(updates)
+            for start, end, norm in zip(cycles, [*cycles[1:], ledger.cycles], norms, strict=True):
+                for cycle in range(start, end):
+                    energies[cycle] += norm**2
     return [math.sqrt(energy) for energy in energies]
+
+
+def histories(module: str, updates: Iterable[Update]) -> list[tuple[str, list[Update]]]:
+    """(name, its updates) of every matrix that the updates of a layer change: of experts one after the other."""
+    members = [list(spec.members(module, value)) for spec, value in updates]
+    return [(each[0][0], [(spec, square) for _, spec, square in each]) for each in zip(*members, strict=True)]
 
 
 def _total_norm(norms: Iterable[float]) -> float:

@@ -18,7 +18,7 @@ from mora_ds.checkpoint.layout import LedgerLocation
 from mora_ds.checkpoint.ledger_tools import live_adapter
 from mora_ds.common.errors import UserError, nearest
 from mora_ds.common.files import write_json_atomic
-from mora_ds.eval.ledger_summary import mean, modules_of, require_delta
+from mora_ds.eval.ledger_summary import histories, mean, modules_of, require_delta
 from mora_ds.eval.spectrum import THRESHOLD, LayerSpectrum, Update, layer_spectra
 from mora_ds.runtime.cli import table
 
@@ -67,7 +67,7 @@ class Spectra:
             raise UserError(f"--layers {pattern!r} matches none of the {len(known)} layers.{nearest(pattern, known)}")
 
     def rows(self, module: str, threshold: float = THRESHOLD, device: torch.device | str = "cpu") -> Iterator[Row]:
-        """A layer's rows, one a cycle; computed on `device`."""
+        """A layer's rows, one a cycle, of experts one after the other; computed on `device`."""
         cycles = [cycle for cycle in range(self._ledger.cycles) if module in self._ledger.layers(cycle)]
         origins = [(cycle, self._ledger.records[cycle].step, False) for cycle in cycles]
         updates = list(self._ledger.squares_of(module))
@@ -76,12 +76,12 @@ class Spectra:
             updates.append(self._live[module])
         for spec, _ in updates:
             require_delta(module, spec)
-        moved = [(spec, value.to(device)) for spec, value in updates]
-        for (spec, _), (cycle, step, is_live), spectrum in zip(
-            moved, origins, layer_spectra(moved, threshold), strict=True
-        ):
-            size = spec.value_shape[0]
-            yield Row(module, cycle, step, spec.describe(), is_live, spec.d_in, spec.d_out, size, spectrum)
+        for name, history in histories(module, updates):
+            moved = [(spec, value.to(device)) for spec, value in history]
+            spectra = layer_spectra(moved, threshold)
+            for (spec, _), (cycle, step, is_live), spectrum in zip(moved, origins, spectra, strict=True):
+                size = spec.value_shape[0]
+                yield Row(name, cycle, step, spec.describe(), is_live, spec.d_in, spec.d_out, size, spectrum)
 
 
 # -- for reading -------------------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@
                              -> map_parameters       live parameter name -> key in the files
                              -> read(key)            one tensor, memory-mapped, in its stored dtype
 
-A run needs its base one to one on disk: each live weight is one tensor of the files, cast to the run's dtype. Where
-that is not so (pickled files only, weights converted at load, a new model from a config) `NotOneToOne` is raised, and
-the caller can save the live model with `write_own_base`.
+A run needs its base one to one on disk: each live weight is one tensor of the files, cast to the run's dtype, or a
+stack of them, the experts of a mixture (`stored_names`). Where that is not so (pickled files only, weights converted
+otherwise at load, a new model from a config) `NotOneToOne` is raised, and the caller can save the live model with
+`write_own_base`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import atomic_folder, read_json, stamp
 from mora_ds.common.untrusted import FileName, typed
+from mora_ds.models.stored_names import is_stack, members_of, renamed_keys, stacked_files
 from mora_ds.models.tensor_files import dtype_name, open_safetensors, shape_dtype, tensor_nbytes
 from mora_ds.runtime.ranks import Ranks
 
@@ -61,6 +63,7 @@ class BaseCheckpoint:
         """The folder that checkpoints name: another one where `folder` is a copy of it (`base_cache`)."""
         self._file_of = dict(file_of)
         self._handles: dict[Path, Any] = {}
+        self._members: dict[str, list[list[str]]] = {}
         self._fingerprint: str | None = None
         self.stamps = {path: stamp(path) for path in self.files()}
         """Of each file as it was opened, or as it was when `require_unchanged` last accepted it."""
@@ -91,7 +94,7 @@ class BaseCheckpoint:
         return list(self._file_of)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._file_of
+        return key in self._file_of or bool(is_stack(key) and self.members(key))
 
     def files(self) -> list[Path]:
         """The safetensors files."""
@@ -129,17 +132,38 @@ class BaseCheckpoint:
 
     def shape_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of a tensor, from the header of the file alone."""
-        return shape_dtype(self._handle(key), key)
+        if not is_stack(key):
+            return shape_dtype(self._handle(key), key)
+        members = self.members(key)
+        (first, dtype), parts = self.shape_dtype(members[0][0]), members[0]
+        return (len(members), sum(self.shape_dtype(part)[0][0] for part in parts), *first[1:]), dtype
 
     def read(self, key: str) -> Tensor:
         """The tensor as stored, on the CPU. Its memory is the mapped file: do not write to it.
 
-        Raises `RunError` when the file has been damaged since it was opened.
+        A stack is put together from its files. Raises `RunError` when the file has been damaged since it was opened.
         """
+        if is_stack(key):
+            shape, dtype = self.shape_dtype(key)
+            stack = torch.empty(shape, dtype=dtype)
+            for index, parts in enumerate(self.members(key)):
+                torch.cat([self.read(part) for part in parts], out=stack[index])
+            return stack
         try:
             return self._handle(key).get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise RunError(f"{self._file_of[key]}: cannot read {key!r}: {error}") from error
+
+    def members(self, key: str) -> list[list[str]]:
+        """The keys of the files' tensors that a stack consists of: for each expert those whose rows follow each other.
+        Empty where the files do not have them in these numbers."""
+        if key not in self._members:
+            members = members_of(key, self._file_of)
+            shapes = [[self.shape_dtype(part) for part in parts] for parts in members]
+            if any(each != shapes[0] for each in shapes):
+                raise UserError(f"{self.folder}: the experts of {key!r} have several shapes")
+            self._members[key] = members
+        return self._members[key]
 
     def _handle(self, key: str) -> Any:
         path = self._file_of[key]
@@ -250,26 +274,8 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
 def map_model(base: BaseCheckpoint, model: Any, names: Iterable[str]) -> dict[str, str]:
     """`base.map_parameters` for the parameters `names` of a transformers model, with its ties and renamings."""
     ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
-    return base.map_parameters(names, model.base_model_prefix, ties, renamed_keys(model, base.keys()))
-
-
-def renamed_keys(model: Any, keys: Iterable[str]) -> dict[str, str]:
-    """Name in the live model -> key, for tensors that transformers only renames when it loads `model`.
-
-    For example GPT-NeoX: {"lm_head.weight": "embed_out.weight"}. Not tensors that are fused or split at load.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    renamed = {}
-    for key in keys:
-        name, converted_by = rename_source_key(key, renamings, converters)
-        if converted_by is None and name != key:
-            renamed[name] = key
-    return renamed
+    renamed = {**stacked_files(model, base.keys()), **renamed_keys(model, base.keys())}
+    return base.map_parameters(names, model.base_model_prefix, ties, renamed)
 
 
 def write_own_base(

@@ -23,7 +23,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.common.errors import UserError, reason
 from mora_ds.common.untrusted import parse_json
-from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint, NotOneToOne, map_model, verify_against_model, write_own_base
+from mora_ds.models.base import (
+    MODEL_FLAG,
+    BaseCheckpoint,
+    NotOneToOne,
+    is_stack,
+    map_model,
+    verify_against_model,
+    write_own_base,
+)
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, dtype_name
 from mora_ds.runtime.ranks import Ranks
 
@@ -101,6 +109,8 @@ def load_base(
 
     model = ranks.agree("loading of the model", lambda: load(dtype), long=True)
     is_own, keys = False, _one_to_one(model, folder, ranks)
+    if keys is not None and any(map(is_stack, keys.values())) and ranks.on_first("own base", own_base.is_dir):
+        keys = None  # of a run that earlier versions have begun, whose ledger belongs to that base
     if keys is None:
         originals = partial(_originals, model, folder, own_base, dtype, load)
         is_own, keys = ranks.on_first("originals of the model", originals, long=True)
@@ -240,13 +250,14 @@ def _originals(
 
     `load` loads the model again in another dtype: `own_base` keeps the precision of the files, not that of the run.
     """
+    with suppress(UserError):  # a resumed run has written it; versions up to 0.2 in the run's own precision
+        if own_base.is_dir() and not own_base.samefile(folder):
+            return True, _map_and_verify(model, BaseCheckpoint.open(own_base))
     try:
         return False, _map_and_verify(model, BaseCheckpoint.open(folder))
     except NotOneToOne as error:
         if own_base.exists() and own_base.samefile(folder):
             raise UserError(f"{MODEL_FLAG} {folder}: {error}; the run would write its base over it: move it") from error
-    with suppress(UserError):  # a resumed run has written it; versions up to 0.2 in the run's own precision
-        return True, _map_and_verify(model, BaseCheckpoint.open(own_base))
     stored = _stored_dtype(folder)
     if torch.promote_types(stored, dtype) != dtype:
         try:

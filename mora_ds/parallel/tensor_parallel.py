@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mora_ds.adapters.experts import MoRAExperts
 from mora_ds.adapters.inject import mora_layers
-from mora_ds.adapters.layer import MoRALinear
+from mora_ds.adapters.layer import LoRALinear, MoRALinear
 from mora_ds.adapters.ops.linear import Compute, formula_of_0_2
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.tp_plan import Style, TensorPlan, plan_of
@@ -77,8 +78,8 @@ def _check(model: nn.Module, degree: int) -> None:
     check_tensor_parallel(degree, dropout=_dropouts(model))
     for name, layer in mora_layers(model).items():
         if not isinstance(layer, MoRALinear):
-            is_lora = layer.spec.value_name == "factors"
-            check_tensor_parallel(degree, **({"adapter": "lora"} if is_lora else {"operator": "subspace"}))
+            kinds: dict[type, dict[str, Any]] = {LoRALinear: {"adapter": "lora"}, MoRAExperts: {"experts": True}}
+            check_tensor_parallel(degree, **kinds.get(type(layer), {"operator": "subspace"}))
         elif layer.spec.r_hat < degree:
             raise UserError(
                 f"{TENSOR} {degree}: the MoRA matrix of {name} has {layer.spec.r_hat} rows: raise --mora_rank, or use "

@@ -19,8 +19,9 @@ from typing import Any
 from torch import nn
 
 from mora_ds.adapters.domains import domain_layers
+from mora_ds.adapters.experts import MoRAExperts, find_stacks
 from mora_ds.adapters.inject import count_parameters, mora_layers
-from mora_ds.adapters.layer import linear_shape
+from mora_ds.adapters.layer import ExpertStack, linear_shape
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.target_modules import output_head
 from mora_ds.adapters.tp_plan import Style, TensorPlan, is_attention, plan_of
@@ -110,13 +111,14 @@ def costs(
     for name, style in plan.styles.items():
         module: Any = model.get_submodule(name)
         d_in, d_out = linear_shape(module)
+        times = module.experts_per_token if isinstance(module, MoRAExperts) else 1
         if module is not head:
-            base += 2 * d_in * d_out * tokens // (1 if style is Style.WHOLE else degree)
+            base += 2 * d_in * d_out * tokens * times // (1 if style is Style.WHOLE else degree)
         if name not in layers:
             continue
         spec = layers[name].spec
         if not isinstance(spec, OperatorSpec):  # at t = 1 only
-            square += tokens * spec.macs_per_token
+            square += tokens * spec.macs_per_token * times
             traffic += _zero_traffic(layers[name].value.numel(), replicas)
             continue
         square += 3 * tokens * _square_macs(spec, style, degree)
@@ -127,6 +129,9 @@ def costs(
                 square += 3 * tokens * _square_macs(domain.own_spec, Style.WHOLE, 1)
             if isinstance(domain.domain_squares, nn.Parameter):
                 traffic += _zero_traffic(domain.domain_squares.numel(), replicas)
+    for stack in find_stacks(model).values():  # frozen experts
+        if isinstance(stack, ExpertStack):
+            base += 2 * stack.in_features * stack.out_features * tokens * stack.experts_per_token
     traffic += _block_traffic(model, plan, tokens)
     traffic += _input_traffic(model, plan, tokens, inputs)
     squares = sum(value.numel() for layer in layers.values() for value in layer.parameters(recurse=False))

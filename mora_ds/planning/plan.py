@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mora_ds.adapters.inject import mora_layers
+from mora_ds.adapters.target_modules import names_experts
 from mora_ds.common.errors import UserError, refuse
 from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.ds_config import fill_bucket_sizes
@@ -280,7 +281,7 @@ def _group_sizes(work: Work, cluster: Cluster) -> Iterator[tuple[int, int]]:
         if work.seq_len % size == 0 and (key_values % size == 0 or size % key_values == 0):
             yield 1, size
         splits = work.adapter is not None and work.base_bits != 8 and work.base_buffers is None
-        if key_values % size == 0 and splits:
+        if key_values % size == 0 and splits and not any(map(names_experts, work.adapter.target_modules)):
             yield size, 1
 
 

@@ -23,6 +23,7 @@ from mora_ds.adapters.inject import base_weights, frozen_buffers, inject, mora_l
 from mora_ds.adapters.merge_layer import merge_layer
 from mora_ds.adapters.ops import blocks, index_tables
 from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.common.errors import UserError, reason
 from mora_ds.data.documents import Documents
 from mora_ds.models.attention import NAME, use_documents
@@ -119,8 +120,9 @@ def step_memory(work: Work) -> StepMemory:
     planned = work.adapter is not None and work.adapter.planned_layers  # every layer may then be different
     if layers <= 3 * period or planned:
         return measure_step(planned_model(work), work)
-    # The shallow models have as many layers beyond complete periods as the model.
-    short = layers % period + 2 * period
+    # The shallow models have as many layers beyond complete periods as the model, and its first dense ones.
+    dense = min(getattr(work.config.get_text_config(), "first_k_dense_replace", None) or 0, layers - 3 * period)
+    short = (layers - dense) % period + dense + 2 * period
     shallow, deeper = (with_layers(work, depth) for depth in (short, short + period))
     first, second = (measure_step(planned_model(each), each) for each in (shallow, deeper))
     times = (layers - short) // period
@@ -187,6 +189,8 @@ def trace_step(model: nn.Module, work: Work) -> list[Event]:
     for layer in mora_layers(model).values():
         if isinstance(layer.spec, OperatorSpec):
             layer.spec = replace(layer.spec, seed=0)
+        if isinstance(layer.spec, StackSpec):
+            layer.spec = replace(layer.spec, each=replace(layer.spec.each, seed=0))
         if isinstance(layer, DomainLinear):
             layer.own_spec = replace(layer.own_spec, seed=0)
             layer.domains.set([layer.domains.names[0]] * work.micro_batch)
@@ -282,6 +286,8 @@ def layer_period(config: Any) -> int:
     """After how many layers the kinds of layers repeat; the number of layers where they do not."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
+    if getattr(text, "mlp_only_layers", None) or (getattr(text, "decoder_sparse_step", None) or 1) > 1:
+        return len(kinds)  # some layers have experts, others do not
     return next(
         (size for size in range(1, len(kinds)) if all(a == b for a, b in zip(kinds, kinds[size:], strict=False))),
         len(kinds),

@@ -56,7 +56,7 @@ class LayerEntry:
     module: FileName
     """Name in the model, e.g. model.layers.0.self_attn.q_proj."""
     weight: str
-    """Name of its weight, e.g. model.layers.0.self_attn.q_proj.weight."""
+    """Name of its weight, e.g. model.layers.0.self_attn.q_proj.weight; of experts the module's own name."""
     transposed: bool
     """Whether the weight is stored (d_in, d_out), as by GPT-2's Conv1D."""
     operator: UpdateSpec
@@ -74,9 +74,10 @@ class LayerEntry:
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> LayerEntry:
         """Inverse of `to_dict`. Raises `UserError`."""
         known = typed(_Entry, values, module)
-        if known.weight != f"{module}.weight":
+        operator = spec_from_dict(known.operator)
+        if known.weight != operator.weight_name(module):
             raise UserError(f"{module}: its weight cannot be {shown(known.weight)}")
-        return cls(module, known.weight, known.transposed, spec_from_dict(known.operator))
+        return cls(module, known.weight, known.transposed, operator)
 
 
 def layers_to_dict(layers: Mapping[str, LayerEntry]) -> dict[str, dict[str, Any]]:
@@ -103,10 +104,13 @@ def agree_on_layers(known: dict[str, LayerEntry], layers: Mapping[str, LayerEntr
     """Adds `layers`, of the file at `path`, to the `known` ones. Raises `UserError` where one has another shape now."""
     for name, layer in layers.items():
         first = known.setdefault(name, layer)
-        shape = (layer.operator.d_in, layer.operator.d_out, layer.transposed)
-        if shape != (first.operator.d_in, first.operator.d_out, first.transposed):
+        shape, was = (
+            (each.operator.d_in, each.operator.d_out, each.transposed, *each.operator.value_shape[:-2])
+            for each in (layer, first)
+        )
+        if shape != was:
             raise UserError(
-                f"{path}: {name} is another layer than in earlier cycles: {shape} (d_in, d_out, transposed)"
+                f"{path}: {name} is another layer than in earlier cycles: {shape} (d_in, d_out, transposed, experts)"
             )
 
 

@@ -75,7 +75,7 @@ class MergeReport:
 def layer_entries(model: torch.nn.Module) -> dict[str, LayerEntry]:
     """Module name -> what the ledger records of the layer in its present cycle."""
     return {
-        name: LayerEntry(name, f"{name}.weight", layer.transposed, layer.spec)
+        name: LayerEntry(name, layer.spec.weight_name(name), layer.transposed, layer.spec)
         for name, layer in mora_layers(model).items()
     }
 
@@ -126,7 +126,7 @@ class ReMoRA:
         for name, layer in mora_layers(model).items():
             square = layer.unshard(zero.full_fp32(self.engine, layer.value))
             updates = chain(self.ledger.squares_of(name), [(layer.spec, square)])
-            norms.append(merge_layer(layer, self._original(name), updates, square))
+            norms.append(merge_layer(layer, self._original(entries[name].weight), updates, square))
             if self.is_writer:
                 recorded[name] = square.cpu()
         self._record(step, entries, recorded)
@@ -170,15 +170,16 @@ class ReMoRA:
         """Form every live weight from its original and the ledger."""
         self._forget_copies()
         for name, layer in mora_layers(self.engine.module).items():
-            write_live(layer, self._original(name), self.ledger.squares_of(name))
+            original = self._original(layer.spec.weight_name(name))
+            write_live(layer, original, self.ledger.squares_of(name))
 
     def _forget_copies(self) -> None:
         """Where the base is streamed, the device's copies of weights that are about to change are not used again."""
         if ring := ring_of(self.engine.module):
             ring.forget()
 
-    def _original(self, name: str) -> Tensor:
-        return self.base.read(self.keys[f"{name}.weight"])
+    def _original(self, weight: str) -> Tensor:
+        return self.base.read(self.keys[weight])
 
     def _record(self, step: int, entries: dict[str, LayerEntry], squares: dict[str, Tensor]) -> None:
         """Rank 0 appends first; then the writer of every node whose folder is not rank 0's folder."""

@@ -241,11 +241,12 @@ def _verify_int8(base: BaseCheckpoint, keys: Mapping[str, str], model: Any) -> N
     for name, layer in mora_layers(model).items():
         if layer.weight_scales is None:
             continue
-        key = keys[f"{name}.weight"]
+        weight = layer.spec.weight_name(name)
+        key = keys[weight]
         original = base.read(key).to(layer.weight.device, torch.float32)
         step = layer.weight_scales.max().item()
         if original.shape != layer.weight.shape or not torch.allclose(layer.read(), original, rtol=2**-8, atol=step):
-            raise NotOneToOne(f"{name}.weight of the model is not, in 8 bits, the tensor {key!r} of {base.folder}")
+            raise NotOneToOne(f"{weight} of the model is not, in 8 bits, the tensor {key!r} of {base.folder}")
 
 
 def with_vectors(

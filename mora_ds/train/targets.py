@@ -15,7 +15,7 @@ from typing import Any
 
 from mora_ds.adapters.config import AdapterConfig, MoRAConfig
 from mora_ds.adapters.inject import count_parameters
-from mora_ds.adapters.layer import linear_shape
+from mora_ds.adapters.layer import ExpertStack, linear_shape
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.rank_allocation import TOLERANCE, Candidate, check_budget, spend
 from mora_ds.adapters.target_modules import match_targets
@@ -56,6 +56,10 @@ class OpenModel:
     def of(cls, model: Any, base: BaseCheckpoint, keys: Mapping[str, str], patterns: Iterable[str]) -> OpenModel:
         """`model`: before injection; `keys`: parameter name -> key in `base`; `patterns`: --target_modules."""
         layers: dict[str, Any] = dict(match_targets(model, tuple(patterns)))
+        if stacks := [name for name, module in layers.items() if isinstance(module, ExpertStack)]:
+            raise UserError(
+                f"--target_modules includes {stacks[0]}, experts, whose ranks no plan chooses: leave them out"
+            )
         weights = {name: Weight(keys[f"{name}.weight"], *linear_shape(module)) for name, module in layers.items()}
         return cls(base, weights, count_parameters(model))
 

@@ -20,7 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.layer import linear_shape
+from mora_ds.adapters.layer import ExpertStack, linear_shape
 from mora_ds.adapters.ops.singular_vectors import register
 from mora_ds.adapters.target_modules import targets_of
 from mora_ds.checkpoint.layout import LEDGER_FOLDER
@@ -54,6 +54,8 @@ def check_alignment_rank(model: nn.Module, config: MoRAConfig, alignment_rank: i
     """Raise `UserError` naming a layer with fewer singular vectors. Before injection; a planned model will do."""
     for name, module in targets_of(model, config).items():
         d_in, d_out = linear_shape(module)
+        if isinstance(module, ExpertStack):
+            raise UserError(f"--target_modules includes {name}, experts, whose singular vectors are not computed")
         if alignment_rank > min(d_in, d_out):
             raise UserError(
                 f"--alignment_rank {alignment_rank}: {name} is {d_out} x {d_in}, so it has {min(d_in, d_out)} singular "

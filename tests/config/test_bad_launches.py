@@ -147,6 +147,15 @@ stray | 'stray'
 --attention sparse | unknown --attention 'sparse' | known: auto, documents, dense
 --attention documents --attn_implementation sdpa | --attention documents and --attn_implementation sdpa
 --target_modules re:[ | --target_modules 're:['
+--expert_rank 0 --target_modules experts | --expert_rank must be at least 1
+--expert_rank 2 | --expert_rank is for experts
+--target_modules experts | --target_modules 'experts' matches no linear layer
+--target_modules experts --adapter lora | --adapter lora is for linear layers
+--target_modules all-linear experts.down_proj --operator subspace | --operator subspace is for linear layers
+--target_modules experts --alignment_weight 0.1 | --alignment_weight is for linear layers
+--target_modules experts --targets auto --trainable_budget 1% | --targets auto is for linear layers
+--target_modules experts --tensor_parallel_size 2 | --tensor_parallel_size 2 splits linear layers
+--target_modules experts --optimizer muon | --optimizer muon is for single MoRA matrices
 --target_modules q_prj | --target_modules 'q_prj' | Did you mean 'q_proj'
 --cache_dir {user}/train.jsonl | --cache_dir | Not a directory
 --output_dir {user}/train.jsonl | --output_dir | is a file

@@ -108,6 +108,7 @@ analyze_weights {bad}/gone | gone
 analyze_weights {bad}/models/string | config.json
 analyze_weights {bad}/models/index_numbers | index.json
 analyze_weights {user}/model --target_modules q_prj | q_prj | q_proj
+analyze_weights {user}/model --target_modules experts | 'experts' matches no linear layer
 analyze_weights {user}/model --device warp | --device
 analyze_weights {user}/model --probe {bad}/gone.txt | --probe
 analyze_weights {user}/model --probe {user}/held.txt --probe_batches 0 | --probe_batches

@@ -18,7 +18,8 @@ from mora_ds.adapters.target_modules import match_targets
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, DomainSquares, write_adapter
 from mora_ds.checkpoint.layout import LEDGER_FOLDER
 from mora_ds.common import files
-from mora_ds.models.base import BaseCheckpoint, renamed_keys
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.stored_names import renamed_keys
 from mora_ds.remora.ledger import LayerEntry, Ledger
 
 Updates = dict[str, list[tuple[UpdateSpec, Tensor]]]

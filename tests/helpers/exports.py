@@ -16,7 +16,8 @@ from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, permutation_seed, square_size
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.common import files
-from mora_ds.models.base import BaseCheckpoint, renamed_keys
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.stored_names import renamed_keys
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
 from mora_ds.remora.ledger import LayerEntry, Ledger
 from tests.helpers.adapters import summed

@@ -33,6 +33,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {**_COMMON},
     "olmo2": {**_COMMON},
     "mixtral": {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": {
+        **_COMMON, "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+    },
     "gpt_neox": {**_COMMON},
     "gpt2": {
         "vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128,
@@ -41,11 +44,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": FAMILIES["mixtral"],
+    "qwen3_moe": FAMILIES["qwen3_moe"],
+    "gpt_oss": {
+        **_COMMON, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "deepseek_v3": {
+        **_COMMON, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 2,
+        "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "q_lora_rank": None, "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
+    },
+}  # fmt: skip
+"""Models with experts in one tensor a projection, each of another class."""
+
+NO_SDPA = ("gemma2", "gpt_oss")
+"""transformers refuses sdpa for capped scores and for sinks."""
+
+
 def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A randomly initialised causal LM; the same on every call with the same arguments."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
-    attention = "eager" if family == "gemma2" else "sdpa"  # transformers refuses sdpa for Gemma 2's capped scores
+    config = AutoConfig.for_model(family, **{**{**FAMILIES, **MIXTURES}[family], **changes})
+    attention = "eager" if family in NO_SDPA else "sdpa"
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 

@@ -22,11 +22,11 @@ from mora_ds.models.base import (
     BaseChanged,
     BaseCheckpoint,
     NotOneToOne,
-    renamed_keys,
     tensor_checksum,
     verify_against_model,
     write_own_base,
 )
+from mora_ds.models.stored_names import renamed_keys
 from mora_ds.models.tensor_files import SafetensorsWriter, open_safetensors, write_safetensors_atomic
 from tests.helpers.models import tiny_model
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from mora_ds.adapters.ops.index_tables import tables_of
 from mora_ds.adapters.ops.mora import OperatorSpec, block_squares, input_columns, output_slots
 from mora_ds.adapters.ops.spec import UpdateSpec
+from mora_ds.adapters.ops.stack import single
 
 _CHUNK = 1 << 18
 """Elements of the weight that are processed at a time on a CPU: 1 MiB, which stays in a core's cache."""
@@ -31,8 +32,13 @@ _Rows = tuple[Tensor, Tensor]
 def add_deltas_(total: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> None:
     """total += spec.delta_weight(value) for each (spec, value) of `updates` in turn, in place.
 
-    `total`: contiguous (d_out, d_in); the values are moved to its device and dtype.
+    `total`: contiguous (d_out, d_in), of a stack (E, d_out, d_in); the values are moved to its device and dtype.
     """
+    if total.dim() > 2:
+        for spec, value in updates:
+            for index, part in enumerate(total):
+                add_deltas_(part, [single(spec, value, index)])
+        return
     pending: list[_Rows] = []
     for spec, value in updates:
         value = value.to(total.device, total.dtype)
@@ -100,12 +106,12 @@ def live_weight(
 ) -> Tensor:
     """The original weight plus the deltas of `updates`, summed in fp32 in their order, rounded to `dtype` once.
 
-    `original`: (d_out, d_in), or (d_in, d_out) when `transposed`; it is not written to. The result has its layout, lies
-    on `device` (by default that of `original`) and shares no memory with it. Elementwise operations only, so that every
-    number of threads gives the same bits.
+    `original`: (d_out, d_in), or (d_in, d_out) when `transposed`, or a stack of such; it is not written to. The result
+    has its layout, lies on `device` (by default that of `original`) and shares no memory with it. Elementwise
+    operations only, so that every number of threads gives the same bits.
     """
     device = torch.device(device) if device is not None else original.device
-    original = original.T if transposed else original
+    original = original.mT if transposed else original
     total = torch.empty(original.shape, dtype=torch.float32, device=device).copy_(original)
     add_deltas_(total, updates)
-    return (total.T.contiguous() if transposed else total).to(dtype)
+    return (total.mT.contiguous() if transposed else total).to(dtype)

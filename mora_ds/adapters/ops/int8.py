@@ -35,7 +35,7 @@ _CHUNK_OF_DEVICES = 1 << 24
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """values (O, D) int8, which may be a transposed view, and scales (O,) fp32."""
+    """values (O, D) int8, which may be a transposed view, and scales (O,) fp32; or a stack of both."""
 
     values: Tensor
     scales: Tensor
@@ -48,8 +48,11 @@ Weight: TypeAlias = Tensor | Int8Weight
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(O, D) of any floating dtype -> values (O, D) int8, contiguous, and scales (O,) fp32. `weight` is not written to.
 
-    Raises `RunError` where an element is not finite.
+    Of a stack (E, O, D) every matrix by itself. Raises `RunError` where an element is not finite.
     """
+    if weight.dim() > 2:
+        parts = [quantize(part) for part in weight]
+        return torch.stack([values for values, _ in parts]), torch.stack([scales for _, scales in parts])
     outputs, inputs = weight.shape
     values = torch.empty((outputs, inputs), dtype=torch.int8, device=weight.device)
     scales = torch.empty(outputs, dtype=torch.float32, device=weight.device)
@@ -83,6 +86,9 @@ def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     """The weight (O, D) to multiply by: a dense one itself, else values * scales rounded to `dtype`, a new tensor."""
     if isinstance(weight, Tensor):
         return weight
+    if weight.values.dim() > 2:
+        pairs = zip(weight.values, weight.scales, strict=True)
+        return torch.stack([dense(Int8Weight(values, scales), dtype) for values, scales in pairs])
     if weight.values.is_contiguous():
         return _multiplied(weight.values, weight.scales.unsqueeze(1), dtype)
     return _multiplied(weight.values.T, weight.scales.unsqueeze(0), dtype).T

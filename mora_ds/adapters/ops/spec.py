@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import asdict
 from enum import Enum
 from typing import Any, ClassVar
@@ -75,8 +76,8 @@ class UpdateSpec(ABC):
 
     @property
     @abstractmethod
-    def value_shape(self) -> tuple[int, int]:
-        """(r_hat, r_hat) of a MoRA matrix, (rank, d_in + d_out) of LoRA's factors."""
+    def value_shape(self) -> tuple[int, ...]:
+        """(r_hat, r_hat) of a MoRA matrix, (E, r_hat, r_hat) of a stack, (rank, d_in + d_out) of LoRA's factors."""
 
     def first_value(self, seed: int) -> Tensor:
         """The value that a cycle starts from, fp32 on the CPU; its delta is zero. Only LoRA draws with `seed`."""
@@ -104,6 +105,14 @@ class UpdateSpec(ABC):
     def macs_per_token(self) -> int:
         """Multiply-accumulates of one token, forward and backward, when the update is computed over activations."""
 
+    def weight_name(self, module: str) -> str:
+        """The name of the frozen weight, before injection and in the base's files, of the layer `module`."""
+        return f"{module}.weight"
+
+    def members(self, module: str, value: Tensor) -> Iterator[tuple[str, UpdateSpec, Tensor]]:
+        """(name, operator, value) of everything that changes one matrix (d_out, d_in): a stack's experts one by one."""
+        yield module, self, value
+
     def describe(self) -> str:
         """A short name for tables: rotate/permuted, subspace@0, lora."""
         return self.name
@@ -124,7 +133,7 @@ class SquareSpec(UpdateSpec):
         return 1
 
     @property
-    def value_shape(self) -> tuple[int, int]:
+    def value_shape(self) -> tuple[int, ...]:
         return self.r_hat, self.r_hat
 
     @abstractmethod

@@ -1,0 +1,191 @@
+"""Experts of a mixture as targets: their frozen weights stay in one tensor a projection, which gets a stack of MoRA
+matrices, one an expert.
+
+    find_stacks(model)        name -> `ExpertStack` of every projection, such as model.layers.0.mlp.experts.down_proj
+    MoRAExperts               the layer in place of that parameter: frozen stack (E, O, D), M (E, R, R)
+    compute_sorted(module)    makes the module of the experts compute by `experts_forward`
+
+transformers gives every experts' module of known layout the same marks (integrations/moe.py,
+`use_experts_implementation`: is_transposed, has_gate, has_bias, ...), and lets an implementation of its forward be
+registered (`ExpertsInterface`); it is chosen for each module by its config. Here tokens are sorted by expert, and
+
+    y = W[e] x + decompress(M[e] compress(x))         over activations: no weight is formed
+
+since a formed weight W + delta would be as large as the experts themselves, in every layer that is not recomputed.
+compress is the same for all experts of a projection, so that it is applied to each token once.
+
+Shape legend:  T = tokens, K = experts a token, S = T K = rows, E = experts, O = d_out, D = d_in, R = r_hat.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from mora_ds.adapters.layer import AdaptedLinear, ExpertStack
+from mora_ds.adapters.ops.grouped import grouped_linear
+from mora_ds.adapters.ops.index_tables import tables_of
+from mora_ds.adapters.ops.mora import compress, decompress
+from mora_ds.adapters.ops.stack import StackSpec
+from mora_ds.common.errors import UserError
+
+IMPLEMENTATION = "mora_ds"
+"""Name of `experts_forward` among transformers' implementations."""
+
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+"""Parameters of a module of experts; gate and up are one projection where they are one tensor."""
+
+_EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+"""Names of K in configs."""
+
+
+class MoRAExperts(AdaptedLinear):
+    """One projection of all experts: y_s = W[e] x_s + decompress(M[e] compress(dropout(x_s))) for row s of expert e."""
+
+    spec: StackSpec
+    square: nn.Parameter
+
+    def __init__(self, base: ExpertStack, spec: StackSpec, dropout: float = 0.0) -> None:
+        super().__init__(base, spec, dropout)
+        self.experts_per_token = base.experts_per_token
+        self._held: object = None
+
+    def forward(self, x: Tensor, rows: Rows, spread: bool) -> Tensor:  # type: ignore[override]
+        """(S, D) -> (S, O), or with `spread` (T, D) -> (S, O): a row for each expert that a token takes."""
+        each = self.spec.each
+        self._held = tables_of(each, x.device)
+        z = compress(each, F.dropout(x, self.dropout, self.training))
+        if spread:
+            x, z = rows.spread(x), rows.spread(z)
+        u = grouped_linear(z.flatten(0, -2), self.square.to(x.dtype), rows.ends * each.blocks)
+        return grouped_linear(x, self.frozen, rows.ends) + decompress(each, u.view_as(z))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which token each row is, where every token has a row for each of its experts and rows are sorted by expert."""
+
+    order: Tensor
+    """(S,): row -> its place among the pairs (token, k), token by token."""
+    expert: Tensor
+    """(S,): row -> its expert."""
+    ends: Tensor
+    """(E,) int32: where the rows of each expert end."""
+    each: int
+    """K."""
+
+    @classmethod
+    def of(cls, chosen: Tensor, experts: int) -> Rows:
+        """`chosen`: (T, K), the experts of each token."""
+        expert, order = chosen.flatten().sort(stable=True)
+        numbers = torch.arange(experts, device=chosen.device)
+        return cls(order, expert, torch.searchsorted(expert, numbers, right=True, out_int32=True), chosen.shape[1])
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(T, ...) -> (S, ...). Its gradient sums the rows of a token in the order of its experts, on every device."""
+        copies = x.unsqueeze(1).expand(-1, self.each, *x.shape[1:]).flatten(0, 1)
+        return copies.index_select(0, self.order)
+
+    def collect(self, x: Tensor) -> Tensor:
+        """(S, D) -> (T, D), the sum of each token's rows."""
+        placed = torch.zeros_like(x).index_copy(0, self.order, x)
+        return placed.unflatten(0, (-1, self.each)).sum(1)
+
+
+def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """(T, D), the experts of each token (T, K) and their weights (T, K) -> (T, D). `experts`: a module of transformers
+    with one `MoRAExperts` or two; names and order of the arguments are those of its own implementations."""
+    rows = Rows.of(top_k_index, _stack_of(experts, "down_proj").shape[0])
+    inner = _project(experts, "gate_up_proj" if experts.has_gate else "up_proj", hidden_states, rows, spread=True)
+    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    outer = _project(experts, "down_proj", inner, rows, spread=False)
+    if experts.has_post_expert_norm:
+        outer = experts.post_expert_norm(outer)
+    weighted = outer * top_k_weights.flatten()[rows.order].unsqueeze(-1)
+    return rows.collect(weighted).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+def _project(experts: Any, name: str, x: Tensor, rows: Rows, spread: bool) -> Tensor:
+    projection = getattr(experts, name)
+    if isinstance(projection, MoRAExperts):
+        y = projection(x, rows, spread)
+    else:
+        stack = projection.mT if experts.is_transposed else projection
+        y = grouped_linear(rows.spread(x) if spread else x, stack, rows.ends)
+    return y + getattr(experts, f"{name}_bias")[rows.expert] if experts.has_bias else y
+
+
+def _stack_of(experts: Any, name: str) -> Any:
+    projection = getattr(experts, name, None)
+    return projection.weight if isinstance(projection, MoRAExperts) else projection
+
+
+def compute_sorted(experts: Any) -> None:
+    """Makes a module of experts compute by `experts_forward`, whatever implementation the other ones have."""
+    config = copy.copy(experts.config)
+    config._experts_implementation = IMPLEMENTATION
+    experts.config = config
+
+
+# -- which layouts are known -------------------------------------------------------------------------------------------
+
+
+def find_stacks(model: nn.Module) -> dict[str, ExpertStack | str]:
+    """Name -> projection, for every tensor of three dimensions that is a projection of experts without MoRA matrices,
+    before and after injection; or, where the layout is not known, what is odd about it."""
+    stacks: dict[str, ExpertStack | str] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedLinear) or "experts" not in f"{path} {type(module).__name__}".lower():
+            continue
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.dim() == 3:
+                stacks[f"{path}.{name}"] = _read(module, name, tensor)
+    return stacks
+
+
+def _read(module: Any, name: str, tensor: Tensor) -> ExpertStack | str:
+    marks = ("is_transposed", "has_gate", "has_bias", "has_post_expert_norm", "config")
+    if not all(hasattr(module, mark) for mark in marks):
+        return f"{type(module).__name__} is computed by code of its own"
+    if name not in PROJECTIONS:
+        return f"{type(module).__name__} has a projection of another name"
+    if getattr(module, "_is_expert_parallel", False):
+        return f"{type(module).__name__} is split over processes"
+    if problem := _odd_shapes(module):
+        return problem
+    per_token = next((value for key in _EXPERTS_A_TOKEN if (value := getattr(module.config, key, None))), 0)
+    return ExpertStack(tensor, module.is_transposed, per_token)
+
+
+def _odd_shapes(module: Any) -> str:
+    """Why the shapes of a module's projections are not those that its marks say; "" where they are."""
+    kind = type(module).__name__
+    first, last = (_stack_of(module, name) for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"))
+    if not (isinstance(first, Tensor) and isinstance(last, Tensor) and first.dim() == last.dim() == 3):
+        return f"{kind} does not have the projections up and down"
+    (d_out, d_in), (outputs, inputs) = ((each.mT if module.is_transposed else each).shape[1:] for each in (first, last))
+    hidden = getattr(module.config, "hidden_size", d_in)
+    if len(first) != len(last) or d_in != outputs or d_out != inputs * (2 if module.has_gate else 1):
+        return f"{kind} has projections {tuple(first.shape)} and {tuple(last.shape)}, which do not follow each other"
+    if not module.has_gate and d_in != hidden:
+        return f"{kind} reads {d_in} numbers a token, and the model's hidden_size is {hidden}"
+    return ""
+
+
+def require_known(stacks: dict[str, ExpertStack | str], pattern: str) -> None:
+    """Raises `UserError` naming the first of the projections that a pattern asks for whose layout is not known."""
+    for name, found in stacks.items():
+        if isinstance(found, str):
+            raise UserError(
+                f"--target_modules {pattern!r} includes {name}, experts of a layout that mora_ds does not know: "
+                f"{found}. Leave them out, and they stay frozen"
+            )

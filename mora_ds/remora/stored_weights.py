@@ -1,0 +1,64 @@
+"""Which tensors of the base's files an adapted layer changes, and what each becomes: one at a time, for exports and for
+new bases.
+
+A linear layer is one tensor. The experts of a layer may be a tensor each, or two, gate and up, whose rows follow each
+other: then the update of an expert belongs to its parts together, and each takes its rows of the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mora_ds.adapters.ops.delta import live_weight
+from mora_ds.adapters.ops.spec import UpdateSpec
+from mora_ds.adapters.ops.stack import single
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.stored_names import is_stack
+from mora_ds.remora.ledger import LayerEntry
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A tensor of the base's files that a layer changes."""
+
+    entry: LayerEntry
+    parts: tuple[str, ...]
+    """The keys of the tensors that are changed together, in the order of their rows."""
+    rows: slice
+    """The rows of this one."""
+    expert: int | None = None
+    """The number of the expert that they belong to; None where the tensor is the layer's weight itself."""
+
+    def live(self, base: BaseCheckpoint, updates: Iterable[tuple[UpdateSpec, Tensor]], dtype: torch.dtype) -> Tensor:
+        """The tensor with the updates of its layer, summed as `live_weight` sums them."""
+        original = (
+            torch.cat([base.read(part) for part in self.parts]) if len(self.parts) > 1 else base.read(*self.parts)
+        )
+        if self.expert is not None:
+            updates = (single(spec, value, self.expert) for spec, value in updates)
+        return live_weight(original, updates, self.entry.transposed, dtype)[self.rows]
+
+
+def stored_weights(entry: LayerEntry, key: str, base: BaseCheckpoint) -> dict[str, StoredWeight]:
+    """Key -> tensor, for all tensors of the layer's weight, whose key in the base is `key`."""
+    if not is_stack(key):
+        return {key: StoredWeight(entry, (key,), slice(None))}
+    found = {}
+    for expert, parts in enumerate(base.members(key)):
+        start = 0
+        for part in parts:
+            stop = start + base.shape_dtype(part)[0][0]
+            found[part] = StoredWeight(entry, tuple(parts), slice(start, stop), expert)
+            start = stop
+    return found
+
+
+def weight_shape(entry: LayerEntry) -> tuple[int, ...]:
+    """The shape that the layer's weight has in the base: (d_out, d_in), reversed where it is stored transposed, and the
+    number of experts before it."""
+    sides = (entry.operator.d_out, entry.operator.d_in)
+    return (*entry.operator.value_shape[:-2], *(sides[::-1] if entry.transposed else sides))

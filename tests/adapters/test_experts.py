@@ -1,0 +1,364 @@
+"""Experts of a mixture as targets: which tensors they are, what they compute, how they are named and read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import use_experts_implementation
+
+from mora_ds.adapters import experts as module_of_experts
+from mora_ds.adapters.config import LoRAConfig, MoRAConfig
+from mora_ds.adapters.experts import ExpertStack, MoRAExperts, find_stacks
+from mora_ds.adapters.inject import base_weights, inject, mora_layers, set_cycle
+from mora_ds.adapters.ops import grouped
+from mora_ds.adapters.ops.delta import live_weight
+from mora_ds.adapters.ops.grouped import grouped_linear
+from mora_ds.adapters.ops.int8 import Int8Weight, dense, quantize
+from mora_ds.adapters.ops.stack import StackSpec
+from mora_ds.adapters.ops.update import spec_from_dict
+from mora_ds.adapters.target_modules import match_targets
+from mora_ds.common.errors import UserError
+from mora_ds.eval.ledger_summary import histories
+from mora_ds.models.base import BaseCheckpoint, map_model, write_own_base
+from mora_ds.models.load import load_base
+from mora_ds.planning.costs import costs
+from mora_ds.planning.step import Work, planned_model
+from tests.helpers.models import MIXTURES, causal_loss, tiny_model, tokens
+
+EVERYWHERE = ("all-linear", "experts")
+OPERATORS = dict(zip(MIXTURES, ("share", "rotate", "decouple", "truncate"), strict=True))
+STACKS = {"gate_up_proj": (4, 112, 32), "down_proj": (4, 32, 56)}
+
+
+def adapted(family: str = "mixtral", model: Any = None, **settings: Any) -> Any:
+    """With matrices that are not zero."""
+    model = tiny_model(family) if model is None else model
+    values = {"rank": 4, "operator": OPERATORS[family], "target_modules": EVERYWHERE, **settings}
+    inject(model, MoRAConfig(**values))
+    for index, layer in enumerate(mora_layers(model).values()):
+        drawn = torch.randn(layer.square.shape, generator=torch.Generator().manual_seed(index))
+        layer.square.data = (0.05 * drawn).to(layer.dtype)
+    return model
+
+
+def live_of(model: Any, family: str, implementation: str) -> Any:
+    """A plain model with the updates of an adapted one in its weights, computed by transformers."""
+    live = tiny_model(family)
+    live.set_experts_implementation(implementation)
+    parameters = dict(live.named_parameters())
+    for name, layer in mora_layers(model).items():
+        delta = layer.spec.delta_weight(layer.square.data)
+        parameters[layer.spec.weight_name(name)].data += delta.mT if layer.transposed else delta
+    return live
+
+
+def stacks_in(model: nn.Module) -> dict[str, MoRAExperts]:
+    return {name: layer for name, layer in mora_layers(model).items() if isinstance(layer, MoRAExperts)}
+
+
+# -- what they compute -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_outputs_and_gradients_are_those_of_the_weights_that_the_matrices_stand_for(family: str) -> None:
+    """Also a contract: each class of transformers computes, by its own code, what its marks say."""
+    model, ids = adapted(family), tokens(2)
+    live = live_of(model, family, "eager")
+    loss, expected = causal_loss(model, ids), causal_loss(live, ids)
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert stacks_in(model)
+    parameters = dict(live.named_parameters())
+    for name, layer in mora_layers(model).items():
+        gradient = parameters[layer.spec.weight_name(name)].grad
+        wanted = layer.spec.adjoint(gradient.mT if layer.transposed else gradient)
+        torch.testing.assert_close(layer.square.grad, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_one_projection_alone_dropout_checkpointing_and_evaluation() -> None:
+    ids = tokens(2)
+    for pattern in ("experts.down_proj", "experts.gate_up_proj"):
+        model = adapted(target_modules=(pattern,))
+        assert len(mora_layers(model)) == 2
+        with torch.no_grad():
+            expected = live_of(model, "mixtral", "eager")(input_ids=ids).logits
+            torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    dropping = adapted(dropout=0.5)
+    dropping.train()
+    assert causal_loss(dropping, ids).item() != causal_loss(dropping.eval(), ids).item()
+    plain, checkpointed = adapted(), tiny_model("mixtral")
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for each in (plain, adapted(model=checkpointed)):
+        causal_loss(each.train(), ids).backward()
+    for one, other in zip(mora_layers(plain).values(), mora_layers(checkpointed).values(), strict=True):
+        assert torch.equal(one.square.grad, other.square.grad)
+
+
+def test_bf16_and_8_bits_compute_what_their_weights_say() -> None:
+    half = adapted(model=tiny_model("mixtral", dtype=torch.bfloat16))
+    assert torch.isfinite(causal_loss(half, tokens(2))) and half.dtype == torch.bfloat16
+    for family in ("mixtral", "gpt_oss"):  # weights (out, in), and (in, out)
+        model = adapted(family, base_bits=8)
+        live, ids = live_of(model, family, "eager"), tokens(2)
+        for name, layer in mora_layers(model).items():
+            weight = live.get_parameter(layer.spec.weight_name(name))
+            assert layer.weight.dtype is torch.int8 and layer.weight.shape == weight.shape
+            delta = layer.spec.delta_weight(layer.square.data)
+            weight.data = layer.read() + (delta.mT if layer.transposed else delta)
+        loss = causal_loss(model, ids)
+        loss.backward()
+        assert loss.item() == pytest.approx(causal_loss(live, ids).item(), rel=1e-5)
+        assert all(layer.square.grad.abs().sum() > 0 for layer in mora_layers(model).values())
+
+
+def one_by_one(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    parts = x.tensor_split(ends[:-1].tolist())
+    return torch.cat([part @ weight.T for part, weight in zip(parts, weights, strict=True)])
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_grouped_products_and_their_gradients(monkeypatch: pytest.MonkeyPatch, kernel: bool, bits: int) -> None:
+    """The way of a GPU too, whose product torch has for CPUs as well. One matrix has no rows."""
+    monkeypatch.setattr(grouped, "has_kernel", lambda x, width: kernel)
+    generator = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(20, 16, generator=generator), torch.randn(4, 8, 16, generator=generator)
+    ends = torch.tensor([5, 5, 18, 20], dtype=torch.int32)
+    stack = weights if bits == 16 else Int8Weight(*quantize(weights))
+    formed = dense(stack, torch.float32)
+    inputs, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
+    trained, reference = formed.clone().requires_grad_(), formed.clone().requires_grad_()
+    g = torch.randn(20, 8, generator=generator)
+    found = grouped_linear(inputs, trained if bits == 16 else stack, ends)
+    found.backward(g)
+    expected = one_by_one(wanted, reference, ends)
+    expected.backward(g)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(inputs.grad, wanted.grad)
+    if bits == 16:
+        torch.testing.assert_close(trained.grad, reference.grad)
+
+
+def test_a_frozen_stack_saves_no_rows_for_backward() -> None:
+    saved: list[tuple[int, ...]] = []
+    x, ends = torch.randn(6, 4, requires_grad=True), torch.tensor([2, 6], dtype=torch.int32)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):  # type: ignore[func-returns-value]
+        grouped_linear(x, torch.randn(2, 3, 4), ends)
+    assert (6, 4) not in saved and (2, 3, 4) in saved
+
+
+# -- operators and sizes -----------------------------------------------------------------------------------------------
+
+
+def test_a_stack_is_its_members() -> None:
+    model = adapted()
+    layer = next(iter(stacks_in(model).values()))
+    spec, value = layer.spec, layer.square.data
+    assert spec_from_dict(spec.to_dict()) == spec and hash(spec) == hash(replace(spec))
+    assert tuple(value.shape) == spec.value_shape == (4, spec.r_hat, spec.r_hat)
+    for index, (name, each, square) in enumerate(spec.members("a", value)):
+        assert name == f"a.{index}"
+        assert torch.equal(spec.delta_weight(value)[index], each.delta_weight(square))
+    original = torch.randn(4, spec.d_out, spec.d_in)
+    whole = live_weight(original, [(spec, value), (spec, value)], False, torch.bfloat16)
+    turned = live_weight(original.mT.contiguous(), [(spec, value), (spec, value)], True, torch.bfloat16)
+    parts = [live_weight(original[e], [(spec.each, value[e])] * 2, False, torch.bfloat16) for e in range(4)]
+    assert torch.equal(whole, torch.stack(parts)) and torch.equal(whole, turned.mT)
+    both = histories("a", [(spec, value), (spec, value)])
+    assert [name for name, _ in both] == [f"a.{index}" for index in range(4)] and len(both[0][1]) == 2
+    for damaged in ({"count": 0}, {"count": 2**40}, {"each": {}}, {"more": 1}):
+        with pytest.raises(UserError):
+            spec_from_dict({**spec.to_dict(), **damaged})
+    with pytest.raises(UserError, match="no operator of a stack"):
+        live_weight(original, [(spec.each, value[0])], False, torch.float32)
+
+
+def test_the_rank_of_an_expert_and_fresh_permutations() -> None:
+    def sides(**settings: Any) -> dict[str, StackSpec]:
+        model = adapted("qwen3_moe", **{"rank": 16, "r_hat_multiple": 1, **settings})
+        return {name.rpartition(".")[2]: layer.spec for name, layer in stacks_in(model).items()}
+
+    by_rule, given = sides(), sides(expert_rank=2)
+    linear = MoRAConfig(rank=8, operator="rotate", r_hat_multiple=1)  # 16, and two experts a token
+    assert by_rule["down_proj"].r_hat == linear.square_size(24, 32)
+    assert by_rule["gate_up_proj"].r_hat == linear.square_size(32, 48)
+    assert given["down_proj"].r_hat == replace(linear, rank=2).square_size(24, 32)
+    assert sides(operator="auto", rank=64)["down_proj"].each.kind.value == "share", "as the linear layers of rank 64"
+    config = MoRAConfig(rank=16, target_modules=("experts",))
+    model = tiny_model("mixtral")
+    inject(model, config)
+    seeds = {layer.spec.each.seed for layer in stacks_in(model).values()}
+    set_cycle(model, config, 1)
+    assert len(seeds | {layer.spec.each.seed for layer in stacks_in(model).values()}) == 8
+    assert MoRAConfig.from_dict(replace(config, expert_rank=3).to_dict()).expert_rank == 3
+    assert "expert_rank" not in config.to_dict(), "files of runs without it stay as they were"
+
+
+def test_the_report_and_the_names_of_frozen_weights() -> None:
+    model = tiny_model("mixtral")
+    parameters = dict(model.named_parameters())
+    report = inject(model, MoRAConfig(rank=4, target_modules=EVERYWHERE))
+    rows = {row.name: row for row in report.rows}
+    assert rows["down_proj"].count == 2 and rows["down_proj"].params == 2 * 4 * rows["down_proj"].size ** 2
+    assert "4 experts each" in str(report) and report.left_out.keys() == {"gate.weight"}
+    frozen = base_weights(model)
+    assert frozen.keys() == parameters.keys()
+    assert all(frozen[name].data_ptr() == parameters[name].data_ptr() for name in frozen), "not copied"
+
+
+# -- which tensors are targets -----------------------------------------------------------------------------------------
+
+
+def names(pattern: str, family: str = "mixtral") -> set[str]:
+    return {name.removeprefix("model.layers.") for name in match_targets(tiny_model(family), (pattern,))}
+
+
+def test_only_patterns_with_the_word_reach_experts() -> None:
+    both = {f"{layer}.mlp.experts.{name}" for layer in (0, 1) for name in STACKS}
+    assert names("experts") == names("re:.*\\.experts\\..*") == names("*.experts.*") == both
+    assert names("experts.down_proj") == {name for name in both if name.endswith("down_proj")}
+    assert names("model.layers.1.mlp.experts") == {name for name in both if name.startswith("1.")}
+    assert not any("experts" in name for name in names("all-linear") | names("re:.*"))
+    assert names("down_proj", "deepseek_v3") == {"0.mlp.down_proj", "1.mlp.shared_experts.down_proj"}
+    assert names("re:.*shared_experts.*", "deepseek_v3") == {
+        f"1.mlp.shared_experts.{name}" for name in ("gate_proj", "up_proj", "down_proj")
+    }
+    for pattern in ("experts.gate_proj", "down_proj"):
+        with pytest.raises(UserError, match=r"matches no linear layer; there are: .*experts\.down_proj"):
+            names(pattern)
+    with pytest.raises(UserError, match="'experts' matches no linear layer"):
+        names("experts", "llama")
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_every_layout_of_transformers_is_read_by_its_marks(family: str) -> None:
+    stacks = find_stacks(tiny_model(family))
+    assert stacks and all(isinstance(stack, ExpertStack) for stack in stacks.values())
+    for name, stack in stacks.items():
+        assert isinstance(stack, ExpertStack) and stack.experts_per_token == 2
+        assert (stack.in_features if name.endswith("gate_up_proj") else stack.out_features) == 32
+        assert stack.transposed == (family == "gpt_oss")
+
+
+def test_an_unknown_layout_is_refused_by_name_and_stays_frozen_when_left_out() -> None:
+    def odd(**changes: Any) -> Any:
+        model = tiny_model("mixtral")
+        for name, value in changes.items():
+            setattr(model.model.layers[1].mlp.experts, name, value)
+        return model
+
+    cases = {
+        "do not follow each other": odd(is_transposed=True),
+        "computed by code of its own": odd(),
+        "does not have the projections": odd(has_gate=False),
+        "split over processes": odd(_is_expert_parallel=True),
+        "another name": odd(proj=nn.Parameter(torch.zeros(4, 2, 2))),
+    }
+    del cases["computed by code of its own"].model.layers[1].mlp.experts.is_transposed
+    for problem, model in cases.items():
+        with pytest.raises(UserError, match=rf"model\.layers\.1\.mlp\.experts\..*{problem}.*Leave them out"):
+            inject(model, MoRAConfig(rank=4, target_modules=("experts",)))
+        assert inject(model, MoRAConfig(rank=4)).left_out
+    silent = tiny_model("mixtral")
+    for layer in silent.model.layers:
+        layer.mlp.experts.config = SimpleNamespace(hidden_size=32)
+    with pytest.raises(UserError, match="--expert_rank"):
+        inject(silent, MoRAConfig(rank=4, target_modules=("experts",)))
+
+
+def test_adapters_that_experts_cannot_have_are_refused() -> None:
+    for config, named in (
+        (LoRAConfig(rank=4, target_modules=("experts",)), "not lora"),
+        (MoRAConfig(rank=4, operator="subspace", vectors="a", target_modules=("experts",)), "not subspace"),
+        (MoRAConfig(rank=4, domains=("a", "b"), target_modules=("experts",)), "--domain_adapters"),
+    ):
+        with pytest.raises(UserError, match=named):
+            inject(tiny_model("mixtral"), config)
+
+
+def test_transformers_still_has_what_the_forward_is_built_on() -> None:
+    """integrations/moe.py: the registry, the marks of the decorator, and that they reach an instance."""
+
+    class Experts(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+
+        def forward(self, *arguments: Any) -> str:
+            return "its own"
+
+    config = SimpleNamespace(_experts_implementation="eager")
+    made: Any = use_experts_implementation(Experts, is_transposed=True, has_bias=True)(config)
+    assert (made.is_transposed, made.has_bias, made.has_gate, made.has_post_expert_norm) == (True, True, True, False)
+    assert made() == "its own" and made._apply_gate is not None
+    made.config = SimpleNamespace(_experts_implementation=module_of_experts.IMPLEMENTATION)
+    with pytest.raises(TypeError, match="experts_forward"):
+        made()
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def alone() -> Any:
+    return SimpleNamespace(
+        agree=lambda what, work, long=False: work(), on_first=lambda what, work, long=False: work(),
+        gather=lambda what, value: [value], rank=0, world=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_stacks_are_read_from_the_files_of_their_experts(tmp_path: Path, family: str) -> None:
+    tiny_model(family).save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    loaded = load_base(tmp_path / "model", tmp_path / "own", alone(), torch.float32, "eager")
+    assert loaded.base.folder == tmp_path / "model" and not (tmp_path / "own").exists()
+    stacks = {name: key for name, key in loaded.keys.items() if name.endswith(tuple(STACKS))}
+    assert stacks and all(("*" in key) == (family != "gpt_oss") for key in stacks.values())
+    for name, key in stacks.items():
+        live = loaded.model.get_parameter(name)
+        assert key in loaded.base and loaded.base.shape_dtype(key) == (tuple(live.shape), torch.float32)
+        assert torch.equal(loaded.base.read(key), live)
+
+
+def test_an_earlier_run_keeps_the_base_that_it_has_written(tmp_path: Path) -> None:
+    """Its ledger is chained to that base's fingerprint."""
+    tiny_model("mixtral").save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    written = write_own_base(model, tmp_path / "own")
+    loaded = load_base(tmp_path / "model", tmp_path / "own", alone(), torch.float32, None)
+    assert loaded.base.folder == tmp_path / "own" and loaded.base.fingerprint() == written.fingerprint()
+
+
+def test_a_stack_without_all_of_its_files_is_no_tensor(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path)
+    base = BaseCheckpoint.open(tmp_path)
+    key = map_model(base, model, ["model.layers.0.mlp.experts.down_proj"])["model.layers.0.mlp.experts.down_proj"]
+    assert base.members(key) == [[key.replace("*", str(index))] for index in range(4)]
+    assert "nothing.*.weight" not in base and base.members("nothing.*.weight") == []
+    mixed = key + " + model.layers.0.self_attn.q_proj.weight"
+    assert mixed not in base
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_counts_the_experts_of_a_token() -> None:
+    """Frozen or adapted: two of four, in each of two layers; gate, up and down have the same number of weights."""
+    config, tokens_of_batch = tiny_model("mixtral").config, 8
+    planned = {
+        pattern: costs(planned_model(Work(config, MoRAConfig(rank=4, target_modules=pattern), 8, dtype=torch.bfloat16)),
+                       1, 1, tokens_of_batch)
+        for pattern in (("q_proj",), ("q_proj", "experts"), ("q_proj", "experts.down_proj"))
+    }  # fmt: skip
+    attention = 2 * (2 * 32 * 32 + 2 * 32 * 16)
+    experts = 2 * 2 * 3 * 32 * 56
+    assert {each.base_macs for each in planned.values()} == {2 * tokens_of_batch * (attention + experts)}
+    few, many = (planned[pattern] for pattern in (("q_proj",), ("q_proj", "experts")))
+    assert many.square_macs > few.square_macs

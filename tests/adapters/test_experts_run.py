@@ -1,0 +1,216 @@
+"""Runs that adapt the experts of a mixture: ranks, merges, resume, exports, files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
+from mora_ds.checkpoint.compact import compact
+from mora_ds.checkpoint.ledger_tools import verify as verify_ledger
+from mora_ds.checkpoint.verify import verify
+from mora_ds.common.errors import UserError
+from mora_ds.deploy.adapter_io import export_adapter, load_adapter
+from mora_ds.deploy.export import export_merged
+from mora_ds.deploy.peft_export import export_peft
+from mora_ds.engine import zero
+from mora_ds.engine.initialize import initialize
+from mora_ds.engine.traffic import CollectiveCounter
+from mora_ds.eval.ledger_summary import histories, summarize
+from mora_ds.eval.spectrum import layer_spectra
+from mora_ds.remora.ledger import Ledger
+from tests.helpers.engines import ds_config
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import VOCABULARY, Playground, losses, run
+from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.resume import assert_same_run, stop_and_resume
+
+pytestmark = pytest.mark.gloo
+
+ROWS = 4
+TARGETS = ("--target_modules", "all-linear", "experts")
+MERGING = (*TARGETS, "--merge_every", 2, "--restart_warmup_steps", 1, "--max_steps", 6, "--save_steps", 3,
+           "--mora_rank", 4, "--operator", "share", "--eval_steps", 100)  # fmt: skip
+
+
+# -- engines -----------------------------------------------------------------------------------------------------------
+
+
+def trained(family: str, stage: int, **adapter: Any) -> dict[str, Any]:
+    """Three steps on this rank of several; the gradients of the last one."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model = tiny_model(family)
+    if adapter.pop("checkpointing", False):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inject(model, MoRAConfig(**{"rank": 8, "target_modules": ("all-linear", "experts"), **adapter}))
+    engine, *_ = initialize(model=model, config=ds_config(stage, ROWS // world, 1, gradient_clipping=0.0))
+    layers, found = mora_layers(model), []
+    counter = CollectiveCounter(frozen_buffers(model).values())
+    with counter.counting():
+        for step in range(3):
+            loss = causal_loss(engine, tokens(ROWS, seed=step).view(world, ROWS // world, -1)[rank])
+            engine.backward(loss)
+            gradients = {name: safe_get_full_grad(layer.value).clone() for name, layer in layers.items()}
+            engine.step()
+            mean = loss.detach().clone()
+            dist.all_reduce(mean)
+            found.append(mean.item() / world)
+    local = sum(layer.value.ds_tensor.numel() for layer in layers.values()) if stage == 3 else 0
+    full = {name: zero.full_fp32(engine, layer.value) for name, layer in layers.items()}
+    return {"losses": found, "gradients": gradients, "values": full, "base_bytes": counter.base_bytes, "local": local}
+
+
+def all_trained(cases: list[tuple[str, int, dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [trained(family, stage, **dict(adapter)) for family, stage, adapter in cases]
+
+
+CASES: list[tuple[str, int, dict[str, Any]]] = [
+    ("mixtral", 3, {"operator": "share"}),
+    ("qwen3_moe", 3, {"operator": "rotate", "checkpointing": True}),
+]
+MORE: list[tuple[str, int, dict[str, Any]]] = [
+    ("gpt_oss", 3, {"operator": "decouple"}),
+    ("deepseek_v3", 3, {"operator": "truncate"}),
+    ("gpt_oss", 3, {"operator": "share", "base_bits": 8, "checkpointing": True}),
+    ("mixtral", 2, {"operator": "rotate", "base_bits": 8}),
+    ("qwen3_moe", 1, {"operator": "decouple"}),
+    ("mixtral", 0, {"operator": "share", "target_modules": ("experts.down_proj",)}),
+]
+
+
+@pytest.mark.parametrize("cases", [CASES, pytest.param(MORE, marks=pytest.mark.heavy)], ids=["", "more"])
+def test_two_ranks_are_one_and_no_byte_of_the_experts_is_sent(cases: list[tuple[str, int, dict[str, Any]]]) -> None:
+    one, two = run_ranks(1, all_trained, cases)[0], run_ranks(2, all_trained, cases)
+    for index, case in enumerate(cases):
+        for results in two:
+            found, expected = results[index], one[index]
+            assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5), case
+            assert any(len(value.shape) == 3 for value in found["gradients"].values())
+            for name, gradient in expected["gradients"].items():
+                scale = float(gradient.abs().max())
+                torch.testing.assert_close(found["gradients"][name], gradient, rtol=0, atol=1e-5 * max(scale, 1e-3))
+                torch.testing.assert_close(found["values"][name], expected["values"][name], rtol=1e-4, atol=2e-5)
+            assert found["base_bytes"] == 0
+            if case[1] == 3:
+                assert found["local"] == sum(-(-value.numel() // 2) for value in expected["values"].values())
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+
+def mixture(user: Playground, folder: Path, family: str) -> Path:
+    """A model folder with the user's tokenizer, its weights in several files."""
+    tiny_model(family, vocab_size=VOCABULARY).save_pretrained(folder, max_shard_size="100KB")
+    for path in user.model.glob("*token*"):
+        shutil.copyfile(path, folder / path.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return mixture(user, tmp_path_factory.mktemp("mixture") / "model", "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def whole(user: Playground, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks, two merges, and an unmerged cycle."""
+    out = tmp_path_factory.mktemp("whole")
+    summary = run(2, user.flags(out, "--model_name_or_path", model_folder, *MERGING))
+    assert summary["merges"] == 2 and summary["base_bytes_gathered"] == 0
+    assert not (out / "base").exists(), "the files hold the experts: nothing is written twice"
+    return out
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens(2, vocab=VOCABULARY)).logits
+
+
+def test_a_killed_run_is_the_uninterrupted_one_to_the_bit(
+    user: Playground, model_folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    stop_and_resume(2, user.flags(out, "--model_name_or_path", model_folder, *MERGING), 4)
+    assert_same_run(out, whole)
+
+
+def test_exports_are_the_live_model_in_the_files_of_the_original(
+    user: Playground, model_folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    report = export_merged(whole, tmp_path / "merged", verify=True)
+    assert report.comparison is not None
+    names = [set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"])
+             for folder in (model_folder,)]  # fmt: skip
+    assert set(load_file(tmp_path / "merged" / "model.safetensors")) == names[0], "each expert under its own name"
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    export_adapter(whole, tmp_path / "adapter")
+    loaded = load_adapter(model_folder, tmp_path / "adapter")
+    torch.testing.assert_close(logits(plain), logits(loaded), rtol=1e-4, atol=1e-5)
+    for name, layer in mora_layers(loaded).items():
+        if layer.spec.weight_name(name) == name:  # a stack: live + the unmerged cycle = exported
+            delta = layer.spec.delta_weight(layer.square.data)
+            torch.testing.assert_close(plain.get_parameter(name).data, layer.weight + delta, rtol=1e-5, atol=1e-6)
+    compact(whole / "checkpoints" / "latest", tmp_path / "compacted")
+    export_merged(tmp_path / "compacted", tmp_path / "again", verify=True)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_rank_of_an_experts_update_grows_over_cycles(whole: Path) -> None:
+    ledger = Ledger.open(whole / "ledger")
+    module = "model.layers.0.mlp.experts.gate_up_proj"
+    for name, updates in histories(module, ledger.squares_of(module)):
+        first, second = layer_spectra(updates)
+        side = updates[0][1].shape[-1]
+        assert first.cumulative.rank <= side < second.cumulative.rank, name
+    assert [each.layers for each in summarize(ledger)] == [12, 12]
+    assert all(verdict.is_good for verdict in verify(whole)) and any("all hashes" in x for x in verify_ledger(whole))
+
+
+def test_experts_are_refused_as_an_adapter_of_peft(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"experts\.gate_up_proj are experts, which PEFT"):
+        export_peft(whole, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    "more", [(), ("--bf16",), ("--base_bits", 8), ("--gradient_checkpointing", "--expert_rank", 1)], ids=str
+)
+def test_other_families_and_settings(user: Playground, tmp_path: Path, family: str, more: tuple[Any, ...]) -> None:
+    model = ("--model_name_or_path", mixture(user, tmp_path / "model", family), "--attention", "dense")
+    run(2, user.flags(tmp_path / "two", *model, *MERGING, *more))
+    run(1, user.flags(tmp_path / "one", *model, *MERGING, "--per_device_train_batch_size", 4, *more))
+    rtol = 1e-2 if "--bf16" in more else 1e-4
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=rtol, atol=0)
+    export_merged(tmp_path / "two", tmp_path / "merged", verify=True)
+    out = tmp_path / "killed"
+    stop_and_resume(2, user.flags(out, *model, *MERGING, *more), 1, 4)
+    assert_same_run(out, tmp_path / "two")
+
+
+@pytest.mark.heavy
+def test_it_goes_on_at_other_numbers_of_ranks(user: Playground, model_folder: Path, tmp_path: Path) -> None:
+    """As exact as the losses of other ranks are; what was saved is what is resumed, to the bit."""
+    settings = ("--model_name_or_path", model_folder, *MERGING, "--resume_from_checkpoint", "auto")
+    run(2, user.flags(tmp_path / "whole", *settings))
+    for world in (1, 4):
+        out = tmp_path / str(world)
+        shutil.copytree(tmp_path / "whole", out, symlinks=True)
+        for stale in ("step-000006",):
+            shutil.rmtree(out / "checkpoints" / stale)
+        run(world, user.flags(out, *settings, "--per_device_train_batch_size", 4 // world))
+        torch.testing.assert_close(losses(out), losses(tmp_path / "whole"), rtol=1e-5, atol=0)
+        one, other = (load_file(each / "ledger" / "cycle-00000.safetensors") for each in (out, tmp_path / "whole"))
+        assert all(torch.equal(one[name], other[name]) for name in one)
