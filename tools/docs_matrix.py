@@ -23,6 +23,7 @@ OPTIONS: dict[str, list[str]] = {
     "`--operator subspace`": ["--operator", "subspace"],
     "`--alignment_weight`": ["--alignment_weight", "0.1"],
     "`--targets auto`": ["--targets", "auto", "--trainable_budget", "1%"],
+    "`--target_modules experts`": ["--target_modules", "all-linear", "experts"],
     "`--domain_adapters`": ["--domain_adapters"],
     "`--train_embeddings`, `--train_head`": ["--train_embeddings", "--train_head"],
     "`--train_new_embeddings`": ["--train_new_embeddings"],
@@ -58,7 +59,8 @@ COLUMNS: dict[str, list[str]] = {
 README_ROWS = (
     "ReMoRA (`--merge_every`)", "`--adapter lora`", "`--adapter full`", "`--operator share`", "`--operator rotate`",
     "`--optimizer muon`", "`--domain_adapters`", "`--targets auto`", "`--train_embeddings`, `--train_head`",
-    "`--base_bits 8`", "`--base_device host`", "`--tensor_parallel_size`", "`--sequence_parallel_size`",
+    "`--target_modules experts`", "`--base_bits 8`", "`--base_device host`", "`--tensor_parallel_size`",
+    "`--sequence_parallel_size`",
 )  # fmt: skip
 README_COLUMNS = ("ReMoRA merges", "ZeRO 2", "ZeRO-3", "Muon", "tensor parallel", "sequence parallel", "8-bit base")
 

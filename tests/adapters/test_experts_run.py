@@ -201,6 +201,14 @@ def test_other_families_and_settings(user: Playground, tmp_path: Path, family: s
 
 
 @pytest.mark.heavy
+def test_rows_that_ranks_share_give_the_losses_of_complete_rows(user: Playground, tmp_path: Path) -> None:
+    settings = ("--model_name_or_path", mixture(user, tmp_path / "model", "mixtral"), *MERGING)
+    run(2, user.flags(tmp_path / "split", *settings, "--sequence_parallel_size", 2))
+    run(1, user.flags(tmp_path / "one", *settings))
+    torch.testing.assert_close(losses(tmp_path / "split"), losses(tmp_path / "one"), rtol=1e-4, atol=0)
+
+
+@pytest.mark.heavy
 def test_it_goes_on_at_other_numbers_of_ranks(user: Playground, model_folder: Path, tmp_path: Path) -> None:
     """As exact as the losses of other ranks are; what was saved is what is resumed, to the bit."""
     settings = ("--model_name_or_path", model_folder, *MERGING, "--resume_from_checkpoint", "auto")
