@@ -7,8 +7,6 @@ the same in a model with experts as in one without.
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -17,14 +15,8 @@ from torch import nn
 from mora_ds.adapters.config import ALL_LINEAR, AdapterConfig
 from mora_ds.adapters.experts import find_stacks, require_known
 from mora_ds.adapters.layer import ExpertStack, is_linear
+from mora_ds.adapters.target_patterns import matches, matches_experts, names_experts
 from mora_ds.common.errors import UserError, nearest
-
-_EXPERTS = re.compile(r"(?<![A-Za-z_])experts(?![A-Za-z_])")
-
-
-def names_experts(pattern: str) -> bool:
-    """Whether a pattern contains the word experts; shared_experts, which are linear layers, is another word."""
-    return _EXPERTS.search(pattern) is not None
 
 
 def targets_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
@@ -49,7 +41,7 @@ def match_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.M
     for pattern in patterns:
         matched = _match(pattern, linear, model)
         if names_experts(pattern):
-            experts = {name for name in stacks if _matches_experts(pattern, name)}
+            experts = {name for name in stacks if matches_experts(pattern, name)}
             require_known({name: stacks[name] for name in stacks if name in experts}, pattern)
             matched |= experts
         if not matched:
@@ -88,23 +80,7 @@ def _match(pattern: str, linear: dict[str, nn.Module], model: nn.Module) -> set[
     if pattern == ALL_LINEAR:
         head = output_head(model)
         return {name for name, module in linear.items() if module is not head}
-    return {name for name in linear if _matches(pattern, name)}
-
-
-def _matches_experts(pattern: str, name: str) -> bool:
-    return _matches(pattern, name) or _matches(pattern, name.rpartition(".")[0])
-
-
-def _matches(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        try:
-            regex = re.compile(pattern[3:])
-        except re.error as error:
-            raise UserError(f"--target_modules {pattern!r} is no regular expression: {error}") from error
-        return regex.fullmatch(name) is not None
-    if any(sign in pattern for sign in "*?["):
-        return fnmatch.fnmatchcase(name, pattern)
-    return name == pattern or name.endswith("." + pattern)
+    return {name for name in linear if matches(pattern, name)}
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

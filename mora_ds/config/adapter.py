@@ -13,7 +13,7 @@ from mora_ds.adapters.domain_names import Freeze
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
 from mora_ds.adapters.ops.subspace import SUBSPACE
-from mora_ds.adapters.target_modules import names_experts
+from mora_ds.adapters.target_patterns import names_experts
 from mora_ds.adapters.target_plan import AUTO, parse_budget
 from mora_ds.common.errors import COUNT, NOT_NEGATIVE, POSITIVE, member_named, refusal, wrong_values
 from mora_ds.config.flags import documented

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mora_ds.adapters.inject import mora_layers
-from mora_ds.adapters.target_modules import names_experts
+from mora_ds.adapters.target_patterns import names_experts
 from mora_ds.common.errors import UserError, refuse
 from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.ds_config import fill_bucket_sizes

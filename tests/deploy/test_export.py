@@ -22,10 +22,10 @@ from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.deploy import export as export_room
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
+from mora_ds.remora import stored_weights
 from mora_ds.remora.ledger import LayerEntry, Ledger
 from tests.helpers.adapters import summed
 from tests.helpers.exports import FakeRun, fake_run
@@ -192,7 +192,7 @@ def test_verify_finds_a_wrong_export(tmp_path: Path, dtype: str, fault: str, mon
         updates = list(updates)
         return live_weight(original, updates[:-1] if fault == "square forgotten" else updates[1:], *rest)
 
-    monkeypatch.setattr(export_room, "live_weight", wrong)
+    monkeypatch.setattr(stored_weights, "live_weight", wrong)
     with pytest.raises(RunError, match=r"does not match: logits .* largest difference"):
         export_merged(run.checkpoint, tmp_path / "merged", verify=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
@@ -310,7 +310,7 @@ def test_killed_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest
             raise KeyboardInterrupt
         return live_weight(*arguments)
 
-    monkeypatch.setattr(export_room, "live_weight", kill)
+    monkeypatch.setattr(stored_weights, "live_weight", kill)
     for place in (output, tmp_path / "new"):
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
