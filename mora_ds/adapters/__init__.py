@@ -4,7 +4,8 @@ config             `MoRAConfig`, `LoRAConfig`: what is adapted, with which opera
 inject             replaces a model's linear layers, freezes the rest, and reports
 layer              the adapted layers
 domains            layers with one MoRA matrix for each domain, added to the shared one
-target_modules     which layers are adapted, by patterns
+target_modules     which layers are adapted, by patterns (`target_patterns`)
+experts            experts of a mixture: which tensors they are, and how they are computed with a MoRA matrix each
 target_plan        which layers are adapted, by a file with a size for each (targets.yaml)
 rank_allocation    a budget of parameters divided among layers
 tp_plan            which layers tensor parallelism splits, from the model's own plan

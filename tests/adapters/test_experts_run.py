@@ -184,9 +184,15 @@ def test_experts_are_refused_as_an_adapter_of_peft(whole: Path, tmp_path: Path) 
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize(
-    "more", [(), ("--bf16",), ("--base_bits", 8), ("--gradient_checkpointing", "--expert_rank", 1)], ids=str
+    ("family", "more"),
+    [
+        ("mixtral", ("--bf16",)),
+        ("mixtral", ("--base_bits", 8)),
+        ("gpt_oss", ()),
+        ("gpt_oss", ("--base_bits", 8, "--gradient_checkpointing", "--expert_rank", 1)),
+    ],
+    ids=str,
 )
 def test_other_families_and_settings(user: Playground, tmp_path: Path, family: str, more: tuple[Any, ...]) -> None:
     model = ("--model_name_or_path", mixture(user, tmp_path / "model", family), "--attention", "dense")

@@ -98,13 +98,26 @@ def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(
     # without a device the sums go the way of a GPU: here both take that of a CPU
     monkeypatch.setattr(mora, "prefers_scatter", lambda x: True)
     dtype = torch.bfloat16 if family == "mixtral" else torch.float32  # torch has no grouped product of fp32 shapes
-    work = work_of(family, checkpointing=checkpointing, dtype=dtype, by_documents=by_documents)
+    compare(work_of(family, checkpointing=checkpointing, dtype=dtype, by_documents=by_documents), family)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapted_experts_take_what_is_planned(monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+    monkeypatch.setattr(mora, "prefers_scatter", lambda x: True)
+    adapter = replace(ADAPTER, target_modules=("all-linear", "experts"))
+    compare(work_of("mixtral", checkpointing=checkpointing, adapter=adapter), "mixtral")
+
+
+def compare(work: Work, family: str) -> None:
+    """A planned micro-batch with a real one."""
+    assert work.adapter is not None
+    dtype, checkpointing, by_documents = work.dtype, work.checkpointing, work.by_documents
     model = tiny_model(family, dtype=dtype).train()
     if by_documents:
         use_documents(model)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    inject(model, ADAPTER)
+    inject(model, work.adapter)
     rows = batch(packed=not by_documents)
     token_nll(model, rows).backward()
     for parameter in model.parameters():
