@@ -280,9 +280,15 @@ def _group_sizes(work: Work, cluster: Cluster) -> Iterator[tuple[int, int]]:
             continue
         if work.seq_len % size == 0 and (key_values % size == 0 or size % key_values == 0):
             yield 1, size
-        splits = work.adapter is not None and work.base_bits != 8 and work.base_buffers is None
-        if key_values % size == 0 and splits and not any(map(names_experts, work.adapter.target_modules)):
+        if key_values % size == 0 and _is_split(work):
             yield size, 1
+
+
+def _is_split(work: Work) -> bool:
+    """Whether tensor parallelism takes the work's adapter and base."""
+    if work.adapter is None or work.base_bits == 8 or work.base_buffers is not None:
+        return False
+    return not any(map(names_experts, work.adapter.target_modules))
 
 
 def _largest(planner: Planner, limit: int, **changes: Any) -> Plan | None:

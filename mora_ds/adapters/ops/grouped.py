@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.int8 import Int8Weight, Weight, dense
+from mora_ds.adapters.ops.int8 import Int8Weight, Weight, dense, parts_of, weight_of
 
 _ALIGNMENT = 16
 """Bytes of which rows must be a multiple for torch's grouped product."""
@@ -28,8 +28,7 @@ def grouped_linear(x: Tensor, stack: Weight, ends: Tensor) -> Tensor:
     """(S, D) -> (S, O). `stack`: (E, O, D), dense or in 8 bits; `ends`: (E,) int32, where the rows of each matrix end.
 
     A dense stack that is a parameter gets its gradient."""
-    values, scales = (stack, None) if isinstance(stack, Tensor) else (stack.values, stack.scales)
-    result: Tensor = _GroupedLinear.apply(x, values, scales, ends)
+    result: Tensor = _GroupedLinear.apply(x, *parts_of(stack), ends)
     return result
 
 
@@ -37,18 +36,14 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, scales: Tensor | None, ends: Tensor) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, scales, ends)
-        return _rows_through(x, _weight(values, scales), ends)
+        return _rows_through(x, weight_of(values, scales), ends)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         g = gradients[0].contiguous()
         x, values, scales, ends = ctx.saved_tensors
-        for_rows = _rows_through(g, _weight(values, scales), ends, back=True) if ctx.needs_input_grad[0] else None
+        for_rows = _rows_through(g, weight_of(values, scales), ends, back=True) if ctx.needs_input_grad[0] else None
         return for_rows, None if x is None else _outer(g, x, ends), None, None
-
-
-def _weight(values: Tensor, scales: Tensor | None) -> Weight:
-    return values if scales is None else Int8Weight(values, scales)
 
 
 def _factors(stack: Weight, which: int | slice, dtype: torch.dtype, back: bool) -> Tensor:
