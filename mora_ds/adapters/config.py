@@ -210,8 +210,7 @@ class MoRAConfig(AdapterConfig):
     paper's size, as in all versions up to 0.2, whose files have no such key."""
 
     expert_rank: int = 0
-    """The rank of each expert of a mixture; 0: `rank` divided by the number of experts that compute a token, so that
-    together they have what a linear layer has."""
+    """The rank of each expert of a mixture; 0: `rank` divided by the number of experts that compute a token."""
 
     compute: str = "auto"
     """How a layer is computed: activation, weight or auto (see `ops.linear`)."""
