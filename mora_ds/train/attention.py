@@ -36,6 +36,16 @@ def choose_attention(model: ModelArguments, config: Any, checkpoint: Path | None
     return chosen
 
 
+def check_precision(model: ModelArguments, dtype: str) -> None:
+    """Raises `UserError` for FlashAttention, whose kernels are for bf16 and fp16, in a run that computes in another
+    dtype: transformers would find out at the first forward."""
+    if model.implementation is not None and is_flash(model.implementation) and dtype not in ("bfloat16", "float16"):
+        raise UserError(
+            f"--attn_implementation {model.implementation}: FlashAttention computes in bf16 or fp16, and this run in "
+            f"{dtype}: add --bf16 or --fp16 (or enable it in --deepspeed), or leave --attn_implementation at auto"
+        )
+
+
 def implementation_of(model: ModelArguments, chosen: AttentionKind) -> str | None:
     """The name in transformers of the attention that runs; None for transformers' default."""
     if chosen is AttentionKind.DENSE or (model.implementation is not None and is_flash(model.implementation)):

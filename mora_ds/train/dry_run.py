@@ -37,7 +37,7 @@ from mora_ds.planning.plan import Plan, Planner, place_base
 from mora_ds.planning.report import report
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.planning.timing import Cluster
-from mora_ds.train.attention import choose_attention, implementation_of
+from mora_ds.train.attention import check_precision, choose_attention, implementation_of
 from mora_ds.train.setup import engine_config
 from mora_ds.train.targets import planned_config
 from mora_ds.train.vectors import check_alignment_rank
@@ -63,6 +63,7 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     """The plan, and the lines about the adapted layers with which the run would start."""
     adapter, training, model = arguments.adapter, arguments.training, arguments.model
     ds_config = engine_config(training, adapter.adapter, world)
+    check_precision(model, compute_dtype(ds_config))
     name, flag = _model_of(arguments)
     config = named_config(name, model.trust_remote_code, flag)
     implementation = implementation_of(model, choose_attention(model, config))

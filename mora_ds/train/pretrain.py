@@ -44,7 +44,7 @@ from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.adapter_job import AdapterJob
 from mora_ds.train.agreement import start_up
-from mora_ds.train.attention import choose_attention, implementation_of
+from mora_ds.train.attention import check_precision, choose_attention, implementation_of
 from mora_ds.train.base import find_model, prepare_base
 from mora_ds.train.base_device import settle_base_device
 from mora_ds.train.compute import KEY, paths_of_file
@@ -104,6 +104,7 @@ def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job
     """Everything before the first step, with all checks. Collective; an error of one rank is one of all ranks."""
     model, adapter, training = arguments.model, arguments.adapter, arguments.training
     ds_config = engine_config(training, adapter.adapter, ranks.world)
+    check_precision(model, compute_dtype(ds_config))
     ranks.on_first("folders of monitors", lambda: check_trackers(tracker_folders(ds_config)))
     if training.eval_tasks:
         ranks.on_first("tasks", lambda: check_tasks(training.eval_tasks), long=True)

@@ -80,6 +80,7 @@ LAUNCHES = r"""
 --operator turn | --operator 'turn'
 --grouping odd | --grouping 'odd'
 --compute fast | --compute 'fast'
+--attn_implementation flash_attention_2 | FlashAttention computes in bf16 or fp16, and this run in float32
 --operator share --compute blocks | --compute blocks is for decouple and rotate, and the operator is share
 --compute none.yaml | cannot read --compute none.yaml
 --r_hat_multiple 3 | --r_hat_multiple must be 1 or even
