@@ -10,9 +10,16 @@ from pathlib import Path
 def problems(folder: Path) -> list[str]:
     """One line for each result in `folder` that is not as promised."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    before, after = summary["perplexity_before"]["code"], summary["perplexity_after"]["code"]
+    before, after = summary["perplexity_before"], summary["perplexity_after"]
     checks = [
-        (after > 0.75 * before, f"perplexity on code fell only from {before:.2f} to {after:.2f}"),
+        (
+            after["code"] > 0.4 * before["code"],
+            f"perplexity on code fell only from {before['code']:.2f} to {after['code']:.2f}",
+        ),
+        (
+            after["prose"] > 1.1 * before["prose"],
+            f"perplexity on prose rose from {before['prose']:.2f} to {after['prose']:.2f}",
+        ),
         (summary["base_bytes_gathered"] != 0, f"{summary['base_bytes_gathered']} bytes of the base were communicated"),
         (summary["merges"] < 2, f"{summary['merges']} merges"),
         (not (folder / "merged" / "config.json").is_file(), "no merged model"),

@@ -73,8 +73,12 @@ class Mix:
 
     def check(self) -> None:
         """Raises `UserError` naming the flag whose value is impossible."""
-        finite = [] if math.isfinite(self.delta_scale) else [f"--delta_scale must be finite, got {self.delta_scale}"]
-        refuse([*finite, *wrong_values(self, {"average_last": COUNT, "average_decay": ABOVE_0_AT_MOST_1})])
+        problems = list(wrong_values(self, {"average_last": COUNT, "average_decay": ABOVE_0_AT_MOST_1}))
+        if not math.isfinite(self.delta_scale):
+            problems.append(f"--delta_scale must be finite, got {self.delta_scale}")
+        if self.average_last == 1 and self.average_decay != 1:
+            problems.append("--average_decay needs --average_last K, with K above 1")
+        refuse(problems)
 
     def sources(self, path: Path) -> list[tuple[Path, Fraction]]:
         """The adapters to be summed, oldest first, with their weights. `path`: as `find_adapter` takes it. Raises

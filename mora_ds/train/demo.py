@@ -2,7 +2,8 @@
 
 prose (language reference, docstrings) + code (the standard library)      written from the running Python
 -> a SentencePiece tokenizer -> a small Llama, warm-started full-rank on the prose
--> continued on the code with MoRA and merges                             the main job, the same as on 64 GPUs
+-> continued on the code by the default recipe, with merges               the main job, the same as on 64 GPUs
+   (MoRA matrices under Muon, embeddings at a learning rate of their own, 10% of every batch from the prose)
 -> a table: what was learned, what was forgotten, what was communicated; a text sampled from the merged model
 """
 
@@ -18,9 +19,9 @@ from typing import Any
 import torch
 
 from mora_ds.adapters.ops.subspace import SUBSPACE
-from mora_ds.checkpoint.layout import MERGED_FOLDER, METRICS_FILE, TOKENIZER_FOLDER
-from mora_ds.common.errors import UserError
-from mora_ds.common.files import CONFIGS
+from mora_ds.checkpoint.layout import MERGED_FOLDER, METRICS_FILE, RUN_FILE, TOKENIZER_FOLDER
+from mora_ds.common.errors import UserError, refusal
+from mora_ds.common.files import CONFIGS, load_yaml
 from mora_ds.config.arguments import Arguments, from_flat
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
@@ -71,6 +72,15 @@ CONTINUE: dict[str, Any] = {
     "eval_steps": 180,
     "save_steps": 180,
 }
+RECIPE: dict[str, Any] = {
+    "optimizer": "muon",
+    "muon_learning_rate": 0.03,
+    "train_embeddings": True,
+    "embedding_learning_rate": 3e-3,
+}
+"""What configs/recipes/continual.yaml adds, with the learning rates of a model this small."""
+REPLAY = 0.1
+"""Share of every batch that is old text."""
 ROWS_PER_STEP = 8
 """Global batch size, in sequences, divided among the processes."""
 PROMPT = "def "
@@ -92,9 +102,7 @@ def run_demo(arguments: Arguments) -> None:
     paths = DemoPaths(folder / DEMO)
     with start_up():
         ranks = start_processes(arguments)
-        job = _continue_arguments(arguments, paths, ranks.world)
-        validate(job)
-        engine_config(job.training, job.adapter.adapter, ranks.world)  # its errors come before anything is written
+        job = _continue_arguments(arguments, paths, ranks.world)  # its errors come before anything is written
     sharded = None
     try:  # what is made for the main job goes again where that does not begin
         ranks.on_first("files of the demo", lambda: _prepare(arguments, job.training, folder, paths), long=True)
@@ -124,7 +132,6 @@ def _plan(arguments: Arguments) -> None:
         return
     paths = DemoPaths(Path(arguments.training.output_dir).expanduser() / DEMO)
     job = _continue_arguments(arguments, paths, int(os.environ.get("WORLD_SIZE", "1")))
-    validate(job)
     dry_run(dataclasses.replace(job, model=dataclasses.replace(job.model, model_name_or_path=str(MODEL_CONFIG))))
 
 
@@ -187,7 +194,7 @@ def write_inputs(paths: DemoPaths, seed: int) -> None:
 
 
 def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> Arguments:
-    """The settings of the second part: the demo's, and over them those that the user gave."""
+    """The settings of the second part: the demo's, and over them those that the user gave. Raises `UserError`."""
     groups = (arguments.model, arguments.adapter, arguments.data, arguments.training)
     given = {key: value for group in groups for key, value in vars(group).items() if key in arguments.given}
     replicas = max(1, world // arguments.training.ranks_per_replica)
@@ -199,10 +206,29 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
         "eval_files": paths.eval_files,
         "cache_dir": str(paths.tokens),
     }
-    has_one_path = arguments.adapter.operator == SUBSPACE or arguments.adapter.domain_adapters
-    if has_one_path or arguments.training.resume_from_checkpoint is not None:
+    resumes = arguments.training.resume_from_checkpoint is not None
+    if arguments.adapter.operator == SUBSPACE or arguments.adapter.domain_adapters or resumes:
         del settings["compute"]  # a resumed demo goes on as it began: in versions up to 0.2 by a formula
-    return from_flat({**settings, **given})
+
+    def check(job: Arguments) -> None:
+        validate(job)
+        engine_config(job.training, job.adapter.adapter, world)
+
+    plain = from_flat({**settings, **given})
+    if not (resumes and _began_plain(arguments)) and not arguments.adapter.domain_adapters:
+        (text,) = paths.train_files("general")
+        job = from_flat({**settings, **RECIPE, "replay": [f"general={text}:{REPLAY}"], **given})
+        if not (reasons := refusal(check, job)):
+            return job
+        logger.info(f"The demo trains MoRA matrices alone, with AdamW, as its recipe does not run here: {reasons[0]}")
+    check(plain)
+    return plain
+
+
+def _began_plain(arguments: Arguments) -> bool:
+    """Whether the demo that is resumed began without the recipe, as those of versions up to 0.2 did."""
+    path = Path(arguments.training.output_dir).expanduser() / RUN_FILE
+    return path.is_file() and load_yaml(str(path), RUN_FILE).get("optimizer") != RECIPE["optimizer"]
 
 
 # -- the report ----------------------------------------------------------------------------------------------------
@@ -239,10 +265,10 @@ def _gathered(summary: dict[str, Any], sharded: dict[str, Any] | None, world: in
     if world == 1:
         matrices, everything = 4 * summary["trainable_params"], 4 * summary["total_params"]
         return (
-            f"nothing on one rank; with more the MoRA matrices, {matrices / 1e6:.2f} MB, "
+            f"nothing on one rank; with more what is trained, {matrices / 1e6:.2f} MB, "
             f"where ZeRO-3 with a sharded base gathers {everything / 1e6:.2f} MB"
         )
-    volume = f"{summary['bytes_gathered_per_step'] / 1e6:.2f} MB: the MoRA matrices"
+    volume = f"{summary['bytes_gathered_per_step'] / 1e6:.2f} MB: what is trained"
     if sharded is None:
         return volume
     return f"{volume} (ZeRO-3 with the base sharded, in part 1: {sharded['bytes_gathered_per_step'] / 1e6:.2f} MB)"

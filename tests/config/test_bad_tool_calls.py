@@ -57,7 +57,8 @@ export_hf --checkpoint {run} --output {new} --delta_scale nan | --delta_scale
 export_hf --checkpoint {run} --output {new} --delta_scale 0.5 --verify | --verify
 export_hf --checkpoint {run} --output {new} --average_last 0 | --average_last
 export_hf --checkpoint {run} --output {new} --average_last 2 | --average_last 2 | 1 checkpoint(s)
-export_hf --checkpoint {run} --output {new} --average_last 1 --average_decay 0 | --average_decay
+export_hf --checkpoint {run} --output {new} --average_last 2 --average_decay 0 | --average_decay
+export_hf --checkpoint {run} --output {new} --average_decay 0.5 | --average_last K
 export_hf --checkpoint {run} --output {new} --base {bad}/models/index_lists | index.json
 export_hf --checkpoint {run} --output {new} --base {user}/model | {user}/model
 export_hf --checkpoint {run} --output {new} --push_to_hub a/b/c | --push_to_hub a/b/c

@@ -1,0 +1,60 @@
+"""What the demo trains with: the default recipe, or less where the user's flags do not allow it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import load_yaml
+from mora_ds.config.arguments import Arguments, parse
+from mora_ds.train.demo import CONTINUE, RECIPE, DemoPaths, _continue_arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def settings(tmp_path: Path, *flags: object, world: int = 2) -> Arguments:
+    argv = ["--output_dir", str(tmp_path), *map(str, flags)]
+    return _continue_arguments(parse(argv), DemoPaths(tmp_path / "demo"), world)
+
+
+def is_recipe(job: Arguments) -> bool:
+    """All of the recipe, or nothing of it."""
+    parts = [job.training.optimizer == "muon", job.adapter.train_embeddings, bool(job.data.replay)]
+    assert len(set(parts)) == 1, parts
+    return parts[0]
+
+
+def test_the_demo_follows_the_default_recipe(tmp_path: Path) -> None:
+    job = settings(tmp_path, "--max_steps", 60, "--merge_every", 20, "--embedding_learning_rate", 1e-3)
+    assert is_recipe(job) and job.training.max_steps == 60 and job.training.embedding_learning_rate == 1e-3
+    recipe = load_yaml(str(ROOT / "configs" / "recipes" / "continual.yaml"), "recipe")
+    assert all(recipe[name] == RECIPE[name] for name in ("optimizer", "muon_learning_rate", "train_embeddings"))
+    assert recipe["operator"] == CONTINUE["operator"] and recipe["mora_rank"] == CONTINUE["mora_rank"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--adapter", "lora"),
+        ("--tensor_parallel_size", 2),
+        ("--deepspeed", ROOT / "configs" / "zero3_tp2.json"),
+    ],
+    ids=lambda flags: str(flags[0]),
+)
+def test_flags_that_the_recipe_does_not_suit_get_a_plain_demo(tmp_path: Path, flags: tuple[object, ...]) -> None:
+    assert not is_recipe(settings(tmp_path, *flags))
+
+
+def test_a_demo_of_an_earlier_version_goes_on_as_it_began(tmp_path: Path) -> None:
+    assert is_recipe(settings(tmp_path, "--resume_from_checkpoint", "auto"))
+    shutil.copyfile(ROOT / "tests" / "config" / "run_of_0_2.yaml", tmp_path / "run.yaml")
+    assert not is_recipe(settings(tmp_path, "--resume_from_checkpoint", "auto"))
+    assert is_recipe(settings(tmp_path, "--overwrite_output_dir")), "begun anew"
+
+
+def test_a_mistake_is_no_reason_for_a_plain_demo(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--learning_rate"):
+        settings(tmp_path, "--learning_rate", -1)
