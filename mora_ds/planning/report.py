@@ -148,7 +148,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "bytes_reduced": plan.reduced,
         "bytes_sent": plan.sent,
         "base_bytes_copied": plan.copied,
-        "seconds": {**asdict(plan.time), "step": plan.time.step},
+        "seconds": {**asdict(plan.time), "step": plan.time.step, "step_with_base_on_device": plan.time.resident},
         "tokens_per_second": plan.tokens_per_second,
         "bottleneck": plan.time.bottleneck,
         "peaks_in": plan.memory.peaks_in,
