@@ -68,10 +68,13 @@ MORE: list[dict[str, Any]] = [
     *({"checkpointing": c, "base_bits": 8, "bf16": b} for c in (False, True) for b in (False, True)),
     {"operator": "share", "compute": "weight", "checkpointing": True, "base_bits": 8},
     {"operator": "decouple", "compute": "weight"},
+    {"operator": "rotate", "compute": "blocks"},
     {"family": "gpt2", "base_bits": 8},
     {"family": "qwen2", "operator": "truncate", "accumulation": 4},
     {"family": "gpt2", "checkpointing": True, "stage": 1},
     {"family": "mixtral", "bf16": True, "checkpointing": True, "buffers": 4},
+    {"family": "mixtral", "bf16": True, "target_modules": ("all-linear", "experts")},
+    {"family": "mixtral", "bf16": True, "target_modules": ("all-linear", "experts"), "base_bits": 8},
     {"family": "gemma2", "train_norms": True, "train_embeddings": True, "stage": 2},
     {"family": "gpt_neox", "stage": 0},
     {"buffers": 99},
@@ -85,7 +88,7 @@ def trained(case: dict[str, Any], streamed: bool) -> dict[str, Any]:
     model = tiny_model(case.get("family", "llama"), num_hidden_layers=LAYERS)
     if case.get("checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    options = ("operator", "compute", "base_bits", "train_norms", "train_embeddings")
+    options = ("operator", "compute", "base_bits", "target_modules", "train_norms", "train_embeddings")
     inject(model, MoRAConfig(rank=4, **{name: case[name] for name in options if name in case}))
     config = ds_config(case.get("stage", 3), 2, accumulation, **({"bf16": {"enabled": True}} if bf16 else {}))
     with patch.object(base_ring, "copies_for", lambda device: Late()):
