@@ -1,5 +1,7 @@
 """Small faults put into the code one at a time, and whether the default tests notice them. Run by hand.
 
+One file because it is one list.
+
     python -m tests.mutations                     every fault against the tests that should notice it first
     python -m tests.mutations --only NAME ...     some of them
     python -m tests.mutations --all               one that these tests miss also against the complete default suite
@@ -235,6 +237,147 @@ MUTATIONS = (
         "            shutil.rmtree(incoming, ignore_errors=True)\n",
         "",
         ("runtime/test_nodes.py",),
+    ),
+    # -- faults of 0.2 that were mended --------------------------------------------------------------------------------
+    Mutation(
+        "a base that is changed during the run is not noticed",
+        "models/base.py",
+        "for path, before in self.stamps.items() if stamp(path) != before]",
+        "for path, before in self.stamps.items() if not before]",
+        ("models/test_base.py", "train/test_base_watch.py"),
+    ),
+    Mutation(
+        "an old checkpoint that cannot be deleted ends the run",
+        "checkpoint/folder.py",
+        "        os.rename(folder, gone)\n    except OSError as error:",
+        "        os.rename(folder, gone)\n    except FileNotFoundError as error:",
+        ("checkpoint/test_folder.py",),
+    ),
+    Mutation(
+        "the folder of events is not made anew",
+        "runtime/events.py",
+        "        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)\n",
+        "",
+        ("runtime/test_restart.py",),
+    ),
+    Mutation(
+        "a damaged cycle is repaired by itself",
+        "checkpoint/repair.py",
+        "(donor / name for donor in donors if not file_problem(donor / name, size, sha256))",
+        "(donor / name for donor in donors)",
+        ("checkpoint/test_repair.py",),
+    ),
+    Mutation(
+        "links inside a checkpoint are followed",
+        "common/untrusted.py",
+        "elif stat.S_ISLNK(mode):",
+        "elif stat.S_ISLNK(mode) and not each.path:",
+        ("checkpoint/test_crafted.py",),
+    ),
+    Mutation(
+        "a pipe in a checkpoint is read",
+        "common/untrusted.py",
+        "elif not stat.S_ISREG(mode):",
+        "elif stat.S_ISBLK(mode):",
+        ("checkpoint/test_crafted.py",),
+    ),
+    Mutation(
+        "what a line unpacks to has no limit",
+        "data/readers.py",
+        "line = stream.readline(LINE_BYTES + 1)",
+        "line = stream.readline()",
+        ("data/test_corpus.py",),
+    ),
+    Mutation(
+        "pickled weights are kept in the precision of the run",
+        "models/load.py",
+        "if torch.promote_types(stored, dtype) != dtype:",
+        "if torch.promote_types(stored, dtype) != dtype and not own_base:",
+        ("models/test_load.py",),
+    ),
+    Mutation(
+        "the place of the merged model is looked at after training",
+        "train/output_folder.py",
+        "                check_merged(self.folder / MERGED_FOLDER)\n",
+        "                pass\n",
+        ("train/test_output_folder.py",),
+    ),
+    Mutation(
+        "a text may stand where a number belongs",
+        "common/untrusted.py",
+        "if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):",
+        "if isinstance(value, bool) and hint is not bool:",
+        ("checkpoint/test_crafted.py",),
+    ),
+    Mutation(
+        "numbers of a file have no bounds",
+        "common/untrusted.py",
+        "elif not check.allow(result):",
+        "elif not check:",
+        ("checkpoint/test_crafted.py",),
+    ),
+    Mutation(
+        "a bank of links in a loop is searched without end",
+        "deploy/bank_files.py",
+        "    if (resolved := folder.resolve()) in searched:",
+        "    if (resolved := folder) in searched:",
+        ("deploy/test_bank_refusals.py",),
+    ),
+    Mutation(
+        "a broken pickle ends in its own error",
+        "engine/pickled.py",
+        "    except Exception as error:  # the unpickler",
+        "    except RuntimeError as error:  # the unpickler",
+        ("checkpoint/test_crafted.py",),
+    ),
+    Mutation(
+        "a full disk in TensorBoard's thread is a raw error",
+        "train/trackers.py",
+        "        with disk_errors(self._folder):\n            for tag, value in numbers.items():",
+        "        if self._folder:\n            for tag, value in numbers.items():",
+        ("train/test_metrics.py",),
+    ),
+    Mutation(
+        "secrets of the DeepSpeed file are written",
+        "train/run_file.py",
+        'masked(value) if name == "deepspeed" else value for name',
+        "value for name",
+        ("train/test_run_file.py",),
+    ),
+    Mutation(
+        "an own base is private whatever the umask is",
+        "models/base.py",
+        '            path.chmod((partial / "config.json").stat().st_mode)\n',
+        "            del path\n",
+        ("train/test_output_run.py",),
+    ),
+    Mutation(
+        "a disk that hangs in the background is forgotten",
+        "checkpoint/async_save.py",
+        "if thread.is_alive() and timeout_s is not None:",
+        "if thread.is_alive():",
+        ("checkpoint/test_async_save.py",),
+    ),
+    Mutation(
+        "a rank that fails between two checks does not say so",
+        "runtime/ranks.py",
+        "        self._meet(None, None, error)\n",
+        "",
+        ("runtime/test_ranks.py", "train/test_agreement.py"),
+    ),
+    Mutation(
+        "settings are not compared",
+        "runtime/ranks.py",
+        "if self.world == 1 or self._is_equal(_number(json.dumps(mine, sort_keys=True))):",
+        "if mine is not None:",
+        ("train/test_agreement.py",),
+    ),
+    Mutation(
+        "a file that shared storage shows late is not waited for",
+        "common/files.py",
+        "    while problem := file_problem(path, size, None):\n        if time.monotonic() > deadline:",
+        "    if problem := file_problem(path, size, None):\n        if deadline:",
+        ("checkpoint/test_writer.py",),
     ),
 )
 

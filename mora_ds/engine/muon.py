@@ -12,12 +12,13 @@ optimizer step, from the gradient summed over micro-batches and processes, and i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime import compiler
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
@@ -26,6 +27,10 @@ from torch import Tensor, nn
 from mora_ds.engine.optimizer_view import Stage3View, ZeroView, view_of
 
 Engine: TypeAlias = DeepSpeedEngine
+
+CHUNK_NUMEL = 2**27
+"""Most elements of the matrices that Muon gathers at a time, as fp32 gradients and momentums: 1 GiB, in a step, when no
+activations are held."""
 
 
 def uses_muon(engine: Engine) -> bool:
@@ -92,9 +97,16 @@ def repair_clipping(engine: Engine) -> None:
 
 
 def _repair_stage_3(optimizer: Any, limit: float) -> None:
-    """Wrap what `step` calls in turn: `_apply_muon_to_accumulated_grads`, then `_get_norm_groups`."""
+    """Wrap what `step` calls in turn: `_apply_muon_to_accumulated_grads`, then `_get_norm_groups`.
+
+    Of the matrices that it gathers at a time, up to `reduce_bucket_size` elements, each process orthogonalises one
+    after the other its share: 8 of 1,024 processes would work at a time where a bucket holds 8 matrices.
+    """
     orthogonalise, find_norms = optimizer._apply_muon_to_accumulated_grads, optimizer._get_norm_groups
     norms: list[Any] = []
+    groups = zip(optimizer.fp16_groups, optimizer.sub_groups_using_muon, strict=True)
+    numels = [parameter.ds_numel for group, uses_muon in groups if uses_muon for parameter in group]
+    chunk = chunk_numel(numels, dist.get_world_size(), optimizer.reduce_bucket_size)
 
     def clip_and_orthogonalise() -> None:
         optimizer.clip_grad = 0.0  # `unscale_and_clip_grads` is left with the unscaling
@@ -108,10 +120,20 @@ def _repair_stage_3(optimizer: Any, limit: float) -> None:
                 _scale([optimizer.fp32_partitioned_groups_flat[index].grad], factor)
             else:
                 _scale(optimizer.averaged_gradients[index], factor / (optimizer.loss_scale if uses_muon else 1.0))
-        orthogonalise()
+        bucket, optimizer.reduce_bucket_size = optimizer.reduce_bucket_size, chunk
+        try:
+            orthogonalise()
+        finally:
+            optimizer.reduce_bucket_size = bucket
 
     optimizer._apply_muon_to_accumulated_grads = clip_and_orthogonalise
     optimizer._get_norm_groups = lambda: norms
+
+
+def chunk_numel(numels: Sequence[int], world: int, bucket: int) -> int:
+    """Elements of the matrices that Muon gathers at a time under ZeRO-3: one matrix for each of `world` processes, at
+    most `CHUNK_NUMEL` or a `bucket`. Their updates do not depend on it."""
+    return max(bucket, min(world * max(numels, default=0), CHUNK_NUMEL))
 
 
 def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:

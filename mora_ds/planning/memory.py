@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mora_ds.engine.muon import chunk_numel
 from mora_ds.planning.step import StepMemory, Streamed
 from mora_ds.planning.zero_trace import Gathers
 
@@ -157,6 +158,9 @@ def rank_memory(
     output_buffer = gathered.largest_call * each if unsharded and gathers_again else 0
     stays = persistent * each if trained.ranks > 1 else 0
     largest = max(trained.numels, default=0) * FP32
+    step_needs = 0 if trained.offloads else (2 + trained.on_cpu) * shard * FP32
+    if trained.muon and trained.stage == 3:
+        step_needs += _muon_bytes(trained)
     return RankMemory(
         base=base_bytes - host_base + buffers,
         tables=step.tables,
@@ -169,7 +173,7 @@ def rank_memory(
         activations=step.saved,
         logits=logits,
         forward_backward=unsharded + output_buffer + max(step.peak, reduced),
-        optimizer_step=max(stays, 0 if trained.offloads else (2 + trained.on_cpu) * shard * FP32),
+        optimizer_step=max(stays, step_needs),
         merge=merge + 2 * largest + stays if merge else 0,
         save=2 * largest + stays,
         host_optimizer=host,
@@ -191,6 +195,13 @@ def _optimizer_bytes(trained: Trained) -> tuple[int, int, int]:
     dtype = str((trained.ds_config.get("data_types") or {}).get("grad_accum_dtype"))
     accumulated = {"fp16": 2, "bf16": 2}.get(dtype, FP32)
     return masters, moments, (trained.total if stage == 1 else shard) * accumulated
+
+
+def _muon_bytes(trained: Trained) -> int:
+    """The gradients and momentums that Muon gathers at a time (stage3.py, `_muon_update_sub_group`)."""
+    matrices = trained.numels[: trained.squares]
+    chunk = chunk_numel(matrices, trained.ranks, trained.zero["reduce_bucket_size"])
+    return 2 * FP32 * min(chunk, sum(matrices))
 
 
 def _bucket_bytes(trained: Trained) -> tuple[int, int]:

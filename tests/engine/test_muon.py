@@ -200,6 +200,36 @@ def test_low_precision_keeps_an_unscaled_momentum_in_fp32(stage: int) -> None:
         assert 0.9 * expected["momentum"] < together < 1.5 * expected["momentum"], "the loss scale is in the momentum"
 
 
+def shared_out(bucket: int | str) -> tuple[list[Tensor], list[int]]:
+    """The matrices after some steps, and how many of them were gathered at a time."""
+    config = muon_config(3, ROWS // dist.get_world_size())
+    config["zero_optimization"]["reduce_bucket_size"] = bucket
+    model = small_model()
+    engine, *_ = initialize(model=model, config=config)
+    orthogonalise, sizes = engine.optimizer._muon_update_sub_group, []
+
+    def counted(group: int, items: list[Any], dtype: torch.dtype) -> None:
+        sizes.append(len(items))
+        orthogonalise(group, items, dtype)
+
+    engine.optimizer._muon_update_sub_group = counted
+    train(engine, range(STEPS))
+    assert bucket in ("auto", engine.optimizer.reduce_bucket_size)
+    return [zero.full_fp32(engine, square) for square in squares_of(model)], sizes
+
+
+def small_and_large_bucket() -> list[tuple[list[Tensor], list[int]]]:
+    return [shared_out(2), shared_out("auto")]
+
+
+@pytest.mark.gloo
+def test_every_process_has_a_matrix_to_orthogonalise_however_small_the_bucket() -> None:
+    for (found, sizes), (expected, _) in run_ranks(2, small_and_large_bucket):
+        assert sum(sizes) == STEPS * len(found)
+        assert len(sizes) <= STEPS * -(-len(found) // 2), f"one matrix at a time: {sizes}"
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def learning_rates(names: tuple[str, ...]) -> list[list[float]]:
     engine, *_ = initialize(model=small_model(), config=muon_config(3, 2))
     zero.set_learning_rate(engine, RATE / 4, OTHERS_RATE / RATE)

@@ -20,8 +20,10 @@ from mora_ds.config.arguments import parse
 from mora_ds.runtime.events import EXIT_USER_ERROR
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train import agreement, pretrain
+from mora_ds.train.warm_start import run_job
 from tests.helpers.gloo import free_port, run_ranks
 from tests.helpers.jobs import REPOSITORY, Playground, environment, refused, run
+from tests.helpers.mixtures import mixture_flags, write_mixture
 
 pytestmark = pytest.mark.gloo
 
@@ -140,12 +142,21 @@ def before_meetings(act: Callable[[int, str | None], None]) -> Iterator[None]:
         yield
 
 
+class Begun(Exception):
+    """The first step would be trained now."""
+
+
 def checks_of(argv: list[str]) -> list[str]:
     """The checks of a start, in order; nothing is trained."""
     names: list[str] = []
+
+    def begin(*_: Any) -> None:
+        raise Begun
+
     with before_meetings(lambda number, check: names.append(str(check))), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "_run", lambda arguments, job, schedule: {})
-        pretrain.pretrain(parse(argv))
+        patch.setattr(pretrain, "_run", begin)
+        with pytest.raises(Begun):
+            run_job(parse(argv))
     return names
 
 
@@ -199,6 +210,40 @@ def test_a_failure_at_each_check_of_a_resumed_run(user: Playground, tmp_path: Pa
     shutil.copytree(tmp_path / "out", tmp_path / "healthy", symlinks=True)
     names = run_ranks(2, checks_of, [*argv, "--output_dir", str(tmp_path / "healthy")])[0]
     assert len(names) >= 20
+    assert_all_fail(2, argv, list(range(len(names))), failing)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_at_each_check_of_a_mixture(user: Playground, tmp_path: Path, failing: int) -> None:
+    mix = write_mixture(user, tmp_path / "mix.yaml", "phases:\n  - {from_step: 3, weights: {new: 0.9, old: 0.1}}\n")
+    names = run_ranks(2, checks_of, mixture_flags(user, tmp_path / "healthy", mix, *MERGES))[0]
+    assert len(names) >= 20
+    assert_all_fail(2, mixture_flags(user, tmp_path / "out", mix, *MERGES), list(range(len(names))), failing)
+    assert not (tmp_path / "out").exists()
+
+
+FULL_RANK = (*MERGES, "--full_rank_steps", 2)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_at_each_check_before_full_rank_steps(user: Playground, tmp_path: Path, failing: int) -> None:
+    names = run_ranks(2, checks_of, user.flags(tmp_path / "healthy", *FULL_RANK))[0]
+    assert "full-rank part" in names
+    assert_all_fail(2, user.flags(tmp_path / "out", *FULL_RANK), list(range(len(names))), failing)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_at_each_check_after_full_rank_steps(user: Playground, tmp_path: Path, failing: int) -> None:
+    """A run that was ended in its second part goes on: the checkpoint of the first part is the base."""
+    argv = user.flags(tmp_path / "out", *FULL_RANK, "--save_steps", 2, "--resume_from_checkpoint", "auto")
+    run(2, [*argv, "--max_steps", "5"])
+    shutil.copytree(tmp_path / "out", tmp_path / "healthy", symlinks=True)
+    names = run_ranks(2, checks_of, [*argv, "--output_dir", str(tmp_path / "healthy")])[0]
+    assert "full-rank part" in names and len(names) >= 20
     assert_all_fail(2, argv, list(range(len(names))), failing)
 
 
