@@ -196,7 +196,7 @@ def test_experts_are_refused_as_an_adapter_of_peft(whole: Path, tmp_path: Path) 
     ids=str,
 )
 def test_other_families_and_settings(user: Playground, tmp_path: Path, family: str, more: tuple[Any, ...]) -> None:
-    model = ("--model_name_or_path", mixture(user, tmp_path / "model", family), "--attention", "dense")
+    model = ("--model_name_or_path", mixture(user, tmp_path / "model", family))
     run(2, user.flags(tmp_path / "two", *model, *MERGING, *more))
     run(1, user.flags(tmp_path / "one", *model, *MERGING, "--per_device_train_batch_size", 4, *more))
     rtol = 1e-2 if "--bf16" in more else 1e-4
