@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,6 +226,15 @@ def move_base(model: nn.Module, device: torch.device | str, dtype: torch.dtype, 
         _set_buffer(model, name, moved[id(tensor)])
     for name, tensor in frozen_values(model).items():
         _set_buffer(model, name, tensor.to(device))
+
+
+def put_frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Puts `tensors` in place of frozen ones, by name; a tied one under all of its names."""
+    frozen = frozen_buffers(model)
+    new = {id(frozen[name]): tensor for name, tensor in tensors.items()}
+    for name, old in frozen.items():
+        if id(old) in new:
+            _set_buffer(model, name, new[id(old)])
 
 
 def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module]) -> None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from mora_ds.common.errors import BELOW_1, COUNT, NOT_NEGATIVE, SECONDS, Bounds, wrong_values
+from mora_ds.common.errors import BELOW_1, COUNT, NOT_NEGATIVE, SECONDS, Bounds, UserError, wrong_values
 from mora_ds.config.flags import documented
+from mora_ds.runtime.node_memory import Sharing, folder_of
 
 
 class TokenizerType(str, Enum):
@@ -48,6 +49,11 @@ class ModelArguments:
     base_cache_dir: str | None = None
     """Folder on each node's own disk into which the model's files are copied once, and read from there: for a model
     that lies on storage which many nodes share."""
+    node_base: str = Sharing.AUTO.value
+    """On CPUs, where the frozen base lies that the processes of a node share: auto (in the model's files, mapped, and
+    from the first merge on in memory that they share; private where they cannot), shared (in such memory from the
+    start), a folder on the node's own disk (auto, with a file there in place of memory), or private (each process has a
+    copy of its own of what merges change)."""
     trust_remote_code: bool = False
     """Run code that comes with a Hub model."""
     attn_implementation: str = "auto"
@@ -71,6 +77,10 @@ class ModelArguments:
         vocabulary = Bounds(least=0, most=10_000_000)
         names: dict[str, Bounds | type[Enum]] = {"train_tokenizer_type": TokenizerType, "attention": Attention}
         yield from wrong_values(self, {"train_tokenizer_vocab": vocabulary, **names})
+        try:
+            folder_of(self.node_base)
+        except UserError as error:
+            yield str(error)
         if self.model_name_or_path and self.model_config:
             yield "--model_name_or_path and --model_config: give one of them"
         if self.train_tokenizer_vocab != 0 and self.tokenizer_name is not None:

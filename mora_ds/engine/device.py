@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -42,12 +41,6 @@ def current_device() -> torch.device:
 def is_cpu() -> bool:
     """Whether the processes compute on the CPU."""
     return bool(get_accelerator().device_name() == "cpu")
-
-
-def free_host_memory() -> int:
-    """Bytes of the machine's memory that can be used without swapping, page cache included."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def memory_bytes() -> float:

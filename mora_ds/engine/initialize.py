@@ -34,11 +34,15 @@ from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.module_hooks import drop_idle_hooks
 from mora_ds.engine.optimizer_view import view_of
 from mora_ds.models.base import tensor_checksum
+from mora_ds.models.node_base import share_base
 from mora_ds.parallel.limits import TENSOR, check_tensor_parallel
 from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
 from mora_ds.runtime import heartbeat, signals
+from mora_ds.runtime.mappings import Mappings
+from mora_ds.runtime.node_memory import FLAG, Sharing, machine
+from mora_ds.runtime.ranks import Ranks, deal
 
 
 def start_distributed(
@@ -71,6 +75,7 @@ def initialize(
     tensor_parallel_size: int | None = None,
     tensor_parallel_inputs: TPInputs = TPInputs.AUTO,
     base_buffers: int | None = None,
+    node_base: str = "auto",
     **kwargs: Any,
 ) -> tuple[zero.Engine, Any, Any, Any]:
     """`deepspeed.initialize` for a model that `mora_ds.inject` prepared: same arguments, same four return values.
@@ -81,7 +86,8 @@ def initialize(
     (`parallel/tensor_parallel.py`); by default it is that of the config ("tensor_parallel": {"autotp_size": t}), or 1.
     `tensor_parallel_inputs`: how they save the inputs of a block's layers for backward (`TPInputs`).
     With `base_buffers` the decoder layers' frozen weights stay in host memory, and the device holds those of so many
-    layers at a time, at least 2 (`engine/base_ring.py`).
+    layers at a time, at least 2 (`engine/base_ring.py`). `node_base`: how the processes of a node share what is in host
+    memory (`runtime.node_memory.Sharing`, or a folder).
     Raises `UserError` for a model without adapter, and `RunError` when the processes hold different bases.
     """
     if not mora_layers(model):
@@ -105,6 +111,10 @@ def initialize(
         parameter.data = parameter.data.to(device, dtype)
     if check_base:
         check_base_equal(frozen_buffers(model).values())
+    require_host(node_base, base_buffers is not None)
+    if is_cpu() or base_buffers is not None:
+        # What is locked for copies to a GPU stays where it is, and locking a file's pages would copy them.
+        share_base(model, node_base, Ranks.current(), at_once=not is_cpu())
     parameters = parameter_groups(model)
     _forget_groups_of_second_copies()
     muon.load_kernels()
@@ -213,23 +223,61 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def check_base_equal(tensors: Iterable[Tensor]) -> str:
-    """The checksum of the base in hexadecimal. Raises `RunError` where it differs between processes. Collective."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype} {tensor_checksum(tensor)}\n".encode())
-    mine = digest.hexdigest()[:16]
-    device = current_device()
-    value = torch.tensor([int(mine[:8], 16), int(mine[8:], 16)], dtype=torch.int64, device=device)
+def require_host(node_base: str, streams: bool) -> None:
+    """Raises `UserError` for a choice of --node_base where the base lies in a GPU's memory."""
+    if node_base != Sharing.AUTO.value and not is_cpu() and not streams:
+        raise UserError(
+            f"{FLAG} {node_base}: the base lies in the memory of a GPU; give --base_device host, or leave it out"
+        )
+
+
+def check_base_equal(tensors: Iterable[Tensor]) -> None:
+    """Raises `RunError` where the base differs between processes, by checksum. Collective.
+
+    Processes whose tensors are the same pages of mapped files or of shared memory compute the checksums of a part of
+    them each.
+    """
+    tensors = list(tensors)
+    mappings, rank = Mappings.read(), dist.get_rank()
+    places = [mappings.place_of(tensor) for tensor in tensors]
+    shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+    facts = _gathered([_number(shapes), _number((machine(), places))])
+    _require_same([shape == facts[0][0] for shape, _ in facts])
+    sharers = [other for other, (_, place) in enumerate(facts) if place == facts[rank][1]]
+    sizes = {str(index): tensor.nbytes for index, tensor in enumerate(tensors) if places[index] is not None}
+    own = {int(index) for index in deal(sizes, len(sharers))[sharers.index(rank)]}
+    mine = [index for index in range(len(tensors)) if index in own or places[index] is None]
+    checksums = torch.zeros(len(tensors), dtype=torch.int64)
+    checksums[mine] = torch.tensor([tensor_checksum(tensors[index]) - (1 << 63) for index in mine], dtype=torch.int64)
+    of_first = [index for index in mine if rank == 0 or (0 in sharers and index in own)]
+    reference = torch.zeros_like(checksums)  # those of rank 0 and, for parts of its pages, of its sharers
+    reference[of_first] = checksums[of_first]
+    reference = reference.to(current_device())
+    dist.all_reduce(reference)
+    is_equal = torch.equal(checksums[mine], reference.cpu()[mine])
+    _require_same([bool(equal) for (equal,) in _gathered([int(is_equal)])])
+
+
+def _number(value: Any) -> int:
+    """A digest of 63 bits."""
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 1
+
+
+def _gathered(mine: list[int]) -> list[list[int]]:
+    """The numbers of every process. Collective."""
+    value = torch.tensor(mine, dtype=torch.int64, device=current_device())
     everyone = [torch.zeros_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, value)
-    different = [rank for rank, other in enumerate(everyone) if not torch.equal(other, everyone[0])]
-    if different:
+    return [each.tolist() for each in everyone]
+
+
+def _require_same(is_same: list[bool]) -> None:
+    """`is_same`: whether the process with this rank holds what rank 0 holds."""
+    if different := [rank for rank, same in enumerate(is_same) if not same]:
         raise RunError(
             f"the frozen base differs between ranks: {different} do not hold what rank 0 holds. "
             "Do all nodes read the same files at --model_name_or_path?"
         )
-    return mine
 
 
 def _require_launcher() -> None:

@@ -1,6 +1,7 @@
 """Base models: Hugging Face folders read and written, loss, vocabulary, singular vectors.
 
 base            `BaseCheckpoint`: the original weights on disk, their fingerprint and the names of parameters
+node_base       `NodeBase`: the frozen base that the processes of a node share, and who writes which layer
 load            Hub name or folder -> live model; configs
 save            writes a model folder tensor by tensor
 tensor_files    safetensors files, written and read one tensor at a time

@@ -13,7 +13,6 @@ otherwise at load, a new model from a config) `NotOneToOne` is raised, and the c
 from __future__ import annotations
 
 import hashlib
-import heapq
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
@@ -30,7 +29,7 @@ from mora_ds.common.files import atomic_folder, read_json, stamp
 from mora_ds.common.untrusted import FileName, typed
 from mora_ds.models.stored_names import is_stack, members_of, renamed_keys, stacked_files
 from mora_ds.models.tensor_files import dtype_name, open_safetensors, shape_dtype, tensor_nbytes
-from mora_ds.runtime.ranks import Ranks
+from mora_ds.runtime.ranks import Ranks, deal
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +167,17 @@ class BaseCheckpoint:
     def _handle(self, key: str) -> Any:
         path = self._file_of[key]
         if path not in self._handles:
+            if stamp(path) != self.stamps.get(path, stamp(path)):
+                raise BaseChanged(
+                    f"{path} was changed or replaced during the run: put the original file back and resume"
+                )
             self._handles[path] = open_safetensors(path)
         return self._handles[path]
+
+    def release(self) -> None:
+        """Unmap the files, whose pages count as this process's memory once it has read them; the next `read` maps them
+        again. Tensors that were read stay."""
+        self._handles.clear()
 
     def fingerprint(self, progress: Progress | None = None, ranks: Ranks | None = None) -> str:
         """Hex sha256 of the tensors' names, dtypes, shapes and checksums; independent of shards and path.
@@ -183,7 +191,8 @@ class BaseCheckpoint:
             if ranks is None:
                 lines = self._lines(self._file_of, progress)
             else:
-                slices = self._slices(ranks.width)
+                sizes = {key: tensor_nbytes(*self.shape_dtype(key)) for key in self._file_of}
+                slices = deal(sizes, ranks.width)
                 lines = [line for part in ranks(lambda n: self._lines(slices[n]), len(slices)) for line in part]
             self._fingerprint = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
         return self._fingerprint
@@ -199,15 +208,6 @@ class BaseCheckpoint:
             if progress:
                 progress(done, total)
         return lines
-
-    def _slices(self, count: int) -> list[list[str]]:
-        """The keys in at most `count` slices of about the same number of bytes, the largest tensors dealt out first."""
-        sizes = {key: tensor_nbytes(*self.shape_dtype(key)) for key in self._file_of}
-        slices: list[tuple[int, int, list[str]]] = [(0, number, []) for number in range(min(count, len(sizes)))]
-        for key in sorted(sizes, key=lambda key: -sizes[key]):
-            nbytes, number, keys = slices[0]
-            heapq.heapreplace(slices, (nbytes + sizes[key], number, [*keys, key]))
-        return [keys for _, _, keys in slices]
 
     def map_parameters(
         self,

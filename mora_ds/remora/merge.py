@@ -3,14 +3,15 @@
 At a gradient-accumulation boundary, on all ranks, layer by layer in the same order:
 
     M in fp32 from the master partitions        the only collective: r_hat^2 * 4 bytes a layer
-    live weight = cast(original + all recorded deltas + delta(M)), in place; with --base_bits 8, quantize of that sum
+    live weight = cast(original + all recorded deltas + delta(M)), in place; with --base_bits 8, quantize of that sum;
+                  where the processes of a node share the base, each forms a part of the layers (`models/node_base.py`)
     M of every layer into the ledger            one writer a folder (see `Ledger`)
     M, its masters and its moments to zero; the next cycle's grouping (LoRA: a fresh A)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -21,12 +22,14 @@ from torch import Tensor
 
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.inject import mora_layers, set_cycle
+from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.merge_layer import MergeNorms, merge_layer, write_live
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.engine import zero
 from mora_ds.engine.base_ring import ring_of
 from mora_ds.engine.muon import uses_muon
 from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.node_base import node_base_of
 from mora_ds.remora.ledger import LayerEntry, Ledger
 from mora_ds.remora.optimizer_reset import STEP, OptimizerReset, rule
 
@@ -120,22 +123,13 @@ class ReMoRA:
         model, cycle = self.engine.module, self.cycle
         entries = layer_entries(model)
         recorded: dict[str, Tensor] = {}
-        norms: list[MergeNorms] = []
         before = self.probe() if self.probe else None
-        self._forget_copies()
-        for name, layer in mora_layers(model).items():
-            square = layer.unshard(zero.full_fp32(self.engine, layer.value))
-            updates = chain(self.ledger.squares_of(name), [(layer.spec, square)])
-            norms.append(merge_layer(layer, self._original(entries[name].weight), updates, square))
-            if self.is_writer:
-                recorded[name] = square.cpu()
+        norms = self._merge_layers(recorded)
         self._record(step, entries, recorded)
         zeroed = self._start_cycle(self.cycle)
         after = self.probe() if self.probe else None
         self._check_probe(step, before, after)
-        square_sum, delta_sum, weight_sum, lost_sum = (
-            sum(n.item() ** 2 for n in column) for column in zip(*norms, strict=True)
-        )
+        square_sum, delta_sum, weight_sum, lost_sum = (sum(norm**2 for norm in column) for column in norms.T.tolist())
         return MergeReport(
             cycle=cycle,
             step=step,
@@ -148,6 +142,32 @@ class ReMoRA:
             loss_before=before,
             loss_after=after,
         )
+
+    def _merge_layers(self, recorded: dict[str, Tensor]) -> Tensor:
+        """Form every live weight anew, each once on a node whose processes share it, and put the layers' MoRA matrices
+        in `recorded`, on the writers. Returns the `MergeNorms` (layers, 4)."""
+        self._forget_copies()
+        model = self.engine.module
+        layers, node = mora_layers(model), node_base_of(model)
+        own = set(node.layers(model))
+
+        def matrices() -> Iterator[tuple[str, Tensor]]:
+            for name, layer in layers.items():
+                square = layer.unshard(zero.full_fp32(self.engine, layer.value))
+                if self.is_writer:
+                    recorded[name] = square.cpu()
+                if name in own:
+                    yield name, square if node.ranks is None else square.cpu()  # all of them wait for the others
+
+        def merge(name: str, square: Tensor) -> MergeNorms:
+            layer = layers[name]
+            square = square.to(layer.device)
+            updates = chain(self.ledger.squares_of(name), [(layer.spec, square)])
+            return merge_layer(layer, self._original(layer.spec.weight_name(name)), updates, square)
+
+        norms = node.of_all(node.form(model, matrices(), merge), list(layers), len(MergeNorms._fields))
+        self.base.release()
+        return norms
 
     def _check_probe(self, step: int, before: float | None, after: float | None) -> None:
         if before is None or after is None:
@@ -167,11 +187,16 @@ class ReMoRA:
         set_cycle(self.engine.module, self.config, self.cycle)
 
     def form_base(self) -> None:
-        """Form every live weight from its original and the ledger."""
+        """Form every live weight from its original and the ledger. Collective, as a merge."""
         self._forget_copies()
-        for name, layer in mora_layers(self.engine.module).items():
-            original = self._original(layer.spec.weight_name(name))
-            write_live(layer, original, self.ledger.squares_of(name))
+        model = self.engine.module
+        layers, node = mora_layers(model), node_base_of(model)
+
+        def form(name: str, layer: AdaptedLinear) -> None:
+            write_live(layer, self._original(layer.spec.weight_name(name)), self.ledger.squares_of(name))
+
+        node.form(model, ((name, layers[name]) for name in node.layers(model)), form)
+        self.base.release()
 
     def _forget_copies(self) -> None:
         """Where the base is streamed, the device's copies of weights that are about to change are not used again."""

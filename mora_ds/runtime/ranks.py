@@ -15,6 +15,7 @@ exchanged one by one (`exchange`).
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import os
 import time
@@ -135,6 +136,12 @@ class Ranks:
                 lines.append(f"  {name}: " + "; ".join(f"{value} on {_named(at)}" for value, at in holders.items()))
         raise UserError("\n".join([f"{check}: not the same on all ranks; give every rank the same", *lines]))
 
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor on the CPU, the same on every rank. Not a check: all ranks must come to it."""
+        if self.world > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
     @property
     def width(self) -> int:
         """Number of work items that a call processes at a time, one on each rank."""
@@ -214,6 +221,15 @@ class Ranks:
         highest = torch.tensor([number, -number])
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.group)
         return highest[0].item() == -highest[1].item()
+
+
+def deal(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """The names in `count` parts of about the same size in sum, the largest ones dealt out first."""
+    parts: list[tuple[int, int, list[str]]] = [(0, number, []) for number in range(count)]
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        size, number, names = parts[0]
+        heapq.heapreplace(parts, (size + sizes[name], number, [*names, name]))
+    return [names for _, _, names in sorted(parts, key=lambda part: part[1])]
 
 
 def _number(text: str) -> int:

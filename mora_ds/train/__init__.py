@@ -6,7 +6,7 @@ setup           processes, DeepSpeed config, and the place where a run happens
 output_folder   --output_dir: which run may write into it, and what of it is a run's; run_file: run.yaml
 data            files -> tokens -> batches; tokenizer: which one
 inputs          what a run reads, and that none of it lies where it writes
-base            the base model on this process
+base            the base model on this process; node_room: whether a node has room for what its processes share
 targets         --targets: which layers have a MoRA matrix, and of which size
 vectors         singular vectors of the base for the operators that read them
 init_adapter    --init_adapter: MoRA matrices to start from

@@ -30,6 +30,7 @@ from mora_ds.engine.base_ring import ring_of
 from mora_ds.engine.device import current_device
 from mora_ds.engine.ds_config import fill_bucket_sizes
 from mora_ds.engine.initialize import initialize, trainable_numels
+from mora_ds.models.node_base import node_base_of
 from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.planning.costs import costs
@@ -68,7 +69,10 @@ class AdapterJob(Job):
             tensor_parallel_size=degree,
             tensor_parallel_inputs=TPInputs(training.tp_inputs),
             base_buffers=training.base_buffers if self._streams else None,
+            node_base=self.arguments.model.node_base,
         )
+        if text := node_base_of(self.loaded.model).text:
+            logger.info(text)
         self.seed_dropout()
         self.run = self._open_run(common)
         if self.place.ranks.is_local_first:
@@ -110,9 +114,10 @@ class AdapterJob(Job):
 
     @property
     def base_tensors(self) -> Mapping[str, Tensor]:
-        ring = ring_of(self.loaded.model)
+        model = self.loaded.model
+        ring, slots = ring_of(model), node_base_of(model).slots.items()  # some are used from the first merge on
         buffers = {} if ring is None else {f"buffer {number}": slot for number, slot in enumerate(ring.slots)}
-        return {**frozen_buffers(self.loaded.model), **buffers}
+        return {**frozen_buffers(model), **buffers, **{f"{name}, shared": slot for name, slot in slots}}
 
     @property
     def _streams(self) -> bool:

@@ -10,9 +10,10 @@ from typing import Any
 from mora_ds.common.errors import UserError, reason
 from mora_ds.config.arguments import Arguments
 from mora_ds.engine.base_device import BaseDevice
-from mora_ds.engine.device import free_host_memory, is_cpu
+from mora_ds.engine.device import is_cpu
 from mora_ds.planning.plan import Planner, place_base
 from mora_ds.planning.report import size_text, verdict
+from mora_ds.runtime.node_memory import free_bytes
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.dry_run import planner_of
 
@@ -39,7 +40,7 @@ def settle_base_device(
         wanted = ranks.on_first("where the base is", lambda: _by_plan(planner, training.base_buffers), long=True)
     if wanted is BaseDevice.HOST:
         needed = ranks.on_first("decoder layers", lambda: planner().streamed(training.base_buffers).total, long=True)
-        ranks.agree("host memory for the base", lambda: check_host_memory(needed, free_host_memory()))
+        ranks.agree("host memory for the base", lambda: check_host_memory(needed, free_bytes()[0]))
         logger.info(f"frozen base: {size_text(needed)} in host memory, copied to the device layer by layer")
     return replace(arguments, training=replace(training, base_device=wanted.value))
 

@@ -56,6 +56,7 @@ from mora_ds.train.init_lora import lora_files
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.job import BareJob, FullJob, Job
 from mora_ds.train.metrics import MetricsLog, peak_memory_bytes, plain_json
+from mora_ds.train.node_room import check_node_base
 from mora_ds.train.output_folder import Reservation, check_trackers, give_up, has_begun, names_of_run, reserve
 from mora_ds.train.preflight import preflight
 from mora_ds.train.replicas import Replica
@@ -117,9 +118,10 @@ def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job
         implementation = implementation_of(model, attention)
         check_config(config, training.sequence_parallel_size, implementation, model.trust_remote_code)
         arguments = settle_base_device(arguments, config, implementation, ds_config, ranks)
+        dtype = getattr(torch, compute_dtype(ds_config))
+        check_node_base(arguments, config, dtype, ranks)
         data = load_data(model, arguments.data, training, folder, config, place)
         _check_evaluation_sets(arguments, data)
-        dtype = getattr(torch, compute_dtype(ds_config))
         loaded = prepare_base(model, training, folder, data.tokenizer, dtype, place)
         if attention is AttentionKind.DOCUMENTS:
             use_documents(loaded.model)

@@ -116,6 +116,7 @@ class Run:
             self._restore(checkpoint)
         if details.keys is None and config.base_bits == 8 and not self.remora.cycle:
             self.remora.form_base()  # from the originals: the model may have been loaded in another dtype
+        opened.release()
 
     def choose_compute(self, forward: Callable[[], Any], paths: Paths | None = None) -> None:
         """Time both paths of every layer on this machine and take the quicker one; the choice is part of the run.

@@ -147,6 +147,8 @@ stray | 'stray'
 --attn_implementation magic | --attn_implementation magic
 --attention sparse | unknown --attention 'sparse' | known: auto, documents, dense
 --attention documents --attn_implementation sdpa | --attention documents and --attn_implementation sdpa
+--node_base shard | unknown --node_base 'shard' | known: auto, shared, private, a folder
+--node_base /nowhere/base | --node_base /nowhere/base: a file cannot be made there
 --target_modules re:[ | --target_modules 're:['
 --expert_rank 0 --target_modules experts | --expert_rank must be at least 1
 --expert_rank 2 | --expert_rank is for experts

@@ -18,6 +18,7 @@ from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import nbytes_of
 from mora_ds.models.base import BaseCheckpoint, write_own_base
+from mora_ds.models.node_base import node_base_of
 from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import ReMoRA
 from mora_ds.remora.optimizer_reset import OptimizerReset
@@ -51,9 +52,14 @@ def ds_config(stage: int, micro: int, accumulation: int = ACCUMULATION, **change
 
 
 def merge_by_hand(engine: zero.Engine) -> None:
-    layers = mora_layers(engine.module)
-    for layer in layers.values():
-        layer.weight += delta_weight(layer.spec, zero.full_fp32(engine, layer.square))
+    model = engine.module
+    layers, node = mora_layers(model), node_base_of(model)
+    squares = {name: zero.full_fp32(engine, layer.square) for name, layer in layers.items()}
+
+    def add(name: str, square: Tensor) -> None:
+        layers[name].weight += delta_weight(layers[name].spec, square)
+
+    node.form(model, [(name, squares[name]) for name in node.layers(model)], add)
     zero.reset_group(engine, 0, [layer.square for layer in layers.values()], lambda key, value: value.zero_())
 
 

@@ -28,14 +28,17 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 import mora_ds.data.cache
 import mora_ds.data.inspection
+from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.target_plan import TargetPlan
 from mora_ds.checkpoint import contents, writer
 from mora_ds.common import files
 from mora_ds.deploy import export
 from mora_ds.engine import shard_writer, zero
+from mora_ds.models.node_base import NodeBase
 from mora_ds.models.tensor_files import SafetensorsWriter
 from mora_ds.remora import ledger, merge
 from mora_ds.remora.merge import ReMoRA
+from mora_ds.runtime.ranks import Ranks
 from mora_ds.train import metrics, output_folder, pretrain, vectors
 from mora_ds.train.run import Run
 from tests.helpers.gloo import start_ranks
@@ -146,6 +149,20 @@ def half_a_tokenizer() -> None:
     transformers.PreTrainedTokenizerBase.save_pretrained = patched  # type: ignore[assignment,method-assign]
 
 
+def half_a_layer(nth: int) -> None:
+    """Die when half of the n-th frozen weight that is written has its new numbers."""
+    calls, write = itertools.count(1), AdaptedLinear.write
+
+    def patched(layer: AdaptedLinear, weight: Any) -> None:
+        if next(calls) == nth:
+            half = len(weight) // 2
+            layer.weight[:half].copy_(weight[:half])
+            die()
+        write(layer, weight)
+
+    AdaptedLinear.write = patched  # type: ignore[method-assign]
+
+
 def cycle_without_its_line() -> None:
     """Die when the file of the second cycle exists and ledger.json does not name it yet."""
     write = ledger.Ledger._write
@@ -242,7 +259,17 @@ MOMENTS: dict[str, Moment] = {
     "last_retention_half_done": Moment(lambda: half_deleted("step-000004")),
     # a merge
     "before_a_merge": Moment(lambda: before(ReMoRA, "merge", 2), Passes.ALL),
-    "some_layers_merged": Moment(lambda: after(merge, "merge_layer", 14 + 5), Passes.ALL),
+    "matrices_gathered_and_no_layer_merged": Moment(
+        lambda: within(ReMoRA, "merge", 2, lambda: before(merge, "merge_layer")), Passes.ALL, only_heavy=True
+    ),
+    "base_half_copied_to_the_memory_of_the_node": Moment(lambda: after(NodeBase, "copy", 2), Passes.ALL),
+    "a_layer_half_written": Moment(lambda: within(ReMoRA, "merge", 2, lambda: half_a_layer(2)), Passes.ALL),
+    "some_layers_merged": Moment(
+        lambda: within(ReMoRA, "merge", 2, lambda: after(merge, "merge_layer", 3)), Passes.ALL
+    ),
+    "own_layers_merged": Moment(
+        lambda: within(ReMoRA, "merge", 2, lambda: before(Ranks, "sum")), Passes.ALL, only_heavy=True
+    ),
     "cycle_half_written": Moment(
         lambda: within(ledger, "_write_cycle", 2, lambda: after(SafetensorsWriter, "write", 5))
     ),
@@ -296,6 +323,10 @@ MOMENTS: dict[str, Moment] = {
         lambda: within(Run, "_open_ledger", 1, lambda: before(ledger, "link_or_copy", 2)), start=Start.UNNAMED
     ),
     "before_the_replay": Moment(lambda: before(ReMoRA, "replay"), Passes.ALL, Start.UNNAMED),
+    "some_layers_replayed": Moment(
+        lambda: within(ReMoRA, "replay", 1, lambda: after(merge, "write_live", 3)), Passes.ALL, Start.UNNAMED,
+        only_heavy=True,
+    ),
     "metrics_half_trimmed": Moment(
         lambda: within(metrics, "_keep_rows", 1, lambda: before(os, "replace")), start=Start.UNNAMED
     ),

@@ -52,7 +52,7 @@ def model_of(case: Case) -> torch.nn.Module:
 def base_in_memory(model: torch.nn.Module) -> tuple[Any, dict[str, str]]:
     """(a base to merge into, keys) for a model that was never saved: copies of its frozen weights."""
     copies = {name: tensor.clone() for name, tensor in frozen_buffers(model).items()}
-    return SimpleNamespace(read=copies.__getitem__), {name: name for name in copies}
+    return SimpleNamespace(read=copies.__getitem__, release=lambda: None), {name: name for name in copies}
 
 
 def batches(step: int) -> torch.Tensor:

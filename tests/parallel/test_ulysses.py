@@ -110,7 +110,7 @@ def split_run(case: Case, size: int, stage: int = 3) -> dict[str, Any]:
     assert sequence is not None
     config = ds_config(stage, micro, ACCUMULATION)
     config["optimizer"]["params"]["lr"] = LEARNING_RATE
-    engine, *_ = initialize(model=model, config=config)
+    engine, *_ = initialize(model=model, config=config, node_base="private")  # each process adds the deltas itself
     check_split(engine, model, sequence, case.documents)
     found: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(STEPS):

@@ -114,7 +114,7 @@ def test_paths_are_timed_and_domains_and_a_warm_start_work(user: Playground) -> 
 
 
 def without_memory(argv: list[str]) -> tuple[str, str]:
-    with patch.object(base_device, "free_host_memory", lambda: 10_000):
+    with patch.object(base_device, "free_bytes", lambda: (10_000, "free")):
         return refused(argv)
 
 

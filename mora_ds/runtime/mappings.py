@@ -1,0 +1,87 @@
+"""Which files, or memory of several processes, lie behind this process's tensors, by Linux's /proc/self/smaps.
+
+    Mappings.read().place_of(tensor)      "260:1 1131 @4096": device, inode and offset; None for memory of its own
+    give_back(tensor)                     the pages of a mapped file leave this process; they stay in the page cache
+    trim()                                so does what tensors that are freed have left with the C library
+
+Two processes of a machine read the same physical pages where their tensors have the same place.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import mmap
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+_SMAPS = Path("/proc/self/smaps")
+_HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) (\S+) (\d+)")
+"""start-end permissions offset device inode, as in proc_pid_smaps(5)."""
+_MADV_DONTNEED = 4
+
+
+@dataclass
+class _Mapping:
+    start: int
+    end: int
+    is_shared: bool
+    offset: int
+    file: str
+    """Device and inode."""
+    written: int = 0
+    """Bytes of it that are private, because this process has written to them."""
+
+
+class Mappings:
+    """The mapped files of this process; none where there is no /proc."""
+
+    def __init__(self, mappings: list[_Mapping]) -> None:
+        self._mappings = sorted(mappings, key=lambda mapping: mapping.start)
+        self._starts = [mapping.start for mapping in self._mappings]
+
+    @classmethod
+    def read(cls) -> Mappings:
+        """The mappings as they are now."""
+        found: list[_Mapping] = []
+        for line in _SMAPS.read_text().splitlines() if _SMAPS.exists() else ():
+            if header := _HEADER.match(line):
+                start, end, permissions, offset, device, inode = header.groups()
+                shared = permissions[3] == "s"
+                file = f"{device} {inode}" if inode != "0" else ""
+                found.append(_Mapping(int(start, 16), int(end, 16), shared, int(offset, 16), file))
+            elif line.startswith("Anonymous:"):
+                found[-1].written = int(line.split()[1])
+        return cls([mapping for mapping in found if mapping.file])
+
+    def place_of(self, tensor: Tensor) -> str | None:
+        """Where the tensor's bytes come from; None for one on another device, in memory of its own, or in a mapped
+        file some of which this process has written to."""
+        if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
+            return None
+        address = tensor.data_ptr()
+        index = bisect.bisect_right(self._starts, address) - 1
+        if index < 0 or address + tensor.nbytes > (mapping := self._mappings[index]).end:
+            return None
+        if mapping.written and not mapping.is_shared:
+            return None
+        return f"{mapping.file} @{mapping.offset + address - mapping.start}"
+
+
+def give_back(tensor: Tensor) -> None:
+    """Let go of the pages that lie completely within a tensor which has a place. What reads it again finds the same."""
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    end = (tensor.data_ptr() + tensor.nbytes) // page * page
+    if end > start:  # the result does not matter: it is advice
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+
+
+def trim() -> None:
+    """Return to the system what freed tensors have left in the heap, which glibc keeps for later ones."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,185 @@
+"""Memory that all processes of a node map, and how much of it there is.
+
+    first process of the node     an anonymous file: memfd_create(2), or one in a folder that never has a name there
+    the others                    map /proc/PID/fd/N of the first one
+    first process                 closes it: what is left are the mappings
+
+As the file has no name, in /dev/shm or elsewhere, nothing is left of it when the processes have ended, however they
+end, and no later run can take it for its own. The size of /dev/shm does not limit it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mora_ds.common.errors import RunError, UserError, unknown
+from mora_ds.runtime.ranks import Ranks
+
+FLAG = "--node_base"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class Sharing(str, Enum):
+    """How the processes of a node hold the base; a folder in place of it is AUTO with a file there."""
+
+    AUTO = "auto"
+    SHARED = "shared"
+    PRIVATE = "private"
+
+
+def folder_of(choice: str) -> Path | None:
+    """The folder that a value of --node_base names, None for a `Sharing`. Raises `UserError` for anything else."""
+    names = [sharing.value for sharing in Sharing]
+    if choice in names:
+        return None
+    if os.sep not in choice:
+        raise UserError(unknown(FLAG, choice, [*names, f"a folder, with a {os.sep} in it"]))
+    return Path(choice).expanduser()
+
+
+def check_room(choice: str, nbytes: int) -> None:
+    """Raises `UserError` where this node has less than `nbytes` for what its processes share, or no such folder."""
+    folder = folder_of(choice)
+    try:
+        free, limit = free_bytes(folder)
+    except OSError as error:
+        raise UserError(f"{FLAG} {choice}: a file cannot be made there: {error}") from error
+    if nbytes > free:
+        other = "a folder on a disk keeps it in a file there" if folder is None else "name another folder"
+        raise UserError(
+            f"--node_base {choice}: the base that the processes of this node share takes {nbytes / 1e9:,.3f} GB, and "
+            f"{free / 1e9:,.3f} GB are {limit}: {other} ({FLAG}), and --base_bits 8 takes less"
+        )
+
+
+def node_members(ranks: Ranks) -> tuple[int, ...]:
+    """Ranks of the processes of this node which see each other's memory, in order. Collective.
+
+    A node begins at each process with local rank 0, as for `nodes.Followers`; processes in containers of their own,
+    which do not see each other, count as several nodes.
+    """
+    facts = ranks.gather("processes of the node", (ranks.local_rank, machine()))
+    leader, nodes = 0, []
+    for rank, (local_rank, kernel) in enumerate(facts):
+        leader = rank if local_rank == 0 else leader
+        nodes.append((leader, kernel))
+    return tuple(rank for rank, node in enumerate(nodes) if node == nodes[ranks.rank])
+
+
+def machine() -> tuple[str, str]:
+    """The same for processes that can open each other's /proc/PID/fd."""
+    try:
+        return _BOOT_ID.read_text().strip(), os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return platform.node(), f"process {os.getpid()}"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What the first process of a node tells the others of it."""
+
+    process: int
+    descriptor: int
+    size: int
+    """Bytes."""
+    layout: str
+    """A digest of what is to lie where; those who map it must have the same."""
+
+    @classmethod
+    def make(cls, size: int, layout: str, folder: Path | None) -> Offer:
+        """New memory of `size` bytes, all zeros, of which none is used yet; in a file in `folder`, where one is given,
+        whose blocks are reserved. Raises `OSError`."""
+        descriptor = os.memfd_create("mora_ds-base") if folder is None else _unnamed_file(folder)
+        try:
+            os.ftruncate(descriptor, size)
+            if folder is not None and size:
+                os.posix_fallocate(descriptor, 0, size)
+        except OSError:
+            os.close(descriptor)
+            raise
+        return cls(os.getpid(), descriptor, size, layout)
+
+    def map(self, layout: str) -> torch.UntypedStorage:
+        """The memory, mapped into this process. Raises `RunError` where it cannot be."""
+        if layout != self.layout:
+            raise RunError("the processes of the node hold their tensors in different layouts")
+        path = f"/proc/{self.process}/fd/{self.descriptor}"
+        try:
+            if os.stat(path).st_size != self.size:
+                raise RunError(f"{path} is another file than the first process of the node means")
+            storage: Any = torch.UntypedStorage.from_file(path, shared=True, nbytes=self.size)
+        except (OSError, RuntimeError) as error:
+            raise RunError(f"the memory of process {self.process} cannot be mapped: {error}") from error
+        return storage
+
+    def close(self) -> None:
+        """Let go of the file, once all have mapped it. On the process that made the offer."""
+        os.close(self.descriptor)
+
+
+def _unnamed_file(folder: Path) -> int:
+    """A file that no one else can open by a name, and that is deleted when it is closed and not mapped."""
+    with suppress(OSError, AttributeError):  # not every file system has O_TMPFILE
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    descriptor, path = tempfile.mkstemp(prefix=".node-base-", dir=folder)
+    os.unlink(path)
+    return descriptor
+
+
+def free_bytes(folder: Path | None = None) -> tuple[int, str]:
+    """(bytes that shared memory, or a file in `folder`, can take on this node; what limits them). Raises `OSError` for
+    a folder that cannot be used."""
+    if folder is not None:
+        return shutil.disk_usage(folder).free, f"free in {folder}"
+    limits = [(_memory_available(), "available in memory"), *_cgroup_limits()]
+    return min(limits)
+
+
+def _memory_available() -> int:
+    """MemAvailable of /proc/meminfo: what can be used without swapping, page cache included."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _cgroup_limits() -> list[tuple[int, str]]:
+    """What the memory limits of this process's control groups (a container, a Slurm job) leave, in version 2 and 1."""
+    limits = []
+    for folder, limit_file, usage_file in _cgroup_folders():
+        with suppress(OSError, ValueError):  # "max": no limit; the root has no such files
+            limit, used = (int((folder / name).read_text()) for name in (limit_file, usage_file))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cached = sum(int(stat.get(key, 0)) for key in ("inactive_file", "active_file"))  # given up when needed
+            limits.append((max(0, limit - used + cached), f"left by the memory limit of {folder}"))
+    return limits
+
+
+def _cgroup_folders() -> list[tuple[Path, str, str]]:
+    """(folder, file with its limit, file with its use) of this process's control groups and those around them."""
+    found = []
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                root, names = _CGROUP, ("memory.max", "memory.current")
+            elif "memory" in controllers.split(","):
+                root, names = _CGROUP / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            else:
+                continue
+            inner = root / path.lstrip("/")
+            around = [folder for folder in (inner, *inner.parents) if folder == root or root in folder.parents]
+            found += [(folder, *names) for folder in around]
+    return found

@@ -1,0 +1,305 @@
+"""--node_base: the processes of a node share one frozen base, which every merge leaves as if each had merged alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.engine import initialize as engine_start
+from mora_ds.engine.initialize import initialize
+from mora_ds.engine.traffic import CollectiveCounter
+from mora_ds.models.base import tensor_checksum
+from mora_ds.models.load import load_base
+from mora_ds.models.node_base import NodeBase, node_base_of
+from mora_ds.runtime import node_memory
+from mora_ds.runtime.mappings import Mappings
+from mora_ds.runtime.node_memory import Offer, check_room, free_bytes
+from mora_ds.runtime.ranks import Ranks, deal
+from mora_ds.train.run import Run
+from tests.helpers.engines import CountedBelow, ds_config
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, refused, run
+from tests.helpers.kills import STEPS, killed_run
+from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.outcome import assert_same_outcome
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
+
+MERGES = 2
+CASES: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16 of a fp32 file": {"dtype": torch.bfloat16},
+    "int8": {"bits": 8},
+    "Conv1D, tied": {"family": "gpt2"},
+    "Conv1D, int8, bf16": {"family": "gpt2", "bits": 8, "dtype": torch.bfloat16},
+    "rotate": {"operator": "rotate"},
+    "truncate": {"operator": "truncate"},
+    "tied": {"family": "qwen2", "dtype": torch.bfloat16},
+    "experts": {"family": "mixtral", "targets": ("all-linear", "experts")},
+}
+FEW = ("fp32", "Conv1D, int8, bf16")
+
+
+def merged(folder: Path, choice: str, case: str) -> dict[str, Any]:
+    """A run of one process of several, with merges after its steps: its frozen tensors and what was sent."""
+    family, dtype, bits = (CASES[case].get(key, default) for key, default in _DEFAULTS.items())
+    rank, world, base = dist.get_rank(), dist.get_world_size(), folder / case / "base"
+    if rank == 0 and not base.exists():
+        tiny_model(family).save_pretrained(base)
+    dist.barrier()
+    loaded = load_base(base, base / "own", Ranks.current(), dtype, None)
+    chosen = {
+        "operator": CASES[case].get("operator", "share"),
+        "target_modules": CASES[case].get("targets", ("all-linear",)),
+    }
+    config = MoRAConfig(rank=4, base_bits=bits, compute="weight", **chosen)
+    inject(loaded.model, config, lambda name: loaded.base.read(loaded.keys[name]))
+    half = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if dtype is torch.bfloat16 else {}
+    engine, *_ = initialize(model=loaded.model, config=ds_config(3, 2, 1, **half), node_base=choice)
+    run = Run(engine, config, base, folder / case / f"{Path(choice).name}-{world}", overwrite=True)
+    node, below = node_base_of(loaded.model), {}
+    counter = CollectiveCounter([*frozen_buffers(loaded.model).values(), *node.slots.values()])
+    reports, losses = [], []
+    for step in range(MERGES + 1):
+        loss = causal_loss(engine, tokens(2 * world, seed=step)[2 * rank :][:2])
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+        if step < MERGES:
+            with counter.counting(), CountedBelow(below):
+                reports.append(vars(run.merge(step + 1)))
+    mappings = Mappings.read()
+    frozen = frozen_buffers(loaded.model)
+    return {
+        "frozen": {name: tensor.clone() for name, tensor in frozen.items()},
+        "tied": len({tensor.data_ptr() for tensor in frozen.values()}),
+        "reports": reports,
+        "losses": losses,
+        "places": {name: mappings.place_of(layer.weight) for name, layer in mora_layers(loaded.model).items()},
+        "base_bytes": counter.base_bytes,
+        "sent": sum(below.values()),
+        "text": node.text,
+    }
+
+
+_DEFAULTS = {"family": "llama", "dtype": torch.float32, "bits": 16}
+
+
+def all_choices(folder: str, cases: tuple[str, ...], choices: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    places = {"folder": f"{folder}/"}
+    return {
+        case: {choice: merged(Path(folder), places.get(choice, choice), case) for choice in choices} for case in cases
+    }
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("world", "cases", "choices"),
+    [
+        (2, FEW, ("private", "auto")),
+        pytest.param(2, tuple(CASES), ("private", "auto", "shared", "folder"), marks=pytest.mark.heavy),
+        pytest.param(3, tuple(CASES), ("private", "auto"), marks=pytest.mark.heavy),
+    ],
+)
+def test_a_shared_merge_is_that_of_each_process_alone(
+    tmp_path: Path, world: int, cases: tuple[str, ...], choices: tuple[str, ...]
+) -> None:
+    ranks = run_ranks(world, all_choices, str(tmp_path), cases, choices)
+    for case in cases:
+        alone = ranks[0][case]["private"]
+        assert set(alone["places"].values()) == {None}
+        for choice in choices[1:]:
+            each = [rank[case][choice] for rank in ranks]
+            assert len({str(found["places"]) for found in each}) == 1, "every process reads the same pages"
+            assert None not in each[0]["places"].values()
+            for rank, found in zip(ranks, each, strict=True):
+                assert found["reports"] == alone["reports"]
+                assert found["losses"] == rank[case]["private"]["losses"]
+                assert found["tied"] == alone["tied"]
+                for name, tensor in alone["frozen"].items():
+                    assert torch.equal(found["frozen"][name], tensor), (case, choice, name)
+                assert found["base_bytes"] == 0
+                small = 64 * len(found["places"]) * MERGES + 4096  # norms of the layers, and checks
+                assert found["sent"] - rank[case]["private"]["sent"] < small
+                assert f"one for the {world} processes" in found["text"]
+    assert not [path for path in tmp_path.iterdir() if path.is_file()], "a file of the node's memory is left"
+
+
+def on_two_nodes(folder: str) -> dict[str, Any]:
+    """Rank 0 is a node, ranks 1 and 2 are another one."""
+    os.environ["LOCAL_RANK"] = str(max(0, dist.get_rank() - 1))
+    return {choice: merged(Path(folder), choice, "fp32") for choice in ("private", "auto")}
+
+
+@pytest.mark.gloo
+@pytest.mark.heavy
+def test_nodes_of_one_and_of_two_processes(tmp_path: Path) -> None:
+    ranks = run_ranks(3, on_two_nodes, str(tmp_path))
+    assert "one process on this node" in ranks[0]["auto"]["text"]
+    assert ranks[1]["auto"]["places"] == ranks[2]["auto"]["places"] and None not in ranks[1]["auto"]["places"].values()
+    for rank in ranks:
+        assert rank["auto"]["reports"] == rank["private"]["reports"]
+        for name, tensor in rank["private"]["frozen"].items():
+            assert torch.equal(rank["auto"]["frozen"][name], tensor), name
+
+
+def faults() -> dict[str, str]:
+    """What goes wrong on one process only, and what all are told."""
+    model, found = tiny_model(), {}
+    inject(model, MoRAConfig(rank=4))
+    initialize(model=model, config=ds_config(3, 2, 1))
+    node = node_base_of(model)
+
+    def fail(name: str, item: None) -> None:
+        raise RunError(f"no room for {name}")
+
+    own = [(name, None) for name in node.layers(model)]
+    for name, work, replaced in (("work", fail, False), ("replaced", lambda name, item: None, True)):
+        if replaced and dist.get_rank() == 1:
+            layer = next(iter(mora_layers(model).values()))
+            layer.weight = layer.weight.clone()
+        try:
+            node.form(model, own, work if replaced or dist.get_rank() == 1 else lambda name, item: None)
+        except RunError as error:
+            found[name] = str(error)
+    return found
+
+
+@pytest.mark.gloo
+def test_an_error_of_one_process_is_one_of_all() -> None:
+    for found in run_ranks(2, faults):
+        assert "rank 1: no room for" in found["work"]
+        assert "replaced after the start" in found["replaced"]
+
+
+def checked(folder: str) -> tuple[int, str]:
+    """Bytes of the mapped base that this process's checksums read; the error for files that differ."""
+    rank, read = dist.get_rank(), []
+
+    def counted(tensor: torch.Tensor) -> int:
+        read.append(tensor.nbytes)
+        return tensor_checksum(tensor)
+
+    engine_start.tensor_checksum = counted  # type: ignore[attr-defined]
+    model = load_base(Path(folder), Path(folder) / "own", Ranks.current(), torch.float32, None).model
+    engine_start.check_base_equal(dict(model.named_parameters()).values())
+    total = sum(read)
+    other = load_base(Path(folder) / f"of-{rank}", Path(folder), Ranks.current(), torch.float32, None).model
+    try:
+        engine_start.check_base_equal(dict(other.named_parameters()).values())
+    except RunError as error:
+        return total, str(error)
+    return total, ""
+
+
+@pytest.mark.gloo
+def test_checksums_of_the_same_pages_are_shared(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    for rank in range(3):
+        tiny_model(seed=max(0, rank - 1)).save_pretrained(tmp_path / f"of-{rank}")
+    found = run_ranks(3, checked, str(tmp_path))
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    assert sum(read for read, _ in found) == size
+    assert all(0 < read < size / 2 for read, _ in found)
+    assert all("[2] do not hold what rank 0 holds" in message for _, message in found)
+
+
+def without_memory(argv: list[str]) -> tuple[str, str, bool]:
+    """The refusal of a run on a node that is nearly full, and whether weights were loaded."""
+    node_memory.free_bytes = lambda folder=None: (1000, "left by the memory limit of the job")  # type: ignore[assignment]
+    with mock.patch.object(AutoModelForCausalLM, "from_pretrained") as loading:
+        return *refused(argv), loading.called
+
+
+@pytest.mark.gloo
+def test_too_little_memory_is_told_before_anything_is_loaded(user: Playground, tmp_path: Path) -> None:
+    (answer,) = set(run_ranks(2, without_memory, user.flags(tmp_path / "out", *STEPS)))
+    kind, message, loaded = answer
+    assert kind == "UserError" and not loaded
+    assert "--node_base auto: the base that the processes of this node share takes 0.000 GB" in message
+    assert "0.000 GB are left by the memory limit of the job" in message
+
+
+@pytest.mark.gloo
+@pytest.mark.heavy
+def test_a_run_with_private_bases_is_resumed_with_a_shared_one(user: Playground, tmp_path: Path) -> None:
+    flags = [*STEPS, "--eval_files", f"short={user.other}", "--resume_from_checkpoint", "auto"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(2, user.flags(whole, *flags, "--node_base", "private"))
+    killed_run(2, user.flags(out, *flags, "--node_base", "private"), "right_after_a_merge", [0, 1])
+    run(2, user.flags(out, *flags))
+    assert_same_outcome(out, whole)
+
+
+# -- one process -------------------------------------------------------------------------------------------------------
+
+
+def test_a_process_alone_owns_all_layers_and_several_deal_them_out() -> None:
+    sizes = {"a": 5, "b": 1, "c": 4, "d": 1}
+    assert deal(sizes, 2) == [["a", "d"], ["c", "b"]]
+    assert deal(sizes, 5)[4] == []
+    model = tiny_model()
+    inject(model, MoRAConfig(rank=4))
+    assert NodeBase().layers(model) == list(mora_layers(model))
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_memory_has_no_name_and_ends_with_its_last_mapping(tmp_path: Path, in_folder: bool) -> None:
+    before = set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
+    offer = Offer.make(1 << 16, "layout", tmp_path if in_folder else None)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    one, other = offer.map("layout"), offer.map("layout")
+    with pytest.raises(RunError, match="different layouts"):
+        offer.map("another")
+    offer.close()
+    assert len(os.listdir("/proc/self/fd")) == descriptors - 1
+    first, second = (torch.empty(0, dtype=torch.uint8).set_(storage) for storage in (one, other))
+    first[7] = 3
+    assert second[7] == 3 and Mappings.read().place_of(first) == Mappings.read().place_of(second)
+    assert not list(tmp_path.iterdir())
+    assert not Path("/dev/shm").is_dir() or set(os.listdir("/dev/shm")) <= before
+    with pytest.raises(RunError, match="cannot be mapped"):
+        offer.map("layout")
+
+
+def test_a_file_that_was_written_to_is_no_place(tmp_path: Path) -> None:
+    path = tmp_path / "numbers"
+    path.write_bytes(bytes(range(256)) * 64)
+    mapped = torch.from_file(str(path), shared=False, size=256 * 64, dtype=torch.uint8)
+    assert (Mappings.read().place_of(mapped[4096:]) or "").endswith("@4096")
+    assert Mappings.read().place_of(mapped.view(128, 128).T) is None
+    mapped[5000] = 0
+    assert Mappings.read().place_of(mapped[:4096]) is None
+    assert Mappings.read().place_of(torch.zeros(10)) is None
+
+
+def test_limits_of_a_container_are_read_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = tmp_path / "job"
+    group.mkdir()
+    (group / "memory.max").write_text("5000000\n")
+    (group / "memory.current").write_text("4000000\n")
+    (group / "memory.stat").write_text("anon 3500000\ninactive_file 300000\nactive_file 200000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    monkeypatch.setattr(node_memory, "_cgroup_folders", lambda: [(each, *_V2) for each in (group, tmp_path)])
+    assert free_bytes() == (1_500_000, f"left by the memory limit of {group}")
+    check_room("auto", 1_500_000)
+    with pytest.raises(UserError, match=r"--node_base auto: .* takes 0\.002 GB, and .* left .*job: a folder"):
+        check_room("auto", 1_600_000)
+    with pytest.raises(UserError, match=r"--node_base .*/: .* are free in .*: name another folder"):
+        check_room(f"{tmp_path}/", 1 << 60)
+    with pytest.raises(UserError, match=r"--node_base /nowhere/: a file cannot be made there"):
+        check_room("/nowhere/", 1)
+
+
+_V2 = ("memory.max", "memory.current")
