@@ -24,6 +24,7 @@ from deepspeed.utils import groups as process_groups
 from torch import Tensor, nn
 
 from mora_ds.adapters.inject import frozen_buffers, mora_layers, move_base, scale_names
+from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.engine import muon, zero
 from mora_ds.engine.base_ring import names_on_host, stream_base
@@ -97,6 +98,7 @@ def initialize(
     degree = tensor_parallel_size or degree_in(load_ds_config(config)) or 1
     settings = complete_ds_config(config, trainable_numels(model, degree), tensor_parallel_size)
     check_compute_dtype(settings)
+    _check_experts(model, settings)
     check_splittable(settings, degree, base_bits=8 if scale_names(model) else None, base_buffers=base_buffers)
     start_distributed()
     check_second_copies(settings, dist.get_world_size(), degree)
@@ -159,6 +161,13 @@ def check_compute_dtype(config: dict[str, Any]) -> None:
         raise UserError(
             f"--{short[dtype]}: this device ({accelerator.device_name()}) does not support it; use {others or 'fp32'}"
         )
+
+
+def _check_experts(model: nn.Module, config: dict[str, Any]) -> None:
+    """Raises `UserError` for experts that Muon would have to train: it orthogonalises single matrices."""
+    stacks = [name for name, layer in mora_layers(model).items() if isinstance(layer.spec, StackSpec)]
+    if stacks and uses_muon(config):
+        raise UserError(f"--optimizer muon is for single MoRA matrices, and {stacks[0]} has a stack of them: use adamw")
 
 
 def trainable_numels(model: nn.Module, tensor_parallel_size: int = 1) -> list[int]:

@@ -25,6 +25,7 @@ from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.common.errors import UserError
+from mora_ds.engine.initialize import initialize
 from mora_ds.eval.ledger_summary import histories
 from mora_ds.models.base import BaseCheckpoint, map_model, write_own_base
 from mora_ds.models.load import load_base
@@ -282,6 +283,15 @@ def test_adapters_that_experts_cannot_have_are_refused() -> None:
     ):
         with pytest.raises(UserError, match=named):
             inject(tiny_model("mixtral"), config)
+
+
+def test_muon_is_refused_by_an_engine_of_ones_own() -> None:
+    """Before any process group is started."""
+    model = tiny_model("mixtral")
+    inject(model, MoRAConfig(rank=4, target_modules=("experts",)))
+    settings = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "Muon", "params": {"lr": 0.02}}}
+    with pytest.raises(UserError, match=r"--optimizer muon .*experts\.\w+ has a stack"):
+        initialize(model=model, config={**settings, "zero_optimization": {"stage": 3}})
 
 
 def test_transformers_still_has_what_the_forward_is_built_on() -> None:
