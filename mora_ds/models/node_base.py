@@ -52,8 +52,14 @@ class NodeBase:
     """What was chosen, for the start of a run."""
 
     def layers(self, model: nn.Module) -> list[str]:
-        """Names of the adapted layers whose frozen weights this process writes."""
-        return self._owned({name: layer.weight.numel() for name, layer in mora_layers(model).items()})
+        """Names of the adapted layers whose frozen weights this process writes: its part of those that are shared, and
+        all others, which lie on its device."""
+        layers = mora_layers(model)
+        own = set(self._owned({name: layers[name].weight.numel() for name in layers if self._is_shared(name)}))
+        return [name for name in layers if name in own or not self._is_shared(name)]
+
+    def _is_shared(self, layer: str) -> bool:
+        return f"{layer}.weight" in self.slots
 
     def form(
         self, model: nn.Module, items: Iterable[tuple[str, Item]], work: Callable[[str, Item], Result]
@@ -76,7 +82,9 @@ class NodeBase:
         `layers`. Collective as `form` is."""
         table = torch.zeros(len(names), width)
         for index, name in enumerate(names):
-            if name in rows and (self.ranks is None or 0 in self.members):  # the other nodes have the same rows
+            # Other nodes have the same rows, and so have the other processes of this one where nothing is shared.
+            counts = self.ranks is None or (0 in self.members if self._is_shared(name) else self.ranks.is_first)
+            if name in rows and counts:
                 table[index] = torch.stack(list(rows[name]))
         return table if self.ranks is None else self.ranks.sum(table)
 

@@ -254,6 +254,23 @@ def test_a_process_alone_owns_all_layers_and_several_deal_them_out() -> None:
     assert NodeBase().layers(model) == list(mora_layers(model))
 
 
+def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once() -> None:
+    """Such as a head that is adapted on a GPU, beside a base in host memory."""
+    model = tiny_model()
+    inject(model, MoRAConfig(rank=4, target_modules=("q_proj", "lm_head")))
+    layers = mora_layers(model)
+    slots = {f"{name}.weight": layer.weight for name, layer in layers.items() if name != "lm_head"}
+    total, written = torch.zeros(len(layers), 1), []
+    for rank in range(2):
+        ranks: Any = mock.Mock(rank=rank, is_first=rank == 0, sum=lambda table: table)
+        base = NodeBase(ranks, (0, 1), slots)
+        written += base.layers(model)
+        rows = {name: [torch.tensor(float(1 + list(layers).index(name)))] for name in base.layers(model)}
+        total += base.of_all(rows, list(layers), 1)
+    assert sorted(written) == sorted([*layers, "lm_head"])
+    assert total.flatten().tolist() == list(range(1, 1 + len(layers)))
+
+
 @pytest.mark.parametrize("in_folder", [False, True])
 def test_memory_has_no_name_and_ends_with_its_last_mapping(tmp_path: Path, in_folder: bool) -> None:
     before = set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
