@@ -86,11 +86,29 @@ def main() -> None:
     for world in options.ranks:
         sockets.append([f"{world:,}", str(_sockets(world))])
     order = {phase: number for number, phase in enumerate(PHASES)}
-    report.show("phases", [rows[0], *sorted(rows[1:], key=lambda row: order[row[0]])])
+    rows[1:] = sorted(rows[1:], key=lambda row: order[row[0]])
+    report.show("phases", rows)
+    report.show("CPU seconds", by_world(rows))
     report.show("sockets", sockets)
     report.write()
     for model in options.models:
         shutil.rmtree(options.folder / f"{model}-base")
+
+
+def by_world(rows: list[list[str]]) -> list[list[str]]:
+    """The CPU seconds of the table `phases`, with a column for each model and number of ranks."""
+    titles, *found = rows
+    places = [dict(zip(titles, row, strict=True)) for row in found]
+    columns = list(dict.fromkeys((each["model"], each["ranks"]) for each in places))
+    lines: dict[tuple[str, str, str], dict[tuple[str, str], str]] = {}
+    for each in places:
+        line = lines.setdefault((each["phase"], each["setting"], each["rank"]), {})
+        line[each["model"], each["ranks"]] = each["CPU s"]
+    body = [
+        [f"{phase}, {setting}, rank {rank}", *(line.get(column, "") for column in columns)]
+        for (phase, setting, rank), line in lines.items()
+    ]
+    return [["phase", *(f"{model}, {ranks} ranks" for model, ranks in columns)], *body]
 
 
 def _write_base(folder: Path, config: LlamaConfig) -> None:

@@ -1,0 +1,51 @@
+"""One rank that is slow at everything: the others wait for it, and the run is the same to the bit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from mora_ds.checkpoint.layout import complete_checkpoints
+from mora_ds.engine import shard_writer
+from mora_ds.train.trainer import Trainer
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, job, run
+from tests.helpers.resume import MERGING, assert_same_run
+
+pytestmark = [pytest.mark.gloo, pytest.mark.heavy]
+
+SLOW = ("_forward_backward", "_merge", "_save", "_evaluate")
+DELAY_S = 0.4
+
+
+def delayed(work: Callable[..., Any]) -> Callable[..., Any]:
+    def later(*arguments: Any, **named: Any) -> Any:
+        time.sleep(DELAY_S)
+        return work(*arguments, **named)
+
+    return later
+
+
+def slow_job(argv: list[str], rank: int) -> dict[str, Any]:
+    """A run in which one rank comes late to every step, merge, save, evaluation, and writes its shards late."""
+    if dist.get_rank() == rank:
+        for name in SLOW:
+            setattr(Trainer, name, delayed(getattr(Trainer, name)))
+        shard_writer.write_now = delayed(shard_writer.write_now)
+    return job(argv)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("saving", [(), ("--async_save",)], ids=["waiting", "background"])
+def test_a_straggler_changes_nothing(user: Playground, tmp_path: Path, rank: int, saving: tuple[str, ...]) -> None:
+    whole, slow = tmp_path / "whole", tmp_path / "slow"
+    run(3, user.flags(whole, *MERGING))
+    run_ranks(3, slow_job, user.flags(slow, *MERGING, *saving), rank)
+    assert_same_run(slow, whole)
+    names = [[folder.name for folder in complete_checkpoints(out / "checkpoints")] for out in (slow, whole)]
+    assert names[0] == names[1]
