@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.engine.base_device import LEAST_BUFFERS
@@ -94,9 +95,16 @@ class BaseRing:
         self._hooks: Any = nullcontext()
         self._index = _modules_of_layers(model, weights)
         copies.pin(tensor for own in weights.values() for tensor in own.values())
+        self._handles: list[RemovableHandle] = []
         for module, index in self._index.items():
-            module.register_forward_pre_hook(partial(self._enter, index))
-            module.register_forward_hook(self._leave, always_call=True)
+            self._handles.append(module.register_forward_pre_hook(partial(self._enter, index)))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def close(self) -> None:
+        """Leave the model to another ring."""
+        self._copies.finish()
+        for handle in self._handles:
+            handle.remove()
 
     @contextmanager
     def holding(self, module: nn.Module) -> Iterator[None]:
@@ -214,6 +222,8 @@ def stream_base(model: Any, buffers: int, device: torch.device) -> BaseRing:
     Raises `UserError` as `BaseRing` does."""
     if buffers < LEAST_BUFFERS:
         raise UserError(f"--base_buffers must be at least {LEAST_BUFFERS}, got {buffers}: one computes, one is copied")
+    if (before := ring_of(model)) is not None:  # of another engine for the same model
+        before.close()
     ring = BaseRing(model, buffers, device, copies_for(device))
     setattr(model, _RING, ring)
     return ring

@@ -248,6 +248,16 @@ def test_a_copy_that_is_being_used_is_not_replaced() -> None:
         pass
 
 
+def test_a_second_ring_takes_the_place_of_the_first() -> None:
+    model, first = streamed_model(2)
+    expected, host = gradients(model), {name: id(tensor) for name, tensor in frozen_buffers(model).items()}
+    copied, second = first.copied, stream_base(model, 3, CPU)
+    found = gradients(model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert first.copied == copied and second.copied > 0 and ring_of(model) is second
+    assert {name: id(tensor) for name, tensor in frozen_buffers(model).items()} == host
+
+
 def test_tied_tensors_stay_on_the_device() -> None:
     model = tiny_model("llama", num_hidden_layers=3)
     inject(model, MoRAConfig(rank=4, target_modules=("q_proj",)))
