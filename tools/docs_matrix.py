@@ -34,6 +34,7 @@ OPTIONS: dict[str, list[str]] = {
     "`--chunked_loss`": ["--chunked_loss"],
     "`--gradient_checkpointing`": ["--gradient_checkpointing"],
     "`--base_bits 8`": ["--base_bits", "8"],
+    "`--base_bits 4`": ["--base_bits", "4"],
     "`--base_device host`": ["--base_device", "host"],
     "`--tensor_parallel_size`": ["--tensor_parallel_size", "2"],
     "`--sequence_parallel_size`": ["--sequence_parallel_size", "2"],
@@ -53,13 +54,15 @@ COLUMNS: dict[str, list[str]] = {
     "tensor parallel": OPTIONS["`--tensor_parallel_size`"],
     "sequence parallel": OPTIONS["`--sequence_parallel_size`"],
     "8-bit base": OPTIONS["`--base_bits 8`"],
+    "4-bit base": OPTIONS["`--base_bits 4`"],
     "base on the host": OPTIONS["`--base_device host`"],
     "streaming": OPTIONS["`--streaming`"],
 }
 README_ROWS = (
     "ReMoRA (`--merge_every`)", "`--adapter lora`", "`--adapter full`", "`--operator share`", "`--operator rotate`",
     "`--optimizer muon`", "`--domain_adapters`", "`--targets auto`", "`--train_embeddings`, `--train_head`",
-    "`--target_modules experts`", "`--base_bits 8`", "`--base_device host`", "`--tensor_parallel_size`",
+    "`--target_modules experts`", "`--base_bits 8`", "`--base_bits 4`", "`--base_device host`",
+    "`--tensor_parallel_size`",
     "`--sequence_parallel_size`",
 )  # fmt: skip
 README_COLUMNS = ("ReMoRA merges", "ZeRO 2", "ZeRO-3", "Muon", "tensor parallel", "sequence parallel", "8-bit base")

@@ -11,6 +11,8 @@ rank_allocation    a budget of parameters divided among layers
 tp_plan            which layers tensor parallelism splits, from the model's own plan
 new_embeddings     training of added vocabulary rows only
 alignment          the alignment loss
+nf4                frozen weights in 4 bits, with the terms of merged cycles
+quantized          which layers hold their weight in 8 or 4 bits, and its bytes
 merge_layer        the frozen weight of a layer, formed anew at a merge
 kernels            a layer's product on a GPU, in few Triton kernels
 ops                the tensor functions below all of these

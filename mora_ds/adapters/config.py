@@ -75,7 +75,7 @@ class AdapterConfig:
     new_rows_from: int = 0
     """Train the rows of embeddings and head from this index on, and keep the earlier ones frozen; 0 turns this off."""
     base_bits: int = AS_LOADED
-    """8: the frozen weights of adapted layers are held in int8 (`ops.int8`); 16: in the dtype they are loaded in."""
+    """Frozen weights of adapted layers are held in int8 (8, `ops.int8`), NF4 (4, `nf4`) or as they are loaded (16)."""
     seed: int = 42
     """Seed of what is drawn in each cycle (permutations, LoRA's A), hashed with the layer's name and the cycle."""
 
@@ -99,8 +99,8 @@ class AdapterConfig:
             yield f"--mora_dropout must be in [0, 1), got {self.dropout}"
         if not self.target_modules:
             yield "--target_modules names no module"
-        if self.base_bits not in (8, AS_LOADED):
-            yield f"--base_bits must be 8, or {AS_LOADED} for the base as it is loaded, got {self.base_bits}"
+        if self.base_bits not in (4, 8, AS_LOADED):
+            yield f"--base_bits must be 8 or 4, or {AS_LOADED} for the base as it is loaded, got {self.base_bits}"
 
     @property
     def title(self) -> str:
@@ -278,10 +278,8 @@ class MoRAConfig(AdapterConfig):
             return
         any_kind = (Grouping.PLAIN.value, Grouping.PERMUTED.value)
         if self.grouping not in any_kind:
-            yield (
-                f"--grouping {self.grouping} belongs to --operator share, but the operator is {kind.value}: "
-                f"use {' or '.join(any_kind)}"
-            )
+            use = " or ".join(any_kind)
+            yield f"--grouping {self.grouping} belongs to --operator share, but the operator is {kind.value}: use {use}"
         if self.segments > 0:
             yield f"--tp_grouping aligned belongs to --operator share, but the operator is {kind.value}"
 
@@ -290,6 +288,8 @@ class MoRAConfig(AdapterConfig):
             yield f"--operator subspace has no groups: drop --grouping {self.grouping}"
         if Compute(self.compute).over_weight:
             yield f"--operator subspace is computed over activations: drop --compute {self.compute}"
+        if self.base_bits == 4:
+            yield "--base_bits 4: --operator subspace needs the dense weight's singular vectors: use --base_bits 8"
         if self.segments > 0:
             yield "--tp_grouping aligned belongs to --operator share, but the operator is subspace"
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mora_ds.adapters.domain_names import Freeze
 from mora_ds.adapters.layer import AdaptedLinear, MoRALinear
-from mora_ds.adapters.ops.int8 import check_floating, frozen_linear
+from mora_ds.adapters.ops.frozen import check_floating, frozen_linear
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import (
     OperatorSpec,

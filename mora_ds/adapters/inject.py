@@ -1,7 +1,7 @@
 """Gives a Hugging Face model its adapters, freezes the rest, and reports what was done.
 
 inject(model, MoRAConfig(rank=8))
-  1. every target layer becomes an `AdaptedLinear`, with base_bits 8 with its weight in 8 bits
+  1. every target layer becomes an `AdaptedLinear`, with base_bits 8 or 4 with its weight in so many bits
   2. every other parameter that is not trained becomes a buffer; tied tensors stay one tensor
   3. a report: shapes, sizes, trainable and total parameters
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.config import ALL_LINEAR, AdapterConfig, MoRAConfig
+from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, AdapterConfig, MoRAConfig
 from mora_ds.adapters.domain_names import Freeze
 from mora_ds.adapters.domains import DomainLinear, Domains, describe_domains, frozen_values
 from mora_ds.adapters.experts import MoRAExperts, compute_sorted
@@ -27,6 +27,7 @@ from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Side, SquareSpec, UpdateSpec
 from mora_ds.adapters.ops.stack import StackSpec
+from mora_ds.adapters.quantized import merge_bytes, merges_to_8_bits, quantized_bytes, quantized_layers
 from mora_ds.adapters.target_modules import ending_of, output_head, targets_of
 from mora_ds.adapters.tp_plan import Style, style_in_plan
 from mora_ds.common.errors import RunError, UserError
@@ -59,13 +60,18 @@ class InjectionReport:
     """Parameters of all of them."""
     other_trainable_params: int
     total_params: int
-    eight_bits: tuple[int, int]
-    """Bytes of the weights in 8 bits, scales included, and their bytes before; (0, 0) where there are none."""
+    base_bits: int
+    quantized: tuple[int, int]
+    """Bytes of the weights in 8 or 4 bits, scales included, and their bytes before; (0, 0) where there are none."""
     left_out: dict[str, int]
     """With all-linear: parameters of frozen matrices that are no linear layer's (experts in one tensor, convolutions),
     by the end of their name."""
     domains: str = ""
     """A line on the matrices of domains, where there are any."""
+    a_merge_adds: int = 0
+    """Bytes on every rank, with weights in 4 bits, which take no merge up."""
+    merges_to_8_bits: int = 0
+    """After how many merges a base in 8 bits would take less memory."""
 
     @property
     def trainable_params(self) -> int:
@@ -86,9 +92,15 @@ class InjectionReport:
         )
         if self.domains:
             lines.append(self.domains)
-        if self.eight_bits[0]:
-            now, before = (f"{size / 1e6:,.1f} MB" for size in self.eight_bits)
-            lines.append(f"frozen weights of these layers in 8 bits: {now} with their scales, in place of {before}")
+        if self.quantized[0]:
+            now, before = (f"{size / 1e6:,.1f} MB" for size in self.quantized)
+            bits = f"frozen weights of these layers in {self.base_bits} bits"
+            lines.append(f"{bits}: {now} with their scales, in place of {before}")
+        if self.a_merge_adds:
+            lines.append(
+                f"each merge adds {self.a_merge_adds / 1e6:,.1f} MB on every rank (--grouping alternate: "
+                f"the first two only); from {self.merges_to_8_bits} merges on a base in 8 bits would take less"
+            )
         if self.left_out:
             names = ", ".join(f"{name} ({numel:,} parameters)" for name, numel in self.left_out.items())
             lines.append(f"not adapted, as these weights are not in linear layers: {names}")
@@ -102,8 +114,8 @@ _SIDES = {Style.COLWISE: Side.OUT, Style.ROWWISE: Side.IN}
 def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Tensor] | None = None) -> InjectionReport:
     """Gives `model` its adapters and freezes the rest, in place.
 
-    With `base_bits` 8, `original` returns a weight (by its name) as it was before it was loaded in the model's dtype,
-    on the device where it is to be; that is rounded to 8 bits, and the model's own weight is dropped.
+    With `base_bits` 8 or 4, `original` returns a weight (by its name) as it was before it was loaded in the model's
+    dtype, on the device where it is to be; that is rounded, and the model's own weight is dropped.
     Raises `UserError` when a target matches nothing, when the model already has an adapter, and when a target shares
     its weight with another module (a merge would change both) or is trained itself.
     """
@@ -119,18 +131,19 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     styles = style_in_plan(model)
     domains = Domains(config.domains) if isinstance(config, MoRAConfig) and config.domains else None
     checkpointed = [name for name, module in model.named_modules() if getattr(module, "gradient_checkpointing", False)]
-    eight_bits = _bytes_in_8_bits(targets) if config.base_bits == 8 else (0, 0)
+    before = 0 if config.base_bits == AS_LOADED else _bytes_to_round(targets, config.base_bits)
     for name, base in targets.items():
         aligned = _SIDES.get(styles.get(name, Style.WHOLE))
         layer = layer_for(config, base, spec_of(config, name, base, 0, aligned), name, domains)
         layer.train(base.training)
         layer.aligned = aligned
         layer.recomputed = any(name.startswith(f"{each}." if each else "") for each in checkpointed)
-        if config.base_bits == 8:
+        if config.base_bits != AS_LOADED:
             try:
-                layer.hold_in_8_bits(layer.weight if original is None else original(layer.spec.weight_name(name)))
+                weight = layer.spec.weight_name(name)
+                layer.quantize(layer.weight if original is None else original(weight), config.base_bits)
             except RunError as error:
-                raise UserError(f"--base_bits 8: {layer.spec.weight_name(name)}: {error}") from error
+                raise UserError(f"--base_bits {config.base_bits}: {weight}: {error}") from error
         parent, _, child = name.rpartition(".")
         holder = model.get_submodule(parent)
         if isinstance(base, ExpertStack):
@@ -148,7 +161,10 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     all_linear = ALL_LINEAR in config.target_modules and not config.planned_layers
     left_out = _matrices_left_out(model) if all_linear else {}
     sums = values, other, total + values + frozen
-    return InjectionReport(rows, config.title, named, *sums, eight_bits, left_out, describe_domains(model))
+    bits = config.base_bits, (quantized_bytes(model), before)
+    adds = merge_bytes(model)
+    merges = merges_to_8_bits(model, adds) if adds else 0
+    return InjectionReport(rows, config.title, named, *sums, *bits, left_out, describe_domains(model), adds, merges)
 
 
 def mora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -184,7 +200,7 @@ def spec_of(config: AdapterConfig, name: str, module: nn.Module, cycle: int, ali
 
 
 def frozen_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> frozen base tensor, with every name of a tied tensor, and scales of weights in 8 bits; not the buffers
+    """Name -> frozen base tensor, with every name of a tied tensor, and scales of quantized weights; not the buffers
     that the model had before."""
     names: set[str] = getattr(model, "_mora_frozen", set())
     return {name: tensor for name, tensor in model.named_buffers(remove_duplicate=False) if name in names}
@@ -199,18 +215,23 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def scale_names(model: nn.Module) -> set[str]:
-    """Names of the buffers that hold scales of weights in 8 bits."""
-    return {f"{name}.weight_scales" for name, layer in mora_layers(model).items() if layer.weight_scales is not None}
+    """Names of the buffers that hold scales of weights in 8 or 4 bits."""
+    return {f"{name}.weight_scales" for name in quantized_layers(model)}
+
+
+def base_elements(model: nn.Module) -> int:
+    """Elements of the frozen base, each tied tensor once, packed or not, without scales."""
+    packed = {id(layer.weight): math.prod(layer.shape) for layer in quantized_layers(model).values()}
+    return sum({id(each): packed.get(id(each), each.numel()) for each in base_weights(model).values()}.values())
 
 
 def count_parameters(model: nn.Module) -> int:
     """Elements of all parameters and frozen base tensors, each tied tensor once; without scales."""
-    frozen = {id(tensor): tensor.numel() for tensor in base_weights(model).values()}
-    return sum(parameter.numel() for parameter in model.parameters()) + sum(frozen.values())
+    return sum(parameter.numel() for parameter in model.parameters()) + base_elements(model)
 
 
 def move_base(model: nn.Module, device: torch.device | str, dtype: torch.dtype, on_host: Collection[str] = ()) -> None:
-    """Moves and casts the frozen base, each tied tensor once; scales of weights in 8 bits stay fp32. The tensors named
+    """Moves and casts the frozen base, each tied tensor once; scales of quantized weights stay fp32. The tensors named
     by `on_host` go to the CPU instead.
 
     `nn.Module.to` would move buffers one by one and so untie tied ones, and DeepSpeed casts parameters, not buffers
@@ -250,16 +271,19 @@ def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module]) -> None:
             )
 
 
-def _bytes_in_8_bits(targets: dict[str, nn.Module]) -> tuple[int, int]:
-    """Bytes of the targets' weights in 8 bits, and now. Raises `UserError` for weights that are not floating-point."""
-    now = before = 0
-    for name, module in targets.items():
-        weight: Any = module.weight
+def _bytes_to_round(targets: dict[str, nn.Module], bits: int) -> int:
+    """Bytes of the targets' weights. Raises `UserError` for weights that are not floating-point."""
+    weights: dict[str, Any] = {name: module.weight for name, module in targets.items()}
+    for name, weight in weights.items():
         if not weight.is_floating_point():
-            raise UserError(f"--base_bits 8: {name}.weight is {weight.dtype}: only floating-point weights are rounded")
-        now += weight.numel() + 4 * weight.numel() // linear_shape(module)[0]
-        before += weight.nbytes
-    return now, before
+            raise UserError(
+                f"--base_bits {bits}: {name}.weight is {weight.dtype}: only floating-point weights are rounded"
+            )
+        if bits == 4 and isinstance(targets[name], ExpertStack):
+            raise UserError(
+                f"--base_bits 4: {name} is a stack of experts, which 8 bits can hold: use them, or leave it out"
+            )
+    return sum(weight.nbytes for weight in weights.values())
 
 
 def _trained_parameters(model: nn.Module, config: AdapterConfig) -> set[int]:

@@ -1,13 +1,14 @@
 """A frozen linear layer with one trainable tensor: `MoRALinear`, `SubspaceLinear` and `LoRALinear`.
 
 The frozen weight and bias are non-persistent *buffers*: DeepSpeed partitions parameters only, so that every rank has
-them unsharded and no collective ever carries them. With 8 bits the weight is int8, and its scales are another buffer.
+them unsharded and no collective ever carries them. With 8 bits the weight is int8, with 4 bits it is packed in uint8
+(`nf4`), and its scales are another buffer.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -15,16 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mora_ds.adapters import nf4
 from mora_ds.adapters.kernels.linear import kernel_linear
 from mora_ds.adapters.kernels.ops import runs_kernels
 from mora_ds.adapters.kernels.tables import KernelTables
+from mora_ds.adapters.nf4 import NF4Weight
+from mora_ds.adapters.ops import int8
+from mora_ds.adapters.ops.frozen import Weight, check_floating, dense, frozen_linear
 from mora_ds.adapters.ops.index_tables import IndexTables, tables_of
-from mora_ds.adapters.ops.int8 import Int8Weight, Weight, check_floating, dense, frozen_linear, quantize
+from mora_ds.adapters.ops.int8 import Int8Weight
 from mora_ds.adapters.ops.linear import Compute, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
 from mora_ds.adapters.ops.spec import Side, UpdateSpec
 from mora_ds.adapters.ops.subspace import Sides, SubspaceSpec, subspace_update
+from mora_ds.adapters.ops.terms import Term, join
 
 
 class Split(Protocol):
@@ -62,12 +68,13 @@ class AdaptedLinear(nn.Module):
     """y = W0 x + b + update(dropout(x)): what all adapters have in common.
 
     Input (..., d_in), output (..., d_out). `weight` keeps the layout of the layer that it comes from: (d_out, d_in), or
-    (d_in, d_out) when `transposed` (GPT-2's Conv1D). The only parameter is `value`, named `spec.value_name`.
+    (d_in, d_out) when `transposed` (GPT-2's Conv1D), unless it is packed. The only parameter is `value`, named
+    `spec.value_name`.
     """
 
     weight: Tensor
     weight_scales: Tensor | None
-    """(d_out,) fp32, where `weight` is int8 (`hold_in_8_bits`)."""
+    """fp32, where `weight` is int8, (d_out,), or packed (`quantize`)."""
     bias: Tensor | None
     spec: UpdateSpec
 
@@ -93,6 +100,9 @@ class AdaptedLinear(nn.Module):
         """The side whose groups are confined to segments, if there is one."""
         self.frozen_values: tuple[str, ...] = ()
         """Names of the adapter's tensors that are not trained: buffers in fp32."""
+        self.merged: tuple[Term, ...] = ()
+        """Updates of merged cycles, where `weight` is packed and does not take them up."""
+        self._merged_tables: tuple[IndexTables, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = self.frozen
@@ -118,20 +128,37 @@ class AdaptedLinear(nn.Module):
         return value if self.split is None else self.split.shard(value)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight in its layout, packed or not."""
+        if not self.is_packed:
+            return tuple(self.weight.shape)
+        sides = self.out_features, self.in_features
+        return sides[::-1] if self.transposed else sides
+
+    @property
     def stored_weight(self) -> Tensor:
-        """`weight` as (d_out, d_in), a view."""
+        """`weight` as (d_out, d_in), a view. Not of a packed one."""
         return self.weight.mT if self.transposed else self.weight
 
     @property
-    def frozen(self) -> Weight:
-        """What the layer multiplies by, (d_out, d_in): a view of `weight`, with its scales where it is int8."""
-        stored = self.stored_weight
-        return stored if self.weight_scales is None else Int8Weight(stored, self.weight_scales)
+    def is_packed(self) -> bool:
+        """Whether the weight is held in 4 bits."""
+        return self.weight.dtype is torch.uint8
 
     def frozen_on(self, device: torch.device, copy: bool = False) -> Weight:
-        """`frozen` on a device; with `copy` always a copy."""
-        stored, scales = self.stored_weight.to(device, copy=copy), self.weight_scales
+        """What the layer multiplies by, (d_out, d_in), on a device: a view of `weight`, or a quantized weight. With
+        `copy` one that a merge does not change."""
+        scales = self.weight_scales
+        if scales is not None and self.is_packed:  # merges do not write to it
+            shape = self.out_features, self.in_features
+            return NF4Weight(self.weight.to(device), scales.to(device), shape, self.merged)
+        stored = self.stored_weight.to(device, copy=copy)
         return stored if scales is None else Int8Weight(stored, scales.to(device, copy=copy))
+
+    @property
+    def frozen(self) -> Weight:
+        """`frozen_on` the device where the weight is."""
+        return self.frozen_on(self.weight.device)
 
     @property
     def device(self) -> torch.device:
@@ -143,35 +170,60 @@ class AdaptedLinear(nn.Module):
         """The dtype that the layer computes in."""
         return self.value.dtype
 
-    def hold_in_8_bits(self, original: Tensor) -> None:
-        """Makes `weight` int8, from `original` in the layout of `weight`, which is not kept. Raises `RunError` where
-        that is not finite."""
-        values, self.weight_scales = quantize(original.mT if self.transposed else original)
+    def quantize(self, original: Tensor, bits: int) -> None:
+        """Holds `original`, in the weight's layout, in 8 or 4 bits in place of `weight`; it is not kept itself. Raises
+        `RunError` where it is not finite."""
+        original = original.mT if self.transposed else original
+        if bits == NF4Weight.bits:
+            self.weight, self.weight_scales = nf4.quantize(original)
+            return
+        values, self.weight_scales = int8.quantize(original)
         self.weight = values.mT.contiguous() if self.transposed else values
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
         """Replaces the frozen weight by another in its layout, fp32, rounded once. In place, so that storages and ties
-        stay."""
+        stay. Not of a packed one."""
         if self.weight_scales is None:
             self.weight.copy_(weight)
             return
-        values, scales = quantize(weight.mT if self.transposed else weight)
+        values, scales = int8.quantize(weight.mT if self.transposed else weight)
         self.stored_weight.copy_(values)
         self.weight_scales.copy_(scales)
 
+    @torch.no_grad()
+    def round_again(self, original: Tensor) -> None:
+        """Forms a packed weight anew from the original, in place."""
+        packed, scales = nf4.quantize((original.T if self.transposed else original).to(self.device))
+        self.weight.copy_(packed)
+        self.get_buffer("weight_scales").copy_(scales)
+
+    def keep_merged(self, updates: Iterable[Term]) -> None:
+        """Adds all these to a packed weight from now on, and no others."""
+        device, dtype = self.device, self.dtype
+        joined = join((spec, value.to(device)) for spec, value in updates)
+        self.merged = tuple((spec, value.to(dtype)) for spec, value in joined)
+        self._hold_merged_tables()
+
+    def _hold_merged_tables(self) -> None:
+        """Keeps the tables of merged cycles, which every step reads and which are too many for a cache."""
+        specs = [spec for spec, _ in self.merged if isinstance(spec, OperatorSpec)]
+        self._merged_tables = tuple(tables_of(spec, self.device) for spec in specs)
+
     def read(self) -> Tensor:
-        """The frozen weight in its layout, in its dtype or, where that is int8, in fp32. May be `weight` itself."""
+        """The frozen weight in its layout, in its dtype or, where it is quantized, in fp32. May be `weight` itself."""
         weight = dense(self.frozen, torch.float32)
         return weight.mT if self.transposed else weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
         """Moves but does not cast scales and frozen values: `module.to(bf16)` would round the scales, and with them
-        every weight."""
+        every weight. Casts the terms of merged cycles, as it casts the matrix."""
         kept = {name: self._buffers[name] for name in ("weight_scales", *self.frozen_values)}
         super()._apply(fn, recurse)
         for name, tensor in kept.items():
             self._buffers[name] = None if tensor is None else tensor.to(self.device)
+        self.merged = tuple((spec, fn(value)) for spec, value in self.merged)
+        self._hold_merged_tables()
         return self
 
     def extra_repr(self) -> str:

@@ -3,7 +3,8 @@
     write_live(layer, original, updates)      frozen weight = original + deltas of updates, summed in fp32, rounded once
 
 It is rounded to the run's dtype, or to 8 bits (`int8.quantize`). Either way the sum starts at the original weight, so
-that rounding errors do not accumulate over merges.
+that rounding errors do not accumulate over merges. In 4 bits the original alone is rounded, and the updates stay
+matrices beside it (`nf4`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.ops.delta import live_weight
-from mora_ds.adapters.ops.int8 import dense
+from mora_ds.adapters.ops.frozen import dense
 from mora_ds.adapters.ops.spec import UpdateSpec
 
 
@@ -33,6 +34,10 @@ class MergeNorms(NamedTuple):
 
 def write_live(layer: AdaptedLinear, original: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> None:
     """In place. `original`: in the layout of the layer's weight; it is not written to."""
+    if layer.is_packed:
+        layer.round_again(original)
+        layer.keep_merged(updates)
+        return
     dtype = torch.float32 if layer.weight_scales is not None else layer.weight.dtype
     layer.write(live_weight(original, updates, layer.transposed, dtype, layer.device))
 
@@ -43,7 +48,10 @@ def merge_layer(
 ) -> MergeNorms:
     """`write_live` with the unsharded fp32 value `square` as the last of `updates`; returns its norms."""
     old = layer.frozen_on(layer.device, copy=True)
-    write_live(layer, original, updates)
+    if layer.is_packed:
+        layer.keep_merged(updates)  # the original's 4 bits stay as they are
+    else:
+        write_live(layer, original, updates)
     before, moved = _norm(dense(old, torch.float32)), None
     if layer.weight.dtype is not torch.float32:
         moved = dense(layer.frozen_on(layer.device), torch.float32).float().sub_(dense(old, torch.float32))

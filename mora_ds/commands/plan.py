@@ -117,8 +117,8 @@ def _work(given: argparse.Namespace) -> Work:
         train_embeddings=given.train_embeddings, train_norms=given.train_norms, train_head=given.train_head,
         base_bits=given.base_bits,
     )  # fmt: skip
-    if given.adapter == AdapterKind.FULL.value and given.base_bits == 8:
-        raise UserError("--base_bits 8: --adapter full leaves no weight frozen")
+    if given.adapter == AdapterKind.FULL.value and given.base_bits != AdapterArguments.base_bits:
+        raise UserError(f"--base_bits {given.base_bits}: --adapter full leaves no weight frozen")
     config = named_config(shipped(given.model), given.trust_remote_code, "--model")
     model = ModelArguments(attn_implementation=given.attn_implementation, attention=given.attention)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -89,7 +89,9 @@ class AdapterArguments:
     auto, whose choice is taken. A resumed run keeps its choice."""
     base_bits: int = AS_LOADED
     """8: hold the frozen weights of adapted layers in int8 with a scale per output, half of the memory of bf16; merges
-    and exports read the original weights. 16: hold them in the run's dtype."""
+    and exports read the original weights. 4: in NF4, 0.28 of the memory; they are rounded once, and merged cycles act
+    through their matrices, so that every merge makes a step longer; needs the extra bits4. 16: hold them in the run's
+    dtype."""
     compile: bool = False
     """Compile the permutations and reductions of the operators (torch.compile; on a CPU it needs a C++ compiler). The
     first steps are slow."""
@@ -290,8 +292,10 @@ class AdapterArguments:
             )
         if self.train_new_embeddings:
             yield f"--train_new_embeddings: --adapter {self.adapter} has no frozen rows next to trained ones"
-        if self.base_bits == 8:
-            yield f"--base_bits 8: --adapter {self.adapter} has no weight that is frozen under an adapter"
+        if self.base_bits != AS_LOADED:
+            yield (
+                f"--base_bits {self.base_bits}: --adapter {self.adapter} has no weight that is frozen under an adapter"
+            )
         if self.full_rank_steps > 0:
             yield f"--full_rank_steps come before an adapter, and there is none with --adapter {self.adapter}"
 

@@ -7,7 +7,7 @@
 
 In memory are the base once, the most recently used adapters within a bound, and the MoRA matrices of the current batch.
 Nothing is merged and the base is never written to (`bank_layer`). In fp32 a row's result is that of its adapter merged
-alone, up to rounding. A model merged in bf16 has rounded weights, and so has a run with --base_bits 8; a bank has not.
+alone, up to rounding. A model merged in bf16 has rounded weights, and so has a run with --base_bits; a bank has not.
 """
 
 from __future__ import annotations

@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mora_ds.adapters import nf4
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.new_embeddings import is_new_rows, stands_for, with_last_rows
-from mora_ds.adapters.ops.int8 import Int8Weight, dense, quantize
+from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import (
     AdapterFile,
@@ -87,6 +89,12 @@ class OpenedRun:
     domain: str | None
     """The domain whose MoRA matrices come on top of the shared ones; None: the shared ones alone."""
 
+    @property
+    def base_bits(self) -> int | None:
+        """In how many bits the run held its frozen weights, where its adapter records it."""
+        bits: int | None = self.adapter.facts.get("config", {}).get("base_bits")
+        return bits
+
     def updates(self, entry: LayerEntry) -> list[tuple[UpdateSpec, Tensor]]:
         """(operator, value) of everything that is added to a layer's original weight, merged cycles first."""
         updates = [*self.ledger.squares_of(entry.module), (entry.operator, self.tensors.square(entry.module))]
@@ -138,6 +146,8 @@ def export_merged(
         if verify and not (checkpoint / PROBE_FILE).is_file():
             raise UserError(f"--verify needs {PROBE_FILE}, which {checkpoint} does not have")
         run = open_run(source, adapter, ledger, base_folder, domain)
+        if verify and run.base_bits == 4:
+            nf4.check_installed()
         _check_output(output, overwrite, (run.base.folder.resolve(), checkpoint))
         target = compute_dtype(adapter.dtype if dtype == "auto" else dtype)
         shards = plan_shards(run.base, _exported_keys(run), target, int(max_shard_gib * 2**30))
@@ -168,7 +178,9 @@ def _write(
         write_companions(run.base, folder, dtype, tokenizer_of(run.checkpoint))
         if verify:
             probe = run.checkpoint / PROBE_FILE
-            comparison = compare_logits(folder, probe, dtype, _rounding(run, folder), logits_name(run.domain))
+            errors = _add_errors_of_4_bits(run) if run.base_bits == 4 else None
+            rounding = _rounding_to_8_bits(run, folder) if run.base_bits == 8 else 0.0
+            comparison = compare_logits(folder, probe, dtype, rounding, logits_name(run.domain), errors)
         if adapter.domains is not None:
             adapter = replace(adapter, facts={"domain": run.domain or SHARED, **adapter.facts})
         card = model_card(run.checkpoint, adapter, run.ledger, run.reference, dtype_name(dtype), comparison)
@@ -259,14 +271,28 @@ def _tensor_of(run: OpenedRun, trained: dict[str, str]) -> Callable[[str, torch.
     return tensor_of
 
 
-def _rounding(run: OpenedRun, exported: Path) -> float:
+def _rounding_to_8_bits(run: OpenedRun, exported: Path) -> float:
     """Rounding error that --base_bits 8 gave the live weights, relative to the norm of the exported ones."""
-    if run.adapter.facts.get("config", {}).get("base_bits") != 8:
-        return 0.0
     written, lost, norm = BaseCheckpoint.open(exported), 0.0, 0.0
     for entry in run.adapter.layers.values():
         weight = written.read(run.reference.keys[entry.weight]).float()
         weight = weight.mT if entry.transposed else weight
-        lost += (dense(Int8Weight(*quantize(weight)), weight.dtype) - weight).norm().item() ** 2
+        lost += (Int8Weight(*quantize(weight)).dense(weight.dtype) - weight).norm().item() ** 2
         norm += weight.norm().item() ** 2
     return math.sqrt(lost / norm) if norm else 0.0
+
+
+def _add_errors_of_4_bits(run: OpenedRun) -> Callable[[Any], None]:
+    """Gives a loaded export what --base_bits 4 made of the originals: the live weights then, up to rounding of sums."""
+
+    @torch.no_grad()
+    def change(model: Any) -> None:
+        for entry in run.adapter.layers.values():
+            original = run.base.read(run.reference.keys[entry.weight]).float()
+            original = original.T if entry.transposed else original
+            rounded = nf4.NF4Weight(*nf4.quantize(original), tuple(original.shape)).dense(torch.float32)
+            error = rounded.sub_(original)
+            weight = model.get_parameter(entry.weight)
+            weight.copy_(weight.float().add_(error.T if entry.transposed else error))
+
+    return change

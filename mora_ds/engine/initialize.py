@@ -23,8 +23,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups as process_groups
 from torch import Tensor, nn
 
-from mora_ds.adapters.inject import frozen_buffers, mora_layers, move_base, scale_names
+from mora_ds.adapters.inject import frozen_buffers, mora_layers, move_base
 from mora_ds.adapters.ops.stack import StackSpec
+from mora_ds.adapters.quantized import base_bits_of
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.engine import muon, zero
 from mora_ds.engine.base_ring import names_on_host, stream_base
@@ -99,7 +100,7 @@ def initialize(
     settings = complete_ds_config(config, trainable_numels(model, degree), tensor_parallel_size)
     check_compute_dtype(settings)
     _check_experts(model, settings)
-    check_splittable(settings, degree, base_bits=8 if scale_names(model) else None, base_buffers=base_buffers)
+    check_splittable(settings, degree, base_bits=base_bits_of(model), base_buffers=base_buffers)
     start_distributed()
     check_second_copies(settings, dist.get_world_size(), degree)
     if degree > 1:

@@ -67,7 +67,7 @@ def tensor_parallel_problems(
         "--full_rank_steps train every parameter under plain ZeRO: leave it at 1": full_rank_steps > 0,
         f"each rank of a group would draw a different dropout mask; set to 0: {', '.join(drops[:3])}": bool(drops),
         "--optimizer muon orthogonalises unsharded MoRA matrices, which no rank has: use adamw": muon,
-        "--base_bits 8 holds unsplit weights: use one of them": base_bits == 8,
+        f"--base_bits {base_bits} holds unsplit weights: use one of them": base_bits in (8, 4),
         "--base_device host copies unsplit layers: use one of them": streams_base,
     }
     yield from (f"{flag}: {limit}" for limit, holds in limits.items() if holds)

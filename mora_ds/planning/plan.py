@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mora_ds.adapters.inject import mora_layers
+from mora_ds.adapters.inject import base_elements, mora_layers
+from mora_ds.adapters.quantized import merge_bytes
 from mora_ds.adapters.target_patterns import names_experts
 from mora_ds.common.errors import UserError, refuse
 from mora_ds.engine.base_device import BaseDevice
@@ -28,7 +29,6 @@ from mora_ds.planning.step import (
     Streamed,
     Work,
     base_bytes,
-    base_elements,
     measure_merge,
     other_buffer_bytes,
     planned_model,
@@ -65,10 +65,12 @@ class Plan:
     """Bytes that a rank sends in a step, for all causes."""
     time: StepTime
     base_elements: int
-    eight_bits: int
-    """Bytes of the base's 8-bit weights, with their scales."""
+    quantized: int
+    """Bytes of the base's weights in 8 or 4 bits, with their scales."""
     copied: int
     """Bytes of the base that are copied from host memory to a device in a step."""
+    a_merge_adds: int
+    """Bytes on every rank (`merge_bytes`); not in `memory`, as the number of merges is not known."""
 
     @property
     def passes(self) -> float:
@@ -90,23 +92,23 @@ class Plan:
     @property
     def host_memory(self) -> int:
         """Bytes of a node's host memory: the base's files, mapped and shared by its ranks, offloaded optimizer states,
-        and what rank 0 collects to save. On CPUs also everything else of a rank, and its own copy of 8-bit weights."""
+        and what rank 0 collects to save. On CPUs also everything else of a rank, and its own quantized weights."""
         memory = self.memory
-        on_cpu = memory.peak - memory.base + memory.base_buffers + self.eight_bits if self.trained.on_cpu else 0
+        on_cpu = memory.peak - memory.base + memory.base_buffers + self.quantized if self.trained.on_cpu else 0
         return self.files + self.ranks_of_node * (memory.host_optimizer + on_cpu) + memory.host_save
 
     @property
     def files(self) -> int:
         """Bytes of the base's files, which are assumed to be in the compute dtype, and of the model's other buffers; or
         of the base in host memory from which devices copy, in whose place the files need not be in memory."""
-        if not self.eight_bits or self.memory.host_base:
+        if not self.quantized or self.memory.host_base:
             return self.memory.base - self.memory.base_buffers + self.memory.host_base
         return self.base_elements * self.work.dtype.itemsize
 
     @property
     def host_memory_after_merge(self) -> int:
         """The same after a merge. On CPUs it writes to the mapped pages, of which every rank then has its own copy."""
-        written = self.files if self.trained.on_cpu and not self.eight_bits else 0
+        written = self.files if self.trained.on_cpu and not self.quantized else 0
         return self.host_memory + max(0, self.ranks_of_node - 1) * written
 
 
@@ -145,7 +147,7 @@ class Planner:
         activations = spent.wire("activation") * work.dtype.itemsize * self.accumulation
         return Plan(
             work, self.cluster, self.accumulation, trained, memory, volume, calls, reduced, sent + activations, time,
-            model.base_elements, model.eight_bits, copied * self.accumulation,
+            model.base_elements, model.quantized, copied * self.accumulation, model.a_merge_adds,
         )  # fmt: skip
 
     @property
@@ -197,12 +199,12 @@ class _MeasuredModel:
         self._unsplit = model if work.tensor_parallel == 1 else planned_model(replace(work, tensor_parallel=1))
         self.numels = tuple(trainable_numels(self._unsplit, work.tensor_parallel))
         self.squares = len(mora_layers(model))
-        self.base_elements = self.base_bytes = self.eight_bits = 0
+        self.base_elements = self.base_bytes = self.quantized = 0
         if work.adapter is not None:
             self.base_elements = base_elements(model)
-            self.base_bytes, self.eight_bits = base_bytes(model, work.dtype)
+            self.base_bytes, self.quantized = base_bytes(model, work.dtype)
         self.other_buffers = other_buffer_bytes(model)
-        self.merge = measure_merge(model)
+        self.merge, self.a_merge_adds = measure_merge(model), merge_bytes(model)
 
     def streamed(self, buffers: int) -> Streamed:
         return Streamed.of(self._unsplit, buffers)
@@ -286,7 +288,7 @@ def _group_sizes(work: Work, cluster: Cluster) -> Iterator[tuple[int, int]]:
 
 def _is_split(work: Work) -> bool:
     """Whether tensor parallelism takes the work's adapter and base."""
-    if work.adapter is None or work.base_bits == 8 or work.base_buffers is not None:
+    if work.adapter is None or work.base_bits in (8, 4) or work.base_buffers is not None:
         return False
     return not any(map(names_experts, work.adapter.target_modules))
 

@@ -11,6 +11,9 @@ from mora_ds.planning.plan import USABLE, Plan
 from mora_ds.planning.sharding import Sharding
 from mora_ds.planning.timing import StepTime
 
+FEWER_BITS = {AS_LOADED: ", --base_bits 8 or 4", 8: ", --base_bits 4"}
+"""What else there is where the base of so many bits is too large."""
+
 
 def report(plan: Plan, timed: bool = True, sharding: Sharding | None = None) -> str:
     """The plan as tables; sizes in GB (10^9 bytes), or MB where they are small.
@@ -36,7 +39,7 @@ def verdict(plan: Plan) -> str:
         return (
             f"it does not fit: the base alone is {size_text(plan.memory.base)} on every GPU, and a device has "
             f"{size_text(capacity)}. The base is never sharded: use devices with more memory, a smaller base"
-            f"{', --base_bits 8' if plan.work.base_bits == AS_LOADED else ''}"
+            f"{FEWER_BITS.get(plan.work.base_bits or 0, '')}"
             f"{', or --base_device host' if plan.work.base_buffers is None else ''}"
         )
     return (
@@ -63,11 +66,16 @@ def _head(plan: Plan) -> list[str]:
 def _memory(plan: Plan) -> list[str]:
     memory, trained = plan.memory, plan.trained
     in_host_memory = "in host memory" if trained.offloads else ""
-    quantized = f"; {size_text(plan.eight_bits)} of it in 8 bits" if plan.eight_bits else ""
+    quantized = f"; {size_text(plan.quantized)} of it in {plan.work.base_bits} bits" if plan.quantized else ""
     where = "never sharded"
     if memory.host_base:
         buffers, host = size_text(memory.base_buffers), size_text(memory.host_base)
         where = f"{buffers} of it buffers of decoder layers, which are in host memory: {host}, unsharded"
+    merges = (
+        [("each merge adds", plan.a_merge_adds, "its matrices, unsharded, and index tables")]
+        if plan.a_merge_adds
+        else []
+    )
     rows = [
         ("base, unsharded", memory.base, f"{where}{quantized}"),
         ("index tables", memory.tables, ""),
@@ -84,6 +92,7 @@ def _memory(plan: Plan) -> list[str]:
         ("+ or: a merge", memory.merge, ""),
         ("+ or: a save", memory.save, f"rank 0 collects {size_text(memory.host_save)} in host memory"),
         ("= peak", memory.peak, memory.peaks_in),
+        *merges,
         ("host memory of a node", plan.host_memory,
          "the base, locked, once a node" if memory.host_base else "the base's files, mapped, once a node"),
     ]  # fmt: skip
@@ -137,7 +146,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "cluster": dict(plan.cluster.flags()),
         "base_elements": plan.base_elements,
-        "base_bytes_in_8_bits": plan.eight_bits,
+        "base_bytes_in_8_bits": plan.quantized if work.base_bits == 8 else 0,
+        "base_bytes_in_4_bits": plan.quantized if work.base_bits == 4 else 0,
+        "bytes_a_merge_adds": plan.a_merge_adds,
         "trained_elements": plan.trained.total,
         "bytes": {**asdict(plan.memory), "held": plan.memory.static, "peak": plan.memory.peak},
         "host_bytes_of_node": plan.host_memory,

@@ -9,6 +9,7 @@ figures hold for any model that trains, and follow every change of the layers, t
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,11 +20,17 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.domains import DomainLinear, domains_of
-from mora_ds.adapters.inject import base_weights, frozen_buffers, inject, mora_layers, scale_names, set_cycle
+from mora_ds.adapters.inject import (
+    frozen_buffers,
+    inject,
+    mora_layers,
+    set_cycle,
+)
 from mora_ds.adapters.merge_layer import merge_layer
 from mora_ds.adapters.ops import blocks, index_tables
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.stack import StackSpec
+from mora_ds.adapters.quantized import quantized_bytes, quantized_layers
 from mora_ds.common.errors import UserError, reason
 from mora_ds.data.documents import Documents
 from mora_ds.models.attention import NAME, use_documents
@@ -150,6 +157,9 @@ def planned_model(work: Work) -> Any:
         if (domains := domains_of(model)).names:  # as after the first merge, when a row uses two matrices
             set_cycle(model, work.adapter, 1)
             domains.set([domains.names[0]] * work.micro_batch)
+        for layer in quantized_layers(model).values():
+            if layer.is_packed:  # as after a merge, when it is added to the weight of the moment
+                layer.keep_merged([(layer.spec, layer.value.detach())])
     if work.tensor_parallel > 1:
         split_model(model, _SingleRank(work.tensor_parallel, 0, None))
     return model.train()
@@ -164,7 +174,9 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
         parameter.register_post_accumulate_grad_hook(_drop_gradient)  # ZeRO moves each into its bucket at once
         for parameter in model.parameters()
     ]
-    known = (*model.parameters(), *model.buffers(), *(rows for rows in batch.values() if isinstance(rows, Tensor)))
+    merged = [value for layer in mora_layers(model).values() for _, value in layer.merged]
+    rows = [each for each in batch.values() if isinstance(each, Tensor)]
+    known = (*model.parameters(), *model.buffers(), *merged, *rows)
     try:
         with MemoryMeter(known, answer=not work.document_mask) as meter, _attention(work):
             with torch.no_grad():
@@ -207,8 +219,8 @@ def measure_merge(model: nn.Module) -> int:
     layers = mora_layers(model).values()
     if not layers:
         return 0
-    layer = max(layers, key=lambda candidate: candidate.weight.numel())
-    original = torch.empty(layer.weight.shape, dtype=layer.dtype, device="meta")  # memory-mapped from a file
+    layer = max(layers, key=lambda candidate: math.prod(candidate.shape))
+    original = torch.empty(layer.shape, dtype=layer.dtype, device="meta")  # memory-mapped from a file
     with MemoryMeter((original, *model.parameters(), *model.buffers())) as meter:
         value = torch.empty(layer.spec.value_shape, dtype=torch.float32, device="meta")
         merge_layer(layer, original, [(layer.spec, value)], value)
@@ -216,17 +228,12 @@ def measure_merge(model: nn.Module) -> int:
     return meter.peak
 
 
-def base_elements(model: nn.Module) -> int:
-    """Elements of the frozen base, each tied tensor once, without scales."""
-    return sum({id(tensor): tensor.numel() for tensor in base_weights(model).values()}.values())
-
-
 def base_bytes(model: nn.Module, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes of the frozen base in a run that computes in `dtype`, bytes of its 8-bit weights with their scales)."""
-    frozen, scales = frozen_buffers(model), scale_names(model)
-    eight = {id(t): t.nbytes for name, t in frozen.items() if t.dtype is torch.int8 or name in scales}
-    others = {id(t): t.numel() * dtype.itemsize for t in frozen.values() if id(t) not in eight}
-    return sum(eight.values()) + sum(others.values()), sum(eight.values())
+    """(bytes of the frozen base in a run that computes in `dtype`, those of its quantized weights with scales)."""
+    rounded = {id(each) for layer in quantized_layers(model).values() for each in (layer.weight, layer.weight_scales)}
+    others = {id(t): t.numel() * dtype.itemsize for t in frozen_buffers(model).values() if id(t) not in rounded}
+    quantized = quantized_bytes(model)
+    return quantized + sum(others.values()), quantized
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ At a gradient-accumulation boundary, on all ranks, layer by layer in the same or
 
     M in fp32 from the master partitions        the only collective: r_hat^2 * 4 bytes a layer
     live weight = cast(original + all recorded deltas + delta(M)), in place; with --base_bits 8, quantize of that sum;
+                  with --base_bits 4, quantize of the original, and M stays in the layer of every process;
                   where the processes of a node share the base, each forms a part of the layers (`models/node_base.py`)
     M of every layer into the ledger            one writer a folder (see `Ledger`)
     M, its masters and its moments to zero; the next cycle's grouping (LoRA: a fresh A)
@@ -158,6 +159,8 @@ class ReMoRA:
                     recorded[name] = square.cpu()
                 if name in own:
                     yield name, square if node.ranks is None else square.cpu()  # all of them wait for the others
+                elif layer.is_packed:  # every process keeps the matrices
+                    layer.keep_merged(chain(self.ledger.squares_of(name), [(layer.spec, square)]))
 
         def merge(name: str, square: Tensor) -> MergeNorms:
             layer = layers[name]
@@ -172,7 +175,8 @@ class ReMoRA:
     def _check_probe(self, step: int, before: float | None, after: float | None) -> None:
         if before is None or after is None:
             return
-        dtype = next(iter(mora_layers(self.engine.module).values())).weight.dtype
+        layer = next(iter(mora_layers(self.engine.module).values()))
+        dtype = layer.dtype if layer.is_packed else layer.weight.dtype
         if not abs(after - before) <= PROBE_TOLERANCE.get(dtype, 1e-4) * max(1.0, abs(before)):
             raise RunError(
                 f"the merge at step {step} moved the loss on the probe batch from {before:.6f} to {after:.6f}, which "
@@ -196,6 +200,9 @@ class ReMoRA:
             write_live(layer, self._original(layer.spec.weight_name(name)), self.ledger.squares_of(name))
 
         node.form(model, ((name, layers[name]) for name in node.layers(model)), form)
+        for name in layers.keys() - set(node.layers(model)):
+            if layers[name].is_packed:
+                layers[name].keep_merged(self.ledger.squares_of(name))
         self.base.release()
 
     def _forget_copies(self) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import domains_of
+from mora_ds.adapters.nf4 import check_installed as check_bitsandbytes
 from mora_ds.adapters.ops.gather import check_compiler, compile_operators
 from mora_ds.checkpoint.folder import AUTO, name_best, name_latest, resume_checkpoint, settle
 from mora_ds.checkpoint.layout import CHECKPOINTS, MERGED_FOLDER, SUMMARY_FILE, step_folder
@@ -89,6 +90,8 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
         check_installed(arguments.training.report_to)
         if arguments.adapter.compile:
             check_compiler()
+        if arguments.adapter.base_bits == 4 and not arguments.training.dry_run:
+            check_bitsandbytes()
         if arguments.training.push_to_hub is not None:
             check_repository(arguments.training.push_to_hub)
         if arguments.training.dry_run:

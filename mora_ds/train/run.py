@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.config import AdapterConfig, MoRAConfig
+from mora_ds.adapters.config import AS_LOADED, AdapterConfig, MoRAConfig
 from mora_ds.adapters.domains import frozen_values, restore_frozen
 from mora_ds.adapters.inject import base_weights, mora_layers, value_names
+from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.new_embeddings import stands_for
+from mora_ds.adapters.ops.frozen import QuantizedWeight
 from mora_ds.adapters.ops.singular_vectors import path_of
 from mora_ds.adapters.path_times import undecided
+from mora_ds.adapters.quantized import quantized_layers
 from mora_ds.adapters.target_modules import targets_of
 from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, read_adapter
 from mora_ds.checkpoint.contents import PROBE_TOKENS, RunWriter
@@ -114,7 +117,7 @@ class Run:
         self._begins = checkpoint is None
         if checkpoint is not None:
             self._restore(checkpoint)
-        if details.keys is None and config.base_bits == 8 and not self.remora.cycle:
+        if details.keys is None and config.base_bits != AS_LOADED and not self.remora.cycle:
             self.remora.form_base()  # from the originals: the model may have been loaded in another dtype
         opened.release()
 
@@ -229,25 +232,27 @@ class Run:
         adapter = value_names(model)
         names = [*frozen, *(stands_for(name) for name, _ in model.named_parameters() if name not in adapter)]
         keys = map_model(base, model, names)
-        unquantized = {name: tensor for name, tensor in frozen.items() if tensor.dtype is not torch.int8}
+        rounded = quantized_layers(model)
+        unquantized = {name: frozen[name] for name in frozen if name.removesuffix(".weight") not in rounded}
         own = list(unquantized)[self.ranks.rank :: self.ranks.world]
         self.ranks.agree("weights of the base", lambda: verify_against_model(base, keys, unquantized, own), long=True)
-        self.ranks.on_first("weights of the base in 8 bits", lambda: _verify_int8(base, keys, model), long=True)
+        self.ranks.on_first("quantized weights of the base", lambda: _verify_rounded(base, keys, rounded), long=True)
         return keys
 
 
-def _verify_int8(base: BaseCheckpoint, keys: Mapping[str, str], model: Any) -> None:
-    """Raise `NotOneToOne` naming the first int8 weight that differs from its original by more than rounding, the
+def _verify_rounded(base: BaseCheckpoint, keys: Mapping[str, str], layers: Mapping[str, AdaptedLinear]) -> None:
+    """Raise `NotOneToOne` naming the first quantized weight that differs from its original by more than rounding, the
     quantization's and that of the dtype in which the model was loaded."""
-    for name, layer in mora_layers(model).items():
-        if layer.weight_scales is None:
-            continue
-        weight = layer.spec.weight_name(name)
+    for name, layer in layers.items():
+        frozen, weight = layer.frozen, layer.spec.weight_name(name)
         key = keys[weight]
+        assert isinstance(frozen, QuantizedWeight)
         original = base.read(key).to(layer.weight.device, torch.float32)
-        step = layer.weight_scales.max().item()
-        if original.shape != layer.weight.shape or not torch.allclose(layer.read(), original, rtol=2**-8, atol=step):
-            raise NotOneToOne(f"{weight} of the model is not, in 8 bits, the tensor {key!r} of {base.folder}")
+        same = original.shape == layer.shape
+        if not (same and torch.allclose(layer.read(), original, rtol=2**-8, atol=2 * frozen.largest_error)):
+            raise NotOneToOne(
+                f"{weight} of the model is not, in {frozen.bits} bits, the tensor {key!r} of {base.folder}"
+            )
 
 
 def with_vectors(

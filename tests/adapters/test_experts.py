@@ -19,8 +19,9 @@ from mora_ds.adapters.experts import ExpertStack, MoRAExperts, find_stacks
 from mora_ds.adapters.inject import base_weights, inject, mora_layers, set_cycle
 from mora_ds.adapters.ops import grouped
 from mora_ds.adapters.ops.delta import live_weight
+from mora_ds.adapters.ops.frozen import dense
 from mora_ds.adapters.ops.grouped import grouped_linear
-from mora_ds.adapters.ops.int8 import Int8Weight, dense, quantize
+from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.adapters.target_modules import match_targets

@@ -130,7 +130,7 @@ def test_a_trained_head_and_a_rank_too_small_for_a_pair_are_refused() -> None:
     [
         (MoRAConfig, {"rank": 0, "dropout": 1.0, "operator": "rotat", "grouping": "permutted", "vector_sets": 0},
          ["--mora_rank", "--mora_dropout", "--operator", "--grouping", "--subspace_cycles"]),
-        (MoRAConfig, {"target_modules": (), "compute": "fast", "base_bits": 4, "freeze": "shared"},
+        (MoRAConfig, {"target_modules": (), "compute": "fast", "base_bits": 5, "freeze": "shared"},
          ["--target_modules", "--base_bits", "--freeze", "--compute"]),
         (MoRAConfig, {"operator": "rotate", "grouping": "alternate", "segments": 2}, ["--grouping", "--tp_grouping"]),
         (MoRAConfig, {"rank": 8, "grouping": "strided"}, ["--grouping"]),  # auto: rotate

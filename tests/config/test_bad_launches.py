@@ -84,7 +84,7 @@ LAUNCHES = r"""
 --operator share --compute blocks | --compute blocks is for decouple and rotate, and the operator is share
 --compute none.yaml | cannot read --compute none.yaml
 --r_hat_multiple 3 | --r_hat_multiple must be 1 or even
---base_bits 4 | --base_bits
+--base_bits 5 | --base_bits
 --mora_dropout 1 | --mora_dropout
 --subspace_cycles 0 | --subspace_cycles must be at least 1
 --adapter mroa | --adapter 'mroa' | Did you mean 'mora'
@@ -124,6 +124,9 @@ stray | 'stray'
 --targets auto --trainable_budget much | --trainable_budget | much
 --optimizer muon --adapter lora | --optimizer muon is for MoRA matrices
 --base_bits 8 --adapter full | --base_bits 8
+--base_bits 4 --operator subspace | --base_bits 4: --operator subspace
+--base_bits 4 --adapter full | --base_bits 4: --adapter full
+--base_bits 4 --tensor_parallel_size 2 | --tensor_parallel_size 2: --base_bits 4
 --base_device disk | --base_device 'disk' | host
 --base_device host --base_buffers 1 | --base_buffers must be at least 2
 --base_device host --adapter full | --base_device host | --adapter is full

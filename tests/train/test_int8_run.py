@@ -231,7 +231,7 @@ def test_a_plan_counts_whole_numbers_scales_and_the_dense_weight() -> None:
     own = small.memory.base - sum(tensor.nbytes for tensor in frozen)
     assert 0 <= own < 1000  # rotary frequencies
     in_8_bits = sum(layer.weight.numel() + 4 * layer.out_features for layer in layers)
-    assert small.eight_bits == in_8_bits and whole.eight_bits == 0
+    assert small.quantized == in_8_bits and whole.quantized == 0
     assert whole.memory.base - small.memory.base == sum(2 * layer.weight.numel() for layer in layers) - in_8_bits
     assert small.base_elements == whole.base_elements
     largest = max(2 * layer.weight.numel() for layer in layers)
@@ -252,7 +252,7 @@ def test_a_recommendation_knows_of_8_bits() -> None:
         assert ways == ({1, 2} if bits == 16 else {1})
     assert planners[16].base_bytes > 0.3e6 > planners[8].base_bytes
     assert recommend(planners[16]) is None
-    assert "or --base_bits 8" in verdict(planners[16].plan())
+    assert "or --base_bits 8 or 4" in verdict(planners[16].plan())
     with pytest.raises(UserError, match="--tensor_parallel_size 2: --base_bits 8"):
         planners[8].plan(tensor_parallel=2)
 
@@ -263,7 +263,7 @@ def test_a_dry_run_says_it(tmp_path: Path) -> None:
     flags = ["--model_name_or_path", str(config), "--dry_run", "--mora_rank", "4", *BITS]
     validate(parse(flags))
     plan, told = planned(parse(flags), world=2)
-    assert plan.eight_bits > 0 and "frozen weights of these layers in 8 bits" in told[0]
+    assert plan.quantized > 0 and "frozen weights of these layers in 8 bits" in told[0]
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_a_dry_run_says_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--base_bits", "4"), "--base_bits must be 8, or 16 for the base as it is loaded, got 4"),
+        (("--base_bits", "5"), "--base_bits must be 8 or 4, or 16 for the base as it is loaded, got 5"),
         ((*BITS, "--adapter", "full"), "--base_bits 8: --adapter full has no weight that is frozen"),
         ((*BITS, "--adapter", "none"), "--base_bits 8: --adapter none has no weight that is frozen"),
         ((*BITS, "--tensor_parallel_size", "2"), "--tensor_parallel_size 2: --base_bits 8 holds unsplit weights"),

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mora_ds.adapters.layer import LoRALinear, MoRALinear
+from mora_ds.adapters.ops.frozen import frozen_linear
 from mora_ds.adapters.ops.index_tables import rope_table
-from mora_ds.adapters.ops.int8 import Int8Weight, frozen_linear, quantize
+from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.linear import Compute, formula_of_0_2, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec

@@ -84,7 +84,7 @@ def _adapter(options: argparse.Namespace) -> MoRAConfig:
 
 def _show(report: Report, ranks: int, plan: Plan, found: list[dict[str, float]]) -> None:
     memory, mine = plan.memory, found[0]
-    mapped = plan.files - memory.base + plan.eight_bits  # the files of an int8 base stay mapped
+    mapped = plan.files - memory.base + plan.quantized  # the files of an int8 base stay mapped
     rows = [
         ("held between steps", memory.static + _persistent(plan), mine["held"]),
         ("kept at the end of forward", memory.activations, mine["kept"]),
@@ -93,7 +93,7 @@ def _show(report: Report, ranks: int, plan: Plan, found: list[dict[str, float]])
         ("gathered a step", plan.gathered, mine["gathered"]),
         ("resident, peak", memory.peak + mapped, mine["resident"]),
         ("Pss, all ranks, between steps",
-         plan.files + ranks * (memory.static - memory.base + plan.eight_bits + _persistent(plan)),
+         plan.files + ranks * (memory.static - memory.base + plan.quantized + _persistent(plan)),
          sum(each["pss"] for each in found)),
     ]  # fmt: skip
     lines = [[f"{ranks} rank(s)", "planned", "measured", "measured / planned"]]

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from mora_ds.adapters.kernels import ops
 from mora_ds.adapters.kernels.tables import KernelTables
-from mora_ds.adapters.ops.int8 import Int8Weight, Weight, dense, parts_of, weight_of
+from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, maker_of, parts_of, product, weight_of
+from mora_ds.adapters.ops.int8 import Int8Weight
 from mora_ds.adapters.ops.linear import Compute, formula_of_0_2
 
 
@@ -55,7 +56,10 @@ def kernel_linear(
 def form_weight(weight: Weight, square: Tensor, tables: KernelTables) -> Tensor:
     """W0 + delta (O, D), contiguous, in the dtype of M. Not for merges: these round otherwise."""
     spec = tables.spec
-    values, scales = (weight.values, weight.scales) if isinstance(weight, Int8Weight) else (weight, None)
+    if isinstance(weight, Int8Weight):
+        values, scales = weight.values, weight.scales
+    else:
+        values, scales = dense(weight, square.dtype), None
     cos, sin = tables.rotation
     blocks = (spec.blocks_in, spec.blocks_out) if spec.blockwise else (1, 1)
     formed: Tensor = ops.form(values, scales, square, tables.unfold, tables.deal, tables.members, cos, sin, *blocks)
@@ -91,7 +95,7 @@ class _Weight(torch.autograd.Function):
     ) -> Tensor:
         formed = form_weight(weight, square, tables)
         saved = x if tables.spec.blockwise else _fold(_flat(x), tables)
-        ctx.tables = tables
+        ctx.tables, ctx.make = tables, maker_of(weight)
         ctx.save_for_backward(saved, square, formed if keep else None, *parts_of(weight))
         return F.linear(x, formed, bias)
 
@@ -101,7 +105,7 @@ class _Weight(torch.autograd.Function):
         saved, square, formed, *parts = ctx.saved_tensors
         g_x = g_square = None
         if ctx.needs_input_grad[0]:
-            g_x = g @ (form_weight(weight_of(*parts), square, tables) if formed is None else formed)
+            g_x = g @ (form_weight(weight_of(ctx.make, *parts), square, tables) if formed is None else formed)
         if ctx.needs_input_grad[3]:
             z = _fold(_flat(saved), tables) if tables.spec.blockwise else saved
             g_square = _square_gradient(_collect(_flat(g), tables), z, square.dtype)
@@ -114,10 +118,10 @@ class _Activation(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables
     ) -> Tensor:
         z = _fold(_flat(x), tables)
-        ctx.tables = tables
+        ctx.tables, ctx.make = tables, maker_of(weight)
         ctx.save_for_backward(x if tables.spec.blockwise else z, square, *parts_of(weight))
         u = z.view(-1, tables.spec.r_hat) @ square.T
-        y = F.linear(x, dense(weight, x.dtype), bias)
+        y = product(x, weight, bias)
         ops.gather_add_(y.view(-1, y.shape[-1]), u.view(z.shape), tables.deal, None, None, False)
         return y
 
@@ -128,7 +132,7 @@ class _Activation(torch.autograd.Function):
         c = _collect(_flat(g), tables)
         g_x = g_square = None
         if ctx.needs_input_grad[0]:
-            g_x = g @ dense(weight_of(*parts), g.dtype)
+            g_x = input_gradient(g, weight_of(ctx.make, *parts))
             g_z = (c @ square).view(-1, tables.fold.shape[1])
             ops.gather_add_(g_x.view(-1, g_x.shape[-1]), g_z, tables.unfold, *tables.rotation, True)
         if ctx.needs_input_grad[3]:

@@ -10,5 +10,7 @@ delta              updates added to a weight without forming them
 gather             gathers, sums and rotations of the last dimension, and their compilation
 index_tables       the tables of indices that an operator gathers with
 singular_vectors   files of singular vectors, by name
+frozen             a frozen weight and its products, dense or quantized
 int8               frozen weights in 8 bits
+terms              updates of merged cycles that a frozen weight does not take up
 """

@@ -6,7 +6,7 @@ Shape legend:  S = rows, sorted by their matrix, E = matrices, O = d_out, D = d_
 
 On GPUs torch's grouped product in bf16, which reads `ends` on the device; elsewhere a product for each matrix that has
 rows. Only the gradients that are wanted are computed, and a frozen stack saves no rows for backward. A stack in 8 bits
-is formed for every product, in forward and in backward (`ops.int8`).
+is formed for every product, in forward and in backward (`ops.frozen`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.int8 import Int8Weight, Weight, dense, parts_of, weight_of
+from mora_ds.adapters.ops.frozen import Weight, dense, parts_of
+from mora_ds.adapters.ops.int8 import Int8Weight
 
 _ALIGNMENT = 16
 """Bytes of which rows must be a multiple for torch's grouped product."""
@@ -36,24 +37,28 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, scales: Tensor | None, ends: Tensor) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, scales, ends)
-        return _rows_through(x, weight_of(values, scales), ends)
+        return _rows_through(x, _stack_of(values, scales), ends)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         g = gradients[0].contiguous()
         x, values, scales, ends = ctx.saved_tensors
-        for_rows = _rows_through(g, weight_of(values, scales), ends, back=True) if ctx.needs_input_grad[0] else None
+        for_rows = _rows_through(g, _stack_of(values, scales), ends, back=True) if ctx.needs_input_grad[0] else None
         return for_rows, None if x is None else _outer(g, x, ends), None, None
 
 
-def _factors(stack: Weight, which: int | slice, dtype: torch.dtype, back: bool) -> Tensor:
+def _stack_of(values: Tensor, scales: Tensor | None) -> Tensor | Int8Weight:
+    return values if scales is None else Int8Weight(values, scales)
+
+
+def _factors(stack: Tensor | Int8Weight, which: int | slice, dtype: torch.dtype, back: bool) -> Tensor:
     """What rows are multiplied by: the transpose of a matrix (or of several), with `back` the matrix itself."""
     chosen = stack[which] if isinstance(stack, Tensor) else Int8Weight(stack.values[which], stack.scales[which])
     formed = dense(chosen, dtype)
     return formed if back else formed.mT
 
 
-def _rows_through(x: Tensor, stack: Weight, ends: Tensor, back: bool = False) -> Tensor:
+def _rows_through(x: Tensor, stack: Tensor | Int8Weight, ends: Tensor, back: bool = False) -> Tensor:
     """(S, D) -> (S, O), with `back` (S, O) -> (S, D)."""
     outputs, inputs = (stack if isinstance(stack, Tensor) else stack.values).shape[1:]
     width = inputs if back else outputs

@@ -1,14 +1,12 @@
 """A frozen weight in 8 bits: integers from -127 to 127, and one scale for each output.
 
     quantize(W) -> values, scales       scale = max |row| / 127, value = round(W / scale): off by at most scale / 2
-    dense(weight, dtype)                values * scales, formed for every product, in forward and in backward
-    frozen_linear(x, weight, bias)      keeps nothing for backward but the weight itself, neither its dense form nor x
+    Int8Weight(values, scales)          values * scales, formed for every product (`frozen`)
 
 Shape legend:  O = d_out, D = d_in.
 
-Plain torch, because the libraries' kernels are made for inference: torch's `_weight_int8pack_mm` has no backward, and
-torchao's tensor subclass has its own matrix products, where here the update is added to the weight first. The scheme is
-theirs (symmetric, one scale an output), so that another kernel could replace `dense` in a product.
+Plain torch: torch's `_weight_int8pack_mm` has no backward, and torchao's tensor subclass has its own matrix products.
+The scheme is theirs (symmetric, one scale an output), so that another kernel could replace `dense` in a product.
 
 All results come from separate elementwise operations, so that every device and number of threads gives the same bits.
 """
@@ -16,13 +14,13 @@ All results come from separate elementwise operations, so that every device and 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.adapters.ops.frozen import Maker, QuantizedWeight
+from mora_ds.common.errors import RunError
 
 LARGEST = 127
 
@@ -34,15 +32,33 @@ _CHUNK_OF_DEVICES = 1 << 24
 
 
 @dataclass(frozen=True)
-class Int8Weight:
+class Int8Weight(QuantizedWeight):
     """values (O, D) int8, which may be a transposed view, and scales (O,) fp32; or a stack of both."""
 
+    bits: ClassVar[int] = 8
     values: Tensor
     scales: Tensor
 
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """values * scales, rounded to `dtype`."""
+        if self.values.dim() > 2:
+            pairs = zip(self.values, self.scales, strict=True)
+            return torch.stack([Int8Weight(values, scales).dense(dtype) for values, scales in pairs])
+        if self.values.is_contiguous():
+            return _multiplied(self.values, self.scales.unsqueeze(1), dtype)
+        return _multiplied(self.values.T, self.scales.unsqueeze(0), dtype).T
 
-Weight: TypeAlias = Tensor | Int8Weight
-"""A frozen weight (O, D), dense or in 8 bits."""
+    @property
+    def largest_error(self) -> float:
+        return self.scales.max().item() / 2
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        return self.values, self.scales
+
+    @property
+    def maker(self) -> Maker:
+        return Int8Weight
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,29 +87,6 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-def parts_of(weight: Weight) -> tuple[Tensor, Tensor | None]:
-    """What an autograd function saves of a weight, by `save_for_backward`: where the base is streamed, hooks on saved
-    tensors bring it to the device."""
-    return (weight, None) if isinstance(weight, Tensor) else (weight.values, weight.scales)
-
-
-def weight_of(values: Tensor, scales: Tensor | None) -> Weight:
-    """The weight of these parts."""
-    return values if scales is None else Int8Weight(values, scales)
-
-
-def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The weight (O, D) to multiply by: a dense one itself, else values * scales rounded to `dtype`, a new tensor."""
-    if isinstance(weight, Tensor):
-        return weight
-    if weight.values.dim() > 2:
-        pairs = zip(weight.values, weight.scales, strict=True)
-        return torch.stack([dense(Int8Weight(values, scales), dtype) for values, scales in pairs])
-    if weight.values.is_contiguous():
-        return _multiplied(weight.values, weight.scales.unsqueeze(1), dtype)
-    return _multiplied(weight.values.T, weight.scales.unsqueeze(0), dtype).T
-
-
 def _multiplied(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     result = torch.empty(values.shape, dtype=dtype, device=values.device)
     if values.device.type != "cpu":  # one kernel, which converts as well
@@ -107,30 +100,3 @@ def _multiplied(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _rows_at_once(matrix: Tensor) -> int:
     return max(1, _CHUNK.get(matrix.device.type, _CHUNK_OF_DEVICES) // max(1, matrix.shape[1]))
-
-
-def check_floating(x: Tensor, weight: Weight) -> None:
-    """Raises `UserError` where a model has cast activations to the dtype of a layer's weight, and that is int8."""
-    if isinstance(weight, Int8Weight) and not x.is_floating_point():
-        raise UserError(f"--base_bits 8: this model casts activations to the dtype of a layer's weight, here {x.dtype}")
-
-
-def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """W x + b for a frozen W: (..., D) -> (..., O)."""
-    if isinstance(weight, Tensor):
-        return F.linear(x, weight, bias)
-    return _FrozenLinear.apply(x, weight, bias)
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """Forms the dense weight again in backward, as saving it would cost the memory that 8 bits save."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*parts_of(weight))
-        return F.linear(x, dense(weight, x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = gradients
-        return g @ dense(weight_of(*ctx.saved_tensors), g.dtype), None, None

@@ -9,7 +9,7 @@ of M comes from the folded input and the folded output gradient (`square_gradien
 All are the same function of x and M. They differ in rounding: in bf16 or fp16 the weight path rounds W0 + delta to
 that dtype, as mixed-precision training of full weights does, so that a delta smaller than half a unit in the last place
 of W0 has no effect until it has grown; the gradient of M is that of the sum. Loss curves of both: README.
-A weight in 8 bits is made dense for each product of either path, and freed after it (`int8`).
+A quantized weight is made dense for each product of either path, and freed after it (`frozen`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mora_ds.adapters.ops import blocks
+from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, maker_of, parts_of, product, weight_of
 from mora_ds.adapters.ops.gather import LOW_PRECISION
-from mora_ds.adapters.ops.int8 import Weight, dense, parts_of, weight_of
 from mora_ds.adapters.ops.mora import (
     OperatorSpec,
     apply_squares,
@@ -109,7 +109,7 @@ class _WeightPath(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec, keep: bool,
         by_blocks: bool,
     ) -> Tensor:  # fmt: skip
-        ctx.spec, ctx.form = spec, blocks.form if by_blocks else effective_weight
+        ctx.spec, ctx.make, ctx.form = spec, maker_of(weight), blocks.form if by_blocks else effective_weight
         saved = x if spec.blockwise else fold_input(spec, x)
         formed = ctx.form(spec, square, dense(weight, x.dtype))
         ctx.save_for_backward(saved, square, formed if keep else None, *parts_of(weight))
@@ -121,7 +121,9 @@ class _WeightPath(torch.autograd.Function):
         saved, square, formed, *parts = ctx.saved_tensors
         g_x = g_square = None
         if ctx.needs_input_grad[0]:
-            g_x = g @ (ctx.form(spec, square, dense(weight_of(*parts), g.dtype)) if formed is None else formed)
+            g_x = g @ (
+                ctx.form(spec, square, dense(weight_of(ctx.make, *parts), g.dtype)) if formed is None else formed
+            )
         if ctx.needs_input_grad[3]:
             if ctx.form is blocks.form:
                 g_square = blocks.square_gradient(spec, saved, g)
@@ -135,10 +137,10 @@ class _ActivationPath(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
-        ctx.spec = spec
+        ctx.spec, ctx.make = spec, maker_of(weight)
         saved = x if spec.blockwise else fold_input(spec, x)
         ctx.save_for_backward(saved, square, *parts_of(weight))
-        return _add_update(spec, square, saved, F.linear(x, dense(weight, x.dtype), bias))
+        return add_update_(product(x, weight, bias), spec, square, saved)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -148,11 +150,7 @@ class _ActivationPath(torch.autograd.Function):
         if not (spec.blockwise or sums_by_product(g)):
             sums = decompress_transpose(spec, g)  # both gradients read them
         if ctx.needs_input_grad[0]:
-            g_x = g @ dense(weight_of(*parts), g.dtype)
-            if sums is None:
-                _add_input_gradient(spec, square, g, g_x)
-            else:
-                g_x.add_(unfold_input(spec, sums @ square))
+            g_x = add_input_gradient_(input_gradient(g, weight_of(ctx.make, *parts)), spec, square, g, sums)
         if ctx.needs_input_grad[3]:
             if sums is None:
                 g_square = square_gradient(spec, saved, g)
@@ -161,8 +159,9 @@ class _ActivationPath(torch.autograd.Function):
         return g_x, None, None, g_square, None
 
 
-def _add_update(spec: OperatorSpec, square: Tensor, saved: Tensor, y: Tensor) -> Tensor:
-    """y + decompress(M compress(x)), in place."""
+def add_update_(y: Tensor, spec: OperatorSpec, square: Tensor, saved: Tensor) -> Tensor:
+    """y (..., O) + decompress(M compress(x)), in place. `saved`: `fold_input` of x for share and truncate, for decouple
+    and rotate x itself."""
     if spec.blockwise:
         z = fold_input(spec, saved).flatten(0, -3)
         return y.add_(decompress(spec, apply_squares(block_squares(spec, square), z)).view_as(y))
@@ -172,12 +171,18 @@ def _add_update(spec: OperatorSpec, square: Tensor, saved: Tensor, y: Tensor) ->
     return y.add_(decompress(spec, F.linear(saved, square)))
 
 
-def _add_input_gradient(spec: OperatorSpec, square: Tensor, g: Tensor, g_x: Tensor) -> None:
-    """g_x += the transpose of `_add_update`'s linear map, applied to g; in place."""
+def add_input_gradient_(
+    g_x: Tensor, spec: OperatorSpec, square: Tensor, g: Tensor, sums: Tensor | None = None
+) -> Tensor:
+    """g_x (..., D) + the transpose of `add_update_`'s linear map, applied to g (..., O); in place. `sums`:
+    `decompress_transpose` of g, where it is there already."""
     if spec.blockwise:
         c = decompress_transpose(spec, g).flatten(0, -3)
         g_z = apply_squares(block_squares(spec, square).transpose(1, 2), c)
-        g_x.add_(unfold_input(spec, g_z).view_as(g_x))
-    else:
-        g = g.reshape(-1, spec.d_out)
-        g_x.view(-1, spec.d_in).addmm_(g @ rows_of_outputs(spec, square), fold_matrix(spec, g).T)
+        return g_x.add_(unfold_input(spec, g_z).view_as(g_x))
+    if sums_by_product(g):
+        flat = g.reshape(-1, spec.d_out)
+        g_x.view(-1, spec.d_in).addmm_(flat @ rows_of_outputs(spec, square), fold_matrix(spec, g).T)
+        return g_x
+    sums = decompress_transpose(spec, g) if sums is None else sums
+    return g_x.add_(unfold_input(spec, sums @ square))

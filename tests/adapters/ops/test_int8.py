@@ -15,7 +15,8 @@ from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mo
 from mora_ds.adapters.layer import AdaptedLinear, MoRALinear, adapt
 from mora_ds.adapters.merge_layer import write_live
 from mora_ds.adapters.ops import mora
-from mora_ds.adapters.ops.int8 import Int8Weight, dense, frozen_linear, quantize
+from mora_ds.adapters.ops.frozen import dense, frozen_linear
+from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
@@ -79,7 +80,7 @@ def test_bits_do_not_depend_on_threads_or_layout() -> None:
 
 
 def in_8_bits(layer: AdaptedLinear) -> AdaptedLinear:
-    layer.hold_in_8_bits(layer.weight)
+    layer.quantize(layer.weight, 8)
     return layer
 
 
@@ -195,7 +196,7 @@ def test_only_adapted_weights_are_int8() -> None:
     report = inject(model, MoRAConfig(rank=4, base_bits=8))
     layers = mora_layers(model)
     small = sum(layer.weight.nbytes + layer.weight_scales.nbytes for layer in layers.values())
-    assert report.eight_bits == (small, sum(4 * layer.weight.numel() for layer in layers.values()))
+    assert report.quantized == (small, sum(4 * layer.weight.numel() for layer in layers.values()))
     assert "in 8 bits: " in str(report)
     assert report.total_params == before + report.square_params == count_parameters(model)
     for name, tensor in frozen_buffers(model).items():
@@ -250,8 +251,8 @@ def test_many_merges_are_one(conv: bool) -> None:
 
 
 def test_bits_that_there_are_not() -> None:
-    for bits in (4, 0, 32):
-        with pytest.raises(UserError, match=f"--base_bits must be 8, or 16 .* got {bits}"):
+    for bits in (5, 0, 32):
+        with pytest.raises(UserError, match=f"--base_bits must be 8 or 4, or 16 .* got {bits}"):
             MoRAConfig(base_bits=bits)
     assert "base_bits" not in MoRAConfig().to_dict() and MoRAConfig(base_bits=8).to_dict()["base_bits"] == 8
     for config in (MoRAConfig(base_bits=8), LoRAConfig(base_bits=8), MoRAConfig()):

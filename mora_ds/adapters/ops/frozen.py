@@ -1,0 +1,121 @@
+"""A frozen weight (O, D) and its products: a dense tensor, or numbers of fewer bits that stand for one.
+
+    dense(weight, dtype)                    the matrix to multiply by
+    product(x, weight, bias)                W x + b
+    input_gradient(g, weight)               g W
+    frozen_linear(x, weight, bias)          W x + b with a backward, for which it saves nothing
+
+A `QuantizedWeight` forms its dense matrix for every product, in forward and in backward: to save it would cost the
+memory that the fewer bits save. Plain torch, because the libraries' products are made for inference, and because here
+the update may be added to the weight first.
+
+Shape legend:  O = d_out, D = d_in.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mora_ds.common.errors import UserError
+
+
+class QuantizedWeight(ABC):
+    """A frozen weight that is held in fewer bits."""
+
+    bits: ClassVar[int]
+    """Value of --base_bits."""
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """(O, D), a new tensor."""
+
+    @property
+    @abstractmethod
+    def largest_error(self) -> float:
+        """By how much a number may be off."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Numbers and scales."""
+
+    @property
+    @abstractmethod
+    def maker(self) -> Maker:
+        """Makes this weight of its parts; holds none of them."""
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """W x + b: (..., D) -> (..., O), without a backward."""
+        return F.linear(x, self.dense(x.dtype), bias)
+
+    def input_gradient(self, g: Tensor) -> Tensor:
+        """g W: (..., O) -> (..., D)."""
+        return g @ self.dense(g.dtype)
+
+
+Maker: TypeAlias = Callable[[Tensor, Tensor], QuantizedWeight]
+
+Weight: TypeAlias = Tensor | QuantizedWeight
+"""A frozen weight (O, D)."""
+
+
+def parts_of(weight: Weight) -> tuple[Tensor, Tensor | None]:
+    """What an autograd function saves of a weight, by `save_for_backward`: where the base is streamed, hooks on saved
+    tensors bring it to the device."""
+    return (weight, None) if isinstance(weight, Tensor) else weight.parts
+
+
+def maker_of(weight: Weight) -> Maker | None:
+    """What it keeps beside the parts: how they make a weight; None for a dense one."""
+    return None if isinstance(weight, Tensor) else weight.maker
+
+
+def weight_of(make: Maker | None, values: Tensor, scales: Tensor | None) -> Weight:
+    """The weight of these parts."""
+    return values if make is None or scales is None else make(values, scales)
+
+
+def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The weight (O, D) to multiply by: a dense one itself, else a new tensor of `dtype`."""
+    return weight if isinstance(weight, Tensor) else weight.dense(dtype)
+
+
+def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """W x + b: (..., D) -> (..., O), a new tensor. Without a backward where the weight is quantized."""
+    return F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight.product(x, bias)
+
+
+def input_gradient(g: Tensor, weight: Weight) -> Tensor:
+    """g W: (..., O) -> (..., D), a new tensor."""
+    return g @ weight if isinstance(weight, Tensor) else weight.input_gradient(g)
+
+
+def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """W x + b for a frozen W: (..., D) -> (..., O)."""
+    return F.linear(x, weight, bias) if isinstance(weight, Tensor) else _FrozenLinear.apply(x, weight, bias)
+
+
+def check_floating(x: Tensor, weight: Weight) -> None:
+    """Raises `UserError` where a model has cast activations to the dtype of a layer's weight, an integer's."""
+    if isinstance(weight, QuantizedWeight) and not x.is_floating_point():
+        raise UserError(
+            f"--base_bits {weight.bits}: this model casts activations to the dtype of a layer's weight, here {x.dtype}"
+        )
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        ctx.make = weight.maker
+        ctx.save_for_backward(*weight.parts)
+        return weight.product(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.make(*ctx.saved_tensors).input_gradient(gradients[0]), None, None

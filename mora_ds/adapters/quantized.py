@@ -1,0 +1,53 @@
+"""Layers whose frozen weight is held in 8 or 4 bits: which they are, and the bytes of them and of their merges."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from mora_ds.adapters.config import AS_LOADED
+from mora_ds.adapters.layer import AdaptedLinear
+from mora_ds.adapters.ops.frozen import QuantizedWeight
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.spec import Grouping
+
+
+def quantized_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Module name -> layer whose weight is held in 8 or 4 bits."""
+    return {name: layer for name, layer in _layers(model) if layer.weight_scales is not None}
+
+
+def base_bits_of(model: nn.Module) -> int:
+    """In how many bits the frozen weights of adapted layers are held; `AS_LOADED` where they are dense."""
+    frozen = [layer.frozen for layer in quantized_layers(model).values()]
+    return next((weight.bits for weight in frozen if isinstance(weight, QuantizedWeight)), AS_LOADED)
+
+
+def quantized_bytes(model: nn.Module) -> int:
+    """Bytes of the weights in 8 or 4 bits, with their scales."""
+    layers = quantized_layers(model).values()
+    return sum(layer.weight.nbytes + layer.get_buffer("weight_scales").nbytes for layer in layers)
+
+
+def merge_bytes(model: nn.Module) -> int:
+    """Bytes that each merged cycle adds on every rank, where weights in 4 bits do not take it up: its values, and index
+    tables of its own permutations, two int64 for each input and output."""
+    total = 0
+    for layer in (layer for _, layer in _layers(model) if layer.is_packed):
+        spec = layer.spec
+        total += math.prod(spec.value_shape) * layer.dtype.itemsize
+        if isinstance(spec, OperatorSpec) and spec.grouping is Grouping.PERMUTED:
+            total += 2 * torch.int64.itemsize * (spec.d_in + spec.d_out)
+    return total
+
+
+def merges_to_8_bits(model: nn.Module, adds: int) -> int:
+    """After how many merges, of which each adds `adds` bytes, a base in 8 bits would take less."""
+    in_8_bits = sum(math.prod(layer.shape) + 4 * layer.out_features for layer in quantized_layers(model).values())
+    return -(-(in_8_bits - quantized_bytes(model)) // adds)
+
+
+def _layers(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]

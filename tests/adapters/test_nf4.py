@@ -1,0 +1,311 @@
+"""A frozen weight in 4 bits: its error, the terms of merged cycles, and that a layer on it computes what one on the
+dense weight does."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mora_ds.adapters import nf4
+from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
+from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base
+from mora_ds.adapters.layer import AdaptedLinear, adapt
+from mora_ds.adapters.merge_layer import merge_layer, write_live
+from mora_ds.adapters.nf4 import BLOCK, NF4Weight, quantize
+from mora_ds.adapters.ops import mora
+from mora_ds.adapters.ops.delta import live_weight
+from mora_ds.adapters.ops.linear import Compute
+from mora_ds.adapters.ops.lora import LoRASpec
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from mora_ds.adapters.ops.subspace import SubspaceSpec
+from mora_ds.adapters.ops.terms import Term, add_terms_, join
+from mora_ds.adapters.quantized import base_bits_of
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.planning.memory_meter import MemoryMeter
+from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
+from tests.helpers.operators import assert_same_bits_for_every_number_of_threads, random, spec_id, specs
+
+pytest.importorskip("bitsandbytes", reason="needs the extra bits4")
+
+SHARE = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=1)
+
+
+def held(weight: Tensor) -> NF4Weight:
+    return NF4Weight(*quantize(weight), weight.shape)
+
+
+def next_cycle(spec: Any, cycle: int) -> Any:
+    """The spec of a later cycle: other permutations, or the same (LoRA, plain)."""
+    permuted = isinstance(spec, OperatorSpec) and spec.grouping is Grouping.PERMUTED
+    return replace(spec, seed=100 + cycle) if permuted else spec
+
+
+def some_terms(spec: Any, cycles: int = 3) -> list[Term]:
+    return [(next_cycle(spec, cycle), 0.1 * random(*spec.value_shape, seed=cycle)) for cycle in range(cycles)]
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (9, 33), (5, 7), (1, 1), (1, 2), (130, 70)])
+def test_a_number_is_off_by_half_a_gap_of_its_block_at_most(shape: tuple[int, int]) -> None:
+    weight = random(*shape).float()
+    found = held(weight)
+    assert found.packed.dtype is torch.uint8 and found.packed.numel() == -(-weight.numel() // 2)
+    assert found.scales.dtype is torch.float32 and found.scales.numel() == -(-weight.numel() // BLOCK)
+    error = (found.dense(torch.float32) - weight).abs()
+    blocks = nn.functional.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK).abs().amax(dim=1)
+    bound = blocks.repeat_interleave(BLOCK)[: weight.numel()].view(shape)
+    assert (error <= bound * 0.1525).all() and error.max() <= found.largest_error * 1.01
+    assert (error == 0).sum() >= len(blocks)  # the largest number of a block is exact
+
+
+def test_dense_is_rounded_once_and_bits_do_not_depend_on_threads_layout_or_the_files_dtype() -> None:
+    weight = random(300, 500).to(torch.bfloat16)
+    found = held(weight)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert torch.equal(found.dense(dtype), found.dense(torch.float32).to(dtype))
+    for other in (weight.float(), weight.T.contiguous().T, weight.double()):
+        assert all(map(torch.equal, quantize(other), quantize(weight)))
+    for part in (0, 1):
+        assert_same_bits_for_every_number_of_threads(lambda part=part: quantize(weight)[part])
+    assert_same_bits_for_every_number_of_threads(lambda: found.dense(torch.bfloat16))
+
+
+def test_numbers_that_cannot_be_held() -> None:
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(RunError, match="not finite cannot be held in 4 bits"):
+            quantize(torch.tensor([[1.0, bad], [1.0, 2.0]]))
+    assert not held(torch.zeros(3, 5)).dense(torch.float32).any()
+
+
+# -- terms ------------------------------------------------------------------------------------------------------------
+
+
+def test_updates_of_equal_operators_are_one_term() -> None:
+    plain = replace(SHARE, grouping=Grouping.STRIDED, seed=0)
+    turn = [plain, replace(plain, grouping=Grouping.CONTIGUOUS)]
+    updates = [(turn[cycle % 2], random(10, 10, seed=cycle).float()) for cycle in range(5)]  # as --grouping alternate
+    terms = join(updates)
+    assert [spec for spec, _ in terms] == turn
+    assert torch.equal(terms[0][1], updates[0][1] + updates[2][1] + updates[4][1])
+    assert len(join(some_terms(SHARE, 5))) == 5
+    assert join([]) == ()
+
+
+def test_factors_are_lined_up() -> None:
+    spec = LoRASpec(12, 9, 3, 6.0)
+    updates = some_terms(spec, 3)
+    ((wide, value),) = join(updates)
+    assert value.shape == wide.value_shape == (9, 21)
+    torch.testing.assert_close(
+        wide.delta_weight(value.double()), sum(spec.delta_weight(each) for _, each in updates), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_an_operator_that_cannot_be_a_term_is_named() -> None:
+    spec = SubspaceSpec(4, 4, 2, "layer", "vectors", 0)
+    with pytest.raises(UserError, match=r"--base_bits 4: merged cycles cannot act through subspace"):
+        add_terms_(torch.zeros(1, 4), [(spec, torch.zeros(2, 2))], torch.zeros(1, 4))
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+def base_of(spec: Any, conv: bool, dtype: torch.dtype = torch.float64) -> nn.Module:
+    base = Conv1D(spec.d_out, spec.d_in) if conv else nn.Linear(spec.d_in, spec.d_out)
+    weight = random(spec.d_out, spec.d_in, seed=2)
+    base.weight.data = (weight.T.contiguous() if conv else weight).to(dtype)
+    base.bias.data = random(spec.d_out, seed=3).to(dtype)
+    return base
+
+
+def in_4_bits(layer: AdaptedLinear) -> AdaptedLinear:
+    layer.quantize(layer.weight, 4)
+    return layer
+
+
+def found_by(layer: Any, spec: Any) -> tuple[Tensor, ...]:
+    """y, dL/dx, dL/dM."""
+    dtype = layer.value.dtype
+    x, g = random(2, 3, spec.d_in).to(dtype).requires_grad_(), random(2, 3, spec.d_out, seed=4).to(dtype)
+    y = layer(x)
+    return (y, *torch.autograd.grad(y, (x, layer.value), g))
+
+
+LORA = [LoRASpec(12, 9, 3, 6.0), LoRASpec(7, 20, 2, 4.0)]
+
+
+@pytest.mark.parametrize(
+    "spec", [*list(specs())[::5], *LORA], ids=lambda s: spec_id(s) if hasattr(s, "kind") else "lora"
+)
+def test_a_layer_is_the_layer_over_the_dense_sum(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its merged cycles act as if they were in the weight."""
+    updates = some_terms(spec)
+    for sums in (True, False):  # as on a CPU, as on a GPU
+        monkeypatch.setattr(mora, "prefers_scatter", lambda x, sums=sums: sums)
+        for path in (Compute.ACTIVATION, Compute.WEIGHT):
+            for conv in (False, True):
+                layer = in_4_bits(adapt(base_of(spec, conv), spec, 0.0, path, seed=1))
+                base = base_of(spec, conv)
+                deltas = sum(each.delta_weight(value) for each, value in updates)
+                base.weight.data = layer.read().double() + (deltas.T if conv else deltas)  # type: ignore[union-attr]
+                layer.keep_merged(updates)
+                over_dense = adapt(base, spec, 0.0, path, seed=1)
+                value = random(*layer.value.shape, seed=1)
+                layer.value.data, over_dense.value.data = value, value.clone()
+                assert layer.is_packed and layer.shape == tuple(base.weight.shape)
+                for one, right in zip(found_by(layer, spec), found_by(over_dense, spec), strict=True):
+                    torch.testing.assert_close(one, right, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("kind", list(OperatorKind))
+def test_gradients_are_those_of_numbers_nearby(kind: OperatorKind, dropout: float) -> None:
+    spec = OperatorSpec(kind, 10, 14, 6, Grouping.PERMUTED, seed=3)
+    layer = in_4_bits(adapt(base_of(spec, False), spec, dropout, Compute.ACTIVATION, seed=0))
+    layer.value.data = random(6, 6, seed=1)
+    layer.merged = tuple(some_terms(spec))
+
+    def run(x: Tensor, square: Tensor) -> Tensor:
+        torch.manual_seed(5)  # the same mask every time
+        return torch.func.functional_call(layer, {"square": square}, (x,))
+
+    x = random(2, 10).requires_grad_()
+    assert torch.autograd.gradcheck(run, (x, layer.value.detach().clone().requires_grad_()))
+
+
+# -- merging ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_merges_never_round_the_weight_again_and_lose_nothing(conv: bool) -> None:
+    """In fp32 bit for bit the rounded original plus all deltas, as a merge into that as a dense base would give."""
+    base = base_of(SHARE, conv, torch.float32)
+    original = base.weight.data.clone()
+    layer = in_4_bits(adapt(base, SHARE, 0.0, Compute.AUTO, 0))
+    bits, rounded = (layer.weight.clone(), layer.weight_scales.clone()), layer.read().clone()  # type: ignore[union-attr]
+    updates = [(spec, value.float()) for spec, value in some_terms(SHARE, 10)]
+    for cycle, (spec, value) in enumerate(updates, start=1):
+        layer.spec = spec  # type: ignore[assignment]
+        norms = merge_layer(layer, original, updates[:cycle], value)
+        assert torch.equal(layer.weight, bits[0]) and torch.equal(layer.weight_scales, bits[1])  # type: ignore[arg-type]
+        assert torch.equal(layer.read(), live_weight(rounded, updates[:cycle], conv, torch.float32))
+        assert norms.lost < 1e-6 * norms.delta
+    again = in_4_bits(adapt(base_of(SHARE, conv, torch.float32), SHARE, 0.0, Compute.AUTO, 0))
+    write_live(again, original, updates)  # a resume
+    assert torch.equal(again.read(), layer.read())
+
+
+@pytest.mark.parametrize("config", [MoRAConfig(rank=4, operator="share", compute="activation"), LoRAConfig(rank=4)])
+def test_a_merge_in_bf16_leaves_the_live_function_as_it_was(config: Any) -> None:
+    """The matrix goes on acting in the same dtype: nothing is rounded to the weight's grid."""
+    model = tiny_model("llama", dtype=torch.bfloat16).eval()
+    inject(model, replace(config, base_bits=4))
+    for index, layer in enumerate(mora_layers(model).values()):
+        layer.value.data += (0.02 * random(*layer.value.shape, seed=index)).to(torch.bfloat16)
+    ids = tokens(2)
+    before = model(input_ids=ids).logits.float()
+    for layer in mora_layers(model).values():
+        value = layer.value.data.float()
+        merge_layer(layer, torch.empty(0), [(layer.spec, value)], value)
+        layer.value.data.zero_()
+    after = model(input_ids=ids).logits.float()
+    assert (after - before).norm() < 0.01 * before.norm()
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [
+    MoRAConfig(rank=4, operator="share", compute="weight"), MoRAConfig(rank=4, operator="rotate", compute="activation"),
+    LoRAConfig(rank=4),
+], ids=["weight path", "activation path", "lora"])  # fmt: skip
+def test_nothing_of_a_weights_size_is_kept(config: Any) -> None:
+    """A forward saves as many bytes for backward as on a dense base, with merged cycles too."""
+    kept = {}
+    for bits in (16, 4):
+        model = tiny_model("llama")
+        inject(model, replace(config, base_bits=bits))
+        merged = []
+        if bits == 4:
+            for layer in mora_layers(model).values():
+                layer.keep_merged(some_terms(layer.spec))
+                merged += [value for _, value in layer.merged]
+        ids, model = tokens(2), model.train()
+        causal_loss(model, ids)  # makes the tables
+        with MemoryMeter((*model.parameters(), *model.buffers(), *merged, ids)) as meter:
+            loss = causal_loss(model, ids)
+            kept[bits] = meter.live
+            loss.backward()
+            del loss
+    assert kept[4] == kept[16]
+
+
+def test_only_adapted_weights_are_packed_and_casts_leave_them() -> None:
+    model = tiny_model("qwen2")  # tied embeddings, biases
+    before = count_parameters(model)
+    report = inject(model, MoRAConfig(rank=4, base_bits=4))
+    layers = mora_layers(model)
+    small = sum(layer.weight.nbytes + layer.get_buffer("weight_scales").nbytes for layer in layers.values())
+    numels = sum(layer.in_features * layer.out_features for layer in layers.values())
+    assert report.quantized == (small, 4 * numels) and small == pytest.approx(numels * 4.5 / 8, rel=0.02)
+    assert "in 4 bits: " in str(report) and base_bits_of(model) == 4
+    assert report.total_params == before + report.square_params == count_parameters(model)
+    for name, tensor in frozen_buffers(model).items():
+        adapted = name.removesuffix(".weight") in layers
+        assert tensor.dtype is (torch.uint8 if adapted else torch.float32), name
+    for layer in layers.values():
+        layer.keep_merged(some_terms(layer.spec))
+    kept = {name: layer.get_buffer("weight_scales").clone() for name, layer in layers.items()}
+    move_base(model, "cpu", torch.bfloat16)
+    model.to(torch.bfloat16)
+    assert all(torch.equal(layer.get_buffer("weight_scales"), kept[name]) for name, layer in layers.items())
+    assert {value.dtype for layer in layers.values() for _, value in layer.merged} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_loses_little(family: str) -> None:
+    losses = {}
+    for bits in (16, 4):
+        model = tiny_model(family).eval()
+        inject(model, MoRAConfig(rank=4, base_bits=bits))
+        losses[bits] = causal_loss(model, tokens(4)).item()
+    assert family in FAMILIES
+    assert losses[4] != losses[16] and losses[4] == pytest.approx(losses[16], rel=2e-2)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nf4, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--base_bits 4 needs the package bitsandbytes: .*mora_ds\[bits4\]"):
+        nf4.check_installed()
+
+
+def test_no_kernel_is_fetched_while_the_package_is_imported() -> None:
+    for before in (None, sys):
+        if before is not None:
+            sys.modules["kernels"] = before
+        with nf4._quiet_and_offline(), pytest.raises(ImportError):
+            import kernels  # noqa: F401
+        assert sys.modules.pop("kernels", None) is before
+
+
+def test_what_needs_the_dense_weight_is_refused() -> None:
+    with pytest.raises(UserError, match="--base_bits 4: --operator subspace needs the dense weight's singular vectors"):
+        MoRAConfig(operator="subspace", base_bits=4)
+    for config in (MoRAConfig(base_bits=4), LoRAConfig(base_bits=4)):
+        assert config_from_dict(config.to_dict()) == config
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.full((4, 4), float("nan")))
+    with pytest.raises(UserError, match=r"--base_bits 4: 0.weight: .* not finite"):
+        inject(model, MoRAConfig(rank=1, base_bits=4))
