@@ -12,6 +12,7 @@ LONG_TESTS_S = {
     "tests/deploy/test_vllm.py": 150,
     "tests/train/test_two_nodes.py": 60,
     "tests/tools/test_bench_memorization.py": 60,
+    "tests/tools/test_bench_node_base.py": 60,
     "tests/parallel/test_tensor_parallel.py": 60,
 }
 """Seconds on two cores of tests that take about a minute or more, by the beginning of their names."""
