@@ -19,7 +19,7 @@ from mora_ds.parallel.topology import Topology, share
 from tests.helpers.models import FAMILIES, tiny_model
 
 SPLIT = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox"}
-ATTENTION = {"mixtral"}
+ATTENTION = {"mixtral", "qwen3_moe"}
 MLP = {"olmo2"}
 
 
@@ -32,7 +32,7 @@ def test_what_of_each_family_is_split(family: str) -> None:
     assert ("attention" in kinds, "mlp" in kinds) == (has_attention, has_mlp), plan.reasons
     assert len(plan.blocks) == 2 * len(kinds)
     assert set(plan.reasons) == {name for name, style in plan.styles.items() if style is Style.WHOLE}
-    assert bool(plan.summed) == (family in ("qwen3", "gemma3_text"))
+    assert bool(plan.summed) == (family in ("qwen3", "qwen3_moe", "gemma3_text"))
     inject(model, MoRAConfig(rank=4))
     assert plan_of(model, 2) == plan, "injection changes nothing"
 

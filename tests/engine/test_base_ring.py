@@ -27,6 +27,7 @@ from mora_ds.engine.host_copies import CpuCopies, page_ranges
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.decoder_layers import decoder_layers, stored_bytes, weights_of_layers
+from mora_ds.models.node_base import node_base_of
 from mora_ds.planning.step import Streamed, Work, planned_model
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
@@ -118,8 +119,12 @@ def change(model: Any) -> None:
     """As a merge does."""
     if ring := ring_of(model):
         ring.forget()
-    for layer in mora_layers(model).values():
+    layers, node = mora_layers(model), node_base_of(model)
+
+    def grow(_: str, layer: Any) -> None:
         layer.write(layer.read().float() * 1.5)
+
+    node.form(model, [(name, layers[name]) for name in node.layers(model)], grow)
 
 
 class Seen:

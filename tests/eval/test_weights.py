@@ -21,6 +21,7 @@ from mora_ds.data import Document
 from mora_ds.eval.gradient_probe import probe, token_batches
 from mora_ds.eval.weight_report import heat_map, report_lines
 from mora_ds.eval.weights import ESTIMATED, EXACT, Weight, analyse, measure_weight
+from mora_ds.models import stored_names
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.train.targets import open_model
 from tests.helpers.jobs import Playground
@@ -109,9 +110,13 @@ def test_the_layers_of_a_folder_are_those_of_injection(tmp_path: Path, family: s
         assert row.norm == pytest.approx(values.norm().item(), rel=1e-6)
 
 
-def test_weights_that_are_converted_when_loaded_need_a_base_of_their_own(tmp_path: Path) -> None:
+def test_weights_that_are_converted_when_loaded_need_a_base_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model("mixtral")
     model.save_pretrained(tmp_path / "model")
+    assert "model.layers.0.self_attn.q_proj" in open_model(tmp_path / "model", ["all-linear"]).weights
+    monkeypatch.setattr(stored_names, "_only_stacks", lambda converter: False)
     with pytest.raises(UserError, match=r"MODEL: .* name the base that a run of it has written, OUTPUT_DIR/base"):
         open_model(tmp_path / "model", ["all-linear"])
     write_own_base(model, tmp_path / "base")

@@ -85,7 +85,7 @@ def sharded_run(stage: int) -> dict[str, torch.Tensor]:
     world, rank = dist.get_world_size(), dist.get_rank()
     model = domain_model("share", names=NAMES)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    engine, *_ = initialize(model=model, config=ds_config(stage, MICRO))
+    engine, *_ = initialize(model=model, config=ds_config(stage, MICRO), node_base="private")  # each merges by hand
     layers, found = domain_layers(model), {}
     for step in range(STEPS):
         ids = tokens(MICRO * world * ACCUMULATION, seed=step).view(ACCUMULATION, world, MICRO, -1)

@@ -252,7 +252,7 @@ def test_a_recommendation_knows_of_8_bits() -> None:
         assert ways == ({1, 2} if bits == 16 else {1})
     assert planners[16].base_bytes > 0.3e6 > planners[8].base_bytes
     assert recommend(planners[16]) is None
-    assert "or --base_bits 8 or 4" in verdict(planners[16].plan())
+    assert "--base_bits 8 or 4, or --base_device host" in verdict(planners[16].plan())
     with pytest.raises(UserError, match="--tensor_parallel_size 2: --base_bits 8"):
         planners[8].plan(tensor_parallel=2)
 
