@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters import nf4
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base
-from mora_ds.adapters.layer import AdaptedLinear, adapt
+from mora_ds.adapters.layer import adapt
 from mora_ds.adapters.merge_layer import merge_layer, write_live
 from mora_ds.adapters.nf4 import BLOCK, NF4Weight, quantize
 from mora_ds.adapters.ops import mora
@@ -31,6 +31,7 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.planning.memory_meter import MemoryMeter
 from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads, random, spec_id, specs
+from tests.helpers.quantized import LORA, base_of, found_by, in_bits
 
 pytest.importorskip("bitsandbytes", reason="needs the extra bits4")
 
@@ -119,28 +120,7 @@ def test_an_operator_that_cannot_be_a_term_is_named() -> None:
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 
-def base_of(spec: Any, conv: bool, dtype: torch.dtype = torch.float64) -> nn.Module:
-    base = Conv1D(spec.d_out, spec.d_in) if conv else nn.Linear(spec.d_in, spec.d_out)
-    weight = random(spec.d_out, spec.d_in, seed=2)
-    base.weight.data = (weight.T.contiguous() if conv else weight).to(dtype)
-    base.bias.data = random(spec.d_out, seed=3).to(dtype)
-    return base
-
-
-def in_4_bits(layer: AdaptedLinear) -> AdaptedLinear:
-    layer.quantize(layer.weight, 4)
-    return layer
-
-
-def found_by(layer: Any, spec: Any) -> tuple[Tensor, ...]:
-    """y, dL/dx, dL/dM."""
-    dtype = layer.value.dtype
-    x, g = random(2, 3, spec.d_in).to(dtype).requires_grad_(), random(2, 3, spec.d_out, seed=4).to(dtype)
-    y = layer(x)
-    return (y, *torch.autograd.grad(y, (x, layer.value), g))
-
-
-LORA = [LoRASpec(12, 9, 3, 6.0), LoRASpec(7, 20, 2, 4.0)]
+in_4_bits = partial(in_bits, bits=4)
 
 
 @pytest.mark.parametrize(

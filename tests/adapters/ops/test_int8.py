@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base
@@ -18,13 +18,13 @@ from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.frozen import dense, frozen_linear
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.linear import Compute
-from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.planning.memory_meter import MemoryMeter
 from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads, random, spec_id, specs
+from tests.helpers.quantized import LORA, base_of, found_by, in_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -79,28 +79,7 @@ def test_bits_do_not_depend_on_threads_or_layout() -> None:
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 
-def in_8_bits(layer: AdaptedLinear) -> AdaptedLinear:
-    layer.quantize(layer.weight, 8)
-    return layer
-
-
-def base_of(spec: Any, conv: bool, dtype: torch.dtype = torch.float64) -> nn.Module:
-    base = Conv1D(spec.d_out, spec.d_in) if conv else nn.Linear(spec.d_in, spec.d_out)
-    weight = random(spec.d_out, spec.d_in, seed=2)
-    base.weight.data = (weight.T.contiguous() if conv else weight).to(dtype)
-    base.bias.data = random(spec.d_out, seed=3).to(dtype)
-    return base
-
-
-def found_by(layer: Any, spec: Any) -> tuple[Tensor, ...]:
-    """y, dL/dx, dL/dM."""
-    dtype = layer.value.dtype
-    x, g = random(2, 3, spec.d_in).to(dtype).requires_grad_(), random(2, 3, spec.d_out, seed=4).to(dtype)
-    y = layer(x)
-    return (y, *torch.autograd.grad(y, (x, layer.value), g))
-
-
-LORA = [LoRASpec(12, 9, 3, 6.0), LoRASpec(7, 20, 2, 4.0)]
+in_8_bits = partial(in_bits, bits=8)
 
 
 @pytest.mark.parametrize(
