@@ -63,8 +63,17 @@ class Case:
 
 def undecided(model: nn.Module) -> dict[str, MoRALinear]:
     """Module name -> layer whose path nobody has chosen."""
-    layers = {name: layer for name, layer in mora_layers(model).items() if isinstance(layer, MoRALinear)}
-    return {name: layer for name, layer in layers.items() if layer.compute is Compute.AUTO}
+    return {name: layer for name, layer in _with_paths(model).items() if layer.compute is Compute.AUTO}
+
+
+def reopen(model: nn.Module) -> None:
+    """Takes the path of every layer back."""
+    for layer in _with_paths(model).values():
+        layer.compute = Compute.AUTO
+
+
+def _with_paths(model: nn.Module) -> dict[str, MoRALinear]:
+    return {name: layer for name, layer in mora_layers(model).items() if isinstance(layer, MoRALinear)}
 
 
 def shape_of(layer: MoRALinear) -> str:

@@ -1,6 +1,7 @@
 """Which path each layer takes: timed on this machine when a run begins, then kept, as the paths round differently.
 
-a new run        --compute auto: rank 0's times decide for all ranks (`choose`); FILE: the paths of an earlier run
+a new run        --compute auto: rank 0's times decide for all ranks (`choose`); FILE: the paths of an earlier run.
+                 In loops of one's own by `Run.choose_compute`, in a Hugging Face Trainer by itself
 a resumed run    those of its checkpoint, at any number of ranks; of a run that began before paths were timed, those of
                  `formula_of_0_2`
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from torch import nn
 
 from mora_ds.adapters.layer import MoRALinear
@@ -67,6 +69,29 @@ def choose(model: nn.Module, ranks: Ranks, forward: Callable[[], Any]) -> dict[s
         logger.info("\n".join(_table(timed, found)))
     untimed = {shape_of(layer): Compute.ACTIVATION for layer in layers.values()}
     return {**untimed, **found}
+
+
+def before_training(model: nn.Module, work: Callable[[Callable[[], Any]], None]) -> None:
+    """Has `work` run once, before the model's first call in training, with a function that makes the same call in
+    evaluation, without gradients."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module.training and torch.is_grad_enabled():
+            handle.remove()
+            work(lambda: _evaluate(module, args, kwargs))
+
+    handle = model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+
+
+@torch.no_grad()
+def _evaluate(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        model(*args, **kwargs)
+    finally:
+        for module in training:
+            module.training = True
 
 
 def take(model: nn.Module, paths: Mapping[str, Compute], where: str) -> None:

@@ -1,6 +1,7 @@
 """One MoRA run around an engine: merge, save, resume. For the main job and for training loops written by users.
 
 run = Run(engine, config, base="path/of/the/model", folder="out")      resume="auto" continues what is there
+run.choose_compute()   how each layer computes: timed on this machine before the first step
 run.merge(step)        at intervals: ReMoRA
 run.save(step)         out/checkpoints/step-N, from which export_merged makes a model
 """
@@ -22,8 +23,9 @@ from mora_ds.adapters.inject import base_weights, mora_layers, value_names
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.new_embeddings import stands_for
 from mora_ds.adapters.ops.frozen import QuantizedWeight
+from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.singular_vectors import path_of
-from mora_ds.adapters.path_times import undecided
+from mora_ds.adapters.path_times import reopen, undecided
 from mora_ds.adapters.quantized import quantized_layers
 from mora_ds.adapters.target_modules import targets_of
 from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, read_adapter
@@ -42,7 +44,7 @@ from mora_ds.remora.merge import MergeReport, ReMoRA
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.compute import choose, take
+from mora_ds.train.compute import before_training, choose, take
 from mora_ds.train.vectors import prepare_vectors, wanted_vectors
 
 
@@ -114,24 +116,36 @@ class Run:
         root = self.folder / CHECKPOINTS
         self._checkpoints = CheckpointWriter(root, engine, writer.collect, async_save, self.followers)
         self.state = TrainerState(world_size=self.ranks.world, identity=self.identity)
-        self._begins = checkpoint is None
+        if isinstance(config, MoRAConfig) and config.compute == Compute.AUTO.value:
+            reopen(engine.module)  # an earlier run of this engine may have chosen
         if checkpoint is not None:
             self._restore(checkpoint)
+        self._begins = self.state.step == 0
         if details.keys is None and config.base_bits != AS_LOADED and not self.remora.cycle:
             self.remora.form_base()  # from the originals: the model may have been loaded in another dtype
         opened.release()
 
-    def choose_compute(self, forward: Callable[[], Any], paths: Paths | None = None) -> None:
-        """Time both paths of every layer on this machine and take the quicker one; the choice is part of the run.
+    def choose_compute(self, forward: Callable[[], Any] | None = None, paths: Paths | None = None) -> None:
+        """Time the paths of every layer on this machine and take the quickest; the choice is part of the run.
 
-        `forward` runs the model once, without gradients, on a micro-batch of training. `paths`: those of an earlier
-        run, in place of timing. Does nothing in a resumed run, which keeps its paths, and for layers whose path the
-        adapter's config has chosen. Collective: call it before the first step.
+        `forward` runs the model once on a micro-batch of training; without it the choice waits for the model's first
+        call in training, and reads that call's batch. `paths`: those of an earlier run, in place of timing. Does
+        nothing in a resumed run, which keeps its paths, and for layers whose path the adapter's config has chosen.
+        Collective: call it before the first step.
         """
         model: Any = self.engine.module
-        if self._begins and undecided(model):
-            self.state.compute = choose(model, self.ranks, forward) if paths is None else paths
-            take(model, self.state.compute, "--compute")
+        if not (self._begins and undecided(model)):
+            return
+        if paths is not None:
+            self._take(paths)
+        elif forward is not None:
+            self._take(choose(model, self.ranks, forward))
+        else:
+            before_training(model, lambda call: self._take(choose(model, self.ranks, call)))
+
+    def _take(self, paths: Paths) -> None:
+        self.state.compute = dict(paths)
+        take(self.engine.module, paths, "--compute")
 
     def merge(self, step: int) -> MergeReport:
         """Merge the MoRA matrices of all layers after optimizer step `step` and start the next cycle."""

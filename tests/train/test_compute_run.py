@@ -10,34 +10,29 @@ import pytest
 import torch
 import yaml
 
+import mora_ds
 from mora_ds.adapters import path_times
 from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.inject import inject
+from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.linear import Compute
-from mora_ds.adapters.path_times import PATHS, Case, paths_of, shape_of, undecided
+from mora_ds.adapters.path_times import PATHS, shape_of, undecided
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import UserError
+from mora_ds.models.base import write_own_base
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train import compute
 from mora_ds.train.adapter_job import AdapterJob
+from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, job, playground, refusal, run
 from tests.helpers.models import tiny_model, tokens
+from tests.helpers.paths import always
 from tests.helpers.resume import assert_same_result, assert_same_tensors, checkpoint_tensors, merged
 
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
     return playground(tmp_path_factory.mktemp("user"))
-
-
-def always(quick: Compute) -> Callable[..., Any]:
-    """`time_paths` of a machine on which one path is quicker."""
-
-    def timed(case: Case, rounds: Callable[[float], int], paths: object = None) -> dict[Compute, list[float]]:
-        return {path: [1.0 if path is quick else 2.0] * rounds(1.0) for path in paths_of(case.layer)}
-
-    return timed
 
 
 def job_where(quick: Compute | None, argv: list[str]) -> None:
@@ -109,6 +104,46 @@ def decided(folder: str) -> dict[str, str]:
 def test_the_times_of_the_first_rank_decide(tmp_path: Path) -> None:
     one, other = run_ranks(2, decided, str(tmp_path))
     assert one == other and set(one.values()) == {PATHS[0].value}
+
+
+def in_an_own_loop(folder: str) -> None:
+    """`Run.choose_compute` waits for the first call in training; another run around the engine chooses anew."""
+    base, config, ids = Path(folder) / "base", MoRAConfig(rank=4, operator="share"), tokens(2)
+    model = tiny_model("llama")
+    write_own_base(model, base)
+    inject(model, config)
+    engine, *_ = mora_ds.initialize(model=model, config=ds_config(3, 2, 1))
+    for quick in PATHS[:2]:
+        path_times.time_paths = always(quick)
+        work = mora_ds.Run(engine, config, base, Path(folder) / "out", overwrite=True)
+        work.choose_compute()
+        with torch.no_grad():
+            engine(input_ids=ids)
+        assert undecided(model) and not work.state.compute
+        model.train()  # a checkpoint's logits are those of evaluation
+        model.model.layers[0].eval()
+        modes = [module.training for module in model.modules()]
+        calls: list[bool] = []
+        handle = model.register_forward_hook(lambda *_, seen=calls: seen.append(torch.is_grad_enabled()))
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+        handle.remove()
+        assert calls == [False, True], "one call to see the batch, one to train"
+        assert set(work.state.compute.values()) == {quick} == {each.compute for each in mora_layers(model).values()}
+        assert [module.training for module in model.modules()] == modes
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+        work.save(2)
+    path_times.time_paths = always(PATHS[0])
+    again = mora_ds.Run(engine, config, base, Path(folder) / "out", resume="latest")
+    again.choose_compute()
+    engine(input_ids=ids)
+    assert set(again.state.compute.values()) == {PATHS[1]} == {each.compute for each in mora_layers(model).values()}
+
+
+@pytest.mark.gloo
+def test_a_loop_of_ones_own_chooses_before_its_first_step_and_keeps_its_paths(tmp_path: Path) -> None:
+    run_ranks(1, in_an_own_loop, str(tmp_path))
 
 
 @pytest.mark.gloo

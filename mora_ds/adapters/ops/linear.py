@@ -63,7 +63,7 @@ def formula_of_0_2(
 ) -> Compute:
     """The path of a layer that is still AUTO. New runs time the paths (`train.compute`); this formula of one machine
     stays for runs that began with it, whose bits it decides, and where there is no run: in plans, in loops that do not
-    call `Run.choose_compute`, and in models that only answer.
+    call `Run.choose_compute`, and in models that only answer. The Trainer of `mora_ds.hf` calls it.
 
     It is the cheaper path, forward and backward, by the work that only one of them has, in multiply-accumulates:
 
