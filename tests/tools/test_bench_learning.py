@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mora_ds.common.errors import UserError
+from tests.helpers.jobs import Playground
 from tests.helpers.tools import call, tool
 
 BAD = (
@@ -57,10 +61,12 @@ def test_of_rates_that_learn_alike_the_one_that_forgets_least_is_best() -> None:
     assert bench._gap(rows[1], shown) == "-" and bench._gap(rows[4], {}) == "-"
 
 
-def test_a_finished_run_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, ran = tool("bench/learning"), list[dict[str, Any]]()
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The settings of all runs, which are pretended: 0.01 is the best learning rate."""
+    ran: list[dict[str, Any]] = []
 
-    def pretend(settings: dict[str, Any], log: Path) -> None:
+    def pretend(settings: dict[str, Any], log: Path, trial: list[str]) -> None:
         folder = Path(settings["output_dir"])
         folder.mkdir()
         ran.append(settings)
@@ -69,24 +75,65 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
         rows = [{"step": 10, "loss": 5.0}, {"step": 20, "eval": found}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    monkeypatch.setattr(bench, "pretrain_alone", pretend)
-    for name in ("model", "a", "b", "c", "d"):
-        (tmp_path / name).touch()
-    texts = ["--base", tmp_path / "model", "--new", tmp_path / "a", tmp_path / "b"]
-    texts += ["--old", tmp_path / "c", tmp_path / "d", "--work", tmp_path / "work", "--json", tmp_path / "all.json"]
-    flags = ["--methods", "lora", "relora@0.01", "--steps", 40, "--seeds", 2, "--sweep_seeds", 1, "--jobs", 1]
-    call("bench/learning", *texts, *flags)
+    monkeypatch.setattr(tool("bench/learning"), "pretrain_alone", pretend)
+    return ran
+
+
+def texts(user: Playground) -> list[object]:
+    return ["--base", user.model, "--new", user.train, user.held, "--old", user.train, user.other, "--jobs", 1]
+
+
+FLAGS = ["--steps", 40, "--seeds", 2, "--sweep_seeds", 1]
+
+
+def test_a_finished_run_is_not_repeated(user: Playground, tmp_path: Path, ran: list[dict[str, Any]]) -> None:
+    flags = [*texts(user), "--work", tmp_path / "work", "--json", tmp_path / "all.json", *FLAGS]
+    flags += ["--methods", "lora", "relora@0.01"]
+    call("bench/learning", *flags)
     assert [each["learning_rate"] for each in ran] == [3e-3, 1e-2, 3e-2, 1e-2, 1e-2, 1e-2]
     assert [each.get("merge_every") for each in ran] == [None, None, None, 10, None, 10]
     found = json.loads((tmp_path / "all.json").read_text())
-    assert len(found["runs"]) == 6 and str(tmp_path) not in json.dumps(found["runs"])
+    assert len(found["runs"]) == 6
+    assert not any(str(each) in json.dumps(found["runs"]) for each in (tmp_path, user.root))
     assert found["runs"][0]["curve"] == [{"step": 20, "new": pytest.approx(171.0), "old": 200.0}]
     assert found["tables"]["learning"][1][:5] == ["lora", "7", "0.01", "2", "101.5"]
-    call("bench/learning", *texts, *flags)
+    call("bench/learning", *flags)
     assert len(ran) == 6
-    call("bench/learning", *texts, *flags, "--rank", 4)
+    call("bench/learning", *flags, "--rank", 4)
     assert len(ran) == 12
     for folder in (tmp_path / "work" / "results").glob("r8-40-relora-*"):
         folder.unlink()
-    call("bench/learning", *texts, *flags)
+    call("bench/learning", *flags)
     assert len(ran) == 14
+
+
+def test_a_table_grows_by_the_runs_of_an_earlier_one(
+    user: Playground, tmp_path: Path, ran: list[dict[str, Any]]
+) -> None:
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    call("bench/learning", *texts(user), *FLAGS, "--work", tmp_path / "one", "--methods", "lora", "--json", first)
+    assert len(ran) == 4
+    moved = replace(user, train=Path(shutil.copy(user.train, tmp_path / "moved.jsonl")))
+    more = ["--work", tmp_path / "two", "--with", first, "--json", second]
+    call("bench/learning", *texts(moved), *FLAGS, *more, "--methods", "lora@0.01", "recipe@0.003", "--seeds", 3)
+    assert [(each["seed"], "replay" in each) for each in ran[4:]] == [(1, True), (3, False), (2, True), (3, True)]
+    found = json.loads(second.read_text())
+    rows = [[row[0], row[2], row[3]] for row in found["tables"]["learning"][1:]]
+    assert rows == [["lora", "0.01", "3"], ["recipe", "0.003", "3"]]
+    runs = [(run["method"], run["learning_rate"], run["seed"]) for run in found["runs"]]
+    assert runs[:5] == [("lora", 3e-3, 1), ("lora", 1e-2, 1), ("lora", 1e-2, 2), ("lora", 1e-2, 3), ("lora", 3e-2, 1)]
+
+    def refused(message: str, *flags: object, **changes: Path) -> None:
+        with pytest.raises(UserError, match=f"--with .*first.json: {re.escape(message)}"):
+            call("bench/learning", *texts(replace(user, **changes)), *more, "--methods", "none", *flags)
+
+    refused("not the same flags as here: r8-41-lora-0.003-1", *FLAGS, "--steps", 41)
+    refused("not the same texts as here: r8-40-lora", *FLAGS, train=user.held)
+    other = shutil.copytree(user.model, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({**weights, "model.norm.weight": weights["model.norm.weight"] + 1}, other / "model.safetensors")
+    refused("not the same base as here", *FLAGS, model=other)
+    only = tmp_path / "methods.yaml"
+    only.write_text("settings: {}\nmethods: {none: {flags: {adapter: none}, rates: [1]}}\n")
+    refused("unknown --methods_file 'lora'", *FLAGS, "--methods_file", only)
+    assert len(ran) == 8

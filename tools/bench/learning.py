@@ -9,20 +9,23 @@ same for all. Best is the least perplexity on the new text; of learning rates th
 leaves least on the old one. By default the model is a small Llama, warm-started on prose and continued on code, both
 made out of the running Python. Each run is `launch/pretrain.py` with other flags, on one process.
 
-Every finished run leaves FOLDER/results/NAME.json and is not repeated while its settings are the same, so the command
-goes on where it was stopped. Prints, at each method's best learning rate, both perplexities, mean and largest deviation
-over seeds, and the part of LoRA's distance to full training that is closed; `--json FILE` keeps all runs with their
-curves, of which `tools/figures.py --learning FILE --output FOLDER` draws three figures.
+Every finished run leaves FOLDER/results/NAME.json and is not repeated while its base, texts and flags are the same, so
+the command goes on where it was stopped. A table grows over days and machines: `--with FILE` takes over the runs of an
+earlier `--json`, and refuses those of another base, other texts or other flags. Prints, at each method's best learning
+rate, both perplexities, mean and largest deviation over seeds, and the part of LoRA's distance to full training that is
+closed; `--json FILE` keeps all runs with their curves, of which `tools/figures.py --learning FILE --output FOLDER`
+draws three figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,8 +33,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mora_ds.common.errors import UserError
-from mora_ds.common.files import write_json_atomic
+from mora_ds.common.errors import UserError, unknown
+from mora_ds.common.files import read_json, sha256_file, write_json_atomic
+from mora_ds.data import load_tokenizer, tokenizer_fingerprint
+from mora_ds.models.base import BaseCheckpoint
 from mora_ds.runtime import cli
 from tools.bench.learning_methods import METHODS_FILE, Methods
 from tools.bench.measuring import ROOT
@@ -43,6 +48,10 @@ AS_GOOD = 1.01
 EVALUATIONS = 4
 """Of a run, evenly spaced, the last one at its end."""
 NEW, OLD = "new", "old"
+PLACES = ("model_name_or_path", "train_files", "eval_files", "cache_dir", "output_dir")
+"""Flags of a run that only say where its files lie."""
+KEPT = ("method", "learning_rate", "seed", "trained", "perplexity", "curve", "loss", "marks")
+"""What `--json` keeps of a run."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,14 @@ class Texts:
     new_held: Path
     old: Path
     old_held: Path
+    marks: dict[str, str]
+    """What a run is known by, but for its flags: digests of the base with its tokenizer, and of the texts."""
+
+    @classmethod
+    def of(cls, base: Path, new: Path, new_held: Path, old: Path, old_held: Path) -> Texts:
+        model = BaseCheckpoint.open(base).fingerprint() + tokenizer_fingerprint(load_tokenizer(base))
+        contents = " ".join(map(sha256_file, (new, new_held, old, old_held)))
+        return cls(base, new, new_held, old, old_held, {"base": _digest(model), "texts": _digest(contents)})
 
 
 @dataclass(frozen=True)
@@ -65,8 +82,11 @@ class Trial:
     seed: int
     settings: dict[str, Any]
     """Flags of the training program; output_dir names the run."""
+    texts: Texts
     shift: bool = False
     """Whether only a bias for each token is trained."""
+    trial: str = ""
+    """What `learning_trials.py` changes in the training program."""
 
     @property
     def folder(self) -> Path:
@@ -80,12 +100,17 @@ class Trial:
     def result(self) -> Path:
         return self.folder.parents[1] / "results" / f"{self.name}.json"
 
+    @property
+    def marks(self) -> dict[str, str]:
+        """What the run is known by: digests of the base, the texts and the flags, wherever their files lie."""
+        flags = {name: value for name, value in self.settings.items() if name not in PLACES}
+        replayed = [f"old={word.rpartition(':')[2]}" for word in flags.pop("replay", [])]
+        return {**self.texts.marks, "flags": _digest(json.dumps([flags, replayed, self.trial], sort_keys=True))}
+
     def read(self) -> dict[str, Any] | None:
-        """What the run has found; None where it has not been run with these settings."""
-        if not self.result.is_file():
-            return None
-        found: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
-        return found if found["settings"] == json.loads(json.dumps(self.settings, default=str)) else None
+        """What the run has found; None where it has not been run with this base, these texts and these flags."""
+        found = read_json(self.result) if self.result.is_file() else None
+        return found if found is not None and found["marks"] == self.marks else None
 
 
 @dataclass(frozen=True)
@@ -112,13 +137,16 @@ def main() -> None:
     options.rates_of = methods.chosen(options.methods, options.rates)
     _check(options)
     trials = partial(_trials, options, methods, _texts(options))
-    swept = list(trials(range(1, min(options.sweep_seeds, options.seeds) + 1)))
+    earlier = [] if options.runs is None else _take(options.runs, methods, trials)
+    swept = list(trials(options.rates_of, range(1, min(options.sweep_seeds, options.seeds) + 1)))
     run_all(swept, _run, options.jobs)
-    best = {row.method: row.rate for row in _best(_rows(swept))}
-    more = trials(range(options.sweep_seeds + 1, options.seeds + 1))
+    best = {row.method: row.rate for row in _best(_rows([*earlier, *swept]))}
+    more = trials(options.rates_of, range(options.sweep_seeds + 1, options.seeds + 1))
     repeated = [trial for trial in more if trial.rate == best[trial.method]]
     run_all(repeated, _run, options.jobs)
-    _report(options, [*swept, *repeated], best)
+    place = {name: number for number, name in enumerate(methods.methods)}
+    found = {trial.name: trial for trial in [*earlier, *swept, *repeated]}.values()
+    _report(options, sorted(found, key=lambda trial: (place[trial.method], trial.rate, trial.seed)), best)
 
 
 def _options() -> argparse.Namespace:
@@ -138,6 +166,9 @@ def _options() -> argparse.Namespace:
         "--methods", nargs="+", metavar="METHOD[@RATE]",
         help="those of the file to run, each at one learning rate where it is given with one. Default: all",
     )  # fmt: skip
+    parser.add_argument(
+        "--with", dest="runs", type=Path, metavar="FILE", help="an earlier --json, whose runs count too"
+    )
     json_flag(parser)
     return parser.parse_args()
 
@@ -156,14 +187,17 @@ def _texts(options: argparse.Namespace) -> Texts:
         for path in (options.base, *options.new, *options.old):
             if not path.exists():
                 raise UserError(f"--base, --new and --old: there is no {path}")
-        return Texts(*(path.resolve() for path in (options.base, *options.new, *options.old)))
+        return Texts.of(*(path.resolve() for path in (options.base, *options.new, *options.old)))
     paths = warm_base(options.work / "base", rows=8)
-    return Texts(paths.warm, *(paths.corpus / f"{name}_{part}.jsonl" for name in ("domain", "general")
-                               for part in ("train", "eval")))  # fmt: skip
+    return Texts.of(paths.warm, *(paths.corpus / f"{name}_{part}.jsonl" for name in ("domain", "general")
+                                  for part in ("train", "eval")))  # fmt: skip
 
 
-def _trials(options: argparse.Namespace, methods: Methods, texts: Texts, seeds: range) -> Iterator[Trial]:
-    for name, rates in options.rates_of.items():
+def _trials(
+    options: argparse.Namespace, methods: Methods, texts: Texts, rates_of: Mapping[str, Sequence[float]],
+    seeds: Sequence[int],
+) -> Iterator[Trial]:  # fmt: skip
+    for name, rates in rates_of.items():
         method = methods.methods[name]
         learns = method.flags.get("adapter") != "none"
         for rate in rates:
@@ -176,7 +210,23 @@ def _trials(options: argparse.Namespace, methods: Methods, texts: Texts, seeds: 
                     "output_dir": options.work / "runs" / f"r{options.rank}-{options.steps}-{name}-{rate:g}-{seed}",
                     **methods.settings, **method.settings(rate, options.steps, texts.old),
                 }  # fmt: skip
-                yield Trial(name, rate, seed, settings, method.shift)
+                yield Trial(name, rate, seed, settings, texts, method.shift, method.trial)
+
+
+def _take(path: Path, methods: Methods, trials: Callable[..., Iterable[Trial]]) -> list[Trial]:
+    """Put the runs of an earlier report among the finished ones. Raises `UserError` for one that is unlike these."""
+    taken = []
+    for run in read_json(path).get("runs", []):
+        if run["method"] not in methods.methods:
+            raise UserError(f"--with {path}: {unknown('--methods_file', run['method'], methods.methods)}")
+        (trial,) = trials({run["method"]: [run["learning_rate"]]}, [run["seed"]])
+        unlike = [name for name, mark in trial.marks.items() if run.get("marks", {}).get(name) != mark]
+        if unlike:
+            raise UserError(f"--with {path}: not the same {', '.join(unlike)} as here: {trial.name}")
+        trial.result.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(trial.result, {name: run[name] for name in KEPT})
+        taken.append(trial)
+    return taken
 
 
 def _run(trial: Trial) -> None:
@@ -190,7 +240,7 @@ def _run(trial: Trial) -> None:
         program = str(ROOT / "tools" / "bench" / "token_bias.py")
         run_alone([sys.executable, program, "--settings", json.dumps(trial.settings, default=str)], log)
     else:
-        pretrain_alone(trial.settings, log)
+        pretrain_alone(trial.settings, log, [trial.trial, str(trial.texts.old)] if trial.trial else [])
     summary = json.loads((trial.folder / "summary.json").read_text(encoding="utf-8"))
     lines = (trial.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -200,8 +250,12 @@ def _run(trial: Trial) -> None:
         "trained": summary["trainable_params"], "perplexity": summary["perplexity_after"],
         "curve": [{"step": row["step"], **row["eval"]} for row in rows if "eval" in row],
         "loss": [[row["step"], row["loss"]] for row in rows if "loss" in row],
-        "settings": json.loads(json.dumps(trial.settings, default=str)),
+        "marks": trial.marks,
     })  # fmt: skip
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -215,10 +269,10 @@ def _report(options: argparse.Namespace, trials: Sequence[Trial], best: dict[str
         " learning rate on the new text of each sweep (*: at its edge); gap: how much of LoRA's distance to full"
         " training is closed, on the seeds that all three have"
     )
-    report.show("learning", _table(shown, options.rates_of))
-    kept = ("method", "learning_rate", "seed", "trained", "perplexity", "curve", "loss")
+    swept = {row.method: [each.rate for each in _rows(trials) if each.method == row.method] for row in shown}
+    report.show("learning", _table(shown, swept))
     report.points["runs"] = [
-        {**{key: found[key] for key in kept}, "is_best": trial.rate == best[trial.method]}
+        {**{key: found[key] for key in KEPT}, "is_best": trial.rate == best[trial.method]}
         for trial in trials
         if (found := trial.read()) is not None
     ]
@@ -236,16 +290,19 @@ def _rows(trials: Sequence[Trial]) -> list[Row]:
 
 
 def _best(rows: Sequence[Row]) -> list[Row]:
-    """Of each method."""
+    """Of each method, judged by the seeds that all of its learning rates have."""
     found = []
     for name in dict.fromkeys(row.method for row in rows):
         own = [row for row in rows if row.method == name]
-        least = min(row.mean for row in own)
-        found.append(min((row for row in own if row.mean <= AS_GOOD * least), key=lambda row: sum(row.old.values())))
+        seeds = set.intersection(*(set(row.new) for row in own))
+        new = {row.rate: sum(row.new[seed] for seed in seeds) for row in own}
+        old = {row.rate: sum(row.old[seed] for seed in seeds) for row in own}
+        good = [row for row in own if new[row.rate] <= AS_GOOD * min(new.values())]
+        found.append(min(good, key=lambda row: old[row.rate]))
     return found
 
 
-def _table(rows: Sequence[Row], rates: dict[str, tuple[float, ...]]) -> list[list[str]]:
+def _table(rows: Sequence[Row], rates: Mapping[str, Sequence[float]]) -> list[list[str]]:
     titles = ["method", "trained", "learning rate", "seeds", "new", "±", "old", "±", "gap"]
     cells = [
         [

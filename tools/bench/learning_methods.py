@@ -24,6 +24,7 @@ class Method:
     replay: float = 0.0
     full_rank: float = 0.0
     shift: bool = False
+    trial: str = ""
 
     def settings(self, rate: float, steps: int, old: Path) -> dict[str, Any]:
         """The flags of a run of so many steps. `old`: the text that is replayed."""

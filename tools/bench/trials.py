@@ -35,11 +35,11 @@ def run_alone(command: Sequence[str], log: Path) -> None:
         raise RunError(f"a run failed: see {log}")
 
 
-def pretrain_alone(settings: Mapping[str, Any], log: Path) -> None:
-    """`launch/pretrain.py` with these settings as flags."""
+def pretrain_alone(settings: Mapping[str, Any], log: Path, trial: Sequence[str] = ()) -> None:
+    """`launch/pretrain.py` with these settings as flags, or `learning_trials.py` with the words of a `trial`."""
     flags = [part for name, value in settings.items() for part in (f"--{name}", *_words(value))]
-    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--deepspeed", str(ROOT / "configs/zero3.json")]
-    run_alone([*command, *flags], log)
+    program = ROOT / ("tools/bench/learning_trials.py" if trial else "launch/pretrain.py")
+    run_alone([sys.executable, str(program), *trial, "--deepspeed", str(ROOT / "configs/zero3.json"), *flags], log)
 
 
 def _words(value: Any) -> list[str]:

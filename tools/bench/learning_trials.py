@@ -1,0 +1,128 @@
+"""One run of the training program with one thing changed that is no option of it: what `trial` of a method tries.
+
+python tools/bench/learning_trials.py TRIAL OLD [--flags of the training program]
+
+rows-K       with --train_embeddings: of the embeddings only the K rows whose frequency grows most from OLD, a text
+             that the base knows, to the text that is learned
+drift-K      the K rows whose frequency changes most, up or down
+bias         one bias for each token on the logits, beside the adapter
+hadamard     delta = W / rms(W) * expand(M), element by element, in place of expand(M)
+rms          Muon's updates of M times 0.2 sqrt(r_hat), so that each has the RMS 0.2 whatever its side
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mora_ds.adapters.layer import MoRALinear
+from mora_ds.adapters.ops.mora import delta_weight
+from mora_ds.commands.pretrain import main as pretrain
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json, write_json_atomic
+from mora_ds.config.arguments import parse
+from mora_ds.data import load_corpus, load_tokenizer
+from mora_ds.engine import muon
+from mora_ds.runtime import cli
+from mora_ds.train import adapter_job
+
+BIAS_RATE = 10.0
+"""The learning rate of the bias, in that of M."""
+RMS = 0.2
+
+
+def main() -> None:
+    trial, old, *sys.argv[1:] = sys.argv[1:]
+    kind, _, count = trial.partition("-")
+    arguments = parse(sys.argv[1:])
+    if kind in ("rows", "drift"):
+        (new,) = arguments.data.train_files
+        rows = _rows(arguments.model.model_name_or_path, new, old, int(count), kind)
+        _after_injection(lambda model: _train_rows(model, rows))
+    elif trial == "bias":
+        _after_injection(_add_bias)
+    elif trial == "hadamard":
+        MoRALinear.product = _hadamard  # type: ignore[method-assign, assignment]
+    elif trial == "rms":
+        _match_rms()
+    else:
+        raise UserError(f"TRIAL {trial}: the first lines of {Path(__file__).name} name them")
+    pretrain()
+    if kind in ("rows", "drift"):
+        path = Path(arguments.training.output_dir) / "summary.json"
+        summary = read_json(path)
+        summary["trainable_params"] -= FROZEN[0]
+        write_json_atomic(path, summary)
+
+
+def _after_injection(change: Callable[[Any], None]) -> None:
+    """`change` the model as soon as it has its adapters."""
+    inject = adapter_job.inject
+
+    def injected(model: Any, *others: Any) -> Any:
+        report = inject(model, *others)
+        change(model)
+        return report
+
+    adapter_job.inject = injected  # type: ignore[assignment]
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+FROZEN = [0]
+"""Elements of the rows that are left as they are."""
+
+
+def _rows(model: str | None, new: str, old: str, count: int, kind: str) -> Tensor:
+    tokenizer = load_tokenizer(model)  # type: ignore[arg-type]
+    shares = []
+    for path in (old, new):
+        ids = [each for text in load_corpus([path]).texts() for each in tokenizer(text)["input_ids"]]
+        shares.append(torch.bincount(torch.tensor(ids), minlength=len(tokenizer)).double() / len(ids))
+    growth = shares[1] - shares[0]
+    return (growth.abs() if kind == "drift" else growth).topk(count).indices
+
+
+def _train_rows(model: Any, rows: Tensor) -> None:
+    for table in {id(each.weight): each.weight for each in (model.get_input_embeddings(), model.get_output_embeddings())
+                  if isinstance(each.weight, nn.Parameter)}.values():  # fmt: skip
+        mask = torch.zeros(len(table), 1).index_fill_(0, rows, 1.0)
+        table.register_hook(mask.mul)
+        FROZEN[0] += table.numel() - len(rows) * table.shape[1]
+
+
+# -- the others --------------------------------------------------------------------------------------------------------
+def _add_bias(model: Any) -> None:
+    head = model.get_output_embeddings()
+    head.shift = nn.Parameter(torch.zeros(len(head.weight)))
+    head.register_forward_hook(lambda module, _, logits: logits + BIAS_RATE * module.shift)
+
+
+def _hadamard(layer: MoRALinear, x: Tensor, square: Tensor, path: Any) -> Tensor:
+    weight = layer.stored_weight
+    scale = weight / weight.square().mean().sqrt()
+    return F.linear(x, weight + scale * delta_weight(layer.spec, square), layer.bias)
+
+
+def _match_rms() -> None:
+    muon.load_kernels()
+    from deepspeed.runtime.zero.muon import original_muon
+
+    update = original_muon.muon_update
+
+    def matched(*given: Any, **named: Any) -> Tensor:
+        found: Tensor = update(*given, **named)
+        return found * RMS * max(found.shape[-2:]) ** 0.5
+
+    original_muon.muon_update = matched
+
+
+if __name__ == "__main__":
+    cli.run(main, restartable=True)
