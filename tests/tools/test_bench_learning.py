@@ -10,10 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from deepspeed.runtime.zero.muon import original_muon
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from mora_ds.adapters.layer import MoRALinear
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.spec import OperatorKind
 from mora_ds.common.errors import UserError
+from mora_ds.data import load_tokenizer
 from tests.helpers.jobs import Playground
+from tests.helpers.models import causal_loss, tiny_model, tokens
 from tests.helpers.tools import call, tool
 
 BAD = (
@@ -63,13 +72,13 @@ def test_of_rates_that_learn_alike_the_one_that_forgets_least_is_best() -> None:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The settings of all runs, which are pretended: 0.01 is the best learning rate."""
+    """The settings of all runs and their trials. The runs are pretended: 0.01 is the best learning rate."""
     ran: list[dict[str, Any]] = []
 
     def pretend(settings: dict[str, Any], log: Path, trial: list[str]) -> None:
         folder = Path(settings["output_dir"])
         folder.mkdir()
-        ran.append(settings)
+        ran.append({**settings, "trial": trial})
         found = {"new": 100.0 + settings["seed"] + 1e4 * abs(settings["learning_rate"] - 1e-2), "old": 200.0}
         (folder / "summary.json").write_text(json.dumps({"trainable_params": 7, "perplexity_after": found}))
         rows = [{"step": 10, "loss": 5.0}, {"step": 20, "eval": found}]
@@ -137,3 +146,53 @@ def test_a_table_grows_by_the_runs_of_an_earlier_one(
     only.write_text("settings: {}\nmethods: {none: {flags: {adapter: none}, rates: [1]}}\n")
     refused("unknown --methods_file 'lora'", *FLAGS, "--methods_file", only)
     assert len(ran) == 8
+
+
+# -- trials ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_is_run_by_its_own_program(user: Playground, tmp_path: Path, ran: list[dict[str, Any]]) -> None:
+    call("bench/learning", *texts(user), "--work", tmp_path, "--seeds", 1, "--methods", "hadamard@0.01", "lora@0.01")
+    assert [each["trial"] for each in ran] == [["hadamard", str(user.train)], []]
+    with pytest.raises(UserError, match="TRIAL none-5: the first lines of learning_trials"):
+        call("bench/learning_trials", "none-5", user.train, *user.flags(tmp_path / "out"))
+
+
+def test_the_rows_whose_frequency_changes_most_are_trained_alone(user: Playground, tmp_path: Path) -> None:
+    trials, tokenizer = tool("bench/learning_trials"), load_tokenizer(user.model)
+    old, new = "z" * 20, "z" * 10 + "q" * 10
+    grows, falls = (tokenizer(letter * 20)["input_ids"][-1] for letter in "qz")
+    for name, text in (("old.txt", old), ("new.txt", new)):
+        (tmp_path / name).write_text(text)
+    paths = (str(user.model), str(tmp_path / "new.txt"), str(tmp_path / "old.txt"))
+    assert trials._rows(*paths, 1, "rows").tolist() == [grows]
+    assert sorted(trials._rows(*paths, 2, "drift").tolist()) == sorted([grows, falls])
+    for tied, tables in ((True, 1), (False, 2)):
+        model = tiny_model("llama", tie_word_embeddings=tied)
+        ids = tokens(3)
+        rows = ids.unique()[:2]
+        assert trials._train_rows(model, rows) == -tables * (128 - 2) * 32
+        causal_loss(model, ids).backward()
+        for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            assert weight.grad.any(1).nonzero().flatten().tolist() == rows.tolist()
+
+
+def test_each_trial_computes_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials, model, ids = tool("bench/learning_trials"), tiny_model("llama"), tokens(2)
+    before, shift = model(ids).logits, torch.zeros(128)
+    assert trials._add_bias(model) == len(shift)
+    model.get_output_embeddings().shift.data[7] = shift[7] = 0.5
+    assert torch.allclose(model(ids).logits, before + trials.BIAS_RATE * shift, atol=1e-5)
+
+    layer = MoRALinear(nn.Linear(12, 8), OperatorSpec(OperatorKind.ROTATE, 12, 8, 4))
+    x, square = torch.randn(3, 12), torch.randn(4, 4, requires_grad=True)
+    delta = layer.weight / layer.weight.square().mean().sqrt() * layer.spec.delta_weight(square.detach())
+    product = trials._hadamard(layer, x, square, None)
+    assert torch.allclose(product, F.linear(x, layer.weight + delta, layer.bias), atol=1e-6)
+    product.square().sum().backward()
+    assert square.grad is not None and square.grad.all()
+
+    monkeypatch.setattr(original_muon, "muon_update", lambda update: update)
+    trials._match_rms()
+    updated = original_muon.muon_update(torch.linalg.qr(torch.randn(64, 64)).Q)
+    assert updated.square().mean().sqrt() == pytest.approx(trials.RMS)

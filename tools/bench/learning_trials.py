@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.commands.pretrain import main as pretrain
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import read_json, write_json_atomic
 from mora_ds.config.arguments import parse
 from mora_ds.data import load_corpus, load_tokenizer
 from mora_ds.engine import muon
@@ -35,7 +35,7 @@ from mora_ds.runtime import cli
 from mora_ds.train import adapter_job
 
 BIAS_RATE = 10.0
-"""The learning rate of the bias, in that of M."""
+"""By how much the learning rate of the bias is above that of M."""
 RMS = 0.2
 
 
@@ -56,28 +56,20 @@ def main() -> None:
     else:
         raise UserError(f"TRIAL {trial}: the first lines of {Path(__file__).name} name them")
     pretrain()
-    if kind in ("rows", "drift"):
-        path = Path(arguments.training.output_dir) / "summary.json"
-        summary = read_json(path)
-        summary["trainable_params"] -= FROZEN[0]
-        write_json_atomic(path, summary)
 
 
-def _after_injection(change: Callable[[Any], None]) -> None:
-    """`change` the model as soon as it has its adapters."""
+def _after_injection(change: Callable[[Any], int]) -> None:
+    """`change` the model as soon as it has its adapters; it returns how many parameters more are trained."""
     inject = adapter_job.inject
 
     def injected(model: Any, *others: Any) -> Any:
         report = inject(model, *others)
-        change(model)
-        return report
+        return replace(report, other_trainable_params=report.other_trainable_params + change(model))
 
     adapter_job.inject = injected  # type: ignore[assignment]
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
-FROZEN = [0]
-"""Elements of the rows that are left as they are."""
 
 
 def _rows(model: str | None, new: str, old: str, count: int, kind: str) -> Tensor:
@@ -90,19 +82,22 @@ def _rows(model: str | None, new: str, old: str, count: int, kind: str) -> Tenso
     return (growth.abs() if kind == "drift" else growth).topk(count).indices
 
 
-def _train_rows(model: Any, rows: Tensor) -> None:
-    for table in {id(each.weight): each.weight for each in (model.get_input_embeddings(), model.get_output_embeddings())
-                  if isinstance(each.weight, nn.Parameter)}.values():  # fmt: skip
-        mask = torch.zeros(len(table), 1).index_fill_(0, rows, 1.0)
-        table.register_hook(mask.mul)
-        FROZEN[0] += table.numel() - len(rows) * table.shape[1]
+def _train_rows(model: Any, rows: Tensor) -> int:
+    """The others' gradients are zero, and AdamW without weight decay leaves them as they are."""
+    tables = {id(each): each for each in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
+    frozen = 0
+    for table in (each for each in tables.values() if isinstance(each, nn.Parameter)):
+        table.register_hook(torch.zeros(len(table), 1).index_fill_(0, rows, 1.0).mul)
+        frozen += table.numel() - len(rows) * table.shape[1]
+    return -frozen
 
 
 # -- the others --------------------------------------------------------------------------------------------------------
-def _add_bias(model: Any) -> None:
+def _add_bias(model: Any) -> int:
     head = model.get_output_embeddings()
     head.shift = nn.Parameter(torch.zeros(len(head.weight)))
     head.register_forward_hook(lambda module, _, logits: logits + BIAS_RATE * module.shift)
+    return len(head.weight)
 
 
 def _hadamard(layer: MoRALinear, x: Tensor, square: Tensor, path: Any) -> Tensor:
