@@ -108,7 +108,7 @@ def _hadamard(layer: MoRALinear, x: Tensor, square: Tensor, path: Any) -> Tensor
 
 def _match_rms() -> None:
     muon.load_kernels()
-    original_muon = sys.modules["deepspeed.runtime.zero.muon.original_muon"]
+    original_muon: Any = sys.modules["deepspeed.runtime.zero.muon.original_muon"]
     update = original_muon.muon_update
 
     def matched(*given: Any, **named: Any) -> Tensor:
