@@ -35,6 +35,9 @@ def repair(path: Path, sources: Sequence[Path] = ()) -> list[str]:
             if not (problem := file_problem(ledger / name, size, sha256)):
                 continue
             good = (donor / name for donor in donors if not file_problem(donor / name, size, sha256))
+            if (ledger / name).is_dir() and not (ledger / name).is_symlink():
+                lost.append(f"{ledger / name} is a folder, which stays: move it away")
+                continue
             if sha256 in healed:
                 link_or_copy(healed[sha256], ledger / name)
             elif (donor := next(good, None)) is not None:

@@ -56,8 +56,8 @@ def shown(value: Any) -> str:
 def read_text(path: Path, limit: int = MAX_BYTES) -> str:
     """A UTF-8 file of at most `limit` bytes. Raises `UserError` for a larger one and for one that is no text, OSError
     where it cannot be read."""
-    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode) and path.parts[:2] != ("/", "dev"):
-        raise UserError(f"{path} is no file")  # a pipe would wait for ever; what a shell names /dev/fd/63 is meant
+    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode) and not _is_of_shell(path):
+        raise UserError(f"{path} is no file")  # a pipe would wait for ever
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
@@ -66,6 +66,11 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _is_of_shell(path: Path) -> bool:
+    """Whether it is a name such as /dev/fd/63, by which a shell gives a pipe. Below /dev/shm lie files as elsewhere."""
+    return path == Path("/dev/stdin") or path.parent == Path("/dev/fd")
 
 
 def parse_json(text: str, **options: Any) -> Any:

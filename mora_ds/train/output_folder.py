@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -38,7 +39,10 @@ ASIDE, DELETING = ".overwritten", ".deleting"
 STARTING = ".mora_ds-starting"
 """Lists the names that a run which has no run.yaml yet may have made."""
 LOCK = ".lock"
-"""An empty file, locked while a process writes to the folder; the lock ends with the process, however that ends."""
+"""An empty file, locked while processes write to the folder: byte 0 by rank 0, byte 1 by the others together. A lock
+ends with its process, however that ends."""
+_ORPHANS_S = 60.0
+"""How long a run waits for ranks of an earlier one whose rank 0 has ended. Heartbeats end them within 15 seconds."""
 TARGETS, VECTORS, TENSORBOARD, DEMO = "targets.yaml", "subspace", "tensorboard", "demo"
 NAMES = (
     RUN_FILE, METRICS_FILE, SUMMARY_FILE, TENSORBOARD, CHECKPOINTS, LEDGER_FOLDER, MERGED_FOLDER, BASE_FOLDER,
@@ -178,6 +182,22 @@ def give_up(folder: Path) -> None:
         reservation.rollback()
 
 
+def join(folder: Path) -> None:
+    """Share the lock of `folder`, which rank 0 has reserved. Called by the other ranks, which may write there for some
+    seconds after rank 0 has ended. Has no effect on a node that does not see rank 0's folder."""
+    if (path := folder.resolve() / LOCK) not in _shared and path.is_file():
+        with _writing(folder):
+            _shared[path] = os.open(path, os.O_RDWR)
+        with suppress(OSError):  # a file system without locks: the folder is used unlocked
+            fcntl.lockf(_shared[path], fcntl.LOCK_SH | fcntl.LOCK_NB, 1, 1)
+
+
+def leave(folder: Path) -> None:
+    """Take `join` back."""
+    if (file := _shared.pop(folder.resolve() / LOCK, None)) is not None:
+        os.close(file)
+
+
 def names_of_run(folder: Path, exports: bool) -> list[str]:
     """What the run that begins in `folder` makes, and what it has made already where it is resumed.
 
@@ -251,6 +271,9 @@ _open: dict[Path, Reservation] = {}
 _locks: dict[Path, int] = {}
 """Folder -> lock file of this process. Closing a lock file gives the lock up, so they stay open to the end."""
 
+_shared: dict[Path, int] = {}
+"""The same for lock files that this process shares (`join`)."""
+
 
 def _lock(folder: Path) -> None:
     """Raise `UserError` while another run writes to the folder.
@@ -264,7 +287,7 @@ def _lock(folder: Path) -> None:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
         except (BlockingIOError, PermissionError):
             os.close(file)
             raise UserError(
@@ -275,7 +298,30 @@ def _lock(folder: Path) -> None:
         if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
             break
         os.close(file)  # a run that was given up has deleted it since it was opened
+    try:
+        _wait_for_orphans(file, folder)
+    except UserError:
+        os.close(file)
+        raise
     _locks[resolved] = file
+
+
+def _wait_for_orphans(file: int, folder: Path) -> None:
+    """Raise `UserError` where other ranks of an earlier run do not leave."""
+    deadline = time.monotonic() + _ORPHANS_S
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1)
+            return fcntl.lockf(file, fcntl.LOCK_UN, 1, 1)
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--output_dir {folder}: ranks of an earlier run are left and may write to it, though its rank 0 "
+                    "has ended; end them first"
+                ) from None
+        except OSError:  # a file system without locks
+            return None
+        time.sleep(0.1)
 
 
 # -- what is set aside -------------------------------------------------------------------------------------------------

@@ -58,7 +58,16 @@ from mora_ds.train.inputs import check_inputs
 from mora_ds.train.job import BareJob, FullJob, Job
 from mora_ds.train.metrics import MetricsLog, peak_memory_bytes, plain_json
 from mora_ds.train.node_room import check_node_base
-from mora_ds.train.output_folder import Reservation, check_trackers, give_up, has_begun, names_of_run, reserve
+from mora_ds.train.output_folder import (
+    Reservation,
+    check_trackers,
+    give_up,
+    has_begun,
+    join,
+    leave,
+    names_of_run,
+    reserve,
+)
 from mora_ds.train.preflight import preflight
 from mora_ds.train.replicas import Replica
 from mora_ds.train.run_file import write_run_file
@@ -168,6 +177,8 @@ def _output_folder(arguments: Arguments, ranks: Ranks, base: Path | None) -> Ite
 
     try:
         checkpoint = ranks.on_first("output folder", reserve_folder, long=True)
+        if not ranks.is_first:
+            join(root)
         followers = Followers.find(root, ranks)
         if followers.names:
             logger.info(
@@ -179,6 +190,7 @@ def _output_folder(arguments: Arguments, ranks: Ranks, base: Path | None) -> Ite
     except BaseException:
         for reservation in reservations:
             reservation.rollback()
+        leave(root)
         if followers is not None:
             followers.close()
         raise

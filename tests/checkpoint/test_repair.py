@@ -60,6 +60,16 @@ def test_a_cycle_that_all_ledgers_share_is_taken_from_a_backup(copied: Path, tmp
     assert repair(copied) == []
 
 
+def test_a_folder_in_the_place_of_a_cycle_stays(copied: Path) -> None:
+    damaged = ledgers(copied)[0]
+    (damaged / CYCLE).unlink()
+    (damaged / CYCLE).mkdir()
+    (damaged / CYCLE / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match=f"{CYCLE} is a folder, which stays"):
+        repair(copied)
+    assert (damaged / CYCLE / "notes.txt").read_text() == "mine"
+
+
 def test_what_has_no_ledger_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no ledger"):
         repair(tmp_path)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.untrusted import read_text
 
 
 def flip_byte(path: Path, position: int) -> None:
@@ -74,3 +76,17 @@ def test_half_made_link_is_never_written_through(tmp_path: Path) -> None:
     os.link(precious, tmp_path / ".a.json.partial")
     files.write_json_atomic(tmp_path / "a.json", {})
     assert precious.read_text() == "keep"
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_is_read_only_where_a_shell_names_it(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"{}")
+    os.close(writer)
+    assert read_text(Path(f"/dev/fd/{reader}")) == "{}"
+    os.close(reader)
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else tmp_path) as memory:
+        for path in (tmp_path / "pipe", Path(memory) / "pipe"):
+            os.mkfifo(path)
+            with pytest.raises(UserError, match="is no file"):
+                read_text(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tests.helpers.models import tokens
 def test_a_damaged_adapter_harms_nobody_until_it_is_used(rotating: Bench, tmp_path: Path) -> None:
     shutil.copytree(rotating.folder, tmp_path, dirs_exist_ok=True)
     made = Bench(tmp_path, rotating.maker, rotating.updates)
-    for name in ("short", "flipped", "nothing", "nan", "json", "gone"):
+    for name in ("short", "flipped", "nothing", "nan", "json", "gone", "seed"):
         shutil.copytree(tmp_path / "bank" / "one", tmp_path / "bank" / name)
     bank_folder = tmp_path / "bank"
     tensors = (bank_folder / "short" / ADAPTER_TENSORS).read_bytes()
@@ -32,14 +33,17 @@ def test_a_damaged_adapter_harms_nobody_until_it_is_used(rotating: Bench, tmp_pa
     (bank_folder / "nothing" / ADAPTER_TENSORS).unlink()
     (bank_folder / "json" / ADAPTER_JSON).write_text('{"format": 1, "layers')
     (bank_folder / "gone" / ADAPTER_JSON).unlink()
+    text = (bank_folder / "seed" / ADAPTER_JSON).read_text()
+    (bank_folder / "seed" / ADAPTER_JSON).write_text(re.sub('"seed": [0-9]+', '"seed": 1000000000000', text))
     shutil.rmtree(bank_folder / "nan")
     made.updates["nan"] = made.maker.write(bank_folder / "nan", MoRAConfig(rank=3), scale=float("nan"))
     bank = made.open()
-    assert set(bank.damaged) == {"json", "gone"}
+    assert set(bank.damaged) == {"json", "gone", "seed"}
     check_rows(made, bank, ["one", "three"], tokens(2))
     for name, message in (
         ("short", ADAPTER_TENSORS), ("flipped", "cycle-00000.safetensors"), ("nothing", "is missing"),
         ("nan", "q_proj is not finite"), ("json", "adapter.json is damaged"), ("gone", "adapter.json is missing"),
+        ("seed", "the seed of an operator's permutations must be"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"adapter '{name}' cannot be used: .*{message}"), bank.use(["one", name]):
             pass
@@ -109,6 +113,7 @@ def test_a_merged_cycle_of_another_operator_is_named_when_it_is_read(tmp_path: P
         bank.cache.get("b")
 
 
+@pytest.mark.timeout(120)  # a search that does not end is noticed
 def test_names_folders_and_rows_that_do_not_fit_are_named(rotating: Bench, tmp_path: Path) -> None:
     bank = rotating.open()
     with pytest.raises(UserError, match=r"no adapter 'thre'. Did you mean 'three'\?"), bank.use(["one", "thre"]):

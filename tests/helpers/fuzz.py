@@ -1,7 +1,7 @@
 """Runs the tools on mutated, resealed files, each call bounded in time and memory, in processes that may die.
 
 subjects(folder)                  a small checkpoint, adapter, bank, universal folder, model and targets file
-fuzz(subjects, seeds, scratch)    one call of a tool for each seed; what it found
+fuzz(subjects, seeds, scratch)    one call of a tool for each seed; what it found, and what every call took
 """
 
 from __future__ import annotations
@@ -54,8 +54,15 @@ class Subject:
     tools: tuple[Tool, ...]
 
 
-def _targets(case: Path, _: Path) -> None:
+def targets(case: Path, _: Path) -> None:
     plan_of_file(AdapterArguments(targets=str(case / "targets" / "targets.yaml")))
+
+
+def repair(case: Path, out: Path) -> None:
+    """Of a copy, in which it may write; from the sound ledger of the run."""
+    with contextlib.suppress(shutil.Error):  # a pipe is not copied
+        shutil.copytree(case / "out", out, symlinks=True)
+    call("verify_checkpoint", out, "--repair")
 
 
 def _tool(name: str, *flags: str) -> Tool:
@@ -64,6 +71,7 @@ def _tool(name: str, *flags: str) -> Tool:
     def run(case: Path, out: Path) -> None:
         call(name, *(flag.format(case=case, out=out) for flag in flags))
 
+    run.__name__ = name if flags[0][0] in "-{" else f"{name} {flags[0]}"
     return run
 
 
@@ -104,6 +112,18 @@ def subjects(folder: Path) -> list[Subject]:
         _tool("ledger", "compact", _CHECKPOINT, "--output", "{out}", "--first", "1"),
         _tool(*_EXPORT),
         _tool("spectrum", _CHECKPOINT),
+        _tool("convert_checkpoint", "peft", _CHECKPOINT, "--output", "{out}", "--rank", "4"),
+        _tool("ledger", "combine", _CHECKPOINT, _CHECKPOINT, "--weights", "0.5", "0.5", "--output", "{out}"),
+        repair,
+    )
+    of_model = (
+        _tool("evaluate", base, *sets),
+        _tool("analyze_weights", base),
+        _tool("analyze_weights", base, "--probe", "{case}/held.txt", "--probe_batches", "1", "--seq_len", "4"),
+        _tool("extend_vocab", base, "--corpus", "{case}/held.txt", "--pieces", "2", "--output", "{out}"),
+        _tool("prepare_corpus", "--files", "{case}/held.txt", "--tokenizer", base, "--output", "{out}"),
+        _tool("plan", "--model", base, "--gpus", "8", "--seq_len", "8", "--micro_batch", "1"),
+        _tool("tp_cost", base),
     )
     return [
         Subject(run, "out/checkpoints/step-000007", fast),
@@ -113,14 +133,15 @@ def subjects(folder: Path) -> list[Subject]:
             "universal",
             (_tool("convert_checkpoint", "from_universal", "{case}/universal", "--output", "{out}"),),
         ),
-        Subject(folder / "plan", "targets", (_targets,)),
+        Subject(folder / "plan", "targets", (targets,)),
         Subject(bank, "bank", (_tool("evaluate", base, "--bank", "{case}/bank", *sets),)),
         Subject(bank, "bank/one", (_tool("evaluate", "{case}/bank/one", *sets),)),
         Subject(run, "out/checkpoints/step-000007", (_tool(*_EXPORT, "--verify"),)),
+        Subject(bank, "base", of_model),
     ]  # fmt: skip
 
 
-WEIGHTS = (60, 8, 14, 10, 3, 3, 2)
+WEIGHTS = (60, 8, 14, 10, 3, 3, 2, 8)
 """How often each of the subjects is taken."""
 
 
@@ -132,9 +153,14 @@ def _stop(_: int, __: FrameType | None) -> None:
     raise _TooLong
 
 
-def fuzz(made: list[Subject], seeds: Iterable[int], scratch: Path) -> tuple[list[dict[str, Any]], float, int]:
-    """(findings, longest call in seconds, largest growth of memory in bytes) of one call for each seed."""
-    waiting, found, slowest, largest = list(seeds), [], 0.0, 0
+Lines = list[dict[str, Any]]
+
+
+def fuzz(made: list[Subject], seeds: Iterable[int], scratch: Path) -> tuple[Lines, Lines]:
+    """(findings, all calls) of one call for each seed. A call's line has its tool, seconds, and growth in bytes."""
+    waiting = list(seeds)
+    found: Lines = []
+    calls: Lines = []
     while waiting:
         report = scratch / f"report-{waiting[0]}.jsonl"
         report.write_text("")
@@ -145,12 +171,11 @@ def fuzz(made: list[Subject], seeds: Iterable[int], scratch: Path) -> tuple[list
         lines = [json.loads(line) for line in report.read_text().splitlines()]
         done = [line for line in lines if "seconds" in line]
         found += [line for line in done if line["error"]]
-        slowest = max([slowest, *(line["seconds"] for line in done)])
-        largest = max([largest, *(line["grown"] for line in done)])
+        calls += done
         if status and len(lines) > len(done) + sum("seconds" in line for line in lines):
             found.append({**lines[-1], "error": f"the process ended with status {status}"})
         waiting = waiting[sum("seed" in line and "seconds" not in line for line in lines) or 1 :]
-    return found, slowest, largest
+    return found, calls
 
 
 def _run_all(made: list[Subject], seeds: list[int], scratch: Path, report: Path) -> None:
@@ -198,7 +223,7 @@ def _one(made: list[Subject], seed: int, scratch: Path, process: psutil.Process)
         error = f"written outside of the output: {changed[:3]}"
     if not error and grown > NBYTES:
         error = f"{grown:,} bytes"
-    return {"tool": subject.tools.index(tool), "subject": subject.mutated, "done": done, "error": error,
+    return {"tool": tool.__name__, "subject": subject.mutated, "done": done, "error": error,
             "seconds": seconds, "grown": max(grown, 0)}  # fmt: skip
 
 
@@ -232,6 +257,16 @@ def _error(tool: Tool, case: Path) -> str:
     return ""
 
 
+def summary(calls: Lines) -> list[str]:
+    """A line for each tool."""
+    lines = []
+    for name in sorted({each["tool"] for each in calls}):
+        mine = [each for each in calls if each["tool"] == name]
+        slowest, largest = (max(each[key] for each in mine) for key in ("seconds", "grown"))
+        lines.append(f"{name:<36}{len(mine):6} calls, slowest {slowest:5.2f} s, largest {largest / 2**20:4.0f} MiB")
+    return lines
+
+
 def main() -> None:
     """python -m tests.helpers.fuzz FIRST COUNT FOLDER: for long runs, in several processes."""
     first, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
@@ -239,10 +274,10 @@ def main() -> None:
     scratch = folder / "scratch"
     scratch.mkdir()
     started = time.monotonic()
-    found, slowest, largest = fuzz(made, range(first, first + count), scratch)
+    found, calls = fuzz(made, range(first, first + count), scratch)
     (folder / "findings.json").write_text(json.dumps(found, indent=1))
-    print(f"{count} calls in {time.monotonic() - started:.0f} s: {len(found)} finding(s), slowest {slowest:.1f} s, "
-          f"largest {largest / 2**20:.0f} MiB")  # fmt: skip
+    print("\n".join(summary(calls)))
+    print(f"{len(calls)} calls in {time.monotonic() - started:.0f} s: {len(found)} finding(s)")
 
 
 if __name__ == "__main__":

@@ -193,8 +193,11 @@ def test_a_failure_at_some_checks(user: Playground, tmp_path: Path, failing: int
     assert not (tmp_path / "out").exists(), "the folder is as it was"
 
 
+AT_EACH = pytest.mark.parametrize(("world", "failing"), [(2, 0), (2, 1), (3, 0), (3, 2)])
+
+
 @pytest.mark.heavy
-@pytest.mark.parametrize(("world", "failing"), [(2, 0), (2, 1), (3, 0), (3, 2)])
+@AT_EACH
 def test_a_failure_at_each_check(user: Playground, tmp_path: Path, world: int, failing: int) -> None:
     more = (*MERGES, "--operator", "subspace", "--subspace_cycles", 2, "--targets", "auto", "--trainable_budget", "3%")
     names = run_ranks(world, checks_of, user.flags(tmp_path / "healthy", *more))[0]
@@ -203,23 +206,23 @@ def test_a_failure_at_each_check(user: Playground, tmp_path: Path, world: int, f
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("failing", [0, 1])
-def test_a_failure_at_each_check_of_a_resumed_run(user: Playground, tmp_path: Path, failing: int) -> None:
+@AT_EACH
+def test_a_failure_at_each_check_of_a_resumed_run(user: Playground, tmp_path: Path, world: int, failing: int) -> None:
     argv = user.flags(tmp_path / "out", *MERGES, "--resume_from_checkpoint", "auto")
-    run(2, [*argv, "--max_steps", "3"])
+    run(world, [*argv, "--max_steps", "3"])
     shutil.copytree(tmp_path / "out", tmp_path / "healthy", symlinks=True)
-    names = run_ranks(2, checks_of, [*argv, "--output_dir", str(tmp_path / "healthy")])[0]
+    names = run_ranks(world, checks_of, [*argv, "--output_dir", str(tmp_path / "healthy")])[0]
     assert len(names) >= 20
-    assert_all_fail(2, argv, list(range(len(names))), failing)
+    assert_all_fail(world, argv, list(range(len(names))), failing)
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("failing", [0, 1])
-def test_a_failure_at_each_check_of_a_mixture(user: Playground, tmp_path: Path, failing: int) -> None:
+@AT_EACH
+def test_a_failure_at_each_check_of_a_mixture(user: Playground, tmp_path: Path, world: int, failing: int) -> None:
     mix = write_mixture(user, tmp_path / "mix.yaml", "phases:\n  - {from_step: 3, weights: {new: 0.9, old: 0.1}}\n")
-    names = run_ranks(2, checks_of, mixture_flags(user, tmp_path / "healthy", mix, *MERGES))[0]
+    names = run_ranks(world, checks_of, mixture_flags(user, tmp_path / "healthy", mix, *MERGES))[0]
     assert len(names) >= 20
-    assert_all_fail(2, mixture_flags(user, tmp_path / "out", mix, *MERGES), list(range(len(names))), failing)
+    assert_all_fail(world, mixture_flags(user, tmp_path / "out", mix, *MERGES), list(range(len(names))), failing)
     assert not (tmp_path / "out").exists()
 
 
@@ -227,24 +230,28 @@ FULL_RANK = (*MERGES, "--full_rank_steps", 2)
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("failing", [0, 1])
-def test_a_failure_at_each_check_before_full_rank_steps(user: Playground, tmp_path: Path, failing: int) -> None:
-    names = run_ranks(2, checks_of, user.flags(tmp_path / "healthy", *FULL_RANK))[0]
+@AT_EACH
+def test_a_failure_at_each_check_before_full_rank_steps(
+    user: Playground, tmp_path: Path, world: int, failing: int
+) -> None:
+    names = run_ranks(world, checks_of, user.flags(tmp_path / "healthy", *FULL_RANK))[0]
     assert "full-rank part" in names
-    assert_all_fail(2, user.flags(tmp_path / "out", *FULL_RANK), list(range(len(names))), failing)
+    assert_all_fail(world, user.flags(tmp_path / "out", *FULL_RANK), list(range(len(names))), failing)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("failing", [0, 1])
-def test_a_failure_at_each_check_after_full_rank_steps(user: Playground, tmp_path: Path, failing: int) -> None:
+@AT_EACH
+def test_a_failure_at_each_check_after_full_rank_steps(
+    user: Playground, tmp_path: Path, world: int, failing: int
+) -> None:
     """A run that was ended in its second part goes on: the checkpoint of the first part is the base."""
     argv = user.flags(tmp_path / "out", *FULL_RANK, "--save_steps", 2, "--resume_from_checkpoint", "auto")
-    run(2, [*argv, "--max_steps", "5"])
+    run(world, [*argv, "--max_steps", "5"])
     shutil.copytree(tmp_path / "out", tmp_path / "healthy", symlinks=True)
-    names = run_ranks(2, checks_of, [*argv, "--output_dir", str(tmp_path / "healthy")])[0]
+    names = run_ranks(world, checks_of, [*argv, "--output_dir", str(tmp_path / "healthy")])[0]
     assert "full-rank part" in names and len(names) >= 20
-    assert_all_fail(2, argv, list(range(len(names))), failing)
+    assert_all_fail(world, argv, list(range(len(names))), failing)
 
 
 # -- the real launcher -------------------------------------------------------------------------------------------------

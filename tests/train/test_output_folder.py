@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,8 @@ from mora_ds.train.output_folder import (
     check_trackers,
     give_up,
     has_begun,
+    join,
+    leave,
     names_of_run,
     reserve,
 )
@@ -186,6 +190,42 @@ def test_a_first_start_that_was_killed_leaves_nothing(tmp_path: Path) -> None:
 
     killed(tmp_path, start)
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", ".lock"}
+
+
+def orphan(folder: Path, seconds: float) -> int:
+    """The process of another rank, which is left for some time; it has joined when this returns."""
+    reader, writer = os.pipe()
+    if child := os.fork():
+        assert os.read(reader, 1) == b"1"
+        return child
+    join(folder)
+    os.write(writer, b"1")
+    time.sleep(seconds)
+    os._exit(0)
+
+
+def test_a_run_begins_when_all_ranks_of_the_earlier_one_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0's lock has gone with it; another one may still be writing its shard."""
+    out = a_run(tmp_path / "out")
+    child = orphan(out, 2)
+    monkeypatch.setattr(output_folder, "_ORPHANS_S", 0.2)
+    with untouched(out), pytest.raises(UserError, match="ranks of an earlier run are left"):
+        reserve(out)
+    monkeypatch.setattr(output_folder, "_ORPHANS_S", 60)
+    reserve(out)
+    assert os.waitpid(child, os.WNOHANG)[0] == child, "it was waited for"
+    give_up(out)
+
+
+def test_a_rank_that_gives_the_folder_up_holds_it_no_longer(tmp_path: Path) -> None:
+    out = a_run(tmp_path / "out")
+    join(out)
+    join(out)
+    leave(out)
+    assert not output_folder._shared
+    join(tmp_path / "a node that does not see it")
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard", "checkpoints", "tokenizer"])

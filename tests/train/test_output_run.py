@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import stat
@@ -10,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
-from mora_ds.train import demo
+from mora_ds.train import demo, pretrain
+from mora_ds.train.output_folder import LOCK
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import ZERO3, Playground, job, refused
+from tests.helpers.jobs import ZERO3, Playground, job, output_of, refused
 from tests.helpers.models import tiny_model
 from tests.helpers.snapshot import untouched
 
@@ -86,6 +89,29 @@ def test_all_files_have_the_mode_that_the_umask_asks_for(user: Playground, pickl
     assert {str(path): oct(mode) for path, mode in modes.items() if mode != (0o750 if path.is_dir() else 0o640)} == {}
     assert yaml.safe_load((out / "run.yaml").read_text())["resolved"]["owns"].count("base") == 1
     assert [path for path in out.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()] == []
+
+
+def shared_lock(argv: list[str]) -> bool:
+    """Whether this rank holds the output folder when its run begins, as another process sees it. For `run_ranks`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "_run", lambda arguments, job, schedule: {})
+        job(argv)
+    dist.barrier()
+    if not (child := os.fork()):
+        byte = 0 if dist.get_rank() == 0 else 1
+        try:
+            fcntl.lockf(os.open(Path(output_of(argv)) / LOCK, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+        except BlockingIOError:
+            os._exit(7)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    dist.barrier()
+    return status == 7
+
+
+@pytest.mark.gloo
+def test_every_rank_holds_the_folder_while_it_may_write(user: Playground, tmp_path: Path) -> None:
+    assert run_ranks(2, shared_lock, user.flags(tmp_path / "out")) == [True, True]
 
 
 # -- the demo ----------------------------------------------------------------------------------------------------------
