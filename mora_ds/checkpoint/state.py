@@ -70,6 +70,9 @@ class TrainerState:
     """Positions of streamed sources before the next step's batch; None without streams."""
     attention: AttentionKind = AttentionKind.DENSE
     """The attention that the run computes with, which it keeps when it resumes. Versions up to 0.2 knew dense only."""
+    chunked_loss: bool = False
+    """Whether the loss is computed in chunks (`models.loss.chunk_loss`), which a run keeps when it resumes. Versions up
+    to 0.2 did so for --chunked_loss only, which their checkpoints do not say."""
     world_size: Processes = 1
     """Number of ranks that wrote the checkpoint."""
     identity: dict[str, Any] = field(default_factory=dict)

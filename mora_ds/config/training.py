@@ -169,8 +169,9 @@ class TrainingArguments:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     chunked_loss: bool = False
-    """Compute the loss of a few tokens at a time, so that the logits of a complete batch are never in memory (8 bytes x
-    tokens x vocabulary): less memory, a third more arithmetic in the head."""
+    """Compute the loss of a few tokens at a time where the head is trained too, so that the logits of a complete batch
+    are never in memory (8 bytes x tokens x vocabulary): less memory, a third more arithmetic in the head. With a frozen
+    head, which costs nothing more, it is always done."""
     log_level: str = LogLevel.INFO.value
     """Least severe messages that rank 0 prints: debug, info, warning or error. Other ranks print warnings and errors;
     with debug they print everything too."""

@@ -1,11 +1,16 @@
 """The loss of a batch, optionally a few tokens at a time, so that the logits of a complete batch are never in memory.
 
-    chunk_loss(model)      after `deepspeed.initialize`: `token_nll` then computes the loss inside the model's head
+    chunk_loss(model)      after the adapters are in: `token_nll` then computes the loss inside the model's head
 
 Logits in fp32 and their gradient take 8 bytes x tokens x vocabulary, more than everything else where the vocabulary is
-large. With `chunk_loss` the head itself, where the model calls it, computes the logits of a chunk and reduces them to
-losses; backward computes them again (torch.utils.checkpoint): a third more arithmetic in the head. As the head remains
-a module that is called once, ZeRO-3 all-gathers a trained one in forward and backward as usual, tied or not.
+large. With `chunk_loss` the head itself, where the model calls it, computes the logits of a chunk and reduces them:
+
+    frozen head      to losses and to their gradients with respect to the head's input, which backward only scales:
+                     no more arithmetic than with whole logits, and the head's weight is not read again
+    trained head     to losses; backward computes the logits again (torch.utils.checkpoint): a third more arithmetic
+
+As the head remains a module that is called once, ZeRO-3 all-gathers a trained one in forward and backward as usual,
+tied or not.
 
 Not used: DeepSpeed's `TiledFusedLogitsLoss` (ulysses_sp.py) runs the head's backward in forward, before the loss is
 scaled, so that a trained head gets another gradient than the rest; torch's `linear_cross_entropy` (2.13) takes a bare
@@ -72,12 +77,17 @@ class ChunkedHead:
 
     def __init__(self, head: Any, finish: Callable[[Tensor], Tensor], chunk_tokens: int) -> None:
         """`finish`: the model's own function of the head's output. `chunk_tokens`: tokens of a chunk."""
-        self.chunk_tokens, self.finish, self._project = chunk_tokens, finish, head.forward
+        self.chunk_tokens, self.finish, self._head, self._project = chunk_tokens, finish, head, head.forward
         self._labels: Tensor | None = None
         self._outputs: list[Tensor] | None = None
         head.forward = self._forward
         # after DeepSpeed's hooks, which make the output all-gather the weight in backward
-        head.register_forward_hook(self._record)
+        self._hook = head.register_forward_hook(self._record)
+
+    def remove(self) -> None:
+        """Leaves the head as it was."""
+        self._head.forward = self._project
+        self._hook.remove()
 
     def token_losses(self, model: Callable[..., object], batch: Mapping[str, Any]) -> Tensor:
         """(B, T, 1): the negative log-likelihood of each label; 0 for IGNORED."""
@@ -102,22 +112,71 @@ class ChunkedHead:
         """(B, T, d) -> logits (B, T, vocabulary), or losses (B, T, 1) inside `token_losses`."""
         if self._labels is None:
             return self._project(hidden)
-        flat, labels = hidden.flatten(0, -2), self._labels.flatten()
-        parts = zip(flat.split(self.chunk_tokens), labels.split(self.chunk_tokens), strict=True)
-        if torch.is_grad_enabled():
-            losses = [checkpoint(self._losses_of, *part, use_reentrant=False) for part in parts]
+        flat, labels, is_trained = hidden.flatten(0, -2), self._labels.flatten(), not is_frozen(self._head)
+        if torch.is_grad_enabled() and hidden.requires_grad and not is_trained:
+            losses = _FrozenHeadLosses.apply(flat, labels, self)
+        elif torch.is_grad_enabled() and is_trained:
+            parts = (checkpoint(self._losses_of, *part, use_reentrant=False) for part in self._chunks(flat, labels))
+            losses = torch.cat(list(parts))
         else:
-            losses = [self._losses_of(*part) for part in parts]
-        return torch.cat(losses).view(*hidden.shape[:-1], 1)
+            losses = torch.cat([self._losses_of(*part) for part in self._chunks(flat, labels)])
+        return losses.view(*hidden.shape[:-1], 1)
+
+    def _chunks(self, hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(hidden.split(self.chunk_tokens), labels.split(self.chunk_tokens), strict=True)
+
+    def losses_and_gradients(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, d) and labels (N,) -> the losses (N,) in fp32 and their gradients (N, d)."""
+        parts = [self._loss_and_gradient(*part) for part in self._chunks(hidden, labels)]
+        losses, gradients = zip(*parts, strict=True)
+        return torch.cat(losses), torch.cat(gradients)
 
     def _losses_of(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = self.finish(self._project(hidden.unsqueeze(0))).squeeze(0)
-        return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+        return F.cross_entropy(self._logits(hidden).float(), labels, ignore_index=IGNORED, reduction="none")
+
+    @torch.enable_grad()
+    def _loss_and_gradient(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._logits(hidden := hidden.detach().requires_grad_())
+        values = torch.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
+        counts, label = (labels != IGNORED).unsqueeze(-1), labels.clamp(min=0).unsqueeze(-1)
+        losses = torch.where(counts, -values.gather(-1, label), 0.0).squeeze(-1)
+        # of a loss by its logits: the probabilities, less 1 at the label
+        values.exp_().scatter_add_(-1, label, values.new_full(label.shape, -1.0)).mul_(counts)
+        (gradient,) = torch.autograd.grad(logits, hidden, values.to(logits.dtype))
+        return losses, gradient
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """(N, d) -> (N, vocabulary)"""
+        return self.finish(self._project(hidden.unsqueeze(0))).squeeze(0)
 
     def _record(self, head: nn.Module, args: object, output: Tensor) -> None:
         del head, args
         if self._outputs is not None:
             self._outputs.append(output)
+
+
+class _FrozenHeadLosses(torch.autograd.Function):
+    """Losses of tokens through a head that trains nothing, their gradients computed in forward.
+
+    A token's loss depends on its own row of the head's input alone, so that backward multiplies rows with numbers,
+    whatever the loss is scaled with.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: ChunkedHead) -> Tensor:
+        losses, gradients = head.losses_and_gradients(hidden, labels)
+        ctx.save_for_backward(gradients)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return (gradients * upstream.unsqueeze(-1)).to(gradients.dtype), None, None
+
+
+def is_frozen(head: Any) -> bool:
+    """Whether this is a module that trains nothing."""
+    return isinstance(head, nn.Module) and not any(each.requires_grad for each in head.parameters())
 
 
 def bound(model: Any) -> ChunkedHead | None:
@@ -126,7 +185,8 @@ def bound(model: Any) -> ChunkedHead | None:
 
 
 def chunk_loss(model: Any, chunk_tokens: int | None = None) -> ChunkedHead:
-    """Makes `token_nll` and `row_nll` of this transformers model, also through its engine, compute in chunks.
+    """Makes `token_nll` and `row_nll` of this transformers model, also through its engine, compute in chunks: always
+    better where the head is frozen (`is_frozen`), less memory for more arithmetic where it is trained.
 
     `chunk_tokens`: by default as many as make `CHUNK_NUMBERS` logits, on a GPU `GPU_CHUNK_NUMBERS`. Raises `UserError`
     for a model without a head.
@@ -138,6 +198,11 @@ def chunk_loss(model: Any, chunk_tokens: int | None = None) -> ChunkedHead:
     chunked = ChunkedHead(head, finish_of(config), chunk_tokens or max(1, numbers // config.vocab_size))
     vars(model)[_ATTRIBUTE] = chunked
     return chunked
+
+
+def whole_loss(model: Any) -> None:
+    """Undoes `chunk_loss`."""
+    vars(model).pop(_ATTRIBUTE).remove()
 
 
 def _device_of(head: nn.Module) -> torch.device:

@@ -93,7 +93,8 @@ class RankMemory:
     activations: int
     """Saved for backward at the end of forward, logits and loss included."""
     logits: int
-    """The logits of a micro-batch in the compute dtype; part of the activations."""
+    """The logits of a micro-batch in the compute dtype; part of the activations. 0 with a frozen head, whose loss is
+    computed in chunks."""
     forward_backward: int
     """Peak of forward and backward, on top of static memory."""
     optimizer_step: int

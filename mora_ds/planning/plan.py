@@ -21,6 +21,7 @@ from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.ds_config import fill_bucket_sizes
 from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.initialize import trainable_numels
+from mora_ds.models.loss import bound
 from mora_ds.parallel.limits import check_tensor_parallel, check_world, sequence_parallel_problems
 from mora_ds.planning.costs import Costs, costs
 from mora_ds.planning.memory import RankMemory, Trained, all_gather_volume, rank_memory, reduced_bytes
@@ -134,7 +135,8 @@ class Planner:
         model = self._model(work)
         trained = self._trained(model, work)
         gathered = self._gathers(model, trained, work) if exact else _bound(trained)
-        logits = work.tokens * work.config.get_text_config().vocab_size * work.dtype.itemsize
+        vocabulary = work.config.get_text_config().vocab_size
+        logits = 0 if bound(model.model) else work.tokens * vocabulary * work.dtype.itemsize
         base = model.base_bytes + model.other_buffers
         streamed = None if work.base_buffers is None else model.streamed(work.base_buffers)
         memory = rank_memory(base, model.merge, logits, self._step(work), trained, gathered, streamed)

@@ -76,6 +76,7 @@ def _memory(plan: Plan) -> list[str]:
         if plan.a_merge_adds
         else []
     )
+    logits = f", of them logits {size_text(memory.logits)}" if memory.logits else ""
     rows = [
         ("base, unsharded", memory.base, f"{where}{quantized}"),
         ("index tables", memory.tables, ""),
@@ -86,7 +87,7 @@ def _memory(plan: Plan) -> list[str]:
         ("gradient bucket", memory.bucket, ""),
         ("= static memory", memory.static, ""),
         ("+ forward and backward", memory.forward_backward,
-         f"activations {size_text(memory.activations)}, of them logits {size_text(memory.logits)}; "
+         f"activations {size_text(memory.activations)}{logits}; "
          f"gathered MoRA matrices {size_text(memory.gathered)}"),
         ("+ or: optimizer's step", memory.optimizer_step, ""),
         ("+ or: a merge", memory.merge, ""),

@@ -35,7 +35,7 @@ from mora_ds.common.errors import UserError, reason
 from mora_ds.data.documents import Documents
 from mora_ds.models.attention import NAME, use_documents
 from mora_ds.models.decoder_layers import stored_bytes, weights_of_layers
-from mora_ds.models.loss import token_nll
+from mora_ds.models.loss import chunk_loss, is_frozen, token_nll
 from mora_ds.parallel import windows
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
@@ -162,6 +162,8 @@ def planned_model(work: Work) -> Any:
                 layer.keep_merged([(layer.spec, layer.value.detach())])
     if work.tensor_parallel > 1:
         split_model(model, _SingleRank(work.tensor_parallel, 0, None))
+    if is_frozen(model.get_output_embeddings()):
+        chunk_loss(model)
     return model.train()
 
 

@@ -64,8 +64,13 @@ def preflight(job: Job, arguments: Arguments) -> None:
         and job.sequence is None
     )
     with whole_rows(model):
-        if training.chunked_loss:
-            check_chunked_loss(job.engine, vocab_size)
+        if job.state.chunked_loss and not logits_are_known(job.engine, vocab_size):
+            problem = "this model does more to its logits than its head and a known scale or cap"
+            if training.chunked_loss:
+                raise UserError(f"{loss.FLAG}: {problem}: leave it out")
+            logger.info(f"loss: from the logits of complete batches, because {problem}")
+            loss.whole_loss(model)
+            job.state.chunked_loss = False
         if domains_of(model).names:
             check_domain_rows(job.engine, vocab_size)
         try:
@@ -169,20 +174,16 @@ def _has_window(config: Any) -> bool:
 
 
 @torch.no_grad()
-def check_chunked_loss(engine: Any, vocab_size: int) -> None:
-    """Raise `UserError` where the model does more to its logits than `chunk_loss` knows. Collective: a forward pass of
-    one short row."""
+def logits_are_known(engine: Any, vocab_size: int) -> bool:
+    """Whether the model's logits are what `chunk_loss` takes them for: its head's output, scaled or capped. Collective:
+    a forward pass of one short row."""
     chunked = loss.bound(engine)
     assert chunked is not None, "chunk_loss comes first"
     engine.eval()
     with chunked.recording() as raw:
         logits = engine(input_ids=_random_ids(engine, vocab_size, 1, 16), use_cache=False).logits
     engine.train()
-    expected = chunked.finish(raw[-1])
-    if not torch.allclose(logits.float(), expected.float(), rtol=1e-6, atol=0):
-        raise UserError(
-            f"{loss.FLAG}: this model does more to its logits than its head and a known scale or cap: leave it out"
-        )
+    return bool(raw) and torch.allclose(logits.float(), chunked.finish(raw[-1]).float(), rtol=1e-6, atol=0)
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_keys import tracker_folders
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.attention import use_documents
-from mora_ds.models.loss import chunk_loss
+from mora_ds.models.loss import chunk_loss, is_frozen
 from mora_ds.parallel.ulysses_checks import check_config
 from mora_ds.remora.schedule import Schedule
 from mora_ds.runtime.nodes import Followers
@@ -140,9 +140,9 @@ def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job
         job = JOBS[adapter.adapter](arguments, loaded, ds_config, data, place)
         if adapter.compile:
             compile_operators()
-        if training.chunked_loss:
+        job.state.attention, job.state.chunked_loss = attention, _in_chunks(job, training)
+        if job.state.chunked_loss:
             chunk_loss(loaded.model)
-        job.state.attention = attention
         preflight(job, arguments)
         job.choose_compute()
         schedule = arguments.schedule(_total_steps(training, data.train, ranks.world) - place.first_batch)
@@ -152,6 +152,15 @@ def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job
             )
         ranks.barrier("end of all checks", long=True)
     return job, schedule
+
+
+def _in_chunks(job: Job, training: TrainingArguments) -> bool:
+    """Whether the loss is computed in chunks: with a frozen head, where that costs nothing, and on demand. A run that
+    resumes goes on as it began, since the two round differently."""
+    began = job.place.checkpoint is not None
+    return training.chunked_loss or (
+        job.state.chunked_loss if began else is_frozen(job.loaded.model.get_output_embeddings())
+    )
 
 
 # -- the output folder -------------------------------------------------------------------------------------------------

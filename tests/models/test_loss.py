@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,18 +13,22 @@ import torch
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import UserError
 from mora_ds.data import IGNORED
 from mora_ds.engine.initialize import initialize
-from mora_ds.models.loss import chunk_loss, row_nll, token_nll, whole_nll
-from mora_ds.train.preflight import check_chunked_loss
+from mora_ds.models.loss import ChunkedHead, chunk_loss, row_nll, token_nll, whole_loss, whole_nll
+from mora_ds.train import pretrain
+from mora_ds.train.preflight import logits_are_known
+from tests.helpers.crafted import reseal
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, losses, run
+from tests.helpers.jobs import Playground, job, losses, printed, refused, run
 from tests.helpers.models import tiny_model, tokens
+from tests.helpers.resume import assert_same_run, interrupted_job, stop_and_resume
 
 CHUNK = 7  # divides neither rows nor batch
 SMALL: dict[str, Any] = {
@@ -103,6 +110,8 @@ def test_evaluation_and_whole_logits_are_as_before() -> None:
         torch.testing.assert_close(token_nll(model, batch), expected, rtol=1e-6, atol=0)
         assert torch.equal(model(batch["input_ids"]).logits, logits)
         torch.testing.assert_close(whole_nll(model, batch), expected, rtol=0, atol=0)
+        whole_loss(model)
+        assert torch.equal(token_nll(model, batch), expected)
 
 
 def test_a_mixture_gets_the_loss_of_every_row_from_chunks_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +131,42 @@ def _refuse_more_than(chunk: int, project: Any) -> Any:
         return project(hidden)
 
     return watched
+
+
+def test_a_frozen_head_makes_the_logits_of_a_chunk_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the size of logits is kept for backward, and the head is not read again there."""
+    model, batch = model_of("llama", train_head=False), batch_of()
+    chunked = chunk_loss(model, CHUNK)
+    project, sizes, kept = chunked._project, list[int](), list[int]()
+
+    def projected(hidden: Tensor) -> Tensor:
+        sizes.append(hidden.shape[:-1].numel())
+        return project(hidden)
+
+    monkeypatch.setattr(chunked, "_project", projected)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        nll = token_nll(model, batch)
+    nll.backward()
+    assert sum(sizes) == batch["labels"].numel() and max(sizes) == CHUNK
+    logits = batch["labels"].numel() * model.config.vocab_size
+    assert sum(each == CHUNK * model.config.vocab_size for each in kept) <= 2 * len(sizes) and max(kept) < logits
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_gradients_through_a_frozen_head_in_half_precision(dtype: torch.dtype, near: float) -> None:
+    """As near to those of fp32 as the dtype's rounding, in fp16 with a scaled loss."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 20_000, bias=False).to(dtype).requires_grad_(False)
+    hidden, labels = torch.randn(5, 64).to(dtype), torch.tensor([3, 9, IGNORED, 19_999, 0])
+    exact = hidden.float().requires_grad_()
+    F.cross_entropy(exact @ head.weight.float().T, labels, ignore_index=IGNORED, reduction="sum").backward()
+    rows = hidden.clone().requires_grad_()
+    chunked = ChunkedHead(head, lambda logits: logits, 2)
+    chunked._labels = labels
+    (chunked._forward(rows).sum() * 2**12).backward()
+    assert rows.grad is not None and exact.grad is not None and not rows.grad[2].any()
+    error = (rows.grad.float() / 2**12 - exact.grad).norm() / exact.grad.norm()
+    assert error <= near
 
 
 def test_no_more_logits_than_a_chunk_are_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,16 +206,15 @@ class _Engine:
         return self.module(**batch)
 
 
-def test_logits_that_are_changed_in_another_way_are_refused() -> None:
+def test_logits_that_are_changed_in_another_way_are_noticed() -> None:
     model = model_of("gemma2")
     chunk_loss(model)
-    check_chunked_loss(_Engine(model), 128)
+    assert logits_are_known(_Engine(model), 128)
     model = model_of("gemma2")
     model.config.final_logit_softcapping, cap = None, model.config.final_logit_softcapping
     chunk_loss(model)
     model.config.final_logit_softcapping = cap
-    with pytest.raises(UserError, match="--chunked_loss: this model does more to its logits"):
-        check_chunked_loss(_Engine(model), 128)
+    assert not logits_are_known(_Engine(model), 128)
 
 
 def test_a_model_without_a_head_is_refused() -> None:
@@ -191,7 +235,7 @@ def zero3_gradients(family: str) -> tuple[float, dict[str, Tensor]]:
     }
     engine, *_ = initialize(model=model, config=config)
     chunk_loss(model, CHUNK)
-    check_chunked_loss(engine, 128)
+    assert logits_are_known(engine, 128)
     for step in range(2):  # once more, after gathering has learnt the order of the modules
         nll = token_nll(engine, batch)
         engine.backward(nll * 0.5)
@@ -231,3 +275,60 @@ def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(user
     found = run(2, user.flags(chunked, "--chunked_loss", "true", f"--{split}_parallel_size", 2))
     torch.testing.assert_close(losses(chunked), losses(whole), rtol=1e-5, atol=0)
     assert found["perplexity_after"] == pytest.approx(expected["perplexity_after"], rel=1e-5)
+
+
+KEPT = ("--max_steps", 6, "--save_steps", 2, "--merge_every", 3, "--restart_warmup_steps", 1)
+
+
+def whole(argv: list[str], step: int | None = None) -> None:
+    """A run with the loss of versions up to 0.2, stopped after `step` where one is given. For `run_ranks`."""
+    pretrain.is_frozen = lambda head: False  # type: ignore[assignment]  # in this forked rank alone
+    job(argv) if step is None else interrupted_job(argv, step)
+
+
+def chunks_in(out: Path) -> bool:
+    return TrainerState.read(out / "checkpoints" / "latest").chunked_loss
+
+
+@pytest.mark.gloo
+def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user: Playground, tmp_path: Path) -> None:
+    """A new run with a frozen head computes it in chunks. One of an earlier version, whose checkpoints do not say how,
+    goes on with whole logits."""
+    new, resumed, old, gone_on = (tmp_path / name for name in ("new", "resumed", "old", "gone-on"))
+    run(1, user.flags(new, *KEPT))
+    stop_and_resume(1, user.flags(resumed, *KEPT), 4)
+    assert_same_run(resumed, new)
+    run_ranks(1, whole, user.flags(old, *KEPT))
+    run_ranks(1, whole, user.flags(gone_on, *KEPT), 4)
+    for path in gone_on.glob("checkpoints/step-*/trainer_state.json"):
+        state = json.loads(path.read_text(encoding="utf-8"))
+        del state["chunked_loss"]
+        path.write_text(json.dumps(state), encoding="utf-8")
+    reseal(gone_on)
+    run(1, user.flags(gone_on, *KEPT, "--resume_from_checkpoint", "auto"))
+    assert_same_run(gone_on, old)
+    torch.testing.assert_close(losses(new), losses(old), rtol=1e-5, atol=0)
+    assert chunks_in(new) and chunks_in(resumed) and not chunks_in(old) and not chunks_in(gone_on)
+
+
+@pytest.mark.gloo
+def test_a_model_that_does_more_to_its_logits_is_trained_with_whole_ones(user: Playground, tmp_path: Path) -> None:
+    ((told, refusal_told),) = run_ranks(1, with_changed_logits, user.flags(tmp_path / "out"), tmp_path)
+    assert "loss: from the logits of complete batches, because this model does more to its logits" in told
+    assert "--chunked_loss: this model does more to its logits" in refusal_told and not chunks_in(tmp_path / "out")
+
+
+def with_changed_logits(argv: list[str], folder: Path) -> tuple[str, str]:
+    """What two runs say whose model scales its logits unlike any that is known, the second with --chunked_loss."""
+    LlamaForCausalLM.forward = _scaled(LlamaForCausalLM.forward)  # type: ignore[method-assign]  # in this rank alone
+    told = printed(argv)
+    return told, refused([*argv, "--chunked_loss", "--output_dir", str(folder / "other")])[1]
+
+
+def _scaled(forward: Any) -> Any:
+    def scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits * 1.5
+        return output
+
+    return wraps(forward)(scaled)

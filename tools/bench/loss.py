@@ -1,4 +1,4 @@
-"""What --chunked_loss saves: peak memory and time of one forward and backward, with it and without.
+"""What the loss in chunks of a frozen head saves: peak memory and time of a forward and backward pass.
 
     python tools/bench/loss.py [--vocab 32768] [--width 256] [--tokens 4096] [--dtype float32]
 

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 from mora_ds import MoRAConfig, initialize, inject
 from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.models.loss import token_nll
+from mora_ds.models.loss import chunk_loss, token_nll
 from mora_ds.planning.memory_meter import MemoryMeter
 from mora_ds.planning.plan import Plan, Planner
 from mora_ds.planning.step import Work, planned_model
@@ -129,6 +129,7 @@ def _train(
     if options.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     inject(model, _adapter(options))
+    chunk_loss(model)
     engine, *_ = initialize(model=model, config=zero3_config(options.rows, gradient_accumulation_steps=1))
     ids = torch.randint(64 if warm_up else options.vocabulary, (options.rows, options.seq_len))
     positions = torch.arange(options.seq_len).expand(options.rows, -1) % (options.seq_len // 2)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from transformers import AutoModelForCausalLM
 
 from mora_ds import MoRAConfig, inject
-from mora_ds.models.loss import token_nll
+from mora_ds.models.loss import chunk_loss, token_nll
 from mora_ds.parallel.ulysses import share_rows
 from mora_ds.runtime import cli
 from tools.bench.measuring import SavedActivations, llama_config, on_processes
@@ -109,6 +109,7 @@ def _model(options: argparse.Namespace) -> Any:
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     inject(model, MoRAConfig(rank=options.rank, operator="share", compute="activation"))
+    chunk_loss(model)
     return model.train()
 
 

@@ -11,7 +11,8 @@ A Llama of random weights on random tokens, in turns:
                       and under ZeRO-2, where every rank has the complete base as here: the rival
     full training     under ZeRO-3
 
-Each takes its step in turn with the others, all ranks together; a ratio is the median over the turns. Without PEFT
+The first two compute attention and loss as the training program does, the others as transformers does. Each takes its
+step in turn with the others, all ranks together; a ratio is the median over the turns. Without PEFT
 (`pip install -e '.[bench]'`) its line is left out.
 """
 
@@ -32,8 +33,11 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds import MoRAConfig, initialize, inject
 from mora_ds.adapters.config import LoRAConfig
+from mora_ds.data.documents import Documents
 from mora_ds.engine.initialize import initialize_full, start_distributed
 from mora_ds.engine.traffic import CollectiveCounter
+from mora_ds.models.attention import prefer_documents
+from mora_ds.models.loss import chunk_loss, token_nll
 from mora_ds.runtime import cli
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.compute import choose, take
@@ -74,18 +78,19 @@ def main() -> None:
 def _contenders(options: argparse.Namespace, ids: torch.Tensor) -> dict[str, tuple[int, Step]]:
     """Name -> (trained parameters, its step)."""
     config = zero3_config(options.rows)
-    found = {"base alone": (0, _frozen_step(_model(options), ids))}
+    found = {"base alone": (0, _frozen_step(prefer_documents(_model(options)), ids))}
     ours = {
         "mora_ds": MoRAConfig(rank=options.rank),
         "mora_ds, share": MoRAConfig(rank=options.rank, operator="share"),
         "mora_ds, LoRA": LoRAConfig(rank=options.rank),
     }
     for name, adapter in ours.items():
-        model = _model(options)
+        model = prefer_documents(_model(options))
         trained = inject(model, adapter).trainable_params
+        chunk_loss(model)
         engine = initialize(model=model, config=config)[0]
         _choose_paths(model, ids)
-        found[name] = (trained, _engine_step(engine, ids))
+        found[name] = (trained, _own_step(engine, ids))
     for name, stage in ((PEER, 3), (RIVAL, 2)):
         if (peer := _peft(options)) is not None:
             settings = {**config, "zero_optimization": {"stage": stage}}
@@ -98,7 +103,7 @@ def _contenders(options: argparse.Namespace, ids: torch.Tensor) -> dict[str, tup
 @torch.no_grad()
 def _choose_paths(model: Any, ids: torch.Tensor) -> None:
     """What `Run.choose_compute` does when a run begins."""
-    take(model, choose(model, Ranks.current(), lambda: model(input_ids=ids)), "--compute")
+    take(model, choose(model, Ranks.current(), lambda: token_nll(model, _batch(ids))), "--compute")
 
 
 def _model(options: argparse.Namespace) -> Any:
@@ -123,12 +128,31 @@ def _trained(model: torch.nn.Module) -> int:
 
 def _frozen_step(model: Any, ids: torch.Tensor) -> Step:
     model.requires_grad_(False)
+    model.enable_input_require_grads()
+    chunk_loss(model)
+    batch = _batch(ids)
 
     def step() -> None:
-        inputs = model.get_input_embeddings()(ids).requires_grad_()
-        model(inputs_embeds=inputs, labels=ids, use_cache=False).loss.backward()
+        (token_nll(model, batch) / ids.numel()).backward()
 
     return step
+
+
+def _own_step(engine: Any, ids: torch.Tensor) -> Step:
+    batch = _batch(ids)
+
+    def step() -> None:
+        engine.backward(token_nll(engine, batch) / ids.numel())
+        engine.step()
+
+    return step
+
+
+def _batch(ids: torch.Tensor) -> dict[str, Any]:
+    """Rows of one document each, as a loader of the training program gives them."""
+    positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
+    labels = ids.roll(-1, dims=1)
+    return {"input_ids": ids, "labels": labels, "position_ids": positions, "documents": Documents.of(positions)}
 
 
 def _engine_step(engine: Any, ids: torch.Tensor) -> Step:
