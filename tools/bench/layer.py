@@ -1,7 +1,7 @@
 """Time one layer, forward and backward, against the frozen layer alone: MoRA, LoRA, full training.
 
     python tools/bench/layer.py [--dtypes float32 bfloat16] [--shapes 1024x1024] [--tokens 256 2048] [--threads 1]
-        [--base_bits 8]      three more columns: the frozen layer, and both paths, on a weight in 8 bits
+        [--base_bits 8]      instead: the frozen layer, and both paths, on a weight in 8 bits and on the weight as it is
         [--choices]          instead: how the path that `--compute auto` takes compares with the best one
 
 Every figure is the median of interleaved pairs (the frozen layer, then the case; output and input gradient of both)
@@ -90,6 +90,7 @@ def forwards(layer: Layer, base_bits: int) -> dict[str, tuple[Step, list[Tensor]
     for path in PATHS if spec.blockwise else PATHS[:2]:
         found[path.value] = (lambda path=path: mora_linear(x, weight, None, square, spec, path)), [square]  # type: ignore[misc]
     if base_bits == 8:
+        found = {name: found[name] for name in ("frozen", "activation", "weight")}
         small = Int8Weight(*quantize(weight))
         found["frozen, int8"] = (lambda: frozen_linear(x, small, None)), []
         for path in (Compute.ACTIVATION, Compute.WEIGHT):
@@ -152,19 +153,28 @@ def saved_mib(layer: Layer, step: Step, trained: list[Tensor]) -> float:
 
 
 COLUMNS = ("full", "PEFT LoRA", "our LoRA", "reference", *(path.value for path in PATHS))
-IN_8_BITS = ("frozen, int8", "activation, int8", "weight, int8")
+IN_8_BITS = ("frozen, int8", "activation", "activation, int8", "weight", "weight, int8")
 
 
-def row(layer: Layer, now: Callable[[], float], seconds: float, base_bits: int) -> str:
-    cases, spec = forwards(layer, base_bits), layer.spec
-    found, tokens = ratios(layer, cases, now, seconds), len(layer.x)
+def row(layer: Layer, now: Callable[[], float], options: argparse.Namespace) -> list[str]:
+    """A row of the table of ratios to the frozen layer."""
+    cases, spec, dtype = forwards(layer, options.base_bits), layer.spec, str(layer.x.dtype).removeprefix("torch.")
+    found = ratios(layer, cases, now, options.seconds)
+    figures = [f"{found[name]:.2f}" if name in found else "-" for name in columns(options.base_bits)]
+    named = [f"{spec.d_in} x {spec.d_out}, {len(layer.x)}, {dtype}", f"{spec.kind.value} r={layer.rank}"]
+    if options.base_bits == 8:
+        return [*named, *figures]
     auto = chosen(layer.case())
-    kept = [saved_mib(layer, *cases[name]) if name in cases else float("nan") for name in ("PEFT LoRA", auto.value)]
-    figures = "".join(f" | {found[name]:.2f}" if name in found else " | -" for name in columns(base_bits))
-    return (
-        f"| {spec.d_in} x {spec.d_out}, {tokens} | {spec.kind.value} r={layer.rank} | {found['frozen'] * 1e3:.1f} ms"
-        f"{figures} | {auto.value}: {found[auto.value]:.2f} | {kept[0]:.1f}, {kept[1]:.1f} |"
-    )
+    kept = [f"{saved_mib(layer, *cases[name]):.1f}" if name in cases else "-" for name in ("PEFT LoRA", auto.value)]
+    return [*named, f"{found['frozen'] * 1e3:.1f}", *figures, f"{auto.value}: {found[auto.value]:.2f}", ", ".join(kept)]
+
+
+def titles(base_bits: int) -> list[str]:
+    """Of the table of `row`."""
+    named = ["d_in x d_out, tokens, dtype", "operator"]
+    if base_bits == 8:
+        return [*named, *IN_8_BITS]
+    return [*named, "frozen, ms", *COLUMNS, "auto", "saved, MiB: PEFT LoRA, auto"]
 
 
 def chosen(case: Case) -> Compute:
@@ -186,8 +196,8 @@ def choice(layer: Layer, seconds: float) -> tuple[list[str], float, float]:
     return [name, f"{spec.kind.value} r={layer.rank}", str(spec.r_hat), *figures, *took], ratios[0], ratios[1]
 
 
-def choices(layers: Iterator[Layer], seconds: float, name: str, report: Report) -> None:
-    """The table of `choice`, and the worst of its ratios."""
+def choices(layers: Iterator[Layer], seconds: float, name: str, report: Report) -> list[str]:
+    """Shows a row of `choice` for each layer; how many of them are within 5% of the best path, and the worst."""
     times = [f"{path.value}, ms" for path in PATHS]
     rows, ratios = [["d_in x d_out, tokens", "operator", "r_hat", *times, "auto", "0.2"]], []
     for layer in layers:
@@ -195,12 +205,15 @@ def choices(layers: Iterator[Layer], seconds: float, name: str, report: Report) 
         rows.append(found)
         ratios.append(pair)
     report.show(f"choices, {name}", rows)
-    worst = [max(each) for each in zip(*ratios, strict=True)]
-    report.say(f"{name}: at most {worst[0]:.2f} times the best path's time; by the formula of 0.2 {worst[1]:.2f} times")
+    counted = [(sum(ratio <= 1.05 for ratio in each), max(each)) for each in zip(*ratios, strict=True)]
+    return [name, str(len(ratios)), *(cell for close, worst in counted for cell in (str(close), f"{worst:.2f}"))]
+
+
+CHOICES = ["layers", "cases", "auto within 5% of the best", "worst", "0.2's formula within 5%", "worst"]
 
 
 def columns(base_bits: int) -> tuple[str, ...]:
-    return (*COLUMNS, *IN_8_BITS) if base_bits == 8 else COLUMNS
+    return IN_8_BITS if base_bits == 8 else COLUMNS
 
 
 def main() -> None:
@@ -212,25 +225,25 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 2048])
     parser.add_argument("--operators", nargs="+", default=[f"{kind.value}:{rank}" for kind, rank in CASES])
     parser.add_argument("--seconds", type=float, default=0.5, help="at least so long, and three pairs, for each figure")
-    parser.add_argument("--base_bits", type=int, choices=[8, 16], default=16, help="8: the frozen weight in 8 bits too")
+    parser.add_argument("--base_bits", type=int, choices=[8, 16], default=16, help="8: a weight in 8 bits")
     parser.add_argument("--choices", action="store_true", help="hold what --compute auto takes against the best path")
     json_flag(parser)
     options = parser.parse_args()
-    report, names = Report(options), columns(options.base_bits)
+    report = Report(options)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     now = clock(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {options.threads} thread(s)"
+    rows = [CHOICES if options.choices else titles(options.base_bits)]
     for dtype in options.dtypes:
         layers = made(options, {"dtype": getattr(torch, dtype), "device": device})
         if options.choices:
-            choices(layers, options.seconds, f"{name}, {dtype}", report)
-            continue
-        print(f"{name}, torch {torch.__version__}, {dtype}: ratios to the frozen layer alone")
-        print(f"| d_in x d_out, tokens | r_hat | frozen | {' | '.join(names)} | auto | kept, MiB |")
-        print("|---" * (len(names) + 5) + "|")
-        for layer in layers:
-            print(row(layer, now, options.seconds, options.base_bits), flush=True)
+            rows.append(choices(layers, options.seconds, f"{name}, {dtype}", report))
+        else:
+            rows += [row(layer, now, options) for layer in layers]
+    if not options.choices:
+        report.say(f"{name}: ratios to the frozen layer alone")
+    report.show("choices" if options.choices else "layers", rows)
     report.write()
 
 

@@ -1,6 +1,7 @@
 """Where to adapt, and with what: the adapter's options against each other, at equal trainable parameters.
 
     python tools/bench/options.py [--work FOLDER] [--steps 150] [--seeds 3] [--jobs 2] [--methods mora lora ...]
+        [--rates 0.003 0.01 0.03]
 
 Small models of three architectures are warm-started on prose, then continued on a mixture of three domains (a third of
 every batch each: Python's code, C++ headers, the table of Unicode) by every method; perplexity on each domain, and on
@@ -31,7 +32,6 @@ from tools.bench.report import Report, json_flag
 from tools.bench.trials import mean_and_spread, pretrain_alone, run_all
 
 VOCABULARY, WARM_STEPS, ROWS, SEQ_LEN = 2048, 300, 8, 128
-RATES = (3e-3, 1e-2, 3e-2)
 _WIDE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 256}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -88,7 +88,7 @@ def main() -> None:
     first = options.architectures[0]
     # mora goes first: budget asks how many parameters it has
     for methods in (["mora"], [name for name in options.methods if name != "mora"]):
-        swept = [_trial(options, first, name, rate, 1) for name in methods for rate in RATES]
+        swept = [_trial(options, first, name, rate, 1) for name in methods for rate in options.rates]
         run_all(swept, lambda trial: _run(trial, options), options.jobs)
     best = {name: _best(options, first, name) for name in options.methods}
     for methods in (["mora"], [name for name in options.methods if name != "mora"]):
@@ -103,6 +103,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=150, help=f"steps of {ROWS} x {SEQ_LEN} tokens")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method and architecture")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2], help="learning rates to sweep")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), metavar="NAME")
     json_flag(parser)
@@ -176,7 +177,7 @@ def _run(trial: Trial, options: argparse.Namespace) -> None:
         rate = _best(options, options.architectures[0], "mora")
         mora = next(
             each
-            for each in (_trial(options, trial.architecture, "mora", one, 1) for one in (rate, *RATES))
+            for each in (_trial(options, trial.architecture, "mora", one, 1) for one in (rate, *options.rates))
             if (each.folder / "summary.json").is_file()
         )
         settings["trainable_budget"] = mora.summary()["trainable_params"]
@@ -186,14 +187,14 @@ def _run(trial: Trial, options: argparse.Namespace) -> None:
 
 def _best(options: argparse.Namespace, architecture: str, method: str) -> float:
     """The rate that learned most."""
-    return min(RATES, key=lambda rate: _trial(options, architecture, method, rate, 1).domains())
+    return min(options.rates, key=lambda rate: _trial(options, architecture, method, rate, 1).domains())
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
 def _report(options: argparse.Namespace, best: dict[str, float]) -> None:
-    cells = [["model", "method", "trainable", "rate", *DOMAINS, "all three", "+-", PROSE]]
+    cells = [["model, method", "trained", "learning rate", *DOMAINS, "all three", "±", PROSE]]
     for architecture in options.architectures:
         for method in options.methods:
             trials = [_trial(options, architecture, method, best[method], seed) for seed in range(1, options.seeds + 1)]
@@ -202,10 +203,10 @@ def _report(options: argparse.Namespace, best: dict[str, float]) -> None:
             domains = [trial.domains() for trial in trials]
             mean, spread = mean_and_spread(domains)
             trainable = trials[0].summary()["trainable_params"]
-            shown = [f"{means[name]:.2f}" for name in DOMAINS]
+            shown = [f"{means[name]:.1f}" for name in DOMAINS]
             cells.append(
-                [architecture, method, f"{trainable:,}", f"{best[method]:g}", *shown, f"{mean:.2f}", f"{spread:.2f}",
-                 f"{means[PROSE]:.2f}"]
+                [f"{architecture}, {method}", f"{trainable:,}", f"{best[method]:g}", *shown, f"{mean:.1f}",
+                 f"{spread:.1f}", f"{means[PROSE]:.1f}"]
             )  # fmt: skip
     report = Report(options)
     seeds = f"mean of {options.seeds} seed(s), and the largest deviation of one from the mean of all three"
