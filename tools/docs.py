@@ -42,8 +42,8 @@ TOOLS = ("tp_cost", "plot_schedule", "fetch_demo_model", "figures")
 LONGER = {"analyze": "_weights", "export": "_hf", "verify": "_checkpoint", "convert": "_checkpoint"}
 """Commands of `mora-ds` whose programs in tools/ have longer names."""
 BENCHMARKS = (
-    "layer", "step", "cycle", "node_base", "start", "loss", "plan", "data", "tensor_parallel", "sequence", "bank",
-    "learning", "delta_scale", "memorization", "options", "scale", "gpu",
+    "layer", "merged_cycles", "attention", "step", "cycle", "node_base", "start", "loss", "plan", "data",
+    "tensor_parallel", "sequence", "bank", "learning", "delta_scale", "memorization", "options", "scale", "gpu",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Attention by documents beside dense attention with a mask: time of one layer, forward and backward, and peak memory.
+"""Attention by documents next to dense attention with a mask: time of one layer, forward and backward, and peak memory.
 
     python tools/bench/attention.py [--rows 1] [--seq_len 2048] [--heads 16] [--shared 4] [--head_size 64]
 

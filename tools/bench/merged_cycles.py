@@ -5,7 +5,8 @@
 Forward and backward of one decoder layer's linear layers with the sides of a small Llama, over both paths. A figure is
 the median of interleaved pairs (the dense base with the same adapter and path, then the case) in one process: 1.00 is a
 base in 4 bits that costs nothing. `8 bits` is a base in 8 bits, which takes merges up. `bytes` is what the frozen
-weights and the merged cycles hold together, as a share of the frozen weights in bf16.
+weights and the merged cycles hold together, as a share of the frozen weights in bf16. A table before these has what
+rounding costs a weight of normal numbers.
 """
 
 from __future__ import annotations
@@ -119,6 +120,20 @@ def table(options: argparse.Namespace, tokens: int) -> list[list[str]]:
     return rows
 
 
+def rounding(options: argparse.Namespace) -> list[list[str]]:
+    """What 8 and 4 bits round off a weight of normal numbers, as a share of its norm."""
+    base = nn.Linear(options.width, options.mlp, bias=False, device=options.device).requires_grad_(False)
+    original = nn.init.normal_(base.weight, generator=torch.Generator(options.device).manual_seed(0)).clone()
+    rows = [["bits", "rounding / norm"]]
+    for bits in (8, 4):
+        layer = adapt(
+            base, LoRAConfig(rank=1).operator_for("layer", options.width, options.mlp, 0), 0.0, Compute.AUTO, 0
+        )
+        layer.quantize(original, bits)
+        rows.append([str(bits), f"{((layer.read() - original).norm() / original.norm()).item():.1%}"])
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cycles", nargs="+", type=int, default=[0, 1, 2, 4, 8])
@@ -135,6 +150,7 @@ def main() -> None:
     check_installed()
     torch.set_num_threads(options.threads)
     report = Report(options)
+    report.show("rounding", rounding(options))
     for dtype in options.dtypes:
         options.dtype = dtype
         for tokens in options.tokens:

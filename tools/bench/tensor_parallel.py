@@ -1,16 +1,18 @@
 """What a rank of a tensor-parallel group saves: activations kept for backward, matrix products, time of a step.
 
-    python tools/bench/tensor_parallel.py [--degree 2] [--hidden 1024] [--layers 2] [--tokens 2048] [--repeats 5]
+    python tools/bench/tensor_parallel.py [--degrees 2 4] [--operators share:64 rotate:8] [--hidden 1024] [--layers 2]
+        [--tokens 2048] [--repeats 5]
 
 Every figure is divided by that of one rank with the same rows of the batch. Ranks are processes over gloo, with one
-thread and, where there are enough, one core each. Activations are those that autograd keeps within attention and MLP
-(the blocks that are split), each storage once, without weights and matrices M; products are those of the whole model
-but the head. A step is forward, backward and AdamW under ZeRO-3.
+thread and one core each; with fewer cores than ranks no step is timed. Activations are those that autograd keeps within
+attention and MLP (the blocks that are split), each storage once, without weights and matrices M; products are those of
+the whole model but the head. A step is forward, backward and AdamW under ZeRO-3.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +58,7 @@ class Found:
     saved_bytes: int
     flops: int
     step_s: float
+    """0 where ranks share a core."""
 
 
 def new_model(work: Work) -> Any:
@@ -99,42 +102,42 @@ def measure(work: Work) -> Found:
 def on_ranks(work: Work) -> Found:
     """`measure` on every rank of a group; rank 0's findings, and the slowest one's time."""
     results = on_processes(work.degree, measure, work)
-    return Found(results[0].saved_bytes, results[0].flops, max(found.step_s for found in results))
+    slowest = max(found.step_s for found in results) if len(os.sched_getaffinity(0)) >= work.degree else 0.0
+    return Found(results[0].saved_bytes, results[0].flops, slowest)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--degree", type=int, default=2)
+    parser.add_argument("--degrees", type=int, nargs="+", default=[2, 4], help="ranks of a group")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--operator", default="share")
-    parser.add_argument("--mora_rank", type=int, default=64)
+    parser.add_argument("--operators", nargs="+", default=["share:64", "rotate:8"], metavar="OPERATOR:RANK")
     parser.add_argument("--tp_segments", type=int, default=8)
     json_flag(parser)
     given = parser.parse_args()
     report = Report(given)
-    shape = (given.hidden, given.layers, given.tokens, given.repeats, given.operator, given.mora_rank)
-    ways = {"matrices gathered": 0}
-    if given.operator == "share":
-        ways["matrices aligned"] = given.tp_segments
-    report.say(
-        f"Llama of {given.layers} layers, hidden {given.hidden}, {given.tokens} tokens, {given.operator}, rank "
-        f"{given.mora_rank}; t = {given.degree} against t = 1"
-    )
-    rows = [["", "kept activations", "matrix products", "step"]]
-    for name, segments in ways.items():
-        alone, split = (on_ranks(Work(degree, *shape, segments)) for degree in (1, given.degree))
-        columns = [
-            (split.saved_bytes / 2**20, alone.saved_bytes / 2**20, "MiB"),
-            (split.flops / 1e9, alone.flops / 1e9, "GFLOP"),
-            (split.step_s, alone.step_s, "s"),
-        ]
-        cells = [f"{mine:,.2f} / {theirs:,.2f} {unit} = {mine / theirs:.3f}" for mine, theirs, unit in columns]
-        rows.append([name, *cells])
+    report.say(f"Llama of {given.layers} layers, hidden {given.hidden}, {given.tokens} tokens; against one process")
+    rows = [["operator, matrices", "t", "saved activations", "matrix products", "step"]]
+    for operator, rank in (each.split(":") for each in given.operators):
+        for name, segments in (("aligned", given.tp_segments), ("gathered", 0)):
+            if segments and operator != "share":
+                continue
+            shape = (given.hidden, given.layers, given.tokens, given.repeats, operator, int(rank), segments)
+            alone = on_ranks(Work(1, *shape))
+            for degree in given.degrees:
+                rows.append(
+                    [f"{operator} r={rank}, {name}", str(degree), *ratios(on_ranks(Work(degree, *shape)), alone)]
+                )
     report.show("tensor parallelism", rows)
     report.write()
+
+
+def ratios(split: Found, alone: Found) -> list[str]:
+    """Of saved activations, products and a step's time to those of one rank."""
+    pairs = (split.saved_bytes, alone.saved_bytes), (split.flops, alone.flops), (split.step_s, alone.step_s)
+    return [f"{mine / theirs:.3f}" if mine else "-" for mine, theirs in pairs]
 
 
 if __name__ == "__main__":
