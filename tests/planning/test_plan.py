@@ -76,15 +76,13 @@ def saved_bytes(model: torch.nn.Module, rows: dict[str, torch.Tensor]) -> int:
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt_neox", "gpt2"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_activations_are_those_that_autograd_saves(family: str, packed: bool) -> None:
-    """The plan counts the loss too, which is alive as well."""
     model = tiny_model(family).train()
     inject(model, ADAPTER)
     chunk_loss(model)
     token_nll(model, batch(packed)).backward()  # tables are made
     saved = saved_bytes(model, batch(packed))
     planned_bytes = step_memory(work_of(family, document_mask=packed)).saved
-    assert saved <= 1.05 * planned_bytes
-    assert planned_bytes <= 1.05 * saved
+    assert planned_bytes / 1.05 <= saved <= 1.05 * planned_bytes
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "gpt2", "mixtral"])
