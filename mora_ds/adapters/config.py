@@ -57,23 +57,22 @@ class AdapterConfig:
     adapter: ClassVar[str]
     """Value of --adapter."""
     rank_flag: ClassVar[str] = "--mora_rank"
-    optional: ClassVar[frozenset[str]] = frozenset({"new_rows_from", "base_bits"})
+    optional: ClassVar[frozenset[str]] = frozenset({"new_rows_from", "trained_rows", "base_bits"})
     """Fields that `to_dict` leaves out at their default, as in files written before these fields existed."""
 
     rank: int = 8
     """LoRA rank; each layer's adapter has about as many parameters as LoRA of this rank."""
-
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
     """Names (`q_proj`), globs (`*.mlp.*`), regular expressions (`re:.*layers\\.[0-3]\\..*`) or `all-linear`."""
-
     dropout: float = 0.0
     """Dropout on the adapter's input while training, in [0, 1)."""
-
     train_embeddings: bool = False
     train_norms: bool = False
     train_head: bool = False
     new_rows_from: int = 0
     """Train the rows of embeddings and head from this index on, and keep the earlier ones frozen; 0 turns this off."""
+    trained_rows: tuple[int, ...] = ()
+    """Train these rows of embeddings and head, ascending, and keep the others frozen."""
     base_bits: int = AS_LOADED
     """Frozen weights of adapted layers are held in int8 (8, `ops.int8`), NF4 (4, `nf4`) or as they are loaded (16)."""
     seed: int = 42
@@ -81,6 +80,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        object.__setattr__(self, "trained_rows", tuple(self.trained_rows))
         refuse(self._complaints())
 
     @classmethod

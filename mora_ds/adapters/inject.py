@@ -151,8 +151,8 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
             compute_sorted(holder)
         setattr(holder, child, layer)
     _freeze_to_buffers(model, trained)
-    if config.new_rows_from:
-        train_new_rows(model, config.new_rows_from)
+    if config.new_rows_from or config.trained_rows:
+        train_new_rows(model, config.new_rows_from, config.trained_rows)
     layers = list(mora_layers(model).values())
     values = sum(value.numel() for layer in layers for value in layer.parameters(recurse=False))
     frozen = sum(value.numel() for value in frozen_values(model).values())

@@ -107,6 +107,9 @@ class AdapterArguments:
     """Train the input embeddings too (sharded by ZeRO like the MoRA matrices)."""
     train_new_embeddings: bool = False
     """Train the rows that mora-ds extend-vocab added to embeddings and head, and keep the others frozen."""
+    train_embedding_rows: int = 0
+    """Train this number of rows of embeddings and head, those whose tokens become more frequent from the text of
+    --replay to the new text, and keep the others frozen; 0 turns this off."""
     train_norms: bool = False
     """Train the norms too."""
     train_head: bool = False
@@ -165,7 +168,16 @@ class AdapterArguments:
     @property
     def trains_others(self) -> bool:
         """Whether parameters other than the adapter's are trained (PEFT calls them modules_to_save)."""
-        return self.train_embeddings or self.train_new_embeddings or self.train_norms or self.train_head
+        return bool(self.train_embeddings or self.rows_flags or self.train_norms or self.train_head)
+
+    @property
+    def rows_flags(self) -> list[str]:
+        """The flags given that train some rows of embeddings and head."""
+        given = {
+            "--train_new_embeddings": self.train_new_embeddings,
+            "--train_embedding_rows": self.train_embedding_rows,
+        }
+        return [flag for flag, value in given.items() if value]
 
     @property
     def compute_file(self) -> Path | None:
@@ -247,6 +259,7 @@ class AdapterArguments:
                 "merge_at_latest": NOT_NEGATIVE,
                 "restart_warmup_steps": NOT_NEGATIVE,
                 "optimizer_reset": OptimizerReset,
+                "train_embedding_rows": NOT_NEGATIVE,
                 "full_rank_steps": NOT_NEGATIVE,
                 "full_rank_learning_rate": POSITIVE,
             },
@@ -261,13 +274,13 @@ class AdapterArguments:
         aligned = self.tp_grouping == TPGrouping.ALIGNED.value
         if self.tp_segments != AdapterArguments.tp_segments and not aligned:
             yield "--tp_segments is for --tp_grouping aligned, and it is gather"
-        if self.train_new_embeddings and (self.train_embeddings or self.train_head):
-            yield (
-                "--train_new_embeddings trains the new rows alone, --train_embeddings and --train_head train them all: "
-                "give one of them"
-            )
-        if self.train_new_embeddings and self.full_rank_steps > 0:
-            yield "--train_new_embeddings: --full_rank_steps train every row first: give one of them"
+        for flag in self.rows_flags:
+            if self.train_embeddings or self.train_head:
+                yield f"{flag} trains some rows, --train_embeddings and --train_head train them all: give one of them"
+            if self.full_rank_steps > 0:
+                yield f"{flag}: --full_rank_steps train every row first: give one of them"
+        if len(self.rows_flags) > 1:
+            yield f"{' and '.join(self.rows_flags)} train different rows: give one of them"
 
     def _without_mora(self) -> Iterator[str]:
         """Settings of MoRA matrices where --adapter has none."""
@@ -290,8 +303,8 @@ class AdapterArguments:
             yield (
                 f"--adapter {self.adapter} has nothing to merge: leave out --merge_every, --merge_when, --merge_at_end"
             )
-        if self.train_new_embeddings:
-            yield f"--train_new_embeddings: --adapter {self.adapter} has no frozen rows next to trained ones"
+        for flag in self.rows_flags:
+            yield f"{flag}: --adapter {self.adapter} has no frozen rows next to trained ones"
         if self.base_bits != AS_LOADED:
             yield (
                 f"--base_bits {self.base_bits}: --adapter {self.adapter} has no weight that is frozen under an adapter"

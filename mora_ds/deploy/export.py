@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mora_ds.adapters import nf4
 from mora_ds.adapters.domain_names import SHARED
-from mora_ds.adapters.new_embeddings import is_new_rows, stands_for, with_last_rows
+from mora_ds.adapters.new_embeddings import chosen_rows, is_new_rows, stands_for, with_rows
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import (
@@ -104,11 +104,12 @@ class OpenedRun:
         return updates
 
     def trained(self, name: str, dtype: torch.dtype) -> Tensor:
-        """What a trained tensor's parameter becomes; new rows with the old ones before them."""
+        """What a trained tensor's parameter becomes; trained rows among the frozen ones."""
         tensor = self.tensors.trained(name).to(dtype)
         if not is_new_rows(name):
             return tensor
-        return with_last_rows(self.base.read(self.reference.keys[stands_for(name)]).to(dtype), tensor)
+        table = self.base.read(self.reference.keys[stands_for(name)]).to(dtype)
+        return with_rows(table, tensor, chosen_rows(self.adapter.facts))
 
 
 def export_merged(

@@ -1,4 +1,5 @@
-"""--train_new_embeddings trains the added rows only; they are sharded, resumed and exported with the adapters."""
+"""--train_new_embeddings trains the added rows only; they are sharded, resumed and exported with the adapters. What
+holds for rows that were chosen (test_embedding_rows.py) too is tested for both."""
 
 from __future__ import annotations
 
@@ -31,29 +32,34 @@ from tests.helpers.jobs import Playground, losses, refused, run
 from tests.helpers.models import causal_loss, tiny_model, tokens
 
 FIRST = 112
+ROWS = {"last": list(range(FIRST, 128)), "chosen": list(range(1, 128, 8))}
+"""16 rows of 128."""
 
 
-def model_with_new_rows(tied: bool) -> Any:
+def model_with_new_rows(tied: bool, rows: str = "last") -> Any:
     model = tiny_model("llama", tie_word_embeddings=tied)
-    report = inject(model, MoRAConfig(rank=2, new_rows_from=FIRST))
+    which = {"new_rows_from": FIRST} if rows == "last" else {"trained_rows": ROWS[rows]}
+    report = inject(model, MoRAConfig(rank=2, **which))  # type: ignore[arg-type]
     assert report.other_trainable_params == (128 - FIRST) * 32 * (1 if tied else 2)
     return model
 
 
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_outputs_and_gradients_are_those_of_trained_tables(tied: bool) -> None:
+def test_outputs_and_gradients_are_those_of_trained_tables(tied: bool, rows: str) -> None:
     """The loss and the gradient of the new rows are those of a model whose complete tables are trained."""
-    model, whole, ids = model_with_new_rows(tied), tiny_model("llama", tie_word_embeddings=tied), tokens(3)
-    assert (ids >= FIRST).any() and (ids < FIRST).any()
+    model, whole, ids = model_with_new_rows(tied, rows), tiny_model("llama", tie_word_embeddings=tied), tokens(3)
+    is_new = torch.isin(ids, torch.tensor(ROWS[rows]))
+    assert is_new.any() and not is_new.all()
     for each in (model, whole):
         causal_loss(each, ids).backward()
     assert causal_loss(model, ids).item() == causal_loss(whole, ids).item()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, NewRowEmbedding) and isinstance(head, NewRowHead)
     assert (embedding.new_rows is head.new_rows) == tied
-    wanted = whole.get_input_embeddings().weight.grad[FIRST:]
+    wanted = whole.get_input_embeddings().weight.grad[ROWS[rows]]
     assert torch.allclose(embedding.new_rows.grad, wanted, atol=1e-7) and wanted.abs().max() > 1e-3
-    assert torch.allclose(head.new_rows.grad, whole.get_output_embeddings().weight.grad[FIRST:], atol=1e-7)
+    assert torch.allclose(head.new_rows.grad, whole.get_output_embeddings().weight.grad[ROWS[rows]], atol=1e-7)
     names = {name for name, _ in model.named_parameters() if not name.endswith("square")}
     assert names == {"model.embed_tokens.new_rows"} | (set() if tied else {"lm_head.new_rows"})
 
@@ -76,10 +82,10 @@ def test_new_rows_are_sharded() -> None:
     assert run_ranks(2, shard_sizes, True) == [[16 * 32 // 2]] * 2
 
 
-def trained_on_ranks(tied: bool) -> dict[str, torch.Tensor]:
+def trained_on_ranks(tied: bool, rows: str) -> dict[str, torch.Tensor]:
     """All trained parameters, unsharded and in fp32, after three steps on this rank's part of the same rows."""
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    engine, *_ = initialize(model=model_with_new_rows(tied), config=ds_config(3, 4 // world, 1))
+    engine, *_ = initialize(model=model_with_new_rows(tied, rows), config=ds_config(3, 4 // world, 1))
     for step in range(3):
         mine = tokens(4, seed=step)[rank * 4 // world : (rank + 1) * 4 // world]
         engine.backward(causal_loss(engine, mine))
@@ -88,14 +94,14 @@ def trained_on_ranks(tied: bool) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("tied", [True, False])
-def test_two_ranks_train_them_as_one(tied: bool) -> None:
+@pytest.mark.parametrize("tied, rows", [(True, "last"), (False, "last"), (True, "chosen"), (False, "chosen")])
+def test_two_ranks_train_them_as_one(tied: bool, rows: str) -> None:
     """The same rows of data, split over two ranks: the same parameters after three steps."""
-    alone = run_ranks(1, trained_on_ranks, tied)[0]
-    both = run_ranks(2, trained_on_ranks, tied)
+    alone = run_ranks(1, trained_on_ranks, tied, rows)[0]
+    both = run_ranks(2, trained_on_ranks, tied, rows)
     new = [name for name in alone if name.endswith("new_rows")]
     assert len(new) == (1 if tied else 2)
-    start = tiny_model("llama", tie_word_embeddings=tied).get_input_embeddings().weight[FIRST:]
+    start = tiny_model("llama", tie_word_embeddings=tied).get_input_embeddings().weight[ROWS[rows]]
     assert not torch.allclose(alone["model.embed_tokens.new_rows"], start, atol=1e-3)
     for name, value in alone.items():
         assert torch.equal(both[0][name], both[1][name]), name
