@@ -175,7 +175,7 @@ def draw_diagram() -> None:
             _box(x, top, width, 330, "none", FAINT),
             _text(x + width / 2, top + 32, f"GPU {gpu}", 24, INK, bold=True),
             _box(x + 15, top + 48, width - 30, 130, BASE, "none"),
-            _text(x + width / 2, top + 103, "frozen base W0", 24, PAPER, bold=True),
+            _text(x + width / 2, top + 103, "frozen base W0", 21, PAPER, bold=True),
             _text(x + width / 2, top + 137, "complete copy", 22, PAPER),
             _text(x + width / 2, top + 215, "MoRA matrices M", 22, INK),
         ]
