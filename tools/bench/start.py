@@ -3,8 +3,9 @@
     python tools/bench/start.py --folder DIR [--gigabytes 1 --ranks 2]
 
 Runs `launch/pretrain.py` for one step with a base of that size (random bf16 weights, written to DIR first) and a tiny
-one; the difference is the base's. Seconds count until the first step begins, against reading the file once from the
-page cache into memory. Memory is the ranks' Pss (shared pages divided among those who share them) in that step.
+one; the difference is the base's. Seconds count until the first step begins: by the clock, and as CPU time of all
+ranks, of which other processes take none. Memory is the ranks' Pss (shared pages divided among those who share them)
+in that step.
 """
 
 from __future__ import annotations
@@ -42,13 +43,15 @@ class Start:
 
     seconds: float
     """Until the first step began."""
+    cpu: float
+    """Seconds of CPU time of all ranks until then."""
     pss: int
     """Bytes of all ranks together, at their highest in the first step."""
 
 
 def main() -> None:
     options = _options()
-    report, rows = Report(options), [["turn", "start, s", "with a tiny base, s"]]
+    report, rows = Report(options), [["turn", "start, s", "of CPU", "with a tiny base, s", "of CPU"]]
     work = options.folder / "bench_start"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -63,11 +66,13 @@ def main() -> None:
         for turn in range(options.repeat):
             ones.append(_start(large, text, work / f"large-{turn}", options.ranks))
             others.append(_start(tiny, text, work / f"tiny-{turn}", options.ranks))
-            rows.append([str(turn), f"{ones[-1].seconds:.1f}", f"{others[-1].seconds:.1f}"])
+            seconds = [f"{each:.1f}" for start in (ones[-1], others[-1]) for each in (start.seconds, start.cpu)]
+            rows.append([str(turn), *seconds])
         report.show("start", rows)
-        seconds = median(one.seconds - other.seconds for one, other in zip(ones, others, strict=True))
+        clock = median(one.seconds - other.seconds for one, other in zip(ones, others, strict=True))
+        cpu = median(one.cpu - other.cpu for one, other in zip(ones, others, strict=True))
         memory = median(one.pss - other.pss for one, other in zip(ones, others, strict=True))
-        report.say(f"the base adds {seconds:.2f} s to the start: {seconds / reading:.1f} x reading it")
+        report.say(f"the base adds {clock:.1f} s to the start, and {cpu:.1f} s of CPU time, all ranks together")
         report.say(f"the base adds {memory / 1e9:.2f} GB of Pss, all ranks together: {memory / size:.2f} x its size")
         report.write()
     finally:
@@ -103,16 +108,20 @@ def _start(base: Path, text: Path, out: Path, ranks: int) -> Start:
         *("--per_device_train_batch_size", "1", "--bf16", "--mora_rank", "8", "--compute", "activation"),
     ]
     log, peak, started = out.with_suffix(".log"), 0, time.time()
+    used: list[tuple[float, float]] = []
     with log.open("w") as file, subprocess.Popen(argv, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT) as runner:
         while (first := _first_step(out / "metrics.jsonl")) is None:
             if runner.poll() is not None:
                 raise RunError(f"the run ended with code {runner.returncode}:\n{log.read_text()[-2000:]}")
-            peak = max(peak, sum(memory_of("Pss", rank) for rank in _ranks(runner.pid)))
+            ranks_now = _ranks(runner.pid)
+            used.append((time.time(), sum(map(_cpu, ranks_now))))
+            peak = max(peak, sum(memory_of("Pss", rank) for rank in ranks_now))
             time.sleep(0.05)
         ended = (out / "metrics.jsonl").stat().st_mtime
         if runner.wait():
             raise RunError(f"the run ended with code {runner.returncode}:\n{log.read_text()[-2000:]}")
-    return Start(ended - first - started, peak)
+    cpu = max(seconds for moment, seconds in [(0.0, 0.0), *used] if moment <= ended - first)
+    return Start(ended - first - started, cpu, peak)
 
 
 def _first_step(metrics: Path) -> float | None:
@@ -133,6 +142,15 @@ def _ranks(launcher: int) -> list[int]:
         below |= more
         grown = bool(more)
     return sorted(below - {launcher})
+
+
+def _cpu(process: int) -> float:
+    """Seconds of CPU time so far; 0 where the process has ended."""
+    try:
+        words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _options() -> argparse.Namespace:
