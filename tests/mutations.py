@@ -447,7 +447,7 @@ MUTATIONS = (
         "common/errors.py",
         "_TOO_LARGE = 2**63\n",
         "_TOO_LARGE = 2**200\n",
-        ("config/test_bad_launches.py",),
+        ("config/test_arguments.py",),
     ),
     Mutation(
         "the silence of a peer has no bounds",

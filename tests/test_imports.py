@@ -251,7 +251,8 @@ def test_ranks_meet_before_anything_slow_is_imported() -> None:
         from mora_ds.engine.muon import load_kernels
         load_kernels()
         import mora_ds.train.agreement
-        print({"mlflow", "datasets", "transformers.modeling_utils", "torch._inductor.compile_fx"} & {*sys.modules})
+        slow = {"mlflow", "datasets", "transformers.modeling_utils", "transformers.integrations.moe"}
+        print((slow | {"torch.distributed.tensor", "torch._inductor.compile_fx"}) & {*sys.modules})
         import deepspeed.autotuning.autotuner as autotuner
         print(autotuner.has_mlflow)
     """

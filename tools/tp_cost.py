@@ -11,13 +11,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.spec import OperatorKind
-from mora_ds.common.errors import COUNT, UserError, out_of_bounds, reason, refuse
-from mora_ds.models.load import named_config
+from mora_ds.common.errors import COUNT, UserError, out_of_bounds, refuse
+from mora_ds.models.load import make_model, named_config
 from mora_ds.planning.costs import cost_table
 from mora_ds.runtime import cli
 
@@ -58,11 +57,8 @@ def main() -> None:
 def model_of(path: Path, config: MoRAConfig) -> Any:
     """The model of the config in `path` with adapters, on the meta device."""
     read = named_config(str(path), flag="CONFIG")
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(read)
-    except Exception as error:  # each model's class has checks of its own, which raise many kinds
-        raise UserError(f"CONFIG {path}: no model can be made of it: {reason(error)}") from error
+    with torch.device("meta"):
+        model = make_model(read, f"CONFIG {path}")
     inject(model, config)
     return model
 

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mora_ds.adapters.layer import AdaptedLinear, ExpertStack
 from mora_ds.adapters.ops.grouped import grouped_linear
@@ -111,9 +110,6 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     return rows.collect(weighted).to(hidden_states.dtype)
 
 
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-
-
 def _project(experts: Any, name: str, x: Tensor, rows: Rows, spread: bool) -> Tensor:
     projection = getattr(experts, name)
     if isinstance(projection, MoRAExperts):
@@ -131,6 +127,9 @@ def _stack_of(experts: Any, name: str) -> Any:
 
 def compute_sorted(experts: Any) -> None:
     """Makes a module of experts compute by `experts_forward`, whatever implementation the other ones have."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # not above: it takes a second, at every start
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     config = copy.copy(experts.config)
     config._experts_implementation = IMPLEMENTATION
     experts.config = config

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import AdapterConfig, config_from_dict
 from mora_ds.adapters.domains import DomainLinear, domains_of, set_values
@@ -30,6 +29,7 @@ from mora_ds.checkpoint.state import MERGE_PRECISION
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import atomic_folder, write_manifest
 from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.load import load_model
 from mora_ds.models.tensor_files import compute_dtype
 
 
@@ -80,9 +80,7 @@ def load_adapter(
         model, original = base, _parameters_of(base)
     else:
         opened = reference.open_base(folder, Path(base), "base")
-        model = AutoModelForCausalLM.from_pretrained(
-            opened.folder, dtype=dtype, attn_implementation=attn_implementation
-        )
+        model = load_model(opened.folder, dtype, attn_implementation, flag="base")
         original = partial(_read_original, opened, reference, folder)
     inject(model, config)
     move_base(model, "cpu", dtype)

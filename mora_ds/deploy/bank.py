@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.layer import is_linear, linear_shape
 from mora_ds.checkpoint.adapter_files import AdapterFile
@@ -38,6 +37,7 @@ from mora_ds.deploy.bank_files import (
 )
 from mora_ds.deploy.bank_layer import BankLinear, Rows, stack_terms
 from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.load import load_model
 from mora_ds.models.tensor_files import compute_dtype
 
 Adapters = str | Sequence[str | None]
@@ -136,7 +136,8 @@ class AdapterBank:
             dtypes = {adapter.dtype for adapter in adapters.values()}
             dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
         chosen = compute_dtype(dtype)
-        model = _load_base(opened.folder, chosen, attn_implementation, trust_remote_code)
+        model = load_model(opened.folder, chosen, attn_implementation, trust_remote_code, "MODEL")
+        model.requires_grad_(False).eval()
 
         def read(name: str) -> Resident:
             return read_resident(name, paths[name], opened.fingerprint(), forms, chosen, device)
@@ -230,16 +231,6 @@ def _headers(paths: Mapping[str, Path], fingerprint: str) -> tuple[dict[str, Ada
     if not adapters:
         raise UserError(f"--bank: every adapter is damaged, e.g. {damaged[min(damaged)]}")
     return adapters, damaged
-
-
-def _load_base(folder: Path, dtype: torch.dtype, attn_implementation: str | None, trust_remote_code: bool) -> Any:
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
-        raise UserError(f"MODEL: {folder} cannot be loaded as a causal language model: {error}") from error
-    return model.requires_grad_(False).eval()
 
 
 def _replace_layers(model: Any, forms: Mapping[str, BankLayer]) -> dict[str, BankLinear]:

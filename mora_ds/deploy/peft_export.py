@@ -32,6 +32,7 @@ from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import atomic_folder, write_json_atomic
 from mora_ds.deploy.export import OpenedRun, open_run
+from mora_ds.models.load import load_model
 from mora_ds.models.svd import Wanted, leading_vectors
 from mora_ds.models.tensor_files import SafetensorsWriter, compute_dtype, open_safetensors
 from mora_ds.remora.ledger import LayerEntry
@@ -226,10 +227,8 @@ def _perplexity(logits: Tensor, ids: Tensor) -> float:
 
 def _load(run: OpenedRun, folder: Path) -> Any:
     """The base in the run's dtype, with the adapter of the written file merged into its weights."""
-    from transformers import AutoModelForCausalLM
-
     dtype, tensors = compute_dtype(run.adapter.dtype), open_safetensors(folder / WEIGHTS_FILE)
-    model: Any = AutoModelForCausalLM.from_pretrained(run.base.folder, dtype=dtype)
+    model = load_model(run.base.folder, dtype, flag="base")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for entry in run.adapter.layers.values():
         down, up = (tensors.get_tensor(name) for name in _names(entry.module))

@@ -22,17 +22,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mora_ds.checkpoint.adapter_files import BaseReference, chosen_domain, read_adapter
 from mora_ds.checkpoint.layout import adapter_folder, tokenizer_of
-from mora_ds.common.errors import UserError, reason
+from mora_ds.common.errors import UserError
 from mora_ds.data import IGNORED, Corpus, load_tokenizer, wants_bos
 from mora_ds.data.documents import Documents
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.bank import AdapterBank
 from mora_ds.models.attention import model_inputs, prefer_documents
-from mora_ds.models.load import damaged_file
+from mora_ds.models.load import load_model
 from mora_ds.models.tensor_files import compute_dtype
 
 BASE = "(base)"
@@ -140,13 +140,8 @@ def load_target(
         raise UserError(f"--domain belongs to a checkpoint of a run with domains, {path} is a complete model")
     if base is not None:
         raise UserError(f"--base belongs to a checkpoint, {path} is a complete model")
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto" if dtype == "auto" else compute_dtype(dtype), trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # transformers and safetensors raise many kinds, all for an unusable folder
-        why = damaged_file(path) or reason(error)
-        raise UserError(f"MODEL: {path} cannot be loaded as a causal language model: {why}") from error
+    wanted = "auto" if dtype == "auto" else compute_dtype(dtype)
+    model = load_model(path, wanted, trust_remote_code=trust_remote_code, flag="MODEL")
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code, flag="MODEL")
     return Target(prefer_documents(model.to(device).eval()), tokenizer, str(path))
 

@@ -7,6 +7,7 @@ with the live names, to a folder of the run.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -105,7 +106,7 @@ def load_base(
     """
 
     def load(stored: torch.dtype) -> nn.Module:
-        return _from_pretrained(folder, stored, attn_implementation, trust_remote_code)
+        return load_model(folder, stored, attn_implementation, trust_remote_code)
 
     model = ranks.agree("loading of the model", lambda: load(dtype), long=True)
     is_own, keys = False, _one_to_one(model, folder, ranks)
@@ -125,7 +126,7 @@ def create_base(
 ) -> Path:
     """Writes a base with random weights, made from a config JSON, to `folder` in fp32. One rank calls it."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(read_model_config(config_file, vocab_size), dtype=torch.float32)
+    model = make_model(read_model_config(config_file, vocab_size), f"--model_config {config_file}", dtype=torch.float32)
     write_own_base(model, folder, tokenizer)
     return folder
 
@@ -163,7 +164,13 @@ def _with_sizes(config: Any, where: str) -> Any:
         size = getattr(text, name, 1)
         if not isinstance(size, int) or size < 1:
             raise UserError(f"{where}: {name} must be a whole number above 0, got {size!r}")
+    if getattr(text, "num_hidden_layers", 1) > MAX_LAYERS:
+        raise UserError(f"{where}: num_hidden_layers must be at most {MAX_LAYERS:,}, got {text.num_hidden_layers:,}")
     return config
+
+
+MAX_LAYERS = 2048
+"""Most layers of a model: each takes milliseconds to make, even without weights."""
 
 
 def named_config(name: str, trust_remote_code: bool = False, flag: str = MODEL_FLAG) -> Any:
@@ -189,9 +196,24 @@ def config_digest(config: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _from_pretrained(
-    folder: Path, dtype: torch.dtype, attn_implementation: str | None, trust_remote_code: bool
-) -> nn.Module:
+def make_model(config: Any, where: str, **options: Any) -> Any:
+    """A model with random weights, on the device of the context. Raises `UserError`, after the words `where`."""
+    try:
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)  # which it may change
+    except Exception as error:  # as at `folder_config`: each model's class has checks of its own
+        raise UserError(f"{where}: no model can be made of this config: {reason(error)}") from error
+
+
+def load_model(
+    folder: Path,
+    dtype: torch.dtype | str,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    flag: str = MODEL_FLAG,
+) -> Any:
+    """The model of a folder on the CPU. Raises `UserError` naming `flag` where it cannot be loaded, and where weights
+    are missing or do not fit the config."""
+    _check_depth(folder, folder_config(folder, trust_remote_code, flag), flag)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -208,14 +230,24 @@ def _from_pretrained(
         if "attn_implementation" in str(error) or "flash" in why.lower():
             raise UserError(f"--attn_implementation {attn_implementation}: {why}") from error
         why = damaged_file(folder) or why
-        raise UserError(f"{MODEL_FLAG} {folder}: cannot be loaded as a causal language model: {why}") from error
+        raise UserError(f"{flag} {folder}: cannot be loaded as a causal language model: {why}") from error
     model, info = loaded
     problems = {"missing_keys": "weights are missing", "mismatched_keys": "weights do not fit the config"}
     for what, problem in problems.items():
         if info.get(what):
             some = ", ".join(str(key) for key in list(info[what])[:3])
-            raise UserError(f"{MODEL_FLAG} {folder}: {problem} for {len(info[what])} tensors, e.g. {some}")
+            raise UserError(f"{flag} {folder}: {problem} for {len(info[what])} tensors, e.g. {some}")
     return model
+
+
+def _check_depth(folder: Path, config: Any, flag: str) -> None:
+    """Raises `UserError` for a config with more layers than the files have tensors, before they are made."""
+    try:
+        count = len(BaseCheckpoint.open(folder).keys())
+    except UserError:  # pickled, or damaged, which is reported when it is loaded
+        return
+    if (layers := getattr(config.get_text_config(), "num_hidden_layers", 0)) > count:
+        raise UserError(f"{flag} {folder}: weights are missing: {layers:,} layers, and {count:,} tensors in the files")
 
 
 def damaged_file(folder: Path) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import atomic_folder, malformed, read_json, require_format
@@ -34,7 +34,7 @@ from mora_ds.data import (
     load_tokenizer,
 )
 from mora_ds.models.base import BaseCheckpoint, map_model
-from mora_ds.models.load import folder_config
+from mora_ds.models.load import folder_config, make_model
 from mora_ds.models.save import fill_shards, write_companions, write_shards
 
 EXTENSION_JSON = "vocabulary_extension.json"
@@ -128,7 +128,7 @@ def first_new_row(folder: Path) -> int:
 def _vocabulary_keys(base: BaseCheckpoint, config: Any, trust_remote_code: bool) -> tuple[set[str], int]:
     """(keys of the tensors with a row per token, number of rows). Raises `UserError` for other kinds of heads."""
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = make_model(config, FLAG, trust_remote_code=trust_remote_code)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding):
         raise UserError(f"{FLAG}: its input embeddings are a {type(embedding).__name__}, not a table of rows")

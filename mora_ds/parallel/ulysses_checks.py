@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from mora_ds.common.errors import UserError
+from mora_ds.models.load import make_model
 from mora_ds.parallel.limits import SEQUENCE
 from mora_ds.parallel.ulysses import check_core, check_heads, core_of
 
@@ -29,7 +28,7 @@ def check_config(config: Any, size: int, attn_implementation: str | None, trust_
         raise UserError(f"{SEQUENCE}: this model attends in chunks, which Ulysses does not support")
     if attn_implementation is None:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+            model = make_model(config, SEQUENCE, trust_remote_code=trust_remote_code)
         attn_implementation = core_of(model)
     check_core(attn_implementation)
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.domains import DomainLinear, domains_of
@@ -35,6 +34,7 @@ from mora_ds.common.errors import UserError, reason
 from mora_ds.data.documents import Documents
 from mora_ds.models.attention import NAME, use_documents
 from mora_ds.models.decoder_layers import stored_bytes, weights_of_layers
+from mora_ds.models.load import make_model
 from mora_ds.models.loss import chunk_loss, is_frozen, token_nll
 from mora_ds.parallel import windows
 from mora_ds.parallel.tensor_parallel import split_model
@@ -138,16 +138,14 @@ def step_memory(work: Work) -> StepMemory:
 
 def planned_model(work: Work) -> Any:
     """The model on the meta device, injected, as rank 0 of its group has it. Raises `UserError` as `inject` does."""
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(work.config),
-                dtype=work.dtype,
-                attn_implementation=work.attn_implementation,
-                trust_remote_code=work.trust_remote_code,
-            )
-    except Exception as error:  # as at `folder_config`: each model's class has checks of its own
-        raise UserError(f"no model can be made of this config: {reason(error)}") from error
+    with torch.device("meta"):
+        model = make_model(
+            work.config,
+            "the model",
+            dtype=work.dtype,
+            attn_implementation=work.attn_implementation,
+            trust_remote_code=work.trust_remote_code,
+        )
     if work.by_documents:
         use_documents(model)
     if work.checkpointing:

@@ -230,6 +230,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         },
         "would hold for the domains' MoRA matrices too",
     ),
+    "a seed of 24 digits": ({"seed": 10**23}, "--seed must be below 9223372036854775808"),
     "empty output": ({"output_dir": ""}, "--output_dir '': name a folder for the run alone"),
     "root": ({"output_dir": "/"}, "--output_dir '/': name a folder"),
     "working directory": ({"output_dir": "out/.."}, "--output_dir 'out/..'"),

@@ -91,6 +91,11 @@ spectrum {step} --device warp | --device warp
 spectrum {step} --threshold nan | --threshold
 evaluate {bad}/gone --sets a={user}/held.txt | gone
 evaluate {bad}/models/heads --sets a={user}/held.txt | models/heads | not a multiple of
+evaluate {bad}/models/padding --sets a={user}/held.txt | models/padding | Padding_idx
+evaluate {bad}/models/deep --sets a={user}/held.txt | weights are missing: 1,000 layers, and 20 tensors in the files
+tp_cost {bad}/models/bottomless | CONFIG | num_hidden_layers must be at most 2,048, got 16,777,216
+evaluate {bad}/models/more_layers --sets a={user}/held.txt | models/more_layers | weights are missing
+evaluate {bad}/models/wider --sets a={user}/held.txt | models/wider | weights do not fit the config
 evaluate {bad}/models/merges --sets a={user}/held.txt | MergeType
 evaluate {bad}/models/index_lists --sets a={user}/held.txt | index.json
 evaluate {user}/model | --sets
@@ -122,6 +127,7 @@ prepare_corpus --files {user}/held.txt --tokenizer {user}/model --output {new} -
 extend_vocab {bad}/gone --corpus {user}/held.txt --pieces 8 --output {new} | gone
 extend_vocab {user}/model --corpus {bad}/gone.txt --pieces 8 --output {new} | --corpus
 extend_vocab {user}/model --corpus {user}/held.txt --pieces 0 --output {new} | --pieces
+extend_vocab {bad}/models/padding --corpus {user}/held.txt --pieces 8 --output {new} | no model can be made of this
 extend_vocab {bad}/models/string --corpus {user}/held.txt --pieces 8 --output {new} | config.json
 """
 

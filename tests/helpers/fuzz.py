@@ -36,7 +36,7 @@ from tests.helpers.crafted import reseal, whole_checkpoint
 from tests.helpers.damage import change_json
 from tests.helpers.jobs import playground
 from tests.helpers.mutate import Mutator
-from tests.helpers.tools import call
+from tests.helpers.tools import call, tool
 
 SECONDS, NBYTES = 10, 2**30
 """What one call may take: seconds of its own, on a machine that others use too, and bytes."""
@@ -67,6 +67,8 @@ def repair(case: Path, out: Path) -> None:
 
 def _tool(name: str, *flags: str) -> Tool:
     """`flags` with {case} and {out} filled in."""
+
+    tool(name)  # imported once, not in each process
 
     def run(case: Path, out: Path) -> None:
         call(name, *(flag.format(case=case, out=out) for flag in flags))

@@ -64,7 +64,7 @@ def originals(folder: Path, own: Path, dtype: torch.dtype) -> tuple[Any, dict[st
     """The live model, and the tensors of the run's own base."""
 
     def loaded(dtype: torch.dtype) -> Any:
-        return load._from_pretrained(folder, dtype, None, False)
+        return load.load_model(folder, dtype)
 
     model = loaded(dtype)
     is_own, _ = load._originals(model, folder, own, dtype, loaded)
@@ -95,7 +95,7 @@ def test_a_run_keeps_the_precision_of_pickled_weights(
 def test_a_resumed_run_reads_the_base_that_it_has(tmp_path: Path, precision: torch.dtype) -> None:
     """Up to 0.2 that was in the precision of the run, and its fingerprint is in every checkpoint."""
     pickled(tmp_path / "model", torch.float32)
-    write_own_base(load._from_pretrained(tmp_path / "model", precision, None, False), tmp_path / "own")
+    write_own_base(load.load_model(tmp_path / "model", precision), tmp_path / "own")
     before = (tmp_path / "own" / "model.safetensors").stat()
     _, own = originals(tmp_path / "model", tmp_path / "own", torch.bfloat16)
     after = (tmp_path / "own" / "model.safetensors").stat()
@@ -112,7 +112,7 @@ def test_the_base_of_another_model_is_replaced(tmp_path: Path) -> None:
 
 def test_precision_that_cannot_be_kept_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pickled(tmp_path / "model", torch.float32)
-    model = load._from_pretrained(tmp_path / "model", torch.bfloat16, None, False)
+    model = load.load_model(tmp_path / "model", torch.bfloat16)
     with torch.no_grad():
         next(model.parameters()).add_(1)  # as where weights are computed, not copied, when they are loaded
     is_own, _ = load._originals(
