@@ -170,6 +170,7 @@ def _run(trial: Trial, options: argparse.Namespace) -> None:
     settings = {
         **_common(options.work, trial.folder), "model_name_or_path": root / "warm" / "merged",
         "train_files": [f"{name}={texts / name}_train.jsonl:1" for name in DOMAINS], "mora_rank": 8,
+        "r_hat_multiple": 1,  # as many parameters as LoRA
         "max_steps": options.steps, "warmup_steps": 10, "learning_rate": trial.rate, "seed": trial.seed,
         **METHODS[trial.method],
     }  # fmt: skip
