@@ -4,9 +4,6 @@ DeepSpeed puts four Python hooks and two autograd functions on every module (par
 `_register_deepspeed_module`). Here most modules have nothing to gather: frozen weights are buffers, activations have
 none, and persistent parameters (`stage3_param_persistence_threshold`), such as small MoRA matrices, are unsharded on
 every process between two steps. Without these hooks a step computes the same numbers with less work of the host.
-
-Not used: decoder layers as leaf modules (deepspeed/utils/z3_leaf_module.py). A leaf reduces its gradients in a full
-backward hook, which runs too early where its input needs no gradient, as behind frozen embeddings.
 """
 
 from __future__ import annotations
@@ -18,26 +15,46 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
 from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
+from mora_ds.engine.layer_gathers import LayerGathers, free_quickly
+from mora_ds.models.decoder_layers import find_decoder_layers
+
 
 def drop_idle_hooks(engine: Any) -> list[str]:
-    """Remove the hooks of modules without a parameter that is gathered when they run; to be called once, after
-    `deepspeed.initialize`, at stage 3. Returns the names of the modules that keep theirs."""
+    """Remove the hooks of modules without a parameter that is gathered when they run, and of those in a decoder layer,
+    which gathers for them all (`layer_gathers`); to be called once, after `deepspeed.initialize`, at stage 3. Returns
+    the names of the modules that keep theirs."""
     offload, root = engine.optimizer.parameter_offload, engine.module
     handles = {handle.id: handle for handle in (*offload.forward_hooks, *offload.backward_hooks)}
+    layers = _gather_by_layer(root, offload)
+    gathered = {module for layer in layers for module in layer.modules()}
     kept = []
     for name, module in root.named_modules():
         # The root's start and end a pass (`setup_zero_stage3_hooks`).
-        if module is root or any(not each.ds_persist for each in iter_params(module, z3_leaf_module(module))):
+        needed = any(not each.ds_persist for each in iter_params(module, z3_leaf_module(module)))
+        if module is root or (needed and module not in gathered):
             kept.append(name)
             continue
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key in hooks if key in handles]:
                 handles[key].remove()
-        module.register_forward_pre_hook(_views)
+        if module not in layers:
+            module.register_forward_pre_hook(_views)
     persistent = offload.persistent_parameters
     if persistent:
         root.register_forward_pre_hook(lambda *_: _gather(persistent), prepend=True)
     return kept
+
+
+def _gather_by_layer(root: nn.Module, offload: Any) -> list[nn.Module]:
+    """Has each decoder layer with a sharded parameter gather all of its own; returns these layers."""
+    layers = []
+    for layer in find_decoder_layers(root).values():
+        if sharded := [each for each in layer.parameters() if not each.ds_persist]:  # type: ignore[attr-defined]
+            LayerGathers(offload.param_coordinator, layer, sharded)
+            layers.append(layer)
+            for parameter in sharded if offload.zero_param_parallel_group is None else ():
+                free_quickly(parameter)
+    return layers
 
 
 def _views(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
 """The decoder layers of a model, and the frozen weights that belong to each alone: what can be held layer by layer.
 
-decoder_layers(model)       name -> layer, in the order in which they run
+decoder_layers(model)       name -> layer, in the order in which they run (`find_decoder_layers`: or nothing)
 weights_of_layers(model)    name of a layer -> (name -> frozen tensor)
 stored_bytes(tensors)       bytes of a buffer for them; `offsets` says where each lies in it
 """
@@ -24,22 +24,34 @@ its place within a cache line, the second: a matrix product may round otherwise 
 def decoder_layers(model: Any) -> dict[str, nn.Module]:
     """The entries of the model's list of decoder layers: the `nn.ModuleList` with num_hidden_layers entries; of several
     the one with most frozen elements. Raises `UserError` for a model that has none."""
-    count = int(model.config.get_text_config().num_hidden_layers)
+    layers = find_decoder_layers(model)
+    if not layers:
+        raise UserError(
+            f"--base_device host: {type(model).__name__} has no list of {_count(model)} decoder layers, whose weights "
+            "could be held in turn: use --base_device device"
+        )
+    return layers
+
+
+def find_decoder_layers(model: Any) -> dict[str, nn.Module]:
+    """The same, but nothing for a model that has none."""
+    count = _count(model)
     lists = {
         name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each) == count
     }
-    if not lists:
-        raise UserError(
-            f"--base_device host: {type(model).__name__} has no list of {count} decoder layers, whose weights could be "
-            "held in turn: use --base_device device"
-        )
     frozen = frozen_buffers(model)
 
     def elements(name: str) -> int:
         return sum(tensor.numel() for each, tensor in frozen.items() if each.startswith(f"{name}."))
 
-    chosen = max(lists, key=elements)
-    return {f"{chosen}.{index}": layer for index, layer in enumerate(lists[chosen])}
+    chosen = max(lists, key=elements, default=None)
+    return {} if chosen is None else {f"{chosen}.{index}": layer for index, layer in enumerate(lists[chosen])}
+
+
+def _count(model: Any) -> int:
+    """num_hidden_layers of a transformers model; 0 for another one."""
+    config: Any = getattr(model, "config", None)
+    return int(config.get_text_config().num_hidden_layers) if hasattr(config, "get_text_config") else 0
 
 
 def weights_of_layers(model: Any) -> dict[str, dict[str, Tensor]]:

@@ -5,7 +5,8 @@
 
 The rules are those of DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py (`fetch_sub_module`,
 `release_sub_module`, once its trace is complete, which is from the third micro-batch on) and parameter_offload.py (the
-hooks). `tests/planning/test_plan.py` compares them with counted collectives.
+hooks), with a decoder layer in place of the modules in it (`engine.layer_gathers`). `tests/planning/test_plan.py`
+compares them with counted collectives.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mora_ds.models.decoder_layers import find_decoder_layers
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Event:
     """Indices into `model.parameters()`."""
     is_root: bool
     """Whether it is the model itself, whose hooks start and end a pass."""
+    is_layer: bool = False
+    """Whether it is a decoder layer, with the parameters of all modules in it."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,13 @@ def record(model: nn.Module) -> Iterator[list[Event]]:
     """The events of the micro-batch that runs within, in order. The hooks are where DeepSpeed has its own."""
     events: list[Event] = []
     index = {id(parameter): number for number, parameter in enumerate(model.parameters())}
+    layers = find_decoder_layers(model).values()
+    inside = {module for layer in layers for module in layer.modules()}
     handles = []
-    for module in model.modules():
-        own = tuple(sorted(index[id(parameter)] for parameter in module.parameters(recurse=False)))
-        handles += _hooked(module, own, events, module is model)
+    for module in [*(module for module in model.modules() if module not in inside), *layers]:
+        is_layer = module in inside
+        own = tuple(sorted(index[id(parameter)] for parameter in module.parameters(recurse=is_layer)))
+        handles += _Hooks(events, own, module is model, is_layer).on(module)
     try:
         yield events
     finally:
@@ -59,19 +67,35 @@ def record(model: nn.Module) -> Iterator[list[Event]]:
             handle.remove()
 
 
-def _hooked(module: nn.Module, own: tuple[int, ...], events: list[Event], is_root: bool) -> list[Any]:
-    def note(enters: bool) -> None:
-        events.append(Event(enters, own, is_root))
+@dataclass
+class _Hooks:
+    """Those of one module."""
 
-    def before_forward(_: nn.Module, inputs: Any) -> Any:
-        note(True)
-        return _mapped(lambda tensor: _Mark.apply(tensor, lambda: note(False)), inputs)
+    events: list[Event]
+    own: tuple[int, ...]
+    is_root: bool
+    is_layer: bool
+    inside: bool = False
+    runs_again: bool = False
 
-    def after_forward(_: nn.Module, inputs: Any, output: Any) -> Any:
-        note(False)
-        return _mapped(lambda tensor: _Mark.apply(tensor, lambda: note(True)), output)
+    def on(self, module: nn.Module) -> list[Any]:
+        before = module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        return [before, module.register_forward_hook(self._after_forward)]
 
-    return [module.register_forward_pre_hook(before_forward), module.register_forward_hook(after_forward)]
+    def _note(self, enters: bool) -> None:
+        self.inside = enters
+        self.events.append(Event(enters, self.own, self.is_root, self.is_layer))
+
+    def _before_forward(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
+        self.runs_again = self.is_layer and self.inside and torch._C._current_graph_task_id() != -1
+        if not self.runs_again:
+            self._note(True)
+        return _mapped(lambda tensor: _Mark.apply(tensor, lambda: self._note(False)), (args, kwargs))
+
+    def _after_forward(self, _: nn.Module, inputs: Any, output: Any) -> Any:
+        if not self.runs_again:
+            self._note(False)
+        return _mapped(lambda tensor: _Mark.apply(tensor, lambda: self._note(True)), output)
 
 
 def _mapped(change: Any, value: Any) -> Any:
@@ -107,7 +131,12 @@ def gathers(events: Sequence[Event], numels: Sequence[int], settings: Mapping[st
     (`engine.module_hooks.drop_idle_hooks`).
     """
     persist = settings["stage3_param_persistence_threshold"]
-    events = [each for each in events if each.is_root or any(numels[own] > persist for own in each.parameters)]
+    sharded = [tuple(own for own in each.parameters if numels[own] > persist) for each in events]
+    events = [
+        replace(each, parameters=own) if each.is_layer else each
+        for each, own in zip(events, sharded, strict=True)
+        if each.is_root or own
+    ]
     coordinator = _Coordinator(
         events,
         numels,

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
@@ -19,19 +20,20 @@ from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
 
-SETTINGS = ("persistent", "sharded", "some", "checkpointing", "embeddings")
+SETTINGS = ("persistent", "sharded", "some", "checkpointing", "embeddings", "sharded again", "sharded reentrant")
 
 
-def engine_of(setting: str, **changes: Any) -> Any:
+def engine_of(setting: str, zero: dict[str, int] | None = None, **changes: Any) -> Any:
     torch.manual_seed(0)
     model = tiny_model("gpt2" if setting == "some" else "llama")
     inject(model, MoRAConfig(rank=4, train_embeddings=setting == "embeddings", train_head=setting == "embeddings"))
-    if setting == "checkpointing":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if setting in ("checkpointing", "sharded again", "sharded reentrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": setting == "sharded reentrant"})
     config = ds_config(3, 2, 2, **changes)
     numels = sorted(layer.value.numel() for layer in mora_layers(model).values())
-    thresholds = {"persistent": 10**6, "sharded": 0, "some": numels[0], "embeddings": numels[-1]}
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = thresholds.get(setting, 10**6)
+    thresholds = {"persistent": 10**6, "checkpointing": 10**6, "some": numels[0], "embeddings": numels[-1]}
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = thresholds.get(setting, 0)
+    config["zero_optimization"].update(zero or {})
     return initialize(model=model, config=config)[0]
 
 
@@ -65,11 +67,43 @@ def with_and_without(setting: str) -> tuple[int, int]:
 def test_a_step_is_the_same_to_the_bit_with_hooks_where_something_is_gathered(setting: str) -> None:
     for everywhere, kept in run_ranks(2, with_and_without, setting):
         layers = len(mora_layers(_injected("gpt2" if setting == "some" else "llama")))
-        expected = {"persistent": 1, "checkpointing": 1, "sharded": 1 + layers, "embeddings": 3}
         assert everywhere > 2 * layers
-        assert kept == expected.get(setting, kept) and kept < everywhere
-        if setting == "some":
-            assert 1 < kept < 1 + layers
+        assert kept == (3 if setting == "embeddings" else 1)
+
+
+def held_at_once(setting: str) -> list[set[str]]:
+    """The decoder layers whose matrices are gathered, at each linear layer that runs or has its gradient computed."""
+    none = {f"stage3_{name}": 0 for name in ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")}
+    engine, found = engine_of(setting, zero=none), []
+    layers = mora_layers(engine.module)
+    matrices = {name: layer.value for name, layer in layers.items()}  # asked for in a forward, DeepSpeed gathers them
+
+    def gathered() -> set[str]:
+        return {name for name, matrix in matrices.items() if matrix.ds_status.name == "AVAILABLE"}
+
+    def note(module: nn.Module) -> None:
+        assert any(layers[name] is module for name in gathered())
+        found.append({name.split(".")[2] for name in gathered()})
+
+    def note_all(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+        note(module)
+        if output.requires_grad:
+            output.register_hook(lambda _: note(module))
+
+    for layer in layers.values():
+        layer.register_forward_hook(note_all)
+    for step in range(6):
+        engine.backward(causal_loss(engine, tokens(2, seed=step)))
+        engine.step()
+        assert not gathered()
+    return found
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("setting", ["sharded", "sharded again", "sharded reentrant"])
+def test_one_decoder_layers_matrices_are_gathered_at_a_time(setting: str) -> None:
+    for found in run_ranks(2, held_at_once, setting):
+        assert all(len(layers) == 1 for layers in found) and set.union(*found) == {"0", "1"}
 
 
 def _injected(family: str) -> Any:
