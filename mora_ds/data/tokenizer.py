@@ -150,9 +150,11 @@ def load_tokenizer(
             "give one with --tokenizer_name, or train one with --train_tokenizer_vocab"
         )
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(path if path.is_dir() else name_or_path), trust_remote_code=trust_remote_code
         )
+        tokenizer("a")  # which is where some of its settings are first read
+        return tokenizer
     except Exception as error:  # the tokenizers library raises plain ones, for merges of unknown tokens for example
         untrusted = not trust_remote_code and "trust_remote_code" in str(error)
         hint = " (--trust_remote_code runs its code)" if untrusted else ""

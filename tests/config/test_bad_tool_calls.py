@@ -92,7 +92,7 @@ spectrum {step} --threshold nan | --threshold
 evaluate {bad}/gone --sets a={user}/held.txt | gone
 evaluate {bad}/models/heads --sets a={user}/held.txt | models/heads | not a multiple of
 evaluate {bad}/models/padding --sets a={user}/held.txt | models/padding | Padding_idx
-evaluate {bad}/models/deep --sets a={user}/held.txt | weights are missing: 1,000 layers, and 20 tensors in the files
+evaluate {bad}/models/deep --sets a={user}/held.txt | weights are missing: 1,000 layers
 tp_cost {bad}/models/bottomless | CONFIG | num_hidden_layers must be at most 2,048, got 16,777,216
 evaluate {bad}/models/more_layers --sets a={user}/held.txt | models/more_layers | weights are missing
 evaluate {bad}/models/wider --sets a={user}/held.txt | models/wider | weights do not fit the config
@@ -121,6 +121,7 @@ analyze_weights {user}/model --probe {user}/held.txt --probe_batches 0 | --probe
 prepare_corpus --files {bad}/gone.txt --tokenizer {user}/model --output {new} | --files
 prepare_corpus --files {bad}/emptydir --tokenizer {user}/model --output {new} | --files | emptydir
 prepare_corpus --files {user}/held.txt --tokenizer {bad}/models/merges --output {new} | --tokenizer | MergeType
+prepare_corpus --files {user}/held.txt --tokenizer {bad}/models/tokenizer_length --output {new} | --tokenizer | 'list'
 prepare_corpus --files {user}/held.txt --tokenizer {user}/model --output {user} | --output
 prepare_corpus --files {user}/held.txt --tokenizer {user}/model --output {new} --held_out 100 | --held_out
 prepare_corpus --files {user}/held.txt --tokenizer {user}/model --output {new} --min_characters -1 | --min_characters

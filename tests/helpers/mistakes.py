@@ -169,6 +169,7 @@ def model_folders(folder: Path, user: Playground) -> None:
     files: dict[str, dict[str, str | bytes]] = {
         name: {"config.json": json.dumps({**config, **change})} for name, change in changes.items()
     }
+    tokens = json.loads((user.model / "tokenizer_config.json").read_text())
     weights = (user.model / "model.safetensors").read_bytes()
     (length,) = memoryview(weights[:8]).cast("Q")
     header = json.loads(weights[8 : 8 + length])
@@ -199,6 +200,7 @@ def model_folders(folder: Path, user: Playground) -> None:
         "header_offsets": {"model.safetensors": with_header(changed(data_offsets=[9, 1]))},
         "lfs": {"model.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n"},
         "merges": {"tokenizer.json": broken_tokenizer(user, merges=[["a", "nowhere"], "b"])},
+        "tokenizer_length": {"tokenizer_config.json": json.dumps({**tokens, "model_max_length": [1]})},
         "tokenizer_torn": {"tokenizer.json": (user.model / "tokenizer.json").read_bytes()[:200]},
         "tokenizer_list": {"tokenizer_config.json": "[]"},
         "tokenizer_number": {"tokenizer_config.json": f'{{"model_max_length": {NUMBER_5000}}}'},
