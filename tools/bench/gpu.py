@@ -1,17 +1,20 @@
 """What is to be measured on the day that a GPU is there, one question at a time, each within minutes.
 
-    python tools/bench/gpu.py ceilings|operators|gather|attention|step|resume [--json FILE]
+    python tools/bench/gpu.py ceilings|operators|gather|layer|attention|loss|step|memory|resume [--json FILE]
     python tools/bench/gpu.py ... --device cpu --toy        the same code at toy sizes, which a test runs
 
     ceilings    what the card gives at best: copies in TB/s, products in TFLOP/s
     operators   every operator, grouping, dtype and path against fp64 on the CPU; merges: the bits of the CPU
     gather      the operations of `adapters/kernels` against plain torch, in GB/s
+    layer       a layer's forward and backward over each path and as a LoRA, against the frozen layer
     attention   by documents against a dense mask: time, and what leaks from one document to another (0)
+    loss        in chunks against whole logits: memory and time (`loss.py`)
     step        one rank under ZeRO 0, 1 and 3: tokens a second, peak memory, and whether the host waits inside a
                 micro-batch, which on a GPU is an error (torch.cuda.set_sync_debug_mode)
+    memory      one rank under ZeRO-3: planned against what the card's allocator saw
     resume      a run that is saved and resumed, against the uninterrupted one, to the bit, as --deterministic has it
 
-`layer.py`, `loss.py` and `plan.py` measure layers, the loss and memory, on a GPU too. Without a GPU, a line says so.
+Without a GPU, a line says so.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -42,15 +46,24 @@ from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops.linear import Compute, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
+from mora_ds.adapters.path_times import PATHS, paths_of
 from mora_ds.data.documents import Documents
 from mora_ds.engine import zero
 from mora_ds.engine.device import make_deterministic
+from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.engine.initialize import start_distributed
 from mora_ds.models.base import write_own_base
 from mora_ds.models.document_attention import document_attention
+from mora_ds.models.loss import chunk_loss, token_nll
+from mora_ds.planning.memory_meter import MemoryMeter
+from mora_ds.planning.plan import Planner
+from mora_ds.planning.step import Work, planned_model
+from mora_ds.planning.timing import Cluster
 from mora_ds.runtime import cli
 from mora_ds.runtime.processes import only_rank
 from mora_ds.train.run import Run
+from tools.bench import layer as layers
+from tools.bench import loss as losses
 from tools.bench.measuring import llama_config
 from tools.bench.report import Report, json_flag
 
@@ -117,6 +130,26 @@ def gather(options: argparse.Namespace, report: Report) -> None:
     report.show("gather", rows)
 
 
+def layer(options: argparse.Namespace, report: Report) -> None:
+    shapes, counts = (((48, 80),), (64,)) if options.toy else (((4096, 4096), (4096, 11008)), (4096, 16384))
+    like = {"device": options.device, "dtype": torch.float32 if options.device.type == "cpu" else torch.bfloat16}
+    ranks = ((OperatorKind.ROTATE, 8), (OperatorKind.SHARE, 8 if options.toy else 256))
+    rows = [["layer, tokens", "frozen, ms", *("x " + name for name in ("LoRA", *(path.value for path in PATHS)))]]
+    for (kind, rank), shape, tokens in product(ranks, shapes, counts):
+        made = layers.make(kind, rank, shape, tokens, like)
+        lora, trained = layers.forwards(made, 16)["our LoRA"]
+        ours, square = made.case().layer, torch.zeros(made.spec.r_hat, made.spec.r_hat, **like).requires_grad_()
+        frozen = _seconds(lambda m=made: m.backward(lambda: F.linear(m.x, m.base.weight)), options)  # type: ignore[misc]
+        times = [_seconds(lambda m=made, f=lora, t=trained: m.backward(f, *t), options)]  # type: ignore[misc]
+        for path in paths_of(ours):
+            forward = lambda m=made, o=ours, s=square, p=path: o.product(m.x, s, p)  # noqa: E731
+            times.append(_seconds(lambda m=made, f=forward, s=square: m.backward(f, s), options))  # type: ignore[misc]
+        name = f"{kind.value} {rank}, {shape[0]} -> {shape[1]}, {tokens:,}"
+        ratios = [f"{each / frozen:.2f}" for each in times]
+        rows.append([name, f"{1e3 * frozen:.3f}", *ratios, *[""] * (1 + len(PATHS) - len(ratios))])
+    report.show("layer", rows)
+
+
 def attention(options: argparse.Namespace, report: Report) -> None:
     heads, size, length = (4, 32, 64) if options.toy else (32, 128, 16384)
     dtype = torch.float32 if options.device.type == "cpu" else torch.bfloat16
@@ -146,6 +179,11 @@ def attention(options: argparse.Namespace, report: Report) -> None:
     report.show("attention", rows)
 
 
+def loss(options: argparse.Namespace, report: Report) -> None:
+    vocabulary, width, tokens, dtype = (512, 64, 512, "float32") if options.toy else (128256, 4096, 8192, "bfloat16")
+    losses.compare(argparse.Namespace(vocab=vocabulary, width=width, tokens=tokens, dtype=dtype), report)
+
+
 def step(options: argparse.Namespace, report: Report) -> None:
     rows = [["ZeRO", "tokens/s", "peak, GiB", "waits inside a micro-batch"]]
     _one_rank()
@@ -167,6 +205,37 @@ def step(options: argparse.Namespace, report: Report) -> None:
         rows.append([str(stage), f"{ids.numel() / seconds:,.0f}", f"{peak:.2f}", waits])
         engine.destroy()
     report.show("step", rows)
+
+
+def memory(options: argparse.Namespace, report: Report) -> None:
+    _one_rank()
+    adapter, ids, cuda = MoRAConfig(rank=8), _ids(options), options.device.type == "cuda"
+    model = _model(options)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    work = Work(model.config, adapter, ids.shape[1], len(ids), dtype, document_mask=False)
+    numels = [each.numel() for each in planned_model(work).parameters()]
+    planned = (
+        Planner(work, Cluster(1), complete_ds_config(_settings(options, 3), numels), on_cpu=not cuda).plan().memory
+    )
+    engine = _engine(options, 3, adapter, chunked=True)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(ids.shape[1], device=ids.device)[None]}
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        with MemoryMeter() as passes:
+            engine.backward(token_nll(engine, batch) / ids.numel())
+        with MemoryMeter() as update:
+            engine.step()
+    found = [
+        ("forward and backward", planned.forward_backward, passes.peak),
+        ("the optimizer's step", planned.optimizer_step, update.peak),
+    ]
+    if cuda:
+        found += [("peak, allocated", planned.peak, torch.cuda.max_memory_allocated())]
+        found += [("peak, reserved", planned.peak, torch.cuda.max_memory_reserved())]
+    rows = [[name, f"{a / 1e6:.3f}", f"{b / 1e6:.3f}", f"{b / a:.3f}"] for name, a, b in found]
+    report.show("memory", [["one rank", "planned, MB", "measured, MB", "measured / planned"], *rows])
+    engine.destroy()
 
 
 def resume(options: argparse.Namespace, report: Report) -> None:
@@ -192,7 +261,7 @@ def resume(options: argparse.Namespace, report: Report) -> None:
 
 
 QUESTIONS: dict[str, Callable[[argparse.Namespace, Report], None]] = {
-    each.__name__: each for each in (ceilings, operators, gather, attention, step, resume)
+    each.__name__: each for each in (ceilings, operators, gather, layer, attention, loss, step, memory, resume)
 }
 
 
@@ -249,16 +318,21 @@ def _ids(options: argparse.Namespace) -> Tensor:
     return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(options.device)
 
 
-def _engine(options: argparse.Namespace, stage: int, config: MoRAConfig | None = None) -> Any:
+def _engine(options: argparse.Namespace, stage: int, config: MoRAConfig | None = None, chunked: bool = False) -> Any:
     model = _model(options)
     inject(model, config or MoRAConfig(rank=8))
-    settings = {
+    if chunked:
+        chunk_loss(model)
+    return initialize(model=model, config=_settings(options, stage))[0]
+
+
+def _settings(options: argparse.Namespace, stage: int) -> dict[str, Any]:
+    return {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage},
         "bf16": {"enabled": options.device.type == "cuda"},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
     }
-    return initialize(model=model, config=settings)[0]
 
 
 def _train(engine: Any, ids: Tensor, steps: int) -> list[float]:

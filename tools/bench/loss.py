@@ -68,7 +68,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     json_flag(parser)
     options = parser.parse_args()
-    report, rows = Report(options), [["loss", "peak over the model, MiB", "time, s", "a token"]]
+    report = Report(options)
+    compare(options, report)
+    report.write()
+
+
+def compare(options: argparse.Namespace, report: Report) -> None:
+    """Both ways, each in a process of its own: the table `loss`."""
+    rows = [["loss", "peak over the model, MiB", "time, s", "a token"]]
     logits = options.tokens * options.vocab * 4 / 2**20
     report.say(f"{options.tokens} tokens, vocabulary {options.vocab}: logits in fp32 {logits:.0f} MiB")
     context = multiprocessing.get_context("spawn")
@@ -77,7 +84,6 @@ def main() -> None:
             peak, seconds, loss = pool.apply(measure, (options, chunked))
         rows.append(["chunked" if chunked else "whole", f"{peak:.0f}", f"{seconds:.2f}", f"{loss:.6f}"])
     report.show("loss", rows)
-    report.write()
 
 
 if __name__ == "__main__":
