@@ -547,6 +547,34 @@ MUTATIONS = (
         "if not name:",
         ("checkpoint/test_repair.py",),
     ),
+    Mutation(
+        "a tokenizer is not tried where it is loaded",
+        "data/tokenizer.py",
+        '        tokenizer("a")  # which',
+        "        # which",
+        ("config/test_bad_tool_calls.py",),
+    ),
+    Mutation(
+        "layers that no file has are made",
+        "models/load.py",
+        "    _check_depth(folder, folder_config(folder, trust_remote_code, flag), flag)\n",
+        "",
+        ("config/test_bad_tool_calls.py",),
+    ),
+    Mutation(
+        "tools take a model that lacks weights",
+        "models/load.py",
+        "        if info.get(what):\n",
+        "        if info.get(what) and flag == MODEL_FLAG:\n",
+        ("config/test_bad_tool_calls.py",),
+    ),
+    Mutation(
+        "experts are imported before ranks meet",
+        "adapters/experts.py",
+        "import torch.nn.functional as F\n",
+        "import torch.nn.functional as F\nimport transformers.integrations.moe\n",
+        ("test_imports.py",),
+    ),
 )
 
 
