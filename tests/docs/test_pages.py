@@ -93,16 +93,6 @@ def test_what_the_check_of_a_landing_runs_is_what_the_pages_say() -> None:
         assert f"deepspeed {demo}" in script
 
 
-def test_every_figure_has_its_data_or_is_drawn() -> None:
-    data = {path.name for path in (ROOT / "docs" / "results" / "data").glob("*.json")}
-    pictures = {path.name for path in (ROOT / "docs" / "assets").glob("*.svg")}
-    source = {"base-and-matrices.svg": None, "memory.svg": "plans.json", "traffic.svg": "plans.json"}
-    source |= dict.fromkeys(("learning.svg", "learning-curves.svg", "learning-gap.svg"), "learning.json")
-    source["delta-scale.svg"] = "delta_scale.json"
-    assert pictures <= set(source)
-    assert all(source[name] is None or source[name] in data for name in pictures)
-
-
 def test_the_pages_of_the_site_are_all_in_its_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}

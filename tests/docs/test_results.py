@@ -1,0 +1,67 @@
+"""No figure without its JSON: what the pages of results show is drawn by tools/docs.py and tools/figures.py."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.pages import FENCE, PAGES, ROOT
+from tools import docs_results
+
+RESULTS = sorted((ROOT / "docs" / "results").glob("*.md"))
+DRAWN = re.compile(r"<!-- (?P<name>.+?), by tools/docs\.py -->.*?<!-- end of (?P=name) -->", re.DOTALL)
+TABLE = re.compile(r"^(\|.+\|)\n\|[ :|-]+\|$", re.MULTILINE)
+"""The titles of a table."""
+FACTS = {"| Command | What it measures | Results |"}
+"""Titles of the tables that hold no measurement."""
+IMAGES = {
+    "base-and-matrices.svg": "a diagram",
+    "tensorboard.png": "a screenshot",
+    "memory.svg": "plans.json",
+    "traffic.svg": "plans.json",
+    "learning.svg": "learning.json",
+    "learning-curves.svg": "learning.json",
+    "learning-gap.svg": "learning.json",
+    "delta-scale.svg": "delta_scale.json",
+}
+"""Image of docs/ -> the JSON that it is drawn from, or what it shows in place of a measurement."""
+
+
+def typed(text: str) -> list[str]:
+    """The titles of the tables that stand outside of drawn blocks and are no facts."""
+    return [titles for titles in TABLE.findall(FENCE.sub("", DRAWN.sub("", text))) if titles not in FACTS]
+
+
+@pytest.mark.parametrize("page", RESULTS, ids=lambda page: page.name)
+def test_no_table_of_results_is_typed_by_hand(page: Path) -> None:
+    assert typed(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_table_that_is_typed_by_hand_is_found() -> None:
+    table = "| method | perplexity |\n| --- | ---: |\n| MoRA | 1.0 |\n"
+    drawn = f"<!-- a.json b, by tools/docs.py -->\n\n{table}\n<!-- end of a.json b -->\n"
+    assert typed(f"{drawn}text\n\n{table}") == ["| method | perplexity |"]
+    assert typed(drawn) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_drawn_table_is_what_its_json_says(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert docs_results.results(text) == text, "run tools/docs.py"
+    if page.name == "memory.md":
+        assert docs_results.memory(text) == text, "run tools/docs.py"
+
+
+def test_every_json_is_shown_somewhere() -> None:
+    shown = {block["file"] for page in PAGES for block in docs_results.RESULT.finditer(page.read_text("utf-8"))}
+    files = {path.name for path in (ROOT / "docs" / "results" / "data").glob("*.json")}
+    assert files - shown - set(IMAGES.values()) == set()
+
+
+def test_every_image_has_its_data_or_shows_none() -> None:
+    files = {path.name for path in (ROOT / "docs").rglob("*.*") if path.suffix in (".svg", ".png", ".jpg")}
+    assert files == set(IMAGES)
+    data = {source for source in IMAGES.values() if source.endswith(".json")}
+    assert data <= {path.name for path in (ROOT / "docs" / "results" / "data").glob("*.json")}
