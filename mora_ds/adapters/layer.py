@@ -242,6 +242,8 @@ class MoRALinear(AdaptedLinear):
     def __init__(self, base: Any, spec: OperatorSpec, dropout: float = 0.0, compute: Compute = Compute.AUTO) -> None:
         super().__init__(base, spec, dropout)
         self.compute = compute
+        self.holds_weight = False
+        """Whether W0 + delta, where it is formed, stays from forward to backward (`inject.hold_weights`)."""
         self.tables: KernelTables | None = None
         self._held: tuple[IndexTables, ...] = ()
 
@@ -267,7 +269,7 @@ class MoRALinear(AdaptedLinear):
             return self.split(self, x, square, path)
         frozen = self.frozen
         check_floating(x, frozen)
-        keep = self.recomputed and self.training
+        keep = self.training and (self.recomputed or self.holds_weight)
         if runs_kernels(x.device):
             return kernel_linear(x, frozen, self.bias, square, self.kernel_tables(x.device), path, keep)
         self.hold_tables(x.device)

@@ -18,7 +18,7 @@ from mora_ds.adapters.alignment import Alignment
 from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import domains_of
-from mora_ds.adapters.inject import frozen_buffers, inject
+from mora_ds.adapters.inject import frozen_buffers, hold_weights, inject
 from mora_ds.adapters.path_times import undecided
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.checkpoint.contents import PROBE_TOKENS
@@ -166,6 +166,8 @@ class AdapterJob(Job):
         model, base, keys = self.loaded.model, self.loaded.base, self.loaded.keys
         device = torch.device("cpu") if self._streams else current_device()
         report = inject(model, self.config, lambda name: base.read(keys[name]).to(device))
+        if self.arguments.adapter.hold_weights:
+            hold_weights(model)
         self.trainable_parameters, self.total_parameters = report.trainable_params, report.total_params
         logger.info(report)
         if adapter.alignment_weight and isinstance(self.config, MoRAConfig):
