@@ -18,14 +18,14 @@ from mora_ds.engine.initialize import initialize
 from mora_ds.engine.module_hooks import _gather, drop_idle_hooks
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
-from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
 
 SETTINGS = ("persistent", "sharded", "some", "checkpointing", "embeddings", "sharded again", "sharded reentrant")
 
 
 def engine_of(setting: str, zero: dict[str, int] | None = None, **changes: Any) -> Any:
     torch.manual_seed(0)
-    model = tiny_model("gpt2" if setting == "some" else "llama")
+    model = tiny_model(setting if setting in FAMILIES else "gpt2" if setting == "some" else "llama")
     inject(model, MoRAConfig(rank=4, train_embeddings=setting == "embeddings", train_head=setting == "embeddings"))
     if setting in ("checkpointing", "sharded again", "sharded reentrant"):
         model.gradient_checkpointing_enable({"use_reentrant": setting == "sharded reentrant"})
@@ -69,6 +69,17 @@ def test_a_step_is_the_same_to_the_bit_with_hooks_where_something_is_gathered(se
         layers = len(mora_layers(_injected("gpt2" if setting == "some" else "llama")))
         assert everywhere > 2 * layers
         assert kept == (3 if setting == "embeddings" else 1)
+
+
+def families_with_and_without() -> list[tuple[str, int]]:
+    return [(family, with_and_without(family)[1]) for family in FAMILIES]
+
+
+@pytest.mark.gloo
+@pytest.mark.heavy
+def test_every_familys_layers_gather_together_with_the_same_bits() -> None:
+    for found in run_ranks(2, families_with_and_without):
+        assert found == [(family, 1) for family in FAMILIES]
 
 
 def held_at_once(setting: str) -> list[set[str]]:
