@@ -59,20 +59,11 @@ def compare_logits(
 ) -> Comparison:
     """Loads the export in `folder` on the CPU and computes the logits of the tokens in `probe`.
 
-    `probe`: safetensors with "input_ids" (B, T) int64, logits (B, T, V) called `name`, and the live model's "dtype" in
-    its metadata. `rounding`: the relative error of the live model's weights in 8 bits; `change`: makes a loaded export
-    what the live model was. Raises `RunError` when the
-    difference exceeds the tolerance or the export lacks weights; `UserError` for a damaged probe.
+    `probe`, `name`: as of `read_probe`. `rounding`: the relative error of the live model's weights in 8 bits; `change`:
+    makes a loaded export what the live model was. Raises `RunError` when the difference exceeds the tolerance or the
+    export lacks weights; `UserError` for a damaged probe.
     """
-    handle = open_safetensors(probe)
-    if missing := {name, "input_ids"} - set(handle.keys()):
-        raise UserError(f"{probe} holds no {min(missing)}")
-    live, tokens = handle.get_tensor(name).float(), handle.get_tensor("input_ids")
-    if tokens.dim() != 2 or tokens.dtype != torch.int64 or live.shape[:-1] != tokens.shape:
-        raise UserError(f"{probe} holds tokens of shape {tuple(tokens.shape)}, logits of {tuple(live.shape)}")
-    if not bool(((tokens >= 0) & (tokens < live.shape[-1])).all()):
-        raise UserError(f"{probe} holds tokens that have no logits")
-    recorded = compute_dtype((handle.metadata() or {}).get("dtype", "float32"))
+    tokens, live, recorded = read_probe(probe, name)
     model = _load(folder, dtype)
     if change is not None:
         change(model)
@@ -85,6 +76,20 @@ def compare_logits(
     if not comparison.error <= comparison.tolerance:  # NaN must fail
         raise RunError(f"the export does not match: {comparison.line()}")
     return comparison
+
+
+def read_probe(path: Path, name: str = "logits") -> tuple[Tensor, Tensor, torch.dtype]:
+    """(tokens (B, T) int64, logits (B, T, V) in fp32, the live model's dtype) of a safetensors file with "input_ids",
+    logits called `name`, and "dtype" in its metadata. Raises `UserError` for a damaged one."""
+    handle = open_safetensors(path)
+    if missing := {name, "input_ids"} - set(handle.keys()):
+        raise UserError(f"{path} holds no {min(missing)}")
+    live, tokens = handle.get_tensor(name).float(), handle.get_tensor("input_ids")
+    if tokens.dim() != 2 or tokens.dtype != torch.int64 or live.shape[:-1] != tokens.shape:
+        raise UserError(f"{path} holds tokens of shape {tuple(tokens.shape)}, logits of {tuple(live.shape)}")
+    if not bool(((tokens >= 0) & (tokens < live.shape[-1])).all()):
+        raise UserError(f"{path} holds tokens that have no logits")
+    return tokens, live, compute_dtype((handle.metadata() or {}).get("dtype", "float32"))
 
 
 def _compare(live: Tensor, logits: Tensor, dtype: torch.dtype, layers: int, rounding: float) -> Comparison:

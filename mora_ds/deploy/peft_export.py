@@ -32,6 +32,7 @@ from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import atomic_folder, write_json_atomic
 from mora_ds.deploy.export import OpenedRun, open_run
+from mora_ds.deploy.logits_check import read_probe
 from mora_ds.models.load import load_model
 from mora_ds.models.svd import Wanted, leading_vectors
 from mora_ds.models.tensor_files import SafetensorsWriter, compute_dtype, open_safetensors
@@ -211,8 +212,7 @@ def _perplexities(run: OpenedRun, folder: Path) -> Iterator[str]:
     if not path.is_file():
         yield "perplexity: not compared, as there is no probe.safetensors; tools/evaluate.py measures it on any text"
         return
-    probe = open_safetensors(path)
-    ids, live = probe.get_tensor("input_ids"), probe.get_tensor(name).float()
+    ids, live, _ = read_probe(path, name)
     logits = _load(run, folder)(input_ids=ids, use_cache=False).logits.float()
     before, after = (_perplexity(each, ids) for each in (live, logits))
     yield (

@@ -77,6 +77,10 @@ def test_recipes_are_planned(
     assert asked is None or promised is not None
     if asked is not None and promised is not None:
         assert float(promised[1]) == pytest.approx(float(highest[1]), abs=0.06)
+    page = (CONFIGS.parent / "docs" / "recipes" / "choosing.md").read_text(encoding="utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith("|") and f"`{path.stem}`" in line)
+    peaks = [float(each) for each in re.findall(r"[\d.]+", row.split("|")[4])]
+    assert any(each == pytest.approx(float(highest[1]), abs=0.06) for each in peaks), row
 
 
 @pytest.mark.parametrize("size", ["250m", "1b3"])
