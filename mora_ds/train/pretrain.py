@@ -157,10 +157,9 @@ def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job
 def _in_chunks(job: Job, training: TrainingArguments) -> bool:
     """Whether the loss is computed in chunks: with a frozen head, where that costs nothing, and on demand. A run that
     resumes goes on as it began, since the two round differently."""
-    began = job.place.checkpoint is not None
-    return training.chunked_loss or (
-        job.state.chunked_loss if began else is_frozen(job.loaded.model.get_output_embeddings())
-    )
+    if job.place.checkpoint is not None:
+        return training.chunked_loss or job.state.chunked_loss
+    return training.chunked_loss or is_frozen(job.loaded.model.get_output_embeddings())
 
 
 # -- the output folder -------------------------------------------------------------------------------------------------

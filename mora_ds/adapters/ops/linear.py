@@ -8,7 +8,7 @@ The weight paths form the sum in forward and again in backward, so that nothing 
 of M comes from the folded input and the folded output gradient (`square_gradient`), not from a (d_out, d_in) product.
 All are the same function of x and M. They differ in rounding: in bf16 or fp16 the weight path rounds W0 + delta to
 that dtype, as mixed-precision training of full weights does, so that a delta smaller than half a unit in the last place
-of W0 has no effect until it has grown; the gradient of M is that of the sum. Loss curves of both: README.
+of W0 has no effect until it has grown; the gradient of M is that of the sum.
 A quantized weight is made dense for each product of either path, and freed after it (`frozen`).
 """
 
