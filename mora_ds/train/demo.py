@@ -183,14 +183,14 @@ def _prepare(arguments: Arguments, training: TrainingArguments, folder: Path, pa
         )
 
 
-def write_inputs(paths: DemoPaths, seed: int) -> None:
-    """Write corpora, a tokenizer and an untrained model into a new folder."""
+def write_inputs(paths: DemoPaths, seed: int, config: Path = MODEL_CONFIG) -> None:
+    """Write corpora, a tokenizer and an untrained model, made from the JSON `config`, into a new folder."""
     written = write_demo_corpus(paths.corpus, general_bytes=PROSE_BYTES, domain_bytes=CODE_BYTES, eval_bytes=EVAL_BYTES)
     logger.info("  corpora: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in written.text_bytes.items()))
     corpus = load_corpus([str(written.general_train), str(written.domain_train)])
     tokenizer = load_tokenizer(train_sentencepiece(corpus.texts(), VOCABULARY, paths.root / TOKENIZER_FOLDER))
     logger.info(f"  tokenizer: SentencePiece, {len(tokenizer)} tokens, trained on both")
-    create_base(MODEL_CONFIG, paths.start, seed, tokenizer, len(tokenizer))
+    create_base(config, paths.start, seed, tokenizer, len(tokenizer))
 
 
 def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> Arguments:

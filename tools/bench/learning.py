@@ -38,6 +38,7 @@ from mora_ds.common.files import read_json, sha256_file, write_json_atomic
 from mora_ds.data import load_tokenizer, tokenizer_fingerprint
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.runtime import cli
+from mora_ds.train.demo import MODEL_CONFIG, WARM_START
 from tools.bench.learning_methods import METHODS_FILE, Methods
 from tools.bench.measuring import ROOT
 from tools.bench.report import Report, json_flag
@@ -132,6 +133,8 @@ class Row:
 def main() -> None:
     options = _options()
     methods = Methods.read(options.methods_file)
+    if options.bf16:
+        methods.settings["bf16"] = True
     if options.methods is None:
         options.methods = list(methods.methods)
     options.rates_of = methods.chosen(options.methods, options.rates)
@@ -153,6 +156,13 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--work", type=Path, default=Path("out/bench_learning"), help="folder for everything")
     parser.add_argument("--base", type=Path, help="model folder. Default: a small Llama, warm-started on prose")
+    parser.add_argument(
+        "--base_config", type=Path, default=MODEL_CONFIG, metavar="FILE",
+        help="config of the model that is warm-started where there is no --base",
+    )  # fmt: skip
+    parser.add_argument("--base_steps", type=int, default=WARM_START["max_steps"], help="steps of its warm start")
+    parser.add_argument("--base_rate", type=float, default=WARM_START["learning_rate"], help="and their learning rate")
+    parser.add_argument("--bf16", action="store_true", help="the warm start and all runs in bf16")
     parser.add_argument("--new", type=Path, nargs=2, metavar=("TRAIN", "HELD"), help="the new text, with --base")
     parser.add_argument("--old", type=Path, nargs=2, metavar=("TRAIN", "HELD"), help="what the base knows, with --base")
     parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; MoRA matrices have about as many parameters")
@@ -188,7 +198,8 @@ def _texts(options: argparse.Namespace) -> Texts:
             if not path.exists():
                 raise UserError(f"--base, --new and --old: there is no {path}")
         return Texts.of(*(path.resolve() for path in (options.base, *options.new, *options.old)))
-    paths = warm_base(options.work / "base", rows=8)
+    warm = {"bf16": options.bf16, "max_steps": options.base_steps, "learning_rate": options.base_rate}
+    paths = warm_base(options.work / "base", 8, options.base_config, **warm)
     return Texts.of(paths.warm, *(paths.corpus / f"{name}_{part}.jsonl" for name in ("domain", "general")
                                   for part in ("train", "eval")))  # fmt: skip
 

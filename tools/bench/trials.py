@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from mora_ds.common.errors import RunError
 from mora_ds.runtime.processes import only_rank
-from mora_ds.train.demo import DemoPaths, warm_start_settings, write_inputs
+from mora_ds.train.demo import MODEL_CONFIG, DemoPaths, warm_start_settings, write_inputs
 from tools.bench.measuring import ROOT
 
 
@@ -53,14 +53,15 @@ def run_all(trials: Sequence[T], run: Callable[[T], object], jobs: int) -> None:
             print(f"{done}/{len(trials)}  {trial.name}", flush=True)
 
 
-def warm_base(folder: Path, rows: int) -> DemoPaths:
-    """The demo's small Llama after its warm start on prose, made in `folder` where it is not there yet."""
+def warm_base(folder: Path, rows: int, config: Path = MODEL_CONFIG, **settings: Any) -> DemoPaths:
+    """A model of this config, by default the demo's small Llama, after the demo's warm start on prose with `settings`
+    over the demo's own, made in `folder` where it is not there yet."""
     paths = DemoPaths(folder)
     if not paths.warm.is_dir():
         if not paths.start.is_dir():
-            write_inputs(paths, seed=42)
+            write_inputs(paths, 42, config)
         print("warm start on prose", flush=True)
-        pretrain_alone(warm_start_settings(paths, rows, seed=42), paths.root / "warm.log")
+        pretrain_alone({**warm_start_settings(paths, rows, seed=42), **settings}, paths.root / "warm.log")
     return paths
 
 

@@ -19,7 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.gather import LOW_PRECISION, gather
+from mora_ds.adapters.ops.gather import LOW_PRECISION, gather_to_scratch, scratch
 from mora_ds.adapters.ops.index_tables import rope_table, tables_of
 from mora_ds.adapters.ops.mora import OperatorSpec, block_pairs, tokens_in_cache
 from mora_ds.adapters.ops.spec import OperatorKind
@@ -71,10 +71,11 @@ def clear_tables() -> None:
     _tables.cache_clear()
 
 
-def form(spec: OperatorSpec, square: Tensor, weight: Tensor) -> Tensor:
-    """weight (O, D) + delta_weight(M), a new contiguous tensor."""
+def form(spec: OperatorSpec, square: Tensor, weight: Tensor, keep: bool = True) -> Tensor:
+    """weight (O, D) + delta_weight(M), contiguous; a new tensor, or without `keep` `scratch`."""
     tables = _tables(spec, weight.dtype, weight.device)
-    formed = weight.new_empty(spec.d_out + 1, spec.d_in)  # one row more, for what fills up the last output block
+    shape = spec.d_out + 1, spec.d_in  # one row more, for what fills up the last output block
+    formed = weight.new_empty(shape) if keep else scratch("formed", weight, *shape)
     formed[:-1] = weight
     squares = _rotated(spec, square, tables.turns).to(weight.dtype)
     for into, out in block_pairs(spec):
@@ -91,7 +92,7 @@ def square_gradient(spec: OperatorSpec, x: Tensor, g: Tensor) -> Tensor:
     products = g.new_zeros(least, spec.r_hat, spec.r_hat, dtype=_wide(g.dtype))
     tokens = tokens_in_cache(g, max(spec.d_in, spec.d_out))
     for x_part, g_part in zip(x.split(tokens), g.split(tokens), strict=True):
-        z, c = gather(x_part, tables.inputs), gather(g_part, tables.outputs)
+        z, c = gather_to_scratch("z", x_part, tables.inputs), gather_to_scratch("c", g_part, tables.outputs)
         z, c = (
             each[:, : least * spec.r_hat].unflatten(-1, (least, -1)).transpose(0, 1)
             for each in (_sum_inputs(spec, z, tables.relative), _sum_blocks(spec, c))

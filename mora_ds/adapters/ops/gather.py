@@ -5,8 +5,10 @@ Shape legend:  D = inputs, R = r_hat, N = blocks.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from functools import update_wrapper
 from importlib.util import find_spec
@@ -20,6 +22,9 @@ from mora_ds.common.errors import UserError
 FLAG = "--compile"
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+_SCRATCH_BYTES = 2**26
+"""The most that one use of `scratch` keeps."""
 
 _COMPILED_FORMS = 32
 """Compiled forms of one function that torch may keep: by dtype, with and without gradient, by layout, with and without
@@ -94,6 +99,41 @@ def prefers_scatter(x: Tensor) -> bool:
     """Whether groups of x are summed by `sum_groups` (eager, on a CPU) and not by `gather_sum`: compiled, that is one
     kernel, and on a GPU scattered sums are atomic, so that their order would vary."""
     return x.device.type == "cpu" and gather_sum.used is gather_sum.eager
+
+
+class _Kept(threading.local):
+    def __init__(self) -> None:
+        self.memory: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
+_kept = _Kept()
+
+
+def scratch(use: str, like: Tensor, *shape: int) -> Tensor:
+    """An uninitialised tensor of `like`'s dtype and device, which the next call with this `use` may write to. The same
+    memory each time on a CPU, where new memory of some MiB takes longer to map than to fill. It is new on a GPU, whose
+    allocator keeps memory, above 64 MiB, and where autograd records."""
+    numbers = math.prod(shape)
+    is_plain = type(like) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)  # and no FakeTensor
+    if not (is_plain and reuses_memory(like)) or numbers * like.element_size() > _SCRATCH_BYTES:
+        return like.new_empty(shape)
+    memory = _kept.memory.get((use, like.dtype))
+    if memory is None or memory.numel() < numbers:
+        with torch.inference_mode(False):  # it may be training that takes it next
+            memory = _kept.memory[use, like.dtype] = torch.empty(numbers, dtype=like.dtype)
+    return memory[:numbers].view(shape)
+
+
+def reuses_memory(x: Tensor) -> bool:
+    """Whether results that live for one operation are written to `scratch`."""
+    return prefers_scatter(x) and not torch.is_grad_enabled()
+
+
+def gather_to_scratch(use: str, x: Tensor, index: Tensor) -> Tensor:
+    """`gather` of x (T, D) into `scratch`."""
+    if not reuses_memory(x):
+        return gather(x, index)
+    return torch.index_select(x, 1, index, out=scratch(use, x, len(x), len(index)))
 
 
 def sum_groups(x: Tensor, group: Tensor, size: int) -> Tensor:

@@ -111,7 +111,7 @@ class _WeightPath(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.spec, ctx.make, ctx.form = spec, maker_of(weight), blocks.form if by_blocks else effective_weight
         saved = x if spec.blockwise else fold_input(spec, x)
-        formed = ctx.form(spec, square, dense(weight, x.dtype))
+        formed = ctx.form(spec, square, dense(weight, x.dtype), keep)
         ctx.save_for_backward(saved, square, formed if keep else None, *parts_of(weight))
         return F.linear(x, formed, bias)
 
@@ -122,7 +122,9 @@ class _WeightPath(torch.autograd.Function):
         g_x = g_square = None
         if ctx.needs_input_grad[0]:
             g_x = g @ (
-                ctx.form(spec, square, dense(weight_of(ctx.make, *parts), g.dtype)) if formed is None else formed
+                ctx.form(spec, square, dense(weight_of(ctx.make, *parts), g.dtype), keep=False)
+                if formed is None
+                else formed
             )
         if ctx.needs_input_grad[3]:
             if ctx.form is blocks.form:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mora_ds.adapters.ops import blocks, linear, mora
+from mora_ds.adapters.ops import blocks, gather, linear, mora
 from mora_ds.adapters.ops.linear import Compute, formula_of_0_2, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
@@ -101,7 +103,9 @@ def test_checkpointing_forms_the_weight_once_for_each_forward(
     spec, formed = OperatorSpec(kind, 16, 12, 6, Grouping.PERMUTED, seed=1), []
     weight, x, square = random(12, 16), random(5, 16, seed=1).requires_grad_(), random(6, 6, seed=2).requires_grad_()
     original = linear.effective_weight
-    monkeypatch.setattr(linear, "effective_weight", lambda *given: formed.append(1) or original(*given))
+    monkeypatch.setattr(
+        linear, "effective_weight", lambda *given, **named: formed.append(1) or original(*given, **named)
+    )
     gradients = []
     for keep, times in ((False, 3), (True, 2)):
         formed.clear()
@@ -109,6 +113,54 @@ def test_checkpointing_forms_the_weight_once_for_each_forward(
         gradients.append(torch.autograd.grad(y.sum(), (x, square)))
         assert len(formed) == times
     assert all(map(torch.equal, *gradients))
+
+
+# -- memory that is written again --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("kind", [OperatorKind.SHARE, OperatorKind.ROTATE])
+def test_layers_that_write_to_the_same_memory_keep_their_bits(
+    kind: OperatorKind, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three layers of other shapes one after the other, forward and backward, in inference mode before."""
+    monkeypatch.setattr(gather, "_kept", gather._Kept())
+    specs = [OperatorSpec(kind, d_in, d_out, 6, Grouping.PERMUTED, 1) for d_in, d_out in ((16, 12), (12, 20), (20, 16))]
+    weights = [random(spec.d_out, spec.d_in, seed=spec.d_in) for spec in specs]
+    x, squares = random(7, 16).requires_grad_(), [random(6, 6, seed=seed).requires_grad_() for seed in range(3)]
+
+    def outputs() -> torch.Tensor:
+        y = x
+        for spec, weight, square in zip(specs, weights, squares, strict=True):
+            y = mora_linear(y, weight, None, square, spec, Compute.BLOCKS, keep)
+        return y
+
+    def all_of_it() -> list[torch.Tensor]:
+        with torch.inference_mode():
+            told = outputs()
+        y = outputs()
+        return [told, y, *torch.autograd.grad(y.square().sum(), (x, *squares))]
+
+    found = all_of_it()
+    monkeypatch.setattr(gather, "reuses_memory", lambda x: False)
+    monkeypatch.setattr(mora, "reuses_memory", lambda x: False)
+    assert all(map(torch.equal, found, all_of_it()))
+
+
+def test_scratch_is_memory_of_one_thread_and_of_no_graph() -> None:
+    like, places = torch.zeros(3), []
+
+    def place() -> None:
+        with torch.no_grad():
+            places.append(gather.scratch("test", like, 5, 2).data_ptr())
+
+    place()
+    place()
+    thread = threading.Thread(target=place)
+    thread.start()
+    thread.join()
+    assert places[0] == places[1] != places[2]
+    assert gather.scratch("test", like, 5, 2).data_ptr() not in places, "autograd records"
 
 
 # -- the formula ------------------------------------------------------------------------------------------------------
