@@ -21,7 +21,7 @@ from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, AdapterConfig, MoRACo
 from mora_ds.adapters.domain_names import Freeze
 from mora_ds.adapters.domains import DomainLinear, Domains, describe_domains, frozen_values
 from mora_ds.adapters.experts import MoRAExperts, compute_sorted
-from mora_ds.adapters.layer import AdaptedLinear, ExpertStack, MoRALinear, adapt, linear_shape
+from mora_ds.adapters.layer import AdaptedLinear, ExpertStack, adapt, linear_shape
 from mora_ds.adapters.new_embeddings import train_new_rows
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec
@@ -228,14 +228,6 @@ def base_elements(model: nn.Module) -> int:
 def count_parameters(model: nn.Module) -> int:
     """Elements of all parameters and frozen base tensors, each tied tensor once; without scales."""
     return sum(parameter.numel() for parameter in model.parameters()) + base_elements(model)
-
-
-def hold_weights(model: nn.Module) -> None:
-    """Has each layer that forms W0 + delta keep it from forward to backward, in place of forming it twice: the same
-    numbers, quicker, for as much memory as the adapted weights have in the compute dtype. After `inject`."""
-    for layer in mora_layers(model).values():
-        if isinstance(layer, MoRALinear):
-            layer.holds_weight = True
 
 
 def move_base(model: nn.Module, device: torch.device | str, dtype: torch.dtype, on_host: Collection[str] = ()) -> None:

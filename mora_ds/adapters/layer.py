@@ -25,7 +25,7 @@ from mora_ds.adapters.ops import int8
 from mora_ds.adapters.ops.frozen import Weight, check_floating, dense, frozen_linear
 from mora_ds.adapters.ops.index_tables import IndexTables, tables_of
 from mora_ds.adapters.ops.int8 import Int8Weight
-from mora_ds.adapters.ops.linear import Compute, mora_linear
+from mora_ds.adapters.ops.linear import Compute, Held, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
 from mora_ds.adapters.ops.spec import Side, UpdateSpec
@@ -243,7 +243,9 @@ class MoRALinear(AdaptedLinear):
         super().__init__(base, spec, dropout)
         self.compute = compute
         self.holds_weight = False
-        """Whether W0 + delta, where it is formed, stays from forward to backward (`inject.hold_weights`)."""
+        """Whether W0 + delta, where it is formed, stays from forward to backward (`held_weights`)."""
+        self.held: Held | None = None
+        """Over the micro-batches of a step (`held_weights`)."""
         self.tables: KernelTables | None = None
         self._held: tuple[IndexTables, ...] = ()
 
@@ -269,11 +271,13 @@ class MoRALinear(AdaptedLinear):
             return self.split(self, x, square, path)
         frozen = self.frozen
         check_floating(x, frozen)
-        keep = self.training and (self.recomputed or self.holds_weight)
+        held = self.held
+        if held is None and self.training and (self.recomputed or self.holds_weight):
+            held = Held()
         if runs_kernels(x.device):
-            return kernel_linear(x, frozen, self.bias, square, self.kernel_tables(x.device), path, keep)
+            return kernel_linear(x, frozen, self.bias, square, self.kernel_tables(x.device), path, held)
         self.hold_tables(x.device)
-        return mora_linear(x, frozen, self.bias, square, self.spec, path, keep)
+        return mora_linear(x, frozen, self.bias, square, self.spec, path, held)
 
     def operators(self) -> tuple[OperatorSpec, ...]:
         """All operators that the layer computes with."""

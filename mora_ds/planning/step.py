@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.domains import DomainLinear, domains_of
+from mora_ds.adapters.held_weights import hold_weights, weights_held
 from mora_ds.adapters.inject import (
     frozen_buffers,
-    hold_weights,
     inject,
     mora_layers,
     set_cycle,
@@ -192,9 +192,10 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
                 token_nll(model, batch)  # the first pass makes the tables
             lasting = meter.live
             meter.restart_peak()
-            loss = token_nll(model, batch)
-            saved = meter.live
-            loss.backward()
+            with weights_held(model):
+                loss = token_nll(model, batch)
+                saved = meter.live
+                loss.backward()
             del loss
     except (RuntimeError, NotImplementedError) as error:  # a kernel that torch has for devices only
         raise UserError(f"this model cannot be planned in {work.dtype}: {reason(error)}") from error

@@ -18,7 +18,8 @@ from mora_ds.adapters.alignment import Alignment
 from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import domains_of
-from mora_ds.adapters.inject import frozen_buffers, hold_weights, inject
+from mora_ds.adapters.held_weights import hold_weights
+from mora_ds.adapters.inject import frozen_buffers, inject
 from mora_ds.adapters.path_times import undecided
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.checkpoint.contents import PROBE_TOKENS

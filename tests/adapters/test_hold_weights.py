@@ -1,4 +1,4 @@
-"""--hold_weights: W0 + update is formed once a micro-batch and kept for backward: the same bits, the planned memory."""
+"""--hold_weights: W0 + update is formed once a step and kept for backward: the same bits, the planned memory."""
 
 from __future__ import annotations
 
@@ -12,57 +12,72 @@ import torch
 from transformers import AutoConfig
 
 from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.inject import hold_weights, inject, mora_layers
+from mora_ds.adapters.held_weights import hold_weights, weights_held
+from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops import blocks, linear
 from mora_ds.planning.step import Work, step_memory
-from tests.helpers.jobs import playground, refusal, run
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import job, playground, refusal
 from tests.helpers.models import FAMILIES, tiny_model, tokens
 from tests.helpers.resume import assert_same_tensors, checkpoint_tensors
 
 
-def trained(config: MoRAConfig, holds: bool) -> tuple[float, list[Any], int]:
-    """Loss, gradients, and how often a weight was formed."""
-    formed = 0
+class Counted:
+    """A function that forms a weight, and how often it was called."""
 
-    def counted(form: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            nonlocal formed
-            formed += 1
-            return form(*arguments)
+    def __init__(self, form: Any) -> None:
+        self.form, self.times = form, 0
 
-        return call
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        self.times += 1
+        return self.form(*arguments, **named)
 
+
+def trained(config: MoRAConfig, holds: bool, checkpointing: bool = False) -> tuple[list[float], list[Any], int]:
+    """Losses of three micro-batches, of which the last follows a step; gradients; how often a weight was formed."""
     model: Any = tiny_model("llama")
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     inject(model, config)
     if holds:
         hold_weights(model)
     generator = torch.Generator().manual_seed(0)
-    layers = mora_layers(model.train())
-    for layer in layers.values():
-        layer.value.data = torch.randn(layer.value.shape, generator=generator) / 20
-    ids = tokens(2)
-    with (
-        patch.object(linear, "effective_weight", counted(linear.effective_weight)),
-        patch.object(blocks, "form", counted(blocks.form)),
-    ):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-    return loss.item(), [layer.value.grad for layer in layers.values()], formed
+    values = [layer.value for layer in mora_layers(model.train()).values()]
+    for value in values:
+        value.data = torch.randn(value.shape, generator=generator) / 20
+    ids = tokens(6)
+    losses = []
+    whole, by_blocks = Counted(linear.effective_weight), Counted(blocks.form)
+    with patch.object(linear, "effective_weight", whole), patch.object(blocks, "form", by_blocks):
+        for micro_batches in (ids[:4].chunk(2), [ids[4:]]):
+            with weights_held(model):
+                for rows in micro_batches:
+                    loss = model(input_ids=rows, labels=rows).loss
+                    loss.backward()
+                    losses.append(loss.item())
+            for value in values:
+                value.data -= 0.1 * value.grad
+    return losses, [value.grad for value in values], whole.times + by_blocks.times
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("operator", "compute"), [("share", "weight"), ("rotate", "weight"), ("rotate", "blocks")])
-def test_a_weight_is_formed_once_and_the_numbers_are_the_same(operator: str, compute: str) -> None:
+def test_a_weight_is_formed_once_a_step_and_the_numbers_are_the_same(
+    operator: str, compute: str, checkpointing: bool
+) -> None:
     config = MoRAConfig(rank=4, operator=operator, compute=compute)
-    loss, gradients, twice = trained(config, holds=False)
-    again, held, once = trained(config, holds=True)
-    assert again == loss and all(torch.equal(a, b) for a, b in zip(held, gradients, strict=True))
-    assert once == len(gradients) and twice > 1.5 * once
+    losses, gradients, often = trained(config, holds=False, checkpointing=checkpointing)
+    again, held, once = trained(config, holds=True, checkpointing=checkpointing)
+    assert again == losses and all(torch.equal(a, b) for a, b in zip(held, gradients, strict=True))
+    assert once == 2 * len(gradients) and often > 2.5 * once
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("compute", ["auto", "weight"])
-def test_a_plan_counts_them(compute: str) -> None:
+def test_a_plan_counts_them(compute: str, checkpointing: bool) -> None:
     config = AutoConfig.for_model("llama", **FAMILIES["llama"])
     work = Work(config, MoRAConfig(rank=4, operator="share", compute="weight"), 64, 2, torch.float32)
+    work = replace(work, checkpointing=checkpointing)
     held = step_memory(replace(work, hold_weights=True, adapter=replace(work.adapter, compute=compute)))
     layers = mora_layers(_injected())
     weights = sum(4 * layer.in_features * layer.out_features for layer in layers.values())
@@ -75,11 +90,23 @@ def _injected() -> Any:
     return model
 
 
+def formed(argv: list[str]) -> tuple[int, int]:
+    """How often a run forms a weight; layers times steps. For `run_ranks`."""
+    with patch.object(linear, "effective_weight", Counted(linear.effective_weight)) as form:
+        steps = job(argv)["steps"]
+    return form.times, len(mora_layers(_injected())) * steps
+
+
 @pytest.mark.gloo
 def test_a_run_ends_with_the_same_bits_and_contradictions_are_named(tmp_path: Path) -> None:
     user = playground(tmp_path)
-    for name, more in (("whole", ()), ("held", ("--hold_weights",))):
-        run(1, user.flags(tmp_path / name, "--compute", "weight", *more))
+    weight = ["--compute", "weight", "--gradient_accumulation_steps", 4]
+    often, once = (
+        run_ranks(1, formed, user.flags(tmp_path / name, *flags))
+        for name, flags in (("whole", weight), ("held", [*weight, "--hold_weights"]))
+    )
+    (whole, products), (held, _) = *often, *once
+    assert whole - held > 5 * products, "in place of 8 times a step, but for layers whose input needs no gradient"
     assert_same_tensors(checkpoint_tensors(tmp_path / "held"), checkpoint_tensors(tmp_path / "whole"))
     for more, message in (
         (("--adapter", "lora"), "--hold_weights is for MoRA matrices, and --adapter is lora"),

@@ -21,7 +21,7 @@ from mora_ds.adapters.kernels import ops
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, maker_of, parts_of, product, weight_of
 from mora_ds.adapters.ops.int8 import Int8Weight
-from mora_ds.adapters.ops.linear import Compute, formula_of_0_2
+from mora_ds.adapters.ops.linear import Compute, Held, formula_of_0_2
 
 
 def activation_linear(x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables) -> Tensor:
@@ -31,25 +31,24 @@ def activation_linear(x: Tensor, weight: Weight, bias: Tensor | None, square: Te
 
 
 def weight_linear(
-    x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables, keep: bool = False
+    x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables, held: Held | None = None
 ) -> Tensor:
     """(W0 + delta) x + b: (..., D) -> (..., O). Saves the folded input for share and truncate, the input itself for
-    decouple and rotate; and W0 + delta with `keep`, which is right where activation checkpointing runs forward again
-    just before backward, as the sum would be formed a third time."""
-    y: Tensor = _Weight.apply(x, weight, bias, square, tables, keep)
+    decouple and rotate; and W0 + delta where it is to be held."""
+    y: Tensor = _Weight.apply(x, weight, bias, square, tables, held)
     return y
 
 
 def kernel_linear(
     x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables,
-    path: Compute = Compute.AUTO, keep: bool = False,
+    path: Compute = Compute.AUTO, held: Held | None = None,
 ) -> Tensor:  # fmt: skip
     """`ops.linear.mora_linear` by kernels."""
     spec = tables.spec
     if path is Compute.AUTO:
         path = formula_of_0_2(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype, spec)
     if path.over_weight:
-        return weight_linear(x, weight, bias, square, tables, keep)
+        return weight_linear(x, weight, bias, square, tables, held)
     return activation_linear(x, weight, bias, square, tables)
 
 
@@ -91,12 +90,17 @@ def _flat(x: Tensor) -> Tensor:
 class _Weight(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables, keep: bool
-    ) -> Tensor:
-        formed = form_weight(weight, square, tables)
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables,
+        held: Held | None,
+    ) -> Tensor:  # fmt: skip
+        formed = None if held is None else held.formed
+        if formed is None:
+            formed = form_weight(weight, square, tables)
+        if held is not None:
+            held.formed = formed
         saved = x if tables.spec.blockwise else _fold(_flat(x), tables)
         ctx.tables, ctx.make = tables, maker_of(weight)
-        ctx.save_for_backward(saved, square, formed if keep else None, *parts_of(weight))
+        ctx.save_for_backward(saved, square, None if held is None else formed, *parts_of(weight))
         return F.linear(x, formed, bias)
 
     @staticmethod

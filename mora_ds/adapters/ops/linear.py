@@ -84,19 +84,25 @@ def formula_of_0_2(
     return Compute.WEIGHT if weight <= activation else Compute.ACTIVATION
 
 
+class Held:
+    """W0 + delta of a layer for as long as neither changes: the weight path forms it once, and saves it for backward.
+
+    A new one for each call is right under gradient checkpointing, which runs forward again just before backward and
+    drops what the first forward saved: the sum is then formed twice, not three times.
+    """
+
+    formed: Tensor | None = None
+
+
 def mora_linear(
     x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec,
-    path: Compute = Compute.AUTO, keep: bool = False,
+    path: Compute = Compute.AUTO, held: Held | None = None,
 ) -> Tensor:  # fmt: skip
-    """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will do.
-
-    `keep`: the weight path saves W0 + delta for backward. Right under gradient checkpointing, which runs forward again
-    just before backward and drops what the first forward saved: the sum is then formed twice, not three times.
-    """
+    """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will do."""
     if path is Compute.AUTO:
         path = formula_of_0_2(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype, spec)
     if path.over_weight:
-        return _WeightPath.apply(x, weight, bias, square, spec, keep, path is Compute.BLOCKS and spec.blockwise)
+        return _WeightPath.apply(x, weight, bias, square, spec, held, path is Compute.BLOCKS and spec.blockwise)
     return _ActivationPath.apply(x, weight, bias, square, spec)
 
 
@@ -106,13 +112,17 @@ class _WeightPath(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec, keep: bool,
-        by_blocks: bool,
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec,
+        held: Held | None, by_blocks: bool,
     ) -> Tensor:  # fmt: skip
         ctx.spec, ctx.make, ctx.form = spec, maker_of(weight), blocks.form if by_blocks else effective_weight
         saved = x if spec.blockwise else fold_input(spec, x)
-        formed = ctx.form(spec, square, dense(weight, x.dtype), keep)
-        ctx.save_for_backward(saved, square, formed if keep else None, *parts_of(weight))
+        formed = None if held is None else held.formed
+        if formed is None:
+            formed = ctx.form(spec, square, dense(weight, x.dtype), keep=held is not None)
+        if held is not None:
+            held.formed = formed
+        ctx.save_for_backward(saved, square, None if held is None else formed, *parts_of(weight))
         return F.linear(x, formed, bias)
 
     @staticmethod

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -99,17 +101,21 @@ def test_rotate_keeps_the_input_that_others_read_too(path: Compute) -> None:
 def test_checkpointing_forms_the_weight_once_for_each_forward(
     kind: OperatorKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With `keep`, and the same bits as without."""
+    """With `Held`, and the same bits as without."""
     spec, formed = OperatorSpec(kind, 16, 12, 6, Grouping.PERMUTED, seed=1), []
     weight, x, square = random(12, 16), random(5, 16, seed=1).requires_grad_(), random(6, 6, seed=2).requires_grad_()
     original = linear.effective_weight
     monkeypatch.setattr(
         linear, "effective_weight", lambda *given, **named: formed.append(1) or original(*given, **named)
     )
+
+    def form(hold: Callable[[], linear.Held | None]) -> torch.Tensor:
+        return mora_linear(x, weight, None, square, spec, Compute.WEIGHT, hold())
+
     gradients = []
-    for keep, times in ((False, 3), (True, 2)):
+    for hold, times in ((lambda: None, 3), (linear.Held, 2)):
         formed.clear()
-        y = checkpoint(mora_linear, x, weight, None, square, spec, Compute.WEIGHT, keep, use_reentrant=False)
+        y = checkpoint(partial(form, hold), use_reentrant=False)
         gradients.append(torch.autograd.grad(y.sum(), (x, square)))
         assert len(formed) == times
     assert all(map(torch.equal, *gradients))
@@ -132,7 +138,7 @@ def test_layers_that_write_to_the_same_memory_keep_their_bits(
     def outputs() -> torch.Tensor:
         y = x
         for spec, weight, square in zip(specs, weights, squares, strict=True):
-            y = mora_linear(y, weight, None, square, spec, Compute.BLOCKS, keep)
+            y = mora_linear(y, weight, None, square, spec, Compute.BLOCKS, linear.Held() if keep else None)
         return y
 
     def all_of_it() -> list[torch.Tensor]:
