@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import OperatorKind
 from mora_ds.common.errors import UserError
-from mora_ds.data import load_tokenizer
+from mora_ds.data import load_corpus, load_tokenizer
 from tests.helpers.jobs import Playground
 from tests.helpers.models import causal_loss, tiny_model, tokens
 from tests.helpers.tools import call, tool
@@ -105,7 +107,11 @@ def test_a_finished_run_is_not_repeated(user: Playground, tmp_path: Path, ran: l
     assert len(found["runs"]) == 6
     assert not any(str(each) in json.dumps(found["runs"]) for each in (tmp_path, user.root))
     assert found["runs"][0]["curve"] == [{"step": 20, "new": pytest.approx(171.0), "old": 200.0}]
-    assert found["tables"]["learning"][1][:5] == ["lora", "7", "0.01", "2", "101.5"]
+    row = found["tables"]["learning"][1]
+    assert row[:5] == ["lora", "7", "0.01", "2", "101.5"]
+    tokenizer, held = load_tokenizer(user.model), list(load_corpus([str(user.held)]).texts())
+    nats = math.log(101.5) * sum(len(tokenizer.encode(text, add_special_tokens=False)) + 1 for text in held)
+    assert row[-2] == f"{nats / math.log(2) / len(''.join(held).encode()):.3f}"
     call("bench/learning", *flags)
     assert len(ran) == 6
     call("bench/learning", *flags, "--rank", 4)
@@ -114,6 +120,27 @@ def test_a_finished_run_is_not_repeated(user: Playground, tmp_path: Path, ran: l
         folder.unlink()
     call("bench/learning", *flags)
     assert len(ran) == 14
+
+
+def test_the_base_that_is_made(
+    user: Playground, tmp_path: Path, ran: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    def warm_base(*given: Any, **settings: Any) -> SimpleNamespace:
+        made.extend((*given, settings))
+        for name in ("domain", "general"):
+            for part, path in (("train", user.train), ("eval", user.held)):
+                document = {"text": path.read_text(encoding="utf-8")}
+                (tmp_path / f"{name}_{part}.jsonl").write_text(json.dumps(document))
+        return SimpleNamespace(warm=user.model, corpus=tmp_path)
+
+    monkeypatch.setattr(tool("bench/learning"), "warm_base", warm_base)
+    flags = ["--base_config", "own.json", "--base_steps", 7, "--base_rate", 1e-4, "--bf16"]
+    call("bench/learning", "--work", tmp_path / "work", *FLAGS, *flags, "--methods", "full@0.01", "--jobs", 1)
+    warm = {"max_steps": 7, "learning_rate": 1e-4, "bf16": True}
+    assert made == [tmp_path / "work" / "base", 8, Path("own.json"), warm]
+    assert [each["bf16"] for each in ran] == [True, True]
 
 
 def test_a_table_grows_by_the_runs_of_an_earlier_one(

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -35,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.files import read_json, sha256_file, write_json_atomic
-from mora_ds.data import load_tokenizer, tokenizer_fingerprint
+from mora_ds.data import load_corpus, load_tokenizer, tokenizer_fingerprint
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.runtime import cli
 from mora_ds.train.demo import MODEL_CONFIG, WARM_START
@@ -66,12 +67,17 @@ class Texts:
     old_held: Path
     marks: dict[str, str]
     """What a run is known by, but for its flags: digests of the base with its tokenizer, and of the texts."""
+    tokens_a_byte: dict[str, float]
+    """Of both held-out texts."""
 
     @classmethod
     def of(cls, base: Path, new: Path, new_held: Path, old: Path, old_held: Path) -> Texts:
-        model = BaseCheckpoint.open(base).fingerprint() + tokenizer_fingerprint(load_tokenizer(base))
+        tokenizer = load_tokenizer(base)
+        model = BaseCheckpoint.open(base).fingerprint() + tokenizer_fingerprint(tokenizer)
         contents = " ".join(map(sha256_file, (new, new_held, old, old_held)))
-        return cls(base, new, new_held, old, old_held, {"base": _digest(model), "texts": _digest(contents)})
+        marks = {"base": _digest(model), "texts": _digest(contents)}
+        rates = {name: _tokens_a_byte(tokenizer, path) for name, path in ((NEW, new_held), (OLD, old_held))}
+        return cls(base, new, new_held, old, old_held, marks, rates)
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,8 @@ def main() -> None:
         options.methods = list(methods.methods)
     options.rates_of = methods.chosen(options.methods, options.rates)
     _check(options)
-    trials = partial(_trials, options, methods, _texts(options))
+    texts = _texts(options)
+    trials = partial(_trials, options, methods, texts)
     earlier = [] if options.runs is None else _take(options.runs, methods, trials)
     swept = list(trials(options.rates_of, range(1, min(options.sweep_seeds, options.seeds) + 1)))
     run_all(swept, _run, options.jobs)
@@ -149,7 +156,7 @@ def main() -> None:
     run_all(repeated, _run, options.jobs)
     place = {name: number for number, name in enumerate(methods.methods)}
     found = {trial.name: trial for trial in [*earlier, *swept, *repeated]}.values()
-    _report(options, sorted(found, key=lambda trial: (place[trial.method], trial.rate, trial.seed)), best)
+    _report(options, texts, sorted(found, key=lambda trial: (place[trial.method], trial.rate, trial.seed)), best)
 
 
 def _options() -> argparse.Namespace:
@@ -265,6 +272,13 @@ def _run(trial: Trial) -> None:
     })  # fmt: skip
 
 
+def _tokens_a_byte(tokenizer: Any, path: Path) -> float:
+    """With the one that ends a document."""
+    documents = list(load_corpus([str(path)]).texts())
+    tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in documents)
+    return tokens / sum(len(text.encode()) for text in documents)
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -272,16 +286,16 @@ def _digest(text: str) -> str:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def _report(options: argparse.Namespace, trials: Sequence[Trial], best: dict[str, float]) -> None:
+def _report(options: argparse.Namespace, texts: Texts, trials: Sequence[Trial], best: dict[str, float]) -> None:
     shown = [row for row in _rows(trials) if row.rate == best[row.method]]
     report = Report(options)
     report.say(
         f"perplexity after {options.steps} steps, rank {options.rank}, up to {options.seeds} seed(s), at the best"
         " learning rate on the new text of each sweep (*: at its edge); gap: how much of LoRA's distance to full"
-        " training is closed, on the seeds that all three have"
+        " training is closed, on the seeds that all three have; b/B: bits a byte"
     )
     swept = {row.method: [each.rate for each in _rows(trials) if each.method == row.method] for row in shown}
-    report.show("learning", _table(shown, swept))
+    report.show("learning", _table(shown, swept, texts.tokens_a_byte))
     report.points["runs"] = [
         {**{key: found[key] for key in KEPT}, "is_best": trial.rate == best[trial.method]}
         for trial in trials
@@ -313,13 +327,17 @@ def _best(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _table(rows: Sequence[Row], rates: Mapping[str, Sequence[float]]) -> list[list[str]]:
-    titles = ["method", "trained", "learning rate", "seeds", "new", "±", "old", "±", "gap"]
+def _table(
+    rows: Sequence[Row], rates: Mapping[str, Sequence[float]], tokens_a_byte: Mapping[str, float]
+) -> list[list[str]]:
+    titles = ["method", "trained", "learning rate", "seeds", "new", "±", "old", "±", "gap", "new, b/B", "old, b/B"]
     cells = [
         [
             row.method, f"{row.trained:,}", _rate(row, rates[row.method]), str(len(row.new)),
             *(f"{each:.1f}" for side in (row.new, row.old) for each in mean_and_spread(list(side.values()))),
             _gap(row, {each.method: each for each in rows}),
+            *(f"{tokens_a_byte[name] * math.log2(mean_and_spread(list(side.values()))[0]):.3f}"
+              for name, side in ((NEW, row.new), (OLD, row.old))),
         ]
         for row in rows
     ]  # fmt: skip
