@@ -19,12 +19,23 @@ from mora_ds.train.pretrain import pretrain
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
 
-LONG = ("continual_70b", "continual_7b_r8", "continual_7b_r256", "continual_7b_replay", "tensor_parallel_2")
+LONG = (
+    "continual_70b",
+    "continual_7b_r8",
+    "continual_7b_r256",
+    "continual_7b_replay",
+    "tensor_parallel_2",
+    "tier_b_llama2_7b",
+)
 """To plan."""
 
 _7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 _LLAMA_3 = {"num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 131_072}
 SHAPES: dict[str, dict[str, Any]] = {
+    "1b": {
+        "model_type": "olmo2", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 16, "vocab_size": 100_352, "max_position_embeddings": 4096,
+    },
     "7b": {**_7B, "vocab_size": 32_000},
     "8b": {**_7B, **_LLAMA_3, "intermediate_size": 14_336},
     "70b": {
@@ -32,7 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 64,
     },
 }  # fmt: skip
-PARAMETERS = {"7b": 6.74e9, "8b": 8.03e9, "70b": 70.55e9, "250m": 247e6, "1b3": 1.34e9}
+PARAMETERS = {"1b": 1.485e9, "7b": 6.74e9, "8b": 8.03e9, "70b": 70.55e9, "250m": 247e6, "1b3": 1.34e9}
 BATCH = re.compile(r"# (\d+(?: x \d+)*)(?: groups \(\d+ GPUs\)| x (\d+) GPUs) = (\d+) sequences")
 
 
@@ -81,6 +92,31 @@ def test_recipes_are_planned(
     (row,) = (line for line in page.splitlines() if line.startswith("|") and f"`{path.stem}`" in line)
     peaks = [float(each) for each in re.findall(r"[\d.]+", row.split("|")[4])]
     assert any(each == pytest.approx(float(highest[1]), abs=0.06) for each in peaks), row
+
+
+def tier_rows() -> list[Any]:
+    """Name and flags of every row of runs on the page of experiments."""
+    page = (CONFIGS.parent / "docs" / "recipes" / "tiers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| (?:`([^`]+)` )?\|$", page, re.MULTILINE)
+    return [pytest.param(flags.split(), id=name) for name, flags in rows]
+
+
+@pytest.mark.parametrize("flags", tier_rows())
+def test_experiments_are_planned(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every method at the size of tier A, on its 8 GPUs of 80 GB and with its batch."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.chdir(CONFIGS.parent)
+    recipe = [
+        str(CONFIGS / "recipes" / "tier_a_olmo2_1b.yaml"),
+        "--model_name_or_path",
+        str(model_config("1b", tmp_path)),
+    ]
+    pretrain(parse([*recipe, "--output_dir", str(tmp_path / "out"), *flags, "--dry_run"]))
+    told = capsys.readouterr().out
+    assert "524,288 tokens a step" in told
+    assert float(re.findall(r"= peak +([\d.]+) GB", told)[0]) <= USABLE * 80.0
 
 
 @pytest.mark.parametrize("size", ["250m", "1b3"])
