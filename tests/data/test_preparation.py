@@ -199,6 +199,23 @@ def test_the_trainer_maps_the_folder_as_it_is(tmp_path: Path, user: Playground) 
     assert before[0] == before[1] and set(before[0]) == {"held"}
 
 
+@pytest.mark.gloo
+def test_prepared_folders_are_sources_and_replay(tmp_path: Path, user: Playground) -> None:
+    """With the batches of the same text."""
+    tokenizer, filters = load_tokenizer(user.model), Filters(near_duplicates=0, min_characters=0, held_out_percent=0)
+    half = user.train.read_text(encoding="utf-8").splitlines(keepends=True)[::2]
+    old = tmp_path / "old.jsonl"
+    old.write_text("".join(half), encoding="utf-8")
+    for name, text in (("new", user.train), ("old", old)):
+        prepare_corpus(load_corpus([str(text)]), tokenizer, tmp_path / "prepared" / name, filters)
+    for out, new, replayed in (
+        ("a", tmp_path / "prepared" / "new", tmp_path / "prepared" / "old"),
+        ("b", user.train, old),
+    ):
+        run(1, user.flags(tmp_path / out, "--train_files", f"new={new}:1", "--replay", f"old={replayed}:0.25"))
+    assert losses(tmp_path / "a").tolist() == losses(tmp_path / "b").tolist()
+
+
 def test_what_is_mapped_is_refused_where_it_does_not_fit(tmp_path: Path, tokenizer) -> None:
     files = [str(write_lines(tmp_path / "a.jsonl", [document(i) for i in range(40)]))]
     out = tmp_path / "prepared"
