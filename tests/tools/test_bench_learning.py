@@ -99,7 +99,7 @@ FLAGS = ["--steps", 40, "--seeds", 2, "--sweep_seeds", 1]
 
 def test_a_finished_run_is_not_repeated(user: Playground, tmp_path: Path, ran: list[dict[str, Any]]) -> None:
     flags = [*texts(user), "--work", tmp_path / "work", "--json", tmp_path / "all.json", *FLAGS]
-    flags += ["--methods", "lora", "relora@0.01"]
+    flags += ["--methods", "lora@0.003", "lora@0.01", "lora@0.03", "relora@0.01"]
     call("bench/learning", *flags)
     assert [each["learning_rate"] for each in ran] == [3e-3, 1e-2, 3e-2, 1e-2, 1e-2, 1e-2]
     assert [each.get("merge_every") for each in ran] == [None, None, None, 10, None, 10]

@@ -181,7 +181,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--methods_file", type=Path, default=METHODS_FILE, help="YAML file that defines the methods")
     parser.add_argument(
         "--methods", nargs="+", metavar="METHOD[@RATE]",
-        help="those of the file to run, each at one learning rate where it is given with one. Default: all",
+        help="those of the file to run, each at the learning rates that it is given with, if any. Default: all",
     )  # fmt: skip
     parser.add_argument(
         "--with", dest="runs", type=Path, metavar="FILE", help="an earlier --json, whose runs count too"

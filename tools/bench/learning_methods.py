@@ -57,8 +57,8 @@ class Methods:
         return found
 
     def chosen(self, words: list[str], rates: list[float] | None) -> dict[str, tuple[float, ...]]:
-        """The learning rates of every named method. `words`: NAME or NAME@RATE; `rates`: in place of its own sweep.
-        Raises `UserError` for an unknown name and for a rate that is no number."""
+        """The learning rates of every named method. `words`: NAME, or NAME@RATE for each of some rates; `rates`: in
+        place of its own sweep. Raises `UserError` for an unknown name and for a rate that is no number."""
         found: dict[str, tuple[float, ...]] = {}
         for word in words:
             name, at, rate = word.partition("@")
@@ -68,5 +68,5 @@ class Methods:
                 own = (float(rate),) if at else tuple(rates or ())
             except ValueError:
                 raise UserError(f"--methods {word}: {rate!r} is no learning rate") from None
-            found[name] = own or self.methods[name].rates
+            found[name] = (*found.get(name, ()), *(own or self.methods[name].rates))
         return found
