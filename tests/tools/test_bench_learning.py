@@ -34,6 +34,7 @@ BAD = (
     (["--base", "MODEL"], "belong together"),
     (["--base", "gone", "--new", "a", "b", "--old", "c", "d"], "there is no gone"),
     (["--methods_file", "gone.yaml"], "gone.yaml"),
+    (["--with", "gone.json"], "--with: there is no gone.json"),
 )
 
 

@@ -193,6 +193,8 @@ def _options() -> argparse.Namespace:
 def _check(options: argparse.Namespace) -> None:
     if min(options.rank, options.steps, options.seeds, options.sweep_seeds, options.jobs) < 1:
         raise UserError("--rank, --steps, --seeds, --sweep_seeds and --jobs must be at least 1")
+    if options.runs is not None and not options.runs.is_file():
+        raise UserError(f"--with: there is no {options.runs}")
     if len({given is None for given in (options.base, options.new, options.old)}) > 1:
         raise UserError(
             "--base, --new and --old belong together: give all three, or none for the demo's model and texts"
