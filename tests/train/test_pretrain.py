@@ -271,7 +271,7 @@ def test_recipe_flags_and_run_yaml(user: Playground, tmp_path: Path) -> None:
     recipe = {
         "deepspeed": str(REPOSITORY / "configs" / "zero3.json"), "model_name_or_path": "a model", "max_steps": 4,
         "train_files": ["some text.jsonl"], "output_dir": "my run", "cache_dir": "cache", "mora_rank": 4, "seq_len": 32,
-        "per_device_train_batch_size": 2, "learning_rate": "1e-2",
+        "per_device_train_batch_size": 2, "learning_rate": "1e-2", "compute": "weight",
     }  # fmt: skip
     (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     done = launch(2, ["recipe.yaml", "--mora_rank", "2", "--export_merged", "true"], place)
