@@ -14,7 +14,7 @@ from torch import nn
 
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.layer import MoRALinear
-from mora_ds.adapters.ops.linear import Held
+from mora_ds.adapters.ops.linear import HeldWeight
 
 
 def hold_weights(model: nn.Module) -> None:
@@ -30,7 +30,7 @@ def weights_held(model: nn.Module) -> Iterator[None]:
     activation checkpointing too."""
     layers = [each for each in model.modules() if isinstance(each, MoRALinear) and each.holds_weight]
     for layer in layers:
-        layer.held = Held()
+        layer.held = HeldWeight()
     try:
         yield
     finally:

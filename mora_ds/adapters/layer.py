@@ -25,7 +25,7 @@ from mora_ds.adapters.ops import int8
 from mora_ds.adapters.ops.frozen import Weight, check_floating, dense, frozen_linear
 from mora_ds.adapters.ops.index_tables import IndexTables, tables_of
 from mora_ds.adapters.ops.int8 import Int8Weight
-from mora_ds.adapters.ops.linear import Compute, Held, mora_linear
+from mora_ds.adapters.ops.linear import Compute, HeldWeight, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
 from mora_ds.adapters.ops.spec import Side, UpdateSpec
@@ -244,7 +244,7 @@ class MoRALinear(AdaptedLinear):
         self.compute = compute
         self.holds_weight = False
         """Whether W0 + delta, where it is formed, stays from forward to backward (`held_weights`)."""
-        self.held: Held | None = None
+        self.held: HeldWeight | None = None
         """Over the micro-batches of a step (`held_weights`)."""
         self.tables: KernelTables | None = None
         self._held: tuple[IndexTables, ...] = ()
@@ -273,7 +273,7 @@ class MoRALinear(AdaptedLinear):
         check_floating(x, frozen)
         held = self.held
         if held is None and self.training and (self.recomputed or self.holds_weight):
-            held = Held()
+            held = HeldWeight()
         if runs_kernels(x.device):
             return kernel_linear(x, frozen, self.bias, square, self.kernel_tables(x.device), path, held)
         self.hold_tables(x.device)

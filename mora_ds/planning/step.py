@@ -20,12 +20,7 @@ from torch import Tensor, nn
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.domains import DomainLinear, domains_of
 from mora_ds.adapters.held_weights import hold_weights, weights_held
-from mora_ds.adapters.inject import (
-    frozen_buffers,
-    inject,
-    mora_layers,
-    set_cycle,
-)
+from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers, set_cycle
 from mora_ds.adapters.merge_layer import merge_layer
 from mora_ds.adapters.ops import blocks, index_tables
 from mora_ds.adapters.ops.linear import Compute

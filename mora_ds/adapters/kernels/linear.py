@@ -11,6 +11,7 @@ and blocks, summed in fp32 and rounded once.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from mora_ds.adapters.kernels import ops
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, maker_of, parts_of, product, weight_of
 from mora_ds.adapters.ops.int8 import Int8Weight
-from mora_ds.adapters.ops.linear import Compute, Held, formula_of_0_2
+from mora_ds.adapters.ops.linear import Compute, HeldWeight, formula_of_0_2
 
 
 def activation_linear(x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables) -> Tensor:
@@ -31,7 +32,7 @@ def activation_linear(x: Tensor, weight: Weight, bias: Tensor | None, square: Te
 
 
 def weight_linear(
-    x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables, held: Held | None = None
+    x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables, held: HeldWeight | None = None
 ) -> Tensor:
     """(W0 + delta) x + b: (..., D) -> (..., O). Saves the folded input for share and truncate, the input itself for
     decouple and rotate; and W0 + delta where it is to be held."""
@@ -41,7 +42,7 @@ def weight_linear(
 
 def kernel_linear(
     x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables,
-    path: Compute = Compute.AUTO, held: Held | None = None,
+    path: Compute = Compute.AUTO, held: HeldWeight | None = None,
 ) -> Tensor:  # fmt: skip
     """`ops.linear.mora_linear` by kernels."""
     spec = tables.spec
@@ -91,13 +92,10 @@ class _Weight(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables,
-        held: Held | None,
+        held: HeldWeight | None,
     ) -> Tensor:  # fmt: skip
-        formed = None if held is None else held.formed
-        if formed is None:
-            formed = form_weight(weight, square, tables)
-        if held is not None:
-            held.formed = formed
+        form = partial(form_weight, weight, square, tables)
+        formed = form() if held is None else held.get(form)
         saved = x if tables.spec.blockwise else _fold(_flat(x), tables)
         ctx.tables, ctx.make = tables, maker_of(weight)
         ctx.save_for_backward(saved, square, None if held is None else formed, *parts_of(weight))

@@ -114,7 +114,7 @@ def scratch(use: str, like: Tensor, *shape: int) -> Tensor:
     memory each time on a CPU, where new memory of some MiB takes longer to map than to fill. It is new on a GPU, whose
     allocator keeps memory, above 64 MiB, and where autograd records."""
     numbers = math.prod(shape)
-    is_plain = type(like) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)  # and no FakeTensor
+    is_plain = type(like) in (Tensor, torch.nn.Parameter)  # and no FakeTensor
     if not (is_plain and reuses_memory(like)) or numbers * like.element_size() > _SCRATCH_BYTES:
         return like.new_empty(shape)
     memory = _kept.memory.get((use, like.dtype))

@@ -14,7 +14,9 @@ A quantized weight is made dense for each product of either path, and freed afte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +86,7 @@ def formula_of_0_2(
     return Compute.WEIGHT if weight <= activation else Compute.ACTIVATION
 
 
-class Held:
+class HeldWeight:
     """W0 + delta of a layer for as long as neither changes: the weight path forms it once, and saves it for backward.
 
     A new one for each call is right under gradient checkpointing, which runs forward again just before backward and
@@ -93,10 +95,16 @@ class Held:
 
     formed: Tensor | None = None
 
+    def get(self, form: Callable[[], Tensor]) -> Tensor:
+        """The sum, formed at the first call."""
+        if self.formed is None:
+            self.formed = form()
+        return self.formed
+
 
 def mora_linear(
     x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec,
-    path: Compute = Compute.AUTO, held: Held | None = None,
+    path: Compute = Compute.AUTO, held: HeldWeight | None = None,
 ) -> Tensor:  # fmt: skip
     """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will do."""
     if path is Compute.AUTO:
@@ -113,15 +121,12 @@ class _WeightPath(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec,
-        held: Held | None, by_blocks: bool,
+        held: HeldWeight | None, by_blocks: bool,
     ) -> Tensor:  # fmt: skip
         ctx.spec, ctx.make, ctx.form = spec, maker_of(weight), blocks.form if by_blocks else effective_weight
         saved = x if spec.blockwise else fold_input(spec, x)
-        formed = None if held is None else held.formed
-        if formed is None:
-            formed = ctx.form(spec, square, dense(weight, x.dtype), keep=held is not None)
-        if held is not None:
-            held.formed = formed
+        form = partial(ctx.form, spec, square, dense(weight, x.dtype))
+        formed = form(keep=False) if held is None else held.get(form)
         ctx.save_for_backward(saved, square, None if held is None else formed, *parts_of(weight))
         return F.linear(x, formed, bias)
 

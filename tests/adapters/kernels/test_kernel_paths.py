@@ -21,7 +21,7 @@ from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.merge_layer import merge_layer
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
-from mora_ds.adapters.ops.linear import Compute, Held
+from mora_ds.adapters.ops.linear import Compute, HeldWeight
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight, effective_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from tests.helpers.operators import by_definition, outputs_and_gradients, random, saved_bytes, specs
@@ -138,7 +138,7 @@ def test_checkpointing_forms_the_weight_once_for_each_forward(keep: bool, formed
     tables, weight = KernelTables(spec, x.device), meta(16, 16)
 
     def layer(x: Tensor) -> Tensor:
-        return weight_linear(x, weight, None, square, tables, Held() if keep else None)
+        return weight_linear(x, weight, None, square, tables, HeldWeight() if keep else None)
 
     with Kernels() as kernels:
         checkpoint(layer, x, use_reentrant=reentrant).sum().backward()

@@ -101,7 +101,7 @@ def test_rotate_keeps_the_input_that_others_read_too(path: Compute) -> None:
 def test_checkpointing_forms_the_weight_once_for_each_forward(
     kind: OperatorKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With `Held`, and the same bits as without."""
+    """With `HeldWeight`, and the same bits as without."""
     spec, formed = OperatorSpec(kind, 16, 12, 6, Grouping.PERMUTED, seed=1), []
     weight, x, square = random(12, 16), random(5, 16, seed=1).requires_grad_(), random(6, 6, seed=2).requires_grad_()
     original = linear.effective_weight
@@ -109,11 +109,11 @@ def test_checkpointing_forms_the_weight_once_for_each_forward(
         linear, "effective_weight", lambda *given, **named: formed.append(1) or original(*given, **named)
     )
 
-    def form(hold: Callable[[], linear.Held | None]) -> torch.Tensor:
+    def form(hold: Callable[[], linear.HeldWeight | None]) -> torch.Tensor:
         return mora_linear(x, weight, None, square, spec, Compute.WEIGHT, hold())
 
     gradients = []
-    for hold, times in ((lambda: None, 3), (linear.Held, 2)):
+    for hold, times in ((lambda: None, 3), (linear.HeldWeight, 2)):
         formed.clear()
         y = checkpoint(partial(form, hold), use_reentrant=False)
         gradients.append(torch.autograd.grad(y.sum(), (x, square)))
@@ -138,7 +138,7 @@ def test_layers_that_write_to_the_same_memory_keep_their_bits(
     def outputs() -> torch.Tensor:
         y = x
         for spec, weight, square in zip(specs, weights, squares, strict=True):
-            y = mora_linear(y, weight, None, square, spec, Compute.BLOCKS, linear.Held() if keep else None)
+            y = mora_linear(y, weight, None, square, spec, Compute.BLOCKS, linear.HeldWeight() if keep else None)
         return y
 
     def all_of_it() -> list[torch.Tensor]:
