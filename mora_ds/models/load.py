@@ -97,8 +97,12 @@ def load_base(
     attn_implementation: str | None,
     trust_remote_code: bool = False,
     share: Callable[[Path], None] | None = None,
+    cast: bool = True,
 ) -> LoadedBase:
-    """The live model in `dtype` on the CPU, and the original of each of its parameters. Collective.
+    """The live model on the CPU, and the original of each of its parameters. Collective.
+
+    The model is in `dtype`, or, without `cast`, in the dtype of its files where it can be cast later with the same
+    result: its weights are then pages of the files, which the processes of a node share, and not a copy in each.
 
     Rank 0 writes the base to `own_base`, in the precision of its files, if these are not one to one; `share` then
     copies it to nodes that do not see that folder. Raises `UserError` where weights are missing or do not fit the
@@ -108,7 +112,13 @@ def load_base(
     def load(stored: torch.dtype) -> nn.Module:
         return load_model(folder, stored, attn_implementation, trust_remote_code)
 
-    model = ranks.agree("loading of the model", lambda: load(dtype), long=True)
+    def load_first() -> nn.Module:
+        model = load(dtype if cast or trust_remote_code else _dtype_to_load(folder, dtype))
+        for config in (model.config, model.config.get_text_config()):
+            config.dtype = dtype
+        return model
+
+    model = ranks.agree("loading of the model", load_first, long=True)
     is_own, keys = False, _one_to_one(model, folder, ranks)
     if keys is not None and any(map(is_stack, keys.values())) and ranks.on_first("own base", own_base.is_dir):
         keys = None  # of a run that earlier versions have begun, whose ledger belongs to that base
@@ -300,6 +310,24 @@ def _originals(
                 " rounded: %s", folder, dtype_name(stored), dtype_name(dtype), error,
             )  # fmt: skip
     return True, _map_and_verify(model, write_own_base(model, own_base))
+
+
+def _dtype_to_load(folder: Path, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the folder's files where casting their weights to `dtype` afterwards gives the model that loading in
+    `dtype` gives: all files are in one dtype, and no other tensor of the model depends on it. Otherwise `dtype`."""
+    try:
+        base = BaseCheckpoint.open(folder)
+    except NotOneToOne:  # pickled: copied into memory in any case
+        return dtype
+    dtypes = {base.shape_dtype(key)[1] for key in base.keys()}  # noqa: SIM118  (a `BaseCheckpoint` is no mapping)
+    if len(dtypes) > 1 or not dtypes <= set(COMPUTE_DTYPES.values()) or dtypes == {dtype}:
+        return dtype
+    (stored,) = dtypes
+    config = folder_config(folder)
+    with torch.device("meta"):
+        models = [make_model(config, f"{MODEL_FLAG} {folder}", dtype=each) for each in (stored, dtype)]
+    one, other = ({name: each.dtype for name, each in model.named_buffers()} for model in models)
+    return stored if one == other else dtype
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -44,8 +44,10 @@ def prepare_base(
     tokenizer: Any,
     dtype: torch.dtype,
     place: Place,
+    cast: bool = True,
 ) -> LoadedBase:
-    """Load the complete base on this process, from `folder` or created from --model_config. Collective."""
+    """Load the complete base on this process, from `folder` or created from --model_config; `cast` as in `load_base`.
+    Collective."""
     own = place.folder / BASE_FOLDER
     if folder is None:
         config_file, vocabulary = Path(str(model.model_config)).expanduser(), largest_id(tokenizer)[1] + 1
@@ -60,7 +62,7 @@ def prepare_base(
     source, share = folder, place.followers.share
     if model.base_cache_dir is not None and folder != own:
         folder = cached_base(folder, Path(model.base_cache_dir).expanduser(), place.ranks)
-    loaded = load_base(folder, own, place.ranks, dtype, model.implementation, model.trust_remote_code, share)
+    loaded = load_base(folder, own, place.ranks, dtype, model.implementation, model.trust_remote_code, share, cast)
     if loaded.base.folder == folder.absolute():
         loaded.base.origin = source.absolute()
     if training.gradient_checkpointing:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from mora_ds.adapters.config import AS_LOADED
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.nf4 import check_installed as check_bitsandbytes
@@ -134,7 +135,8 @@ def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job
         check_node_base(arguments, config, dtype, ranks)
         data = load_data(model, arguments.data, training, folder, config, place)
         _check_evaluation_sets(arguments, data)
-        loaded = prepare_base(model, training, folder, data.tokenizer, dtype, place)
+        cast = adapter.is_control or adapter.base_bits != AS_LOADED  # else `initialize` casts, on the device
+        loaded = prepare_base(model, training, folder, data.tokenizer, dtype, place, cast)
         if attention is AttentionKind.DOCUMENTS:
             use_documents(loaded.model)
         job = JOBS[adapter.adapter](arguments, loaded, ds_config, data, place)

@@ -32,7 +32,7 @@ from mora_ds.models.base import BaseCheckpoint, map_model, write_own_base
 from mora_ds.models.load import load_base
 from mora_ds.planning.costs import costs
 from mora_ds.planning.step import Work, planned_model
-from tests.helpers.models import MIXTURES, causal_loss, tiny_model, tokens
+from tests.helpers.models import MIXTURES, alone, causal_loss, tiny_model, tokens
 
 EVERYWHERE = ("all-linear", "experts")
 OPERATORS = dict(zip(MIXTURES, ("share", "rotate", "decouple", "truncate"), strict=True))
@@ -315,13 +315,6 @@ def test_transformers_still_has_what_the_forward_is_built_on() -> None:
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
-
-
-def alone() -> Any:
-    return SimpleNamespace(
-        agree=lambda what, work, long=False: work(), on_first=lambda what, work, long=False: work(),
-        gather=lambda what, value: [value], rank=0, world=1,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("family", MIXTURES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -96,3 +97,11 @@ def causal_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Mean next-token loss; works on models and engines."""
     logits = model(input_ids=ids, use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def alone() -> Any:
+    """What `load_base` asks of the ranks of a run, in one process without a group."""
+    return SimpleNamespace(
+        agree=lambda what, work, long=False: work(), on_first=lambda what, work, long=False: work(),
+        gather=lambda what, value: [value], rank=0, world=1,
+    )  # fmt: skip

@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import frozen_buffers, inject, move_base
 from mora_ds.common.files import write_json_atomic
 from mora_ds.models import load
 from mora_ds.models.base import write_own_base
-from tests.helpers.models import tiny_model
+from tests.helpers.models import FAMILIES, MIXTURES, alone, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -120,3 +122,44 @@ def test_precision_that_cannot_be_kept_is_said(tmp_path: Path, caplog: pytest.Lo
         lambda dtype: AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
     )  # fmt: skip
     assert is_own and "are float32 and are kept in bfloat16 only" in caplog.text
+
+
+# -- weights of another dtype than the run's ---------------------------------------------------------------------------
+
+
+def loaded(folder: Path, dtype: torch.dtype, cast: bool) -> Any:
+    return load.load_base(folder, folder / "own", alone(), dtype, None, cast=cast).model
+
+
+def on_device(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All tensors as a run has them on its device, what `initialize` does of it."""
+    inject(model, MoRAConfig(rank=4))
+    move_base(model, "cpu", dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to("cpu", dtype)
+    return {**dict(model.named_buffers()), **dict(model.named_parameters()), **frozen_buffers(model)}
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
+def test_weights_cast_on_their_way_to_the_device_are_those_cast_at_load(
+    family: str, stored: torch.dtype, tmp_path: Path
+) -> None:
+    tiny_model(family, dtype=stored).save_pretrained(tmp_path)
+    models = [loaded(tmp_path, torch.bfloat16, cast) for cast in (False, True)]
+    configs = [model.config.to_dict() for model in models]
+    assert configs[0] == configs[1]
+    late, early = (on_device(model, torch.bfloat16) for model in models)
+    assert late.keys() == early.keys() and len(late) > 10
+    for name, tensor in early.items():
+        assert late[name].dtype is tensor.dtype and torch.equal(late[name], tensor), name
+
+
+def test_weights_stay_in_the_dtype_of_their_files_until_they_are_moved(tmp_path: Path) -> None:
+    """So that they are pages of the files. Not where the files have several dtypes, which transformers would cast."""
+    model = tiny_model(dtype=torch.float16)
+    model.save_pretrained(tmp_path / "one")
+    assert {each.dtype for each in loaded(tmp_path / "one", torch.bfloat16, False).parameters()} == {torch.float16}
+    model.get_input_embeddings().float()
+    model.save_pretrained(tmp_path / "two")
+    assert {each.dtype for each in loaded(tmp_path / "two", torch.bfloat16, False).parameters()} == {torch.bfloat16}

@@ -6,7 +6,6 @@ Documents packed into one row do not see each other, in any family.
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +32,7 @@ from mora_ds.remora.merge import ReMoRA
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.preflight import check_document_mask
 from tests.helpers.gloo import run_ranks
-from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
+from tests.helpers.models import FAMILIES, alone, causal_loss, tiny_model, tokens
 
 WORLD, ROWS, LEARNING_RATE = 2, 2, 1e-2
 
@@ -203,10 +202,9 @@ def test_no_family_needs_a_converted_base(results: Any) -> None:
 
 def test_an_attention_that_the_model_lacks_is_named(tmp_path: Path) -> None:
     write_model("gemma2", tmp_path)
-    alone: Any = SimpleNamespace(agree=lambda check, work, long=False: work())
     for wanted in ("sdpa", "spda", "flash_attention_2"):
         with pytest.raises(UserError, match=f"--attn_implementation {wanted}"):
-            load_base(tmp_path, tmp_path / "own", alone, torch.float32, wanted)
+            load_base(tmp_path, tmp_path / "own", alone(), torch.float32, wanted)
 
 
 # -- documents in one row ----------------------------------------------------------------------------------------------
