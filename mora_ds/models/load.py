@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.common.errors import UserError, reason
@@ -109,10 +109,10 @@ def load_base(
     config.
     """
 
-    def load(stored: torch.dtype) -> nn.Module:
+    def load(stored: torch.dtype) -> Any:
         return load_model(folder, stored, attn_implementation, trust_remote_code)
 
-    def load_first() -> nn.Module:
+    def load_first() -> Any:
         model = load(dtype if cast or trust_remote_code else _dtype_to_load(folder, dtype))
         for config in (model.config, model.config.get_text_config()):
             config.dtype = dtype
