@@ -7,13 +7,13 @@ them unsharded and no collective ever carries them. With 8 bits the weight is in
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters import nf4
@@ -345,18 +345,25 @@ def is_linear(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _computes_linear(module: nn.Linear) -> bool:
-    """Whether a subclass's own `forward` is still W x + b (Falcon's is, a router's is not), by trying it. A module on
-    the meta device is tried as a copy with random numbers."""
-    if module.weight.is_meta:
-        module = copy.deepcopy(module).to_empty(device="cpu")
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.copy_(torch.randn(tensor.shape))
-    x = torch.randn(3, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    """Whether a subclass's own `forward` is still W x + b (Falcon's is, a router's is not), by trying it: in bf16, as
+    one that returns fp32 whatever its input shows only there, and weights may not be in the run's dtype yet. Tensors of
+    the meta device are tried as random numbers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tried(tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            tensor = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor.dtype)
+        return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+
+    tensors = {name: tried(each) for name, each in (*module.named_parameters(), *module.named_buffers())}
+    x = tried(torch.randn(3, module.in_features, generator=generator, device="cpu")).to(tensors["weight"].device)
     try:
-        output, expected = module(x), F.linear(x, module.weight, module.bias)
+        output, expected = functional_call(module, tensors, x), F.linear(x, tensors["weight"], tensors.get("bias"))
     except (TypeError, ValueError, RuntimeError, IndexError):
         return False  # other arguments, or a weight of another layout
-    return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-2)
+    if not isinstance(output, Tensor) or (output.shape, output.dtype) != (expected.shape, expected.dtype):
+        return False
+    return torch.allclose(output, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
 
 
 def linear_shape(module: Any) -> tuple[int, int]:

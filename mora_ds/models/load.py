@@ -114,8 +114,9 @@ def load_base(
 
     def load_first() -> Any:
         model = load(dtype if cast or trust_remote_code else _dtype_to_load(folder, dtype))
-        for config in (model.config, model.config.get_text_config()):
-            config.dtype = dtype
+        for config in (model.config, *(getattr(model.config, part, None) for part in model.config.sub_configs)):
+            if config is not None:
+                config.dtype = dtype
         return model
 
     model = ranks.agree("loading of the model", load_first, long=True)

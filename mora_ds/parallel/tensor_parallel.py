@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from mora_ds.adapters.experts import MoRAExperts
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.layer import LoRALinear, MoRALinear
+from mora_ds.adapters.ops.frozen import linear
 from mora_ds.adapters.ops.linear import Compute, formula_of_0_2
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.tp_plan import Style, TensorPlan, plan_of
@@ -237,9 +238,9 @@ class _SplitLinear(torch.autograd.Function):
         z = part.fold(x) if saving.folds or not by_weight else x
         ctx.save_for_backward(saving.save(z if saving.folds else x), own)
         if by_weight:
-            return F.linear(x, part.delta(matrix).add_(weight), bias)
+            return linear(x, part.delta(matrix).add_(weight), bias)
         update = part.deal(F.linear(part.rotate(z), part.used_rows(matrix)))
-        return F.linear(x, weight, bias).add_(update)
+        return linear(x, weight, bias).add_(update)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -67,6 +67,12 @@ def choose(model: nn.Module, ranks: Ranks, forward: Callable[[], Any]) -> dict[s
     found: dict[str, Compute] = ranks.on_first("paths of the layers", lambda: quickest(timed))
     if timed:
         logger.info("\n".join(_table(timed, found)))
+    if idle := [name for name in layers if name not in calls]:
+        logger.info(
+            f"{len(idle)} of {len(layers)} adapted layers, {idle[0]} the first, are not called on this batch: where a"
+            " model reads their weights itself, as Mamba does, their matrices learn nothing; --target_modules leaves"
+            " them out"
+        )
     untimed = {shape_of(layer): Compute.ACTIVATION for layer in layers.values()}
     return {**untimed, **found}
 

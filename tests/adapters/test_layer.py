@@ -136,11 +136,17 @@ def test_a_linear_subclass_is_taken_when_it_computes_the_same() -> None:
         def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             return super().forward(x) + other
 
-    assert is_linear(FalconLinear(6, 4)) and is_linear(FalconLinear(6, 4, bias=False).to(torch.bfloat16))
-    assert not is_linear(Router(6, 4)) and not is_linear(Pair(6, 4))
+    class Upcast(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x.float(), self.weight.float())
+
+    def layers() -> list[torch.nn.Module]:
+        return [FalconLinear(6, 4), FalconLinear(6, 4, bias=False), Router(6, 4), Pair(6, 4), Upcast(6, 4, bias=False)]
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert [is_linear(each.to(dtype)) for each in layers()] == [True, True, False, False, False], dtype
     with torch.device("meta"):  # a planned model has no numbers to compare
-        planned = FalconLinear(6, 4), FalconLinear(6, 4, bias=False).to(torch.bfloat16), Router(6, 4), Pair(6, 4)
-    assert [is_linear(each) for each in planned] == [True, True, False, False]
+        assert [is_linear(each) for each in layers()] == [True, True, False, False, False]
 
 
 def test_layers_keep_their_tables_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def saved_bytes(step: Callable[[], Tensor], *not_counted: Tensor) -> int:
 
 
 def outputs_and_gradients(spec: OperatorSpec, dtype: torch.dtype, layer: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-    """y, dL/dx, dL/dM of one layer, in float64."""
+    """2 y, dL/dx, dL/dM of one layer, in float64; y is doubled in place, which a model may do with a layer's output."""
     x, square = random(2, 3, spec.d_in), random(spec.r_hat, spec.r_hat, seed=1)
     weight, bias, g = (
         random(spec.d_out, spec.d_in, seed=2),
@@ -80,7 +80,7 @@ def outputs_and_gradients(spec: OperatorSpec, dtype: torch.dtype, layer: Callabl
         random(2, 3, spec.d_out, seed=4),
     )
     x, square = x.to(dtype).requires_grad_(), square.to(dtype).requires_grad_()
-    y = layer(x, weight.to(dtype), bias.to(dtype), square)
+    y = layer(x, weight.to(dtype), bias.to(dtype), square).mul_(2)
     return tuple(found.double() for found in (y, *torch.autograd.grad(y, (x, square), g.to(dtype))))
 
 

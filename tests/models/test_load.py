@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, move_base
@@ -163,3 +163,12 @@ def test_weights_stay_in_the_dtype_of_their_files_until_they_are_moved(tmp_path:
     model.get_input_embeddings().float()
     model.save_pretrained(tmp_path / "two")
     assert {each.dtype for each in loaded(tmp_path / "two", torch.bfloat16, False).parameters()} == {torch.bfloat16}
+
+
+def test_configs_within_the_config_say_the_dtype_of_the_run(tmp_path: Path) -> None:
+    """MPT has one for its attention. What a run is known by when it resumes holds all of them."""
+    config = AutoConfig.for_model("mpt", d_model=32, n_heads=4, n_layers=1, vocab_size=64)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path)
+    late, early = (loaded(tmp_path, torch.bfloat16, cast).config for cast in (False, True))
+    assert late.to_dict() == early.to_dict() and late.attn_config.dtype is torch.bfloat16
+    assert load.config_digest(late) == load.config_digest(early)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import mora_ds
 from mora_ds.adapters import path_times
@@ -25,7 +24,7 @@ from mora_ds.train.adapter_job import AdapterJob
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, job, playground, refusal, run
-from tests.helpers.models import tiny_model, tokens
+from tests.helpers.models import alone, tiny_model, tokens
 from tests.helpers.paths import always
 from tests.helpers.resume import assert_same_result, assert_same_tensors, checkpoint_tensors, merged
 
@@ -162,15 +161,21 @@ def test_paths_are_timed_in_a_tensor_parallel_run_and_kept_without(user: Playgro
 def test_a_layer_that_is_not_timed_takes_the_activations() -> None:
     """With dropout there is one path to train over; evaluation takes it, too."""
 
-    class Alone:
-        def on_first(self, check: str, work: Callable[[], Any], long: bool = False) -> Any:
-            return work()
-
     model = tiny_model("llama")
     inject(model, MoRAConfig(rank=4, operator="share", dropout=0.1))
     layers = undecided(model).values()
-    found = compute.choose(model, Alone(), lambda: model(input_ids=tokens(2)))  # type: ignore[arg-type]
+    found = compute.choose(model, alone(), lambda: model(input_ids=tokens(2)))
     assert found == {shape_of(layer): Compute.ACTIVATION for layer in layers}
+
+
+def test_layers_that_are_not_called_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Mamba multiplies with the weight of its dt_proj itself."""
+    config = AutoConfig.for_model("mamba", vocab_size=128, hidden_size=32, state_size=8, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_config(config)
+    inject(model, MoRAConfig(rank=4))
+    with caplog.at_level("INFO"):
+        compute.choose(model, alone(), lambda: model(input_ids=tokens(2)))
+    assert "2 of 8 adapted layers, backbone.layers.0.mixer.dt_proj the first, are not called" in caplog.text
 
 
 def test_a_file_of_paths_is_checked(tmp_path: Path) -> None:

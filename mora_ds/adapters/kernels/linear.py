@@ -15,12 +15,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mora_ds.adapters.kernels import ops
 from mora_ds.adapters.kernels.tables import KernelTables
-from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, maker_of, parts_of, product, weight_of
+from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, linear, maker_of, parts_of, product, weight_of
 from mora_ds.adapters.ops.int8 import Int8Weight
 from mora_ds.adapters.ops.linear import Compute, HeldWeight, formula_of_0_2
 
@@ -99,7 +98,7 @@ class _Weight(torch.autograd.Function):
         saved = x if tables.spec.blockwise else _fold(_flat(x), tables)
         ctx.tables, ctx.make = tables, maker_of(weight)
         ctx.save_for_backward(saved, square, None if held is None else formed, *parts_of(weight))
-        return F.linear(x, formed, bias)
+        return linear(x, formed, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

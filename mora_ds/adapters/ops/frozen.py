@@ -52,7 +52,7 @@ class QuantizedWeight(ABC):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """W x + b: (..., D) -> (..., O), without a backward."""
-        return F.linear(x, self.dense(x.dtype), bias)
+        return linear(x, self.dense(x.dtype), bias)
 
     def input_gradient(self, g: Tensor) -> Tensor:
         """g W: (..., O) -> (..., D)."""
@@ -86,9 +86,16 @@ def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.dense(dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` for the forward of an autograd function: with a bias torch returns a view, which a model may then not
+    change in place (transformers/models/roc_bert does), although it may with `nn.Linear`."""
+    y = F.linear(x, weight, bias)
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+
 def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """W x + b: (..., D) -> (..., O), a new tensor. Without a backward where the weight is quantized."""
-    return F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight.product(x, bias)
+    return linear(x, weight, bias) if isinstance(weight, Tensor) else weight.product(x, bias)
 
 
 def input_gradient(g: Tensor, weight: Weight) -> Tensor:

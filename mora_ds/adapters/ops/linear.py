@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mora_ds.adapters.ops import blocks
-from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, maker_of, parts_of, product, weight_of
+from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, linear, maker_of, parts_of, product, weight_of
 from mora_ds.adapters.ops.gather import LOW_PRECISION
 from mora_ds.adapters.ops.mora import (
     OperatorSpec,
@@ -128,7 +128,7 @@ class _WeightPath(torch.autograd.Function):
         form = partial(ctx.form, spec, square, dense(weight, x.dtype))
         formed = form(keep=False) if held is None else held.get(form)
         ctx.save_for_backward(saved, square, None if held is None else formed, *parts_of(weight))
-        return F.linear(x, formed, bias)
+        return linear(x, formed, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
