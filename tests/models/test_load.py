@@ -13,12 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.inject import frozen_buffers, inject, move_base
 from mora_ds.common.files import write_json_atomic
 from mora_ds.models import load
 from mora_ds.models.base import write_own_base
-from tests.helpers.models import FAMILIES, MIXTURES, alone, tiny_model
+from tests.helpers.models import FAMILIES, MIXTURES, loaded_model, on_device, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -127,26 +125,13 @@ def test_precision_that_cannot_be_kept_is_said(tmp_path: Path, caplog: pytest.Lo
 # -- weights of another dtype than the run's ---------------------------------------------------------------------------
 
 
-def loaded(folder: Path, dtype: torch.dtype, cast: bool) -> Any:
-    return load.load_base(folder, folder / "own", alone(), dtype, None, cast=cast).model
-
-
-def on_device(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All tensors as a run has them on its device, what `initialize` does of it."""
-    inject(model, MoRAConfig(rank=4))
-    move_base(model, "cpu", dtype)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to("cpu", dtype)
-    return {**dict(model.named_buffers()), **dict(model.named_parameters()), **frozen_buffers(model)}
-
-
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_weights_cast_on_their_way_to_the_device_are_those_cast_at_load(
     family: str, stored: torch.dtype, tmp_path: Path
 ) -> None:
     tiny_model(family, dtype=stored).save_pretrained(tmp_path)
-    models = [loaded(tmp_path, torch.bfloat16, cast) for cast in (False, True)]
+    models = [loaded_model(tmp_path, torch.bfloat16, cast) for cast in (False, True)]
     configs = [model.config.to_dict() for model in models]
     assert configs[0] == configs[1]
     late, early = (on_device(model, torch.bfloat16) for model in models)
@@ -157,18 +142,26 @@ def test_weights_cast_on_their_way_to_the_device_are_those_cast_at_load(
 
 def test_weights_stay_in_the_dtype_of_their_files_until_they_are_moved(tmp_path: Path) -> None:
     """So that they are pages of the files. Not where the files have several dtypes, which transformers would cast."""
+
+    def dtypes(folder: Path) -> set[torch.dtype]:
+        return {each.dtype for each in loaded_model(folder, torch.bfloat16, False).parameters()}
+
     model = tiny_model(dtype=torch.float16)
     model.save_pretrained(tmp_path / "one")
-    assert {each.dtype for each in loaded(tmp_path / "one", torch.bfloat16, False).parameters()} == {torch.float16}
+    assert {each.dtype for each in loaded_model(tmp_path / "one", torch.bfloat16, False).parameters()} == {
+        torch.float16
+    }
     model.get_input_embeddings().float()
     model.save_pretrained(tmp_path / "two")
-    assert {each.dtype for each in loaded(tmp_path / "two", torch.bfloat16, False).parameters()} == {torch.bfloat16}
+    assert {each.dtype for each in loaded_model(tmp_path / "two", torch.bfloat16, False).parameters()} == {
+        torch.bfloat16
+    }
 
 
 def test_configs_within_the_config_say_the_dtype_of_the_run(tmp_path: Path) -> None:
     """MPT has one for its attention. What a run is known by when it resumes holds all of them."""
     config = AutoConfig.for_model("mpt", d_model=32, n_heads=4, n_layers=1, vocab_size=64)
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path)
-    late, early = (loaded(tmp_path, torch.bfloat16, cast).config for cast in (False, True))
+    late, early = (loaded_model(tmp_path, torch.bfloat16, cast).config for cast in (False, True))
     assert late.to_dict() == early.to_dict() and late.attn_config.dtype is torch.bfloat16
     assert load.config_digest(late) == load.config_digest(early)

@@ -1,0 +1,96 @@
+"""Every type of causal language model of the installed transformers that can be made small by the usual names of sizes:
+an upgrade that brings a layer which adapters, merges or loading would get wrong fails here."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.adapters.ops.mora import delta_weight
+from tests.helpers.models import loaded_model, on_device, tokens
+
+SMALL = {
+    "vocab_size": 128, "max_position_embeddings": 128, "n_positions": 128, "max_seq_len": 128,
+    "hidden_size": 32, "n_embd": 32, "d_model": 32, "word_embed_proj_dim": 32, "head_dim": 8, "state_size": 8,
+    "intermediate_size": 56, "ffn_dim": 56, "ffn_hidden_size": 56, "n_inner": 56, "moe_intermediate_size": 24,
+    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_attention_heads": 4, "n_head": 4, "n_heads": 4,
+    "num_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "layer_types": None, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+"""Names that configs have for their sizes."""
+
+LARGEST, LEAST_TYPES = 4_000_000, 115
+"""Parameters of a model that is still tried; types that must be left."""
+
+
+def small_models() -> Iterator[tuple[str, Any]]:
+    """Type -> a model that computes and trains by itself."""
+    for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        try:
+            known = AutoConfig.for_model(kind).to_dict()
+            config = AutoConfig.for_model(kind, **{name: size for name, size in SMALL.items() if name in known})
+            with torch.device("meta"):
+                planned = AutoModelForCausalLM.from_config(config)
+            if sum(parameter.numel() for parameter in planned.parameters()) > LARGEST:
+                continue
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config).eval()
+            model(input_ids=tokens(2)).logits.float().logsumexp(-1).sum().backward()
+        except Exception:  # sizes that do not fit together, packages that are not installed: nothing of ours has run
+            continue
+        model.zero_grad()
+        yield kind, model
+
+
+def check_merged(model: Any) -> None:
+    """Adapted layers whose matrices get a gradient compute what the model with the updates in its weights computes."""
+    adapted = copy.deepcopy(model)
+    inject(adapted, MoRAConfig(rank=4))
+    adapted(input_ids=tokens(2)).logits.float().logsumexp(-1).sum().backward()
+    layers = {name: layer for name, layer in mora_layers(adapted).items() if layer.value.grad is not None}
+    assert layers, "no matrix gets a gradient"
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.value.data = 0.05 * torch.randn(layer.value.shape) if layer.value.grad.any() else layer.value.data
+            module, delta = model.get_submodule(name), delta_weight(layer.spec, layer.value.data)
+            module.weight.data += delta.T if isinstance(module, Conv1D) else delta
+        live, merged = (each(input_ids=tokens(2)).logits for each in (adapted, model))
+    apart = ((live - merged).norm() / merged.norm()).item()
+    assert apart < 1e-4, f"merged is {apart:.1e} from live"
+
+
+def check_cast(model: Any, folder: Path) -> None:
+    """Cast on its way to the device or at load: the same tensors and config."""
+    model.half().save_pretrained(folder)
+    late, early = (loaded_model(folder, torch.bfloat16, cast) for cast in (False, True))
+    assert late.config.to_dict() == early.config.to_dict()
+    found, expected = (on_device(each, torch.bfloat16) for each in (late, early))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype is tensor.dtype and torch.equal(found[name], tensor), name
+
+
+@pytest.mark.heavy
+def test_every_type_is_adapted_merged_and_cast(tmp_path: Path) -> None:
+    wrong, tried = {}, 0
+    for kind, model in small_models():
+        tried += 1
+        try:
+            check_merged(model)
+            check_cast(model, tmp_path / kind)
+        except Exception as error:  # all of them, with their names
+            wrong[kind] = f"{type(error).__name__}: {error}"[:300]
+        shutil.rmtree(tmp_path / kind, ignore_errors=True)
+    assert not wrong, wrong
+    assert tried >= LEAST_TYPES, tried
