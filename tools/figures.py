@@ -224,6 +224,7 @@ def main() -> None:
     draw_memory()
     draw_traffic()
     figures_learning.draw(DATA / "learning.json", ASSETS)
+    figures_learning.draw_long(DATA / "learning_long.json", ASSETS)
     figures_learning.draw_scale(DATA / "delta_scale.json", ASSETS)
 
 

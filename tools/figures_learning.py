@@ -12,13 +12,15 @@ from tools.figures_style import BASE, FAINT, FOURTH, INK, OURS, SECOND, THIRD, a
 
 LABELS = {
     "none": "before", "lora": "LoRA", "relora": "ReLoRA", "mora-rotate": "MoRA", "remora-rotate": "ReMoRA",
+    "remora-10": "ReMoRA, ten cycles",
     "mora-muon": "MoRA, Muon", "remora-muon": "ReMoRA, Muon", "replay-10": "MoRA, 10% replay",
     "lora-embeddings": "LoRA, embeddings", "mora-embeddings": "MoRA, embeddings",
-    "muon-embeddings": "Muon, embeddings", "recipe": "default recipe", "full": "full training",
-    "token-bias": "a bias per token", "embeddings": "embeddings alone",
+    "muon-embeddings": "Muon, embeddings", "recipe": "default recipe", "remora-recipe": "recipe, merged",
+    "full": "full training", "token-bias": "a bias per token", "embeddings": "embeddings alone",
 }  # fmt: skip
 """Method of tools/bench/learning.yaml -> its name in a figure; others have their own."""
 CURVES = ("lora", "mora-rotate", "mora-muon", "recipe", "full")
+LONG_CURVES = ("lora", "relora", "mora-rotate", "remora-rotate", "remora-10", "full")
 """The methods whose curves are drawn, as far as they were run."""
 
 
@@ -36,6 +38,11 @@ class Point:
     @property
     def label(self) -> str:
         return LABELS.get(self.method, self.method)
+
+    @property
+    def is_dashed(self) -> bool:
+        """As it shares its colour with the method that it is a form of."""
+        return "muon" in self.method or self.method.startswith(("relora", "remora"))
 
     @property
     def colour(self) -> str:
@@ -60,8 +67,14 @@ def draw(path: Path, folder: Path) -> None:
         return
     found = points(path)
     _draw_both_domains(found, folder / "learning.svg")
-    _draw_curves(found, folder / "learning-curves.svg")
+    _draw_curves(found, CURVES, folder / "learning-curves.svg")
     _draw_gap(found, folder / "learning-gap.svg")
+
+
+def draw_long(path: Path, folder: Path) -> None:
+    """learning-long.svg: the curves of a long run, with and without merges; nothing where there is no such JSON."""
+    if path.is_file():
+        _draw_curves(points(path), LONG_CURVES, folder / "learning-long.svg")
 
 
 def _draw_both_domains(found: Sequence[Point], path: Path) -> None:
@@ -78,12 +91,12 @@ def _draw_both_domains(found: Sequence[Point], path: Path) -> None:
     save(figure, path, "Learning against forgetting")
 
 
-def _draw_curves(found: Sequence[Point], path: Path) -> None:
+def _draw_curves(found: Sequence[Point], methods: Sequence[str], path: Path) -> None:
     figure, panels = axes(2, 1, (6, 6.4))
     start = next((point for point in found if point.method == "none"), None)
     for axis, name, title in zip(panels, ("new", "old"), ("new text", "old text"), strict=True):
         ends = []
-        for point in (point for point in found if point.method in CURVES):
+        for point in (point for point in found if point.method in methods):
             steps = [row["step"] for row in point.curves[0]]
             seeds = list(zip(*([row[name] for row in curve] for curve in point.curves), strict=True))
             if start is not None:
@@ -91,7 +104,7 @@ def _draw_curves(found: Sequence[Point], path: Path) -> None:
             means = [mean(values) for values in seeds]
             axis.fill_between(steps, *zip(*((min(each), max(each)) for each in seeds), strict=True), color=point.colour,
                               alpha=0.2, linewidth=0)  # fmt: skip
-            axis.plot(steps, means, color=point.colour, linewidth=2, linestyle="--" if "muon" in point.method else "-")
+            axis.plot(steps, means, color=point.colour, linewidth=2, linestyle="--" if point.is_dashed else "-")
             ends.append((steps[-1], means[-1], point.label, point.colour))
         _logarithmic(axis, [value for line in axis.lines for value in line.get_ydata()])
         axis.set_ylabel(f"perplexity on the {title}")

@@ -318,7 +318,7 @@ def _dtype_to_load(folder: Path, dtype: torch.dtype) -> torch.dtype:
     `dtype` gives: all files are in one dtype, and no other tensor of the model depends on it. Otherwise `dtype`."""
     try:
         base = BaseCheckpoint.open(folder)
-    except NotOneToOne:  # pickled: copied into memory in any case
+    except UserError:  # pickled, and so copied into memory in any case; or damaged, which loading reports
         return dtype
     dtypes = {base.shape_dtype(key)[1] for key in base.keys()}  # noqa: SIM118  (a `BaseCheckpoint` is no mapping)
     if len(dtypes) > 1 or not dtypes <= set(COMPUTE_DTYPES.values()) or dtypes == {dtype}:
