@@ -20,8 +20,10 @@ from pathlib import Path
 from torch import Tensor
 
 _SMAPS = Path("/proc/self/smaps")
-_HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) (\S+) (\d+)")
-"""start-end permissions offset device inode, as in proc_pid_smaps(5)."""
+_MAPPING = re.compile(
+    r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) (\S+) (\d+)(?:.*\n)+?Anonymous: +(\d+)", re.MULTILINE
+)
+"""start-end permissions offset device inode, and among the lines below it Anonymous, as in proc_pid_smaps(5)."""
 _MADV_DONTNEED = 4
 
 
@@ -33,8 +35,8 @@ class _Mapping:
     offset: int
     file: str
     """Device and inode."""
-    written: int = 0
-    """Bytes of it that are private, because this process has written to them."""
+    written: int
+    """KiB of it that are private, because this process has written to them."""
 
 
 class Mappings:
@@ -47,16 +49,13 @@ class Mappings:
     @classmethod
     def read(cls) -> Mappings:
         """The mappings as they are now."""
-        found: list[_Mapping] = []
-        for line in _SMAPS.read_text().splitlines() if _SMAPS.exists() else ():
-            if header := _HEADER.match(line):
-                start, end, permissions, offset, device, inode = header.groups()
-                shared = permissions[3] == "s"
-                file = f"{device} {inode}" if inode != "0" else ""
-                found.append(_Mapping(int(start, 16), int(end, 16), shared, int(offset, 16), file))
-            elif line.startswith("Anonymous:"):
-                found[-1].written = int(line.split()[1])
-        return cls([mapping for mapping in found if mapping.file])
+        found = []
+        for mapping in _MAPPING.finditer(_SMAPS.read_text() if _SMAPS.exists() else ""):
+            start, end, permissions, offset, device, inode, written = mapping.groups()
+            if inode != "0":
+                file, is_shared = f"{device} {inode}", permissions[3] == "s"
+                found.append(_Mapping(int(start, 16), int(end, 16), is_shared, int(offset, 16), file, int(written)))
+        return cls(found)
 
     def place_of(self, tensor: Tensor) -> str | None:
         """Where the tensor's bytes come from; None for one on another device, in memory of its own, or in a mapped

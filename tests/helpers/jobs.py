@@ -66,7 +66,7 @@ def playground(root: Path) -> Playground:
     load_tokenizer(trained).save_pretrained(root / "model")
     train, held, other = root / "train.jsonl", root / "held.txt", root / "other.txt"
     train.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    held.write_text(sources[1][20_000:23_000], encoding="utf-8")
+    held.write_text(sources[1][20_000:21_200], encoding="utf-8")
     other.write_text("def f(x):\n    return x\n", encoding="utf-8")
     return Playground(root, root / "model", train, held, other)
 
