@@ -161,8 +161,14 @@ def _read(module: Any, name: str, tensor: Tensor) -> ExpertStack | str:
         return f"{type(module).__name__} is split over processes"
     if problem := _odd_shapes(module):
         return problem
-    per_token = next((value for key in _EXPERTS_A_TOKEN if (value := getattr(module.config, key, None))), 0)
-    return ExpertStack(tensor, module.is_transposed, per_token)
+    return ExpertStack(tensor, module.is_transposed, _experts_a_token(module.config))
+
+
+def _experts_a_token(config: Any) -> int:
+    """K; 0 where the config does not say, or has a list with different numbers for different layers."""
+    value = next((value for key in _EXPERTS_A_TOKEN if (value := getattr(config, key, None))), 0)
+    numbers = set(value) if isinstance(value, (list, tuple)) else {value}  # HunYuan has a list, a number for each layer
+    return numbers.pop() if len(numbers) == 1 else 0
 
 
 def _odd_shapes(module: Any) -> str:

@@ -193,6 +193,7 @@ def test_the_rank_of_an_expert_and_fresh_permutations() -> None:
     assert by_rule["down_proj"].r_hat == linear.square_size(24, 32)
     assert by_rule["gate_up_proj"].r_hat == linear.square_size(32, 48)
     assert given["down_proj"].r_hat == replace(linear, rank=2).square_size(24, 32)
+    assert sides(rank=1)["down_proj"].r_hat == replace(linear, rank=1).square_size(24, 32), "not rank 1 // 2"
     assert sides(operator="auto", rank=64)["down_proj"].each.kind.value == "share", "as the linear layers of rank 64"
     config = MoRAConfig(rank=16, target_modules=("experts",))
     model = tiny_model("mixtral")
@@ -274,6 +275,15 @@ def test_an_unknown_layout_is_refused_by_name_and_stays_frozen_when_left_out() -
         layer.mlp.experts.config = SimpleNamespace(hidden_size=32)
     with pytest.raises(UserError, match="--expert_rank"):
         inject(silent, MoRAConfig(rank=4, target_modules=("experts",)))
+
+
+def test_how_many_experts_a_token_has() -> None:
+    """HunYuan's config has a number for each layer."""
+    for value, found in ((3, 3), ([2, 2], 2), ([2, 3], 0), ([], 0), (None, 0)):
+        model = tiny_model("mixtral")
+        for layer in model.model.layers:
+            layer.mlp.experts.config = SimpleNamespace(hidden_size=32, moe_topk=value)
+        assert {each.experts_per_token for each in find_stacks(model).values()} == {found}  # type: ignore[union-attr]
 
 
 def test_adapters_that_experts_cannot_have_are_refused() -> None:
