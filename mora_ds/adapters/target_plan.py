@@ -136,6 +136,8 @@ def parse_budget(text: str, parameters: int | None = None) -> int:
         raise UserError(f"{_BUDGET} must be like 0.5% or 250000, got {text!r}") from None
     if not (value.is_finite() and value > 0):
         raise UserError(f"{_BUDGET} must be above 0, got {text!r}")
+    if value >= 2**63:
+        raise UserError(f"{_BUDGET} must be below {2**63}, got {text!r}")
     if is_share:
         return int(value * (parameters or 0) / 100)
     if value != value.to_integral_value():

@@ -33,6 +33,8 @@ def test_budgets_are_read(text: str, parameters: int) -> None:
         ("nan", "must be above 0"),
         ("inf%", "must be above 0"),
         ("0.5", "did you mean 0.5%?"),
+        ("1e999999", "must be below 9223372036854775808"),
+        ("1e999999%", "must be below 9223372036854775808"),
     ],
 )
 def test_budgets_that_are_none(text: str, message: str) -> None:
