@@ -92,7 +92,7 @@ def train_new_rows(model: Any, first: int, chosen: Sequence[int] = ()) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if type(embedding).forward is not nn.Embedding.forward:
         raise UserError(f"{flag}: the embeddings are a {type(embedding).__name__}, which computes more than a look-up")
-    if type(head).forward is not nn.Linear.forward:
+    if getattr(type(head), "forward", None) is not nn.Linear.forward:  # None for a model without a head
         raise UserError(f"{flag}: the output head is a {type(head).__name__}, no linear layer")
     last = len(embedding.weight) - 1
     if chosen and not (chosen[0] >= 0 and chosen[-1] <= last and all(a < b for a, b in pairwise(chosen))):

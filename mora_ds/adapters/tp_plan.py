@@ -115,11 +115,9 @@ def _obstacle(model: nn.Module, block: str, wanted: dict[str, str], degree: int)
             return f"{degree} does not divide {heads} heads and {shared} key-value heads"
     for name, style in wanted.items():
         d_in, d_out = linear_shape(model.get_submodule(name))
-        size = d_out if style == Style.COLWISE.value else d_in
+        size, side = (d_out, "outputs") if style == Style.COLWISE.value else (d_in, "inputs")
         if size % degree:
-            return (
-                f"{degree} does not divide the {size} {'outputs' if size == d_out else 'inputs'} of {ending_of(name)}"
-            )
+            return f"{degree} does not divide the {size} {side} of {ending_of(name)}"
     return ""
 
 

@@ -100,7 +100,7 @@ def text_plot(schedule: Schedule, merges: Sequence[int], columns: int, rows: int
     axis = ["-"] * columns
     for step in range(max(schedule.total_steps, columns)):
         column = step * columns // max(schedule.total_steps, columns)
-        at = min(step * schedule.total_steps // max(schedule.total_steps, columns), schedule.total_steps - 1)
+        at = step * schedule.total_steps // max(schedule.total_steps, columns)
         height = schedule.learning_rate(at, merges) / schedule.peak
         marked[min(int(height * rows), rows - 1)][column] = "*"
     for merge in merges:

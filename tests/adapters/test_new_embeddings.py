@@ -186,3 +186,53 @@ def test_where_it_does_not_fit_it_is_refused(user: Playground, tmp_path: Path) -
             validate(parse([*argv, *more]))
     with pytest.raises(UserError, match="none from 128 on is new"):
         inject(tiny_model("llama"), MoRAConfig(rank=2, new_rows_from=128))
+    assert inject(tiny_model("llama"), MoRAConfig(rank=2, new_rows_from=127)).other_trainable_params == 2 * 32
+
+
+class Scaled(torch.nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * 2
+
+
+class Softmax(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).softmax(-1)
+
+
+def test_embeddings_and_heads_that_compute_something_else_are_refused() -> None:
+    for flag, which in (
+        ("--train_new_embeddings", {"new_rows_from": 112}),
+        ("--train_embedding_rows", {"trained_rows": (1,)}),
+    ):
+        for change, message in (
+            ({"set_input_embeddings": Scaled(128, 32)}, "the embeddings are a Scaled"),
+            ({"set_output_embeddings": Softmax(32, 128)}, "the output head is a Softmax"),
+        ):
+            model = tiny_model("llama")
+            for setter, module in change.items():
+                getattr(model, setter)(module)
+            with pytest.raises(UserError, match=f"{flag}: {message}"):
+                inject(model, MoRAConfig(rank=2, **which))  # type: ignore[arg-type]
+    headless = tiny_model("llama")
+    headless.get_output_embeddings = lambda: None
+    with pytest.raises(UserError, match="the output head is a NoneType, no linear layer"):
+        inject(headless, MoRAConfig(rank=2, new_rows_from=112))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_head_keeps_its_bias(rows: str) -> None:
+    table, x = torch.nn.Linear(4, 128), torch.randn(3, 4)
+    chosen = torch.tensor(ROWS[rows])
+    head = NewRowHead(table, torch.nn.Parameter(table.weight.data[chosen]), chosen, FIRST if rows == "last" else None)
+    torch.testing.assert_close(head(x), table(x))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_every_trained_row_is_looked_up_among_the_trained(rows: str) -> None:
+    chosen = torch.tensor(ROWS[rows])
+    table = torch.nn.Embedding(128, 4)
+    embedding = NewRowEmbedding(table, torch.nn.Parameter(torch.zeros(len(chosen), 4)), chosen)
+    found = embedding(torch.arange(128))
+    assert not found[chosen].any()
+    frozen = [row for row in range(128) if row not in ROWS[rows]]
+    assert torch.equal(found[frozen], table.weight[frozen])
