@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -60,6 +61,10 @@ def test_file_format(folder: Path) -> None:
     content = json.loads((folder / "ledger.json").read_text())
     assert (content["format"], content["base_fingerprint"]) == (1, BASE)
     assert set(content["cycles"][0]) == {"cycle", "step", "file", "sha256", "size", "chain"}
+    chain = BASE
+    for record in content["cycles"]:
+        chain = hashlib.sha256((chain + record["sha256"]).encode()).hexdigest()
+        assert record["chain"] == chain
     with safe_open(str(folder / "cycle-00002.safetensors"), "pt") as handle:
         assert set(handle.keys()) == {"a.q.square", "a.v.square"}
         metadata = handle.metadata()
@@ -72,6 +77,20 @@ def test_layer_that_joins_late(tmp_path: Path) -> None:
     append(ledger)
     append(ledger, ("a.q", "b.q"))
     assert [len(list(ledger.squares_of(name))) for name in ("a.q", "a.v", "b.q", "none")] == [2, 1, 1, 0]
+
+
+def test_a_snapshot_stays_as_it_is(folder: Path) -> None:
+    ledger = Ledger.open(folder)
+    kept = ledger.snapshot()
+    append(ledger)
+    assert (kept.cycles, ledger.cycles) == (3, 4)
+
+
+def test_what_belongs_to_no_ledger_is_named(folder: Path) -> None:
+    for name in ("notes.txt", "cycle.safetensors", ".ledger.json.partial", ".cycle-00003.safetensors.partial"):
+        (folder / name).touch()
+    assert Ledger.strays(folder) == ["cycle.safetensors", "notes.txt"]
+    assert Ledger.strays(folder / "missing") == []
 
 
 def test_summary_gives_norms(folder: Path) -> None:
@@ -117,6 +136,11 @@ def exchange(folder: Path) -> None:
         (lambda folder: (folder / "ledger.json").write_text("{"), "ledger.json is damaged"),
         (damage_json(lambda content: content["cycles"].pop(1)), "hole: cycle 1 is missing"),
         (damage_json(lambda content: content["cycles"].pop(0)), "hole: cycle 0 is missing"),
+        (damage_json(lambda content: content["cycles"][1].update(cycle=2)), "hole: cycle 1 is missing"),
+        (
+            damage_json(lambda content: content["cycles"][1].update(file="cycle-00000.safetensors")),
+            "hole: cycle 1 is missing",
+        ),
         (damage_json(lambda content: content["cycles"][1].pop("size")), "ledger.json is damaged"),
         (damage_json(lambda content: content.update(format=2)), "format 2"),
         (
@@ -131,6 +155,34 @@ def test_damage_is_found_and_named(folder: Path, damage: Any, words: str) -> Non
     with pytest.raises(UserError, match=words) as caught:
         Ledger.open(folder)
     assert str(folder) in str(caught.value)
+
+
+def test_matrices_that_are_not_those_of_the_header_are_named(folder: Path) -> None:
+    ledger = Ledger.open(folder)
+    for layers, words in (
+        (layers_of(1, ("a.q",)), r"cycle-00001\.safetensors does not hold the matrices that its header lists"),
+        ({name: entry(name, 1, r_hat=8) for name in ("a.q", "a.v")}, r"a\.q\.square is not fp32 \(8, 8\)"),
+    ):
+        ledger._layers[1] = layers
+        with pytest.raises(UserError, match=words):
+            ledger.verify()
+
+
+def test_an_entry_has_the_weight_of_its_module() -> None:
+    with pytest.raises(UserError, match=r"a\.q: its weight cannot be 'b\.q\.weight'"):
+        ledger_room.LayerEntry.from_dict("a.q", {**entry("a.q").to_dict(), "weight": "b.q.weight"})
+
+
+def test_singular_vectors_are_checked_and_copied(tmp_path: Path) -> None:
+    (tmp_path / "vectors").write_bytes(b"1234")
+    ledger = Ledger.create(tmp_path / "ledger", BASE, tmp_path / "vectors")
+    copy = ledger.copy_to(tmp_path / "copy").folder / ledger_room.VECTORS_FILE
+    assert copy.read_bytes() == b"1234" and Ledger.open(copy.parent).vectors == ledger.vectors
+    copy.unlink()
+    copy.write_bytes(b"1235")
+    Ledger.open(copy.parent, hashes=False)
+    with pytest.raises(UserError, match=r"the ledger is damaged: .*vectors\.safetensors"):
+        Ledger.open(copy.parent)
 
 
 def test_another_base_is_refused(folder: Path) -> None:
@@ -256,6 +308,7 @@ def test_copy_is_made_of_links_and_lives_on_its_own(folder: Path, tmp_path: Path
     assert (copy.folder / "cycle-00000.safetensors").samefile(folder / "cycle-00000.safetensors")
     ledger.truncate(1)
     append(ledger, ("b.q",))
+    assert [len(list(ledger.squares_of(name))) for name in ("a.q", "b.q")] == [1, 1], "nothing of the dropped is kept"
     assert Ledger.open(copy.folder, BASE).cycles == 3 and Ledger.open(folder).cycles == 2
     assert set(Ledger.open(copy.folder).layers(1)) == {"a.q", "a.v"}
 

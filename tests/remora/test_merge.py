@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +13,10 @@ import torch
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.common.errors import RunError
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.engine.initialize import initialize
 from mora_ds.models.base import BaseCheckpoint, write_own_base
-from mora_ds.remora import optimizer_reset
+from mora_ds.remora import merge, optimizer_reset
 from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import ReMoRA
 from mora_ds.remora.optimizer_reset import OptimizerReset
@@ -41,23 +44,53 @@ def test_after_50_merges_every_rank_holds_the_replayed_ledger(tmp_path: Path, wo
         for result in ranks:
             assert torch.equal(result["weights"][name], replayed), name
         assert torch.equal(weight, replayed)
-    for report in ranks[0]["reports"]:
+    for cycle, report in enumerate(ranks[0]["reports"]):
+        assert (report["cycle"], report["step"], report["layers"]) == (cycle, cycle + 1, len(ranks[0]["weights"]))
         tolerance = 1e-6 if dtype == "float32" else 2e-2
         assert report["loss_after"] == pytest.approx(report["loss_before"], abs=tolerance)
         assert (report["rounding_loss"] == 0.0) == (dtype == "float32")
         assert report["states_zeroed"] == 1.0
+    check_norms(ranks[0]["reports"][0], base, ledger)
+
+
+def norm(tensors: Iterable[torch.Tensor]) -> float:
+    return math.sqrt(sum(float(each.double().square().sum()) for each in tensors))
+
+
+def check_norms(report: dict[str, Any], base: BaseCheckpoint, ledger: Ledger) -> list[torch.Tensor]:
+    """Those of the first merge; returns its deltas."""
+    entries = ledger.layers(0)
+    deltas = [each.operator.delta_weight(ledger.square(0, name)) for name, each in entries.items()]
+    assert report["square_norm"] == pytest.approx(norm(ledger.square(0, name) for name in entries), rel=1e-5)
+    assert report["delta_norm"] == pytest.approx(norm(deltas), rel=1e-5)
+    assert report["weight_norm"] == pytest.approx(norm(base.read(f"{name}.weight") for name in entries), rel=1e-5)
+    return deltas
 
 
 def all_resets(folder: str) -> dict[str, dict[str, Any]]:
     found = {}
     for reset in OptimizerReset:
         found[reset.value] = merging_run(f"{folder}/{reset.value}", "float32", 1, reset=reset)
+    found["bf16"] = merging_run(f"{folder}/bf16", "bfloat16", 1)
     return found
+
+
+def check_rounding(found: dict[str, Any], folder: Path) -> None:
+    """What bf16 does not take up of a merge."""
+    (report,), base, ledger = found["reports"], BaseCheckpoint.open(folder / "base"), Ledger.open(folder / "ledger")
+    deltas = check_norms(report, base, ledger)
+    lost = [
+        found["weights"][name].double() - base.read(f"{name}.weight").double() - delta.double()
+        for name, delta in zip(ledger.layers(0), deltas, strict=True)
+    ]
+    assert report["rounding_loss"] == pytest.approx(norm(lost) / norm(deltas), rel=1e-4) and norm(lost) > 0.01
 
 
 @pytest.mark.gloo
 def test_each_reset_keeps_what_it_says(tmp_path: Path) -> None:
-    for found in run_ranks(2, all_resets, str(tmp_path)):
+    ranks = run_ranks(2, all_resets, str(tmp_path))
+    for found in ranks:
+        check_rounding(found.pop("bf16"), tmp_path / "bf16")
         moments = {name: result["moments"] for name, result in found.items()}
         assert moments["zero"]["step"] == 0
         for name in ("keep", "magnitude", "random"):
@@ -74,16 +107,35 @@ def test_each_reset_keeps_what_it_says(tmp_path: Path) -> None:
             smallest_kept = moments["magnitude"][key].abs()[moments["magnitude"][key] != 0].min()
             assert smallest_kept >= kept.abs().quantile(0.85)
         assert "states zeroed 100%" in found["zero"]["text"]
+        assert found["magnitude"]["reports"][0]["states_zeroed"] == pytest.approx(0.9, abs=0.002)
 
 
 def test_random_pruning_repeats_itself() -> None:
-    first, second = torch.ones(10_000), torch.ones(10_000)
-    for value in (first, second):
-        optimizer_reset.rule(OptimizerReset.RANDOM, 7, 0, 3)("exp_avg", value)
-    assert torch.equal(first, second)
-    other = torch.ones(10_000)
-    optimizer_reset.rule(OptimizerReset.RANDOM, 7, 0, 4)("exp_avg", other)
-    assert not torch.equal(first, other)
+    """A hundredth stays; every run, process and cycle draws its own."""
+
+    def pruned(*which: int) -> torch.Tensor:
+        value = torch.ones(10_000)
+        optimizer_reset.rule(OptimizerReset.RANDOM, *which)("exp_avg", value)
+        return value
+
+    first = pruned(7, 0, 3)
+    assert torch.equal(first, pruned(7, 0, 3)) and 60 < first.sum() < 140
+    assert not any(torch.equal(first, pruned(*which)) for which in ((8, 0, 3), (7, 1, 3), (7, 0, 4)))
+
+
+def test_magnitude_pruning_goes_by_size_and_keeps_a_number_at_least() -> None:
+    change = optimizer_reset.rule(OptimizerReset.MAGNITUDE, 7, 0, 3)
+    for before, after in (
+        ([-9.0, *range(1, 20)], [*[0.0] * 18, 18.0, 19.0]),
+        ([-30.0, *range(1, 20)], [-30.0, *[0.0] * 18, 19.0]),
+        ([1.0, -2.0], [0.0, -2.0]),
+    ):
+        value = torch.tensor(before)
+        change("exp_avg", value)
+        assert value.tolist() == after
+    count = torch.tensor(5.0)
+    change(optimizer_reset.STEP, count)
+    assert count == 5
 
 
 def moved_probe(folder: str) -> str:
@@ -105,6 +157,42 @@ def moved_probe(folder: str) -> str:
     except RunError as error:
         return str(error)
     return ""
+
+
+def test_what_a_probe_may_move_by() -> None:
+    """A share of a loss above 1, which depends on the dtype of the weights; and never to what is no number."""
+    for dtype, bits, share in (
+        (torch.float32, 16, 1e-4), (torch.float16, 16, 1e-2), (torch.bfloat16, 16, 3e-2), (torch.float32, 8, 3e-2),
+    ):  # fmt: skip
+        model = tiny_model("llama", dtype=dtype)
+        inject(model, MoRAConfig(rank=4, target_modules=("q_proj",), base_bits=bits))
+        remora: Any = ReMoRA.__new__(ReMoRA)
+        remora.engine = SimpleNamespace(module=model)
+        for before in (0.1, 5.0):
+            most = share * max(before, 1.0)
+            remora._check_probe(1, before, before + 0.99 * most)
+            for after in (before + 1.01 * most, before - 1.01 * most, math.nan):
+                with pytest.raises(RunError, match="moved the loss on the probe batch"):
+                    remora._check_probe(1, before, after)
+    remora._check_probe(1, None, None)
+
+
+def test_what_cannot_be_merged_or_reset_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    remora: Any = ReMoRA.__new__(ReMoRA)
+    remora.engine = SimpleNamespace(
+        _is_gradient_accumulation_boundary=None, micro_steps=3, gradient_accumulation_steps=lambda: 2
+    )
+    with pytest.raises(RunError, match="in the middle of gradient accumulation"):
+        remora.merge(1)
+    monkeypatch.setattr(merge, "uses_muon", lambda engine: True)
+    for stage in range(4):
+        engine: Any = SimpleNamespace(zero_optimization_stage=lambda stage=stage: stage)
+        for reset in OptimizerReset:
+            if stage in (1, 2) and reset in (OptimizerReset.MAGNITUDE, OptimizerReset.RANDOM):
+                with pytest.raises(UserError, match=f"--optimizer_reset {reset.value} with Muon needs ZeRO stage 3"):
+                    merge._check_reset(engine, reset)
+            else:
+                merge._check_reset(engine, reset)
 
 
 @pytest.mark.gloo

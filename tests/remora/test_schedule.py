@@ -9,6 +9,8 @@ import math
 import pytest
 
 from mora_ds.common.errors import UserError
+from mora_ds.config.adapter import AdapterArguments
+from mora_ds.config.training import TrainingArguments
 from mora_ds.remora.schedule import MergeWhen, Schedule, ScheduleKind, schedule_kind
 
 JAGGED = Schedule(
@@ -174,6 +176,7 @@ def test_a_cycle_at_its_longest_is_merged_unless_near_the_end() -> None:
 def test_a_run_that_waits_for_a_stall_has_no_plan() -> None:
     assert STALLED.merge_steps() == STALLED.merges_left_out() == []
     assert dataclasses.replace(JAGGED, total_steps=79).merges_left_out() == [75]
+    assert dataclasses.replace(JAGGED, total_steps=29, warmup_steps=25).merges_left_out() == [25]
 
 
 def test_settings_of_stalled_runs_that_make_no_schedule() -> None:
@@ -185,8 +188,23 @@ def test_settings_of_stalled_runs_that_make_no_schedule() -> None:
     ):
         with pytest.raises(UserError, match=flag):
             dataclasses.replace(STALLED, **changes)
+    dataclasses.replace(STALLED, merge_every=20, longest_cycle=20)
 
 
-def test_decay_ratio_out_of_range_names_its_flag() -> None:
-    with pytest.raises(UserError, match="--decay_ratio"):
-        Schedule(schedule_kind("wsd"), peak=1.0, total_steps=10, decay_ratio=0.0)
+def test_numbers_out_of_range_name_their_flags() -> None:
+    for changes, message in (
+        ({"decay_ratio": 0.0}, "--decay_ratio must be above 0 and at most 1"),
+        ({"decay_ratio": 1.5}, "--decay_ratio must be above 0 and at most 1"),
+        ({"min_ratio": -0.1}, "--min_lr_ratio must be at least 0 and at most 1"),
+        ({"warmup_steps": -1}, "--warmup_steps must be at least 0"),
+        ({"merge_every": -1}, "--merge_every must be at least 0"),
+        ({"total_steps": 0}, r"at least one step, got 0 \(--max_steps\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(JAGGED, **changes)
+
+
+def test_defaults_are_those_of_the_flags() -> None:
+    schedule, adapter, training = Schedule(ScheduleKind.LINEAR, 1.0, 9), AdapterArguments(), TrainingArguments()
+    assert schedule.restart_warmup_steps == adapter.restart_warmup_steps == 10
+    assert schedule.decay_ratio == training.decay_ratio == 0.2

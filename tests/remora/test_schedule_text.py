@@ -37,6 +37,7 @@ def test_all_merges_are_listed() -> None:
 def test_a_long_list_is_shortened() -> None:
     text = said(dataclasses.replace(PLAIN, total_steps=10_000))
     assert "steps 25, 50, 75, 100, 125, 150, ..., 9850, 9875, 9900, 9925, 9950, 9975 (399 in all)" in text
+    assert "200, 225, 250, 275, 300 of 325" in said(dataclasses.replace(PLAIN, total_steps=325)), "12 are all shown"
 
 
 def test_a_merge_whose_ramp_would_not_end_is_announced_as_left_out() -> None:
@@ -54,6 +55,7 @@ def test_a_merge_whose_ramp_would_not_end_is_announced_as_left_out() -> None:
 def test_merges_that_the_first_warmup_swallows_are_announced() -> None:
     text = said(dataclasses.replace(PLAIN, warmup_steps=51))
     assert text == "merges after step 75 of 100\nno merge after steps 25, 50: the first warm-up takes 51"
+    assert said(dataclasses.replace(PLAIN, warmup_steps=25)) == said(PLAIN)
 
 
 def test_an_interval_longer_than_the_run_is_announced() -> None:
@@ -65,6 +67,11 @@ def test_a_resumed_run_lists_what_is_left() -> None:
     assert said(PLAIN, done=50, merges=(25, 50)) == "merges after step 75 of 100"
     after_the_end = dataclasses.replace(PLAIN, total_steps=150)
     assert said(after_the_end, done=98, merges=(25, 50, 75, 98)) == "merges after step 125 of 150", "100 is in the ramp"
+    assert said(PLAIN, done=60, merges=(50,)) == "merges after step 75 of 100", "25 is past, merged or not"
+    warmed = dataclasses.replace(PLAIN, warmup_steps=51)
+    assert said(warmed, done=60) == "merges after step 75 of 100"
+    short = dataclasses.replace(PLAIN, total_steps=79)
+    assert said(short, done=76, merges=(25, 50)) == ("there will be no merge: --merge_every is 25, 3 steps are left")
 
 
 def test_a_run_that_waits_for_a_stall_says_its_rule() -> None:
@@ -74,6 +81,12 @@ def test_a_run_that_waits_for_a_stall_says_its_rule() -> None:
         "a cycle has at least 24 steps and at most 60; none before step 30, none after step 95"
     )
     assert "at least 40 steps; none before step 40" in said(dataclasses.replace(STALLED, merge_every=40))
+    assert "; none before step 25," in said(dataclasses.replace(STALLED, longest_cycle=25)), "one is too long by then"
+    slow = dataclasses.replace(STALLED, warmup_steps=40, longest_cycle=25)
+    assert "; none before step 40," in said(slow), "nor in the first warm-up"
+    assert said(dataclasses.replace(STALLED, total_steps=35)).endswith("none before step 30, none after step 30")
+    tiny = dataclasses.replace(STALLED, total_steps=4, warmup_steps=0)
+    assert "none comes after step 0 of 4" in said(tiny)
     short = said(dataclasses.replace(STALLED, total_steps=34))
     assert short.startswith("there can be no merge: the first would be due after step 30") and "step 29 " in short
 

@@ -10,7 +10,7 @@ import numpy
 import pytest
 
 from mora_ds.common.errors import UserError
-from mora_ds.remora.stall import LEAST_WINDOW, StallRule, StallSignal, trend
+from mora_ds.remora.stall import DEFAULT_TOLERANCE, LEAST_WINDOW, StallRule, StallSignal, trend
 
 WINDOW = 200
 RULE = StallRule(StallSignal.LOSS, WINDOW, 0.01)
@@ -51,6 +51,8 @@ def test_noise_that_could_hide_a_fall_is_no_stall_and_is_complained_about() -> N
     complaint = RULE.complaint(flat)
     assert complaint and "--stall_window of more than" in complaint and "--stall_tolerance is 1.00%" in complaint
     needed = int(complaint.split("more than ")[1].split(",")[0])
+    line = RULE.judge(flat)
+    assert line is not None and needed == math.ceil(WINDOW * (line.error / 0.01) ** 2)
     longer = StallRule(StallSignal.LOSS, 2 * needed, 0.01)
     assert longer.stalled(noisy(0.0, 0.2, seed=1, count=2 * needed))
     assert RULE.complaint(noisy(0.0, 0.02, seed=0)) is None and RULE.complaint(flat[1:]) is None
@@ -115,8 +117,26 @@ def test_only_the_window_counts_and_a_kept_window_decides_as_the_whole_history()
     assert RULE.stalled(kept)
 
 
+def test_what_is_said_and_logged_of_a_history() -> None:
+    rule, history = StallRule(StallSignal.LOSS, 3, 0.01), [9.0, 1.0, 2.0, 3.5]
+    line = trend(history[1:])
+    assert line is not None and line.change != pytest.approx(line.error, abs=0.1)
+    told = {"signal": "loss", "tolerance": 0.01}
+    numbers = {"value": 3.5, "values": 4, "change": line.change, "error": line.error}
+    assert rule.facts(history) == {**told, **numbers}
+    assert rule.facts([]) == {**told, "value": None, "values": 0, "change": None, "error": None}
+    assert rule.sentence(history) == (
+        f"the training loss moved by {line.change:+.2%} +- {line.error:.2%} over the last 3 steps, "
+        "--stall_tolerance is 1.00%"
+    )
+    assert rule.sentence(history[:2]) == "the training loss has 2 of 3 values since the re-warmup"
+    assert DEFAULT_TOLERANCE == {StallSignal.LOSS: 0.01, StallSignal.UPDATE: 0.05}
+
+
 def test_settings_that_make_no_rule_are_refused_together() -> None:
     with pytest.raises(UserError) as caught:
         StallRule(StallSignal.LOSS, LEAST_WINDOW - 1, math.nan)
     assert "--stall_window must be at least 3, got 2" in str(caught.value)
     assert "--stall_tolerance must be above 0, got nan" in str(caught.value)
+    with pytest.raises(UserError, match="--stall_tolerance must be above 0, got inf"):
+        StallRule(StallSignal.LOSS, LEAST_WINDOW, math.inf)
