@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mora_ds.adapters.alignment import FLOOR, Alignment, Factors, factors_of
+from mora_ds.adapters.alignment import FLOOR, Alignment, Factors, factor_bytes, factors_of
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers, set_cycle
 from mora_ds.adapters.ops import singular_vectors
@@ -175,6 +175,9 @@ def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: boo
         for square, first, second, aligned in zip(squares, *plain, of_share, strict=True):
             expected = (first + second) / 2 - 0.7 * aligned
             torch.testing.assert_close(square.grad, expected, rtol=1e-7, atol=1e-10)
+    held = [next(iter(layer._forward_hooks.values()))._cached[1] for layer in mora_layers(model).values()]
+    numbers = sum(each.numel() for one in held for each in (one.left, one.right, *getattr(one, "grams", ())))
+    assert factor_bytes(model, 4) == 4 * numbers
 
 
 def test_it_is_silent_where_nothing_is_trained(tmp_path: Path) -> None:
@@ -185,8 +188,16 @@ def test_it_is_silent_where_nothing_is_trained(tmp_path: Path) -> None:
         assert not alignment._shares
     model.eval()(input_ids=ids)
     assert not alignment._shares
+    model.train()(input_ids=ids)
+    assert not alignment._shares, "nobody wants its loss"
     with pytest.raises(RunError, match="in training mode"):
         alignment.loss()
+    alignment._shares["one of 14 layers"] = torch.tensor(0.5)
+    assert alignment.loss().item() == pytest.approx(-0.7 * 0.5 / 14), "the others contribute 0"
+    layer: Any = next(iter(mora_layers(model).values()))
+    layer.split = object()
+    with pytest.raises(RunError, match=r"tensor parallelism splits model\.layers\.0\.self_attn\.q_proj"):
+        next(iter(layer._forward_hooks.values()))(layer, (), torch.zeros(1))
 
 
 def test_a_dry_run_tells_what_the_factors_take(user: Playground) -> None:

@@ -179,6 +179,23 @@ def test_a_row_without_a_square_is_refused_by_name() -> None:
         row_losses(model, ids)
     with domains.using("law"):
         row_losses(model, ids)
+    with pytest.raises(RunError, match="domains are set for 3 rows"):
+        row_losses(model, ids)
+    domains.set(["law", "code"])
+    before = row_losses(model, ids)
+    with domains.using("prose"):
+        assert not torch.equal(row_losses(model, ids), before)
+    assert torch.equal(row_losses(model, ids), before), "as it was set before"
+
+
+@pytest.mark.parametrize("cycle", [0, 1])
+def test_dropout_is_on_the_input_of_rows_squares_while_training(cycle: int) -> None:
+    model, ids = domain_model("share", cycle=cycle, dropout=0.5), tokens(2, 8)
+    domains_of(model).set(["law", "code"])
+    for layer in domain_layers(model).values():
+        layer.square.data.zero_()
+    assert torch.equal(row_losses(model.eval(), ids), row_losses(model, ids))
+    assert not torch.equal(row_losses(model.train(), ids), row_losses(model, ids))
 
 
 class Wrapped:

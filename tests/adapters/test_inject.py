@@ -11,7 +11,8 @@ from torch import nn
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base, set_cycle
-from mora_ds.adapters.ops.spec import Grouping
+from mora_ds.adapters.ops.lora import LoRASpec
+from mora_ds.adapters.ops.spec import Grouping, Side
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.common.errors import UserError
 from tests.helpers.models import causal_loss, tiny_model, tokens
@@ -41,6 +42,8 @@ EVERY_LINEAR = in_layers(*(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{
         (["model.layers.1.mlp.up_proj"], in_layers("mlp.up_proj", layers=(1,))),
         (["*.mlp.*"], in_layers(*(f"mlp.{name}" for name in MLP))),
         (["*[qk]_proj"], in_layers("self_attn.q_proj", "self_attn.k_proj")),
+        (["model.layers.?.mlp.up_proj"], in_layers("mlp.up_proj")),
+        (["[m]odel.layers.0.mlp.up_proj"], in_layers("mlp.up_proj", layers=(0,))),
         ([r"re:.*layers\.0\..*(up|down)_proj"], in_layers("mlp.up_proj", "mlp.down_proj", layers=(0,))),
         (["all-linear"], EVERY_LINEAR),
         (["all-linear", "lm_head"], EVERY_LINEAR | {"lm_head"}),
@@ -51,7 +54,9 @@ def test_patterns(patterns: list[str], expected: set[str]) -> None:
     assert matched(tiny_model(), *patterns) == expected
 
 
-@pytest.mark.parametrize("pattern", ["q_porj", "*.attention.*", r"re:layers\.9", "embed_tokens", "input_layernorm"])
+@pytest.mark.parametrize(
+    "pattern", ["q_porj", "*.attention.*", r"re:layers\.9", r"re:model\.layers", "embed_tokens", "input_layernorm"]
+)
 def test_a_pattern_without_a_match_is_an_error_that_lists_what_there_is(pattern: str) -> None:
     with pytest.raises(UserError) as error:
         inject(tiny_model(), MoRAConfig(target_modules=("q_proj", pattern)))
@@ -137,6 +142,15 @@ def test_a_trained_head_and_a_rank_too_small_for_a_pair_are_refused() -> None:
         (LoRAConfig, {"rank": 0, "alpha": 0.0}, ["--lora_rank", "--lora_alpha"]),
         (LoRAConfig, {"alpha": float("inf")}, ["--lora_alpha"]),
         (MoRAConfig, {"rank": 4, "operator": "share", "grouping": "strided", "segments": 2}, []),
+        (MoRAConfig, {"dropout": -0.1, "expert_rank": -1, "segments": -1, "operator": "share"},
+         ["--mora_dropout", "--expert_rank", "--tp_segments"]),
+        (MoRAConfig, {"operator": "share", "compute": "blocks"}, ["--compute"]),
+        (MoRAConfig, {"operator": "truncate", "compute": "blocks"}, ["--compute"]),
+        (MoRAConfig, {"operator": "share", "layer_sizes": {"a": 0}}, ["--targets:"]),
+        (MoRAConfig, {"domains": ("a", ".")}, ["--domain_adapters:"]),
+        (MoRAConfig, {"domains": ("a", "..")}, ["--domain_adapters:"]),
+        (MoRAConfig, {"domains": ("a", "shared")}, ["--domain_adapters:"]),
+        (MoRAConfig, {"domains": ("a", "a")}, ["--domain_adapters:"]),
     ],
 )  # fmt: skip
 def test_all_wrong_values_are_reported_together(config: Any, values: dict[str, Any], flags: list[str]) -> None:
@@ -146,6 +160,31 @@ def test_all_wrong_values_are_reported_together(config: Any, values: dict[str, A
         with pytest.raises(UserError) as caught:
             config(**values)
         assert str(caught.value).splitlines() == problems
+
+
+def test_defaults() -> None:
+    """Files leave some of them out, and runs of earlier versions were made with them."""
+    config, lora = MoRAConfig(), LoRAConfig()
+    assert (config.rank, config.target_modules, config.dropout, config.seed) == (8, ("all-linear",), 0.0, 42)
+    assert (config.operator, config.grouping, config.compute, config.base_bits) == ("auto", "permuted", "auto", 16)
+    assert lora.operator_for("a", 64, 64, 0).alpha == 2 * 8, "the update is 2 B A"
+
+
+def test_factors_of_a_smaller_rank_keep_the_scale() -> None:
+    for spec in (LoRAConfig(rank=16, alpha=8.0).operator_for("a", 4, 9, 0), LoRASpec(4, 9, 4, 2.0)):
+        assert (spec.rank, spec.alpha / spec.rank) == (4, 0.5)
+
+
+def test_first_values_are_those_that_every_run_began_with() -> None:
+    """Literal values: a resumed run draws LoRA's A of its present cycle again."""
+    seeds = [LoRAConfig(seed=42).first_seed(layer, cycle) for layer, cycle in (("a.q", 0), ("a.q", 1), ("a.k", 0))]
+    assert seeds == [3478931074, 981482677, 1068541709]
+
+
+def test_segments_are_for_matrices_that_have_a_row_for_each() -> None:
+    for size, segments in ((4, 4), (5, 4), (3, 1)):
+        config = MoRAConfig(operator="share", segments=4, layer_sizes={"a": size})  # type: ignore[arg-type]
+        assert config.operator_for("a", 16, 16, 0, Side.IN).in_segments == segments
 
 
 def test_unknown_settings_get_a_hint() -> None:
@@ -348,6 +387,28 @@ def test_weights_outside_linear_layers_are_reported() -> None:
     assert f"experts.down_proj ({2 * 4 * 56 * 32:,} parameters)" in str(report)
     assert not inject(tiny_model("mixtral"), MoRAConfig(rank=4, target_modules=("q_proj",))).left_out
     assert not inject(tiny_model("gpt2"), MoRAConfig(rank=4)).left_out
+
+
+def test_layers_stay_in_training_or_evaluation() -> None:
+    for mode in (True, False):
+        model = tiny_model().train(mode)
+        inject(model, MoRAConfig(rank=4, dropout=0.5))
+        assert {layer.training for layer in mora_layers(model).values()} == {mode}
+
+
+class Blocks(nn.Module):
+    """Eleven layers, of which 1 alone recomputes its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(11))
+        self.layers[1].gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def test_a_blocks_number_is_not_the_beginning_of_anothers() -> None:
+    model = Blocks()
+    inject(model, MoRAConfig(rank=1))
+    assert [name for name, layer in mora_layers(model).items() if layer.recomputed] == ["layers.1.0"]
 
 
 def test_layers_within_a_checkpointed_block_are_marked() -> None:

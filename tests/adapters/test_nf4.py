@@ -3,6 +3,7 @@ dense weight does."""
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from functools import partial
@@ -65,6 +66,7 @@ def test_a_number_is_off_by_half_a_gap_of_its_block_at_most(shape: tuple[int, in
     blocks = nn.functional.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK).abs().amax(dim=1)
     bound = blocks.repeat_interleave(BLOCK)[: weight.numel()].view(shape)
     assert (error <= bound * 0.1525).all() and error.max() <= found.largest_error * 1.01
+    assert found.largest_error == pytest.approx(0.152 * blocks.max().item())
     assert (error == 0).sum() >= len(blocks)  # the largest number of a block is exact
 
 
@@ -238,6 +240,11 @@ def test_only_adapted_weights_are_packed_and_casts_leave_them() -> None:
     numels = sum(layer.in_features * layer.out_features for layer in layers.values())
     assert report.quantized == (small, 4 * numels) and small == pytest.approx(numels * 4.5 / 8, rel=0.02)
     assert "in 4 bits: " in str(report) and base_bits_of(model) == 4
+    adds = sum(4 * layer.value.numel() + 16 * (layer.in_features + layer.out_features) for layer in layers.values())
+    in_8_bits = numels + sum(4 * layer.out_features for layer in layers.values())
+    assert report.a_merge_adds == adds and report.merges_to_8_bits == math.ceil((in_8_bits - small) / adds)
+    plain = inject(tiny_model("qwen2"), MoRAConfig(rank=4, base_bits=4, grouping="plain"))
+    assert plain.a_merge_adds == 4 * report.square_params, "all layers of one shape have the same tables"
     assert report.total_params == before + report.square_params == count_parameters(model)
     for name, tensor in frozen_buffers(model).items():
         adapted = name.removesuffix(".weight") in layers

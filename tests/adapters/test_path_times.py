@@ -110,6 +110,7 @@ def test_close_paths_are_timed_for_longer(monkeypatch: pytest.MonkeyPatch) -> No
 def test_short_rounds_are_many() -> None:
     counts = [enough_rounds(seconds) for seconds in (0.0, 1e-4, 0.004, 1.0)]
     assert counts == sorted(counts, reverse=True) and counts[0] == 25 and counts[-1] == 5
+    assert [enough_rounds(seconds, 4) for seconds in (0.0, 0.004, 1.0)] == [100, 50, 5]
 
 
 def test_a_layer_over_its_path_is_what_was_timed() -> None:
@@ -123,3 +124,5 @@ def test_a_layer_over_its_path_is_what_was_timed() -> None:
         layer.compute = path
         assert torch.equal(layer(x), layer.product(x, layer.square, path))
     assert path_times.undecided(layer) == {}
+    path_times.reopen(layer)
+    assert path_times.undecided(layer) == {"": layer}

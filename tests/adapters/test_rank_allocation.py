@@ -40,6 +40,8 @@ def test_sides_are_multiples_where_such_sides_meet_the_budget() -> None:
     assert spend(one, 104**2, 1, multiple=16) == {"only": 104}
     assert spend(one, 105**2, 1, multiple=16) == {"only": 105}
     assert spend(one, 112**2, 1, multiple=16) == {"only": 112}
+    large = [Candidate("only", 1024, 1024, 1024)]
+    assert spend(large, 88404, 1, multiple=16) == {"only": 296}, "a multiple of 8, although 297 is nearer to the budget"
 
 
 def test_sizes_follow_scores_and_shapes() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from mora_ds.adapters.ops import gather
 from mora_ds.adapters.ops.gather import check_compiler, compile_with
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec
@@ -53,5 +54,11 @@ def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"--compile needs .* install no-such-compiler"):
         check_compiler("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no-such-compiler"):
+        check_compiler()
     monkeypatch.setenv("CXX", "true")
     check_compiler("cpu")
+    monkeypatch.setattr(gather, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--compile needs triton on this device"):
+        check_compiler("cuda")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base
 from mora_ds.adapters.layer import AdaptedLinear, MoRALinear, adapt
-from mora_ds.adapters.merge_layer import write_live
+from mora_ds.adapters.merge_layer import merge_layer, write_live
 from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.frozen import dense, frozen_linear
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
@@ -39,8 +39,9 @@ def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tenso
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_number_is_off_by_half_a_step_of_its_row_at_most(dtype: torch.dtype) -> None:
-    weight = matrix(40, 70, dtype)
+    weight = matrix(400, 700, dtype)  # more than one piece of work
     values, scales = quantize(weight)
+    assert Int8Weight(values, scales).largest_error == pytest.approx(float(scales.max()) / 2)
     assert values.dtype is torch.int8 and scales.dtype is torch.float32 and values.is_contiguous()
     largest = weight.double().abs().amax(dim=1)
     torch.testing.assert_close(scales.double(), largest / 127, rtol=1e-6, atol=1e-12)
@@ -224,6 +225,25 @@ def test_many_merges_are_one(conv: bool) -> None:
         write_live(step, drifting, updates[-1:])
         drifting = step.read().clone()
     assert (drifting - exact).norm() > 2 * (layer.read() - exact).norm()  # what each merge into 8 bits would do
+
+
+@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_norms_of_a_merge(bits: int, conv: bool) -> None:
+    """Of the matrix, of its delta, of the weight before, and of what rounding to 8 bits or bf16 keeps out of it."""
+    spec = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=1)
+    base = base_of(spec, conv, torch.bfloat16)
+    original, value = base.weight.data.clone(), 0.003 * random(10, 10).float()
+    layer = adapt(base, spec, 0.0, Compute.AUTO, 0)
+    if bits == 8:
+        in_8_bits(layer)
+    before = layer.read().double().clone()
+    found = merge_layer(layer, original, [(spec, value)], value)
+    delta = delta_weight(spec, value).double()
+    lost = layer.read().double() - before - (delta.T if conv else delta)
+    for norm, tensor in zip(found, (value, delta, before, lost), strict=True):
+        assert norm.item() == pytest.approx(tensor.norm().item(), rel=1e-4)
+    assert found.lost > 0.1 * found.delta
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -167,6 +167,9 @@ def test_scratch_is_memory_of_one_thread_and_of_no_graph() -> None:
     thread.join()
     assert places[0] == places[1] != places[2]
     assert gather.scratch("test", like, 5, 2).data_ptr() not in places, "autograd records"
+    with torch.no_grad():
+        gather.scratch("large", like, 2**24 + 1)
+    assert ("large", torch.float32) not in gather._kept.memory, "more than 64 MiB are not kept"
 
 
 # -- the formula ------------------------------------------------------------------------------------------------------
@@ -186,6 +189,34 @@ def test_many_tokens_go_over_the_weight_and_few_over_the_activations(kind: Opera
 def test_in_low_precision_too_few_tokens_take_the_activations(kind: OperatorKind) -> None:
     spec = OperatorSpec(kind, 1024, 1024, 128)
     assert formula_of_0_2(256, 1024, 1024, torch.bfloat16, spec) is Compute.ACTIVATION
+
+
+@pytest.mark.parametrize(
+    ("kind", "d_in", "dtype", "split", "tokens"),
+    [
+        (OperatorKind.SHARE, 1024, torch.float32, False, 768),  # both take the same time
+        (OperatorKind.SHARE, 1024, torch.float64, False, 615),
+        (OperatorKind.SHARE, 1024, torch.bfloat16, False, 2400),
+        (OperatorKind.SHARE, 1024, torch.bfloat16, True, 989),
+        (OperatorKind.ROTATE, 1024, torch.float32, False, 439),
+        (OperatorKind.ROTATE, 512, torch.float32, False, 246),
+        (OperatorKind.ROTATE, 512, torch.float16, False, 574),
+    ],
+)
+def test_the_formula_chooses_as_it_always_did(
+    kind: OperatorKind, d_in: int, dtype: torch.dtype, split: bool, tokens: int
+) -> None:
+    """Literal numbers: runs that began with it keep their bits. The fewest tokens that go over the weight."""
+    spec = OperatorSpec(kind, d_in, 1024, 128)
+    for count, path in ((tokens - 1, Compute.ACTIVATION), (tokens, Compute.WEIGHT)):
+        assert formula_of_0_2(count, d_in, 1024, dtype, spec, split) is path
+
+
+def test_the_formula_counts_the_tokens_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, seen = OperatorSpec(OperatorKind.SHARE, 12, 8, 6), []
+    monkeypatch.setattr(linear, "formula_of_0_2", lambda *given: seen.append(given) or Compute.WEIGHT)
+    mora_linear(random(2, 3, 12), random(8, 12), None, random(6, 6), spec)
+    assert seen == [(6, 12, 8, torch.float64, spec)]
 
 
 def test_a_larger_square_prefers_the_weight_earlier() -> None:

@@ -43,6 +43,9 @@ def test_update_delta_and_singular_values_agree_with_the_formula() -> None:
     down, up = factors[:, :12], factors[:, 12:].T
     expected = SPEC.alpha / SPEC.rank * up @ down
     torch.testing.assert_close(SPEC.delta_weight(factors), expected)
+    torch.testing.assert_close(SPEC.delta_weight(SPEC.scaled(factors, 3.0)), 3 * expected)
+    a, b = SPEC.low_rank(factors)
+    torch.testing.assert_close(b @ a, expected)
     x = torch.randn(5, 2, 12)
     torch.testing.assert_close(lora_update(SPEC, factors, x), F.linear(x, expected))
     torch.testing.assert_close(SPEC.singular_values(factors), torch.linalg.svdvals(1.5 * up.double() @ down.double()))

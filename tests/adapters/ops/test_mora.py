@@ -69,6 +69,10 @@ def test_delta_weight_is_the_update(spec: OperatorSpec) -> None:
     delta = delta_weight(spec, square)
     assert delta.shape == (spec.d_out, spec.d_in)
     torch.testing.assert_close(mora_update(spec, square, x), x @ delta.T, rtol=1e-12, atol=1e-11)
+    factors = spec.low_rank(square)
+    assert (factors is None) == spec.blockwise
+    if factors is not None:
+        torch.testing.assert_close(factors[1] @ factors[0], delta, rtol=1e-12, atol=1e-11)
 
 
 @every_operator

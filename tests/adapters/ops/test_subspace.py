@@ -46,6 +46,8 @@ def test_delta_weight_is_the_update(spec: SubspaceSpec) -> None:
     square, x = random(spec.r_hat, spec.r_hat), random(2, 3, spec.d_in, seed=1)
     delta = spec.delta_weight(square)
     assert delta.shape == (spec.d_out, spec.d_in)
+    a, b = spec.low_rank(square)
+    torch.testing.assert_close(b @ a, delta, rtol=1e-12, atol=1e-12)
     vectors = spec.sides(x.device, x.dtype)
     torch.testing.assert_close(subspace_update(square, vectors, x), x @ delta.T, rtol=1e-12, atol=1e-12)
 
