@@ -10,7 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-from mora_ds.checkpoint.layout import BEST, LATEST, LEDGER_FOLDER, complete_checkpoints, is_step_name, step_of
+from mora_ds.checkpoint.layout import BEST, LATEST, LEDGER_FOLDER, complete_checkpoints, is_step_name
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import MANIFEST, disk_errors, fsync, recorded_hashes, replace_symlink, verify_manifest
 from mora_ds.remora.ledger import LEDGER_FILE, VECTORS_FILE, read_records
@@ -150,8 +150,9 @@ def resume_checkpoint(wanted: str, root: Path) -> Path | None:
 def _newest_intact(root: Path) -> Path | None:
     """Passes over checkpoints after the one that `latest` names: a resume from an earlier one has left them behind."""
     latest, folders = (root / LATEST).resolve(), complete_checkpoints(root)
-    if latest in folders:
-        folders = [folder for folder in folders if step_of(folder) <= step_of(latest)]
+    named = [number for number, folder in enumerate(folders, 1) if folder.resolve() == latest]
+    if named:
+        folders = folders[: named[-1]]
     skipped = []
     for folder in reversed(folders):
         damage = problems(folder)

@@ -194,12 +194,17 @@ def test_latest_and_paths_must_be_whole(tmp_path: Path) -> None:
         resume_checkpoint(str(tmp_path / "step-000007"), tmp_path)
 
 
-def test_auto_stays_on_the_branch_of_latest(tmp_path: Path) -> None:
-    old, new, other = (checkpoint_at(tmp_path, step) for step in (2, 4, 9))
-    replace_symlink(tmp_path / "latest", new.name)
-    assert resume_checkpoint("auto", tmp_path) == new
+@pytest.mark.parametrize("root", [".", "linked", "absolute"])
+def test_auto_stays_on_the_branch_of_latest(tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the folder is named: relative to where one is, through a link, or by its own path."""
+    old, new, other = (checkpoint_at(tmp_path / "own", step) for step in (2, 4, 9))
+    (tmp_path / "linked").symlink_to("own")
+    monkeypatch.chdir(tmp_path / "own")
+    place = {".": Path("."), "linked": tmp_path / "linked", "absolute": tmp_path / "own"}[root]
+    replace_symlink(place / "latest", new.name)
+    assert resume_checkpoint("auto", place) == place / new.name
     (new / "file").unlink()
-    assert resume_checkpoint("auto", tmp_path) == old
+    assert resume_checkpoint("auto", place) == place / old.name
     assert other.is_dir()
 
 
