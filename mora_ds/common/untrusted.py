@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import stat
 import sys
@@ -40,6 +41,9 @@ MAX_SIDE = 1 << 24
 """Longest side of a layer: far above any vocabulary."""
 
 _WHOLE = Bounds(least=-(2**63), below=2**63)
+
+_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Control characters, breaks of lines, and what turns the direction of writing: they would change a whole message."""
 
 _short = Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
@@ -142,8 +146,9 @@ def relative_path(text: str, where: str) -> str:
 
 
 def any_path(text: str, where: str) -> str:
-    """`text`, if it can be a path at all, wherever it leads: it is only read, and what is there is compared."""
-    if not text or not text.isprintable() or len(text.encode()) > 4000 or max(map(len, text.split("/"))) > 240:
+    """`text`, if it can be a path at all, in any script, wherever it leads: it is only read, and what is there is
+    compared."""
+    if not text or _UNSHOWN.search(text) or len(text.encode()) > 4000 or max(map(len, text.split("/"))) > 255:
         raise UserError(f"{where}: {shown(text)} cannot be a path")
     return text
 

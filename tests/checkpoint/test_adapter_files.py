@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, read_adapter, write_adapter
 from mora_ds.common.errors import UserError
@@ -55,6 +56,10 @@ def test_adapter_tensors_must_fit(adapter: AdapterFile, tmp_path: Path) -> None:
     wider = AdapterFile({**adapter.layers, "a.q": entry("a.q", r_hat=8)}, "bfloat16", 2, 250, 8, adapter.trainables)
     with pytest.raises(UserError, match=r"a\.q\.square is \(6, 6\)"):
         AdapterTensors.open(tmp_path, wider)
+    tensors = load_file(tmp_path / "adapter.safetensors")
+    save_file({**tensors, "a.q.square": tensors["a.q.square"].half()}, tmp_path / "adapter.safetensors")
+    with pytest.raises(UserError, match=r"a\.q\.square is \(6, 6\) torch\.float16, which does not fit"):
+        AdapterTensors.open(tmp_path, adapter)
     with pytest.raises(ValueError, match="not those that the adapter lists"):
         write_adapter(tmp_path, adapter, {}, {})
     os.truncate(tmp_path / "adapter.safetensors", 300)
@@ -75,6 +80,26 @@ def test_base_reference_finds_its_base_and_refuses_another(tmp_path: Path) -> No
     assert reference.open_base(tmp_path / "latest").fingerprint() == fingerprint
     with pytest.raises(UserError, match=r"--base: .*base-1 is not the base of .*step-1"):
         reference.open_base(checkpoint, tmp_path / "base-1", "--base")
-    (checkpoint / "base.json").write_text('{"format": 1, "dtype": "float32"}')
-    with pytest.raises(UserError, match=r"base\.json is damaged"):
-        BaseReference.read(checkpoint)
+    content = json.loads((checkpoint / "base.json").read_text())
+    for change, words in (
+        ({"format": 2}, r"base\.json has format 2"),
+        ({"dtype": "int4"}, r"base\.json: unknown dtype 'int4'"),
+        ({"keys": None}, r"base\.json is damaged"),
+    ):
+        (checkpoint / "base.json").write_text(json.dumps({**content, **change}))
+        with pytest.raises(UserError, match=words):
+            BaseReference.read(checkpoint)
+
+
+def test_the_folder_of_a_base_may_have_a_name_of_any_script(tmp_path: Path) -> None:
+    """Spaces of their own in Chinese and Japanese names, joiners in Persian ones and in emoji: none is a letter."""
+    for name in (
+        "\u30e2\u30c7\u30eb\u3000\u57fa",
+        "\u0645\u062f\u0644\u200c\u0647\u0627",
+        "a\u00a0b",
+        "\U0001f468\u200d\U0001f469",
+        "a" * 255,
+    ):
+        reference = BaseReference(f"/models/{name}", "f", {}, "float32")
+        reference.write(tmp_path)
+        assert BaseReference.read(tmp_path) == reference
