@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from enum import Enum
 
-from mora_ds.common.errors import unknown
+from mora_ds.common.errors import refusal, unknown
+from mora_ds.common.untrusted import file_name
 
 SHARED = "shared"
 """Names the MoRA matrix that all domains share where a domain is asked for, so that no domain may have this name."""
@@ -26,8 +27,8 @@ def domain_complaints(domains: Sequence[str], freeze: str) -> Iterator[str]:
             f"--domain_adapters: each domain needs a different name, and {SHARED!r} stands for the shared MoRA matrix; "
             f"got {', '.join(domains)}"
         )
-    if unfit := {".", ".."} & set(domains):
-        yield f"--domain_adapters: {min(unfit)!r} cannot be a domain's name, which is also the name of a folder"
+    if unfit := [name for name in domains if refusal(file_name, name, "")]:
+        yield f"--domain_adapters: {unfit[0]!r} cannot be a domain's name, which is also the name of a folder"
     kinds = [kind.value for kind in Freeze]
     if freeze not in kinds:
         yield unknown("--freeze", freeze, kinds)

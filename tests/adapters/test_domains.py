@@ -220,6 +220,12 @@ def test_a_layer_that_does_not_see_complete_rows_is_refused() -> None:
         check_domain_rows(Wrapped(model), 128)
 
 
+@pytest.mark.parametrize("name", ["..", "", "a/b", "a\\b", "a\nb", "x" * 300])
+def test_a_name_that_no_checkpoint_could_be_read_with_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"--domain_adapters: .* cannot be a domain's name"):
+        MoRAConfig(domains=("law", name))
+
+
 def test_an_update_that_is_no_square_is_refused() -> None:
     config = MoRAConfig(domains=NAMES)
     with pytest.raises(UserError, match="q_proj would get lora"):
