@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.checkpoint import compact as compact_room
-from mora_ds.checkpoint.adapter_files import BaseReference
+from mora_ds.checkpoint.adapter_files import BaseReference, read_adapter
 from mora_ds.checkpoint.compact import compact
 from mora_ds.checkpoint.ledger_tools import verify
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import write_manifest
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import Ledger
@@ -48,6 +49,40 @@ def test_compacted_and_original_give_the_same_model(
     assert len(list((tmp_path / "new" / "base").glob("*.safetensors"))) == (1 if shard == 5.0 else 3)
     assert json.loads((tmp_path / "new" / "base" / "config.json").read_text())["dtype"] == "float32"
     assert len(verify(tmp_path / "new", tmp_path / "new" / "base")) == 3
+    assert read_adapter(tmp_path / "new").facts["compacted_cycles_of_steps"] == [1, 2, 3][:first]
+
+
+def test_what_a_checkpoint_has_beside_its_adapter_goes_along(copied: Path, tmp_path: Path) -> None:
+    """The tokenizer into the new base; the state as long as the live model is the same to the bit. A second step adds
+    to the record of the first."""
+    (step_of(copied) / "tokenizer").mkdir()
+    (step_of(copied) / "tokenizer" / "tokenizer_config.json").write_text('{"from": "run"}')
+    write_manifest(step_of(copied))
+    compact(step_of(copied), tmp_path / "one", 1)
+    for name in ("base", "tokenizer"):
+        assert "run" in (tmp_path / "one" / name / "tokenizer_config.json").read_text()
+    state = (step_of(copied) / "trainer_state.json").read_bytes()
+    assert (tmp_path / "one" / "trainer_state.json").read_bytes() == state
+    compact(tmp_path / "one", tmp_path / "two", 1)
+    assert read_adapter(tmp_path / "two").facts["compacted_cycles_of_steps"] == [1, 2]
+    compact(step_of(copied), tmp_path / "rounded", dtype="bfloat16")
+    assert not (tmp_path / "rounded" / "trainer_state.json").exists()
+
+
+def test_a_layer_that_a_cycle_left_out(original: FakeRun, tmp_path: Path) -> None:
+    source, base = Ledger.open(original.output / "ledger"), BaseCheckpoint.open(original.base)
+    ledger = Ledger.create(tmp_path / "ledger", base.fingerprint())
+    first, second = list(source.layers(0))[:2]
+    for cycle, names in enumerate(((first,), (second,), (first, second))):
+        entries = {name: source.layers(cycle)[name] for name in names}
+        ledger.append(cycle, entries, [(name, source.square(cycle, name)) for name in names])
+    compact(tmp_path / "ledger", tmp_path / "new", 2, base_folder=original.base)
+    new = BaseCheckpoint.open(tmp_path / "new" / "base")
+    for name, cycle in ((first, 0), (second, 1)):
+        entry = source.layers(cycle)[name]
+        updates = [(entry.operator, source.square(cycle, name))]
+        expected = live_weight(base.read(entry.weight), updates, False, torch.float32)
+        assert torch.equal(new.read(entry.weight), expected)
 
 
 def test_new_base_stands_alone_and_can_move(original: FakeRun, tmp_path: Path) -> None:

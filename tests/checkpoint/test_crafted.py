@@ -119,6 +119,26 @@ def test_the_way_back_makes_no_path_of_names_either(checkpoint: Path, tmp_path: 
     assert not (tmp_path / "back").exists()
 
 
+def test_a_universal_checkpoint_that_was_trained_further_does_not_come_back(checkpoint: Path, tmp_path: Path) -> None:
+    to_universal(checkpoint, tmp_path / "universal")
+    state = tmp_path / "universal" / "step-000007" / "mp_rank_00_model_states.pt"
+    rewrite_pickle(state, lambda content: {**content, "global_steps": 9})
+    reseal(tmp_path / "universal")
+    with pytest.raises(UserError, match=r"was trained further \(9 steps\)"):
+        from_universal(tmp_path / "universal", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_state_on_nvme_is_not_converted(checkpoint: Path, tmp_path: Path) -> None:
+    change_json(checkpoint / "engine" / "layout-00000.json", lambda content: content.update(swapped=True))
+    reseal(checkpoint)
+    with pytest.raises(UserError, match="an optimizer's state on NVMe cannot be converted"):
+        to_universal(checkpoint, tmp_path / "universal")
+    assert not (tmp_path / "universal").exists()
+    (verdict,) = verify(checkpoint)
+    assert verdict.is_good and any("on NVMe only DeepSpeed can read" in fact for fact in verdict.facts)
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret"])
 def test_a_manifest_lists_files_of_its_own_folder(checkpoint: Path, name: str) -> None:
     from mora_ds.common.files import _seal

@@ -14,7 +14,7 @@ import pytest
 
 from mora_ds.checkpoint import folder as folders
 from mora_ds.checkpoint import writer
-from mora_ds.checkpoint.folder import resume_checkpoint, settle
+from mora_ds.checkpoint.folder import name_best, name_latest, resume_checkpoint, settle
 from mora_ds.checkpoint.layout import complete_checkpoints, step_folder, step_of
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.files import replace_symlink
@@ -64,6 +64,23 @@ def test_what_is_not_a_checkpoint_by_its_name_is_neither_read_nor_deleted(root: 
     gone = {name for name in before if name.split("/")[0] in ("step-000002", "step-000004")}
     assert contents(root) == before - gone
     assert (root / "step-000001" / "file").read_text() == "1", "a link and what it leads to are the user's"
+
+
+def test_a_link_that_a_killed_run_did_not_make_is_made_by_the_one_that_resumes(root: Path, tmp_path: Path) -> None:
+    """`latest` only where it is missing or leads nowhere; `best` whatever it was, for a checkpoint that is there."""
+    name_latest(root, root / "step-000004")
+    assert os.readlink(root / "latest") == "step-000006"
+    for target in (None, "step-000099"):
+        (root / "latest").unlink()
+        if target is not None:
+            (root / "latest").symlink_to(target)
+        name_latest(root, tmp_path / "elsewhere" / "step-000001")
+        assert not (root / "latest").exists(), "no checkpoint of this run"
+        name_latest(root, root / "step-000004")
+        assert os.readlink(root / "latest") == "step-000004"
+    for step, named in ((4, 4), (2, 2), (99, 2)):
+        name_best(root, step_folder(root, step))
+        assert os.readlink(root / "best") == f"step-{named:06d}"
 
 
 def test_a_copy_can_be_resumed_from_and_verified(root: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -229,6 +229,22 @@ def test_drop_refuses(copied: Path, path: str, cycles: list[int], output: str | 
     assert contents(copied) == before
 
 
+def test_a_second_drop_adds_to_the_record_of_the_first(original: FakeRun, tmp_path: Path) -> None:
+    drop(original.checkpoint, [1], tmp_path / "one")
+    drop(tmp_path / "one", [1], tmp_path / "two")
+    assert read_adapter(tmp_path / "two").facts["dropped_cycles_of_steps"] == [2, 3]
+    assert Ledger.open(tmp_path / "two" / "ledger").cycles == read_adapter(tmp_path / "two").cycle == 1
+
+
+def test_a_link_is_no_new_folder(original: FakeRun, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"--output .*link exists already"):
+        drop(original.output, [0], tmp_path / "link")
+    drop(original.output, [0], tmp_path / "empty")
+    assert Ledger.open(tmp_path / "empty").cycles == 2
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_killed_drop_leaves_all_as_it_was(copied: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool) -> None:
     before = contents(copied / "ledger")

@@ -91,6 +91,13 @@ def test_every_file_is_watched(checkpoint: Path) -> None:
     assert verdict.is_good, verdict.problems
 
 
+def test_files_beside_those_of_the_checkpoint_are_named(checkpoint: Path) -> None:
+    (checkpoint / "engine" / "notes.txt").write_text("mine")
+    (verdict,) = verify(checkpoint)
+    assert verdict.is_good
+    assert "not in the manifest, and not read by a resume: engine/notes.txt" in verdict.facts
+
+
 def test_without_a_manifest_the_rest_is_still_looked_at(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_text("[]")
     (checkpoint / "engine" / "layouts.safetensors").unlink()
@@ -110,6 +117,12 @@ def changed_tensor(folder: Path, value: float) -> None:
     tensors = load_file(path)
     next(iter(tensors.values())).view(-1)[0] = value
     save_file(tensors, path)
+
+
+def another_tensor(folder: Path) -> None:
+    path = folder / "adapter.safetensors"
+    save_file({**load_file(path), "another.weight": torch.ones(2)}, path)
+    change_json(folder / "adapter.json", lambda adapter: adapter["trainables"].append("another.weight"))
 
 
 def changed_shard(folder: Path, change: Callable[[Any], None]) -> None:
@@ -148,6 +161,9 @@ DEEPER: list[tuple[str, Callable[[Path], Any], str]] = [
     ("the base", changed_json("base.json", lambda base: base.update(fingerprint="0")), "belongs to another base"),
     ("a number", lambda folder: changed_tensor(folder, 7.0), "is not what the shards hold"),
     ("no number", lambda folder: changed_tensor(folder, float("inf")), "is not finite"),
+    ("no random state", lambda folder: save_file({"cuda": torch.zeros(2, 1)}, folder / "rng.safetensors"), "no random"),
+    ("no probe", lambda folder: (folder / "probe.safetensors").unlink(), "probe.safetensors is missing"),
+    ("another tensor", another_tensor, "do not hold the same tensors, e.g. another.weight"),
     ("a moment", lambda folder: changed_shard(folder, poison), "exp_avg of"),
     ("a short shard", lambda folder: changed_shard(folder, shorten), "is incomplete"),
     ("a count", lambda folder: changed_shard(folder, count_on), "another rank's shard"),

@@ -9,17 +9,19 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mora_ds.checkpoint import writer as checkpoints
 from mora_ds.checkpoint.folder import resume_checkpoint
 from mora_ds.checkpoint.layout import complete_checkpoints
-from mora_ds.checkpoint.state import check_identity
+from mora_ds.checkpoint.state import TrainerState, check_identity, check_world_size
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import replace_symlink, verify_manifest
@@ -182,10 +184,11 @@ def test_auto_takes_the_newest_whole_one(tmp_path: Path, caplog: pytest.LogCaptu
     assert resume_checkpoint("auto", tmp_path / "none") is None
 
 
-def test_latest_and_paths_must_be_whole(tmp_path: Path) -> None:
+def test_latest_and_paths_must_be_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = checkpoint_at(tmp_path, 3)
+    monkeypatch.setenv("HOME", str(tmp_path))
     replace_symlink(tmp_path / "latest", folder.name)
-    for wanted in ("latest", str(folder), str(tmp_path / "latest")):
+    for wanted in ("latest", str(folder), str(tmp_path / "latest"), "~/step-000003"):
         assert resume_checkpoint(wanted, tmp_path) == folder
     (folder / "file").unlink()
     with pytest.raises(UserError, match=r"latest: .*step-000003 is damaged: .*file is missing.*auto"):
@@ -222,7 +225,71 @@ def test_differences_are_told_by_flag_and_all_at_once(tmp_path: Path) -> None:
         check_identity(tmp_path, incremental, exact)
 
 
+@pytest.mark.parametrize(("rows", "divisors"), [(12, "1, 2, 3, 4, 6 or 12"), (2, "1 or 2"), (1, "1")])
+def test_ranks_that_cannot_share_the_rows_are_told_who_can(tmp_path: Path, rows: int, divisors: str) -> None:
+    files.write_json_atomic(tmp_path / "trainer_state.json", vars(TrainerState(identity={"global_batch_size": rows})))
+    for world in range(1, 30):
+        if rows % world == 0:
+            check_world_size(tmp_path, world)
+            continue
+        words = f"{rows} sequences a step, which {world} ranks cannot share evenly: start {divisors} of them"
+        with pytest.raises(UserError, match=words):
+            check_world_size(tmp_path, world)
+
+
+def test_differences_of_a_mixture_are_told_with_their_source(tmp_path: Path) -> None:
+    saved, now = ({"mixture": {"weights": {"0": {"law": weight}}}} for weight in (0.5, 0.25))
+    with pytest.raises(UserError, match=r"weights of --mixture, 0\.law: 0\.5 there, 0\.25 here"):
+        check_identity(tmp_path, saved, now)
+
+
+def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path: Path) -> None:
+    """A rank's own state where it has one; otherwise one of its own, another at every step, the same each time."""
+    states = []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        states.append(torch.get_rng_state())
+    save_file({"cpu": torch.stack(states)}, tmp_path / "rng.safetensors")
+
+    def drawn(rank: int, step: int = 5, seed: int = 0) -> float:
+        checkpoints._load_rng(tmp_path, rank, TrainerState(step=step, identity={"seed": seed}))
+        return torch.rand(1).item()
+
+    kept = torch.get_rng_state()
+    try:
+        for rank, seed in enumerate((3, 4)):
+            expected = torch.rand(1, generator=torch.Generator().manual_seed(seed)).item()
+            assert drawn(rank) == expected
+        others = [drawn(2), drawn(3), drawn(2, step=6), drawn(2, seed=1)]
+        assert len(set(others)) == 4 and others[0] == drawn(2)
+    finally:
+        torch.set_rng_state(kept)
+
+
 # -- the disk ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degree", [None, 4])
+def test_a_checkpoint_is_not_begun_where_there_is_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, degree: int | None
+) -> None:
+    """16 bytes a trained number, of all tensor-parallel ranks; `ds_numel` where a rank holds no more than its share."""
+    parameters = [torch.nn.Parameter(torch.zeros(1000)), torch.nn.Parameter(torch.zeros(3))]
+    parameters[1].ds_numel = 5000  # type: ignore[attr-defined]
+    mpu = None if degree is None else SimpleNamespace(get_tensor_model_parallel_world_size=lambda: degree)
+    engine: Any = SimpleNamespace(module=SimpleNamespace(parameters=lambda: parameters), mpu=mpu, device="cpu")
+    one_rank = SimpleNamespace(
+        get_world_size=lambda: 1, all_reduce=lambda *_, **__: None, ReduceOp=torch.distributed.ReduceOp
+    )
+    monkeypatch.setattr(checkpoints, "dist", one_rank)
+    needed = 16 * 6000 * (degree or 1)
+    for free, is_enough in ((needed, False), (needed + 200_000, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        if is_enough:
+            checkpoints._check_space(tmp_path, engine)
+        else:
+            with pytest.raises(RunError, match=r"is full: a checkpoint needs about .* --save_total_limit"):
+                checkpoints._check_space(tmp_path, engine)
 
 
 @pytest.fixture
