@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.spec import OperatorKind
 from mora_ds.common.errors import UserError
 from mora_ds.deploy import bank_layer
 from mora_ds.deploy.bank_layer import BankLinear
@@ -155,6 +157,25 @@ def test_in_bf16_a_row_is_near_its_merged_model(rotating: Bench) -> None:
         assert (found[row] - expected).norm() < 0.1 * (base[row] - expected).norm()
 
 
+def test_the_dtype_is_that_of_the_runs_where_they_have_one(tmp_path: Path) -> None:
+    made = bench(tmp_path)
+    made.add("a", MoRAConfig(rank=3), dtype="bfloat16")
+    assert made.open().model.dtype is torch.bfloat16
+    made.add("b", MoRAConfig(rank=3), dtype="float16")
+    assert made.open().model.dtype is torch.float32
+    assert made.open(dtype="float16").model.dtype is torch.float16
+
+
+@pytest.mark.parametrize(("side", "dtype"), [(2**16 - 1, torch.uint16), (2**16, torch.int32)])
+def test_indices_take_16_bits_where_all_of_them_fit(side: int, dtype: torch.dtype) -> None:
+    """`side` itself is one: that of no feature."""
+    small = OperatorSpec(OperatorKind.ROTATE, 32, 32, 8)
+    wide = OperatorSpec(OperatorKind.ROTATE, side, 32, 8)
+    assert bank_layer.index_dtype([small, wide]) is dtype
+    for table in bank_layer.term_tables(wide):
+        assert torch.equal(table.to(dtype).long(), table)
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +206,10 @@ def test_the_cache_keeps_those_used_last_within_its_bound(rotating: Bench) -> No
         with bank.use(name):
             assert bank.cache.names == held and bank.cache.nbytes <= bound
     check_rows(rotating, bank, ["three", "one"], tokens(2))
+    bank = rotating.open(cache_bytes=sizes["three"])
+    for name, held in (("three", ("three",)), ("none", ("none",))):
+        with bank.use(name):
+            assert bank.cache.names == held, "one that just fits is kept"
 
 
 def test_an_adapter_weighs_its_squares_and_little_more(tmp_path: Path) -> None:

@@ -50,6 +50,24 @@ def test_a_damaged_adapter_harms_nobody_until_it_is_used(rotating: Bench, tmp_pa
     check_rows(made, bank, ["none", "one"], tokens(2))
 
 
+def test_a_bank_of_damaged_adapters_alone_is_refused(rotating: Bench, tmp_path: Path) -> None:
+    shutil.copytree(rotating.folder / "bank" / "one", tmp_path / "bank" / "one")
+    (tmp_path / "bank" / "one" / ADAPTER_JSON).write_text("{")
+    with pytest.raises(UserError, match=r"--bank: every adapter is damaged, e\.g\. .*adapter\.json"):
+        AdapterBank.open(rotating.folder / "base", tmp_path / "bank")
+
+
+def test_a_layer_that_was_not_there_when_the_bank_was_opened(rotating: Bench, tmp_path: Path) -> None:
+    made = Bench(tmp_path, rotating.maker, dict(rotating.updates))
+    shutil.copytree(rotating.folder / "base", tmp_path / "base")
+    made.add("queries", MoRAConfig(rank=3, target_modules=("q_proj",)))
+    bank = made.open()
+    shutil.rmtree(tmp_path / "bank" / "queries")
+    made.add("queries", MoRAConfig(rank=3, target_modules=("q_proj", "k_proj")))
+    with pytest.raises(UserError, match=r"adapter 'queries' cannot be used: .*a layer that it did not have at first"):
+        bank.cache.get("queries")
+
+
 def test_without_a_manifest_the_ledger_s_own_hashes_count(rotating: Bench, tmp_path: Path) -> None:
     shutil.copytree(rotating.folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "bank" / "one" / "manifest.json").unlink()

@@ -131,6 +131,33 @@ def test_average_is_the_mean_of_the_deltas(run: FakeRun, tmp_path: Path, decay: 
     check(content(tmp_path / "merged"), by_hand(list(zip(weights, (earlier, run.checkpoint), strict=True))))
     assert ledger.cycles == adapter.cycle == 2, "checkpoints of one run share their operators: no term is added"
     assert [each["step"] for each in adapter.facts[COMBINED]] == [3, 7]
+    assert [record.step for record in ledger.records] == [1, 3], "the newest step of what each term sums"
+
+
+def test_an_average_ends_with_the_checkpoint_that_is_named(run: FakeRun) -> None:
+    earlier = step_folder(run.checkpoint.parent, 3)
+    found = Mix(delta_scale=0.5, average_last=2, average_decay=0.5).sources(run.output)
+    assert found == [(earlier.resolve(), Fraction(1, 6)), (run.checkpoint.resolve(), Fraction(1, 3))]
+    assert Mix(delta_scale=0.5).sources(earlier) == [(earlier.resolve(), Fraction(1, 2))]
+    with pytest.raises(UserError, match=r"has 1 checkpoint\(s\) up to step-000003"):
+        Mix(average_last=2).sources(earlier)
+    assert str(Mix(0.9, 2, 0.5)) == "update x 0.9, mean of the last 2 checkpoints, each 0.5 of the next"
+    assert str(Mix(average_last=2)) == "update x 1, mean of the last 2 checkpoints"
+    assert str(Mix(0.9)) == "update x 0.9"
+
+
+def test_a_sum_stands_alone(run: FakeRun, tmp_path: Path) -> None:
+    """With the tokenizer of its last source, the base where it was said to be, and hashes of all that."""
+    source = Path(shutil.copytree(run.checkpoint, tmp_path / "source"))
+    (source / "tokenizer").mkdir()
+    (source / "tokenizer" / "tokenizer_config.json").write_text('{"from": "run"}')
+    files.write_manifest(source)
+    base = shutil.copytree(run.base, tmp_path / "moved")
+    combine_adapters([run.checkpoint, source], [0.5, 0.5], tmp_path / "sum", base)
+    assert (tmp_path / "sum" / "tokenizer" / "tokenizer_config.json").read_text() == '{"from": "run"}'
+    assert BaseReference.read(tmp_path / "sum").folder == str(base.resolve())
+    listed = files.listed_files(tmp_path / "sum")
+    assert files.verify_manifest(tmp_path / "sum") == [] and {"adapter.json", "ledger/ledger.json"} <= set(listed)
 
 
 def test_what_all_checkpoints_have_in_common_keeps_its_bits(run: FakeRun, tmp_path: Path) -> None:
@@ -231,7 +258,16 @@ def test_layers_and_trained_tensors_must_be_the_same(maker: Maker, tmp_path: Pat
     maker.write(tmp_path / "fewer", MoRAConfig(rank=3, target_modules=("q_proj",)))
     norm = {"model.norm.weight": torch.ones(maker.weights["model.norm.weight"].shape)}
     maker.write(tmp_path / "norms", MoRAConfig(rank=3), trained=norm)
-    for name, message in (("fewer", "adapt different layers"), ("norms", "train different tensors")):
+    maker.write(tmp_path / "law", MoRAConfig(rank=3), domains=("law", "code"))
+    facts = {"config": {"trained_rows": [3]}}
+    shutil.copytree(tmp_path / "a", tmp_path / "rows")
+    content = read_adapter(tmp_path / "rows")
+    files.write_json_atomic(tmp_path / "rows" / "adapter.json", replace(content, facts=facts).to_dict())
+    files.write_manifest(tmp_path / "rows")
+    for name, message in (
+        ("fewer", "adapt different layers"), ("norms", "train different tensors"), ("law", "have different domains"),
+        ("rows", "train different rows of the embeddings"),
+    ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             combine_adapters([tmp_path / "a", tmp_path / name], [1, 1], tmp_path / "sum")
 

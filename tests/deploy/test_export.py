@@ -23,6 +23,7 @@ from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_a
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.deploy.export import export_merged
+from mora_ds.deploy.logits_check import _compare, compare_logits
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
 from mora_ds.remora import stored_weights
@@ -145,6 +146,27 @@ def test_companions(tmp_path: Path) -> None:
         assert words in card
 
 
+def test_the_card_has_the_perplexities_that_are_known(tmp_path: Path) -> None:
+    """Those of the checkpoint first, then those that only its run's summary has."""
+    run = fake_run(tmp_path, probe=False)
+    state: dict[str, Any] = {"perplexity_before": {"code": 9.5}, "perplexity_last": {}}
+    files.write_json_atomic(run.checkpoint / "trainer_state.json", state)
+    summary = {"perplexity_before": {"code": 1.0}, "perplexity_after": {"code": 8.25, "law": 7.0}}
+    files.write_json_atomic(run.output / "summary.json", summary)
+    adapter = replace(run.adapter, facts={"note": "two\nlines", "pair": [1, 2]})
+    write_adapter(run.checkpoint, adapter, run.squares, {})
+    files.write_manifest(run.checkpoint)
+    export_merged(run.output, tmp_path / "merged")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    table = "| text | before | after |\n|---|---|---|\n| code | 9.500 | 8.250 |\n| law | - | 7.000 |\n"
+    assert table in card and "| note | two lines |" in card and "| pair | [1, 2] |" in card
+    state["perplexity_last"] = {"code": 8.5}
+    files.write_json_atomic(run.checkpoint / "trainer_state.json", state)
+    files.write_manifest(run.checkpoint)
+    export_merged(run.output, tmp_path / "merged", overwrite=True)
+    assert "| code | 9.500 | 8.500 |" in (tmp_path / "merged" / "README.md").read_text()
+
+
 def test_tokenizer_of_the_checkpoint_wins_over_that_of_the_base(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -203,6 +225,52 @@ def test_verify_needs_a_probe_and_says_so_first(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--verify needs probe\.safetensors"):
         export_merged(run.checkpoint, tmp_path / "merged", verify=True)
     assert export_merged(run.checkpoint, tmp_path / "merged").comparison is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "layers", "largest", "tolerance"),
+    [
+        (torch.float32, 0.0, 8, 0.5, 1e-5),
+        (torch.float32, 0.0, 8, 4.0, 4e-5),
+        (torch.bfloat16, 0.0, 3, 4.0, 2 * 2**-7 * 2),
+        (torch.float16, 0.0, 8, 4.0, 2 * 2**-10 * 3),
+        (torch.bfloat16, 0.01, 8, 4.0, (2 * 2**-7 + 0.02) * 3),
+        (torch.float32, 0.01, 3, 4.0, (2 * 2**-23 + 0.02) * 2),
+    ],
+)
+def test_tolerance(dtype: torch.dtype, rounding: float, layers: int, largest: float, tolerance: float) -> None:
+    """As `logits_check` documents it: absolute in fp32, otherwise relative to the norm of all logits."""
+    live = torch.tensor([largest, -0.1, 0.2])
+    found = _compare(live, live + torch.tensor([0.0, 3e-3, -4e-3]), dtype, layers, rounding)
+    assert found.tolerance == pytest.approx(tolerance, rel=1e-6)
+    assert found.max_difference == pytest.approx(4e-3, rel=1e-3)
+    relative = 5e-3 / live.norm().item()
+    assert found.error == pytest.approx(4e-3 if dtype is torch.float32 and not rounding else relative, rel=1e-3)
+
+
+def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    export_merged(run.checkpoint, tmp_path / "merged")
+    whole = load_file(run.checkpoint / "probe.safetensors")
+    for change, words in (
+        ({"input_ids": whole["input_ids"].flatten()}, r"tokens of shape \(48,\)"),
+        ({"input_ids": whole["input_ids"].float()}, "holds tokens of shape"),
+        ({"input_ids": whole["input_ids"][:, 1:].contiguous()}, "holds tokens of shape"),
+        ({"input_ids": whole["input_ids"] + 128}, "tokens that have no logits"),
+        ({"input_ids": whole["input_ids"] - 128}, "tokens that have no logits"),
+    ):
+        write_safetensors_atomic(tmp_path / "probe.safetensors", {**whole, **change}, {"dtype": "float32"})
+        with pytest.raises(UserError, match=words):
+            compare_logits(tmp_path / "merged", tmp_path / "probe.safetensors", torch.float32)
+    wider = {**whole, "logits": torch.nn.functional.pad(whole["logits"], (0, 1))}
+    write_safetensors_atomic(tmp_path / "probe.safetensors", wider, {"dtype": "float32"})
+    with pytest.raises(RunError, match="the export gives logits of shape"):
+        compare_logits(tmp_path / "merged", tmp_path / "probe.safetensors", torch.float32)
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RunError, match=r"the export lacks weights: .*lm_head\.weight"):
+        compare_logits(tmp_path / "merged", run.checkpoint / "probe.safetensors", torch.float32)
 
 
 def test_nan_logits_do_not_pass(tmp_path: Path) -> None:
@@ -264,6 +332,19 @@ def test_square_on_one_of_two_tied_weights_is_refused(tmp_path: Path) -> None:
     write_adapter(run.checkpoint, replace(run.adapter, layers=layers), squares, {})
     files.write_manifest(run.checkpoint)
     with pytest.raises(UserError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight"):
+        export_merged(run.checkpoint, tmp_path / "merged")
+
+
+def test_a_trained_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, trained=HEADS[1:2], probe=False)
+    write_adapter(run.checkpoint, run.adapter, run.squares, {HEADS[1]: torch.ones(31)})
+    files.write_manifest(run.checkpoint)
+    with pytest.raises(UserError, match=r"norm\.weight has shape \(31,\) in the checkpoint, \(32,\) in the base"):
+        export_merged(run.checkpoint, tmp_path / "merged")
+    keys = {**BaseReference.read(run.checkpoint).keys, HEADS[1]: "gone"}
+    replace(BaseReference.read(run.checkpoint), keys=keys).write(run.checkpoint)
+    files.write_manifest(run.checkpoint)
+    with pytest.raises(UserError, match=r"base\.json names no tensor of .* for model\.norm\.weight"):
         export_merged(run.checkpoint, tmp_path / "merged")
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from mora_ds.commands import export
 from mora_ds.common.errors import RunError
+from mora_ds.deploy.hub import push_folder
 from tests.helpers.exports import fake_run
 from tests.helpers.gloo import run_ranks
 from tests.helpers.hub import Hub, stand_in
@@ -64,6 +65,17 @@ def test_an_export_that_is_refused_stays_where_it_is(tmp_path: Path, hub: Hub, m
         export.main()
     assert f"hf upload {REPOSITORY} {merged}" in str(failed.value) and TOKEN not in str(failed.value)
     assert (merged / "model.safetensors").is_file()
+
+
+def test_an_error_that_repeats_the_token_is_told_without_it(tmp_path: Path, hub: Hub) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(f"the token {TOKEN} is refused")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+        with pytest.raises(RunError, match=r"the token \*\*\* is refused") as failed:
+            push_folder(tmp_path, REPOSITORY)
+    assert TOKEN not in str(failed.value) and failed.value.__cause__ is None
 
 
 def trained(url: str, is_offline: bool, argv: list[str]) -> tuple[dict[str, Any], list[str]]:

@@ -121,6 +121,27 @@ def test_other_trained_tensors_are_modules_to_save(
     close(logits_of(loaded(run.base, tmp_path / "lora")), logits_of(run.live))
     (line,) = (line for line in lines if line.startswith("perplexity of"))
     assert line.endswith("(+0.00%)") or line.endswith("(-0.00%)")
+    probe = load_file(run.checkpoint / "probe.safetensors")["input_ids"]
+    with torch.inference_mode():
+        perplexity = run.live(input_ids=probe, labels=probe, use_cache=False).loss.exp().item()
+    assert float(line.split(": ")[1].split()[0]) == pytest.approx(perplexity, rel=1e-4)
+
+
+def test_the_domain_that_is_named_is_written(tmp_path: Path) -> None:
+    """Each has the shared matrices once more, so that its update is twice theirs."""
+    maker = Maker(tiny_model("llama", num_hidden_layers=1), tmp_path / "base")
+    maker.write(tmp_path / "adapter", MoRAConfig(rank=1, operator="share"), domains=("law", "code"))
+    updates = {}
+    for domain in ("shared", "code"):
+        export_peft(tmp_path / "adapter", tmp_path / domain, domain=domain)
+        model = loaded(tmp_path / "base", tmp_path / domain).merge_and_unload()
+        name = "model.layers.0.mlp.up_proj.weight"
+        updates[domain] = model.get_parameter(name).data - maker.weights[name]
+    assert updates["shared"].abs().max() > 1e-3
+    torch.testing.assert_close(updates["code"], 2 * updates["shared"], rtol=0, atol=1e-6)
+    assert json.loads((tmp_path / "code" / CONFIG_FILE).read_text())["base_model_name_or_path"] == str(
+        tmp_path / "base"
+    )
 
 
 def test_a_damaged_probe_is_named(tmp_path: Path) -> None:

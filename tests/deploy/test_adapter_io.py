@@ -1,0 +1,95 @@
+"""load_adapter: which domain a model computes as, and what does not fit a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.domains import domains_of
+from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, read_adapter, write_adapter
+from mora_ds.common.errors import UserError
+from mora_ds.deploy.adapter_io import export_adapter, load_adapter
+from tests.helpers.adapters import Maker, merge, originals
+from tests.helpers.crafted import reseal
+from tests.helpers.damage import change_json
+from tests.helpers.models import tiny_model, tokens
+
+NORM = "model.norm.weight"
+
+
+@pytest.fixture
+def maker(tmp_path: Path) -> Maker:
+    return Maker(tiny_model("llama", num_hidden_layers=1), tmp_path / "base")
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(input_ids=tokens(2), use_cache=False).logits
+
+
+def test_a_model_of_several_domains_computes_as_the_one_that_is_named(maker: Maker, tmp_path: Path) -> None:
+    """Each domain has the shared matrices once more: none of them adds them once, a domain twice."""
+    updates = maker.write(tmp_path / "adapter", MoRAConfig(rank=3, domains=("law", "code")), 1, domains=("law", "code"))
+    for domain, times in ((None, 1), ("shared", 1), ("code", 2)):
+        model = load_adapter(maker.folder, tmp_path / "adapter", domain=domain)
+        expected = tiny_model("llama", num_hidden_layers=1)
+        own = {name: [*cycles, *cycles[-1:] * (times - 1)] for name, cycles in updates.items()}
+        merge(expected, originals(maker.model), own)
+        torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=1e-5)
+        assert domains_of(model).names == ("law", "code")
+
+
+def rewritten(folder: Path, **changes: Any) -> None:
+    """adapter.json, and with `shape` also the shape of the norm, say something else."""
+    adapter: AdapterFile = read_adapter(folder)
+    tensors = AdapterTensors.open(folder, adapter)
+    squares = {name: tensors.square(name).clone() for name in adapter.layers}
+    norm = torch.ones(changes.pop("shape", 32))
+    write_adapter(folder, replace(adapter, **changes), squares, {NORM: norm})
+
+
+def configured(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: change_json(folder / "adapter.json", lambda content: content["config"].update(changes))
+
+
+UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "another size": (configured(rank=5), "q_proj has .*, for which this model has"),
+    "fewer layers": (configured(target_modules=["q_proj"]), "adapts other layers than this model has"),
+    "another shape": (lambda folder: rewritten(folder, shape=31), r"does not train a model\.norm\.weight of shape"),
+    "not trained": (configured(train_norms=False), r"does not train a model\.norm\.weight of shape"),
+    "no config": (lambda folder: rewritten(folder, facts={}), "it has no config"),
+    "no tensor": (
+        lambda folder: change_json(folder / "base.json", lambda content: content.update(keys={})),
+        "names no tensor of",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), UNFIT.values(), ids=UNFIT)
+def test_an_adapter_that_does_not_fit_its_model_is_refused(
+    maker: Maker, tmp_path: Path, change: Callable[[Path], Any], words: str
+) -> None:
+    config = MoRAConfig(rank=3, target_modules=("q_proj", "up_proj"), train_norms=True)
+    maker.write(tmp_path / "adapter", config, trained={NORM: maker.weights[NORM]})
+    load_adapter(maker.folder, tmp_path / "adapter")
+    change(tmp_path / "adapter")
+    reseal(tmp_path / "adapter")
+    with pytest.raises(UserError, match=words):
+        load_adapter(maker.folder, tmp_path / "adapter")
+
+
+def test_a_base_that_moves_with_its_run_is_found_from_an_exported_adapter(maker: Maker, tmp_path: Path) -> None:
+    """A relative folder in base.json is relative to where it lies: a copy elsewhere names the same base."""
+    maker.write(tmp_path / "runs" / "adapter", MoRAConfig(rank=3))
+    replace(maker.reference, folder="../../base").write(tmp_path / "runs" / "adapter")
+    reseal(tmp_path / "runs")
+    export_adapter(tmp_path / "runs" / "adapter", tmp_path / "far" / "away" / "adapter")
+    content = json.loads((tmp_path / "far" / "away" / "adapter" / "base.json").read_text())
+    assert content["folder"] == str((tmp_path / "base").resolve())
