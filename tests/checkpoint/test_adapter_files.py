@@ -10,9 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, read_adapter, write_adapter
-from mora_ds.common.errors import UserError
+from mora_ds.checkpoint.adapter_files import (
+    AdapterFile,
+    AdapterTensors,
+    BaseReference,
+    open_adapter,
+    read_adapter,
+    write_adapter,
+)
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import write_manifest
 from mora_ds.models.base import BaseCheckpoint
+from mora_ds.remora.ledger import Ledger
+from tests.helpers.damage import flip
 from tests.helpers.ledgers import entry, layers_of, squares_for
 from tests.helpers.models import tiny_model
 
@@ -65,6 +75,30 @@ def test_adapter_tensors_must_fit(adapter: AdapterFile, tmp_path: Path) -> None:
     os.truncate(tmp_path / "adapter.safetensors", 300)
     with pytest.raises(UserError, match=r"adapter\.safetensors is truncated or damaged"):
         AdapterTensors.open(tmp_path, adapter)
+
+
+@pytest.mark.parametrize("name", ["adapter.json", "adapter.safetensors", "base.json", "ledger/cycle-00000.safetensors"])
+def test_each_file_of_an_adapter_is_hashed_and_no_other_where_only_that_is_read(
+    adapter: AdapterFile, tmp_path: Path, name: str
+) -> None:
+    """An engine's shards are larger by far; their sizes are looked at all the same."""
+    BaseReference("base", "f", {}, "float32").write(tmp_path)
+    ledger = Ledger.create(tmp_path / "ledger", "f")
+    for step in (1, 2):
+        ledger.append(step, adapter.layers, squares_for(adapter.layers, step).items())
+    (tmp_path / "shard").write_bytes(b"shard")
+    write_manifest(tmp_path)
+    (tmp_path / "shard").write_bytes(b"drahs")
+    with pytest.raises(UserError, match="shard is damaged"):
+        open_adapter(tmp_path)
+    found, _ = open_adapter(tmp_path, adapter_only=True)
+    assert found == adapter
+    flip(tmp_path / name, 0.9)
+    with pytest.raises(RunError, match=f"{name} is not as it was written"):
+        open_adapter(tmp_path, damaged=RunError, adapter_only=True)
+    (tmp_path / "shard").write_bytes(b"s")
+    with pytest.raises(UserError, match="shard has 1 bytes"):
+        open_adapter(tmp_path, adapter_only=True)
 
 
 def test_base_reference_finds_its_base_and_refuses_another(tmp_path: Path) -> None:

@@ -254,6 +254,18 @@ def test_a_layer_keeps_its_shape_from_cycle_to_cycle(checkpoint: Path, tmp_path:
         export_merged(checkpoint, tmp_path / "merged")
 
 
+def test_the_live_layers_have_the_shapes_of_the_ledgers(checkpoint: Path, tmp_path: Path) -> None:
+    """Also where no base is read that would show it."""
+
+    def change(content: dict[str, Any]) -> None:
+        next(iter(content["layers"].values()))["operator"]["d_in"] = 2**24
+
+    change_json(checkpoint / "adapter.json", change)
+    reseal(checkpoint)
+    with pytest.raises(UserError, match="another layer than in earlier cycles"):
+        export_adapter(checkpoint, tmp_path / "adapter")
+
+
 def test_ranks_that_share_rows_are_counted_in_no_time(checkpoint: Path) -> None:
     change_json(checkpoint / "trainer_state.json", lambda content: content["identity"].update(global_batch_size=10**15))
     check_world_size(checkpoint, 7)

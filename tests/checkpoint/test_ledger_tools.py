@@ -158,6 +158,9 @@ def test_checkpoint_of_another_cycle_or_base_is_told(copied: Path) -> None:
     change_json(step / "base.json", lambda content: content.update(fingerprint="e" * 64))
     with pytest.raises(RunError, match="belongs to another base"):
         verify(step)
+    (step / "adapter.safetensors").unlink()
+    with pytest.raises(RunError, match=r"adapter\.safetensors is missing"):
+        verify(step)
 
 
 def test_square_that_is_not_finite_is_told(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

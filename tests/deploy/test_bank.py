@@ -176,6 +176,20 @@ def test_indices_take_16_bits_where_all_of_them_fit(side: int, dtype: torch.dtyp
         assert torch.equal(table.to(dtype).long(), table)
 
 
+def test_a_long_batch_in_bf16_loses_no_update_that_is_small_beside_its_weight(rotating: Bench) -> None:
+    """Weights of 64 are half a unit apart in bf16, and cancel here: a sum with the update would round it away."""
+    bank = rotating.open(dtype="bfloat16")
+    name = "model.layers.0.mlp.up_proj"
+    layer, x = bank.model.get_submodule(name), torch.ones(1, 128, 32, dtype=torch.bfloat16)
+    layer.weight.data.fill_(64.0)
+    x[..., 1::2] = -1
+    with bank.use("one"):
+        found = layer(x).float()
+    delta = sum(spec.delta_weight(square) for spec, square in rotating.updates["one"][name])
+    expected = x.float() @ torch.as_tensor(delta).T
+    assert (found - expected).norm() < 0.03 * expected.norm()
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
