@@ -2,7 +2,7 @@
 
     failure, or stopped (75)  -> wait, then again with --resume_from_checkpoint auto
     done (0), user error (2)  -> end
-    two failures in a row     -> end, if no checkpoint was written in between
+    two failures              -> end, if no checkpoint was written in between
 
 A signal to this process makes every rank save and leave, however long that takes; the launchers themselves (deepspeed
 0.19.8, torchrun of torch 2.13) kill the ranks after 30 seconds, or do not forward the signal.
@@ -23,7 +23,7 @@ from enum import Enum
 from pathlib import Path
 from types import FrameType
 
-from mora_ds.common.errors import UserError
+from mora_ds.common.errors import SECONDS, UserError, out_of_bounds, refuse
 from mora_ds.runtime.events import (
     EVENTS_FILE,
     EXIT_FAILURE,
@@ -54,12 +54,14 @@ class Verdict(Enum):
 def restart(times: int, wait_s: float, command: Sequence[str]) -> int:
     """Run `command`, which starts a training, and up to `times` times again. Returns the exit code for all.
 
-    Raises `UserError` for a command that cannot be resumed.
+    Raises `UserError` for a command that cannot be resumed, and for numbers that are none of restarts or seconds.
     """
+    few = [f"the number of restarts must be at least 0, got {times}"] if times < 0 else []
+    refuse([*few, *out_of_bounds([("wait_s", wait_s, SECONDS)])])
     command = with_resume(command)
     requests = _StopRequests()
     latest: int | None = None
-    failures = 0
+    has_failed = False
     for attempt in range(times + 1):
         _print(f"attempt {attempt + 1} of at most {times + 1}: {shlex.join(command)}")
         code, events = _attempt(command, requests)
@@ -79,14 +81,17 @@ def restart(times: int, wait_s: float, command: Sequence[str]) -> int:
         if requests.stop:
             return EXIT_STOPPED if verdict is Verdict.STOPPED else failure
         if verdict is Verdict.FAILED:
-            if failures and events.processes and events.saved is None:
+            if has_failed and events.processes and events.saved is None:
                 before = "none so far" if latest is None else f"step {latest}"
                 _print(f"no checkpoint since the previous failure ({before}): another attempt would fail the same way")
                 return failure
-            failures += 1
+            has_failed = True
+        elif events.saved is not None:  # by an attempt that was stopped: its checkpoint is one in between
+            has_failed = False
         latest = latest if events.saved is None else events.saved
-        if attempt < times and not requests.wait(min(wait_s * 2**attempt, LONGEST_WAIT_S)):
+        if attempt < times and not requests.wait(min(wait_s, LONGEST_WAIT_S)):
             return EXIT_STOPPED
+        wait_s *= 2
     _print(f"{times} restarts are used up")
     return EXIT_STOPPED if verdict is Verdict.STOPPED else failure
 

@@ -8,11 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import stamp
+from mora_ds.runtime import restart
 from mora_ds.runtime.events import EVENTS_FILE, EXIT_STOPPED, AttemptEvents, Event, emit
 from mora_ds.runtime.processes import ranks_below
 from mora_ds.runtime.restart import Verdict, judge, with_resume
@@ -130,6 +135,96 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
     assert process.wait(timeout=10) == 130
 
 
+class NoSignals:
+    """In place of the wrapper's signals: the waits that were asked for."""
+
+    def __init__(self) -> None:
+        self.stop = self.kill = False
+        self.waits: list[float] = []
+
+    def wait(self, seconds: float) -> bool:
+        self.waits.append(seconds)
+        return True
+
+
+Attempt = tuple[int, AttemptEvents]
+SAVED, FAILED = AttemptEvents([11], 5, [1]), AttemptEvents([11], None, [1])
+PAUSED, IDLE = AttemptEvents([11], 6, [75]), AttemptEvents([11], None, [75])
+
+
+def restarted(
+    monkeypatch: pytest.MonkeyPatch, attempts: Iterator[Attempt], times: int, wait_s: float = 1.0
+) -> tuple[int, list[float]]:
+    """(exit code, waits) of the wrapper around attempts that end as told."""
+    requests = NoSignals()
+    monkeypatch.setattr(restart, "_StopRequests", lambda: requests)
+    monkeypatch.setattr(restart, "_attempt", lambda command, requests: next(attempts))
+    return restart.restart(times, wait_s, ["mora-ds", "pretrain"]), requests.waits
+
+
+@pytest.mark.parametrize(
+    ("attempts", "code"),
+    [
+        pytest.param([(1, FAILED), (1, FAILED)], 1, id="two failures"),
+        pytest.param([(1, SAVED), (247, SAVED), (247, FAILED)], 247, id="the last one without a checkpoint"),
+        pytest.param([(1, FAILED), (75, PAUSED), (1, FAILED), (1, FAILED)], 1, id="stopped with a checkpoint between"),
+        pytest.param([(1, FAILED), (75, IDLE), (1, FAILED)], 1, id="stopped without one between"),
+        pytest.param([(1, AttemptEvents())] * 5, 1, id="no process has started: not the run's fault"),
+        pytest.param([(-9, SAVED)] * 5, 1, id="a signal's code is none of an exit"),
+        pytest.param([(75, SAVED)] * 5, 1, id="failed, whatever the launcher says"),
+        pytest.param([(75, PAUSED)] * 5, EXIT_STOPPED, id="stopped until the end"),
+    ],
+)
+def test_when_it_gives_up_and_with_which_code(
+    monkeypatch: pytest.MonkeyPatch, attempts: list[Attempt], code: int
+) -> None:
+    left = iter(attempts)
+    found, waits = restarted(monkeypatch, left, times=4)
+    assert found == code and not list(left) and len(waits) == len(attempts) - 1
+
+
+def test_it_tells_the_last_checkpoint_of_all_attempts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    restarted(monkeypatch, iter([(1, SAVED), (1, AttemptEvents()), (1, FAILED)]), times=4)
+    assert "no checkpoint since the previous failure (step 5)" in capsys.readouterr().err
+
+
+def test_waits_grow_up_to_a_limit_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, waits = restarted(monkeypatch, repeat((75, PAUSED)), times=2000, wait_s=10)
+    assert code == EXIT_STOPPED and waits == [10, 20, 40, 80, 160, *[restart.LONGEST_WAIT_S] * 1995]
+    assert restarted(monkeypatch, repeat((75, PAUSED)), times=0) == (EXIT_STOPPED, [])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [((-1, 1.0), "at least 0, got -1"), ((1, -1.0), "--wait_s must be"), ((1, float("nan")), "--wait_s must be")],
+)
+def test_numbers_that_are_none_of_restarts_or_seconds(numbers: tuple[int, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        restart.restart(*numbers, ["mora-ds", "pretrain"])
+
+
+def test_ranks_tell_what_has_happened_and_which_files_they_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(EVENTS_FILE, str(tmp_path / "made" / "events.jsonl"))
+    base, other = tmp_path / "base", tmp_path / "other"
+    for path in (base, other):
+        path.write_text("weights")
+    told: list[tuple[Event, Any]] = [(Event.STARTED, 11), (Event.STARTED, 12), (Event.SAVED, 4), (Event.SAVED, 8)]
+    for event, value in [*told, *((Event.MAPPED, [str(path), stamp(path)]) for path in (base, other)), (Event.LEFT, 1)]:
+        emit(event, value)
+    events = AttemptEvents.parse((tmp_path / "made" / "events.jsonl").read_text())
+    assert (events.processes, events.saved, events.codes, events.changed_files()) == ([11, 12], 8, [1], [])
+    base.write_text("other weights")
+    assert events.changed_files() == [str(base)]
+    restarted(monkeypatch, iter([(1, events)]), times=0)
+    assert f"{base} was changed or replaced" in capsys.readouterr().err
+    monkeypatch.delenv(EVENTS_FILE)
+    emit(Event.SAVED, 9)  # without a wrapper it is told to nobody
+
+
 def test_what_launchers_say_and_what_ranks_say() -> None:
     """The codes on the left are those of deepspeed 0.19.8 and torchrun (torch 2.13)."""
     assert judge(1, AttemptEvents([11, 12], 5, [75, 75])) is Verdict.STOPPED, "launch.py after SIGTERM, torchrun"
@@ -138,6 +233,8 @@ def test_what_launchers_say_and_what_ranks_say() -> None:
     assert judge(247, AttemptEvents([11, 12], 5, [1])) is Verdict.FAILED
     assert judge(1, AttemptEvents([11, 12], None, [2, 1])) is Verdict.USER_ERROR
     assert judge(0, AttemptEvents([11, 12], 9, [0, 0])) is Verdict.DONE
+    assert judge(1, AttemptEvents([11, 12], 9, [0, 0])) is Verdict.FAILED, "the launcher itself"
+    assert judge(1, AttemptEvents([11, 12], 5, [75, 1])) is Verdict.FAILED, "one rank while the others saved"
     elsewhere = [judge(code, AttemptEvents()) for code in (0, 2, 75, 1)]  # ranks on nodes that do not see the file
     assert elsewhere == [Verdict.DONE, Verdict.USER_ERROR, Verdict.STOPPED, Verdict.FAILED]
 
