@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mora_ds.checkpoint.verify import verify
-from mora_ds.common.errors import UserError
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.runtime import nodes
 from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
@@ -104,6 +105,74 @@ def test_files_are_sent_in_chunks(tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     moved = run_ranks(3, parts_moved, str(tmp_path / "first"), str(tmp_path / "other"), 17)
     assert moved == [[f"deep/shard {256 * 17}", "empty 0", "mine 4"]] * 3
+
+
+class Sent:
+    """In place of `torch.distributed`: what one end has sent is what the other one receives."""
+
+    def __init__(self) -> None:
+        self.messages: list[Any] = []
+
+    def send_object_list(self, objects: list[Any], dst: int, group: Any) -> None:
+        self.messages.append(objects[0])
+
+    def recv_object_list(self, objects: list[Any], src: int, group: Any) -> None:
+        objects[0] = self.messages.pop(0)
+
+    def send(self, tensor: torch.Tensor, dst: int, group: Any) -> None:
+        self.messages.append(tensor.clone())
+
+    def recv(self, tensor: torch.Tensor, src: int, group: Any) -> None:
+        tensor.copy_(self.messages.pop(0))
+
+
+@pytest.fixture
+def sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sent:
+    """What a follower has sent: a file of three chunks, one of exactly two, an empty one."""
+    monkeypatch.setattr(nodes, "_CHUNK", 10)
+    for name, size in (("deep/three", 21), ("empty", 0), ("two", 20)):
+        (tmp_path / "from" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "from" / name).write_bytes(bytes(range(size)))
+    transport = Sent()
+    monkeypatch.setattr(nodes, "dist", transport)
+    nodes._send_files(tmp_path / "from", 0, None)
+    return transport
+
+
+def test_what_arrives_is_what_was_sent_and_is_on_disk(
+    sent: Sent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(nodes, "fsync", lambda path: flushed.append(path.name))
+    assert [len(each) for each in sent.messages] == [3, 10, 10, 1, 10, 10]
+    nodes._receive_files(tmp_path / "to", 1, None)
+    for name in ("deep/three", "empty", "two"):
+        assert (tmp_path / "to" / name).read_bytes() == (tmp_path / "from" / name).read_bytes()
+    assert flushed == ["three", "empty", "two"]
+
+
+@pytest.mark.parametrize("fault", ["opening", "flushing"])
+def test_a_disk_that_fails_is_told_once_everything_is_received(
+    sent: Sent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """The sender must not wait without end."""
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    if fault == "flushing":
+        monkeypatch.setattr(nodes, "fsync", full)
+    else:
+        (tmp_path / "to").mkdir()
+        (tmp_path / "to" / "deep").write_text("a file, where there is to be a folder")
+    with pytest.raises((RunError, OSError)):
+        nodes._receive_files(tmp_path / "to", 1, None)
+    assert sent.messages == []
+
+
+def test_a_file_that_becomes_shorter_is_told(sent: Sent, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="two became shorter while it was sent"):
+        list(nodes._parts(tmp_path / "from" / "two", 21))
 
 
 def split_node(first: str, other: str) -> str:

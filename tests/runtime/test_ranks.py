@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.runtime.ranks import Ranks
+from mora_ds.runtime.ranks import Ranks, _named
 from tests.helpers.gloo import run_ranks
 
 pytestmark = pytest.mark.gloo
@@ -100,3 +100,8 @@ def long_work() -> int:
 
 def test_long_work_is_waited_for() -> None:
     assert run_ranks(2, long_work) == [5, 5]
+
+
+def test_ranks_are_named_in_ranges() -> None:
+    names = [_named(ranks) for ranks in ([3], [0, 1], [0, 1, 2, 3, 6], [1, 3, 5])]
+    assert names == ["rank 3", "ranks 0-1", "ranks 0-3, 6", "ranks 1, 3, 5"]

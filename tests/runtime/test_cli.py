@@ -1,0 +1,106 @@
+"""How a program ends: its exit code, and what it prints, on rank 0 and on the others."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from mora_ds.common.errors import RunError, Stopped, UserError
+from mora_ds.runtime import cli, signals
+from mora_ds.runtime.log_setup import LOGGER
+
+
+class Left(BaseException):
+    """In place of the end of the process."""
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """How long each error was held back."""
+
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    found: list[float] = []
+    logger = logging.getLogger(LOGGER)
+    before = list(logger.handlers), logger.propagate, logger.level
+    monkeypatch.setattr(cli, "leave", leave)
+    monkeypatch.setattr(cli.time, "sleep", found.append)
+    monkeypatch.setattr(sys, "__stderr__", None)  # no handler of bus errors is left behind
+    yield found
+    logger.handlers, logger.propagate = before[0], before[1]
+    logger.setLevel(before[2])
+
+
+def code_of(error: BaseException | None) -> Any:
+    def main() -> None:
+        if error is not None:
+            raise error
+
+    with pytest.raises(Left) as left:
+        cli.run(main)
+    return left.value.args[0]
+
+
+def shared(error: Exception) -> Exception:
+    """As `Ranks` raises it, on all ranks at the same time."""
+    error.is_shared = True  # type: ignore[attr-defined]
+    return error
+
+
+CLOSED = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242\nstack"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (None, 0, ""),
+        (SystemExit(0), 0, ""),
+        (SystemExit(None), 0, ""),
+        (SystemExit(3), 3, ""),
+        (SystemExit("words"), 1, ""),
+        (Stopped("stopped at step 3"), 75, "stopped at step 3\n"),
+        (UserError("mend --seed"), 2, "error: mend --seed\n"),
+        (RunError("NaN loss"), 1, "error: NaN loss\n"),
+        (RuntimeError(CLOSED), 1, "lost contact with another rank"),
+        (RunError("Broken pipe"), 1, "error: Broken pipe\n"),
+        (RuntimeError("of torch"), 1, "Traceback"),
+        (KeyError("name"), 1, "Traceback"),
+    ],
+)
+def test_the_code_and_the_message_of_each_end(
+    capsys: pytest.CaptureFixture[str], pauses: list[float], error: BaseException | None, code: int, told: str
+) -> None:
+    assert code_of(error) == code
+    text = capsys.readouterr().err
+    assert told in text and bool(told) == bool(text)
+    assert ("Traceback" in text) == (told == "Traceback"), "what is expected has no traceback"
+    assert "stack" not in text and bool(pauses) == ("lost contact" in told), "the launcher is to see the other's code"
+
+
+def test_other_ranks_hold_their_message_back_and_say_who_they_are(
+    capsys: pytest.CaptureFixture[str], pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert code_of(UserError("mine")) == 2 and code_of(shared(UserError("of all"))) == 2
+    assert pauses == [cli._WAIT_FOR_RANK_0_S, cli._WAIT_FOR_FAILED_RANK_S]
+    assert code_of(Stopped("told by rank 0")) == 75
+    assert capsys.readouterr().err == "[rank 1] error: mine\n[rank 1] error: of all\n"
+
+
+def test_signals_have_their_own_effect_while_an_error_is_held_back(
+    pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher ends a rank that only waits to repeat rank 0's message."""
+    given_back: list[bool] = []
+    monkeypatch.setattr(signals, "uninstall", lambda: given_back.append(True))
+    assert code_of(UserError("mine")) == 2 and given_back == [True]
+
+
+def test_columns_of_a_table_are_as_wide_as_their_longest_cell() -> None:
+    assert cli.table([["name", "n"], ["a", "1000"]]) == ["name     n", "   a  1000"]

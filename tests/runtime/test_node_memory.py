@@ -1,0 +1,108 @@
+"""What the processes of a node have in common: its control groups, its ranks, its pages."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.runtime import node_memory
+from mora_ds.runtime.mappings import Mappings, give_back
+from mora_ds.runtime.node_memory import Offer, folder_of, free_bytes, machine, node_members
+
+V1, V2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0::/jobs/17\n", [(each, *V2) for each in ("jobs/17", "jobs", "")]),
+        ("0::/\n", [("", *V2)]),
+        ("4:cpu,memory:/jobs\n3:cpuset:/jobs\n1:name=a:b:/\n", [(each, *V1) for each in ("memory/jobs", "memory")]),
+        ("", []),
+    ],
+    ids=["version 2", "in a container", "version 1", "none"],
+)
+def test_limits_are_those_of_a_group_and_of_all_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: list[tuple[str, str, str]]
+) -> None:
+    (tmp_path / "cgroup").write_text(text)
+    monkeypatch.setattr(node_memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(node_memory, "Path", lambda name: tmp_path / Path(name).name)
+    found = [(folder, limit, usage) for folder, limit, usage in node_memory._cgroup_folders()]
+    assert found == [(tmp_path / folder, limit, usage) for folder, limit, usage in expected]
+
+
+def test_without_a_limit_it_is_the_memory_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_memory, "_cgroup_folders", list)
+    monkeypatch.setattr(node_memory, "Path", lambda name: tmp_path / Path(name).name)
+    (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemFree: 20 kB\nMemAvailable:   50 kB\n")
+    assert free_bytes() == (50 * 1024, "available in memory")
+    (tmp_path / "meminfo").unlink()
+    assert free_bytes()[0] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_a_folder_has_a_separator_in_it() -> None:
+    assert [folder_of(choice) for choice in ("auto", "shared", "private")] == [None] * 3
+    assert folder_of("./auto") == Path("auto") and folder_of("~/base") == Path.home() / "base"
+    with pytest.raises(UserError, match=r"unknown --node_base 'shard'; known: .*Did you mean 'shared'"):
+        folder_of("shard")
+
+
+def test_processes_of_a_node_are_those_that_see_each_other() -> None:
+    """Nodes begin at local rank 0. The second one is the first one's machine, as in tests, the third has containers."""
+    facts = [(0, "a"), (1, "a"), (0, "a"), (1, "a"), (2, "a"), (0, "b"), (1, "c"), (2, "b")]
+
+    def members(rank: int) -> tuple[int, ...]:
+        ranks: Any = mock.Mock(rank=rank, gather=lambda check, value: facts)
+        return node_members(ranks)
+
+    nodes = [(0, 1), (2, 3, 4), (5, 7), (6,)]
+    assert {members(rank) for rank in range(len(facts))} == set(nodes)
+    assert all(rank in members(rank) for rank in range(len(facts)))
+
+
+def test_a_machine_is_the_same_for_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine() == machine()
+    monkeypatch.setattr(node_memory, "_BOOT_ID", Path("/nowhere"))
+    assert str(os.getpid()) in machine()[1], "else a process that cannot know takes part in nothing"
+
+
+def test_a_descriptor_that_means_another_file_is_not_mapped() -> None:
+    """As that of a process which has ended, and whose number another one has."""
+    offer = Offer.make(4096, "layout", None)
+    os.ftruncate(offer.descriptor, 8192)
+    with pytest.raises(RunError, match="another file than the first process"):
+        offer.map("layout")
+    offer.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
+def test_pages_that_are_given_back_lie_within_the_tensor(tmp_path: Path) -> None:
+    """Pages at its ends hold other tensors, too. What this process has written to is lost with its page, and tells."""
+    path, page = tmp_path / "numbers", mmap.PAGESIZE
+    path.write_bytes(bytes(4 * page))
+    mapped = torch.from_file(str(path), shared=False, size=4 * page, dtype=torch.uint8)
+    mapped.fill_(1)
+    give_back(mapped[page // 2 : page - 1])
+    assert mapped.all(), "no complete page"
+    give_back(mapped[1 : 3 * page + 1])
+    assert [int(part.float().mean()) for part in mapped.view(4, page)] == [1, 0, 0, 1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
+def test_places_are_told_by_file_and_offset(tmp_path: Path) -> None:
+    path, page = tmp_path / "numbers", mmap.PAGESIZE
+    path.write_bytes(bytes(2 * page))
+    one, other = (torch.from_file(str(path), shared=False, size=2 * page, dtype=torch.uint8) for _ in range(2))
+    mappings = Mappings.read()
+    assert mappings.place_of(one) == mappings.place_of(other) != mappings.place_of(one[1:])
+    assert (mappings.place_of(one[page + 7 :]) or "").endswith(f" @{page + 7}")
+    assert str(path.stat().st_ino) in (mappings.place_of(one) or "")
+    assert mappings.place_of(one[:0]) is None and mappings.place_of(torch.zeros(1, device="meta")) is None
