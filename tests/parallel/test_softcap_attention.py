@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
@@ -93,3 +93,28 @@ def test_nothing_of_the_size_of_the_scores_is_kept(masked: bool) -> None:
     zero = torch.zeros(LENGTH, LENGTH).masked_fill(~causal, torch.finfo(torch.float32).min)
     expected, _ = eager_attention_forward(module, query, key, value, zero, scaling=0.25, softcap=1.0)
     torch.testing.assert_close(out, expected)
+
+
+def test_queries_that_follow_cached_keys_see_all_of_these() -> None:
+    """As a model's do while it generates, which is given no mask then."""
+    module = nn.Module().eval()
+    query, key, value = (torch.randn(2, heads, LENGTH, 16) for heads in (4, 2, 2))
+    expected, _ = softcap_attention.capped_attention(module, query, key, value, None, softcap=1.0)
+    for last in (1, 20):
+        found, _ = softcap_attention.capped_attention(module, query[:, :, -last:], key, value, None, softcap=1.0)
+        torch.testing.assert_close(found, expected[:, -last:])
+
+
+def test_it_drops_weights_in_training_only_and_scales_by_the_heads_size() -> None:
+    module = nn.Module()
+    query = torch.randn(1, 2, LENGTH, 4)
+
+    def attend(dropout: float, **given: float) -> Tensor:
+        torch.manual_seed(0)
+        return softcap_attention.capped_attention(module, query, query, query, None, dropout, **given)[0]
+
+    kept = attend(0.0, scaling=0.5)
+    assert torch.equal(attend(0.0), kept)
+    assert not torch.allclose(attend(0.5), kept)
+    module.eval()
+    assert torch.equal(attend(0.5), kept)

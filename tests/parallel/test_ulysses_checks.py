@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.parallel.ulysses import bound, share_rows, whole_rows
-from mora_ds.parallel.ulysses_checks import check_config
+from mora_ds.parallel import ulysses
+from mora_ds.parallel.ulysses import SequenceParallel, bound, share_rows, whole_rows
+from mora_ds.parallel.ulysses_checks import check_config, describe
 from mora_ds.train.preflight import check_split
 from mora_ds.train.replicas import Replica
 from tests.helpers.gloo import run_ranks
@@ -105,6 +108,141 @@ def test_ranks_that_share_rows_must_be_given_the_same() -> None:
     for same, between, within in run_ranks(4, told_apart):
         assert same == between == ""
         assert "ranks 2 and 3" in within
+
+
+# -- one rank's part, without the others -------------------------------------------------------------------------------
+
+PARTS = 2
+LONG: dict[str, dict[str, Any]] = {
+    "phi3": {
+        "original_max_position_embeddings": 16,  # within the rows, and beyond the first rank's part of them
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+            "factor": 16.0, "partial_rotary_factor": 1.0,
+        },
+    },
+    "llama": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        "max_position_embeddings": LENGTH // 2,
+    },
+}  # fmt: skip
+
+
+def part_of(rank: int) -> SequenceParallel:
+    """A rank of a group that is not there."""
+    sequence = object.__new__(SequenceParallel)
+    sequence.size, sequence.rank, sequence.group, sequence.splits = PARTS, rank, "the group", True
+    sequence.saw_window, sequence._ulysses, sequence._masks = False, {}, ulysses._Masks()
+    return sequence
+
+
+@pytest.mark.parametrize("family", LONG)
+def test_frequencies_are_those_of_the_complete_rows(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    positions, x = torch.arange(LENGTH).expand(3, -1), torch.zeros(1)
+
+    def all_reduce(largest: Tensor, op: Any, group: str) -> None:
+        assert op is ulysses.dist.ReduceOp.MAX and group == "the group" and largest.shape == (1,)
+        largest.clamp_(min=LENGTH - 1)
+
+    monkeypatch.setattr(ulysses.dist, "all_reduce", all_reduce)
+    expected = tiny_model(family, **LONG[family]).model.rotary_emb(x, positions)
+    alone = tiny_model(family, **LONG[family]).model.rotary_emb(x, positions[:, : LENGTH // PARTS])
+    found = []
+    for rank in range(PARTS):
+        rotary, sequence = tiny_model(family, **LONG[family]).model.rotary_emb, part_of(rank)
+        assert ulysses._depends_on_length(rotary)
+        ulysses._share_longest_position(rotary, sequence)
+        found.append(rotary(x, sequence.split({"position_ids": positions})["position_ids"]))
+        sequence.splits = False
+        assert torch.equal(rotary(x, positions)[0], expected[0])
+    for whole, *parts, first in zip(expected, *found, alone, strict=True):
+        assert torch.equal(torch.cat(parts, dim=1), whole)
+        assert not torch.equal(parts[0], first), "else this tests nothing"
+    assert not ulysses._depends_on_length(tiny_model("llama").model.rotary_emb)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, LENGTH - 1, LENGTH, 2 * LENGTH])
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_mask_shows_a_query_its_document_up_to_itself(window: int | None, documents: bool) -> None:
+    positions = torch.arange(LENGTH).expand(2, -1).clone()
+    if documents:
+        positions[1, 7:] -= 7
+        positions[1, 8:] -= 1  # a document of one token
+    masks, part = ulysses._Masks(), positions[:, : LENGTH // PARTS]
+    masks.use(part)
+    found = masks.of(positions, window)
+    document = torch.tensor([[0] * LENGTH, [0] * 7 + [1] + [2] * (LENGTH - 8)]) * documents
+    expected = torch.zeros(2, LENGTH, LENGTH, dtype=torch.bool)
+    for row, query, key in product(range(2), range(LENGTH), range(LENGTH)):
+        near = 0 <= query - key < (window or LENGTH)
+        expected[row, query, key] = near and bool(document[row, query] == document[row, key])
+    if not documents and (window or LENGTH) >= LENGTH:
+        assert found is None, "plain causal attention needs none"
+    else:
+        assert found is not None and torch.equal(found[:, 0], expected)
+
+
+def test_masks_are_made_once_for_all_layers_and_anew_for_other_rows() -> None:
+    masks, positions = ulysses._Masks(), torch.arange(LENGTH).expand(2, -1).clone()
+    positions[0, 5:] -= 5
+    part = positions[:, :4].clone()
+    masks.use(part)
+    first, narrow = masks.of(positions, None), masks.of(positions, 3)
+    masks.use(part)
+    assert masks.of(positions, None) is first and masks.of(positions, 3) is narrow is not first
+    part += 0  # the buffer of a loader, filled again
+    masks.use(part)
+    assert masks.of(positions, None) is not first
+    noted = part_of(0).split({"position_ids": positions})["position_ids"]
+    masks.use(noted)
+    assert masks.of(torch.arange(LENGTH).expand(2, -1), None) is not None, "the note of `split` is believed"
+    masks.use(part_of(0).split({"position_ids": positions[1:]})["position_ids"])
+    assert masks.of(positions[1:], None) is None
+
+
+def test_a_part_is_a_ranks_tokens_and_documents_stay_whole() -> None:
+    ids, documents = tokens(3, LENGTH, seed=5), object()
+    parts = [part_of(rank).split({"input_ids": ids, "documents": documents}) for rank in range(PARTS)]
+    assert torch.equal(torch.cat([part["input_ids"] for part in parts], dim=1), ids)
+    assert all(part["documents"] is documents and part["input_ids"].is_contiguous() for part in parts)
+
+
+@pytest.mark.parametrize("rank", range(PARTS))
+def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence, module, told = part_of(rank), nn.Module(), list[Any]()
+    module.num_key_value_groups = 2
+
+    def split_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **kwargs: Any) -> Any:
+        module.num_key_value_groups = 1  # as Ulysses does where it repeats key-value heads
+        told.append(kwargs["s_aux"])
+        if kwargs.get("fails"):
+            raise ValueError
+        return query.transpose(1, 2).flatten(2), None
+
+    monkeypatch.setattr(sequence, "_ulysses_for", lambda query, key: split_attention)
+    query, key, sinks = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8), torch.arange(4.0)
+    told_layer = {"s_aux": sinks, "position_ids": torch.arange(3).expand(2, -1)}
+    split_attention.attn = None  # type: ignore[attr-defined]
+    out, _ = sequence.attend(lambda: None, module, query, key, key, **told_layer)  # type: ignore[arg-type, return-value]
+    assert torch.equal(out, query.transpose(1, 2)) and torch.equal(told[0], sinks.view(PARTS, 2)[rank])
+    assert module.num_key_value_groups == 2 and not sequence.saw_window
+    with pytest.raises(ValueError):
+        sequence.attend(  # type: ignore[arg-type]
+            lambda: None, module, query, key, key, fails=True, sliding_window=2, **told_layer
+        )
+    assert module.num_key_value_groups == 2 and sequence.saw_window
+    for wrong, words in (
+        ({**told_layer, "position_ids": None}, "does not pass its attention the position_ids"),
+        ({**told_layer, "position_bias": sinks}, "has a position bias"),
+    ):
+        with pytest.raises(UserError, match=words):
+            sequence.attend(lambda: None, module, query, key, key, **wrong)  # type: ignore[arg-type, return-value]
+
+
+def test_what_a_rank_computes_is_told() -> None:
+    told = {size: describe(config_of("llama"), size, LENGTH) for size in (2, 4)}
+    assert "each computes 12 of its 24 tokens, in attention 2 of 4 heads (key-value heads 1 of 2)" in told[2]
+    assert "1 of 4 heads (key-value heads 1 of 2, each on 2 processes)" in told[4]
 
 
 # -- what cannot be split ----------------------------------------------------------------------------------------------
