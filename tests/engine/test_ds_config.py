@@ -131,6 +131,16 @@ def test_a_bucket_always_holds_the_largest_parameter() -> None:
     assert config["zero_optimization"]["reduce_bucket_size"] == REDUCE_BUCKET_NUMEL * 2
 
 
+def test_a_bucket_is_even_and_holds_something() -> None:
+    """ZeRO-1 and ZeRO-2 refuse an odd one."""
+    config = resolve_ds_config({}, SETTINGS, 1)
+    for numels, size in (([3, 4], 8), ([3, 5], 8), ([7], 8), ([], 2)):
+        zero = fill_bucket_sizes(config, numels)["zero_optimization"]
+        assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (size, size)
+        assert zero["stage3_prefetch_bucket_size"] == sum(numels)
+        assert zero["stage3_param_persistence_threshold"] == max(numels, default=0)
+
+
 # -- refusing ----------------------------------------------------------------------------------------------------
 
 

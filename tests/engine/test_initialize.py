@@ -13,7 +13,15 @@ from deepspeed.accelerator import get_accelerator
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.engine.initialize import check_compute_dtype, initialize, parameter_groups, start_distributed
+from mora_ds.engine import initialize as start
+from mora_ds.engine.initialize import (
+    check_compute_dtype,
+    initialize,
+    parameter_groups,
+    require_host,
+    start_distributed,
+    trainable_numels,
+)
 from mora_ds.models.load import load_base
 from mora_ds.runtime.ranks import Ranks
 from tests.helpers.engines import ds_config
@@ -92,6 +100,65 @@ def test_ranks_of_a_node_share_the_pages_of_the_base(tmp_path: Path) -> None:
 def test_a_model_without_squares_is_refused() -> None:
     with pytest.raises(UserError, match=r"mora_ds\.inject"):
         initialize(model=tiny_model("llama"), config=ds_config(3, 2, 1))
+
+
+def test_what_an_engine_is_not_made_of_is_refused() -> None:
+    model, experts = tiny_model("llama"), tiny_model("mixtral")
+    inject(model, MoRAConfig(rank=4))
+    inject(experts, MoRAConfig(rank=4, target_modules=("all-linear", "experts")))
+    with pytest.raises(UserError, match="leave model_parameters out"):
+        initialize(model=model, config=ds_config(3, 2, 1), model_parameters=list(model.parameters()))
+    muon = {"type": "Muon", "params": {"lr": 0.1, "muon_lr": 0.1, "weight_decay": 0.0}}
+    with pytest.raises(UserError, match=r"--optimizer muon is for single MoRA matrices, and model\.layers.*use adamw"):
+        initialize(model=experts, config=ds_config(3, 2, 1, optimizer=muon))
+
+
+def test_a_base_on_a_gpu_is_not_shared_between_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_host("shared", False)
+    monkeypatch.setattr(start, "is_cpu", lambda: False)
+    require_host("auto", False)
+    require_host("shared", True)
+    with pytest.raises(UserError, match="--node_base shared: the base lies in the memory of a GPU"):
+        require_host("shared", False)
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({"LOCAL_WORLD_SIZE": "4"}, 3),
+        ({"LOCAL_SIZE": "6"}, 2),
+        ({"LOCAL_WORLD_SIZE": "40"}, 1),
+        ({}, 12),
+        ({"OMP_NUM_THREADS": "5", "LOCAL_SIZE": "2"}, None),
+    ],
+)
+def test_processes_of_a_machine_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], threads: int | None
+) -> None:
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    chosen: list[int] = []
+    monkeypatch.setattr(start.os, "sched_getaffinity", lambda process: range(12))
+    monkeypatch.setattr(start.torch, "set_num_threads", chosen.append)
+    start._share_cores()
+    assert chosen == ([] if threads is None else [threads])
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(start, "is_cpu", lambda: False)
+    start._share_cores()
+    assert len(chosen) == (threads is not None), "on a GPU the host's threads are torch's affair"
+
+
+def test_bucket_sizes_are_those_of_the_largest_share() -> None:
+    model = tiny_model("llama")
+    inject(model, MoRAConfig(rank=4, operator="share", train_norms=True))
+    rows = [layer.value.shape[0] for layer in mora_layers(model).values()]
+    norms = [each.numel() for each in model.parameters() if each.dim() == 1]
+    assert any(each % 3 for each in rows) and norms
+    for degree in (1, 2, 3):
+        shares = [-(-each // degree) * each for each in rows]
+        assert sorted(trainable_numels(model, degree)) == sorted([*norms, *shares])
 
 
 def test_squares_have_a_parameter_group_of_their_own() -> None:

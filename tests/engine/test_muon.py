@@ -15,7 +15,7 @@ from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.common.errors import UserError
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
-from mora_ds.engine.muon import uses_muon
+from mora_ds.engine.muon import CHUNK_NUMEL, chunk_numel, uses_muon
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from tests.helpers.engines import EPSILON, ds_config, merge_by_hand, merging_run
@@ -216,6 +216,14 @@ def shared_out(bucket: int | str) -> tuple[list[Tensor], list[int]]:
     train(engine, range(STEPS))
     assert bucket in ("auto", engine.optimizer.reduce_bucket_size)
     return [zero.full_fp32(engine, square) for square in squares_of(model)], sizes
+
+
+def test_matrices_that_are_gathered_at_a_time_fit_in_memory() -> None:
+    """One for each process, or a bucket of them, but not a thousand large ones."""
+    assert chunk_numel([100, 50], world=8, bucket=10) == 800
+    assert chunk_numel([100, 50], world=8, bucket=1000) == 1000
+    assert chunk_numel([2**20], world=1024, bucket=10) == CHUNK_NUMEL
+    assert chunk_numel([], world=8, bucket=10) == 10
 
 
 def small_and_large_bucket() -> list[tuple[list[Tensor], list[int]]]:

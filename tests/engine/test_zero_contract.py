@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from importlib import import_module
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -113,6 +114,19 @@ def test_the_switch_that_avoids_a_build_is_read() -> None:
 def test_fused_adam_counts_steps_in_the_group() -> None:
     source = inspect.getsource(import_module("deepspeed.ops.adam.fused_adam").FusedAdam.step)
     assert "group['step']" in source, "FusedAdam keeps its step count elsewhere: see OptimizerView.reset_step"
+
+
+@pytest.mark.parametrize("step", [3, torch.tensor(3)])
+def test_a_step_count_in_the_group_is_reset_and_restored(step: Any) -> None:
+    """FusedAdam needs a GPU: its parameter groups alone."""
+    groups: list[dict[str, Any]] = [{"lr": 0.1, "step": step}, {"lr": 0.1, "step": 7}, {"lr": 0.1}]
+    engine: Any = SimpleNamespace(optimizer=None, basic_optimizer=SimpleNamespace(param_groups=groups))
+    view = optimizer_view.OptimizerView(engine)
+    view.reset_step(0, zero_state)
+    view.reset_step(2, zero_state)
+    assert [int(group.get("step", -1)) for group in groups] == [0, 7, -1]
+    view.set_step(0, 5)
+    assert groups[0]["step"] == 5 and type(groups[0]["step"]) is type(step)
 
 
 def test_swapped_subgroups_are_read_and_written_back_by_index() -> None:
