@@ -9,7 +9,6 @@ A document that comes in chunks is too long for a window: it is a window of its 
 
 from __future__ import annotations
 
-import gzip
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -194,10 +193,11 @@ class _Tally:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether a failure may be gone a moment later: errors of disk and network, also those that a reader has turned
-    into a `UserError`, but not a damaged compressed file."""
+    into a `UserError`. But not damaged contents of a file: what unpacks or decodes them raises OSErrors of its own,
+    which have no number."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, gzip.BadGzipFile):
+        if isinstance(cause, OSError) and cause is not error and cause.errno is None:
             return False
         if isinstance(cause, OSError) or type(cause).__module__.split(".")[0] in ("httpx", "httpcore"):
             return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -308,10 +309,14 @@ def test_damage_in_the_middle_is_named_and_not_tried_again(tokenizer: Any, tmp_p
         with pytest.raises(UserError) as error:
             taken(source(load_corpus([str(tmp_path / name)]), tokenizer), 0, 2000)
         assert f"source 'a': {tmp_path / name}, {said}" in str(error.value)
-    packed = tmp_path / "cut.jsonl.gz"
-    packed.write_bytes(gzip.compress("\n".join(lines * 50).encode())[:-40])
-    with pytest.raises(UserError, match=r"source 'a': .*cut.jsonl.gz cannot be read"):
-        taken(source(load_corpus([str(packed)]), tokenizer), 0, 10**5)
+    content = b"".join(json.dumps({"text": random.randbytes(1000).hex()}).encode() + b"\n" for _ in range(900))
+    gz, zst = gzip.compress(content), pa.compress(content, "zstd", asbytes=True)
+    for name, damaged in {"a.gz": gz[:-40], "b.gz": gz[:-8] + bytes(4) + gz[-4:], "c.zst": zst[:-40]}.items():
+        path = tmp_path / f"damaged.jsonl.{name[2:]}"  # in b.gz the checksum
+        path.write_bytes(damaged)
+        documents_of = DocumentStream("a", load_corpus([str(path)]), StreamSettings())
+        with pytest.raises(UserError, match=rf"source 'a': .*{path.name} cannot be read"):
+            list(documents_of.epoch(StreamPosition()))
     assert not waits
 
 
