@@ -46,7 +46,7 @@ class PreparedPart(Part):
         return {"prepared": self.cache.name}
 
     def size_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.cache.iterdir())
+        return sum(path.stat().st_size for path in self.cache.glob("*"))  # of none where it is missing
 
 
 def is_prepared(folder: Path) -> bool:

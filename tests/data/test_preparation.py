@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -236,6 +237,9 @@ def test_what_is_mapped_is_refused_where_it_does_not_fit(tmp_path: Path, tokeniz
     data[7] ^= 1
     tokens.write_bytes(data)
     with pytest.raises(UserError, match=r"damaged: .*tokens.bin is not what was written; prepare it again"):
+        build_cache(corpus, tokenizer, tmp_path / "cache")
+    shutil.rmtree(tokens.parent)
+    with pytest.raises(UserError, match=r"damaged: there is no .*meta.json; prepare it again"):
         build_cache(corpus, tokenizer, tmp_path / "cache")
 
 
