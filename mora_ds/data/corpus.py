@@ -159,7 +159,7 @@ def _near_files(pattern: str) -> str:
     _, equals, files = pattern.partition("=")
     if equals and _matches(files):
         return f" A source that has a name needs a weight, too: {pattern}:1"
-    folder = Path(pattern).expanduser().parent
+    folder = Path(os.path.expanduser(pattern)).parent
     if not folder.is_dir():
         return f" There is no folder {str(folder)!r}." if not glob.has_magic(str(folder)) else ""
     return nearest(Path(pattern).name, sorted(os.listdir(folder)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ def load_tokenizer(
 
     Raises `UserError`, which names `flag`, where there is none, or where it has code that is not trusted.
     """
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if path.suffix == ".model" or path.is_file():
         if not path.is_file():
             raise UserError(f"{flag}: there is no file {path}")

@@ -183,6 +183,8 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "model")
     with pytest.raises(UserError, match="no tokenizer can be loaded from 'no-such/name'"):
         load_tokenizer("no-such/name")
+    with pytest.raises(UserError, match="no tokenizer can be loaded from '~nobody-of-this-name/model'"):
+        load_tokenizer("~nobody-of-this-name/model")
 
 
 def test_no_end_of_text_token(trained: Path) -> None:
