@@ -32,7 +32,7 @@ from mora_ds.common.errors import UserError, nearest
 from mora_ds.data.json_limits import deepest_bracket, lines_before, longest_number
 
 CHUNK_CHARACTERS = 1 << 20
-"""A longer text file is handed on in chunks of about this size, cut at line ends."""
+"""A longer text file is handed on in chunks of this size, or from half of it on where a line ends there."""
 
 BATCH_CHARACTERS = 1 << 18
 """Characters of one batch of documents, the unit of work of a process that tokenises."""
@@ -213,12 +213,13 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _read_text(path: Path) -> Iterator[Document]:
-    """A text file in chunks, cut after the last line end, if there is one, so that few words are torn."""
+    """A text file in chunks, cut after the last line end in their second half, if there is one: few words are torn."""
     rest, begins = "", True
     for block in _decoded(path):
         rest += block
         while len(rest) > CHUNK_CHARACTERS:
-            cut = rest.rfind("\n", 0, CHUNK_CHARACTERS) + 1 or CHUNK_CHARACTERS
+            # not near its start: by the first chunk it is decided whether the document is held out
+            cut = rest.rfind("\n", CHUNK_CHARACTERS // 2, CHUNK_CHARACTERS) + 1 or CHUNK_CHARACTERS
             yield Document(rest[:cut], str(path), begins, ends=False)
             rest, begins = rest[cut:], False
     if begins and not rest:
@@ -366,13 +367,16 @@ def _without_first(columns: Iterable[pa.Array], skip: int) -> Iterator[pa.Array]
 def read_rows(label: str, columns: Iterable[list[str | None]], row: int) -> Iterator[tuple[Document, Mark]]:
     """A table's text column, batch by batch, as documents. `row`: how many rows were skipped before the first one.
 
-    Raises `UserError` for a null, and for a table without rows.
+    Raises `UserError` for a null, for text that is not UTF-8, and for a table without rows.
     """
-    for column in columns:
-        for text in column:
-            row += 1
-            if text is None:
-                raise UserError(f"{label}, row {row}: the text is null")
-            yield Document(text, f"{label}, row {row}"), Mark(row)
+    try:
+        for column in columns:
+            for text in column:
+                row += 1
+                if text is None:
+                    raise UserError(f"{label}, row {row}: the text is null")
+                yield Document(text, f"{label}, row {row}"), Mark(row)
+    except UnicodeDecodeError as error:  # Arrow does not look at strings before they are Python's
+        raise UserError(f"{label}: not UTF-8 in row {row + 1}, or one of the next {_ROWS_PER_BATCH}: {error}") from None
     if row == 0:
         raise UserError(f"{label} is empty: it holds no row")

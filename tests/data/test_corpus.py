@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
 from mora_ds.common.errors import UserError
-from mora_ds.data import load_corpus, readers, resolve_files
+from mora_ds.data import hashes_of, load_corpus, readers, resolve_files
+from mora_ds.data.held_out import HASHED_CHARACTERS
 
 TEXTS = ["First document.\n", "Second, with ünïcödé 😀.", "  third\twith\r\nspace "]
 
@@ -115,12 +117,23 @@ def test_long_text_comes_in_pieces_that_join_to_the_file(tmp_path: Path, monkeyp
     assert all(piece.text.endswith("\n") for piece in pieces[:-4])
 
 
+def test_a_long_first_line_does_not_decide_what_is_held_out(tmp_path: Path) -> None:
+    """A document has one hash, whether it is a text file in chunks or a JSON record."""
+    text = "A title\n" + "and a text without line ends " * 40_000
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "a.jsonl").write_bytes(lines([{"text": text}]))
+    first, *_ = load_corpus([str(tmp_path / "a.txt")])
+    assert HASHED_CHARACTERS <= len(first.text) < len(text)
+    assert hashes_of([first]) == hashes_of(load_corpus([str(tmp_path / "a.jsonl")]))
+
+
 def test_no_file_matches(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_text("{}")
     pattern = tmp_path / "corpsu.jsonl"
     assert error(pattern) == f"--train_files: no file matches '{pattern}'. Did you mean 'corpus.jsonl'?"
     assert "--eval_files: no file matches" in error(tmp_path / "*.txt", flag="--eval_files")
     assert "There is no folder" in error(tmp_path / "nowhere" / "a.txt")
+    assert "There is no folder '~nobody-of-this-name'" in error("~nobody-of-this-name/a.txt")
     named = f"domain={tmp_path}/*.jsonl"  # taken for a plain path, as it has no weight
     assert error(named).endswith(f"A source that has a name needs a weight, too: {named}:1")
     with pytest.raises(UserError, match="--train_files or --dataset_name"):
@@ -221,6 +234,18 @@ def test_null_in_a_table_names_its_row_and_an_empty_table_is_named(tmp_path: Pat
     assert "a.parquet, row 3: the text is null" in error(tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "b.parquet")
     assert "b.parquet is empty" in error(tmp_path / "b.parquet")
+
+
+def test_text_in_a_table_that_is_not_utf8(tmp_path: Path) -> None:
+    """Arrow writes and reads any bytes as strings."""
+    offsets = np.array([0, *[1] * 1030, 3], np.int32)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"a\xff\xfe")]
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), len(offsets) - 1, buffers)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        assert f"{name}: not UTF-8 in row 1025, or one of the next 1024" in error(tmp_path / name)
 
 
 def test_the_first_document_is_checked_before_anything_is_read(tmp_path: Path) -> None:
