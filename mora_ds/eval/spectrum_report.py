@@ -153,10 +153,11 @@ def write_board(folder: Path, rows: Sequence[Row]) -> None:
         for row in rows:
             for name, value in _figures(row.spectrum).items():
                 board.add_scalar(f"spectrum_of_layers/{name}/{row.module}", value, row.step)
-        for step in sorted({row.step for row in rows}):
-            members = [_figures(row.spectrum) for row in rows if row.step == step]
-            for name in members[0]:
-                board.add_scalar(f"spectrum/{name}", mean(each[name] for each in members), step)
+        for cycle in sorted({row.cycle for row in rows}):  # not step: one saved at a merge is the step of two cycles
+            members = [row for row in rows if row.cycle == cycle]
+            figures = [_figures(row.spectrum) for row in members]
+            for name in figures[0]:
+                board.add_scalar(f"spectrum/{name}", mean(each[name] for each in figures), members[0].step)
 
 
 def require_matplotlib(flag: str = "--png") -> Any:

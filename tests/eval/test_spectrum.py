@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,19 @@ def test_json_and_board_hold_every_row(checkpoint: Path, tmp_path: Path) -> None
     assert [point.value for point in points] == pytest.approx(stable, rel=1e-6)
     expected = (rows[1].spectrum.cumulative.rank + rows[3].spectrum.cumulative.rank) / 2
     assert events.Scalars("spectrum/rank")[1].value == pytest.approx(expected)
+
+
+def test_curves_do_not_mix_the_cycles_of_a_checkpoint_that_was_saved_at_a_merge(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Its live matrices are those of a cycle that has just begun, at the step of the merged one."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = [replace(row, step=20) if row.is_live else row for row in all_rows(checkpoint)]
+    write_board(tmp_path, rows)
+    norms = [point.value for point in EventAccumulator(str(tmp_path)).Reload().Scalars("spectrum/newest_norm")]
+    means = [[row.spectrum.newest.norm for row in rows if row.cycle == cycle] for cycle in range(3)]
+    assert norms == pytest.approx([sum(each) / len(each) for each in means], rel=1e-6)
 
 
 def test_png(checkpoint: Path, tmp_path: Path) -> None:
