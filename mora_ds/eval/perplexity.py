@@ -71,7 +71,8 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nats / self.tokens)
+        loss = self.nats / self.tokens
+        return math.exp(loss) if loss < 700 else math.inf  # where it would overflow
 
     @property
     def bits_per_byte(self) -> float:
@@ -104,7 +105,8 @@ class Windows:
             window = min(longest or DEFAULT_WINDOW, DEFAULT_WINDOW)
         stride = max(window // 2, 1) if stride is None else stride
         if window < 2 or (longest is not None and window > longest):
-            raise UserError(f"--window must be from 2 to the model's {longest} positions, got {window}")
+            most = "on" if longest is None else f"to the model's {longest} positions"
+            raise UserError(f"--window must be from 2 {most}, got {window}")
         if not 1 <= stride < window:
             raise UserError(f"--stride must be from 1 to --window less 1 ({window - 1}), got {stride}")
         return cls(window, stride)

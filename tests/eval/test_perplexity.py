@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.data import load_corpus, load_tokenizer
 from mora_ds.deploy.export import export_merged
 from mora_ds.eval import perplexity
-from mora_ds.eval.perplexity import Target, Windows, evaluate, harness, load_target, named_sets
+from mora_ds.eval.perplexity import Score, Target, Windows, evaluate, harness, load_target, named_sets
 from tests.helpers.adapters import Maker, merge
 from tests.helpers.jobs import Playground, run
 from tests.helpers.tools import call
@@ -131,6 +131,13 @@ def test_what_cannot_be_evaluated_is_named(user: Playground, tmp_path: Path) -> 
         with pytest.raises(UserError, match=message):
             Windows.of(target.model, window, stride)
     assert Windows.of(target.model, None, None) == Windows(128, 64)
+    unlimited = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: None))
+    assert Windows.of(unlimited, None, None) == Windows(1024, 512)
+    with pytest.raises(UserError, match="--window must be from 2 on, got 1"):
+        Windows.of(unlimited, 1, None)
+    assert Score(1, 2, 2, nats=1e4).perplexity == math.inf, "of a model that has diverged"
+    with pytest.raises(UserError, match=r"--json .*nowhere/scores.json: name a file in a folder that exists"):
+        call("evaluate", user.model, "--sets", user.held, "--json", tmp_path / "nowhere" / "scores.json")
     with pytest.raises(UserError, match="neither a Hugging Face folder nor a checkpoint"):
         load_target(tmp_path)
     with pytest.raises(UserError, match="--base belongs to a checkpoint"):
