@@ -18,6 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,7 @@ def _remove_leftovers(cache_dir: Path) -> None:
     """Removes the temporary folders of killed builders: at once where the file system's locks tell that the builder is
     gone, else a day after the last write."""
     for leftover in cache_dir.glob(f"*{_TEMPORARY}*"):
-        newest = max((path.stat().st_mtime for path in (leftover, *leftover.glob("*"))), default=0.0)
-        if is_abandoned(leftover) or newest < time.time() - _STALE_S:
-            shutil.rmtree(leftover, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another builder finishes, and renames it, at the same time
+            newest = max(path.stat().st_mtime for path in (leftover, *leftover.glob("*")))
+            if is_abandoned(leftover) or newest < time.time() - _STALE_S:
+                shutil.rmtree(leftover, ignore_errors=True)

@@ -322,7 +322,7 @@ def _dtype_to_load(folder: Path, dtype: torch.dtype) -> torch.dtype:
     except UserError:  # pickled, and so copied into memory in any case; or damaged, which loading reports
         return dtype
     dtypes = {base.shape_dtype(key)[1] for key in base.keys()}  # noqa: SIM118  (a `BaseCheckpoint` is no mapping)
-    if len(dtypes) > 1 or not dtypes <= set(COMPUTE_DTYPES.values()) or dtypes == {dtype}:
+    if len(dtypes) != 1 or not dtypes <= set(COMPUTE_DTYPES.values()) or dtypes == {dtype}:
         return dtype
     (stored,) = dtypes
     config = folder_config(folder)
