@@ -83,6 +83,12 @@ def test_weights_become_whole_numbers() -> None:
     assert integer_weights((0.1, 0.2)) == (1, 2), "decimals, not what a float makes of them"
     crooked = integer_weights((math.pi, math.e, 1e-9))
     assert sum(crooked) == LONGEST_PERIOD and crooked[2] == 1
+    large = (0.6, 0.4)
+    rounded = integer_weights((*large, *[1e-7] * 6))
+    assert sum(rounded) == LONGEST_PERIOD and rounded[2:] == (1,) * 6
+    assert all(abs(have - want * LONGEST_PERIOD) < 4 for have, want in zip(rounded, large, strict=False)), (
+        "not one alone"
+    )
 
 
 def test_the_order_never_changes() -> None:
@@ -131,6 +137,8 @@ def test_sources_keep_their_own_order_and_epochs() -> None:
     alone = PackedDataset(data.sources[1].cache, 4, "7/b")  # type: ignore[attr-defined]
     wanted = [int(alone.sample(n)["input_ids"][0]) for n in range(9)]
     assert drawn[marks == 1][:9].tolist() == wanted, "another source does not reorder it"
+    measured = data.first_rows(33)["input_ids"][:, 0].tolist()
+    assert measured == [10_000 + 4 * (index % 31) for index in range(33)], "of the first source, from its start"
 
 
 def test_phases_begin_at_their_step() -> None:
@@ -139,9 +147,17 @@ def test_phases_begin_at_their_step() -> None:
     assert all(sorted(data.sources_of(step, 12)) == [0] * 3 + [1] * 9 for step in range(5, 20))
 
 
+def test_its_identity_tells_sources_weights_and_epochs() -> None:
+    changed = [mixture(phases=phases) for phases in (((0, (1, 1)),), ((0, (0.6, 0.4)), (9, (1, 0))))]
+    changed.append(mixture(epochs=(2, None)))
+    changed.append(Mixture({"a": source(0, 3, "a"), "b": source(0, 3, "c")}, ((0, (0.6, 0.4)),), (None, None), 4, 12))
+    assert mixture().identity == mixture().identity not in [other.identity for other in changed]
+
+
 def test_the_end_of_capped_sources_is_known_beforehand() -> None:
     assert mixture(epochs=(2, 1)).max_steps == (62 + 9) // 12
     assert mixture(epochs=(2, None)).max_steps is None
+    assert mixture(epochs=(1.5, 1)).schedule.limit == 46 + 9, "of 31 and 9 sequences"
     with pytest.raises(UserError, match="shorter than one batch"):
         mixture(rows=100, epochs=(1, 1)).check_batch_size(100)
 

@@ -160,5 +160,6 @@ def test_a_batch_knows_its_documents() -> None:
     for batch in (data.batch(3, 12), data.first_rows(2), *data.eval_batches(0, 2, 3)):
         assert batch["documents"].lengths == Documents.of(batch["position_ids"]).lengths
         assert batch["documents"].tokens == batch["input_ids"].numel()
+    assert [len(data.first_rows(count)["labels"]) for count in (2, 99)] == [2, data.n_blocks]
     crossing = PackedDataset(make_cache(LENGTHS), 7, seed=1, document_mask=False)
     assert crossing.batch(0, 4)["documents"].lengths == (7,) * 4

@@ -1,33 +1,24 @@
-"""Streaming: the same blocks as from a cache, resumed at any position, passing failures, errors and ends."""
+"""Streaming: the same blocks as from a cache, resumed at any position. Its failures are in test_stream_failures.py."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 import torch
 
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import UserError
 from mora_ds.data import (
     Corpus,
-    Document,
     DocumentFilter,
     DocumentStream,
-    Encoder,
     Mixture,
     PackedDataset,
     StreamMixture,
     StreamSettings,
-    StreamSource,
     build_cache,
     load_corpus,
     load_tokenizer,
@@ -40,40 +31,7 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, job, losses, refused, rows, run
 from tests.helpers.mixtures import source_rows
 from tests.helpers.resume import assert_same_run, interrupted_job
-
-T = 16
-
-
-def documents(count: int = 90) -> list[str]:
-    """Of all lengths, empty ones among them."""
-    return ["" if n % 17 == 3 else f"document {n}: " + "def f(x): return x\n" * (n * n % 23) for n in range(count)]
-
-
-def write(folder: Path, kind: str, texts: list[str]) -> list[str]:
-    """Three shards of one format."""
-    folder.mkdir()
-    for number in range(3):
-        part, path = texts[number::3], folder / f"{number}.{kind}"
-        lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in part).encode()
-        table = pa.table({"text": part})
-        match kind:
-            case "jsonl":
-                path.write_bytes(lines)
-            case "jsonl.gz":
-                path.write_bytes(gzip.compress(lines))
-            case "jsonl.zst":
-                path.write_bytes(pa.compress(lines, "zstd", asbytes=True))
-            case "parquet":
-                pyarrow.parquet.write_table(table, path, row_group_size=7)
-            case "arrow":
-                with pa.ipc.new_stream(path, table.schema) as writer:
-                    writer.write_table(table, max_chunksize=11)
-            case "json":
-                path.write_text(json.dumps([{"text": text} for text in part]))
-            case _:
-                path.write_text("".join(part))
-    return [str(folder / f"*.{kind}")]
-
+from tests.helpers.streams import T, assert_equal, documents, source, taken, write
 
 KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "json", "txt")
 
@@ -81,21 +39,6 @@ KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "json", "txt")
 @pytest.fixture(scope="module")
 def tokenizer(user: Playground) -> Any:
     return load_tokenizer(user.model)
-
-
-def source(corpus: Corpus, tokenizer: Any, buffer: int = 0, **more: Any) -> StreamSource:
-    settings = StreamSettings(buffer, "5/a", more.pop("retry_s", 0.0))
-    return StreamSource(DocumentStream("a", corpus, settings), Encoder.of(tokenizer), T, True, None, **more)
-
-
-def taken(stream: StreamSource, first: int, last: int) -> list[dict[str, np.ndarray]]:
-    return [stream.sample(number) for number in range(first, last)]
-
-
-def assert_equal(one: Any, other: Any) -> None:
-    for mine, kept in zip(one, other, strict=True):
-        for key in kept:
-            assert np.array_equal(mine[key], kept[key]), key
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,6 +78,21 @@ def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_pa
     assert len({tuple(epoch) for epoch in epochs}) == 3
     other = DocumentStream("a", corpus, StreamSettings(buffer=8, seed=4))
     assert [document.text for document, _ in other.epoch(StreamPosition())] != epochs[0]
+    alone = DocumentStream("a", Corpus(corpus.parts[:1]), StreamSettings(buffer=4, seed=3))
+    read = [int(document.text) // 3 for document, _ in alone.epoch(StreamPosition())]
+    windows = [read[start : start + 4] for start in range(0, 16, 4)]
+    assert [sorted(window) for window in windows] == [list(range(start, start + 4)) for start in range(0, 16, 4)]
+    assert len({tuple(index % 4 for index in window) for window in windows}) > 1, "each window has its own order"
+    unshuffled = DocumentStream("a", corpus, StreamSettings(buffer=1, seed=3))
+    firsts = [next(unshuffled.epoch(StreamPosition(epoch=number)))[0].text for number in range(8)]
+    assert set(firsts) == {"0", "1", "2"}, "each epoch has its own order of files"
+
+
+def test_a_window_of_much_text_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "WINDOW_CHARACTERS", 50)
+    corpus = load_corpus(write(tmp_path / "shards", "jsonl", ["x" * 20] * 30))
+    places = [place for _, place in DocumentStream("a", corpus, StreamSettings()).epoch(StreamPosition())]
+    assert [(place.window, place.done) for place in places] == [divmod(number, 3) for number in range(30)]
 
 
 def test_a_document_longer_than_memory_passes_in_chunks(
@@ -249,86 +207,6 @@ def test_a_mixture_of_streams_and_caches(tokenizer: Any, tmp_path: Path) -> None
         state = resumed.states_at(step + 1)
     late = made()
     assert torch.equal(late.batch(7, 12)["input_ids"], cached.batch(7, 12)["input_ids"]), "a walk to a later step"
-
-
-# -- what goes wrong -------------------------------------------------------------------------------------------------
-
-
-class Flaky:
-    """A part that fails as disks and networks do, before every record in `bad`, `times` times each."""
-
-    def __init__(self, part: Any, bad: dict[int, int], error: Exception) -> None:
-        self.part, self.bad, self.error, self.label = part, bad, error, part.label
-
-    def marked(self, mark: Any) -> Iterator[tuple[Document, Any]]:
-        for document, behind in self.part.marked(mark):
-            if self.bad.get(behind.record, 0) > 0:
-                self.bad[behind.record] -= 1
-                raise self.error
-            yield document, behind
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    seconds: list[float] = []
-    monkeypatch.setattr(stream.time, "sleep", seconds.append)
-    return seconds
-
-
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ConnectionError("reset by peer")])
-def test_passing_failures_are_retried(
-    tokenizer: Any, tmp_path: Path, waits: list[float], error: Exception, caplog: pytest.LogCaptureFixture
-) -> None:
-    corpus = load_corpus(write(tmp_path / "shards", "jsonl", documents()))
-    whole = taken(source(corpus, tokenizer, 10), 0, 300)
-    parts = tuple(Flaky(part, {5: 2, 20: 1}, error) for part in corpus.parts)
-    shaky = source(Corpus(parts), tokenizer, 10, retry_s=60.0)  # type: ignore[arg-type]
-    assert_equal(taken(shaky, 0, 300), whole)
-    assert waits[:3] == [1.0, 2.0, 1.0], "the first wait again after every new record"
-    assert all("source 'a'" in line and str(error) in line for line in caplog.messages)
-    assert "after record 4" in caplog.messages[0] and "trying again in 1 s" in caplog.messages[0]
-
-
-def test_a_failure_that_stays_ends_the_run(tokenizer: Any, tmp_path: Path, waits: list[float]) -> None:
-    corpus = load_corpus(write(tmp_path / "shards", "jsonl", documents()))
-    parts = tuple(Flaky(part, {20: 10**6}, OSError("gone")) for part in corpus.parts)
-    with pytest.raises(RunError, match=r"source 'a': .*0.jsonl cannot be read after record 19, tried for 45 s .*gone"):
-        taken(source(Corpus(parts), tokenizer, retry_s=45.0), 0, 300)  # type: ignore[arg-type]
-    assert sum(waits) == 45.0 and waits[:4] == [1.0, 2.0, 4.0, 8.0]
-
-
-def test_damage_in_the_middle_is_named_and_not_tried_again(tokenizer: Any, tmp_path: Path, waits: list[float]) -> None:
-    lines = [json.dumps({"text": text}) for text in documents()]
-    broken = {
-        "broken.jsonl": ("\n".join([*lines[:40], '{"text": 5', *lines[40:]]), "line 41, column"),
-        "fields.jsonl": ("\n".join([*lines[:40], '{"body": "x"}']), "line 41: no field 'text'; there are: body"),
-        "kind.jsonl": ("\n".join([*lines[:40], '{"text": 7}']), "line 41: field 'text' holds int"),
-    }  # fmt: skip
-    for name, (content, said) in broken.items():
-        (tmp_path / name).write_text(content)
-        with pytest.raises(UserError) as error:
-            taken(source(load_corpus([str(tmp_path / name)]), tokenizer), 0, 2000)
-        assert f"source 'a': {tmp_path / name}, {said}" in str(error.value)
-    content = b"".join(json.dumps({"text": random.randbytes(1000).hex()}).encode() + b"\n" for _ in range(900))
-    gz, zst = gzip.compress(content), pa.compress(content, "zstd", asbytes=True)
-    for name, damaged in {"a.gz": gz[:-40], "b.gz": gz[:-8] + bytes(4) + gz[-4:], "c.zst": zst[:-40]}.items():
-        path = tmp_path / f"damaged.jsonl.{name[2:]}"  # in b.gz the checksum
-        path.write_bytes(damaged)
-        documents_of = DocumentStream("a", load_corpus([str(path)]), StreamSettings())
-        with pytest.raises(UserError, match=rf"source 'a': .*{path.name} cannot be read"):
-            list(documents_of.epoch(StreamPosition()))
-    assert not waits
-
-
-def test_a_stream_that_ends_early_says_so(tokenizer: Any, tmp_path: Path) -> None:
-    """With `epochs` it ends, without it begins again."""
-    corpus = load_corpus(write(tmp_path / "shards", "jsonl", documents(20)))
-    n = PackedDataset(build_cache(corpus, tokenizer, tmp_path / "cache"), T).n_blocks
-    taken(source(corpus, tokenizer), 0, 5 * n)
-    ending = source(corpus, tokenizer, epochs=2)
-    taken(ending, 0, 2 * n)
-    with pytest.raises(RunError, match=rf"source 'a' has come to its end after 2 epoch\(s\) and {2 * n} sequences"):
-        ending.sample(2 * n)
 
 
 # -- complete runs ---------------------------------------------------------------------------------------------------

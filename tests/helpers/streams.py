@@ -1,0 +1,62 @@
+"""Streams of small documents, for the tests of streaming."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from mora_ds.data import Corpus, DocumentStream, Encoder, StreamSettings, StreamSource
+
+T = 16
+
+
+def documents(count: int = 90) -> list[str]:
+    """Of all lengths, empty ones among them."""
+    return ["" if n % 17 == 3 else f"document {n}: " + "def f(x): return x\n" * (n * n % 23) for n in range(count)]
+
+
+def write(folder: Path, kind: str, texts: list[str]) -> list[str]:
+    """Three shards of one format."""
+    folder.mkdir()
+    for number in range(3):
+        part, path = texts[number::3], folder / f"{number}.{kind}"
+        lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in part).encode()
+        table = pa.table({"text": part})
+        match kind:
+            case "jsonl":
+                path.write_bytes(lines)
+            case "jsonl.gz":
+                path.write_bytes(gzip.compress(lines))
+            case "jsonl.zst":
+                path.write_bytes(pa.compress(lines, "zstd", asbytes=True))
+            case "parquet":
+                pyarrow.parquet.write_table(table, path, row_group_size=7)
+            case "arrow":
+                with pa.ipc.new_stream(path, table.schema) as writer:
+                    writer.write_table(table, max_chunksize=11)
+            case "json":
+                path.write_text(json.dumps([{"text": text} for text in part]))
+            case _:
+                path.write_text("".join(part))
+    return [str(folder / f"*.{kind}")]
+
+
+def source(corpus: Corpus, tokenizer: Any, buffer: int = 0, **more: Any) -> StreamSource:
+    settings = StreamSettings(buffer, "5/a", more.pop("retry_s", 0.0))
+    return StreamSource(DocumentStream("a", corpus, settings), Encoder.of(tokenizer), T, True, None, **more)
+
+
+def taken(stream: StreamSource, first: int, last: int) -> list[dict[str, np.ndarray]]:
+    return [stream.sample(number) for number in range(first, last)]
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    for mine, kept in zip(one, other, strict=True):
+        for key in kept:
+            assert np.array_equal(mine[key], kept[key]), key
