@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from mora_ds.checkpoint.adapter_files import BaseReference
 from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import at_work
 from mora_ds.models import base_cache
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.runtime.ranks import Ranks
@@ -41,6 +43,13 @@ def test_it_is_copied_once_and_again_when_it_has_changed(model: Path, tmp_path: 
     second = base_cache.cached_base(model, tmp_path / "cache", ALONE)
     assert second != first and (second / "config.json").read_text() == '{"other": 1}'
     assert not list((tmp_path / "cache").glob(".*"))
+    (model / "config.json").write_text('{"other": 2}')  # of the same size
+    os.utime(model / "config.json", ns=(1, 1))
+    third = base_cache.cached_base(model, tmp_path / "cache", ALONE)
+    assert (third / "config.json").read_text() == '{"other": 2}'
+    shutil.copytree(model, tmp_path / "twin" / "model", symlinks=True)
+    assert base_cache.cached_base(tmp_path / "twin" / "model", tmp_path / "cache", ALONE) != third
+    assert third.stat().st_mode & 0o777 == 0o755, "others on the node may read it"
 
 
 def test_a_copy_that_fails_leaves_nothing_and_an_abandoned_one_goes(
@@ -55,8 +64,11 @@ def test_a_copy_that_fails_leaves_nothing_and_an_abandoned_one_goes(
     left = cache / ".filling-killed"
     left.mkdir()
     (left / "model.safetensors").write_bytes(bytes(10))
-    base_cache.cached_base(model, cache, ALONE)
-    assert not left.exists() and len(list(cache.iterdir())) == 1
+    busy = cache / ".filling-busy"
+    shutil.copytree(left, busy)
+    with at_work(busy):
+        base_cache.cached_base(model, cache, ALONE)
+    assert not left.exists() and busy.exists() and len(list(cache.iterdir())) == 2
 
 
 def test_a_cache_without_room_or_without_a_folder_is_refused(
