@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash
 from torch import Tensor
+from transformers import AutoConfig, LlamaConfig
 
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.models.attention import NAME, attention_of, use_dense, use_documents, why_dense
@@ -48,6 +49,25 @@ def test_documents_are_dense_attention(family: str, rows: int) -> None:
         for name, gradient in found.items():
             scale = float(wanted[name].abs().max())
             torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5 * scale)
+
+
+class OwnConfig(LlamaConfig):
+    """As in code that comes with a model."""
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (LlamaConfig(is_causal=False), "the model's attention is not causal"),
+        (AutoConfig.for_model("gemma3_text", use_bidirectional_attention=True), "the model's attention is not causal"),
+        (AutoConfig.for_model("bloom"), "transformers calls the attention of BloomForCausalLM directly"),
+        (OwnConfig(), "the code of the model is not transformers' own"),
+    ],
+    ids=["not causal", "both ways", "direct", "own code"],
+)
+def test_attention_that_must_stay_dense_has_a_reason(config: Any, reason: str) -> None:
+    assert why_dense(config, None) == reason
+    assert why_dense(config, "eager") == "--attn_implementation eager reads masks"
 
 
 # -- FlashAttention ----------------------------------------------------------------------------------------------------
