@@ -197,14 +197,13 @@ class _Wandb:
             id=run_id, resume="allow",
         )  # fmt: skip
         self.run_id = self._run.id
-        self._events: list[str] = []
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         self._run.log(dict(numbers), step=step)
 
     def event(self, step: int, title: str, text: str) -> None:
-        self._events.append(f"step {step}: {text}")
-        self._run.summary[title] = self._events
+        before = self._run.summary.get(title) or []  # of a resumed run, which may come to a step again
+        self._run.summary[title] = list(dict.fromkeys([*before, f"step {step}: {text}"]))
 
     def summary(self, facts: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(facts))

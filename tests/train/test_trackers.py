@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -133,6 +134,65 @@ def test_services_see_no_secrets() -> None:
     shown = shown_config({"seed": 1, "path": Path("x")}, {"deepspeed": deepspeed})
     assert "secret" not in json.dumps(shown) and shown["resolved"]["deepspeed"]["bf16"] == {"enabled": True}
     assert shown["path"] == "x"
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, mock.MagicMock]:
+    """Packages of services in their places, which note how they are called."""
+    made = {name: mock.MagicMock() for name in ("wandb", "mlflow", "trackio")}
+    made["wandb"].init.return_value = mock.MagicMock(id="w1", summary={})
+    made["mlflow"].start_run.return_value.info.run_id = "m1"
+    for name, package in made.items():
+        monkeypatch.setitem(sys.modules, name, package)
+    return made
+
+
+def test_services_are_called_as_their_packages_want_it(tmp_path: Path, packages: dict[str, mock.MagicMock]) -> None:
+    """And again when the run goes on: by the names that the services gave it, without what can be said only once."""
+    wandb, mlflow, trackio = packages.values()
+    label = Label("project", "run", ("a", "b"), {**LABEL.config, "long": "x" * 600})
+    for start_step in (0, 2):
+        for service in start_trackers(list(packages), label, tmp_path, start_step):
+            service.log({"8_sources/a+b/loss": 2.5}, start_step + 1)
+            for step in (2, start_step + 3):
+                service.event(step, "merges", f"merged at {step}")
+            service.summary({"steps": 3, "name": "x", "perplexity": {"held": 2.0}})
+            service.close()
+    first, second = (call.kwargs for call in wandb.init.call_args_list)
+    assert (first["project"], first["name"], first["tags"], first["id"]) == ("project", "run", ("a", "b"), None)
+    assert first["dir"] == str(tmp_path / "trackers") and first["config"] == label.config
+    assert (second["id"], second["resume"]) == ("w1", "allow")
+    run = wandb.init.return_value
+    assert [call.kwargs["step"] for call in run.log.call_args_list] == [1, 3] and run.finish.call_count == 2
+    assert run.summary["merges"] == [f"step {step}: merged at {step}" for step in (2, 3, 5)], "each once"
+    assert run.summary["steps"] == 3
+
+    mlflow.set_experiment.assert_called_with("project")
+    first, second = (call.kwargs for call in mlflow.start_run.call_args_list)
+    assert first == {"run_id": None, "run_name": "run", "tags": {"tags": "a, b"}} and second["run_id"] == "m1"
+    (parameters,) = mlflow.log_params.call_args.args
+    assert mlflow.log_params.call_count == 1, "a parameter keeps its first value"
+    assert parameters == {"seed": "1", "resolved.deepspeed.bf16": "True", "long": "x" * 500}
+    assert [call.kwargs["step"] for call in mlflow.log_metrics.call_args_list] == [1, 3]
+    assert mlflow.log_metrics.call_args.args == ({"8_sources/a_b/loss": 2.5},)
+    mlflow.set_tag.assert_called_with("merges.000005", "merged at 5")
+    assert mlflow.log_dict.call_args.args[1] == "summary.json" and mlflow.end_run.call_count == 2
+
+    for call in trackio.init.call_args_list:
+        assert (call.kwargs["project"], call.kwargs["name"], call.kwargs["resume"]) == ("project", "run", "allow")
+        assert call.kwargs["config"]["tags"] == ["a", "b"]
+    logged_there = [call.args[0] for call in trackio.init.return_value.log.call_args_list]
+    assert logged_there[1] == {"summary/steps": 3, "summary/perplexity.held": 2.0}
+    known = json.loads((tmp_path / "trackers" / "runs.json").read_text())
+    assert known == {"wandb": "w1", "mlflow": "m1", "trackio": "run"}
+
+
+def test_a_resumed_run_keeps_its_name_at_a_service_that_knows_runs_by_name(
+    tmp_path: Path, packages: dict[str, mock.MagicMock]
+) -> None:
+    start_trackers(["trackio"], LABEL, tmp_path, 0)
+    start_trackers(["trackio"], Label("project", "renamed", (), {}), tmp_path, 4)
+    assert [call.kwargs["name"] for call in packages["trackio"].init.call_args_list] == ["run", "run"]
 
 
 def offline(argv: list[str], root: str) -> None:
