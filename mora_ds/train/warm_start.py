@@ -74,6 +74,7 @@ def _first_part(arguments: Arguments) -> Arguments:
             base_device=BaseDevice.DEVICE.value,
             optimizer=OptimizerKind.ADAMW.value,
             export_merged=True,
+            push_to_hub=None,
             resume_from_checkpoint=AUTO if training.resume_from_checkpoint else None,
         ),
     )

@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mora_ds.config.arguments import parse
 from mora_ds.data import PackedDataset
 from mora_ds.deploy.export import export_merged
+from mora_ds.train.warm_start import _first_part
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, curve, job, losses, refusal, rows, run
 from tests.helpers.resume import assert_same_run, interrupted_job, stop_and_resume
@@ -130,6 +132,17 @@ def test_the_adapter_goes_on_where_the_full_rank_steps_end(user: Playground, tmp
     base = json.loads((tmp_path / "checkpoints/latest/base.json").read_text())["folder"]
     assert Path(base) == (tmp_path / "full_rank" / "merged").resolve()
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_the_full_rank_part_is_not_uploaded() -> None:
+    """Its merged model is the base of the adapter, not the result of the run."""
+    given = parse(
+        ["--full_rank_steps", "3", "--max_steps", "9", "--push_to_hub", "someone/model", "--merge_every", "2"]
+    )
+    first = _first_part(given)
+    assert first.training.push_to_hub is None and first.training.export_merged
+    assert (first.training.max_steps, first.adapter.merge_every) == (3, 0)
+    assert first.training.learning_rate == pytest.approx(0.1 * given.training.learning_rate)
 
 
 def test_both_parts_resume(user: Playground, tmp_path: Path) -> None:
