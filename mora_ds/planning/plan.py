@@ -213,8 +213,9 @@ class _MeasuredModel:
 
     def costs(self, replicas: int, tokens: int) -> Costs:
         """Of one micro-batch. Full training forms the weights' gradients too: 3 products instead of 2."""
-        spent = costs(self._unsplit, self._work.tensor_parallel, replicas, tokens)
-        return spent if self._work.adapter is not None else replace(spent, base_macs=spent.base_macs * 3 // 2)
+        work = self._work
+        spent = costs(self._unsplit, work.tensor_parallel, replicas, tokens, inputs=work.tp_inputs)
+        return spent if work.adapter is not None else replace(spent, base_macs=spent.base_macs * 3 // 2)
 
 
 def _bound(trained: Trained) -> Gathers:

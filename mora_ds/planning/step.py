@@ -35,6 +35,7 @@ from mora_ds.models.decoder_layers import stored_bytes, weights_of_layers
 from mora_ds.models.load import make_model
 from mora_ds.models.loss import chunk_loss, is_frozen, token_nll
 from mora_ds.parallel import windows
+from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
 from mora_ds.planning.memory_meter import MemoryMeter, fused_attention
@@ -56,6 +57,8 @@ class Work:
     checkpointing: bool = False
     tensor_parallel: int = 1
     sequence_parallel: int = 1
+    tp_inputs: TPInputs = TPInputs.AUTO
+    """How tensor-parallel ranks save the input that layers share."""
     document_mask: bool = True
     """Whether rows hold several documents, so that attention reads a mask."""
     attn_implementation: str | None = None
@@ -163,7 +166,7 @@ def planned_model(work: Work) -> Any:
         for layer in undecided(model).values():
             layer.compute = Compute.WEIGHT
     if work.tensor_parallel > 1:
-        split_model(model, _SingleRank(work.tensor_parallel, 0, None))
+        split_model(model, _SingleRank(work.tensor_parallel, 0, None), work.tp_inputs)
     if is_frozen(model.get_output_embeddings()):
         chunk_loss(model)
     return model.train()

@@ -31,6 +31,7 @@ from mora_ds.models.attention import NAME
 from mora_ds.models.base import MODEL_FLAG
 from mora_ds.models.load import named_config
 from mora_ds.models.vocabulary import first_new_row
+from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.parallel.ulysses_checks import check_config, describe
 from mora_ds.planning.costs import costs
 from mora_ds.planning.plan import Plan, Planner, place_base
@@ -107,6 +108,7 @@ def planner_of(
         hold_weights=adapter.hold_weights,
         tensor_parallel=training.tensor_parallel_size,
         sequence_parallel=training.sequence_parallel_size,
+        tp_inputs=TPInputs(training.tp_inputs),
         document_mask=arguments.data.document_mask,
         attn_implementation=model.implementation,
         by_documents=implementation == NAME,
@@ -147,10 +149,11 @@ def _layer_lines(work: Work, world: int) -> list[str]:
     """MoRA matrices, splits and products, as at the start of a run."""
     if work.adapter is None:
         return ["full training: every parameter is trained, sharded by ZeRO"]
-    model = planned_model(Work(work.config, None, work.seq_len, dtype=work.dtype))
+    model = planned_model(replace(work, adapter=None, tensor_parallel=1))
     lines = [str(inject(model, work.adapter))]
     if work.sequence_parallel > 1:
         lines.append(describe(work.config, work.sequence_parallel, work.seq_len))
     if work.tensor_parallel > 1:
         lines.append(str(plan_of(model, work.tensor_parallel)))
-    return [*lines, str(costs(model, work.tensor_parallel, world // work.tensor_parallel, work.tokens))]
+    spent = costs(model, work.tensor_parallel, world // work.tensor_parallel, work.tokens, inputs=work.tp_inputs)
+    return [*lines, str(spent)]

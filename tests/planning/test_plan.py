@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,6 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject
 from mora_ds.adapters.ops import mora
 from mora_ds.common.errors import UserError
-from mora_ds.config.arguments import parse
-from mora_ds.config.validate import validate
 from mora_ds.engine import zero
 from mora_ds.engine.base_ring import names_on_host, ring_of
 from mora_ds.engine.ds_config import complete_ds_config
@@ -28,10 +24,9 @@ from mora_ds.models.attention import use_documents
 from mora_ds.models.loss import chunk_loss, token_nll
 from mora_ds.planning.memory_meter import MemoryMeter
 from mora_ds.planning.plan import Plan, Planner, recommend
-from mora_ds.planning.report import as_json, report
+from mora_ds.planning.report import report
 from mora_ds.planning.step import Work, measure_step, planned_model, step_memory, with_layers
 from mora_ds.planning.timing import Cluster
-from mora_ds.train.dry_run import planned
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, tiny_model, tokens
 from tests.helpers.tools import call
@@ -375,26 +370,3 @@ def test_the_tool_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["recommended"] and found["fits"] and found["bytes"]["peak"] < 1e9
     assert found["passes"] == pytest.approx(1, rel=0.01)
-
-
-# -- --dry_run --------------------------------------------------------------------------------------------------------
-
-
-def test_a_dry_run_reads_a_config_and_nothing_else(tmp_path: Path) -> None:
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({"model_type": "llama", **FAMILIES["llama"]}))
-    flags = ["--model_name_or_path", str(config), "--dry_run", "--mora_rank", "4"]
-    validate(parse(flags))
-    plan, told = planned(parse(flags), world=2)
-    assert as_json(plan)["cluster"]["gpus"] == 2 and plan.gathered > 0
-    assert "each rank stores the unsharded base" in told[-1]
-    with pytest.raises(UserError, match="does not divide the 3 ranks"):
-        planned(parse([*flags, "--tensor_parallel_size", "2"]), world=3)
-
-
-def test_a_dry_run_of_the_demo() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--dry_run"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "dry run: nothing trained" in done.stdout and "= peak" in done.stdout

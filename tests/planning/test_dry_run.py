@@ -1,0 +1,63 @@
+"""--dry_run: a plan from the flags and the model's config, which says what a run says at its start."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mora_ds.common.errors import UserError
+from mora_ds.config.arguments import parse
+from mora_ds.config.validate import validate
+from mora_ds.parallel.saved_inputs import TPInputs
+from mora_ds.planning.costs import costs
+from mora_ds.planning.report import as_json
+from mora_ds.planning.step import planned_model
+from mora_ds.train.dry_run import planned
+from tests.helpers.models import FAMILIES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_dry_run_reads_a_config_and_nothing_else(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "llama", **FAMILIES["llama"]}))
+    flags = ["--model_name_or_path", str(config), "--dry_run", "--mora_rank", "4"]
+    validate(parse(flags))
+    plan, told = planned(parse(flags), world=2)
+    assert as_json(plan)["cluster"]["gpus"] == 2 and plan.gathered > 0
+    assert "each rank stores the unsharded base" in told[-1]
+    with pytest.raises(UserError, match="does not divide the 3 ranks"):
+        planned(parse([*flags, "--tensor_parallel_size", "2"]), world=3)
+
+
+def test_a_dry_run_says_of_traffic_what_the_run_says_at_its_start(tmp_path: Path) -> None:
+    """Gradient checkpointing and --tp_inputs decide whether tensor-parallel ranks gather their inputs again."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "llama", **FAMILIES["llama"]}))
+    flags = ["--model_name_or_path", str(config), "--dry_run", "--operator", "rotate", "--tensor_parallel_size", "2"]
+    cases = {
+        (): TPInputs.SPLIT,
+        ("--tp_inputs", "whole"): TPInputs.WHOLE,
+        ("--gradient_checkpointing",): TPInputs.WHOLE,
+    }
+    sent = {}
+    for more, inputs in cases.items():
+        plan, told = planned(parse([*flags, *more]), world=4)
+        model = planned_model(replace(plan.work, tensor_parallel=1))
+        spent = costs(model, 2, 2, plan.work.tokens, inputs=inputs)
+        assert told[-1] == str(spent)
+        sent[more] = plan.sent, plan.memory.activations
+    assert sent[()][0] > sent["--tp_inputs", "whole"][0] and sent[()][1] < sent["--tp_inputs", "whole"][1]
+
+
+def test_a_dry_run_of_the_demo() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--dry_run"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "dry run: nothing trained" in done.stdout and "= peak" in done.stdout
