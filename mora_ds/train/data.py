@@ -119,9 +119,10 @@ def _sources(data: DataArguments, plan: MixturePlan | None) -> dict[str, Corpus]
     if plan is None:
         return {PLAIN: load_corpus(data.train_files, dataset_name=data.dataset_name, text_column=data.text_column)}
     is_plain = [source.name for source in plan.sources] == [PLAIN]
+    plain = "--dataset_name" if data.dataset_name else "--train_files"
     corpora = {}
     for source in plan.sources:
-        flag = "--train_files" if is_plain else f"source {source.name!r}"
+        flag = plain if is_plain else f"source {source.name!r}"
         column = source.text_column or data.text_column
         if source.streaming and source.dataset is not None and not is_saved_dataset(Path(source.dataset)):
             corpora[source.name] = stream_dataset(source.dataset, column, flag)
