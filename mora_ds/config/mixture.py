@@ -78,8 +78,10 @@ def mixture_plan(data: DataArguments) -> MixturePlan | None:
         plan = MixturePlan((SourcePlan(PLAIN, tuple(data.train_files), data.dataset_name),), ((0, (1.0,)),))
     else:
         return None
+    where = data.mixture or "--train_files"
+    _check_signs(plan, where)
     plan = _with_replay(plan, data.replay)
-    _check_weights(plan, data.mixture or "--train_files")
+    _check_weights(plan, where)
     if data.streaming:
         plan = replace(plan, sources=tuple(replace(source, streaming=True) for source in plan.sources))
     return plan
@@ -201,14 +203,24 @@ def _source(where: str, name: str, values: dict[str, Any]) -> SourcePlan:
 
 
 # -- both --------------------------------------------------------------------------------------------------------------
-def _check_weights(plan: MixturePlan, where: str) -> None:
+def _phase(where: str, step: int) -> str:
+    return f"{where}: " if step == 0 else f"{where}, from step {step}: "
+
+
+def _check_signs(plan: MixturePlan, where: str) -> None:
+    """Before --replay scales the weights, which would turn the signs where all of them are negative."""
     for step, weights in plan.phases:
-        phase = f"{where}: " if step == 0 else f"{where}, from step {step}: "
         for source, weight in zip(plan.sources, weights, strict=True):
             if not NOT_NEGATIVE.allow(weight):
-                raise UserError(f"{phase}the weight of {source.name!r} must not be negative, got {weight:g}")
+                raise UserError(
+                    f"{_phase(where, step)}the weight of {source.name!r} must not be negative, got {weight:g}"
+                )
+
+
+def _check_weights(plan: MixturePlan, where: str) -> None:
+    for step, weights in plan.phases:
         if sum(weights) == 0:
-            raise UserError(f"{phase}the weights add up to 0, so no source could be drawn")
+            raise UserError(f"{_phase(where, step)}the weights add up to 0, so no source could be drawn")
     for index, source in enumerate(plan.sources):
         if not any(weights[index] for _, weights in plan.phases):
             raise UserError(f"{where}: {source.name!r} has weight 0 throughout: leave it out")

@@ -225,6 +225,7 @@ WRONG = {
     "some named": ("", {"train_files": ["a=x:1", "y"]}, ["--train_files y", "NAME=FILES:WEIGHT"]),
     "named twice": ("", {"train_files": ["a=x:1", "a=y:1"]}, ["a is given twice"]),
     "negative flag": ("", {"train_files": ["a=x:-1", "b=y:1"]}, ["'a' must not be negative"]),
+    "negative beside replay": ("", {"train_files": ["a=x:-1"], "replay": ["o=y:0.1"]}, ["negative, got -1"]),
     "replay form": ("", {"train_files": ["x"], "replay": ["old"]}, ["--replay old", "NAME=FILES:SHARE"]),
     "replay of all": ("", {"train_files": ["x"], "replay": ["old=y:1.0"]}, ["between 0 and 1"]),
     "replay sum": ("", {"train_files": ["x"], "replay": ["o=y:0.5", "p=z:0.5"]}, ["add up to 1"]),
