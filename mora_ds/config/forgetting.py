@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from mora_ds.common.errors import UserError, nearest, refuse
@@ -45,14 +45,17 @@ class Watch:
                     there = f"there are: {', '.join(known)}." if known else "there are none: give --eval_files."
                     raise UserError(f"{flag}: no evaluation set is called {name!r}; {there}{nearest(name, known)}")
 
-    def forgotten(self, before: Mapping[str, float], now: Mapping[str, float]) -> str | None:
-        """A sentence about the first bound that is exceeded, or None."""
+    def forgotten(
+        self, before: Mapping[str, float], now: Mapping[str, float], tasks: Collection[str] = ()
+    ) -> str | None:
+        """A sentence about the first bound that is exceeded, or None. `tasks`: the names whose values are costs."""
         for name, bound in self.bounds.items():
             if name in before and name in now and now[name] > bound * before[name]:
-                return (
+                sentence = (
                     f"the perplexity on {name} is {now[name]:.3f}, {now[name] / before[name]:.3f} of the "
                     f"{before[name]:.3f} it was at the start, and --stop_when_forgotten allows {bound:g}"
                 )
+                return sentence.replace("perplexity on", "cost of task", 1) if name in tasks else sentence
         return None
 
     def score(self, now: Mapping[str, float]) -> float | None:

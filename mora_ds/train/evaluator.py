@@ -50,9 +50,12 @@ class Evaluator:
                 nll = self.replica.mean_nll(self._batches(data, before_batch))
             require_finite(nll, f"the loss on {name!r} is {nll} after step {step}", step)
             perplexities[name] = perplexity(nll)
+        tasks = self.tasks if self._tasks_are_due() else None
+        if tasks is not None:
+            before_batch()  # before anything is logged, as it may end the run, which then evaluates again
         if perplexities:
             self.log.evaluation(step, perplexities, self.state.perplexity_before)
-        costs = self._evaluate_tasks(before_batch)
+        costs = {} if tasks is None else self._evaluate_tasks(tasks)
         self.state.perplexity_last, self.state.evaluation_pending = perplexities, False
         score = self.watch.score({**perplexities, **costs})
         if score is not None and step > 0 and (self.state.best_score is None or score < self.state.best_score):
@@ -65,17 +68,17 @@ class Evaluator:
         """Why the run has to end after the last evaluation, by --stop_when_forgotten; None where it goes on."""
         state = self.state
         before = {**state.perplexity_before, **state.task_costs_before}
-        return self.watch.forgotten(before, {**state.perplexity_last, **state.task_costs_last})
+        now = {**state.perplexity_last, **state.task_costs_last}
+        return self.watch.forgotten(before, now, state.task_costs_last)
 
-    def _evaluate_tasks(self, before_batch: Callable[[], None]) -> dict[str, float]:
-        """{task: cost}, also in the run's state; empty where no evaluation of tasks is due. Collective."""
+    def _tasks_are_due(self) -> bool:
         state = self.state
         at_end = 0 < state.step == state.total_steps
-        every = bool(self.tasks_steps) and state.step % self.tasks_steps == 0
-        if self.tasks is None or not (state.step == 0 or at_end or every):
-            return {}
-        before_batch()
-        results = self.tasks.evaluate()
+        return state.step == 0 or at_end or (bool(self.tasks_steps) and state.step % self.tasks_steps == 0)
+
+    def _evaluate_tasks(self, tasks: TaskSuite) -> dict[str, float]:
+        """{task: cost}, also in the run's state. Collective."""
+        state, results = self.state, tasks.evaluate()
         costs = {name: result.cost for name, result in results.items()}
         self.log.tasks(state.step, {name: result.metrics for name, result in results.items()})
         if state.step == 0:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mora_ds.checkpoint.layout import METRICS_FILE
 from mora_ds.common.files import atomic_path, disk_errors
+from mora_ds.config.forgetting import change
 from mora_ds.train.trackers import TensorBoard, Tracker
 
 logger = logging.getLogger(__name__)
@@ -173,9 +174,7 @@ class MetricsLog:
         Trackers also get the change since then in per cent: positive where the model has forgotten.
         """
         self.record("eval", step, perplexities)
-        changes = {name: 100 * (perplexities[name] / start - 1) for name, start in (before or {}).items()
-                   if name in perplexities}  # fmt: skip
-        self._log({f"{FORGETTING}/{name}": value for name, value in changes.items()}, step)
+        self._log({f"{FORGETTING}/{name}": value for name, value in change(before or {}, perplexities).items()}, step)
         values = "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
         logger.info(f"step {step}  perplexity {values}")
 

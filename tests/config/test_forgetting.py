@@ -24,7 +24,9 @@ def test_bounds_and_scores() -> None:
     told = watch.forgotten(start, {"old": 110.1})
     assert told and "on old is 110.100, 1.101 of the 100.000" in told and "allows 1.1" in told
     assert watch.score({"old": math.e, "new": math.e**2}) == pytest.approx(0.25 + 1.5)
-    assert Watch.of([], []).score(start) is None
+    assert Watch.of([], []).score(start) is None and watch.score({"old": 1.0}) is None, "a set that was left out"
+    assert watch.forgotten({"new": 1.0}, start) is None is watch.forgotten(start, {"new": 1e9})
+    assert Watch.of(["a:b:1.5"], []).bounds == {"a:b": 1.5}
     assert change(start, {"old": 110.0, "new": 40.0, "late": 1.0}) == pytest.approx({"old": 10.0, "new": -20.0})
     assert [line.split()[-1] for line in report(start, {"old": 110.0, "new": 40.0})] == ["change", "+10.00%", "-20.00%"]
     assert not report({}, start)
@@ -36,6 +38,8 @@ def test_bounds_and_scores() -> None:
         (["old"], [], "--stop_when_forgotten old: must be NAME:NUMBER"),
         (["old:x"], [], "must be NAME:NUMBER"),
         (["old:0.9"], [], "a ratio to the start is meant, above 1"),
+        (["old:1"], [], "a ratio to the start is meant, above 1"),
+        (["old:inf"], [], "must be NAME:NUMBER"),
         (["old:2", "old:3"], [], "old is given twice"),
         ([], ["old:-1"], "--best_by: weights must not be negative"),
         ([], ["old:0"], "one must be above 0"),

@@ -1,16 +1,22 @@
-"""Which batches of an evaluation set count: --max_eval_batches limits them over all replicas."""
+"""An evaluation: which batches of a set count, when tasks are due, what is logged and kept of it."""
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from mora_ds.adapters.domains import Domains
 from mora_ds.checkpoint.state import TrainerState
+from mora_ds.common.errors import RunError, Stopped
+from mora_ds.config.forgetting import Watch
 from mora_ds.data import IGNORED
 from mora_ds.train.evaluator import Evaluator
+from mora_ds.train.replicas import NotFinite
+from mora_ds.train.tasks import TaskResult
 
 BATCHES = 7
 
@@ -41,3 +47,110 @@ def test_the_limit_counts_batches_over_all_replicas(replicas: int, limit: int) -
 
 def test_without_a_limit_all_batches_count() -> None:
     assert counted(1, 2, None) == [True] * 4
+
+
+class Log:
+    """What an evaluation logs, in order."""
+
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+
+    def evaluation(self, step: int, perplexities: dict[str, float], before: dict[str, float]) -> None:
+        self.rows.append((step, dict(perplexities), dict(before)))
+
+    def tasks(self, step: int, results: dict[str, dict[str, float]]) -> None:
+        self.rows.append((step, results))
+
+
+class Model:
+    """Stands for the replica, whose mean loss is `nll`, and for the tasks, whose score is `score`."""
+
+    def __init__(self, domains: Domains) -> None:
+        self.nll, self.score, self.domains, self.read_as = 1.0, 0.5, domains, list[Any]()
+
+    def mean_nll(self, batches: Any) -> float:
+        choice = self.domains.choice(torch.zeros(1, 1, 1))
+        self.read_as.append(None if choice is None else choice.tolist())
+        return self.nll
+
+    def evaluate(self) -> dict[str, TaskResult]:
+        return {"quiz": TaskResult({"acc": self.score}, 1 / self.score)}
+
+
+def evaluator(weights: dict[str, float], bounds: dict[str, float] | None = None, **more: Any) -> Any:
+    model = Model(domains := Domains(("law", "code")))
+    held = SimpleNamespace(eval_batches=lambda *share: iter(()))
+    settings = {"tasks": model, "tasks_steps": 4, "set_domains": {"held": "code"}, **more}
+    watch, state = Watch(bounds or {}, weights), TrainerState(total_steps=6)
+    made: Any = Evaluator
+    return made(model, {"held": held}, state, Log(), 2, watch=watch, domains=domains, **settings)
+
+
+def at(made: Any, step: int, nll: float, score: float = 0.5) -> None:
+    made.state.step, made.replica.nll, made.replica.score = step, nll, score
+    before = made.evaluate()
+    if step == 0:  # as `Trainer` keeps it
+        made.state.perplexity_before = before
+
+
+def test_tasks_are_due_at_the_start_every_so_many_steps_and_at_the_end() -> None:
+    made = evaluator({})
+    for step in range(7):
+        at(made, step, 1.0)
+    assert [row[0] for row in made.log.rows if "quiz" in row[1]] == [0, 4, 6]
+    alone = evaluator({}, tasks_steps=0)
+    for step in range(7):
+        at(alone, step, 1.0)
+    assert [row[0] for row in alone.log.rows if "quiz" in row[1]] == [0, 6]
+    assert alone.log.rows[-1] == (6, {"quiz": {"acc": 0.5}})
+
+
+def test_what_is_logged_has_the_start_beside_it_and_is_kept() -> None:
+    made = evaluator({})
+    at(made, 0, 1.0)
+    made.state.evaluation_pending = True
+    at(made, 2, 2.0)
+    start, now = {"held": math.exp(1)}, {"held": math.exp(2)}
+    assert made.log.rows == [(0, start, {}), (0, {"quiz": {"acc": 0.5}}), (2, now, start)]
+    assert made.state.perplexity_last == now and not made.state.evaluation_pending
+    assert made.replica.read_as == [[[0.0, 1.0]]] * 2 and made.domains.choice(torch.zeros(1, 1, 1)) is None
+
+
+def test_the_best_step_has_the_lowest_sum_and_is_never_the_start() -> None:
+    made, found = evaluator({"held": 1.0}), []
+    for step, nll in enumerate((1.0, 3.0, 2.0, 2.0, 2.5)):
+        at(made, step, nll)
+        found.append(made.state.best_step)
+    assert found == [0, 1, 2, 2, 2] and made.state.best_score == pytest.approx(2.0)
+
+
+def test_the_score_of_a_task_counts_where_it_is_evaluated() -> None:
+    made = evaluator({"held": 1.0, "quiz": 2.0}, {"quiz": 1.5})
+    at(made, 0, 1.0)
+    for step in (2, 4):
+        at(made, step, 1.0, score=0.4)
+    assert made.state.best_step == 4 and made.state.best_score == pytest.approx(1 - 2 * math.log(0.4))
+    assert made.forgotten is None
+    at(made, 6, 1.0, score=0.25)
+    assert "the cost of task quiz is 4.000, 2.000 of the 2.000 it was at the start" in made.forgotten
+
+
+def test_a_loss_that_is_no_number_is_named_with_its_set() -> None:
+    made = evaluator({})
+    with pytest.raises(NotFinite, match="the loss on 'held' is nan after step 2"):
+        at(made, 2, math.nan)
+    with pytest.raises(RunError, match="the loss on 'held' is inf after step 0, before any training"):
+        at(made, 0, math.inf)
+
+
+def test_a_run_that_leaves_before_its_tasks_has_logged_nothing_of_the_evaluation() -> None:
+    """It is made again when the run resumes, at the same step."""
+    made = evaluator({})
+
+    def leave() -> None:
+        raise Stopped("stopped")
+
+    made.state.evaluation_pending, made.state.step = True, 4
+    with pytest.raises(Stopped):
+        made.evaluate(before_batch=leave)
+    assert made.log.rows == [] and made.state.evaluation_pending

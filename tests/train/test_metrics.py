@@ -9,12 +9,21 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mora_ds.common.errors import RunError
 from mora_ds.remora.stall import StallRule, StallSignal
-from mora_ds.train.metrics import STEP_TAGS, MetricsLog, StepMetrics, peak_memory_bytes, perplexity, plain_json
+from mora_ds.train.metrics import (
+    STEP_TAGS,
+    MetricsLog,
+    SourceLosses,
+    StepMetrics,
+    peak_memory_bytes,
+    perplexity,
+    plain_json,
+)
 from tests.helpers.jobs import rows
 
 
@@ -35,6 +44,33 @@ def test_a_row_has_the_promised_fields(tmp_path: Path) -> None:
     assert step["perplexity"] == pytest.approx(math.exp(2))
     assert evaluation == {"step": 1, "eval": {"held": 7.5}}
     assert merge == {"step": 1, "merge": {"cycle": 0, "square_norm": 0.25, "loss_before": None}}
+
+
+def test_a_row_is_in_the_file_at_once(tmp_path: Path) -> None:
+    """A kill loses none that was logged."""
+    log = MetricsLog(tmp_path, 3, enabled=True)
+    log.step(metrics(1))
+    log.tasks(1, {"quiz": {"acc": 0.5}})
+    log.alignment(1, 0.25)
+    assert [row.get("loss") for row in rows(tmp_path)] == [2.0, None, None]
+    assert rows(tmp_path)[1:] == [{"step": 1, "tasks": {"quiz": {"acc": 0.5}}}, {"step": 1, "alignment": 0.25}]
+    log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in board.Scalars("9_subspace/alignment")] == [0.25]
+    assert [event.value for event in board.Scalars("2_evaluation/tasks/quiz/acc")] == [0.5]
+
+
+def test_losses_are_summed_by_source_and_forgotten_with_the_step() -> None:
+    losses = SourceLosses(["a", "b", "idle"])
+    for _ in range(2):
+        losses.reset()
+        losses.add([0, 1, 0], torch.tensor([1.0, 2.0, 3.0], requires_grad=True), [2, 4, 6])
+        losses.add([1], torch.tensor([4.0]), [2])
+        sums, labels = losses.sums()
+    assert not sums.requires_grad
+    facts = losses.facts([*sums.tolist(), *labels], {"a": 8, "b": 6, "idle": 0})
+    assert facts["a"] == {"loss": 0.5, "perplexity": pytest.approx(math.exp(0.5)), "tokens": 8}
+    assert facts["b"]["loss"] == 1.0 and facts["idle"] == {"loss": None, "perplexity": None, "tokens": 0}
 
 
 def test_where_the_stall_rule_stands_is_in_both(tmp_path: Path) -> None:
