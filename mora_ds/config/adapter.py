@@ -291,7 +291,6 @@ class AdapterArguments:
             return
         given = {
             "operator subspace": self.operator == SUBSPACE,
-            "subspace_cycles": self.subspace_cycles != 1,
             "alignment_weight": self.alignment_weight != 0,
             "targets": self.targets is not None,
             "tp_grouping aligned": self.tp_grouping == TPGrouping.ALIGNED.value,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -164,6 +165,7 @@ class DataArguments:
             yield "--replay without --train_files, --dataset_name or --mixture"
         if self.exclude_eval_documents and not self.eval_files:
             yield "--exclude_eval_documents without --eval_files"
-        counts = Counter(name for name, _ in self.named_eval_files())
+        # a pattern without a name is one set a file, whose names are compared when the files are known
+        counts = Counter(name for name, _ in self.named_eval_files() if not glob.has_magic(name))
         if twice := [name for name, count in counts.items() if count > 1]:
             yield f"--eval_files: {', '.join(twice)} would name two sets; write NAME=PATH"

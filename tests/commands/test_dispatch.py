@@ -50,8 +50,11 @@ def test_the_recipes_of_the_package_are_those_of_the_checkout() -> None:
 
 def test_a_path_under_configs_is_found_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    given = parse(["configs/recipes/continual.yaml", "--seed", "3"])  # it names configs/zero3.json
+    files = ["--mixture", "configs/mixtures/two_domains.yaml", "--model_config", "configs/models/tiny_llama.json"]
+    given = parse(["configs/recipes/continual.yaml", "--seed", "3", *files])  # it names configs/zero3.json
     assert given.training.deepspeed == str(CONFIGS / "zero3.json") and given.training.seed == 3
+    assert given.data.mixture == str(CONFIGS / "mixtures/two_domains.yaml")
+    assert given.model.model_config == str(CONFIGS / "models/tiny_llama.json")
     with pytest.raises(UserError, match="configs/recipes/gone"):
         parse(["configs/recipes/gone.yaml"])
     own = tmp_path / "configs" / "zero3.json"

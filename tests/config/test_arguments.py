@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -15,8 +15,6 @@ from mora_ds.config.arguments import dump, from_flat, parse
 from mora_ds.config.flags import documented
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
-from mora_ds.remora.schedule import ScheduleKind
-from mora_ds.remora.stall import StallRule, StallSignal
 
 RUN = ["--model_name_or_path", "model", "--train_files", "a.txt"]
 
@@ -204,6 +202,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "short longest": ({**STALLED, "merge_at_latest": 210}, "--merge_at_latest 210 must be more than"),
     "longest below shortest": ({**STALLED, "merge_every": 300, "merge_at_latest": 250}, "less than --merge_every 300"),
     "negative longest": ({**STALLED, "merge_at_latest": -1}, "--merge_at_latest must be at least 0"),
+    "update of lora": ({**STALLED, "adapter": "lora", "stall_signal": "update"}, "which LoRA's A does not: use loss"),
     "stray stall flag": ({"stall_window": 50}, "--stall_window is for --merge_when stalled, and it is steps"),
     "stray longest": ({"merge_at_latest": 50}, "--merge_at_latest is for --merge_when stalled"),
     "no ramp": ({"merge_every": 10, "restart_warmup_steps": 0}, "--restart_warmup_steps must be at least 1"),
@@ -250,6 +249,32 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "dtypes": ({"bf16": True, "fp16": True}, "--bf16 and --fp16"),
     "beta": ({"adam_beta2": 1.0}, "--adam_beta2"),
     "clip": ({"max_grad_norm": -1.0}, "--max_grad_norm"),
+    "alignment of lora": ({"adapter": "lora", "alignment_weight": 0.1}, "--alignment_weight is for MoRA matrices"),
+    "plan of lora": ({"adapter": "lora", "targets": "t.yaml"}, "--targets is for MoRA matrices"),
+    "subspace of lora": ({"adapter": "lora", "operator": "subspace"}, "--operator subspace is for MoRA matrices"),
+    "plan and full rank": (
+        {"targets": "t.yaml", "full_rank_steps": 2, "max_steps": 6},
+        "--targets t.yaml is for a model that --full_rank_steps change first",
+    ),
+    "adapter and full rank": (
+        {"adapter": "lora", "init_adapter": "x", "full_rank_steps": 2, "max_steps": 6},
+        "--init_adapter is for the base that it was trained on",
+    ),
+    "upload of nothing": ({"adapter": "none", "push_to_hub": "a/b"}, "leave out --push_to_hub"),
+    "domains of none": ({"eval_domains": ["held=law"]}, "--eval_domains is for --domain_adapters"),
+    "kept activations": (
+        {"hold_weights": True, "compute": "activation"},
+        "layers that are computed over activations (--compute, --domain_adapters) form no weight",
+    ),
+    "evaluation alone": (
+        {"model_name_or_path": None, "train_files": [], "eval_files": ["x"]},
+        "--eval_files without --train_files or --dataset_name",
+    ),
+    "replay alone": (
+        {"model_name_or_path": None, "train_files": [], "replay": ["old=x:0.1"]},
+        "--replay without --train_files, --dataset_name or --mixture",
+    ),
+    "exclusion of nothing": ({"exclude_eval_documents": True}, "--exclude_eval_documents without --eval_files"),
     "two sources": ({"dataset_name": "wiki"}, "--train_files and --dataset_name"),
     "two models": ({"model_config": "c.json"}, "--model_name_or_path and --model_config"),
     "two tokenizers": ({"tokenizer_name": "t", "train_tokenizer_vocab": 500}, "--tokenizer_name and"),
@@ -271,50 +296,23 @@ def test_each_wrong_setting_is_named(case: str) -> None:
     assert len(str(caught.value).splitlines()) == 1, "one mistake, one line"
 
 
+def numbers() -> list[str]:
+    """The settings that are numbers."""
+    groups = [type(each) for each in vars(parse([])).values() if dataclasses.is_dataclass(each)]
+    hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    found = [name for name, hint in hints.items() if {int, float} & {hint, *get_args(hint)}]
+    return [name for name in found if name != "local_rank"]
+
+
+@pytest.mark.parametrize("name", numbers())
+def test_no_number_is_without_bounds(name: str) -> None:
+    stalled = STALLED if name.startswith("stall_") else {}
+    with pytest.raises(UserError, match=f"--{name} must be "):
+        validate(from_flat({"model_name_or_path": "m", "train_files": ["a.txt"], **stalled, name: -7}))
+
+
 def test_everything_wrong_is_listed_at_once() -> None:
     changes = {"mora_rank": 0, "operator": "x", "lr_scheduler_type": "x", "learning_rate": -1.0, "seq_len": 0}
     with pytest.raises(UserError) as caught:
         validate(from_flat({**changes, "max_steps": 0, "bf16": True, "fp16": True, "mora_dropout": 2.0}))
     assert len(str(caught.value).splitlines()) == 8
-
-
-def test_evaluation_sets_have_names() -> None:
-    data = parse(["--eval_files", "held.txt", "news=b/*.txt", "a=b/c.txt", "dir/x=y.txt"]).data
-    assert data.named_eval_files() == [
-        ("held", "held.txt"),
-        ("news", "b/*.txt"),
-        ("a", "b/c.txt"),
-        ("x=y", "dir/x=y.txt"),
-    ]
-
-
-def test_schedule_takes_its_warmup_from_steps_or_ratio() -> None:
-    assert parse(["--warmup_ratio", "0.03"]).schedule(1000).warmup_steps == 30
-    schedule = parse(["--warmup_steps", "7", "--lr_scheduler_type", "constant_with_warmup"]).schedule(1000)
-    assert (schedule.warmup_steps, schedule.kind) == (7, ScheduleKind.CONSTANT)
-
-
-def test_a_stall_rule_has_the_tolerance_of_its_signal() -> None:
-    assert parse(["--merge_every", "50"]).adapter.stall_rule() is None
-    stalled = ["--merge_when", "stalled"]
-    assert parse(stalled).adapter.stall_rule() == StallRule(StallSignal.LOSS, 200, 0.01)
-    update = parse([*stalled, "--stall_signal", "update", "--stall_window", "30"])
-    assert update.adapter.stall_rule() == StallRule(StallSignal.UPDATE, 30, 0.05)
-    validate(from_flat({"model_name_or_path": "m", "train_files": ["a.txt"], "merge_when": "stalled"}))
-
-
-def test_checkpoints_from_before_there_were_stalls_still_belong_to_their_run() -> None:
-    assert parse(["--merge_every", "50"]).adapter.merge_identity() == {"merge_every": 50}
-
-
-def test_adapter_settings_become_the_adapters_config() -> None:
-    config = parse(["--mora_rank", "16", "--train_norms", "--target_modules", "q_proj"]).adapter.config(seed=5)
-    assert (config.rank, config.train_norms, config.target_modules, config.seed) == (16, True, ("q_proj",), 5)
-
-
-def test_each_optimizer_has_its_own_peak_learning_rate() -> None:
-    """The schedule's peak is the MoRA matrices': Muon's under --optimizer muon, AdamW's otherwise."""
-    rates = ("--learning_rate", "0.001", "--muon_learning_rate", "0.02")
-    assert parse([*rates]).training.peak_learning_rate == 0.001
-    assert parse([*rates, "--optimizer", "muon"]).training.peak_learning_rate == 0.02
-    assert parse([*rates, "--optimizer", "muon"]).training.other_lr_ratio == pytest.approx(0.05)

@@ -24,6 +24,7 @@ from mora_ds.checkpoint.universal import from_universal, to_universal
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import from_flat
+from mora_ds.config.domains import eval_domains
 from mora_ds.config.validate import validate
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.export import export_merged
@@ -269,6 +270,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "lora": ({"adapter": "lora"}, "--domain_adapters is for MoRA matrices, and --adapter is lora"),
     "full": ({"adapter": "full"}, "--domain_adapters is for MoRA matrices, and --adapter is full"),
     "weight": ({"compute": "weight"}, "--compute weight forms one weight for all rows"),
+    "blocks": ({"compute": "blocks"}, "--compute blocks forms one weight for all rows"),
     "budget": ({"targets": "auto", "trainable_budget": "1%"}, "--trainable_budget counts one MoRA matrix a layer"),
     "subspace": ({"operator": "subspace"}, "--operator subspace has no MoRA matrices for single rows"),
     "alignment": ({"alignment_weight": 0.1}, "--alignment_weight aligns one update a layer"),
@@ -293,6 +295,14 @@ def test_what_does_not_go_together_is_named(case: str) -> None:
     with pytest.raises(UserError) as error:
         validate(from_flat(given))
     assert part in str(error.value), str(error.value)
+
+
+def test_a_set_is_read_as_the_domain_with_its_name_or_that_it_was_held_out_of() -> None:
+    sets = ["law", "held_out_code", "held_out", "general"]
+    assert eval_domains(["general=law"], sets, ["code", "law"]) == {
+        "law": "law", "held_out_code": "code", "held_out": None, "general": "law",
+    }  # fmt: skip
+    assert eval_domains(["law=shared"], sets, ["code", "law"])["law"] is None
 
 
 WAYS: dict[str, tuple[int, tuple[Any, ...]]] = {

@@ -1,0 +1,106 @@
+"""What the rest of a run gets from the settings: schedule, engine, adapter, and what a resumed run must share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mora_ds.adapters.config import LoRAConfig, MoRAConfig
+from mora_ds.config.arguments import from_flat, parse
+from mora_ds.config.validate import validate
+from mora_ds.engine.ds_config import EngineSettings
+from mora_ds.engine.ds_optimizer import OptimizerKind
+from mora_ds.remora.schedule import MergeWhen, Schedule, ScheduleKind
+from mora_ds.remora.stall import StallRule, StallSignal
+
+
+def test_evaluation_sets_have_names() -> None:
+    data = parse(["--eval_files", "held.txt", "news=b/*.txt", "a=b/c.txt", "dir/x=y.txt"]).data
+    assert data.named_eval_files() == [
+        ("held", "held.txt"),
+        ("news", "b/*.txt"),
+        ("a", "b/c.txt"),
+        ("x=y", "dir/x=y.txt"),
+    ]
+
+
+def test_patterns_of_evaluation_files_are_sets_whose_names_are_not_known_yet() -> None:
+    validate(from_flat({"model_name_or_path": "m", "train_files": ["a"], "eval_files": ["a/*.txt", "b/*.txt"]}))
+
+
+def test_schedule_takes_its_warmup_from_steps_or_ratio() -> None:
+    assert parse(["--warmup_ratio", "0.03"]).schedule(1000).warmup_steps == 30
+    assert parse(["--warmup_ratio", "0.03"]).schedule(1001).warmup_steps == 31, "rounded up"
+    schedule = parse(["--warmup_steps", "7", "--lr_scheduler_type", "constant_with_warmup"]).schedule(1000)
+    assert (schedule.warmup_steps, schedule.kind) == (7, ScheduleKind.CONSTANT)
+
+
+def test_the_schedule_has_every_setting_of_the_flags() -> None:
+    flags = (
+        "--learning_rate 0.002 --min_lr_ratio 0.1 --decay_ratio 0.3 --lr_scheduler_type wsd --warmup_steps 5 "
+        "--merge_when stalled --merge_every 40 --merge_at_latest 300 --restart_warmup_steps 7 --stall_window 20"
+    )
+    arguments = parse(flags.split())
+    assert arguments.schedule(1000) == Schedule(
+        kind=ScheduleKind.WARMUP_STABLE_DECAY, peak=0.002, total_steps=1000, warmup_steps=5, min_ratio=0.1,
+        merge_every=40, restart_warmup_steps=7, decay_ratio=0.3, merge_when=MergeWhen.STALLED, longest_cycle=300,
+    )  # fmt: skip
+    assert arguments.adapter.merge_identity() == {
+        "merge_every": 40, "merge_when": "stalled", "merge_at_latest": 300, "stall_signal": "loss", "stall_window": 20,
+        "stall_tolerance": 0.01,
+    }  # fmt: skip
+
+
+def test_the_engine_has_every_setting_of_the_flags() -> None:
+    flags = (
+        "--per_device_train_batch_size 3 --gradient_accumulation_steps 5 --learning_rate 0.002 --adam_beta1 0.8 "
+        "--adam_beta2 0.9 --adam_epsilon 1e-6 --weight_decay 0.2 --max_grad_norm 0.5 --fp16 --optimizer muon "
+        "--muon_learning_rate 0.02 --muon_momentum 0.9 --tensor_parallel_size 2 --sequence_parallel_size 2"
+    )
+    training = parse(flags.split()).training
+    assert training.engine_settings() == EngineSettings(
+        micro_batch_size=3, gradient_accumulation_steps=5, learning_rate=0.002, betas=(0.8, 0.9), epsilon=1e-6,
+        weight_decay=0.2, max_grad_norm=0.5, bf16=False, fp16=True, optimizer=OptimizerKind.MUON,
+        muon_learning_rate=0.02, muon_momentum=0.9, tensor_parallel_size=2,
+    )  # fmt: skip
+    assert training.rows_per_step(8) == 3 * 5 * 2
+
+
+def test_a_stall_rule_has_the_tolerance_of_its_signal() -> None:
+    assert parse(["--merge_every", "50"]).adapter.stall_rule() is None
+    stalled = ["--merge_when", "stalled"]
+    assert parse(stalled).adapter.stall_rule() == StallRule(StallSignal.LOSS, 200, 0.01)
+    update = parse([*stalled, "--stall_signal", "update", "--stall_window", "30"])
+    assert update.adapter.stall_rule() == StallRule(StallSignal.UPDATE, 30, 0.05)
+    validate(from_flat({"model_name_or_path": "m", "train_files": ["a.txt"], "merge_when": "stalled"}))
+
+
+def test_checkpoints_from_before_there_were_stalls_still_belong_to_their_run() -> None:
+    assert parse(["--merge_every", "50"]).adapter.merge_identity() == {"merge_every": 50}
+
+
+def test_adapter_settings_become_the_adapters_config() -> None:
+    config = parse(["--mora_rank", "16", "--train_norms", "--target_modules", "q_proj"]).adapter.config(seed=5)
+    assert (config.rank, config.train_norms, config.target_modules, config.seed) == (16, True, ("q_proj",), 5)
+    given = "--operator subspace --subspace_cycles 3 --r_hat_multiple 2 --mora_dropout 0.1 --train_head --base_bits 8"
+    assert parse(given.split()).adapter.config(seed=5) == MoRAConfig(
+        operator="subspace", vector_sets=3, r_hat_multiple=2, dropout=0.1, train_head=True, base_bits=8, seed=5
+    )
+    given = "--adapter lora --mora_rank 4 --lora_alpha 3 --mora_dropout 0.1 --train_embeddings"
+    wanted = LoRAConfig(rank=4, alpha=3.0, dropout=0.1, train_embeddings=True, seed=5)
+    assert parse(given.split()).adapter.config(seed=5) == wanted
+    assert parse([*given.split(), "--lora_rank", "9"]).adapter.config(seed=5) == replace(wanted, rank=9)
+
+
+def test_a_run_resumes_with_its_alignment_loss() -> None:
+    given = parse(["--alignment_weight", "0.1", "--alignment_rank", "4"]).adapter
+    assert given.alignment_identity() == {"alignment": [0.1, 4]} and not parse([]).adapter.alignment_identity()
+
+
+def test_each_optimizer_has_its_own_peak_learning_rate() -> None:
+    """The schedule's peak is the MoRA matrices': Muon's under --optimizer muon, AdamW's otherwise."""
+    rates = ("--learning_rate", "0.001", "--muon_learning_rate", "0.02")
+    assert parse([*rates]).training.peak_learning_rate == 0.001
+    assert parse([*rates, "--optimizer", "muon"]).training.peak_learning_rate == 0.02
+    assert parse([*rates, "--optimizer", "muon"]).training.other_lr_ratio == pytest.approx(0.05)
