@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from transformers import AutoConfig
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject
 from mora_ds.adapters.ops import mora
-from mora_ds.common.errors import UserError
 from mora_ds.engine import zero
 from mora_ds.engine.base_ring import names_on_host, ring_of
 from mora_ds.engine.ds_config import complete_ds_config
@@ -29,7 +27,6 @@ from mora_ds.planning.step import Work, measure_step, planned_model, step_memory
 from mora_ds.planning.timing import Cluster
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, tiny_model, tokens
-from tests.helpers.tools import call
 
 ROWS, LENGTH = 2, 64
 ADAPTER = MoRAConfig(rank=8, operator="share")
@@ -345,28 +342,3 @@ def test_offloaded_states_are_in_host_memory() -> None:
     made.ds_config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     memory = made.plan().memory
     assert (memory.masters, memory.moments) == (0, 0) and memory.host_optimizer > 0
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--gpus", "0"], "--gpus must be above 0"),
-        (["--gpus", "8", "--link_gbps", "-1"], "--link_gbps must be above 0"),
-        (["--gpus", "8", "--host_link_gbps", "0"], "--host_link_gbps must be above 0"),
-        (["--gpus", "8", "--base_buffers", "1"], "--base_buffers must be at least 2"),
-        (["--gpus", "8", "--base_device", "host", "--adapter", "full"], "--base_device host is for a base"),
-        (["--gpus", "6", "--tensor_parallel_size", "4"], "--tensor_parallel_size 4 does not divide the 6 ranks"),
-        (["--gpus", "8", "--model", "nowhere.json"], "nowhere.json"),
-    ],
-)
-def test_the_tool_refuses_what_makes_no_plan(flags: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        call("plan", "--model", ROOT / "configs" / "models" / "tiny_llama.json", "--micro_batch", "1", *flags)
-
-
-def test_the_tool_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
-    config = ROOT / "configs" / "models" / "tiny_llama.json"
-    call("plan", "--model", config, "--gpus", 16, "--gpu_memory", 1, "--json")
-    found = json.loads(capsys.readouterr().out)
-    assert found["recommended"] and found["fits"] and found["bytes"]["peak"] < 1e9
-    assert found["passes"] == pytest.approx(1, rel=0.01)

@@ -1,0 +1,128 @@
+"""Which plan is recommended, and how a plan's figures follow from those of its model: on tiny models, in no time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.engine.ds_config import complete_ds_config
+from mora_ds.planning import plan as plans
+from mora_ds.planning.costs import costs
+from mora_ds.planning.plan import LARGEST_MICRO_BATCH, Planner, _group_sizes, recommend
+from mora_ds.planning.report import as_json, report, verdict
+from mora_ds.planning.step import Streamed, Work, planned_model
+from mora_ds.planning.timing import Cluster, attention_macs, head_macs
+from tests.helpers.models import FAMILIES
+
+ADAPTER = MoRAConfig(rank=4, operator="share")
+
+
+def work(**changes: Any) -> Work:
+    config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], "num_key_value_heads": 2, "num_hidden_layers": 1})
+    return replace(Work(config, ADAPTER, seq_len=32, micro_batch=2), **changes)
+
+
+def planner(cluster: Cluster, accumulation: int = 1, on_cpu: bool = False, **changes: Any) -> Planner:
+    completed = complete_ds_config({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}, [1])
+    return Planner(work(**changes), cluster, completed, accumulation, on_cpu)
+
+
+# -- a recommendation --------------------------------------------------------------------------------------------------
+
+
+def test_groups_are_those_that_heads_tokens_and_a_node_can_share() -> None:
+    everything = [(1, 1), (1, 2), (2, 1), (1, 4)]
+    assert list(_group_sizes(work(), Cluster(8))) == everything
+    assert list(_group_sizes(work(), Cluster(6))) == everything[:3], "4 ranks do not divide 6"
+    assert list(_group_sizes(work(), Cluster(8, per_node=2))) == everything[:3]
+    assert list(_group_sizes(work(seq_len=34), Cluster(8))) == everything[:3], "nor 4 the tokens of a row"
+    unsplit = [each for each in everything if each[0] == 1]
+    for adapter in (None, replace(ADAPTER, base_bits=8), replace(ADAPTER, target_modules=("all-linear", "experts"))):
+        assert list(_group_sizes(work(adapter=adapter), Cluster(8))) == unsplit
+    assert list(_group_sizes(work(base_buffers=2), Cluster(8))) == unsplit
+    odd = work()
+    odd.config.num_key_value_heads = 3
+    assert list(_group_sizes(odd, Cluster(8))) == [(1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("speeds", "chosen"), [((98.0, 100.0), 0), ((90.0, 100.0), 1), ((None, 5.0), 1), ((100.0, 98.0), 0)]
+)
+def test_the_simpler_of_two_that_are_about_as_fast_is_taken(
+    monkeypatch: pytest.MonkeyPatch, speeds: tuple[float | None, ...], chosen: int
+) -> None:
+    found = [None if speed is None else SimpleNamespace(tokens_per_second=speed) for speed in speeds]
+    asked: list[Any] = []
+
+    def largest(planner: Planner, limit: int, checkpointing: bool, **group: int) -> Any:
+        asked.append((limit, *group.values()))
+        return found[checkpointing]
+
+    monkeypatch.setattr(plans, "_largest", largest)
+    made: Any = SimpleNamespace(work=work(), cluster=Cluster(8), base_bytes=0)
+    for rows in (None, 16, 8, 4):  # a row for each rank is enough; fewer are shared
+        assert recommend(made, rows) is found[chosen]
+    assert asked[::2] == [(LARGEST_MICRO_BATCH, 1, 1), (2, 1, 1), (1, 1, 1), (1, 1, 2)]
+    made.base_bytes = 0.93 * 80e9
+    assert recommend(made) is None, "no group makes the base smaller"
+
+
+# -- figures of a plan -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_sent_in_a_step_is_that_of_all_its_micro_batches() -> None:
+    plan = planner(Cluster(4), accumulation=3, tensor_parallel=2).plan()
+    spent = costs(planned_model(work()), 2, 2, plan.work.tokens)
+    assert spent.wire("activation") > 0
+    assert plan.sent == (plan.gathered + plan.reduced) / 2 + spent.wire("activation") * 2 * 3
+    assert f"{2 * 3 * 2 * 32:,} tokens a step" in report(plan)
+    assert plan.passes == plan.gathered / (2 * plan.trained.total)
+
+
+def test_full_training_forms_the_gradients_of_all_weights() -> None:
+    plan = planner(Cluster(1), adapter=None).plan()
+    spent = costs(planned_model(work(adapter=None)), 1, 1, plan.work.tokens)
+    macs = spent.base_macs * 3 // 2 + attention_macs(plan.work) + head_macs(plan.work)
+    assert plan.time.products == pytest.approx(2e-12 / 400 * macs)
+    assert plan.memory.logits == 2 * 32 * plan.work.config.vocab_size * 2, "its head is trained"
+
+
+def test_a_node_of_cpus_has_one_base_until_a_merge_writes_to_it() -> None:
+    plan = planner(Cluster(16, per_node=4), on_cpu=True).plan(exact=False)
+    memory = plan.memory
+    own = memory.peak - memory.base
+    assert memory.logits == 0 and plan.host_memory == memory.base + 4 * own + memory.host_save
+    assert plan.host_memory_after_merge == plan.host_memory + 3 * memory.base
+    assert "a node needs" in verdict(plan) and "after a merge" in verdict(plan)
+    few = replace(plan, cluster=Cluster(2, per_node=4))
+    assert few.host_memory_after_merge - few.host_memory == few.memory.base
+    on_gpus = replace(plan, trained=replace(plan.trained, on_cpu=False))
+    assert on_gpus.host_memory_after_merge == on_gpus.host_memory == memory.base + memory.host_save
+    offloaded = replace(on_gpus, memory=replace(memory, host_optimizer=1000))
+    assert offloaded.host_memory == on_gpus.host_memory + 4 * 1000
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_weights_are_counted_under_their_bits(bits: int) -> None:
+    plan = planner(Cluster(4), adapter=replace(ADAPTER, base_bits=bits)).plan(exact=False)
+    found = as_json(plan)
+    assert found[f"base_bytes_in_{bits}_bits"] == plan.quantized > 0 == found[f"base_bytes_in_{12 - bits}_bits"]
+    assert plan.files == plan.base_elements * 2, "the files have all of their bits"
+
+
+def test_a_planner_remembers_nothing_of_other_settings() -> None:
+    made = planner(Cluster(8))
+    for changes in ({}, {"checkpointing": True}, {"sequence_parallel": 2}):
+        assert made.plan(**changes) == planner(Cluster(8)).plan(**changes)
+
+
+def test_layers_that_a_device_has_already_are_not_copied_again() -> None:
+    streamed = Streamed((10, 20, 30, 40), buffers=2, slot=45)
+    assert (streamed.total, streamed.on_device, streamed.forward, streamed.backward) == (100, 90, 70, 30)
+    few = Streamed.of(planned_model(work()), 99)
+    assert few.buffers == len(few.layers) == work().layers
