@@ -7,14 +7,18 @@ import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import RunError
 from mora_ds.remora.stall import StallRule, StallSignal
+from mora_ds.train import trainer as trainer_module
 from mora_ds.train.metrics import (
     STEP_TAGS,
     MetricsLog,
@@ -24,6 +28,7 @@ from mora_ds.train.metrics import (
     perplexity,
     plain_json,
 )
+from mora_ds.train.trainer import Trainer
 from tests.helpers.jobs import rows
 
 
@@ -58,6 +63,23 @@ def test_a_row_is_in_the_file_at_once(tmp_path: Path) -> None:
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.value for event in board.Scalars("9_subspace/alignment")] == [0.25]
     assert [event.value for event in board.Scalars("2_evaluation/tasks/quiz/acc")] == [0.5]
+
+
+def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every so many steps one is, and the last one always."""
+    logged: list[StepMetrics] = []
+    trainer: Any = Trainer.__new__(Trainer)
+    vars(trainer).update(
+        state=TrainerState(step=3, tokens=384), rows_per_step=8, train_data=SimpleNamespace(seq_len=16), engine=None,
+        replica=SimpleNamespace(world=4), log=SimpleNamespace(step=logged.append), bytes_gathered_per_step=7,
+        job=SimpleNamespace(alignment=None), _mixture=None, training=SimpleNamespace(logging_steps=3),
+        schedule=SimpleNamespace(total_steps=8),
+    )  # fmt: skip
+    monkeypatch.setattr(trainer_module.zero, "gradient_norm", lambda engine: 0.5)
+    monkeypatch.setattr(trainer_module, "peak_memory_bytes", lambda: 2**30)
+    trainer._log_step(2.0, 1e-3, seconds=2.0)
+    assert logged == [StepMetrics(3, 2.0, 1e-3, 0.5, 384, 64.0, 16.0, 2.0, 2**30, 7)]
+    assert [step for step in range(1, 9) if trainer._is_logged(step)] == [3, 6, 8]
 
 
 def test_losses_are_summed_by_source_and_forgotten_with_the_step() -> None:
