@@ -1,10 +1,11 @@
-"""Options of the Trainer that contradict an adapter are refused by name; and what is used of transformers."""
+"""Options of the Trainer that contradict an adapter are refused by name; merges; and what is used of transformers."""
 
 from __future__ import annotations
 
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -41,6 +42,27 @@ def arguments(out: Path, **changes: Any) -> TrainingArguments:
 def test_options_that_contradict_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         check_options(arguments(tmp_path, **changes), {})
+
+
+def test_what_goes_with_an_adapter_passes(tmp_path: Path) -> None:
+    check_options(arguments(tmp_path, optim="adamw_torch_fused"), {})
+    with_optimizer = {**ds_config(), "optimizer": {"type": "Muon"}}
+    check_options(arguments(tmp_path, optim="adafactor", deepspeed=with_optimizer), {})
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_only_data_parallelism_goes_with_it(tmp_path: Path, size: int) -> None:
+    args = arguments(tmp_path)
+    args.parallelism_config = SimpleNamespace(non_data_parallel_size=size)
+    for option in ("use_cpu", "fsdp"):
+        setattr(args, option, size > 1)
+    if size == 1:
+        return check_options(args, {})
+    with pytest.raises(UserError) as refused:
+        check_options(args, {})
+    assert [line.split("=")[0] for line in str(refused.value).splitlines()] == [
+        "TrainingArguments(fsdp", "TrainingArguments(use_cpu", "TrainingArguments(parallelism_config",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["model_init", "optimizers", "optimizer_cls_and_kwargs", "peft_config"])
@@ -82,12 +104,57 @@ def test_the_callback_needs_the_mixin(tmp_path: Path) -> None:
 
 
 def test_the_config_is_filled_from_the_adapters_parameters(tmp_path: Path) -> None:
-    args = arguments(tmp_path, learning_rate=3e-4, weight_decay=0.1)
+    args = arguments(tmp_path, learning_rate=3e-4, weight_decay=0.1, adam_epsilon=1e-7)
     fill_config(args, [100, 100])
     config = args.hf_deepspeed_config.config
-    assert config["optimizer"]["params"] == {"lr": 3e-4, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}
+    filled = {"lr": 3e-4, "betas": [0.9, 0.999], "eps": 1e-7, "weight_decay": 0.1}
+    assert config["optimizer"] == {"type": "AdamW", "params": filled}
     assert config["zero_optimization"]["reduce_bucket_size"] == 200
     assert config["zero_optimization"]["stage3_param_persistence_threshold"] == 0, "what the user sets stays"
+
+
+def test_an_optimizer_of_the_config_stays(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"type": "auto", "params": {"lr": 0.5}}
+    args = arguments(tmp_path, deepspeed={**ds_config(), "optimizer": given})
+    fill_config(args, [100])
+    optimizer = args.hf_deepspeed_config.config["optimizer"]
+    assert optimizer["type"] == "AdamW" and optimizer["params"]["lr"] == 0.5 and optimizer["params"]["eps"] == 1e-8
+    args = arguments(tmp_path, deepspeed={**ds_config(), "optimizer": {"type": 7}})
+    with pytest.raises(UserError, match=r'"optimizer.type" in the DeepSpeed config must be a name, got 7'):
+        fill_config(args, [100])
+
+
+def merges(steps: int, **settings: Any) -> tuple[list[int], list[float]]:
+    """Steps of the merges of a run, and the factor of the learning rate at each step."""
+    callback = MoRACallback(restart_warmup_steps=2, **settings)
+    state: Any = SimpleNamespace(global_step=0, max_steps=steps)
+    done = SimpleNamespace(merges=[])
+    callback.trainer: Any = SimpleNamespace(
+        run=SimpleNamespace(state=done), merge=lambda: done.merges.append(state.global_step)
+    )
+    args: Any = SimpleNamespace(learning_rate=1.0, get_warmup_steps=lambda total: 3)
+    callback.plan(args, steps)
+    factor, rates = callback.rewarmed(lambda step: 1 - step / 100), []
+    for step in range(steps):
+        rates.append(factor(step))
+        state.global_step = step + 1
+        callback.on_step_end(args, state, None)  # type: ignore[arg-type]
+    return done.merges, rates
+
+
+def test_merges_come_when_they_are_due_and_lower_the_learning_rate() -> None:
+    """None in the warm-up of 3 steps, or 2 steps before the end; a re-warmup leads to the curve's value after it."""
+    steps, rates = merges(10, merge_every=2 + 1)
+    assert steps == [3, 6]
+    curve = [1 - step / 100 for step in range(10)]
+    for step, rate in enumerate(rates):
+        merged_at = 3 * (step // 3) if 3 <= step < 9 else None
+        if merged_at is None or step == merged_at + 2:
+            assert rate == curve[step]
+        else:
+            assert rate == pytest.approx(curve[merged_at + 2] * (step - merged_at + 1) / 3)
+    assert merges(10, merge_every=3, merge_at_end=True)[0] == [3, 6, 10]
+    assert merges(10, merge_at_end=True)[0] == [10] and merges(10)[0] == []
 
 
 def test_transformers_and_accelerate_have_what_is_overridden() -> None:
