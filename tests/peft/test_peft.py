@@ -96,6 +96,55 @@ def test_merging_keeps_the_model(family: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=tolerance)
 
 
+def test_a_merge_is_summed_in_fp32_and_can_be_refused() -> None:
+    """Updates below the rounding of bf16 add up, whatever their number; NaN leaves the weight as it was."""
+    model = get_peft_model(tiny_model(dtype=torch.bfloat16), MoraConfig(r=4), adapter_name="a0")
+    names = [f"a{number}" for number in range(4)]
+    for name in names[1:]:
+        model.add_adapter(name, MoraConfig(r=4))
+    (name, layer), *_ = layers(model).items()
+    before = layer.base_layer.weight.detach().clone()
+    for adapter in names:
+        layer.mora_square[adapter].data.fill_(2e-5)
+    wanted = before.float() + sum(layer.get_delta_weight(adapter) for adapter in names)
+    layer.merge(adapter_names=names[:2])
+    layer.merge(adapter_names=names[2:])
+    assert layer.merged_adapters == names
+    layer.unmerge()
+    assert layer.merged_adapters == []
+    layer.base_layer.weight.data.copy_(before)
+    layer.merge(adapter_names=names)
+    assert torch.equal(layer.base_layer.weight, wanted.bfloat16()) and not torch.equal(layer.base_layer.weight, before)
+    layer.unmerge()
+    before = layer.base_layer.weight.detach().clone()
+    layer.mora_square["a1"].data[0, 0] = torch.nan
+    with pytest.raises(UserError, match="merging a1 gives a weight that is not finite"):
+        layer.merge(safe_merge=True, adapter_names=["a1"])
+    assert torch.equal(layer.base_layer.weight, before) and not layer.merged_adapters
+
+
+def test_a_config_means_what_it_does_in_a_run() -> None:
+    settings = {"r_hat_multiple": 2, "operator": "share", "grouping": "strided", "seed": 7}
+    ours = mora_ds.MoRAConfig(rank=4, dropout=0.25, **settings)
+    assert MoraConfig(r=4, mora_dropout=0.25, **settings).adapter() == ours
+    model = get_peft_model(tiny_model(), MoraConfig(r=4, cycle=2, mora_dropout=0.5))
+    fill(model, "default", seed=1)
+    (name, layer), *_ = layers(model).items()
+    assert layer.mora_spec["default"] == mora_ds.MoRAConfig(rank=4).operator_for(name, 32, 32, 2)
+    x = torch.ones(3, 32)
+    assert torch.equal(layer.eval()(x), layer(x)) and not torch.equal(layer.train()(x), layer(x)), "dropout"
+
+
+def test_a_merged_adapter_is_taken_out_where_adapters_are_disabled() -> None:
+    model = get_peft_model(tiny_model(), MoraConfig(r=4))
+    base = logits(tiny_model())
+    fill(model, "default", seed=1)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), base, rtol=0, atol=1e-5)
+        assert not any(layer.merged for layer in layers(model).values())
+
+
 def test_several_adapters_are_chosen_by_name(tmp_path: Path) -> None:
     base = logits(tiny_model())
     model = get_peft_model(tiny_model(), MoraConfig(r=4), adapter_name="law")
@@ -134,6 +183,10 @@ def test_wrong_settings_are_named() -> None:
         MoraConfig(operator="subspace")
     with pytest.raises(UserError, match="embed_tokens"):
         get_peft_model(tiny_model(), MoraConfig(target_modules=["embed_tokens"]))
+    model = tiny_model()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match="Conv1D with floating-point weights"):
+        get_peft_model(model, MoraConfig(target_modules=["lm_head"]))
     with pytest.raises(UserError, match="MoRA adapts"):
         model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
         get_peft_model(model, MoraConfig(target_modules=["q_proj"]))
