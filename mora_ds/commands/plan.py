@@ -11,6 +11,7 @@ sizes; with it, it plans the given settings. Where the base does not fit it plan
 import argparse
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
@@ -154,4 +155,5 @@ def _ds_config(given: argparse.Namespace) -> dict[str, object]:
     )
     flags = replace(settings.engine_settings(), bf16=given.dtype == "bf16", fp16=given.dtype == "fp16")
     replicas = given.gpus // (given.tensor_parallel_size * given.sequence_parallel_size)
-    return resolve_ds_config(given.deepspeed and shipped(given.deepspeed), flags, max(1, replicas))
+    file = None if given.deepspeed is None else Path(shipped(given.deepspeed)).expanduser()
+    return resolve_ds_config(file, flags, max(1, replicas))

@@ -1,0 +1,78 @@
+"""`mora-ds plan`: what its flags mean, what it refuses, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.commands import plan as tool
+from mora_ds.common.errors import UserError
+from mora_ds.planning.plan import Planner
+from mora_ds.planning.timing import Cluster
+from tests.helpers.jobs import REPOSITORY
+from tests.helpers.tools import call
+
+TINY = REPOSITORY / "configs" / "models" / "tiny_llama.json"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gpus", "0"], "--gpus must be above 0"),
+        (["--gpus", "8", "--link_gbps", "-1"], "--link_gbps must be above 0"),
+        (["--gpus", "8", "--host_link_gbps", "0"], "--host_link_gbps must be above 0"),
+        (["--gpus", "8", "--base_buffers", "1"], "--base_buffers must be at least 2"),
+        (["--gpus", "8", "--base_device", "host", "--adapter", "full"], "--base_device host is for a base"),
+        (["--gpus", "6", "--tensor_parallel_size", "4"], "--tensor_parallel_size 4 does not divide the 6 ranks"),
+        (["--gpus", "8", "--model", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_the_tool_refuses_what_makes_no_plan(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call("plan", "--model", TINY, "--micro_batch", "1", *flags)
+
+
+def test_the_tool_plans_what_its_flags_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    flags = (
+        "--gpus 16 --gpus_per_node 4 --gpu_memory 40 --tflops 100 --link_gbps 800 --node_link_gbps 200 "
+        "--host_link_gbps 80 --seq_len 256 --micro_batch 2 --accumulation 3 --tensor_parallel_size 2 --dtype fp16 "
+        "--no_document_mask --hold_weights --mora_rank 4 --deepspeed=~/ds.json"
+    )
+    monkeypatch.setattr(sys, "argv", ["plan", "--model", str(TINY), *flags.split()])
+    given = tool._options()
+    work, config = tool._work(given), tool._ds_config(given)
+    assert (work.seq_len, work.micro_batch, work.dtype, work.tensor_parallel) == (256, 2, torch.float16, 2)
+    assert (work.document_mask, work.hold_weights, work.checkpointing) == (False, True, False)
+    assert work.adapter == MoRAConfig(rank=4)
+    assert tool._cluster(given) == Cluster(16, 4, 40e9, 100, 1e11, 25e9, 1e10)
+    assert config["train_batch_size"] == 2 * 3 * 8 and config["zero_optimization"]["stage"] == 2
+
+
+def test_the_tool_tries_the_device_before_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def note(made: Planner, rows: int) -> None:
+        asked.append((made.work.base_buffers, made.work.checkpointing, made.accumulation, rows))
+
+    monkeypatch.setattr(tool, "recommend", note)
+    monkeypatch.setattr(Planner, "plan", lambda made: None)
+    for name in ("recommend_sharding", "report"):
+        monkeypatch.setattr(tool, name, lambda *given, **named: "")
+    for more in ((), ("--base_device", "device"), ("--adapter", "full")):
+        call("plan", "--model", TINY, "--gpus", 8, "--accumulation", 3, "--rows", 64, *more)
+    assert asked == [(None, True, 3, 64), (2, True, 3, 64), (None, True, 3, 64), (None, True, 3, 64)]
+
+
+def test_the_tool_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    call("plan", "--model", TINY, "--gpus", 16, "--gpu_memory", 1, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["recommended"] and found["fits"] and found["bytes"]["peak"] < 1e9
+    assert found["passes"] == pytest.approx(1, rel=0.01)
