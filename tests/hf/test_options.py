@@ -132,7 +132,7 @@ def merges(steps: int, **settings: Any) -> tuple[list[int], list[float]]:
     callback.trainer: Any = SimpleNamespace(
         run=SimpleNamespace(state=done), merge=lambda: done.merges.append(state.global_step)
     )
-    args: Any = SimpleNamespace(learning_rate=1.0, get_warmup_steps=lambda total: 3)
+    args: Any = SimpleNamespace(learning_rate=1.0, get_warmup_steps=lambda total: 4)
     callback.plan(args, steps)
     factor, rates = callback.rewarmed(lambda step: 1 - step / 100), []
     for step in range(steps):
@@ -143,18 +143,19 @@ def merges(steps: int, **settings: Any) -> tuple[list[int], list[float]]:
 
 
 def test_merges_come_when_they_are_due_and_lower_the_learning_rate() -> None:
-    """None in the warm-up of 3 steps, or 2 steps before the end; a re-warmup leads to the curve's value after it."""
-    steps, rates = merges(10, merge_every=2 + 1)
-    assert steps == [3, 6]
-    curve = [1 - step / 100 for step in range(10)]
+    """None in the warm-up of 4 steps, or 2 steps before the end; a re-warmup leads to the curve's value after it."""
+    steps, rates = merges(12, merge_every=3)
+    assert steps == [6, 9]
+    curve = [1 - step / 100 for step in range(12)]
     for step, rate in enumerate(rates):
-        merged_at = 3 * (step // 3) if 3 <= step < 9 else None
+        merged_at = 3 * (step // 3) if step >= 6 else None
         if merged_at is None or step == merged_at + 2:
             assert rate == curve[step]
         else:
             assert rate == pytest.approx(curve[merged_at + 2] * (step - merged_at + 1) / 3)
-    assert merges(10, merge_every=3, merge_at_end=True)[0] == [3, 6, 10]
-    assert merges(10, merge_at_end=True)[0] == [10] and merges(10)[0] == []
+    assert merges(12, merge_every=3, merge_at_end=True)[0] == [6, 9, 12]
+    assert merges(11, merge_every=3)[0] == [6]
+    assert merges(12, merge_at_end=True)[0] == [12] and merges(12)[0] == []
 
 
 def test_transformers_and_accelerate_have_what_is_overridden() -> None:
