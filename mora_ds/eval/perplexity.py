@@ -243,7 +243,7 @@ def harness(target: Target, tasks: Sequence[str], window: int, batch_size: int) 
     wrapped = HFLM(pretrained=target.model, tokenizer=target.tokenizer, batch_size=batch_size, max_length=window)
     try:
         results = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), log_samples=False)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, OSError) as error:  # OSError: its data cannot be fetched
         raise UserError(f"--lm_eval {' '.join(tasks)}: {error}") from error
     return dict(results["results"])
 

@@ -111,14 +111,17 @@ def test_the_harness_gets_the_live_model(user: Playground, monkeypatch: pytest.M
         assert model["pretrained"] is target.model and model["tokenizer"] is target.tokenizer and not log_samples
         if "nothing" in tasks:
             raise KeyError("nothing")
+        if "offline" in tasks:
+            raise ConnectionError("no network")
         return {"results": {task: {"acc,none": 0.5} for task in tasks}}
 
     package.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
     for module in (package, models, huggingface):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     assert harness(target, ["arc_easy"], 64, 2) == {"arc_easy": {"acc,none": 0.5}}
-    with pytest.raises(UserError, match="--lm_eval nothing"):
-        harness(target, ["nothing"], 64, 2)
+    for task in ("nothing", "offline"):
+        with pytest.raises(UserError, match=f"--lm_eval {task}"):
+            harness(target, [task], 64, 2)
 
 
 def test_what_cannot_be_evaluated_is_named(user: Playground, tmp_path: Path) -> None:
@@ -189,6 +192,8 @@ def test_every_adapter_of_a_bank_has_the_figures_of_its_merged_model(
     ):
         with pytest.raises(UserError, match=message):
             evaluated(*flags)
+    with pytest.raises(UserError, match=r"--json .*: name a file in a folder that exists"):
+        call("evaluate", user.model, *sets, "--json", tmp_path / "no" / "scores.json")
     (tmp_path / "bank" / "c" / "adapter.json").write_text("{")
     monkeypatch.setattr(perplexity, "evaluate", lambda *_: pytest.fail("nothing is evaluated before"))
     with pytest.raises(UserError, match=r"adapter 'c' cannot be used: .*adapter.json is damaged"):
