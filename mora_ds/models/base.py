@@ -80,7 +80,7 @@ class BaseCheckpoint:
         if not (folder / "config.json").is_file():
             raise UserError(f"{flag}: {folder} is not a model folder: it has no config.json")
         try:
-            if "quantization_config" in read_json(folder / "config.json"):
+            if read_json(folder / "config.json").get("quantization_config") is not None:
                 raise UserError(f"{folder} holds quantized weights; give the unquantized model")
             return cls(folder, _locate_tensors(folder))
         except NotOneToOne:

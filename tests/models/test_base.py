@@ -92,6 +92,12 @@ def test_bad_folder_is_named_with_the_flag(llama: Path, damage: Any, words: str)
     assert "--model_name_or_path" in str(caught.value) and str(llama) in str(caught.value)
 
 
+def test_a_config_may_say_that_nothing_is_quantized(llama: Path) -> None:
+    content = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**content, "quantization_config": None}))
+    assert BaseCheckpoint.open(llama).keys()
+
+
 def test_missing_shard_is_named(sharded: Path) -> None:
     shard = sorted(sharded.glob("model-*.safetensors"))[1]
     shard.unlink()
