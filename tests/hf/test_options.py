@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,14 @@ from tests.helpers.models import tiny_model
 
 def arguments(out: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(out), report_to=[], **{"deepspeed": ds_config(), **changes})
+
+
+@pytest.fixture(autouse=True)
+def _forget_the_config() -> Iterator[None]:
+    """transformers shards every model that is made while `TrainingArguments` with ZeRO-3 live, and an exception of a
+    test may keep them."""
+    yield
+    hf_deepspeed.unset_hf_deepspeed_config()
 
 
 @pytest.mark.parametrize(
