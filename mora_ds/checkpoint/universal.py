@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mora_ds.checkpoint.adapter_files import AdapterTensors, read_adapter, write_adapter
-from mora_ds.checkpoint.layout import ADAPTER_JSON, ENGINE_TAG, STATE_FILE, step_folder
+from mora_ds.checkpoint.layout import ADAPTER_JSON, ENGINE_TAG, STATE_FILE, find_checkpoint, step_folder
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import (
@@ -56,7 +56,7 @@ def to_universal(checkpoint: Path, output: Path) -> list[str]:
 
     Raises `UserError` for a checkpoint that is damaged, or `output` that exists.
     """
-    checkpoint = checkpoint.resolve()
+    checkpoint = find_checkpoint(checkpoint).resolve()
     _require(checkpoint, output)
     shards, state = EngineShards.open(checkpoint / ENGINE_TAG), TrainerState.read(checkpoint)
     if shards.first.swapped:

@@ -93,9 +93,11 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
 def _verify_one(folder: Path, base: Path | None) -> Verdict:
     verdict = Verdict(folder)
     is_full = _is_full_training(folder)
-    checks: list[Callable[[Path], Iterator[str]]] = [_files, _state, _shards]
+    checks: list[Callable[[Path], Iterator[str]]] = [_files]
+    if has_run := not _is_adapter_alone(folder):
+        checks += [_state, _shards]
     if not is_full:
-        checks += [_adapter, _ledger, _agreement]
+        checks += [_adapter, _ledger, _agreement] if has_run else [_adapter, _ledger]
     for check in checks:
         _run(verdict, lambda check=check: check(folder))  # type: ignore[misc]
     if base is not None and not is_full:
@@ -126,6 +128,14 @@ def _is_full_training(folder: Path) -> bool:
     try:
         return TrainerState.read(folder).identity.get("adapter", {}).get("kind") == "full"
     except (UserError, AttributeError):
+        return False
+
+
+def _is_adapter_alone(folder: Path) -> bool:
+    """Whether it was made out of a checkpoint, without a run's state, as `export_adapter` and `combine_adapters` do."""
+    try:
+        return (folder / ADAPTER_JSON).is_file() and STATE_FILE not in listed_files(folder)
+    except (UserError, RunError):
         return False
 
 
@@ -194,7 +204,8 @@ def _adapter(folder: Path) -> Iterator[str]:
         if not torch.isfinite(tensor).all()
     ]
     BaseReference.read(folder)
-    open_safetensors(folder / PROBE_FILE)
+    if not _is_adapter_alone(folder):
+        open_safetensors(folder / PROBE_FILE)
     if problems:
         raise _Problems(problems)
     yield f"adapter: {len(adapter.layers)} layers, cycle {adapter.cycle}, {len(adapter.trainables)} other tensor(s)"
@@ -202,7 +213,8 @@ def _adapter(folder: Path) -> Iterator[str]:
 
 def _ledger(folder: Path) -> Iterator[str]:
     ledger = Ledger.open(folder / LEDGER_FOLDER, BaseReference.read(folder).fingerprint)
-    cycle, merges = read_adapter(folder).cycle, len(TrainerState.read(folder).merges)
+    cycle = read_adapter(folder).cycle
+    merges = cycle if _is_adapter_alone(folder) else len(TrainerState.read(folder).merges)
     if not ledger.cycles == cycle == merges:
         raise UserError(
             f"{ledger.folder} has {ledger.cycles} cycle(s), {ADAPTER_JSON} was written in cycle {cycle}, "

@@ -9,6 +9,7 @@ Nothing is copied: the only thing written from a corpus is its token cache.
 from __future__ import annotations
 
 import glob
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from mora_ds.data.held_out import DocumentFilter
 from mora_ds.data.parts import DatasetPart, FilePart, Part, StreamedDatasetPart
 from mora_ds.data.prepared import PreparedPart, is_prepared, open_prepared
 from mora_ds.data.readers import Document, check_column, file_kind, has_known_suffix
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,8 @@ def stream_dataset(name: str, text_column: str, flag: str, split: str = "train")
 def resolve_files(patterns: Sequence[str], flag: str = "--train_files") -> list[Path]:
     """Files (and folders that `datasets` saved) in the order of the patterns, sorted within each, without repeats.
 
-    A folder stands for all files within it that have a known suffix. Raises `UserError` for a pattern without a match.
+    A folder stands for all files within it that have a known suffix. Files of no bytes are left out where a pattern or
+    a folder has found them, but not where they are named. Raises `UserError` for a pattern without a match.
     """
     paths: dict[str, Path] = {}
     for pattern in patterns:
@@ -132,6 +136,10 @@ def resolve_files(patterns: Sequence[str], flag: str = "--train_files") -> list[
             if os.path.isdir(os.path.expanduser(pattern)):
                 raise UserError(f"{flag}: the folder {pattern!r} holds no file of a kind that is read")
             raise UserError(f"{flag}: no file matches {pattern!r}.{_near_files(pattern)}")
+        if matches != [Path(os.path.expanduser(pattern))]:
+            found, matches = matches, [path for path in matches if path.is_dir() or path.stat().st_size] or matches
+            if left_out := len(found) - len(matches):
+                logger.info(f"{flag} {pattern}: {left_out} of {len(found)} files are empty, and left out")
         for path in matches:
             paths.setdefault(os.path.realpath(path), path)
     return list(paths.values())

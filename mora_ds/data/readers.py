@@ -114,7 +114,9 @@ _KINDS = {
     ".arrow": FileKind.ARROW,
 }
 _COMPRESSED = (".gz", ".zst")
-_UNREADABLE = (".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".pdf", ".docx", ".safetensors", ".bin", ".npy")
+_UNREADABLE = (
+    ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".pdf", ".docx", ".csv", ".tsv", ".safetensors", ".bin", ".npy",
+)  # fmt: skip
 
 
 def has_known_suffix(path: Path) -> bool:

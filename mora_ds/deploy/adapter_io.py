@@ -1,6 +1,7 @@
 """An adapter without its run: exported from a checkpoint, and put onto the base by one call.
 
-    export_adapter(checkpoint, folder)      adapter.json, adapter.safetensors, base.json, ledger/, manifest.json
+    export_adapter(checkpoint, folder)      adapter.json, adapter.safetensors, base.json, ledger/, manifest.json, and
+                                            tokenizer/ where the checkpoint has one
     model = load_adapter(base, folder)      a Hugging Face model whose weights are the run's live ones, bit for bit
 
 The model keeps its MoRA matrices: it can be run, trained on (`mora_ds.initialize`) or inspected. `export_merged` writes
@@ -24,10 +25,18 @@ from mora_ds.adapters.inject import inject, mora_layers, move_base
 from mora_ds.adapters.merge_layer import write_live
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, chosen_domain, open_adapter
-from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON, LEDGER_FOLDER, find_adapter
+from mora_ds.checkpoint.layout import (
+    ADAPTER_JSON,
+    ADAPTER_TENSORS,
+    BASE_JSON,
+    LEDGER_FOLDER,
+    TOKENIZER_FOLDER,
+    find_adapter,
+    tokenizer_of,
+)
 from mora_ds.checkpoint.state import MERGE_PRECISION
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import atomic_folder, write_manifest
+from mora_ds.common.files import atomic_folder, copy_folder, write_manifest
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import load_model
 from mora_ds.models.tensor_files import compute_dtype
@@ -50,6 +59,8 @@ def export_adapter(checkpoint: Path | str, output: Path | str) -> list[str]:
             shutil.copyfile(source / name, folder / name)
         reference.absolute(source).write(folder)
         ledger.copy_to(folder / LEDGER_FOLDER)
+        if tokenizer := tokenizer_of(source):
+            copy_folder(tokenizer, folder / TOKENIZER_FOLDER)
         write_manifest(folder)
     nbytes = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     layers = f"{len(adapter.layers)} layers, {ledger.cycles} merged cycle(s)"

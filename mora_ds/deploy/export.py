@@ -230,9 +230,12 @@ def _check_shape(run: OpenedRun, name: str, shape: tuple[int | None, ...]) -> No
 
 
 def _check_output(output: Path, overwrite: bool, read: Sequence[Path]) -> None:
-    """Refuses to overwrite anything but a model, and the folders that the export reads."""
+    """Refuses to overwrite anything but a model, and what the export reads, base and checkpoint; and to write into the
+    checkpoint."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"--output {output} exists and is not a folder")
+    if set(output.resolve().parents) & set(read[1:]):
+        raise UserError(f"--output {output} lies in the checkpoint; give another folder")
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:

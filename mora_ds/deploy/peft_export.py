@@ -222,7 +222,7 @@ def _perplexities(run: OpenedRun, folder: Path) -> Iterator[str]:
 
 
 def _perplexity(logits: Tensor, ids: Tensor) -> float:
-    return math.exp(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item())
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).double().exp().item()
 
 
 def _load(run: OpenedRun, folder: Path) -> Any:

@@ -141,7 +141,8 @@ def test_one_call_gives_the_live_model_to_the_bit(
     names = {path.relative_to(tmp_path / "adapter").as_posix() for path in (tmp_path / "adapter").rglob("*.*")}
     assert names == {
         "adapter.json", "adapter.safetensors", "base.json", "manifest.json", "ledger/ledger.json",
-        "ledger/cycle-00000.safetensors", "ledger/cycle-00001.safetensors",
+        "ledger/cycle-00000.safetensors", "ledger/cycle-00001.safetensors", "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
     }  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(user.model)
     for model in (
@@ -156,6 +157,11 @@ def test_one_call_gives_the_live_model_to_the_bit(
 
 def test_a_merged_model_is_made_from_the_adapter_alone(checkpoint: Path, tmp_path: Path) -> None:
     mora_ds.export_adapter(checkpoint, tmp_path / "adapter")
+    kept, copied = (
+        {file.name: file.read_bytes() for file in (folder / "tokenizer").iterdir()}
+        for folder in (checkpoint, tmp_path / "adapter")
+    )
+    assert kept and copied == kept
     for name, source in (("one", checkpoint), ("other", tmp_path / "adapter")):
         mora_ds.export_merged(source, tmp_path / name)
     assert_same(load_file(tmp_path / "one" / "model.safetensors"), load_file(tmp_path / "other" / "model.safetensors"))
@@ -187,7 +193,7 @@ def test_an_adapter_that_does_not_fit_is_refused(user: Playground, checkpoint: P
 def test_the_program(checkpoint: Path, tmp_path: Path) -> None:
     program = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py")]
     steps = [
-        ("universal", checkpoint, tmp_path / "u"),
+        ("universal", checkpoint.parents[1], tmp_path / "u"),
         ("from_universal", tmp_path / "u", tmp_path / "back" / "step-000005"),
         ("universal", checkpoint, tmp_path / "u"),
     ]

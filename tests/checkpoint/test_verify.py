@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import replace_symlink, write_manifest
+from mora_ds.deploy.adapter_io import export_adapter
 from tests.helpers.damage import change_json
 from tests.helpers.jobs import REPOSITORY, Playground, run
 
@@ -106,6 +107,18 @@ def test_without_a_manifest_the_rest_is_still_looked_at(checkpoint: Path) -> Non
 
 
 # -- what hashes do not tell: somebody, or a fault of ours, wrote it like that -----------------------------------------
+
+
+def test_an_adapter_alone_is_what_is_checked_of_it(checkpoint: Path, user: Playground, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    export_adapter(checkpoint, adapter)
+    (verdict,) = verify(adapter, user.model)
+    assert verdict.is_good, verdict.problems
+    assert [fact.partition(":")[0] for fact in verdict.facts] == ["files", "adapter", "ledger", "base"]
+    (adapter / "ledger" / "cycle-00000.safetensors").unlink()
+    assert "cycle-00000.safetensors is missing" in wrong(adapter)
+    (checkpoint / "trainer_state.json").unlink()
+    assert "trainer_state.json is missing" in wrong(checkpoint)
 
 
 def changed_json(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:

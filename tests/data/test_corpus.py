@@ -104,6 +104,17 @@ def test_patterns_keep_their_order_and_name_each_file_once(tmp_path: Path) -> No
     assert [path.name for path in resolve_files([str(tmp_path / "[x].txt")])] == ["[x].txt"]
 
 
+def test_empty_files_that_a_pattern_or_a_folder_finds_are_left_out(tmp_path: Path) -> None:
+    for name, content in (("__init__.py", ""), ("a.py", "x = 1\n"), ("none/__init__.py", "")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    for found in (tmp_path, tmp_path / "*.py", tmp_path / "**/*.py"):
+        assert texts(found) == ["x = 1\n"]
+    for named in (tmp_path / "__init__.py", tmp_path / "none", tmp_path / "none" / "*.py"):
+        assert "__init__.py is empty" in error(named)
+    assert "__init__.py is empty" in error(tmp_path / "a.py", tmp_path / "__init__.py")
+
+
 def test_long_text_comes_in_pieces_that_join_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(readers, "_READ_BYTES", 777)  # cuts two-byte characters in half
@@ -168,7 +179,7 @@ WRONG: list[tuple[str, bytes, str]] = [
       for name in ("a.parquet", "a.arrow", "a.txt.gz", "a.jsonl.gz")),
     ("a.txt.gz", CUT_GZIP, "cannot be read"),
     *((name, b"x", "files are not read; give text, JSON lines") for name in
-      ("a.jsonl.bz2", "a.zip", "a.parquet.gz", "a.pdf")),
+      ("a.jsonl.bz2", "a.zip", "a.parquet.gz", "a.pdf", "a.csv", "a.csv.gz", "A.TSV")),
 ]  # fmt: skip
 
 

@@ -369,6 +369,9 @@ def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path: P
         export_merged(run.checkpoint, output)
     export_merged(run.checkpoint, output, overwrite=True)
     assert not (output / "mine").exists() and not list(tmp_path.glob(".merged*"))
+    for inside in ("merged", "ledger/merged"):
+        with pytest.raises(UserError, match="lies in the checkpoint"):
+            export_merged(run.checkpoint, run.checkpoint / inside)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("")
     for place, words in ((run.base, "holds the base"), (run.output, "holds the base or"), (tmp_path, "holds the base")):
