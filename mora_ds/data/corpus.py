@@ -86,7 +86,7 @@ def load_corpus(
     if bool(patterns) == bool(dataset_name):
         raise UserError(f"give either {flag} or --dataset_name" + (", not both" if patterns else ""))
     if dataset_name:
-        flag = "--dataset_name"
+        flag = "--dataset_name" if flag == "--train_files" else flag  # else a source of a mixture
         dataset = _saved_dataset if is_saved_dataset(Path(dataset_name)) else _named_dataset
         with _naming(flag):
             parts: tuple[Part, ...] = (_dataset_part(dataset_name, dataset(dataset_name, dataset_split), text_column),)

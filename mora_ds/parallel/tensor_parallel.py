@@ -95,7 +95,7 @@ def _dropouts(model: nn.Module) -> dict[str, float]:
     for path, module in model.named_modules():
         values = {"p": module.p} if isinstance(module, nn.Dropout) else vars(module)
         for name, value in values.items():
-            if ("drop" in name or name == "p") and isinstance(value, (int, float)) and value > 0:
+            if ("drop" in name or name == "p") and type(value) in (int, float) and value > 0:
                 dropouts[f"{path}.{name}"] = float(value)
     return dropouts
 

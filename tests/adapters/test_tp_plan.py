@@ -78,6 +78,10 @@ def split(model: nn.Module, degree: int = 2) -> None:
 
 
 def test_dropout_is_refused_and_named() -> None:
+    model = tiny_model("llama")
+    inject(model, MoRAConfig(rank=4))
+    model.model.layers[0].self_attn.drops_keys = True  # no probability
+    split(model)
     for model in (tiny_model("gpt2", resid_pdrop=0.1), tiny_model("llama", attention_dropout=0.1)):
         inject(model, MoRAConfig(rank=4))
         with pytest.raises(UserError, match=r"draw a different dropout mask; set to 0: .*drop.* = 0.1"):

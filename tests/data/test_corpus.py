@@ -147,6 +147,8 @@ def test_no_file_matches(tmp_path: Path) -> None:
     assert "There is no folder '~nobody-of-this-name'" in error("~nobody-of-this-name/a.txt")
     named = f"domain={tmp_path}/*.jsonl"  # taken for a plain path, as it has no weight
     assert error(named).endswith(f"A source that has a name needs a weight, too: {named}:1")
+    with pytest.raises(UserError, match="source 'law': 'out/nothing'"):
+        load_corpus(dataset_name="out/nothing", flag="source 'law'")
     with pytest.raises(UserError, match="--train_files or --dataset_name"):
         load_corpus([])
 

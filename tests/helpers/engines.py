@@ -121,9 +121,6 @@ def one_step(engine: Any) -> None:
         engine.step()
 
 
-COMBINATIONS = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16", "float16")]
-
-
 def merging_run(folder: str, dtype: str, merges: int, **options: Any) -> dict[str, Any]:
     """Train a step, merge, train a step, ... on this rank of several."""
     world, rank = dist.get_world_size(), dist.get_rank()

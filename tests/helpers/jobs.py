@@ -121,7 +121,7 @@ def refusal(argv: list[str], ranks: int = 1) -> str:
     return message
 
 
-def launch(ranks: int, argv: list[str], cwd: Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+def launch(ranks: int, argv: list[str], cwd: Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
     """The real launcher, as in the README. Where it ends with a user's error, the output folder must be as it was."""
     out = cwd / output_of(argv)
     before = snapshot(out)
