@@ -293,14 +293,14 @@ MUTATIONS = (
         "checkpoint/folder.py",
         "        folders = folders[: named[-1]]\n",
         "        pass\n",
-        ("checkpoint/test_writer.py",),
+        ("checkpoint/test_resume_checks.py",),
     ),
     Mutation(
         "ranks without a saved random state draw the same masks",
         "checkpoint/writer.py",
         'f"{seed}/{state.step}/{rank}"',
         'f"{seed}/{state.step}"',
-        ("checkpoint/test_writer.py",),
+        ("checkpoint/test_resume_checks.py",),
     ),
     Mutation(
         "what DeepSpeed has trained further is converted back",
@@ -349,7 +349,7 @@ MUTATIONS = (
         "deploy/logits_check.py",
         "(2 * torch.finfo(dtype).eps + 2 * rounding)",
         "(4 * torch.finfo(dtype).eps + 2 * rounding)",
-        ("deploy/test_export.py",),
+        ("deploy/test_logits_check.py",),
     ),
     Mutation(
         "a damaged cycle is repaired by itself",

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
+from mora_ds.adapters.config import MoRAConfig, config_from_dict
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base, set_cycle
-from mora_ds.adapters.ops.lora import LoRASpec
-from mora_ds.adapters.ops.spec import Grouping, Side
+from mora_ds.adapters.ops.spec import Grouping
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.common.errors import UserError
 from tests.helpers.models import causal_loss, tiny_model, tokens
@@ -128,70 +127,6 @@ def test_a_trained_head_and_a_rank_too_small_for_a_pair_are_refused() -> None:
         inject(tiny_model(), MoRAConfig(target_modules=("all-linear", "lm_head"), train_head=True))
     with pytest.raises(UserError, match="--mora_rank 1"):
         inject(nn.Sequential(nn.Linear(1, 1)), MoRAConfig(rank=1, operator="rotate"))
-
-
-@pytest.mark.parametrize(
-    ("config", "values", "flags"),
-    [
-        (MoRAConfig, {"rank": 0, "dropout": 1.0, "operator": "rotat", "grouping": "permutted", "vector_sets": 0},
-         ["--mora_rank", "--mora_dropout", "--operator", "--grouping", "--subspace_cycles"]),
-        (MoRAConfig, {"target_modules": (), "compute": "fast", "base_bits": 5, "freeze": "shared"},
-         ["--target_modules", "--base_bits", "--freeze", "--compute"]),
-        (MoRAConfig, {"operator": "rotate", "grouping": "alternate", "segments": 2}, ["--grouping", "--tp_grouping"]),
-        (MoRAConfig, {"rank": 8, "grouping": "strided"}, ["--grouping"]),  # auto: rotate
-        (LoRAConfig, {"rank": 0, "alpha": 0.0}, ["--lora_rank", "--lora_alpha"]),
-        (LoRAConfig, {"alpha": float("inf")}, ["--lora_alpha"]),
-        (MoRAConfig, {"rank": 4, "operator": "share", "grouping": "strided", "segments": 2}, []),
-        (MoRAConfig, {"dropout": -0.1, "expert_rank": -1, "segments": -1, "operator": "share"},
-         ["--mora_dropout", "--expert_rank", "--tp_segments"]),
-        (MoRAConfig, {"operator": "share", "compute": "blocks"}, ["--compute"]),
-        (MoRAConfig, {"operator": "truncate", "compute": "blocks"}, ["--compute"]),
-        (MoRAConfig, {"operator": "share", "layer_sizes": {"a": 0}}, ["--targets:"]),
-        (MoRAConfig, {"domains": ("a", ".")}, ["--domain_adapters:"]),
-        (MoRAConfig, {"domains": ("a", "..")}, ["--domain_adapters:"]),
-        (MoRAConfig, {"domains": ("a", "shared")}, ["--domain_adapters:"]),
-        (MoRAConfig, {"domains": ("a", "a")}, ["--domain_adapters:"]),
-    ],
-)  # fmt: skip
-def test_all_wrong_values_are_reported_together(config: Any, values: dict[str, Any], flags: list[str]) -> None:
-    problems = config.problems(**values)
-    assert [problem.removeprefix("unknown ").split()[0] for problem in problems] == flags
-    if problems:
-        with pytest.raises(UserError) as caught:
-            config(**values)
-        assert str(caught.value).splitlines() == problems
-
-
-def test_defaults() -> None:
-    """Files leave some of them out, and runs of earlier versions were made with them."""
-    config, lora = MoRAConfig(), LoRAConfig()
-    assert (config.rank, config.target_modules, config.dropout, config.seed) == (8, ("all-linear",), 0.0, 42)
-    assert (config.operator, config.grouping, config.compute, config.base_bits) == ("auto", "permuted", "auto", 16)
-    assert lora.operator_for("a", 64, 64, 0).alpha == 2 * 8, "the update is 2 B A"
-
-
-def test_factors_of_a_smaller_rank_keep_the_scale() -> None:
-    for spec in (LoRAConfig(rank=16, alpha=8.0).operator_for("a", 4, 9, 0), LoRASpec(4, 9, 4, 2.0)):
-        assert (spec.rank, spec.alpha / spec.rank) == (4, 0.5)
-
-
-def test_first_values_are_those_that_every_run_began_with() -> None:
-    """Literal values: a resumed run draws LoRA's A of its present cycle again."""
-    seeds = [LoRAConfig(seed=42).first_seed(layer, cycle) for layer, cycle in (("a.q", 0), ("a.q", 1), ("a.k", 0))]
-    assert seeds == [3478931074, 981482677, 1068541709]
-
-
-def test_segments_are_for_matrices_that_have_a_row_for_each() -> None:
-    for size, segments in ((4, 4), (5, 4), (3, 1)):
-        config = MoRAConfig(operator="share", segments=4, layer_sizes={"a": size})  # type: ignore[arg-type]
-        assert config.operator_for("a", 16, 16, 0, Side.IN).in_segments == segments
-
-
-def test_unknown_settings_get_a_hint() -> None:
-    with pytest.raises(UserError, match="dropout"):
-        MoRAConfig.from_dict({"droput": 0.1})
-    config = MoRAConfig(rank=128, target_modules=("q_proj",), train_norms=True)
-    assert MoRAConfig.from_dict(config.to_dict()) == config
 
 
 # -- freezing ----------------------------------------------------------------------------------------------------------

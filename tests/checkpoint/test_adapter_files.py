@@ -21,7 +21,7 @@ from mora_ds.checkpoint.adapter_files import (
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import write_manifest
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.remora.ledger import Ledger
+from mora_ds.remora.ledger import LayerEntry, Ledger
 from tests.helpers.damage import flip
 from tests.helpers.ledgers import entry, layers_of, squares_for
 from tests.helpers.models import tiny_model
@@ -137,3 +137,8 @@ def test_the_folder_of_a_base_may_have_a_name_of_any_script(tmp_path: Path) -> N
         reference = BaseReference(f"/models/{name}", "f", {}, "float32")
         reference.write(tmp_path)
         assert BaseReference.read(tmp_path) == reference
+
+
+def test_an_entry_has_the_weight_of_its_module() -> None:
+    with pytest.raises(UserError, match=r"a\.q: its weight cannot be 'b\.q\.weight'"):
+        LayerEntry.from_dict("a.q", {**entry("a.q").to_dict(), "weight": "b.q.weight"})

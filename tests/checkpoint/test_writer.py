@@ -15,18 +15,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mora_ds.checkpoint import writer as checkpoints
-from mora_ds.checkpoint.folder import resume_checkpoint
 from mora_ds.checkpoint.layout import complete_checkpoints
-from mora_ds.checkpoint.state import TrainerState, check_identity, check_world_size
 from mora_ds.common import files
-from mora_ds.common.errors import RunError, UserError
-from mora_ds.common.files import replace_symlink, verify_manifest
+from mora_ds.common.errors import RunError
+from mora_ds.common.files import verify_manifest
 from mora_ds.engine import shard_writer
-from tests.helpers.damage import checkpoint_at
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, job, launch, refused, run
 
@@ -164,118 +160,6 @@ def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(user: P
     linked = next(index for index, event in enumerate(events) if event.endswith("latest links"))
     assert {beside, f"{beside}/engine"} <= set(events[:renamed])
     assert str(tmp_path / "out" / "checkpoints") in events[renamed:linked]
-
-
-# -- finding one ---------------------------------------------------------------------------------------------------
-
-
-def test_auto_takes_the_newest_whole_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first, second = checkpoint_at(tmp_path, 9), checkpoint_at(tmp_path, 10)
-    third = checkpoint_at(tmp_path, 1_000_000)  # one digit more than the name is padded to
-    assert resume_checkpoint("auto", tmp_path) == third and not caplog.messages
-    (third / "file").write_text("else")
-    (second / "manifest.json").unlink()
-    assert resume_checkpoint("auto", tmp_path) == first
-    assert (
-        len(caplog.messages) == 2
-        and str(third) in caplog.messages[0]
-        and "manifest.json is missing" in caplog.messages[1]
-    )
-    assert resume_checkpoint("auto", tmp_path / "none") is None
-
-
-def test_latest_and_paths_must_be_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = checkpoint_at(tmp_path, 3)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    replace_symlink(tmp_path / "latest", folder.name)
-    for wanted in ("latest", str(folder), str(tmp_path / "latest"), "~/step-000003"):
-        assert resume_checkpoint(wanted, tmp_path) == folder
-    (folder / "file").unlink()
-    with pytest.raises(UserError, match=r"latest: .*step-000003 is damaged: .*file is missing.*auto"):
-        resume_checkpoint("latest", tmp_path)
-    with pytest.raises(UserError, match="no checkpoint at"):
-        resume_checkpoint(str(tmp_path / "step-000007"), tmp_path)
-
-
-@pytest.mark.parametrize("root", [".", "linked", "absolute"])
-def test_auto_stays_on_the_branch_of_latest(tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However the folder is named: relative to where one is, through a link, or by its own path."""
-    old, new, other = (checkpoint_at(tmp_path / "own", step) for step in (2, 4, 9))
-    (tmp_path / "linked").symlink_to("own")
-    monkeypatch.chdir(tmp_path / "own")
-    place = {".": Path("."), "linked": tmp_path / "linked", "absolute": tmp_path / "own"}[root]
-    replace_symlink(place / "latest", new.name)
-    assert resume_checkpoint("auto", place) == place / new.name
-    (new / "file").unlink()
-    assert resume_checkpoint("auto", place) == place / old.name
-    assert other.is_dir()
-
-
-def test_differences_are_told_by_flag_and_all_at_once(tmp_path: Path) -> None:
-    saved = {"base": "a", "adapter": {"rank": 8, "target_modules": ["q_proj"]}, "seed": 1}
-    check_identity(tmp_path, saved, {**saved, "adapter": {"rank": 8, "target_modules": ("q_proj",)}})
-    with pytest.raises(UserError) as error:
-        check_identity(tmp_path, saved, {"base": "b", "adapter": {"rank": 4, "target_modules": ["q_proj"]}, "more": 1})
-    rank = "--mora_rank (or --lora_rank): 8 there, 4 here"
-    for part in ("--model_name_or_path", rank, "seed: 1 there, None here", "more: None"):
-        assert part in str(error.value)
-    assert "target_modules" not in str(error.value)
-    incremental, exact = ({**saved, "merge_precision": value} for value in ("incremental", "exact"))
-    with pytest.raises(UserError, match="incremental merges were removed after version"):
-        check_identity(tmp_path, incremental, exact)
-
-
-@pytest.mark.parametrize(("rows", "divisors"), [(12, "1, 2, 3, 4, 6 or 12"), (2, "1 or 2"), (1, "1")])
-def test_ranks_that_cannot_share_the_rows_are_told_who_can(tmp_path: Path, rows: int, divisors: str) -> None:
-    files.write_json_atomic(tmp_path / "trainer_state.json", vars(TrainerState(identity={"global_batch_size": rows})))
-    for world in range(1, 30):
-        if rows % world == 0:
-            check_world_size(tmp_path, world)
-            continue
-        words = f"{rows} sequences a step, which {world} ranks cannot share evenly: start {divisors} of them"
-        with pytest.raises(UserError, match=words):
-            check_world_size(tmp_path, world)
-
-
-def test_differences_of_a_mixture_are_told_with_their_source(tmp_path: Path) -> None:
-    saved, now = ({"mixture": {"weights": {"0": {"law": weight}}}} for weight in (0.5, 0.25))
-    with pytest.raises(UserError, match=r"weights of --mixture, 0\.law: 0\.5 there, 0\.25 here"):
-        check_identity(tmp_path, saved, now)
-
-
-def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path: Path) -> None:
-    """A rank's own state where it has one; otherwise one of its own, another at every step, the same each time."""
-    states = []
-    for seed in (3, 4):
-        torch.manual_seed(seed)
-        states.append(torch.get_rng_state())
-    save_file({"cpu": torch.stack(states)}, tmp_path / "rng.safetensors")
-
-    def drawn(rank: int, step: int = 5, seed: int = 0) -> float:
-        checkpoints._load_rng(tmp_path, rank, TrainerState(step=step, identity={"seed": seed}))
-        return torch.rand(1).item()
-
-    kept = torch.get_rng_state()
-    try:
-        for rank, seed in enumerate((3, 4)):
-            expected = torch.rand(1, generator=torch.Generator().manual_seed(seed)).item()
-            assert drawn(rank) == expected
-        others = [drawn(2), drawn(3), drawn(2, step=6), drawn(2, seed=1)]
-        assert len(set(others)) == 4 and others[0] == drawn(2)
-    finally:
-        torch.set_rng_state(kept)
-
-
-def test_ranks_that_trained_something_else_write_no_checkpoint(tmp_path: Path) -> None:
-    def share(rank: int, **facts: Any) -> Any:
-        return checkpoints._Share({}, SimpleNamespace(rank=rank, facts=facts), {})  # type: ignore[arg-type]
-
-    shares = [share(0, stage=3, lr=0.1), share(1, stage=3, lr=0.2), share(2, stage=3, lr=0.1)]
-    alone: Any = SimpleNamespace(ranks=SimpleNamespace(on_first=lambda check, work: work()))
-    writer = checkpoints.CheckpointWriter(tmp_path, None, lambda step: lambda folder: None, followers=alone)  # type: ignore[arg-type]
-    with pytest.raises(RunError, match=r"ranks \[1\] trained other parameters or with other settings than rank 0"):
-        writer._complete(tmp_path / "beside", tmp_path / "step-000001", shares, None, {}, None)  # type: ignore[arg-type]
-    assert not any(tmp_path.iterdir())
 
 
 # -- the disk ------------------------------------------------------------------------------------------------------

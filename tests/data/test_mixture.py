@@ -86,9 +86,7 @@ def test_weights_become_whole_numbers() -> None:
     large = (0.6, 0.4)
     rounded = integer_weights((*large, *[1e-7] * 6))
     assert sum(rounded) == LONGEST_PERIOD and rounded[2:] == (1,) * 6
-    assert all(abs(have - want * LONGEST_PERIOD) < 4 for have, want in zip(rounded, large, strict=False)), (
-        "not one alone"
-    )
+    assert all(abs(have - want * LONGEST_PERIOD) < 4 for have, want in zip(rounded, large, strict=False))
 
 
 def test_the_order_never_changes() -> None:

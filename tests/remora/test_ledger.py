@@ -168,11 +168,6 @@ def test_matrices_that_are_not_those_of_the_header_are_named(folder: Path) -> No
             ledger.verify()
 
 
-def test_an_entry_has_the_weight_of_its_module() -> None:
-    with pytest.raises(UserError, match=r"a\.q: its weight cannot be 'b\.q\.weight'"):
-        ledger_room.LayerEntry.from_dict("a.q", {**entry("a.q").to_dict(), "weight": "b.q.weight"})
-
-
 def test_singular_vectors_are_checked_and_copied(tmp_path: Path) -> None:
     (tmp_path / "vectors").write_bytes(b"1234")
     ledger = Ledger.create(tmp_path / "ledger", BASE, tmp_path / "vectors")

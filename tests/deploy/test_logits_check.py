@@ -1,0 +1,100 @@
+"""The logits of an export against those that the live model left in the checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mora_ds.adapters.ops.delta import live_weight
+from mora_ds.common import files
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.deploy.export import export_merged
+from mora_ds.deploy.logits_check import _compare, compare_logits
+from mora_ds.models.tensor_files import write_safetensors_atomic
+from mora_ds.remora import stored_weights
+from tests.helpers.exports import fake_run
+
+# -- verification ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("fault", ["square forgotten", "cycle forgotten"])
+def test_verify_finds_a_wrong_export(tmp_path: Path, dtype: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fake_run(tmp_path, dtype=dtype)
+
+    def wrong(original: torch.Tensor, updates: Any, *rest: Any) -> torch.Tensor:
+        updates = list(updates)
+        return live_weight(original, updates[:-1] if fault == "square forgotten" else updates[1:], *rest)
+
+    monkeypatch.setattr(stored_weights, "live_weight", wrong)
+    with pytest.raises(RunError, match=r"does not match: logits .* largest difference"):
+        export_merged(run.checkpoint, tmp_path / "merged", verify=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_verify_needs_a_probe_and_says_so_first(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, probe=False)
+    with pytest.raises(UserError, match=r"--verify needs probe\.safetensors"):
+        export_merged(run.checkpoint, tmp_path / "merged", verify=True)
+    assert export_merged(run.checkpoint, tmp_path / "merged").comparison is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "layers", "largest", "tolerance"),
+    [
+        (torch.float32, 0.0, 8, 0.5, 1e-5),
+        (torch.float32, 0.0, 8, 4.0, 4e-5),
+        (torch.bfloat16, 0.0, 3, 4.0, 2 * 2**-7 * 2),
+        (torch.float16, 0.0, 8, 4.0, 2 * 2**-10 * 3),
+        (torch.bfloat16, 0.01, 8, 4.0, (2 * 2**-7 + 0.02) * 3),
+        (torch.float32, 0.01, 3, 4.0, (2 * 2**-23 + 0.02) * 2),
+    ],
+)
+def test_tolerance(dtype: torch.dtype, rounding: float, layers: int, largest: float, tolerance: float) -> None:
+    """As `logits_check` documents it: absolute in fp32, otherwise relative to the norm of all logits."""
+    live = torch.tensor([largest, -0.1, 0.2])
+    found = _compare(live, live + torch.tensor([0.0, 3e-3, -4e-3]), dtype, layers, rounding)
+    assert found.tolerance == pytest.approx(tolerance, rel=1e-6)
+    assert found.max_difference == pytest.approx(4e-3, rel=1e-3)
+    relative = 5e-3 / live.norm().item()
+    assert found.error == pytest.approx(4e-3 if dtype is torch.float32 and not rounding else relative, rel=1e-3)
+
+
+def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    export_merged(run.checkpoint, tmp_path / "merged")
+    whole = load_file(run.checkpoint / "probe.safetensors")
+    for change, words in (
+        ({"input_ids": whole["input_ids"].flatten(), "logits": whole["logits"].flatten(0, 1)}, "tokens of shape"),
+        ({"input_ids": whole["input_ids"].float()}, "holds tokens of shape"),
+        ({"input_ids": whole["input_ids"][:, 1:].contiguous()}, "holds tokens of shape"),
+        ({"input_ids": whole["input_ids"] + 128}, "tokens that have no logits"),
+        ({"input_ids": whole["input_ids"] - 128}, "tokens that have no logits"),
+    ):
+        write_safetensors_atomic(tmp_path / "probe.safetensors", {**whole, **change}, {"dtype": "float32"})
+        with pytest.raises(UserError, match=words):
+            compare_logits(tmp_path / "merged", tmp_path / "probe.safetensors", torch.float32)
+    wider = {**whole, "logits": torch.nn.functional.pad(whole["logits"], (0, 1))}
+    write_safetensors_atomic(tmp_path / "probe.safetensors", wider, {"dtype": "float32"})
+    with pytest.raises(RunError, match="the export gives logits of shape"):
+        compare_logits(tmp_path / "merged", tmp_path / "probe.safetensors", torch.float32)
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RunError, match=r"the export lacks weights: .*lm_head\.weight"):
+        compare_logits(tmp_path / "merged", run.checkpoint / "probe.safetensors", torch.float32)
+
+
+def test_nan_logits_do_not_pass(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    probe = load_file(run.checkpoint / "probe.safetensors")
+    probe["logits"] = probe["logits"].clone()
+    probe["logits"][0, 0, 0] = float("nan")
+    write_safetensors_atomic(run.checkpoint / "probe.safetensors", probe, {"dtype": "float32"})
+    files.write_manifest(run.checkpoint)
+    with pytest.raises(RunError, match="does not match"):
+        export_merged(run.checkpoint, tmp_path / "merged", verify=True)
