@@ -7,7 +7,8 @@
     agreement   adapter.safetensors = the fp32 masters in the shards, bit for bit
     base        (where a folder is given) the same fingerprint
 
-Every check runs, even where an earlier one has failed.
+Every check runs, even where an earlier one has failed. An adapter that was made out of a checkpoint, without a run's
+state and shards, is checked as far as it goes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,12 +94,14 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
 
 def _verify_one(folder: Path, base: Path | None) -> Verdict:
     verdict = Verdict(folder)
-    is_full = _is_full_training(folder)
+    is_full, has_run = _is_full_training(folder), not _is_adapter_alone(folder)
     checks: list[Callable[[Path], Iterator[str]]] = [_files]
-    if has_run := not _is_adapter_alone(folder):
+    if has_run:
         checks += [_state, _shards]
     if not is_full:
-        checks += [_adapter, _ledger, _agreement] if has_run else [_adapter, _ledger]
+        checks += [partial(_adapter, has_run=has_run), partial(_ledger, has_run=has_run)]
+    if has_run and not is_full:
+        checks += [_agreement]
     for check in checks:
         _run(verdict, lambda check=check: check(folder))  # type: ignore[misc]
     if base is not None and not is_full:
@@ -195,7 +199,7 @@ def _shards(folder: Path) -> Iterator[str]:
     yield f"shards: {len(shards.files)} file(s) of {saved} rank(s), ZeRO {shards.first.stage}, {what}"
 
 
-def _adapter(folder: Path) -> Iterator[str]:
+def _adapter(folder: Path, has_run: bool) -> Iterator[str]:
     adapter = read_adapter(folder)
     tensors = AdapterTensors.open(folder, adapter)
     problems = [
@@ -204,17 +208,17 @@ def _adapter(folder: Path) -> Iterator[str]:
         if not torch.isfinite(tensor).all()
     ]
     BaseReference.read(folder)
-    if not _is_adapter_alone(folder):
+    if has_run:
         open_safetensors(folder / PROBE_FILE)
     if problems:
         raise _Problems(problems)
     yield f"adapter: {len(adapter.layers)} layers, cycle {adapter.cycle}, {len(adapter.trainables)} other tensor(s)"
 
 
-def _ledger(folder: Path) -> Iterator[str]:
+def _ledger(folder: Path, has_run: bool) -> Iterator[str]:
     ledger = Ledger.open(folder / LEDGER_FOLDER, BaseReference.read(folder).fingerprint)
     cycle = read_adapter(folder).cycle
-    merges = cycle if _is_adapter_alone(folder) else len(TrainerState.read(folder).merges)
+    merges = len(TrainerState.read(folder).merges) if has_run else cycle
     if not ledger.cycles == cycle == merges:
         raise UserError(
             f"{ledger.folder} has {ledger.cycles} cycle(s), {ADAPTER_JSON} was written in cycle {cycle}, "

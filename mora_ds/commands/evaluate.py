@@ -57,7 +57,6 @@ def _check(given: argparse.Namespace) -> None:
         raise UserError("nothing to evaluate on: give --sets NAME=PATH, or --lm_eval TASK")
     check_writable("--json", given.json)
     torch_device(given.device)
-    check_writable("--json", given.json)
     if given.batch_size < 1 or (given.max_documents is not None and given.max_documents < 1):
         raise UserError("--batch_size and --max_documents must be at least 1")
     if given.bank is None and (given.adapters or given.bank_cache is not None):

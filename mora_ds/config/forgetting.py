@@ -51,11 +51,11 @@ class Watch:
         """A sentence about the first bound that is exceeded, or None. `tasks`: the names whose values are costs."""
         for name, bound in self.bounds.items():
             if name in before and name in now and now[name] > bound * before[name]:
-                sentence = (
-                    f"the perplexity on {name} is {now[name]:.3f}, {now[name] / before[name]:.3f} of the "
+                what = f"the cost of task {name}" if name in tasks else f"the perplexity on {name}"
+                return (
+                    f"{what} is {now[name]:.3f}, {now[name] / before[name]:.3f} of the "
                     f"{before[name]:.3f} it was at the start, and --stop_when_forgotten allows {bound:g}"
                 )
-                return sentence.replace("perplexity on", "cost of task", 1) if name in tasks else sentence
         return None
 
     def score(self, now: Mapping[str, float]) -> float | None:

@@ -137,7 +137,7 @@ def resolve_files(patterns: Sequence[str], flag: str = "--train_files") -> list[
                 raise UserError(f"{flag}: the folder {pattern!r} holds no file of a kind that is read")
             raise UserError(f"{flag}: no file matches {pattern!r}.{_near_files(pattern)}")
         if matches != [Path(os.path.expanduser(pattern))]:
-            found, matches = matches, [path for path in matches if path.is_dir() or path.stat().st_size] or matches
+            found, matches = matches, [path for path in matches if not _is_empty(path)] or matches
             if left_out := len(found) - len(matches):
                 logger.info(f"{flag} {pattern}: {left_out} of {len(found)} files are empty, and left out")
         for path in matches:
@@ -173,13 +173,19 @@ def _near_files(pattern: str) -> str:
     return nearest(Path(pattern).name, sorted(os.listdir(folder)))
 
 
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == 0
+
+
 def _file_part(path: Path, text_column: str) -> Part:
     if path.is_dir():
         if is_prepared(path):
             return open_prepared(path)
         return _dataset_part(str(path), _saved_dataset(str(path), "train"), text_column)
     file_kind(path)
-    if path.stat().st_size == 0:
+    if not path.exists():
+        raise UserError(f"{path} is a link to nothing")
+    if _is_empty(path):
         raise UserError(f"{path} is empty")
     return FilePart(path, text_column)
 

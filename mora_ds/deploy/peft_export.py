@@ -34,6 +34,7 @@ from mora_ds.common.files import atomic_folder, write_json_atomic
 from mora_ds.deploy.export import OpenedRun, open_run
 from mora_ds.deploy.logits_check import read_probe
 from mora_ds.models.load import load_model
+from mora_ds.models.loss import perplexity
 from mora_ds.models.svd import Wanted, leading_vectors
 from mora_ds.models.tensor_files import SafetensorsWriter, compute_dtype, open_safetensors
 from mora_ds.remora.ledger import LayerEntry
@@ -222,7 +223,7 @@ def _perplexities(run: OpenedRun, folder: Path) -> Iterator[str]:
 
 
 def _perplexity(logits: Tensor, ids: Tensor) -> float:
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).double().exp().item()
+    return perplexity(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item())
 
 
 def _load(run: OpenedRun, folder: Path) -> Any:

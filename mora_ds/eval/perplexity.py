@@ -33,6 +33,7 @@ from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.bank import AdapterBank
 from mora_ds.models.attention import model_inputs, prefer_documents
 from mora_ds.models.load import load_model
+from mora_ds.models.loss import perplexity
 from mora_ds.models.tensor_files import compute_dtype
 
 BASE = "(base)"
@@ -71,8 +72,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        loss = self.nats / self.tokens
-        return math.exp(loss) if loss < 700 else math.inf  # where it would overflow
+        return perplexity(self.nats / self.tokens)
 
     @property
     def bits_per_byte(self) -> float:

@@ -19,6 +19,7 @@ weight, which ZeRO-3 has not gathered, and does not support capped or scaled log
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,11 @@ GPU_CHUNK_NUMBERS = 2**27
 """The same on a GPU, which needs as many tokens at a time to be busy: 512 MiB."""
 
 _ATTRIBUTE = "_mora_chunked_head"
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def token_nll(model: Callable[..., object], batch: Mapping[str, Any]) -> Tensor:

@@ -13,7 +13,8 @@ from mora_ds.adapters.domains import Domains
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.config.forgetting import Watch
 from mora_ds.data import IGNORED, PackedDataset
-from mora_ds.train.metrics import MetricsLog, perplexity
+from mora_ds.models.loss import perplexity
+from mora_ds.train.metrics import MetricsLog
 from mora_ds.train.replicas import Replica, require_finite
 from mora_ds.train.tasks import TaskSuite
 

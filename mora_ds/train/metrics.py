@@ -19,6 +19,7 @@ from tqdm import tqdm
 from mora_ds.checkpoint.layout import METRICS_FILE
 from mora_ds.common.files import atomic_path, disk_errors
 from mora_ds.config.forgetting import change
+from mora_ds.models.loss import perplexity
 from mora_ds.train.trackers import TensorBoard, Tracker
 
 logger = logging.getLogger(__name__)
@@ -123,11 +124,6 @@ class StepMetrics:
 
     def row(self) -> dict[str, Any]:
         return {**vars(self), "perplexity": self.perplexity}
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def peak_memory_bytes() -> int:

@@ -18,8 +18,6 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import replace_symlink
 from tests.helpers.damage import checkpoint_at
 
-# -- finding one ---------------------------------------------------------------------------------------------------
-
 
 def test_auto_takes_the_newest_whole_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, second = checkpoint_at(tmp_path, 9), checkpoint_at(tmp_path, 10)

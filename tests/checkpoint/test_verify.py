@@ -106,9 +106,6 @@ def test_without_a_manifest_the_rest_is_still_looked_at(checkpoint: Path) -> Non
     assert "manifest.json is damaged" in text and "layout-00000.json is missing" in text
 
 
-# -- what hashes do not tell: somebody, or a fault of ours, wrote it like that -----------------------------------------
-
-
 def test_an_adapter_alone_is_what_is_checked_of_it(checkpoint: Path, user: Playground, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     export_adapter(checkpoint, adapter)
@@ -119,6 +116,9 @@ def test_an_adapter_alone_is_what_is_checked_of_it(checkpoint: Path, user: Playg
     assert "cycle-00000.safetensors is missing" in wrong(adapter)
     (checkpoint / "trainer_state.json").unlink()
     assert "trainer_state.json is missing" in wrong(checkpoint)
+
+
+# -- what hashes do not tell: somebody, or a fault of ours, wrote it like that -----------------------------------------
 
 
 def changed_json(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:

@@ -113,6 +113,8 @@ def test_empty_files_that_a_pattern_or_a_folder_finds_are_left_out(tmp_path: Pat
     for named in (tmp_path / "__init__.py", tmp_path / "none", tmp_path / "none" / "*.py"):
         assert "__init__.py is empty" in error(named)
     assert "__init__.py is empty" in error(tmp_path / "a.py", tmp_path / "__init__.py")
+    (tmp_path / "b.py").symlink_to("gone")
+    assert "b.py is a link to nothing" in error(tmp_path / "*.py")
 
 
 def test_long_text_comes_in_pieces_that_join_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

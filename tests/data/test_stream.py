@@ -21,7 +21,6 @@ from mora_ds.data import (
     StreamSettings,
     build_cache,
     load_corpus,
-    load_tokenizer,
     readers,
     stream,
     stream_dataset,
@@ -34,11 +33,6 @@ from tests.helpers.resume import assert_same_run, interrupted_job
 from tests.helpers.streams import T, assert_equal, documents, source, taken, write
 
 KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "json", "txt")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(user: Playground) -> Any:
-    return load_tokenizer(user.model)
 
 
 @pytest.mark.parametrize("kind", KINDS)

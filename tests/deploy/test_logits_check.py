@@ -18,8 +18,6 @@ from mora_ds.models.tensor_files import write_safetensors_atomic
 from mora_ds.remora import stored_weights
 from tests.helpers.exports import fake_run
 
-# -- verification ----------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("fault", ["square forgotten", "cycle forgotten"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -31,77 +30,105 @@ class Store:
         return keys[0] in self.values
 
 
+class Clock:
+    """In place of `time`: only sleeping takes any."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.meanwhile: Callable[[], None] = lambda: None
+        """What another rank does during each sleep."""
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.meanwhile()
+
+
 @pytest.fixture
-def beating(monkeypatch: pytest.MonkeyPatch) -> Callable[[Store], tuple[str, Any]]:
-    """Why rank 1 of 3 leaves, and the heartbeat, whose timeout is 0.2 s."""
-    monkeypatch.setattr(heartbeat, "_GRACE_S", 0.0)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(heartbeat, "time", made)
+    return made
+
+
+@pytest.fixture
+def reasons(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Why this rank leaves."""
+    found: list[str] = []
     monkeypatch.setattr(signals, "_callback", None)
+    monkeypatch.setattr(signals, "leave_failed", found.append)
+    return found
+
+
+@pytest.fixture
+def beating(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[Store], Any]:
+    """The heartbeat of rank 1 of 3 with a timeout of 20 s, whose threads do nothing by themselves."""
     monkeypatch.setenv("MASTER_ADDR", "nowhere")
     monkeypatch.setenv("MASTER_PORT", "1")
     idle = SimpleNamespace(start=lambda: None, join=lambda seconds: None)
-    monkeypatch.setattr(heartbeat, "threading", SimpleNamespace(Thread=lambda **kwargs: idle))
-    reasons: list[str] = []
-    monkeypatch.setattr(signals, "leave_failed", reasons.append)
 
-    def beat(store: Store) -> tuple[str, Any]:
-        monkeypatch.setattr(heartbeat.dist, "TCPStore", lambda *args, **kwargs: store)
-        made = _Heartbeat(1, 3, timeout_s=0.2)
-        made._beat()
-        return reasons.pop(), made
+    def made(store: Store) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(heartbeat, "threading", SimpleNamespace(Thread=lambda **kwargs: idle))
+            patch.setattr(heartbeat.dist, "TCPStore", lambda *args, **kwargs: store)
+            return _Heartbeat(1, 3, timeout_s=20.0)
 
-    return beat
+    return made
 
 
-def test_a_failure_that_another_rank_has_reported_is_the_reason(beating: Any) -> None:
+def test_a_failure_that_another_rank_has_reported_is_the_reason(beating: Any, reasons: list[str]) -> None:
     store = Store(**{"beat/2": "7"}, failed="rank 0 has ended with exit code 1")
-    assert beating(store)[0] == "rank 0 has ended with exit code 1: leaving without saving"
+    beating(store)._beat()
+    assert reasons == ["rank 0 has ended with exit code 1: leaving without saving"]
     assert store.values["mora_ds/0/beat/1"] == "1", "it has told that it is there itself"
 
 
 @pytest.mark.parametrize("values", [{}, {"beat/2": "7"}], ids=["that never came", "that has stopped"])
-def test_the_next_rank_is_given_the_timeout(beating: Any, values: dict[str, str]) -> None:
-    began = time.monotonic()
-    assert beating(Store(**values))[0].startswith("rank 2 has sent no heartbeat for 0 s")
-    assert 0.2 < time.monotonic() - began < 2
+def test_the_next_rank_is_given_the_timeout(
+    beating: Any, reasons: list[str], clock: Clock, values: dict[str, str]
+) -> None:
+    beating(Store(**values))._beat()
+    step = min(heartbeat.BEAT_S, 5.0)
+    assert reasons == [f"rank 2 has sent no heartbeat for {20 + step:.0f} s: leaving without saving"]
+    assert clock.now == 100.0 + 20 + step + heartbeat._GRACE_S, "and the others are given time to read why"
 
 
-def test_a_rank_that_goes_on_beating_is_there(beating: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Longer than the timeout, until the store ends, and with it rank 0's node."""
-    store, since = Store(), time.monotonic()
-    sleep = time.sleep
+def test_a_rank_that_goes_on_beating_is_there(beating: Any, reasons: list[str], clock: Clock) -> None:
+    """For ten times the timeout, until the store ends, and with it rank 0's node."""
+    store = Store()
 
-    def meanwhile(seconds: float) -> None:
-        sleep(seconds)
-        store.set("mora_ds/0/beat/2", str(time.monotonic()))
-        store.has_ended = time.monotonic() - since > 0.5
+    def meanwhile() -> None:
+        store.values["mora_ds/0/beat/2"] = str(clock.now)
+        store.has_ended = clock.now > 100 + 10 * 20
 
-    monkeypatch.setattr(heartbeat.time, "sleep", lambda seconds: None if store.has_ended else meanwhile(seconds))
-    assert beating(store)[0].startswith("the store on rank 0's node has ended (Connection reset by peer)")
-    assert int(store.values["mora_ds/0/beat/1"]) > 5
+    clock.meanwhile = meanwhile
+    beating(store)._beat()
+    (reason,) = reasons
+    assert reason.startswith("the store on rank 0's node has ended (Connection reset by peer)")
+    assert int(store.values["mora_ds/0/beat/1"]) >= 200 / heartbeat.BEAT_S
 
 
 def test_a_store_that_does_not_answer_is_given_the_timeout_and_more(
+    beating: Any, reasons: list[str], clock: Clock
+) -> None:
+    beating(Store())._watch_store()
+    longest = 20 + heartbeat.BEAT_S + heartbeat._GRACE_S
+    (reason,) = reasons
+    silent = float(reason.split(" for ")[1].split()[0])
+    assert reason.startswith("the store on rank 0's node has not answered for ") and longest < silent <= longest + 1
+
+
+def test_the_reason_is_written_for_the_others_unless_the_store_has_ended(
     beating: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, made = beating(Store(failed="known"))
-    reasons: list[str] = []
-    monkeypatch.setattr(signals, "leave_failed", reasons.append)
-    monkeypatch.setattr(heartbeat, "BEAT_S", 0.1)
-
-    def later(seconds: float) -> None:
-        made._answered -= seconds / 10
-
-    monkeypatch.setattr(heartbeat.time, "sleep", later)
-    made._answered = time.monotonic() - 0.2
-    made._watch_store()
-    assert reasons == ["the store on rank 0's node has not answered for 0 s: leaving without saving"]
-    assert time.monotonic() - made._answered > 0.3
-
-
-def test_the_reason_is_written_for_the_others_unless_the_store_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: Any = object.__new__(_Heartbeat)
-    made._prefix, made._store = "mora_ds/0", Store()
+    unnoticed: list[Any] = []
+    monkeypatch.setattr(heartbeat.threading, "excepthook", unnoticed.append)
+    store = Store()
+    made = beating(store)
     made._report_failure("rank 1 has ended")
-    assert made._store.values == {"mora_ds/0/failed": "rank 1 has ended"}
-    made._store.has_ended = True
+    assert store.values == {"mora_ds/0/failed": "rank 1 has ended"}
+    store.has_ended = True
     made._report_failure("again")
+    assert unnoticed == [], "that is no error of its own"

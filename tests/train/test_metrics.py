@@ -17,6 +17,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import RunError
+from mora_ds.models.loss import perplexity
 from mora_ds.remora.stall import StallRule, StallSignal
 from mora_ds.train import trainer as trainer_module
 from mora_ds.train.metrics import (
@@ -25,7 +26,6 @@ from mora_ds.train.metrics import (
     SourceLosses,
     StepMetrics,
     peak_memory_bytes,
-    perplexity,
     plain_json,
 )
 from mora_ds.train.trainer import Trainer
