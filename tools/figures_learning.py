@@ -20,8 +20,8 @@ LABELS = {
 }  # fmt: skip
 """Method of tools/bench/learning.yaml -> its name in a figure; others have their own."""
 CURVES = ("lora", "mora-rotate", "mora-muon", "recipe", "full")
-LONG_CURVES = ("lora", "relora", "mora-rotate", "remora-rotate", "remora-10", "full")
-"""The methods whose curves are drawn, as far as they were run."""
+LONG_CURVES, LONG_RANK = ("lora", "relora", "mora-rotate", "remora-rotate", "remora-10", "full"), 2
+"""The methods whose curves are drawn, as far as they were run, and the rank of those of a long run."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Point:
     """A method at its best learning rate: values of all seeds."""
 
     method: str
+    rank: int
+    """0 where it has none of the ranks that were compared."""
     trained: int
     new: list[float]
     old: list[float]
@@ -54,10 +56,10 @@ def points(path: Path) -> list[Point]:
     """The methods of a JSON of `tools/bench/learning.py`, in their order."""
     runs = [run for run in json.loads(path.read_text(encoding="utf-8"))["runs"] if run["is_best"]]
     found = []
-    for method in dict.fromkeys(run["method"] for run in runs):
-        own = [run for run in runs if run["method"] == method]
+    for kind in dict.fromkeys((run["method"], run.get("rank", 0)) for run in runs):
+        own = [run for run in runs if (run["method"], run.get("rank", 0)) == kind]
         new, old = ([run["perplexity"][name] for run in own] for name in ("new", "old"))
-        found.append(Point(method, own[0]["trained"], new, old, [run["curve"] for run in own]))
+        found.append(Point(*kind, own[0]["trained"], new, old, [run["curve"] for run in own]))
     return found
 
 
@@ -72,9 +74,12 @@ def draw(path: Path, folder: Path) -> None:
 
 
 def draw_long(path: Path, folder: Path) -> None:
-    """learning-long.svg: the curves of a long run, with and without merges; nothing where there is no such JSON."""
+    """learning-long.svg, the curves of long runs at one rank, and learning-ranks.svg, their ends at all ranks: nothing
+    where there is no such JSON."""
     if path.is_file():
-        _draw_curves(points(path), LONG_CURVES, folder / "learning-long.svg")
+        found = points(path)
+        _draw_curves([each for each in found if each.rank in (0, LONG_RANK)], LONG_CURVES, folder / "learning-long.svg")
+        _draw_ranks(found, folder / "learning-ranks.svg")
 
 
 def _draw_both_domains(found: Sequence[Point], path: Path) -> None:
@@ -111,6 +116,26 @@ def _draw_curves(found: Sequence[Point], methods: Sequence[str], path: Path) -> 
         _label_beside(axis, ends, apart=0.11)
     panels[1].set_xlabel("optimizer steps")
     save(figure, path, "Perplexity of the new and the old text during training")
+
+
+def _draw_ranks(found: Sequence[Point], path: Path) -> None:
+    """Methods that were run at two ranks or more."""
+    figure, (axis,) = axes(1, 1, (6, 4.6))
+    lines = {point.method: [each for each in found if each.method == point.method] for point in found if point.rank}
+    ends = []
+    for line in (sorted(each, key=lambda point: point.rank) for each in lines.values() if len(each) > 1):
+        last, ranks = line[-1], [point.rank for point in line]
+        axis.plot(ranks, [mean(point.new) for point in line], "o--" if last.is_dashed else "o-", color=last.colour,
+                  linewidth=2, markersize=6)  # fmt: skip
+        ends.append((last.rank, mean(last.new), last.label, last.colour))
+    axis.set_xscale("log", base=2)
+    ticks = sorted({point.rank for point in found if point.rank})
+    axis.set_xticks(ticks, [str(rank) for rank in ticks])
+    _logarithmic(axis, [value for line in axis.lines for value in line.get_ydata()])
+    axis.set_xlabel("LoRA's rank (MoRA matrices have as many parameters)")
+    axis.set_ylabel("perplexity on the new text")
+    _label_beside(axis, ends)
+    save(figure, path, "Perplexity on the new text against the rank")
 
 
 def _draw_gap(found: Sequence[Point], path: Path) -> None:

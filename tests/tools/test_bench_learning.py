@@ -26,6 +26,7 @@ from mora_ds.data import load_corpus, load_tokenizer
 from tests.helpers.jobs import Playground
 from tests.helpers.models import causal_loss, tiny_model, tokens
 from tests.helpers.tools import call, tool
+from tools import figures_learning
 
 BAD = (
     (["--methods", "loar"], "Did you mean 'lora'?"),
@@ -59,11 +60,11 @@ def test_bad_methods_are_named_with_their_file(tmp_path: Path, method: str, mess
 def test_of_rates_that_learn_alike_the_one_that_forgets_least_is_best() -> None:
     bench = tool("bench/learning")
     rows = [
-        bench.Row("lora", 1e-3, 10, new={1: 250.0, 2: 252.0}, old={1: 90.0, 2: 90.0}),
-        bench.Row("lora", 1e-2, 10, new={1: 201.0, 2: 203.0}, old={1: 100.0, 2: 102.0}),
-        bench.Row("lora", 3e-2, 10, new={1: 201.0, 2: 200.0}, old={1: 130.0, 2: 131.0}),
-        bench.Row("full", 1e-3, 99, new={1: 101.0}, old={1: 99.0}),
-        bench.Row("mora-rotate", 1e-2, 9, new={1: 176.0, 2: 300.0}, old={1: 99.0, 2: 99.0}),
+        bench.Row("lora", 8, 1e-3, 10, new={1: 250.0, 2: 252.0}, old={1: 90.0, 2: 90.0}),
+        bench.Row("lora", 8, 1e-2, 10, new={1: 201.0, 2: 203.0}, old={1: 100.0, 2: 102.0}),
+        bench.Row("lora", 8, 3e-2, 10, new={1: 201.0, 2: 200.0}, old={1: 130.0, 2: 131.0}),
+        bench.Row("full", 0, 1e-3, 99, new={1: 101.0}, old={1: 99.0}),
+        bench.Row("mora-rotate", 8, 1e-2, 9, new={1: 176.0, 2: 300.0}, old={1: 99.0, 2: 99.0}),
     ]
     assert [(row.method, row.rate) for row in bench._best(rows)][:2] == [("lora", 1e-2), ("full", 1e-3)]
     assert bench._rate(rows[1], (1e-3, 1e-2, 3e-2)) == "0.01" and bench._rate(rows[2], (1e-2, 3e-2)) == "0.03*"
@@ -174,6 +175,36 @@ def test_a_table_grows_by_the_runs_of_an_earlier_one(
     only.write_text("settings: {}\nmethods: {none: {flags: {adapter: none}, rates: [1]}}\n")
     refused("unknown --methods_file 'lora'", *FLAGS, "--methods_file", only)
     assert len(ran) == 8
+
+
+def test_ranks_are_compared_in_one_table(user: Playground, tmp_path: Path, ran: list[dict[str, Any]]) -> None:
+    reports = [tmp_path / f"{rank}.json" for rank in (4, 2)]
+    for report, rank in zip(reports, (4, 2), strict=True):
+        flags = ["--work", tmp_path / f"at-{rank}", "--rank", rank, "--methods", "lora@0.01", "--json", report]
+        call("bench/learning", *texts(user), *FLAGS, *flags)
+    flags = [
+        "--methods",
+        "full@0.01",
+        "recipe-rows-4@0.01",
+        "lora@0.01",
+        "--with",
+        *reports,
+        "--json",
+        tmp_path / "all.json",
+    ]
+    call("bench/learning", *texts(user), *FLAGS, "--work", tmp_path / "all", "--rank", 2, 4, *flags)
+    assert [each["mora_rank"] for each in ran] == [4, 4, 2, 2, 2, 4, 2, 4], (
+        "without a rank of its own a method runs once"
+    )
+    found = json.loads((tmp_path / "all.json").read_text())
+    rows = [row[:2] for row in found["tables"]["learning"]]
+    assert rows == [["rank", "method"], ["-", "full"], ["-", "recipe-rows-4"], ["2", "lora"], ["4", "lora"]]
+    points = figures_learning.points(tmp_path / "all.json")
+    assert [(point.method, point.rank, len(point.new)) for point in points] == [
+        ("full", 0, 2), ("recipe-rows-4", 0, 2), ("lora", 2, 2), ("lora", 4, 2),
+    ]  # fmt: skip
+    figures_learning.draw_long(tmp_path / "all.json", tmp_path)
+    assert "LoRA" in (tmp_path / "learning-ranks.svg").read_text() and (tmp_path / "learning-long.svg").is_file()
 
 
 # -- trials ------------------------------------------------------------------------------------------------------------

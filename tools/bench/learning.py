@@ -1,6 +1,7 @@
 """Which adapter learns a new domain best, at equal trainable parameters? One table, from one engine.
 
     python tools/bench/learning.py [--work FOLDER] [--rank 8] [--steps 200] [--seeds 3] [--methods lora full@0.003]
+    python tools/bench/learning.py --rank 1 2 4 8 --steps 3000 --methods lora@0.01 mora-rotate@0.01 full@0.001
     python tools/bench/learning.py --base MODEL --new law.jsonl law_held.jsonl --old web.jsonl web_held.jsonl
 
 A model that knows the old text is continued on the new one by every method of a YAML file (learning.yaml beside this
@@ -10,11 +11,11 @@ leaves least on the old one. By default the model is a small Llama, warm-started
 made out of the running Python. Each run is `launch/pretrain.py` with other flags, on one process.
 
 Every finished run leaves FOLDER/results/NAME.json and is not repeated while its base, texts and flags are the same, so
-the command goes on where it was stopped. A table grows over days and machines: `--with FILE` takes over the runs of an
-earlier `--json`, and refuses those of another base, other texts or other flags. Prints, at each method's best learning
-rate, both perplexities, mean and largest deviation over seeds, and the part of LoRA's distance to full training that is
-closed; `--json FILE` keeps all runs with their curves, of which `tools/figures.py --learning FILE --output FOLDER`
-draws three figures.
+the command goes on where it was stopped. A table grows over days and machines: `--with FILE` takes over the runs of
+earlier `--json` files, and refuses those of another base, other texts or other flags. Prints, at each method's best
+learning rate, both perplexities, mean and largest deviation over seeds, and the part of LoRA's distance to full
+training that is closed; `--json FILE` keeps all runs with their curves, of which `tools/figures.py --learning FILE
+--output FOLDER` draws three figures.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +92,17 @@ class Trial:
     settings: dict[str, Any]
     """Flags of the training program; output_dir names the run."""
     texts: Texts
+    rank: int = 0
+    """Of those that `--rank` names; 0 where the method's own flags decide how much it trains."""
     shift: bool = False
     """Whether only a bias for each token is trained."""
     trial: str = ""
     """What `learning_trials.py` changes in the training program."""
+
+    @property
+    def kind(self) -> tuple[str, int]:
+        """What has a best learning rate: the method, at a rank."""
+        return self.method, self.rank
 
     @property
     def folder(self) -> Path:
@@ -122,9 +131,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Row:
-    """A method at one learning rate, over its seeds."""
+    """A method at one rank and learning rate, over its seeds."""
 
     method: str
+    rank: int
     rate: float
     trained: int
     new: dict[int, float]
@@ -132,8 +142,8 @@ class Row:
     old: dict[int, float]
 
     @property
-    def mean(self) -> float:
-        return mean_and_spread(list(self.new.values()))[0]
+    def kind(self) -> tuple[str, int]:
+        return self.method, self.rank
 
 
 def main() -> None:
@@ -147,16 +157,20 @@ def main() -> None:
     _check(options)
     texts = _texts(options)
     trials = partial(_trials, options, methods, texts)
-    earlier = [] if options.runs is None else _take(options.runs, methods, trials)
+    earlier = [trial for path in options.runs for trial in _take(path, methods, trials)]
     swept = list(trials(options.rates_of, range(1, min(options.sweep_seeds, options.seeds) + 1)))
     run_all(swept, _run, options.jobs)
-    best = {row.method: row.rate for row in _best(_rows([*earlier, *swept]))}
+    best = {row.kind: row.rate for row in _best(_rows([*earlier, *swept]))}
     more = trials(options.rates_of, range(options.sweep_seeds + 1, options.seeds + 1))
-    repeated = [trial for trial in more if trial.rate == best[trial.method]]
+    repeated = [trial for trial in more if trial.rate == best[trial.kind]]
     run_all(repeated, _run, options.jobs)
     place = {name: number for number, name in enumerate(methods.methods)}
     found = {trial.name: trial for trial in [*earlier, *swept, *repeated]}.values()
-    _report(options, texts, sorted(found, key=lambda trial: (place[trial.method], trial.rate, trial.seed)), best)
+
+    def order(trial: Trial) -> tuple[float, ...]:
+        return len(options.rank) > 1 and trial.rank, place[trial.method], trial.rate, trial.seed
+
+    _report(options, texts, sorted(found, key=order), best)
 
 
 def _options() -> argparse.Namespace:
@@ -172,7 +186,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="the warm start and all runs in bf16")
     parser.add_argument("--new", type=Path, nargs=2, metavar=("TRAIN", "HELD"), help="the new text, with --base")
     parser.add_argument("--old", type=Path, nargs=2, metavar=("TRAIN", "HELD"), help="what the base knows, with --base")
-    parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; MoRA matrices have about as many parameters")
+    parser.add_argument(
+        "--rank", type=int, nargs="+", default=[8],
+        help="LoRA's rank, or several; MoRA matrices have about as many parameters. Methods without one run once",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method at its best learning rate")
     parser.add_argument("--sweep_seeds", type=int, default=2, help="of them at every learning rate of the sweep")
@@ -184,17 +201,19 @@ def _options() -> argparse.Namespace:
         help="those of the file to run, each at the learning rates that it is given with, if any. Default: all",
     )  # fmt: skip
     parser.add_argument(
-        "--with", dest="runs", type=Path, metavar="FILE", help="an earlier --json, whose runs count too"
-    )
+        "--with", dest="runs", type=Path, nargs="+", default=[], metavar="FILE",
+        help="earlier --json files, whose runs count too",
+    )  # fmt: skip
     json_flag(parser)
     return parser.parse_args()
 
 
 def _check(options: argparse.Namespace) -> None:
-    if min(options.rank, options.steps, options.seeds, options.sweep_seeds, options.jobs) < 1:
+    if min(*options.rank, options.steps, options.seeds, options.sweep_seeds, options.jobs) < 1:
         raise UserError("--rank, --steps, --seeds, --sweep_seeds and --jobs must be at least 1")
-    if options.runs is not None and not options.runs.is_file():
-        raise UserError(f"--with: there is no {options.runs}")
+    for path in options.runs:
+        if not path.is_file():
+            raise UserError(f"--with: there is no {path}")
     if len({given is None for given in (options.base, options.new, options.old)}) > 1:
         raise UserError(
             "--base, --new and --old belong together: give all three, or none for the demo's model and texts"
@@ -220,17 +239,17 @@ def _trials(
     for name, rates in rates_of.items():
         method = methods.methods[name]
         learns = method.flags.get("adapter") != "none"
-        for rate in rates:
-            for seed in seeds if learns else [each for each in seeds if each == 1]:
-                settings = {
-                    "model_name_or_path": texts.base, "train_files": [texts.new], "cache_dir": options.work / "tokens",
-                    "eval_files": [f"{OLD}={texts.old_held}", f"{NEW}={texts.new_held}"], "mora_rank": options.rank,
-                    "max_steps": options.steps, "eval_steps": max(1, options.steps // EVALUATIONS),
-                    "eval_on_start": False, "overwrite_output_dir": True, "seed": seed,
-                    "output_dir": options.work / "runs" / f"r{options.rank}-{options.steps}-{name}-{rate:g}-{seed}",
-                    **methods.settings, **method.settings(rate, options.steps, texts.old),
-                }  # fmt: skip
-                yield Trial(name, rate, seed, settings, texts, method.shift, method.trial)
+        ranks = options.rank if method.has_rank else options.rank[:1]
+        for rank, rate, seed in product(ranks, rates, seeds if learns else [each for each in seeds if each == 1]):
+            settings = {
+                "model_name_or_path": texts.base, "train_files": [texts.new], "cache_dir": options.work / "tokens",
+                "eval_files": [f"{OLD}={texts.old_held}", f"{NEW}={texts.new_held}"], "mora_rank": rank,
+                "max_steps": options.steps, "eval_steps": max(1, options.steps // EVALUATIONS),
+                "eval_on_start": False, "overwrite_output_dir": True, "seed": seed,
+                "output_dir": options.work / "runs" / f"r{rank}-{options.steps}-{name}-{rate:g}-{seed}",
+                **methods.settings, **method.settings(rate, options.steps, texts.old),
+            }  # fmt: skip
+            yield Trial(name, rate, seed, settings, texts, rank * method.has_rank, method.shift, method.trial)
 
 
 def _take(path: Path, methods: Methods, trials: Callable[..., Iterable[Trial]]) -> list[Trial]:
@@ -239,7 +258,8 @@ def _take(path: Path, methods: Methods, trials: Callable[..., Iterable[Trial]]) 
     for run in read_json(path).get("runs", []):
         if run["method"] not in methods.methods:
             raise UserError(f"--with {path}: {unknown('--methods_file', run['method'], methods.methods)}")
-        (trial,) = trials({run["method"]: [run["learning_rate"]]}, [run["seed"]])
+        alike = list(trials({run["method"]: [run["learning_rate"]]}, [run["seed"]]))
+        trial = next((each for each in alike if each.marks == run.get("marks")), alike[0])
         unlike = [name for name, mark in trial.marks.items() if run.get("marks", {}).get(name) != mark]
         if unlike:
             raise UserError(f"--with {path}: not the same {', '.join(unlike)} as here: {trial.name}")
@@ -288,18 +308,20 @@ def _digest(text: str) -> str:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def _report(options: argparse.Namespace, texts: Texts, trials: Sequence[Trial], best: dict[str, float]) -> None:
-    shown = [row for row in _rows(trials) if row.rate == best[row.method]]
-    report = Report(options)
+def _report(
+    options: argparse.Namespace, texts: Texts, trials: Sequence[Trial], best: Mapping[tuple[str, int], float]
+) -> None:
+    shown = [row for row in _rows(trials) if row.rate == best[row.kind]]
+    report, ranks = Report(options), ", ".join(map(str, options.rank))
     report.say(
-        f"perplexity after {options.steps} steps, rank {options.rank}, up to {options.seeds} seed(s), at the best"
+        f"perplexity after {options.steps} steps, rank {ranks}, up to {options.seeds} seed(s), at the best"
         " learning rate on the new text of each sweep (*: at its edge); gap: how much of LoRA's distance to full"
         " training is closed, on the seeds that all three have; b/B: bits a byte"
     )
-    swept = {row.method: [each.rate for each in _rows(trials) if each.method == row.method] for row in shown}
-    report.show("learning", _table(shown, swept, texts.tokens_a_byte))
+    swept = {row.kind: [each.rate for each in _rows(trials) if each.kind == row.kind] for row in shown}
+    report.show("learning", _table(shown, swept, texts.tokens_a_byte, len(options.rank) > 1))
     report.points["runs"] = [
-        {**{key: found[key] for key in KEPT}, "is_best": trial.rate == best[trial.method]}
+        {**{key: found[key] for key in KEPT}, "rank": trial.rank, "is_best": trial.rate == best[trial.kind]}
         for trial in trials
         if (found := trial.read()) is not None
     ]
@@ -307,20 +329,20 @@ def _report(options: argparse.Namespace, texts: Texts, trials: Sequence[Trial], 
 
 
 def _rows(trials: Sequence[Trial]) -> list[Row]:
-    """One for each method and learning rate, in their order."""
+    """One for each method, rank and learning rate, in their order."""
     rows = []
-    for key in dict.fromkeys((trial.method, trial.rate) for trial in trials):
-        found = [each for trial in trials if (trial.method, trial.rate) == key and (each := trial.read()) is not None]
+    for key in dict.fromkeys((*trial.kind, trial.rate) for trial in trials):
+        found = [each for trial in trials if (*trial.kind, trial.rate) == key and (each := trial.read()) is not None]
         new, old = ({each["seed"]: each["perplexity"][name] for each in found} for name in (NEW, OLD))
         rows.append(Row(*key, found[0]["trained"], new, old))
     return rows
 
 
 def _best(rows: Sequence[Row]) -> list[Row]:
-    """Of each method, judged by the seeds that all of its learning rates have."""
+    """Of each method and rank, judged by the seeds that all of its learning rates have."""
     found = []
-    for name in dict.fromkeys(row.method for row in rows):
-        own = [row for row in rows if row.method == name]
+    for kind in dict.fromkeys(row.kind for row in rows):
+        own = [row for row in rows if row.kind == kind]
         seeds = set.intersection(*(set(row.new) for row in own))
         new = {row.rate: sum(row.new[seed] for seed in seeds) for row in own}
         old = {row.rate: sum(row.old[seed] for seed in seeds) for row in own}
@@ -330,19 +352,22 @@ def _best(rows: Sequence[Row]) -> list[Row]:
 
 
 def _table(
-    rows: Sequence[Row], rates: Mapping[str, Sequence[float]], tokens_a_byte: Mapping[str, float]
-) -> list[list[str]]:
+    rows: Sequence[Row], rates: Mapping[tuple[str, int], Sequence[float]], tokens_a_byte: Mapping[str, float],
+    with_ranks: bool,
+) -> list[list[str]]:  # fmt: skip
     titles = ["method", "trained", "learning rate", "seeds", "new", "±", "old", "±", "gap", "new, b/B", "old, b/B"]
     cells = [
         [
-            row.method, f"{row.trained:,}", _rate(row, rates[row.method]), str(len(row.new)),
+            row.method, f"{row.trained:,}", _rate(row, rates[row.kind]), str(len(row.new)),
             *(f"{each:.1f}" for side in (row.new, row.old) for each in mean_and_spread(list(side.values()))),
-            _gap(row, {each.method: each for each in rows}),
+            _gap(row, {each.method: each for each in rows if each.rank in (0, row.rank) or not row.rank}),
             *(f"{tokens_a_byte[name] * math.log2(mean_and_spread(list(side.values()))[0]):.3f}"
               for name, side in ((NEW, row.new), (OLD, row.old))),
         ]
         for row in rows
     ]  # fmt: skip
+    if with_ranks:
+        return [["rank", *titles], *([str(row.rank or "-"), *line] for row, line in zip(rows, cells, strict=True))]
     return [titles, *cells]
 
 

@@ -26,6 +26,11 @@ class Method:
     shift: bool = False
     trial: str = ""
 
+    @property
+    def has_rank(self) -> bool:
+        """Whether a rank that is not its own decides how much it trains."""
+        return self.flags.get("adapter") not in ("none", "full") and "mora_rank" not in self.flags and not self.shift
+
     def settings(self, rate: float, steps: int, old: Path) -> dict[str, Any]:
         """The flags of a run of so many steps. `old`: the text that is replayed."""
         found = {self.sweeps: rate, **self.flags}
