@@ -103,6 +103,7 @@ class BaseRing:
     def close(self) -> None:
         """Leave the model to another ring."""
         self._copies.finish()
+        self._copies.unpin()
         for handle in self._handles:
             handle.remove()
 

@@ -5,6 +5,7 @@
     ticket = copies.start(pairs)    begin to copy, once the arithmetic issued so far has ended
     copies.wait(ticket)             let the arithmetic issued from here on begin after it
     copies.finish()                 wait on the host until nothing is being copied
+    copies.unpin()                  and unlock the pages
 
 On a CPU a copy is made when it starts: one device computes and copies in turn. Not tried on CUDA here: the ring's order
 of copies is tested with twins that copy as early and as late as these promises permit.
@@ -42,6 +43,9 @@ class Copies(Protocol):
     def finish(self) -> None:
         """Return when all copies are done."""
 
+    def unpin(self) -> None:
+        """Unlock what `pin` has locked. To be called when all copies are done."""
+
 
 class CpuCopies:
     """Copies at once."""
@@ -59,6 +63,9 @@ class CpuCopies:
     def finish(self) -> None:
         return None
 
+    def unpin(self) -> None:
+        return None
+
 
 class CudaCopies:
     """Copies on a stream of their own. The tensors' pages are locked where they are, so that ranks that share a mapping
@@ -67,17 +74,20 @@ class CudaCopies:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        self._locked: list[int] = []
+        """Where each range of locked pages starts."""
 
     def pin(self, tensors: Iterable[Tensor]) -> None:
         library: Any = torch.cuda.cudart()
         for start, stop in page_ranges(tensors):
             error = library.cudaHostRegister(start, stop - start, 0)
-            if int(error) not in (0, _ALREADY_REGISTERED):
+            if int(error) != 0:
                 raise UserError(
                     f"--base_device host: {(stop - start) / 1e9:,.2f} GB of host memory cannot be locked for copies "
                     f"({library.cudaGetErrorString(error)}; ulimit -l is {_locked_limit()}): raise the limits of "
                     "locked and of host memory, or use --base_device device"
                 )
+            self._locked.append(start)
 
     def start(self, pairs: Pairs) -> torch.cuda.Event:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -94,9 +104,11 @@ class CudaCopies:
     def finish(self) -> None:
         self._stream.synchronize()
 
-
-_ALREADY_REGISTERED = 712
-"""cudaErrorHostMemoryAlreadyRegistered (driver_types.h)."""
+    def unpin(self) -> None:
+        # Pages that are locked twice leave an error (712) behind, which torch finds at its next kernel and raises.
+        library: Any = torch.cuda.cudart()
+        while self._locked:
+            library.cudaHostUnregister(self._locked.pop())
 
 
 def copies_for(device: torch.device) -> Copies:

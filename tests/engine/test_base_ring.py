@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -24,7 +25,7 @@ from mora_ds.adapters.quantized import base_bits_of
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.engine import base_ring, zero
 from mora_ds.engine.base_ring import BaseRing, ring_of, stream_base
-from mora_ds.engine.host_copies import CpuCopies, page_ranges
+from mora_ds.engine.host_copies import CpuCopies, CudaCopies, page_ranges
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.decoder_layers import decoder_layers, stored_bytes, weights_of_layers
@@ -317,6 +318,35 @@ def test_pages_are_locked_once() -> None:
     assert ranges == sorted(ranges) and all(a[1] < b[0] for a, b in pairwise(ranges))
     for piece in pieces[:3]:
         assert any(start <= piece.data_ptr() and piece.data_ptr() + len(piece) <= stop for start, stop in ranges)
+
+
+def test_locked_pages_are_unlocked_before_another_ring_locks_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that is locked twice leaves a CUDA error for the next kernel."""
+    locked: dict[int, int] = {}
+
+    def register(start: int, size: int, flags: int) -> int:
+        error = 712 if start in locked else 2 if size > most else 0
+        return error or locked.update({start: size}) or error
+
+    most = 2**24
+    cudart = SimpleNamespace(
+        cudaHostRegister=register, cudaHostUnregister=locked.pop, cudaGetErrorString=lambda error: f"error {error}"
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(CudaCopies, "start", CpuCopies.start)
+    monkeypatch.setattr(CudaCopies, "wait", CpuCopies.wait)
+    monkeypatch.setattr(base_ring, "copies_for", CudaCopies)
+    model, first = streamed_model(2)
+    kept = dict(locked)
+    assert kept
+    stream_base(model, 2, CPU)
+    assert locked == kept
+    first.close()
+    assert locked == kept, "it unlocks no pages of another ring"
+    copies = CudaCopies(CPU)
+    with pytest.raises(UserError, match=r"GB of host memory cannot be locked.*error 2.*ulimit -l"):
+        copies.pin([torch.empty(most + 1, dtype=torch.uint8)])
 
 
 @pytest.mark.gpu
