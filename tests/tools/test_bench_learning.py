@@ -32,6 +32,7 @@ BAD = (
     (["--methods", "loar"], "Did you mean 'lora'?"),
     (["--methods", "lora@fast"], "'fast' is no learning rate"),
     (["--steps", "0"], "at least 1"),
+    (["--batch", "0"], "at least 1"),
     (["--base", "MODEL"], "belong together"),
     (["--base", "gone", "--new", "a", "b", "--old", "c", "d"], "there is no gone"),
     (["--methods_file", "gone.yaml"], "gone.yaml"),
@@ -117,11 +118,14 @@ def test_a_finished_run_is_not_repeated(user: Playground, tmp_path: Path, ran: l
     call("bench/learning", *flags)
     assert len(ran) == 6
     call("bench/learning", *flags, "--rank", 4)
-    assert len(ran) == 12
+    assert len(ran) == 12 and {each["per_device_train_batch_size"] for each in ran} == {8}
+    call("bench/learning", *flags, "--methods", "lora@0.01", "--batch", 2)
+    assert [each["per_device_train_batch_size"] for each in ran[12:]] == [2, 2]
+    call("bench/learning", *flags)
     for folder in (tmp_path / "work" / "results").glob("r8-40-relora-*"):
         folder.unlink()
     call("bench/learning", *flags)
-    assert len(ran) == 14
+    assert len(ran) == 16
 
 
 def test_the_base_that_is_made(

@@ -151,6 +151,8 @@ def main() -> None:
     methods = Methods.read(options.methods_file)
     if options.bf16:
         methods.settings["bf16"] = True
+    if options.batch is not None:
+        methods.settings["per_device_train_batch_size"] = options.batch
     if options.methods is None:
         options.methods = list(methods.methods)
     options.rates_of = methods.chosen(options.methods, options.rates)
@@ -191,6 +193,7 @@ def _options() -> argparse.Namespace:
         help="LoRA's rank, or several; MoRA matrices have about as many parameters. Methods without one run once",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run")
+    parser.add_argument("--batch", type=int, help="sequences of a step. Default: those of --methods_file")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method at its best learning rate")
     parser.add_argument("--sweep_seeds", type=int, default=2, help="of them at every learning rate of the sweep")
     parser.add_argument("--rates", nargs="+", type=float, help="instead of each method's own sweep")
@@ -209,8 +212,9 @@ def _options() -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if min(*options.rank, options.steps, options.seeds, options.sweep_seeds, options.jobs) < 1:
-        raise UserError("--rank, --steps, --seeds, --sweep_seeds and --jobs must be at least 1")
+    counts = (*options.rank, options.steps, options.seeds, options.sweep_seeds, options.jobs, options.batch)
+    if min(count for count in counts if count is not None) < 1:
+        raise UserError("--rank, --steps, --batch, --seeds, --sweep_seeds and --jobs must be at least 1")
     for path in options.runs:
         if not path.is_file():
             raise UserError(f"--with: there is no {path}")
@@ -236,6 +240,7 @@ def _trials(
     options: argparse.Namespace, methods: Methods, texts: Texts, rates_of: Mapping[str, Sequence[float]],
     seeds: Sequence[int],
 ) -> Iterator[Trial]:  # fmt: skip
+    length = f"{options.steps}" if options.batch is None else f"{options.steps}x{options.batch}"
     for name, rates in rates_of.items():
         method = methods.methods[name]
         learns = method.flags.get("adapter") != "none"
@@ -246,7 +251,7 @@ def _trials(
                 "eval_files": [f"{OLD}={texts.old_held}", f"{NEW}={texts.new_held}"], "mora_rank": rank,
                 "max_steps": options.steps, "eval_steps": max(1, options.steps // EVALUATIONS),
                 "eval_on_start": False, "overwrite_output_dir": True, "seed": seed,
-                "output_dir": options.work / "runs" / f"r{rank}-{options.steps}-{name}-{rate:g}-{seed}",
+                "output_dir": options.work / "runs" / f"r{rank}-{length}-{name}-{rate:g}-{seed}",
                 **methods.settings, **method.settings(rate, options.steps, texts.old),
             }  # fmt: skip
             yield Trial(name, rate, seed, settings, texts, rank * method.has_rank, method.shift, method.trial)
