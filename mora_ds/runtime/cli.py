@@ -40,9 +40,14 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
     if sys.__stderr__ is not None:  # the stack of a bus error: a mapped file was truncated
         faulthandler.enable(sys.__stderr__)
     try:
-        if restartable:
-            signals.install()
-        main()
+        try:
+            if restartable:
+                signals.install()
+            main()
+        except Exception as error:
+            # Of a signal that came during a collective, which failed as another rank left at its own, this rank may
+            # learn only here: `Stopped` is raised within `_fail`.
+            _fail(error)
     except Stopped as stopped:
         signals.settle()
         if rank() == 0:

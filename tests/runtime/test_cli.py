@@ -102,5 +102,18 @@ def test_signals_have_their_own_effect_while_an_error_is_held_back(
     assert code_of(UserError("mine")) == 2 and given_back == [True]
 
 
+def test_a_rank_that_was_asked_to_stop_while_another_one_left_has_stopped(
+    capsys: pytest.CaptureFixture[str], pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python raises in the main thread when the collective has returned, which is when its failure is handled."""
+
+    def uninstall() -> None:
+        raise Stopped("stopped by SIGTERM with nothing to save")
+
+    monkeypatch.setattr(signals, "uninstall", uninstall)
+    assert code_of(RuntimeError(CLOSED)) == 75 and not pauses
+    assert capsys.readouterr().err == "stopped by SIGTERM with nothing to save\n"
+
+
 def test_columns_of_a_table_are_as_wide_as_their_longest_cell() -> None:
     assert cli.table([["name", "n"], ["a", "1000"]]) == ["name     n", "   a  1000"]
