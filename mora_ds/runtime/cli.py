@@ -44,7 +44,9 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
             if restartable:
                 signals.install()
             main()
-        except Exception as error:
+        except (Stopped, SystemExit):
+            raise
+        except BaseException as error:
             # Of a signal that came during a collective, which failed as another rank left at its own, this rank may
             # learn only here: `Stopped` is raised within `_fail`.
             _fail(error)
@@ -55,8 +57,6 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
         leave(EXIT_STOPPED)
     except SystemExit as left:
         leave(left.code if isinstance(left.code, int) else EXIT_FAILURE if left.code else 0)
-    except BaseException as error:
-        _fail(error)
     leave(0)
 
 
