@@ -2,7 +2,7 @@
 
     rows (B, H, T, D) -> tokens of all rows (N, H, D), N = B T, with the `Documents` in them -> (B, T, H, D)
 
-    CUDA, bf16 or fp16    torch.nn.attention.varlen: one kernel over all documents
+    CUDA, bf16 or fp16    torch's flash attention: one kernel over all documents
     otherwise             scaled_dot_product_attention; short documents of similar length together, padded at the right,
                           where causal attention never looks; long ones under a sliding window in blocks of queries
     capped scores         in blocks of queries that are recomputed in backward (Gemma 2); torch's kernels cannot cap
@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -148,15 +147,11 @@ def _varlen(
     """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v). The kernel wants one head size, a multiple of 8."""
     head, wanted = value.shape[2], -(-max(query.shape[2], value.shape[2]) // 8) * 8
     query, key, value = (_padded(part, wanted) for part in (query, key, value))
-    bounds, longest, left = documents.bounds, documents.longest, -1 if window is None else window - 1
-    if scores.sinks is not None:
-        out = attend_with_sinks(query, key, value, scores.sinks, VarlenKernel(bounds, longest, left, scores.scale))
+    kernel = VarlenKernel(documents.bounds, documents.longest, -1 if window is None else window - 1, scores.scale)
+    if scores.sinks is None:
+        out, *_ = kernel.forward(query, key, value)
     else:
-        shared = query.shape[1] != key.shape[1]
-        out = varlen_attn(  # type: ignore[assignment]  # a pair where more is asked for
-            query, key, value, bounds, bounds, longest, longest,
-            scale=scores.scale, window_size=(left, 0), enable_gqa=shared,
-        )  # fmt: skip
+        out = attend_with_sinks(query, key, value, scores.sinks, kernel)
     return out[..., :head]
 
 

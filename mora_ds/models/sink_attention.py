@@ -63,8 +63,9 @@ class CPUKernel:
 
 @dataclass(frozen=True)
 class VarlenKernel:
-    """torch's varlen attention on CUDA (torch/nn/attention/varlen.py, `_varlen_attn` and `_varlen_attn_backward`):
-    (N, H, D), sums (H, N)."""
+    """torch's flash attention on CUDA over documents (aten/src/ATen/native/native_functions.yaml,
+    `_flash_attention_forward`, which `torch.nn.attention.varlen` wraps in another way in every version of torch):
+    (N, H, D), sums (H, N); grouped key-value heads are not repeated. `forward` is differentiable by itself."""
 
     bounds: Tensor
     """(documents + 1,) int32."""
@@ -74,22 +75,29 @@ class VarlenKernel:
     scale: float
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = torch.ops.torch_attn._varlen_attn(
-            query, key, value, self.bounds, self.bounds, self.longest, self.longest,
-            self.left < 0, self.scale, [self.left, 0], query.shape[1] != key.shape[1],
-        )  # fmt: skip
-        return result
+        *found, _ = torch.ops.aten._flash_attention_forward(
+            query, key, value, *self._documents, return_debug_mask=False, **self._weights
+        )
+        return tuple(found)
 
     def backward(self, grad: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        *tensors, state = saved
-        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.torch_attn._varlen_attn_backward(
-            grad, *tensors, self.bounds, self.bounds, self.longest, self.longest,
-            self.left < 0, state, self.scale, [self.left, 0],
-        )  # fmt: skip
+        *tensors, seed, offset = saved
+        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+            grad, *tensors, *self._documents, seed, offset, **self._weights
+        )
         return gradients
 
     def heads_first(self, out: Tensor) -> Tensor:
         return out.transpose(0, 1)
+
+    @property
+    def _documents(self) -> tuple[Any, ...]:
+        """Of queries and of keys; no dropout; whether a query sees all that comes before it."""
+        return self.bounds, self.bounds, self.longest, self.longest, 0.0, self.left < 0
+
+    @property
+    def _weights(self) -> dict[str, Any]:
+        return {"scale": self.scale, "window_size_left": self.left, "window_size_right": 0}
 
 
 def attend_with_sinks(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, kernel: Kernel) -> Tensor:
