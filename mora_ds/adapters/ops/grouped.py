@@ -86,10 +86,12 @@ def _outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 
 def has_kernel(x: Tensor, width: int) -> bool:
-    """Whether torch has a grouped product for rows x and results of this width: in bf16, for GPUs from sm_80 on."""
+    """Whether torch (from 2.10 on) has a grouped product for rows x and results of this width: in bf16, for GPUs from
+    sm_80 on."""
     sizes = (x.shape[-1], width)
     return (
         x.device.type == "cuda"
+        and hasattr(F, "grouped_mm")
         and x.dtype is torch.bfloat16
         and all(size * x.dtype.itemsize % _ALIGNMENT == 0 for size in sizes)
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
