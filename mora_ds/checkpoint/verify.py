@@ -7,7 +7,8 @@
     agreement   adapter.safetensors = the fp32 masters in the shards, bit for bit
     base        (where a folder is given) the same fingerprint
 
-Every check runs, even where an earlier one has failed. An adapter that was made out of a checkpoint, without a run's
+Every check runs, even where an earlier one has failed; only the base, in which the command and not the checkpoint may be
+wrong, is compared with intact checkpoints alone. An adapter that was made out of a checkpoint, without a run's
 state and shards, is checked as far as it goes.
 """
 
@@ -43,6 +44,7 @@ from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import MANIFEST, listed_files, verify_manifest
 from mora_ds.engine.shard_reader import MASTER, EngineShards
+from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import open_safetensors
 from mora_ds.remora.ledger import Ledger
 
@@ -72,11 +74,12 @@ class Verdict:
 def verify(path: Path, base: Path | None = None) -> list[Verdict]:
     """Checks a checkpoint, or every one of a run (its output folder, or `checkpoints` in it), oldest first.
 
-    Raises `UserError` when there is none at `path`.
+    Raises `UserError` when there is none at `path`, and where `base` is no model or not that of an intact checkpoint.
     """
     path = path.expanduser()
+    opened = None if base is None else BaseCheckpoint.open(base, "--base")
     if any((path / name).is_file() for name in (MANIFEST, STATE_FILE, ADAPTER_JSON)):
-        return [_verify_one(path.resolve(), base)]
+        return [_verify_one(path.resolve(), opened)]
     root = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     folders = complete_checkpoints(root) if root.is_dir() else []
     if not folders:
@@ -84,7 +87,7 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
     if unknown := unknown_entries(root):
         logger.warning("%s: not checkpoints by their names, and not looked into: %s", root, ", ".join(unknown))
     latest = (root / LATEST).resolve()
-    verdicts = [_verify_one(folder, base) for folder in folders]
+    verdicts = [_verify_one(folder, opened) for folder in folders]
     for verdict in verdicts:
         verdict.is_latest = verdict.folder.resolve() == latest
     if (root / LATEST).is_symlink() and not latest.is_dir():
@@ -92,7 +95,7 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
     return verdicts
 
 
-def _verify_one(folder: Path, base: Path | None) -> Verdict:
+def _verify_one(folder: Path, base: BaseCheckpoint | None) -> Verdict:
     verdict = Verdict(folder)
     is_full, has_run = _is_full_training(folder), not _is_adapter_alone(folder)
     checks: list[Callable[[Path], Iterator[str]]] = [_files]
@@ -104,8 +107,9 @@ def _verify_one(folder: Path, base: Path | None) -> Verdict:
         checks += [_agreement]
     for check in checks:
         _run(verdict, lambda check=check: check(folder))  # type: ignore[misc]
-    if base is not None and not is_full:
-        _run(verdict, lambda: _base(folder, base))
+    if base is not None and not is_full and verdict.is_good:
+        BaseReference.read(folder).require_base(base, folder, "--base")
+        verdict.facts.append(f"base: {base.folder} has the recorded fingerprint")
     verdict.problems = list(dict.fromkeys(verdict.problems))
     return verdict
 
@@ -244,8 +248,3 @@ def _agreement(folder: Path) -> Iterator[str]:
     if problems:
         raise _Problems(problems)
     yield f"agreement: {len(tensors)} live tensor(s) equal their masters in the shards"
-
-
-def _base(folder: Path, base: Path) -> Iterator[str]:
-    opened = BaseReference.read(folder).open_base(folder, base, "--base")
-    yield f"base: {opened.folder} has the recorded fingerprint"

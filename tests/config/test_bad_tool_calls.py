@@ -64,6 +64,7 @@ export_hf --checkpoint {run} --output {new} --base {user}/model | {user}/model
 export_hf --checkpoint {run} --output {new} --push_to_hub a/b/c | --push_to_hub a/b/c
 verify_checkpoint {bad}/gone | gone
 verify_checkpoint {bad}/emptydir | emptydir
+verify_checkpoint {run} --base {bad}/gone | --base | gone
 convert_checkpoint universal {bad}/gone --output {new} | gone
 convert_checkpoint universal {run} --output {new} | {run}
 convert_checkpoint adapter {bad}/emptydir --output {new} | emptydir
