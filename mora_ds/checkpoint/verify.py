@@ -7,9 +7,9 @@
     agreement   adapter.safetensors = the fp32 masters in the shards, bit for bit
     base        (where a folder is given) the same fingerprint
 
-Every check runs, even where an earlier one has failed; only the base, in which the command and not the checkpoint may be
-wrong, is compared with intact checkpoints alone. An adapter that was made out of a checkpoint, without a run's
-state and shards, is checked as far as it goes.
+Every check runs, even where an earlier one has failed; the base alone is compared with intact checkpoints only, since
+another base is a mistake in the command. An adapter that was made out of a checkpoint, without a run's state and
+shards, is checked as far as it goes.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from mora_ds.checkpoint.layout import (
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import MANIFEST, listed_files, verify_manifest
+from mora_ds.common.untrusted import expanded
 from mora_ds.engine.shard_reader import MASTER, EngineShards
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import open_safetensors
@@ -76,7 +77,7 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
 
     Raises `UserError` when there is none at `path`, and where `base` is no model or not that of an intact checkpoint.
     """
-    path = path.expanduser()
+    path = expanded(path)
     opened = None if base is None else BaseCheckpoint.open(base, "--base")
     if any((path / name).is_file() for name in (MANIFEST, STATE_FILE, ADAPTER_JSON)):
         return [_verify_one(path.resolve(), opened)]

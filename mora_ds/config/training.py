@@ -22,6 +22,7 @@ from mora_ds.common.errors import (
     refusal,
     wrong_values,
 )
+from mora_ds.common.untrusted import expanded
 from mora_ds.config.flags import documented
 from mora_ds.config.forgetting import Watch
 from mora_ds.config.tracking import tracker_problems
@@ -280,6 +281,7 @@ class TrainingArguments:
             yield f"--num_train_epochs must be {POSITIVE}, got {self.num_train_epochs}"
         if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
             yield "--overwrite_output_dir would delete what --resume_from_checkpoint needs: give one of them"
+        yield from refusal(expanded, self.output_dir, "--output_dir")
         if _is_shared(self.output_dir):
             yield (
                 f"--output_dir {self.output_dir!r}: name a folder for the run alone, not the working directory, the "

@@ -18,6 +18,7 @@ from mora_ds.checkpoint.folder import AUTO
 from mora_ds.checkpoint.layout import MERGED_FOLDER, SUMMARY_FILE
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
+from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.validate import validate
@@ -64,7 +65,7 @@ def _first_part(arguments: Arguments) -> Arguments:
         adapter=AdapterArguments(adapter=AdapterKind.FULL.value),
         training=replace(
             training,
-            output_dir=str(Path(training.output_dir).expanduser() / FOLDER),
+            output_dir=str(expanded(training.output_dir) / FOLDER),
             max_steps=adapter.full_rank_steps,
             learning_rate=adapter.full_rank_learning_rate or DEFAULT_RATIO * training.learning_rate,
             warmup_steps=min(training.warmup_steps, adapter.full_rank_steps // 2),

@@ -200,11 +200,11 @@ def test_another_base(out: Path, checkpoint: Path, user: Playground, tmp_path: P
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="--base: .* is not the base of"):
+    with pytest.raises(UserError, match=r"--base: .* is not the base of"):
         verify(out, other)
     with pytest.raises(UserError, match="--base: no such folder"):
         verify(out, tmp_path / "none")
-    with pytest.raises(UserError, match="--base: .* is not a model folder"):
+    with pytest.raises(UserError, match=r"--base: .* is not a model folder"):
         verify(checkpoint, tmp_path)
     changed_tensor(checkpoint, 7.0)
     assert "is not what the shards hold" in wrong(checkpoint, base=other)

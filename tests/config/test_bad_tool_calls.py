@@ -63,6 +63,9 @@ export_hf --checkpoint {run} --output {new} --base {bad}/models/index_lists | in
 export_hf --checkpoint {run} --output {new} --base {user}/model | {user}/model
 export_hf --checkpoint {run} --output {new} --push_to_hub a/b/c | --push_to_hub a/b/c
 verify_checkpoint {bad}/gone | gone
+verify_checkpoint ~nobody5/x | ~nobody5/x: no home
+plan --gpus 8 --model ~nobody5/x | --model ~nobody5/x: no home
+plan --gpus 8 --model {tiny} --deepspeed ~nobody5/x | --deepspeed ~nobody5/x: no home
 verify_checkpoint {bad}/emptydir | emptydir
 verify_checkpoint {run} --base {bad}/gone | --base | gone
 convert_checkpoint universal {bad}/gone --output {new} | gone
