@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Iterator
@@ -100,6 +101,19 @@ def test_signals_have_their_own_effect_while_an_error_is_held_back(
     given_back: list[bool] = []
     monkeypatch.setattr(signals, "uninstall", lambda: given_back.append(True))
     assert code_of(UserError("mine")) == 2 and given_back == [True]
+
+
+def test_negative_numbers_of_every_form_are_values(pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """argparse itself takes all but the first three for flags."""
+    words = ["-1", "-0.5", "-.5", "-1e-3", "-1.", "-2.5E+3", "-.5e3", "-inf", "-NaN"]
+    parser, found = argparse.ArgumentParser(), []
+    parser.add_argument("--weights", type=float, nargs="+")
+    parser.add_argument("rest", nargs="*")
+    monkeypatch.setattr(sys, "argv", ["program", "--weights", *words, "--", "-1e-3"])
+    with pytest.raises(Left):
+        cli.run(lambda: found.append(parser.parse_args()))
+    assert list(map(str, found[0].weights)) == list(map(str, map(float, words))) and found[0].rest == ["-1e-3"]
+    assert cli.negative_numbers(["-h", "--learning_rate=-1e3", "a-1e3"]) == ["-h", "--learning_rate=-1e3", "a-1e3"]
 
 
 def test_columns_of_a_table_are_as_wide_as_their_longest_cell() -> None:
