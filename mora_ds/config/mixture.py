@@ -84,6 +84,12 @@ def mixture_plan(data: DataArguments) -> MixturePlan | None:
     _check_weights(plan, where)
     if data.streaming:
         plan = replace(plan, sources=tuple(replace(source, streaming=True) for source in plan.sources))
+    for source in plan.sources:
+        if source.streaming and source.epochs and source.epochs % 1:
+            raise UserError(
+                f"{where}: sources.{source.name}.epochs must be a whole number, since where a part of a stream ends is "
+                f"only known when it has been read, got {source.epochs:g}"
+            )
     return plan
 
 

@@ -201,11 +201,7 @@ def test_replay_of_a_source_that_is_there_and_of_plain_files(tmp_path: Path) -> 
 
 ONE = "sources:\n  a: {files: x, weight: 1}\n"
 WRONG = {
-    "negative": (
-        "sources:\n  a: {files: x, weight: -1}\n  b: {files: y, weight: 2}\n",
-        {},
-        ["'a'", "negative, got -1"],
-    ),
+    "negative": ("sources:\n  a: {files: x, weight: -1}\n  b: {files: y}\n", {}, ["'a'", "negative, got -1"]),
     "zero": ("sources:\n  a: {files: x, weight: 0}\n  b: {files: y, weight: 0}\n", {}, ["add up to 0"]),
     "zero later": (ONE + "phases: [{from_step: 5, weights: {a: 0}}]", {}, ["from step 5", "add up to 0"]),
     "never": ("sources:\n  a: {files: x}\n  b: {files: y, weight: 0}\n", {}, ["'b' has weight 0 throughout"]),
@@ -218,6 +214,7 @@ WRONG = {
     "phase back": (ONE + "phases: [{from_step: 0, weights: {a: 1}}]", {}, ["from_step must be a step after 0, got 0"]),
     "phase of nobody": (ONE + "phases: [{from_step: 3, weights: {b: 1}}]", {}, ["unknown key 'phases[0].weights.b'"]),
     "epochs": ("sources:\n  a: {files: x, epochs: 0}\n", {}, ["sources.a.epochs must be above 0"]),
+    "part of a stream": ("sources:\n  a: {files: x, epochs: 1.5}\n", {"streaming": True}, ["whole number", "got 1.5"]),
     "no file": (None, {"mixture": "/nowhere/mix.yaml"}, ["--mixture /nowhere/mix.yaml"]),
     "both": (ONE, {"train_files": ["x"]}, ["leave out --train_files"]),
     "some named": ("", {"train_files": ["a=x:1", "y"]}, ["--train_files y", "NAME=FILES:WEIGHT"]),
