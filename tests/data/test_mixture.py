@@ -156,6 +156,8 @@ def test_the_end_of_capped_sources_is_known_beforehand() -> None:
     assert mixture(epochs=(2, 1)).max_steps == (62 + 9) // 12
     assert mixture(epochs=(2, None)).max_steps is None
     assert mixture(epochs=(1.5, 1)).schedule.limit == 46 + 9, "of 31 and 9 sequences"
+    capped = Mixture({"a": source(0, 100, "a")}, ((0, (1,)),), (0.29,), 4, 12)
+    assert capped.schedule.limit == 29, "although 0.29 * 100 < 29 in floats"
     with pytest.raises(UserError, match="shorter than one batch"):
         mixture(rows=100, epochs=(1, 1)).check_batch_size(100)
 
