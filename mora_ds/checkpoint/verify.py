@@ -35,6 +35,7 @@ from mora_ds.checkpoint.layout import (
     RNG_FILE,
     STATE_FILE,
     complete_checkpoints,
+    is_full_training,
     is_step_name,
     rng_file,
     step_of,
@@ -98,7 +99,7 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
 
 def _verify_one(folder: Path, base: BaseCheckpoint | None) -> Verdict:
     verdict = Verdict(folder)
-    is_full, has_run = _is_full_training(folder), not _is_adapter_alone(folder)
+    is_full, has_run = is_full_training(folder), not _is_adapter_alone(folder)
     checks: list[Callable[[Path], Iterator[str]]] = [_files]
     if has_run:
         checks += [_state, _shards]
@@ -130,14 +131,6 @@ class _Problems(Exception):
     def __init__(self, problems: list[str]) -> None:
         super().__init__(*problems)
         self.problems = problems
-
-
-def _is_full_training(folder: Path) -> bool:
-    """Whether it is a checkpoint of --adapter full, which has neither adapter nor ledger."""
-    try:
-        return TrainerState.read(folder).identity.get("adapter", {}).get("kind") == "full"
-    except (UserError, AttributeError):
-        return False
 
 
 def _is_adapter_alone(folder: Path) -> bool:

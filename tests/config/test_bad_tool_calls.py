@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mora_ds.common.files import write_manifest
 from tests.helpers.exports import fake_run
 from tests.helpers.jobs import REPOSITORY, Playground
 from tests.helpers.mistakes import answer, make_mistakes
@@ -48,6 +49,9 @@ plot_schedule --max_steps 10 --columns 0 | --columns
 plot_schedule {bad}/recipes/date.yaml --max_steps 10 | date.yaml
 export_hf --checkpoint {bad}/gone --output {new} | --checkpoint | gone
 export_hf --checkpoint {bad}/emptydir --output {new} | --checkpoint | emptydir
+export_hf --checkpoint {bad}/full --output {new} | --adapter full | --export_merged
+convert_checkpoint adapter {bad}/full --output {new} | --adapter full | --export_merged
+evaluate {bad}/full --sets a={user}/held.txt | --adapter full | --export_merged
 export_hf --checkpoint {run} --output {user} | --output
 export_hf --checkpoint {run} --output {new} --dtype int3 | --dtype | int3
 export_hf --checkpoint {run} --output {new} --max_shard_gib 0 | --max_shard_gib
@@ -148,6 +152,9 @@ def places(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     path = bad / "ledger_deep" / "ledger" / "ledger.json"
     path.unlink()  # it is a link
     path.write_text("[" * 100_000)
+    (bad / "full").mkdir()
+    (bad / "full" / "trainer_state.json").write_text('{"identity": {"adapter": {"kind": "full"}}}')
+    write_manifest(bad / "full")
     tiny = REPOSITORY / "configs" / "models" / "tiny_llama.json"
     return {"bad": bad, "user": user.root, "run": run.output, "step": run.checkpoint, "new": bad / "new", "tiny": tiny}
 
