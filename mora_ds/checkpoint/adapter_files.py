@@ -317,12 +317,16 @@ class BaseReference:
         Raises `UserError` naming `flag` when it is missing or another one.
         """
         base = BaseCheckpoint.open(checkpoint.resolve() / self.folder if override is None else override, flag)
+        self.require_base(base, checkpoint, flag)
+        return base
+
+    def require_base(self, base: BaseCheckpoint, checkpoint: Path, flag: str = MODEL_FLAG) -> None:
+        """Raises `UserError` naming `flag` where `base` has another fingerprint, for which every byte is read."""
         if base.fingerprint() != self.fingerprint:
             raise UserError(
                 f"{flag}: {base.folder} is not the base of {checkpoint}: its weights have the fingerprint"
                 f" {base.fingerprint()}, those of the run {self.fingerprint}"
             )
-        return base
 
 
 def open_adapter(

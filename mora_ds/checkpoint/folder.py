@@ -13,6 +13,7 @@ from pathlib import Path
 from mora_ds.checkpoint.layout import BEST, LATEST, LEDGER_FOLDER, complete_checkpoints, is_step_name
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import MANIFEST, disk_errors, fsync, recorded_hashes, replace_symlink, verify_manifest
+from mora_ds.common.untrusted import expanded
 from mora_ds.remora.ledger import LEDGER_FILE, VECTORS_FILE, read_records
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def resume_checkpoint(wanted: str, root: Path) -> Path | None:
     """
     if wanted == AUTO:
         return _newest_intact(root)
-    folder = (root / LATEST if wanted == LATEST else Path(wanted).expanduser()).resolve()
+    folder = (root / LATEST if wanted == LATEST else expanded(wanted, "--resume_from_checkpoint")).resolve()
     if wanted == LATEST and folder.parent != root.resolve():
         raise UserError(
             f"--resume_from_checkpoint {LATEST}: {root / LATEST} leads to {folder}, which is no checkpoint of this "

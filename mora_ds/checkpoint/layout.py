@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import MANIFEST
+from mora_ds.common.files import MANIFEST, read_json
 from mora_ds.common.untrusted import require_plain
 from mora_ds.remora.ledger import LEDGER_FILE, Ledger
 
@@ -110,6 +110,7 @@ def find_adapter(path: Path) -> Path:
     """As `adapter_folder`. Raises `UserError` where there is none."""
     folder = adapter_folder(path)
     if folder is None:
+        refuse_full_training(path)
         raise UserError(f"{path} is neither an adapter, nor a checkpoint, nor the output folder of a run that has one")
     return folder
 
@@ -120,6 +121,23 @@ def find_checkpoint(path: Path) -> Path:
     if folder is None:
         raise UserError(f"--checkpoint: {path} is neither a checkpoint nor the output folder of a run that has one")
     return folder
+
+
+def is_full_training(folder: Path) -> bool:
+    """Whether it is a checkpoint of --adapter full, which has neither adapter nor ledger."""
+    try:
+        return bool(read_json(folder / STATE_FILE)["identity"]["adapter"]["kind"] == "full")
+    except (UserError, LookupError, TypeError):
+        return False
+
+
+def refuse_full_training(path: Path) -> None:
+    """Raises `UserError`, which says where the model is, where `path` means a checkpoint of --adapter full."""
+    folder = _candidate(path, STATE_FILE)
+    if folder is not None and is_full_training(folder):
+        merged = folder.parent.parent / MERGED_FOLDER
+        model = f"{merged} is" if merged.is_dir() else "resume the run with --export_merged, which writes"
+        raise UserError(f"{path} is of full training (--adapter full) and has no adapter to merge: {model} its model")
 
 
 def _first_with(path: Path, *names: str) -> Path | None:

@@ -7,8 +7,9 @@
     agreement   adapter.safetensors = the fp32 masters in the shards, bit for bit
     base        (where a folder is given) the same fingerprint
 
-Every check runs, even where an earlier one has failed. An adapter that was made out of a checkpoint, without a run's
-state and shards, is checked as far as it goes.
+Every check runs, even where an earlier one has failed; the base alone is compared with intact checkpoints only, since
+another base is a mistake in the command. An adapter that was made out of a checkpoint, without a run's state and
+shards, is checked as far as it goes.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from mora_ds.checkpoint.layout import (
     RNG_FILE,
     STATE_FILE,
     complete_checkpoints,
+    is_full_training,
     is_step_name,
     rng_file,
     step_of,
@@ -42,7 +44,9 @@ from mora_ds.checkpoint.layout import (
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import MANIFEST, listed_files, verify_manifest
+from mora_ds.common.untrusted import expanded
 from mora_ds.engine.shard_reader import MASTER, EngineShards
+from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import open_safetensors
 from mora_ds.remora.ledger import Ledger
 
@@ -72,11 +76,12 @@ class Verdict:
 def verify(path: Path, base: Path | None = None) -> list[Verdict]:
     """Checks a checkpoint, or every one of a run (its output folder, or `checkpoints` in it), oldest first.
 
-    Raises `UserError` when there is none at `path`.
+    Raises `UserError` when there is none at `path`, and where `base` is no model or not that of an intact checkpoint.
     """
-    path = path.expanduser()
+    path = expanded(path)
+    opened = None if base is None else BaseCheckpoint.open(base, "--base")
     if any((path / name).is_file() for name in (MANIFEST, STATE_FILE, ADAPTER_JSON)):
-        return [_verify_one(path.resolve(), base)]
+        return [_verify_one(path.resolve(), opened)]
     root = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     folders = complete_checkpoints(root) if root.is_dir() else []
     if not folders:
@@ -84,7 +89,7 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
     if unknown := unknown_entries(root):
         logger.warning("%s: not checkpoints by their names, and not looked into: %s", root, ", ".join(unknown))
     latest = (root / LATEST).resolve()
-    verdicts = [_verify_one(folder, base) for folder in folders]
+    verdicts = [_verify_one(folder, opened) for folder in folders]
     for verdict in verdicts:
         verdict.is_latest = verdict.folder.resolve() == latest
     if (root / LATEST).is_symlink() and not latest.is_dir():
@@ -92,9 +97,9 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
     return verdicts
 
 
-def _verify_one(folder: Path, base: Path | None) -> Verdict:
+def _verify_one(folder: Path, base: BaseCheckpoint | None) -> Verdict:
     verdict = Verdict(folder)
-    is_full, has_run = _is_full_training(folder), not _is_adapter_alone(folder)
+    is_full, has_run = is_full_training(folder), not _is_adapter_alone(folder)
     checks: list[Callable[[Path], Iterator[str]]] = [_files]
     if has_run:
         checks += [_state, _shards]
@@ -104,8 +109,9 @@ def _verify_one(folder: Path, base: Path | None) -> Verdict:
         checks += [_agreement]
     for check in checks:
         _run(verdict, lambda check=check: check(folder))  # type: ignore[misc]
-    if base is not None and not is_full:
-        _run(verdict, lambda: _base(folder, base))
+    if base is not None and not is_full and verdict.is_good:
+        BaseReference.read(folder).require_base(base, folder, "--base")
+        verdict.facts.append(f"base: {base.folder} has the recorded fingerprint")
     verdict.problems = list(dict.fromkeys(verdict.problems))
     return verdict
 
@@ -125,14 +131,6 @@ class _Problems(Exception):
     def __init__(self, problems: list[str]) -> None:
         super().__init__(*problems)
         self.problems = problems
-
-
-def _is_full_training(folder: Path) -> bool:
-    """Whether it is a checkpoint of --adapter full, which has neither adapter nor ledger."""
-    try:
-        return TrainerState.read(folder).identity.get("adapter", {}).get("kind") == "full"
-    except (UserError, AttributeError):
-        return False
 
 
 def _is_adapter_alone(folder: Path) -> bool:
@@ -244,8 +242,3 @@ def _agreement(folder: Path) -> Iterator[str]:
     if problems:
         raise _Problems(problems)
     yield f"agreement: {len(tensors)} live tensor(s) equal their masters in the shards"
-
-
-def _base(folder: Path, base: Path) -> Iterator[str]:
-    opened = BaseReference.read(folder).open_base(folder, base, "--base")
-    yield f"base: {opened.folder} has the recorded fingerprint"

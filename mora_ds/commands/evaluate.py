@@ -85,8 +85,8 @@ def _model(given: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, A
     for mix in _mixes(given):
         with mixed(given.model, mix, given.base) as path:
             target = load_target(path, given.base, given.dtype, given.device, given.trust_remote_code, given.domain)
-        found[f"{mix.delta_scale:g}"] = _scores(target, target.source if mix.is_plain else f"{given.model}, {mix}",
-                                                given, sets)  # fmt: skip
+        source = target.source if mix.is_plain else f"{given.model}, {mix}"
+        found[mix.scale] = _scores(target, source, given, sets)
     return found.popitem()[1] if len(found) == 1 else {"delta_scales": found}
 
 

@@ -11,12 +11,12 @@ sizes; with it, it plans the given settings. Where the base does not fit it plan
 import argparse
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import shipped
+from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.data import Attention, ModelArguments
 from mora_ds.config.training import TrainingArguments
@@ -155,5 +155,5 @@ def _ds_config(given: argparse.Namespace) -> dict[str, object]:
     )
     flags = replace(settings.engine_settings(), bf16=given.dtype == "bf16", fp16=given.dtype == "fp16")
     replicas = given.gpus // (given.tensor_parallel_size * given.sequence_parallel_size)
-    file = None if given.deepspeed is None else Path(shipped(given.deepspeed)).expanduser()
+    file = None if given.deepspeed is None else expanded(shipped(given.deepspeed), "--deepspeed")
     return resolve_ds_config(file, flags, max(1, replicas))

@@ -375,7 +375,7 @@ def load_yaml(path: str, what: str) -> dict[Any, Any]:
     """The mapping in a YAML file of at most 8 MiB without repeated keys. Raises `UserError`, which calls the file
     `what`."""
     try:
-        text = read_text(Path(path).expanduser(), _MAX_YAML)
+        text = read_text(Path(os.path.expanduser(path)), _MAX_YAML)
     except (OSError, UserError) as error:
         raise UserError(f"cannot read {what} {path}: {error}") from error
     try:

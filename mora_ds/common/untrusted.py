@@ -4,6 +4,7 @@
     typed(hint, value, where)    a value of JSON or YAML as a type: a dataclass, list[int], dict[str, FileName], ...
     file_name, relative_path     text of a file that becomes a part of a path
     require_plain(folder)        no symbolic link, pipe or device inside a checkpoint or an adapter
+    expanded(path, flag)         a path with ~ in it
     require_memory               sizes that a file states, against the memory that there is
 
 All of them raise `UserError`, whose text begins with `where`: the file, and the place in it.
@@ -302,6 +303,15 @@ def require_plain(folder: Path) -> None:
     if problems := links(folder):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{problems[0]}{more}: make a copy that holds the files themselves (cp -rL)")
+
+
+def expanded(path: str | Path, flag: str = "") -> Path:
+    """`path` with the home folder in place of ~ or ~USER. Raises `UserError` naming `flag` where that is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        home = Path(path).parts[0]
+        raise UserError(f"{flag} {path}: no home folder is known for {home}; write the path itself".lstrip()) from None
 
 
 def require_memory(nbytes: int, what: str) -> None:

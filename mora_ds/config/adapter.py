@@ -16,6 +16,7 @@ from mora_ds.adapters.ops.subspace import SUBSPACE
 from mora_ds.adapters.target_patterns import names_experts
 from mora_ds.adapters.target_plan import AUTO, parse_budget
 from mora_ds.common.errors import COUNT, NOT_NEGATIVE, POSITIVE, member_named, refusal, wrong_values
+from mora_ds.common.untrusted import expanded
 from mora_ds.config.flags import documented
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.remora.schedule import MergeWhen
@@ -185,7 +186,7 @@ class AdapterArguments:
     @property
     def compute_file(self) -> Path | None:
         """The file of --compute, where its value is no name."""
-        return Path(self.compute).expanduser() if self.compute.endswith((".yaml", ".yml")) else None
+        return expanded(self.compute, "--compute") if self.compute.endswith((".yaml", ".yml")) else None
 
     @property
     def adapts_experts(self) -> bool:

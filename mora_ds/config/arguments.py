@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mora_ds.common.errors import member_named
 from mora_ds.common.files import shipped
+from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.flags import parse_flat
@@ -83,7 +83,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     given.update({name: shipped(given[name]) for name in _SHIPPED if given.get(name) is not None})
     file = given.get("deepspeed")
     if file is not None and "tensor_parallel_size" not in given:
-        degree = degree_in(load_ds_config(Path(file).expanduser()))
+        degree = degree_in(load_ds_config(expanded(file, "--deepspeed")))
         given.update({} if degree is None else {"tensor_parallel_size": degree})
     return from_flat(given)
 

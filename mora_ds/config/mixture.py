@@ -84,6 +84,12 @@ def mixture_plan(data: DataArguments) -> MixturePlan | None:
     _check_weights(plan, where)
     if data.streaming:
         plan = replace(plan, sources=tuple(replace(source, streaming=True) for source in plan.sources))
+    for source in plan.sources:
+        if source.streaming and source.epochs and source.epochs % 1:
+            raise UserError(
+                f"{where}: sources.{source.name}.epochs must be a whole number, since where a part of a stream ends is "
+                f"only known when it has been read, got {source.epochs:g}"
+            )
     return plan
 
 
@@ -212,9 +218,8 @@ def _check_signs(plan: MixturePlan, where: str) -> None:
     for step, weights in plan.phases:
         for source, weight in zip(plan.sources, weights, strict=True):
             if not NOT_NEGATIVE.allow(weight):
-                raise UserError(
-                    f"{_phase(where, step)}the weight of {source.name!r} must not be negative, got {weight:g}"
-                )
+                wanted = "not be negative" if weight < 0 else "be a finite number"
+                raise UserError(f"{_phase(where, step)}the weight of {source.name!r} must {wanted}, got {weight:g}")
 
 
 def _check_weights(plan: MixturePlan, where: str) -> None:

@@ -22,6 +22,7 @@ from mora_ds.common.errors import (
     refusal,
     wrong_values,
 )
+from mora_ds.common.untrusted import expanded
 from mora_ds.config.flags import documented
 from mora_ds.config.forgetting import Watch
 from mora_ds.config.tracking import tracker_problems
@@ -197,7 +198,8 @@ class TrainingArguments:
     """Documents of each task. Default: all."""
     stop_when_forgotten: list[str] = field(default_factory=list)
     """Evaluation sets as NAME:RATIO (general:1.10): save and stop once the perplexity of one exceeds this ratio to its
-    value at the start. A task of --eval_tasks: once its score has fallen by this ratio."""
+    value at the start (with --full_rank_steps: of its part of the run). A task of --eval_tasks: once its score has
+    fallen by this ratio."""
     best_by: list[str] = field(default_factory=list)
     """Evaluation sets as NAME:WEIGHT: the checkpoint with the lowest weighted sum of losses is kept as
     checkpoints/best. A task's loss is minus the logarithm of its score."""
@@ -280,6 +282,7 @@ class TrainingArguments:
             yield f"--num_train_epochs must be {POSITIVE}, got {self.num_train_epochs}"
         if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
             yield "--overwrite_output_dir would delete what --resume_from_checkpoint needs: give one of them"
+        yield from refusal(expanded, self.output_dir, "--output_dir")
         if _is_shared(self.output_dir):
             yield (
                 f"--output_dir {self.output_dir!r}: name a folder for the run alone, not the working directory, the "

@@ -184,13 +184,13 @@ class Mixture:
         rows_per_step: int,
     ) -> None:
         """`phases`: (step, weights) from which on the weights hold, the first at step 0. `epochs[k]`: how often source
-        k may be read, None for any number; where it is used up, the others share what it had. `rows_per_step`: the
-        global batch size."""
+        k may be read, None for any number; where it is used up, the others share what it had. It is read as a decimal:
+        0.29 of 100 sequences are 29, and not 28.999... `rows_per_step`: the global batch size."""
         self.names, self.sources = list(sources), list(sources.values())
         self.seq_len, self.rows_per_step = seq_len, rows_per_step
         self._phases, self._epochs = [(step, list(weights)) for step, weights in phases], list(epochs)
         caps = [
-            None if limit is None or source.n_blocks is None else int(limit * source.n_blocks)
+            None if limit is None or source.n_blocks is None else int(Fraction(repr(limit)) * source.n_blocks)
             for source, limit in zip(self.sources, epochs, strict=True)
         ]
         self.schedule = SampleSchedule([Phase(step * rows_per_step, tuple(weights)) for step, weights in phases], caps)

@@ -185,9 +185,11 @@ def text_field(row: Any, text_column: str, source: str) -> str:
 
 
 def check_column(schema: pa.Schema, text_column: str, source: str) -> None:
-    """Raises `UserError` unless the table has that column and it holds strings."""
+    """Raises `UserError` unless the table has one column of that name and it holds strings."""
     if text_column not in schema.names:
         raise _no_column(source, text_column, schema.names)
+    if (count := schema.names.count(text_column)) > 1:
+        raise UserError(f"{source}: {count} columns are called {text_column!r}; rename all but one (see --text_column)")
     kind = schema.field(text_column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.untrusted import expanded
 from mora_ds.data.readers import CHUNK_CHARACTERS, Document
 from mora_ds.data.sentencepiece import wrap_sentencepiece
 
@@ -140,7 +140,7 @@ def load_tokenizer(
 
     Raises `UserError`, which names `flag`, where there is none, or where it has code that is not trusted.
     """
-    path = Path(os.path.expanduser(name_or_path))
+    path = expanded(name_or_path, flag)
     if path.suffix == ".model" or path.is_file():
         if not path.is_file():
             raise UserError(f"{flag}: there is no file {path}")

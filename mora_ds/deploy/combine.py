@@ -66,10 +66,15 @@ class Mix:
     def is_plain(self) -> bool:
         return self.delta_scale == 1 and self.average_last == 1
 
+    @property
+    def scale(self) -> str:
+        """`delta_scale` with all its digits: 1, 0.5, 0.12345671."""
+        return repr(self.delta_scale).removesuffix(".0")
+
     def __str__(self) -> str:
         mean = f", mean of the last {self.average_last} checkpoints" if self.average_last > 1 else ""
         decay = f", each {self.average_decay:g} of the next" if mean and self.average_decay != 1 else ""
-        return f"update x {self.delta_scale:g}{mean}{decay}"
+        return f"update x {self.scale}{mean}{decay}"
 
     def check(self) -> None:
         """Raises `UserError` naming the flag whose value is impossible."""

@@ -32,7 +32,7 @@ from mora_ds.checkpoint.adapter_files import (
     logits_name,
     open_adapter,
 )
-from mora_ds.checkpoint.layout import BASE_JSON, PROBE_FILE, find_checkpoint, tokenizer_of
+from mora_ds.checkpoint.layout import BASE_JSON, PROBE_FILE, find_checkpoint, refuse_full_training, tokenizer_of
 from mora_ds.common.errors import POSITIVE, RunError, UserError
 from mora_ds.common.files import atomic_folder
 from mora_ds.deploy.combine import Mix, mixed
@@ -134,6 +134,7 @@ def export_merged(
     """
     started = time.monotonic()
     checkpoint, output = find_checkpoint(Path(checkpoint)), Path(output)
+    refuse_full_training(checkpoint)
     base_folder = None if base_folder is None else Path(base_folder)
     if dtype != "auto":
         compute_dtype(dtype)

@@ -13,6 +13,7 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
+from mora_ds.common.untrusted import expanded
 from mora_ds.parallel.limits import TENSOR
 
 AUTO = "auto"
@@ -191,7 +192,7 @@ def masked(content: Any, is_secret: bool = False) -> Any:
 def tracker_folders(config: dict[str, Any]) -> dict[str, Path]:
     """Dotted path -> folder that DeepSpeed's own monitors write to."""
     return {
-        f"{name}.output_path": Path(path).expanduser()
+        f"{name}.output_path": expanded(path, f"--deepspeed: {name}.output_path")
         for name in ("tensorboard", "csv_monitor")
         if at(config, f"{name}.enabled") and (path := at(config, f"{name}.output_path"))
     }

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from mora_ds.checkpoint.adapter_files import BaseReference, chosen_domain, read_adapter
-from mora_ds.checkpoint.layout import adapter_folder, tokenizer_of
+from mora_ds.checkpoint.layout import adapter_folder, refuse_full_training, tokenizer_of
 from mora_ds.common.errors import UserError
 from mora_ds.data import IGNORED, Corpus, load_tokenizer, wants_bos
 from mora_ds.data.documents import Documents
@@ -137,6 +137,7 @@ def load_target(
     if (folder := adapter_folder(path)) is not None:
         return _adapted(folder, base, dtype, device, domain)
     if not (path / "config.json").is_file():
+        refuse_full_training(path)
         raise UserError(f"MODEL: {path} is neither a Hugging Face folder nor a checkpoint, nor has it one")
     if domain is not None:
         raise UserError(f"--domain belongs to a checkpoint of a run with domains, {path} is a complete model")

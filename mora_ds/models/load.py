@@ -11,7 +11,6 @@ import copy
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.common.errors import UserError, reason
-from mora_ds.common.untrusted import parse_json
+from mora_ds.common.untrusted import expanded, parse_json
 from mora_ds.models.base import (
     MODEL_FLAG,
     BaseCheckpoint,
@@ -66,7 +65,7 @@ def resolve_folder(name: str, ranks: Ranks) -> Path:
 
 def _local_folder(name: str) -> Path | None:
     """The folder `name`; None for a name that can only be one of the Hub's."""
-    folder = Path(os.path.expanduser(name))
+    folder = expanded(name, MODEL_FLAG)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{MODEL_FLAG} {name}: the folder has no config.json, so it is not a Hugging Face model")
@@ -188,7 +187,7 @@ MAX_LAYERS = 2048
 def named_config(name: str, trust_remote_code: bool = False, flag: str = MODEL_FLAG) -> Any:
     """The config of a model folder, a Hub name or a config JSON, without any weights. Raises `UserError` naming
     `flag`."""
-    path = Path(os.path.expanduser(name))
+    path = expanded(name, flag)
     if path.is_file():
         return read_model_config(path, flag=flag)
     return folder_config(path if path.is_dir() else name, trust_remote_code, flag)

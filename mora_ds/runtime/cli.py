@@ -6,6 +6,7 @@ Rank 0 prints the error message, once; a rank that fails because another one has
 from __future__ import annotations
 
 import faulthandler
+import re
 import sys
 import time
 import traceback
@@ -36,6 +37,7 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
     """
     # DeepSpeed calls deprecated functions of torch on every rank, and the user cannot change that.
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+    sys.argv[1:] = negative_numbers(sys.argv[1:])
     set_up_logging()
     if sys.__stderr__ is not None:  # the stack of a bus error: a mapped file was truncated
         faulthandler.enable(sys.__stderr__)
@@ -85,6 +87,17 @@ def _lose_contact(error: RuntimeError) -> NoReturn:
     )
     time.sleep(_WAIT_FOR_FAILED_RANK_S)
     leave(EXIT_FAILURE)
+
+
+_NEGATIVE = re.compile(r"-(\d+\.|(\d+\.?\d*|\.\d+)e[+-]?\d+|inf|nan)", re.IGNORECASE)
+"""Negative numbers that argparse (of Python up to 3.13) takes for flags: it knows no others than -1 and -0.5."""
+
+
+def negative_numbers(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with a space before each number that argparse would take for a flag: that makes it a
+    value, and float() skips the space. Words after -- are another program's."""
+    own = list(words).index("--") if "--" in words else len(words)
+    return [*(f" {word}" if _NEGATIVE.fullmatch(word) else word for word in words[:own]), *words[own:]]
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from mora_ds.common.errors import RunError, UserError, unknown
+from mora_ds.common.untrusted import expanded
 from mora_ds.runtime.ranks import Ranks
 
 FLAG = "--node_base"
@@ -45,7 +46,7 @@ def folder_of(choice: str) -> Path | None:
         return None
     if os.sep not in choice:
         raise UserError(unknown(FLAG, choice, [*names, f"a folder, with a {os.sep} in it"]))
-    return Path(choice).expanduser()
+    return expanded(choice, FLAG)
 
 
 def check_room(choice: str, nbytes: int) -> None:

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.untrusted import expanded
 from mora_ds.common.version import __version__
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.mixture import mixture_plan
@@ -78,7 +78,7 @@ def settings_in_common(arguments: Arguments) -> dict[str, Any]:
     """Flag, key of the DeepSpeed config, or package -> its value, for all that must be the same on every rank."""
     flags = {f"--{name}": value for name, value in dump(arguments).items() if name not in NODE_SETTINGS}
     file, plan = arguments.training.deepspeed, mixture_plan(arguments.data)
-    ds_config = load_ds_config(None if file is None else Path(file).expanduser())
+    ds_config = load_ds_config(None if file is None else expanded(file, "--deepspeed"))
     if plan is not None:
         flags["sources of the mixture"] = [replace(source, files=(), dataset=None) for source in plan.sources]
         flags["weights of the mixture"] = plan.phases

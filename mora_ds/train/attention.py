@@ -46,6 +46,13 @@ def check_precision(model: ModelArguments, dtype: str) -> None:
         )
 
 
+def dense_by_choice(model: ModelArguments, config: Any) -> list[str]:
+    """The given flags without which a model of this config could attend by documents."""
+    given = {"--attention dense": model.attention == Attention.DENSE.value}
+    given[f"--attn_implementation {model.implementation}"] = model.implementation is not None
+    return [flag for flag, is_given in given.items() if is_given and why_dense(config, None) is None]
+
+
 def implementation_of(model: ModelArguments, chosen: AttentionKind) -> str | None:
     """The name in transformers of the attention that runs; None for transformers' default."""
     if chosen is AttentionKind.DENSE or (model.implementation is not None and is_flash(model.implementation)):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mora_ds.checkpoint.layout import BASE_FOLDER
+from mora_ds.common.untrusted import expanded
 from mora_ds.config.data import ModelArguments
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import largest_id
@@ -29,7 +30,7 @@ def find_model(model: ModelArguments, place: Place) -> tuple[Path | None, Any]:
     folder = None
     if place.base is None and model.model_name_or_path is None:
         assert model.model_config is not None, "validated"
-        config = read_model_config(Path(model.model_config).expanduser())
+        config = read_model_config(expanded(model.model_config, "--model_config"))
     else:
         folder = resolve_folder(str(place.base or model.model_name_or_path), place.ranks)
         config = folder_config(folder, model.trust_remote_code)
@@ -50,7 +51,7 @@ def prepare_base(
     Collective."""
     own = place.folder / BASE_FOLDER
     if folder is None:
-        config_file, vocabulary = Path(str(model.model_config)).expanduser(), largest_id(tokenizer)[1] + 1
+        config_file, vocabulary = expanded(str(model.model_config), "--model_config"), largest_id(tokenizer)[1] + 1
 
         def create() -> None:
             if place.checkpoint is None or not (own / "config.json").exists():
@@ -61,7 +62,7 @@ def prepare_base(
         folder = own
     source, share = folder, place.followers.share
     if model.base_cache_dir is not None and folder != own:
-        folder = cached_base(folder, Path(model.base_cache_dir).expanduser(), place.ranks)
+        folder = cached_base(folder, expanded(model.base_cache_dir, "--base_cache_dir"), place.ranks)
     loaded = load_base(folder, own, place.ranks, dtype, model.implementation, model.trust_remote_code, share, cast)
     if loaded.base.folder == folder.absolute():
         loaded.base.origin = source.absolute()

@@ -15,6 +15,7 @@ from typing import Any
 from mora_ds.checkpoint.layout import TOKENIZER_FOLDER
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import UserError
+from mora_ds.common.untrusted import expanded
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.mixture import HELD_OUT, PLAIN, MixturePlan, SourcePlan, mixture_plan
 from mora_ds.config.training import TrainingArguments
@@ -276,5 +277,5 @@ def _log_mixture(plan: MixturePlan, mixture: Mixture) -> None:
 def _cache_folder(data: DataArguments) -> Path:
     """The folder of the token cache (--cache_dir)."""
     if data.cache_dir is not None:
-        return Path(data.cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mora_ds" / "tokens"
+        return expanded(data.cache_dir, "--cache_dir")
+    return expanded(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "XDG_CACHE_HOME") / "mora_ds" / "tokens"

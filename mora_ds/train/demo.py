@@ -22,6 +22,7 @@ from mora_ds.adapters.ops.subspace import SUBSPACE
 from mora_ds.checkpoint.layout import MERGED_FOLDER, METRICS_FILE, RUN_FILE, TOKENIZER_FOLDER
 from mora_ds.common.errors import UserError, refusal
 from mora_ds.common.files import CONFIGS, load_yaml
+from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments, from_flat
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
@@ -98,7 +99,7 @@ def run_demo(arguments: Arguments) -> None:
             _plan(arguments)
         return
     started = time.monotonic()
-    folder = Path(training.output_dir).expanduser()
+    folder = expanded(training.output_dir, "--output_dir")
     paths = DemoPaths(folder / DEMO)
     with start_up():
         ranks = start_processes(arguments)
@@ -130,7 +131,7 @@ def _plan(arguments: Arguments) -> None:
         validate(arguments)
         dry_run(arguments)
         return
-    paths = DemoPaths(Path(arguments.training.output_dir).expanduser() / DEMO)
+    paths = DemoPaths(expanded(arguments.training.output_dir, "--output_dir") / DEMO)
     job = _continue_arguments(arguments, paths, int(os.environ.get("WORLD_SIZE", "1")))
     dry_run(dataclasses.replace(job, model=dataclasses.replace(job.model, model_name_or_path=str(MODEL_CONFIG))))
 
@@ -227,7 +228,7 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
 
 def _began_plain(arguments: Arguments) -> bool:
     """Whether the demo that is resumed began without the recipe, as those of versions up to 0.2 did."""
-    path = Path(arguments.training.output_dir).expanduser() / RUN_FILE
+    path = expanded(arguments.training.output_dir) / RUN_FILE
     return path.is_file() and load_yaml(str(path), RUN_FILE).get("optimizer") != RECIPE["optimizer"]
 
 

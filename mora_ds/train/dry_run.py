@@ -19,6 +19,7 @@ from mora_ds.adapters.domains import frozen_values
 from mora_ds.adapters.inject import inject
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.common.errors import UserError
+from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import DataArguments
@@ -130,7 +131,7 @@ def _adapter_config(
         config = replace(config, trained_rows=tuple(range(adapter.train_embedding_rows)))
     if not adapter.train_new_embeddings:
         return config
-    path = Path(model).expanduser()
+    path = expanded(model, MODEL_FLAG)
     return replace(config, new_rows_from=first_new_row(path if path.is_dir() else path.parent))
 
 

@@ -18,6 +18,7 @@ from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseRe
 from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, find_adapter
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import sha256_file
+from mora_ds.common.untrusted import expanded
 from mora_ds.engine import zero
 from mora_ds.runtime.ranks import Ranks
 
@@ -26,7 +27,7 @@ FLAG = "--init_adapter"
 
 def adapter_files(path: Path) -> list[Path]:
     """The files that make an adapter. Raises `UserError` where there is none."""
-    return [find_adapter(path.expanduser()) / name for name in (ADAPTER_JSON, ADAPTER_TENSORS)]
+    return [find_adapter(expanded(path, FLAG)) / name for name in (ADAPTER_JSON, ADAPTER_TENSORS)]
 
 
 def check_same_files(files_of: Callable[[Path], list[Path]], path: Path, ranks: Ranks) -> None:
@@ -52,7 +53,7 @@ class InitialAdapter:
     @classmethod
     def open(cls, path: Path, model: nn.Module, fingerprint: str) -> InitialAdapter:
         """Raises `UserError` naming what does not fit. `fingerprint`: of the model's base."""
-        folder = find_adapter(path.expanduser())
+        folder = find_adapter(expanded(path, FLAG))
         facts, ledger = open_adapter(folder)
         if ledger.cycles:
             raise UserError(

@@ -22,7 +22,7 @@ from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
-from mora_ds.common.untrusted import entry
+from mora_ds.common.untrusted import entry, expanded
 from mora_ds.deploy.peft_export import CONFIG_FILE, FINGERPRINT, PREFIX, WEIGHTS_FILE
 from mora_ds.engine import zero
 from mora_ds.models.tensor_files import open_safetensors, shape_dtype
@@ -44,7 +44,7 @@ class LoRASettings:
     @classmethod
     def read(cls, path: Path) -> LoRASettings:
         """Raises `UserError` for a folder that holds no LoRA adapter of PEFT."""
-        folder = path.expanduser()
+        folder = expanded(path, FLAG)
         if not (folder / CONFIG_FILE).is_file():
             raise UserError(f"{FLAG} {path}: no folder that PEFT wrote: it has no {CONFIG_FILE}")
         content, where = read_json(folder / CONFIG_FILE), folder / CONFIG_FILE

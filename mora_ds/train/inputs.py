@@ -10,6 +10,7 @@ from pathlib import Path
 from mora_ds.adapters.target_plan import AUTO
 from mora_ds.checkpoint.layout import BASE_FOLDER
 from mora_ds.common.errors import UserError
+from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import DataArguments
 from mora_ds.config.mixture import mixture_plan
@@ -58,7 +59,7 @@ def inputs_of(arguments: Arguments) -> Iterator[tuple[str, Path]]:
     ]
     for flag, name in named:
         if name:
-            path = os.path.expanduser(name)
+            path = str(expanded(name, flag))
             matches = glob.glob(path, recursive=True) if glob.has_magic(path) and not os.path.exists(path) else [path]
             yield from ((flag, Path(match)) for match in matches)
 

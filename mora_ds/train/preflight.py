@@ -12,7 +12,8 @@ What a model does is measured, not looked up in a list of architectures. No chec
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from mora_ds.models import loss
 from mora_ds.models.attention import NAME, attention_of, model_inputs, use_dense
 from mora_ds.parallel.limits import SEQUENCE
 from mora_ds.parallel.ulysses import SequenceParallel, whole_rows
+from mora_ds.train.attention import dense_by_choice
 from mora_ds.train.job import Job
 from mora_ds.train.liger import use_liger
 
@@ -68,6 +70,8 @@ def preflight(job: Job, arguments: Arguments) -> None:
         and job.place.checkpoint is None
         and job.sequence is None
     )
+    given = dense_by_choice(arguments.model, model.config)
+    check = partial(check_attention, job.engine, vocab_size, sizes, document_mask, given)
     with whole_rows(model):
         if arguments.model.liger:
             fuse(job.engine, model)
@@ -81,14 +85,14 @@ def preflight(job: Job, arguments: Arguments) -> None:
         if domains_of(model).names:
             check_domain_rows(job.engine, vocab_size)
         try:
-            check_attention(job.engine, vocab_size, sizes, document_mask)
+            check()
         except UserError as error:
             if not can_fall_back:
                 raise
             logger.info(f"attention: dense, because {error}")
             use_dense(model)
             job.state.attention = AttentionKind.DENSE
-            check_attention(job.engine, vocab_size, sizes, document_mask)
+            check()
     if job.sequence is not None:
         check_split(job.engine, model, job.sequence, document_mask)
 
@@ -131,23 +135,29 @@ def check_domain_rows(engine: Any, vocab_size: int) -> None:
         engine.train()
 
 
-def check_attention(engine: Any, vocab_size: int, row_counts: Iterable[int], document_mask: bool) -> None:
-    """Raise `UserError` where documents see each other, or attention by documents is not given the config's window."""
+def check_attention(
+    engine: Any, vocab_size: int, row_counts: Iterable[int], document_mask: bool, given: Sequence[str] = ()
+) -> None:
+    """Raise `UserError` where documents see each other, or attention by documents is not given the config's window.
+    `given`: as in `check_document_mask`."""
     if document_mask:
-        check_document_mask(engine, vocab_size, row_counts)
+        check_document_mask(engine, vocab_size, row_counts, given)
     model = getattr(engine, "module", engine)
     if attention_of(model) == NAME and _has_window(model.config.get_text_config()):
         check_window(engine, vocab_size)
 
 
 @torch.no_grad()
-def check_document_mask(engine: Any, vocab_size: int, row_counts: Iterable[int] = (1, 2)) -> None:
+def check_document_mask(
+    engine: Any, vocab_size: int, row_counts: Iterable[int] = (1, 2), given: Sequence[str] = ()
+) -> None:
     """Raise `UserError` where a document sees the one before it although its positions start again at 0.
 
     Not every model of transformers takes its mask from the positions (5.24: Bloom and MPT do not), state-space layers
     have no mask, and FlashAttention takes rows for packed ones only where there is a single row. Compared: what a
     changed first document does to the second one's logits, with and without the restart of positions, in batches of
-    every number of rows that the run computes. Collective: a forward pass of short rows for each number, two for one.
+    every number of rows that the run computes. `given`: the flags that keep the model from attention by documents,
+    which needs no mask (`dense_by_choice`). Collective: a forward pass of short rows for each number, two for one.
     """
     engine.eval()
     straight = torch.arange(2 * _DOCUMENT)
@@ -155,10 +165,10 @@ def check_document_mask(engine: Any, vocab_size: int, row_counts: Iterable[int] 
     for rows in sorted(set(row_counts)):
         if _effect(engine, vocab_size, rows, straight % _DOCUMENT) > _LEAK * unmasked:
             engine.train()
+            instead = f"leave out {' and '.join(given)}, or " if given else ""
             raise UserError(
                 "this model's attention does not stop at restarting positions, so documents packed into one row would "
-                f"see each other (in batches of {rows} rows): leave out --attention dense and --attn_implementation, "
-                "or give --no_document_mask if they may"
+                f"see each other (in batches of {rows} rows): {instead}give --no_document_mask if they may"
             )
     engine.train()
 

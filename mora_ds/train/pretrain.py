@@ -27,6 +27,7 @@ from mora_ds.checkpoint.layout import CHECKPOINTS, MERGED_FOLDER, SUMMARY_FILE, 
 from mora_ds.checkpoint.state import AttentionKind, TrainerState, check_world_size
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import write_json_atomic
+from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.domains import eval_domains
@@ -177,7 +178,7 @@ def _output_folder(arguments: Arguments, ranks: Ranks, base: Path | None) -> Ite
     The folder becomes the run's when the block has passed, and is as it was when the block raises.
     """
     training = arguments.training
-    root = Path(training.output_dir).expanduser()
+    root = expanded(training.output_dir)
     targets = ranks.on_first("--targets", lambda: plan_of_file(arguments.adapter))  # it may lie in the folder
     paths = ranks.on_first("--compute", lambda: paths_of_file(arguments.adapter.compute_file))
     reservations: list[Reservation] = []  # of rank 0
@@ -333,7 +334,7 @@ def _push(training: TrainingArguments, ranks: Ranks, checkpoint: Path, merged: P
 
 def _trackers(arguments: Arguments, folder: Path, facts: Mapping[str, Any], start_step: int) -> list[Tracker]:
     training = arguments.training
-    name = training.run_name or Path(training.output_dir).expanduser().resolve().name
+    name = training.run_name or expanded(training.output_dir).resolve().name
     label = Label(training.project, name, tuple(training.run_tags), shown_config(dump(arguments), facts))
     return start_trackers(training.report_to, label, folder, start_step)
 

@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mora_ds.adapters.target_plan import TargetPlan
 from mora_ds.checkpoint.state import Paths
+from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.training import TrainingArguments
@@ -99,7 +100,7 @@ def engine_config(training: TrainingArguments, adapter: str, world: int) -> dict
     settings = training.engine_settings()
     if adapter == AdapterKind.FULL.value:
         settings = replace(settings, tensor_parallel_size=None)
-    file = None if training.deepspeed is None else Path(training.deepspeed).expanduser()
+    file = None if training.deepspeed is None else expanded(training.deepspeed, "--deepspeed")
     config = resolve_ds_config(file, settings, world // training.ranks_per_replica)
     check_compute_dtype(config)
     warn_of_slow_precision(compute_dtype(config))

@@ -31,7 +31,7 @@ from mora_ds.adapters.target_plan import (
 )
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import UserError
-from mora_ds.common.untrusted import typed
+from mora_ds.common.untrusted import expanded, typed
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.eval.weights import Weight, analyse
 from mora_ds.models.base import BaseCheckpoint, NotOneToOne, map_model
@@ -108,7 +108,7 @@ def plan_of_file(adapter: AdapterArguments) -> TargetPlan | None:
     """The plan of --targets FILE, None without a file. Raises `UserError` for sides that the operator cannot have."""
     if adapter.targets in (None, AUTO):
         return None
-    plan = read_plan(Path(str(adapter.targets)).expanduser())
+    plan = read_plan(expanded(str(adapter.targets), "--targets"))
     config = adapter.config(seed=0)
     if isinstance(config, MoRAConfig):
         with_sizes(config, plan.sides, f"--targets {adapter.targets}")
@@ -235,7 +235,7 @@ def planned_config(
         return config
     plan = plan_of_file(adapter)
     if plan is None:
-        folder = Path(model).expanduser()
+        folder = expanded(model, "--model_name_or_path")
         if not folder.is_dir():
             raise UserError(f"--targets auto reads weights, and {model} is no folder: give a plan's file to --dry_run")
         opened = open_model(folder, adapter.target_modules, trust_remote_code, "--model_name_or_path")

@@ -15,7 +15,6 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from torch import nn
 
 from mora_ds.common.errors import UserError, reason
 from mora_ds.common.files import load_yaml
+from mora_ds.common.untrusted import expanded
 from mora_ds.parallel.ulysses import whole_rows
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.replicas import Replica
@@ -77,7 +77,7 @@ def _loaded(names: Sequence[str]) -> Any:
     """The harness's manager of the tasks."""
     from lm_eval.tasks import TaskManager, get_task_dict
 
-    folders = sorted({str(Path(name).expanduser().resolve().parent) for name in names if is_task_file(name)})
+    folders = sorted({str(expanded(name, FLAG).resolve().parent) for name in names if is_task_file(name)})
     known = task_names(names)
     manager = TaskManager(include_path=folders or None)
     if missing := [name for name in known if not manager.match_tasks([name])]:

@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mora_ds.common.errors import UserError, reason
 from mora_ds.common.files import disk_errors, read_json, write_json_atomic
+from mora_ds.common.untrusted import typed
 from mora_ds.config.tracking import EXTRAS, NONE
 from mora_ds.train.run_file import without_secrets
 
@@ -90,10 +91,14 @@ def start_trackers(names: Sequence[str], label: Label, folder: Path, start_step:
 
 
 def _known_runs(folder: Path) -> dict[str, str]:
-    """{tracker: its name of the run in `folder`}"""
+    """{tracker: its name of the run in `folder`}; nothing, and a warning, where the file that says so is damaged."""
     path = folder / TRACKERS / _RUNS
-    content = read_json(path) if path.is_file() else {}
-    return {str(name): str(run) for name, run in content.items()}
+    try:
+        runs: dict[str, str] = typed(dict[str, str], read_json(path), str(path)) if path.exists() else {}
+    except UserError as error:
+        logger.warning("%s. The curves go on in new runs of the services", error)
+        return {}
+    return runs
 
 
 def shown_config(settings: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:

@@ -194,13 +194,20 @@ def test_what_the_hashes_do_not_tell(checkpoint: Path, change: Callable[[Path], 
     assert told in wrong(checkpoint)
 
 
-def test_another_base(out: Path, user: Playground, tmp_path: Path) -> None:
+def test_another_base(out: Path, checkpoint: Path, user: Playground, tmp_path: Path) -> None:
+    """The command is wrong then, and no checkpoint is called damaged; of a damaged one the damage is told."""
     other = Path(shutil.copytree(user.model, tmp_path / "model"))
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
-    assert "--base" in wrong(out / "checkpoints" / "latest", base=other)
-    assert "no such folder" in wrong(out / "checkpoints" / "latest", base=tmp_path / "none")
+    with pytest.raises(UserError, match=r"--base: .* is not the base of"):
+        verify(out, other)
+    with pytest.raises(UserError, match="--base: no such folder"):
+        verify(out, tmp_path / "none")
+    with pytest.raises(UserError, match=r"--base: .* is not a model folder"):
+        verify(checkpoint, tmp_path)
+    changed_tensor(checkpoint, 7.0)
+    assert "is not what the shards hold" in wrong(checkpoint, base=other)
 
 
 def test_latest_that_leads_nowhere(out: Path, tmp_path: Path) -> None:

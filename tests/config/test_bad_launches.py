@@ -165,6 +165,18 @@ stray | 'stray'
 --target_modules q_prj | --target_modules 'q_prj' | Did you mean 'q_proj'
 --cache_dir {user}/train.jsonl | --cache_dir | Not a directory
 --output_dir {user}/train.jsonl | --output_dir | is a file
+--output_dir ~nobody5/x | --output_dir ~nobody5/x: no home folder is known for ~nobody5
+--cache_dir ~nobody5/x | --cache_dir ~nobody5/x: no home
+--base_cache_dir ~nobody5/x | --base_cache_dir ~nobody5/x: no home
+--deepspeed ~nobody5/x | --deepspeed ~nobody5/x: no home
+--targets ~nobody5/x | --targets ~nobody5/x: no home
+--compute ~nobody5/x.yaml | --compute ~nobody5/x.yaml: no home
+--node_base ~nobody5/x | --node_base ~nobody5/x: no home
+--model_name_or_path ~nobody5/x | --model_name_or_path ~nobody5/x: no home
+--tokenizer_name ~nobody5/x | --tokenizer_name ~nobody5/x: no home
+--adapter lora --init_adapter ~nobody5/x | --init_adapter ~nobody5/x: no home
+--resume_from_checkpoint ~nobody5/x | --resume_from_checkpoint ~nobody5/x: no home
+--train_files ~nobody5/x | --train_files ~nobody5/x: no home
 --eval_files /nowhere | --eval_files: no file matches '/nowhere'
 --train_files {bad}/emptydir | --train_files: the folder | emptydir' holds no file
 --train_files {bad}/empty | no file matches | Did you mean 'emptydir'

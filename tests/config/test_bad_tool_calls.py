@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mora_ds.common.files import write_manifest
 from tests.helpers.exports import fake_run
 from tests.helpers.jobs import REPOSITORY, Playground
 from tests.helpers.mistakes import answer, make_mistakes
@@ -48,6 +49,9 @@ plot_schedule --max_steps 10 --columns 0 | --columns
 plot_schedule {bad}/recipes/date.yaml --max_steps 10 | date.yaml
 export_hf --checkpoint {bad}/gone --output {new} | --checkpoint | gone
 export_hf --checkpoint {bad}/emptydir --output {new} | --checkpoint | emptydir
+export_hf --checkpoint {bad}/full --output {new} | --adapter full | --export_merged
+convert_checkpoint adapter {bad}/full --output {new} | --adapter full | --export_merged
+evaluate {bad}/full --sets a={user}/held.txt | --adapter full | --export_merged
 export_hf --checkpoint {run} --output {user} | --output
 export_hf --checkpoint {run} --output {new} --dtype int3 | --dtype | int3
 export_hf --checkpoint {run} --output {new} --max_shard_gib 0 | --max_shard_gib
@@ -63,7 +67,11 @@ export_hf --checkpoint {run} --output {new} --base {bad}/models/index_lists | in
 export_hf --checkpoint {run} --output {new} --base {user}/model | {user}/model
 export_hf --checkpoint {run} --output {new} --push_to_hub a/b/c | --push_to_hub a/b/c
 verify_checkpoint {bad}/gone | gone
+verify_checkpoint ~nobody5/x | ~nobody5/x: no home
+plan --gpus 8 --model ~nobody5/x | --model ~nobody5/x: no home
+plan --gpus 8 --model {tiny} --deepspeed ~nobody5/x | --deepspeed ~nobody5/x: no home
 verify_checkpoint {bad}/emptydir | emptydir
+verify_checkpoint {run} --base {bad}/gone | --base | gone
 convert_checkpoint universal {bad}/gone --output {new} | gone
 convert_checkpoint universal {run} --output {new} | {run}
 convert_checkpoint adapter {bad}/emptydir --output {new} | emptydir
@@ -144,6 +152,9 @@ def places(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     path = bad / "ledger_deep" / "ledger" / "ledger.json"
     path.unlink()  # it is a link
     path.write_text("[" * 100_000)
+    (bad / "full").mkdir()
+    (bad / "full" / "trainer_state.json").write_text('{"identity": {"adapter": {"kind": "full"}}}')
+    write_manifest(bad / "full")
     tiny = REPOSITORY / "configs" / "models" / "tiny_llama.json"
     return {"bad": bad, "user": user.root, "run": run.output, "step": run.checkpoint, "new": bad / "new", "tiny": tiny}
 

@@ -244,11 +244,14 @@ def test_unpacking_ends_at_the_limit_of_a_line(tmp_path: Path, monkeypatch: pyte
         tracemalloc.stop()
 
 
-def test_null_in_a_table_names_its_row_and_an_empty_table_is_named(tmp_path: Path) -> None:
+def test_a_table_with_a_null_without_rows_or_with_a_column_twice_is_named(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pa.table({"text": ["a", "b", None]}), tmp_path / "a.parquet")
     assert "a.parquet, row 3: the text is null" in error(tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "b.parquet")
     assert "b.parquet is empty" in error(tmp_path / "b.parquet")
+    twice = pa.table([["a"], ["b"]], names=["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "c.parquet")
+    assert "c.parquet: 2 columns are called 'text'" in error(tmp_path / "c.parquet")
 
 
 def test_text_in_a_table_that_is_not_utf8(tmp_path: Path) -> None:

@@ -156,6 +156,8 @@ def test_the_end_of_capped_sources_is_known_beforehand() -> None:
     assert mixture(epochs=(2, 1)).max_steps == (62 + 9) // 12
     assert mixture(epochs=(2, None)).max_steps is None
     assert mixture(epochs=(1.5, 1)).schedule.limit == 46 + 9, "of 31 and 9 sequences"
+    capped = Mixture({"a": source(0, 100, "a")}, ((0, (1,)),), (0.29,), 4, 12)
+    assert capped.schedule.limit == 29, "although 0.29 * 100 < 29 in floats"
     with pytest.raises(UserError, match="shorter than one batch"):
         mixture(rows=100, epochs=(1, 1)).check_batch_size(100)
 
@@ -201,16 +203,12 @@ def test_replay_of_a_source_that_is_there_and_of_plain_files(tmp_path: Path) -> 
 
 ONE = "sources:\n  a: {files: x, weight: 1}\n"
 WRONG = {
-    "negative": (
-        "sources:\n  a: {files: x, weight: -1}\n  b: {files: y, weight: 2}\n",
-        {},
-        ["'a'", "negative, got -1"],
-    ),
+    "negative": ("sources:\n  a: {files: x, weight: -1}\n  b: {files: y}\n", {}, ["'a'", "negative, got -1"]),
     "zero": ("sources:\n  a: {files: x, weight: 0}\n  b: {files: y, weight: 0}\n", {}, ["add up to 0"]),
     "zero later": (ONE + "phases: [{from_step: 5, weights: {a: 0}}]", {}, ["from step 5", "add up to 0"]),
     "never": ("sources:\n  a: {files: x}\n  b: {files: y, weight: 0}\n", {}, ["'b' has weight 0 throughout"]),
     "no number": ("sources:\n  a: {files: x, weight: much}\n", {}, ["sources.a.weight must be a number, got 'much'"]),
-    "nan": ("sources:\n  a: {files: x, weight: .nan}\n", {}, ["'a' must not be negative, got nan"]),
+    "nan": ("sources:\n  a: {files: x, weight: .nan}\n", {}, ["'a' must be a finite number, got nan"]),
     "unknown key": ("sources:\n  a: {files: x, wieght: 1}\n", {}, ["'sources.a.wieght'", "Did you mean 'weight'"]),
     "no files": ("sources:\n  a: {weight: 1}\n", {}, ["sources.a: give `files` or `dataset`"]),
     "no sources": ("phases: []\n", {}, ["`sources` must map"]),
@@ -218,11 +216,13 @@ WRONG = {
     "phase back": (ONE + "phases: [{from_step: 0, weights: {a: 1}}]", {}, ["from_step must be a step after 0, got 0"]),
     "phase of nobody": (ONE + "phases: [{from_step: 3, weights: {b: 1}}]", {}, ["unknown key 'phases[0].weights.b'"]),
     "epochs": ("sources:\n  a: {files: x, epochs: 0}\n", {}, ["sources.a.epochs must be above 0"]),
+    "part of a stream": ("sources:\n  a: {files: x, epochs: 1.5}\n", {"streaming": True}, ["whole number", "got 1.5"]),
     "no file": (None, {"mixture": "/nowhere/mix.yaml"}, ["--mixture /nowhere/mix.yaml"]),
     "both": (ONE, {"train_files": ["x"]}, ["leave out --train_files"]),
     "some named": ("", {"train_files": ["a=x:1", "y"]}, ["--train_files y", "NAME=FILES:WEIGHT"]),
     "named twice": ("", {"train_files": ["a=x:1", "a=y:1"]}, ["a is given twice"]),
     "negative flag": ("", {"train_files": ["a=x:-1", "b=y:1"]}, ["'a' must not be negative"]),
+    "infinite flag": ("", {"train_files": ["a=x:inf", "b=y:1"]}, ["'a' must be a finite number, got inf"]),
     "negative beside replay": ("", {"train_files": ["a=x:-1"], "replay": ["o=y:0.1"]}, ["negative, got -1"]),
     "replay form": ("", {"train_files": ["x"], "replay": ["old"]}, ["--replay old", "NAME=FILES:SHARE"]),
     "replay of all": ("", {"train_files": ["x"], "replay": ["old=y:1.0"]}, ["between 0 and 1"]),

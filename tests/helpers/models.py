@@ -62,6 +62,16 @@ MIXTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Models with experts in one tensor a projection, each of another class."""
 
+MASKLESS: dict[str, dict[str, Any]] = {
+    "opt": {
+        "vocab_size": 128, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 128,
+    },
+    "bloom": {"vocab_size": 128, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mamba": {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+}  # fmt: skip
+"""Small configs of models that take no mask from the positions: documents in one row see each other."""
+
 NO_SDPA = ("gemma2", "gpt_oss")
 """transformers refuses sdpa for capped scores and for sinks."""
 

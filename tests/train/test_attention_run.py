@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from tests.helpers.batches import batch_of
 from tests.helpers.crafted import reseal
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, losses, printed, run
-from tests.helpers.models import tiny_model
+from tests.helpers.models import MASKLESS, tiny_model
 from tests.helpers.resume import assert_same_run, interrupted_job, stop_and_resume
 
 MORE = ("--per_device_train_batch_size", 4, "--save_steps", 2, "--merge_every", 3, "--restart_warmup_steps", 1)
@@ -174,6 +175,26 @@ def test_a_leak_at_one_batch_size_is_found(rows: int) -> None:
     check_document_mask(model, 128, (2, 3))
     with pytest.raises(UserError, match=f"in batches of {rows} rows"):
         check_document_mask(model, 128, (1, 2, 4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "advice"),
+    [
+        ("opt", {"attention": "dense"}, "rows): leave out --attention dense, or give --no_document_mask"),
+        ("opt", {"attn_implementation": "eager"}, "rows): leave out --attn_implementation eager, or give"),
+        ("bloom", {}, "rows): give --no_document_mask"),
+        ("bloom", {"attn_implementation": "eager"}, "rows): give --no_document_mask"),
+        ("mamba", {}, "rows): give --no_document_mask"),
+    ],
+)
+def test_only_given_flags_that_would_help_are_to_be_left_out(kind: str, flags: dict[str, str], advice: str) -> None:
+    model = AutoModelForCausalLM.from_config(config_of(kind, **MASKLESS[kind]))
+    state, place = TrainerState(attention=AttentionKind.DENSE), SimpleNamespace(checkpoint=None)
+    job: Any = SimpleNamespace(
+        engine=model, state=state, loaded=SimpleNamespace(model=model), place=place, sequence=None
+    )
+    with pytest.raises(UserError, match=re.escape(advice)):
+        preflight(job, from_flat(flags))
 
 
 SINKS = {

@@ -15,7 +15,7 @@ from mora_ds.data import PackedDataset
 from mora_ds.deploy.export import export_merged
 from mora_ds.train.warm_start import _first_part
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, curve, job, losses, refusal, rows, run
+from tests.helpers.jobs import Playground, curve, job, losses, printed, refusal, rows, run
 from tests.helpers.resume import assert_same_run, interrupted_job, stop_and_resume
 
 pytestmark = pytest.mark.gloo
@@ -143,6 +143,19 @@ def test_the_full_rank_part_is_not_uploaded() -> None:
     assert first.training.push_to_hub is None and first.training.export_merged
     assert (first.training.max_steps, first.adapter.merge_every) == (3, 0)
     assert first.training.learning_rate == pytest.approx(0.1 * given.training.learning_rate)
+
+
+def test_what_the_full_rank_steps_forget_ends_the_run(user: Playground, tmp_path: Path) -> None:
+    """At once and when it is resumed, until the bound is raised; by the evaluation after their last step, too."""
+    more = (*WARM, "--full_rank_learning_rate", 0.3, "--warmup_steps", 0)
+    out, late, bound = tmp_path / "out", tmp_path / "late", ("--stop_when_forgotten", "held:1.01", "--eval_steps")
+    flags = user.flags(out, *more, "--resume_from_checkpoint", "auto")
+    told = run_ranks(1, printed, [*flags, *bound, "1"])[0]
+    assert "stopping after step 1 of 3: the perplexity on held is" in told
+    assert f"its model is {out}/full_rank/merged" in told
+    assert run(1, [*flags, *bound, "1"])["steps"] == 1 and not (out / "run.yaml").exists()
+    assert run(1, flags)["steps"] == 6 and len(losses(out / "full_rank")) == 3
+    assert run(1, user.flags(late, *more, *bound, 3))["steps"] == 3 and not (late / "run.yaml").exists()
 
 
 def test_both_parts_resume(user: Playground, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from mora_ds.remora.merge import ReMoRA
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.preflight import check_document_mask
 from tests.helpers.gloo import run_ranks
-from tests.helpers.models import FAMILIES, alone, causal_loss, tiny_model, tokens
+from tests.helpers.models import FAMILIES, MASKLESS, alone, causal_loss, tiny_model, tokens
 
 WORLD, ROWS, LEARNING_RATE = 2, 2, 1e-2
 
@@ -280,16 +280,6 @@ def test_a_model_that_takes_no_mask_from_the_positions_is_refused(kind: str) -> 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **MASKLESS[kind]))
     with pytest.raises(UserError, match="--no_document_mask"):
         check_document_mask(model, 128)
-
-
-MASKLESS: dict[str, dict[str, Any]] = {
-    "opt": {
-        "vocab_size": 128, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": 128,
-    },
-    "bloom": {"vocab_size": 128, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "mamba": {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)

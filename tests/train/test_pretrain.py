@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mora_ds.common.errors import UserError
 from mora_ds.data import PackedDataset, build_cache, load_corpus, load_tokenizer, train_sentencepiece
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.loss import token_nll
@@ -103,7 +104,12 @@ def test_full_training_under_zero3_with_export_and_resume(user: Playground, tmp_
     more = ("--adapter", "full", "--max_steps", 6, "--save_steps", 3, "--learning_rate", "1e-3")
     one, two = tmp_path / "one", tmp_path / "two"
     run(1, user.flags(one, *more, "--per_device_train_batch_size", 4))
-    summary = run(2, user.flags(two, *more, "--export_merged", "true"))
+    summary = run(2, user.flags(two, *more))
+    with pytest.raises(UserError, match=r"--adapter full.* resume the run with --export_merged"):
+        export_merged(two, tmp_path / "merged")
+    run(2, user.flags(two, *more, "--resume_from_checkpoint", "auto", "--export_merged", "true"))
+    with pytest.raises(UserError, match=rf"--adapter full.* {two}/merged is its model"):
+        export_merged(two / "checkpoints" / "step-000003", tmp_path / "merged")
     assert summary["trainable_params"] == summary["total_params"]
     torch.testing.assert_close(losses(two), losses(one), rtol=1e-5, atol=0)
     model = AutoModelForCausalLM.from_pretrained(two / "merged")

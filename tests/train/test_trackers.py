@@ -95,6 +95,18 @@ def test_a_resumed_run_continues_and_another_one_begins(tmp_path: Path, stand_in
     assert json.loads((tmp_path / "trackers" / "runs.json").read_text()) == {"wandb": "id-2"}
 
 
+@pytest.mark.parametrize("content", ['{"wandb": "id', "[]", '{"wandb": {"id": 1}}', "\xff", ""])
+def test_damaged_names_of_runs_begin_new_ones(
+    tmp_path: Path, stand_in: type[StandIn], caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    logged(tmp_path)
+    path = tmp_path / "trackers" / "runs.json"
+    path.write_text(content, encoding="latin-1")
+    logged(tmp_path, start_step=1)
+    assert [record.getMessage().startswith(str(path)) for record in caplog.records] == [True]
+    assert stand_in.made[1].calls[0] == ("start", "run", None) and json.loads(path.read_text()) == {"wandb": "id-1"}
+
+
 @pytest.mark.parametrize("fails_at", range(6))
 def test_a_failing_service_is_reported_once(
     tmp_path: Path, stand_in: type[StandIn], caplog: pytest.LogCaptureFixture, fails_at: int
