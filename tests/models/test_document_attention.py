@@ -116,6 +116,8 @@ def test_documents_are_read_from_the_positions_of_all_rows() -> None:
     assert not torch.equal(attended(split), attended(None))
     for silent in (split.expand(3, 2, -1), split[:, :-1], split.to("meta")):
         assert torch.equal(attended(silent), attended(None))
+    query, key, value, _ = parts(4, 4, 2)  # as many rows as tokens
+    assert torch.equal(attended(torch.zeros(3, 4, 4)), attended(None))
 
 
 def layer_of(shared: int) -> torch.nn.Module:
