@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from mora_ds.common.errors import UserError
-from mora_ds.data import load_corpus, readers, resolve_files
+from mora_ds.data import load_corpus, parts, readers, resolve_files
 
 
 def texts(path: Path) -> list[str]:
@@ -52,11 +52,26 @@ def test_a_file_is_read_from_any_of_its_marks(tmp_path: Path, kind: str) -> None
     assert [document.source for document, _ in whole] == [f"{path}, {word} {number}" for number in numbers]
 
 
-def test_a_text_file_is_read_once(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("text")
+def test_a_text_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The position after a chunk is that before its document."""
+    (tmp_path / "a.txt").write_text("some text")
     (part,) = load_corpus([str(tmp_path / "a.txt")]).parts
     ((document, mark),) = part.marked(readers.START)
-    assert document.text == "text" and list(part.marked(mark)) == []
+    assert document.text == "some text" and list(part.marked(mark)) == []
+    monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 4)
+    chunks = [(document.text, mark) for document, mark in part.marked(readers.START)]
+    assert chunks == [("some", readers.START), (" tex", readers.START), ("t", readers.Mark(1))]
+
+
+def test_a_dataset_without_rows_is_empty(tmp_path: Path) -> None:
+    full, none = (datasets.Dataset(pa.table({"text": pa.array(rows, pa.string())})) for rows in (["a"], []))
+    none.save_to_disk(tmp_path / "none")
+    datasets.DatasetDict({"train": full, "test": none}).save_to_disk(tmp_path / "splits")
+    for name in ("none", "splits"):
+        with pytest.raises(UserError, match=f"{name} is empty, or one of its splits is: it holds no row"):
+            load_corpus([str(tmp_path / name)])
+    with pytest.raises(UserError, match="rows is empty: it holds no row"):
+        list(parts.DatasetPart("rows", none, "text").documents())
 
 
 def test_batches_end_with_the_item_that_fills_them(monkeypatch: pytest.MonkeyPatch) -> None:
