@@ -115,20 +115,38 @@ def test_no_file_is_opened_that_is_not_needed(tmp_path: Path, monkeypatch: pytes
         assert shards.keys("a") == ["exp_avg"] and opened == [f"{rank}.pt"]
 
 
-def test_masters_by_name_are_those_of_runs_without_zero(tmp_path: Path) -> None:
+def without_zero(folder: Path) -> EngineShards:
+    """One rank's file with each parameter by its name; the first has stepped once, the others four times."""
     flats = [[Part(name, 0, math.prod(shape), 0)] for name, shape in SHAPES.items()]
     masters = {name: values.view(SHAPES[name]) for name, values in VALUES.items()}
-    state = [{"exp_avg": values.view(SHAPES[name]) + 1, "step": torch.tensor(4.0)} for name, values in VALUES.items()]
-    torch.save({"module": masters, "optimizer": {"state": {"state": state}}}, tmp_path / "0.pt")
+    state = [
+        {"exp_avg": masters[name] + 1, "step": torch.tensor(4.0 if number else 1.0)}
+        for number, name in enumerate(masters)
+    ]
+    torch.save({"module": masters, "optimizer": {"state": {"state": state}}}, folder / "0.pt")
     only = layout(0, flats, writers=1, masters=["module"])
-    ShardIndex.of(only, [RankShard.of(only)]).write(tmp_path)
-    shards = EngineShards.open(tmp_path)
+    ShardIndex.of(only, [RankShard.of(only)]).write(folder)
+    return EngineShards.open(folder)
+
+
+def test_masters_by_name_are_those_of_runs_without_zero(tmp_path: Path) -> None:
+    shards = without_zero(tmp_path)
     for name, values in VALUES.items():
         assert shards.read(name, MASTER, 1, 2).tolist() == values[1:3].tolist()
-        assert torch.equal(shards.whole(name, "exp_avg"), masters[name] + 1)
-    first, again = (shards.scalars("a")["step"] for _ in range(2))
+        assert torch.equal(shards.whole(name, "exp_avg"), values.view(SHAPES[name]) + 1)
+    first, again = (shards.scalars("b")["step"] for _ in range(2))
     first += 1
-    assert again == 4 and shards.scalars("a")["step"] == 4, "a copy"
+    assert again == 4 and shards.scalars("b")["step"] == 4, "a copy"
+
+
+def test_an_optimizer_that_has_not_stepped_has_no_state(tmp_path: Path) -> None:
+    fresh = [contents(rank) for rank in range(2)]
+    for content in fresh:
+        content["optimizer"]["state"]["state"] = {}
+    write(tmp_path, *fresh)
+    shards = EngineShards.open(tmp_path)
+    assert shards.keys("a") == [] and shards.scalars("a") == {}
+    assert torch.equal(shards.read("a", MASTER), VALUES["a"])
 
 
 def test_one_file_has_the_same_contents(tmp_path: Path) -> None:
@@ -140,7 +158,7 @@ def test_one_file_has_the_same_contents(tmp_path: Path) -> None:
         found, one = EngineShards.open(target), EngineShards.open(tmp_path)
         assert_same(contents_of(target), contents_of(tmp_path))
         assert found.files == [target / "whole.safetensors"] and found.scalars("b") == one.scalars("b")
-        assert type(found.scalars("b")["step"]) is type(step)
+        assert type(found.scalars("b")["step"]) is type(step) and found.keys("b") == one.keys("b")
         assert (found.first.world_size, found.first.writers, found.first.transposed) == (5, 1, [])
         assert [found.group_step(group) for group in range(2)] == [None, 7]
         with pytest.raises(UserError, match=r"whole.safetensors has no momentum of a"):
@@ -172,6 +190,9 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1.pt: a has {'step': 4}, another rank's shard {'step': 3}"):
         shards.scalars("a")
     assert shards.scalars("a", 0, 7) == {"step": 3} and shards.scalars("a", 7, 2) == {"step": 4}
+    shards = broken(lambda optimizer: state_of(optimizer).pop("step"))
+    with pytest.raises(UserError, match=r"1.pt: a has {}, another rank's shard {'step': 3}"):
+        shards.scalars("a")
     with pytest.raises(UserError, match=r"1.pt: step of the optimizer's state is 'three'"):
         broken(lambda optimizer: state_of(optimizer).update(step="three")).scalars("b", 2)
     with pytest.raises(UserError, match=r"1.pt: master 0 must be a tensor, got 5"):
@@ -211,9 +232,8 @@ def test_a_flat_tensor_is_set_with_zeros_where_no_parameter_is(tmp_path: Path) -
 
 def test_padding_alone_has_the_state_of_its_group(tmp_path: Path) -> None:
     """A rank may hold nothing of a group; its optimizer steps on zeros, as many times as the others."""
-    write(tmp_path)
-    flat = restored(EngineShards.open(tmp_path), [])
-    assert not flat.master.any() and flat.state["step"] == 3
+    flat = restored(without_zero(tmp_path), [])
+    assert not flat.master.any() and flat.state["step"] == 4
     assert flat.state["exp_avg"].shape == flat.master.shape and not flat.state["exp_avg"].any()
 
 
