@@ -282,6 +282,7 @@ def test_a_file_that_two_names_lead_to_is_read_once(tmp_path: Path, caplog: pyte
     with caplog.at_level("INFO"):
         corpus = load_corpus([str(tmp_path / "c.txt"), str(tmp_path / "*.txt")], flag="--eval_files")
     assert list(corpus.texts()) == ["c.txt", "a.txt", "b.txt"] and corpus.size_bytes() == 15
+    assert [part.label for part in corpus.parts] == [str(tmp_path / name) for name in ("c.txt", "a.txt", "b.txt")]
     assert f"--eval_files {tmp_path}/*.txt: 1 of 5 files are empty, and left out" in caplog.text
 
 
@@ -296,6 +297,15 @@ def test_where_files_come_from_is_said_in_one_way(tmp_path: Path) -> None:
     assert f"the folder '{tmp_path}/void' holds no file of a kind that is read" in error(tmp_path / "void")
     with pytest.raises(UserError, match=r"source 'law': '/no/such/set' \(split 'held'\) cannot be streamed"):
         stream_dataset("/no/such/set", "text", "source 'law'", "held")
+
+
+def test_a_streamed_name_is_read_by_its_split(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(lines([{"text": "a"}]))
+    (tmp_path / "test.jsonl").write_bytes(lines([{"text": "b"}, {"text": "c"}]))
+    assert list(stream_dataset(str(tmp_path), "text", "--dataset_name", "test").texts()) == ["b", "c"]
+    assert list(stream_dataset(str(tmp_path), "text", "--dataset_name").texts()) == ["a"]
+    with pytest.raises(UserError, match="no field 'body'"):
+        stream_dataset(str(tmp_path), "body", "--dataset_name")
 
 
 def test_damage_in_the_middle_is_named_with_the_flag(tmp_path: Path) -> None:

@@ -208,6 +208,11 @@ def test_groups_hold_every_token_once() -> None:
     assert len(groups.shapes) < len(lengths)
     for in_order in ((96,), (96, 96), (24,) * 8):
         assert groups_of(in_order).gather is None
+    assert sorted(groups_of((600, 3000, 600, 16, 1)).shapes) == [(1, 3000), (2, 16), (2, 600)], (
+        "long ones are not padded"
+    )
+    for length in (40, 100, 300, 500):  # a quarter of padding at most, so that half of a length is another group
+        assert len(groups_of((length, length // 2)).shapes) == len(groups_of((length, 3 * length // 4 - 1)).shapes) == 2
 
 
 class Largest(TorchDispatchMode):
