@@ -176,7 +176,8 @@ class Recorder:
     """A tracker, and a progress bar, that remember what they were given."""
 
     def __init__(self, initial: int = 0, **_: object) -> None:
-        self.n, self.calls = initial, list[Any]()
+        self.began_at = self.n = initial
+        self.calls: list[Any] = []
 
     def log(self, numbers: Any, step: int) -> None:
         self.calls.append((dict(numbers), step))
@@ -230,7 +231,7 @@ def test_trackers_get_every_number_in_the_unit_of_its_curve(
         {"steps": 9},
         "closed",
     ]  # fmt: skip
-    assert [(bar.n, bar.calls) for bar in bars] == [(5, ["closed"])]
+    assert [(bar.began_at, bar.n, bar.calls) for bar in bars] == [(2, 5, ["closed"])]
     for line in ("step 3  perplexity held 4.500  new 2.000", "step 3  quiz  acc 0.5000  f1 0.2500", "merged 1 time"):
         assert line in caplog.messages
 
