@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import mora_layers
 from mora_ds.common.errors import UserError
 from mora_ds.data import Document, load_corpus, load_tokenizer
 from mora_ds.deploy.export import export_merged
@@ -28,8 +29,10 @@ from mora_ds.eval.perplexity import (
     load_target,
     named_sets,
 )
+from mora_ds.models.load import load_model
 from tests.helpers.adapters import Maker, merge
 from tests.helpers.jobs import Playground, run
+from tests.helpers.models import with_own_code
 from tests.helpers.tools import call
 
 
@@ -137,6 +140,21 @@ def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(user: Playground) -> N
     assert target.model.dtype == torch.bfloat16 and not target.model.training and target.source == str(user.model)
     with pytest.raises(UserError, match="--domain belongs to a checkpoint"):
         load_target(user.model, domain="law")
+
+
+def test_a_checkpoint_of_a_model_with_its_own_code_is_evaluated_where_that_is_allowed(
+    user: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = with_own_code(user.model, tmp_path / "own")
+    maker = Maker(load_model(folder, torch.float32, trust_remote_code=True), folder)
+    maker.write(tmp_path / "adapter", MoRAConfig(rank=2), 1)
+    for path in (folder, tmp_path / "adapter"):
+        target = load_target(path, trust_remote_code=True)
+        assert type(target.model).__name__ == "OwnForCausalLM"
+        with pytest.raises(UserError, match="trust_remote_code"):
+            load_target(path)
+    assert len(mora_layers(target.model)) == 14
 
 
 def test_a_checkpoint_and_its_export_give_the_same_figures(
