@@ -39,8 +39,9 @@ def test_manifest_names_each_damage(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     for name in ("whole", "flipped", "short", "gone", "deep/flipped"):
         (tmp_path / name).write_bytes(b"0123456789" * 100)
-    files.write_manifest(tmp_path)
-    assert files.verify_manifest(tmp_path) == []
+    for _ in range(2):  # it does not list itself
+        files.write_manifest(tmp_path)
+        assert files.verify_manifest(tmp_path) == []
     (tmp_path / "unknown").write_text("is no problem")
     flip_byte(tmp_path / "flipped", 500)
     flip_byte(tmp_path / "deep/flipped", 0)
