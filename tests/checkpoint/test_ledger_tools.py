@@ -84,7 +84,10 @@ def test_sums_count_a_layer_that_a_cycle_left_out(original: FakeRun, tmp_path: P
     for cycle, names in enumerate(((first,), (second,), (first, second))):
         entries = {name: source.layers(cycle)[name] for name in names}
         ledger.append(cycle, entries, [(name, source.square(cycle, name)) for name in names])
+        if cycle == 1:
+            last = summarize(ledger)[1]
     found = summarize(ledger)
+    assert last.cumulative_norm == pytest.approx(found[1].cumulative_norm), "whether or not there are later cycles"
     assert found[1].cumulative_norm == pytest.approx((found[0].delta_norm ** 2 + found[1].delta_norm ** 2) ** 0.5)
     assert [each.layers for each in found] == [1, 1, 2]
 

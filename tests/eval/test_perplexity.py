@@ -223,6 +223,9 @@ def test_what_cannot_be_evaluated_is_named(user: Playground, tmp_path: Path) -> 
     assert Windows.of(target.model, 2, None) == Windows(2, 1) and Windows.of(target.model, 3, None) == Windows(3, 1)
     unlimited = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: None))
     assert Windows.of(unlimited, None, None) == Windows(1024, 512)
+    text = SimpleNamespace(max_position_embeddings=4096)
+    long = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    assert Windows.of(long, None, None) == Windows(1024, 512) and Windows.of(long, 4096, None) == Windows(4096, 2048)
     with pytest.raises(UserError, match="--window must be from 2 on, got 1"):
         Windows.of(unlimited, 1, None)
     assert Score(1, 2, 2, nats=1e4).perplexity == math.inf, "of a model that has diverged"

@@ -70,6 +70,9 @@ def test_a_domains_matrix_is_gathered_beside_the_shared_one() -> None:
     assert two.square_macs == one.square_macs and two.base_macs == one.base_macs
     own = sum(layer.domain_squares.numel() for layer in mora_layers(both).values())
     assert two.payload(Collective.SCATTER) == one.payload(Collective.SCATTER) + own
+    frozen = tiny_model()
+    inject(frozen, MoRAConfig(rank=4, domains=("law", "code"), freeze="shared"))
+    assert costs(frozen, 1, 2, TOKENS).payload(Collective.SCATTER) == own
 
 
 def test_what_a_rank_does_is_said() -> None:
@@ -91,6 +94,7 @@ def test_without_a_split_every_rank_repeats_the_base() -> None:
     inject(model, MoRAConfig(rank=4, operator="share"))
     split, repeated = (costs(model, 2, 1, TOKENS, split=split) for split in (True, False))
     assert repeated.base_macs == 2 * BASE * TOKENS and split.base_macs == repeated.base_macs // 2
+    assert split.square_elements == repeated.square_elements == sum(side**2 for side in sides(model)) / 2
     assert repeated.payload(Collective.SUM) == TOKENS * sum(
         layer.spec.r_hat * layer.spec.blocks for layer in mora_layers(model).values()
     )
