@@ -121,6 +121,7 @@ def test_a_merge_is_summed_in_fp32_and_can_be_refused() -> None:
     with pytest.raises(UserError, match="merging a1 gives a weight that is not finite"):
         layer.merge(safe_merge=True, adapter_names=["a1"])
     assert torch.equal(layer.base_layer.weight, before) and not layer.merged_adapters
+    assert layer.bfloat16().get_delta_weight("a0").dtype == torch.float32
 
 
 def test_a_config_means_what_it_does_in_a_run() -> None:
