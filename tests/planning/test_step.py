@@ -60,10 +60,10 @@ def test_layers_that_differ_in_their_experts_do_not_repeat() -> None:
 def test_lists_with_an_entry_a_layer_are_cut() -> None:
     config = AutoConfig.for_model("gemma2", num_hidden_layers=6)
     kinds, work = list(config.layer_types), Work(config, None, 8)
-    config.other, config.pair = [1, 2, 3], tuple(range(6))
+    config.other, config.pair = [1, 2, 3, 4, 5], tuple(range(6))
     shallow = with_layers(work, 4).config
     assert (shallow.num_hidden_layers, shallow.layer_types) == (4, kinds[:4])
-    assert shallow.other == [1, 2, 3] and shallow.pair == (0, 1, 2, 3)
+    assert shallow.other == [1, 2, 3, 4, 5] and shallow.pair == (0, 1, 2, 3)
     assert config.num_hidden_layers == 6 and config.layer_types == kinds and work.layers == 6
 
 
