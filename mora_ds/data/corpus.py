@@ -212,6 +212,8 @@ def _saved_dataset(folder: str, split: str) -> Any:
 
     try:
         dataset = datasets.load_from_disk(folder)
+    except IndexError as error:  # of data sets without files of rows
+        raise UserError(f"{folder} is empty, or one of its splits is: it holds no row") from error
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} is no folder that datasets.save_to_disk has written: {error}") from error
     if not isinstance(dataset, datasets.DatasetDict):

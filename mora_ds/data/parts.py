@@ -91,6 +91,8 @@ class DatasetPart(Part):
 
     def marked(self, mark: Mark) -> Iterator[tuple[Document, Mark]]:
         rows = self.dataset.select_columns([self.text_column])
+        if mark.record == len(rows) > 0:  # `select` refuses to begin there
+            return iter(())
         batches = rows.select(range(mark.record, len(rows))).iter(batch_size=1024)
         return read_rows(self.label, (batch[self.text_column] for batch in batches), mark.record)
 

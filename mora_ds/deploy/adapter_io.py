@@ -73,6 +73,7 @@ def load_adapter(
     adapter: Path | str,
     attn_implementation: str | None = None,
     domain: str | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """The base with the adapter on it, in the dtype that the run computed in, on the CPU, in evaluation mode.
 
@@ -91,7 +92,7 @@ def load_adapter(
         model, original = base, _parameters_of(base)
     else:
         opened = reference.open_base(folder, Path(base), "base")
-        model = load_model(opened.folder, dtype, attn_implementation, flag="base")
+        model = load_model(opened.folder, dtype, attn_implementation, trust_remote_code, "base")
         original = partial(_read_original, opened, reference, folder)
     inject(model, config)
     move_base(model, "cpu", dtype)

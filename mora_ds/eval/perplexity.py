@@ -135,7 +135,7 @@ def load_target(
     that is neither.
     """
     if (folder := adapter_folder(path)) is not None:
-        return _adapted(folder, base, dtype, device, domain)
+        return _adapted(folder, base, dtype, device, trust_remote_code, domain)
     if not (path / "config.json").is_file():
         refuse_full_training(path)
         raise UserError(f"MODEL: {path} is neither a Hugging Face folder nor a checkpoint, nor has it one")
@@ -149,12 +149,15 @@ def load_target(
     return Target(prefer_documents(model.to(device).eval()), tokenizer, str(path))
 
 
-def _adapted(checkpoint: Path, base: Path | None, dtype: str, device: str, domain: str | None) -> Target:
+def _adapted(
+    checkpoint: Path, base: Path | None, dtype: str, device: str, trust_remote_code: bool, domain: str | None
+) -> Target:
     domain = chosen_domain(read_adapter(checkpoint).domains, domain, "--domain")
     reference = BaseReference.read(checkpoint)
     folder = base if base is not None else checkpoint / reference.folder
-    tokenizer = load_tokenizer(tokenizer_of(checkpoint) or folder, flag="MODEL")
-    model: Any = load_adapter(folder, checkpoint, domain=domain)
+    own = tokenizer_of(checkpoint) or folder
+    tokenizer = load_tokenizer(own, trust_remote_code=trust_remote_code, flag="MODEL")
+    model: Any = load_adapter(folder, checkpoint, domain=domain, trust_remote_code=trust_remote_code)
     if dtype != "auto":
         model = model.to(compute_dtype(dtype))
     return Target(prefer_documents(model.to(device)), tokenizer, f"{checkpoint} on {folder}")

@@ -164,6 +164,10 @@ def folder_config(folder: Path | str, trust_remote_code: bool = False, flag: str
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # each class of config has checks of its own, which raise many kinds
+        if "trust_remote_code" in str(error):  # words for Python's callers, in a line that `reason` leaves out
+            raise UserError(
+                f"{flag} {folder}: its own code must be run: allow that with --trust_remote_code"
+            ) from error
         raise UserError(f"{flag} {folder}: its config.json cannot be used: {reason(error)}") from error
     return _with_sizes(config, f"{flag} {folder}: its config.json cannot be used")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from mora_ds.data import Mixture, PackedDataset, load_tokenizer
 from mora_ds.deploy.combine import combine_adapters
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.train.embedding_rows import most_grown
+from mora_ds.train.embedding_rows import embedding_rows, most_grown
 from mora_ds.train.pretrain import pretrain
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, losses, refused, run
@@ -122,6 +123,47 @@ def test_where_it_does_not_fit_it_is_refused(code: Playground, tmp_path: Path) -
     for count, rows in ((3, [1, 2]), (2, [1, 9]), (2, [-1, 2])):
         with pytest.raises(UserError, match="trained_rows are no"):
             rows_of(torch.zeros(9, 2), count, rows)
+
+
+def mixture_of(**tokens: list[int]) -> Any:
+    """Sources with these tokens in their caches."""
+    mixture: Any = Mixture.__new__(Mixture)
+    mixture.names, mixture.sources = list(tokens), []
+    for each in tokens.values():
+        source: Any = PackedDataset.__new__(PackedDataset)
+        source.cache = SimpleNamespace(tokens=np.array(each))
+        mixture.sources.append(source)
+    return mixture
+
+
+def test_the_rows_are_those_whose_share_grows_most(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Shares, not counts: there is four times as much old text. Of equal ones the first is taken."""
+    monkeypatch.setattr("mora_ds.train.embedding_rows.CHUNK", 3)
+    mixture = mixture_of(old=[0] * 8 + [1] * 8, new=[1, 1, 2], older=[3] * 4, newer=[0, 3])
+    # shares:      token   0    1    2    3    4
+    #   old text          .4   .4   0    .2   0      new text   .2   .4   .2   .2   0
+    with caplog.at_level("INFO"):
+        found = [most_grown(count, 5, mixture, ["older", "old"]) for count in range(1, 5)]
+    assert found == [[2], [1, 2], [1, 2, 3], [1, 2, 3, 4]]
+    assert "--train_embedding_rows 2: their tokens are 40.0% of the replayed text and 60.0% of the new" in caplog.text
+
+
+def test_a_checkpoint_says_which_rows_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts, asked = {"config": {"trained_rows": [2, 4]}}, list[str]()
+    monkeypatch.setattr("mora_ds.train.embedding_rows.read_adapter", lambda path: SimpleNamespace(facts=facts))
+
+    def on_first(what: str, work: Any, long: bool) -> Any:
+        asked.append(what)
+        assert long
+        return work()
+
+    ranks: Any = SimpleNamespace(on_first=on_first)
+    mixture = mixture_of(old=[0, 0, 1], new=[1, 1, 2])
+    assert embedding_rows(2, 5, mixture, ["old"], None, ranks) == (1, 2)
+    assert embedding_rows(2, 5, mixture, ["old"], Path("step"), ranks) == (2, 4)
+    with pytest.raises(UserError, match="--train_embedding_rows 1: step belongs to a run with 2 rows"):
+        embedding_rows(1, 5, mixture, ["old"], Path("step"), ranks)
+    assert asked == ["rows of the embeddings"] * 3
 
 
 def test_more_rows_than_there_are_and_streams_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import runpy
 import subprocess
 import sys
@@ -63,6 +64,12 @@ def test_summary_is_that_of_the_formed_deltas(original: FakeRun) -> None:
         assert each.rank == sum(int((value > 1e-5 * value[0]).sum()) for value in values) / len(values)
         top = [(value[0] ** 2 / value.square().sum()).item() for value in values]
         assert each.top_1 == pytest.approx(sum(top) / len(top), rel=1e-6)
+        tenths = [
+            (value[: math.ceil(len(value) / 10)].square().sum() / value.square().sum()).item() for value in values
+        ]
+        assert each.top_10_percent == pytest.approx(sum(tenths) / len(tenths), rel=1e-6)
+        assert each.full_rank == sum(min(delta.shape) for delta in deltas.values()) / len(deltas)
+        assert (each.cycle, each.step, each.layers) == (cycle, ledger.records[cycle].step, len(entries))
         assert each.nbytes == (ledger.folder / ledger.records[cycle].file).stat().st_size
 
 
@@ -77,7 +84,10 @@ def test_sums_count_a_layer_that_a_cycle_left_out(original: FakeRun, tmp_path: P
     for cycle, names in enumerate(((first,), (second,), (first, second))):
         entries = {name: source.layers(cycle)[name] for name in names}
         ledger.append(cycle, entries, [(name, source.square(cycle, name)) for name in names])
+        if cycle == 1:
+            last = summarize(ledger)[1]
     found = summarize(ledger)
+    assert last.cumulative_norm == pytest.approx(found[1].cumulative_norm), "whether or not there are later cycles"
     assert found[1].cumulative_norm == pytest.approx((found[0].delta_norm ** 2 + found[1].delta_norm ** 2) ** 0.5)
     assert [each.layers for each in found] == [1, 1, 2]
 

@@ -39,8 +39,9 @@ def test_manifest_names_each_damage(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     for name in ("whole", "flipped", "short", "gone", "deep/flipped"):
         (tmp_path / name).write_bytes(b"0123456789" * 100)
-    files.write_manifest(tmp_path)
-    assert files.verify_manifest(tmp_path) == []
+    for _ in range(2):  # it does not list itself
+        files.write_manifest(tmp_path)
+        assert files.verify_manifest(tmp_path) == []
     (tmp_path / "unknown").write_text("is no problem")
     flip_byte(tmp_path / "flipped", 500)
     flip_byte(tmp_path / "deep/flipped", 0)
@@ -184,6 +185,138 @@ def test_a_copied_folder_has_the_files_and_their_times(tmp_path: Path) -> None:
     names = {path.relative_to(tmp_path / "target").as_posix() for path in (tmp_path / "target").rglob("*")}
     assert names == {"kept", "kept/engine", "kept/engine/file"}
     assert (tmp_path / "target" / "kept" / "engine" / "file").stat().st_mtime_ns == 2 * 10**18
+
+
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    for failure in (ValueError, KeyboardInterrupt):
+        with pytest.raises(failure), files.atomic_folder(folder) as partial:
+            (partial / "new").write_text("")
+            raise failure
+        with pytest.raises(failure), files.atomic_path(folder / "old") as temporary:
+            temporary.write_text("new")
+            raise failure
+        assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/old"]
+    with files.atomic_folder(folder) as partial:
+        (partial / "new").write_text("")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/new"]
+
+
+def test_a_link_or_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_text("content")
+    target.write_text("old")
+    for _ in range(2):  # the second time they are one file already
+        files.link_or_copy(source, target)
+        assert target.samefile(source) and not list(tmp_path.glob(".*"))
+
+    def refuse(code: int) -> None:
+        def link(*names: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "link", link)
+
+    refuse(errno.EXDEV)
+    files.link_or_copy(source, tmp_path / "copy")
+    assert (tmp_path / "copy").read_text() == "content" and not (tmp_path / "copy").samefile(source)
+    refuse(errno.EDQUOT)
+    with pytest.raises(RunError, match="is full"):
+        files.link_or_copy(source, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "source", "target"]
+
+
+def test_a_manifest_takes_what_others_have_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another node's file is not read again, but must be there in its size."""
+    monkeypatch.setattr(files, "VISIBLE_WITHIN_S", 0.25)
+    (tmp_path / "deep").mkdir()
+    for name in ("deep/theirs", "mine"):
+        (tmp_path / name).write_text(name)
+    theirs = {"size": 11, "sha256": "of another node"}
+    files.write_manifest(tmp_path, {"deep/theirs": theirs})
+    assert files.recorded_hashes(tmp_path) == {
+        "deep/theirs": "of another node",
+        "mine": hashlib.sha256(b"mine").hexdigest(),
+    }
+    assert files.verify_manifest(tmp_path, hashes=False) == []
+    assert ["deep/theirs is damaged" in problem for problem in files.verify_manifest(tmp_path)] == [True]
+    for size, words in ((12, "has 11 bytes instead of 12"), (10, "has 11 bytes instead of 10")):
+        with pytest.raises(RunError, match=f"theirs {words} on rank 0's node, 0 s after"):
+            files.write_manifest(tmp_path, {"deep/theirs": {**theirs, "size": size}})
+    with pytest.raises(RunError, match="gone is missing on rank 0's node"):
+        files.write_manifest(tmp_path, {"gone": theirs})
+
+
+def test_a_file_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, waits = tmp_path / "late", list[float]()
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        path.write_bytes(bytes(len(waits)))
+
+    monkeypatch.setattr(files.time, "sleep", sleep)
+    files.await_file(path, 3)
+    assert len(waits) == 3
+
+
+def test_json_is_utf8_of_a_known_format(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    files.write_json_atomic(path, {"é": [1]}, indent=None)
+    assert path.read_bytes() == '{"é": [1]}\n'.encode()
+    files.write_json_atomic(path, {"é": 1})
+    assert path.read_bytes() == '{\n  "é": 1\n}\n'.encode()
+    files.require_format(path, {"format": 1})
+    files.require_format(path, {"format": 2}, known=2)
+    for content, words in (({"format": 2}, "has format 2; .* reads format 1"), ({}, "has format None")):
+        with pytest.raises(UserError, match=rf"a\.json {words}"):
+            files.require_format(path, content)
+    path.write_text("[]")
+    with pytest.raises(UserError, match=r"a\.json is damaged: a JSON object was expected, not list"):
+        files.read_json(path)
+    with pytest.raises(UserError, match=r"b\.json is missing"):
+        files.read_json(tmp_path / "b.json")
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be read"):
+        files.read_json(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(UserError("of a value"), "a.json: of a value"), (KeyError("step"), "a.json is damaged: KeyError"),
+     (ZeroDivisionError("x"), "a.json is damaged"), (RuntimeError("x"), "a.json is damaged")],
+)  # fmt: skip
+def test_what_reading_a_file_raises_names_it(error: Exception, words: str) -> None:
+    with pytest.raises(UserError, match=words), files.malformed(Path("a.json")):
+        raise error
+
+
+YAML: list[tuple[str, str]] = [
+    ("a: 1\nb: 2\na: 3", "'a' is given twice"),
+    ("x: {a: 1, a: 2}", "'a' is given twice"),
+    ("[1]: 2", "is no key"),
+    ("- a", "must hold `key: value` lines, not a list"),
+    ("a: [", "is no valid YAML"),
+    ("a: 2024-99-99", "is no valid YAML"),
+    ("a: &x [*x]", "stands for more than 1,000,000 values"),
+    ("[" * 5000, "is no valid YAML"),
+    (f"a: &a [{'x, ' * 1000}]\nb: &b [{'*a, ' * 1000}]", "stands for more than 1,000,000 values"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), YAML, ids=[f"{index}" for index in range(len(YAML))])
+def test_yaml_that_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=words):
+        files.load_yaml(str(tmp_path / "a.yaml"), "recipe")
+
+
+def test_yaml_that_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    for text, content in (("", {}), ("a: &x {b: 1}\nc: *x\n1: d", {"a": {"b": 1}, "c": {"b": 1}, 1: "d"})):
+        path.write_text(text)
+        assert files.load_yaml(str(path), "recipe") == content
+    with pytest.raises(UserError, match=r"cannot read recipe .*b\.yaml"):
+        files.load_yaml(str(tmp_path / "b.yaml"), "recipe")
 
 
 def test_a_folder_is_made_anew_beside_what_a_killed_process_left(tmp_path: Path) -> None:

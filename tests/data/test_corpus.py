@@ -6,6 +6,7 @@ import gzip
 import json
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -15,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from mora_ds.common.errors import UserError
-from mora_ds.data import hashes_of, load_corpus, readers, resolve_files
+from mora_ds.data import DocumentFilter, hashes_of, load_corpus, readers, resolve_files, stream_dataset
 from mora_ds.data.held_out import HASHED_CHARACTERS
 
 TEXTS = ["First document.\n", "Second, with ünïcödé 😀.", "  third\twith\r\nspace "]
@@ -271,3 +272,55 @@ def test_the_first_document_is_checked_before_anything_is_read(tmp_path: Path) -
     (tmp_path / "other.jsonl").write_text('{"content": "a"}\n')
     with pytest.raises(UserError, match=r"other.jsonl, line 1: no field 'text'"):
         load_corpus([str(tmp_path / "*.jsonl")])
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_two_names_lead_to_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "d.txt").symlink_to("b.txt")
+    (tmp_path / "e.txt").write_text("")
+    with caplog.at_level("INFO"):
+        corpus = load_corpus([str(tmp_path / "c.txt"), str(tmp_path / "*.txt")], flag="--eval_files")
+    assert list(corpus.texts()) == ["c.txt", "a.txt", "b.txt"] and corpus.size_bytes() == 15
+    assert [part.label for part in corpus.parts] == [str(tmp_path / name) for name in ("c.txt", "a.txt", "b.txt")]
+    assert f"--eval_files {tmp_path}/*.txt: 1 of 5 files are empty, and left out" in caplog.text
+
+
+def test_where_files_come_from_is_said_in_one_way(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match="give either --train_files or --dataset_name, not both"):
+        load_corpus([str(tmp_path / "a.txt")], dataset_name="x")
+    with pytest.raises(UserError, match=r"--dataset_name$"):
+        load_corpus([])
+    assert error(tmp_path / "n*" / "a.txt").endswith(f"no file matches '{tmp_path}/n*/a.txt'.")
+    (tmp_path / "void").mkdir()
+    assert f"the folder '{tmp_path}/void' holds no file of a kind that is read" in error(tmp_path / "void")
+    with pytest.raises(UserError, match=r"source 'law': '/no/such/set' \(split 'held'\) cannot be streamed"):
+        stream_dataset("/no/such/set", "text", "source 'law'", "held")
+
+
+def test_a_streamed_name_is_read_by_its_split(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(lines([{"text": "a"}]))
+    (tmp_path / "test.jsonl").write_bytes(lines([{"text": "b"}, {"text": "c"}]))
+    assert list(stream_dataset(str(tmp_path), "text", "--dataset_name", "test").texts()) == ["b", "c"]
+    assert list(stream_dataset(str(tmp_path), "text", "--dataset_name").texts()) == ["a"]
+    with pytest.raises(UserError, match="no field 'body'"):
+        stream_dataset(str(tmp_path), "body", "--dataset_name")
+
+
+def test_damage_in_the_middle_is_named_with_the_flag(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines([{"text": "a"}, {"text": 3}]))
+    corpus = load_corpus([str(tmp_path / "a.jsonl")], flag="--eval_files")
+    with pytest.raises(UserError, match=r"^--eval_files: .*a.jsonl, line 2: field 'text' holds int"):
+        list(corpus)
+
+
+def test_a_corpus_has_the_documents_that_it_keeps(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(records()))
+    corpus = load_corpus([str(tmp_path / "a.jsonl")])
+    kept = replace(corpus, keep=DocumentFilter(excluded=hashes_of([readers.Document(TEXTS[1], "")])))
+    assert list(kept.texts()) == [TEXTS[0], TEXTS[2]]
+    assert [document.text for document in kept.documents_of(corpus.parts[0])] == TEXTS

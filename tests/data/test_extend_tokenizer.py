@@ -14,13 +14,24 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from mora_ds.common.errors import UserError
-from mora_ds.data import candidate_tokens, extend_tokenizer, load_corpus, load_tokenizer
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.data import (
+    Extension,
+    candidate_tokens,
+    canonical_digest,
+    extend_tokenizer,
+    is_held_out,
+    load_corpus,
+    load_tokenizer,
+)
 from mora_ds.data.sentencepiece import train_sentencepiece, wrap_sentencepiece
-from mora_ds.models.vocabulary import EXTENSION_JSON, extend_vocabulary
+from mora_ds.models import vocabulary
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.vocabulary import EXTENSION_JSON, VocabularyReport, extend_vocabulary, first_new_row, grown
 from tests.helpers.models import tiny_model
 
 GENERAL = [text.strip()[:1500] for _, text in sorted(topics.items())]
@@ -61,8 +72,8 @@ def family_folder(folder: Path, family: str) -> Path:
     return folder
 
 
-def byte_level_folder(folder: Path) -> Path:
-    """As GPT-2's, Llama 3's and SmolLM's: byte-level BPE, tied head."""
+def byte_level_folder(folder: Path, **model: Any) -> Path:
+    """As GPT-2's, Llama 3's and SmolLM's: byte-level BPE, tied head. `model`: changes of its config."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -74,7 +85,7 @@ def byte_level_folder(folder: Path) -> Path:
     )
     backend.train_from_iterator(GENERAL, trainer)
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>").save_pretrained(folder)
-    tiny_model("llama", vocab_size=640, tie_word_embeddings=True).save_pretrained(folder)
+    tiny_model("llama", **{"vocab_size": 640, "tie_word_embeddings": True, **model}).save_pretrained(folder)
     return folder
 
 
@@ -199,3 +210,170 @@ def test_a_head_neither_tied_nor_linear_is_refused(tmp_path: Path, monkeypatch: 
         with pytest.raises(UserError, match=f"neither tied to the embeddings nor a linear layer .{words}"):
             extend_vocabulary(folder, domain(tmp_path), 10, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# -- text that is measured ---------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_learned_from_no_text_that_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is measured are other documents than those that `prepare_corpus` holds out."""
+    folder, learned = byte_level_folder(tmp_path / "model"), list[str]()
+    texts = [f"the {number}th «document» of some_words_in_code\n" * 3 for number in range(200)]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    def candidates(texts: Any, wanted: int, algorithm: str) -> list[str]:
+        learned.extend(texts)
+        return candidate_tokens(learned, wanted, algorithm)
+
+    monkeypatch.setattr(vocabulary, "candidate_tokens", candidates)
+    report = extend_vocabulary(folder, load_corpus([str(path)]), 10, tmp_path / "out")
+    measured = [text for text in texts if text not in learned]
+    assert 3 <= len(measured) <= 20 and report.held_out
+    assert not any(is_held_out(canonical_digest(text), 5.0) for text in measured)
+    nbytes = sum(len(text.encode()) for text in measured)
+    old, new = (load_tokenizer(each) for each in (folder, tmp_path / "out"))
+    densities = tuple(sum(len(ids(each, text)) for text in measured) / nbytes for each in (old, new))
+    assert (report.measured_bytes, report.tokens_per_byte) == (nbytes, densities)
+
+    monkeypatch.setattr(vocabulary, "_MEASURED_CHARACTERS", 2 * len(measured[0]) - 1)
+    some = extend_vocabulary(folder, load_corpus([str(path)]), 10, tmp_path / "some")
+    assert some.measured_bytes == sum(len(text.encode()) for text in measured[:2])
+    few = [text for text in texts if text in learned][:20]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in few))
+    none_left = extend_vocabulary(folder, load_corpus([str(path)]), 5, tmp_path / "few")
+    assert not none_left.held_out and "bytes of training (too few documents" in none_left.lines()[1]
+
+
+def test_what_a_report_says() -> None:
+    report = VocabularyReport(Path("out"), 1500, (32000, 33536), (0.4, 0.3), 12345, held_out=True)
+    assert report.lines() == [
+        "out: 1,500 new tokens, 32,000 -> 33,536 rows",
+        "tokens per byte, on 12,345 bytes of held-out text: 0.4000 -> 0.3000 (-25.0%)",
+    ]
+
+
+class Letters:
+    """A tokenizer with a token a letter, which loses the letters of `lost`."""
+
+    def __init__(self, lost: str = "") -> None:
+        self.lost = lost
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [ord(letter) for letter in text if letter not in self.lost]}
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+def test_a_text_that_only_the_old_tokenizer_keeps_is_an_error() -> None:
+    whole, lossy, worse = Letters(), Letters("é"), Letters("éa")
+    made: Any = vocabulary._compare
+    assert made(whole, whole, ["aé", "b"]) == (3 / 4, 3 / 4)
+    assert made(lossy, worse, ["aé", "b"]) == (2 / 4, 1 / 4), "the old one has lost of it too"
+    assert made(whole, whole, []) == (0.0, 0.0)
+    with pytest.raises(RunError, match="does not decode to the same text: 'aé'"):
+        made(whole, lossy, ["b", "aé"])
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stored", "new", "expected"), [(640, 40, 640), (640, 41, 704), (700, 10, 704)])
+def test_rows_are_a_multiple_of_64_and_never_fewer_than_before(
+    tmp_path: Path, stored: int, new: int, expected: int
+) -> None:
+    """The tokenizer has 600 tokens."""
+    folder = byte_level_folder(tmp_path / "model", vocab_size=stored)
+    report = extend_vocabulary(folder, domain(tmp_path), new, tmp_path / "out")
+    assert (report.new_tokens, report.vocabulary) == (new, (stored, expected))
+    assert first_new_row(tmp_path / "out") == 600
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == expected
+
+
+def extension_of(folder: Path) -> Extension:
+    return Extension(folder, ("ab", "abc"), 6, ((0, 1), (0, 1, 2)))
+
+
+def test_new_rows_are_means_of_the_rows_that_they_replace(tmp_path: Path) -> None:
+    """Rows 6 and 7 of the table have no token, and count for no mean."""
+    table = torch.arange(24.0).view(8, 3).square().bfloat16()
+    table[6:] = 1e6
+    result = grown(table, extension_of(tmp_path), 10)
+    assert result.dtype == torch.bfloat16 and torch.equal(result[:6], table[:6])
+    for row, old in ((6, [0, 1]), (7, [0, 1, 2]), (8, range(6)), (9, range(6))):
+        assert torch.equal(result[row], table[list(old)].float().mean(dim=0).bfloat16()), row
+    bias = torch.arange(8.0)
+    assert grown(bias, extension_of(tmp_path), 9).tolist() == [0, 1, 2, 3, 4, 5, 0.5, 1, 2.5]
+
+
+def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path: Path) -> None:
+    """Also in a config that holds the text model's own, and for a head with a bias."""
+    folder, out = tmp_path / "model", tmp_path / "out"
+    out.mkdir()
+    settings = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "pad_token_id": 0}
+    config = AutoConfig.for_model("phi", **settings, num_attention_heads=2, bos_token_id=1, eos_token_id=2)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    base = BaseCheckpoint.open(folder)
+    keys, rows = vocabulary._vocabulary_keys(base, config, False)
+    assert (keys, rows) == ({"model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"}, 8)
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"text_config": written, "dtype": "float32", "vocab_size": 3}))
+    own = tmp_path / "tokenizer"
+    own.mkdir()
+    (own / "tokenizer.json").write_text("{}")
+    vocabulary._write(base, out, keys, extension_of(own), 64)
+    changed = json.loads((out / "config.json").read_text())
+    assert changed["text_config"]["vocab_size"] == 64 and changed["vocab_size"] == 3
+    assert changed["dtype"] == changed["text_config"]["dtype"] == "bfloat16"
+    assert (out / "tokenizer.json").read_text() == "{}"
+    extended = BaseCheckpoint.open(out)
+    for key in base.keys():  # noqa: SIM118  (no mapping)
+        shape, dtype = base.shape_dtype(key)
+        assert extended.shape_dtype(key) == ((64, *shape[1:]) if key in keys else shape, dtype)
+    assert torch.equal(extended.read("lm_head.bias")[6], base.read("lm_head.bias")[:2].float().mean().bfloat16())
+
+
+def test_a_copy_of_a_tied_head_grows_too(tmp_path: Path) -> None:
+    """Files may hold lm_head.weight though it is tied."""
+    model = tiny_model("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    save_file({name: each.clone() for name, each in model.state_dict().items()}, tmp_path / "model.safetensors")
+    keys, rows = vocabulary._vocabulary_keys(BaseCheckpoint.open(tmp_path), model.config, False)
+    assert (keys, rows) == ({"model.embed_tokens.weight", "lm_head.weight"}, 128)
+
+
+def test_vocabularies_that_cannot_grow_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = byte_level_folder(tmp_path / "small", vocab_size=599)
+    with pytest.raises(UserError, match="the tokenizer does not fit the model"):
+        extend_vocabulary(small, domain(tmp_path), 10, tmp_path / "out")
+    make, folder = vocabulary.make_model, byte_level_folder(tmp_path / "model")
+    for name, module, words in (
+        ("lm_head", torch.nn.Linear(32, 641), r"\(the head\)"),
+        ("by_token", torch.nn.Embedding(640, 4), r"\(by_token\)"),
+        ("model.embed_tokens", torch.nn.EmbeddingBag(640, 32), "embeddings are a EmbeddingBag, not a table of rows"),
+    ):
+
+        def changed(*given: Any, name: str = name, module: Any = module, **more: Any) -> Any:
+            model = make(*given, **more)
+            model.set_submodule(name, module)
+            return model
+
+        monkeypatch.setattr(vocabulary, "make_model", changed)
+        with pytest.raises(UserError, match=words):
+            extend_vocabulary(folder, domain(tmp_path), 10, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_record_of_new_rows_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="was not written by mora-ds extend-vocab"):
+        first_new_row(tmp_path)
+    for content, words in (
+        ('{"format": 2, "first_row": 3}', "has format 2"),
+        ('{"format": 1}', "is damaged"),
+        ('{"format": 1, "first_row": "x"}', "is damaged"),
+    ):
+        (tmp_path / EXTENSION_JSON).write_text(content)
+        with pytest.raises(UserError, match=f"{EXTENSION_JSON} {words}"):
+            first_new_row(tmp_path)

@@ -14,13 +14,25 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import mora_layers
 from mora_ds.common.errors import UserError
-from mora_ds.data import load_corpus, load_tokenizer
+from mora_ds.data import Document, load_corpus, load_tokenizer
 from mora_ds.deploy.export import export_merged
 from mora_ds.eval import perplexity
-from mora_ds.eval.perplexity import Score, Target, Windows, evaluate, harness, load_target, named_sets
+from mora_ds.eval.perplexity import (
+    Score,
+    Target,
+    Windows,
+    bank_rows,
+    evaluate,
+    harness,
+    load_target,
+    named_sets,
+)
+from mora_ds.models.load import load_model
 from tests.helpers.adapters import Maker, merge
 from tests.helpers.jobs import Playground, run
+from tests.helpers.models import with_own_code
 from tests.helpers.tools import call
 
 
@@ -70,6 +82,79 @@ def test_a_long_document_in_chunks_is_scored_completely(
     chunked = evaluate(target, load_corpus([str(path)]), windows)
     assert chunked.documents == whole.documents == 1 and chunked.text_bytes == whole.text_bytes
     assert chunked.perplexity == pytest.approx(whole.perplexity, rel=0.05)  # other cuts, other contexts
+
+
+class Letters:
+    """A tokenizer with a token a letter."""
+
+    bos_token_id, eos_token_id = None, 0
+
+    def __call__(self, text: str, **anything: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) - 96 for letter in text]}
+
+
+def test_a_chunk_has_the_end_of_the_one_before_as_context() -> None:
+    """Every token is scored once; a document begins with the end-of-text token where there is no BOS."""
+    tokenizer: Any = Letters()
+    chunks = [Document("abcde", "1", ends=False), Document("fgh", "1", begins=False), Document("i", "2")]
+    corpus: Any = [*chunks, Document("ü", "3")]
+    count = perplexity._Counter(tokenizer, Windows(4, 1), max_documents=2)
+    assert list(count.windows(corpus)) == [
+        ([0, 1, 2, 3], 3), ([1, 2, 3, 4], 1), ([2, 3, 4, 5], 1),
+        ([3, 4, 5, 6], 1), ([4, 5, 6, 7], 1), ([5, 6, 7, 8], 1),
+        ([0, 9], 1),
+    ]  # fmt: skip
+    assert (count.documents, count.tokens, count.text_bytes) == (2, 9, 9)
+    whole = perplexity._Counter(tokenizer, Windows(4, 3), max_documents=None)
+    assert list(whole.windows(corpus))[:2] == [([0, 1, 2, 3], 3), ([3, 4, 5], 2)]
+    assert whole.text_bytes == 11, "bytes, not characters"
+    tokenizer.eos_token_id = None
+    with pytest.raises(UserError, match="neither a BOS nor an end-of-text token"):
+        perplexity._Counter(tokenizer, Windows(4, 1), None)
+
+
+def test_windows_are_sorted_a_few_batches_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perplexity, "_SORTED_AT_ONCE", 2)
+    windows = [([0] * length, 1) for length in (5, 2, 9, 3, 1)]
+    batches = list(perplexity._batches(iter(windows), 2))
+    assert [[len(ids) for ids, _ in batch] for batch in batches] == [[2, 3], [5, 9], [1]]
+
+
+def test_figures_of_a_score() -> None:
+    score = Score(documents=2, tokens=8, text_bytes=32, nats=16 * math.log(2))
+    assert score.to_dict() == {
+        "documents": 2, "tokens": 8, "text_bytes": 32, "nats": score.nats, "perplexity": pytest.approx(4),
+        "bits_per_byte": pytest.approx(0.5), "tokens_per_byte": 0.25,
+    }  # fmt: skip
+    other = Score(2, 8, 64, score.nats)
+    assert bank_rows({"(base)": {"x": score, "y": other}, "law": {"x": other, "y": score}}) == [
+        ["adapter", "x: perplexity", "x: bits/byte", "y: perplexity", "y: bits/byte"],
+        ["(base)", "4.0000", "0.5000", "4.0000", "0.2500"],
+        ["law", "4.0000", "0.2500", "4.0000", "0.5000"],
+    ]
+
+
+def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(user: Playground) -> None:
+    assert load_target(user.model).model.dtype == torch.float32
+    target = load_target(user.model, dtype="bfloat16")
+    assert target.model.dtype == torch.bfloat16 and not target.model.training and target.source == str(user.model)
+    with pytest.raises(UserError, match="--domain belongs to a checkpoint"):
+        load_target(user.model, domain="law")
+
+
+def test_a_checkpoint_of_a_model_with_its_own_code_is_evaluated_where_that_is_allowed(
+    user: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = with_own_code(user.model, tmp_path / "own")
+    maker = Maker(load_model(folder, torch.float32, trust_remote_code=True), folder)
+    maker.write(tmp_path / "adapter", MoRAConfig(rank=2), 1)
+    for path in (folder, tmp_path / "adapter"):
+        target = load_target(path, trust_remote_code=True)
+        assert type(target.model).__name__ == "OwnForCausalLM"
+        with pytest.raises(UserError, match="trust_remote_code"):
+            load_target(path)
+    assert len(mora_layers(target.model)) == 14
 
 
 def test_a_checkpoint_and_its_export_give_the_same_figures(
@@ -135,8 +220,13 @@ def test_what_cannot_be_evaluated_is_named(user: Playground, tmp_path: Path) -> 
         with pytest.raises(UserError, match=message):
             Windows.of(target.model, window, stride)
     assert Windows.of(target.model, None, None) == Windows(128, 64)
+    assert Windows.of(target.model, 128, 127) == Windows(128, 127)
+    assert Windows.of(target.model, 2, None) == Windows(2, 1) and Windows.of(target.model, 3, None) == Windows(3, 1)
     unlimited = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: None))
     assert Windows.of(unlimited, None, None) == Windows(1024, 512)
+    text = SimpleNamespace(max_position_embeddings=4096)
+    long = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    assert Windows.of(long, None, None) == Windows(1024, 512) and Windows.of(long, 4096, None) == Windows(4096, 2048)
     with pytest.raises(UserError, match="--window must be from 2 on, got 1"):
         Windows.of(unlimited, 1, None)
     assert Score(1, 2, 2, nats=1e4).perplexity == math.inf, "of a model that has diverged"

@@ -162,6 +162,19 @@ def test_the_probe_finds_the_gradients_that_autograd_finds(family: str, operator
         assert not layer.value.any() and layer.value.grad is None, "nothing is trained"
 
 
+def test_a_probe_leaves_no_hooks_and_names_a_gradient_that_is_not_finite() -> None:
+    model = tiny_model()
+    model.train()
+    measures = probe(model, MoRAConfig(rank=2), [tokens(2)])
+    assert not model.training and all(not layer._forward_hooks for layer in mora_layers(model).values())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert measures[0].to_dict()["score"] == measures[0].score > 0
+    broken = tiny_model()
+    broken.lm_head.weight.data.fill_(torch.inf)
+    with pytest.raises(RunError, match=r"model\.layers\.0\.self_attn\.q_proj: its gradient is not finite"):
+        probe(broken, MoRAConfig(rank=2), [tokens(2)])
+
+
 def root_mean(gradients: list[torch.Tensor]) -> float:
     return math.sqrt(sum(each.norm().item() ** 2 for each in gradients) / len(gradients))
 
@@ -181,6 +194,16 @@ def test_batches_are_the_first_tokens_one_behind_the_other() -> None:
     assert [each.tolist() for each in whole] == [[[1, 2, 3], [0, 4, 5]], [[0, 6, 7], [8, 9, 10]]]
     (short,) = token_batches(documents[:1], Letters(), seq_len=8, count=2, rows=2)
     assert short.tolist() == [[1, 2, 3]]
+    (exact,) = token_batches(documents[:1], Letters(), seq_len=3, count=2, rows=2)
+    (cut,) = token_batches([Document("abcd", "1")], Letters(), seq_len=3, count=2, rows=2)
+    assert exact.tolist() == cut.tolist() == [[1, 2, 3]]
+    (two,) = token_batches([Document("ab", "1")], Letters(), seq_len=8, count=1, rows=1)
+    assert two.tolist() == [[1, 2]]
+    chunks = [Document("ab", "1", ends=False), Document("cd", "1", begins=False), Document("e", "2")]
+    endless: Any = Letters()
+    for tokenizer, expected in ((Letters(), [1, 2, 3, 4, 0, 5]), (endless, [1, 2, 3, 4, 5])):
+        endless.eos_token_id = None
+        assert token_batches(chunks, tokenizer, seq_len=len(expected), count=1, rows=1)[0].tolist() == [expected]
     with pytest.raises(UserError, match="--probe: there are fewer than two tokens"):
         token_batches([Document("a", "1")], Letters(), seq_len=8, count=1, rows=1)
 

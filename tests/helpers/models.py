@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +84,30 @@ def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
     config = AutoConfig.for_model(family, **{**{**FAMILIES, **MIXTURES}[family], **changes})
     attention = "eager" if family in NO_SDPA else "sdpa"
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def with_own_code(llama: Path, folder: Path) -> Path:
+    """The Llama in a folder as a model whose code comes with it."""
+    shutil.copytree(llama, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    own = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config.update(model_type="own_llama", architectures=["OwnForCausalLM"], auto_map=own)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "modeling_own.py").write_text(OWN_CODE, encoding="utf-8")
+    return folder
 
 
 def adapted_model(

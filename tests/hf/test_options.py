@@ -57,6 +57,8 @@ def test_what_goes_with_an_adapter_passes(tmp_path: Path) -> None:
     check_options(arguments(tmp_path, optim="adamw_torch_fused"), {})
     with_optimizer = {**ds_config(), "optimizer": {"type": "Muon"}}
     check_options(arguments(tmp_path, optim="adafactor", deepspeed=with_optimizer), {})
+    alone = {**ds_config(), "tensor_parallel": {"autotp_size": 1}}
+    check_options(arguments(tmp_path, deepspeed=alone, lr_scheduler_type="cosine"), {})
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -113,10 +115,11 @@ def test_the_callback_needs_the_mixin(tmp_path: Path) -> None:
 
 
 def test_the_config_is_filled_from_the_adapters_parameters(tmp_path: Path) -> None:
-    args = arguments(tmp_path, learning_rate=3e-4, weight_decay=0.1, adam_epsilon=1e-7)
+    betas = {"adam_beta1": 0.8, "adam_beta2": 0.95}
+    args = arguments(tmp_path, learning_rate=3e-4, weight_decay=0.1, adam_epsilon=1e-7, **betas)
     fill_config(args, [100, 100])
     config = args.hf_deepspeed_config.config
-    filled = {"lr": 3e-4, "betas": [0.9, 0.999], "eps": 1e-7, "weight_decay": 0.1}
+    filled = {"lr": 3e-4, "betas": [0.8, 0.95], "eps": 1e-7, "weight_decay": 0.1}
     assert config["optimizer"] == {"type": "AdamW", "params": filled}
     assert config["zero_optimization"]["reduce_bucket_size"] == 200
     assert config["zero_optimization"]["stage3_param_persistence_threshold"] == 0, "what the user sets stays"

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from mora_ds.adapters.inject import mora_layers
-from mora_ds.models.attention import NAME, attention_of, use_dense, use_documents, why_dense
+from mora_ds.models.attention import (
+    NAME,
+    attention_of,
+    model_inputs,
+    prefer_documents,
+    use_dense,
+    use_documents,
+    why_dense,
+)
 from mora_ds.models.document_attention import Scores, _by_documents
 from mora_ds.models.loss import token_nll
 from tests.helpers.batches import LAYOUTS, batch_of
-from tests.helpers.models import FAMILIES, adapted_model
+from tests.helpers.models import FAMILIES, adapted_model, tiny_model, tokens
 
 
 def model_of(family: str, checkpointing: bool = False) -> Any:
@@ -61,13 +70,66 @@ class OwnConfig(LlamaConfig):
         (LlamaConfig(is_causal=False), "the model's attention is not causal"),
         (AutoConfig.for_model("gemma3_text", use_bidirectional_attention=True), "the model's attention is not causal"),
         (AutoConfig.for_model("bloom"), "transformers calls the attention of BloomForCausalLM directly"),
+        (AutoConfig.for_model("stablelm"), "transformers calls the attention of StableLmForCausalLM directly"),
+        (AutoConfig.for_model("llama4"), "the model has layers of the kind chunked_attention"),
         (OwnConfig(), "the code of the model is not transformers' own"),
     ],
-    ids=["not causal", "both ways", "direct", "own code"],
+    ids=["not causal", "both ways", "direct", "direct, though one is chosen", "of its text model", "own code"],
 )
 def test_attention_that_must_stay_dense_has_a_reason(config: Any, reason: str) -> None:
     assert why_dense(config, None) == reason
     assert why_dense(config, "eager") == "--attn_implementation eager reads masks"
+
+
+def test_attention_that_was_not_changed_is_not_changed_back() -> None:
+    model, batch = tiny_model(), batch_of(4)
+    use_dense(model)
+    assert attention_of(model) == "sdpa" and "documents" not in model_inputs(model, batch)
+    use_documents(model)
+    engine = SimpleNamespace(module=model)
+    assert model_inputs(engine, batch)["documents"] is batch["documents"]  # type: ignore[arg-type]
+    assert model_inputs(model, {"input_ids": batch["input_ids"]}).keys() == {"input_ids", "use_cache"}
+    use_dense(model)
+    inputs = model_inputs(model, batch)
+    assert "documents" not in inputs and inputs["use_cache"] is False
+    eager = tiny_model()
+    eager.set_attn_implementation("eager")
+    use_documents(eager)
+    use_dense(eager)
+    assert attention_of(eager) == "eager"
+
+
+def test_documents_are_preferred_where_the_model_can() -> None:
+    """FlashAttention stays, and is told nothing of documents by who has not asked for them."""
+    assert attention_of(prefer_documents(tiny_model())) == NAME
+    config = AutoConfig.for_model("bloom", hidden_size=16, n_layer=1, n_head=2, vocab_size=32)
+    bloom = prefer_documents(AutoModelForCausalLM.from_config(config))
+    assert attention_of(bloom) != NAME and "documents" not in model_inputs(bloom, batch_of(1))
+    flash_model = tiny_model()
+    flash_model.config._attn_implementation_internal = "flash_attention_2"
+    inputs = model_inputs(prefer_documents(flash_model), {"input_ids": torch.ones(1, 3)})
+    assert attention_of(flash_model) == "flash_attention_2" and inputs.keys() == {"input_ids", "use_cache"}
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_padding_and_caches_are_as_in_the_models_own_attention(family: str) -> None:
+    """A model that attends by documents also generates: sinks, capped scores and windows included."""
+    own, model = tiny_model(family).eval(), tiny_model(family).eval()
+    for each in (own, model):
+        for name, parameter in each.named_parameters():
+            if "norm" not in name:
+                parameter.data *= 3
+    use_documents(model)
+    ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :9] = 0
+    with torch.no_grad():
+        found, wanted = (each(ids, attention_mask=mask).logits[mask.bool()] for each in (model, own))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        whole = own(ids).logits
+        first = model(ids[:, :20], use_cache=True)
+        rest = model(ids[:, 20:], past_key_values=first.past_key_values, use_cache=True)
+        torch.testing.assert_close(torch.cat([first.logits, rest.logits], dim=1), whole, rtol=1e-4, atol=1e-4)
 
 
 # -- FlashAttention ----------------------------------------------------------------------------------------------------
@@ -77,7 +139,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: 
     """A stand-in for `flash_attn_varlen_func`: (N, H, D), documents by their bounds."""
     assert told["causal"] and cu_seqlens_q is cu_seqlens_k and cu_seqlens_q.dtype is torch.int32
     lengths = cu_seqlens_q.diff()
-    assert int(cu_seqlens_q[-1]) == len(q) and told["max_seqlen_q"] == int(lengths.max())
+    assert int(cu_seqlens_q[-1]) == len(q) and told["max_seqlen_q"] == told["max_seqlen_k"] == int(lengths.max())
     window = told["window_size"][0] + 1 if "window_size" in told else None
     return _by_documents(q, k, v, tuple(lengths.tolist()), window, Scores(told["softmax_scale"]))
 

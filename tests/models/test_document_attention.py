@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from mora_ds.data.documents import Documents
 from mora_ds.models import document_attention as module_under_test
-from mora_ds.models.document_attention import document_attention, groups_of
+from mora_ds.models.document_attention import Scores, document_attention, fits_varlen, groups_of
 from mora_ds.models.sink_attention import VarlenKernel
 
 LENGTH, HEADS, SIZE = 96, 4, 16
@@ -94,6 +94,109 @@ def test_a_window_of_blocks_is_dense_attention() -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [LENGTH - 1, LENGTH])
+def test_a_window_that_hides_one_token_hides_it(window: int) -> None:
+    """And one as long as the document hides none."""
+    query, key, value, _ = parts(1, LENGTH, 2)
+    found, _ = document_attention(torch.nn.Module(), query, key, value, None, sliding_window=window)
+    expected = reference(query, key, value, positions_of([[LENGTH]]), SIZE**-0.5, window, None, None)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_documents_are_read_from_the_positions_of_all_rows() -> None:
+    """Positions of one row are those of every row; positions of several axes, or of other tokens, say nothing."""
+    query, key, value, _ = parts(2, LENGTH, 2)
+    module, split = torch.nn.Module(), positions_of([[40, 56]])
+
+    def attended(positions: Tensor | None) -> Tensor:
+        return document_attention(module, query, key, value, None, position_ids=positions)[0]
+
+    assert torch.equal(attended(split), attended(split.expand(2, -1)))
+    assert not torch.equal(attended(split), attended(None))
+    for silent in (split.expand(3, 2, -1), split[:, :-1], split.to("meta")):
+        assert torch.equal(attended(silent), attended(None))
+    query, key, value, _ = parts(4, 4, 2)  # as many rows as tokens
+    assert torch.equal(attended(torch.zeros(3, 4, 4)), attended(None))
+
+
+def layer_of(shared: int) -> torch.nn.Module:
+    """An attention layer as transformers' own attention reads it."""
+    layer = torch.nn.Module()
+    vars(layer)["num_key_value_groups"] = HEADS // shared
+    return layer
+
+
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("kind", ["plain", "capped", "sinks"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_dropout_is_applied(window: int | None, kind: str, masked: bool) -> None:
+    """Of all weights but one in a thousand nothing is left, whichever way they are computed."""
+    query, key, value, sinks = parts(2, LENGTH, 2)
+    more: Any = {"softcap": 2.0 if kind == "capped" else None, "s_aux": sinks if kind == "sinks" else None}
+    mask = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril() if masked else None
+    torch.manual_seed(0)
+    out, _ = document_attention(layer_of(2), query, key, value, mask, dropout=0.999, sliding_window=window, **more)
+    assert (out == 0).double().mean() > 0.8
+
+
+def test_what_the_varlen_kernel_can_compute() -> None:
+    """The meta device stands for a GPU."""
+
+    def fits(dtype: torch.dtype, size: int = 64, value_size: int = 64, device: str = "meta", **scores: Any) -> bool:
+        query, value = (torch.empty(1, 2, 4, each, dtype=dtype, device=device) for each in (size, value_size))
+        return fits_varlen(query, value, Scores(1.0, **scores))
+
+    assert fits(torch.float16) and fits(torch.bfloat16) and fits(torch.bfloat16, 256, 256)
+    assert fits(torch.bfloat16, sinks=torch.zeros(2))
+    assert not fits(torch.float32) and not fits(torch.bfloat16, device="cpu")
+    assert not fits(torch.bfloat16, 257) and not fits(torch.bfloat16, 64, 257)
+    assert not fits(torch.bfloat16, softcap=30.0) and not fits(torch.bfloat16, dropout=0.1)
+
+
+def test_capped_scores_are_not_kept_for_backward() -> None:
+    kept: list[int] = []
+    query, key, value, _ = parts(1, 1024, 2)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel() * t.is_floating_point()) or t, id):
+        document_attention(torch.nn.Module(), query, key, value, None, softcap=2.0)
+    assert 0 < sum(kept) < 1024 * 1024
+
+
+def test_transformers_masks_are_made_where_documents_do_not_say_all() -> None:
+    make = module_under_test._mask
+    assert make(4, 4, batch_size=1) is None
+    hidden = torch.tensor([[False, True, True, True]])
+    for mask in (
+        make(4, 4, batch_size=1, attention_mask=hidden),
+        make(
+            4,
+            4,
+            batch_size=1,
+            use_vmap=True,
+            allow_is_causal_skip=False,
+            mask_function=lambda batch, head, query, key: key > 0,
+        ),
+    ):
+        assert mask is not None and not mask[..., 0].any()
+    cached = make(2, 4, batch_size=1, q_offset=2)
+    assert cached is not None and cached.tolist() == [[[[True, True, True, False], [True] * 4]]]
+
+
+@pytest.mark.parametrize("kind", ["plain", "capped", "sinks"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_last_tokens_of_a_cache_see_all_before_them(
+    kind: str, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module_under_test, "QUERIES", 20)
+    query, key, value, sinks = parts(2, LENGTH, 2)
+    more: Any = {"softcap": 2.0 if kind == "capped" else None, "s_aux": sinks if kind == "sinks" else None}
+    positions = positions_of([[LENGTH]] * 2)
+    expected = reference(query, key, value, positions, 0.3, None, more["softcap"], more["s_aux"])
+    last = 50 if masked or kind != "plain" else 1  # of several plain ones transformers always makes a mask
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[None, None, -last:] if masked else None
+    found, _ = document_attention(layer_of(2), query[:, :, -last:], key, value, mask, scaling=0.3, **more)
+    torch.testing.assert_close(found, expected[:, -last:], rtol=1e-6, atol=1e-6)
+
+
 def test_groups_hold_every_token_once() -> None:
     lengths = (5, 17, 1, 1, 17, 30, 2, 700, 701, 24)
     groups = groups_of(lengths)
@@ -104,6 +207,11 @@ def test_groups_hold_every_token_once() -> None:
     assert len(groups.shapes) < len(lengths)
     for in_order in ((96,), (96, 96), (24,) * 8):
         assert groups_of(in_order).gather is None
+    assert sorted(groups_of((600, 3000, 600, 16, 1)).shapes) == [(1, 3000), (2, 16), (2, 600)], (
+        "long ones are not padded"
+    )
+    for length in (40, 100, 300, 500):  # a quarter of padding at most, so that half of a length is another group
+        assert len(groups_of((length, length // 2)).shapes) == len(groups_of((length, 3 * length // 4 - 1)).shapes) == 2
 
 
 class Largest(TorchDispatchMode):
@@ -176,6 +284,76 @@ def test_head_sizes_are_padded_for_the_kernel(size: int, value_size: int, sinks:
     assert out.shape == (2, 32, 4, value_size) and query.grad is not None and query.grad.shape == query.shape
 
 
+def as_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, left: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(N, H, N) scores under the mask of causal documents with `left` keys before a query's own, and values (H, N, D)
+    with their heads repeated: what torch's kernels compute with."""
+    groups, index = q.shape[1] // k.shape[1], torch.arange(len(q))
+    document, distance = torch.bucketize(index, bounds[1:], right=True), index[:, None] - index
+    seen = (document[:, None] == document) & (distance >= 0) & (distance <= (left if left >= 0 else len(q)))
+    keys, values = (part.repeat_interleave(groups, 1).transpose(0, 1) for part in (k, v))
+    return (q.transpose(0, 1) @ keys.mT * scale).masked_fill(~seen, float("-inf")), values
+
+
+def varlen_stand_in(q: Tensor, k: Tensor, v: Tensor, *lengths: Any, **told: Any) -> Tensor:
+    begins, ends, longest, most = lengths
+    assert begins is ends and longest == most == int(begins.diff().max()) and told["window_size"][1] == 0
+    assert q.shape[2] == k.shape[2] == v.shape[2] and q.shape[2] % 8 == 0
+    assert told["enable_gqa"] is (q.shape[1] != k.shape[1])
+    scores, values = as_varlen(q, k, v, begins, told["window_size"][0], told["scale"])
+    return (scores.softmax(-1) @ values).transpose(0, 1)
+
+
+def forward_stand_in(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    bounds, same, longest, most, is_causal, scale, (left, right), shared = others
+    assert bounds is same and longest == most and right == 0 and is_causal is (left < 0) and len(q) == int(bounds[-1])
+    assert shared is (q.shape[1] != k.shape[1])
+    scores, values = as_varlen(q, k, v, bounds, left, scale)
+    return (scores.softmax(-1) @ values).transpose(0, 1), scores.logsumexp(-1), torch.tensor(7)
+
+
+def backward_stand_in(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    """As flash attention's: weights from the sums of exponentials that are given, less g . out."""
+    bounds, same, longest, most, is_causal, state, scale, (left, right) = others
+    assert bounds is same and longest == most and right == 0 and is_causal is (left < 0) and int(state) == 7
+    assert sums.shape == (q.shape[1], len(q)) and out.shape == q.shape
+    groups = q.shape[1] // k.shape[1]
+    scores, values = as_varlen(q, k, v, bounds, left, scale)
+    weights, g = torch.exp(scores - sums[..., None]), grad.transpose(0, 1)
+    of_scores = weights * (g @ values.mT - (grad * out).sum(-1).T[..., None]) * scale
+    of_query = of_scores @ k.repeat_interleave(groups, 1).transpose(0, 1)
+    of_key, of_value = of_scores.mT @ q.transpose(0, 1), weights.mT @ g
+    shared = (each.unflatten(0, (-1, groups)).sum(1).transpose(0, 1) for each in (of_key, of_value))
+    return of_query.transpose(0, 1), *shared
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [None, 12, 40])
+@pytest.mark.parametrize("kind", ["plain", "sinks"])
+def test_varlen_is_called_for_dense_attention(
+    layout: str, window: int | None, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins in place of torch's kernels, which need a GPU."""
+    monkeypatch.setattr(module_under_test, "fits_varlen", lambda *given: True)
+    monkeypatch.setattr(module_under_test, "varlen_attn", varlen_stand_in)
+    monkeypatch.setattr(torch.ops.torch_attn, "_varlen_attn", forward_stand_in)
+    monkeypatch.setattr(torch.ops.torch_attn, "_varlen_attn_backward", backward_stand_in)
+    positions = positions_of(LAYOUTS[layout])
+    for shared, value_size in ((HEADS, SIZE), (2, 12), (1, 20)):
+        query, key, value, sinks = parts(len(positions), LENGTH, shared, value_size)
+        given, inputs = (sinks, [query, key, value, sinks]) if kind == "sinks" else (None, [query, key, value])
+        documents = Documents.of(positions)
+        found, _ = document_attention(
+            torch.nn.Module(), query, key, value, None, sliding_window=window, s_aux=given, documents=documents
+        )
+        assert documents.windows == {window}
+        expected = reference(query, key, value, positions, SIZE**-0.5, window, None, given)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        for one, other in zip(gradients(found, inputs), gradients(expected, inputs), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", [None, 12])
@@ -208,6 +386,9 @@ def test_attention_of_another_kind_is_refused() -> None:
     both.is_causal = False  # type: ignore[assignment]
     with pytest.raises(ValueError, match="--attention dense"):
         document_attention(both, query, key, value, None)
+    with pytest.raises(ValueError, match="--attention dense"):
+        document_attention(torch.nn.Module(), query, key, value, None, is_causal=False)
+    document_attention(both, query, key, value, None, is_causal=True)
     with pytest.raises(ValueError, match="--attention dense"):
         document_attention(torch.nn.Module(), query, key, value, None, position_bias=query)
     with pytest.raises(ValueError, match="documents of 9 tokens came with 1 rows of 8"):

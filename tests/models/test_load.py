@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mora_ds.common.errors import UserError
 from mora_ds.common.files import write_json_atomic
 from mora_ds.models import load
 from mora_ds.models.base import write_own_base
-from tests.helpers.models import FAMILIES, MIXTURES, loaded_model, on_device, tiny_model
+from tests.helpers.models import FAMILIES, MIXTURES, alone, loaded_model, on_device, tiny_model, with_own_code
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,31 @@ def test_pickled_weights_are_downloaded_where_there_are_no_others(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert sorted(path.name for path in load._download("some/model").iterdir()) == wanted
+
+
+# -- code that comes with a model ------------------------------------------------------------------------------------
+
+
+def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    tiny_model().save_pretrained(tmp_path / "llama")
+    folder = with_own_code(tmp_path / "llama", tmp_path / "own")
+    model = load.load_model(folder, torch.float32, trust_remote_code=True)
+    assert type(model).__name__ == "OwnForCausalLM" and type(load.folder_config(folder, True)).__name__ == "OwnConfig"
+    assert type(load.named_config(str(folder), True)).__name__ == "OwnConfig"
+    with torch.device("meta"):
+        made = load.make_model(model.config, "the model", trust_remote_code=True)
+    assert type(made).__name__ == "OwnForCausalLM"
+    base = load.load_base(folder, tmp_path / "base", alone(), torch.bfloat16, None, trust_remote_code=True, cast=False)
+    assert type(base.model).__name__ == "OwnForCausalLM" and base.model.dtype == torch.bfloat16
+    for use in (
+        lambda: load.load_model(folder, torch.float32),
+        lambda: load.folder_config(folder),
+        lambda: load.named_config(str(folder)),
+        lambda: load.load_base(folder, tmp_path / "base", alone(), torch.float32, None),
+    ):
+        with pytest.raises(UserError, match="/own: its own code must be run: allow that with --trust_remote_code"):
+            use()
 
 
 # -- pickled weights -----------------------------------------------------------------------------------------------

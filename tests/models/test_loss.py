@@ -21,7 +21,16 @@ from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import UserError
 from mora_ds.data import IGNORED
 from mora_ds.engine.initialize import initialize
-from mora_ds.models.loss import ChunkedHead, chunk_loss, row_nll, token_nll, whole_loss, whole_nll
+from mora_ds.models.loss import (
+    ChunkedHead,
+    bound,
+    chunk_loss,
+    is_frozen,
+    row_nll,
+    token_nll,
+    whole_loss,
+    whole_nll,
+)
 from mora_ds.train import pretrain
 from mora_ds.train.preflight import logits_are_known
 from tests.helpers.crafted import reseal
@@ -191,6 +200,48 @@ def test_no_more_logits_than_a_chunk_are_ever_made(monkeypatch: pytest.MonkeyPat
 
 def test_the_size_of_a_chunk_follows_the_vocabulary() -> None:
     assert chunk_loss(tiny_model()).chunk_tokens == 2**24 // 128
+
+
+def test_no_chunk_is_smaller_than_a_token() -> None:
+    model = tiny_model()
+    model.config.vocab_size = 2**25
+    assert chunk_loss(model).chunk_tokens == 1
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("train_head", [False, True])
+def test_losses_are_summed_in_fp32(chunked: bool, train_head: bool) -> None:
+    """Of logits in bf16, whose own losses would have two digits."""
+    model, batch = model_of("llama", train_head).bfloat16(), batch_of()
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    logits = model(**inputs, use_cache=False).logits.double()
+    expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="none")
+    if chunked:
+        chunk_loss(model, CHUNK)
+    rows, total = row_nll(model, batch), token_nll(model, batch)
+    assert rows.dtype == total.dtype == torch.float32
+    torch.testing.assert_close(rows.double(), expected.view(3, -1).sum(1), rtol=2e-6, atol=0)
+    torch.testing.assert_close(total.double(), expected.sum(), rtol=2e-6, atol=0)
+
+
+def test_a_pass_that_fails_leaves_the_head_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_of("llama"), batch_of()
+    logits, hooks = model(batch["input_ids"]).logits, len(model.lm_head._forward_hooks)
+    chunked = chunk_loss(model, CHUNK)
+    assert bound(model) is chunked and bound(_Engine(model)) is chunked
+
+    def fails(hidden: Tensor, labels: Tensor) -> Any:
+        raise KeyError("of a chunk")
+
+    monkeypatch.setattr(chunked, "_chunks", fails)
+    with pytest.raises(KeyError, match="of a chunk"):
+        token_nll(model, batch)
+    monkeypatch.undo()
+    assert chunked._labels is None and chunked._outputs is None
+    assert torch.equal(model(batch["input_ids"]).logits, logits)
+    whole_loss(model)
+    assert bound(model) is None and len(model.lm_head._forward_hooks) == hooks
+    assert is_frozen(torch.nn.ReLU()) and not is_frozen(model.lm_head) and not is_frozen(None)
 
 
 class _Engine:

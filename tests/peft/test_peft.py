@@ -121,6 +121,7 @@ def test_a_merge_is_summed_in_fp32_and_can_be_refused() -> None:
     with pytest.raises(UserError, match="merging a1 gives a weight that is not finite"):
         layer.merge(safe_merge=True, adapter_names=["a1"])
     assert torch.equal(layer.base_layer.weight, before) and not layer.merged_adapters
+    assert layer.bfloat16().get_delta_weight("a0").dtype == torch.float32
 
 
 def test_a_config_means_what_it_does_in_a_run() -> None:
@@ -174,6 +175,23 @@ def test_several_adapters_are_chosen_by_name(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), physics)
     merged = copy.deepcopy(loaded).merge_and_unload()
     torch.testing.assert_close(logits(merged), physics, rtol=0, atol=1e-5)
+
+
+def test_a_further_adapter_is_trained_once_it_is_chosen() -> None:
+    """Whether its modules have an adapter already, or not."""
+
+    def trained_by(model: Any) -> set[str]:
+        return {name.split(".")[-3] + name[-2:] for name, each in model.named_parameters() if each.requires_grad}
+
+    model = get_peft_model(tiny_model(), MoraConfig(r=4, target_modules=["q_proj"]), adapter_name="x")
+    model.add_adapter("y", MoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    assert trained_by(model) == {"q_proj.x"}
+    model.set_adapter("y")
+    assert trained_by(model) == {"q_proj.y", "down_proj.y"}
+    layer = next(iter(layers(model).values()))
+    assert layer.extra_repr() == f"x: rotate/permuted, r_hat={layer.mora_spec['x'].r_hat}, " + (
+        f"y: rotate/permuted, r_hat={layer.mora_spec['y'].r_hat}"
+    )
 
 
 def test_wrong_settings_are_named() -> None:

@@ -49,6 +49,27 @@ def test_without_a_limit_all_batches_count() -> None:
     assert counted(1, 2, None) == [True] * 4
 
 
+def test_every_batch_is_told_before_it_is_computed_and_none_beyond_the_limit() -> None:
+    """A run that is asked to stop leaves an evaluation at the next batch."""
+    told: list[str] = []
+
+    def batches(index: int, replicas: int, size: int) -> Any:
+        for number in range(4):
+            told.append(f"made {number}")
+            yield {"labels": torch.ones(size, 2, dtype=torch.long)}
+
+    replica: Any = SimpleNamespace(index=0, count=1)
+    log: Any = None
+    data: Any = SimpleNamespace(eval_batches=batches)
+    for limit, computed in ((None, 4), (2, 2)):
+        told.clear()
+        made = Evaluator(replica, {}, TrainerState(), log, batch_size=2, max_batches=limit)
+        for _ in made._batches(data, lambda: told.append("asked")):
+            told.append("computed")
+        expected = [word for number in range(computed) for word in (f"made {number}", "asked", "computed")]
+        assert told == expected + (["made 2"] if limit else [])
+
+
 class Log:
     """What an evaluation logs, in order."""
 
@@ -116,12 +137,14 @@ def test_what_is_logged_has_the_start_beside_it_and_is_kept() -> None:
     assert made.replica.read_as == [[[0.0, 1.0]]] * 2 and made.domains.choice(torch.zeros(1, 1, 1)) is None
 
 
-def test_the_best_step_has_the_lowest_sum_and_is_never_the_start() -> None:
+def test_the_best_step_has_the_lowest_sum_and_is_never_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     made, found = evaluator({"held": 1.0}), []
     for step, nll in enumerate((1.0, 3.0, 2.0, 2.0, 2.5)):
         at(made, step, nll)
         found.append(made.state.best_step)
     assert found == [0, 1, 2, 2, 2] and made.state.best_score == pytest.approx(2.0)
+    assert "step 2: the best so far by --best_by, 2.0000" in caplog.text and "step 3: the best" not in caplog.text
 
 
 def test_the_score_of_a_task_counts_where_it_is_evaluated() -> None:
@@ -130,7 +153,7 @@ def test_the_score_of_a_task_counts_where_it_is_evaluated() -> None:
     for step in (2, 4):
         at(made, step, 1.0, score=0.4)
     assert made.state.best_step == 4 and made.state.best_score == pytest.approx(1 - 2 * math.log(0.4))
-    assert made.forgotten is None
+    assert made.forgotten is None and made.state.task_costs_before == {"quiz": 2.0}
     at(made, 6, 1.0, score=0.25)
     assert "the cost of task quiz is 4.000, 2.000 of the 2.000 it was at the start" in made.forgotten
 

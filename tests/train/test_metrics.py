@@ -19,6 +19,7 @@ from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import RunError
 from mora_ds.models.loss import perplexity
 from mora_ds.remora.stall import StallRule, StallSignal
+from mora_ds.train import metrics as metrics_module
 from mora_ds.train import trainer as trainer_module
 from mora_ds.train.metrics import (
     STEP_TAGS,
@@ -89,7 +90,8 @@ def test_losses_are_summed_by_source_and_forgotten_with_the_step() -> None:
         losses.add([0, 1, 0], torch.tensor([1.0, 2.0, 3.0], requires_grad=True), [2, 4, 6])
         losses.add([1], torch.tensor([4.0]), [2])
         sums, labels = losses.sums()
-    assert not sums.requires_grad
+    assert not sums.requires_grad and sums.dtype == torch.float64
+    assert sums.tolist() == [4.0, 6.0, 0.0] and labels == [8, 6, 0]
     facts = losses.facts([*sums.tolist(), *labels], {"a": 8, "b": 6, "idle": 0})
     assert facts["a"] == {"loss": 0.5, "perplexity": pytest.approx(math.exp(0.5)), "tokens": 8}
     assert facts["b"]["loss"] == 1.0 and facts["idle"] == {"loss": None, "perplexity": None, "tokens": 0}
@@ -170,8 +172,72 @@ def test_every_number_of_a_step_has_its_curve() -> None:
     assert set(STEP_TAGS) == set(metrics(1).row()) - {"step"}
 
 
+class Recorder:
+    """A tracker, and a progress bar, that remember what they were given."""
+
+    def __init__(self, initial: int = 0, **_: object) -> None:
+        self.began_at = self.n = initial
+        self.calls: list[Any] = []
+
+    def log(self, numbers: Any, step: int) -> None:
+        self.calls.append((dict(numbers), step))
+
+    def event(self, *given: Any) -> None:
+        self.calls.append(given)
+
+    def summary(self, facts: Any) -> None:
+        self.calls.append(facts)
+
+    def update(self, steps: int) -> None:
+        self.n += steps
+
+    def close(self) -> None:
+        self.calls.append("closed")
+
+
+def test_trackers_get_every_number_in_the_unit_of_its_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bars: list[Recorder] = []
+    monkeypatch.setattr(metrics_module, "tqdm", lambda **given: bars.append(Recorder(**given)) or bars[-1])
+    one, other = Recorder(), Recorder()
+    log = MetricsLog(tmp_path, 9, enabled=True, start_step=2, report_to=lambda: [one, other])
+    with caplog.at_level("INFO"):
+        log.step(metrics(3))
+        log.evaluation(3, {"held": 4.5, "new": 2.0}, before={"held": 3.0})
+        log.tasks(3, {"quiz": {"acc": 0.5, "f1": 0.25}})
+        log.record("sources", 3, {"web": {"loss": None, "tokens": 7}, "name": "text"})
+        log.record("stall", 3, {"signal": "loss"})
+        log.event(3, "merge", "merged 1 time")
+    log.advance(5)
+    log.summary({"steps": 9})
+    log.close()
+    assert one.calls == other.calls == [
+        (
+            {
+                "1_loss/training": 2.0, "1_loss/training_perplexity": math.exp(2),
+                "3_learning_rate/learning_rate": 1e-3,
+                "3_learning_rate/gradient_norm": 0.5, "5_traffic/all_gather_MB_per_step": 1.0,
+                "6_speed/tokens_per_second": 128.0, "6_speed/tokens_per_second_and_process": 64.0,
+                "6_speed/seconds_per_step": 0.5, "6_speed/tokens_read": 192, "7_memory/peak_GiB": 1.0,
+            },
+            3,
+        ),
+        ({"2_evaluation/perplexity/held": 4.5, "2_evaluation/perplexity/new": 2.0}, 3),
+        ({"2_evaluation/forgetting/held": 50.0}, 3),
+        ({"2_evaluation/tasks/quiz/acc": 0.5, "2_evaluation/tasks/quiz/f1": 0.25}, 3),
+        ({"8_sources/web/tokens": 7}, 3),
+        (3, "merge", "merged 1 time"),
+        {"steps": 9},
+        "closed",
+    ]  # fmt: skip
+    assert [(bar.began_at, bar.n, bar.calls) for bar in bars] == [(2, 5, ["closed"])]
+    for line in ("step 3  perplexity held 4.500  new 2.000", "step 3  quiz  acc 0.5000  f1 0.2500", "merged 1 time"):
+        assert line in caplog.messages
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 3, enabled=False)
+    log = MetricsLog(tmp_path, 3, enabled=False, report_to=lambda: pytest.fail("no tracker is started"))
     log.step(metrics(1))
     log.evaluation(1, {})
     log.record("merge", 1, {"cycle": 0, "square_norm": 0.0})

@@ -1,0 +1,154 @@
+"""Readers of files: from any position on, up to their limits, and what a suffix and a column say."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from mora_ds.common.errors import UserError
+from mora_ds.data import load_corpus, parts, readers, resolve_files
+
+
+def texts(path: Path) -> list[str]:
+    return list(load_corpus([str(path)]).texts())
+
+
+def lines(rows: list[dict[str, str]]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet", "file.arrow", "stream.arrow", "dataset"])
+def test_a_file_is_read_from_any_of_its_marks(tmp_path: Path, kind: str) -> None:
+    """Row groups and batches end within and at the mark; lines may be blank, and the first has a byte order mark."""
+    rows = [f"text {number} é" for number in range(7)]
+    table = pa.table({"id": range(7), "text": rows})
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=3)
+    elif kind.endswith("arrow"):
+        with (pa.ipc.new_file if kind == "file.arrow" else pa.ipc.new_stream)(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=3)
+    elif kind == "dataset":
+        datasets.Dataset(table).save_to_disk(path)
+    else:
+        records = [{"text": text} for text in rows]
+        data = json.dumps(records).encode() if kind == "json" else lines(records).replace(b"\n", b"\n \n", 2)
+        data = codecs.BOM_UTF8 + data
+        path.write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
+    (part,) = load_corpus([str(path)]).parts
+    whole = list(part.marked(readers.START))
+    assert [document.text for document, _ in whole] == rows and all(each.begins and each.ends for each, _ in whole)
+    for count, (_, mark) in enumerate(whole, start=1):
+        assert list(part.marked(mark)) == whole[count:]
+    word = {"jsonl": "line", "json": "element"}.get(kind.removesuffix(".gz"), "row")
+    numbers = [1, 3, 5, 6, 7, 8, 9] if word == "line" else range(1, 8)
+    assert [document.source for document, _ in whole] == [f"{path}, {word} {number}" for number in numbers]
+
+
+def test_a_text_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The position after a chunk is that before its document."""
+    (tmp_path / "a.txt").write_text("some text")
+    (part,) = load_corpus([str(tmp_path / "a.txt")]).parts
+    ((document, mark),) = part.marked(readers.START)
+    assert document.text == "some text" and list(part.marked(mark)) == []
+    monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 4)
+    chunks = [(document.text, mark) for document, mark in part.marked(readers.START)]
+    assert chunks == [("some", readers.START), (" tex", readers.START), ("t", readers.Mark(1))]
+
+
+def test_a_dataset_without_rows_is_empty(tmp_path: Path) -> None:
+    full, none = (datasets.Dataset(pa.table({"text": pa.array(rows, pa.string())})) for rows in (["a"], []))
+    none.save_to_disk(tmp_path / "none")
+    datasets.DatasetDict({"train": full, "test": none}).save_to_disk(tmp_path / "splits")
+    for name in ("none", "splits"):
+        with pytest.raises(UserError, match=f"{name} is empty, or one of its splits is: it holds no row"):
+            load_corpus([str(tmp_path / name)])
+    with pytest.raises(UserError, match="rows is empty: it holds no row"):
+        list(parts.DatasetPart("rows", none, "text").documents())
+
+
+def test_batches_end_with_the_item_that_fills_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BATCH_CHARACTERS", 6)
+    items = ["abc", "def", "", "ghijklm", "n"]
+    assert list(readers.batched(items, len)) == [["abc", "def"], ["", "ghijklm"], ["n"]]
+    assert list(readers.batched(items[:2], len)) == [["abc", "def"]] and not list(readers.batched([], len))
+
+
+def test_a_document_is_empty_as_a_whole() -> None:
+    made = readers.Document
+    assert made("", "a").is_empty and not made("x", "a").is_empty
+    assert not made("", "a", begins=False).is_empty and not made("", "a", ends=False).is_empty
+
+
+def test_a_line_and_an_array_may_be_as_long_as_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines([{"text": "a"}, {"text": "b"}]))
+    (tmp_path / "a.json").write_text('[{"text": "a"}]')
+    monkeypatch.setattr(readers, "LINE_BYTES", 14)
+    monkeypatch.setattr(readers, "ARRAY_BYTES", 15)
+    assert texts(tmp_path / "a.jsonl") == ["a", "b"] and texts(tmp_path / "a.json") == ["a"]
+    monkeypatch.setattr(readers, "LINE_BYTES", 13)
+    monkeypatch.setattr(readers, "ARRAY_BYTES", 14)
+    for name, message in (("a.jsonl", "line 1: longer"), ("a.json", "an array of more")):
+        with pytest.raises(UserError, match=message):
+            texts(tmp_path / name)
+
+
+def test_an_array_may_begin_anywhere(tmp_path: Path) -> None:
+    for before in (b"", b" \n\t", codecs.BOM_UTF8):
+        (tmp_path / "a.json").write_bytes(before + b'[{"text": "a"}]')
+        assert texts(tmp_path / "a.json") == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (pa.dictionary(pa.int32(), pa.string()), None),
+        (pa.string_view(), None),
+        (pa.dictionary(pa.int32(), pa.int64()), "holds int64, not strings"),
+        (pa.list_(pa.string()), "holds list<"),
+        (pa.binary(), "holds binary, not strings"),
+    ],
+    ids=str,
+)
+def test_columns_that_hold_text(kind: pa.DataType, message: str | None) -> None:
+    schema = pa.schema({"body": pa.string(), "text": kind})
+    if message is None:
+        readers.check_column(schema, "text", "a.parquet")
+    else:
+        with pytest.raises(UserError, match=f"a.parquet: column 'text' {message}"):
+            readers.check_column(schema, "text", "a.parquet")
+
+
+def test_suffixes_say_what_a_file_is(tmp_path: Path) -> None:
+    """In either case, and below that of a compressed file."""
+    (tmp_path / ".hidden").mkdir()
+    for name in (
+        "A.TXT",
+        "b.JSONL.GZ",
+        "b.json.zst",
+        "c.pdf",
+        "d.gz",
+        "e.md.bz2",
+        ".hidden/f.txt",
+        "z/g.txt",
+        "y/h.PY",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = [path.relative_to(tmp_path).as_posix() for path in resolve_files([str(tmp_path)])]
+    assert found == ["A.TXT", "b.JSONL.GZ", "b.json.zst", "y/h.PY", "z/g.txt"]
+    kinds = [
+        readers.file_kind(Path(name)).value for name in ("A.TXT.gz", "b.JSONL.GZ", "c.ndjson", "c.PARQUET", "c.Arrow")
+    ]
+    assert kinds == ["text", "json", "json", "parquet", "arrow"]
+    assert readers.is_compressed(Path("a.ZST")) and not readers.is_compressed(Path("a.zst.txt"))
+    for name in ("a.arrow.zst", "a.parquet.GZ"):
+        with pytest.raises(UserError, match="files are not read"):
+            readers.file_kind(Path(name))

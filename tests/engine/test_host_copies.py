@@ -1,0 +1,148 @@
+"""Copies from host memory: what is asked of CUDA and in which order, with a stand-in for it, and the twin for CPUs."""
+
+from __future__ import annotations
+
+import resource
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from mora_ds.common.errors import UserError
+from mora_ds.engine import host_copies
+from mora_ds.engine.host_copies import CpuCopies, copies_for, host_bandwidth, page_ranges
+
+PAGE = 4096
+
+
+class Memory:
+    """A tensor of bytes at an address."""
+
+    def __init__(self, start: int, nbytes: int) -> None:
+        self.start, self.nbytes = start, nbytes
+
+    def data_ptr(self) -> int:
+        return self.start
+
+    def element_size(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize(
+    ("tensors", "ranges"),
+    [
+        ([(0, PAGE)], [(0, PAGE)]),
+        ([(10, PAGE)], [(0, 2 * PAGE)]),
+        ([(PAGE, 2), (0, 0)], [(PAGE, 2 * PAGE)]),
+        ([(0, 5 * PAGE), (2 * PAGE, 10)], [(0, 5 * PAGE)]),
+        ([(8 * PAGE, 10), (0, PAGE), (PAGE, PAGE)], [(0, 2 * PAGE), (8 * PAGE, 9 * PAGE)]),
+        ([(0, PAGE + 2), (PAGE + 100, 10), (3 * PAGE, 2)], [(0, 2 * PAGE), (3 * PAGE, 4 * PAGE)]),
+    ],
+)
+def test_whole_pages_once_and_in_order(
+    tensors: list[tuple[int, int]], ranges: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_copies.mmap, "PAGESIZE", PAGE)
+    monkeypatch.setattr(host_copies, "extent", lambda memory: memory.nbytes // 2)
+    pieces: list[Any] = [Memory(*each) for each in tensors]
+    assert page_ranges(pieces) == ranges
+
+
+def test_a_cpu_copies_at_once() -> None:
+    copies, target, source = copies_for(torch.device("cpu")), torch.zeros(3), torch.arange(3.0)
+    assert isinstance(copies, CpuCopies)
+    copies.pin([source])
+    copies.wait(copies.start([(target, source)]))
+    copies.finish()
+    assert target.tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match="is for CUDA devices and CPUs, not for meta: use --base_device device"):
+        copies_for(torch.device("meta"))
+
+
+class Cuda:
+    """Stands for `torch.cuda`: what is called, in order. `answer`: of cudaHostRegister."""
+
+    def __init__(self, answer: int = 0) -> None:
+        self.calls, self.answer, self.current = list[Any](), answer, "arithmetic"
+
+    def Stream(self, device: Any) -> Any:
+        return self._named("copies")
+
+    def Event(self) -> Any:
+        event: Any = type("Event", (), {})()
+        event.record = lambda stream: self.calls.append(("record", stream.name, self.current))
+        return event
+
+    def _named(self, name: str) -> Any:
+        stream: Any = type("Stream", (), {"name": name})()
+        stream.wait_stream = lambda other: self.calls.append((name, "waits for", other.name))
+        stream.wait_event = lambda event: self.calls.append((name, "waits for", event))
+        stream.synchronize = lambda: self.calls.append((name, "is waited for"))
+        return stream
+
+    def current_stream(self, device: Any) -> Any:
+        return self._named(self.current)
+
+    @contextmanager
+    def stream(self, stream: Any) -> Any:
+        before, self.current = self.current, stream.name
+        yield
+        self.current = before
+
+    def cudart(self) -> Any:
+        library: Any = type("Library", (), {})()
+        library.cudaHostRegister = lambda *given: self.calls.append(given) or self.answer
+        library.cudaGetErrorString = lambda error: f"error {error}"
+        return library
+
+    def is_available(self) -> bool:
+        return False
+
+
+class Target:
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda = cuda
+
+    def copy_(self, source: Any, non_blocking: bool) -> None:
+        self.cuda.calls.append((self.cuda.current, "copy", source, non_blocking))
+
+
+def test_copies_follow_the_arithmetic_so_far_and_precede_the_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda()
+    monkeypatch.setattr(host_copies.torch, "cuda", cuda)
+    copies = copies_for(torch.device("cuda"))
+    targets: list[Any] = [Target(cuda), Target(cuda)]
+    ticket = copies.start(zip(targets, ("a", "b"), strict=True))
+    copies.wait(ticket)
+    copies.finish()
+    assert cuda.calls == [
+        ("copies", "waits for", "arithmetic"),
+        ("copies", "copy", "a", True),
+        ("copies", "copy", "b", True),
+        ("record", "copies", "copies"),
+        ("arithmetic", "waits for", ticket),
+        ("copies", "is waited for"),
+    ]
+    assert host_bandwidth() is None
+
+
+@pytest.mark.parametrize(("answer", "locked"), [(0, True), (712, True), (2, False)])
+def test_pages_are_locked_where_the_system_permits_it(
+    answer: int, locked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """712: they are locked already."""
+    cuda = Cuda(answer)
+    monkeypatch.setattr(host_copies.torch, "cuda", cuda)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (3 * 10**9, resource.RLIM_INFINITY))
+    monkeypatch.setattr(host_copies, "page_ranges", lambda tensors: [(PAGE, 3 * PAGE), (8 * PAGE, 9 * PAGE)])
+    copies = copies_for(torch.device("cuda"))
+    if locked:
+        copies.pin([])
+        assert cuda.calls == [(PAGE, 2 * PAGE, 0), (8 * PAGE, PAGE, 0)]
+        return
+    with pytest.raises(UserError, match=r"0\.00 GB of host memory .*\(error 2; ulimit -l is 3\.00 GB\)"):
+        copies.pin([])
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY, 0))
+    with pytest.raises(UserError, match="ulimit -l is unlimited"):
+        copies.pin([])

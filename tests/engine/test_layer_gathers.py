@@ -1,0 +1,100 @@
+"""When a decoder layer's matrices are fetched and released, and freed without DeepSpeed's help: one process, stand-ins.
+
+Equal numbers in several processes: test_module_hooks.py.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import nn
+
+from mora_ds.engine import layer_gathers
+from mora_ds.engine.layer_gathers import LayerGathers, free_quickly
+
+
+class Coordinator:
+    def __init__(self, records: bool) -> None:
+        self.calls, self.records = list[Any](), records
+
+    def trace_prologue(self, module: Any) -> None:
+        self.calls.append("trace")
+
+    def is_record_trace(self) -> bool:
+        return self.records
+
+    def record_module(self, module: Any) -> None:
+        self.calls.append("record")
+
+    def fetch_sub_module(self, module: Any, forward: bool) -> None:
+        self.calls.append(("fetch", forward))
+
+    def release_sub_module(self, module: Any, forward: bool) -> None:
+        self.calls.append(("release", forward))
+
+
+def layer_with(coordinator: Coordinator, active: set[int]) -> tuple[Any, Any]:
+    layer: Any = nn.Linear(3, 3)
+    layer.ds_id = 7
+    matrix = SimpleNamespace(ds_active_sub_modules=active)
+    return layer, LayerGathers(coordinator, layer, [matrix, SimpleNamespace()])
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_a_layer_is_fetched_before_and_released_after_each_pass(records: bool) -> None:
+    coordinator = Coordinator(records)
+    layer, gathers = layer_with(coordinator, set())
+    start: list[Any] = ["trace", "record"] if records else ["trace"]
+    out = layer(torch.ones(2, 3, requires_grad=True))
+    assert coordinator.calls == [*start, ("fetch", True), ("release", True)]
+    coordinator.calls.clear()
+    out.sum().backward()
+    assert coordinator.calls == [*start, ("fetch", False), ("release", False)]
+    assert [name for name, _ in gathers.named_parameters()] == ["0", "1"] and gathers.ds_id == 7
+    assert gathers.ds_external_parameters() == () and gathers.training
+
+
+@pytest.mark.parametrize(
+    ("in_backward", "active", "is_fetched"), [(True, {7}, False), (True, set(), True), (False, {7}, True)]
+)
+def test_a_forward_that_runs_again_finds_its_matrices_there(
+    in_backward: bool, active: set[int], is_fetched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the backward pass of its own layer, which has fetched them."""
+    monkeypatch.setattr(layer_gathers, "is_running_again", lambda: in_backward)
+    coordinator = Coordinator(False)
+    layer, _ = layer_with(coordinator, active)
+    layer(torch.ones(2, 3))
+    assert coordinator.calls == (["trace", ("fetch", True), ("release", True)] if is_fetched else [])
+
+
+@pytest.mark.parametrize(
+    ("status", "location", "given", "is_quick"),
+    [
+        ("AVAILABLE", None, {}, True),
+        ("AVAILABLE", None, {"hierarchy": 3}, True),
+        ("AVAILABLE", "nvme", {}, False),
+        ("NOT_AVAILABLE", None, {}, False),
+        ("AVAILABLE", None, {"param_list": ["x"]}, False),
+        ("AVAILABLE", None, {"has_been_updated": True}, False),
+        ("AVAILABLE", None, {"free_data": False}, False),
+    ],
+)
+def test_what_is_gathered_and_unchanged_is_freed_at_once(
+    status: str, location: str | None, given: dict[str, Any], is_quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed, partitioned = list[Any](), list[Any]()
+    monkeypatch.setattr(layer_gathers, "free_param", freed.append)
+    parameter: Any = SimpleNamespace(
+        ds_status=ZeroParamStatus[status], ds_tensor=SimpleNamespace(final_location=location),
+        partition=lambda *arguments: partitioned.append(arguments),
+    )  # fmt: skip
+    free_quickly(parameter)
+    parameter.partition(**given)
+    whole = {"param_list": None, "hierarchy": 0, "has_been_updated": False, "free_data": True, **given}
+    assert (freed, partitioned) == (([parameter], []) if is_quick else ([], [tuple(whole.values())]))
+    assert parameter.ds_status is (ZeroParamStatus.NOT_AVAILABLE if is_quick else ZeroParamStatus[status])

@@ -1,0 +1,305 @@
+"""Shards made by hand: any range of any parameter is read from whichever ranks hold it, and what is wrong is named.
+
+Those that engines write, in several processes: tests/checkpoint/test_elastic.py.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mora_ds.common.errors import UserError
+from mora_ds.engine import shard_reader, shard_writer
+from mora_ds.engine.optimizer_view import Flat, Span
+from mora_ds.engine.shard_index import Layout, Part, RankShard, ShardIndex
+from mora_ds.engine.shard_reader import MASTER, EngineShards, write_whole
+from tests.helpers.shards import assert_same, contents_of
+
+SHAPES = {"a": [3, 4], "b": [5], "c": [2, 2]}
+LAYOUTS = [
+    [[Part("a", 0, 7, 1), Part("b", 0, 2, 8)], [Part("c", 0, 3, 0)]],
+    [[Part("b", 2, 3, 4), Part("a", 7, 5, 8)], [Part("c", 3, 1, 2)]],
+]
+"""Two flat tensors a rank, with padding before, between and after the parts."""
+VALUES = {"a": torch.arange(12.0) + 100, "b": torch.arange(5.0) + 200, "c": torch.arange(4.0) + 300}
+FLAT_NUMEL = 16
+
+
+def flat_of(parts: list[Part], plus: float) -> Tensor:
+    """The values of a flat tensor, -1 where no parameter is."""
+    flat = torch.full((FLAT_NUMEL,), -1.0)
+    for part in parts:
+        flat[part.offset : part.offset + part.numel] = VALUES[part.name][part.start : part.start + part.numel] + plus
+    return flat
+
+
+def contents(rank: int, step: Any = 3) -> dict[str, Any]:
+    flats = LAYOUTS[rank]
+    state = {
+        index: {"step": step, "exp_avg": flat_of(parts, 0.25).double(), "exp_avg_sq": flat_of(parts, 0.5)}
+        for index, parts in enumerate(flats)
+    }
+    masters = [flat_of(flats[0], 0), [flat_of(flats[1], 0).view(4, 4)]]  # nested, as ZeRO-1 in bf16 keeps them
+    return {"optimizer": {"masters": masters, "state": {"state": state}}}
+
+
+def layout(rank: int, flats: list[list[Part]], **more: Any) -> Layout:
+    facts: dict[str, Any] = {
+        "world_size": 2, "writers": 2, "stage": 1, "optimizer": "AdamW", "masters": ["optimizer", "masters"],
+        "state": ["optimizer", "state"], "groups": [{"a": SHAPES["a"]}, {"b": SHAPES["b"], "c": SHAPES["c"]}],
+        "settings": [{"lr": 0.1}, {"lr": 0.2, "step": 7.0}],
+    }  # fmt: skip
+    return Layout(rank=rank, file=f"{rank}.pt", flats=flats, moments=more.pop("moments", flats), **{**facts, **more})
+
+
+def write(folder: Path, *files: Any, **more: Any) -> ShardIndex:
+    """The shards of both ranks and their table."""
+    folder.mkdir(exist_ok=True)
+    layouts = [layout(rank, flats, **more) for rank, flats in enumerate(LAYOUTS)]
+    for rank, content in enumerate(files or (contents(0), contents(1))):
+        torch.save(content, folder / f"{rank}.pt")
+    index = ShardIndex.of(layouts[0], [RankShard.of(each) for each in layouts])
+    index.write(folder)
+    return index
+
+
+def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path: Path) -> None:
+    write(tmp_path)
+    shards = EngineShards.open(tmp_path)
+    assert shards.shapes == {name: tuple(shape) for name, shape in SHAPES.items()}
+    assert shards.files == [tmp_path / "0.pt", tmp_path / "1.pt"]
+    for name, values in VALUES.items():
+        for key, plus, dtype in ((MASTER, 0.0, torch.float32), ("exp_avg", 0.25, torch.float64)):
+            for start in range(len(values)):
+                for numel in range(len(values) - start + 1):
+                    found = shards.read(name, key, start, numel)
+                    assert found.dtype == dtype and found.tolist() == (values[start : start + numel] + plus).tolist()
+                assert shards.read(name, key, start).tolist() == (values[start:] + plus).tolist()
+        assert shards.whole(name, MASTER).shape == tuple(SHAPES[name])
+        assert shards.keys(name) == ["exp_avg", "exp_avg_sq"] and shards.scalars(name) == {"step": 3}
+    assert [shards.group_step(group) for group in range(3)] == [None, 7, None]
+
+
+def test_a_transpose_is_read_both_ways(tmp_path: Path) -> None:
+    """Of "a", which is stored as it is, and of "c", whose shards hold the transpose."""
+    write(tmp_path, transposed=["c"])
+    shards = EngineShards.open(tmp_path)
+    for name, stored, other in (("a", False, True), ("c", True, False)):
+        turned = VALUES[name].view(SHAPES[name]).T.flatten()
+        assert shards.read(name, MASTER, 1, 2, transposed=stored).tolist() == VALUES[name][1:3].tolist()
+        assert shards.read(name, MASTER, 1, 2, transposed=other).tolist() == turned[1:3].tolist()
+        assert shards.read(name, MASTER, 1, transposed=other).tolist() == turned[1:].tolist()
+
+
+def test_no_file_is_opened_that_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where both ranks hold the same elements, the preferred one's file is read."""
+    flats = [[Part("a", 0, 12, 0), Part("b", 0, 5, 12)], [Part("c", 0, 4, 0)]]
+    layouts = [layout(0, LAYOUTS[0], moments=flats), layout(1, LAYOUTS[1], moments=flats)]
+    for rank in range(2):
+        both = {"exp_avg": torch.full((17,), float(rank)), "step": 1}
+        torch.save({"optimizer": {"state": [both, dict(both)]}}, tmp_path / f"{rank}.pt")
+    index = ShardIndex.of(layouts[0], [RankShard.of(each) for each in layouts])
+    opened, load = list[str](), shard_reader.load_pickled
+    monkeypatch.setattr(shard_reader, "load_pickled", lambda path: opened.append(path.name) or load(path))
+    for rank in range(2):
+        shards = EngineShards(tmp_path, index, rank)
+        opened.clear()
+        assert shards.read("a", "exp_avg").tolist() == [float(rank)] * 12
+        assert shards.read("b", "exp_avg", 1, 2).tolist() == [float(rank)] * 2
+        assert shards.keys("a") == ["exp_avg"] and opened == [f"{rank}.pt"]
+
+
+def without_zero(folder: Path) -> EngineShards:
+    """One rank's file with each parameter by its name; the first has stepped once, the others four times."""
+    flats = [[Part(name, 0, math.prod(shape), 0)] for name, shape in SHAPES.items()]
+    masters = {name: values.view(SHAPES[name]) for name, values in VALUES.items()}
+    state = [
+        {"exp_avg": masters[name] + 1, "step": torch.tensor(4.0 if number else 1.0)}
+        for number, name in enumerate(masters)
+    ]
+    torch.save({"module": masters, "optimizer": {"state": {"state": state}}}, folder / "0.pt")
+    only = layout(0, flats, writers=1, masters=["module"])
+    ShardIndex.of(only, [RankShard.of(only)]).write(folder)
+    return EngineShards.open(folder)
+
+
+def test_masters_by_name_are_those_of_runs_without_zero(tmp_path: Path) -> None:
+    shards = without_zero(tmp_path)
+    for name, values in VALUES.items():
+        assert shards.read(name, MASTER, 1, 2).tolist() == values[1:3].tolist()
+        assert torch.equal(shards.whole(name, "exp_avg"), values.view(SHAPES[name]) + 1)
+    first, again = (shards.scalars("b")["step"] for _ in range(2))
+    first += 1
+    assert again == 4 and shards.scalars("b")["step"] == 4, "a copy"
+
+
+def test_an_optimizer_that_has_not_stepped_has_no_state(tmp_path: Path) -> None:
+    fresh = [contents(rank) for rank in range(2)]
+    for content in fresh:
+        content["optimizer"]["state"]["state"] = {}
+    write(tmp_path, *fresh)
+    shards = EngineShards.open(tmp_path)
+    assert shards.keys("a") == [] and shards.scalars("a") == {}
+    assert torch.equal(shards.read("a", MASTER), VALUES["a"])
+
+
+def test_one_file_has_the_same_contents(tmp_path: Path) -> None:
+    for number, step in enumerate((3, torch.tensor(3.0))):
+        write(tmp_path, contents(0, step), contents(1, step), transposed=["c"])
+        target = tmp_path / f"whole-{number}"
+        target.mkdir()
+        write_whole(target, EngineShards.open(tmp_path), world_size=5)
+        found, one = EngineShards.open(target), EngineShards.open(tmp_path)
+        assert_same(contents_of(target), contents_of(tmp_path))
+        assert found.files == [target / "whole.safetensors"] and found.scalars("b") == one.scalars("b")
+        assert type(found.scalars("b")["step"]) is type(step) and found.keys("b") == one.keys("b")
+        assert (found.first.world_size, found.first.writers, found.first.transposed) == (5, 1, [])
+        assert [found.group_step(group) for group in range(2)] == [None, 7]
+        with pytest.raises(UserError, match=r"whole.safetensors has no momentum of a"):
+            found.read("a", "momentum")
+
+
+def test_what_is_wrong_with_a_shard_is_named(tmp_path: Path) -> None:
+    def broken(change: Any) -> EngineShards:
+        content = contents(1)
+        change(content["optimizer"])
+        write(tmp_path, contents(0), content)
+        return EngineShards.open(tmp_path)
+
+    def state_of(optimizer: Any) -> Any:
+        return optimizer["state"]["state"][0]
+
+    with pytest.raises(UserError, match="the shards do not hold d"):
+        broken(lambda optimizer: None).read("d", MASTER)
+    shards = broken(lambda optimizer: state_of(optimizer).pop("exp_avg"))
+    with pytest.raises(UserError, match=r"1.pt has no exp_avg of a"):
+        shards.read("a", "exp_avg")
+    assert shards.read("a", "exp_avg", 0, 7).tolist() == (VALUES["a"][:7] + 0.25).tolist(), "rank 0 has them"
+    assert shards.keys("a") == ["exp_avg", "exp_avg_sq"] and shards.keys("a", 7, 1) == ["exp_avg_sq"]
+    shards = broken(lambda optimizer: optimizer.update(masters=[torch.zeros(12), torch.zeros(3)]))
+    with pytest.raises(UserError, match=r"1.pt is incomplete: master of a"):
+        shards.read("a", MASTER)
+    assert shards.read("b", MASTER, 2, 3).tolist() == [0, 0, 0] and shards.read("c", MASTER, 3, 1).tolist() == [0]
+    shards = broken(lambda optimizer: state_of(optimizer).update(step=4))
+    with pytest.raises(UserError, match=r"1.pt: a has {'step': 4}, another rank's shard {'step': 3}"):
+        shards.scalars("a")
+    assert shards.scalars("a", 0, 7) == {"step": 3} and shards.scalars("a", 7, 2) == {"step": 4}
+    shards = broken(lambda optimizer: state_of(optimizer).pop("step"))
+    with pytest.raises(UserError, match=r"1.pt: a has {}, another rank's shard {'step': 3}"):
+        shards.scalars("a")
+    with pytest.raises(UserError, match=r"1.pt: step of the optimizer's state is 'three'"):
+        broken(lambda optimizer: state_of(optimizer).update(step="three")).scalars("b", 2)
+    with pytest.raises(UserError, match=r"1.pt: master 0 must be a tensor, got 5"):
+        broken(lambda optimizer: optimizer.update(masters=[5, torch.zeros(4)])).read("b", MASTER)
+    with pytest.raises(UserError, match=r"1.pt is damaged"):
+        broken(lambda optimizer: optimizer.pop("masters")).read("b", MASTER)
+    shards = broken(lambda optimizer: state_of(optimizer).update(norms=torch.ones(12)))
+    assert "norms" not in shards.keys("b", 2) and "norms" in shards.scalars("b", 2), "fewer values than elements"
+
+
+# -- restoring ---------------------------------------------------------------------------------------------------------
+
+
+def restored(shards: EngineShards, spans: list[tuple[str, int, int, int]], **state: Any) -> Flat:
+    """A flat tensor of ones, set from the shards."""
+    parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
+    listed = [Span(parameters[name], *numbers) for name, *numbers in spans]
+    flat = Flat(1, torch.ones(9), state, listed, listed)
+    shard_writer._restore_flat(flat, {id(each): name for name, each in parameters.items()}, shards, set())
+    return flat
+
+
+def test_a_flat_tensor_is_set_with_zeros_where_no_parameter_is(tmp_path: Path) -> None:
+    write(tmp_path)
+    stale = {"momentum": torch.ones(9), "exp_avg": torch.ones(9)}
+    flat = restored(EngineShards.open(tmp_path), [("a", 6, 2, 1), ("b", 0, 0, 3), ("b", 1, 3, 4)], **stale)
+    expected = torch.tensor([0.0, 106, 107, 0, 201, 202, 203, 0, 0])
+    used = expected > 0
+    assert torch.equal(flat.master, expected) and flat.state["exp_avg"] is stale["exp_avg"]
+    assert torch.equal(flat.state["exp_avg"], expected + 0.25 * used)
+    assert torch.equal(flat.state["exp_avg_sq"], expected + 0.5 * used)
+    assert flat.state["exp_avg_sq"].dtype == torch.float32 and "momentum" not in flat.state
+    assert list(flat.state)[-2:] == ["step", "exp_avg_sq"] and flat.state["step"] == 3
+    fresh = restored(EngineShards.open(tmp_path), [("b", 0, 5, 0)])
+    assert fresh.state["exp_avg"].dtype == torch.float64 and list(fresh.state) == ["step", "exp_avg", "exp_avg_sq"]
+
+
+def test_padding_alone_has_the_state_of_its_group(tmp_path: Path) -> None:
+    """A rank may hold nothing of a group; its optimizer steps on zeros, as many times as the others."""
+    flat = restored(without_zero(tmp_path), [])
+    assert not flat.master.any() and flat.state["step"] == 4
+    assert flat.state["exp_avg"].shape == flat.master.shape and not flat.state["exp_avg"].any()
+
+
+def test_a_count_keeps_its_kind(tmp_path: Path) -> None:
+    write(tmp_path, contents(0, torch.tensor(3.0)), contents(1, torch.tensor(3.0)))
+    shards = EngineShards.open(tmp_path)
+    assert restored(shards, [("b", 0, 5, 0)], step=0).state["step"] == 3
+    assert type(restored(shards, [("b", 0, 5, 0)], step=0).state["step"]) is float
+    assert isinstance(restored(shards, [("b", 0, 5, 0)], step=torch.tensor(0.0)).state["step"], Tensor)
+    assert isinstance(restored(shards, [("b", 0, 5, 0)]).state["step"], Tensor)
+
+
+def test_parameters_with_different_states_are_not_one_tensor(tmp_path: Path) -> None:
+    content = contents(1)
+    content["optimizer"]["state"]["state"][1]["step"] = 9
+    other = contents(0)
+    other["optimizer"]["state"]["state"][1]["step"] = 9
+    write(tmp_path, other, content)
+    with pytest.raises(UserError, match="a and c are one tensor here, with different state there"):
+        restored(EngineShards.open(tmp_path), [("a", 0, 4, 0), ("b", 0, 1, 4), ("c", 0, 4, 5)])
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def writer(masters: bool, sharded: bool = True, nvme: bool = False) -> tuple[Any, list[Any]]:
+    written: list[Any] = []
+    basic = object()
+    engine: Any = SimpleNamespace(
+        optimizer=object() if masters else basic, basic_optimizer=basic, module=torch.nn.Linear(2, 2),
+        save_zero_checkpoint=sharded, zero_nvme_offload_optimizer=lambda: nvme,
+    )  # fmt: skip
+    return shard_writer.ShardWriter(engine, lambda path, content: written.append((path, content))), written
+
+
+def test_parameters_that_follow_from_masters_and_secrets_are_left_out() -> None:
+    """And so is the second file of each rank where nothing reads it."""
+    given = {"module": {"weight": 1, "bias": 2, "buffer": 3}, "ds_config": {"wandb": {"api_key": "secret"}}, "x": 4}
+    before = {**given, "module": dict(given["module"])}  # type: ignore[arg-type]
+    for masters, sharded, nvme, kept in (
+        (True, True, False, None),
+        (True, True, True, {"buffer": 3}),
+        (True, False, False, {"buffer": 3}),
+        (False, False, False, given["module"]),
+    ):
+        made, written = writer(masters, sharded, nvme)
+        made.save(given, "folder/mp_rank_00_model_states.pt")
+        if kept is None:
+            assert not written
+            continue
+        ((path, content),) = written
+        assert path == Path("folder/mp_rank_00_model_states.pt") and content["module"] == kept and content["x"] == 4
+        assert "secret" not in str(content)
+    made, written = writer(True)
+    made.save({"x": 1, "ds_config": {}}, "folder/rank_0_optim_states.pt")
+    assert written == [(Path("folder/rank_0_optim_states.pt"), {"x": 1, "ds_config": {}})]
+    assert given == before, "DeepSpeed's own dictionary stays as it is"
+
+
+def test_settings_of_a_group_are_those_that_json_holds() -> None:
+    group = {
+        "lr": torch.tensor(0.5),
+        "betas": (0.9, 0.95),
+        "params": [1],
+        "fused": None,
+        "flag": True,
+        "many": torch.ones(2),
+    }
+    assert shard_writer._plain(group) == {"lr": 0.5, "betas": (0.9, 0.95), "fused": None, "flag": True}

@@ -1,0 +1,219 @@
+"""What is written: which tensor is in which file, what the base's other files become, and every dtype."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mora_ds.common.errors import UserError
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.save import fill_shards, plan_shards, write_companions, write_shards
+from mora_ds.models.tensor_files import (
+    CODES,
+    SafetensorsWriter,
+    compute_dtype,
+    open_safetensors,
+    shape_dtype,
+    tensor_nbytes,
+    write_safetensors_atomic,
+)
+
+# -- shards ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_filled_up_to_its_limit() -> None:
+    """A tensor above the limit has a file alone; none is empty."""
+    sizes = {"large": 30, "a": 4, "b": 6, "c": 1, "huge": 40, "d": 10}
+    shards = fill_shards([(key, (size,), torch.uint8) for key, size in sizes.items()], limit=10)
+    assert [list(shard.layout) for shard in shards] == [["large"], ["a", "b"], ["c"], ["huge"], ["d"]]
+    assert [shard.nbytes for shard in shards] == [30, 10, 1, 40, 10]
+
+
+def base_folder(folder: Path, config: dict[str, Any]) -> BaseCheckpoint:
+    folder.mkdir()
+    tensors = {"w": torch.arange(6.0).view(2, 3), "half": torch.ones(3).half(), "count": torch.tensor([7, 8])}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return BaseCheckpoint.open(folder)
+
+
+def test_only_floating_point_tensors_change_their_dtype(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base", {"model_type": "llama"})
+    (shard,) = plan_shards(base, ["count", "half", "w"], torch.bfloat16, 1000)
+    assert shard.layout == {
+        "count": ((2,), torch.int64),
+        "half": ((3,), torch.bfloat16),
+        "w": ((2, 3), torch.bfloat16),
+    }
+    assert shard.nbytes == 2 * 8 + 3 * 2 + 6 * 2
+
+
+def test_an_index_is_written_for_several_files_alone(tmp_path: Path) -> None:
+    base, asked = base_folder(tmp_path / "base", {"model_type": "llama"}), list[tuple[str, torch.dtype]]()
+
+    def tensor_of(key: str, dtype: torch.dtype) -> torch.Tensor:
+        asked.append((key, dtype))
+        return base.read(key).to(dtype)
+
+    for limit, names in ((100, ["model.safetensors"]), (20, [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)])):
+        folder = tmp_path / str(limit)
+        folder.mkdir()
+        shards = plan_shards(base, ["w", "half", "count"], torch.bfloat16, limit)
+        assert write_shards(folder, shards, tensor_of) == tuple(names)
+        written = {key: tensor for name in names for key, tensor in load_file(folder / name).items()}
+        assert {key: tensor.tolist() for key, tensor in written.items()} == {
+            "w": [[0, 1, 2], [3, 4, 5]], "half": [1, 1, 1], "count": [7, 8]
+        }  # fmt: skip
+        assert asked == [("w", torch.bfloat16), ("half", torch.bfloat16), ("count", torch.int64)]
+        asked.clear()
+        if limit == 100:
+            assert [path.name for path in folder.iterdir()] == names
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 34}
+    assert list(index["weight_map"].items()) == [("count", names[1]), ("half", names[0]), ("w", names[0])]
+
+
+# -- the other files ---------------------------------------------------------------------------------------------------
+
+
+def test_a_config_has_the_new_dtype_wherever_it_has_one(tmp_path: Path) -> None:
+    config = {
+        "model_type": "é", "torch_dtype": "float32", "text_config": {"dtype": "float32", "inner_config": {"dtype": 1}},
+        "quant_config": None, "other": {"dtype": "float32"},
+    }  # fmt: skip
+    out = tmp_path / "out"
+    out.mkdir()
+    write_companions(base_folder(tmp_path / "base", config), out, torch.bfloat16)
+    written = (out / "config.json").read_text(encoding="utf-8")
+    assert "é" in written and json.loads(written) == {
+        "model_type": "é", "torch_dtype": "bfloat16", "dtype": "bfloat16", "quant_config": None,
+        "text_config": {"dtype": "bfloat16", "inner_config": {"dtype": "bfloat16"}}, "other": {"dtype": "float32"},
+    }  # fmt: skip
+
+
+COPIED = {
+    "generation_config.json", "modeling_own.py", "LICENSE.txt", "vocabulary_extension.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "own.tiktoken", "chat_template.jinja",
+}  # fmt: skip
+
+
+def test_the_bases_files_and_one_tokenizer_are_copied(tmp_path: Path) -> None:
+    base, own = base_folder(tmp_path / "base", {"model_type": "llama"}), tmp_path / "tokenizer"
+    for name in (*COPIED, "README.md", "optimizer.pt"):
+        (base.folder / name).write_text("base")
+    (base.folder / "vocab.d").mkdir()
+    (own / "deep").mkdir(parents=True)
+    for name in ("tokenizer.json", "own.json", "LICENSE.txt", "config.json"):
+        (own / name).write_text("own")
+    for tokenizer, copied in ((None, COPIED), (own, {"tokenizer.json", "own.json"})):
+        out = tmp_path / f"out-{tokenizer is None}"
+        out.mkdir()
+        write_companions(base, out, torch.float32, tokenizer)
+        of_base = {path.name for path in out.iterdir() if path.read_text() == "base"}
+        of_own = {path.name for path in out.iterdir() if path.read_text() == "own"}
+        assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+        if tokenizer is None:
+            assert (of_base, of_own) == (copied, set())
+        else:
+            assert of_own == copied
+            assert of_base == {"generation_config.json", "modeling_own.py", "LICENSE.txt", "vocabulary_extension.json"}
+
+
+def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path: Path) -> None:
+    """The cache keeps the files of snapshots/REVISION in blobs/ beside them."""
+    hub = tmp_path / "hub"
+    (hub / "snapshots").mkdir(parents=True)
+    base = base_folder(hub / "snapshots" / "1a2b", {"model_type": "llama"})
+    (hub / "blobs").mkdir()
+    for path in (hub / "blobs" / "ff", base.folder / "kept.txt", tmp_path / "secret", hub / "secret"):
+        path.write_text(path.name)
+    (base.folder / "tokenizer.json").symlink_to("../../blobs/ff")
+    (base.folder / "merges.txt").symlink_to("kept.txt")
+    out = tmp_path / "out"
+    out.mkdir()
+    write_companions(base, out, torch.float32)
+    assert (out / "tokenizer.json").read_text() == "ff" and (out / "merges.txt").read_text() == "kept.txt"
+    assert not (out / "tokenizer.json").is_symlink()
+    for target in (tmp_path / "secret", hub / "secret"):
+        (base.folder / "vocab.json").unlink(missing_ok=True)
+        (base.folder / "vocab.json").symlink_to(target)
+        with pytest.raises(UserError, match=r"vocab.json is a link to .*secret, which is not copied"):
+            write_companions(base, out, torch.float32)
+        assert not (out / "vocab.json").exists()
+
+
+# -- safetensors files -------------------------------------------------------------------------------------------------
+
+
+def test_every_dtype_reads_back_from_a_place_that_fits_it(tmp_path: Path) -> None:
+    """Each tensor begins at a multiple of its element size, which readers that map the file rely on."""
+    path, tensors = tmp_path / "t.safetensors", dict[str, torch.Tensor]()
+    for number, dtype in enumerate(sorted(CODES, key=lambda dtype: dtype.itemsize)):
+        tensors[f"é{number}"] = torch.tensor([0.0, 1.0, 2.0]).to(dtype)
+    write_safetensors_atomic(path, tensors, {})
+    read, raw, handle = load_file(path), path.read_bytes(), open_safetensors(path)
+    assert read.keys() == tensors.keys()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    assert length % 8 == 0 and len(raw) == 8 + length + sum(tensor.nbytes for tensor in tensors.values())
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name].double(), tensor.double()), name
+        assert shape_dtype(handle, name) == ((len(tensor),), tensor.dtype)
+        assert (8 + length + header[name]["data_offsets"][0]) % tensor.dtype.itemsize == 0, name
+        assert tensor_nbytes(tensor.shape, tensor.dtype) == tensor.nbytes
+
+
+def test_tensors_begin_at_a_multiple_of_eight_bytes(tmp_path: Path) -> None:
+    """However long the header is."""
+    for number in range(8):
+        path = tmp_path / f"{number}.safetensors"
+        write_safetensors_atomic(path, {"a": torch.ones(1)}, {"note": "x" * number})
+        (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+        assert length % 8 == 0 and load_file(path)["a"].item() == 1
+
+
+def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path: Path) -> None:
+    layout = {"small": ((3,), torch.uint8), "large": ((2,), torch.float64), "none": ((0, 4), torch.float32)}
+    with SafetensorsWriter(tmp_path / "t", layout, {"about": "x"}) as writer:
+        writer.write("small", torch.tensor([1, 2, 3], dtype=torch.uint8))
+        for wrong in (torch.zeros(2), torch.zeros(3, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)):
+            with pytest.raises(ValueError, match="'large' is "):
+                writer.write("large", wrong)
+        size = os.stat(tmp_path / "t").st_size
+        writer.write("none", torch.zeros(0, 4))
+        writer.write("large", torch.tensor([0.5, 0.25], dtype=torch.float64, requires_grad=True))
+    assert os.stat(tmp_path / "t").st_size == size, "the file has its size from the start"
+    read = load_file(tmp_path / "t")
+    assert (
+        read["large"].tolist() == [0.5, 0.25] and read["small"].tolist() == [1, 2, 3] and read["none"].shape == (0, 4)
+    )
+    with pytest.raises(KeyError, match="mine"), SafetensorsWriter(tmp_path / "u", layout, {}):
+        raise KeyError("mine")
+
+
+def test_what_is_no_file_of_tensors_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(UserError, match=r"t.safetensors is missing"):
+        open_safetensors(path)
+    save_file({"a": torch.zeros(64), "b": torch.zeros(1, dtype=torch.complex64)}, path)
+    assert shape_dtype(open_safetensors(path), "a") == ((64,), torch.float32)
+    with pytest.raises(UserError, match="tensor 'b' has dtype C64, which is not supported"):
+        shape_dtype(open_safetensors(path), "b")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"t.safetensors is truncated or damaged"):
+        open_safetensors(path)
+
+
+def test_dtypes_have_the_names_of_config_json() -> None:
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    assert {name: compute_dtype(name) for name in names} == names
+    with pytest.raises(UserError, match="unknown dtype 'float8'; known: float32, bfloat16, float16"):
+        compute_dtype("float8")

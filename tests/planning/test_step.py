@@ -1,0 +1,96 @@
+"""What a step is planned from: figures of a config, layers that repeat, and weights that are copied from the host."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.planning import step
+from mora_ds.planning.step import StepMemory, Streamed, Work, layer_period, step_memory, with_layers
+
+
+class Config(SimpleNamespace):
+    def get_text_config(self) -> Config:
+        return self
+
+
+def config_of(**values: Any) -> Any:
+    return Config(**values)
+
+
+def test_figures_of_a_config() -> None:
+    given = config_of(num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, head_dim=5, hidden_size=64)
+    work = Work(given, MoRAConfig(rank=4, base_bits=8), seq_len=30, micro_batch=4, sequence_parallel=2)
+    assert (work.tokens, work.layers, work.heads, work.key_value_heads, work.head_dim) == (60, 3, 8, 2, 5)
+    assert work.base_bits == 8 and Work(given, None, 30).base_bits is None
+    plain = Work(config_of(num_hidden_layers=3, num_attention_heads=8, hidden_size=64, head_dim=None), None, 30)
+    assert (plain.tokens, plain.key_value_heads, plain.head_dim) == (30, 8, 8)
+    assert Work(config_of(num_hidden_layers=1, hidden_size=64), None, 30).heads == 1, "no attention at all"
+
+
+@pytest.mark.parametrize(
+    ("buffers", "on_device", "forward", "backward"), [(1, 40, 90, 60), (2, 80, 70, 30), (4, 160, 0, 0)]
+)
+def test_layers_that_are_there_are_not_copied(buffers: int, on_device: int, forward: int, backward: int) -> None:
+    """The first ones from the end of the last backward pass, the last ones from the end of forward."""
+    streamed = Streamed((10, 20, 30, 40), buffers, 40)
+    assert (streamed.total, streamed.on_device) == (100, on_device)
+    assert (streamed.forward, streamed.backward) == (forward, backward)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "period"),
+    [("aaaaa", 1), ("abab", 2), ("ababa", 2), ("abbabb", 3), ("abba", 3), ("abc", 3), ("aab", 3), ("a", 1)],
+)
+def test_kinds_of_layers_repeat(kinds: str, period: int) -> None:
+    assert layer_period(config_of(layer_types=list(kinds), num_hidden_layers=len(kinds))) == period
+
+
+def test_layers_that_differ_in_their_experts_do_not_repeat() -> None:
+    assert layer_period(config_of(num_hidden_layers=6)) == 1
+    assert layer_period(config_of(num_hidden_layers=6, decoder_sparse_step=1, mlp_only_layers=[])) == 1
+    assert layer_period(config_of(num_hidden_layers=6, decoder_sparse_step=2)) == 6
+    assert layer_period(config_of(num_hidden_layers=6, mlp_only_layers=[1])) == 6
+
+
+def test_lists_with_an_entry_a_layer_are_cut() -> None:
+    config = AutoConfig.for_model("gemma2", num_hidden_layers=6)
+    kinds, work = list(config.layer_types), Work(config, None, 8)
+    config.other, config.pair = [1, 2, 3, 4, 5], tuple(range(6))
+    shallow = with_layers(work, 4).config
+    assert (shallow.num_hidden_layers, shallow.layer_types) == (4, kinds[:4])
+    assert shallow.other == [1, 2, 3, 4, 5] and shallow.pair == (0, 1, 2, 3)
+    assert config.num_hidden_layers == 6 and config.layer_types == kinds and work.layers == 6
+
+
+@pytest.mark.parametrize("period", [1, 2, 3])
+@pytest.mark.parametrize("dense", [None, 0, 1, 3])
+def test_the_memory_of_a_deep_model_is_that_of_all_its_layers(
+    period: int, dense: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kind of layer, and each dense one, takes its own; the deep model is never made."""
+    made: list[int] = []
+
+    def measure(model: Any, work: Work) -> StepMemory:
+        text = work.config
+        made.append(text.num_hidden_layers)
+        costs = [100 if n < (dense or 0) else 10 ** "abc".index(kind) for n, kind in enumerate(text.layer_types)]
+        return StepMemory(saved=7 + sum(costs), peak=9 + 2 * sum(costs), tables=5)
+
+    monkeypatch.setattr(step, "planned_model", lambda work: None)
+    monkeypatch.setattr(step, "measure_step", measure)
+    for layers in range(1, 24):
+        kinds = ["abc"[n % period] for n in range(layers)]
+        work = Work(config_of(num_hidden_layers=layers, layer_types=kinds, first_k_dense_replace=dense), None, 8)
+        expected = measure(None, work)
+        made.clear()
+        assert step_memory(work) == expected, layers
+        assert len(made) == (1 if layers <= 3 * period else 2) and max(made) <= max(4 * period + 3, 3 * period)
+    planned: Any = SimpleNamespace(planned_layers=True)
+    made.clear()
+    step_memory(Work(config_of(num_hidden_layers=23, layer_types=["a"] * 23), planned, 8))
+    assert made == [23], "every layer may be different"
