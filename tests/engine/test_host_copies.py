@@ -93,6 +93,7 @@ class Cuda:
     def cudart(self) -> Any:
         library: Any = type("Library", (), {})()
         library.cudaHostRegister = lambda *given: self.calls.append(given) or self.answer
+        library.cudaHostUnregister = self.calls.append
         library.cudaGetErrorString = lambda error: f"error {error}"
         return library
 
@@ -127,20 +128,19 @@ def test_copies_follow_the_arithmetic_so_far_and_precede_the_one_that_waits(monk
     assert host_bandwidth() is None
 
 
-@pytest.mark.parametrize(("answer", "locked"), [(0, True), (712, True), (2, False)])
-def test_pages_are_locked_where_the_system_permits_it(
-    answer: int, locked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """712: they are locked already."""
-    cuda = Cuda(answer)
+def test_pages_are_locked_where_the_system_permits_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda()
     monkeypatch.setattr(host_copies.torch, "cuda", cuda)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (3 * 10**9, resource.RLIM_INFINITY))
     monkeypatch.setattr(host_copies, "page_ranges", lambda tensors: [(PAGE, 3 * PAGE), (8 * PAGE, 9 * PAGE)])
     copies = copies_for(torch.device("cuda"))
-    if locked:
-        copies.pin([])
-        assert cuda.calls == [(PAGE, 2 * PAGE, 0), (8 * PAGE, PAGE, 0)]
-        return
+    copies.pin([])
+    assert cuda.calls == [(PAGE, 2 * PAGE, 0), (8 * PAGE, PAGE, 0)]
+    copies.unpin()
+    assert cuda.calls[2:] == [8 * PAGE, PAGE]
+    copies.unpin()
+    assert len(cuda.calls) == 4
+    cuda.answer = 2
     with pytest.raises(UserError, match=r"0\.00 GB of host memory .*\(error 2; ulimit -l is 3\.00 GB\)"):
         copies.pin([])
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY, 0))
