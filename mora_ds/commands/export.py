@@ -32,6 +32,7 @@ def main() -> None:
         overwrite=options.overwrite,
         domain=options.domain,
         mix=Mix(options.delta_scale, options.average_last, options.average_decay),
+        trust_remote_code=options.trust_remote_code,
     )
     print("\n".join(report.lines()))
     if options.push_to_hub is not None:
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verify", action="store_true", help="load the result and compare its logits with those recorded in training"
     )
+    parser.add_argument("--trust_remote_code", action="store_true", help="let --verify run code of the model's own")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that stands at --output")
     parser.add_argument(
         "--push_to_hub", metavar="REPO", help="also upload it to this repository of the Hub, a new one being private"

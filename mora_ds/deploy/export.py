@@ -39,6 +39,7 @@ from mora_ds.deploy.combine import Mix, mixed
 from mora_ds.deploy.logits_check import Comparison, compare_logits
 from mora_ds.deploy.model_card import model_card
 from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.load import folder_config
 from mora_ds.models.save import Shard, plan_shards, write_companions, write_shards
 from mora_ds.models.tensor_files import compute_dtype, dtype_name
 from mora_ds.remora.ledger import LayerEntry, Ledger
@@ -122,6 +123,7 @@ def export_merged(
     overwrite: bool = False,
     domain: str | None = None,
     mix: Mix | None = None,
+    trust_remote_code: bool = False,
 ) -> ExportReport:
     """Writes the merged model of `checkpoint` to `output`, completely or not at all.
 
@@ -129,8 +131,8 @@ def export_merged(
     base, if it was moved. `dtype`: of all floating tensors; "auto" is the run's compute dtype. `verify`: load the
     result and compare its logits with those recorded at save time (`logits_check` has the tolerances). `domain`: of a
     run with domains, the one to merge with the shared MoRA matrices; "shared": those alone. `mix`: scale the update, or
-    average it over checkpoints. Raises `UserError` naming the flag to change, and `RunError` for a damaged checkpoint,
-    logits that differ, or a full disk.
+    average it over checkpoints. `trust_remote_code`: `verify` may run code that comes with the base. Raises `UserError`
+    naming the flag to change, and `RunError` for a damaged checkpoint, logits that differ, or a full disk.
     """
     started = time.monotonic()
     checkpoint, output = find_checkpoint(Path(checkpoint)), Path(output)
@@ -148,12 +150,14 @@ def export_merged(
         if verify and not (checkpoint / PROBE_FILE).is_file():
             raise UserError(f"--verify needs {PROBE_FILE}, which {checkpoint} does not have")
         run = open_run(source, adapter, ledger, base_folder, domain)
+        if verify:
+            folder_config(run.base.folder, trust_remote_code, "--verify: base")
         if verify and run.base_bits == 4:
             nf4.check_installed()
         _check_output(output, overwrite, (run.base.folder.resolve(), checkpoint))
         target = compute_dtype(adapter.dtype if dtype == "auto" else dtype)
         shards = plan_shards(run.base, _exported_keys(run), target, int(max_shard_gib * 2**30))
-        names, comparison = _write(run, output, shards, target, verify)
+        names, comparison = _write(run, output, shards, target, verify, trust_remote_code)
     return ExportReport(
         output=output,
         files=names,
@@ -169,7 +173,7 @@ def export_merged(
 
 
 def _write(
-    run: OpenedRun, output: Path, shards: Sequence[Shard], dtype: torch.dtype, verify: bool
+    run: OpenedRun, output: Path, shards: Sequence[Shard], dtype: torch.dtype, verify: bool, trust_remote_code: bool
 ) -> tuple[tuple[str, ...], Comparison | None]:
     """Writes weights, companions and model card, and compares the logits if asked to; then renames into place. Returns
     the names of the weight files too."""
@@ -182,7 +186,8 @@ def _write(
             probe = run.checkpoint / PROBE_FILE
             errors = _add_errors_of_4_bits(run) if run.base_bits == 4 else None
             rounding = _rounding_to_8_bits(run, folder) if run.base_bits == 8 else 0.0
-            comparison = compare_logits(folder, probe, dtype, rounding, logits_name(run.domain), errors)
+            logits = logits_name(run.domain)
+            comparison = compare_logits(folder, probe, dtype, rounding, logits, errors, trust_remote_code)
         if adapter.domains is not None:
             adapter = replace(adapter, facts={"domain": run.domain or SHARED, **adapter.facts})
         card = model_card(run.checkpoint, adapter, run.ledger, run.reference, dtype_name(dtype), comparison)

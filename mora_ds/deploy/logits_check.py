@@ -56,15 +56,16 @@ def compare_logits(
     rounding: float = 0.0,
     name: str = "logits",
     change: Callable[[Any], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> Comparison:
     """Loads the export in `folder` on the CPU and computes the logits of the tokens in `probe`.
 
     `probe`, `name`: as of `read_probe`. `rounding`: the relative error of the live model's weights in 8 bits; `change`:
-    makes a loaded export what the live model was. Raises `RunError` when the difference exceeds the tolerance or the
-    export lacks weights; `UserError` for a damaged probe.
+    makes a loaded export what the live model was; `trust_remote_code`: run code that comes with it. Raises `RunError`
+    when the difference exceeds the tolerance or the export lacks weights; `UserError` for a damaged probe.
     """
     tokens, live, recorded = read_probe(probe, name)
-    model = _load(folder, dtype)
+    model = _load(folder, dtype, trust_remote_code)
     if change is not None:
         change(model)
     with torch.inference_mode():
@@ -101,10 +102,12 @@ def _compare(live: Tensor, logits: Tensor, dtype: torch.dtype, layers: int, roun
     return Comparison(largest, relative, (2 * torch.finfo(dtype).eps + 2 * rounding) * math.sqrt(1 + layers))
 
 
-def _load(folder: Path, dtype: torch.dtype) -> Any:
+def _load(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+    )
     model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         raise RunError(f"the export lacks weights: {info['missing_keys']} {info['mismatched_keys']}")

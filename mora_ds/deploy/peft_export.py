@@ -67,13 +67,15 @@ def export_peft(
     rank: int | None = None,
     base_folder: Path | str | None = None,
     domain: str | None = None,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Writes `checkpoint` (or an exported adapter) to the new folder `output` as a LoRA adapter of PEFT.
 
     `rank`: the largest rank of a layer; None: as large as it takes to be exact. `base_folder`: the base, if it was
-    moved. `domain`: as for `export_merged`. Returns lines to print: ranks, the energy of the update that each layer
-    loses, and the perplexity of the probe's tokens. Raises `UserError` for a rank below 1, a rank that is missing where
-    an update has no bound on its own, and a folder that exists; `RunError` for a damaged checkpoint.
+    moved. `domain`, `trust_remote_code`: as for `export_merged`. Returns lines to print: ranks, the energy of the
+    update that each layer loses, and the perplexity of the probe's tokens. Raises `UserError` for a rank below 1, a
+    rank that is missing where an update has no bound on its own, and a folder that exists; `RunError` for a damaged
+    checkpoint.
     """
     source, output = find_adapter(Path(checkpoint)), Path(output)
     if rank is not None and rank < 1:
@@ -92,7 +94,7 @@ def export_peft(
     with atomic_folder(output.absolute()) as folder:
         _write_tensors(run, plans, folder, lost)
         write_json_atomic(folder / CONFIG_FILE, _config(run, plans))
-        lines = [*_report(run, plans, lost), *_perplexities(run, folder)]
+        lines = [*_report(run, plans, lost), *_perplexities(run, folder, trust_remote_code)]
         (folder / "README.md").write_text(_card(lines), encoding="utf-8")
     nbytes = (output / WEIGHTS_FILE).stat().st_size
     return [f"wrote {output}: LoRA of {len(plans)} layers, {nbytes / 2**20:,.2f} MiB", *lines]
@@ -207,14 +209,14 @@ def _report(run: OpenedRun, plans: list[_Plan], lost: dict[str, float]) -> list[
     return lines
 
 
-def _perplexities(run: OpenedRun, folder: Path) -> Iterator[str]:
+def _perplexities(run: OpenedRun, folder: Path, trust_remote_code: bool) -> Iterator[str]:
     """A line with the perplexity of the probe's tokens, as recorded with the live model and with this adapter."""
     path, name = run.checkpoint / PROBE_FILE, logits_name(run.domain)
     if not path.is_file():
         yield "perplexity: not compared, as there is no probe.safetensors; tools/evaluate.py measures it on any text"
         return
     ids, live, _ = read_probe(path, name)
-    logits = _load(run, folder)(input_ids=ids, use_cache=False).logits.float()
+    logits = _load(run, folder, trust_remote_code)(input_ids=ids, use_cache=False).logits.float()
     before, after = (_perplexity(each, ids) for each in (live, logits))
     yield (
         f"perplexity of {ids.numel()} tokens of the run's text: {before:.4f} with the live model, {after:.4f} with "
@@ -226,10 +228,10 @@ def _perplexity(logits: Tensor, ids: Tensor) -> float:
     return perplexity(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item())
 
 
-def _load(run: OpenedRun, folder: Path) -> Any:
+def _load(run: OpenedRun, folder: Path, trust_remote_code: bool) -> Any:
     """The base in the run's dtype, with the adapter of the written file merged into its weights."""
     dtype, tensors = compute_dtype(run.adapter.dtype), open_safetensors(folder / WEIGHTS_FILE)
-    model = load_model(run.base.folder, dtype, flag="base")
+    model = load_model(run.base.folder, dtype, trust_remote_code=trust_remote_code, flag="base")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for entry in run.adapter.layers.values():
         down, up = (tensors.get_tensor(name) for name in _names(entry.module))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.logits_check import _compare, compare_logits
+from mora_ds.deploy.peft_export import export_peft
 from mora_ds.models.tensor_files import write_safetensors_atomic
 from mora_ds.remora import stored_weights
 from tests.helpers.exports import fake_run
+from tests.helpers.models import with_own_code
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -32,6 +35,20 @@ def test_verify_finds_a_wrong_export(tmp_path: Path, dtype: str, fault: str, mon
     with pytest.raises(RunError, match=r"does not match: logits .* largest difference"):
         export_merged(run.checkpoint, tmp_path / "merged", verify=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_code_of_the_model_is_run_where_that_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    run = fake_run(tmp_path)
+    with_own_code(run.base, run.base)
+    export_merged(run.checkpoint, tmp_path / "plain")
+    assert (tmp_path / "plain" / "modeling_own.py").is_file()
+    exports: dict[str, Any] = {"merged": partial(export_merged, verify=True), "lora": partial(export_peft, rank=4)}
+    for name, export in exports.items():
+        with pytest.raises(UserError, match=r"base.*its own code must be run: allow that with --trust_remote_code"):
+            export(run.checkpoint, tmp_path / "refused")
+        export(run.checkpoint, tmp_path / name, trust_remote_code=True)
+    assert not (tmp_path / "refused").exists() and (tmp_path / "merged" / "modeling_own.py").is_file()
 
 
 def test_verify_needs_a_probe_and_says_so_first(tmp_path: Path) -> None:

@@ -100,8 +100,9 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 
 def with_own_code(llama: Path, folder: Path) -> Path:
-    """The Llama in a folder as a model whose code comes with it."""
-    shutil.copytree(llama, folder)
+    """The Llama in a folder, which may be the same, as a model whose code comes with it."""
+    if folder != llama:
+        shutil.copytree(llama, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     own = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     config.update(model_type="own_llama", architectures=["OwnForCausalLM"], auto_map=own)
