@@ -236,7 +236,9 @@ def _rows(query: Tensor, key: Tensor, value: Tensor, window: int | None, attend:
     for begin in range(0, length, step):
         end = min(begin + step, length)
         first = 0 if window is None else max(0, begin - window + 1)
-        seen = _seen(begin - first, end - begin, end - first, window, query.device)
+        seen: Any = partial(_seen, begin - first, end - begin, end - first, window, query.device)
+        if not is_scored:
+            seen = seen()
         outs.append(attend(query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end], seen))
     return torch.cat(outs, dim=2)
 
@@ -276,8 +278,11 @@ def _fused(scores: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Tens
 # -- scores in blocks --------------------------------------------------------------------------------------------------
 
 
-def _scored(scores: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
-    """As `Attend`, with scores that are computed again in backward; `seen` may also be (n, 1, C, K)."""
+def _scored(
+    scores: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | Callable[[], Tensor] | None
+) -> Tensor:
+    """As `Attend`, with scores that are computed again in backward; `seen` may also be (n, 1, C, K), or what makes it,
+    so that backward keeps no mask of a block."""
     assert seen is not None
     arguments = (query, key, value, seen, scores.sinks, scores.scale, scores.softcap, scores.dropout)
     if not torch.is_grad_enabled():
@@ -287,7 +292,7 @@ def _scored(scores: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Ten
 
 
 def _weigh(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, sinks: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | Callable[[], Tensor], sinks: Tensor | None,
     scale: float, softcap: float | None, dropout: float,
 ) -> Tensor:  # fmt: skip
     """The queries of the heads that share a key-value head are laid one after the other, so that no key is repeated."""
@@ -297,6 +302,7 @@ def _weigh(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.unflatten(2, (groups, count))  # (n, H_kv, groups, C, K)
+    seen = seen if isinstance(seen, Tensor) else seen()
     seen = seen.unsqueeze(2) if seen.dim() == 4 else seen
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     if sinks is not None:

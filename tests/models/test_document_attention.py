@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import product
 from typing import Any
 
@@ -14,49 +15,7 @@ from torch.utils._pytree import tree_leaves
 from mora_ds.data.documents import Documents
 from mora_ds.models import document_attention as module_under_test
 from mora_ds.models.document_attention import Scores, document_attention, fits_varlen, groups_of
-from mora_ds.models.sink_attention import VarlenKernel
-
-LENGTH, HEADS, SIZE = 96, 4, 16
-LAYOUTS = {
-    "whole rows": [[LENGTH], [LENGTH]],
-    "two documents": [[40, 56], [LENGTH]],
-    "many documents": [[5, 17, 1, 1, 17, 30, 2, 23], [19, 3, 3, 3, 40, 28]],
-    "equal documents": [[24] * 4, [24] * 4],
-}
-
-
-def positions_of(layout: list[list[int]]) -> Tensor:
-    return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in layout])
-
-
-def parts(rows: int, length: int, shared: int, value_size: int = SIZE, dtype: torch.dtype = torch.float64) -> Any:
-    """Query, key, value and sinks that need gradients; scores of about 3."""
-    generator = torch.Generator().manual_seed(rows + length + shared)
-    shapes = [(rows, HEADS, length, SIZE), (rows, shared, length, SIZE), (rows, shared, length, value_size), (HEADS,)]
-    return [torch.randn(shape, generator=generator, dtype=dtype).mul(1.7).requires_grad_() for shape in shapes]
-
-
-def reference(
-    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float, window: int | None,
-    softcap: float | None, sinks: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """(B, T, H, D_v), from complete scores."""
-    groups, length = query.shape[1] // key.shape[1], query.shape[2]
-    scores = query @ key.repeat_interleave(groups, 1).mT * scale
-    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    document = torch.nn.functional.pad((positions.diff(dim=1) != 1).cumsum(1), (1, 0))
-    index = torch.arange(length, device=query.device)
-    distance = index[:, None] - index
-    seen = (document[:, None, :, None] == document[:, None, None]) & (distance >= 0) & (distance < (window or length))
-    scores = scores.masked_fill(~seen, float("-inf"))
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
-    return (scores.softmax(-1)[..., :length] @ value.repeat_interleave(groups, 1)).transpose(1, 2)
-
-
-def gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
-    return list(torch.autograd.grad((out * weights).sum(), inputs))
+from tests.helpers.attention import HEADS, LAYOUTS, LENGTH, SIZE, gradients, parts, positions_of, reference
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -251,130 +210,30 @@ def test_no_tensor_has_t_times_t_numbers(lengths: list[int], kind: str, dtype: t
     assert LONG * 8 <= largest.numbers < LONG * LONG / 2
 
 
+def test_capped_scores_keep_no_mask_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    def noted(*given: Any) -> Tensor:
+        mask = seen(*given)
+        made.append(weakref.ref(mask))
+        return mask
+
+    seen = module_under_test._seen
+    monkeypatch.setattr(module_under_test, "_seen", noted)
+    query, key, value, _ = parts(1, LENGTH, 2)
+    out, _ = document_attention(torch.nn.Module(), query, key, value, None, softcap=5.0)
+    assert made and not any(mask() is not None for mask in made)
+    count = len(made)
+    out.sum().backward()
+    assert len(made) == 2 * count, "made again"
+
+
 def test_the_meter_notices_complete_scores() -> None:
     positions = positions_of([[LONG]])
     query = torch.empty(1, 1, LONG, 1, device="meta")
     with Largest() as largest:
         reference(query, query, query, positions.to("meta"), 1.0, None, None, None)
     assert largest.numbers >= LONG * LONG
-
-
-# -- torch's varlen kernels, as they are called on CUDA ----------------------------------------------------------------
-
-
-def test_varlen_keeps_its_contract() -> None:
-    """The meta device runs the registered shapes of forward and backward, which take the arguments of torch's own."""
-    bounds = torch.tensor([0, 3, 10], dtype=torch.int32, device="meta")
-    query, key, value = (torch.empty(10, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
-    kernel = VarlenKernel(bounds, 7, 5, 0.5)
-    out, sums, *state = kernel.forward(query, key, value)
-    assert out.shape == (10, 4, 16) and sums.shape == (4, 10) and sums.dtype is torch.float32
-    found = kernel.backward(out, query, key, value, out, sums, *state)
-    assert [part.shape for part in found] == [query.shape, key.shape, value.shape]
-
-
-@pytest.mark.parametrize(("size", "value_size"), [(16, 16), (20, 12), (192, 128)])
-@pytest.mark.parametrize("sinks", [False, True])
-def test_head_sizes_are_padded_for_the_kernel(size: int, value_size: int, sinks: bool) -> None:
-    shapes = ((2, 4, 32, size), (2, 2, 32, size), (2, 2, 32, value_size))
-    query, key, value = (torch.empty(s, dtype=torch.bfloat16, device="meta", requires_grad=True) for s in shapes)
-    given = torch.empty(4, device="meta") if sinks else None
-    out, _ = document_attention(torch.nn.Module(), query, key, value, None, s_aux=given)
-    out.sum().backward()
-    assert out.shape == (2, 32, 4, value_size) and query.grad is not None and query.grad.shape == query.shape
-
-
-def as_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, left: int, scale: float) -> tuple[Tensor, Tensor]:
-    """(N, H, N) scores under the mask of causal documents with `left` keys before a query's own, and values (H, N, D)
-    with their heads repeated: what torch's kernels compute with."""
-    groups, index = q.shape[1] // k.shape[1], torch.arange(len(q))
-    document, distance = torch.bucketize(index, bounds[1:], right=True), index[:, None] - index
-    seen = (document[:, None] == document) & (distance >= 0) & (distance <= (left if left >= 0 else len(q)))
-    keys, values = (part.repeat_interleave(groups, 1).transpose(0, 1) for part in (k, v))
-    return (q.transpose(0, 1) @ keys.mT * scale).masked_fill(~seen, float("-inf")), values
-
-
-def varlen_stand_in(q: Tensor, k: Tensor, v: Tensor, *lengths: Any, **told: Any) -> Tensor:
-    begins, ends, longest, most = lengths
-    assert begins is ends and longest == most == int(begins.diff().max()) and told["window_size"][1] == 0
-    assert q.shape[2] == k.shape[2] == v.shape[2] and q.shape[2] % 8 == 0
-    assert told["enable_gqa"] is (q.shape[1] != k.shape[1])
-    scores, values = as_varlen(q, k, v, begins, told["window_size"][0], told["scale"])
-    return (scores.softmax(-1) @ values).transpose(0, 1)
-
-
-def forward_stand_in(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    bounds, same, longest, most, is_causal, scale, (left, right), shared = others
-    assert bounds is same and longest == most and right == 0 and is_causal is (left < 0) and len(q) == int(bounds[-1])
-    assert shared is (q.shape[1] != k.shape[1])
-    scores, values = as_varlen(q, k, v, bounds, left, scale)
-    return (scores.softmax(-1) @ values).transpose(0, 1), scores.logsumexp(-1), torch.tensor(7)
-
-
-def backward_stand_in(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, *others: Any
-) -> tuple[Tensor, ...]:
-    """As flash attention's: weights from the sums of exponentials that are given, less g . out."""
-    bounds, same, longest, most, is_causal, state, scale, (left, right) = others
-    assert bounds is same and longest == most and right == 0 and is_causal is (left < 0) and int(state) == 7
-    assert sums.shape == (q.shape[1], len(q)) and out.shape == q.shape
-    groups = q.shape[1] // k.shape[1]
-    scores, values = as_varlen(q, k, v, bounds, left, scale)
-    weights, g = torch.exp(scores - sums[..., None]), grad.transpose(0, 1)
-    of_scores = weights * (g @ values.mT - (grad * out).sum(-1).T[..., None]) * scale
-    of_query = of_scores @ k.repeat_interleave(groups, 1).transpose(0, 1)
-    of_key, of_value = of_scores.mT @ q.transpose(0, 1), weights.mT @ g
-    shared = (each.unflatten(0, (-1, groups)).sum(1).transpose(0, 1) for each in (of_key, of_value))
-    return of_query.transpose(0, 1), *shared
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("window", [None, 12, 40])
-@pytest.mark.parametrize("kind", ["plain", "sinks"])
-def test_varlen_is_called_for_dense_attention(
-    layout: str, window: int | None, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stand-ins in place of torch's kernels, which need a GPU."""
-    monkeypatch.setattr(module_under_test, "fits_varlen", lambda *given: True)
-    monkeypatch.setattr(module_under_test, "varlen_attn", varlen_stand_in)
-    monkeypatch.setattr(torch.ops.torch_attn, "_varlen_attn", forward_stand_in)
-    monkeypatch.setattr(torch.ops.torch_attn, "_varlen_attn_backward", backward_stand_in)
-    positions = positions_of(LAYOUTS[layout])
-    for shared, value_size in ((HEADS, SIZE), (2, 12), (1, 20)):
-        query, key, value, sinks = parts(len(positions), LENGTH, shared, value_size)
-        given, inputs = (sinks, [query, key, value, sinks]) if kind == "sinks" else (None, [query, key, value])
-        documents = Documents.of(positions)
-        found, _ = document_attention(
-            torch.nn.Module(), query, key, value, None, sliding_window=window, s_aux=given, documents=documents
-        )
-        assert documents.windows == {window}
-        expected = reference(query, key, value, positions, SIZE**-0.5, window, None, given)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-        for one, other in zip(gradients(found, inputs), gradients(expected, inputs), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("window", [None, 12])
-@pytest.mark.parametrize("kind", ["plain", "sinks"])
-def test_varlen_is_dense_attention(layout: str, window: int | None, kind: str) -> None:
-    positions = positions_of(LAYOUTS[layout])
-    documents = Documents.of(positions).to("cuda")
-    inputs = parts(len(positions), LENGTH, 2)
-    half = [part.detach().to("cuda", torch.bfloat16).requires_grad_() for part in inputs]
-    found, _ = document_attention(
-        torch.nn.Module(), *half[:3], None, sliding_window=window, s_aux=half[3] if kind == "sinks" else None,
-        documents=documents,
-    )  # fmt: skip
-    sinks = inputs[3] if kind == "sinks" else None
-    expected = reference(*inputs[:3], positions, SIZE**-0.5, window, None, sinks)
-    count = 4 if kind == "sinks" else 3
-    torch.testing.assert_close(found.double().cpu(), expected, rtol=2e-2, atol=2e-2)
-    for one, other in zip(
-        gradients(found.double().cpu(), half[:count]), gradients(expected, inputs[:count]), strict=True
-    ):
-        torch.testing.assert_close(one.double().cpu(), other, rtol=5e-2, atol=5e-2 * float(other.abs().max()))
 
 
 # -- what it does not compute ------------------------------------------------------------------------------------------

@@ -1,0 +1,52 @@
+"""Attention from complete scores, and the queries, keys and documents that it is compared on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LENGTH, HEADS, SIZE = 96, 4, 16
+LAYOUTS = {
+    "whole rows": [[LENGTH], [LENGTH]],
+    "two documents": [[40, 56], [LENGTH]],
+    "many documents": [[5, 17, 1, 1, 17, 30, 2, 23], [19, 3, 3, 3, 40, 28]],
+    "equal documents": [[24] * 4, [24] * 4],
+}
+
+
+def positions_of(layout: list[list[int]]) -> Tensor:
+    """(B, T) positions of documents with these lengths in each row."""
+    return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in layout])
+
+
+def parts(rows: int, length: int, shared: int, value_size: int = SIZE, dtype: torch.dtype = torch.float64) -> Any:
+    """Query, key, value and sinks that need gradients; scores of about 3."""
+    generator = torch.Generator().manual_seed(rows + length + shared)
+    shapes = [(rows, HEADS, length, SIZE), (rows, shared, length, SIZE), (rows, shared, length, value_size), (HEADS,)]
+    return [torch.randn(shape, generator=generator, dtype=dtype).mul(1.7).requires_grad_() for shape in shapes]
+
+
+def reference(
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float, window: int | None,
+    softcap: float | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """(B, T, H, D_v), from complete scores."""
+    groups, length = query.shape[1] // key.shape[1], query.shape[2]
+    scores = query @ key.repeat_interleave(groups, 1).mT * scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    document = torch.nn.functional.pad((positions.diff(dim=1) != 1).cumsum(1), (1, 0))
+    index = torch.arange(length, device=query.device)
+    distance = index[:, None] - index
+    seen = (document[:, None, :, None] == document[:, None, None]) & (distance >= 0) & (distance < (window or length))
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    return (scores.softmax(-1)[..., :length] @ value.repeat_interleave(groups, 1)).transpose(1, 2)
+
+
+def gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """Those of a fixed random sum of the output."""
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
+    return list(torch.autograd.grad((out * weights).sum(), inputs))
