@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import use_experts_implementation
@@ -126,7 +127,10 @@ def one_by_one(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([part @ weight.T for part, weight in zip(parts, weights, strict=True)])
 
 
-@pytest.mark.parametrize("kernel", [False, True])
+with_kernel = pytest.param(True, marks=pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="needs torch 2.10"))
+
+
+@pytest.mark.parametrize("kernel", [False, with_kernel])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_grouped_products_and_their_gradients(monkeypatch: pytest.MonkeyPatch, kernel: bool, bits: int) -> None:
     """The way of a GPU too, whose product torch has for CPUs as well. One matrix has no rows."""
