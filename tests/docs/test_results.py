@@ -25,6 +25,7 @@ IMAGES = {
     "learning-curves.svg": "learning.json",
     "learning-gap.svg": "learning.json",
     "learning-long.svg": "learning_long.json",
+    "learning-ranks.svg": "learning_long.json",
     "delta-scale.svg": "delta_scale.json",
 }
 """Image of docs/ -> the JSON that it is drawn from, or what it shows in place of a measurement."""
