@@ -183,7 +183,7 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "model")
     with pytest.raises(UserError, match="no tokenizer can be loaded from 'no-such/name'"):
         load_tokenizer("no-such/name")
-    with pytest.raises(UserError, match="no tokenizer can be loaded from '~nobody-of-this-name/model'"):
+    with pytest.raises(UserError, match="--tokenizer_name ~nobody-of-this-name/model: no home folder"):
         load_tokenizer("~nobody-of-this-name/model")
 
 
