@@ -152,8 +152,8 @@ def export_merged(
         run = open_run(source, adapter, ledger, base_folder, domain)
         if verify:
             folder_config(run.base.folder, trust_remote_code, "--verify: base")
-        if verify and run.base_bits == 4:
-            nf4.check_installed()
+            if run.base_bits == 4:
+                nf4.check_installed()
         _check_output(output, overwrite, (run.base.folder.resolve(), checkpoint))
         target = compute_dtype(adapter.dtype if dtype == "auto" else dtype)
         shards = plan_shards(run.base, _exported_keys(run), target, int(max_shard_gib * 2**30))

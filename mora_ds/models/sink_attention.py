@@ -75,15 +75,15 @@ class VarlenKernel:
     scale: float
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        *found, _ = torch.ops.aten._flash_attention_forward(
+        out, sums, *_ = torch.ops.aten._flash_attention_forward(
             query, key, value, *self._documents, return_debug_mask=False, **self._weights
         )
-        return tuple(found)
+        return out, sums
 
     def backward(self, grad: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        *tensors, seed, offset = saved
+        state = grad.new_zeros(2, dtype=torch.uint64), grad.new_empty(0)  # of dropout, as torch's varlen.py gives it
         gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
-            grad, *tensors, *self._documents, seed, offset, **self._weights
+            grad, *saved, *self._documents, *state, **self._weights
         )
         return gradients
 
