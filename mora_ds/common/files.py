@@ -356,13 +356,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_MAX_YAML, _MAX_NODES = 8 * 2**20, 1_000_000
+_MAX_YAML, _MAX_NODES, _MAX_DIGITS = 8 * 2**20, 1_000_000, 200
 
 
 def _nodes(node: yaml.Node, seen: dict[int, int]) -> int:
     """Number of values that a node stands for, each alias counted with all that it repeats. Raises RecursionError for
     one that contains itself."""
     if id(node) not in seen:
+        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > _MAX_DIGITS:  # no float could hold it
+            raise ValueError(f"a whole number has more than {_MAX_DIGITS} digits")
         seen[id(node)] = _MAX_NODES + 1  # for whatever meets it again while it is counted
         value: Any = node.value
         children = [each for pair in value for each in pair] if isinstance(node, yaml.MappingNode) else value

@@ -299,6 +299,8 @@ YAML: list[tuple[str, str]] = [
     ("a: 2024-99-99", "is no valid YAML"),
     ("a: &x [*x]", "stands for more than 1,000,000 values"),
     ("[" * 5000, "is no valid YAML"),
+    (f"a: 0x{'f' * 5000}", "is no valid YAML: a whole number has more than 200 digits"),
+    (f"a: [1{'0' * 200}]", "is no valid YAML: a whole number has more than 200 digits"),
     (f"a: &a [{'x, ' * 1000}]\nb: &b [{'*a, ' * 1000}]", "stands for more than 1,000,000 values"),
 ]
 
@@ -312,7 +314,8 @@ def test_yaml_that_is_refused(tmp_path: Path, text: str, words: str) -> None:
 
 def test_yaml_that_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
-    for text, content in (("", {}), ("a: &x {b: 1}\nc: *x\n1: d", {"a": {"b": 1}, "c": {"b": 1}, 1: "d"})):
+    aliased = "a: &x {b: 1}\nc: *x\n1: d", {"a": {"b": 1}, "c": {"b": 1}, 1: "d"}
+    for text, content in (("", {}), (f"a: {'9' * 200}", {"a": 10**200 - 1}), aliased):
         path.write_text(text)
         assert files.load_yaml(str(path), "recipe") == content
     with pytest.raises(UserError, match=r"cannot read recipe .*b\.yaml"):
