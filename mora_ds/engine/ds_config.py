@@ -148,7 +148,7 @@ def _resolve(
     world_size: int = 1,
 ) -> dict[str, Any]:
     resolved = load_ds_config(config)
-    _drop_null_sections(resolved)
+    drop_null_sections(resolved)
     problems = [*_wrong_shapes(resolved), *take_degree(resolved, degree)]
     if not problems:
         problems += _unknown_keys(resolved)
@@ -234,7 +234,7 @@ def _persistence_threshold(numels: list[int], bytes_each: int) -> int:
 # -- keys --------------------------------------------------------------------------------------------------------
 
 
-def _drop_null_sections(config: dict[str, Any]) -> None:
+def drop_null_sections(config: dict[str, Any]) -> None:
     """Remove sections that are null, which means the same as absent."""
     for path in (*SECTIONS, *OTHER_SECTIONS):
         parent, _, key = path.rpartition(".")

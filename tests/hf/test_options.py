@@ -136,6 +136,16 @@ def test_an_optimizer_of_the_config_stays(tmp_path: Path) -> None:
         fill_config(args, [100])
 
 
+@pytest.mark.parametrize(
+    "sections", [{"optimizer": None}, {"optimizer": {"params": None}}, {"zero_optimization": None}]
+)
+def test_a_section_that_is_null_is_one_that_is_absent(tmp_path: Path, sections: dict[str, Any]) -> None:
+    args = arguments(tmp_path, deepspeed={**ds_config(), **sections})
+    check_options(args, {})
+    fill_config(args, [100])
+    assert args.hf_deepspeed_config.config["optimizer"]["params"]["lr"] == args.learning_rate
+
+
 def merges(steps: int, **settings: Any) -> tuple[list[int], list[float]]:
     """Steps of the merges of a run, and the factor of the learning rate at each step."""
     callback = MoRACallback(restart_warmup_steps=2, **settings)
