@@ -9,7 +9,19 @@ from peft import PeftConfig
 from mora_ds.adapters.config import SUBSPACE, MoRAConfig
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
 from mora_ds.common.errors import UserError
+from mora_ds.common.untrusted import Count, typed
 from mora_ds.peft.register import PEFT_TYPE
+
+_TYPES = {
+    "r": int,
+    "r_hat_multiple": int,
+    "operator": str,
+    "grouping": str,
+    "mora_dropout": float,
+    "seed": int,
+    "cycle": Count,
+}
+"""Of the settings that decide which matrix a layer gets: PEFT takes any value that adapter_config.json has."""
 
 
 @dataclass
@@ -38,6 +50,8 @@ class MoraConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's own configs do
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name, hint in _TYPES.items():
+            typed(hint, getattr(self, name), name)
         if self.operator == SUBSPACE:
             raise UserError("operator 'subspace' reads a file of singular vectors, which PEFT's adapters cannot name")
         self.adapter()

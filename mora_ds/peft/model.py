@@ -5,6 +5,8 @@ Written against PEFT 0.21 (peft/tuners/tuners_utils.py); tests/peft fails where 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -104,6 +106,13 @@ class MoraModel(BaseTuner):
     tuner_layer_cls = MoraLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (an attribute of every tuner)
     """Empty: `target_modules` has a default that suits every architecture."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *arguments: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters it around `forward` and `generate`, and takes `adapter_names`, an adapter for each row, away."""
+        if kwargs.get("adapter_names") is not None:
+            raise UserError("adapter_names: all rows of a batch have the same MoRA adapters, those of set_adapter")
+        yield
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: Any, target_name: str, parent: nn.Module, current_key: str,

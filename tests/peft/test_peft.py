@@ -162,6 +162,8 @@ def test_several_adapters_are_chosen_by_name(tmp_path: Path) -> None:
     model.base_model.set_adapter(["law", "physics"])
     both = logits(model)
     assert not torch.equal(both, law) and not torch.equal(both, physics)
+    with pytest.raises(UserError, match="adapter_names: all rows of a batch have the same MoRA adapters"):
+        model(input_ids=IDS, adapter_names=["law", "physics", "law"])
     with model.disable_adapter():
         assert torch.equal(logits(model), base)
     model.set_adapter("physics")
@@ -192,6 +194,26 @@ def test_a_further_adapter_is_trained_once_it_is_chosen() -> None:
     assert layer.extra_repr() == f"x: rotate/permuted, r_hat={layer.mora_spec['x'].r_hat}, " + (
         f"y: rotate/permuted, r_hat={layer.mora_spec['y'].r_hat}"
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": "8"}, "r must be a whole number, got '8'"),
+        ({"r": 2.5}, "r must be a whole number, got 2.5"),
+        ({"mora_dropout": None}, "mora_dropout must be a number, got None"),
+        ({"seed": None}, "seed must be a whole number, got None"),
+        ({"cycle": "1"}, "cycle must be a whole number, got '1'"),
+        ({"cycle": -1}, "cycle must be at least 0"),
+    ],
+)
+def test_values_of_another_type_are_named(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    """Those of adapter_config.json too, whose matrices would else be read under other permutations, or not at all."""
+    get_peft_model(tiny_model(), MoraConfig(r=4)).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    with pytest.raises(UserError, match=message):
+        PeftModel.from_pretrained(tiny_model(), tmp_path)
 
 
 def test_wrong_settings_are_named() -> None:
