@@ -73,7 +73,7 @@ def _check(given: argparse.Namespace) -> None:
 
 def _mixes(given: argparse.Namespace) -> list[Mix]:
     """What to make of the update, for each --delta_scale. Raises `UserError`."""
-    mixes = [Mix(scale, given.average_last, given.average_decay) for scale in given.delta_scale]
+    mixes = [Mix(scale, given.average_last, given.average_decay) for scale in dict.fromkeys(given.delta_scale)]
     for mix in mixes:
         mix.check()
     return mixes

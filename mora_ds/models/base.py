@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import atomic_folder, read_json, stamp
-from mora_ds.common.untrusted import FileName, typed
+from mora_ds.common.untrusted import FileName, expanded, typed
 from mora_ds.models.stored_names import is_stack, members_of, renamed_keys, stacked_files
 from mora_ds.models.tensor_files import dtype_name, open_safetensors, shape_dtype, tensor_nbytes
 from mora_ds.runtime.ranks import Ranks, deal
@@ -74,7 +74,7 @@ class BaseCheckpoint:
         Raises `UserError` naming `flag` and the faulty file, and its subclass `NotOneToOne` where all weights are
         pickled.
         """
-        folder = Path(folder).absolute()
+        folder = expanded(folder, flag).absolute()
         if not folder.is_dir():
             raise UserError(f"{flag}: no such folder: {folder}")
         if not (folder / "config.json").is_file():

@@ -69,9 +69,9 @@ def choose(model: nn.Module, ranks: Ranks, forward: Callable[[], Any]) -> dict[s
         logger.info("\n".join(_table(timed, found)))
     if idle := [name for name in layers if name not in calls]:
         logger.info(
-            f"{len(idle)} of {len(layers)} adapted layers, {idle[0]} the first, are not called on this batch: where a"
-            " model reads their weights itself, as Mamba does, their matrices learn nothing; --target_modules leaves"
-            " them out"
+            f"{len(idle)} of {len(layers)} adapted layers, {idle[0]} the first, are not called on this batch. A model"
+            " that reads their weights itself, as Mamba does, trains none of their matrices: leave them out by"
+            " --target_modules"
         )
     untimed = {shape_of(layer): Compute.ACTIVATION for layer in layers.values()}
     return {**untimed, **found}

@@ -360,7 +360,9 @@ def test_a_model_with_an_infinite_weight(user: Playground, tmp_path: Path) -> No
     [
         pytest.param(1, ["--train_files", "/nowhere/*"], 2, "no file matches '/nowhere/*'", marks=pytest.mark.heavy),
         (2, ["--target_modules", "q_prj"], 2, "--target_modules 'q_prj'"),
-        (2, ["--learning_rate", "1e25"], 1, "Last good checkpoint: none was written"),
+        pytest.param(
+            2, ["--learning_rate", "1e25"], 1, "Last good checkpoint: none was written", marks=pytest.mark.heavy
+        ),
     ],
 )
 def test_the_launcher_says_it_once(

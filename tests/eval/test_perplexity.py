@@ -175,7 +175,7 @@ def test_a_checkpoint_and_its_export_give_the_same_figures(
         assert live[name]["nats"] == pytest.approx(nats[0], rel=1e-6)
         assert abs(live[name]["nats"] - nats[1]) > 1e-3 * nats[1]
         assert live[name]["text_bytes"] == path.stat().st_size
-    scales = ("--delta_scale", 0, 1, 1.0000001, "--json", tmp_path / "scales.json")
+    scales = ("--delta_scale", 0, 1, 1.0000001, 1, "--json", tmp_path / "scales.json")
     call("evaluate", out, "--sets", f"held={user.held}", *window, *scales)
     scaled = json.loads((tmp_path / "scales.json").read_text())["delta_scales"]
     assert set(scaled) == {"0", "1", "1.0000001"}

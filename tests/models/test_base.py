@@ -92,10 +92,14 @@ def test_bad_folder_is_named_with_the_flag(llama: Path, damage: Any, words: str)
     assert "--model_name_or_path" in str(caught.value) and str(llama) in str(caught.value)
 
 
-def test_a_config_may_say_that_nothing_is_quantized(llama: Path) -> None:
+def test_below_home_and_with_a_config_that_says_that_nothing_is_quantized(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves the ~ of `--base=~/model` as it is."""
+    monkeypatch.setenv("HOME", str(llama.parent))
     content = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps({**content, "quantization_config": None}))
-    assert BaseCheckpoint.open(llama).keys()
+    assert BaseCheckpoint.open(f"~/{llama.name}").keys()
 
 
 def test_missing_shard_is_named(sharded: Path) -> None:

@@ -22,11 +22,15 @@ from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import OperatorKind
 from mora_ds.common.errors import UserError
+from mora_ds.config.arguments import parse
+from mora_ds.config.validate import validate
 from mora_ds.data import load_corpus, load_tokenizer
 from tests.helpers.jobs import Playground
 from tests.helpers.models import causal_loss, tiny_model, tokens
 from tests.helpers.tools import call, tool
 from tools import figures_learning
+from tools.bench.learning_methods import METHODS_FILE, Methods
+from tools.bench.trials import flags
 
 BAD = (
     (["--methods", "loar"], "Did you mean 'lora'?"),
@@ -56,6 +60,17 @@ def test_bad_methods_are_named_with_their_file(tmp_path: Path, method: str, mess
     path.write_text(f"settings: {{}}\nmethods: {{own: {method}}}\n")
     with pytest.raises(UserError, match=f"methods.yaml.*{message}"):
         call("bench/learning", "--work", tmp_path / "work", "--methods_file", path)
+
+
+@pytest.mark.parametrize("path", sorted(METHODS_FILE.parent.glob("learning*.yaml")), ids=lambda path: path.stem)
+def test_every_method_is_one_that_the_training_program_takes(user: Playground, path: Path) -> None:
+    found = Methods.read(path)
+    files = {"model_name_or_path": user.model, "train_files": [user.train], "eval_files": [user.held]}
+    for method in found.methods.values():
+        for rate in method.rates:
+            validate(
+                parse(flags({**files, "max_steps": 3000, **found.settings, **method.settings(rate, 3000, user.held)}))
+            )
 
 
 def test_of_rates_that_learn_alike_the_one_that_forgets_least_is_best() -> None:
@@ -132,6 +147,7 @@ def test_the_base_that_is_made(
     user: Playground, tmp_path: Path, ran: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
+    start = Path(shutil.copytree(user.model, tmp_path / "start"))
 
     def warm_base(*given: Any, **settings: Any) -> SimpleNamespace:
         made.extend((*given, settings))
@@ -139,7 +155,7 @@ def test_the_base_that_is_made(
             for part, path in (("train", user.train), ("eval", user.held)):
                 document = {"text": path.read_text(encoding="utf-8")}
                 (tmp_path / f"{name}_{part}.jsonl").write_text(json.dumps(document))
-        return SimpleNamespace(warm=user.model, corpus=tmp_path)
+        return SimpleNamespace(warm=user.model, start=start, corpus=tmp_path)
 
     monkeypatch.setattr(tool("bench/learning"), "warm_base", warm_base)
     flags = ["--base_config", "own.json", "--base_steps", 7, "--base_rate", 1e-4, "--bf16"]
@@ -147,6 +163,9 @@ def test_the_base_that_is_made(
     warm = {"max_steps": 7, "learning_rate": 1e-4, "bf16": True}
     assert made == [tmp_path / "work" / "base", 8, Path("own.json"), warm]
     assert [each["bf16"] for each in ran] == [True, True]
+    scratch = ["--base_steps", 0, "--methods", "full@0.01", "--jobs", 1]
+    call("bench/learning", "--work", tmp_path / "work", *FLAGS, *scratch)
+    assert made[-1]["max_steps"] == 0 and {each["model_name_or_path"] for each in ran[2:]} == {start}
 
 
 def test_a_table_grows_by_the_runs_of_an_earlier_one(

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -20,9 +21,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mora_ds.common.errors import UserError
+from mora_ds.config.training import TrainingArguments
 from mora_ds.data import PackedDataset, build_cache, load_corpus, load_tokenizer, train_sentencepiece
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.loss import token_nll
+from mora_ds.train.pretrain import _total_steps
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import REPOSITORY, Playground, environment, job, launch, losses, printed, rows, run
 from tests.helpers.models import tiny_model
@@ -192,13 +195,22 @@ def test_a_pattern_of_evaluation_files_is_one_set_a_file(user: Playground, tmp_p
 
 @pytest.mark.gloo
 def test_epochs_in_place_of_steps(user: Playground, tmp_path: Path) -> None:
-    """Every block once an epoch: half an epoch is half of them, rounded up to whole steps."""
-    more = ("--max_steps", -1, "--per_device_train_batch_size", 16, "--num_train_epochs")
-    one = run(1, user.flags(tmp_path / "one", *more, 1))
-    half = run(1, user.flags(tmp_path / "half", *more, 0.5, "--lr_scheduler_type", "constant"))
-    assert half["steps"] == -(-one["steps"] // 2) or half["steps"] == one["steps"] // 2
+    """Every block once an epoch, rounded up to whole steps."""
+    more = ("--max_steps", -1, "--per_device_train_batch_size", 16, "--num_train_epochs", 1)
+    one = run(1, user.flags(tmp_path / "one", *more))
     assert one["tokens"] == one["steps"] * 16 * 32
     assert yaml.safe_load((tmp_path / "one" / "run.yaml").read_text())["resolved"]["steps"] == one["steps"]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "blocks", "ranks", "steps"),
+    [(1.0, 32, 1, 8), (0.5, 32, 1, 4), (0.5, 33, 1, 5), (1.1, 40, 1, 11), (1.1, 40, 2, 6), (0.01, 32, 1, 1)],
+    ids=["whole", "half", "rounded up", "read as a decimal", "two ranks", "at least one"],
+)
+def test_parts_of_an_epoch(epochs: float, blocks: int, ranks: int, steps: int) -> None:
+    """1.1 times 10 is more than 11 in floating point, which must not cost a step."""
+    training = TrainingArguments(max_steps=-1, num_train_epochs=epochs, per_device_train_batch_size=4)
+    assert _total_steps(training, SimpleNamespace(n_blocks=blocks), ranks) == steps
 
 
 # -- settings ------------------------------------------------------------------------------------------------------
@@ -280,16 +292,16 @@ def test_recipe_flags_and_run_yaml(user: Playground, tmp_path: Path) -> None:
         "per_device_train_batch_size": 2, "learning_rate": "1e-2", "compute": "weight",
     }  # fmt: skip
     (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    done = launch(2, ["recipe.yaml", "--mora_rank", "2", "--export_merged", "true"], place)
+    done = launch(1, ["recipe.yaml", "--mora_rank", "2", "--export_merged", "true"], place)
     assert done.returncode == 0, done.stdout + done.stderr
     first = place / "my run"
     written = yaml.safe_load((first / "run.yaml").read_text())
-    assert (written["mora_rank"], written["max_steps"], written["resolved"]["world_size"]) == (2, 4, 2)
+    assert (written["mora_rank"], written["max_steps"], written["resolved"]["world_size"]) == (2, 4, 1)
     assert written["versions"]["deepspeed"]
     assert AutoModelForCausalLM.from_pretrained(first / "merged").config.vocab_size == 400
     again = place / "again"
     os.chdir(place)
-    run(2, [str(first / "run.yaml"), "--output_dir", str(again)])
+    run(1, [str(first / "run.yaml"), "--output_dir", str(again)])
     assert torch.equal(losses(again), losses(first))
 
 

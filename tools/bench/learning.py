@@ -183,7 +183,7 @@ def _options() -> argparse.Namespace:
         "--base_config", type=Path, default=MODEL_CONFIG, metavar="FILE",
         help="config of the model that is warm-started where there is no --base",
     )  # fmt: skip
-    parser.add_argument("--base_steps", type=int, default=WARM_START["max_steps"], help="steps of its warm start")
+    parser.add_argument("--base_steps", type=int, default=WARM_START["max_steps"], help="of its warm start; 0: none")
     parser.add_argument("--base_rate", type=float, default=WARM_START["learning_rate"], help="and their learning rate")
     parser.add_argument("--bf16", action="store_true", help="the warm start and all runs in bf16")
     parser.add_argument("--new", type=Path, nargs=2, metavar=("TRAIN", "HELD"), help="the new text, with --base")
@@ -232,7 +232,8 @@ def _texts(options: argparse.Namespace) -> Texts:
         return Texts.of(*(path.resolve() for path in (options.base, *options.new, *options.old)))
     warm = {"bf16": options.bf16, "max_steps": options.base_steps, "learning_rate": options.base_rate}
     paths = warm_base(options.work / "base", 8, options.base_config, **warm)
-    return Texts.of(paths.warm, *(paths.corpus / f"{name}_{part}.jsonl" for name in ("domain", "general")
+    base = paths.warm if options.base_steps else paths.start  # no steps: from scratch
+    return Texts.of(base, *(paths.corpus / f"{name}_{part}.jsonl" for name in ("domain", "general")
                                   for part in ("train", "eval")))  # fmt: skip
 
 

@@ -37,9 +37,14 @@ def run_alone(command: Sequence[str], log: Path) -> None:
 
 def pretrain_alone(settings: Mapping[str, Any], log: Path, trial: Sequence[str] = ()) -> None:
     """`launch/pretrain.py` with these settings as flags, or `learning_trials.py` with the words of a `trial`."""
-    flags = [part for name, value in settings.items() for part in (f"--{name}", *_words(value))]
     program = ROOT / ("tools/bench/learning_trials.py" if trial else "launch/pretrain.py")
-    run_alone([sys.executable, str(program), *trial, "--deepspeed", str(ROOT / "configs/zero3.json"), *flags], log)
+    run_alone([sys.executable, str(program), *trial, *flags(settings)], log)
+
+
+def flags(settings: Mapping[str, Any]) -> list[str]:
+    """The command line of a run with these settings, under ZeRO-3."""
+    given = {"deepspeed": ROOT / "configs" / "zero3.json", **settings}
+    return [part for name, value in given.items() for part in (f"--{name}", *_words(value))]
 
 
 def _words(value: Any) -> list[str]:
@@ -55,11 +60,11 @@ def run_all(trials: Sequence[T], run: Callable[[T], object], jobs: int) -> None:
 
 def warm_base(folder: Path, rows: int, config: Path = MODEL_CONFIG, **settings: Any) -> DemoPaths:
     """A model of this config, by default the demo's small Llama, after the demo's warm start on prose with `settings`
-    over the demo's own, made in `folder` where it is not there yet."""
+    over the demo's own, made in `folder` where it is not there yet. `max_steps` of 0: only `start`."""
     paths = DemoPaths(folder)
-    if not paths.warm.is_dir():
-        if not paths.start.is_dir():
-            write_inputs(paths, 42, config)
+    if not paths.start.is_dir():
+        write_inputs(paths, 42, config)
+    if not paths.warm.is_dir() and settings.get("max_steps") != 0:
         print("warm start on prose", flush=True)
         pretrain_alone({**warm_start_settings(paths, rows, seed=42), **settings}, paths.root / "warm.log")
     return paths
