@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from enum import Enum
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,13 +17,21 @@ from mora_ds.common.errors import (
     POSITIVE,
     SECONDS,
     Bounds,
+    Stopped,
     UserError,
+    member_named,
     nearest,
     out_of_bounds,
     reason,
     refusal,
     refuse,
+    unknown,
+    wrong_values,
 )
+
+
+class Kind(str, Enum):
+    ONE, TWO = "one", "two"
 
 
 def test_each_problem_is_told_once() -> None:
@@ -35,6 +45,23 @@ def test_each_problem_is_told_once() -> None:
 def test_a_word_is_not_its_own_nearest() -> None:
     assert nearest("merge_every", ["merge_every", "merge_very"]) == " Did you mean 'merge_very'?"
     assert nearest("merge_every", ["merge_every", "seed"]) == ""
+
+
+def test_an_unknown_name_is_told_with_the_known_ones() -> None:
+    assert unknown("--kind", "tow", ["one", "two"]) == "unknown --kind 'tow'; known: one, two. Did you mean 'two'?"
+    assert member_named(Kind, "kind", "two") is Kind.TWO
+    with pytest.raises(UserError, match="unknown --kind 'three'; known: one, two"):
+        member_named(Kind, "kind", "three")
+
+
+def test_settings_that_are_not_allowed_are_told_as_flags() -> None:
+    settings = SimpleNamespace(a=0, b=2, kind="two", other="tow")
+    wrong = wrong_values(settings, {"a": COUNT, "b": COUNT, "kind": Kind, "other": Kind})
+    assert list(wrong) == ["--a must be at least 1, got 0", unknown("--other", "tow", ["one", "two"])]
+
+
+def test_a_stop_passes_what_handles_errors() -> None:
+    assert not issubclass(Stopped, Exception)
 
 
 @pytest.mark.parametrize(

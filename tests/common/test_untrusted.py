@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,9 +24,11 @@ from mora_ds.common.untrusted import (
     FileName,
     RelativePath,
     Side,
+    entry,
     plain_json,
     read_text,
     require_memory,
+    require_plain,
     typed,
 )
 
@@ -39,6 +41,12 @@ class ColourKind(str, Enum):
 class Entry:
     number: int
     name: FileName = "a"
+    sides: list[int] = field(default_factory=list)
+    made: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.number == 13:
+            raise UserError("13 is no number of an entry")
 
 
 LONG = "\u00e4" * 120
@@ -82,7 +90,9 @@ REFUSED: list[tuple[Any, Any, str]] = [
     (Entry, [], "a mapping"), (Entry, {}, "'number' is missing"),
     (Entry, {"number": 1, "nam": "a"}, "unknown key 'nam'. Did you mean 'name'"),
     (ColourKind, "rad", "unknown colour 'rad'; known: red. Did you mean 'red'"),
-    (ColourKind, ["red"], "unknown colour"),
+    (ColourKind, ["red"], "unknown colour"), (AnyPath, "a\u2066b", "be a path"), (AnyPath, "a\u2028b", "be a path"),
+    (AnyPath, "a\x9fb", "be a path"), (Entry, {"number": 13}, "file: 13 is no number"),
+    (Entry, {"number": 1, "made": 2}, "unknown key 'made'"),
 ]  # fmt: skip
 
 
@@ -124,6 +134,29 @@ def test_json_that_is_refused(text: str, words: str) -> None:
         plain_json(text, "file")
 
 
+def test_json_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(untrusted, "MAX_BYTES", 4)
+    assert plain_json("[12]", "file") == [12]
+    with pytest.raises(UserError, match="file is larger than the 4 characters"):
+        plain_json("[123]", "file")
+
+
+def test_an_entry_that_is_missing_is_named() -> None:
+    assert entry({"a": 1}, "a", int, "file") == 1
+    with pytest.raises(UserError, match="file is damaged: 'b' is missing"):
+        entry({"a": 1}, "b", int, "file")
+
+
+def test_how_many_links_a_folder_has_is_told(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "a").symlink_to("inner")
+    with pytest.raises(UserError, match=r"a is a link to inner, and links are not followed: make a copy"):
+        require_plain(tmp_path)
+    (tmp_path / "inner" / "b").symlink_to("a")
+    with pytest.raises(UserError, match=r"not followed \(and 1 more\): make a copy"):
+        require_plain(tmp_path)
+
+
 def test_json_that_is_as_deep_as_it_may_be() -> None:
     assert plain_json(nested(MAX_DEPTH), "file") == json.loads(nested(MAX_DEPTH))
 
@@ -141,3 +174,5 @@ def test_memory_that_a_file_asks_for(free: int, limit: int, monkeypatch: pytest.
     require_memory(1000, "a layer")
     with pytest.raises(UserError, match="a layer takes"):
         require_memory(1001, "a layer")
+    with pytest.raises(UserError, match=r"takes 3\.0 GiB of memory, and 0\.0 are free"):
+        require_memory(3 * 2**30, "a layer")

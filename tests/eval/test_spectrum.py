@@ -89,7 +89,8 @@ def test_measures() -> None:
     assert found.stable_rank == pytest.approx(energy / 9)
     assert found.effective_rank == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)))
     assert found.top_1 == pytest.approx(9 / energy) and found.top_10_percent == pytest.approx(10 / energy)
-    assert measure(torch.ones(7), 7).effective_rank == pytest.approx(7)
+    even = measure(torch.ones(7), 7)
+    assert even.effective_rank == pytest.approx(7) and even.top_10_percent == pytest.approx(1 / 7), "one at least"
     assert set(vars(measure(torch.zeros(5), 5)).values()) == {0}
 
 
@@ -144,8 +145,34 @@ def test_history_is_that_of_the_formed_matrices(
         values = torch.linalg.svdvals(total)
         expected = measure(values, max(sides), 0.5)
         assert vars(found.cumulative) == pytest.approx(vars(expected), rel=1e-6)
-        assert found.newest.norm == pytest.approx(newest.norm().item(), rel=1e-6)
+        alone = measure(torch.linalg.svdvals(newest), max(sides), 0.5)
+        assert vars(found.newest) == pytest.approx(vars(alone), rel=1e-6)
         assert norms[cycle] == pytest.approx(values.norm().item(), rel=1e-6)
+
+
+def test_a_layer_with_many_inputs_is_that_of_the_formed_matrices() -> None:
+    """Its factors are made from some inputs at a time."""
+    updates = history(OperatorKind.SHARE, Grouping.PERMUTED, 600, 24, 6, cycles=2)
+    norms = [formed(updates[0]).norm().item(), (formed(updates[0]) + formed(updates[1])).norm().item()]
+    assert cumulative_norms(updates) == pytest.approx(norms, rel=1e-6)
+
+
+def test_cycles_of_several_operators_are_summed() -> None:
+    kinds = (OperatorKind.SHARE, OperatorKind.ROTATE, OperatorKind.TRUNCATE)
+    updates = [history(kind, Grouping.PLAIN, 32, 24, 4, cycles=1)[0] for kind in kinds]
+    total = sum(formed(update) for update in updates)
+    assert isinstance(total, torch.Tensor)
+    *_, last = layer_spectra(updates)
+    assert last.cumulative.norm == pytest.approx(total.norm().item(), rel=1e-6)
+
+
+def test_rank_counts_against_the_longer_side() -> None:
+    """Rounding grows with it: a singular value between the bounds of the two sides is no rank."""
+    small = 16 * torch.finfo(torch.float32).eps
+    spec = OperatorSpec(OperatorKind.TRUNCATE, 64, 8, 8, Grouping.PLAIN)
+    values = torch.tensor([1.0, 1.0, small, small, 0.0, 0.0, 0.0, 0.0])
+    (found,) = layer_spectra([(spec, values.diag())])
+    assert found.cumulative.rank == found.newest.rank == 2
 
 
 def spectra(kind: OperatorKind, cycles: int, plan: Callable[[int], tuple[Grouping, int]]) -> list[LayerSpectrum]:
@@ -244,6 +271,11 @@ def test_tables_show_the_last_cycle_of_layers_and_means_of_cycles(checkpoint: Pa
     both = [rows[1].spectrum.cumulative, rows[3].spectrum.cumulative]
     assert cells[6][:4] == ["1", "20", "2", f"{sum(each.rank for each in both) / 2:.1f}"]
     assert cells[6][5] == f"{sum(each.above for each in both) / 2:.1f}" and "not merged yet" in lines[-1]
+    assert " ".join(cells[0][2:]) == "rank of >0.1 stable effective |delta| |sum| new span new reach"
+    found = rows[2].spectrum
+    assert cells[1][5:7] == [f"{found.cumulative.stable_rank:.1f}", f"{found.cumulative.effective_rank:.1f}"]
+    assert cells[1][7:9] == [f"{found.newest.norm:.3e}", f"{found.cumulative.norm:.3e}"]
+    assert cells[1][9:] == [f"{found.outside_span:.3f}", f"{found.outside_reach:.3f}"]
 
 
 def test_json_and_board_hold_every_row(checkpoint: Path, tmp_path: Path) -> None:
@@ -253,7 +285,9 @@ def test_json_and_board_hold_every_row(checkpoint: Path, tmp_path: Path) -> None
     write_json(tmp_path / "spectrum.json", rows, 2.0)
     content = json.loads((tmp_path / "spectrum.json").read_text())
     assert (content["format"], content["threshold"], len(content["rows"])) == (1, 2.0, 5)
-    assert content["rows"][4]["spectrum"]["cumulative"]["above"] == rows[4].spectrum.cumulative.above > 0
+    last = content["rows"][4]
+    assert last["spectrum"]["cumulative"]["above"] == rows[4].spectrum.cumulative.above > 0
+    assert (last["d_in"], last["d_out"], last["r_hat"], last["operator"]) == (32, 24, 6, "share/permuted")
     write_board(tmp_path / "board", rows)
     events = EventAccumulator(str(tmp_path / "board"))
     events.Reload()
@@ -261,6 +295,11 @@ def test_json_and_board_hold_every_row(checkpoint: Path, tmp_path: Path) -> None
     stable = [row.spectrum.cumulative.stable_rank for row in rows[:3]]
     assert [point.step for point in points] == [10, 20, 25]
     assert [point.value for point in points] == pytest.approx(stable, rel=1e-6)
+    curves = {"span": rows[2].spectrum.outside_span, "reach": rows[2].spectrum.outside_reach}
+    for name, value in curves.items():
+        points = events.Scalars(f"spectrum_of_layers/newest_outside_{name}/a.q")
+        assert points[2].value == pytest.approx(value, abs=1e-6)
+    assert [point.step for point in events.Scalars("spectrum/rank")] == [10, 20, 25]
     expected = (rows[1].spectrum.cumulative.rank + rows[3].spectrum.cumulative.rank) / 2
     assert events.Scalars("spectrum/rank")[1].value == pytest.approx(expected)
 
@@ -278,10 +317,15 @@ def test_curves_do_not_mix_the_cycles_of_a_checkpoint_that_was_saved_at_a_merge(
     assert norms == pytest.approx([sum(each) / len(each) for each in means], rel=1e-6)
 
 
-def test_png(checkpoint: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    write_png(tmp_path / "figure.png", all_rows(checkpoint), 0.1)
+def test_png(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyplot, rows = pytest.importorskip("matplotlib.pyplot"), all_rows(checkpoint, threshold=2.0)
+    drawn: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    write_png(tmp_path / "figure.png", rows, 2.0)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    lines = [[list(zip(*line.get_data(), strict=True)) for line in figure.axes[0].get_lines()] for figure in drawn]
+    above = [row.spectrum.cumulative.above for row in rows]
+    assert lines == [[[(0, above[0])], [(0, above[1]), (1, above[3])], [(0, above[2]), (1, above[4])]]]
 
 
 def test_png_without_matplotlib_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,8 +342,13 @@ def test_flags_are_checked_before_the_work(tmp_path: Path) -> None:
     check_writable("--json", tmp_path / "new.json")
     with pytest.raises(UserError, match=r"--json .*folder that exists"):
         check_writable("--json", tmp_path / "none" / "new.json")
+    with pytest.raises(UserError, match=r"--json .*folder that exists"):
+        check_writable("--json", tmp_path)
 
 
 def test_tool(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    call("spectrum", checkpoint, "--json", tmp_path / "out.json", "--layers", "a.*")
-    assert "a.v" in capsys.readouterr().out and len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 5
+    call("spectrum", checkpoint, "--json", tmp_path / "out.json", "--layers", "a.*", "--threshold", 2)
+    content, printed = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+    assert "a.v" in printed and " >2 " in printed and content["threshold"] == 2
+    wanted = [row.spectrum.cumulative.above for row in all_rows(checkpoint, threshold=2)]
+    assert [row["spectrum"]["cumulative"]["above"] for row in content["rows"]] == wanted

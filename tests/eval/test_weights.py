@@ -6,6 +6,7 @@ import json
 import math
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +19,9 @@ from mora_ds.adapters.ops.spec import OperatorKind
 from mora_ds.adapters.target_plan import read_plan
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.data import Document
-from mora_ds.eval.gradient_probe import probe, token_batches
-from mora_ds.eval.weight_report import heat_map, report_lines
-from mora_ds.eval.weights import ESTIMATED, EXACT, Weight, analyse, measure_weight
+from mora_ds.eval.gradient_probe import GradientMeasures, probe, token_batches
+from mora_ds.eval.weight_report import heat_map, report_lines, write_heat_map, write_report
+from mora_ds.eval.weights import ESTIMATED, EXACT, Weight, WeightMeasures, analyse, measure_weight
 from mora_ds.models import stored_names
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.train.targets import open_model
@@ -80,6 +81,15 @@ def test_estimates_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
         assert estimated.stable_rank == pytest.approx(exact.stable_rank, rel=0.01)
         assert estimated.effective_rank == pytest.approx(exact.effective_rank, rel=0.05)
         assert estimated.energy_ranks == pytest.approx(exact.energy_ranks, rel=0.1, abs=2)
+
+
+def test_a_weight_is_decomposed_exactly_up_to_the_side_that_is_given() -> None:
+    weight, place = torch.randn(300, 310), Weight("w", 310, 300)
+    assert [measure_weight("a", place, weight, exact_up_to=side).method for side in (300, 299)] == [EXACT, ESTIMATED]
+    base: Any = SimpleNamespace(read=lambda key: weight)
+    assert [each.method for each in analyse(base, {"a": place}, exact_up_to=299)] == [ESTIMATED]
+    small = measure_weight("a", Weight("w", 40, 30), torch.randn(30, 40), exact_up_to=1)
+    assert small.method == EXACT, "of fewer values than are estimated from, all are computed"
 
 
 def test_estimates_do_not_depend_on_the_random_state_nor_change_it() -> None:
@@ -215,6 +225,51 @@ def test_a_heat_map_has_types_down_and_blocks_across() -> None:
     kinds, blocks, values = heat_map({"m.0.q": 1.0, "m.1.q": 3.0, "m.1.experts.0.q": 5.0, "m.1.o": 2.0, "head": 7.0})
     assert (kinds, blocks) == (["q", "o", "head"], [0, 1])
     assert values[0] == [1.0, 4.0] and values[1][1] == 2.0 and math.isnan(values[1][0]) and values[2][0] == 7.0
+
+
+def three_layers() -> tuple[list[WeightMeasures], dict[str, GradientMeasures]]:
+    """Two layers of a type and one of another, and what a probe found of them."""
+    rows = [
+        WeightMeasures("m.0.q", 8, 4, EXACT, 3.0, (2.0, 1.0), 1.5, 2.0, (1, 2, 3)),
+        WeightMeasures("m.1.q", 8, 4, EXACT, 5.0, (4.0, 1.0), 2.5, 3.0, (1, 3, 4)),
+        WeightMeasures("m.0.o", 4, 8, EXACT, 7.0, (6.0, 1.0), 3.5, 1.0, (2, 2, 2)),
+    ]
+    norms = {"m.0.q": (1.0, 10.0), "m.1.q": (3.0, 30.0), "m.0.o": (5.0, 50.0)}
+    return rows, {name: GradientMeasures(name, 8, 4, 2, *pair) for name, pair in norms.items()}
+
+
+def test_the_tables_have_a_line_a_layer_and_the_means_of_a_type() -> None:
+    lines = [line.split() for line in report_lines(*three_layers())]
+    titles = "d_in d_out norm s_1 stable effective of full 50% 90% 99% |dL/dM| |dL/dW|"
+    assert " ".join(lines[0]) == f"layer {titles}" and " ".join(lines[5]) == f"type layers {titles}"
+    first = "8 4 3.000e+00 2.000e+00 1.5 2.0 50.0% 1 2 3 1.000e+00 1.000e+01"
+    assert lines[1] == ["m.0.q", *first.split()]
+    mean = "8 4 4.000e+00 3.000e+00 2.0 2.5 62.5% 1 2 4 2.000e+00 2.000e+01"
+    assert lines[6] == ["q", "2", *mean.split()] and lines[7][:4] == ["o", "1", "4", "8"]
+
+
+def test_json_has_every_measure_of_every_layer(tmp_path: Path) -> None:
+    rows, gradients = three_layers()
+    write_report(tmp_path / "a.json", "model", rows, gradients)
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert (content["format"], content["model"], content["energy_shares"]) == (1, "model", [0.5, 0.9, 0.99])
+    assert content["layers"][1] == {
+        "module": "m.1.q", "d_in": 8, "d_out": 4, "method": "exact", "norm": 5.0, "leading": [4.0, 1.0],
+        "stable_rank": 2.5, "effective_rank": 3.0, "energy_ranks": [1, 3, 4], "score": 0.75,
+        "gradients": gradients["m.1.q"].to_dict(),
+    }  # fmt: skip
+
+
+def test_the_scores_of_weights_and_of_the_probe_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    drawn: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    rows, gradients = three_layers()
+    write_heat_map(tmp_path / "map.png", rows, gradients)
+    images = [axis.get_images()[0].get_array() for axis in drawn[0].axes if axis.get_title()]
+    ranks, probed = (image.filled(-1).tolist() for image in images)
+    assert ranks == [[0.5, 0.75], [0.25, -1]]
+    assert probed == [[gradients[name].score for name in ("m.0.q", "m.1.q")], [gradients["m.0.o"].score, -1]]
 
 
 def test_the_tool_prints_writes_and_plans(user: Playground, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,14 +11,17 @@ from typing import Any
 
 import accelerate
 import pytest
+import torch
 import transformers
 from accelerate.state import PartialState
 from transformers import TrainingArguments
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.trainer_utils import HubStrategy
 
 import mora_ds
 from mora_ds.common.errors import UserError
 from mora_ds.hf import MoRACallback, MoRATrainer, load_model
+from mora_ds.hf import trainer as trainer_module
 from mora_ds.hf.options import REFUSED, check_options, fill_config
 from tests.helpers.hf import Trainer, ds_config
 from tests.helpers.models import tiny_model
@@ -44,6 +47,7 @@ def _forget_the_config() -> Iterator[None]:
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"optim": "adafactor"}, "optim='adafactor'"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, "reduce_lr_on_plateau"),
+        ({"lr_scheduler_type": "greedy", "eval_strategy": "steps"}, "lr_scheduler_type='greedy'"),
         ({"deepspeed": {**ds_config(), "scheduler": {"type": "WarmupLR"}}}, '"scheduler"'),
         ({"deepspeed": {**ds_config(), "tensor_parallel": {"autotp_size": 2}}}, '"tensor_parallel"'),
     ],
@@ -104,6 +108,59 @@ def test_a_model_is_loaded_unsharded_in_spite_of_the_arguments(tmp_path: Path) -
     assert hf_deepspeed.is_deepspeed_zero3_enabled() and args.deepspeed
     assert not any(hasattr(parameter, "ds_id") for parameter in load_model(tmp_path / "model").parameters())
     assert hf_deepspeed.is_deepspeed_zero3_enabled()
+
+
+def test_a_path_is_loaded_as_the_arguments_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """trl's arguments have `model_init_kwargs`."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    loaded: list[Any] = []
+    monkeypatch.setattr(trainer_module, "inject", lambda model, mora: loaded.append(model) or 1 / 0)
+    args = arguments(tmp_path)
+    for more, dtype in (({"dtype": "bfloat16"}, torch.bfloat16), (None, torch.float32)):
+        args.model_init_kwargs = more
+        with pytest.raises(ZeroDivisionError):
+            Trainer(str(tmp_path / "model"), args, mora=mora_ds.MoRAConfig())
+        assert loaded[-1].dtype is dtype
+
+
+def test_a_base_that_is_named_is_the_one_that_is_read() -> None:
+    model: Any = SimpleNamespace(config=SimpleNamespace(_name_or_path="where the model came from"))
+    assert trainer_module._name_of_base(model, None) == "where the model came from"
+    assert trainer_module._name_of_base(model, Path("base")) == "base"
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_checkpoint", "is_merged"),
+    [
+        ({}, False, True),
+        ({}, True, False),
+        ({"save_only_model": True}, True, True),
+        ({"push_to_hub": True, "hub_strategy": HubStrategy.EVERY_SAVE}, True, True),
+        ({"push_to_hub": True, "hub_strategy": HubStrategy.END}, True, False),
+    ],
+)
+def test_where_the_merged_model_is_written(
+    tmp_path: Path, settings: dict[str, Any], is_checkpoint: bool, is_merged: bool
+) -> None:
+    defaults = {"save_only_model": False, "push_to_hub": False, "hub_strategy": None, "should_save": True}
+    written: list[Path] = []
+    trainer: Any = SimpleNamespace(
+        args=SimpleNamespace(output_dir=str(tmp_path), **{**defaults, **settings}),
+        _write_merged=written.append,
+        processing_class=None,
+    )
+    MoRATrainer.save_model(trainer, str(tmp_path / "checkpoint-1") if is_checkpoint else None, is_checkpoint)
+    assert written == ([tmp_path / "checkpoint-1" if is_checkpoint else tmp_path] if is_merged else [])
+
+
+def test_operations_are_counted_with_the_frozen_base() -> None:
+    model = tiny_model()
+    trainer: Any = SimpleNamespace(model=model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    mora_ds.inject(model, mora_ds.MoRAConfig(rank=2))
+    total += sum(layer.value.numel() for layer in mora_ds.mora_layers(model).values())
+    assert MoRATrainer.floating_point_ops(trainer, {"input_ids": torch.zeros(2, 16)}) == 6 * 32 * total
+    assert MoRATrainer.floating_point_ops(trainer, {"inputs_embeds": torch.zeros(2, 16)}) == 0
 
 
 def test_the_callback_needs_the_mixin(tmp_path: Path) -> None:

@@ -78,6 +78,30 @@ def test_documents_are_read_from_the_positions_of_all_rows() -> None:
     assert torch.equal(attended(torch.zeros(3, 4, 4)), attended(None))
 
 
+@pytest.mark.parametrize("kind", ["plain", "capped", "sinks"])
+def test_the_output_has_the_precision_of_the_query(kind: str) -> None:
+    inputs = parts(1, LENGTH, 2)[: 4 if kind == "sinks" else 3]
+    half = [part.detach().bfloat16().requires_grad_() for part in inputs]
+    more: Any = {"softcap": 2.0 if kind == "capped" else None, "s_aux": half[3] if kind == "sinks" else None}
+    out, _ = document_attention(torch.nn.Module(), *half[:3], None, **more)
+    exact = [part.detach().double() for part in half]
+    sinks = exact[3] if kind == "sinks" else None
+    wanted = reference(*exact[:3], positions_of([[LENGTH]]), SIZE**-0.5, None, more["softcap"], sinks)
+    assert out.dtype is torch.bfloat16
+    torch.testing.assert_close(out.double(), wanted, rtol=2e-2, atol=2e-2)
+    assert {each.dtype for each in gradients(out, half)} == {torch.bfloat16}
+
+
+def test_what_is_registered_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequence parallelism wraps itself around it."""
+    name, known = module_under_test.NAME, module_under_test.ALL_ATTENTION_FUNCTIONS
+    module_under_test.register()
+    wrapped = document_attention if known[name] is not document_attention else sum
+    monkeypatch.setitem(known._global_mapping, name, wrapped)
+    module_under_test.register()
+    assert known[name] is wrapped
+
+
 def layer_of(shared: int) -> torch.nn.Module:
     """An attention layer as transformers' own attention reads it."""
     layer = torch.nn.Module()

@@ -175,6 +175,8 @@ def test_several_adapters_are_chosen_by_name(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), physics)
     loaded.delete_adapter("law")
     assert torch.equal(logits(loaded), physics)
+    for layer in layers(loaded).values():
+        assert [*layer.mora_spec] == [*layer.mora_dropout] == [*layer.mora_square] == ["physics"]
     merged = copy.deepcopy(loaded).merge_and_unload()
     torch.testing.assert_close(logits(merged), physics, rtol=0, atol=1e-5)
 
@@ -190,6 +192,14 @@ def test_a_further_adapter_is_trained_once_it_is_chosen() -> None:
     assert trained_by(model) == {"q_proj.x"}
     model.set_adapter("y")
     assert trained_by(model) == {"q_proj.y", "down_proj.y"}
+    for seed, name in enumerate(("x", "y")):
+        for each in layers(model).values():
+            if name in each.mora_square:
+                each.mora_square[name].data.fill_(0.01 * (seed + 1))
+    model.base_model.set_adapter(["x", "y"])
+    both = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), both, rtol=0, atol=1e-5)
     layer = next(iter(layers(model).values()))
     assert layer.extra_repr() == f"x: rotate/permuted, r_hat={layer.mora_spec['x'].r_hat}, " + (
         f"y: rotate/permuted, r_hat={layer.mora_spec['y'].r_hat}"

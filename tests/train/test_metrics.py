@@ -156,11 +156,13 @@ def test_tensorboard_shows_one_curve_after_a_resume(tmp_path: Path) -> None:
         for step in range(start + 1, stop + 1):
             log.step(metrics(step, loss))
         log.evaluation(stop, {"held": loss, "old": 3.0}, before={"old": 2.0})
+        log.event(stop, "merges", "merged")
         log.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in board.Scalars("1_loss/training")] == [
         (1, 2.0), (2, 2.0), (3, 1.0), (4, 1.0), (5, 1.0),
     ]  # fmt: skip
+    assert [event.step for event in board.Tensors("merges/text_summary")] == [4, 5]
     tags = {tag for tag, _ in STEP_TAGS.values()}
     tags |= {"2_evaluation/perplexity/held", "2_evaluation/perplexity/old", "2_evaluation/forgetting/old"}
     assert set(board.Tags()["scalars"]) == tags
@@ -250,18 +252,20 @@ def test_memory_is_in_bytes() -> None:
     assert 2**26 < peak_memory_bytes() < 2**44
 
 
+@pytest.mark.parametrize("told", ["steps", "events", "at the end"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_in_tensorboards_thread_is_the_error_of_a_full_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
 ) -> None:
     log = MetricsLog(tmp_path, 100, enabled=True)
 
-    def write(self: object, data: bytes) -> None:
+    def write(self: object, *data: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(RecordWriter, "write", write)
+    for method in ("write", "flush"):
+        monkeypatch.setattr(RecordWriter, method, write)
     with pytest.raises(RunError, match=f"the disk that holds {tmp_path} is full"):
-        for step in range(100):
-            log.step(metrics(step))
+        for step in range(0 if told == "at the end" else 100):
+            log.step(metrics(step)) if told == "steps" else log.event(step, "merges", "merged")
             time.sleep(0.05)
         log.close()

@@ -118,6 +118,7 @@ def test_a_failing_service_is_reported_once(
     assert record.getMessage().startswith("--report_to wandb ") and "no route to host" in record.getMessage()
     assert len(stand_in.made[0].calls) == fails_at
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "trackers" / "runs.json").exists() == (fails_at > 0), "a run that the service never began"
 
 
 def test_an_interrupt_is_not_a_failing_service(tmp_path: Path, stand_in: type[StandIn]) -> None:
@@ -153,6 +154,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, mock.MagicMock]:
     """Packages of services in their places, which note how they are called."""
     made = {name: mock.MagicMock() for name in ("wandb", "mlflow", "trackio")}
     made["wandb"].init.return_value = mock.MagicMock(id="w1", summary={})
+    made["wandb"].init.side_effect = lambda **told: mock.DEFAULT if Path(told["dir"]).is_dir() else 1 / 0
     made["mlflow"].start_run.return_value.info.run_id = "m1"
     for name, package in made.items():
         monkeypatch.setitem(sys.modules, name, package)
@@ -162,7 +164,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, mock.MagicMock]:
 def test_services_are_called_as_their_packages_want_it(tmp_path: Path, packages: dict[str, mock.MagicMock]) -> None:
     """And again when the run goes on: by the names that the services gave it, without what can be said only once."""
     wandb, mlflow, trackio = packages.values()
-    label = Label("project", "run", ("a", "b"), {**LABEL.config, "long": "x" * 600})
+    label = Label("project", "run", ("a", "b"), {**LABEL.config, "long": "x" * 600, "mixture": {"a+b": 0.5}})
     for start_step in (0, 2):
         for service in start_trackers(list(packages), label, tmp_path, start_step):
             service.log({"8_sources/a+b/loss": 2.5}, start_step + 1)
@@ -184,7 +186,8 @@ def test_services_are_called_as_their_packages_want_it(tmp_path: Path, packages:
     assert first == {"run_id": None, "run_name": "run", "tags": {"tags": "a, b"}} and second["run_id"] == "m1"
     (parameters,) = mlflow.log_params.call_args.args
     assert mlflow.log_params.call_count == 1, "a parameter keeps its first value"
-    assert parameters == {"seed": "1", "resolved.deepspeed.bf16": "True", "long": "x" * 500}
+    plain = {"seed": "1", "resolved.deepspeed.bf16": "True", "long": "x" * 500, "mixture.a_b": "0.5"}
+    assert parameters == plain, "in the characters that MLflow takes"
     assert [call.kwargs["step"] for call in mlflow.log_metrics.call_args_list] == [1, 3]
     assert mlflow.log_metrics.call_args.args == ({"8_sources/a_b/loss": 2.5},)
     mlflow.set_tag.assert_called_with("merges.000005", "merged at 5")
@@ -193,7 +196,11 @@ def test_services_are_called_as_their_packages_want_it(tmp_path: Path, packages:
     for call in trackio.init.call_args_list:
         assert (call.kwargs["project"], call.kwargs["name"], call.kwargs["resume"]) == ("project", "run", "allow")
         assert call.kwargs["config"]["tags"] == ["a", "b"]
-    logged_there = [call.args[0] for call in trackio.init.return_value.log.call_args_list]
+    run = trackio.init.return_value
+    logged_there = [call.args[0] for call in run.log.call_args_list]
+    assert [call.kwargs.get("step") for call in run.log.call_args_list] == [1, None, 3, None]
+    run.alert.assert_called_with(title="merges", text="step 5: merged at 5")
+    assert run.finish.call_count == 2
     assert logged_there[1] == {"summary/steps": 3, "summary/perplexity.held": 2.0}
     known = json.loads((tmp_path / "trackers" / "runs.json").read_text())
     assert known == {"wandb": "w1", "mlflow": "m1", "trackio": "run"}
