@@ -109,7 +109,7 @@ class MoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *arguments: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT enters it around `forward` and `generate`, and takes `adapter_names`, an adapter for each row, away."""
+        """PEFT enters it around `forward` and `generate`, which never see `adapter_names`, an adapter for each row."""
         if kwargs.get("adapter_names") is not None:
             raise UserError("adapter_names: all rows of a batch have the same MoRA adapters, those of set_adapter")
         yield

@@ -263,7 +263,7 @@ def _total_steps(training: TrainingArguments, data: TrainData, world: int) -> in
                 "`epochs`: raise or drop one of them, or lower --max_steps"
             )
         return training.max_steps
-    rows = Fraction(repr(training.num_train_epochs)) * data.n_blocks  # read as a decimal: 1.1 of 10 rows are 11
+    rows = Fraction(repr(training.num_train_epochs)) * data.n_blocks  # read as a decimal: 1.1 times 10 rows are 11
     steps = max(1, math.ceil(rows / training.rows_per_step(world)))
     return steps if limit is None else min(steps, limit)
 

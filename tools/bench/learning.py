@@ -183,7 +183,10 @@ def _options() -> argparse.Namespace:
         "--base_config", type=Path, default=MODEL_CONFIG, metavar="FILE",
         help="config of the model that is warm-started where there is no --base",
     )  # fmt: skip
-    parser.add_argument("--base_steps", type=int, default=WARM_START["max_steps"], help="of its warm start; 0: none")
+    parser.add_argument(
+        "--base_steps", type=int, default=WARM_START["max_steps"],
+        help="steps of its warm start; 0 leaves the model untrained",
+    )  # fmt: skip
     parser.add_argument("--base_rate", type=float, default=WARM_START["learning_rate"], help="and their learning rate")
     parser.add_argument("--bf16", action="store_true", help="the warm start and all runs in bf16")
     parser.add_argument("--new", type=Path, nargs=2, metavar=("TRAIN", "HELD"), help="the new text, with --base")
