@@ -73,12 +73,17 @@ def draw(path: Path, folder: Path) -> None:
     _draw_gap(found, folder / "learning-gap.svg")
 
 
-def draw_long(path: Path, folder: Path) -> None:
-    """learning-long.svg, the curves of long runs at one rank, and learning-ranks.svg, their ends at all ranks: nothing
-    where there is no such JSON."""
-    if path.is_file():
-        found = points(path)
-        _draw_curves([each for each in found if each.rank in (0, LONG_RANK)], LONG_CURVES, folder / "learning-long.svg")
+def draw_long(path: Path, folder: Path, from_step: int = 0) -> None:
+    """The curves of long runs at one rank, NAME.svg for NAME.json, and learning-ranks.svg, their ends at all ranks,
+    where there are several: nothing where there is no such JSON. `from_step` 1 leaves out the untrained model."""
+    if not path.is_file():
+        return
+    found = [point for point in points(path) if point.method != "none" or not from_step]
+    ranks = {point.rank for point in found if point.rank}
+    shown = (0, LONG_RANK if LONG_RANK in ranks else min(ranks))
+    curves = folder / f"{path.stem.replace('_', '-')}.svg"
+    _draw_curves([point for point in found if point.rank in shown], LONG_CURVES, curves)
+    if len(ranks) > 1:
         _draw_ranks(found, folder / "learning-ranks.svg")
 
 

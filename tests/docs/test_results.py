@@ -25,6 +25,8 @@ IMAGES = {
     "learning-curves.svg": "learning.json",
     "learning-gap.svg": "learning.json",
     "learning-long.svg": "learning_long.json",
+    "learning-long-13m.svg": "learning_long_13m.json",
+    "learning-scratch.svg": "learning_scratch.json",
     "learning-ranks.svg": "learning_long.json",
     "delta-scale.svg": "delta_scale.json",
 }

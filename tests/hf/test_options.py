@@ -142,15 +142,19 @@ def test_a_base_that_is_named_is_the_one_that_is_read() -> None:
 def test_where_the_merged_model_is_written(
     tmp_path: Path, settings: dict[str, Any], is_checkpoint: bool, is_merged: bool
 ) -> None:
+    """The tokenizer lies in every folder, written by one process."""
     defaults = {"save_only_model": False, "push_to_hub": False, "hub_strategy": None, "should_save": True}
-    written: list[Path] = []
+    folder, written, tokenizers = tmp_path / "checkpoint-1" if is_checkpoint else tmp_path, [], []
     trainer: Any = SimpleNamespace(
         args=SimpleNamespace(output_dir=str(tmp_path), **{**defaults, **settings}),
         _write_merged=written.append,
-        processing_class=None,
+        processing_class=SimpleNamespace(save_pretrained=tokenizers.append),
     )
-    MoRATrainer.save_model(trainer, str(tmp_path / "checkpoint-1") if is_checkpoint else None, is_checkpoint)
-    assert written == ([tmp_path / "checkpoint-1" if is_checkpoint else tmp_path] if is_merged else [])
+    MoRATrainer.save_model(trainer, str(folder) if is_checkpoint else None, is_checkpoint)
+    assert written == ([folder] if is_merged else []) and tokenizers == [folder] and folder.is_dir()
+    trainer.args.should_save = False
+    MoRATrainer.save_model(trainer, str(folder) if is_checkpoint else None, is_checkpoint)
+    assert len(written) == 2 * is_merged and tokenizers == [folder]
 
 
 def test_operations_are_counted_with_the_frozen_base() -> None:

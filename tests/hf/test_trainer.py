@@ -38,12 +38,14 @@ def trained_both_ways(root: str) -> dict[str, Any]:
         "trainer": {number: hf.matrices(trainer.deepspeed) for number, trainer in trainers.items()},
         "history": {number: trainer.state.log_history for number, trainer in trainers.items()},
         "merges": {number: trainer.run.state.merges for number, trainer in trainers.items()},
+        "planned": [callback._schedule.total_steps for trainer in trainers.values() for callback in trainer._merging],
     }
 
 
 def test_a_run_by_trainer_is_the_run_by_a_loop(tmp_path: Path) -> None:
     both = run_ranks(2, trained_both_ways, str(tmp_path))
     for rank in both:
+        assert rank["planned"] == [hf.STEPS] * 2
         for number in (1, 2):
             history = [row for row in rank["history"][number] if "loss" in row]
             assert [row["loss"] for row in history] == pytest.approx(rank["losses"], abs=1e-6)
@@ -74,6 +76,7 @@ def interrupted_and_not(root: str) -> dict[str, Any]:
         resumed.train()
     return {
         "evaluated": before,
+        "seed": whole.run.identity["seed"],
         "paths": [_paths(each) for each in (whole, resumed)],
         "expected": expected,
         "resumed": hf.matrices(resumed.deepspeed),
@@ -100,7 +103,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     for rank in both:
         assert rank["history"][0] == rank["history"][1] and rank["base_bytes"] == 0
         assert rank["paths"] == [({Compute.ACTIVATION}, {Compute.ACTIVATION})] * 2
-        assert rank["evaluated"] == pytest.approx(4.85, abs=0.1)
+        assert rank["evaluated"] == pytest.approx(4.85, abs=0.1) and rank["seed"] == 3
         for name, tensor in rank["expected"].items():
             assert torch.equal(rank["resumed"][name], tensor), name
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [

@@ -136,6 +136,14 @@ def test_what_the_varlen_kernel_can_compute() -> None:
     assert not fits(torch.bfloat16, softcap=30.0) and not fits(torch.bfloat16, dropout=0.1)
 
 
+@pytest.mark.parametrize("capability, has_flash", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_gpus_from_ampere_on_have_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], has_flash: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert module_under_test._has_flash.__wrapped__(torch.device("cuda", 0)) is has_flash
+
+
 def test_capped_scores_are_not_kept_for_backward() -> None:
     kept: list[int] = []
     query, key, value, _ = parts(1, 1024, 2)

@@ -136,11 +136,13 @@ def test_a_finished_run_is_not_repeated(user: Playground, tmp_path: Path, ran: l
     assert len(ran) == 12 and {each["per_device_train_batch_size"] for each in ran} == {8}
     call("bench/learning", *flags, "--methods", "lora@0.01", "--batch", 2)
     assert [each["per_device_train_batch_size"] for each in ran[12:]] == [2, 2]
+    call("bench/learning", *flags, "--methods", "lora@0.01", "mora-rotate@0.01", "--compute", "weight")
+    assert [each.get("compute") for each in ran[14:]] == ["weight", "weight"], "LoRA's runs are done"
     call("bench/learning", *flags)
     for folder in (tmp_path / "work" / "results").glob("r8-40-relora-*"):
         folder.unlink()
     call("bench/learning", *flags)
-    assert len(ran) == 16
+    assert len(ran) == 18
 
 
 def test_the_base_that_is_made(
@@ -227,7 +229,7 @@ def test_ranks_are_compared_in_one_table(user: Playground, tmp_path: Path, ran: 
         ("full", 0, 2), ("recipe-rows-4", 0, 2), ("lora", 2, 2), ("lora", 4, 2),
     ]  # fmt: skip
     figures_learning.draw_long(tmp_path / "all.json", tmp_path)
-    assert "LoRA" in (tmp_path / "learning-ranks.svg").read_text() and (tmp_path / "learning-long.svg").is_file()
+    assert "LoRA" in (tmp_path / "learning-ranks.svg").read_text() and (tmp_path / "all.svg").is_file()
 
 
 # -- trials ------------------------------------------------------------------------------------------------------------

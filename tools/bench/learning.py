@@ -149,10 +149,7 @@ class Row:
 def main() -> None:
     options = _options()
     methods = Methods.read(options.methods_file)
-    if options.bf16:
-        methods.settings["bf16"] = True
-    if options.batch is not None:
-        methods.settings["per_device_train_batch_size"] = options.batch
+    methods.change(options.bf16, options.batch, options.compute)
     if options.methods is None:
         options.methods = list(methods.methods)
     options.rates_of = methods.chosen(options.methods, options.rates)
@@ -197,6 +194,10 @@ def _options() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run")
     parser.add_argument("--batch", type=int, help="sequences of a step. Default: those of --methods_file")
+    parser.add_argument(
+        "--compute", choices=("activation", "weight"),
+        help="how MoRA layers compute in all runs. Default: each run times the paths, which in bf16 round differently",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method at its best learning rate")
     parser.add_argument("--sweep_seeds", type=int, default=2, help="of them at every learning rate of the sweep")
     parser.add_argument("--rates", nargs="+", type=float, help="instead of each method's own sweep")

@@ -61,6 +61,13 @@ class Methods:
                 raise UserError(f"{path}: {name}: replay and full_rank are shares, from 0 to below 1")
         return found
 
+    def change(self, bf16: bool, batch: int | None, compute: str | None) -> None:
+        """The flags of all runs, in place of the file's. `compute` is for methods with an operator."""
+        self.settings.update({"bf16": True} if bf16 else {})
+        self.settings.update({"per_device_train_batch_size": batch} if batch is not None else {})
+        for method in self.methods.values():
+            method.flags.update({"compute": compute} if compute and "operator" in method.flags else {})
+
     def chosen(self, words: list[str], rates: list[float] | None) -> dict[str, tuple[float, ...]]:
         """The learning rates of every named method. `words`: NAME, or NAME@RATE for each of some rates; `rates`: in
         place of its own sweep. Raises `UserError` for an unknown name and for a rate that is no number."""
