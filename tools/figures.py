@@ -226,7 +226,7 @@ def main() -> None:
     figures_learning.draw(DATA / "learning.json", ASSETS)
     figures_learning.draw_long(DATA / "learning_long.json", ASSETS)
     figures_learning.draw_long(DATA / "learning_long_13m.json", ASSETS)
-    figures_learning.draw_long(DATA / "learning_scratch.json", ASSETS, from_step=1)
+    figures_learning.draw_long(DATA / "learning_scratch.json", ASSETS, from_scratch=True)
     figures_learning.draw_scale(DATA / "delta_scale.json", ASSETS)
 
 

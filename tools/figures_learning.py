@@ -73,12 +73,12 @@ def draw(path: Path, folder: Path) -> None:
     _draw_gap(found, folder / "learning-gap.svg")
 
 
-def draw_long(path: Path, folder: Path, from_step: int = 0) -> None:
+def draw_long(path: Path, folder: Path, from_scratch: bool = False) -> None:
     """The curves of long runs at one rank, NAME.svg for NAME.json, and learning-ranks.svg, their ends at all ranks,
-    where there are several: nothing where there is no such JSON. `from_step` 1 leaves out the untrained model."""
+    where there are several: nothing where there is no such JSON. `from_scratch`: without the untrained model."""
     if not path.is_file():
         return
-    found = [point for point in points(path) if point.method != "none" or not from_step]
+    found = [point for point in points(path) if not (from_scratch and point.method == "none")]
     ranks = {point.rank for point in found if point.rank}
     shown = (0, LONG_RANK if LONG_RANK in ranks else min(ranks))
     curves = folder / f"{path.stem.replace('_', '-')}.svg"

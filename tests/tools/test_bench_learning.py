@@ -232,6 +232,18 @@ def test_ranks_are_compared_in_one_table(user: Playground, tmp_path: Path, ran: 
     assert "LoRA" in (tmp_path / "learning-ranks.svg").read_text() and (tmp_path / "all.svg").is_file()
 
 
+def test_curves_from_scratch_leave_out_the_untrained_model(tmp_path: Path) -> None:
+    curve = [{"step": step, "new": value, "old": value} for step, value in ((10, 50.0), (20, 30.0))]
+    run = {"is_best": True, "trained": 1, "rank": 8, "curve": curve, "perplexity": {"new": 30.0, "old": 30.0}}
+    none = {**run, "method": "none", "rank": 0, "curve": [], "perplexity": {"new": 2100.0, "old": 2100.0}}
+    path = tmp_path / "from_here.json"
+    path.write_text(json.dumps({"runs": [none, {**run, "method": "lora"}]}))
+    for from_scratch in (False, True):
+        figures_learning.draw_long(path, tmp_path, from_scratch)
+        assert (">2000<" in (tmp_path / "from-here.svg").read_text()) is not from_scratch
+    assert not (tmp_path / "learning-ranks.svg").exists()
+
+
 # -- trials ------------------------------------------------------------------------------------------------------------
 
 

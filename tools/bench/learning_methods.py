@@ -62,11 +62,15 @@ class Methods:
         return found
 
     def change(self, bf16: bool, batch: int | None, compute: str | None) -> None:
-        """The flags of all runs, in place of the file's. `compute` is for methods with an operator."""
-        self.settings.update({"bf16": True} if bf16 else {})
-        self.settings.update({"per_device_train_batch_size": batch} if batch is not None else {})
-        for method in self.methods.values():
-            method.flags.update({"compute": compute} if compute and "operator" in method.flags else {})
+        """Flags of all runs that replace the file's. `compute` is for methods with an operator."""
+        if bf16:
+            self.settings["bf16"] = True
+        if batch is not None:
+            self.settings["per_device_train_batch_size"] = batch
+        if compute is not None:
+            for method in self.methods.values():
+                if "operator" in method.flags:
+                    method.flags["compute"] = compute
 
     def chosen(self, words: list[str], rates: list[float] | None) -> dict[str, tuple[float, ...]]:
         """The learning rates of every named method. `words`: NAME, or NAME@RATE for each of some rates; `rates`: in
