@@ -10,6 +10,7 @@ target_plan        which layers are adapted, by a file with a size for each (tar
 rank_allocation    a budget of parameters divided among layers
 tp_plan            which layers tensor parallelism splits, from the model's own plan
 new_embeddings     training of added vocabulary rows only
+low_rank_embeddings    a trained product that is added to embeddings and head
 alignment          the alignment loss
 nf4                frozen weights in 4 bits, with the terms of merged cycles
 quantized          which layers hold their weight in 8 or 4 bits, and its bytes

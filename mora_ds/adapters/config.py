@@ -57,7 +57,7 @@ class AdapterConfig:
     adapter: ClassVar[str]
     """Value of --adapter."""
     rank_flag: ClassVar[str] = "--mora_rank"
-    optional: ClassVar[frozenset[str]] = frozenset({"new_rows_from", "trained_rows", "base_bits"})
+    optional: ClassVar[frozenset[str]] = frozenset({"new_rows_from", "trained_rows", "embedding_rank", "base_bits"})
     """Fields that `to_dict` leaves out at their default, as in files written before these fields existed."""
 
     rank: int = 8
@@ -73,6 +73,8 @@ class AdapterConfig:
     """Train the rows of embeddings and head from this index on, and keep the earlier ones frozen; 0 turns this off."""
     trained_rows: tuple[int, ...] = ()
     """Train these rows of embeddings and head, ascending, and keep the others frozen."""
+    embedding_rank: int = 0
+    """Train a product of this rank that is added to embeddings and head, which stay frozen; 0 turns this off."""
     base_bits: int = AS_LOADED
     """Frozen weights of adapted layers are held in int8 (8, `ops.int8`), NF4 (4, `nf4`) or as they are loaded (16)."""
     seed: int = 42
@@ -372,10 +374,8 @@ class MoRAConfig(AdapterConfig):
         if self.is_subspace:
             first = cycle % self.vector_sets * r_hat % min(d_in, d_out)
             return SubspaceSpec(d_in, d_out, r_hat, layer, self.vectors, first)
-        if self.grouping == ALTERNATE:
-            grouping = (Grouping.STRIDED, Grouping.CONTIGUOUS)[cycle % 2]
-        else:
-            grouping = Grouping(self.grouping)
+        alternating = (Grouping.STRIDED, Grouping.CONTIGUOUS)[cycle % 2]
+        grouping = alternating if self.grouping == ALTERNATE else Grouping(self.grouping)
         seed = permutation_seed(self.seed, layer, cycle) if grouping is Grouping.PERMUTED else 0
         segments = max(self.segments, 1) if r_hat >= self.segments else 1
         in_segments, out_segments = (segments if aligned is side else 1 for side in Side)

@@ -22,6 +22,7 @@ from mora_ds.adapters.domain_names import Freeze
 from mora_ds.adapters.domains import DomainLinear, Domains, describe_domains, frozen_values
 from mora_ds.adapters.experts import MoRAExperts, compute_sorted
 from mora_ds.adapters.layer import AdaptedLinear, ExpertStack, adapt, linear_shape
+from mora_ds.adapters.low_rank_embeddings import train_low_rank
 from mora_ds.adapters.new_embeddings import train_new_rows
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec
@@ -153,6 +154,8 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     _freeze_to_buffers(model, trained)
     if config.new_rows_from or config.trained_rows:
         train_new_rows(model, config.new_rows_from, config.trained_rows)
+    if config.embedding_rank:
+        train_low_rank(model, config.embedding_rank, config.seed)
     layers = list(mora_layers(model).values())
     values = sum(value.numel() for layer in layers for value in layer.parameters(recurse=False))
     frozen = sum(value.numel() for value in frozen_values(model).values())

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from mora_ds.common.errors import UserError
 
-NEW_ROWS = "new_rows"
+NEW_ROWS, LOW_RANK = "new_rows", "low_rank"
+"""The trained tensors of these modules and of those of `low_rank_embeddings`."""
 FLAG = "--train_new_embeddings"
 ROWS_FLAG = "--train_embedding_rows"
 
@@ -89,11 +90,7 @@ def train_new_rows(model: Any, first: int, chosen: Sequence[int] = ()) -> None:
     Raises `UserError` where either is not a plain look-up or linear layer, and where there are no such rows.
     """
     flag = ROWS_FLAG if chosen else FLAG
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if type(embedding).forward is not nn.Embedding.forward:
-        raise UserError(f"{flag}: the embeddings are a {type(embedding).__name__}, which computes more than a look-up")
-    if getattr(type(head), "forward", None) is not nn.Linear.forward:  # None for a model without a head
-        raise UserError(f"{flag}: the output head is a {type(head).__name__}, no linear layer")
+    embedding, head = plain_tables(model, flag)
     last = len(embedding.weight) - 1
     if chosen and not (chosen[0] >= 0 and chosen[-1] <= last and all(a < b for a, b in pairwise(chosen))):
         raise UserError(f"{flag}: the rows are not ascending, or the model, with rows 0 to {last}, has not all of them")
@@ -101,19 +98,39 @@ def train_new_rows(model: Any, first: int, chosen: Sequence[int] = ()) -> None:
         raise UserError(f"{flag}: the model has rows 0 to {last}, none from {first} on is new")
     rows = torch.tensor(chosen or range(first, last + 1), device=embedding.weight.device)
     values = nn.Parameter(embedding.weight.data[rows])
-    tied = head.weight is embedding.weight  # not by address: a planned model has none
-    head_values = values if tied else nn.Parameter(head.weight.data[rows])
+    head_values = values if is_tied(embedding, head) else nn.Parameter(head.weight.data[rows])
     new_head = NewRowHead(head, head_values, rows, None if chosen else first)
+    replace_modules(model, {embedding: NewRowEmbedding(embedding, values, rows), head: new_head})
+
+
+def plain_tables(model: Any, flag: str) -> tuple[nn.Embedding, nn.Linear]:
+    """The model's embeddings and its head. Raises `UserError` where either is not a plain look-up or linear layer."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(embedding).forward is not nn.Embedding.forward:
+        raise UserError(f"{flag}: the embeddings are a {type(embedding).__name__}, which computes more than a look-up")
+    if getattr(type(head), "forward", None) is not nn.Linear.forward:  # None for a model without a head
+        raise UserError(f"{flag}: the output head is a {type(head).__name__}, no linear layer")
+    return embedding, head
+
+
+def is_tied(embedding: nn.Embedding, head: nn.Linear) -> bool:
+    """Whether both have one weight."""
+    return head.weight is embedding.weight  # not by address: a planned model has none
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Puts a module in the place of another one, wherever in the model that is."""
     names = {id(module): name for name, module in model.named_modules()}
-    for old, new in ((embedding, NewRowEmbedding(embedding, values, rows)), (head, new_head)):
+    for old, new in replacements.items():
         parent, _, child = names[id(old)].rpartition(".")
         new.train(old.training)
         setattr(model.get_submodule(parent), child, new)
 
 
 def stands_for(name: str) -> str:
-    """The parameter of the base that a trained tensor replaces, or of which it replaces rows."""
-    return f"{name.removesuffix(NEW_ROWS)}weight" if is_new_rows(name) else name
+    """The parameter of the base that a trained tensor replaces, of which it replaces rows, or to which it adds."""
+    part = next((each for each in (NEW_ROWS, LOW_RANK) if name.rpartition(".")[2] == each), None)
+    return name if part is None else f"{name.removesuffix(part)}weight"
 
 
 def is_new_rows(name: str) -> bool:

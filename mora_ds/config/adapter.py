@@ -114,6 +114,9 @@ class AdapterArguments:
     train_embedding_rows: int = 0
     """Train this number of rows of embeddings and head, those whose tokens become more frequent from the text of
     --replay to the new text, and keep the others frozen; 0 turns this off."""
+    train_embedding_rank: int = 0
+    """Train a product of this rank (tokens x rank times rank x width) that is added to embeddings and head, and keep
+    their own weights frozen; 0 turns this off."""
     train_norms: bool = False
     """Train the norms too."""
     train_head: bool = False
@@ -176,10 +179,11 @@ class AdapterArguments:
 
     @property
     def rows_flags(self) -> list[str]:
-        """The flags given that train some rows of embeddings and head."""
+        """The flags given that train a part of embeddings and head."""
         given = {
             "--train_new_embeddings": self.train_new_embeddings,
             "--train_embedding_rows": self.train_embedding_rows,
+            "--train_embedding_rank": self.train_embedding_rank,
         }
         return [flag for flag, value in given.items() if value]
 
@@ -238,6 +242,7 @@ class AdapterArguments:
             "target_modules": tuple(self.target_modules),
             "dropout": self.mora_dropout,
             "train_embeddings": self.train_embeddings,
+            "embedding_rank": self.train_embedding_rank,
             "train_norms": self.train_norms,
             "train_head": self.train_head,
             "base_bits": self.base_bits,
@@ -264,6 +269,7 @@ class AdapterArguments:
                 "restart_warmup_steps": NOT_NEGATIVE,
                 "optimizer_reset": OptimizerReset,
                 "train_embedding_rows": NOT_NEGATIVE,
+                "train_embedding_rank": NOT_NEGATIVE,
                 "full_rank_steps": NOT_NEGATIVE,
                 "full_rank_learning_rate": POSITIVE,
             },
@@ -280,11 +286,14 @@ class AdapterArguments:
             yield "--tp_segments is for --tp_grouping aligned, and it is gather"
         for flag in self.rows_flags:
             if self.train_embeddings or self.train_head:
-                yield f"{flag} trains some rows, --train_embeddings and --train_head train them all: give one of them"
+                yield (
+                    f"{flag} trains a part of embeddings and head, --train_embeddings and --train_head train them all: "
+                    "give one of them"
+                )
             if self.full_rank_steps > 0:
                 yield f"{flag}: --full_rank_steps train every row first: give one of them"
         if len(self.rows_flags) > 1:
-            yield f"{' and '.join(self.rows_flags)} train different rows: give one of them"
+            yield f"{' and '.join(self.rows_flags)} train different parts of embeddings and head: give one of them"
 
     def _without_mora(self) -> Iterator[str]:
         """Settings of MoRA matrices where --adapter has none."""
@@ -307,7 +316,7 @@ class AdapterArguments:
                 f"--adapter {self.adapter} has nothing to merge: leave out --merge_every, --merge_when, --merge_at_end"
             )
         for flag in self.rows_flags:
-            yield f"{flag}: --adapter {self.adapter} has no frozen rows next to trained ones"
+            yield f"{flag}: --adapter {self.adapter} has no frozen embeddings next to what is trained"
         if self.base_bits != AS_LOADED:
             yield (
                 f"--base_bits {self.base_bits}: --adapter {self.adapter} has no weight that is frozen under an adapter"

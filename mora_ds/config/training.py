@@ -130,7 +130,8 @@ class TrainingArguments:
     optimizer: str = OptimizerKind.ADAMW.value
     """adamw, or muon: DeepSpeed's Muon for the MoRA matrices, AdamW for all other trained parameters."""
     learning_rate: float = 4e-4
-    """Peak learning rate (the paper, 7B: 4e-4 to 5e-4 at rank 8, 5e-5 to 7e-5 at rank 256)."""
+    """Peak learning rate: a rank four times as high wants half of it (the paper, 7B: 4e-4 to 5e-4 at rank 8, 5e-5 to
+    7e-5 at rank 256)."""
     embedding_learning_rate: float | None = None
     """Peak learning rate of the other trained parameters (modules_to_save): embeddings, new rows, norms, head. Default:
     --learning_rate."""

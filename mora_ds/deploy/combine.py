@@ -21,10 +21,12 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial, reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mora_ds.adapters.low_rank_embeddings import is_low_rank, sum_of_products
 from mora_ds.adapters.new_embeddings import chosen_rows, is_new_rows, rows_of, stands_for
 from mora_ds.adapters.ops.spec import SquareSpec
 from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, open_adapter
@@ -131,8 +133,9 @@ def combine_adapters(
 
     `sources`: checkpoints, runs (their latest one) or exported adapters, all of one base and the same layers; ranks,
     operators and seeds may differ. `weights`: any finite numbers. `base_folder`: the base, if it was moved; read only
-    where embeddings, norms or a head were trained and the weights do not sum to 1. Returns lines to print. Raises
-    `UserError` naming what does not fit, `RunError` for damaged sources, values that are not finite and a full disk.
+    where embeddings, norms or a head were trained and the weights do not sum to 1, or a product for embeddings. Returns
+    lines to print. Raises `UserError` naming what does not fit, `RunError` for damaged sources, values that are not
+    finite and a full disk.
     """
     output = Path(output)
     if len(weights) != len(sources) or not sources:
@@ -147,7 +150,9 @@ def combine_adapters(
     terms = _terms(opened)
     trained = _Trained(opened, None if base_folder is None else Path(base_folder))
     facts = [{"adapter": str(each.folder), "step": each.adapter.step, "weight": float(each.weight)} for each in opened]
-    adapter = replace(last.adapter, cycle=len(terms) - 1, facts={**last.adapter.facts, COMBINED: facts})
+    adapter = replace(
+        last.adapter, cycle=len(terms) - 1, facts={**last.adapter.facts, **_config(opened), COMBINED: facts}
+    )
     with atomic_folder(output.absolute()) as folder:
         vectors = next((path for each in opened if (path := each.ledger.vectors_path) is not None), None)
         ledger = Ledger.create(folder / LEDGER_FOLDER, last.reference.fingerprint, vectors)
@@ -201,6 +206,13 @@ def _check_pair(source: _Source, last: _Source) -> None:
         raise UserError(f"{pair} have different domains, or other operators for them")
     if None not in (source.ledger.vectors, last.ledger.vectors) and source.ledger.vectors != last.ledger.vectors:
         raise UserError(f"{pair} have different singular vectors of their base")
+
+
+def _config(sources: Sequence[_Source]) -> dict[str, Any]:
+    """The adapter's config, where it is not the last source's: products of low rank lie side by side."""
+    configs = [source.adapter.facts.get("config", {}) for source in sources]
+    rank = sum(config.get("embedding_rank", 0) for config in configs)
+    return {"config": {**configs[-1], "embedding_rank": rank}} if rank else {}
 
 
 # -- terms -------------------------------------------------------------------------------------------------------------
@@ -275,25 +287,36 @@ class _Trained:
         self._sources, self._base_folder = sources, base_folder
         self._of_base = 1 - sum((source.weight for source in sources), Fraction(0))
         self._base: BaseCheckpoint | None = None
-        if self._of_base and sources[-1].adapter.trainables:
+        names = sources[-1].adapter.trainables
+        if (names and self._of_base) or any(map(is_low_rank, names)):
             self._base = sources[-1].reference.open_base(sources[-1].folder, base_folder, flag="--base")
 
     def value(self, name: str) -> Tensor:
-        """base + sum_i w_i (T_i - base), as sum_i w_i T_i + (1 - sum_i w_i) base."""
+        """base + sum_i w_i (T_i - base), as sum_i w_i T_i + (1 - sum_i w_i) base; products of low rank side by side."""
         parts = [(source.weight, source.tensors.trained(name)) for source in self._sources]
-        if self._base is not None:
-            original = self._base.read(self._sources[-1].reference.keys[stands_for(name)])
+        key = self._sources[-1].reference.keys[stands_for(name)]
+        if is_low_rank(name):
+            assert self._base is not None
+            products = ((low_rank, float(weight)) for weight, low_rank in parts)
+            return _rounded_sum([sum_of_products(products, self._base.shape_dtype(key)[0][0])], name)
+        if self._base is not None and self._of_base:
+            original = self._base.read(key)
             if is_new_rows(name):
                 chosen = chosen_rows(self._sources[-1].adapter.facts)
                 original = original[rows_of(original, len(parts[0][1]), chosen)]
             parts.append((self._of_base, original))
         return _rounded_sum((tensor.double() * float(weight) for weight, tensor in parts), name)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of `value`."""
+        shapes = [source.tensors.trained_shape(name) for source in self._sources]
+        return (shapes[-1][0], sum(rank for _, rank in shapes)) if is_low_rank(name) else shapes[-1]
+
 
 def _write_tensors(
     path: Path, adapter: AdapterFile, live: _Term, sources: Sequence[_Source], trained: _Trained
 ) -> None:
-    shapes = {**adapter.expected(), **{name: sources[-1].tensors.trained_shape(name) for name in adapter.trainables}}
+    shapes = {**adapter.expected(), **{name: trained.shape(name) for name in adapter.trainables}}
     layout = {name: (shape, torch.float32) for name, shape in shapes.items()}
     with atomic_path(path) as beside, SafetensorsWriter(beside, layout, {"step": str(adapter.step)}) as writer:
         for module, entry in adapter.layers.items():

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mora_ds.adapters import nf4
 from mora_ds.adapters.domain_names import SHARED
+from mora_ds.adapters.low_rank_embeddings import is_low_rank, with_product
 from mora_ds.adapters.new_embeddings import chosen_rows, is_new_rows, stands_for, with_rows
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.spec import UpdateSpec
@@ -105,12 +106,14 @@ class OpenedRun:
         return updates
 
     def trained(self, name: str, dtype: torch.dtype) -> Tensor:
-        """What a trained tensor's parameter becomes; trained rows among the frozen ones."""
-        tensor = self.tensors.trained(name).to(dtype)
-        if not is_new_rows(name):
-            return tensor
-        table = self.base.read(self.reference.keys[stands_for(name)]).to(dtype)
-        return with_rows(table, tensor, chosen_rows(self.adapter.facts))
+        """What a trained tensor's parameter becomes; trained rows among the frozen ones, a product added to them."""
+        tensor = self.tensors.trained(name)
+        if not (is_new_rows(name) or is_low_rank(name)):
+            return tensor.to(dtype)
+        table = self.base.read(self.reference.keys[stands_for(name)])
+        if is_low_rank(name):
+            return with_product(table, tensor).to(dtype)
+        return with_rows(table.to(dtype), tensor.to(dtype), chosen_rows(self.adapter.facts))
 
 
 def export_merged(
@@ -221,8 +224,12 @@ def _check_layers(run: OpenedRun) -> None:
                 " tensor can stand for both"
             )
     for name in run.adapter.trainables:
-        shape = run.tensors.trained_shape(name)
-        _check_shape(run, stands_for(name), (None, *shape[1:]) if is_new_rows(name) else shape)
+        shape: tuple[int | None, ...] = run.tensors.trained_shape(name)
+        if is_low_rank(name):  # (V + d, rank); `with_product` compares its rows
+            shape = (None, None)
+        elif is_new_rows(name):
+            shape = (None, *shape[1:])
+        _check_shape(run, stands_for(name), shape)
 
 
 def _check_shape(run: OpenedRun, name: str, shape: tuple[int | None, ...]) -> None:

@@ -105,9 +105,9 @@ def test_a_dry_run_counts_them(user: Playground, tmp_path: Path) -> None:
 def test_where_it_does_not_fit_it_is_refused(code: Playground, tmp_path: Path) -> None:
     argv = flags_of(code, tmp_path / "out")
     for more, message in (
-        (["--train_embeddings"], "trains some rows.* give one of them"),
-        (["--train_new_embeddings"], "train different rows: give one of them"),
-        (["--adapter", "full"], "--train_embedding_rows: --adapter full has no frozen rows"),
+        (["--train_embeddings"], "train them all: give one of them"),
+        (["--train_new_embeddings"], "train different parts of embeddings and head: give one of them"),
+        (["--adapter", "full"], "--train_embedding_rows: --adapter full has no frozen embeddings"),
         (["--full_rank_steps", "2"], "--full_rank_steps train every row first"),
         (["--tensor_parallel_size", "2"], "not supported with --train_embedding_rows"),
         (["--streaming"], "--streaming does not read"),

@@ -178,7 +178,7 @@ def test_where_it_does_not_fit_it_is_refused(user: Playground, tmp_path: Path) -
     for more, message in (
         (["--train_embeddings"], "train them all: give one of them"),
         (["--train_head"], "train them all: give one of them"),
-        (["--adapter", "full"], "--adapter full has no frozen rows"),
+        (["--adapter", "full"], "--adapter full has no frozen embeddings"),
         (["--full_rank_steps", "2"], "--full_rank_steps train every row first"),
         (["--tensor_parallel_size", "2"], "not supported with --train_new_embeddings"),
     ):

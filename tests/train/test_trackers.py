@@ -121,6 +121,26 @@ def test_a_failing_service_is_reported_once(
     assert (tmp_path / "trackers" / "runs.json").exists() == (fails_at > 0), "a run that the service never began"
 
 
+@pytest.mark.parametrize("start_step, names", [(0, {"mlflow": "id-0"}), (1, {"wandb": "id-0", "mlflow": "id-1"})])
+def test_a_service_that_cannot_start_loses_no_name_of_a_run(
+    tmp_path: Path, stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch, start_step: int, names: dict[str, str]
+) -> None:
+    other = type("Other", (stand_in,), {"made": []})
+    monkeypatch.setitem(trackers._SERVICES, "mlflow", other)
+    path = tmp_path / "trackers" / "runs.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"wandb": "id-0", "mlflow": "id-1"}))
+    stand_in.fails_at = 0
+    other.fails_at = 10**9
+    started = start_trackers(["wandb", "mlflow"], LABEL, tmp_path, start_step)
+    assert json.loads(path.read_text()) == names
+    for each in started:
+        each.log({"loss": 1.0}, start_step + 1)
+    assert [service.calls for service in (*stand_in.made, *other.made)] == [
+        [], [("start", "run", names["mlflow"] if start_step else None), (start_step + 1, {"loss": 1.0})]
+    ]  # fmt: skip
+
+
 def test_an_interrupt_is_not_a_failing_service(tmp_path: Path, stand_in: type[StandIn]) -> None:
     service = start_trackers(["wandb"], LABEL, tmp_path, 0)[0]
     stand_in.log = lambda self, numbers, step: sys.exit(3)  # type: ignore[method-assign]

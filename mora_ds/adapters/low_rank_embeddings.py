@@ -1,0 +1,107 @@
+"""Training of a product of low rank that is added to embeddings and head, while their own weights stay frozen.
+
+    frozen weight W (V, d), a buffer
+    low_rank (V + d, R)                 a parameter: A (V, R), zeros at first, above B^T (d, R)
+    embeddings and head                 those of W + A B
+    tied head                           the same parameter, a second time
+
+A checkpoint has it among the other trained parameters (modules_to_save), as `<module>.low_rank`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mora_ds.adapters.new_embeddings import LOW_RANK, is_tied, plain_tables, replace_modules
+from mora_ds.adapters.ops.spec import permutation_seed
+from mora_ds.common.errors import UserError
+
+FLAG = "--train_embedding_rank"
+
+
+class LowRankEmbedding(nn.Embedding):
+    """ids (...) -> (..., d): rows of W + A B."""
+
+    weight: Tensor  # a buffer here
+
+    def __init__(self, base: nn.Embedding, low_rank: nn.Parameter) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = base.weight.shape[0], base.weight.shape[1], None
+        self.register_buffer("weight", base.weight, persistent=False)  # frozen: one object where it is tied
+        self.low_rank = low_rank
+
+    def forward(self, ids: Tensor) -> Tensor:
+        tall, wide = self.low_rank.split(self.weight.shape)
+        return F.embedding(ids, self.weight) + F.embedding(ids, tall) @ wide.T
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.low_rank.shape[-1]}"
+
+
+class LowRankHead(nn.Linear):
+    """x (..., d) -> logits (..., V): those of W + A B."""
+
+    weight: Tensor
+    bias: Tensor | None  # type: ignore[assignment]
+
+    def __init__(self, base: nn.Linear, low_rank: nn.Parameter) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = base.weight.shape
+        self.register_buffer("weight", base.weight, persistent=False)
+        self.register_buffer("bias", base.bias, persistent=False)
+        self.low_rank = low_rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        tall, wide = self.low_rank.split(self.weight.shape)
+        return F.linear(x, self.weight, self.bias) + F.linear(x @ wide, tall)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.low_rank.shape[-1]}"
+
+
+def train_low_rank(model: Any, rank: int, seed: int) -> None:
+    """Replaces the model's embeddings and its head, whose frozen weights are buffers already. `seed`: for B.
+
+    Raises `UserError` where either is not a plain look-up or linear layer or is trained itself, and for a rank below 1.
+    """
+    embedding, head = plain_tables(model, FLAG)
+    if rank < 1:
+        raise UserError(f"{FLAG} must be at least 1, got {rank}")
+    if isinstance(embedding.weight, nn.Parameter) or isinstance(head.weight, nn.Parameter):
+        raise UserError(f"{FLAG} keeps embeddings and head frozen, and one of them is to be trained: leave one out")
+    values = _first_values(embedding.weight, rank, permutation_seed(seed, "embeddings", 0))
+    tied = is_tied(embedding, head)
+    head_values = values if tied else _first_values(head.weight, rank, permutation_seed(seed, "head", 0))
+    replace_modules(model, {embedding: LowRankEmbedding(embedding, values), head: LowRankHead(head, head_values)})
+
+
+def _first_values(table: Tensor, rank: int, seed: int) -> nn.Parameter:
+    """A of zeros, B uniform from -1 / sqrt(d) to 1 / sqrt(d), as LoRA's A: the same on every process."""
+    tokens, width = table.shape
+    wide = torch.rand(width, rank, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    values = torch.cat([torch.zeros(tokens, rank), wide / width**0.5])
+    return nn.Parameter(values.to(table.device, table.dtype))
+
+
+def is_low_rank(name: str) -> bool:
+    """Whether a trained tensor is such a product, by its name."""
+    return name.rpartition(".")[2] == LOW_RANK
+
+
+def with_product(table: Tensor, low_rank: Tensor) -> Tensor:
+    """W + A B in fp32, of the `table` W (V, d). Raises `UserError` for another table's product."""
+    if len(low_rank) != sum(table.shape):
+        raise UserError(f"{LOW_RANK} has {len(low_rank)} rows, and the base a table of {tuple(table.shape)}")
+    tall, wide = low_rank.float().split(table.shape)
+    return table.float() + tall @ wide.T
+
+
+def sum_of_products(parts: Iterable[tuple[Tensor, float]], tokens: int) -> Tensor:
+    """low_rank (V + d, sum of ranks) of the sum of products, each times its weight: exact but for that rounding.
+    `tokens`: V."""
+    return torch.cat([torch.cat([low[:tokens].double() * weight, low[tokens:].double()]) for low, weight in parts], 1)
