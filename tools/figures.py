@@ -227,6 +227,7 @@ def main() -> None:
     figures_learning.draw_long(DATA / "learning_long.json", ASSETS)
     figures_learning.draw_long(DATA / "learning_long_13m.json", ASSETS)
     figures_learning.draw_long(DATA / "learning_scratch.json", ASSETS, from_scratch=True)
+    figures_learning.draw_rates(DATA / "learning_rates.json", ASSETS)
     figures_learning.draw_scale(DATA / "delta_scale.json", ASSETS)
 
 

@@ -12,7 +12,7 @@ from tools.figures_style import BASE, FAINT, FOURTH, INK, OURS, SECOND, THIRD, a
 
 LABELS = {
     "none": "before", "lora": "LoRA", "relora": "ReLoRA", "mora-rotate": "MoRA", "remora-rotate": "ReMoRA",
-    "remora-10": "ReMoRA, ten cycles",
+    "remora-10": "ReMoRA, ten cycles", "mora-scaled": "MoRA, delta divided by the side",
     "mora-muon": "MoRA, Muon", "remora-muon": "ReMoRA, Muon", "replay-10": "MoRA, 10% replay",
     "lora-embeddings": "LoRA, embeddings", "mora-embeddings": "MoRA, embeddings",
     "muon-embeddings": "Muon, embeddings", "recipe": "default recipe", "remora-recipe": "recipe, merged",
@@ -141,6 +141,36 @@ def _draw_ranks(found: Sequence[Point], path: Path) -> None:
     axis.set_ylabel("perplexity on the new text")
     _label_beside(axis, ends)
     save(figure, path, "Perplexity on the new text against the rank")
+
+
+def draw_rates(path: Path, folder: Path) -> None:
+    """NAME.svg for NAME.json: each method's perplexity at every learning rate, a line for each rank; nothing where
+    there is no such JSON."""
+    if not path.is_file():
+        return
+    runs = [run for run in json.loads(path.read_text(encoding="utf-8"))["runs"] if run["rank"]]
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    colours = dict(zip(sorted({run["rank"] for run in runs}), (BASE, SECOND, OURS, FOURTH, THIRD), strict=False))
+    figure, panels = axes(len(methods), 1, (6, 2.9 * len(methods)))
+    for axis, method in zip(panels, methods, strict=True):
+        ends = []
+        for rank, colour in colours.items():
+            own = {run["learning_rate"]: run["perplexity"]["new"] for run in runs
+                   if (run["method"], run["rank"]) == (method, rank)}  # fmt: skip
+            if own:
+                rates = sorted(own)
+                axis.plot(rates, [own[rate] for rate in rates], "o-", color=colour, linewidth=2, markersize=5)
+                ends.append((rates[-1], own[rates[-1]], f"rank {rank}", colour))
+        axis.set_xscale("log")
+        ticks = sorted({run["learning_rate"] for run in runs if run["method"] == method})
+        axis.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+        _logarithmic(axis, [value for line in axis.lines for value in line.get_ydata()])
+        axis.set_ylabel("perplexity, new text")
+        axis.set_title(LABELS.get(method, method), fontsize=11, color=INK)
+        _label_beside(axis, ends, apart=0.12)
+    panels[-1].set_xlabel("learning rate")
+    figure.subplots_adjust(hspace=0.4)
+    save(figure, folder / f"{path.stem.replace('_', '-')}.svg", "Perplexity against the learning rate")
 
 
 def _draw_gap(found: Sequence[Point], path: Path) -> None:

@@ -27,6 +27,7 @@ IMAGES = {
     "learning-long.svg": "learning_long.json",
     "learning-long-13m.svg": "learning_long_13m.json",
     "learning-scratch.svg": "learning_scratch.json",
+    "learning-rates.svg": "learning_rates.json",
     "learning-ranks.svg": "learning_long.json",
     "delta-scale.svg": "delta_scale.json",
 }

@@ -19,12 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mora_ds.adapters.layer import MoRALinear
+from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.ops.spec import OperatorKind
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 from mora_ds.data import load_corpus, load_tokenizer
+from mora_ds.engine.optimizer_view import Flat, Span
+from mora_ds.remora.merge import ReMoRA
 from tests.helpers.jobs import Playground
 from tests.helpers.models import causal_loss, tiny_model, tokens
 from tests.helpers.tools import call, tool
@@ -37,6 +40,7 @@ BAD = (
     (["--methods", "lora@fast"], "'fast' is no learning rate"),
     (["--steps", "0"], "at least 1"),
     (["--batch", "0"], "at least 1"),
+    (["--replay", "1.0"], "--replay 1.0: a share"),
     (["--base", "MODEL"], "belong together"),
     (["--base", "gone", "--new", "a", "b", "--old", "c", "d"], "there is no gone"),
     (["--methods_file", "gone.yaml"], "gone.yaml"),
@@ -101,7 +105,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         ran.append({**settings, "trial": trial})
         found = {"new": 100.0 + settings["seed"] + 1e4 * abs(settings["learning_rate"] - 1e-2), "old": 200.0}
         (folder / "summary.json").write_text(json.dumps({"trainable_params": 7, "perplexity_after": found}))
-        rows = [{"step": 10, "loss": 5.0}, {"step": 20, "eval": found}]
+        rows: list[dict[str, Any]] = [{"step": 10, "loss": 5.0}, {"step": 20, "eval": found}]
+        if "eval_tasks" in settings:
+            rows += [{"step": 20, "tasks": {"quiz": {"acc_norm": 0.5, "acc": 0.1 + settings["seed"] / 10}}}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     monkeypatch.setattr(tool("bench/learning"), "pretrain_alone", pretend)
@@ -138,11 +144,34 @@ def test_a_finished_run_is_not_repeated(user: Playground, tmp_path: Path, ran: l
     assert [each["per_device_train_batch_size"] for each in ran[12:]] == [2, 2]
     call("bench/learning", *flags, "--methods", "lora@0.01", "mora-rotate@0.01", "--compute", "weight")
     assert [each.get("compute") for each in ran[14:]] == ["weight", "weight"], "LoRA's runs are done"
+    call("bench/learning", *flags, "--methods", "none", "recipe@0.01", "--replay", 0.25)
+    assert [each.get("replay") for each in ran[16:]] == [None, *[[f"old={user.train}:0.25"]] * 2]
+    del ran[16:]
     call("bench/learning", *flags)
     for folder in (tmp_path / "work" / "results").glob("r8-40-relora-*"):
         folder.unlink()
     call("bench/learning", *flags)
     assert len(ran) == 18
+
+
+def test_scores_of_tasks_have_a_column(user: Playground, tmp_path: Path, ran: list[dict[str, Any]]) -> None:
+    plain, scored = tmp_path / "plain.json", tmp_path / "scored.json"
+    flags = [*texts(user), *FLAGS, "--work", tmp_path, "--methods"]
+    call("bench/learning", *flags, "relora@0.01", "--json", plain)
+    for folder in ("here", "there"):
+        tasks = ["--tasks", tmp_path / folder / "quiz.yaml"]
+        call("bench/learning", *flags, "lora@0.01", "full@0.01", *tasks, "--json", scored)
+        assert [each.get("eval_tasks") for each in ran[2:]] == [[str(tmp_path / "here" / "quiz.yaml")]] * 4
+    head, *rows = json.loads(scored.read_text())["tables"]["learning"]
+    assert head[-1] == "quiz" and [row[-1] for row in rows] == ["25.0%", "25.0%"]
+    assert [run["scores"]["quiz"] for run in json.loads(scored.read_text())["runs"]][:2] == [0.2, pytest.approx(0.3)]
+    assert json.loads(plain.read_text())["tables"]["learning"][0][-1] == "old, b/B"
+    runs = json.loads(plain.read_text())["runs"]
+    plain.write_text(json.dumps({"runs": [{key: run[key] for key in run if key != "scores"} for run in runs]}))
+    call("bench/learning", *flags, "relora@0.01", "--with", plain, "--json", scored)
+    assert json.loads(scored.read_text())["tables"]["learning"][1][0] == "relora", "of a version without scores"
+    with pytest.raises(UserError, match="not the same flags"):
+        call("bench/learning", *flags, "relora@0.01", *tasks, "--with", plain)
 
 
 def test_the_base_that_is_made(
@@ -244,6 +273,19 @@ def test_curves_from_scratch_leave_out_the_untrained_model(tmp_path: Path) -> No
     assert not (tmp_path / "learning-ranks.svg").exists()
 
 
+def test_every_learning_rate_of_every_rank_is_drawn(tmp_path: Path) -> None:
+    kinds = [("full", 0, 0.5), ("lora", 2, 1e-3), ("lora", 2, 4e-3), ("lora", 8, 2e-3), ("mora-rotate", 8, 8e-3)]
+    runs = [{"method": method, "rank": rank, "learning_rate": rate, "perplexity": {"new": 100 + 1e4 * rate}}
+            for method, rank, rate in kinds]  # fmt: skip
+    (tmp_path / "learning_rates.json").write_text(json.dumps({"runs": runs}))
+    figures_learning.draw_rates(tmp_path / "learning_rates.json", tmp_path)
+    found = (tmp_path / "learning-rates.svg").read_text()
+    for shown in (">LoRA<", ">MoRA<", ">rank 2<", ">rank 8<", ">0.001<", ">0.004<", ">0.002<", ">0.008<"):
+        assert shown in found
+    assert ">0.5<" not in found, "full training has no rank"
+    figures_learning.draw_rates(tmp_path / "gone.json", tmp_path)
+
+
 # -- trials ------------------------------------------------------------------------------------------------------------
 
 
@@ -288,7 +330,41 @@ def test_each_trial_computes_what_it_says(monkeypatch: pytest.MonkeyPatch) -> No
     product.square().sum().backward()
     assert square.grad is not None and square.grad.all()
 
+    monkeypatch.setattr(MoRALinear, "product", MoRALinear.product)
+    trials._scale_by_side(6)
+    product = layer.product(x, square, Compute.WEIGHT)
+    assert torch.allclose(
+        product, F.linear(x, layer.weight + layer.spec.delta_weight(1.5 * square), layer.bias), atol=1e-6
+    )
+
     monkeypatch.setattr(original_muon, "muon_update", lambda update: update)
     trials._match_rms()
     updated = original_muon.muon_update(torch.linalg.qr(torch.randn(64, 64)).Q)
     assert updated.square().mean().sqrt() == pytest.approx(trials.RMS)
+
+
+def test_a_merge_carries_the_first_moment_into_the_next_grouping(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = tool("bench/learning_trials")
+    old, new = (OperatorSpec(OperatorKind.ROTATE, 12, 8, 4, Grouping.PERMUTED, seed) for seed in (1, 2))
+    first, second = torch.randn(4, 4), torch.rand(4, 4)
+    assert torch.allclose(trials.carry(old, old, first), first, atol=1e-6), "the same grouping changes nothing"
+    carried = trials.carry(old, new, first)
+    whole = old.delta_weight(first) / 3
+    assert torch.allclose(old.adjoint(whole), first, atol=1e-6)
+    assert torch.allclose(carried, new.adjoint(whole), atol=1e-6)
+
+    model = nn.ModuleDict({"layer": (layer := MoRALinear(nn.Linear(12, 8), old))})
+    held = torch.cat([torch.ones(3), first.flatten()]), torch.cat([torch.ones(3), second.flatten()])
+    spans = [Span(layer.value, 0, 16, 3)]
+    flat = Flat(0, torch.empty(19), dict(zip(("exp_avg", "exp_avg_sq"), held, strict=True)), spans, spans)
+
+    def start_cycle(self: object, cycle: int) -> float:
+        layer.spec = new
+        return 0.25
+
+    monkeypatch.setattr(trials, "view_of", lambda engine: SimpleNamespace(flats=lambda group: [flat]))
+    monkeypatch.setattr(ReMoRA, "_start_cycle", start_cycle)
+    trials._carry_moments()
+    assert ReMoRA._start_cycle(SimpleNamespace(engine=SimpleNamespace(module=model)), 1) == 0.25  # type: ignore[arg-type]
+    assert torch.allclose(held[0], torch.cat([torch.ones(3), carried.flatten()]))
+    assert torch.allclose(held[1], torch.cat([torch.ones(3), second.mean().expand(16)]))

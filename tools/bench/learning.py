@@ -21,14 +21,13 @@ training that is closed; `--json FILE` keeps all runs with their curves, of whic
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -37,12 +36,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mora_ds.common.errors import UserError, unknown
-from mora_ds.common.files import read_json, sha256_file, write_json_atomic
-from mora_ds.data import load_corpus, load_tokenizer, tokenizer_fingerprint
-from mora_ds.models.base import BaseCheckpoint
+from mora_ds.common.files import read_json, write_json_atomic
 from mora_ds.runtime import cli
 from mora_ds.train.demo import MODEL_CONFIG, WARM_START
 from tools.bench.learning_methods import METHODS_FILE, Methods
+from tools.bench.learning_texts import NEW, OLD, Texts, digest
 from tools.bench.measuring import ROOT
 from tools.bench.report import Report, json_flag
 from tools.bench.trials import at_edge, mean_and_spread, pretrain_alone, run_all, run_alone, warm_base
@@ -51,35 +49,10 @@ AS_GOOD = 1.01
 """Of the best perplexity on the new text."""
 EVALUATIONS = 4
 """Of a run, evenly spaced, the last one at its end."""
-NEW, OLD = "new", "old"
 PLACES = ("model_name_or_path", "train_files", "eval_files", "cache_dir", "output_dir")
 """Flags of a run that only say where its files lie."""
-KEPT = ("method", "learning_rate", "seed", "trained", "perplexity", "curve", "loss", "marks")
-"""What `--json` keeps of a run."""
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What the runs start from and learn: a model's folder, and files of text."""
-
-    base: Path
-    new: Path
-    new_held: Path
-    old: Path
-    old_held: Path
-    marks: dict[str, str]
-    """What a run is known by, but for its flags: digests of the base with its tokenizer, and of the texts."""
-    tokens_a_byte: dict[str, float]
-    """Of both held-out texts."""
-
-    @classmethod
-    def of(cls, base: Path, new: Path, new_held: Path, old: Path, old_held: Path) -> Texts:
-        tokenizer = load_tokenizer(base)
-        model = BaseCheckpoint.open(base).fingerprint() + tokenizer_fingerprint(tokenizer)
-        contents = " ".join(map(sha256_file, (new, new_held, old, old_held)))
-        marks = {"base": _digest(model), "texts": _digest(contents)}
-        rates = {name: _tokens_a_byte(tokenizer, path) for name, path in ((NEW, new_held), (OLD, old_held))}
-        return cls(base, new, new_held, old, old_held, marks, rates)
+KEPT = ("method", "learning_rate", "seed", "trained", "perplexity", "curve", "loss", "marks", "scores")
+"""What `--json` keeps of a run; runs before `--tasks` existed have no scores."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +94,9 @@ class Trial:
         """What the run is known by: digests of the base, the texts and the flags, wherever their files lie."""
         flags = {name: value for name, value in self.settings.items() if name not in PLACES}
         replayed = [f"old={word.rpartition(':')[2]}" for word in flags.pop("replay", [])]
-        return {**self.texts.marks, "flags": _digest(json.dumps([flags, replayed, self.trial], sort_keys=True))}
+        if "eval_tasks" in flags:
+            flags["eval_tasks"] = [Path(name).name for name in flags["eval_tasks"]]
+        return {**self.texts.marks, "flags": digest(json.dumps([flags, replayed, self.trial], sort_keys=True))}
 
     def read(self) -> dict[str, Any] | None:
         """What the run has found; None where it has not been run with this base, these texts and these flags."""
@@ -140,6 +115,8 @@ class Row:
     new: dict[int, float]
     """Seed -> perplexity on the new text."""
     old: dict[int, float]
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    """Task -> the score of each seed."""
 
     @property
     def kind(self) -> tuple[str, int]:
@@ -149,7 +126,7 @@ class Row:
 def main() -> None:
     options = _options()
     methods = Methods.read(options.methods_file)
-    methods.change(options.bf16, options.batch, options.compute)
+    methods.change(options.bf16, options.batch, options.compute, options.tasks, options.replay)
     if options.methods is None:
         options.methods = list(methods.methods)
     options.rates_of = methods.chosen(options.methods, options.rates)
@@ -198,6 +175,8 @@ def _options() -> argparse.Namespace:
         "--compute", choices=("activation", "weight"),
         help="how MoRA layers compute in all runs. Default: each run times the paths, which in bf16 round differently",
     )  # fmt: skip
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="of lm-eval, at the end of every run (--eval_tasks)")
+    parser.add_argument("--replay", type=float, help="share of the old text in every batch. Default: each method's own")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method at its best learning rate")
     parser.add_argument("--sweep_seeds", type=int, default=2, help="of them at every learning rate of the sweep")
     parser.add_argument("--rates", nargs="+", type=float, help="instead of each method's own sweep")
@@ -274,7 +253,7 @@ def _take(path: Path, methods: Methods, trials: Callable[..., Iterable[Trial]]) 
         if unlike:
             raise UserError(f"--with {path}: not the same {', '.join(unlike)} as here: {trial.name}")
         trial.result.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(trial.result, {name: run[name] for name in KEPT})
+        write_json_atomic(trial.result, _kept(run))
         taken.append(trial)
     return taken
 
@@ -300,19 +279,18 @@ def _run(trial: Trial) -> None:
         "trained": summary["trainable_params"], "perplexity": summary["perplexity_after"],
         "curve": [{"step": row["step"], **row["eval"]} for row in rows if "eval" in row],
         "loss": [[row["step"], row["loss"]] for row in rows if "loss" in row],
-        "marks": trial.marks,
+        "marks": trial.marks, "scores": _scores(rows),
     })  # fmt: skip
 
 
-def _tokens_a_byte(tokenizer: Any, path: Path) -> float:
-    """With the one that ends a document."""
-    documents = list(load_corpus([str(path)]).texts())
-    tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in documents)
-    return tokens / sum(len(text.encode()) for text in documents)
+def _scores(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Task -> its last score in the rows of metrics.jsonl: the accuracy, or else its first metric."""
+    tasks = [row["tasks"] for row in rows if "tasks" in row][-1:]
+    return {name: each.get("acc", next(iter(each.values()))) for found in tasks for name, each in found.items()}
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _kept(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: run[key] for key in KEPT if key in run}
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -331,7 +309,7 @@ def _report(
     swept = {row.kind: [each.rate for each in _rows(trials) if each.kind == row.kind] for row in shown}
     report.show("learning", _table(shown, swept, texts.tokens_a_byte, len(options.rank) > 1))
     report.points["runs"] = [
-        {**{key: found[key] for key in KEPT}, "rank": trial.rank, "is_best": trial.rate == best[trial.kind]}
+        {**_kept(found), "rank": trial.rank, "is_best": trial.rate == best[trial.kind]}
         for trial in trials
         if (found := trial.read()) is not None
     ]
@@ -344,7 +322,11 @@ def _rows(trials: Sequence[Trial]) -> list[Row]:
     for key in dict.fromkeys((*trial.kind, trial.rate) for trial in trials):
         found = [each for trial in trials if (*trial.kind, trial.rate) == key and (each := trial.read()) is not None]
         new, old = ({each["seed"]: each["perplexity"][name] for each in found} for name in (NEW, OLD))
-        rows.append(Row(*key, found[0]["trained"], new, old))
+        scores: dict[str, list[float]] = {}
+        for each in found:
+            for name, score in each.get("scores", {}).items():
+                scores.setdefault(name, []).append(score)
+        rows.append(Row(*key, found[0]["trained"], new, old, scores))
     return rows
 
 
@@ -365,7 +347,21 @@ def _table(
     rows: Sequence[Row], rates: Mapping[tuple[str, int], Sequence[float]], tokens_a_byte: Mapping[str, float],
     with_ranks: bool,
 ) -> list[list[str]]:  # fmt: skip
-    titles = ["method", "trained", "learning rate", "seeds", "new", "±", "old", "±", "gap", "new, b/B", "old, b/B"]
+    tasks = list(dict.fromkeys(name for row in rows for name in row.scores))
+    titles = [
+        "method",
+        "trained",
+        "learning rate",
+        "seeds",
+        "new",
+        "±",
+        "old",
+        "±",
+        "gap",
+        "new, b/B",
+        "old, b/B",
+        *tasks,
+    ]
     cells = [
         [
             row.method, f"{row.trained:,}", _rate(row, rates[row.kind]), str(len(row.new)),
@@ -373,6 +369,7 @@ def _table(
             _gap(row, {each.method: each for each in rows if each.rank in (0, row.rank) or not row.rank}),
             *(f"{tokens_a_byte[name] * math.log2(mean_and_spread(list(side.values()))[0]):.3f}"
               for name, side in ((NEW, row.new), (OLD, row.old))),
+            *(f"{sum(found) / len(found):.1%}" if (found := row.scores.get(name)) else "-" for name in tasks),
         ]
         for row in rows
     ]  # fmt: skip

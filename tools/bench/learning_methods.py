@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,23 @@ class Methods:
                 raise UserError(f"{path}: {name}: replay and full_rank are shares, from 0 to below 1")
         return found
 
-    def change(self, bf16: bool, batch: int | None, compute: str | None) -> None:
-        """Flags of all runs that replace the file's. `compute` is for methods with an operator."""
+    def change(
+        self, bf16: bool, batch: int | None, compute: str | None, tasks: list[str] | None, replay: float | None
+    ) -> None:
+        """What replaces the file's own in all runs. `compute` is for methods with an operator, `replay` for those that
+        train. Raises `UserError` for a replay that is no share."""
         if bf16:
             self.settings["bf16"] = True
         if batch is not None:
             self.settings["per_device_train_batch_size"] = batch
+        if tasks is not None:
+            self.settings["eval_tasks"] = tasks
+        if replay is not None:
+            if not 0 <= replay < 1:
+                raise UserError(f"--replay {replay}: a share, from 0 to below 1")
+            for name, method in self.methods.items():
+                if method.flags.get("adapter") != "none":
+                    self.methods[name] = replace(method, replay=replay)
         if compute is not None:
             for method in self.methods.values():
                 if "operator" in method.flags:

@@ -6,7 +6,10 @@ rows-K       with --train_embeddings: of the embeddings only the K rows whose fr
              that the base knows, to the text that is learned
 drift-K      the K rows whose frequency changes most, up or down
 bias         one bias for each token on the logits, beside the adapter
+scale-S      without merges: delta = S / r_hat * expand(M)
 hadamard     delta = W / rms(W) * expand(M), element by element, in place of expand(M)
+adjoint      with --optimizer_reset keep: a merge carries the first moment over into the next grouping, through the
+             delta that it stands for; the second one becomes its mean
 rms          Muon's updates of M times 0.2 sqrt(r_hat), so that each has the RMS 0.2 whatever its side
 """
 
@@ -24,13 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.layer import MoRALinear
-from mora_ds.adapters.ops.mora import delta_weight
+from mora_ds.adapters.ops.mora import OperatorSpec, adjoint, delta_weight
 from mora_ds.commands.pretrain import main as pretrain
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.data import load_corpus, load_tokenizer
 from mora_ds.engine import muon
+from mora_ds.engine.optimizer_view import view_of
+from mora_ds.remora.merge import ReMoRA
 from mora_ds.runtime import cli
 from mora_ds.train import adapter_job
 
@@ -47,8 +53,12 @@ def main() -> None:
         (new,) = arguments.data.train_files
         rows = _rows(arguments.model.model_name_or_path, new, old, int(count), kind)
         _after_injection(lambda model: _train_rows(model, rows))
+    elif trial == "adjoint":
+        _carry_moments()
     elif trial == "bias":
         _after_injection(_add_bias)
+    elif kind == "scale":
+        _scale_by_side(int(count))
     elif trial == "hadamard":
         MoRALinear.product = _hadamard  # type: ignore[method-assign, assignment]
     elif trial == "rms":
@@ -92,6 +102,44 @@ def _train_rows(model: Any, rows: Tensor) -> int:
     return -frozen
 
 
+# -- merges ------------------------------------------------------------------------------------------------------------
+
+
+def _carry_moments() -> None:
+    start = ReMoRA._start_cycle
+
+    def carried(self: ReMoRA, cycle: int) -> float:
+        layers = list(mora_layers(self.engine.module).values())
+        old = [layer.spec for layer in layers]
+        zeros = start(self, cycle)
+        for layer, before in zip(layers, old, strict=True):
+            first, second = _moments(self.engine, layer.value)
+            first.copy_(carry(before, layer.spec, first))  # type: ignore[arg-type]
+            second.fill_(second.mean())
+        return zeros
+
+    ReMoRA._start_cycle = carried  # type: ignore[method-assign]
+
+
+def carry(old: OperatorSpec, new: OperatorSpec, moment: Tensor) -> Tensor:
+    """The `moment` (r_hat, r_hat) of M under rotate, in another grouping: the new one's adjoint, applied to the least
+    gradient of W that has this moment in the old one (to rounding, where r_hat divides both sides of W)."""
+    copies = max(old.blocks_in, old.blocks_out)
+    return adjoint(new, delta_weight(old, moment / copies))
+
+
+def _moments(engine: Any, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+    """Adam's two of one matrix, on the one process that there is."""
+    ((flat, span),) = [
+        (flat, span) for flat in view_of(engine).flats(0) for span in flat.spans if span.parameter is parameter
+    ]
+    first, second = (
+        flat.state[key].view(-1).narrow(0, span.offset, span.numel).view_as(parameter)
+        for key in ("exp_avg", "exp_avg_sq")
+    )
+    return first, second
+
+
 # -- the others --------------------------------------------------------------------------------------------------------
 def _add_bias(model: Any) -> int:
     head = model.get_output_embeddings()
@@ -104,6 +152,15 @@ def _hadamard(layer: MoRALinear, x: Tensor, square: Tensor, path: Any) -> Tensor
     weight = layer.stored_weight
     scale = weight / weight.square().mean().sqrt()
     return F.linear(x, weight + scale * delta_weight(layer.spec, square), layer.bias)
+
+
+def _scale_by_side(side: int) -> None:
+    product = MoRALinear.product
+
+    def scaled(layer: MoRALinear, x: Tensor, square: Tensor, path: Any) -> Tensor:
+        return product(layer, x, square * (side / len(square)), path)
+
+    MoRALinear.product = scaled  # type: ignore[method-assign, assignment]
 
 
 def _match_rms() -> None:
