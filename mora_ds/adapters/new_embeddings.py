@@ -129,8 +129,8 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 def stands_for(name: str) -> str:
     """The parameter of the base that a trained tensor replaces, of which it replaces rows, or to which it adds."""
-    part = next((each for each in (NEW_ROWS, LOW_RANK) if name.rpartition(".")[2] == each), None)
-    return name if part is None else f"{name.removesuffix(part)}weight"
+    module, dot, part = name.rpartition(".")
+    return f"{module}{dot}weight" if part in (NEW_ROWS, LOW_RANK) else name
 
 
 def is_new_rows(name: str) -> bool:

@@ -133,9 +133,9 @@ def combine_adapters(
 
     `sources`: checkpoints, runs (their latest one) or exported adapters, all of one base and the same layers; ranks,
     operators and seeds may differ. `weights`: any finite numbers. `base_folder`: the base, if it was moved; read only
-    where embeddings, norms or a head were trained and the weights do not sum to 1, or a product for embeddings. Returns
-    lines to print. Raises `UserError` naming what does not fit, `RunError` for damaged sources, values that are not
-    finite and a full disk.
+    where embeddings, norms or a head were trained and the weights do not sum to 1, and with --train_embedding_rank.
+    Returns lines to print. Raises `UserError` naming what does not fit, `RunError` for damaged sources, values that are
+    not finite and a full disk.
     """
     output = Path(output)
     if len(weights) != len(sources) or not sources:

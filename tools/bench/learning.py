@@ -349,19 +349,8 @@ def _table(
 ) -> list[list[str]]:  # fmt: skip
     tasks = list(dict.fromkeys(name for row in rows for name in row.scores))
     titles = [
-        "method",
-        "trained",
-        "learning rate",
-        "seeds",
-        "new",
-        "±",
-        "old",
-        "±",
-        "gap",
-        "new, b/B",
-        "old, b/B",
-        *tasks,
-    ]
+        "method", "trained", "learning rate", "seeds", "new", "±", "old", "±", "gap", "new, b/B", "old, b/B", *tasks,
+    ]  # fmt: skip
     cells = [
         [
             row.method, f"{row.trained:,}", _rate(row, rates[row.kind]), str(len(row.new)),
