@@ -659,6 +659,20 @@ MUTATIONS = (
         "import torch.nn.functional as F\nimport transformers.integrations.moe\n",
         ("test_imports.py",),
     ),
+    Mutation(
+        "a product of low rank that is weighted twice in a sum",
+        "adapters/low_rank_embeddings.py",
+        "low[tokens:].double()]",
+        "low[tokens:].double() * weight]",
+        ("adapters/test_low_rank_embeddings.py",),
+    ),
+    Mutation(
+        "a tied head has a product of its own",
+        "adapters/low_rank_embeddings.py",
+        "head_values = values if tied else",
+        "head_values =",
+        ("adapters/test_low_rank_embeddings.py",),
+    ),
 )
 
 

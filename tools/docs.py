@@ -43,8 +43,8 @@ LONGER = {"analyze": "_weights", "export": "_hf", "verify": "_checkpoint", "conv
 """Commands of `mora-ds` whose programs in tools/ have longer names."""
 BENCHMARKS = (
     "layer", "merged_cycles", "attention", "step", "cycle", "node_base", "start", "loss", "plan", "data",
-    "tensor_parallel", "sequence", "bank", "learning", "delta_scale", "memorization", "options", "scale",
-    "host", "gpu",
+    "document_start", "tensor_parallel", "sequence", "bank", "learning", "delta_scale", "memorization", "options",
+    "scale", "host", "gpu",
 )  # fmt: skip
 
 

@@ -129,7 +129,7 @@ def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> 
 _LABELS = {
     "base": "weights of --model_name_or_path",
     "model_config": "config.json of --model_name_or_path",
-    "tokens": "tokens of the training text (--train_files, --dataset_name and the tokenizer)",
+    "tokens": "tokens of the training text (--train_files, --dataset_name, --document_start and the tokenizer)",
     **{f"mixture.{part}": f"{part} of --mixture" for part in ("sources", "weights", "epochs")},
     "liger": "--liger (None: without)",
     "adapter.kind": "--adapter",
@@ -139,6 +139,11 @@ _LABELS = {
     "adapter.vector_sets": "--subspace_cycles (None: 1)",
     "adapter.vectors": "singular vectors of the base (--operator subspace, --alignment_weight)",
     "alignment": "--alignment_weight, --alignment_rank (None: no alignment loss)",
+    "adapter.layer_sizes": "--targets (None: without)",
+    "adapter.alpha": "--lora_alpha",
+    "adapter.segments": "--tp_segments (None: --tp_grouping gather)",
+    "adapter.expert_rank": "--expert_rank (None: by --mora_rank)",
+    "adapter.embedding_rank": "--train_embedding_rank (None: 0)",
     "adapter.base_bits": "--base_bits (None: 16)",
     "adapter.domains": "domains of --domain_adapters (None: no domains)",
     "adapter.freeze": "--freeze (None: nothing)",
@@ -148,12 +153,21 @@ _LABELS = {
     "optimizer": "--optimizer (None: adamw)",
 }
 """Key of a flat identity -> what the user calls it, and what a missing value (None) means."""
+_FLAGS = {
+    "operator", "grouping", "compute", "target_modules", "train_embeddings", "train_norms", "train_head", "seed",
+    "seq_len", "document_mask", "full_rank_steps", "merge_every", "merge_when", "merge_at_latest", "stall_signal",
+    "stall_window", "stall_tolerance",
+}  # fmt: skip
+"""Keys, those of the adapter among them, that are flags of the same name."""
 
 
 def _label(key: str) -> str:
     """`key` as the user calls it; parts of a mixture with the name of the source or the phase."""
     part, _, name = key.partition("mixture.")[2].partition(".")
-    return f"{_LABELS[f'mixture.{part}']}, {name}" if name else _LABELS.get(key, key)
+    if name:
+        return f"{_LABELS[f'mixture.{part}']}, {name}"
+    plain = key.removeprefix("adapter.")
+    return f"--{plain}" if plain in _FLAGS else _LABELS.get(key, key)
 
 
 def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 from mora_ds.commands.export import average_flags
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import write_json_atomic
-from mora_ds.data import Corpus, load_corpus
+from mora_ds.data import AUTO, Corpus, load_corpus
 from mora_ds.deploy.bank import AdapterBank
 from mora_ds.deploy.combine import Mix, mixed
 from mora_ds.eval.perplexity import (
@@ -92,7 +92,7 @@ def _model(given: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, A
 
 def _scores(target: Target, source: str, given: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
     """Print the scores of one model, and return them for the JSON file."""
-    windows = Windows.of(target.model, given.window, given.stride)
+    windows = Windows.of(target.model, given.window, given.stride, given.document_start)
     print(f"{source}; windows of {windows.window} tokens, stride {windows.stride}")
     scores = evaluate_sets(target, sets, windows, given.batch_size, given.max_documents)
     if scores:
@@ -112,7 +112,7 @@ def _bank(given: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, An
         given.model, given.bank, cache_adapters=1 if given.bank_cache is None else given.bank_cache,
         dtype=given.dtype, device=given.device, trust_remote_code=given.trust_remote_code,
     )  # fmt: skip
-    windows = Windows.of(bank.model, given.window, given.stride)
+    windows = Windows.of(bank.model, given.window, given.stride, given.document_start)
     chosen = given.adapters or bank.names
     print(f"{len(chosen)} adapter(s) on {bank.base}; windows of {windows.window} tokens, stride {windows.stride}")
     scores = evaluate_bank(bank, sets, windows, chosen, given.batch_size, given.max_documents, given.trust_remote_code)
@@ -141,6 +141,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text_column", default="text", help="column or JSON key that holds the text")
     parser.add_argument("--window", type=int, help="tokens of a window. Default: the model's positions, at most 1024")
     parser.add_argument("--stride", type=int, help="tokens from one window to the next. Default: half of --window")
+    parser.add_argument(
+        "--document_start", default=AUTO, metavar="TOKEN",
+        help="stands before every document, as in the run. Default: BOS where the tokenizer puts it, else end-of-text",
+    )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=4, help="windows at a time")
     parser.add_argument("--max_documents", type=int, help="score only the first ones of each set")
     parser.add_argument("--base", type=Path, help="where a checkpoint's base lies now, if it was moved")

@@ -85,6 +85,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--base_device", default="auto", choices=[each.value for each in BaseDevice])
     parser.add_argument("--base_buffers", type=int, default=LEAST_BUFFERS)
     parser.add_argument("--train_embeddings", action="store_true")
+    parser.add_argument("--train_embedding_rank", type=int, default=0)
     parser.add_argument("--train_norms", action="store_true")
     parser.add_argument("--train_head", action="store_true")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
@@ -116,7 +117,8 @@ def _work(given: argparse.Namespace) -> Work:
     adapter = AdapterArguments(
         adapter=given.adapter, mora_rank=given.mora_rank, operator=given.operator, target_modules=given.target_modules,
         expert_rank=given.expert_rank,
-        train_embeddings=given.train_embeddings, train_norms=given.train_norms, train_head=given.train_head,
+        train_embeddings=given.train_embeddings, train_embedding_rank=given.train_embedding_rank,
+        train_norms=given.train_norms, train_head=given.train_head,
         base_bits=given.base_bits,
     )  # fmt: skip
     if given.adapter == AdapterKind.FULL.value and given.base_bits != AdapterArguments.base_bits:

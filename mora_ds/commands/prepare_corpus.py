@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from mora_ds.common.errors import UserError
-from mora_ds.data import Filters, load_corpus, load_tokenizer, prepare_corpus
+from mora_ds.data import AUTO, Filters, load_corpus, load_tokenizer, prepare_corpus
 
 
 def main() -> None:
@@ -30,7 +30,9 @@ def main() -> None:
     tokenizer = load_tokenizer(given.tokenizer, trust_remote_code=given.trust_remote_code, flag="--tokenizer")
     corpus = load_corpus(given.files, text_column=given.text_column, flag="--files")
     progress, processes = given.progress or sys.stderr.isatty(), given.preprocessing_workers
-    report = prepare_corpus(corpus, tokenizer, output, filters, num_proc=processes, progress=progress)
+    report = prepare_corpus(
+        corpus, tokenizer, output, filters, num_proc=processes, progress=progress, document_start=given.document_start
+    )
     print("\n".join([*report.lines(), f"wrote {output}: --train_files {output}"]))
 
 
@@ -40,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", required=True, help="folder, hub name or .model file: the model's own")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
     parser.add_argument("--text_column", default="text", help="column or JSON key that holds the text")
+    parser.add_argument(
+        "--document_start", default=AUTO, metavar="TOKEN", help="what stands before every document, as in the run"
+    )
     parser.add_argument("--preprocessing_workers", type=int, default=1, help="processes; they do not change the result")
     parser.add_argument("--min_characters", type=int, default=1, help="shorter documents are dropped")
     parser.add_argument("--max_characters", type=int, default=0, help="longer documents are dropped; 0: none are")

@@ -123,6 +123,9 @@ class DataArguments:
     """Name or folder of a `datasets` data set to train on, instead of --train_files."""
     text_column: str = "text"
     """Column or JSON key that holds the text."""
+    document_start: str = "auto"
+    """What stands before every document: auto (BOS where the tokenizer puts it before a text), none, or a token of the
+    vocabulary, such as '<|endoftext|>'."""
     seq_len: int = 512
     """Tokens of one packed training sequence."""
     document_mask: bool = True

@@ -68,7 +68,6 @@ def _tensor_parallel(adapter: AdapterArguments, training: TrainingArguments) -> 
         base_bits=adapter.base_bits,
         alignment_weight=adapter.alignment_weight,
         domains=adapter.domain_adapters,
-        rows_flags=adapter.rows_flags,
         full_rank_steps=adapter.full_rank_steps,
         sequence=training.sequence_parallel_size,
         experts=adapter.adapts_experts,

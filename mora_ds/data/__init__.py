@@ -26,16 +26,19 @@ from mora_ds.data.sentencepiece import train_sentencepiece
 from mora_ds.data.stream import DocumentStream, StreamSettings
 from mora_ds.data.stream_source import ParallelMap, StreamMixture, StreamSource
 from mora_ds.data.tokenizer import (
+    AUTO,
     Encoder,
     check_reload,
     check_vocabulary,
     largest_id,
     load_tokenizer,
+    start_id,
     tokenizer_fingerprint,
     wants_bos,
 )
 
 __all__ = [
+    "AUTO",
     "IGNORED",
     "Corpus",
     "Document",
@@ -71,6 +74,7 @@ __all__ = [
     "load_tokenizer",
     "prepare_corpus",
     "resolve_files",
+    "start_id",
     "stream_dataset",
     "tokenizer_fingerprint",
     "train_sentencepiece",

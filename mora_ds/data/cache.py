@@ -35,7 +35,7 @@ from mora_ds.data.held_out import DocumentFilter
 from mora_ds.data.inspection import PartFacts, inspect_parts, writable
 from mora_ds.data.prepared import PreparedPart
 from mora_ds.data.readers import Document, batched
-from mora_ds.data.tokenizer import Encoder, tokenizer_fingerprint
+from mora_ds.data.tokenizer import AUTO, Encoder, tokenizer_fingerprint
 from mora_ds.data.workers import ordered_map
 
 log = logging.getLogger(__name__)
@@ -97,18 +97,18 @@ def build_cache(
     is_builder: bool = True,
     barrier: Callable[[], None] = lambda: None,
     progress: bool = False,
-    add_bos: bool | None = None,
+    document_start: str = AUTO,
 ) -> TokenCache:
     """The corpus as tokens, from `cache_dir` or built into it.
 
     Call it on every rank: only the one with `is_builder` (each node's local rank 0) reads and writes; all ranks pass
     `barrier` once and then open the result. `num_proc` processes tokenise; their number does not change the result.
-    `add_bos` None: as the tokenizer does by default. Every document is followed by the end-of-text token. A damaged
-    cache is rebuilt, with a warning.
+    `document_start`: as in `tokenizer.start_id`. Every document is followed by the end-of-text token. A damaged cache
+    is rebuilt, with a warning.
     Raises `UserError` for a file that cannot be read as text (before any is tokenised), an empty corpus or a tokenizer
     without end-of-text token, and `RunError` for a full disk.
     """
-    encoder = Encoder.of(tokenizer, add_bos)
+    encoder = Encoder.of(tokenizer, document_start)
     num_proc = processes_for(corpus, tokenizer, num_proc)
     settings = cache_settings(corpus.text_column, encoder, corpus.keep)
     if corpus.prepared is not None:
@@ -144,7 +144,7 @@ def _open_prepared(part: PreparedPart, corpus: Corpus, settings: dict[str, Any],
     if different := [name for name in names if cache.meta[name] != settings[name]]:
         raise UserError(
             f"{corpus.flag}: {part.label} holds the tokens of another tokenizer than this model's (another "
-            f"{', '.join(different)}); prepare it again with --tokenizer naming this one"
+            f"{', '.join(different)}); prepare it again with --tokenizer naming this one and --document_start as here"
         )
     return cache
 
@@ -194,7 +194,7 @@ def cache_settings(text_column: str, encoder: Encoder, keep: DocumentFilter | No
         "format": FORMAT,
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
         "text_column": text_column,
-        "bos_id": encoder.bos_id,
+        "bos_id": encoder.start_id,
         "eos_id": encoder.eos_id,
         "dtype": encoder.dtype,
         **({} if keep is None else {"filter": keep.identity}),

@@ -29,7 +29,7 @@ from mora_ds.data.dedup import CanonicalHash, NearDuplicates, canonical_digest, 
 from mora_ds.data.prepared import HELD_OUT, PREPARED_JSON, TRAIN
 from mora_ds.data.readers import Document, batched
 from mora_ds.data.split_writer import SplitWriter
-from mora_ds.data.tokenizer import Encoder
+from mora_ds.data.tokenizer import AUTO, Encoder
 from mora_ds.data.workers import ordered_map
 
 
@@ -105,6 +105,7 @@ def prepare_corpus(
     *,
     num_proc: int = 1,
     progress: bool = False,
+    document_start: str = AUTO,
 ) -> PreparationReport:
     """Writes the folder `output`, completely or not at all; what was there is replaced.
 
@@ -113,7 +114,7 @@ def prepare_corpus(
     read (naming the record), a corpus of which nothing is left, and where `datasketch` is missing; `RunError` for a
     full disk.
     """
-    encoder = Encoder.of(tokenizer)
+    encoder = Encoder.of(tokenizer, document_start)
     selection = _Selection(filters)
     worker = _Worker(encoder, filters.near_duplicates > 0, filters.held_out_percent)
     num_proc = processes_for(corpus, tokenizer, num_proc)
@@ -128,7 +129,7 @@ def prepare_corpus(
         report = selection.report
         if not report.splits[TRAIN].documents:
             raise UserError(f"{corpus.flag}: nothing is left to train on: {report.lines()[0]}")
-        special = 1 if encoder.bos_id is None else 2
+        special = 1 if encoder.start_id is None else 2
         for name, each in report.splits.items():
             each.tokens = writer.splits[name].tokens - special * each.documents
         settings = cache_settings(corpus.text_column, encoder)

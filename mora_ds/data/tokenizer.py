@@ -28,6 +28,9 @@ tokenizer takes about 200 bytes of memory for each character of a text."""
 _OVERLAP = 1 << 12
 """Characters that two neighbouring pieces have in common."""
 
+AUTO, NOTHING = "auto", "none"
+"""What may stand before every document, beside a token: BOS where the tokenizer puts it, or nothing."""
+
 _AGREEING = 8
 """Tokens on both sides of a cut that must be the same in both pieces."""
 
@@ -37,7 +40,7 @@ class Encoder:
     """Turns a batch of documents into tokens and the offsets at which documents end. Pickled to worker processes."""
 
     tokenizer: PreTrainedTokenizerBase
-    bos_id: int | None
+    start_id: int | None
     """Put before every document; None for nothing."""
     eos_id: int
     """Put after every document."""
@@ -45,12 +48,11 @@ class Encoder:
     """Of the tokens: `<u2` for vocabularies of up to 65,536 ids, else `<u4`."""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, add_bos: bool | None = None) -> Encoder:
-        """`add_bos` None: as the tokenizer does by default. Raises `UserError` if it has no end-of-text token."""
+    def of(cls, tokenizer: PreTrainedTokenizerBase, start: str = AUTO) -> Encoder:
+        """`start`: as in `start_id`. Raises `UserError` for another one, and where there is no end-of-text token."""
         eos_id = end_of_text_id(tokenizer)
-        bos = wants_bos(tokenizer) if add_bos is None else add_bos
         dtype = "<u2" if largest_id(tokenizer)[1] < 1 << 16 else "<u4"
-        return cls(tokenizer, tokenizer.bos_token_id if bos else None, eos_id, dtype)
+        return cls(tokenizer, start_id(tokenizer, start), eos_id, dtype)
 
     def __call__(self, batch: list[Document]) -> tuple[np.ndarray, np.ndarray]:
         rows = self.rows(batch)
@@ -58,7 +60,7 @@ class Encoder:
         return np.concatenate(rows), ends
 
     def rows(self, batch: list[Document]) -> list[np.ndarray]:
-        """The tokens of each document or chunk, with BOS and EOS where a document begins and ends."""
+        """The tokens of each document or chunk, with the start token and EOS where a document begins and ends."""
         in_pieces = getattr(self.tokenizer, "is_fast", False)  # others do not say where in the text their tokens are
         is_long = [in_pieces and len(document.text) > CHUNK_CHARACTERS for document in batch]
         texts = [document.text for document, long in zip(batch, is_long, strict=True) if not long]
@@ -67,10 +69,10 @@ class Encoder:
             self._in_pieces(document.text) if long else next(short)
             for document, long in zip(batch, is_long, strict=True)
         ]
-        bos = [] if self.bos_id is None else [self.bos_id]
+        start = [] if self.start_id is None else [self.start_id]
         rows = []
         for document, ids in zip(batch, encoded, strict=True):
-            parts = (bos if document.begins else [], ids, [self.eos_id] if document.ends else [])
+            parts = (start if document.begins else [], ids, [self.eos_id] if document.ends else [])
             rows.append(np.concatenate([np.asarray(part, self.dtype) for part in parts]))
         return rows
 
@@ -199,6 +201,19 @@ def wants_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     ids = tokenizer("a", add_special_tokens=True)["input_ids"]
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] != bare[:1]
+
+
+def start_id(tokenizer: PreTrainedTokenizerBase, start: str = AUTO) -> int | None:
+    """The id of what stands before every document: for auto BOS, where the tokenizer puts it before a text; nothing for
+    none; else the token `start`. Raises `UserError` where the tokenizer does not have it."""
+    if start == NOTHING:
+        return None
+    if start == AUTO:
+        return tokenizer.bos_token_id if wants_bos(tokenizer) else None
+    if (found := tokenizer.get_vocab().get(start)) is None:
+        special = ", ".join(map(repr, tokenizer.all_special_tokens)) or "none"
+        raise UserError(f"--document_start {start!r} is no token of the tokenizer, whose special tokens are {special}")
+    return int(found)
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:

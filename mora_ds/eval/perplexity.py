@@ -3,7 +3,7 @@
     HF folder                            -> the model
     checkpoint, run's folder, adapter    -> base + merge ledger + live MoRA matrices, in memory (`load_adapter`)
 
-    document -> [start] t0 t1 ... tn     start: BOS where the tokenizer adds one, else the end-of-text token
+    document -> [start] t0 t1 ... tn     start: --document_start; else BOS where the tokenizer adds one, else EOS
              -> windows of `window` tokens, each `stride` further; a token is scored once, in the first window it is in
              -> nats of all tokens -> / tokens, exp: perplexity       / bytes of the text, / ln 2: bits per byte
 
@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from mora_ds.checkpoint.adapter_files import BaseReference, chosen_domain, read_adapter
 from mora_ds.checkpoint.layout import adapter_folder, refuse_full_training, tokenizer_of
 from mora_ds.common.errors import UserError
-from mora_ds.data import IGNORED, Corpus, load_tokenizer, wants_bos
+from mora_ds.data import AUTO, IGNORED, Corpus, load_tokenizer, start_id
 from mora_ds.data.documents import Documents
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.bank import AdapterBank
@@ -95,9 +95,11 @@ class Windows:
     """Tokens that the model sees at a time."""
     stride: int
     """Tokens from one window's start to the next."""
+    document_start: str = AUTO
+    """As in `data.start_id`; but auto is the end-of-text token where the tokenizer puts nothing before a text."""
 
     @classmethod
-    def of(cls, model: Any, window: int | None, stride: int | None) -> Windows:
+    def of(cls, model: Any, window: int | None, stride: int | None, document_start: str = AUTO) -> Windows:
         """Default: the model's number of positions, at most `DEFAULT_WINDOW`, and half of that. Raises `UserError` for
         a window that is longer than that number, and for a stride that leaves a scored token without context."""
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -109,7 +111,7 @@ class Windows:
             raise UserError(f"--window must be from 2 {most}, got {window}")
         if not 1 <= stride < window:
             raise UserError(f"--stride must be from 1 to --window less 1 ({window - 1}), got {stride}")
-        return cls(window, stride)
+        return cls(window, stride, document_start)
 
     def cut(self, ids: Sequence[int], known: int) -> Iterator[_Window]:
         """Windows over `ids` that score every token but the first `known` once."""
@@ -189,7 +191,9 @@ class _Counter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, windows: Windows, max_documents: int | None) -> None:
         self.documents = self.tokens = self.text_bytes = 0
         self._tokenizer, self._windows, self._most = tokenizer, windows, max_documents
-        start = tokenizer.bos_token_id if wants_bos(tokenizer) else tokenizer.eos_token_id
+        start = start_id(tokenizer, windows.document_start)
+        if start is None:
+            start = tokenizer.eos_token_id
         if start is None:
             raise UserError("MODEL: its tokenizer has neither a BOS nor an end-of-text token to begin a document with")
         self._start = int(start)

@@ -6,7 +6,7 @@ Callers give what they know; the defaults mean "nothing wrong". Limits that depe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from mora_ds.common.errors import UserError, refuse
 
@@ -31,7 +31,6 @@ def tensor_parallel_problems(
     base_bits: int | None = None,
     alignment_weight: float = 0.0,
     domains: bool = False,
-    rows_flags: Sequence[str] = (),
     full_rank_steps: int = 0,
     sequence: int = 1,
     experts: bool = False,
@@ -53,7 +52,6 @@ def tensor_parallel_problems(
         f"does not divide --tp_segments {segments}: a segment belongs to one rank": segments % degree > 0,
         "splits a layer's shared MoRA matrix, not those of --domain_adapters": domains,
         "splits linear layers, and --target_modules names experts: leave it at 1": experts,
-        f"is not supported with {' and '.join(rows_flags)}: leave it at 1": bool(rows_flags),
         f"and {SEQUENCE} {sequence}: use one of them": sequence > 1,
         "needs ZeRO stage 3 (zero_optimization.stage in --deepspeed)": zero_stage != 3,
         'has not been tried with an optimizer on NVMe: set offload_optimizer to "cpu", or leave it out': nvme,

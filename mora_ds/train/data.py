@@ -20,6 +20,7 @@ from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.mixture import HELD_OUT, PLAIN, MixturePlan, SourcePlan, mixture_plan
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import (
+    AUTO,
     Corpus,
     DocumentFilter,
     DocumentStream,
@@ -37,6 +38,7 @@ from mora_ds.data import (
     is_saved_dataset,
     load_corpus,
     resolve_files,
+    start_id,
     stream_dataset,
     tokenizer_fingerprint,
 )
@@ -91,6 +93,8 @@ def load_data(
     joined = replace(first, parts=first.parts + tuple(part for other in others for part in other.parts))
     tokenizer = load_or_train_tokenizer(model, model_folder, model_config, folder, joined, place.followers)
     ranks.on_first("copy of the tokenizer", lambda: save_tokenizer(tokenizer, folder))
+    if start_id(tokenizer, data.document_start) is None and data.document_start == AUTO:
+        logger.info("nothing stands before a document, as this tokenizer has it: --document_start names a token for it")
     logger.info(f"tokens of the training corpus: {_cache_folder(data)}")
     tokenization = _Tokenization(tokenizer, data, ranks)
     state = None if place.checkpoint is None else TrainerState.read(place.checkpoint).stream
@@ -197,6 +201,7 @@ class _Tokenization:
                 corpus,
                 self.tokenizer,
                 _cache_folder(self.data),
+                document_start=self.data.document_start,
                 num_proc=self.data.preprocessing_workers,
                 is_builder=self.ranks.is_local_first,
                 barrier=lambda: self.ranks.barrier("building of a token cache", long=True),
@@ -220,12 +225,13 @@ class _Tokenization:
 
     def stream(self, source: SourcePlan, corpus: Corpus, seed: str) -> StreamSource:
         """A training source that is tokenized while training."""
-        data = self.data
+        data, encoder = self.data, Encoder.of(self.tokenizer, self.data.document_start)
         facts = {
             "files": [(Path(part.label).name, part.size_bytes()) for part in corpus.parts],
             "text_column": corpus.text_column,
             "left_out": None if corpus.keep is None else corpus.keep.identity,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            **({} if encoder.start_id == start_id(self.tokenizer) else {"start": encoder.start_id}),
         }
         identity = {
             "text": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32],
@@ -233,7 +239,6 @@ class _Tokenization:
         }
         settings = StreamSettings(data.shuffle_buffer, seed, data.stream_retry_s)
         documents = DocumentStream(source.name, corpus, settings)
-        encoder = Encoder.of(self.tokenizer)
         return StreamSource(documents, encoder, data.seq_len, data.document_mask, identity, self.ranks, source.epochs)
 
 

@@ -109,7 +109,6 @@ def test_where_it_does_not_fit_it_is_refused(code: Playground, tmp_path: Path) -
         (["--train_new_embeddings"], "train different parts of embeddings and head: give one of them"),
         (["--adapter", "full"], "--train_embedding_rows: --adapter full has no frozen embeddings"),
         (["--full_rank_steps", "2"], "--full_rank_steps train every row first"),
-        (["--tensor_parallel_size", "2"], "not supported with --train_embedding_rows"),
         (["--streaming"], "--streaming does not read"),
         (["--train_embedding_rows", "-1"], "train_embedding_rows must be"),
     ):

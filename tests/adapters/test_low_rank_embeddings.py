@@ -121,7 +121,7 @@ def test_a_run_resumes_combines_and_exports_it(user: Playground, tmp_path: Path)
     run(2, user.flags(tmp_path / "again", *more, "--resume_from_checkpoint", str(earlier)))
     assert losses(out)[4:].tolist() == losses(tmp_path / "again").tolist()
     other = user.flags(tmp_path / "no", *more, "--resume_from_checkpoint", str(earlier), "--train_embedding_rank", 5)
-    assert "embedding_rank: 3 there, 5 here" in run_ranks(1, refused, other)[0][1]
+    assert "--train_embedding_rank (None: 0): 3 there, 5 here" in run_ranks(1, refused, other)[0][1]
 
     for verdict in verify(out, user.model):
         assert verdict.is_good, verdict.lines()
@@ -173,7 +173,6 @@ def test_where_it_does_not_fit_it_is_refused(user: Playground, tmp_path: Path) -
         (["--train_new_embeddings"], "train different parts of embeddings and head: give one of them"),
         (["--adapter", "full"], "--train_embedding_rank: --adapter full has no frozen embeddings"),
         (["--full_rank_steps", "2"], "--full_rank_steps train every row first"),
-        (["--tensor_parallel_size", "2"], "not supported with --train_embedding_rank"),
         (["--train_embedding_rank", "-1"], "train_embedding_rank must"),
     ):
         with pytest.raises(UserError, match=message):

@@ -97,6 +97,7 @@ LAUNCHES = r"""
 --alignment_weight -1 | --alignment_weight must be at least 0
 --alignment_weight 0.1 --alignment_rank 100000 | --alignment_rank 100000 | 32 singular vectors
 --held_out_share 1 | --held_out_share must be at least 0 and below 1
+--document_start nothing | --document_start 'nothing' is no token of the tokenizer | '</s>'
 --preprocessing_workers 0 | --preprocessing_workers must be at least 1
 --shuffle_buffer -1 | --shuffle_buffer must be at least 0
 --text_column '' | --text_column must not be empty

@@ -58,7 +58,7 @@ def test_documents_between_bos_and_eos(
     assert built.tokens.dtype == np.uint16 and built.ends.dtype == np.int64
     assert (built.n_documents, built.eos_id, built.meta["documents"]) == (40, 2, 40)
     assert not damage(built.folder, contents=True)
-    without = build_cache(load_corpus(files), tokenizer, tmp_path / "cache", add_bos=False)
+    without = build_cache(load_corpus(files), tokenizer, tmp_path / "cache", document_start="none")
     assert without.n_tokens == built.n_tokens - 40 and without.tokens[0] != 1
 
 
@@ -139,7 +139,7 @@ def test_contents_order_and_settings_each_make_a_new_key(
         return build_cache(load_corpus(patterns, **settings), tokens, tmp_path / "cache").folder.name
 
     keys = [key(files), key(files[::-1]), key(files[:1]), key(files, text_column="body")]
-    keys.append(build_cache(load_corpus(files), tokenizer, tmp_path / "cache", add_bos=False).folder.name)
+    keys.append(build_cache(load_corpus(files), tokenizer, tmp_path / "cache", document_start="none").folder.name)
     other = load_tokenizer(train_sentencepiece(TEXTS, 290, tmp_path))
     keys.append(key(files, other))
     changed = Path(files[0]).read_text().replace("document 0", "document X")

@@ -36,13 +36,13 @@ CORE: list[Case] = [
     {"family": "llama", "operator": "share", **ALL},
     {"family": "llama", **ALIGNED},  # at t = 4 the attention falls back
     {"family": "llama", "operator": "rotate", "checkpointing": True, "inputs": "split", "compute": "weight"},
-    {"family": "llama", "operator": "rotate", "grouping": "permuted"},
+    {"family": "llama", "operator": "rotate", "grouping": "permuted", "embedding_rank": 3},
     {"family": "mistral", "operator": "decouple", "grouping": "permuted", "compute": "weight", "documents": True},
-    {"family": "llama", "operator": "decouple", "target_modules": ("q_proj", "down_proj")},
+    {"family": "qwen2", "operator": "decouple", "target_modules": ("q_proj", "down_proj"), "trained_rows": (3, 5, 7)},
     {"family": "llama", "operator": "truncate", "rank": 1},  # 3 matrices of 8 rows: the folded inputs are smaller
     {"family": "qwen3", "operator": "share", "train_norms": True, "checkpointing": True},
     {"family": "qwen2", "operator": "share", "compute": "weight", "train_embeddings": True, "documents": True},
-    {"family": "gpt_neox", "operator": "rotate"},
+    {"family": "gpt_neox", "operator": "rotate", "new_rows_from": 120},
     {"family": "gpt2", "operator": "share", "train_norms": True},
     {"family": "phi3", "operator": "decouple"},
 ]

@@ -26,7 +26,7 @@ ROWS = 4
 ALIGNED = ("--operator", "share", "--mora_rank", "4", "--tp_grouping", "aligned", "--tp_segments", "4")
 RUNS: dict[str, tuple[str, ...]] = {
     "gather": ("--operator", "rotate", "--train_norms", "--train_embeddings"),
-    "aligned": ALIGNED,
+    "aligned": (*ALIGNED, "--train_embedding_rank", "3"),
 }
 
 

@@ -59,7 +59,7 @@ def test_an_adapter_of_another_kind_does_not_continue_a_run(user: Playground, tm
     run(1, user.flags(tmp_path, "--max_steps", 2))
     resume = ("--max_steps", 4, "--resume_from_checkpoint", "auto")
     assert "--adapter: 'mora' there, 'lora' here" in refusal(user.flags(tmp_path, *resume, "--adapter", "lora"))
-    assert "adapter.operator: 'auto' there, 'share'" in refusal(user.flags(tmp_path, *resume, "--operator", "share"))
+    assert "--operator: 'auto' there, 'share'" in refusal(user.flags(tmp_path, *resume, "--operator", "share"))
 
 
 # -- nothing -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,127 @@
+"""--document_start TOKEN: documents of cached, streamed and prepared text begin with it, and those of an evaluation do;
+tools/bench/document_start.py compares tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mora_ds.common.errors import UserError
+from mora_ds.data import Document, Encoder, TokenCache, load_corpus, load_tokenizer, start_id
+from mora_ds.eval.perplexity import Windows, evaluate, load_target
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, losses, printed, refused, run
+from tests.helpers.tools import call
+
+TOKEN = "</s>"
+START = ("--document_start", TOKEN)
+
+
+def test_it_is_a_token_or_nothing_and_bos_by_default(user: Playground) -> None:
+    tokenizer = load_tokenizer(user.model)
+    bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert [start_id(tokenizer, start) for start in ("auto", "none", TOKEN)] == [bos, None, end]
+    tokenizer.bos_token = None
+    assert start_id(tokenizer) is None
+    for start in ("", "</S>"):
+        with pytest.raises(UserError, match=f"--document_start '{start}' is no token .* special tokens are '"):
+            start_id(tokenizer, start)
+
+
+def test_every_part_of_a_long_document_but_the_first_is_without_it(user: Playground) -> None:
+    tokenizer = load_tokenizer(user.model)
+    first, last = Encoder.of(tokenizer, TOKEN).rows(
+        [Document("def f", "here", ends=False), Document("return x", "here", begins=False)]
+    )
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("def f", "return x")]
+    assert [first.tolist(), last.tolist()] == [[2, *ids[0]], [*ids[1], 2]]
+
+
+@pytest.mark.gloo
+def test_a_run_takes_it_from_files_and_from_a_prepared_folder(user: Playground, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    run(1, user.flags(tmp_path / "files", *START, "--cache_dir", cache))
+    for meta in cache.glob("*/meta.json"):
+        tokens = TokenCache.open(meta.parent)
+        starts = np.concatenate([[0], tokens.ends[:-1]])
+        assert set(tokens.tokens[starts].tolist()) == {2}
+    prepare = ("--files", user.train, "--tokenizer", user.model, "--near_duplicates", 0, "--held_out", 0)
+    call("prepare_corpus", *prepare, *START, "--output", tmp_path / "prepared")
+    report = json.loads((tmp_path / "prepared" / "prepared.json").read_text())["report"]
+    tokenizer = load_tokenizer(user.model)
+    ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in load_corpus([str(user.train)]).texts())
+    assert report["splits"]["train"]["tokens"] == sum(map(len, ids)), "those of the text alone"
+    run(1, user.flags(tmp_path / "mapped", *START, "--train_files", tmp_path / "prepared"))
+    assert losses(tmp_path / "mapped").tolist() == losses(tmp_path / "files").tolist()
+    argv = user.flags(tmp_path / "no", "--train_files", tmp_path / "prepared")
+    assert "(another bos_id); prepare it again with" in run_ranks(1, refused, argv)[0][1]
+
+
+@pytest.mark.gloo
+def test_a_run_says_where_nothing_stands_there(user: Playground, tmp_path: Path) -> None:
+    model = shutil.copytree(user.model, tmp_path / "model")
+    content = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
+    for folder, more, says in ((user.model, (), False), (model, (), True), (model, ("none",), False)):
+        flags = ("--model_name_or_path", folder, "--max_steps", 2, *(("--document_start", *more) if more else ()))
+        argv = user.flags(tmp_path / f"{len(more)}-{says}", *flags)
+        assert ("nothing stands before a document" in run_ranks(1, printed, argv)[0]) == says
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("more", [(), ("--streaming",)])
+def test_a_resume_needs_it_again(user: Playground, tmp_path: Path, more: tuple[str, ...]) -> None:
+    out = tmp_path / "out"
+    run(1, user.flags(out, *START, *more))
+    resume = user.flags(out, *more, "--resume_from_checkpoint", "auto", "--max_steps", 8)
+    (kind, message), *_ = run_ranks(1, refused, resume)
+    assert kind == "UserError" and ("--document_start" in message or "train.text" in message)
+    run(1, [*resume, *START])
+    assert len(losses(out)) == 8
+
+
+def test_an_evaluation_begins_documents_with_it(user: Playground, tmp_path: Path) -> None:
+    target, corpus = load_target(user.model), load_corpus([str(user.other)])
+    scores = {
+        start: evaluate(target, corpus, Windows.of(target.model, 64, 32, start)).nats
+        for start in ("auto", "<s>", TOKEN)
+    }
+    assert scores["auto"] == scores["<s>"] != scores[TOKEN]
+    flags = (
+        user.model,
+        "--sets",
+        f"code={user.other}",
+        "--window",
+        64,
+        "--stride",
+        32,
+        "--json",
+        tmp_path / "score.json",
+    )
+    call("evaluate", *flags, *START)
+    assert json.loads((tmp_path / "score.json").read_text())["sets"]["code"]["nats"] == scores[TOKEN]
+    with pytest.raises(UserError, match="--document_start '<x>' is no token"):
+        call("evaluate", *flags, "--document_start", "<x>")
+
+
+def test_the_bench_scores_the_same_tokens_for_every_start(user: Playground, tmp_path: Path) -> None:
+    flags = ("--model", user.model, "--text", user.train, "--documents", 2, "--tokens", 20)
+    call("bench/document_start", *flags, "--starts", "none", TOKEN, "--json", tmp_path / "found.json")
+    _, *rows = json.loads((tmp_path / "found.json").read_text())["tables"]["starts"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(user.model), load_tokenizer(user.model)
+    texts = [json.loads(line)["text"] for line in user.train.read_text().splitlines()[:2]]
+    for row, start in zip(rows, ([], [2]), strict=True):
+        losses_ = []
+        for text in texts:
+            ids = torch.tensor([[*start, *tokenizer(text, add_special_tokens=False)["input_ids"][:20]]])
+            labels = ids.clone()
+            labels[:, : len(start) + 1] = -100
+            losses_.append(model(input_ids=ids, labels=labels).loss.item())
+        assert row[1:3] == ["2", "38"] and float(row[3]) == pytest.approx(math.exp(sum(losses_) / 2), abs=0.006)
