@@ -12,7 +12,8 @@ from tools.figures_style import BASE, FAINT, FOURTH, INK, OURS, SECOND, THIRD, a
 
 LABELS = {
     "none": "before", "lora": "LoRA", "relora": "ReLoRA", "mora-rotate": "MoRA", "remora-rotate": "ReMoRA",
-    "remora-10": "ReMoRA, ten cycles", "mora-scaled": "MoRA, delta divided by the side",
+    "remora-10": "ReMoRA, ten cycles", "remora-30": "ReMoRA, thirty cycles",
+    "mora-scaled": "MoRA, delta divided by the side",
     "mora-muon": "MoRA, Muon", "remora-muon": "ReMoRA, Muon", "replay-10": "MoRA, 10% replay",
     "lora-embeddings": "LoRA, embeddings", "mora-embeddings": "MoRA, embeddings",
     "muon-embeddings": "Muon, embeddings", "recipe": "default recipe", "remora-recipe": "recipe, merged",
@@ -20,7 +21,8 @@ LABELS = {
 }  # fmt: skip
 """Method of tools/bench/learning.yaml -> its name in a figure; others have their own."""
 CURVES = ("lora", "mora-rotate", "mora-muon", "recipe", "full")
-LONG_CURVES, LONG_RANK = ("lora", "relora", "mora-rotate", "remora-rotate", "remora-10", "full"), 2
+LONG_CURVES, LONG_RANK = ("lora", "relora", "mora-rotate", "remora-rotate", "remora-30", "full"), 2
+SCRATCH_CURVES = ("lora", "relora", "mora-rotate", "remora-rotate", "remora-10", "full")
 """The methods whose curves are drawn, as far as they were run, and the rank of those of a long run."""
 
 
@@ -82,7 +84,8 @@ def draw_long(path: Path, folder: Path, from_scratch: bool = False) -> None:
     ranks = {point.rank for point in found if point.rank}
     shown = (0, LONG_RANK if LONG_RANK in ranks else min(ranks))
     curves = folder / f"{path.stem.replace('_', '-')}.svg"
-    _draw_curves([point for point in found if point.rank in shown], LONG_CURVES, curves)
+    methods = SCRATCH_CURVES if from_scratch else LONG_CURVES
+    _draw_curves([point for point in found if point.rank in shown], methods, curves)
     if len(ranks) > 1:
         _draw_ranks(found, folder / "learning-ranks.svg")
 

@@ -29,6 +29,7 @@ from mora_ds.checkpoint.layout import adapter_folder, refuse_full_training, toke
 from mora_ds.common.errors import UserError
 from mora_ds.data import AUTO, IGNORED, Corpus, load_tokenizer, start_id
 from mora_ds.data.documents import Documents
+from mora_ds.data.tokenizer import NOTHING
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.bank import AdapterBank
 from mora_ds.models.attention import model_inputs, prefer_documents
@@ -191,6 +192,8 @@ class _Counter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, windows: Windows, max_documents: int | None) -> None:
         self.documents = self.tokens = self.text_bytes = 0
         self._tokenizer, self._windows, self._most = tokenizer, windows, max_documents
+        if windows.document_start == NOTHING:
+            raise UserError(f"--document_start {NOTHING}: the first token of a document is scored too, after a token")
         start = start_id(tokenizer, windows.document_start)
         if start is None:
             start = tokenizer.eos_token_id

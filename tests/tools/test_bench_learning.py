@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -28,6 +29,7 @@ from mora_ds.config.validate import validate
 from mora_ds.data import load_corpus, load_tokenizer
 from mora_ds.engine.optimizer_view import Flat, Span
 from mora_ds.remora.merge import ReMoRA
+from mora_ds.remora.schedule import Schedule, ScheduleKind
 from tests.helpers.jobs import Playground
 from tests.helpers.models import causal_loss, tiny_model, tokens
 from tests.helpers.tools import call, tool
@@ -341,6 +343,12 @@ def test_each_trial_computes_what_it_says(monkeypatch: pytest.MonkeyPatch) -> No
     trials._match_rms()
     updated = original_muon.muon_update(torch.linalg.qr(torch.randn(64, 64)).Q)
     assert updated.square().mean().sqrt() == pytest.approx(trials.RMS)
+
+    monkeypatch.setattr(Schedule, "merges_after", Schedule.merges_after)
+    trials._shrink_cycles()
+    schedule = Schedule(ScheduleKind.COSINE, 0.01, total_steps=300, merge_every=3, restart_warmup_steps=1)
+    lengths = [after - before for before, after in itertools.pairwise([0, *schedule.merge_steps(), 300])]
+    assert lengths == [3 * odd for odd in range(19, 0, -2)]
 
 
 def test_a_merge_carries_the_first_moment_into_the_next_grouping(monkeypatch: pytest.MonkeyPatch) -> None:

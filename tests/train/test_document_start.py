@@ -107,13 +107,16 @@ def test_an_evaluation_begins_documents_with_it(user: Playground, tmp_path: Path
     )
     call("evaluate", *flags, *START)
     assert json.loads((tmp_path / "score.json").read_text())["sets"]["code"]["nats"] == scores[TOKEN]
-    with pytest.raises(UserError, match="--document_start '<x>' is no token"):
-        call("evaluate", *flags, "--document_start", "<x>")
+    for start, message in (("<x>", "'<x>' is no token"), ("none", "none: the first token of a document is scored too")):
+        with pytest.raises(UserError, match=f"--document_start {message}"):
+            call("evaluate", *flags, "--document_start", start)
 
 
 def test_the_bench_scores_the_same_tokens_for_every_start(user: Playground, tmp_path: Path) -> None:
     flags = ("--model", user.model, "--text", user.train, "--documents", 2, "--tokens", 20)
     call("bench/document_start", *flags, "--starts", "none", TOKEN, "--json", tmp_path / "found.json")
+    with pytest.raises(UserError, match="there is no document of two tokens"):
+        call("bench/document_start", *flags, "--tokens", 1)
     _, *rows = json.loads((tmp_path / "found.json").read_text())["tables"]["starts"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(user.model), load_tokenizer(user.model)
     texts = [json.loads(line)["text"] for line in user.train.read_text().splitlines()[:2]]

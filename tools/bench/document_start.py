@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.nn.functional as F
 
+from mora_ds.common.errors import UserError
 from mora_ds.data import AUTO, load_corpus, load_tokenizer, start_id
 from mora_ds.models.load import load_model
 from mora_ds.runtime import cli
@@ -33,6 +34,10 @@ def main() -> None:
     texts = islice(load_corpus([options.text], flag="--text").texts(), options.documents)
     encoded = (tokenizer(text, add_special_tokens=False)["input_ids"][: options.tokens] for text in texts)
     documents = [ids for ids in encoded if len(ids) > 1]
+    if not documents:
+        raise UserError(
+            f"--text {options.text}: there is no document of two tokens, or --documents, --tokens are too low"
+        )
     model = load_model(Path(options.model), "auto", flag="--model").eval()
     report = Report(options)
     rows = [["start", "documents", "tokens", "perplexity"]]

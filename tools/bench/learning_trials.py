@@ -10,6 +10,7 @@ scale-S      without merges: delta = S / r_hat * expand(M)
 hadamard     delta = W / rms(W) * expand(M), element by element, in place of expand(M)
 adjoint      with --optimizer_reset keep: a merge carries the first moment over into the next grouping, through the
              delta that it stands for; the second one becomes its mean
+shrink       cycles that become shorter: merges where the steps that are left are --merge_every times a square number
 rms          Muon's updates of M times 0.2 sqrt(r_hat), so that each has the RMS 0.2 whatever its side
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from mora_ds.data import load_corpus, load_tokenizer
 from mora_ds.engine import muon
 from mora_ds.engine.optimizer_view import view_of
 from mora_ds.remora.merge import ReMoRA
+from mora_ds.remora.schedule import Schedule
 from mora_ds.runtime import cli
 from mora_ds.train import adapter_job
 
@@ -55,6 +58,8 @@ def main() -> None:
         _after_injection(lambda model: _train_rows(model, rows))
     elif trial == "adjoint":
         _carry_moments()
+    elif trial == "shrink":
+        _shrink_cycles()
     elif trial == "bias":
         _after_injection(_add_bias)
     elif kind == "scale":
@@ -138,6 +143,16 @@ def _moments(engine: Any, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
         for key in ("exp_avg", "exp_avg_sq")
     )
     return first, second
+
+
+def _shrink_cycles() -> None:
+    merges_after = Schedule.merges_after
+
+    def shrunk(self: Schedule, steps_done: int, *others: Any, **named: Any) -> bool:
+        left = (self.total_steps - steps_done) // self.merge_every
+        return isqrt(left) ** 2 == left and merges_after(self, steps_done, *others, **named)
+
+    Schedule.merges_after = shrunk  # type: ignore[method-assign]
 
 
 # -- the others --------------------------------------------------------------------------------------------------------
