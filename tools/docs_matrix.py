@@ -146,6 +146,9 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
+_BAR = r"\|"
+
+
 def table_row(*cells: str) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
+    """A row of a Markdown table. A bar within a cell would end it."""
+    return f"| {' | '.join(cell.replace('|', _BAR) for cell in cells)} |"

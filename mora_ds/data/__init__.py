@@ -27,6 +27,7 @@ from mora_ds.data.stream import DocumentStream, StreamSettings
 from mora_ds.data.stream_source import ParallelMap, StreamMixture, StreamSource
 from mora_ds.data.tokenizer import (
     AUTO,
+    NOTHING,
     Encoder,
     check_reload,
     check_vocabulary,
@@ -40,6 +41,7 @@ from mora_ds.data.tokenizer import (
 __all__ = [
     "AUTO",
     "IGNORED",
+    "NOTHING",
     "Corpus",
     "Document",
     "DocumentFilter",

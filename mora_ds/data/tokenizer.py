@@ -29,7 +29,7 @@ _OVERLAP = 1 << 12
 """Characters that two neighbouring pieces have in common."""
 
 AUTO, NOTHING = "auto", "none"
-"""What may stand before every document, beside a token: BOS where the tokenizer puts it, or nothing."""
+"""What may stand before every document in place of a named token: BOS where the tokenizer puts it, or nothing."""
 
 _AGREEING = 8
 """Tokens on both sides of a cut that must be the same in both pieces."""

@@ -27,9 +27,8 @@ from transformers import PreTrainedTokenizerBase
 from mora_ds.checkpoint.adapter_files import BaseReference, chosen_domain, read_adapter
 from mora_ds.checkpoint.layout import adapter_folder, refuse_full_training, tokenizer_of
 from mora_ds.common.errors import UserError
-from mora_ds.data import AUTO, IGNORED, Corpus, load_tokenizer, start_id
+from mora_ds.data import AUTO, IGNORED, NOTHING, Corpus, load_tokenizer, start_id
 from mora_ds.data.documents import Documents
-from mora_ds.data.tokenizer import NOTHING
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.bank import AdapterBank
 from mora_ds.models.attention import model_inputs, prefer_documents

@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers.pages import FENCE, PAGES, ROOT
 from tools import docs_results
+from tools.docs_matrix import table_row
 
 RESULTS = sorted((ROOT / "docs" / "results").glob("*.md"))
 DRAWN = re.compile(r"<!-- (?P<name>.+?), by tools/docs\.py -->.*?<!-- end of (?P=name) -->", re.DOTALL)
@@ -70,3 +71,7 @@ def test_every_image_has_its_data_or_shows_none() -> None:
     assert files == set(IMAGES)
     data = {source for source in IMAGES.values() if source.endswith(".json")}
     assert data <= {path.name for path in (ROOT / "docs" / "results" / "data").glob("*.json")}
+
+
+def test_a_bar_within_a_cell_does_not_end_it() -> None:
+    assert table_row("<|a|>", "1") == r"| <\|a\|> | 1 |"
