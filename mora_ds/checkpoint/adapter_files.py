@@ -320,6 +320,13 @@ class BaseReference:
         self.require_base(base, checkpoint, flag)
         return base
 
+    def key_in(self, base: BaseCheckpoint, name: str, checkpoint: Path) -> str:
+        """What a parameter is called in the files of `base`. Raises `UserError` where they hold no such tensor."""
+        key = self.keys.get(name)
+        if key is None or key not in base:
+            raise UserError(f"{checkpoint / BASE_JSON} names no tensor of {base.folder} for {name}")
+        return key
+
     def require_base(self, base: BaseCheckpoint, checkpoint: Path, flag: str = MODEL_FLAG) -> None:
         """Raises `UserError` naming `flag` where `base` has another fingerprint, for which every byte is read."""
         if base.fingerprint() != self.fingerprint:

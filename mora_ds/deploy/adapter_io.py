@@ -28,7 +28,6 @@ from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseRe
 from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
     ADAPTER_TENSORS,
-    BASE_JSON,
     LEDGER_FOLDER,
     TOKENIZER_FOLDER,
     find_adapter,
@@ -135,10 +134,7 @@ def _parameters_of(model: nn.Module) -> Callable[[str], Tensor]:
 
 def _read_original(base: BaseCheckpoint, reference: BaseReference, folder: Path, weight: str) -> Tensor:
     """The tensor of `base` that the adapter in `folder` names for a weight. Raises `UserError` where there is none."""
-    key = reference.keys.get(weight)
-    if key is None or key not in base:
-        raise UserError(f"{folder / BASE_JSON} names no tensor of {base.folder} for {weight}")
-    return base.read(key)
+    return base.read(reference.key_in(base, weight, folder))
 
 
 def _check_fit(folder: Path, facts: AdapterFile, tensors: AdapterTensors, model: nn.Module) -> None:

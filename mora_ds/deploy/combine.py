@@ -294,18 +294,24 @@ class _Trained:
     def value(self, name: str) -> Tensor:
         """base + sum_i w_i (T_i - base), as sum_i w_i T_i + (1 - sum_i w_i) base; products of low rank side by side."""
         parts = [(source.weight, source.tensors.trained(name)) for source in self._sources]
-        key = self._sources[-1].reference.keys[stands_for(name)]
         if is_low_rank(name):
-            assert self._base is not None
+            base, key = self._original(name)
             products = ((low_rank, float(weight)) for weight, low_rank in parts)
-            return _rounded_sum([sum_of_products(products, self._base.shape_dtype(key)[0][0])], name)
-        if self._base is not None and self._of_base:
-            original = self._base.read(key)
+            return _rounded_sum([sum_of_products(products, base.shape_dtype(key)[0][0])], name)
+        if self._of_base:
+            base, key = self._original(name)
+            original = base.read(key)
             if is_new_rows(name):
                 chosen = chosen_rows(self._sources[-1].adapter.facts)
                 original = original[rows_of(original, len(parts[0][1]), chosen)]
             parts.append((self._of_base, original))
         return _rounded_sum((tensor.double() * float(weight) for weight, tensor in parts), name)
+
+    def _original(self, name: str) -> tuple[BaseCheckpoint, str]:
+        """The base, and the key of what a trained tensor stands for. Raises `UserError` where the base has none."""
+        assert self._base is not None
+        last = self._sources[-1]
+        return self._base, last.reference.key_in(self._base, stands_for(name), last.folder)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of `value`."""

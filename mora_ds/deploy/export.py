@@ -33,7 +33,7 @@ from mora_ds.checkpoint.adapter_files import (
     logits_name,
     open_adapter,
 )
-from mora_ds.checkpoint.layout import BASE_JSON, PROBE_FILE, find_checkpoint, refuse_full_training, tokenizer_of
+from mora_ds.checkpoint.layout import PROBE_FILE, find_checkpoint, refuse_full_training, tokenizer_of
 from mora_ds.common.errors import POSITIVE, RunError, UserError
 from mora_ds.common.files import atomic_folder
 from mora_ds.deploy.combine import Mix, mixed
@@ -234,10 +234,7 @@ def _check_layers(run: OpenedRun) -> None:
 
 def _check_shape(run: OpenedRun, name: str, shape: tuple[int | None, ...]) -> None:
     """`shape`: None stands for any length."""
-    key = run.reference.keys.get(name)
-    if key is None or key not in run.base:
-        raise UserError(f"{run.checkpoint / BASE_JSON} names no tensor of {run.base.folder} for {name}")
-    actual = run.base.shape_dtype(key)[0]
+    actual = run.base.shape_dtype(run.reference.key_in(run.base, name, run.checkpoint))[0]
     if len(actual) != len(shape) or any(side not in (None, real) for side, real in zip(shape, actual, strict=True)):
         raise UserError(f"{name} has shape {shape} in the checkpoint, {actual} in the base")
 

@@ -56,6 +56,7 @@ def test_sizes_follow_scores_and_shapes() -> None:
 def test_a_layer_is_never_given_more_than_its_longer_side() -> None:
     sides = spend([Candidate("a", 16, 16, 16, 1.0), Candidate("b", 64, 64, 64, 0.1)], 256 + 900)
     assert sides == {"a": 16, "b": 30}
+    assert set(spend(PROJECTIONS, 16 * 64**2).values()) == {64}, "as much as all layers can hold"
 
 
 def test_a_small_budget_goes_to_the_best_layers() -> None:

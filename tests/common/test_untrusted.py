@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import mora_ds
 from mora_ds.common import untrusted
 from mora_ds.common.errors import UserError
 from mora_ds.common.untrusted import (
@@ -176,3 +178,14 @@ def test_memory_that_a_file_asks_for(free: int, limit: int, monkeypatch: pytest.
         require_memory(1001, "a layer")
     with pytest.raises(UserError, match=r"takes 3\.0 GiB of memory, and 0\.0 are free"):
         require_memory(3 * 2**30, "a layer")
+
+
+UNSAFE = {"trust_remote_code": r"trust_remote_code(?:: bool)? ?= ?(\w+)", "torch.load": r"torch\.load\(([^()]*)\)"}
+"""What a default or an argument is, in the text of a module."""
+
+
+def test_no_module_runs_code_that_comes_with_a_file_unasked() -> None:
+    sources = [path.read_text() for path in Path(mora_ds.__file__).parent.rglob("*.py")]
+    found = {name: [match for text in sources for match in re.findall(rule, text)] for name, rule in UNSAFE.items()}
+    assert "False" in found["trust_remote_code"] and "True" not in found["trust_remote_code"]
+    assert found["torch.load"] and all("weights_only=True" in call for call in found["torch.load"])

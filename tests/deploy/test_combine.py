@@ -80,7 +80,8 @@ def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def test_scale_one_is_the_plain_export_to_the_bit(run: FakeRun, tmp_path: Path) -> None:
-    combine_adapters([run.checkpoint], [1.0], tmp_path / "same")
+    lines = combine_adapters([run.checkpoint], [1.0], tmp_path / "same")
+    assert lines[1] == f"3 term(s) in {len(layers_of(run.live, 1))} layers; 2 of them in its ledger"
     export_merged(tmp_path / "same", tmp_path / "merged")
     export_merged(run.checkpoint, tmp_path / "plain", mix=Mix(delta_scale=1.0))
     plain = content(tmp_path / "plain")
@@ -144,6 +145,18 @@ def test_an_average_ends_with_the_checkpoint_that_is_named(run: FakeRun) -> None
     assert str(Mix(0.9, 2, 0.5)) == "update x 0.9, mean of the last 2 checkpoints, each 0.5 of the next"
     assert str(Mix(average_last=2)) == "update x 1, mean of the last 2 checkpoints"
     assert str(Mix(0.9)) == "update x 0.9"
+
+
+def test_a_trained_tensor_that_the_base_does_not_have(run: FakeRun, tmp_path: Path) -> None:
+    one = shutil.copytree(run.checkpoint, tmp_path / "one")
+    reference = BaseReference.read(one)
+    keys = {name: key for name, key in reference.keys.items() if name != TRAINED[1]}
+    replace(reference, keys=keys).write(one)
+    files.write_manifest(one)
+    combine_adapters([one], [1.0], tmp_path / "complete", run.base)
+    with pytest.raises(UserError, match=rf"base\.json names no tensor of .* for {TRAINED[1]}"):
+        combine_adapters([one], [0.5], tmp_path / "half", run.base)
+    assert not (tmp_path / "half").exists()
 
 
 def test_a_sum_stands_alone(run: FakeRun, tmp_path: Path) -> None:
