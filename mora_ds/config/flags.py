@@ -13,21 +13,16 @@ import argparse
 import ast
 import dataclasses
 import inspect
-import logging
 import textwrap
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
 
 from mora_ds.common.errors import UserError, nearest, refuse
 from mora_ds.common.files import load_yaml, shipped
-from mora_ds.runtime.log_setup import rank
-
-logger = logging.getLogger(__name__)
 
 Class = TypeVar("Class", bound=type)
 
@@ -57,39 +52,56 @@ def documented(cls: Class) -> Class:
     return cls
 
 
-@dataclasses.dataclass(frozen=True)
-class Retired:
-    """A setting that no longer exists. Recipes and run.yaml files of earlier versions may still name it."""
+_RESEARCH = "moved to the block `research:` of a recipe (docs/research.md)"
+_LONGER_MERGES = "was removed, since no run gained by it: merge at fixed intervals, --merge_every"
+_TWO_RUNS = "was removed: run --adapter full first, and adapt the merged model in a second run"
 
-    value: Any
-    """The one value that is still accepted, without effect: it asks for what every run does now."""
-    advice: str
-    """What was removed, and what to do about it."""
-
-    def parse(self, text: str) -> Any:
-        return string_to_bool(text) if isinstance(self.value, bool) else text
-
-
-RENAMED = {"peer_silence_s": "heartbeat_timeout_s"}
-"""Old name -> present name of a setting. The old one is accepted as a flag and as a key of a recipe."""
-
-RETIRED = {
-    "gradient_checkpointing_reentrant": Retired(
-        False,
-        "re-entrant checkpointing was removed, and --gradient_checkpointing uses PyTorch's other kind: leave out "
-        "gradient_checkpointing_reentrant",
-    ),
-    "merge_precision": Retired(
-        "exact",
-        "incremental merges were removed, and every merge is exact (original weight + all MoRA matrices so far, summed "
-        "in fp32, rounded once): leave out merge_precision; a run that began with incremental merges needs version 0.2",
-    ),
+REMOVED: dict[str, str] = {
+    "alignment_rank": _RESEARCH,
+    "alignment_weight": _RESEARCH,
+    "attention": "was removed: attention stays inside documents wherever the model can; name an --attn_implementation "
+    "(sdpa, eager) for transformers' own with a mask",
+    "base_buffers": "was removed: two decoder layers are on the device at a time",
+    "base_cache_dir": "was removed: set HF_HOME to a folder on the node's own disk, or copy the model there first",
+    "compile": "was removed: on GPUs the operators have kernels of their own",
+    "domain_adapters": _RESEARCH,
+    "eval_domains": _RESEARCH,
+    "expert_rank": "was removed: an expert's rank is --mora_rank divided by the number of experts that compute a token",
+    "freeze": _RESEARCH,
+    "full_rank_learning_rate": _TWO_RUNS,
+    "full_rank_steps": _TWO_RUNS,
+    "gradient_checkpointing_reentrant": "was removed: --gradient_checkpointing uses PyTorch's other kind",
+    "heartbeat_timeout_s": "was removed: torchrun and the cluster's scheduler watch processes, and "
+    "--collective_timeout_s ends a rank that waits for one that is gone",
+    "hold_weights": "was removed: --compute chooses between activation and weight",
+    "init_adapter": _RESEARCH + "; a LoRA of PEFT is merged into its base with PEFT, and that model adapted",
+    "liger": "was removed, since nobody has measured it here",
+    "lora_rank": "was removed: --mora_rank is the rank of --adapter lora too",
+    "merge_at_end": "was removed: exports add the MoRA matrices that are not merged yet",
+    "merge_at_latest": _LONGER_MERGES,
+    "merge_precision": "was removed: every merge is summed in fp32 and rounded once",
+    "merge_when": _LONGER_MERGES,
+    "muon_learning_rate": "was removed: --learning_rate is that of the adapter, --embedding_learning_rate that of all "
+    "else, under every optimizer",
+    "muon_momentum": "was removed: it is 0.95",
+    "peer_silence_s": "was removed: --collective_timeout_s ends a rank that waits for one that is gone",
+    "project": "was removed: set WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or TRACKIO_PROJECT",
+    "run_name": "was removed: the run is named after --output_dir",
+    "run_tags": "was removed: set WANDB_TAGS, or MLFLOW_TAGS",
+    "stall_signal": _LONGER_MERGES,
+    "stall_tolerance": _LONGER_MERGES,
+    "stall_window": _LONGER_MERGES,
+    "stream_retry_s": "was removed: reading a source is retried for two minutes",
+    "subspace_cycles": "was removed: every cycle lies between the leading singular vectors",
+    "targets": _RESEARCH,
+    "tp_inputs": "was removed: inputs are split over the ranks, but whole with --gradient_checkpointing",
+    "tp_segments": "was removed: --tp_grouping aligned has 8 segments",
+    "train_embedding_rows": "was removed: --train_embedding_rank learns more with fewer parameters",
+    "train_tokenizer_type": "was removed: the tokenizer is trained as BPE",
+    "trainable_budget": _RESEARCH,
+    "warmup_ratio": "was removed: --warmup_steps below 1 is a share of the run",
 }
-
-
-BEFORE = {"attention": "dense"}
-"""What a run did before a setting existed: it holds for a run.yaml that does not name the setting, so that the file
-still repeats its run."""
+"""Setting that a version before 0.3.0 had -> what to do instead, to be read after its name."""
 
 
 class StrictParser(HfArgumentParser):
@@ -117,16 +129,12 @@ def parse_flat(
         allow_abbrev=False,
         usage="%(prog)s [recipe.yaml] [--flag value ...]",
     )
-    for name, retired in RETIRED.items():
-        parser.add_argument(f"--{name}", type=retired.parse, nargs="?", const=True, help=argparse.SUPPRESS)
-    names = [*RETIRED, *(field.name for group in groups for field in dataclasses.fields(group))]
-    arguments = [_present_flag(word) for word in arguments]
+    names = [field.name for group in groups for field in dataclasses.fields(group)]
     parsed, rest = parser.parse_known_args(arguments, argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN)))
     if rest:
         raise UserError(_unknown_flags(rest, parser))
     settings = {name: value for name, value in vars(parsed).items() if value is not _NOT_GIVEN}
-    refuse(_retired(settings, "--"))
-    return {**given, **{name: value for name, value in settings.items() if name not in RETIRED}}
+    return {**given, **settings}
 
 
 def _pop_recipe(arguments: list[str]) -> str | None:
@@ -139,58 +147,26 @@ def _pop_recipe(arguments: list[str]) -> str | None:
     return None
 
 
-def _present_flag(word: str) -> str:
-    """`word` of a command line, with the present name where it is a renamed flag (`--flag` or `--flag=value`)."""
-    flag, mark, value = word.partition("=")
-    name = flag.removeprefix("--").replace("-", "_")
-    if not flag.startswith("--") or name not in RENAMED:
-        return word
-    return f"--{_present_name(name)}{mark}{value}"
-
-
-def _present_name(name: str) -> str:
-    """The present name of a setting; rank 0 logs a warning where `name` is an old one."""
-    if name in RENAMED and rank() == 0:
-        logger.warning("--%s is called --%s now; the old name still works", name, RENAMED[name])
-    return RENAMED.get(name, name)
-
-
-def _retired(settings: Mapping[str, Any], where: str) -> Iterator[str]:
-    """One message for each retired setting with another value than the one that is accepted."""
-    for name, retired in RETIRED.items():
-        if name in settings and settings[name] != retired.value:
-            yield f"{where}{name}: {retired.advice}"
-
-
 def _unknown_flags(unknown: list[str], parser: StrictParser) -> str:
     known = [option for option in parser._option_string_actions if option.startswith("--")]
     flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
     if not flags:
         return f"unexpected argument {unknown[0]!r}: a YAML recipe comes first, and every value follows its flag"
-    return "\n".join(f"unknown flag {flag}.{nearest(flag, known)}" for flag in flags)
+    return "\n".join(_unknown_flag(flag, known) for flag in flags)
+
+
+def _unknown_flag(flag: str, known: list[str]) -> str:
+    """One line on a flag that does not exist: what took its place, or the nearest one that does."""
+    name = flag.removeprefix("--").removeprefix("no_")
+    return f"{flag} {REMOVED[name]}" if name in REMOVED else f"unknown flag {flag}.{nearest(flag, known)}"
 
 
 def read_recipe(path: str, groups: Iterable[type], ignored_keys: Iterable[str] = ()) -> dict[str, Any]:
     """The settings of a YAML recipe, checked against the fields of `groups`; one `UserError` lists all wrong ones."""
     content = load_yaml(path, "the recipe")
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
-    values: dict[str, Any] = {}
-    problems = list(_retired(content, f"{path}: "))
-    for key, value in content.items():
-        if key in ignored_keys or key in RETIRED:
-            continue
-        if (name := _present_name(key)) in values:
-            old = next(old for old, new in RENAMED.items() if new == name)
-            problems.append(f"{path}: {old} and {name} are one setting: give one of them")
-        values[name] = value
-    if any(key in content for key in ignored_keys):  # a run has written it
-        values = {**{name: value for name, value in BEFORE.items() if name in hints}, **values}
-    try:
-        settings = typed_values(values, hints, path)
-    except UserError as error:
-        problems += str(error).splitlines()
-    refuse(problems)
-    return settings
+    settings = {key: value for key, value in content.items() if key not in ignored_keys}
+    return typed_values(settings, hints, path)
 
 
 def typed_values(content: Any, hints: Mapping[str, Any], path: str, prefix: str = "") -> dict[str, Any]:
@@ -203,6 +179,9 @@ def typed_values(content: Any, hints: Mapping[str, Any], path: str, prefix: str 
         raise UserError(f"{path}: {prefix.rstrip('.')} must be {_NAMES[dict]}, got {content!r}")
     values, problems = {}, []
     for key, value in content.items():
+        if key not in hints and key in REMOVED and not prefix:
+            problems.append(f"{path}: {key} {REMOVED[key]}")
+            continue
         if key not in hints:
             problems.append(f"{path}: unknown key '{prefix}{key}'.{nearest(str(key), hints)}")
             continue
