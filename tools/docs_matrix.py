@@ -32,7 +32,6 @@ OPTIONS: dict[str, list[str]] = {
     "`--optimizer muon`": ["--optimizer", "muon"],
     "`--mora_dropout`": ["--mora_dropout", "0.1"],
     "`--compute weight`": ["--compute", "weight"],
-    "`--compile`": ["--compile"],
     "`--chunked_loss`": ["--chunked_loss"],
     "`--gradient_checkpointing`": ["--gradient_checkpointing"],
     "`--base_bits 8`": ["--base_bits", "8"],

@@ -96,9 +96,6 @@ class AdapterArguments:
     and exports read the original weights. 4: in NF4, 0.28 of the memory; they are rounded once, and merged cycles act
     through their matrices, so that every merge makes a step longer; needs the extra bits4. 16: hold them in the run's
     dtype."""
-    compile: bool = False
-    """Compile the permutations and reductions of the operators (torch.compile; on a CPU it needs a C++ compiler). The
-    first steps are slow."""
     tp_grouping: str = TPGrouping.GATHER.value
     """gather (any grouping; tensor-parallel ranks all-gather a MoRA matrix to use it) or aligned (groupings of share,
     confined to --tp_segments segments where the model's plan splits a layer: its matrix is never communicated)."""

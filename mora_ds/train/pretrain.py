@@ -22,7 +22,6 @@ from mora_ds.adapters.config import AS_LOADED
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.nf4 import check_installed as check_bitsandbytes
-from mora_ds.adapters.ops.gather import check_compiler, compile_operators
 from mora_ds.checkpoint.folder import AUTO, name_best, name_latest, resume_checkpoint, settle
 from mora_ds.checkpoint.layout import CHECKPOINTS, MERGED_FOLDER, SUMMARY_FILE, step_folder
 from mora_ds.checkpoint.state import AttentionKind, TrainerState, check_world_size
@@ -101,8 +100,6 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
     with start_up():
         validate(arguments)
         check_installed(arguments.training.report_to)
-        if arguments.adapter.compile:
-            check_compiler()
         if arguments.adapter.base_bits == 4 and not arguments.training.dry_run:
             check_bitsandbytes()
         if arguments.training.push_to_hub is not None:
@@ -145,8 +142,6 @@ def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job
         if attention is AttentionKind.DOCUMENTS:
             use_documents(loaded.model)
         job = JOBS[adapter.adapter](arguments, loaded, ds_config, data, place)
-        if adapter.compile:
-            compile_operators()
         job.state.attention, job.state.chunked_loss = attention, _in_chunks(job, training)
         if job.state.chunked_loss:
             chunk_loss(loaded.model)

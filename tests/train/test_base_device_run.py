@@ -91,12 +91,11 @@ def test_more_runs(user: Playground, more: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("more", [("--sequence_parallel_size", 2), ("--compile",)], ids=["ulysses", "compile"])
-def test_with_other_options(user: Playground, more: tuple[Any, ...]) -> None:
-    name = str(more[0]).strip("-")
-    run(2, deep(user, f"{name}-resident", *more))
-    run(2, deep(user, f"{name}-streamed", *more, *HOST))
-    assert_same_run(user.root / f"{name}-streamed", user.root / f"{name}-resident")
+def test_with_sequence_parallelism(user: Playground) -> None:
+    ulysses = ("--sequence_parallel_size", 2)
+    run(2, deep(user, "resident", *ulysses))
+    run(2, deep(user, "streamed", *ulysses, *HOST))
+    assert_same_run(user.root / "streamed", user.root / "resident")
 
 
 @pytest.mark.heavy

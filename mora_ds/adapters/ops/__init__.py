@@ -7,7 +7,7 @@ lora               `LoRASpec`: LoRA's two factors
 update             any spec from its dictionary
 linear             an adapted layer's product, over activations or over the weight, with its gradients
 delta              updates added to a weight without forming them
-gather             gathers, sums and rotations of the last dimension, and their compilation
+gather             gathers, sums and rotations of the last dimension
 index_tables       the tables of indices that an operator gathers with
 singular_vectors   files of singular vectors, by name
 frozen             a frozen weight and its products, dense or quantized

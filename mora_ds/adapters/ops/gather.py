@@ -6,74 +6,17 @@ Shape legend:  D = inputs, R = r_hat, N = blocks.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import threading
-from collections.abc import Callable
-from functools import update_wrapper
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from mora_ds.common.errors import UserError
-
-FLAG = "--compile"
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 _SCRATCH_BYTES = 2**26
 """The most that one use of `scratch` keeps."""
 
-_COMPILED_FORMS = 32
-"""Compiled forms of one function that torch may keep: by dtype, with and without gradient, by layout, with and without
-missing positions."""
 
-
-def compile_operators() -> None:
-    """From here on, in this process, gathers, sums of groups and W0 + delta each run as one kernel compiled by torch's
-    inductor. The first steps are slow, as they compile."""
-    compile_with("inductor")
-
-
-def check_compiler(device_type: str | None = None) -> None:
-    """Raises `UserError` where --compile has no compiler: inductor writes C++ for a CPU and Triton for a GPU.
-
-    `device_type`: "cpu" or "cuda"; by default that of this machine.
-    """
-    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device_type == "cpu":
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None:
-            raise UserError(f"{FLAG} needs a C++ compiler on a CPU: install {compiler}, or leave the flag out")
-    elif find_spec("triton") is None:
-        raise UserError(f"{FLAG} needs triton on this device: install it, or leave the flag out")
-
-
-class Compilable:
-    """A function of tensors that `compile_with` can replace by its compiled form. Index tables are arguments of it, so
-    that all layers and all cycles share what was compiled."""
-
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self.eager = self.used = function
-        update_wrapper(self, function)
-
-    def __call__(self, *arguments: Any) -> Tensor:
-        if self.used is not self.eager and not torch.is_grad_enabled():
-            # Tensors with and without requires_grad would each be compiled for.
-            arguments = tuple(each.detach() if isinstance(each, Tensor) else each for each in arguments)
-        return self.used(*arguments)
-
-
-def compile_with(backend: str | None) -> None:
-    """From here on, in this process, `Compilable` functions run compiled by torch.compile's `backend`; None: eager."""
-    torch._dynamo.config.recompile_limit = max(_COMPILED_FORMS, torch._dynamo.config.recompile_limit)
-    for each in (gather, gather_sum, add_rows):
-        each.used = each.eager if backend is None else torch.compile(each.eager, backend=backend, dynamic=True)
-
-
-@Compilable
 def gather(x: Tensor, index: Tensor, missing: Tensor | None = None) -> Tensor:
     """x[..., index], zero at the positions `missing`. Two-dimensional inside, which is up to five times faster on a
     CPU."""
@@ -83,22 +26,20 @@ def gather(x: Tensor, index: Tensor, missing: Tensor | None = None) -> Tensor:
     return taken.view(*x.shape[:-1], len(index))
 
 
-@Compilable
 def gather_sum(x: Tensor, index: Tensor, missing: Tensor | None, rows: int) -> Tensor:
     """(..., D), (rows * R,) -> (..., 1, R): `gather`, summed over rows."""
-    return gather.eager(x, index, missing).unflatten(-1, (rows, -1)).sum(dim=-2, keepdim=True)
+    return gather(x, index, missing).unflatten(-1, (rows, -1)).sum(dim=-2, keepdim=True)
 
 
-@Compilable
 def add_rows(weight: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     """weight (O, D) + rows[slots], a new tensor."""
     return rows.index_select(0, slots).add_(weight)
 
 
 def prefers_scatter(x: Tensor) -> bool:
-    """Whether groups of x are summed by `sum_groups` (eager, on a CPU) and not by `gather_sum`: compiled, that is one
-    kernel, and on a GPU scattered sums are atomic, so that their order would vary."""
-    return x.device.type == "cpu" and gather_sum.used is gather_sum.eager
+    """Whether groups of x are summed by `sum_groups` and not by `gather_sum`: on a CPU. On a GPU scattered sums are
+    atomic, so that their order would vary."""
+    return x.device.type == "cpu"
 
 
 class _Kept(threading.local):
