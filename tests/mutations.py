@@ -77,20 +77,6 @@ MUTATIONS = (
         ("models/test_load.py",),
     ),
     Mutation(
-        "Liger's kernels stand in front of the experts' matrices",
-        "train/liger.py",
-        '{"swiglu": False} if any("experts" in path for path, _ in model.named_modules()) else {}',
-        "{}",
-        ("train/test_liger.py",),
-    ),
-    Mutation(
-        "Liger's kernels are not held against the model",
-        "train/preflight.py",
-        "    if not apart <= (_FUSED_ERROR",
-        "    if False and not apart <= (_FUSED_ERROR",
-        ("train/test_liger.py",),
-    ),
-    Mutation(
         "a held weight outlives its step",
         "adapters/held_weights.py",
         "            layer.held = None\n",

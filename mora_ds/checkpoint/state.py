@@ -131,7 +131,6 @@ _LABELS = {
     "model_config": "config.json of --model_name_or_path",
     "tokens": "tokens of the training text (--train_files, --dataset_name, --document_start and the tokenizer)",
     **{f"mixture.{part}": f"{part} of --mixture" for part in ("sources", "weights", "epochs")},
-    "liger": "--liger (None: without)",
     "adapter.kind": "--adapter",
     "adapter.rank": "--mora_rank (or --lora_rank)",
     "adapter.r_hat_multiple": "--r_hat_multiple (None: 1)",

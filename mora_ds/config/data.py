@@ -62,8 +62,6 @@ class ModelArguments:
     attention: str = Attention.AUTO.value
     """documents: attention document by document, without a mask of seq_len x seq_len. dense: transformers' own, with
     such a mask. auto: documents wherever the model can, and a run that resumes keeps what it began with."""
-    liger: bool = False
-    """On GPUs: Liger's fused kernels for norms, gated activations and rotary embeddings (the extra mora_ds[liger])."""
 
     @property
     def implementation(self) -> str | None:

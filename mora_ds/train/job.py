@@ -119,7 +119,6 @@ class Job(ABC):
             "full_rank_steps": adapter.full_rank_steps,
             "dtype": compute_dtype(self.ds_config),
             **({"optimizer": training.optimizer} if training.optimizer != "adamw" else {}),
-            **({"liger": True} if self.arguments.model.liger else {}),
         }
 
     def check_checkpoint(self, identity: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """Every check of the live model before the first step, by small forward passes.
 
 document mask           do documents packed into one row see each other?              --attention, --no_document_mask
-fused kernels           do they give the model's own logits?                          --liger
 chunked loss            are the head and a known scale or cap all of the logits?      --chunked_loss
 domains                 does every adapted layer read complete rows?                  --domain_adapters
 sequence parallelism    do split rows give the logits of complete rows?               --sequence_parallel_size
@@ -32,7 +31,6 @@ from mora_ds.parallel.limits import SEQUENCE
 from mora_ds.parallel.ulysses import SequenceParallel, whole_rows
 from mora_ds.train.attention import dense_by_choice
 from mora_ds.train.job import Job
-from mora_ds.train.liger import use_liger
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +43,6 @@ differently with other tokens in the batch, far below this."""
 
 _TOKENS = 4
 """Tokens per process in the rows of `check_split`."""
-
-_FUSED_ERROR, _FUSED_ERROR_16 = 1e-3, 0.1
-"""Permitted difference of logits by fused kernels, as a share of their norm, in fp32 and in 16 bits."""
 
 _SPLIT_ERROR = 2e-4
 """Permitted difference of `check_split`, as a share of the effect of all other processes' tokens."""
@@ -73,8 +68,6 @@ def preflight(job: Job, arguments: Arguments) -> None:
     given = dense_by_choice(arguments.model, model.config)
     check = partial(check_attention, job.engine, vocab_size, sizes, document_mask, given)
     with whole_rows(model):
-        if arguments.model.liger:
-            fuse(job.engine, model)
         if job.state.chunked_loss and not logits_are_known(job.engine, vocab_size):
             problem = "this model does more to its logits than its head and a known scale or cap"
             if training.chunked_loss:
@@ -95,23 +88,6 @@ def preflight(job: Job, arguments: Arguments) -> None:
             check()
     if job.sequence is not None:
         check_split(job.engine, model, job.sequence, document_mask)
-
-
-@torch.no_grad()
-def fuse(engine: Any, model: Any) -> None:
-    """Put Liger's kernels into the model. Raises `UserError` where it then computes something else. Collective: two
-    forward passes of two short rows."""
-    batch = {"input_ids": _random_ids(engine, model.config.get_text_config().vocab_size, 2, 2 * _DOCUMENT)}
-    batch |= _places(engine, torch.arange(2 * _DOCUMENT), 2)
-    engine.eval()
-    own = engine(**model_inputs(engine, batch)).logits.double()
-    use_liger(model)
-    fused = engine(**model_inputs(engine, batch)).logits
-    engine.train()
-    apart = _norm(fused.double() - own) / _norm(own)
-    if not apart <= (_FUSED_ERROR if fused.dtype is torch.float32 else _FUSED_ERROR_16):
-        raise UserError(f"--liger: Liger's kernels give logits {apart:.1%} apart from the model's: leave it out")
-    logger.info(f"fused kernels: Liger's, logits {apart:.1e} apart from the model's")
 
 
 @torch.no_grad()

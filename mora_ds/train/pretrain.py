@@ -58,7 +58,6 @@ from mora_ds.train.init_adapter import adapter_files, check_same_files
 from mora_ds.train.init_lora import lora_files
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.job import BareJob, FullJob, Job
-from mora_ds.train.liger import check_liger
 from mora_ds.train.metrics import MetricsLog, peak_memory_bytes, plain_json
 from mora_ds.train.node_room import check_node_base
 from mora_ds.train.output_folder import (
@@ -127,8 +126,6 @@ def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job
             files = lora_files if adapter.adapter == AdapterKind.LORA.value else adapter_files
             check_same_files(files, Path(adapter.init_adapter), ranks)
         folder, config = find_model(model, place)
-        if model.liger:
-            ranks.agree("kernels of --liger", lambda: check_liger(config))
         attention = choose_attention(model, config, place.checkpoint)
         implementation = implementation_of(model, attention)
         check_config(config, training.sequence_parallel_size, implementation, model.trust_remote_code)
