@@ -184,9 +184,9 @@ MUTATIONS = (
     Mutation(
         "Muon's learning rate is ignored",
         "config/training.py",
-        "return self.muon_learning_rate if self.optimizer == OptimizerKind.MUON.value else self.learning_rate",
-        "return self.learning_rate",
-        ("config/test_arguments.py",),
+        "return MUON_LEARNING_RATE if self.optimizer == OptimizerKind.MUON.value else ADAMW_LEARNING_RATE",
+        "return ADAMW_LEARNING_RATE",
+        ("config/test_settings.py",),
     ),
     Mutation(
         "a stale copy of a tied weight is exported",

@@ -39,6 +39,12 @@ SEED = Bounds(least=0, below=2**48)
 ROWS = Bounds(least=1, most=1_000_000)
 """Sequences of one batch, all of which are in memory."""
 
+ADAMW_LEARNING_RATE = 4e-4
+"""Default of --learning_rate under adamw, and under muon of --embedding_learning_rate."""
+
+MUON_LEARNING_RATE = 0.03
+"""Default of --learning_rate under muon."""
+
 
 def _is_shared(output_dir: str) -> bool:
     """Whether the path is empty, the working directory, the home folder or one that holds it."""
@@ -57,7 +63,6 @@ _ALLOWED: dict[str, Bounds | type[Enum]] = {
     "optimizer": OptimizerKind,
     "learning_rate": POSITIVE,
     "embedding_learning_rate": POSITIVE,
-    "muon_learning_rate": POSITIVE,
     "min_lr_ratio": AT_MOST_1,
     "decay_ratio": ABOVE_0_AT_MOST_1,
     "warmup_steps": NOT_NEGATIVE,
@@ -66,7 +71,6 @@ _ALLOWED: dict[str, Bounds | type[Enum]] = {
     "adam_beta1": BELOW_1,
     "adam_beta2": BELOW_1,
     "adam_epsilon": POSITIVE,
-    "muon_momentum": BELOW_1,
     "max_grad_norm": NOT_NEGATIVE,
     "log_level": LogLevel,
     "base_device": BaseDevice,
@@ -129,12 +133,13 @@ class TrainingArguments:
     too long for one; the base stays unsharded on every rank. Batch sizes then count the rows of such a group."""
     optimizer: str = OptimizerKind.ADAMW.value
     """adamw, or muon: DeepSpeed's Muon for the MoRA matrices, AdamW for all other trained parameters."""
-    learning_rate: float = 4e-4
-    """Peak learning rate: a rank four times as high wants half of it (the paper, 7B: 4e-4 to 5e-4 at rank 8, 5e-5 to
-    7e-5 at rank 256)."""
+    learning_rate: float | None = None
+    """Peak learning rate of the adapter, or of everything with --adapter full. Default: 4e-4 under adamw, where a rank
+    four times as high wants half of it (the paper, 7B: 4e-4 to 5e-4 at rank 8, 5e-5 to 7e-5 at rank 256); 0.03 under
+    muon, where every update of a matrix has about this spectral norm, whatever the gradient is."""
     embedding_learning_rate: float | None = None
     """Peak learning rate of the other trained parameters (modules_to_save): embeddings, new rows, norms, head. Default:
-    --learning_rate."""
+    --learning_rate under adamw, 4e-4 under muon, which leaves them to AdamW."""
     min_lr_ratio: float = 0.0
     """The learning rate decays towards this share of its peak."""
     lr_scheduler_type: str = "linear"
@@ -153,11 +158,6 @@ class TrainingArguments:
     """Adam's decay of the second moment."""
     adam_epsilon: float = 1e-8
     """Adam's epsilon."""
-    muon_learning_rate: float = 0.03
-    """Peak learning rate of the MoRA matrices under --optimizer muon; --learning_rate is then that of AdamW's part.
-    Every update of a matrix has about this spectral norm, whatever the gradient is."""
-    muon_momentum: float = 0.95
-    """Muon's decay of the momentum."""
     max_grad_norm: float = 1.0
     """Clip the gradient to this norm; 0 for no clipping."""
     bf16: bool = False
@@ -233,7 +233,8 @@ class TrainingArguments:
         return EngineSettings(
             micro_batch_size=self.per_device_train_batch_size,
             gradient_accumulation_steps=self.gradient_accumulation_steps,
-            learning_rate=self.learning_rate,
+            learning_rate=self.peak_learning_rate,
+            other_learning_rate=self.other_learning_rate,
             betas=(self.adam_beta1, self.adam_beta2),
             epsilon=self.adam_epsilon,
             weight_decay=self.weight_decay,
@@ -241,8 +242,6 @@ class TrainingArguments:
             bf16=self.bf16,
             fp16=self.fp16,
             optimizer=OptimizerKind(self.optimizer),
-            muon_learning_rate=self.muon_learning_rate,
-            muon_momentum=self.muon_momentum,
             tensor_parallel_size=self.tensor_parallel_size,
         )
 
@@ -257,14 +256,17 @@ class TrainingArguments:
 
     @property
     def peak_learning_rate(self) -> float:
-        """The schedule's peak: the learning rate of the adapter."""
-        return self.muon_learning_rate if self.optimizer == OptimizerKind.MUON.value else self.learning_rate
+        """The schedule's peak: the learning rate of the adapter, or of everything in full training."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return MUON_LEARNING_RATE if self.optimizer == OptimizerKind.MUON.value else ADAMW_LEARNING_RATE
 
     @property
-    def other_lr_ratio(self) -> float:
-        """Learning rate of the other trained parameters (modules_to_save), as a ratio to the adapter's."""
-        other = self.learning_rate if self.embedding_learning_rate is None else self.embedding_learning_rate
-        return other / self.peak_learning_rate
+    def other_learning_rate(self) -> float:
+        """Peak learning rate of the other trained parameters (modules_to_save)."""
+        if self.embedding_learning_rate is not None:
+            return self.embedding_learning_rate
+        return ADAMW_LEARNING_RATE if self.optimizer == OptimizerKind.MUON.value else self.peak_learning_rate
 
     def first_warmup(self, total_steps: int) -> int:
         """Optimizer steps of the first warm-up in a run of `total_steps`. An invalid ratio counts as 0."""

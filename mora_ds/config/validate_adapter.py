@@ -30,7 +30,7 @@ def adapter_problems(adapter: AdapterArguments, training: TrainingArguments) -> 
     if training.optimizer == OptimizerKind.MUON.value and adapter.adapts_experts:
         yield "--optimizer muon is for single MoRA matrices, and --target_modules names experts: use --optimizer adamw"
     if training.embedding_learning_rate is not None:
-        yield from _other_learning_rate(adapter)
+        yield from _other_learning_rate(adapter, training)
     if adapter.is_control and training.base_device == BaseDevice.HOST.value:
         yield f"--base_device host is for a base that is frozen under an adapter, and --adapter is {adapter.adapter}"
     if adapter.hold_weights:
@@ -48,13 +48,13 @@ def _held_weights(adapter: AdapterArguments, training: TrainingArguments) -> Ite
         yield f"{flag}: layers that are split by --tensor_parallel_size keep nothing: leave one of them out"
 
 
-def _other_learning_rate(adapter: AdapterArguments) -> Iterator[str]:
+def _other_learning_rate(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[str]:
     flag = "--embedding_learning_rate"
     if adapter.is_control:
         yield f"{flag} is for parameters trained in addition to an adapter, and --adapter is {adapter.adapter}"
-    if not adapter.trains_others:
+    if not adapter.trains_others and not adapter.domain_adapters:
         yield f"{flag}: only the adapter is trained; give --train_embeddings, or a flag like it"
-    if adapter.domain_adapters:
+    if adapter.domain_adapters and training.optimizer != OptimizerKind.MUON.value:
         yield f"{flag} would hold for the domains' MoRA matrices too: leave it out with --domain_adapters"
 
 

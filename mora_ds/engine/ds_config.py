@@ -64,6 +64,9 @@ class EngineSettings:
     """Sequences per process and micro-batch."""
     gradient_accumulation_steps: int
     learning_rate: float
+    """Of the adapter, or of everything in full training."""
+    other_learning_rate: float
+    """Of the other trained parameters."""
     betas: tuple[float, float]
     epsilon: float
     weight_decay: float
@@ -71,8 +74,6 @@ class EngineSettings:
     bf16: bool
     fp16: bool
     optimizer: OptimizerKind = OptimizerKind.ADAMW
-    muon_learning_rate: float = 0.0
-    muon_momentum: float = 0.0
     tensor_parallel_size: int | None = None
     """None: any value in the config is accepted, and ignored, as full training runs at 1."""
 
@@ -154,9 +155,10 @@ def _resolve(
         problems += _unknown_keys(resolved)
         problems += refused_keys(resolved, REFUSED)
         if settings is not None:
-            muon = settings.muon_learning_rate, settings.muon_momentum
             problems += _match_flags(resolved, settings, world_size)
-            problems += match_optimizer(resolved, settings.optimizer, *muon)
+            problems += match_optimizer(
+                resolved, settings.optimizer, settings.learning_rate, settings.other_learning_rate
+            )
             problems += _precision(resolved, settings)
         problems += _zero(resolved)
         problems += optimizer_problems(resolved)
@@ -286,7 +288,6 @@ def _match_flags(config: dict[str, Any], settings: EngineSettings, world_size: i
         ("gradient_accumulation_steps", accumulation, f"--gradient_accumulation_steps = {accumulation}"),
         ("train_batch_size", rows, formula),
         ("gradient_clipping", settings.max_grad_norm, f"--max_grad_norm = {settings.max_grad_norm}"),
-        ("optimizer.params.lr", settings.learning_rate, f"--learning_rate = {settings.learning_rate}"),
         ("optimizer.params.betas", list(settings.betas), f"--adam_beta1, --adam_beta2 = {list(settings.betas)}"),
         ("optimizer.params.eps", settings.epsilon, f"--adam_epsilon = {settings.epsilon}"),
         ("optimizer.params.weight_decay", settings.weight_decay, f"--weight_decay = {settings.weight_decay}"),

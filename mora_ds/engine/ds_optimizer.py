@@ -1,7 +1,7 @@
 """The optimizer's part of a DeepSpeed config: AdamW for everything, or Muon for the MoRA matrices and AdamW for the
 other trained parameters.
 
-    match_optimizer       fills type, muon_lr and momentum from the flags
+    match_optimizer       fills type, learning rates and momentum from the flags
     optimizer_problems    sets our defaults, and lists what is refused
     uses_muon             whether a resolved config trains the MoRA matrices by Muon
 
@@ -19,6 +19,9 @@ from mora_ds.engine.ds_keys import AUTO, ONLY_FOR_ADAM, ONLY_FOR_MUON, REFUSED_W
 NEVER = 2**31 - 1
 """The value of `steps_per_print` with which DeepSpeed prints nothing: the trainer logs."""
 
+MUON_MOMENTUM = 0.95
+"""Muon's decay of the momentum."""
+
 
 class OptimizerKind(str, Enum):
     """The optimizer of the MoRA matrices; the other trained parameters always have AdamW."""
@@ -31,16 +34,22 @@ _NAMES = {OptimizerKind.ADAMW: ("AdamW", "Adam"), OptimizerKind.MUON: ("Muon",)}
 """DeepSpeed's names of them; "auto" becomes the first."""
 
 
-def match_optimizer(config: dict[str, Any], kind: OptimizerKind, muon_lr: float, momentum: float) -> list[str]:
+def match_optimizer(
+    config: dict[str, Any], kind: OptimizerKind, learning_rate: float, other_learning_rate: float
+) -> list[str]:
     """Fill in the values of the flags. Returns what contradicts them."""
     given = at(config, "optimizer.type")
-    others = {name.lower() for other, names in _NAMES.items() if other is not kind for name in names}
-    is_free = given in (None, AUTO) or str(given).lower() in others
+    other_names = {name.lower() for other, names in _NAMES.items() if other is not kind for name in names}
+    is_free = given in (None, AUTO) or str(given).lower() in other_names
     name = _NAMES[kind][0] if is_free else given  # `optimizer_problems` reports an unknown one
     wanted: list[tuple[str, Any, str]] = [("optimizer.type", name, f"--optimizer = {kind.value}")]
     if kind is OptimizerKind.MUON:
-        wanted.append(("optimizer.params.muon_lr", muon_lr, f"--muon_learning_rate = {muon_lr}"))
-        wanted.append(("optimizer.params.momentum", momentum, f"--muon_momentum = {momentum}"))
+        wanted.append(("optimizer.params.muon_lr", learning_rate, f"--learning_rate = {learning_rate}"))
+        others = f"--embedding_learning_rate = {other_learning_rate}"
+        wanted.append(("optimizer.params.lr", other_learning_rate, others))
+        wanted.append(("optimizer.params.momentum", MUON_MOMENTUM, f"it is {MUON_MOMENTUM} here"))
+    else:
+        wanted.append(("optimizer.params.lr", learning_rate, f"--learning_rate = {learning_rate}"))
     return [problem for path, value, flag in wanted for problem in fill(config, path, value, flag)]
 
 

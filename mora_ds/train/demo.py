@@ -75,7 +75,7 @@ CONTINUE: dict[str, Any] = {
 }
 RECIPE: dict[str, Any] = {
     "optimizer": "muon",
-    "muon_learning_rate": 0.03,
+    "learning_rate": 0.03,
     "train_embeddings": True,
     "embedding_learning_rate": 3e-3,
 }

@@ -154,7 +154,8 @@ class Trainer:
         state = self.state
         self.counter.reset()
         learning_rate = self.schedule.learning_rate(state.step, state.merges)
-        zero.set_learning_rate(self.engine, learning_rate, self.training.other_lr_ratio)
+        others = self.training.other_learning_rate / self.training.peak_learning_rate
+        zero.set_learning_rate(self.engine, learning_rate, others)
         loss = self._forward_backward()
         state.step += 1
         state.tokens += self.rows_per_step * self.train_data.seq_len

@@ -76,7 +76,7 @@ def _first_part(arguments: Arguments) -> Arguments:
             training,
             output_dir=str(expanded(training.output_dir) / FOLDER),
             max_steps=adapter.full_rank_steps,
-            learning_rate=adapter.full_rank_learning_rate or DEFAULT_RATIO * training.learning_rate,
+            learning_rate=adapter.full_rank_learning_rate or DEFAULT_RATIO * training.peak_learning_rate,
             warmup_steps=min(training.warmup_steps, adapter.full_rank_steps // 2),
             warmup_ratio=0.0,
             lr_scheduler_type="constant",

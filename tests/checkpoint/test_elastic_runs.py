@@ -125,7 +125,7 @@ def test_dropout_draws_masks_for_ranks_without_a_saved_state(user: Playground, t
     assert (resumed[0][2:] - losses(first)[2:]).abs().max() > 0
 
 
-MUON = ("--optimizer", "muon", "--muon_learning_rate", 0.02)
+MUON = ("--optimizer", "muon", "--learning_rate", 0.02)
 
 
 @pytest.fixture(scope="module")

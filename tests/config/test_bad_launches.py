@@ -93,7 +93,6 @@ LAUNCHES = r"""
 --merge_when stalled --stall_window 1 | --stall_window must be at least 3
 --restart_warmup_steps -1 | --restart_warmup_steps must be at least 0
 --optimizer_reset none | --optimizer_reset 'none'
---muon_momentum 1 | --muon_momentum must be at least 0 and below 1
 --alignment_weight -1 | --alignment_weight must be at least 0
 --alignment_weight 0.1 --alignment_rank 100000 | --alignment_rank 100000 | 32 singular vectors
 --held_out_share 1 | --held_out_share must be at least 0 and below 1

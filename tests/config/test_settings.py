@@ -56,13 +56,13 @@ def test_the_engine_has_every_setting_of_the_flags() -> None:
     flags = (
         "--per_device_train_batch_size 3 --gradient_accumulation_steps 5 --learning_rate 0.002 --adam_beta1 0.8 "
         "--adam_beta2 0.9 --adam_epsilon 1e-6 --weight_decay 0.2 --max_grad_norm 0.5 --fp16 --optimizer muon "
-        "--muon_learning_rate 0.02 --muon_momentum 0.9 --tensor_parallel_size 2 --sequence_parallel_size 2"
+        "--embedding_learning_rate 0.001 --tensor_parallel_size 2 --sequence_parallel_size 2"
     )
     training = parse(flags.split()).training
     assert training.engine_settings() == EngineSettings(
-        micro_batch_size=3, gradient_accumulation_steps=5, learning_rate=0.002, betas=(0.8, 0.9), epsilon=1e-6,
-        weight_decay=0.2, max_grad_norm=0.5, bf16=False, fp16=True, optimizer=OptimizerKind.MUON,
-        muon_learning_rate=0.02, muon_momentum=0.9, tensor_parallel_size=2,
+        micro_batch_size=3, gradient_accumulation_steps=5, learning_rate=0.002, other_learning_rate=0.001,
+        betas=(0.8, 0.9), epsilon=1e-6, weight_decay=0.2, max_grad_norm=0.5, bf16=False, fp16=True,
+        optimizer=OptimizerKind.MUON, tensor_parallel_size=2,
     )  # fmt: skip
     assert training.rows_per_step(8) == 3 * 5 * 2
 
@@ -98,9 +98,17 @@ def test_a_run_resumes_with_its_alignment_loss() -> None:
     assert given.alignment_identity() == {"alignment": [0.1, 4]} and not parse([]).adapter.alignment_identity()
 
 
-def test_each_optimizer_has_its_own_peak_learning_rate() -> None:
-    """The schedule's peak is the MoRA matrices': Muon's under --optimizer muon, AdamW's otherwise."""
-    rates = ("--learning_rate", "0.001", "--muon_learning_rate", "0.02")
-    assert parse([*rates]).training.peak_learning_rate == 0.001
-    assert parse([*rates, "--optimizer", "muon"]).training.peak_learning_rate == 0.02
-    assert parse([*rates, "--optimizer", "muon"]).training.other_lr_ratio == pytest.approx(0.05)
+@pytest.mark.parametrize(
+    ("flags", "adapter", "others"),
+    [
+        ("", 4e-4, 4e-4),
+        ("--learning_rate 0.001", 0.001, 0.001),
+        ("--embedding_learning_rate 0.001", 4e-4, 0.001),
+        ("--optimizer muon", 0.03, 4e-4),
+        ("--optimizer muon --learning_rate 0.02", 0.02, 4e-4),
+        ("--optimizer muon --embedding_learning_rate 0.001", 0.03, 0.001),
+    ],
+)
+def test_adapter_and_other_parameters_have_a_peak_learning_rate_each(flags: str, adapter: float, others: float) -> None:
+    training = parse(flags.split()).training
+    assert (training.peak_learning_rate, training.other_learning_rate) == (adapter, others)

@@ -31,6 +31,7 @@ SETTINGS = EngineSettings(
     micro_batch_size=4,
     gradient_accumulation_steps=2,
     learning_rate=4e-4,
+    other_learning_rate=4e-4,
     betas=(0.9, 0.95),
     epsilon=1e-8,
     weight_decay=0.1,

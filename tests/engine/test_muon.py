@@ -353,7 +353,7 @@ def test_without_zero_every_rank_prunes_alike(tmp_path: Path) -> None:
 # -- the main job --------------------------------------------------------------------------------------------------
 
 
-JOB = ("--optimizer", "muon", "--muon_learning_rate", 0.05, "--max_steps", 6, "--merge_every", 2,
+JOB = ("--optimizer", "muon", "--learning_rate", 0.05, "--max_steps", 6, "--merge_every", 2,
        "--restart_warmup_steps", 1, "--save_steps", 3, "--train_norms", "true")  # fmt: skip
 
 
