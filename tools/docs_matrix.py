@@ -12,7 +12,6 @@ _PLAIN = ["--train_files", "a.txt"]
 _SOURCES = ["--train_files", "a=a.txt:1", "b=b.txt:1"]
 OPTIONS: dict[str, list[str]] = {
     "ReMoRA (`--merge_every`)": ["--merge_every", "100"],
-    "`--merge_when stalled`": ["--merge_when", "stalled"],
     "`--adapter lora`": ["--adapter", "lora"],
     "`--adapter full`": ["--adapter", "full"],
     "`--full_rank_steps`": ["--full_rank_steps", "5"],

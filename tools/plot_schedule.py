@@ -2,7 +2,7 @@
 
     python tools/plot_schedule.py --max_steps 400 --merge_every 100 --lr_scheduler_type cosine
     python tools/plot_schedule.py configs/recipes/pretrain_250m.yaml --png schedule.png
-    python tools/plot_schedule.py out/run.yaml --max_steps 900 --merges 210 480   for a run that merged when it stalled
+    python tools/plot_schedule.py out/run.yaml --max_steps 900 --merges 210 480   the merges that a run has made
 
 Takes the recipe and the flags of a run. --max_steps must be given, since no text is read. Exit code 2: an error that
 you can correct in the command.
@@ -55,7 +55,7 @@ def _four(schedule: Schedule, merges: list[int]) -> list[str]:
 def _about_merges(arguments: Arguments, schedule: Schedule, given: list[int] | None) -> list[str]:
     if given is not None:
         return []
-    return start_lines(schedule, arguments.adapter.stall_rule(), arguments.adapter.merge_at_end)
+    return start_lines(schedule, arguments.adapter.merge_at_end)
 
 
 def _write_png(schedule: Schedule, merges: list[int], path: Path) -> None:

@@ -44,8 +44,6 @@ class TrainerState:
     """Tokens trained on, over all ranks."""
     merges: list[Count] = field(default_factory=list)
     """The value of `step` at each merge, ascending."""
-    stall_window: list[float] = field(default_factory=list)
-    """The newest values of the stall signal in the current cycle, which `stall.StallRule` decides from."""
     perplexity_before: dict[str, float] = field(default_factory=dict)
     """Evaluation set -> perplexity before the first step."""
     perplexity_last: dict[str, float] = field(default_factory=dict)
@@ -154,8 +152,7 @@ _LABELS = {
 """Key of a flat identity -> what the user calls it, and what a missing value (None) means."""
 _FLAGS = {
     "operator", "grouping", "compute", "target_modules", "train_embeddings", "train_norms", "train_head", "seed",
-    "seq_len", "document_mask", "full_rank_steps", "merge_every", "merge_when", "merge_at_latest", "stall_signal",
-    "stall_window", "stall_tolerance",
+    "seq_len", "document_mask", "full_rank_steps", "merge_every",
 }  # fmt: skip
 """Keys, those of the adapter among them, that are flags of the same name."""
 

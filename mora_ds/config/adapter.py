@@ -15,12 +15,10 @@ from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
 from mora_ds.adapters.ops.subspace import SUBSPACE
 from mora_ds.adapters.target_patterns import names_experts
 from mora_ds.adapters.target_plan import AUTO, parse_budget
-from mora_ds.common.errors import COUNT, NOT_NEGATIVE, POSITIVE, member_named, refusal, wrong_values
+from mora_ds.common.errors import COUNT, NOT_NEGATIVE, POSITIVE, refusal, wrong_values
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.flags import documented
 from mora_ds.remora.optimizer_reset import OptimizerReset
-from mora_ds.remora.schedule import MergeWhen
-from mora_ds.remora.stall import DEFAULT_TOLERANCE, StallRule, StallSignal
 
 
 class AdapterKind(str, Enum):
@@ -119,20 +117,7 @@ class AdapterArguments:
     train_head: bool = False
     """Train the output head too."""
     merge_every: int = 0
-    """ReMoRA: optimizer steps between merges; 0: never merge. With --merge_when stalled: steps of the shortest cycle, 0
-    for as short as the re-warmup and --stall_window allow."""
-    merge_when: str = MergeWhen.STEPS.value
-    """steps (every --merge_every steps) or stalled (when --stall_signal no longer changes)."""
-    stall_signal: str = StallSignal.LOSS.value
-    """What --merge_when stalled watches: loss (the training loss) or update (the norm of all MoRA matrices, which are 0
-    when a cycle starts)."""
-    stall_window: int = 200
-    """Optimizer steps at the full learning rate over which it must be flat; a noisier loss needs a longer window."""
-    stall_tolerance: float | None = None
-    """The signal is flat when it changes by less than this share of itself over the window, two standard errors of the
-    fitted line included. Default: 0.01 for loss, 0.05 for update."""
-    merge_at_latest: int = 0
-    """With --merge_when stalled: merge after this many steps of a cycle even if nothing stalled; 0: no limit."""
+    """ReMoRA: optimizer steps between merges; 0: never merge."""
     restart_warmup_steps: int = 10
     """Optimizer steps of the re-warmup: the learning rate rises again after a merge (the paper: 50 of 2000)."""
     optimizer_reset: str = OptimizerReset.ZERO.value
@@ -162,7 +147,7 @@ class AdapterArguments:
     @property
     def merges(self) -> bool:
         """Whether anything is merged, during the run or at its end."""
-        return self.merge_every > 0 or self.merge_at_end or self.merge_when == MergeWhen.STALLED.value
+        return self.merge_every > 0 or self.merge_at_end
 
     @property
     def is_control(self) -> bool:
@@ -193,22 +178,6 @@ class AdapterArguments:
     def adapts_experts(self) -> bool:
         """Whether the targets name experts of a mixture."""
         return any(names_experts(pattern) for pattern in self.target_modules)
-
-    def stall_rule(self) -> StallRule | None:
-        """The rule that decides about merges with --merge_when stalled. Raises `UserError` for invalid settings."""
-        if self.merge_when != MergeWhen.STALLED.value:
-            return None
-        signal = member_named(StallSignal, "stall_signal", self.stall_signal)
-        tolerance = DEFAULT_TOLERANCE[signal] if self.stall_tolerance is None else self.stall_tolerance
-        return StallRule(signal, self.stall_window, tolerance)
-
-    def merge_identity(self) -> dict[str, Any]:
-        """The settings that a resumed run must share for merges to come at the same steps."""
-        rule, identity = self.stall_rule(), {"merge_every": self.merge_every}
-        if rule is None:
-            return identity  # checkpoints written before --merge_when existed hold only this
-        stalled = {"stall_signal": rule.signal.value, "stall_window": rule.window, "stall_tolerance": rule.tolerance}
-        return {**identity, "merge_when": self.merge_when, "merge_at_latest": self.merge_at_latest, **stalled}
 
     def alignment_identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share for its loss to be the same function."""
@@ -261,8 +230,6 @@ class AdapterArguments:
                 "alignment_weight": NOT_NEGATIVE,
                 "alignment_rank": COUNT,
                 "merge_every": NOT_NEGATIVE,
-                "merge_when": MergeWhen,
-                "merge_at_latest": NOT_NEGATIVE,
                 "restart_warmup_steps": NOT_NEGATIVE,
                 "optimizer_reset": OptimizerReset,
                 "train_embedding_rows": NOT_NEGATIVE,
@@ -274,7 +241,6 @@ class AdapterArguments:
         yield from self._without_mora()
         if self.is_control:
             yield from self._without_adapter()
-        yield from self._stall_problems()
         yield from self._target_problems()
         if self.alignment_rank != AdapterArguments.alignment_rank and self.alignment_weight == 0:
             yield "--alignment_rank is for --alignment_weight, and it is 0"
@@ -309,9 +275,7 @@ class AdapterArguments:
     def _without_adapter(self) -> Iterator[str]:
         """Settings of an adapter where --adapter is full or none."""
         if self.merges:
-            yield (
-                f"--adapter {self.adapter} has nothing to merge: leave out --merge_every, --merge_when, --merge_at_end"
-            )
+            yield (f"--adapter {self.adapter} has nothing to merge: leave out --merge_every, --merge_at_end")
         for flag in self.rows_flags:
             yield f"{flag}: --adapter {self.adapter} has no frozen embeddings next to what is trained"
         if self.base_bits != AS_LOADED:
@@ -320,22 +284,6 @@ class AdapterArguments:
             )
         if self.full_rank_steps > 0:
             yield f"--full_rank_steps come before an adapter, and there is none with --adapter {self.adapter}"
-
-    def _stall_problems(self) -> Iterator[str]:
-        if self.merge_when != MergeWhen.STALLED.value:
-            for name in ("stall_signal", "stall_window", "stall_tolerance", "merge_at_latest"):
-                if getattr(self, name) != getattr(AdapterArguments, name):
-                    yield f"--{name} is for --merge_when stalled, and it is {self.merge_when}"
-            return
-        yield from refusal(self.stall_rule)
-        if self.adapter == AdapterKind.LORA.value and self.stall_signal == StallSignal.UPDATE.value:
-            yield "--stall_signal update needs matrices that start a cycle at 0, which LoRA's A does not: use loss"
-        unjudged = self.restart_warmup_steps + self.stall_window
-        if 0 < self.merge_at_latest <= unjudged:
-            yield (
-                f"--merge_at_latest {self.merge_at_latest} must be more than --restart_warmup_steps and --stall_window "
-                f"together, {unjudged}: no cycle would be long enough to detect a stall"
-            )
 
     def _expert_problems(self) -> Iterator[str]:
         """Settings that experts of a mixture do not go with."""

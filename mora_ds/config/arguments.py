@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mora_ds.common.errors import member_named
 from mora_ds.common.files import shipped
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterArguments
@@ -22,7 +21,7 @@ from mora_ds.config.flags import parse_flat
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.ds_config import load_ds_config
 from mora_ds.engine.ds_keys import degree_in
-from mora_ds.remora.schedule import MergeWhen, Schedule, schedule_kind
+from mora_ds.remora.schedule import Schedule, schedule_kind
 
 RECORDED_KEYS = ("versions", "resolved")
 """Top-level keys of `run.yaml` that record facts about the run; a recipe may have them, and they are not read."""
@@ -56,8 +55,6 @@ class Arguments:
             decay_ratio=training.decay_ratio,
             merge_every=adapter.merge_every,
             restart_warmup_steps=adapter.restart_warmup_steps,
-            merge_when=member_named(MergeWhen, "merge_when", adapter.merge_when),
-            longest_cycle=adapter.merge_at_latest,
         )
 
 

@@ -15,7 +15,7 @@ from mora_ds.config.arguments import Arguments
 from mora_ds.config.domains import domain_problems
 from mora_ds.config.validate_adapter import adapter_problems
 from mora_ds.config.validate_run import run_problems
-from mora_ds.remora.schedule import MergeWhen, conflicts
+from mora_ds.remora.schedule import conflicts
 
 _UNKNOWN_LENGTH = 2**62
 """Stands for the number of steps of a run that depends on the data."""
@@ -55,6 +55,4 @@ def _schedule_problems(arguments: Arguments) -> Iterator[str]:
     steps = training.max_steps - adapter.full_rank_steps
     if training.max_steps < 1 or steps < 1:  # the length is unknown, or `adapter_problems` reports it
         steps = _UNKNOWN_LENGTH
-    merges = adapter.merge_every > 0 or adapter.merge_when == MergeWhen.STALLED.value
-    cycle = adapter.merge_every, adapter.restart_warmup_steps, adapter.merge_at_latest
-    yield from conflicts(steps, training.first_warmup(steps), merges, *cycle)
+    yield from conflicts(steps, training.first_warmup(steps), adapter.merge_every, adapter.restart_warmup_steps)

@@ -101,18 +101,6 @@ def state_tensors(engine: Engine, group: int) -> Iterator[tuple[str, Tensor]]:
                 yield key, value
 
 
-def group_energy(engine: Engine, group: int) -> float:
-    """This process's share of the summed squares of a group's fp32 masters: add it up over all processes.
-
-    Where every process holds all masters, rank 0's count alone. Masters on NVMe are read for it.
-    """
-    view = view_of(engine)
-    if not view.sharded and engine.global_rank != 0:
-        return 0.0
-    norms = [torch.linalg.vector_norm(values.detach(), dtype=torch.float64) for values in view.values(group)]
-    return torch.stack(norms).square().sum().item() if norms else 0.0
-
-
 def set_learning_rate(engine: Engine, learning_rate: float, others: float = 1.0) -> None:
     """Set the learning rate of the next optimizer step: `learning_rate` for group 0, the MoRA matrices, and `others`
     times it for the other trained parameters. With Muon, DeepSpeed marks the groups by the key `use_muon`."""

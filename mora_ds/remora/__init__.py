@@ -2,7 +2,6 @@
 
 schedule          the learning rate of every step, and the steps at which a merge may come
 schedule_text     the schedule as text: start lines of a run, plots
-stall             detects that a training signal has stopped changing
 merge             `ReMoRA`: merges and replays for one engine
 ledger            `Ledger`: every merged matrix of a run, on disk
 optimizer_reset   what a merge does to the optimizer's state

@@ -12,9 +12,8 @@ Curve and re-warmup are those of ReLoRA (arXiv 2307.05695), except that no step 
 merge and its re-warmup, and none at zero: with `warmup_steps = W`, step k of a warm-up runs at (k + 1) / (W + 1) of the
 learning rate that it leads to, so that exactly W steps lie below the curve and step W lies on it.
 
-With merges every `merge_every` steps all of them are known in advance. With `MergeWhen.STALLED` they come when the run
-stalls (`stall`), and this module only decides when one is allowed. `merges` always is the list of past merges: the
-numbers of optimizer steps done at each, ascending.
+All merges are known in advance, but a run that resumes with another length keeps those that it has made: `merges`
+always is the list of past merges, the numbers of optimizer steps done at each, ascending.
 """
 
 from __future__ import annotations
@@ -58,32 +57,19 @@ def schedule_kind(name: str) -> ScheduleKind:
     return known[name]
 
 
-class MergeWhen(str, Enum):
-    """Values of --merge_when."""
-
-    STEPS = "steps"
-    """A merge every --merge_every optimizer steps."""
-    STALLED = "stalled"
-    """A merge when the stall signal has stopped changing."""
-
-
-def conflicts(
-    total_steps: int, warmup_steps: int, merges: bool, merge_every: int, restart_warmup_steps: int, longest_cycle: int
-) -> Iterator[str]:
-    """One message for each pair of settings of a `Schedule` that contradict each other. `merges`: whether it merges."""
+def conflicts(total_steps: int, warmup_steps: int, merge_every: int, restart_warmup_steps: int) -> Iterator[str]:
+    """One message for each pair of settings of a `Schedule` that contradict each other."""
     if total_steps < 1:
         yield f"a run needs at least one step, got {total_steps} (--max_steps)"
     elif total_steps <= warmup_steps:
         yield f"--warmup_steps {warmup_steps} must be less than the run's {total_steps} steps (--max_steps)"
-    if merges and restart_warmup_steps < 1:
+    if merge_every > 0 and restart_warmup_steps < 1:
         yield f"--restart_warmup_steps must be at least 1 in a run with merges, got {restart_warmup_steps}"
     if 0 < merge_every <= restart_warmup_steps:
         yield (
             f"--merge_every {merge_every} must be more than --restart_warmup_steps {restart_warmup_steps}: "
             "no step would run at the full learning rate"
         )
-    if 0 < longest_cycle < merge_every:
-        yield f"--merge_at_latest {longest_cycle} must not be less than --merge_every {merge_every}, the shortest cycle"
 
 
 @dataclass(frozen=True)
@@ -104,15 +90,11 @@ class Schedule:
     min_ratio: float = 0.0
     """The curve decays towards min_ratio * peak, which it would reach at step `total_steps`."""
     merge_every: int = 0
-    """Optimizer steps from one merge to the next; 0 for no merges. With STALLED: steps of the shortest cycle, 0 for as
-    short as the re-warmup and the signal's window allow."""
+    """Optimizer steps from one merge to the next; 0 for no merges."""
     restart_warmup_steps: int = 10
     """Steps of the re-warmup after each merge, all below the curve."""
     decay_ratio: float = 0.2
     """Share of the steps after the first warm-up in which warmup_stable_decay decays."""
-    merge_when: MergeWhen = MergeWhen.STEPS
-    longest_cycle: int = 0
-    """With STALLED: steps after which a cycle is merged without a stall; 0 for no limit."""
 
     def __post_init__(self) -> None:
         numbers = [
@@ -121,15 +103,9 @@ class Schedule:
             ("decay_ratio", self.decay_ratio, ABOVE_0_AT_MOST_1),
             ("warmup_steps", self.warmup_steps, NOT_NEGATIVE),
             ("merge_every", self.merge_every, NOT_NEGATIVE),
-            ("merge_at_latest", self.longest_cycle, NOT_NEGATIVE),
         ]
-        cycle = self.merges, self.merge_every, self.restart_warmup_steps, self.longest_cycle
-        refuse([*out_of_bounds(numbers), *conflicts(self.total_steps, self.warmup_steps, *cycle)])
-
-    @property
-    def merges(self) -> bool:
-        """Whether there are merges during the run."""
-        return self.merge_every > 0 or self.merge_when is MergeWhen.STALLED
+        contradictions = conflicts(self.total_steps, self.warmup_steps, self.merge_every, self.restart_warmup_steps)
+        refuse([*out_of_bounds(numbers), *contradictions])
 
     def curve(self, step: int) -> float:
         """The learning rate at `step` of a run without merges: first warm-up, then the global curve."""
@@ -147,7 +123,7 @@ class Schedule:
     def learning_rate(self, step: int, merges: Sequence[int] | None = None) -> float:
         """The learning rate of optimizer step `step` (0-based, the next one) after past `merges`.
 
-        Without `merges`: after those that are planned; STALLED has no plan.
+        Without `merges`: after those that are planned.
         """
         merged_at = self._last_merge(step, merges)
         if merged_at is None or step - merged_at >= self.restart_warmup_steps:
@@ -155,42 +131,22 @@ class Schedule:
         target = self.curve(merged_at + self.restart_warmup_steps)
         return target * (step - merged_at + 1) / (self.restart_warmup_steps + 1)
 
-    def at_full_rate(self, step: int, merges: Sequence[int]) -> bool:
-        """Whether step `step` (0-based) lies on the curve: after the first warm-up and after the latest re-warmup."""
-        merged_at = self._last_merge(step, merges)
-        after_rewarmup = merged_at is None or step - merged_at >= self.restart_warmup_steps
-        return self.warmup_steps <= step and after_rewarmup
-
-    def may_merge_after(self, steps_done: int, merges: Sequence[int] | None = None) -> bool:
-        """Whether a merge is allowed once `steps_done` optimizer steps are done (1-based: 1 after the first step).
+    def merges_after(self, steps_done: int, merges: Sequence[int] | None = None) -> bool:
+        """Whether a merge follows once `steps_done` optimizer steps are done (1-based: 1 after the first step).
 
         Never during the first warm-up or a re-warmup, even one after the merge at the end of a run that was extended.
         Nor where so few steps are left that the run would end during the next re-warmup: those steps would run at low
         learning rates to no effect, so the current cycle continues to the end. `--merge_at_end` is not decided here.
         """
-        if not self.merges or steps_done == 0:
-            return False
-        if self.merge_when is MergeWhen.STEPS and steps_done % self.merge_every:
+        if self.merge_every == 0 or steps_done == 0 or steps_done % self.merge_every:
             return False
         cycle = self._cycle(steps_done, merges)
         in_rewarmup = cycle < steps_done and cycle <= self.restart_warmup_steps
-        too_short = self.merge_when is MergeWhen.STALLED and cycle < self.merge_every
         rewarmup_ends = self.restart_warmup_steps < self.total_steps - steps_done
-        return self.warmup_steps <= steps_done and not in_rewarmup and not too_short and rewarmup_ends
-
-    def merges_after(self, steps_done: int, merges: Sequence[int] | None = None, stalled: bool = False) -> bool:
-        """Whether a merge follows once `steps_done` optimizer steps are done.
-
-        Where one is allowed: every `merge_every` steps; or, with STALLED, when the run has `stalled` or the cycle has
-        reached `longest_cycle`.
-        """
-        if not self.may_merge_after(steps_done, merges):
-            return False
-        too_long = 0 < self.longest_cycle <= self._cycle(steps_done, merges)
-        return self.merge_when is MergeWhen.STEPS or stalled or too_long
+        return self.warmup_steps <= steps_done and not in_rewarmup and rewarmup_ends
 
     def merge_steps(self) -> list[int]:
-        """All step counts after which a merge is planned, in order; none with STALLED."""
+        """All step counts after which a merge is planned, in order."""
         return [done for done in self._multiples() if self.merges_after(done)]
 
     def merges_left_out(self) -> list[int]:
@@ -202,15 +158,14 @@ class Schedule:
         return [done for done in self._multiples() if done < self.warmup_steps]
 
     def _multiples(self) -> range:
-        planned = self.merge_when is MergeWhen.STEPS and self.merge_every > 0
-        return range(self.merge_every, self.total_steps, self.merge_every) if planned else range(0)
+        return range(self.merge_every, self.total_steps, self.merge_every) if self.merge_every else range(0)
 
     def _last_merge(self, steps_done: int, merges: Sequence[int] | None) -> int | None:
         """The latest merge when `steps_done` steps are done."""
         if merges is not None:
             before = bisect_right(merges, steps_done)
             return merges[before - 1] if before else None
-        if self.merge_when is MergeWhen.STALLED or self.merge_every == 0:
+        if self.merge_every == 0:
             return None
         multiple = steps_done - steps_done % self.merge_every
         return multiple if self.merges_after(multiple) else None

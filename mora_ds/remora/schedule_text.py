@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mora_ds.remora.schedule import MergeWhen, Schedule
-from mora_ds.remora.stall import StallRule
+from mora_ds.remora.schedule import Schedule
 
 _SHOWN = 6
 """Step numbers shown at each end of a long list."""
@@ -17,22 +16,16 @@ _GUTTER = 9
 # -- start lines -------------------------------------------------------------------------------------------------------
 
 
-def start_lines(
-    schedule: Schedule, rule: StallRule | None, merge_at_end: bool, done: int = 0, merges: Sequence[int] = ()
-) -> list[str]:
+def start_lines(schedule: Schedule, merge_at_end: bool, done: int = 0, merges: Sequence[int] = ()) -> list[str]:
     """When merges will come, and which are left out, after `done` steps and past `merges`; no lines without merges."""
-    if schedule.merge_when is MergeWhen.STALLED:
-        assert rule is not None, "a schedule that waits for a stall needs a rule"
-        lines = _rule_lines(schedule, rule)
-    else:
-        lines = _plan_lines(schedule, merge_at_end, done, merges)
+    lines = _plan_lines(schedule, merge_at_end, done, merges)
     if merge_at_end:
         lines.append(f"merge after the last step, {schedule.total_steps} (--merge_at_end)")
     return lines
 
 
 def _plan_lines(schedule: Schedule, merge_at_end: bool, done: int, merges: Sequence[int]) -> list[str]:
-    if not schedule.merges:
+    if schedule.merge_every == 0:
         return []
     planned = list(merges)
     for step in range(schedule.merge_every, schedule.total_steps, schedule.merge_every):
@@ -57,24 +50,6 @@ def _left_out(schedule: Schedule, step: int, merge_at_end: bool) -> str:
         f"{schedule.restart_warmup_steps} (--restart_warmup_steps). The cycle before it goes on to step "
         f"{schedule.total_steps}; {rest}"
     )
-
-
-def _rule_lines(schedule: Schedule, rule: StallRule) -> list[str]:
-    latest = schedule.total_steps - schedule.restart_warmup_steps - 1
-    shortest = max(schedule.merge_every, schedule.restart_warmup_steps + rule.window)
-    text = f"merges when {rule}; a cycle has at least {shortest} steps"
-    if schedule.longest_cycle:
-        text += f" and at most {schedule.longest_cycle}"
-    first = max(schedule.merge_every, schedule.warmup_steps + rule.window)
-    if schedule.longest_cycle:
-        first = min(first, max(schedule.longest_cycle, schedule.warmup_steps))
-    if first > latest:
-        return [
-            f"there can be no merge: the first would be due after step {first}, and none comes after step "
-            f"{max(latest, 0)} of {schedule.total_steps}, too close to the end for a re-warmup (--stall_window, "
-            "--merge_every)"
-        ]
-    return [f"{text}; none before step {first}, none after step {latest}"]
 
 
 def _ahead(schedule: Schedule, done: int) -> str:

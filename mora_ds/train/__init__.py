@@ -14,6 +14,6 @@ init_lora       --init_adapter with --adapter lora: a LoRA adapter of PEFT to st
 job             the interface of the three kinds of job, full and bare ones; adapter_job: MoRA and LoRA
 run             `mora_ds.Run`: merge ledger and checkpoints of one engine, also for loops written by users
 preflight       every check of the live model before the first step
-trainer         the loop; evaluator, stall_watch, replicas: its parts
+trainer         the loop; evaluator, replicas: its parts
 metrics         step lines, metrics.jsonl, TensorBoard
 """

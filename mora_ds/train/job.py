@@ -114,7 +114,7 @@ class Job(ABC):
             "document_mask": self.arguments.data.document_mask,
             "seed": training.seed,
             "global_batch_size": training.rows_per_step(self.place.ranks.world),
-            **adapter.merge_identity(),
+            "merge_every": adapter.merge_every,
             **adapter.alignment_identity(),
             "full_rank_steps": adapter.full_rank_steps,
             "dtype": compute_dtype(self.ds_config),

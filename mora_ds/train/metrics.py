@@ -42,7 +42,6 @@ opens the first ones: the digits put the curves first that a person looks for fi
 GROUPS = {
     "eval": "2_evaluation/perplexity",
     "merge": "4_merges",
-    "stall": "4_merges/stall",
     "sources": "8_sources",
     "tasks": "2_evaluation/tasks",
 }
@@ -188,8 +187,8 @@ class MetricsLog:
         self._log({"9_subspace/alignment": share}, step)
 
     def record(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
-        """A row of this kind: "eval", "merge", "stall" (`StallRule.facts`), "tasks" or "sources", whose facts are those
-        of each task or source."""
+        """A row of this kind: "eval", "merge", "tasks" or "sources", whose facts are those of each task or
+        source."""
         self._write({"step": step, kind: facts})
         self._log(dict(numbers_in(GROUPS[kind], facts)), step)
 

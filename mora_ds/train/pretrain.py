@@ -289,7 +289,6 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
         log=log,
         counter=CollectiveCounter(job.base_tensors.values()),
         merge_at_end=arguments.adapter.merge_at_end,
-        stall=arguments.adapter.stall_rule(),
     )
     was_finished = trainer.is_finished
     if job.is_trained:

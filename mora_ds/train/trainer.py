@@ -31,14 +31,12 @@ from mora_ds.models.base import BaseChanged
 from mora_ds.models.loss import row_nll, token_nll
 from mora_ds.remora.schedule import Schedule
 from mora_ds.remora.schedule_text import start_lines
-from mora_ds.remora.stall import StallRule
 from mora_ds.runtime import signals
 from mora_ds.train.evaluator import Evaluator
 from mora_ds.train.job import Job
 from mora_ds.train.loader import BatchLoader, MicroBatch, labels_in
 from mora_ds.train.metrics import MetricsLog, SourceLosses, StepMetrics, peak_memory_bytes
 from mora_ds.train.replicas import NotFinite, Replica, require_finite
-from mora_ds.train.stall_watch import StallWatch
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +59,6 @@ class Trainer:
     log: MetricsLog
     counter: CollectiveCounter
     merge_at_end: bool = False
-    stall: StallRule | None = None
-    """Decides when merges are due, for a schedule that waits for a stall."""
 
     def __post_init__(self) -> None:
         job = self.job
@@ -79,7 +75,6 @@ class Trainer:
         self._stop_asked = False
         """Whether any process was asked to stop; the same on all processes."""
         self._saved_step: int | None = None
-        self._stall = StallWatch(self.replica, self.schedule, self.stall, self.log, self.state)
         self._mixture = self.loader.mixture
         self._source_losses = SourceLosses(self._mixture.names if self._mixture else [], self.engine.device)
 
@@ -136,7 +131,7 @@ class Trainer:
             logger.info(evaluator.forgotten or f"all {state.step} steps of this run are done: nothing left to train")
             return
         state.finished = False
-        for line in start_lines(self.schedule, self.stall, self.merge_at_end, state.step, state.merges):
+        for line in start_lines(self.schedule, self.merge_at_end, state.step, state.merges):
             logger.info(line)
         with signals.deferred(), self.counter.counting():
             if state.step == 0 and self.training.eval_on_start:
@@ -161,7 +156,6 @@ class Trainer:
         state.tokens += self.rows_per_step * self.train_data.seq_len
         self.bytes_gathered_per_step = self.counter.gathered_bytes
         require_finite(loss, f"the loss is {loss} at step {state.step}", state.step)
-        self._stall.note(loss)
         if self._is_logged(state.step):
             self._log_step(loss, learning_rate, time.perf_counter() - started)
         self.log.advance(state.step)
@@ -252,7 +246,8 @@ class Trainer:
 
     def _after_step(self) -> None:
         state, training = self.state, self.training
-        at_end, merges = state.step == self.total_steps, self._stall.merge_is_due(self._is_logged(state.step))
+        at_end = state.step == self.total_steps
+        merges = self.schedule.merges_after(state.step, state.merges)
         if merges:
             self._merge()
         state.evaluation_pending = bool(training.eval_steps) and state.step % training.eval_steps == 0 and not at_end
@@ -308,7 +303,6 @@ class Trainer:
         self.job.check_base()
         merge = self.job.merger.merge(self.state.step)
         self.state.merges.append(self.state.step)
-        self.state.stall_window = []
         self.log.record("merge", merge.step, merge.row())
         self.log.event(merge.step, "merges", str(merge))
 

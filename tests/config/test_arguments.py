@@ -178,7 +178,6 @@ def test_run_yaml_is_a_recipe_that_repeats_the_run(tmp_path: Path) -> None:
 
 # -- checks ------------------------------------------------------------------------------------------------------
 
-STALLED = {"merge_when": "stalled"}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"mora_rank": 0}, "--mora_rank must be at least 1, got 0"),
     "operator": ({"operator": "rotat"}, "'rotat'"),
@@ -190,21 +189,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "reset": ({"optimizer_reset": "half"}, "--optimizer_reset"),
     "full merges": ({"adapter": "full", "merge_every": 50}, "nothing to merge"),
     "merge inside ramp": ({"merge_every": 10, "restart_warmup_steps": 10}, "must be more than --restart_warmup_steps"),
-    "merge when": (
-        {"merge_when": "staled"},
-        "unknown --merge_when 'staled'; known: steps, stalled. Did you mean 'stall",
-    ),
-    "stall signal": ({**STALLED, "stall_signal": "los"}, "unknown --stall_signal 'los'; known: loss, update."),
-    "stall window": ({**STALLED, "stall_window": 2}, "--stall_window must be at least 3, got 2"),
-    "stall tolerance": ({**STALLED, "stall_tolerance": 0.0}, "--stall_tolerance must be above 0"),
-    "stalled full": ({**STALLED, "adapter": "full"}, "nothing to merge"),
-    "stalled without ramp": ({**STALLED, "restart_warmup_steps": 0}, "--restart_warmup_steps must be at least 1"),
-    "short longest": ({**STALLED, "merge_at_latest": 210}, "--merge_at_latest 210 must be more than"),
-    "longest below shortest": ({**STALLED, "merge_every": 300, "merge_at_latest": 250}, "less than --merge_every 300"),
-    "negative longest": ({**STALLED, "merge_at_latest": -1}, "--merge_at_latest must be at least 0"),
-    "update of lora": ({**STALLED, "adapter": "lora", "stall_signal": "update"}, "which LoRA's A does not: use loss"),
-    "stray stall flag": ({"stall_window": 50}, "--stall_window is for --merge_when stalled, and it is steps"),
-    "stray longest": ({"merge_at_latest": 50}, "--merge_at_latest is for --merge_when stalled"),
     "no ramp": ({"merge_every": 10, "restart_warmup_steps": 0}, "--restart_warmup_steps must be at least 1"),
     "scheduler": ({"lr_scheduler_type": "cosin"}, "Did you mean 'cosine'?"),
     "long warm-up": ({"max_steps": 10, "warmup_steps": 10}, "--warmup_steps 10 must be less than"),
@@ -306,9 +290,8 @@ def numbers() -> list[str]:
 
 @pytest.mark.parametrize("name", numbers())
 def test_no_number_is_without_bounds(name: str) -> None:
-    stalled = STALLED if name.startswith("stall_") else {}
     with pytest.raises(UserError, match=f"--{name} must be "):
-        validate(from_flat({"model_name_or_path": "m", "train_files": ["a.txt"], **stalled, name: -7}))
+        validate(from_flat({"model_name_or_path": "m", "train_files": ["a.txt"], name: -7}))
 
 
 def test_everything_wrong_is_listed_at_once() -> None:

@@ -51,8 +51,6 @@ LAUNCHES = r"""
 --seed 281474976710656 | --seed must be at least 0 and below 281,474,976,710,656
 --seed 1e23 | --seed | 1e23
 --seed | --seed
---peer_silence_s -1 | --heartbeat_timeout_s must be at least 0
---peer_silence_s 1e30 | --heartbeat_timeout_s must be at least 0 and at most 1,000,000,000
 --heartbeat_timeout_s nan | --heartbeat_timeout_s must be at least 0
 --collective_timeout_s 0 | --collective_timeout_s must be above 0
 --collective_timeout_s 1e30 | --collective_timeout_s must be above 0 and at most 1,000,000,000
@@ -89,8 +87,6 @@ LAUNCHES = r"""
 --subspace_cycles 0 | --subspace_cycles must be at least 1
 --adapter mroa | --adapter 'mroa' | Did you mean 'mora'
 --merge_every -1 | --merge_every must be at least 0
---merge_when never | --merge_when 'never'
---merge_when stalled --stall_window 1 | --stall_window must be at least 3
 --restart_warmup_steps -1 | --restart_warmup_steps must be at least 0
 --optimizer_reset none | --optimizer_reset 'none'
 --alignment_weight -1 | --alignment_weight must be at least 0
@@ -246,7 +242,6 @@ stray | 'stray'
 {bad}/recipes/alias.yaml | alias.yaml is no valid YAML
 {bad}/recipes/tag.yaml | tag.yaml is no valid YAML
 {bad}/recipes/binary.yaml | cannot read the recipe | binary.yaml
-{bad}/recipes/renamed.yaml | renamed.yaml: peer_silence_s and heartbeat_timeout_s are one setting
 {bad}/recipes/retired.yaml | retired.yaml: merge_precision
 # -- mixtures
 -train_files --mixture /nowhere.yaml | cannot read --mixture /nowhere.yaml

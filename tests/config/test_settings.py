@@ -11,8 +11,7 @@ from mora_ds.config.arguments import from_flat, parse
 from mora_ds.config.validate import validate
 from mora_ds.engine.ds_config import EngineSettings
 from mora_ds.engine.ds_optimizer import OptimizerKind
-from mora_ds.remora.schedule import MergeWhen, Schedule, ScheduleKind
-from mora_ds.remora.stall import StallRule, StallSignal
+from mora_ds.remora.schedule import Schedule, ScheduleKind
 
 
 def test_evaluation_sets_have_names() -> None:
@@ -39,17 +38,13 @@ def test_schedule_takes_its_warmup_from_steps_or_ratio() -> None:
 def test_the_schedule_has_every_setting_of_the_flags() -> None:
     flags = (
         "--learning_rate 0.002 --min_lr_ratio 0.1 --decay_ratio 0.3 --lr_scheduler_type wsd --warmup_steps 5 "
-        "--merge_when stalled --merge_every 40 --merge_at_latest 300 --restart_warmup_steps 7 --stall_window 20"
+        "--merge_every 40 --restart_warmup_steps 7"
     )
     arguments = parse(flags.split())
     assert arguments.schedule(1000) == Schedule(
         kind=ScheduleKind.WARMUP_STABLE_DECAY, peak=0.002, total_steps=1000, warmup_steps=5, min_ratio=0.1,
-        merge_every=40, restart_warmup_steps=7, decay_ratio=0.3, merge_when=MergeWhen.STALLED, longest_cycle=300,
+        merge_every=40, restart_warmup_steps=7, decay_ratio=0.3,
     )  # fmt: skip
-    assert arguments.adapter.merge_identity() == {
-        "merge_every": 40, "merge_when": "stalled", "merge_at_latest": 300, "stall_signal": "loss", "stall_window": 20,
-        "stall_tolerance": 0.01,
-    }  # fmt: skip
 
 
 def test_the_engine_has_every_setting_of_the_flags() -> None:
@@ -65,19 +60,6 @@ def test_the_engine_has_every_setting_of_the_flags() -> None:
         optimizer=OptimizerKind.MUON, tensor_parallel_size=2,
     )  # fmt: skip
     assert training.rows_per_step(8) == 3 * 5 * 2
-
-
-def test_a_stall_rule_has_the_tolerance_of_its_signal() -> None:
-    assert parse(["--merge_every", "50"]).adapter.stall_rule() is None
-    stalled = ["--merge_when", "stalled"]
-    assert parse(stalled).adapter.stall_rule() == StallRule(StallSignal.LOSS, 200, 0.01)
-    update = parse([*stalled, "--stall_signal", "update", "--stall_window", "30"])
-    assert update.adapter.stall_rule() == StallRule(StallSignal.UPDATE, 30, 0.05)
-    validate(from_flat({"model_name_or_path": "m", "train_files": ["a.txt"], "merge_when": "stalled"}))
-
-
-def test_checkpoints_from_before_there_were_stalls_still_belong_to_their_run() -> None:
-    assert parse(["--merge_every", "50"]).adapter.merge_identity() == {"merge_every": 50}
 
 
 def test_adapter_settings_become_the_adapters_config() -> None:

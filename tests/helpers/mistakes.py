@@ -118,7 +118,6 @@ def yaml_files(folder: Path) -> None:
         "recipes/alias": "seed: *other\n",
         "recipes/tag": "seed: !!python/object:os.system 1\n",
         "recipes/binary": b"\x80\x02}q\x00.",
-        "recipes/renamed": "peer_silence_s: 1\nheartbeat_timeout_s: 2\n",
         "recipes/retired": "merge_precision: incremental\n",
         "mix/no_sources": "phases: []\n",
         "mix/no_files": "sources: {web: {weight: 1}}\n",

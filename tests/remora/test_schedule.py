@@ -11,7 +11,7 @@ import pytest
 from mora_ds.common.errors import UserError
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.training import TrainingArguments
-from mora_ds.remora.schedule import MergeWhen, Schedule, ScheduleKind, schedule_kind
+from mora_ds.remora.schedule import Schedule, ScheduleKind, schedule_kind
 
 JAGGED = Schedule(
     ScheduleKind.COSINE,
@@ -116,8 +116,6 @@ def test_warmup_stable_decay_stays_then_falls_in_a_straight_line() -> None:
 
 # -- given merges ------------------------------------------------------------------------------------------------------
 
-STALLED = dataclasses.replace(JAGGED, merge_every=0, merge_when=MergeWhen.STALLED)
-
 
 def test_the_planned_merges_give_the_same_rates_bit_for_bit_as_none_given() -> None:
     for total, warmup, every, ramp in itertools.product((7, 40, 101), (0, 3, 14), (2, 5, 13), (1, 4, 12)):
@@ -134,16 +132,6 @@ def test_the_planned_merges_give_the_same_rates_bit_for_bit_as_none_given() -> N
         assert done == schedule.merge_steps()
 
 
-def test_ramps_follow_the_merges_that_were_made() -> None:
-    rates = [STALLED.learning_rate(step, [31, 60]) for step in range(100)]
-    ramped = {*range(31, 35), *range(60, 64)}
-    for step, rate in enumerate(rates):
-        assert (0 < rate < STALLED.curve(step)) if step in ramped else rate == STALLED.curve(step)
-        assert STALLED.at_full_rate(step, [31, 60]) == (step not in ramped and step >= 10)
-    assert rates[31:35] == pytest.approx([STALLED.curve(35) * part / 5 for part in (1, 2, 3, 4)])
-    assert STALLED.learning_rate(30, [31, 60]) == STALLED.curve(30), "a later merge changes nothing before it"
-
-
 def test_a_merge_at_the_end_of_a_run_that_went_on_has_its_ramp_and_no_merge_in_it() -> None:
     """Ended at step 73 with a merge, then given 100 steps: the planned merge at 75 would fall into the ramp."""
     done = [25, 50, 73]
@@ -151,44 +139,11 @@ def test_a_merge_at_the_end_of_a_run_that_went_on_has_its_ramp_and_no_merge_in_i
     assert not JAGGED.merges_after(75, done) and JAGGED.merges_after(75, done[:2])
 
 
-def allowed(schedule: Schedule, merges: list[int]) -> list[int]:
-    return [done for done in range(schedule.total_steps + 1) if schedule.may_merge_after(done, merges)]
-
-
-def test_a_stall_merges_neither_in_a_warmup_nor_in_a_ramp_nor_near_the_end() -> None:
-    assert allowed(STALLED, []) == list(range(10, 96))
-    assert allowed(STALLED, [40]) == [*range(10, 40), *range(45, 96)]
-    assert allowed(dataclasses.replace(STALLED, merge_every=30), [40]) == [*range(30, 40), *range(70, 96)]
-    assert not STALLED.merges_after(50, [40]) and STALLED.merges_after(50, [40], stalled=True)
-    assert not any(STALLED.merges_after(done, [40], stalled=True) for done in (41, 44, 96, 100))
-
-
-def test_a_cycle_at_its_longest_is_merged_unless_near_the_end() -> None:
-    schedule = dataclasses.replace(STALLED, longest_cycle=30)
-    merges: list[int] = []
-    for done in range(1, 101):
-        if schedule.merges_after(done, merges):
-            merges.append(done)
-    assert merges == [30, 60, 90]
-    assert not dataclasses.replace(schedule, total_steps=94).merges_after(90, [30, 60])
-
-
-def test_a_run_that_waits_for_a_stall_has_no_plan() -> None:
-    assert STALLED.merge_steps() == STALLED.merges_left_out() == []
+def test_merges_that_are_left_out() -> None:
     assert dataclasses.replace(JAGGED, total_steps=79).merges_left_out() == [75]
     assert dataclasses.replace(JAGGED, total_steps=29, warmup_steps=25).merges_left_out() == [25]
-
-
-def test_settings_of_stalled_runs_that_make_no_schedule() -> None:
-    for changes, flag in (
-        ({"restart_warmup_steps": 0}, "--restart_warmup_steps must be at least 1"),
-        ({"merge_every": 4}, "--merge_every 4 must be more than --restart_warmup_steps 4"),
-        ({"merge_every": 20, "longest_cycle": 19}, "--merge_at_latest 19 must not be less than --merge_every 20"),
-        ({"longest_cycle": -1}, "--merge_at_latest must be at least 0"),
-    ):
-        with pytest.raises(UserError, match=flag):
-            dataclasses.replace(STALLED, **changes)
-    dataclasses.replace(STALLED, merge_every=20, longest_cycle=20)
+    with pytest.raises(UserError, match="--merge_every 4 must be more than --restart_warmup_steps 4"):
+        dataclasses.replace(JAGGED, merge_every=4)
 
 
 def test_numbers_out_of_range_name_their_flags() -> None:

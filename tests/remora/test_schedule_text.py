@@ -13,19 +13,16 @@ from pathlib import Path
 import pytest
 
 from mora_ds.common.errors import UserError
-from mora_ds.remora.schedule import MergeWhen, Schedule, ScheduleKind
+from mora_ds.remora.schedule import Schedule, ScheduleKind
 from mora_ds.remora.schedule_text import start_lines, text_plot
-from mora_ds.remora.stall import StallRule, StallSignal
 from tests.helpers.tools import call
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = Schedule(ScheduleKind.COSINE, peak=1.0, total_steps=100, merge_every=25, restart_warmup_steps=4)
-STALLED = dataclasses.replace(PLAIN, merge_every=0, merge_when=MergeWhen.STALLED, warmup_steps=10)
-RULE = StallRule(StallSignal.LOSS, 20, 0.01)
 
 
 def said(schedule: Schedule, at_end: bool = False, done: int = 0, merges: tuple[int, ...] = ()) -> str:
-    return "\n".join(start_lines(schedule, RULE, at_end, done, merges))
+    return "\n".join(start_lines(schedule, at_end, done, merges))
 
 
 def test_all_merges_are_listed() -> None:
@@ -72,23 +69,6 @@ def test_a_resumed_run_lists_what_is_left() -> None:
     assert said(warmed, done=60) == "merges after step 75 of 100"
     short = dataclasses.replace(PLAIN, total_steps=79)
     assert said(short, done=76, merges=(25, 50)) == ("there will be no merge: --merge_every is 25, 3 steps are left")
-
-
-def test_a_run_that_waits_for_a_stall_says_its_rule() -> None:
-    text = said(dataclasses.replace(STALLED, longest_cycle=60))
-    assert text == (
-        "merges when the training loss moves by less than 0.01 of itself over 20 steps, two standard errors included; "
-        "a cycle has at least 24 steps and at most 60; none before step 30, none after step 95"
-    )
-    assert "at least 40 steps; none before step 40" in said(dataclasses.replace(STALLED, merge_every=40))
-    assert "; none before step 25," in said(dataclasses.replace(STALLED, longest_cycle=25)), "one is too long by then"
-    slow = dataclasses.replace(STALLED, warmup_steps=40, longest_cycle=25)
-    assert "; none before step 40," in said(slow), "nor in the first warm-up"
-    assert said(dataclasses.replace(STALLED, total_steps=35)).endswith("none before step 30, none after step 30")
-    tiny = dataclasses.replace(STALLED, total_steps=4, warmup_steps=0)
-    assert "none comes after step 0 of 4" in said(tiny)
-    short = said(dataclasses.replace(STALLED, total_steps=34))
-    assert short.startswith("there can be no merge: the first would be due after step 30") and "step 29 " in short
 
 
 def test_a_plot_shows_ramps_merges_and_the_curve() -> None:
@@ -138,11 +118,10 @@ def test_the_plot_tool_names_what_is_missing_or_wrong(tmp_path: Path) -> None:
             call("plot_schedule", "--max_steps", "50", "--png", tmp_path / "a.png")
 
 
-def test_a_recipe_and_the_merges_of_a_stalled_run() -> None:
+def test_a_recipe_and_merges_that_were_made() -> None:
     recipe = "configs/recipes/pretrain_250m.yaml"
-    done = plot(recipe, "--merge_when", "stalled", "--max_steps", "4000", "--merges", "3000", "2000")
+    done = plot(recipe, "--max_steps", "4000", "--merges", "3000", "2000")
     assert done.returncode == 0 and done.stdout.count("^") == 3  # two merges, and the legend
-    assert "merges when the training loss" in plot(recipe, "--merge_when", "stalled").stdout
 
 
 def test_a_picture(tmp_path: Path) -> None:

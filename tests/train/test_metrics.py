@@ -18,7 +18,6 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import RunError
 from mora_ds.models.loss import perplexity
-from mora_ds.remora.stall import StallRule, StallSignal
 from mora_ds.train import metrics as metrics_module
 from mora_ds.train import trainer as trainer_module
 from mora_ds.train.metrics import (
@@ -95,20 +94,6 @@ def test_losses_are_summed_by_source_and_forgotten_with_the_step() -> None:
     facts = losses.facts([*sums.tolist(), *labels], {"a": 8, "b": 6, "idle": 0})
     assert facts["a"] == {"loss": 0.5, "perplexity": pytest.approx(math.exp(0.5)), "tokens": 8}
     assert facts["b"]["loss"] == 1.0 and facts["idle"] == {"loss": None, "perplexity": None, "tokens": 0}
-
-
-def test_where_the_stall_rule_stands_is_in_both(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 3, enabled=True)
-    rule = StallRule(StallSignal.LOSS, 3, 0.1)
-    for step, history in ((1, [2.0]), (2, [2.0, 3.0, 2.5])):
-        log.record("stall", step, rule.facts(history))
-    log.close()
-    short, full = (row["stall"] for row in rows(tmp_path))
-    assert (short["value"], short["change"], short["error"]) == (2.0, None, None)
-    assert (full["value"], full["values"], full["tolerance"]) == (2.5, 3, 0.1) and full["change"] == pytest.approx(0.2)
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in board.Scalars("4_merges/stall/value")] == [1, 2]
-    assert [event.step for event in board.Scalars("4_merges/stall/change")] == [2]
 
 
 def test_the_line_for_humans() -> None:
@@ -209,7 +194,6 @@ def test_trackers_get_every_number_in_the_unit_of_its_curve(
         log.evaluation(3, {"held": 4.5, "new": 2.0}, before={"held": 3.0})
         log.tasks(3, {"quiz": {"acc": 0.5, "f1": 0.25}})
         log.record("sources", 3, {"web": {"loss": None, "tokens": 7}, "name": "text"})
-        log.record("stall", 3, {"signal": "loss"})
         log.event(3, "merge", "merged 1 time")
     log.advance(5)
     log.summary({"steps": 9})
