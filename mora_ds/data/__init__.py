@@ -2,25 +2,22 @@
 
 readers, json_limits    one file -> documents, in chunks where they are long
 parts, corpus      files, patterns, folders or a `datasets` name -> `Corpus`
-held_out, dedup    which documents are held out; equal and similar documents
+held_out           which documents are held out
 sentencepiece, tokenizer, extend_tokenizer    train, load, check and extend tokenizers
 inspection, cache  `Corpus` + tokenizer -> `TokenCache`, memory-mapped, built once by several processes (`workers`)
 packing, documents `TokenCache` + sequence length + seed -> `PackedDataset`, batches by step
 mixture            several sources, weights, phases -> `Mixture`, batches with exact shares
 stream, stream_source    documents tokenised while training -> `StreamMixture`, the same batches without a cache
-preparation, split_writer, prepared    filtered and split offline -> a folder of tokens that `load_corpus` takes
 demo_corpus        the text of the demo, from the Python standard library
 """
 
 from mora_ds.data.cache import TokenCache, build_cache
 from mora_ds.data.corpus import Corpus, is_saved_dataset, load_corpus, resolve_files, stream_dataset
-from mora_ds.data.dedup import canonical_digest, is_held_out
 from mora_ds.data.demo_corpus import domain_documents, general_documents, write_demo_corpus
 from mora_ds.data.extend_tokenizer import Extension, candidate_tokens, check_extension, extend_tokenizer
 from mora_ds.data.held_out import DocumentFilter, document_hash, hashes_of
 from mora_ds.data.mixture import Mixture, Source, TrainData
 from mora_ds.data.packing import IGNORED, PackedDataset
-from mora_ds.data.preparation import Filters, prepare_corpus
 from mora_ds.data.readers import Document
 from mora_ds.data.sentencepiece import train_sentencepiece
 from mora_ds.data.stream import DocumentStream, StreamSettings
@@ -48,7 +45,6 @@ __all__ = [
     "DocumentStream",
     "Encoder",
     "Extension",
-    "Filters",
     "Mixture",
     "PackedDataset",
     "ParallelMap",
@@ -60,7 +56,6 @@ __all__ = [
     "TrainData",
     "build_cache",
     "candidate_tokens",
-    "canonical_digest",
     "check_extension",
     "check_reload",
     "check_vocabulary",
@@ -69,12 +64,10 @@ __all__ = [
     "extend_tokenizer",
     "general_documents",
     "hashes_of",
-    "is_held_out",
     "is_saved_dataset",
     "largest_id",
     "load_corpus",
     "load_tokenizer",
-    "prepare_corpus",
     "resolve_files",
     "start_id",
     "stream_dataset",

@@ -33,7 +33,6 @@ from mora_ds.common.files import at_work, disk_errors, fsync, fsync_tree, is_aba
 from mora_ds.data.corpus import Corpus
 from mora_ds.data.held_out import DocumentFilter
 from mora_ds.data.inspection import PartFacts, inspect_parts, writable
-from mora_ds.data.prepared import PreparedPart
 from mora_ds.data.readers import Document, batched
 from mora_ds.data.tokenizer import AUTO, Encoder, tokenizer_fingerprint
 from mora_ds.data.workers import ordered_map
@@ -109,13 +108,8 @@ def build_cache(
     without end-of-text token, and `RunError` for a full disk.
     """
     encoder = Encoder.of(tokenizer, document_start)
-    num_proc = processes_for(corpus, tokenizer, num_proc)
+    num_proc = _processes_for(corpus, tokenizer, num_proc)
     settings = cache_settings(corpus.text_column, encoder, corpus.keep)
-    if corpus.prepared is not None:
-        try:
-            return _open_prepared(corpus.prepared, corpus, settings, is_builder)
-        finally:
-            barrier()
     if not is_builder:
         barrier()
         return TokenCache.open(cache_dir / _key(inspect_parts(corpus, cache_dir, 1, False), settings))
@@ -129,24 +123,6 @@ def build_cache(
     finally:
         barrier()  # also after an error: the other ranks must not wait for ever
     return TokenCache.open(folder)
-
-
-def _open_prepared(part: PreparedPart, corpus: Corpus, settings: dict[str, Any], check_contents: bool) -> TokenCache:
-    if corpus.keep is not None:
-        raise UserError(
-            f"{corpus.flag}: {part.label} holds tokens, of which no document can be left out: do that with"
-            " mora-ds prepare-corpus --held_out, without --held_out_share and --exclude_eval_documents"
-        )
-    if problem := damage(part.cache, check_contents):
-        raise UserError(f"{corpus.flag}: {part.label} is damaged: {problem}; prepare it again")
-    cache = TokenCache.open(part.cache)
-    names = [name for name in _KEY_SETTINGS if name != "text_column"]
-    if different := [name for name in names if cache.meta[name] != settings[name]]:
-        raise UserError(
-            f"{corpus.flag}: {part.label} holds the tokens of another tokenizer than this model's (another "
-            f"{', '.join(different)}); prepare it again with --tokenizer naming this one and --document_start as here"
-        )
-    return cache
 
 
 def damage(folder: Path, contents: bool = False) -> str | None:
@@ -181,7 +157,7 @@ def damage(folder: Path, contents: bool = False) -> str | None:
     return next((f"{path} is not what was written" for path in altered), None)
 
 
-def processes_for(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> int:
+def _processes_for(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> int:
     """How many processes tokenise: 1 for small corpora, and for tokenizers whose class came with the model, which
     cannot be pickled."""
     remote = type(tokenizer).__module__.startswith("transformers_modules")

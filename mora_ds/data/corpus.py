@@ -20,7 +20,6 @@ from typing import Any
 from mora_ds.common.errors import UserError, nearest
 from mora_ds.data.held_out import DocumentFilter
 from mora_ds.data.parts import DatasetPart, FilePart, Part, StreamedDatasetPart
-from mora_ds.data.prepared import PreparedPart, is_prepared, open_prepared
 from mora_ds.data.readers import Document, check_column, file_kind, has_known_suffix
 
 logger = logging.getLogger(__name__)
@@ -46,11 +45,6 @@ class Corpus:
         """All documents of one part, whatever `keep` says."""
         with _naming(self.flag):
             yield from part.documents()
-
-    @property
-    def prepared(self) -> PreparedPart | None:
-        """The token cache that stands for this corpus, where it is a folder that `prepare_corpus` has written."""
-        return next((part for part in self.parts if isinstance(part, PreparedPart)), None)
 
     def texts(self) -> Iterator[str]:
         """The texts alone, for training a tokenizer."""
@@ -95,11 +89,8 @@ def load_corpus(
         with _naming(flag):
             parts = tuple(_file_part(path, text_column) for path in files)
     corpus = Corpus(parts, text_column, flag)
-    if corpus.prepared is None:
-        for part in parts:
-            next(corpus.documents_of(part))
-    elif len(parts) > 1:
-        raise UserError(f"{flag}: {corpus.prepared.label} holds tokens and must be named alone, without other files")
+    for part in parts:
+        next(corpus.documents_of(part))
     return corpus
 
 
@@ -153,7 +144,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _expand(path: Path) -> list[Path]:
-    if not path.is_dir() or is_saved_dataset(path) or is_prepared(path):
+    if not path.is_dir() or is_saved_dataset(path):
         return [path]
     files: list[Path] = []
     for folder, folders, names in os.walk(path):
@@ -179,8 +170,6 @@ def _is_empty(path: Path) -> bool:
 
 def _file_part(path: Path, text_column: str) -> Part:
     if path.is_dir():
-        if is_prepared(path):
-            return open_prepared(path)
         return _dataset_part(str(path), _saved_dataset(str(path), "train"), text_column)
     file_kind(path)
     if not path.exists():

@@ -8,11 +8,11 @@ source, file, run and process.
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mora_ds.data.dedup import canonical_digest
 from mora_ds.data.readers import Document
 
 HASHED_CHARACTERS = 1 << 16
@@ -20,11 +20,10 @@ HASHED_CHARACTERS = 1 << 16
 
 
 def document_hash(text: str) -> int:
-    """64-bit hash of the document that begins with `text`, white space and case ignored.
-
-    For documents of up to `HASHED_CHARACTERS` it is the hash by which `prepare_corpus` holds documents out.
-    """
-    return int.from_bytes(canonical_digest(text[:HASHED_CHARACTERS])[:8], "big")
+    """Return a 64-bit hash of the document that begins with `text`, white space and case ignored."""
+    words = unicodedata.normalize("NFC", text[:HASHED_CHARACTERS]).lower().split()
+    digest = hashlib.sha256(" ".join(words).encode()).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 @dataclass(frozen=True)

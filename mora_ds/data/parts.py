@@ -1,7 +1,7 @@
 """The parts of a corpus: one file, one `datasets` dataset, or one streamed dataset.
 
 A part knows the hash of its contents and reads its own documents one at a time, from any position on. Parts are pickled
-to worker processes. (`prepared.PreparedPart` is the fourth kind.)
+to worker processes.
 """
 
 from __future__ import annotations

@@ -26,11 +26,10 @@ from mora_ds.data import (
     Corpus,
     Extension,
     candidate_tokens,
-    canonical_digest,
     check_extension,
     check_vocabulary,
+    document_hash,
     extend_tokenizer,
-    is_held_out,
     load_tokenizer,
 )
 from mora_ds.models.base import BaseCheckpoint, map_model
@@ -39,9 +38,9 @@ from mora_ds.models.save import fill_shards, write_companions, write_shards
 
 EXTENSION_JSON = "vocabulary_extension.json"
 ROW_MULTIPLE = 64
-MEASURED_PERCENT = 5.0
-"""Percentage of the documents on which tokens per byte are measured, and from which no token is learned. They differ
-from those that `is_held_out` selects, which the corpus may not contain any more."""
+MEASURED_SHARE = 0.05
+"""Share of the documents on which tokens per byte are measured, and from which no token is learned: those of the
+largest hashes. `DocumentFilter` holds out those of the smallest ones, which the corpus may not contain any more."""
 
 _MEASURED_CHARACTERS = 4_000_000
 _SHARD_BYTES = 5 << 30
@@ -159,8 +158,7 @@ def _measured_texts(corpus: Corpus) -> tuple[list[str], bool]:
 
 
 def _is_measured(text: str) -> bool:
-    digest = canonical_digest(text)
-    return is_held_out(bytes(255 - each for each in digest), MEASURED_PERCENT)
+    return document_hash(text) >= (1 - MEASURED_SHARE) * 2.0**64
 
 
 def _first(texts: Iterable[str]) -> list[str]:

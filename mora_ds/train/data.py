@@ -44,7 +44,7 @@ from mora_ds.data import (
 )
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.setup import Place
-from mora_ds.train.tokenizer import begin_tokenizer, load_or_train_tokenizer, save_tokenizer
+from mora_ds.train.tokenizer import begin_tokenizer, load_named_tokenizer, load_or_train_tokenizer, save_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -76,16 +76,7 @@ def load_data(
     tokenized.
     """
     plan, ranks = mixture_plan(data), place.ranks
-    corpora = _sources(data, plan)
-    evaluation = {
-        name: load_corpus([path], text_column=data.text_column, flag=EVAL_FLAG) for name, path in _eval_sets(data)
-    }
-    held_out = _held_out_sets(data, corpora)
-    if duplicates := sorted(set(held_out) & set(evaluation)):
-        raise UserError(
-            f"{EVAL_FLAG}: {duplicates[0]} is the name of what --held_out_share holds out; choose another name"
-        )
-    corpora = _filtered(data, corpora, evaluation)
+    corpora, evaluation = _text(data, plan)
     _check_positions(model_config, data.seq_len)
     folder = place.folder / TOKENIZER_FOLDER
     ranks.on_first("folder of the tokenizer", lambda: begin_tokenizer(folder, place.checkpoint))
@@ -102,7 +93,7 @@ def load_data(
     train = _train_data(tokenization, plan, corpora, training.seed, rows, state)
     train.check_batch_size(rows)
     packed = {}
-    for name, corpus in {**evaluation, **held_out}.items():
+    for name, corpus in evaluation.items():
         logger.info(f"tokens of {name}: {_cache_folder(data)}")
         packed[name] = tokenization.pack_evaluation_set(corpus)
     ranks.same(
@@ -116,7 +107,54 @@ def load_data(
     return RunData(tokenizer, folder, train, packed)
 
 
+def fill_token_cache(
+    model: ModelArguments, data: DataArguments, progress: bool = False
+) -> list[tuple[str, TokenCache]]:
+    """Tokenize the text of a run ahead of it, in this process. A run with the same settings finds the tokens.
+
+    Returns the token cache of every source that is not streamed and of every evaluation set, with its name. Raises
+    `UserError` for a tokenizer that only the run makes, and for what `load_data` refuses.
+    """
+    if model.train_tokenizer_vocab:
+        raise UserError(
+            "--train_tokenizer_vocab: the run trains its tokenizer when it starts; name one with --tokenizer_name"
+        )
+    plan = mixture_plan(data)
+    streamed = set() if plan is None else {source.name for source in plan.sources if source.streaming}
+    corpora, evaluation = _text(data, plan)
+    tokenizer = load_named_tokenizer(model, model.model_name_or_path)
+    cached = [(name, corpus) for name, corpus in corpora.items() if name not in streamed]
+    return [
+        (
+            name,
+            build_cache(
+                corpus,
+                tokenizer,
+                _cache_folder(data),
+                document_start=data.document_start,
+                num_proc=data.preprocessing_workers,
+                progress=progress,
+            ),
+        )
+        for name, corpus in [*cached, *evaluation.items()]
+    ]
+
+
 # -- sources and evaluation sets ---------------------------------------------------------------------------------------
+
+
+def _text(data: DataArguments, plan: MixturePlan | None) -> tuple[dict[str, Corpus], dict[str, Corpus]]:
+    """The corpus of every source, without the documents that are held out of training, and of every evaluation set."""
+    corpora = _sources(data, plan)
+    evaluation = {
+        name: load_corpus([path], text_column=data.text_column, flag=EVAL_FLAG) for name, path in _eval_sets(data)
+    }
+    held_out = _held_out_sets(data, corpora)
+    if duplicates := sorted(set(held_out) & set(evaluation)):
+        raise UserError(
+            f"{EVAL_FLAG}: {duplicates[0]} is the name of what --held_out_share holds out; choose another name"
+        )
+    return _filtered(data, corpora, evaluation), {**evaluation, **held_out}
 
 
 def _sources(data: DataArguments, plan: MixturePlan | None) -> dict[str, Corpus]:

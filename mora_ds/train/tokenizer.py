@@ -39,8 +39,9 @@ def load_or_train_tokenizer(
     One that is trained on the corpus or named must fit the model: `UserError` naming the flag.
     """
     ranks = followers.ranks
+    flag = tokenizer_flag(model)
     if model.train_tokenizer_vocab:
-        flag, path = "--train_tokenizer_vocab", target / "tokenizer.model"
+        path = target / "tokenizer.model"
 
         def train_once() -> None:
             if not path.exists():
@@ -52,15 +53,26 @@ def load_or_train_tokenizer(
         followers.share(target)
         tokenizer = load_tokenizer(path, flag=flag)
     else:
-        flag = "--model_name_or_path" if model.tokenizer_name is None else "--tokenizer_name"
-        source = model_folder if model.tokenizer_name is None else model.tokenizer_name
-        assert source is not None, "validated: a model without a folder has a tokenizer named or trained"
-        tokenizer = load_tokenizer(source, trust_remote_code=model.trust_remote_code, flag=flag)
+        tokenizer = load_named_tokenizer(model, model_folder)
     if model_folder is not None:
         check_vocabulary(tokenizer, model_config.get_text_config().vocab_size, flag)
     if flag != "--model_name_or_path":
         ranks.on_first("reload of the tokenizer", lambda: check_reload(tokenizer, model_config.model_type, flag))
     return tokenizer
+
+
+def load_named_tokenizer(model: ModelArguments, model_folder: str | Path | None) -> Any:
+    """Load the tokenizer of --tokenizer_name, or else that of the model."""
+    source = model_folder if model.tokenizer_name is None else model.tokenizer_name
+    assert source is not None, "validated: a model without a folder has a tokenizer named or trained"
+    return load_tokenizer(source, trust_remote_code=model.trust_remote_code, flag=tokenizer_flag(model))
+
+
+def tokenizer_flag(model: ModelArguments) -> str:
+    """The flag that says which tokenizer a run has."""
+    if model.train_tokenizer_vocab:
+        return "--train_tokenizer_vocab"
+    return "--model_name_or_path" if model.tokenizer_name is None else "--tokenizer_name"
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

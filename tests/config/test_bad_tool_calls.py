@@ -126,13 +126,6 @@ analyze_weights {user}/model --target_modules experts | 'experts' matches no lin
 analyze_weights {user}/model --device warp | --device
 analyze_weights {user}/model --probe {bad}/gone.txt | --probe
 analyze_weights {user}/model --probe {user}/held.txt --probe_batches 0 | --probe_batches
-prepare_corpus --files {bad}/gone.txt --tokenizer {user}/model --output {new} | --files
-prepare_corpus --files {bad}/emptydir --tokenizer {user}/model --output {new} | --files | emptydir
-prepare_corpus --files {user}/held.txt --tokenizer {bad}/models/merges --output {new} | --tokenizer | MergeType
-prepare_corpus --files {user}/held.txt --tokenizer {bad}/models/tokenizer_length --output {new} | --tokenizer | 'list'
-prepare_corpus --files {user}/held.txt --tokenizer {user}/model --output {user} | --output
-prepare_corpus --files {user}/held.txt --tokenizer {user}/model --output {new} --held_out 100 | --held_out
-prepare_corpus --files {user}/held.txt --tokenizer {user}/model --output {new} --min_characters -1 | --min_characters
 extend_vocab {bad}/gone --corpus {user}/held.txt --pieces 8 --output {new} | gone
 extend_vocab {user}/model --corpus {bad}/gone.txt --pieces 8 --output {new} | --corpus
 extend_vocab {user}/model --corpus {user}/held.txt --pieces 0 --output {new} | --pieces

@@ -20,11 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.data import (
+    DocumentFilter,
     Extension,
     candidate_tokens,
-    canonical_digest,
     extend_tokenizer,
-    is_held_out,
     load_corpus,
     load_tokenizer,
 )
@@ -216,7 +215,7 @@ def test_a_head_neither_tied_nor_linear_is_refused(tmp_path: Path, monkeypatch: 
 
 
 def test_tokens_are_learned_from_no_text_that_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what is measured are other documents than those that `prepare_corpus` holds out."""
+    """And what is measured are other documents than those that --held_out_share holds out."""
     folder, learned = byte_level_folder(tmp_path / "model"), list[str]()
     texts = [f"the {number}th «document» of some_words_in_code\n" * 3 for number in range(200)]
     path = tmp_path / "texts.jsonl"
@@ -230,7 +229,7 @@ def test_tokens_are_learned_from_no_text_that_is_measured(tmp_path: Path, monkey
     report = extend_vocabulary(folder, load_corpus([str(path)]), 10, tmp_path / "out")
     measured = [text for text in texts if text not in learned]
     assert 3 <= len(measured) <= 20 and report.held_out
-    assert not any(is_held_out(canonical_digest(text), 5.0) for text in measured)
+    assert all(DocumentFilter(0.05).keeps(text) for text in measured)
     nbytes = sum(len(text.encode()) for text in measured)
     old, new = (load_tokenizer(each) for each in (folder, tmp_path / "out"))
     densities = tuple(sum(len(ids(each, text)) for text in measured) / nbytes for each in (old, new))

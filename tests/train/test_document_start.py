@@ -1,4 +1,4 @@
-"""--document_start TOKEN: documents of cached, streamed and prepared text begin with it, and those of an evaluation do;
+"""--document_start TOKEN: documents of cached and streamed text begin with it, and those of an evaluation do;
 tools/bench/document_start.py compares tokens."""
 
 from __future__ import annotations
@@ -45,23 +45,13 @@ def test_every_part_of_a_long_document_but_the_first_is_without_it(user: Playgro
 
 
 @pytest.mark.gloo
-def test_a_run_takes_it_from_files_and_from_a_prepared_folder(user: Playground, tmp_path: Path) -> None:
+def test_every_document_of_a_run_begins_with_it(user: Playground, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     run(1, user.flags(tmp_path / "files", *START, "--cache_dir", cache))
     for meta in cache.glob("*/meta.json"):
         tokens = TokenCache.open(meta.parent)
         starts = np.concatenate([[0], tokens.ends[:-1]])
         assert set(tokens.tokens[starts].tolist()) == {2}
-    prepare = ("--files", user.train, "--tokenizer", user.model, "--near_duplicates", 0, "--held_out", 0)
-    call("prepare_corpus", *prepare, *START, "--output", tmp_path / "prepared")
-    report = json.loads((tmp_path / "prepared" / "prepared.json").read_text())["report"]
-    tokenizer = load_tokenizer(user.model)
-    ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in load_corpus([str(user.train)]).texts())
-    assert report["splits"]["train"]["tokens"] == sum(map(len, ids)), "those of the text alone"
-    run(1, user.flags(tmp_path / "mapped", *START, "--train_files", tmp_path / "prepared"))
-    assert losses(tmp_path / "mapped").tolist() == losses(tmp_path / "files").tolist()
-    argv = user.flags(tmp_path / "no", "--train_files", tmp_path / "prepared")
-    assert "(another bos_id); prepare it again with" in run_ranks(1, refused, argv)[0][1]
 
 
 @pytest.mark.gloo
