@@ -56,7 +56,6 @@ class AdapterConfig:
 
     adapter: ClassVar[str]
     """Value of --adapter."""
-    rank_flag: ClassVar[str] = "--mora_rank"
     optional: ClassVar[frozenset[str]] = frozenset({"new_rows_from", "trained_rows", "embedding_rank", "base_bits"})
     """Fields that `to_dict` leaves out at their default, as in files written before these fields existed."""
 
@@ -96,7 +95,7 @@ class AdapterConfig:
 
     def _complaints(self) -> Iterator[str]:
         if self.rank < 1:
-            yield f"{self.rank_flag} must be at least 1, got {self.rank}"
+            yield f"--mora_rank must be at least 1, got {self.rank}"
         if not 0.0 <= self.dropout < 1.0:
             yield f"--mora_dropout must be in [0, 1), got {self.dropout}"
         if not self.target_modules:
@@ -165,7 +164,6 @@ class LoRAConfig(AdapterConfig):
     """LoRA with the same targets, merges and sharding as MoRA."""
 
     adapter: ClassVar[str] = LORA
-    rank_flag: ClassVar[str] = "--lora_rank"
 
     alpha: float | None = None
     """The update is (alpha / rank) B A; None stands for twice the rank."""

@@ -130,7 +130,7 @@ _LABELS = {
     "tokens": "tokens of the training text (--train_files, --dataset_name, --document_start and the tokenizer)",
     **{f"mixture.{part}": f"{part} of --mixture" for part in ("sources", "weights", "epochs")},
     "adapter.kind": "--adapter",
-    "adapter.rank": "--mora_rank (or --lora_rank)",
+    "adapter.rank": "--mora_rank",
     "adapter.r_hat_multiple": "--r_hat_multiple (None: 1)",
     "adapter.dropout": "--mora_dropout",
     "adapter.vector_sets": "--subspace_cycles (None: 1)",

@@ -46,18 +46,16 @@ class AdapterArguments:
     """mora (MoRA matrices), or a control: lora (with --merge_every: ReLoRA), full (every parameter, under plain ZeRO),
     none (nothing is trained, the base is evaluated)."""
     mora_rank: int = 8
-    """LoRA rank whose number of parameters each MoRA matrix is closest to: its side is r_hat = sqrt((d_in + d_out) *
-    mora_rank), rounded down to a multiple of --r_hat_multiple."""
+    """Rank of --adapter lora. With mora: the LoRA rank whose number of parameters each MoRA matrix is closest to; its
+    side is r_hat = sqrt((d_in + d_out) * mora_rank), rounded down to a multiple of --r_hat_multiple."""
     r_hat_multiple: int | None = None
     """Sides of MoRA matrices are multiples of this, and even where they are below twice this; 1: of every size that the
     operator takes, as in versions up to 0.2. Default: 16, and in a resumed run as it began."""
     expert_rank: int | None = None
     """Rank of each expert of a mixture, where --target_modules names experts. Default: --mora_rank divided by the
     number of experts that compute a token, which together then have the rank of a linear layer."""
-    lora_rank: int | None = None
-    """Rank of --adapter lora. Default: --mora_rank, for about as many trainable parameters."""
     lora_alpha: float | None = None
-    """The update of LoRA is lora_alpha / lora_rank times B A. Default: twice the rank."""
+    """The update of LoRA is lora_alpha / --mora_rank times B A. Default: twice the rank."""
     operator: str = "auto"
     """truncate, share, decouple, rotate, or subspace (between leading singular vectors of the frozen weight, which are
     computed once, at the start). auto: rotate for ranks below 64, share from there on."""
@@ -186,8 +184,7 @@ class AdapterArguments:
     def config(self, seed: int) -> AdapterConfig:
         """The adapter's own config. Raises `UserError` for invalid settings."""
         if self.adapter == AdapterKind.LORA.value:
-            rank = self.mora_rank if self.lora_rank is None else self.lora_rank
-            return LoRAConfig(rank=rank, alpha=self.lora_alpha, **self._common(seed))
+            return LoRAConfig(rank=self.mora_rank, alpha=self.lora_alpha, **self._common(seed))
         return self._mora_config(seed)
 
     def _mora_config(self, seed: int) -> MoRAConfig:
@@ -223,7 +220,6 @@ class AdapterArguments:
             {
                 "adapter": AdapterKind,
                 "expert_rank": COUNT,
-                "lora_rank": COUNT,
                 "lora_alpha": POSITIVE,
                 "tp_grouping": TPGrouping,
                 "tp_segments": COUNT,

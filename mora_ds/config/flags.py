@@ -149,7 +149,7 @@ def _pop_recipe(arguments: list[str]) -> str | None:
 
 def _unknown_flags(unknown: list[str], parser: StrictParser) -> str:
     known = [option for option in parser._option_string_actions if option.startswith("--")]
-    flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
+    flags = [word.split("=")[0] for word in unknown if word.startswith("-") and not word[1:2].isdigit()]
     if not flags:
         return f"unexpected argument {unknown[0]!r}: a YAML recipe comes first, and every value follows its flag"
     return "\n".join(_unknown_flag(flag, known) for flag in flags)

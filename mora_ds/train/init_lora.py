@@ -119,7 +119,7 @@ def _value(path: Path, settings: LoRASettings, handle: Any, module: str, spec: L
     if shapes != ((rank, spec.d_in), (spec.d_out, rank)):
         raise UserError(f"{FLAG} {path}: the factors of {module} have the shapes {shapes}, for another base")
     if rank != spec.rank:
-        raise UserError(f"{FLAG} {path}: the factors of {module} have rank {rank}, not {spec.rank}: --lora_rank {rank}")
+        raise UserError(f"{FLAG} {path}: the factors of {module} have rank {rank}, not {spec.rank}: --mora_rank {rank}")
     scale = settings.scaling(module, rank) / (spec.alpha / spec.rank)
     value = torch.cat([handle.get_tensor(down).float(), scale * handle.get_tensor(up).float().T], dim=1)
     if not torch.isfinite(value).all():

@@ -21,7 +21,7 @@ from mora_ds.common.errors import UserError
          ["--target_modules", "--base_bits", "--freeze", "--compute"]),
         (MoRAConfig, {"operator": "rotate", "grouping": "alternate", "segments": 2}, ["--grouping", "--tp_grouping"]),
         (MoRAConfig, {"rank": 8, "grouping": "strided"}, ["--grouping"]),  # auto: rotate
-        (LoRAConfig, {"rank": 0, "alpha": 0.0}, ["--lora_rank", "--lora_alpha"]),
+        (LoRAConfig, {"rank": 0, "alpha": 0.0}, ["--mora_rank", "--lora_alpha"]),
         (LoRAConfig, {"alpha": float("inf")}, ["--lora_alpha"]),
         (MoRAConfig, {"rank": 4, "operator": "share", "grouping": "strided", "segments": 2}, []),
         (MoRAConfig, {"dropout": -0.1, "expert_rank": -1, "segments": -1, "operator": "share"},

@@ -66,7 +66,7 @@ def test_differences_are_told_by_flag_and_all_at_once(tmp_path: Path) -> None:
     check_identity(tmp_path, saved, {**saved, "adapter": {"rank": 8, "target_modules": ("q_proj",)}})
     with pytest.raises(UserError) as error:
         check_identity(tmp_path, saved, {"base": "b", "adapter": {"rank": 4, "target_modules": ["q_proj"]}, "more": 1})
-    rank = "--mora_rank (or --lora_rank): 8 there, 4 here"
+    rank = "--mora_rank: 8 there, 4 here"
     for part in ("--model_name_or_path", rank, "--seed: 1 there, None here", "more: None"):
         assert part in str(error.value)
     assert "target_modules" not in str(error.value)

@@ -255,9 +255,7 @@ def test_another_run_is_not_touched(user: Playground, other_run: Path, tmp_path:
         "no file matches": user.flags(other_run, *mistaken, "--train_files", tmp_path / "*.txt"),
         "q_prj": user.flags(other_run, *mistaken, "--target_modules", "q_prj"),
         "--warmup_steps": user.flags(other_run, *mistaken, "--max_steps", -1, "--warmup_steps", 5_000),
-        "--mora_rank (or --lora_rank): 2": user.flags(
-            tmp_path / "out", "--resume_from_checkpoint", checkpoint, "--mora_rank", 4
-        ),
+        "--mora_rank: 2": user.flags(tmp_path / "out", "--resume_from_checkpoint", checkpoint, "--mora_rank", 4),
         "is a file": user.flags(other_run / "run.yaml"),
     }
     assert_user_errors(list(cases.values()), [[part] for part in cases])

@@ -27,7 +27,7 @@ LAUNCHES = r"""
 # -- numbers and words of flags
 --mora_rank 0 | --mora_rank must be at least 1
 --mora_rank 2.5 | --mora_rank | 2.5
---lora_rank 0 --adapter lora | --lora_rank must be at least 1
+--mora_rank 0 --adapter lora | --mora_rank must be at least 1
 --lora_alpha -1 --adapter lora | --lora_alpha must be above 0
 --seq_len 1 | --seq_len must be at least 2
 --seq_len 4096 | --seq_len 4096 | 128 positions

@@ -51,7 +51,7 @@ def test_as_many_parameters_at_the_same_rank(user: Playground, tmp_path: Path) -
     flags = ("--max_steps", 2, "--eval_on_start", "false")
     mora = run(1, user.flags(tmp_path / "mora", *flags))["trainable_params"]
     lora = run(1, user.flags(tmp_path / "lora", *flags, "--adapter", "lora"))["trainable_params"]
-    wider = run(1, user.flags(tmp_path / "wider", *flags, "--adapter", "lora", "--lora_rank", 4))["trainable_params"]
+    wider = run(1, user.flags(tmp_path / "wider", *flags, "--adapter", "lora", "--mora_rank", 4))["trainable_params"]
     assert 0.6 * lora < mora <= lora and wider == 2 * lora
 
 
@@ -85,7 +85,7 @@ def test_none_reports_the_base(user: Playground, tmp_path: Path, ranks: int) -> 
         (("--adapter", "full", "--full_rank_steps", 3), "--full_rank_steps"),
         (("--full_rank_steps", 6), "--max_steps, got 6"),
         (("--full_rank_steps", 2, "--full_rank_learning_rate", 0), "--full_rank_learning_rate"),
-        (("--adapter", "lora", "--lora_rank", 0), "--lora_rank"),
+        (("--adapter", "lora", "--mora_rank", 0), "--mora_rank"),
         (("--adapter", "lora", "--lora_alpha", -1), "--lora_alpha"),
         (("--adapter", "lroa"), "lora"),
     ],

@@ -38,7 +38,7 @@ def write(base: Path, folder: Path, **settings: Any) -> None:
 
 
 def flags(user: Playground, out: Path, adapter: Path, *more: str | int) -> list[str]:
-    own = ("--adapter", "lora", "--init_adapter", adapter, "--lora_rank", 3, "--max_steps", 1, "--warmup_steps", 0)
+    own = ("--adapter", "lora", "--init_adapter", adapter, "--mora_rank", 3, "--max_steps", 1, "--warmup_steps", 0)
     return user.flags(out, *map(str, own), *map(str, more))
 
 
@@ -72,7 +72,7 @@ def test_the_scaling_is_peft_s(user: Playground, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rank", "settings", "message"),
     [
-        (3, {"r": 4}, "--lora_rank 4"),
+        (3, {"r": 4}, "--mora_rank 4"),
         (4, {"r": 4, "target_modules": ["q_proj"]}, r"\(--target_modules\), e.g. model.layers.0.mlp.down_proj"),
         (4, {"r": 4, "use_dora": True}, "lora_magnitude_vector"),
         (4, {"r": 4, "modules_to_save": ["norm"]}, "norm.weight"),

@@ -198,7 +198,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
     out = copied(whole, tmp_path)
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     message = differing(user, out, "--mora_rank", 4, "--operator", "share", "--seq_len", 16, "--bf16", "true")
-    parts = ("--mora_rank (or --lora_rank): 2 there, 4", "--operator: 'auto' there", "--seq_len: 32 there, 16 here")
+    parts = ("--mora_rank: 2 there, 4", "--operator: 'auto' there", "--seq_len: 32 there, 16 here")
     assert all(part in message for part in (*parts, "--bf16"))
     assert "--adapter: " in differing(user, out, "--adapter", "full", "--merge_every", 0)
     other = playground(tmp_path / "other").model
