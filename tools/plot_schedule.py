@@ -19,7 +19,7 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
 from mora_ds.common.errors import UserError
-from mora_ds.config.arguments import Arguments, parse
+from mora_ds.config.arguments import parse
 from mora_ds.remora.schedule import Schedule, ScheduleKind
 from mora_ds.remora.schedule_text import side_by_side, start_lines, text_plot
 from mora_ds.runtime import cli
@@ -39,7 +39,7 @@ def main() -> None:
         lines = _four(schedule, merges)
     else:
         lines = text_plot(schedule, merges, options.columns, options.rows)
-    lines += [f"{'steps':>8} 0 to {schedule.total_steps}; ^ merge", *_about_merges(arguments, schedule, options.merges)]
+    lines += [f"{'steps':>8} 0 to {schedule.total_steps}; ^ merge", *_about_merges(schedule, options.merges)]
     print("\n".join(line.rstrip() for line in lines))
     if options.png is not None:
         _write_png(schedule, merges, options.png)
@@ -52,10 +52,10 @@ def _four(schedule: Schedule, merges: list[int]) -> list[str]:
     return [*side_by_side(one, two), "", *side_by_side(three, four)]
 
 
-def _about_merges(arguments: Arguments, schedule: Schedule, given: list[int] | None) -> list[str]:
+def _about_merges(schedule: Schedule, given: list[int] | None) -> list[str]:
     if given is not None:
         return []
-    return start_lines(schedule, arguments.adapter.merge_at_end)
+    return start_lines(schedule)
 
 
 def _write_png(schedule: Schedule, merges: list[int], path: Path) -> None:

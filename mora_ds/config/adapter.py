@@ -126,8 +126,6 @@ class AdapterArguments:
     plain ZeRO, and adapt the resulting model in the other steps. It is written to OUTPUT_DIR/full_rank."""
     full_rank_learning_rate: float | None = None
     """Peak learning rate of these steps. Default: a tenth of --learning_rate."""
-    merge_at_end: bool = False
-    """Merge once more after the last step: the run ends with MoRA matrices of zeros."""
     domain_adapters: bool = False
     """Give every layer a MoRA matrix for each source of --mixture or --train_files in addition to the shared one. Each
     row of a batch uses the matrix of its source; a merge merges the shared ones."""
@@ -141,11 +139,6 @@ class AdapterArguments:
     """With --domain_adapters: SET=DOMAIN evaluates a set with the MoRA matrices of that domain, SET=shared with the
     shared ones alone. Default: the domain with the set's name (or held_out_DOMAIN), the shared ones where there is
     none."""
-
-    @property
-    def merges(self) -> bool:
-        """Whether anything is merged, during the run or at its end."""
-        return self.merge_every > 0 or self.merge_at_end
 
     @property
     def is_control(self) -> bool:
@@ -270,8 +263,8 @@ class AdapterArguments:
 
     def _without_adapter(self) -> Iterator[str]:
         """Settings of an adapter where --adapter is full or none."""
-        if self.merges:
-            yield (f"--adapter {self.adapter} has nothing to merge: leave out --merge_every, --merge_at_end")
+        if self.merge_every > 0:
+            yield f"--adapter {self.adapter} has nothing to merge: leave out --merge_every"
         for flag in self.rows_flags:
             yield f"{flag}: --adapter {self.adapter} has no frozen embeddings next to what is trained"
         if self.base_bits != AS_LOADED:

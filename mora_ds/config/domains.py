@@ -112,8 +112,8 @@ def domain_problems(adapter: AdapterArguments, data: DataArguments, training: Tr
 
 def _frozen(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[str]:
     if adapter.freeze == Freeze.SHARED.value:
-        if adapter.merges:
-            yield "--freeze shared: a merge would merge the shared matrices; leave out --merge_every and its like"
+        if adapter.merge_every > 0:
+            yield "--freeze shared: a merge would merge the shared matrices; leave out --merge_every"
         if training.optimizer == OptimizerKind.MUON.value:
             yield "--freeze shared: --optimizer muon trains the shared matrices (AdamW those of domains); use adamw"
     if adapter.freeze == Freeze.DOMAINS.value and adapter.init_adapter is None:

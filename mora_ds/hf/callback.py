@@ -22,13 +22,14 @@ class MoRACallback(TrainerCallback):
 
     The learning rate is that of `lr_scheduler_type`; after a merge a re-warmup of `restart_warmup_steps` raises it to
     that curve again (`remora.schedule`). As there, no merge falls into a warm-up, or so close to the end that its
-    re-warmup would not end; `merge_at_end` adds one after the last step. Every merge is logged as `merge_*`.
+    re-warmup would not end. Every merge is logged as `merge_*`.
     For trainers with `MoRATrainer` among their classes. Raises `UserError` for numbers that contradict each other, once
     the length of the run is known.
     """
 
-    def __init__(self, merge_every: int = 0, restart_warmup_steps: int = 10, merge_at_end: bool = False) -> None:
-        self.merge_every, self.restart_warmup_steps, self.merge_at_end = merge_every, restart_warmup_steps, merge_at_end
+    def __init__(self, merge_every: int = 0, restart_warmup_steps: int = 10) -> None:
+        self.merge_every = merge_every
+        self.restart_warmup_steps = restart_warmup_steps
         self.trainer: MoRATrainer | None = None
         """Set by the trainer, before its first step."""
         self._schedule: Schedule | None = None
@@ -65,8 +66,7 @@ class MoRACallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = state.global_step
         assert self._schedule is not None and self.trainer is not None
-        at_end = self.merge_at_end and step >= state.max_steps
-        if at_end or self._schedule.merges_after(step, self._merges):
+        if self._schedule.merges_after(step):
             self.trainer.merge()
 
     @property

@@ -125,25 +125,25 @@ class Schedule:
 
         Without `merges`: after those that are planned.
         """
-        merged_at = self._last_merge(step, merges)
+        past = self.merge_steps() if merges is None else merges
+        before = bisect_right(past, step)
+        merged_at = past[before - 1] if before else None
         if merged_at is None or step - merged_at >= self.restart_warmup_steps:
             return self.curve(step)
         target = self.curve(merged_at + self.restart_warmup_steps)
         return target * (step - merged_at + 1) / (self.restart_warmup_steps + 1)
 
-    def merges_after(self, steps_done: int, merges: Sequence[int] | None = None) -> bool:
+    def merges_after(self, steps_done: int) -> bool:
         """Whether a merge follows once `steps_done` optimizer steps are done (1-based: 1 after the first step).
 
-        Never during the first warm-up or a re-warmup, even one after the merge at the end of a run that was extended.
-        Nor where so few steps are left that the run would end during the next re-warmup: those steps would run at low
-        learning rates to no effect, so the current cycle continues to the end. `--merge_at_end` is not decided here.
+        Never during the first warm-up. Nor where so few steps are left that the run would end during the
+        next re-warmup: those steps would run at low learning rates to no effect, so the current cycle continues to the
+        end.
         """
         if self.merge_every == 0 or steps_done == 0 or steps_done % self.merge_every:
             return False
-        cycle = self._cycle(steps_done, merges)
-        in_rewarmup = cycle < steps_done and cycle <= self.restart_warmup_steps
         rewarmup_ends = self.restart_warmup_steps < self.total_steps - steps_done
-        return self.warmup_steps <= steps_done and not in_rewarmup and rewarmup_ends
+        return self.warmup_steps <= steps_done and rewarmup_ends
 
     def merge_steps(self) -> list[int]:
         """All step counts after which a merge is planned, in order."""
@@ -159,17 +159,3 @@ class Schedule:
 
     def _multiples(self) -> range:
         return range(self.merge_every, self.total_steps, self.merge_every) if self.merge_every else range(0)
-
-    def _last_merge(self, steps_done: int, merges: Sequence[int] | None) -> int | None:
-        """The latest merge when `steps_done` steps are done."""
-        if merges is not None:
-            before = bisect_right(merges, steps_done)
-            return merges[before - 1] if before else None
-        if self.merge_every == 0:
-            return None
-        multiple = steps_done - steps_done % self.merge_every
-        return multiple if self.merges_after(multiple) else None
-
-    def _cycle(self, steps_done: int, merges: Sequence[int] | None) -> int:
-        """Steps since the latest of past `merges`, or since the start of the run."""
-        return steps_done - ((self._last_merge(steps_done, merges) if merges else None) or 0)

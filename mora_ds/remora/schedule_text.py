@@ -16,39 +16,27 @@ _GUTTER = 9
 # -- start lines -------------------------------------------------------------------------------------------------------
 
 
-def start_lines(schedule: Schedule, merge_at_end: bool, done: int = 0, merges: Sequence[int] = ()) -> list[str]:
-    """When merges will come, and which are left out, after `done` steps and past `merges`; no lines without merges."""
-    lines = _plan_lines(schedule, merge_at_end, done, merges)
-    if merge_at_end:
-        lines.append(f"merge after the last step, {schedule.total_steps} (--merge_at_end)")
-    return lines
-
-
-def _plan_lines(schedule: Schedule, merge_at_end: bool, done: int, merges: Sequence[int]) -> list[str]:
+def start_lines(schedule: Schedule, done: int = 0) -> list[str]:
+    """When merges will come, and which are left out, after `done` steps; no lines without merges."""
     if schedule.merge_every == 0:
         return []
-    planned = list(merges)
-    for step in range(schedule.merge_every, schedule.total_steps, schedule.merge_every):
-        if step > done and schedule.merges_after(step, planned):
-            planned.append(step)
-    coming = planned[len(merges) :]
+    coming = [step for step in schedule.merge_steps() if step > done]
     lines = [f"merges after {_steps(coming)} of {schedule.total_steps}"] if coming else []
     early = [step for step in schedule.merge_steps_in_warmup() if step > done]
     if early:
         lines.append(f"no merge after {_steps(early)}: the first warm-up takes {schedule.warmup_steps}")
-    lines += [_left_out(schedule, step, merge_at_end) for step in schedule.merges_left_out() if step > done]
+    lines += [_left_out(schedule, step) for step in schedule.merges_left_out() if step > done]
     if not lines:
         lines.append(f"there will be no merge: --merge_every is {schedule.merge_every}, {_ahead(schedule, done)}")
     return lines
 
 
-def _left_out(schedule: Schedule, step: int, merge_at_end: bool) -> str:
+def _left_out(schedule: Schedule, step: int) -> str:
     left = schedule.total_steps - step
-    rest = "its update is merged at the end" if merge_at_end else "its update stays unmerged (--merge_at_end merges it)"
     return (
         f"the merge at step {step} is left out: {left} steps would follow and the re-warmup alone takes "
         f"{schedule.restart_warmup_steps} (--restart_warmup_steps). The cycle before it goes on to step "
-        f"{schedule.total_steps}; {rest}"
+        f"{schedule.total_steps}; its update stays unmerged, and exports add it"
     )
 
 

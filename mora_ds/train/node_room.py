@@ -39,7 +39,7 @@ def _bytes_written(arguments: Arguments, config: Any, dtype: torch.dtype) -> int
     """Bytes of the weights that merges change, or that are held in 8 bits; of all weights with --node_base shared."""
     adapter, choice = arguments.adapter, arguments.model.node_base
     everything = choice == Sharing.SHARED.value
-    if not (adapter.merges or adapter.base_bits == 8 or everything or folder_of(choice)):
+    if not (adapter.merge_every > 0 or adapter.base_bits == 8 or everything or folder_of(choice)):
         return 0
     model = planned_model(
         Work(config, None, seq_len=1, dtype=dtype, trust_remote_code=arguments.model.trust_remote_code)

@@ -288,7 +288,6 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
         training=arguments.training,
         log=log,
         counter=CollectiveCounter(job.base_tensors.values()),
-        merge_at_end=arguments.adapter.merge_at_end,
     )
     was_finished = trainer.is_finished
     if job.is_trained:

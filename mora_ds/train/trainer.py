@@ -58,7 +58,6 @@ class Trainer:
     training: TrainingArguments
     log: MetricsLog
     counter: CollectiveCounter
-    merge_at_end: bool = False
 
     def __post_init__(self) -> None:
         job = self.job
@@ -131,7 +130,7 @@ class Trainer:
             logger.info(evaluator.forgotten or f"all {state.step} steps of this run are done: nothing left to train")
             return
         state.finished = False
-        for line in start_lines(self.schedule, self.merge_at_end, state.step, state.merges):
+        for line in start_lines(self.schedule, state.step):
             logger.info(line)
         with signals.deferred(), self.counter.counting():
             if state.step == 0 and self.training.eval_on_start:
@@ -247,7 +246,7 @@ class Trainer:
     def _after_step(self) -> None:
         state, training = self.state, self.training
         at_end = state.step == self.total_steps
-        merges = self.schedule.merges_after(state.step, state.merges)
+        merges = self.schedule.merges_after(state.step)
         if merges:
             self._merge()
         state.evaluation_pending = bool(training.eval_steps) and state.step % training.eval_steps == 0 and not at_end
@@ -307,12 +306,10 @@ class Trainer:
         self.log.event(merge.step, "merges", str(merge))
 
     def _finish(self) -> None:
-        state, is_early = self.state, self.state.step < self.total_steps
-        if is_early:
+        state = self.state
+        if state.step < self.total_steps:
             logger.info(f"stopping after step {state.step} of {self.total_steps}: {self.evaluator.forgotten}")
-        if self.merge_at_end and state.step not in state.merges:
-            self._merge()
-        if not is_early or self.merge_at_end:
+        else:
             self._evaluate()
         for line in report(state.perplexity_before, state.perplexity_last):
             logger.info(line)

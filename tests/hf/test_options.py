@@ -236,9 +236,8 @@ def test_merges_come_when_they_are_due_and_lower_the_learning_rate() -> None:
             assert rate == curve[step]
         else:
             assert rate == pytest.approx(curve[merged_at + 2] * (step - merged_at + 1) / 3)
-    assert merges(12, merge_every=3, merge_at_end=True)[0] == [6, 9, 12]
     assert merges(11, merge_every=3)[0] == [6]
-    assert merges(12, merge_at_end=True)[0] == [12] and merges(12)[0] == []
+    assert merges(12)[0] == []
 
 
 def test_transformers_and_accelerate_have_what_is_overridden() -> None:

@@ -21,13 +21,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PLAIN = Schedule(ScheduleKind.COSINE, peak=1.0, total_steps=100, merge_every=25, restart_warmup_steps=4)
 
 
-def said(schedule: Schedule, at_end: bool = False, done: int = 0, merges: tuple[int, ...] = ()) -> str:
-    return "\n".join(start_lines(schedule, at_end, done, merges))
+def said(schedule: Schedule, done: int = 0) -> str:
+    return "\n".join(start_lines(schedule, done))
 
 
 def test_all_merges_are_listed() -> None:
     assert said(PLAIN) == "merges after steps 25, 50, 75 of 100"
-    assert said(PLAIN, at_end=True).endswith("\nmerge after the last step, 100 (--merge_at_end)")
     assert said(dataclasses.replace(PLAIN, merge_every=0)) == ""
 
 
@@ -44,8 +43,7 @@ def test_a_merge_whose_ramp_would_not_end_is_announced_as_left_out() -> None:
     assert lines[1].startswith(
         "the merge at step 75 is left out: 4 steps would follow and the re-warmup alone takes 4 "
     )
-    assert "goes on to step 79; its update stays unmerged (--merge_at_end merges it)" in lines[1]
-    assert "its update is merged at the end" in said(short, at_end=True)
+    assert "goes on to step 79; its update stays unmerged, and exports add it" in lines[1]
     assert "left out" not in said(dataclasses.replace(PLAIN, total_steps=80))
 
 
@@ -61,14 +59,11 @@ def test_an_interval_longer_than_the_run_is_announced() -> None:
 
 
 def test_a_resumed_run_lists_what_is_left() -> None:
-    assert said(PLAIN, done=50, merges=(25, 50)) == "merges after step 75 of 100"
-    after_the_end = dataclasses.replace(PLAIN, total_steps=150)
-    assert said(after_the_end, done=98, merges=(25, 50, 75, 98)) == "merges after step 125 of 150", "100 is in the ramp"
-    assert said(PLAIN, done=60, merges=(50,)) == "merges after step 75 of 100", "25 is past, merged or not"
+    assert said(PLAIN, done=50) == "merges after step 75 of 100"
     warmed = dataclasses.replace(PLAIN, warmup_steps=51)
     assert said(warmed, done=60) == "merges after step 75 of 100"
     short = dataclasses.replace(PLAIN, total_steps=79)
-    assert said(short, done=76, merges=(25, 50)) == ("there will be no merge: --merge_every is 25, 3 steps are left")
+    assert said(short, done=76) == ("there will be no merge: --merge_every is 25, 3 steps are left")
 
 
 def test_a_plot_shows_ramps_merges_and_the_curve() -> None:

@@ -1,7 +1,7 @@
-"""The long haul: 2,000 short steps, 40 merges, 20 kills at random moments; memory and file descriptors stay flat.
+"""The long haul: 2,000 short steps, 39 merges, 20 kills at random moments; memory and file descriptors stay flat.
 
     pytest tests/train/test_long_haul.py -m heavy                     two ranks; 10 minutes
-    LONG_HAUL_STEPS=400 pytest tests/train/test_long_haul.py -m heavy     a fifth of it: 8 merges, 4 kills
+    LONG_HAUL_STEPS=400 pytest tests/train/test_long_haul.py -m heavy     a fifth of it: 7 merges, 4 kills
 
 The moments of the kills come from a seed (`LONG_HAUL_SEED`), so that a failure can be repeated.
 """
@@ -31,7 +31,7 @@ GROWTH = 0.02
 
 FLAGS = (
     "--max_steps", STEPS, "--merge_every", MERGE_EVERY, "--restart_warmup_steps", 5, "--save_steps", SAVE_EVERY,
-    "--save_total_limit", 3, "--merge_at_end", "true", "--mora_dropout", 0.1, "--resume_from_checkpoint", "auto",
+    "--save_total_limit", 3, "--mora_dropout", 0.1, "--resume_from_checkpoint", "auto",
 )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def test_long_haul(tmp_path: Path) -> None:
     assert done >= 0.9 * KILLS
     run_ranks(RANKS, job, flags(out), timeout_s=3600)
     assert_same_outcome(out, whole)
-    assert sum("merge" in row for row in rows(out)) == STEPS // MERGE_EVERY
+    assert sum("merge" in row for row in rows(out)) == STEPS // MERGE_EVERY - 1
 
 
 def test_the_watch_sees_growth() -> None:

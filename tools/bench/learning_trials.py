@@ -148,9 +148,9 @@ def _moments(engine: Any, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
 def _shrink_cycles() -> None:
     merges_after = Schedule.merges_after
 
-    def shrunk(self: Schedule, steps_done: int, *others: Any, **named: Any) -> bool:
+    def shrunk(self: Schedule, steps_done: int) -> bool:
         left = (self.total_steps - steps_done) // self.merge_every
-        return isqrt(left) ** 2 == left and merges_after(self, steps_done, *others, **named)
+        return isqrt(left) ** 2 == left and merges_after(self, steps_done)
 
     Schedule.merges_after = shrunk  # type: ignore[method-assign]
 

@@ -207,7 +207,7 @@ def run_trial(trial: Trial, work: Path) -> None:
     for step in range(trial.steps):
         zero.set_learning_rate(engine, schedule.learning_rate(step, merges))
         loss = _step(engine, rows, [draw.randrange(len(rows)) for _ in range(trial.batch)], trial.micro_batch)
-        if run is not None and schedule.merges_after(step + 1, merges):
+        if run is not None and schedule.merges_after(step + 1):
             run.merge(step + 1)
             merges.append(step + 1)
         if (step + 1) % trial.every == 0 or step + 1 == trial.steps:
