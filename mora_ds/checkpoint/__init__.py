@@ -1,4 +1,4 @@
-"""Checkpoints: writing, reading, verifying and converting them.
+"""Checkpoints: writing, reading and verifying them.
 
 layout          names of files, and what a given path means
 folder          the checkpoints of a run: which one a resume takes, whether it is intact
@@ -11,5 +11,4 @@ verify          checks checkpoints in depth, offline
 repair          damaged cycles of merge ledgers from intact copies
 ledger_tools    checks a merge ledger, drops cycles from it
 compact         folds old cycles of a merge ledger into a new base
-universal       to and from DeepSpeed's universal checkpoints
 """

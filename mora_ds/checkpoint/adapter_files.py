@@ -28,6 +28,7 @@ from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_PARTS, ADAPTER_TENSORS, BASE_JSON, LEDGER_FOLDER
 from mora_ds.common.errors import UserError, nearest
 from mora_ds.common.files import (
+    FORMAT,
     MANIFEST,
     malformed,
     read_json,
@@ -138,7 +139,7 @@ class AdapterFile:
     def to_dict(self) -> dict[str, Any]:
         return {
             **self.facts,
-            "format": 1,
+            "format": FORMAT,
             "layers": layers_to_dict(self.layers),
             "trainables": list(self.trainables),
             "dtype": self.dtype,
@@ -292,7 +293,7 @@ class BaseReference:
 
     def write(self, folder: Path) -> None:
         """Writes base.json atomically."""
-        content = {"format": 1, "folder": self.folder, "fingerprint": self.fingerprint}
+        content = {"format": FORMAT, "folder": self.folder, "fingerprint": self.fingerprint}
         write_json_atomic(folder / BASE_JSON, {**content, "dtype": self.dtype, "keys": self.keys})
 
     @classmethod

@@ -3,8 +3,7 @@
     OUTPUT_DIR/         run.yaml  metrics.jsonl  summary.json  ledger/  tokenizer/  base/  merged/  checkpoints/
     checkpoints/        step-000050/  step-000100/  latest -> step-000100  best -> step-000050
     step-000100/        engine/  ledger/  adapter.json  adapter.safetensors  base.json  tokenizer/  probe.safetensors
-                        rng.safetensors (of all ranks; up to 0.2 rng-00000.safetensors, one a rank)
-                        trainer_state.json  manifest.json
+                        rng.safetensors  trainer_state.json  manifest.json
     exported adapter/   adapter.json  adapter.safetensors  base.json  ledger/  manifest.json
 
 Files in ledger/ are named in `remora.ledger`, the manifest in `files`, files in engine/ in `engine.shard_reader`.
@@ -80,11 +79,6 @@ def unknown_entries(root: Path) -> list[str]:
 
 RNG_FILE = "rng.safetensors"
 """The random states of all ranks: for each kind a tensor uint8 (ranks, bytes)."""
-
-
-def rng_file(rank: int) -> str:
-    """The file with the random states of a rank, in a checkpoint of versions up to 0.2."""
-    return f"rng-{rank:05d}.safetensors"
 
 
 def tokenizer_of(folder: Path | None) -> Path | None:

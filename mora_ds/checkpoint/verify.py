@@ -37,7 +37,6 @@ from mora_ds.checkpoint.layout import (
     complete_checkpoints,
     is_full_training,
     is_step_name,
-    rng_file,
     step_of,
     unknown_entries,
 )
@@ -166,21 +165,20 @@ def _state(folder: Path) -> Iterator[str]:
 
 def _random_states(folder: Path, world: int) -> None:
     """Raises `UserError` unless there is one of each rank."""
-    is_one = (folder / RNG_FILE).is_file()
-    for path in [folder / RNG_FILE] if is_one else [folder / rng_file(rank) for rank in range(world)]:
-        handle = open_safetensors(path)
-        if "cpu" not in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-            raise UserError(f"{path} holds no random state")
-        if is_one and (saved := handle.get_slice("cpu").get_shape()[0]) != world:
-            raise UserError(f"{path} holds the random states of {saved} ranks, {STATE_FILE} says {world}")
+    path = folder / RNG_FILE
+    handle = open_safetensors(path)
+    if "cpu" not in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+        raise UserError(f"{path} holds no random state")
+    if (saved := handle.get_slice("cpu").get_shape()[0]) != world:
+        raise UserError(f"{path} holds the random states of {saved} ranks, {STATE_FILE} says {world}")
 
 
 def _shards(folder: Path) -> Iterator[str]:
     shards = EngineShards.open(folder / ENGINE_TAG)
-    world, saved = TrainerState.read(folder).world_size, shards.first.world_size
+    world, saved = TrainerState.read(folder).world_size, shards.layout.world_size
     if world != saved:
         raise UserError(f"{shards.folder} was written by {saved} ranks, {STATE_FILE} says {world}")
-    if shards.first.swapped:
+    if shards.layout.swapped:
         yield f"shards: {len(shards.files)} file(s) of {saved} rank(s); what lies on NVMe only DeepSpeed can read"
         return
     problems = []
@@ -194,7 +192,7 @@ def _shards(folder: Path) -> Iterator[str]:
     if problems:
         raise _Problems(problems)
     what = f"{len(shards.shapes)} tensors ({', '.join(sorted(keys))})"
-    yield f"shards: {len(shards.files)} file(s) of {saved} rank(s), ZeRO {shards.first.stage}, {what}"
+    yield f"shards: {len(shards.files)} file(s) of {saved} rank(s), ZeRO {shards.layout.stage}, {what}"
 
 
 def _adapter(folder: Path, has_run: bool) -> Iterator[str]:
@@ -227,7 +225,7 @@ def _ledger(folder: Path, has_run: bool) -> Iterator[str]:
 
 def _agreement(folder: Path) -> Iterator[str]:
     adapter, shards = read_adapter(folder), EngineShards.open(folder / ENGINE_TAG)
-    if shards.first.swapped:
+    if shards.layout.swapped:
         return
     tensors = dict(AdapterTensors.open(folder, adapter).items())
     for name in () if adapter.domains is None else adapter.domains.frozen:

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mora_ds.checkpoint.async_save import Background, on_host
@@ -45,7 +44,6 @@ from mora_ds.checkpoint.layout import (
     RNG_FILE,
     STATE_FILE,
     complete_checkpoints,
-    rng_file,
     step_folder,
     step_of,
     unknown_entries,
@@ -138,7 +136,7 @@ class CheckpointWriter:
         in between, where an error of one rank would leave the others waiting in DeepSpeed's collectives."""
         pending: list[tuple[Path, Any]] = []
         held = on_host if self._background is not None else (lambda content: content)
-        layout = shard_writer.save_shards(
+        layout, shard = shard_writer.save_shards(
             self.engine, beside, ENGINE_TAG, lambda path, content: pending.append((path, held(content)))
         )
         rng, write_extras, facts = _rng_states(), self.collect(state.step), asdict(state)
@@ -151,7 +149,7 @@ class CheckpointWriter:
             write_extras(beside)
 
         def hash_own() -> None:
-            shares.append(_Share.of(beside, [path for path, _ in pending], layout, rng))
+            shares.append(_Share.of(beside, [path for path, _ in pending], shard, rng))
 
         def together(what: str, task: Callable[[], None]) -> None:
             ranks.agree(f"checkpoint {self._named_root / final.name}, {what}", _disk_errors(self.root)(task))
@@ -184,7 +182,7 @@ class CheckpointWriter:
         if shares is None:
             return
         shards = [share.shard for share in shares if share.shard is not None]
-        if different := [shard.rank for shard in shards if shard.facts != shards[0].facts]:
+        if different := [shard.rank for shard in shards if shard.layout != shards[0].layout]:
             raise RunError(f"ranks {different} trained other parameters or with other settings than rank 0")
         ShardIndex.of(layout, shards).write(beside / ENGINE_TAG)
         states = {kind: torch.from_numpy(np.stack([share.rng[kind] for share in shares])) for kind in shares[0].rng}
@@ -215,12 +213,11 @@ class _Share(NamedTuple):
     rng: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, beside: Path, written: list[Path], layout: Layout, rng: dict[str, Tensor]) -> _Share:
+    def of(cls, beside: Path, written: list[Path], shard: RankShard | None, rng: dict[str, Tensor]) -> _Share:
         """To be called when rank 0 has linked the ledger into `beside`. A rank that does not see it leaves its slice to
         rank 0."""
         ledger = sorted((beside / LEDGER_FOLDER).glob("*.safetensors"))
-        own = [path for path in written if path.is_file()] + ledger[layout.rank :: layout.world_size]
-        shard = RankShard.of(layout) if layout.rank < layout.writers else None
+        own = [path for path in written if path.is_file()] + ledger[dist.get_rank() :: dist.get_world_size()]
         return cls(files.record(beside, own), shard, {kind: state.numpy() for kind, state in rng.items()})
 
 
@@ -334,9 +331,6 @@ def _load_rng(folder: Path, rank: int, state: TrainerState) -> None:
 
 def _saved_rng(folder: Path, rank: int) -> dict[str, Tensor] | None:
     """The random states of a rank; None where that rank saved none."""
-    if not (folder / RNG_FILE).is_file():
-        path = folder / rng_file(rank)
-        return load_file(str(path)) if path.exists() else None
     handle = open_safetensors(folder / RNG_FILE)
     with files.malformed(folder / RNG_FILE):
         slices = {kind: handle.get_slice(kind) for kind in handle.keys()}  # noqa: SIM118  (no mapping)

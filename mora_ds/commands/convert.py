@@ -1,7 +1,5 @@
-"""Convert a checkpoint: DeepSpeed's universal format and back, an adapter without its run, a LoRA adapter of PEFT.
+"""Convert a checkpoint: an adapter without its run, or a LoRA adapter of PEFT.
 
-    mora-ds convert universal out/checkpoints/latest --output universal
-    mora-ds convert from_universal universal --output back/step-000100
     mora-ds convert adapter out/checkpoints/latest --output adapter
     mora-ds convert peft out/checkpoints/latest --output lora [--rank 64]
 
@@ -13,36 +11,30 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mora_ds.checkpoint.universal import from_universal, to_universal
 from mora_ds.deploy.adapter_io import export_adapter
 from mora_ds.deploy.peft_export import export_peft
 
 _ACTIONS = {
-    "universal": (
-        to_universal,
-        "write the format that DeepSpeed loads with load_universal, on any number of processes",
-    ),
-    "from_universal": (from_universal, "write a checkpoint from the output of `universal`"),
-    "adapter": (export_adapter, "write the MoRA matrices and the merge ledger only, for mora_ds.load_adapter"),
-    "peft": (export_peft, "write a LoRA adapter that PEFT and vLLM load; exact where the update's rank is bounded"),
+    "adapter": "write the MoRA matrices and the merge ledger only, for mora_ds.load_adapter",
+    "peft": "write a LoRA adapter that PEFT and vLLM load; exact where the update's rank is bounded",
 }
 
 
 def main() -> None:
     options = _parser().parse_args()
-    if options.action == "peft":
+    if options.action == "adapter":
+        lines = export_adapter(options.path, options.output)
+    else:
         lines = export_peft(
             options.path, options.output, options.rank, options.base, options.domain, options.trust_remote_code
         )
-    else:
-        lines = _ACTIONS[options.action][0](options.path, options.output)
     print("\n".join(lines))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(_ACTIONS))
-    for name, (_, text) in _ACTIONS.items():
+    for name, text in _ACTIONS.items():
         action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
         action.add_argument("path", type=Path, help="the checkpoint to convert")
         action.add_argument("--output", type=Path, required=True, help="folder to write; must be new")

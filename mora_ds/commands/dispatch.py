@@ -34,7 +34,7 @@ COMMANDS = {
     "prepare-corpus": Command("tokenise the text of a training run ahead", "prepare_corpus.main"),
     "extend-vocab": Command("add a domain's tokens to a model's vocabulary", "extend_vocab.main"),
     "export": Command("write the merged Hugging Face model of a checkpoint", "export.main"),
-    "convert": Command("convert a checkpoint: universal format, adapter alone, LoRA of PEFT", "convert.main"),
+    "convert": Command("convert a checkpoint: adapter alone, LoRA of PEFT", "convert.main"),
     "evaluate": Command("measure perplexity and bits per byte of a model or a checkpoint", "evaluate.main"),
     "ledger": Command("show, verify, edit, compact or sum merge ledgers", "ledger.main"),
     "spectrum": Command("measure singular values and ranks of merged updates", "spectrum.main"),

@@ -25,6 +25,10 @@ import yaml
 
 from mora_ds.common.errors import RunError, UserError, reason
 from mora_ds.common.untrusted import Count, RelativePath, entry, links, plain_json, read_text, require_plain, shown
+from mora_ds.common.version import __version__
+
+FORMAT = 3
+"""Version of everything that mora_ds writes to be read again: checkpoints, ledgers, adapters, caches."""
 
 MANIFEST = "manifest.json"
 """Sizes and hashes of all other files of a folder."""
@@ -244,7 +248,7 @@ def write_manifest(folder: Path, recorded: Mapping[str, dict[str, Any]] | None =
     listed = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     own = [path for path in listed if path.relative_to(folder).as_posix() not in known]
     files = dict(sorted({**known, **record(folder, own)}.items()))
-    write_json_atomic(folder / MANIFEST, {"format": 1, "files": files, "seal": _seal(files)})
+    write_json_atomic(folder / MANIFEST, {"format": FORMAT, "files": files, "seal": _seal(files)})
 
 
 VISIBLE_WITHIN_S = 20.0
@@ -271,9 +275,8 @@ def verify_manifest(folder: Path, hashes: bool = True) -> list[str]:
     are checked. Files that are not in the manifest are ignored. Raises `UserError` for a missing or damaged manifest.
     """
     content = read_json(folder / MANIFEST)
-    if "seal" not in content:
-        return [f"{folder / MANIFEST} has no seal: damaged, or written by mora_ds 0.1.0, which can still read it"]
-    if content["seal"] != _seal(entry(content, "files", dict[str, Any], folder / MANIFEST)):
+    require_format(folder / MANIFEST, content)
+    if content.get("seal") != _seal(entry(content, "files", dict[str, Any], folder / MANIFEST)):
         return [f"{folder / MANIFEST} is damaged: it does not list what it was written with"]
     if problems := links(folder):
         return problems
@@ -329,10 +332,10 @@ def malformed(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is damaged: {shown(error)}") from error
 
 
-def require_format(path: Path, content: dict[str, Any], known: int = 1) -> None:
-    """Raises `UserError` for a file in a format that this version does not know."""
-    if content.get("format") != known:
-        raise UserError(f"{path} has format {content.get('format')!r}; this version of mora_ds reads format {known}")
+def require_format(path: Path, content: dict[str, Any]) -> None:
+    """Raises `UserError` for a file that another version of mora_ds has written in another format."""
+    if (found := content.get("format")) != FORMAT:
+        raise UserError(f"{path} has format {shown(found)}; mora_ds {__version__} reads format {FORMAT}")
 
 
 def remove_quietly(path: Path) -> None:

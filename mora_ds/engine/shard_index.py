@@ -1,8 +1,6 @@
 """Which part of which parameter lies where in the shards of a checkpoint: one table for the shards of all ranks.
 
     engine/layouts.safetensors    that table, written by rank 0: one row a part, and what all ranks have in common
-    engine/layout-00000.json      the rows of one rank, as versions up to 0.2 wrote it; of a file of ours with complete
-                                  tensors (`shard_reader.write_whole`) still
 
 1,024 ranks with 224 matrices under ZeRO-3 have 229,376 parts: they stay rows of an array, which is sorted, checked and
 searched as a whole. Needs no DeepSpeed.
@@ -14,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -22,17 +20,11 @@ import numpy as np
 import torch
 
 from mora_ds.common.errors import Bounds, UserError
-from mora_ds.common.files import malformed, read_json, require_format
-from mora_ds.common.untrusted import MAX_SIDE, Count, FileName, entry, plain_json, typed
+from mora_ds.common.files import FORMAT, malformed, require_format
+from mora_ds.common.untrusted import MAX_SIDE, FileName, plain_json, typed
 from mora_ds.models.tensor_files import open_safetensors, write_safetensors_atomic
 
-LAYOUT_FORMAT = 1
 INDEX_FILE = "layouts.safetensors"
-
-
-def layout_path(folder: Path, rank: int) -> Path:
-    return folder / f"layout-{rank:05d}.json"
-
 
 Processes = Annotated[int, Bounds(least=1, most=1 << 20)]
 Length = Annotated[int, Bounds(least=0, most=2 * MAX_SIDE)]
@@ -43,68 +35,42 @@ Length = Annotated[int, Bounds(least=0, most=2 * MAX_SIDE)]
 class Part:
     """Elements [start, start + numel) of a flattened parameter, which lie from `offset` on in a flat tensor."""
 
-    name: FileName
-    start: Count
-    numel: Count
-    offset: Count
+    name: str
+    start: int
+    numel: int
+    offset: int
 
 
 @dataclass(frozen=True)
 class Layout:
-    """layout-N.json: what rank N has written."""
+    """What all ranks that write a checkpoint have in common."""
 
-    rank: Count
     world_size: Processes
     writers: Processes
     """Number of ranks that wrote a shard: all, or only the first without ZeRO."""
     stage: int
     optimizer: str
     """Class name of the torch optimizer, such as AdamW."""
-    file: FileName
     masters: list[str]
-    """Keys that lead to the flat fp32 masters within the file."""
+    """Keys that lead to the flat fp32 masters within a rank's file."""
     state: list[str]
     """Keys that lead to the optimizer's `state_dict`."""
-    flats: list[list[Part]]
-    """For each flat tensor, the parts in it."""
-    moments: list[list[Part]]
-    """For each flat tensor, the parts in its optimizer state: not always the same (see `optimizer_view.Flat`)."""
     groups: list[dict[FileName, list[Length]]]
     """For each parameter group, its parameters and their complete shapes."""
-    swapped: bool = False
+    swapped: bool
     """Whether masters and state were on NVMe: then they are in files that only DeepSpeed reads."""
-    settings: list[dict[str, Any]] = field(default_factory=list)
+    settings: list[dict[str, Any]]
     """For each parameter group: learning rate, betas and so on; for some optimizers the step count."""
-    counters: dict[str, int] = field(default_factory=dict)
-    scaler: dict[str, float | None] = field(default_factory=dict)
+    counters: dict[str, int]
+    scaler: dict[str, float | None]
     """State of fp16's loss scaler."""
-    transposed: list[str] = field(default_factory=list)
+    transposed: list[str]
     """MoRA matrices of which the shards hold the transpose (tensor parallelism with an aligned grouping)."""
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"format": LAYOUT_FORMAT, **vars(self), "flats": _plain(self.flats), "moments": _plain(self.moments)}
-
-    @classmethod
-    def read(cls, folder: Path, rank: int) -> Layout:
-        """Raises `UserError` naming the file."""
-        path = layout_path(folder, rank)
-        content = read_json(path)
-        require_format(path, content, LAYOUT_FORMAT)
-        content.pop("format")
-        for key in ("flats", "moments"):
-            listed = entry(content, key, list[list[tuple[Any, Any, Any, Any]]], path)
-            content[key] = [[dict(zip(_PART, part, strict=True)) for part in flat] for flat in listed]
-        layout: Layout = typed(cls, content, f"{path} is damaged")
-        if layout.rank != rank or layout.rank >= layout.writers:
-            raise UserError(f"{path}: it is the layout of rank {layout.rank} of {layout.writers}, not of {rank}")
-        return layout
-
-
-_PART = ("name", "start", "numel", "offset")
-
-
-def _plain(flats: list[list[Part]]) -> list[list[list[str | int]]]:
-    return [[[part.name, part.start, part.numel, part.offset] for part in flat] for flat in flats]
+    @property
+    def names(self) -> list[str]:
+        """All parameters, in the order in which the table counts them."""
+        return [name for group in self.groups for name in group]
 
 
 NAME, START, NUMEL, RANK, FLAT, OFFSET = range(6)
@@ -113,34 +79,25 @@ part; the flat tensor in its file, and the offset in that."""
 
 
 class RankShard(NamedTuple):
-    """What a rank tells of its shard."""
+    """Where the parts of one rank lie in its file."""
 
     rank: int
     file: str
     parts: np.ndarray
     """(P, 6) int64"""
     moments: np.ndarray | None
-    """(Q, 6) int64; None: as `parts`."""
-    facts: str
-    """A digest of what all ranks must have in common."""
+    """(Q, 6) int64 of the optimizer's state; None: as `parts`."""
+    layout: str
+    """A digest of the rank's `Layout`, which must be that of all."""
 
     @classmethod
-    def of(cls, layout: Layout) -> RankShard:
-        """`layout.groups` must be there, from which names are counted."""
-        number = {name: index for index, name in enumerate(_names(layout))}
-        parts = _rows(layout.flats, layout.rank, number)
-        moments = None if layout.moments == layout.flats else _rows(layout.moments, layout.rank, number)
-        facts = hashlib.sha256(json.dumps(_common(layout), sort_keys=True).encode()).hexdigest()
-        return cls(layout.rank, layout.file, parts, moments, facts)
-
-
-def _common(layout: Layout) -> dict[str, Any]:
-    """The facts that do not depend on the rank."""
-    return {name: value for name, value in vars(layout).items() if name not in ("rank", "file", "flats", "moments")}
-
-
-def _names(layout: Layout) -> list[str]:
-    return [name for group in layout.groups for name in group]
+    def of(cls, layout: Layout, rank: int, file: str, flats: list[list[Part]], moments: list[list[Part]]) -> RankShard:
+        """`flats`: the parts in each flat tensor; `moments`: those in its optimizer state, which are not always the
+        same (see `optimizer_view.Flat`)."""
+        number = {name: index for index, name in enumerate(layout.names)}
+        state_rows = None if moments == flats else _rows(moments, rank, number)
+        digest = hashlib.sha256(json.dumps(asdict(layout), sort_keys=True).encode()).hexdigest()
+        return cls(rank, file, _rows(flats, rank, number), state_rows, digest)
 
 
 def _rows(flats: list[list[Part]], rank: int, number: dict[str, int]) -> np.ndarray:
@@ -156,8 +113,7 @@ def _rows(flats: list[list[Part]], rank: int, number: dict[str, int]) -> np.ndar
 class ShardIndex:
     """The table of all shards. Make it with `read` or `of`. It can be pickled: rank 0 reads it for all."""
 
-    first: Layout
-    """Rank 0's layout without its parts: what all ranks have in common."""
+    layout: Layout
     files: list[str]
     """The file of every rank that wrote one."""
     parts: np.ndarray
@@ -166,55 +122,40 @@ class ShardIndex:
     """(Q, 6) int64 rows of the optimizer's state; `parts` itself where they are the same."""
 
     @classmethod
-    def of(cls, first: Layout, shards: list[RankShard]) -> ShardIndex:
+    def of(cls, layout: Layout, shards: list[RankShard]) -> ShardIndex:
         """From the shards of all ranks that wrote one, in their order."""
-        parts = np.concatenate([shard.parts for shard in shards])
-        own = [shard.parts if shard.moments is None else shard.moments for shard in shards]
-        same = all(shard.moments is None for shard in shards)
-        parts = _sorted(parts)
-        moments = parts if same else _sorted(np.concatenate(own))
-        return cls(replace(first, flats=[], moments=[]), [shard.file for shard in shards], parts, moments)
+        parts = _sorted(np.concatenate([shard.parts for shard in shards]))
+        if all(shard.moments is None for shard in shards):
+            moments = parts
+        else:
+            state_rows = [shard.parts if shard.moments is None else shard.moments for shard in shards]
+            moments = _sorted(np.concatenate(state_rows))
+        return cls(layout, [shard.file for shard in shards], parts, moments)
 
     @classmethod
     def read(cls, folder: Path) -> ShardIndex:
         """Raises `UserError` naming the file that is missing or damaged, or the parameter that has holes."""
-        index = cls._read_table(folder) if (folder / INDEX_FILE).is_file() else cls._read_layouts(folder)
-        if not index.first.swapped:
-            index._check_whole(folder)
-        return index
-
-    @classmethod
-    def _read_layouts(cls, folder: Path) -> ShardIndex:
-        first = Layout.read(folder, 0)
-        number = {name: index for index, name in enumerate(_names(first))}
-        shards = []
-        for layout in (first, *(Layout.read(folder, rank) for rank in range(1, first.writers))):
-            unknown = {part.name for flats in (layout.flats, layout.moments) for flat in flats for part in flat}
-            if unknown := unknown - set(number):
-                raise UserError(f"{folder}: a shard holds {min(unknown)}, which no parameter group lists")
-            shards.append(RankShard.of(replace(layout, groups=first.groups)))
-        return cls.of(first, shards)
-
-    @classmethod
-    def _read_table(cls, folder: Path) -> ShardIndex:
         path = folder / INDEX_FILE
         handle = open_safetensors(path)
         with malformed(path):
             content = plain_json((handle.metadata() or {})["layout"], path)
-            require_format(path, content, LAYOUT_FORMAT)
+            require_format(path, content)
             content.pop("format")
             files = typed(list[FileName], content.pop("files"), f"{path}: files")
-            first: Layout = typed(Layout, {**content, "rank": 0, "file": files[0], "flats": [], "moments": []}, path)
+            layout: Layout = typed(Layout, content, path)
             tables = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (no mapping)
             parts = _table(tables["parts"])
-            index = cls(first, files, parts, _table(tables["moments"]) if "moments" in tables else parts)
-        if len(files) != first.writers:
-            raise UserError(f"{path}: it lists {len(files)} files of {first.writers} ranks")
+            moments = _table(tables["moments"]) if "moments" in tables else parts
+        if len(files) != layout.writers:
+            raise UserError(f"{path}: it lists {len(files)} files of {layout.writers} ranks")
+        index = cls(layout, files, parts, moments)
+        if not layout.swapped:
+            index._check_whole(folder)
         return index
 
     def write(self, folder: Path) -> None:
         """Write layouts.safetensors atomically. Raises `RunError` on a full disk."""
-        content = {"format": LAYOUT_FORMAT, **_common(self.first), "files": self.files}
+        content = {"format": FORMAT, **asdict(self.layout), "files": self.files}
         tables = {"parts": torch.from_numpy(self.parts)}
         if self.moments is not self.parts:
             tables["moments"] = torch.from_numpy(self.moments)
@@ -223,7 +164,7 @@ class ShardIndex:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter name -> complete shape."""
-        return {name: tuple(shape) for group in self.first.groups for name, shape in group.items()}
+        return {name: tuple(shape) for group in self.layout.groups for name, shape in group.items()}
 
     def _check_whole(self, folder: Path) -> None:
         """Raises `UserError` unless the files are large enough for the parameters, and hold every element of each."""
@@ -231,8 +172,7 @@ class ShardIndex:
         nbytes = sum(entry.stat().st_size for entry in os.scandir(folder) if entry.name in listed and entry.is_file())
         sizes = [math.prod(shape) for shape in self.shapes.values()]
         if sum(sizes) > nbytes:
-            where = INDEX_FILE if (folder / INDEX_FILE).is_file() else layout_path(folder, 0).name
-            raise UserError(f"{folder / where} lists parameters of more elements than the shards have bytes")
+            raise UserError(f"{folder / INDEX_FILE} lists parameters of more elements than the shards have bytes")
         tables = [("", self.parts)]
         if self.moments is not self.parts:
             tables.append(("the optimizer's state of ", self.moments))
@@ -242,7 +182,7 @@ class ShardIndex:
                 raise UserError(f"{folder}: a shard holds a parameter that no parameter group lists")
             if (faulty := _first_hole(rows, np.array(sizes, np.int64), len(self.files), once=not what)) is not None:
                 once = "" if what else ", and each element once"
-                raise UserError(f"{folder}: the shards do not hold all of {what}{_names(self.first)[faulty]}{once}")
+                raise UserError(f"{folder}: the shards do not hold all of {what}{self.layout.names[faulty]}{once}")
 
 
 def _sorted(rows: np.ndarray) -> np.ndarray:

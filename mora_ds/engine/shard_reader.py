@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,20 @@ import torch
 from torch import Tensor
 
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import atomic_path, malformed, write_json_atomic
+from mora_ds.common.files import malformed
 from mora_ds.common.untrusted import FileName, shown, typed
 from mora_ds.engine.pickled import load_pickled
-from mora_ds.engine.shard_index import FLAT, NAME, NUMEL, OFFSET, RANK, START, Part, ShardIndex, layout_path
-from mora_ds.models.tensor_files import SafetensorsWriter, open_safetensors
+from mora_ds.engine.shard_index import FLAT, NAME, NUMEL, OFFSET, RANK, START, ShardIndex
 
 MASTER = "master"
 """The key of a parameter's fp32 master; all other keys are those of the optimizer's state."""
-WHOLE_FILE = "whole.safetensors"
 
 
 class _Shard:
     """The file of one rank, opened when it is first read."""
 
     def __init__(self, folder: Path, index: ShardIndex, rank: int) -> None:
-        self.path, self.layout = folder / index.files[rank], index.first
+        self.path, self.layout = folder / index.files[rank], index.layout
         self._parts = index.parts[index.parts[:, RANK] == rank]
         self._moments = index.moments[index.moments[:, RANK] == rank]
         self._names = list(index.shapes)
@@ -65,10 +62,10 @@ class _Shard:
         masters = self._at(self.layout.masters)
         with malformed(self.path):
             if isinstance(masters, dict):  # without ZeRO in fp32: the module's own parameters, by name
-                tensor = masters[self._name(flat)]
+                master = masters[self._name(flat)]
             else:
-                tensor = list(_flattened(masters))[flat]
-            return typed_tensor(tensor, f"{self.path}: master {flat}").reshape(-1)
+                master = list(_flattened(masters))[flat]
+            return _tensor(master, f"{self.path}: master {flat}").reshape(-1)
 
     def state(self, flat: int) -> dict[str, Any]:
         """Everything that the optimizer keeps for a flat tensor. Raises `UserError` naming the file."""
@@ -92,50 +89,6 @@ class _Shard:
         }
 
 
-class _WholeFile(_Shard):
-    """A file of ours in place of shards: every tensor complete, under "key/parameter name"."""
-
-    @property
-    def _handle(self) -> Any:
-        if self._content is None:
-            self._content = open_safetensors(self.path)
-        return self._content
-
-    def master(self, flat: int) -> Tensor:
-        name = f"{MASTER}/{self._name(flat)}"
-        if name not in self._handle.keys():  # noqa: SIM118  (no mapping)
-            raise UserError(f"{self.path} holds no {name}")
-        return self._handle.get_tensor(name).reshape(-1)
-
-    def state(self, flat: int) -> dict[str, Any]:
-        split = [name.partition("/") for name in self._handle.keys()]  # noqa: SIM118  (no mapping)
-        keys = [key for key, _, name in split if name == self._name(flat) and key != MASTER]
-        tensors = {key: self._handle.get_tensor(f"{key}/{self._name(flat)}") for key in keys}
-        with malformed(self.path):
-            counts = (torch.int64,)  # a Python number once
-            return {key: tensor.item() if tensor.dtype in counts else tensor for key, tensor in tensors.items()}
-
-
-def write_whole(folder: Path, shards: EngineShards, world_size: int) -> None:
-    """Write the same content as one safetensors file with a layout, which `EngineShards.open` reads like any shards."""
-    layout = {}
-    for name, shape in shards.shapes.items():
-        for key in (MASTER, *shards.keys(name)):
-            layout[f"{key}/{name}"] = (tuple(shape), shards.read(name, key, 0, 0).dtype)
-        for key, value in shards.scalars(name).items():
-            layout[f"{key}/{name}"] = ((), torch.as_tensor(value).dtype)
-    with atomic_path(folder / WHOLE_FILE) as beside, SafetensorsWriter(beside, layout, {}) as writer:
-        for name in shards.shapes:
-            for key in (MASTER, *shards.keys(name)):
-                writer.write(f"{key}/{name}", shards.whole(name, key))
-            for key, value in shards.scalars(name).items():
-                writer.write(f"{key}/{name}", torch.as_tensor(value))
-    flats = [[Part(name, 0, math.prod(shape), 0)] for name, shape in shards.shapes.items()]
-    whole = replace(shards.first, rank=0, world_size=world_size, writers=1, file=WHOLE_FILE, masters=[], state=[])
-    whole = replace(whole, flats=flats, moments=flats, transposed=[])
-    write_json_atomic(layout_path(folder, 0), whole.to_dict(), indent=None)
-
-
 def _flattened(tensors: Any) -> Iterator[Tensor]:
     for each in tensors:
         if isinstance(each, (list, tuple)):
@@ -144,7 +97,7 @@ def _flattened(tensors: Any) -> Iterator[Tensor]:
             yield each
 
 
-def typed_tensor(value: Any, where: str) -> Tensor:
+def _tensor(value: Any, where: str) -> Tensor:
     """`value`, if it is a tensor. Raises `UserError` otherwise."""
     if not isinstance(value, Tensor):
         raise UserError(f"{where} must be a tensor, got {shown(value)}")
@@ -157,7 +110,7 @@ class EngineShards:
     def __init__(self, folder: Path, index: ShardIndex, rank: int = 0) -> None:
         """`rank`: the writer whose file is read first, where several hold the same elements."""
         self.folder = folder
-        self.first = index.first
+        self.layout = index.layout
         self.shapes = index.shapes
         """Parameter name -> complete shape."""
         self._index, self._rank = index, rank
@@ -178,8 +131,7 @@ class EngineShards:
 
     def _shard(self, rank: int) -> _Shard:
         if rank not in self._shards:
-            kind = _WholeFile if self._index.files[rank] == WHOLE_FILE else _Shard
-            self._shards[rank] = kind(self.folder, self._index, rank)
+            self._shards[rank] = _Shard(self.folder, self._index, rank)
         return self._shards[rank]
 
     def _rows(self, name: str, is_master: bool, start: int = 0, numel: int | None = None) -> np.ndarray:
@@ -214,7 +166,7 @@ class EngineShards:
 
     def group_step(self, group: int) -> int | None:
         """The step count of optimizers that keep it with the parameter group (DeepSpeed's FusedAdam)."""
-        step = self.first.settings[group].get("step") if group < len(self.first.settings) else None
+        step = self.layout.settings[group].get("step") if group < len(self.layout.settings) else None
         return None if step is None else int(step)
 
     def read(self, name: str, key: str, start: int = 0, numel: int | None = None, transposed: bool = False) -> Tensor:
@@ -222,7 +174,7 @@ class EngineShards:
         `transposed`: those of its transpose. Raises `UserError` where the shards do not hold them."""
         if name not in self.shapes:
             raise UserError(f"{self.folder}: the shards do not hold {name}")
-        if (name in self.first.transposed) is transposed:
+        if (name in self.layout.transposed) is transposed:
             return self._read(name, key, start, numel)
         whole = self._read(name, key, 0, None).view(self.shapes[name]).T.flatten()
         return whole[start : None if numel is None else start + numel].clone()

@@ -29,7 +29,7 @@ from mora_ds.engine import zero
 from mora_ds.engine.ds_keys import masked
 from mora_ds.engine.optimizer_view import Flat, Span, view_of
 from mora_ds.engine.pickled import load_pickled
-from mora_ds.engine.shard_index import Layout, Part
+from mora_ds.engine.shard_index import Layout, Part, RankShard
 from mora_ds.engine.shard_reader import MASTER, EngineShards
 from mora_ds.parallel.topology import share_of
 
@@ -88,35 +88,40 @@ def duplicates(engine: zero.Engine) -> set[str]:
 
 
 def _layout(engine: zero.Engine) -> Layout:
-    view, rank, names, shapes = view_of(engine), dist.get_rank(), _names(engine), _shapes(engine)
-    groups = [{names[id(p)]: list(shapes[names[id(p)]]) for p in group} for group in view.groups()]
-    sharded = engine.save_zero_checkpoint
-    name = engine._get_zero_ckpt_name("", "") if sharded else engine._get_ckpt_name("", "")
-    swapped = bool(engine.zero_nvme_offload_optimizer())
-    flats = [] if swapped else list(view.flats())
+    view = view_of(engine)
+    names = _names(engine)
+    shapes = _shapes(engine)
+    return Layout(
+        world_size=dist.get_world_size(),
+        writers=dist.get_world_size() if engine.save_zero_checkpoint else 1,
+        stage=int(engine.zero_optimization_stage()),
+        optimizer=type(engine.basic_optimizer).__name__,
+        masters=list(view.masters_path),
+        state=list(view.state_path),
+        groups=[{names[id(p)]: list(shapes[names[id(p)]]) for p in group} for group in view.groups()],
+        swapped=bool(engine.zero_nvme_offload_optimizer()),
+        settings=[_plain(group) for group in engine.basic_optimizer.param_groups],
+        counters={name: int(getattr(engine, name)) for name in COUNTERS},
+        scaler={name: getattr(view.loss_scaler, name) for name in SCALER if hasattr(view.loss_scaler, name)},
+        transposed=sorted(_transposed(engine)),
+    )
+
+
+def _shard(engine: zero.Engine, layout: Layout) -> RankShard | None:
+    """What this process has written; None on those that write no shard."""
+    if dist.get_rank() >= layout.writers:
+        return None
+    names = _names(engine)
     skipped = duplicates(engine)
 
     def own(spans: list[Span]) -> list[Part]:
         return [part for part in _parts(spans, names) if part.name not in skipped]
 
-    return Layout(
-        rank=rank,
-        world_size=dist.get_world_size(),
-        writers=dist.get_world_size() if sharded else 1,
-        stage=int(engine.zero_optimization_stage()),
-        optimizer=type(engine.basic_optimizer).__name__,
-        file=Path(name).name,
-        masters=list(view.masters_path),
-        state=list(view.state_path),
-        flats=[own(flat.spans) for flat in flats],
-        moments=[own(flat.state_spans) for flat in flats],
-        groups=groups,
-        settings=[_plain(group) for group in engine.basic_optimizer.param_groups],
-        swapped=swapped,
-        counters={name: int(getattr(engine, name)) for name in COUNTERS},
-        scaler={name: getattr(view.loss_scaler, name) for name in SCALER if hasattr(view.loss_scaler, name)},
-        transposed=sorted(_transposed(engine)),
-    )
+    flats = [] if layout.swapped else list(view_of(engine).flats())
+    name = engine._get_zero_ckpt_name("", "") if engine.save_zero_checkpoint else engine._get_ckpt_name("", "")
+    masters = [own(flat.spans) for flat in flats]
+    moments = [own(flat.state_spans) for flat in flats]
+    return RankShard.of(layout, dist.get_rank(), Path(name).name, masters, moments)
 
 
 def _plain(group: dict[str, Any]) -> dict[str, Any]:
@@ -179,9 +184,11 @@ def write_now(path: Path, content: Any) -> None:
     torch.save(content, path)
 
 
-def save_shards(engine: zero.Engine, folder: Path, tag: str, write: Callable[[Path, Any], None] = write_now) -> Layout:
-    """DeepSpeed's files in `folder/tag`, each through `write`. Collective. Returns this process's layout, for the table
-    of all (`shard_index.ShardIndex`) in the same folder."""
+def save_shards(
+    engine: zero.Engine, folder: Path, tag: str, write: Callable[[Path, Any], None] = write_now
+) -> tuple[Layout, RankShard | None]:
+    """Save DeepSpeed's files in `folder/tag`, each through `write`. Collective. Returns what goes into the table of all
+    ranks (`shard_index.ShardIndex`) in the same folder; without a shard on a process that writes none."""
     own = engine.checkpoint_engine
     engine.checkpoint_engine = ShardWriter(engine, write)
     try:
@@ -191,7 +198,8 @@ def save_shards(engine: zero.Engine, folder: Path, tag: str, write: Callable[[Pa
     if dist.get_rank() == 0:
         for script in folder.glob("zero_to_*.py"):  # DeepSpeed's, for models whose weights are in the shards
             script.unlink()
-    return _layout(engine)
+    layout = _layout(engine)
+    return layout, _shard(engine, layout)
 
 
 # -- restoring ---------------------------------------------------------------------------------------------------------
@@ -205,7 +213,7 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
     Raises `UserError` when the shards hold other parameters than the model, or another optimizer's state.
     """
     _check(engine, shards)
-    if shards.first.swapped:
+    if shards.layout.swapped:
         _restore_swapped(engine, shards)
         return
     view, names, transposed = view_of(engine), _names(engine), _transposed(engine)
@@ -220,19 +228,19 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
         step = shards.group_step(group)
         if step is not None:
             view.set_step(group, step)
-    for name, value in shards.first.counters.items():
+    for name, value in shards.layout.counters.items():
         setattr(engine, name, value)
-    for name, number in shards.first.scaler.items():
+    for name, number in shards.layout.scaler.items():
         if hasattr(view.loss_scaler, name):
             setattr(view.loss_scaler, name, number)
 
 
 def _restore_swapped(engine: zero.Engine, shards: EngineShards) -> None:
     """DeepSpeed has saved files of its own for a state on NVMe (engine.py, `save_checkpoint`) and loads them itself."""
-    if shards.first.world_size != dist.get_world_size():
+    if shards.layout.world_size != dist.get_world_size():
         raise UserError(
             f"{shards.folder}: a run with its optimizer on NVMe (offload_optimizer in --deepspeed) can only be resumed "
-            f"with as many processes as saved it: {shards.first.world_size}"
+            f"with as many processes as saved it: {shards.layout.world_size}"
         )
     own = engine.checkpoint_engine
     engine.checkpoint_engine = ShardWriter(engine, write_now)
@@ -251,7 +259,7 @@ def _check(engine: zero.Engine, shards: EngineShards) -> None:
             f"{shards.folder} does not fit this model in {len(different)} parameters, e.g. {name}: "
             f"{shards.shapes.get(name, 'none')} there, {here.get(name, 'none')} here"
         )
-    mine, theirs = type(engine.basic_optimizer).__name__, shards.first.optimizer
+    mine, theirs = type(engine.basic_optimizer).__name__, shards.layout.optimizer
     if mine != theirs:
         raise UserError(f"{shards.folder} holds the state of {theirs}, this run's optimizer is {mine} (--deepspeed)")
 
@@ -260,7 +268,7 @@ def _restore_flat(flat: Flat, names: Names, shards: EngineShards, transposed: se
     """Set a master and its state. Padding, which no gradient reaches, becomes zero as in a fresh engine."""
     parts, state_parts = _parts(flat.spans, names), _parts(flat.state_spans, names)
     _fill(flat.master, MASTER, parts, shards, transposed)
-    own = parts or [Part(next(iter(shards.first.groups[flat.group])), 0, 0, 0)]
+    own = parts or [Part(next(iter(shards.layout.groups[flat.group])), 0, 0, 0)]
     state_of = [(shards.keys(p.name, p.start, p.numel), shards.scalars(p.name, p.start, p.numel)) for p in own]
     keys, scalars = state_of[0]
     for part, state in zip(own, state_of, strict=True):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.common.files import atomic_folder, malformed, read_json, require_format
+from mora_ds.common.files import FORMAT, atomic_folder, malformed, read_json, require_format
 from mora_ds.data import (
     Corpus,
     Extension,
@@ -203,7 +203,7 @@ def _write(base: BaseCheckpoint, folder: Path, keys: set[str], extension: Extens
     text = config.get("text_config", config)
     text["vocab_size"] = rows
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    content = {"format": 1, "first_row": extension.first_id, "pieces": list(extension.tokens)}
+    content = {"format": FORMAT, "first_row": extension.first_id, "pieces": list(extension.tokens)}
     (folder / EXTENSION_JSON).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -32,6 +32,7 @@ from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import (
+    FORMAT,
     atomic_path,
     file_problem,
     link_or_copy,
@@ -321,7 +322,7 @@ class Ledger:
 
     def _write(self, records: Sequence[CycleRecord]) -> None:
         content = {
-            "format": 1,
+            "format": FORMAT,
             "base_fingerprint": self.base_fingerprint,
             **({} if self.vectors is None else {"vectors": asdict(self.vectors)}),
             "cycles": [asdict(record) for record in records],

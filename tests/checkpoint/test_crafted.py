@@ -16,13 +16,12 @@ from mora_ds.checkpoint.folder import resume_checkpoint
 from mora_ds.checkpoint.ledger_tools import drop
 from mora_ds.checkpoint.ledger_tools import verify as verify_ledger
 from mora_ds.checkpoint.state import TrainerState, check_world_size
-from mora_ds.checkpoint.universal import from_universal, to_universal
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import UserError
 from mora_ds.deploy.adapter_io import export_adapter
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine.pickled import load_pickled
-from tests.helpers.crafted import SHARD, change_header, reseal, rewrite_pickle, whole_checkpoint
+from tests.helpers.crafted import SHARD, change_header, change_layout, reseal, rewrite_pickle, whole_checkpoint
 from tests.helpers.damage import change_json
 from tests.helpers.exports import FakeRun
 
@@ -45,10 +44,6 @@ def snapshot(folder: Path) -> set[str]:
 def test_the_checkpoint_itself_is_good(checkpoint: Path, tmp_path: Path) -> None:
     (verdict,) = verify(checkpoint, tmp_path / "base")
     assert verdict.is_good, verdict.problems
-    to_universal(checkpoint, tmp_path / "universal")
-    from_universal(tmp_path / "universal", tmp_path / "back" / "step-000007")
-    (verdict,) = verify(tmp_path / "back" / "step-000007")
-    assert verdict.is_good, verdict.problems
     export_merged(checkpoint, tmp_path / "merged", verify=True)
 
 
@@ -56,16 +51,13 @@ def test_the_checkpoint_itself_is_good(checkpoint: Path, tmp_path: Path) -> None
 
 
 def rename_parameter(checkpoint: Path, name: str) -> None:
-    """model.norm.weight is called `name`, wherever it stands."""
+    """model.norm.weight is called `name` in the shards."""
 
     def change(content: dict[str, Any]) -> None:
         group = content["groups"][0]
         group[name] = group.pop("model.norm.weight")
-        for parts in (*content["flats"], *content["moments"]):
-            for part in parts:
-                part[0] = name if part[0] == "model.norm.weight" else part[0]
 
-    change_json(checkpoint / "engine" / "layout-00000.json", change)
+    change_layout(checkpoint, change)
     reseal(checkpoint)
 
 
@@ -79,62 +71,16 @@ def rename_key(checkpoint: Path, key: str) -> None:
     reseal(checkpoint)
 
 
-NAMES = ("../../../../evil", "/tmp/evil/mora", "..", "", "a/b", "a\\b", "a\nb", "a\0b", "x" * 300, "optimizer_state.pt")
+@pytest.mark.parametrize("name", ["../../../../evil", "/tmp/evil/mora", "", "a\\b", "a\nb", "a\0b", "x" * 300])
+@pytest.mark.parametrize("rename", [rename_parameter, rename_key])
+def test_names_in_shards_are_those_of_files(checkpoint: Path, rename: Callable[[Path, str], None], name: str) -> None:
+    rename(checkpoint, name)
+    assert not verify(checkpoint)[0].is_good
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_no_path_is_made_of_a_parameters_name(checkpoint: Path, tmp_path: Path, name: str) -> None:
-    rename_parameter(checkpoint, name)
-    before = snapshot(tmp_path)
-    with pytest.raises(UserError):
-        to_universal(checkpoint, tmp_path / "deep" / "er" / "universal")
-    assert snapshot(tmp_path) - before <= {"deep", "deep/er"}
-    if name != "optimizer_state.pt":
-        assert not verify(checkpoint)[0].is_good
-
-
-@pytest.mark.parametrize("key", [*NAMES[:-1], "fp32", "../../tag"])
-def test_no_path_is_made_of_a_key_of_the_optimizers_state(checkpoint: Path, tmp_path: Path, key: str) -> None:
-    rename_key(checkpoint, key)
-    before = snapshot(tmp_path)
-    with pytest.raises(UserError):
-        to_universal(checkpoint, tmp_path / "deep" / "er" / "universal")
-    assert snapshot(tmp_path) - before <= {"deep", "deep/er"}
-    if key != "fp32":
-        assert not verify(checkpoint)[0].is_good
-
-
-def test_the_way_back_makes_no_path_of_names_either(checkpoint: Path, tmp_path: Path) -> None:
-    to_universal(checkpoint, tmp_path / "universal")
-    for tag in ("..", "../out", "/etc", "", "a" * 5000):
-        (tmp_path / "universal" / "latest_universal").write_text(tag)
-        with pytest.raises(UserError):
-            from_universal(tmp_path / "universal", tmp_path / "back")
-    (tmp_path / "universal" / "latest_universal").write_text("step-000007")
-    layout = tmp_path / "universal" / "step-000007" / "mora" / "layout-00000.json"
-    change_json(layout, lambda content: content["groups"][0].update({"../mora": [32]}))
-    reseal(tmp_path / "universal")
-    with pytest.raises(UserError, match="cannot be the name of a file"):
-        from_universal(tmp_path / "universal", tmp_path / "back")
-    assert not (tmp_path / "back").exists()
-
-
-def test_a_universal_checkpoint_that_was_trained_further_does_not_come_back(checkpoint: Path, tmp_path: Path) -> None:
-    to_universal(checkpoint, tmp_path / "universal")
-    state = tmp_path / "universal" / "step-000007" / "mp_rank_00_model_states.pt"
-    rewrite_pickle(state, lambda content: {**content, "global_steps": 9})
-    reseal(tmp_path / "universal")
-    with pytest.raises(UserError, match=r"was trained further \(9 steps\)"):
-        from_universal(tmp_path / "universal", tmp_path / "back")
-    assert not (tmp_path / "back").exists()
-
-
-def test_a_state_on_nvme_is_not_converted(checkpoint: Path, tmp_path: Path) -> None:
-    change_json(checkpoint / "engine" / "layout-00000.json", lambda content: content.update(swapped=True))
+def test_a_state_on_nvme_is_not_read(checkpoint: Path) -> None:
+    change_layout(checkpoint, lambda content: content.update(swapped=True))
     reseal(checkpoint)
-    with pytest.raises(UserError, match="an optimizer's state on NVMe cannot be converted"):
-        to_universal(checkpoint, tmp_path / "universal")
-    assert not (tmp_path / "universal").exists()
     (verdict,) = verify(checkpoint)
     assert verdict.is_good and any("on NVMe only DeepSpeed can read" in fact for fact in verdict.facts)
 
@@ -157,7 +103,6 @@ def test_a_manifest_lists_files_of_its_own_folder(checkpoint: Path, name: str) -
 LINKS: dict[str, Callable[[Path, Path], object]] = {
     "merge": lambda folder, out: export_merged(folder, out),
     "adapter": lambda folder, out: export_adapter(folder, out),
-    "universal": lambda folder, out: to_universal(folder, out),
     "drop": lambda folder, out: drop(folder, [0], out),
     "resume": lambda folder, _: resume_checkpoint(str(folder), folder.parent),
 }
@@ -177,16 +122,12 @@ def test_no_tool_follows_a_link(checkpoint: Path, tmp_path: Path, tool: str, pla
         verify_ledger(checkpoint)
 
 
-def test_no_link_is_followed_out_of_a_universal_checkpoint_or_a_base(checkpoint: Path, tmp_path: Path) -> None:
+def test_no_link_is_followed_out_of_a_base(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("of the user")
-    to_universal(checkpoint, tmp_path / "universal")
-    (tmp_path / "universal" / "step-000007" / "mora" / "tokenizer" / "more").symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match="links are not followed"):
-        from_universal(tmp_path / "universal", tmp_path / "back")
     (tmp_path / "base" / "LICENSE").symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match="which is not copied"):
         export_merged(checkpoint, tmp_path / "merged")
-    assert not (tmp_path / "merged").exists() and not (tmp_path / "back").exists()
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_pipe_in_a_checkpoint_does_not_hang(checkpoint: Path, tmp_path: Path) -> None:
@@ -209,16 +150,19 @@ HUGE: list[tuple[str, Change, str]] = [
     ("base.json", lambda content: content.update(keys={"a": 1}), "must be a text"),
     ("ledger/ledger.json", lambda content: content.update(cycles={}), "cycles must be a list"),
     ("ledger/ledger.json", lambda content: content["cycles"][0].update(file="../x"), "cannot be the name of a file"),
-    ("engine/layout-00000.json", lambda content: content.update(writers=10**12), "writers must be at least 1"),
-    ("engine/layout-00000.json", lambda content: content.update(file="/etc/hostname"), "cannot be the name of a file"),
-    ("engine/layout-00000.json", lambda content: content.update(groups=7), "groups must be a list"),
-    ("engine/layout-00000.json", lambda content: content["groups"][0].update(m=[2**24] * 3), "more elements than"),
+    ("engine/layouts.safetensors", lambda content: content.update(writers=10**12), "writers must be at least 1"),
+    ("engine/layouts.safetensors", lambda content: content.update(files=["/etc/hostname"]), "the name of a file"),
+    ("engine/layouts.safetensors", lambda content: content.update(groups=7), "groups must be a list"),
+    ("engine/layouts.safetensors", lambda content: content["groups"][0].update(m=[2**24] * 3), "more elements than"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("file", "change", "words"), HUGE, ids=[f"{file}-{words}" for file, _, words in HUGE])
 def test_wrong_types_and_numbers_are_named(checkpoint: Path, file: str, change: Change, words: str) -> None:
-    change_json(checkpoint / file, change)
+    if file.endswith(".json"):
+        change_json(checkpoint / file, change)
+    else:
+        change_layout(checkpoint, change)
     reseal(checkpoint)
     found = [problem for problem in verify(checkpoint)[0].problems if words in problem]
     assert found and file.split("/")[-1] in found[0]

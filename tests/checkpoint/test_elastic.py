@@ -11,7 +11,6 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,23 +20,16 @@ from mora_ds.common.errors import UserError
 from mora_ds.engine import shard_reader, shard_writer, zero
 from mora_ds.engine.optimizer_view import view_of
 from mora_ds.engine.pickled import STAND_INS
-from mora_ds.engine.shard_index import Layout, ShardIndex, layout_path
+from mora_ds.engine.shard_index import INDEX_FILE, RANK, START, ShardIndex
 from mora_ds.engine.shard_reader import MASTER, EngineShards
 from tests.helpers.engines import COMBINATIONS, new_engine, one_step
 from tests.helpers.gloo import run_ranks
-from tests.helpers.shards import save_engine, write_old_layout
+from tests.helpers.shards import save_engine
 
 pytestmark = pytest.mark.gloo
 
 Combination = tuple[int, str]
 MOMENTS = ["exp_avg", "exp_avg_sq"]
-OLD = "old"
-
-
-def save_as_before(engine: Any, folder: Path) -> None:
-    """As versions up to 0.2 did: a layout of each rank in a file of its own."""
-    write_old_layout(folder / "engine", shard_writer.save_shards(engine, folder, "engine"))
-    dist.barrier()
 
 
 def trained(combination: Combination) -> Any:
@@ -94,7 +86,6 @@ def save_all(root: str) -> dict[Combination, Any]:
     for combination in COMBINATIONS:
         engine = trained(combination)
         save_engine(engine, place(root, combination))
-        save_as_before(engine, Path(root) / OLD / place(root, combination).name)
         found[combination] = {**live(engine), "scale": scale_of(engine), "next": next_loss(engine)}
     return found
 
@@ -169,20 +160,9 @@ def test_steps_and_what_a_shard_holds(saved: tuple[str, dict[Combination, Any]])
             assert torch.equal(found[f"{name}.{MASTER}"], expected[combination][f"{name}.{MASTER}"]), combination
             assert all(found[f"{name}.{key}"].abs().min() > 0 for key in MOMENTS), combination
         assert (found["first.step"].item(), found["second.step"].item()) in ((3, 2), (4, 2)), combination
-        layout = ShardIndex.read(place(root, combination) / "engine").first
+        layout = ShardIndex.read(place(root, combination) / "engine").layout
         assert (layout.world_size, layout.stage) == (2, combination[0])
         assert layout.writers == (2 if combination[0] else 1)
-
-
-def test_a_checkpoint_of_0_2_has_the_same_table(saved: tuple[str, dict[Combination, Any]]) -> None:
-    """Everything is read by that table, so that what is equal here is restored alike."""
-    root, _ = saved
-    for combination in COMBINATIONS:
-        new, old = (ShardIndex.read(place(folder, combination) / "engine") for folder in (root, str(Path(root) / OLD)))
-        assert layout_path(place(str(Path(root) / OLD), combination) / "engine", 0).is_file()
-        assert (new.first, new.files) == (old.first, old.files), combination
-        assert np.array_equal(new.parts, old.parts) and np.array_equal(new.moments, old.moments), combination
-        assert_equal(whole(place(str(Path(root) / OLD), combination)), whole(place(root, combination)), combination)
 
 
 def opened_while_restored(folder: str) -> list[list[str]]:
@@ -250,8 +230,10 @@ def by_deepspeed(folder: str) -> list[bool]:
     for combination in ((1, "float32"), (3, "float16")):
         engine = trained(combination)
         place_ = Path(folder) / str(combination[0])
-        layout = shard_writer.save_shards(engine, place_, "engine")
-        write_old_layout(place_ / "engine", replace(layout, flats=[], swapped=True))
+        save_engine(engine, place_)
+        if dist.get_rank() == 0:
+            index = ShardIndex.read(place_ / "engine")
+            replace(index, layout=replace(index.layout, swapped=True)).write(place_ / "engine")
         dist.barrier()
         again = restored(combination, place_)
         ours, theirs = zero.full_fp32(engine, engine.module.first), zero.full_fp32(again, again.module.first)
@@ -276,20 +258,18 @@ def test_what_only_deepspeed_can_load_is_loaded_as_plain_data(tmp_path: Path) ->
 
 
 def test_damaged_and_foreign_shards_are_told(saved: tuple[str, dict[Combination, Any]], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(place(f"{saved[0]}/{OLD}", (3, "float32")) / "engine", tmp_path / "engine"))
-    layout = Layout.read(folder, 1)
-    layout_path(folder, 1).unlink()
-    with pytest.raises(UserError, match=r"layout-00001\.json is missing"):
-        EngineShards.open(folder)
-    layout.flats[0].clear()
-    write_old_layout(folder, layout)
+    folder = Path(shutil.copytree(place(saved[0], (3, "float32")) / "engine", tmp_path / "engine"))
+    index = ShardIndex.read(folder)
+    whole_parts = index.parts.copy()
+    replace(index, parts=whole_parts[whole_parts[:, RANK] == 0]).write(folder)
     with pytest.raises(UserError, match="do not hold all of first"):
         EngineShards.open(folder)
-    layout = Layout.read(place(f"{saved[0]}/{OLD}", (3, "float32")) / "engine", 1)
-    part = layout.flats[0][0]
-    layout.flats[0][0] = replace(part, start=part.start - 1, numel=part.numel + 1)
-    write_old_layout(folder, layout)
+    whole_parts[whole_parts[:, START] > 0, START] -= 1
+    replace(index, parts=whole_parts).write(folder)
     with pytest.raises(UserError, match="and each element once"):
+        EngineShards.open(folder)
+    (folder / INDEX_FILE).unlink()
+    with pytest.raises(UserError, match=rf"{INDEX_FILE} is missing"):
         EngineShards.open(folder)
 
 
@@ -301,7 +281,7 @@ class Evil:
 def test_nothing_in_a_shard_is_executed(
     saved: tuple[str, dict[Combination, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = Path(shutil.copytree(place(f"{saved[0]}/{OLD}", (3, "float32")) / "engine", tmp_path / "engine"))
+    folder = Path(shutil.copytree(place(saved[0], (3, "float32")) / "engine", tmp_path / "engine"))
     shards = EngineShards.open(folder)
     torch.save({"optimizer_state_dict": Evil()}, shards.files[0])
     with pytest.raises(UserError, match="cannot be read as plain data"):

@@ -103,7 +103,7 @@ def test_without_a_manifest_the_rest_is_still_looked_at(checkpoint: Path) -> Non
     (checkpoint / "manifest.json").write_text("[]")
     (checkpoint / "engine" / "layouts.safetensors").unlink()
     text = wrong(checkpoint)
-    assert "manifest.json is damaged" in text and "layout-00000.json is missing" in text
+    assert "manifest.json is damaged" in text and "layouts.safetensors is missing" in text
 
 
 def test_an_adapter_alone_is_what_is_checked_of_it(checkpoint: Path, user: Playground, tmp_path: Path) -> None:

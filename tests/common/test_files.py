@@ -51,9 +51,12 @@ def test_manifest_names_each_damage(tmp_path: Path) -> None:
     assert len(problems.splitlines()) == 4
     for words in ("deep/flipped is damaged", "/flipped is damaged", "short has 999 bytes", "gone is missing"):
         assert words in problems
-    (tmp_path / "manifest.json").write_text('{"files": {}}')
-    assert "no seal" in files.verify_manifest(tmp_path)[0]
-    (tmp_path / "manifest.json").write_text('{"seal": "a"}')
+    (tmp_path / "manifest.json").write_text(f'{{"format": {files.FORMAT}, "files": {{}}}}')
+    assert "it does not list what it was written with" in files.verify_manifest(tmp_path)[0]
+    (tmp_path / "manifest.json").write_text('{"format": 1, "files": {}}')
+    with pytest.raises(UserError, match=f"manifest.json has format 1; mora_ds .* reads format {files.FORMAT}"):
+        files.verify_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text(f'{{"format": {files.FORMAT}, "seal": "a"}}')
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         files.verify_manifest(tmp_path)
 
@@ -266,9 +269,8 @@ def test_json_is_utf8_of_a_known_format(tmp_path: Path) -> None:
     assert path.read_bytes() == '{"é": [1]}\n'.encode()
     files.write_json_atomic(path, {"é": 1})
     assert path.read_bytes() == '{\n  "é": 1\n}\n'.encode()
-    files.require_format(path, {"format": 1})
-    files.require_format(path, {"format": 2}, known=2)
-    for content, words in (({"format": 2}, "has format 2; .* reads format 1"), ({}, "has format None")):
+    files.require_format(path, {"format": files.FORMAT})
+    for content, words in (({"format": 2}, "has format 2; mora_ds .* reads format 3"), ({}, "has format None")):
         with pytest.raises(UserError, match=rf"a\.json {words}"):
             files.require_format(path, content)
     path.write_text("[]")

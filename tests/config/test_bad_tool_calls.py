@@ -72,8 +72,6 @@ plan --gpus 8 --model ~nobody5/x | --model ~nobody5/x: no home
 plan --gpus 8 --model {tiny} --deepspeed ~nobody5/x | --deepspeed ~nobody5/x: no home
 verify_checkpoint {bad}/emptydir | emptydir
 verify_checkpoint {run} --base {bad}/gone | --base | gone
-convert_checkpoint universal {bad}/gone --output {new} | gone
-convert_checkpoint universal {run} --output {new} | {run}
 convert_checkpoint adapter {bad}/emptydir --output {new} | emptydir
 convert_checkpoint adapter {run} --output {user} | {user}
 convert_checkpoint peft {bad}/emptydir --output {new} | emptydir

@@ -18,8 +18,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.engine import shard_reader, shard_writer
 from mora_ds.engine.optimizer_view import Flat, Span
 from mora_ds.engine.shard_index import Layout, Part, RankShard, ShardIndex
-from mora_ds.engine.shard_reader import MASTER, EngineShards, write_whole
-from tests.helpers.shards import assert_same, contents_of
+from mora_ds.engine.shard_reader import MASTER, EngineShards
 
 SHAPES = {"a": [3, 4], "b": [5], "c": [2, 2]}
 LAYOUTS = [
@@ -49,22 +48,28 @@ def contents(rank: int, step: Any = 3) -> dict[str, Any]:
     return {"optimizer": {"masters": masters, "state": {"state": state}}}
 
 
-def layout(rank: int, flats: list[list[Part]], **more: Any) -> Layout:
+def layout(**more: Any) -> Layout:
     facts: dict[str, Any] = {
         "world_size": 2, "writers": 2, "stage": 1, "optimizer": "AdamW", "masters": ["optimizer", "masters"],
         "state": ["optimizer", "state"], "groups": [{"a": SHAPES["a"]}, {"b": SHAPES["b"], "c": SHAPES["c"]}],
-        "settings": [{"lr": 0.1}, {"lr": 0.2, "step": 7.0}],
+        "settings": [{"lr": 0.1}, {"lr": 0.2, "step": 7.0}], "swapped": False, "counters": {}, "scaler": {},
+        "transposed": [],
     }  # fmt: skip
-    return Layout(rank=rank, file=f"{rank}.pt", flats=flats, moments=more.pop("moments", flats), **{**facts, **more})
+    return Layout(**{**facts, **more})
+
+
+def index_of(common: Layout, shards: list[list[list[Part]]], moments: list[list[Part]] | None = None) -> ShardIndex:
+    """The table of ranks with `shards`, the optimizer's state of each as `moments` say."""
+    rows = [RankShard.of(common, n, f"{n}.pt", flats, moments or flats) for n, flats in enumerate(shards)]
+    return ShardIndex.of(common, rows)
 
 
 def write(folder: Path, *files: Any, **more: Any) -> ShardIndex:
     """The shards of both ranks and their table."""
     folder.mkdir(exist_ok=True)
-    layouts = [layout(rank, flats, **more) for rank, flats in enumerate(LAYOUTS)]
     for rank, content in enumerate(files or (contents(0), contents(1))):
         torch.save(content, folder / f"{rank}.pt")
-    index = ShardIndex.of(layouts[0], [RankShard.of(each) for each in layouts])
+    index = index_of(layout(**more), LAYOUTS)
     index.write(folder)
     return index
 
@@ -100,11 +105,10 @@ def test_a_transpose_is_read_both_ways(tmp_path: Path) -> None:
 def test_no_file_is_opened_that_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where both ranks hold the same elements, the preferred one's file is read."""
     flats = [[Part("a", 0, 12, 0), Part("b", 0, 5, 12)], [Part("c", 0, 4, 0)]]
-    layouts = [layout(0, LAYOUTS[0], moments=flats), layout(1, LAYOUTS[1], moments=flats)]
     for rank in range(2):
         both = {"exp_avg": torch.full((17,), float(rank)), "step": 1}
         torch.save({"optimizer": {"state": [both, dict(both)]}}, tmp_path / f"{rank}.pt")
-    index = ShardIndex.of(layouts[0], [RankShard.of(each) for each in layouts])
+    index = index_of(layout(), LAYOUTS, flats)
     opened, load = list[str](), shard_reader.load_pickled
     monkeypatch.setattr(shard_reader, "load_pickled", lambda path: opened.append(path.name) or load(path))
     for rank in range(2):
@@ -124,8 +128,7 @@ def without_zero(folder: Path) -> EngineShards:
         for number, name in enumerate(masters)
     ]
     torch.save({"module": masters, "optimizer": {"state": {"state": state}}}, folder / "0.pt")
-    only = layout(0, flats, writers=1, masters=["module"])
-    ShardIndex.of(only, [RankShard.of(only)]).write(folder)
+    index_of(layout(writers=1, masters=["module"]), [flats]).write(folder)
     return EngineShards.open(folder)
 
 
@@ -147,22 +150,6 @@ def test_an_optimizer_that_has_not_stepped_has_no_state(tmp_path: Path) -> None:
     shards = EngineShards.open(tmp_path)
     assert shards.keys("a") == [] and shards.scalars("a") == {}
     assert torch.equal(shards.read("a", MASTER), VALUES["a"])
-
-
-def test_one_file_has_the_same_contents(tmp_path: Path) -> None:
-    for number, step in enumerate((3, torch.tensor(3.0))):
-        write(tmp_path, contents(0, step), contents(1, step), transposed=["c"])
-        target = tmp_path / f"whole-{number}"
-        target.mkdir()
-        write_whole(target, EngineShards.open(tmp_path), world_size=5)
-        found, one = EngineShards.open(target), EngineShards.open(tmp_path)
-        assert_same(contents_of(target), contents_of(tmp_path))
-        assert found.files == [target / "whole.safetensors"] and found.scalars("b") == one.scalars("b")
-        assert type(found.scalars("b")["step"]) is type(step) and found.keys("b") == one.keys("b")
-        assert (found.first.world_size, found.first.writers, found.first.transposed) == (5, 1, [])
-        assert [found.group_step(group) for group in range(2)] == [None, 7]
-        with pytest.raises(UserError, match=r"whole.safetensors has no momentum of a"):
-            found.read("a", "momentum")
 
 
 def test_what_is_wrong_with_a_shard_is_named(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common import files
-from mora_ds.engine.shard_index import Layout, Part, layout_path
+from mora_ds.engine.shard_index import INDEX_FILE, Layout, Part, RankShard, ShardIndex
 from mora_ds.remora.ledger import _link
 from tests.helpers.damage import change_json
 from tests.helpers.exports import FakeRun, fake_run
@@ -29,7 +29,7 @@ def whole_checkpoint(folder: Path) -> FakeRun:
     change_json(checkpoint / "adapter.json", lambda content: content.update(config=MoRAConfig(rank=8).to_dict()))
     state = TrainerState(step=7, tokens=7, merges=[1, 2], identity={"base": "b", "global_batch_size": 2})
     files.write_json_atomic(checkpoint / "trainer_state.json", vars(state))
-    save_file({"cpu": torch.zeros(8, dtype=torch.uint8)}, checkpoint / "rng-00000.safetensors")
+    save_file({"cpu": torch.zeros(1, 8, dtype=torch.uint8)}, checkpoint / "rng.safetensors")
     (checkpoint / "tokenizer").mkdir()
     (checkpoint / "tokenizer" / "tokenizer_config.json").write_text('{"from": "run"}')
     _write_engine(checkpoint)
@@ -48,12 +48,23 @@ def _write_engine(checkpoint: Path) -> None:
     (checkpoint / "engine").mkdir()
     torch.save({"optimizer_state_dict": {"masters": [flat], "state": optimizer}}, checkpoint / "engine" / SHARD)
     layout = Layout(
-        rank=0, world_size=1, writers=1, stage=2, optimizer="AdamW", file=SHARD,
-        masters=["optimizer_state_dict", "masters"], state=["optimizer_state_dict", "state"],
-        flats=[parts], moments=[parts], groups=[{name: list(tensor.shape) for name, tensor in tensors.items()}],
+        world_size=1, writers=1, stage=2, optimizer="AdamW", masters=["optimizer_state_dict", "masters"],
+        state=["optimizer_state_dict", "state"], swapped=False, scaler={}, transposed=[],
+        groups=[{name: list(tensor.shape) for name, tensor in tensors.items()}],
         settings=[{"lr": 0.1}], counters={"global_steps": 7},
     )  # fmt: skip
-    files.write_json_atomic(layout_path(checkpoint / "engine", 0), layout.to_dict(), indent=None)
+    ShardIndex.of(layout, [RankShard.of(layout, 0, SHARD, [parts], [parts])]).write(checkpoint / "engine")
+
+
+def change_layout(checkpoint: Path, change: Any) -> None:
+    """Applies `change` to what engine/layouts.safetensors says of all ranks."""
+
+    def change_metadata(header: dict[str, Any]) -> None:
+        content = json.loads(header["__metadata__"]["layout"])
+        change(content)
+        header["__metadata__"]["layout"] = json.dumps(content)
+
+    change_header(checkpoint / "engine" / INDEX_FILE, change_metadata)
 
 
 def reseal(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Runs the tools on mutated, resealed files, each call bounded in time and memory, in processes that may die.
 
-subjects(folder)                  a small checkpoint, adapter, bank, universal folder, model and targets file
+subjects(folder)                  a small checkpoint, adapter, bank, model and targets file
 fuzz(subjects, seeds, scratch)    one call of a tool for each seed; what it found, and what every call took
 """
 
@@ -27,7 +27,6 @@ import psutil
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.target_plan import TargetPlan
-from mora_ds.checkpoint.universal import to_universal
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.train.targets import plan_of_file
@@ -86,7 +85,6 @@ def subjects(folder: Path) -> list[Subject]:
     run, base = folder / "run", "{case}/base"
     made = whole_checkpoint(run)
     shutil.copytree(made.checkpoint / "ledger", made.output / "ledger")
-    to_universal(made.checkpoint, folder / "universal" / "universal")
     user = playground(folder / "user")
     bank = folder / "bank"
     shutil.copytree(user.model, bank / "base")
@@ -106,7 +104,6 @@ def subjects(folder: Path) -> list[Subject]:
     fast = (
         _tool("verify_checkpoint", _CHECKPOINT),
         _tool("verify_checkpoint", _CHECKPOINT, "--base", base),
-        _tool("convert_checkpoint", "universal", _CHECKPOINT, "--output", "{out}"),
         _tool("convert_checkpoint", "adapter", _CHECKPOINT, "--output", "{out}"),
         _tool("ledger", "show", _CHECKPOINT),
         _tool("ledger", "verify", _CHECKPOINT, "--base", base),
@@ -128,12 +125,7 @@ def subjects(folder: Path) -> list[Subject]:
     )
     return [
         Subject(run, "out/checkpoints/step-000007", fast),
-        Subject(run, "base", (_tool("ledger", "verify", _CHECKPOINT, "--base", base), *fast[7:9])),
-        Subject(
-            folder / "universal",
-            "universal",
-            (_tool("convert_checkpoint", "from_universal", "{case}/universal", "--output", "{out}"),),
-        ),
+        Subject(run, "base", (_tool("ledger", "verify", _CHECKPOINT, "--base", base), *fast[6:8])),
         Subject(folder / "plan", "targets", (targets,)),
         Subject(bank, "bank", (_tool("evaluate", base, "--bank", "{case}/bank", *sets),)),
         Subject(bank, "bank/one", (_tool("evaluate", "{case}/bank/one", *sets),)),
@@ -142,7 +134,7 @@ def subjects(folder: Path) -> list[Subject]:
     ]  # fmt: skip
 
 
-WEIGHTS = (60, 8, 14, 10, 3, 3, 2, 8)
+WEIGHTS = (60, 8, 10, 3, 3, 2, 8)
 """How often each of the subjects is taken."""
 
 

@@ -59,7 +59,7 @@ def test_squares_come_back_in_cycle_order(folder: Path) -> None:
 def test_file_format(folder: Path) -> None:
     """As the plan's readers expect it."""
     content = json.loads((folder / "ledger.json").read_text())
-    assert (content["format"], content["base_fingerprint"]) == (1, BASE)
+    assert (content["format"], content["base_fingerprint"]) == (files.FORMAT, BASE)
     assert set(content["cycles"][0]) == {"cycle", "step", "file", "sha256", "size", "chain"}
     chain = BASE
     for record in content["cycles"]:
