@@ -1,6 +1,5 @@
 # One command for each habit. PYTHON is an environment with `pip install -e '.[dev]'`: .venv, where it exists.
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python)
-N ?= 0
 
 .PHONY: help install check lint format types spelling test heavy mutations docs site
 
@@ -27,8 +26,8 @@ spelling: ## codespell, over everything but the tests
 test: ## the default tests; TESTS=tests/remora/test_merge.py for some of them
 	$(PYTHON) -m pytest $(TESTS)
 
-heavy: ## one tenth of the heavy tests: N=0 to 9
-	$(PYTHON) -m pytest -m heavy --heavy-slice $(N)/10
+heavy: ## the heavy tests, half an hour and more; TESTS=tests/parallel for some of them
+	$(PYTHON) -m pytest -m heavy $(TESTS)
 
 mutations: ## small faults in the code: which of them do the tests notice?
 	$(PYTHON) -m tests.mutations

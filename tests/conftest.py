@@ -6,13 +6,14 @@ CPU accelerator, nothing from the network.
 
 from __future__ import annotations
 
+import collections
 import gc
 import os
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
-from tests.helpers.slices import deal, slice_of
 
 if TYPE_CHECKING:
     from tests.helpers.jobs import Playground
@@ -39,25 +40,50 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.loadscopereorder = False  # ours is below
 
 
+NOT_RUN = "not run: it could have run beyond --stop-at"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--heavy-slice", metavar="K/N", type=slice_of, help="with -m heavy: slice K (from 0) of N, no more"
+        "--stop-at",
+        metavar="TIME",
+        type=float,
+        help="seconds since 1970; tests whose time limit ends later are not started, and named at the end",
     )
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep a slice of the tests where one is asked for, and move the files with distributed tests to the front.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move the longest files to the front: a long one at the end would leave a worker idle."""
+    seconds: collections.Counter[Path] = collections.Counter()
+    for item in items:
+        seconds[item.path] += expected_seconds(item)
+    items.sort(key=lambda item: -seconds[item.path])
 
-    Those take longest, and a long one at the end would leave a worker idle.
-    """
-    if chosen := config.getoption("heavy_slice"):
-        number, slices = chosen
-        dealt = deal((item.nodeid for item in items), slices)
-        config.hook.pytest_deselected(items=[item for item in items if dealt[item.nodeid] != number])
-        items[:] = [item for item in items if dealt[item.nodeid] == number]
-    distributed = {item.path for item in items if item.get_closest_marker("gloo")}
-    items.sort(key=lambda item: item.path not in distributed)
+
+def expected_seconds(item: pytest.Item) -> int:
+    """What a test takes, roughly: what its mark `heavy(seconds=...)` says; more where it starts processes."""
+    if heavy := item.get_closest_marker("heavy"):
+        return int(heavy.kwargs.get("seconds", 8))
+    return 2 if item.get_closest_marker("gloo") else 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out a test that its time limit would let run beyond `--stop-at`."""
+    stop_at = item.config.getoption("stop_at")
+    limit = item.get_closest_marker("timeout")
+    limit_s = limit.args[0] if limit else float(item.config.getini("timeout"))
+    if stop_at is not None and time.time() + limit_s > stop_at:
+        pytest.skip(NOT_RUN)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    left_out = [report.nodeid for report in terminalreporter.stats.get("skipped", []) if NOT_RUN in report.longrepr[2]]
+    if left_out:
+        terminalreporter.section(f"not run: {len(left_out)} tests, as their time was up", red=True, bold=True)
+        for name in left_out:
+            terminalreporter.write_line(name)
 
 
 def pytest_collection_finish() -> None:

@@ -16,7 +16,7 @@ from mora_ds.common.version import __version__
 from tests.helpers.gloo import free_port
 from tests.helpers.jobs import REPOSITORY, rows
 
-pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.heavy(seconds=15), pytest.mark.timeout(1200)]
 
 WATCH = """
 import os, sys

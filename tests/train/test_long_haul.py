@@ -1,7 +1,7 @@
-"""The long haul: 2,000 short steps, 39 merges, 20 kills at random moments; memory and file descriptors stay flat.
+"""The long haul: 400 short steps, 7 merges, 6 kills at random moments; memory and file descriptors stay flat.
 
-    pytest tests/train/test_long_haul.py -m heavy                     two ranks; 10 minutes
-    LONG_HAUL_STEPS=400 pytest tests/train/test_long_haul.py -m heavy     a fifth of it: 7 merges, 4 kills
+    pytest tests/train/test_long_haul.py -m heavy                          two ranks; 2 minutes
+    LONG_HAUL_STEPS=2000 pytest tests/train/test_long_haul.py -m heavy     10 minutes: 39 merges, 20 kills
 
 The moments of the kills come from a seed (`LONG_HAUL_SEED`), so that a failure can be repeated.
 """
@@ -22,9 +22,9 @@ from tests.helpers.jobs import Playground, job, playground, rows
 from tests.helpers.outcome import assert_same_outcome
 
 RANKS = 2
-STEPS = int(os.environ.get("LONG_HAUL_STEPS", "2000"))
+STEPS = int(os.environ.get("LONG_HAUL_STEPS", "400"))
 MERGE_EVERY, SAVE_EVERY = 50, 20
-KILLS = STEPS // 100
+KILLS = max(6, STEPS // 100)
 SEED = int(os.environ.get("LONG_HAUL_SEED", "0"))
 LOOK_EVERY = 10
 GROWTH = 0.02
@@ -96,8 +96,8 @@ def _last_step(out: Path) -> int:
 
 
 @pytest.mark.gloo
-@pytest.mark.heavy
-@pytest.mark.timeout(3 * 3600)
+@pytest.mark.heavy(seconds=150)
+@pytest.mark.timeout(3 * STEPS)
 def test_long_haul(tmp_path: Path) -> None:
     user: Playground = playground(tmp_path / "user")
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -113,7 +113,7 @@ def test_long_haul(tmp_path: Path) -> None:
         victims = dice.choice([[0], [1], [0, 1]])
         done += killed_while(flags(out), out, step, dice.random() * 0.3, victims)
     print(f"{done} kills of {KILLS} met a running job, at or after steps {steps}")
-    assert done >= 0.9 * KILLS
+    assert done >= 0.8 * KILLS
     run_ranks(RANKS, job, flags(out), timeout_s=3600)
     assert_same_outcome(out, whole)
     assert sum("merge" in row for row in rows(out)) == STEPS // MERGE_EVERY - 1

@@ -1,12 +1,8 @@
-"""Resumed = uninterrupted, bit for bit, for every optimizer under every ZeRO stage, dtype, offload and adapter.
-
-pytest -m heavy tests/train/test_resume_product.py      (84 pairs of runs on two ranks, about six minutes)
-"""
+"""Resumed = uninterrupted, bit for bit, for every two of: optimizer, ZeRO stage, dtype, offload and adapter."""
 
 from __future__ import annotations
 
 import json
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.jobs import REPOSITORY, Playground, losses, run
+from tests.helpers.pairwise import pairwise
 
 pytestmark = [pytest.mark.gloo, pytest.mark.heavy]
 
-KINDS = [("mora", "adamw"), ("mora", "muon"), ("lora", "adamw"), ("full", "adamw")]
-PLACES = [(0, "none"), *product((1, 2, 3), ("none", "cpu"))]
 LOOP = ("--max_steps", 7, "--save_steps", 2, "--gradient_accumulation_steps", 2, "--max_grad_norm", 0.5)
 MERGES = ("--merge_every", 3, "--restart_warmup_steps", 1, "--train_norms", "true")
 
@@ -43,9 +38,21 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize(("stage", "offload"), PLACES)
-@pytest.mark.parametrize(("adapter", "optimizer"), KINDS)
+def is_supported(adapter: str, optimizer: str, stage: int, offload: str, **_: str) -> bool:
+    """Muon is for MoRA matrices; stage 0 has no states that DeepSpeed could move to the CPU."""
+    return (optimizer != "muon" or adapter == "mora") and (offload == "none" or stage > 0)
+
+
+@pairwise(
+    {
+        "adapter": ["mora", "lora", "full"],
+        "optimizer": ["adamw", "muon"],
+        "stage": [0, 1, 2, 3],
+        "offload": ["none", "cpu"],
+        "dtype": ["fp32", "bf16", "fp16"],
+    },
+    is_supported,
+)
 def test_resumed_is_uninterrupted(
     user: Playground, tmp_path: Path, adapter: str, optimizer: str, stage: int, offload: str, dtype: str
 ) -> None:
