@@ -7,7 +7,9 @@ recipes         the recipes and DeepSpeed files of the package
 plan, analyze                       before a run: memory, traffic and time; weights and target layers
 prepare_corpus, extend_vocab        text and vocabulary
 export, convert, evaluate           what a checkpoint is good for
-ledger, spectrum, verify            what a checkpoint holds
+ledger, verify                      what a checkpoint holds
+
+`mora-ds spectrum` is in `mora_ds.research`.
 
 The programs in launch/ and tools/ call the same functions from a checkout.
 """

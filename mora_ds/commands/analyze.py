@@ -20,9 +20,9 @@ from mora_ds.common.errors import UserError
 from mora_ds.data import load_corpus
 from mora_ds.eval.gradient_probe import FLAG, GradientMeasures, probe, token_batches
 from mora_ds.eval.perplexity import load_target
-from mora_ds.eval.spectrum_report import check_writable, require_matplotlib, torch_device
-from mora_ds.eval.weight_report import report_lines, write_heat_map, write_report
+from mora_ds.eval.weight_report import report_lines, require_matplotlib, write_heat_map, write_report
 from mora_ds.eval.weights import EXACT_UP_TO, analyse
+from mora_ds.runtime.cli import check_device, check_writable
 from mora_ds.train.targets import open_model
 
 
@@ -65,7 +65,7 @@ def _check(given: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be at least 1, got {getattr(given, name)}")
     if given.seq_len < 2:
         raise UserError(f"--seq_len must be at least 2, got {given.seq_len}")
-    torch_device(given.device)
+    check_device(given.device)
 
 
 def _probe(given: argparse.Namespace, config: MoRAConfig) -> dict[str, GradientMeasures]:

@@ -6,9 +6,11 @@ A command's module is imported when the command is called, so that the list of c
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
+from mora_ds.common import research
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.version import __version__
 from mora_ds.runtime import cli
@@ -16,13 +18,21 @@ from mora_ds.runtime import cli
 
 @dataclass(frozen=True)
 class Command:
-    """One command: what it does in a line, and its function in `mora_ds.commands`."""
+    """One command: what it does in a line, and its function."""
 
     what: str
     function: str
-    """module.function"""
+    """module.function, in `mora_ds.commands`; those of `mora_ds.research` begin with `research.`."""
     restartable: bool = False
     """Whether a signal makes it save and stop, to be run again (`runtime/cli.py`)."""
+
+    def load(self) -> Callable[[], None]:
+        """The function, whose module is imported now."""
+        module, _, function = self.function.rpartition(".")
+        package, _, name = module.rpartition(".")
+        home = research.load(name) if package == "research" else import_module(f"mora_ds.commands.{name}")
+        command: Callable[[], None] = getattr(home, function)
+        return command
 
 
 COMMANDS = {
@@ -37,7 +47,7 @@ COMMANDS = {
     "convert": Command("convert a checkpoint: adapter alone, LoRA of PEFT", "convert.main"),
     "evaluate": Command("measure perplexity and bits per byte of a model or a checkpoint", "evaluate.main"),
     "ledger": Command("show, verify, edit, compact or sum merge ledgers", "ledger.main"),
-    "spectrum": Command("measure singular values and ranks of merged updates", "spectrum.main"),
+    "spectrum": Command("measure singular values and ranks of merged updates", "research.spectrum.main"),
     "verify": Command("verify every file of a checkpoint or a run", "verify.main"),
 }
 
@@ -68,8 +78,7 @@ def run(name: str) -> None:
     elif name not in COMMANDS:
         raise UserError(unknown("command", name, COMMANDS))
     else:
-        module, _, function = COMMANDS[name].function.partition(".")
-        getattr(import_module(f"mora_ds.commands.{module}"), function)()
+        COMMANDS[name].load()()
 
 
 def help_lines() -> list[str]:

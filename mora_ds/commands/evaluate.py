@@ -35,9 +35,8 @@ from mora_ds.eval.perplexity import (
     load_target,
     named_sets,
 )
-from mora_ds.eval.spectrum_report import check_writable, torch_device
 from mora_ds.models.tensor_files import COMPUTE_DTYPES
-from mora_ds.runtime.cli import table
+from mora_ds.runtime.cli import check_device, check_writable, table
 
 
 def main() -> None:
@@ -56,7 +55,7 @@ def _check(given: argparse.Namespace) -> None:
     if not given.sets and not given.lm_eval:
         raise UserError("nothing to evaluate on: give --sets NAME=PATH, or --lm_eval TASK")
     check_writable("--json", given.json)
-    torch_device(given.device)
+    check_device(given.device)
     if given.batch_size < 1 or (given.max_documents is not None and given.max_documents < 1):
         raise UserError("--batch_size and --max_documents must be at least 1")
     if given.bank is None and (given.adapters or given.bank_cache is not None):

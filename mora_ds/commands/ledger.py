@@ -1,6 +1,6 @@
 """Show, verify, edit, compact or sum merge ledgers, which record the MoRA matrices of every merged cycle of a run.
 
-    mora-ds ledger show out                                      norms, rank, largest singular values
+    mora-ds ledger show out                                      every cycle with its norms
     mora-ds ledger verify out/checkpoints/latest --base MODEL    hashes, their chain, the base
     mora-ds ledger drop out/checkpoints/latest --cycles 3 --output without-3
     mora-ds ledger compact out --output compacted                merge all cycles into compacted/base
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _ACTIONS = {
-    "show": "list the cycles with their norms, rank and largest singular values",
+    "show": "list the cycles with their norms",
     "verify": "check every hash, their chain, and the base",
     "drop": "write a ledger without some cycles",
     "compact": "merge the first cycles into a new base",

@@ -1,4 +1,4 @@
-"""Norms, numerical rank and largest singular values of each cycle in a merge ledger, one line a cycle."""
+"""Norms of each cycle in a merge ledger, one line a cycle. `mora-ds spectrum` has its ranks and singular values."""
 
 from __future__ import annotations
 
@@ -7,100 +7,74 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mora_ds.adapters.ops.mora import OperatorSpec
+from torch import Tensor
+
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.common.untrusted import require_memory
-from mora_ds.eval.spectrum import Update, cumulative_norms, measure, singular_values
 from mora_ds.remora.ledger import Ledger
 from mora_ds.runtime.cli import table
 
+Update = tuple[UpdateSpec, Tensor]
+"""(operator, M in fp32 (R, R)), or LoRA's spec and factors."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class CycleSummary:
-    """One cycle of a ledger. Norms are Frobenius norms over all layers; the rest are means over layers."""
+    """One cycle of a ledger. Squared norms are squared Frobenius norms, summed over all layers."""
 
     cycle: int
     step: int
     layers: int
     operators: str
     """Such as "rotate/permuted", the most frequent first."""
-    square_norm: float
-    """Norm of the MoRA matrices M."""
-    delta_norm: float
-    """Norm of the deltas, the (d_out, d_in) matrices that the M stand for."""
-    cumulative_norm: float
-    """Norm of the sums of deltas up to and including this cycle."""
-    rank: float
-    """Numerical rank of a delta."""
-    full_rank: float
-    """min(d_in, d_out), the largest possible rank."""
-    top_1: float
-    """Share of a delta's energy that its largest singular value holds."""
-    top_10_percent: float
-    """Share that the largest tenth of its singular values holds."""
     nbytes: int
+    square_energy: float = 0.0
+    """Squared norm of the MoRA matrices M."""
+    delta_energy: float = 0.0
+    """Squared norm of the deltas, the (d_out, d_in) matrices that the M stand for."""
+    sum_energy: float = 0.0
+    """Squared norm of the sums of deltas up to and including this cycle."""
 
 
 def summarize(ledger: Ledger) -> list[CycleSummary]:
-    """The summary of every cycle. One MoRA matrix is decomposed at a time (see `spectrum`)."""
-    for cycle in range(ledger.cycles):
-        for name, entry in ledger.layers(cycle).items():
-            require_delta(name, entry.operator)
-    return [_summary(ledger, cycle, norm) for cycle, norm in enumerate(_norms_of_sums(ledger))]
+    """The summary of every cycle. One delta is formed at a time."""
+    summaries = []
+    for cycle, record in enumerate(ledger.records):
+        entries = ledger.layers(cycle)
+        for module, entry in entries.items():
+            require_delta(module, entry.operator)
+        operators = Counter(entry.operator.describe() for entry in entries.values())
+        names = ", ".join(label for label, _ in operators.most_common())
+        summaries.append(CycleSummary(cycle, record.step, len(entries), names, record.size))
+    for module in modules_of(ledger):
+        cycles = [cycle for cycle in range(ledger.cycles) if module in ledger.layers(cycle)]
+        for _, updates in histories(module, ledger.squares_of(module)):
+            _add_norms(summaries, cycles, updates)
+    return summaries
+
+
+def _add_norms(summaries: list[CycleSummary], cycles: list[int], updates: list[Update]) -> None:
+    """Add the squared norms of one weight's `updates`, which were merged in these `cycles`."""
+    total: Tensor | None = None
+    for (spec, value), cycle, end in zip(updates, cycles, [*cycles[1:], len(summaries)], strict=True):
+        square = value.double()
+        delta = spec.delta_weight(square)
+        total = delta if total is None else total + delta
+        summaries[cycle].square_energy += square.square().sum().item()
+        summaries[cycle].delta_energy += delta.square().sum().item()
+        for later in range(cycle, end):  # cycles that left the layer out keep its sum
+            summaries[later].sum_energy += total.square().sum().item()
 
 
 def require_delta(module: str, spec: UpdateSpec) -> None:
     """Raises `UserError` where there is not the memory for a delta of a layer, whose size only its file states."""
-    is_small = isinstance(spec, OperatorSpec) and not spec.blockwise  # then only its factors are formed (`spectrum`)
-    elements = (spec.d_in + spec.d_out) * spec.value_shape[-1] if is_small else spec.d_in * spec.d_out
-    require_memory(8 * elements, f"{module}: a delta of {spec.d_out} x {spec.d_in}")
-
-
-def _summary(ledger: Ledger, cycle: int, cumulative_norm: float) -> CycleSummary:
-    record, entries = ledger.records[cycle], ledger.layers(cycle)
-    squares = [ledger.square(cycle, module) for module in entries]
-    measures, specs = [], []
-    for (module, entry), value in zip(entries.items(), squares, strict=True):
-        for _, spec, square in entry.operator.members(module, value):
-            measures.append(measure(singular_values(spec, square), max(spec.d_in, spec.d_out)))
-            specs.append(spec)
-    return CycleSummary(
-        cycle=cycle,
-        step=record.step,
-        layers=len(entries),
-        operators=", ".join(label for label, _ in Counter(spec.describe() for spec in specs).most_common()),
-        square_norm=_total_norm(square.double().norm().item() for square in squares),
-        delta_norm=_total_norm(each.norm for each in measures),
-        cumulative_norm=cumulative_norm,
-        rank=mean(each.rank for each in measures),
-        full_rank=mean(min(spec.d_in, spec.d_out) for spec in specs),
-        top_1=mean(each.top_1 for each in measures),
-        top_10_percent=mean(each.top_10_percent for each in measures),
-        nbytes=record.size,
-    )
-
-
-def _norms_of_sums(ledger: Ledger) -> list[float]:
-    """The norm of the sums of deltas after each cycle; a layer that a cycle left out counts with its last sum."""
-    energies = [0.0] * ledger.cycles
-    for module in modules_of(ledger):
-        cycles = [cycle for cycle in range(ledger.cycles) if module in ledger.layers(cycle)]
-        for _, updates in histories(module, ledger.squares_of(module)):
-            norms = cumulative_norms(updates)
-            for start, end, norm in zip(cycles, [*cycles[1:], ledger.cycles], norms, strict=True):
-                for cycle in range(start, end):
-                    energies[cycle] += norm**2
-    return [math.sqrt(energy) for energy in energies]
+    require_memory(8 * spec.d_in * spec.d_out, f"{module}: a delta of {spec.d_out} x {spec.d_in}")
 
 
 def histories(module: str, updates: Iterable[Update]) -> list[tuple[str, list[Update]]]:
     """(name, its updates) of every matrix that the updates of a layer change: of experts one after the other."""
     members = [list(spec.members(module, value)) for spec, value in updates]
     return [(each[0][0], [(spec, square) for _, spec, square in each]) for each in zip(*members, strict=True)]
-
-
-def _total_norm(norms: Iterable[float]) -> float:
-    return math.sqrt(sum(norm**2 for norm in norms))
 
 
 def modules_of(ledger: Ledger) -> list[str]:
@@ -119,17 +93,13 @@ def show_lines(ledger: Ledger) -> list[str]:
     head = [f"{ledger.folder}: {ledger.cycles} cycle(s) on the base {ledger.base_fingerprint[:16]}..."]
     if not ledger.cycles:
         return head
-    titles = ["cycle", "step", "layers", "operator", "|M|", "|delta|", "|sum|", "rank", "of", "top1", "top10%", "MiB"]
-    rows = [
-        [
-            str(each.cycle), str(each.step), str(each.layers), each.operators, f"{each.square_norm:.4e}",
-            f"{each.delta_norm:.4e}", f"{each.cumulative_norm:.4e}", f"{each.rank:.1f}", f"{each.full_rank:.1f}",
-            f"{each.top_1:.3f}", f"{each.top_10_percent:.3f}", f"{each.nbytes / 2**20:.2f}",
-        ]
-        for each in summarize(ledger)
-    ]  # fmt: skip
+    rows = [["cycle", "step", "layers", "operator", "|M|", "|delta|", "|sum|", "MiB"]]
+    for each in summarize(ledger):
+        norms = [math.sqrt(energy) for energy in (each.square_energy, each.delta_energy, each.sum_energy)]
+        counts = [str(each.cycle), str(each.step), str(each.layers), each.operators]
+        rows.append([*counts, *(f"{norm:.4e}" for norm in norms), f"{each.nbytes / 2**20:.2f}"])
     legend = (
         "|M|, |delta|, |sum|: Frobenius norms over all layers, of the MoRA matrices, of their deltas, of all deltas so "
-        "far; rank: numerical, of a delta, mean over layers, of min(d_in, d_out); top: share of the delta's energy"
+        "far; mora-ds spectrum shows ranks and singular values"
     )
-    return [*head, *table([titles, *rows]), legend]
+    return [*head, *table(rows), legend]

@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mora_ds.adapters.target_modules import ending_of
+from mora_ds.common.errors import UserError
 from mora_ds.common.files import write_json_atomic
 from mora_ds.eval.gradient_probe import GradientMeasures
 from mora_ds.eval.ledger_summary import mean
-from mora_ds.eval.spectrum_report import require_matplotlib
 from mora_ds.eval.weights import ESTIMATED, LEADING, SHARES, WeightMeasures
 from mora_ds.runtime.cli import table
 
@@ -108,3 +109,14 @@ def write_heat_map(path: Path, rows: Sequence[WeightMeasures], gradients: Gradie
         figure.colorbar(image, ax=axis)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def require_matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--png needs matplotlib, which is not installed: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

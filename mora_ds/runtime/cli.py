@@ -12,6 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from mora_ds.common.errors import RunError, Stopped, UserError
@@ -104,3 +105,19 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a text table, columns aligned to the right; the first row holds the titles."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def check_writable(flag: str, path: Path | None) -> None:
+    """Raise `UserError`, which names `flag`, where its file could not be written. To be called before the work."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UserError(f"{flag} {path}: name a file in a folder that exists")
+
+
+def check_device(name: str) -> None:
+    """Raise `UserError`, which names --device, where torch has no device of that name."""
+    import torch  # the other programs of this module start without it
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error

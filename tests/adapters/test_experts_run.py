@@ -27,8 +27,8 @@ from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.eval.ledger_summary import histories, summarize
-from mora_ds.eval.spectrum import layer_spectra
 from mora_ds.remora.ledger import Ledger
+from mora_ds.research.spectrum import layer_spectra
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import VOCABULARY, Playground, losses, run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -29,8 +28,7 @@ def test_a_launcher_may_put_its_local_rank_first() -> None:
 def test_every_command_has_its_function_and_the_list_names_it() -> None:
     shown = "\n".join(dispatch.help_lines())
     for name, command in dispatch.COMMANDS.items():
-        module, function = command.function.split(".")
-        assert callable(getattr(import_module(f"mora_ds.commands.{module}"), function))
+        assert callable(command.load())
         assert f"  {name} " in shown
     assert [name for name, command in dispatch.COMMANDS.items() if command.restartable] == ["pretrain"]
 

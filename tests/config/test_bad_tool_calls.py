@@ -91,10 +91,6 @@ ledger combine {step} --weights inf --output {new} | --weights
 ledger combine {step} {bad}/gone --weights 1 1 --output {new} | gone
 ledger combine {step} --weights 0.5 --output {user} | --output
 ledger verify {step} --base {bad}/gone | --base | gone
-spectrum {bad}/gone | gone
-spectrum {step} --layers nothing | --layers | nothing
-spectrum {step} --device warp | --device warp
-spectrum {step} --threshold nan | --threshold
 evaluate {bad}/gone --sets a={user}/held.txt | gone
 evaluate {bad}/models/heads --sets a={user}/held.txt | models/heads | not a multiple of
 evaluate {bad}/models/padding --sets a={user}/held.txt | models/padding | Padding_idx

@@ -110,7 +110,6 @@ def subjects(folder: Path) -> list[Subject]:
         _tool("ledger", "drop", _CHECKPOINT, "--cycles", "0", "--output", "{out}"),
         _tool("ledger", "compact", _CHECKPOINT, "--output", "{out}", "--first", "1"),
         _tool(*_EXPORT),
-        _tool("spectrum", _CHECKPOINT),
         _tool("convert_checkpoint", "peft", _CHECKPOINT, "--output", "{out}", "--rank", "4"),
         _tool("ledger", "combine", _CHECKPOINT, _CHECKPOINT, "--weights", "0.5", "0.5", "--output", "{out}"),
         repair,

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from mora_ds.commands import dispatch
 from mora_ds.common.errors import UserError
 from tests.helpers.jobs import Playground
 
@@ -37,6 +38,11 @@ def answer(program: Callable[[], Any], name: str, flags: list[str]) -> tuple[int
         except Exception:
             return 1, traceback.format_exc()
     return 0, ""
+
+
+def command(name: str, flags: list[str]) -> tuple[int, str]:
+    """`answer` of `mora-ds NAME`."""
+    return answer(lambda: dispatch.run(name), f"mora-ds {name}", flags)
 
 
 def flags_of(case: str, defaults: list[str], places: dict[str, Path]) -> list[str]:

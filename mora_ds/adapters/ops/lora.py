@@ -80,13 +80,6 @@ class LoRASpec(UpdateSpec):
         down, up = self.factors(value)
         return down, up.T
 
-    def singular_values(self, value: Tensor) -> Tensor:
-        """From the triangles of two thin QRs."""
-        right, left = (torch.linalg.qr(side.T, mode="r").R for side in self.factors(value.double()))
-        values = torch.linalg.svdvals(left @ right.T)
-        size = min(self.d_in, self.d_out)
-        return torch.cat((values[:size], values.new_zeros(max(0, size - len(values)))))
-
 
 def lora_update(spec: LoRASpec, value: Tensor, x: Tensor) -> Tensor:
     """(alpha / r) B A x: (..., D) -> (..., O), what the adapter adds to the frozen layer's output."""

@@ -96,10 +96,6 @@ class UpdateSpec(ABC):
         bounds the rank by k; None where it does not."""
         return None
 
-    def singular_values(self, value: Tensor) -> Tensor:
-        """All min(d_out, d_in) singular values of `delta_weight`, descending, float64."""
-        return torch.linalg.svdvals(self.delta_weight(value.double()))
-
     @property
     @abstractmethod
     def macs_per_token(self) -> int:

@@ -77,12 +77,6 @@ class SubspaceSpec(SquareSpec):
         left, right = self.sides(gradient.device, gradient.dtype)
         return left @ gradient @ right.T
 
-    def singular_values(self, value: Tensor) -> Tensor:
-        """From the triangles of two thin QRs, as the vectors are orthonormal to fp32 only."""
-        left, right = (torch.linalg.qr(each.T, mode="r").R for each in self.sides(value.device, torch.float64))
-        values = torch.linalg.svdvals(left @ value.double() @ right.T)
-        return torch.cat((values, values.new_zeros(min(self.d_in, self.d_out) - len(values))))
-
     @property
     def macs_per_token(self) -> int:
         """U and V^T have no gradient: each of their elements is used in two products, those of M in three."""

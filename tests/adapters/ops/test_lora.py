@@ -20,7 +20,6 @@ from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
-from mora_ds.eval.spectrum import layer_spectra
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.remora.ledger import Ledger
 from mora_ds.train.run import Run
@@ -38,7 +37,7 @@ def random_factors(spec: LoRASpec, seed: int = 0) -> torch.Tensor:
     return torch.randn(spec.rank, spec.d_in + spec.d_out, generator=torch.Generator().manual_seed(seed))
 
 
-def test_update_delta_and_singular_values_agree_with_the_formula() -> None:
+def test_update_and_delta_agree_with_the_formula() -> None:
     factors = random_factors(SPEC)
     down, up = factors[:, :12], factors[:, 12:].T
     expected = SPEC.alpha / SPEC.rank * up @ down
@@ -48,7 +47,6 @@ def test_update_delta_and_singular_values_agree_with_the_formula() -> None:
     torch.testing.assert_close(b @ a, expected)
     x = torch.randn(5, 2, 12)
     torch.testing.assert_close(lora_update(SPEC, factors, x), F.linear(x, expected))
-    torch.testing.assert_close(SPEC.singular_values(factors), torch.linalg.svdvals(1.5 * up.double() @ down.double()))
 
 
 def test_delta_has_the_same_bits_for_every_number_of_threads() -> None:
@@ -94,13 +92,6 @@ def test_gradients_are_those_of_the_two_matrices() -> None:
     (F.linear(x, base.weight.detach(), base.bias.detach()) + 1.5 * x @ down.T @ up.T).square().sum().backward()
     layer(x).square().sum().backward()
     torch.testing.assert_close(layer.factors.grad, torch.cat((down.grad, up.grad.T), dim=1))
-
-
-def test_nothing_is_out_of_reach_of_factors() -> None:
-    spectra = list(layer_spectra([(SPEC, random_factors(SPEC, seed)) for seed in (0, 1)]))
-    assert [each.newest.rank for each in spectra] == [3, 3]
-    assert [each.cumulative.rank for each in spectra] == [3, 6]
-    assert spectra[1].outside_reach == 0.0 and 0.0 < spectra[1].outside_span <= 1.0
 
 
 # -- ReLoRA: real ranks ------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from mora_ds.adapters.ops.subspace import SubspaceSpec, subspace_update
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
-from mora_ds.eval.spectrum import layer_spectra, singular_values
 from mora_ds.planning.step import Work, measure_step, planned_model
 from mora_ds.train.dry_run import planned
 from mora_ds.train.vectors import wanted_vectors
@@ -100,19 +99,6 @@ def test_it_saves_tokens_by_r_hat(tmp_path: Path) -> None:
 def test_delta_has_the_same_bits_for_every_number_of_threads(tmp_path: Path) -> None:
     spec = SubspaceSpec(300, 200, 40, MODULE, register_vectors(random(200, 300), 40, tmp_path))
     assert_same_bits_for_every_number_of_threads(lambda: spec.delta_weight(random(40, 40).float()))
-
-
-def test_spectra_are_those_of_the_delta(spec: SubspaceSpec) -> None:
-    squares = [random(spec.r_hat, spec.r_hat, seed=seed).float() for seed in (0, 1)]
-    expected = torch.linalg.svdvals(spec.delta_weight(squares[0].double()))
-    torch.testing.assert_close(singular_values(spec, squares[0]), expected, rtol=1e-10, atol=1e-12)
-    first, second = layer_spectra([(spec, squares[0]), (spec, squares[1])])
-    assert first.outside_reach == 1.0 and second.outside_reach == 0.0
-    assert first.newest.rank == spec.r_hat == second.cumulative.rank
-    if spec.r_hat * 2 <= min(spec.d_in, spec.d_out):
-        moved = replace(spec, first=0)
-        *_, last = layer_spectra([(spec, squares[0]), (moved, squares[1])])
-        assert last.cumulative.rank == 2 * spec.r_hat and last.outside_reach == pytest.approx(1.0)
 
 
 def test_specs_survive_json_and_refuse_what_is_none() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import sys
@@ -14,33 +13,30 @@ from typing import Any
 import pytest
 import torch
 
+from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.checkpoint.layout import find_ledger
 from mora_ds.common.errors import UserError
-from mora_ds.eval import spectrum as spectrum_module
-from mora_ds.eval.spectrum import LayerSpectrum, Update, cumulative_norms, layer_spectra, measure, singular_values
-from mora_ds.eval.spectrum_report import (
+from mora_ds.eval.ledger_summary import Update
+from mora_ds.remora.ledger import LayerEntry, Ledger
+from mora_ds.research.spectrum import (
+    LayerSpectrum,
     Row,
     Spectra,
-    check_writable,
+    layer_spectra,
+    measure,
     require_matplotlib,
     spectrum_lines,
-    torch_device,
     write_board,
-    write_json,
     write_png,
 )
-from mora_ds.remora.ledger import LayerEntry, Ledger
-from tests.helpers.tools import call
+from tests.helpers.mistakes import command
 
 SHARE_ONLY = [each for each in Grouping if each not in (Grouping.PLAIN, Grouping.PERMUTED)]
 FAMILIES = [(kind, each) for kind in OperatorKind for each in (Grouping.PLAIN, Grouping.PERMUTED)]
 FAMILIES += [(OperatorKind.SHARE, each) for each in SHARE_ONLY]
-SIDES = (12, 17, 24, 31)
-R_HATS = (4, 6, 8, 14, 40)
-"""Sides larger and smaller than these, divisible and not, one block and many."""
 
 
 def square(side: int, seed: int = 0) -> torch.Tensor:
@@ -51,32 +47,7 @@ def formed(update: Update) -> torch.Tensor:
     return delta_weight(update[0], update[1].double())
 
 
-# -- one delta -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind, grouping", FAMILIES)
-def test_singular_values_are_those_of_the_formed_matrix(kind: OperatorKind, grouping: Grouping) -> None:
-    for d_in, d_out, r_hat in itertools.product(SIDES, SIDES, R_HATS):
-        spec = OperatorSpec(kind, d_in, d_out, r_hat, grouping, seed=3)
-        update = (spec, square(r_hat, d_in + d_out))
-        expected = torch.linalg.svdvals(formed(update))
-        values = singular_values(*update)
-        assert values.dtype is torch.float64 and len(values) == min(d_in, d_out)
-        # rotate's table of cosines is fp32: its turns are orthogonal to that precision
-        torch.testing.assert_close(values, expected, rtol=0, atol=1e-6 * expected[0].item(), msg=str(spec))
-
-
-@pytest.mark.parametrize("kind", [OperatorKind.SHARE, OperatorKind.ROTATE])
-def test_no_large_matrix_is_formed(kind: OperatorKind, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise AssertionError("formed")
-
-    monkeypatch.setattr(spectrum_module, "delta_weight", fail)
-    assert len(singular_values(OperatorSpec(kind, 32, 48, 8, Grouping.PERMUTED), square(8))) == 32
-    if kind is OperatorKind.SHARE:
-        updates = [(OperatorSpec(kind, 32, 48, 8, Grouping.PERMUTED, seed), square(8, seed)) for seed in range(3)]
-        assert [each.cumulative.rank for each in layer_spectra(updates)] == [8, 15, 22]
-        assert len(cumulative_norms(updates)) == 3
+# -- measures ---------------------------------------------------------------------------------------------------------
 
 
 def test_measures() -> None:
@@ -134,7 +105,6 @@ def test_history_is_that_of_the_formed_matrices(
 ) -> None:
     updates = history(kind, grouping, *sides, cycles=3)
     total = torch.zeros(sides[1], sides[0], dtype=torch.float64)
-    norms = cumulative_norms(updates)
     for cycle, found in enumerate(layer_spectra(updates, threshold=0.5)):
         newest = formed(updates[cycle])
         if cycle:
@@ -147,14 +117,6 @@ def test_history_is_that_of_the_formed_matrices(
         assert vars(found.cumulative) == pytest.approx(vars(expected), rel=1e-6)
         alone = measure(torch.linalg.svdvals(newest), max(sides), 0.5)
         assert vars(found.newest) == pytest.approx(vars(alone), rel=1e-6)
-        assert norms[cycle] == pytest.approx(values.norm().item(), rel=1e-6)
-
-
-def test_a_layer_with_many_inputs_is_that_of_the_formed_matrices() -> None:
-    """Its factors are made from some inputs at a time."""
-    updates = history(OperatorKind.SHARE, Grouping.PERMUTED, 600, 24, 6, cycles=2)
-    norms = [formed(updates[0]).norm().item(), (formed(updates[0]) + formed(updates[1])).norm().item()]
-    assert cumulative_norms(updates) == pytest.approx(norms, rel=1e-6)
 
 
 def test_cycles_of_several_operators_are_summed() -> None:
@@ -173,6 +135,14 @@ def test_rank_counts_against_the_longer_side() -> None:
     values = torch.tensor([1.0, 1.0, small, small, 0.0, 0.0, 0.0, 0.0])
     (found,) = layer_spectra([(spec, values.diag())])
     assert found.cumulative.rank == found.newest.rank == 2
+
+
+def test_factors_of_lora_reach_everything() -> None:
+    spec = LoRASpec(12, 10, 3, 6.0)
+    factors = [torch.randn(spec.value_shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    first, second = layer_spectra([(spec, each) for each in factors])
+    assert [first.newest.rank, first.cumulative.rank, second.cumulative.rank] == [3, 3, 6]
+    assert second.outside_reach == 0.0 and 0.0 < second.outside_span <= 1.0
 
 
 def spectra(kind: OperatorKind, cycles: int, plan: Callable[[int], tuple[Grouping, int]]) -> list[LayerSpectrum]:
@@ -278,16 +248,10 @@ def test_tables_show_the_last_cycle_of_layers_and_means_of_cycles(checkpoint: Pa
     assert cells[1][9:] == [f"{found.outside_span:.3f}", f"{found.outside_reach:.3f}"]
 
 
-def test_json_and_board_hold_every_row(checkpoint: Path, tmp_path: Path) -> None:
+def test_curves_hold_every_row(checkpoint: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     rows = all_rows(checkpoint, threshold=2.0)
-    write_json(tmp_path / "spectrum.json", rows, 2.0)
-    content = json.loads((tmp_path / "spectrum.json").read_text())
-    assert (content["format"], content["threshold"], len(content["rows"])) == (1, 2.0, 5)
-    last = content["rows"][4]
-    assert last["spectrum"]["cumulative"]["above"] == rows[4].spectrum.cumulative.above > 0
-    assert (last["d_in"], last["d_out"], last["r_hat"], last["operator"]) == (32, 24, 6, "share/permuted")
     write_board(tmp_path / "board", rows)
     events = EventAccumulator(str(tmp_path / "board"))
     events.Reload()
@@ -334,21 +298,30 @@ def test_png_without_matplotlib_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         require_matplotlib()
 
 
-def test_flags_are_checked_before_the_work(tmp_path: Path) -> None:
-    assert torch_device("cpu").type == "cpu"
-    with pytest.raises(UserError, match="--device nonsense"):
-        torch_device("nonsense")
-    check_writable("--json", None)
-    check_writable("--json", tmp_path / "new.json")
-    with pytest.raises(UserError, match=r"--json .*folder that exists"):
-        check_writable("--json", tmp_path / "none" / "new.json")
-    with pytest.raises(UserError, match=r"--json .*folder that exists"):
-        check_writable("--json", tmp_path)
+def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [str(checkpoint), "--json", str(tmp_path / "out.json"), "--layers", "a.*", "--threshold", "2"]
+    assert command("spectrum", flags) == (0, "")
+    content = json.loads((tmp_path / "out.json").read_text())
+    printed = capsys.readouterr().out
+    assert "a.v" in printed and " >2 " in printed
+    assert (content["format"], content["threshold"], len(content["rows"])) == (1, 2, 5)
+    wanted = [row.to_dict() for row in all_rows(checkpoint, threshold=2)]
+    assert [row["spectrum"] for row in content["rows"]] == [row["spectrum"] for row in wanted]
+    last = content["rows"][4]
+    assert (last["d_in"], last["d_out"], last["r_hat"], last["operator"]) == (32, 24, 6, "share/permuted")
 
 
-def test_tool(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    call("spectrum", checkpoint, "--json", tmp_path / "out.json", "--layers", "a.*", "--threshold", 2)
-    content, printed = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
-    assert "a.v" in printed and " >2 " in printed and content["threshold"] == 2
-    wanted = [row.spectrum.cumulative.above for row in all_rows(checkpoint, threshold=2)]
-    assert [row["spectrum"]["cumulative"]["above"] for row in content["rows"]] == wanted
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--layers", "nothing"], "--layers"),
+        (["--device", "warp"], "--device warp"),
+        (["--threshold", "nan"], "--threshold"),
+        (["--json", "/nowhere/new.json"], "folder that exists"),
+        (["--json", "/"], "folder that exists"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_flags_are_named(checkpoint: Path, flags: list[str], named: str) -> None:
+    code, message = command("spectrum", [str(checkpoint), *flags])
+    assert code == 2 and named in message

@@ -1,0 +1,380 @@
+"""Measure the singular values and ranks of the merged update of a run, for each layer and cycle.
+
+    mora-ds spectrum out/checkpoints/latest --json spectrum.json --tensorboard out/tensorboard
+
+The argument is a ledger folder, a checkpoint (its current MoRA matrices come last), or the output folder of a run. Each
+delta is formed, (d_out, d_in) in float64, and decomposed: for wide layers, select some with --layers, or use a GPU with
+--device cuda. Exit code 2: an error that you can correct.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mora_ds.adapters.ops.spec import SquareSpec, UpdateSpec
+from mora_ds.checkpoint.adapter_files import AdapterTensors
+from mora_ds.checkpoint.layout import LedgerLocation, find_ledger
+from mora_ds.checkpoint.ledger_tools import live_adapter
+from mora_ds.common.errors import POSITIVE, UserError, nearest
+from mora_ds.common.files import write_json_atomic
+from mora_ds.eval.ledger_summary import Update, histories, mean, modules_of, require_delta
+from mora_ds.runtime.cli import check_device, check_writable, table
+
+THRESHOLD = 0.1
+"""The MoRA paper's figure 5 counts singular values above it."""
+
+_FP32_EPS = torch.finfo(torch.float32).eps
+_CG_STEPS = 200
+_CG_TOLERANCE = 1e-10
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    if not POSITIVE.allow(options.threshold):
+        raise UserError(f"--threshold must be {POSITIVE}, got {options.threshold:g}")
+    check_writable("--json", options.json)
+    check_writable("--png", options.png)
+    check_device(options.device)
+    if options.png:
+        require_matplotlib()
+    spectra = Spectra(find_ledger(options.path), options.layers)
+    progress = tqdm(spectra.modules, unit="layer", disable=not sys.stderr.isatty())
+    rows = [row for module in progress for row in spectra.rows(module, options.threshold, options.device)]
+    if options.json:
+        content = {"format": 1, "threshold": options.threshold, "rows": [row.to_dict() for row in rows]}
+        write_json_atomic(options.json, content)
+    if options.tensorboard:
+        write_board(options.tensorboard, rows)
+    if options.png:
+        write_png(options.png, rows, options.threshold)
+    print("\n".join(spectrum_lines(rows, options.threshold)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("path", type=Path, help="ledger folder, checkpoint, or a run's output folder")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="count singular values above it")
+    parser.add_argument("--layers", default="*", help="pattern over module names, such as '*.q_proj'")
+    parser.add_argument("--json", type=Path, help="file for all measures of all layers and cycles")
+    parser.add_argument("--tensorboard", type=Path, help="folder for curves over steps")
+    parser.add_argument("--png", type=Path, help="file for the paper's figure 5; needs matplotlib")
+    parser.add_argument("--device", default="cpu", help="where to decompose, such as cuda")
+    return parser
+
+
+# -- measures ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Summary of a matrix's singular values s_1 >= s_2 >= ...; all 0 for the zero matrix."""
+
+    norm: float
+    """Frobenius norm: the root of the sum of s_i^2."""
+    largest: float
+    """s_1."""
+    above: int
+    """How many exceed the threshold."""
+    stable_rank: float
+    """sum of s_i^2 / s_1^2."""
+    effective_rank: float
+    """exp of the entropy of s_i / sum of s_i (Roy & Vetterli 2007)."""
+    rank: int
+    """How many exceed s_1 * max(d_out, d_in) * eps of fp32, the precision in which M is stored."""
+    top_1: float
+    """Share of the energy (s_i^2) that s_1 holds."""
+    top_10_percent: float
+    """Share that the largest tenth (at least one) of all values holds."""
+
+
+def measure(values: Tensor, longest_side: int, threshold: float = THRESHOLD) -> Measures:
+    """The summary of `values`, all singular values, descending. `longest_side`: max(d_out, d_in)."""
+    largest = values[0].item()
+    if largest == 0.0:
+        return Measures(0.0, 0.0, 0, 0.0, 0.0, 0, 0.0, 0.0)
+    energy = (values / largest).square()
+    shares = values / values.sum()
+    tenth = math.ceil(len(values) / 10)
+    return Measures(
+        norm=values.norm().item(),
+        largest=largest,
+        above=int((values > threshold).sum()),
+        stable_rank=energy.sum().item(),
+        effective_rank=torch.special.entr(shares).sum().exp().item(),
+        rank=_rank(values, longest_side),
+        top_1=1.0 / energy.sum().item(),
+        top_10_percent=(energy[:tenth].sum() / energy.sum()).item(),
+    )
+
+
+def _rank(values: Tensor, longest_side: int) -> int:
+    return int((values > values[0] * longest_side * _FP32_EPS).sum())
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """A layer after one cycle. `outside_*` are shares, 0 to 1, of the newest delta's energy (squared norm)."""
+
+    newest: Measures
+    """Summary of this cycle's delta alone."""
+    cumulative: Measures
+    """Summary of the sum of all deltas so far."""
+    outside_span: float
+    """The share outside the span of the earlier ones: what does not both read from the row space and write to the
+    column space of their sum. 0 as soon as that sum has full rank (rotate and decouple: after one cycle)."""
+    outside_reach: float
+    """The share that the operators of the earlier cycles could not have expressed with any M."""
+
+
+def layer_spectra(updates: Sequence[Update], threshold: float = THRESHOLD) -> Iterator[LayerSpectrum]:
+    """The spectrum after each of a layer's `updates`, in their order, computed on the device of the M in float64."""
+    total: Tensor | None = None
+    left = right = None
+    earlier: dict[UpdateSpec, None] = {}
+    for spec, value in updates:
+        newest = spec.delta_weight(value.double())
+        outside_span = _outside_span(newest, left, right)
+        outside_reach = 0.0 if spec in earlier else _outside_reach(newest, list(earlier))
+        total = newest if total is None else total + newest
+        earlier[spec] = None
+        left, values, right = torch.linalg.svd(total, full_matrices=False)
+        longest = max(newest.shape)
+        rank = _rank(values, longest)
+        left = left[:, :rank]
+        right = right[:rank]
+        yield LayerSpectrum(
+            newest=measure(torch.linalg.svdvals(newest), longest, threshold),
+            cumulative=measure(values, longest, threshold),
+            outside_span=outside_span,
+            outside_reach=outside_reach,
+        )
+
+
+def _outside_span(newest: Tensor, left: Tensor | None, right: Tensor | None) -> float:
+    """`left` (d_out, rank), `right` (rank, d_in): orthonormal bases of the column and row space of the earlier sum;
+    None before the first cycle."""
+    energy = newest.square().sum().item()
+    if energy == 0.0:
+        return 0.0
+    if left is None or right is None:
+        return 1.0
+    inside = (left.T @ newest @ right.T).square().sum().item()
+    return min(1.0, max(0.0, 1.0 - inside / energy))
+
+
+def _outside_reach(newest: Tensor, earlier: Sequence[UpdateSpec]) -> float:
+    """Share of the energy of `newest` that is left after the best fit by any M under the `earlier` operators.
+
+    It is 0 after a LoRA cycle, whose factors can express any matrix of their rank. Least squares by conjugate gradients
+    (CGLS; Hestenes & Stiefel 1952), which takes few steps, as permuted operators overlap little. An upper bound if
+    `_CG_STEPS` do not suffice.
+    """
+    energy = newest.square().sum().item()
+    if energy == 0.0 or not earlier:
+        return float(energy > 0.0)
+    operators = [spec for spec in earlier if isinstance(spec, SquareSpec)]
+    if len(operators) < len(earlier):
+        return 0.0
+    residual = newest.clone()
+    gradient = [spec.adjoint(residual) for spec in operators]
+    direction = gradient
+    first = power = _energy(gradient)
+    for _ in range(_CG_STEPS):
+        if power <= _CG_TOLERANCE * min(first, energy):
+            break
+        step = torch.zeros_like(residual)
+        for spec, square in zip(operators, direction, strict=True):
+            step += spec.delta_weight(square)
+        residual -= power / step.square().sum() * step
+        gradient = [spec.adjoint(residual) for spec in operators]
+        before = power
+        power = _energy(gradient)
+        direction = [new + power / before * old for new, old in zip(gradient, direction, strict=True)]
+    return min(1.0, residual.square().sum().item() / energy)
+
+
+def _energy(squares: Sequence[Tensor]) -> float:
+    return sum(square.square().sum().item() for square in squares)
+
+
+# -- a ledger ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """The spectrum of one layer after one cycle."""
+
+    module: str
+    cycle: int
+    step: int
+    operator: str
+    """Kind and grouping, such as rotate/permuted."""
+    is_live: bool
+    """Whether this is the running cycle, which is not merged yet."""
+    d_in: int
+    d_out: int
+    r_hat: int
+    """Side of M, or LoRA's rank."""
+    spectrum: LayerSpectrum
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Spectra:
+    """The spectra of a ledger's or a checkpoint's layers. MoRA matrices are read when a layer's rows are asked for."""
+
+    def __init__(self, location: LedgerLocation, pattern: str = "*") -> None:
+        """`pattern`: shell-style, over module names. Raises `UserError` when it matches no layer (`--layers`)."""
+        self._ledger = location.open()
+        self._live: dict[str, Update] = {}
+        self._live_step = 0
+        adapter = live_adapter(location)
+        if location.checkpoint is not None and adapter is not None:
+            tensors = AdapterTensors.open(location.checkpoint, adapter)
+            self._live = {name: (entry.operator, tensors.square(name)) for name, entry in adapter.layers.items()}
+            self._live_step = adapter.step
+        known = list(dict.fromkeys([*modules_of(self._ledger), *self._live]))
+        if not known:
+            raise UserError(
+                f"{location.ledger} has no cycles: nothing was merged yet; name a checkpoint to see its live matrices"
+            )
+        self.modules = [module for module in known if fnmatchcase(module, pattern)]
+        if not self.modules:
+            raise UserError(f"--layers {pattern!r} matches none of the {len(known)} layers.{nearest(pattern, known)}")
+
+    def rows(self, module: str, threshold: float = THRESHOLD, device: str = "cpu") -> Iterator[Row]:
+        """A layer's rows, one a cycle, of experts one after the other; computed on `device`."""
+        cycles = [cycle for cycle in range(self._ledger.cycles) if module in self._ledger.layers(cycle)]
+        origins = [(cycle, self._ledger.records[cycle].step, False) for cycle in cycles]
+        updates = list(self._ledger.squares_of(module))
+        if module in self._live:
+            origins.append((self._ledger.cycles, self._live_step, True))
+            updates.append(self._live[module])
+        for spec, _ in updates:
+            require_delta(module, spec)
+        for name, history in histories(module, updates):
+            moved = [(spec, value.to(device)) for spec, value in history]
+            for (spec, _), origin, spectrum in zip(moved, origins, layer_spectra(moved, threshold), strict=True):
+                cycle, step, is_live = origin
+                size = spec.value_shape[0]
+                yield Row(name, cycle, step, spec.describe(), is_live, spec.d_in, spec.d_out, size, spectrum)
+
+
+# -- for reading -------------------------------------------------------------------------------------------------------
+
+
+def spectrum_lines(rows: Sequence[Row], threshold: float) -> list[str]:
+    """Tables of the layers after their last cycle, and of means over layers for each cycle."""
+    titles = ["rank", "of", f">{threshold:g}", "stable", "effective", "|delta|", "|sum|", "new span", "new reach"]
+    last = {row.module: row for row in rows}
+    layers = [[name, _cycle(row), *_cells([row])] for name, row in last.items()]
+    cycles = [
+        [_cycle(members[0]), str(members[0].step), str(len(members)), *_cells(members)]
+        for members in _by_cycle(rows).values()
+    ]
+    live = "; *: the running cycle, not merged yet" if any(row.is_live for row in rows) else ""
+    return [
+        *table([["layer", "cycle", *titles], *layers]),
+        "",
+        *table([["cycle", "step", "layers", *titles], *cycles]),
+        "of the sum of deltas up to the cycle: numerical rank of min(d_in, d_out), singular values above the threshold,"
+        " stable and effective rank; |delta|: norm of the cycle's delta; new: share of its energy outside the span of "
+        "the earlier sum, outside all that the earlier operators can express" + live,
+    ]
+
+
+def _by_cycle(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    """Not by step: a checkpoint that was saved at a merge is of the step of two cycles."""
+    cycles: dict[int, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.cycle):
+        cycles.setdefault(row.cycle, []).append(row)
+    return cycles
+
+
+def _cycle(row: Row) -> str:
+    return f"{row.cycle}{'*' if row.is_live else ''}"
+
+
+def _cells(rows: Sequence[Row]) -> list[str]:
+    means = _means(rows)
+    full = mean(min(row.d_in, row.d_out) for row in rows)
+    ranks = [means["rank"], full, means["values_above_threshold"], means["stable_rank"], means["effective_rank"]]
+    norms = [means["newest_norm"], means["norm"]]
+    shares = [means["newest_outside_span"], means["newest_outside_reach"]]
+    return [
+        *(f"{value:.1f}" for value in ranks),
+        *(f"{value:.3e}" for value in norms),
+        *(f"{value:.3f}" for value in shares),
+    ]
+
+
+def _means(rows: Sequence[Row]) -> dict[str, float]:
+    figures = [_figures(row.spectrum) for row in rows]
+    return {name: mean(each[name] for each in figures) for name in figures[0]}
+
+
+def _figures(spectrum: LayerSpectrum) -> dict[str, float]:
+    """Name of the curve -> value, as plotted."""
+    total = spectrum.cumulative
+    return {
+        "values_above_threshold": total.above,
+        "stable_rank": total.stable_rank,
+        "effective_rank": total.effective_rank,
+        "rank": total.rank,
+        "norm": total.norm,
+        "newest_norm": spectrum.newest.norm,
+        "newest_outside_span": spectrum.outside_span,
+        "newest_outside_reach": spectrum.outside_reach,
+    }
+
+
+def write_board(folder: Path, rows: Sequence[Row]) -> None:
+    """Writes TensorBoard curves over steps: means over layers in spectrum/, each layer in spectrum_of_layers/."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as board:
+        for row in rows:
+            for name, value in _figures(row.spectrum).items():
+                board.add_scalar(f"spectrum_of_layers/{name}/{row.module}", value, row.step)
+        for members in _by_cycle(rows).values():
+            for name, value in _means(members).items():
+                board.add_scalar(f"spectrum/{name}", value, members[0].step)
+
+
+def require_matplotlib() -> Any:
+    """matplotlib.pyplot, drawing to files only. Raises `UserError`, which names --png, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--png needs matplotlib, which is not installed: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def write_png(path: Path, rows: Sequence[Row], threshold: float) -> None:
+    """Plots the MoRA paper's figure 5: singular values above the threshold, layer by layer, a curve a cycle."""
+    pyplot = require_matplotlib()
+    modules = list(dict.fromkeys(row.module for row in rows))
+    figure, axes = pyplot.subplots(figsize=(max(6.0, 0.18 * len(modules)), 4.5), layout="constrained")
+    for cycle, members in _by_cycle(rows).items():
+        positions = [modules.index(row.module) for row in members]
+        axes.plot(positions, [row.spectrum.cumulative.above for row in members], marker=".", label=f"cycle {cycle}")
+    axes.set_xticks(range(len(modules)), modules, rotation=90, fontsize=6)
+    axes.set_ylabel(f"singular values > {threshold:g}")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
