@@ -234,14 +234,6 @@ def test_tests_share_code_through_helpers_only() -> None:
         assert not [name for name in imported if name.startswith("tests.") and ".test_" in name], path
 
 
-def test_long_files_say_why() -> None:
-    """A file of more than 400 lines says in its first lines why it is one."""
-    for folder in ("mora_ds", "launch", "tools", "tests"):
-        for path in (ROOT / folder).rglob("*.py"):
-            lines = path.read_text(encoding="utf-8").splitlines()
-            assert len(lines) <= 400 or any("One file because" in line for line in lines[:20]), path
-
-
 def test_the_public_names_are_there() -> None:
     assert len(set(mora_ds.__all__)) == len(mora_ds.__all__) > 5
     for name in mora_ds.__all__:
