@@ -303,13 +303,6 @@ MUTATIONS = (
         ("checkpoint/test_folder.py",),
     ),
     Mutation(
-        "the folder of events is not made anew",
-        "runtime/events.py",
-        "        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)\n",
-        "",
-        ("runtime/test_restart.py",),
-    ),
-    Mutation(
         "a hash is of the first 4 MiB alone",
         "common/files.py",
         "        while block := file.read(1 << 22):\n            digest.update(block)\n",
@@ -511,13 +504,6 @@ MUTATIONS = (
         "_TOO_LARGE = 2**63\n",
         "_TOO_LARGE = 2**200\n",
         ("config/test_arguments.py",),
-    ),
-    Mutation(
-        "the silence of a peer has no bounds",
-        "config/training.py",
-        '"heartbeat_timeout_s": SECONDS,',
-        '"heartbeat_timeout_s": Bounds(),',
-        ("config/test_bad_launches.py",),
     ),
     Mutation(
         "a number of too many digits is a raw error",

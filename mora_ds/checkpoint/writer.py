@@ -55,7 +55,6 @@ from mora_ds.engine import shard_writer, zero
 from mora_ds.engine.shard_index import Layout, RankShard, ShardIndex
 from mora_ds.engine.shard_reader import EngineShards
 from mora_ds.models.tensor_files import open_safetensors, write_safetensors_atomic
-from mora_ds.runtime.events import Event, emit
 from mora_ds.runtime.exchange import gather_to_first
 from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
@@ -199,7 +198,6 @@ class CheckpointWriter:
         if state["best_step"]:
             name_best(self.root, step_folder(self.root, state["best_step"]))
         files.replace_symlink(self.root / LATEST, final.name)
-        emit(Event.SAVED, state["step"])
         _retain(self.root, state["step"], keep)
 
 

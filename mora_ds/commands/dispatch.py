@@ -37,7 +37,6 @@ class Command:
 
 COMMANDS = {
     "pretrain": Command("train, or run the demo; --num_gpus N starts N processes", "pretrain.start", restartable=True),
-    "restart": Command("run a training again when it fails or was stopped", "restart.main"),
     "recipes": Command("list, show or copy the recipes and DeepSpeed files of this package", "recipes.main"),
     "plan": Command("plan memory, traffic and time of a run from its model's config", "plan.main"),
     "analyze": Command("analyse a model's weights, and plan which layers to adapt", "analyze.main"),

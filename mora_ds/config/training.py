@@ -84,7 +84,6 @@ _ALLOWED: dict[str, Bounds | type[Enum]] = {
     "save_total_limit": COUNT,
     "seed": SEED,
     "collective_timeout_s": Bounds(above=0, most=SECONDS.most),
-    "heartbeat_timeout_s": SECONDS,
 }
 """Setting -> the limits of its number, or the enum of its words."""
 
@@ -223,8 +222,6 @@ class TrainingArguments:
     """Seconds that a rank waits for the others in a collective, and for their start, before it fails; longer than rank
     0 needs to hash a checkpoint. With --async_save also for the disk. Default: DEEPSPEED_TIMEOUT (minutes) where that
     is set, otherwise 30 minutes."""
-    heartbeat_timeout_s: float = 120.0
-    """Seconds without a heartbeat of a rank (its node or its link has failed) after which the run ends; 0: never."""
     local_rank: int = -1
     """Set by the launcher."""
 

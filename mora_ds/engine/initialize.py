@@ -41,20 +41,15 @@ from mora_ds.parallel.limits import TENSOR, check_tensor_parallel
 from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
-from mora_ds.runtime import heartbeat, signals
 from mora_ds.runtime.mappings import Mappings
 from mora_ds.runtime.node_memory import FLAG, Sharing, machine
 from mora_ds.runtime.ranks import Ranks, deal
 
 
-def start_distributed(
-    verbose: bool = False, timeout_s: float | None = None, heartbeat_timeout_s: float | None = None
-) -> None:
+def start_distributed(verbose: bool = False, timeout_s: float | None = None) -> None:
     """Start `torch.distributed` the way the engine needs it; does nothing when it runs already.
 
-    `timeout_s`: of collectives. `heartbeat_timeout_s`: the processes of the main job end when one of them sends no
-    heartbeat for this time (`runtime/heartbeat.py`).
-    Raises `UserError` in a process that no launcher has started.
+    `timeout_s`: of collectives. Raises `UserError` in a process that no launcher has started.
     """
     if not dist.is_initialized():
         _require_launcher()
@@ -65,8 +60,6 @@ def start_distributed(
     if not dist.is_initialized():
         extra = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
         deepspeed.init_distributed(verbose=verbose, **extra)
-    if heartbeat_timeout_s and signals.is_installed():
-        heartbeat.start(heartbeat_timeout_s)
 
 
 def initialize(

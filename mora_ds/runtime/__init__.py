@@ -1,4 +1,4 @@
-"""Everything about processes: ranks, nodes, signals, heartbeats, restarts, logging, exit codes. Imports nothing here.
+"""Everything about processes: ranks, nodes, signals, logging, exit codes. Imports nothing here.
 
 cli          runs a program's main function and sets its exit code
 log_setup    configures the logger `mora_ds`
@@ -7,8 +7,4 @@ nodes        `Followers`: nodes that do not see the output folder
 node_memory  memory that the processes of a node share, and how much of it there is
 mappings     which files lie behind a process's tensors
 signals      requests to stop, and how a process ends
-heartbeat    notices ranks that no longer answer
-processes    parents, children and launchers on this machine
-events       events that ranks report to the restart wrapper
-restart      the restart wrapper behind launch/restart.py
 """

@@ -17,9 +17,8 @@ from typing import NoReturn
 
 from mora_ds.common.errors import RunError, Stopped, UserError
 from mora_ds.runtime import signals
-from mora_ds.runtime.events import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR
 from mora_ds.runtime.log_setup import rank, rank_prefix, set_up_logging
-from mora_ds.runtime.signals import leave
+from mora_ds.runtime.signals import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, leave
 
 _WAIT_FOR_RANK_0_S = 8.0
 """How long the other ranks hold back their error message: the launcher ends them as soon as rank 0 has failed."""

@@ -33,7 +33,7 @@ from mora_ds.runtime.exchange import gather_to_all, new_group
 Result = TypeVar("Result")
 
 _LONG_S = 7 * 24 * 3600.0
-"""Tokenising, downloading, hashing of a model: the heartbeat, not a timeout, notices a rank that has failed."""
+"""Tokenising, downloading, hashing of a model: a rank that has ended is noticed by its closed connection."""
 _LEAVING_S = 15.0
 """How long a rank that has failed waits for the others to come to a check and see why."""
 _ABSENT = "(none)"

@@ -4,6 +4,9 @@
                                                          -> before and after: `Stopped` in the main thread, at once
     SIGINT again (a second later or more)                -> the process ends at once
 
+The exit code tells a scheduler what to do: 0 done, 1 failed, 2 a mistake that another start does not correct, 75 saved
+and stopped, to be started again.
+
 A thread notices the requests: Python runs its own handlers between bytecodes only, and a rank that waits in a
 collective executes none. `signal.set_wakeup_fd` wakes the thread at once.
 """
@@ -16,15 +19,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
 from mora_ds.common.errors import Stopped
-from mora_ds.runtime.events import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_STOPPED, Event, emit
-from mora_ds.runtime.log_setup import rank, rank_prefix
-from mora_ds.runtime.processes import children_of, launchers_above, parent_of
+from mora_ds.runtime.log_setup import rank_prefix
+
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: the run is neither done nor failed, and can be started again."""
+EXIT_INTERRUPTED = 130
+"""The exit code that shells give a process that SIGINT ended."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _TICK_S = 0.5
@@ -39,7 +47,6 @@ def install() -> None:
     global _watch
     if _watch is None:
         _watch = _Watch()
-        emit(Event.STARTED, os.getpid())
         os.register_at_fork(after_in_child=uninstall)  # forked workers share the pipe, and a pool sends them SIGTERM
 
 
@@ -73,37 +80,8 @@ def settle() -> None:
         _watch.settled = True
 
 
-def is_installed() -> bool:
-    """Whether this process is a rank that may end itself, rather than a program that only imports mora_ds."""
-    return _watch is not None
-
-
-def before_failure(callback: Callable[[str], None]) -> None:
-    """`callback(reason)` is called once, before this rank ends with an error."""
-    global _callback
-    _callback = callback
-
-
-def report_failure(reason: str) -> None:
-    """Call the callback of `before_failure`, unless that has happened."""
-    global _callback
-    callback, _callback = _callback, None
-    if callback is not None:
-        callback(reason)
-
-
-def leave_failed(reason: str) -> None:
-    """End the process because another rank has failed, unless this one has saved and is leaving already."""
-    if _watch is not None and not _watch.settled:
-        _print(reason)
-        leave(EXIT_FAILURE)
-
-
 def leave(code: int) -> NoReturn:
     """End the process. By `os._exit`: gloo's threads often abort at interpreter exit after correct results (2.13)."""
-    emit(Event.LEFT, code)
-    if code not in (0, EXIT_STOPPED):
-        report_failure(f"rank {rank()} has ended with exit code {code}")
     for stream in (sys.stdout, sys.stderr):
         with suppress(BrokenPipeError):  # the reader has ended; the exit code still counts
             stream.flush()
@@ -116,11 +94,12 @@ class _Watch:
     def __init__(self) -> None:
         self.since: float | None = None
         """Time of the first request (monotonic seconds), if there was one."""
-        self.defers = self.settled = self._raised = self._terminated = False
+        self.defers = False
+        self.settled = False
+        self._raised = False
         self._last_interrupt: float | None = None
-        self._launchers = launchers_above(os.getpid())
-        self._siblings = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        self._ticks_with_dead_sibling = 0
+        # Without a launcher the parent is a shell, which a run in the background may outlive.
+        self._launcher = os.getppid() if "RANK" in os.environ else None
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
         for number in SIGNALS:
@@ -147,7 +126,7 @@ class _Watch:
             for number in os.read(self._reader, 64) if ready else b"":
                 self._note(number)
             if not self.settled:
-                self._check_processes()
+                self._check()
 
     def _note(self, number: int) -> None:
         now = time.monotonic()
@@ -156,7 +135,6 @@ class _Watch:
                 _print("SIGINT again: leaving at once")
                 leave(EXIT_INTERRUPTED)
             self._last_interrupt = self._last_interrupt or now
-        self._terminated |= number == signal.SIGTERM
         self._request(signal.Signals(number).name, now)
 
     def _request(self, reason: str, now: float) -> None:
@@ -165,28 +143,19 @@ class _Watch:
             _replace_broken_pipes()
             _print(f"{reason}: {'saving at the end of this step, then leaving' if self.defers else 'leaving'}")
 
-    def _check_processes(self) -> None:
-        for process, launcher in self._launchers:
-            if parent_of(process) != launcher:
-                self._launchers = []
-                self._request(f"the launcher (process {launcher}) has ended", time.monotonic())
-                os.kill(os.getpid(), signal.SIGTERM)  # raises `Stopped` in the main thread unless that is deferred
-                return
+    def _check(self) -> None:
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self._request(f"the launcher (process {self._launcher}) has ended", time.monotonic())
+            self._launcher = None
+            os.kill(os.getpid(), signal.SIGTERM)  # raises `Stopped` in the main thread unless that is deferred
         if self.since is None:
             return
         _replace_broken_pipes()
         if not self.defers and time.monotonic() - self.since > _PATIENCE_S:
             leave(EXIT_STOPPED)  # the main thread waits for others, with nothing to save
-        if self._terminated and self._siblings > 1:
-            # Launchers end the other ranks by SIGTERM when one has died; with NCCL, waiting for that one never ends.
-            running = len(children_of(os.getppid()))
-            self._ticks_with_dead_sibling = self._ticks_with_dead_sibling + 1 if 0 < running < self._siblings else 0
-            if self._ticks_with_dead_sibling > 10:
-                leave_failed("another rank of this node has died: leaving without saving")
 
 
 _watch: _Watch | None = None
-_callback: Callable[[str], None] | None = None
 
 
 def _replace_broken_pipes() -> None:

@@ -38,7 +38,6 @@ from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.planning.costs import costs
 from mora_ds.remora.optimizer_reset import OptimizerReset
-from mora_ds.runtime.events import Event, emit
 from mora_ds.train.compute import check_same, path_in
 from mora_ds.train.embedding_rows import embedding_rows
 from mora_ds.train.init_adapter import InitialAdapter
@@ -79,9 +78,6 @@ class AdapterJob(Job):
             logger.info(text)
         self.seed_dropout()
         self.run = self._open_run(common)
-        if self.place.ranks.is_local_first:
-            for path, stamp in self.loaded.base.stamps.items():
-                emit(Event.MAPPED, [str(path), stamp])
         self.state, self.merger = self.run.state, self.run.remora
         if first is not None:
             logger.info(first.put(self.engine))

@@ -72,7 +72,7 @@ def start_processes(arguments: Arguments) -> Ranks:
     training = arguments.training
     if training.deterministic:
         make_deterministic()
-    start_distributed(timeout_s=training.collective_timeout_s, heartbeat_timeout_s=training.heartbeat_timeout_s)
+    start_distributed(timeout_s=training.collective_timeout_s)
     ranks = Ranks.current(training.collective_timeout_s)
     check_settings(arguments, ranks)
     if not (ranks.is_first and sys.stderr.isatty()):
@@ -83,7 +83,7 @@ def start_processes(arguments: Arguments) -> Ranks:
 def compare_settings(arguments: Arguments) -> None:
     """Compare the settings of all ranks for --dry_run, which needs no process group otherwise.
 
-    Does nothing for a process that plans alone. No heartbeat is started: ranks leave as they finish their plan.
+    Does nothing for a process that plans alone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ:
         timeout_s = arguments.training.collective_timeout_s

@@ -51,7 +51,6 @@ LAUNCHES = r"""
 --seed 281474976710656 | --seed must be at least 0 and below 281,474,976,710,656
 --seed 1e23 | --seed | 1e23
 --seed | --seed
---heartbeat_timeout_s nan | --heartbeat_timeout_s must be at least 0
 --collective_timeout_s 0 | --collective_timeout_s must be above 0
 --collective_timeout_s 1e30 | --collective_timeout_s must be above 0 and at most 1,000,000,000
 --stream_retry_s 1e30 | --stream_retry_s must be at least 0 and at most

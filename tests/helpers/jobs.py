@@ -15,12 +15,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.arguments import parse
 from mora_ds.data import load_tokenizer, train_sentencepiece
-from mora_ds.runtime.events import EXIT_USER_ERROR
+from mora_ds.runtime.signals import EXIT_USER_ERROR
 from mora_ds.train.warm_start import run_job
 from tests.helpers.gloo import free_port, run_ranks
 from tests.helpers.models import tiny_model
@@ -137,6 +138,25 @@ def launcher(ranks: int, argv: list[str]) -> list[str]:
     program = Path(sys.executable).with_name("deepspeed")
     port = ["--master_port", str(free_port())]  # its default is taken where two test runs share a machine
     return [str(program), *port, "--num_gpus", str(ranks), str(REPOSITORY / "launch" / "pretrain.py"), *argv]
+
+
+def ranks_below(launcher: int) -> list[int]:
+    """Process ids of the ranks that a launcher has started; none once it has ended."""
+    try:
+        family = psutil.Process(launcher).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return [process.pid for process in family if is_rank(process.pid)]
+
+
+def is_rank(process: int) -> bool:
+    """Whether it runs the job itself: it is no launcher, and no worker process of a rank."""
+    try:
+        running = psutil.Process(process)
+        has_rank = "RANK" in running.environ() and "RANK" not in running.parent().environ()
+        return has_rank and running.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, AttributeError):  # it has ended, or its parent has
+        return False
 
 
 def environment() -> dict[str, str]:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
-from mora_ds.runtime.events import EXIT_USER_ERROR
 from mora_ds.runtime.ranks import Ranks
+from mora_ds.runtime.signals import EXIT_USER_ERROR
 from mora_ds.train import agreement, pretrain
 from mora_ds.train.warm_start import run_job
 from tests.helpers.gloo import free_port, run_ranks

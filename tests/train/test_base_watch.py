@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mora_ds.checkpoint.layout import complete_checkpoints, step_of
-from mora_ds.runtime.events import EXIT_USER_ERROR
+from mora_ds.checkpoint.layout import complete_checkpoints
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import REPOSITORY, Playground, environment, launcher, refused, rows, run
-from tests.helpers.nodes import wait_for
+from tests.helpers.jobs import Playground, refused, rows, run
 
 pytestmark = pytest.mark.gloo
 
@@ -73,28 +69,3 @@ def test_a_base_that_is_cut_off_is_found_before_it_is_read(user: Playground, tmp
     out = tmp_path / "out"
     for kind, message in run_ranks(2, shortened_job, own.flags(out, "--save_steps", 3, "--eval_steps", 0)):
         assert kind == "RunError" and "model.safetensors was changed or replaced during the run" in message, message
-
-
-@pytest.mark.heavy
-def test_a_bus_error_is_explained_by_the_restart_wrapper(user: Playground, tmp_path: Path) -> None:
-    """A real job whose base is cut off at any moment: it ends, the file is named, and the original continues it."""
-    own = replace(user, model=Path(shutil.copytree(user.model, tmp_path / "model")))
-    out, base = tmp_path / "out", tmp_path / "model" / "model.safetensors"
-    argv = own.flags(out, "--save_steps", 2, "--eval_steps", 0, "--max_steps", 400)
-    wrapper = [sys.executable, str(REPOSITORY / "launch" / "restart.py"), "3", "--wait_s", "0.1", "--"]
-    job = subprocess.Popen(
-        [*wrapper, *launcher(2, argv)], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        wait_for(out / "checkpoints" / "latest", [job], 300)
-        os.truncate(base, 1000)
-        _, told = job.communicate(timeout=300)
-    finally:
-        job.terminate()
-    assert job.returncode == EXIT_USER_ERROR, told
-    assert "attempt 1: failed" in told and f"{base} was changed or replaced while the ranks read" in told, told
-    assert "attempt 2: a mistake that a restart does not correct" in told and "--model_name_or_path" in told, told
-    shutil.copy(user.model / "model.safetensors", base)
-    last = complete_checkpoints(out / "checkpoints")[-1]
-    assert run(2, [*argv, "--resume_from_checkpoint", "auto", "--max_steps", str(step_of(last) + 1)])

@@ -30,8 +30,7 @@ import mora_ds
 from mora_ds.common.errors import UserError
 from mora_ds.models.base import write_own_base
 from mora_ds.runtime import cli
-from mora_ds.runtime.processes import only_rank
-from tools.bench.measuring import ROOT, llama_config, memory_of, seconds_of, zero3_config
+from tools.bench.measuring import ROOT, llama_config, memory_of, only_rank, seconds_of, zero3_config
 from tools.bench.report import Report, json_flag
 
 SEQUENCE, VOCABULARY = 512, 8192

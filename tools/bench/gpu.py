@@ -60,11 +60,10 @@ from mora_ds.planning.plan import Planner
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.planning.timing import Cluster
 from mora_ds.runtime import cli
-from mora_ds.runtime.processes import only_rank
 from mora_ds.train.run import Run
 from tools.bench import layer as layers
 from tools.bench import loss as losses
-from tools.bench.measuring import llama_config
+from tools.bench.measuring import llama_config, only_rank
 from tools.bench.report import Report, json_flag
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from mora_ds.engine.initialize import start_distributed
-from mora_ds.runtime.processes import only_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout."""
@@ -44,6 +44,16 @@ def zero3_config(rows: int, **changes: Any) -> dict[str, Any]:
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def only_rank() -> dict[str, str]:
+    """The environment variables that a launcher sets for a job of one process."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = str(server.getsockname()[1])
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
 def on_processes(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(*arguments)` in `world` new processes that talk over gloo, with one thread each; results by rank.
 

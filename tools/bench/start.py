@@ -23,6 +23,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout, not installed
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -30,7 +31,6 @@ from mora_ds.common.errors import RunError
 from mora_ds.data import load_tokenizer, train_sentencepiece
 from mora_ds.models.base import write_own_base
 from mora_ds.runtime import cli
-from mora_ds.runtime.processes import parent_of
 from tools.bench.measuring import ROOT, llama_config, memory_of
 from tools.bench.report import Report, json_flag
 
@@ -134,14 +134,7 @@ def _first_step(metrics: Path) -> float | None:
 
 def _ranks(launcher: int) -> list[int]:
     """Processes below the launcher that hold a model."""
-    processes = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
-    parents = {process: parent_of(process) for process in processes}
-    below, grown = {launcher}, True
-    while grown:
-        more = {process for process, parent in parents.items() if parent in below and process not in below}
-        below |= more
-        grown = bool(more)
-    return sorted(below - {launcher})
+    return sorted(process.pid for process in psutil.Process(launcher).children(recursive=True))
 
 
 def _cpu(process: int) -> float:

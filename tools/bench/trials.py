@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from mora_ds.common.errors import RunError
-from mora_ds.runtime.processes import only_rank
 from mora_ds.train.demo import MODEL_CONFIG, DemoPaths, warm_start_settings, write_inputs
-from tools.bench.measuring import ROOT
+from tools.bench.measuring import ROOT, only_rank
 
 
 class Named(Protocol):
