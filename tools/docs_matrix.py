@@ -27,7 +27,6 @@ OPTIONS: dict[str, list[str]] = {
     "`--train_embeddings`, `--train_head`": ["--train_embeddings", "--train_head"],
     "`--train_new_embeddings`": ["--train_new_embeddings"],
     "`--train_embedding_rank`": ["--train_embedding_rank", "16"],
-    "`--train_embedding_rows`": ["--train_embedding_rows", "64", "--replay", "old=old.txt:0.1"],
     "`--optimizer muon`": ["--optimizer", "muon"],
     "`--mora_dropout`": ["--mora_dropout", "0.1"],
     "`--compute weight`": ["--compute", "weight"],

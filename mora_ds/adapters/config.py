@@ -56,7 +56,7 @@ class AdapterConfig:
 
     adapter: ClassVar[str]
     """Value of --adapter."""
-    optional: ClassVar[frozenset[str]] = frozenset({"new_rows_from", "trained_rows", "embedding_rank", "base_bits"})
+    optional: ClassVar[frozenset[str]] = frozenset({"new_rows_from", "embedding_rank", "base_bits"})
     """Fields that `to_dict` leaves out at their default, as in files written before these fields existed."""
 
     rank: int = 8
@@ -70,8 +70,6 @@ class AdapterConfig:
     train_head: bool = False
     new_rows_from: int = 0
     """Train the rows of embeddings and head from this index on, and keep the earlier ones frozen; 0 turns this off."""
-    trained_rows: tuple[int, ...] = ()
-    """Train these rows of embeddings and head, ascending, and keep the others frozen."""
     embedding_rank: int = 0
     """Train a product of this rank that is added to embeddings and head, which stay frozen; 0 turns this off."""
     base_bits: int = AS_LOADED
@@ -81,7 +79,6 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        object.__setattr__(self, "trained_rows", tuple(self.trained_rows))
         refuse(self._complaints())
 
     @classmethod

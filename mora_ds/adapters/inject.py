@@ -152,8 +152,8 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
             compute_sorted(holder)
         setattr(holder, child, layer)
     _freeze_to_buffers(model, trained)
-    if config.new_rows_from or config.trained_rows:
-        train_new_rows(model, config.new_rows_from, config.trained_rows)
+    if config.new_rows_from:
+        train_new_rows(model, config.new_rows_from)
     if config.embedding_rank:
         train_low_rank(model, config.embedding_rank, config.seed)
     layers = list(mora_layers(model).values())

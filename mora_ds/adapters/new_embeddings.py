@@ -1,18 +1,15 @@
-"""Training of some rows of the embeddings (and of the head), while the others stay frozen: the last ones, which an
-extension of the vocabulary added, or those that a domain needs (`train.embedding_rows` chooses them).
+"""Training of the rows of embeddings and head that an extension of the vocabulary added, while the others stay frozen.
 
-    frozen weight (V, d), a buffer      its rows that are trained are never read
+    frozen weight (V, d), a buffer      its last K rows are never read
     new_rows (K, d)                     a parameter: small, and sharded by ZeRO as the adapters are
     tied head                           the same parameter, a second time
 
-A checkpoint has it among the other trained parameters (modules_to_save), as `<module>.new_rows`; the adapter's config
-says which rows of `<module>.weight` they are.
+A checkpoint has it among the other trained parameters (modules_to_save), as `<module>.new_rows`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,83 +21,63 @@ from mora_ds.common.errors import UserError
 NEW_ROWS, LOW_RANK = "new_rows", "low_rank"
 """The trained tensors of these modules and of those of `low_rank_embeddings`."""
 FLAG = "--train_new_embeddings"
-ROWS_FLAG = "--train_embedding_rows"
 
 
 class NewRowEmbedding(nn.Embedding):
-    """ids (...) -> (..., d): row `id` of the frozen weight, or its row of `new_rows`."""
+    """ids (...) -> (..., d): row `id` of the frozen weight, or of `new_rows` where it is one of the last K."""
 
     weight: Tensor  # a buffer here
-    place: Tensor
-    """(V,) int64: where a row lies in `new_rows`; -1: it is frozen."""
 
-    def __init__(self, base: nn.Embedding, new_rows: nn.Parameter, rows: Tensor) -> None:
-        """`rows` (K,) int64: those that are trained."""
+    def __init__(self, base: nn.Embedding, new_rows: nn.Parameter) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim, self.padding_idx = base.weight.shape[0], base.weight.shape[1], None
         self.register_buffer("weight", base.weight, persistent=False)  # frozen: one object where it is tied
-        place = torch.full((self.num_embeddings,), -1, device=rows.device)
-        place = place.index_copy(0, rows, torch.arange(len(rows), device=rows.device))
-        self.register_buffer("place", place, persistent=False)
+        self.first = self.num_embeddings - len(new_rows)
         self.new_rows = new_rows
 
     def forward(self, ids: Tensor) -> Tensor:
-        place = self.place[ids]
-        new = F.embedding(place.clamp(min=0), self.new_rows)
-        return torch.where((place >= 0).unsqueeze(-1), new, F.embedding(ids, self.weight))
+        new = F.embedding((ids - self.first).clamp(min=0), self.new_rows)
+        return torch.where((ids >= self.first).unsqueeze(-1), new, F.embedding(ids, self.weight))
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, of which {len(self.new_rows)} are trained"
+        return f"{self.num_embeddings}, {self.embedding_dim}, of which {self.num_embeddings - self.first} are trained"
 
 
 class NewRowHead(nn.Linear):
-    """x (..., d) -> logits (..., V): some from `new_rows`."""
+    """x (..., d) -> logits (..., V): the last K from `new_rows`."""
 
     weight: Tensor
     bias: Tensor | None  # type: ignore[assignment]
-    rows: Tensor
 
-    def __init__(self, base: nn.Linear, new_rows: nn.Parameter, rows: Tensor, first: int | None) -> None:
-        """`rows` (K,) int64: those that are trained. `first`: of them, where they are the last ones."""
+    def __init__(self, base: nn.Linear, new_rows: nn.Parameter) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = base.weight.shape
-        self.first = first
         self.register_buffer("weight", base.weight, persistent=False)
         self.register_buffer("bias", base.bias, persistent=False)
-        self.register_buffer("rows", rows, persistent=False)
+        self.first = self.out_features - len(new_rows)
         self.new_rows = new_rows
 
     def forward(self, x: Tensor) -> Tensor:
-        new = F.linear(x, self.new_rows)
-        if self.first is None:
-            logits = F.linear(x, self.weight).index_copy(-1, self.rows, new)
-        else:
-            logits = torch.cat([F.linear(x, self.weight[: self.first]), new], dim=-1)
+        logits = torch.cat([F.linear(x, self.weight[: self.first]), F.linear(x, self.new_rows)], dim=-1)
         return logits if self.bias is None else logits + self.bias
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{shape}, of which {len(self.new_rows)} are trained"
+        return f"{shape}, of which {self.out_features - self.first} are trained"
 
 
-def train_new_rows(model: Any, first: int, chosen: Sequence[int] = ()) -> None:
-    """Replaces the model's embeddings and its head, whose frozen weights are buffers already. `chosen`: the rows that
-    are trained, ascending; without them those from `first` on.
+def train_new_rows(model: Any, first: int) -> None:
+    """Replace the model's embeddings and its head, whose frozen weights are buffers already, by ones whose rows from
+    `first` on are trained.
 
     Raises `UserError` where either is not a plain look-up or linear layer, and where there are no such rows.
     """
-    flag = ROWS_FLAG if chosen else FLAG
-    embedding, head = plain_tables(model, flag)
-    last = len(embedding.weight) - 1
-    if chosen and not (chosen[0] >= 0 and chosen[-1] <= last and all(a < b for a, b in pairwise(chosen))):
-        raise UserError(f"{flag}: the rows are not ascending, or the model, with rows 0 to {last}, has not all of them")
-    if not chosen and not 0 < first <= last:
-        raise UserError(f"{flag}: the model has rows 0 to {last}, none from {first} on is new")
-    rows = torch.tensor(chosen or range(first, last + 1), device=embedding.weight.device)
-    values = nn.Parameter(embedding.weight.data[rows])
-    head_values = values if is_tied(embedding, head) else nn.Parameter(head.weight.data[rows])
-    new_head = NewRowHead(head, head_values, rows, None if chosen else first)
-    replace_modules(model, {embedding: NewRowEmbedding(embedding, values, rows), head: new_head})
+    embedding, head = plain_tables(model, FLAG)
+    if not 0 < first < len(embedding.weight):
+        raise UserError(f"{FLAG}: the model has rows 0 to {len(embedding.weight) - 1}, none from {first} on is new")
+    values = nn.Parameter(embedding.weight.data[first:].clone())
+    head_values = values if is_tied(embedding, head) else nn.Parameter(head.weight.data[first:].clone())
+    replace_modules(model, {embedding: NewRowEmbedding(embedding, values), head: NewRowHead(head, head_values)})
 
 
 def plain_tables(model: Any, flag: str) -> tuple[nn.Embedding, nn.Linear]:
@@ -138,20 +115,6 @@ def is_new_rows(name: str) -> bool:
     return name.rpartition(".")[2] == NEW_ROWS
 
 
-def chosen_rows(facts: Mapping[str, Any]) -> list[int]:
-    """The rows that were chosen for training, by an adapter's facts; none where they are the last ones."""
-    rows: list[int] = facts.get("config", {}).get("trained_rows", [])
-    return rows
-
-
-def rows_of(table: Tensor, count: int, chosen: Sequence[int]) -> Tensor:
-    """Which of the rows of `table` (V, d) a tensor of `count` rows stands for: (count,) int64. Raises `UserError` where
-    the chosen ones are others."""
-    if chosen and not (len(chosen) == count and min(chosen) >= 0 and max(chosen) < len(table)):
-        raise UserError(f"the adapter's trained_rows are no {count} rows of a table of {len(table)}")
-    return torch.tensor(chosen or range(len(table) - count, len(table)))
-
-
-def with_rows(table: Tensor, values: Tensor, chosen: Sequence[int]) -> Tensor:
-    """A copy of `table` (V, d) with the chosen rows, or its last ones, replaced by `values`."""
-    return table.index_copy(0, rows_of(table, len(values), chosen), values.to(table.dtype))
+def with_new_rows(table: Tensor, values: Tensor) -> Tensor:
+    """A copy of `table` (V, d) whose last rows are replaced by `values`."""
+    return torch.cat([table[: len(table) - len(values)], values.to(table.dtype)])

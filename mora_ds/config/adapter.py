@@ -104,9 +104,6 @@ class AdapterArguments:
     """Train the input embeddings too (sharded by ZeRO like the MoRA matrices)."""
     train_new_embeddings: bool = False
     """Train the rows that mora-ds extend-vocab added to embeddings and head, and keep the others frozen."""
-    train_embedding_rows: int = 0
-    """Train this number of rows of embeddings and head, those whose tokens become more frequent from the text of
-    --replay to the new text, and keep the others frozen; 0 turns this off."""
     train_embedding_rank: int = 0
     """Train a product of this rank (tokens x rank times rank x width) that is added to embeddings and head, and keep
     their own weights frozen; 0 turns this off."""
@@ -155,7 +152,6 @@ class AdapterArguments:
         """The flags given that train a part of embeddings and head."""
         given = {
             "--train_new_embeddings": self.train_new_embeddings,
-            "--train_embedding_rows": self.train_embedding_rows,
             "--train_embedding_rank": self.train_embedding_rank,
         }
         return [flag for flag, value in given.items() if value]
@@ -221,7 +217,6 @@ class AdapterArguments:
                 "merge_every": NOT_NEGATIVE,
                 "restart_warmup_steps": NOT_NEGATIVE,
                 "optimizer_reset": OptimizerReset,
-                "train_embedding_rows": NOT_NEGATIVE,
                 "train_embedding_rank": NOT_NEGATIVE,
                 "full_rank_steps": NOT_NEGATIVE,
                 "full_rank_learning_rate": POSITIVE,

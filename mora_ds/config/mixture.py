@@ -155,11 +155,6 @@ def _with_replay(plan: MixturePlan, entries: list[str]) -> MixturePlan:
     return MixturePlan(tuple(sources), tuple(phases))
 
 
-def replayed_names(data: DataArguments) -> list[str]:
-    """The sources of --replay. Raises `UserError` for a wrong entry."""
-    return [_replayed(entry)[0] for entry in data.replay]
-
-
 def _replayed(entry: str) -> tuple[str, str | None, float]:
     """(name, files, share) of an entry of --replay; no files for a source that is named already."""
     match = re.fullmatch(rf"({_NAME})(?:=(.+))?:([^:/]+)", entry)

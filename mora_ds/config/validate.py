@@ -32,22 +32,10 @@ def validate(arguments: Arguments) -> None:
             *training.problems(),
             *adapter_problems(adapter, training),
             *domain_problems(adapter, data, training),
-            *_rows_problems(arguments),
             *run_problems(model, data, training),
             *_schedule_problems(arguments),
         ]
     )
-
-
-def _rows_problems(arguments: Arguments) -> Iterator[str]:
-    """Rows of the embeddings are chosen by counting the tokens of old and new text."""
-    data, flag = arguments.data, "--train_embedding_rows"
-    if arguments.adapter.train_embedding_rows < 1 or arguments.training.dry_run:
-        return
-    if not data.replay:
-        yield f"{flag} takes the tokens that are more frequent than in the old text: name that with --replay"
-    if data.streaming:
-        yield f"{flag} counts the tokens of the text before training, which --streaming does not read: leave it out"
 
 
 def _schedule_problems(arguments: Arguments) -> Iterator[str]:

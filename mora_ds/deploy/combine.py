@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from mora_ds.adapters.low_rank_embeddings import is_low_rank, sum_of_products
-from mora_ds.adapters.new_embeddings import chosen_rows, is_new_rows, rows_of, stands_for
+from mora_ds.adapters.new_embeddings import is_new_rows, stands_for
 from mora_ds.adapters.ops.spec import SquareSpec
 from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, open_adapter
 from mora_ds.checkpoint.layout import (
@@ -200,8 +200,6 @@ def _check_pair(source: _Source, last: _Source) -> None:
         raise UserError(f"{pair} adapt different layers (--target_modules), e.g. {different[0]}")
     if different := sorted(set(source.adapter.trainables) ^ set(last.adapter.trainables)):
         raise UserError(f"{pair} train different tensors beside their matrices, e.g. {different[0]}")
-    if chosen_rows(source.adapter.facts) != chosen_rows(last.adapter.facts):
-        raise UserError(f"{pair} train different rows of the embeddings")
     if source.adapter.domains != last.adapter.domains:
         raise UserError(f"{pair} have different domains, or other operators for them")
     if None not in (source.ledger.vectors, last.ledger.vectors) and source.ledger.vectors != last.ledger.vectors:
@@ -302,8 +300,7 @@ class _Trained:
             base, key = self._original(name)
             original = base.read(key)
             if is_new_rows(name):
-                chosen = chosen_rows(self._sources[-1].adapter.facts)
-                original = original[rows_of(original, len(parts[0][1]), chosen)]
+                original = original[len(original) - len(parts[0][1]) :]
             parts.append((self._of_base, original))
         return _rounded_sum((tensor.double() * float(weight) for weight, tensor in parts), name)
 

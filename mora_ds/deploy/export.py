@@ -22,7 +22,7 @@ from torch import Tensor
 from mora_ds.adapters import nf4
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.low_rank_embeddings import is_low_rank, with_product
-from mora_ds.adapters.new_embeddings import chosen_rows, is_new_rows, stands_for, with_rows
+from mora_ds.adapters.new_embeddings import is_new_rows, stands_for, with_new_rows
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import (
@@ -113,7 +113,7 @@ class OpenedRun:
         table = self.base.read(self.reference.keys[stands_for(name)])
         if is_low_rank(name):
             return with_product(table, tensor).to(dtype)
-        return with_rows(table.to(dtype), tensor.to(dtype), chosen_rows(self.adapter.facts))
+        return with_new_rows(table.to(dtype), tensor)
 
 
 def export_merged(

@@ -25,8 +25,6 @@ from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.checkpoint.contents import PROBE_TOKENS
 from mora_ds.checkpoint.state import TrainerState, run_identity
 from mora_ds.config.domains import adapter_config
-from mora_ds.config.mixture import replayed_names
-from mora_ds.data import Mixture
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.base_ring import ring_of
@@ -39,7 +37,6 @@ from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.planning.costs import costs
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.train.compute import check_same, path_in
-from mora_ds.train.embedding_rows import embedding_rows
 from mora_ds.train.init_adapter import InitialAdapter
 from mora_ds.train.init_lora import InitialLoRA
 from mora_ds.train.job import Job
@@ -130,12 +127,6 @@ class AdapterJob(Job):
         config = adapter_config(arguments.adapter, arguments.data, arguments.training.seed)
         if arguments.adapter.train_new_embeddings:
             config = replace(config, new_rows_from=first_new_row(loaded.base.folder))
-        if count := arguments.adapter.train_embedding_rows:
-            assert isinstance(self.data.train, Mixture), "validated"
-            vocabulary = len(loaded.model.get_input_embeddings().weight)
-            old = replayed_names(arguments.data)
-            rows = embedding_rows(count, vocabulary, self.data.train, old, place.checkpoint, place.ranks)
-            config = replace(config, trained_rows=rows)
         targets = RunTargets(arguments.adapter, place.targets, place.folder, place.checkpoint, place.ranks)
         return targets.planned(config, loaded.model, loaded.base, loaded.keys)
 

@@ -127,8 +127,6 @@ def _adapter_config(
     if adapter.adapter == AdapterKind.FULL.value:
         return None
     config = planned_config(adapter, adapter_config(adapter, data, seed), model, trust_remote_code)
-    if adapter.train_embedding_rows:  # which ones makes no difference to a plan
-        config = replace(config, trained_rows=tuple(range(adapter.train_embedding_rows)))
     if not adapter.train_new_embeddings:
         return config
     path = expanded(model, MODEL_FLAG)

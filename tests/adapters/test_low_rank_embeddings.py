@@ -176,7 +176,6 @@ def test_where_it_does_not_fit_it_is_refused(user: Playground, tmp_path: Path) -
         ({"train_embeddings": True}, "--train_embedding_rank keeps embeddings and head frozen"),
         ({"train_head": True}, "--train_embedding_rank keeps embeddings and head frozen"),
         ({"new_rows_from": 9}, "--train_embedding_rank: the embeddings are a NewRowEmbedding"),
-        ({"trained_rows": (1,)}, "--train_embedding_rank: the embeddings are a NewRowEmbedding"),
         ({"embedding_rank": -1}, "--train_embedding_rank must be at least 1, got -1"),
     ):
         with pytest.raises(UserError, match=message):

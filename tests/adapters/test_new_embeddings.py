@@ -1,5 +1,4 @@
-"""--train_new_embeddings trains the added rows only; they are sharded, resumed and exported with the adapters. What
-holds for rows that were chosen (test_embedding_rows.py) too is tested for both."""
+"""--train_new_embeddings trains the added rows only; they are sharded, resumed and exported with the adapters."""
 
 from __future__ import annotations
 
@@ -31,24 +30,20 @@ from tests.helpers.jobs import Playground, losses, refused, run
 from tests.helpers.models import causal_loss, tiny_model, tokens
 
 FIRST = 112
-ROWS = {"last": list(range(FIRST, 128)), "chosen": list(range(1, 128, 8))}
-"""16 rows of 128."""
 
 
-def model_with_new_rows(tied: bool, rows: str = "last") -> Any:
+def model_with_new_rows(tied: bool) -> Any:
     model = tiny_model("llama", tie_word_embeddings=tied)
-    which = {"new_rows_from": FIRST} if rows == "last" else {"trained_rows": ROWS[rows]}
-    report = inject(model, MoRAConfig(rank=2, **which))  # type: ignore[arg-type]
+    report = inject(model, MoRAConfig(rank=2, new_rows_from=FIRST))
     assert report.other_trainable_params == (128 - FIRST) * 32 * (1 if tied else 2)
     return model
 
 
-@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_outputs_and_gradients_are_those_of_trained_tables(tied: bool, rows: str) -> None:
+def test_outputs_and_gradients_are_those_of_trained_tables(tied: bool) -> None:
     """The loss and the gradient of the new rows are those of a model whose complete tables are trained."""
-    model, whole, ids = model_with_new_rows(tied, rows), tiny_model("llama", tie_word_embeddings=tied), tokens(3)
-    is_new = torch.isin(ids, torch.tensor(ROWS[rows]))
+    model, whole, ids = model_with_new_rows(tied), tiny_model("llama", tie_word_embeddings=tied), tokens(3)
+    is_new = ids >= FIRST
     assert is_new.any() and not is_new.all()
     for each in (model, whole):
         causal_loss(each, ids).backward()
@@ -56,9 +51,9 @@ def test_outputs_and_gradients_are_those_of_trained_tables(tied: bool, rows: str
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, NewRowEmbedding) and isinstance(head, NewRowHead)
     assert (embedding.new_rows is head.new_rows) == tied
-    wanted = whole.get_input_embeddings().weight.grad[ROWS[rows]]
+    wanted = whole.get_input_embeddings().weight.grad[FIRST:]
     assert torch.allclose(embedding.new_rows.grad, wanted, atol=1e-7) and wanted.abs().max() > 1e-3
-    assert torch.allclose(head.new_rows.grad, whole.get_output_embeddings().weight.grad[ROWS[rows]], atol=1e-7)
+    assert torch.allclose(head.new_rows.grad, whole.get_output_embeddings().weight.grad[FIRST:], atol=1e-7)
     names = {name for name, _ in model.named_parameters() if not name.endswith("square")}
     assert names == {"model.embed_tokens.new_rows"} | (set() if tied else {"lm_head.new_rows"})
 
@@ -81,10 +76,10 @@ def test_new_rows_are_sharded() -> None:
     assert run_ranks(2, shard_sizes, True) == [[16 * 32 // 2]] * 2
 
 
-def trained_on_ranks(tied: bool, rows: str) -> dict[str, torch.Tensor]:
+def trained_on_ranks(tied: bool) -> dict[str, torch.Tensor]:
     """All trained parameters, unsharded and in fp32, after three steps on this rank's part of the same rows."""
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    engine, *_ = initialize(model=model_with_new_rows(tied, rows), config=ds_config(3, 4 // world, 1))
+    engine, *_ = initialize(model=model_with_new_rows(tied), config=ds_config(3, 4 // world, 1))
     for step in range(3):
         mine = tokens(4, seed=step)[rank * 4 // world : (rank + 1) * 4 // world]
         engine.backward(causal_loss(engine, mine))
@@ -93,14 +88,14 @@ def trained_on_ranks(tied: bool, rows: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("tied, rows", [(True, "last"), (False, "last"), (True, "chosen"), (False, "chosen")])
-def test_two_ranks_train_them_as_one(tied: bool, rows: str) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_two_ranks_train_them_as_one(tied: bool) -> None:
     """The same rows of data, split over two ranks: the same parameters after three steps."""
-    alone = run_ranks(1, trained_on_ranks, tied, rows)[0]
-    both = run_ranks(2, trained_on_ranks, tied, rows)
+    alone = run_ranks(1, trained_on_ranks, tied)[0]
+    both = run_ranks(2, trained_on_ranks, tied)
     new = [name for name in alone if name.endswith("new_rows")]
     assert len(new) == (1 if tied else 2)
-    start = tiny_model("llama", tie_word_embeddings=tied).get_input_embeddings().weight[ROWS[rows]]
+    start = tiny_model("llama", tie_word_embeddings=tied).get_input_embeddings().weight[FIRST:]
     assert not torch.allclose(alone["model.embed_tokens.new_rows"], start, atol=1e-3)
     for name, value in alone.items():
         assert torch.equal(both[0][name], both[1][name]), name
@@ -194,39 +189,30 @@ class Softmax(torch.nn.Linear):
 
 
 def test_embeddings_and_heads_that_compute_something_else_are_refused() -> None:
-    for flag, which in (
-        ("--train_new_embeddings", {"new_rows_from": 112}),
-        ("--train_embedding_rows", {"trained_rows": (1,)}),
+    for change, message in (
+        ({"set_input_embeddings": Scaled(128, 32)}, "the embeddings are a Scaled"),
+        ({"set_output_embeddings": Softmax(32, 128)}, "the output head is a Softmax"),
     ):
-        for change, message in (
-            ({"set_input_embeddings": Scaled(128, 32)}, "the embeddings are a Scaled"),
-            ({"set_output_embeddings": Softmax(32, 128)}, "the output head is a Softmax"),
-        ):
-            model = tiny_model("llama")
-            for setter, module in change.items():
-                getattr(model, setter)(module)
-            with pytest.raises(UserError, match=f"{flag}: {message}"):
-                inject(model, MoRAConfig(rank=2, **which))  # type: ignore[arg-type]
+        model = tiny_model("llama")
+        for setter, module in change.items():
+            getattr(model, setter)(module)
+        with pytest.raises(UserError, match=f"--train_new_embeddings: {message}"):
+            inject(model, MoRAConfig(rank=2, new_rows_from=FIRST))
     headless = tiny_model("llama")
     headless.get_output_embeddings = lambda: None
     with pytest.raises(UserError, match="the output head is a NoneType, no linear layer"):
         inject(headless, MoRAConfig(rank=2, new_rows_from=112))
 
 
-@pytest.mark.parametrize("rows", ROWS)
-def test_a_head_keeps_its_bias(rows: str) -> None:
+def test_a_head_keeps_its_bias() -> None:
     table, x = torch.nn.Linear(4, 128), torch.randn(3, 4)
-    chosen = torch.tensor(ROWS[rows])
-    head = NewRowHead(table, torch.nn.Parameter(table.weight.data[chosen]), chosen, FIRST if rows == "last" else None)
+    head = NewRowHead(table, torch.nn.Parameter(table.weight.data[FIRST:]))
     torch.testing.assert_close(head(x), table(x))
 
 
-@pytest.mark.parametrize("rows", ROWS)
-def test_every_trained_row_is_looked_up_among_the_trained(rows: str) -> None:
-    chosen = torch.tensor(ROWS[rows])
+def test_every_trained_row_is_looked_up_among_the_trained() -> None:
     table = torch.nn.Embedding(128, 4)
-    embedding = NewRowEmbedding(table, torch.nn.Parameter(torch.zeros(len(chosen), 4)), chosen)
+    embedding = NewRowEmbedding(table, torch.nn.Parameter(torch.zeros(128 - FIRST, 4)))
     found = embedding(torch.arange(128))
-    assert not found[chosen].any()
-    frozen = [row for row in range(128) if row not in ROWS[rows]]
-    assert torch.equal(found[frozen], table.weight[frozen])
+    assert not found[FIRST:].any()
+    assert torch.equal(found[:FIRST], table.weight[:FIRST])

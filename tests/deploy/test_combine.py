@@ -272,14 +272,8 @@ def test_layers_and_trained_tensors_must_be_the_same(maker: Maker, tmp_path: Pat
     norm = {"model.norm.weight": torch.ones(maker.weights["model.norm.weight"].shape)}
     maker.write(tmp_path / "norms", MoRAConfig(rank=3), trained=norm)
     maker.write(tmp_path / "law", MoRAConfig(rank=3), domains=("law", "code"))
-    facts = {"config": {"trained_rows": [3]}}
-    shutil.copytree(tmp_path / "a", tmp_path / "rows")
-    content = read_adapter(tmp_path / "rows")
-    files.write_json_atomic(tmp_path / "rows" / "adapter.json", replace(content, facts=facts).to_dict())
-    files.write_manifest(tmp_path / "rows")
     for name, message in (
         ("fewer", "adapt different layers"), ("norms", "train different tensors"), ("law", "have different domains"),
-        ("rows", "train different rows of the embeddings"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             combine_adapters([tmp_path / "a", tmp_path / name], [1, 1], tmp_path / "sum")

@@ -38,7 +38,7 @@ CORE: list[Case] = [
     {"family": "llama", "operator": "rotate", "checkpointing": True, "inputs": "split", "compute": "weight"},
     {"family": "llama", "operator": "rotate", "grouping": "permuted", "embedding_rank": 3},
     {"family": "mistral", "operator": "decouple", "grouping": "permuted", "compute": "weight", "documents": True},
-    {"family": "qwen2", "operator": "decouple", "target_modules": ("q_proj", "down_proj"), "trained_rows": (3, 5, 7)},
+    {"family": "qwen2", "operator": "decouple", "target_modules": ("q_proj", "down_proj"), "new_rows_from": 120},
     {"family": "llama", "operator": "truncate", "rank": 1},  # 3 matrices of 8 rows: the folded inputs are smaller
     {"family": "qwen3", "operator": "share", "train_norms": True, "checkpointing": True},
     {"family": "qwen2", "operator": "share", "compute": "weight", "train_embeddings": True, "documents": True},

@@ -241,7 +241,7 @@ def test_ranks_are_compared_in_one_table(user: Playground, tmp_path: Path, ran: 
     flags = [
         "--methods",
         "full@0.01",
-        "recipe-rows-4@0.01",
+        "recipe-product-4@0.01",
         "lora@0.01",
         "--with",
         *reports,
@@ -254,10 +254,10 @@ def test_ranks_are_compared_in_one_table(user: Playground, tmp_path: Path, ran: 
     )
     found = json.loads((tmp_path / "all.json").read_text())
     rows = [row[:2] for row in found["tables"]["learning"]]
-    assert rows == [["rank", "method"], ["-", "full"], ["-", "recipe-rows-4"], ["2", "lora"], ["4", "lora"]]
+    assert rows == [["rank", "method"], ["-", "full"], ["-", "recipe-product-4"], ["2", "lora"], ["4", "lora"]]
     points = figures_learning.points(tmp_path / "all.json")
     assert [(point.method, point.rank, len(point.new)) for point in points] == [
-        ("full", 0, 2), ("recipe-rows-4", 0, 2), ("lora", 2, 2), ("lora", 4, 2),
+        ("full", 0, 2), ("recipe-product-4", 0, 2), ("lora", 2, 2), ("lora", 4, 2),
     ]  # fmt: skip
     figures_learning.draw_long(tmp_path / "all.json", tmp_path)
     assert "LoRA" in (tmp_path / "learning-ranks.svg").read_text() and (tmp_path / "all.svg").is_file()
