@@ -77,20 +77,6 @@ MUTATIONS = (
         ("models/test_load.py",),
     ),
     Mutation(
-        "a held weight outlives its step",
-        "adapters/held_weights.py",
-        "            layer.held = None\n",
-        "            pass\n",
-        ("adapters/test_hold_weights.py",),
-    ),
-    Mutation(
-        "a held weight lies in memory that others write",
-        "adapters/ops/blocks.py",
-        "weight.new_empty(shape) if keep else scratch(",
-        "scratch(",
-        ("adapters/ops/test_linear.py",),
-    ),
-    Mutation(
         "hashes of files are not compared",
         "common/files.py",
         "if sha256 is not None and sha256_file(path) != sha256:",

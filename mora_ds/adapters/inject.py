@@ -131,14 +131,12 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     rows = _shape_rows(targets, config)
     styles = style_in_plan(model)
     domains = Domains(config.domains) if isinstance(config, MoRAConfig) and config.domains else None
-    checkpointed = [name for name, module in model.named_modules() if getattr(module, "gradient_checkpointing", False)]
     before = 0 if config.base_bits == AS_LOADED else _bytes_to_round(targets, config.base_bits)
     for name, base in targets.items():
         aligned = _SIDES.get(styles.get(name, Style.WHOLE))
         layer = layer_for(config, base, spec_of(config, name, base, 0, aligned), name, domains)
         layer.train(base.training)
         layer.aligned = aligned
-        layer.recomputed = any(name.startswith(f"{each}." if each else "") for each in checkpointed)
         if config.base_bits != AS_LOADED:
             try:
                 weight = layer.spec.weight_name(name)

@@ -25,7 +25,7 @@ from mora_ds.adapters.ops import int8
 from mora_ds.adapters.ops.frozen import Weight, check_floating, dense, frozen_linear
 from mora_ds.adapters.ops.index_tables import IndexTables, tables_of
 from mora_ds.adapters.ops.int8 import Int8Weight
-from mora_ds.adapters.ops.linear import Compute, HeldWeight, mora_linear
+from mora_ds.adapters.ops.linear import Compute, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
 from mora_ds.adapters.ops.spec import Side, UpdateSpec
@@ -92,8 +92,6 @@ class AdaptedLinear(nn.Module):
         self.register_parameter(spec.value_name, nn.Parameter(value))
         self.spec = spec
         self.dropout = dropout
-        self.recomputed = False
-        """Whether gradient checkpointing runs forward again just before backward, which may then use what it formed."""
         self.split: Split | None = None
         """Set under tensor parallelism: the parameter is then this rank's shard of the value."""
         self.aligned: Side | None = None
@@ -242,10 +240,6 @@ class MoRALinear(AdaptedLinear):
     def __init__(self, base: Any, spec: OperatorSpec, dropout: float = 0.0, compute: Compute = Compute.AUTO) -> None:
         super().__init__(base, spec, dropout)
         self.compute = compute
-        self.holds_weight = False
-        """Whether W0 + delta, where it is formed, stays from forward to backward (`held_weights`)."""
-        self.held: HeldWeight | None = None
-        """Over the micro-batches of a step (`held_weights`)."""
         self.tables: KernelTables | None = None
         self._held: tuple[IndexTables, ...] = ()
 
@@ -271,13 +265,10 @@ class MoRALinear(AdaptedLinear):
             return self.split(self, x, square, path)
         frozen = self.frozen
         check_floating(x, frozen)
-        held = self.held
-        if held is None and self.training and (self.recomputed or self.holds_weight):
-            held = HeldWeight()
         if runs_kernels(x.device):
-            return kernel_linear(x, frozen, self.bias, square, self.kernel_tables(x.device), path, held)
+            return kernel_linear(x, frozen, self.bias, square, self.kernel_tables(x.device), path)
         self.hold_tables(x.device)
-        return mora_linear(x, frozen, self.bias, square, self.spec, path, held)
+        return mora_linear(x, frozen, self.bias, square, self.spec, path)
 
     def operators(self) -> tuple[OperatorSpec, ...]:
         """All operators that the layer computes with."""

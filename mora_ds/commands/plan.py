@@ -80,7 +80,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--expert_rank", type=int)
     parser.add_argument("--operator", default="auto")
     parser.add_argument("--target_modules", nargs="+", default=["all-linear"])
-    parser.add_argument("--hold_weights", action="store_true")
     parser.add_argument("--base_bits", type=int, default=AdapterArguments.base_bits)
     parser.add_argument("--base_device", default="auto", choices=[each.value for each in BaseDevice])
     parser.add_argument("--base_buffers", type=int, default=LEAST_BUFFERS)
@@ -132,7 +131,6 @@ def _work(given: argparse.Namespace) -> Work:
         seq_len=given.seq_len,
         micro_batch=given.micro_batch or 1,
         dtype=dtypes[given.dtype],
-        hold_weights=given.hold_weights,
         checkpointing=given.gradient_checkpointing or given.micro_batch is None,
         tensor_parallel=given.tensor_parallel_size,
         sequence_parallel=given.sequence_parallel_size,

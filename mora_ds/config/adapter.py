@@ -84,9 +84,6 @@ class AdapterArguments:
     run's dtype), blocks (the same for decouple and rotate, block by block: quicker on a CPU, rounded otherwise), auto
     (all are timed at the start, and each shape of layers takes the quickest one) or the run.yaml of an earlier run of
     auto, whose choice is taken. A resumed run keeps its choice."""
-    hold_weights: bool = False
-    """Layers that form W0 + update keep it over the micro-batches of a step, forward and backward: the same numbers,
-    quicker, for as much memory as the adapted weights have in the run's dtype. A resumed run may change it."""
     base_bits: int = AS_LOADED
     """8: hold the frozen weights of adapted layers in int8 with a scale per output, half of the memory of bf16; merges
     and exports read the original weights. 4: in NF4, 0.28 of the memory; they are rounded once, and merged cycles act

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mora_ds.adapters.ops.linear import Compute
 from mora_ds.config.adapter import AdapterArguments, AdapterKind, TPGrouping
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.base_device import BaseDevice
@@ -33,19 +32,7 @@ def adapter_problems(adapter: AdapterArguments, training: TrainingArguments) -> 
         yield from _other_learning_rate(adapter, training)
     if adapter.is_control and training.base_device == BaseDevice.HOST.value:
         yield f"--base_device host is for a base that is frozen under an adapter, and --adapter is {adapter.adapter}"
-    if adapter.hold_weights:
-        yield from _held_weights(adapter, training)
     yield from _tensor_parallel(adapter, training)
-
-
-def _held_weights(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[str]:
-    flag = "--hold_weights"
-    if adapter.adapter != AdapterKind.MORA.value:
-        yield f"{flag} is for MoRA matrices, and --adapter is {adapter.adapter}"
-    if adapter.compute == Compute.ACTIVATION.value or adapter.domain_adapters:
-        yield f"{flag}: layers that are computed over activations (--compute, --domain_adapters) form no weight"
-    if training.tensor_parallel_size > 1:
-        yield f"{flag}: layers that are split by --tensor_parallel_size keep nothing: leave one of them out"
 
 
 def _other_learning_rate(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[str]:

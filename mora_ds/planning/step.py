@@ -19,14 +19,11 @@ from torch import Tensor, nn
 
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.domains import DomainLinear, domains_of
-from mora_ds.adapters.held_weights import hold_weights, weights_held
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers, set_cycle
 from mora_ds.adapters.merge_layer import merge_layer
 from mora_ds.adapters.ops import blocks, index_tables
-from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.stack import StackSpec
-from mora_ds.adapters.path_times import undecided
 from mora_ds.adapters.quantized import quantized_bytes, quantized_layers
 from mora_ds.common.errors import UserError, reason
 from mora_ds.data.documents import Documents
@@ -65,8 +62,6 @@ class Work:
     by_documents: bool = False
     """Whether attention is document by document; planned with documents as long as the rows."""
     trust_remote_code: bool = False
-    hold_weights: bool = False
-    """Whether layers keep W0 + delta from forward to backward; planned as if all of them formed it."""
     base_buffers: int | None = None
     """Decoder layers whose frozen weights a device holds at a time (--base_device host); None: all of them."""
 
@@ -161,10 +156,6 @@ def planned_model(work: Work) -> Any:
         for layer in quantized_layers(model).values():
             if layer.is_packed:  # as after a merge, when it is added to the weight of the moment
                 layer.keep_merged([(layer.spec, layer.value.detach())])
-    if work.hold_weights:
-        hold_weights(model)
-        for layer in undecided(model).values():
-            layer.compute = Compute.WEIGHT
     if work.tensor_parallel > 1:
         split_model(model, _SingleRank(work.tensor_parallel, 0, None), work.tp_inputs)
     if is_frozen(model.get_output_embeddings()):
@@ -190,10 +181,9 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
                 token_nll(model, batch)  # the first pass makes the tables
             lasting = meter.live
             meter.restart_peak()
-            with weights_held(model):
-                loss = token_nll(model, batch)
-                saved = meter.live
-                loss.backward()
+            loss = token_nll(model, batch)
+            saved = meter.live
+            loss.backward()
             del loss
     except (RuntimeError, NotImplementedError) as error:  # a kernel that torch has for devices only
         raise UserError(f"this model cannot be planned in {work.dtype}: {reason(error)}") from error

@@ -18,7 +18,6 @@ from mora_ds.adapters.alignment import Alignment
 from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import domains_of
-from mora_ds.adapters.held_weights import hold_weights
 from mora_ds.adapters.inject import frozen_buffers, inject
 from mora_ds.adapters.path_times import undecided
 from mora_ds.adapters.tp_plan import plan_of
@@ -154,8 +153,6 @@ class AdapterJob(Job):
         model, base, keys = self.loaded.model, self.loaded.base, self.loaded.keys
         device = torch.device("cpu") if self._streams else current_device()
         report = inject(model, self.config, lambda name: base.read(keys[name]).to(device))
-        if self.arguments.adapter.hold_weights:
-            hold_weights(model)
         self.trainable_parameters, self.total_parameters = report.trainable_params, report.total_params
         logger.info(report)
         if adapter.alignment_weight and isinstance(self.config, MoRAConfig):

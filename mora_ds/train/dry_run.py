@@ -106,7 +106,6 @@ def planner_of(
         micro_batch=training.per_device_train_batch_size,
         dtype=getattr(torch, compute_dtype(ds_config)),
         checkpointing=training.gradient_checkpointing,
-        hold_weights=adapter.hold_weights,
         tensor_parallel=training.tensor_parallel_size,
         sequence_parallel=training.sequence_parallel_size,
         tp_inputs=TPInputs(training.tp_inputs),

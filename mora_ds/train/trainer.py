@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mora_ds.adapters.held_weights import weights_held
 from mora_ds.common.errors import RunError, Stopped
 from mora_ds.config.forgetting import report
 from mora_ds.config.training import TrainingArguments
@@ -173,14 +172,13 @@ class Trainer:
         alignment = self.job.alignment
         self.engine.train()
         self._source_losses.reset()
-        with weights_held(self.engine.module):
-            for micro_batch in batch:
-                with nullcontext() if alignment is None else alignment.recording():
-                    batch_nll = self._nll(micro_batch)
-                loss = batch_nll * scale
-                self.engine.backward(loss if alignment is None else loss + alignment.loss())
-                self.engine.step()
-                nll += batch_nll.detach()
+        for micro_batch in batch:
+            with nullcontext() if alignment is None else alignment.recording():
+                batch_nll = self._nll(micro_batch)
+            loss = batch_nll * scale
+            self.engine.backward(loss if alignment is None else loss + alignment.loss())
+            self.engine.step()
+            nll += batch_nll.detach()
         changed = self._is_logged(step + 1) and bool(self.job.changed_base_files())
         losses, tokens = self._source_losses.sums()
         numbers = [*tokens, self.loader.labels_ahead(step + 1)]

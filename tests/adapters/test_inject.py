@@ -329,28 +329,3 @@ def test_layers_stay_in_training_or_evaluation() -> None:
         model = tiny_model().train(mode)
         inject(model, MoRAConfig(rank=4, dropout=0.5))
         assert {layer.training for layer in mora_layers(model).values()} == {mode}
-
-
-class Blocks(nn.Module):
-    """Eleven layers, of which 1 alone recomputes its forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(11))
-        self.layers[1].gradient_checkpointing = True  # type: ignore[assignment]
-
-
-def test_a_blocks_number_is_not_the_beginning_of_anothers() -> None:
-    model = Blocks()
-    inject(model, MoRAConfig(rank=1))
-    assert [name for name, layer in mora_layers(model).items() if layer.recomputed] == ["layers.1.0"]
-
-
-def test_layers_within_a_checkpointed_block_are_marked() -> None:
-    """Their backward may use the weight that the second forward formed; without checkpointing all would be kept."""
-    for checkpointing in (False, True):
-        model = tiny_model("llama")
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        inject(model, MoRAConfig(rank=4))
-        assert {layer.recomputed for layer in mora_layers(model).values()} == {checkpointing}

@@ -44,13 +44,13 @@ def test_the_tool_plans_what_its_flags_say(monkeypatch: pytest.MonkeyPatch, tmp_
     flags = (
         "--gpus 16 --gpus_per_node 4 --gpu_memory 40 --tflops 100 --link_gbps 800 --node_link_gbps 200 "
         "--host_link_gbps 80 --seq_len 256 --micro_batch 2 --accumulation 3 --tensor_parallel_size 2 --dtype fp16 "
-        "--no_document_mask --hold_weights --mora_rank 4 --train_embedding_rank 3 --deepspeed=~/ds.json"
+        "--no_document_mask --mora_rank 4 --train_embedding_rank 3 --deepspeed=~/ds.json"
     )
     monkeypatch.setattr(sys, "argv", ["plan", "--model", str(TINY), *flags.split()])
     given = tool._options()
     work, config = tool._work(given), tool._ds_config(given)
     assert (work.seq_len, work.micro_batch, work.dtype, work.tensor_parallel) == (256, 2, torch.float16, 2)
-    assert (work.document_mask, work.hold_weights, work.checkpointing) == (False, True, False)
+    assert (work.document_mask, work.checkpointing) == (False, False)
     assert work.adapter == MoRAConfig(rank=4, embedding_rank=3)
     assert tool._cluster(given) == Cluster(16, 4, 40e9, 100, 1e11, 25e9, 1e10)
     assert config["train_batch_size"] == 2 * 3 * 8 and config["zero_optimization"]["stage"] == 2

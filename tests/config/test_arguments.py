@@ -246,10 +246,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "upload of nothing": ({"adapter": "none", "push_to_hub": "a/b"}, "leave out --push_to_hub"),
     "domains of none": ({"eval_domains": ["held=law"]}, "--eval_domains is for --domain_adapters"),
-    "kept activations": (
-        {"hold_weights": True, "compute": "activation"},
-        "layers that are computed over activations (--compute, --domain_adapters) form no weight",
-    ),
     "evaluation alone": (
         {"model_name_or_path": None, "train_files": [], "eval_files": ["x"]},
         "--eval_files without --train_files or --dataset_name",

@@ -11,7 +11,6 @@ and blocks, summed in fp32 and rounded once.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from mora_ds.adapters.kernels import ops
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, linear, maker_of, parts_of, product, weight_of
 from mora_ds.adapters.ops.int8 import Int8Weight
-from mora_ds.adapters.ops.linear import Compute, HeldWeight, formula_of_0_2
+from mora_ds.adapters.ops.linear import Compute, formula_of_0_2
 
 
 def activation_linear(x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables) -> Tensor:
@@ -30,25 +29,23 @@ def activation_linear(x: Tensor, weight: Weight, bias: Tensor | None, square: Te
     return y
 
 
-def weight_linear(
-    x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables, held: HeldWeight | None = None
-) -> Tensor:
+def weight_linear(x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables) -> Tensor:
     """(W0 + delta) x + b: (..., D) -> (..., O). Saves the folded input for share and truncate, the input itself for
-    decouple and rotate; and W0 + delta where it is to be held."""
-    y: Tensor = _Weight.apply(x, weight, bias, square, tables, held)
+    decouple and rotate."""
+    y: Tensor = _Weight.apply(x, weight, bias, square, tables)
     return y
 
 
 def kernel_linear(
     x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables,
-    path: Compute = Compute.AUTO, held: HeldWeight | None = None,
+    path: Compute = Compute.AUTO,
 ) -> Tensor:  # fmt: skip
     """`ops.linear.mora_linear` by kernels."""
     spec = tables.spec
     if path is Compute.AUTO:
         path = formula_of_0_2(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype, spec)
     if path.over_weight:
-        return weight_linear(x, weight, bias, square, tables, held)
+        return weight_linear(x, weight, bias, square, tables)
     return activation_linear(x, weight, bias, square, tables)
 
 
@@ -90,27 +87,24 @@ def _flat(x: Tensor) -> Tensor:
 class _Weight(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables,
-        held: HeldWeight | None,
-    ) -> Tensor:  # fmt: skip
-        form = partial(form_weight, weight, square, tables)
-        formed = form() if held is None else held.get(form)
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables
+    ) -> Tensor:
         saved = x if tables.spec.blockwise else _fold(_flat(x), tables)
         ctx.tables, ctx.make = tables, maker_of(weight)
-        ctx.save_for_backward(saved, square, None if held is None else formed, *parts_of(weight))
-        return linear(x, formed, bias)
+        ctx.save_for_backward(saved, square, *parts_of(weight))
+        return linear(x, form_weight(weight, square, tables), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,), tables = gradients, ctx.tables
-        saved, square, formed, *parts = ctx.saved_tensors
+        saved, square, *parts = ctx.saved_tensors
         g_x = g_square = None
         if ctx.needs_input_grad[0]:
-            g_x = g @ (form_weight(weight_of(ctx.make, *parts), square, tables) if formed is None else formed)
+            g_x = g @ form_weight(weight_of(ctx.make, *parts), square, tables)
         if ctx.needs_input_grad[3]:
             z = _fold(_flat(saved), tables) if tables.spec.blockwise else saved
             g_square = _square_gradient(_collect(_flat(g), tables), z, square.dtype)
-        return g_x, None, None, g_square, None, None
+        return g_x, None, None, g_square, None
 
 
 class _Activation(torch.autograd.Function):

@@ -71,11 +71,11 @@ def clear_tables() -> None:
     _tables.cache_clear()
 
 
-def form(spec: OperatorSpec, square: Tensor, weight: Tensor, keep: bool = True) -> Tensor:
-    """weight (O, D) + delta_weight(M), contiguous; a new tensor, or without `keep` `scratch`."""
+def form(spec: OperatorSpec, square: Tensor, weight: Tensor) -> Tensor:
+    """weight (O, D) + delta_weight(M), contiguous, in `scratch`."""
     tables = _tables(spec, weight.dtype, weight.device)
     shape = spec.d_out + 1, spec.d_in  # one row more, for what fills up the last output block
-    formed = weight.new_empty(shape) if keep else scratch("formed", weight, *shape)
+    formed = scratch("formed", weight, *shape)
     formed[:-1] = weight
     squares = _rotated(spec, square, tables.turns).to(weight.dtype)
     for into, out in block_pairs(spec):

@@ -14,9 +14,7 @@ A quantized weight is made dense for each product of either path, and freed afte
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import Enum
-from functools import partial
 from typing import Any
 
 import torch
@@ -86,31 +84,15 @@ def formula_of_0_2(
     return Compute.WEIGHT if weight <= activation else Compute.ACTIVATION
 
 
-class HeldWeight:
-    """W0 + delta of a layer for as long as neither changes: the weight path forms it once, and saves it for backward.
-
-    A new one for each call is right under gradient checkpointing, which runs forward again just before backward and
-    drops what the first forward saved: the sum is then formed twice, not three times.
-    """
-
-    formed: Tensor | None = None
-
-    def get(self, form: Callable[[], Tensor]) -> Tensor:
-        """The sum, formed at the first call."""
-        if self.formed is None:
-            self.formed = form()
-        return self.formed
-
-
 def mora_linear(
     x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec,
-    path: Compute = Compute.AUTO, held: HeldWeight | None = None,
+    path: Compute = Compute.AUTO,
 ) -> Tensor:  # fmt: skip
     """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will do."""
     if path is Compute.AUTO:
         path = formula_of_0_2(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype, spec)
     if path.over_weight:
-        return _WeightPath.apply(x, weight, bias, square, spec, held, path is Compute.BLOCKS and spec.blockwise)
+        return _WeightPath.apply(x, weight, bias, square, spec, path is Compute.BLOCKS and spec.blockwise)
     return _ActivationPath.apply(x, weight, bias, square, spec)
 
 
@@ -121,32 +103,26 @@ class _WeightPath(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec,
-        held: HeldWeight | None, by_blocks: bool,
+        by_blocks: bool,
     ) -> Tensor:  # fmt: skip
         ctx.spec, ctx.make, ctx.form = spec, maker_of(weight), blocks.form if by_blocks else effective_weight
         saved = x if spec.blockwise else fold_input(spec, x)
-        form = partial(ctx.form, spec, square, dense(weight, x.dtype))
-        formed = form(keep=False) if held is None else held.get(form)
-        ctx.save_for_backward(saved, square, None if held is None else formed, *parts_of(weight))
-        return linear(x, formed, bias)
+        ctx.save_for_backward(saved, square, *parts_of(weight))
+        return linear(x, ctx.form(spec, square, dense(weight, x.dtype)), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,), spec = gradients, ctx.spec
-        saved, square, formed, *parts = ctx.saved_tensors
+        saved, square, *parts = ctx.saved_tensors
         g_x = g_square = None
         if ctx.needs_input_grad[0]:
-            g_x = g @ (
-                ctx.form(spec, square, dense(weight_of(ctx.make, *parts), g.dtype), keep=False)
-                if formed is None
-                else formed
-            )
+            g_x = g @ ctx.form(spec, square, dense(weight_of(ctx.make, *parts), g.dtype))
         if ctx.needs_input_grad[3]:
             if ctx.form is blocks.form:
                 g_square = blocks.square_gradient(spec, saved, g)
             else:
                 g_square = square_gradient(spec, saved, g, form_dense=sums_by_product(g))
-        return g_x, None, None, g_square, None, None, None
+        return g_x, None, None, g_square, None, None
 
 
 class _ActivationPath(torch.autograd.Function):

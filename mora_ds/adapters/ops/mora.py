@@ -258,11 +258,11 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
     return _block_rows(spec, square).index_select(0, tables_of(spec, square.device).slots)
 
 
-def effective_weight(spec: OperatorSpec, square: Tensor, weight: Tensor, keep: bool = True) -> Tensor:
-    """weight (O, D) + delta_weight; a new tensor, or without `keep` `scratch` where that is no more work."""
+def effective_weight(spec: OperatorSpec, square: Tensor, weight: Tensor) -> Tensor:
+    """weight (O, D) + delta_weight, in `scratch` where that is no more work."""
     if spec.kind is OperatorKind.SHARE:
         rows, slots = input_columns(spec, square), tables_of(spec, square.device).slots
-        if keep or not reuses_memory(rows):
+        if not reuses_memory(rows):
             return add_rows(weight, rows, slots)
         formed = scratch("formed", rows, spec.d_out, spec.d_in)
         return torch.index_select(rows, 0, slots, out=formed).add_(weight)

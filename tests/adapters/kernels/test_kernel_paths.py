@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from mora_ds.adapters.kernels.linear import activation_linear, form_weight, weight_linear
 from mora_ds.adapters.kernels.tables import KernelTables
@@ -21,7 +20,7 @@ from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.merge_layer import merge_layer
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
-from mora_ds.adapters.ops.linear import Compute, HeldWeight
+from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight, effective_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from tests.helpers.operators import by_definition, outputs_and_gradients, random, saved_bytes, specs
@@ -128,21 +127,6 @@ def test_a_shared_square_keeps_the_folded_input_alone(path: str) -> None:
     square, tables = torch.randn(16, 16, requires_grad=True), KernelTables(spec, CPU)
     step = lambda: PATHS[path](x, weight, None, square, tables)  # noqa: E731
     assert saved_bytes(step, weight, square) == 40 * 16 * 4
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize(("keep", "formed"), [(False, 3), (True, 2)])
-def test_checkpointing_forms_the_weight_once_for_each_forward(keep: bool, formed: int, reentrant: bool) -> None:
-    spec = OperatorSpec(OperatorKind.SHARE, 16, 16, 4)
-    x, square = meta(8, 16).requires_grad_(), meta(4, 4).requires_grad_()
-    tables, weight = KernelTables(spec, x.device), meta(16, 16)
-
-    def layer(x: Tensor) -> Tensor:
-        return weight_linear(x, weight, None, square, tables, HeldWeight() if keep else None)
-
-    with Kernels() as kernels:
-        checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
-    assert kernels.started["mora_ds.form"] == formed
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from mora_ds.adapters.ops import blocks, gather, linear, mora
 from mora_ds.adapters.ops.linear import Compute, formula_of_0_2, mora_linear
@@ -97,37 +94,12 @@ def test_rotate_keeps_the_input_that_others_read_too(path: Compute) -> None:
     assert saved_bytes(lambda: mora_linear(x, weight, None, square, spec, path), weight, square, x) == 0
 
 
-@pytest.mark.parametrize("kind", [OperatorKind.SHARE, OperatorKind.ROTATE])
-def test_checkpointing_forms_the_weight_once_for_each_forward(
-    kind: OperatorKind, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With `HeldWeight`, and the same bits as without."""
-    spec, formed = OperatorSpec(kind, 16, 12, 6, Grouping.PERMUTED, seed=1), []
-    weight, x, square = random(12, 16), random(5, 16, seed=1).requires_grad_(), random(6, 6, seed=2).requires_grad_()
-    original = linear.effective_weight
-    monkeypatch.setattr(
-        linear, "effective_weight", lambda *given, **named: formed.append(1) or original(*given, **named)
-    )
-
-    def form(hold: Callable[[], linear.HeldWeight | None]) -> torch.Tensor:
-        return mora_linear(x, weight, None, square, spec, Compute.WEIGHT, hold())
-
-    gradients = []
-    for hold, times in ((lambda: None, 3), (linear.HeldWeight, 2)):
-        formed.clear()
-        y = checkpoint(partial(form, hold), use_reentrant=False)
-        gradients.append(torch.autograd.grad(y.sum(), (x, square)))
-        assert len(formed) == times
-    assert all(map(torch.equal, *gradients))
-
-
 # -- memory that is written again --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("kind", [OperatorKind.SHARE, OperatorKind.ROTATE])
 def test_layers_that_write_to_the_same_memory_keep_their_bits(
-    kind: OperatorKind, keep: bool, monkeypatch: pytest.MonkeyPatch
+    kind: OperatorKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three layers of other shapes one after the other, forward and backward, in inference mode before."""
     monkeypatch.setattr(gather, "_kept", gather._Kept())
@@ -138,7 +110,7 @@ def test_layers_that_write_to_the_same_memory_keep_their_bits(
     def outputs() -> torch.Tensor:
         y = x
         for spec, weight, square in zip(specs, weights, squares, strict=True):
-            y = mora_linear(y, weight, None, square, spec, Compute.BLOCKS, linear.HeldWeight() if keep else None)
+            y = mora_linear(y, weight, None, square, spec, Compute.WEIGHT)
         return y
 
     def all_of_it() -> list[torch.Tensor]:
