@@ -269,8 +269,6 @@ class MoRAConfig(AdapterConfig):
     def _unsuited_to(self, kind: OperatorKind) -> Iterator[str]:
         if self.vector_sets > 1:
             yield f"--subspace_cycles is for --operator subspace, and the operator is {kind.value}"
-        if self.compute == Compute.BLOCKS.value and kind in (OperatorKind.SHARE, OperatorKind.TRUNCATE):
-            yield f"--compute blocks is for decouple and rotate, and the operator is {kind.value}: use weight"
         if kind is OperatorKind.SHARE:
             return
         any_kind = (Grouping.PLAIN.value, Grouping.PERMUTED.value)
@@ -283,8 +281,8 @@ class MoRAConfig(AdapterConfig):
     def _unsuited_to_subspace(self) -> Iterator[str]:
         if self.grouping != MoRAConfig.grouping:
             yield f"--operator subspace has no groups: drop --grouping {self.grouping}"
-        if Compute(self.compute).over_weight:
-            yield f"--operator subspace is computed over activations: drop --compute {self.compute}"
+        if self.compute == Compute.WEIGHT.value:
+            yield "--operator subspace is computed over activations: drop --compute weight"
         if self.base_bits == 4:
             yield "--base_bits 4: --operator subspace needs the dense weight's singular vectors: use --base_bits 8"
         if self.segments > 0:

@@ -62,10 +62,6 @@ class DomainLinear(MoRALinear):
     def dtype(self) -> torch.dtype:
         return next(self.parameters(recurse=False)).dtype
 
-    @property
-    def has_paths(self) -> bool:
-        return False  # a row's own matrix is in no weight that all rows could share
-
     def operators(self) -> tuple[OperatorSpec, ...]:
         return self.spec, self.own_spec
 

@@ -25,7 +25,7 @@ from mora_ds.adapters.ops import int8
 from mora_ds.adapters.ops.frozen import Weight, check_floating, dense, frozen_linear
 from mora_ds.adapters.ops.index_tables import IndexTables, tables_of
 from mora_ds.adapters.ops.int8 import Int8Weight
-from mora_ds.adapters.ops.linear import Compute, mora_linear
+from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
 from mora_ds.adapters.ops.spec import Side, UpdateSpec
@@ -36,9 +36,8 @@ from mora_ds.adapters.ops.terms import Term, join
 class Split(Protocol):
     """How the ranks of a tensor-parallel group compute a layer (`parallel.tensor_parallel.LayerSplit`)."""
 
-    @property
-    def has_paths(self) -> bool:
-        """Whether the layer can be computed over its weight, too."""
+    def sizes(self, spec: OperatorSpec) -> tuple[int, int]:
+        """(inputs, outputs) of the layer that a rank computes."""
 
     def __call__(self, layer: MoRALinear, x: Tensor, own: Tensor, path: Compute) -> Tensor:
         """This rank's part of the layer's output, from its shard of the value."""
@@ -243,21 +242,18 @@ class MoRALinear(AdaptedLinear):
         self.tables: KernelTables | None = None
         self._held: tuple[IndexTables, ...] = ()
 
-    @property
-    def has_paths(self) -> bool:
-        """Whether it can be trained over either path: with dropout, the frozen weight and M read different inputs."""
-        return not self.dropout and (self.split is None or self.split.has_paths)
-
-    @property
-    def has_blocks_path(self) -> bool:
-        """Whether `Compute.BLOCKS` is another path than WEIGHT: for decouple and rotate, where neither kernels nor a
-        tensor-parallel group compute them."""
-        return self.spec.blockwise and self.split is None and not runs_kernels(self.weight.device)
+    def path(self, tokens: int) -> Compute:
+        """How the layer is computed when it is called with so many tokens: as it was told, or the cheaper way."""
+        if self.compute is not Compute.AUTO:
+            return self.compute
+        sizes = (self.in_features, self.out_features) if self.split is None else self.split.sizes(self.spec)
+        return cheaper_path(tokens, *sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.split is None and self.training and self.dropout:
             return super().forward(x)
-        return self.product(x, self.square.to(x.dtype), self.compute)
+        tokens = x.numel() // x.shape[-1]
+        return self.product(x, self.square.to(x.dtype), self.path(tokens))
 
     def product(self, x: Tensor, square: Tensor, path: Compute) -> Tensor:
         """The layer's output with `square` in place of its own M (this rank's shard of it, where it is split)."""

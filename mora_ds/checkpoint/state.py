@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mora_ds.adapters.config import AdapterConfig
-from mora_ds.adapters.ops.linear import Compute
 from mora_ds.checkpoint.layout import STATE_FILE
 from mora_ds.common import files
 from mora_ds.common.errors import Bounds, UserError
@@ -20,9 +19,6 @@ MERGE_PRECISION = "exact"
 """Recorded in identities and adapter.json: the original weight and all updates are summed in fp32 and rounded once.
 Versions up to 0.2 also knew "incremental" merges; a checkpoint of such a run cannot be resumed."""
 
-
-Paths = dict[str, Compute]
-"""Shape of a layer (`path_times.shape_of`) -> the path that it takes."""
 
 Processes = Annotated[int, Bounds(least=1, most=1 << 20)]
 
@@ -62,8 +58,8 @@ class TrainerState:
     """Whether all steps are done, with the merge and the evaluation after the last one."""
     evaluation_pending: bool = False
     """Whether the evaluation after this step is still to be made: the run stopped before or during it."""
-    compute: Paths = field(default_factory=dict)
-    """The paths that --compute auto has chosen. Empty: none were chosen, or the run began before paths were timed."""
+    micro_batch_tokens: Count = 0
+    """Tokens of a micro-batch that a rank computes, by which --compute auto chooses; 0: not known."""
     stream: dict[str, Any] | None = None
     """Positions of streamed sources before the next step's batch; None without streams."""
     attention: AttentionKind = AttentionKind.DENSE

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.adapters.domain_names import Freeze
-from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
 from mora_ds.adapters.ops.subspace import SUBSPACE
 from mora_ds.adapters.target_patterns import names_experts
 from mora_ds.adapters.target_plan import AUTO, parse_budget
 from mora_ds.common.errors import COUNT, NOT_NEGATIVE, POSITIVE, refusal, wrong_values
-from mora_ds.common.untrusted import expanded
 from mora_ds.config.flags import documented
 from mora_ds.remora.optimizer_reset import OptimizerReset
 
@@ -81,9 +78,8 @@ class AdapterArguments:
     """With --targets auto: parameters of all MoRA matrices, as a share of the model's (0.5%) or a number."""
     compute: str = "auto"
     """activation (the update is applied to the activations), weight (a weight W0 + update is formed, rounded to the
-    run's dtype), blocks (the same for decouple and rotate, block by block: quicker on a CPU, rounded otherwise), auto
-    (all are timed at the start, and each shape of layers takes the quickest one) or the run.yaml of an earlier run of
-    auto, whose choice is taken. A resumed run keeps its choice."""
+    run's dtype) or auto: weight for each layer where d_in * d_out <= 2 * tokens * (d_in + d_out), of the tokens of a
+    micro-batch, which is about the cheaper of the two."""
     base_bits: int = AS_LOADED
     """8: hold the frozen weights of adapted layers in int8 with a scale per output, half of the memory of bf16; merges
     and exports read the original weights. 4: in NF4, 0.28 of the memory; they are rounded once, and merged cycles act
@@ -154,11 +150,6 @@ class AdapterArguments:
         return [flag for flag, value in given.items() if value]
 
     @property
-    def compute_file(self) -> Path | None:
-        """The file of --compute, where its value is no name."""
-        return expanded(self.compute, "--compute") if self.compute.endswith((".yaml", ".yml")) else None
-
-    @property
     def adapts_experts(self) -> bool:
         """Whether the targets name experts of a mixture."""
         return any(names_experts(pattern) for pattern in self.target_modules)
@@ -180,7 +171,7 @@ class AdapterArguments:
             grouping=self.grouping,
             expert_rank=self.expert_rank or 0,
             r_hat_multiple=R_HAT_MULTIPLE if self.r_hat_multiple is None else self.r_hat_multiple,
-            compute=self.compute if self.compute_file is None else Compute.AUTO.value,
+            compute=self.compute,
             segments=self.tp_segments if self.tp_grouping == TPGrouping.ALIGNED.value else 0,
             vector_sets=self.subspace_cycles,
             **self._common(seed),

@@ -100,7 +100,7 @@ def domain_problems(adapter: AdapterArguments, data: DataArguments, training: Tr
         yield str(error)
     contradictions = {
         f"--compute {adapter.compute} forms one weight for all rows; leave it at auto": adapter.compute
-        in (Compute.WEIGHT.value, Compute.BLOCKS.value),
+        == Compute.WEIGHT.value,
         "--trainable_budget counts one MoRA matrix a layer, and there are several; give the file of a plan to "
         "--targets": adapter.trainable_budget is not None,
         f"--operator {SUBSPACE} has no MoRA matrices for single rows; use another one": adapter.operator == SUBSPACE,

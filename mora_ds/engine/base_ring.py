@@ -108,18 +108,6 @@ class BaseRing:
             handle.remove()
 
     @contextmanager
-    def holding(self, module: nn.Module) -> Iterator[None]:
-        """Within it, the layer of `module` is on the device, as while its forward runs."""
-        if module not in self._index:
-            yield
-            return
-        self._enter(self._index[module])
-        try:
-            yield
-        finally:
-            self._leave()
-
-    @contextmanager
     def aside(self) -> Iterator[None]:
         """Within it, all modules hold views: `nn.Module.to` would move what is in host memory to the device."""
         for layer in self._layers:

@@ -3,7 +3,6 @@
     __init__                    options are checked, the adapter is injected
     _prepare_for_training       accelerate makes the engine of `mora_ds.initialize`; a `Run` is opened around it, or
                                 restored from checkpoint-N: engine, ledger, and the base as of that step
-    training_step               the first one of a new run decides how each layer computes (`Run.choose_compute`)
     callback, on_step_end       merges (`callback`)
     checkpoint-N/               trainer_state.json, random states: transformers'; checkpoints/step-N: a checkpoint of
                                 mora_ds, as launch/pretrain.py writes it
@@ -141,7 +140,6 @@ class MoRATrainer(_Base):
             overwrite=True,
             details=RunDetails(keys=keys, identity={"seed": self.args.seed}),
         )
-        self.run.choose_compute()
         if again is not None:
             self.run.remora.form_base()
         if resume is not None:

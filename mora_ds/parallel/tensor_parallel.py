@@ -26,7 +26,7 @@ from mora_ds.adapters.experts import MoRAExperts
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.layer import LoRALinear, MoRALinear
 from mora_ds.adapters.ops.frozen import linear
-from mora_ds.adapters.ops.linear import Compute, formula_of_0_2
+from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.tp_plan import Style, TensorPlan, plan_of
 from mora_ds.common.errors import UserError
@@ -116,9 +116,10 @@ class LayerSplit:
     block: BlockInput | None
     """The input of the block that the layer is split with."""
 
-    @property
-    def has_paths(self) -> bool:
-        return self.style is not Style.WHOLE
+    def sizes(self, spec: OperatorSpec) -> tuple[int, int]:
+        """(inputs, outputs) of the layer that this process computes."""
+        part = Window.of(spec) if self.style is Style.WHOLE else self._window(spec)
+        return part.d_in, part.d_out
 
     def __call__(self, layer: MoRALinear, x: Tensor, own: Tensor, path: Compute) -> Tensor:
         """(..., d_in) -> (..., d_out), where a rowwise layer's input and a colwise layer's output are this process's
@@ -230,9 +231,7 @@ class _SplitLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, own: Tensor, part: Window, split: LayerSplit,
         path: Compute, saving: Saving,
     ) -> Tensor:  # fmt: skip
-        if path is Compute.AUTO:
-            path = formula_of_0_2(x.numel() // part.d_in, part.d_in, part.d_out, x.dtype, part.spec, split=True)
-        by_weight = path.over_weight
+        by_weight = path is Compute.WEIGHT
         ctx.part, ctx.split, ctx.weight, ctx.saving, ctx.by_weight = part, split, weight, saving, by_weight
         matrix = split.for_compute(own, part)
         z = part.fold(x) if saving.folds or not by_weight else x

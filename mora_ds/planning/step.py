@@ -21,7 +21,7 @@ from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.domains import DomainLinear, domains_of
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers, set_cycle
 from mora_ds.adapters.merge_layer import merge_layer
-from mora_ds.adapters.ops import blocks, index_tables
+from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.quantized import quantized_bytes, quantized_layers
@@ -318,5 +318,4 @@ def _drop_gradient(parameter: Tensor) -> None:
 def _clear_tables() -> None:
     """Drops cached index tables, so that the next measurement makes and counts them."""
     index_tables.clear_tables()
-    blocks.clear_tables()
     windows.clear_tables()

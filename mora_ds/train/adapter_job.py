@@ -6,6 +6,7 @@ adapter config (targets, singular vectors) -> injection -> identity check -> eng
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from mora_ds.adapters.alignment import Alignment
 from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import domains_of
-from mora_ds.adapters.inject import frozen_buffers, inject
-from mora_ds.adapters.path_times import undecided
+from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
+from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.checkpoint.contents import PROBE_TOKENS
 from mora_ds.checkpoint.state import TrainerState, run_identity
@@ -35,11 +36,9 @@ from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.planning.costs import costs
 from mora_ds.remora.optimizer_reset import OptimizerReset
-from mora_ds.train.compute import check_same, path_in
 from mora_ds.train.init_adapter import InitialAdapter
 from mora_ds.train.init_lora import InitialLoRA
 from mora_ds.train.job import Job
-from mora_ds.train.replicas import Replica
 from mora_ds.train.run import Run, RunDetails
 from mora_ds.train.targets import RunTargets
 from mora_ds.train.vectors import FOLDER as VECTORS_FOLDER
@@ -55,7 +54,6 @@ class AdapterJob(Job):
         training = self.arguments.training
         self.config = self._with_vectors(self._planned_config())
         self.place.ranks.agree("injection of the adapter", self._inject, long=True)
-        self._check_paths()
         fingerprint = self.loaded.base.fingerprint(ranks=self.place.ranks)
         common = self.common_identity()
         self.check_checkpoint(run_identity(fingerprint, self.config, common))
@@ -75,14 +73,11 @@ class AdapterJob(Job):
         self.seed_dropout()
         self.run = self._open_run(common)
         self.state, self.merger = self.run.state, self.run.remora
+        tokens = training.per_device_train_batch_size * self.data.train.seq_len // training.sequence_parallel_size
+        self._log_paths(tokens, self.state.micro_batch_tokens)
+        self.state.micro_batch_tokens = tokens
         if first is not None:
             logger.info(first.put(self.engine))
-
-    def choose_compute(self) -> None:
-        training, data = self.arguments.training, self.data.train
-        replica = Replica(self.engine, training.ranks_per_replica, self.split)
-        rows = training.per_device_train_batch_size
-        self.run.choose_compute(lambda: replica.nll(data.first_rows(rows)), self.place.paths)
 
     def save(self, state: TrainerState) -> Path:
         return self.run.save_state(state, self.arguments.training.save_total_limit)
@@ -165,14 +160,22 @@ class AdapterJob(Job):
             replicas = self.place.ranks.world // degree
             logger.info(costs(model, degree, replicas, tokens, inputs=TPInputs(training.tp_inputs)))
 
-    def _check_paths(self) -> None:
-        """Raise `UserError` for a --compute FILE of another model, or of other paths than a resumed run has."""
-        paths, checkpoint, model = self.place.paths, self.place.checkpoint, self.loaded.model
-        if checkpoint is not None:
-            check_same(checkpoint, TrainerState.read(checkpoint).compute, paths)
-        elif paths is not None:
-            for name, layer in undecided(model).items():
-                path_in(paths, name, layer, f"--compute {self.arguments.adapter.compute}")
+    def _log_paths(self, tokens: int, before: int) -> None:
+        """Log how many layers are computed in which way, with `tokens` in a micro-batch, and `before` where the run
+        resumes (0: not known): other sizes may take other paths, which round differently."""
+        layers = [layer for layer in mora_layers(self.loaded.model).values() if isinstance(layer, MoRALinear)]
+
+        def counted(number: int) -> str:
+            paths = Counter(layer.path(number).value for layer in layers)
+            return ", ".join(f"{path} for {count} layers" for path, count in sorted(paths.items()))
+
+        if layers:
+            logger.info(f"computed over (--compute): {counted(tokens)}, with {tokens:,} tokens in a micro-batch")
+        if before and counted(before) != counted(tokens):
+            logger.warning(
+                f"--compute: up to the checkpoint it was {counted(before)}, with {before:,} tokens in a micro-batch; "
+                "from here on results differ by rounding from those of the same micro-batches as before"
+            )
 
     def _initial_adapter(self, fingerprint: str) -> InitialAdapter | InitialLoRA | None:
         """The adapter of --init_adapter, checked against the model; None where there is none, or a checkpoint."""

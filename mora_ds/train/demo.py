@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from mora_ds.adapters.ops.subspace import SUBSPACE
 from mora_ds.checkpoint.layout import MERGED_FOLDER, METRICS_FILE, RUN_FILE, TOKENIZER_FOLDER
 from mora_ds.common.errors import UserError, refusal
 from mora_ds.common.files import CONFIGS, load_yaml
@@ -67,7 +66,6 @@ CONTINUE: dict[str, Any] = {
     "max_steps": 360,
     "learning_rate": 4e-3,
     "warmup_steps": 10,
-    "compute": "weight",  # not by times: every run of the demo on one machine ends with the same numbers
     "merge_every": 90,
     "restart_warmup_steps": 5,
     "eval_steps": 180,
@@ -208,8 +206,6 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
         "cache_dir": str(paths.tokens),
     }
     resumes = arguments.training.resume_from_checkpoint is not None
-    if arguments.adapter.operator == SUBSPACE or arguments.adapter.domain_adapters or resumes:
-        del settings["compute"]  # a resumed demo goes on as it began: in versions up to 0.2 by a formula
 
     def check(job: Arguments) -> None:
         validate(job)

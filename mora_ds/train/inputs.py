@@ -54,7 +54,6 @@ def inputs_of(arguments: Arguments) -> Iterator[tuple[str, Path]]:
         *_texts(arguments.data),
         ("--cache_dir", arguments.data.cache_dir),
         ("--base_cache_dir", model.base_cache_dir),
-        ("--compute", adapter.compute if adapter.compute_file else None),
         *(("--eval_tasks", name) for name in training.eval_tasks if is_task_file(name)),
     ]
     for flag, name in named:

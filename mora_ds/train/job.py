@@ -69,10 +69,6 @@ class Job(ABC):
         Sets the attributes above. Raises `UserError` for settings that do not fit the model or the checkpoint.
         """
 
-    def choose_compute(self) -> None:
-        """Decide how each layer computes, once all that changes its speed is in place. Collective."""
-        return None
-
     @abstractmethod
     def save(self, state: TrainerState) -> Path:
         """Write a checkpoint and return its folder; with --async_save it is complete only later."""

@@ -50,7 +50,6 @@ from mora_ds.train.agreement import start_up
 from mora_ds.train.attention import check_precision, choose_attention, implementation_of
 from mora_ds.train.base import find_model, prepare_base
 from mora_ds.train.base_device import settle_base_device
-from mora_ds.train.compute import KEY, paths_of_file
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.dry_run import dry_run
 from mora_ds.train.evaluator import Evaluator
@@ -143,7 +142,6 @@ def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job
         if job.state.chunked_loss:
             chunk_loss(loaded.model)
         preflight(job, arguments)
-        job.choose_compute()
         schedule = arguments.schedule(_total_steps(training, data.train, ranks.world) - place.first_batch)
         if place.checkpoint is not None and TrainerState.read(place.checkpoint).step > schedule.total_steps:
             raise UserError(
@@ -173,7 +171,6 @@ def _output_folder(arguments: Arguments, ranks: Ranks, base: Path | None) -> Ite
     training = arguments.training
     root = expanded(training.output_dir)
     targets = ranks.on_first("--targets", lambda: plan_of_file(arguments.adapter))  # it may lie in the folder
-    paths = ranks.on_first("--compute", lambda: paths_of_file(arguments.adapter.compute_file))
     reservations: list[Reservation] = []  # of rank 0
     followers = None
 
@@ -193,7 +190,7 @@ def _output_folder(arguments: Arguments, ranks: Ranks, base: Path | None) -> Ite
             )
         fetched = None if checkpoint is None else followers.fetch(checkpoint)
         first_batch = 0 if base is None else arguments.adapter.full_rank_steps
-        yield Place(followers, fetched, None if base is None else followers.fetch(base), first_batch, targets, paths)
+        yield Place(followers, fetched, None if base is None else followers.fetch(base), first_batch, targets)
     except BaseException:
         for reservation in reservations:
             reservation.rollback()
@@ -268,8 +265,6 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
     folder, ranks, state = job.place.folder, job.place.ranks, job.state
     steps = schedule.total_steps if job.is_trained else 0
     facts = {"deepspeed": job.engine.config, **job.data.train.identity} if job.is_trained else {}
-    if state.compute:
-        facts[KEY] = {shape: path.value for shape, path in state.compute.items()}
     if ranks.is_first:
         owns = names_of_run(folder, arguments.training.export_merged)
         settings = {**dump(arguments), "attention": state.attention.value}

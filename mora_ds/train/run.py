@@ -1,7 +1,6 @@
 """One MoRA run around an engine: merge, save, resume. For the main job and for training loops written by users.
 
 run = Run(engine, config, base="path/of/the/model", folder="out")      resume="auto" continues what is there
-run.choose_compute()   how each layer computes: timed on this machine before the first step
 run.merge(step)        at intervals: ReMoRA
 run.save(step)         out/checkpoints/step-N, from which export_merged makes a model
 """
@@ -9,7 +8,7 @@ run.save(step)         out/checkpoints/step-N, from which export_merged makes a 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,14 @@ from mora_ds.adapters.inject import base_weights, mora_layers, value_names
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.new_embeddings import stands_for
 from mora_ds.adapters.ops.frozen import QuantizedWeight
-from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.singular_vectors import path_of
-from mora_ds.adapters.path_times import reopen, undecided
 from mora_ds.adapters.quantized import quantized_layers
 from mora_ds.adapters.target_modules import targets_of
 from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, read_adapter
 from mora_ds.checkpoint.contents import PROBE_TOKENS, RunWriter
 from mora_ds.checkpoint.folder import resume_checkpoint
 from mora_ds.checkpoint.layout import CHECKPOINTS, LEDGER_FOLDER, complete_checkpoints
-from mora_ds.checkpoint.state import MERGE_PRECISION, Paths, TrainerState, check_identity, run_identity
+from mora_ds.checkpoint.state import MERGE_PRECISION, TrainerState, check_identity, run_identity
 from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.common.errors import UserError
 from mora_ds.engine import zero
@@ -44,7 +41,6 @@ from mora_ds.remora.merge import MergeReport, ReMoRA
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.compute import before_training, choose, take
 from mora_ds.train.vectors import prepare_vectors, wanted_vectors
 
 
@@ -116,36 +112,11 @@ class Run:
         root = self.folder / CHECKPOINTS
         self._checkpoints = CheckpointWriter(root, engine, writer.collect, async_save, self.followers)
         self.state = TrainerState(world_size=self.ranks.world, identity=self.identity)
-        if isinstance(config, MoRAConfig) and config.compute == Compute.AUTO.value:
-            reopen(engine.module)  # an earlier run of this engine may have chosen
         if checkpoint is not None:
             self._restore(checkpoint)
-        self._begins = self.state.step == 0
         if details.keys is None and config.base_bits != AS_LOADED and not self.remora.cycle:
             self.remora.form_base()  # from the originals: the model may have been loaded in another dtype
         opened.release()
-
-    def choose_compute(self, forward: Callable[[], Any] | None = None, paths: Paths | None = None) -> None:
-        """Time the paths of every layer on this machine and take the quickest; the choice is part of the run.
-
-        `forward` runs the model once on a micro-batch of training; without it the choice waits for the model's first
-        call in training, and reads that call's batch. `paths`: those of an earlier run, in place of timing. Does
-        nothing in a resumed run, which keeps its paths, and for layers whose path the adapter's config has chosen.
-        Collective: call it before the first step.
-        """
-        model: Any = self.engine.module
-        if not (self._begins and undecided(model)):
-            return
-        if paths is not None:
-            self._take(paths)
-        elif forward is not None:
-            self._take(choose(model, self.ranks, forward))
-        else:
-            before_training(model, lambda call: self._take(choose(model, self.ranks, call)))
-
-    def _take(self, paths: Paths) -> None:
-        self.state.compute = dict(paths)
-        take(self.engine.module, paths, "--compute")
 
     def merge(self, step: int) -> MergeReport:
         """Merge the MoRA matrices of all layers after optimizer step `step` and start the next cycle."""
@@ -185,8 +156,6 @@ class Run:
         if frozen_values(self.engine.module):
             tensors = AdapterTensors.open(checkpoint, read_adapter(checkpoint))
             restore_frozen(self.engine.module, dict(tensors.items()))
-        if self.state.compute:
-            take(self.engine.module, self.state.compute, str(checkpoint))
         self.remora.replay()
 
     def _find_followers(self, folder: Path) -> Followers:

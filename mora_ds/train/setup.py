@@ -11,7 +11,6 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from mora_ds.adapters.target_plan import TargetPlan
-from mora_ds.checkpoint.state import Paths
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
@@ -43,8 +42,6 @@ class Place:
     """Batches that the full-rank steps have used: the number of the first step's batch in the order of the data."""
     targets: TargetPlan | None
     """The plan of --targets FILE: which layers have a MoRA matrix, and its side."""
-    paths: Paths | None
-    """Those of --compute FILE."""
 
     @property
     def folder(self) -> Path:

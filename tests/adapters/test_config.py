@@ -26,8 +26,6 @@ from mora_ds.common.errors import UserError
         (MoRAConfig, {"rank": 4, "operator": "share", "grouping": "strided", "segments": 2}, []),
         (MoRAConfig, {"dropout": -0.1, "expert_rank": -1, "segments": -1, "operator": "share"},
          ["--mora_dropout", "--expert_rank", "--tp_segments"]),
-        (MoRAConfig, {"operator": "share", "compute": "blocks"}, ["--compute"]),
-        (MoRAConfig, {"operator": "truncate", "compute": "blocks"}, ["--compute"]),
         (MoRAConfig, {"operator": "share", "layer_sizes": {"a": 0}}, ["--targets:"]),
         (MoRAConfig, {"domains": ("a", ".")}, ["--domain_adapters:"]),
         (MoRAConfig, {"domains": ("a", "..")}, ["--domain_adapters:"]),

@@ -78,8 +78,6 @@ LAUNCHES = r"""
 --grouping odd | --grouping 'odd'
 --compute fast | --compute 'fast'
 --attn_implementation flash_attention_2 | FlashAttention computes in bf16 or fp16, and this run in float32
---operator share --compute blocks | --compute blocks is for decouple and rotate, and the operator is share
---compute none.yaml | cannot read --compute none.yaml
 --r_hat_multiple 3 | --r_hat_multiple must be 1 or even
 --base_bits 5 | --base_bits
 --mora_dropout 1 | --mora_dropout
@@ -165,7 +163,6 @@ stray | 'stray'
 --base_cache_dir ~nobody5/x | --base_cache_dir ~nobody5/x: no home
 --deepspeed ~nobody5/x | --deepspeed ~nobody5/x: no home
 --targets ~nobody5/x | --targets ~nobody5/x: no home
---compute ~nobody5/x.yaml | --compute ~nobody5/x.yaml: no home
 --node_base ~nobody5/x | --node_base ~nobody5/x: no home
 --model_name_or_path ~nobody5/x | --model_name_or_path ~nobody5/x: no home
 --tokenizer_name ~nobody5/x | --tokenizer_name ~nobody5/x: no home

@@ -45,15 +45,13 @@ class Playground:
     """Two texts for evaluation; `other` is shorter than one block."""
 
     def flags(self, out: str | Path, *more: str | int | float) -> list[str]:
-        """A small run; later flags win. Its layers take a named path, as times would choose anew in every run; domains
-        and subspaces have one path only."""
-        has_paths = not {"--domain_adapters", "subspace"} & set(map(str, more))
+        """A small run; later flags win."""
         return [
             "--deepspeed", str(ZERO3), "--model_name_or_path", str(self.model), "--train_files", str(self.train),
             "--eval_files", str(self.held), f"short={self.other}", "--output_dir", str(out),
             "--cache_dir", str(self.root / "cache"), "--mora_rank", "2", "--seq_len", "32", "--max_steps", "6",
             "--per_device_train_batch_size", "2", "--learning_rate", "1e-2", "--warmup_steps", "1",
-            "--compute", "weight" if has_paths else "auto", *map(str, more),
+            *map(str, more),
         ]  # fmt: skip
 
 

@@ -265,7 +265,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "lora": ({"adapter": "lora"}, "--domain_adapters is for MoRA matrices, and --adapter is lora"),
     "full": ({"adapter": "full"}, "--domain_adapters is for MoRA matrices, and --adapter is full"),
     "weight": ({"compute": "weight"}, "--compute weight forms one weight for all rows"),
-    "blocks": ({"compute": "blocks"}, "--compute blocks forms one weight for all rows"),
     "budget": ({"targets": "auto", "trainable_budget": "1%"}, "--trainable_budget counts one MoRA matrix a layer"),
     "subspace": ({"operator": "subspace"}, "--operator subspace has no MoRA matrices for single rows"),
     "alignment": ({"alignment_weight": 0.1}, "--alignment_weight aligns one update a layer"),

@@ -36,7 +36,6 @@ NAMED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "evaluation text": ({"eval_files": ["held=out/ledger/a.txt"]}, "--eval_files out/ledger/a.txt"),
     "copies of bases": ({"base_cache_dir": "out/checkpoints/bases"}, "--base_cache_dir out/checkpoints/bases"),
-    "an earlier run's choice": ({"compute": "out/run.yaml"}, "--compute out/run.yaml"),
     "a task": ({"eval_tasks": ["piqa", "out/ledger/task.yaml"]}, "--eval_tasks out/ledger/task.yaml"),
     "cache": ({"cache_dir": "out/checkpoints/tokens"}, "--cache_dir out/checkpoints/tokens"),
     "adapter": ({"init_adapter": "out/checkpoints/latest"}, "--init_adapter"),

@@ -46,7 +46,6 @@ from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops.linear import Compute, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
-from mora_ds.adapters.path_times import PATHS, paths_of
 from mora_ds.data.documents import Documents
 from mora_ds.engine import zero
 from mora_ds.engine.device import make_deterministic
@@ -67,6 +66,7 @@ from tools.bench.measuring import llama_config, only_rank
 from tools.bench.report import Report, json_flag
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PATHS = (Compute.ACTIVATION, Compute.WEIGHT)
 
 
 def main() -> None:
@@ -105,7 +105,7 @@ def operators(options: argparse.Namespace, report: Report) -> None:
         same = torch.equal(delta_weight(spec, square.float().to(options.device)).cpu(), merged)
         for dtype in DTYPES:
             there = x.to(options.device, dtype), weight.to(options.device, dtype), square.to(options.device, dtype)
-            for path in (Compute.ACTIVATION, Compute.WEIGHT):
+            for path in PATHS:
                 found = _product(spec, *there, path)
                 errors = [f"{(a.double().cpu() - b).norm() / b.norm():.1e}" for a, b in zip(found, wanted, strict=True)]
                 name = f"{spec.kind.value}, {spec.grouping.value}"
@@ -140,12 +140,12 @@ def layer(options: argparse.Namespace, report: Report) -> None:
         ours, square = made.case().layer, torch.zeros(made.spec.r_hat, made.spec.r_hat, **like).requires_grad_()
         frozen = _seconds(lambda m=made: m.backward(lambda: F.linear(m.x, m.base.weight)), options)  # type: ignore[misc]
         times = [_seconds(lambda m=made, f=lora, t=trained: m.backward(f, *t), options)]  # type: ignore[misc]
-        for path in paths_of(ours):
+        for path in PATHS:
             forward = lambda m=made, o=ours, s=square, p=path: o.product(m.x, s, p)  # noqa: E731
             times.append(_seconds(lambda m=made, f=forward, s=square: m.backward(f, s), options))  # type: ignore[misc]
         name = f"{kind.value} {rank}, {shape[0]} -> {shape[1]}, {tokens:,}"
         ratios = [f"{each / frozen:.2f}" for each in times]
-        rows.append([name, f"{1e3 * frozen:.3f}", *ratios, *[""] * (1 + len(PATHS) - len(ratios))])
+        rows.append([name, f"{1e3 * frozen:.3f}", *ratios])
     report.show("layer", rows)
 
 

@@ -2,7 +2,6 @@
 
     python tools/bench/layer.py [--dtypes float32 bfloat16] [--shapes 1024x1024] [--tokens 256 2048] [--threads 1]
         [--base_bits 8]      instead: the frozen layer, and both paths, on a weight in 8 bits and on the weight as it is
-        [--choices]          instead: how the path that `--compute auto` takes compares with the best one
 
 Every figure is the median of interleaved pairs (the frozen layer, then the case; output and input gradient of both)
 in one process, so 1.00 is an adapter that costs nothing; in one thread of a CPU by the thread's own time, of which
@@ -26,18 +25,18 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mora_ds.adapters.layer import LoRALinear, MoRALinear
+from mora_ds.adapters.layer import LoRALinear
 from mora_ds.adapters.ops.frozen import frozen_linear
 from mora_ds.adapters.ops.index_tables import rope_table
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
-from mora_ds.adapters.ops.linear import Compute, formula_of_0_2, mora_linear
+from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
-from mora_ds.adapters.path_times import PATHS, Call, Case, clock, quickest, time_cases, time_paths
-from tools.bench.measuring import SavedActivations
+from tools.bench.measuring import SavedActivations, clock
 from tools.bench.report import Report, json_flag
 
+PATHS = (Compute.ACTIVATION, Compute.WEIGHT)
 CASES = ((OperatorKind.ROTATE, 8), (OperatorKind.SHARE, 64))
 SHAPES = ("1024x1024", "1024x2752", "2752x1024", "576x576", "576x1536", "1536x576")
 """Llama 7B's layers, a quarter of each side, and SmolLM-135M's."""
@@ -54,9 +53,6 @@ class Layer:
     x: Tensor
     g: Tensor
     base: nn.Linear
-
-    def case(self) -> Case:
-        return Case(MoRALinear(self.base, self.spec), Call(len(self.x), self.spec.d_in), 1)
 
     def backward(self, step: Step, *leaves: Tensor) -> None:
         torch.autograd.grad(step(), (self.x, *leaves), self.g)
@@ -87,13 +83,13 @@ def forwards(layer: Layer, base_bits: int) -> dict[str, tuple[Step, list[Tensor]
     peft = peft_lora(layer)
     if peft is not None:
         found["PEFT LoRA"] = lambda: peft(x), [p for p in peft.parameters() if p.requires_grad]
-    for path in PATHS if spec.blockwise else PATHS[:2]:
+    for path in PATHS:
         found[path.value] = (lambda path=path: mora_linear(x, weight, None, square, spec, path)), [square]  # type: ignore[misc]
     if base_bits == 8:
         found = {name: found[name] for name in ("frozen", "activation", "weight")}
         small = Int8Weight(*quantize(weight))
         found["frozen, int8"] = (lambda: frozen_linear(x, small, None)), []
-        for path in (Compute.ACTIVATION, Compute.WEIGHT):
+        for path in PATHS:
             step = lambda path=path: mora_linear(x, small, None, square, spec, path)  # noqa: E731
             found[f"{path.value}, int8"] = step, [square]
     return found
@@ -164,7 +160,7 @@ def row(layer: Layer, now: Callable[[], float], options: argparse.Namespace) -> 
     named = [f"{spec.d_in} x {spec.d_out}, {len(layer.x)}, {dtype}", f"{spec.kind.value} r={layer.rank}"]
     if options.base_bits == 8:
         return [*named, *figures]
-    auto = chosen(layer.case())
+    auto = cheaper_path(len(layer.x), spec.d_in, spec.d_out)
     kept = [f"{saved_mib(layer, *cases[name]):.1f}" if name in cases else "-" for name in ("PEFT LoRA", auto.value)]
     return [*named, f"{found['frozen'] * 1e3:.1f}", *figures, f"{auto.value}: {found[auto.value]:.2f}", ", ".join(kept)]
 
@@ -175,41 +171,6 @@ def titles(base_bits: int) -> list[str]:
     if base_bits == 8:
         return [*named, *IN_8_BITS]
     return [*named, "frozen, ms", *COLUMNS, "auto", "saved, MiB: PEFT LoRA, auto"]
-
-
-def chosen(case: Case) -> Compute:
-    """What `--compute auto` takes, in the few milliseconds that a run gives it."""
-    return quickest(time_cases([case], lambda name, work: work()))[case.shape]
-
-
-def choice(layer: Layer, seconds: float) -> tuple[list[str], float, float]:
-    """A row, and the times of the chosen path and of the path of 0.2's formula as multiples of the best one's."""
-    case, spec, tokens = layer.case(), layer.spec, len(layer.x)
-    auto, formula = chosen(case), formula_of_0_2(tokens, spec.d_in, spec.d_out, layer.x.dtype, spec)
-    times = time_paths(case, lambda one: max(15, int(seconds / one)))
-    found = {path: statistics.median(each) for path, each in times.items()}
-    best = min(found.values())
-    figures = [f"{1e3 * found[path]:.2f}" if path in found else "" for path in PATHS]
-    ratios = [found[path] / best for path in (auto, formula)]
-    took = [f"{path.value}: {ratio:.2f}" for path, ratio in zip((auto, formula), ratios, strict=True)]
-    name = f"{spec.d_in} x {spec.d_out}, {tokens}"
-    return [name, f"{spec.kind.value} r={layer.rank}", str(spec.r_hat), *figures, *took], ratios[0], ratios[1]
-
-
-def choices(layers: Iterator[Layer], seconds: float, name: str, report: Report) -> list[str]:
-    """Shows a row of `choice` for each layer; how many of them are within 5% of the best path, and the worst."""
-    times = [f"{path.value}, ms" for path in PATHS]
-    rows, ratios = [["d_in x d_out, tokens", "operator", "r_hat", *times, "auto", "0.2"]], []
-    for layer in layers:
-        found, *pair = choice(layer, seconds)
-        rows.append(found)
-        ratios.append(pair)
-    report.show(f"choices, {name}", rows)
-    counted = [(sum(ratio <= 1.05 for ratio in each), max(each)) for each in zip(*ratios, strict=True)]
-    return [name, str(len(ratios)), *(cell for close, worst in counted for cell in (str(close), f"{worst:.2f}"))]
-
-
-CHOICES = ["layers", "cases", "auto within 5% of the best", "worst", "0.2's formula within 5%", "worst"]
 
 
 def columns(base_bits: int) -> tuple[str, ...]:
@@ -226,7 +187,6 @@ def main() -> None:
     parser.add_argument("--operators", nargs="+", default=[f"{kind.value}:{rank}" for kind, rank in CASES])
     parser.add_argument("--seconds", type=float, default=0.5, help="at least so long, and three pairs, for each figure")
     parser.add_argument("--base_bits", type=int, choices=[8, 16], default=16, help="8: a weight in 8 bits")
-    parser.add_argument("--choices", action="store_true", help="hold what --compute auto takes against the best path")
     json_flag(parser)
     options = parser.parse_args()
     report = Report(options)
@@ -234,16 +194,12 @@ def main() -> None:
     device = torch.device(options.device)
     now = clock(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {options.threads} thread(s)"
-    rows = [CHOICES if options.choices else titles(options.base_bits)]
+    rows = [titles(options.base_bits)]
     for dtype in options.dtypes:
         layers = made(options, {"dtype": getattr(torch, dtype), "device": device})
-        if options.choices:
-            rows.append(choices(layers, options.seconds, f"{name}, {dtype}", report))
-        else:
-            rows += [row(layer, now, options) for layer in layers]
-    if not options.choices:
-        report.say(f"{name}: ratios to the frozen layer alone")
-    report.show("choices" if options.choices else "layers", rows)
+        rows += [row(layer, now, options) for layer in layers]
+    report.say(f"{name}: ratios to the frozen layer alone")
+    report.show("layers", rows)
     report.write()
 
 

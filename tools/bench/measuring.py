@@ -88,6 +88,18 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def clock(device: torch.device) -> Callable[[], float]:
+    """Seconds, after all work so far: for one thread of a CPU its own time, of which other processes take none."""
+    if device.type != "cuda":
+        return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def synchronized() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return synchronized
+
+
 def memory_of(key: str, process: int | str = "self") -> int:
     """Bytes by a key of /proc/PID/status, such as VmRSS or RssAnon (memory that no file backs), or Pss.
 

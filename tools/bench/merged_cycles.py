@@ -28,8 +28,8 @@ from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.adapters.layer import AdaptedLinear, adapt
 from mora_ds.adapters.nf4 import check_installed
 from mora_ds.adapters.ops.linear import Compute
-from mora_ds.adapters.path_times import clock
 from mora_ds.runtime import cli
+from tools.bench.measuring import clock
 from tools.bench.report import Report, json_flag
 
 ADAPTERS: dict[str, AdapterConfig] = {

@@ -5,8 +5,7 @@
 A Llama of random weights on random tokens, in turns:
 
     base alone        the frozen model, forward and the gradient of its input: the limit of any adapter
-    mora_ds           MoRA under ZeRO-3, the base unsharded on every rank, each layer over the path that --compute auto
-                      takes; also with the operator share, and our LoRA
+    mora_ds           MoRA under ZeRO-3, the base unsharded on every rank; also with the operator share, and our LoRA
     PEFT LoRA         of the same rank, under DeepSpeed's ZeRO-3 with its defaults: the base sharded with the rest;
                       and under ZeRO-2, where every rank has the complete base as here: the rival
     full training     under ZeRO-3
@@ -39,8 +38,6 @@ from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.attention import prefer_documents
 from mora_ds.models.loss import chunk_loss, token_nll
 from mora_ds.runtime import cli
-from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.compute import choose, take
 from tools.bench.measuring import llama_config, seconds_of, zero3_config
 from tools.bench.report import Report, json_flag
 
@@ -89,7 +86,6 @@ def _contenders(options: argparse.Namespace, ids: torch.Tensor) -> dict[str, tup
         trained = inject(model, adapter).trainable_params
         chunk_loss(model)
         engine = initialize(model=model, config=config)[0]
-        _choose_paths(model, ids)
         found[name] = (trained, _own_step(engine, ids))
     for name, stage in ((PEER, 3), (RIVAL, 2)):
         if (peer := _peft(options)) is not None:
@@ -98,12 +94,6 @@ def _contenders(options: argparse.Namespace, ids: torch.Tensor) -> dict[str, tup
     full = _model(options)
     found["full training"] = (_trained(full), _engine_step(initialize_full(model=full, config=config)[0], ids))
     return found
-
-
-@torch.no_grad()
-def _choose_paths(model: Any, ids: torch.Tensor) -> None:
-    """What `Run.choose_compute` does when a run begins."""
-    take(model, choose(model, Ranks.current(), lambda: token_nll(model, _batch(ids))), "--compute")
 
 
 def _model(options: argparse.Namespace) -> Any:

@@ -20,7 +20,7 @@ from mora_ds.adapters.kernels import ops
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, linear, maker_of, parts_of, product, weight_of
 from mora_ds.adapters.ops.int8 import Int8Weight
-from mora_ds.adapters.ops.linear import Compute, formula_of_0_2
+from mora_ds.adapters.ops.linear import Compute
 
 
 def activation_linear(x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables) -> Tensor:
@@ -37,16 +37,11 @@ def weight_linear(x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor
 
 
 def kernel_linear(
-    x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables,
-    path: Compute = Compute.AUTO,
-) -> Tensor:  # fmt: skip
+    x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables, path: Compute
+) -> Tensor:
     """`ops.linear.mora_linear` by kernels."""
-    spec = tables.spec
-    if path is Compute.AUTO:
-        path = formula_of_0_2(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype, spec)
-    if path.over_weight:
-        return weight_linear(x, weight, bias, square, tables)
-    return activation_linear(x, weight, bias, square, tables)
+    compute = weight_linear if path is Compute.WEIGHT else activation_linear
+    return compute(x, weight, bias, square, tables)
 
 
 def form_weight(weight: Weight, square: Tensor, tables: KernelTables) -> Tensor:

@@ -1,12 +1,11 @@
-"""The product of a layer that has a MoRA matrix, computed in one of three ways.
+"""The product of a layer that has a MoRA matrix, computed in one of two ways.
 
     activation   W0 x + decompress(M compress(x))             works on the activations: cost ~ tokens
     weight       (W0 + delta_weight(M)) x                     works on the weight: cost ~ d_in * d_out in each direction
-    blocks       the same for decouple and rotate             moves no more of delta than its blocks (`ops.blocks`)
 
-The weight paths form the sum in forward and again in backward, so that nothing of the size of W0 is saved; the gradient
+The weight path forms the sum in forward and again in backward, so that nothing of the size of W0 is saved; the gradient
 of M comes from the folded input and the folded output gradient (`square_gradient`), not from a (d_out, d_in) product.
-All are the same function of x and M. They differ in rounding: in bf16 or fp16 the weight path rounds W0 + delta to
+Both are the same function of x and M. They differ in rounding: in bf16 or fp16 the weight path rounds W0 + delta to
 that dtype, as mixed-precision training of full weights does, so that a delta smaller than half a unit in the last place
 of W0 has no effect until it has grown; the gradient of M is that of the sum.
 A quantized weight is made dense for each product of either path, and freed after it (`frozen`).
@@ -21,9 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops import blocks
 from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, linear, maker_of, parts_of, product, weight_of
-from mora_ds.adapters.ops.gather import LOW_PRECISION
 from mora_ds.adapters.ops.mora import (
     OperatorSpec,
     apply_squares,
@@ -39,10 +36,6 @@ from mora_ds.adapters.ops.mora import (
     unfold_input,
 )
 
-_MOVE = {torch.float32: 48, torch.float64: 24, torch.bfloat16: 450, torch.float16: 450}
-"""Multiply-accumulates of a product in the time in which one number is moved (gathered, added, written), on one core
-with AVX-512 and AMX, whose user `formula_of_0_2` is not to be trusted on other machines."""
-
 
 class Compute(str, Enum):
     """How a layer with a MoRA matrix is computed."""
@@ -50,49 +43,30 @@ class Compute(str, Enum):
     AUTO = "auto"
     ACTIVATION = "activation"
     WEIGHT = "weight"
-    BLOCKS = "blocks"
-
-    @property
-    def over_weight(self) -> bool:
-        """Whether W0 + delta is formed."""
-        return self in (Compute.WEIGHT, Compute.BLOCKS)
 
 
-def formula_of_0_2(
-    tokens: int, d_in: int, d_out: int, dtype: torch.dtype, spec: OperatorSpec, split: bool = False
-) -> Compute:
-    """The path of a layer that is still AUTO. New runs time the paths (`train.compute`); this formula of one machine
-    stays for runs that began with it, whose bits it decides, and where there is no run: in plans, in loops that do not
-    call `Run.choose_compute`, and in models that only answer. The Trainer of `mora_ds.hf` calls it.
+def cheaper_path(tokens: int, d_in: int, d_out: int) -> Compute:
+    """The path of a layer whose path is AUTO, when it is called with so many tokens.
 
-    It is the cheaper path, forward and backward, by the work that only one of them has, in multiply-accumulates:
+    It has the less work of what only one of the paths does, in each direction:
 
-        weight        W0 + delta is formed twice: d_in d_out numbers, moved once (share, truncate) or twice (others)
-        activation    two products with M (tokens * r_hat^2 each, for every block); inputs and outputs moved once
-                      (tokens * (d_in + d_out)), for decouple and rotate twice
+        weight        W0 + delta is formed: d_in * d_out numbers are read, added and written
+        activation    tokens * (d_in + d_out) numbers are gathered or added, and multiplied by M: two operations each
 
-    In low precision a CPU moves the activations of share and truncate by products of r_hat columns; but not in the
-    windows (d_in, d_out) of a layer that is `split` over a tensor-parallel group.
+    Sizes alone decide, never a measurement, a device or a dtype, because the paths round differently: the same command
+    computes the same bits on every rank and in every resumed run.
     """
-    moves = _MOVE[dtype] * (2 if spec.blockwise else 1)
-    weight = 2 * moves * d_in * d_out
-    if dtype in LOW_PRECISION and not (split or spec.blockwise):
-        activation = tokens * spec.r_hat * (d_in + 2 * d_out)
-    else:
-        count = max(spec.blocks_in, spec.blocks_out) if spec.blockwise else 1
-        activation = moves * tokens * (d_in + d_out) + 2 * tokens * spec.r_hat**2 * count
-    return Compute.WEIGHT if weight <= activation else Compute.ACTIVATION
+    formed = d_in * d_out
+    moved = 2 * tokens * (d_in + d_out)
+    return Compute.WEIGHT if formed <= moved else Compute.ACTIVATION
 
 
 def mora_linear(
-    x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec,
-    path: Compute = Compute.AUTO,
-) -> Tensor:  # fmt: skip
-    """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will do."""
-    if path is Compute.AUTO:
-        path = formula_of_0_2(x.numel() // spec.d_in, spec.d_in, spec.d_out, x.dtype, spec)
-    if path.over_weight:
-        return _WeightPath.apply(x, weight, bias, square, spec, path is Compute.BLOCKS and spec.blockwise)
+    x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec, path: Compute
+) -> Tensor:
+    """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will do. `path`: not AUTO."""
+    if path is Compute.WEIGHT:
+        return _WeightPath.apply(x, weight, bias, square, spec)
     return _ActivationPath.apply(x, weight, bias, square, spec)
 
 
@@ -101,14 +75,10 @@ class _WeightPath(torch.autograd.Function):
     large as the input, it saves the input itself, which layers that read the same tensor share."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec,
-        by_blocks: bool,
-    ) -> Tensor:  # fmt: skip
-        ctx.spec, ctx.make, ctx.form = spec, maker_of(weight), blocks.form if by_blocks else effective_weight
-        saved = x if spec.blockwise else fold_input(spec, x)
-        ctx.save_for_backward(saved, square, *parts_of(weight))
-        return linear(x, ctx.form(spec, square, dense(weight, x.dtype)), bias)
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
+        ctx.spec, ctx.make = spec, maker_of(weight)
+        ctx.save_for_backward(x if spec.blockwise else fold_input(spec, x), square, *parts_of(weight))
+        return linear(x, effective_weight(spec, square, dense(weight, x.dtype)), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,13 +86,10 @@ class _WeightPath(torch.autograd.Function):
         saved, square, *parts = ctx.saved_tensors
         g_x = g_square = None
         if ctx.needs_input_grad[0]:
-            g_x = g @ ctx.form(spec, square, dense(weight_of(ctx.make, *parts), g.dtype))
+            g_x = g @ effective_weight(spec, square, dense(weight_of(ctx.make, *parts), g.dtype))
         if ctx.needs_input_grad[3]:
-            if ctx.form is blocks.form:
-                g_square = blocks.square_gradient(spec, saved, g)
-            else:
-                g_square = square_gradient(spec, saved, g, form_dense=sums_by_product(g))
-        return g_x, None, None, g_square, None, None
+            g_square = square_gradient(spec, saved, g, form_dense=sums_by_product(g))
+        return g_x, None, None, g_square, None
 
 
 class _ActivationPath(torch.autograd.Function):

@@ -7,14 +7,16 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from mora_ds.adapters.ops import blocks, gather, linear, mora
-from mora_ds.adapters.ops.linear import Compute, formula_of_0_2, mora_linear
+from mora_ds.adapters.layer import MoRALinear
+from mora_ds.adapters.ops import gather, mora
+from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
 from tests.helpers.operators import by_definition, by_path, outputs_and_gradients, random, saved_bytes, spec_id, specs
 
-PATHS = (Compute.ACTIVATION, Compute.WEIGHT, Compute.BLOCKS)
+PATHS = (Compute.ACTIVATION, Compute.WEIGHT)
 all_paths = pytest.mark.parametrize("path", PATHS)
 
 
@@ -44,27 +46,6 @@ def test_a_transposed_weight_will_do(path: Compute) -> None:
     x, weight, square = random(5, 12), random(12, 8, seed=1), random(6, 6, seed=2)
     found = mora_linear(x, weight.T, None, square, spec, path)
     torch.testing.assert_close(found, x @ (weight.T + delta_weight(spec, square)).T)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("spec", [s for s in specs() if s.blockwise][::5], ids=spec_id)
-def test_blocks_form_the_weight_that_delta_weight_says(spec: OperatorSpec, dtype: torch.dtype) -> None:
-    """Where a block is longer than the input, an entry is a sum of several, rounded one by one."""
-    square, weight = random(spec.r_hat, spec.r_hat).to(dtype), random(spec.d_out, spec.d_in, seed=1).to(dtype)
-    found = blocks.form(spec, square, weight)
-    expected = weight.double() + delta_weight(spec, square.double())
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=64 * torch.finfo(dtype).eps)
-    assert found.is_contiguous() and found.dtype is dtype
-
-
-def test_blocks_sum_any_number_of_tokens_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many at a time as fit into the cache: the gradient is that of all at once."""
-    spec = OperatorSpec(OperatorKind.ROTATE, 33, 17, 6, Grouping.PERMUTED, seed=17)
-    x, g = random(50, 33), random(50, 17, seed=1)
-    at_once = blocks.square_gradient(spec, x, g)
-    monkeypatch.setattr(blocks, "tokens_in_cache", lambda *_: 16)
-    torch.testing.assert_close(blocks.square_gradient(spec, x, g), at_once)
-    torch.testing.assert_close(at_once, mora.adjoint(spec, g.T @ x))
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -144,54 +125,28 @@ def test_scratch_is_memory_of_one_thread_and_of_no_graph() -> None:
     assert ("large", torch.float32) not in gather._kept.memory, "more than 64 MiB are not kept"
 
 
-# -- the formula ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [OperatorKind.ROTATE, OperatorKind.SHARE])
-def test_many_tokens_go_over_the_weight_and_few_over_the_activations(kind: OperatorKind) -> None:
-    spec = OperatorSpec(kind, 1024, 1024, 128)
-    assert formula_of_0_2(8192, 1024, 1024, torch.float32, spec) is Compute.WEIGHT
-    assert formula_of_0_2(64, 1024, 1024, torch.float32, spec) is Compute.ACTIVATION
-    assert formula_of_0_2(8192, 1024, 1024, torch.bfloat16, spec) is Compute.WEIGHT
-    for tokens, path in ((8192, Compute.WEIGHT), (64, Compute.ACTIVATION)):  # a window of a layer that ranks share
-        assert formula_of_0_2(tokens, 1024, 512, torch.bfloat16, spec, split=True) is path
-
-
-@pytest.mark.parametrize("kind", [OperatorKind.ROTATE, OperatorKind.SHARE])
-def test_in_low_precision_too_few_tokens_take_the_activations(kind: OperatorKind) -> None:
-    spec = OperatorSpec(kind, 1024, 1024, 128)
-    assert formula_of_0_2(256, 1024, 1024, torch.bfloat16, spec) is Compute.ACTIVATION
+# -- the rule ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("kind", "d_in", "dtype", "split", "tokens"),
-    [
-        (OperatorKind.SHARE, 1024, torch.float32, False, 768),  # both take the same time
-        (OperatorKind.SHARE, 1024, torch.float64, False, 615),
-        (OperatorKind.SHARE, 1024, torch.bfloat16, False, 2400),
-        (OperatorKind.SHARE, 1024, torch.bfloat16, True, 989),
-        (OperatorKind.ROTATE, 1024, torch.float32, False, 439),
-        (OperatorKind.ROTATE, 512, torch.float32, False, 246),
-        (OperatorKind.ROTATE, 512, torch.float16, False, 574),
-    ],
+    ("d_in", "d_out", "tokens"), [(1024, 1024, 256), (2752, 1024, 374), (576, 1536, 210), (1, 9, 1)]
 )
-def test_the_formula_chooses_as_it_always_did(
-    kind: OperatorKind, d_in: int, dtype: torch.dtype, split: bool, tokens: int
-) -> None:
-    """Literal numbers: runs that began with it keep their bits. The fewest tokens that go over the weight."""
-    spec = OperatorSpec(kind, d_in, 1024, 128)
-    for count, path in ((tokens - 1, Compute.ACTIVATION), (tokens, Compute.WEIGHT)):
-        assert formula_of_0_2(count, d_in, 1024, dtype, spec, split) is path
+def test_the_rule_takes_the_weight_from_a_number_of_tokens_on(d_in: int, d_out: int, tokens: int) -> None:
+    """Literal numbers: another rule would change the bits of every run."""
+    assert cheaper_path(tokens, d_in, d_out) is Compute.WEIGHT
+    assert cheaper_path(tokens - 1, d_in, d_out) is Compute.ACTIVATION
 
 
-def test_the_formula_counts_the_tokens_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, seen = OperatorSpec(OperatorKind.SHARE, 12, 8, 6), []
-    monkeypatch.setattr(linear, "formula_of_0_2", lambda *given: seen.append(given) or Compute.WEIGHT)
-    mora_linear(random(2, 3, 12), random(8, 12), None, random(6, 6), spec)
-    assert seen == [(6, 12, 8, torch.float64, spec)]
-
-
-def test_a_larger_square_prefers_the_weight_earlier() -> None:
-    small, large = (OperatorSpec(OperatorKind.SHARE, 1024, 1024, r_hat) for r_hat in (16, 512))
-    assert formula_of_0_2(512, 1024, 1024, torch.float32, small) is Compute.ACTIVATION
-    assert formula_of_0_2(512, 1024, 1024, torch.float32, large) is Compute.WEIGHT
+@pytest.mark.parametrize("tokens", [2, 8])
+def test_auto_computes_what_the_named_path_computes(tokens: int) -> None:
+    """To the bit, with the tokens of all rows counted; and each call by its own tokens."""
+    spec, base = OperatorSpec(OperatorKind.ROTATE, 16, 16, 8, Grouping.PERMUTED, seed=1), nn.Linear(16, 16)
+    square, x = random(8, 8).float(), random(2, tokens // 2, 16, seed=1).float()
+    path = Compute.WEIGHT if tokens == 8 else Compute.ACTIVATION
+    outputs = {}
+    for compute in (Compute.AUTO, *PATHS):
+        layer = MoRALinear(base, spec, compute=compute)
+        layer.square.data.copy_(square)
+        outputs[compute] = layer(x)
+    assert torch.equal(outputs[Compute.AUTO], outputs[path])
+    assert not torch.equal(outputs[Compute.ACTIVATION], outputs[Compute.WEIGHT]), "or this test shows nothing"
