@@ -310,13 +310,6 @@ MUTATIONS = (
         ("deploy/test_logits_check.py",),
     ),
     Mutation(
-        "a damaged cycle is repaired by itself",
-        "checkpoint/repair.py",
-        "(donor / name for donor in donors if not file_problem(donor / name, size, sha256))",
-        "(donor / name for donor in donors)",
-        ("checkpoint/test_repair.py",),
-    ),
-    Mutation(
         "links inside a checkpoint are followed",
         "common/untrusted.py",
         "elif stat.S_ISLNK(mode):",
@@ -574,13 +567,6 @@ MUTATIONS = (
         'return path == Path("/dev/stdin") or path.parent == Path("/dev/fd")',
         'return path.parts[:2] == ("/", "dev")',
         ("common/test_files.py",),
-    ),
-    Mutation(
-        "a repair replaces a folder",
-        "checkpoint/repair.py",
-        "if (ledger / name).is_dir() and not (ledger / name).is_symlink():",
-        "if not name:",
-        ("checkpoint/test_repair.py",),
     ),
     Mutation(
         "a tokenizer is not tried where it is loaded",

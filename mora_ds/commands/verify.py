@@ -2,7 +2,6 @@
 
     mora-ds verify out                           all checkpoints of a run, oldest first
     mora-ds verify out/checkpoints/latest --base MODEL
-    mora-ds verify out --repair [BACKUP]         damaged cycles of the ledgers from intact copies
 
 Exit code 1 when a checkpoint is damaged, 2 for an error that you can correct in the command.
 """
@@ -12,15 +11,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mora_ds.checkpoint.repair import repair
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import RunError
 
 
 def main() -> None:
     options = _parser().parse_args()
-    if options.repair is not None:
-        print("\n".join(repair(options.path, options.repair) or ["no ledger needs a repair"]))
     verdicts = verify(options.path, options.base)
     for verdict in verdicts:
         print("\n".join(verdict.lines()))
@@ -33,9 +29,4 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("path", type=Path, help="a checkpoint, a link to one, or a run's output folder")
     parser.add_argument("--base", type=Path, help="the base's folder, to check that it is the right one")
-    parser.add_argument(
-        "--repair", type=Path, nargs="*", metavar="FOLDER",
-        help="first replace damaged cycles of the ledgers by intact copies, of this run or of the runs, checkpoints or"
-        " ledgers FOLDER (a backup), which are only read",
-    )  # fmt: skip
     return parser

@@ -57,13 +57,6 @@ def targets(case: Path, _: Path) -> None:
     plan_of_file(AdapterArguments(targets=str(case / "targets" / "targets.yaml")))
 
 
-def repair(case: Path, out: Path) -> None:
-    """Of a copy, in which it may write; from the sound ledger of the run."""
-    with contextlib.suppress(shutil.Error):  # a pipe is not copied
-        shutil.copytree(case / "out", out, symlinks=True)
-    call("verify_checkpoint", out, "--repair")
-
-
 def _tool(name: str, *flags: str) -> Tool:
     """`flags` with {case} and {out} filled in."""
 
@@ -112,7 +105,6 @@ def subjects(folder: Path) -> list[Subject]:
         _tool(*_EXPORT),
         _tool("convert_checkpoint", "peft", _CHECKPOINT, "--output", "{out}", "--rank", "4"),
         _tool("ledger", "combine", _CHECKPOINT, _CHECKPOINT, "--weights", "0.5", "0.5", "--output", "{out}"),
-        repair,
     )
     of_model = (
         _tool("evaluate", base, *sets),
