@@ -7,7 +7,5 @@ adapter_files   adapter.json, adapter.safetensors, base.json
 contents        gathers what a run with an adapter writes into a checkpoint
 writer          writes checkpoints on all ranks, and loads them
 async_save      the thread behind --async_save
-verify          checks checkpoints in depth, offline
-ledger_tools    checks a merge ledger, drops cycles from it
-compact         folds old cycles of a merge ledger into a new base
+verify          checks checkpoints and ledgers in depth, offline
 """

@@ -25,7 +25,14 @@ from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import OWN
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.update import spec_from_dict
-from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_PARTS, ADAPTER_TENSORS, BASE_JSON, LEDGER_FOLDER
+from mora_ds.checkpoint.layout import (
+    ADAPTER_JSON,
+    ADAPTER_PARTS,
+    ADAPTER_TENSORS,
+    BASE_JSON,
+    LEDGER_FOLDER,
+    LedgerLocation,
+)
 from mora_ds.common.errors import UserError, nearest
 from mora_ds.common.files import (
     FORMAT,
@@ -226,6 +233,16 @@ def read_adapter(folder: Path) -> AdapterFile:
     require_format(path, content)
     with malformed(path):
         return AdapterFile.from_dict(content)
+
+
+def live_adapter(location: LedgerLocation) -> AdapterFile | None:
+    """adapter.json of the location's checkpoint, if it is one. Raises `UserError` when its MoRA matrices do not follow
+    the last cycle of the ledger."""
+    if location.checkpoint is None:
+        return None
+    adapter = read_adapter(location.checkpoint)
+    adapter.check_ledger(location.open(hashes=False))
+    return adapter
 
 
 class AdapterTensors:

@@ -1,8 +1,9 @@
-"""Checks whether a checkpoint is intact and consistent. Offline: needs neither DeepSpeed, nor a GPU, nor the base.
+"""Checks whether a checkpoint or a ledger is intact and consistent. Offline: needs no DeepSpeed, no GPU and no base.
 
     files       as manifest.json lists them: existence, size, sha256
     formats     trainer_state.json, adapter.json and its tensors, base.json, probe, random states
-    ledger      every hash, their chain, the base that it starts from, as many cycles as adapter and state record
+    ledger      every hash, their chain, finite matrices; the base that it starts from, as many cycles as adapter and
+                state record
     shards      readable, complete for the number of ranks, every element of every parameter once
     agreement   adapter.safetensors = the fp32 masters in the shards, bit for bit
     base        (where a folder is given) the same fingerprint
@@ -47,7 +48,7 @@ from mora_ds.common.untrusted import expanded
 from mora_ds.engine.shard_reader import MASTER, EngineShards
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import open_safetensors
-from mora_ds.remora.ledger import Ledger
+from mora_ds.remora.ledger import LEDGER_FILE, Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -73,18 +74,21 @@ class Verdict:
 
 
 def verify(path: Path, base: Path | None = None) -> list[Verdict]:
-    """Checks a checkpoint, or every one of a run (its output folder, or `checkpoints` in it), oldest first.
+    """Checks a checkpoint, a ledger's folder, or every checkpoint of a run (its output folder, or `checkpoints` in it),
+    oldest first.
 
-    Raises `UserError` when there is none at `path`, and where `base` is no model or not that of an intact checkpoint.
+    Raises `UserError` when there is none at `path`, and where `base` is no model or not that of what is intact.
     """
     path = expanded(path)
     opened = None if base is None else BaseCheckpoint.open(base, "--base")
     if any((path / name).is_file() for name in (MANIFEST, STATE_FILE, ADAPTER_JSON)):
         return [_verify_one(path.resolve(), opened)]
+    if (path / LEDGER_FILE).is_file():
+        return [_verify_ledger(path.resolve(), opened)]
     root = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     folders = complete_checkpoints(root) if root.is_dir() else []
     if not folders:
-        raise UserError(f"{path} is neither a checkpoint nor the folder of a run that has one")
+        raise UserError(f"{path} is neither a checkpoint, nor a ledger, nor the folder of a run that has one")
     if unknown := unknown_entries(root):
         logger.warning("%s: not checkpoints by their names, and not looked into: %s", root, ", ".join(unknown))
     latest = (root / LATEST).resolve()
@@ -112,6 +116,18 @@ def _verify_one(folder: Path, base: BaseCheckpoint | None) -> Verdict:
         BaseReference.read(folder).require_base(base, folder, "--base")
         verdict.facts.append(f"base: {base.folder} has the recorded fingerprint")
     verdict.problems = list(dict.fromkeys(verdict.problems))
+    return verdict
+
+
+def _verify_ledger(folder: Path, base: BaseCheckpoint | None) -> Verdict:
+    """Of a ledger alone, such as that of a run."""
+    verdict = Verdict(folder)
+    _run(verdict, lambda: _cycles(Ledger.open(folder)))
+    if base is not None and verdict.is_good:
+        recorded = Ledger.open(folder, hashes=False).base_fingerprint
+        if base.fingerprint() != recorded:
+            raise UserError(f"--base: {base.folder} is not the base of {folder}, whose fingerprint is {recorded}")
+        verdict.facts.append(f"base: {base.folder} has the recorded fingerprint")
     return verdict
 
 
@@ -220,6 +236,18 @@ def _ledger(folder: Path, has_run: bool) -> Iterator[str]:
             f"{ledger.folder} has {ledger.cycles} cycle(s), {ADAPTER_JSON} was written in cycle {cycle}, "
             f"{STATE_FILE} records {merges} merge(s)"
         )
+    yield from _cycles(ledger)
+
+
+def _cycles(ledger: Ledger) -> Iterator[str]:
+    problems = [
+        f"{ledger.folder / record.file}: the MoRA matrix of {module} is not finite"
+        for record in ledger.records
+        for module in ledger.layers(record.cycle)
+        if not torch.isfinite(ledger.square(record.cycle, module)).all()
+    ]
+    if problems:
+        raise _Problems(problems)
     yield f"ledger: {ledger.cycles} cycle(s), hashes and chain"
 
 

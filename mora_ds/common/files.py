@@ -199,6 +199,12 @@ def copy_folder(source: Path, target: Path, without: Collection[str] = ()) -> No
                 os.utime(target / relative, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
 
 
+def require_new(output: Path) -> None:
+    """Raises `UserError` unless `output` is new or an empty folder, which `atomic_folder` then fills."""
+    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+        raise UserError(f"--output {output} exists already; name a new folder")
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty temporary folder. It replaces `folder` if the block succeeds, and is deleted otherwise.

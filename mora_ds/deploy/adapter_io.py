@@ -35,7 +35,7 @@ from mora_ds.checkpoint.layout import (
 )
 from mora_ds.checkpoint.state import MERGE_PRECISION
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import atomic_folder, copy_folder, write_manifest
+from mora_ds.common.files import atomic_folder, copy_folder, require_new, write_manifest
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import load_model
 from mora_ds.models.tensor_files import compute_dtype
@@ -45,11 +45,10 @@ def export_adapter(checkpoint: Path | str, output: Path | str) -> list[str]:
     """Writes the adapter of a checkpoint (or of a run's latest one) to the new folder `output`: no optimizer state,
     no random states, no base.
 
-    Returns lines to print. Raises `UserError` for a damaged checkpoint or a folder that exists.
+    Returns lines to print. Raises `UserError` for a damaged checkpoint or a folder that holds something.
     """
     source, output = find_adapter(Path(checkpoint)), Path(output)
-    if output.is_symlink() or output.exists():
-        raise UserError(f"--output {output} exists already; name a new folder")
+    require_new(output)
     adapter, ledger = open_adapter(source)
     AdapterTensors.open(source, adapter)  # the file is there, and has the tensors that adapter.json lists
     reference = BaseReference.read(source)

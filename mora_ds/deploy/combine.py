@@ -42,9 +42,8 @@ from mora_ds.checkpoint.layout import (
     step_of,
     tokenizer_of,
 )
-from mora_ds.checkpoint.ledger_tools import check_fresh
 from mora_ds.common.errors import ABOVE_0_AT_MOST_1, COUNT, RunError, UserError, refuse, wrong_values
-from mora_ds.common.files import atomic_folder, atomic_path, copy_folder, write_json_atomic, write_manifest
+from mora_ds.common.files import atomic_folder, atomic_path, copy_folder, require_new, write_json_atomic, write_manifest
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import SafetensorsWriter
 from mora_ds.remora.ledger import LayerEntry, Ledger
@@ -142,7 +141,7 @@ def combine_adapters(
         raise UserError(f"--weights: {len(weights)} for {len(sources)} adapter(s); give one for each")
     if odd := [str(weight) for weight in weights if not math.isfinite(weight)]:
         raise UserError(f"--weights must be finite, got {odd[0]}")
-    check_fresh(output)
+    require_new(output)
     opened = [_Source.open(Path(path), Fraction(weight)) for path, weight in zip(sources, weights, strict=True)]
     last = opened[-1]
     for source in opened[:-1]:

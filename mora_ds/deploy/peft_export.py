@@ -30,7 +30,7 @@ from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.checkpoint.adapter_files import logits_name, open_adapter
 from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.common.files import atomic_folder, write_json_atomic
+from mora_ds.common.files import atomic_folder, require_new, write_json_atomic
 from mora_ds.deploy.export import OpenedRun, open_run
 from mora_ds.deploy.logits_check import read_probe
 from mora_ds.models.load import load_model
@@ -74,14 +74,13 @@ def export_peft(
     `rank`: the largest rank of a layer; None: as large as it takes to be exact. `base_folder`: the base, if it was
     moved. `domain`, `trust_remote_code`: as for `export_merged`. Returns lines to print: ranks, the energy of the
     update that each layer loses, and the perplexity of the probe's tokens. Raises `UserError` for a rank below 1, a
-    rank that is missing where an update has no bound on its own, and a folder that exists; `RunError` for a damaged
-    checkpoint.
+    rank that is missing where an update has no bound on its own, and a folder that is not empty; `RunError` for a
+    damaged checkpoint.
     """
     source, output = find_adapter(Path(checkpoint)), Path(output)
     if rank is not None and rank < 1:
         raise UserError(f"--rank must be at least 1, got {rank}")
-    if output.is_symlink() or output.exists():
-        raise UserError(f"--output {output} exists already; name a new folder")
+    require_new(output)
     adapter, ledger = open_adapter(source, damaged=RunError, adapter_only=True)
     if experts := [name for name, entry in adapter.layers.items() if isinstance(entry.operator, StackSpec)]:
         raise UserError(

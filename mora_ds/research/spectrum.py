@@ -23,9 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mora_ds.adapters.ops.spec import SquareSpec, UpdateSpec
-from mora_ds.checkpoint.adapter_files import AdapterTensors
+from mora_ds.checkpoint.adapter_files import AdapterTensors, live_adapter
 from mora_ds.checkpoint.layout import LedgerLocation, find_ledger
-from mora_ds.checkpoint.ledger_tools import live_adapter
 from mora_ds.common.errors import POSITIVE, UserError, nearest
 from mora_ds.common.files import write_json_atomic
 from mora_ds.eval.ledger_summary import Update, histories, mean, modules_of, require_delta

@@ -13,8 +13,6 @@ import pytest
 import torch
 
 from mora_ds.checkpoint.folder import resume_checkpoint
-from mora_ds.checkpoint.ledger_tools import drop
-from mora_ds.checkpoint.ledger_tools import verify as verify_ledger
 from mora_ds.checkpoint.state import TrainerState, check_world_size
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import UserError
@@ -103,7 +101,6 @@ def test_a_manifest_lists_files_of_its_own_folder(checkpoint: Path, name: str) -
 LINKS: dict[str, Callable[[Path, Path], object]] = {
     "merge": lambda folder, out: export_merged(folder, out),
     "adapter": lambda folder, out: export_adapter(folder, out),
-    "drop": lambda folder, out: drop(folder, [0], out),
     "resume": lambda folder, _: resume_checkpoint(str(folder), folder.parent),
 }
 
@@ -118,8 +115,6 @@ def test_no_tool_follows_a_link(checkpoint: Path, tmp_path: Path, tool: str, pla
         LINKS[tool](checkpoint, tmp_path / "made")
     assert not (tmp_path / "made").exists()
     assert any("links are not followed" in problem for problem in verify(checkpoint)[0].problems)
-    with pytest.raises(UserError, match="links are not followed"):
-        verify_ledger(checkpoint)
 
 
 def test_no_link_is_followed_out_of_a_base(checkpoint: Path, tmp_path: Path) -> None:
@@ -182,9 +177,8 @@ def test_an_operators_seed_and_sizes_have_bounds(checkpoint: Path) -> None:
 def test_an_adapter_without_its_tensors_is_not_copied(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "adapter.safetensors").rename(checkpoint / "other.safetensors")
     reseal(checkpoint)
-    for copy in (lambda output: drop(checkpoint, [0], output), lambda output: export_adapter(checkpoint, output)):
-        with pytest.raises(UserError, match=r"adapter\.safetensors is missing"):
-            copy(tmp_path / "made")
+    with pytest.raises(UserError, match=r"adapter\.safetensors is missing"):
+        export_adapter(checkpoint, tmp_path / "made")
     assert not (tmp_path / "made").exists()
 
 

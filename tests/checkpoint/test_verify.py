@@ -18,7 +18,9 @@ from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import replace_symlink, write_manifest
 from mora_ds.deploy.adapter_io import export_adapter
-from tests.helpers.damage import change_json
+from tests.helpers.crafted import reseal
+from tests.helpers.damage import change_json, flip
+from tests.helpers.exports import fake_run
 from tests.helpers.jobs import REPOSITORY, Playground, run
 
 pytestmark = pytest.mark.gloo
@@ -72,7 +74,7 @@ def test_exit_codes_and_what_is_printed(out: Path, checkpoint: Path, tmp_path: P
     assert done.returncode == 1 and "wrong: " in done.stdout and "trainer_state.json has 2 bytes" in done.stdout
     assert "error: 1 of 1 checkpoint(s) damaged: step-000004" in done.stderr
     done = tool(tmp_path / "nothing")
-    assert done.returncode == 2 and "neither a checkpoint nor" in done.stderr
+    assert done.returncode == 2 and "neither a checkpoint, nor a ledger" in done.stderr
 
 
 def test_every_file_is_watched(checkpoint: Path) -> None:
@@ -192,6 +194,43 @@ def test_what_the_hashes_do_not_tell(checkpoint: Path, change: Callable[[Path], 
     change(checkpoint)
     write_manifest(checkpoint)
     assert told in wrong(checkpoint)
+
+
+def without_file(ledger: Path) -> None:
+    (ledger / "cycle-00001.safetensors").unlink()
+
+
+def not_finite(ledger: Path) -> None:
+    path = ledger / "cycle-00001.safetensors"
+    with safe_open(path, "pt") as handle:
+        metadata = handle.metadata()
+    tensors = load_file(path)
+    next(iter(tensors.values())).fill_(float("nan"))
+    path.unlink()  # a hard link
+    save_file(tensors, path, metadata)
+    reseal(ledger)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda ledger: flip(ledger / "cycle-00001.safetensors"), "cycle-00001.safetensors is damaged"),
+        (without_file, "cycle-00001.safetensors is missing"),
+        (changed_json("ledger.json", lambda content: content["cycles"].pop(0)), "hole: cycle 0 is missing"),
+        (changed_json("ledger.json", lambda content: content["cycles"][1].update(chain="0")), "chain of hashes"),
+        (not_finite, r"the MoRA matrix of model.layers.0.self_attn.q_proj is not finite"),
+    ],
+)
+def test_a_ledger_alone(tmp_path: Path, change: Callable[[Path], Any], told: str) -> None:
+    made = fake_run(tmp_path, cycles=3, num_hidden_layers=1)
+    ledger = made.checkpoint / "ledger"
+    (verdict,) = verify(ledger, made.base)
+    assert verdict.is_good and "ledger: 3 cycle(s), hashes and chain" in verdict.facts
+    other = fake_run(tmp_path / "other", num_hidden_layers=1, hidden_size=16, probe=False, cycles=0).base
+    with pytest.raises(UserError, match=r"--base: .* is not the base of"):
+        verify(ledger, other)
+    change(ledger)
+    assert told in wrong(ledger)
 
 
 def test_another_base(out: Path, checkpoint: Path, user: Playground, tmp_path: Path) -> None:

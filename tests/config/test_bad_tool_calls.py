@@ -83,14 +83,11 @@ convert_checkpoint peft {run} --output {new} --rank 4 --domain code | --domain
 convert_checkpoint melt {run} --output {new} | melt
 ledger show {bad}/gone | gone
 ledger show {bad}/ledger_deep | ledger.json
-ledger drop {step} --cycles 99 --output {new} | 99
-ledger drop {step} --cycles one --output {new} | --cycles | one
-ledger compact {step} --first 99 --output {new} | --first
 ledger combine {step} --weights 1 2 --output {new} | --weights
 ledger combine {step} --weights inf --output {new} | --weights
 ledger combine {step} {bad}/gone --weights 1 1 --output {new} | gone
 ledger combine {step} --weights 0.5 --output {user} | --output
-ledger verify {step} --base {bad}/gone | --base | gone
+verify_checkpoint {step}/ledger --base {bad}/gone | --base | gone
 evaluate {bad}/gone --sets a={user}/held.txt | gone
 evaluate {bad}/models/heads --sets a={user}/held.txt | models/heads | not a multiple of
 evaluate {bad}/models/padding --sets a={user}/held.txt | models/padding | Padding_idx

@@ -17,7 +17,7 @@ from torch import Tensor
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, open_adapter, read_adapter, write_adapter
 from mora_ds.checkpoint.layout import step_folder
-from mora_ds.checkpoint.ledger_tools import verify
+from mora_ds.checkpoint.verify import verify
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.deploy.adapter_io import load_adapter
@@ -86,10 +86,8 @@ def test_scale_one_is_the_plain_export_to_the_bit(run: FakeRun, tmp_path: Path) 
     export_merged(run.checkpoint, tmp_path / "plain", mix=Mix(delta_scale=1.0))
     plain = content(tmp_path / "plain")
     assert all(torch.equal(tensor, plain[key]) for key, tensor in content(tmp_path / "merged").items())
-    assert (
-        verify(tmp_path / "same")
-        and (tmp_path / "same" / "tokenizer").is_dir() == (run.checkpoint / "tokenizer").is_dir()
-    )
+    assert verify(tmp_path / "same")[0].is_good
+    assert (tmp_path / "same" / "tokenizer").is_dir() == (run.checkpoint / "tokenizer").is_dir()
 
 
 def test_scale_zero_is_the_base_to_the_bit(run: FakeRun, tmp_path: Path) -> None:

@@ -99,9 +99,7 @@ def subjects(folder: Path) -> list[Subject]:
         _tool("verify_checkpoint", _CHECKPOINT, "--base", base),
         _tool("convert_checkpoint", "adapter", _CHECKPOINT, "--output", "{out}"),
         _tool("ledger", "show", _CHECKPOINT),
-        _tool("ledger", "verify", _CHECKPOINT, "--base", base),
-        _tool("ledger", "drop", _CHECKPOINT, "--cycles", "0", "--output", "{out}"),
-        _tool("ledger", "compact", _CHECKPOINT, "--output", "{out}", "--first", "1"),
+        _tool("verify_checkpoint", f"{_CHECKPOINT}/ledger", "--base", base),
         _tool(*_EXPORT),
         _tool("convert_checkpoint", "peft", _CHECKPOINT, "--output", "{out}", "--rank", "4"),
         _tool("ledger", "combine", _CHECKPOINT, _CHECKPOINT, "--weights", "0.5", "0.5", "--output", "{out}"),
@@ -116,7 +114,7 @@ def subjects(folder: Path) -> list[Subject]:
     )
     return [
         Subject(run, "out/checkpoints/step-000007", fast),
-        Subject(run, "base", (_tool("ledger", "verify", _CHECKPOINT, "--base", base), *fast[6:8])),
+        Subject(run, "base", (_tool("verify_checkpoint", f"{_CHECKPOINT}/ledger", "--base", base), _tool(*_EXPORT))),
         Subject(folder / "plan", "targets", (targets,)),
         Subject(bank, "bank", (_tool("evaluate", base, "--bank", "{case}/bank", *sets),)),
         Subject(bank, "bank/one", (_tool("evaluate", "{case}/bank/one", *sets),)),

@@ -1,0 +1,75 @@
+"""A run's ledger is found, and shown as a table."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mora_ds.adapters.ops.mora import delta_weight
+from mora_ds.checkpoint.layout import find_ledger
+from mora_ds.common.errors import UserError
+from mora_ds.eval.ledger_summary import show_lines, summarize
+from mora_ds.remora.ledger import Ledger
+from tests.helpers.exports import FakeRun
+
+# -- find and show ---------------------------------------------------------------------------------------------------
+
+
+def test_every_folder_of_a_run_leads_to_its_ledger(original: FakeRun, tmp_path: Path) -> None:
+    latest = original.output / "checkpoints" / "latest"
+    of_run = find_ledger(original.output)
+    assert (of_run.ledger, of_run.checkpoint) == (original.output / "ledger", None)
+    assert find_ledger(original.output / "ledger").checkpoint is None
+    for path in (original.checkpoint, latest):
+        assert find_ledger(path).checkpoint == original.checkpoint.resolve()
+    places = (original.output, original.output / "ledger", latest, original.checkpoint / "ledger")
+    assert {find_ledger(path).reference for path in places} == {original.checkpoint.resolve()}
+    with pytest.raises(UserError, match="holds no ledger"):
+        find_ledger(tmp_path)
+
+
+def test_summary_is_that_of_the_formed_deltas(original: FakeRun) -> None:
+    ledger = find_ledger(original.output).open()
+    found = summarize(ledger)
+    totals = dict.fromkeys(ledger.layers(0), 0.0)
+    for cycle, each in enumerate(found):
+        entries = ledger.layers(cycle)
+        squares = {name: ledger.square(cycle, name).double() for name in entries}
+        deltas = {name: delta_weight(entries[name].operator, square) for name, square in squares.items()}
+        totals = {name: totals[name] + delta for name, delta in deltas.items()}
+        assert each.square_energy == pytest.approx(energy_of(squares), rel=1e-6)
+        assert each.delta_energy == pytest.approx(energy_of(deltas), rel=1e-6)
+        assert each.sum_energy == pytest.approx(energy_of(totals), rel=1e-6)
+        assert (each.cycle, each.step, each.layers) == (cycle, ledger.records[cycle].step, len(entries))
+        assert each.nbytes == (ledger.folder / ledger.records[cycle].file).stat().st_size
+
+
+def energy_of(matrices: dict[str, Any]) -> float:
+    return sum(matrix.square().sum().item() for matrix in matrices.values())
+
+
+def test_sums_count_a_layer_that_a_cycle_left_out(original: FakeRun, tmp_path: Path) -> None:
+    source = find_ledger(original.output).open()
+    ledger = Ledger.create(tmp_path / "ledger", "f" * 64)
+    first, second = list(source.layers(0))[:2]
+    for cycle, names in enumerate(((first,), (second,), (first, second))):
+        entries = {name: source.layers(cycle)[name] for name in names}
+        ledger.append(cycle, entries, [(name, source.square(cycle, name)) for name in names])
+        if cycle == 1:
+            last = summarize(ledger)[1]
+    found = summarize(ledger)
+    assert last.sum_energy == pytest.approx(found[1].sum_energy), "whether or not there are later cycles"
+    assert found[1].sum_energy == pytest.approx(found[0].delta_energy + found[1].delta_energy)
+    assert [each.layers for each in found] == [1, 1, 2]
+
+
+def test_table(original: FakeRun, tmp_path: Path) -> None:
+    ledger = find_ledger(original.output).open()
+    lines, second = show_lines(ledger), summarize(ledger)[1]
+    assert "3 cycle(s)" in lines[0] and len(lines) == 6
+    assert lines[3].split()[:3] == ["1", "2", "7"] and f"{math.sqrt(second.delta_energy):.4e}" in lines[3]
+    assert "truncate/permuted" in lines[3]
+    assert len(show_lines(Ledger.create(tmp_path / "empty", "f" * 64))) == 1
