@@ -123,8 +123,7 @@ class AdapterArguments:
     """With --domain_adapters: shared or domains freezes these MoRA matrices; none trains all."""
     init_adapter: str | None = None
     """With --domain_adapters: start from the MoRA matrices of this checkpoint or adapter, which must have no merges;
-    matrices of domains are matched by name. With --adapter lora: start from the LoRA adapter in this folder, which PEFT
-    wrote."""
+    matrices of domains are matched by name."""
     eval_domains: list[str] = field(default_factory=list)
     """With --domain_adapters: SET=DOMAIN evaluates a set with the MoRA matrices of that domain, SET=shared with the
     shared ones alone. Default: the domain with the set's name (or held_out_DOMAIN), the shared ones where there is

@@ -80,8 +80,8 @@ def domain_problems(adapter: AdapterArguments, data: DataArguments, training: Tr
         for name in ("freeze", "eval_domains"):
             if getattr(adapter, name) not in (Freeze.NONE.value, []):
                 yield f"--{name} is for {FLAG}"
-        if adapter.init_adapter is not None and adapter.adapter != AdapterKind.LORA.value:
-            yield f"--init_adapter is for {FLAG}, and for --adapter lora"
+        if adapter.init_adapter is not None:
+            yield f"--init_adapter is for {FLAG}"
         yield from _initial(adapter)
         return
     if adapter.adapter != AdapterKind.MORA.value:

@@ -10,7 +10,6 @@ base            the base model on this process; node_room: whether a node has ro
 targets         --targets: which layers have a MoRA matrix, and of which size
 vectors         singular vectors of the base for the operators that read them
 init_adapter    --init_adapter: MoRA matrices to start from
-init_lora       --init_adapter with --adapter lora: a LoRA adapter of PEFT to start from
 job             the interface of the three kinds of job, full and bare ones; adapter_job: MoRA and LoRA
 run             `mora_ds.Run`: merge ledger and checkpoints of one engine, also for loops written by users
 preflight       every check of the live model before the first step

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mora_ds.adapters.alignment import Alignment
-from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
+from mora_ds.adapters.config import AdapterConfig, MoRAConfig
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
@@ -37,7 +37,6 @@ from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.planning.costs import costs
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.train.init_adapter import InitialAdapter
-from mora_ds.train.init_lora import InitialLoRA
 from mora_ds.train.job import Job
 from mora_ds.train.run import Run, RunDetails
 from mora_ds.train.targets import RunTargets
@@ -177,15 +176,12 @@ class AdapterJob(Job):
                 "from here on results differ by rounding from those of the same micro-batches as before"
             )
 
-    def _initial_adapter(self, fingerprint: str) -> InitialAdapter | InitialLoRA | None:
+    def _initial_adapter(self, fingerprint: str) -> InitialAdapter | None:
         """The adapter of --init_adapter, checked against the model; None where there is none, or a checkpoint."""
         path, model = self.arguments.adapter.init_adapter, self.loaded.model
         if path is None or self.place.checkpoint is not None:
             return None
-        kind: type[InitialAdapter | InitialLoRA] = (
-            InitialLoRA if isinstance(self.config, LoRAConfig) else InitialAdapter
-        )
-        return self.place.ranks.agree("--init_adapter", lambda: kind.open(Path(path), model, fingerprint))
+        return self.place.ranks.agree("--init_adapter", lambda: InitialAdapter.open(Path(path), model, fingerprint))
 
     def _open_run(self, identity: Mapping[str, Any]) -> Run:
         adapter, training, train_data = self.arguments.adapter, self.arguments.training, self.data.train

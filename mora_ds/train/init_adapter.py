@@ -6,7 +6,6 @@ earlier run must have the same base, layers and operators, and no merged cycle: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,18 +24,11 @@ from mora_ds.runtime.ranks import Ranks
 FLAG = "--init_adapter"
 
 
-def adapter_files(path: Path) -> list[Path]:
-    """The files that make an adapter. Raises `UserError` where there is none."""
-    return [find_adapter(expanded(path, FLAG)) / name for name in (ADAPTER_JSON, ADAPTER_TENSORS)]
-
-
-def check_same_files(files_of: Callable[[Path], list[Path]], path: Path, ranks: Ranks) -> None:
-    """Raise `UserError` where there is no adapter, or not the same one on all ranks. Collective.
-
-    `files_of`: the files of an adapter of its kind."""
+def check_same_files(path: Path, ranks: Ranks) -> None:
+    """Raise `UserError` where there is no adapter, or not the same one on all ranks. Collective."""
 
     def digests() -> dict[str, str | None]:
-        files = files_of(path)
+        files = [find_adapter(expanded(path, FLAG)) / name for name in (ADAPTER_JSON, ADAPTER_TENSORS)]
         return {f"sha256 of {file.name}": sha256_file(file) if file.is_file() else None for file in files}
 
     ranks.same(FLAG, ranks.agree(f"files of {FLAG}", digests))

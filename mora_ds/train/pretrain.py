@@ -53,8 +53,7 @@ from mora_ds.train.base_device import settle_base_device
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.dry_run import dry_run
 from mora_ds.train.evaluator import Evaluator
-from mora_ds.train.init_adapter import adapter_files, check_same_files
-from mora_ds.train.init_lora import lora_files
+from mora_ds.train.init_adapter import check_same_files
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.job import BareJob, FullJob, Job
 from mora_ds.train.metrics import MetricsLog, peak_memory_bytes, plain_json
@@ -122,8 +121,7 @@ def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job
         ranks.on_first("tasks", lambda: check_tasks(training.eval_tasks), long=True)
     with _output_folder(arguments, ranks, base) as place:
         if adapter.init_adapter is not None and place.checkpoint is None:
-            files = lora_files if adapter.adapter == AdapterKind.LORA.value else adapter_files
-            check_same_files(files, Path(adapter.init_adapter), ranks)
+            check_same_files(Path(adapter.init_adapter), ranks)
         folder, config = find_model(model, place)
         attention = choose_attention(model, config, place.checkpoint)
         implementation = implementation_of(model, attention)

@@ -104,7 +104,6 @@ stray | 'stray'
 --full_rank_steps 6 | --full_rank_steps 6 must be less than --max_steps
 --freeze both | --freeze is for --domain_adapters
 --init_adapter /nowhere | --init_adapter is for --domain_adapters
---adapter lora --init_adapter {bad}/emptydir | --init_adapter | adapter_config.json
 --push_to_hub a/b/c | --push_to_hub a/b/c
 --adapter full --push_to_hub a/b | --push_to_hub | --export_merged
 --domain_adapters | --domain_adapters needs several named sources
@@ -166,7 +165,6 @@ stray | 'stray'
 --node_base ~nobody5/x | --node_base ~nobody5/x: no home
 --model_name_or_path ~nobody5/x | --model_name_or_path ~nobody5/x: no home
 --tokenizer_name ~nobody5/x | --tokenizer_name ~nobody5/x: no home
---adapter lora --init_adapter ~nobody5/x | --init_adapter ~nobody5/x: no home
 --resume_from_checkpoint ~nobody5/x | --resume_from_checkpoint ~nobody5/x: no home
 --train_files ~nobody5/x | --train_files ~nobody5/x: no home
 --eval_files /nowhere | --eval_files: no file matches '/nowhere'
