@@ -1,0 +1,51 @@
+"""What a merge ledger holds means the same bits on every kind of CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.jobs import environment, playground, run
+
+INSTRUCTIONS = {"DEFAULT": ("default",), "AVX2": ("default", "avx2"), "AVX512": ("default", "avx2", "avx512")}
+"""What torch can be told to use, by what this CPU has."""
+
+REPLAY = """
+import hashlib, sys
+from pathlib import Path
+
+import torch
+
+from mora_ds.adapters.ops.index_tables import rope_table
+from mora_ds.deploy.export import export_merged
+
+checkpoint, target = map(Path, sys.argv[1:])
+export_merged(checkpoint, target)
+tables = (rope_table(blocks, 64, torch.float32, torch.device("cpu")) for blocks in (1, 16, 1000))
+print(torch.backends.cpu.get_cpu_capability())
+print(hashlib.sha256(b"".join(half.numpy().tobytes() for table in tables for half in table)).hexdigest())
+print(hashlib.sha256((target / "model.safetensors").read_bytes()).hexdigest())
+"""
+
+
+@pytest.mark.gloo
+def test_a_ledger_of_rotations_is_replayed_to_the_same_bits_by_all_instructions(tmp_path: Path) -> None:
+    user = playground(tmp_path / "user")
+    merges = ("--operator", "rotate", "--merge_every", 2, "--restart_warmup_steps", 1)
+    run(1, user.flags(tmp_path / "out", *merges))
+    checkpoint = tmp_path / "out" / "checkpoints" / "latest"
+    printed = []
+    variables = environment()
+    for name in INSTRUCTIONS[torch.backends.cpu.get_cpu_capability()]:
+        command = [sys.executable, "-c", REPLAY, str(checkpoint), str(tmp_path / name)]
+        variables["ATEN_CPU_CAPABILITY"] = name
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+        used, *hashes = done.stdout.split()[-3:]
+        assert used.lower() == name
+        printed.append(hashes)
+    assert len(printed) > 1, "this CPU has one kind of instructions only"
+    assert all(hashes == printed[0] for hashes in printed)
