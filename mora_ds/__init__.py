@@ -6,7 +6,6 @@
     export_merged(checkpoint, output)                            a merged Hugging Face model
     export_adapter(checkpoint, folder); load_adapter(base, folder)      the adapter alone, and its use on a base
     combine_adapters([a, b], [0.5, 0.5], folder)                 a weighted sum of updates of one base
-    bank = AdapterBank.open(base, folder)                        multi-adapter inference: one base, an adapter per row
 
 They are imported at first use, so that `import mora_ds` is fast.
 """
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from mora_ds.adapters.ops.spec import OperatorKind
     from mora_ds.common.errors import RunError, UserError
     from mora_ds.deploy.adapter_io import export_adapter, load_adapter
-    from mora_ds.deploy.bank import AdapterBank
     from mora_ds.deploy.combine import Mix, combine_adapters
     from mora_ds.deploy.export import export_merged
     from mora_ds.engine.initialize import initialize
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
     from mora_ds.train.run import Run, with_vectors
 
 _HOME = {
-    "AdapterBank": "deploy.bank",
     "Alignment": "adapters.alignment",
     "MoRAConfig": "adapters.config",
     "domains_of": "adapters.domains",
@@ -65,7 +62,6 @@ _HOME = {
 }
 
 __all__ = [
-    "AdapterBank",
     "Alignment",
     "InjectionReport",
     "Ledger",

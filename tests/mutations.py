@@ -127,10 +127,10 @@ MUTATIONS = (
     ),
     Mutation(
         "rows of a batch get each other's adapters",
-        "deploy/bank.py",
-        "[residents[name].of(layer, known.form.r_hat) for name in distinct], of)",
-        "[residents[name].of(layer, known.form.r_hat) for name in distinct], of[::-1])",
-        ("deploy/test_bank.py",),
+        "research/bank.py",
+        "which = [users.index(str(names[row])) for row in rows]",
+        "which = [users.index(str(names[row])) for row in rows[::-1]]",
+        ("research/test_bank.py",),
     ),
     Mutation(
         "the chain of hashes is not checked",
@@ -472,10 +472,10 @@ MUTATIONS = (
     ),
     Mutation(
         "a loop of links in a bank is followed",
-        "deploy/bank_files.py",
+        "research/bank.py",
         "    searched.add(resolved)\n",
         "",
-        ("deploy/test_bank_refusals.py",),
+        ("research/test_bank.py",),
     ),
     Mutation(
         "whole numbers of any length are taken",

@@ -43,7 +43,7 @@ LONGER = {"analyze": "_weights", "export": "_hf", "verify": "_checkpoint", "conv
 """Commands of `mora-ds` whose programs in tools/ have longer names."""
 BENCHMARKS = (
     "layer", "merged_cycles", "attention", "step", "cycle", "node_base", "start", "loss", "plan", "data",
-    "document_start", "tensor_parallel", "sequence", "bank", "learning", "delta_scale", "memorization", "options",
+    "document_start", "tensor_parallel", "sequence", "learning", "delta_scale", "memorization", "options",
     "scale", "host", "gpu",
 )  # fmt: skip
 

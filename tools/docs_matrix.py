@@ -122,11 +122,6 @@ def matrix_lines() -> list[str]:
     lines += [table_row("", *columns), table_row(*["---"] * (len(columns) + 1))]
     lines += [table_row(row, *_cells(row, columns, reasons)) for row in OPTIONS]
     lines += ["", "## Messages", "", *(f"{number}. {cell(reason)}" for reason, number in reasons.items()), ""]
-    lines += [
-        "## Multi-adapter inference", "",
-        "`AdapterBank` takes MoRA adapters of every operator but `subspace`, with any number of merged cycles, over",
-        "one base; no LoRA, no domains, no other trained parameters. See [the guide](../guides/multi-adapter.md).",
-    ]  # fmt: skip
     return lines
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-TUTORIALS = ("first-run", "own-model", "from-lora", "many-adapters")
+TUTORIALS = ("first-run", "own-model", "from-lora")
 """The pages of docs/tutorials/ that run on one machine."""
 
 _BLOCK = re.compile(r"<!-- run: (?:demo|ci) -->\n```(bash|python)\n(.*?)```\n", re.DOTALL)

@@ -45,6 +45,7 @@ COMMANDS = {
     "export": Command("write the merged Hugging Face model of a checkpoint", "export.main"),
     "convert": Command("convert a checkpoint: adapter alone, LoRA of PEFT", "convert.main"),
     "evaluate": Command("measure perplexity and bits per byte of a model or a checkpoint", "evaluate.main"),
+    "evaluate-adapters": Command("measure many adapters of one base", "research.bank.main"),
     "ledger": Command("show or sum merge ledgers", "ledger.main"),
     "spectrum": Command("measure singular values and ranks of merged updates", "research.spectrum.main"),
     "verify": Command("verify every file of a checkpoint or a run", "verify.main"),

@@ -3,12 +3,10 @@
     mora-ds evaluate out/checkpoints/latest --sets domain=held.jsonl general='prose/*.txt' --stride 256
     mora-ds evaluate MODEL --sets domain=held.jsonl --json scores.json --lm_eval hellaswag arc_easy
     mora-ds evaluate out --sets domain=held.jsonl general='prose/*.txt' --delta_scale 0 0.25 0.5 0.75 1
-    mora-ds evaluate BASE --bank DIR --sets domain=held.jsonl [--adapters law code] [--bank_cache 8]
 
-With --bank: every adapter in a folder, or the named ones, on one base. A checkpoint needs no merged model: base, merge
-ledger and current MoRA matrices are combined in memory, the update multiplied by --delta_scale if asked to. Every
-document is scored completely and separately. Bits per byte are comparable between models with different tokenizers;
-perplexities are not.
+A checkpoint needs no merged model: base, merge ledger and current MoRA matrices are combined in memory, the update
+multiplied by --delta_scale if asked to. Every document is scored completely and separately. Bits per byte are
+comparable between models with different tokenizers; perplexities are not.
 """
 
 from __future__ import annotations
@@ -22,14 +20,11 @@ from mora_ds.commands.export import average_flags
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import write_json_atomic
 from mora_ds.data import AUTO, Corpus, load_corpus
-from mora_ds.deploy.bank import AdapterBank
 from mora_ds.deploy.combine import Mix, mixed
 from mora_ds.eval.perplexity import (
     Score,
     Target,
     Windows,
-    bank_rows,
-    evaluate_bank,
     evaluate_sets,
     harness,
     load_target,
@@ -41,33 +36,28 @@ from mora_ds.runtime.cli import check_device, check_writable, table
 
 def main() -> None:
     given = _parser().parse_args()
-    _check(given)
-    sets = {
-        name: load_corpus([path], text_column=given.text_column, flag=f"--sets {name}")
-        for name, path in named_sets(given.sets).items()
-    }
-    content = _bank(given, sets) if given.bank is not None else _model(given, sets)
+    check_scoring(given)
+    if not given.sets and not given.lm_eval:
+        raise UserError("nothing to evaluate on: give --sets NAME=PATH, or --lm_eval TASK")
+    content = _model(given, read_sets(given))
     if given.json is not None:
         write_json_atomic(given.json, {"model": str(given.model), **content})
 
 
-def _check(given: argparse.Namespace) -> None:
-    if not given.sets and not given.lm_eval:
-        raise UserError("nothing to evaluate on: give --sets NAME=PATH, or --lm_eval TASK")
+def check_scoring(given: argparse.Namespace) -> None:
+    """Raise `UserError` for wrong values of `scoring_flags`."""
     check_writable("--json", given.json)
     check_device(given.device)
     if given.batch_size < 1 or (given.max_documents is not None and given.max_documents < 1):
         raise UserError("--batch_size and --max_documents must be at least 1")
-    if given.bank is None and (given.adapters or given.bank_cache is not None):
-        raise UserError("--adapters and --bank_cache belong to --bank DIR")
-    if given.bank_cache is not None and given.bank_cache < 1:
-        raise UserError(f"--bank_cache must be at least 1, got {given.bank_cache}")
-    if given.bank is not None and (given.lm_eval or given.base is not None or given.domain is not None):
-        raise UserError(
-            "--bank takes the base as MODEL and evaluates on --sets: leave --base, --domain and --lm_eval out"
-        )
-    if given.bank is not None and not all(mix.is_plain for mix in _mixes(given)):
-        raise UserError("--delta_scale and --average_last take a checkpoint as MODEL: leave --bank out")
+
+
+def read_sets(given: argparse.Namespace) -> dict[str, Corpus]:
+    """The texts of --sets by their names."""
+    return {
+        name: load_corpus([path], text_column=given.text_column, flag=f"--sets {name}")
+        for name, path in named_sets(given.sets).items()
+    }
 
 
 def _mixes(given: argparse.Namespace) -> list[Mix]:
@@ -105,25 +95,6 @@ def _scores(target: Target, source: str, given: argparse.Namespace, sets: Mappin
     }  # fmt: skip
 
 
-def _bank(given: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
-    """Evaluate many adapters on one base. Returns the content of the JSON file."""
-    bank = AdapterBank.open(
-        given.model, given.bank, cache_adapters=1 if given.bank_cache is None else given.bank_cache,
-        dtype=given.dtype, device=given.device, trust_remote_code=given.trust_remote_code,
-    )  # fmt: skip
-    windows = Windows.of(bank.model, given.window, given.stride, given.document_start)
-    chosen = given.adapters or bank.names
-    print(f"{len(chosen)} adapter(s) on {bank.base}; windows of {windows.window} tokens, stride {windows.stride}")
-    scores = evaluate_bank(bank, sets, windows, chosen, given.batch_size, given.max_documents, given.trust_remote_code)
-    print("\n".join(table(bank_rows(scores))))
-    return {
-        "bank": str(given.bank), "window": windows.window, "stride": windows.stride,
-        "adapters": {
-            name: {each: score.to_dict() for each, score in found.items()} for name, found in scores.items()
-        },
-    }  # fmt: skip
-
-
 _TITLES = ["set", "documents", "tokens", "bytes", "tokens/byte", "perplexity", "bits/byte"]
 
 
@@ -133,9 +104,8 @@ def _row(name: str, score: Score) -> list[str]:
     return [name, *counts, *rates]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("model", type=Path, metavar="MODEL", help="model folder, checkpoint, run's folder, or adapter")
+def scoring_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what a model is scored on, and how."""
     parser.add_argument("--sets", nargs="+", default=[], metavar="NAME=PATH", help="files or patterns, each a set")
     parser.add_argument("--text_column", default="text", help="column or JSON key that holds the text")
     parser.add_argument("--window", type=int, help="tokens of a window. Default: the model's positions, at most 1024")
@@ -146,10 +116,17 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=4, help="windows at a time")
     parser.add_argument("--max_documents", type=int, help="score only the first ones of each set")
+    parser.add_argument("--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: the model's own")
+    parser.add_argument("--device", default="cpu", help="such as cuda:0")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores there too")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="model folder, checkpoint, run's folder, or adapter")
+    scoring_flags(parser)
     parser.add_argument("--base", type=Path, help="where a checkpoint's base lies now, if it was moved")
-    parser.add_argument("--bank", type=Path, metavar="DIR", help="every adapter in this folder, on the base MODEL")
-    parser.add_argument("--adapters", nargs="+", metavar="NAME", help="only these of the bank")
-    parser.add_argument("--bank_cache", type=int, metavar="N", help="adapters that stay in memory. Default: 1")
     parser.add_argument(
         "--domain", metavar="NAME", help="for a run with domain adapters: the domain to use, or 'shared' for none"
     )
@@ -158,9 +135,5 @@ def _parser() -> argparse.ArgumentParser:
         help="multiply a checkpoint's update, and evaluate at each of these: 0 is the base, 1 the trained model",
     )  # fmt: skip
     average_flags(parser)
-    parser.add_argument("--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: the model's own")
-    parser.add_argument("--device", default="cpu", help="such as cuda:0")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores there too")
     parser.add_argument("--lm_eval", nargs="+", metavar="TASK", help="tasks of the lm-eval harness, where installed")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     return parser

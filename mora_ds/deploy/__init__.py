@@ -1,4 +1,4 @@
-"""An adapter outside its run: merged models, exported adapters, multi-adapter inference.
+"""An adapter outside its run: merged models and exported adapters.
 
 export          `export_merged`: checkpoint -> a merged Hugging Face folder
 peft_export     `export_peft`: a checkpoint as a LoRA adapter of PEFT
@@ -6,7 +6,4 @@ hub             uploads models and adapters to the Hugging Face Hub
 logits_check    compares an export's logits with the live model's
 model_card      README.md of an export
 adapter_io      `export_adapter`, `load_adapter`: an adapter alone, and put onto its base
-bank            `AdapterBank`: many adapters over one base, chosen row by row
-bank_layer      the linear layer of a bank
-bank_files      the adapters in a bank's folder
 """

@@ -30,14 +30,10 @@ from mora_ds.common.errors import UserError
 from mora_ds.data import AUTO, IGNORED, NOTHING, Corpus, load_tokenizer, start_id
 from mora_ds.data.documents import Documents
 from mora_ds.deploy.adapter_io import load_adapter
-from mora_ds.deploy.bank import AdapterBank
 from mora_ds.models.attention import model_inputs, prefer_documents
 from mora_ds.models.load import load_model
 from mora_ds.models.loss import perplexity
 from mora_ds.models.tensor_files import compute_dtype
-
-BASE = "(base)"
-"""The name of the base model in tables of adapters."""
 
 DEFAULT_WINDOW = 1024
 
@@ -269,46 +265,3 @@ def named_sets(entries: Iterable[str]) -> dict[str, str]:
             raise UserError(f"--sets: {name} would name two sets; write NAME=PATH")
         sets[name] = path
     return sets
-
-
-# -- multi-adapter inference ---------------------------------------------------------------------------------------
-
-
-def evaluate_bank(
-    bank: AdapterBank,
-    sets: Mapping[str, Corpus],
-    windows: Windows,
-    names: Sequence[str],
-    batch_size: int = 4,
-    max_documents: int | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, dict[str, Score]]:
-    """Adapter -> set -> score, the base first. A checkpoint's tokenizer is used in place of the base's, as in its run.
-
-    Raises `UserError` for an unknown name or an adapter with damaged headers before anything is evaluated; for damaged
-    tensors, when that adapter's turn comes.
-    """
-    bank.check_names(names)
-    for name in names:
-        if name in bank.damaged:
-            raise UserError(f"adapter {name!r} cannot be used: {bank.damaged[name]}")
-    tokenizer = load_tokenizer(bank.base, trust_remote_code=trust_remote_code, flag="MODEL")
-    target = Target(prefer_documents(bank.model), tokenizer, BASE)
-    scores = {BASE: evaluate_sets(target, sets, windows, batch_size, max_documents)}
-    for name in names:
-        own = tokenizer_of(adapter_folder(bank.folders[name]))
-        target = Target(bank.model, tokenizer if own is None else load_tokenizer(own, flag=str(own)), name)
-        with bank.use(name):
-            scores[name] = evaluate_sets(target, sets, windows, batch_size, max_documents)
-    return scores
-
-
-def bank_rows(scores: Mapping[str, Mapping[str, Score]]) -> list[list[str]]:
-    """Rows of a table: titles, then a line an adapter with perplexity and bits per byte of every set."""
-    sets = list(next(iter(scores.values())))
-    titles = [f"{name}: {figure}" for name in sets for figure in ("perplexity", "bits/byte")]
-    rows = [
-        [adapter, *(f"{figure:.4f}" for name in sets for figure in (of[name].perplexity, of[name].bits_per_byte))]
-        for adapter, of in scores.items()
-    ]
-    return [["adapter", *titles], *rows]

@@ -104,11 +104,8 @@ evaluate {user}/model --sets a={user}/held.txt --batch_size 0 | --batch_size
 evaluate {user}/model --sets a={user}/held.txt --window 1 | --window
 evaluate {user}/model --sets a={user}/held.txt --window 8 --stride 9 | --stride
 evaluate {user}/model --sets a={user}/held.txt --device warp | --device
-evaluate {user}/model --sets a={user}/held.txt --bank {bad}/gone | --bank
 evaluate {user}/model --sets a={user}/held.txt --delta_scale 0.5 | --delta_scale | {user}/model
 evaluate {user}/model --sets a={user}/held.txt --delta_scale 0.5 nan | --delta_scale
-evaluate {user}/model --sets a={user}/held.txt --bank {user} --delta_scale 0.5 | --bank
-evaluate {user}/model --sets a={user}/held.txt --adapters x | --adapters
 analyze_weights {bad}/gone | gone
 analyze_weights {bad}/models/string | config.json
 analyze_weights {bad}/models/index_numbers | index.json

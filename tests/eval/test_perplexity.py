@@ -21,16 +21,14 @@ from mora_ds.deploy.export import export_merged
 from mora_ds.eval import perplexity
 from mora_ds.eval.perplexity import (
     Score,
-    Target,
     Windows,
-    bank_rows,
     evaluate,
     harness,
     load_target,
     named_sets,
 )
 from mora_ds.models.load import load_model
-from tests.helpers.adapters import Maker, merge
+from tests.helpers.adapters import Maker
 from tests.helpers.jobs import Playground, run
 from tests.helpers.models import with_own_code
 from tests.helpers.tools import call
@@ -126,12 +124,6 @@ def test_figures_of_a_score() -> None:
         "documents": 2, "tokens": 8, "text_bytes": 32, "nats": score.nats, "perplexity": pytest.approx(4),
         "bits_per_byte": pytest.approx(0.5), "tokens_per_byte": 0.25,
     }  # fmt: skip
-    other = Score(2, 8, 64, score.nats)
-    assert bank_rows({"(base)": {"x": score, "y": other}, "law": {"x": other, "y": score}}) == [
-        ["adapter", "x: perplexity", "x: bits/byte", "y: perplexity", "y: bits/byte"],
-        ["(base)", "4.0000", "0.5000", "4.0000", "0.2500"],
-        ["law", "4.0000", "0.2500", "4.0000", "0.5000"],
-    ]
 
 
 def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(user: Playground) -> None:
@@ -244,46 +236,3 @@ def test_what_cannot_be_evaluated_is_named(user: Playground, tmp_path: Path) -> 
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(UserError, match="not a single token"):
         evaluate(target, load_corpus([str(tmp_path / "empty.jsonl")]), Windows(64, 32))
-
-
-def test_every_adapter_of_a_bank_has_the_figures_of_its_merged_model(
-    user: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    maker = Maker(AutoModelForCausalLM.from_pretrained(user.model), user.model)
-    updates = {
-        name: maker.write(tmp_path / "bank" / name, MoRAConfig(rank=2, seed=cycles), cycles, scale=0.1)
-        for cycles, name in enumerate(("a", "b", "c"))
-    }
-
-    def evaluated(*flags: object) -> dict[str, Any]:
-        call("evaluate", user.model, *flags, "--json", tmp_path / "scores.json")
-        return json.loads((tmp_path / "scores.json").read_text())
-
-    sets = ["--sets", f"held={user.held}", user.other, "--window", 64, "--stride", 32]
-    bank = ["--bank", tmp_path / "bank", "--bank_cache", 2]
-    found = evaluated(*sets, *bank)["adapters"]
-    said = capsys.readouterr().out
-    assert "held: perplexity" in said and "3 adapter(s) on" in said
-    model, target = maker.model, load_target(user.model)
-    for name in ("(base)", "a", "b", "c"):
-        merge(model, maker.weights, updates.get(name, {}))
-        merged = Target(model.eval(), target.tokenizer, name)
-        for each, path in (("held", user.held), ("other", user.other)):
-            expected = evaluate(merged, load_corpus([str(path)]), Windows(64, 32))
-            assert found[name][each]["nats"] == pytest.approx(expected.nats, rel=1e-6)
-            assert found[name][each]["tokens"] == expected.tokens
-        assert name == "(base)" or abs(found[name]["held"]["nats"] / found["(base)"]["held"]["nats"] - 1) > 1e-4
-        model.load_state_dict(maker.weights, strict=False)
-    assert set(evaluated(*sets, *bank, "--adapters", "c", "--max_documents", "1")["adapters"]) == {"(base)", "c"}
-    for flags, message in (
-        ([*sets, *bank, "--adapters", "c", "d"], "the bank has no adapter 'd'"),
-        ([*sets, "--adapters", "c"], "--adapters and --bank_cache belong to --bank"),
-        ([*sets, *bank, "--lm_eval", "x"], "--bank takes the base as MODEL"),
-        ([*sets, "--bank", tmp_path / "bank", "--bank_cache", 0], "--bank_cache must be at least 1"),
-    ):
-        with pytest.raises(UserError, match=message):
-            evaluated(*flags)
-    (tmp_path / "bank" / "c" / "adapter.json").write_text("{")
-    monkeypatch.setattr(perplexity, "evaluate", lambda *_: pytest.fail("nothing is evaluated before"))
-    with pytest.raises(UserError, match=r"adapter 'c' cannot be used: .*adapter.json is damaged"):
-        evaluated(*sets, *bank)

@@ -24,9 +24,11 @@ from types import FrameType
 from typing import Any
 
 import psutil
+import pytest
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.target_plan import TargetPlan
+from mora_ds.commands import dispatch
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.train.targets import plan_of_file
@@ -66,6 +68,19 @@ def _tool(name: str, *flags: str) -> Tool:
         call(name, *(flag.format(case=case, out=out) for flag in flags))
 
     run.__name__ = name if flags[0][0] in "-{" else f"{name} {flags[0]}"
+    return run
+
+
+def _command(name: str, *flags: str) -> Tool:
+    """`mora-ds NAME` with {case} and {out} filled in."""
+    main = dispatch.COMMANDS[name].load()
+
+    def run(case: Path, out: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [name, *(flag.format(case=case, out=out) for flag in flags)])
+            main()
+
+    run.__name__ = name
     return run
 
 
@@ -116,7 +131,7 @@ def subjects(folder: Path) -> list[Subject]:
         Subject(run, "out/checkpoints/step-000007", fast),
         Subject(run, "base", (_tool("verify_checkpoint", f"{_CHECKPOINT}/ledger", "--base", base), _tool(*_EXPORT))),
         Subject(folder / "plan", "targets", (targets,)),
-        Subject(bank, "bank", (_tool("evaluate", base, "--bank", "{case}/bank", *sets),)),
+        Subject(bank, "bank", (_command("evaluate-adapters", base, "{case}/bank", *sets),)),
         Subject(bank, "bank/one", (_tool("evaluate", "{case}/bank/one", *sets),)),
         Subject(run, "out/checkpoints/step-000007", (_tool(*_EXPORT, "--verify"),)),
         Subject(bank, "base", of_model),

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from mora_ds.adapters.ops.lora import LoRASpec
-from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
-from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind, UpdateSpec
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.checkpoint.layout import find_ledger
 from mora_ds.common.errors import UserError
@@ -44,7 +44,7 @@ def square(side: int, seed: int = 0) -> torch.Tensor:
 
 
 def formed(update: Update) -> torch.Tensor:
-    return delta_weight(update[0], update[1].double())
+    return update[0].delta_weight(update[1].double())
 
 
 # -- measures ---------------------------------------------------------------------------------------------------------
@@ -87,12 +87,13 @@ def expected_span(newest: torch.Tensor, earlier: torch.Tensor) -> float:
     return 1 - (inside.norm() / newest.norm()).square().item()
 
 
-def expected_reach(newest: torch.Tensor, specs: list[OperatorSpec]) -> float:
+def expected_reach(newest: torch.Tensor, specs: list[UpdateSpec]) -> float:
     """Every delta that the operators can make, as columns; then plain least squares."""
     basis = []
     for spec in specs:
-        units = torch.eye(spec.r_hat**2, dtype=torch.float64).view(-1, spec.r_hat, spec.r_hat)
-        basis += [delta_weight(spec, unit).flatten() for unit in units]
+        side = spec.value_shape[0]
+        units = torch.eye(side**2, dtype=torch.float64).view(-1, side, side)
+        basis += [spec.delta_weight(unit).flatten() for unit in units]
     columns, target = torch.stack(basis, dim=1), newest.flatten().unsqueeze(1)
     fit = torch.linalg.lstsq(columns, target, driver="gelsd").solution
     return ((target - columns @ fit).norm() / target.norm()).square().item()

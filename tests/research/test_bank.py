@@ -1,0 +1,381 @@
+"""Adapters side by side: every row of a mixed batch is what its adapter, merged alone, makes of it; what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from mora_ds.adapters.config import LoRAConfig, MoRAConfig
+from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS
+from mora_ds.common.errors import UserError
+from mora_ds.data import load_corpus
+from mora_ds.eval.perplexity import Target, Windows, evaluate, load_target
+from mora_ds.research.bank import AdapterBank
+from tests.helpers.adapters import Maker, Updates, merge, originals
+from tests.helpers.exports import fake_run
+from tests.helpers.jobs import Playground
+from tests.helpers.mistakes import command
+from tests.helpers.models import tiny_model, tokens
+from tests.helpers.readme import code_with
+
+CYCLES = {"none": 0, "one": 1, "three": 3}
+"""Adapter -> merged cycles."""
+
+
+@dataclass
+class Bench:
+    """A base with adapters, and plain transformers to hold them against."""
+
+    folder: Path
+    maker: Maker
+    updates: dict[str, Updates]
+
+    def open(self, **settings: Any) -> AdapterBank:
+        return AdapterBank.open(self.folder / "base", self.folder / "bank", **settings)
+
+    def add(self, name: str, config: Any, cycles: int = 0, **more: Any) -> None:
+        self.updates[name] = self.maker.write(self.folder / "bank" / name, config, cycles, **more)
+
+    def merged(self, name: str | None) -> Any:
+        """A plain model with all squares of an adapter merged; the same one every time."""
+        model = self.maker.model.eval()
+        weights = self.maker.weights
+        for weight, original in weights.items():
+            model.get_parameter(weight).data.copy_(original)
+        merge(model, weights, {} if name is None else self.updates[name])
+        return model
+
+
+def bench(folder: Path, family: str = "llama", **changes: Any) -> Bench:
+    return Bench(folder, Maker(tiny_model(family, **changes), folder / "base"), {})
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor, **more: Any) -> Tensor:
+    return model(input_ids=ids, use_cache=False, **more).logits
+
+
+def check_rows(made: Bench, bank: AdapterBank, names: list[str | None], ids: Tensor) -> None:
+    """Each row is its adapter's, and no two adapters' are alike."""
+    with bank.use(names):
+        found = logits(bank.model, ids)
+    expected = {name: logits(made.merged(name), ids) for name in dict.fromkeys(names)}
+    for row, name in enumerate(names):
+        torch.testing.assert_close(found[row], expected[name][row], rtol=0, atol=1e-5)
+        for other in set(expected) - {name}:
+            assert (found[row] - expected[other][row]).abs().max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def rotating(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """Adapters of 0, 1 and 3 merged cycles."""
+    made = bench(tmp_path_factory.mktemp("rotating"))
+    for seed, (name, cycles) in enumerate(CYCLES.items()):
+        made.add(name, MoRAConfig(rank=3, seed=seed), cycles, scale=0.05)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("family", "operator", "rank"),
+    [
+        ("llama", "truncate", 3),
+        ("llama", "share", 40),
+        ("gpt2", "decouple", 3),
+        ("gpt2", "share", 3),
+        ("qwen2", "rotate", 2),
+    ],
+)
+def test_every_row_of_a_mixed_batch_is_its_merged_model(tmp_path: Path, family: str, operator: str, rank: int) -> None:
+    """With 0, 1 and 3 merged cycles in one batch, Conv1D, biases, narrow keys and values, and the bare base."""
+    made = bench(tmp_path, family)
+    for name, module in made.maker.model.named_modules():
+        if getattr(module, "bias", None) is not None and "norm" not in name:
+            nn.init.normal_(module.bias)
+    shutil.rmtree(tmp_path / "base")
+    made.maker = Maker(made.maker.model, tmp_path / "base")
+    for seed, (name, cycles) in enumerate(CYCLES.items()):
+        made.add(name, MoRAConfig(rank=rank, operator=operator, seed=seed), cycles, scale=0.05)
+    bank = made.open()
+    check_rows(made, bank, ["three", "none", None, "one", "none"], tokens(5))
+    check_rows(made, bank, ["one", "three"], tokens(2, length=1))
+    assert torch.equal(logits(bank.model, tokens(2)), logits(made.merged(None), tokens(2))), "the base is as it was"
+
+
+def test_operators_sizes_layers_and_groupings_may_differ(tmp_path: Path) -> None:
+    """Cycles without permutations are one matrix."""
+    made = bench(tmp_path, intermediate_size=53)
+    for name in ("permuted", "plain", "alternate", "strided-contiguous"):
+        made.add(name, MoRAConfig(rank=2, operator="share", grouping=name), cycles=3, scale=0.05)
+    made.add("other", MoRAConfig(rank=5, operator="decouple"), cycles=1, scale=0.05)
+    made.add("queries", MoRAConfig(rank=3, target_modules=("q_proj",)), cycles=1, scale=0.1)
+    made.add("zero", MoRAConfig(rank=3), scale=0.0)
+    bank = made.open()
+    check_rows(made, bank, [name for name in bank.names if name != "zero"], tokens(len(bank.names) - 1))
+    layer = "model.layers.0.mlp.up_proj"
+    counts = {name: len(bank.resident(name).layers.get(layer, {})) for name in bank.names}
+    assert counts == {"permuted": 4, "plain": 1, "alternate": 2, "strided-contiguous": 1, "other": 2, "queries": 0,
+                      "zero": 0}  # fmt: skip
+
+
+def test_rows_whose_adapters_have_one_operator_share_a_product(tmp_path: Path) -> None:
+    made = bench(tmp_path)
+    for name, scale in (("a", 0.05), ("b", -0.05), ("c", 0.1)):
+        made.add(name, MoRAConfig(rank=3), cycles=1, scale=scale)
+    bank = made.open()
+    names: list[str | None] = ["a", "b", None, "c", "a"]
+    check_rows(made, bank, names, tokens(5))
+    with bank.use(names):
+        terms = bank.layers["model.layers.0.mlp.up_proj"].terms
+    assert [(len(term.squares), term.rows.tolist()) for term in terms] == [(3, [0, 1, 3, 4])] * 2
+    with bank.use("c"):  # however many rows there are
+        for rows in (1, 3):
+            expected = logits(made.merged("c"), tokens(rows))
+            torch.testing.assert_close(logits(bank.model, tokens(rows)), expected, rtol=0, atol=1e-5)
+
+
+def test_a_block_leaves_the_model_as_it_was(rotating: Bench) -> None:
+    bank, ids = rotating.open(), tokens(2)
+    weights = {name: weight.clone() for name, weight in bank.model.named_parameters()}
+    assert set(weights) == set(originals(rotating.maker.model)), "parameters keep their names"
+    with bank.use(["one", "three"]):
+        outer = logits(bank.model, ids)
+        with pytest.raises(KeyError), bank.use("none"):
+            assert not torch.equal(logits(bank.model, ids), outer)
+            raise KeyError
+        assert torch.equal(logits(bank.model, ids), outer)
+    assert torch.equal(logits(bank.model, ids), logits(rotating.merged(None), ids))
+    for name, weight in bank.model.named_parameters():
+        assert torch.equal(weight, weights[name]) and not weight.requires_grad
+
+
+def test_gradients_reach_the_inputs(rotating: Bench) -> None:
+    """As for attributions: of every row through its own adapter, with one term a group and with several."""
+    bank, embedded = rotating.open(), rotating.maker.model.get_input_embeddings()(tokens(2)).detach()
+
+    def gradient(model: Any) -> Tensor:
+        inputs = embedded.clone().requires_grad_()
+        (found,) = torch.autograd.grad(model(inputs_embeds=inputs, use_cache=False).logits.square().sum(), inputs)
+        return found
+
+    for names in (["one", "three"], ["none", "none"]):
+        with bank.use(names):
+            found = gradient(bank.model)
+        for row, name in enumerate(names):
+            expected = gradient(rotating.merged(name))[row]
+            torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_in_bf16_a_row_is_near_its_merged_model(rotating: Bench) -> None:
+    bank, ids = rotating.open(dtype="bfloat16"), tokens(3)
+    names = ["three", "none", "one"]
+    base = logits(rotating.merged(None), ids)
+    with bank.use(names):
+        found = logits(bank.model, ids).float()
+    for row, name in enumerate(names):
+        expected = logits(rotating.merged(name), ids)[row]
+        assert (found[row] - expected).norm() < 0.1 * (base[row] - expected).norm()
+
+
+def test_the_dtype_is_that_of_the_runs_where_they_have_one(tmp_path: Path) -> None:
+    made = bench(tmp_path)
+    made.add("a", MoRAConfig(rank=3), dtype="bfloat16")
+    assert made.open().model.dtype is torch.bfloat16
+    made.add("b", MoRAConfig(rank=3), dtype="float16")
+    assert made.open().model.dtype is torch.float32
+    assert made.open(dtype="float16").model.dtype is torch.float16
+
+
+def test_the_adapters_used_last_stay_in_memory(rotating: Bench) -> None:
+    bank = rotating.open(cache=2)
+    assert not bank.residents, "nothing is read before it is used"
+    for name, held in (
+        ("one", ["one"]),
+        ("none", ["one", "none"]),
+        ("one", ["none", "one"]),
+        ("three", ["one", "three"]),
+    ):
+        with bank.use(name):
+            assert list(bank.residents) == held
+    check_rows(rotating, bank, ["none", "one", "three"], tokens(3))  # a batch may have more than are kept
+    assert len(bank.residents) == 2
+
+
+def test_generation_with_mixed_adapters_is_each_merged_alone(rotating: Bench) -> None:
+    """Greedy, and with beams and several sequences a row; left-padded."""
+    bank = rotating.open()
+    names, ids, lengths = ["three", None, "one", "three"], tokens(4, length=7), (7, 4, 6, 2)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, 7 - length :] = 1
+    ids = ids * mask
+    for more in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+        settings: dict[str, Any] = {
+            "max_new_tokens": 8,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "eos_token_id": None,
+            **more,
+        }
+        found = bank.generate(ids, adapters=names, attention_mask=mask, **settings)
+        several = len(found) // len(ids)
+        for row, (name, length) in enumerate(zip(names, lengths, strict=True)):
+            alone = rotating.merged(name).generate(ids[row : row + 1, -length:], **settings)
+            assert torch.equal(found[row * several : (row + 1) * several, -8:], alone[:, -8:]), (row, settings)
+    one = bank.generate(ids[:2], "one", attention_mask=mask[:2], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert len(one) == 2
+    with pytest.raises(UserError, match=r"named for 2 row\(s\), but the batch has 4"):
+        bank.generate(ids, adapters=["one", "three"])
+
+
+def test_the_lines_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Bench(tmp_path, Maker(tiny_model(), tmp_path / "MODEL"), {})
+    for seed, name in enumerate(("law", "code")):
+        made.add(name, MoRAConfig(rank=3, seed=seed), cycles=1, scale=0.05)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"ids": tokens(3), "mask": torch.ones(3, 16, dtype=torch.long)}
+    exec(code_with("AdapterBank", "docs/research/bank.md"), names)
+    assert names["logits"].shape == (3, 16, 128) and list(names["bank"].residents) == ["law", "code"]
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_adapter_harms_nobody_until_it_is_used(rotating: Bench, tmp_path: Path) -> None:
+    shutil.copytree(rotating.folder, tmp_path, dirs_exist_ok=True)
+    made = Bench(tmp_path, rotating.maker, rotating.updates)
+    for name in ("short", "flipped", "nothing", "nan", "json", "gone", "seed"):
+        shutil.copytree(tmp_path / "bank" / "one", tmp_path / "bank" / name)
+    bank_folder = tmp_path / "bank"
+    tensors = (bank_folder / "short" / ADAPTER_TENSORS).read_bytes()
+    (bank_folder / "short" / ADAPTER_TENSORS).write_bytes(tensors[:-5])
+    flipped = bank_folder / "flipped" / "ledger" / "cycle-00000.safetensors"
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"\x77")
+    (bank_folder / "nothing" / ADAPTER_TENSORS).unlink()
+    (bank_folder / "json" / ADAPTER_JSON).write_text('{"format": 1, "layers')
+    (bank_folder / "gone" / ADAPTER_JSON).unlink()
+    text = (bank_folder / "seed" / ADAPTER_JSON).read_text()
+    (bank_folder / "seed" / ADAPTER_JSON).write_text(re.sub('"seed": [0-9]+', '"seed": 1000000000000', text))
+    shutil.rmtree(bank_folder / "nan")
+    made.updates["nan"] = made.maker.write(bank_folder / "nan", MoRAConfig(rank=3), scale=float("nan"))
+    bank = made.open()
+    assert set(bank.damaged) == {"json", "gone", "seed"}
+    check_rows(made, bank, ["one", "three"], tokens(2))
+    for name, message in (
+        ("short", ADAPTER_TENSORS), ("flipped", "cycle-00000.safetensors"), ("nothing", "is missing"),
+        ("nan", "q_proj is not finite"), ("json", "adapter.json is damaged"), ("gone", "adapter.json is missing"),
+        ("seed", "the seed of an operator"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"adapter '{name}' cannot be used: .*{message}"), bank.use(["one", name]):
+            pass
+    check_rows(made, bank, ["none", "one"], tokens(2))
+
+
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    made = bench(tmp_path)
+    made.add("a", MoRAConfig(rank=3), cycles=1)
+
+    def refused(message: str, config: Any, **more: Any) -> None:
+        made.add("team/odd", config, **more)
+        with pytest.raises(UserError, match=message):
+            made.open()
+        shutil.rmtree(tmp_path / "bank" / "team")
+
+    refused("adapter 'odd' .* is of another base: fingerprint abc", MoRAConfig(rank=3), fingerprint="abc")
+    refused("q_proj has lora; the operators truncate, share, decouple and rotate", LoRAConfig(rank=3))
+    norm = {"model.norm.weight": torch.ones(32)}
+    refused("'odd' .* also trained model.norm.weight", MoRAConfig(rank=3), trained=norm)
+    refused("'odd' .* has MoRA matrices of the domains law, code", MoRAConfig(rank=3), domains=("law", "code"))
+    content = json.loads((tmp_path / "bank" / "a" / ADAPTER_JSON).read_text())
+    operator = next(iter(content["layers"].values()))
+    content["layers"]["model.layers.7.up"] = {**operator, "weight": "model.layers.7.up.weight"}
+    (tmp_path / "bank" / "a" / ADAPTER_JSON).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"'a': the base has no linear layer model.layers.7.up of 32 x 32"):
+        made.open()
+
+
+@pytest.mark.timeout(120)  # a search that does not end is noticed
+def test_names_folders_and_rows_that_do_not_fit_are_named(rotating: Bench, tmp_path: Path) -> None:
+    bank = rotating.open()
+    with pytest.raises(UserError, match=r"no adapter 'thre'. Did you mean 'three'\?"), bank.use(["one", "thre"]):
+        pass
+    with pytest.raises(UserError, match="no adapter is named"), bank.use([]):
+        pass
+    with bank.use(["one", "three"]):
+        for rows in (1, 3, 4):
+            with pytest.raises(UserError, match=rf"named for 2 row\(s\), but the batch has {rows}"):
+                logits(bank.model, tokens(rows))
+        logits(bank.model, tokens(2))
+        layer = bank.model.model.layers[0].mlp.up_proj
+        layer(torch.zeros(2 * 16, 32))  # rows and tokens flattened, as some models do
+        with pytest.raises(
+            UserError, match=r"up_proj gets \(31, 32\) of a batch of \(2, 16\): its rows cannot be separated"
+        ):
+            layer(torch.zeros(31, 32))
+    with pytest.raises(UserError, match="cache must be at least 1"):
+        rotating.open(cache=0)
+    shutil.copytree(rotating.folder / "bank", tmp_path / "bank")
+    shutil.copytree(rotating.folder / "bank" / "one", tmp_path / "bank" / "team" / "one")
+    with pytest.raises(UserError, match=r"two adapters are called 'one': .*/bank/one and .*/bank/team/one"):
+        AdapterBank.open(rotating.folder / "base", tmp_path / "bank")
+    (tmp_path / "empty" / "x").mkdir(parents=True)
+    for name in ("back", "again"):  # two links into a loop: without a memory there are 2^40 ways through them
+        (tmp_path / "empty" / "x" / name).symlink_to(tmp_path / "empty")
+    for folder, message in (("empty", "no folder in .*empty holds an adapter"), ("nowhere", "no such folder")):
+        with pytest.raises(UserError, match=message):
+            AdapterBank.open(rotating.folder / "base", tmp_path / folder)
+    with pytest.raises(UserError, match="MODEL: no such folder"):
+        AdapterBank.open(tmp_path / "base", rotating.folder / "bank")
+
+
+def test_runs_and_checkpoints_are_adapters_too(tmp_path: Path) -> None:
+    """A layer each of another operator, which is no matter: one a layer it is. Their engine's shards are not hashed."""
+    made = fake_run(tmp_path / "run", cycles=2)
+    (tmp_path / "bank").mkdir()
+    (tmp_path / "bank" / "whole").symlink_to(made.output)
+    shutil.copytree(made.checkpoint, tmp_path / "bank" / "step")
+    bank, ids = AdapterBank.open(made.base, tmp_path / "bank"), tokens(2)
+    expected = logits(made.live, ids)
+    for names in ("whole", ["step", "whole"]):
+        with bank.use(names):
+            torch.testing.assert_close(logits(bank.model, ids), expected, rtol=0, atol=1e-5)
+
+
+def test_the_command_scores_every_adapter_as_its_merged_model(
+    tmp_path: Path, user: Playground, capsys: pytest.CaptureFixture[str]
+) -> None:
+    maker = Maker(AutoModelForCausalLM.from_pretrained(user.model), user.model)
+    updates = {
+        name: maker.write(tmp_path / "bank" / name, MoRAConfig(rank=2, seed=cycles), cycles, scale=0.1)
+        for cycles, name in enumerate(("a", "b"))
+    }
+    sets = ["--sets", f"held={user.held}", "--window", "64", "--stride", "32", "--max_documents", "4"]
+    flags = [str(user.model), str(tmp_path / "bank"), *sets, "--json", str(tmp_path / "scores.json")]
+    assert command("evaluate-adapters", flags) == (0, "")
+    found = json.loads((tmp_path / "scores.json").read_text())["adapters"]
+    said = capsys.readouterr().out
+    assert "held: perplexity" in said and "2 adapter(s) on" in said
+    target = load_target(user.model)
+    for name in ("(base)", "a", "b"):
+        merge(maker.model, maker.weights, updates.get(name, {}))
+        merged = Target(maker.model.eval(), target.tokenizer, name)
+        expected = evaluate(merged, load_corpus([str(user.held)]), Windows(64, 32), max_documents=4)
+        assert found[name]["held"]["nats"] == pytest.approx(expected.nats, rel=1e-6)
+        assert name == "(base)" or abs(expected.nats / found["(base)"]["held"]["nats"] - 1) > 1e-4
+        maker.model.load_state_dict(maker.weights, strict=False)
+    (tmp_path / "bank" / "b" / "adapter.json").write_text("{")
+    for more, message in (
+        (["--adapters", "a", "d"], "--adapters: there is no adapter 'd'"),
+        (["--cache", "0"], "--cache must be at least 1"),
+        ([], "adapter 'b' cannot be used: "),
+    ):
+        code, told = command("evaluate-adapters", [*flags, *more])
+        assert code == 2 and message in told
