@@ -14,7 +14,6 @@ OPTIONS: dict[str, list[str]] = {
     "ReMoRA (`--merge_every`)": ["--merge_every", "100"],
     "`--adapter lora`": ["--adapter", "lora"],
     "`--adapter full`": ["--adapter", "full"],
-    "`--full_rank_steps`": ["--full_rank_steps", "5"],
     "`--operator truncate`": ["--operator", "truncate"],
     "`--operator share`": ["--operator", "share"],
     "`--operator decouple`": ["--operator", "decouple"],

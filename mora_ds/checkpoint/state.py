@@ -148,7 +148,7 @@ _LABELS = {
 """Key of a flat identity -> what the user calls it, and what a missing value (None) means."""
 _FLAGS = {
     "operator", "grouping", "compute", "target_modules", "train_embeddings", "train_norms", "train_head", "seed",
-    "seq_len", "document_mask", "full_rank_steps", "merge_every",
+    "seq_len", "document_mask", "merge_every",
 }  # fmt: skip
 """Keys, those of the adapter among them, that are flags of the same name."""
 

@@ -58,6 +58,6 @@ def _job(arguments: Arguments) -> Callable[[Arguments], object]:
         from mora_ds.train.demo import run_demo
 
         return run_demo
-    from mora_ds.train.warm_start import run_job
+    from mora_ds.train.pretrain import pretrain
 
-    return run_job
+    return pretrain

@@ -111,11 +111,6 @@ class AdapterArguments:
     optimizer_reset: str = OptimizerReset.ZERO.value
     """What a merge does to the optimizer's state: zero (moments and step count), magnitude (zeroes the smallest 90% of
     each moment), random (a random 99%), or keep."""
-    full_rank_steps: int = 0
-    """ReLoRA's full-rank warm start: train every parameter in the first steps of the run, as many as given here, under
-    plain ZeRO, and adapt the resulting model in the other steps. It is written to OUTPUT_DIR/full_rank."""
-    full_rank_learning_rate: float | None = None
-    """Peak learning rate of these steps. Default: a tenth of --learning_rate."""
     domain_adapters: bool = False
     """Give every layer a MoRA matrix for each source of --mixture or --train_files in addition to the shared one. Each
     row of a batch uses the matrix of its source; a merge merges the shared ones."""
@@ -205,8 +200,6 @@ class AdapterArguments:
                 "restart_warmup_steps": NOT_NEGATIVE,
                 "optimizer_reset": OptimizerReset,
                 "train_embedding_rank": NOT_NEGATIVE,
-                "full_rank_steps": NOT_NEGATIVE,
-                "full_rank_learning_rate": POSITIVE,
             },
         )
         yield from self._without_mora()
@@ -224,8 +217,6 @@ class AdapterArguments:
                     f"{flag} trains a part of embeddings and head, --train_embeddings and --train_head train them all: "
                     "give one of them"
                 )
-            if self.full_rank_steps > 0:
-                yield f"{flag}: --full_rank_steps train every row first: give one of them"
         if len(self.rows_flags) > 1:
             yield f"{' and '.join(self.rows_flags)} train different parts of embeddings and head: give one of them"
 
@@ -253,8 +244,6 @@ class AdapterArguments:
             yield (
                 f"--base_bits {self.base_bits}: --adapter {self.adapter} has no weight that is frozen under an adapter"
             )
-        if self.full_rank_steps > 0:
-            yield f"--full_rank_steps come before an adapter, and there is none with --adapter {self.adapter}"
 
     def _expert_problems(self) -> Iterator[str]:
         """Settings that experts of a mixture do not go with."""
@@ -283,5 +272,3 @@ class AdapterArguments:
             return
         if self.target_modules != [ALL_LINEAR]:
             yield f"--targets {self.targets} names the layers itself: leave out --target_modules"
-        if self.full_rank_steps > 0:
-            yield f"--targets {self.targets} is for a model that --full_rank_steps change first: use --targets auto"

@@ -82,7 +82,6 @@ def domain_problems(adapter: AdapterArguments, data: DataArguments, training: Tr
                 yield f"--{name} is for {FLAG}"
         if adapter.init_adapter is not None:
             yield f"--init_adapter is for {FLAG}"
-        yield from _initial(adapter)
         return
     if adapter.adapter != AdapterKind.MORA.value:
         return
@@ -121,9 +120,3 @@ def _frozen(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[
             "--freeze domains keeps the domains' MoRA matrices at zero: give those of an earlier run with "
             f"--init_adapter, or leave out {FLAG}"
         )
-    yield from _initial(adapter)
-
-
-def _initial(adapter: AdapterArguments) -> Iterator[str]:
-    if adapter.init_adapter is not None and adapter.full_rank_steps > 0:
-        yield "--init_adapter is for the base that it was trained on, which --full_rank_steps change"

@@ -198,7 +198,7 @@ class TrainingArguments:
     """Documents of each task. Default: all."""
     stop_when_forgotten: list[str] = field(default_factory=list)
     """Evaluation sets as NAME:RATIO (general:1.10): save and stop once the perplexity of one exceeds this ratio to its
-    value at the start (with --full_rank_steps: of its part of the run). A task of --eval_tasks: once its score has
+    value at the start. A task of --eval_tasks: once its score has
     fallen by this ratio."""
     best_by: list[str] = field(default_factory=list)
     """Evaluation sets as NAME:WEIGHT: the checkpoint with the lowest weighted sum of losses is kept as

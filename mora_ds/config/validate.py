@@ -40,7 +40,5 @@ def validate(arguments: Arguments) -> None:
 
 def _schedule_problems(arguments: Arguments) -> Iterator[str]:
     adapter, training = arguments.adapter, arguments.training
-    steps = training.max_steps - adapter.full_rank_steps
-    if training.max_steps < 1 or steps < 1:  # the length is unknown, or `adapter_problems` reports it
-        steps = _UNKNOWN_LENGTH
+    steps = training.max_steps if training.max_steps > 0 else _UNKNOWN_LENGTH
     yield from conflicts(steps, training.first_warmup(steps), adapter.merge_every, adapter.restart_warmup_steps)

@@ -22,8 +22,6 @@ def adapter_problems(adapter: AdapterArguments, training: TrainingArguments) -> 
             yield "--adapter none trains nothing, so there is nothing to resume: leave out --resume_from_checkpoint"
     if adapter.adapter == AdapterKind.FULL.value and training.push_to_hub and not training.export_merged:
         yield "--push_to_hub: --adapter full has no adapter to upload; add --export_merged"
-    if 0 < adapter.full_rank_steps >= training.max_steps:
-        yield f"--full_rank_steps {adapter.full_rank_steps} must be less than --max_steps, got {training.max_steps}"
     if training.optimizer == OptimizerKind.MUON.value and adapter.adapter != AdapterKind.MORA.value:
         yield "--optimizer muon is for MoRA matrices: use --adapter mora, or --optimizer adamw"
     if training.optimizer == OptimizerKind.MUON.value and adapter.adapts_experts:
@@ -55,7 +53,6 @@ def _tensor_parallel(adapter: AdapterArguments, training: TrainingArguments) -> 
         base_bits=adapter.base_bits,
         alignment_weight=adapter.alignment_weight,
         domains=adapter.domain_adapters,
-        full_rank_steps=adapter.full_rank_steps,
         sequence=training.sequence_parallel_size,
         experts=adapter.adapts_experts,
         muon=training.optimizer == OptimizerKind.MUON.value,

@@ -208,7 +208,7 @@ def check_second_copies(config: dict[str, Any], world: int, degree: int = 1) -> 
 
 def _forget_groups_of_second_copies() -> None:
     """DeepSpeed makes the groups for hpZ once and refuses a second engine (groups.py,
-    `_create_zero_param_parallel_group`); after --full_rank_steps there is one."""
+    `_create_zero_param_parallel_group`); the demo makes two, one after the other."""
     process_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 

@@ -31,7 +31,6 @@ def tensor_parallel_problems(
     base_bits: int | None = None,
     alignment_weight: float = 0.0,
     domains: bool = False,
-    full_rank_steps: int = 0,
     sequence: int = 1,
     experts: bool = False,
     muon: bool = False,
@@ -62,7 +61,6 @@ def tensor_parallel_problems(
         "--alignment_weight needs unsharded MoRA matrices, which no rank of a group has: leave it at 1": (
             alignment_weight != 0
         ),
-        "--full_rank_steps train every parameter under plain ZeRO: leave it at 1": full_rank_steps > 0,
         f"each rank of a group would draw a different dropout mask; set to 0: {', '.join(drops[:3])}": bool(drops),
         "--optimizer muon orthogonalises unsharded MoRA matrices, which no rank has: use adamw": muon,
         f"--base_bits {base_bits} holds unsplit weights: use one of them": base_bits in (8, 4),

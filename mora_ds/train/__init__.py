@@ -1,6 +1,6 @@
 """The main job: from settings to a trained and exported model. It may use every other package.
 
-pretrain        the pipeline from settings to a summary; warm_start and demo run it twice
+pretrain        the pipeline from settings to a summary; demo runs it twice
 dry_run         --dry_run: the plan of a job in place of the job
 setup           processes, DeepSpeed config, and the place where a run happens
 output_folder   --output_dir: which run may write into it, and what of it is a run's; run_file: run.yaml

@@ -28,11 +28,11 @@ from mora_ds.train.setup import Place
 def find_model(model: ModelArguments, place: Place) -> tuple[Path | None, Any]:
     """(folder of the base, its config); no folder where --model_config asks for random weights. Collective."""
     folder = None
-    if place.base is None and model.model_name_or_path is None:
+    if model.model_name_or_path is None:
         assert model.model_config is not None, "validated"
         config = read_model_config(expanded(model.model_config, "--model_config"))
     else:
-        folder = resolve_folder(str(place.base or model.model_name_or_path), place.ranks)
+        folder = resolve_folder(model.model_name_or_path, place.ranks)
         config = folder_config(folder, model.trust_remote_code)
     place.ranks.same("the model", {"config.json (digest)": config_digest(config)})
     return folder, config

@@ -33,7 +33,6 @@ from mora_ds.train.inputs import check_inputs
 from mora_ds.train.output_folder import DEMO, NAMES, give_up, reserve
 from mora_ds.train.pretrain import pretrain
 from mora_ds.train.setup import compare_settings, engine_config, start_processes
-from mora_ds.train.warm_start import run_job
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +112,7 @@ def run_demo(arguments: Arguments) -> None:
             logger.info(f"\n1. warm start: every parameter trained on prose for {WARM_START['max_steps']} steps")
             sharded = pretrain(from_flat(warm))
         logger.info("\n2. the main job: continued on code with MoRA, the base frozen and complete on every GPU")
-        summary = run_job(job)
+        summary = pretrain(job)
     except BaseException:
         if ranks.is_first:
             give_up(folder)

@@ -112,7 +112,6 @@ class Job(ABC):
             "global_batch_size": training.rows_per_step(self.place.ranks.world),
             "merge_every": adapter.merge_every,
             **adapter.alignment_identity(),
-            "full_rank_steps": adapter.full_rank_steps,
             "dtype": compute_dtype(self.ds_config),
             **({"optimizer": training.optimizer} if training.optimizer != "adamw" else {}),
         }

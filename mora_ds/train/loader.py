@@ -43,12 +43,9 @@ StepBatch = list[MicroBatch]
 class BatchLoader:
     """This process's batches of the steps up to `last_step`."""
 
-    def __init__(
-        self, data: TrainData, replica: Replica, training: TrainingArguments, first_batch: int, last_step: int
-    ) -> None:
-        """`first_batch`: the number, in the order of the data, of the batch of step 0."""
+    def __init__(self, data: TrainData, replica: Replica, training: TrainingArguments, last_step: int) -> None:
         self.data, self.replica, self.training = data, replica, training
-        self.first_batch, self.last_step = first_batch, last_step
+        self.last_step = last_step
         self.rows_per_step = training.rows_per_step(replica.world)
         self.mixture = data if isinstance(data, Mixture) and len(data.names) > 1 else None
         # Processes read a stream together (`Ranks.__call__`), so that each must read at the same moment as the others.
@@ -80,7 +77,7 @@ class BatchLoader:
         data."""
         size = self.training.per_device_train_batch_size
         first = (index * self.replica.count + self.replica.index) * size
-        return self.first_batch + step, self.rows_per_step, slice(first, first + size)
+        return step, self.rows_per_step, slice(first, first + size)
 
     def _begin(self, step: int) -> None:
         if step < self.last_step:

@@ -167,15 +167,6 @@ def reserve(folder: Path, names: tuple[str, ...] = NAMES) -> Reservation:
     return reservation
 
 
-def check(folder: Path, overwrite: bool, resume: bool, exports: bool) -> None:
-    """Raise the `UserError` that `reserve` and `prepare` would raise; nothing changes."""
-    if folder.resolve() not in _open:
-        try:
-            reserve(folder).prepare(overwrite, resume, exports)
-        finally:
-            give_up(folder)
-
-
 def give_up(folder: Path) -> None:
     """Roll back the reservation that this process holds, if it holds one."""
     if (reservation := _open.get(folder.resolve())) is not None:

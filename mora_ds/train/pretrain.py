@@ -87,12 +87,11 @@ JOBS: dict[str, type[Job]] = {
 }
 
 
-def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
+def pretrain(arguments: Arguments) -> dict[str, Any]:
     """Run the job that `arguments` describe, on this process of all. Returns the content of `summary.json`.
 
-    `base`: the model that --full_rank_steps has trained; the job continues it, with the steps that are left and the
-    batches that follow. Raises `UserError` before anything expensive for what the user can mend, and the output folder
-    is then as it was; `RunError` for failures during the run.
+    Raises `UserError` before anything expensive for what the user can mend, and the output folder is then as it was;
+    `RunError` for failures during the run.
     """
     with start_up():
         validate(arguments)
@@ -104,14 +103,14 @@ def pretrain(arguments: Arguments, base: Path | None = None) -> dict[str, Any]:
         if arguments.training.dry_run:
             compare_settings(arguments)
             return dry_run(arguments)
-        job, schedule = _prepare(arguments, start_processes(arguments), base)
+        job, schedule = _prepare(arguments, start_processes(arguments))
     try:
         return _run(arguments, job, schedule)
     finally:
         job.place.followers.close()
 
 
-def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job, Schedule]:
+def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
     """Everything before the first step, with all checks. Collective; an error of one rank is one of all ranks."""
     model, adapter, training = arguments.model, arguments.adapter, arguments.training
     ds_config = engine_config(training, adapter.adapter, ranks.world)
@@ -119,7 +118,7 @@ def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job
     ranks.on_first("folders of monitors", lambda: check_trackers(tracker_folders(ds_config)))
     if training.eval_tasks:
         ranks.on_first("tasks", lambda: check_tasks(training.eval_tasks), long=True)
-    with _output_folder(arguments, ranks, base) as place:
+    with _output_folder(arguments, ranks) as place:
         if adapter.init_adapter is not None and place.checkpoint is None:
             check_same_files(Path(adapter.init_adapter), ranks)
         folder, config = find_model(model, place)
@@ -140,7 +139,7 @@ def _prepare(arguments: Arguments, ranks: Ranks, base: Path | None) -> tuple[Job
         if job.state.chunked_loss:
             chunk_loss(loaded.model)
         preflight(job, arguments)
-        schedule = arguments.schedule(_total_steps(training, data.train, ranks.world) - place.first_batch)
+        schedule = arguments.schedule(_total_steps(training, data.train, ranks.world))
         if place.checkpoint is not None and TrainerState.read(place.checkpoint).step > schedule.total_steps:
             raise UserError(
                 f"{place.checkpoint} is already beyond this run's {schedule.total_steps} steps: raise --max_steps"
@@ -161,7 +160,7 @@ def _in_chunks(job: Job, training: TrainingArguments) -> bool:
 
 
 @contextmanager
-def _output_folder(arguments: Arguments, ranks: Ranks, base: Path | None) -> Iterator[Place]:
+def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Place]:
     """Reserve --output_dir and find the checkpoint to resume from. Collective.
 
     The folder becomes the run's when the block has passed, and is as it was when the block raises.
@@ -187,8 +186,7 @@ def _output_folder(arguments: Arguments, ranks: Ranks, base: Path | None) -> Ite
                 f"{', '.join(followers.names)}: --output_dir is another folder there; rank 0's node keeps the run"
             )
         fetched = None if checkpoint is None else followers.fetch(checkpoint)
-        first_batch = 0 if base is None else arguments.adapter.full_rank_steps
-        yield Place(followers, fetched, None if base is None else followers.fetch(base), first_batch, targets)
+        yield Place(followers, fetched, targets)
     except BaseException:
         for reservation in reservations:
             reservation.rollback()

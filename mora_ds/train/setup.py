@@ -36,10 +36,6 @@ class Place:
     followers: Followers
     checkpoint: Path | None
     """The checkpoint that the run resumes from."""
-    base: Path | None
-    """The base in place of the model that the flags name: the result of --full_rank_steps."""
-    first_batch: int
-    """Batches that the full-rank steps have used: the number of the first step's batch in the order of the data."""
     targets: TargetPlan | None
     """The plan of --targets FILE: which layers have a MoRA matrix, and its side."""
 

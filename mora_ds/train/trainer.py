@@ -62,10 +62,10 @@ class Trainer:
         job = self.job
         self.engine, self.state, self.domains = job.engine, job.state, self.evaluator.domains
         self.train_data: TrainData = job.data.train
-        self.first_batch, self.last_checkpoint = job.place.first_batch, job.place.checkpoint
+        self.last_checkpoint = job.place.checkpoint
         if self.job.merger is not None:
             self.job.merger.probe = self._probe_loss
-        self.loader = BatchLoader(self.train_data, self.replica, self.training, self.first_batch, self.total_steps)
+        self.loader = BatchLoader(self.train_data, self.replica, self.training, self.total_steps)
         self.rows_per_step = self.loader.rows_per_step
         self._step_labels: float | None = None
         """Labels of the next step's global batch; None before the first step of this process."""
@@ -234,7 +234,7 @@ class Trainer:
             )
         )
         if self._mixture is not None:
-            source_tokens = self._mixture.tokens(self.first_batch + step)
+            source_tokens = self._mixture.tokens(step)
             self.log.record("sources", step, self._source_losses.facts(self._source_sums, source_tokens))
         if self.job.alignment is not None:
             self.log.alignment(step, self.job.alignment.share.item())
@@ -284,7 +284,7 @@ class Trainer:
         nll = self.replica.sum(self._next_loss())
         require_finite(nll, f"after step {step} the loss of the next batch is {nll}", step)
         if isinstance(self.train_data, StreamMixture):
-            self.state.stream = self.train_data.states_at(self.first_batch + step)
+            self.state.stream = self.train_data.states_at(step)
         self.last_checkpoint = self.job.save(self.state)
         self._saved_step = step
 

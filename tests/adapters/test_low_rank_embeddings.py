@@ -167,7 +167,6 @@ def test_where_it_does_not_fit_it_is_refused(user: Playground, tmp_path: Path) -
         (["--train_head"], "train them all: give one of them"),
         (["--train_new_embeddings"], "train different parts of embeddings and head: give one of them"),
         (["--adapter", "full"], "--train_embedding_rank: --adapter full has no frozen embeddings"),
-        (["--full_rank_steps", "2"], "--full_rank_steps train every row first"),
         (["--train_embedding_rank", "-1"], "train_embedding_rank must"),
     ):
         with pytest.raises(UserError, match=message):

@@ -119,7 +119,6 @@ def test_damaged_vectors_are_refused(whole: Path, tmp_path: Path) -> None:
         ("--bf16",),
         ("--optimizer", "muon"),
         ("--gradient_checkpointing",),
-        ("--full_rank_steps", 1),
         ("--targets", "auto", "--trainable_budget", "5%", "--alignment_weight", 0.1),
     ],
     ids=str,

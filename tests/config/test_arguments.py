@@ -236,14 +236,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "alignment of lora": ({"adapter": "lora", "alignment_weight": 0.1}, "--alignment_weight is for MoRA matrices"),
     "plan of lora": ({"adapter": "lora", "targets": "t.yaml"}, "--targets is for MoRA matrices"),
     "subspace of lora": ({"adapter": "lora", "operator": "subspace"}, "--operator subspace is for MoRA matrices"),
-    "plan and full rank": (
-        {"targets": "t.yaml", "full_rank_steps": 2, "max_steps": 6},
-        "--targets t.yaml is for a model that --full_rank_steps change first",
-    ),
-    "adapter and full rank": (
-        {"adapter": "lora", "init_adapter": "x", "full_rank_steps": 2, "max_steps": 6},
-        "--init_adapter is for the base that it was trained on",
-    ),
     "upload of nothing": ({"adapter": "none", "push_to_hub": "a/b"}, "leave out --push_to_hub"),
     "domains of none": ({"eval_domains": ["held=law"]}, "--eval_domains is for --domain_adapters"),
     "evaluation alone": (

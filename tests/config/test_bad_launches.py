@@ -101,7 +101,6 @@ LAUNCHES = r"""
 --mora_rnk 3 | --mora_rnk | Did you mean '--mora_rank'
 stray | 'stray'
 # -- flags that contradict each other
---full_rank_steps 6 | --full_rank_steps 6 must be less than --max_steps
 --freeze both | --freeze is for --domain_adapters
 --init_adapter /nowhere | --init_adapter is for --domain_adapters
 --push_to_hub a/b/c | --push_to_hub a/b/c

@@ -1,4 +1,4 @@
-"""Whole runs for the tests: a tiny model folder and corpus, `run_job` on forked ranks, or the real launcher."""
+"""Whole runs for the tests: a tiny model folder and corpus, `pretrain` on forked ranks, or the real launcher."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.arguments import parse
 from mora_ds.data import load_tokenizer, train_sentencepiece
 from mora_ds.runtime.signals import EXIT_USER_ERROR
-from mora_ds.train.warm_start import run_job
+from mora_ds.train.pretrain import pretrain
 from tests.helpers.gloo import free_port, run_ranks
 from tests.helpers.models import tiny_model
 from tests.helpers.snapshot import assert_same, snapshot
@@ -72,7 +72,7 @@ def playground(root: Path) -> Playground:
 
 def job(argv: list[str]) -> dict[str, Any]:
     """One rank's share of a run. For `run_ranks`."""
-    return run_job(parse(argv))
+    return pretrain(parse(argv))
 
 
 def run(ranks: int, argv: list[str]) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def run(ranks: int, argv: list[str]) -> dict[str, Any]:
 def printed(argv: list[str]) -> str:
     """What a run prints, to stdout and stderr. For `run_ranks`."""
     with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.redirect_stderr(told):
-        run_job(parse(argv))
+        pretrain(parse(argv))
     return told.getvalue()
 
 
@@ -97,7 +97,7 @@ def refused(argv: list[str], may_change: bool = False) -> tuple[str, str]:
     is_watched = int(os.environ["RANK"]) == 0 and not may_change
     before = snapshot(out) if is_watched else {}
     try:
-        run_job(parse(argv))
+        pretrain(parse(argv))
     except UserError as error:
         if is_watched:
             assert_same(out, before)

@@ -122,7 +122,6 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
     "lora": ("--adapter", "lora", "--mora_rank", 4),
     "full": ("--adapter", "full", "--merge_every", 0),
     "none": ("--adapter", "none", "--merge_every", 0),
-    "after full-rank steps": ("--full_rank_steps", 2),
     "evaluation cut short": ("--max_eval_batches", 3, "--per_device_eval_batch_size", 1),
     "all trained": ("--train_embeddings", "true", "--train_head", "true", "--async_save", "true"),
     "muon": ("--optimizer", "muon"),

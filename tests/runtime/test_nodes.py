@@ -63,9 +63,9 @@ def test_it_resumes_whatever_lies_on_the_other_node(user: Playground, whole: Pat
 
 
 def test_a_base_and_a_tokenizer_made_by_the_run_reach_every_node(user: Playground, tmp_path: Path) -> None:
-    """--model_config creates the base, --train_tokenizer_vocab the tokenizer, --full_rank_steps another base."""
+    """--model_config creates the base, --train_tokenizer_vocab the tokenizer."""
     config = str(Path(__file__).parents[2] / "configs" / "models" / "tiny_llama.json")
-    own = ("--model_config", config, "--train_tokenizer_vocab", 360, "--full_rank_steps", 2, "--max_steps", 4)
+    own = ("--model_config", config, "--train_tokenizer_vocab", 360, "--max_steps", 2)
     flags = user.flags("unused", *own)
     at = flags.index("--model_name_or_path")
     del flags[at : at + 2]

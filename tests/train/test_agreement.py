@@ -20,7 +20,6 @@ from mora_ds.config.arguments import parse
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.runtime.signals import EXIT_USER_ERROR
 from mora_ds.train import agreement, pretrain
-from mora_ds.train.warm_start import run_job
 from tests.helpers.gloo import free_port, run_ranks
 from tests.helpers.jobs import REPOSITORY, Playground, environment, refused, run
 from tests.helpers.mixtures import mixture_flags, write_mixture
@@ -156,7 +155,7 @@ def checks_of(argv: list[str]) -> list[str]:
     with before_meetings(lambda number, check: names.append(str(check))), pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "_run", begin)
         with pytest.raises(Begun):
-            run_job(parse(argv))
+            pretrain.pretrain(parse(argv))
     return names
 
 
@@ -224,34 +223,6 @@ def test_a_failure_at_each_check_of_a_mixture(user: Playground, tmp_path: Path, 
     assert len(names) >= 20
     assert_all_fail(world, mixture_flags(user, tmp_path / "out", mix, *MERGES), list(range(len(names))), failing)
     assert not (tmp_path / "out").exists()
-
-
-FULL_RANK = (*MERGES, "--full_rank_steps", 2)
-
-
-@pytest.mark.heavy
-@AT_EACH
-def test_a_failure_at_each_check_before_full_rank_steps(
-    user: Playground, tmp_path: Path, world: int, failing: int
-) -> None:
-    names = run_ranks(world, checks_of, user.flags(tmp_path / "healthy", *FULL_RANK))[0]
-    assert "full-rank part" in names
-    assert_all_fail(world, user.flags(tmp_path / "out", *FULL_RANK), list(range(len(names))), failing)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.heavy
-@AT_EACH
-def test_a_failure_at_each_check_after_full_rank_steps(
-    user: Playground, tmp_path: Path, world: int, failing: int
-) -> None:
-    """A run that was ended in its second part goes on: the checkpoint of the first part is the base."""
-    argv = user.flags(tmp_path / "out", *FULL_RANK, "--save_steps", 2, "--resume_from_checkpoint", "auto")
-    run(world, [*argv, "--max_steps", "5"])
-    shutil.copytree(tmp_path / "out", tmp_path / "healthy", symlinks=True)
-    names = run_ranks(world, checks_of, [*argv, "--output_dir", str(tmp_path / "healthy")])[0]
-    assert "full-rank part" in names and len(names) >= 20
-    assert_all_fail(world, argv, list(range(len(names))), failing)
 
 
 # -- the real launcher -------------------------------------------------------------------------------------------------

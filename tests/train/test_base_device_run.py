@@ -16,7 +16,7 @@ from mora_ds.runtime.ranks import Ranks
 from mora_ds.train import base_device
 from mora_ds.train.base_device import settle_base_device
 from mora_ds.train.dry_run import planned
-from mora_ds.train.warm_start import run_job
+from mora_ds.train.pretrain import pretrain
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refused, run
 from tests.helpers.models import FAMILIES
@@ -46,7 +46,7 @@ def counted(argv: list[str]) -> tuple[dict[str, Any], int]:
         rings.append(ring)
 
     with patch.object(BaseRing, "__init__", noted):
-        summary = run_job(parse(argv))
+        summary = pretrain(parse(argv))
     return summary, sum(ring.copied for ring in rings)
 
 
@@ -98,8 +98,7 @@ def test_with_sequence_parallelism(user: Playground) -> None:
 
 
 @pytest.mark.heavy
-def test_domains_and_a_warm_start_work(user: Playground) -> None:
-    run(2, deep(user, "warm", *HOST, "--full_rank_steps", 2))
+def test_domains_work(user: Playground) -> None:
     sources = [f"a={user.train}:1", f"b={user.other}:1"]
     for out, more in (("domains", ()), ("domains-streamed", HOST)):
         argv = deep(user, out, "--domain_adapters", "--train_files", *sources, *more)

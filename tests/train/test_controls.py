@@ -1,22 +1,17 @@
-"""The controls on the same engine: LoRA, ReLoRA, nothing at all, and a full-rank warm start before an adapter."""
+"""The controls on the same engine: LoRA, ReLoRA, and nothing at all."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mora_ds.config.arguments import parse
-from mora_ds.data import PackedDataset
 from mora_ds.deploy.export import export_merged
-from mora_ds.train.warm_start import _first_part
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, curve, job, losses, printed, refusal, rows, run
-from tests.helpers.resume import assert_same_run, interrupted_job, stop_and_resume
+from tests.helpers.jobs import Playground, losses, refusal, run
+from tests.helpers.resume import assert_same_run, stop_and_resume
 
 pytestmark = pytest.mark.gloo
 
@@ -82,9 +77,6 @@ def test_none_reports_the_base(user: Playground, tmp_path: Path, ranks: int) -> 
         (("--adapter", "none", "--merge_every", 3), "--merge_every"),
         (("--adapter", "none", "--export_merged", "true"), "--export_merged"),
         (("--adapter", "none", "--resume_from_checkpoint", "auto"), "--resume_from_checkpoint"),
-        (("--adapter", "full", "--full_rank_steps", 3), "--full_rank_steps"),
-        (("--full_rank_steps", 6), "--max_steps, got 6"),
-        (("--full_rank_steps", 2, "--full_rank_learning_rate", 0), "--full_rank_learning_rate"),
         (("--adapter", "lora", "--mora_rank", 0), "--mora_rank"),
         (("--adapter", "lora", "--lora_alpha", -1), "--lora_alpha"),
         (("--adapter", "lroa"), "lora"),
@@ -95,78 +87,3 @@ def test_what_cannot_be_is_refused_by_name(
 ) -> None:
     assert named in refusal(user.flags(tmp_path / "out", *flags))
     assert not (tmp_path / "out").exists()
-
-
-# -- a full-rank warm start --------------------------------------------------------------------------------------------
-
-WARM = (
-    "--full_rank_steps", 3, "--max_steps", 9, "--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 2,
-    "--full_rank_learning_rate", "2e-3",
-)  # fmt: skip
-
-
-def batches_of(argv: list[str]) -> list[int]:
-    """The step numbers of the batches that a run reads, in order."""
-    asked, batch = [], PackedDataset.batch
-
-    def noted(data: PackedDataset, step: int, *rest: object) -> object:
-        asked.append(step)
-        return batch(data, step, *rest)  # type: ignore[arg-type]
-
-    PackedDataset.batch = noted  # type: ignore[method-assign, assignment]  # in this forked rank alone
-    job(argv)
-    return asked
-
-
-def test_the_adapter_goes_on_where_the_full_rank_steps_end(user: Playground, tmp_path: Path) -> None:
-    flags = user.flags(tmp_path, *WARM, "--export_merged", "true", "--save_steps", 0)
-    (asked,) = run_ranks(1, batches_of, flags)
-    # each part looks at the batch to come before its checkpoint
-    assert asked == [0, 1, 2, 3, *range(3, 9), 9]
-    first, second = rows(tmp_path / "full_rank"), rows(tmp_path)
-    assert [row["step"] for row in first if "loss" in row] == [1, 2, 3]
-    assert [row["step"] for row in second if "loss" in row] == list(range(1, 7))
-    ends = [row["eval"] for row in first if "eval" in row][-1]
-    begins = next(row["eval"] for row in second if "eval" in row)
-    assert begins == pytest.approx(ends, rel=1e-6)
-    base = json.loads((tmp_path / "checkpoints/latest/base.json").read_text())["folder"]
-    assert Path(base) == (tmp_path / "full_rank" / "merged").resolve()
-    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-
-
-def test_the_full_rank_part_is_not_uploaded() -> None:
-    """Its merged model is the base of the adapter, not the result of the run."""
-    given = parse(
-        ["--full_rank_steps", "3", "--max_steps", "9", "--push_to_hub", "someone/model", "--merge_every", "2"]
-    )
-    first = _first_part(given)
-    assert first.training.push_to_hub is None and first.training.export_merged
-    assert (first.training.max_steps, first.adapter.merge_every) == (3, 0)
-    assert first.training.learning_rate == pytest.approx(0.1 * given.training.learning_rate)
-
-
-def test_what_the_full_rank_steps_forget_ends_the_run(user: Playground, tmp_path: Path) -> None:
-    """At once and when it is resumed, until the bound is raised; by the evaluation after their last step, too."""
-    more = (*WARM, "--full_rank_learning_rate", 0.3, "--warmup_steps", 0)
-    out, late, bound = tmp_path / "out", tmp_path / "late", ("--stop_when_forgotten", "held:1.01", "--eval_steps")
-    flags = user.flags(out, *more, "--resume_from_checkpoint", "auto")
-    told = run_ranks(1, printed, [*flags, *bound, "1"])[0]
-    assert "stopping after step 1 of 3: the perplexity on held is" in told
-    assert f"its model is {out}/full_rank/merged" in told
-    assert run(1, [*flags, *bound, "1"])["steps"] == 1 and not (out / "run.yaml").exists()
-    assert run(1, flags)["steps"] == 6 and len(losses(out / "full_rank")) == 3
-    assert run(1, user.flags(late, *more, *bound, 3))["steps"] == 3 and not (late / "run.yaml").exists()
-
-
-def test_both_parts_resume(user: Playground, tmp_path: Path) -> None:
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    flags = user.flags(resumed, *WARM)
-    run(2, user.flags(whole, *WARM))
-    run_ranks(2, interrupted_job, flags, 2)  # in the first part
-    assert not (resumed / "full_rank" / "merged").exists()
-    stop_and_resume(2, flags, 4)  # in the second part: the first one has three steps
-    assert curve(resumed / "full_rank") == curve(whole / "full_rank")
-    assert_same_run(resumed, whole)
-    shutil.rmtree(resumed / "checkpoints")
-    again = [*flags, "--resume_from_checkpoint", "auto", "--full_rank_steps", "4"]
-    assert "was trained for 3 steps" in refusal(again)

@@ -58,9 +58,7 @@ def test_what_is_the_users_is_refused_and_named(user: Playground, pickled: Path,
         ),
         "holds tokenizer, and no run": user.flags(tmp_path / "tokenizer"),
         "holds ledger, and no run": user.flags(tmp_path / "ledger", "--overwrite_output_dir"),
-        "holds metrics.jsonl, and no run": user.flags(
-            tmp_path / "metrics", "--full_rank_steps", 2, "--resume_from_checkpoint", "auto"
-        ),
+        "holds metrics.jsonl, and no run": user.flags(tmp_path / "metrics", "--resume_from_checkpoint", "auto"),
         "--output_dir ''": user.flags(""),
     }
     with untouched(tmp_path), untouched(pickled):
@@ -128,7 +126,7 @@ def demo_refused(argv: list[str]) -> str:
     def refuse(arguments: Any) -> None:
         raise UserError("--eval_files: no file")
 
-    demo.write_inputs, demo.run_job = write_inputs, refuse  # type: ignore[assignment]
+    demo.write_inputs, demo.pretrain = write_inputs, refuse  # type: ignore[assignment]
     with pytest.raises(UserError) as caught:
         demo.run_demo(parse(argv))
     return str(caught.value)

@@ -22,7 +22,6 @@ class Method:
     sweeps: str = "learning_rate"
     cycles: int = 1
     replay: float = 0.0
-    full_rank: float = 0.0
     shift: bool = False
     trial: str = ""
 
@@ -36,8 +35,6 @@ class Method:
         found = {self.sweeps: rate, **self.flags}
         if self.cycles > 1:
             found["merge_every"] = steps // self.cycles
-        if self.full_rank:
-            found["full_rank_steps"] = round(self.full_rank * steps)
         if self.replay:
             found["replay"] = [f"old={old}:{self.replay:g}"]
         return found
@@ -57,8 +54,8 @@ class Methods:
         for name, method in found.methods.items():
             if not method.rates or min(method.rates) <= 0 or method.cycles < 1:
                 raise UserError(f"{path}: {name} needs positive rates, and at least one cycle")
-            if not 0 <= method.replay < 1 or not 0 <= method.full_rank < 1:
-                raise UserError(f"{path}: {name}: replay and full_rank are shares, from 0 to below 1")
+            if not 0 <= method.replay < 1:
+                raise UserError(f"{path}: {name}: replay is a share, from 0 to below 1")
         return found
 
     def change(
