@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,13 +20,6 @@ Versions up to 0.2 also knew "incremental" merges; a checkpoint of such a run ca
 
 
 Processes = Annotated[int, Bounds(least=1, most=1 << 20)]
-
-
-class AttentionKind(str, Enum):
-    """How a run keeps attention inside documents."""
-
-    DOCUMENTS = "documents"
-    DENSE = "dense"
 
 
 @dataclass
@@ -62,8 +54,6 @@ class TrainerState:
     """Tokens of a micro-batch that a rank computes, by which --compute auto chooses; 0: not known."""
     stream: dict[str, Any] | None = None
     """Positions of streamed sources before the next step's batch; None without streams."""
-    attention: AttentionKind = AttentionKind.DENSE
-    """The attention that the run computes with, which it keeps when it resumes. Versions up to 0.2 knew dense only."""
     chunked_loss: bool = False
     """Whether the loss is computed in chunks (`models.loss.chunk_loss`), which a run keeps when it resumes. Versions up
     to 0.2 did so for --chunked_loss only, which their checkpoints do not say."""
@@ -143,6 +133,7 @@ _LABELS = {
     "merge_precision": "kind of merge (incremental merges were removed after version 0.2, which can finish that run)",
     "global_batch_size": "sequences a step, over all ranks (--per_device_train_batch_size and so on)",
     "dtype": "compute dtype (--bf16, --fp16)",
+    "attention": "attention (--attn_implementation)",
     "optimizer": "--optimizer (None: adamw)",
 }
 """Key of a flat identity -> what the user calls it, and what a missing value (None) means."""

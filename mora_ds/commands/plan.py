@@ -18,7 +18,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.common.files import shipped
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
-from mora_ds.config.data import Attention, ModelArguments
+from mora_ds.config.data import ModelArguments
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.base_device import LEAST_BUFFERS, BaseDevice
 from mora_ds.engine.ds_config import resolve_ds_config
@@ -30,7 +30,7 @@ from mora_ds.planning.report import as_json, report
 from mora_ds.planning.sharding import recommend_sharding
 from mora_ds.planning.step import Work
 from mora_ds.planning.timing import HOST_LINK, Cluster
-from mora_ds.train.attention import choose_attention, implementation_of
+from mora_ds.train.attention import implementation_of
 
 
 def main() -> None:
@@ -97,7 +97,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sequence_parallel_size", type=int, default=1)
     parser.add_argument("--no_document_mask", action="store_true")
     parser.add_argument("--attn_implementation", default="auto")
-    parser.add_argument("--attention", default="auto", choices=[kind.value for kind in Attention])
     parser.add_argument("--trust_remote_code", action="store_true")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
@@ -123,7 +122,7 @@ def _work(given: argparse.Namespace) -> Work:
     if given.adapter == AdapterKind.FULL.value and given.base_bits != AdapterArguments.base_bits:
         raise UserError(f"--base_bits {given.base_bits}: --adapter full leaves no weight frozen")
     config = named_config(shipped(given.model), given.trust_remote_code, "--model")
-    model = ModelArguments(attn_implementation=given.attn_implementation, attention=given.attention)
+    model = ModelArguments(attn_implementation=given.attn_implementation)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return Work(
         config=config,
@@ -136,7 +135,7 @@ def _work(given: argparse.Namespace) -> Work:
         sequence_parallel=given.sequence_parallel_size,
         document_mask=not given.no_document_mask,
         attn_implementation=model.implementation,
-        by_documents=implementation_of(model, choose_attention(model, config)) == NAME,
+        by_documents=implementation_of(model, config) == NAME,
         trust_remote_code=given.trust_remote_code,
     )
 

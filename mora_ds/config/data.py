@@ -21,17 +21,6 @@ class TokenizerType(str, Enum):
     UNIGRAM = "unigram"
 
 
-class Attention(str, Enum):
-    """How attention is kept inside documents (--attention)."""
-
-    AUTO = "auto"
-    """DOCUMENTS wherever the model can; a run that resumes keeps what it began with."""
-    DOCUMENTS = "documents"
-    """Document by document, without a mask."""
-    DENSE = "dense"
-    """transformers' own attention, with a mask of T x T where rows hold several documents."""
-
-
 @dataclass(frozen=True)
 @documented
 class ModelArguments:
@@ -58,10 +47,8 @@ class ModelArguments:
     trust_remote_code: bool = False
     """Run code that comes with a Hub model."""
     attn_implementation: str = "auto"
-    """auto (sdpa where the model has it), sdpa, eager, flash_attention_2 and so on, as in transformers."""
-    attention: str = Attention.AUTO.value
-    """documents: attention document by document, without a mask of seq_len x seq_len. dense: transformers' own, with
-    such a mask. auto: documents wherever the model can, and a run that resumes keeps what it began with."""
+    """auto: attention document by document, without a mask of seq_len x seq_len, wherever the model can, else
+    transformers' own. A name of transformers (sdpa, eager, flash_attention_2 and so on): that one."""
 
     @property
     def implementation(self) -> str | None:
@@ -76,7 +63,7 @@ class ModelArguments:
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
         vocabulary = Bounds(least=0, most=10_000_000)
-        names: dict[str, Bounds | type[Enum]] = {"train_tokenizer_type": TokenizerType, "attention": Attention}
+        names: dict[str, Bounds | type[Enum]] = {"train_tokenizer_type": TokenizerType}
         yield from wrong_values(self, {"train_tokenizer_vocab": vocabulary, **names})
         try:
             folder_of(self.node_base)
@@ -86,9 +73,6 @@ class ModelArguments:
             yield "--model_name_or_path and --model_config: give one of them"
         if self.train_tokenizer_vocab != 0 and self.tokenizer_name is not None:
             yield "--tokenizer_name and --train_tokenizer_vocab: give one of them"
-        is_flash = "flash_attention" in self.attn_implementation
-        if self.attention == Attention.DOCUMENTS.value and self.implementation is not None and not is_flash:
-            yield f"--attention documents and --attn_implementation {self.attn_implementation}: give one of them"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Which attention a model runs: by documents (`document_attention`, or FlashAttention with bounds), or dense.
 
 why_dense(config, implementation)    why a model cannot attend by documents; None where it can
-use_documents(model)                 from here on it does; `use_dense` takes that back
+use_documents(model)                 from here on it does; `attends_by_documents` tells
 model_inputs(model, batch)           keyword arguments of a pass, with the batch's documents where attention reads them
 """
 
@@ -21,8 +21,8 @@ _FLASH = "flash_attention"
 _KINDS = {"full_attention", "sliding_attention"}
 """Kinds of layers, by transformers' names, that see a document's earlier tokens: all of them, or those in a window."""
 
-_DENSE = "_mora_ds_dense_attention"
-"""Attribute of a model that attends by documents: the name of the attention that it had before."""
+_BY_DOCUMENTS = "_mora_ds_attends_by_documents"
+"""Attribute of a model that attends by documents."""
 
 
 def why_dense(config: Any, implementation: str | None) -> str | None:
@@ -60,17 +60,15 @@ def attention_of(model: Any) -> str:
 
 def use_documents(model: Any) -> None:
     """Let the model attend by documents. FlashAttention stays what it is."""
-    vars(model)[_DENSE] = attention_of(model)
+    vars(model)[_BY_DOCUMENTS] = True
     if not is_flash(attention_of(model)):
         document_attention.register()
         model.set_attn_implementation(NAME)
 
 
-def use_dense(model: Any) -> None:
-    """Let the model attend as it did before `use_documents`."""
-    name = vars(model).pop(_DENSE, attention_of(model))
-    if name != attention_of(model):
-        model.set_attn_implementation(name)
+def attends_by_documents(model: Any) -> bool:
+    """Whether `use_documents` was called for the model."""
+    return _BY_DOCUMENTS in vars(model)
 
 
 def prefer_documents(model: Any) -> Any:
@@ -89,7 +87,7 @@ def model_inputs(model: Callable[..., object], batch: Mapping[str, Any]) -> dict
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     inputs["use_cache"] = False
     owner: Any = getattr(model, "module", model)
-    if _DENSE not in vars(owner):
+    if not attends_by_documents(owner):
         return inputs
     if is_flash(attention_of(owner)):
         return {**inputs, **_flash_arguments(batch["documents"])}

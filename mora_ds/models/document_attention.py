@@ -78,7 +78,7 @@ def document_attention(
     (B, T, H, D_v). `s_aux`: (H,) attention sinks. Raises ValueError for attention that is not causal or has a bias, and
     for documents of another batch."""
     if others.get("position_bias") is not None or others.get("is_causal", getattr(module, "is_causal", True)) is False:
-        raise ValueError("attention by documents is causal and has no position bias: give --attention dense")
+        raise ValueError("attention by documents is causal and has no position bias: give --attn_implementation sdpa")
     rows, heads, length, size = query.shape
     scores = Scores(size**-0.5 if scaling is None else scaling, softcap, s_aux, dropout)
     if attention_mask is not None or length != key.shape[2]:

@@ -108,7 +108,7 @@ def run_demo(arguments: Arguments) -> None:
             rows = max(1, ROWS_PER_STEP // (ranks.world // training.sequence_parallel_size))
             warm = {**warm_start_settings(paths, rows, training.seed), "deepspeed": training.deepspeed}
             warm["sequence_parallel_size"] = training.sequence_parallel_size
-            warm["attention"] = arguments.model.attention
+            warm["attn_implementation"] = arguments.model.attn_implementation
             logger.info(f"\n1. warm start: every parameter trained on prose for {WARM_START['max_steps']} steps")
             sharded = pretrain(from_flat(warm))
         logger.info("\n2. the main job: continued on code with MoRA, the base frozen and complete on every GPU")

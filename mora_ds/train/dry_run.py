@@ -39,7 +39,7 @@ from mora_ds.planning.plan import Plan, Planner, place_base
 from mora_ds.planning.report import report
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.planning.timing import Cluster
-from mora_ds.train.attention import check_precision, choose_attention, implementation_of
+from mora_ds.train.attention import check_precision, implementation_of
 from mora_ds.train.setup import engine_config
 from mora_ds.train.targets import planned_config
 from mora_ds.train.vectors import check_alignment_rank
@@ -68,7 +68,7 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     check_precision(model, compute_dtype(ds_config))
     name, flag = _model_of(arguments)
     config = named_config(name, model.trust_remote_code, flag)
-    implementation = implementation_of(model, choose_attention(model, config))
+    implementation = implementation_of(model, config)
     check_config(config, training.sequence_parallel_size, implementation, model.trust_remote_code)
     if adapter.adapter == AdapterKind.NONE.value:
         raise UserError("--adapter none trains nothing: there is nothing to plan, drop --dry_run")

@@ -26,6 +26,7 @@ from mora_ds.config.arguments import Arguments
 from mora_ds.engine.device import current_device
 from mora_ds.engine.ds_config import compute_dtype, fill_bucket_sizes
 from mora_ds.engine.initialize import initialize_full
+from mora_ds.models.attention import attends_by_documents
 from mora_ds.models.load import LoadedBase, config_digest
 from mora_ds.parallel.ulysses import share_rows
 from mora_ds.parallel.ulysses_checks import describe
@@ -113,6 +114,7 @@ class Job(ABC):
             "merge_every": adapter.merge_every,
             **adapter.alignment_identity(),
             "dtype": compute_dtype(self.ds_config),
+            "attention": "documents" if attends_by_documents(self.loaded.model) else "dense",
             **({"optimizer": training.optimizer} if training.optimizer != "adamw" else {}),
         }
 

@@ -1,6 +1,6 @@
 """Every check of the live model before the first step, by small forward passes.
 
-document mask           do documents packed into one row see each other?              --attention, --no_document_mask
+document mask           do documents packed into one row see each other?              --no_document_mask
 chunked loss            are the head and a known scale or cap all of the logits?      --chunked_loss
 domains                 does every adapted layer read complete rows?                  --domain_adapters
 sequence parallelism    do split rows give the logits of complete rows?               --sequence_parallel_size
@@ -11,8 +11,7 @@ What a model does is measured, not looked up in a list of architectures. No chec
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,16 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds.adapters.domains import domains_of
-from mora_ds.checkpoint.state import AttentionKind
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.arguments import Arguments
-from mora_ds.config.data import Attention
 from mora_ds.data.documents import Documents
 from mora_ds.models import loss
-from mora_ds.models.attention import NAME, attention_of, model_inputs, use_dense
+from mora_ds.models.attention import NAME, attention_of, model_inputs, why_dense
 from mora_ds.parallel.limits import SEQUENCE
 from mora_ds.parallel.ulysses import SequenceParallel, whole_rows
-from mora_ds.train.attention import dense_by_choice
 from mora_ds.train.job import Job
 
 logger = logging.getLogger(__name__)
@@ -52,21 +48,13 @@ _SPLIT_ROUNDING = 16
 
 
 def preflight(job: Job, arguments: Arguments) -> None:
-    """Run all checks that apply to this job. Collective. Raises `UserError` naming the flag to change.
-
-    A new run whose model turns out not to attend by documents falls back to dense attention, where --attention is auto.
-    """
+    """Run all checks that apply to this job. Collective. Raises `UserError` naming the flag to change."""
     model, training, document_mask = job.loaded.model, arguments.training, arguments.data.document_mask
     vocab_size = model.config.get_text_config().vocab_size
     sizes = {1, 2, training.per_device_train_batch_size, training.per_device_eval_batch_size}
-    can_fall_back = (
-        arguments.model.attention == Attention.AUTO.value
-        and job.state.attention is AttentionKind.DOCUMENTS
-        and job.place.checkpoint is None
-        and job.sequence is None
-    )
-    given = dense_by_choice(arguments.model, model.config)
-    check = partial(check_attention, job.engine, vocab_size, sizes, document_mask, given)
+    implementation = arguments.model.implementation
+    is_dense_by_choice = implementation is not None and why_dense(model.config, None) is None
+    advice = f"leave out --attn_implementation {implementation}, or " if is_dense_by_choice else ""
     with whole_rows(model):
         if job.state.chunked_loss and not logits_are_known(job.engine, vocab_size):
             problem = "this model does more to its logits than its head and a known scale or cap"
@@ -77,15 +65,7 @@ def preflight(job: Job, arguments: Arguments) -> None:
             job.state.chunked_loss = False
         if domains_of(model).names:
             check_domain_rows(job.engine, vocab_size)
-        try:
-            check()
-        except UserError as error:
-            if not can_fall_back:
-                raise
-            logger.info(f"attention: dense, because {error}")
-            use_dense(model)
-            job.state.attention = AttentionKind.DENSE
-            check()
+        check_attention(job.engine, vocab_size, sizes, document_mask, advice)
     if job.sequence is not None:
         check_split(job.engine, model, job.sequence, document_mask)
 
@@ -112,28 +92,26 @@ def check_domain_rows(engine: Any, vocab_size: int) -> None:
 
 
 def check_attention(
-    engine: Any, vocab_size: int, row_counts: Iterable[int], document_mask: bool, given: Sequence[str] = ()
+    engine: Any, vocab_size: int, row_counts: Iterable[int], document_mask: bool, advice: str = ""
 ) -> None:
     """Raise `UserError` where documents see each other, or attention by documents is not given the config's window.
-    `given`: as in `check_document_mask`."""
+    `advice`: as in `check_document_mask`."""
     if document_mask:
-        check_document_mask(engine, vocab_size, row_counts, given)
+        check_document_mask(engine, vocab_size, row_counts, advice)
     model = getattr(engine, "module", engine)
     if attention_of(model) == NAME and _has_window(model.config.get_text_config()):
         check_window(engine, vocab_size)
 
 
 @torch.no_grad()
-def check_document_mask(
-    engine: Any, vocab_size: int, row_counts: Iterable[int] = (1, 2), given: Sequence[str] = ()
-) -> None:
+def check_document_mask(engine: Any, vocab_size: int, row_counts: Iterable[int] = (1, 2), advice: str = "") -> None:
     """Raise `UserError` where a document sees the one before it although its positions start again at 0.
 
     Not every model of transformers takes its mask from the positions (5.24: Bloom and MPT do not), state-space layers
     have no mask, and FlashAttention takes rows for packed ones only where there is a single row. Compared: what a
     changed first document does to the second one's logits, with and without the restart of positions, in batches of
-    every number of rows that the run computes. `given`: the flags that keep the model from attention by documents,
-    which needs no mask (`dense_by_choice`). Collective: a forward pass of short rows for each number, two for one.
+    every number of rows that the run computes. `advice`: what else helps, where the user has named an attention that
+    reads masks. Collective: a forward pass of short rows for each number, two for one.
     """
     engine.eval()
     straight = torch.arange(2 * _DOCUMENT)
@@ -141,10 +119,9 @@ def check_document_mask(
     for rows in sorted(set(row_counts)):
         if _effect(engine, vocab_size, rows, straight % _DOCUMENT) > _LEAK * unmasked:
             engine.train()
-            instead = f"leave out {' and '.join(given)}, or " if given else ""
             raise UserError(
                 "this model's attention does not stop at restarting positions, so documents packed into one row would "
-                f"see each other (in batches of {rows} rows): {instead}give --no_document_mask if they may"
+                f"see each other (in batches of {rows} rows): {advice}give --no_document_mask if they may"
             )
     engine.train()
 
@@ -175,7 +152,10 @@ def check_window(engine: Any, vocab_size: int) -> None:
     engine(**model_inputs(engine, batch))
     engine.train()
     if places["documents"].windows == {None}:
-        raise UserError("this model's config has a sliding window that its attention does not receive")
+        raise UserError(
+            "this model's config has a sliding window that its attention does not receive: "
+            "give --attn_implementation sdpa"
+        )
 
 
 def _has_window(config: Any) -> bool:

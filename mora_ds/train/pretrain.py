@@ -24,7 +24,7 @@ from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.nf4 import check_installed as check_bitsandbytes
 from mora_ds.checkpoint.folder import AUTO, name_best, name_latest, resume_checkpoint, settle
 from mora_ds.checkpoint.layout import CHECKPOINTS, MERGED_FOLDER, SUMMARY_FILE, step_folder
-from mora_ds.checkpoint.state import AttentionKind, TrainerState, check_world_size
+from mora_ds.checkpoint.state import TrainerState, check_world_size
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import write_json_atomic
 from mora_ds.common.untrusted import expanded
@@ -39,7 +39,7 @@ from mora_ds.deploy.hub import check_repository, push_adapter, push_folder
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_keys import tracker_folders
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.models.attention import use_documents
+from mora_ds.models.attention import use_documents, why_dense
 from mora_ds.models.loss import chunk_loss, is_frozen
 from mora_ds.parallel.ulysses_checks import check_config
 from mora_ds.remora.schedule import Schedule
@@ -47,7 +47,7 @@ from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.adapter_job import AdapterJob
 from mora_ds.train.agreement import start_up
-from mora_ds.train.attention import check_precision, choose_attention, implementation_of
+from mora_ds.train.attention import check_precision, implementation_of
 from mora_ds.train.base import find_model, prepare_base
 from mora_ds.train.base_device import settle_base_device
 from mora_ds.train.data import RunData, load_data
@@ -122,8 +122,7 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
         if adapter.init_adapter is not None and place.checkpoint is None:
             check_same_files(Path(adapter.init_adapter), ranks)
         folder, config = find_model(model, place)
-        attention = choose_attention(model, config, place.checkpoint)
-        implementation = implementation_of(model, attention)
+        implementation = implementation_of(model, config)
         check_config(config, training.sequence_parallel_size, implementation, model.trust_remote_code)
         arguments = settle_base_device(arguments, config, implementation, ds_config, ranks)
         dtype = getattr(torch, compute_dtype(ds_config))
@@ -132,10 +131,12 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
         _check_evaluation_sets(arguments, data)
         cast = adapter.is_control or adapter.base_bits != AS_LOADED  # else `initialize` casts, on the device
         loaded = prepare_base(model, training, folder, data.tokenizer, dtype, place, cast)
-        if attention is AttentionKind.DOCUMENTS:
+        if reason := why_dense(config, model.implementation):
+            logger.info(f"attention: dense, because {reason}")
+        else:
             use_documents(loaded.model)
         job = JOBS[adapter.adapter](arguments, loaded, ds_config, data, place)
-        job.state.attention, job.state.chunked_loss = attention, _in_chunks(job, training)
+        job.state.chunked_loss = _in_chunks(job, training)
         if job.state.chunked_loss:
             chunk_loss(loaded.model)
         preflight(job, arguments)
@@ -263,8 +264,7 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
     facts = {"deepspeed": job.engine.config, **job.data.train.identity} if job.is_trained else {}
     if ranks.is_first:
         owns = names_of_run(folder, arguments.training.export_merged)
-        settings = {**dump(arguments), "attention": state.attention.value}
-        write_run_file(folder, settings, {"world_size": ranks.world, "steps": steps, **facts}, owns)
+        write_run_file(folder, dump(arguments), {"world_size": ranks.world, "steps": steps, **facts}, owns)
         has_begun(folder)
     log = MetricsLog(folder, steps, ranks.is_first, state.step, lambda: _trackers(arguments, folder, facts, state.step))
     if job.place.checkpoint is not None:

@@ -139,8 +139,6 @@ stray | 'stray'
 --resume_from_checkpoint {user}/model | --resume_from_checkpoint | no checkpoint at
 --resume_from_checkpoint {user}/train.jsonl | --resume_from_checkpoint | no checkpoint at
 --attn_implementation magic | --attn_implementation magic
---attention sparse | unknown --attention 'sparse' | known: auto, documents, dense
---attention documents --attn_implementation sdpa | --attention documents and --attn_implementation sdpa
 --node_base shard | unknown --node_base 'shard' | known: auto, shared, private, a folder
 --node_base /nowhere/base | --node_base /nowhere/base: a file cannot be made there
 --target_modules re:[ | --target_modules 're:['

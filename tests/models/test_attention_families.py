@@ -18,7 +18,6 @@ from mora_ds.models.attention import (
     attention_of,
     model_inputs,
     prefer_documents,
-    use_dense,
     use_documents,
     why_dense,
 )
@@ -81,22 +80,14 @@ def test_attention_that_must_stay_dense_has_a_reason(config: Any, reason: str) -
     assert why_dense(config, "eager") == "--attn_implementation eager reads masks"
 
 
-def test_attention_that_was_not_changed_is_not_changed_back() -> None:
+def test_only_a_model_that_attends_by_documents_is_told_of_them() -> None:
     model, batch = tiny_model(), batch_of(4)
-    use_dense(model)
-    assert attention_of(model) == "sdpa" and "documents" not in model_inputs(model, batch)
+    inputs = model_inputs(model, batch)
+    assert attention_of(model) == "sdpa" and "documents" not in inputs and inputs["use_cache"] is False
     use_documents(model)
     engine = SimpleNamespace(module=model)
     assert model_inputs(engine, batch)["documents"] is batch["documents"]  # type: ignore[arg-type]
     assert model_inputs(model, {"input_ids": batch["input_ids"]}).keys() == {"input_ids", "use_cache"}
-    use_dense(model)
-    inputs = model_inputs(model, batch)
-    assert "documents" not in inputs and inputs["use_cache"] is False
-    eager = tiny_model()
-    eager.set_attn_implementation("eager")
-    use_documents(eager)
-    use_dense(eager)
-    assert attention_of(eager) == "eager"
 
 
 def test_documents_are_preferred_where_the_model_can() -> None:
@@ -173,6 +164,7 @@ def test_flash_attention_is_given_the_documents_of_all_rows(rows: int, monkeypat
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5 * float(wanted[name].abs().max()))
     with pytest.raises(KeyError, match="documents"):
         token_nll(model, {name: part for name, part in batch.items() if name != "documents"})
-    use_dense(model)
+    untold = model_of("mistral")
+    untold.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(AssertionError, match="rows were not taken for documents"):
-        token_nll(model, batch_of(4))
+        token_nll(untold, batch_of(4))

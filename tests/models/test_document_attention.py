@@ -275,12 +275,12 @@ def test_attention_of_another_kind_is_refused() -> None:
     query, key, value, _ = parts(1, 8, 2)
     both = torch.nn.Module()
     both.is_causal = False  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="--attention dense"):
+    with pytest.raises(ValueError, match="--attn_implementation sdpa"):
         document_attention(both, query, key, value, None)
-    with pytest.raises(ValueError, match="--attention dense"):
+    with pytest.raises(ValueError, match="--attn_implementation sdpa"):
         document_attention(torch.nn.Module(), query, key, value, None, is_causal=False)
     document_attention(both, query, key, value, None, is_causal=True)
-    with pytest.raises(ValueError, match="--attention dense"):
+    with pytest.raises(ValueError, match="--attn_implementation sdpa"):
         document_attention(torch.nn.Module(), query, key, value, None, position_bias=query)
     with pytest.raises(ValueError, match="documents of 9 tokens came with 1 rows of 8"):
         document_attention(torch.nn.Module(), query, key, value, None, documents=Documents.whole_rows(1, 9))

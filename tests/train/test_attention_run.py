@@ -1,8 +1,7 @@
-"""--attention in whole runs: what is chosen, what is kept when a run resumes, and what dense attention stays."""
+"""The attention of whole runs: what is chosen, that a resume goes on with it, and what dense attention stays."""
 
 from __future__ import annotations
 
-import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -12,23 +11,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mora_ds.checkpoint.state import AttentionKind, TrainerState
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import from_flat
 from mora_ds.config.data import ModelArguments
-from mora_ds.models.attention import NAME, attention_of, model_inputs, use_dense, use_documents
+from mora_ds.models.attention import NAME, attention_of, model_inputs, use_documents
 from mora_ds.models.loss import token_nll
-from mora_ds.train.attention import choose_attention, implementation_of
+from mora_ds.train.attention import implementation_of
 from mora_ds.train.preflight import check_attention, check_document_mask, preflight
 from tests.helpers.batches import batch_of
-from tests.helpers.crafted import reseal
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, losses, printed, run
+from tests.helpers.jobs import Playground, losses, refusal, run
 from tests.helpers.models import MASKLESS, tiny_model
-from tests.helpers.resume import assert_same_run, interrupted_job, stop_and_resume
+from tests.helpers.resume import assert_same_run, stop_and_resume
 
 MORE = ("--per_device_train_batch_size", 4, "--save_steps", 2, "--merge_every", 3, "--restart_warmup_steps", 1)
 
@@ -43,21 +39,20 @@ def by_documents(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def dense(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("attention") / "dense"
-    run(1, user.flags(out, *MORE, "--attention", "dense"))
+    run(1, user.flags(out, *MORE, "--attn_implementation", "sdpa"))
     return out
 
 
-def attention_in(out: Path) -> tuple[str, str]:
-    """What run.yaml and the last checkpoint say."""
-    written = yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))["attention"]
-    return written, TrainerState.read(out / "checkpoints" / "latest").attention.value
+def attention_in(out: Path) -> str:
+    """What the last checkpoint says."""
+    return str(TrainerState.read(out / "checkpoints" / "latest").identity["attention"])
 
 
 @pytest.mark.gloo
 def test_a_run_attends_by_documents_and_its_losses_are_those_of_dense_attention(
     by_documents: Path, dense: Path
 ) -> None:
-    assert attention_in(by_documents) == ("documents", "documents") and attention_in(dense) == ("dense", "dense")
+    assert attention_in(by_documents) == "documents" and attention_in(dense) == "dense"
     torch.testing.assert_close(losses(by_documents), losses(dense), rtol=1e-5, atol=0)
 
 
@@ -68,40 +63,17 @@ def test_a_run_that_resumes_keeps_its_attention_to_the_bit(
     out = tmp_path / "resumed"
     stop_and_resume(1, user.flags(out, *MORE), 4)
     assert_same_run(out, by_documents)
-    assert attention_in(out) == ("documents", "documents")
 
 
 @pytest.mark.gloo
-def test_a_run_of_an_earlier_version_goes_on_with_dense_attention(
-    user: Playground, dense: Path, tmp_path: Path
-) -> None:
-    """Its checkpoint and its run.yaml say nothing of attention."""
-    out = tmp_path / "old"
-    run_ranks(1, interrupted_job, user.flags(out, *MORE, "--attention", "dense"), 4)
-    for path in out.glob("checkpoints/step-*/trainer_state.json"):
-        state = json.loads(path.read_text(encoding="utf-8"))
-        del state["attention"]
-        path.write_text(json.dumps(state), encoding="utf-8")
-    reseal(out)
-    run(1, user.flags(out, *MORE, "--resume_from_checkpoint", "auto"))
-    assert_same_run(out, dense)
-    assert attention_in(out) == ("dense", "dense")
-
-
-@pytest.mark.gloo
-def test_a_run_changes_its_attention_where_it_is_told_to(user: Playground, dense: Path, tmp_path: Path) -> None:
+def test_another_attention_does_not_continue_a_run(user: Playground, dense: Path, tmp_path: Path) -> None:
     checkpoint = dense / "checkpoints" / "step-000004"
-    flags = user.flags(
-        tmp_path / "other", *MORE, "--attention", "documents", "--resume_from_checkpoint", str(checkpoint)
-    )
-    (told,) = run_ranks(1, printed, flags)
-    assert "attention: documents from here on, dense before" in told
-    assert attention_in(tmp_path / "other") == ("documents", "documents")
-    torch.testing.assert_close(losses(tmp_path / "other"), losses(dense)[4:], rtol=1e-5, atol=0)
+    flags = user.flags(tmp_path / "other", *MORE, "--resume_from_checkpoint", str(checkpoint))
+    assert "attention (--attn_implementation): 'dense' there, 'documents' here" in refusal(flags)
 
 
 def test_dense_attention_is_what_it_was_to_the_bit() -> None:
-    """The model is given what versions up to 0.2 gave it, and nothing of it is replaced."""
+    """The model is given what transformers reads, and nothing of it is replaced."""
     batch = batch_of(4)
     one, other = tiny_model("mistral"), tiny_model("mistral")
     logits = one(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
@@ -113,9 +85,6 @@ def test_dense_attention_is_what_it_was_to_the_bit() -> None:
     found.backward()
     for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine.grad, theirs.grad)
-    use_documents(other)
-    use_dense(other)
-    assert attention_of(other) == "sdpa" and torch.equal(token_nll(other, batch), loss)
 
 
 # -- what is chosen ----------------------------------------------------------------------------------------------------
@@ -129,29 +98,20 @@ LLAMA = config_of("llama")
 
 
 @pytest.mark.parametrize(
-    ("config", "implementation", "chosen", "reason"),
+    ("config", "implementation", "runs"),
     [
-        (LLAMA, "auto", "documents", ""),
-        (LLAMA, "flash_attention_2", "documents", ""),
-        (LLAMA, "sdpa", "dense", "--attn_implementation sdpa reads masks"),
-        (config_of("gpt_oss"), "auto", "documents", ""),
-        (config_of("gemma2"), "auto", "documents", ""),
-        (config_of("bloom"), "auto", "dense", "calls the attention of BloomForCausalLM directly"),
-        (config_of("llama4_text"), "auto", "dense", "layers of the kind chunked_attention"),
-        (config_of("mamba"), "auto", "dense", "layers of the kind linear_attention"),
+        (LLAMA, "auto", NAME),
+        (LLAMA, "flash_attention_2", "flash_attention_2"),
+        (LLAMA, "sdpa", "sdpa"),
+        (config_of("gpt_oss"), "auto", NAME),
+        (config_of("gemma2"), "auto", NAME),
+        (config_of("bloom"), "auto", None),
+        (config_of("llama4_text"), "auto", None),
+        (config_of("mamba"), "auto", None),
     ],
 )  # fmt: skip
-def test_documents_wherever_the_model_can(config: Any, implementation: str, chosen: str, reason: str) -> None:
-    model = ModelArguments(attn_implementation=implementation)
-    assert choose_attention(model, config).value == chosen
-    wanted = ModelArguments(attn_implementation=implementation, attention="documents")
-    if reason:
-        with pytest.raises(UserError, match="--attention documents: not for this run, because .*" + reason):
-            choose_attention(wanted, config)
-    else:
-        assert choose_attention(wanted, config) is AttentionKind.DOCUMENTS
-    name = implementation_of(model, AttentionKind(chosen))
-    assert name == (model.implementation if chosen == "dense" or implementation != "auto" else NAME)
+def test_documents_wherever_the_model_can(config: Any, implementation: str, runs: str | None) -> None:
+    assert implementation_of(ModelArguments(attn_implementation=implementation), config) == runs
 
 
 # -- documents in batches of any size ----------------------------------------------------------------------------------
@@ -180,7 +140,6 @@ def test_a_leak_at_one_batch_size_is_found(rows: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "flags", "advice"),
     [
-        ("opt", {"attention": "dense"}, "rows): leave out --attention dense, or give --no_document_mask"),
         ("opt", {"attn_implementation": "eager"}, "rows): leave out --attn_implementation eager, or give"),
         ("bloom", {}, "rows): give --no_document_mask"),
         ("bloom", {"attn_implementation": "eager"}, "rows): give --no_document_mask"),
@@ -189,10 +148,7 @@ def test_a_leak_at_one_batch_size_is_found(rows: int) -> None:
 )
 def test_only_given_flags_that_would_help_are_to_be_left_out(kind: str, flags: dict[str, str], advice: str) -> None:
     model = AutoModelForCausalLM.from_config(config_of(kind, **MASKLESS[kind]))
-    state, place = TrainerState(attention=AttentionKind.DENSE), SimpleNamespace(checkpoint=None)
-    job: Any = SimpleNamespace(
-        engine=model, state=state, loaded=SimpleNamespace(model=model), place=place, sequence=None
-    )
+    job: Any = SimpleNamespace(engine=model, state=TrainerState(), loaded=SimpleNamespace(model=model), sequence=None)
     with pytest.raises(UserError, match=re.escape(advice)):
         preflight(job, from_flat(flags))
 
@@ -242,21 +198,5 @@ def with_lost_window() -> Any:
 
 
 def test_a_window_that_does_not_reach_attention_is_noticed() -> None:
-    with pytest.raises(UserError, match="sliding window that its attention does not receive"):
+    with pytest.raises(UserError, match="its attention does not receive: give --attn_implementation sdpa"):
         check_attention(with_lost_window(), 128, (1,), document_mask=False)
-
-
-@pytest.mark.parametrize(("attention", "before"), [("auto", None), ("auto", Path("step")), ("documents", None)])
-def test_a_new_run_falls_back_to_dense_attention_where_it_may(attention: str, before: Path | None) -> None:
-    model = with_lost_window()
-    state = TrainerState(attention=AttentionKind.DOCUMENTS)
-    loaded, place = SimpleNamespace(model=model), SimpleNamespace(checkpoint=before)
-    job: Any = SimpleNamespace(engine=model, state=state, loaded=loaded, place=place, sequence=None)
-    arguments = from_flat({"attention": attention})
-    if attention == "auto" and before is None:
-        preflight(job, arguments)
-        assert state.attention is AttentionKind.DENSE and attention_of(model) == "sdpa"
-    else:
-        with pytest.raises(UserError, match="sliding window"):
-            preflight(job, arguments)
-        assert state.attention is AttentionKind.DOCUMENTS
