@@ -56,7 +56,6 @@ from mora_ds.engine.shard_index import Layout, RankShard, ShardIndex
 from mora_ds.engine.shard_reader import EngineShards
 from mora_ds.models.tensor_files import open_safetensors, write_safetensors_atomic
 from mora_ds.runtime.exchange import gather_to_first
-from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -81,17 +80,24 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, root: Path, engine: zero.Engine, collect: Collect, background: bool = False,
-        followers: Followers | None = None,
-    ) -> None:  # fmt: skip
-        """`root` is on rank 0's node; `followers` are nodes that do not see it and send their files there."""
-        self.root, self.engine, self.collect, self.followers = root, engine, collect, followers
-        self._background, self._thread_ranks = None, None
+        self,
+        root: Path,
+        engine: zero.Engine,
+        collect: Collect,
+        background: bool = False,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """`root`: seen by all ranks."""
+        self.root = root
+        self.engine = engine
+        self.collect = collect
+        self._ranks = Ranks.current() if ranks is None else ranks
         self._named_root = self._ranks.on_first("folder of the checkpoints", lambda: root)
         """The folder as rank 0 names it, for the names of checks, which are the same on all nodes."""
+        self._background: Background | None = None
         if background:
-            ranks = self._ranks
-            self._background, self._thread_ranks = Background(ranks.timeout_s), ranks.separate()
+            self._background = Background(self._ranks.timeout_s)
+            self._thread_ranks = self._ranks.separate()
         self._named: set[str] = set()
         """Entries of `root` that are not the run's, and have been named in the log."""
 
@@ -105,7 +111,6 @@ class CheckpointWriter:
             if dist.get_rank() == 0:
                 settle(self.root)
                 self._name_unknown()
-            if dist.get_rank() == 0 or (self.followers is not None and self.followers.leads):
                 if beside.exists():
                     raise RunError(f"{beside} was left by a run that was killed and cannot be deleted: remove it")
                 beside.mkdir(parents=True)
@@ -139,7 +144,7 @@ class CheckpointWriter:
             self.engine, beside, ENGINE_TAG, lambda path, content: pending.append((path, held(content)))
         )
         rng, write_extras, facts = _rng_states(), self.collect(state.step), asdict(state)
-        ranks, followers = self._thread_ranks or self._ranks, self.followers
+        ranks = self._ranks if self._background is None else self._thread_ranks
         shares: list[Any] = []  # of this rank; on rank 0 then those of all
 
         def write_own() -> None:
@@ -158,15 +163,9 @@ class CheckpointWriter:
                 together("files of each rank", write_own)
                 together("hashes", hash_own)
                 everyone = gather_to_first(shares[0], ranks.group)
-                if followers is not None and followers.leaders:
-                    together("files of other nodes", lambda: followers.gather(beside, ranks.group))
                 together("manifest", lambda: self._complete(beside, final, everyone, layout, facts, keep))
 
         return work
-
-    @property
-    def _ranks(self) -> Ranks:
-        return Ranks.current() if self.followers is None else self.followers.ranks
 
     def _complete(
         self,
@@ -212,8 +211,7 @@ class _Share(NamedTuple):
 
     @classmethod
     def of(cls, beside: Path, written: list[Path], shard: RankShard | None, rng: dict[str, Tensor]) -> _Share:
-        """To be called when rank 0 has linked the ledger into `beside`. A rank that does not see it leaves its slice to
-        rank 0."""
+        """To be called when rank 0 has linked the ledger into `beside`."""
         ledger = sorted((beside / LEDGER_FOLDER).glob("*.safetensors"))
         own = [path for path in written if path.is_file()] + ledger[dist.get_rank() :: dist.get_world_size()]
         return cls(files.record(beside, own), shard, {kind: state.numpy() for kind, state in rng.items()})

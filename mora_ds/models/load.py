@@ -96,7 +96,6 @@ def load_base(
     dtype: torch.dtype,
     attn_implementation: str | None,
     trust_remote_code: bool = False,
-    share: Callable[[Path], None] | None = None,
     cast: bool = True,
 ) -> LoadedBase:
     """The live model on the CPU, and the original of each of its parameters. Collective.
@@ -104,8 +103,8 @@ def load_base(
     The model is in `dtype`, or, without `cast`, in the dtype of its files where it can be cast later with the same
     result: its weights are then pages of the files, which the processes of a node share, and not a copy in each.
 
-    Rank 0 writes the base to `own_base`, in the precision of its files, if these are not one to one; `share` then
-    copies it to nodes that do not see that folder. Raises `UserError` where weights are missing or do not fit the
+    Rank 0 writes the base to `own_base`, in the precision of its files, if these are not one to one.
+    Raises `UserError` where weights are missing or do not fit the
     config.
     """
 
@@ -126,8 +125,6 @@ def load_base(
     if keys is None:
         originals = partial(_originals, model, folder, own_base, dtype, load)
         is_own, keys = ranks.on_first("originals of the model", originals, long=True)
-    if is_own and share is not None:
-        share(own_base)
     base = ranks.agree("files of the model", lambda: BaseCheckpoint.open(own_base if is_own else folder))
     return LoadedBase(model, base, keys)
 

@@ -67,7 +67,7 @@ def check_room(choice: str, nbytes: int) -> None:
 def node_members(ranks: Ranks) -> tuple[int, ...]:
     """Ranks of the processes of this node which see each other's memory, in order. Collective.
 
-    A node begins at each process with local rank 0, as for `nodes.Followers`; processes in containers of their own,
+    A node begins at each process with local rank 0; processes in containers of their own,
     which do not see each other, count as several nodes.
     """
     facts = ranks.gather("processes of the node", (ranks.local_rank, machine()))

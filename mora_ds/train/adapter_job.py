@@ -137,7 +137,7 @@ class AdapterJob(Job):
                 f"{place.folder / VECTORS_FOLDER}"
             )
         return prepare_vectors(
-            config, wanted, loaded.base, place.folder, place.ranks, place.followers.share, place.checkpoint,
+            config, wanted, loaded.base, place.folder, place.ranks, place.checkpoint,
             current_device(),
         )  # fmt: skip
 
@@ -200,6 +200,6 @@ class AdapterJob(Job):
                 tokenizer_folder=self.data.tokenizer_folder,
                 probe_ids=train_data.first_rows(1)["input_ids"][:, :PROBE_TOKENS],
                 facts={"seq_len": train_data.seq_len},
-                followers=self.place.followers,
+                ranks=self.place.ranks,
             ),
         )

@@ -26,7 +26,7 @@ from mora_ds.runtime.ranks import Ranks
 
 NODE_SETTINGS = frozenset(
     {
-        "output_dir",  # a node that does not see rank 0's folder uses one of its own
+        "output_dir",  # one folder may be mounted in different places
         "cache_dir", "base_cache_dir", "node_base", "preprocessing_workers",
         "model_name_or_path", "model_config", "tokenizer_name",  # the model's config and the tokenizer are compared
         "train_files", "eval_files", "dataset_name",  # the tokens are compared

@@ -58,12 +58,11 @@ def prepare_base(
                 create_base(config_file, own, training.seed, tokenizer, vocabulary)
 
         place.ranks.on_first("creation of the base", create, long=True)
-        place.followers.share(own)
         folder = own
-    source, share = folder, place.followers.share
+    source = folder
     if model.base_cache_dir is not None and folder != own:
         folder = cached_base(folder, expanded(model.base_cache_dir, "--base_cache_dir"), place.ranks)
-    loaded = load_base(folder, own, place.ranks, dtype, model.implementation, model.trust_remote_code, share, cast)
+    loaded = load_base(folder, own, place.ranks, dtype, model.implementation, model.trust_remote_code, cast)
     if loaded.base.folder == folder.absolute():
         loaded.base.origin = source.absolute()
     if training.gradient_checkpointing:

@@ -82,7 +82,7 @@ def load_data(
     ranks.on_first("folder of the tokenizer", lambda: begin_tokenizer(folder, place.checkpoint))
     first, *others = corpora.values()
     joined = replace(first, parts=first.parts + tuple(part for other in others for part in other.parts))
-    tokenizer = load_or_train_tokenizer(model, model_folder, model_config, folder, joined, place.followers)
+    tokenizer = load_or_train_tokenizer(model, model_folder, model_config, folder, joined, place.ranks)
     ranks.on_first("copy of the tokenizer", lambda: save_tokenizer(tokenizer, folder))
     if start_id(tokenizer, data.document_start) is None and data.document_start == AUTO:
         logger.info("nothing stands before a document, as this tokenizer has it: --document_start names a token for it")

@@ -168,7 +168,7 @@ class FullJob(Job):
             self.state = load_checkpoint(place.checkpoint, self.engine, identity)
         background = self.arguments.training.async_save
         self._writer = CheckpointWriter(
-            place.folder / CHECKPOINTS, self.engine, lambda step: lambda folder: None, background, place.followers
+            place.folder / CHECKPOINTS, self.engine, lambda step: lambda folder: None, background, place.ranks
         )
 
     def save(self, state: TrainerState) -> Path:

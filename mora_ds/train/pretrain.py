@@ -43,7 +43,7 @@ from mora_ds.models.attention import use_documents, why_dense
 from mora_ds.models.loss import chunk_loss, is_frozen
 from mora_ds.parallel.ulysses_checks import check_config
 from mora_ds.remora.schedule import Schedule
-from mora_ds.runtime.nodes import Followers
+from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.adapter_job import AdapterJob
 from mora_ds.train.agreement import start_up
@@ -104,10 +104,7 @@ def pretrain(arguments: Arguments) -> dict[str, Any]:
             compare_settings(arguments)
             return dry_run(arguments)
         job, schedule = _prepare(arguments, start_processes(arguments))
-    try:
-        return _run(arguments, job, schedule)
-    finally:
-        job.place.followers.close()
+    return _run(arguments, job, schedule)
 
 
 def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
@@ -170,7 +167,6 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Place]:
     root = expanded(training.output_dir)
     targets = ranks.on_first("--targets", lambda: plan_of_file(arguments.adapter))  # it may lie in the folder
     reservations: list[Reservation] = []  # of rank 0
-    followers = None
 
     def reserve_folder() -> Path | None:
         checkpoint, reservation = _reserve(arguments, root, ranks.world)
@@ -181,19 +177,12 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Place]:
         checkpoint = ranks.on_first("output folder", reserve_folder, long=True)
         if not ranks.is_first:
             join(root)
-        followers = Followers.find(root, ranks)
-        if followers.names:
-            logger.info(
-                f"{', '.join(followers.names)}: --output_dir is another folder there; rank 0's node keeps the run"
-            )
-        fetched = None if checkpoint is None else followers.fetch(checkpoint)
-        yield Place(followers, fetched, targets)
+        check_shared(root, ranks)
+        yield Place(ranks, root, checkpoint, targets)
     except BaseException:
         for reservation in reservations:
             reservation.rollback()
         leave(root)
-        if followers is not None:
-            followers.close()
         raise
     for reservation in reservations:
         reservation.commit()

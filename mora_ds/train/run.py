@@ -39,7 +39,7 @@ from mora_ds.models.tensor_files import dtype_name
 from mora_ds.remora.ledger import LEDGER_FILE, Ledger
 from mora_ds.remora.merge import MergeReport, ReMoRA
 from mora_ds.remora.optimizer_reset import OptimizerReset
-from mora_ds.runtime.nodes import Followers
+from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.vectors import prepare_vectors, wanted_vectors
 
@@ -60,8 +60,8 @@ class RunDetails:
     """(1, T) token ids, recorded in every checkpoint with the model's logits for them."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Further entries of adapter.json."""
-    followers: Followers | None = None
-    """The nodes that do not see `folder`; None: found by looking."""
+    ranks: Ranks | None = None
+    """The ranks, which have found that they all see `folder`; None: found by looking."""
 
 
 class Run:
@@ -88,16 +88,20 @@ class Run:
     ) -> None:
         details = details or RunDetails()
         self.engine = engine
-        self.ranks = Ranks.current() if details.followers is None else details.followers.ranks
-        self.followers = details.followers or self._find_followers(Path(folder))
-        self.folder = self.followers.folder
+        self.folder = Path(folder)
+        if details.ranks is None:
+            self.ranks = Ranks.current()
+            self.ranks.on_first("output folder", lambda: self.folder.mkdir(parents=True, exist_ok=True))
+            check_shared(self.folder, self.ranks)
+        else:
+            self.ranks = details.ranks
         opened = base if isinstance(base, BaseCheckpoint) else BaseCheckpoint.open(base, "base")
         keys = self._map(opened) if details.keys is None else dict(details.keys)
         fingerprint = opened.fingerprint(ranks=self.ranks)
         self.identity = run_identity(fingerprint, config, details.identity)
         checkpoint = self._checkpoint(resume, overwrite)
         ledger = self._open_ledger(checkpoint, fingerprint, config.vectors if isinstance(config, MoRAConfig) else "")
-        self.remora = ReMoRA(engine, config, ledger, opened, keys, self._writes, details.reset)
+        self.remora = ReMoRA(engine, config, ledger, opened, keys, self.ranks.is_first, details.reset)
         dtype = dtype_name(next(iter(mora_layers(engine.module).values())).dtype)
         probe_ids = torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0) if details.probe_ids is None else details.probe_ids
         writer = RunWriter(
@@ -110,7 +114,7 @@ class Run:
             {"operator": config.title, "merge_precision": MERGE_PRECISION, **details.facts},
         )
         root = self.folder / CHECKPOINTS
-        self._checkpoints = CheckpointWriter(root, engine, writer.collect, async_save, self.followers)
+        self._checkpoints = CheckpointWriter(root, engine, writer.collect, async_save, self.ranks)
         self.state = TrainerState(world_size=self.ranks.world, identity=self.identity)
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -135,7 +139,7 @@ class Run:
             return self.save_state(self.state, keep)
         self.check_base()
         root, own = Path(folder) / CHECKPOINTS, self._checkpoints
-        return CheckpointWriter(root, self.engine, own.collect, followers=self.followers).save(self.state, keep)
+        return CheckpointWriter(root, self.engine, own.collect, ranks=self.ranks).save(self.state, keep)
 
     def save_state(self, state: TrainerState, keep: int | None = None) -> Path:
         """The same with the complete position of a trainer. Raises `RunError` as `check_base` does."""
@@ -158,10 +162,6 @@ class Run:
             restore_frozen(self.engine.module, dict(tensors.items()))
         self.remora.replay()
 
-    def _find_followers(self, folder: Path) -> Followers:
-        self.ranks.on_first("output folder", lambda: folder.mkdir(parents=True, exist_ok=True))
-        return Followers.find(folder, self.ranks)
-
     def _checkpoint(self, resume: Path | str | None, overwrite: bool) -> Path | None:
         root = self.folder / CHECKPOINTS
         if resume is None:
@@ -174,7 +174,6 @@ class Run:
         else:
             find = "checkpoint to resume from"
             checkpoint = self.ranks.on_first(find, lambda: resume_checkpoint(str(resume), root), long=True)
-            checkpoint = None if checkpoint is None else self.followers.fetch(checkpoint)
         if checkpoint is not None:
             check_identity(checkpoint, TrainerState.read(checkpoint).identity, self.identity)
         return checkpoint
@@ -182,8 +181,7 @@ class Run:
     def _open_ledger(self, checkpoint: Path | None, fingerprint: str, vectors: str) -> Ledger:
         """The checkpoint's merge ledger, or an empty one in place of what a run without a checkpoint has left.
 
-        The writers change different folders: all nodes that see rank 0's folder leave it to rank 0. What they have
-        written is hashed by them alone.
+        Rank 0 writes it and hashes what it has written.
         """
         folder = self.folder / LEDGER_FOLDER
         foreign = "files of others in the folder of the merge ledger"
@@ -191,8 +189,6 @@ class Run:
             raise UserError(f"{folder} holds {', '.join(strays)}, which no run has made: move it away")
 
         def write() -> None:
-            if not self._writes:
-                return
             if checkpoint is None:
                 shutil.rmtree(folder, ignore_errors=True)
                 Ledger.create(folder, fingerprint, path_of(vectors) if vectors else None)
@@ -200,13 +196,8 @@ class Run:
                 Ledger.open(checkpoint / LEDGER_FOLDER, fingerprint, hashes=False).copy_to(folder)
                 Ledger.open(folder, fingerprint)
 
-        self.ranks.agree("writing of the merge ledger", write, long=True)
+        self.ranks.on_first("writing of the merge ledger", write, long=True)
         return self.ranks.agree("merge ledger", lambda: Ledger.open(folder, fingerprint, hashes=False))
-
-    @property
-    def _writes(self) -> bool:
-        """Whether this rank writes to its node's folder: rank 0, and the first rank of each node with another one."""
-        return self.ranks.is_first or self.followers.leads
 
     def _map(self, base: BaseCheckpoint) -> dict[str, str]:
         """Parameter name -> key in the base, for every parameter; the frozen ones are compared with it bit for bit."""
@@ -251,4 +242,4 @@ def with_vectors(
     opened = BaseCheckpoint.open(base, "base")
     names = [f"{name}.weight" for name in targets_of(model, config)]
     wanted = wanted_vectors(model, config, map_model(opened, model, names), alignment_rank)
-    return prepare_vectors(config, wanted, opened, Path(folder), Ranks.current(), lambda path: None)
+    return prepare_vectors(config, wanted, opened, Path(folder), Ranks.current())

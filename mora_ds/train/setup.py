@@ -24,29 +24,21 @@ from mora_ds.engine.initialize import (
     start_distributed,
 )
 from mora_ds.parallel.limits import check_world
-from mora_ds.runtime.nodes import Followers
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.agreement import check_settings
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run happens, and what it starts from; paths are ones that this process can read."""
+    """Where a run happens, and what it starts from."""
 
-    followers: Followers
+    ranks: Ranks
+    folder: Path
+    """The run's folder, which all ranks see."""
     checkpoint: Path | None
     """The checkpoint that the run resumes from."""
     targets: TargetPlan | None
     """The plan of --targets FILE: which layers have a MoRA matrix, and its side."""
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder; its own one on a node that does not see --output_dir."""
-        return self.followers.folder
-
-    @property
-    def ranks(self) -> Ranks:
-        return self.followers.ranks
 
 
 def meet(arguments: Arguments) -> None:

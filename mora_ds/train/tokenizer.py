@@ -10,7 +10,7 @@ from mora_ds.checkpoint.layout import tokenizer_of
 from mora_ds.common.files import copy_folder, disk_errors
 from mora_ds.config.data import ModelArguments
 from mora_ds.data import Corpus, check_reload, check_vocabulary, load_tokenizer, train_sentencepiece
-from mora_ds.runtime.nodes import Followers
+from mora_ds.runtime.ranks import Ranks
 
 
 def begin_tokenizer(target: Path, checkpoint: Path | None) -> None:
@@ -32,13 +32,12 @@ def load_or_train_tokenizer(
     model_config: Any,
     target: Path,
     corpus: Corpus,
-    followers: Followers,
+    ranks: Ranks,
 ) -> Any:
     """The tokenizer that the flags ask for. Collective.
 
     One that is trained on the corpus or named must fit the model: `UserError` naming the flag.
     """
-    ranks = followers.ranks
     flag = tokenizer_flag(model)
     if model.train_tokenizer_vocab:
         path = target / "tokenizer.model"
@@ -50,7 +49,6 @@ def load_or_train_tokenizer(
                     train_sentencepiece(corpus.texts(), vocabulary, target, algorithm=algorithm)
 
         ranks.on_first("training of the tokenizer", train_once, long=True)
-        followers.share(target)
         tokenizer = load_tokenizer(path, flag=flag)
     else:
         tokenizer = load_named_tokenizer(model, model_folder)

@@ -4,14 +4,13 @@
     a new run                                    rank 0 decomposes the base into OUTPUT_DIR/subspace, once; the merge
                                                  ledger takes a hard link, and with it every checkpoint and adapter
     a resumed run                                the file of the checkpoint's ledger is used
-    nodes that do not see the folder             receive the file
 
 A training loop written by a user calls `run.with_vectors`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,9 +30,6 @@ from mora_ds.remora.ledger import Ledger
 from mora_ds.runtime.ranks import Ranks
 
 FOLDER = "subspace"
-
-Send = Callable[[Path], None]
-"""Gives a folder of rank 0 to the nodes that do not see it (`nodes.Followers.share`)."""
 
 
 def wanted_vectors(
@@ -69,13 +65,12 @@ def prepare_vectors(
     base: BaseCheckpoint,
     folder: Path,
     ranks: Ranks,
-    send: Send,
     checkpoint: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> MoRAConfig:
     """The config with the name of the vectors, whose file is then known to this process. Collective.
 
-    `folder`: the run's, or this node's own where it does not see rank 0's. For a `checkpoint` without vectors, which is
+    `folder`: the run's. For a `checkpoint` without vectors, which is
     another run's, the config returns without a name, and the comparison of identities refuses it.
     """
     if checkpoint is not None:
@@ -91,7 +86,6 @@ def prepare_vectors(
         return path.name
 
     path = folder / FOLDER / ranks.on_first("singular vectors", write, long=True)
-    send(folder / FOLDER)
     name = ranks.on_first("record of the singular vectors", lambda: record_of(path).name)
     register(name, path)
     return replace(config, vectors=name)

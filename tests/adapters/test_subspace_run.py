@@ -132,21 +132,6 @@ def test_three_ranks_and_other_settings(user: Playground, tmp_path: Path, more: 
     export_merged(tmp_path / "three", tmp_path / "merged", verify=True)
 
 
-@pytest.mark.gloo
-@pytest.mark.heavy
-def test_nodes_that_do_not_see_the_folder_get_the_same_vectors(user: Playground, tmp_path: Path) -> None:
-    from tests.helpers.nodes import job_on_two_nodes
-
-    run(3, user.flags(tmp_path / "whole", *MERGING, "--save_steps", 3))
-    first, other = tmp_path / "first", tmp_path / "other"
-    for more in ((), ("--resume_from_checkpoint", first / "checkpoints" / "step-000003")):
-        flags = user.flags("unused", *MERGING, "--save_steps", 3, *more)
-        run_ranks(3, job_on_two_nodes, flags, str(first), str(other))
-        assert torch.equal(losses(first), losses(tmp_path / "whole")[-len(losses(first)) :])
-        assert Ledger.open(first / "ledger").vectors == Ledger.open(tmp_path / "whole" / "ledger").vectors
-        assert not other.exists()
-
-
 def test_a_training_loop_of_the_user(tmp_path: Path) -> None:
     found = run_ranks(1, user_loop, str(tmp_path))[0]
     assert found["after"] == pytest.approx(found["before"], rel=1e-6) and found["verified"]

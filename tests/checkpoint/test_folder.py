@@ -93,8 +93,8 @@ def test_a_copy_can_be_resumed_from_and_verified(root: Path, caplog: pytest.LogC
 
 def test_unknown_entries_are_named_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    alone: Any = SimpleNamespace(ranks=SimpleNamespace(on_first=lambda check, work: work()))
-    of_run: Any = writer.CheckpointWriter(root, None, lambda step: lambda folder: None, followers=alone)  # type: ignore[arg-type]
+    alone: Any = SimpleNamespace(on_first=lambda check, work: work())
+    of_run: Any = writer.CheckpointWriter(root, None, lambda step: lambda folder: None, ranks=alone)  # type: ignore[arg-type]
     of_run._name_unknown()
     assert all(f"{name}" in caplog.text for name in (*UNKNOWN_FOLDERS, "step-000008.log"))
     assert not any(name in caplog.text for name in ("step-000004", "latest", ".mine"))

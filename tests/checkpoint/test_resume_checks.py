@@ -121,8 +121,8 @@ def test_ranks_that_trained_something_else_write_no_checkpoint(tmp_path: Path) -
         return checkpoints._Share({}, SimpleNamespace(rank=rank, facts=facts), {})  # type: ignore[arg-type]
 
     shares = [share(0, stage=3, lr=0.1), share(1, stage=3, lr=0.2), share(2, stage=3, lr=0.1)]
-    alone: Any = SimpleNamespace(ranks=SimpleNamespace(on_first=lambda check, work: work()))
-    writer = checkpoints.CheckpointWriter(tmp_path, None, lambda step: lambda folder: None, followers=alone)  # type: ignore[arg-type]
+    alone: Any = SimpleNamespace(on_first=lambda check, work: work())
+    writer = checkpoints.CheckpointWriter(tmp_path, None, lambda step: lambda folder: None, ranks=alone)  # type: ignore[arg-type]
     with pytest.raises(RunError, match=r"ranks \[1\] trained other parameters or with other settings than rank 0"):
         writer._complete(tmp_path / "beside", tmp_path / "step-000001", shares, None, {}, None)  # type: ignore[arg-type]
     assert not any(tmp_path.iterdir())

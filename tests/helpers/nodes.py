@@ -7,20 +7,14 @@ with two_nodes() as nodes:
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import torch.distributed as dist
-
-from mora_ds.runtime import nodes as room
-from tests.helpers.jobs import environment, job
+from tests.helpers.jobs import environment
 
 INTERFACE = "veth"
 
@@ -99,24 +93,3 @@ def wait_for(
         assert time.monotonic() < until, f"{path} did not come\n{told()}"
         assert all(process.poll() is None for process in processes), f"a process ended too early\n{told()}"
         time.sleep(0.02)
-
-
-def on_another_node(first: Path, other: Path) -> Path:
-    """Ranks 1 and 2 become a node that has `other` and must never open a file under `first`. The folder to use."""
-    mock.patch.object(room, "VISIBLE_WITHIN_S", 0.5).start()  # raises where the name has changed
-    rank = dist.get_rank()
-    if rank == 0:
-        return first
-    os.environ["LOCAL_RANK"] = str(rank - 1)
-    forbidden = f"{first}{os.sep}"
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and isinstance(arguments[0], str) and arguments[0].startswith(forbidden):
-            raise AssertionError(f"a follower opens {arguments[0]}")
-
-    sys.addaudithook(watch)
-    return other
-
-
-def job_on_two_nodes(flags: list[str], first: str, other: str) -> dict[str, Any]:
-    return job([*flags, "--output_dir", str(on_another_node(Path(first), Path(other)))])
