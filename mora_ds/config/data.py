@@ -36,9 +36,6 @@ class ModelArguments:
     """Train a SentencePiece tokenizer with a vocabulary of this size on the training files; 0 for none."""
     train_tokenizer_type: str = TokenizerType.BPE.value
     """SentencePiece's algorithm for --train_tokenizer_vocab: bpe or unigram."""
-    base_cache_dir: str | None = None
-    """Folder on each node's own disk into which the model's files are copied once, and read from there: for a model
-    that lies on storage which many nodes share."""
     node_base: str = Sharing.AUTO.value
     """On CPUs, where the frozen base lies that the processes of a node share: auto (in the model's files, mapped, and
     from the first merge on in memory that they share; private where they cannot), shared (in such memory from the

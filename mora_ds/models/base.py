@@ -58,8 +58,6 @@ class BaseCheckpoint:
 
     def __init__(self, folder: Path, file_of: Mapping[str, Path]) -> None:
         self.folder = folder
-        self.origin = folder
-        """The folder that checkpoints name: another one where `folder` is a copy of it (`base_cache`)."""
         self._file_of = dict(file_of)
         self._handles: dict[Path, Any] = {}
         self._members: dict[str, list[list[str]]] = {}

@@ -12,7 +12,6 @@ from mora_ds.common.untrusted import expanded
 from mora_ds.config.data import ModelArguments
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import largest_id
-from mora_ds.models.base_cache import cached_base
 from mora_ds.models.load import (
     LoadedBase,
     config_digest,
@@ -59,12 +58,7 @@ def prepare_base(
 
         place.ranks.on_first("creation of the base", create, long=True)
         folder = own
-    source = folder
-    if model.base_cache_dir is not None and folder != own:
-        folder = cached_base(folder, expanded(model.base_cache_dir, "--base_cache_dir"), place.ranks)
     loaded = load_base(folder, own, place.ranks, dtype, model.implementation, model.trust_remote_code, cast)
-    if loaded.base.folder == folder.absolute():
-        loaded.base.origin = source.absolute()
     if training.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return loaded

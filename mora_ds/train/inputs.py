@@ -53,7 +53,6 @@ def inputs_of(arguments: Arguments) -> Iterator[tuple[str, Path]]:
         ("--deepspeed", training.deepspeed),
         *_texts(arguments.data),
         ("--cache_dir", arguments.data.cache_dir),
-        ("--base_cache_dir", model.base_cache_dir),
         *(("--eval_tasks", name) for name in training.eval_tasks if is_task_file(name)),
     ]
     for flag, name in named:

@@ -108,7 +108,7 @@ class Run:
             engine,
             config,
             self.remora,
-            BaseReference(str(opened.origin.resolve()), fingerprint, keys, dtype),
+            BaseReference(str(opened.folder.resolve()), fingerprint, keys, dtype),
             details.tokenizer_folder,
             probe_ids,
             {"operator": config.title, "merge_precision": MERGE_PRECISION, **details.facts},

@@ -156,7 +156,6 @@ stray | 'stray'
 --output_dir {user}/train.jsonl | --output_dir | is a file
 --output_dir ~nobody5/x | --output_dir ~nobody5/x: no home folder is known for ~nobody5
 --cache_dir ~nobody5/x | --cache_dir ~nobody5/x: no home
---base_cache_dir ~nobody5/x | --base_cache_dir ~nobody5/x: no home
 --deepspeed ~nobody5/x | --deepspeed ~nobody5/x: no home
 --targets ~nobody5/x | --targets ~nobody5/x: no home
 --node_base ~nobody5/x | --node_base ~nobody5/x: no home

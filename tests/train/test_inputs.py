@@ -35,7 +35,6 @@ NAMED: dict[str, tuple[dict[str, Any], str]] = {
         "--dataset_name out/subspace",
     ),
     "evaluation text": ({"eval_files": ["held=out/ledger/a.txt"]}, "--eval_files out/ledger/a.txt"),
-    "copies of bases": ({"base_cache_dir": "out/checkpoints/bases"}, "--base_cache_dir out/checkpoints/bases"),
     "a task": ({"eval_tasks": ["piqa", "out/ledger/task.yaml"]}, "--eval_tasks out/ledger/task.yaml"),
     "cache": ({"cache_dir": "out/checkpoints/tokens"}, "--cache_dir out/checkpoints/tokens"),
     "adapter": ({"init_adapter": "out/checkpoints/latest"}, "--init_adapter"),
