@@ -66,7 +66,6 @@ _ALLOWED: dict[str, Bounds | type[Enum]] = {
     "min_lr_ratio": AT_MOST_1,
     "decay_ratio": ABOVE_0_AT_MOST_1,
     "warmup_steps": NOT_NEGATIVE,
-    "warmup_ratio": BELOW_1,
     "weight_decay": NOT_NEGATIVE,
     "adam_beta1": BELOW_1,
     "adam_beta2": BELOW_1,
@@ -145,10 +144,8 @@ class TrainingArguments:
     """linear, cosine, constant (constant_with_warmup is the same) or warmup_stable_decay (wsd)."""
     decay_ratio: float = 0.2
     """Share of the steps after the first warm-up in which warmup_stable_decay decays."""
-    warmup_steps: int = 0
-    """Optimizer steps of the first warm-up."""
-    warmup_ratio: float = 0.0
-    """The same as a share of the run, where --warmup_steps is 0."""
+    warmup_steps: float = 0
+    """Optimizer steps of the first warm-up; below 1: its share of the run, rounded up to whole steps."""
     weight_decay: float = 0.0
     """Decoupled weight decay, AdamW's and Muon's."""
     adam_beta1: float = 0.9
@@ -266,9 +263,10 @@ class TrainingArguments:
         return ADAMW_LEARNING_RATE if self.optimizer == OptimizerKind.MUON.value else self.peak_learning_rate
 
     def first_warmup(self, total_steps: int) -> int:
-        """Optimizer steps of the first warm-up in a run of `total_steps`. An invalid ratio counts as 0."""
-        ratio = self.warmup_ratio if BELOW_1.allow(self.warmup_ratio) else 0.0
-        return self.warmup_steps or math.ceil(ratio * total_steps)
+        """Optimizer steps of the first warm-up in a run of `total_steps`. An invalid number counts as 0."""
+        if not NOT_NEGATIVE.allow(self.warmup_steps):
+            return 0
+        return math.ceil(self.warmup_steps * total_steps) if self.warmup_steps < 1 else int(self.warmup_steps)
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
@@ -290,8 +288,8 @@ class TrainingArguments:
             )
         if self.bf16 and self.fp16:
             yield "--bf16 and --fp16: give one of them"
-        if self.warmup_steps > 0 and self.warmup_ratio > 0:
-            yield "--warmup_steps and --warmup_ratio: give one of them"
+        if self.warmup_steps > 1 and NOT_NEGATIVE.allow(self.warmup_steps) and self.warmup_steps % 1:
+            yield f"--warmup_steps must be whole, or a share of the run below 1, got {self.warmup_steps}"
         if self.eval_tasks_steps and (self.eval_steps == 0 or self.eval_tasks_steps % self.eval_steps):
             yield (
                 f"--eval_tasks_steps {self.eval_tasks_steps}: tasks are evaluated with the evaluation sets, so it must "

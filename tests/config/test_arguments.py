@@ -192,8 +192,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no ramp": ({"merge_every": 10, "restart_warmup_steps": 0}, "--restart_warmup_steps must be at least 1"),
     "scheduler": ({"lr_scheduler_type": "cosin"}, "Did you mean 'cosine'?"),
     "long warm-up": ({"max_steps": 10, "warmup_steps": 10}, "--warmup_steps 10 must be less than"),
-    "both warm-ups": ({"warmup_steps": 10, "warmup_ratio": 0.1}, "give one of them"),
-    "warm-up ratio": ({"warmup_ratio": float("nan")}, "--warmup_ratio must be"),
+    "half a step of warm-up": ({"warmup_steps": 10.5}, "--warmup_steps must be whole"),
+    "warm-up": ({"warmup_steps": float("nan")}, "--warmup_steps must be"),
     "rate": ({"learning_rate": 0.0}, "--learning_rate must be above 0"),
     "embedding rate": (
         {"embedding_learning_rate": 0.0, "train_norms": True},

@@ -36,8 +36,8 @@ LAUNCHES = r"""
 --learning_rate fast | --learning_rate | fast
 --min_lr_ratio 2 | --min_lr_ratio must be at least 0 and at most 1
 --decay_ratio 0 | --decay_ratio must be above 0 and at most 1
---warmup_steps 0 --warmup_ratio 1 | --warmup_ratio must be at least 0 and below 1
---warmup_ratio 0.5 | --warmup_steps and --warmup_ratio
+--warmup_steps 1.5 | --warmup_steps must be whole, or a share of the run below 1, got 1.5
+--warmup_steps -0.5 | --warmup_steps must be at least 0
 --weight_decay -1 | --weight_decay must be at least 0
 --adam_beta1 1 | --adam_beta1 must be at least 0 and below 1
 --adam_epsilon 0 | --adam_epsilon must be above 0

@@ -26,9 +26,10 @@ def test_patterns_of_evaluation_files_are_sets_whose_names_are_not_known_yet() -
     validate(from_flat({"model_name_or_path": "m", "train_files": ["a"], "eval_files": ["a/*.txt", "b/*.txt"]}))
 
 
-def test_schedule_takes_its_warmup_from_steps_or_ratio() -> None:
-    assert parse(["--warmup_ratio", "0.03"]).schedule(1000).warmup_steps == 30
-    assert parse(["--warmup_ratio", "0.03"]).schedule(1001).warmup_steps == 31, "rounded up"
+def test_a_warmup_below_1_is_a_share_of_the_run() -> None:
+    assert parse(["--warmup_steps", "0.03"]).schedule(1000).warmup_steps == 30
+    assert parse(["--warmup_steps", "0.03"]).schedule(1001).warmup_steps == 31, "rounded up"
+    assert parse(["--warmup_steps", "1"]).schedule(1000).warmup_steps == 1
     schedule = parse(["--warmup_steps", "7", "--lr_scheduler_type", "constant_with_warmup"]).schedule(1000)
     assert (schedule.warmup_steps, schedule.kind) == (7, ScheduleKind.CONSTANT)
 
