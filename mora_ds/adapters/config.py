@@ -31,7 +31,7 @@ from mora_ds.adapters.ops.spec import (
 )
 from mora_ds.adapters.ops.subspace import SUBSPACE, SubspaceSpec
 from mora_ds.common.errors import UserError, nearest, refuse, unknown
-from mora_ds.common.untrusted import typed
+from mora_ds.common.untrusted import entry, typed_fully
 
 ALTERNATE = "alternate"
 """Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd ones (share only)."""
@@ -56,8 +56,6 @@ class AdapterConfig:
 
     adapter: ClassVar[str]
     """Value of --adapter."""
-    optional: ClassVar[frozenset[str]] = frozenset({"new_rows_from", "embedding_rank", "base_bits"})
-    """Fields that `to_dict` leaves out at their default, as in files written before these fields existed."""
 
     rank: int = 8
     """LoRA rank; each layer's adapter has about as many parameters as LoRA of this rank."""
@@ -134,17 +132,16 @@ class AdapterConfig:
         return permutation_seed(self.seed, f"first/{layer}", cycle)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values, with the adapter under "kind"; `optional` fields only where they are set."""
+        """The fields as JSON values, with the adapter under "kind"."""
         values: dict[str, Any] = {"kind": self.adapter}
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in self.optional or value != field.default:
-                values[field.name] = list(value) if isinstance(value, tuple) else value
+            values[field.name] = list(value) if isinstance(value, tuple) else value
         return values
 
     @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
-        """Inverse of `to_dict`. Raises `UserError` for an unknown key."""
+        """Inverse of `to_dict`. Raises `UserError` for an unknown or a missing key."""
         known = [field.name for field in fields(cls)]
         values = {key: value for key, value in values.items() if key != "kind"}
         for key in values:
@@ -152,7 +149,7 @@ class AdapterConfig:
                 raise UserError(f"unknown key {key!r} in the adapter's settings.{nearest(key, known)}")
         if isinstance(sizes := values.get("layer_sizes"), Mapping):
             values["layer_sizes"] = list(sizes.items())
-        config: Config = typed(cls, values, "the adapter's settings")
+        config: Config = typed_fully(cls, values, "the adapter's settings")
         return config
 
 
@@ -192,9 +189,6 @@ class MoRAConfig(AdapterConfig):
     """Which layers get a MoRA matrix, its size, and the operator around it."""
 
     adapter: ClassVar[str] = MORA
-    optional: ClassVar[frozenset[str]] = AdapterConfig.optional | {
-        "segments", "layer_sizes", "vectors", "vector_sets", "domains", "freeze", "expert_rank",
-    }  # fmt: skip
 
     operator: str = "auto"
     """truncate, share, decouple, rotate or subspace; auto: rotate for ranks below 64, share from there on."""
@@ -204,7 +198,7 @@ class MoRAConfig(AdapterConfig):
 
     r_hat_multiple: int = R_HAT_MULTIPLE
     """r_hat is rounded down to a multiple of this, and to an even number below twice this (`round_side`). 1: the
-    paper's size, as in all versions up to 0.2, whose files have no such key."""
+    paper's size."""
 
     expert_rank: int = 0
     """The rank of each expert of a mixture; 0: `rank` divided by the number of experts that compute a token."""
@@ -376,18 +370,14 @@ class MoRAConfig(AdapterConfig):
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
-        if self.layer_sizes:
-            values["layer_sizes"] = dict(self.layer_sizes)
-        if self.r_hat_multiple == 1:
-            del values["r_hat_multiple"]
+        values["layer_sizes"] = dict(self.layer_sizes)
         return values
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MoRAConfig:
-        return super().from_dict({"r_hat_multiple": 1, **values})
 
 
 def config_from_dict(values: dict[str, Any]) -> AdapterConfig:
-    """Inverse of `to_dict` for either adapter; files of version 0.1.0 have no "kind" and are MoRA's."""
-    kind: type[AdapterConfig] = LoRAConfig if values.get("kind") == LORA else MoRAConfig
-    return kind.from_dict(values)
+    """Inverse of `to_dict` for either adapter. Raises `UserError`."""
+    kinds: dict[str, type[AdapterConfig]] = {MORA: MoRAConfig, LORA: LoRAConfig}
+    kind = entry(values, "kind", str, "the adapter's settings")
+    if kind not in kinds:
+        raise UserError(unknown("kind of adapter", kind, kinds))
+    return kinds[kind].from_dict(values)

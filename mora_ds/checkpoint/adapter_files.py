@@ -2,7 +2,7 @@
 
 Three files, each written atomically; merged cycles are in the merge ledger, a folder of its own (`remora.ledger`).
 
-    adapter.json          AdapterFile: layers and operators of the current cycle, dtype, cycle, step, rank, facts
+    adapter.json          AdapterFile: config, layers and operators of the current cycle, dtype, cycle, step, facts
     adapter.safetensors   "<module name>.square" fp32 (r_hat, r_hat) (LoRA: ".factors", (rank, d_in + d_out));
                           other trained tensors (modules_to_save) fp32, by parameter name; with domains
                           "<module name>.domain_squares" fp32 (K, r_hat, r_hat), in the order of adapter.json
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.config import config_from_dict
+from mora_ds.adapters.config import AdapterConfig, config_from_dict
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import OWN
 from mora_ds.adapters.ops.spec import UpdateSpec
@@ -119,67 +119,58 @@ def logits_name(domain: str | None) -> str:
     return "logits" if domain is None else f"logits.{domain}"
 
 
-_FIELDS = ("format", "layers", "dtype", "cycle", "step", "rank", "trainables", "domains")
-"""Entries of adapter.json that are no facts."""
-
-
 @dataclass(frozen=True)
 class AdapterFile:
     """adapter.json: everything about an adapter except its tensors."""
 
     layers: dict[str, LayerEntry]
     """Module name -> entry, with the operators of the current cycle."""
+    config: AdapterConfig
     dtype: str
     """Compute dtype of the live model: "float32", "bfloat16" or "float16"."""
     cycle: int
     """Number of the current, unmerged cycle, which is the number of cycles in the ledger."""
     step: int
     """Optimizer steps done."""
-    rank: int
-    """LoRA-equivalent rank (`--mora_rank`)."""
     trainables: tuple[str, ...] = ()
     """Parameter names of other trained tensors (modules_to_save): embeddings, norms, head."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Anything else worth recording; stored at the top level of the JSON."""
+    """Anything else worth recording."""
     domains: DomainSquares | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            **self.facts,
             "format": FORMAT,
+            "config": self.config.to_dict(),
             "layers": layers_to_dict(self.layers),
             "trainables": list(self.trainables),
             "dtype": self.dtype,
             "cycle": self.cycle,
             "step": self.step,
-            "rank": self.rank,
-            **({} if self.domains is None else {"domains": self.domains.to_dict()}),
+            "domains": None if self.domains is None else self.domains.to_dict(),
+            "facts": self.facts,
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterFile:
         """Inverse of `to_dict`. Raises `UserError` for missing entries, wrong types, an unknown operator or dtype."""
         read = partial(entry, dict(values), where=ADAPTER_JSON)
-        compute_dtype(read("dtype", str))
-        domains = values.get("domains")
-        made = cls(
-            domains=None if domains is None else DomainSquares.from_dict(domains),
+        domains = read("domains", dict[str, Any] | None)
+        dtype = read("dtype", str)
+        compute_dtype(dtype)
+        adapter = cls(
             layers=layers_from_dict(read("layers", dict[str, Any])),
-            dtype=read("dtype", str),
+            config=config_from_dict(read("config", dict[str, Any])),
+            dtype=dtype,
             cycle=read("cycle", Count),
             step=read("step", Count),
-            rank=read("rank", Count),
             trainables=read("trainables", tuple[FileName, ...]),
-            facts={key: value for key, value in values.items() if key not in _FIELDS},
+            facts=read("facts", dict[str, Any]),
+            domains=None if domains is None else DomainSquares.from_dict(domains),
         )
-        made._check_facts()
-        return made
-
-    def _check_facts(self) -> None:
-        if "config" in self.facts:
-            config_from_dict(typed(dict[str, Any], self.facts["config"], "config"))
-        if self.domains is not None and (missing := set(self.layers) ^ set(self.domains.operators)):
+        if adapter.domains is not None and (missing := set(adapter.layers) ^ set(adapter.domains.operators)):
             raise UserError(f"domains: {min(missing)} has no matrix, or none that is shared")
+        return adapter
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every MoRA matrix in adapter.safetensors, those of domains included."""

@@ -85,13 +85,13 @@ class RunWriter:
     def _adapter_file(self, step: int, trainables: tuple[str, ...]) -> AdapterFile:
         return AdapterFile(
             layers=layer_entries(self.engine.module),
+            config=self.config,
             dtype=self.base.dtype,
             cycle=self.remora.cycle,
             step=step,
-            rank=self.config.rank,
             trainables=trainables,
             domains=_domain_squares(self.engine.module),
-            facts={"config": self.config.to_dict(), **self.facts},
+            facts=self.facts,
         )
 
 

@@ -12,12 +12,7 @@ from mora_ds.adapters.config import AdapterConfig
 from mora_ds.checkpoint.layout import STATE_FILE
 from mora_ds.common import files
 from mora_ds.common.errors import Bounds, UserError
-from mora_ds.common.untrusted import Count, typed
-
-MERGE_PRECISION = "exact"
-"""Recorded in identities and adapter.json: the original weight and all updates are summed in fp32 and rounded once.
-Versions up to 0.2 also knew "incremental" merges; a checkpoint of such a run cannot be resumed."""
-
+from mora_ds.common.untrusted import Count, typed_fully
 
 Processes = Annotated[int, Bounds(least=1, most=1 << 20)]
 
@@ -67,7 +62,7 @@ class TrainerState:
         """The state in a checkpoint's folder. Raises `UserError` naming the file when it is missing or damaged."""
         path = folder / STATE_FILE
         content = files.read_json(path)
-        state: TrainerState = typed(cls, content, f"{path} is damaged")
+        state: TrainerState = typed_fully(cls, content, f"{path} is damaged")
         return state
 
 
@@ -78,7 +73,6 @@ def run_identity(
     return {
         "base": base_fingerprint,
         "adapter": adapter.to_dict(),
-        "merge_precision": MERGE_PRECISION,
         **(more or {}),
     }
 
@@ -117,20 +111,19 @@ _LABELS = {
     **{f"mixture.{part}": f"{part} of --mixture" for part in ("sources", "weights", "epochs")},
     "adapter.kind": "--adapter",
     "adapter.rank": "--mora_rank",
-    "adapter.r_hat_multiple": "--r_hat_multiple (None: 1)",
+    "adapter.r_hat_multiple": "--r_hat_multiple",
     "adapter.dropout": "--mora_dropout",
-    "adapter.vector_sets": "--subspace_cycles (None: 1)",
+    "adapter.vector_sets": "--subspace_cycles",
     "adapter.vectors": "singular vectors of the base (--operator subspace, --alignment_weight)",
     "alignment": "--alignment_weight, --alignment_rank (None: no alignment loss)",
-    "adapter.layer_sizes": "--targets (None: without)",
+    "adapter.layer_sizes": "--targets",
     "adapter.alpha": "--lora_alpha",
-    "adapter.segments": "--tp_segments (None: --tp_grouping gather)",
-    "adapter.expert_rank": "--expert_rank (None: by --mora_rank)",
-    "adapter.embedding_rank": "--train_embedding_rank (None: 0)",
-    "adapter.base_bits": "--base_bits (None: 16)",
-    "adapter.domains": "domains of --domain_adapters (None: no domains)",
-    "adapter.freeze": "--freeze (None: nothing)",
-    "merge_precision": "kind of merge (incremental merges were removed after version 0.2, which can finish that run)",
+    "adapter.segments": "--tp_segments",
+    "adapter.expert_rank": "--expert_rank",
+    "adapter.embedding_rank": "--train_embedding_rank",
+    "adapter.base_bits": "--base_bits",
+    "adapter.domains": "domains of --domain_adapters",
+    "adapter.freeze": "--freeze",
     "global_batch_size": "sequences a step, over all ranks (--per_device_train_batch_size and so on)",
     "dtype": "compute dtype (--bf16, --fp16)",
     "attention": "attention (--attn_implementation)",

@@ -2,6 +2,7 @@
 
     plain_json, read_text        bounded in size and depth, before memory is taken
     typed(hint, value, where)    a value of JSON or YAML as a type: a dataclass, list[int], dict[str, FileName], ...
+    typed_fully                  the same, where no field may be left to its default
     file_name, relative_path     text of a file that becomes a part of a path
     require_plain(folder)        no symbolic link, pipe or device inside a checkpoint or an adapter
     expanded(path, flag)         a path with ~ in it
@@ -264,6 +265,14 @@ def _instance(cls: Any, value: Any, where: object) -> Any:
         return cls(**made)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def typed_fully(cls: Any, value: Any, where: object) -> Any:
+    """As `typed`, of a dataclass that mora_ds has written: also a field with a default must be there."""
+    made = typed(cls, value, where)
+    if missing := [each for each in _hints(cls)[0] if each not in value]:
+        raise UserError(f"{where}: {missing[0]!r} is missing")
+    return made
 
 
 def entry(content: dict[str, Any], key: str, hint: Any, where: object) -> Any:

@@ -45,9 +45,9 @@ class AdapterArguments:
     mora_rank: int = 8
     """Rank of --adapter lora. With mora: the LoRA rank whose number of parameters each MoRA matrix is closest to; its
     side is r_hat = sqrt((d_in + d_out) * mora_rank), rounded down to a multiple of --r_hat_multiple."""
-    r_hat_multiple: int | None = None
+    r_hat_multiple: int = R_HAT_MULTIPLE
     """Sides of MoRA matrices are multiples of this, and even where they are below twice this; 1: of every size that the
-    operator takes, as in versions up to 0.2. Default: 16, and in a resumed run as it began."""
+    operator takes."""
     expert_rank: int | None = None
     """Rank of each expert of a mixture, where --target_modules names experts. Default: --mora_rank divided by the
     number of experts that compute a token, which together then have the rank of a linear layer."""
@@ -164,7 +164,7 @@ class AdapterArguments:
             operator=self.operator,
             grouping=self.grouping,
             expert_rank=self.expert_rank or 0,
-            r_hat_multiple=R_HAT_MULTIPLE if self.r_hat_multiple is None else self.r_hat_multiple,
+            r_hat_multiple=self.r_hat_multiple,
             compute=self.compute,
             segments=self.tp_segments if self.tp_grouping == TPGrouping.ALIGNED.value else 0,
             vector_sets=self.subspace_cycles,

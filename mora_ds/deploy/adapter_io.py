@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.config import AdapterConfig, config_from_dict
+from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.domains import DomainLinear, domains_of, set_values
 from mora_ds.adapters.inject import inject, mora_layers, move_base
 from mora_ds.adapters.merge_layer import write_live
@@ -33,7 +33,6 @@ from mora_ds.checkpoint.layout import (
     find_adapter,
     tokenizer_of,
 )
-from mora_ds.checkpoint.state import MERGE_PRECISION
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import atomic_folder, copy_folder, require_new, write_manifest
 from mora_ds.models.base import BaseCheckpoint
@@ -85,7 +84,7 @@ def load_adapter(
     tensors, reference = AdapterTensors.open(folder, facts), BaseReference.read(folder)
     dtype = compute_dtype(facts.dtype)
     chosen = None if domain is None else chosen_domain(facts.domains, domain, "domain")
-    config = _config_of(folder, facts)
+    config = _config_of(facts)
     if isinstance(base, nn.Module):
         model, original = base, _parameters_of(base)
     else:
@@ -110,19 +109,12 @@ def load_adapter(
     return model.eval()
 
 
-def _config_of(folder: Path, facts: AdapterFile) -> AdapterConfig:
-    """The config to inject with. Raises `UserError` for an adapter whose live weights cannot be formed from it."""
-    if "config" not in facts.facts:
-        raise UserError(f"{folder / ADAPTER_JSON} does not record how the adapter was made (it has no config)")
-    if facts.facts.get("merge_precision", MERGE_PRECISION) != MERGE_PRECISION:
-        raise UserError(
-            f"{folder}: its run made incremental merges, which were removed after version 0.2: this version cannot form"
-            " its live weights. tools/export_hf.py still merges it"
-        )
-    config = config_from_dict(facts.facts["config"])
-    if any(pattern.startswith("re:") for pattern in config.target_modules):  # an expression may run for years
-        config = replace(config, target_modules=tuple(facts.layers))
-    return config
+def _config_of(facts: AdapterFile) -> AdapterConfig:
+    """The config to inject with. A regular expression for its targets, which may run for years, is not tried: the
+    layers are known."""
+    if any(pattern.startswith("re:") for pattern in facts.config.target_modules):
+        return replace(facts.config, target_modules=tuple(facts.layers))
+    return facts.config
 
 
 def _parameters_of(model: nn.Module) -> Callable[[str], Tensor]:

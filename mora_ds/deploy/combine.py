@@ -21,11 +21,11 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.low_rank_embeddings import is_low_rank, sum_of_products
 from mora_ds.adapters.new_embeddings import is_new_rows, stands_for
 from mora_ds.adapters.ops.spec import SquareSpec
@@ -150,7 +150,7 @@ def combine_adapters(
     trained = _Trained(opened, None if base_folder is None else Path(base_folder))
     facts = [{"adapter": str(each.folder), "step": each.adapter.step, "weight": float(each.weight)} for each in opened]
     adapter = replace(
-        last.adapter, cycle=len(terms) - 1, facts={**last.adapter.facts, **_config(opened), COMBINED: facts}
+        last.adapter, cycle=len(terms) - 1, config=_config(opened), facts={**last.adapter.facts, COMBINED: facts}
     )
     with atomic_folder(output.absolute()) as folder:
         vectors = next((path for each in opened if (path := each.ledger.vectors_path) is not None), None)
@@ -205,11 +205,10 @@ def _check_pair(source: _Source, last: _Source) -> None:
         raise UserError(f"{pair} have different singular vectors of their base")
 
 
-def _config(sources: Sequence[_Source]) -> dict[str, Any]:
-    """The adapter's config, where it is not the last source's: products of low rank lie side by side."""
-    configs = [source.adapter.facts.get("config", {}) for source in sources]
-    rank = sum(config.get("embedding_rank", 0) for config in configs)
-    return {"config": {**configs[-1], "embedding_rank": rank}} if rank else {}
+def _config(sources: Sequence[_Source]) -> AdapterConfig:
+    """That of the last source, with the rank of all products of low rank, which lie side by side."""
+    configs = [source.adapter.config for source in sources]
+    return replace(configs[-1], embedding_rank=sum(config.embedding_rank for config in configs))
 
 
 # -- terms -------------------------------------------------------------------------------------------------------------

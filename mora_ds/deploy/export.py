@@ -91,12 +91,6 @@ class OpenedRun:
     domain: str | None
     """The domain whose MoRA matrices come on top of the shared ones; None: the shared ones alone."""
 
-    @property
-    def base_bits(self) -> int | None:
-        """In how many bits the run held its frozen weights, where its adapter records it."""
-        bits: int | None = self.adapter.facts.get("config", {}).get("base_bits")
-        return bits
-
     def updates(self, entry: LayerEntry) -> list[tuple[UpdateSpec, Tensor]]:
         """(operator, value) of everything that is added to a layer's original weight, merged cycles first."""
         updates = [*self.ledger.squares_of(entry.module), (entry.operator, self.tensors.square(entry.module))]
@@ -155,7 +149,7 @@ def export_merged(
         run = open_run(source, adapter, ledger, base_folder, domain)
         if verify:
             folder_config(run.base.folder, trust_remote_code, "--verify: base")
-            if run.base_bits == 4:
+            if run.adapter.config.base_bits == 4:
                 nf4.check_installed()
         _check_output(output, overwrite, (run.base.folder.resolve(), checkpoint))
         target = compute_dtype(adapter.dtype if dtype == "auto" else dtype)
@@ -187,8 +181,8 @@ def _write(
         write_companions(run.base, folder, dtype, tokenizer_of(run.checkpoint))
         if verify:
             probe = run.checkpoint / PROBE_FILE
-            errors = _add_errors_of_4_bits(run) if run.base_bits == 4 else None
-            rounding = _rounding_to_8_bits(run, folder) if run.base_bits == 8 else 0.0
+            errors = _add_errors_of_4_bits(run) if run.adapter.config.base_bits == 4 else None
+            rounding = _rounding_to_8_bits(run, folder) if run.adapter.config.base_bits == 8 else 0.0
             logits = logits_name(run.domain)
             comparison = compare_logits(folder, probe, dtype, rounding, logits, errors, trust_remote_code)
         if adapter.domains is not None:

@@ -44,11 +44,11 @@ def _facts(adapter: AdapterFile, ledger: Ledger, reference: BaseReference, dtype
     operators = Counter(entry.operator.describe() for entry in adapter.layers.values())
     shapes = sorted({entry.operator.value_shape for entry in adapter.layers.values()})
     sizes = ", ".join(" x ".join(map(str, shape)) for shape in shapes)
-    planned = "layer_sizes" in adapter.facts.get("config", {})
+    rank = "by a plan" if adapter.config.planned_layers else str(adapter.config.rank)
     return {
         "base": f"`{reference.folder}`",
         "base fingerprint": f"`{reference.fingerprint}`",
-        "rank (of a LoRA with as many parameters)": "by a plan" if planned else str(adapter.rank),
+        "rank (of a LoRA with as many parameters)": rank,
         "operator": ", ".join(operators),
         "adapted layers": f"{len(adapter.layers)}, with {sizes} numbers each",
         "other trained tensors": str(len(adapter.trainables)),

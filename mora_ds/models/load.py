@@ -28,7 +28,6 @@ from mora_ds.models.base import (
     MODEL_FLAG,
     BaseCheckpoint,
     NotOneToOne,
-    is_stack,
     map_model,
     verify_against_model,
     write_own_base,
@@ -120,8 +119,6 @@ def load_base(
 
     model = ranks.agree("loading of the model", load_first, long=True)
     is_own, keys = False, _one_to_one(model, folder, ranks)
-    if keys is not None and any(map(is_stack, keys.values())) and ranks.on_first("own base", own_base.is_dir):
-        keys = None  # of a run that earlier versions have begun, whose ledger belongs to that base
     if keys is None:
         originals = partial(_originals, model, folder, own_base, dtype, load)
         is_own, keys = ranks.on_first("originals of the model", originals, long=True)
@@ -294,7 +291,7 @@ def _originals(
 
     `load` loads the model again in another dtype: `own_base` keeps the precision of the files, not that of the run.
     """
-    with suppress(UserError):  # a resumed run has written it; versions up to 0.2 in the run's own precision
+    with suppress(UserError):  # a resumed run has written it
         if own_base.is_dir() and not own_base.samefile(folder):
             return True, _map_and_verify(model, BaseCheckpoint.open(own_base))
     try:

@@ -324,7 +324,7 @@ class Ledger:
         content = {
             "format": FORMAT,
             "base_fingerprint": self.base_fingerprint,
-            **({} if self.vectors is None else {"vectors": asdict(self.vectors)}),
+            "vectors": None if self.vectors is None else asdict(self.vectors),
             "cycles": [asdict(record) for record in records],
         }
         write_json_atomic(self.folder / LEDGER_FILE, content)
@@ -337,7 +337,7 @@ def read_records(folder: Path) -> tuple[list[CycleRecord], VectorsRecord | None]
 
 def _records_of(content: dict[str, Any], path: Path) -> tuple[list[CycleRecord], VectorsRecord | None]:
     records = entry(content, "cycles", list[CycleRecord], path)
-    return records, entry(content, "vectors", VectorsRecord, path) if "vectors" in content else None
+    return records, entry(content, "vectors", VectorsRecord | None, path)
 
 
 def _link(chain: str, sha256: str) -> str:

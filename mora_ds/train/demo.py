@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from mora_ds.checkpoint.layout import MERGED_FOLDER, METRICS_FILE, RUN_FILE, TOKENIZER_FOLDER
+from mora_ds.checkpoint.layout import MERGED_FOLDER, METRICS_FILE, TOKENIZER_FOLDER
 from mora_ds.common.errors import UserError, refusal
-from mora_ds.common.files import CONFIGS, load_yaml
+from mora_ds.common.files import CONFIGS
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments, from_flat
 from mora_ds.config.training import TrainingArguments
@@ -204,14 +204,13 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
         "eval_files": paths.eval_files,
         "cache_dir": str(paths.tokens),
     }
-    resumes = arguments.training.resume_from_checkpoint is not None
 
     def check(job: Arguments) -> None:
         validate(job)
         engine_config(job.training, job.adapter.adapter, world)
 
     plain = from_flat({**settings, **given})
-    if not (resumes and _began_plain(arguments)) and not arguments.adapter.domain_adapters:
+    if not arguments.adapter.domain_adapters:
         (text,) = paths.train_files("general")
         job = from_flat({**settings, **RECIPE, "replay": [f"general={text}:{REPLAY}"], **given})
         if not (reasons := refusal(check, job)):
@@ -219,12 +218,6 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
         logger.info(f"The demo trains MoRA matrices alone, with AdamW, as its recipe does not run here: {reasons[0]}")
     check(plain)
     return plain
-
-
-def _began_plain(arguments: Arguments) -> bool:
-    """Whether the demo that is resumed began without the recipe, as those of versions up to 0.2 did."""
-    path = expanded(arguments.training.output_dir) / RUN_FILE
-    return path.is_file() and load_yaml(str(path), RUN_FILE).get("optimizer") != RECIPE["optimizer"]
 
 
 # -- the report ----------------------------------------------------------------------------------------------------

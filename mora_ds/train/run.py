@@ -29,7 +29,7 @@ from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, read
 from mora_ds.checkpoint.contents import PROBE_TOKENS, RunWriter
 from mora_ds.checkpoint.folder import resume_checkpoint
 from mora_ds.checkpoint.layout import CHECKPOINTS, LEDGER_FOLDER, complete_checkpoints
-from mora_ds.checkpoint.state import MERGE_PRECISION, TrainerState, check_identity, run_identity
+from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.common.errors import UserError
 from mora_ds.engine import zero
@@ -111,7 +111,7 @@ class Run:
             BaseReference(str(opened.folder.resolve()), fingerprint, keys, dtype),
             details.tokenizer_folder,
             probe_ids,
-            {"operator": config.title, "merge_precision": MERGE_PRECISION, **details.facts},
+            {"operator": config.title, **details.facts},
         )
         root = self.folder / CHECKPOINTS
         self._checkpoints = CheckpointWriter(root, engine, writer.collect, async_save, self.ranks)

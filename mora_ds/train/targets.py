@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mora_ds.adapters.config import AdapterConfig, MoRAConfig
 from mora_ds.adapters.inject import count_parameters
 from mora_ds.adapters.layer import ExpertStack, linear_shape
-from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.rank_allocation import TOLERANCE, Candidate, check_budget, spend
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.adapters.target_plan import (
@@ -31,7 +30,7 @@ from mora_ds.adapters.target_plan import (
 )
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import UserError
-from mora_ds.common.untrusted import expanded, typed
+from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.eval.weights import Weight, analyse
 from mora_ds.models.base import BaseCheckpoint, NotOneToOne, map_model
@@ -137,8 +136,6 @@ class RunTargets:
         """
         if not isinstance(config, MoRAConfig):
             return config
-        if self.checkpoint is not None:
-            config = as_begun(config, self.adapter, self.checkpoint)
         saved = {} if self.checkpoint is None else saved_sides(self.checkpoint)
         if self.adapter.targets is None:
             if saved:
@@ -192,17 +189,6 @@ def saved_sides(checkpoint: Path) -> dict[str, int]:
     """Layer -> side of its MoRA matrix in the plan of the checkpoint's run; {} for a run without a plan."""
     adapter = TrainerState.read(checkpoint).identity.get("adapter") or {}
     return dict(adapter.get("layer_sizes") or {})
-
-
-def as_begun(config: MoRAConfig, adapter: AdapterArguments, checkpoint: Path) -> MoRAConfig:
-    """`config` with what the checkpoint's run began with where the flags leave it open."""
-    saved = TrainerState.read(checkpoint).identity.get("adapter") or {}
-    if adapter.r_hat_multiple is None:  # up to 0.2 there was no such key
-        multiple = typed(int, saved.get("r_hat_multiple", 1), f"{checkpoint}: r_hat_multiple")
-        config = replace(config, r_hat_multiple=multiple)
-    if config.compute == Compute.AUTO.value:
-        config = replace(config, compute=typed(str, saved.get("compute", config.compute), f"{checkpoint}: compute"))
-    return config
 
 
 def _is_same(path: Path, plan: TargetPlan) -> bool:

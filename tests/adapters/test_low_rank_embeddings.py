@@ -120,7 +120,7 @@ def test_a_run_resumes_combines_and_exports_it(user: Playground, tmp_path: Path)
     run(2, user.flags(tmp_path / "again", *more, "--resume_from_checkpoint", str(earlier)))
     assert losses(out)[4:].tolist() == losses(tmp_path / "again").tolist()
     other = user.flags(tmp_path / "no", *more, "--resume_from_checkpoint", str(earlier), "--train_embedding_rank", 5)
-    assert "--train_embedding_rank (None: 0): 3 there, 5 here" in run_ranks(1, refused, other)[0][1]
+    assert "--train_embedding_rank: 3 there, 5 here" in run_ranks(1, refused, other)[0][1]
 
     for verdict in verify(out, user.model):
         assert verdict.is_good, verdict.lines()

@@ -12,6 +12,7 @@ import torch
 import mora_ds
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.target_plan import TargetPlan, read_plan
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json, write_json_atomic
@@ -160,23 +161,10 @@ def test_what_a_checkpoint_holds_decides_when_it_is_resumed(user: Playground, fi
 
 
 def test_a_run_without_a_plan_does_not_go_on_with_one(user: Playground, tmp_path: Path) -> None:
-    state = {"identity": {"adapter": MoRAConfig(rank=2).to_dict()}}
+    state = vars(TrainerState(identity={"adapter": MoRAConfig(rank=2).to_dict()}))
     write_json_atomic(tmp_path / "trainer_state.json", state)
     with pytest.raises(UserError, match="has no plan of MoRA matrices: drop --targets"):
         decided(user, tmp_path / "out", tmp_path, *AUTO)
-
-
-def test_a_resumed_run_keeps_the_multiple_of_its_sides(user: Playground, tmp_path: Path) -> None:
-    """A checkpoint of a version up to 0.2 names none."""
-    for name, multiple in (("old", 1), ("new", 16)):
-        (tmp_path / name).mkdir()
-        identity = {"adapter": MoRAConfig(rank=2, r_hat_multiple=multiple).to_dict()}
-        write_json_atomic(tmp_path / name / "trainer_state.json", {"identity": identity})
-        assert decided(user, tmp_path / "out", tmp_path / name).r_hat_multiple == multiple
-    assert decided(user, tmp_path / "out", tmp_path / "old", "--r_hat_multiple", "16").r_hat_multiple == 16
-    write_json_atomic(tmp_path / "old" / "trainer_state.json", {"identity": {"adapter": {"r_hat_multiple": "x"}}})
-    with pytest.raises(UserError, match="r_hat_multiple"):
-        decided(user, tmp_path / "out", tmp_path / "old")
 
 
 @pytest.mark.gloo

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mora_ds.adapters.config import MoRAConfig
 from mora_ds.checkpoint.adapter_files import (
     AdapterFile,
     AdapterTensors,
@@ -26,18 +28,20 @@ from tests.helpers.damage import flip
 from tests.helpers.ledgers import entry, layers_of, squares_for
 from tests.helpers.models import tiny_model
 
+CONFIG = MoRAConfig(rank=8, layer_sizes={"a.q": 6})  # type: ignore[arg-type]  # given as JSON has it
+
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> AdapterFile:
     layers = layers_of(2)
-    adapter = AdapterFile(layers, "bfloat16", cycle=2, step=250, rank=8, trainables=("n.weight",), facts={"seed": 3})
+    adapter = AdapterFile(layers, CONFIG, "bfloat16", 2, 250, trainables=("n.weight",), facts={"seed": 3})
     write_adapter(tmp_path, adapter, squares_for(layers, 0), {"n.weight": torch.ones(5).bfloat16()})
     return adapter
 
 
 def test_adapter_round_trip(adapter: AdapterFile, tmp_path: Path) -> None:
     assert read_adapter(tmp_path) == adapter
-    assert json.loads((tmp_path / "adapter.json").read_text())["seed"] == 3
+    assert json.loads((tmp_path / "adapter.json").read_text())["facts"] == {"seed": 3}
     tensors = AdapterTensors.open(tmp_path, adapter)
     assert torch.equal(tensors.square("a.v"), squares_for(adapter.layers, 0)["a.v"])
     assert tensors.trained("n.weight").dtype == torch.float32 and tensors.trained_shape("n.weight") == (5,)
@@ -50,6 +54,8 @@ def test_adapter_damage_is_named(adapter: AdapterFile, tmp_path: Path) -> None:
         ({"dtype": "int4"}, "unknown dtype 'int4'"),
         ({"layers": {"a.q": {}}}, "adapter.json: a.q: 'operator' is missing"),
         ({"cycle": "two"}, "adapter.json is damaged: cycle must be a whole number"),
+        ({"config": {"kind": "dora"}}, "unknown kind of adapter 'dora'"),
+        ({"config": {"kind": "mora", "rank": 8}}, "the adapter's settings: 'target_modules' is missing"),
     ):
         (tmp_path / "adapter.json").write_text(json.dumps({**content, **change}))
         with pytest.raises(UserError, match=words):
@@ -60,10 +66,10 @@ def test_adapter_damage_is_named(adapter: AdapterFile, tmp_path: Path) -> None:
 
 
 def test_adapter_tensors_must_fit(adapter: AdapterFile, tmp_path: Path) -> None:
-    fewer = AdapterFile({"a.q": adapter.layers["a.q"]}, "bfloat16", 2, 250, 8, adapter.trainables)
+    fewer = replace(adapter, layers={"a.q": adapter.layers["a.q"]})
     with pytest.raises(UserError, match=r"a\.v\.square"):
         AdapterTensors.open(tmp_path, fewer)
-    wider = AdapterFile({**adapter.layers, "a.q": entry("a.q", r_hat=8)}, "bfloat16", 2, 250, 8, adapter.trainables)
+    wider = replace(adapter, layers={**adapter.layers, "a.q": entry("a.q", r_hat=8)})
     with pytest.raises(UserError, match=r"a\.q\.square is \(6, 6\)"):
         AdapterTensors.open(tmp_path, wider)
     tensors = load_file(tmp_path / "adapter.safetensors")

@@ -70,9 +70,6 @@ def test_differences_are_told_by_flag_and_all_at_once(tmp_path: Path) -> None:
     for part in ("--model_name_or_path", rank, "--seed: 1 there, None here", "more: None"):
         assert part in str(error.value)
     assert "target_modules" not in str(error.value)
-    incremental, exact = ({**saved, "merge_precision": value} for value in ("incremental", "exact"))
-    with pytest.raises(UserError, match="incremental merges were removed after version"):
-        check_identity(tmp_path, incremental, exact)
 
 
 @pytest.mark.parametrize(("rows", "divisors"), [(12, "1, 2, 3, 4, 6 or 12"), (2, "1 or 2"), (1, "1")])
@@ -118,7 +115,7 @@ def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path: Path) -> 
 
 def test_ranks_that_trained_something_else_write_no_checkpoint(tmp_path: Path) -> None:
     def share(rank: int, **facts: Any) -> Any:
-        return checkpoints._Share({}, SimpleNamespace(rank=rank, facts=facts), {})  # type: ignore[arg-type]
+        return checkpoints._Share({}, SimpleNamespace(rank=rank, layout=facts), {})  # type: ignore[arg-type]
 
     shares = [share(0, stage=3, lr=0.1), share(1, stage=3, lr=0.2), share(2, stage=3, lr=0.1)]
     alone: Any = SimpleNamespace(on_first=lambda check, work: work())

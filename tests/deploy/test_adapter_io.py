@@ -64,7 +64,6 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "fewer layers": (configured(target_modules=["q_proj"]), "adapts other layers than this model has"),
     "another shape": (lambda folder: rewritten(folder, shape=31), r"does not train a model\.norm\.weight of shape"),
     "not trained": (configured(train_norms=False), r"does not train a model\.norm\.weight of shape"),
-    "no config": (lambda folder: rewritten(folder, facts={}), "it has no config"),
     "no tensor": (
         lambda folder: change_json(folder / "base.json", lambda content: content.update(keys={})),
         "names no tensor of",

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
@@ -386,7 +387,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
     ledger = Ledger.create(checkpoint / "ledger", fingerprint)
     squares = {name: torch.ones(128, 128) for name in layers}
     ledger.append(1, layers, squares.items())
-    write_adapter(checkpoint, AdapterFile(layers, "float32", 1, 1, 8), squares, {})
+    write_adapter(checkpoint, AdapterFile(layers, MoRAConfig(), "float32", 1, 1), squares, {})
     BaseReference(str(base), fingerprint, {name: name for name in weights}, "float32").write(checkpoint)
     repository = str(TOOL.parent.parent)
     command = [sys.executable, "-c", MEASURE, str(checkpoint), str(tmp_path / "merged")]

@@ -80,10 +80,9 @@ class Maker:
                 updates.setdefault(name, []).append((entry.operator, squares[name]))
             if cycle < cycles:
                 ledger.append(cycle + 1, layers, squares.items())
-        facts = {"config": config.to_dict()}
         extra, operators = dict(trained or {}), {name: entry.operator for name, entry in layers.items()}
         adapter = AdapterFile(
-            layers=layers, dtype=dtype, cycle=cycles, step=7, rank=config.rank, trainables=tuple(extra), facts=facts,
+            layers=layers, config=config, dtype=dtype, cycle=cycles, step=7, trainables=tuple(extra),
             domains=DomainSquares(domains, operators) if domains else None,
         )  # fmt: skip
         own = {name: square.expand(len(domains), -1, -1) for name, square in squares.items() if domains}

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mora_ds.adapters.config import MoRAConfig
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common import files
 from mora_ds.engine.shard_index import INDEX_FILE, Layout, Part, RankShard, ShardIndex
 from mora_ds.remora.ledger import _link
-from tests.helpers.damage import change_json
 from tests.helpers.exports import FakeRun, fake_run
 
 SHARD = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -26,7 +24,6 @@ def whole_checkpoint(folder: Path) -> FakeRun:
     """As `fake_run`, with the shards of one process, random states, and a tokenizer's folder."""
     run = fake_run(folder, cycles=2, num_hidden_layers=1, trained=("model.norm.weight",))
     checkpoint = run.checkpoint
-    change_json(checkpoint / "adapter.json", lambda content: content.update(config=MoRAConfig(rank=8).to_dict()))
     state = TrainerState(step=7, tokens=7, merges=[1, 2], identity={"base": "b", "global_batch_size": 2})
     files.write_json_atomic(checkpoint / "trainer_state.json", vars(state))
     save_file({"cpu": torch.zeros(1, 8, dtype=torch.uint8)}, checkpoint / "rng.safetensors")

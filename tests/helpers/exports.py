@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, permutation_seed, square_size
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
@@ -81,7 +82,7 @@ def fake_run(
         for twin in parameters:
             if parameters[twin] is parameters[name]:
                 expected[twin] = value.to(COMPUTE_DTYPES[dtype])
-    adapter = AdapterFile(layers, dtype, cycles, 7, 8, trained, {"note": "a | b"})
+    adapter = AdapterFile(layers, MoRAConfig(), dtype, cycles, 7, trained, {"note": "a | b"})
     write_adapter(checkpoint, adapter, squares, values)
     BaseReference(os.path.relpath(base_folder, checkpoint), base.fingerprint(), keys, dtype).write(checkpoint)
     files.write_json_atomic(checkpoint / "trainer_state.json", {"perplexity_before": {"code": 9.5}})

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, UpdateSpec
@@ -205,7 +206,7 @@ def checkpoint(tmp_path: Path) -> Path:
     for cycle, names in enumerate((("a.q",), ("a.q", "a.v"))):
         ledger.append(10 * cycle + 10, entries(cycle, names), [(name, square(6, cycle)) for name in names])
     live = entries(2, ("a.q", "a.v"))
-    write_adapter(folder, AdapterFile(live, "float32", 2, 25, 8), {name: square(6, 2) for name in live}, {})
+    write_adapter(folder, AdapterFile(live, MoRAConfig(), "float32", 2, 25), {name: square(6, 2) for name in live}, {})
     BaseReference("base", "f" * 64, {}, "float32").write(folder)
     return folder
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -46,13 +45,6 @@ def test_the_demo_follows_the_default_recipe(tmp_path: Path) -> None:
 )
 def test_flags_that_the_recipe_does_not_suit_get_a_plain_demo(tmp_path: Path, flags: tuple[object, ...]) -> None:
     assert not is_recipe(settings(tmp_path, *flags))
-
-
-def test_a_demo_of_an_earlier_version_goes_on_as_it_began(tmp_path: Path) -> None:
-    assert is_recipe(settings(tmp_path, "--resume_from_checkpoint", "auto"))
-    shutil.copyfile(ROOT / "tests" / "config" / "run_of_0_2.yaml", tmp_path / "run.yaml")
-    assert not is_recipe(settings(tmp_path, "--resume_from_checkpoint", "auto"))
-    assert is_recipe(settings(tmp_path, "--overwrite_output_dir")), "begun anew"
 
 
 def test_a_mistake_is_no_reason_for_a_plain_demo(tmp_path: Path) -> None:

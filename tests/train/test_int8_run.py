@@ -191,7 +191,7 @@ def test_killed_and_resumed_is_uninterrupted_and_goes_home_exactly(
     comparison = export_merged(out, tmp_path / "verified", verify=True).comparison
     assert comparison is not None and 0.02 * comparison.tolerance < comparison.error < 0.6 * comparison.tolerance
     message = refusal(user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"))
-    assert "--base_bits (None: 16): 8 there, None here" in message
+    assert "--base_bits: 8 there, 16 here" in message
 
 
 @pytest.mark.heavy

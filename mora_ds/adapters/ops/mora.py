@@ -122,9 +122,7 @@ class OperatorSpec(SquareSpec):
         return f"{self.kind.value}/{self.grouping.value}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Segments only where there are several, as in files of versions that had none."""
-        values = {**asdict(self), "kind": self.kind.value, "grouping": self.grouping.value}
-        return {key: value for key, value in values.items() if not (key.endswith("_segments") and value == 1)}
+        return {**asdict(self), "kind": self.kind.value, "grouping": self.grouping.value}
 
 
 def _member(enum: type[Enum], value: Any, what: str) -> Any:

@@ -11,7 +11,7 @@ from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.ops.subspace import SubspaceSpec
-from mora_ds.common.untrusted import typed
+from mora_ds.common.untrusted import typed_fully
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,16 @@ class _Stack:
 
 def spec_from_dict(values: Mapping[str, Any]) -> UpdateSpec:
     """Inverse of any spec's `to_dict`. Raises `UserError` for an unknown kind, other keys and wrong types."""
-    if values.get("kind") == StackSpec.name:
-        stack = typed(_Stack, {key: value for key, value in values.items() if key != "kind"}, "operator")
-        return StackSpec(stack.count, typed(OperatorSpec, stack.each, "operator"))
-    for kind in (LoRASpec, SubspaceSpec):
-        if values.get("kind") == kind.name:
-            spec: UpdateSpec = typed(kind, {key: value for key, value in values.items() if key != "kind"}, "operator")
-            return spec
-    spec = typed(OperatorSpec, dict(values), "operator")
+    without_kind = {key: value for key, value in values.items() if key != "kind"}
+    spec: UpdateSpec
+    match values.get("kind"):
+        case StackSpec.name:
+            stack = typed_fully(_Stack, without_kind, "operator")
+            spec = StackSpec(stack.count, typed_fully(OperatorSpec, stack.each, "operator"))
+        case LoRASpec.name:
+            spec = typed_fully(LoRASpec, without_kind, "operator")
+        case SubspaceSpec.name:
+            spec = typed_fully(SubspaceSpec, without_kind, "operator")
+        case _:
+            spec = typed_fully(OperatorSpec, dict(values), "operator")
     return spec
