@@ -541,7 +541,7 @@ MUTATIONS = (
         ("config/test_bad_launches.py",),
     ),
     Mutation(
-        "tp_cost names a flag that was not given",
+        "plan names a flag that was not given",
         "models/load.py",
         "return read_model_config(path, flag=flag)",
         "return read_model_config(path)",

@@ -1,8 +1,7 @@
-"""Plan memory, traffic and time of a run on any cluster from the config of its model; no weights are read.
+"""Plan memory and traffic of a run on any cluster from the config of its model; no weights are read.
 
 mora-ds plan --model MODEL_FOLDER_OR_NAME_OR_CONFIG.json --gpus 64 --gpu_memory 80 --seq_len 4096
-    [--mora_rank 8 ...] [--gpus_per_node 8 --link_gbps 1600 --node_link_gbps 400 --host_link_gbps 400 --tflops 400]
-    [--json]
+    [--mora_rank 8 ...] [--gpus_per_node 8] [--json]
 
 Without --micro_batch it recommends a micro-batch size, gradient checkpointing, and the tensor and sequence parallel
 sizes; with it, it plans the given settings. Where the base does not fit it plans --base_device host.
@@ -22,20 +21,19 @@ from mora_ds.config.data import ModelArguments
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.base_device import LEAST_BUFFERS, BaseDevice
 from mora_ds.engine.ds_config import resolve_ds_config
-from mora_ds.engine.host_copies import host_bandwidth
 from mora_ds.models.attention import NAME
 from mora_ds.models.load import named_config
-from mora_ds.planning.plan import Planner, place_base, recommend
+from mora_ds.planning.plan import Cluster, Planner, place_base, recommend
 from mora_ds.planning.report import as_json, report
 from mora_ds.planning.sharding import recommend_sharding
 from mora_ds.planning.step import Work
-from mora_ds.planning.timing import HOST_LINK, Cluster
 from mora_ds.train.attention import implementation_of
 
 
 def main() -> None:
     given = _options()
-    planner = Planner(_work(given), _cluster(given), _ds_config(given), given.accumulation, given.cpu)
+    cluster = Cluster(given.gpus, given.gpus_per_node, given.gpu_memory * 1e9)
+    planner = Planner(_work(given), cluster, _ds_config(given), given.accumulation, given.cpu)
     device, chosen = BaseDevice(given.base_device), None
     if given.micro_batch is None:
         both = planner.work.adapter is not None and not given.cpu
@@ -63,16 +61,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, required=True, help="number of processes, one per GPU")
     parser.add_argument("--gpu_memory", type=float, default=80.0, help="memory of a GPU in GB (10^9 bytes)")
     parser.add_argument("--gpus_per_node", type=int, default=8)
-    parser.add_argument("--link_gbps", type=float, default=1600.0, help="bandwidth of a GPU within its node in Gbit/s")
-    parser.add_argument(
-        "--node_link_gbps", type=float, default=400.0, help="bandwidth between nodes, per node, in Gbit/s"
-    )
-    parser.add_argument("--tflops", type=float, default=400.0, help="TFLOP/s that a GPU reaches in matrix products")
-    parser.add_argument(
-        "--host_link_gbps", type=float,
-        help="bandwidth from host memory to a GPU while all GPUs of a node copy, in Gbit/s; default: measured where "
-        f"there is a GPU, else {HOST_LINK * 8e-9:g}",
-    )  # fmt: skip
     parser.add_argument("--cpu", action="store_true", help="plan for processes on CPUs")
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument("--adapter", default="mora", choices=["mora", "lora", "full"])
@@ -100,9 +88,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--trust_remote_code", action="store_true")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    for name in ("gpus", "gpus_per_node", "gpu_memory", "link_gbps", "node_link_gbps", "host_link_gbps", "tflops",
-                 "seq_len", "micro_batch", "accumulation", "rows", "tensor_parallel_size",
-                 "sequence_parallel_size"):  # fmt: skip
+    for name in ("gpus", "gpus_per_node", "gpu_memory", "seq_len", "micro_batch", "accumulation", "rows",
+                 "tensor_parallel_size", "sequence_parallel_size"):  # fmt: skip
         value = getattr(given, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{name} must be above 0, got {value}")
@@ -138,14 +125,6 @@ def _work(given: argparse.Namespace) -> Work:
         by_documents=implementation_of(model, config) == NAME,
         trust_remote_code=given.trust_remote_code,
     )
-
-
-def _cluster(given: argparse.Namespace) -> Cluster:
-    return Cluster(
-        given.gpus, given.gpus_per_node, given.gpu_memory * 1e9, given.tflops, given.link_gbps / 8 * 1e9,
-        given.node_link_gbps / 8 * 1e9,
-        host_bandwidth() or HOST_LINK if given.host_link_gbps is None else given.host_link_gbps / 8 * 1e9,
-    )  # fmt: skip
 
 
 def _ds_config(given: argparse.Namespace) -> dict[str, object]:

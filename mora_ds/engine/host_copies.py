@@ -120,22 +120,6 @@ def copies_for(device: torch.device) -> Copies:
     raise UserError(f"--base_device host is for CUDA devices and CPUs, not for {device.type}: use --base_device device")
 
 
-def host_bandwidth() -> float | None:
-    """Bytes a second that this process's GPU receives from locked host memory, measured; None without a GPU."""
-    if not torch.cuda.is_available():
-        return None
-    size, times = 1 << 28, []
-    source, target = torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.empty(size, dtype=torch.uint8).cuda()
-    for _ in range(5):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        target.copy_(source, non_blocking=True)
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e-3)
-    return size / sorted(times)[2]
-
-
 def page_ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     """(start, stop) of the memory of all tensors in whole pages, in order and disjoint: a page is locked once."""
     page, ranges = mmap.PAGESIZE, []

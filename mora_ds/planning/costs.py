@@ -1,7 +1,6 @@
 """Arithmetic and traffic of tensor parallelism, counted from shapes: one micro-batch, forward and backward.
 
     costs(model, degree, replicas, tokens)      of an injected model, on any device (the meta device will do)
-    cost_table(...)                             several ways to use the same number of GPUs, side by side
 
 `tokens` are those that a tensor-parallel group computes together. A rank's arithmetic is counted in
 multiply-accumulates (MACs); the head, the attention scores and gradient checkpointing are left out. Traffic is a list
@@ -11,8 +10,8 @@ reduce-scatter, twice that of an all-reduce.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -24,7 +23,7 @@ from mora_ds.adapters.inject import count_parameters, mora_layers
 from mora_ds.adapters.layer import ExpertStack, linear_shape
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.target_modules import output_head
-from mora_ds.adapters.tp_plan import Style, TensorPlan, is_attention, plan_of
+from mora_ds.adapters.tp_plan import Style, TensorPlan, plan_of
 from mora_ds.parallel.saved_inputs import Saved, TPInputs, plan_inputs
 
 GATHERS_A_MICRO_BATCH = 2
@@ -98,13 +97,9 @@ class Costs:
         )
 
 
-def costs(
-    model: nn.Module, degree: int, replicas: int, tokens: int, split: bool = True, inputs: TPInputs = TPInputs.AUTO
-) -> Costs:
-    """The costs of an injected model that has not been split yet. Without `split`: as if no layer could be split."""
+def costs(model: nn.Module, degree: int, replicas: int, tokens: int, inputs: TPInputs = TPInputs.AUTO) -> Costs:
+    """The costs of an injected model that has not been split yet."""
     plan, layers, own = plan_of(model, degree), mora_layers(model), domain_layers(model)
-    if not split:
-        plan = replace(plan, styles=dict.fromkeys(plan.styles, Style.WHOLE), blocks=())
     base = square = 0
     traffic: list[Traffic] = []
     head = output_head(model)
@@ -139,49 +134,6 @@ def costs(
     is_lora = any(layer.spec.value_name == "factors" for layer in layers.values())
     trained = "factors" if is_lora else "MoRA matrices"
     return Costs(base, square, tuple(traffic), frozen, squares / degree / replicas, trained)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to use the GPUs: multiply-accumulates of a rank, and elements that it sends."""
-
-    name: str
-    macs: float
-    wire: float
-
-
-def cost_table(
-    gathered: nn.Module, aligned: nn.Module | None, ranks: int, degrees: Sequence[int], tokens: int
-) -> list[Row]:
-    """`gathered`, `aligned`: the model injected without and with segments; `tokens` a rank, whatever the degree."""
-    alone = costs(gathered, 1, ranks, tokens)
-    rows = [Row("data parallel only, base unsharded", alone.macs, alone.wire())]
-    for degree in degrees:
-        spent = (degree, ranks // degree, tokens * degree)
-        repeated = costs(gathered, *spent, split=False)
-        rows.append(Row(f"every rank repeats the base, t = {degree}", repeated.macs, repeated.wire()))
-        models = {"gathered": gathered} if aligned is None else {"gathered": gathered, "aligned": aligned}
-        for name, model in models.items():
-            for inputs, words in {TPInputs.WHOLE: "", TPInputs.SPLIT: ", inputs split"}.items():
-                way = costs(model, *spent, inputs=inputs)
-                rows.append(Row(f"split, M {name}{words}, t = {degree}", way.macs, way.wire()))
-    base = sum(layer.in_features * layer.out_features for layer in mora_layers(gathered).values())
-    sharded = GATHERS_A_MICRO_BATCH * base * (ranks - 1) / ranks
-    rows.append(Row("ZeRO-3 with the base sharded too", alone.macs, alone.wire() + sharded))
-    for degree in degrees:
-        sent = 2 * tokens * _attention_widths(gathered) * (degree - 1) / degree
-        rows.append(Row(f"sequence parallel (Ulysses), s = {degree}", alone.macs, alone.wire() + sent))
-    return rows
-
-
-def _attention_widths(model: nn.Module) -> int:
-    """Elements a token that Ulysses exchanges in a forward pass: queries, keys, values and attention's outputs."""
-    total = 0
-    for name, style in plan_of(model, 1).styles.items():
-        if is_attention(model.get_submodule(name.rpartition(".")[0])) and style is not Style.WHOLE:
-            d_in, d_out = linear_shape(model.get_submodule(name))
-            total += d_out if style is Style.COLWISE else d_in
-    return total
 
 
 def _square_macs(spec: OperatorSpec, style: Style, degree: int) -> int:

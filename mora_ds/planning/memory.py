@@ -5,8 +5,12 @@
     merge      static + the work on the largest layer
     save       static + one complete MoRA matrix at a time; rank 0 collects all of them in host memory
 
+and the bytes that ZeRO moves: `gathers` of one micro-batch, `all_gather_volume` and `reduced_bytes` of a step.
+
 What ZeRO allocates is taken from DeepSpeed 0.19.8: stage3.py (`_create_fp16_partitions_with_defragmentation`,
-`_create_fp32_partitions`, `grad_partitions_flat_buffer`, `ipg_buckets`), stage_1_and_2.py, partition_parameters.py.
+`_create_fp32_partitions`, `grad_partitions_flat_buffer`, `ipg_buckets`), stage_1_and_2.py, partition_parameters.py, and
+partitioned_param_coordinator.py (`fetch_sub_module`, `release_sub_module`), with a decoder layer in place of the
+modules in it (`engine.layer_gathers`).
 """
 
 from __future__ import annotations
@@ -17,7 +21,6 @@ from typing import Any
 
 from mora_ds.engine.muon import chunk_numel
 from mora_ds.planning.step import StepMemory, Streamed
-from mora_ds.planning.zero_trace import Gathers
 
 FP32 = 4
 
@@ -28,6 +31,8 @@ class Trained:
 
     numels: tuple[int, ...]
     """Elements of each parameter, as a tensor-parallel rank holds it."""
+    layer: int
+    """Elements of the parameters of the largest decoder layer."""
     squares: int
     """How many of the parameters are MoRA matrices, which have one moment where the optimizer is Muon."""
     ranks: int
@@ -70,6 +75,43 @@ class Trained:
     @property
     def offloads(self) -> bool:
         return (self.zero.get("offload_optimizer") or {}).get("device") in ("cpu", "nvme")
+
+
+@dataclass(frozen=True)
+class Gathers:
+    """What ZeRO-3 gathers on one rank in one micro-batch, in elements of unsharded parameters."""
+
+    elements: int = 0
+    """Each parameter counted as often as it is gathered."""
+    most_at_once: int = 0
+    """The most that are gathered at the same time."""
+    largest_call: int = 0
+    """The most that one collective gathers."""
+
+
+def gathers(trained: Trained) -> Gathers:
+    """What one micro-batch gathers: each sharded parameter for forward, and again for backward unless it stayed.
+
+    Parameters up to the persistence threshold are left out: they are gathered once a step. Of the others stay, exact to
+    two decoder layers of a deep model, the larger one of
+
+    - `stage3_max_live_parameters`, where prefetching is on and its bucket holds more than a layer. It then runs ahead
+      of the layers, past the end of forward, and does not release what backward uses next;
+    - half of `stage3_max_reuse_distance`: the distance from a layer in forward to itself in backward is twice the
+      layers after it.
+    """
+    if trained.stage < 3 or trained.ranks == 1:
+        return Gathers()
+    sharded = trained.total - sum(trained.persistent)
+    bucket = trained.zero["stage3_prefetch_bucket_size"]
+    most_live = trained.zero.get("stage3_max_live_parameters", 10**9)
+    reuse_distance = trained.zero.get("stage3_max_reuse_distance", 10**9)
+    stays = reuse_distance // 2
+    if bucket > trained.layer:
+        stays = max(stays, most_live)
+    stays = min(sharded, stays)
+    one_call = min(sharded, max(bucket, trained.layer))
+    return Gathers(2 * sharded - stays, min(sharded, stays + one_call), one_call)
 
 
 @dataclass(frozen=True)
@@ -217,16 +259,16 @@ def _bucket_bytes(trained: Trained) -> tuple[int, int]:
     return size * trained.bytes_each, (filled * trained.bytes_each if trained.ranks > 1 else 0) + shard
 
 
-def all_gather_volume(trained: Trained, gathered: Gathers, accumulation: int) -> tuple[int, int]:
-    """(bytes of complete outputs, calls) of the all-gathers of a step. ZeRO pads each parameter to its ranks."""
+def all_gather_volume(trained: Trained, gathered: Gathers, accumulation: int) -> int:
+    """Bytes of the complete outputs of a step's all-gathers. ZeRO pads each parameter to its ranks."""
     if trained.ranks == 1 or trained.stage == 0:
-        return 0, 0
+        return 0
     if trained.stage < 3:
-        return _padded((trained.total,), trained.ranks) * trained.bytes_each, 1
+        return _padded((trained.total,), trained.ranks) * trained.bytes_each
     padding = _padded(trained.numels, trained.ranks) / max(trained.total, 1)
     persistent = _padded(trained.persistent, trained.ranks)
     elements = round(gathered.elements * accumulation * padding) + persistent
-    return elements * trained.bytes_each, gathered.calls * accumulation + len(trained.persistent)
+    return elements * trained.bytes_each
 
 
 def reduced_bytes(trained: Trained, accumulation: int) -> int:

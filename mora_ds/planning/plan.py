@@ -1,9 +1,9 @@
-"""Whether a run fits, how fast it is, and what it sends: one plan of a run on a cluster, from a model's config alone.
+"""Whether a run fits and what it sends: one plan of a run on a cluster, from a model's config alone.
 
     Planner(...).plan()     of given settings
     recommend(planner)      with micro-batch, checkpointing, t and s chosen
 
-No weights are read and no process group is started: everything comes from the meta device, shapes and speeds.
+No weights are read and no process group is started: everything comes from the meta device and from shapes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from mora_ds.adapters.inject import base_elements, mora_layers
 from mora_ds.adapters.quantized import merge_bytes
 from mora_ds.adapters.target_patterns import names_experts
@@ -21,10 +23,18 @@ from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.ds_config import fill_bucket_sizes
 from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.initialize import trainable_numels
+from mora_ds.models.decoder_layers import find_decoder_layers
 from mora_ds.models.loss import bound
 from mora_ds.parallel.limits import check_tensor_parallel, check_world, sequence_parallel_problems
-from mora_ds.planning.costs import Costs, costs
-from mora_ds.planning.memory import RankMemory, Trained, all_gather_volume, rank_memory, reduced_bytes
+from mora_ds.planning.costs import costs
+from mora_ds.planning.memory import (
+    RankMemory,
+    Trained,
+    all_gather_volume,
+    gathers,
+    rank_memory,
+    reduced_bytes,
+)
 from mora_ds.planning.step import (
     StepMemory,
     Streamed,
@@ -34,23 +44,28 @@ from mora_ds.planning.step import (
     other_buffer_bytes,
     planned_model,
     step_memory,
-    trace_step,
 )
-from mora_ds.planning.timing import Cluster, StepTime, step_time, tokens_a_second
-from mora_ds.planning.zero_trace import Gathers, gathers
 
 USABLE = 0.92
 """Share of a device's memory that a recommendation fills: the rest is for its context, communication buffers and
 fragments."""
 
 LARGEST_MICRO_BATCH = 256
-FAST_ENOUGH = 0.97
-"""Share of the best speed from which on a recommendation prefers simpler settings."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The GPUs of a run."""
+
+    ranks: int
+    per_node: int = 8
+    memory: float = 80e9
+    """Bytes of a device."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory, traffic and time of one rank, and what follows for the run."""
+    """Memory and traffic of one rank, and what follows for the run."""
 
     work: Work
     cluster: Cluster
@@ -59,12 +74,10 @@ class Plan:
     memory: RankMemory
     gathered: int
     """All-gather volume of trained parameters in a step: bytes of complete outputs, as a rank's counter sees them."""
-    gather_calls: int
     reduced: int
     """Bytes of their gradients that are reduced in a step, counted likewise."""
     sent: float
     """Bytes that a rank sends in a step, for all causes."""
-    time: StepTime
     base_elements: int
     quantized: int
     """Bytes of the base's weights in 8 or 4 bits, with their scales."""
@@ -81,10 +94,6 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.memory.peak <= USABLE * self.cluster.memory
-
-    @property
-    def tokens_per_second(self) -> float:
-        return tokens_a_second(self.work, self.cluster, self.time, self.accumulation)
 
     @property
     def ranks_of_node(self) -> int:
@@ -128,29 +137,36 @@ class Planner:
         self._models: dict[tuple[int, bool], _MeasuredModel] = {}
         self._steps: dict[tuple[Any, ...], StepMemory] = {}
 
-    def plan(self, exact: bool = True, **changes: Any) -> Plan:
-        """The plan, with `changes` of the work's fields. Not `exact`: ZeRO's all-gathers are bounded, not simulated."""
+    def plan(self, **changes: Any) -> Plan:
+        """The plan, with `changes` of the work's fields."""
         work = replace(self.work, **changes)
         _check(work, self.cluster)
         model = self._model(work)
         trained = self._trained(model, work)
-        gathered = self._gathers(model, trained, work) if exact else _bound(trained)
+        gathered = gathers(trained)
         vocabulary = work.config.get_text_config().vocab_size
         logits = 0 if bound(model.model) else work.tokens * vocabulary * work.dtype.itemsize
         base = model.base_bytes + model.other_buffers
         streamed = None if work.base_buffers is None else model.streamed(work.base_buffers)
         memory = rank_memory(base, model.merge, logits, self._step(work), trained, gathered, streamed)
-        volume, calls = all_gather_volume(trained, gathered, self.accumulation)
+        volume = all_gather_volume(trained, gathered, self.accumulation)
         reduced = reduced_bytes(trained, self.accumulation)
-        spent = model.costs(self.cluster.ranks // work.tensor_parallel, work.tokens)
-        sent = (volume + reduced) * (trained.ranks - 1) / trained.ranks
-        time = step_time(work, spent, self.cluster, sent, self.accumulation, streamed)
         copied = 0 if streamed is None else streamed.forward + streamed.backward
-        activations = spent.wire("activation") * work.dtype.itemsize * self.accumulation
+        activations = model.activation_bytes(work, trained.ranks) + ulysses_bytes(work)
         return Plan(
-            work, self.cluster, self.accumulation, trained, memory, volume, calls, reduced, sent + activations, time,
-            model.base_elements, model.quantized, copied * self.accumulation, model.a_merge_adds,
-        )  # fmt: skip
+            work=work,
+            cluster=self.cluster,
+            accumulation=self.accumulation,
+            trained=trained,
+            memory=memory,
+            gathered=volume,
+            reduced=reduced,
+            sent=(volume + reduced) * (trained.ranks - 1) / trained.ranks + activations * self.accumulation,
+            base_elements=model.base_elements,
+            quantized=model.quantized,
+            copied=copied * self.accumulation,
+            a_merge_adds=model.a_merge_adds,
+        )
 
     @property
     def base_bytes(self) -> int:
@@ -168,7 +184,8 @@ class Planner:
         return self._model(self.work).streamed(buffers)
 
     def _model(self, work: Work) -> _MeasuredModel:
-        key = (work.tensor_parallel, work.checkpointing)
+        # Of sizes, only those of what tensor-parallel ranks save of their inputs depend on checkpointing.
+        key = (work.tensor_parallel, work.tensor_parallel > 1 and work.checkpointing)
         if key not in self._models:
             self._models[key] = _MeasuredModel(work)
         return self._models[key]
@@ -183,23 +200,18 @@ class Planner:
         ranks = self.cluster.ranks // work.tensor_parallel
         filled = fill_bucket_sizes(dict(self.ds_config), model.numels)
         muon = uses_muon(dict(self.ds_config))
-        return Trained(model.numels, model.squares, ranks, work.dtype.itemsize, filled, muon, self.on_cpu)
-
-    def _gathers(self, model: _MeasuredModel, trained: Trained, work: Work) -> Gathers:
-        if trained.stage < 3 or trained.ranks == 1 or not model.numels:
-            return Gathers(0, 0, 0, 0)
-        short = replace(work, micro_batch=1, seq_len=8 * work.sequence_parallel)
-        return gathers(trace_step(model.model, short), model.numels, trained.zero)
+        return Trained(model.numels, model.layer, model.squares, ranks, work.dtype.itemsize, filled, muon, self.on_cpu)
 
 
 class _MeasuredModel:
     """A model on the meta device, and its sizes."""
 
     def __init__(self, work: Work) -> None:
-        self._work = work
         self.model = model = planned_model(work)
         self._unsplit = model if work.tensor_parallel == 1 else planned_model(replace(work, tensor_parallel=1))
         self.numels = tuple(trainable_numels(self._unsplit, work.tensor_parallel))
+        layers = find_decoder_layers(model).values()
+        self.layer = max((sum(map(Tensor.numel, layer.parameters())) for layer in layers), default=0)
         self.squares = len(mora_layers(model))
         self.base_elements = self.base_bytes = self.quantized = 0
         if work.adapter is not None:
@@ -211,18 +223,21 @@ class _MeasuredModel:
     def streamed(self, buffers: int) -> Streamed:
         return Streamed.of(self._unsplit, buffers)
 
-    def costs(self, replicas: int, tokens: int) -> Costs:
-        """Of one micro-batch. Full training forms the weights' gradients too: 3 products instead of 2."""
-        work = self._work
-        spent = costs(self._unsplit, work.tensor_parallel, replicas, tokens, inputs=work.tp_inputs)
-        return spent if work.adapter is not None else replace(spent, base_macs=spent.base_macs * 3 // 2)
+    def activation_bytes(self, work: Work, replicas: int) -> float:
+        """Bytes of activations that a tensor-parallel rank sends in a micro-batch."""
+        if work.tensor_parallel == 1:
+            return 0.0
+        spent = costs(self._unsplit, work.tensor_parallel, replicas, work.tokens, inputs=work.tp_inputs)
+        return spent.wire("activation") * work.dtype.itemsize
 
 
-def _bound(trained: Trained) -> Gathers:
-    rest = trained.total - sum(trained.persistent)
-    times = 1 if 3 * rest <= trained.zero.get("stage3_max_reuse_distance", 10**9) else 2
-    at_once = min(rest, trained.zero.get("stage3_max_live_parameters", 10**9))
-    return Gathers(0, times * rest, at_once, min(rest, trained.zero["stage3_prefetch_bucket_size"]))
+def ulysses_bytes(work: Work) -> float:
+    """Bytes that a rank sends in a micro-batch for Ulysses: queries, keys, values and outputs, in forward, in backward,
+    and once more where gradient checkpointing recomputes them. Too few keys and values are repeated."""
+    ranks = work.sequence_parallel
+    width = 2 * work.head_dim * (work.heads + max(work.key_value_heads, ranks))
+    exchanges = 3 if work.checkpointing else 2
+    return exchanges * work.layers * work.tokens * width * work.dtype.itemsize * (ranks - 1) / ranks
 
 
 def _check(work: Work, cluster: Cluster) -> None:
@@ -243,7 +258,7 @@ def place_base(planner: Planner, device: BaseDevice, buffers: int) -> Planner:
     if device is BaseDevice.HOST and work.adapter is None:
         raise UserError("--base_device host is for a base that is frozen under an adapter: use device")
     can_be_there = work.adapter is not None and work.tensor_parallel == 1
-    stays = device is BaseDevice.AUTO and (not can_be_there or planner.plan(exact=False).fits)
+    stays = device is BaseDevice.AUTO and (not can_be_there or planner.plan().fits)
     if stays or device is BaseDevice.DEVICE:
         return planner
     return replace(planner, work=replace(work, base_buffers=buffers))
@@ -253,10 +268,11 @@ def place_base(planner: Planner, device: BaseDevice, buffers: int) -> Planner:
 
 
 def recommend(planner: Planner, rows: int | None = None) -> Plan | None:
-    """The fastest plan that fits, or the simplest of those that are about as fast; None where none fits.
+    """The simplest plan that fits, with its largest micro-batch; None where none fits.
 
-    `rows`: of the global batch, at least one a group of ranks. Groups of ranks share rows (t, s) where nothing fits
-    otherwise, or where there are fewer rows than ranks.
+    Without gradient checkpointing is simpler than with it, and both are simpler than groups of ranks that share rows
+    (t, s), which are taken where nothing fits otherwise or where there are fewer rows than ranks. `rows`: of the global
+    batch, at least one a group of ranks.
     """
     if planner.base_bytes > USABLE * planner.cluster.memory:
         return None  # the base is unsharded, whatever t and s
@@ -265,14 +281,10 @@ def recommend(planner: Planner, rows: int | None = None) -> Plan | None:
         if rows is not None and rows < replicas:
             continue
         limit = LARGEST_MICRO_BATCH if rows is None else rows // replicas
-        plans = [
-            _largest(planner, limit, checkpointing=checkpointing, tensor_parallel=t, sequence_parallel=s)
-            for checkpointing in (False, True)
-        ]
-        fitting = [plan for plan in plans if plan is not None]
-        if fitting:
-            best = max(plan.tokens_per_second for plan in fitting)
-            return next(plan for plan in fitting if plan.tokens_per_second >= FAST_ENOUGH * best)
+        for checkpointing in (False, True):
+            plan = _largest(planner, limit, checkpointing=checkpointing, tensor_parallel=t, sequence_parallel=s)
+            if plan is not None:
+                return plan
     return None
 
 
@@ -298,10 +310,12 @@ def _is_split(work: Work) -> bool:
 
 def _largest(planner: Planner, limit: int, **changes: Any) -> Plan | None:
     """The plan with the largest power of two as micro-batch that fits."""
-    one = planner.plan(exact=False, micro_batch=1, **changes)
+    one = planner.plan(micro_batch=1, **changes)
     if not one.fits:
         return None
-    row = planner.plan(exact=False, micro_batch=2, **changes).memory.forward_backward - one.memory.forward_backward
+    if limit == 1:
+        return one
+    row = planner.plan(micro_batch=2, **changes).memory.forward_backward - one.memory.forward_backward
     free = USABLE * planner.cluster.memory - one.memory.static - one.memory.forward_backward
     micro = 2 ** int(math.log2(max(1, min(limit, 1 + free // max(row, 1)))))
     while micro >= 1:

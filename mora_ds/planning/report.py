@@ -9,19 +9,17 @@ from mora_ds.adapters.config import AS_LOADED
 from mora_ds.engine.base_device import BaseDevice
 from mora_ds.planning.plan import USABLE, Plan
 from mora_ds.planning.sharding import Sharding
-from mora_ds.planning.timing import StepTime
 
 FEWER_BITS = {AS_LOADED: ", --base_bits 8 or 4", 8: ", --base_bits 4"}
 """What else there is where the base of so many bits is too large."""
 
 
-def report(plan: Plan, timed: bool = True, sharding: Sharding | None = None) -> str:
+def report(plan: Plan, sharding: Sharding | None = None) -> str:
     """The plan as tables; sizes in GB (10^9 bytes), or MB where they are small.
 
-    Without `timed`, times are left out, as the speed of the devices and links is not known. `sharding`: what is
-    recommended for the cluster, if it is to be named.
+    `sharding`: what is recommended for the cluster, if it is to be named.
     """
-    lines = [*_head(plan), *_memory(plan), *_traffic(plan), *(_time(plan) if timed else []), verdict(plan)]
+    lines = [*_head(plan), *_memory(plan), *_traffic(plan), verdict(plan)]
     if sharding is not None:
         lines.append(f"recommended at {plan.cluster.ranks:,} GPUs: {sharding}")
     return "\n".join(lines)
@@ -101,36 +99,16 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _traffic(plan: Plan) -> list[str]:
-    gathers = f"in {plan.gather_calls} collectives, the trained parameters {plan.passes:.2f} times; base 0"
     return [
-        _row("all-gather volume", plan.gathered, gathers),
+        _row("all-gather volume", plan.gathered, f"the trained parameters {plan.passes:.2f} times; base 0"),
         _row("reduced a step and GPU", plan.reduced, ""),
         _row("sent a step and GPU", plan.sent, "MoRA matrices and activations"),
         *([_row("copied from host memory", plan.copied, "the base, a step and GPU")] if plan.memory.host_base else []),
     ]
 
 
-def _time(plan: Plan) -> list[str]:
-    time = plan.time
-    return [
-        f"  step {time.step:.3f} s = {plan.tokens_per_second:,.0f} tokens/s: arithmetic {time.products:.3f} s, "
-        f"MoRA matrices {time.zero:.3f} s in parallel, activations between GPUs {time.groups:.3f} s",
-        *([_copies(time)] if plan.memory.host_base else []),
-        f"  the bottleneck is {time.bottleneck}",
-    ]
-
-
-def _copies(time: StepTime) -> str:
-    """What copies of the base cost."""
-    hides = "hides them all" if not time.waits else f"hides all but {time.waits:.3f} s of them"
-    return (
-        f"  copies of the base {time.copies:.3f} s in parallel, arithmetic {hides}: the step would take "
-        f"{time.resident:.3f} s with the base on the device"
-    )
-
-
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan for programs, in bytes and seconds."""
+    """The plan for programs, in bytes."""
     work = plan.work
     return {
         "settings": {
@@ -145,7 +123,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "base_device": (BaseDevice.DEVICE if work.base_buffers is None else BaseDevice.HOST).value,
             "base_buffers": work.base_buffers,
         },
-        "cluster": dict(plan.cluster.flags()),
+        "cluster": {
+            "gpus": plan.cluster.ranks,
+            "gpus_per_node": plan.cluster.per_node,
+            "gpu_memory": plan.cluster.memory / 1e9,
+        },
         "base_elements": plan.base_elements,
         "base_bytes_in_8_bits": plan.quantized if work.base_bits == 8 else 0,
         "base_bytes_in_4_bits": plan.quantized if work.base_bits == 4 else 0,
@@ -155,14 +137,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "host_bytes_of_node": plan.host_memory,
         "host_bytes_of_node_after_merge": plan.host_memory_after_merge,
         "bytes_gathered": plan.gathered,
-        "gather_calls": plan.gather_calls,
         "passes": plan.passes,
         "bytes_reduced": plan.reduced,
         "bytes_sent": plan.sent,
         "base_bytes_copied": plan.copied,
-        "seconds": {**asdict(plan.time), "step": plan.time.step, "step_with_base_on_device": plan.time.resident},
-        "tokens_per_second": plan.tokens_per_second,
-        "bottleneck": plan.time.bottleneck,
         "peaks_in": plan.memory.peaks_in,
         "fits": plan.fits,
     }

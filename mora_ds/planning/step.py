@@ -1,4 +1,4 @@
-"""Memory of one micro-batch, and the order in which it uses modules, measured on the meta device.
+"""Memory of one micro-batch, counted on the meta device.
 
     config -> model on the meta device, injected, split over t ranks -> forward and backward under a `MemoryMeter`
 
@@ -18,12 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from mora_ds.adapters.config import AdapterConfig
-from mora_ds.adapters.domains import DomainLinear, domains_of
+from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers, set_cycle
 from mora_ds.adapters.merge_layer import merge_layer
 from mora_ds.adapters.ops import index_tables
-from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.quantized import quantized_bytes, quantized_layers
 from mora_ds.common.errors import UserError, reason
 from mora_ds.data.documents import Documents
@@ -36,7 +34,6 @@ from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
 from mora_ds.planning.memory_meter import MemoryMeter, fused_attention
-from mora_ds.planning.zero_trace import Event, record
 
 
 @dataclass(frozen=True)
@@ -192,23 +189,6 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
             handle.remove()
     _clear_tables()
     return StepMemory(saved - lasting, meter.peak - lasting, lasting)
-
-
-def trace_step(model: nn.Module, work: Work) -> list[Event]:
-    """The events that `zero_trace.gathers` reads. Changes the model: its layers share their index tables afterwards."""
-    for layer in mora_layers(model).values():
-        if isinstance(layer.spec, OperatorSpec):
-            layer.spec = replace(layer.spec, seed=0)
-        if isinstance(layer.spec, StackSpec):
-            layer.spec = replace(layer.spec, each=replace(layer.spec.each, seed=0))
-        if isinstance(layer, DomainLinear):
-            layer.own_spec = replace(layer.own_spec, seed=0)
-            layer.domains.set([layer.domains.names[0]] * work.micro_batch)
-    with record(model) as events, MemoryMeter(answer=not work.document_mask), _attention(work):
-        token_nll(model, _batch(work)).backward()
-    for parameter in model.parameters():
-        parameter.grad = None
-    return events
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def _by_plan(make: Callable[[], Planner], buffers: int) -> BaseDevice:
         if placed is planner:
             return BaseDevice.DEVICE
         placed.streamed(buffers)
-        text = verdict(planner.plan(exact=False))
+        text = verdict(planner.plan())
     except Exception as error:  # a plan is advice: a model that cannot be planned may well run
         logger.warning("--base_device auto: device, as this run cannot be planned: %s", reason(error))
         return BaseDevice.DEVICE

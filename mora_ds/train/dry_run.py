@@ -35,10 +35,9 @@ from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.parallel.ulysses_checks import check_config, describe
 from mora_ds.planning.costs import costs
-from mora_ds.planning.plan import Plan, Planner, place_base
+from mora_ds.planning.plan import Cluster, Plan, Planner, place_base
 from mora_ds.planning.report import report
 from mora_ds.planning.step import Work, planned_model
-from mora_ds.planning.timing import Cluster
 from mora_ds.train.attention import check_precision, implementation_of
 from mora_ds.train.setup import engine_config
 from mora_ds.train.targets import planned_config
@@ -52,7 +51,7 @@ def dry_run(arguments: Arguments) -> dict[str, Any]:
     """
     plan, layers = planned(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     if int(os.environ.get("RANK", "0")) == 0:
-        print(*layers, report(plan, timed=False), sep="\n")
+        print(*layers, report(plan), sep="\n")
         print(f"dry run: nothing trained, {Path(arguments.training.output_dir)} is as it was")
     trained = plan.trained.total * plan.work.tensor_parallel
     frozen = (

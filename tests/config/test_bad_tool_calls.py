@@ -20,20 +20,11 @@ from tests.helpers.mistakes import answer, make_mistakes
 from tests.helpers.tools import tool
 
 CALLS = r"""
-tp_cost {bad}/gone.json | CONFIG | gone.json
-tp_cost {bad}/text/model.json | CONFIG | no model_type
-tp_cost {bad}/text/heads.json | CONFIG | not a multiple of
-tp_cost {bad}/text/deep.json | CONFIG | nested too deeply
-tp_cost {bad}/emptydir | CONFIG | emptydir
-tp_cost {bad}/models/activation | CONFIG | swiglu9
-tp_cost {tiny} --ranks 4 --degrees 3 | --degrees must divide --ranks 4
-tp_cost {tiny} --ranks 0 --degrees 1 | --ranks must be at least 1
-tp_cost {tiny} --tokens 0 | --tokens must be at least 1
-tp_cost {tiny} --tp_segments 0 | --tp_segments must be at least 1
-tp_cost {tiny} --mora_rank 0 | --mora_rank must be at least 1
-tp_cost {tiny} --degrees two | --degrees | two
 plan --gpus 8 --model {bad}/gone.json | --model | gone.json
-plan --gpus 8 --model {bad}/text/types.json | --model | 'hidden_size'
+plan --gpus 8 --model {bad}/text/types.json | --model {bad}/text/types.json | 'hidden_size'
+plan --gpus 8 --model {bad}/text/model.json | no model_type
+plan --gpus 8 --model {bad}/text/deep.json | nested too deeply
+plan --gpus 8 --model {bad}/models/bottomless | num_hidden_layers must be at most 2,048, got 16,777,216
 plan --gpus 8 --model {bad}/models/heads | --model | config.json
 plan --gpus 8 --model {bad}/models/activation | swiglu9
 plan --gpus 0 --model {tiny} | --gpus must be above 0
@@ -92,7 +83,6 @@ evaluate {bad}/gone --sets a={user}/held.txt | gone
 evaluate {bad}/models/heads --sets a={user}/held.txt | models/heads | not a multiple of
 evaluate {bad}/models/padding --sets a={user}/held.txt | models/padding | Padding_idx
 evaluate {bad}/models/deep --sets a={user}/held.txt | weights are missing: 1,000 layers
-tp_cost {bad}/models/bottomless | CONFIG | num_hidden_layers must be at most 2,048, got 16,777,216
 evaluate {bad}/models/more_layers --sets a={user}/held.txt | models/more_layers | weights are missing
 evaluate {bad}/models/wider --sets a={user}/held.txt | models/wider | weights do not fit the config
 evaluate {bad}/models/merges --sets a={user}/held.txt | MergeType

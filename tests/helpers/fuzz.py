@@ -125,7 +125,6 @@ def subjects(folder: Path) -> list[Subject]:
         _tool("analyze_weights", base, "--probe", "{case}/held.txt", "--probe_batches", "1", "--seq_len", "4"),
         _tool("extend_vocab", base, "--corpus", "{case}/held.txt", "--pieces", "2", "--output", "{out}"),
         _tool("plan", "--model", base, "--gpus", "8", "--seq_len", "8", "--micro_batch", "1"),
-        _tool("tp_cost", base),
     )
     return [
         Subject(run, "out/checkpoints/step-000007", fast),

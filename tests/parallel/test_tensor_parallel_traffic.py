@@ -1,22 +1,15 @@
-"""What tensor parallelism puts on the wire, counted, against what `costs` says; and the design's table."""
+"""What tensor parallelism puts on the wire, counted, against what `costs` says."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.inject import frozen_buffers, inject
+from mora_ds.adapters.inject import frozen_buffers
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.parallel.saved_inputs import TPInputs
-from mora_ds.planning.costs import Collective, cost_table, costs
+from mora_ds.planning.costs import Collective, costs
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tokens
 from tests.helpers.tensor_parallel import Case, model_of, start
@@ -83,52 +76,3 @@ def test_an_aligned_grouping_adds_nothing_for_the_squares() -> None:
     alone = costs(model_of(CASES["gather"]), 1, 2, 32)
     assert aligned.wire("square") == alone.wire("square") / 2 < gather.wire("square")
     assert aligned.wire("activation") == gather.wire("activation")
-
-
-# -- the design's table -----------------------------------------------------------------------------------------------
-
-
-def seven_billion(**config: Any) -> torch.nn.Module:
-    """One layer of Llama 7B, on the meta device, with an adapter of rank 256 whose sides are the paper's."""
-    llama = LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=1, vocab_size=64
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(llama)
-    inject(model, MoRAConfig(rank=256, r_hat_multiple=1, **config))
-    return model
-
-
-def test_the_table_for_8_ranks_of_4096_tokens() -> None:
-    """Tera-MACs, and millions of elements, a layer and rank: the design's table, line by line."""
-    rows = cost_table(seven_billion(), seven_billion(segments=8), 8, (2, 8), 4096)
-    found = {row.name: (round(row.macs / 1e12, 2), round(row.wire / 1e6)) for row in rows}
-    assert found == {
-        "data parallel only, base unsharded": (1.90, 52),
-        "every rank repeats the base, t = 2": (3.56, 166),
-        "split, M gathered, t = 2": (2.15, 187),
-        "split, M aligned, t = 2": (1.90, 157),
-        "every rank repeats the base, t = 8": (13.51, 1006),
-        "split, M gathered, t = 8": (2.99, 992),
-        "split, M aligned, t = 8": (1.90, 940),
-        "ZeRO-3 with the base sharded too": (1.90, 407),
-        "sequence parallel (Ulysses), s = 2": (1.90, 120),
-        "sequence parallel (Ulysses), s = 8": (1.90, 170),
-        # and what the default adds to it: a gather of 4096 + 2 x 1966 elements a token
-        "split, M gathered, inputs split, t = 2": (2.15, 220),
-        "split, M aligned, inputs split, t = 2": (1.90, 190),
-        "split, M gathered, inputs split, t = 8": (2.99, 1222),
-        "split, M aligned, inputs split, t = 8": (1.90, 1170),
-    }
-
-
-def test_the_tool_prints_it(tmp_path: Path) -> None:
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({
-        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
-        "num_hidden_layers": 32, "vocab_size": 64,
-    }))  # fmt: skip
-    tool = Path(__file__).resolve().parents[2] / "tools" / "tp_cost.py"
-    text = subprocess.run([sys.executable, str(tool), str(config)], capture_output=True, text=True, check=True).stdout
-    assert "split, M aligned, t = 8                            1.90         940" in text
-    assert "r_hat 1440, 1952" in text

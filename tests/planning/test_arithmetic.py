@@ -1,4 +1,4 @@
-"""The arithmetic of plans, with figures counted by hand: seconds of a step, and bytes under every ZeRO stage."""
+"""The arithmetic of plans, with figures counted by hand: bytes of Ulysses, and those under every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -10,36 +10,15 @@ import torch
 from transformers import AutoConfig
 
 from mora_ds.adapters.config import MoRAConfig
-from mora_ds.planning.costs import Collective, Costs, Traffic
-from mora_ds.planning.memory import Trained, all_gather_volume, rank_memory, reduced_bytes
+from mora_ds.planning.memory import Gathers, Trained, all_gather_volume, gathers, rank_memory, reduced_bytes
+from mora_ds.planning.plan import ulysses_bytes
 from mora_ds.planning.step import StepMemory, Work
-from mora_ds.planning.timing import (
-    Cluster,
-    StepTime,
-    attention_macs,
-    head_macs,
-    step_time,
-    tokens_a_second,
-    ulysses_bytes,
-)
-from mora_ds.planning.zero_trace import Gathers
 
 CONFIG = AutoConfig.for_model(
     "llama", hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     head_dim=8, vocab_size=100,
 )  # fmt: skip
 WORK = Work(CONFIG, MoRAConfig(rank=4), seq_len=32, micro_batch=2)
-
-# -- time --------------------------------------------------------------------------------------------------------------
-
-
-def test_arithmetic_of_attention_and_head_is_shared_by_a_group() -> None:
-    whole = 7 * 3 * 2 * (32 * 32 // 2) * (4 * 8)  # products, layers, rows, pairs of tokens, width
-    assert attention_macs(WORK) == whole
-    for shared in ({"tensor_parallel": 2}, {"sequence_parallel": 2}):
-        assert attention_macs(replace(WORK, **shared)) == whole // 2
-    assert head_macs(WORK) == 2 * 64 * 64 * 100
-    assert head_macs(replace(WORK, sequence_parallel=2)) == 2 * 32 * 64 * 100
 
 
 def test_ulysses_exchanges_queries_keys_values_and_outputs() -> None:
@@ -51,55 +30,9 @@ def test_ulysses_exchanges_queries_keys_values_and_outputs() -> None:
     assert ulysses_bytes(replace(WORK, sequence_parallel=4)) == 2 * 3 * 16 * (2 * 8 * (4 + 4)) * 2 * 3 / 4
 
 
-def test_a_ring_that_leaves_its_node_shares_the_nodes_link() -> None:
-    cluster = Cluster(64, per_node=4, link=100.0, node_link=40.0)
-    rings = {(4, 1): 100, (5, 1): 40, (2, 2): 100, (3, 2): 20, (2, 4): 10, (8, 8): 10}
-    assert {ring: cluster.bandwidth(*ring) for ring in rings} == rings
-    assert replace(cluster, link=15.0).bandwidth(8) == 15, "no more than a rank sends within its node"
-
-
-SPENT = Costs(
-    base_macs=600, square_macs=90, base_elements=0, square_elements=0,
-    traffic=(Traffic("activation", Collective.SUM, 2, 50), Traffic("square", Collective.GATHER, 2, 1000)),
-)  # fmt: skip
-SECOND = Cluster(8, per_node=4, tflops=2e-12, link=10.0, node_link=4.0)
-"""A multiply-accumulate takes a second."""
-
-
-def test_a_step_is_all_its_micro_batches() -> None:
-    attention, head = attention_macs(WORK), head_macs(WORK)
-    found = step_time(WORK, SPENT, SECOND, zero_bytes=80.0, accumulation=3)
-    assert found == StepTime(products=3 * (690 + attention + head), zero=80 / 4, groups=0)
-    again = step_time(replace(WORK, checkpointing=True), SPENT, SECOND, 80.0, 3)
-    assert again.products == found.products + 3 * (300 + 30 + 2 * attention // 7), "a forward pass more"
-    split = step_time(replace(WORK, tensor_parallel=2), SPENT, SECOND, 80.0, 3)
-    assert split.groups == 3 * (2 * 50 / 2) * 2 / 10, "activations alone, in bf16"
-    assert split.zero == 80 / min(10, 4 / 2), "every second rank is in the ring"
-    two = replace(WORK, sequence_parallel=2)
-    assert step_time(two, SPENT, SECOND, 0.0, 3).groups == 3 * ulysses_bytes(two) / 10
-
-
-def test_traffic_of_zero_and_copies_hide_behind_arithmetic() -> None:
-    assert StepTime(products=5, zero=3, groups=1).step == 6
-    assert StepTime(products=5, zero=8, groups=1).step == 9
-    waiting = StepTime(products=5, zero=3, groups=1, copies=6, waits=2)
-    assert (waiting.step, waiting.resident, waiting.bottleneck) == (8, 6, "copying the base from host memory")
-    two = replace(WORK, tensor_parallel=2)
-    assert tokens_a_second(two, SECOND, waiting, accumulation=3) == 2 * 32 * 3 * 4 / 8
-    assert tokens_a_second(replace(two, sequence_parallel=2), SECOND, waiting, 3) == 2 * 32 * 3 * 2 / 8
-
-
-def test_a_cluster_has_the_units_of_the_flags() -> None:
-    flags = Cluster(16, 4, 40e9, 100, 200e9, 50e9, 25e9).flags()
-    assert flags == pytest.approx({
-        "gpus": 16, "gpus_per_node": 4, "gpu_memory": 40, "tflops": 100, "link_gbps": 1600, "node_link_gbps": 400,
-        "host_link_gbps": 200,
-    })  # fmt: skip
-
-
 # -- memory ------------------------------------------------------------------------------------------------------------
 
-STEP, GATHERED = StepMemory(saved=300, peak=500, tables=20), Gathers(4, 200, 90, 40)
+STEP, GATHERED = StepMemory(saved=300, peak=500, tables=20), Gathers(200, 90, 40)
 
 
 def trained(stage: int, **changes: Any) -> Trained:
@@ -111,7 +44,7 @@ def trained(stage: int, **changes: Any) -> Trained:
         **changes.pop("zero", {}),
     }
     config = {"zero_optimization": zero, **changes.pop("config", {})}
-    return replace(Trained((101, 61, 7), 2, 4, 2, config), **changes)
+    return replace(Trained((101, 61, 7), 80, 2, 4, 2, config), **changes)
 
 
 @pytest.mark.parametrize(
@@ -161,17 +94,33 @@ def test_muon_has_one_moment_of_a_matrix_and_gathers_some_at_a_time() -> None:
 
 def test_reducing_a_full_bucket_may_be_the_peak() -> None:
     small = replace(STEP, peak=10)
-    peaks = {stage: rank_memory(0, 0, 0, small, trained(stage), Gathers(0, 0, 0, 0)) for stage in (1, 2, 3)}
+    peaks = {stage: rank_memory(0, 0, 0, small, trained(stage), Gathers()) for stage in (1, 2, 3)}
     assert peaks[1].forward_backward == peaks[2].forward_backward == 2 * 50
     assert peaks[3].forward_backward == 14 + 2 * 50 + 4 * 12, "this rank's part in fp32 too"
 
 
 def test_volumes_of_a_step_at_each_stage() -> None:
     volumes = {stage: all_gather_volume(trained(stage), GATHERED, accumulation=3) for stage in range(4)}
-    assert volumes[0] == (0, 0) and volumes[1] == volumes[2] == (2 * 172, 1)
-    assert volumes[3] == (2 * (round(3 * 200 * 176 / 169) + 8), 3 * 4 + 1)
-    assert all_gather_volume(trained(3, ranks=1), GATHERED, 3) == (0, 0)
+    assert volumes[0] == 0 and volumes[1] == volumes[2] == 2 * 172
+    assert volumes[3] == 2 * (round(3 * 200 * 176 / 169) + 8)
+    assert all_gather_volume(trained(3, ranks=1), GATHERED, 3) == 0
     assert [reduced_bytes(trained(3, ranks=ranks), 3) for ranks in (1, 4)] == [0, 2 * 176 * 3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, Gathers(elements=162, most_at_once=162, largest_call=90)),
+        ({"max_live_parameters": 100}, Gathers(2 * 162 - 100, 162, 90)),
+        ({"max_live_parameters": 100, "prefetch_bucket_size": 80}, Gathers(2 * 162 - 30, 30 + 80, 80)),
+        ({"max_live_parameters": 0, "max_reuse_distance": 0}, Gathers(2 * 162, 90, 90)),
+    ],
+)
+def test_what_stays_is_gathered_once(settings: dict[str, int], expected: Gathers) -> None:
+    sizes = {"max_reuse_distance": 60, "prefetch_bucket_size": 90, **settings}
+    sharded = trained(3, zero={f"stage3_{name}": size for name, size in sizes.items()})
+    assert gathers(sharded) == expected
+    assert gathers(replace(sharded, ranks=1)) == Gathers(), "one rank has everything"
 
 
 def test_nothing_persists_on_one_rank_or_below_stage_3() -> None:

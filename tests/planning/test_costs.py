@@ -87,14 +87,3 @@ def test_what_a_rank_does_is_said() -> None:
         "each rank computes 2.500 G multiply-accumulates a micro-batch (base 2.000, factors 0.500) and sends "
         "4.500 M elements (factors 1.500, activations 3.000, base 0)",
     ]
-
-
-def test_without_a_split_every_rank_repeats_the_base() -> None:
-    model = tiny_model()
-    inject(model, MoRAConfig(rank=4, operator="share"))
-    split, repeated = (costs(model, 2, 1, TOKENS, split=split) for split in (True, False))
-    assert repeated.base_macs == 2 * BASE * TOKENS and split.base_macs == repeated.base_macs // 2
-    assert split.square_elements == repeated.square_elements == sum(side**2 for side in sides(model)) / 2
-    assert repeated.payload(Collective.SUM) == TOKENS * sum(
-        layer.spec.r_hat * layer.spec.blocks for layer in mora_layers(model).values()
-    )

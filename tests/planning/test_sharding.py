@@ -10,10 +10,9 @@ from transformers import AutoConfig
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.planning import sharding
-from mora_ds.planning.plan import Plan, Planner
+from mora_ds.planning.plan import Cluster, Plan, Planner
 from mora_ds.planning.report import report
 from mora_ds.planning.step import Work
-from mora_ds.planning.timing import Cluster
 from tests.helpers.models import FAMILIES
 
 CONFIG = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}

@@ -30,10 +30,9 @@ from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.base import BaseCheckpoint, write_own_base
-from mora_ds.planning.plan import Plan, Planner, _group_sizes
+from mora_ds.planning.plan import Cluster, Plan, Planner, _group_sizes
 from mora_ds.planning.report import as_json, report
 from mora_ds.planning.step import Work, planned_model
-from mora_ds.planning.timing import Cluster
 from mora_ds.remora.ledger import Ledger
 from mora_ds.train.dry_run import planned
 from tests.helpers.engines import ds_config

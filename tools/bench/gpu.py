@@ -55,9 +55,8 @@ from mora_ds.models.base import write_own_base
 from mora_ds.models.document_attention import document_attention
 from mora_ds.models.loss import chunk_loss, token_nll
 from mora_ds.planning.memory_meter import MemoryMeter
-from mora_ds.planning.plan import Planner
+from mora_ds.planning.plan import Cluster, Planner
 from mora_ds.planning.step import Work, planned_model
-from mora_ds.planning.timing import Cluster
 from mora_ds.runtime import cli
 from mora_ds.train.run import Run
 from tools.bench import layer as layers

@@ -8,7 +8,7 @@ Measured on rank 0, next to what `mora_ds.plan` says from the config alone:
 
     held                 bytes of all tensors that are alive between steps, less those that were there before
     kept, peak           of tensors made in forward and backward (`MemoryMeter`)
-    gathered, calls      of all-gathers in a step (`CollectiveCounter`)
+    gathered             of all-gathers in a step (`CollectiveCounter`)
     resident             the process's highest resident memory in a step, less that before the model was loaded
     Pss, all ranks       proportional memory of all ranks together between steps: the base's pages count once
 """
@@ -34,9 +34,8 @@ from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.loss import chunk_loss, token_nll
 from mora_ds.planning.memory_meter import MemoryMeter
-from mora_ds.planning.plan import Plan, Planner
+from mora_ds.planning.plan import Cluster, Plan, Planner
 from mora_ds.planning.step import Work, planned_model
-from mora_ds.planning.timing import Cluster
 from mora_ds.runtime import cli
 from tools.bench.measuring import llama_config, memory_of, on_processes, zero3_config
 from tools.bench.report import Report, json_flag
@@ -101,7 +100,6 @@ def _show(report: Report, ranks: int, plan: Plan, found: list[dict[str, float]])
         ratio = f"{measured / planned:.3f}" if planned else "-"
         lines.append([name, f"{planned / 1e6:.2f}", f"{measured / 1e6:.2f}", ratio])
     report.show(f"{ranks} ranks", lines)
-    report.say(f"collectives that gather: planned {plan.gather_calls}, measured {mine['calls']:.0f}")
 
 
 def _persistent(plan: Plan) -> int:
@@ -145,7 +143,7 @@ def _train(
             del loss
             engine.step()
         found["resident"] = memory_of("VmHWM") - resident
-        found["gathered"], found["calls"] = counter.gathered_bytes, counter.calls
+        found["gathered"] = counter.gathered_bytes
     gc.collect()
     dist.barrier()
     found["held"], found["pss"] = _alive() - tensors, memory_of("Pss") - pss
