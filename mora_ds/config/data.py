@@ -6,19 +6,11 @@ import glob
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 
-from mora_ds.common.errors import BELOW_1, COUNT, NOT_NEGATIVE, SECONDS, Bounds, UserError, wrong_values
+from mora_ds.common.errors import BELOW_1, COUNT, NOT_NEGATIVE, Bounds, UserError, wrong_values
 from mora_ds.config.flags import documented
 from mora_ds.runtime.node_memory import Sharing, folder_of
-
-
-class TokenizerType(str, Enum):
-    """Algorithms of SentencePiece that --train_tokenizer_vocab can use."""
-
-    BPE = "bpe"
-    UNIGRAM = "unigram"
 
 
 @dataclass(frozen=True)
@@ -33,9 +25,7 @@ class ModelArguments:
     tokenizer_name: str | None = None
     """Folder, Hub name or SentencePiece .model file of the tokenizer. Default: the model's own."""
     train_tokenizer_vocab: int = 0
-    """Train a SentencePiece tokenizer with a vocabulary of this size on the training files; 0 for none."""
-    train_tokenizer_type: str = TokenizerType.BPE.value
-    """SentencePiece's algorithm for --train_tokenizer_vocab: bpe or unigram."""
+    """Train a SentencePiece tokenizer (BPE) with a vocabulary of this size on the training files; 0 for none."""
     node_base: str = Sharing.AUTO.value
     """On CPUs, where the frozen base lies that the processes of a node share: auto (in the model's files, mapped, and
     from the first merge on in memory that they share; private where they cannot), shared (in such memory from the
@@ -59,9 +49,7 @@ class ModelArguments:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
-        vocabulary = Bounds(least=0, most=10_000_000)
-        names: dict[str, Bounds | type[Enum]] = {"train_tokenizer_type": TokenizerType}
-        yield from wrong_values(self, {"train_tokenizer_vocab": vocabulary, **names})
+        yield from wrong_values(self, {"train_tokenizer_vocab": Bounds(least=0, most=10_000_000)})
         try:
             folder_of(self.node_base)
         except UserError as error:
@@ -94,8 +82,6 @@ class DataArguments:
     """Read and tokenise the training text while training instead of caching it first. Needs --max_steps."""
     shuffle_buffer: int = 10000
     """With --streaming: number of documents that are shuffled together; 0 keeps the order of the files."""
-    stream_retry_s: float = 120.0
-    """With --streaming: seconds for which reading a source is retried after an error before the run ends."""
     eval_files: list[str] = field(default_factory=list)
     """Files or patterns whose perplexity is reported, each as PATH (named by its stem) or NAME=PATH."""
     dataset_name: str | None = None
@@ -134,7 +120,6 @@ class DataArguments:
                 "preprocessing_workers": COUNT,
                 "held_out_share": BELOW_1,
                 "shuffle_buffer": NOT_NEGATIVE,
-                "stream_retry_s": SECONDS,
             },
         )
         if not self.text_column:

@@ -20,7 +20,7 @@ from mora_ds.data.mixture import Mixture, Source, TrainData
 from mora_ds.data.packing import IGNORED, PackedDataset
 from mora_ds.data.readers import Document
 from mora_ds.data.sentencepiece import train_sentencepiece
-from mora_ds.data.stream import DocumentStream, StreamSettings
+from mora_ds.data.stream import DocumentStream
 from mora_ds.data.stream_source import ParallelMap, StreamMixture, StreamSource
 from mora_ds.data.tokenizer import (
     AUTO,
@@ -50,7 +50,6 @@ __all__ = [
     "ParallelMap",
     "Source",
     "StreamMixture",
-    "StreamSettings",
     "StreamSource",
     "TokenCache",
     "TrainData",

@@ -30,7 +30,10 @@ IN_ORDER_WINDOW = 1024
 WINDOW_CHARACTERS = 1 << 28
 """A window with so much text is complete, however few documents it has."""
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
+FIRST_WAIT_S = 1.0
+LONGEST_WAIT_S = 30.0
+RETRY_S = 120.0
+"""How long a part that cannot be read is tried again before the run ends."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +58,15 @@ class StreamPosition:
 
 
 @dataclass(frozen=True)
-class StreamSettings:
-    """How a stream is read."""
-
-    buffer: int = 10_000
-    """Documents that are shuffled together; 0 keeps the order of the files."""
-    seed: int | str = 0
-    retry_s: float = 120.0
-    """How long a part that cannot be read is tried again before the run ends."""
-
-
-@dataclass(frozen=True)
 class DocumentStream:
     """The documents of `corpus` from any position on, epoch by epoch."""
 
     name: str
     """The source's name, for messages."""
     corpus: Corpus
-    settings: StreamSettings
+    buffer: int = 10_000
+    """Documents that are shuffled together; 0 keeps the order of the files."""
+    seed: int | str = 0
     counts: bool = True
     """Whether it logs how many documents the corpus's filter leaves out."""
 
@@ -126,23 +120,23 @@ class DocumentStream:
                 continue
             window.append(document)
             characters += len(document.text)
-            if len(window) >= (self.settings.buffer or IN_ORDER_WINDOW) or characters >= WINDOW_CHARACTERS:
+            if len(window) >= (self.buffer or IN_ORDER_WINDOW) or characters >= WINDOW_CHARACTERS:
                 yield opening, self._shuffled(window, opening)
                 opening, window, characters = replace(end, window=opening.window + 1), [], 0
         if window:
             yield opening, self._shuffled(window, opening)
 
     def _shuffled(self, window: list[Document], opening: StreamPosition) -> Iterable[Document]:
-        if not self.settings.buffer:
+        if not self.buffer:
             return window
-        order = epoch_order(f"{self.settings.seed}/{opening.epoch}", opening.window, len(window))
+        order = epoch_order(f"{self.seed}/{opening.epoch}", opening.window, len(window))
         return (window[index] for index in order)
 
     def _documents(self, position: StreamPosition, tally: _Tally) -> Iterator[tuple[Document, StreamPosition]]:
         """(document, the position after it) of the parts from `position` on, without those that are left out."""
         parts: list[Part] = list(self.corpus.parts)
-        if self.settings.buffer:
-            order = epoch_order(f"{self.settings.seed}/parts", position.epoch, len(parts))
+        if self.buffer:
+            order = epoch_order(f"{self.seed}/parts", position.epoch, len(parts))
             parts = [parts[index] for index in order]
         keep, mark, passes = self.corpus.keep, position.mark, True
         for number in range(position.part, len(parts)):
@@ -157,7 +151,7 @@ class DocumentStream:
 
     def _with_retries(self, part: Part, mark: Mark) -> Iterator[tuple[Document, Mark]]:
         """The documents of `part` after `mark`. After a passing failure (an OSError, a lost connection) the part is
-        opened again after the last good record, for up to `retry_s` without a new record."""
+        opened again after the last good record, for up to `RETRY_S` without a new record."""
         waited, wait, chunks = 0.0, FIRST_WAIT_S, 0
         while True:
             try:
@@ -172,12 +166,11 @@ class DocumentStream:
                         raise UserError(f"source {self.name!r}: {error}") from error
                     raise
                 where = f"source {self.name!r}: {part.label}"
-                if waited >= self.settings.retry_s:
+                if waited >= RETRY_S:
                     raise RunError(
-                        f"{where} cannot be read after record {mark.record}, tried for {waited:.0f} s "
-                        f"(--stream_retry_s): {error}"
+                        f"{where} cannot be read after record {mark.record}, tried for {waited:.0f} s: {error}"
                     ) from error
-                wait = min(wait, self.settings.retry_s - waited)
+                wait = min(wait, RETRY_S - waited)
                 log.warning(f"{where}, after record {mark.record}: {error}; trying again in {wait:.0f} s")
             time.sleep(wait)
             waited, wait = waited + wait, min(2 * wait, LONGEST_WAIT_S)

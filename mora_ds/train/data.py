@@ -29,7 +29,6 @@ from mora_ds.data import (
     PackedDataset,
     Source,
     StreamMixture,
-    StreamSettings,
     StreamSource,
     TokenCache,
     TrainData,
@@ -275,8 +274,7 @@ class _Tokenization:
             "text": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32],
             "shuffle_buffer": data.shuffle_buffer,
         }
-        settings = StreamSettings(data.shuffle_buffer, seed, data.stream_retry_s)
-        documents = DocumentStream(source.name, corpus, settings)
+        documents = DocumentStream(source.name, corpus, data.shuffle_buffer, seed)
         return StreamSource(documents, encoder, data.seq_len, data.document_mask, identity, self.ranks, source.epochs)
 
 

@@ -44,9 +44,8 @@ def load_or_train_tokenizer(
 
         def train_once() -> None:
             if not path.exists():
-                vocabulary, algorithm = model.train_tokenizer_vocab, model.train_tokenizer_type
                 with disk_errors(target):
-                    train_sentencepiece(corpus.texts(), vocabulary, target, algorithm=algorithm)
+                    train_sentencepiece(corpus.texts(), model.train_tokenizer_vocab, target)
 
         ranks.on_first("training of the tokenizer", train_once, long=True)
         tokenizer = load_tokenizer(path, flag=flag)

@@ -250,7 +250,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "two sources": ({"dataset_name": "wiki"}, "--train_files and --dataset_name"),
     "two models": ({"model_config": "c.json"}, "--model_name_or_path and --model_config"),
     "two tokenizers": ({"tokenizer_name": "t", "train_tokenizer_vocab": 500}, "--tokenizer_name and"),
-    "tokenizer of a kind": ({"train_tokenizer_type": "unigrams"}, "Did you mean 'unigram'?"),
     "no data": ({"train_files": []}, "nothing to train on"),
     "no model": ({"model_name_or_path": None}, "give --model_name_or_path or --model_config"),
     "no tokenizer": ({"model_name_or_path": None, "model_config": "c"}, "--model_config comes without a tokenizer"),

@@ -53,7 +53,6 @@ LAUNCHES = r"""
 --seed | --seed
 --collective_timeout_s 0 | --collective_timeout_s must be above 0
 --collective_timeout_s 1e30 | --collective_timeout_s must be above 0 and at most 1,000,000,000
---stream_retry_s 1e30 | --stream_retry_s must be at least 0 and at most
 --max_steps 0 | --max_steps must be at least 1
 --max_steps 1000000000000000000000000000000 | --max_steps must be below
 --max_steps -1 --num_train_epochs 0 | --num_train_epochs must be above 0
@@ -96,7 +95,6 @@ LAUNCHES = r"""
 --train_tokenizer_vocab -1 | --train_tokenizer_vocab must be at least 0
 --train_tokenizer_vocab 5 | --train_tokenizer_vocab must be at least 261
 --train_tokenizer_vocab 1000000000 | --train_tokenizer_vocab must be at least 0 and at most 10,000,000
---train_tokenizer_vocab 300 --train_tokenizer_type word | --train_tokenizer_type 'word'
 --train_embeddings perhaps | --train_embeddings | perhaps
 --mora_rnk 3 | --mora_rnk | Did you mean '--mora_rank'
 stray | 'stray'

@@ -18,7 +18,6 @@ from mora_ds.data import (
     Mixture,
     PackedDataset,
     StreamMixture,
-    StreamSettings,
     build_cache,
     load_corpus,
     readers,
@@ -66,18 +65,18 @@ def test_a_stream_is_resumed_at_any_sample(
 def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_path: Path) -> None:
     texts = [f"{n}" for n in range(50)]
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", texts))
-    reader = DocumentStream("a", corpus, StreamSettings(buffer=8, seed=3))
+    reader = DocumentStream("a", corpus, buffer=8, seed=3)
     epochs = [[document.text for document, _ in reader.epoch(StreamPosition(epoch=number))] for number in range(3)]
     assert all(sorted(epoch) == sorted(texts) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    other = DocumentStream("a", corpus, StreamSettings(buffer=8, seed=4))
+    other = DocumentStream("a", corpus, buffer=8, seed=4)
     assert [document.text for document, _ in other.epoch(StreamPosition())] != epochs[0]
-    alone = DocumentStream("a", Corpus(corpus.parts[:1]), StreamSettings(buffer=4, seed=3))
+    alone = DocumentStream("a", Corpus(corpus.parts[:1]), buffer=4, seed=3)
     read = [int(document.text) // 3 for document, _ in alone.epoch(StreamPosition())]
     windows = [read[start : start + 4] for start in range(0, 16, 4)]
     assert [sorted(window) for window in windows] == [list(range(start, start + 4)) for start in range(0, 16, 4)]
     assert len({tuple(index % 4 for index in window) for window in windows}) > 1, "each window has its own order"
-    unshuffled = DocumentStream("a", corpus, StreamSettings(buffer=1, seed=3))
+    unshuffled = DocumentStream("a", corpus, buffer=1, seed=3)
     firsts = [next(unshuffled.epoch(StreamPosition(epoch=number)))[0].text for number in range(8)]
     assert set(firsts) == {"0", "1", "2"}, "each epoch has its own order of files"
 
@@ -85,7 +84,7 @@ def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_pa
 def test_a_window_of_much_text_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "WINDOW_CHARACTERS", 50)
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", ["x" * 20] * 30))
-    places = [place for _, place in DocumentStream("a", corpus, StreamSettings()).epoch(StreamPosition())]
+    places = [place for _, place in DocumentStream("a", corpus).epoch(StreamPosition())]
     assert [(place.window, place.done) for place in places] == [divmod(number, 3) for number in range(30)]
 
 
@@ -119,13 +118,13 @@ def test_documents_left_out_are_left_out_of_a_stream(
     wanted = [cached.block(number) for number in range(cached.n_blocks)]
     assert_equal(taken(source(corpus, tokenizer), 0, len(wanted)), wanted)
     caplog.clear()
-    documents_of = DocumentStream("a", corpus, StreamSettings(buffer=10))
+    documents_of = DocumentStream("a", corpus, buffer=10)
     kept = sum(1 for _ in documents_of.epoch(StreamPosition()))
     logged = list(caplog.messages)
     assert 0 < kept < 90 and logged[-1].startswith(f"a: {90 - kept} of 90 documents of epoch 1 are not trained on")
     assert 2 <= len(logged) <= 5 and all("documents so far" in line for line in logged[:-1])
     assert sum(1 for _ in replace(documents_of, counts=False).epoch(StreamPosition())) == kept
-    assert list(DocumentStream("a", Corpus(corpus.parts), StreamSettings()).epoch(StreamPosition()))
+    assert list(DocumentStream("a", Corpus(corpus.parts)).epoch(StreamPosition()))
     assert caplog.messages == logged
     nothing = source(Corpus(corpus.parts, keep=DocumentFilter(0.999999999)), tokenizer)
     with pytest.raises(UserError, match="source 'a' holds no text to train on"):
@@ -254,7 +253,6 @@ def test_what_streaming_cannot_do_is_said_at_once(user: Playground, tmp_path: Pa
         ): "--streaming: the length of a stream is unknown, so give the number of steps with --max_steps",
         ("--held_out_share", 0.1): "--held_out_share reads the complete text",
         ("--shuffle_buffer", -1): "--shuffle_buffer must be at least 0",
-        ("--stream_retry_s", -1): "--stream_retry_s must be at least 0",
         ("--train_files", tmp_path / "none.jsonl"): "no file matches",
     }
     for more, said in cases.items():

@@ -19,7 +19,6 @@ from mora_ds.data import (
     Document,
     DocumentStream,
     PackedDataset,
-    StreamSettings,
     build_cache,
     load_corpus,
     readers,
@@ -68,7 +67,7 @@ def test_passing_failures_are_retried(
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", documents()))
     whole = taken(source(corpus, tokenizer, 10), 0, 300)
     parts = tuple(Flaky(part, {5: 2, 20: 1}, error) for part in corpus.parts)
-    shaky = source(Corpus(parts), tokenizer, 10, retry_s=60.0)  # type: ignore[arg-type]
+    shaky = source(Corpus(parts), tokenizer, 10)  # type: ignore[arg-type]
     assert_equal(taken(shaky, 0, 300), whole)
     assert waits[:3] == [1.0, 2.0, 1.0], "the first wait again after every new record"
     assert all("source 'a'" in line and str(error) in line for line in caplog.messages)
@@ -78,9 +77,9 @@ def test_passing_failures_are_retried(
 def test_a_failure_that_stays_ends_the_run(tokenizer: Any, tmp_path: Path, waits: list[float]) -> None:
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", documents()))
     parts = tuple(Flaky(part, {20: 10**6}, OSError("gone")) for part in corpus.parts)
-    with pytest.raises(RunError, match=r"source 'a': .*0.jsonl cannot be read after record 19, tried for 99 s .*gone"):
-        taken(source(Corpus(parts), tokenizer, retry_s=99.0), 0, 300)  # type: ignore[arg-type]
-    assert waits == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 8.0]
+    with pytest.raises(RunError, match=r"source 'a': .*0.jsonl cannot be read after record 19, tried for 120 s: gone"):
+        taken(source(Corpus(parts), tokenizer), 0, 300)  # type: ignore[arg-type]
+    assert waits == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 29.0]
 
 
 def test_a_failure_within_a_document_repeats_no_chunk(
@@ -91,7 +90,7 @@ def test_a_failure_within_a_document_repeats_no_chunk(
     (tmp_path / "a.txt").write_text(text)
     (part,) = load_corpus([str(tmp_path / "a.txt")]).parts
     shaky = Corpus((Flaky(part, {1: 2}, IO_ERROR),))  # type: ignore[arg-type]  # before the last chunk
-    chunks = [chunk for chunk, _ in DocumentStream("a", shaky, StreamSettings()).epoch(StreamPosition())]
+    chunks = [chunk for chunk, _ in DocumentStream("a", shaky).epoch(StreamPosition())]
     assert "".join(chunk.text for chunk in chunks) == text and len(chunks) == 9
     assert waits == [1.0, 2.0]
 
@@ -114,7 +113,7 @@ def test_damage_in_the_middle_is_named_and_not_tried_again(tokenizer: Any, tmp_p
     for name, damaged in {"a.gz": gz[:-40], "b.gz": gz[:-8] + bytes(4) + gz[-4:], "c.zst": zst[:-40]}.items():
         path = tmp_path / f"damaged.jsonl.{name[2:]}"  # in b.gz the checksum
         path.write_bytes(damaged)
-        documents_of = DocumentStream("a", load_corpus([str(path)]), StreamSettings())
+        documents_of = DocumentStream("a", load_corpus([str(path)]))
         with pytest.raises(UserError, match=rf"source 'a': .*{path.name} cannot be read"):
             list(documents_of.epoch(StreamPosition()))
     assert not waits

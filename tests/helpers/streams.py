@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from mora_ds.data import Corpus, DocumentStream, Encoder, StreamSettings, StreamSource
+from mora_ds.data import Corpus, DocumentStream, Encoder, StreamSource
 
 T = 16
 
@@ -48,8 +48,7 @@ def write(folder: Path, kind: str, texts: list[str]) -> list[str]:
 
 
 def source(corpus: Corpus, tokenizer: Any, buffer: int = 0, **more: Any) -> StreamSource:
-    settings = StreamSettings(buffer, "5/a", more.pop("retry_s", 0.0))
-    return StreamSource(DocumentStream("a", corpus, settings), Encoder.of(tokenizer), T, True, None, **more)
+    return StreamSource(DocumentStream("a", corpus, buffer, "5/a"), Encoder.of(tokenizer), T, True, None, **more)
 
 
 def taken(stream: StreamSource, first: int, last: int) -> list[dict[str, np.ndarray]]:

@@ -33,7 +33,6 @@ from mora_ds.data import (
     Mixture,
     PackedDataset,
     StreamMixture,
-    StreamSettings,
     StreamSource,
     build_cache,
     domain_documents,
@@ -73,7 +72,7 @@ def main() -> None:
     def streamed(states: dict[str, Any] | None = None) -> StreamMixture:
         sources: dict[str, Any] = {}
         for name, corpus in corpora.items():
-            reader = DocumentStream(name, corpus, StreamSettings(options.buffer, f"0/{name}"))
+            reader = DocumentStream(name, corpus, options.buffer, f"0/{name}")
             sources[name] = StreamSource(reader, Encoder.of(tokenizer), options.seq_len, True, None)
         return StreamMixture(sources, [(0, WEIGHTS)], [None] * 3, options.seq_len, options.rows, states=states)
 
