@@ -8,6 +8,7 @@ deepspeed, torchrun and srun start launch/pretrain.py, or `--module mora_ds pret
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from mora_ds.runtime.log_setup import set_up_logging
 
 if TYPE_CHECKING:
     from mora_ds.config.arguments import Arguments
+
+logger = logging.getLogger(__name__)
 
 
 def start() -> None:
@@ -44,6 +47,8 @@ def main() -> None:
     with start_up():
         arguments = parse(sys.argv[1:])
         set_up_logging(arguments.training.log_level)
+        if arguments.left_out:
+            logger.info(f"left out of the recipe, as the flags leave them no effect: {', '.join(arguments.left_out)}")
         if not arguments.is_demo:  # the demo's settings depend on the number of ranks
             validate(arguments)
         meet(arguments)

@@ -2,6 +2,7 @@
 
 flags               command line and YAML -> dataclasses; renamed and retired settings
 arguments           `Arguments`: the four groups of settings, `parse` and `dump`
+effects             which settings have an effect beside which
 adapter             settings of the adapter and its merges
 data                settings of model, tokenizer and text
 training            settings of the run itself

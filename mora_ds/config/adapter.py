@@ -202,15 +202,7 @@ class AdapterArguments:
                 "train_embedding_rank": NOT_NEGATIVE,
             },
         )
-        yield from self._without_mora()
-        if self.is_control:
-            yield from self._without_adapter()
         yield from self._target_problems()
-        if self.alignment_rank != AdapterArguments.alignment_rank and self.alignment_weight == 0:
-            yield "--alignment_rank is for --alignment_weight, and it is 0"
-        aligned = self.tp_grouping == TPGrouping.ALIGNED.value
-        if self.tp_segments != AdapterArguments.tp_segments and not aligned:
-            yield "--tp_segments is for --tp_grouping aligned, and it is gather"
         for flag in self.rows_flags:
             if self.train_embeddings or self.train_head:
                 yield (
@@ -219,31 +211,6 @@ class AdapterArguments:
                 )
         if len(self.rows_flags) > 1:
             yield f"{' and '.join(self.rows_flags)} train different parts of embeddings and head: give one of them"
-
-    def _without_mora(self) -> Iterator[str]:
-        """Settings of MoRA matrices where --adapter has none."""
-        if self.adapter == AdapterKind.MORA.value:
-            return
-        given = {
-            "operator subspace": self.operator == SUBSPACE,
-            "alignment_weight": self.alignment_weight != 0,
-            "targets": self.targets is not None,
-            "tp_grouping aligned": self.tp_grouping == TPGrouping.ALIGNED.value,
-            "domain_adapters": self.domain_adapters,
-        }
-        for flag in (flag for flag, is_given in given.items() if is_given):
-            yield f"--{flag} is for MoRA matrices, and --adapter is {self.adapter}"
-
-    def _without_adapter(self) -> Iterator[str]:
-        """Settings of an adapter where --adapter is full or none."""
-        if self.merge_every > 0:
-            yield f"--adapter {self.adapter} has nothing to merge: leave out --merge_every"
-        for flag in self.rows_flags:
-            yield f"{flag}: --adapter {self.adapter} has no frozen embeddings next to what is trained"
-        if self.base_bits != AS_LOADED:
-            yield (
-                f"--base_bits {self.base_bits}: --adapter {self.adapter} has no weight that is frozen under an adapter"
-            )
 
     def _expert_problems(self) -> Iterator[str]:
         """Settings that experts of a mixture do not go with."""
@@ -262,12 +229,8 @@ class AdapterArguments:
             yield "--targets auto: give --trainable_budget, such as 0.5%"
         if self.trainable_budget is not None:
             yield from refusal(parse_budget, self.trainable_budget)
-            if self.targets != AUTO:
-                yield "--trainable_budget is for --targets auto; the file of a plan holds the sides"
         if self.adapts_experts:
             yield from self._expert_problems()
-        elif self.expert_rank is not None and self.targets in (None, AUTO):
-            yield "--expert_rank is for experts, which --target_modules does not name: add experts to it"
         if self.targets in (None, AUTO):
             return
         if self.target_modules != [ALL_LINEAR]:

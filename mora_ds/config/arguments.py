@@ -17,6 +17,7 @@ from mora_ds.common.files import shipped
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.data import DataArguments, ModelArguments
+from mora_ds.config.effects import idle_settings
 from mora_ds.config.flags import parse_flat
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.ds_config import load_ds_config
@@ -37,6 +38,8 @@ class Arguments:
     training: TrainingArguments
     given: frozenset[str] = frozenset()
     """Names of the fields that flags or recipe set; the rest are defaults."""
+    left_out: tuple[str, ...] = ()
+    """Keys of the recipe that flags on the command line leave without an effect (`effects`); they have defaults."""
 
     @property
     def is_demo(self) -> bool:
@@ -76,13 +79,25 @@ def parse(argv: Sequence[str]) -> Arguments:
     The DeepSpeed file may name the degree of tensor parallelism, where no flag does. Raises `UserError` for anything
     unknown or of a wrong type, and for such a file that cannot be read. `-h` prints help and raises SystemExit(0).
     """
-    given = parse_flat(_GROUPS.values(), argv, "Continual pretraining with MoRA under DeepSpeed.", RECORDED_KEYS)
-    given.update({name: shipped(given[name]) for name in _SHIPPED if given.get(name) is not None})
-    file = given.get("deepspeed")
-    if file is not None and "tensor_parallel_size" not in given:
+    description = "Continual pretraining with MoRA under DeepSpeed."
+    recipe, flags = parse_flat(_GROUPS.values(), argv, description, RECORDED_KEYS)
+    for settings in (recipe, flags):
+        settings.update({name: shipped(settings[name]) for name in _SHIPPED if settings.get(name) is not None})
+    file = {**recipe, **flags}.get("deepspeed")
+    if file is not None and "tensor_parallel_size" not in {**recipe, **flags}:
         degree = degree_in(load_ds_config(expanded(file, "--deepspeed")))
-        given.update({} if degree is None else {"tensor_parallel_size": degree})
-    return from_flat(given)
+        flags.update({} if degree is None else {"tensor_parallel_size": degree})
+    return with_flags(recipe, flags)
+
+
+def with_flags(recipe: dict[str, Any], flags: dict[str, Any]) -> Arguments:
+    """Arguments from {field: value} of a recipe, and of flags that win over it and leave keys of it without effect."""
+    kept = dict(recipe)
+    mistakes = idle_settings(from_flat(recipe)).keys()  # the recipe's own: `validate` refuses them
+    while idle := [name for name in idle_settings(from_flat({**kept, **flags})) if name not in {*flags, *mistakes}]:
+        kept = {name: value for name, value in kept.items() if name not in idle}
+    left_out = tuple(name for name in recipe if name not in kept)
+    return dataclasses.replace(from_flat({**kept, **flags}), left_out=left_out)
 
 
 def from_flat(settings: dict[str, Any]) -> Arguments:

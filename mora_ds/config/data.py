@@ -126,12 +126,6 @@ class DataArguments:
             yield "--text_column must not be empty"
         if self.train_files and self.dataset_name:
             yield "--train_files and --dataset_name: give one of them"
-        if self.eval_files and not self.names_text:
-            yield "--eval_files without --train_files or --dataset_name"
-        if self.replay and not self.names_text:
-            yield "--replay without --train_files, --dataset_name or --mixture"
-        if self.exclude_eval_documents and not self.eval_files:
-            yield "--exclude_eval_documents without --eval_files"
         # a pattern without a name is one set a file, whose names are compared when the files are known
         counts = Counter(name for name, _ in self.named_eval_files() if not glob.has_magic(name))
         if twice := [name for name, count in counts.items() if count > 1]:

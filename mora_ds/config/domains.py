@@ -77,11 +77,6 @@ def _sources(data: DataArguments) -> tuple[str, ...]:
 def domain_problems(adapter: AdapterArguments, data: DataArguments, training: TrainingArguments) -> Iterator[str]:
     """One message for each setting that contradicts --domain_adapters, or that needs it."""
     if not adapter.domain_adapters:
-        for name in ("freeze", "eval_domains"):
-            if getattr(adapter, name) not in (Freeze.NONE.value, []):
-                yield f"--{name} is for {FLAG}"
-        if adapter.init_adapter is not None:
-            yield f"--init_adapter is for {FLAG}"
         return
     if adapter.adapter != AdapterKind.MORA.value:
         return

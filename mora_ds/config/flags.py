@@ -1,6 +1,6 @@
 """Strict command line and YAML for plain dataclasses.
 
-    argv -> [recipe.yaml] + flags -> one flat {field: value} -> dataclasses
+    argv -> {field: value} of [recipe.yaml] and of flags -> dataclasses
 
 Each field is a flag of the same name; its docstring is its help. The first argument may be a YAML file with the same
 names as keys; flags win over it. Nothing unknown passes: an unknown key or flag, a value of another type, a key twice
@@ -113,8 +113,9 @@ class StrictParser(HfArgumentParser):
 
 def parse_flat(
     groups: Iterable[type], argv: Sequence[str], description: str, ignored_keys: Iterable[str] = ()
-) -> dict[str, Any]:
-    """The values that `argv` sets, of all fields of the dataclasses `groups`; fields left at their defaults are absent.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """({field: value} of the recipe, the same of the flags), of fields of the dataclasses `groups`; what is not given
+    is absent.
 
     `ignored_keys` are top-level keys of a recipe that are no settings. Raises `UserError`; `-h` prints help and
     raises SystemExit(0).
@@ -122,7 +123,7 @@ def parse_flat(
     groups = list(groups)
     arguments = list(argv)
     recipe = _pop_recipe(arguments)
-    given = read_recipe(shipped(recipe), groups, ignored_keys) if recipe else {}
+    of_recipe = read_recipe(shipped(recipe), groups, ignored_keys) if recipe else {}
     parser = StrictParser(
         cast(Any, groups),
         description=description,
@@ -133,8 +134,7 @@ def parse_flat(
     parsed, rest = parser.parse_known_args(arguments, argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN)))
     if rest:
         raise UserError(_unknown_flags(rest, parser))
-    settings = {name: value for name, value in vars(parsed).items() if value is not _NOT_GIVEN}
-    return {**given, **settings}
+    return of_recipe, {name: value for name, value in vars(parsed).items() if value is not _NOT_GIVEN}
 
 
 def _pop_recipe(arguments: list[str]) -> str | None:

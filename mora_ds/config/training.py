@@ -295,11 +295,6 @@ class TrainingArguments:
                 f"--eval_tasks_steps {self.eval_tasks_steps}: tasks are evaluated with the evaluation sets, so it must "
                 f"be a multiple of --eval_steps, {self.eval_steps}"
             )
-        if not self.eval_tasks and (self.eval_tasks_steps or self.eval_tasks_limit):
-            yield "--eval_tasks_steps and --eval_tasks_limit are for --eval_tasks"
         yield from refusal(Watch.of, self.stop_when_forgotten, self.best_by)
-        for name in ("stop_when_forgotten", "best_by"):
-            if getattr(self, name) and self.eval_steps == 0:
-                yield f"--{name} is checked at evaluations: give --eval_steps"
         if self.stop_when_forgotten and not self.eval_on_start:
             yield "--stop_when_forgotten compares with the start: leave out --no_eval_on_start"

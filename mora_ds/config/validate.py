@@ -1,5 +1,6 @@
 """Checks of all settings that need no file's contents; every problem is reported at once.
 
+    settings without effect     effects.py
     own values of a group       `problems()` of its class
     several groups at once      validate_adapter.py (adapter and run), domains.py, validate_run.py (model, text and run)
 
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from mora_ds.common.errors import refuse
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.domains import domain_problems
+from mora_ds.config.effects import idle_settings
 from mora_ds.config.validate_adapter import adapter_problems
 from mora_ds.config.validate_run import run_problems
 from mora_ds.remora.schedule import conflicts
@@ -22,7 +24,8 @@ _UNKNOWN_LENGTH = 2**62
 
 
 def validate(arguments: Arguments) -> None:
-    """Raises one `UserError` that lists everything wrong with `arguments`, one problem a line."""
+    """Raises one `UserError` that lists everything wrong with `arguments`, one problem a line; where nothing is, the
+    settings that have no effect."""
     model, adapter, data, training = arguments.model, arguments.adapter, arguments.data, arguments.training
     refuse(
         [
@@ -36,6 +39,7 @@ def validate(arguments: Arguments) -> None:
             *_schedule_problems(arguments),
         ]
     )
+    refuse(idle_settings(arguments).values())
 
 
 def _schedule_problems(arguments: Arguments) -> Iterator[str]:

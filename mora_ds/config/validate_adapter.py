@@ -13,34 +13,19 @@ from mora_ds.parallel.limits import tensor_parallel_problems
 
 def adapter_problems(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[str]:
     """One message for each setting of the run that the adapter does not go with."""
-    if adapter.adapter == AdapterKind.NONE.value:
-        if training.export_merged:
-            yield "--adapter none trains nothing: leave out --export_merged"
-        if training.push_to_hub is not None:
-            yield "--adapter none trains nothing: leave out --push_to_hub"
-        if training.resume_from_checkpoint is not None:
-            yield "--adapter none trains nothing, so there is nothing to resume: leave out --resume_from_checkpoint"
     if adapter.adapter == AdapterKind.FULL.value and training.push_to_hub and not training.export_merged:
         yield "--push_to_hub: --adapter full has no adapter to upload; add --export_merged"
     if training.optimizer == OptimizerKind.MUON.value and adapter.adapter != AdapterKind.MORA.value:
         yield "--optimizer muon is for MoRA matrices: use --adapter mora, or --optimizer adamw"
     if training.optimizer == OptimizerKind.MUON.value and adapter.adapts_experts:
         yield "--optimizer muon is for single MoRA matrices, and --target_modules names experts: use --optimizer adamw"
-    if training.embedding_learning_rate is not None:
-        yield from _other_learning_rate(adapter, training)
-    if adapter.is_control and training.base_device == BaseDevice.HOST.value:
-        yield f"--base_device host is for a base that is frozen under an adapter, and --adapter is {adapter.adapter}"
+    by_muon = training.optimizer == OptimizerKind.MUON.value
+    if training.embedding_learning_rate is not None and adapter.domain_adapters and not by_muon:
+        yield (
+            "--embedding_learning_rate would hold for the domains' MoRA matrices too: leave it out with "
+            "--domain_adapters"
+        )
     yield from _tensor_parallel(adapter, training)
-
-
-def _other_learning_rate(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[str]:
-    flag = "--embedding_learning_rate"
-    if adapter.is_control:
-        yield f"{flag} is for parameters trained in addition to an adapter, and --adapter is {adapter.adapter}"
-    if not adapter.trains_others and not adapter.domain_adapters:
-        yield f"{flag}: only the adapter is trained; give --train_embeddings, or a flag like it"
-    if adapter.domain_adapters and training.optimizer != OptimizerKind.MUON.value:
-        yield f"{flag} would hold for the domains' MoRA matrices too: leave it out with --domain_adapters"
 
 
 def _tensor_parallel(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[str]:

@@ -22,7 +22,7 @@ from mora_ds.checkpoint.layout import MERGED_FOLDER, METRICS_FILE, TOKENIZER_FOL
 from mora_ds.common.errors import UserError, refusal
 from mora_ds.common.files import CONFIGS
 from mora_ds.common.untrusted import expanded
-from mora_ds.config.arguments import Arguments, from_flat
+from mora_ds.config.arguments import Arguments, from_flat, with_flags
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_demo_corpus
@@ -209,10 +209,10 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
         validate(job)
         engine_config(job.training, job.adapter.adapter, world)
 
-    plain = from_flat({**settings, **given})
+    plain = with_flags(settings, given)
     if not arguments.adapter.domain_adapters:
         (text,) = paths.train_files("general")
-        job = from_flat({**settings, **RECIPE, "replay": [f"general={text}:{REPLAY}"], **given})
+        job = with_flags({**settings, **RECIPE, "replay": [f"general={text}:{REPLAY}"]}, given)
         if not (reasons := refusal(check, job)):
             return job
         logger.info(f"The demo trains MoRA matrices alone, with AdamW, as its recipe does not run here: {reasons[0]}")

@@ -21,13 +21,11 @@ REFUSED = [
     (SUBSPACE + ALIGNED, "--tp_grouping aligned belongs to --operator share"),
     (SUBSPACE + "--subspace_cycles 0", "--subspace_cycles must be at least 1"),
     (SUBSPACE + "--operator share --subspace_cycles 2", "--subspace_cycles is for --operator subspace"),
-    (SUBSPACE + "--adapter lora", "--operator subspace is for MoRA matrices"),
     ("--operator subspce", "Did you mean 'subspace'"),
     ("--alignment_weight -1", "--alignment_weight must be at least 0"),
     ("--alignment_weight inf", "--alignment_weight must be at least 0"),
     ("--alignment_rank 0", "--alignment_rank must be at least 1"),
     ("--alignment_rank 4", "--alignment_rank is for --alignment_weight"),
-    ("--alignment_weight 1 --adapter lora", "--alignment_weight is for MoRA matrices"),
     ("--alignment_weight 1 --adapter full", "--alignment_weight is for MoRA matrices"),
     ("--alignment_weight 1 " + DEGREE_2, "--alignment_weight needs unsharded"),
     ("--targets auto", "--targets auto: give --trainable_budget"),
@@ -47,7 +45,6 @@ REFUSED = [
     ("--tp_inputs halved", "unknown --tp_inputs 'halved'"),
     (ALIGNED + "--operator rotate", "belongs to --operator share"),
     ("--tp_segments 4", "--tp_segments is for --tp_grouping aligned"),
-    (ALIGNED + "--adapter lora", "--tp_grouping aligned is for MoRA matrices"),
     (ALIGNED + DEGREE_2 + "--operator share --tp_segments 3", "does not divide --tp_segments 3"),
 ]
 

@@ -166,7 +166,6 @@ def test_where_it_does_not_fit_it_is_refused(user: Playground, tmp_path: Path) -
         (["--train_embeddings"], "train them all: give one of them"),
         (["--train_head"], "train them all: give one of them"),
         (["--train_new_embeddings"], "train different parts of embeddings and head: give one of them"),
-        (["--adapter", "full"], "--train_embedding_rank: --adapter full has no frozen embeddings"),
         (["--train_embedding_rank", "-1"], "train_embedding_rank must"),
     ):
         with pytest.raises(UserError, match=message):

@@ -168,7 +168,6 @@ def test_where_it_does_not_fit_it_is_refused(user: Playground, tmp_path: Path) -
     for more, message in (
         (["--train_embeddings"], "train them all: give one of them"),
         (["--train_head"], "train them all: give one of them"),
-        (["--adapter", "full"], "--adapter full has no frozen embeddings"),
     ):
         with pytest.raises(UserError, match=message):
             validate(parse([*argv, *more]))

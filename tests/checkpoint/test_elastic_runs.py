@@ -113,7 +113,7 @@ def test_the_base_may_lie_elsewhere(
 def test_dropout_draws_masks_for_ranks_without_a_saved_state(user: Playground, tmp_path: Path) -> None:
     """Saved by one rank, resumed at two: the same losses each time, with other masks than one rank draws."""
     first = tmp_path / "first"
-    more = ("--mora_dropout", 0.5, "--max_steps", 4, "--merge_every", 0)
+    more = ("--mora_dropout", 0.5, "--max_steps", 4, "--merge_every", 0, "--restart_warmup_steps", 10)
     run(1, flags(user, first, 1, *more))
     resumed = []
     for name in ("a", "b"):

@@ -187,7 +187,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "dropout": ({"mora_dropout": 1.0}, "--mora_dropout"),
     "adapter": ({"adapter": "mroa"}, "unknown --adapter 'mroa'; known: mora, lora, full, none. Did you mean 'mora'?"),
     "reset": ({"optimizer_reset": "half"}, "--optimizer_reset"),
-    "full merges": ({"adapter": "full", "merge_every": 50}, "nothing to merge"),
     "merge inside ramp": ({"merge_every": 10, "restart_warmup_steps": 10}, "must be more than --restart_warmup_steps"),
     "no ramp": ({"merge_every": 10, "restart_warmup_steps": 0}, "--restart_warmup_steps must be at least 1"),
     "scheduler": ({"lr_scheduler_type": "cosin"}, "Did you mean 'cosine'?"),
@@ -199,11 +198,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"embedding_learning_rate": 0.0, "train_norms": True},
         "--embedding_learning_rate must be above",
     ),
-    "embedding rate of full training": (
-        {"embedding_learning_rate": 1e-4, "train_norms": True, "adapter": "full"},
-        "--embedding_learning_rate is for parameters trained in addition to an adapter, and --adapter is full",
-    ),
-    "embedding rate of nothing": ({"embedding_learning_rate": 1e-4}, "give --train_embeddings, or a flag like it"),
     "embedding rate and domains": (
         {
             "embedding_learning_rate": 1e-4,
@@ -233,20 +227,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "dtypes": ({"bf16": True, "fp16": True}, "--bf16 and --fp16"),
     "beta": ({"adam_beta2": 1.0}, "--adam_beta2"),
     "clip": ({"max_grad_norm": -1.0}, "--max_grad_norm"),
-    "alignment of lora": ({"adapter": "lora", "alignment_weight": 0.1}, "--alignment_weight is for MoRA matrices"),
-    "plan of lora": ({"adapter": "lora", "targets": "t.yaml"}, "--targets is for MoRA matrices"),
-    "subspace of lora": ({"adapter": "lora", "operator": "subspace"}, "--operator subspace is for MoRA matrices"),
-    "upload of nothing": ({"adapter": "none", "push_to_hub": "a/b"}, "leave out --push_to_hub"),
-    "domains of none": ({"eval_domains": ["held=law"]}, "--eval_domains is for --domain_adapters"),
-    "evaluation alone": (
-        {"model_name_or_path": None, "train_files": [], "eval_files": ["x"]},
-        "--eval_files without --train_files or --dataset_name",
-    ),
-    "replay alone": (
-        {"model_name_or_path": None, "train_files": [], "replay": ["old=x:0.1"]},
-        "--replay without --train_files, --dataset_name or --mixture",
-    ),
-    "exclusion of nothing": ({"exclude_eval_documents": True}, "--exclude_eval_documents without --eval_files"),
     "two sources": ({"dataset_name": "wiki"}, "--train_files and --dataset_name"),
     "two models": ({"model_config": "c.json"}, "--model_name_or_path and --model_config"),
     "two tokenizers": ({"tokenizer_name": "t", "train_tokenizer_vocab": 500}, "--tokenizer_name and"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -44,7 +45,6 @@ LAUNCHES = r"""
 --max_grad_norm -1 | --max_grad_norm must be at least 0
 --report_to wanb | unknown --report_to 'wanb' | 'wandb'
 --report_to none wandb | --report_to none goes with no other tracker
---eval_tasks_steps 3 | --eval_tasks_steps and --eval_tasks_limit are for --eval_tasks
 --eval_tasks a --eval_tasks_steps 3 --eval_steps 2 | --eval_tasks_steps 3 | multiple of --eval_steps, 2
 --seed -1 | --seed must be at least 0
 --seed 100000000000000000000000 | --seed must be below 9223372036854775808
@@ -108,20 +108,14 @@ stray | 'stray'
 --overwrite_output_dir --resume_from_checkpoint latest | --overwrite_output_dir | --resume_from_checkpoint
 --stop_when_forgotten general | --stop_when_forgotten general: must be NAME:NUMBER
 --best_by general:1 --eval_steps 2 | --best_by | 'general' | held, short
---best_by short:1 | --best_by is checked at evaluations
 --targets auto | --targets auto: give --trainable_budget
 --targets auto --trainable_budget much | --trainable_budget | much
 --optimizer muon --adapter lora | --optimizer muon is for MoRA matrices
---base_bits 8 --adapter full | --base_bits 8
 --base_bits 4 --operator subspace | --base_bits 4: --operator subspace
---base_bits 4 --adapter full | --base_bits 4: --adapter full
 --base_bits 4 --tensor_parallel_size 2 | --tensor_parallel_size 2: --base_bits 4
 --base_device disk | --base_device 'disk' | host
 --base_device host --base_buffers 1 | --base_buffers must be at least 2
---base_device host --adapter full | --base_device host | --adapter is full
---base_device host --adapter none | --base_device host | --adapter is none
 --base_device host --tensor_parallel_size 2 | --tensor_parallel_size 2 | --base_device host
---embedding_learning_rate 1e-3 | --embedding_learning_rate
 --merge_every 2 --restart_warmup_steps 5 | --merge_every 2 must be more than --restart_warmup_steps 5
 --streaming --max_steps -1 | --streaming | --max_steps
 --tokenizer_name x --train_tokenizer_vocab 300 | --tokenizer_name and --train_tokenizer_vocab
@@ -132,6 +126,9 @@ stray | 'stray'
 --replay x | --replay x: must be NAME=FILES:SHARE
 --replay old={user}/held.txt:2 | --replay | between 0 and 1
 -train_files | nothing to train on
+# -- settings without an effect (tests/config/test_effects.py has them all)
+--lora_alpha 16 | --lora_alpha is for LoRA (--adapter lora)
+--adapter full --merge_every 30 | --merge_every is for an adapter
 # -- files that are missing or of another kind
 --resume_from_checkpoint latest | --resume_from_checkpoint latest: no checkpoint at
 --resume_from_checkpoint {user}/model | --resume_from_checkpoint | no checkpoint at
@@ -318,7 +315,9 @@ def answers(folder: Path, user: Playground) -> dict[str, Answer]:
     load, found = AutoModelForCausalLM.from_pretrained, {}
     for number, line in enumerate(CASES):
         out = folder / "out" / str(number)
-        flags = flags_of(line.split(" | ")[0], user.flags(out), places)
+        case = line.split(" | ")[0]
+        adapter = re.findall(r"--adapter \S+", case)
+        flags = flags_of(case, user.flags(out, *" ".join(adapter).split()), places)
         usage = contextlib.redirect_stderr(io.StringIO())  # of argparse
         with usage, mock.patch.object(AutoModelForCausalLM, "from_pretrained", wraps=load) as loading:
             code, message = answer(launch.main, "pretrain.py", flags)

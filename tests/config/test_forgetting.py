@@ -112,7 +112,6 @@ def test_the_best_checkpoint_stays(user: Playground, tmp_path: Path) -> None:
 def test_what_cannot_be_watched_is_said_at_once(user: Playground, tmp_path: Path) -> None:
     cases: dict[tuple[Any, ...], str] = {
         ("--best_by", "hold:1", "--eval_steps", 1): "no evaluation set is called 'hold'; there are: held, short",
-        ("--stop_when_forgotten", "held:1.1"): "--stop_when_forgotten is checked at evaluations: give --eval_steps",
         ("--stop_when_forgotten", "held:1.1", "--eval_steps", 1, "--no_eval_on_start"): "leave out --no_eval_on_start",
         ("--stop_when_forgotten", "held:0.5", "--eval_steps", 1): "above 1",
     }  # fmt: skip

@@ -22,6 +22,8 @@ RUN = (
     "--max_steps", 6, "--merge_every", 2, "--restart_warmup_steps", 1, "--gradient_accumulation_steps", 2,
     "--eval_steps", 3, "--save_steps", 3, "--train_norms", "true",
 )  # fmt: skip
+WITHOUT_ADAPTER = ("--merge_every", 0, "--restart_warmup_steps", 10, "--train_norms", "false")
+"""What takes the settings of `RUN` back that are for an adapter."""
 
 
 def flags(user: Playground, out: Path, ranks: int, size: int, *more: Any) -> list[str]:
@@ -120,8 +122,8 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
     "documents see each other": ("--no_document_mask",),
     "gradient checkpointing": ("--gradient_checkpointing", "true"),
     "lora": ("--adapter", "lora", "--mora_rank", 4),
-    "full": ("--adapter", "full", "--merge_every", 0),
-    "none": ("--adapter", "none", "--merge_every", 0),
+    "full": ("--adapter", "full", *WITHOUT_ADAPTER),
+    "none": ("--adapter", "none", *WITHOUT_ADAPTER),
     "evaluation cut short": ("--max_eval_batches", 3, "--per_device_eval_batch_size", 1),
     "all trained": ("--train_embeddings", "true", "--train_head", "true", "--async_save", "true"),
     "muon": ("--optimizer", "muon"),

@@ -74,9 +74,6 @@ def test_none_reports_the_base(user: Playground, tmp_path: Path, ranks: int) -> 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (("--adapter", "none", "--merge_every", 3), "--merge_every"),
-        (("--adapter", "none", "--export_merged", "true"), "--export_merged"),
-        (("--adapter", "none", "--resume_from_checkpoint", "auto"), "--resume_from_checkpoint"),
         (("--adapter", "lora", "--mora_rank", 0), "--mora_rank"),
         (("--adapter", "lora", "--lora_alpha", -1), "--lora_alpha"),
         (("--adapter", "lroa"), "lora"),

@@ -272,8 +272,6 @@ def test_a_dry_run_says_it(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (("--base_bits", "5"), "--base_bits must be 8 or 4, or 16 for the base as it is loaded, got 5"),
-        ((*BITS, "--adapter", "full"), "--base_bits 8: --adapter full has no weight that is frozen"),
-        ((*BITS, "--adapter", "none"), "--base_bits 8: --adapter none has no weight that is frozen"),
         ((*BITS, "--tensor_parallel_size", "2"), "--tensor_parallel_size 2: --base_bits 8 holds unsplit weights"),
     ],
 )

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from mora_ds.common.errors import RunError
+from mora_ds.config.arguments import parse
+from mora_ds.config.effects import idle_settings
 from mora_ds.train.demo import MODEL_CONFIG, DemoPaths, warm_start_settings, write_inputs
 from tools.bench.measuring import ROOT, only_rank
 
@@ -41,9 +43,12 @@ def pretrain_alone(settings: Mapping[str, Any], log: Path, trial: Sequence[str] 
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
-    """The command line of a run with these settings, under ZeRO-3."""
+    """The command line of a run under ZeRO-3 with these settings, but for those that have no effect beside the others:
+    all methods of a table share some."""
     given = {"deepspeed": ROOT / "configs" / "zero3.json", **settings}
-    return [part for name, value in given.items() for part in (f"--{name}", *_words(value))]
+    words = {name: [f"--{name}", *_words(value)] for name, value in given.items()}
+    idle = idle_settings(parse([word for its in words.values() for word in its]))
+    return [word for name, its in words.items() if name not in idle for word in its]
 
 
 def _words(value: Any) -> list[str]:

@@ -1,0 +1,140 @@
+"""When each setting has an effect. One that has none is a mistake of the user's: it is refused by its name.
+
+The keys of a recipe are of two kinds. What the recipe itself makes idle is refused like a flag; what only a flag on the
+command line makes idle (`RECIPE.yaml --adapter full`) is left out of the run, which says so once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mora_ds.common.errors import UserError
+from mora_ds.config.adapter import AdapterKind
+from mora_ds.engine.base_device import BaseDevice
+from mora_ds.engine.ds_optimizer import OptimizerKind
+from mora_ds.remora.schedule import ScheduleKind, schedule_kind
+
+if TYPE_CHECKING:
+    from mora_ds.config.arguments import Arguments
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What some settings are for."""
+
+    purpose: str
+    """Follows "is for" in the message."""
+    present: Callable[[Arguments], bool]
+    """Whether a run has it."""
+    settings: str
+    """Names of the settings, separated by blanks."""
+
+
+def _decays(arguments: Arguments, kind: ScheduleKind | None = None) -> bool:
+    """Whether the learning rate decays, by the curve `kind` if one is named."""
+    try:
+        chosen = schedule_kind(arguments.training.lr_scheduler_type)
+    except UserError:
+        return True  # `TrainingArguments.problems` reports the name
+    return chosen is not ScheduleKind.CONSTANT if kind is None else chosen is kind
+
+
+def _trains_others(arguments: Arguments) -> bool:
+    """Whether parameters are trained that --embedding_learning_rate is for. Under Muon the matrices of domains are."""
+    adapter = arguments.adapter
+    by_muon = arguments.training.optimizer == OptimizerKind.MUON.value
+    return not adapter.is_control and (adapter.trains_others or (adapter.domain_adapters and by_muon))
+
+
+EFFECTS = (
+    Effect(
+        "MoRA matrices (--adapter mora)",
+        lambda run: run.adapter.adapter == AdapterKind.MORA.value,
+        "r_hat_multiple operator grouping compute tp_grouping alignment_weight targets domain_adapters",
+    ),
+    Effect("LoRA (--adapter lora)", lambda run: run.adapter.adapter == AdapterKind.LORA.value, "lora_alpha"),
+    Effect(
+        "an adapter (--adapter mora, lora)",
+        lambda run: not run.adapter.is_control,
+        "mora_rank target_modules mora_dropout base_bits base_device merge_every "
+        "train_embeddings train_norms train_head train_new_embeddings train_embedding_rank",
+    ),
+    Effect(
+        "a run that trains something (not --adapter none)",
+        lambda run: run.adapter.adapter != AdapterKind.NONE.value,
+        "export_merged push_to_hub resume_from_checkpoint",
+    ),
+    Effect("merges (--merge_every)", lambda run: run.adapter.merge_every > 0, "restart_warmup_steps optimizer_reset"),
+    Effect(
+        "parameters that are trained beside an adapter (--train_embeddings and its like)",
+        _trains_others,
+        "embedding_learning_rate",
+    ),
+    Effect("--alignment_weight", lambda run: run.adapter.alignment_weight != 0, "alignment_rank"),
+    Effect("--tp_grouping aligned", lambda run: run.adapter.tp_grouping == "aligned", "tp_segments"),
+    Effect("--targets auto", lambda run: run.adapter.targets == "auto", "trainable_budget"),
+    Effect("--operator subspace", lambda run: run.adapter.operator == "subspace", "subspace_cycles"),
+    Effect(
+        "experts (--target_modules experts)",
+        lambda run: run.adapter.adapts_experts or run.adapter.targets not in (None, "auto"),
+        "expert_rank",
+    ),
+    Effect("--domain_adapters", lambda run: run.adapter.domain_adapters, "freeze eval_domains init_adapter"),
+    Effect(
+        "a --base_device other than device",
+        lambda run: run.training.base_device != BaseDevice.DEVICE.value,
+        "base_buffers",
+    ),
+    Effect("--tensor_parallel_size above 1", lambda run: run.training.tensor_parallel_size > 1, "tp_inputs"),
+    Effect("an --lr_scheduler_type that decays", _decays, "min_lr_ratio"),
+    Effect(
+        "--lr_scheduler_type warmup_stable_decay",
+        lambda run: _decays(run, ScheduleKind.WARMUP_STABLE_DECAY),
+        "decay_ratio",
+    ),
+    Effect("runs without --max_steps", lambda run: run.training.max_steps == -1, "num_train_epochs"),
+    Effect("--eval_files", lambda run: bool(run.data.eval_files), "exclude_eval_documents"),
+    Effect(
+        "evaluation sets (--eval_files, --held_out_share)",
+        lambda run: bool(run.data.eval_files) or run.data.held_out_share > 0,
+        "max_eval_batches",
+    ),
+    Effect(
+        "--streaming",
+        lambda run: run.data.streaming or run.data.mixture is not None,  # whose sources may be streams
+        "shuffle_buffer stream_retry_s",
+    ),
+    Effect(
+        "evaluations during the run (--eval_steps)",
+        lambda run: run.training.eval_steps > 0,
+        "stop_when_forgotten best_by",
+    ),
+    Effect("--eval_tasks", lambda run: bool(run.training.eval_tasks), "eval_tasks_steps eval_tasks_limit"),
+)
+
+
+def idle_settings(arguments: Arguments) -> dict[str, str]:
+    """{setting: message} of those that differ from their defaults and have no effect beside the others."""
+    if arguments.adapter.adapter not in [kind.value for kind in AdapterKind]:
+        return {}  # `AdapterArguments.problems` reports the name
+    groups = (arguments.model, arguments.adapter, arguments.data, arguments.training)
+    changed = {
+        field.name
+        for group in groups
+        for field in dataclasses.fields(group)
+        if getattr(group, field.name) != _default(field)
+    }
+    return {
+        name: f"--{name} is for {effect.purpose}, and has no effect here: leave it out"
+        for effect in EFFECTS
+        if not effect.present(arguments)
+        for name in effect.settings.split()
+        if name in changed
+    }
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -1,0 +1,141 @@
+"""Settings without an effect are refused by their names, and keys of a recipe left out where a flag makes them idle."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mora_ds.common.errors import UserError
+from mora_ds.config.arguments import Arguments, dump, from_flat, parse
+from mora_ds.config.effects import EFFECTS, idle_settings
+from mora_ds.config.validate import validate
+
+RUN = ("--model_name_or_path", "m", "--train_files", "a.txt")
+RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
+
+IDLE = """
+lora_alpha: 16                  |
+operator: share                 | adapter: lora
+grouping: plain                 | adapter: lora
+compute: weight                 | adapter: lora
+r_hat_multiple: 1               | adapter: lora
+tp_grouping: aligned            | adapter: lora
+mora_rank: 4                    | adapter: full
+target_modules: [q_proj]        | adapter: full
+mora_dropout: 0.1               | adapter: none
+base_bits: 8                    | adapter: full
+base_device: host               | adapter: full
+merge_every: 50                 | adapter: full
+train_embeddings: true          | adapter: full
+train_norms: true               | adapter: full
+train_head: true                | adapter: none
+train_new_embeddings: true      | adapter: full
+train_embedding_rank: 4         | adapter: full
+export_merged: true             | adapter: none
+push_to_hub: a/b                | adapter: none
+resume_from_checkpoint: auto    | adapter: none
+restart_warmup_steps: 5         |
+optimizer_reset: keep           | merge_every: 0
+embedding_learning_rate: 0.1    |
+embedding_learning_rate: 0.2    | adapter: full
+min_lr_ratio: 0.1               | lr_scheduler_type: constant_with_warmup
+decay_ratio: 0.1                | lr_scheduler_type: cosine
+num_train_epochs: 3             | max_steps: 100
+exclude_eval_documents: true    |
+max_eval_batches: 3             |
+shuffle_buffer: 5               |
+stop_when_forgotten: ["b:1.1"]  | eval_files: [b.txt]
+best_by: ["b:1"]                | eval_files: [b.txt]
+eval_tasks_steps: 2             | eval_steps: 2
+eval_tasks_limit: 9             |
+"""
+USED = """
+lora_alpha: 16                  | adapter: lora
+operator: share                 | adapter: mora
+mora_rank: 4                    | adapter: lora
+resume_from_checkpoint: auto    | adapter: full
+restart_warmup_steps: 5         | merge_every: 50
+embedding_learning_rate: 0.1    | train_norms: true
+embedding_learning_rate: 0.1    | train_embedding_rank: 4
+min_lr_ratio: 0.1               | lr_scheduler_type: linear
+decay_ratio: 0.1                | lr_scheduler_type: wsd
+num_train_epochs: 3             |
+max_eval_batches: 3             | held_out_share: 0.1
+shuffle_buffer: 5               | streaming: true, max_steps: 9
+best_by: ["b:1"]                | eval_files: [b.txt], eval_steps: 2
+eval_tasks_limit: 9             | eval_tasks: [hellaswag]
+"""
+
+
+def cases(table: str) -> list[tuple[str, str]]:
+    lines = [line.partition("|") for line in table.splitlines() if line]
+    return [(setting.strip(), beside.strip()) for setting, _, beside in lines]
+
+
+def arguments_of(setting: str, beside: str) -> Arguments:
+    return from_flat(
+        {"model_name_or_path": "m", "train_files": ["a.txt"], **yaml.safe_load(f"{{{setting}, {beside}}}")}
+    )
+
+
+def test_every_setting_of_the_table_exists_and_stands_there_once() -> None:
+    arguments = parse([])
+    groups = (arguments.model, arguments.adapter, arguments.data, arguments.training)
+    known = {field.name for group in groups for field in dataclasses.fields(group)}
+    listed = [name for effect in EFFECTS for name in effect.settings.split()]
+    assert set(listed) <= known and len(listed) == len(set(listed))
+
+
+@pytest.mark.parametrize(("setting", "beside"), cases(IDLE))
+def test_a_setting_without_effect_is_refused(setting: str, beside: str) -> None:
+    arguments = arguments_of(setting, beside)
+    name = setting.partition(":")[0]
+    assert list(idle_settings(arguments)) == [name]
+    with pytest.raises(UserError, match=rf"--{name} "):
+        validate(arguments)
+
+
+@pytest.mark.parametrize(("setting", "beside"), cases(USED))
+def test_a_setting_with_an_effect_is_taken(setting: str, beside: str) -> None:
+    validate(arguments_of(setting, beside))
+
+
+def test_the_message_says_what_the_setting_is_for() -> None:
+    with pytest.raises(UserError) as refusal:
+        validate(parse([*RUN, "--lora_alpha", "16"]))
+    assert str(refusal.value) == ("--lora_alpha is for LoRA (--adapter lora), and has no effect here: leave it out")
+
+
+def test_mistakes_in_values_come_first() -> None:
+    with pytest.raises(UserError) as refusal:
+        validate(parse([*RUN, "--decay_ratio", "-1"]))
+    assert str(refusal.value) == "--decay_ratio must be above 0 and at most 1, got -1.0"
+
+
+def test_flags_may_leave_keys_of_a_recipe_without_effect() -> None:
+    arguments = parse([str(RECIPES / "continual_7b_r8.yaml"), *RUN, "--adapter", "full", "--max_steps", "500"])
+    assert set(arguments.left_out) == {"operator", "num_train_epochs"}
+    assert not arguments.given & set(arguments.left_out)
+    validate(arguments)
+    assert dump(arguments)["operator"] == "auto", "run.yaml is a recipe that is taken as it is"
+
+
+def test_what_a_flag_repeats_of_the_recipe_is_the_users(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("operator: share\n", encoding="utf-8")
+    with pytest.raises(UserError, match="--operator is for MoRA"):
+        validate(parse([str(tmp_path / "recipe.yaml"), *RUN, "--adapter", "lora", "--operator", "share"]))
+
+
+def test_keys_that_depend_on_keys_left_out_go_with_them(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("merge_every: 50\nrestart_warmup_steps: 5\n", encoding="utf-8")
+    arguments = parse([str(tmp_path / "recipe.yaml"), *RUN, "--adapter", "full"])
+    assert arguments.left_out == ("merge_every", "restart_warmup_steps")
+    validate(arguments)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_have_no_idle_key(path: Path) -> None:
+    assert not idle_settings(parse([str(path), *RUN, "--eval_files", "domain=b.txt", "general=c.txt"]))
