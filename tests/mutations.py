@@ -65,7 +65,7 @@ MUTATIONS = (
     Mutation(
         "the mean over tokens is a mean of ranks' means",
         "train/trainer.py",
-        "total_labels = max(self._step_labels, 1.0)",
+        "total_labels = max(self._next_labels, 1.0)",
         "total_labels = max(labels_in(batch) * self.replica.world, 1.0)",
         ("train/test_pretrain.py",),
     ),

@@ -67,7 +67,7 @@ class Trainer:
             self.job.merger.probe = self._probe_loss
         self.loader = BatchLoader(self.train_data, self.replica, self.training, self.total_steps)
         self.rows_per_step = self.loader.rows_per_step
-        self._step_labels: float | None = None
+        self._next_labels: float | None = None
         """Labels of the next step's global batch; None before the first step of this process."""
         self.bytes_gathered_per_step = 0
         self._stop_asked = False
@@ -137,37 +137,28 @@ class Trainer:
             if state.evaluation_pending:
                 self._evaluate_and_save_best()
             while state.step < self.total_steps and not evaluator.forgotten:
-                self._step()
+                self.train_step()
             self._finish()
 
     # -- one optimizer step ----------------------------------------------------------------------------------------
 
-    def _step(self) -> None:
-        started = time.perf_counter()
+    def train_step(self) -> None:
+        """Train on the next batch, log the step, and do what is due after it: merge, evaluate, save, stop."""
         state = self.state
+        step = state.step + 1
+        started = time.perf_counter()
         self.counter.reset()
         learning_rate = self.schedule.learning_rate(state.step, state.merges)
-        others = self.training.other_learning_rate / self.training.peak_learning_rate
-        zero.set_learning_rate(self.engine, learning_rate, others)
-        loss = self._forward_backward()
-        state.step += 1
-        state.tokens += self.rows_per_step * self.train_data.seq_len
-        self.bytes_gathered_per_step = self.counter.gathered_bytes
-        require_finite(loss, f"the loss is {loss} at step {state.step}", state.step)
-        if self._is_logged(state.step):
-            self._log_step(loss, learning_rate, time.perf_counter() - started)
-        self.log.advance(state.step)
-        self._after_step()
+        other_rates = self.training.other_learning_rate / self.training.peak_learning_rate
+        zero.set_learning_rate(self.engine, learning_rate, other_rates)
 
-    def _forward_backward(self) -> float:
-        """All micro-batches and the optimizer's step. Returns the global mean loss."""
-        step, accumulation = self.state.step, self.training.gradient_accumulation_steps
-        batch = self.loader.take(step)
-        if self._step_labels is None:
-            self._step_labels = self.replica.sum(labels_in(batch))
-        total_labels = max(self._step_labels, 1.0)
+        # The labels of a batch are counted in the all-reduce of the step before it, so that a step has one alone.
+        batch = self.loader.take(state.step)
+        if self._next_labels is None:
+            self._next_labels = self.replica.sum(labels_in(batch))
+        total_labels = max(self._next_labels, 1.0)
         # DeepSpeed divides by the number of micro-batches and averages over ranks: undo both, divide by tokens.
-        scale = accumulation * self.replica.world / total_labels
+        scale = self.training.gradient_accumulation_steps * self.replica.world / total_labels
         nll = torch.zeros(1, dtype=torch.float64, device=self.engine.device)
         alignment = self.job.alignment
         self.engine.train()
@@ -179,12 +170,23 @@ class Trainer:
             self.engine.backward(loss if alignment is None else loss + alignment.loss())
             self.engine.step()
             nll += batch_nll.detach()
-        changed = self._is_logged(step + 1) and bool(self.job.changed_base_files())
-        losses, tokens = self._source_losses.sums()
-        numbers = [*tokens, self.loader.labels_ahead(step + 1)]
-        total, *sums = self._sum_and_hear_requests([nll, losses], numbers, changed)
-        *self._source_sums, self._step_labels = sums
-        return total / total_labels
+
+        # The one place of a step where the host waits for the device.
+        base_changed = self._is_logged(step) and bool(self.job.changed_base_files())
+        source_losses, source_labels = self._source_losses.sums()
+        on_host = [*source_labels, self.loader.labels_ahead(step)]
+        total_nll, *source_sums, next_labels = self._sum_and_hear_requests([nll, source_losses], on_host, base_changed)
+        self._next_labels = next_labels
+        mean_loss = total_nll / total_labels
+
+        state.step = step
+        state.tokens += self.rows_per_step * self.train_data.seq_len
+        self.bytes_gathered_per_step = self.counter.gathered_bytes
+        require_finite(mean_loss, f"the loss is {mean_loss} at step {step}", step)
+        if self._is_logged(step):
+            self._log_step(mean_loss, learning_rate, time.perf_counter() - started, source_sums)
+        self.log.advance(step)
+        self._after_step()
 
     def _nll(self, micro_batch: MicroBatch) -> Tensor:
         """The summed loss of a micro-batch, recorded by source for a mixture."""
@@ -217,8 +219,10 @@ class Trainer:
     def _is_logged(self, step: int) -> bool:
         return step % self.training.logging_steps == 0 or step == self.total_steps
 
-    def _log_step(self, loss: float, learning_rate: float, seconds: float) -> None:
-        step, tokens = self.state.step, self.rows_per_step * self.train_data.seq_len
+    def _log_step(self, loss: float, learning_rate: float, seconds: float, source_sums: Sequence[float]) -> None:
+        """Log the step just done. `source_sums`: losses, then labels, of the sources of a mixture."""
+        step = self.state.step
+        tokens = self.rows_per_step * self.train_data.seq_len
         self.log.step(
             StepMetrics(
                 step=step,
@@ -235,7 +239,7 @@ class Trainer:
         )
         if self._mixture is not None:
             source_tokens = self._mixture.tokens(step)
-            self.log.record("sources", step, self._source_losses.facts(self._source_sums, source_tokens))
+            self.log.record("sources", step, self._source_losses.facts(source_sums, source_tokens))
         if self.job.alignment is not None:
             self.log.alignment(step, self.job.alignment.share.item())
 

@@ -66,7 +66,7 @@ def signalled_job(argv: list[str], number: int, rank: int, method: str, step: in
 @pytest.mark.parametrize(
     ("number", "rank", "method", "step", "saved"),
     [
-        (signal.SIGTERM, 1, "_forward_backward", 4, 5),
+        (signal.SIGTERM, 1, "_nll", 4, 5),
         (signal.SIGUSR1, 0, "_merge", 4, 4),
         (signal.SIGINT, 1, "_evaluate", 4, 4),
         (signal.SIGUSR1, 1, "_save", 3, 3),
@@ -273,14 +273,14 @@ def main():
     from mora_ds.config.arguments import parse
     from mora_ds.train.pretrain import pretrain
     from mora_ds.train.trainer import Trainer
-    step = Trainer._step
+    step = Trainer.train_step
 
     def faulty(trainer):
         if trainer.replica.rank == 1 and trainer.state.step == 2:
             raise ZeroDivisionError("on one rank only")
         step(trainer)
 
-    Trainer._step = faulty
+    Trainer.train_step = faulty
     pretrain(parse(sys.argv[1:]))
 
 cli.run(main, restartable=True)

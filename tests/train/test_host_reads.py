@@ -32,7 +32,7 @@ GROUPS = {"domains": 2}
 def reads_of_steps(argv: list[str]) -> list[dict[str, int]]:
     """By file, the reads of each step but the first, which compares ranks and has no batch ready."""
     found: list[dict[str, int]] = []
-    original = Trainer._step
+    original = Trainer.train_step
 
     def step(trainer: Trainer) -> None:
         if trainer.state.step == 0:
@@ -42,7 +42,7 @@ def reads_of_steps(argv: list[str]) -> list[dict[str, int]]:
             original(trainer)
         found.append(dict(reads.places))
 
-    Trainer._step = step  # type: ignore[method-assign]
+    Trainer.train_step = step  # type: ignore[method-assign]
     job(argv)
     return found
 

@@ -77,7 +77,7 @@ def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch: pytest.Monk
     )  # fmt: skip
     monkeypatch.setattr(trainer_module.zero, "gradient_norm", lambda engine: 0.5)
     monkeypatch.setattr(trainer_module, "peak_memory_bytes", lambda: 2**30)
-    trainer._log_step(2.0, 1e-3, seconds=2.0)
+    trainer._log_step(2.0, 1e-3, 2.0, [])
     assert logged == [StepMetrics(3, 2.0, 1e-3, 0.5, 384, 64.0, 16.0, 2.0, 2**30, 7)]
     assert [step for step in range(1, 9) if trainer._is_logged(step)] == [3, 6, 8]
 

@@ -19,7 +19,7 @@ from tests.helpers.resume import MERGING, assert_same_run
 
 pytestmark = [pytest.mark.gloo, pytest.mark.heavy]
 
-SLOW = ("_forward_backward", "_merge", "_save", "_evaluate")
+SLOW = ("train_step", "_merge", "_save", "_evaluate")
 DELAY_S = 0.4
 
 
