@@ -1,4 +1,4 @@
-"""A run's folder with a merge ledger, made without training."""
+"""One run of two ranks that the tests of checkpoints share, and one that was made without training."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ import pytest
 
 from mora_ds.remora.ledger import Ledger
 from tests.helpers.exports import FakeRun, fake_run
+from tests.helpers.jobs import Playground, golden_flags, playground, run
+
+
+@pytest.fixture(scope="session")
+def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
+    """One for all files of this folder, none of which changes it."""
+    return playground(tmp_path_factory.mktemp("user"))
+
+
+@pytest.fixture(scope="session")
+def golden(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a run with `golden_flags`. Not written to."""
+    out = tmp_path_factory.mktemp("golden") / "out"
+    run(2, golden_flags(user, out))
+    return out
 
 
 @pytest.fixture(scope="module")

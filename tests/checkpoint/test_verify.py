@@ -21,24 +21,15 @@ from mora_ds.deploy.adapter_io import export_adapter
 from tests.helpers.crafted import reseal
 from tests.helpers.damage import change_json, flip
 from tests.helpers.exports import fake_run
-from tests.helpers.jobs import REPOSITORY, Playground, run
+from tests.helpers.jobs import REPOSITORY, Playground
 
 pytestmark = pytest.mark.gloo
 
 
-@pytest.fixture(scope="module")
-def out(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks with a merge and two checkpoints."""
-    folder = tmp_path_factory.mktemp("run") / "out"
-    more = ("--max_steps", 4, "--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 2)
-    run(2, user.flags(folder, *more, "--train_norms", "true"))
-    return folder
-
-
 @pytest.fixture
-def checkpoint(out: Path, tmp_path: Path) -> Path:
+def checkpoint(golden: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
-    return Path(shutil.copytree((out / "checkpoints" / "latest").resolve(), tmp_path / "step-000004"))
+    return Path(shutil.copytree((golden / "checkpoints" / "latest").resolve(), tmp_path / "step-000006"))
 
 
 def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -52,27 +43,31 @@ def wrong(folder: Path, **options: Any) -> str:
     return "\n".join(verdict.problems)
 
 
-def test_a_good_run(user: Playground, out: Path) -> None:
-    first, second = verify(out, user.model)
-    assert first.is_good and second.is_good and (first.is_latest, second.is_latest) == (False, True)
-    text = "\n".join(second.lines())
+def test_a_good_run(user: Playground, golden: Path) -> None:
+    verdicts = verify(golden, user.model)
+    assert [(verdict.is_good, verdict.is_latest) for verdict in verdicts] == [
+        (True, False),
+        (True, False),
+        (True, True),
+    ]
+    text = "\n".join(verdicts[-1].lines())
     for part in (
-        "step-000004: good, latest", "as the manifest says", "state: step 4, 512 tokens, 1 merge(s), 2 rank(s)",
-        "2 file(s) of 2 rank(s), ZeRO 3, 19 tensors (exp_avg, exp_avg_sq, master)", "14 layers, cycle 1, 5 other",
-        "ledger: 1 cycle(s)", "19 live tensor(s) equal their masters", "has the recorded fingerprint",
+        "step-000006: good, latest", "as the manifest says", "state: step 6, 768 tokens, 2 merge(s), 2 rank(s)",
+        "2 file(s) of 2 rank(s), ZeRO 3, 19 tensors (exp_avg, exp_avg_sq, master)", "14 layers, cycle 2, 5 other",
+        "ledger: 2 cycle(s)", "19 live tensor(s) equal their masters", "has the recorded fingerprint",
     ):  # fmt: skip
         assert part in text, text
-    assert [verdict.folder for verdict in verify(out / "checkpoints")] == [first.folder, second.folder]
-    assert verify(out / "checkpoints" / "latest")[0].folder == second.folder.resolve()
+    assert [verdict.folder for verdict in verify(golden / "checkpoints")] == [verdict.folder for verdict in verdicts]
+    assert verify(golden / "checkpoints" / "latest")[0].folder == verdicts[-1].folder.resolve()
 
 
-def test_exit_codes_and_what_is_printed(out: Path, checkpoint: Path, tmp_path: Path) -> None:
-    done = tool(out)
-    assert done.returncode == 0 and done.stdout.count(": good") == 2, done.stderr
+def test_exit_codes_and_what_is_printed(golden: Path, checkpoint: Path, tmp_path: Path) -> None:
+    done = tool(golden)
+    assert done.returncode == 0 and done.stdout.count(": good") == 3, done.stderr
     (checkpoint / "trainer_state.json").write_text("{}")
     done = tool(checkpoint)
     assert done.returncode == 1 and "wrong: " in done.stdout and "trainer_state.json has 2 bytes" in done.stdout
-    assert "error: 1 of 1 checkpoint(s) damaged: step-000004" in done.stderr
+    assert "error: 1 of 1 checkpoint(s) damaged: step-000006" in done.stderr
     done = tool(tmp_path / "nothing")
     assert done.returncode == 2 and "neither a checkpoint, nor a ledger" in done.stderr
 
@@ -233,24 +228,24 @@ def test_a_ledger_alone(tmp_path: Path, change: Callable[[Path], Any], told: str
     assert told in wrong(ledger)
 
 
-def test_another_base(out: Path, checkpoint: Path, user: Playground, tmp_path: Path) -> None:
+def test_another_base(golden: Path, checkpoint: Path, user: Playground, tmp_path: Path) -> None:
     """The command is wrong then, and no checkpoint is called damaged; of a damaged one the damage is told."""
     other = Path(shutil.copytree(user.model, tmp_path / "model"))
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"--base: .* is not the base of"):
-        verify(out, other)
+        verify(golden, other)
     with pytest.raises(UserError, match="--base: no such folder"):
-        verify(out, tmp_path / "none")
+        verify(golden, tmp_path / "none")
     with pytest.raises(UserError, match=r"--base: .* is not a model folder"):
         verify(checkpoint, tmp_path)
     changed_tensor(checkpoint, 7.0)
     assert "is not what the shards hold" in wrong(checkpoint, base=other)
 
 
-def test_latest_that_leads_nowhere(out: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(out, tmp_path / "out", symlinks=True))
+def test_latest_that_leads_nowhere(golden: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(golden, tmp_path / "out", symlinks=True))
     replace_symlink(copy / "checkpoints" / "latest", "step-000009")
     assert "latest names step-000009, which does not exist" in "\n".join(verify(copy)[-1].problems)
     with pytest.raises(UserError, match="neither a checkpoint"):

@@ -24,18 +24,7 @@ from mora_ds.common.errors import RunError
 from mora_ds.common.files import verify_manifest
 from mora_ds.engine import shard_writer
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, job, launch, refused, run
-
-MERGING = ("--max_steps", 6, "--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 2)
-
-
-@pytest.fixture(scope="module")
-def out(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks with two merges, and norms trained."""
-    folder = tmp_path_factory.mktemp("run") / "out"
-    run(2, user.flags(folder, *MERGING, "--train_norms", "true"))
-    return folder
-
+from tests.helpers.jobs import Playground, golden_flags, job, launch, refused
 
 # -- what it holds -------------------------------------------------------------------------------------------------
 
@@ -64,12 +53,12 @@ def tensors_of(checkpoint: Path) -> Iterator[tuple[Path, torch.Tensor]]:
 
 
 @pytest.mark.gloo
-def test_a_checkpoint_holds_no_base_weight(user: Playground, out: Path) -> None:
+def test_a_checkpoint_holds_no_base_weight(user: Playground, golden: Path) -> None:
     """No tensor has the shape of one, none is large enough to hide one, no float of one stands in a row anywhere."""
     base = AutoModelForCausalLM.from_pretrained(user.model)
     frozen = {name: tensor for name, tensor in base.named_parameters() if "norm" not in name}
     shapes = {tuple(tensor.shape) for tensor in frozen.values()}
-    checkpoint = out / "checkpoints" / "latest"
+    checkpoint = golden / "checkpoints" / "latest"
     found = list(tensors_of(checkpoint.resolve()))
     assert {path.parent.name for path, _ in found} >= {"engine", "ledger"}
     trainable = 1_680
@@ -82,10 +71,10 @@ def test_a_checkpoint_holds_no_base_weight(user: Playground, out: Path) -> None:
 
 
 @pytest.mark.gloo
-def test_its_files_and_links(out: Path) -> None:
-    checkpoint = out / "checkpoints" / "latest"
+def test_its_files_and_links(golden: Path) -> None:
+    checkpoint = golden / "checkpoints" / "latest"
     assert os.readlink(checkpoint) == "step-000006"
-    assert [path.name for path in complete_checkpoints(out / "checkpoints")] == [
+    assert [path.name for path in complete_checkpoints(golden / "checkpoints")] == [
         "step-000002", "step-000004", "step-000006",
     ]  # fmt: skip
     names = {path.name for path in checkpoint.iterdir()}
@@ -98,8 +87,8 @@ def test_its_files_and_links(out: Path) -> None:
     assert engine == {"layouts.safetensors", *shards}, "one file a rank"
     assert verify_manifest(checkpoint) == []
     assert AutoTokenizer.from_pretrained(checkpoint / "tokenizer").eos_token == "</s>"
-    assert not list((out / "checkpoints").glob(".*")), "nothing half-written stays"
-    cycle = out / "ledger" / "cycle-00000.safetensors"
+    assert not list((golden / "checkpoints").glob(".*")), "nothing half-written stays"
+    cycle = golden / "ledger" / "cycle-00000.safetensors"
     assert (checkpoint / "ledger" / cycle.name).samefile(cycle), "a link, not a copy a checkpoint"
 
 
@@ -240,12 +229,12 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(user: Playground, sm
         shutil.rmtree(out)
 
 
-def one_full_disk(argv: list[str], rank: int) -> tuple[str, str]:
-    """The disk of one rank's node is full from the second checkpoint on."""
+def one_full_disk(argv: list[str]) -> tuple[str, str]:
+    """The disk of rank 1's node is full from the second checkpoint on."""
     write = shard_writer.write_now
 
     def fail(path: Path, content: Any) -> None:
-        if torch.distributed.get_rank() == rank and "step-000004" in str(path):
+        if torch.distributed.get_rank() == 1 and "step-000004" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, content)
 
@@ -254,12 +243,11 @@ def one_full_disk(argv: list[str], rank: int) -> tuple[str, str]:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_disk_that_is_full_on_one_node_ends_all_ranks(user: Playground, tmp_path: Path, rank: int) -> None:
+def test_a_disk_that_is_full_on_one_node_ends_all_ranks(user: Playground, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for kind, message in run_ranks(2, one_full_disk, user.flags(out, *MERGING), rank):
+    for kind, message in run_ranks(2, one_full_disk, golden_flags(user, out)):
         assert kind == "RunError" and f"the disk that holds {out / 'checkpoints'} is full" in message
-        assert rank == 0 or "rank 1: " in message
+        assert "rank 1: " in message
     root = out / "checkpoints"
     assert [folder.name for folder in complete_checkpoints(root)] == ["step-000002"]
     assert (root / "latest").resolve().name == "step-000002" and not list(root.glob(".step*"))

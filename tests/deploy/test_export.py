@@ -54,23 +54,21 @@ def check(run: FakeRun, output: Path, dtype: torch.dtype) -> None:
 HEADS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"family": "llama"},
-        {"family": "llama", "tie_word_embeddings": True, "trained": HEADS[:2]},
-        {"family": "llama", "trained": HEADS},
-        {"family": "llama", "stored": torch.bfloat16, "shard": "20KB"},
-        {"family": "gpt2", "trained": ("transformer.wte.weight", "transformer.ln_f.bias")},
-        {"family": "gpt_neox", "trained": ("lm_head.weight",)},
-        {"family": "phi3", "cycles": 0},
-        {"family": "gemma3_text", "stored": torch.bfloat16},
-        {"family": "olmo2"},
-    ],
-    ids=["plain", "tied-trained", "untied-trained", "bf16-sharded", "gpt2", "neox", "no-cycles", "gemma3", "olmo2"],
-)
-def test_export_is_the_model_changed_by_hand(tmp_path: Path, settings: dict[str, Any], dtype: str) -> None:
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("float32", {"family": "llama"}),
+    "tied-trained": ("bfloat16", {"family": "llama", "tie_word_embeddings": True, "trained": HEADS[:2]}),
+    "untied-trained": ("float16", {"family": "llama", "trained": HEADS}),
+    "bf16-sharded": ("float32", {"family": "llama", "stored": torch.bfloat16, "shard": "20KB"}),
+    "gpt2": ("bfloat16", {"family": "gpt2", "trained": ("transformer.wte.weight", "transformer.ln_f.bias")}),
+    "neox": ("float32", {"family": "gpt_neox", "trained": ("lm_head.weight",)}),
+    "no-cycles": ("float16", {"family": "phi3", "cycles": 0}),
+    "gemma3": ("bfloat16", {"family": "gemma3_text", "stored": torch.bfloat16}),
+    "olmo2": ("float16", {"family": "olmo2"}),
+}
+
+
+@pytest.mark.parametrize(("dtype", "settings"), SETTINGS.values(), ids=SETTINGS)
+def test_export_is_the_model_changed_by_hand(tmp_path: Path, dtype: str, settings: dict[str, Any]) -> None:
     run = fake_run(tmp_path, dtype=dtype, **settings)
     report = export_merged(run.checkpoint, tmp_path / "merged", verify=True)
     check(run, tmp_path / "merged", COMPUTE_DTYPES[dtype])
@@ -211,10 +209,20 @@ def flip_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
+def shorten(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 30)
+
+
 @pytest.mark.parametrize(
-    "name", ["adapter.safetensors", "adapter.json", "ledger/cycle-00001.safetensors", "ledger/ledger.json", "base.json"]
+    ("name", "damage"),
+    [
+        ("adapter.safetensors", shorten),
+        ("adapter.json", Path.unlink),
+        ("ledger/cycle-00001.safetensors", flip_byte),
+        ("ledger/ledger.json", shorten),
+        ("base.json", Path.unlink),
+    ],
 )
-@pytest.mark.parametrize("damage", [flip_byte, Path.unlink, lambda path: os.truncate(path, path.stat().st_size - 30)])
 def test_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage: Any) -> None:
     run = fake_run(tmp_path, probe=False)
     damage(run.checkpoint / name)

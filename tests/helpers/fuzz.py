@@ -251,30 +251,3 @@ def _error(tool: Tool, case: Path) -> str:
         signal.alarm(0)
         signal.setitimer(signal.ITIMER_PROF, 0)
     return ""
-
-
-def summary(calls: Lines) -> list[str]:
-    """A line for each tool."""
-    lines = []
-    for name in sorted({each["tool"] for each in calls}):
-        mine = [each for each in calls if each["tool"] == name]
-        slowest, largest = (max(each[key] for each in mine) for key in ("seconds", "grown"))
-        lines.append(f"{name:<36}{len(mine):6} calls, slowest {slowest:5.2f} s, largest {largest / 2**20:4.0f} MiB")
-    return lines
-
-
-def main() -> None:
-    """python -m tests.helpers.fuzz FIRST COUNT FOLDER: for long runs, in several processes."""
-    first, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    made = subjects(folder / "subjects")
-    scratch = folder / "scratch"
-    scratch.mkdir()
-    started = time.monotonic()
-    found, calls = fuzz(made, range(first, first + count), scratch)
-    (folder / "findings.json").write_text(json.dumps(found, indent=1))
-    print("\n".join(summary(calls)))
-    print(f"{len(calls)} calls in {time.monotonic() - started:.0f} s: {len(found)} finding(s)")
-
-
-if __name__ == "__main__":
-    main()

@@ -58,6 +58,15 @@ class Playground:
         ]  # fmt: skip
 
 
+def golden_flags(user: Playground, out: Path, *more: str | int | Path) -> list[str]:
+    """A short run: checkpoints 2 (one cycle), 4 and 6 (two); each of the cycles is one file with a name in every
+    checkpoint since. Norms are trained too, and one set is evaluated."""
+    return user.flags(
+        out, "--max_steps", 6, "--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 2,
+        "--train_norms", "true", "--eval_files", f"short={user.other}", *map(str, more),
+    )  # fmt: skip
+
+
 def playground(root: Path) -> Playground:
     """Model, tokenizer and texts under `root`."""
     sources = [Path(module.__file__ or "").read_text(encoding="utf-8") for module in (argparse, subprocess, random)]
