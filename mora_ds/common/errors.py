@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from typing import TypeVar
 
 Member = TypeVar("Member", bound=Enum)
@@ -59,6 +60,17 @@ def reason(error: BaseException) -> str:
     count = next((number for number, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
     text = " ".join(lines[:count])
     return text if " " in text else f"{type(error).__name__} {text}".rstrip()
+
+
+def empty_words(argv: Sequence[str]) -> list[str]:
+    """One message for each empty word of a command line, as an unset variable of a shell leaves it, with its flag."""
+    problems = []
+    for before, word in pairwise(["", *argv]):
+        if word == "":
+            problems.append(f"{before or 'the first argument'} must not be empty: is a variable of the shell unset?")
+        elif word.startswith("--") and word.endswith("="):
+            problems.append(f"{word[:-1]} must not be empty: is a variable of the shell unset?")
+    return problems
 
 
 def unknown(what: str, value: object, known: Iterable[str]) -> str:

@@ -122,8 +122,6 @@ class DataArguments:
                 "shuffle_buffer": NOT_NEGATIVE,
             },
         )
-        if not self.text_column:
-            yield "--text_column must not be empty"
         if self.train_files and self.dataset_name:
             yield "--train_files and --dataset_name: give one of them"
         # a pattern without a name is one set a file, whose names are compared when the files are known

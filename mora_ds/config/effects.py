@@ -105,7 +105,7 @@ EFFECTS = (
     Effect(
         "--streaming",
         lambda run: run.data.streaming or run.data.mixture is not None,  # whose sources may be streams
-        "shuffle_buffer stream_retry_s",
+        "shuffle_buffer",
     ),
     Effect(
         "evaluations during the run (--eval_steps)",

@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, ge
 
 from transformers import HfArgumentParser
 
-from mora_ds.common.errors import UserError, nearest, refuse
+from mora_ds.common.errors import UserError, empty_words, nearest, refuse
 from mora_ds.common.files import load_yaml, shipped
 
 Class = TypeVar("Class", bound=type)
@@ -120,6 +120,7 @@ def parse_flat(
     `ignored_keys` are top-level keys of a recipe that are no settings. Raises `UserError`; `-h` prints help and
     raises SystemExit(0).
     """
+    refuse(empty_words(argv))
     groups = list(groups)
     arguments = list(argv)
     recipe = _pop_recipe(arguments)
@@ -207,6 +208,8 @@ def _coerce(value: Any, hint: Any) -> Any:
             return float(value)  # YAML 1.1 reads 4e-4, without a point, as a string
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ValueError(f"must be {_NAMES[hint]}, got {value!r}")
+    if value == "":
+        raise ValueError("must not be empty")
     return value
 
 

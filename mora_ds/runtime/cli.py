@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mora_ds.common.errors import RunError, Stopped, UserError
+from mora_ds.common.errors import RunError, Stopped, UserError, empty_words, refuse
 from mora_ds.runtime import signals
 from mora_ds.runtime.log_setup import rank, rank_prefix, set_up_logging
 from mora_ds.runtime.signals import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, leave
@@ -45,6 +45,7 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
         try:
             if restartable:
                 signals.install()
+            refuse(empty_words(sys.argv[1:]))
             main()
         except (Stopped, SystemExit):
             raise

@@ -92,6 +92,11 @@ LAUNCHES = r"""
 --preprocessing_workers 0 | --preprocessing_workers must be at least 1
 --shuffle_buffer -1 | --shuffle_buffer must be at least 0
 --text_column '' | --text_column must not be empty
+--cache_dir '' | --cache_dir must not be empty: is a variable of the shell unset?
+--resume_from_checkpoint= | --resume_from_checkpoint must not be empty
+--train_files '' | --train_files must not be empty
+-model_name_or_path -train_files --model_name_or_path '' | --model_name_or_path must not be empty
+{bad}/recipes/empty_path.yaml | empty_path.yaml: cache_dir must not be empty
 --train_tokenizer_vocab -1 | --train_tokenizer_vocab must be at least 0
 --train_tokenizer_vocab 5 | --train_tokenizer_vocab must be at least 261
 --train_tokenizer_vocab 1000000000 | --train_tokenizer_vocab must be at least 0 and at most 10,000,000

@@ -112,6 +112,7 @@ def deepspeed_files(folder: Path) -> None:
 def yaml_files(folder: Path) -> None:
     """recipes/NAME.yaml, mix/NAME.yaml and targets/NAME.yaml, each with one mistake."""
     texts = {
+        "recipes/empty_path": "cache_dir: ''\n",
         "recipes/typo": "mora_rnak: 8\n",
         "recipes/type": "max_steps: many\n",
         "recipes/list": "- max_steps\n- 8\n",

@@ -129,5 +129,15 @@ def test_negative_numbers_of_every_form_are_values(pauses: list[float], monkeypa
     assert cli.negative_numbers(["-h", "--learning_rate=-1e3", "a-1e3"]) == ["-h", "--learning_rate=-1e3", "a-1e3"]
 
 
+def test_an_empty_word_is_refused_with_its_flag_before_the_program_runs(
+    pauses: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mora-ds export", "--checkpoint", "out", "--output", "", "--device="])
+    with pytest.raises(Left) as left:
+        cli.run(lambda: pytest.fail("the program ran"))
+    told = capsys.readouterr().err
+    assert left.value.args == (2,) and "--output must not be empty" in told and "--device must not be empty" in told
+
+
 def test_columns_of_a_table_are_as_wide_as_their_longest_cell() -> None:
     assert cli.table([["name", "n"], ["a", "1000"]]) == ["name     n", "   a  1000"]
