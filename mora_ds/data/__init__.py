@@ -1,6 +1,6 @@
 """From text on disk to batches of tokens. Knows no model and no DeepSpeed.
 
-readers, json_limits    one file -> documents, in chunks where they are long
+readers            one file -> documents, in chunks where they are long
 parts, corpus      files, patterns, folders or a `datasets` name -> `Corpus`
 held_out           which documents are held out
 sentencepiece, tokenizer, extend_tokenizer    train, load, check and extend tokenizers

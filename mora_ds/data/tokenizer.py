@@ -18,21 +18,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.untrusted import expanded
-from mora_ds.data.readers import CHUNK_CHARACTERS, Document
+from mora_ds.data.readers import Document
 from mora_ds.data.sentencepiece import wrap_sentencepiece
-
-PIECE_CHARACTERS = 1 << 18
-"""A text of more than `CHUNK_CHARACTERS` (a record of JSON or a table) is tokenised in pieces of about this size: a
-tokenizer takes about 200 bytes of memory for each character of a text."""
-
-_OVERLAP = 1 << 12
-"""Characters that two neighbouring pieces have in common."""
 
 AUTO, NOTHING = "auto", "none"
 """What may stand before every document in place of a named token: BOS where the tokenizer puts it, or nothing."""
-
-_AGREEING = 8
-"""Tokens on both sides of a cut that must be the same in both pieces."""
 
 
 @dataclass(frozen=True)
@@ -61,74 +51,19 @@ class Encoder:
 
     def rows(self, batch: list[Document]) -> list[np.ndarray]:
         """The tokens of each document or chunk, with the start token and EOS where a document begins and ends."""
-        in_pieces = getattr(self.tokenizer, "is_fast", False)  # others do not say where in the text their tokens are
-        is_long = [in_pieces and len(document.text) > CHUNK_CHARACTERS for document in batch]
-        texts = [document.text for document, long in zip(batch, is_long, strict=True) if not long]
-        short = iter(self._encoded(texts)["input_ids"] if texts else [])
-        encoded = [
-            self._in_pieces(document.text) if long else next(short)
-            for document, long in zip(batch, is_long, strict=True)
-        ]
+        encoded = self.tokenizer(
+            [document.text for document in batch],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
         start = [] if self.start_id is None else [self.start_id]
         rows = []
         for document, ids in zip(batch, encoded, strict=True):
             parts = (start if document.begins else [], ids, [self.eos_id] if document.ends else [])
             rows.append(np.concatenate([np.asarray(part, self.dtype) for part in parts]))
         return rows
-
-    def _encoded(self, texts: list[str], offsets: bool = False) -> Any:
-        return self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False,
-            return_offsets_mapping=offsets,
-        )  # fmt: skip
-
-    def _in_pieces(self, text: str) -> np.ndarray:
-        """The tokens that the whole text has, from pieces that overlap, cut where both neighbours have the same tokens.
-        A text without such a place (one letter a million times) is cut between any two tokens."""
-        ids: list[np.ndarray] = []
-        piece, end = self._piece(text, 0), PIECE_CHARACTERS
-        while end + _OVERLAP < len(text):
-            following = self._piece(text, end)
-            cut = _common_cut(piece, following, end + _OVERLAP // 2)
-            if cut is None:
-                cut = (int(np.searchsorted(piece.starts, end)), 0)
-                end = int(piece.starts[cut[0]]) if cut[0] < len(piece.starts) else end
-                following = self._piece(text, end)
-            ids.append(piece.ids[: cut[0]])
-            piece = _Piece(following.ids[cut[1] :], following.starts[cut[1] :])
-            end += PIECE_CHARACTERS
-        return np.concatenate([*ids, piece.ids])
-
-    def _piece(self, text: str, start: int) -> _Piece:
-        encoded = self._encoded([text[start : start + PIECE_CHARACTERS + _OVERLAP]], offsets=True)
-        starts = np.array([begin for begin, _ in encoded["offset_mapping"][0]], np.int64)
-        return _Piece(np.array(encoded["input_ids"][0], self.dtype), starts + start)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """The tokens of a part of a text."""
-
-    ids: np.ndarray
-    starts: np.ndarray
-    """The character of the whole text at which each token begins, ascending."""
-
-
-def _common_cut(one: _Piece, other: _Piece, wanted: int) -> tuple[int, int] | None:
-    """(index in `one`, index in `other`) of a token from which on `other` goes on for `one`: the first that begins at
-    character `wanted` or later with `_AGREEING` tokens before and after it that are the same in both."""
-    for index in range(int(np.searchsorted(other.starts, wanted)), len(other.ids)):
-        at = int(np.searchsorted(one.starts, other.starts[index]))
-        if at + _AGREEING > len(one.ids):
-            return None
-        here, there = slice(at - _AGREEING, at + _AGREEING), slice(index - _AGREEING, index + _AGREEING)
-        if index >= _AGREEING <= at and _same(one, here, other, there):
-            return at, index
-    return None
-
-
-def _same(one: _Piece, here: slice, other: _Piece, there: slice) -> bool:
-    return np.array_equal(one.ids[here], other.ids[there]) and np.array_equal(one.starts[here], other.starts[there])
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json", "*.model")

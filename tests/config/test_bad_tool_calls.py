@@ -107,6 +107,8 @@ analyze_weights {user}/model --probe {user}/held.txt --probe_batches 0 | --probe
 extend_vocab {bad}/gone --corpus {user}/held.txt --pieces 8 --output {new} | gone
 extend_vocab {user}/model --corpus {bad}/gone.txt --pieces 8 --output {new} | --corpus
 extend_vocab {user}/model --corpus {user}/held.txt --pieces 0 --output {new} | --pieces
+extend_vocab {bad}/models/merges --corpus {user}/held.txt --pieces 8 --output {new} | MODEL | MergeType
+extend_vocab {bad}/models/tokenizer_length --corpus {user}/held.txt --pieces 8 --output {new} | MODEL | 'list'
 extend_vocab {bad}/models/padding --corpus {user}/held.txt --pieces 8 --output {new} | no model can be made of this
 extend_vocab {bad}/models/string --corpus {user}/held.txt --pieces 8 --output {new} | config.json
 """

@@ -9,14 +9,11 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-import tokenizers
-from transformers import AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
 from mora_ds.common.errors import UserError
 from mora_ds.data import check_reload, check_vocabulary, load_tokenizer, train_sentencepiece, wants_bos
-from mora_ds.data import tokenizer as tokenizers_module
-from mora_ds.data.readers import Document
-from mora_ds.data.tokenizer import Encoder, end_of_text_id, tokenizer_fingerprint
+from mora_ds.data.tokenizer import end_of_text_id, tokenizer_fingerprint
 
 SOURCES = [Path(module.__file__ or "").read_text() for module in (json, random, io, pytest)]
 AWKWARD = [
@@ -192,61 +189,3 @@ def test_no_end_of_text_token(trained: Path) -> None:
     wrapped.eos_token = None
     with pytest.raises(UserError, match=r"no end-of-text token.*\"eos_token\" in its tokenizer_config.json"):
         end_of_text_id(wrapped)
-
-
-# -- long texts ----------------------------------------------------------------------------------------------------
-
-
-def byte_level(folder: Path) -> Path:
-    """A byte-level BPE tokenizer, as GPT-2, Llama 3 and Qwen have."""
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=700, special_tokens=["</s>"], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    model.train_from_iterator(SOURCES, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>").save_pretrained(folder)
-    return folder
-
-
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizers_module, "CHUNK_CHARACTERS", 900)
-    monkeypatch.setattr(tokenizers_module, "PIECE_CHARACTERS", 500)
-    monkeypatch.setattr(tokenizers_module, "_OVERLAP", 300)
-
-
-@pytest.mark.parametrize("kind", ["sentencepiece", "byte level"])
-def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    encoder = Encoder.of(load_tokenizer(trained if kind == "sentencepiece" else byte_level(tmp_path)))
-    texts = [*SOURCES, "\n".join(AWKWARD[:-1]) * 20, " ".join(fuzz(400)), "短い文。" * 400 + "end", "", "short"]
-    batch = [Document(text, "here") for text in texts]
-    whole = encoder.rows(batch)
-    small_pieces(monkeypatch)
-    calls: list[int] = []
-    encode = Encoder._encoded
-
-    def counted(encoder: Encoder, texts: list[str], offsets: bool = False) -> object:
-        calls.extend(map(len, texts))
-        return encode(encoder, texts, offsets)
-
-    monkeypatch.setattr(Encoder, "_encoded", counted)
-    for text, row, expected in zip(texts, encoder.rows(batch), whole, strict=True):
-        assert row.tolist() == expected.tolist(), text[:80]
-    assert max(calls) <= 900, "the tokenizer never sees a long text"
-    assert sum(calls) < 3 * sum(map(len, texts)), "in linear time"
-
-
-@pytest.mark.parametrize("text", ["x" * 5000, " " * 5000, "\n" * 5000, "ab" * 3000, "é" * 3000, "\x00" * 2000])
-def test_a_text_without_a_place_to_cut_is_cut_anywhere(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
-    small_pieces(monkeypatch)
-    for folder in (trained, byte_level(tmp_path)):
-        tokenizer = load_tokenizer(folder)
-        (row,) = Encoder.of(tokenizer).rows([Document(text, "here")])
-        assert tokenizer.decode(row.tolist(), skip_special_tokens=True).strip("\n ") == text.strip("\n ")
-        assert len(row) > len(text) // 50
