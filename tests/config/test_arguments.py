@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -176,75 +176,7 @@ def test_run_yaml_is_a_recipe_that_repeats_the_run(tmp_path: Path) -> None:
     assert "local_rank" not in dump(first)
 
 
-# -- checks ------------------------------------------------------------------------------------------------------
-
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "rank": ({"mora_rank": 0}, "--mora_rank must be at least 1, got 0"),
-    "operator": ({"operator": "rotat"}, "'rotat'"),
-    "grouping": ({"grouping": "stride"}, "Did you mean 'strided'"),
-    "grouping of another operator": ({"grouping": "strided", "operator": "rotate"}, "--grouping strided"),
-    "grouping of another automatic operator": ({"grouping": "alternate"}, "--grouping alternate"),
-    "dropout": ({"mora_dropout": 1.0}, "--mora_dropout"),
-    "adapter": ({"adapter": "mroa"}, "unknown --adapter 'mroa'; known: mora, lora, full, none. Did you mean 'mora'?"),
-    "reset": ({"optimizer_reset": "half"}, "--optimizer_reset"),
-    "merge inside ramp": ({"merge_every": 10, "restart_warmup_steps": 10}, "must be more than --restart_warmup_steps"),
-    "no ramp": ({"merge_every": 10, "restart_warmup_steps": 0}, "--restart_warmup_steps must be at least 1"),
-    "scheduler": ({"lr_scheduler_type": "cosin"}, "Did you mean 'cosine'?"),
-    "long warm-up": ({"max_steps": 10, "warmup_steps": 10}, "--warmup_steps 10 must be less than"),
-    "half a step of warm-up": ({"warmup_steps": 10.5}, "--warmup_steps must be whole"),
-    "warm-up": ({"warmup_steps": float("nan")}, "--warmup_steps must be"),
-    "rate": ({"learning_rate": 0.0}, "--learning_rate must be above 0"),
-    "embedding rate": (
-        {"embedding_learning_rate": 0.0, "train_norms": True},
-        "--embedding_learning_rate must be above",
-    ),
-    "embedding rate and domains": (
-        {
-            "embedding_learning_rate": 1e-4,
-            "train_norms": True,
-            "domain_adapters": True,
-            "train_files": ["code=a.txt:1", "law=b.txt:1"],
-        },
-        "would hold for the domains' MoRA matrices too",
-    ),
-    "a seed of 24 digits": ({"seed": 10**23}, "--seed must be below 9223372036854775808"),
-    "empty output": ({"output_dir": ""}, "--output_dir '': name a folder for the run alone"),
-    "root": ({"output_dir": "/"}, "--output_dir '/': name a folder"),
-    "working directory": ({"output_dir": "out/.."}, "--output_dir 'out/..'"),
-    "home": ({"output_dir": "~"}, "--output_dir '~'"),
-    "above the home": ({"output_dir": "~/.."}, "--output_dir '~/..'"),
-    "rate nan": ({"learning_rate": float("nan")}, "--learning_rate must be above 0"),
-    "ratio": ({"min_lr_ratio": 1.5}, "--min_lr_ratio"),
-    "steps": ({"max_steps": 0}, "--max_steps must be at least 1, or -1"),
-    "epochs": ({"num_train_epochs": 0.0}, "--num_train_epochs"),
-    "batch": ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size must be at least 1"),
-    "eval batch": ({"per_device_eval_batch_size": -1}, "--per_device_eval_batch_size"),
-    "accumulation": ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps"),
-    "logging": ({"logging_steps": 0}, "--logging_steps"),
-    "save": ({"save_steps": -5}, "--save_steps"),
-    "limit": ({"save_total_limit": 0}, "--save_total_limit"),
-    "sequence": ({"seq_len": 1}, "--seq_len must be at least 2, got 1"),
-    "dtypes": ({"bf16": True, "fp16": True}, "--bf16 and --fp16"),
-    "beta": ({"adam_beta2": 1.0}, "--adam_beta2"),
-    "clip": ({"max_grad_norm": -1.0}, "--max_grad_norm"),
-    "two sources": ({"dataset_name": "wiki"}, "--train_files and --dataset_name"),
-    "two models": ({"model_config": "c.json"}, "--model_name_or_path and --model_config"),
-    "two tokenizers": ({"tokenizer_name": "t", "train_tokenizer_vocab": 500}, "--tokenizer_name and"),
-    "no data": ({"train_files": []}, "nothing to train on"),
-    "no model": ({"model_name_or_path": None}, "give --model_name_or_path or --model_config"),
-    "no tokenizer": ({"model_name_or_path": None, "model_config": "c"}, "--model_config comes without a tokenizer"),
-    "sets of one name": ({"eval_files": ["a/held.txt", "b/held.txt"]}, "held would name two sets"),
-    "both": ({"overwrite_output_dir": True, "resume_from_checkpoint": "auto"}, "would delete what"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_each_wrong_setting_is_named(case: str) -> None:
-    changes, message = WRONG[case]
-    with pytest.raises(UserError) as caught:
-        validate(from_flat({"model_name_or_path": "m", "train_files": ["a.txt"], **changes}))
-    assert message in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1, "one mistake, one line"
+# -- checks; each wrong setting is a line of test_bad_launches.py ------------------------------------------------
 
 
 def numbers() -> list[str]:

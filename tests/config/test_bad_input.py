@@ -1,4 +1,7 @@
-"""Mistakes of users: reported at once, by flag or file, with exit code 2 (1 while running); nothing is lost."""
+"""Mistakes that one launch alone does not show: on several ranks, in folders of other runs, while running.
+
+test_bad_launches.py has all others.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from mora_ds.checkpoint.folder import complete_checkpoints
 from mora_ds.common.files import verify_manifest
 from mora_ds.data import train_sentencepiece
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import REPOSITORY, Playground, environment, launch, losses, refused, run
+from tests.helpers.jobs import REPOSITORY, Playground, launch, losses, refused, run
 from tests.helpers.models import tiny_model
 
 
@@ -30,25 +32,6 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# -- settings ------------------------------------------------------------------------------------------------------
-
-FLAGS: list[tuple[list[Any], list[str]]] = [
-    (["--mora_rank", -4, "--seq_len", 1], ["--mora_rank must be at least 1", "--seq_len must be at least 2"]),
-    (["--mora_rank", "eight"], ["--mora_rank", "eight"]),
-    (["--mora_rnk", 8], ["--mora_rnk", "--mora_rank"]),
-    (["--train_embeddings", "maybe"], ["--train_embeddings", "maybe"]),
-    (["--target_modules", "q_prj"], ["--target_modules", "q_prj", "q_proj", "down_proj"]),
-    (["--warmup_steps", 6], ["--warmup_steps 6", "6 steps"]),
-    (["--max_steps", -1, "--warmup_steps", 5_000], ["--warmup_steps 5000"]),
-    (["--seq_len", 129], ["--seq_len 129", "128 positions"]),
-    (["--per_device_train_batch_size", 100_000], ["shorter than one batch", "--train_files", "100000"]),
-    (["--deepspeed", "/nowhere/ds.json"], ["--deepspeed", "/nowhere/ds.json"]),
-    (["--cache_dir", "/proc/nowhere"], ["--cache_dir", "/proc/nowhere"]),
-    (["--output_dir", "/proc/nowhere"], ["--output_dir", "/proc/nowhere"]),
-]
-"""Mistakes that different parts of a run find; test_arguments.py has all that `validate` finds."""
-
-
 def assert_user_errors(cases: list[list[str]], parts: list[list[str]]) -> None:
     """Each run of `cases` is refused with a message that has all of its `parts`."""
     results = run_ranks(1, refused_each, cases)[0]
@@ -56,80 +39,12 @@ def assert_user_errors(cases: list[list[str]], parts: list[list[str]]) -> None:
         assert kind == "UserError" and all(part in message for part in expected), (argv, message)
 
 
-@pytest.mark.gloo
-def test_settings(user: Playground, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert_user_errors([user.flags(out, *more) for more, _ in FLAGS], [parts for _, parts in FLAGS])
-    assert not out.exists(), "nothing was written"
-
-
-@pytest.mark.gloo
-def test_recipes_and_deepspeed_files(user: Playground, tmp_path: Path) -> None:
-    recipe, ds = tmp_path / "recipe.yaml", tmp_path / "ds.json"
-    recipe.write_text("mora_rnak: 8\nmax_steps: many\n")
-    ds.write_text(json.dumps({"zero_optimisation": {"stage": 3}, "train_micro_batch_size_per_gpu": 5,
-                              "train_batch_size": 7, "optimizer": {"params": {"lr": 1.0}}}))  # fmt: skip
-    torn = tmp_path / "torn.json"
-    torn.write_text('{"zero_optimization": {"stage": 3,}\n')
-    cases = [[str(recipe), *user.flags(tmp_path / "out")], user.flags(tmp_path / "out", "--deepspeed", ds),
-             user.flags(tmp_path / "out", "--deepspeed", torn)]  # fmt: skip
-    (_, first), (_, second), (_, third) = run_ranks(1, refused_each, cases)[0]
-    for part in ("recipe.yaml", "mora_rnak", "mora_rank", "max_steps must be a whole number"):
-        assert part in first
-    for part in ("ds.json", "zero_optimisation", "zero_optimization", "--per_device_train_batch_size = 2",
-                 "2 a process x 1 accumulated x 1 processes = 2", "--learning_rate"):  # fmt: skip
-        assert part in second, "all contradictions at once"
-    assert "torn.json, line 1" in third
-
-
 # -- files ---------------------------------------------------------------------------------------------------------
-
-
-def broken_files(folder: Path) -> dict[str, bytes]:
-    files = {
-        "empty.txt": b"",
-        "blank.jsonl": b"\n\n",
-        "latin.txt": "one\ntwo\nna\u00efve\n".encode("latin-1"),
-        "latin.jsonl": b'{"text": "fine"}\n{"text": "na\xefve"}\n',
-        "torn.jsonl": b'{"text": "fine"}\n{"text": "torn\n',
-        "column.jsonl": b'{"txt": "fine"}\n',
-        "short.txt": b"a",
-        "archive.zip": b"PK",
-        "late.txt": b"fine\n" * 400_000 + b"\xff\n",
-    }
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return files
-
-
-FILES = {
-    "empty.txt": ["empty.txt is empty"],
-    "blank.jsonl": ["blank.jsonl is empty"],
-    "latin.txt": ["latin.txt, line 3", "not UTF-8"],
-    "latin.jsonl": ["latin.jsonl, line 2", "not UTF-8"],
-    "torn.jsonl": ["torn.jsonl, line 2", "broken JSON"],
-    "column.jsonl": ["column.jsonl, line 1", "'text'", "txt", "--text_column"],
-    "short.txt": ["shorter than one batch"],
-    "archive.zip": ["archive.zip", "not read"],
-    "late.txt": ["late.txt, line 400001", "not UTF-8"],
-    "*.nothing": ["no file matches", "*.nothing"],
-}
-
-
-@pytest.mark.gloo
-def test_files(user: Playground, tmp_path: Path) -> None:
-    broken_files(tmp_path)
-    out = tmp_path / "out"
-    cases = [user.flags(out, "--train_files", tmp_path / name) for name in FILES]
-    assert_user_errors(cases, [["--train_files", *parts] for parts in FILES.values()])
-    cases = [user.flags(out, "--eval_files", tmp_path / name) for name in FILES if name != "short.txt"]
-    assert_user_errors(cases, [["--eval_files"]] * len(cases))
-    assert not out.exists()
 
 
 @pytest.mark.gloo
 def test_all_ranks_agree_on_a_broken_file(user: Playground, tmp_path: Path) -> None:
-    broken_files(tmp_path)
+    (tmp_path / "late.txt").write_bytes(b"fine\n" * 400_000 + b"\xff\n")
     argv = user.flags(tmp_path / "out", "--train_files", tmp_path / "late.txt")
     for kind, message in run_ranks(2, refused, argv, timeout_s=60):
         assert kind == "UserError" and "late.txt, line 400001" in message
@@ -159,56 +74,12 @@ def test_a_read_only_cache(user: Playground, tmp_path: Path) -> None:
 # -- models and tokenizers -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def models(user: Playground) -> dict[str, Path]:
-    """Model folders with one thing wrong each."""
-    root = user.root / "models"
-    folders = {}
-    for name in ("no_config", "no_weights", "no_tokenizer", "torn", "other_shape", "missing", "odd_type", "no_mask"):
-        folders[name] = Path(shutil.copytree(user.model, root / name))
-    (folders["no_config"] / "config.json").unlink()
-    (folders["no_weights"] / "model.safetensors").unlink()
-    for path in folders["no_tokenizer"].glob("tokenizer*"):
-        path.unlink()
-    weights = folders["torn"] / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    config = json.loads((user.model / "config.json").read_text())
-    (folders["other_shape"] / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
-    (folders["odd_type"] / "config.json").write_text(json.dumps({**config, "model_type": "lama"}))
-    tensors = load_file(folders["missing"] / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, folders["missing"] / "model.safetensors", {"format": "pt"})
+@pytest.mark.gloo
+def test_documents_that_would_see_each_other(user: Playground, tmp_path: Path) -> None:
+    shutil.copytree(user.model, tmp_path / "bloom")
     bloom = AutoConfig.for_model("bloom", vocab_size=400, hidden_size=32, n_layer=2, n_head=4)
-    AutoModelForCausalLM.from_config(bloom).save_pretrained(folders["no_mask"])
-    folders["file"] = user.train
-    folders["nowhere"] = root / "nowhere"
-    return folders
-
-
-MODELS = {
-    "no_config": ["no config.json"],
-    "no_weights": ["model.safetensors"],
-    "no_tokenizer": ["no tokenizer", "--tokenizer_name"],
-    "torn": ["cannot be loaded"],
-    "other_shape": ["weights do not fit the config", "mlp"],
-    "missing": ["weights are missing", "up_proj"],
-    "odd_type": ["lama"],
-    "file": ["no such folder"],
-    "nowhere": ["no such folder"],
-}
-
-
-@pytest.mark.gloo
-def test_models(user: Playground, models: dict[str, Path], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    cases = [user.flags(out, "--model_name_or_path", models[name]) for name in MODELS]
-    assert_user_errors(cases, [["--model_name_or_path", str(models[name]), *parts] for name, parts in MODELS.items()])
-    assert not out.exists()
-
-
-@pytest.mark.gloo
-def test_documents_that_would_see_each_other(user: Playground, models: dict[str, Path], tmp_path: Path) -> None:
-    argv = user.flags(tmp_path / "out", "--model_name_or_path", models["no_mask"])
+    AutoModelForCausalLM.from_config(bloom).save_pretrained(tmp_path / "bloom")
+    argv = user.flags(tmp_path / "out", "--model_name_or_path", tmp_path / "bloom")
     kind, message = run_ranks(1, refused, argv)[0]
     assert kind == "UserError" and "--no_document_mask" in message
     assert not (tmp_path / "out").exists()
@@ -356,7 +227,6 @@ def test_a_model_with_an_infinite_weight(user: Playground, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("ranks", "more", "code", "part"),
     [
-        pytest.param(1, ["--train_files", "/nowhere/*"], 2, "no file matches '/nowhere/*'", marks=pytest.mark.heavy),
         (2, ["--target_modules", "q_prj"], 2, "--target_modules 'q_prj'"),
         pytest.param(
             2, ["--learning_rate", "1e25"], 1, "Last good checkpoint: none was written", marks=pytest.mark.heavy
@@ -371,10 +241,3 @@ def test_the_launcher_says_it_once(
     assert done.stderr.count(part) == 1 and done.stderr.count("error:") == 1
     assert "Traceback" not in done.stderr
     assert (tmp_path / "out").exists() == (code == 1)
-
-
-def test_the_export_tool(tmp_path: Path) -> None:
-    tool = [sys.executable, str(REPOSITORY / "tools" / "export_hf.py"), "--output", str(tmp_path / "merged")]
-    more = {"env": environment(), "capture_output": True, "text": True, "timeout": 60}
-    done = subprocess.run([*tool, "--checkpoint", str(tmp_path)], check=False, **more)
-    assert done.returncode == 2 and "--checkpoint" in done.stderr and "Traceback" not in done.stderr

@@ -39,6 +39,8 @@ LAUNCHES = r"""
 --decay_ratio 0 | --decay_ratio must be above 0 and at most 1
 --warmup_steps 1.5 | --warmup_steps must be whole, or a share of the run below 1, got 1.5
 --warmup_steps -0.5 | --warmup_steps must be at least 0
+--warmup_steps 6 | --warmup_steps 6 must be less than
+--max_steps -1 --warmup_steps 5000 | --warmup_steps 5000
 --weight_decay -1 | --weight_decay must be at least 0
 --adam_beta1 1 | --adam_beta1 must be at least 0 and below 1
 --adam_epsilon 0 | --adam_epsilon must be above 0
@@ -74,6 +76,8 @@ LAUNCHES = r"""
 --log_level loud | --log_level 'loud' | debug, info
 --tp_inputs half | --tp_inputs 'half'
 --operator turn | --operator 'turn'
+--operator rotate --grouping strided | --grouping strided
+--grouping alternate | --grouping alternate
 --grouping odd | --grouping 'odd'
 --compute fast | --compute 'fast'
 --attn_implementation flash_attention_2 | FlashAttention computes in bf16 or fp16, and this run in float32
@@ -81,9 +85,10 @@ LAUNCHES = r"""
 --base_bits 5 | --base_bits
 --mora_dropout 1 | --mora_dropout
 --subspace_cycles 0 | --subspace_cycles must be at least 1
---adapter mroa | --adapter 'mroa' | Did you mean 'mora'
+--adapter mroa | unknown --adapter 'mroa'; known: mora, lora, full, none. Did you mean 'mora'?
 --merge_every -1 | --merge_every must be at least 0
 --restart_warmup_steps -1 | --restart_warmup_steps must be at least 0
+--merge_every 3 --restart_warmup_steps 0 | --restart_warmup_steps must be at least 1
 --optimizer_reset none | --optimizer_reset 'none'
 --alignment_weight -1 | --alignment_weight must be at least 0
 --alignment_weight 0.1 --alignment_rank 100000 | --alignment_rank 100000 | 32 singular vectors
@@ -108,10 +113,21 @@ stray | 'stray'
 --init_adapter /nowhere | --init_adapter is for --domain_adapters
 --push_to_hub a/b/c | --push_to_hub a/b/c
 --adapter full --push_to_hub a/b | --push_to_hub | --export_merged
+--adapter lora --alignment_weight 0.1 | --alignment_weight is for MoRA matrices
+--adapter lora --targets t.yaml | --targets is for MoRA matrices
+--eval_domains held=law | --eval_domains is for --domain_adapters
+--embedding_learning_rate 1 --train_norms --domain_adapters --train_files a=a:1 b=b:1 | would hold for the domains'
 --domain_adapters | --domain_adapters needs several named sources
 --bf16 --fp16 | --bf16 and --fp16
 --overwrite_output_dir --resume_from_checkpoint latest | --overwrite_output_dir | --resume_from_checkpoint
 --stop_when_forgotten general | --stop_when_forgotten general: must be NAME:NUMBER
+--stop_when_forgotten held:inf | --stop_when_forgotten held:inf: must be NAME:NUMBER
+--stop_when_forgotten held:1 --eval_steps 1 | --stop_when_forgotten | a ratio to the start is meant, above 1
+--stop_when_forgotten held:2 held:3 --eval_steps 1 | --stop_when_forgotten | held is given twice
+--stop_when_forgotten held:1.1 --eval_steps 1 --no_eval_on_start | leave out --no_eval_on_start
+--best_by held:-1 --eval_steps 1 | --best_by: weights must not be negative
+--best_by held:0 --eval_steps 1 | --best_by | one must be above 0
+--best_by :1 --eval_steps 1 | --best_by :1: must be NAME:NUMBER
 --best_by general:1 --eval_steps 2 | --best_by | 'general' | held, short
 --targets auto | --targets auto: give --trainable_budget
 --targets auto --trainable_budget much | --trainable_budget | much
@@ -121,19 +137,22 @@ stray | 'stray'
 --base_device disk | --base_device 'disk' | host
 --base_device host --base_buffers 1 | --base_buffers must be at least 2
 --base_device host --tensor_parallel_size 2 | --tensor_parallel_size 2 | --base_device host
+--embedding_learning_rate 0 --train_norms true | --embedding_learning_rate must be above
 --merge_every 2 --restart_warmup_steps 5 | --merge_every 2 must be more than --restart_warmup_steps 5
 --streaming --max_steps -1 | --streaming | --max_steps
 --tokenizer_name x --train_tokenizer_vocab 300 | --tokenizer_name and --train_tokenizer_vocab
 --model_config x.json | --model_name_or_path and --model_config
 --dataset_name x | --train_files and --dataset_name
 --mixture x.yaml | --mixture names the sources
---eval_files a/held.txt b/held.txt | --eval_files | held
+--eval_files a/held.txt b/held.txt | --eval_files | held would name two sets
 --replay x | --replay x: must be NAME=FILES:SHARE
 --replay old={user}/held.txt:2 | --replay | between 0 and 1
--train_files | nothing to train on
 # -- settings without an effect (tests/config/test_effects.py has them all)
 --lora_alpha 16 | --lora_alpha is for LoRA (--adapter lora)
 --adapter full --merge_every 30 | --merge_every is for an adapter
+-train_files | nothing to train on
+-model_name_or_path | give --model_name_or_path or --model_config
+-model_name_or_path --model_config x.json | --model_config comes without a tokenizer
 # -- files that are missing or of another kind
 --resume_from_checkpoint latest | --resume_from_checkpoint latest: no checkpoint at
 --resume_from_checkpoint {user}/model | --resume_from_checkpoint | no checkpoint at
@@ -153,7 +172,14 @@ stray | 'stray'
 --target_modules experts --optimizer muon | --optimizer muon is for single MoRA matrices
 --target_modules q_prj | --target_modules 'q_prj' | Did you mean 'q_proj'
 --cache_dir {user}/train.jsonl | --cache_dir | Not a directory
+--cache_dir /proc/nowhere | --cache_dir | /proc/nowhere
 --output_dir {user}/train.jsonl | --output_dir | is a file
+--output_dir /proc/nowhere | --output_dir | /proc/nowhere
+--output_dir '' | --output_dir '': name a folder for the run alone
+--output_dir / | --output_dir '/': name a folder
+--output_dir out/.. | --output_dir 'out/..'
+--output_dir ~ | --output_dir '~'
+--output_dir ~/.. | --output_dir '~/..'
 --output_dir ~nobody5/x | --output_dir ~nobody5/x: no home folder is known for ~nobody5
 --cache_dir ~nobody5/x | --cache_dir ~nobody5/x: no home
 --deepspeed ~nobody5/x | --deepspeed ~nobody5/x: no home
@@ -167,6 +193,14 @@ stray | 'stray'
 --train_files {bad}/emptydir | --train_files: the folder | emptydir' holds no file
 --train_files {bad}/empty | no file matches | Did you mean 'emptydir'
 --train_files {bad}/text/empty.txt | empty.txt is empty
+--eval_files {bad}/text/empty.txt | --eval_files | empty.txt is empty
+--train_files {bad}/text/blank.jsonl | blank.jsonl is empty
+--train_files {bad}/text/latin.txt | latin.txt, line 3 | not UTF-8
+--train_files {bad}/text/latin.jsonl | latin.jsonl, line 2 | not UTF-8
+--eval_files {bad}/text/latin.jsonl | --eval_files | latin.jsonl, line 2 | not UTF-8
+--train_files {bad}/text/column.jsonl | column.jsonl, line 1 | 'text' | txt | --text_column
+--train_files {bad}/text/short.txt | --train_files | shorter than one batch
+--train_files {bad}/text/*.nothing | no file matches | *.nothing
 --train_files {bad}/text/torn.jsonl | torn.jsonl, line 2 | broken JSON
 --train_files {bad}/text/number.jsonl | number.jsonl, line 1 | --text_column
 --train_files {bad}/text/torn.parquet | torn.parquet cannot be read
@@ -179,6 +213,7 @@ stray | 'stray'
 --tokenizer_name {bad}/text/torn.model | --tokenizer_name | torn.model is no SentencePiece model
 --tokenizer_name {bad}/emptydir | --tokenizer_name | holds no tokenizer
 --deepspeed {bad}/emptydir | --deepspeed | Is a directory
+--deepspeed {bad}/gone.json | --deepspeed | gone.json
 --targets /nowhere | --targets /nowhere
 --targets {bad}/targets/list.yaml | list.yaml must hold
 --targets {bad}/targets/empty.yaml | --targets | empty.yaml | format
@@ -205,6 +240,7 @@ stray | 'stray'
 --deepspeed {bad}/ds/optimizer.json | optimizer.json: optimizer.type must be AdamW, Adam or Muon
 --deepspeed {bad}/ds/clipping.json | clipping.json: gradient_clipping | --max_grad_norm
 --deepspeed {bad}/ds/rows.json | rows.json: train_batch_size = 7
+--deepspeed {bad}/ds/several.json | zero_optimisation | --per_device_train_batch_size = 2 | --learning_rate
 --deepspeed {bad}/ds/types.json | types.json: unknown data_types.grad_accum_dtype 'fp8'
 --deepspeed {bad}/ds/communication.json | communication.json | communication_data_type | fp99
 --deepspeed {bad}/ds/scheduler.json | scheduler.json: "scheduler" cannot be used
@@ -263,6 +299,8 @@ stray | 'stray'
 --model_name_or_path {bad}/models/quantized | --model_name_or_path | holds quantized weights
 --model_name_or_path {bad}/models/more_layers | --model_name_or_path | weights are missing | model.layers.2
 --model_name_or_path {bad}/models/wider | --model_name_or_path | weights do not fit the config | mlp
+--model_name_or_path {bad}/gone | --model_name_or_path | no such folder
+--model_name_or_path {user}/train.jsonl | --model_name_or_path | no such folder
 --model_name_or_path {bad}/models/code | --model_name_or_path | config.json | own
 --model_name_or_path {bad}/models/config_deep | --model_name_or_path | config.json | recursion
 --model_name_or_path {bad}/models/config_number | --model_name_or_path | config.json | digits
@@ -306,7 +344,13 @@ CASES = [line for line in LAUNCHES.splitlines() if line and not line.startswith(
 
 Answer = tuple[int, str, bool, bool]
 
-NEED_WEIGHTS = ("--model_name_or_path {bad}", "--target_modules", "--alignment_weight 0.1", "--attn_implementation")
+NEED_WEIGHTS = (
+    "--model_name_or_path {bad}",
+    "--target_modules",
+    "--alignment_weight 0.1",
+    "--attn_implementation",
+    "--max_steps -1 --w",
+)
 """How launches begin whose mistake shows only when the model is loaded."""
 
 

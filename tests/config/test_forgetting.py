@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from mora_ds.checkpoint.state import TrainerState
-from mora_ds.common.errors import UserError
 from mora_ds.config.forgetting import Watch, change, report
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, printed, refused, rows, run
+from tests.helpers.jobs import Playground, printed, rows, run
 from tests.helpers.resume import assert_same_run, interrupted_job
 
 
@@ -30,26 +29,6 @@ def test_bounds_and_scores() -> None:
     assert change(start, {"old": 110.0, "new": 40.0, "late": 1.0}) == pytest.approx({"old": 10.0, "new": -20.0})
     assert [line.split()[-1] for line in report(start, {"old": 110.0, "new": 40.0})] == ["change", "+10.00%", "-20.00%"]
     assert not report({}, start)
-
-
-@pytest.mark.parametrize(
-    ("bounds", "weights", "message"),
-    [
-        (["old"], [], "--stop_when_forgotten old: must be NAME:NUMBER"),
-        (["old:x"], [], "must be NAME:NUMBER"),
-        (["old:0.9"], [], "a ratio to the start is meant, above 1"),
-        (["old:1"], [], "a ratio to the start is meant, above 1"),
-        (["old:inf"], [], "must be NAME:NUMBER"),
-        (["old:2", "old:3"], [], "old is given twice"),
-        ([], ["old:-1"], "--best_by: weights must not be negative"),
-        ([], ["old:0"], "one must be above 0"),
-        ([], [":1"], "--best_by :1: must be NAME:NUMBER"),
-    ],
-)
-def test_what_is_no_bound_or_weight(bounds: list[str], weights: list[str], message: str) -> None:
-    with pytest.raises(UserError) as error:
-        Watch.of(bounds, weights)
-    assert message in str(error.value)
 
 
 def forgetting(user: Playground, out: Path, *more: Any) -> list[str]:
@@ -106,16 +85,3 @@ def test_the_best_checkpoint_stays(user: Playground, tmp_path: Path) -> None:
     run(1, argv)
     assert_same_run(out, whole)
     assert (out / "checkpoints" / "best").resolve().name == f"step-{best:06d}"
-
-
-@pytest.mark.gloo
-def test_what_cannot_be_watched_is_said_at_once(user: Playground, tmp_path: Path) -> None:
-    cases: dict[tuple[Any, ...], str] = {
-        ("--best_by", "hold:1", "--eval_steps", 1): "no evaluation set is called 'hold'; there are: held, short",
-        ("--stop_when_forgotten", "held:1.1", "--eval_steps", 1, "--no_eval_on_start"): "leave out --no_eval_on_start",
-        ("--stop_when_forgotten", "held:0.5", "--eval_steps", 1): "above 1",
-    }  # fmt: skip
-    for more, told in cases.items():
-        kind, message = run_ranks(1, refused, user.flags(tmp_path / "out", *more))[0]
-        assert kind == "UserError" and told in message, message
-    assert not (tmp_path / "out").exists()
