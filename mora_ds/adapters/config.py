@@ -200,9 +200,6 @@ class MoRAConfig(AdapterConfig):
     """r_hat is rounded down to a multiple of this, and to an even number below twice this (`round_side`). 1: the
     paper's size."""
 
-    expert_rank: int = 0
-    """The rank of each expert of a mixture; 0: `rank` divided by the number of experts that compute a token."""
-
     compute: str = "auto"
     """How a layer is computed: activation, weight or auto (see `ops.linear`)."""
 
@@ -214,10 +211,6 @@ class MoRAConfig(AdapterConfig):
     vectors: str = ""
     """Name of the file of the base's singular vectors (`VectorsRecord.name`), for the subspace operator and the
     alignment loss. `train.vectors` sets it."""
-
-    vector_sets: int = 1
-    """Subspace: cycle c takes singular vectors s r_hat, s r_hat + 1, ... with s = c modulo `vector_sets`, and starts
-    again at the first vector after a layer's last one. With 1 every cycle takes the leading ones."""
 
     layer_sizes: tuple[tuple[str, int], ...] = ()
     """(layer name, r_hat) of exactly the layers that are adapted, in place of `target_modules` and of the sizes that
@@ -251,18 +244,12 @@ class MoRAConfig(AdapterConfig):
             yield unknown(f"--{flag}", getattr(self, flag), choices[flag])
         if self.r_hat_multiple < 1 or (self.r_hat_multiple > 1 and self.r_hat_multiple % 2):
             yield f"--r_hat_multiple must be 1 or even, got {self.r_hat_multiple}"
-        if self.vector_sets < 1:
-            yield f"--subspace_cycles must be at least 1, got {self.vector_sets}"
-        if self.expert_rank < 0:
-            yield f"--expert_rank must be at least 1, got {self.expert_rank}"
         if self.segments < 0:
-            yield f"--tp_segments must be at least 1, got {self.segments}"
+            yield f"segments must be at least 0, got {self.segments}"
         if not misspelt:
             yield from self._unsuited_to_subspace() if self.is_subspace else self._unsuited_to(self.kind)
 
     def _unsuited_to(self, kind: OperatorKind) -> Iterator[str]:
-        if self.vector_sets > 1:
-            yield f"--subspace_cycles is for --operator subspace, and the operator is {kind.value}"
         if kind is OperatorKind.SHARE:
             return
         any_kind = (Grouping.PLAIN.value, Grouping.PERMUTED.value)
@@ -322,10 +309,14 @@ class MoRAConfig(AdapterConfig):
         return OperatorKind.SHARE if self.is_subspace else self.kind
 
     def of_expert(self, layer: str, experts_per_token: int) -> MoRAConfig:
-        if not (self.expert_rank or experts_per_token):
-            raise UserError(f"{layer}: the model's config does not tell how many experts a token has: --expert_rank")
-        rank = self.expert_rank or max(1, self.rank // experts_per_token)
-        return replace(self, rank=rank, operator=self.operator_name)
+        """`rank` is divided by the number of experts that compute a token, which together then have the rank of a
+        linear layer."""
+        if not experts_per_token:
+            raise UserError(
+                f"--target_modules includes {layer}, and the model's config does not tell how many experts a token "
+                "has: leave experts out"
+            )
+        return replace(self, rank=max(1, self.rank // experts_per_token), operator=self.operator_name)
 
     def square_size(self, d_in: int, d_out: int) -> int:
         """r_hat of a layer: the paper's size, at most `largest_size`, rounded down."""
@@ -359,8 +350,7 @@ class MoRAConfig(AdapterConfig):
     def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, aligned: Side | None = None) -> SquareSpec:
         r_hat = self.size_of(layer, d_in, d_out)
         if self.is_subspace:
-            first = cycle % self.vector_sets * r_hat % min(d_in, d_out)
-            return SubspaceSpec(d_in, d_out, r_hat, layer, self.vectors, first)
+            return SubspaceSpec(d_in, d_out, r_hat, layer, self.vectors)
         alternating = (Grouping.STRIDED, Grouping.CONTIGUOUS)[cycle % 2]
         grouping = alternating if self.grouping == ALTERNATE else Grouping(self.grouping)
         seed = permutation_seed(self.seed, layer, cycle) if grouping is Grouping.PERMUTED else 0

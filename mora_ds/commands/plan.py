@@ -19,7 +19,7 @@ from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.data import ModelArguments
 from mora_ds.config.training import TrainingArguments
-from mora_ds.engine.base_device import LEAST_BUFFERS, BaseDevice
+from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.ds_config import resolve_ds_config
 from mora_ds.models.attention import NAME
 from mora_ds.models.load import named_config
@@ -39,11 +39,11 @@ def main() -> None:
         both = planner.work.adapter is not None and not given.cpu
         places = [BaseDevice.DEVICE, *([BaseDevice.HOST] if both else [])]
         for place in places if device is BaseDevice.AUTO else [device]:
-            planner = place_base(planner, place, given.base_buffers)
+            planner = place_base(planner, place)
             if chosen := recommend(planner, given.rows):
                 break
     else:
-        planner = place_base(planner, device, given.base_buffers)
+        planner = place_base(planner, device)
     plan = chosen or planner.plan()
     sharding = recommend_sharding(planner, plan)
     if given.json:
@@ -65,12 +65,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument("--adapter", default="mora", choices=["mora", "lora", "full"])
     parser.add_argument("--mora_rank", type=int, default=8)
-    parser.add_argument("--expert_rank", type=int)
     parser.add_argument("--operator", default="auto")
     parser.add_argument("--target_modules", nargs="+", default=["all-linear"])
     parser.add_argument("--base_bits", type=int, default=AdapterArguments.base_bits)
     parser.add_argument("--base_device", default="auto", choices=[each.value for each in BaseDevice])
-    parser.add_argument("--base_buffers", type=int, default=LEAST_BUFFERS)
     parser.add_argument("--train_embeddings", action="store_true")
     parser.add_argument("--train_embedding_rank", type=int, default=0)
     parser.add_argument("--train_norms", action="store_true")
@@ -93,15 +91,12 @@ def _options() -> argparse.Namespace:
         value = getattr(given, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{name} must be above 0, got {value}")
-    if given.base_buffers < LEAST_BUFFERS:
-        raise UserError(f"--base_buffers must be at least {LEAST_BUFFERS}, got {given.base_buffers}")
     return given
 
 
 def _work(given: argparse.Namespace) -> Work:
     adapter = AdapterArguments(
         adapter=given.adapter, mora_rank=given.mora_rank, operator=given.operator, target_modules=given.target_modules,
-        expert_rank=given.expert_rank,
         train_embeddings=given.train_embeddings, train_embedding_rank=given.train_embedding_rank,
         train_norms=given.train_norms, train_head=given.train_head,
         base_bits=given.base_bits,

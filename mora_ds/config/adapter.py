@@ -34,6 +34,10 @@ class TPGrouping(str, Enum):
     ALIGNED = "aligned"
 
 
+SEGMENTS = 8
+"""Of --tp_grouping aligned."""
+
+
 @dataclass(frozen=True)
 @documented
 class AdapterArguments:
@@ -48,17 +52,11 @@ class AdapterArguments:
     r_hat_multiple: int = R_HAT_MULTIPLE
     """Sides of MoRA matrices are multiples of this, and even where they are below twice this; 1: of every size that the
     operator takes."""
-    expert_rank: int | None = None
-    """Rank of each expert of a mixture, where --target_modules names experts. Default: --mora_rank divided by the
-    number of experts that compute a token, which together then have the rank of a linear layer."""
     lora_alpha: float | None = None
     """The update of LoRA is lora_alpha / --mora_rank times B A. Default: twice the rank."""
     operator: str = "auto"
     """truncate, share, decouple, rotate, or subspace (between leading singular vectors of the frozen weight, which are
     computed once, at the start). auto: rotate for ranks below 64, share from there on."""
-    subspace_cycles: int = 1
-    """With --operator subspace: number of cycles after which the same singular vectors are used again. 1: every cycle
-    uses the leading ones; with 4 the second cycle uses the next ones in order, the fifth the leading ones again."""
     grouping: str = "permuted"
     """permuted (new permutations in every cycle), alternate (the paper's for share: strided and contiguous in turn),
     plain, or one for share only: strided, contiguous, contiguous-strided, strided-contiguous."""
@@ -87,10 +85,8 @@ class AdapterArguments:
     dtype."""
     tp_grouping: str = TPGrouping.GATHER.value
     """gather (any grouping; tensor-parallel ranks all-gather a MoRA matrix to use it) or aligned (groupings of share,
-    confined to --tp_segments segments where the model's plan splits a layer: its matrix is never communicated)."""
-    tp_segments: int = 8
-    """Segments of --tp_grouping aligned; --tensor_parallel_size must divide it. It changes the update itself, whatever
-    the size is."""
+    confined to 8 segments where the model's plan splits a layer: its matrix is never communicated). aligned is another
+    update, whatever --tensor_parallel_size is, which must divide 8."""
     mora_dropout: float = 0.0
     """Dropout on the adapter's input, at least 0 and below 1."""
     train_embeddings: bool = False
@@ -163,11 +159,9 @@ class AdapterArguments:
             rank=self.mora_rank,
             operator=self.operator,
             grouping=self.grouping,
-            expert_rank=self.expert_rank or 0,
             r_hat_multiple=self.r_hat_multiple,
             compute=self.compute,
-            segments=self.tp_segments if self.tp_grouping == TPGrouping.ALIGNED.value else 0,
-            vector_sets=self.subspace_cycles,
+            segments=SEGMENTS if self.tp_grouping == TPGrouping.ALIGNED.value else 0,
             **self._common(seed),
         )
 
@@ -190,10 +184,8 @@ class AdapterArguments:
             self,
             {
                 "adapter": AdapterKind,
-                "expert_rank": COUNT,
                 "lora_alpha": POSITIVE,
                 "tp_grouping": TPGrouping,
-                "tp_segments": COUNT,
                 "alignment_weight": NOT_NEGATIVE,
                 "alignment_rank": COUNT,
                 "merge_every": NOT_NEGATIVE,

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from mora_ds.common.errors import UserError
 from mora_ds.config.adapter import AdapterKind
-from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.remora.schedule import ScheduleKind, schedule_kind
 
@@ -74,21 +73,8 @@ EFFECTS = (
         "embedding_learning_rate",
     ),
     Effect("--alignment_weight", lambda run: run.adapter.alignment_weight != 0, "alignment_rank"),
-    Effect("--tp_grouping aligned", lambda run: run.adapter.tp_grouping == "aligned", "tp_segments"),
     Effect("--targets auto", lambda run: run.adapter.targets == "auto", "trainable_budget"),
-    Effect("--operator subspace", lambda run: run.adapter.operator == "subspace", "subspace_cycles"),
-    Effect(
-        "experts (--target_modules experts)",
-        lambda run: run.adapter.adapts_experts or run.adapter.targets not in (None, "auto"),
-        "expert_rank",
-    ),
     Effect("--domain_adapters", lambda run: run.adapter.domain_adapters, "freeze eval_domains init_adapter"),
-    Effect(
-        "a --base_device other than device",
-        lambda run: run.training.base_device != BaseDevice.DEVICE.value,
-        "base_buffers",
-    ),
-    Effect("--tensor_parallel_size above 1", lambda run: run.training.tensor_parallel_size > 1, "tp_inputs"),
     Effect("an --lr_scheduler_type that decays", _decays, "min_lr_ratio"),
     Effect(
         "--lr_scheduler_type warmup_stable_decay",

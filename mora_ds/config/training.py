@@ -26,10 +26,9 @@ from mora_ds.common.untrusted import expanded
 from mora_ds.config.flags import documented
 from mora_ds.config.forgetting import Watch
 from mora_ds.config.tracking import tracker_problems
-from mora_ds.engine.base_device import LEAST_BUFFERS, BaseDevice
+from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.ds_config import EngineSettings
 from mora_ds.engine.ds_optimizer import OptimizerKind
-from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.remora.schedule import schedule_kind
 from mora_ds.runtime.log_setup import LogLevel
 
@@ -55,7 +54,6 @@ def _is_shared(output_dir: str) -> bool:
 
 _ALLOWED: dict[str, Bounds | type[Enum]] = {
     "tensor_parallel_size": COUNT,
-    "tp_inputs": TPInputs,
     "per_device_train_batch_size": ROWS,
     "per_device_eval_batch_size": ROWS,
     "gradient_accumulation_steps": COUNT,
@@ -73,7 +71,6 @@ _ALLOWED: dict[str, Bounds | type[Enum]] = {
     "max_grad_norm": NOT_NEGATIVE,
     "log_level": LogLevel,
     "base_device": BaseDevice,
-    "base_buffers": Bounds(least=LEAST_BUFFERS, most=COUNT.most),
     "logging_steps": COUNT,
     "eval_steps": NOT_NEGATIVE,
     "max_eval_batches": COUNT,
@@ -104,16 +101,10 @@ class TrainingArguments:
     """Ranks that split the work of one: each computes a slice of every layer and holds a part of every MoRA matrix; the
     base stays unsharded on each. Consecutive ranks, best on one node. Ranks of the run = this x data-parallel replicas.
     Default: the value in --deepspeed ("tensor_parallel": {"autotp_size": t}), or 1."""
-    tp_inputs: str = "auto"
-    """How tensor-parallel ranks save the input that layers share (q, k, v; gate, up) for backward: split (each its part
-    of the tokens; all-gathered again), whole (no such all-gather), or auto: split, but whole with
-    --gradient_checkpointing."""
     base_device: str = BaseDevice.AUTO.value
     """Where the frozen weights of the decoder layers are: device, or host (in host memory; a GPU holds those of
-    --base_buffers layers at a time, and copies the next ones while it computes). auto: device, unless the plan says
+    two layers at a time, and copies the next one while it computes). auto: device, unless the plan says
     that the base does not fit there."""
-    base_buffers: int = LEAST_BUFFERS
-    """With --base_device host: decoder layers whose frozen weights a device holds at a time, at least 2."""
     dry_run: bool = False
     """Print what each rank would compute and store, and stop: nothing is trained, the output folder stays as it is."""
     max_steps: int = -1

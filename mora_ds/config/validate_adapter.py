@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mora_ds.config.adapter import AdapterArguments, AdapterKind, TPGrouping
+from mora_ds.config.adapter import SEGMENTS, AdapterArguments, AdapterKind, TPGrouping
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.ds_optimizer import OptimizerKind
@@ -34,7 +34,7 @@ def _tensor_parallel(adapter: AdapterArguments, training: TrainingArguments) -> 
         adapter=adapter.adapter,
         operator=adapter.operator or "",
         dropout={"--mora_dropout": adapter.mora_dropout},
-        segments=adapter.tp_segments if adapter.tp_grouping == TPGrouping.ALIGNED.value else 0,
+        segments=SEGMENTS if adapter.tp_grouping == TPGrouping.ALIGNED.value else 0,
         base_bits=adapter.base_bits,
         alignment_weight=adapter.alignment_weight,
         domains=adapter.domain_adapters,

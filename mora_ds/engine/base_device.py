@@ -1,11 +1,11 @@
-"""The words of --base_device, and the fewest buffers of a base in host memory (`base_ring`)."""
+"""The words of --base_device, and the buffers of a base in host memory (`base_ring`)."""
 
 from __future__ import annotations
 
 from enum import Enum
 
-LEAST_BUFFERS = 2
-"""One decoder layer computes while another one is copied."""
+BUFFERS = 2
+"""Decoder layers whose weights are on the device: one computes while another one is copied."""
 
 
 class BaseDevice(str, Enum):

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mora_ds.common.errors import RunError, UserError
-from mora_ds.engine.base_device import LEAST_BUFFERS
+from mora_ds.common.errors import RunError
+from mora_ds.engine.base_device import BUFFERS
 from mora_ds.engine.host_copies import Copies, copies_for
 from mora_ds.models.decoder_layers import extent, offsets, stored_bytes, weights_of_layers
 
@@ -73,10 +73,10 @@ class _Layer:
 class BaseRing:
     """The buffers of one model, and which layer each of them holds."""
 
-    def __init__(self, model: Any, buffers: int, device: torch.device, copies: Copies) -> None:
+    def __init__(self, model: Any, device: torch.device, copies: Copies) -> None:
         """Raises `UserError` for a model whose layers are not found, and host memory that cannot be locked."""
         weights = weights_of_layers(model)
-        self.buffers = min(buffers, len(weights))
+        self.buffers = min(BUFFERS, len(weights))
         size = max(stored_bytes(tensors.values()) for tensors in weights.values())
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(self.buffers)]
         self.copied = 0
@@ -206,14 +206,12 @@ class BaseRing:
         return view
 
 
-def stream_base(model: Any, buffers: int, device: torch.device) -> BaseRing:
-    """Let a model whose frozen weights are in host memory run on `device` with those of `buffers` decoder layers there.
+def stream_base(model: Any, device: torch.device) -> BaseRing:
+    """Let a model whose frozen weights are in host memory run on `device`, with those of a few decoder layers there.
     Raises `UserError` as `BaseRing` does."""
-    if buffers < LEAST_BUFFERS:
-        raise UserError(f"--base_buffers must be at least {LEAST_BUFFERS}, got {buffers}: one computes, one is copied")
     if (before := ring_of(model)) is not None:  # of another engine for the same model
         before.close()
-    ring = BaseRing(model, buffers, device, copies_for(device))
+    ring = BaseRing(model, device, copies_for(device))
     setattr(model, _RING, ring)
     return ring
 

@@ -38,7 +38,6 @@ from mora_ds.engine.optimizer_view import view_of
 from mora_ds.models.base import tensor_checksum
 from mora_ds.models.node_base import share_base
 from mora_ds.parallel.limits import TENSOR, check_tensor_parallel
-from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
 from mora_ds.runtime.mappings import Mappings
@@ -68,8 +67,7 @@ def initialize(
     config: dict[str, Any] | str | Path,
     check_base: bool = True,
     tensor_parallel_size: int | None = None,
-    tensor_parallel_inputs: TPInputs = TPInputs.AUTO,
-    base_buffers: int | None = None,
+    base_on_host: bool = False,
     node_base: str = "auto",
     **kwargs: Any,
 ) -> tuple[zero.Engine, Any, Any, Any]:
@@ -79,10 +77,9 @@ def initialize(
     process's device in the config's dtype and, with `check_base`, compared between all processes by checksum. With
     `tensor_parallel_size` t, t consecutive ranks share the work of one, and must be given the same batch
     (`parallel/tensor_parallel.py`); by default it is that of the config ("tensor_parallel": {"autotp_size": t}), or 1.
-    `tensor_parallel_inputs`: how they save the inputs of a block's layers for backward (`TPInputs`).
-    With `base_buffers` the decoder layers' frozen weights stay in host memory, and the device holds those of so many
-    layers at a time, at least 2 (`engine/base_ring.py`). `node_base`: how the processes of a node share what is in host
-    memory (`runtime.node_memory.Sharing`, or a folder).
+    With `base_on_host` the decoder layers' frozen weights stay in host memory, and the device holds those of two layers
+    at a time (`engine/base_ring.py`). `node_base`: how the processes of a node share what is in host memory
+    (`runtime.node_memory.Sharing`, or a folder).
     Raises `UserError` for a model without adapter, and `RunError` when the processes hold different bases.
     """
     if not mora_layers(model):
@@ -93,29 +90,29 @@ def initialize(
     settings = complete_ds_config(config, trainable_numels(model, degree), tensor_parallel_size)
     check_compute_dtype(settings)
     _check_experts(model, settings)
-    check_splittable(settings, degree, base_bits=base_bits_of(model), base_buffers=base_buffers)
+    check_splittable(settings, degree, base_bits=base_bits_of(model), base_on_host=base_on_host)
     start_distributed()
     check_second_copies(settings, dist.get_world_size(), degree)
     if degree > 1:
         topology = Topology.of(degree)
-        split_model(model, topology, tensor_parallel_inputs)
+        split_model(model, topology)
         kwargs["mpu"] = topology.mpu
     dtype = getattr(torch, compute_dtype(settings))
     device = current_device()
-    move_base(model, device, dtype, () if base_buffers is None else names_on_host(model))
+    move_base(model, device, dtype, names_on_host(model) if base_on_host else ())
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype)
     if check_base:
         check_base_equal(frozen_buffers(model).values())
-    require_host(node_base, base_buffers is not None)
-    if is_cpu() or base_buffers is not None:
+    require_host(node_base, base_on_host)
+    if is_cpu() or base_on_host:
         # What is locked for copies to a GPU stays where it is, and locking a file's pages would copy them.
         share_base(model, node_base, Ranks.current(), at_once=not is_cpu())
     parameters = parameter_groups(model)
     _forget_groups_of_second_copies()
     muon.load_kernels()
     # DeepSpeed moves the module to the device, buffers too (engine.py, `_configure_distributed_model`).
-    aside = nullcontext() if base_buffers is None else stream_base(model, base_buffers, device).aside()
+    aside = stream_base(model, device).aside() if base_on_host else nullcontext()
     with aside, muon.preparing(parameters[0]["params"]) if uses_muon(settings) else nullcontext():
         returned = deepspeed.initialize(model=model, config=settings, model_parameters=parameters, **kwargs)
     muon.repair_clipping(returned[0])
@@ -176,14 +173,14 @@ def trainable_numels(model: nn.Module, tensor_parallel_size: int = 1) -> list[in
 
 
 def check_splittable(
-    config: dict[str, Any], degree: int, base_bits: int | None = None, base_buffers: int | None = None
+    config: dict[str, Any], degree: int, base_bits: int | None = None, base_on_host: bool = False
 ) -> None:
     """Raises `UserError` for a resolved DeepSpeed config that tensor parallelism does not go with."""
     zero_settings = config["zero_optimization"]
     nvme = (zero_settings.get("offload_optimizer") or {}).get("device") == "nvme"
     check_tensor_parallel(
         degree, zero_stage=zero_settings["stage"], nvme=nvme, muon=uses_muon(config), base_bits=base_bits,
-        streams_base=base_buffers is not None,
+        streams_base=base_on_host,
     )  # fmt: skip
 
 

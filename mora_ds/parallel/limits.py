@@ -48,7 +48,7 @@ def tensor_parallel_problems(
     drops = [f"{name} = {value}" for name, value in (dropout or {}).items() if value > 0]
     limits = {
         f"splits MoRA matrices, and --adapter {adapter} has none: leave it at 1": adapter != "mora",
-        f"does not divide --tp_segments {segments}: a segment belongs to one rank": segments % degree > 0,
+        f"does not divide the {segments} segments of --tp_grouping aligned": segments % degree > 0,
         "splits a layer's shared MoRA matrix, not those of --domain_adapters": domains,
         "splits linear layers, and --target_modules names experts: leave it at 1": experts,
         f"and {SEQUENCE} {sequence}: use one of them": sequence > 1,

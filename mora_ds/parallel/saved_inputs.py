@@ -23,17 +23,6 @@ from mora_ds.parallel.topology import Topology
 from mora_ds.parallel.windows import Window
 
 
-class TPInputs(str, Enum):
-    """How a process saves the input that the layers of a split block share (--tp_inputs)."""
-
-    AUTO = "auto"
-    """SPLIT, but WHOLE under gradient checkpointing, where it is recomputed and there for a moment only."""
-    SPLIT = "split"
-    """Its share of the tokens; the other tokens are gathered again."""
-    WHOLE = "whole"
-    """All tokens."""
-
-
 class Saved(Enum):
     """What a split layer saves of its input."""
 
@@ -43,13 +32,15 @@ class Saved(Enum):
     FOLDED_SHARD = "this process's tokens of the folded input"
 
 
-def plan_inputs(model: nn.Module, plan: TensorPlan, inputs: TPInputs = TPInputs.AUTO) -> dict[str, Saved]:
-    """Layer name -> what it saves, for every split layer of an injected model that has a MoRA matrix."""
+def plan_inputs(model: nn.Module, plan: TensorPlan) -> dict[str, Saved]:
+    """Layer name -> what it saves, for every split layer of an injected model that has a MoRA matrix.
+
+    Under gradient checkpointing a block's input is not shared out over the processes: it is recomputed, and there for a
+    moment only.
+    """
     if plan.degree == 1:
         return {}
-    if inputs is TPInputs.AUTO:
-        recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-        inputs = TPInputs.WHOLE if recomputed else TPInputs.SPLIT
+    recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     saved = {}
     for block in plan.blocks:
         layers: dict[str, Any] = {
@@ -58,7 +49,7 @@ def plan_inputs(model: nn.Module, plan: TensorPlan, inputs: TPInputs = TPInputs.
         specs = {name: layer.spec for name, layer in layers.items() if isinstance(layer, AdaptedLinear)}
         colwise: list[Any] = [specs[name] for name in specs if plan.styles[name] is Style.COLWISE]
         shared = Saved.SMALLER
-        if inputs is TPInputs.SPLIT and colwise:  # decouple and rotate fold nothing away
+        if colwise and not recomputed:  # decouple and rotate fold nothing away
             folds = all(not spec.blockwise for spec in colwise) and sum(s.r_hat for s in colwise) < colwise[0].d_in
             shared = Saved.FOLDED_SHARD if folds else Saved.INPUT_SHARD
         # All attention implementations but eager save their output, which is the rowwise layer's input, anyway.

@@ -31,17 +31,17 @@ from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.tp_plan import Style, TensorPlan, plan_of
 from mora_ds.common.errors import UserError
 from mora_ds.parallel.limits import TENSOR, check_tensor_parallel
-from mora_ds.parallel.saved_inputs import BlockInput, Saved, Saving, TPInputs, plan_inputs, smaller_of
+from mora_ds.parallel.saved_inputs import BlockInput, Saved, Saving, plan_inputs, smaller_of
 from mora_ds.parallel.topology import AllGather, Slice, Sum, SumGradient, Topology, mark_split, share_of
 from mora_ds.parallel.windows import Window
 
 
-def split_model(model: nn.Module, topology: Topology, inputs: TPInputs = TPInputs.AUTO) -> TensorPlan:
+def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
     """Split an injected model in place, so that every layer computes its part and stores its share of M. Returns the
     plan. Raises `UserError` for what cannot be split: dropout, LoRA, matrices with fewer rows than processes."""
     _check(model, topology.degree)
     plan = plan_of(model, topology.degree)
-    layers, saved = mora_layers(model), plan_inputs(model, plan, inputs)
+    layers, saved = mora_layers(model), plan_inputs(model, plan)
     blocks = {name: BlockInput(topology) for name in plan.blocks}
     for name, layer in layers.items():
         assert isinstance(layer, MoRALinear)

@@ -147,7 +147,7 @@ class Planner:
         vocabulary = work.config.get_text_config().vocab_size
         logits = 0 if bound(model.model) else work.tokens * vocabulary * work.dtype.itemsize
         base = model.base_bytes + model.other_buffers
-        streamed = None if work.base_buffers is None else model.streamed(work.base_buffers)
+        streamed = model.streamed() if work.base_on_host else None
         memory = rank_memory(base, model.merge, logits, self._step(work), trained, gathered, streamed)
         volume = all_gather_volume(trained, gathered, self.accumulation)
         reduced = reduced_bytes(trained, self.accumulation)
@@ -173,15 +173,15 @@ class Planner:
         """Bytes of the base on every device."""
         work = replace(self.work, tensor_parallel=1, sequence_parallel=1)
         size = self._model(work).base_bytes
-        if work.base_buffers is None:
+        if not work.base_on_host:
             return size
-        streamed = self.streamed(work.base_buffers)
+        streamed = self.streamed()
         return size - streamed.total + streamed.on_device
 
-    def streamed(self, buffers: int) -> Streamed:
+    def streamed(self) -> Streamed:
         """The part of the base that --base_device host keeps in host memory. Raises `UserError` for a model whose
         decoder layers are not found."""
-        return self._model(self.work).streamed(buffers)
+        return self._model(self.work).streamed()
 
     def _model(self, work: Work) -> _MeasuredModel:
         # Of sizes, only those of what tensor-parallel ranks save of their inputs depend on checkpointing.
@@ -220,14 +220,14 @@ class _MeasuredModel:
         self.other_buffers = other_buffer_bytes(model)
         self.merge, self.a_merge_adds = measure_merge(model), merge_bytes(model)
 
-    def streamed(self, buffers: int) -> Streamed:
-        return Streamed.of(self._unsplit, buffers)
+    def streamed(self) -> Streamed:
+        return Streamed.of(self._unsplit)
 
     def activation_bytes(self, work: Work, replicas: int) -> float:
         """Bytes of activations that a tensor-parallel rank sends in a micro-batch."""
         if work.tensor_parallel == 1:
             return 0.0
-        spent = costs(self._unsplit, work.tensor_parallel, replicas, work.tokens, inputs=work.tp_inputs)
+        spent = costs(self._unsplit, work.tensor_parallel, replicas, work.tokens)
         return spent.wire("activation") * work.dtype.itemsize
 
 
@@ -245,13 +245,13 @@ def _check(work: Work, cluster: Cluster) -> None:
         work.tensor_parallel,
         base_bits=work.base_bits,
         sequence=work.sequence_parallel,
-        streams_base=work.base_buffers is not None,
+        streams_base=work.base_on_host,
     )
     check_world(cluster.ranks, work.tensor_parallel, work.sequence_parallel)
     refuse(sequence_parallel_problems(work.sequence_parallel, work.seq_len))
 
 
-def place_base(planner: Planner, device: BaseDevice, buffers: int) -> Planner:
+def place_base(planner: Planner, device: BaseDevice) -> Planner:
     """The planner with its base where `device` says; auto: in host memory if its work does not fit otherwise. Raises
     `UserError` for work that has no frozen base to be there."""
     work = planner.work
@@ -261,7 +261,7 @@ def place_base(planner: Planner, device: BaseDevice, buffers: int) -> Planner:
     stays = device is BaseDevice.AUTO and (not can_be_there or planner.plan().fits)
     if stays or device is BaseDevice.DEVICE:
         return planner
-    return replace(planner, work=replace(work, base_buffers=buffers))
+    return replace(planner, work=replace(work, base_on_host=True))
 
 
 # -- a recommendation -------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def _group_sizes(work: Work, cluster: Cluster) -> Iterator[tuple[int, int]]:
 
 def _is_split(work: Work) -> bool:
     """Whether tensor parallelism takes the work's adapter and base."""
-    if work.adapter is None or work.base_bits in (8, 4) or work.base_buffers is not None:
+    if work.adapter is None or work.base_bits in (8, 4) or work.base_on_host:
         return False
     return not any(map(names_experts, work.adapter.target_modules))
 

@@ -38,7 +38,7 @@ def verdict(plan: Plan) -> str:
             f"it does not fit: the base alone is {size_text(plan.memory.base)} on every GPU, and a device has "
             f"{size_text(capacity)}. The base is never sharded: use devices with more memory, a smaller base"
             f"{FEWER_BITS.get(plan.work.base_bits or 0, '')}"
-            f"{', or --base_device host' if plan.work.base_buffers is None else ''}"
+            f"{'' if plan.work.base_on_host else ', or --base_device host'}"
         )
     return (
         f"it does not fit: {size_text(peak)} at the peak, in {plan.memory.peaks_in}; a device has {size_text(capacity)}"
@@ -56,7 +56,7 @@ def _head(plan: Plan) -> list[str]:
         f"--seq_len {work.seq_len} --tensor_parallel_size {work.tensor_parallel} "
         f"--sequence_parallel_size {work.sequence_parallel}"
         f"{' --gradient_checkpointing' if work.checkpointing else ''}"
-        f"{'' if work.base_buffers is None else f' --base_device host --base_buffers {work.base_buffers}'}: "
+        f"{' --base_device host' if work.base_on_host else ''}: "
         f"{work.micro_batch * plan.accumulation * replicas * work.seq_len:,} tokens a step",
     ]
 
@@ -120,8 +120,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "gradient_checkpointing": work.checkpointing,
             "dtype": _dtype(plan),
             "base_bits": work.base_bits,
-            "base_device": (BaseDevice.DEVICE if work.base_buffers is None else BaseDevice.HOST).value,
-            "base_buffers": work.base_buffers,
+            "base_device": (BaseDevice.HOST if work.base_on_host else BaseDevice.DEVICE).value,
         },
         "cluster": {
             "gpus": plan.cluster.ranks,

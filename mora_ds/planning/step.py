@@ -25,12 +25,12 @@ from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.quantized import quantized_bytes, quantized_layers
 from mora_ds.common.errors import UserError, reason
 from mora_ds.data.documents import Documents
+from mora_ds.engine.base_device import BUFFERS
 from mora_ds.models.attention import NAME, use_documents
 from mora_ds.models.decoder_layers import stored_bytes, weights_of_layers
 from mora_ds.models.load import make_model
 from mora_ds.models.loss import chunk_loss, is_frozen, token_nll
 from mora_ds.parallel import windows
-from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
 from mora_ds.planning.memory_meter import MemoryMeter, fused_attention
@@ -51,16 +51,14 @@ class Work:
     checkpointing: bool = False
     tensor_parallel: int = 1
     sequence_parallel: int = 1
-    tp_inputs: TPInputs = TPInputs.AUTO
-    """How tensor-parallel ranks save the input that layers share."""
     document_mask: bool = True
     """Whether rows hold several documents, so that attention reads a mask."""
     attn_implementation: str | None = None
     by_documents: bool = False
     """Whether attention is document by document; planned with documents as long as the rows."""
     trust_remote_code: bool = False
-    base_buffers: int | None = None
-    """Decoder layers whose frozen weights a device holds at a time (--base_device host); None: all of them."""
+    base_on_host: bool = False
+    """Whether the decoder layers' frozen weights are in host memory (--base_device host)."""
 
     @property
     def base_bits(self) -> int | None:
@@ -154,7 +152,7 @@ def planned_model(work: Work) -> Any:
             if layer.is_packed:  # as after a merge, when it is added to the weight of the moment
                 layer.keep_merged([(layer.spec, layer.value.detach())])
     if work.tensor_parallel > 1:
-        split_model(model, _SingleRank(work.tensor_parallel, 0, None), work.tp_inputs)
+        split_model(model, _SingleRank(work.tensor_parallel, 0, None))
     if is_frozen(model.get_output_embeddings()):
         chunk_loss(model)
     return model.train()
@@ -225,11 +223,11 @@ class Streamed:
     """Bytes of a buffer."""
 
     @classmethod
-    def of(cls, model: nn.Module, buffers: int) -> Streamed:
+    def of(cls, model: nn.Module) -> Streamed:
         """Raises `UserError` for a model whose decoder layers are not found."""
         weights = [list(own.values()) for own in weights_of_layers(model).values()]
         sizes = tuple(sum({id(tensor): tensor.nbytes for tensor in own}.values()) for own in weights)
-        return cls(sizes, min(buffers, len(sizes)), max(stored_bytes(own) for own in weights))
+        return cls(sizes, min(BUFFERS, len(sizes)), max(stored_bytes(own) for own in weights))
 
     @property
     def total(self) -> int:

@@ -33,7 +33,6 @@ from mora_ds.engine.ds_config import fill_bucket_sizes
 from mora_ds.engine.initialize import initialize, trainable_numels
 from mora_ds.models.node_base import node_base_of
 from mora_ds.models.vocabulary import first_new_row
-from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.planning.costs import costs
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.train.init_adapter import InitialAdapter
@@ -63,8 +62,7 @@ class AdapterJob(Job):
             model=self.loaded.model,
             config=fill_bucket_sizes(self.ds_config, trainable_numels(self.loaded.model, degree)),
             tensor_parallel_size=degree,
-            tensor_parallel_inputs=TPInputs(training.tp_inputs),
-            base_buffers=training.base_buffers if self._streams else None,
+            base_on_host=self._streams,
             node_base=self.arguments.model.node_base,
         )
         if text := node_base_of(self.loaded.model).text:
@@ -157,7 +155,7 @@ class AdapterJob(Job):
         if self.ds_config["zero_optimization"]["stage"] == 3:
             tokens = training.per_device_train_batch_size * self.data.train.seq_len // training.sequence_parallel_size
             replicas = self.place.ranks.world // degree
-            logger.info(costs(model, degree, replicas, tokens, inputs=TPInputs(training.tp_inputs)))
+            logger.info(costs(model, degree, replicas, tokens))
 
     def _log_paths(self, tokens: int, before: int) -> None:
         """Log how many layers are computed in which way, with `tokens` in a micro-batch, and `before` where the run

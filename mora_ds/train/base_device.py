@@ -37,9 +37,9 @@ def settle_base_device(
     if wanted is BaseDevice.AUTO and (arguments.adapter.is_control or is_cpu()):
         wanted = BaseDevice.DEVICE
     if wanted is BaseDevice.AUTO:
-        wanted = ranks.on_first("where the base is", lambda: _by_plan(planner, training.base_buffers), long=True)
+        wanted = ranks.on_first("where the base is", lambda: _by_plan(planner), long=True)
     if wanted is BaseDevice.HOST:
-        needed = ranks.on_first("decoder layers", lambda: planner().streamed(training.base_buffers).total, long=True)
+        needed = ranks.on_first("decoder layers", lambda: planner().streamed().total, long=True)
         ranks.agree("host memory for the base", lambda: check_host_memory(needed, free_bytes()[0]))
         logger.info(f"frozen base: {size_text(needed)} in host memory, copied to the device layer by layer")
     return replace(arguments, training=replace(training, base_device=wanted.value))
@@ -55,14 +55,14 @@ def check_host_memory(needed: int, free: int) -> None:
         )
 
 
-def _by_plan(make: Callable[[], Planner], buffers: int) -> BaseDevice:
+def _by_plan(make: Callable[[], Planner]) -> BaseDevice:
     """What auto means: host if the run does not fit otherwise."""
     try:
         planner = make()
-        placed = place_base(planner, BaseDevice.AUTO, buffers)
+        placed = place_base(planner, BaseDevice.AUTO)
         if placed is planner:
             return BaseDevice.DEVICE
-        placed.streamed(buffers)
+        placed.streamed()
         text = verdict(planner.plan())
     except Exception as error:  # a plan is advice: a model that cannot be planned may well run
         logger.warning("--base_device auto: device, as this run cannot be planned: %s", reason(error))

@@ -32,7 +32,6 @@ from mora_ds.models.attention import NAME
 from mora_ds.models.base import MODEL_FLAG
 from mora_ds.models.load import named_config
 from mora_ds.models.vocabulary import first_new_row
-from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.parallel.ulysses_checks import check_config, describe
 from mora_ds.planning.costs import costs
 from mora_ds.planning.plan import Cluster, Plan, Planner, place_base
@@ -76,7 +75,7 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     planner = planner_of(arguments, config, ds_config, world, implementation)
     place = BaseDevice(training.base_device)
     if place is not BaseDevice.AUTO or not device.is_cpu():
-        planner = place_base(planner, place, training.base_buffers)
+        planner = place_base(planner, place)
     layers = _layer_lines(planner.work, world)
     if adapter.alignment_weight:
         layers.append(_alignment_line(planner.work, adapter.alignment_rank))
@@ -107,7 +106,6 @@ def planner_of(
         checkpointing=training.gradient_checkpointing,
         tensor_parallel=training.tensor_parallel_size,
         sequence_parallel=training.sequence_parallel_size,
-        tp_inputs=TPInputs(training.tp_inputs),
         document_mask=arguments.data.document_mask,
         attn_implementation=model.implementation,
         by_documents=implementation == NAME,
@@ -152,5 +150,5 @@ def _layer_lines(work: Work, world: int) -> list[str]:
         lines.append(describe(work.config, work.sequence_parallel, work.seq_len))
     if work.tensor_parallel > 1:
         lines.append(str(plan_of(model, work.tensor_parallel)))
-    spent = costs(model, work.tensor_parallel, world // work.tensor_parallel, work.tokens, inputs=work.tp_inputs)
+    spent = costs(model, work.tensor_parallel, world // work.tensor_parallel, work.tokens)
     return [*lines, str(spent)]

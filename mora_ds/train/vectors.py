@@ -40,7 +40,7 @@ def wanted_vectors(
     wanted = {}
     for name, module in targets_of(model, config).items():
         d_in, d_out = linear_shape(module)
-        for_operator = config.size_of(name, d_in, d_out) * config.vector_sets if config.is_subspace else 0
+        for_operator = config.size_of(name, d_in, d_out) if config.is_subspace else 0
         count = max(min(for_operator, d_in, d_out), alignment_rank)
         wanted[name] = Wanted(keys[f"{name}.weight"], isinstance(module, Conv1D), d_in, d_out, count)
     return wanted

@@ -15,8 +15,8 @@ from mora_ds.common.errors import UserError
 @pytest.mark.parametrize(
     ("config", "values", "flags"),
     [
-        (MoRAConfig, {"rank": 0, "dropout": 1.0, "operator": "rotat", "grouping": "permutted", "vector_sets": 0},
-         ["--mora_rank", "--mora_dropout", "--operator", "--grouping", "--subspace_cycles"]),
+        (MoRAConfig, {"rank": 0, "dropout": 1.0, "operator": "rotat", "grouping": "permutted"},
+         ["--mora_rank", "--mora_dropout", "--operator", "--grouping"]),
         (MoRAConfig, {"target_modules": (), "compute": "fast", "base_bits": 5, "freeze": "shared"},
          ["--target_modules", "--base_bits", "--freeze", "--compute"]),
         (MoRAConfig, {"operator": "rotate", "grouping": "alternate", "segments": 2}, ["--grouping", "--tp_grouping"]),
@@ -24,8 +24,7 @@ from mora_ds.common.errors import UserError
         (LoRAConfig, {"rank": 0, "alpha": 0.0}, ["--mora_rank", "--lora_alpha"]),
         (LoRAConfig, {"alpha": float("inf")}, ["--lora_alpha"]),
         (MoRAConfig, {"rank": 4, "operator": "share", "grouping": "strided", "segments": 2}, []),
-        (MoRAConfig, {"dropout": -0.1, "expert_rank": -1, "segments": -1, "operator": "share"},
-         ["--mora_dropout", "--expert_rank", "--tp_segments"]),
+        (MoRAConfig, {"dropout": -0.1, "segments": -1, "operator": "share"}, ["--mora_dropout", "segments"]),
         (MoRAConfig, {"operator": "share", "layer_sizes": {"a": 0}}, ["--targets:"]),
         (MoRAConfig, {"domains": ("a", ".")}, ["--domain_adapters:"]),
         (MoRAConfig, {"domains": ("a", "..")}, ["--domain_adapters:"]),

@@ -192,11 +192,10 @@ def test_the_rank_of_an_expert_and_fresh_permutations() -> None:
         model = adapted("qwen3_moe", **{"rank": 16, "r_hat_multiple": 1, **settings})
         return {name.rpartition(".")[2]: layer.spec for name, layer in stacks_in(model).items()}
 
-    by_rule, given = sides(), sides(expert_rank=2)
+    by_rule = sides()
     linear = MoRAConfig(rank=8, operator="rotate", r_hat_multiple=1)  # 16, and two experts a token
     assert by_rule["down_proj"].r_hat == linear.square_size(24, 32)
     assert by_rule["gate_up_proj"].r_hat == linear.square_size(32, 48)
-    assert given["down_proj"].r_hat == replace(linear, rank=2).square_size(24, 32)
     assert sides(rank=1)["down_proj"].r_hat == replace(linear, rank=1).square_size(24, 32), "not rank 1 // 2"
     assert sides(operator="auto", rank=64)["down_proj"].each.kind.value == "share", "as the linear layers of rank 64"
     config = MoRAConfig(rank=16, target_modules=("experts",))
@@ -205,8 +204,6 @@ def test_the_rank_of_an_expert_and_fresh_permutations() -> None:
     seeds = {layer.spec.each.seed for layer in stacks_in(model).values()}
     set_cycle(model, config, 1)
     assert len(seeds | {layer.spec.each.seed for layer in stacks_in(model).values()}) == 8
-    assert MoRAConfig.from_dict(replace(config, expert_rank=3).to_dict()).expert_rank == 3
-    assert "expert_rank" not in config.to_dict(), "files of runs without it stay as they were"
 
 
 def test_the_report_and_the_names_of_frozen_weights() -> None:
@@ -277,7 +274,7 @@ def test_an_unknown_layout_is_refused_by_name_and_stays_frozen_when_left_out() -
     silent = tiny_model("mixtral")
     for layer in silent.model.layers:
         layer.mlp.experts.config = SimpleNamespace(hidden_size=32)
-    with pytest.raises(UserError, match="--expert_rank"):
+    with pytest.raises(UserError, match="does not tell how many experts"):
         inject(silent, MoRAConfig(rank=4, target_modules=("experts",)))
 
 

@@ -19,8 +19,6 @@ REFUSED = [
     (SUBSPACE + "--compute weight", "drop --compute weight"),
     (SUBSPACE + DEGREE_2, "--operator subspace reads unsplit inputs"),
     (SUBSPACE + ALIGNED, "--tp_grouping aligned belongs to --operator share"),
-    (SUBSPACE + "--subspace_cycles 0", "--subspace_cycles must be at least 1"),
-    (SUBSPACE + "--operator share --subspace_cycles 2", "--subspace_cycles is for --operator subspace"),
     ("--operator subspce", "Did you mean 'subspace'"),
     ("--alignment_weight -1", "--alignment_weight must be at least 0"),
     ("--alignment_weight inf", "--alignment_weight must be at least 0"),
@@ -42,10 +40,8 @@ REFUSED = [
     (DEGREE_2 + "--mora_dropout 0.1", "set to 0: --mora_dropout = 0.1"),
     (DEGREE_2 + "--optimizer muon", "which no rank has: use adamw"),
     ("--tp_grouping algned", "unknown --tp_grouping 'algned'"),
-    ("--tp_inputs halved", "unknown --tp_inputs 'halved'"),
     (ALIGNED + "--operator rotate", "belongs to --operator share"),
-    ("--tp_segments 4", "--tp_segments is for --tp_grouping aligned"),
-    (ALIGNED + DEGREE_2 + "--operator share --tp_segments 3", "does not divide --tp_segments 3"),
+    (ALIGNED + "--tensor_parallel_size 3 --operator share", "does not divide the 8 segments of --tp_grouping aligned"),
 ]
 
 

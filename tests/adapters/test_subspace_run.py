@@ -25,7 +25,7 @@ from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.remora.ledger import VECTORS_FILE, Ledger
 from mora_ds.train.run import Run, with_vectors
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, curve, losses, refused, run
+from tests.helpers.jobs import Playground, curve, losses, run
 from tests.helpers.models import tiny_model, tokens
 
 MERGING = ("--operator", "subspace", "--merge_every", 2, "--restart_warmup_steps", 1, "--max_steps", 6)
@@ -33,9 +33,9 @@ MERGING = ("--operator", "subspace", "--merge_every", 2, "--restart_warmup_steps
 
 @pytest.fixture(scope="module")
 def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks, two merges, two sets of vectors."""
+    """Two ranks, two merges."""
     out = tmp_path_factory.mktemp("whole")
-    summary = run(2, user.flags(out, *MERGING, "--subspace_cycles", 2, "--save_steps", 3))
+    summary = run(2, user.flags(out, *MERGING, "--save_steps", 3))
     assert summary["merges"] == 2 and summary["base_bytes_gathered"] == 0
     return out
 
@@ -47,7 +47,7 @@ def logits(model: Any) -> Tensor:
 
 @pytest.mark.gloo
 def test_two_ranks_are_as_one(user: Playground, whole: Path, tmp_path: Path) -> None:
-    run(1, user.flags(tmp_path, *MERGING, "--subspace_cycles", 2, "--per_device_train_batch_size", 4))
+    run(1, user.flags(tmp_path, *MERGING, "--per_device_train_batch_size", 4))
     torch.testing.assert_close(losses(tmp_path), losses(whole), rtol=1e-5, atol=0)
     assert (losses(whole).diff() != 0).all()
 
@@ -55,9 +55,7 @@ def test_two_ranks_are_as_one(user: Playground, whole: Path, tmp_path: Path) -> 
 @pytest.mark.gloo
 def test_it_is_exported_verified_and_loaded_elsewhere(user: Playground, whole: Path, tmp_path: Path) -> None:
     ledger = Ledger.open(whole / "ledger")
-    assert [each.operators for each in summarize(ledger)] == ["subspace@0", "subspace@12, subspace@10, subspace@8"]
-    firsts = [{entry.operator.first for entry in ledger.layers(cycle).values()} for cycle in (0, 1)]
-    assert ledger.cycles == 2 and firsts[0] == {0} and 0 not in firsts[1]
+    assert [each.operators for each in summarize(ledger)] == ["subspace@0"] * 2
     assert all(verdict.is_good for verdict in [*verify(whole), *verify(whole / "ledger")])
     export_merged(whole, tmp_path / "merged", verify=True)
     export_adapter(whole, tmp_path / "adapter")
@@ -76,7 +74,7 @@ def test_it_is_exported_verified_and_loaded_elsewhere(user: Playground, whole: P
 @pytest.mark.gloo
 def test_a_resumed_run_is_the_uninterrupted_one(user: Playground, whole: Path, tmp_path: Path) -> None:
     """From a checkpoint that has moved into a folder without vectors of its own."""
-    flags = (*MERGING, "--subspace_cycles", 2, "--save_steps", 3)
+    flags = (*MERGING, "--save_steps", 3)
     checkpoint = shutil.copytree(whole / "checkpoints" / "step-000003", tmp_path / "step-000003")
     run(2, user.flags(tmp_path / "again", *flags, "--resume_from_checkpoint", checkpoint))
     assert [row for row in curve(whole) if row["step"] > 3 and "merge" not in row] == [
@@ -85,11 +83,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(user: Playground, whole: Path, t
     one, other = (load_file(out / "checkpoints/latest/adapter.safetensors") for out in (whole, tmp_path / "again"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not (tmp_path / "again" / "subspace").exists(), "nothing was decomposed again"
-    kind, message = run_ranks(
-        1, refused, user.flags(tmp_path / "third", *MERGING, "--per_device_train_batch_size", 4,
-                               "--resume_from_checkpoint", checkpoint)
-    )[0]  # fmt: skip
-    assert kind == "UserError" and "--subspace_cycles: 2 there" in message
 
 
 @pytest.mark.gloo

@@ -195,7 +195,7 @@ def test_a_dry_run_counts_what_the_plan_says(user: Playground, tmp_path: Path) -
         ("gpt2", ()),
         ("gpt_neox", ("--operator", "share")),
         ("qwen2", ("--bf16", "--base_bits", 8)),
-        ("llama", ("--operator", "share", "--tp_grouping", "aligned", "--tp_segments", 2, "--tensor_parallel_size", 2)),
+        ("llama", ("--operator", "share", "--tp_grouping", "aligned", "--tensor_parallel_size", 2)),
         ("llama", ("--optimizer", "muon")),
     ],
 )

@@ -13,7 +13,7 @@ from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.tp_plan import Style, plan_of
 from mora_ds.common.errors import UserError
 from mora_ds.parallel.limits import check_world
-from mora_ds.parallel.saved_inputs import Saved, TPInputs, plan_inputs
+from mora_ds.parallel.saved_inputs import Saved, plan_inputs
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology, share
 from tests.helpers.models import FAMILIES, tiny_model
@@ -110,14 +110,14 @@ def test_a_degree_that_does_not_divide_the_ranks() -> None:
 # -- what is saved of inputs -------------------------------------------------------------------------------------------
 
 
-def saved(inputs: TPInputs = TPInputs.AUTO, attention: str = "sdpa", **config: Any) -> dict[str, Saved]:
+def saved(attention: str = "sdpa", **config: Any) -> dict[str, Saved]:
     """How each layer of the first block of each kind saves its input."""
     model = tiny_model("llama")
     model.config._attn_implementation = attention
     if config.pop("checkpointing", False):
         model.gradient_checkpointing_enable()
     inject(model, MoRAConfig(**{"rank": 4, "operator": "share", **config}))
-    found = plan_inputs(model, plan_of(model, 2), inputs)
+    found = plan_inputs(model, plan_of(model, 2))
     return {name.rpartition(".")[2]: how for name, how in found.items() if ".layers.0." in name}
 
 
@@ -135,10 +135,9 @@ def test_rowwise_layers_keep_what_a_rank_has_of_their_inputs() -> None:
     assert saved(attention="eager")["o_proj"] is Saved.SMALLER
 
 
-def test_inputs_are_not_split_where_the_flag_says_so_or_they_are_recomputed() -> None:
-    for found in (saved(TPInputs.WHOLE), saved(checkpointing=True)):
-        assert found["q_proj"] is found["gate_proj"] is Saved.SMALLER
-    assert saved(TPInputs.SPLIT, checkpointing=True)["q_proj"] is Saved.INPUT_SHARD
+def test_inputs_are_not_split_where_they_are_recomputed() -> None:
+    found = saved(checkpointing=True)
+    assert found["q_proj"] is found["gate_proj"] is Saved.SMALLER
     model = tiny_model("llama")
     inject(model, MoRAConfig(rank=4))
     assert plan_inputs(model, plan_of(model, 1)) == {}, "nothing is shared by one rank"

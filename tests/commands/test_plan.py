@@ -25,7 +25,6 @@ TINY = REPOSITORY / "configs" / "models" / "tiny_llama.json"
     [
         (["--gpus", "0"], "--gpus must be above 0"),
         (["--gpus", "8", "--seq_len", "-1"], "--seq_len must be above 0"),
-        (["--gpus", "8", "--base_buffers", "1"], "--base_buffers must be at least 2"),
         (["--gpus", "8", "--base_device", "host", "--adapter", "full"], "--base_device host is for a base"),
         (["--gpus", "6", "--tensor_parallel_size", "4"], "--tensor_parallel_size 4 does not divide the 6 ranks"),
         (["--gpus", "8", "--model", "nowhere.json"], "nowhere.json"),
@@ -57,7 +56,7 @@ def test_the_tool_tries_the_device_before_host_memory(monkeypatch: pytest.Monkey
     asked: list[Any] = []
 
     def note(made: Planner, rows: int) -> None:
-        asked.append((made.work.base_buffers, made.work.checkpointing, made.accumulation, rows))
+        asked.append((made.work.base_on_host, made.work.checkpointing, made.accumulation, rows))
 
     monkeypatch.setattr(tool, "recommend", note)
     monkeypatch.setattr(Planner, "plan", lambda made: None)
@@ -65,7 +64,7 @@ def test_the_tool_tries_the_device_before_host_memory(monkeypatch: pytest.Monkey
         monkeypatch.setattr(tool, name, lambda *given, **named: "")
     for more in ((), ("--base_device", "device"), ("--adapter", "full")):
         call("plan", "--model", TINY, "--gpus", 8, "--accumulation", 3, "--rows", 64, *more)
-    assert asked == [(None, True, 3, 64), (2, True, 3, 64), (None, True, 3, 64), (None, True, 3, 64)]
+    assert asked == [(False, True, 3, 64), (True, True, 3, 64), (False, True, 3, 64), (False, True, 3, 64)]
 
 
 def test_the_tool_prints_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,7 +74,6 @@ LAUNCHES = r"""
 --optimizer sgd | --optimizer 'sgd' | adamw, muon
 --lr_scheduler_type lin | --lr_scheduler_type 'lin' | Did you mean 'linear'
 --log_level loud | --log_level 'loud' | debug, info
---tp_inputs half | --tp_inputs 'half'
 --operator turn | --operator 'turn'
 --operator rotate --grouping strided | --grouping strided
 --grouping alternate | --grouping alternate
@@ -84,7 +83,6 @@ LAUNCHES = r"""
 --r_hat_multiple 3 | --r_hat_multiple must be 1 or even
 --base_bits 5 | --base_bits
 --mora_dropout 1 | --mora_dropout
---subspace_cycles 0 | --subspace_cycles must be at least 1
 --adapter mroa | unknown --adapter 'mroa'; known: mora, lora, full, none. Did you mean 'mora'?
 --merge_every -1 | --merge_every must be at least 0
 --restart_warmup_steps -1 | --restart_warmup_steps must be at least 0
@@ -135,7 +133,6 @@ stray | 'stray'
 --base_bits 4 --operator subspace | --base_bits 4: --operator subspace
 --base_bits 4 --tensor_parallel_size 2 | --tensor_parallel_size 2: --base_bits 4
 --base_device disk | --base_device 'disk' | host
---base_device host --base_buffers 1 | --base_buffers must be at least 2
 --base_device host --tensor_parallel_size 2 | --tensor_parallel_size 2 | --base_device host
 --embedding_learning_rate 0 --train_norms true | --embedding_learning_rate must be above
 --merge_every 2 --restart_warmup_steps 5 | --merge_every 2 must be more than --restart_warmup_steps 5
@@ -161,8 +158,6 @@ stray | 'stray'
 --node_base shard | unknown --node_base 'shard' | known: auto, shared, private, a folder
 --node_base /nowhere/base | --node_base /nowhere/base: a file cannot be made there
 --target_modules re:[ | --target_modules 're:['
---expert_rank 0 --target_modules experts | --expert_rank must be at least 1
---expert_rank 2 | --expert_rank is for experts
 --target_modules experts | --target_modules 'experts' matches no linear layer
 --target_modules experts --adapter lora | --adapter lora is for linear layers
 --target_modules all-linear experts.down_proj --operator subspace | --operator subspace is for linear layers

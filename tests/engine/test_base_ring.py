@@ -24,6 +24,7 @@ from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.adapters.quantized import base_bits_of
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.engine import base_ring, zero
+from mora_ds.engine.base_device import BUFFERS
 from mora_ds.engine.base_ring import BaseRing, ring_of, stream_base
 from mora_ds.engine.host_copies import CpuCopies, CudaCopies, page_ranges
 from mora_ds.engine.initialize import initialize
@@ -64,7 +65,7 @@ class Late(CpuCopies):
 
 CASES: list[dict[str, Any]] = [
     {"checkpointing": True, "bf16": True, "accumulation": 4},
-    {"base_bits": 8, "operator": "share", "compute": "weight", "buffers": 3},
+    {"base_bits": 8, "operator": "share", "compute": "weight"},
 ]
 MORE: list[dict[str, Any]] = [
     *({"checkpointing": c, "bf16": b, "accumulation": a} for c in (False, True) for b in (False, True) for a in (1, 4)),
@@ -75,12 +76,11 @@ MORE: list[dict[str, Any]] = [
     {"family": "gpt2", "base_bits": 8},
     {"family": "qwen2", "operator": "truncate", "accumulation": 4},
     {"family": "gpt2", "checkpointing": True, "stage": 1},
-    {"family": "mixtral", "bf16": True, "checkpointing": True, "buffers": 4},
+    {"family": "mixtral", "bf16": True, "checkpointing": True},
     {"family": "mixtral", "bf16": True, "target_modules": ("all-linear", "experts")},
     {"family": "mixtral", "bf16": True, "target_modules": ("all-linear", "experts"), "base_bits": 8},
     {"family": "gemma2", "train_norms": True, "train_embeddings": True, "stage": 2},
     {"family": "gpt_neox", "stage": 0},
-    {"buffers": 99},
     {"base_bits": 4, "bf16": True, "checkpointing": True, "compute": "weight"},
 ]
 
@@ -96,8 +96,7 @@ def trained(case: dict[str, Any], streamed: bool) -> dict[str, Any]:
     inject(model, MoRAConfig(rank=4, **{name: case[name] for name in options if name in case}))
     config = ds_config(case.get("stage", 3), 2, accumulation, **({"bf16": {"enabled": True}} if bf16 else {}))
     with patch.object(base_ring, "copies_for", lambda device: Late()):
-        buffers = case.get("buffers", 2) if streamed else None
-        engine, *_ = initialize(model=model, config=config, base_buffers=buffers)
+        engine, *_ = initialize(model=model, config=config, base_on_host=streamed)
     ring, seen, losses = ring_of(model), Seen(model), []
     slots = ring.slots if ring else []
     counter = CollectiveCounter([*frozen_buffers(model).values(), *slots])
@@ -166,51 +165,50 @@ def test_a_streamed_base_is_a_resident_one_to_the_bit(cases: list[dict[str, Any]
                 for name, value in resident[kind].items():
                     assert torch.equal(streamed[kind][name], value), (case, name)
             assert streamed["sent"] == 0
-            assert streamed["used"] == min(case.get("buffers", 2), LAYERS), case
+            assert streamed["used"] == BUFFERS, case
 
 
 # -- the ring alone ---------------------------------------------------------------------------------------------------
 
 
-def streamed_model(buffers: int, family: str = "llama", layers: int = LAYERS, bits: int = 16) -> tuple[Any, BaseRing]:
+def streamed_model(family: str = "llama", layers: int = LAYERS, bits: int = 16) -> tuple[Any, BaseRing]:
     model = tiny_model(family, num_hidden_layers=layers)
     inject(model, MoRAConfig(rank=4, base_bits=bits))
-    return model, stream_base(model, buffers, CPU)
+    return model, stream_base(model, CPU)
 
 
-@pytest.mark.parametrize("buffers", [2, 3, 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_micro_batch_copies_what_buffers_do_not_hold(buffers: int, checkpointing: bool) -> None:
+def test_a_micro_batch_copies_what_buffers_do_not_hold(checkpointing: bool) -> None:
     """And as many bytes as the plan says, which a buffer that held another layer than it should would exceed."""
-    model, ring = streamed_model(buffers)
+    model, ring = streamed_model()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    plan = Streamed.of(model, buffers)
+    plan = Streamed.of(model)
     for _ in range(3):
         before = ring.copied
         causal_loss(model.train(), tokens(2)).backward()
-    assert ring.copied - before == plan.forward + plan.backward == 2 * (LAYERS - buffers) * plan.layers[0]
+    assert ring.copied - before == plan.forward + plan.backward == 2 * (LAYERS - BUFFERS) * plan.layers[0]
     assert sum(slot.nbytes for slot in ring.slots) == plan.on_device
     work = Work(AutoConfig.for_model("llama", **{**FAMILIES["llama"], "num_hidden_layers": LAYERS}),
                 MoRAConfig(rank=4), 16, dtype=torch.float32)  # fmt: skip
-    assert Streamed.of(planned_model(work), buffers) == plan
+    assert Streamed.of(planned_model(work)) == plan
 
 
 def test_an_evaluation_copies_each_layer_once() -> None:
-    model, ring = streamed_model(2)
+    model, ring = streamed_model()
     with torch.no_grad():
         for _ in range(3):
             before = ring.copied
             causal_loss(model, tokens(2))
     weights = [stored_bytes(own.values()) for own in weights_of_layers(model).values()]
-    assert LAYERS - 2 <= (ring.copied - before) / (Streamed.of(model, 2).layers[0]) <= LAYERS
+    assert LAYERS - 2 <= (ring.copied - before) / (Streamed.of(model).layers[0]) <= LAYERS
     assert max(weights) == ring.slots[0].nbytes
 
 
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_modules_hold_host_memory_outside_of_their_forward(family: str, bits: int) -> None:
-    model, ring = streamed_model(2, family, bits=bits)
+    model, ring = streamed_model(family, bits=bits)
     host = {name: (id(tensor), tensor.clone()) for name, tensor in frozen_buffers(model).items()}
     causal_loss(model.train(), tokens(2)).backward()
     broken = next(iter(mora_layers(model).values()))
@@ -231,7 +229,7 @@ def ring_names(model: Any) -> set[str]:
 
 def test_a_saved_weight_is_there_again_when_backward_asks_for_it() -> None:
     """Whatever has run since: here another forward pass of all layers, and an evaluation."""
-    model, _ = streamed_model(2)
+    model, _ = streamed_model()
     expected = gradients(model)
     loss = causal_loss(model.train(), tokens(2))
     causal_loss(model, tokens(2, seed=5)).backward()
@@ -251,7 +249,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 def test_a_copy_that_is_being_used_is_not_replaced() -> None:
-    _, ring = streamed_model(2)
+    _, ring = streamed_model()
     ring._enter(0)
     with pytest.raises(RunError, match="layer 2 runs"):
         ring._copy(2)
@@ -259,9 +257,9 @@ def test_a_copy_that_is_being_used_is_not_replaced() -> None:
 
 
 def test_a_second_ring_takes_the_place_of_the_first() -> None:
-    model, first = streamed_model(2)
+    model, first = streamed_model()
     expected, host = gradients(model), {name: id(tensor) for name, tensor in frozen_buffers(model).items()}
-    copied, second = first.copied, stream_base(model, 3, CPU)
+    copied, second = first.copied, stream_base(model, CPU)
     found = gradients(model)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert first.copied == copied and second.copied > 0 and ring_of(model) is second
@@ -284,10 +282,8 @@ def test_tied_tensors_stay_on_the_device() -> None:
 def test_what_is_refused() -> None:
     model = tiny_model("llama", num_hidden_layers=3)
     inject(model, MoRAConfig(rank=4))
-    with pytest.raises(UserError, match="--base_buffers must be at least 2, got 1"):
-        stream_base(model, 1, CPU)
     with pytest.raises(UserError, match="not for meta"):
-        stream_base(model, 2, torch.device("meta"))
+        stream_base(model, torch.device("meta"))
     model.model.layers = nn.ModuleList([*model.model.layers, nn.Identity()])
     with pytest.raises(UserError, match=r"LlamaForCausalLM has no list of 3 decoder layers.*--base_device device"):
         weights_of_layers(model)
@@ -336,10 +332,10 @@ def test_locked_pages_are_unlocked_before_another_ring_locks_them(monkeypatch: p
     monkeypatch.setattr(CudaCopies, "start", CpuCopies.start)
     monkeypatch.setattr(CudaCopies, "wait", CpuCopies.wait)
     monkeypatch.setattr(base_ring, "copies_for", CudaCopies)
-    model, first = streamed_model(2)
+    model, first = streamed_model()
     kept = dict(locked)
     assert kept
-    stream_base(model, 2, CPU)
+    stream_base(model, CPU)
     assert locked == kept
     first.close()
     assert locked == kept, "it unlocks no pages of another ring"
@@ -361,7 +357,7 @@ def test_a_gpu_computes_the_same_with_weights_in_locked_memory(checkpointing: bo
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if streamed:
-            ring = stream_base(model, 2, device)
+            ring = stream_base(model, device)
             assert all(tensor.is_pinned() for own in weights_of_layers(model).values() for tensor in own.values())
             with ring.aside():
                 model.to(device)

@@ -212,7 +212,7 @@ STEPS = (
     "--mora_dropout", 0.1, "--train_norms", "true", "--export_merged", "true",
 )  # fmt: skip
 
-SUBSPACE = ("--operator", "subspace", "--subspace_cycles", 2)
+SUBSPACE = ("--operator", "subspace")
 
 BEST = ("--best_by", "short:1", "--eval_steps", 1)
 """Flags for an evaluation after each step, most of which make a new best checkpoint."""

@@ -16,7 +16,6 @@ from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.models.attention import use_documents
 from mora_ds.models.loss import token_nll
-from mora_ds.parallel.saved_inputs import TPInputs
 from tests.helpers.models import causal_loss, tiny_model, tokens
 
 ROWS, STEPS, ACCUMULATION, LEARNING_RATE, CLIP, EPSILON = 4, 5, 2, 1e-2, 0.5, 1e-4
@@ -24,9 +23,9 @@ BATCHES = 2
 """Sequences of a micro-batch, over all replicas."""
 
 Case = dict[str, Any]
-"""family, checkpointing, model (changes of its config), inputs (`TPInputs`), documents (whether rows hold several, and
-split models attend by them), and everything else for `MoRAConfig`."""
-OWN_KEYS = ("family", "checkpointing", "model", "inputs", "documents")
+"""family, checkpointing, model (changes of its config), documents (whether rows hold several, and split models attend
+by them), and everything else for `MoRAConfig`."""
+OWN_KEYS = ("family", "checkpointing", "model", "documents")
 
 
 def config_of(case: Case) -> MoRAConfig:
@@ -107,7 +106,7 @@ def start(
     replicas = dist.get_world_size() // degree
     config = ds_config(BATCHES // replicas, **zero_settings)
     config.update(more or {})
-    how: dict[str, Any] = {"tensor_parallel_inputs": TPInputs(case.get("inputs", "auto"))}
+    how: dict[str, Any] = {}
     if said_by_config:
         config["tensor_parallel"] = {"autotp_size": degree}
     else:

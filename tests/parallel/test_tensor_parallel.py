@@ -35,7 +35,7 @@ ALIGNED = {"operator": "share", "segments": 4}
 CORE: list[Case] = [
     {"family": "llama", "operator": "share", **ALL},
     {"family": "llama", **ALIGNED},  # at t = 4 the attention falls back
-    {"family": "llama", "operator": "rotate", "checkpointing": True, "inputs": "split", "compute": "weight"},
+    {"family": "llama", "operator": "rotate", "checkpointing": True, "compute": "weight"},
     {"family": "llama", "operator": "rotate", "grouping": "permuted", "embedding_rank": 3},
     {"family": "mistral", "operator": "decouple", "grouping": "permuted", "compute": "weight", "documents": True},
     {"family": "qwen2", "operator": "decouple", "target_modules": ("q_proj", "down_proj"), "new_rows_from": 120},

@@ -23,7 +23,7 @@ ZERO3_TP2 = str(Path(__file__).parents[2] / "configs" / "zero3_tp2.json")
 STEPS, HALF = 6, 4
 ROWS = 4
 """Sequences a step."""
-ALIGNED = ("--operator", "share", "--mora_rank", "4", "--tp_grouping", "aligned", "--tp_segments", "4")
+ALIGNED = ("--operator", "share", "--mora_rank", "4", "--tp_grouping", "aligned")
 RUNS: dict[str, tuple[str, ...]] = {
     "gather": ("--operator", "rotate", "--train_norms", "--train_embeddings"),
     "aligned": (*ALIGNED, "--train_embedding_rank", "3"),

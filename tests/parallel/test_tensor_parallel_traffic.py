@@ -8,7 +8,6 @@ import pytest
 
 from mora_ds.adapters.inject import frozen_buffers
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.parallel.saved_inputs import TPInputs
 from mora_ds.planning.costs import Collective, costs
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tokens
@@ -25,7 +24,6 @@ CASES: dict[str, Case] = {
     "fallback": {"family": "llama", "model": {**SHAPE, "num_key_value_heads": 1, "num_attention_heads": 1}},
     "rotate": {"family": "llama", "operator": "rotate", "model": SHAPE},
     "folded inputs": {"family": "llama", "rank": 1, "model": SHAPE},  # 8 and 10 rows: 24 and 20 columns of 32 in all
-    "whole inputs": {"family": "llama", "model": SHAPE, "inputs": "whole"},
 }
 DEGREE, REPLICAS = 2, 2
 
@@ -61,8 +59,7 @@ KINDS = {
 def test_the_bytes_are_those_predicted_and_none_is_of_the_base() -> None:
     ranks = run_ranks(DEGREE * REPLICAS, all_counted)
     for name, case in CASES.items():
-        inputs = TPInputs(case.get("inputs", "auto"))
-        cost = costs(model_of(case), DEGREE, REPLICAS, ROWS * LENGTH, inputs=inputs)
+        cost = costs(model_of(case), DEGREE, REPLICAS, ROWS * LENGTH)
         expected = {KINDS[kind]: 4 * cost.payload(kind) for kind in Collective if cost.payload(kind)}
         for found in (rank[name] for rank in ranks):
             assert found["base"] == 0

@@ -43,7 +43,7 @@ def test_groups_are_those_that_heads_tokens_and_a_node_can_share() -> None:
     unsplit = [each for each in everything if each[0] == 1]
     for adapter in (None, replace(ADAPTER, base_bits=8), replace(ADAPTER, target_modules=("all-linear", "experts"))):
         assert list(_group_sizes(work(adapter=adapter), Cluster(8))) == unsplit
-    assert list(_group_sizes(work(base_buffers=2), Cluster(8))) == unsplit
+    assert list(_group_sizes(work(base_on_host=True), Cluster(8))) == unsplit
     odd = work()
     odd.config.num_key_value_heads = 3
     assert list(_group_sizes(odd, Cluster(8))) == [(1, 1)]
@@ -117,5 +117,3 @@ def test_a_planner_remembers_nothing_of_other_settings() -> None:
 def test_layers_that_a_device_has_already_are_not_copied_again() -> None:
     streamed = Streamed((10, 20, 30, 40), buffers=2, slot=45)
     assert (streamed.total, streamed.on_device, streamed.forward, streamed.backward) == (100, 90, 70, 30)
-    few = Streamed.of(planned_model(work()), 99)
-    assert few.buffers == len(few.layers) == work().layers

@@ -198,7 +198,7 @@ AT_EACH = pytest.mark.parametrize(("world", "failing"), [(2, 0), (2, 1), (3, 0),
 @pytest.mark.heavy
 @AT_EACH
 def test_a_failure_at_each_check(user: Playground, tmp_path: Path, world: int, failing: int) -> None:
-    more = (*MERGES, "--operator", "subspace", "--subspace_cycles", 2, "--targets", "auto", "--trainable_budget", "3%")
+    more = (*MERGES, "--operator", "subspace", "--targets", "auto", "--trainable_budget", "3%")
     names = run_ranks(world, checks_of, user.flags(tmp_path / "healthy", *more))[0]
     assert_all_fail(world, user.flags(tmp_path / "out", *more), list(range(len(names))), failing)
     assert not (tmp_path / "out").exists()

@@ -70,7 +70,7 @@ def test_a_run_is_the_same_and_goes_on_on_the_other_side(user: Playground) -> No
         ("--gradient_accumulation_steps", 4),
         ("--base_bits", 8, "--gradient_checkpointing", "--bf16"),
         ("--base_bits", 8, "--operator", "share"),
-        ("--adapter", "lora", "--base_buffers", 3),
+        ("--adapter", "lora"),
         ("--optimizer", "muon", "--chunked_loss", "--attn_implementation", "sdpa"),
         ("--operator", "subspace", "--alignment_weight", "0.1", "--mora_dropout", "0.1"),
     ],

@@ -308,7 +308,7 @@ WAYS: dict[str, tuple[int, tuple[Any, ...]]] = {
     "chunked loss": (1, ("--chunked_loss",)),
     "checkpointing": (2, ("--gradient_checkpointing",)),
     "sequence parallel": (2, ("--sequence_parallel_size", 2)),
-    "aligned": (1, ("--operator", "share", "--tp_grouping", "aligned", "--tp_segments", 2)),
+    "aligned": (1, ("--operator", "share", "--tp_grouping", "aligned")),
     "norms and embeddings": (2, ("--train_norms", "--train_embeddings", "--train_head")),
 }
 

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout,
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject
 from mora_ds.adapters.tp_plan import plan_of
+from mora_ds.config.adapter import SEGMENTS
 from mora_ds.engine.initialize import initialize
 from mora_ds.runtime import cli
 from tools.bench.measuring import SavedActivations, llama_config, on_processes, zero3_config
@@ -121,14 +122,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--operators", nargs="+", default=["share:64", "rotate:8"], metavar="OPERATOR:RANK")
-    parser.add_argument("--tp_segments", type=int, default=8)
     json_flag(parser)
     given = parser.parse_args()
     report = Report(given)
     report.say(f"Llama of {given.layers} layers, hidden {given.hidden}, {given.tokens} tokens; against one process")
     rows = [["operator, matrices", "t", "saved activations", "matrix products", "CPU time of a step"]]
     for operator, rank in (each.split(":") for each in given.operators):
-        for name, segments in (("aligned", given.tp_segments), ("gathered", 0)):
+        for name, segments in (("aligned", SEGMENTS), ("gathered", 0)):
             if segments and operator != "share":
                 continue
             shape = (given.hidden, given.layers, given.tokens, given.repeats, operator, int(rank), segments)

@@ -21,7 +21,6 @@ from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.planning.step import Work, measure_step, planned_model
 from mora_ds.train.dry_run import planned
-from mora_ds.train.vectors import wanted_vectors
 from tests.helpers.jobs import Playground
 from tests.helpers.models import tiny_model
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads, random, saved_bytes
@@ -112,14 +111,11 @@ def test_specs_survive_json_and_refuse_what_is_none() -> None:
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def test_cycles_take_the_next_vectors_and_come_round() -> None:
-    config = MoRAConfig(rank=1, operator="subspace", vectors="v", vector_sets=3)
-    specs = [config.operator_for("m", 8, 8, cycle) for cycle in range(7)]
-    assert [spec.first for spec in specs] == [0, 4, 0, 0, 4, 0, 0]  # type: ignore[union-attr]
-    fixed = replace(config, vector_sets=1)
-    assert {fixed.operator_for("m", 8, 8, cycle) for cycle in range(4)} == {specs[0]}
+def test_every_cycle_takes_the_leading_vectors() -> None:
+    config = MoRAConfig(rank=1, operator="subspace", vectors="v")
+    assert {config.operator_for("m", 8, 8, cycle) for cycle in range(4)} == {SubspaceSpec(8, 8, 4, "m", "v")}
     assert MoRAConfig.from_dict(config.to_dict()) == config
-    assert not {"vectors", "vector_sets"} & set(MoRAConfig().to_dict()), "old checkpoints still resume"
+    assert "vectors" not in MoRAConfig().to_dict()
 
 
 def test_a_square_is_no_larger_than_the_shorter_side() -> None:
@@ -140,11 +136,3 @@ def test_a_dry_run_plans_it_without_vectors(user: Playground) -> None:
     layers = mora_layers(model := planned_model(work)).values()
     kept = sum((layer.in_features + layer.out_features) * layer.value.shape[0] * 4 for layer in layers)
     assert kept <= measure_step(model, work).tables < 1.1 * kept, "the vectors are counted"
-
-
-def test_more_vectors_than_a_side_has_are_not_wanted() -> None:
-    model = tiny_model("llama")
-    keys = {f"{name}.weight": name for name, _ in model.named_modules()}
-    config = MoRAConfig(rank=8, operator="subspace", vector_sets=5)
-    counts = {name.rpartition(".")[2]: each.count for name, each in wanted_vectors(model, config, keys).items()}
-    assert counts["k_proj"] == 16 and counts["up_proj"] == 32
