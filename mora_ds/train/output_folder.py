@@ -42,7 +42,8 @@ LOCK = ".lock"
 """An empty file, locked while processes write to the folder: byte 0 by rank 0, byte 1 by the others together. A lock
 ends with its process, however that ends."""
 _ORPHANS_S = 60.0
-"""How long a run waits for ranks of an earlier one whose rank 0 has ended. Heartbeats end them within 15 seconds."""
+"""How long a run waits for ranks of an earlier one whose rank 0 has ended. They leave at their next
+collective, which is at the end of a step."""
 TARGETS, VECTORS, TENSORBOARD, DEMO = "targets.yaml", "subspace", "tensorboard", "demo"
 NAMES = (
     RUN_FILE, METRICS_FILE, SUMMARY_FILE, TENSORBOARD, CHECKPOINTS, LEDGER_FOLDER, MERGED_FOLDER, BASE_FOLDER,
@@ -130,11 +131,10 @@ class Reservation:
                 folder.rmdir()
 
     def _owned(self) -> list[str]:
-        """What the run in the folder has made; of what earlier versions have made there is no list."""
-        listed = [
-            *(owned_by_run(self.folder) or NAMES),
-            *([DEMO] if holds_run(self.folder / DEMO / "warm_start") else []),
-        ]
+        """What the run in the folder has made."""
+        listed = owned_by_run(self.folder)
+        if holds_run(self.folder / DEMO / "warm_start"):
+            listed.append(DEMO)
         return _present(self.folder, [name for name in self.names if name in listed])
 
 
@@ -194,8 +194,7 @@ def names_of_run(folder: Path, exports: bool) -> list[str]:
 
     `exports`: whether it writes a merged model.
     """
-    before = (owned_by_run(folder) or NAMES) if holds_run(folder) else ()
-    made = {*before, *_present(folder, _AT_START), *((MERGED_FOLDER,) if exports else ())}
+    made = {*owned_by_run(folder), *_present(folder, _AT_START), *((MERGED_FOLDER,) if exports else ())}
     return [name for name in NAMES if name in made or name not in (*_AT_START, MERGED_FOLDER)]
 
 

@@ -45,10 +45,10 @@ def holds_run(folder: Path) -> bool:
     return _read(folder) is not None
 
 
-def owned_by_run(folder: Path) -> list[str] | None:
-    """The names that the run in `folder` makes; None where there is no run, or one of 0.2, which kept no list."""
-    owns = ((_read(folder) or {}).get("resolved") or {}).get(_OWNS)
-    return [str(name) for name in owns] if isinstance(owns, list) else None
+def owned_by_run(folder: Path) -> list[str]:
+    """The names that the run in `folder` makes; none where there is no run."""
+    content = _read(folder)
+    return [] if content is None else [str(name) for name in content["resolved"][_OWNS]]
 
 
 def _read(folder: Path) -> dict[Any, Any] | None:
@@ -58,4 +58,5 @@ def _read(folder: Path) -> dict[Any, Any] | None:
         content = load_yaml(str(folder / RUN_FILE), RUN_FILE)
     except UserError:
         return None
-    return content if all(isinstance(content.get(key), dict) for key in RECORDED_KEYS) else None
+    is_runs = all(isinstance(content.get(key), dict) for key in RECORDED_KEYS)
+    return content if is_runs and isinstance(content["resolved"].get(_OWNS), list) else None

@@ -96,7 +96,7 @@ def test_other_inputs_pass(home: Path, changes: dict[str, Any]) -> None:
 
 
 def test_a_resumed_run_may_read_its_base_and_its_plan(home: Path) -> None:
-    (home / "out" / "run.yaml").write_text("seed: 1\nversions: {}\nresolved: {}\n")
+    (home / "out" / "run.yaml").write_text("seed: 1\nversions: {}\nresolved: {owns: []}\n")
     again = {"resume_from_checkpoint": "auto", "deepspeed": None}
     check_inputs(settings({"model_name_or_path": "out/base", "targets": "out/targets.yaml", **again}), Path("out"))
     with pytest.raises(UserError, match="--tokenizer_name"):

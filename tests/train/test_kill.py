@@ -53,7 +53,8 @@ def prepare(out: Path, whole: Path, start: Start) -> None:
         for name in ("run.yaml", "metrics.jsonl", *folders):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_text("of another run")
-        (out / "run.yaml").write_text("versions: {}\nresolved: {}\n")  # the mark that a run has made the folder
+        owns = ["run.yaml", "metrics.jsonl", *(name.partition("/")[0] for name in folders)]
+        (out / "run.yaml").write_text(f"versions: {{}}\nresolved: {{owns: {owns}}}\n")  # the mark of a run
 
 
 def kill_and_run_again(

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 
 from mora_ds.common.errors import UserError
 from mora_ds.engine.ds_keys import tracker_folders
@@ -140,22 +139,6 @@ def test_what_the_run_in_the_folder_has_not_made_is_the_users(tmp_path: Path, na
     put(out, name, "mine")
     with untouched(out), pytest.raises(UserError, match=f"{name}, which the run there has not made"):
         prepared(out, overwrite, not overwrite)
-
-
-def test_a_run_of_0_2_has_no_list(tmp_path: Path) -> None:
-    """Whatever has a name of a run is then taken for the run's."""
-    out = a_run(tmp_path / "out")
-    content = yaml.safe_load((out / "run.yaml").read_text())
-    del content["resolved"]["owns"]
-    (out / "run.yaml").write_text(yaml.safe_dump(content))
-    put(out, "base", "a run's")
-    with untouched(out):
-        reserve(out).prepare(False, True)
-        give_up(out)
-    reserve(out).prepare(True, False)
-    assert not (out / "base").exists()
-    give_up(out)
-    assert (out / "base").exists()
 
 
 def killed(folder: Path, work: Callable[[], None]) -> None:

@@ -29,6 +29,6 @@ def test_secrets_are_masked_wherever_they_lie(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_program_is_no_run(tmp_path: Path) -> None:
-    for text in ("seed: 1\n", "versions: 1\nresolved: 2\n", "- a\n", "a: [\n", ""):
+    for text in ("seed: 1\n", "versions: 1\nresolved: 2\n", "versions: {}\nresolved: {}\n", "- a\n", "a: [\n", ""):
         (tmp_path / "run.yaml").write_text(text)
-        assert not holds_run(tmp_path) and owned_by_run(tmp_path) is None
+        assert not holds_run(tmp_path) and owned_by_run(tmp_path) == []
