@@ -32,7 +32,7 @@ heavy: ## the heavy tests, half an hour and more; TESTS=tests/parallel for some 
 mutations: ## small faults in the code: which of them do the tests notice?
 	$(PYTHON) -m tests.mutations
 
-docs: ## write the generated pages, notebooks and figures
+docs: ## write the generated pages and figures
 	$(PYTHON) tools/docs.py && $(PYTHON) tools/figures.py
 
 site: docs ## build the site, in site/

@@ -22,7 +22,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
 from tools import figures_learning
-from tools.figures_style import BASE, FAINT, FOURTH, INK, OURS, PAPER, SECOND, THIRD, axes, save, write
+from tools.figures_style import BASE, FAINT, FOURTH, INK, OURS, SECOND, THIRD, axes, save
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, ASSETS = ROOT / "docs" / "results" / "data", ROOT / "docs" / "assets"
@@ -55,7 +55,7 @@ MEMORY = {"7B": (8, 80), "70B": (64, 192)}
 
 # -- plans -------------------------------------------------------------------------------------------------------------
 def write_plans() -> None:
-    """data/plans.json: what `tools/plan.py --json` says of every method, and the command."""
+    """data/plans.json: what `mora-ds plan --json` says of every method, and the command."""
     plans = []
     for model, (gpus, memory) in MEMORY.items():
         for method in METHODS:
@@ -164,49 +164,6 @@ def draw_traffic() -> None:
     save(figure, ASSETS / "traffic.svg", "Planned bytes on the network")
 
 
-# -- the diagram -------------------------------------------------------------------------------------------------------
-def draw_diagram() -> None:
-    """base-and-matrices.svg: the base unsharded on every GPU, the MoRA matrices sharded."""
-    width, gap, top = 240, 20, 20
-    parts = []
-    for gpu in range(3):
-        x = 10 + gpu * (width + gap)
-        parts += [
-            _box(x, top, width, 330, "none", FAINT),
-            _text(x + width / 2, top + 32, f"GPU {gpu}", 24, INK, bold=True),
-            _box(x + 15, top + 48, width - 30, 130, BASE, "none"),
-            _text(x + width / 2, top + 103, "frozen base W0", 21, PAPER, bold=True),
-            _text(x + width / 2, top + 137, "complete copy", 22, PAPER),
-            _text(x + width / 2, top + 215, "MoRA matrices M", 22, INK),
-        ]
-        third = (width - 30) / 3
-        for piece in range(3):
-            mine = piece == gpu
-            parts.append(_box(x + 15 + piece * third, top + 230, third - 4, 46, OURS if mine else "none", OURS))
-        parts.append(_text(x + width / 2, top + 310, f"stores shard {gpu}", 22, INK))
-    end = 10 + 3 * width + 2 * gap
-    y = top + 365
-    parts += [
-        f'<path d="M 30 {y} H {end - 20}" style="stroke: {OURS}; stroke-width: 5; fill: none"/>',
-        f'<path d="M 16 {y} l 18 -10 v 20 z M {end - 6} {y} l -18 -10 v 20 z" style="fill: {OURS}"/>',
-        _text(end / 2 + 5, y + 36, "all-gather of M: a few per cent of the model; of W0: never", 23, INK),
-    ]
-    view = f'viewBox="0 0 {end + 10} {y + 55}" xmlns="http://www.w3.org/2000/svg" role="img"'
-    title = "<title>Each GPU holds a complete frozen base and one shard of every MoRA matrix</title>"
-    write(ASSETS / "base-and-matrices.svg", f"<svg {view}>{title}\n" + "\n".join(parts) + "\n</svg>\n")
-
-
-def _box(x: float, y: float, width: float, height: float, fill: str, stroke: str) -> str:
-    style = f"fill: {fill}; stroke: {stroke}; stroke-width: 2"
-    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" style="{style}"/>'
-
-
-def _text(x: float, y: float, text: str, size: int, colour: str, bold: bool = False) -> str:
-    weight = "bold" if bold else "normal"
-    style = f"font: {weight} {size}px sans-serif; fill: {colour}; text-anchor: middle"
-    return f'<text x="{x:g}" y="{y:g}" style="{style}">{text}</text>'
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument(
@@ -220,15 +177,12 @@ def main() -> None:
         return
     if options.plan:
         write_plans()
-    draw_diagram()
     draw_memory()
     draw_traffic()
     figures_learning.draw(DATA / "learning.json", ASSETS)
     figures_learning.draw_long(DATA / "learning_long.json", ASSETS)
     figures_learning.draw_long(DATA / "learning_long_13m.json", ASSETS)
     figures_learning.draw_long(DATA / "learning_scratch.json", ASSETS, from_scratch=True)
-    figures_learning.draw_rates(DATA / "learning_rates.json", ASSETS)
-    figures_learning.draw_scale(DATA / "delta_scale.json", ASSETS)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Figures of what `tools/bench/learning.py` and `tools/bench/delta_scale.py` have measured, from their JSON alone."""
+"""Figures of what `tools/bench/learning.py` has measured, from its JSON alone."""
 
 from __future__ import annotations
 
@@ -66,18 +66,17 @@ def points(path: Path) -> list[Point]:
 
 
 def draw(path: Path, folder: Path) -> None:
-    """learning.svg, learning-curves.svg and learning-gap.svg: nothing where there is no such JSON."""
+    """learning.svg and learning-curves.svg: nothing where there is no such JSON."""
     if not path.is_file():
         return
     found = points(path)
     _draw_both_domains(found, folder / "learning.svg")
     _draw_curves(found, CURVES, folder / "learning-curves.svg")
-    _draw_gap(found, folder / "learning-gap.svg")
 
 
 def draw_long(path: Path, folder: Path, from_scratch: bool = False) -> None:
-    """The curves of long runs at one rank, NAME.svg for NAME.json, and learning-ranks.svg, their ends at all ranks,
-    where there are several: nothing where there is no such JSON. `from_scratch`: without the untrained model."""
+    """The curves of long runs at one rank, NAME.svg for NAME.json: nothing where there is no such JSON.
+    `from_scratch`: without the untrained model."""
     if not path.is_file():
         return
     found = [point for point in points(path) if not (from_scratch and point.method == "none")]
@@ -86,8 +85,6 @@ def draw_long(path: Path, folder: Path, from_scratch: bool = False) -> None:
     curves = folder / f"{path.stem.replace('_', '-')}.svg"
     methods = SCRATCH_CURVES if from_scratch else LONG_CURVES
     _draw_curves([point for point in found if point.rank in shown], methods, curves)
-    if len(ranks) > 1:
-        _draw_ranks(found, folder / "learning-ranks.svg")
 
 
 def _draw_both_domains(found: Sequence[Point], path: Path) -> None:
@@ -124,99 +121,6 @@ def _draw_curves(found: Sequence[Point], methods: Sequence[str], path: Path) -> 
         _label_beside(axis, ends, apart=0.11)
     panels[1].set_xlabel("optimizer steps")
     save(figure, path, "Perplexity of the new and the old text during training")
-
-
-def _draw_ranks(found: Sequence[Point], path: Path) -> None:
-    """Methods that were run at two ranks or more."""
-    figure, (axis,) = axes(1, 1, (6, 4.6))
-    lines = {point.method: [each for each in found if each.method == point.method] for point in found if point.rank}
-    ends = []
-    for line in (sorted(each, key=lambda point: point.rank) for each in lines.values() if len(each) > 1):
-        last, ranks = line[-1], [point.rank for point in line]
-        axis.plot(ranks, [mean(point.new) for point in line], "o--" if last.is_dashed else "o-", color=last.colour,
-                  linewidth=2, markersize=6)  # fmt: skip
-        ends.append((last.rank, mean(last.new), last.label, last.colour))
-    axis.set_xscale("log", base=2)
-    ticks = sorted({point.rank for point in found if point.rank})
-    axis.set_xticks(ticks, [str(rank) for rank in ticks])
-    _logarithmic(axis, [value for line in axis.lines for value in line.get_ydata()])
-    axis.set_xlabel("LoRA's rank (MoRA matrices have as many parameters)")
-    axis.set_ylabel("perplexity on the new text")
-    _label_beside(axis, ends)
-    save(figure, path, "Perplexity on the new text against the rank")
-
-
-def draw_rates(path: Path, folder: Path) -> None:
-    """NAME.svg for NAME.json: each method's perplexity at every learning rate, a line for each rank; nothing where
-    there is no such JSON."""
-    if not path.is_file():
-        return
-    runs = [run for run in json.loads(path.read_text(encoding="utf-8"))["runs"] if run["rank"]]
-    methods = list(dict.fromkeys(run["method"] for run in runs))
-    colours = dict(zip(sorted({run["rank"] for run in runs}), (BASE, SECOND, OURS, FOURTH, THIRD), strict=False))
-    figure, panels = axes(len(methods), 1, (6, 2.9 * len(methods)))
-    for axis, method in zip(panels, methods, strict=True):
-        ends = []
-        for rank, colour in colours.items():
-            own = {run["learning_rate"]: run["perplexity"]["new"] for run in runs
-                   if (run["method"], run["rank"]) == (method, rank)}  # fmt: skip
-            if own:
-                rates = sorted(own)
-                axis.plot(rates, [own[rate] for rate in rates], "o-", color=colour, linewidth=2, markersize=5)
-                ends.append((rates[-1], own[rates[-1]], f"rank {rank}", colour))
-        axis.set_xscale("log")
-        ticks = sorted({run["learning_rate"] for run in runs if run["method"] == method})
-        axis.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
-        _logarithmic(axis, [value for line in axis.lines for value in line.get_ydata()])
-        axis.set_ylabel("perplexity, new text")
-        axis.set_title(LABELS.get(method, method), fontsize=11, color=INK)
-        _label_beside(axis, ends, apart=0.12)
-    panels[-1].set_xlabel("learning rate")
-    figure.subplots_adjust(hspace=0.4)
-    save(figure, folder / f"{path.stem.replace('_', '-')}.svg", "Perplexity against the learning rate")
-
-
-def _draw_gap(found: Sequence[Point], path: Path) -> None:
-    figure, (axis,) = axes(1, 1, (6, 4.6))
-    of = {point.method: mean(point.new) for point in found}
-    if not {"lora", "full"} <= set(of):
-        return
-    shown = []
-    for point in found:
-        if point.trained:
-            closed = 100 * (of["lora"] - of[point.method]) / (of["lora"] - of["full"])
-            axis.plot(point.trained, closed, "o", color=point.colour, markersize=7)
-            shown.append((point.trained, closed, point.label, point.colour))
-    axis.axhline(100, color=FAINT, linestyle="--", linewidth=1)
-    axis.set_xscale("log")
-    axis.set_xlabel("trained parameters")
-    axis.set_ylabel("LoRA's distance to full training closed, %")
-    _label_beside(axis, shown)
-    save(figure, path, "Gap closed against trained parameters")
-
-
-def draw_scale(path: Path, folder: Path) -> None:
-    """delta-scale.svg: both perplexities as the update's scale grows, beside those of earlier checkpoints."""
-    if not path.is_file():
-        return
-    content = json.loads(path.read_text(encoding="utf-8"))
-    figure, (axis,) = axes(1, 1, (6, 4.6))
-    lines = ((content["scales"], "scale", OURS, "o-"), (content["steps"], "step", SECOND, "s--"))
-    for rows, name, colour, look in lines:
-        axis.plot([row["old"] for row in rows], [row["new"] for row in rows], look, color=colour, markersize=5)
-        for row in rows:
-            axis.annotate(f"{row[name]:g}", (row["old"], row["new"]), textcoords="offset points", xytext=(5, 4),
-                          color=colour, fontsize=9)  # fmt: skip
-    ends = [(rows[-1]["old"], rows[-1]["new"], f"{title}", colour) for (rows, _, colour, _), title in
-            zip(lines, ("scale of the update", "step of the run"), strict=True)]  # fmt: skip
-    _logarithmic(axis, [row["new"] for rows, *_ in lines for row in rows])
-    axis.set_xlabel("perplexity on the old text")
-    axis.set_ylabel("perplexity on the new text")
-    _label_beside(axis, ends)
-    save(figure, path=folder / "delta-scale.svg", title="Scaling the update")
-
-
-# -- drawing -----------------------------------------------------------------------------------------------------------
 
 
 def mean(values: Iterable[float]) -> float:

@@ -212,7 +212,7 @@ def _perplexities(run: OpenedRun, folder: Path, trust_remote_code: bool) -> Iter
     """A line with the perplexity of the probe's tokens, as recorded with the live model and with this adapter."""
     path, name = run.checkpoint / PROBE_FILE, logits_name(run.domain)
     if not path.is_file():
-        yield "perplexity: not compared, as there is no probe.safetensors; tools/evaluate.py measures it on any text"
+        yield "perplexity: not compared, as there is no probe.safetensors; mora-ds evaluate measures it on any text"
         return
     ids, live, _ = read_probe(path, name)
     logits = _load(run, folder, trust_remote_code)(input_ids=ids, use_cache=False).logits.float()

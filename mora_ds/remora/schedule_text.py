@@ -1,4 +1,4 @@
-"""A schedule as text: the lines about merges at the start of a run, and a plot of plain characters."""
+"""The lines about merges at the start of a run."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ from mora_ds.remora.schedule import Schedule
 
 _SHOWN = 6
 """Step numbers shown at each end of a long list."""
-
-_GUTTER = 9
-"""Columns to the left of a plot, for the learning rate's values."""
-
-
-# -- start lines -------------------------------------------------------------------------------------------------------
 
 
 def start_lines(schedule: Schedule, done: int = 0) -> list[str]:
@@ -52,29 +46,3 @@ def _steps(steps: Sequence[int]) -> str:
         return f"steps {', '.join(map(str, steps))}"
     ends = [", ".join(map(str, part)) for part in (steps[:_SHOWN], steps[-_SHOWN:])]
     return f"steps {ends[0]}, ..., {ends[1]} ({len(steps)} in all)"
-
-
-# -- the plot ----------------------------------------------------------------------------------------------------------
-
-
-def text_plot(schedule: Schedule, merges: Sequence[int], columns: int, rows: int) -> list[str]:
-    """Lines of equal width: the learning rate of every step (several a column), and merges as ^ on the axis."""
-    marked = [[" "] * columns for _ in range(rows)]
-    axis = ["-"] * columns
-    for step in range(max(schedule.total_steps, columns)):
-        column = step * columns // max(schedule.total_steps, columns)
-        at = step * schedule.total_steps // max(schedule.total_steps, columns)
-        height = schedule.learning_rate(at, merges) / schedule.peak
-        marked[min(int(height * rows), rows - 1)][column] = "*"
-    for merge in merges:
-        axis[min(merge * columns // schedule.total_steps, columns - 1)] = "^"
-    title = schedule.kind.value
-    left = [f"{schedule.peak:.1e} |", *[" " * (_GUTTER - 1) + "|"] * (rows - 1)]
-    plot = [mark + "".join(row) for mark, row in zip(left, reversed(marked), strict=True)]
-    bottom = "0 +".rjust(_GUTTER) + "".join(axis)
-    return [line.ljust(_GUTTER + columns) for line in (" " * _GUTTER + title, *plot, bottom)]
-
-
-def side_by_side(left: Sequence[str], right: Sequence[str], gap: int = 3) -> list[str]:
-    """Two plots of the same height."""
-    return [one + " " * gap + other for one, other in zip(left, right, strict=True)]

@@ -1,4 +1,4 @@
-"""--targets: which plan of MoRA matrices holds in a run, in a dry run and in tools/analyze_weights.py.
+"""--targets: which plan of MoRA matrices holds in a run, in a dry run and in mora-ds analyze.
 
 a new run        --targets FILE: read before anything is touched; --targets auto: made from the base's weights by rank
                  0, before injection; all processes have rank 0's plan, which is written to OUTPUT_DIR/targets.yaml

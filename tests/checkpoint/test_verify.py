@@ -1,4 +1,4 @@
-"""tools/verify_checkpoint.py: a good run is good, and whatever is damaged is named, manifest or not."""
+"""`mora-ds verify`: a good run is good, and whatever is damaged is named, manifest or not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mora_ds.deploy.adapter_io import export_adapter
 from tests.helpers.crafted import reseal
 from tests.helpers.damage import change_json, flip
 from tests.helpers.exports import fake_run
-from tests.helpers.jobs import REPOSITORY, Playground
+from tests.helpers.jobs import Playground
 
 pytestmark = pytest.mark.gloo
 
@@ -33,7 +33,7 @@ def checkpoint(golden: Path, tmp_path: Path) -> Path:
 
 
 def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, str(REPOSITORY / "tools" / "verify_checkpoint.py"), *map(str, arguments)]
+    program = [sys.executable, "-m", "mora_ds", "verify", *map(str, arguments)]
     return subprocess.run(program, capture_output=True, text=True, check=False)
 
 

@@ -33,11 +33,6 @@ plan --gpus 8 --model {tiny} --gpu_memory nan | --gpu_memory must be above 0
 plan --gpus 8 --model {tiny} --deepspeed {bad}/ds/live.json | live.json | got -5
 plan --gpus 8 --model {tiny} --deepspeed {bad}/ds/deep.json | deep.json | nested too deeply
 plan --gpus 8 --model {tiny} --mora_rank 0 | --mora_rank
-plot_schedule --merge_every 5 | --max_steps
-plot_schedule --max_steps 10 --merge_every 5 | --merge_every 5 must be more than
-plot_schedule --max_steps ten | --max_steps | ten
-plot_schedule --max_steps 10 --columns 0 | --columns
-plot_schedule {bad}/recipes/date.yaml --max_steps 10 | date.yaml
 export_hf --checkpoint {bad}/gone --output {new} | --checkpoint | gone
 export_hf --checkpoint {bad}/emptydir --output {new} | --checkpoint | emptydir
 export_hf --checkpoint {bad}/full --output {new} | --adapter full | --export_merged

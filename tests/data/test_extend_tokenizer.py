@@ -1,4 +1,4 @@
-"""tools/extend_vocab.py: real SentencePiece settings, round trips, rows that start as means, heads of every kind."""
+"""`mora-ds extend-vocab`: real SentencePiece settings, round trips, rows that start as means, heads of every kind."""
 
 from __future__ import annotations
 

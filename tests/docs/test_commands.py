@@ -1,8 +1,8 @@
 """The documentation's commands, run as they stand, on what the demo leaves behind.
 
 A block with the comment `run: demo` before it is run, page by page and in order, in a folder that looks like a
-checkout in which the demo has just finished; `run: ci` is what .ci/run runs, and `not run: ...` says why not. Tutorials
-with a notebook are run from their notebook, with fewer steps.
+checkout in which the demo has just finished; `run: ci` is what .ci/run runs, and `not run: ...` says why not.
+Longer runs are cut to a few steps.
 """
 
 from __future__ import annotations
@@ -17,17 +17,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.pages import PAGES, ROOT
-from tools.docs_notebooks import TUTORIALS
 
 pytestmark = [pytest.mark.heavy(seconds=120), pytest.mark.timeout(1200)]
 
 BLOCK = re.compile(r"<!-- run: demo -->\n```(bash|python)\n(.*?)```", re.DOTALL)
-NOTEBOOKS = [ROOT / "docs" / "tutorials" / f"{name}.ipynb" for name in TUTORIALS]
-WITH_COMMANDS = [
-    page
-    for page in PAGES
-    if BLOCK.search(page.read_text(encoding="utf-8")) and page.with_suffix(".ipynb") not in NOTEBOOKS
-]
+WITH_COMMANDS = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
 
 DEMO = "deepspeed --num_gpus 2 launch/pretrain.py --deepspeed configs/zero3.json --max_steps 24 --merge_every 8"
 DEMO += " --restart_warmup_steps 2 --warmup_steps 2 --eval_steps 12 --save_steps 12"
@@ -55,19 +49,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_run(checkout: Path, page: Path) -> None:
     for language, script in BLOCK.findall(page.read_text(encoding="utf-8")):
-        run(checkout, script, language)
+        run(checkout, re.sub(r"--max_steps \d+", "--max_steps 6", script), language)
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
-def test_a_notebook_runs_from_its_first_cell_to_its_last(checkout: Path, notebook: Path) -> None:
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    scripts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    assert scripts[0] == "%cd ../.." and len(scripts) >= 4
-    demo = "%%bash\ndeepspeed --num_gpus 2 launch/pretrain.py --deepspeed configs/zero3.json"
-    for script in scripts[1:]:
-        if script == demo:  # a shorter one has run
-            continue
-        language = "bash" if script.startswith("%%bash\n") else "python"
-        script = re.sub(r"--max_steps \d+", "--max_steps 6", script.removeprefix("%%bash\n"))
-        assert not script.startswith("%")
-        run(checkout, script.rstrip(), language)
+@pytest.mark.heavy(seconds=1)
+def test_the_notebook_has_the_commands_of_its_page() -> None:
+    page = ROOT / "docs" / "tutorials" / "first-run.md"
+    blocks = re.findall(r"<!-- run: (?:demo|ci) -->\n```(bash|python)\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    commands = [f"%%bash\n{script}" if language == "bash" else script for language, script in blocks]
+    cells = json.loads(page.with_suffix(".ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert code == ["%cd ../..", *(command.rstrip() for command in commands)]

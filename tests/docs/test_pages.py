@@ -13,7 +13,6 @@ from mora_ds.common.version import __version__
 from tests.helpers.pages import FENCE, PAGES, ROOT, prose
 from tools import docs
 from tools.docs_matrix import COLUMNS, OPTIONS, refusal
-from tools.docs_notebooks import TUTORIALS
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -47,7 +46,7 @@ def test_every_relative_link_leads_to_a_file_and_a_title() -> None:
 GENERATED = ["cli.md", "yaml.md", "api.md", "support-matrix.md", "README.md", "contributing.md"]
 
 
-@pytest.mark.parametrize("name", [*GENERATED, *(f"{name}.ipynb" for name in TUTORIALS)])
+@pytest.mark.parametrize("name", GENERATED)
 def test_a_generated_page_is_what_the_code_says(name: str) -> None:
     (path,) = (path for path in written() if path.name == name)
     assert path.read_text(encoding="utf-8") == written()[path], "run tools/docs.py"

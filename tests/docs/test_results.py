@@ -24,13 +24,9 @@ IMAGES = {
     "traffic.svg": "plans.json",
     "learning.svg": "learning.json",
     "learning-curves.svg": "learning.json",
-    "learning-gap.svg": "learning.json",
     "learning-long.svg": "learning_long.json",
     "learning-long-13m.svg": "learning_long_13m.json",
     "learning-scratch.svg": "learning_scratch.json",
-    "learning-rates.svg": "learning_rates.json",
-    "learning-ranks.svg": "learning_long.json",
-    "delta-scale.svg": "delta_scale.json",
 }
 """Image of docs/ -> the JSON that it is drawn from, or what it shows in place of a measurement."""
 

@@ -1,4 +1,4 @@
-"""tools/evaluate.py: the figures are those of a naive computation, and a checkpoint has those of its export."""
+"""`mora-ds evaluate`: the figures are those of a naive computation, and a checkpoint has those of its export."""
 
 from __future__ import annotations
 

@@ -1,29 +1,30 @@
-"""A program of `tools/` in this process: for what it says of its flags, which needs no interpreter of its own."""
+"""A command of `mora-ds`, or a program of `tools/`, in this process: for what it says of its flags, which needs no
+interpreter of its own."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+COMMANDS = {
+    "analyze_weights": "analyze",
+    "convert_checkpoint": "convert",
+    "export_hf": "export",
+    "verify_checkpoint": "verify",
+}
+"""Longer names of commands -> their modules in mora_ds.commands; others have the name of the command."""
 
 
-@lru_cache
 def tool(name: str) -> Any:
-    """The module tools/NAME.py."""
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # its dataclasses look themselves up
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(TOOLS), *sys.path])  # for what stands beside it
-        spec.loader.exec_module(module)
-    return module
+    """The module mora_ds.commands.NAME, or else tools.NAME."""
+    command = f"mora_ds.commands.{COMMANDS.get(name, name)}"
+    if "/" not in name and importlib.util.find_spec(command) is not None:
+        return importlib.import_module(command)
+    return importlib.import_module(f"tools.{name.replace('/', '.')}")
 
 
 def call(name: str, *flags: object) -> None:

@@ -12,7 +12,7 @@ import torch
 from tests.helpers.gloo import run_ranks
 from tests.helpers.tools import call, tool
 
-QUESTIONS = ("ceilings", "operators", "gather", "layer", "attention", "loss", "step", "memory", "resume")
+QUESTIONS = ("ceilings", "operators", "gather", "attention", "step", "memory", "resume")
 
 
 def answers(folder: str, questions: tuple[str, ...], *flags: str) -> dict[str, list[list[str]]]:
@@ -30,10 +30,6 @@ def check(found: dict[str, Any], waits: str) -> None:
     assert [leak for *_, leak in found["attention"]] == ["0", "0", "0"]
     assert [(row[0], row[-1]) for row in found["step"]] == [(stage, waits) for stage in ("0", "1", "3")]
     assert found["resume"] == [["3", "same"]]
-    assert [row[0].split()[0] for row in found["layer"]] == ["rotate", "share"]
-    assert all(float(cell) > 0 for row in found["layer"] for cell in row[1:4])
-    assert [row[0] for row in found["loss"]] == ["whole", "chunked"]
-    assert float(found["loss"][0][-1]) == pytest.approx(float(found["loss"][1][-1]), rel=1e-4)
     assert len(found["memory"]) >= 2 and all(float(row[-1]) > 0 for row in found["memory"])
     if waits != "none":
         assert [float(row[-1]) for row in found["memory"]] == pytest.approx([1, 1], abs=0.05)

@@ -1,15 +1,14 @@
-"""tools/bench/layer.py: its tables, and how it counts good choices of a path."""
+"""tools/bench/layer.py: its tables."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers.tools import call, tool
+from tests.helpers.tools import call
 
 TOY = ("--shapes", "12x8", "--tokens", 5, "--operators", "rotate:1", "share:2", "--dtypes", "float32", "--seconds", 0)
 
@@ -30,14 +29,3 @@ def test_every_layer_has_a_row(tmp_path: Path, bits: int) -> None:
     assert [row[:2] for row in rows] == [["12 x 8, 5, float32", name] for name in ("rotate r=1", "share r=2")]
     assert all(len(row) == len(titles) for row in rows)
     assert ("weight, int8" in titles) is (bits == 8) and ("PEFT LoRA" in titles) is (bits == 16)
-
-
-def test_choices_within_5_per_cent_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ratios = iter([(1.04, 1.0), (1.2, 1.5)])
-
-    def choice(*_: Any) -> tuple[list[str], float, float]:
-        return (["layer"] * 8, *next(ratios))
-
-    monkeypatch.setattr(tool("bench/layer"), "choice", choice)
-    (_, row) = found(tmp_path, "--choices")["choices"]
-    assert row[1:] == ["2", "1", "1.20", "1", "1.50"]

@@ -1,17 +1,13 @@
-"""--document_start TOKEN: documents of cached and streamed text begin with it, and those of an evaluation do;
-tools/bench/document_start.py compares tokens."""
+"""--document_start TOKEN: documents of cached and streamed text begin with it, and those of an evaluation do."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from mora_ds.common.errors import UserError
 from mora_ds.data import Document, Encoder, TokenCache, load_corpus, load_tokenizer, start_id
@@ -100,21 +96,3 @@ def test_an_evaluation_begins_documents_with_it(user: Playground, tmp_path: Path
     for start, message in (("<x>", "'<x>' is no token"), ("none", "none: the first token of a document is scored too")):
         with pytest.raises(UserError, match=f"--document_start {message}"):
             call("evaluate", *flags, "--document_start", start)
-
-
-def test_the_bench_scores_the_same_tokens_for_every_start(user: Playground, tmp_path: Path) -> None:
-    flags = ("--model", user.model, "--text", user.train, "--documents", 2, "--tokens", 20)
-    call("bench/document_start", *flags, "--starts", "none", TOKEN, "--json", tmp_path / "found.json")
-    with pytest.raises(UserError, match="there is no document of two tokens"):
-        call("bench/document_start", *flags, "--tokens", 1)
-    _, *rows = json.loads((tmp_path / "found.json").read_text())["tables"]["starts"]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(user.model), load_tokenizer(user.model)
-    texts = [json.loads(line)["text"] for line in user.train.read_text().splitlines()[:2]]
-    for row, start in zip(rows, ([], [2]), strict=True):
-        losses_ = []
-        for text in texts:
-            ids = torch.tensor([[*start, *tokenizer(text, add_special_tokens=False)["input_ids"][:20]]])
-            labels = ids.clone()
-            labels[:, : len(start) + 1] = -100
-            losses_.append(model(input_ids=ids, labels=labels).loss.item())
-        assert row[1:3] == ["2", "38"] and float(row[3]) == pytest.approx(math.exp(sum(losses_) / 2), abs=0.006)

@@ -70,7 +70,7 @@ def test_recipes_are_planned(
 ) -> None:
     """--dry_run on as many ranks as the recipe is for: of the right model, within the device that its plan names."""
     size, text = size_of(path), path.read_text(encoding="utf-8")
-    asked = re.search(r"tools/plan.py .*--gpus (\d+) --gpu_memory (\d+)", text)
+    asked = re.search(r"mora-ds plan .*--gpus (\d+) --gpu_memory (\d+)", text)
     ranks, memory = (int(asked[1]), float(asked[2])) if asked else (8, 80.0)
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     monkeypatch.chdir(CONFIGS.parent)

@@ -1,14 +1,12 @@
 """What is to be measured on the day that a GPU is there, one question at a time, each within minutes.
 
-    python tools/bench/gpu.py ceilings|operators|gather|layer|attention|loss|step|memory|resume [--json FILE]
+    python tools/bench/gpu.py ceilings|operators|gather|attention|step|memory|resume [--json FILE]
     python tools/bench/gpu.py ... --device cpu --toy        the same code at toy sizes, which a test runs
 
     ceilings    what the card gives at best: copies in TB/s, products in TFLOP/s
     operators   every operator, grouping, dtype and path against fp64 on the CPU; merges: the bits of the CPU
     gather      the operations of `adapters/kernels` against plain torch, in GB/s
-    layer       a layer's forward and backward over each path and as a LoRA, against the frozen layer
     attention   by documents against a dense mask: time, and what leaks from one document to another (0)
-    loss        in chunks against whole logits: memory and time (`loss.py`)
     step        one rank under ZeRO 0, 1 and 3: tokens a second, peak memory, and whether the host waits inside a
                 micro-batch, which on a GPU is an error (torch.cuda.set_sync_debug_mode)
     memory      one rank under ZeRO-3: planned against what the card's allocator saw
@@ -26,7 +24,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -59,8 +56,6 @@ from mora_ds.planning.plan import Cluster, Planner
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime import cli
 from mora_ds.train.run import Run
-from tools.bench import layer as layers
-from tools.bench import loss as losses
 from tools.bench.measuring import llama_config, only_rank
 from tools.bench.report import Report, json_flag
 
@@ -128,26 +123,6 @@ def gather(options: argparse.Namespace, report: Report) -> None:
     report.show("gather", rows)
 
 
-def layer(options: argparse.Namespace, report: Report) -> None:
-    shapes, counts = (((48, 80),), (64,)) if options.toy else (((4096, 4096), (4096, 11008)), (4096, 16384))
-    like = {"device": options.device, "dtype": torch.float32 if options.device.type == "cpu" else torch.bfloat16}
-    ranks = ((OperatorKind.ROTATE, 8), (OperatorKind.SHARE, 8 if options.toy else 256))
-    rows = [["layer, tokens", "frozen, ms", *("x " + name for name in ("LoRA", *(path.value for path in PATHS)))]]
-    for (kind, rank), shape, tokens in product(ranks, shapes, counts):
-        made = layers.make(kind, rank, shape, tokens, like)
-        lora, trained = layers.forwards(made, 16)["our LoRA"]
-        ours, square = made.case().layer, torch.zeros(made.spec.r_hat, made.spec.r_hat, **like).requires_grad_()
-        frozen = _seconds(lambda m=made: m.backward(lambda: F.linear(m.x, m.base.weight)), options)  # type: ignore[misc]
-        times = [_seconds(lambda m=made, f=lora, t=trained: m.backward(f, *t), options)]  # type: ignore[misc]
-        for path in PATHS:
-            forward = lambda m=made, o=ours, s=square, p=path: o.product(m.x, s, p)  # noqa: E731
-            times.append(_seconds(lambda m=made, f=forward, s=square: m.backward(f, s), options))  # type: ignore[misc]
-        name = f"{kind.value} {rank}, {shape[0]} -> {shape[1]}, {tokens:,}"
-        ratios = [f"{each / frozen:.2f}" for each in times]
-        rows.append([name, f"{1e3 * frozen:.3f}", *ratios])
-    report.show("layer", rows)
-
-
 def attention(options: argparse.Namespace, report: Report) -> None:
     heads, size, length = (4, 32, 64) if options.toy else (32, 128, 16384)
     dtype = torch.float32 if options.device.type == "cpu" else torch.bfloat16
@@ -175,11 +150,6 @@ def attention(options: argparse.Namespace, report: Report) -> None:
         times = [_seconds(lambda f=f: f().float().sum().backward(), options) for f in (by_documents, dense)]  # type: ignore[misc]
         rows.append([str(count), *(f"{1e3 * each:.3f}" for each in times), f"{leak:g}"])
     report.show("attention", rows)
-
-
-def loss(options: argparse.Namespace, report: Report) -> None:
-    vocabulary, width, tokens, dtype = (512, 64, 512, "float32") if options.toy else (128256, 4096, 8192, "bfloat16")
-    losses.compare(argparse.Namespace(vocab=vocabulary, width=width, tokens=tokens, dtype=dtype), report)
 
 
 def step(options: argparse.Namespace, report: Report) -> None:
@@ -259,7 +229,7 @@ def resume(options: argparse.Namespace, report: Report) -> None:
 
 
 QUESTIONS: dict[str, Callable[[argparse.Namespace, Report], None]] = {
-    each.__name__: each for each in (ceilings, operators, gather, layer, attention, loss, step, memory, resume)
+    each.__name__: each for each in (ceilings, operators, gather, attention, step, memory, resume)
 }
 
 

@@ -41,9 +41,8 @@ from mora_ds.runtime import cli
 from mora_ds.train.demo import MODEL_CONFIG, WARM_START
 from tools.bench.learning_methods import METHODS_FILE, Methods
 from tools.bench.learning_texts import NEW, OLD, Texts, digest
-from tools.bench.measuring import ROOT
 from tools.bench.report import Report, json_flag
-from tools.bench.trials import at_edge, mean_and_spread, pretrain_alone, run_all, run_alone, warm_base
+from tools.bench.trials import at_edge, mean_and_spread, pretrain_alone, run_all, warm_base
 
 AS_GOOD = 1.01
 """Of the best perplexity on the new text."""
@@ -67,10 +66,6 @@ class Trial:
     texts: Texts
     rank: int = 0
     """Of those that `--rank` names; 0 where the method's own flags decide how much it trains."""
-    shift: bool = False
-    """Whether only a bias for each token is trained."""
-    trial: str = ""
-    """What `learning_trials.py` changes in the training program."""
 
     @property
     def kind(self) -> tuple[str, int]:
@@ -96,7 +91,7 @@ class Trial:
         replayed = [f"old={word.rpartition(':')[2]}" for word in flags.pop("replay", [])]
         if "eval_tasks" in flags:
             flags["eval_tasks"] = [Path(name).name for name in flags["eval_tasks"]]
-        return {**self.texts.marks, "flags": digest(json.dumps([flags, replayed, self.trial], sort_keys=True))}
+        return {**self.texts.marks, "flags": digest(json.dumps([flags, replayed, ""], sort_keys=True))}
 
     def read(self) -> dict[str, Any] | None:
         """What the run has found; None where it has not been run with this base, these texts and these flags."""
@@ -238,7 +233,7 @@ def _trials(
                 "output_dir": options.work / "runs" / f"r{rank}-{length}-{name}-{rate:g}-{seed}",
                 **methods.settings, **method.settings(rate, options.steps, texts.old),
             }  # fmt: skip
-            yield Trial(name, rate, seed, settings, texts, rank * method.has_rank, method.shift, method.trial)
+            yield Trial(name, rate, seed, settings, texts, rank * method.has_rank)
 
 
 def _take(path: Path, methods: Methods, trials: Callable[..., Iterable[Trial]]) -> list[Trial]:
@@ -265,11 +260,7 @@ def _run(trial: Trial) -> None:
     trial.folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(trial.folder, ignore_errors=True)
     log = trial.folder.with_name(f"{trial.name}.log")
-    if trial.shift:
-        program = str(ROOT / "tools" / "bench" / "token_bias.py")
-        run_alone([sys.executable, program, "--settings", json.dumps(trial.settings, default=str)], log)
-    else:
-        pretrain_alone(trial.settings, log, [trial.trial, str(trial.texts.old)] if trial.trial else [])
+    pretrain_alone(trial.settings, log)
     summary = json.loads((trial.folder / "summary.json").read_text(encoding="utf-8"))
     lines = (trial.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]

@@ -22,13 +22,11 @@ class Method:
     sweeps: str = "learning_rate"
     cycles: int = 1
     replay: float = 0.0
-    shift: bool = False
-    trial: str = ""
 
     @property
     def has_rank(self) -> bool:
         """Whether a rank that is not its own decides how much it trains."""
-        return self.flags.get("adapter") not in ("none", "full") and "mora_rank" not in self.flags and not self.shift
+        return self.flags.get("adapter") not in ("none", "full") and "mora_rank" not in self.flags
 
     def settings(self, rate: float, steps: int, old: Path) -> dict[str, Any]:
         """The flags of a run of so many steps. `old`: the text that is replayed."""

@@ -36,10 +36,9 @@ def run_alone(command: Sequence[str], log: Path) -> None:
         raise RunError(f"a run failed: see {log}")
 
 
-def pretrain_alone(settings: Mapping[str, Any], log: Path, trial: Sequence[str] = ()) -> None:
-    """`launch/pretrain.py` with these settings as flags, or `learning_trials.py` with the words of a `trial`."""
-    program = ROOT / ("tools/bench/learning_trials.py" if trial else "launch/pretrain.py")
-    run_alone([sys.executable, str(program), *trial, *flags(settings)], log)
+def pretrain_alone(settings: Mapping[str, Any], log: Path) -> None:
+    """`launch/pretrain.py` with these settings as flags."""
+    run_alone([sys.executable, str(ROOT / "launch" / "pretrain.py"), *flags(settings)], log)
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
