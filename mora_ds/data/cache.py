@@ -2,7 +2,7 @@
 
     <cache_dir>/<key>/tokens.bin      uint16 or uint32 (N,): [BOS] document EOS [BOS] document EOS ...
     <cache_dir>/<key>/documents.bin   int64 (documents,): where each document ends in tokens.bin
-    <cache_dir>/<key>/meta.json       counts, dtype, settings, SHA-256 of the two files
+    <cache_dir>/<key>/meta.json       counts, SHA-256 of the two files, the settings, of which <key> is a hash
     <cache_dir>/index/<hash>.json     a file's content hash and counts (see `inspection`)
 
 A cache is written to a temporary folder and renamed, so a folder with a key as its name is complete. A killed
@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +39,10 @@ from mora_ds.data.workers import ordered_map
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-TOKENS, DOCUMENTS, META = "tokens.bin", "documents.bin", "meta.json"
+FORMAT = 2
+TOKENS = "tokens.bin"
+DOCUMENTS = "documents.bin"
+META = "meta.json"
 PARALLEL_BYTES = 32_000_000
 """Smaller corpora are tokenised in the calling process, as starting others would take longer."""
 
@@ -49,7 +51,6 @@ HASHED_EACH_TIME_BYTES = 1 << 30
 
 _TEMPORARY = ".partial-"
 _STALE_S = 24 * 3600
-_KEY_SETTINGS = ("format", "tokenizer", "text_column", "bos_id", "eos_id", "dtype")
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ class TokenCache:
         if problem := damage(folder):
             raise RunError(f"the token cache {folder} is damaged: {problem}; delete that folder")
         meta = json.loads((folder / META).read_text())
-        tokens = np.memmap(folder / TOKENS, dtype=meta["dtype"], mode="r")
-        return cls(folder, meta, tokens, np.memmap(folder / DOCUMENTS, dtype="<i8", mode="r"))
+        tokens = np.memmap(folder / TOKENS, dtype=meta["settings"]["dtype"], mode="r")
+        ends = np.memmap(folder / DOCUMENTS, dtype="<i8", mode="r")
+        return cls(folder, meta, tokens, ends)
 
     @property
     def n_tokens(self) -> int:
@@ -84,7 +86,7 @@ class TokenCache:
 
     @property
     def eos_id(self) -> int:
-        return int(self.meta["eos_id"])
+        return int(self.meta["settings"]["eos_id"])
 
 
 def build_cache(
@@ -109,13 +111,14 @@ def build_cache(
     """
     encoder = Encoder.of(tokenizer, document_start)
     num_proc = _processes_for(corpus, tokenizer, num_proc)
-    settings = cache_settings(corpus.text_column, encoder, corpus.keep)
     if not is_builder:
         barrier()
-        return TokenCache.open(cache_dir / _key(inspect_parts(corpus, cache_dir, 1, False), settings))
+        settings = _settings(corpus, encoder, inspect_parts(corpus, cache_dir, 1, False))
+        return TokenCache.open(cache_dir / _key(settings))
     try:
         facts = inspect_parts(corpus, cache_dir, num_proc, progress)
-        folder = cache_dir / _key(facts, settings)
+        settings = _settings(corpus, encoder, facts)
+        folder = cache_dir / _key(settings)
         if problem := damage(folder, contents=True):
             if folder.exists():
                 log.warning("the token cache %s is damaged: %s; it is rebuilt", folder, problem)
@@ -133,11 +136,10 @@ def damage(folder: Path, contents: bool = False) -> str | None:
     """
     try:
         meta = json.loads((folder / META).read_text())
-        if meta["format"] != FORMAT or meta["key"] != folder.name:
-            return "it is another cache"
-        if key_of(meta, meta["contents"]) != folder.name:
+        settings = meta["settings"]
+        if _key(settings) != folder.name:
             return f"{META} is not what was written"
-        sizes = {TOKENS: meta["tokens"] * np.dtype(meta["dtype"]).itemsize, DOCUMENTS: meta["documents"] * 8}
+        sizes = {TOKENS: meta["tokens"] * np.dtype(settings["dtype"]).itemsize, DOCUMENTS: meta["documents"] * 8}
         for name, size in sizes.items():
             if (folder / name).stat().st_size != size:
                 return f"{name} is not {size} bytes long"
@@ -164,29 +166,23 @@ def _processes_for(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc:
     return 1 if remote or corpus.size_bytes() < PARALLEL_BYTES else max(num_proc, 1)
 
 
-def cache_settings(text_column: str, encoder: Encoder, keep: DocumentFilter | None = None) -> dict[str, Any]:
-    """The settings that decide which tokens a text becomes."""
+def _settings(corpus: Corpus, encoder: Encoder, facts: list[PartFacts]) -> dict[str, Any]:
+    """Everything that decides which tokens a cache holds."""
     return {
         "format": FORMAT,
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
-        "text_column": text_column,
         "bos_id": encoder.start_id,
         "eos_id": encoder.eos_id,
         "dtype": encoder.dtype,
-        **({} if keep is None else {"filter": keep.identity}),
+        "text_column": corpus.text_column,
+        "filter": None if corpus.keep is None else corpus.keep.identity,
+        "contents": [part.content_hash for part in facts],
     }
 
 
-def _key(facts: list[PartFacts], settings: dict[str, Any]) -> str:
-    return key_of(settings, [part.content_hash for part in facts])
-
-
-def key_of(settings: Mapping[str, Any], contents: list[str]) -> str:
-    """The name of a cache, from its settings and the hashes of its contents. Other keys of `settings` are ignored."""
-    content = {**{name: settings[name] for name in _KEY_SETTINGS}, "contents": contents}
-    if "filter" in settings:
-        content["filter"] = settings["filter"]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+def _key(settings: dict[str, Any]) -> str:
+    """The name of the cache with these settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 
 # -- building ------------------------------------------------------------------------------------------------------
@@ -212,8 +208,8 @@ def _build(
             counts = _write(corpus, encoder, temporary, num_proc, bar)
             if not counts["documents"]:
                 raise UserError(f"{corpus.flag}: {_nothing_left(corpus.keep)}")
-            counts["documents_read"] = sum(part.documents for part in facts)
-            meta = {**settings, **counts, "key": folder.name, "contents": [part.content_hash for part in facts]}
+            documents_read = sum(part.documents for part in facts)
+            meta = {**counts, "documents_read": documents_read, "settings": settings}
             (temporary / META).write_text(json.dumps(meta, indent=2) + "\n")
             fsync_tree(temporary)
             _move_into_place(temporary, folder)

@@ -252,7 +252,7 @@ class _Tokenization:
     def pack_source(self, name: str, corpus: Corpus, seed: int | str) -> PackedDataset:
         """A training source; logs how many of its documents are left out."""
         cache = self.cache(corpus)
-        if "filter" in cache.meta:
+        if cache.meta["settings"]["filter"] is not None:
             read = cache.meta["documents_read"]
             logger.info(
                 f"{name}: {read - cache.n_documents:,} of {read:,} documents are not trained on: held out by their "
