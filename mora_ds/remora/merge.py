@@ -88,8 +88,7 @@ class ReMoRA:
     """Merges and replays for one engine.
 
     The live base is always the original of `base` plus all deltas in `ledger`, summed in fp32 and rounded once. `keys`
-    maps a layer's weight name to its key in `base`. `is_writer` marks one rank for each folder of the ledger, by
-    default rank 0 alone.
+    maps a layer's weight name to its key in `base`. Rank 0 writes the ledger, which all ranks see.
     """
 
     def __init__(
@@ -99,36 +98,33 @@ class ReMoRA:
         ledger: Ledger,
         base: BaseCheckpoint,
         keys: dict[str, str],
-        is_writer: bool | None = None,
         reset: OptimizerReset = OptimizerReset.ZERO,
     ) -> None:
         _check_reset(engine, reset)
         self.engine, self.config, self.ledger = engine, config, ledger
         self.base, self.keys, self.reset = base, keys, reset
-        self.is_writer = dist.get_rank() == 0 if is_writer is None else is_writer
-        self.probe: Callable[[], float] | None = None
-        """Loss on a fixed batch, the same on every rank; measured before and after each merge."""
 
     @property
     def cycle(self) -> int:
         """Number of merges so far, which is also the number of the current cycle."""
         return self.ledger.cycles
 
-    def merge(self, step: int) -> MergeReport:
+    def merge(self, step: int, probe: Callable[[], float] | None = None) -> MergeReport:
         """Merge the MoRA matrices of all layers after optimizer step `step`. Collective.
 
-        Raises `RunError` when the probe's loss moves by more than rounding explains.
+        `probe`: the loss on a fixed batch, the same on every rank; measured before and after. Raises `RunError` when it
+        moves by more than rounding explains.
         """
         if not zero.at_accumulation_boundary(self.engine):
             raise RunError("a merge in the middle of gradient accumulation would lose gradients: call it after a step")
         model, cycle = self.engine.module, self.cycle
         entries = layer_entries(model)
         recorded: dict[str, Tensor] = {}
-        before = self.probe() if self.probe else None
+        before = probe() if probe else None
         norms = self._merge_layers(recorded)
         self._record(step, entries, recorded)
         zeroed = self._start_cycle(self.cycle)
-        after = self.probe() if self.probe else None
+        after = probe() if probe else None
         self._check_probe(step, before, after)
         square_sum, delta_sum, weight_sum, lost_sum = (sum(norm**2 for norm in column) for column in norms.T.tolist())
         return MergeReport(
@@ -146,7 +142,7 @@ class ReMoRA:
 
     def _merge_layers(self, recorded: dict[str, Tensor]) -> Tensor:
         """Form every live weight anew, each once on a node whose processes share it, and put the layers' MoRA matrices
-        in `recorded`, on the writers. Returns the `MergeNorms` (layers, 4)."""
+        in `recorded`, on rank 0. Returns the `MergeNorms` (layers, 4)."""
         self._forget_copies()
         model = self.engine.module
         layers, node = mora_layers(model), node_base_of(model)
@@ -155,7 +151,7 @@ class ReMoRA:
         def matrices() -> Iterator[tuple[str, Tensor]]:
             for name, layer in layers.items():
                 square = layer.unshard(zero.full_fp32(self.engine, layer.value))
-                if self.is_writer:
+                if dist.get_rank() == 0:
                     recorded[name] = square.cpu()
                 if name in own:
                     yield name, square if node.ranks is None else square.cpu()  # all of them wait for the others
@@ -214,19 +210,14 @@ class ReMoRA:
         return self.base.read(self.keys[weight])
 
     def _record(self, step: int, entries: dict[str, LayerEntry], squares: dict[str, Tensor]) -> None:
-        """Rank 0 appends first; then the writer of every node whose folder is not rank 0's folder."""
-        cycle, is_first = self.cycle, dist.get_rank() == 0
-        for writes in (is_first, self.is_writer and not is_first):
-            if writes and self._reopened().cycles == cycle:
-                self.ledger.append(step, entries, squares.items())
-            dist.barrier()
-        self.ledger = self._reopened()
+        """Rank 0 appends the cycle to the ledger, and all ranks read it."""
+        cycle = self.cycle
+        if dist.get_rank() == 0:
+            self.ledger.append(step, entries, squares.items())
+        dist.barrier()
+        self.ledger = Ledger.open(self.ledger.folder, self.ledger.base_fingerprint, hashes=False)
         if self.cycle != cycle + 1:
             raise RunError(f"cycle {cycle} is not in the ledger at {self.ledger.folder} as this rank sees it")
-
-    def _reopened(self) -> Ledger:
-        """The ledger as it is on this node's disk now (another rank may have appended to it)."""
-        return Ledger.open(self.ledger.folder, self.ledger.base_fingerprint, hashes=False)
 
     def _start_cycle(self, cycle: int) -> float:
         """Returns the share of the matrices' optimizer moments that is zero after the reset, over all ranks."""

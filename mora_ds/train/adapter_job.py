@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from mora_ds.engine.initialize import initialize, trainable_numels
 from mora_ds.models.node_base import node_base_of
 from mora_ds.models.vocabulary import first_new_row
 from mora_ds.planning.costs import costs
+from mora_ds.remora.merge import MergeReport
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.train.init_adapter import InitialAdapter
 from mora_ds.train.job import Job
@@ -69,12 +70,15 @@ class AdapterJob(Job):
             logger.info(text)
         self.seed_dropout()
         self.run = self._open_run(common)
-        self.state, self.merger = self.run.state, self.run.remora
+        self.state = self.run.state
         tokens = training.per_device_train_batch_size * self.data.train.seq_len // training.sequence_parallel_size
         self._log_paths(tokens, self.state.micro_batch_tokens)
         self.state.micro_batch_tokens = tokens
         if first is not None:
             logger.info(first.put(self.engine))
+
+    def merge(self, step: int, probe: Callable[[], float]) -> MergeReport:
+        return self.run.merge(step, probe)
 
     def save(self, state: TrainerState) -> Path:
         return self.run.save_state(state, self.arguments.training.save_total_limit)

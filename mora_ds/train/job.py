@@ -30,7 +30,7 @@ from mora_ds.models.attention import attends_by_documents
 from mora_ds.models.load import LoadedBase, config_digest
 from mora_ds.parallel.ulysses import share_rows
 from mora_ds.parallel.ulysses_checks import describe
-from mora_ds.remora.merge import ReMoRA
+from mora_ds.remora.merge import MergeReport
 from mora_ds.train.data import RunData
 from mora_ds.train.setup import Place
 
@@ -48,7 +48,6 @@ class Job(ABC):
     """A new state, or that of the checkpoint which the run resumes from."""
     trainable_parameters: int
     total_parameters: int
-    merger: ReMoRA | None = None
     alignment: Alignment | None = None
     """The additional loss of --alignment_weight; not part of the reported loss."""
 
@@ -69,6 +68,10 @@ class Job(ABC):
 
         Sets the attributes above. Raises `UserError` for settings that do not fit the model or the checkpoint.
         """
+
+    def merge(self, step: int, probe: Callable[[], float]) -> MergeReport:
+        """Merge the adapter into the base, and note the step in the state; as `Run.merge`."""
+        raise AssertionError("there is nothing to merge")
 
     @abstractmethod
     def save(self, state: TrainerState) -> Path:

@@ -8,7 +8,7 @@ run.save(step)         out/checkpoints/step-N, from which export_merged makes a 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ class Run:
         self.identity = run_identity(fingerprint, config, details.identity)
         checkpoint = self._checkpoint(resume, overwrite)
         ledger = self._open_ledger(checkpoint, fingerprint, config.vectors if isinstance(config, MoRAConfig) else "")
-        self.remora = ReMoRA(engine, config, ledger, opened, keys, self.ranks.is_first, details.reset)
+        self.remora = ReMoRA(engine, config, ledger, opened, keys, details.reset)
         dtype = dtype_name(next(iter(mora_layers(engine.module).values())).dtype)
         probe_ids = torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0) if details.probe_ids is None else details.probe_ids
         writer = RunWriter(
@@ -122,10 +122,13 @@ class Run:
             self.remora.form_base()  # from the originals: the model may have been loaded in another dtype
         opened.release()
 
-    def merge(self, step: int) -> MergeReport:
-        """Merge the MoRA matrices of all layers after optimizer step `step` and start the next cycle."""
+    def merge(self, step: int, probe: Callable[[], float] | None = None) -> MergeReport:
+        """Merge the MoRA matrices of all layers after optimizer step `step` and start the next cycle.
+
+        `probe`: as in `ReMoRA.merge`.
+        """
         self.check_base()
-        report = self.remora.merge(step)
+        report = self.remora.merge(step, probe)
         self.state.merges.append(step)
         return report
 

@@ -63,8 +63,6 @@ class Trainer:
         self.engine, self.state, self.domains = job.engine, job.state, self.evaluator.domains
         self.train_data: TrainData = job.data.train
         self.last_checkpoint = job.place.checkpoint
-        if self.job.merger is not None:
-            self.job.merger.probe = self._probe_loss
         self.loader = BatchLoader(self.train_data, self.replica, self.training, self.total_steps)
         self.rows_per_step = self.loader.rows_per_step
         self._next_labels: float | None = None
@@ -300,10 +298,7 @@ class Trainer:
         return self.replica.nll(self.train_data.batch(*self.loader.position(self.state.step, 0)))[0]
 
     def _merge(self) -> None:
-        assert self.job.merger is not None, "a schedule with merges needs a merger"
-        self.job.check_base()
-        merge = self.job.merger.merge(self.state.step)
-        self.state.merges.append(self.state.step)
+        merge = self.job.merge(self.state.step, self._probe_loss)
         self.log.record("merge", merge.step, merge.row())
         self.log.event(merge.step, "merges", str(merge))
 

@@ -147,13 +147,12 @@ def merging_run(folder: str, dtype: str, merges: int, **options: Any) -> dict[st
     def loss_of_probe() -> float:
         return causal_loss(engine, probe).item()
 
-    remora.probe = loss_of_probe
     reports = []
     for step in range(1, merges + 1):
         loss = causal_loss(engine, tokens(ROWS, seed=step)[rank * (ROWS // world) :][: ROWS // world])
         engine.backward(loss)
         engine.step()
-        reports.append(remora.merge(step))
+        reports.append(remora.merge(step, loss_of_probe))
     moments = {key: value.clone() for key, value in zero.state_tensors(engine, 0)}
     return {
         "reports": [vars(report) for report in reports],

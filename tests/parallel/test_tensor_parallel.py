@@ -84,8 +84,7 @@ def merged(case: Case, degree: int, folder: str) -> dict[str, Any]:
         for ids in batches(step):
             engine.backward(causal_loss(engine, ids[replica * micro :][:micro]))
             engine.step()
-    remora.probe = lambda: causal_loss(engine, batches(9)[0]).item()
-    report = remora.merge(2)
+    report = remora.merge(2, lambda: causal_loss(engine, batches(9)[0]).item())
     squares = whole(engine, lambda parameter: zero.full_fp32(engine, parameter))
     assert all(not value.any() for name, value in squares.items() if name.endswith("square"))
     base = {name: tensor.clone() for name, tensor in frozen_buffers(engine.module).items()}

@@ -251,7 +251,7 @@ class Alone:
 
 
 def test_a_users_own_loop_takes_no_ledger_folder_that_holds_other_files(tmp_path: Path) -> None:
-    run: Any = SimpleNamespace(folder=tmp_path, ranks=Alone(), _writes=True)
+    run: Any = SimpleNamespace(folder=tmp_path, ranks=Alone())
     (tmp_path / "ledger").mkdir()
     (tmp_path / "ledger" / ".ledger.json.partial").write_text("")
     assert Run._open_ledger(run, None, "fingerprint", "").cycles == 0
