@@ -14,8 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.index_tables import tables_of
-from mora_ds.adapters.ops.mora import OperatorSpec, block_squares, input_columns, output_slots
+from mora_ds.adapters.ops.mora import OperatorSpec, add_blocks_, input_columns, output_slots
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.stack import single
 
@@ -48,10 +47,10 @@ def add_deltas_(total: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> 
                 continue
         _add_rows(total, pending)
         pending.clear()
-        if not isinstance(spec, OperatorSpec) or (spec.blockwise and spec.r_hat > spec.d_in):
+        if not isinstance(spec, OperatorSpec):
             total.add_(spec.delta_weight(value))
         elif spec.blockwise:
-            _add_blocks(total, spec, block_squares(spec, value))
+            add_blocks_(total, spec, value)
     _add_rows(total, pending)
 
 
@@ -71,29 +70,6 @@ def _add_rows(total: Tensor, pending: list[_Rows]) -> None:
         part = total[start : start + rows]
         for columns, slots in pending:
             part.add_(columns.index_select(0, slots[start : start + rows]))
-
-
-def _add_blocks(total: Tensor, spec: OperatorSpec, squares: Tensor) -> None:
-    """Adds M R_i of `squares` (N, R, R) wherever input block i meets an output block."""
-    side, blocks_in, blocks_out = spec.r_hat, spec.blocks_in, spec.blocks_out
-    tables = tables_of(spec, total.device)
-    inputs, outputs = tables.sources.index, tables.members.index[: spec.d_out]  # at each position of padded in-, output
-    wrapped = blocks_in * side - spec.d_in
-    last = blocks_in - 1
-    meets_first = wrapped > 0 and last > 0 and last % blocks_out == 0
-    flat = total.view(-1)
-    for pair in range(max(blocks_in, blocks_out)):
-        row, column = pair % blocks_out, pair % blocks_in
-        square, width = squares[column], side
-        if meets_first and column == last:
-            width -= wrapped  # added with block 0: two sums into one element would round twice
-        elif meets_first and column == 0:
-            square = square.clone()
-            square[:, :wrapped] += squares[last][:, side - wrapped :]
-        reads = outputs[row * side : (row + 1) * side]
-        feeds = inputs[column * side : column * side + width]
-        places = (reads.unsqueeze(1) * spec.d_in + feeds).flatten()
-        flat.index_add_(0, places, square[: len(reads), :width].flatten())
 
 
 @torch.no_grad()

@@ -31,11 +31,6 @@ def gather_sum(x: Tensor, index: Tensor, missing: Tensor | None, rows: int) -> T
     return gather(x, index, missing).unflatten(-1, (rows, -1)).sum(dim=-2, keepdim=True)
 
 
-def add_rows(weight: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
-    """weight (O, D) + rows[slots], a new tensor."""
-    return rows.index_select(0, slots).add_(weight)
-
-
 def prefers_scatter(x: Tensor) -> bool:
     """Whether groups of x are summed by `sum_groups` and not by `gather_sum`: on a CPU. On a GPU scattered sums are
     atomic, so that their order would vary."""
@@ -68,13 +63,6 @@ def scratch(use: str, like: Tensor, *shape: int) -> Tensor:
 def reuses_memory(x: Tensor) -> bool:
     """Whether results that live for one operation are written to `scratch`."""
     return prefers_scatter(x) and not torch.is_grad_enabled()
-
-
-def gather_to_scratch(use: str, x: Tensor, index: Tensor) -> Tensor:
-    """`gather` of x (T, D) into `scratch`."""
-    if not reuses_memory(x):
-        return gather(x, index)
-    return torch.index_select(x, 1, index, out=scratch(use, x, len(x), len(index)))
 
 
 def sum_groups(x: Tensor, group: Tensor, size: int) -> Tensor:

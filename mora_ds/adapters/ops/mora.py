@@ -37,7 +37,6 @@ from torch import Tensor
 
 from mora_ds.adapters.ops.gather import (
     LOW_PRECISION,
-    add_rows,
     gather,
     one_hot,
     prefers_scatter,
@@ -253,7 +252,36 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
     """
     if not spec.blockwise:
         return rows_of_outputs(spec, input_columns(spec, square))
-    return _block_rows(spec, square).index_select(0, tables_of(spec, square.device).slots)
+    return add_blocks_(square.new_zeros(spec.d_out, spec.d_in), spec, square)
+
+
+def add_blocks_(total: Tensor, spec: OperatorSpec, square: Tensor) -> Tensor:
+    """total (O, D) + `delta_weight` of decouple or rotate, in place: M R_i wherever input block i meets an output
+    block, as the delta is zero elsewhere. Every element is changed once, so that it is rounded once.
+
+    The first inputs also fill up the last block. Where both blocks of such an input meet one output block, their
+    columns are summed before they are added.
+    """
+    tables = tables_of(spec, total.device)
+    outputs = tables.members.index[: spec.d_out].split(spec.r_hat)
+    inputs = list(tables.sources.index.split(spec.r_hat))
+    squares = list(block_squares(spec, square))
+    last = spec.blocks_in - 1
+    filled = spec.d_in - last * spec.r_hat
+    if filled < spec.r_hat and last % spec.blocks_out == 0:
+        leading, fills = squares[0].clone(), squares[last]
+        for start in range(filled, spec.r_hat, spec.d_in):  # a block longer than the input has a column several times
+            columns = fills[:, start : start + spec.d_in]
+            leading[:, : columns.shape[1]] += columns
+        squares[0] = leading
+        squares[last] = squares[last][:, :filled]
+        inputs[last] = inputs[last][:filled]
+    flat = total.view(-1)
+    for pair in range(max(spec.blocks_in, spec.blocks_out)):
+        reads, feeds = outputs[pair % spec.blocks_out], inputs[pair % spec.blocks_in]
+        places = reads.unsqueeze(1) * spec.d_in + feeds
+        flat.index_add_(0, places.flatten(), squares[pair % spec.blocks_in][: len(reads)].flatten())
+    return total
 
 
 def effective_weight(spec: OperatorSpec, square: Tensor, weight: Tensor) -> Tensor:
@@ -261,9 +289,12 @@ def effective_weight(spec: OperatorSpec, square: Tensor, weight: Tensor) -> Tens
     if spec.kind is OperatorKind.SHARE:
         rows, slots = input_columns(spec, square), tables_of(spec, square.device).slots
         if not reuses_memory(rows):
-            return add_rows(weight, rows, slots)
+            return rows.index_select(0, slots).add_(weight)
         formed = scratch("formed", rows, spec.d_out, spec.d_in)
         return torch.index_select(rows, 0, slots, out=formed).add_(weight)
+    if spec.blockwise:
+        formed = scratch("formed", square, spec.d_out, spec.d_in).copy_(weight)
+        return add_blocks_(formed, spec, square)
     return delta_weight(spec, square).add_(weight)
 
 
@@ -342,30 +373,3 @@ def _with_zero(spec: OperatorSpec, z: Tensor) -> Tensor:
 def _columns_of_blocks(spec: OperatorSpec, device: torch.device) -> Tensor:
     """(N, 1, R): the input at each position of each block."""
     return tables_of(spec, device).sources.index.view(spec.blocks_in, 1, spec.r_hat)
-
-
-def _block_rows(spec: OperatorSpec, square: Tensor) -> Tensor:
-    """(blocks_out * R, D) for decouple and rotate: M R_i wherever input block i meets an output block.
-
-    The inputs that fill up the last block are added afterwards, as nothing else meets a column twice.
-    """
-    squares, columns = block_squares(spec, square), _columns_of_blocks(spec, square.device)
-    delta = squares.new_zeros(spec.blocks_out, spec.r_hat, spec.d_in)
-    last, filled = spec.blocks_in - 1, spec.d_in - (spec.blocks_in - 1) * spec.r_hat
-    rows_of_last = []
-    for into, out in block_pairs(spec):
-        if into.stop > last and filled < spec.r_hat:
-            rows_of_last.append(delta[out.stop - 1])
-            _scatter(rows_of_last[-1], columns[last, :, :filled], squares[last, :, :filled])
-            into, out = slice(into.start, last), slice(out.start, out.stop - 1)
-        _scatter(delta[out], columns[into], squares[into])
-    for start in range(filled, spec.r_hat, spec.d_in):  # a block longer than the input meets a column several times
-        part = slice(start, start + spec.d_in)
-        for rows in rows_of_last:
-            values = squares[last, :, part]
-            rows.scatter_add_(1, columns[last, :, part].expand_as(values), values)
-    return delta.flatten(0, 1)
-
-
-def _scatter(rows: Tensor, columns: Tensor, values: Tensor) -> None:
-    rows.scatter_(-1, columns.expand_as(values), values)
