@@ -156,4 +156,3 @@ def test_aligned_segments_depend_on_the_models_plan_only() -> None:
     fallback = tiny_model("phi3")
     inject(fallback, MoRAConfig(rank=4, operator="share", segments=4))
     assert all(max(layer.spec.in_segments, layer.spec.out_segments) == 1 for layer in mora_layers(fallback).values())
-    assert "segments" not in MoRAConfig(rank=4).to_dict()
