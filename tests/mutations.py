@@ -77,6 +77,27 @@ MUTATIONS = (
         ("models/test_load.py",),
     ),
     Mutation(
+        "the rule of paths counts the work over activations once",
+        "adapters/ops/linear.py",
+        "moved = 2 * tokens * (d_in + d_out)",
+        "moved = tokens * (d_in + d_out)",
+        ("adapters/ops/test_linear.py",),
+    ),
+    Mutation(
+        "a resumed run does not say that its layers take other paths",
+        "train/adapter_job.py",
+        "if before and counted(before) != counted(tokens):",
+        "if False:",
+        ("train/test_compute_run.py",),
+    ),
+    Mutation(
+        "the rotation's sines are those of the CPU",
+        "adapters/ops/index_tables.py",
+        "return cos.float().to(device, dtype), sin.float().to(device, dtype)",
+        "return cos.acos().float().cos().to(device, dtype), sin.float().to(device, dtype)",
+        ("adapters/ops/test_mora.py",),
+    ),
+    Mutation(
         "hashes of files are not compared",
         "common/files.py",
         "if sha256 is not None and sha256_file(path) != sha256:",
