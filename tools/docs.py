@@ -103,7 +103,10 @@ def cli_page() -> str:
         fields = [actions[field.name] for field in dataclasses.fields(group) if field.name in actions]
         lines += [*_flags(_with_negations(parser, fields)), ""]
     for name, found in COMMANDS.items():
-        if name != "pretrain":
+        if name == "prepare-corpus":
+            doc = sys.modules[found.load().__module__].__doc__
+            lines += [f"## mora-ds {name}", "", f"{_first_line(doc)} Its flags are those of `mora-ds pretrain`.", ""]
+        elif name != "pretrain":
             main = found.load()
             doc = sys.modules[main.__module__].__doc__
             lines += _program(f"mora-ds {name}", main, doc, script=SCRIPTS.get(name))

@@ -123,20 +123,18 @@ def fill_token_cache(
     corpora, evaluation = _text(data, plan)
     tokenizer = load_named_tokenizer(model, model.model_name_or_path)
     cached = [(name, corpus) for name, corpus in corpora.items() if name not in streamed]
-    return [
-        (
-            name,
-            build_cache(
-                corpus,
-                tokenizer,
-                _cache_folder(data),
-                document_start=data.document_start,
-                num_proc=data.preprocessing_workers,
-                progress=progress,
-            ),
+    caches = []
+    for name, corpus in [*cached, *evaluation.items()]:
+        cache = build_cache(
+            corpus,
+            tokenizer,
+            _cache_folder(data),
+            document_start=data.document_start,
+            num_proc=data.preprocessing_workers,
+            progress=progress,
         )
-        for name, corpus in [*cached, *evaluation.items()]
-    ]
+        caches.append((name, cache))
+    return caches
 
 
 # -- sources and evaluation sets ---------------------------------------------------------------------------------------
