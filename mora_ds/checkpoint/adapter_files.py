@@ -345,35 +345,57 @@ class BaseReference:
             )
 
 
-def open_adapter(
-    folder: Path, damaged: type[Exception] = UserError, adapter_only: bool = False
-) -> tuple[AdapterFile, Ledger]:
-    """adapter.json and the merge ledger of an adapter or a checkpoint, its files compared with its manifest, if any.
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that was opened: alone, or that of a checkpoint. Make it with `Adapter.open`."""
 
-    `adapter_only` leaves a checkpoint's other files unread: the engine's shards are larger by far. Raises `damaged` for
-    a difference from the manifest, `UserError` for anything else that is wrong.
-    """
-    hashes: dict[str, str] = {}
-    if (folder / MANIFEST).exists():
-        problems = verify_manifest(folder, hashes=not adapter_only)
-        if not problems:
-            hashes = recorded_hashes(folder)
-        if adapter_only:
-            problems += [
-                f"{folder / name} is not as it was written"
-                for name, sha256 in hashes.items()
-                if name.split("/")[0] in ADAPTER_PARTS and sha256_file(folder / name) != sha256
-            ]
-        if problems:
-            raise damaged(f"{folder} is damaged: {'; '.join(problems)}")
-    adapter = read_adapter(folder)
-    ledger = Ledger.open(folder / LEDGER_FOLDER, BaseReference.read(folder).fingerprint, hashes=not hashes)
-    if hashes:  # of the same bytes: no file is read twice
-        recorded = {record.file: record.sha256 for record in ledger.records}
-        if ledger.vectors is not None:
-            recorded[VECTORS_FILE] = ledger.vectors.sha256
-        for name, sha256 in recorded.items():
-            if hashes.get(f"{LEDGER_FOLDER}/{name}") != sha256:
-                raise UserError(f"the ledger is damaged: {ledger.folder / name} is not the file that was recorded")
-    adapter.check_ledger(ledger)
-    return adapter, ledger
+    folder: Path
+    file: AdapterFile
+    tensors: AdapterTensors
+    ledger: Ledger
+    reference: BaseReference
+
+    @classmethod
+    def open(cls, folder: Path, damaged: type[Exception] = UserError, adapter_only: bool = False) -> Adapter:
+        """Reads the files of an adapter and compares them with their manifest, if there is one.
+
+        `adapter_only` leaves a checkpoint's other files unread: the engine's shards are larger by far. Raises `damaged`
+        for a difference from the manifest, `UserError` for anything else that is wrong.
+        """
+        hashes = _checked_hashes(folder, damaged, adapter_only) if (folder / MANIFEST).exists() else {}
+        file = read_adapter(folder)
+        reference = BaseReference.read(folder)
+        ledger = Ledger.open(folder / LEDGER_FOLDER, reference.fingerprint, hashes=not hashes)
+        if hashes:  # of the same bytes: no file is read twice
+            _require_recorded(ledger, hashes)
+        file.check_ledger(ledger)
+        return cls(folder, file, AdapterTensors.open(folder, file), ledger, reference)
+
+    def original_key(self, base: BaseCheckpoint, name: str) -> str:
+        """What a parameter is called in the files of `base`. Raises `UserError` where they hold no such tensor."""
+        return self.reference.key_in(base, name, self.folder)
+
+
+def _checked_hashes(folder: Path, damaged: type[Exception], adapter_only: bool) -> dict[str, str]:
+    """The manifest's hashes of all files, once those of the adapter, or of all, were compared. Raises `damaged`."""
+    problems = verify_manifest(folder, hashes=not adapter_only)
+    hashes = {} if problems else recorded_hashes(folder)
+    if adapter_only:
+        problems += [
+            f"{folder / name} is not as it was written"
+            for name, sha256 in hashes.items()
+            if name.split("/")[0] in ADAPTER_PARTS and sha256_file(folder / name) != sha256
+        ]
+    if problems:
+        raise damaged(f"{folder} is damaged: {'; '.join(problems)}")
+    return hashes
+
+
+def _require_recorded(ledger: Ledger, hashes: dict[str, str]) -> None:
+    """Raises `UserError` where the manifest's `hashes` are not those that the ledger has of its files."""
+    recorded = {record.file: record.sha256 for record in ledger.records}
+    if ledger.vectors is not None:
+        recorded[VECTORS_FILE] = ledger.vectors.sha256
+    for name, sha256 in recorded.items():
+        if hashes.get(f"{LEDGER_FOLDER}/{name}") != sha256:
+            raise UserError(f"the ledger is damaged: {ledger.folder / name} is not the file that was recorded")

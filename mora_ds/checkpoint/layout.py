@@ -100,20 +100,15 @@ def has_adapter(path: Path) -> bool:
     return _candidate(path, ADAPTER_JSON) is not None
 
 
-def find_adapter(path: Path) -> Path:
-    """As `adapter_folder`. Raises `UserError` where there is none."""
-    folder = adapter_folder(path)
-    if folder is None:
-        refuse_full_training(path)
-        raise UserError(f"{path} is neither an adapter, nor a checkpoint, nor the output folder of a run that has one")
-    return folder
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, what it links to, or a run's latest one. Raises `UserError`."""
+def find_adapter(path: Path, flag: str = "") -> Path:
+    """As `adapter_folder`; also a checkpoint whose adapter.json is missing, which its manifest then shows. Raises
+    `UserError` that begins with `flag` where there is none."""
     folder = _first_with(path, ADAPTER_JSON, MANIFEST)
+    if folder is None or not (folder / ADAPTER_JSON).is_file():
+        refuse_full_training(path)
     if folder is None:
-        raise UserError(f"--checkpoint: {path} is neither a checkpoint nor the output folder of a run that has one")
+        text = f"{path} is neither an adapter, nor a checkpoint, nor the output folder of a run that has one"
+        raise UserError(f"{flag}: {text}" if flag else text)
     return folder
 
 

@@ -24,7 +24,7 @@ from mora_ds.adapters.domains import DomainLinear, domains_of, set_values
 from mora_ds.adapters.inject import inject, mora_layers, move_base
 from mora_ds.adapters.merge_layer import write_live
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, chosen_domain, open_adapter
+from mora_ds.checkpoint.adapter_files import Adapter, AdapterFile, AdapterTensors, chosen_domain
 from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
     ADAPTER_TENSORS,
@@ -46,21 +46,20 @@ def export_adapter(checkpoint: Path | str, output: Path | str) -> list[str]:
 
     Returns lines to print. Raises `UserError` for a damaged checkpoint or a folder that holds something.
     """
-    source, output = find_adapter(Path(checkpoint)), Path(output)
+    output = Path(output)
     require_new(output)
-    adapter, ledger = open_adapter(source)
-    AdapterTensors.open(source, adapter)  # the file is there, and has the tensors that adapter.json lists
-    reference = BaseReference.read(source)
+    adapter = Adapter.open(find_adapter(Path(checkpoint)))
+    source = adapter.folder
     with atomic_folder(output.absolute()) as folder:
         for name in (ADAPTER_JSON, ADAPTER_TENSORS):
             shutil.copyfile(source / name, folder / name)
-        reference.absolute(source).write(folder)
-        ledger.copy_to(folder / LEDGER_FOLDER)
+        adapter.reference.absolute(source).write(folder)
+        adapter.ledger.copy_to(folder / LEDGER_FOLDER)
         if tokenizer := tokenizer_of(source):
             copy_folder(tokenizer, folder / TOKENIZER_FOLDER)
         write_manifest(folder)
     nbytes = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    layers = f"{len(adapter.layers)} layers, {ledger.cycles} merged cycle(s)"
+    layers = f"{len(adapter.file.layers)} layers, {adapter.ledger.cycles} merged cycle(s)"
     return [f"wrote {output}: {layers}, {nbytes / 2**20:,.2f} MiB", f'mora_ds.load_adapter(base, "{output}") loads it']
 
 
@@ -80,23 +79,24 @@ def load_adapter(
     (`domains_of(model)` changes that at any time). Raises `UserError` when something is damaged or does not fit.
     """
     folder = find_adapter(Path(adapter))
-    facts, ledger = open_adapter(folder)
-    tensors, reference = AdapterTensors.open(folder, facts), BaseReference.read(folder)
+    opened = Adapter.open(folder)
+    facts = opened.file
+    tensors = opened.tensors
     dtype = compute_dtype(facts.dtype)
     chosen = None if domain is None else chosen_domain(facts.domains, domain, "domain")
     config = _config_of(facts)
     if isinstance(base, nn.Module):
         model, original = base, _parameters_of(base)
     else:
-        opened = reference.open_base(folder, Path(base), "base")
-        model = load_model(opened.folder, dtype, attn_implementation, trust_remote_code, "base")
-        original = partial(_read_original, opened, reference, folder)
+        files = opened.reference.open_base(folder, Path(base), "base")
+        model = load_model(files.folder, dtype, attn_implementation, trust_remote_code, "base")
+        original = partial(_read_original, opened, files)
     inject(model, config)
     move_base(model, "cpu", dtype)
     _check_fit(folder, facts, tensors, model)
     for name, layer in mora_layers(model).items():
         layer.spec = facts.layers[name].operator
-        write_live(layer, original(facts.layers[name].weight), ledger.squares_of(name))
+        write_live(layer, original(facts.layers[name].weight), opened.ledger.squares_of(name))
         set_values(layer, tensors.square(name), tensors.domain_squares(name), dtype)
         if facts.domains is not None:
             own = facts.domains.operators[name]
@@ -123,9 +123,9 @@ def _parameters_of(model: nn.Module) -> Callable[[str], Tensor]:
     return lambda weight: parameters[weight].data
 
 
-def _read_original(base: BaseCheckpoint, reference: BaseReference, folder: Path, weight: str) -> Tensor:
-    """The tensor of `base` that the adapter in `folder` names for a weight. Raises `UserError` where there is none."""
-    return base.read(reference.key_in(base, weight, folder))
+def _read_original(adapter: Adapter, base: BaseCheckpoint, weight: str) -> Tensor:
+    """The tensor of `base` that the adapter names for a weight. Raises `UserError` where there is none."""
+    return base.read(adapter.original_key(base, weight))
 
 
 def _check_fit(folder: Path, facts: AdapterFile, tensors: AdapterTensors, model: nn.Module) -> None:

@@ -29,7 +29,7 @@ from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.low_rank_embeddings import is_low_rank, sum_of_products
 from mora_ds.adapters.new_embeddings import is_new_rows, stands_for
 from mora_ds.adapters.ops.spec import SquareSpec
-from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, open_adapter
+from mora_ds.checkpoint.adapter_files import Adapter, AdapterFile
 from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
     ADAPTER_TENSORS,
@@ -142,15 +142,15 @@ def combine_adapters(
     if odd := [str(weight) for weight in weights if not math.isfinite(weight)]:
         raise UserError(f"--weights must be finite, got {odd[0]}")
     require_new(output)
-    opened = [_Source.open(Path(path), Fraction(weight)) for path, weight in zip(sources, weights, strict=True)]
+    opened = [_Source.of(Path(path), Fraction(weight)) for path, weight in zip(sources, weights, strict=True)]
     last = opened[-1]
     for source in opened[:-1]:
         _check_pair(source, last)
     terms = _terms(opened)
     trained = _Trained(opened, None if base_folder is None else Path(base_folder))
-    facts = [{"adapter": str(each.folder), "step": each.adapter.step, "weight": float(each.weight)} for each in opened]
+    facts = [{"adapter": str(each.folder), "step": each.file.step, "weight": float(each.weight)} for each in opened]
     adapter = replace(
-        last.adapter, cycle=len(terms) - 1, config=_config(opened), facts={**last.adapter.facts, COMBINED: facts}
+        last.file, cycle=len(terms) - 1, config=_config(opened), facts={**last.file.facts, COMBINED: facts}
     )
     with atomic_folder(output.absolute()) as folder:
         vectors = next((path for each in opened if (path := each.ledger.vectors_path) is not None), None)
@@ -172,22 +172,15 @@ def combine_adapters(
 
 
 @dataclass(frozen=True)
-class _Source:
+class _Source(Adapter):
     """One of the adapters that are summed."""
 
-    folder: Path
     weight: Fraction
-    adapter: AdapterFile
-    ledger: Ledger
-    tensors: AdapterTensors
-    reference: BaseReference
 
     @classmethod
-    def open(cls, path: Path, weight: Fraction) -> _Source:
-        folder = find_adapter(path)
-        adapter, ledger = open_adapter(folder, damaged=RunError, adapter_only=True)
-        tensors = AdapterTensors.open(folder, adapter)
-        return cls(folder, weight, adapter, ledger, tensors, BaseReference.read(folder))
+    def of(cls, path: Path, weight: Fraction) -> _Source:
+        adapter = Adapter.open(find_adapter(path), damaged=RunError, adapter_only=True)
+        return cls(**vars(adapter), weight=weight)
 
 
 def _check_pair(source: _Source, last: _Source) -> None:
@@ -195,11 +188,11 @@ def _check_pair(source: _Source, last: _Source) -> None:
     pair = f"{source.folder} and {last.folder}"
     if source.reference.fingerprint != last.reference.fingerprint:
         raise UserError(f"{pair} have different bases: only updates of the same weights can be summed")
-    if different := sorted(set(source.adapter.layers) ^ set(last.adapter.layers)):
+    if different := sorted(set(source.file.layers) ^ set(last.file.layers)):
         raise UserError(f"{pair} adapt different layers (--target_modules), e.g. {different[0]}")
-    if different := sorted(set(source.adapter.trainables) ^ set(last.adapter.trainables)):
+    if different := sorted(set(source.file.trainables) ^ set(last.file.trainables)):
         raise UserError(f"{pair} train different tensors beside their matrices, e.g. {different[0]}")
-    if source.adapter.domains != last.adapter.domains:
+    if source.file.domains != last.file.domains:
         raise UserError(f"{pair} have different domains, or other operators for them")
     if None not in (source.ledger.vectors, last.ledger.vectors) and source.ledger.vectors != last.ledger.vectors:
         raise UserError(f"{pair} have different singular vectors of their base")
@@ -207,7 +200,7 @@ def _check_pair(source: _Source, last: _Source) -> None:
 
 def _config(sources: Sequence[_Source]) -> AdapterConfig:
     """That of the last source, with the rank of all products of low rank, which lie side by side."""
-    configs = [source.adapter.config for source in sources]
+    configs = [source.file.config for source in sources]
     return replace(configs[-1], embedding_rank=sum(config.embedding_rank for config in configs))
 
 
@@ -260,7 +253,7 @@ def _terms(sources: Sequence[_Source]) -> list[_Term]:
         for record in source.ledger.records:
             value = partial(source.ledger.square, record.cycle)
             add(record.sha256, record.step, source.ledger.layers(record.cycle), source, value)
-        live = add(f"live {number}", source.adapter.step, source.adapter.layers, source, source.tensors.square)
+        live = add(f"live {number}", source.file.step, source.file.layers, source, source.tensors.square)
     terms.remove(live)
     return [*terms, live]
 
@@ -283,7 +276,7 @@ class _Trained:
         self._sources, self._base_folder = sources, base_folder
         self._of_base = 1 - sum((source.weight for source in sources), Fraction(0))
         self._base: BaseCheckpoint | None = None
-        names = sources[-1].adapter.trainables
+        names = sources[-1].file.trainables
         if (names and self._of_base) or any(map(is_low_rank, names)):
             self._base = sources[-1].reference.open_base(sources[-1].folder, base_folder, flag="--base")
 
@@ -306,7 +299,7 @@ class _Trained:
         """The base, and the key of what a trained tensor stands for. Raises `UserError` where the base has none."""
         assert self._base is not None
         last = self._sources[-1]
-        return self._base, last.reference.key_in(self._base, stands_for(name), last.folder)
+        return self._base, last.original_key(self._base, stands_for(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of `value`."""

@@ -25,15 +25,8 @@ from mora_ds.adapters.low_rank_embeddings import is_low_rank, with_product
 from mora_ds.adapters.new_embeddings import is_new_rows, stands_for, with_new_rows
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.spec import UpdateSpec
-from mora_ds.checkpoint.adapter_files import (
-    AdapterFile,
-    AdapterTensors,
-    BaseReference,
-    chosen_domain,
-    logits_name,
-    open_adapter,
-)
-from mora_ds.checkpoint.layout import PROBE_FILE, find_checkpoint, refuse_full_training, tokenizer_of
+from mora_ds.checkpoint.adapter_files import Adapter, chosen_domain, logits_name
+from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter, tokenizer_of
 from mora_ds.common.errors import POSITIVE, RunError, UserError
 from mora_ds.common.files import atomic_folder
 from mora_ds.deploy.combine import Mix, mixed
@@ -43,7 +36,7 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import folder_config
 from mora_ds.models.save import Shard, plan_shards, write_companions, write_shards
 from mora_ds.models.tensor_files import compute_dtype, dtype_name
-from mora_ds.remora.ledger import LayerEntry, Ledger
+from mora_ds.remora.ledger import LayerEntry
 from mora_ds.remora.stored_weights import StoredWeight, stored_weights, weight_shape
 
 
@@ -78,24 +71,20 @@ class ExportReport:
         return text + ([self.comparison.line()] if self.comparison else [])
 
 
-@dataclass
-class OpenedRun:
-    """An opened checkpoint, or exported adapter, with its base. Make one with `open_run`."""
+@dataclass(frozen=True)
+class OpenedRun(Adapter):
+    """An opened adapter with its base. Make one with `open_run`."""
 
-    checkpoint: Path
-    adapter: AdapterFile
-    tensors: AdapterTensors
-    reference: BaseReference
     base: BaseCheckpoint
-    ledger: Ledger
     domain: str | None
     """The domain whose MoRA matrices come on top of the shared ones; None: the shared ones alone."""
 
     def updates(self, entry: LayerEntry) -> list[tuple[UpdateSpec, Tensor]]:
         """(operator, value) of everything that is added to a layer's original weight, merged cycles first."""
         updates = [*self.ledger.squares_of(entry.module), (entry.operator, self.tensors.square(entry.module))]
-        if self.domain is not None and self.adapter.domains is not None:
-            operator = self.adapter.domains.operators[entry.module]
+        domains = self.file.domains
+        if self.domain is not None and domains is not None:
+            operator = domains.operators[entry.module]
             updates.append((operator, self.tensors.domain_square(entry.module, self.domain)))
         return updates
 
@@ -132,8 +121,8 @@ def export_merged(
     naming the flag to change, and `RunError` for a damaged checkpoint, logits that differ, or a full disk.
     """
     started = time.monotonic()
-    checkpoint, output = find_checkpoint(Path(checkpoint)), Path(output)
-    refuse_full_training(checkpoint)
+    checkpoint = find_adapter(Path(checkpoint), "--checkpoint")
+    output = Path(output)
     base_folder = None if base_folder is None else Path(base_folder)
     if dtype != "auto":
         compute_dtype(dtype)
@@ -143,13 +132,14 @@ def export_merged(
     if verify and not mix.is_plain:
         raise UserError("--verify compares with what the run recorded: it has no logits of a scaled or averaged update")
     with mixed(checkpoint, mix, base_folder) as source:
-        adapter, ledger = open_adapter(source, damaged=RunError)
+        opened = Adapter.open(source, RunError)
+        adapter = opened.file
         if verify and not (checkpoint / PROBE_FILE).is_file():
             raise UserError(f"--verify needs {PROBE_FILE}, which {checkpoint} does not have")
-        run = open_run(source, adapter, ledger, base_folder, domain)
+        run = open_run(opened, base_folder, domain)
         if verify:
             folder_config(run.base.folder, trust_remote_code, "--verify: base")
-            if run.adapter.config.base_bits == 4:
+            if run.file.config.base_bits == 4:
                 nf4.check_installed()
         _check_output(output, overwrite, (run.base.folder.resolve(), checkpoint))
         target = compute_dtype(adapter.dtype if dtype == "auto" else dtype)
@@ -163,7 +153,7 @@ def export_merged(
         tensors=sum(len(shard.layout) for shard in shards),
         merged=len(adapter.layers),
         replaced=len(adapter.trainables),
-        cycles=ledger.cycles,
+        cycles=opened.ledger.cycles,
         seconds=time.monotonic() - started,
         comparison=comparison,
     )
@@ -174,33 +164,29 @@ def _write(
 ) -> tuple[tuple[str, ...], Comparison | None]:
     """Writes weights, companions and model card, and compares the logits if asked to; then renames into place. Returns
     the names of the weight files too."""
-    trained = {run.reference.keys[stands_for(name)]: name for name in run.adapter.trainables}
-    comparison, adapter = None, run.adapter
+    trained = {run.reference.keys[stands_for(name)]: name for name in run.file.trainables}
+    comparison, adapter = None, run.file
     with atomic_folder(output.absolute()) as folder:
         names = write_shards(folder, shards, _tensor_of(run, trained))
-        write_companions(run.base, folder, dtype, tokenizer_of(run.checkpoint))
+        write_companions(run.base, folder, dtype, tokenizer_of(run.folder))
         if verify:
-            probe = run.checkpoint / PROBE_FILE
-            errors = _add_errors_of_4_bits(run) if run.adapter.config.base_bits == 4 else None
-            rounding = _rounding_to_8_bits(run, folder) if run.adapter.config.base_bits == 8 else 0.0
+            probe = run.folder / PROBE_FILE
+            errors = _add_errors_of_4_bits(run) if run.file.config.base_bits == 4 else None
+            rounding = _rounding_to_8_bits(run, folder) if run.file.config.base_bits == 8 else 0.0
             logits = logits_name(run.domain)
             comparison = compare_logits(folder, probe, dtype, rounding, logits, errors, trust_remote_code)
         if adapter.domains is not None:
             adapter = replace(adapter, facts={"domain": run.domain or SHARED, **adapter.facts})
-        card = model_card(run.checkpoint, adapter, run.ledger, run.reference, dtype_name(dtype), comparison)
+        card = model_card(run.folder, adapter, run.ledger, run.reference, dtype_name(dtype), comparison)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return names, comparison
 
 
-def open_run(
-    checkpoint: Path, adapter: AdapterFile, ledger: Ledger, base_folder: Path | None, domain: str | None
-) -> OpenedRun:
-    """Opens the tensors and the base of an adapter that was read. Raises `UserError` where anything does not fit."""
-    domain = chosen_domain(adapter.domains, domain, "--domain")
-    tensors = AdapterTensors.open(checkpoint, adapter)
-    reference = BaseReference.read(checkpoint)
-    base = reference.open_base(checkpoint, base_folder, flag="--base")
-    run = OpenedRun(checkpoint, adapter, tensors, reference, base, ledger, domain)
+def open_run(adapter: Adapter, base_folder: Path | None, domain: str | None) -> OpenedRun:
+    """Opens the base of an adapter. Raises `UserError` where anything does not fit."""
+    domain = chosen_domain(adapter.file.domains, domain, "--domain")
+    base = adapter.reference.open_base(adapter.folder, base_folder, flag="--base")
+    run = OpenedRun(**vars(adapter), base=base, domain=domain)
     _check_layers(run)
     return run
 
@@ -210,14 +196,14 @@ def _check_layers(run: OpenedRun) -> None:
     users: dict[str, list[str]] = {}
     for name, key in run.reference.keys.items():
         users.setdefault(key, []).append(name)
-    for entry in run.adapter.layers.values():
+    for entry in run.file.layers.values():
         _check_shape(run, entry.weight, weight_shape(entry))
         if sharers := set(users[run.reference.keys[entry.weight]]) - {entry.weight}:
             raise UserError(
                 f"{entry.weight} is tied to {', '.join(sorted(sharers))}, but only one of them is adapted: no single"
                 " tensor can stand for both"
             )
-    for name in run.adapter.trainables:
+    for name in run.file.trainables:
         shape: tuple[int | None, ...] = run.tensors.trained_shape(name)
         if is_low_rank(name):  # (V + d, rank); `with_product` compares its rows
             shape = (None, None)
@@ -228,7 +214,7 @@ def _check_layers(run: OpenedRun) -> None:
 
 def _check_shape(run: OpenedRun, name: str, shape: tuple[int | None, ...]) -> None:
     """`shape`: None stands for any length."""
-    actual = run.base.shape_dtype(run.reference.key_in(run.base, name, run.checkpoint))[0]
+    actual = run.base.shape_dtype(run.original_key(run.base, name))[0]
     if len(actual) != len(shape) or any(side not in (None, real) for side, real in zip(shape, actual, strict=True)):
         raise UserError(f"{name} has shape {shape} in the checkpoint, {actual} in the base")
 
@@ -266,7 +252,7 @@ def _exported_keys(run: OpenedRun) -> Iterator[str]:
 def _tensor_of(run: OpenedRun, trained: dict[str, str]) -> Callable[[str, torch.dtype], Tensor]:
     """What each of the base's tensors becomes: replaced, merged, or unchanged. `trained`: key -> parameter name."""
     stored: dict[str, StoredWeight] = {}
-    for entry in run.adapter.layers.values():
+    for entry in run.file.layers.values():
         stored.update(stored_weights(entry, run.reference.keys[entry.weight], run.base))
 
     def tensor_of(key: str, dtype: torch.dtype) -> Tensor:
@@ -282,7 +268,7 @@ def _tensor_of(run: OpenedRun, trained: dict[str, str]) -> Callable[[str, torch.
 def _rounding_to_8_bits(run: OpenedRun, exported: Path) -> float:
     """Rounding error that --base_bits 8 gave the live weights, relative to the norm of the exported ones."""
     written, lost, norm = BaseCheckpoint.open(exported), 0.0, 0.0
-    for entry in run.adapter.layers.values():
+    for entry in run.file.layers.values():
         weight = written.read(run.reference.keys[entry.weight]).float()
         weight = weight.mT if entry.transposed else weight
         lost += (Int8Weight(*quantize(weight)).dense(weight.dtype) - weight).norm().item() ** 2
@@ -295,7 +281,7 @@ def _add_errors_of_4_bits(run: OpenedRun) -> Callable[[Any], None]:
 
     @torch.no_grad()
     def change(model: Any) -> None:
-        for entry in run.adapter.layers.values():
+        for entry in run.file.layers.values():
             original = run.base.read(run.reference.keys[entry.weight]).float()
             original = original.T if entry.transposed else original
             rounded = nf4.NF4Weight(*nf4.quantize(original), tuple(original.shape)).dense(torch.float32)

@@ -27,7 +27,7 @@ from mora_ds.adapters.new_embeddings import stands_for
 from mora_ds.adapters.ops.delta import add_deltas_
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.stack import StackSpec
-from mora_ds.checkpoint.adapter_files import logits_name, open_adapter
+from mora_ds.checkpoint.adapter_files import Adapter, logits_name
 from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import atomic_folder, require_new, write_json_atomic
@@ -81,14 +81,14 @@ def export_peft(
     if rank is not None and rank < 1:
         raise UserError(f"--rank must be at least 1, got {rank}")
     require_new(output)
-    adapter, ledger = open_adapter(source, damaged=RunError, adapter_only=True)
-    if experts := [name for name, entry in adapter.layers.items() if isinstance(entry.operator, StackSpec)]:
+    opened = Adapter.open(source, RunError, adapter_only=True)
+    if experts := [name for name, entry in opened.file.layers.items() if isinstance(entry.operator, StackSpec)]:
         raise UserError(
             f"{source}: {experts[0]} are experts, which PEFT's LoRA of linear layers cannot adapt: use mora-ds export, "
             "which merges them, or an adapter without experts in --target_modules"
         )
-    run = open_run(source, adapter, ledger, None if base_folder is None else Path(base_folder), domain)
-    plans = [_plan(run, entry, rank) for entry in run.adapter.layers.values()]
+    run = open_run(opened, None if base_folder is None else Path(base_folder), domain)
+    plans = [_plan(run, entry, rank) for entry in run.file.layers.values()]
     lost: dict[str, float] = {}
     with atomic_folder(output.absolute()) as folder:
         _write_tensors(run, plans, folder, lost)
@@ -162,7 +162,7 @@ def _saved(run: OpenedRun) -> Iterator[tuple[str, tuple[str, str | None]]]:
     """(parameter, (key in the base, trained tensor)) of all modules with a trained parameter. A module is saved whole,
     and so is one whose parameter is tied to a trained one: PEFT copies a module that it saves, which unties it."""
     keys = run.reference.keys
-    trained = {keys[stands_for(name)]: name for name in run.adapter.trainables}
+    trained = {keys[stands_for(name)]: name for name in run.file.trainables}
     modules = {name.rpartition(".")[0] for name, key in keys.items() if key in trained}
     for name, key in keys.items():
         if name.rpartition(".")[0] in modules:
@@ -203,14 +203,14 @@ def _report(run: OpenedRun, plans: list[_Plan], lost: dict[str, float]) -> list[
         mean = sum(losing.values()) / len(lost)
         lines.append(f"energy of the update that is lost: {mean:.2%} on average")
         lines += [f"  {module}: {share:.2%}" for module, share in losing.items()]
-    if run.adapter.trainables:
+    if run.file.trainables:
         lines.append("modules_to_save holds trained embeddings, norms or heads, which PEFT loads and vLLM refuses")
     return lines
 
 
 def _perplexities(run: OpenedRun, folder: Path, trust_remote_code: bool) -> Iterator[str]:
     """A line with the perplexity of the probe's tokens, as recorded with the live model and with this adapter."""
-    path, name = run.checkpoint / PROBE_FILE, logits_name(run.domain)
+    path, name = run.folder / PROBE_FILE, logits_name(run.domain)
     if not path.is_file():
         yield "perplexity: not compared, as there is no probe.safetensors; mora-ds evaluate measures it on any text"
         return
@@ -229,10 +229,10 @@ def _perplexity(logits: Tensor, ids: Tensor) -> float:
 
 def _load(run: OpenedRun, folder: Path, trust_remote_code: bool) -> Any:
     """The base in the run's dtype, with the adapter of the written file merged into its weights."""
-    dtype, tensors = compute_dtype(run.adapter.dtype), open_safetensors(folder / WEIGHTS_FILE)
+    dtype, tensors = compute_dtype(run.file.dtype), open_safetensors(folder / WEIGHTS_FILE)
     model = load_model(run.base.folder, dtype, trust_remote_code=trust_remote_code, flag="base")
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for entry in run.adapter.layers.values():
+    for entry in run.file.layers.values():
         down, up = (tensors.get_tensor(name) for name in _names(entry.module))
         delta, weight = up @ down, parameters[entry.weight].data
         weight.copy_(run.base.read(run.reference.keys[entry.weight]).float() + (delta.T if entry.transposed else delta))

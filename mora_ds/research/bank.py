@@ -36,7 +36,7 @@ from mora_ds.adapters.layer import is_linear, linear_shape
 from mora_ds.adapters.ops.index_tables import IndexTables, tables_of
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import UpdateSpec
-from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, open_adapter, read_adapter
+from mora_ds.checkpoint.adapter_files import Adapter, AdapterFile, BaseReference, read_adapter
 from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_PARTS, adapter_folder, has_adapter, tokenizer_of
 from mora_ds.commands.evaluate import check_scoring, read_sets, scoring_flags
 from mora_ds.common.errors import UserError, nearest
@@ -141,12 +141,12 @@ def read_resident(name: str, path: Path, fingerprint: str, dtype: torch.dtype, d
     try:
         read_headers(name, path, fingerprint)
         folder = adapter_folder(path) or path
-        adapter, ledger = open_adapter(folder, adapter_only=True)
-        tensors = AdapterTensors.open(folder, adapter)
+        adapter = Adapter.open(folder, adapter_only=True)
         layers: dict[str, dict[OperatorSpec, Tensor]] = {}
-        for layer, entry in adapter.layers.items():
+        for layer, entry in adapter.file.layers.items():
             squares: dict[OperatorSpec, Tensor] = {}
-            for any_spec, square in [*ledger.squares_of(layer), (entry.operator, tensors.square(layer))]:
+            updates = [*adapter.ledger.squares_of(layer), (entry.operator, adapter.tensors.square(layer))]
+            for any_spec, square in updates:
                 spec = _require_operator(name, layer, any_spec)
                 if not torch.isfinite(square).all():
                     raise UserError(f"a MoRA matrix of {layer} is not finite")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mora_ds.adapters.domains import OWN, domain_layers, domains_of
-from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, open_adapter
+from mora_ds.checkpoint.adapter_files import Adapter, AdapterFile, AdapterTensors
 from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, find_adapter
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import sha256_file
@@ -46,10 +46,11 @@ class InitialAdapter:
     def open(cls, path: Path, model: nn.Module, fingerprint: str) -> InitialAdapter:
         """Raises `UserError` naming what does not fit. `fingerprint`: of the model's base."""
         folder = find_adapter(expanded(path, FLAG))
-        facts, ledger = open_adapter(folder)
-        if ledger.cycles:
+        opened = Adapter.open(folder)
+        facts = opened.file
+        if opened.ledger.cycles:
             raise UserError(
-                f"{FLAG} {path}: {ledger.cycles} merged cycle(s) are in the base of that run and not in its MoRA "
+                f"{FLAG} {path}: {opened.ledger.cycles} merged cycle(s) are in the base of that run, not in its MoRA "
                 "matrices: start from what mora-ds export --domain shared makes of it"
             )
         if facts.trainables:
@@ -57,7 +58,7 @@ class InitialAdapter:
                 f"{FLAG} {path}: that run also trained {facts.trainables[0]}, which would be left out: start from the "
                 "model that mora-ds export makes of it"
             )
-        if (other := BaseReference.read(folder).fingerprint) != fingerprint:
+        if (other := opened.reference.fingerprint) != fingerprint:
             raise UserError(f"{FLAG} {path} is an adapter of another base: fingerprint {other}, not {fingerprint}")
         layers, names = domain_layers(model), domains_of(model).names
         its_names = () if facts.domains is None else facts.domains.names
@@ -76,7 +77,7 @@ class InitialAdapter:
                     f"--r_hat_multiple, --operator, --grouping, --seed): "
                     f"{facts.layers[name].operator}, not {layer.spec}"
                 )
-        return cls(folder, facts, AdapterTensors.open(folder, facts))
+        return cls(folder, facts, opened.tensors)
 
     def put(self, engine: zero.Engine) -> str:
         """Copy the matrices into the engine's model, fp32 masters included. Returns a line for the log."""

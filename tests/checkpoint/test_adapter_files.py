@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.checkpoint.adapter_files import (
+    Adapter,
     AdapterFile,
     AdapterTensors,
     BaseReference,
-    open_adapter,
     read_adapter,
     write_adapter,
 )
@@ -96,15 +96,15 @@ def test_each_file_of_an_adapter_is_hashed_and_no_other_where_only_that_is_read(
     write_manifest(tmp_path)
     (tmp_path / "shard").write_bytes(b"drahs")
     with pytest.raises(UserError, match="shard is damaged"):
-        open_adapter(tmp_path)
-    found, _ = open_adapter(tmp_path, adapter_only=True)
-    assert found == adapter
+        Adapter.open(tmp_path)
+    found = Adapter.open(tmp_path, adapter_only=True)
+    assert found.file == adapter
     flip(tmp_path / name, 0.9)
     with pytest.raises(RunError, match=f"{name} is not as it was written"):
-        open_adapter(tmp_path, damaged=RunError, adapter_only=True)
+        Adapter.open(tmp_path, damaged=RunError, adapter_only=True)
     (tmp_path / "shard").write_bytes(b"s")
     with pytest.raises(UserError, match="shard has 1 bytes"):
-        open_adapter(tmp_path, adapter_only=True)
+        Adapter.open(tmp_path, adapter_only=True)
 
 
 def test_base_reference_finds_its_base_and_refuses_another(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
-from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, open_adapter, read_adapter, write_adapter
+from mora_ds.checkpoint.adapter_files import Adapter, AdapterTensors, BaseReference, read_adapter, write_adapter
 from mora_ds.checkpoint.layout import step_folder
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common import files
@@ -38,7 +38,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
     made = fake_run(tmp_path_factory.mktemp("run"), trained=TRAINED, num_hidden_layers=1, tie_word_embeddings=True)
     earlier = step_folder(made.checkpoint.parent, 3)
     shutil.copytree(made.checkpoint, earlier)
-    adapter, ledger = open_adapter(earlier)
+    opened = Adapter.open(earlier)
+    adapter = opened.file
+    ledger = opened.ledger
     layers = layers_of(made.live, 1)
     ledger.truncate(1)
     tensors = AdapterTensors.open(earlier, adapter)
@@ -59,7 +61,9 @@ def by_hand(parts: Sequence[tuple[float, Path]], dtype: torch.dtype = torch.floa
     original = content((parts[0][1] / reference.folder).resolve())
     total = {key: tensor.double() for key, tensor in original.items()}
     for weight, folder in parts:
-        adapter, ledger = open_adapter(folder)
+        opened = Adapter.open(folder)
+        adapter = opened.file
+        ledger = opened.ledger
         tensors = AdapterTensors.open(folder, adapter)
         for module, entry in adapter.layers.items():
             for spec, value in [*ledger.squares_of(module), (entry.operator, tensors.square(module))]:
@@ -106,7 +110,9 @@ def test_scale_multiplies_the_whole_update(run: FakeRun, tmp_path: Path, scale: 
 
 def test_a_scale_that_rounds_nothing_is_exact(run: FakeRun, tmp_path: Path) -> None:
     export_merged(run.checkpoint, tmp_path / "merged", dtype="bfloat16", mix=Mix(delta_scale=0.5))
-    adapter, ledger = open_adapter(run.checkpoint)
+    opened = Adapter.open(run.checkpoint)
+    adapter = opened.file
+    ledger = opened.ledger
     tensors, base = AdapterTensors.open(run.checkpoint, adapter), content(run.base)
     merged, keys = content(tmp_path / "merged"), BaseReference.read(run.checkpoint).keys
     for module, entry in adapter.layers.items():
@@ -126,7 +132,9 @@ def test_average_is_the_mean_of_the_deltas(run: FakeRun, tmp_path: Path, decay: 
     weights = [0.9 * decay / (1 + decay), 0.9 / (1 + decay)]
     with mixed(run.output, mix) as folder:
         export_merged(folder, tmp_path / "merged")
-        adapter, ledger = open_adapter(folder)
+        opened = Adapter.open(folder)
+        adapter = opened.file
+        ledger = opened.ledger
     check(content(tmp_path / "merged"), by_hand(list(zip(weights, (earlier, run.checkpoint), strict=True))))
     assert ledger.cycles == adapter.cycle == 2, "checkpoints of one run share their operators: no term is added"
     assert [each["step"] for each in adapter.facts[COMBINED]] == [3, 7]
@@ -213,7 +221,9 @@ def test_sum_of_two_runs(maker: Maker, tmp_path: Path, first: Any, second: Any, 
 def test_sum_of_the_cycles_apart_is_their_merge(maker: Maker, tmp_path: Path) -> None:
     """Each cycle as an adapter of its own, summed, is the adapter that holds them all."""
     updates: Updates = maker.write(tmp_path / "all", MoRAConfig(rank=3, seed=0), cycles=2)
-    adapter, ledger = open_adapter(tmp_path / "all")
+    opened = Adapter.open(tmp_path / "all")
+    adapter = opened.file
+    ledger = opened.ledger
     parts = []
     for cycle in range(3):
         layers = adapter.layers if cycle == 2 else ledger.layers(cycle)
