@@ -266,13 +266,6 @@ MUTATIONS = (
         "",
         ("checkpoint/test_writer.py",),
     ),
-    Mutation(
-        "leftovers of a broken transfer are kept",
-        "runtime/nodes.py",
-        "            shutil.rmtree(incoming, ignore_errors=True)\n",
-        "",
-        ("runtime/test_nodes.py",),
-    ),
     # -- faults of 0.2 that were mended --------------------------------------------------------------------------------
     Mutation(
         "a base that is changed during the run is not noticed",
@@ -447,7 +440,7 @@ MUTATIONS = (
         "config/training.py",
         "return not output_dir.strip() or folder in (Path.cwd(), home, *home.parents)",
         "return folder == home",
-        ("config/test_arguments.py",),
+        ("config/test_bad_launches.py",),
     ),
     Mutation(
         "a model folder that one node does not have is waited for",
@@ -503,7 +496,7 @@ MUTATIONS = (
         "common/errors.py",
         "_TOO_LARGE = 2**63\n",
         "_TOO_LARGE = 2**200\n",
-        ("config/test_arguments.py",),
+        ("config/test_bad_launches.py",),
     ),
     Mutation(
         "a number of too many digits is a raw error",
