@@ -166,12 +166,6 @@ class TrainingArguments:
     with debug they print everything too."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Where the curves go besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, or none."""
-    run_name: str | None = None
-    """The run's name in wandb, mlflow and trackio. Default: the name of --output_dir."""
-    run_tags: list[str] = field(default_factory=list)
-    """Tags of the run there."""
-    project: str = "mora_ds"
-    """Project of wandb and trackio, experiment of mlflow."""
     logging_steps: int = 1
     """Optimizer steps between log lines."""
     eval_steps: int = 0

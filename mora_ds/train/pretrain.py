@@ -74,7 +74,7 @@ from mora_ds.train.run_file import write_run_file
 from mora_ds.train.setup import Place, compare_settings, engine_config, start_processes
 from mora_ds.train.targets import plan_of_file
 from mora_ds.train.tasks import TaskSuite, check_tasks, task_names
-from mora_ds.train.trackers import Label, Tracker, check_installed, shown_config, start_trackers
+from mora_ds.train.trackers import Tracker, check_installed, shown_config, start_trackers
 from mora_ds.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -305,10 +305,8 @@ def _push(training: TrainingArguments, ranks: Ranks, checkpoint: Path, merged: P
 
 
 def _trackers(arguments: Arguments, folder: Path, facts: Mapping[str, Any], start_step: int) -> list[Tracker]:
-    training = arguments.training
-    name = training.run_name or expanded(training.output_dir).resolve().name
-    label = Label(training.project, name, tuple(training.run_tags), shown_config(dump(arguments), facts))
-    return start_trackers(training.report_to, label, folder, start_step)
+    config = shown_config(dump(arguments), facts)
+    return start_trackers(arguments.training.report_to, folder.resolve().name, config, folder, start_step)
 
 
 def _evaluator(arguments: Arguments, job: Job, replica: Replica, log: MetricsLog) -> Evaluator:

@@ -7,6 +7,8 @@ the run goes on. Rank 0 alone uses this module.
     OUTPUT_DIR/tensorboard/             TensorBoard
     OUTPUT_DIR/trackers/runs.json       the services' names of this run, so that a resumed run continues its curves
     OUTPUT_DIR/trackers/                files of services that keep some on disk
+
+Project, tags and server of a service are set by its environment variables, such as WANDB_PROJECT.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +35,8 @@ logger = logging.getLogger(__name__)
 TRACKERS = "trackers"
 """Name of the folder in OUTPUT_DIR."""
 _RUNS = "runs.json"
+_PROJECT = "mora_ds"
+"""W&B's and trackio's project, MLflow's experiment, where its environment variable names none."""
 _MOST_CHARACTERS = 500
 """Length of a parameter's value that MLflow takes from every kind of store."""
 
@@ -53,18 +57,6 @@ class Tracker(Protocol):
         """Write what is left."""
 
 
-@dataclass(frozen=True)
-class Label:
-    """How services show the run."""
-
-    project: str
-    """W&B's and trackio's project, MLflow's experiment."""
-    name: str
-    tags: tuple[str, ...]
-    config: Mapping[str, Any]
-    """The resolved settings, without secrets."""
-
-
 def check_installed(names: Sequence[str]) -> None:
     """Raise `UserError` that names the extra of a tracker whose package is missing."""
     for name in names:
@@ -72,21 +64,26 @@ def check_installed(names: Sequence[str]) -> None:
             raise UserError(f"--report_to {name} needs the package {name}: pip install 'mora_ds[{name}]'")
 
 
-def start_trackers(names: Sequence[str], label: Label, folder: Path, start_step: int) -> list[Tracker]:
-    """Those of --report_to for a run in `folder` that goes on after `start_step`; 0: one that begins."""
+def start_trackers(
+    names: Sequence[str], run_name: str, config: Mapping[str, Any], folder: Path, start_step: int
+) -> list[Tracker]:
+    """Those of --report_to for a run in `folder` that goes on after `start_step`; 0: one that begins.
+
+    `run_name`, `config`: how services show the run; the config without secrets (`shown_config`).
+    """
     trackers: list[Tracker] = []
-    known = _known_runs(folder) if start_step else {}
+    known_runs = _known_runs(folder) if start_step else {}
     for name in names:
         if name == "tensorboard":
             trackers.append(TensorBoard(folder, start_step))
         elif name != NONE:
-            service = _Service(name, label, folder / TRACKERS, known.get(name))
+            service = _Service(name, run_name, config, folder / TRACKERS, known_runs.get(name))
             trackers.append(service)
             if service.run_id is not None:
-                known[name] = service.run_id
-    if known:
+                known_runs[name] = service.run_id
+    if known_runs:
         (folder / TRACKERS).mkdir(exist_ok=True)
-        write_json_atomic(folder / TRACKERS / _RUNS, known)
+        write_json_atomic(folder / TRACKERS / _RUNS, known_runs)
     return trackers
 
 
@@ -136,79 +133,65 @@ class TensorBoard:
 
 
 class _Service:
-    """A service behind one guard: its first error is reported, and it is not used again."""
+    """A service behind a guard: its first error is reported, and it is not used again."""
 
-    def __init__(self, name: str, label: Label, folder: Path, run_id: str | None) -> None:
+    def __init__(self, name: str, run_name: str, config: Mapping[str, Any], folder: Path, run_id: str | None) -> None:
         self.name = name
         self.run_id = run_id
-        self._service: Any = None
-        with _Reported(self, "cannot be started"):
-            self._service = _SERVICES[name](label, folder, run_id)
-            self.run_id = self._service.run_id
+        self._client: Any = None
+        try:
+            self._client = _CLIENTS[name](run_name, config, folder, run_id)
+            self.run_id = self._client.run_id
+        except Exception as error:
+            self._give_up("cannot be started", error)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
-        if self._service is not None:
-            with _Reported(self, f"failed at step {step}"):
-                self._service.log(numbers, step)
+        self._guarded(f"failed at step {step}", lambda client: client.log(numbers, step))
 
     def event(self, step: int, title: str, text: str) -> None:
-        if self._service is not None:
-            with _Reported(self, f"failed at step {step}"):
-                self._service.event(step, title, text)
+        """Nothing: services get curves, and those of merges are among them."""
 
     def summary(self, facts: Mapping[str, Any]) -> None:
-        if self._service is not None:
-            with _Reported(self, "failed at the end of the run"):
-                self._service.summary(facts)
+        self._guarded("failed at the end of the run", lambda client: client.summary(facts))
 
     def close(self) -> None:
-        if self._service is not None:
-            with _Reported(self, "failed at the end of the run"):
-                self._service.close()
+        self._guarded("failed at the end of the run", lambda client: client.close())
 
-    def drop(self, what: str, error: Exception) -> None:
-        """Report the error and use the service no more."""
-        self._service = None
+    def _guarded(self, failure: str, call: Callable[[Any], None]) -> None:
+        if self._client is None:
+            return
+        try:
+            call(self._client)
+        except Exception as error:  # of any kind: the services' own packages raise what they like
+            self._give_up(failure, error)
+
+    def _give_up(self, failure: str, error: Exception) -> None:
+        self._client = None
         logger.warning(
-            f"--report_to {self.name} {what}: {reason(error)}. The run goes on without it; metrics.jsonl has the curves"
+            f"--report_to {self.name} {failure}: {reason(error)}. The run goes on without it; metrics.jsonl has the "
+            "curves"
         )
-
-
-class _Reported:
-    """A context that hands an exception to `_Service.drop`. Interrupts pass."""
-
-    def __init__(self, service: _Service, what: str) -> None:
-        self._service, self._what = service, what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self._service.drop(self._what, error)
-        return True
 
 
 class _Wandb:
     """Weights & Biases; `WANDB_MODE=offline` writes to OUTPUT_DIR/trackers/wandb."""
 
-    def __init__(self, label: Label, folder: Path, run_id: str | None) -> None:
+    def __init__(self, run_name: str, config: Mapping[str, Any], folder: Path, run_id: str | None) -> None:
         import wandb
 
         folder.mkdir(exist_ok=True)
         self._run = wandb.init(
-            project=label.project, name=label.name, tags=label.tags, config=dict(label.config), dir=str(folder),
-            id=run_id, resume="allow",
-        )  # fmt: skip
+            project=os.environ.get("WANDB_PROJECT", _PROJECT),
+            name=os.environ.get("WANDB_NAME", run_name),
+            config=dict(config),
+            dir=str(folder),
+            id=run_id,
+            resume="allow",
+        )
         self.run_id = self._run.id
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         self._run.log(dict(numbers), step=step)
-
-    def event(self, step: int, title: str, text: str) -> None:
-        before = self._run.summary.get(title) or []  # of a resumed run, which may come to a step again
-        self._run.summary[title] = list(dict.fromkeys([*before, f"step {step}: {text}"]))
 
     def summary(self, facts: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(facts))
@@ -220,22 +203,19 @@ class _Wandb:
 class _Mlflow:
     """MLflow, at its usual place (MLFLOW_TRACKING_URI)."""
 
-    def __init__(self, label: Label, folder: Path, run_id: str | None) -> None:
+    def __init__(self, run_name: str, config: Mapping[str, Any], folder: Path, run_id: str | None) -> None:
         import mlflow
 
         del folder
         self._mlflow = mlflow
-        mlflow.set_experiment(label.project)
-        tags = {"tags": ", ".join(label.tags)} if label.tags else None
-        self.run_id = mlflow.start_run(run_id=run_id, run_name=label.name, tags=tags).info.run_id
+        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT))
+        self.run_id = mlflow.start_run(run_id=run_id, run_name=run_name).info.run_id
         if run_id is None:  # a parameter keeps its first value
-            mlflow.log_params({_plain(key): str(value)[:_MOST_CHARACTERS] for key, value in _flat(label.config)})
+            parameters = {_plain(key): str(value)[:_MOST_CHARACTERS] for key, value in _flat(config)}
+            mlflow.log_params(parameters)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         self._mlflow.log_metrics({_plain(name): value for name, value in numbers.items()}, step=step)
-
-    def event(self, step: int, title: str, text: str) -> None:
-        self._mlflow.set_tag(_plain(f"{title}.{step:06d}"), text)
 
     def summary(self, facts: Mapping[str, Any]) -> None:
         self._mlflow.log_dict(dict(facts), "summary.json")
@@ -247,28 +227,26 @@ class _Mlflow:
 class _Trackio:
     """trackio, in its folder of this machine (TRACKIO_DIR) or in a Space (TRACKIO_SPACE_ID). A run is known by name."""
 
-    def __init__(self, label: Label, folder: Path, run_id: str | None) -> None:
+    def __init__(self, run_name: str, config: Mapping[str, Any], folder: Path, run_id: str | None) -> None:
         import trackio
 
         del folder
-        self.run_id = run_id or label.name
-        config = {**label.config, "tags": list(label.tags)}
-        self._run = trackio.init(project=label.project, name=self.run_id, config=config, resume="allow")
+        self.run_id = run_id or run_name
+        project = os.environ.get("TRACKIO_PROJECT", _PROJECT)
+        self._run = trackio.init(project=project, name=self.run_id, config=dict(config), resume="allow")
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         self._run.log(dict(numbers), step=step)
 
-    def event(self, step: int, title: str, text: str) -> None:
-        self._run.alert(title=title, text=f"step {step}: {text}")
-
     def summary(self, facts: Mapping[str, Any]) -> None:
-        self._run.log({f"summary/{key}": value for key, value in _flat(facts) if isinstance(value, (int, float))})
+        results = {f"summary/{name}": value for name, value in _flat(facts) if isinstance(value, (int, float))}
+        self._run.log(results)
 
     def close(self) -> None:
         self._run.finish()
 
 
-_SERVICES: dict[str, Any] = {"wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Trackio}
+_CLIENTS: dict[str, Any] = {"wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Trackio}
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -108,7 +108,7 @@ def test_every_setting_that_names_a_file_is_looked_at() -> None:
     groups = vars(settings({})).values()
     fields = {name for group in groups if dataclasses.is_dataclass(group) for name in vars(group)}
     ends = ("_dir", "_files", "_file", "_name", "_path", "_checkpoint", "_config", "_adapter", "deepspeed", "mixture")
-    outputs = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name"}
+    outputs = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
     assert {name for name in fields if name.endswith(ends)} - outputs <= {
         name for case, _ in NAMED.values() for name in case
     }
