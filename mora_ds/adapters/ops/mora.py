@@ -285,7 +285,7 @@ def add_blocks_(total: Tensor, spec: OperatorSpec, square: Tensor) -> Tensor:
 
 
 def effective_weight(spec: OperatorSpec, square: Tensor, weight: Tensor) -> Tensor:
-    """weight (O, D) + delta_weight, in `scratch` where that is no more work."""
+    """weight (O, D) + delta_weight, contiguous. It may lie in `scratch`: it holds until the next call."""
     if spec.kind is OperatorKind.SHARE:
         rows, slots = input_columns(spec, square), tables_of(spec, square.device).slots
         if not reuses_memory(rows):
