@@ -1,4 +1,4 @@
-"""`mora-ds plan`: what its flags mean, what it refuses, and what it prints."""
+"""`mora-ds plan`: what its flags mean, and what it prints."""
 
 from __future__ import annotations
 
@@ -12,27 +12,11 @@ import torch
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.commands import plan as tool
-from mora_ds.common.errors import UserError
 from mora_ds.planning.plan import Planner
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.tools import call
 
 TINY = REPOSITORY / "configs" / "models" / "tiny_llama.json"
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--gpus", "0"], "--gpus must be above 0"),
-        (["--gpus", "8", "--seq_len", "-1"], "--seq_len must be above 0"),
-        (["--gpus", "8", "--base_device", "host", "--adapter", "full"], "--base_device host is for a base"),
-        (["--gpus", "6", "--tensor_parallel_size", "4"], "--tensor_parallel_size 4 does not divide the 6 ranks"),
-        (["--gpus", "8", "--model", "nowhere.json"], "nowhere.json"),
-    ],
-)
-def test_the_tool_refuses_what_makes_no_plan(flags: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        call("plan", "--model", TINY, "--micro_batch", "1", *flags)
 
 
 def test_the_tool_plans_what_its_flags_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

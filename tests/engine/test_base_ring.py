@@ -68,16 +68,16 @@ CASES: list[dict[str, Any]] = [
     {"base_bits": 8, "operator": "share", "compute": "weight"},
 ]
 MORE: list[dict[str, Any]] = [
-    *({"checkpointing": c, "bf16": b, "accumulation": a} for c in (False, True) for b in (False, True) for a in (1, 4)),
-    *({"checkpointing": c, "base_bits": 8, "bf16": b} for c in (False, True) for b in (False, True)),
-    {"operator": "share", "compute": "weight", "checkpointing": True, "base_bits": 8},
+    {"accumulation": 4},
+    {"checkpointing": True},
+    {"bf16": True},
+    {"checkpointing": True, "base_bits": 8, "bf16": True},
     {"operator": "decouple", "compute": "weight"},
     {"operator": "rotate", "compute": "weight"},
     {"family": "gpt2", "base_bits": 8},
     {"family": "qwen2", "operator": "truncate", "accumulation": 4},
     {"family": "gpt2", "checkpointing": True, "stage": 1},
     {"family": "mixtral", "bf16": True, "checkpointing": True},
-    {"family": "mixtral", "bf16": True, "target_modules": ("all-linear", "experts")},
     {"family": "mixtral", "bf16": True, "target_modules": ("all-linear", "experts"), "base_bits": 8},
     {"family": "gemma2", "train_norms": True, "train_embeddings": True, "stage": 2},
     {"family": "gpt_neox", "stage": 0},
@@ -154,7 +154,7 @@ def both(cases: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, An
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("cases", [CASES, *(pytest.param([case], marks=pytest.mark.heavy) for case in MORE)])
+@pytest.mark.parametrize("cases", [CASES, pytest.param(MORE, marks=pytest.mark.heavy(seconds=40))])
 def test_a_streamed_base_is_a_resident_one_to_the_bit(cases: list[dict[str, Any]]) -> None:
     if any(case.get("base_bits") == 4 for case in cases):
         pytest.importorskip("bitsandbytes", reason="needs the extra bits4")

@@ -9,7 +9,6 @@ from torch import nn
 
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
-from mora_ds.config.validate import validate
 from mora_ds.engine.ds_config import complete_ds_config, resolve_ds_config
 from mora_ds.engine.initialize import initialize_full
 
@@ -70,20 +69,6 @@ def test_a_config_that_names_muon_contradicts_the_other_flag() -> None:
         resolve_ds_config({"optimizer": {"type": "Muon"}}, flags().training.engine_settings(), 1)
     with pytest.raises(UserError, match=r"optimizer\.params\.momentum is not for AdamW"):
         complete_ds_config({"optimizer": {"params": {"momentum": 0.9}}}, [1])
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (("--optimizer", "moun"), "unknown --optimizer 'moun'; known: adamw, muon. Did you mean 'muon'?"),
-        (("--optimizer", "muon", "--adapter", "full"), "--optimizer muon is for MoRA matrices"),
-        (("--optimizer", "muon", "--learning_rate", "0"), "--learning_rate must be above 0, got 0.0"),
-    ],
-)
-def test_wrong_flags(argv: tuple[str, ...], message: str) -> None:
-    with pytest.raises(UserError) as error:
-        validate(flags(*argv))
-    assert str(error.value).splitlines() == [message] or message in str(error.value)
 
 
 def test_full_training_by_muon_is_refused_in_a_users_own_loop_too() -> None:

@@ -21,7 +21,7 @@ from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
 
-SETTINGS = ("persistent", "sharded", "some", "checkpointing", "embeddings", "sharded again", "sharded reentrant")
+SETTINGS = ("persistent", "some", "checkpointing", "embeddings", "sharded again")
 
 
 def engine_of(setting: str, zero: dict[str, int] | None = None, **changes: Any) -> Any:

@@ -170,7 +170,7 @@ def several(stage: int, merge_at: int | None, variants: list[dict[str, Any]]) ->
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize(("world", "stage"), [(2, 3), (3, 3), (2, 2), (2, 1), (2, 0)])
+@pytest.mark.parametrize(("world", "stage"), [(2, 3), (3, 3), (2, 1), (2, 0)])
 def test_squares_and_the_rest_follow_one_process(world: int, stage: int) -> None:
     """Clipped, accumulated, decayed; the same with states on the CPU."""
     variants = [{}, {"offload": True}] if stage else [{}]
@@ -182,14 +182,14 @@ def test_squares_and_the_rest_follow_one_process(world: int, stage: int) -> None
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_a_merge_zeroes_the_momentum(stage: int) -> None:
     results = run_ranks(2, several, stage, 2, [{}])
     assert_follows([result[0] for result in results], plain_run(merge_at=2), 2e-3)
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_low_precision_keeps_an_unscaled_momentum_in_fp32(stage: int) -> None:
     results = run_ranks(2, several, stage, None, [{"bf16": True}, {"fp16": True}])
     expected = plain_run()
@@ -289,7 +289,7 @@ def saved_and_resumed(stage: int, changes: dict[str, Any], folder: str) -> bool:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize(("stage", "half"), [(0, False), (1, False), (1, True), (2, False), (3, False), (3, True)])
+@pytest.mark.parametrize(("stage", "half"), [(0, False), (1, True), (3, False)])
 def test_a_checkpoint_holds_the_momentum(tmp_path: Path, stage: int, half: bool) -> None:
     changes = {"bf16": {"enabled": True}} if half else {}
     assert run_ranks(2, saved_and_resumed, stage, changes, str(tmp_path)) == [True, True]

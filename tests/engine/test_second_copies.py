@@ -51,7 +51,7 @@ def test_a_run_with_second_copies_is_the_run_without_also_resumed(
 
     run(world, flags("plain", 0))
     run(world, flags("whole", size))
-    stop_and_resume(world, flags("resumed", size), 3, 5)
+    stop_and_resume(world, flags("resumed", size), 3)
     for out in ("whole", "resumed"):
         assert_same_result(tmp_path / out, tmp_path / "plain")
 

@@ -1,7 +1,7 @@
 """Runs the tools on mutated, resealed files, each call bounded in time and memory, in processes that may die.
 
 subjects(folder)                  a small checkpoint, adapter, bank, model and targets file
-fuzz(subjects, seeds, scratch)    one call of a tool for each seed; what it found, and what every call took
+fuzz(subjects, seeds, scratch)    one call of a tool for each seed, and what it found
 """
 
 from __future__ import annotations
@@ -152,11 +152,10 @@ def _stop(_: int, __: FrameType | None) -> None:
 Lines = list[dict[str, Any]]
 
 
-def fuzz(made: list[Subject], seeds: Iterable[int], scratch: Path) -> tuple[Lines, Lines]:
-    """(findings, all calls) of one call for each seed. A call's line has its tool, seconds, and growth in bytes."""
+def fuzz(made: list[Subject], seeds: Iterable[int], scratch: Path) -> Lines:
+    """The findings of one call for each seed, each with its tool, seconds, and growth in bytes."""
     waiting = list(seeds)
     found: Lines = []
-    calls: Lines = []
     while waiting:
         report = scratch / f"report-{waiting[0]}.jsonl"
         report.write_text("")
@@ -167,11 +166,10 @@ def fuzz(made: list[Subject], seeds: Iterable[int], scratch: Path) -> tuple[Line
         lines = [json.loads(line) for line in report.read_text().splitlines()]
         done = [line for line in lines if "seconds" in line]
         found += [line for line in done if line["error"]]
-        calls += done
         if status and len(lines) > len(done) + sum("seconds" in line for line in lines):
             found.append({**lines[-1], "error": f"the process ended with status {status}"})
         waiting = waiting[sum("seed" in line and "seconds" not in line for line in lines) or 1 :]
-    return found, calls
+    return found
 
 
 def _run_all(made: list[Subject], seeds: list[int], scratch: Path, report: Path) -> None:
