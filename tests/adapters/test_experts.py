@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import use_experts_implementation
 
 from mora_ds.adapters import experts as module_of_experts
@@ -29,7 +28,7 @@ from mora_ds.adapters.target_modules import match_targets
 from mora_ds.common.errors import UserError
 from mora_ds.engine.initialize import initialize
 from mora_ds.eval.ledger_summary import histories
-from mora_ds.models.base import BaseCheckpoint, map_model, write_own_base
+from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import load_base
 from mora_ds.planning.costs import costs
 from mora_ds.planning.step import Work, planned_model
@@ -339,15 +338,6 @@ def test_stacks_are_read_from_the_files_of_their_experts(tmp_path: Path, family:
         live = loaded.model.get_parameter(name)
         assert key in loaded.base and loaded.base.shape_dtype(key) == (tuple(live.shape), torch.float32)
         assert torch.equal(loaded.base.read(key), live)
-
-
-def test_an_earlier_run_keeps_the_base_that_it_has_written(tmp_path: Path) -> None:
-    """Its ledger is chained to that base's fingerprint."""
-    tiny_model("mixtral").save_pretrained(tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    written = write_own_base(model, tmp_path / "own")
-    loaded = load_base(tmp_path / "model", tmp_path / "own", alone(), torch.float32, None)
-    assert loaded.base.folder == tmp_path / "own" and loaded.base.fingerprint() == written.fingerprint()
 
 
 def test_a_stack_without_all_of_its_files_is_no_tensor(tmp_path: Path) -> None:
