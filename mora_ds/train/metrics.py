@@ -20,7 +20,7 @@ from mora_ds.checkpoint.layout import METRICS_FILE
 from mora_ds.common.files import atomic_path, disk_errors
 from mora_ds.config.forgetting import change
 from mora_ds.models.loss import perplexity
-from mora_ds.train.trackers import TensorBoard, Tracker
+from mora_ds.train.trackers import Service, TensorBoard, Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +156,11 @@ class MetricsLog:
         self._trackers = [TensorBoard(folder, start_step)] if report_to is None else report_to()
         quiet = not sys.stderr.isatty()  # in a log file the lines are enough
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=quiet)
+
+    @property
+    def failed_trackers(self) -> list[str]:
+        """Names of the services of --report_to that were given up after an error."""
+        return [tracker.name for tracker in self._trackers if isinstance(tracker, Service) and tracker.has_failed]
 
     def step(self, metrics: StepMetrics) -> None:
         row = metrics.row()

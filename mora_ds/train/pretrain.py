@@ -25,7 +25,7 @@ from mora_ds.adapters.nf4 import check_installed as check_bitsandbytes
 from mora_ds.checkpoint.folder import AUTO, name_best, name_latest, resume_checkpoint, settle
 from mora_ds.checkpoint.layout import CHECKPOINTS, MERGED_FOLDER, SUMMARY_FILE, step_folder
 from mora_ds.checkpoint.state import TrainerState, check_world_size
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import FailedBeside, RunError, UserError, reason
 from mora_ds.common.files import write_json_atomic
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterKind
@@ -283,15 +283,19 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
         logger.info(f"writing the merged model to {folder / MERGED_FOLDER}")
         job.export(trainer.last_checkpoint, folder / MERGED_FOLDER)
     log.close()
+    failures = [*trainer.failures, *(f"--report_to {name}" for name in log.failed_trackers)]
     if arguments.training.push_to_hub is not None:
         assert trainer.last_checkpoint is not None
-        _push(arguments.training, ranks, trainer.last_checkpoint, folder / MERGED_FOLDER)
-    ranks.barrier("end of the run", long=True)
+        failures += _push(arguments.training, ranks, trainer.last_checkpoint, folder / MERGED_FOLDER)
+    failures = ranks.on_first("end of the run", lambda: failures, long=True)
+    if failures:
+        lines = "\n".join(f"  {failure}" for failure in failures)
+        raise FailedBeside(f"the run is done, {trainer.last_checkpoint} is its end; beside training failed:\n{lines}")
     return summary
 
 
-def _push(training: TrainingArguments, ranks: Ranks, checkpoint: Path, merged: Path) -> None:
-    """--push_to_hub. The run has ended well: what cannot be uploaded is a warning."""
+def _push(training: TrainingArguments, ranks: Ranks, checkpoint: Path, merged: Path) -> list[str]:
+    """--push_to_hub. Returns why there was no upload; nothing where it went well."""
     repository = training.push_to_hub or ""
 
     def push() -> str:
@@ -299,9 +303,11 @@ def _push(training: TrainingArguments, ranks: Ranks, checkpoint: Path, merged: P
 
     try:
         logger.info(ranks.on_first("upload to the Hub", push, long=True))
-    except RunError as error:
-        if ranks.is_first:
-            logger.warning("%s", error)
+    except (RunError, UserError) as error:
+        return [str(error)]
+    except Exception as error:
+        return [f"--push_to_hub {repository}: {reason(error)}"]
+    return []
 
 
 def _trackers(arguments: Arguments, folder: Path, facts: Mapping[str, Any], start_step: int) -> list[Tracker]:

@@ -77,7 +77,7 @@ def start_trackers(
         if name == "tensorboard":
             trackers.append(TensorBoard(folder, start_step))
         elif name != NONE:
-            service = _Service(name, run_name, config, folder / TRACKERS, known_runs.get(name))
+            service = Service(name, run_name, config, folder / TRACKERS, known_runs.get(name))
             trackers.append(service)
             if service.run_id is not None:
                 known_runs[name] = service.run_id
@@ -132,12 +132,13 @@ class TensorBoard:
             self._board.close()
 
 
-class _Service:
+class Service:
     """A service behind a guard: its first error is reported, and it is not used again."""
 
     def __init__(self, name: str, run_name: str, config: Mapping[str, Any], folder: Path, run_id: str | None) -> None:
         self.name = name
         self.run_id = run_id
+        self.has_failed = False
         self._client: Any = None
         try:
             self._client = _CLIENTS[name](run_name, config, folder, run_id)
@@ -167,6 +168,7 @@ class _Service:
 
     def _give_up(self, failure: str, error: Exception) -> None:
         self._client = None
+        self.has_failed = True
         logger.warning(
             f"--report_to {self.name} {failure}: {reason(error)}. The run goes on without it; metrics.jsonl has the "
             "curves"

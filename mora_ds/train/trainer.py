@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mora_ds.common.errors import RunError, Stopped
+from mora_ds.common.errors import RunError, Stopped, reason
 from mora_ds.config.forgetting import report
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import Mixture, StreamMixture, TrainData
@@ -70,6 +70,8 @@ class Trainer:
         self.bytes_gathered_per_step = 0
         self._stop_asked = False
         """Whether any process was asked to stop; the same on all processes."""
+        self.failures: list[str] = []
+        """What has failed beside training, one line each; the same on all processes."""
         self._saved_step: int | None = None
         self._mixture = self.loader.mixture
         self._source_losses = SourceLosses(self._mixture.names if self._mixture else [], self.engine.device)
@@ -316,8 +318,31 @@ class Trainer:
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> dict[str, float]:
+        """The perplexity of each evaluation set. A failure of an evaluation or a task is told, and training goes on
+        without it; before the first step, when nothing can be lost, it ends the run."""
         self.job.check_base()
-        return self.evaluator.evaluate(before_batch=self._leave_if_asked)
+        step = self.state.step
+        if step == 0:
+            return self.evaluator.evaluate(before_batch=self._leave_if_asked)
+        perplexities: dict[str, float] = {}
+        failure = None
+        try:
+            perplexities = self.evaluator.evaluate(before_batch=self._leave_if_asked)
+        except (NotFinite, BaseChanged):
+            raise  # of the model itself, and on all ranks alike
+        except Exception as error:
+            if self._stop_asked:
+                raise  # the checkpoint before the end could not be written
+            failure = f"{type(error).__name__}: {reason(error)}"
+        # A rank that has failed alone must not meet the others in a collective of the evaluation, whose sums would be
+        # wrong from there on: it waits for them at this check, which has a group of its own.
+        what = f"evaluation after step {step}"
+        told = [line for line in self.job.place.ranks.gather(what, failure) if line is not None]
+        if told:
+            self.state.evaluation_pending = False
+            self.failures.append(f"{what}: {told[0]}")
+            logger.error(f"{self.failures[-1]}. Training goes on")
+        return perplexities
 
     def _evaluate_and_save_best(self) -> None:
         """Evaluate within the run; the checkpoint of the best evaluation is written at once, whatever --save_steps."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import huggingface_hub
 import pytest
 
 from mora_ds.commands import export
-from mora_ds.common.errors import RunError
+from mora_ds.common.errors import FailedBeside, RunError
 from mora_ds.deploy.hub import push_folder
 from tests.helpers.exports import fake_run
 from tests.helpers.gloo import run_ranks
@@ -78,15 +77,14 @@ def test_an_error_that_repeats_the_token_is_told_without_it(tmp_path: Path, hub:
     assert TOKEN not in str(failed.value) and failed.value.__cause__ is None
 
 
-def trained(url: str, is_offline: bool, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """A run's summary, and its warnings. For `run_ranks`."""
-    warnings: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("mora_ds").addHandler(handler)
+def trained(url: str, is_offline: bool, argv: list[str]) -> tuple[dict[str, Any], str]:
+    """A run's summary, and what failed beside it. For `run_ranks`."""
     with pytest.MonkeyPatch.context() as patch:
         turn_to(url, patch, is_offline)
-        return job(argv), warnings
+        try:
+            return job(argv), ""
+        except FailedBeside as failure:
+            return {}, str(failure)
 
 
 def test_a_run_uploads_its_model_or_its_adapter(user: Playground, tmp_path: Path, hub: Hub) -> None:
@@ -105,11 +103,10 @@ def test_a_run_uploads_its_model_or_its_adapter(user: Playground, tmp_path: Path
 def test_a_run_goes_on_without_the_hub(user: Playground, tmp_path: Path, hub: Hub, is_offline: bool) -> None:
     hub.refuses = True
     flags = user.flags(tmp_path / "out", "--max_steps", 2, "--push_to_hub", REPOSITORY)
-    ((summary, warnings),) = run_ranks(1, trained, hub.url, is_offline, flags)
-    assert summary["steps"] == 2
-    (warning,) = (text for text in warnings if "--push_to_hub" in text)
-    assert "not uploaded" in warning and "mora-ds convert adapter" in warning and TOKEN not in warning
-    assert (tmp_path / "out" / "summary.json").is_file()
+    ((_, failure),) = run_ranks(1, trained, hub.url, is_offline, flags)
+    assert "--push_to_hub" in failure and "not uploaded" in failure
+    assert "mora-ds convert adapter" in failure and TOKEN not in failure
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 2
 
 
 def test_a_name_that_no_repository_has_is_refused_at_once(user: Playground, tmp_path: Path) -> None:
