@@ -117,8 +117,3 @@ def gradient_norm(engine: Engine) -> float:
     """Global norm of the last step's gradients before clipping (engine.py, `get_global_grad_norm`); NaN before one."""
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else view_of(engine).unscaled_norm(float(norm))
-
-
-def step_was_skipped(engine: Engine) -> bool:
-    """Whether fp16 loss scaling dropped the last optimizer step because of an overflow."""
-    return bool(getattr(engine.optimizer, "overflow", False))
