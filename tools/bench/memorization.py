@@ -7,8 +7,8 @@ rate after a warm-up): each learns, of pairs of 32 hex digits, the second from t
 its sweep with one seed, and at the best one with the others. At intervals the second is generated greedily; the share
 of right digits is the character accuracy (1/16 is chance); a trial that knows everything ends. A digit is one token
 here, so rows need no padding. Prints, at each method's best learning rate (largest mean accuracy over all intervals),
-the accuracy over steps, mean over seeds, and the steps to 90%; writes results.json, TensorBoard curves, and
-memorization.png where matplotlib is there. A trial that is done is kept.
+the accuracy over steps, mean over seeds, and the steps to 90%; writes results.json. A trial that
+is done is kept.
 
 The default is for two cores: the demo's small Llama, warm-started on prose. The paper's: Llama-2 7B,
 
@@ -44,7 +44,7 @@ from mora_ds.engine.initialize import initialize_full, start_distributed
 from mora_ds.remora.schedule import Schedule, ScheduleKind
 from mora_ds.runtime import cli
 from tools.bench.report import Report, json_flag
-from tools.bench.trials import at_edge, mean_and_spread, run_all, run_alone, save_figure
+from tools.bench.trials import at_edge, mean_and_spread, run_all, run_alone
 from tools.bench.uuid_pairs import Digits, accuracy, labels_of, prepared_base
 
 WARMUP, RAMP, KNOWN, LEARNT = 10, 5, 0.9, 0.995
@@ -111,7 +111,6 @@ def main() -> None:
     best = {name: _best([pair for pair in at_best if pair[0].method == name]) for name in options.methods}
     write_json_atomic(options.work / "results.json", [{**asdict(trial), **found} for trial, found in results])
     _show(best, options)
-    _curves(best, options.work)
 
 
 def _results(trials: Sequence[Trial], options: argparse.Namespace) -> list[tuple[Trial, dict[str, Any]]]:
@@ -303,24 +302,6 @@ def _show(best: dict[str, Curve], options: argparse.Namespace) -> None:
     )
     report.show("memorization", rows)
     report.write()
-
-
-def _curves(best: dict[str, Curve], work: Path) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
-    for name, curve in best.items():
-        with SummaryWriter(str(work / "tensorboard" / name)) as writer:
-            for step, value in zip(curve.steps, curve.accuracy, strict=True):
-                writer.add_scalar("character_accuracy", value, step)
-    print(f"curves: tensorboard --logdir {work / 'tensorboard'}")
-
-    def draw(axes: Any) -> None:
-        for name, curve in best.items():
-            axes.errorbar(curve.steps, curve.accuracy, curve.spread, label=f"{name} ({curve.rate:g})", capsize=2)
-        axes.set(xlabel="steps", ylabel="character accuracy", ylim=(0, 1.02), title="random UUID pairs")
-        axes.legend()
-
-    save_figure(work / "memorization.png", draw)
 
 
 if __name__ == "__main__":

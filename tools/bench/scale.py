@@ -5,8 +5,7 @@
 The real code of rank 0 and of one other rank runs in a process each, on states of the shapes of Llama 7B at rank 8 (all
 32 decoder layers) and 70B at rank 256 (8 of 80); collectives are counted, not made (`one_rank`). Save and resume take
 an engine whose parameters are the MoRA matrices alone, as ZeRO sees them; step one of as many small matrices, so that
-it is bookkeeping alone; start and merge one real decoder layer on a base of 16 bits. Sockets are counted on real gloo
-groups: all ranks of one, as threads of one process.
+it is bookkeeping alone; start and merge one real decoder layer on a base of 16 bits.
 """
 
 from __future__ import annotations
@@ -18,9 +17,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import threading
-import time
-from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -75,7 +71,6 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     report = Report(options)
     rows: list[list[str]] = [["phase", *TITLES]]
-    sockets: list[list[str]] = [["ranks", "sockets a rank, at most"]]
     for model in options.models:
         _write_base(options.folder / f"{model}-base", MODELS[model][0])
     for world, model in itertools.product(options.ranks, options.models):
@@ -83,13 +78,10 @@ def main() -> None:
             for setting in options.settings if rank else options.settings[:1]:
                 rows += _measured(options.folder, model, setting, world, rank)
                 print("\n".join(" ".join(row) for row in rows[-len(PHASES) :]), flush=True)
-    for world in options.ranks:
-        sockets.append([f"{world:,}", str(_sockets(world))])
     order = {phase: number for number, phase in enumerate(PHASES)}
     rows[1:] = sorted(rows[1:], key=lambda row: order[row[0]])
     report.show("phases", rows)
     report.show("CPU seconds", by_world(rows))
-    report.show("sockets", sockets)
     report.write()
     for model in options.models:
         shutil.rmtree(options.folder / f"{model}-base")
@@ -275,8 +267,7 @@ def _shard_of(own: RankShard, one: OneRank, rank: int, sizes: np.ndarray, stage:
 
 
 def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -> dict[str, Spent]:
-    """One decoder layer of the model on a base of its own. A rank other than 0 writes the merge ledger as well, as the
-    first rank of a node with a folder of its own does."""
+    """One decoder layer of the model on a base of its own."""
 
     def other(value: Any, rank: int) -> Any:
         """Of the tensors that the ranks check together, each rank has its own numbers."""
@@ -285,7 +276,6 @@ def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -
         return {number - one.rank + rank: result for number, result in value.items()}
 
     one.relabel = other
-    Run._writes = property(lambda run: True)  # type: ignore[assignment, method-assign]
     base = BaseCheckpoint.open(base_folder)
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
     keys = {name: name for name, _ in model.named_parameters()}
@@ -301,64 +291,6 @@ def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -
     with one.phase() as found["merge"]:
         run.merge(1)
     return found
-
-
-# -- sockets -----------------------------------------------------------------------------------------------------------
-
-
-def _sockets(world: int) -> int:
-    """The most connections that a rank has after every kind of exchange that `Ranks` makes, all ranks being threads of
-    this process with a gloo context each. Every connection has two ends here."""
-    from torch.distributed import HashStore, ProcessGroupGloo
-
-    store, groups = HashStore(), [Any] * world
-    gloo: Any = ProcessGroupGloo
-    peers: list[set[int]] = [set() for _ in range(world)]
-    threading.stack_size(1 << 18)
-
-    def make(rank: int) -> None:
-        settings = gloo._Options()
-        settings._timeout, settings._threads = timedelta(seconds=300), 1
-        settings._devices = [gloo.create_device(hostname="127.0.0.1", lazy_init=True)]
-        groups[rank] = gloo(store, rank, world, settings)
-
-    def talk(rank: int) -> None:
-        group: Any = groups[rank]
-        group.allreduce([torch.zeros(3)]).wait()
-        group.broadcast(torch.zeros(1), 0).wait()
-        step = 1
-        while step < world:  # as `exchange.gather_to_first`
-            if rank & step:
-                group.send([torch.zeros(1)], rank - step, 0).wait()
-                peers[rank].add(rank - step)
-                break
-            if rank + step < world:
-                group.recv([torch.zeros(1)], rank + step, 0).wait()
-                peers[rank].add(rank + step)
-            step *= 2
-
-    _on_threads(make, world)
-    before = _open_sockets()
-    _on_threads(talk, world)
-    made = (_open_sockets() - before) / world
-    return max(len(each) for each in peers) + round(made) + 2
-
-
-def _on_threads(work: Any, world: int) -> None:
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-def _open_sockets() -> int:
-    time.sleep(0.1)
-    return sum(os.readlink(f"/proc/self/fd/{name}").startswith("socket:") for name in _descriptors())
-
-
-def _descriptors() -> list[str]:
-    return [name for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")]
 
 
 def _options() -> argparse.Namespace:

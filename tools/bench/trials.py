@@ -82,16 +82,3 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 def at_edge(rate: float, swept: Sequence[float]) -> str:
     """ "*" where a better learning rate may lie outside of the sweep."""
     return "*" if len(swept) > 1 and rate in (min(swept), max(swept)) else ""
-
-
-def save_figure(path: Path, draw: Callable[[Any], None]) -> None:
-    """Let `draw` fill the axes of a picture; without matplotlib there is none."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no matplotlib, no picture")
-        return
-    figure = Figure(layout="constrained")
-    draw(figure.subplots())
-    figure.savefig(path, dpi=120)
-    print(f"picture: {path}")
