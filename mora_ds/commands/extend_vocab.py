@@ -17,16 +17,16 @@ from mora_ds.models.vocabulary import extend_vocabulary
 
 
 def main() -> None:
-    given = _parser().parse_args()
-    if given.output.is_symlink() or given.output.exists():
-        raise UserError(f"--output {given.output} exists already; name a new folder")
+    flags = _parser().parse_args()
+    if flags.output.is_symlink() or flags.output.exists():
+        raise UserError(f"--output {flags.output} exists already; name a new folder")
     report = extend_vocabulary(
-        given.model,
-        load_corpus(given.corpus, text_column=given.text_column, flag="--corpus"),
-        given.pieces,
-        given.output,
-        algorithm=given.algorithm,
-        trust_remote_code=given.trust_remote_code,
+        flags.model,
+        load_corpus(flags.corpus, text_column=flags.text_column, flag="--corpus"),
+        flags.pieces,
+        flags.output,
+        algorithm=flags.algorithm,
+        trust_remote_code=flags.trust_remote_code,
     )
     print("\n".join(report.lines()))
 

@@ -128,9 +128,10 @@ def resolve_files(patterns: Sequence[str], flag: str = "--train_files") -> list[
                 raise UserError(f"{flag}: the folder {pattern!r} holds no file of a kind that is read")
             raise UserError(f"{flag}: no file matches {pattern!r}.{_near_files(pattern)}")
         if matches != [Path(os.path.expanduser(pattern))]:
-            found, matches = matches, [path for path in matches if not _is_empty(path)] or matches
-            if left_out := len(found) - len(matches):
-                logger.info(f"{flag} {pattern}: {left_out} of {len(found)} files are empty, and left out")
+            with_text = [path for path in matches if not _is_empty(path)] or matches
+            if left_out := len(matches) - len(with_text):
+                logger.info(f"{flag} {pattern}: {left_out} of {len(matches)} files are empty, and left out")
+            matches = with_text
         for path in matches:
             paths.setdefault(os.path.realpath(path), path)
     return list(paths.values())

@@ -97,8 +97,8 @@ class _Segment:
 
     def counts(self, samples: int) -> np.ndarray:
         order, _ = _period(self.weights)
-        periods, rest = divmod(samples - self.first, len(order))
-        within = np.bincount(order[:rest], minlength=len(self.weights))
+        periods, remainder = divmod(samples - self.first, len(order))
+        within = np.bincount(order[:remainder], minlength=len(self.weights))
         return self.before + periods * np.array(self.weights, dtype=np.int64) + within
 
     def sample_after(self, source: int, count: int) -> int:
@@ -136,17 +136,20 @@ def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     The source that falls due first is drawn next, so that no prefix is off its share by a complete sample.
     """
     active = [source for source, weight in enumerate(weights) if weight]
-    share, period = np.array([weights[source] for source in active], dtype=np.int64), sum(weights)
-    order, number = np.empty(period, dtype=np.int64), np.empty(period, dtype=np.int64)
-    given = np.zeros_like(share)
+    share = np.array([weights[source] for source in active], dtype=np.int64)
+    period = sum(weights)
+    order = np.empty(period, dtype=np.int64)
+    number = np.empty(period, dtype=np.int64)
+    drawn = np.zeros_like(share)
     slack = max(2 * len(active) - 2, 1)
     for sample in range(period):
-        lack = (sample + 1) * share - given * period
+        lack = (sample + 1) * share - drawn * period
         due = (slack * (period - lack) - period) / share  # exact: integers far below 2^53, divided once
         due[slack * lack < period] = np.inf
         pick = int(np.argmin(due))
-        order[sample], number[sample] = active[pick], given[pick]
-        given[pick] += 1
+        order[sample] = active[pick]
+        number[sample] = drawn[pick]
+        drawn[pick] += 1
     return order, number
 
 
@@ -186,9 +189,12 @@ class Mixture:
         """`phases`: (step, weights) from which on the weights hold, the first at step 0. `epochs[k]`: how often source
         k may be read, None for any number; where it is used up, the others share what it had. It is read as a decimal:
         0.29 of 100 sequences are 29, and not 28.999... `rows_per_step`: the global batch size."""
-        self.names, self.sources = list(sources), list(sources.values())
-        self.seq_len, self.rows_per_step = seq_len, rows_per_step
-        self._phases, self._epochs = [(step, list(weights)) for step, weights in phases], list(epochs)
+        self.names = list(sources)
+        self.sources = list(sources.values())
+        self.seq_len = seq_len
+        self.rows_per_step = rows_per_step
+        self._phases = [(step, list(weights)) for step, weights in phases]
+        self._epochs = list(epochs)
         caps = [
             None if limit is None or source.n_blocks is None else int(Fraction(repr(limit)) * source.n_blocks)
             for source, limit in zip(self.sources, epochs, strict=True)
@@ -209,7 +215,7 @@ class Mixture:
     def identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed."""
         sources = {name: source.content_id for name, source in zip(self.names, self.sources, strict=True)}
-        weights = {f"from step {step}": dict(zip(self.names, part, strict=True)) for step, part in self._phases}
+        weights = {f"from step {step}": dict(zip(self.names, of_phase, strict=True)) for step, of_phase in self._phases}
         epochs = dict(zip(self.names, self._epochs, strict=True))
         return {"mixture": {"sources": sources, "weights": weights, "epochs": epochs}}
 

@@ -68,8 +68,11 @@ class PackedDataset:
             raise UserError(f"--seq_len must be at least 1, got {seq_len}")
         if cache.n_tokens < 2:
             raise UserError("the corpus is too short: a single token has nothing to predict")
-        self.cache, self.seq_len, self.seed = cache, seq_len, seed
-        self.document_mask, self.shuffle = document_mask, shuffle
+        self.cache = cache
+        self.seq_len = seq_len
+        self.seed = seed
+        self.document_mask = document_mask
+        self.shuffle = shuffle
         self.n_blocks: int = -(-(cache.n_tokens - 1) // seq_len)
         """Sequences an epoch."""
         self._order = lru_cache(maxsize=2)(epoch_order)  # for this source: a batch may take from two epochs

@@ -217,17 +217,19 @@ def _open(path: Path) -> IO[bytes]:
 
 def _read_text(path: Path) -> Iterator[Document]:
     """A text file in chunks, cut after the last line end in their second half, if there is one: few words are torn."""
-    rest, begins = "", True
+    pending = ""
+    begins = True
     for block in _decoded(path):
-        rest += block
-        while len(rest) > CHUNK_CHARACTERS:
+        pending += block
+        while len(pending) > CHUNK_CHARACTERS:
             # not near its start: by the first chunk it is decided whether the document is held out
-            cut = rest.rfind("\n", CHUNK_CHARACTERS // 2, CHUNK_CHARACTERS) + 1 or CHUNK_CHARACTERS
-            yield Document(rest[:cut], str(path), begins, ends=False)
-            rest, begins = rest[cut:], False
-    if begins and not rest:
+            cut = pending.rfind("\n", CHUNK_CHARACTERS // 2, CHUNK_CHARACTERS) + 1 or CHUNK_CHARACTERS
+            yield Document(pending[:cut], str(path), begins, ends=False)
+            pending = pending[cut:]
+            begins = False
+    if begins and not pending:
         raise UserError(f"{path} is empty")
-    yield Document(rest, str(path), begins)
+    yield Document(pending, str(path), begins)
 
 
 def _decoded(path: Path) -> Iterator[str]:

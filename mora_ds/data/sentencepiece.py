@@ -135,11 +135,11 @@ def _training_error(flag: str, message: str) -> UserError:
 # -- a .model file as a transformers tokenizer ---------------------------------------------------------------------
 
 
-def wrap_sentencepiece(path: Path, add_bos: bool | None = None) -> PreTrainedTokenizerFast:
+def wrap_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
     """The SentencePiece model as a tokenizer that `save_pretrained` and `AutoTokenizer.from_pretrained` preserve.
 
-    `add_bos` None: put BOS before a text when the model defines one. Raises `UserError` for a file that is no model,
-    or one whose ids cannot be reproduced (checked on `_TEST_TEXTS`).
+    BOS is put before a text when the model defines one. Raises `UserError` for a file that is no model, or one whose
+    ids cannot be reproduced (checked on `_TEST_TEXTS`).
     """
     proto = _read_model(path)
     tokenizer = Tokenizer(_bpe_model(proto) if proto.trainer_spec.model_type == _BPE else _unigram_model(proto))
@@ -152,7 +152,7 @@ def wrap_sentencepiece(path: Path, add_bos: bool | None = None) -> PreTrainedTok
     names = _special_tokens(proto)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        add_bos_token=("bos_token" in names) if add_bos is None else add_bos,
+        add_bos_token="bos_token" in names,
         add_eos_token=False,
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,

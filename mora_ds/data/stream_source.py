@@ -74,8 +74,11 @@ class StreamSource:
         epochs: float | None = None,
     ) -> None:
         """`epochs`: how often the source may be read, None for any number."""
-        self.documents, self.encoder = documents, encoder
-        self.seq_len, self.document_mask, self.epochs = seq_len, document_mask, epochs
+        self.documents = documents
+        self.encoder = encoder
+        self.seq_len = seq_len
+        self.document_mask = document_mask
+        self.epochs = epochs
         self.content_id = content_id
         self.parallel_map = parallel_map or SingleProcess()
         self._probes: list[Block] = []
@@ -113,7 +116,8 @@ class StreamSource:
         return self._probes[index]
 
     def _start(self, position: StreamPosition, offset: int) -> None:
-        self._position, self._offset = position, offset
+        self._position = position
+        self._offset = offset
         self._at_epoch_start = position == StreamPosition(epoch=position.epoch) and offset == 0
         self._queue: deque[_QueuedDocument] = deque()
         self._available = 0
@@ -147,20 +151,20 @@ class StreamSource:
     def _next_block(self) -> Block:
         """The first T + 1 tokens of the queue; the last of them stays, as the next block's first."""
         wanted = min(self._available, self.seq_len + 1)
-        parts: list[np.ndarray] = []
+        slices: list[np.ndarray] = []
         ends: list[int] = []
         size = 0
         for queued in self._queue:
-            part = queued.tokens[queued.used : queued.used + wanted - size]
-            parts.append(part)
-            size += len(part)
-            if queued.ends and queued.used + len(part) == len(queued.tokens):
+            taken = queued.tokens[queued.used : queued.used + wanted - size]
+            slices.append(taken)
+            size += len(taken)
+            if queued.ends and queued.used + len(taken) == len(queued.tokens):
                 ends.append(size)
             if size == wanted:
                 break
         self._drop(wanted - 1)
         self._at_epoch_start = False
-        tokens = np.concatenate(parts).astype(np.int64)
+        tokens = np.concatenate(slices).astype(np.int64)
         return pack(tokens, np.array(ends, np.int64), self.seq_len, self.encoder.eos_id, self.document_mask)
 
     def _drop(self, count: int) -> None:
@@ -198,9 +202,9 @@ class StreamMixture(Mixture):
     def states_at(self, step: int) -> dict[str, Any]:
         """What a run needs that goes on with batch `step`, which is the last one drawn or the one after it. Where
         drawing it has failed half-way, that is the position before."""
-        found = self._before if step == self._before["step"] else self._now()
-        assert step == found["step"]
-        return found
+        states = self._before if step == self._before["step"] else self._now()
+        assert step == states["step"]
+        return states
 
     def _now(self) -> dict[str, Any]:
         return {"step": self._next_step, "sources": {name: part.state() for name, part in self._streams.items()}}

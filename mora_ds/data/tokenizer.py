@@ -145,10 +145,10 @@ def start_id(tokenizer: PreTrainedTokenizerBase, start: str = AUTO) -> int | Non
         return None
     if start == AUTO:
         return tokenizer.bos_token_id if wants_bos(tokenizer) else None
-    if (found := tokenizer.get_vocab().get(start)) is None:
+    if (token_id := tokenizer.get_vocab().get(start)) is None:
         special = ", ".join(map(repr, tokenizer.all_special_tokens)) or "none"
         raise UserError(f"--document_start {start!r} is no token of the tokenizer, whose special tokens are {special}")
-    return int(found)
+    return int(token_id)
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -190,7 +190,9 @@ def _held_out_sets(data: DataArguments, corpora: Mapping[str, Corpus]) -> dict[s
         return {}
     keep = DocumentFilter(data.held_out_share, takes_held_out=True)
     is_single = len(corpora) == 1
-    return {HELD_OUT if is_single else f"{HELD_OUT}_{name}": replace(part, keep=keep) for name, part in corpora.items()}
+    return {
+        HELD_OUT if is_single else f"{HELD_OUT}_{name}": replace(corpus, keep=keep) for name, corpus in corpora.items()
+    }
 
 
 def _eval_sets(data: DataArguments) -> list[tuple[str, str]]:

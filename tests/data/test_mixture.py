@@ -103,7 +103,7 @@ RECORDED = [0, 1, 0, 2, 0, 1, 0, 2, 1, 0, 0, 1]
 def source(first: int, blocks: int, name: str) -> PackedDataset:
     """Blocks of 4 tokens; `first` marks whose they are."""
     tokens = np.arange(first, first + 4 * blocks + 1, dtype=np.uint32)
-    cache = TokenCache(Path(name), {"eos_id": 0}, tokens, np.array([len(tokens)]))
+    cache = TokenCache(Path(name), {"settings": {"eos_id": 0}}, tokens, np.array([len(tokens)]))
     return PackedDataset(cache, 4, f"7/{name}")
 
 

@@ -25,7 +25,7 @@ def make_cache(lengths: list[int]) -> TokenCache:
     """Tokens are numbered, so that each can be found again."""
     ends = np.cumsum(lengths, dtype=np.int64)
     tokens = np.arange(ends[-1], dtype=np.uint16)
-    return TokenCache(Path("memory"), {"eos_id": EOS}, tokens, ends)
+    return TokenCache(Path("memory"), {"settings": {"eos_id": EOS}}, tokens, ends)
 
 
 @pytest.mark.parametrize("mask", [True, False])

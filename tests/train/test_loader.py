@@ -41,16 +41,16 @@ def loader(data: Any, replica: int = 0, replicas: int = 1, accumulation: int = 2
     process = SimpleNamespace(
         index=replica, count=replicas, world=replicas, engine=SimpleNamespace(device="cpu"), rows=lambda batch: batch
     )
-    return BatchLoader(data, process, training, 7, steps)  # type: ignore[arg-type]
+    return BatchLoader(data, process, training, steps)  # type: ignore[arg-type]
 
 
 def rows_of(replica: int, replicas: int, micro_batches: int, size: int) -> list[list[int]]:
-    """The global rows of each micro-batch of a replica, at step 5 of a run whose data begin at batch 7."""
+    """The global rows of each micro-batch of a replica, at step 5."""
     found = []
     made = loader(Data(), replica, replicas, micro_batches, size)
     for index in range(micro_batches):
         batch, rows_per_step, rows = made.position(5, index)
-        assert (batch, rows_per_step) == (12, size * micro_batches * replicas)
+        assert (batch, rows_per_step) == (5, size * micro_batches * replicas)
         found.append(list(range(rows.start, rows.stop)))
     return found
 
@@ -67,7 +67,7 @@ def test_a_step_is_prepared_by_a_thread_and_taken_in_order() -> None:
     for step in range(3, 5):
         batch = made.take(step)
         ids = torch.cat([each.rows["input_ids"][:, 0] for each in batch])
-        assert ids.tolist() == list(range((7 + step) * 4, (8 + step) * 4))
+        assert ids.tolist() == list(range(step * 4, (step + 1) * 4))
         for each in batch:
             counted = (each.rows["labels"] != IGNORED).sum(dim=1)
             assert each.labels == counted.tolist() and sum(each.labels) == T
@@ -77,13 +77,13 @@ def test_a_step_is_prepared_by_a_thread_and_taken_in_order() -> None:
 
 
 def test_an_error_is_raised_when_its_batch_is_taken() -> None:
-    made = loader(Data(fails_at=7 + 2))
+    made = loader(Data(fails_at=2))
     made.take(0)
     assert made.labels_ahead(1) == 2 * T
     made.take(1)
     assert made.labels_ahead(2) == 0, "step 1 is still to be finished and saved"
     for _ in range(2):
-        with pytest.raises(UserError, match="line 9 is damaged"):
+        with pytest.raises(UserError, match="line 2 is damaged"):
             made.take(2)
 
 
