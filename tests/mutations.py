@@ -230,7 +230,7 @@ MUTATIONS = (
         "tuple({**shares, **scaled}.get(source.name, 1.0) for",
         ("data/test_mixture.py",),
     ),
-    # those that the tests of 0.2 did not notice
+    # those that the tests did not notice once
     Mutation(
         "small token caches are not read through",
         "data/cache.py",
@@ -266,7 +266,7 @@ MUTATIONS = (
         "",
         ("checkpoint/test_writer.py",),
     ),
-    # -- faults of 0.2 that were mended --------------------------------------------------------------------------------
+    # -- faults that were mended ---------------------------------------------------------------------------------------
     Mutation(
         "a base that is changed during the run is not noticed",
         "models/base.py",

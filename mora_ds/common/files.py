@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -181,17 +181,14 @@ def link_or_copy(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-def copy_folder(source: Path, target: Path, without: Collection[str] = ()) -> None:
-    """Copies all files with their times, not their modes, and not the entries of `source` that `without` names. Raises
-    `UserError` for a link in it, which is not followed, and `RunError` on a full disk (`shutil.copytree` has its own
-    error)."""
+def copy_folder(source: Path, target: Path) -> None:
+    """Copies all files with their times, not their modes. Raises `UserError` for a link in `source`, which is not
+    followed, and `RunError` on a full disk (`shutil.copytree` has its own error)."""
     require_plain(source)
     with disk_errors(target):
         target.mkdir(parents=True)
         for path in sorted(source.rglob("*")):
             relative = path.relative_to(source)
-            if relative.parts[0] in without:
-                continue
             if path.is_dir():
                 (target / relative).mkdir()
             else:

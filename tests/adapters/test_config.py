@@ -42,7 +42,6 @@ def test_all_wrong_values_are_reported_together(config: Any, values: dict[str, A
 
 
 def test_defaults() -> None:
-    """Files leave some of them out, and runs of earlier versions were made with them."""
     config, lora = MoRAConfig(), LoRAConfig()
     assert (config.rank, config.target_modules, config.dropout, config.seed) == (8, ("all-linear",), 0.0, 42)
     assert (config.operator, config.grouping, config.compute, config.base_bits) == ("auto", "permuted", "auto", 16)

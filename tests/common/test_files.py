@@ -180,11 +180,10 @@ def test_a_link_is_not_the_file_that_was_recorded(tmp_path: Path) -> None:
 
 def test_a_copied_folder_has_the_files_and_their_times(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    for name in ("kept/engine", "engine/deep"):
-        (source / name).mkdir(parents=True)
-        (source / name / "file").write_text(name)
+    (source / "kept" / "engine").mkdir(parents=True)
+    (source / "kept" / "engine" / "file").write_text("text")
     os.utime(source / "kept" / "engine" / "file", ns=(10**18, 2 * 10**18))
-    files.copy_folder(source, tmp_path / "target", without=("engine",))
+    files.copy_folder(source, tmp_path / "target")
     names = {path.relative_to(tmp_path / "target").as_posix() for path in (tmp_path / "target").rglob("*")}
     assert names == {"kept", "kept/engine", "kept/engine/file"}
     assert (tmp_path / "target" / "kept" / "engine" / "file").stat().st_mtime_ns == 2 * 10**18

@@ -330,7 +330,7 @@ KEPT = ("--max_steps", 6, "--save_steps", 2, "--merge_every", 3, "--restart_warm
 
 
 def whole(argv: list[str], step: int | None = None) -> None:
-    """A run with the loss of versions up to 0.2, stopped after `step` where one is given. For `run_ranks`."""
+    """A run with whole logits, stopped after `step` where one is given. For `run_ranks`."""
     pretrain.is_frozen = lambda head: False  # type: ignore[assignment]  # in this forked rank alone
     job(argv) if step is None else interrupted_job(argv, step)
 
