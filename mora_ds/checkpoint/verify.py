@@ -18,13 +18,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, read_adapter
+from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, read_adapter
 from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
     ADAPTER_TENSORS,
@@ -100,20 +100,49 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
     return verdicts
 
 
+class _Checkpoint:
+    """The parts of a checkpoint, or of an adapter alone: each is read once, by the first check that asks for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.is_full_training = is_full_training(folder)
+        self.has_run = not _is_adapter_alone(folder)
+
+    @cached_property
+    def state(self) -> TrainerState:
+        return TrainerState.read(self.folder)
+
+    @cached_property
+    def adapter(self) -> AdapterFile:
+        return read_adapter(self.folder)
+
+    @cached_property
+    def tensors(self) -> AdapterTensors:
+        return AdapterTensors.open(self.folder, self.adapter)
+
+    @cached_property
+    def reference(self) -> BaseReference:
+        return BaseReference.read(self.folder)
+
+    @cached_property
+    def shards(self) -> EngineShards:
+        return EngineShards.open(self.folder / ENGINE_TAG)
+
+
 def _verify_one(folder: Path, base: BaseCheckpoint | None) -> Verdict:
     verdict = Verdict(folder)
-    is_full, has_run = is_full_training(folder), not _is_adapter_alone(folder)
-    checks: list[Callable[[Path], Iterator[str]]] = [_files]
-    if has_run:
+    checkpoint = _Checkpoint(folder)
+    checks: list[Callable[[_Checkpoint], Iterator[str]]] = [_files]
+    if checkpoint.has_run:
         checks += [_state, _shards]
-    if not is_full:
-        checks += [partial(_adapter, has_run=has_run), partial(_ledger, has_run=has_run)]
-    if has_run and not is_full:
+    if not checkpoint.is_full_training:
+        checks += [_adapter, _ledger]
+    if checkpoint.has_run and not checkpoint.is_full_training:
         checks += [_agreement]
     for check in checks:
-        _run(verdict, lambda check=check: check(folder))  # type: ignore[misc]
-    if base is not None and not is_full and verdict.is_good:
-        BaseReference.read(folder).require_base(base, folder, "--base")
+        _run(verdict, partial(check, checkpoint))
+    if base is not None and not checkpoint.is_full_training and verdict.is_good:
+        checkpoint.reference.require_base(base, folder, "--base")
         verdict.facts.append(f"base: {base.folder} has the recorded fingerprint")
     verdict.problems = list(dict.fromkeys(verdict.problems))
     return verdict
@@ -159,7 +188,8 @@ def _is_adapter_alone(folder: Path) -> bool:
 # -- checks: each yields what is right, and raises what is wrong ---------------------------------------------------
 
 
-def _files(folder: Path) -> Iterator[str]:
+def _files(checkpoint: _Checkpoint) -> Iterator[str]:
+    folder = checkpoint.folder
     if problems := verify_manifest(folder):
         raise _Problems(problems)
     listed = listed_files(folder)
@@ -170,11 +200,12 @@ def _files(folder: Path) -> Iterator[str]:
         yield f"not in the manifest, and not read by a resume: {', '.join(strays)}"
 
 
-def _state(folder: Path) -> Iterator[str]:
-    path, state = folder / STATE_FILE, TrainerState.read(folder)
+def _state(checkpoint: _Checkpoint) -> Iterator[str]:
+    folder = checkpoint.folder
+    state = checkpoint.state
     number = step_of(folder) if is_step_name(folder.name) else state.step
     if number != state.step:
-        raise UserError(f"{path} is of step {state.step}, its folder of step {number}")
+        raise UserError(f"{folder / STATE_FILE} is of step {state.step}, its folder of step {number}")
     _random_states(folder, state.world_size)
     yield f"state: step {state.step}, {state.tokens:,} tokens, {len(state.merges)} merge(s), {state.world_size} rank(s)"
 
@@ -189,9 +220,10 @@ def _random_states(folder: Path, world: int) -> None:
         raise UserError(f"{path} holds the random states of {saved} ranks, {STATE_FILE} says {world}")
 
 
-def _shards(folder: Path) -> Iterator[str]:
-    shards = EngineShards.open(folder / ENGINE_TAG)
-    world, saved = TrainerState.read(folder).world_size, shards.layout.world_size
+def _shards(checkpoint: _Checkpoint) -> Iterator[str]:
+    shards = checkpoint.shards
+    world = checkpoint.state.world_size
+    saved = shards.layout.world_size
     if world != saved:
         raise UserError(f"{shards.folder} was written by {saved} ranks, {STATE_FILE} says {world}")
     if shards.layout.swapped:
@@ -211,26 +243,24 @@ def _shards(folder: Path) -> Iterator[str]:
     yield f"shards: {len(shards.files)} file(s) of {saved} rank(s), ZeRO {shards.layout.stage}, {what}"
 
 
-def _adapter(folder: Path, has_run: bool) -> Iterator[str]:
-    adapter = read_adapter(folder)
-    tensors = AdapterTensors.open(folder, adapter)
+def _adapter(checkpoint: _Checkpoint) -> Iterator[str]:
+    adapter = checkpoint.adapter
     problems = [
-        f"{folder / ADAPTER_TENSORS}: {name} is not finite"
-        for name, tensor in tensors.items()
+        f"{checkpoint.folder / ADAPTER_TENSORS}: {name} is not finite"
+        for name, tensor in checkpoint.tensors.items()
         if not torch.isfinite(tensor).all()
     ]
-    BaseReference.read(folder)
-    if has_run:
-        open_safetensors(folder / PROBE_FILE)
+    if checkpoint.has_run:
+        open_safetensors(checkpoint.folder / PROBE_FILE)
     if problems:
         raise _Problems(problems)
     yield f"adapter: {len(adapter.layers)} layers, cycle {adapter.cycle}, {len(adapter.trainables)} other tensor(s)"
 
 
-def _ledger(folder: Path, has_run: bool) -> Iterator[str]:
-    ledger = Ledger.open(folder / LEDGER_FOLDER, BaseReference.read(folder).fingerprint)
-    cycle = read_adapter(folder).cycle
-    merges = len(TrainerState.read(folder).merges) if has_run else cycle
+def _ledger(checkpoint: _Checkpoint) -> Iterator[str]:
+    ledger = Ledger.open(checkpoint.folder / LEDGER_FOLDER, checkpoint.reference.fingerprint)
+    cycle = checkpoint.adapter.cycle
+    merges = len(checkpoint.state.merges) if checkpoint.has_run else cycle
     if not ledger.cycles == cycle == merges:
         raise UserError(
             f"{ledger.folder} has {ledger.cycles} cycle(s), {ADAPTER_JSON} was written in cycle {cycle}, "
@@ -251,17 +281,19 @@ def _cycles(ledger: Ledger) -> Iterator[str]:
     yield f"ledger: {ledger.cycles} cycle(s), hashes and chain"
 
 
-def _agreement(folder: Path) -> Iterator[str]:
-    adapter, shards = read_adapter(folder), EngineShards.open(folder / ENGINE_TAG)
+def _agreement(checkpoint: _Checkpoint) -> Iterator[str]:
+    path = checkpoint.folder / ADAPTER_TENSORS
+    adapter = checkpoint.adapter
+    shards = checkpoint.shards
     if shards.layout.swapped:
         return
-    tensors = dict(AdapterTensors.open(folder, adapter).items())
+    tensors = dict(checkpoint.tensors.items())
     for name in () if adapter.domains is None else adapter.domains.frozen:
         del tensors[name]  # no shard holds it: it is not trained
     if different := sorted(set(tensors) ^ set(shards.shapes)):
-        raise UserError(f"{folder / ADAPTER_TENSORS} and the shards do not hold the same tensors, e.g. {different[0]}")
+        raise UserError(f"{path} and the shards do not hold the same tensors, e.g. {different[0]}")
     problems = [
-        f"{folder / ADAPTER_TENSORS}: {name} is not what the shards hold"
+        f"{path}: {name} is not what the shards hold"
         for name, tensor in tensors.items()
         if not torch.equal(tensor, shards.whole(name, MASTER).float())
     ]
